@@ -1,0 +1,1 @@
+"""Weighted sparse autoencoders for the residual streams of real language models."""

@@ -1,0 +1,1 @@
+"""Text, packed contexts and the activation store."""

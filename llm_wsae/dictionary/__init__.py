@@ -1,0 +1,1 @@
+"""Dictionaries: the module, its sparsity, its files."""

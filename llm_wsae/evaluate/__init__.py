@@ -1,0 +1,1 @@
+"""What a dictionary keeps of the model it explains."""

@@ -1,0 +1,149 @@
+"""Files that are whole or absent: atomic writes, checksums, a lock on a folder.
+
+Everything is written beside its final name, synced, then renamed, so that a process killed at any
+instant leaves either the old file or the new one.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.errors import LlmWsaeError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary neighbour of ``path``, sync it and rename it into place.
+
+    Raises LlmWsaeError, with nothing left behind and the old file untouched, when the disk is full
+    or the folder cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        reason = _system_reason(error)
+        if reason is None:
+            raise
+        raise LlmWsaeError(
+            f"cannot write {path}: {reason}; free some space or choose another folder, "
+            "then run the same command again to go on"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_atomic(path, lambda partial: _write_bytes(partial, text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file; ``what`` names it in the error ("store manifest").
+
+    Raises LlmWsaeError if the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LlmWsaeError(f"{path} does not exist, but it should hold the {what}") from None
+    except (ValueError, OSError) as error:
+        raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
+
+
+def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically (tensors are made contiguous on the CPU)."""
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, lambda partial: save_file(ready, partial, metadata=metadata))
+
+
+def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a safetensors file whole: (tensors, metadata). ``what`` names it in the error.
+
+    Raises LlmWsaeError if the file is missing, truncated or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise LlmWsaeError(f"{path} does not exist, but it should hold the {what}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def folder_lock(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder for one writing process; the kernel frees it when that process dies.
+
+    Raises LlmWsaeError if another process holds it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")  # noqa: SIM115 - held until the block ends
+    except OSError as error:
+        raise LlmWsaeError(f"cannot write into {folder}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LlmWsaeError(
+                f"another process is writing the {what} in {folder}; wait for it or choose "
+                "another folder"
+            ) from None
+        yield
+    finally:
+        handle.close()
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what killed writers left half-written (call it only under the folder's lock)."""
+    for partial in Path(folder).rglob(f".*{PARTIAL_SUFFIX}"):
+        partial.unlink(missing_ok=True)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _system_reason(error: BaseException) -> str | None:
+    """The operating system's word for a failed write, also when safetensors wrapped it."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if type(error).__name__ == "SafetensorError":
+        return str(error)
+    return None

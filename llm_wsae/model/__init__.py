@@ -1,0 +1,1 @@
+"""The language model: sites, forward passes up to a site, splicing."""

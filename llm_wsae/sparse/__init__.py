@@ -1,0 +1,1 @@
+"""The sparse operations a training step is made of."""

@@ -1,0 +1,1 @@
+"""What is known of each dimension, and the weights made from it."""

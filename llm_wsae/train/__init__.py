@@ -1,0 +1,1 @@
+"""Training of several dictionaries in one pass."""

@@ -1,0 +1,10 @@
+"""Shared fixtures; shapes and types of the package's annotations are checked while tests run."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("llm_wsae", "beartype.beartype")
