@@ -1,0 +1,279 @@
+"""Streaming statistics of a site's rows: what every weight rule and every trainer starts from.
+
+One pass over the rows fills three things, each of which merges exactly with that of another part
+of the data, so that shards, processes and resumed runs add up:
+
+- the first four central moments, minimum and maximum of every dimension, in float64
+  (pairwise update of Pébay 2008, "Formulas for robust, one-pass parallel computation of
+  covariances and arbitrary-order statistical moments");
+- a histogram of the rows' norms by position in the context, which finds the massive activations
+  (Sun et al. 2024): a handful of rows, mostly at the first positions, hundreds of times larger
+  than the rest. They would own every plain moment, so they must be seen and counted;
+- a uniform sample of rows, from which anything non-linear is computed, above all the winsorised
+  variance that those rows cannot move.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_wsae.errors import LlmWsaeError
+
+MASSIVE_RATIO = 10.0  # a row is massive when its norm exceeds this many median norms
+SAMPLE_ROWS = 8192
+WINSOR_TAIL = 0.005  # share of the sample clipped at each end of every dimension
+
+_BINS_PER_OCTAVE = 16
+_MIN_OCTAVE, _MAX_OCTAVE = -24, 40
+_NUM_BINS = (_MAX_OCTAVE - _MIN_OCTAVE) * _BINS_PER_OCTAVE
+_SINGLE_POSITIONS = 16  # positions kept apart; later ones share a bucket per octave
+_CHUNK_ROWS = 4096  # bounds the float64 copies made during an update
+
+
+class Statistics:
+    """Statistics of rows of width ``d_in`` taken from contexts of ``context_size`` positions."""
+
+    def __init__(self, d_in: int, context_size: int, sample_rows: int = SAMPLE_ROWS):
+        self.d_in = d_in
+        self.context_size = context_size
+        self.sample_rows = sample_rows
+        self.count = 0
+        self.mean = torch.zeros(d_in, dtype=torch.float64)
+        self._m2 = torch.zeros(d_in, dtype=torch.float64)
+        self._m3 = torch.zeros(d_in, dtype=torch.float64)
+        self._m4 = torch.zeros(d_in, dtype=torch.float64)
+        self.minimum = torch.full((d_in,), math.inf, dtype=torch.float64)
+        self.maximum = torch.full((d_in,), -math.inf, dtype=torch.float64)
+        self._norms = torch.zeros(num_buckets(context_size), _NUM_BINS, dtype=torch.int64)
+        self._sample = torch.empty(0, d_in)
+        self._priority = torch.empty(0, dtype=torch.float64)
+        self._sample_limit = 1.0  # the sample holds every row whose priority is below this
+
+    def update(
+        self, rows: Float[Tensor, "rows d_in"], positions: Int[Tensor, " rows"]
+    ) -> "Statistics":
+        """Add rows, with the position of each in its context. Returns self.
+
+        Raises LlmWsaeError when the rows have another width or hold NaN or infinity.
+        """
+        if rows.shape[1] != self.d_in:
+            raise LlmWsaeError(f"rows have {rows.shape[1]} dimensions, expected {self.d_in}")
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            stop = start + _CHUNK_ROWS
+            self._update_chunk(rows[start:stop], positions[start:stop])
+        return self
+
+    def _update_chunk(self, rows: Tensor, positions: Tensor) -> None:
+        rows = rows.cpu()
+        x = rows.double()
+        norm = x.norm(dim=1)
+        if not bool(torch.isfinite(norm).all()):
+            bad = int((~torch.isfinite(norm)).sum())
+            raise LlmWsaeError(f"{bad} of {len(rows)} rows hold NaN or infinite activations")
+        self._add_to_sample(rows)
+        self._norms += _histogram(norm, positions.cpu(), self._norms.shape)
+        self.minimum = torch.minimum(self.minimum, x.amin(0))
+        self.maximum = torch.maximum(self.maximum, x.amax(0))
+        mean = x.mean(0)
+        x -= mean
+        square = x * x
+        m2 = square.sum(0)
+        m3 = x.mul_(square).sum(0)
+        m4 = square.mul_(square).sum(0)
+        self._merge_moments(len(rows), mean, m2, m3, m4)
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Add the statistics of other rows of the same site. Returns self."""
+        assert (self.d_in, self._norms.shape) == (other.d_in, other._norms.shape)
+        self._merge_moments(other.count, other.mean, other._m2, other._m3, other._m4)
+        self.minimum = torch.minimum(self.minimum, other.minimum)
+        self.maximum = torch.maximum(self.maximum, other.maximum)
+        self._norms += other._norms
+        self._sample_limit = min(self._sample_limit, other._sample_limit)
+        self._keep_sample(other._sample, other._priority)
+        return self
+
+    def _merge_moments(self, n_b: int, mean_b: Tensor, m2_b: Tensor, m3_b: Tensor, m4_b: Tensor):
+        n_a, n = self.count, self.count + n_b
+        if n_b == 0:
+            return
+        delta = mean_b - self.mean
+        d_n = delta / n
+        m2_a, m3_a = self._m2, self._m3
+        self._m4 = (
+            self._m4
+            + m4_b
+            + delta * d_n**3 * n_a * n_b * (n_a * n_a - n_a * n_b + n_b * n_b)
+            + 6 * d_n**2 * (n_a * n_a * m2_b + n_b * n_b * m2_a)
+            + 4 * d_n * (n_a * m3_b - n_b * m3_a)
+        )
+        self._m3 = (
+            m3_a
+            + m3_b
+            + delta * d_n**2 * n_a * n_b * (n_a - n_b)
+            + 3 * d_n * (n_a * m2_b - n_b * m2_a)
+        )
+        self._m2 = m2_a + m2_b + delta * d_n * n_a * n_b
+        self.mean = self.mean + d_n * n_b
+        self.count = n
+
+    def _add_to_sample(self, rows: Tensor) -> None:
+        # Priorities depend on nothing but how many rows came before: the same data give the same
+        # sample, whatever happened to the process in between.
+        generator = torch.Generator().manual_seed(self.count)
+        priority = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+        self._keep_sample(rows, priority)
+
+    def _keep_sample(self, rows: Tensor, priority: Tensor) -> None:
+        chosen = priority < self._sample_limit
+        sample = torch.cat([self._sample.to(rows.dtype), rows[chosen]])
+        priority = torch.cat([self._priority, priority[chosen]])
+        keep = priority < self._sample_limit
+        sample, priority = sample[keep], priority[keep]
+        if len(sample) > self.sample_rows:
+            lowest, order = priority.topk(self.sample_rows + 1, largest=False)
+            self._sample_limit = float(lowest[-1])
+            order = order[lowest < self._sample_limit].sort().values
+            sample, priority = sample[order], priority[order]
+        self._sample, self._priority = sample, priority
+
+    @property
+    def sample(self) -> Float[Tensor, "sample d_in"]:
+        """A uniform sample of the rows (all of them while they are few), in float32."""
+        return self._sample.float()
+
+    @property
+    def variance(self) -> Float[Tensor, " d_in"]:
+        """Variance of every dimension over all rows, massive ones included (float64)."""
+        return self._m2 / max(self.count, 1)
+
+    @property
+    def skewness(self) -> Float[Tensor, " d_in"]:
+        """Third standardised moment; 0 for a constant dimension."""
+        return _ratio(self._m3 / max(self.count, 1), self.variance**1.5)
+
+    @property
+    def excess_kurtosis(self) -> Float[Tensor, " d_in"]:
+        """Fourth standardised moment minus 3; −3 for a constant dimension."""
+        return _ratio(self._m4 / max(self.count, 1), self.variance**2) - 3
+
+    @property
+    def robust_variance(self) -> Float[Tensor, " d_in"]:
+        """Variance after clipping every dimension at its 0.5 % and 99.5 % quantiles (float64).
+
+        Winsorised over the row sample, so its relative standard error is about 2 %.
+        """
+        sample = self.sample
+        if len(sample) == 0:
+            return torch.zeros(self.d_in, dtype=torch.float64)
+        order = sample.sort(dim=0).values
+        tail = int(WINSOR_TAIL * (len(order) - 1))
+        low, high = order[tail], order[len(order) - 1 - tail]
+        return sample.clamp(low, high).double().var(dim=0, correction=0)
+
+    @property
+    def median_norm(self) -> float:
+        """Median Euclidean norm of the rows, to within 2 %; 0 before any row was seen."""
+        if self.count == 0:
+            return 0.0
+        reached = self._norms.sum(0).cumsum(0) >= (self.count + 1) // 2
+        return _bin_edge(int(reached.int().argmax()) + 0.5)
+
+    @property
+    def massive_threshold(self) -> float:
+        """Norm above which a row counts as a massive activation: ten median norms."""
+        return _bin_edge(self._massive_bin())
+
+    @property
+    def massive_count(self) -> int:
+        """Number of rows above ``massive_threshold``."""
+        return int(self._norms[:, self._massive_bin() :].sum())
+
+    @property
+    def massive_share(self) -> float:
+        """Share of rows above ``massive_threshold``."""
+        return self.massive_count / max(self.count, 1)
+
+    def massive_positions(self) -> list[tuple[int, int, int, int]]:
+        """Where massive rows sit: (first position, last position, massive rows, all rows) each."""
+        massive = self._norms[:, self._massive_bin() :].sum(1).tolist()
+        total = self._norms.sum(1).tolist()
+        return [
+            (*_bucket_range(bucket, self.context_size), massive[bucket], total[bucket])
+            for bucket in range(len(total))
+            if massive[bucket]
+        ]
+
+    def _massive_bin(self) -> int:
+        # Rounded to a bin edge so that the counts are exact for the threshold that is reported.
+        return min(_NUM_BINS - 1, round(_bin_of(MASSIVE_RATIO * max(self.median_norm, 1e-6))))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as tensors, for a safetensors file."""
+        return {
+            "count": torch.tensor([self.count, self.context_size, self.sample_rows]),
+            "mean": self.mean,
+            "m2": self._m2,
+            "m3": self._m3,
+            "m4": self._m4,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "norms": self._norms,
+            "sample": self._sample,
+            "sample_priority": self._priority,
+            "sample_limit": torch.tensor([self._sample_limit], dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Statistics":
+        """The inverse of ``to_tensors``. Raises LlmWsaeError when a tensor is missing."""
+        try:
+            count, context_size, sample_rows = tensors["count"].tolist()
+            new = cls(len(tensors["mean"]), context_size, sample_rows)
+            new.count = count
+            new.mean = tensors["mean"]
+            new._m2, new._m3, new._m4 = tensors["m2"], tensors["m3"], tensors["m4"]
+            new.minimum, new.maximum = tensors["minimum"], tensors["maximum"]
+            new._norms = tensors["norms"]
+            new._sample, new._priority = tensors["sample"], tensors["sample_priority"]
+            new._sample_limit = float(tensors["sample_limit"])
+        except KeyError as missing:
+            raise LlmWsaeError(f"the statistics lack the tensor {missing}; harvest again") from None
+        return new
+
+
+def num_buckets(context_size: int) -> int:
+    """Number of position buckets for contexts of that size."""
+    return int(_bucket_of(torch.tensor([max(context_size - 1, 0)]))) + 1
+
+
+def _bucket_of(positions: Tensor) -> Tensor:
+    octave = (positions.clamp(min=1).double() / _SINGLE_POSITIONS).log2().floor().long()
+    return torch.where(positions < _SINGLE_POSITIONS, positions.long(), _SINGLE_POSITIONS + octave)
+
+
+def _bucket_range(bucket: int, context_size: int) -> tuple[int, int]:
+    if bucket < _SINGLE_POSITIONS:
+        return bucket, bucket
+    first = _SINGLE_POSITIONS * 2 ** (bucket - _SINGLE_POSITIONS)
+    return first, min(2 * first, context_size) - 1
+
+
+def _bin_of(norm: float) -> float:
+    return (math.log2(norm) - _MIN_OCTAVE) * _BINS_PER_OCTAVE
+
+
+def _bin_edge(position: float) -> float:
+    return 2.0 ** (position / _BINS_PER_OCTAVE + _MIN_OCTAVE)
+
+
+def _histogram(norm: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    bins = ((norm.clamp(min=1e-30).log2() - _MIN_OCTAVE) * _BINS_PER_OCTAVE).floor().long()
+    cells = _bucket_of(positions) * shape[1] + bins.clamp(0, shape[1] - 1)
+    return torch.bincount(cells, minlength=shape.numel()).view(shape)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator.clamp(min=1e-300), 0.0)
