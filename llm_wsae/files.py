@@ -66,7 +66,9 @@ def read_json(path: Path, what: str) -> Any:
         raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
 
 
-def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file atomically (tensors are made contiguous on the CPU)."""
     from safetensors.torch import save_file
 

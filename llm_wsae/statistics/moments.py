@@ -77,7 +77,7 @@ class Statistics:
         self.minimum = torch.minimum(self.minimum, x.amin(0))
         self.maximum = torch.maximum(self.maximum, x.amax(0))
         mean = x.mean(0)
-        x -= mean
+        x = x - mean  # not in place: float64 rows are the caller's own
         square = x * x
         m2 = square.sum(0)
         m3 = x.mul_(square).sum(0)
@@ -184,7 +184,7 @@ class Statistics:
     @property
     def massive_threshold(self) -> float:
         """Norm above which a row counts as a massive activation: ten median norms."""
-        return _bin_edge(self._massive_bin())
+        return _bin_edge(float(self._massive_bin()))
 
     @property
     def massive_count(self) -> int:

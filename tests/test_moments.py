@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
+
+
+def rows_of(n, d=5, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return (x.sign() * x.abs() ** torch.linspace(0.5, 2, d) + torch.arange(d)).to(dtype)
+
+
+def positions_of(n, context=32):
+    return torch.arange(n) % context
+
+
+def test_moments_equal_scipy():
+    x = rows_of(10_001)
+    s = Statistics(5, 32).update(x, positions_of(len(x)))
+    assert s.count == len(x)
+    torch.testing.assert_close(s.mean, x.mean(0))
+    torch.testing.assert_close(s.variance, x.var(0, correction=0))
+    torch.testing.assert_close(s.skewness, torch.tensor(stats.skew(x.numpy())))
+    torch.testing.assert_close(s.excess_kurtosis, torch.tensor(stats.kurtosis(x.numpy())))
+    assert torch.equal(s.minimum, x.amin(0)) and torch.equal(s.maximum, x.amax(0))
+
+
+def test_large_offset_loses_nothing():
+    x = rows_of(5000) + 1e6
+    s = Statistics(5, 32).update(x, positions_of(len(x)))
+    torch.testing.assert_close(s.variance, x.var(0, correction=0), rtol=1e-8, atol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=6))
+def test_merging_parts_equals_one_pass(sizes):
+    x = rows_of(sum(sizes) + 1)
+    p = positions_of(len(x))
+    whole = Statistics(5, 32).update(x, p)
+    merged = Statistics(5, 32).update(x[-1:], p[-1:])
+    start = 0
+    for size in sizes:
+        part = Statistics(5, 32)
+        part.update(x[start : start + size], p[start : start + size])
+        merged.merge(part)
+        start += size
+    for name in ("mean", "variance", "skewness", "excess_kurtosis", "minimum", "maximum"):
+        torch.testing.assert_close(getattr(merged, name), getattr(whole, name))
+    assert merged.count == whole.count
+    assert torch.equal(merged._norms, whole._norms)
+    # while every row still fits, the sample is all rows in some order
+    assert sorted(merged.sample[:, 0].tolist()) == sorted(whole.sample[:, 0].tolist())
+
+
+def test_massive_rows_are_found_where_they_sit_and_do_not_move_the_robust_variance():
+    x = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(1))
+    p = positions_of(len(x), 64)
+    clean = Statistics(8, 64).update(x, p).robust_variance
+    x[p == 0, 3] = 5000.0
+    x[100, 5] = -4000.0  # position 36
+    s = Statistics(8, 64).update(x, p)
+    assert s.massive_count == int((p == 0).sum()) + 1
+    assert s.massive_positions() == [(0, 0, 313, 313), (32, 63, 1, 9984)]
+    norms = x.norm(dim=1)
+    assert s.median_norm == pytest.approx(float(norms.median()), rel=0.03)
+    assert s.massive_count == int((norms > s.massive_threshold).sum())
+    assert s.variance[5] > 100 * clean[5]
+    torch.testing.assert_close(s.robust_variance[5], clean[5], rtol=0.05, atol=0)
+
+
+def test_sample_is_bounded_uniform_and_repeatable():
+    x = torch.arange(60_000.0)[:, None].expand(-1, 2)
+    p = positions_of(len(x))
+    s = Statistics(2, 32).update(x, p)
+    assert len(s.sample) == SAMPLE_ROWS
+    assert float(s.sample[:, 0].mean()) == pytest.approx(30_000, rel=0.03)
+    assert torch.equal(s.sample, Statistics(2, 32).update(x, p).sample)
+
+
+def test_small_samples_of_shards_merge_into_a_uniform_one():
+    total = Statistics(1, 32, sample_rows=1000)
+    for shard in range(8):  # the last shard is a tenth of the others
+        rows = torch.full((300 if shard == 7 else 3000, 1), float(shard))
+        part = Statistics(1, 32, sample_rows=200).update(rows, positions_of(len(rows)))
+        total.merge(part)
+    counts = torch.bincount(total.sample[:, 0].long(), minlength=8)
+    assert counts[:7].min() > 120 and counts[7] < 50
+
+
+def test_round_trip_and_bf16(tmp_path):
+    s = Statistics(5, 32).update(rows_of(999, dtype=torch.bfloat16), positions_of(999))
+    again = Statistics.from_tensors(s.to_tensors())
+    for name, tensor in s.to_tensors().items():
+        assert torch.equal(again.to_tensors()[name], tensor), name
+    assert again.sample.dtype == torch.float32
+
+
+def test_bad_rows_are_refused():
+    s = Statistics(5, 32)
+    with pytest.raises(LlmWsaeError, match="7 dimensions, expected 5"):
+        s.update(rows_of(3, 7), positions_of(3))
+    x = rows_of(10)
+    x[2, 1] = float("nan")
+    with pytest.raises(LlmWsaeError, match="1 of 10 rows hold NaN"):
+        s.update(x, positions_of(10))
+    assert s.count == 0
+    with pytest.raises(LlmWsaeError, match="lack the tensor 'mean'"):
+        Statistics.from_tensors({"count": torch.tensor([0, 1, 1])})
