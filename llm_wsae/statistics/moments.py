@@ -29,7 +29,7 @@ _BINS_PER_OCTAVE = 16
 _MIN_OCTAVE, _MAX_OCTAVE = -24, 40
 _NUM_BINS = (_MAX_OCTAVE - _MIN_OCTAVE) * _BINS_PER_OCTAVE
 _SINGLE_POSITIONS = 16  # positions kept apart; later ones share a bucket per octave
-_CHUNK_ROWS = 4096  # bounds the float64 copies made during an update
+_CHUNK_ROWS = 512  # the float64 copies made during an update stay in cache
 
 
 class Statistics:
@@ -60,20 +60,19 @@ class Statistics:
         """
         if rows.shape[1] != self.d_in:
             raise LlmWsaeError(f"rows have {rows.shape[1]} dimensions, expected {self.d_in}")
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            stop = start + _CHUNK_ROWS
-            self._update_chunk(rows[start:stop], positions[start:stop])
-        return self
-
-    def _update_chunk(self, rows: Tensor, positions: Tensor) -> None:
-        rows = rows.cpu()
-        x = rows.double()
-        norm = x.norm(dim=1)
-        if not bool(torch.isfinite(norm).all()):
-            bad = int((~torch.isfinite(norm)).sum())
+        rows, positions = rows.cpu(), positions.cpu()
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        if not bool(torch.isfinite(norms).all()):
+            bad = int((~torch.isfinite(norms)).sum())
             raise LlmWsaeError(f"{bad} of {len(rows)} rows hold NaN or infinite activations")
         self._add_to_sample(rows)
-        self._norms += _histogram(norm, positions.cpu(), self._norms.shape)
+        self._norms += _histogram(norms, positions, self._norms.shape)
+        for chunk in rows.split(_CHUNK_ROWS):
+            self._update_moments(chunk)
+        return self
+
+    def _update_moments(self, rows: Tensor) -> None:
+        x = rows.double()
         self.minimum = torch.minimum(self.minimum, x.amin(0))
         self.maximum = torch.maximum(self.maximum, x.amax(0))
         mean = x.mean(0)
