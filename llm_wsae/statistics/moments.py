@@ -60,6 +60,8 @@ class Statistics:
         """
         if rows.shape[1] != self.d_in:
             raise LlmWsaeError(f"rows have {rows.shape[1]} dimensions, expected {self.d_in}")
+        if len(rows) == 0:
+            return self
         rows, positions = rows.cpu(), positions.cpu()
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         if not bool(torch.isfinite(norms).all()):
