@@ -1,0 +1,189 @@
+"""A trained dictionary: encode activations into sparse latents, decode them, save and load.
+
+    latents = sparsity(x · W_enc + b_enc)        x̂ = latents · W_dec + b_dec
+
+Centring and scaling of the inputs are folded into the four tensors before they come here, so
+encoding never subtracts ``b_dec`` and a user hands in the model's own activations.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm_wsae.dictionary.files import read_folder, write_folder
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import Sparsity, to_dense
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.model.site import Site
+from llm_wsae.sparse.codes import Codes
+from llm_wsae.sparse.operations import decode as decode_codes
+
+_TILE_ROWS = 1024  # rows encoded at once, so that rows × d_sae is never held for sparse codes
+
+
+class Dictionary(nn.Module):
+    """A sparse autoencoder of ``d_in`` dimensions and ``d_sae`` latents, float32, frozen.
+
+    ``info`` says how it was made; ``extras`` holds what SAELens has no place for: the loss weights
+    ``gamma`` [d_in] and statistics of the training rows (``mean``, ``variance``,
+    ``robust_variance``, each [d_in]), on the CPU. Parameters do not require gradients until
+    ``requires_grad_()`` is called; gradients with respect to the input always flow.
+
+    Raises UsageError when the tensors' shapes do not fit each other or the sparsity, or when
+    ``info.site`` is not the name of a site.
+    """
+
+    def __init__(
+        self,
+        *,
+        W_enc: Float[Tensor, "encoder_in encoder_sae"],
+        W_dec: Float[Tensor, "decoder_sae decoder_in"],
+        b_enc: Float[Tensor, " bias_sae"],
+        b_dec: Float[Tensor, " bias_in"],
+        sparsity: Sparsity,
+        info: DictionaryInfo,
+        extras: Mapping[str, Tensor] | None = None,
+    ):
+        super().__init__()
+        d_in, d_sae = W_enc.shape
+        for name, tensor, shape in (
+            ("W_dec", W_dec, (d_sae, d_in)),
+            ("b_enc", b_enc, (d_sae,)),
+            ("b_dec", b_dec, (d_in,)),
+        ):
+            if tuple(tensor.shape) != shape:
+                raise UsageError(
+                    f"{name} has the shape {list(tensor.shape)}, but W_enc is [{d_in}, {d_sae}], "
+                    f"so {name} must be {list(shape)}"
+                )
+        sparsity.check(d_sae)
+        Site.parse(info.site)
+        self.W_enc = _parameter(W_enc)
+        self.W_dec = _parameter(W_dec)
+        self.b_enc = _parameter(b_enc)
+        self.b_dec = _parameter(b_dec)
+        self.sparsity = sparsity
+        self.info = info
+        self.extras = {key: tensor.detach().cpu() for key, tensor in (extras or {}).items()}
+
+    @property
+    def d_in(self) -> int:
+        """Number of dimensions."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[1]
+
+    @property
+    def site(self) -> Site:
+        """The point of the residual stream whose rows it encodes."""
+        return Site.parse(self.info.site)
+
+    def encode_sparse(self, x: Float[Tensor, "*rows d_in"]) -> Codes:
+        """The active latents of every row: indices and values ``[*rows, k]``.
+
+        Raises UsageError for rows of another width, LlmWsaeError for NaN or infinite rows.
+        """
+        rows = self._rows(x)
+        if len(rows) == 0:
+            tiles = [self._select(rows)]
+        else:
+            tiles = [self._select(tile) for tile in rows.split(_TILE_ROWS)]
+        width = max(tile.indices.shape[1] for tile in tiles)  # ReLU: tiles differ in width
+        indices = torch.cat([_widen(tile.indices, width) for tile in tiles])
+        values = torch.cat([_widen(tile.values, width) for tile in tiles])
+        return Codes(
+            indices.view(*x.shape[:-1], width),
+            values.view(*x.shape[:-1], width),
+        )
+
+    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
+        """All latents of every row, dense. Raises as ``encode_sparse`` does."""
+        dense = to_dense(self._select(self._rows(x)), self.d_sae)
+        return dense.view(*x.shape[:-1], self.d_sae)
+
+    def decode(self, latents: Float[Tensor, "*rows d_sae"] | Codes) -> Float[Tensor, "*rows d_in"]:
+        """The reconstruction from dense latents or from codes.
+
+        Raises UsageError when dense latents have another width.
+        """
+        if isinstance(latents, Codes):
+            *rows, width = latents.indices.shape
+            flat = Codes(latents.indices.reshape(-1, width), latents.values.reshape(-1, width))
+            return decode_codes(flat, self.W_dec, self.b_dec).view(*rows, self.d_in)
+        if latents.shape[-1] != self.d_sae:
+            raise UsageError(
+                f"the latents are {latents.shape[-1]} wide, but this dictionary has {self.d_sae}"
+            )
+        return latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
+        """The reconstruction of every row, in the dictionary's dtype."""
+        return self.decode(self.encode_sparse(x))
+
+    def save(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write the dictionary folder; ``dtype`` is that of the two matrices on disk.
+
+        An older dictionary there is replaced; any other folder is refused. With bfloat16 or
+        float16 the file is half as large and the weights are rounded once: measure the reloaded
+        dictionary, not this one. Raises LlmWsaeError (see ``files.write_folder``).
+        """
+        write_folder(
+            Path(folder),
+            dict(self.named_parameters()),
+            self.sparsity,
+            self.info,
+            self.extras,
+            dtype,
+        )
+
+    @classmethod
+    def load(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> "Dictionary":
+        """Read a dictionary folder. Raises LlmWsaeError (see ``files.read_folder``)."""
+        content = read_folder(Path(folder))
+        new = cls(
+            **content.weights,
+            sparsity=content.sparsity,
+            info=content.info,
+            extras=content.extras,
+        )
+        return new.to(device)
+
+    def extra_repr(self) -> str:
+        """What a user sees on printing the dictionary."""
+        return (
+            f"{self.info.name!r} at {self.site}: {self.d_in} dimensions, {self.d_sae} latents, "
+            f"{self.sparsity}, rule={self.info.rule} alpha={self.info.alpha:g}"
+        )
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.d_in:
+            raise UsageError(
+                f"the activations are {x.shape[-1]} wide, but this dictionary reads {self.d_in} "
+                f"dimensions ({self.site})"
+            )
+        rows = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        # A NaN would come out as some k latents: the selection must never see one. One pass over
+        # the rows is nothing beside the encoder's product.
+        finite = torch.isfinite(rows).all(1)
+        if not bool(finite.all()):
+            raise LlmWsaeError(
+                f"{int((~finite).sum())} of {len(rows)} rows to encode hold NaN or infinity"
+            )
+        return rows
+
+    def _select(self, rows: Tensor) -> Codes:
+        return self.sparsity.select(torch.addmm(self.b_enc, rows, self.W_enc))
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().float().contiguous(), requires_grad=False)
+
+
+def _widen(tensor: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(tensor, (0, width - tensor.shape[1]))

@@ -1,0 +1,138 @@
+import copy
+
+import pytest
+import torch
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import ReLU, TopK
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.sparse.codes import Codes
+
+D_IN, D_SAE = 12, 80
+SPARSITIES = [TopK(5), ReLU()]
+
+
+def make(sparsity, seed=0) -> Dictionary:
+    draw = torch.Generator().manual_seed(seed)
+    return Dictionary(
+        W_enc=torch.randn(D_IN, D_SAE, generator=draw),
+        W_dec=torch.randn(D_SAE, D_IN, generator=draw),
+        b_enc=torch.randn(D_SAE, generator=draw),
+        b_dec=torch.randn(D_IN, generator=draw),
+        sparsity=sparsity,
+        info=DictionaryInfo(site="blocks.1.hook_resid_post"),
+    )
+
+
+def rows(*shape, seed=1):
+    return torch.randn(*shape, D_IN, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(dictionary, x):
+    """Latents and reconstruction from the definition, in float64."""
+    pre = x.double() @ dictionary.W_enc.double() + dictionary.b_enc.double()
+    if isinstance(dictionary.sparsity, TopK):
+        kth = pre.sort(dim=-1, descending=True).values[..., dictionary.sparsity.k - 1, None]
+        pre = torch.where(pre >= kth, pre, 0.0)
+    latents = pre.clamp(min=0)
+    return latents, latents @ dictionary.W_dec.double() + dictionary.b_dec.double()
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", [(), (1,), (9,), (3, 4), (2, 3, 4), (0,), (2500,)])
+def test_encode_and_decode_equal_the_definition(sparsity, shape):
+    dictionary, x = make(sparsity), rows(*shape)
+    latents, reconstruction = by_hand(dictionary, x)
+    dense, codes = dictionary.encode(x), dictionary.encode_sparse(x)
+    assert dense.shape == (*shape, D_SAE)
+    assert codes.indices.shape[:-1] == codes.values.shape[:-1] == shape
+    torch.testing.assert_close(dense.double(), latents, atol=1e-5, rtol=1e-5)
+    scattered = torch.zeros(*shape, D_SAE).scatter_(-1, codes.indices, codes.values)
+    torch.testing.assert_close(scattered, dense, atol=1e-5, rtol=1e-5)
+    for result in (dictionary(x), dictionary.decode(dense), dictionary.decode(codes)):
+        assert result.shape == x.shape
+        torch.testing.assert_close(result.double(), reconstruction, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_float_input_is_computed_in_the_dictionarys_dtype(dtype):
+    dictionary, x = make(TopK(5)), rows(9).to(dtype)
+    assert dictionary(x).dtype == torch.float32
+    assert torch.equal(dictionary(x), dictionary(x.float()))
+
+
+def test_unused_slots_add_nothing():
+    dictionary = make(TopK(5))
+    codes = Codes(torch.tensor([[3, 7, 7]]), torch.tensor([[2.0, 0.0, 0.0]]))
+    expected = 2 * dictionary.W_dec[3] + dictionary.b_dec
+    torch.testing.assert_close(dictionary.decode(codes)[0], expected)
+
+
+def test_encoding_never_subtracts_the_decoder_bias():
+    dictionary = make(TopK(5))
+    before = dictionary.encode(rows(9))
+    dictionary.b_dec.add_(100.0)
+    assert torch.equal(dictionary.encode(rows(9)), before)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_gradient_reaches_the_input_and_not_the_weights(sparsity):
+    dictionary, x = make(sparsity), rows(4).requires_grad_()
+    latents = dictionary.encode(x.detach())
+    dictionary(x).sum().backward()
+    active = (latents > 0).float()
+    expected = (active * dictionary.W_dec.sum(1)) @ dictionary.W_enc.T
+    torch.testing.assert_close(x.grad, expected, atol=1e-4, rtol=1e-4)
+    assert dictionary.W_enc.grad is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_rows_are_an_error(bad):
+    x = rows(3, 4)
+    x[1, 2, 0] = bad
+    for run in (make(TopK(5)).encode, make(TopK(5)).encode_sparse, make(ReLU())):
+        with pytest.raises(LlmWsaeError, match="1 of 12 rows to encode hold NaN or infinity"):
+            run(x)
+
+
+def test_wrong_width_is_a_sentence():
+    dictionary = make(TopK(5))
+    with pytest.raises(UsageError, match=r"13 wide, but this dictionary reads 12 dimensions"):
+        dictionary.encode(torch.zeros(3, 13))
+    with pytest.raises(UsageError, match=r"79 wide, but this dictionary has 80"):
+        dictionary.decode(torch.zeros(3, 79))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("W_dec", (D_IN, D_SAE)), ("b_enc", (D_IN,)), ("b_dec", (D_SAE,))]
+)
+def test_tensors_that_do_not_fit_each_other(name, shape):
+    good = make(TopK(5))
+    parts = {**dict(good.named_parameters()), name: torch.zeros(shape)}
+    with pytest.raises(UsageError, match=f"{name} has the shape"):
+        Dictionary(**parts, sparsity=TopK(5), info=good.info)
+
+
+def test_misspelt_site():
+    with pytest.raises(UsageError, match="not a site"):
+        Dictionary(
+            **dict(make(ReLU()).named_parameters()),
+            sparsity=ReLU(),
+            info=DictionaryInfo(site="blocks.1.hook_resid"),
+        )
+
+
+def test_k_larger_than_the_dictionary():
+    with pytest.raises(UsageError, match="k = 81 active latents is more"):
+        make(TopK(81))
+
+
+def test_module_moves_and_copies():
+    dictionary = make(TopK(5))
+    double = copy.deepcopy(dictionary).double()
+    assert double(rows(3)).dtype == torch.float64
+    torch.testing.assert_close(double(rows(3)), by_hand(dictionary, rows(3))[1])
+    assert "80 latents" in repr(dictionary)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert dictionary.to(device)(rows(3).to(device)).device.type == device

@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from llm_wsae.dictionary.sparsity import SPARSITIES, ReLU, TopK, sparsity_from_settings, to_dense
+from llm_wsae.errors import LlmWsaeError, UsageError
+
+
+@pytest.mark.parametrize("d_sae", [7, 64, 240])
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_topk_keeps_the_k_largest_and_clips_negative_ones(d_sae, k):
+    pre = torch.randn(50, d_sae, generator=torch.Generator().manual_seed(k)) - 1
+    kth = pre.sort(dim=1, descending=True).values[:, k - 1 : k]
+    expected = torch.where(pre >= kth, pre, 0.0).clamp(min=0)
+    codes = TopK(k).select(pre)
+    assert codes.indices.shape == (50, k)
+    assert torch.equal(to_dense(codes, d_sae), expected)
+
+
+def test_relu_keeps_every_positive_entry():
+    pre = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    pre[3] = -1.0
+    codes = ReLU().select(pre)
+    assert codes.indices.shape[1] == int((pre > 0).sum(1).max())
+    assert torch.equal(to_dense(codes, 40), pre.clamp(min=0))
+    assert torch.equal(to_dense(ReLU().select(pre[3:4]), 40), torch.zeros(1, 40))
+
+
+def test_settings_lead_back_to_the_same_sparsity():
+    for sparsity in (TopK(5), ReLU()):
+        cfg = {"architecture": sparsity.architecture, **sparsity.settings()}
+        assert sparsity_from_settings(cfg) == sparsity
+    assert {"topk", "standard"} == set(SPARSITIES)
+
+
+def test_unknown_architecture_names_the_known_ones():
+    with pytest.raises(LlmWsaeError, match=r"'gated'.*'topk'.*'standard'"):
+        sparsity_from_settings({"architecture": "gated"})
+
+
+@pytest.mark.parametrize("k", [None, 0, -1, 2.5, "3", True])
+def test_bad_k_in_a_file(k):
+    with pytest.raises(LlmWsaeError, match="positive whole number"):
+        sparsity_from_settings({"architecture": "topk", "k": k})
+
+
+def test_impossible_k():
+    with pytest.raises(UsageError, match="at least 1"):
+        TopK(0)
+    with pytest.raises(UsageError, match="more than the dictionary's 8 latents"):
+        TopK(9).check(8)
+    TopK(8).check(8)
