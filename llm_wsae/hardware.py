@@ -1,0 +1,44 @@
+"""What this machine can do: the device to use, its fast number format, the memory used so far."""
+
+import resource
+import sys
+
+import torch
+
+from llm_wsae.errors import UsageError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """A device by name; ``auto`` takes cuda, then mps, then cpu.
+
+    Raises UsageError when this machine lacks the named device.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, here in available.items() if here))
+    kind = name.split(":")[0]
+    if not available.get(kind, False):
+        here = ", ".join(kind for kind, ok in available.items() if ok)
+        raise UsageError(f"there is no device {name!r} on this machine; it has {here}")
+    return torch.device(name)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,179 @@
+"""One arm of a training: a dictionary in the making, its optimiser and dead-latent counters."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.dictionary.sparsity import ReLU, Sparsity, TopK
+from llm_wsae.statistics.weights import LossWeights
+from llm_wsae.train.auxk import add_auxk_gradients
+from llm_wsae.train.parameters import Batch, Parameters, Step, initial_parameters
+from llm_wsae.train.relu import relu_step
+from llm_wsae.train.topk import topk_step
+
+ADAM_BETAS = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """What sets one arm of a training apart from the others."""
+
+    weights: LossWeights
+    """Loss weights γ, normalised for the site."""
+    k: int | None = None
+    """Active latents of a TopK arm; None makes a ReLU arm."""
+    l1: float = 0.0
+    """L1 coefficient of a ReLU arm."""
+    seed: int = 0
+    """Seed of the initial weights."""
+
+    @property
+    def name(self) -> str:
+        """Folder name of the arm: weights, sparsity, and the seed unless it is 0."""
+        sparsity = f"relu-l{self.l1:g}" if self.k is None else f"k{self.k}"
+        return f"{self.weights.name}-{sparsity}" + (f"-s{self.seed}" if self.seed else "")
+
+    @property
+    def sparsity(self) -> Sparsity:
+        """The sparsity of the finished dictionary."""
+        return ReLU() if self.k is None else TopK(self.k)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on, as JSON."""
+        return {
+            "rule": self.weights.rule,
+            "alpha": self.weights.alpha,
+            "gamma_sum": float(self.weights.gamma.double().sum()),
+            "k": self.k,
+            "l1": self.l1,
+            "seed": self.seed,
+        }
+
+
+@dataclass
+class Progress:
+    """Sums over the steps since they were last read; tensors, so that reading is the only sync."""
+
+    loss: Tensor
+    squared_error: Tensor
+    firings: Tensor
+    rows: Tensor
+
+
+class Arm:
+    """Parameters, optimiser state and counters of one arm on a device."""
+
+    def __init__(self, config: ArmConfig, d_in: int, d_sae: int, device: torch.device):
+        config.sparsity.check(d_sae)
+        self.config = config
+        self.gamma = config.weights.gamma.to(device)
+        self.parameters = initial_parameters(d_in, d_sae, config.seed, device)
+        self.last_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self._optimiser = torch.optim.Adam(
+            list(self.parameters), betas=ADAM_BETAS, fused=device.type in ("cpu", "cuda")
+        )
+        self.progress = self._no_progress()
+
+    def step(
+        self, batch: Batch, rows_seen: int, learning_rate: float, aux: float, dead_after: int
+    ) -> None:
+        """One optimiser step. ``rows_seen`` counts all rows up to and including this batch."""
+        with torch.no_grad():
+            step = self.evaluate(batch)
+            if aux > 0 and self.config.k is not None:
+                self._revive(step, batch, rows_seen, aux, dead_after)
+            self.last_fired[step.firings > 0] = rows_seen
+            for parameter, gradient in zip(self.parameters, step.gradients, strict=True):
+                parameter.grad = gradient
+            for group in self._optimiser.param_groups:
+                group["lr"] = learning_rate
+            self._optimiser.step()
+            decoder = self.parameters.decoder
+            decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=1e-8)
+            self._record(step, batch)
+
+    def evaluate(self, batch: Batch) -> Step:
+        """Loss and gradients on a batch, changing nothing."""
+        if self.config.k is None:
+            return relu_step(self.parameters, batch, self.gamma, self.config.l1)
+        return topk_step(self.parameters, batch, self.gamma, self.config.k)
+
+    def dead(self, rows_seen: int, dead_after: int) -> Tensor:
+        """Which latents have not fired for ``dead_after`` rows. [d_sae] bool."""
+        return rows_seen - self.last_fired > dead_after
+
+    def _revive(self, step: Step, batch: Batch, rows_seen: int, aux: float, dead_after: int):
+        dead = self.dead(rows_seen, dead_after).nonzero().flatten()
+        if len(dead):
+            add_auxk_gradients(
+                step.gradients, self.parameters, batch, step.residual, dead, self.gamma, aux
+            )
+
+    def _record(self, step: Step, batch: Batch) -> None:
+        rows = batch.mask.sum()
+        self.progress.loss += step.loss * rows
+        self.progress.squared_error += (step.residual**2).sum()
+        self.progress.firings += step.firings.sum()
+        self.progress.rows += rows
+
+    def _no_progress(self) -> Progress:
+        return Progress(*(self.gamma.new_zeros((), dtype=torch.float64) for _ in range(4)))
+
+    def read_progress(self, rows_seen: int, dead_after: int, variance: float) -> dict[str, float]:
+        """Means since the last call, then start anew. ``variance`` is E‖x − mean‖² of the rows."""
+        sums, self.progress = self.progress, self._no_progress()
+        rows = max(1.0, float(sums.rows))
+        return {
+            "loss": float(sums.loss) / rows,
+            "fvu": float(sums.squared_error) / rows / variance,
+            "l0": float(sums.firings) / rows,
+            "dead": float(self.dead(rows_seen, dead_after).double().mean()),
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, as tensors."""
+        tensors = dict(self.parameters._asdict(), last_fired=self.last_fired)
+        for name, parameter in self.parameters._asdict().items():
+            for key, value in self._optimiser.state.get(parameter, {}).items():
+                tensors[f"{name}.{key}"] = value
+        tensors |= {f"progress.{name}": value for name, value in vars(self.progress).items()}
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of ``state``."""
+        self.last_fired.copy_(tensors["last_fired"])
+        for name, parameter in self.parameters._asdict().items():
+            parameter.copy_(tensors[name])
+            keys = [key for key in tensors if key.startswith(f"{name}.")]
+            self._optimiser.state[parameter] = {
+                key.removeprefix(f"{name}."): tensors[key].to(
+                    "cpu" if key.endswith(".step") and not parameter.is_cuda else parameter.device
+                )
+                for key in keys
+            }
+        self.progress = Progress(
+            **{
+                name: tensors[f"progress.{name}"].to(self.gamma.device)
+                for name in vars(self.progress)
+            }
+        )
+
+
+def folded(parameters: Parameters, mean: Float[Tensor, " d_in"], scale: float) -> dict[str, Tensor]:
+    """The dictionary's four tensors with input centring and scaling folded in, float32.
+
+    Training sees x' = (x − mean)/scale. With latents measured in the units of x (scale times
+    larger) decoder rows keep unit norm and W_enc stays as it is; only the biases change:
+    b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean.
+    """
+    encoder, decoder, encoder_bias, decoder_bias = (p.detach().cpu().double() for p in parameters)
+    mean = mean.cpu().double()
+    return {
+        "W_enc": encoder.T.float().contiguous(),
+        "W_dec": decoder.float(),
+        "b_enc": (scale * encoder_bias - encoder @ mean).float(),
+        "b_dec": (scale * decoder_bias + mean).float(),
+    }

@@ -1,0 +1,68 @@
+"""What a training is told. Free of torch, so that the command line can show it at once."""
+
+from dataclasses import dataclass
+
+from llm_wsae.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings shared by all arms of one training."""
+
+    expansion: int = 8
+    """Latents per dimension: d_sae = expansion × d_in."""
+    tokens: int | None = None
+    """Rows to train on, in all; the default is one pass over the store."""
+    batch_size: int = 2048
+    """Rows per step."""
+    learning_rate: float | None = None
+    """Peak learning rate of Adam; the default is 2e-4 · √(2¹⁸ / d_sae), at most 2e-3."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises from 0."""
+    decay: float = 0.5
+    """Share of the steps, at the end, over which it falls to 0."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the AuxK loss that revives dead latents (Gao et al. 2024); 0 turns it off."""
+    dead_after: int | None = None
+    """Rows without firing after which a latent counts as dead; default: a tenth of the rows, at
+    most 10 M."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between checkpoints."""
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    seed: int = 0
+    """Order of the rows; every arm sees the same batches."""
+    device: str = "auto"
+    """cuda, mps, cpu, or auto."""
+    dtype: str = "auto"
+    """Number format of the matrix products, bfloat16 or float32; auto takes what the hardware is
+    fast at. Weights and optimiser state are always float32."""
+    tracker: str = "none"
+    """Where the log also goes: none, tensorboard or wandb (each an extra of this package)."""
+
+    def __post_init__(self) -> None:
+        for name in ("expansion", "batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.tokens is not None and self.tokens < self.batch_size:
+            raise UsageError(
+                f"tokens ({self.tokens}) must be at least one batch ({self.batch_size} rows)"
+            )
+        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
+            raise UsageError("warmup and decay are shares of the steps: ≥ 0, together at most 1")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise UsageError(f"dtype must be auto, bfloat16 or float32, not {self.dtype!r}")
+        if self.tracker not in ("none", "tensorboard", "wandb"):
+            raise UsageError(f"tracker must be none, tensorboard or wandb, not {self.tracker!r}")
+
+
+def default_learning_rate(d_sae: int) -> float:
+    """Falls as 1/√d_sae (Gao et al. 2024, §A.3), from a value tuned at d_sae = 4608."""
+    return min(2e-3, 2e-4 * (2**18 / d_sae) ** 0.5)
+
+
+def learning_rate_factor(step: int, num_steps: int, warmup: float, decay: float) -> float:
+    """The trapezoid: linear rise over ``warmup``, flat, linear fall to 0 over ``decay``."""
+    rise = (step + 1) / max(1.0, warmup * num_steps)
+    fall = (num_steps - step) / max(1.0, decay * num_steps)
+    return min(1.0, rise, fall)

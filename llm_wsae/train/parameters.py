@@ -1,0 +1,73 @@
+"""What an arm learns, what a step returns, and the weighted loss all architectures share.
+
+Inputs are normalised before they come here: centred, divided by one global scale, massive rows set
+to 0 and masked. Latents are rows, so ``encoder`` is W_encᵀ.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Parameters(NamedTuple):
+    """Master weights of one arm, or their gradients, in float32."""
+
+    encoder: Float[Tensor, "d_sae d_in"]
+    decoder: Float[Tensor, "d_sae d_in"]
+    encoder_bias: Float[Tensor, " d_sae"]
+    decoder_bias: Float[Tensor, " d_in"]
+
+
+class Batch(NamedTuple):
+    """Normalised rows, shared by all arms."""
+
+    x: Float[Tensor, "batch d_in"]
+    """Float32 rows; masked ones are 0."""
+    x_fast: Float[Tensor, "batch d_in"]
+    """The same in the number format of the matrix products."""
+    mask: Float[Tensor, " batch"]
+    """1, or 0 for a massive row: it has no part in any loss."""
+
+
+class Step(NamedTuple):
+    """One evaluation of an arm's loss on a batch. Scalars stay on the device: no host sync."""
+
+    gradients: Parameters
+    residual: Float[Tensor, "batch d_in"]
+    """Reconstruction minus input, masked rows 0."""
+    firings: Float[Tensor, " d_sae"]
+    """How often each latent fired in the batch."""
+    loss: Float[Tensor, ""]
+
+
+def initial_parameters(
+    d_in: int, d_sae: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Parameters:
+    """Random unit decoder rows, the encoder tied to them, biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    decoder = torch.randn(d_sae, d_in, generator=generator, dtype=dtype)
+    decoder /= decoder.norm(dim=1, keepdim=True)
+    return Parameters(
+        decoder.clone().to(device),
+        decoder.to(device),
+        torch.zeros(d_sae, dtype=dtype, device=device),
+        torch.zeros(d_in, dtype=dtype, device=device),
+    )
+
+
+def weighted_error(
+    residual: Float[Tensor, "batch d_in"],
+    mask: Float[Tensor, " batch"],
+    gamma: Float[Tensor, " d_in"],
+) -> tuple[Tensor, Tensor]:
+    """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual.
+
+    The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, so every sparse
+    path behind it stays as it is.
+    """
+    scale = 1 / (mask.sum().clamp(min=1) * residual.shape[1])
+    gradient = residual * (gamma**2 * scale) * mask[:, None]
+    loss = (gradient * residual).sum()
+    return loss, gradient.mul_(2)
