@@ -1,0 +1,27 @@
+"""How much text an evaluation reads and how sure it wants to be."""
+
+from dataclasses import dataclass
+
+from llm_wsae.errors import UsageError
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of ``evaluate``."""
+
+    tokens: int = 50_000
+    """Rows (kept positions) of held-out text to evaluate. Below 50 000 the noise of CE recovered is
+    as large as the differences between good dictionaries."""
+    batch_tokens: int = 1024
+    """Tokens in one forward pass (at least one context). Their logits over the whole vocabulary are
+    held twice, in the model's dtype."""
+    bootstraps: int = 1000
+    """Resamplings of the contexts behind each 95 % interval."""
+    seed: int = 0
+    """Seed of the resamplings."""
+
+    def __post_init__(self):
+        for name in ("tokens", "batch_tokens", "bootstraps"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise UsageError(f"{flag} is {getattr(self, name)}, but must be at least 1")

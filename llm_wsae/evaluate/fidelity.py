@@ -1,0 +1,324 @@
+"""How faithfully dictionaries stand in for the activations they explain, on held-out text.
+
+Two readings of the same contexts. The first runs the model up to the last site and takes the mean
+of the rows: the constant that mean ablation puts in their place and about which variance is taken.
+The second runs the whole model once and then, for each variant (zeros, the mean, every dictionary),
+only the part behind the site, with the variant in place of the activations.
+
+What is replaced is what training saw: kept positions that are not massive activations. First
+positions, special tokens and massive rows keep the clean activation. Massive rows are judged by
+the threshold that training used (where a dictionary does not know it, ten times the rows' median
+norm, for which the contexts are read once more), are counted, and are put in, in one variant more,
+wherever there are any.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluate.bootstrap import Bootstrap
+from llm_wsae.evaluate.config import EvaluateConfig
+from llm_wsae.evaluate.measures import Moments, Reconstruction, exact, ratio
+from llm_wsae.evaluate.next_token import next_token_sums, scored_positions
+from llm_wsae.evaluate.report import Fidelity, Report
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import MASSIVE_RATIO
+
+# What a number per context counts: ("scored",), ("ce", "clean"), ("kl", "zero", site), …
+Key = tuple[str | Site, ...]
+
+
+@runtime_checkable
+class Context(Protocol):
+    """What is read of a context: token ids and which positions are kept, both [positions]."""
+
+    ids: np.ndarray | Tensor
+    keep: np.ndarray | Tensor
+
+
+@dataclass
+class _SiteState:
+    """A site's dictionaries, baselines and sums."""
+
+    dictionaries: dict[str, Dictionary]
+    threshold: float | None
+    total: Tensor
+    """Σ of the rows [d_in], float64."""
+    count: int = 0
+    rows: Moments | None = None
+    massive: Moments | None = None
+    made: dict[str, Reconstruction] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the rows [d_in], float64."""
+        return self.total / max(self.count, 1)
+
+    def split(self, hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks [contexts, positions] of the rows to measure and of the massive ones."""
+        massive = keep & (hidden.float().norm(dim=2) > self.threshold)
+        return keep & ~massive, massive
+
+
+@torch.no_grad()
+def evaluate(
+    dictionaries: Mapping[str, Dictionary],
+    model: LanguageModel,
+    contexts: Iterable[Context],
+    config: EvaluateConfig,
+) -> Report:
+    """Measure every dictionary, by name, on the first ``config.tokens`` rows of ``contexts``.
+
+    Dictionaries may belong to several sites; all see the same text. Raises UsageError if there is
+    no dictionary or one does not fit the model, LlmWsaeError if the text is too short or an
+    activation is not finite.
+    """
+    sites = _sites(dictionaries, model)
+    batches, num_contexts = _batches(contexts, config)
+    _read_thresholds(sites, model, batches)
+    _read_means(sites, model, batches)
+    columns: dict[Key, list[Tensor]] = defaultdict(list)
+    with tqdm(total=num_contexts, desc="evaluate", unit="ctx") as bar:
+        for ids, keep in batches:
+            for key, numbers in _evaluate_batch(sites, model, ids, keep):
+                columns[key].append(numbers)
+            bar.update(len(ids))
+    sums = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
+    bootstrap = Bootstrap(num_contexts, config.bootstraps, config.seed)
+    found = {
+        name: _fidelity(name, site, state, sums, bootstrap)
+        for site, state in sites.items()
+        for name in state.dictionaries
+    }
+    return Report(
+        model=model.identity(),
+        config=asdict(config),
+        num_contexts=num_contexts,
+        num_scored=int(sums["scored",].sum()),
+        dictionaries={name: found[name] for name in dictionaries},
+        notes=_notes(dictionaries, model, num_contexts),
+    )
+
+
+def _sites(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> dict[Site, _SiteState]:
+    if not dictionaries:
+        raise UsageError("there is no dictionary to evaluate; name at least one")
+    sites: dict[Site, _SiteState] = {}
+    for name, dictionary in dictionaries.items():
+        model.check_site(dictionary.site)
+        if dictionary.d_in != model.d_model:
+            raise UsageError(
+                f"dictionary {name!r} has {dictionary.d_in} dimensions, but {model.name} has "
+                f"{model.d_model}; evaluate it on the model it was trained on"
+            )
+        if dictionary.W_enc.device != model.device:
+            dictionary = copy.deepcopy(dictionary).to(model.device)
+        empty = torch.zeros(model.d_model, dtype=torch.float64)
+        state = sites.setdefault(dictionary.site, _SiteState({}, None, empty))
+        state.dictionaries[name] = dictionary
+        state.made[name] = Reconstruction(dictionary.d_in, dictionary.d_sae)
+        threshold = dictionary.info.massive_threshold
+        if threshold is not None:  # one mask for all dictionaries of a site, so that they compare
+            state.threshold = min(threshold, state.threshold or threshold)
+    return sites
+
+
+def _batches(
+    contexts: Iterable[Context], config: EvaluateConfig
+) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """The first contexts that hold ``config.tokens`` rows, as (ids, keep) batches, and how many."""
+    ids, keep, rows = [], [], 0
+    for context in contexts:
+        ids.append(torch.as_tensor(context.ids).long())
+        keep.append(torch.as_tensor(context.keep).bool())
+        rows += int(keep[-1].sum())
+        if rows >= config.tokens:
+            break
+    if rows < config.tokens or len(ids) < 2:
+        raise LlmWsaeError(
+            f"the text to evaluate on holds {rows:,} tokens in {len(ids)} contexts, but "
+            f"{config.tokens:,} tokens in at least 2 contexts are needed; ask for fewer tokens or "
+            "give more text"
+        )
+    size = max(1, config.batch_tokens // len(ids[0]))
+    return [
+        (torch.stack(ids[at : at + size]), torch.stack(keep[at : at + size]))
+        for at in range(0, len(ids), size)
+    ], len(ids)
+
+
+def _read_thresholds(
+    sites: dict[Site, _SiteState], model: LanguageModel, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Fill in the missing thresholds: ten times the rows' median norm."""
+    norms: dict[Site, list[Tensor]] = {s: [] for s, state in sites.items() if not state.threshold}
+    if not norms:
+        return
+    for ids, keep in tqdm(batches, desc="evaluate: norms", unit="batch"):
+        for site, hidden in model.activations(ids, list(norms)).items():
+            norms[site].append(hidden[keep.to(hidden.device)].float().norm(dim=1).cpu())
+    for site, parts in norms.items():
+        sites[site].threshold = MASSIVE_RATIO * float(torch.cat(parts).median())
+
+
+def _read_means(
+    sites: dict[Site, _SiteState], model: LanguageModel, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Take the mean of every site's rows, and set up the sums about it."""
+    for ids, keep in tqdm(batches, desc="evaluate: means", unit="batch"):
+        for site, hidden in model.activations(ids, list(sites)).items():
+            _check_finite(hidden, keep, site)
+            state = sites[site]
+            rows, _ = state.split(hidden, keep.to(hidden.device))
+            state.total += exact(hidden[rows]).sum(0)
+            state.count += int(rows.sum())
+    for state in sites.values():
+        state.rows, state.massive = Moments(state.mean), Moments(state.mean)
+
+
+def _evaluate_batch(
+    sites: dict[Site, _SiteState], model: LanguageModel, ids: Tensor, keep: Tensor
+) -> Iterator[tuple[Key, Tensor]]:
+    """Add a batch to all sums; yields, by key, the numbers per context that are resampled."""
+    ids, keep = ids.to(model.device), keep.to(model.device)
+    scored = scored_positions(keep)
+    activations = model.activations(ids, list(sites))
+    last = max(sites)
+    # Through the same code as every variant, so that a perfect splice gives the same numbers.
+    clean = model.resume(ids, last, activations[last])
+    yield ("scored",), scored.sum(1).cpu().double()
+    yield ("ce", "clean"), next_token_sums(clean, clean, ids, scored)[0]
+    for site, state in sites.items():
+        hidden = activations[site]
+        rows, massive = state.split(hidden, keep)
+        state.rows.update(hidden[rows])
+        state.massive.update(hidden[massive])
+        for baseline, value in (("zero", torch.zeros_like(state.total)), ("mean", state.mean)):
+            spliced = hidden.clone()
+            spliced[rows] = value.to(hidden)
+            ce, kl = next_token_sums(model.resume(ids, site, spliced), clean, ids, scored)
+            yield ("ce", baseline, site), ce
+            yield ("kl", baseline, site), kl
+        for name, dictionary in state.dictionaries.items():
+            made, spliced = state.made[name], hidden.clone()
+            spliced[rows] = made.update(dictionary, hidden[rows]).to(hidden.dtype)
+            ce, kl = next_token_sums(model.resume(ids, site, spliced), clean, ids, scored)
+            yield ("ce", "dictionary", name), ce
+            yield ("kl", "dictionary", name), kl
+            some = massive.any(1).nonzero()[:, 0]
+            if len(some):
+                spliced[massive] = made.update_massive(dictionary, hidden[massive]).to(hidden.dtype)
+                logits = model.resume(ids[some], site, spliced[some])
+                ce = ce.clone()
+                ce[some.cpu()] = next_token_sums(logits, clean[some], ids[some], scored[some])[0]
+            yield ("ce", "massive", name), ce
+
+
+def _fidelity(
+    name: str,
+    site: Site,
+    state: _SiteState,
+    sums: dict[Key, np.ndarray],
+    bootstrap: Bootstrap,
+) -> Fidelity:
+    made = state.made[name]
+    used = {
+        "scored": sums["scored",],
+        "clean": sums["ce", "clean"],
+        "spliced": sums["ce", "dictionary", name],
+        "massive": sums["ce", "massive", name],
+        "zero": sums["ce", "zero", site],
+        "mean": sums["ce", "mean", site],
+        "kl": sums["kl", "dictionary", name],
+        "kl zero": sums["kl", "zero", site],
+        "kl mean": sums["kl", "mean", site],
+    }
+    total = {key: column.sum(keepdims=True) for key, column in used.items()}
+
+    def per_position(key: str) -> float:
+        return float(total[key][0] / total["scored"][0])
+
+    def recovered(baseline: str, spliced: str = "spliced"):
+        return lambda t: (t[baseline] - t[spliced]) / (t[baseline] - t["clean"])
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = {
+            "zero": float(recovered("zero")(total)[0]),
+            "mean": float(recovered("mean")(total)[0]),
+            "massive": float(recovered("zero", "massive")(total)[0]),
+        }
+    deviation = state.rows.deviation()
+    fvu = ratio(made.error, deviation)
+    edges, counts = made.histogram()
+    return Fidelity(
+        name=name,
+        site=str(site),
+        rows=made.count,
+        massive_rows=state.massive.count,
+        massive_threshold=state.threshold,
+        fvu=fvu,
+        explained_variance=1 - fvu,
+        fvu_with_massive=ratio(
+            made.error + made.massive_error, state.rows.deviation(state.massive)
+        ),
+        cosine=made.cosine / max(made.count, 1),
+        l2_ratio=made.l2_ratio / max(made.count, 1),
+        l0=made.l0,
+        dead_share=made.dead_share,
+        dense_share=made.dense_share,
+        ce_clean=per_position("clean"),
+        ce_spliced=per_position("spliced"),
+        ce_mean_ablated=per_position("mean"),
+        ce_zero_ablated=per_position("zero"),
+        ce_recovered=shares["zero"],
+        ce_recovered_interval=bootstrap.interval(recovered("zero"), used),
+        ce_recovered_mean=shares["mean"],
+        ce_recovered_mean_interval=bootstrap.interval(recovered("mean"), used),
+        ce_increase_interval=bootstrap.interval(
+            lambda t: (t["spliced"] - t["clean"]) / t["scored"], used
+        ),
+        ce_spliced_with_massive=per_position("massive"),
+        ce_recovered_with_massive=shares["massive"],
+        kl=per_position("kl"),
+        kl_interval=bootstrap.interval(lambda t: t["kl"] / t["scored"], used),
+        kl_mean_ablated=per_position("kl mean"),
+        kl_zero_ablated=per_position("kl zero"),
+        density_histogram={"log10_edges": edges, "counts": counts},
+        fvu_per_dimension=(made.error / deviation.where(deviation > 0, torch.nan)).tolist(),
+        latent_density=made.density.tolist(),
+    )
+
+
+def _notes(
+    dictionaries: Mapping[str, Dictionary], model: LanguageModel, num_contexts: int
+) -> list[str]:
+    notes = []
+    identity = model.identity()
+    for name, dictionary in dictionaries.items():
+        trained = dictionary.info.model.get("weights_sha256")
+        if trained is not None and trained != identity["weights_sha256"]:
+            notes.append(
+                f"dictionary {name!r} was trained on other weights than these of {model.name}"
+            )
+    if num_contexts < 30:
+        notes.append(f"{num_contexts} contexts are few: the intervals are too narrow")
+    return notes
+
+
+def _check_finite(hidden: Tensor, keep: Tensor, site: Site) -> None:
+    bad = keep.to(hidden.device) & ~torch.isfinite(hidden).all(2)
+    if bool(bad.any()):
+        raise LlmWsaeError(
+            f"{int(bad.sum())} activations of the model at {site} are NaN or infinite; "
+            "try float32 instead of half precision"
+        )
