@@ -1,0 +1,199 @@
+"""Forward passes through the model's own modules: record at sites, stop early, go on from a site.
+
+The model runs as transformers wrote it (its own attention kernels, masks and position handling); we
+only hook the ends of its blocks. Every hook and patch is undone when the call ends, also by an
+error.
+
+Stopping: the hook at the last wanted site raises a private exception, so nothing behind it is
+computed.
+
+Going on from a site: the embeddings are computed as usual (they are a lookup, and the model derives
+masks and positions beside them), the blocks before the site pass their input through untouched, and
+the wanted activations enter at the site. ``mid`` needs care: the stream between attention and MLP
+is read twice, by the norm before the MLP and by the residual branch around it. Replacing only the
+norm's input, which is what a TransformerLens hook on ``ln2.hook_in`` does, leaves the clean
+activation in the residual branch. Here the activation enters as the *block's* input while the
+attention is made to contribute zero, so that the block's own code computes new + mlp(ln2(new)).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.model.site import Site
+
+
+class _StopForward(Exception):
+    """Raised by the hook at the last site; never leaves this module."""
+
+
+class Blocks:
+    """The transformer blocks of a Hugging Face model, with what it takes to reach their sites."""
+
+    def __init__(
+        self, hf_model: nn.Module, blocks: nn.ModuleList, mid: str | None, attn: str | None
+    ):
+        self._hf_model = hf_model
+        self._blocks = blocks
+        self._mid = mid
+        self._attn = attn
+        self._forms: dict[nn.Module, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def has_mid(self, block: int) -> bool:
+        """Whether this block has a ``hook_resid_mid``: the norm behind it, the attention before
+        it."""
+        paths = (self._mid, self._attn)
+        return all(path is not None and self._part(block, path) is not None for path in paths)
+
+    def run(self, ids: Tensor, **options: Any) -> Any:
+        """One plain forward of ``ids [contexts, positions]``; the model's output object."""
+        return self._hf_model(input_ids=ids, use_cache=False, return_dict=True, **options)
+
+    @contextlib.contextmanager
+    def recording(self, sites: Sequence[Site], stop: bool) -> Iterator[dict[Site, Tensor]]:
+        """While open, forwards write the activations at ``sites`` into the dictionary it yields.
+
+        With ``stop``, a forward ends at the last of them and the block of code ends there too.
+        """
+        recorded: dict[Site, Tensor] = {}
+        last = max(sites)
+        with contextlib.ExitStack() as hooks:
+            for site in sites:
+                self._hook(hooks, site, _recorder(recorded, site, stop and site == last))
+            with contextlib.suppress(_StopForward):
+                yield recorded
+
+    @contextlib.contextmanager
+    def entering(self, site: Site, hidden: Tensor) -> Iterator[None]:
+        """While open, forwards skip everything before ``site`` and go on from ``hidden`` there."""
+        self._learn_forms()
+        with contextlib.ExitStack() as patches:
+            for block in self._blocks[: site.block]:
+                _patch(patches, block, self._returning(block, _hidden_of))
+            block = self._blocks[site.block]
+            if site.point == "post":
+                _patch(patches, block, self._returning(block, lambda args, kwargs: hidden))
+            else:
+                _pre_hook(patches, block, lambda args, kwargs: hidden)
+            if site.point == "mid":
+                attention = self._part(site.block, self._attn)
+                zeros = torch.zeros_like(hidden)
+                _patch(patches, attention, self._returning(attention, lambda args, kwargs: zeros))
+                _pre_hook(patches, self._part(site.block, self._mid), _same_as(hidden, site))
+            yield
+
+    def _part(self, block: int, path: str) -> nn.Module | None:
+        try:
+            return self._blocks[block].get_submodule(path)
+        except AttributeError:
+            return None
+
+    def _hook(
+        self, hooks: contextlib.ExitStack, site: Site, record: Callable[[Tensor], None]
+    ) -> None:
+        """Call ``record`` with the stream at ``site`` on every forward."""
+        block = self._blocks[site.block]
+        if site.point == "post":
+            handle = block.register_forward_hook(lambda _, args, output: record(_first(output)))
+            hooks.callback(handle.remove)
+        else:
+            module = block if site.point == "pre" else self._part(site.block, self._mid)
+            _pre_hook(hooks, module, lambda args, kwargs: record(_hidden_of(args, kwargs)))
+
+    def _learn_forms(self) -> None:
+        """Note once whether blocks and attentions return a tensor (0) or a tuple (of how many).
+
+        It differs between architectures, and a skipped module must return what its caller unpacks.
+        """
+        if self._forms:
+            return
+        attentions = [self._part(i, self._attn) for i in range(len(self))] if self._attn else []
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            for module in [*self._blocks, *filter(None, attentions)]:
+                handle = module.register_forward_hook(
+                    lambda module, args, output: self._forms.__setitem__(
+                        module, 0 if isinstance(output, Tensor) else len(output)
+                    )
+                )
+                hooks.callback(handle.remove)
+            device = next(self._hf_model.parameters()).device
+            self.run(torch.zeros(1, 2, dtype=torch.long, device=device))
+
+    def _returning(
+        self, module: nn.Module, value: Callable[[tuple, dict], Tensor]
+    ) -> Callable[..., Any]:
+        """A forward that computes nothing and returns ``value`` in the form the module has."""
+        form = self._forms[module]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = value(args, kwargs)
+            return hidden if form == 0 else (hidden,) + (None,) * (form - 1)
+
+        return forward
+
+
+def _recorder(recorded: dict[Site, Tensor], site: Site, stop: bool) -> Callable[[Tensor], None]:
+    def record(hidden: Tensor) -> None:
+        recorded[site] = hidden
+        if stop:
+            raise _StopForward
+
+    return record
+
+
+def _same_as(hidden: Tensor, site: Site) -> Callable[[tuple, dict], None]:
+    """A guard: what reaches the MLP's norm must be the activation we let in, nothing added."""
+
+    def check(args: tuple, kwargs: dict) -> None:
+        if not torch.equal(_hidden_of(args, kwargs), hidden):
+            raise LlmWsaeError(
+                f"this architecture changes the stream inside the block before {site}, so an "
+                "activation cannot be put there; use hook_resid_pre or hook_resid_post"
+            )
+
+    return check
+
+
+def _hidden_of(args: tuple, kwargs: dict) -> Tensor:
+    """The residual stream among a module's inputs."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _pre_hook(
+    hooks: contextlib.ExitStack, module: nn.Module, visit: Callable[[tuple, dict], Tensor | None]
+) -> None:
+    """Show ``visit`` the module's inputs before it runs; a tensor it returns replaces the
+    stream."""
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        new = visit(args, kwargs)
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _patch(patches: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give one module another ``forward`` and restore exactly what was there."""
+    before = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+
+    def restore() -> None:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]
+
+    patches.callback(restore)

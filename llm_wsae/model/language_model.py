@@ -1,0 +1,218 @@
+"""The language model whose residual stream is explained.
+
+One class answers what the rest of the package asks of a model: its activations at sites, its
+logits, what it predicts when something else stands at a site, its embeddings, and who it is. Names
+and meanings are TransformerLens'; the forward passes are the model's own, which for harvesting is
+as fast as a bare Hugging Face forward cut off at the site, and returns the very numbers of
+``hidden_states``.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.hardware import choose_device, fast_dtype
+from llm_wsae.model.forward import Blocks
+from llm_wsae.model.identity import fingerprint
+from llm_wsae.model.loading import load_pretrained
+from llm_wsae.model.paths import find_paths, get_module, text_config
+from llm_wsae.model.sharing import boot_bridge, share_weights
+from llm_wsae.model.site import Site
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LanguageModel:
+    """A causal language model of transformers, frozen and in eval mode. Not safe across threads.
+
+    Attributes: ``hf_model`` and ``tokenizer`` as transformers has them; ``name`` (Hub id, or the
+    bare name of a file or folder), ``revision`` (commit hash or None), ``device``, ``dtype``;
+    ``num_blocks``, ``d_model``; ``max_context`` (tokens the model can read, None if unlimited);
+    ``bos_token_id`` (None if the model has none); ``paths`` (where its modules are).
+    """
+
+    def __init__(self, hf_model: Any, tokenizer: Any, name: str, revision: str | None = None):
+        """Wrap a frozen model in eval mode; use ``load`` or ``from_live``."""
+        config = text_config(hf_model)
+        self.paths = find_paths(hf_model)
+        self.hf_model = hf_model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.device: torch.device = hf_model.device
+        self.dtype: torch.dtype = hf_model.dtype
+        self._blocks = Blocks(
+            hf_model, get_module(hf_model, self.paths.blocks), self.paths.mid, self.paths.attention
+        )
+        self.num_blocks = len(self._blocks)
+        self.d_model: int = config.hidden_size
+        self.max_context: int | None = getattr(config, "max_position_embeddings", None)
+        # The tokenizer knows; configurations often name a BOS that was never used in training.
+        source = config if tokenizer is None else tokenizer
+        self.bos_token_id: int | None = source.bos_token_id
+
+    @classmethod
+    def load(
+        cls, model: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+    ) -> "LanguageModel":
+        """Load a model by Hub id, local folder or ``.gguf`` file.
+
+        ``device``: auto (cuda, then mps, then cpu) or a torch device name. ``dtype``: auto
+        (bfloat16 where the hardware is fast in it, else float32), float32, bfloat16 or float16.
+
+        Raises UsageError for a name, revision, device or dtype that cannot be right, LlmWsaeError
+        if the model cannot be fetched or read.
+        """
+        if dtype != "auto" and dtype not in DTYPES:
+            raise UsageError(f"there is no dtype {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
+        place = choose_device(device)
+        loaded = load_pretrained(
+            model, revision, fast_dtype(place) if dtype == "auto" else DTYPES[dtype]
+        )
+        hf_model = loaded.hf_model.to(place).eval().requires_grad_(False)
+        return cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)
+
+    @classmethod
+    def from_live(cls, hf_model: Any, tokenizer: Any, name: str | None = None) -> "LanguageModel":
+        """Take a live transformers model and its tokenizer (None if only token ids will be used).
+
+        The model stays as it is, also its training mode and gradients: we work on a copy of its
+        structure that shares the weights.
+
+        Raises UsageError if it is not a causal language model of transformers.
+        """
+        from transformers import PreTrainedModel
+
+        if not isinstance(hf_model, PreTrainedModel) or hf_model.get_output_embeddings() is None:
+            raise UsageError(
+                f"{type(hf_model).__name__} is not a causal language model of transformers "
+                "(one with a head over the vocabulary)"
+            )
+        return cls(share_weights(hf_model), tokenizer, name or type(hf_model).__name__)
+
+    def check_site(self, site: Site) -> None:
+        """Raises UsageError if the model has no such site."""
+        site.check(self.num_blocks)
+        if site.point == "mid" and not self._blocks.has_mid(site.block):
+            why = self.paths.why_no_mid or "this block has no MLP of its own behind its attention"
+            raise UsageError(f"{self.name} has no {site}: {why}")
+
+    @torch.no_grad()
+    def activations(
+        self, ids: Integer[Tensor, "contexts positions"], sites: Sequence[Site]
+    ) -> dict[Site, Float[Tensor, "contexts positions d_model"]]:
+        """The residual stream at each site, in the model's dtype; nothing behind the last is
+        computed.
+
+        Raises UsageError for a site that the model lacks or contexts that it cannot read.
+        """
+        ids = self._checked(ids, sites)
+        with self._blocks.recording(sites, stop=True) as recorded:
+            self._blocks.run(ids)
+        return {site: self._stream(recorded[site], ids, site) for site in sites}
+
+    @torch.no_grad()
+    def logits(
+        self, ids: Integer[Tensor, "contexts positions"]
+    ) -> Float[Tensor, "contexts positions vocab"]:
+        """Next-token logits, in the model's dtype."""
+        return self._blocks.run(self._checked(ids, ())).logits
+
+    @torch.no_grad()
+    def logits_and_activations(
+        self, ids: Integer[Tensor, "contexts positions"], site: Site
+    ) -> tuple[
+        Float[Tensor, "contexts positions vocab"], Float[Tensor, "contexts positions d_model"]
+    ]:
+        """Next-token logits and the residual stream at one site, of one forward pass."""
+        ids = self._checked(ids, (site,))
+        with self._blocks.recording((site,), stop=False) as recorded:
+            logits = self._blocks.run(ids).logits
+        return logits, self._stream(recorded[site], ids, site)
+
+    def resume(
+        self,
+        ids: Integer[Tensor, "contexts positions"],
+        site: Site,
+        hidden: Float[Tensor, "contexts positions d_model"],
+    ) -> Float[Tensor, "contexts positions vocab"]:
+        """Logits when ``hidden`` stands at ``site``: only the blocks behind it are computed.
+
+        ``ids`` still gives positions and mask. At ``mid`` the block's output becomes
+        hidden + mlp(norm(hidden)); a TransformerLens hook there replaces the norm's input only.
+        Differentiable in ``hidden``; wrap in ``torch.no_grad`` when that is not wanted.
+
+        Raises UsageError for a site that the model lacks, LlmWsaeError if the architecture admits
+        no activation between attention and MLP.
+        """
+        ids = self._checked(ids, (site,))
+        with self._blocks.entering(site, hidden.to(self.device, self.dtype)):
+            return self._blocks.run(ids).logits
+
+    @functools.cached_property
+    def W_E(self) -> Float[Tensor, "vocab d_model"]:
+        """The token embedding, TransformerLens' ``W_E``."""
+        return self.hf_model.get_input_embeddings().weight.detach()
+
+    @functools.cached_property
+    def W_U(self) -> Float[Tensor, "d_model vocab"]:
+        """The unembedding, TransformerLens' ``W_U`` (the final norm is not folded in)."""
+        return self.hf_model.get_output_embeddings().weight.detach().T
+
+    def bridge(self) -> Any:
+        """TransformerLens' TransformerBridge of this model, built at the first call.
+
+        It shares the weights: hook and read it freely, but do not fold or process its weights.
+
+        Raises LlmWsaeError if TransformerLens does not support the architecture or there is no
+        tokenizer.
+        """
+        return self._bridge
+
+    @functools.cached_property
+    def _bridge(self) -> Any:
+        if self.tokenizer is None:
+            raise LlmWsaeError(f"TransformerLens needs a tokenizer; hand one over with {self.name}")
+        if not self.paths.from_transformer_lens:
+            raise LlmWsaeError(f"TransformerLens does not support {type(self.hf_model).__name__}")
+        return boot_bridge(self.hf_model, self.tokenizer, self.name, self.device)
+
+    def identity(self) -> dict[str, str | int | None]:
+        """What a manifest keeps of the model; ``weights_sha256`` and ``dtype`` decide sameness."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "architecture": type(self.hf_model).__name__,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "num_blocks": self.num_blocks,
+            "d_model": self.d_model,
+            "weights_sha256": self._fingerprint,
+        }
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.hf_model)
+
+    def _checked(self, ids: Tensor, sites: Sequence[Site]) -> Tensor:
+        """The ids as the model takes them, once the request is known to make sense."""
+        for site in sites:
+            self.check_site(site)
+        if self.max_context is not None and ids.shape[1] > self.max_context:
+            raise UsageError(
+                f"contexts of {ids.shape[1]} tokens are too long for {self.name}, "
+                f"which reads at most {self.max_context}"
+            )
+        return ids.to(self.device, torch.long)
+
+    def _stream(self, hidden: Tensor, ids: Tensor, site: Site) -> Tensor:
+        if hidden.shape != (*ids.shape, self.d_model):
+            raise LlmWsaeError(
+                f"{self.name} keeps a tensor of shape {tuple(hidden.shape)} at {site}, not one "
+                f"vector of {self.d_model} per token; this architecture is not supported"
+            )
+        return hidden

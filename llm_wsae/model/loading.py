@@ -1,0 +1,186 @@
+"""Finding and loading a causal language model: Hub id, local folder or ``.gguf`` file.
+
+transformers does the loading; this module decides what a name means, keeps the noise away, and
+turns what can go wrong into one sentence. Local files are loaded with ``local_files_only``, so that
+nobody waits for a network that the work does not need, without touching the process's environment.
+"""
+
+import contextlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from llm_wsae.errors import LlmWsaeError, UsageError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as transformers gives it, and what to call it."""
+
+    hf_model: Any
+    """The Hugging Face causal language model, on the CPU."""
+    tokenizer: Any
+    """Its tokenizer."""
+    name: str
+    """Hub id, or the bare name of the file or folder: it must not depend on where that lies."""
+    revision: str | None
+    """Commit hash on the Hub; None for local files."""
+
+
+def load_pretrained(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
+    """Load model and tokenizer by Hub id, local folder or ``.gguf`` file.
+
+    Raises UsageError if the name leads to no causal language model, LlmWsaeError if it cannot be
+    fetched or read.
+    """
+    path = Path(model).expanduser()
+    is_gguf = path.suffix == ".gguf"
+    is_local = is_gguf or path.is_dir()
+    if is_local and revision is not None:
+        raise UsageError(
+            f"{model} is a local model, which has no revision; leave revision {revision!r} out"
+        )
+    if is_gguf:
+        _check_gguf(model, path)
+        source, options = str(path.parent), {"gguf_file": path.name}
+    elif is_local:
+        source, options = str(path), {}
+    elif _looks_like_path(model):
+        raise UsageError(
+            f"there is no model at {model}; give a folder with config.json and weights, a .gguf "
+            "file or a Hub id such as gpt2"
+        )
+    else:
+        source, options = model, {"revision": revision}
+    options["local_files_only"] = is_local
+    options["trust_remote_code"] = False  # else transformers would ask on the terminal
+
+    try:
+        with _quiet(progress_bars=not is_local):
+            hf_model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, **options, **(_dense_weights() if is_gguf else {})
+            )
+            if hf_model.config.is_encoder_decoder:
+                raise UsageError(
+                    f"{model} is an encoder-decoder model; a decoder-only one is needed"
+                )
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _explained(error, model, revision) from error
+    return Loaded(
+        hf_model=hf_model,
+        tokenizer=tokenizer,
+        name=path.resolve().name if is_local else model,
+        revision=None if is_local else getattr(hf_model.config, "_commit_hash", None),
+    )
+
+
+def _check_gguf(model: str, path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"there is no file {model}")
+    if importlib.util.find_spec("gguf") is None:
+        raise LlmWsaeError(
+            f"reading {path.name} needs the gguf package: pip install 'llm-wsae[gguf]'"
+        )
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
+
+
+def _dense_weights() -> dict[str, Any]:
+    """Ask for ordinary dense Linear modules where transformers can keep GGUF weights packed.
+
+    Packed weights are multiplied in float32 by a downloaded kernel: slower, and not what bf16 is
+    for.
+    """
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+@contextlib.contextmanager
+def _quiet(progress_bars: bool) -> Iterator[None]:
+    """transformers without its warnings and, for local files, without its bars.
+
+    Downloads keep their bars: they are what a user waits for.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not progress_bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), contextlib.ExitStack() as silence:
+            warnings.simplefilter("ignore")
+            if not progress_bars:
+                # transformers draws one of its bars (GGUF) past its own switch.
+                silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeError:
+    """The one sentence for what transformers reports in a paragraph."""
+    chain = _chain(error)
+    text = " ".join(str(error).split())
+    if any(isinstance(e, hub_errors.GatedRepoError) for e in chain):
+        return LlmWsaeError(
+            f"{model} is gated: accept its licence on the Hub and log in with `hf auth login`"
+        )
+    if any(isinstance(e, hub_errors.RevisionNotFoundError) for e in chain):
+        return UsageError(f"{model} has no revision {revision!r} on the Hub")
+    unknown = (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError)
+    if any(isinstance(e, unknown) for e in chain) or "Repo id must" in text:
+        return UsageError(
+            f"there is no model {model!r}: not a local folder or .gguf file, and the Hub has no "
+            "such model (private ones need `hf auth login`)"
+        )
+    if any(isinstance(e, hub_errors.LocalEntryNotFoundError) for e in chain) or (
+        "couldn't connect" in text or "offline mode" in text
+    ):
+        return LlmWsaeError(
+            f"{model!r} is neither a local folder or .gguf file nor in the Hub's local cache, and "
+            "the Hub cannot be reached; check the name and the network"
+        )
+    if "Unrecognized configuration class" in text:
+        return UsageError(
+            f"{model} is not a causal language model (its configuration is "
+            f"{_between(text, 'configuration class ', ' for')})"
+        )
+    if isinstance(error, ValueError) and "custom code" in text:
+        return UsageError(
+            f"{model} brings its own model code, which is not run; load it yourself and hand the "
+            "live model over in Python"
+        )
+    if isinstance(error, ImportError):
+        return LlmWsaeError(f"loading {model} needs a package that is not installed: {text}")
+    sentence = text.split(". ")[0].rstrip(".")
+    return LlmWsaeError(f"{model} cannot be loaded as a causal language model: {sentence}")
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An error and the errors it came from."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _between(text: str, before: str, after: str) -> str:
+    dotted = text.split(before, 1)[-1].split(after, 1)[0]
+    return dotted.strip("<>'").split(".")[-1].rstrip("'>")

@@ -1,0 +1,130 @@
+"""Where a model keeps its parts: TransformerLens' map of the architecture, read without booting it.
+
+TransformerLens describes every architecture it supports by an adapter: which module is the list of
+blocks, which the final norm, and which module's input is what it calls ``hook_resid_mid``. We take
+those answers, so that a site means here exactly what it means there, and run the model's own
+modules. An architecture it does not know still has an obvious list of blocks; then only
+``hook_resid_mid``, which needs knowledge of the block's inside, is unavailable.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from llm_wsae.errors import LlmWsaeError
+
+
+@dataclass(frozen=True)
+class ModulePaths:
+    """Dotted module paths inside a Hugging Face causal language model."""
+
+    blocks: str
+    """The ModuleList of transformer blocks."""
+    mid: str | None
+    """Inside a block: the module whose input is ``hook_resid_mid``; None where that has no
+    meaning."""
+    attention: str | None
+    """Inside a block: the module whose output makes ``mid`` out of ``pre``; None with ``mid``."""
+    ln_final: str | None
+    """The norm between the last block and the unembedding; None if unknown."""
+    why_no_mid: str = ""
+    """The reason why ``mid`` is None, as the end of a sentence."""
+    from_transformer_lens: bool = True
+    """False where TransformerLens does not know the architecture."""
+
+
+def find_paths(hf_model: nn.Module) -> ModulePaths:
+    """The module paths of a Hugging Face causal language model.
+
+    Raises LlmWsaeError if TransformerLens does not know the architecture and no list of modules is
+    as long as the configuration says the model is deep.
+    """
+    known = _transformer_lens_paths(hf_model)
+    return known if known is not None else _guessed_paths(hf_model)
+
+
+def text_config(hf_model: Any) -> Any:
+    """The configuration of the language model proper (multimodal models nest it)."""
+    return hf_model.config.get_text_config(decoder=True)
+
+
+def get_module(root: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a dotted path, or None."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _transformer_lens_paths(hf_model: Any) -> ModulePaths | None:
+    adapter = _adapter(hf_model)
+    blocks = adapter.component_mapping.get("blocks") if adapter is not None else None
+    # An adapter can describe a class of the same name from other code: believe only what is there.
+    if blocks is None or not isinstance(get_module(hf_model, blocks.name), nn.ModuleList):
+        return None
+    aliases = blocks.hook_aliases
+    if (aliases.get("hook_resid_pre"), aliases.get("hook_resid_post")) != ("hook_in", "hook_out"):
+        return None
+    ln_final = adapter.component_mapping.get("ln_final")
+    mid = attention = None
+    why = "its blocks run attention and MLP in parallel, so there is no stream between them"
+    # TransformerLens points the name at the input of a part of the block: "ln2.hook_in".
+    part, _, end = str(aliases.get("hook_resid_mid", "")).rpartition(".")
+    if part in blocks.submodules and end == "hook_in" and "attn" in blocks.submodules:
+        mid, attention = blocks.submodules[part].name, blocks.submodules["attn"].name
+        why = ""
+    return ModulePaths(
+        blocks=blocks.name,
+        mid=mid,
+        attention=attention,
+        ln_final=ln_final.name if ln_final is not None else None,
+        why_no_mid=why,
+    )
+
+
+def _adapter(hf_model: Any) -> Any | None:
+    """TransformerLens' adapter of this architecture, or None if it has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformer_lens.factories.architecture_adapter_factory import (
+            SUPPORTED_ARCHITECTURES,
+            ArchitectureAdapterFactory,
+        )
+        from transformer_lens.model_bridge.sources._bridge_builder import (
+            build_bridge_config_from_hf,
+        )
+
+        architecture = type(hf_model).__name__
+        if architecture not in SUPPORTED_ARCHITECTURES:
+            return None
+        config = build_bridge_config_from_hf(
+            hf_model.config, architecture, architecture, hf_model.dtype
+        )
+        return ArchitectureAdapterFactory.select_architecture_adapter(config)
+
+
+def _guessed_paths(hf_model: Any) -> ModulePaths:
+    """The one list of modules that is as long as the model is deep."""
+    depth = getattr(text_config(hf_model), "num_hidden_layers", None)
+    lists = [
+        path
+        for path, module in hf_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if len(lists) != 1:
+        found = ", ".join(lists) if lists else "none"
+        raise LlmWsaeError(
+            f"cannot tell where {type(hf_model).__name__} keeps its transformer blocks: "
+            f"TransformerLens does not know this architecture and the module lists of length "
+            f"{depth} are: {found}; use a model that TransformerLens supports"
+        )
+    return ModulePaths(
+        blocks=lists[0],
+        mid=None,
+        attention=None,
+        ln_final=None,
+        why_no_mid="TransformerLens does not know this architecture; use hook_resid_pre or _post",
+        from_transformer_lens=False,
+    )

@@ -1,0 +1,55 @@
+"""A site: one point of the residual stream, under the name TransformerLens gives it.
+
+``blocks.9.hook_resid_post`` is the stream behind block 9, ``_pre`` the stream before it and
+``_mid`` the stream between its attention and its MLP. Names arrive as text (flags, manifests,
+dictionary configurations); everything inside works with ``Site``, so that a misspelt name is caught
+once, here. Nothing in this module needs torch.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from llm_wsae.errors import UsageError, nearest
+
+Point = Literal["pre", "mid", "post"]
+POINTS: tuple[Point, ...] = get_args(Point)  # in the order in which a forward pass reaches them
+
+
+@functools.total_ordering
+@dataclass(frozen=True)
+class Site:
+    """One point of the residual stream; sorts in the order in which a forward pass reaches it."""
+
+    block: int
+    """Index of the transformer block, from 0."""
+    point: Point
+    """``pre`` before the block, ``mid`` between attention and MLP, ``post`` behind the block."""
+
+    @classmethod
+    def parse(cls, name: str) -> "Site":
+        """The site of a TransformerLens name such as ``blocks.9.hook_resid_post``.
+
+        Raises UsageError, offering the nearest right name, if it is not one.
+        """
+        match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)", name)
+        if match:
+            return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+        number = re.search(r"\d+", name)
+        known = [str(cls(int(number[0]) if number else 0, point)) for point in POINTS]
+        raise UsageError(f"{name!r} is not a site of the residual stream; {nearest(name, known)}")
+
+    def check(self, num_blocks: int) -> None:
+        """Raises UsageError if a model of ``num_blocks`` blocks has no such block."""
+        if not 0 <= self.block < num_blocks:
+            raise UsageError(
+                f"there is no {self}: the model has {num_blocks} blocks, "
+                f"{Site(0, 'pre')} to {Site(num_blocks - 1, 'post')}"
+            )
+
+    def __str__(self) -> str:
+        return f"blocks.{self.block}.hook_resid_{self.point}"
+
+    def __lt__(self, other: "Site") -> bool:
+        return (self.block, POINTS.index(self.point)) < (other.block, POINTS.index(other.point))

