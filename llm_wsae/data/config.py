@@ -1,0 +1,105 @@
+"""What can be set about packing and harvesting. Needs neither torch nor numpy, so that asking for
+help stays fast."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llm_wsae.errors import UsageError
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """How documents become contexts, and which positions of a context give a row."""
+
+    context_size: int = 128
+    """Tokens per context, the beginning-of-sequence token included."""
+    prepend_bos: bool = True
+    """Begin each context with the beginning-of-sequence token, if the model has one."""
+    one_document_per_context: bool = False
+    """One document per context, cut off or padded, instead of documents packed end to end."""
+    drop_positions: int = 1
+    """First positions of a context that give no row: the very first holds massive activations."""
+    drop_special: bool = True
+    """Special tokens (such as the separator between documents) give no row."""
+
+    def __post_init__(self) -> None:
+        if self.context_size < 2:
+            raise UsageError(
+                f"a context of {self.context_size} tokens is too short; it needs at least 2"
+            )
+        if not 0 <= self.drop_positions < self.context_size:
+            raise UsageError(
+                f"cannot leave out the first {self.drop_positions} of {self.context_size} "
+                "positions; give a number from 0 to one less than the context size"
+            )
+
+    def packing(self) -> dict[str, Any]:
+        """The settings that decide what the rows are, for a manifest."""
+        return {name: getattr(self, name) for name in PackConfig.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class HarvestConfig(PackConfig):
+    """How many tokens to read, how, and in which form their activations are stored."""
+
+    tokens: int = 1_000_000
+    """Tokens fed to the model, rounded up to whole contexts. Positions that give no row count."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format on disk; auto is the model's own (float32 for a float16 model)."""
+    batch_tokens: int = 4096
+    """Tokens per forward pass, rounded down to whole contexts, at least one."""
+    shard_tokens: int = 32_768
+    """Tokens per shard, rounded up to whole forward passes: what a killed run loses at most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tokens", "batch_tokens", "shard_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise UsageError(f"a store cannot hold {self.dtype!r}; choose bfloat16 or float32")
+
+    @property
+    def num_contexts(self) -> int:
+        """Contexts to harvest in all."""
+        return -(-self.tokens // self.context_size)
+
+    @property
+    def contexts_per_batch(self) -> int:
+        """Contexts per forward pass."""
+        return max(1, self.batch_tokens // self.context_size)
+
+    @property
+    def contexts_per_shard(self) -> int:
+        """Contexts per shard, a multiple of ``contexts_per_batch``."""
+        per_batch = self.contexts_per_batch
+        return per_batch * -(-self.shard_tokens // (per_batch * self.context_size))
+
+
+@dataclass(frozen=True)
+class StreamConfig(PackConfig):
+    """How a model's activations are streamed into training without a store."""
+
+    batch_tokens: int = 4096
+    """Tokens per forward pass, rounded down to whole contexts, at least one."""
+    buffer_tokens: int = 1 << 17
+    """Tokens whose rows are shuffled among each other, rounded down to whole forward passes; two
+    buffers are in memory at a time."""
+    statistics_tokens: int = 1 << 17
+    """Tokens from the beginning of the corpus whose rows the statistics are taken of."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_tokens", "buffer_tokens", "statistics_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def contexts_per_batch(self) -> int:
+        """Contexts per forward pass."""
+        return max(1, self.batch_tokens // self.context_size)
+
+    @property
+    def batches_per_buffer(self) -> int:
+        """Forward passes whose rows are shuffled among each other."""
+        return max(1, self.buffer_tokens // (self.contexts_per_batch * self.context_size))

@@ -1,0 +1,162 @@
+"""Text in local files: ``.txt``, ``.jsonl`` and ``.parquet``, one or a folder of them.
+
+A line of a ``.jsonl`` file and a row of a ``.parquet`` file is a document. A text file is cut at
+empty lines into documents of about 8,000 characters, so that a single book has documents that can
+be held out and is never in memory whole; a shorter file is one document.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.data.corpus import RawDocument
+from llm_wsae.errors import LlmWsaeError, UsageError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+SECTION_CHARACTERS = 8000
+_FINGERPRINT_BYTES = 1 << 20
+
+
+class FileSource:
+    """A file, or every text file below a folder, sorted by path."""
+
+    def __init__(self, path: Path, text_column: str | None):
+        self.name = path.resolve().name
+        self._text_column = text_column
+        if path.is_dir():
+            found = (p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            self._files = sorted(found)
+            self._root = path
+            if not self._files:
+                raise UsageError(f"the folder {path} holds no {', '.join(SUFFIXES)} file")
+        else:
+            if path.suffix not in SUFFIXES:
+                raise UsageError(
+                    f"cannot read {path} as text: its name must end in {', '.join(SUFFIXES)}"
+                )
+            self._files, self._root = [path], path.parent
+        self.num_bytes: int | None = sum(file.stat().st_size for file in self._files)
+        if self.num_bytes == 0:
+            raise LlmWsaeError(f"the corpus {path} is empty")
+
+    def fingerprint(self) -> str:
+        """Hash over names, sizes, and the first and last megabyte of every file."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            size = file.stat().st_size
+            digest.update(f"{self._relative(file)}\0{size}\0".encode())
+            with open(file, "rb") as stream:
+                digest.update(stream.read(_FINGERPRINT_BYTES))
+                stream.seek(max(0, size - _FINGERPRINT_BYTES))
+                digest.update(stream.read())
+        return digest.hexdigest()
+
+    def documents(self, start: int) -> Iterator[RawDocument]:
+        return islice(self._all_documents(), start, None)
+
+    def _all_documents(self) -> Iterator[RawDocument]:
+        for file in self._files:
+            readers: dict[str, Callable[[Path], Iterator[RawDocument]]] = {
+                ".txt": self._text,
+                ".jsonl": self._json_lines,
+                ".parquet": self._parquet,
+            }
+            try:
+                yield from readers[file.suffix](file)
+            except UnicodeDecodeError as error:
+                raise LlmWsaeError(f"{file} is not UTF-8 text ({error.reason})") from None
+            except OSError as error:
+                raise LlmWsaeError(f"cannot read {file}: {error.strerror or error}") from error
+
+    def _text(self, file: Path) -> Iterator[RawDocument]:
+        name = self._relative(file)
+        for number, section in enumerate(_sections(file)):
+            yield RawDocument(f"{name}#{number}" if number else name, section, {"file": name})
+
+    def _json_lines(self, file: Path) -> Iterator[RawDocument]:
+        name = self._relative(file)
+        with open(file, encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                where = f"{file}, line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise LlmWsaeError(f"{where}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise LlmWsaeError(f"{where}: not a JSON object with a text column")
+                column = text_column_of(row, self._text_column, where)
+                yield _row_document(f"{name}#{number}", row, column)
+
+    def _parquet(self, file: Path) -> Iterator[RawDocument]:
+        from pyarrow import ArrowException, types
+        from pyarrow.parquet import ParquetFile
+
+        name = self._relative(file)
+        number = 0
+        try:
+            with ParquetFile(file) as table:
+                # The schema decides, since the first row of a nullable column may be empty.
+                row = {f.name: "" if types.is_string(f.type) or types.is_large_string(f.type)
+                       else None for f in table.schema_arrow}  # fmt: skip
+                column = text_column_of(row, self._text_column, str(file))
+                for batch in table.iter_batches(batch_size=256):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield _row_document(f"{name}#{number}", row, column)
+        except (ArrowException, OSError) as error:
+            raise LlmWsaeError(f"{file} is not a readable parquet file: {error}") from error
+
+    def _relative(self, file: Path) -> str:
+        return file.relative_to(self._root).as_posix()
+
+
+def text_column_of(row: dict[str, Any], wanted: str | None, where: str) -> str:
+    """The column of a row that holds the text: the wanted one, ``text``, or the only text there is.
+
+    Raises UsageError, naming ``where`` and the columns, if there is none or it is not clear.
+    """
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    columns = ", ".join(map(str, row)) or "none"
+    if wanted is not None:
+        if wanted not in texts:
+            raise UsageError(f"{where}: no text in a column {wanted!r}; the columns are {columns}")
+        return wanted
+    if "text" in texts:
+        return "text"
+    if len(texts) != 1:
+        raise UsageError(
+            f"{where}: no column 'text', and not one clear column of strings; the columns are "
+            f"{columns}: name the one with the text"
+        )
+    return texts[0]
+
+
+def _row_document(name: str, row: dict[str, Any], column: str) -> RawDocument:
+    labels = {key: value for key, value in row.items() if key != column}
+    return RawDocument(name, row[column] or "", labels)
+
+
+def _sections(file: Path) -> Iterator[str]:
+    """A text file in pieces of about SECTION_CHARACTERS, cut before an empty line if there is one.
+
+    A piece four times as long is cut at the end of its line, or within it.
+    """
+    lines: list[str] = []
+    length = 0
+    with open(file, encoding="utf-8") as stream:
+        while line := stream.readline(4 * SECTION_CHARACTERS):
+            if "\0" in line:
+                raise LlmWsaeError(f"{file} is not text: it holds NUL bytes")
+            full = length >= SECTION_CHARACTERS and not line.strip()
+            if full or length + len(line) > 4 * SECTION_CHARACTERS:
+                yield "".join(lines)
+                lines, length = [], 0
+            lines.append(line)
+            length += len(line)
+    if lines:
+        yield "".join(lines)

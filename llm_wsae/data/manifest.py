@@ -1,0 +1,188 @@
+"""The manifest of an activation store: what the rows are, and which shards are whole.
+
+It is rewritten, atomically, after each shard; a shard that it does not list does not exist. It
+holds nothing that differs between two runs over the same data (no times, no paths of a machine), so
+that a run that was killed and went on ends with the same bytes as an unbroken one.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import read_json, write_json
+
+MANIFEST = "manifest.json"
+FORMAT = "llm-wsae activation store"
+FORMAT_VERSION = 1
+TOKENS = "tokens"
+STATISTICS = "statistics.safetensors"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be."""
+
+    bytes: int
+    """Its size."""
+    sha256: str
+    """Its checksum, in hex."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One whole shard."""
+
+    contexts: int
+    """Number of contexts."""
+    rows: int
+    """Number of rows at each site."""
+    first: tuple[int, int]
+    """Document and offset at which its first context begins."""
+    next: tuple[int, int]
+    """Document and offset at which the shard behind it begins."""
+    files: dict[str, FileRecord]
+    """Its files, by path below the store."""
+
+
+@dataclass
+class Manifest:
+    """Everything about a store but the rows; the fields are the keys of ``manifest.json``."""
+
+    package_version: str
+    """Version of this package that began the store."""
+    model: dict[str, Any]
+    """``LanguageModel.identity()``."""
+    corpus: dict[str, Any]
+    """``Corpus.identity()``."""
+    sites: list[str]
+    """Sites, in the order of a forward pass."""
+    dtype: str
+    """Number format of the rows, ``bfloat16`` or ``float32``."""
+    d_in: int
+    """Width of the rows."""
+    packing: dict[str, Any]
+    """How documents became contexts and which positions were left out: ``PackConfig``."""
+    bos_token_id: int | None
+    """Token before each context, None if there is none."""
+    contexts_per_batch: int
+    """Contexts per forward pass; it can change the last bits of the rows."""
+    contexts_per_shard: int
+    """Contexts in each shard but the last."""
+    num_contexts: int
+    """Contexts asked for."""
+    complete: bool = False
+    """Whether all of them are there, with the statistics of all rows."""
+    statistics: dict[str, FileRecord] = field(default_factory=dict)
+    """The files with the statistics of all rows of each site, by path below the store."""
+    shards: list[ShardRecord] = field(default_factory=list)
+    """The whole shards."""
+
+    @property
+    def context_size(self) -> int:
+        """Tokens per context."""
+        return self.packing["context_size"]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows at each site, in whole shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def contexts_done(self) -> int:
+        """Contexts in whole shards."""
+        return sum(shard.contexts for shard in self.shards)
+
+    def shard_contexts(self, index: int) -> int:
+        """How many contexts the shard of that number must hold; 0 or less behind the last."""
+        done = index * self.contexts_per_shard
+        return min(self.contexts_per_shard, self.num_contexts - done)
+
+    def all_files(self) -> dict[str, FileRecord]:
+        """Every file of the store, by path below it."""
+        files = dict(self.statistics)
+        for shard in self.shards:
+            files |= shard.files
+        return files
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """Clauses that say in what another harvest would differ from this one."""
+        clauses = []
+        for name in ("model", "corpus", "packing"):
+            mine, others = getattr(self, name), getattr(other, name)
+            clauses += [
+                f"{name} {key} is {mine.get(key)!r}, not {others.get(key)!r}"
+                for key in dict.fromkeys([*mine, *others])
+                if mine.get(key) != others.get(key)
+            ]
+        names = ("sites", "dtype", "d_in", "bos_token_id")
+        for name in (*names, "contexts_per_batch", "contexts_per_shard"):
+            mine, others = getattr(self, name), getattr(other, name)
+            if mine != others:
+                clauses.append(f"its {name.replace('_', ' ')} is {mine!r}, not {others!r}")
+        return clauses
+
+    def save(self, folder: Path) -> None:
+        """Write ``manifest.json`` with a checksum over itself."""
+        value = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        write_json(folder / MANIFEST, {**value, "sha256": _digest(value)})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Read a store's manifest.
+
+        Raises LlmWsaeError if there is none, it is damaged, or it is not of this format.
+        """
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise LlmWsaeError(f"there is no activation store {folder}")
+        if not path.is_file():
+            raise LlmWsaeError(f"{folder} is not an activation store: it has no {MANIFEST}")
+        value = read_json(path, "manifest of the activation store")
+        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+            raise LlmWsaeError(f"{path} is not the manifest of an activation store")
+        version = value.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise LlmWsaeError(
+                f"{folder} has store format {version}; this version of llm-wsae reads format "
+                f"{FORMAT_VERSION} only"
+            )
+        checksum = value.pop("sha256", None)
+        if checksum != _digest({"format": FORMAT, "format_version": FORMAT_VERSION, **value}):
+            raise LlmWsaeError(f"{path} is damaged: its checksum does not fit; harvest again")
+        value["statistics"] = _records(value["statistics"])
+        value["shards"] = [
+            ShardRecord(
+                shard["contexts"],
+                shard["rows"],
+                tuple(shard["first"]),
+                tuple(shard["next"]),
+                _records(shard["files"]),
+            )
+            for shard in value["shards"]
+        ]
+        return cls(**value)
+
+
+def shard_paths(index: int, sites: list[str]) -> dict[str, tuple[str, str]]:
+    """By site, the paths below the store of a shard's activations and of their statistics."""
+    return {
+        site: (f"{site}/{index:05d}.safetensors", f"{site}/{index:05d}.{STATISTICS}")
+        for site in sites
+    }
+
+
+def tokens_path(index: int) -> str:
+    """Path below the store of a shard's token ids and keep-mask."""
+    return f"{TOKENS}/{index:05d}.safetensors"
+
+
+def _records(files: dict[str, Any]) -> dict[str, FileRecord]:
+    return {name: FileRecord(**record) for name, record in files.items()}
+
+
+def _digest(value: dict[str, Any]) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,218 @@
+"""Reading an activation store: rows of a site, their statistics, and the text behind each row.
+
+manifest.json                      what the rows are; every file's size and checksum
+tokens/00000.safetensors           ids, keep, document, offset [contexts, positions]
+blocks.9.hook_resid_post/
+    00000.safetensors              activations [rows, d_in]: the kept positions, in order
+    00000.statistics.safetensors   their statistics
+    statistics.safetensors         the statistics of all rows
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_wsae.data.batches import WINDOW_BYTES, shuffled_batches
+from llm_wsae.data.manifest import STATISTICS, Manifest, tokens_path
+from llm_wsae.data.rows import RowReader
+from llm_wsae.data.tokens import Contexts
+from llm_wsae.data.tokens_file import load_contexts
+from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.files import load_tensors
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import Statistics
+
+_SHARDS_OF_TOKENS_KEPT = 8
+
+
+class Located(NamedTuple):
+    """Where rows come from."""
+
+    context: Int[Tensor, " rows"]
+    """Number of the context in the store."""
+    position: Int[Tensor, " rows"]
+    """Position in the context."""
+    document: Int[Tensor, " rows"]
+    """Number of the document in the corpus; -1 for a token that belongs to none."""
+    offset: Int[Tensor, " rows"]
+    """Number of the token in its document."""
+    ids: Int[Tensor, "rows positions"]
+    """All token ids of the context."""
+
+
+class ActivationStore:
+    """A complete activation store on disk; open one with ``open``."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder = folder
+        self.manifest = manifest
+        self.sites = [Site.parse(name) for name in manifest.sites]
+        self.d_in = manifest.d_in
+        self.num_rows = manifest.num_rows
+        self.context_size = manifest.context_size
+        self._row_ends = list(accumulate(shard.rows for shard in manifest.shards))
+        self._tokens_of = functools.lru_cache(_SHARDS_OF_TOKENS_KEPT)(self._load_tokens)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "ActivationStore":
+        """Open a store.
+
+        Raises LlmWsaeError if there is none, it is of another format, or its harvest did not end.
+        """
+        folder = Path(folder)
+        manifest = Manifest.load(folder)
+        if not manifest.complete:
+            raise LlmWsaeError(
+                f"the store {folder} is not complete: {manifest.contexts_done} of "
+                f"{manifest.num_contexts} contexts are there; run its harvest again to go on"
+            )
+        return cls(folder, manifest)
+
+    def check_model(self, identity: dict[str, Any]) -> None:
+        """Raises LlmWsaeError if a model of that ``identity()`` did not make this store."""
+        mine = self.manifest.model
+        for key in ("weights_sha256", "dtype"):
+            if mine.get(key) != identity.get(key):
+                what = "dtype" if key == "dtype" else "weights"
+                raise LlmWsaeError(
+                    f"the store {self.folder} was made by {mine.get('name')} in {mine['dtype']}, "
+                    f"not by {identity.get('name')} in {identity.get('dtype')} (other {what})"
+                )
+
+    def statistics(self, site: Site) -> Statistics:
+        """The statistics of all rows of a site."""
+        path = self.folder / self._name(site) / STATISTICS
+        tensors, _ = load_tensors(path, f"statistics of {site}")
+        return Statistics.from_tensors(tensors)
+
+    def rows(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
+        """Rows ``start`` to ``stop`` in the order of the text, in the store's dtype."""
+        if not 0 <= start <= stop <= self.num_rows:
+            raise UsageError(f"there are no rows {start} to {stop}; the store has {self.num_rows}")
+        reader = RowReader(self.folder, self.manifest, self._name(site))
+        rows = torch.empty(stop - start, self.d_in, dtype=reader.dtype)
+        reader.read(start, rows)
+        return rows
+
+    def batches(
+        self,
+        site: Site,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """Endless shuffled batches of a site's rows from batch ``start`` on, read ahead.
+
+        Which rows are in a batch depends on the seed, the batch size and ``window_bytes`` only.
+        """
+        reader = RowReader(self.folder, self.manifest, self._name(site))
+        return shuffled_batches(reader, batch_size, seed, start, window_bytes)
+
+    def source(self, site: Site, window_bytes: int = WINDOW_BYTES) -> "StoreSource":
+        """One site as what a trainer reads (an ActivationSource)."""
+        return StoreSource(self, site, window_bytes)
+
+    def contexts(self, shard: int) -> Contexts:
+        """The contexts of one shard, with the names and labels of their documents."""
+        return self._tokens_of(shard)
+
+    def locate(self, rows: Int[Tensor, " rows"]) -> Located:
+        """Where rows come from, by their numbers in the store.
+
+        Raises UsageError for a number that the store does not have.
+        """
+        numbers = rows.numpy()
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < self.num_rows):
+            raise UsageError(f"a row number is not one of the store's {self.num_rows} rows")
+        found = np.empty((4, len(numbers)), dtype=np.int64)
+        ids = np.empty((len(numbers), self.context_size), dtype=np.int32)
+        shards = np.searchsorted(self._row_ends, numbers, side="right")
+        for shard in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == shard)
+            first = self._row_ends[shard - 1] if shard else 0
+            contexts = self._tokens_of(shard)
+            context, position = (a[numbers[here] - first] for a in np.nonzero(contexts.keep))
+            found[0, here] = context + shard * self.manifest.contexts_per_shard
+            found[1, here] = position
+            found[2, here] = contexts.document[context, position]
+            found[3, here] = contexts.offset[context, position]
+            ids[here] = contexts.ids[context]
+        return Located(*torch.from_numpy(found), torch.from_numpy(ids))
+
+    def document(self, row: int) -> dict[str, Any]:
+        """Name and labels of the document that a row comes from; empty if from none."""
+        shard = int(np.searchsorted(self._row_ends, row, side="right"))
+        number = int(self.locate(torch.tensor([row])).document)
+        return self._tokens_of(shard).headers.get(number, {})
+
+    def identity(self, site: Site) -> dict[str, Any]:
+        """JSON values that tell a site's rows from any others."""
+        files = {
+            path: record.sha256
+            for path, record in self.manifest.all_files().items()
+            if path.startswith(f"{site}/")
+        }
+        digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        return {
+            "kind": "store",
+            "site": self._name(site),
+            "model": self.manifest.model,
+            "corpus": self.manifest.corpus,
+            "packing": self.manifest.packing,
+            "dtype": self.manifest.dtype,
+            "num_rows": self.num_rows,
+            "sha256": digest,
+        }
+
+    def _name(self, site: Site) -> str:
+        if site not in self.sites:
+            raise UsageError(
+                f"the store {self.folder} has no {site}; {nearest(str(site), self.manifest.sites)}"
+            )
+        return str(site)
+
+    def _load_tokens(self, shard: int) -> Contexts:
+        record = self.manifest.shards[shard]
+        contexts = load_contexts(self.folder / tokens_path(shard), record.first, record.next)
+        if int(contexts.keep.sum()) != record.rows:
+            raise LlmWsaeError(
+                f"{self.folder / tokens_path(shard)} does not keep the {record.rows} rows of its "
+                "shard; `llm-wsae verify` lists the damage"
+            )
+        return contexts
+
+
+class StoreSource:
+    """The rows of one site of a store, as an ActivationSource."""
+
+    def __init__(self, store: ActivationStore, site: Site, window_bytes: int = WINDOW_BYTES):
+        self.store = store
+        self.site = site
+        self.d_in = store.d_in
+        self.num_rows: int | None = store.num_rows
+        self._window_bytes = window_bytes
+        self._identity = store.identity(site)
+
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """Endless shuffled batches; see ``ActivationStore.batches``."""
+        return self.store.batches(self.site, batch_size, seed, start, self._window_bytes)
+
+    def statistics(self) -> Statistics:
+        """The statistics of all rows."""
+        return self.store.statistics(self.site)
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell these rows, in this order, from others."""
+        return {**self._identity, "window_bytes": self._window_bytes}

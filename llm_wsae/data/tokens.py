@@ -1,0 +1,280 @@
+"""From documents to contexts: packed runs of token ids whose every position leads back to its text.
+
+The tokens of all documents, each followed by the tokenizer's end-of-sequence token, form one long
+stream that is cut into pieces of equal length; each piece becomes a context behind a
+beginning-of-sequence token. A place in the stream is a cursor (document, offset in it), and packing
+that starts at a cursor gives exactly the contexts that packing from the beginning gives there, so
+that a stopped run goes on where it was. All work on tokens is vectorised.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from llm_wsae.data.config import PackConfig
+from llm_wsae.data.corpus import Corpus, Document
+from llm_wsae.errors import LlmWsaeError
+
+NO_DOCUMENT = -1
+_DOCUMENTS_AT_ONCE = 64
+_CHARACTERS_AT_ONCE = 1 << 19
+
+
+class Cursor(NamedTuple):
+    """A place in the token stream of a corpus: of the next token, or where one would be."""
+
+    document: int = 0
+    """Number of the document in the corpus."""
+    offset: int = 0
+    """Number of the token in the document; behind the last one stands the separator."""
+
+
+class Context(NamedTuple):
+    """One context of T positions."""
+
+    ids: Int32[np.ndarray, " positions"]
+    keep: Bool[np.ndarray, " positions"]
+    """Whether the position gives a row."""
+    document: Int32[np.ndarray, " positions"]
+    """Number of the document in the corpus, -1 for tokens that belong to none."""
+    offset: Int32[np.ndarray, " positions"]
+    """Number of the token in its document, -1 for tokens that belong to none."""
+
+
+class Contexts(NamedTuple):
+    """Consecutive contexts, with where they begin and end in the corpus."""
+
+    ids: Int32[np.ndarray, "contexts positions"]
+    keep: Bool[np.ndarray, "contexts positions"]
+    document: Int32[np.ndarray, "contexts positions"]
+    offset: Int32[np.ndarray, "contexts positions"]
+    first: Cursor
+    """Where the first of them begins."""
+    next: Cursor
+    """Where the one behind them begins."""
+    headers: dict[int, dict[str, Any]]
+    """Name and labels of every document in them."""
+
+    def each(self) -> Iterator[Context]:
+        """One context after the other."""
+        return map(Context._make, zip(*self[:4], strict=True))
+
+
+class _Stream(NamedTuple):
+    """A run of tokens of the stream, flat; a separator is the token behind its document's last."""
+
+    ids: np.ndarray
+    document: np.ndarray
+    offset: np.ndarray
+    separator: np.ndarray
+
+    def cut(self, start: int, stop: int | None) -> "_Stream":
+        return _Stream(*(part[start:stop] for part in self))
+
+
+class Packer:
+    """Turns a corpus into contexts for one tokenizer."""
+
+    def __init__(
+        self, tokenizer: Any, bos_token_id: int | None, vocab_size: int, config: PackConfig
+    ):
+        """``vocab_size`` is the number of embeddings of the model; ids beyond it are an error."""
+        if tokenizer is None:
+            raise LlmWsaeError("text cannot be read without a tokenizer; hand one over")
+        self._tokenizer = tokenizer
+        self._bos = bos_token_id if config.prepend_bos else None
+        self._separator = tokenizer.eos_token_id
+        self._padding = self._separator if self._separator is not None else 0
+        self._special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
+        self._vocab_size = vocab_size
+        self._config = config
+        self.content_size = config.context_size - (self._bos is not None)
+        """Positions of a context that text can fill."""
+
+    @classmethod
+    def for_model(cls, model: Any, config: PackConfig) -> "Packer":
+        """A packer for a LanguageModel.
+
+        Raises UsageError if its contexts are too long for the model.
+        """
+        from llm_wsae.errors import UsageError
+
+        if model.max_context is not None and config.context_size > model.max_context:
+            raise UsageError(
+                f"contexts of {config.context_size} tokens are too long for {model.name}, "
+                f"which reads at most {model.max_context}"
+            )
+        embedding = model.hf_model.get_input_embeddings()
+        return cls(model.tokenizer, model.bos_token_id, embedding.weight.shape[0], config)
+
+    def contexts(self, corpus: Corpus, start: Cursor = Cursor()) -> Iterator[Context]:  # noqa: B008
+        """The contexts of a corpus one by one, from a cursor on."""
+        for block in self.blocks(corpus, 64, start):
+            yield from block.each()
+
+    def blocks(
+        self,
+        corpus: Corpus,
+        block_size: int,
+        start: Cursor = Cursor(),  # noqa: B008
+        limit: int | None = None,
+    ) -> Iterator[Contexts]:
+        """The contexts of a corpus from a cursor on, ``block_size`` at a time.
+
+        The last block may be smaller. Ends with the corpus, or after ``limit`` contexts.
+
+        Tokens at the end of the corpus that fill no whole context are left out (unless each
+        document has its own context). Raises LlmWsaeError if the tokenizer gives an id that the
+        model does not have, or the corpus cannot be read.
+        """
+        pack = self._one_each if self._config.one_document_per_context else self._packed
+        return pack(corpus, _sizes(block_size, limit), start)
+
+    def _packed(self, corpus: Corpus, sizes: Iterator[int], start: Cursor) -> Iterator[Contexts]:
+        wanted = next(sizes, None)
+        if wanted is None:
+            return
+        parts: list[_Stream] = []
+        pending = 0
+        headers: dict[int, dict[str, Any]] = {}
+        for documents, tokens in self._tokenised(corpus, start):
+            for document, ids in zip(documents, tokens, strict=True):
+                parts.append(self._stream(document, ids, start))
+                pending += len(parts[-1].ids)
+                headers[document.index] = document.header()
+            if pending < wanted * self.content_size:
+                continue
+            stream = _joined(parts)
+            while pending >= wanted * self.content_size:
+                length = wanted * self.content_size
+                block = self._cut(stream.cut(0, length), start, headers)
+                yield block
+                start, stream, pending = block.next, stream.cut(length, None), pending - length
+                wanted = next(sizes, None)
+                if wanted is None:
+                    return
+            parts = [stream]
+            headers = {i: header for i, header in headers.items() if i >= start.document}
+        rest = pending // self.content_size * self.content_size
+        if rest:
+            yield self._cut(_joined(parts).cut(0, rest), start, headers)
+
+    def _one_each(self, corpus: Corpus, sizes: Iterator[int], start: Cursor) -> Iterator[Contexts]:
+        wanted = next(sizes, None)
+        if wanted is None:
+            return
+        rows: list[_Stream] = []
+        headers: dict[int, dict[str, Any]] = {}
+        for documents, tokens in self._tokenised(corpus, start):
+            for document, ids in zip(documents, tokens, strict=True):
+                if len(ids) == 0:
+                    continue
+                headers[document.index] = document.header()
+                rows.append(self._padded(self._stream(document, ids, Cursor())))
+                if len(rows) == wanted:
+                    block = self._cut(_joined(rows), start, headers)
+                    yield block
+                    rows, headers, start = [], {}, block.next
+                    wanted = next(sizes, None)
+                    if wanted is None:
+                        return
+        if rows:
+            yield self._cut(_joined(rows), start, headers)
+
+    def _padded(self, row: _Stream) -> _Stream:
+        """The first tokens of a document without separator, padded to the size of a context.
+
+        The padding stands on the right, where causal attention never sees it.
+        """
+        row = row.cut(0, self.content_size)
+        lack = self.content_size - len(row.ids)
+        padding = (self._padding, NO_DOCUMENT, NO_DOCUMENT, True)
+        return _Stream(
+            *(np.pad(a, (0, lack), constant_values=p) for a, p in zip(row, padding, strict=True))
+        )
+
+    def _tokenised(
+        self, corpus: Corpus, start: Cursor
+    ) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
+        documents: list[Document] = []
+        length = 0
+        for document in corpus.documents(start.document):
+            documents.append(document)
+            length += len(document.text)
+            if len(documents) >= _DOCUMENTS_AT_ONCE or length >= _CHARACTERS_AT_ONCE:
+                yield documents, self._ids(documents)
+                documents, length = [], 0
+        if documents:
+            yield documents, self._ids(documents)
+
+    def _ids(self, documents: list[Document]) -> list[np.ndarray]:
+        encoded = self._tokenizer(
+            [document.text for document in documents],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,  # documents are longer than the model's context, and may be
+        )["input_ids"]
+        ids = [np.asarray(tokens, dtype=np.int32) for tokens in encoded]
+        for document, tokens in zip(documents, ids, strict=True):
+            if len(tokens) and int(tokens.max()) >= self._vocab_size:
+                raise LlmWsaeError(
+                    f"the tokenizer gives id {int(tokens.max())} in document {document.name!r}, "
+                    f"but the model has {self._vocab_size} embeddings; they do not belong together"
+                )
+        return ids
+
+    def _stream(self, document: Document, ids: np.ndarray, start: Cursor) -> _Stream:
+        """A document's part of the stream, from the cursor on if it lies within the document."""
+        length = len(ids)
+        packed = not self._config.one_document_per_context
+        if packed and self._separator is not None:
+            ids = np.append(ids, np.int32(self._separator))
+        offset = np.arange(len(ids), dtype=np.int32)
+        stream = _Stream(ids, np.full_like(offset, document.index), offset, offset >= length)
+        return stream.cut(start.offset if document.index == start.document else 0, None)
+
+    def _cut(self, stream: _Stream, first: Cursor, headers: dict[int, dict[str, Any]]) -> Contexts:
+        """Whole contexts of a stream whose length is a multiple of ``content_size``."""
+        if self._config.one_document_per_context:
+            following = Cursor(int(stream.document.max()) + 1)
+        else:
+            following = Cursor(int(stream.document[-1]), int(stream.offset[-1]) + 1)
+        own = ~stream.separator
+        ids, separator = (a.reshape(-1, self.content_size) for a in (stream.ids, stream.separator))
+        document, offset = (
+            np.where(own, a, NO_DOCUMENT).astype(np.int32).reshape(-1, self.content_size)
+            for a in (stream.document, stream.offset)
+        )
+        if self._bos is not None:
+            ids, separator, document, offset = (
+                np.pad(a, ((0, 0), (1, 0)), constant_values=v)
+                for a, v in (
+                    (ids, self._bos),
+                    (separator, False),
+                    (document, NO_DOCUMENT),
+                    (offset, NO_DOCUMENT),
+                )
+            )
+        keep = np.ones(ids.shape, dtype=bool)
+        keep[:, : self._config.drop_positions] = False
+        if self._config.one_document_per_context:
+            keep &= ~separator  # there is none but the padding
+        if self._config.drop_special:
+            keep &= ~(separator | np.isin(ids, self._special))
+        present = np.unique(document[document >= 0]).tolist()
+        return Contexts(
+            ids, keep, document, offset, first, following, {i: headers[i] for i in present}
+        )
+
+
+def _sizes(size: int, total: int | None) -> Iterator[int]:
+    """``size`` again and again, ending with what is left of ``total``."""
+    while total is None or total > 0:
+        yield size if total is None else min(size, total)
+        total = None if total is None else total - size
+
+
+def _joined(parts: list[_Stream]) -> _Stream:
+    return _Stream(*map(np.concatenate, zip(*parts, strict=True)))

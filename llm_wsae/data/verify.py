@@ -1,0 +1,61 @@
+"""Checking every byte of an activation store against its manifest."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llm_wsae.data.manifest import FileRecord, Manifest, tokens_path
+from llm_wsae.data.tokens_file import load_contexts
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import sha256
+
+
+def verify_store(folder: Path | str) -> list[str]:
+    """Read a store once and return a sentence for each thing that is wrong with it.
+
+    Finds missing, truncated and changed files, and a keep-mask that does not fit the rows. Files
+    are read piece by piece, so memory does not depend on the size of the store. Raises LlmWsaeError
+    if there is no store, or its manifest itself is damaged.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    problems = []
+    if not manifest.complete:
+        problems.append(
+            f"the harvest is not complete: {manifest.contexts_done} of {manifest.num_contexts} "
+            "contexts are there; run it again to go on"
+        )
+    files = manifest.all_files()
+    size = sum(record.bytes for record in files.values())
+    with tqdm(total=size, desc="verify", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        for name, record in files.items():
+            problem = _check_file(folder / name, record)
+            bar.update(record.bytes)
+            if problem is not None:
+                problems.append(problem)
+    for index, shard in enumerate(manifest.shards):
+        path = folder / tokens_path(index)
+        try:
+            contexts = load_contexts(path, shard.first, shard.next)
+        except LlmWsaeError:
+            continue  # its checksum was wrong, which is said above
+        kept = int(contexts.keep.sum())
+        if (len(contexts.ids), kept) != (shard.contexts, shard.rows):
+            problems.append(
+                f"{path} holds {len(contexts.ids)} contexts with {kept} rows, but the manifest "
+                f"says {shard.contexts} with {shard.rows}"
+            )
+    return problems
+
+
+def _check_file(path: Path, record: FileRecord) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != record.bytes:
+        return f"{path} is truncated or extended: {size} bytes instead of {record.bytes}"
+    try:
+        changed = sha256(path) != record.sha256
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return f"{path} is damaged: its checksum does not fit" if changed else None
