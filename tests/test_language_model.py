@@ -422,8 +422,8 @@ def test_gguf_files_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 def test_answers_of_the_hub_become_sentences():
-    import httpx
     from huggingface_hub import errors as hub
+    from huggingface_hub.utils import httpx
 
     def wrapped(cause):
         try:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub as hub
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -45,31 +47,27 @@ def load_pretrained(model: str, revision: str | None, dtype: torch.dtype) -> Loa
     fetched or read.
     """
     path = Path(model).expanduser()
-    is_gguf = path.suffix == ".gguf"
-    is_local = is_gguf or path.is_dir()
-    if is_local and revision is not None:
-        raise UsageError(
-            f"{model} is a local model, which has no revision; leave revision {revision!r} out"
-        )
-    if is_gguf:
-        _check_gguf(model, path)
-        source, options = str(path.parent), {"gguf_file": path.name}
-    elif is_local:
-        source, options = str(path), {}
+    if path.suffix == ".gguf" or path.is_dir():
+        if revision is not None:
+            raise UsageError(
+                f"{model} is a local model, which has no revision; leave revision {revision!r} out"
+            )
+        source, options, commit = _local_source(model, path)
+        name = path.resolve().name
     elif _looks_like_path(model):
         raise UsageError(
             f"there is no model at {model}; give a folder with config.json and weights, a .gguf "
             "file or a Hub id such as gpt2"
         )
     else:
-        source, options = model, {"revision": revision}
-    options["local_files_only"] = is_local
+        source, options, commit = _hub_source(model, revision)
+        name = model
     options["trust_remote_code"] = False  # else transformers would ask on the terminal
-
+    weights = _dense_weights() if "gguf_file" in options else {}
     try:
-        with _quiet(progress_bars=not is_local):
+        with _quiet(progress_bars=not options["local_files_only"]):
             hf_model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, **options, **(_dense_weights() if is_gguf else {})
+                source, dtype=dtype, **options, **weights
             )
             if hf_model.config.is_encoder_decoder:
                 raise UsageError(
@@ -78,12 +76,37 @@ def load_pretrained(model: str, revision: str | None, dtype: torch.dtype) -> Loa
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _explained(error, model, revision) from error
-    return Loaded(
-        hf_model=hf_model,
-        tokenizer=tokenizer,
-        name=path.resolve().name if is_local else model,
-        revision=None if is_local else getattr(hf_model.config, "_commit_hash", None),
-    )
+    return Loaded(hf_model=hf_model, tokenizer=tokenizer, name=name, revision=commit)
+
+
+# What from_pretrained is called with: source, options; and the commit on the Hub, if it is there.
+_Source = tuple[str, dict[str, Any], str | None]
+
+
+def _local_source(model: str, path: Path) -> _Source:
+    options: dict[str, Any] = {"local_files_only": True}
+    if path.suffix != ".gguf":
+        return str(path), options, None
+    _check_gguf(model, path)
+    return str(path.parent), options | {"gguf_file": path.name}, None
+
+
+def _hub_source(model: str, revision: str | None) -> _Source:
+    """A Hub id with its commit; without a network, with what the local cache holds.
+
+    One request decides: transformers would try for every file, a minute in all, before it turned to
+    the cache.
+    """
+    options: dict[str, Any] = {"revision": revision, "local_files_only": False}
+    try:
+        commit = hub.HfApi().model_info(model, revision=revision, timeout=10).sha
+        return model, options, commit
+    except (httpx.TransportError, hub_errors.OfflineModeIsEnabled):
+        cached = hub.try_to_load_from_cache(model, "config.json", revision=revision)
+        commit = Path(cached).parent.name if isinstance(cached, str) else None
+        return model, options | {"local_files_only": True}, commit
+    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError) as error:
+        raise _explained(error, model, revision) from error
 
 
 def _check_gguf(model: str, path: Path) -> None:
