@@ -120,8 +120,9 @@ def _windows(num_rows: int, per_window: int, seed: int, epoch: int) -> Iterator[
     num_chunks = -(-num_rows // CHUNK_ROWS)
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(num_chunks)
-        for number, at in enumerate(range(0, num_chunks, per_window)):
-            yield Window(epoch, number, order[at : at + per_window])
+        # Of equal size, rather than a last one with so few chunks that they mix badly.
+        for number, chunks in enumerate(np.array_split(order, -(-num_chunks // per_window))):
+            yield Window(epoch, number, chunks)
         epoch += 1
 
 

@@ -96,6 +96,7 @@ class _Training:
             MAX_DEAD_AFTER, self.num_steps * config.batch_size // 10
         )
         self.arms = [Arm(arm, source.d_in, d_sae, self.device) for arm in arms]
+        self.last_numbers: dict[str, dict[str, float]] = {}
         self.identity: dict[str, Any] = {
             "rows": source.identity(),
             "arms": {arm.name: arm.identity() for arm in arms},
@@ -167,6 +168,7 @@ class _Training:
         numbers = {
             arm.config.name: arm.read_progress(rows, self.dead_after, variance) for arm in self.arms
         }
+        self.last_numbers = numbers
         for name, arm_numbers in numbers.items():
             if not math.isfinite(arm_numbers["loss"]):
                 raise LlmWsaeError(
@@ -197,6 +199,7 @@ class _Training:
                 model=provenance.get("model", {}),
                 corpus=provenance.get("corpus", {}),
                 store=provenance,
+                metrics={"training": self.last_numbers.get(arm.config.name, {})},
                 training={k: v for k, v in self.identity.items() if k not in ("rows", "arms")},
             )
             Dictionary(

@@ -1,0 +1,126 @@
+"""The whole job in one call: harvest → weigh → train → evaluate → save, into one folder.
+
+Every stage finds what an earlier, interrupted call left and goes on there.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.tokens import Packer
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.evaluate.config import EvaluateConfig
+from llm_wsae.evaluate.fidelity import evaluate
+from llm_wsae.evaluate.report import Fidelity, Report
+from llm_wsae.files import write_json
+from llm_wsae.harvest import harvest
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.plots import plot_fidelity, plot_profile
+from llm_wsae.statistics.profile import profile, profile_text
+from llm_wsae.train.arms import choose_weights, make_arms
+from llm_wsae.train.config import TrainConfig
+from llm_wsae.train.trainer import train
+
+_PER_ITEM = ("fvu_per_dimension", "latent_density")  # long lists; they stay in the report
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteResult:
+    """What a run made for one site."""
+
+    profile: dict[str, Any]
+    dictionaries: dict[str, Dictionary]
+    report: Report
+    folder: Path
+
+
+def run(
+    model: LanguageModel,
+    corpus: str,
+    sites: Sequence[Site],
+    out: Path,
+    *,
+    rules: Sequence[str] = ("uniform", "variance"),
+    alphas: Sequence[float] = (0.5, -0.25),
+    ks: Sequence[int] = (32,),
+    seeds: Sequence[int] = (0,),
+    harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
+    train_config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
+    evaluate_config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
+) -> dict[Site, SiteResult]:
+    """Train a plain and weighted dictionaries on a model's activations and measure them.
+
+    ``out`` receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
+    folder per arm, ``report.json`` and ``fidelity.png``. The training part of the corpus is
+    harvested, its held-out part evaluated.
+
+    Raises what its stages raise.
+    """
+    sites = list(dict.fromkeys(sites))
+    _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
+    training_text = Corpus.open(corpus, part="train")
+    store = harvest(model, training_text, sites, out / "store", harvest_config)
+    results = {}
+    for site in sites:
+        folder = out / str(site)
+        _say(2, "weigh", f"profile of {site}")
+        facts, weights = _weigh(store, site, folder, rules, alphas)
+        arms = make_arms(weights, ks, seeds=seeds)
+        _say(3, "train", f"{len(arms)} dictionaries in one pass")
+        dictionaries = train(store.source(site), arms, train_config, folder)
+        _say(4, "evaluate", f"on {evaluate_config.tokens:,} held-out tokens")
+        contexts = Packer.for_model(model, harvest_config).contexts(
+            Corpus.open(corpus, part="heldout")
+        )
+        report = evaluate(dictionaries, model, contexts, evaluate_config)
+        _save_metrics(folder, dictionaries, report)
+        report.write(folder / "report.json")
+        plot_fidelity(fidelity_numbers(report), str(site), folder / "fidelity.png")
+        results[site] = SiteResult(facts, dictionaries, report, folder)
+    return results
+
+
+def _weigh(
+    store: ActivationStore,
+    site: Site,
+    folder: Path,
+    rules: Sequence[str],
+    alphas: Sequence[float],
+) -> tuple[dict[str, Any], list[Any]]:
+    statistics = store.statistics(site)
+    weights = choose_weights(statistics, rules, alphas)
+    facts = profile(statistics, weights)
+    write_json(folder / "profile.json", facts)
+    plot_profile(statistics, weights, str(site), folder / "profile.png")
+    tqdm.write(profile_text(facts), file=sys.stderr)
+    return facts, weights
+
+
+def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:
+    """Leave each dictionary's measurements in its own folder, so that they travel with it."""
+    for name, dictionary in dictionaries.items():
+        metrics = {**dictionary.info.metrics, "fidelity": summary(report.dictionaries[name])}
+        dictionary.info = dataclasses.replace(dictionary.info, metrics=metrics)
+        dictionary.save(folder / name)
+
+
+def summary(fidelity: Fidelity) -> dict[str, Any]:
+    """An arm's measurements without the lists per dimension and per latent."""
+    return {k: v for k, v in dataclasses.asdict(fidelity).items() if k not in _PER_ITEM}
+
+
+def fidelity_numbers(report: Report) -> dict[str, dict[str, Any]]:
+    """The report's numbers as the figure wants them, by dictionary."""
+    return {name: summary(fidelity) for name, fidelity in report.dictionaries.items()}
+
+
+def _say(number: int, stage: str, what: str) -> None:
+    tqdm.write(f"[{number}/4] {stage}: {what}", file=sys.stderr)

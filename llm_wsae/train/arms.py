@@ -1,0 +1,54 @@
+"""The arms of a training from what a user asks for: rules × α × sparsity × seeds."""
+
+from collections.abc import Iterable, Sequence
+
+from llm_wsae.errors import UsageError
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.weights import LossWeights, own_weights, weights_from_rule
+from llm_wsae.train.arm import ArmConfig
+
+
+def choose_weights(
+    statistics: Statistics,
+    rules: Iterable[str],
+    alphas: Sequence[float],
+    own: LossWeights | None = None,
+) -> list[LossWeights]:
+    """Normalised weights for every rule and α, without repetitions, and a user's own vector last.
+
+    ``uniform`` has no α, so it comes once. Raises UsageError for an unknown rule, LlmWsaeError for
+    a vector that does not fit.
+    """
+    chosen: dict[str, LossWeights] = {}
+    for rule in rules:
+        for alpha in (1.0,) if rule == "uniform" else alphas:
+            weights = weights_from_rule(rule, alpha, statistics)
+            chosen.setdefault(weights.name, weights)
+    if own is not None:
+        weights = own_weights(own, statistics)
+        chosen[weights.name] = weights
+    return list(chosen.values())
+
+
+def make_arms(
+    weights: Iterable[LossWeights],
+    ks: Sequence[int],
+    l1s: Sequence[float] = (),
+    seeds: Sequence[int] = (0,),
+) -> list[ArmConfig]:
+    """Every combination; TopK arms for ``ks``, ReLU arms for ``l1s``.
+
+    Raises UsageError for a negative L1 coefficient.
+    """
+    for l1 in l1s:
+        if l1 < 0:
+            raise UsageError(f"an L1 coefficient must not be negative, but one is {l1:g}")
+    return [
+        arm
+        for seed in seeds
+        for w in weights
+        for arm in (
+            *(ArmConfig(w, k=k, seed=seed) for k in ks),
+            *(ArmConfig(w, l1=l1, seed=seed) for l1 in l1s),
+        )
+    ]
