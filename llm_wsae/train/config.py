@@ -16,7 +16,7 @@ class TrainConfig:
     batch_size: int = 2048
     """Rows per step."""
     learning_rate: float | None = None
-    """Peak learning rate of Adam; the default is 2e-4 · √(2¹⁸ / d_sae), at most 2e-3."""
+    """Peak learning rate of Adam; the default is 3e-3 · √(4608 / d_sae), at most 4e-3."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises from 0."""
     decay: float = 0.5
@@ -58,7 +58,7 @@ class TrainConfig:
 
 def default_learning_rate(d_sae: int) -> float:
     """Falls as 1/√d_sae (Gao et al. 2024, §A.3), from a value tuned at d_sae = 4608."""
-    return min(2e-3, 2e-4 * (2**18 / d_sae) ** 0.5)
+    return min(4e-3, 3e-3 * (4608 / d_sae) ** 0.5)
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup: float, decay: float) -> float:

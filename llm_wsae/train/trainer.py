@@ -195,6 +195,7 @@ class _Training:
                 alpha=weights.alpha,
                 seed=arm.config.seed,
                 context_size=self.statistics.context_size,
+                prepend_bos=provenance.get("packing", {}).get("prepend_bos"),
                 massive_threshold=self.statistics.massive_threshold,
                 model=provenance.get("model", {}),
                 corpus=provenance.get("corpus", {}),
