@@ -5,8 +5,10 @@ progress and warnings to stderr.
 """
 
 import json
+import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,9 @@ import tyro
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.evaluate.config import EvaluateConfig
+from llm_wsae.files import write_json
+from llm_wsae.model.site import Site
+from llm_wsae.record import plain, versions, write_record
 from llm_wsae.train.config import TrainConfig
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -60,19 +65,17 @@ def run(
         revision: Revision of a model on the Hub.
         device: Where to compute.
     """
-    from llm_wsae.record import write_record
     from llm_wsae.run import run as run_all
-    from llm_wsae.run import summary
 
     harvest_config = HarvestConfig(tokens=tokens, context_size=context_size)
     train_config = TrainConfig(expansion=expansion, tokens=train_tokens, device=device)
     evaluate_config = EvaluateConfig(tokens=eval_tokens)
-    started = time.monotonic()
+    started, sites = time.monotonic(), _sites(site)
     language_model = _load_model(model, revision, device)
     results = run_all(
         language_model,
         corpus,
-        _sites(site),
+        sites,
         out,
         rules=rule,
         alphas=alpha,
@@ -87,28 +90,14 @@ def run(
     write_record(
         out / "run.json", "run", {**asked, "alpha": alpha, "k": k, "seeds": seeds, **settings}
     )
-    facts: dict[str, Any] = {}
-    lines: list[str] = []
-    for place, result in results.items():
-        facts[str(place)] = {
-            "folder": str(result.folder),
-            "profile": result.profile,
-            "fidelity": {n: summary(f) for n, f in result.report.dictionaries.items()},
-        }
-        lines += ["", result.report.table(), "", f"figures       {result.folder}/profile.png"]
-        lines += [f"              {result.folder}/fidelity.png"]
-        for number, name in enumerate(result.dictionaries):
-            lines += [f"{'' if number else 'dictionaries':<14}{result.folder / name}"]
     first = next(iter(results.values()))
-    dictionary = first.folder / next(iter(first.dictionaries))
-    lines += [
-        "",
-        f"{_cost(started)}",
-        "next: the same measurement on other text, e.g.",
-        f"  llm-wsae evaluate {dictionary} --model {model} --corpus {corpus} --tokens 100000 "
-        f"--out {out / 'report-100k.json'}",
-    ]
-    return facts, "\n".join(lines)
+    dictionary, report = first.folder / next(iter(first.dictionaries)), out / "report-100k.json"
+    again = ["llm-wsae", "evaluate", dictionary, "--model", model, "--corpus", corpus]
+    again += ["--tokens", 100_000, "--out", report]
+    lines = [f"\n{result.text()}\n" for result in results.values()]
+    lines += [_cost(started), "next: the same measurement on other text, e.g."]
+    lines += [f"  {shlex.join(map(str, again))}"]
+    return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)
 
 
 def harvest(
@@ -134,11 +123,11 @@ def harvest(
     """
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.harvest import harvest as harvest_into
-    from llm_wsae.record import write_record
 
-    started = time.monotonic()
+    started, sites = time.monotonic(), _sites(site)
+    text = Corpus.open(corpus, part=part)
     language_model = _load_model(model, revision, device)
-    store = harvest_into(language_model, Corpus.open(corpus, part=part), _sites(site), out, config)
+    store = harvest_into(language_model, text, sites, out, config)
     write_record(
         out / "harvest.json",
         "harvest",
@@ -152,9 +141,9 @@ def harvest(
     )
     massive = {str(s): store.statistics(s).massive_count for s in store.sites}
     facts = {"store": str(out), "rows": store.num_rows, "d_in": store.d_in, "massive": massive}
-    text = [f"{store.num_rows:,} rows of {store.d_in} dimensions at each site in {out}"]
-    text += [f"  {s}: {count} massive activations" for s, count in massive.items()]
-    return facts, "\n".join([*text, _cost(started)])
+    lines = [f"{store.num_rows:,} rows of {store.d_in} dimensions at each site in {out}"]
+    lines += [f"  {s}: {count} massive activations" for s, count in massive.items()]
+    return facts, "\n".join([*lines, _cost(started)])
 
 
 def weigh(
@@ -174,12 +163,12 @@ def weigh(
         alpha: Exponent of the weights γ = score^α.
     """
     from llm_wsae.data.store import ActivationStore
-    from llm_wsae.model.site import Site
     from llm_wsae.plots import plot_profile
-    from llm_wsae.record import write_record
     from llm_wsae.statistics.profile import profile, profile_text
     from llm_wsae.train.arms import choose_weights
 
+    if out.suffix != ".safetensors":  # its neighbours .png and .json are written too
+        raise UsageError(f"the weights go into a .safetensors file, so --out cannot be {out}")
     place = Site.parse(site)
     statistics = ActivationStore.open(store).statistics(place)
     weights = choose_weights(statistics, ("uniform", rule), (alpha,))
@@ -221,8 +210,6 @@ def train(
         seeds: Seeds of the initial weights, a dictionary each.
     """
     from llm_wsae.data.store import ActivationStore
-    from llm_wsae.model.site import Site
-    from llm_wsae.record import write_record
     from llm_wsae.statistics.weights import LossWeights
     from llm_wsae.train.arms import choose_weights, make_arms
     from llm_wsae.train.trainer import train as train_arms
@@ -272,17 +259,16 @@ def evaluate(
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.evaluate.contexts import packing_of
     from llm_wsae.evaluate.fidelity import evaluate as measure
-    from llm_wsae.files import write_json
-    from llm_wsae.record import plain, versions
 
     if not dictionaries:
         raise UsageError("name at least one dictionary folder")
+    if out.is_dir():
+        raise UsageError(f"--out is the JSON report to write, but {out} is a folder")
     loaded = {_label(path, dictionaries): Dictionary.load(path) for path in dictionaries}
+    packing, text = packing_of(loaded), Corpus.open(corpus, part=part)
     language_model = _load_model(model, revision, device)
-    packer = Packer.for_model(language_model, packing_of(loaded))
-    report = measure(
-        loaded, language_model, packer.contexts(Corpus.open(corpus, part=part)), config
-    )
+    contexts = Packer.for_model(language_model, packing).contexts(text)
+    report = measure(loaded, language_model, contexts, config)
     asked = {"dictionaries": dictionaries, "corpus": corpus, "part": part}
     write_json(
         out, {"command": "evaluate", **plain(asked), "versions": versions(), **report.to_dict()}
@@ -291,7 +277,7 @@ def evaluate(
 
 
 def verify(folder: tyro.conf.Positional[Path]) -> Result:
-    """Check every byte of an activation store, or a dictionary, and name what is damaged.
+    """Check every byte of an activation store, or read a dictionary, and name what is damaged.
 
     Args:
         folder: Store or dictionary folder.
@@ -299,18 +285,21 @@ def verify(folder: tyro.conf.Positional[Path]) -> Result:
     from llm_wsae.data.manifest import MANIFEST
     from llm_wsae.data.verify import verify_store
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.files import CFG, INFO
 
-    if (folder / MANIFEST).exists() or not (folder / "cfg.json").exists():
-        problems = verify_store(folder)
+    if (folder / MANIFEST).exists():
+        kind, problems = "store", verify_store(folder)
         if problems:
             raise LlmWsaeError("; ".join(problems))
-        return {"folder": str(folder), "kind": "store", "ok": True}, f"{folder}: store is whole"
-    Dictionary.load(folder)
-    return {
-        "folder": str(folder),
-        "kind": "dictionary",
-        "ok": True,
-    }, f"{folder}: dictionary is whole"
+    elif (folder / CFG).exists() or (folder / INFO).exists():
+        kind = "dictionary"
+        Dictionary.load(folder)
+    else:
+        raise LlmWsaeError(
+            f"{folder} is neither an activation store (with a {MANIFEST}) nor a dictionary (with "
+            f"a {CFG})"
+        )
+    return {"folder": str(folder), "kind": kind, "ok": True}, f"{folder}: {kind} is whole"
 
 
 COMMANDS: dict[str, Callable[..., Result]] = {
@@ -344,18 +333,17 @@ def main(argv: list[str] | None = None) -> int:
         command = COMMANDS.get(words[0])
         if command is None:
             raise UsageError(f"there is no command {words[0]!r}; {nearest(words[0], COMMANDS)}")
-        call = tyro.cli(
+        facts, text = tyro.cli(
             command,
             prog=f"llm-wsae {words[0]}",
             args=words[1:],
             config=(tyro.conf.FlagConversionOff,),
         )
-        facts, text = call
-        print(json.dumps(facts, ensure_ascii=False) if as_json else text)
+        print(json.dumps(plain(facts), ensure_ascii=False) if as_json else text)
         return 0
     except LlmWsaeError as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"llm-wsae: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -382,9 +370,7 @@ def _load_model(model: str, revision: str | None, device: str) -> Any:
     return LanguageModel.load(model, revision=revision, device=device)
 
 
-def _sites(names: tuple[str, ...]) -> list[Any]:
-    from llm_wsae.model.site import Site
-
+def _sites(names: tuple[str, ...]) -> list[Site]:
     if not names:
         raise UsageError("name at least one site, e.g. --site blocks.8.hook_resid_post")
     return [Site.parse(name) for name in names]

@@ -1,6 +1,7 @@
 """The record beside every result: which command made it, how it was set, with which versions."""
 
 import dataclasses
+import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,11 +37,13 @@ def write_record(path: Path, command: str, config: dict[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, paths and tuples as JSON has them."""
+    """Dataclasses, paths and tuples as JSON has them; a number that does not exist is null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(dataclasses.asdict(value))
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return str(value) if isinstance(value, Path) else value

@@ -16,6 +16,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.tokens import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.fidelity import evaluate
 from llm_wsae.evaluate.report import Fidelity, Report
@@ -24,6 +25,8 @@ from llm_wsae.harvest import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.plots import plot_fidelity, plot_profile
+from llm_wsae.record import plain
+from llm_wsae.statistics.monosemanticity import check_rule
 from llm_wsae.statistics.profile import profile, profile_text
 from llm_wsae.train.arms import choose_weights, make_arms
 from llm_wsae.train.config import TrainConfig
@@ -40,6 +43,23 @@ class SiteResult:
     dictionaries: dict[str, Dictionary]
     report: Report
     folder: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Where it lies and what was measured, JSON-able."""
+        return {
+            "folder": str(self.folder),
+            "profile": self.profile,
+            "fidelity": {name: summary(f) for name, f in self.report.dictionaries.items()},
+        }
+
+    def text(self) -> str:
+        """The table for people and the paths of what was written."""
+        lines = [self.report.table(), ""]
+        lines += [f"figures       {self.folder / 'profile.png'}"]
+        lines += [f"              {self.folder / 'fidelity.png'}"]
+        for number, name in enumerate(self.dictionaries):
+            lines += [f"{'' if number else 'dictionaries':<14}{self.folder / name}"]
+        return "\n".join(lines)
 
 
 def run(
@@ -62,9 +82,13 @@ def run(
     folder per arm, ``report.json`` and ``fidelity.png``. The training part of the corpus is
     harvested, its held-out part evaluated.
 
-    Raises what its stages raise.
+    Raises what its stages raise; what cannot be right in the request, before any work.
     """
     sites = list(dict.fromkeys(sites))
+    for rule in rules:
+        check_rule(rule)
+    for k in ks:
+        TopK(k).check(train_config.expansion * model.d_model)
     _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
     training_text = Corpus.open(corpus, part="train")
     store = harvest(model, training_text, sites, out / "store", harvest_config)
@@ -113,8 +137,8 @@ def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: 
 
 
 def summary(fidelity: Fidelity) -> dict[str, Any]:
-    """An arm's measurements without the lists per dimension and per latent."""
-    return {k: v for k, v in dataclasses.asdict(fidelity).items() if k not in _PER_ITEM}
+    """An arm's measurements without the lists per dimension and per latent, JSON-able."""
+    return {k: plain(v) for k, v in dataclasses.asdict(fidelity).items() if k not in _PER_ITEM}
 
 
 def fidelity_numbers(report: Report) -> dict[str, dict[str, Any]]:

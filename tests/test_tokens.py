@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tiny import BOS, EOS, VOCAB, tiny_model, tiny_tokenizer, words
 
 from llm_wsae.data.config import HarvestConfig, PackConfig
-from llm_wsae.data.corpus import Corpus, RawDocument
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.text_source import RawDocument
 from llm_wsae.data.tokens import Cursor, Packer
 from llm_wsae.errors import LlmWsaeError, UsageError
 

@@ -13,39 +13,14 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from llm_wsae.data.sources import open_source
+from llm_wsae.data.text_source import Source
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 
 PARTS = ("train", "heldout", "all")
 _LONGEST_LABEL = 100
-
-
-@dataclass(frozen=True)
-class RawDocument:
-    """A document as its source gives it."""
-
-    name: str
-    """Unique in its source and the same at every reading; decides whether it is held out."""
-    text: str
-    labels: dict[str, Any]
-    """Short JSON values that the source knows about it."""
-
-
-@runtime_checkable
-class Source(Protocol):
-    """One place that text comes from."""
-
-    name: str
-    """How the source is named in a manifest; holds no machine's paths."""
-    num_bytes: int | None
-    """Size of its text, None if unknown."""
-
-    def fingerprint(self) -> str:
-        """Changes when the text changes."""
-
-    def documents(self, start: int) -> Iterator[RawDocument]:
-        """Its documents from number ``start`` on, in an order that never changes."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +84,6 @@ class Corpus:
 
         Raises UsageError if there is no such thing, LlmWsaeError if it cannot be read or is empty.
         """
-        from llm_wsae.data.sources import open_source
-
         return cls(open_source(spec, text_column), part, heldout_fraction, text_column)
 
     def documents(self, start: int = 0) -> Iterator[Document]:

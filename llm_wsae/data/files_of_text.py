@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.data.corpus import RawDocument
+from llm_wsae.data.text_source import RawDocument
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -131,7 +131,7 @@ def text_column_of(row: dict[str, Any], wanted: str | None, where: str) -> str:
     if len(texts) != 1:
         raise UsageError(
             f"{where}: no column 'text', and not one clear column of strings; the columns are "
-            f"{columns}: name the one with the text"
+            f"{columns}: call the one with the text 'text'"
         )
     return texts[0]
 

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.data.corpus import RawDocument, Source
 from llm_wsae.data.files_of_text import SUFFIXES, FileSource, text_column_of
+from llm_wsae.data.text_source import RawDocument, Source
 from llm_wsae.errors import UsageError
 
 

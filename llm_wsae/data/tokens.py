@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int32
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus, Document
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.errors import LlmWsaeError, UsageError
 
 NO_DOCUMENT = -1
 _DOCUMENTS_AT_ONCE = 64
@@ -99,8 +99,6 @@ class Packer:
 
         Raises UsageError if its contexts are too long for the model.
         """
-        from llm_wsae.errors import UsageError
-
         if model.max_context is not None and config.context_size > model.max_context:
             raise UsageError(
                 f"contexts of {config.context_size} tokens are too long for {model.name}, "

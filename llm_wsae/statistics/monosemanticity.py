@@ -43,6 +43,11 @@ def score(rule: str, statistics: Statistics) -> Float[Tensor, " d_in"]:
 
     Raises UsageError when there is no such rule.
     """
+    check_rule(rule)
+    return RULES[rule](statistics)
+
+
+def check_rule(rule: str) -> None:
+    """Raises UsageError, offering the nearest ones, when there is no such rule."""
     if rule not in RULES:
         raise UsageError(f"there is no weight rule {rule!r}; {nearest(rule, RULES)}")
-    return RULES[rule](statistics)
