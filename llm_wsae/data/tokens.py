@@ -25,10 +25,13 @@ _CHARACTERS_AT_ONCE = 1 << 19
 class Cursor(NamedTuple):
     """A place in the token stream of a corpus: of the next token, or where one would be."""
 
-    document: int = 0
+    document: int
     """Number of the document in the corpus."""
-    offset: int = 0
+    offset: int
     """Number of the token in the document; behind the last one stands the separator."""
+
+
+BEGINNING = Cursor(0, 0)
 
 
 class Context(NamedTuple):
@@ -107,7 +110,7 @@ class Packer:
         embedding = model.hf_model.get_input_embeddings()
         return cls(model.tokenizer, model.bos_token_id, embedding.weight.shape[0], config)
 
-    def contexts(self, corpus: Corpus, start: Cursor = Cursor()) -> Iterator[Context]:  # noqa: B008
+    def contexts(self, corpus: Corpus, start: Cursor = BEGINNING) -> Iterator[Context]:
         """The contexts of a corpus one by one, from a cursor on."""
         for block in self.blocks(corpus, 64, start):
             yield from block.each()
@@ -116,7 +119,7 @@ class Packer:
         self,
         corpus: Corpus,
         block_size: int,
-        start: Cursor = Cursor(),  # noqa: B008
+        start: Cursor = BEGINNING,
         limit: int | None = None,
     ) -> Iterator[Contexts]:
         """The contexts of a corpus from a cursor on, ``block_size`` at a time.
@@ -170,7 +173,7 @@ class Packer:
                 if len(ids) == 0:
                     continue
                 headers[document.index] = document.header()
-                rows.append(self._padded(self._stream(document, ids, Cursor())))
+                rows.append(self._padded(self._stream(document, ids, BEGINNING)))
                 if len(rows) == wanted:
                     block = self._cut(_joined(rows), start, headers)
                     yield block
@@ -236,7 +239,7 @@ class Packer:
     def _cut(self, stream: _Stream, first: Cursor, headers: dict[int, dict[str, Any]]) -> Contexts:
         """Whole contexts of a stream whose length is a multiple of ``content_size``."""
         if self._config.one_document_per_context:
-            following = Cursor(int(stream.document.max()) + 1)
+            following = Cursor(int(stream.document.max()) + 1, 0)
         else:
             following = Cursor(int(stream.document[-1]), int(stream.offset[-1]) + 1)
         own = ~stream.separator

@@ -24,7 +24,7 @@ from llm_wsae.data.manifest import (
     shard_paths,
     tokens_path,
 )
-from llm_wsae.data.tokens import Contexts, Cursor
+from llm_wsae.data.tokens import BEGINNING, Contexts, Cursor
 from llm_wsae.data.tokens_file import save_contexts
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_tensors, save_tensors, sha256
@@ -190,7 +190,7 @@ class StoreWriter:
 
 def next_cursor(manifest: Manifest) -> Cursor:
     """Where in the corpus the first shard that is not there begins."""
-    return Cursor(*manifest.shards[-1].next) if manifest.shards else Cursor()
+    return Cursor(*manifest.shards[-1].next) if manifest.shards else BEGINNING
 
 
 def _file_record(path: Path) -> FileRecord:
