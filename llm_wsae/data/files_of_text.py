@@ -131,7 +131,7 @@ def text_column_of(row: dict[str, Any], wanted: str | None, where: str) -> str:
     if len(texts) != 1:
         raise UsageError(
             f"{where}: no column 'text', and not one clear column of strings; the columns are "
-            f"{columns}: call the one with the text 'text'"
+            f"{columns}; rename the one with the text to 'text'"
         )
     return texts[0]
 
