@@ -146,6 +146,12 @@ class Statistics:
         return self._sample.float()
 
     @property
+    def usual_sample(self) -> Float[Tensor, "sample d_in"]:
+        """The sample without its massive rows, in float32."""
+        sample = self.sample
+        return sample[sample.norm(dim=1) <= self.massive_threshold]
+
+    @property
     def variance(self) -> Float[Tensor, " d_in"]:
         """Variance of every dimension over all rows, massive ones included (float64)."""
         return self._m2 / max(self.count, 1)
@@ -162,11 +168,11 @@ class Statistics:
 
     @property
     def robust_variance(self) -> Float[Tensor, " d_in"]:
-        """Variance after clipping every dimension at its 0.5 % and 99.5 % quantiles (float64).
+        """Variance without massive rows, every dimension clipped at its 0.5 % and 99.5 % quantiles.
 
-        Winsorised over the row sample, so its relative standard error is about 2 %.
+        Winsorised over the row sample, so its relative standard error is about 2 % (float64).
         """
-        sample = self.sample
+        sample = self.usual_sample
         if len(sample) == 0:
             return torch.zeros(self.d_in, dtype=torch.float64)
         order = sample.sort(dim=0).values

@@ -17,11 +17,10 @@ class Normaliser:
     """
 
     def __init__(self, statistics: Statistics, device: torch.device, fast: torch.dtype):
-        sample = statistics.sample.double()
-        usual = sample.norm(dim=1) <= statistics.massive_threshold
-        self.mean = sample[usual].mean(0).float().to(device)
+        usual = statistics.usual_sample.double()
+        self.mean = usual.mean(0).float().to(device)
         self.scale = float(statistics.robust_variance.mean().sqrt())
-        self.variance = float((sample[usual] - sample[usual].mean(0)).square().sum(1).mean())
+        self.variance = float((usual - usual.mean(0)).square().sum(1).mean())
         """E‖x − mean‖² of the rows that are not massive, in the units of the model."""
         self._threshold = statistics.massive_threshold
         self._fast = fast
