@@ -1,0 +1,52 @@
+"""What the benchmark scripts share: the machine in words, and their sections of BENCHMARKS.md.
+
+Each script owns the text between its own two markers, so that measuring one thing again leaves the
+rest of the file as it was.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from llm_wsae.files import write_text
+
+BENCHMARKS = Path(__file__).parent / "BENCHMARKS.md"
+_HEADER = """# Benchmarks
+
+Written by `bench_train.py` and `bench_harvest.py` with `--write`; each replaces its own sections.
+"""
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it, and what it can do that matters here."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    able = {
+        "AVX-512": torch.cpu._is_avx512_supported(),
+        "AMX": torch.cpu._is_amx_tile_supported(),
+    }
+    return ", ".join([name, *(feature for feature, here in able.items() if here)])
+
+
+def machine(threads: int) -> str:
+    """One line about the machine and how busy it is now; call it before any work begins."""
+    return (
+        f"{cpu_name()}; {os.cpu_count()} cores, {threads} threads used; "
+        f"Python {platform.python_version()}, torch {torch.__version__}; "
+        f"load average at the start {os.getloadavg()[0]:.1f}"
+    )
+
+
+def write_section(name: str, text: str, path: Path = BENCHMARKS) -> None:
+    """Put ``text`` between the markers of the section ``name``; a new section goes to the end."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    section = f"{begin}\n{text.strip()}\n{end}"
+    old = path.read_text(encoding="utf-8") if path.exists() else _HEADER
+    before, found, rest = old.partition(begin)
+    after = rest.partition(end)[2]
+    write_text(path, before + section + after if found else f"{old.rstrip()}\n\n{section}\n")

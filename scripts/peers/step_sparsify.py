@@ -1,0 +1,25 @@
+"""eai-sparsify's step, the operations of its Trainer's loop around one SparseCoder, with Adam."""
+
+import torch
+from sparsify import SparseCoder
+from sparsify.config import SparseCoderConfig
+from torch import Tensor
+from worker import Job, Trainer, serve, state_of
+
+
+def make(job: Job, rows: Tensor) -> Trainer:
+    coder = SparseCoder(job.d_in, SparseCoderConfig(num_latents=job.d_sae, k=job.k), device="cpu")
+    optimiser = torch.optim.Adam(coder.parameters(), lr=2e-4 / (job.d_sae / 2**14) ** 0.5)
+
+    def step(x: Tensor) -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        coder(x).fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return Trainer(step, lambda: state_of(optimiser), "float32, its only mode on a CPU")
+
+
+if __name__ == "__main__":
+    serve(make, "eai-sparsify")
