@@ -294,7 +294,7 @@ def main() -> None:
         text = (
             f"### Training step, {shape}, batch {args.batch}, {words}\n\n"
             f"{table(everybody, args.batch)}\n\n"
-            f"{about_machine}. {versions}. "
+            f"{about_machine}. Peers: {versions or 'none'}. "
             f"Rounds: {args.rounds}; timed steps in each: {args.steps}; {how}.\n"
         )
         print(f"\n{text}", flush=True)
