@@ -287,6 +287,8 @@ def verify(folder: tyro.conf.Positional[Path]) -> Result:
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.files import CFG, INFO
 
+    if not folder.is_dir():
+        raise LlmWsaeError(f"there is no folder {folder}")
     if (folder / MANIFEST).exists():
         kind, problems = "store", verify_store(folder)
         if problems:
@@ -327,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     as_json, debug = "--json" in words, "--debug" in words
     words = [word for word in words if word not in ("--json", "--debug")]
     if not words or words[0] in ("-h", "--help"):
-        print(_usage())
+        print(_usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     try:
         command = COMMANDS.get(words[0])

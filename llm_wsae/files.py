@@ -61,7 +61,7 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LlmWsaeError(f"{path} does not exist, but it should hold the {what}") from None
+        raise LlmWsaeError(f"there is no {path}; it should be the {what}") from None
     except (ValueError, OSError) as error:
         raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
 
@@ -84,7 +84,7 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise LlmWsaeError(f"{path} does not exist, but it should hold the {what}")
+        raise LlmWsaeError(f"there is no {path}; it should be the {what}")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -7,6 +7,7 @@ that a run that was killed and went on ends with the same bytes as an unbroken o
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Manifest:
         for name in ("model", "corpus", "packing"):
             mine, others = getattr(self, name), getattr(other, name)
             clauses += [
-                f"{name} {key} is {mine.get(key)!r}, not {others.get(key)!r}"
+                f"{name} {key} is {_shown(mine.get(key))}, not {_shown(others.get(key))}"
                 for key in dict.fromkeys([*mine, *others])
                 if mine.get(key) != others.get(key)
             ]
@@ -121,7 +122,9 @@ class Manifest:
         for name in (*names, "contexts_per_batch", "contexts_per_shard"):
             mine, others = getattr(self, name), getattr(other, name)
             if mine != others:
-                clauses.append(f"its {name.replace('_', ' ')} is {mine!r}, not {others!r}")
+                clauses.append(
+                    f"its {name.replace('_', ' ')} is {_shown(mine)}, not {_shown(others)}"
+                )
         return clauses
 
     def save(self, folder: Path) -> None:
@@ -181,6 +184,12 @@ def tokens_path(index: int) -> str:
 
 def _records(files: dict[str, Any]) -> dict[str, FileRecord]:
     return {name: FileRecord(**record) for name, record in files.items()}
+
+
+def _shown(value: Any) -> str:
+    """A value for a sentence; a checksum by its beginning."""
+    is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value)
+    return f"'{value[:8]}…'" if is_digest else repr(value)
 
 
 def _digest(value: dict[str, Any]) -> str:

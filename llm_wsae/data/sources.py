@@ -16,7 +16,7 @@ from typing import Any
 
 from llm_wsae.data.files_of_text import SUFFIXES, FileSource, text_column_of
 from llm_wsae.data.text_source import RawDocument, Source
-from llm_wsae.errors import UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError
 
 
 def open_source(spec: str, text_column: str | None) -> Source:
@@ -119,9 +119,15 @@ class HubSource:
     def _find_revision(self) -> str | None:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+        from huggingface_hub.utils import httpx
 
         try:
             return HfApi().dataset_info(self._id).sha
+        except httpx.TransportError as error:
+            raise LlmWsaeError(
+                f"there is no file or text package {self._id!r}, and the Hub cannot be reached to "
+                "look for a dataset of that name; check the name and the network"
+            ) from error
         except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
             return None  # loading says what is wrong, or finds the dataset in the cache
 
@@ -153,12 +159,20 @@ class HubSource:
         return self._revision or "unknown revision"
 
     def documents(self, start: int) -> Iterator[RawDocument]:
+        from huggingface_hub.utils import httpx
+
         rows = self._rows.skip(start) if start else self._rows
-        column = None
-        for index, row in enumerate(rows, start):
-            column = column or text_column_of(self._example(row), self._text_column, self.name)
-            labels = {key: value for key, value in row.items() if key != column}
-            yield RawDocument(str(index), row[column] or "", labels)
+        column, index = None, start
+        try:
+            for index, row in enumerate(rows, start):
+                column = column or text_column_of(self._example(row), self._text_column, self.name)
+                labels = {key: value for key, value in row.items() if key != column}
+                yield RawDocument(str(index), row[column] or "", labels)
+        except (httpx.TransportError, OSError) as error:
+            raise LlmWsaeError(
+                f"the Hub dataset {self.name} broke off near document {index} "
+                f"({_first_line(error)}); run the same command again to go on"
+            ) from error
 
     def _example(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row with text in every declared column of strings: the first may lack some."""

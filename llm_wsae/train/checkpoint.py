@@ -5,6 +5,7 @@ going on from a state that is not its own.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,29 @@ def load_checkpoint(folder: Path, arms: list[Arm], identity: dict[str, Any]) -> 
 def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise LlmWsaeError, naming each difference, unless both settings are the same."""
     wanted = json.loads(json.dumps(wanted))  # as it looks after a round trip
-    names = sorted(found.keys() | wanted.keys())
-    different = [name for name in names if found.get(name) != wanted.get(name)]
+    different = list(_differences(found, wanted))
     if different:
-        shown = "; ".join(
-            f"{name}: {_short(found.get(name))} there, {_short(wanted.get(name))} asked"
-            for name in different
-        )
         raise LlmWsaeError(
-            f"{folder} holds a training with other settings ({shown}); "
+            f"{folder} holds a training with other settings ({'; '.join(different)}); "
             "choose another folder, or delete that one"
         )
 
 
+def _differences(found: dict[str, Any], wanted: dict[str, Any], under: str = "") -> Iterator[str]:
+    for name in sorted(found.keys() | wanted.keys()):
+        there, asked = found.get(name), wanted.get(name)
+        if there == asked:
+            continue
+        if isinstance(there, dict) and isinstance(asked, dict):
+            yield from _differences(there, asked, f"{under}{name} ")
+        elif isinstance(there, dict):
+            yield f"{under}{name} is there, but not asked for"
+        elif isinstance(asked, dict):
+            yield f"{under}{name} is asked for, but not there"
+        else:
+            yield f"{under}{name}: {_short(there)} there, {_short(asked)} asked for"
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+    return text if len(text) <= 40 else text[:37] + "…"

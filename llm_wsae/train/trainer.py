@@ -54,12 +54,17 @@ def train(
     after Ctrl-C or SIGTERM.
     """
     names = [arm.name for arm in arms]
-    if not arms or len(set(names)) < len(names):
-        raise UsageError(f"the arms must be different, at least one: {', '.join(names) or 'none'}")
+    if not arms:
+        raise UsageError(
+            "there is nothing to train: give at least one rule or weights file, one k or L1 "
+            "coefficient, and one seed"
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"the arms must be different, but {twice[0]} is asked for twice")
     out = Path(out)
+    training = _Training(source, arms, config, out)  # first: a refused request leaves no folder
     with folder_lock(out, "training"):
         remove_partials(out)
-        training = _Training(source, arms, config, out)
         if (out / FINISHED).exists():
             check_identity(out, read_json(out / FINISHED, "training record"), training.identity)
         else:

@@ -1,0 +1,78 @@
+"""The command line, called in process, and a small world for it: models, texts, all in a folder."""
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_model, write_jsonl
+
+from llm_wsae.cli import main
+
+SITE = "blocks.1.hook_resid_post"
+HARVEST = ("--site", SITE, "--context-size", 16, "--tokens", 5000, "--batch-tokens", 512,
+           "--shard-tokens", 1024)  # fmt: skip
+TRAIN = ("--site", SITE, "--expansion", 4, "--batch-size", 256, "--dtype", "float32")
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """All of stdout, which must be one JSON object."""
+        value = json.loads(self.out, parse_constant=lambda name: 1 / 0)
+        assert isinstance(value, dict)
+        return value
+
+
+def call(*words: Any) -> Result:
+    """Run one command; a word may be a path or a number."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as leaving:  # the parser's own help and usage errors
+            code = leaving.code
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def works(*words: Any) -> Result:
+    result = call(*words)
+    assert result.code == 0, result.err
+    return result
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, byte for byte."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def save_model(folder: Path, seed: int = 0, width: int = 16, broken: bool = False) -> Path:
+    model = tiny_model(seed, width)
+    if broken:
+        weight = model.hf_model.model.layers[1].mlp.down_proj.weight
+        weight.data[0, 0] = torch.nan
+    model.hf_model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_world(folder: Path) -> Path:
+    """``model``, ``text.jsonl``, and from them ``store`` and two dictionaries in ``trained``."""
+    save_model(folder / "model")
+    write_jsonl(folder / "text.jsonl", [7 * i % 50 + 20 for i in range(400)])
+    works("harvest", "--model", folder / "model", "--corpus", folder / "text.jsonl", *HARVEST,
+          "--dtype", "float32", "--out", folder / "store")  # fmt: skip
+    works("train", folder / "store", *TRAIN, "--k", 4, "--out", folder / "trained")
+    return folder

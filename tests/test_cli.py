@@ -1,0 +1,276 @@
+"""Every command on a tiny model and real files: what it prints, what it leaves, what a second call
+does. Bad input is in test_bad_input.py."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import HARVEST, SITE, TRAIN, call, content, make_world, works
+from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
+
+import llm_wsae.run
+from llm_wsae.cli import COMMANDS
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.model.site import Site
+
+RUN = ("--site", SITE, "--tokens", 5000, "--context-size", 16, "--k", 4, "--eval-tokens", 500)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def model_and_corpus(world):
+    return ("--model", world / "model", "--corpus", world / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def ran(model_and_corpus, tmp_path_factory):
+    """A whole run, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return out, works("run", *model_and_corpus, *RUN, "--out", out)
+
+
+def is_figure(path: Path) -> bool:
+    height, width, _ = imread(path).shape
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and min(height, width) > 200
+
+
+def check_record(path: Path, command: str, **config) -> None:
+    record = json.loads(path.read_text())
+    assert record["command"] == command
+    assert config.items() <= record["config"].items()
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_help_names_every_command():
+    for words in (["--help"], ["-h"]):
+        result = call(*words)
+        assert result.code == 0 and result.err == ""
+        for name, command in COMMANDS.items():
+            assert f"  {name:<10}{command.__doc__.splitlines()[0]}" in result.out
+    nothing = call()
+    assert (nothing.code, nothing.out) == (2, "") and nothing.err.startswith("usage: llm-wsae")
+
+
+FLAGS = {
+    "run": "model corpus site out tokens context-size rule alpha k expansion seeds train-tokens "
+    "eval-tokens revision device",
+    "harvest": "model corpus site out part revision device context-size prepend-bos "
+    "one-document-per-context drop-positions drop-special tokens dtype batch-tokens shard-tokens",
+    "weigh": "site out rule alpha",
+    "train": "site out rule alpha weights k l1 seeds expansion tokens batch-size learning-rate "
+    "warmup decay aux-coefficient dead-after checkpoint-seconds log-every seed device dtype "
+    "tracker",
+    "evaluate": "model corpus out tokens batch-tokens bootstraps seed part revision device",
+    "verify": "",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_those_that_were_promised(command):
+    """Users' scripts hang on them: add one here on purpose, and take none away."""
+    result = call(command, "--help")
+    assert result.code == 0 and result.err == ""
+    shown = set(re.findall(r"^[^\w\n-]*--([a-z][a-z0-9-]*)", result.out, re.MULTILINE))
+    assert shown == set(FLAGS[command].split())
+
+
+def test_harvest(world, model_and_corpus, tmp_path):
+    out = tmp_path / "store"
+    words = ("harvest", *model_and_corpus, *HARVEST, "--out", out, "--dtype", "float32")
+    result = works(*words, "--json")
+    tokens = [load_file(path) for path in sorted((out / "tokens").iterdir())]
+    assert len(tokens) == 5 and sum(len(t["ids"]) for t in tokens) == 313  # 5000 / 16, rounded up
+    rows = sum(int((t["ids"][:, 1:] < 50).sum()) for t in tokens)  # special tokens give none
+    assert result.json == {"store": str(out), "rows": rows, "d_in": 16, "massive": {SITE: 0}}
+    assert "harvest: 100%" in result.err and "loading" in result.err
+    check_record(
+        out / "harvest.json",
+        "harvest",
+        model="model",
+        corpus=str(world / "text.jsonl"),
+        part="train",
+        tokens=5000,
+        dtype="float32",
+    )
+    assert content(out) == content(world / "store")  # the same command gives the same bytes
+
+    again = works(*words)
+    assert f"{out} is already complete" in again.err and "harvest:" not in again.err
+    assert f"{rows:,} rows of 16 dimensions at each site in {out}" in again.out
+    assert content(out) == content(world / "store")
+
+
+def test_weigh(world, tmp_path):
+    out = tmp_path / "weights.safetensors"
+    words = ("weigh", world / "store", "--site", SITE, "--out", out, "--alpha", -0.5)
+    result = works(*words, "--json")
+    facts = result.json
+    statistics = ActivationStore.open(world / "store").statistics(Site.parse(SITE))
+    assert facts["rows"] == statistics.count and facts["dimensions"] == 16
+    uniform, inverse = facts["weights"]
+    assert (uniform["name"], inverse["name"]) == ("uniform", "variance-a-0.5")
+    gamma = load_file(out)["gamma"].double()
+    wanted = statistics.variance**-0.5
+    torch.testing.assert_close(gamma / gamma.sum(), wanted / wanted.sum(), rtol=1e-5, atol=0)
+    assert inverse["gamma_max"] == pytest.approx(float(gamma.max()))
+    share = gamma**2 * statistics.robust_variance
+    effective = float(share.sum() ** 2 / (share**2).sum())
+    assert inverse["effective_dimensions"] == pytest.approx(effective)
+    assert is_figure(tmp_path / "weights.png")
+    check_record(tmp_path / "weights.json", "weigh", site=SITE, rule="variance", alpha=-0.5)
+    again = works(*words)
+    assert f"variance-a-0.5{effective:>25.1f}" in again.out
+    assert again.out.endswith(f"weights  {out}\nplot     {tmp_path / 'weights.png'}\n")
+
+
+def test_train(world, tmp_path):
+    own = torch.linspace(1, 2, 16)
+    save_file({"anything": own}, tmp_path / "own.safetensors")
+    out = tmp_path / "trained"
+    words = ("train", world / "store", *TRAIN, "--rule", "uniform", "robust-variance",
+             "--alpha", 0.25, "--weights", tmp_path / "own.safetensors", "--k", 4,
+             "--l1", 0.01, "--seeds", 0, 7, "--out", out)  # fmt: skip
+    result = works(*words, "--json")
+    weights = ("uniform", "robust-variance-a0.25", "own")
+    names = [
+        f"{w}-{s}{seed}" for w in weights for s in ("k4", "relu-l0.01") for seed in ("", "-s7")
+    ]
+    assert sorted(result.json) == sorted(names)
+    rows = ActivationStore.open(world / "store").num_rows
+    for name, numbers in result.json.items():
+        dictionary = Dictionary.load(out / name)
+        assert dictionary.d_sae == 64 and str(dictionary.site) == SITE
+        assert dictionary.info.training["num_steps"] == rows // 256
+        assert 0 < numbers["fvu"] < 1.5 and 0 <= numbers["dead"] <= 1
+        assert numbers["l0"] <= 4 if "-k4" in name else numbers["l0"] > 4
+    gamma = Dictionary.load(out / "own-k4").extras["gamma"]
+    torch.testing.assert_close(gamma / gamma[0], own, rtol=1e-5, atol=0)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == rows // 256 and sorted(log[-1]["arms"]) == sorted(names)
+    assert log[-1]["arms"]["uniform-k4"]["fvu"] == result.json["uniform-k4"]["fvu"]
+    check_record(out / "train.json", "train", k=[4], l1=[0.01], seeds=[0, 7], batch_size=256)
+
+    before = content(out)
+    again = works(*words)
+    assert content(out) == before and again.err == ""  # no bar: nothing was trained
+    fvu = result.json["own-k4-s7"]["fvu"]
+    assert re.search(rf"^own-k4-s7 +{fvu:.4f} ", again.out, re.MULTILINE)
+
+
+def test_evaluate(world, model_and_corpus, tmp_path):
+    out = tmp_path / "report.json"
+    plain, weighted = world / "trained/uniform-k4", world / "trained/variance-a0.5-k4"
+    words = ("evaluate", plain, weighted, *model_and_corpus, "--tokens", 500, "--out", out)
+    result = works(*words, "--json")
+    report = json.loads(out.read_text())
+    assert result.json.items() <= report.items()
+    assert report["command"] == "evaluate" and report["versions"]["torch"] == torch.__version__
+    assert list(report["dictionaries"]) == ["uniform-k4", "variance-a0.5-k4"]
+    measured = report["dictionaries"]["uniform-k4"]
+    assert 500 <= measured["rows"] < 515 and 0 < measured["l0"] <= 4
+    trained = Dictionary.load(plain).info.metrics["training"]["fvu"]
+    assert measured["fvu"] == pytest.approx(trained, abs=0.1)  # the same text, other documents
+    before = out.read_bytes()
+    again = works(*words)
+    assert out.read_bytes() == before
+    assert re.search(rf"^uniform-k4 +{measured['fvu']:.3f} ", again.out, re.MULTILINE)
+    assert again.out.endswith(f"report  {out}\n")
+
+
+def test_dictionaries_of_one_name_are_told_apart(world, model_and_corpus, tmp_path):
+    plain = world / "trained/uniform-k4"
+    copy = tmp_path / "uniform-k4"
+    Dictionary.load(plain).save(copy)
+    result = works("evaluate", plain, copy, *model_and_corpus, "--tokens", 100,
+                   "--out", tmp_path / "r.json", "--json")  # fmt: skip
+    assert list(result.json["dictionaries"]) == [str(plain), str(copy)]
+
+
+def test_verify(world):
+    for folder, kind in ((world / "store", "store"), (world / "trained/uniform-k4", "dictionary")):
+        assert works("verify", folder).out == f"{folder}: {kind} is whole\n"
+        result = works("--json", "verify", folder)
+        assert result.json == {"folder": str(folder), "kind": kind, "ok": True}
+
+
+def test_run_leaves_everything_in_one_folder(ran):
+    out, result = ran
+    here = out / SITE
+    arms = ["uniform-k4", "variance-a0.5-k4", "variance-a-0.25-k4"]
+    names = {"profile.json", "profile.png", "report.json", "fidelity.png", "log.jsonl"}
+    assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
+    assert is_figure(here / "profile.png") and is_figure(here / "fidelity.png")
+    report = json.loads((here / "report.json").read_text())["dictionaries"]
+    for name in arms:
+        metrics = Dictionary.load(here / name).info.metrics
+        assert metrics["fidelity"]["fvu"] == report[name]["fvu"] < 1
+        assert re.search(rf"^{name} +{report[name]['fvu']:.3f} ", result.out, re.MULTILINE)
+        assert str(here / name) in result.out
+    check_record(out / "run.json", "run", model="model", k=[4], alpha=[0.5, -0.25])
+    stages = re.findall(r"^\[(\d)/4\] (\w+)", result.err, re.MULTILINE)
+    assert stages == [("1", "harvest"), ("2", "weigh"), ("3", "train"), ("4", "evaluate")]
+    for name in ("profile.png", "fidelity.png"):
+        assert str(here / name) in result.out
+
+
+def test_run_proposes_a_command_that_works(ran, tmp_path):
+    _, result = ran
+    program, *words = shlex.split(result.out.splitlines()[-1])
+    assert program == "llm-wsae"
+    words[words.index("--tokens") + 1] = "100"
+    words[words.index("--out") + 1] = str(tmp_path / "report.json")
+    assert "uniform-k4" in works(*words).out
+
+
+def test_run_again_does_nothing_twice(ran, model_and_corpus):
+    out, first = ran
+    before = content(out)
+    again = works("run", *model_and_corpus, *RUN, "--out", out, "--json")
+    assert "already complete" in again.err
+    assert "harvest: " not in again.err.replace("harvest: 5,000 tokens", "")
+    assert "train 3 arms" not in again.err
+    after = content(out)
+    assert after == before
+    (site,) = again.json.values()
+    assert list(site) == ["folder", "profile", "fidelity"]
+    for name, numbers in site["fidelity"].items():
+        assert f"{numbers['fvu']:.3f}" in first.out and name in first.out
+
+
+def test_run_goes_on_after_an_interruption(ran, model_and_corpus, tmp_path, monkeypatch):
+    whole, _ = ran
+    out = tmp_path / "out"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm_wsae.run, "train", interrupted)
+        result = call("run", *model_and_corpus, *RUN, "--out", out)
+    assert result.code == 1 and "run the same command again to go on" in result.err
+    assert "Traceback" not in result.err
+    works("run", *model_and_corpus, *RUN, "--out", out)
+    for name in ("uniform-k4", "variance-a0.5-k4"):
+        assert content(out / SITE / name) == content(whole / SITE / name)
+
+
+def test_json_in_a_process_of_its_own(world):
+    found = subprocess.run(
+        [sys.executable, "-m", "llm_wsae.cli", "verify", world / "store", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(found.stdout)["ok"] is True and found.stdout.count("\n") == 1
+    assert "verify: 100%" in found.stderr
