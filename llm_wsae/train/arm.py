@@ -91,6 +91,8 @@ class Arm:
             for group in self._optimiser.param_groups:
                 group["lr"] = learning_rate
             self._optimiser.step()
+            for parameter in self.parameters:
+                parameter.grad = None  # else the next gradients are made while these still live
             decoder = self.parameters.decoder
             decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=1e-8)
             self._record(step, batch)
