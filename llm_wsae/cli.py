@@ -46,7 +46,7 @@ def run(
 ) -> Result:
     """Harvest, weigh, train a plain and weighted dictionaries, evaluate: everything in one folder.
 
-    Run it again to go on after an interruption; what is done is not done twice.
+    Run it again to go on after an interruption; a harvest or training is never done twice.
 
     Args:
         model: Hub id, local folder or .gguf file of a causal language model.

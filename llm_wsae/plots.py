@@ -46,7 +46,7 @@ def plot_profile(
         ylabel="share of the loss carried\nby the first dimensions",
         xlabel="dimension, by falling winsorised variance (bottom: by falling share)",
     )
-    bottom.legend(frameon=False, loc="lower right")
+    bottom.legend(frameon=False, loc="center left")
     _save(figure, path)
 
 

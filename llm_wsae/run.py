@@ -18,7 +18,7 @@ from llm_wsae.data.tokens import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluate.config import EvaluateConfig
-from llm_wsae.evaluate.fidelity import evaluate
+from llm_wsae.evaluate.fidelity import evaluate, take_contexts
 from llm_wsae.evaluate.report import Fidelity, Report
 from llm_wsae.files import write_json
 from llm_wsae.harvest import harvest
@@ -89,6 +89,10 @@ def run(
         check_rule(rule)
     for k in ks:
         TopK(k).check(train_config.expansion * model.d_model)
+    heldout = take_contexts(  # before hours of work are built on too little text
+        Packer.for_model(model, harvest_config).contexts(Corpus.open(corpus, part="heldout")),
+        evaluate_config.tokens,
+    )
     _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
     training_text = Corpus.open(corpus, part="train")
     store = harvest(model, training_text, sites, out / "store", harvest_config)
@@ -101,10 +105,7 @@ def run(
         _say(3, "train", f"{len(arms)} dictionaries in one pass")
         dictionaries = train(store.source(site), arms, train_config, folder)
         _say(4, "evaluate", f"on {evaluate_config.tokens:,} held-out tokens")
-        contexts = Packer.for_model(model, harvest_config).contexts(
-            Corpus.open(corpus, part="heldout")
-        )
-        report = evaluate(dictionaries, model, contexts, evaluate_config)
+        report = evaluate(dictionaries, model, heldout, evaluate_config)
         _save_metrics(folder, dictionaries, report)
         report.write(folder / "report.json")
         plot_fidelity(fidelity_numbers(report), str(site), folder / "fidelity.png")

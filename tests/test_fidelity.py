@@ -382,7 +382,7 @@ def test_activations_that_are_not_finite(model, contexts):
     with torch.no_grad():
         weight[int(contexts[0].ids[2])] = float("nan")
     try:
-        with pytest.raises(LlmWsaeError, match="activations of the model at .* are NaN or inf"):
+        with pytest.raises(LlmWsaeError, match=r"activations of the model at .* are NaN or inf"):
             evaluate({"a": identity()}, model, contexts, CONFIG)
     finally:
         with torch.no_grad():

@@ -192,7 +192,7 @@ def test_a_folder_in_use_is_refused(trained, tmp_path):
 
 def test_impossible_settings_are_refused(tmp_path):
     source = MemorySource(300)
-    with pytest.raises(UsageError, match="k = 100 .* more than the dictionary's 64 latents"):
+    with pytest.raises(UsageError, match=r"k = 100 .* more than the dictionary's 64 latents"):
         train(source, arms_for(source, ks=(100,)), CONFIG, tmp_path)
     with pytest.raises(UsageError, match="the arms must be different"):
         train(source, arms_for(source) * 2, CONFIG, tmp_path)

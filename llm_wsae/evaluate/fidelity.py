@@ -84,7 +84,8 @@ def evaluate(
     activation is not finite.
     """
     sites = _sites(dictionaries, model)
-    batches, num_contexts = _batches(contexts, config)
+    taken = take_contexts(contexts, config.tokens)
+    batches, num_contexts = _batches(taken, config), len(taken)
     _read_thresholds(sites, model, batches)
     _read_means(sites, model, batches)
     columns: dict[Key, list[Tensor]] = defaultdict(list)
@@ -133,28 +134,32 @@ def _sites(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> dict
     return sites
 
 
-def _batches(
-    contexts: Iterable[Context], config: EvaluateConfig
-) -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """The first contexts that hold ``config.tokens`` rows, as (ids, keep) batches, and how many."""
-    ids, keep, rows = [], [], 0
+def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
+    """The first contexts that hold ``tokens`` rows. Raises LlmWsaeError if there are too few."""
+    taken, rows = [], 0
     for context in contexts:
-        ids.append(torch.as_tensor(context.ids).long())
-        keep.append(torch.as_tensor(context.keep).bool())
-        rows += int(keep[-1].sum())
-        if rows >= config.tokens:
+        taken.append(context)
+        rows += int(context.keep.sum())
+        if rows >= tokens:
             break
-    if rows < config.tokens or len(ids) < 2:
+    if rows < tokens or len(taken) < 2:
         raise LlmWsaeError(
-            f"the text to evaluate on holds {rows:,} tokens in {len(ids)} contexts, but "
-            f"{config.tokens:,} tokens in at least 2 contexts are needed; ask for fewer tokens or "
+            f"the text to evaluate on holds {rows:,} tokens in {len(taken)} contexts, but "
+            f"{tokens:,} tokens in at least 2 contexts are needed; ask for fewer tokens or "
             "give more text"
         )
+    return taken
+
+
+def _batches(contexts: list[Context], config: EvaluateConfig) -> list[tuple[Tensor, Tensor]]:
+    """The contexts as (ids, keep) batches."""
+    ids = [torch.as_tensor(context.ids).long() for context in contexts]
+    keep = [torch.as_tensor(context.keep).bool() for context in contexts]
     size = max(1, config.batch_tokens // len(ids[0]))
     return [
         (torch.stack(ids[at : at + size]), torch.stack(keep[at : at + size]))
         for at in range(0, len(ids), size)
-    ], len(ids)
+    ]
 
 
 def _read_thresholds(
