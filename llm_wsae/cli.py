@@ -277,7 +277,7 @@ def evaluate(
 
 
 def verify(folder: tyro.conf.Positional[Path]) -> Result:
-    """Check every byte of an activation store, or read a dictionary, and name what is damaged.
+    """Check every byte of an activation store or a dictionary, and name what is damaged.
 
     Args:
         folder: Store or dictionary folder.
@@ -285,7 +285,7 @@ def verify(folder: tyro.conf.Positional[Path]) -> Result:
     from llm_wsae.data.manifest import MANIFEST
     from llm_wsae.data.verify import verify_store
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.dictionary.files import CFG, INFO
+    from llm_wsae.dictionary.files import CFG, INFO, changed_files
 
     if not folder.is_dir():
         raise LlmWsaeError(f"there is no folder {folder}")
@@ -296,6 +296,8 @@ def verify(folder: tyro.conf.Positional[Path]) -> Result:
     elif (folder / CFG).exists() or (folder / INFO).exists():
         kind = "dictionary"
         Dictionary.load(folder)
+        if changed := changed_files(folder):
+            raise LlmWsaeError(f"in {folder}, {' and '.join(changed)} changed since it was saved")
     else:
         raise LlmWsaeError(
             f"{folder} is neither an activation store (with a {MANIFEST}) nor a dictionary (with "

@@ -384,3 +384,13 @@ def test_debug_shows_where_it_happened(world, monkeypatch):
         assert result.code == code and result.out == ""
         first, *_, last = result.err.splitlines()
         assert first == "Traceback (most recent call last):" and last.startswith("llm-wsae: ")
+
+
+def test_verify_finds_a_flipped_bit_of_a_dictionary(refused, world, tmp_path):
+    shutil.copytree(world / "trained/uniform-k4", tmp_path / "flipped")
+    weights = tmp_path / "flipped/sae_weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1  # a number that is as good as the old one
+    weights.write_bytes(data)
+    said = ["flipped, sae_weights.safetensors changed since it was saved"]
+    refused(1, "verify", tmp_path / "flipped", said=said)

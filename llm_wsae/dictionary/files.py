@@ -23,7 +23,7 @@ from torch import Tensor
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import read_json, save_tensors, write_json
+from llm_wsae.files import read_json, save_tensors, sha256, write_json
 
 FORMAT = "llm-wsae dictionary"
 FORMAT_VERSION = 1
@@ -119,6 +119,7 @@ def write_folder(
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
                 "package_version": _package_version(),
+                "sha256": {name: sha256(whole / name) for name in (WEIGHTS, EXTRAS)},
                 **info.to_dict(),
             },
         )
@@ -156,6 +157,16 @@ def read_folder(folder: Path) -> Content:
     weights = _read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
     extras = _read_tensors(folder / EXTRAS, "side tensors", None, None, d_in)
     return Content({key: w.float() for key, w in weights.items()}, sparsity, info, extras)
+
+
+def changed_files(folder: Path) -> list[str]:
+    """The tensor files whose bytes are not those that were saved.
+
+    Another tool may rewrite a dictionary with the same numbers, so reading one does not ask for
+    this; ``llm-wsae verify`` does. Raises LlmWsaeError as ``read_folder`` does.
+    """
+    saved = read_json(Path(folder) / INFO, "dictionary's information").get("sha256", {})
+    return [name for name, digest in saved.items() if sha256(Path(folder) / name) != digest]
 
 
 def _read_info(path: Path) -> DictionaryInfo:

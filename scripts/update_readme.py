@@ -1,0 +1,53 @@
+"""Writes the quickstart's table and figures into the README, from the last run of it.
+
+bash scripts/quickstart.sh && python scripts/update_readme.py
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from llm_wsae.files import write_text
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "runs/quickstart/blocks.9.hook_resid_post"
+FIGURES = ROOT / "scripts/figures"
+
+
+def main() -> None:
+    """Replace what stands between the markers, copy the figures."""
+    report = json.loads((RESULT / "report.json").read_text(encoding="utf-8"))
+    profile = json.loads((RESULT / "profile.json").read_text(encoding="utf-8"))
+    effective = {w["name"]: w["effective_dimensions"] for w in profile["weights"]}
+    lines = [
+        "| dictionary | effective dimensions of its loss | FVU | CE recovered [95 %] | KL | L0 |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, arm in report["dictionaries"].items():
+        low, high = arm["ce_recovered_interval"]
+        lines.append(
+            f"| `{name}` | {effective[name.rsplit('-k', 1)[0]]:.1f} of {profile['dimensions']} "
+            f"| {arm['fvu']:.3f} | {arm['ce_recovered']:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {arm['kl']:.3f} | {arm['l0']:.0f} |"
+        )
+    first = next(iter(report["dictionaries"].values()))
+    lines += [
+        "",
+        f"SmolLM2-135M, block 9, {profile['rows']:,} rows, 8 × width, one seed, measured on "
+        f"{first['rows']:,} held-out tokens. The intervals are over contexts, not over seeds.",
+    ]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = "<!-- quickstart-table -->\n" + "\n".join(lines) + "\n<!-- /quickstart-table -->"
+    readme, count = re.subn(
+        r"<!-- quickstart-table -->.*?<!-- /quickstart-table -->", block, readme, flags=re.DOTALL
+    )
+    assert count == 1, "the README has lost its markers"
+    write_text(ROOT / "README.md", readme)
+    FIGURES.mkdir(exist_ok=True)
+    for name in ("profile.png", "fidelity.png"):
+        shutil.copy(RESULT / name, FIGURES / name)
+
+
+if __name__ == "__main__":
+    main()
