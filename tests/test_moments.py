@@ -91,6 +91,18 @@ def test_small_samples_of_shards_merge_into_a_uniform_one():
     assert counts[:7].min() > 120 and counts[7] < 50
 
 
+def test_parts_that_begin_alike_do_not_draw_the_same_rows():
+    """Shards all begin at row 0: one seed for all would sample the same places in each."""
+    numbers = torch.arange(1000.0)[:, None]
+    total = Statistics(1, 32, sample_rows=400)
+    for shard in range(20):
+        total.merge(
+            Statistics(1, 32, sample_rows=100).update(numbers + shard / 64, positions_of(1000))
+        )
+    places = total.sample[:, 0].floor().unique()
+    assert len(total.sample) == 400 and len(places) > 300
+
+
 def test_round_trip_and_bf16(tmp_path):
     s = Statistics(5, 32).update(rows_of(999, dtype=torch.bfloat16), positions_of(999))
     again = Statistics.from_tensors(s.to_tensors())

@@ -14,6 +14,7 @@ of the data, so that shards, processes and resumed runs add up:
 """
 
 import math
+import zlib
 
 import torch
 from jaxtyping import Float, Int
@@ -121,9 +122,10 @@ class Statistics:
         self.count = n
 
     def _add_to_sample(self, rows: Tensor) -> None:
-        # Priorities depend on nothing but how many rows came before: the same data give the same
-        # sample, whatever happened to the process in between.
-        generator = torch.Generator().manual_seed(self.count)
+        # Seeded by the data: the same rows give the same sample, whatever happened to the process
+        # in between, and two parts that are merged later draw different priorities.
+        first = zlib.crc32(rows[:8].float().numpy().tobytes())
+        generator = torch.Generator().manual_seed(((self.count << 32) + first) % 2**63)
         priority = torch.rand(len(rows), generator=generator, dtype=torch.float64)
         self._keep_sample(rows, priority)
 
