@@ -72,6 +72,7 @@ def run(
     alphas: Sequence[float] = (0.5, -0.25),
     ks: Sequence[int] = (32,),
     seeds: Sequence[int] = (0,),
+    text_column: str | None = None,
     harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
     train_config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
     evaluate_config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
@@ -90,11 +91,13 @@ def run(
     for k in ks:
         TopK(k).check(train_config.expansion * model.d_model)
     heldout = take_contexts(  # before hours of work are built on too little text
-        Packer.for_model(model, harvest_config).contexts(Corpus.open(corpus, part="heldout")),
+        Packer.for_model(model, harvest_config).contexts(
+            Corpus.open(corpus, "heldout", text_column=text_column)
+        ),
         evaluate_config.tokens,
     )
     _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
-    training_text = Corpus.open(corpus, part="train")
+    training_text = Corpus.open(corpus, "train", text_column=text_column)
     store = harvest(model, training_text, sites, out / "store", harvest_config)
     results = {}
     for site in sites:

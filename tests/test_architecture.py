@@ -34,6 +34,7 @@ FLOORS = (
     "evaluate",
     "plots",
     "run",
+    "commands",
     "cli",
     "__init__",  # the front door: shows what is inside, and nothing inside goes through it
 )

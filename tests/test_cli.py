@@ -64,14 +64,15 @@ def test_help_names_every_command():
 
 FLAGS = {
     "run": "model corpus site out tokens context-size rule alpha k expansion seeds train-tokens "
-    "eval-tokens revision device",
-    "harvest": "model corpus site out part revision device context-size prepend-bos "
+    "eval-tokens text-column revision device",
+    "harvest": "model corpus site out part text-column revision device context-size prepend-bos "
     "one-document-per-context drop-positions drop-special tokens dtype batch-tokens shard-tokens",
     "weigh": "site out rule alpha",
     "train": "site out rule alpha weights k l1 seeds expansion tokens batch-size learning-rate "
     "warmup decay aux-coefficient dead-after checkpoint-seconds log-every seed device dtype "
     "tracker",
-    "evaluate": "model corpus out tokens batch-tokens bootstraps seed part revision device",
+    "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
+    "device",
     "verify": "",
 }
 
