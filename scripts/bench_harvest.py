@@ -17,7 +17,6 @@ fewer tokens, for it is slow. Promised: harvest at least 0.9 of bare, and at con
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from benchmarks import machine, write_section
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
@@ -34,6 +34,11 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sharing import share_weights
 from llm_wsae.model.site import Site
 
+WAYS = (
+    "bare: the Hugging Face model cut off behind the site's block. forward: our forward alone. "
+    "harvest: text to synced, checksummed shards with statistics. bridge: TransformerLens' "
+    "run_with_cache of the one hook, stopped behind its block. Ratios are medians within repeats.",
+)
 BRIDGE_SHARE = 8  # the bridge reads this many times fewer tokens
 
 
@@ -127,33 +132,32 @@ def main() -> None:
     parser.add_argument("--context-sizes", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--tokens", type=int, default=65_536, help="per way and repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print every repeat as JSON")
+    parser.add_argument("--write", action="store_true", help="write into BENCHMARKS.md")
     args = parser.parse_args()
 
+    busy = machine(torch.get_num_threads())
     site = Site.parse(args.site)
     model = LanguageModel.load(args.model or embedded_model())
     corpus = Corpus.open(args.corpus)
-    print(
-        f"{model.name}, {site}, {str(model.dtype).removeprefix('torch.')} on {model.device}, "
-        f"{torch.get_num_threads()} threads",
-        file=sys.stderr,
-    )
-    results = {}
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines = [
+        f"### Harvest, {model.name}, {site}, {dtype} on {model.device}",
+        "",
+        "| context | way | tokens/s | lowest to highest | of bare | of the bridge |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
     for size in args.context_sizes:
-        timed = ways(model, site, corpus, size, args.tokens)
-        results[size] = speeds = measure(timed, args.repeats)
-        if args.json:
-            continue
-        print(f"\ncontext {size}: tokens/s, median (lowest to highest of {args.repeats})")
+        speeds = measure(ways(model, site, corpus, size, args.tokens), args.repeats)
         for name, values in speeds.items():
-            middle = statistics.median(values)
-            print(
-                f"  {name:8s} {middle:8,.0f}  ({min(values):,.0f} to {max(values):,.0f})"
-                f"   {ratio(speeds, name, 'bare'):.2f} of bare"
-                f"   {ratio(speeds, name, 'bridge'):.2f} of bridge"
+            lines.append(
+                f"| {size} | {name} | {statistics.median(values):,.0f} "
+                f"| {min(values):,.0f} to {max(values):,.0f} "
+                f"| {ratio(speeds, name, 'bare'):.2f} | {ratio(speeds, name, 'bridge'):.2f} |"
             )
-    if args.json:
-        print(json.dumps(results))
+    lines += ["", *WAYS, "", f"{busy}. {args.repeats} repeats of {args.tokens:,} tokens."]
+    print("\n".join(lines))
+    if args.write:
+        write_section("harvest", "\n".join(lines))
 
 
 if __name__ == "__main__":
