@@ -29,6 +29,16 @@ def test_moments_equal_scipy():
     assert torch.equal(s.minimum, x.amin(0)) and torch.equal(s.maximum, x.amax(0))
 
 
+def test_float32_rows_give_the_moments_to_six_digits():
+    x = rows_of(50_000, dtype=torch.float32) * 100
+    s = Statistics(5, 32).update(x, positions_of(len(x)))
+    exact = x.double()
+    torch.testing.assert_close(s.mean, exact.mean(0), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(s.variance, exact.var(0, correction=0), rtol=2e-6, atol=0)
+    kurtosis = torch.tensor(stats.kurtosis(exact.numpy()))
+    torch.testing.assert_close(s.excess_kurtosis, kurtosis, rtol=1e-5, atol=1e-5)
+
+
 def test_large_offset_loses_nothing():
     x = rows_of(5000) + 1e6
     s = Statistics(5, 32).update(x, positions_of(len(x)))
