@@ -81,7 +81,9 @@ class StoreWriter:
         """Go on with the folder's manifest, as ``begin_or_resume`` gave it."""
         self._folder = folder
         self._manifest = manifest
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
+        # One core for the writer (the setting is the thread's own): were its operations spread over
+        # all cores, each would wait for the forward pass, and the forward pass for it.
+        self._pool = ThreadPoolExecutor(1, "store-writer", lambda: torch.set_num_threads(1))
         self._running: deque[Future] = deque()
         self._broken = False
         self._contexts: list[Contexts] = []
