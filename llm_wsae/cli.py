@@ -11,9 +11,23 @@ from typing import Any
 
 import tyro
 
-from llm_wsae.commands import COMMANDS
+from llm_wsae.commands.common import Result
+from llm_wsae.commands.evaluate import evaluate
+from llm_wsae.commands.run import run
+from llm_wsae.commands.store import harvest, weigh
+from llm_wsae.commands.train import train
+from llm_wsae.commands.verify import verify
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.record import plain
+
+COMMANDS: dict[str, Callable[..., Result]] = {
+    "run": run,
+    "harvest": harvest,
+    "weigh": weigh,
+    "train": train,
+    "evaluate": evaluate,
+    "verify": verify,
+}
 
 _USAGE = """usage: llm-wsae COMMAND … [--json] [--debug]
 

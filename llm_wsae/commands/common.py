@@ -1,0 +1,42 @@
+"""What every command shares: the type of a result, loading a model, reading names, the cost."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from llm_wsae.errors import UsageError
+from llm_wsae.model.site import Site
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Result = tuple[dict[str, Any], str]  # the JSON object, the text for people
+
+
+def load_model(model: str, revision: str | None, device: str) -> Any:
+    """Load a model, saying so on stderr."""
+    from llm_wsae.model.language_model import LanguageModel
+
+    print(f"loading {model}", file=sys.stderr)
+    return LanguageModel.load(model, revision=revision, device=device)
+
+
+def sites_of(names: tuple[str, ...]) -> list[Site]:
+    """The sites of their names. Raises UsageError if there is none or one is misspelt."""
+    if not names:
+        raise UsageError("name at least one site, e.g. --site blocks.8.hook_resid_post")
+    return [Site.parse(name) for name in names]
+
+
+def label_of(path: Path, paths: tuple[Path, ...]) -> str:
+    """The folder's name, or as much of the path as tells it from the others."""
+    same = [p for p in paths if p.name == path.name]
+    return path.name if len(same) == 1 else str(path)
+
+
+def cost(started: float) -> str:
+    """Time since ``started`` (a ``time.monotonic``) and peak memory, in words."""
+    from llm_wsae.hardware import peak_memory_bytes
+
+    seconds = time.monotonic() - started
+    peak = peak_memory_bytes() / 2**30
+    return f"took {seconds // 60:.0f} min {seconds % 60:02.0f} s, peak memory {peak:.1f} GiB"

@@ -1,0 +1,99 @@
+"""Commands about activations: harvest them into a store, weigh their dimensions."""
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from llm_wsae.commands.common import Device, Result, cost, load_model, sites_of
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.errors import UsageError
+from llm_wsae.model.site import Site
+from llm_wsae.record import write_record
+
+
+def harvest(
+    model: str,
+    corpus: str,
+    site: tuple[str, ...],
+    out: Path,
+    config: tyro.conf.OmitArgPrefixes[HarvestConfig] = HarvestConfig(),  # noqa: B008 - frozen
+    part: Literal["train", "heldout", "all"] = "train",
+    text_column: str | None = None,
+    revision: str | None = None,
+    device: Device = "auto",
+) -> Result:
+    """Write a model's activations at some sites into an activation store.
+
+    Args:
+        model: Hub id, local folder or .gguf file of a causal language model.
+        corpus: Hub dataset, .txt/.jsonl/.parquet file or folder, or text package; a+b mixes.
+        site: Residual-stream sites in TransformerLens names, e.g. blocks.8.hook_resid_post.
+        out: Folder of the store; one that is not complete is gone on with.
+        part: Which documents: those for training, those held out, or all.
+        text_column: Column of the corpus that holds the text, where that is not clear.
+        revision: Revision of a model on the Hub.
+        device: Where the model runs.
+    """
+    from llm_wsae.data.corpus import Corpus
+    from llm_wsae.harvest import harvest as harvest_into
+
+    started, sites = time.monotonic(), sites_of(site)
+    text = Corpus.open(corpus, part, text_column=text_column)
+    language_model = load_model(model, revision, device)
+    store = harvest_into(language_model, text, sites, out, config)
+    write_record(
+        out / "harvest.json",
+        "harvest",
+        {
+            "model": language_model.name,
+            "corpus": corpus,
+            "site": site,
+            "part": part,
+            **vars(config),
+        },
+    )
+    massive = {str(s): store.statistics(s).massive_count for s in store.sites}
+    facts = {"store": str(out), "rows": store.num_rows, "d_in": store.d_in, "massive": massive}
+    lines = [f"{store.num_rows:,} rows of {store.d_in} dimensions at each site in {out}"]
+    lines += [f"  {s}: {count} massive activations" for s, count in massive.items()]
+    return facts, "\n".join([*lines, cost(started)])
+
+
+def weigh(
+    store: tyro.conf.Positional[Path],
+    site: str,
+    out: Path,
+    rule: str = "variance",
+    alpha: float = 0.5,
+) -> Result:
+    """Print the profile of a site's dimensions and write loss weights made by a rule.
+
+    Args:
+        store: Activation store.
+        site: One of its sites.
+        out: Weights file to write (.safetensors); the plot and the record go beside it.
+        rule: Weight rule.
+        alpha: Exponent of the weights γ = score^α.
+    """
+    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.plots import plot_profile
+    from llm_wsae.statistics.profile import profile, profile_text
+    from llm_wsae.train.arms import choose_weights
+
+    if out.suffix != ".safetensors":  # its neighbours .png and .json are written too
+        raise UsageError(f"the weights go into a .safetensors file, so --out cannot be {out}")
+    place = Site.parse(site)
+    statistics = ActivationStore.open(store).statistics(place)
+    weights = choose_weights(statistics, ("uniform", rule), (alpha,))
+    facts = profile(statistics, weights)
+    weights[-1].save(out, {"site": site})
+    plot = out.with_suffix(".png")
+    plot_profile(statistics, weights, site, plot)
+    write_record(
+        out.with_suffix(".json"),
+        "weigh",
+        {"store": store, "site": site, "rule": rule, "alpha": alpha},
+    )
+    return facts, f"{profile_text(facts)}\n\nweights  {out}\nplot     {plot}"

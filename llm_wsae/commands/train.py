@@ -1,0 +1,60 @@
+"""The command that trains dictionaries."""
+
+import time
+from pathlib import Path
+
+import tyro
+
+from llm_wsae.commands.common import Result, cost
+from llm_wsae.model.site import Site
+from llm_wsae.record import write_record
+from llm_wsae.train.config import TrainConfig
+
+
+def train(
+    store: tyro.conf.Positional[Path],
+    site: str,
+    out: Path,
+    rule: tuple[str, ...] = ("uniform", "variance"),
+    alpha: tuple[float, ...] = (0.5,),
+    weights: Path | None = None,
+    k: tuple[int, ...] = (32,),
+    l1: tuple[float, ...] = (),
+    seeds: tuple[int, ...] = (0,),
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
+) -> Result:
+    """Train dictionaries on a store: every rule × α × sparsity × seed, in one pass over the rows.
+
+    Args:
+        store: Activation store.
+        site: One of its sites.
+        out: Folder that receives one dictionary folder per arm; a stopped training goes on.
+        rule: Weight rules; the plain dictionary is "uniform".
+        alpha: Exponents of the weights γ = score^α, for every rule but uniform.
+        weights: A weights file, as one more choice of weights.
+        k: Active latents per token, a TopK dictionary each.
+        l1: L1 coefficients, a ReLU dictionary each.
+        seeds: Seeds of the initial weights, a dictionary each.
+    """
+    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.statistics.weights import LossWeights
+    from llm_wsae.train.arms import choose_weights, make_arms
+    from llm_wsae.train.trainer import train as train_arms
+
+    started = time.monotonic()
+    source = ActivationStore.open(store).source(Site.parse(site))
+    own = LossWeights.load(weights) if weights else None
+    chosen = choose_weights(source.statistics(), rule, alpha, own)
+    arms = make_arms(chosen, k, l1, seeds)
+    dictionaries = train_arms(source, arms, config, out)
+    asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, "weights": weights}
+    write_record(
+        out / "train.json", "train", {**asked, "k": k, "l1": l1, "seeds": seeds, **vars(config)}
+    )
+    facts = {name: d.info.metrics["training"] for name, d in dictionaries.items()}
+    lines = [f"{'dictionary':<32}{'train FVU':>10}{'L0':>8}{'dead %':>8}"]
+    for name, numbers in facts.items():
+        lines.append(
+            f"{name:<32}{numbers['fvu']:>10.4f}{numbers['l0']:>8.1f}{100 * numbers['dead']:>8.1f}"
+        )
+    return facts, "\n".join([*lines, "", f"in {out}/<dictionary>", cost(started)])
