@@ -16,6 +16,7 @@ from typing import Any
 from llm_wsae.errors import LlmWsaeError
 
 PARTIAL_SUFFIX = ".partial"
+_PARTIALS = (f".*{PARTIAL_SUFFIX}", ".tmp*")  # ours, and those safetensors writes before ours
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -125,8 +126,9 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
 
 def remove_partials(folder: Path) -> None:
     """Delete what killed writers left half-written (call it only under the folder's lock)."""
-    for partial in Path(folder).rglob(f".*{PARTIAL_SUFFIX}"):
-        partial.unlink(missing_ok=True)
+    for pattern in _PARTIALS:
+        for partial in Path(folder).rglob(pattern):
+            partial.unlink(missing_ok=True)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

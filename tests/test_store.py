@@ -239,7 +239,7 @@ def test_batches_behind_a_failed_one_never_complete_its_shard(store, tmp_path):
     half = type(contexts)(*(a[:14] for a in contexts[:4]), *contexts[4:])
     rows = {s: torch.zeros(int(half.keep.sum()), 16) for s in manifest.sites}
     bad = {s: torch.full_like(r, torch.inf) for s, r in rows.items()}
-    message = "shard 00000 are NaN or infinite"
+    message = "shard 00000: 148 of 148 rows hold NaN or infinite"
     with (
         pytest.raises(LlmWsaeError, match=message),
         writer.StoreWriter(out, manifest) as w,

@@ -18,8 +18,9 @@ from llm_wsae.data.corpus import Corpus, Document
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 NO_DOCUMENT = -1
+# Texts are tokenised many at a time, which is fast; few at first, so that the model need not wait.
 _DOCUMENTS_AT_ONCE = 64
-_CHARACTERS_AT_ONCE = 1 << 19
+_CHARACTERS_AT_FIRST, _CHARACTERS_AT_ONCE = 1 << 14, 1 << 19
 
 
 class Cursor(NamedTuple):
@@ -200,13 +201,13 @@ class Packer:
         self, corpus: Corpus, start: Cursor
     ) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
         documents: list[Document] = []
-        length = 0
+        length, enough = 0, _CHARACTERS_AT_FIRST
         for document in corpus.documents(start.document):
             documents.append(document)
             length += len(document.text)
-            if len(documents) >= _DOCUMENTS_AT_ONCE or length >= _CHARACTERS_AT_ONCE:
+            if len(documents) >= _DOCUMENTS_AT_ONCE or length >= enough:
                 yield documents, self._ids(documents)
-                documents, length = [], 0
+                documents, length, enough = [], 0, min(2 * enough, _CHARACTERS_AT_ONCE)
         if documents:
             yield documents, self._ids(documents)
 

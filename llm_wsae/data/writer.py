@@ -87,7 +87,12 @@ class StoreWriter:
         self._running: deque[Future] = deque()
         self._broken = False
         self._contexts: list[Contexts] = []
-        self._rows: dict[str, list[Tensor]] = {site: [] for site in manifest.sites}
+        # One buffer a site for the rows of a shard, used again for the next: fresh memory of this
+        # size costs more than all the copying into it.
+        shape = (manifest.contexts_per_shard * manifest.context_size, manifest.d_in)
+        dtype = getattr(torch, manifest.dtype)
+        self._rows = {site: torch.empty(shape, dtype=dtype) for site in manifest.sites}
+        self._num_rows = 0
         self._statistics: dict[str, Statistics] = {}
 
     def __enter__(self) -> "StoreWriter":
@@ -125,25 +130,21 @@ class StoreWriter:
 
     def _add(self, contexts: Contexts, rows: Mapping[str, Tensor]) -> None:
         self._contexts.append(contexts)
-        positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
-        for site in self._manifest.sites:
-            new = rows[site].to(getattr(torch, self._manifest.dtype))
-            self._check_finite(new, site)
-            self._statistics_of(site).update(new, positions)
-            self._rows[site].append(new)
         index = len(self._manifest.shards)
+        positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
+        added = slice(self._num_rows, self._num_rows + len(positions))
+        for site in self._manifest.sites:
+            new = self._rows[site][added].copy_(rows[site])
+            try:
+                self._statistics_of(site).update(new, positions)
+            except LlmWsaeError as error:
+                raise LlmWsaeError(
+                    f"{site}, shard {index:05d}: {error}; the shards before it are whole, and a "
+                    "float32 model may do better"
+                ) from error
+        self._num_rows = added.stop
         if sum(len(c.ids) for c in self._contexts) == self._manifest.shard_contexts(index):
             self._write_shard(index)
-
-    def _check_finite(self, rows: Tensor, site: str) -> None:
-        if bool(torch.isfinite(rows.sum(dtype=torch.float64))):
-            return
-        bad = int((~torch.isfinite(rows)).any(1).sum())
-        index = len(self._manifest.shards)
-        raise LlmWsaeError(
-            f"{bad} of {len(rows)} rows of {site} in shard {index:05d} are NaN or infinite; the "
-            f"shards before it are whole. Try a float32 model"
-        )
 
     def _statistics_of(self, site: str) -> Statistics:
         if site not in self._statistics:
@@ -155,25 +156,22 @@ class StoreWriter:
     def _write_shard(self, index: int) -> None:
         files = [tokens_path(index)]
         save_contexts(self._folder / files[0], self._contexts)
-        num_rows = 0
         for site, (path, statistics_path) in shard_paths(index, self._manifest.sites).items():
-            rows = torch.cat(self._rows[site])
-            self._rows[site] = []
-            num_rows = len(rows)
+            rows = self._rows[site][: self._num_rows]
             save_tensors(self._folder / path, {"activations": rows})
             statistics = self._statistics_of(site)
             save_tensors(self._folder / statistics_path, statistics.to_tensors())
             files += [path, statistics_path]
         record = ShardRecord(
             contexts=sum(len(c.ids) for c in self._contexts),
-            rows=num_rows,
+            rows=self._num_rows,
             first=tuple(self._contexts[0].first),
             next=tuple(self._contexts[-1].next),
             files={path: _file_record(self._folder / path) for path in files},
         )
         self._manifest.shards.append(record)
         self._manifest.save(self._folder)
-        self._contexts, self._statistics = [], {}
+        self._contexts, self._statistics, self._num_rows = [], {}, 0
 
     def _finish(self) -> None:
         assert not self._contexts and self._manifest.contexts_done == self._manifest.num_contexts

@@ -64,10 +64,7 @@ class Statistics:
         if len(rows) == 0:
             return self
         rows, positions = rows.cpu(), positions.cpu()
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        if not bool(torch.isfinite(norms).all()):
-            bad = int((~torch.isfinite(norms)).sum())
-            raise LlmWsaeError(f"{bad} of {len(rows)} rows hold NaN or infinite activations")
+        norms = _norms(rows)
         self._add_to_sample(rows)
         self._norms += _histogram(norms, positions, self._norms.shape)
         for chunk in rows.split(_CHUNK_ROWS):
@@ -278,6 +275,17 @@ def _bin_of(norm: float) -> float:
 
 def _bin_edge(position: float) -> float:
     return 2.0 ** (position / _BINS_PER_OCTAVE + _MIN_OCTAVE)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """The rows' Euclidean norms. Raises LlmWsaeError if a row holds NaN or infinity."""
+    exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=exact)
+    if not bool(torch.isfinite(norms).all()):  # or the square of a finite number is not
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        if bad := int((~torch.isfinite(norms)).sum()):
+            raise LlmWsaeError(f"{bad} of {len(rows)} rows hold NaN or infinite activations")
+    return norms.double()
 
 
 def _histogram(norm: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
