@@ -1,39 +1,100 @@
-"""Every operation against a dense float64 reference, on random and on adversarial inputs."""
+"""Every implementation of every operation against the dense reference in float64."""
 
 import pytest
 import torch
+from sparse_cases import D_IN, ENCODINGS, SUMS, cast, integers, random
 
-from llm_wsae.sparse.codes import Codes
-from llm_wsae.sparse.operations import (
-    LatentGroups,
-    decode,
-    encode_topk,
-    latent_totals,
-    select_topk,
-    value_gradients,
-)
+from llm_wsae.sparse import operations, reference
+from llm_wsae.sparse.codes import Codes, RaggedCodes, joined, ragged
 
-D_IN, D_SAE, BATCH = 24, 160, 700  # BATCH is no multiple of the row tile
+IMPLEMENTATIONS = ["reference", "plain"]
+EXACT = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+@pytest.fixture(params=IMPLEMENTATIONS, autouse=True)
+def implementation(request):
+    with operations.using(request.param):
+        yield request.param
 
 
-def dense(codes, d_sae=D_SAE):
-    return torch.zeros(len(codes.indices), d_sae, dtype=codes.values.dtype).scatter_add_(
-        1, codes.indices, codes.values
-    )
+def encoding_of(name, dtype):
+    """The case and its exact pre-activations; equal in all dtypes, but for the random one."""
+    case = cast(ENCODINGS[name], dtype)
+    x, encoder, bias = ENCODINGS[name]
+    return case, x @ encoder.T + bias, TOLERANCE[dtype] * 20 if name == "random" else 0
 
 
+def assert_found(codes: RaggedCodes, pre, tolerance):
+    """Slots of a row are different latents, and each has the value of its pre-activation."""
+    used = codes.values > 0
+    rows, indices, values = codes.rows()[used], codes.indices[used], codes.values[used].double()
+    assert len(set(zip(rows.tolist(), indices.tolist(), strict=True))) == len(rows)
+    assert ((codes.indices >= 0) & (codes.indices < pre.shape[1])).all()
+    assert torch.allclose(pre[rows, indices], values, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("k", [1, 7, 20, 159, 160])
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_encode_topk(name, k, dtype):
+    (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
+    k = min(k, len(encoder))
+    codes = operations.encode_topk(x, encoder, bias, k)
+    assert codes.indices.shape == codes.values.shape == (len(x), k)
+    assert codes.values.dtype == EXACT[dtype]
+    assert_found(ragged(codes), pre, tolerance)
+    found = codes.values.double().sort(descending=True).values
+    assert torch.allclose(found, pre.topk(k).values.relu(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("threshold", ["zero", "whole", "high"])
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_encode_above(name, threshold, dtype):
+    (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
+    level = {
+        "zero": torch.zeros_like(bias),
+        "whole": integers(len(bias), seed=9).abs() * 4,
+        "high": torch.full_like(bias, 1e6),
+    }[threshold].to(EXACT[dtype])
+    codes = operations.encode_above(x, encoder, bias, level)
+    assert codes.values.dtype == EXACT[dtype] and codes.offsets[-1] == len(codes.indices)
+    assert_found(codes, pre, tolerance)
+    expected = torch.where(pre > level, pre, 0)
+    found = reference.dense(codes, codes.values.double(), len(bias))
+    if name == "random":  # rounding may decide about an entry at the threshold
+        away = (pre - level).abs() > tolerance
+        expected, found = expected[away], found[away]
+    assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("guess", [0.0, 8.0, 19.0, 1e6])
+@pytest.mark.parametrize("k", [1, 7, 160])
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_encode_batch_topk(name, k, guess, dtype):
+    (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
+    k = min(k, len(encoder))
+    codes = operations.encode_batch_topk(x, encoder, bias, k, guess)
+    assert codes.values.dtype == EXACT[dtype] and codes.num_rows == len(x)
+    assert (codes.values > 0).all()
+    assert_found(codes, pre, tolerance)
+    expected = pre.flatten().topk(k * len(x)).values.relu()
+    found = torch.zeros_like(expected)  # as many as there are positive ones, then nothing
+    found[: len(codes.values)] = codes.values.sort(descending=True).values
+    assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("k", [1, 7, 19, 20, 159, 160])
 @pytest.mark.parametrize("d_sae", [160, 157])
-def test_selection_is_exact(k, d_sae):
+def test_selection_is_exact_and_keeps_the_sign(k, d_sae, dtype):
     k = min(k, d_sae)
-    pre = random(BATCH, d_sae)
-    best = select_topk(pre, k)
-    expected = pre.topk(k).values
-    assert torch.equal(best.values.sort(descending=True).values, expected)
+    pre = (random(300, d_sae) - 0.5).to(dtype)
+    best = operations.select_topk(pre, k)
+    assert best.values.dtype == dtype
+    assert torch.equal(best.values.sort(descending=True).values, pre.topk(k).values)
     assert torch.equal(pre.gather(1, best.indices), best.values)
     assert all(len(set(row)) == k for row in best.indices.tolist())
 
@@ -44,50 +105,115 @@ def test_selection_is_exact(k, d_sae):
     ids=["zeros", "all negative", "repeated"],
 )
 def test_selection_with_ties_picks_k_different_latents(pre):
-    best = select_topk(pre, 9)
+    best = operations.select_topk(pre, 9)
     assert torch.equal(best.values.sort(descending=True).values, pre.topk(9).values)
     assert all(len(set(row)) == 9 for row in best.indices.tolist())
 
 
-def test_encoding_clips_negative_values():
-    x, encoder, bias = random(BATCH, D_IN), random(D_SAE, D_IN, seed=1), random(D_SAE) - 8
-    codes = encode_topk(x, encoder, bias, 12)
-    expected = (x @ encoder.T + bias).relu()
-    expected = torch.where(expected >= expected.topk(12).values[:, -1:], expected, 0)
-    assert codes.values.min() == 0 < codes.values.max()
-    torch.testing.assert_close(dense(codes), expected)
+@pytest.fixture(params=[torch.float64, torch.float32], ids=str)
+def exact(request):
+    return request.param
 
 
-def random_codes(k=12):
-    pre = random(BATCH, D_SAE, seed=3)
-    pre[:50] = -1  # rows whose codes are all unused
-    best = select_topk(pre - 1.5, k)
-    return Codes(best.indices, best.values.relu())
+def assert_close(found, expected, dtype):
+    assert found.dtype == dtype and found.shape == expected.shape
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    assert torch.allclose(found.double(), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
-def test_decode_equals_the_dense_product():
-    codes, decoder, bias = random_codes(), random(D_SAE, D_IN), random(D_IN, seed=5)
-    torch.testing.assert_close(decode(codes, decoder, bias), dense(codes) @ decoder + bias)
-
-
-def test_gradients_equal_the_dense_ones():
-    codes, decoder = random_codes(), random(D_SAE, D_IN)
-    x, output_gradient = random(BATCH, D_IN, seed=7), random(BATCH, D_IN, seed=8)
-    by_value = value_gradients(codes, decoder, output_gradient)
-    by_latent = (output_gradient @ decoder.T) * (dense(codes) > 0)
-    torch.testing.assert_close(dense(Codes(codes.indices, by_value)), by_latent)
-    groups = LatentGroups(codes, D_SAE)
-    torch.testing.assert_close(
-        groups.sums(output_gradient, codes.values), dense(codes).T @ output_gradient
+@pytest.mark.parametrize("name", SUMS)
+def test_decode(name, exact):
+    codes, _, decoder, bias, _ = cast(SUMS[name], exact)
+    wide = SUMS[name]
+    assert_close(
+        operations.decode(codes, decoder, bias),
+        reference.decode(wide.codes, wide.decoder, wide.bias),
+        exact,
     )
-    torch.testing.assert_close(groups.sums(x, by_value), by_latent.T @ x)
-    torch.testing.assert_close(latent_totals(codes.indices, by_value, D_SAE), by_latent.sum(0))
 
 
-def test_unused_slots_push_no_weight():
+@pytest.mark.parametrize("name", SUMS)
+def test_value_gradients(name, exact):
+    codes, _, decoder, _, output_gradient = cast(SUMS[name], exact)
+    wide = SUMS[name]
+    found = operations.value_gradients(codes, decoder, output_gradient)
+    expected = reference.value_gradients(wide.codes, wide.decoder, wide.output_gradient)
+    assert_close(found, expected, exact)
+    assert not found[codes.values == 0].any()  # else clipped slots would push the encoder
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["fresh", "into memory"])
+@pytest.mark.parametrize("name", SUMS)
+def test_weight_gradients(name, exact, kept):
+    codes, x, decoder, _, output_gradient = cast(SUMS[name], exact)
+    wide, d_sae = SUMS[name], len(decoder)
+    by_value = reference.value_gradients(wide.codes, wide.decoder, wide.output_gradient)
+    old = torch.full_like(decoder, 3.0)
+    out = (old, old.clone(), torch.full_like(decoder[:, 0], 3.0)) if kept else None
+    found = operations.weight_gradients(codes, x, output_gradient, by_value.to(exact), d_sae, out)
+    expected = reference.weight_gradients(wide.codes, wide.x, wide.output_gradient, by_value, d_sae)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, exact)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_firing_counts(name, exact):
+    codes = cast(SUMS[name], exact).codes
+    d_sae = len(SUMS[name].decoder)
+    used = codes.indices[codes.values > 0]
+    counts = operations.firing_counts(codes, d_sae)
+    assert counts.dtype == exact
+    assert torch.equal(counts.long(), torch.bincount(used, minlength=d_sae))
+
+
+def test_unused_slots_push_no_weight(exact):
     """A known mistake of other implementations: zero-valued selections still move the encoder."""
-    codes = Codes(torch.tensor([[3, 5]]), torch.tensor([[2.0, 0.0]], dtype=torch.float64))
-    by_value = value_gradients(codes, random(D_SAE, D_IN), random(1, D_IN))
-    assert by_value[0, 0] != 0 and by_value[0, 1] == 0
-    sums = LatentGroups(codes, D_SAE).sums(random(1, D_IN), by_value)
-    assert sums[3].abs().sum() > 0 and sums[5].abs().sum() == 0
+    codes = ragged(Codes(torch.tensor([[3, 5]]), torch.tensor([[2.0, 0.0]], dtype=exact)))
+    x, decoder, by_output = (random(n, D_IN, seed=n).to(exact) for n in (1, 160, 1))
+    by_value = operations.value_gradients(codes, decoder, by_output)
+    assert by_value[0] != 0 and by_value[1] == 0
+    for gradient in operations.weight_gradients(codes, x, by_output, by_value, 160):
+        assert gradient[3].any() and not gradient[5].any()
+
+
+@pytest.mark.parametrize("fast", [torch.bfloat16, None], ids=["bfloat16 copy", "no copy"])
+@pytest.mark.parametrize("d_in", [D_IN, 37])
+def test_adam_rows(d_in, fast, exact):
+    """Three steps are torch's Adam, each followed by the decoder's renormalisation."""
+    start = (random(50, d_in), random(50, d_in, seed=1))
+    start[1][7] = 0  # a row that cannot be normalised
+    expected = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+    optimiser = torch.optim.Adam(expected, lr=0.01)
+    rows, *moments = (tuple((scale * tensor).to(exact) for tensor in start) for scale in (1, 0, 0))
+    copy = None if fast is None else torch.zeros(50, d_in, dtype=fast)
+    for step in (1, 2, 3):
+        gradients = [random(50, d_in, seed=10 * step + i) * 1e-3 for i in (0, 1)]
+        gradients[0][3] = gradients[1][7] = 0  # a latent that never fired
+        for parameter, gradient in zip(expected, gradients, strict=True):
+            parameter.grad = gradient
+        optimiser.step()
+        with torch.no_grad():
+            expected[1] /= expected[1].norm(dim=1, keepdim=True).clamp(min=1e-8)
+        narrow = tuple(gradient.to(exact) for gradient in gradients)
+        operations.adam_rows(rows, narrow, *moments, step, 0.01, copy)
+        for row, wanted in zip(rows, expected, strict=True):
+            torch.testing.assert_close(row.double(), wanted.data, rtol=1e-6, atol=2e-7)
+        assert copy is None or torch.equal(copy, rows[0].to(fast))
+    assert not rows[1][7].any()
+
+
+def test_codes_end_to_end():
+    codes = Codes(torch.arange(6).view(3, 2), torch.ones(3, 2))
+    assert ragged(codes).offsets.tolist() == [0, 2, 4, 6]
+    assert ragged(codes).values.data_ptr() == codes.values.data_ptr()
+    uneven = RaggedCodes(torch.arange(3), torch.ones(3), torch.tensor([0, 0, 3, 3]))
+    both = joined([uneven, ragged(codes), uneven])
+    assert both.offsets.tolist() == [0, 0, 3, 3, 5, 7, 9, 9, 12, 12]
+    assert both.rows().tolist() == [1, 1, 1, 3, 3, 4, 4, 5, 5, 7, 7, 7]
+    assert both.num_rows == 9
+
+
+def test_the_choice_of_an_implementation_ends_with_its_block(implementation):
+    with operations.using("reference"), operations.using("plain"):
+        assert operations._implementation((), ()).__name__ == "llm_wsae.sparse.plain"
+    assert operations._implementation((), ()).__name__ == f"llm_wsae.sparse.{implementation}"

@@ -6,7 +6,7 @@ import torch
 from llm_wsae.sparse.operations import encode_topk
 from llm_wsae.train.auxk import add_auxk_gradients
 from llm_wsae.train.parameters import Batch, Parameters, initial_parameters
-from llm_wsae.train.relu import relu_step
+from llm_wsae.train.relu import dense_relu_step, relu_step, sparse_relu_step
 from llm_wsae.train.topk import topk_step
 
 D_IN, D_SAE, BATCH, K, L1 = 32, 256, 1300, 8, 0.02
@@ -72,9 +72,10 @@ def test_topk_gradients(dtype, k):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_relu_gradients(dtype):
+@pytest.mark.parametrize("relu", [dense_relu_step, sparse_relu_step])
+def test_relu_gradients(dtype, relu):
     parameters, batch, gamma = problem(dtype)
-    step = relu_step(parameters, batch, gamma, L1)
+    step = relu(parameters, batch, gamma, L1)
     pre = torch.addmm(
         parameters.encoder_bias.to(dtype), batch.x_fast, parameters.encoder.T.to(dtype)
     )
@@ -85,6 +86,24 @@ def test_relu_gradients(dtype):
     assert relative_error(step.gradients, expected) < 2 * TOLERANCE[dtype]
     assert float(step.loss) == pytest.approx(float(loss), rel=TOLERANCE[dtype])
     assert torch.equal(step.firings.long(), active.sum(0).long())
+
+
+def test_relu_goes_sparse_when_few_latents_are_active(monkeypatch):
+    """The two ways agree to the precision of float32, and the number of active latents decides."""
+    parameters, batch, gamma = problem(torch.float32)
+    dense, sparse = (
+        relu(parameters, batch, gamma, L1) for relu in (dense_relu_step, sparse_relu_step)
+    )
+    assert relative_error(sparse.gradients, dense.gradients) < 1e-5
+    assert float(sparse.loss) == pytest.approx(float(dense.loss), rel=1e-5)
+    assert torch.equal(sparse.firings, dense.firings)
+    assert float((sparse.residual - dense.residual).norm() / dense.residual.norm()) < 1e-5
+
+    monkeypatch.setattr("llm_wsae.train.relu.dense_relu_step", lambda *_: dense)
+    monkeypatch.setattr("llm_wsae.train.relu.sparse_relu_step", lambda *_: sparse)
+    assert relu_step(parameters, batch, gamma, L1) is dense
+    fewer = parameters._replace(encoder_bias=parameters.encoder_bias - 5)
+    assert relu_step(fewer, batch, gamma, L1) is sparse
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

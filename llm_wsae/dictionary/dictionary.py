@@ -18,7 +18,7 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, to_dense
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
-from llm_wsae.sparse.codes import Codes
+from llm_wsae.sparse.codes import Codes, ragged
 from llm_wsae.sparse.operations import decode as decode_codes
 
 _TILE_ROWS = 1024  # rows encoded at once, so that rows × d_sae is never held for sparse codes
@@ -115,7 +115,7 @@ class Dictionary(nn.Module):
         if isinstance(latents, Codes):
             *rows, width = latents.indices.shape
             flat = Codes(latents.indices.reshape(-1, width), latents.values.reshape(-1, width))
-            return decode_codes(flat, self.W_dec, self.b_dec).view(*rows, self.d_in)
+            return decode_codes(ragged(flat), self.W_dec, self.b_dec).view(*rows, self.d_in)
         if latents.shape[-1] != self.d_sae:
             raise UsageError(
                 f"the latents are {latents.shape[-1]} wide, but this dictionary has {self.d_sae}"

@@ -1,7 +1,14 @@
-"""Sparse codes: what an encoder with a fixed number of active latents returns."""
+"""Sparse codes: which latents are active in each row, and how much.
 
+``Codes`` has the same number of slots in every row and is what users see. ``RaggedCodes`` is what
+the operations work on: rows may differ in length, as they do in ReLU, JumpReLU and BatchTopK.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,3 +20,43 @@ class Codes(NamedTuple):
     """Latent numbers, int64, in no particular order."""
     values: Float[Tensor, "batch k"]
     """Latent activations, ≥ 0."""
+
+
+class RaggedCodes(NamedTuple):
+    """The active latents of all rows end to end. A value of 0 is an unused slot."""
+
+    indices: Int[Tensor, " active"]
+    """Latent numbers, int64, in no particular order within a row."""
+    values: Float[Tensor, " active"]
+    """Latent activations, ≥ 0."""
+    offsets: Int[Tensor, " batch_and_one"]
+    """Row i owns the slots from offsets[i] up to offsets[i + 1], int64."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch, those without any slot included."""
+        return len(self.offsets) - 1
+
+    def rows(self) -> Int[Tensor, " active"]:
+        """The row that each slot belongs to."""
+        numbers = torch.arange(self.num_rows, device=self.offsets.device)
+        # told the size of the output, the device need not be asked for it
+        return numbers.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
+
+
+def ragged(codes: Codes) -> RaggedCodes:
+    """The same codes end to end; indices and values are views."""
+    batch, k = codes.indices.shape
+    offsets = torch.arange(batch + 1, device=codes.indices.device) * k
+    return RaggedCodes(codes.indices.reshape(-1), codes.values.reshape(-1), offsets)
+
+
+def joined(parts: Sequence[RaggedCodes]) -> RaggedCodes:
+    """The rows of all parts, one part after the other."""
+    starts = accumulate((len(part.indices) for part in parts[:-1]), initial=0)
+    offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=True)]
+    return RaggedCodes(
+        torch.cat([part.indices for part in parts]),
+        torch.cat([part.values for part in parts]),
+        torch.cat([parts[0].offsets[:1], *offsets]),
+    )

@@ -1,23 +1,42 @@
-"""The sparse operations a TopK training step is made of, in plain torch.
+"""The sparse operations a training step is made of.
 
-Only k of d_sae latents are active in a row, so everything after the encoder's matrix product costs
-k/d_sae of its dense form. What is a sum of few rows is an embedding bag: decoding sums decoder rows
-over a sample's latents, and a weight gradient sums samples over a latent's occurrences. Both weight
-gradients need the occurrences grouped by latent, so one sort serves both.
+Only a few of d_sae latents are active in a row, so everything after the encoder's matrix product
+costs that share of its dense form. Latents are rows here (``[d_sae, d_in]`` for encoder and
+decoder), because every operation reads or writes whole latents.
 
-Latents are rows here (``[d_sae, d_in]`` for encoder and decoder), because every operation reads or
-writes whole latents.
+Every operation picks an implementation when it is called, by device, dtype and whether autograd is
+on: ``triton`` on CUDA and ``compiled`` on the CPU where they can be had and the numbers are float32
+(or bfloat16, for the encoder's product), else ``plain``. ``using`` overrides the choice.
 """
 
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal
+
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.codes import Codes
+from llm_wsae.sparse.codes import Codes, RaggedCodes
 
-_TILE_ROWS = 512  # pre-activations of one tile stay in cache and batch × d_sae is never held
-_GROUP = 8  # members of a group in the two-stage selection
+Name = Literal["reference", "plain", "compiled", "triton"]
+
+_forced: ContextVar[Name | None] = ContextVar("implementation", default=None)
+
+
+@contextmanager
+def using(name: Name) -> Iterator[None]:
+    """Within the block every operation is the named implementation's, for tests."""
+    before = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(before)
 
 
 def encode_topk(
@@ -31,86 +50,127 @@ def encode_topk(
     ``x``, ``encoder`` and ``bias`` share one dtype, that of the matrix product; values come back in
     float32, or float64 for float64 inputs.
     """
-    indices, values = [], []
-    for tile in x.split(_TILE_ROWS):
-        best = select_topk(torch.addmm(bias, tile, encoder.T), k)
-        indices.append(best.indices)
-        values.append(best.values)
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return Codes(torch.cat(indices), torch.cat(values).to(exact).relu_())
+    return _for_products(x, encoder, bias).encode_topk(x, encoder, bias, k)
+
+
+def encode_above(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    threshold: Float[Tensor, " d_sae"],
+) -> RaggedCodes:
+    """Every pre-activation above its latent's threshold (≥ 0): 0 is ReLU, a learnt one JumpReLU.
+
+    Dtypes as in ``encode_topk``; the threshold is float32, or float64 for float64 inputs. Memory
+    grows with the number of active latents: meant for few of them.
+    """
+    return _for_products(x, encoder, bias).encode_above(x, encoder, bias, threshold)
+
+
+def encode_batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    k: int,
+    guess: float,
+) -> RaggedCodes:
+    """The batch·k largest positive pre-activations of the whole batch; fewer if fewer are positive.
+
+    ``guess``, the smallest value of the step before, makes it fast when it is near but below the
+    smallest value of this one; it never changes the result. Dtypes as in ``encode_topk``.
+    """
+    return _for_products(x, encoder, bias).encode_batch_topk(x, encoder, bias, k, guess)
 
 
 def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
-    """Exactly the k largest entries of every row, in no particular order, sign kept.
-
-    Two stages: the k largest entries lie in the k groups with the largest maxima. A group's members
-    stand d_sae / 8 apart, so that its maximum is an elementwise maximum of contiguous runs.
-    """
-    batch, d_sae = pre.shape
-    stride = d_sae // _GROUP
-    if d_sae % _GROUP or k >= stride:
-        values, indices = pre.topk(k, dim=1, sorted=False)
-        return Codes(indices, values)
-    groups = pre.view(batch, _GROUP, stride).amax(1).topk(k, dim=1, sorted=False).indices
-    offsets = torch.arange(0, d_sae, stride, device=pre.device)
-    candidates = (groups[:, :, None] + offsets).flatten(1)
-    values, chosen = pre.gather(1, candidates).topk(k, dim=1, sorted=False)
-    return Codes(candidates.gather(1, chosen), values)
+    """Exactly the k largest entries of every row, in no particular order, sign kept."""
+    return _for_products(pre).select_topk(pre, k)
 
 
 def decode(
-    codes: Codes, decoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_in"]
+    codes: RaggedCodes, decoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_in"]
 ) -> Float[Tensor, "batch d_in"]:
-    """Σ_j values_j · decoder[indices_j] + bias."""
-    return F.embedding_bag(
-        codes.indices, decoder, per_sample_weights=codes.values.to(decoder.dtype), mode="sum"
-    ).add_(bias)
+    """Σ_j values_j · decoder[indices_j] + bias, for every row."""
+    return _for_sums(codes.values, decoder, bias).decode(codes, decoder, bias)
 
 
 def value_gradients(
-    codes: Codes, decoder: Float[Tensor, "d_sae d_in"], output_gradient: Float[Tensor, "batch d_in"]
-) -> Float[Tensor, "batch k"]:
-    """Gradient of the loss by each pre-activation: decoder[index] · output_gradient.
+    codes: RaggedCodes,
+    decoder: Float[Tensor, "d_sae d_in"],
+    output_gradient: Float[Tensor, "batch d_in"],
+) -> Float[Tensor, " active"]:
+    """Gradient of the loss by each active pre-activation: decoder[index] · output_gradient[row].
 
     0 where the value is 0: an unused slot was clipped by the ReLU and must not push any weight.
     """
-    batch, k = codes.indices.shape
-    device = codes.indices.device
-    offsets = torch.arange(0, batch * k, k, device=device)
-    bag_of = torch.arange(batch, device=device).repeat_interleave(k)
-    gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        output_gradient, decoder, codes.indices.flatten(), offsets, bag_of, 0
-    )
-    return gradient.view(batch, k).mul_(codes.values > 0)
+    implementation = _for_sums(codes.values, decoder, output_gradient)
+    return implementation.value_gradients(codes, decoder, output_gradient)
 
 
-class LatentGroups:
-    """The active (row, latent) pairs of a batch, sorted by latent.
+def weight_gradients(
+    codes: RaggedCodes,
+    x: Float[Tensor, "batch d_in"],
+    output_gradient: Float[Tensor, "batch d_in"],
+    by_value: Float[Tensor, " active"],
+    d_sae: int,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
+    """Gradients by encoder, decoder and encoder bias, from one grouping of the slots by latent.
 
-    ``sums`` then adds up weighted rows for each latent; both weight gradients of a step are that.
+    For each latent, over its occurrences: Σ by_value·x[row], Σ values·output_gradient[row] and
+    Σ by_value; 0 for one that never occurs. ``out`` is memory of the result's shapes that may be
+    used for it (fresh memory costs as much as the sums); use what is returned.
     """
-
-    def __init__(self, codes: Codes, d_sae: int):
-        flat, self._order = codes.indices.flatten().sort(stable=True)
-        self._rows = self._order.div(codes.indices.shape[1], rounding_mode="floor")
-        self._offsets = torch.searchsorted(flat, torch.arange(d_sae, device=flat.device))
-
-    def sums(
-        self, rows: Float[Tensor, "batch d_in"], coefficients: Float[Tensor, "batch k"]
-    ) -> Float[Tensor, "d_sae d_in"]:
-        """For each latent, Σ over its occurrences of coefficient · row; 0 if it never occurs."""
-        return F.embedding_bag(
-            self._rows,
-            rows,
-            self._offsets,
-            per_sample_weights=coefficients.flatten()[self._order],
-            mode="sum",
-        )
+    implementation = _for_sums(codes.values, x, output_gradient, by_value)
+    return implementation.weight_gradients(codes, x, output_gradient, by_value, d_sae, out)
 
 
-def latent_totals(
-    indices: Int[Tensor, "batch k"], coefficients: Float[Tensor, "batch k"], d_sae: int
-) -> Float[Tensor, " d_sae"]:
-    """For each latent, the sum of its coefficients over the batch (the encoder bias' gradient)."""
-    total = torch.zeros(d_sae, dtype=coefficients.dtype, device=coefficients.device)
-    return total.index_add_(0, indices.flatten(), coefficients.flatten())
+def firing_counts(codes: RaggedCodes, d_sae: int) -> Float[Tensor, " d_sae"]:
+    """How many rows each latent is active in, with a value above 0."""
+    return _for_sums(codes.values).firing_counts(codes, d_sae)
+
+
+def adam_rows(
+    rows: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    gradients: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    means: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    squares: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Float[Tensor, "d_sae d_in"] | None,
+) -> None:
+    """One step of Adam over encoder and decoder, in place, after which decoder rows have norm 1.
+
+    Every pair is (encoder's, decoder's). ``means`` and ``squares`` are Adam's moments and ``step``
+    counts from 1; the numbers are those of torch.optim.Adam with betas (0.9, 0.999). The new
+    encoder also goes to ``encoder_fast`` in its dtype, for the next step's product.
+    """
+    implementation = _for_sums(*rows, *gradients, *means, *squares)
+    implementation.adam_rows(rows, gradients, means, squares, step, learning_rate, encoder_fast)
+
+
+def _for_products(*tensors: Tensor) -> ModuleType:
+    return _implementation(tensors, (torch.float32, torch.bfloat16))
+
+
+def _for_sums(*tensors: Tensor) -> ModuleType:
+    return _implementation(tensors, (torch.float32,))
+
+
+def _implementation(tensors: tuple[Tensor, ...], fast: tuple[torch.dtype, ...]) -> ModuleType:
+    name = _forced.get() or _choice(tensors, fast)
+    return importlib.import_module(f"llm_wsae.sparse.{name}")
+
+
+def _choice(tensors: tuple[Tensor, ...], fast: tuple[torch.dtype, ...]) -> Name:
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if differentiated or any(tensor.dtype not in fast for tensor in tensors):
+        return "plain"
+    if tensors[0].is_cuda and _triton_is_there():
+        return "triton"
+    return "plain"
+
+
+@cache
+def _triton_is_there() -> bool:
+    return find_spec("triton") is not None

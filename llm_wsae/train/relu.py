@@ -1,16 +1,28 @@
 """ReLU with an L1 penalty: the classic sparse autoencoder, and the paper's second one.
 
-Half of all latents are active at the start and their number falls only with training, so the
-products are dense here, in tiles of rows that bound the memory.
+Half of all latents are active at the start and their number falls only with training. While they
+are many, products are dense, in tiles of rows that bound the memory; once they are few, the sparse
+operations take over. Both are the same loss and the same gradients.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.sparse.operations import (
+    decode,
+    encode_above,
+    firing_counts,
+    value_gradients,
+    weight_gradients,
+)
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
 _TILE_ROWS = 1024
+_COUNTED_ROWS = 256  # enough to tell a share of 1/64 from another
+_FEW = 1 / 64
+"""Share of active latents below which the sparse step is the faster one. A sparse latent costs its
+rows of both matrices, a dense one its part of four matrix products."""
 
 
 def relu_step(
@@ -20,6 +32,36 @@ def relu_step(
 
     Decoder rows have unit norm, so the plain sum of the latents is the penalty of the literature.
     """
+    share = _active_share(parameters, batch)
+    step = sparse_relu_step if share < _FEW else dense_relu_step
+    return step(parameters, batch, gamma, l1)
+
+
+def sparse_relu_step(
+    parameters: Parameters, batch: Batch, gamma: Float[Tensor, " d_in"], l1: float
+) -> Step:
+    """``relu_step`` along the active latents only."""
+    encoder, decoder, encoder_bias, decoder_bias = parameters
+    d_sae, fast = len(encoder), batch.x_fast.dtype
+    codes = encode_above(
+        batch.x_fast, encoder.to(fast), encoder_bias.to(fast), torch.zeros_like(encoder_bias)
+    )
+    residual = decode(codes, decoder, decoder_bias).sub_(batch.x).mul_(batch.mask[:, None])
+    loss, output_gradient = weighted_error(residual, batch.mask, gamma)
+    pushed = (_pushed(batch, l1))[codes.rows()]
+    by_value = value_gradients(codes, decoder, output_gradient).add_(pushed)
+    by_encoder, by_decoder, by_bias = weight_gradients(
+        codes, batch.x, output_gradient, by_value, d_sae
+    )
+    gradients = Parameters(by_encoder, by_decoder, by_bias, output_gradient.sum(0))
+    loss = loss + codes.values @ pushed
+    return Step(gradients, residual, firing_counts(codes, d_sae), loss)
+
+
+def dense_relu_step(
+    parameters: Parameters, batch: Batch, gamma: Float[Tensor, " d_in"], l1: float
+) -> Step:
+    """``relu_step`` over all latents, a tile of rows at a time."""
     encoder, decoder, encoder_bias, decoder_bias = parameters
     fast = batch.x_fast.dtype
     encoder_fast, decoder_fast = encoder.to(fast), decoder.to(fast)
@@ -29,7 +71,7 @@ def relu_step(
     firings = torch.zeros_like(encoder_bias)
     loss = batch.x.new_zeros(())
     num_rows = batch.mask.sum().clamp(min=1)
-    pushed = (l1 / num_rows) * batch.mask
+    pushed = _pushed(batch, l1)
     for start in range(0, len(batch.x), _TILE_ROWS):
         rows = slice(start, start + _TILE_ROWS)
         x, x_fast, mask = batch.x[rows], batch.x_fast[rows], batch.mask[rows]
@@ -51,3 +93,17 @@ def relu_step(
         gradients.decoder_bias.add_(by_output.sum(0))
         firings += active.sum(0)
     return Step(gradients, residual, firings, loss)
+
+
+def _pushed(batch: Batch, l1: float) -> Float[Tensor, " batch"]:
+    """Gradient of the penalty by each latent of a row."""
+    return (l1 / batch.mask.sum().clamp(min=1)) * batch.mask
+
+
+def _active_share(parameters: Parameters, batch: Batch) -> float:
+    """Which share of the latents is active, counted on some rows spread over the batch."""
+    fast = batch.x_fast.dtype
+    x = batch.x_fast[:: max(1, len(batch.x_fast) // _COUNTED_ROWS)]
+    bias = parameters.encoder_bias.to(fast)
+    pre = torch.addmm(bias, x, parameters.encoder.to(fast).T)
+    return float((pre > 0).sum()) / max(1, pre.numel())

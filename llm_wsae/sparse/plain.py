@@ -1,0 +1,186 @@
+"""The sparse operations in plain torch: any device, any floating type, differentiable.
+
+What is a sum of few rows is an embedding bag: decoding sums decoder rows over a row's latents, and
+a weight gradient sums rows over a latent's occurrences. Both weight gradients need the occurrences
+grouped by latent, so one sort serves both.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim.adam import adam
+
+from llm_wsae.sparse.codes import Codes, RaggedCodes, joined
+from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
+
+_TILE_ROWS = 512  # pre-activations of one tile stay in cache and batch × d_sae is never held
+_GROUP = 8  # members of a group in the two-stage selection
+
+
+def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
+    """See ``operations``."""
+    tiles = [select_topk(torch.addmm(bias, rows, encoder.T), k) for rows in x.split(_TILE_ROWS)]
+    indices, values = zip(*tiles, strict=True)
+    return Codes(torch.cat(indices), torch.cat(values).to(_exact(x)).relu_())
+
+
+def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
+    """See ``operations``."""
+    tiles = []
+    for rows in x.split(_TILE_ROWS):
+        pre = torch.addmm(bias, rows, encoder.T)
+        tiles.append(_active(pre, pre > threshold))
+    return joined(tiles)
+
+
+def encode_batch_topk(
+    x: Tensor, encoder: Tensor, bias: Tensor, k: int, guess: float
+) -> RaggedCodes:
+    """See ``operations``.
+
+    Once batch × k entries are held, the smallest of them bounds what later tiles may add, so the
+    candidates stay few whatever the guess; after too high a guess the second pass starts at 0.
+    """
+    wanted = min(k * len(x), len(x) * len(encoder))
+    for start in dict.fromkeys((max(0.0, guess), 0.0)):
+        bound, held, tiles = start, 0, []
+        for rows in x.split(_TILE_ROWS):
+            pre = torch.addmm(bias, rows, encoder.T)
+            tiles.append(_active(pre, pre > bound))
+            held += len(tiles[-1].indices)
+            if held > 2 * wanted:
+                tiles = [largest(joined(tiles), wanted)]
+                held = wanted
+                bound = float(tiles[0].values.min())
+        if held >= wanted:
+            break
+    return largest(joined(tiles), wanted)
+
+
+def largest(codes: RaggedCodes, count: int) -> RaggedCodes:
+    """The ``count`` largest values of the codes, the first ones where they tie; all if fewer."""
+    if len(codes.values) <= count:
+        return codes
+    smallest = codes.values.topk(count, sorted=False).values.min()
+    keep = codes.values > smallest
+    ties = (codes.values == smallest).nonzero().flatten()
+    keep[ties[: count - int(keep.sum())]] = True
+    kept = torch.zeros(len(keep) + 1, dtype=torch.int64, device=keep.device)
+    kept[1:] = keep.cumsum(0)
+    return RaggedCodes(codes.indices[keep], codes.values[keep], kept[codes.offsets])
+
+
+def select_topk(pre: Tensor, k: int) -> Codes:
+    """See ``operations``.
+
+    Two stages: the k largest entries lie in the k groups with the largest maxima. A group's members
+    stand d_sae / 8 apart, so that its maximum is an elementwise maximum of contiguous runs.
+    """
+    batch, d_sae = pre.shape
+    stride = d_sae // _GROUP
+    if d_sae % _GROUP or k >= stride:
+        values, indices = pre.topk(k, dim=1, sorted=False)
+        return Codes(indices, values)
+    groups = pre.view(batch, _GROUP, stride).amax(1).topk(k, dim=1, sorted=False).indices
+    offsets = torch.arange(0, d_sae, stride, device=pre.device)
+    candidates = (groups[:, :, None] + offsets).flatten(1)
+    values, chosen = pre.gather(1, candidates).topk(k, dim=1, sorted=False)
+    return Codes(candidates.gather(1, chosen), values)
+
+
+def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
+    """See ``operations``."""
+    return _bags(codes.indices, decoder, codes.offsets, codes.values.to(decoder.dtype)).add_(bias)
+
+
+def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
+    """See ``operations``."""
+    gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        output_gradient, decoder, codes.indices, codes.offsets[:-1], codes.rows(), 0
+    )
+    return gradient.mul_(codes.values > 0)
+
+
+def weight_gradients(
+    codes: RaggedCodes,
+    x: Tensor,
+    output_gradient: Tensor,
+    by_value: Tensor,
+    d_sae: int,
+    out: Gradients | None = None,
+) -> Gradients:
+    """See ``operations``. Has no use for ``out``."""
+    latents, order = codes.indices.sort(stable=True)
+    rows = codes.rows()[order]
+    bounds = torch.searchsorted(latents, torch.arange(d_sae + 1, device=latents.device))
+    by_bias = torch.zeros(d_sae, dtype=by_value.dtype, device=by_value.device)
+    return (
+        _bags(rows, x, bounds, by_value[order]),
+        _bags(rows, output_gradient, bounds, codes.values[order]),
+        by_bias.index_add_(0, codes.indices, by_value),
+    )
+
+
+def firing_counts(codes: RaggedCodes, d_sae: int) -> Tensor:
+    """See ``operations``."""
+    counts = torch.zeros(d_sae, dtype=codes.values.dtype, device=codes.values.device)
+    return counts.index_add_(0, codes.indices, (codes.values > 0).to(counts.dtype))
+
+
+def adam_rows(
+    rows: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    means: tuple[Tensor, Tensor],
+    squares: tuple[Tensor, Tensor],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Tensor | None,
+) -> None:
+    """See ``operations``."""
+    encoder, decoder = rows
+    before = [torch.tensor(step - 1.0, device=row.device) for row in rows]
+    adam(
+        list(rows),
+        list(gradients),
+        list(means),
+        list(squares),
+        [],
+        before,
+        fused=encoder.device.type in ("cpu", "cuda"),
+        amsgrad=False,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        lr=learning_rate,
+        weight_decay=0.0,
+        eps=EPSILON,
+        maximize=False,
+    )
+    decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=SMALLEST_NORM)
+    if encoder_fast is not None:
+        encoder_fast.copy_(encoder)
+
+
+def _bags(
+    indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor
+) -> Float[Tensor, "bags width"]:
+    """For each bag, the weighted sum of the rows it names; 0 for an empty one."""
+    return F.embedding_bag(
+        indices,
+        rows,
+        offsets,
+        per_sample_weights=weights,
+        mode="sum",
+        include_last_offset=True,
+    )
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _active(pre: Tensor, active: Tensor) -> RaggedCodes:
+    rows, indices = active.nonzero(as_tuple=True)
+    offsets = torch.zeros(len(pre) + 1, dtype=torch.int64, device=pre.device)
+    torch.cumsum(active.sum(1), 0, out=offsets[1:])
+    return RaggedCodes(indices, pre[rows, indices].to(_exact(pre)), offsets)

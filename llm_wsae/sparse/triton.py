@@ -1,0 +1,247 @@
+"""The sparse operations on CUDA: cuBLAS for the encoder's product, Triton for the rest.
+
+A tile of pre-activations is sized to stay in the card's L2 cache while the k largest of each row
+are found, so batch × d_sae is never held. Nothing here waits for the device except
+``encode_above``, whose result has a size that only the device knows.
+
+In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import) all of it runs on the CPU.
+"""
+
+import torch
+from torch import Tensor
+
+from llm_wsae.sparse.codes import Codes, RaggedCodes
+from llm_wsae.sparse.reference import Gradients
+from llm_wsae.sparse.triton_kernels import (
+    above_kernel,
+    decode_kernel,
+    further_sums_kernel,
+    latent_sums_kernel,
+    select_kernel,
+    value_gradients_kernel,
+)
+
+_TILE_BYTES = 32 * 2**20  # of pre-activations: they stay in the L2 cache of a data-centre card
+_PART = 8192  # entries that one program selects from, all in its registers
+_SLOTS, _COLUMNS = 16, 256  # the tile of decoder or batch rows that a program reads at once
+_SPAN = 128  # occurrences of a latent that one program sums, so that dense latents hold up nobody
+
+
+def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
+    """See ``operations``. Ties go to the lowest latents."""
+    batch, d_sae = len(x), len(encoder)
+    indices = torch.empty(batch, k, dtype=torch.int64, device=x.device)
+    values = torch.empty(batch, k, dtype=_exact(x), device=x.device)
+    for rows in _tiles(batch, d_sae * x.element_size()):
+        _select(torch.addmm(bias, x[rows], encoder.T), Codes(indices[rows], values[rows]), True)
+    return Codes(indices, values)
+
+
+def select_topk(pre: Tensor, k: int) -> Codes:
+    """See ``operations``. Ties go to the lowest latents."""
+    indices = torch.empty(len(pre), k, dtype=torch.int64, device=pre.device)
+    best = Codes(indices, torch.empty_like(indices, dtype=pre.dtype))
+    _select(pre.contiguous(), best, False)
+    return best
+
+
+def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
+    """See ``operations``. Waits for the device once, to learn how many entries there are.
+
+    Rows get room for some entries at first. If one has more, all products are made again, now with
+    the room known: the price of not holding them.
+    """
+    batch, d_sae = len(x), len(encoder)
+    room = min(d_sae, max(64, d_sae // 64))
+    starts = torch.arange(batch + 1, device=x.device) * room
+    indices, values, counts = _entries_above(x, encoder, bias, threshold, starts, batch * room)
+    offsets = torch.zeros_like(starts)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    active, most = torch.stack([offsets[-1], counts.amax()]).tolist()
+    if most > room:
+        indices, values, _ = _entries_above(x, encoder, bias, threshold, offsets, active)
+        return RaggedCodes(indices, values, offsets)
+    moved = (starts[:-1] - offsets[:-1]).repeat_interleave(counts, output_size=active)
+    moved += torch.arange(active, device=x.device)
+    return RaggedCodes(indices[moved], values[moved], offsets)
+
+
+def encode_batch_topk(
+    x: Tensor, encoder: Tensor, bias: Tensor, k: int, guess: float
+) -> RaggedCodes:
+    """See ``operations``. Has no use for the guess: acting on it would mean waiting for the device.
+
+    The result has batch·k slots whatever the values: where fewer are positive, the others are
+    unused slots of value 0. Each tile keeps that many candidates.
+    """
+    batch, d_sae = len(x), len(encoder)
+    slots = min(k * batch, batch * d_sae)
+    values, places = [], []
+    for rows in _tiles(batch, d_sae * x.element_size()):
+        pre = torch.addmm(bias, x[rows], encoder.T).relu_().flatten()
+        best = pre.topk(min(slots, len(pre)), sorted=False)
+        values.append(best.values)
+        places.append(best.indices + rows.start * d_sae)
+    best = torch.cat(values).topk(slots, sorted=False)
+    places, order = torch.cat(places)[best.indices].sort()
+    starts = torch.arange(batch + 1, device=x.device) * d_sae
+    return RaggedCodes(
+        places % d_sae, best.values[order].to(_exact(x)), torch.searchsorted(places, starts)
+    )
+
+
+def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
+    """See ``operations``."""
+    d_in = decoder.shape[1]
+    out = torch.empty(codes.num_rows, d_in, dtype=codes.values.dtype, device=decoder.device)
+    tile = _tile_of(d_in)
+    _run(decode_kernel, (len(out), _blocks(d_in)), *codes, decoder, bias, out, d_in, **tile)
+    return out
+
+
+def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
+    """See ``operations``."""
+    d_in = decoder.shape[1]
+    out = torch.empty_like(codes.values)
+    arguments = (*codes, decoder, output_gradient.contiguous(), out, d_in)
+    _run(value_gradients_kernel, (codes.num_rows,), *arguments, **_tile_of(d_in))
+    return out
+
+
+def weight_gradients(
+    codes: RaggedCodes,
+    x: Tensor,
+    output_gradient: Tensor,
+    by_value: Tensor,
+    d_sae: int,
+    out: Gradients | None = None,
+) -> Gradients:
+    """See ``operations``.
+
+    One program sums a latent's first ``span`` occurrences; what a dense latent has beyond them is
+    summed in pieces of ``span``, which are few: at most active // span, known without asking.
+    """
+    device, d_in, active = x.device, x.shape[1], len(codes.indices)
+    narrow = torch.int16 if d_sae <= 2**15 else torch.int32  # a radix sort pays by the byte
+    latents, order = codes.indices.to(narrow).sort(stable=True)
+    numbers = torch.arange(d_sae + 1, device=device)
+    bounds = torch.searchsorted(latents.long(), numbers)
+    span = max(_SPAN, 4 * active // d_sae)  # the pieces' sums are no more than a quarter of all
+    further = torch.zeros_like(bounds)
+    torch.cumsum(((bounds.diff() - 1) // span).clamp_(min=0), 0, out=further[1:])
+    pieces = active // span
+    owners = torch.searchsorted(further[1:], torch.arange(pieces, device=device), right=True)
+    exact = codes.values.dtype
+    parts = [torch.empty(n, d_in, dtype=exact, device=device) for n in (pieces, pieces)]
+    parts.append(torch.empty(pieces, dtype=exact, device=device))
+    if out is None:
+        out = torch.empty(d_sae, d_in, dtype=exact, device=device)
+        out = (out, torch.empty_like(out), torch.empty(d_sae, dtype=exact, device=device))
+    rows = (x.contiguous(), output_gradient.contiguous())
+    sources = (order, codes.rows(), by_value, codes.values, *rows)
+    tile = _tile_of(d_in)
+    if pieces:
+        arguments = (bounds, further, owners, *sources, *parts, d_in, d_sae, span)
+        _run(further_sums_kernel, (pieces, _blocks(d_in)), *arguments, **tile)
+    arguments = (bounds, further, *sources, *parts, *out, d_in, span)
+    _run(latent_sums_kernel, (d_sae, _blocks(d_in)), *arguments, **tile)
+    return out
+
+
+def firing_counts(codes: RaggedCodes, d_sae: int) -> Tensor:
+    """See ``operations``. Sums of ones are exact in any order."""
+    counts = torch.zeros(d_sae, dtype=codes.values.dtype, device=codes.values.device)
+    return counts.index_add_(0, codes.indices, (codes.values > 0).to(counts.dtype))
+
+
+def _select(pre: Tensor, best: Codes, clip: bool) -> None:
+    """The k largest of every row of ``pre`` into ``best``; with ``clip``, negative ones as 0.
+
+    A row too wide for one program is cut into parts, and the k largest of each part compete.
+    """
+    rows, width = pre.shape
+    k = best.indices.shape[1]
+    parts = _ceil(width, _PART)
+    if parts == 1:
+        _select_parts(pre, None, best, 1, clip)
+    elif parts * k <= _PART:
+        numbers = torch.empty(rows, parts * k, dtype=torch.int32, device=pre.device)
+        candidates = Codes(numbers, torch.empty_like(numbers, dtype=pre.dtype))
+        _select_parts(pre, None, candidates, parts, False)
+        _select_parts(candidates.values, numbers, best, 1, clip)
+    else:  # hardly sparse
+        values, indices = pre.topk(k, dim=1, sorted=False)
+        best.indices.copy_(indices)
+        best.values.copy_(values.relu_() if clip else values)
+
+
+def _select_parts(
+    values: Tensor, numbers: Tensor | None, best: Codes, parts: int, clip: bool
+) -> None:
+    rows, width = values.shape
+    part = _ceil(width, parts)
+    block = max(16, _power_of_two(part))
+    _run(
+        select_kernel,
+        (rows, parts),
+        values,
+        values if numbers is None else numbers,
+        best.values,
+        best.indices,
+        width,
+        part,
+        best.indices.shape[1] // parts,
+        NUMBERED=numbers is not None,
+        CLIP=clip,
+        BITS={torch.float64: 64, torch.float32: 32, torch.bfloat16: 16}[values.dtype],
+        BLOCK=block,
+        num_warps=min(8, max(1, block // 256)),
+    )
+
+
+def _entries_above(
+    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, starts: Tensor, slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices and values of the entries above, as far as each row's room goes; and their counts."""
+    batch, d_sae = len(x), len(encoder)
+    indices = torch.empty(slots, dtype=torch.int64, device=x.device)
+    values = torch.empty(slots, dtype=_exact(x), device=x.device)
+    counts = torch.empty(batch, dtype=torch.int64, device=x.device)
+    for rows in _tiles(batch, d_sae * x.element_size()):
+        pre = torch.addmm(bias, x[rows], encoder.T)
+        arguments = (pre, threshold, starts[rows.start :], indices, values, counts[rows], d_sae)
+        _run(above_kernel, (len(pre),), *arguments, BLOCK=min(4096, _power_of_two(d_sae)))
+    return indices, values, counts
+
+
+def _run(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
+    """Triton launches on the current device, which need not be the one the tensors are on."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _tiles(batch: int, row_bytes: int) -> list[slice]:
+    """Slices of rows, a power of two of them, at least 128: fewer would idle the card."""
+    rows = max(128, _power_of_two(_TILE_BYTES // row_bytes + 1) // 2)
+    return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
+
+
+def _tile_of(d_in: int) -> dict[str, int]:
+    return {"SLOTS": _SLOTS, "BLOCK": min(_COLUMNS, _power_of_two(d_in))}
+
+
+def _blocks(d_in: int) -> int:
+    return _ceil(d_in, _COLUMNS)
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest one that is at least ``number``."""
+    return 1 << max(0, number - 1).bit_length()
