@@ -87,10 +87,10 @@ MISTAKES = {
         ("run", "--model", "./nowhere", "--corpus", "text.jsonl", "--site", SITE),
         ["there is no model at ./nowhere", "or a Hub id such as gpt2"],
     ),
-    "model without weights": (
-        1,
+    "folder without a model": (
+        2,
         ("harvest", "--model", "nothing", "--corpus", "text.jsonl", *HARVEST),
-        ["nothing cannot be loaded as a causal language model"],
+        ["the folder nothing holds no config.json", "give one with config.json and weights"],
     ),
     "site out of range": (
         2,
@@ -205,9 +205,9 @@ def test_mistakes(refused, tmp_path, mistake):
 
 
 IMPOSSIBLE = {
-    "unknown option": (("verify", "store", "--depth", 3), ["Unrecognized", "--depth"]),
+    "unknown option": (("verify", "store", "--depth", 3), ["unrecognized", "--depth"]),
     "misspelt option": ((*TRAINING, "--out", "x", "--expantion", 3), ["expantion", "--expansion"]),
-    "missing options": (("harvest",), ["Missing", "--model", "--corpus", "--site", "--out"]),
+    "missing options": (("harvest",), ["missing", "--model", "--corpus", "--site", "--out"]),
     "not a number": ((*TRAINING, "--out", "x", "--k", "many"), ["--k", "'many'"]),
     "no folder": (("evaluate", *EVALUATING, "--out", "x"), ["dictionary folder"]),
     "choice": ((*HARVESTING, "--out", "x", "--dtype", "int8"), ["--dtype", "bfloat16"]),
@@ -215,15 +215,9 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_what_the_parser_refuses(world, monkeypatch, name):
+def test_what_the_parser_refuses(refused, name):
     words, said = IMPOSSIBLE[name]
-    monkeypatch.chdir(world)
-    before = content(world)
-    result = call(*words, "--json")
-    assert result.code == 2 and result.out == "" and "Traceback" not in result.err
-    for part in said:
-        assert part in result.err
-    assert content(world) == before
+    refused(2, *words, "--json", said=said)
 
 
 def test_files_that_cannot_receive_the_result(refused):
@@ -311,7 +305,7 @@ def test_a_connection_that_breaks(refused, monkeypatch, tmp_path):
 def test_activations_that_are_not_finite(refused, tmp_path):
     out = tmp_path / "store"
     refused(1, *HARVESTING, "--model", "broken", "--out", out,
-            said=[f"rows of {SITE} in shard 00000 are NaN or infinite"])  # fmt: skip
+            said=[f"{SITE}, shard 00000: 469 of 469 rows hold NaN or infinite"])  # fmt: skip
     assert Manifest.load(out).shards == [] and not list(out.rglob("*.safetensors"))
 
 

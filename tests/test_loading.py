@@ -63,7 +63,10 @@ def test_folders_that_hold_no_causal_model(tmp_path):
         assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
     refused(UsageError, "is a local model, which has no revision", revision="main")
-    refused(LlmWsaeError, "cannot be loaded as a causal language model: Unrecognized model")
+    refused(UsageError, "holds no config.json, so it is not a model's; give one with")
+    (tmp_path / "tiny.gguf").touch()
+    refused(UsageError, f"holds no config.json, so it is not a model's; give its file {tmp_path}")
+    (tmp_path / "tiny.gguf").unlink()
     transformers.ViTConfig().save_pretrained(tmp_path)
     refused(UsageError, "is not a causal language model (its configuration is ViTConfig)")
     tiny_hf_model("gpt2").config.save_pretrained(tmp_path)

@@ -86,6 +86,7 @@ _Source = tuple[str, dict[str, Any], str | None]
 def _local_source(model: str, path: Path) -> _Source:
     options: dict[str, Any] = {"local_files_only": True}
     if path.suffix != ".gguf":
+        _check_folder(model, path)
         return str(path), options, None
     _check_gguf(model, path)
     return str(path.parent), options | {"gguf_file": path.name}, None
@@ -107,6 +108,16 @@ def _hub_source(model: str, revision: str | None) -> _Source:
         return model, options | {"local_files_only": True}, commit
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError) as error:
         raise _explained(error, model, revision) from error
+
+
+def _check_folder(model: str, path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    raise UsageError(
+        f"the folder {model} holds no config.json, so it is not a model's; "
+        + (f"give its file {path / files[0]}" if files else "give one with config.json and weights")
+    )
 
 
 def _check_gguf(model: str, path: Path) -> None:
