@@ -3,7 +3,11 @@
 Results go to stdout, progress and warnings to stderr. An error is one sentence and an exit code.
 """
 
+import contextlib
+import functools
+import io
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,6 +17,7 @@ import tyro
 
 from llm_wsae.commands.common import Result
 from llm_wsae.commands.evaluate import evaluate
+from llm_wsae.commands.hub import list_repository, pull, push
 from llm_wsae.commands.run import run
 from llm_wsae.commands.store import harvest, weigh
 from llm_wsae.commands.train import train
@@ -26,9 +31,13 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "weigh": weigh,
     "train": train,
     "evaluate": evaluate,
+    "push": push,
+    "pull": pull,
+    "list": list_repository,
     "verify": verify,
 }
 
+_HELP_INDENT = " " * 9
 _USAGE = """usage: llm-wsae COMMAND … [--json] [--debug]
 
 Weighted sparse autoencoders for the residual streams of real language models.
@@ -51,12 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         command = COMMANDS.get(words[0])
         if command is None:
             raise UsageError(f"there is no command {words[0]!r}; {nearest(words[0], COMMANDS)}")
-        facts, text = tyro.cli(
-            command,
-            prog=f"llm-wsae {words[0]}",
-            args=words[1:],
-            config=(tyro.conf.FlagConversionOff,),
-        )
+        facts, text = _parsed(command, words)()
         print(json.dumps(plain(facts), ensure_ascii=False) if as_json else text)
         return 0
     except LlmWsaeError as error:
@@ -70,6 +74,39 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _parsed(command: Callable[..., Result], words: list[str]) -> Callable[[], Result]:
+    """The command with the options that the words give. Raises UsageError for bad ones."""
+
+    @functools.wraps(command)
+    def prepared(*args: Any, **options: Any) -> Callable[[], Result]:
+        return functools.partial(command, *args, **options)
+
+    name = f"llm-wsae {words[0]}"
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(prepared, prog=name, args=words[1:])
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        raise UsageError(f"{_sentence(complaint.getvalue())}; see {name} --help") from None
+
+
+def _sentence(box: str) -> str:
+    """What the parser draws in a box (of letters, where the terminal has no lines), as one line.
+
+    Without its title, the help texts of options, and where to find help.
+    """
+    lines = [line.strip("│╭╮╰╯") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    told = [line for line in lines if not line.startswith(_HELP_INDENT)]
+    sections = re.split(r"[─-]{20,}", " ".join(told))
+    said = [" ".join(section.split()).rstrip(".") for section in sections]
+    if "╭" not in box:
+        said = said[1:]
+    said = [part for part in said if not part.startswith(("Argument helptext", "For full"))]
+    return "; ".join(part[:1].lower() + part[1:] for part in said)
 
 
 def _usage() -> str:

@@ -74,6 +74,9 @@ FLAGS = {
     "tracker",
     "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
     "device",
+    "push": "private revision license",
+    "pull": "out revision",
+    "list": "revision",
     "verify": "",
 }
 

@@ -3,11 +3,17 @@
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 
+T = TypeVar("T")
+# A configuration whose fields are options, each with a value: --drop-special False.
+Config = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # an option without a value: --private
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Result = tuple[dict[str, Any], str]  # the JSON object, the text for people
 

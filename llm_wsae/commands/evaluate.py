@@ -5,7 +5,7 @@ from typing import Literal
 
 import tyro
 
-from llm_wsae.commands.common import Device, Result, label_of, load_model
+from llm_wsae.commands.common import Config, Device, Result, label_of, load_model
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.files import write_json
@@ -17,7 +17,7 @@ def evaluate(
     model: str,
     corpus: str,
     out: Path,
-    config: tyro.conf.OmitArgPrefixes[EvaluateConfig] = EvaluateConfig(),  # noqa: B008 - frozen
+    config: Config[EvaluateConfig] = EvaluateConfig(),  # noqa: B008 - frozen
     part: Literal["heldout", "train", "all"] = "heldout",
     text_column: str | None = None,
     revision: str | None = None,

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from llm_wsae.commands.common import Device, Result, cost, load_model, sites_of
+from llm_wsae.commands.common import Config, Device, Result, cost, load_model, sites_of
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
@@ -18,7 +18,7 @@ def harvest(
     corpus: str,
     site: tuple[str, ...],
     out: Path,
-    config: tyro.conf.OmitArgPrefixes[HarvestConfig] = HarvestConfig(),  # noqa: B008 - frozen
+    config: Config[HarvestConfig] = HarvestConfig(),  # noqa: B008 - frozen
     part: Literal["train", "heldout", "all"] = "train",
     text_column: str | None = None,
     revision: str | None = None,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from llm_wsae.commands.common import Result, cost
+from llm_wsae.commands.common import Config, Result, cost
 from llm_wsae.model.site import Site
 from llm_wsae.record import write_record
 from llm_wsae.train.config import TrainConfig
@@ -21,7 +21,7 @@ def train(
     k: tuple[int, ...] = (32,),
     l1: tuple[float, ...] = (),
     seeds: tuple[int, ...] = (0,),
-    config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
+    config: Config[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Train dictionaries on a store: every rule × α × sparsity × seed, in one pass over the rows.
 

@@ -6,6 +6,7 @@ Centring and scaling of the inputs are folded into the four tensors before they 
 encoding never subtracts ``b_dec`` and a user hands in the model's own activations.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -153,6 +154,49 @@ class Dictionary(nn.Module):
             extras=content.extras,
         )
         return new.to(device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        sae_id: str | None = None,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Dictionary":
+        """Read a dictionary from a repository on the Hub, through its cache (also offline).
+
+        ``sae_id`` is its folder, ``<site>/<name>``; None takes the only one. Raises as
+        ``hub.fetch`` and ``load`` do.
+        """
+        from llm_wsae.dictionary.hub import fetch
+
+        return cls.load(fetch(repo_id, sae_id, revision=revision), device=device)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """``save``, under the name that the Hub's libraries share."""
+        self.save(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Put it into a repository on the Hub; the address of the commit. See ``hub.push``."""
+        from llm_wsae.dictionary.hub import push
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "dictionary")
+            return push(
+                [Path(folder) / "dictionary"],
+                repo_id,
+                private=private,
+                revision=revision,
+                license=license,
+            ).url
 
     def extra_repr(self) -> str:
         """What a user sees on printing the dictionary."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import read_json, save_tensors, sha256, write_json
+from llm_wsae.files import read_json, save_tensors, sha256, write_atomic, write_json
 
 FORMAT = "llm-wsae dictionary"
 FORMAT_VERSION = 1
@@ -123,6 +123,24 @@ def write_folder(
                 **info.to_dict(),
             },
         )
+        _swap(whole, folder)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
+
+
+def copy_folder(source: Path, folder: Path) -> None:
+    """Copy a dictionary folder byte for byte, all or nothing; an older dictionary is replaced.
+
+    Raises LlmWsaeError as ``write_folder`` does, and leaves what was there as it was.
+    """
+    folder = Path(os.path.abspath(folder))
+    _check_replaceable(folder)
+    whole = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    try:
+        shutil.rmtree(whole, ignore_errors=True)
+        for name in sorted(_OWN_FILES):
+            path = source / name
+            write_atomic(whole / name, lambda partial, path=path: shutil.copyfile(path, partial))
         _swap(whole, folder)
     finally:
         shutil.rmtree(whole, ignore_errors=True)

@@ -1,0 +1,101 @@
+"""Commands that share dictionaries through the Hugging Face Hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from llm_wsae.commands.common import Flag, Result
+from llm_wsae.errors import UsageError
+from llm_wsae.record import write_record
+
+if TYPE_CHECKING:
+    from llm_wsae.dictionary.facts import Facts
+
+
+def push(
+    dictionaries: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DICT… REPO_ID")
+    ],
+    private: Flag = False,
+    revision: str | None = None,
+    license: str | None = None,
+) -> Result:
+    """Put dictionaries into a repository on the Hub, with a card; only what changed is written.
+
+    Args:
+        dictionaries: Dictionary folders, then the repository, user/name; it is created if need be.
+        private: Create it private.
+        revision: Branch to push to; a new one begins at main.
+        license: Licence for the card, as the Hub names it, e.g. mit.
+    """
+    from llm_wsae.dictionary.hub import push as push_folders
+
+    *folders, repo_id = dictionaries or ("",)
+    if not folders or Path(repo_id).is_dir():  # the parser cannot take the last word apart itself
+        raise UsageError("name dictionary folders and then the repository: DICT … user/name")
+    done = push_folders(
+        [Path(folder) for folder in folders],
+        repo_id,
+        private=private,
+        revision=revision,
+        license=license,
+    )
+    facts = {"repo_id": repo_id, "url": done.url, "commit": done.commit}
+    facts |= {"dictionaries": done.sae_ids, "changed": done.changed}
+    if not done.changed:
+        return facts, f"already up to date: {done.url}"
+    return facts, "\n".join([*(f"  {path}" for path in done.changed), f"pushed to {done.url}"])
+
+
+def pull(
+    repo_id: tyro.conf.Positional[str],
+    sae_id: tyro.conf.Positional[str | None] = None,
+    *,
+    out: Path,
+    revision: str | None = None,
+) -> Result:
+    """Fetch dictionaries from a repository on the Hub, check them, and copy them into a folder.
+
+    Args:
+        repo_id: Repository, user/name.
+        sae_id: Dictionary in it, <site>/<name>; without it all are fetched.
+        out: Folder that receives <site>/<name>.
+        revision: Branch, tag or commit.
+    """
+    from llm_wsae.dictionary.hub import pull as pull_folders
+
+    folders = pull_folders(repo_id, out, sae_id, revision=revision)
+    asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
+    write_record(out / "pull.json", "pull", {**asked, "dictionaries": list(folders)})
+    facts = {"repo_id": repo_id, "folders": {name: str(path) for name, path in folders.items()}}
+    return facts, "\n".join(map(str, folders.values()))
+
+
+def list_repository(repo_id: tyro.conf.Positional[str], revision: str | None = None) -> Result:
+    """Show the dictionaries in a repository on the Hub, with what was measured of them.
+
+    Args:
+        repo_id: Repository, user/name.
+        revision: Branch, tag or commit.
+    """
+    from llm_wsae.dictionary.hub import list_dictionaries
+
+    found = list_dictionaries(repo_id, revision=revision)
+    width = max(len("dictionary"), *(len(d.sae_id) for d in found))
+    lines = [f"{'dictionary':<{width}}  {'size':>14}  {'sparsity':<16}{'FVU':>7}{'CE rec.':>9}"]
+    for d in found:
+        size = f"{d.d_in or '?'} → {d.d_sae or '?'}"
+        numbers = [_digits(d.metric("fvu"), 7), _digits(d.metric("ce_recovered"), 9)]
+        lines.append(f"{d.sae_id:<{width}}  {size:>14}  {d.sparsity:<16}{''.join(numbers)}")
+    return {"repo_id": repo_id, "dictionaries": [_json(d) for d in found]}, "\n".join(lines)
+
+
+def _json(d: "Facts") -> dict[str, Any]:
+    facts = {"sae_id": d.sae_id, "site": d.info.site, "d_in": d.d_in, "d_sae": d.d_sae}
+    facts |= {"sparsity": d.sparsity, "k": d.k, "rule": d.info.rule, "alpha": d.info.alpha}
+    return {**facts, "model": d.model, "corpus": d.corpus, "metrics": d.info.metrics}
+
+
+def _digits(value: float | None, width: int) -> str:
+    return f"{'—' if value is None else f'{value:.3f}':>{width}}"

@@ -1,0 +1,134 @@
+"""What is known of a dictionary from its two JSON files alone: no tensor is read.
+
+A repository's card and listing show other people's files too, so every value is looked at before
+it is believed: what has not the expected type is not there.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llm_wsae.dictionary.info import DictionaryInfo
+
+_SITE = re.compile(r"[\w.]+", re.ASCII)
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.+=-]+")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One dictionary, as a card or a table shows it. None where its files do not say."""
+
+    sae_id: str
+    """Its folder in a repository."""
+    d_in: int | None
+    """Dimensions."""
+    d_sae: int | None
+    """Latents."""
+    sparsity: str
+    """Kind of sparsity in words: ``TopK, k = 32``."""
+    k: int | None
+    """Active latents per token, where the kind fixes them."""
+    info: DictionaryInfo
+    """How it was made; its dicts hold only values of JSON."""
+    package_version: str | None
+    """Version of this package that saved it."""
+
+    def metric(self, name: str, group: str = "fidelity") -> float | None:
+        """A measured number."""
+        return number(mapping(self.info.metrics.get(group)).get(name))
+
+    def interval(self, name: str, group: str = "fidelity") -> tuple[float, float] | None:
+        """The 95 % interval of a measured number."""
+        return pair(mapping(self.info.metrics.get(group)).get(f"{name}_interval"))
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model."""
+        return text(self.info.model.get("name"))
+
+    @property
+    def hub_model(self) -> str | None:
+        """The model's id on the Hub, if it came from there (only then it has a revision)."""
+        return self.model if text(self.info.model.get("revision")) else None
+
+    @property
+    def corpus(self) -> str | None:
+        """Name of the text."""
+        return text(self.info.corpus.get("name"))
+
+    @property
+    def hub_datasets(self) -> list[str]:
+        """The Hub datasets among the corpus' parts: only their names have an owner."""
+        parts = [part.split(":")[0] for part in (self.corpus or "").split("+")]
+        return [part for part in parts if re.fullmatch(r"[\w.-]+/[\w.-]+", part)]
+
+
+def facts(sae_id: str, cfg: Mapping[str, Any], info: Mapping[str, Any]) -> Facts:
+    """Read the contents of ``cfg.json`` and ``wsae.json``."""
+    k = whole(cfg.get("k"))
+    architecture = text(cfg.get("architecture")) or "unknown"
+    kinds = {"topk": "TopK", "standard": "ReLU", "jumprelu": "JumpReLU", "batchtopk": "BatchTopK"}
+    kind = kinds.get(architecture, architecture)
+    known = DictionaryInfo(
+        site=site if _SITE.fullmatch(site := text(info.get("site")) or "") else "",
+        name=text(info.get("name")) or "dictionary",
+        rule=text(info.get("rule")) or "unknown",
+        alpha=number(info.get("alpha")) or 0.0,
+        seed=whole(info.get("seed")),
+        context_size=whole(info.get("context_size")),
+        massive_threshold=number(info.get("massive_threshold")),
+        **{
+            name: dict(mapping(info.get(name)))
+            for name in ("model", "corpus", "store", "training", "metrics")
+        },
+    )
+    return Facts(
+        sae_id=sae_id,
+        d_in=whole(cfg.get("d_in")),
+        d_sae=whole(cfg.get("d_sae")),
+        sparsity=f"{kind}, k = {k}" if k else kind,
+        k=k,
+        info=known,
+        package_version=text(info.get("package_version")),
+    )
+
+
+def folder_name(info: DictionaryInfo) -> str:
+    """``<site>/<name>``: the dictionary's folder in a repository, of harmless characters."""
+    name = _UNSAFE.sub("-", info.name).strip("-.") or "dictionary"
+    return f"{info.site}/{name}"
+
+
+def number(value: Any) -> float | None:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # JSON's whole numbers have no end
+        return None
+
+
+def whole(value: Any) -> int | None:
+    """A whole number that a computer can mean."""
+    return value if type(value) is int and abs(value) < 2**63 else None
+
+
+def text(value: Any) -> str | None:
+    """A text that is not empty."""
+    return value if isinstance(value, str) and value else None
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """An object, or an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def pair(value: Any) -> tuple[float, float] | None:
+    """Two finite numbers."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return None
+    low, high = number(value[0]), number(value[1])
+    return None if low is None or high is None else (low, high)

@@ -1,0 +1,59 @@
+"""The figure of a dictionary's loss weights: γ of every dimension, and where the loss then lies."""
+
+import io
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_DPI = 110
+
+
+def weights_figure(extras: Mapping[str, Tensor], title: str) -> bytes | None:
+    """A PNG, from a dictionary's ``gamma`` [d_in] and ``robust_variance`` (or ``variance``) [d_in].
+
+    Left the weights against the variance, right the cumulative share of the weighted variance
+    γ²·var that the dimensions carry, with the number of effective dimensions (Σw)²/Σw². None when
+    these tensors are not there, or γ is a matrix.
+    """
+    gamma = extras.get("gamma")
+    variance = extras.get("robust_variance", extras.get("variance"))
+    if gamma is None or variance is None or gamma.ndim != 1 or gamma.shape != variance.shape:
+        return None
+    gamma, variance = gamma.double(), variance.double()
+    share = (gamma**2 * variance).clamp(min=0)
+    if not bool(share.sum() > 0):
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(variance, gamma, ".", ms=3, color="#00798c")
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="variance of the dimension (winsorised)",
+        ylabel="weight γ",
+    )
+    rank = torch.arange(1, len(gamma) + 1)
+    for part, colour, label in (
+        (variance.clamp(min=0), "#9aa5b1", "without weights"),
+        (share, "#00798c", "with γ"),
+    ):
+        part = part / part.sum()
+        effective = float(1 / (part**2).sum())
+        cumulative = part.sort(descending=True).values.cumsum(0)
+        right.plot(
+            rank, cumulative, color=colour, label=f"{label}: {effective:.1f} effective dimensions"
+        )
+    right.set(
+        xscale="log",
+        ylim=(0, 1.02),
+        xlabel=f"dimensions, by falling share (of {len(gamma)})",
+        ylabel="share of the loss carried",
+    )
+    right.legend(frameon=False, loc="upper left", fontsize="small")
+    figure.suptitle(title, fontsize="medium", parse_math=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+    return file.getvalue()

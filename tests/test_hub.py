@@ -1,0 +1,444 @@
+"""Push, pull and list with the real client against a Hub of our own: what arrives, what a second
+call does, and every way in which it can fail. Unsafe repositories are in test_hub_safety.py."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import call, content, works
+from hub_server import READER, STRANGER, WRITER, HubServer
+from huggingface_hub import HfApi, constants
+from small_dictionaries import SITE, make_dictionary
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.hub import list_dictionaries, pull, push
+from llm_wsae.errors import LlmWsaeError, UsageError
+
+REPO = "user/saes"
+FILES = ("cfg.json", "sae_weights.safetensors", "wsae.json", "wsae.safetensors")
+TOKENS = (WRITER, READER, STRANGER, "hf_wrongsecret")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, capfd):
+    """A Hub that this process talks to as ``user``; no token may appear anywhere."""
+    with HubServer(tmp_path / "hub") as server:
+        server.use(monkeypatch, tmp_path / "home", WRITER)
+        yield server
+        assert server.leaked == []
+        said = "".join(capfd.readouterr())
+        cards = [
+            server.store.content(name, "README.md").decode()
+            for name, repository in server.store.repositories.items()
+            if "README.md" in repository.files()
+        ]
+        assert not [token for token in TOKENS if token in said + "".join(cards)]
+
+
+@pytest.fixture
+def login(hub, monkeypatch, tmp_path):
+    """Become someone else, on a machine with an empty cache."""
+
+    def become(token: str | None) -> None:
+        hub.use(monkeypatch, tmp_path / f"home of {token}", token)
+
+    return become
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    make_dictionary("plain-k4").save(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+@pytest.fixture
+def weighted(tmp_path) -> Path:
+    make_dictionary("weighted-k4", seed=1).save(tmp_path / "weighted")
+    return tmp_path / "weighted"
+
+
+def head(hub: HubServer, branch: str = "main") -> str:
+    return hub.store.repositories[REPO].branches[branch]
+
+
+def sentence(error: pytest.ExceptionInfo) -> str:
+    """The error's text, which must be one sentence without a token, also in its causes."""
+    one: BaseException | None = error.value
+    while one is not None:
+        assert not [token for token in TOKENS if token in str(one)]
+        one = one.__cause__ or one.__context__
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# What a push writes
+
+
+def test_push_writes_the_files_and_a_card_in_one_commit(hub, plain, weighted):
+    done = push([plain, weighted], REPO)
+    repository = hub.store.repositories[REPO]
+    assert len(repository.messages) == 2 and not repository.private
+    assert done.commit == head(hub) and done.url == f"{hub.endpoint}/{REPO}/commit/{done.commit}"
+    assert done.sae_ids == [f"{SITE}/plain-k4", f"{SITE}/weighted-k4"]
+    files = repository.files()
+    for folder, sae_id in zip((plain, weighted), done.sae_ids, strict=True):
+        for name, data in content(folder).items():
+            assert hub.store.content(REPO, f"{sae_id}/{name}") == data
+            large = name.endswith(".safetensors")
+            assert (files[f"{sae_id}/{name}"].sha256 is not None) == large
+        assert hub.store.content(REPO, f"{sae_id}/weights.png").startswith(b"\x89PNG")
+    assert sorted([*files]) == sorted([".gitattributes", *done.changed])
+    card = hub.store.content(REPO, "README.md").decode()
+    assert f"`{SITE}/plain-k4`" in card and f"`{SITE}/weighted-k4`" in card
+
+
+def test_pushing_twice_writes_nothing(hub, plain):
+    first = push([plain], REPO)
+    asked = len(hub.requests)
+    again = push([plain], REPO)
+    assert again.changed == [] and again.commit == first.commit == head(hub)
+    assert again.url == f"{hub.endpoint}/{REPO}"
+    assert {method for method, _ in hub.requests[asked:]} <= {"GET", "HEAD"}
+
+
+def test_only_what_changed_is_written(hub, plain, weighted):
+    push([plain, weighted], REPO)
+    uploads = hub.count("PUT", "/storage/")
+    dictionary = Dictionary.load(plain)
+    dictionary.info = dataclasses.replace(dictionary.info, metrics={"fidelity": {"fvu": 0.125}})
+    dictionary.save(plain)
+    done = push([plain, weighted], REPO)
+    assert done.changed == ["README.md", f"{SITE}/plain-k4/wsae.json"]
+    assert hub.count("PUT", "/storage/") == uploads == 4
+    card = hub.store.content(REPO, "README.md").decode()
+    assert "| 0.125 |" in card and "| 0.250 |" in card  # the other one's numbers come from there
+
+
+def test_a_push_of_one_dictionary_keeps_the_others(hub, plain, weighted):
+    push([weighted], REPO)
+    done = push([plain], REPO)
+    assert not [path for path in done.changed if "weighted" in path]
+    card = hub.store.content(REPO, "README.md").decode()
+    assert f"`{SITE}/plain-k4`" in card and f"`{SITE}/weighted-k4`" in card
+    assert f"({SITE}/weighted-k4/weights.png)" in card
+    assert [d.sae_id for d in list_dictionaries(REPO)] == [
+        f"{SITE}/plain-k4",
+        f"{SITE}/weighted-k4",
+    ]
+
+
+def test_what_a_user_wrote_in_the_card_stays(hub, plain):
+    hub.create(REPO)
+    own = "---\nlicense: mit\ntags:\n- mine\n---\n\n# My own words\n"
+    hub.store.put(REPO, "README.md", own.encode())
+    push([plain], REPO)
+    card = hub.store.content(REPO, "README.md").decode()
+    assert "license: mit" in card and "- mine" in card and "- sparse-autoencoder" in card
+    assert card.count("# My own words") == 1
+    hub.store.put(REPO, "README.md", (card + "\nMore of them.\n").encode())
+    push([plain], REPO, license="apache-2.0")
+    card = hub.store.content(REPO, "README.md").decode()
+    assert "license: apache-2.0" in card and "license: mit" not in card
+    assert card.count("# My own words") == card.count("More of them.") == 1
+    assert card.count("## Dictionaries") == 1
+
+
+def test_large_files_may_go_up_in_parts(hub, plain):
+    hub.chunk_size = 1000
+    push([plain], REPO)
+    stored = hub.store.content(REPO, f"{SITE}/plain-k4/sae_weights.safetensors")
+    assert stored == (plain / "sae_weights.safetensors").read_bytes()
+    assert hub.count("PUT", r"/storage/\w+\.0000") == -(-len(stored) // 1000) + 1
+
+
+def test_a_branch_is_made_and_main_left_alone(hub, plain, weighted):
+    push([plain], REPO)
+    before = head(hub)
+    done = push([weighted], REPO, revision="try/2")
+    assert head(hub) == before and head(hub, "try/2") == done.commit
+    assert [d.sae_id for d in list_dictionaries(REPO)] == [f"{SITE}/plain-k4"]
+    assert len(list_dictionaries(REPO, revision="try/2")) == 2
+    card = hub.store.content(REPO, "README.md", "try/2").decode()
+    assert 'revision="try/2")' in card and "--revision try/2 --out" in card
+    assert push([weighted], REPO, revision="try/2").changed == []
+    HfApi().create_tag(REPO, tag="v1")
+    for fixed in ("v1", before):
+        with pytest.raises(UsageError, match="is not a branch of user/saes") as error:
+            push([weighted], REPO, revision=fixed)
+        assert "'main', 'try/2'" in sentence(error)
+
+
+def test_private_is_private(hub, plain, login):
+    push([plain], REPO, private=True)
+    assert hub.store.repositories[REPO].private
+    assert push([plain], REPO, private=True).changed == []
+    hub.create("user/open")
+    with pytest.raises(UsageError, match="is there and is public"):
+        push([plain], "user/open", private=True)
+    assert len(hub.store.repositories["user/open"].messages) == 1
+
+
+# Bytes there and back
+
+
+def test_a_round_trip_keeps_every_byte(hub, plain, tmp_path):
+    push([plain], REPO)
+    folders = pull(REPO, tmp_path / "out")
+    assert folders == {f"{SITE}/plain-k4": tmp_path / "out" / SITE / "plain-k4"}
+    assert content(folders[f"{SITE}/plain-k4"]) == content(plain)
+    assert push(list(folders.values()), REPO).changed == []
+
+
+def test_python_goes_there_and_back(hub, tmp_path):
+    dictionary = make_dictionary()
+    url = dictionary.push_to_hub(REPO)
+    assert url == f"{hub.endpoint}/{REPO}/commit/{head(hub)}"
+    x = torch.randn(7, 12)
+    wanted = dictionary.encode_sparse(x)
+    for again in (
+        Dictionary.from_pretrained(REPO, f"{SITE}/plain-k4"),
+        Dictionary.from_pretrained(REPO),  # the only one
+        Dictionary.from_pretrained(REPO, revision=head(hub)),
+    ):
+        found = again.encode_sparse(x)
+        assert torch.equal(found.indices, wanted.indices)
+        assert torch.equal(found.values, wanted.values)
+        assert again.info == dictionary.info
+    dictionary.save_pretrained(tmp_path / "saved")
+    assert torch.equal(Dictionary.load(tmp_path / "saved").W_dec, dictionary.W_dec)
+    make_dictionary("other-k4").push_to_hub(REPO)
+    with pytest.raises(UsageError, match="holds 2 dictionaries, so name one"):
+        Dictionary.from_pretrained(REPO)
+
+
+def test_a_pull_of_a_revision_gets_that_one(hub, plain, tmp_path):
+    first = push([plain], REPO).commit
+    make_dictionary("plain-k4", seed=5).save(plain)
+    push([plain], REPO)
+    old = pull(REPO, tmp_path / "old", f"{SITE}/plain-k4", revision=first)
+    new = pull(REPO, tmp_path / "new", f"{SITE}/plain-k4")
+    assert content(*new.values()) == content(plain) != content(*old.values())
+    # Into the same folder: replaced as a whole.
+    again = pull(REPO, tmp_path / "old")
+    assert content(*again.values()) == content(plain)
+
+
+def test_a_pull_leaves_foreign_folders_alone(hub, plain, tmp_path):
+    push([plain], REPO)
+    place = tmp_path / "out" / SITE / "plain-k4"
+    place.mkdir(parents=True)
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(LlmWsaeError, match=r"is not just a dictionary \(it holds notes.txt\)"):
+        pull(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == {f"{SITE}/plain-k4/notes.txt": b"mine"}
+
+
+def test_a_cut_download_goes_on_where_it_broke(hub, tmp_path):
+    make_dictionary(d_in=64, d_sae=1024).save(tmp_path / "big")
+    push([tmp_path / "big"], REPO)
+    hub.cut("GET", "/storage/", after=100_000, times=4)  # the first request is for a small file
+    folders = pull(REPO, tmp_path / "out")
+    assert content(*folders.values()) == content(tmp_path / "big")
+    assert hub.count("GET", "/storage/") == 1 + 4  # so each of the four brought what was missing
+
+
+def test_the_cache_answers_without_a_network(hub, plain, weighted, tmp_path, monkeypatch):
+    push([plain, weighted], REPO)
+    sae_id = f"{SITE}/plain-k4"
+    wanted = Dictionary.from_pretrained(REPO, sae_id)
+    asked = len(hub.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(Dictionary.from_pretrained(REPO, sae_id).W_enc, wanted.W_enc)
+    assert len(hub.requests) == asked
+    with pytest.raises(UsageError) as error:
+        Dictionary.from_pretrained(REPO, f"{SITE}/weighted-k4")
+    assert "the local cache of user/saes has no dictionary" in sentence(error)
+    with pytest.raises(LlmWsaeError) as error:
+        Dictionary.from_pretrained("user/never-seen")
+    assert "HF_HUB_OFFLINE is set" in sentence(error) and "user/never-seen" in sentence(error)
+    with pytest.raises(LlmWsaeError, match="HF_HUB_OFFLINE is set"):
+        push([plain], REPO)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.fail("GET", "/api/models/", 503, times=2)
+    assert torch.equal(Dictionary.from_pretrained(REPO, sae_id).W_enc, wanted.W_enc)
+    with pytest.raises(LlmWsaeError, match="the Hub failed with status 503"):
+        Dictionary.from_pretrained("user/never-seen")
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    assert torch.equal(Dictionary.from_pretrained(REPO, sae_id).W_enc, wanted.W_enc)
+    folders = pull(REPO, tmp_path / "out", sae_id)
+    assert content(*folders.values()) == content(plain)
+    with pytest.raises(LlmWsaeError) as error:
+        push([plain], REPO)
+    assert "the Hub (http://127.0.0.1:9) cannot be reached" in sentence(error)
+
+
+# What goes wrong
+
+BREAKS = {
+    "preupload": ("fail", "POST", "/preupload/", 503, "the Hub failed with status 503"),
+    "batch": ("fail", "POST", "/objects/batch", 500, "the Hub failed with status 500"),
+    "upload": ("fail", "PUT", "/storage/", 503, "the Hub failed with status 503"),
+    "upload cut": ("cut", "PUT", "/storage/", 100, "the connection to the Hub broke off"),
+    "upload damaged": ("corrupt", "PUT", "/storage/", 0, "the content does not have the SHA-256"),
+    "verify": ("fail", "POST", "/lfs/verify", 502, "the Hub failed with status 502"),
+    "commit": ("fail", "POST", "/commit/", 500, "the Hub failed with status 500"),
+    "limit": ("fail", "POST", "/commit/", 429, "the Hub refuses more requests for now"),
+    "forbidden": ("fail", "POST", "/commit/", 403, "your token may not do that with user/saes"),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_a_push_that_breaks_leaves_the_repository_as_it_was(hub, plain, weighted, how):
+    kind, method, pattern, number, said = BREAKS[how]
+    push([plain], REPO)
+    before, messages = head(hub), list(hub.store.repositories[REPO].messages)
+    {"fail": hub.fail, "cut": hub.cut}.get(kind, lambda *a: hub.corrupt(*a[:2], times=99))(
+        method, pattern, number, *([99] if kind != "corrupt" else [])
+    )
+    with pytest.raises(LlmWsaeError) as error:
+        push([weighted], REPO)
+    assert said in sentence(error)
+    assert head(hub) == before and hub.store.repositories[REPO].messages == messages
+    hub.faults.clear()
+    assert f"{SITE}/weighted-k4/wsae.json" in push([weighted], REPO).changed
+    assert len(hub.store.repositories[REPO].messages) == len(messages) + 1
+
+
+def test_a_failure_that_passes_is_waited_for(hub, plain):
+    hub.fail("POST", "/preupload/", 503, times=2)
+    hub.cut("PUT", "/storage/", after=100, times=2)
+    assert len(push([plain], REPO).changed) == 6
+
+
+def test_someone_else_pushes_in_between(hub, plain, weighted, monkeypatch):
+    push([plain], REPO)
+    upload = HfApi.preupload_lfs_files
+
+    def slow(self, repo_id, additions, **options):
+        hub.store.put(REPO, "theirs.txt", b"quicker")
+        return upload(self, repo_id, additions, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "preupload_lfs_files", slow)
+        with pytest.raises(LlmWsaeError) as error:
+            push([weighted], REPO)
+    assert "was changed by someone else in the meantime" in sentence(error)
+    assert "theirs.txt" in hub.store.repositories[REPO].files()
+    push([weighted], REPO)
+    assert {"theirs.txt", f"{SITE}/weighted-k4/cfg.json"} < set(
+        hub.store.repositories[REPO].files()
+    )
+
+
+WHO = {  # token: the sentence on pulling from and on pushing to a private repository of user
+    None: ("without a token; check the name, or log in", "without a token"),
+    "hf_wrongsecret": ("does not accept your token", "does not accept your token"),
+    STRANGER: ("or your token may not see it", "your token may not do that"),
+    READER: (None, "your token may not do that"),
+}
+
+
+@pytest.mark.parametrize("token", WHO)
+def test_who_may_what(hub, plain, weighted, tmp_path, login, token):
+    push([plain], REPO, private=True)
+    before = head(hub)
+    login(token)
+    pulling, pushing = WHO[token]
+    if pulling is None:
+        assert content(*pull(REPO, tmp_path / "out").values()) == content(plain)
+    else:
+        with pytest.raises(LlmWsaeError) as error:
+            pull(REPO, tmp_path / "out")
+        assert pulling in sentence(error)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(LlmWsaeError) as error:
+        push([weighted], REPO)
+    assert pushing in sentence(error)
+    assert head(hub) == before
+
+
+def test_names_that_are_not_there(hub, plain, tmp_path):
+    push([plain], REPO)
+    out = tmp_path / "out"
+    with pytest.raises(UsageError) as error:
+        pull(REPO, out, f"{SITE}/plian-k4")
+    assert f"user/saes has no dictionary '{SITE}/plian-k4'; did you mean" in sentence(error)
+    assert f"'{SITE}/plain-k4'?" in sentence(error)
+    with pytest.raises(UsageError) as error:
+        pull(REPO, out, revision="v9")
+    assert "user/saes has no revision 'v9'; known are 'main'" in sentence(error)
+    with pytest.raises(UsageError) as error:
+        pull("user/nothing", out)
+    assert "there is no repository user/nothing" in sentence(error)
+    with pytest.raises(UsageError) as error:
+        pull("no name/at all", out)
+    assert "'no name/at all' cannot be the name of a repository" in sentence(error)
+    hub.create("user/empty")
+    with pytest.raises(LlmWsaeError, match="user/empty holds no dictionary of this package"):
+        pull("user/empty", out)
+    assert not out.exists()
+
+
+def test_what_cannot_be_pushed(hub, plain, tmp_path):
+    with pytest.raises(UsageError, match="name at least one dictionary folder"):
+        push([], REPO)
+    make_dictionary("plain-k4", seed=9).save(tmp_path / "twin")
+    with pytest.raises(UsageError, match=f"are both named {SITE}/plain-k4"):
+        push([plain, tmp_path / "twin"], REPO)
+    with pytest.raises(LlmWsaeError, match="is not a folder"):
+        push([tmp_path / "nowhere"], REPO)
+    weights = plain / "sae_weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(LlmWsaeError, match=r"sae_weights.safetensors changed since it was saved"):
+        push([plain], REPO)
+    assert hub.requests == []  # all of it was found out here
+
+
+def test_names_become_harmless_folders(hub, tmp_path):
+    make_dictionary("../my weights/α").save(tmp_path / "odd")
+    assert push([tmp_path / "odd"], REPO).sae_ids == [f"{SITE}/my-weights"]
+
+
+# The commands
+
+
+def test_commands(hub, plain, weighted, tmp_path):
+    pushed = works("push", plain, weighted, REPO, "--license", "mit", "--json").json
+    assert pushed["dictionaries"] == [f"{SITE}/plain-k4", f"{SITE}/weighted-k4"]
+    assert pushed["commit"] == head(hub) and len(pushed["changed"]) == 11
+    again = works("push", plain, weighted, REPO)
+    assert again.out == f"already up to date: {hub.endpoint}/{REPO}\n"
+    assert "license: mit" in hub.store.content(REPO, "README.md").decode()
+
+    listed = works("list", REPO).out.splitlines()
+    assert listed[1].split() == [f"{SITE}/plain-k4", "12", "→", "80", "TopK,", "k", "=", "4",
+                                 "0.250", "0.975"]  # fmt: skip
+    facts = works("list", REPO, "--json").json["dictionaries"]
+    assert facts[1]["sae_id"] == f"{SITE}/weighted-k4" and facts[1]["d_sae"] == 80
+    assert facts[1]["metrics"]["fidelity"]["kl"] == 0.5
+
+    out = tmp_path / "out"
+    result = works("pull", REPO, f"{SITE}/weighted-k4", "--out", out)
+    assert result.out == f"{out / SITE / 'weighted-k4'}\n"
+    assert content(out / SITE / "weighted-k4") == content(weighted)
+    record = json.loads((out / "pull.json").read_text())
+    assert record["command"] == "pull" and record["config"]["repo_id"] == REPO
+    assert works("verify", out / SITE / "weighted-k4").code == 0
+    folders = works("pull", REPO, "--out", out, "--json").json["folders"]
+    assert folders == {f"{SITE}/{n}": str(out / SITE / n) for n in ("plain-k4", "weighted-k4")}
+
+
+def test_commands_that_cannot_be(hub, plain, weighted):
+    for words in (("push",), ("push", plain), ("push", plain, weighted)):
+        result = call(*words)
+        assert result.code == 2 and result.out == ""
+        assert "name dictionary folders and then the repository" in result.err
+    result = call("pull", "user/nothing", "--out", "out")
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.startswith("llm-wsae: there is no repository user/nothing")
