@@ -63,7 +63,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LlmWsaeError(f"there is no {path}; it should be the {what}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # the last: brackets without end
         raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
 
 

@@ -3,6 +3,7 @@ call does, and every way in which it can fail. Unsafe repositories are in test_h
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,16 @@ def test_python_goes_there_and_back(hub, tmp_path):
     make_dictionary("other-k4").push_to_hub(REPO)
     with pytest.raises(UsageError, match="holds 2 dictionaries, so name one"):
         Dictionary.from_pretrained(REPO)
+
+
+def test_the_code_in_the_card_runs(hub):
+    dictionary = make_dictionary()
+    dictionary.push_to_hub(REPO)
+    card = hub.store.content(REPO, "README.md").decode()
+    code = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)[0]
+    names = {"activations": torch.randn(5, 12)}
+    exec(code, names)
+    assert torch.equal(names["reconstruction"], dictionary(names["activations"]))
 
 
 def test_a_pull_of_a_revision_gets_that_one(hub, plain, tmp_path):
@@ -434,7 +445,7 @@ def test_commands(hub, plain, weighted, tmp_path):
     assert folders == {f"{SITE}/{n}": str(out / SITE / n) for n in ("plain-k4", "weighted-k4")}
 
 
-def test_commands_that_cannot_be(hub, plain, weighted):
+def test_commands_that_cannot_be(hub, plain, weighted, login):
     for words in (("push",), ("push", plain), ("push", plain, weighted)):
         result = call(*words)
         assert result.code == 2 and result.out == ""
@@ -442,3 +453,9 @@ def test_commands_that_cannot_be(hub, plain, weighted):
     result = call("pull", "user/nothing", "--out", "out")
     assert result.code == 2 and "Traceback" not in result.err
     assert result.err.startswith("llm-wsae: there is no repository user/nothing")
+    login("hf_wrongsecret")
+    for words in (("list", REPO), ("pull", REPO, "--out", "out"), ("push", plain, REPO)):
+        result = call("--debug", *words)
+        assert result.code == 1 and "Traceback" in result.err
+        assert "hf_wrongsecret" not in result.err
+        assert "llm-wsae: the Hub does not accept your token" in result.err

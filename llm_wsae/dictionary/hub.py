@@ -36,6 +36,7 @@ from llm_wsae.dictionary.repository import (
 )
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.files import load_tensors, read_json
+from llm_wsae.model.site import Site
 
 _LARGEST_CARD = 4 << 20
 _SHOWN_ID = re.compile(r"[A-Za-z0-9_.+=/-]+")  # folders that can stand in a card as they are
@@ -114,8 +115,9 @@ def pull(
 ) -> dict[str, Path]:
     """Copy one dictionary of a repository, or all of them, to ``out/<site>/<name>``.
 
-    Each is fetched, checked whole and only then copied; an older dictionary in its place is
-    replaced at once, anything else there is left alone. Returns the folders by name.
+    (One at the top of its repository goes to ``out/<repository>``.) Each is fetched, checked whole
+    and only then copied; an older dictionary in its place is replaced at once, anything else there
+    is left alone. Returns the folders by name.
 
     Raises UsageError for names that are not there, LlmWsaeError when the Hub fails, when a file is
     damaged, unsafe or not what its checksum says, or when ``out`` cannot be written.
@@ -124,8 +126,9 @@ def pull(
     folders = {}
     for name in repository.wanted(sae_id):
         source = repository.dictionary_folder(name)
-        read_folder(source)
-        folders[name] = Path(out) / name
+        Site.parse(read_folder(source).info.site)
+        place = repo_id.split("/")[-1] if name == "." else name
+        folders[name] = Path(out) / place
         copy_folder(source, folders[name])
     return folders
 

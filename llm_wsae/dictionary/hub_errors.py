@@ -14,11 +14,12 @@ from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 _LOGIN = "(`hf auth login`, or the variable HF_TOKEN)"
 _TOKEN = re.compile(r"\bhf_\w+|Bearer\s+\S+")
 _LONGEST_ANSWER = 300
+_BAD_ANSWER = (ValueError, KeyError, TypeError)  # no JSON, or not what a Hub says
 
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn every failure of the client inside the block into one sentence.
+    """Turn every failure of the client inside the block (nothing else) into one sentence.
 
     Raises UsageError when a name is wrong (repository, revision), LlmWsaeError for everything else:
     no access, no network, a failing server, a full disk.
@@ -29,7 +30,7 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         yield
     except LlmWsaeError:
         raise
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, *_BAD_ANSWER) as error:
         known = _sentence(error, repo_id, revision)
         if known is None:
             raise
@@ -78,7 +79,7 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWs
         return LlmWsaeError(f"a file of {repo_id} arrived incomplete; run the same again")
     if isinstance(error, OSError):
         return LlmWsaeError(f"reading or writing files for {repo_id} failed: {error}")
-    if isinstance(error, ValueError):  # also an answer that is no JSON
+    if isinstance(error, _BAD_ANSWER):
         return LlmWsaeError(
             f"an answer of the Hub ({constants.ENDPOINT}) about {repo_id} cannot be used: "
             f"{_clean(str(error))}"
