@@ -10,6 +10,7 @@ under its name. Reading trusts nothing: names, shapes and dtypes come from the f
 are compared with ``cfg.json`` before a single tensor is allocated.
 """
 
+import dataclasses
 import importlib.metadata
 import os
 import shutil
@@ -34,6 +35,7 @@ CFG, WEIGHTS, INFO, EXTRAS = (
     "wsae.safetensors",
 )
 _OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
+_PIECE = 1 << 20  # numbers looked at together
 _STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # The version whose layout cfg.json follows. Below 6, SAELens would rewrite the configuration.
 _SAELENS_LAYOUT = "6.0.0"
@@ -44,7 +46,7 @@ class Content:
     """What a dictionary folder holds."""
 
     weights: dict[str, Tensor]
-    """W_enc, W_dec, b_enc and b_dec, float32."""
+    """W_enc, W_dec, b_enc and b_dec; float32 when ``read_folder`` returns them."""
     sparsity: Sparsity
     info: DictionaryInfo
     extras: dict[str, Tensor]
@@ -161,6 +163,21 @@ def read_folder(folder: Path) -> Content:
     Raises LlmWsaeError, naming file and fault, if it is missing, foreign, of a newer format,
     truncated, inconsistent, of an unknown architecture, or holds NaN or infinite numbers.
     """
+    stored = _stored(folder)
+    weights = {key: w.float() for key, w in stored.weights.items()}
+    return dataclasses.replace(stored, weights=weights)
+
+
+def check_folder(folder: Path) -> DictionaryInfo:
+    """Make sure that ``read_folder`` would succeed, in no more memory than the files take.
+
+    Raises LlmWsaeError as ``read_folder`` does.
+    """
+    return _stored(folder).info
+
+
+def _stored(folder: Path) -> Content:
+    """The folder's content with the weights in the file's own dtype (pages of the mapped file)."""
     if not folder.is_dir():
         raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
     missing = sorted(name for name in _OWN_FILES if not (folder / name).is_file())
@@ -174,7 +191,7 @@ def read_folder(folder: Path) -> Content:
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     weights = _read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
     extras = _read_tensors(folder / EXTRAS, "side tensors", None, None, d_in)
-    return Content({key: w.float() for key, w in weights.items()}, sparsity, info, extras)
+    return Content(weights, sparsity, info, extras)
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -268,9 +285,10 @@ def _read_tensors(
 
 
 def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    """In pieces: asked of a whole tensor at once, torch makes a second one."""
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        pieces = tensor.detach().reshape(-1).split(_PIECE)
+        if bad := sum(len(piece) - int(torch.isfinite(piece).sum()) for piece in pieces):
             raise LlmWsaeError(f"{where}: {name} holds {bad} NaN or infinite numbers")
 
 

@@ -22,8 +22,8 @@ from llm_wsae.dictionary.files import (
     EXTRAS,
     INFO,
     changed_files,
+    check_folder,
     copy_folder,
-    read_folder,
 )
 from llm_wsae.dictionary.hub_errors import hub_errors
 from llm_wsae.dictionary.repository import (
@@ -126,7 +126,7 @@ def pull(
     folders = {}
     for name in repository.wanted(sae_id):
         source = repository.dictionary_folder(name)
-        Site.parse(read_folder(source).info.site)
+        Site.parse(check_folder(source).site)
         place = repo_id.split("/")[-1] if name == "." else name
         folders[name] = Path(out) / place
         copy_folder(source, folders[name])
@@ -164,7 +164,7 @@ def _local_dictionaries(folders: Sequence[Path]) -> dict[str, Path]:
         raise UsageError("name at least one dictionary folder to push")
     found: dict[str, Path] = {}
     for folder in map(Path, folders):
-        sae_id = folder_name(read_folder(folder).info)
+        sae_id = folder_name(check_folder(folder))
         if changed := changed_files(folder):
             raise LlmWsaeError(
                 f"in {folder}, {' and '.join(changed)} changed since it was saved; load the "
