@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from llm_wsae.sparse.codes import Codes, RaggedCodes
-from llm_wsae.sparse.reference import Gradients
-from llm_wsae.sparse.triton_kernels import (
-    above_kernel,
+from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
+from llm_wsae.sparse.triton_rows import (
+    adam_rows_kernel,
     decode_kernel,
     further_sums_kernel,
     latent_sums_kernel,
-    select_kernel,
     value_gradients_kernel,
 )
+from llm_wsae.sparse.triton_select import above_kernel, select_kernel
 
 _TILE_BYTES = 32 * 2**20  # of pre-activations: they stay in the L2 cache of a data-centre card
-_PART = 8192  # entries that one program selects from, all in its registers
+_FEWEST_ROWS = 128  # of a tile: fewer would idle the card
+_PART = 4096  # entries that one program selects from, all in its registers
+_FIRST_ROOM = 64  # slots of a row whose number of active latents is not known yet
 _SLOTS, _COLUMNS = 16, 256  # the tile of decoder or batch rows that a program reads at once
 _SPAN = 128  # occurrences of a latent that one program sums, so that dense latents hold up nobody
 
@@ -52,7 +54,7 @@ def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) ->
     the room known: the price of not holding them.
     """
     batch, d_sae = len(x), len(encoder)
-    room = min(d_sae, max(64, d_sae // 64))
+    room = min(d_sae, max(_FIRST_ROOM, d_sae // 64))
     starts = torch.arange(batch + 1, device=x.device) * room
     indices, values, counts = _entries_above(x, encoder, bias, threshold, starts, batch * room)
     offsets = torch.zeros_like(starts)
@@ -140,7 +142,7 @@ def weight_gradients(
     rows = (x.contiguous(), output_gradient.contiguous())
     sources = (order, codes.rows(), by_value, codes.values, *rows)
     tile = _tile_of(d_in)
-    if pieces:
+    if pieces:  # a grid must not be empty
         arguments = (bounds, further, owners, *sources, *parts, d_in, d_sae, span)
         _run(further_sums_kernel, (pieces, _blocks(d_in)), *arguments, **tile)
     arguments = (bounds, further, *sources, *parts, *out, d_in, span)
@@ -152,6 +154,39 @@ def firing_counts(codes: RaggedCodes, d_sae: int) -> Tensor:
     """See ``operations``. Sums of ones are exact in any order."""
     counts = torch.zeros(d_sae, dtype=codes.values.dtype, device=codes.values.device)
     return counts.index_add_(0, codes.indices, (codes.values > 0).to(counts.dtype))
+
+
+def adam_rows(
+    rows: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    means: tuple[Tensor, Tensor],
+    squares: tuple[Tensor, Tensor],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Tensor | None,
+) -> None:
+    """See ``operations``. One pass: every number is read and written once."""
+    d_sae, d_in = rows[0].shape
+    block = _power_of_two(d_in)
+    _run(
+        adam_rows_kernel,
+        (d_sae,),
+        *rows,
+        *gradients,
+        *means,
+        *squares,
+        rows[0] if encoder_fast is None else encoder_fast,
+        d_in,
+        learning_rate / (1 - BETAS[0] ** step),
+        1 / (1 - BETAS[1] ** step),
+        BETA1=BETAS[0],
+        BETA2=BETAS[1],
+        EPSILON=EPSILON,
+        SMALLEST_NORM=SMALLEST_NORM,
+        FAST=encoder_fast is not None,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 256)),
+    )
 
 
 def _select(pre: Tensor, best: Codes, clip: bool) -> None:
@@ -195,7 +230,7 @@ def _select_parts(
         CLIP=clip,
         BITS={torch.float64: 64, torch.float32: 32, torch.bfloat16: 16}[values.dtype],
         BLOCK=block,
-        num_warps=min(8, max(1, block // 256)),
+        num_warps=max(1, block // 512),
     )
 
 
@@ -210,14 +245,18 @@ def _entries_above(
     for rows in _tiles(batch, d_sae * x.element_size()):
         pre = torch.addmm(bias, x[rows], encoder.T)
         arguments = (pre, threshold, starts[rows.start :], indices, values, counts[rows], d_sae)
-        _run(above_kernel, (len(pre),), *arguments, BLOCK=min(4096, _power_of_two(d_sae)))
+        _run(above_kernel, (len(pre),), *arguments, BLOCK=min(1024, _power_of_two(d_sae)))
     return indices, values, counts
 
 
 def _run(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """Triton launches on the current device, which need not be the one the tensors are on."""
+    """Launch on the device of the tensors, which need not be the current one.
+
+    Fusing of products and sums is named because Triton's default is about to change.
+    """
+    assert all(one.is_contiguous() for one in arguments if isinstance(one, Tensor))
     with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **constants, enable_fp_fusion=True)
 
 
 def _exact(x: Tensor) -> torch.dtype:
@@ -225,8 +264,8 @@ def _exact(x: Tensor) -> torch.dtype:
 
 
 def _tiles(batch: int, row_bytes: int) -> list[slice]:
-    """Slices of rows, a power of two of them, at least 128: fewer would idle the card."""
-    rows = max(128, _power_of_two(_TILE_BYTES // row_bytes + 1) // 2)
+    """Slices of rows, a power of two of them."""
+    rows = max(_FEWEST_ROWS, _power_of_two(_TILE_BYTES // row_bytes + 1) // 2)
     return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
 

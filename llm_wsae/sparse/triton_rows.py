@@ -1,9 +1,9 @@
-"""The Triton kernels behind ``triton``: what runs on the card, one program a row, latent or part.
+"""Triton kernels that read and write whole rows of the encoder, the decoder or the batch.
 
 All sums are in the dtype of what is written (float32, or float64 for float64), whatever the dtype
-of what is read. No atomics, and no autotuning: another block shape sums in another order, and a
-resumed run must equal an unbroken one bit for bit. Offsets that are products are int64. Rows are
-read in tiles of slots × columns, so that many loads are under way at once.
+of what is read. No atomics, and no tuning at run time: another block shape sums in another order,
+and a resumed run must equal an unbroken one bit for bit. Offsets that are products are int64. Rows
+are read in tiles of slots × columns, so that many loads are under way at once.
 
 ``no_type_check`` keeps the tests' shape checks off functions that are compiled from their source.
 """
@@ -12,105 +12,6 @@ from typing import no_type_check
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-@no_type_check
-def _kth_largest(keys, k, BITS: tl.constexpr):
-    """The k-th largest of signed integers, found bit by bit from the top; the rest of it is 0."""
-    one = tl.full((), 1, keys.dtype)
-    lowest = one << (keys.dtype.primitive_bitwidth - 1)  # only the sign bit
-    zero = one - one
-    kth = tl.where(tl.sum((keys >= zero).to(tl.int32)) >= k, zero, lowest)
-    for step in range(2, BITS + 1):
-        higher = kth + (one << (keys.dtype.primitive_bitwidth - step))
-        kth = tl.where(tl.sum((keys >= higher).to(tl.int32)) >= k, higher, kth)
-    return kth
-
-
-@triton.jit
-@no_type_check
-def select_kernel(
-    values_ptr,  # [rows, width]
-    numbers_ptr,  # [rows, width] latent numbers of the values; unused unless NUMBERED
-    best_ptr,  # [rows, parts, k]
-    chosen_ptr,  # [rows, parts, k]
-    width,
-    part_width,
-    k,  # at most part_width
-    NUMBERED: tl.constexpr,
-    CLIP: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The k largest entries of one part of one row, in order of position; first ones where tied.
-
-    A part stays in registers while the k-th largest is found. Floats are compared as integers of
-    the same order, of which bfloat16 needs only 16 bits; NaN is the largest, so that it is seen.
-    Positions beyond the row count as -inf and come last, so they are chosen only in a part with
-    fewer than k entries, and never from among the candidates of all parts.
-    """
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    lanes = tl.arange(0, BLOCK)
-    columns = part * part_width + lanes
-    inside = (lanes < part_width) & (columns < width)
-    values = tl.load(values_ptr + row * width + columns, mask=inside, other=-float("inf"))
-    if values.dtype == tl.float64:
-        bits = values.to(tl.int64, bitcast=True)
-        keys = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-        keys = tl.where(values != values, 0x7FFFFFFFFFFFFFFF, keys)
-    else:
-        values = values.to(tl.float32)
-        bits = values.to(tl.int32, bitcast=True)
-        keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        keys = tl.where(values != values, 0x7FFFFFFF, keys)
-        keys = (keys >> (32 - BITS)) << (32 - BITS)
-    kth = _kth_largest(keys, k, BITS)
-    above = keys > kth
-    tied = (keys == kth).to(tl.int32)
-    kept = above | ((tied > 0) & (tl.cumsum(tied, 0) <= k - tl.sum(above.to(tl.int32))))
-    slots = (row * tl.num_programs(1) + part) * k + tl.cumsum(kept.to(tl.int32), 0) - 1
-    if NUMBERED:
-        columns = tl.load(numbers_ptr + row * width + columns, mask=kept & inside, other=0)
-    if CLIP:
-        values = tl.where(values < 0, 0.0, values)
-    tl.store(chosen_ptr + slots, columns, mask=kept)
-    tl.store(best_ptr + slots, values, mask=kept)
-
-
-@triton.jit
-@no_type_check
-def above_kernel(
-    pre_ptr,  # [rows, width]
-    threshold_ptr,  # [width]
-    starts_ptr,  # [rows + 1] where each row's slots begin
-    indices_ptr,
-    values_ptr,
-    counts_ptr,  # [rows]
-    width,
-    BLOCK: tl.constexpr,
-):
-    """Entries of one row above their thresholds into its slots, as many as fit; and how many are.
-
-    Counted in full even where they don't fit, so that the caller learns what room they need.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.load(starts_ptr + row)
-    room = tl.load(starts_ptr + row + 1) - start
-    lanes = tl.arange(0, BLOCK)
-    found = tl.zeros((), tl.int32)
-    for left in range(0, width, BLOCK):
-        columns = left + lanes
-        inside = columns < width
-        threshold = tl.load(threshold_ptr + columns, mask=inside, other=0)
-        pre = tl.load(pre_ptr + row * width + columns, mask=inside, other=0).to(threshold.dtype)
-        active = inside & (pre > threshold)
-        slots = found + tl.cumsum(active.to(tl.int32), 0) - 1
-        fits = active & (slots < room)
-        tl.store(indices_ptr + start + slots, columns, mask=fits)
-        tl.store(values_ptr + start + slots, pre, mask=fits)
-        found += tl.sum(active.to(tl.int32))
-    tl.store(counts_ptr + row, found)
 
 
 @triton.jit
@@ -323,3 +224,93 @@ def latent_sums_kernel(
     tl.store(decoder_ptr + latent * d_in + columns, decoder, mask=inside)
     if tl.program_id(1) == 0:
         tl.store(bias_ptr + latent, bias)
+
+
+@triton.jit
+@no_type_check
+def _adam_row(
+    row_ptr,
+    gradient_ptr,
+    mean_ptr,
+    square_ptr,
+    at,
+    inside,
+    step_size,
+    square_scale,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPSILON: tl.constexpr,
+):
+    """Moments updated in place; the new row, not stored yet."""
+    gradient = tl.load(gradient_ptr + at, mask=inside, other=0)
+    mean = tl.load(mean_ptr + at, mask=inside, other=0)
+    square = tl.load(square_ptr + at, mask=inside, other=0)
+    mean += (gradient - mean) * (1 - BETA1)
+    square = square * BETA2 + gradient * gradient * (1 - BETA2)
+    tl.store(mean_ptr + at, mean, mask=inside)
+    tl.store(square_ptr + at, square, mask=inside)
+    row = tl.load(row_ptr + at, mask=inside, other=0)
+    return row - step_size * mean / (tl.sqrt(square * square_scale) + EPSILON)
+
+
+@triton.jit
+@no_type_check
+def adam_rows_kernel(
+    encoder_ptr,  # this and all below [d_sae, d_in]
+    decoder_ptr,
+    encoder_gradient_ptr,
+    decoder_gradient_ptr,
+    encoder_mean_ptr,
+    decoder_mean_ptr,
+    encoder_square_ptr,
+    decoder_square_ptr,
+    encoder_fast_ptr,  # unused unless FAST
+    d_in,
+    step_size,  # learning rate / (1 - BETA1^step)
+    square_scale,  # 1 / (1 - BETA2^step)
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPSILON: tl.constexpr,
+    SMALLEST_NORM: tl.constexpr,
+    FAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One latent: Adam over its two rows, the decoder's to norm 1, a copy of the encoder's.
+
+    Both rows are held whole, so that each number is read and written once.
+    """
+    columns = tl.arange(0, BLOCK)
+    inside = columns < d_in
+    at = tl.program_id(0).to(tl.int64) * d_in + columns
+    row = _adam_row(
+        encoder_ptr,
+        encoder_gradient_ptr,
+        encoder_mean_ptr,
+        encoder_square_ptr,
+        at,
+        inside,
+        step_size,
+        square_scale,
+        BETA1,
+        BETA2,
+        EPSILON,
+    )
+    tl.store(encoder_ptr + at, row, mask=inside)
+    if FAST:
+        fast = row.to(tl.float32).to(encoder_fast_ptr.dtype.element_ty)
+        tl.store(encoder_fast_ptr + at, fast, mask=inside)
+    row = _adam_row(
+        decoder_ptr,
+        decoder_gradient_ptr,
+        decoder_mean_ptr,
+        decoder_square_ptr,
+        at,
+        inside,
+        step_size,
+        square_scale,
+        BETA1,
+        BETA2,
+        EPSILON,
+    )
+    norm = tl.sqrt(tl.sum(row * row, 0))
+    tl.store(decoder_ptr + at, row / tl.maximum(norm, SMALLEST_NORM), mask=inside)

@@ -1,0 +1,428 @@
+"""The Triton implementation against the dense reference, on random and on adversarial inputs.
+
+The same tests run on the card where there is one and in Triton's interpreter on the CPU. Triton
+reads ``TRITON_INTERPRET`` when it is imported, so the interpreter gets a process of its own: one
+test here runs this file again in it. That the kernels are not only right but also compile for a
+card is tested without one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llm_wsae.sparse import reference
+from llm_wsae.sparse.codes import Codes, RaggedCodes, ragged
+
+pytest.importorskip("triton", reason="Triton is not installed (it comes with torch for CUDA)")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CARD = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    ],
+)
+D_IN, D_SAE, BATCH = 24, 53, 4
+EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+FAST = [torch.float32, torch.bfloat16]  # selecting from float64 takes the interpreter long
+SMALL = {
+    "_TILE_BYTES": 1,
+    "_FEWEST_ROWS": 4,
+    "_PART": 32,
+    "_SLOTS": 4,
+    "_COLUMNS": 16,
+    "_SPAN": 4,
+    "_FIRST_ROOM": 16,
+}
+
+
+@pytest.fixture(params=["cpu" if INTERPRETED else CARD])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=["cut", "whole"])
+def triton(request, monkeypatch):
+    """The implementation, with tiles that cut these small inputs and with its real ones."""
+    from llm_wsae.sparse import triton
+
+    if request.param == "cut":
+        for name, size in SMALL.items():
+            monkeypatch.setattr(triton, name, size)
+    return triton
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def integers(*shape, seed=0):
+    """Small whole numbers: their products and sums are exact in bfloat16, and many are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 3, shape, generator=generator).double()
+
+
+def pre_activations(kind, d_sae=D_SAE):
+    pre = {
+        "random": random(BATCH, d_sae),
+        "repeated": integers(BATCH, d_sae),
+        "negative": random(BATCH, d_sae).abs().neg() - 1,
+        "zero": torch.zeros(BATCH, d_sae),
+        "infinite": random(BATCH, d_sae).where(random(BATCH, d_sae, seed=1) > 0, -torch.inf),
+    }[kind]
+    if kind == "infinite":
+        pre[:, 5] = torch.inf
+    return pre
+
+
+@pytest.mark.parametrize("dtype", FAST)
+@pytest.mark.parametrize("kind", ["random", "repeated", "negative", "zero", "infinite"])
+@pytest.mark.parametrize("k", [1, 7, D_SAE])
+def test_selection_is_exact_and_ties_go_to_the_lowest_latents(device, triton, dtype, kind, k):
+    pre = pre_activations(kind).to(device, dtype)
+    best = triton.select_topk(pre, k)
+    expected = pre.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(best.indices.sort(dim=1).values, expected.sort(dim=1).values)
+    assert torch.equal(pre.gather(1, best.indices), best.values)
+
+
+def test_not_a_number_is_selected_so_that_it_is_seen(device, triton):
+    pre = random(3, D_SAE).float().to(device)
+    pre[1, 40] = -torch.nan
+    best = triton.select_topk(pre, 7)
+    assert best.values.isnan().sum(1).tolist() == [0, 1, 0]
+    assert 40 in best.indices[1].tolist()
+
+
+def layer(kind, device, dtype, batch=BATCH, d_sae=D_SAE):
+    """x, encoder and bias whose products are exact in ``dtype``."""
+    x, encoder = integers(batch, D_IN), integers(d_sae, D_IN, seed=1)
+    bias = integers(d_sae, seed=2)
+    if kind == "negative":  # no latent of any row is active
+        bias -= 200
+    if kind == "zero rows":
+        x[::2] = 0
+        bias = bias.abs().neg()
+    if kind == "dead latents":
+        bias[::3] -= 200
+    return [tensor.to(device, dtype) for tensor in (x, encoder, bias)]
+
+
+def dense(codes, d_sae=D_SAE):
+    codes = ragged(codes) if isinstance(codes, Codes) else codes
+    assert codes.indices.dtype == codes.offsets.dtype == torch.int64
+    assert codes.offsets[0] == 0 and codes.offsets[-1] == len(codes.indices)
+    return reference.dense(codes, codes.values, d_sae)
+
+
+LAYERS = ["random", "negative", "zero rows", "dead latents"]
+
+
+@pytest.mark.parametrize("dtype", FAST)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("k", [7, D_SAE])
+def test_encode_topk(device, triton, dtype, kind, k):
+    x, encoder, bias = layer(kind, device, dtype)
+    codes = triton.encode_topk(x, encoder, bias, k)
+    expected = reference.encode_topk(x, encoder, bias, k)
+    assert codes.values.dtype == expected.values.dtype
+    assert torch.equal(codes.values.sort(1).values, expected.values.sort(1).values)
+    pre = torch.addmm(bias, x, encoder.T).to(codes.values.dtype)
+    assert torch.equal(pre.gather(1, codes.indices).relu(), codes.values)
+    assert all(len(set(row)) == k for row in codes.indices.tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("highest", [0, 20], ids=["relu", "jumprelu"])
+def test_encode_above(device, triton, dtype, kind, highest):
+    """With and without rows that have more entries than the room they get at first."""
+    x, encoder, bias = layer(kind, device, dtype)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    threshold = (integers(D_SAE, seed=3).abs() * highest).to(device, exact)
+    codes = triton.encode_above(x, encoder, bias, threshold)
+    expected = reference.encode_above(x, encoder, bias, threshold)
+    for found, wanted in zip(codes, expected, strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("k", [1, 7, D_SAE])
+def test_encode_batch_topk(device, triton, dtype, kind, k):
+    x, encoder, bias = layer(kind, device, dtype)
+    codes = triton.encode_batch_topk(x, encoder, bias, k, 0.0)
+    expected = reference.encode_batch_topk(x, encoder, bias, k, 0.0)
+    assert codes.values.dtype == expected.values.dtype
+    assert len(codes.values) == k * BATCH and codes.values.min() >= 0
+    positive = codes.values[codes.values > 0]
+    assert torch.equal(positive.sort().values, expected.values.sort().values)
+    # every value stands at its row and latent, none twice
+    pre = torch.addmm(bias, x, encoder.T).to(codes.values.dtype)
+    found = dense(codes)
+    assert torch.equal(found[found > 0], pre[found > 0])
+    assert int((found > 0).sum()) == len(positive)
+
+
+def test_the_guess_changes_nothing(device, triton):
+    x, encoder, bias = layer("random", device, torch.float32)
+    first, *others = (triton.encode_batch_topk(x, encoder, bias, 5, g) for g in (0.0, 7.0, 1e9))
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_of_one_row(device, triton, dtype):
+    x, encoder, bias = layer("random", device, dtype, batch=1)
+    pre = torch.addmm(bias, x, encoder.T)
+    wanted = pre.to(torch.float64 if dtype == torch.float64 else torch.float32).relu()
+    threshold = torch.zeros(D_SAE, dtype=wanted.dtype, device=device)
+    assert torch.equal(dense(triton.encode_topk(x, encoder, bias, D_SAE)), wanted)
+    assert torch.equal(dense(triton.encode_above(x, encoder, bias, threshold)), wanted)
+    assert torch.equal(dense(triton.encode_batch_topk(x, encoder, bias, D_SAE, 0.0)), wanted)
+
+
+def some_codes(kind, device, exact):
+    """Ragged codes with unused slots, rows without any, dead latents and one that always fires."""
+    values = random(BATCH, D_SAE).abs().where(random(BATCH, D_SAE, seed=1) > 1, 0)
+    values[:, ::5] = 0
+    slots = values > 0
+    if kind == "random":
+        values[:, 11] = 1.5
+        slots = (values > 0) | (random(BATCH, D_SAE, seed=2) > 1.5)  # some of them unused
+        slots[2] = False
+        slots[-1] = False
+    if kind == "unused":
+        values.zero_()
+    if kind == "one row":
+        values, slots = values[:1], slots[:1]
+    if kind == "all latents":
+        slots = torch.ones_like(slots)
+    if kind == "none":
+        slots = torch.zeros_like(slots)
+    if kind == "dense latent":  # far more often active than the others
+        values = random(40, D_SAE).abs()
+        slots = random(40, D_SAE, seed=1) > 2
+        slots[:, 11] = True
+    offsets = torch.zeros(len(slots) + 1, dtype=torch.int64)
+    offsets[1:] = slots.sum(1).cumsum(0)
+    codes = RaggedCodes(slots.nonzero()[:, 1], values[slots].to(exact), offsets)
+    return RaggedCodes(*(part.to(device) for part in codes))
+
+
+CODES = ["random", "unused", "one row", "all latents", "none", "dense latent"]
+CASES = [(kind, torch.float32) for kind in CODES]
+CASES += [("dense latent", torch.float64), ("random", torch.bfloat16)]
+
+
+def close(found, wanted):
+    """As close as sums in the dtype of the result allow."""
+    wanted = wanted.to(found.dtype)
+    tolerance = EXACT[found.dtype]
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
+def test_decode(device, triton, kind, dtype):
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = some_codes(kind, device, exact)
+    decoder, bias = random(D_SAE, D_IN).to(device, dtype), random(D_IN, seed=5).to(device, dtype)
+    wanted = dense(codes).double() @ decoder.double() + bias.double()
+    close(triton.decode(codes, decoder, bias), wanted)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
+def test_value_gradients(device, triton, kind, dtype):
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = some_codes(kind, device, exact)
+    decoder = random(D_SAE, D_IN).to(device, dtype)
+    output_gradient = random(codes.num_rows, D_IN, seed=8).to(device, exact)
+    output_gradient[:, :3] = 0  # dimensions of weight 0
+    found = triton.value_gradients(codes, decoder, output_gradient)
+    close(found, reference.value_gradients(codes, decoder.double(), output_gradient.double()))
+    assert not found[codes.values == 0].any()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
+def test_weight_gradients(device, triton, kind, dtype):
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = some_codes(kind, device, exact)
+    x = random(codes.num_rows, D_IN, seed=7).to(device, dtype)
+    output_gradient = random(codes.num_rows, D_IN, seed=8).to(device, exact)
+    by_value = random(len(codes.values), seed=9).to(device, exact) * (codes.values > 0)
+    found = triton.weight_gradients(codes, x, output_gradient, by_value, D_SAE)
+    wanted = reference.weight_gradients(
+        RaggedCodes(codes.indices, codes.values.double(), codes.offsets),
+        x.double(),
+        output_gradient.double(),
+        by_value.double(),
+        D_SAE,
+    )
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other)
+    memory = tuple(torch.full_like(one, torch.nan) for one in found)
+    again = triton.weight_gradients(codes, x, output_gradient, by_value, D_SAE, memory)
+    assert all(map(torch.equal, found, again))  # the same bits, in the memory given for them
+    assert all(one is other for one, other in zip(again, memory, strict=True))
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_firing_counts(device, triton, kind):
+    codes = some_codes(kind, device, torch.float32)
+    assert torch.equal(triton.firing_counts(codes, D_SAE), (dense(codes) > 0).float().sum(0))
+
+
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32, None])
+@pytest.mark.parametrize("exact", EXACT)
+@pytest.mark.parametrize("d_in", [D_IN, 37])
+def test_adam_rows(device, exact, fast, d_in):
+    from llm_wsae.sparse import triton
+
+    shape = (9, d_in)
+    rows = [random(*shape), random(*shape, seed=1)]
+    rows[1][7] = 0  # a row that cannot be normalised
+    rows, means, squares = (tuple(s * r.to(device, exact) for r in rows) for s in (1, 0, 0))
+    others = [tuple(one.double().clone() for one in pair) for pair in (rows, means, squares)]
+    copy = None if fast is None else torch.zeros(shape, dtype=fast, device=device)
+    for step in (1, 2, 3):
+        gradients = tuple(random(*shape, seed=10 * step + i).to(device, exact) for i in (0, 1))
+        gradients[0][3] = gradients[1][7] = 0  # a latent that never fired
+        triton.adam_rows(rows, gradients, means, squares, step, 0.01, copy)
+        wide = tuple(gradient.double() for gradient in gradients)
+        reference.adam_rows(others[0], wide, others[1], others[2], step, 0.01, None)
+        for pair, other in zip((rows, means, squares), others, strict=True):
+            for one, wanted in zip(pair, other, strict=True):
+                torch.testing.assert_close(one.double(), wanted, rtol=1e-6, atol=2e-7)
+        if copy is not None:  # the interpreter cuts bits off where the card rounds
+            nearness = 2**-7 if INTERPRETED and fast == torch.bfloat16 else 0
+            torch.testing.assert_close(copy, rows[0].to(fast), rtol=nearness, atol=0)
+    assert not rows[1][7].any()
+
+
+class Watched(TorchDispatchMode):
+    """Records what would wait for the device, and the largest tensor made."""
+
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.waited, self.largest = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function._schema.name
+        by_mask = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        sizeless = name == "aten::repeat_interleave" and kwargs.get("output_size") is None
+        if by_mask or sizeless or any(word in name for word in self.waits):
+            self.waited.append(name)
+        out = function(*args, **kwargs)
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, torch.Tensor) and one.dtype != torch.uint8:  # the interpreter's
+                self.largest = max(self.largest, one.numel())
+        return out
+
+
+def step(triton, x, encoder, bias, codes):
+    """All operations of a step of training, with the encoder as decoder too."""
+    error = triton.decode(codes, encoder, bias[: x.shape[1]]) - x
+    by_value = triton.value_gradients(codes, encoder, error)
+    gradients = triton.weight_gradients(codes, x, error, by_value, len(encoder))[:2]
+    triton.firing_counts(codes, len(encoder))
+    rows, means, squares = ((encoder.abs(), encoder.abs()) for _ in range(3))
+    triton.adam_rows(rows, gradients, means, squares, 1, 0.01, None)
+
+
+@pytest.mark.parametrize("triton", ["cut"], indirect=True)
+def test_no_step_waits_for_the_device_or_holds_all_pre_activations(device, triton, monkeypatch):
+    x, encoder, bias = layer("random", device, torch.float32, batch=14)
+    x, encoder = x[:, :8].contiguous(), encoder[:, :8].contiguous()
+    with Watched() as watched:
+        read = torch.Tensor.tolist
+        monkeypatch.setattr(
+            torch.Tensor, "tolist", lambda self: watched.waited.append("tolist") or read(self)
+        )
+        step(triton, x, encoder, bias, ragged(triton.encode_topk(x, encoder, bias, 3)))
+        step(triton, x, encoder, bias, triton.encode_batch_topk(x, encoder, bias, 1, 0.0))
+        assert watched.waited == []
+        assert D_SAE * 8 <= watched.largest < 14 * D_SAE
+        threshold = torch.full((D_SAE,), 9.0, device=device)
+        step(triton, x, encoder, bias, triton.encode_above(x, encoder, bias, threshold))
+        assert "tolist" in watched.waited and set(watched.waited) <= {
+            "tolist",
+            "aten::_local_scalar_dense",  # what it becomes on the card
+        }
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(triton, x, encoder, bias, ragged(triton.encode_topk(x, encoder, bias, 3)))
+            step(triton, x, encoder, bias, triton.encode_batch_topk(x, encoder, bias, 1, 0.0))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+if not INTERPRETED:
+
+    def test_all_of_this_in_the_interpreter():
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+        outcome = run.stdout.splitlines()[-1]
+        assert int(re.match(r"(\d+) passed", outcome)[1]) > 200 and "skipped" not in outcome
+
+    @pytest.mark.parametrize("dtype", FAST)
+    @pytest.mark.parametrize("d_in", [D_IN, 768])
+    def test_the_kernels_compile_for_a_card_without_one(monkeypatch, tmp_path, dtype, d_in):
+        """To machine code for an H100, specialised as each launch would be."""
+        from triton import runtime
+        from triton.backends.compiler import GPUTarget
+
+        from llm_wsae.sparse import triton, triton_rows, triton_select
+
+        card = SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 99,  # a number of its own in the caches of a real card
+            get_current_stream=lambda device: 0,
+            utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232448}),
+        )
+        compiled = {}
+
+        def compile_only(kernel, grid, *arguments, **constants):
+            binary = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **constants)
+            compiled.setdefault(kernel.__name__, []).append(binary.asm)
+
+        monkeypatch.setattr(runtime.driver, "_active", card)
+        monkeypatch.setattr(triton, "_run", compile_only)
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        encoder, bias = torch.zeros(5000, d_in, dtype=dtype), torch.zeros(5000, dtype=dtype)
+        x = torch.zeros(40, d_in, dtype=dtype)
+        for k in (1, 32):
+            triton.encode_topk(x, encoder, bias, k)
+        triton._entries_above(x, encoder, bias, bias.float(), torch.arange(41), 40)
+        ones = torch.zeros(40 * 5000, dtype=torch.int64)
+        codes = RaggedCodes(ones, ones.float(), torch.arange(41) * 5000)
+        triton.decode(codes, encoder, encoder[0])
+        triton.value_gradients(codes, encoder, x.float())
+        triton.weight_gradients(codes, x, x.float(), codes.values, 5000)
+        pair = (encoder.float(), encoder.float())
+        triton.adam_rows(pair, pair, pair, pair, 1, 0.01, encoder)
+        kernels = vars(triton_rows) | vars(triton_select)
+        assert compiled.keys() == {name for name in kernels if name.endswith("_kernel")}
+        assert all(code["cubin"] for codes in compiled.values() for code in codes)
+        if dtype == torch.bfloat16:
+            (adam,) = compiled["adam_rows_kernel"]
+            assert "cvt.rn.bf16" in adam["ptx"]  # rounded to nearest, which the interpreter isn't
