@@ -453,6 +453,10 @@ def test_commands_that_cannot_be(hub, plain, weighted, login):
     result = call("pull", "user/nothing", "--out", "out")
     assert result.code == 2 and "Traceback" not in result.err
     assert result.err.startswith("llm-wsae: there is no repository user/nothing")
+    login("hf_wröngsecret")
+    result = call("--debug", "list", REPO)
+    assert result.code == 1 and "secret" not in result.err
+    assert "your token holds characters that no token has" in result.err
     login("hf_wrongsecret")
     for words in (("list", REPO), ("pull", REPO, "--out", "out"), ("push", plain, REPO)):
         result = call("--debug", *words)

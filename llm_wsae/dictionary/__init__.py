@@ -1,1 +1,1 @@
-"""Dictionaries: the module, its sparsity, its files."""
+"""Dictionaries: the module, its sparsity, its files, its place on the Hub."""

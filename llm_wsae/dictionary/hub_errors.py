@@ -34,6 +34,8 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         known = _sentence(error, repo_id, revision)
         if known is None:
             raise
+        if _holds_the_token(error):
+            raise known from None
         raise known from error
 
 
@@ -54,6 +56,8 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWs
 
     chain = list(_causes(error))
     for one in chain:
+        if _holds_the_token(one):
+            return LlmWsaeError(f"your token holds characters that no token has; log in {_LOGIN}")
         if isinstance(one, errors.OfflineModeIsEnabled):
             return LlmWsaeError(
                 f"HF_HUB_OFFLINE is set, so the Hub cannot be asked about {repo_id}, and the local "
@@ -129,6 +133,16 @@ def _answer(error, repo_id: str, revision: str | None) -> LlmWsaeError:  # an Hf
     return LlmWsaeError(
         f"the Hub refused with status {status} about {repo_id}: {said or 'no word'}"
     )
+
+
+def _holds_the_token(error: BaseException) -> bool:
+    """Whether it is about a header that cannot be sent, and may show it; the only one of ours that
+    can be so is the token's."""
+    from huggingface_hub.utils import httpx
+
+    if isinstance(error, httpx.LocalProtocolError):
+        return "header" in str(error).lower()
+    return isinstance(error, UnicodeEncodeError)
 
 
 def _known_revisions(repo_id: str) -> str:
