@@ -35,7 +35,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 FAST = [torch.float32, torch.bfloat16]  # selecting from float64 takes the interpreter long
 SMALL = {
     "_TILE_BYTES": 1,
-    "_FEWEST_ROWS": 4,
+    "_FEWEST_ROWS": 2,
     "_PART": 32,
     "_SLOTS": 4,
     "_COLUMNS": 16,
