@@ -190,6 +190,22 @@ def test_a_batch_of_one_row(device, triton, dtype):
     assert torch.equal(dense(triton.encode_batch_topk(x, encoder, bias, D_SAE, 0.0)), wanted)
 
 
+def test_a_batch_of_no_rows(device, triton):
+    """All rows of a batch may be masked."""
+    x, encoder, bias = layer("random", device, torch.float32, batch=0)
+    threshold = torch.zeros_like(bias)
+    for codes in (
+        ragged(triton.encode_topk(x, encoder, bias, 3)),
+        triton.encode_above(x, encoder, bias, threshold),
+        triton.encode_batch_topk(x, encoder, bias, 3, 0.0),
+    ):
+        assert codes.offsets.tolist() == [0] and len(codes.indices) == 0
+        error = triton.decode(codes, encoder, bias[:D_IN])
+        by_value = triton.value_gradients(codes, encoder, error)
+        assert len(error) == len(by_value) == 0
+        assert not any(g.any() for g in triton.weight_gradients(codes, x, error, by_value, D_SAE))
+
+
 def some_codes(kind, device, exact):
     """Ragged codes with unused slots, rows without any, dead latents and one that always fires."""
     values = random(BATCH, D_SAE).abs().where(random(BATCH, D_SAE, seed=1) > 1, 0)

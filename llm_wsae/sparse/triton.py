@@ -59,8 +59,8 @@ def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) ->
     indices, values, counts = _entries_above(x, encoder, bias, threshold, starts, batch * room)
     offsets = torch.zeros_like(starts)
     torch.cumsum(counts, 0, out=offsets[1:])
-    active, most = torch.stack([offsets[-1], counts.amax()]).tolist()
-    if most > room:
+    active, crowded = torch.stack([offsets[-1], (counts > room).sum()]).tolist()
+    if crowded:
         indices, values, _ = _entries_above(x, encoder, bias, threshold, offsets, active)
         return RaggedCodes(indices, values, offsets)
     moved = (starts[:-1] - offsets[:-1]).repeat_interleave(counts, output_size=active)
@@ -142,9 +142,8 @@ def weight_gradients(
     rows = (x.contiguous(), output_gradient.contiguous())
     sources = (order, codes.rows(), by_value, codes.values, *rows)
     tile = _tile_of(d_in)
-    if pieces:  # a grid must not be empty
-        arguments = (bounds, further, owners, *sources, *parts, d_in, d_sae, span)
-        _run(further_sums_kernel, (pieces, _blocks(d_in)), *arguments, **tile)
+    arguments = (bounds, further, owners, *sources, *parts, d_in, d_sae, span)
+    _run(further_sums_kernel, (pieces, _blocks(d_in)), *arguments, **tile)
     arguments = (bounds, further, *sources, *parts, *out, d_in, span)
     _run(latent_sums_kernel, (d_sae, _blocks(d_in)), *arguments, **tile)
     return out
@@ -264,9 +263,9 @@ def _exact(x: Tensor) -> torch.dtype:
 
 
 def _tiles(batch: int, row_bytes: int) -> list[slice]:
-    """Slices of rows, a power of two of them."""
+    """Slices of rows, a power of two of them; one even if there is no row."""
     rows = max(_FEWEST_ROWS, _power_of_two(_TILE_BYTES // row_bytes + 1) // 2)
-    return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
+    return [slice(start, min(start + rows, batch)) for start in range(0, max(1, batch), rows)]
 
 
 def _tile_of(d_in: int) -> dict[str, int]:
