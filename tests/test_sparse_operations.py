@@ -4,18 +4,41 @@ import pytest
 import torch
 from sparse_cases import D_IN, ENCODINGS, SUMS, cast, integers, random
 
-from llm_wsae.sparse import operations, reference
+from llm_wsae.sparse import compiled, operations, plain, reference
 from llm_wsae.sparse.codes import Codes, RaggedCodes, joined, ragged
 
-IMPLEMENTATIONS = ["reference", "plain"]
 EXACT = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(params=IMPLEMENTATIONS, autouse=True)
-def implementation(request):
-    with operations.using(request.param):
-        yield request.param
+def ways(*dtypes):
+    """Every implementation with every dtype it takes: C++ leaves float64 to torch."""
+    return [
+        pytest.param((name, dtype), id=f"{name}-{str(dtype).removeprefix('torch.')}")
+        for name in ("reference", "plain", "compiled")
+        for dtype in dtypes
+        if name != "compiled" or dtype != torch.float64
+    ]
+
+
+def choose(way):
+    name, dtype = way
+    if name == "compiled" and not compiled.available():
+        pytest.skip("there is no C++ compiler here")
+    with operations.using(name):
+        yield dtype
+
+
+@pytest.fixture(params=ways(*EXACT))
+def dtype(request):
+    """Of an encoder's product, the implementation being chosen."""
+    yield from choose(request.param)
+
+
+@pytest.fixture(params=ways(torch.float64, torch.float32))
+def exact(request):
+    """Of sums, the implementation being chosen."""
+    yield from choose(request.param)
 
 
 def encoding_of(name, dtype):
@@ -34,7 +57,6 @@ def assert_found(codes: RaggedCodes, pre, tolerance):
     assert torch.allclose(pre[rows, indices], values, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("k", [1, 7, 20, 159, 160])
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_encode_topk(name, k, dtype):
@@ -48,7 +70,6 @@ def test_encode_topk(name, k, dtype):
     assert torch.allclose(found, pre.topk(k).values.relu(), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("threshold", ["zero", "whole", "high"])
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_encode_above(name, threshold, dtype):
@@ -69,7 +90,6 @@ def test_encode_above(name, threshold, dtype):
     assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("guess", [0.0, 8.0, 19.0, 1e6])
 @pytest.mark.parametrize("k", [1, 7, 160])
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -86,7 +106,6 @@ def test_encode_batch_topk(name, k, guess, dtype):
     assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("k", [1, 7, 19, 20, 159, 160])
 @pytest.mark.parametrize("d_sae", [160, 157])
 def test_selection_is_exact_and_keeps_the_sign(k, d_sae, dtype):
@@ -108,11 +127,6 @@ def test_selection_with_ties_picks_k_different_latents(pre):
     best = operations.select_topk(pre, 9)
     assert torch.equal(best.values.sort(descending=True).values, pre.topk(9).values)
     assert all(len(set(row)) == 9 for row in best.indices.tolist())
-
-
-@pytest.fixture(params=[torch.float64, torch.float32], ids=str)
-def exact(request):
-    return request.param
 
 
 def assert_close(found, expected, dtype):
@@ -142,6 +156,22 @@ def test_value_gradients(name, exact):
     assert not found[codes.values == 0].any()  # else clipped slots would push the encoder
 
 
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SUMS)
+def test_reconstruct(name, fast, exact):
+    case = SUMS[name]
+    rows, columns = random(len(case.x), seed=7).relu(), random(case.x.shape[1], seed=8).relu()
+    wanted = (case.decoder, case.bias, case.x, rows, columns)
+    with operations.using("reference"):
+        expected = operations.reconstruct(case.codes, *wanted, torch.float64)
+    codes = cast(case, exact).codes
+    found = operations.reconstruct(codes, *(tensor.to(exact) for tensor in wanted), fast)
+    assert_close(found.residual, expected.residual, exact)
+    assert_close(found.by_value, expected.by_value, exact)
+    assert_close(found.row_errors, expected.row_errors, exact)
+    assert torch.equal(found.output_gradient, (found.residual * columns.to(exact)).to(fast))
+
+
 @pytest.mark.parametrize("kept", [False, True], ids=["fresh", "into memory"])
 @pytest.mark.parametrize("name", SUMS)
 def test_weight_gradients(name, exact, kept):
@@ -164,6 +194,18 @@ def test_firing_counts(name, exact):
     counts = operations.firing_counts(codes, d_sae)
     assert counts.dtype == exact
     assert torch.equal(counts.long(), torch.bincount(used, minlength=d_sae))
+
+
+def test_weight_gradients_of_rounded_rows(exact):
+    """Rows in bfloat16 make sums of what they were rounded to, in full precision."""
+    case = SUMS["ragged"]
+    x, output_gradient = case.x.bfloat16(), case.output_gradient.bfloat16()
+    by_value = torch.ones_like(case.codes.values)
+    codes, d_sae = cast(case, exact).codes, len(case.decoder)
+    found = operations.weight_gradients(codes, x, output_gradient, by_value.to(exact), d_sae)
+    expected = reference.weight_gradients(case.codes, x, output_gradient, by_value, d_sae)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, exact)
 
 
 def test_unused_slots_push_no_weight(exact):
@@ -213,7 +255,18 @@ def test_codes_end_to_end():
     assert both.num_rows == 9
 
 
-def test_the_choice_of_an_implementation_ends_with_its_block(implementation):
-    with operations.using("reference"), operations.using("plain"):
-        assert operations._implementation((), ()).__name__ == "llm_wsae.sparse.plain"
-    assert operations._implementation((), ()).__name__ == f"llm_wsae.sparse.{implementation}"
+def test_the_choice_of_an_implementation():
+    """By device, dtype and autograd, at the time of the call; an override ends with its block."""
+    here = compiled if compiled.available() else plain
+    number = torch.ones(1)
+    assert operations._for_sums(number) is here
+    assert operations._for_products(number.bfloat16()) is here
+    assert operations._for_sums(number.bfloat16()) is operations._for_sums(number.double()) is plain
+    assert operations._for_sums(number.requires_grad_()) is plain
+    with torch.no_grad():
+        assert operations._for_sums(number) is here
+        with operations.using("reference"):
+            with operations.using("plain"):
+                assert operations._for_sums(number) is plain
+            assert operations._for_sums(number) is reference
+        assert operations._for_sums(number) is here

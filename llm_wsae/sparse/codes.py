@@ -44,6 +44,19 @@ class RaggedCodes(NamedTuple):
         return numbers.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
 
 
+class Reconstruction(NamedTuple):
+    """What a step needs to know about its reconstruction."""
+
+    residual: Float[Tensor, "batch d_in"]
+    """(reconstruction − x), each row times its weight."""
+    output_gradient: Float[Tensor, "batch d_in"]
+    """The residual, each column times its weight, in the dtype asked for."""
+    by_value: Float[Tensor, " active"]
+    """Gradient by each active pre-activation, as of ``value_gradients``."""
+    row_errors: Float[Tensor, " batch"]
+    """Σ over columns of residual · output_gradient."""
+
+
 def ragged(codes: Codes) -> RaggedCodes:
     """The same codes end to end; indices and values are views."""
     batch, k = codes.indices.shape

@@ -9,7 +9,6 @@ on: ``triton`` on CUDA and ``compiled`` on the CPU where they can be had and the
 (or bfloat16, for the encoder's product), else ``plain``. ``using`` overrides the choice.
 """
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.codes import Codes, RaggedCodes
+from llm_wsae.sparse import compiled, plain, reference
+from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction
 
 Name = Literal["reference", "plain", "compiled", "triton"]
 
@@ -107,6 +107,30 @@ def value_gradients(
     return implementation.value_gradients(codes, decoder, output_gradient)
 
 
+def reconstruct(
+    codes: RaggedCodes,
+    decoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_in"],
+    x: Float[Tensor, "batch d_in"],
+    row_weights: Float[Tensor, " batch"],
+    column_weights: Float[Tensor, " d_in"],
+    fast: torch.dtype,
+) -> Reconstruction:
+    """``decode``, the residual, its weighted gradient and ``value_gradients``.
+
+    The gradient is that of ½ Σ column_weights · residual² and comes in the dtype ``fast``. An
+    implementation may do it all in one pass over the rows.
+    """
+    implementation = _for_sums(codes.values, decoder, bias, x)
+    if hasattr(implementation, "reconstruct"):
+        at_once = implementation.reconstruct
+        return at_once(codes, decoder, bias, x, row_weights, column_weights, fast)
+    residual = implementation.decode(codes, decoder, bias).sub_(x).mul_(row_weights[:, None])
+    gradient = residual * column_weights
+    by_value = implementation.value_gradients(codes, decoder, gradient)
+    return Reconstruction(residual, gradient.to(fast), by_value, (residual * gradient).sum(1))
+
+
 def weight_gradients(
     codes: RaggedCodes,
     x: Float[Tensor, "batch d_in"],
@@ -119,9 +143,10 @@ def weight_gradients(
 
     For each latent, over its occurrences: Σ by_value·x[row], Σ values·output_gradient[row] and
     Σ by_value; 0 for one that never occurs. ``out`` is memory of the result's shapes that may be
-    used for it (fresh memory costs as much as the sums); use what is returned.
+    used for it (fresh memory costs as much as the sums); use what is returned. ``x`` and
+    ``output_gradient`` may be rounded to bfloat16, the sums are float32 all the same.
     """
-    implementation = _for_sums(codes.values, x, output_gradient, by_value)
+    implementation = _for_sums(codes.values, by_value)
     return implementation.weight_gradients(codes, x, output_gradient, by_value, d_sae, out)
 
 
@@ -159,16 +184,21 @@ def _for_sums(*tensors: Tensor) -> ModuleType:
 
 def _implementation(tensors: tuple[Tensor, ...], fast: tuple[torch.dtype, ...]) -> ModuleType:
     name = _forced.get() or _choice(tensors, fast)
-    return importlib.import_module(f"llm_wsae.sparse.{name}")
+    if name == "triton":
+        from llm_wsae.sparse import triton
+
+        return triton
+    return {"reference": reference, "plain": plain, "compiled": compiled}[name]
 
 
 def _choice(tensors: tuple[Tensor, ...], fast: tuple[torch.dtype, ...]) -> Name:
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if differentiated or any(tensor.dtype not in fast for tensor in tensors):
         return "plain"
-    if tensors[0].is_cuda and _triton_is_there():
+    device = tensors[0].device.type
+    if device == "cuda" and _triton_is_there():
         return "triton"
-    return "plain"
+    return "compiled" if device == "cpu" and compiled.available() else "plain"
 
 
 @cache

@@ -5,6 +5,8 @@ a weight gradient sums rows over a latent's occurrences. Both weight gradients n
 grouped by latent, so one sort serves both.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -37,25 +39,38 @@ def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) ->
 def encode_batch_topk(
     x: Tensor, encoder: Tensor, bias: Tensor, k: int, guess: float
 ) -> RaggedCodes:
-    """See ``operations``.
+    """See ``operations``."""
 
-    Once batch × k entries are held, the smallest of them bounds what later tiles may add, so the
-    candidates stay few whatever the guess; after too high a guess the second pass starts at 0.
+    def above(rows: Tensor, bound: float) -> RaggedCodes:
+        pre = torch.addmm(bias, rows, encoder.T)
+        return _active(pre, pre > bound)
+
+    return largest_of_batch(above, x.split(_TILE_ROWS), min(k, len(encoder)) * len(x), guess)
+
+
+def largest_of_batch(
+    above: Callable[[Tensor, float], RaggedCodes],
+    tiles: Sequence[Tensor],
+    wanted: int,
+    guess: float,
+) -> RaggedCodes:
+    """The ``wanted`` largest positive entries of all tiles, where ``above`` finds a tile's.
+
+    Once so many are held, the smallest of them bounds what later tiles may add, so the candidates
+    stay few. The bound starts below the guess; if that was too high still, lower, and then at 0.
     """
-    wanted = min(k * len(x), len(x) * len(encoder))
-    for start in dict.fromkeys((max(0.0, guess), 0.0)):
-        bound, held, tiles = start, 0, []
-        for rows in x.split(_TILE_ROWS):
-            pre = torch.addmm(bias, rows, encoder.T)
-            tiles.append(_active(pre, pre > bound))
-            held += len(tiles[-1].indices)
+    for start in dict.fromkeys(max(0.0, share * guess) for share in (0.9, 0.5, 0.0)):
+        bound, held, parts = start, 0, []
+        for tile in tiles:
+            parts.append(above(tile, bound))
+            held += len(parts[-1].indices)
             if held > 2 * wanted:
-                tiles = [largest(joined(tiles), wanted)]
+                parts = [largest(joined(parts), wanted)]
                 held = wanted
-                bound = float(tiles[0].values.min())
+                bound = float(parts[0].values.min()) if wanted else bound
         if held >= wanted:
             break
-    return largest(joined(tiles), wanted)
+    return largest(joined(parts), wanted)
 
 
 def largest(codes: RaggedCodes, count: int) -> RaggedCodes:
@@ -113,6 +128,7 @@ def weight_gradients(
     """See ``operations``. Has no use for ``out``."""
     latents, order = codes.indices.sort(stable=True)
     rows = codes.rows()[order]
+    x, output_gradient = x.to(by_value.dtype), output_gradient.to(by_value.dtype)
     bounds = torch.searchsorted(latents, torch.arange(d_sae + 1, device=latents.device))
     by_bias = torch.zeros(d_sae, dtype=by_value.dtype, device=by_value.device)
     return (

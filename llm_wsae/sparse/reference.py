@@ -69,7 +69,9 @@ def weight_gradients(
 ) -> Gradients:
     """See ``operations``."""
     by_latent = dense(codes, by_value, d_sae)
-    return by_latent.T @ x, dense(codes, codes.values, d_sae).T @ output_gradient, by_latent.sum(0)
+    latents = dense(codes, codes.values, d_sae)
+    x, output_gradient = x.to(by_latent.dtype), output_gradient.to(by_latent.dtype)
+    return by_latent.T @ x, latents.T @ output_gradient, by_latent.sum(0)
 
 
 def firing_counts(codes: RaggedCodes, d_sae: int) -> Tensor:

@@ -1,0 +1,243 @@
+"""The sparse operations on the CPU, in C++ (``kernels.cpp``): float32, and bfloat16 for products.
+
+The encoder's product is torch's, which knows the hardware's matrix units. It is made transposed, a
+block of latents by a tile of rows, and looked through while it is in cache. Everything else is one
+pass over the rows or latents concerned.
+"""
+
+import ctypes
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llm_wsae.errors import UsageError
+from llm_wsae.sparse import plain
+from llm_wsae.sparse.build import library
+from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, joined
+from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
+
+select_topk = plain.select_topk
+firing_counts = plain.firing_counts
+
+_TILE_ROWS = 512
+_BLOCK_BYTES = 1 << 23  # of the product that is looked through at once
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_FEW = 128  # candidates a row has room for at first
+_LARGEST_SHARE = 8  # of the latents a candidate list can hold: beyond d_sae / 8, torch sorts
+
+
+def available() -> bool:
+    """Whether there is a library, which is built now if it has not been."""
+    return library() is not None
+
+
+def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
+    """See ``operations``."""
+    d_sae = len(encoder)
+    if k * _LARGEST_SHARE > d_sae:
+        return plain.encode_topk(x, encoder, bias, k)
+    indices = torch.empty(len(x), k, dtype=torch.int64)
+    values = torch.empty(len(x), k)
+    lists, bias = _Lists(3 * k + 32), bias.contiguous()
+    bounds = torch.empty(_TILE_ROWS)
+    for begin in range(0, len(x), _TILE_ROWS):
+        tile = x[begin : begin + _TILE_ROWS]
+        for first, product in _blocks(tile, encoder):
+            _call(
+                f"topk_{_NAMES[x.dtype]}",
+                product, bias[first:], *product.shape, first, k, *lists.all(), bounds,
+            )  # fmt: skip
+        end = begin + len(tile)
+        _call(
+            "finish_topk",
+            len(tile), k, *lists.all(), bounds, indices[begin:end], values[begin:end],
+        )  # fmt: skip
+    return Codes(indices, values)
+
+
+def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
+    """See ``operations``."""
+    lists = _Lists(_FEW)
+    return joined([lists.above(tile, encoder, bias, threshold) for tile in x.split(_TILE_ROWS)])
+
+
+def encode_batch_topk(
+    x: Tensor, encoder: Tensor, bias: Tensor, k: int, guess: float
+) -> RaggedCodes:
+    """See ``operations``."""
+    lists = _Lists(max(_FEW, 4 * k))
+
+    def above(tile: Tensor, bound: float) -> RaggedCodes:
+        return lists.above(tile, encoder, bias, torch.full((len(encoder),), bound))
+
+    wanted = min(k, len(encoder)) * len(x)
+    return plain.largest_of_batch(above, x.split(_TILE_ROWS), wanted, guess)
+
+
+def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
+    """See ``operations``."""
+    out = torch.empty(codes.num_rows, decoder.shape[1])
+    given = (*_checked(codes, len(decoder)), decoder.contiguous(), bias.contiguous())
+    _call("decode", *given, out, *out.shape)
+    return out
+
+
+def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
+    """See ``operations``."""
+    out = torch.empty_like(codes.values)
+    slots, gradient = _checked(codes, len(decoder)), output_gradient.contiguous()
+    _call("value_gradients", *slots, decoder.contiguous(), gradient, out, *gradient.shape)
+    return out
+
+
+def reconstruct(
+    codes: RaggedCodes,
+    decoder: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    row_weights: Tensor,
+    column_weights: Tensor,
+    fast: torch.dtype,
+) -> Reconstruction:
+    """See ``operations``."""
+    result = Reconstruction(
+        residual=torch.empty_like(x, memory_format=torch.contiguous_format),
+        output_gradient=torch.empty(x.shape, dtype=fast),
+        by_value=torch.empty_like(codes.values),
+        row_errors=torch.empty(len(x)),
+    )
+    given = (decoder, bias, x, row_weights, column_weights)
+    _call(
+        f"reconstruct_{_NAMES[fast]}",
+        *_checked(codes, len(decoder)), *(tensor.contiguous() for tensor in given), *result,
+        *x.shape,
+    )  # fmt: skip
+    return result
+
+
+def weight_gradients(
+    codes: RaggedCodes,
+    x: Tensor,
+    output_gradient: Tensor,
+    by_value: Tensor,
+    d_sae: int,
+    out: Gradients | None = None,
+) -> Gradients:
+    """See ``operations``."""
+    indices, values, offsets = _checked(codes, d_sae)
+    width = x.shape[1]
+    bounds = torch.empty(d_sae + 1, dtype=torch.int64)
+    slots, rows = torch.empty(2, len(indices), dtype=torch.int32)
+    _call("group_by_latent", indices, offsets, codes.num_rows, d_sae, bounds, slots, rows)
+    if out is None:
+        out = (torch.empty(d_sae, width), torch.empty(d_sae, width), torch.empty(d_sae))
+    _call(
+        f"weight_gradients_{_NAMES[x.dtype]}",
+        bounds, slots, rows, x.contiguous(), output_gradient.to(x.dtype).contiguous(),
+        by_value.contiguous(), values, *out, d_sae, width,
+    )  # fmt: skip
+    return out
+
+
+def adam_rows(
+    rows: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    means: tuple[Tensor, Tensor],
+    squares: tuple[Tensor, Tensor],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Tensor | None,
+) -> None:
+    """See ``operations``."""
+    in_kernel = encoder_fast is not None and encoder_fast.dtype == torch.bfloat16
+    _call(
+        "adam_rows",
+        *rows, *gradients, *means, *squares, encoder_fast if in_kernel else None, *rows[0].shape,
+        learning_rate / (1 - BETAS[0] ** step), 1 / math.sqrt(1 - BETAS[1] ** step),
+        *BETAS, EPSILON, SMALLEST_NORM,
+    )  # fmt: skip
+    if encoder_fast is not None and not in_kernel:
+        encoder_fast.copy_(rows[0])
+
+
+class _Lists:
+    """Room for the candidates of a tile's rows."""
+
+    def __init__(self, capacity: int):
+        self.counts = torch.empty(_TILE_ROWS, dtype=torch.int32)
+        self._lengthen(capacity)
+
+    def _lengthen(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.latents = torch.empty(_TILE_ROWS, capacity, dtype=torch.int32)
+        self.values = torch.empty(_TILE_ROWS, capacity)
+
+    def all(self) -> tuple[int, Tensor, Tensor, Tensor]:
+        """As the kernels take them."""
+        return self.capacity, self.latents, self.values, self.counts
+
+    def above(self, tile: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
+        """The tile's entries above their latents' thresholds; lists that are too short grow."""
+        bias, threshold = bias.contiguous(), threshold.contiguous()
+        while True:
+            for first, product in _blocks(tile, encoder):
+                _call(
+                    f"above_{_NAMES[tile.dtype]}",
+                    product, bias[first:], threshold[first:], *product.shape, first, *self.all(),
+                )  # fmt: skip
+            counts = self.counts[: len(tile)]
+            longest = int(counts.max()) if len(tile) else 0
+            if longest < self.capacity:
+                break
+            self._lengthen(longest + longest // 4 + 1)
+        offsets = torch.zeros(len(tile) + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        indices = torch.empty(int(offsets[-1]), dtype=torch.int64)
+        values = torch.empty(len(indices))
+        lists = (self.capacity, self.latents, self.values)
+        _call("finish_above", len(tile), *lists, offsets, indices, values)
+        return RaggedCodes(indices, values, offsets)
+
+
+def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The tile's product with the encoder, without bias: (first latent, [latents, rows]).
+
+    A block is gone when the next one is asked for.
+    """
+    size = max(1, _BLOCK_BYTES // (max(1, len(tile)) * tile.element_size()))
+    memory = torch.empty(min(size, len(encoder)) * len(tile), dtype=tile.dtype)
+    for first in range(0, len(encoder), size):
+        latents = encoder[first : first + size]
+        product = memory[: len(latents) * len(tile)].view(len(latents), len(tile))
+        yield first, torch.mm(latents, tile.T, out=product)
+
+
+def _checked(codes: RaggedCodes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes, contiguous. Raises UsageError for a latent that does not exist."""
+    indices, values, offsets = (part.contiguous() for part in codes)
+    assert len(indices) < 1 << 31 and int(offsets[-1]) == len(indices)
+    if _call("any_outside", indices, len(indices), d_sae):
+        raise UsageError(
+            f"the codes name latents from {int(indices.min())} to {int(indices.max())}, but this "
+            f"dictionary has {d_sae}, counted from 0"
+        )
+    return indices, values, offsets
+
+
+def _call(name: str, *arguments: Tensor | int | float | None) -> int:
+    """Call a kernel with pointers to the tensors, and the number of threads last."""
+    kernel = getattr(library(), name)
+    return kernel(*map(_argument, arguments), ctypes.c_int64(torch.get_num_threads()))
+
+
+def _argument(
+    value: Tensor | int | float | None,
+) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous() and value.device.type == "cpu"
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)

@@ -1,0 +1,498 @@
+// The sparse operations on the CPU, for compiled.py, which builds this file when it is first needed.
+//
+// Portable C++: the loops over a row's entries are left to the compiler to vectorise, and threads
+// split rows or latents so that no two add to the same number. Every result is therefore the same
+// for any number of threads. Encoder and decoder are [d_sae, width], latents are rows.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using bfloat16 = uint16_t;  // its bits
+
+inline float from_bits(int32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline int32_t to_bits(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float widen(float value) { return value; }
+inline float widen(bfloat16 value) { return from_bits(int32_t(uint32_t(value) << 16)); }
+
+inline void narrow(float value, float& out) { out = value; }
+inline void narrow(float value, bfloat16& out) {  // to the nearest, ties to even, NaN stays NaN
+  const uint32_t bits = uint32_t(to_bits(value));
+  out = value != value ? 0x7fc0 : bfloat16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <class T>
+inline void prefetch(const T* row, int64_t width) {
+#ifdef __GNUC__
+  const char* at = reinterpret_cast<const char*>(row);
+  for (int64_t offset = 0; offset < width * int64_t(sizeof(T)); offset += 64)
+    __builtin_prefetch(at + offset);
+#endif
+}
+
+// ---- Encoding. The product comes transposed, [latents, rows], a block of latents at a time, so
+// that a block stays in cache and neighbouring entries belong to different rows: what must be
+// compared with a row's own bound is then one vector comparison. Each row has a list of candidates.
+
+constexpr int kLatents = 8;  // of a strip: as many rows and latents are looked at together
+constexpr int kRows = 64;
+
+struct Lists {
+  int64_t capacity;
+  int32_t* latents;  // [rows, capacity]
+  float* values;     // [rows, capacity]
+  int32_t* counts;   // [rows]
+};
+
+int at_least(const float* values, int count, float bound) {
+  int found = 0;
+#pragma omp simd reduction(+ : found)
+  for (int i = 0; i < count; i++) found += values[i] >= bound;
+  return found;
+}
+
+// Keep the k largest, or up to `slack` more if that is found sooner; of equal ones the first come
+// first. No value is below `bound`, which rises to what a later value must exceed. Positive
+// floats are ordered as their bits are, so that the bound is found by halving an interval of bits.
+int keep_largest(float* values, int32_t* latents, int count, int k, int slack, float& bound) {
+  float largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int i = 0; i < count; i++) largest = std::max(largest, values[i]);
+  int32_t low = to_bits(bound), high = to_bits(largest) + 1;  // at least k; fewer than k
+  int kept = count;
+  while (kept > k + slack && high - low > 1) {
+    const int32_t middle = low + (high - low) / 2;
+    const int found = at_least(values, count, from_bits(middle));
+    if (found >= k) {
+      low = middle;
+      kept = found;
+    } else {
+      high = middle;
+    }
+  }
+  bound = from_bits(low);
+  int ties = kept <= k + slack ? count : k - at_least(values, count, from_bits(low + 1));
+  int out = 0;
+  for (int i = 0; i < count; i++) {
+    bool keep = values[i] > bound;
+    if (values[i] == bound && ties > 0) {
+      keep = true;
+      ties--;
+    }
+    values[out] = values[i];
+    latents[out] = latents[i];
+    out += keep;
+  }
+  return out;
+}
+
+template <class T>
+struct TopK {  // candidates above the row's own bound
+  const T* product;
+  const T* bias;
+  int64_t rows, first;
+  int k;
+  Lists lists;
+  float* bounds;
+
+  float entry(int64_t latent, int64_t row) const {
+    return widen(product[latent * rows + row]) + widen(bias[latent]);
+  }
+  float level(int64_t) const { return 0; }
+  const float* limits(int64_t row) const { return bounds + row; }
+
+  void add(int64_t latent, int64_t latents, int64_t row) const {
+    int32_t* const numbers = lists.latents + row * lists.capacity;
+    float* const values = lists.values + row * lists.capacity;
+    const float bound = bounds[row];
+    int count = lists.counts[row];
+    for (int64_t l = 0; l < latents; l++) {
+      values[count] = entry(latent + l, row);
+      numbers[count] = int32_t(first + latent + l);
+      count += values[count] > bound;
+    }
+    if (count + kLatents >= lists.capacity)
+      count = keep_largest(values, numbers, count, k, k / 2, bounds[row]);
+    lists.counts[row] = count;
+  }
+
+  // The first block: bounds from the maxima of groups of latents. The k-th largest of those is
+  // below the k-th largest of all, and close, since the k largest mostly fall in different groups.
+  void begin(int64_t latents, int64_t row, int count) const {
+    const int groups = 4 * k;
+    std::vector<float> maxima(size_t(groups) * kRows, 0.0f);
+    for (int64_t latent = 0; latent < latents; latent++) {
+      float* const group = maxima.data() + (latent % groups) * kRows;
+      const T* const entries = product + latent * rows + row;
+      const float shift = widen(bias[latent]);
+      for (int s = 0; s < count; s++) group[s] = std::max(group[s], widen(entries[s]) + shift);
+    }
+    int32_t low[kRows] = {}, high[kRows], middle[kRows], found[kRows];
+    std::fill(high, high + kRows, 0x7f800000);
+    for (int halving = 0; halving < 16; halving++) {
+      for (int s = 0; s < kRows; s++) middle[s] = low[s] + (high[s] - low[s]) / 2;
+      std::fill(found, found + kRows, 0);
+      for (int g = 0; g < groups; g++) {
+        int32_t bits[kRows];
+        std::memcpy(bits, maxima.data() + g * kRows, sizeof bits);
+        for (int s = 0; s < kRows; s++) found[s] += bits[s] >= middle[s];
+      }
+      for (int s = 0; s < kRows; s++) {
+        low[s] = found[s] >= k ? middle[s] : low[s];
+        high[s] = found[s] >= k ? high[s] : middle[s];
+      }
+    }
+    for (int s = 0; s < count; s++) {
+      bounds[row + s] = from_bits(std::max(low[s] - 1, 0));  // entries must exceed it
+      lists.counts[row + s] = 0;
+    }
+  }
+};
+
+template <class T>
+struct Above {  // candidates above their latent's threshold
+  const T* product;
+  const T* bias;
+  int64_t rows, first;
+  const float* thresholds;
+  Lists lists;
+
+  float entry(int64_t latent, int64_t row) const {
+    return widen(product[latent * rows + row]) + widen(bias[latent]);
+  }
+  float level(int64_t latent) const { return thresholds[latent]; }
+  const float* limits(int64_t) const {
+    static const float zeros[kRows] = {};
+    return zeros;
+  }
+
+  void add(int64_t latent, int64_t latents, int64_t row) const {
+    int32_t* const numbers = lists.latents + row * lists.capacity;
+    float* const values = lists.values + row * lists.capacity;
+    int count = lists.counts[row];  // counts on when the list is full: the caller makes it longer
+    for (int64_t l = 0; l < latents; l++) {
+      const int64_t slot = std::min<int64_t>(count, lists.capacity - 1);
+      const float value = entry(latent + l, row);
+      values[slot] = value;
+      numbers[slot] = int32_t(first + latent + l);
+      count += value > level(latent + l);
+    }
+    lists.counts[row] = count;
+  }
+
+  void begin(int64_t, int64_t row, int count) const {
+    std::fill(lists.counts + row, lists.counts + row + count, 0);
+  }
+};
+
+// kRows rows (or `some` of them) by some latents: one comparison tells whether there is any
+// candidate, and for which rows.
+template <bool whole, class Rule>
+inline void look(const Rule& rule, int64_t latent, int64_t latents, int64_t row, int some) {
+  const int count = whole ? kRows : some;
+  float excess[kRows];
+  for (int s = 0; s < count; s++) excess[s] = -1;
+  for (int64_t l = latent; l < latent + latents; l++) {
+    const auto* const entries = rule.product + l * rule.rows + row;
+    const float shift = widen(rule.bias[l]), level = rule.level(l);
+    for (int s = 0; s < count; s++)
+      excess[s] = std::max(excess[s], widen(entries[s]) + shift - level);
+  }
+  const float* const limits = rule.limits(row);
+  int any = 0;
+  for (int s = 0; s < count; s++) any |= excess[s] > limits[s];
+  if (!any) return;
+  uint8_t flags[kRows] = {};
+  for (int s = 0; s < count; s++) flags[s] = excess[s] > limits[s];
+  for (int eight = 0; eight < kRows; eight += 8) {
+    uint64_t word;
+    std::memcpy(&word, flags + eight, sizeof word);
+    if (word == 0) continue;
+    for (int s = eight; s < eight + 8; s++)
+      if (flags[s]) rule.add(latent, latents, row + s);
+  }
+}
+
+template <class Rule>
+void look_through(const Rule& rule, int64_t latents, int64_t threads) {
+  const int64_t share = (rule.rows + threads * kRows - 1) / (threads * kRows) * kRows;
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t thread = 0; thread < threads; thread++) {
+    const int64_t begin = std::min(rule.rows, thread * share);
+    const int64_t end = std::min(rule.rows, begin + share);
+    if (rule.first == 0)
+      for (int64_t row = begin; row < end; row += kRows)
+        rule.begin(latents, row, int(std::min<int64_t>(kRows, end - row)));
+    for (int64_t latent = 0; latent < latents; latent += kLatents) {
+      const int64_t some = std::min<int64_t>(kLatents, latents - latent);
+      for (int64_t row = begin; row < end; row += kRows) {
+        if (row + kRows <= end && some == kLatents)
+          look<true>(rule, latent, kLatents, row, kRows);
+        else
+          look<false>(rule, latent, some, row, int(std::min<int64_t>(kRows, end - row)));
+      }
+    }
+  }
+}
+
+// ---- Sums over rows and latents.
+
+template <class T>
+inline void add_scaled(float* __restrict sum, const T* __restrict row, float by, int64_t width) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; i++) sum[i] += by * widen(row[i]);
+}
+
+inline float dot(const float* __restrict a, const float* __restrict b, int64_t width) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+void decode_row(const int64_t* indices, const float* values, int64_t begin, int64_t end,
+                const float* decoder, const float* bias, float* out, int64_t width) {
+  std::memcpy(out, bias, width * sizeof(float));
+  for (int64_t slot = begin; slot < end; slot++) {
+    if (slot + 1 < end) prefetch(decoder + indices[slot + 1] * width, width);
+    add_scaled(out, decoder + indices[slot] * width, values[slot], width);
+  }
+}
+
+template <class T>
+void reconstruct(const int64_t* indices, const float* values, const int64_t* offsets,
+                 const float* decoder, const float* bias, const float* x, const float* row_weights,
+                 const float* column_weights, float* residual, T* output_gradient,
+                 float* by_value, float* row_errors, int64_t batch, int64_t width,
+                 int64_t threads) {
+#pragma omp parallel num_threads(int(threads))
+  {
+    std::vector<float> sums(width), gradients(width);
+    float* const sum = sums.data();
+    float* const gradient = gradients.data();
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < batch; row++) {
+      const int64_t begin = offsets[row], end = offsets[row + 1];
+      decode_row(indices, values, begin, end, decoder, bias, sum, width);
+      const float* const wanted = x + row * width;
+      float* const left = residual + row * width;
+      T* const by_output = output_gradient + row * width;
+      const float weight = row_weights[row];
+      float error = 0;
+#pragma omp simd reduction(+ : error)
+      for (int64_t i = 0; i < width; i++) {
+        left[i] = (sum[i] - wanted[i]) * weight;
+        gradient[i] = left[i] * column_weights[i];
+        error += left[i] * gradient[i];
+        narrow(gradient[i], by_output[i]);
+      }
+      row_errors[row] = error;
+      for (int64_t slot = begin; slot < end; slot++)  // the decoder's rows are still in cache
+        by_value[slot] =
+            values[slot] > 0 ? dot(decoder + indices[slot] * width, gradient, width) : 0;
+    }
+  }
+}
+
+template <class T>
+void weight_gradients(const int64_t* bounds, const int32_t* slots, const int32_t* rows, const T* x,
+                      const T* output_gradient, const float* by_value, const float* values,
+                      float* by_encoder, float* by_decoder, float* by_bias, int64_t d_sae,
+                      int64_t width, int64_t threads) {
+  const int64_t last = bounds[d_sae] - 1;
+#pragma omp parallel for num_threads(int(threads)) schedule(dynamic, 64)
+  for (int64_t latent = 0; latent < d_sae; latent++) {
+    float* const encoder = by_encoder + latent * width;
+    float* const decoder = by_decoder + latent * width;
+    std::memset(encoder, 0, width * sizeof(float));
+    std::memset(decoder, 0, width * sizeof(float));
+    float sum = 0;
+    for (int64_t at = bounds[latent]; at < bounds[latent + 1]; at++) {
+      if (at < last) {
+        prefetch(x + rows[at + 1] * width, width);
+        prefetch(output_gradient + rows[at + 1] * width, width);
+      }
+      add_scaled(encoder, x + rows[at] * width, by_value[slots[at]], width);
+      add_scaled(decoder, output_gradient + rows[at] * width, values[slots[at]], width);
+      sum += by_value[slots[at]];
+    }
+    by_bias[latent] = sum;
+  }
+}
+
+struct Adam {
+  float step_size, root_scale, keep_mean, keep_square, epsilon;
+
+  float operator()(float parameter, float gradient, float& mean, float& square) const {
+    mean += (gradient - mean) * (1 - keep_mean);
+    square = square * keep_square + gradient * gradient * (1 - keep_square);
+    return parameter - step_size * mean / (std::sqrt(square) * root_scale + epsilon);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+#define ENCODERS(T, NAME)                                                                         \
+  void topk_##NAME(const T* product, const T* bias, int64_t latents, int64_t rows, int64_t first, \
+                   int64_t k, int64_t capacity, int32_t* numbers, float* values, int32_t* counts, \
+                   float* bounds, int64_t threads) {                                              \
+    const Lists lists{capacity, numbers, values, counts};                                         \
+    look_through(TopK<T>{product, bias, rows, first, int(k), lists, bounds}, latents, threads);   \
+  }                                                                                               \
+  void above_##NAME(const T* product, const T* bias, const float* thresholds, int64_t latents,    \
+                    int64_t rows, int64_t first, int64_t capacity, int32_t* numbers,              \
+                    float* values, int32_t* counts, int64_t threads) {                            \
+    const Lists lists{capacity, numbers, values, counts};                                         \
+    look_through(Above<T>{product, bias, rows, first, thresholds, lists}, latents, threads);      \
+  }
+ENCODERS(float, float32)
+ENCODERS(bfloat16, bfloat16)
+
+void finish_topk(int64_t rows, int64_t k, int64_t capacity, int32_t* numbers, float* values,
+                 const int32_t* counts, float* bounds, int64_t* indices, float* best,
+                 int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    int32_t* const from = numbers + row * capacity;
+    float* const value = values + row * capacity;
+    int64_t count = counts[row];
+    if (count > k) count = keep_largest(value, from, int(count), int(k), 0, bounds[row]);
+    for (int64_t i = 0; i < k; i++) {
+      indices[row * k + i] = i < count ? from[i] : 0;
+      best[row * k + i] = i < count ? value[i] : 0;
+    }
+  }
+}
+
+void finish_above(int64_t rows, int64_t capacity, const int32_t* numbers, const float* values,
+                  const int64_t* offsets, int64_t* indices, float* found, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t count = offsets[row + 1] - offsets[row];
+    std::copy_n(numbers + row * capacity, count, indices + offsets[row]);
+    std::copy_n(values + row * capacity, count, found + offsets[row]);
+  }
+}
+
+void decode(const int64_t* indices, const float* values, const int64_t* offsets,
+            const float* decoder, const float* bias, float* out, int64_t batch, int64_t width,
+            int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t row = 0; row < batch; row++)
+    decode_row(indices, values, offsets[row], offsets[row + 1], decoder, bias, out + row * width,
+               width);
+}
+
+void value_gradients(const int64_t* indices, const float* values, const int64_t* offsets,
+                     const float* decoder, const float* output_gradient, float* out, int64_t batch,
+                     int64_t width, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t row = 0; row < batch; row++) {
+    for (int64_t slot = offsets[row]; slot < offsets[row + 1]; slot++) {
+      if (slot + 1 < offsets[row + 1]) prefetch(decoder + indices[slot + 1] * width, width);
+      const float* const direction = decoder + indices[slot] * width;
+      out[slot] = values[slot] > 0 ? dot(direction, output_gradient + row * width, width) : 0;
+    }
+  }
+}
+
+#define RECONSTRUCT(T, NAME)                                                                       \
+  void reconstruct_##NAME(const int64_t* indices, const float* values, const int64_t* offsets,     \
+                          const float* decoder, const float* bias, const float* x,                 \
+                          const float* row_weights, const float* column_weights, float* residual,  \
+                          T* output_gradient, float* by_value, float* row_errors, int64_t batch,   \
+                          int64_t width, int64_t threads) {                                        \
+    reconstruct(indices, values, offsets, decoder, bias, x, row_weights, column_weights, residual, \
+                output_gradient, by_value, row_errors, batch, width, threads);                     \
+  }                                                                                                \
+  void weight_gradients_##NAME(const int64_t* bounds, const int32_t* slots, const int32_t* rows,   \
+                               const T* x, const T* output_gradient, const float* by_value,        \
+                               const float* values, float* by_encoder, float* by_decoder,          \
+                               float* by_bias, int64_t d_sae, int64_t width, int64_t threads) {    \
+    weight_gradients(bounds, slots, rows, x, output_gradient, by_value, values, by_encoder,        \
+                     by_decoder, by_bias, d_sae, width, threads);                                  \
+  }
+RECONSTRUCT(float, float32)
+RECONSTRUCT(bfloat16, bfloat16)
+
+// Slots in order of their latents, those of one latent in the order of the batch: a counting sort.
+// Latent j owns bounds[j] up to bounds[j + 1] of `slots` and of `rows`, the rows they come from.
+void group_by_latent(const int64_t* indices, const int64_t* offsets, int64_t batch, int64_t d_sae,
+                     int64_t* bounds, int32_t* slots, int32_t* rows) {
+  std::fill(bounds, bounds + d_sae + 1, 0);
+  for (int64_t slot = 0; slot < offsets[batch]; slot++) bounds[indices[slot] + 1]++;
+  for (int64_t latent = 0; latent < d_sae; latent++) bounds[latent + 1] += bounds[latent];
+  std::vector<int64_t> next(bounds, bounds + d_sae);
+  for (int64_t row = 0; row < batch; row++) {
+    for (int64_t slot = offsets[row]; slot < offsets[row + 1]; slot++) {
+      const int64_t place = next[indices[slot]]++;
+      slots[place] = int32_t(slot);
+      rows[place] = int32_t(row);
+    }
+  }
+}
+
+// Whether a number is not in [0, d_sae).
+int64_t any_outside(const int64_t* indices, int64_t count, int64_t d_sae) {
+  int64_t outside = 0;
+  for (int64_t i = 0; i < count; i++) outside |= uint64_t(indices[i]) >= uint64_t(d_sae);
+  return outside;
+}
+
+// Adam over encoder and decoder rows, the decoder's then divided by their norms; the encoder also
+// goes to `fast` unless that is null.
+void adam_rows(float* encoder, float* decoder, const float* by_encoder, const float* by_decoder,
+               float* encoder_mean, float* decoder_mean, float* encoder_square,
+               float* decoder_square, bfloat16* fast, int64_t d_sae, int64_t width,
+               double step_size, double root_scale, double keep_mean, double keep_square,
+               double epsilon, double smallest_norm, int64_t threads) {
+  const Adam adam{float(step_size), float(root_scale), float(keep_mean), float(keep_square),
+                  float(epsilon)};
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t latent = 0; latent < d_sae; latent++) {
+    const int64_t begin = latent * width;
+    {
+      float* __restrict row = encoder + begin;
+      const float* __restrict gradient = by_encoder + begin;
+      float* __restrict mean = encoder_mean + begin;
+      float* __restrict square = encoder_square + begin;
+#pragma omp simd
+      for (int64_t i = 0; i < width; i++) row[i] = adam(row[i], gradient[i], mean[i], square[i]);
+      if (fast) {
+        bfloat16* __restrict copy = fast + begin;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) narrow(row[i], copy[i]);
+      }
+    }
+    float* __restrict row = decoder + begin;
+    const float* __restrict gradient = by_decoder + begin;
+    float* __restrict mean = decoder_mean + begin;
+    float* __restrict square = decoder_square + begin;
+    float norm = 0;
+#pragma omp simd reduction(+ : norm)
+    for (int64_t i = 0; i < width; i++) {
+      row[i] = adam(row[i], gradient[i], mean[i], square[i]);
+      norm += row[i] * row[i];
+    }
+    const float scale = 1 / std::max(std::sqrt(norm), float(smallest_norm));
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) row[i] *= scale;
+  }
+}
+
+}  // extern "C"
