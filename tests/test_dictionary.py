@@ -5,12 +5,12 @@ import torch
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.sparsity import ReLU, TopK
+from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.sparse.codes import Codes
 
 D_IN, D_SAE = 12, 80
-SPARSITIES = [TopK(5), ReLU()]
+SPARSITIES = [TopK(5), ReLU(), JumpReLU()]
 
 
 def make(sparsity, seed=0) -> Dictionary:
@@ -20,6 +20,7 @@ def make(sparsity, seed=0) -> Dictionary:
         W_dec=torch.randn(D_SAE, D_IN, generator=draw),
         b_enc=torch.randn(D_SAE, generator=draw),
         b_dec=torch.randn(D_IN, generator=draw),
+        threshold=torch.rand(D_SAE, generator=draw) * 3 if sparsity.has_threshold else None,
         sparsity=sparsity,
         info=DictionaryInfo(site="blocks.1.hook_resid_post"),
     )
@@ -35,6 +36,8 @@ def by_hand(dictionary, x):
     if isinstance(dictionary.sparsity, TopK):
         kth = pre.sort(dim=-1, descending=True).values[..., dictionary.sparsity.k - 1, None]
         pre = torch.where(pre >= kth, pre, 0.0)
+    if isinstance(dictionary.sparsity, JumpReLU):
+        pre = torch.where(pre > dictionary.threshold.double(), pre, 0.0)
     latents = pre.clamp(min=0)
     return latents, latents @ dictionary.W_dec.double() + dictionary.b_dec.double()
 
@@ -48,7 +51,8 @@ def test_encode_and_decode_equal_the_definition(sparsity, shape):
     assert dense.shape == (*shape, D_SAE)
     assert codes.indices.shape[:-1] == codes.values.shape[:-1] == shape
     torch.testing.assert_close(dense.double(), latents, atol=1e-5, rtol=1e-5)
-    scattered = torch.zeros(*shape, D_SAE).scatter_(-1, codes.indices, codes.values)
+    # unused slots add their 0 to some latent, in use or not
+    scattered = torch.zeros(*shape, D_SAE).scatter_add_(-1, codes.indices, codes.values)
     torch.testing.assert_close(scattered, dense, atol=1e-5, rtol=1e-5)
     for result in (dictionary(x), dictionary.decode(dense), dictionary.decode(codes)):
         assert result.shape == x.shape
@@ -105,13 +109,30 @@ def test_wrong_width_is_a_sentence():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("W_dec", (D_IN, D_SAE)), ("b_enc", (D_IN,)), ("b_dec", (D_SAE,))]
+    ("name", "shape"),
+    [
+        ("W_dec", (D_IN, D_SAE)),
+        ("b_enc", (D_IN,)),
+        ("b_dec", (D_SAE,)),
+        ("threshold", (D_IN,)),
+    ],
 )
 def test_tensors_that_do_not_fit_each_other(name, shape):
-    good = make(TopK(5))
+    good = make(JumpReLU())
     parts = {**dict(good.named_parameters()), name: torch.zeros(shape)}
     with pytest.raises(UsageError, match=f"{name} has the shape"):
-        Dictionary(**parts, sparsity=TopK(5), info=good.info)
+        Dictionary(**parts, sparsity=JumpReLU(), info=good.info)
+
+
+def test_a_threshold_belongs_to_jumprelu():
+    parts = dict(make(TopK(5)).named_parameters())
+    assert "threshold" not in parts and make(TopK(5)).threshold is None
+    info = make(TopK(5)).info
+    with pytest.raises(UsageError, match="the jumprelu architecture needs a threshold"):
+        Dictionary(**parts, sparsity=JumpReLU(), info=info)
+    for sparsity in (TopK(5), ReLU()):
+        with pytest.raises(UsageError, match="architecture has no threshold"):
+            Dictionary(**parts, threshold=torch.zeros(D_SAE), sparsity=sparsity, info=info)
 
 
 def test_misspelt_site():
@@ -128,8 +149,9 @@ def test_k_larger_than_the_dictionary():
         make(TopK(81))
 
 
-def test_module_moves_and_copies():
-    dictionary = make(TopK(5))
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_module_moves_and_copies(sparsity):
+    dictionary = make(sparsity)
     double = copy.deepcopy(dictionary).double()
     assert double(rows(3)).dtype == torch.float64
     torch.testing.assert_close(double(rows(3)), by_hand(dictionary, rows(3))[1])

@@ -11,7 +11,7 @@ from llm_wsae import files
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.files import is_dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.sparsity import ReLU, TopK
+from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 D_IN, D_SAE = 12, 80
@@ -38,6 +38,7 @@ def make(sparsity=TopK(5), seed=0) -> Dictionary:  # noqa: B008 - frozen
         W_dec=torch.randn(D_SAE, D_IN, generator=draw),
         b_enc=torch.randn(D_SAE, generator=draw),
         b_dec=torch.randn(D_IN, generator=draw),
+        threshold=torch.rand(D_SAE, generator=draw) * 3 if sparsity.has_threshold else None,
         sparsity=sparsity,
         info=INFO,
         extras={"gamma": torch.rand(D_IN), "mean": torch.rand(D_IN, dtype=torch.float64)},
@@ -64,7 +65,7 @@ def edit_weights(folder, **changes):
     save_file({name: t for name, t in tensors.items() if t is not None}, path)
 
 
-@pytest.mark.parametrize("sparsity", [TopK(5), ReLU()])
+@pytest.mark.parametrize("sparsity", [TopK(5), ReLU(), JumpReLU()])
 def test_round_trip_is_exact(tmp_path, sparsity):
     saved = make(sparsity)
     saved.save(tmp_path / "a" / "b")
@@ -87,11 +88,12 @@ def test_round_trip_is_exact(tmp_path, sparsity):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_round_the_matrices_once(tmp_path, folder, dtype):
-    saved = make()
+    saved = make(JumpReLU())
     saved.save(tmp_path / "half", dtype=dtype)
     loaded = Dictionary.load(tmp_path / "half")
     assert torch.equal(loaded.W_enc, saved.W_enc.to(dtype).float())
     assert torch.equal(loaded.b_enc, saved.b_enc)
+    assert torch.equal(loaded.threshold, saved.threshold)
     full = (folder / "sae_weights.safetensors").stat().st_size
     assert (tmp_path / "half" / "sae_weights.safetensors").stat().st_size < 0.62 * full
     assert json.loads((tmp_path / "half" / "cfg.json").read_text())["dtype"] == "float32"
@@ -190,7 +192,10 @@ def test_format_of_the_future(folder):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"architecture": "gated"}, "'gated' is not supported; known are 'topk', 'standard'"),
+        (
+            {"architecture": "gated"},
+            "'gated' is not supported; known are 'topk', 'stan",
+        ),
         ({"architecture": "top_k"}, "did you mean 'topk'"),
         ({"k": 0}, "positive whole number"),
         ({"k": 81}, "more than the dictionary's 80 latents"),
@@ -223,6 +228,21 @@ def test_configuration_that_does_not_fit(folder, changes, sentence):
 )
 def test_weights_that_do_not_fit(folder, changes, sentence):
     edit_weights(folder, **changes)
+    with pytest.raises(LlmWsaeError, match=sentence):
+        Dictionary.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "sentence"),
+    [
+        (None, r"instead of \[.*'threshold'\]"),
+        (torch.zeros(D_IN), r"threshold has the shape \[12\], but cfg.json asks for \[80\]"),
+        (torch.full((D_SAE,), float("nan")), "threshold holds 80 NaN"),
+    ],
+)
+def test_thresholds_that_do_not_fit(folder, threshold, sentence):
+    make(JumpReLU()).save(folder)
+    edit_weights(folder, threshold=threshold)
     with pytest.raises(LlmWsaeError, match=sentence):
         Dictionary.load(folder)
 
@@ -280,7 +300,7 @@ def test_configuration_has_the_keys_saelens_reads(folder):
     reason="sae-lens is not installed here (it needs transformer-lens < 4, so its own environment)",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sparsity", [TopK(5), ReLU()])
+@pytest.mark.parametrize("sparsity", [TopK(5), ReLU(), JumpReLU()])
 def test_saelens_loads_it_unchanged_and_computes_the_same(tmp_path, sparsity, dtype):
     from sae_lens import SAE
 

@@ -31,10 +31,12 @@ class Dictionary(nn.Module):
     ``info`` says how it was made; ``extras`` holds what SAELens has no place for: the loss weights
     ``gamma`` [d_in] and statistics of the training rows (``mean``, ``variance``,
     ``robust_variance``, each [d_in]), on the CPU. Parameters do not require gradients until
-    ``requires_grad_()`` is called; gradients with respect to the input always flow.
+    ``requires_grad_()`` is called; gradients with respect to the input always flow. ``threshold``
+    belongs to JumpReLU: a latent is active where its pre-activation exceeds it.
 
-    Raises UsageError when the tensors' shapes do not fit each other or the sparsity, or when
-    ``info.site`` is not the name of a site.
+    Raises UsageError when the tensors' shapes do not fit each other or the sparsity, when there is
+    a threshold without JumpReLU or the other way round, or when ``info.site`` is not the name of a
+    site.
     """
 
     def __init__(
@@ -46,16 +48,23 @@ class Dictionary(nn.Module):
         b_dec: Float[Tensor, " bias_in"],
         sparsity: Sparsity,
         info: DictionaryInfo,
+        threshold: Float[Tensor, " threshold_sae"] | None = None,
         extras: Mapping[str, Tensor] | None = None,
     ):
         super().__init__()
         d_in, d_sae = W_enc.shape
+        if sparsity.has_threshold != (threshold is not None):
+            raise UsageError(
+                f"a dictionary of the {sparsity.architecture} architecture "
+                f"{'needs a' if sparsity.has_threshold else 'has no'} threshold for each latent"
+            )
         for name, tensor, shape in (
             ("W_dec", W_dec, (d_sae, d_in)),
             ("b_enc", b_enc, (d_sae,)),
             ("b_dec", b_dec, (d_in,)),
+            ("threshold", threshold, (d_sae,)),
         ):
-            if tuple(tensor.shape) != shape:
+            if tensor is not None and tuple(tensor.shape) != shape:
                 raise UsageError(
                     f"{name} has the shape {list(tensor.shape)}, but W_enc is [{d_in}, {d_sae}], "
                     f"so {name} must be {list(shape)}"
@@ -66,6 +75,7 @@ class Dictionary(nn.Module):
         self.W_dec = _parameter(W_dec)
         self.b_enc = _parameter(b_enc)
         self.b_dec = _parameter(b_dec)
+        self.register_parameter("threshold", None if threshold is None else _parameter(threshold))
         self.sparsity = sparsity
         self.info = info
         self.extras = {key: tensor.detach().cpu() for key, tensor in (extras or {}).items()}
@@ -95,7 +105,7 @@ class Dictionary(nn.Module):
             tiles = [self._select(rows)]
         else:
             tiles = [self._select(tile) for tile in rows.split(_TILE_ROWS)]
-        width = max(tile.indices.shape[1] for tile in tiles)  # ReLU: tiles differ in width
+        width = max(tile.indices.shape[1] for tile in tiles)  # differs unless k is fixed
         indices = torch.cat([_widen(tile.indices, width) for tile in tiles])
         values = torch.cat([_widen(tile.values, width) for tile in tiles])
         return Codes(
@@ -222,7 +232,7 @@ class Dictionary(nn.Module):
         return rows
 
     def _select(self, rows: Tensor) -> Codes:
-        return self.sparsity.select(torch.addmm(self.b_enc, rows, self.W_enc))
+        return self.sparsity.select(torch.addmm(self.b_enc, rows, self.W_enc), self.threshold)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """The dictionary folder: what SAELens reads, and beside it what it does not know.
 
     cfg.json                  SAELens ≥ 6 configuration
-    sae_weights.safetensors   W_enc, W_dec, b_enc, b_dec
+    sae_weights.safetensors   W_enc, W_dec, b_enc, b_dec, and threshold for JumpReLU
     wsae.json                 how it was made (``DictionaryInfo``), format version
     wsae.safetensors          gamma [d_in] (later perhaps [d_in, d_in]), statistics of the rows
 
@@ -103,7 +103,7 @@ def write_folder(
             f"a dictionary cannot be saved as {dtype}; choose float32, bfloat16 or float16"
         )
     d_in, d_sae = weights["W_enc"].shape
-    # Biases stay exact: they are small, and b_enc moves the selection of every row.
+    # Vectors stay exact: they are small, and b_enc and threshold move the selection of every row.
     stored = {key: w.detach().to(dtype if w.ndim == 2 else w.dtype) for key, w in weights.items()}
     for tensors in (stored, extras):
         _check_finite(tensors, f"the dictionary for {folder}")
@@ -189,6 +189,8 @@ def _stored(folder: Path) -> Content:
     info = _read_info(folder / INFO)
     d_in, d_sae, sparsity = _read_cfg(folder / CFG, info)
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    if sparsity.has_threshold:
+        shapes["threshold"] = (d_sae,)
     weights = _read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
     extras = _read_tensors(folder / EXTRAS, "side tensors", None, None, d_in)
     return Content(weights, sparsity, info, extras)

@@ -24,9 +24,16 @@ class Sparsity(Protocol):
 
     architecture: ClassVar[str]
     """Name of the kind in SAELens' ``cfg.json``."""
+    has_threshold: ClassVar[bool]
+    """Whether a dictionary of this kind has a threshold for each latent."""
 
-    def select(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
-        """The active latents of every row, from its pre-activations; all values ≥ 0."""
+    def select(
+        self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
+    ) -> Codes:
+        """The active latents of every row, from its pre-activations; all values ≥ 0.
+
+        ``threshold`` is there if and only if ``has_threshold``.
+        """
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -46,12 +53,15 @@ class TopK:
     """Active latents in a row, at most."""
 
     architecture: ClassVar[str] = "topk"
+    has_threshold: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.k < 1:
             raise UsageError(f"k = {self.k} active latents is impossible: k must be at least 1")
 
-    def select(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
+    def select(
+        self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
+    ) -> Codes:
         """The k largest pre-activations, negative ones set to 0: exactly k slots a row."""
         best = select_topk(pre, self.k)
         return Codes(best.indices, best.values.relu())
@@ -74,12 +84,13 @@ class ReLU:
     """Every positive pre-activation is active; training keeps them few by an L1 penalty."""
 
     architecture: ClassVar[str] = "standard"
+    has_threshold: ClassVar[bool] = False
 
-    def select(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
+    def select(
+        self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
+    ) -> Codes:
         """All positive pre-activations; as many slots as the fullest row needs (at least 1)."""
-        width = max(1, int((pre > 0).sum(1).max())) if len(pre) else 1
-        values, indices = pre.topk(width, dim=1, sorted=False)
-        return Codes(indices, values.relu())
+        return _positive(pre)
 
     def settings(self) -> dict[str, Any]:
         """Keys of ``cfg.json``: none."""
@@ -89,7 +100,35 @@ class ReLU:
         """Any width will do."""
 
 
-SPARSITIES: dict[str, type[TopK] | type[ReLU]] = {kind.architecture: kind for kind in (TopK, ReLU)}
+@dataclass(frozen=True)
+class JumpReLU:
+    """Pre-activations above their latent's threshold are active (Rajamanoharan et al. 2024).
+
+    JumpReLU learns the thresholds; BatchTopK and Matryoshka, whose selection looks at a whole batch
+    while they train, encode by one threshold for all latents afterwards.
+    """
+
+    architecture: ClassVar[str] = "jumprelu"
+    has_threshold: ClassVar[bool] = True
+
+    def select(
+        self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
+    ) -> Codes:
+        """Positive pre-activations above the threshold; slots as the fullest row needs."""
+        assert threshold is not None
+        return _positive(torch.where(pre > threshold, pre, 0.0))
+
+    def settings(self) -> dict[str, Any]:
+        """Keys of ``cfg.json``: none."""
+        return {}
+
+    def check(self, d_sae: int) -> None:
+        """Any width will do."""
+
+
+SPARSITIES: dict[str, type[TopK] | type[ReLU] | type[JumpReLU]] = {
+    kind.architecture: kind for kind in (TopK, ReLU, JumpReLU)
+}
 
 
 def sparsity_from_settings(cfg: Mapping[str, Any]) -> Sparsity:
@@ -102,6 +141,8 @@ def sparsity_from_settings(cfg: Mapping[str, Any]) -> Sparsity:
         raise LlmWsaeError(f"architecture {name!r} is not supported; {nearest(name, SPARSITIES)}")
     if name == ReLU.architecture:
         return ReLU()
+    if name == JumpReLU.architecture:
+        return JumpReLU()
     k = cfg.get("k")
     if type(k) is not int or k < 1:
         raise LlmWsaeError(f"k is {k!r}, but the topk architecture needs a positive whole number")
@@ -113,4 +154,11 @@ def to_dense(codes: Codes, d_sae: int) -> Float[Tensor, "batch d_sae"]:
     dense = torch.zeros(
         len(codes.indices), d_sae, dtype=codes.values.dtype, device=codes.values.device
     )
-    return dense.scatter_(1, codes.indices, codes.values)
+    return dense.scatter_add_(1, codes.indices, codes.values)  # unused slots: any index, value 0
+
+
+def _positive(pre: Tensor) -> Codes:
+    """All positive entries, in as many slots as the fullest row needs (at least 1)."""
+    width = max(1, int((pre > 0).sum(1).max())) if len(pre) else 1
+    best = select_topk(pre, width)
+    return Codes(best.indices, best.values.relu())

@@ -7,9 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.dictionary.sparsity import ReLU, Sparsity, TopK
+from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
 from llm_wsae.statistics.weights import LossWeights
 from llm_wsae.train.auxk import add_auxk_gradients
+from llm_wsae.train.batch_topk import RunningThreshold, batch_topk_step
+from llm_wsae.train.config import Architecture
+from llm_wsae.train.jumprelu import LearntThreshold, jumprelu_step
+from llm_wsae.train.matryoshka import matryoshka_step
 from llm_wsae.train.parameters import Batch, Parameters, Step, initial_parameters
 from llm_wsae.train.relu import relu_step
 from llm_wsae.train.topk import topk_step
@@ -24,22 +28,43 @@ class ArmConfig:
     weights: LossWeights
     """Loss weights γ, normalised for the site."""
     k: int | None = None
-    """Active latents of a TopK arm; None makes a ReLU arm."""
+    """Active latents in a row, of every architecture but ReLU; None makes a ReLU arm."""
     l1: float = 0.0
     """L1 coefficient of a ReLU arm."""
     seed: int = 0
     """Seed of the initial weights."""
+    architecture: Architecture = "topk"
+    """What keeps the active latents to k; without k it means nothing."""
 
     @property
     def name(self) -> str:
         """Folder name of the arm: weights, sparsity, and the seed unless it is 0."""
-        sparsity = f"relu-l{self.l1:g}" if self.k is None else f"k{self.k}"
+        prefix = "" if self.architecture == "topk" else f"{self.architecture}-"
+        sparsity = f"relu-l{self.l1:g}" if self.k is None else f"{prefix}k{self.k}"
         return f"{self.weights.name}-{sparsity}" + (f"-s{self.seed}" if self.seed else "")
+
+    def kind(self) -> dict[str, Any]:
+        """The architecture and its number, for a dictionary to remember."""
+        if self.k is None:
+            return {"architecture": "relu", "l1": self.l1}
+        return {"architecture": self.architecture, "k": self.k}
 
     @property
     def sparsity(self) -> Sparsity:
-        """The sparsity of the finished dictionary."""
-        return ReLU() if self.k is None else TopK(self.k)
+        """The sparsity of the finished dictionary: thresholds stand for a selection in a batch."""
+        if self.k is None:
+            return ReLU()
+        return TopK(self.k) if self.architecture == "topk" else JumpReLU()
+
+    @property
+    def revives(self) -> bool:
+        """Whether dead latents get the AuxK loss: where others keep them from being selected."""
+        return self.k is not None and self.architecture != "jumprelu"
+
+    def check(self, d_sae: int) -> None:
+        """Raise UsageError if a dictionary of ``d_sae`` latents cannot have so few or so many."""
+        if self.k is not None:
+            TopK(self.k).check(d_sae)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on, as JSON."""
@@ -50,6 +75,8 @@ class ArmConfig:
             "k": self.k,
             "l1": self.l1,
             "seed": self.seed,
+            # TopK and ReLU were there before the name was: their trainings still go on
+            "architecture": None if isinstance(self.sparsity, TopK | ReLU) else self.architecture,
         }
 
 
@@ -67,10 +94,11 @@ class Arm:
     """Parameters, optimiser state and counters of one arm on a device."""
 
     def __init__(self, config: ArmConfig, d_in: int, d_sae: int, device: torch.device):
-        config.sparsity.check(d_sae)
+        config.check(d_sae)
         self.config = config
         self.gamma = config.weights.gamma.to(device)
         self.parameters = initial_parameters(d_in, d_sae, config.seed, device)
+        self.threshold = _threshold(config, d_sae, device)
         self.last_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self._optimiser = torch.optim.Adam(
             list(self.parameters), betas=ADAM_BETAS, fused=device.type in ("cpu", "cuda")
@@ -83,7 +111,7 @@ class Arm:
         """One optimiser step. ``rows_seen`` counts all rows up to and including this batch."""
         with torch.no_grad():
             step = self.evaluate(batch)
-            if aux > 0 and self.config.k is not None:
+            if aux > 0 and self.config.revives:
                 self._revive(step, batch, rows_seen, aux, dead_after)
             self.last_fired[step.firings > 0] = rows_seen
             for parameter, gradient in zip(self.parameters, step.gradients, strict=True):
@@ -95,13 +123,22 @@ class Arm:
                 parameter.grad = None  # else the next gradients are made while these still live
             decoder = self.parameters.decoder
             decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=1e-8)
+            if self.threshold is not None:
+                self.threshold.follow(step.for_threshold, learning_rate)
             self._record(step, batch)
 
     def evaluate(self, batch: Batch) -> Step:
         """Loss and gradients on a batch, changing nothing."""
-        if self.config.k is None:
-            return relu_step(self.parameters, batch, self.gamma, self.config.l1)
-        return topk_step(self.parameters, batch, self.gamma, self.config.k)
+        parameters, gamma, k, threshold = self.parameters, self.gamma, self.config.k, self.threshold
+        if k is None:
+            return relu_step(parameters, batch, gamma, self.config.l1)
+        if isinstance(threshold, LearntThreshold):
+            return jumprelu_step(parameters, batch, gamma, k, threshold.log)
+        if isinstance(threshold, RunningThreshold):
+            nested = self.config.architecture == "matryoshka"
+            step = matryoshka_step if nested else batch_topk_step
+            return step(parameters, batch, gamma, k, threshold.guess())
+        return topk_step(parameters, batch, gamma, k)
 
     def dead(self, rows_seen: int, dead_after: int) -> Tensor:
         """Which latents have not fired for ``dead_after`` rows. [d_sae] bool."""
@@ -141,6 +178,8 @@ class Arm:
         for name, parameter in self.parameters._asdict().items():
             for key, value in self._optimiser.state.get(parameter, {}).items():
                 tensors[f"{name}.{key}"] = value
+        if self.threshold is not None:
+            tensors |= {f"threshold.{key}": value for key, value in self.threshold.state().items()}
         tensors |= {f"progress.{name}": value for name, value in vars(self.progress).items()}
         return tensors
 
@@ -156,6 +195,11 @@ class Arm:
                 )
                 for key in keys
             }
+        if self.threshold is not None:
+            prefix = "threshold."
+            self.threshold.load_state(
+                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            )
         self.progress = Progress(
             **{
                 name: tensors[f"progress.{name}"].to(self.gamma.device)
@@ -164,18 +208,36 @@ class Arm:
         )
 
 
-def folded(parameters: Parameters, mean: Float[Tensor, " d_in"], scale: float) -> dict[str, Tensor]:
-    """The dictionary's four tensors with input centring and scaling folded in, float32.
+def _threshold(
+    config: ArmConfig, d_sae: int, device: torch.device
+) -> RunningThreshold | LearntThreshold | None:
+    if config.k is None or config.architecture == "topk":
+        return None
+    if config.architecture == "jumprelu":
+        return LearntThreshold(config.k, d_sae, device)
+    return RunningThreshold(d_sae, device)
+
+
+def folded(
+    parameters: Parameters,
+    mean: Float[Tensor, " d_in"],
+    scale: float,
+    threshold: Float[Tensor, " d_sae"] | None = None,
+) -> dict[str, Tensor]:
+    """The dictionary's tensors with input centring and scaling folded in, float32.
 
     Training sees x' = (x − mean)/scale. With latents measured in the units of x (scale times
-    larger) decoder rows keep unit norm and W_enc stays as it is; only the biases change:
-    b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean.
+    larger) decoder rows keep unit norm and W_enc stays as it is; only the vectors change:
+    b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean, threshold ← scale·threshold.
     """
     encoder, decoder, encoder_bias, decoder_bias = (p.detach().cpu().double() for p in parameters)
     mean = mean.cpu().double()
-    return {
+    tensors = {
         "W_enc": encoder.T.float().contiguous(),
         "W_dec": decoder.float(),
         "b_enc": (scale * encoder_bias - encoder @ mean).float(),
         "b_dec": (scale * decoder_bias + mean).float(),
     }
+    if threshold is not None:
+        tensors["threshold"] = (scale * threshold.cpu().double()).float()
+    return tensors

@@ -6,6 +6,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.weights import LossWeights, own_weights, weights_from_rule
 from llm_wsae.train.arm import ArmConfig
+from llm_wsae.train.config import Architecture
 
 
 def choose_weights(
@@ -35,8 +36,9 @@ def make_arms(
     ks: Sequence[int],
     l1s: Sequence[float] = (),
     seeds: Sequence[int] = (0,),
+    architectures: Sequence[Architecture] = ("topk",),
 ) -> list[ArmConfig]:
-    """Every combination; TopK arms for ``ks``, ReLU arms for ``l1s``.
+    """Every combination; ``ks`` for each of the architectures, ReLU arms for ``l1s``.
 
     Raises UsageError for a negative L1 coefficient.
     """
@@ -48,7 +50,7 @@ def make_arms(
         for seed in seeds
         for w in weights
         for arm in (
-            *(ArmConfig(w, k=k, seed=seed) for k in ks),
+            *(ArmConfig(w, k=k, seed=seed, architecture=a) for a in architectures for k in ks),
             *(ArmConfig(w, l1=l1, seed=seed) for l1 in l1s),
         )
     ]

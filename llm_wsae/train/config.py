@@ -1,8 +1,14 @@
 """What a training is told. Free of torch, so that the command line can show it at once."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llm_wsae.errors import UsageError
+
+Architecture = Literal["topk", "batch-topk", "matryoshka", "jumprelu"]
+"""What keeps the active latents to k. ``topk``: in every row. ``batch-topk``: on average over the
+batch. ``matryoshka``: likewise, in nested dictionaries. ``jumprelu``: thresholds, under a penalty
+that aims at k on average."""
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,11 @@ class Step(NamedTuple):
     residual: Float[Tensor, "batch d_in"]
     """Reconstruction minus input, masked rows 0."""
     firings: Float[Tensor, " d_sae"]
-    """How often each latent fired in the batch."""
+    """How many rows each latent fired in, masked rows not counted."""
     loss: Float[Tensor, ""]
+    for_threshold: Float[Tensor, ""] | Float[Tensor, " d_sae"] | None = None
+    """What the arm's threshold follows, if it has one: the smallest selected value (BatchTopK), or
+    the gradient by the logarithm of every latent's (JumpReLU)."""
 
 
 def initial_parameters(

@@ -9,13 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.operations import (
-    decode,
-    encode_above,
-    firing_counts,
-    value_gradients,
-    weight_gradients,
-)
+from llm_wsae.sparse.operations import encode_above
+from llm_wsae.train.along import step_along, without_masked
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
 _TILE_ROWS = 1024
@@ -41,21 +36,17 @@ def sparse_relu_step(
     parameters: Parameters, batch: Batch, gamma: Float[Tensor, " d_in"], l1: float
 ) -> Step:
     """``relu_step`` along the active latents only."""
-    encoder, decoder, encoder_bias, decoder_bias = parameters
-    d_sae, fast = len(encoder), batch.x_fast.dtype
+    fast = batch.x_fast.dtype
     codes = encode_above(
-        batch.x_fast, encoder.to(fast), encoder_bias.to(fast), torch.zeros_like(encoder_bias)
+        batch.x_fast,
+        parameters.encoder.to(fast),
+        parameters.encoder_bias.to(fast),
+        torch.zeros_like(parameters.encoder_bias),
     )
-    residual = decode(codes, decoder, decoder_bias).sub_(batch.x).mul_(batch.mask[:, None])
-    loss, output_gradient = weighted_error(residual, batch.mask, gamma)
-    pushed = (_pushed(batch, l1))[codes.rows()]
-    by_value = value_gradients(codes, decoder, output_gradient).add_(pushed)
-    by_encoder, by_decoder, by_bias = weight_gradients(
-        codes, batch.x, output_gradient, by_value, d_sae
-    )
-    gradients = Parameters(by_encoder, by_decoder, by_bias, output_gradient.sum(0))
-    loss = loss + codes.values @ pushed
-    return Step(gradients, residual, firing_counts(codes, d_sae), loss)
+    codes = without_masked(codes, batch)
+    push = _push(batch, l1)
+    step = step_along(codes, parameters, batch, gamma, push)
+    return step._replace(loss=step.loss + push * codes.values.sum())
 
 
 def dense_relu_step(
@@ -71,11 +62,12 @@ def dense_relu_step(
     firings = torch.zeros_like(encoder_bias)
     loss = batch.x.new_zeros(())
     num_rows = batch.mask.sum().clamp(min=1)
-    pushed = _pushed(batch, l1)
+    push = _push(batch, l1)
     for start in range(0, len(batch.x), _TILE_ROWS):
         rows = slice(start, start + _TILE_ROWS)
         x, x_fast, mask = batch.x[rows], batch.x_fast[rows], batch.mask[rows]
         latents = torch.addmm(bias_fast, x_fast, encoder_fast.T).relu_()
+        latents[mask == 0] = 0
         active = latents > 0
         residual[rows] = (
             (latents @ decoder_fast).to(x.dtype).add_(decoder_bias).sub_(x).mul_(mask[:, None])
@@ -83,10 +75,10 @@ def dense_relu_step(
         tile_loss, by_output = weighted_error(residual[rows], mask, gamma)
         share = mask.sum().clamp(min=1) / num_rows  # the tile's mean becomes the batch's
         by_output *= share
-        loss += tile_loss * share + (latents.sum(1, dtype=x.dtype) * pushed[rows]).sum()
+        loss += tile_loss * share + push * latents.sum(dtype=x.dtype)
         by_output_fast = by_output.to(fast)
         by_latent = by_output_fast @ decoder_fast.T
-        by_latent.add_(pushed[rows, None].to(fast)).mul_(active)
+        by_latent.add_(push.to(fast)).mul_(active)
         gradients.encoder.add_(by_latent.T @ x_fast)
         gradients.decoder.add_(latents.T @ by_output_fast)
         gradients.encoder_bias.add_(by_latent.sum(0, dtype=x.dtype))
@@ -95,9 +87,9 @@ def dense_relu_step(
     return Step(gradients, residual, firings, loss)
 
 
-def _pushed(batch: Batch, l1: float) -> Float[Tensor, " batch"]:
-    """Gradient of the penalty by each latent of a row."""
-    return (l1 / batch.mask.sum().clamp(min=1)) * batch.mask
+def _push(batch: Batch, l1: float) -> Float[Tensor, ""]:
+    """Gradient of the penalty by an active latent."""
+    return l1 / batch.mask.sum().clamp(min=1)
 
 
 def _active_share(parameters: Parameters, batch: Batch) -> float:

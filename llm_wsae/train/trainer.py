@@ -91,7 +91,7 @@ class _Training:
             )
         d_sae = config.expansion * source.d_in
         for arm in arms:
-            arm.sparsity.check(d_sae)
+            arm.check(d_sae)
         self.device = choose_device(config.device)
         fast = fast_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
         self.statistics = source.statistics()
@@ -206,10 +206,14 @@ class _Training:
                 corpus=provenance.get("corpus", {}),
                 store=provenance,
                 metrics={"training": self.last_numbers.get(arm.config.name, {})},
-                training={k: v for k, v in self.identity.items() if k not in ("rows", "arms")},
+                training={
+                    **{k: v for k, v in self.identity.items() if k not in ("rows", "arms")},
+                    **arm.config.kind(),
+                },
             )
+            threshold = None if arm.threshold is None else arm.threshold.values()
             Dictionary(
-                **folded(arm.parameters, self.normaliser.mean, self.normaliser.scale),
+                **folded(arm.parameters, self.normaliser.mean, self.normaliser.scale, threshold),
                 sparsity=arm.config.sparsity,
                 info=info,
                 extras={

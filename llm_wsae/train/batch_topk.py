@@ -1,0 +1,95 @@
+"""BatchTopK (Bussmann, Leask & Nanda 2024): k active latents per row on average over the batch.
+
+The largest pre-activations of the whole batch are active, so that a row with much in it may have
+more of them than one with little. Encoding a row must not depend on its neighbours, so a finished
+dictionary uses a threshold instead, as the paper does: the mean over batches of the smallest
+pre-activation that was selected. It is saved as the JumpReLU that it then is.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.sparse.codes import RaggedCodes
+from llm_wsae.sparse.operations import encode_batch_topk
+from llm_wsae.train.along import step_along
+from llm_wsae.train.parameters import Batch, Parameters, Step
+
+_LAST_SHARE, _MOST_STEPS = 10, 100
+_BELOW = 0.9  # the smallest value varies little from batch to batch
+
+
+def batch_topk_step(
+    parameters: Parameters, batch: Batch, gamma: Float[Tensor, " d_in"], k: int, guess: float
+) -> Step:
+    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients.
+
+    ``guess`` (see ``RunningThreshold``) makes it fast and never changes the result.
+    """
+    codes = batch_topk_codes(parameters, batch, k, guess)
+    step = step_along(codes, parameters, batch, gamma)
+    return step._replace(for_threshold=smallest_value(codes))
+
+
+def batch_topk_codes(parameters: Parameters, batch: Batch, k: int, guess: float) -> RaggedCodes:
+    """The largest positive pre-activations of the batch, k per row that is not masked.
+
+    A masked row is 0 and would otherwise be encoded by its biases.
+    """
+    fast, kept = batch.x_fast.dtype, batch.mask.bool()
+    everywhere = bool(kept.all())
+    codes = encode_batch_topk(
+        batch.x_fast if everywhere else batch.x_fast[kept],
+        parameters.encoder.to(fast),
+        parameters.encoder_bias.to(fast),
+        k,
+        guess,
+    )
+    if everywhere:
+        return codes
+    kept_before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+    return codes._replace(offsets=codes.offsets[kept_before])
+
+
+def smallest_value(codes: RaggedCodes) -> Float[Tensor, ""]:
+    """The smallest active value; 0 if no latent is active."""
+    if len(codes.values) == 0:
+        return codes.values.new_zeros(())
+    smallest = codes.values.masked_fill(codes.values <= 0, torch.inf).min()
+    return smallest.masked_fill(smallest.isinf(), 0)
+
+
+class RunningThreshold:
+    """The mean of what the last steps saw as their smallest value; one for all latents.
+
+    It goes over about the last tenth of the steps, at most 100 of them: the value moves while the
+    dictionary learns, fastest at the start, and the one of the finished dictionary is wanted.
+    """
+
+    def __init__(self, d_sae: int, device: torch.device):
+        self.mean = torch.zeros((), dtype=torch.float64, device=device)
+        self._d_sae = d_sae
+        self._steps = 0
+
+    def follow(self, smallest: Float[Tensor, ""], learning_rate: float) -> None:
+        """Take in one more step. The mean has no use for the learning rate."""
+        self._steps += 1
+        share = _LAST_SHARE / (self._steps + _LAST_SHARE - 1)
+        self.mean.lerp_(smallest.double(), max(share, 1 / _MOST_STEPS))
+
+    def guess(self) -> float:
+        """A value that the next step's smallest one will not be much above, nor ever so below."""
+        return _BELOW * float(self.mean)
+
+    def values(self) -> Float[Tensor, " d_sae"]:
+        """The threshold of every latent, in normalised units."""
+        return self.mean.float().expand(self._d_sae)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+        return {"mean": self.mean, "steps": torch.tensor(self._steps)}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of ``state``."""
+        self.mean.copy_(tensors["mean"])
+        self._steps = int(tensors["steps"])

@@ -1,0 +1,126 @@
+"""JumpReLU (Rajamanoharan et al. 2024): every latent learns the threshold above which it is active.
+
+The loss jumps where a pre-activation z crosses its threshold θ, so its gradient by θ is estimated
+from the pre-activations near it (the paper's eqs. 11 and 12): for a rectangle K of width ε,
+
+    ∂z·[z > θ]/∂θ ≈ −θ/ε · K((z − θ)/ε)        ∂[z > θ]/∂θ ≈ −1/ε · K((z − θ)/ε)
+
+As in the paper only θ gets this pseudo-gradient, and log θ is what is learnt.
+
+Two choices are not the paper's. The penalty is λ(L0/k − 1)², with L0 the mean over the batch: the
+number of active latents is then chosen, as with the other architectures, instead of found by trying
+λ (Gemma Scope 2 and dictionary_learning penalise the same way). And thresholds do not start near 0
+but where about k latents are active: Adam moves log θ by about the learning rate a step, so they
+would not arrive in a short training, and half of all latents would be active until then.
+"""
+
+import math
+from statistics import NormalDist
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.sparse.operations import (
+    decode,
+    encode_above,
+    firing_counts,
+    value_gradients,
+    weight_gradients,
+)
+from llm_wsae.sparse.reference import BETAS, EPSILON
+from llm_wsae.train.along import without_masked
+from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
+
+BANDWIDTH = 0.05
+"""ε, in units in which a dimension has variance 1."""
+COEFFICIENT = 1.0
+"""λ. The loss is a fraction of the variance, so this allows L0 to be a few percent off."""
+
+
+def jumprelu_step(
+    parameters: Parameters,
+    batch: Batch,
+    gamma: Float[Tensor, " d_in"],
+    k: int,
+    log_threshold: Float[Tensor, " d_sae"],
+) -> Step:
+    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) + λ(L0/k − 1)² and its gradients.
+
+    A pre-activation that is not positive is in no window, however small θ.
+    """
+    encoder, decoder, encoder_bias, decoder_bias = parameters
+    d_sae, fast = len(encoder), batch.x_fast.dtype
+    threshold = log_threshold.exp()
+    window_start = (threshold - BANDWIDTH / 2).clamp_(min=0)
+    near = encode_above(batch.x_fast, encoder.to(fast), encoder_bias.to(fast), window_start)
+    near = without_masked(near, batch)  # everything active, and what is just below its threshold
+    its_threshold = threshold[near.indices]
+    active = near.values > its_threshold
+    codes = near._replace(values=near.values * active)
+
+    residual = decode(codes, decoder, decoder_bias).sub_(batch.x).mul_(batch.mask[:, None])
+    loss, output_gradient = weighted_error(residual, batch.mask, gamma)
+    by_near = value_gradients(near, decoder, output_gradient)
+    by_encoder, by_decoder, by_bias = weight_gradients(
+        codes, batch.x, output_gradient, by_near * active, d_sae
+    )
+    gradients = Parameters(by_encoder, by_decoder, by_bias, output_gradient.sum(0))
+
+    num_rows = batch.mask.sum().clamp(min=1)
+    excess = active.sum() / num_rows / k - 1
+    by_activity = 2 * COEFFICIENT * excess / (k * num_rows)
+    in_window = (near.values > 0) & (near.values < its_threshold + BANDWIDTH / 2)
+    by_threshold = (its_threshold * by_near + by_activity) * in_window / -BANDWIDTH
+    by_log = torch.zeros_like(log_threshold).index_add_(
+        0, near.indices, by_threshold * its_threshold
+    )
+    loss = loss + COEFFICIENT * excess**2
+    return Step(gradients, residual, firing_counts(codes, d_sae), loss, by_log)
+
+
+class LearntThreshold:
+    """The logarithm of every latent's threshold, and Adam for it."""
+
+    def __init__(self, k: int, d_sae: int, device: torch.device):
+        self.log = torch.full((d_sae,), math.log(initial_threshold(k, d_sae)), device=device)
+        self._mean, self._square = torch.zeros_like(self.log), torch.zeros_like(self.log)
+        self._steps = 0
+
+    def follow(self, gradient: Float[Tensor, " d_sae"], learning_rate: float) -> None:
+        """One step of Adam, with the numbers of the other parameters'."""
+        self._steps += 1
+        beta1, beta2 = BETAS
+        self._mean.lerp_(gradient, 1 - beta1)
+        self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = (self._square / (1 - beta2**self._steps)).sqrt_().add_(EPSILON)
+        self.log.addcdiv_(self._mean, root, value=-learning_rate / (1 - beta1**self._steps))
+
+    def values(self) -> Float[Tensor, " d_sae"]:
+        """The threshold of every latent, in normalised units."""
+        return self.log.exp()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+        return {
+            "log": self.log,
+            "exp_avg": self._mean,
+            "exp_avg_sq": self._square,
+            "steps": torch.tensor(self._steps),
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of ``state``."""
+        self.log.copy_(tensors["log"])
+        self._mean.copy_(tensors["exp_avg"])
+        self._square.copy_(tensors["exp_avg_sq"])
+        self._steps = int(tensors["steps"])
+
+
+def initial_threshold(k: int, d_sae: int) -> float:
+    """Where k of d_sae latents are active if pre-activations are normal with variance 1.
+
+    That they have at the start: rows have variance 1 in a dimension, encoder rows have norm 1.
+    """
+    share = min(k / d_sae, 0.5)
+    return max(NormalDist().inv_cdf(1 - share), BANDWIDTH)
