@@ -132,3 +132,15 @@ def test_bad_rows_are_refused():
     assert s.count == 0
     with pytest.raises(LlmWsaeError, match="lack the tensor 'mean'"):
         Statistics.from_tensors({"count": torch.tensor([0, 1, 1])})
+
+
+def test_robust_covariance_is_that_of_the_clipped_sample():
+    x = rows_of(3000, 4) @ torch.randn(4, 4, generator=torch.Generator().manual_seed(1)).double()
+    s = Statistics(4, 32).update(x, positions_of(len(x)))
+    first = s.robust_covariance
+    order = x.float().sort(0).values
+    clipped = x.float().clamp(order[14], order[-15]).double()  # 14 = 0.5 % of 2999, rounded down
+    torch.testing.assert_close(first, torch.cov(clipped.T, correction=0), rtol=1e-10, atol=0)
+    torch.testing.assert_close(first.diagonal(), s.robust_variance, rtol=1e-12, atol=0)
+    s.update(10 * rows_of(3000, 4), positions_of(3000))
+    assert s.robust_covariance.trace() > 2 * first.trace()  # nothing old is kept

@@ -16,6 +16,7 @@ of the data, so that shards, processes and resumed runs add up:
 import math
 import zlib
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -51,6 +52,7 @@ class Statistics:
         self._sample = torch.empty(0, d_in)
         self._priority = torch.empty(0, dtype=torch.float64)
         self._sample_limit = 1.0  # the sample holds every row whose priority is below this
+        self._of_sample: dict[str, Tensor] = {}  # what was computed from it, until it changes
 
     def update(
         self, rows: Float[Tensor, "rows d_in"], positions: Int[Tensor, " rows"]
@@ -129,6 +131,7 @@ class Statistics:
         self._keep_sample(rows, priority)
 
     def _keep_sample(self, rows: Tensor, priority: Tensor) -> None:
+        self._of_sample = {}  # also what is massive may have changed, even if no row is added
         chosen = priority < self._sample_limit
         sample = torch.cat([self._sample.to(rows.dtype), rows[chosen]])
         priority = torch.cat([self._priority, priority[chosen]])
@@ -173,13 +176,33 @@ class Statistics:
 
         Winsorised over the row sample, so its relative standard error is about 2 % (float64).
         """
+        if "variance" not in self._of_sample:
+            self._of_sample["variance"] = self._winsorised().square().mean(0)
+        return self._of_sample["variance"]
+
+    @property
+    def robust_covariance(self) -> Float[Tensor, "d_in d_in"]:
+        """The covariance of the same winsorised sample; its diagonal is ``robust_variance``.
+
+        Eigenvalues are off by a share of about √(d_in / sample) either way, the smallest ones
+        downwards: 26 % for 576 dimensions and 8192 rows (float64).
+        """
+        if "covariance" not in self._of_sample:
+            centred = self._winsorised()
+            self._of_sample["covariance"] = centred.T @ centred / len(centred)
+        return self._of_sample["covariance"]
+
+    def _winsorised(self) -> Float[Tensor, "sample d_in"]:
+        """The usual rows, clipped and centred, in float64; one row of zeros if there are none."""
         sample = self.usual_sample
         if len(sample) == 0:
-            return torch.zeros(self.d_in, dtype=torch.float64)
-        order = sample.sort(dim=0).values
-        tail = int(WINSOR_TAIL * (len(order) - 1))
-        low, high = order[tail], order[len(order) - 1 - tail]
-        return sample.clamp(low, high).double().var(dim=0, correction=0)
+            return torch.zeros(1, self.d_in, dtype=torch.float64)
+        tail = int(WINSOR_TAIL * (len(sample) - 1))
+        ends = (tail, len(sample) - 1 - tail)
+        order = np.partition(sample.T.contiguous().numpy(), ends, axis=1)  # a sort takes 5 × longer
+        low, high = (torch.from_numpy(order[:, end]) for end in ends)
+        clipped = sample.clamp(low, high).double()
+        return clipped - clipped.mean(0)
 
     @property
     def median_norm(self) -> float:
