@@ -35,6 +35,18 @@ def test_the_profile_counts_massive_rows_and_warns_of_the_collapse():
     assert "robust-variance-a-0.5" in text
 
 
+def test_a_matrix_has_directions():
+    statistics = site_statistics()
+    weights = [weights_from_rule("whitening", alpha, statistics) for alpha in (0.01, 1.0)]
+    facts = profile(statistics, weights)
+    faint, full = facts["weights"]
+    assert faint["form"] == full["form"] == "matrix" and full["place"] == "loss"
+    assert faint["largest"][0]["share"] > 0.8 and "direction" in faint["largest"][0]
+    assert full["effective_dimensions"] > 99.9
+    assert faint["gamma_min"] < faint["gamma_max"]
+    assert "1.2 of 100 directions (1.2%; one direction alone carries" in profile_text(facts)
+
+
 def picture_size(path):
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")

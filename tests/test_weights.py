@@ -1,15 +1,21 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.statistics.config import WeightConfig
+from llm_wsae.statistics.evidence import Evidence
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.monosemanticity import RULES
 from llm_wsae.statistics.weights import (
     LossWeights,
     collapse_warning,
     effective_dimensions,
+    loss_share,
     own_weights,
+    stretching,
     weights_from_rule,
 )
 
@@ -22,13 +28,126 @@ def statistics():
     return Statistics(4, 16).update(x, torch.arange(len(x)) % 16)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("alpha", [-1.0, -0.25, 0.0, 0.5, 1.0, 2.0])
-def test_every_rule_is_normalised(rule, alpha, statistics):
-    weights = weights_from_rule(rule, alpha, statistics)
-    var = statistics.robust_variance
+@pytest.fixture(scope="module")
+def evidence(statistics):
+    generator = torch.Generator().manual_seed(1)
+    half = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    decoder = torch.randn(12, 4, generator=generator)
+    return Evidence(
+        statistics, decoder, torch.rand(12), half @ half.T, torch.rand(4, dtype=torch.float64)
+    )
+
+
+SPACE, MATRIX = WeightConfig(place="space"), WeightConfig(form="matrix")
+CONTROLS = ("permuted:variance", "rotated:sensitivity", "rotated:whitening", "permuted:whitening")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rule=st.sampled_from([*RULES, *CONTROLS]),
+    alpha=st.floats(-2, 2),
+    place=st.sampled_from(["loss", "space"]),
+    clip=st.none() | st.floats(1, 100),
+)
+def test_every_choice_is_normalised(rule, alpha, place, clip, evidence):
+    """E‖Γ(x − μ)‖² = E‖x − μ‖², and no weight is further from the median than the clip."""
+    weights = weights_from_rule(rule, alpha, evidence, WeightConfig(place=place, clip=clip))
+    gamma, sigma = weights.gamma.double(), evidence.statistics.robust_covariance
+    weighted = gamma if weights.is_matrix else torch.diag(gamma)
+    if not weights.is_matrix:
+        sigma = torch.diag(sigma.diagonal())
+    variance = float((weighted @ sigma @ weighted.T).trace())
     assert weights.gamma.dtype == torch.float32
-    assert float((weights.gamma**2 * var).sum()) == pytest.approx(float(var.sum()), rel=1e-6)
+    assert variance == pytest.approx(float(sigma.trace()), rel=1e-5)
+    assert float(loss_share(weights, evidence.statistics).sum()) == pytest.approx(1)
+    if clip is not None:
+        stretch = stretching(weights).sort().values
+        assert float(stretch[-1] / stretch[1]) <= clip * 1.001  # [1] is the lower median
+        assert float(stretch[1] / stretch[0]) <= clip * 1.001
+
+
+def test_powers_of_a_matrix(evidence):
+    """Γ = F^α up to a factor: Γ² ∝ F at ½, Γ ∝ F at 1, and ΓΓ′ ∝ 1 for ±α."""
+    for alpha in (0.125, 0.5, 1.0):
+        gamma = weights_from_rule("sensitivity", alpha, evidence, SPACE).gamma.double()
+        raised = torch.matrix_power(gamma, round(1 / alpha))
+        torch.testing.assert_close(
+            raised / raised[0, 0], evidence.fisher / evidence.fisher[0, 0], rtol=1e-4, atol=1e-4
+        )
+    inverse = weights_from_rule("sensitivity", -1.0, evidence, SPACE).gamma.double()
+    product = gamma @ inverse
+    torch.testing.assert_close(
+        product / product[0, 0], torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-4
+    )
+
+
+def test_full_whitening_carries_the_loss_evenly(evidence):
+    weights = weights_from_rule("whitening", 1.0, evidence, SPACE)
+    assert effective_dimensions(weights, evidence.statistics) == pytest.approx(4, rel=1e-5)
+    half = weights_from_rule("whitening", 0.5, evidence, SPACE).gamma.double()
+    sigma = evidence.statistics.robust_covariance
+    root = half @ sigma @ half  # ∝ Σ^½
+    torch.testing.assert_close(
+        (root @ root) / (root @ root).trace(), sigma / sigma.trace(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_form_follows_the_place(evidence):
+    assert not weights_from_rule("sensitivity", 0.5, evidence).is_matrix
+    assert weights_from_rule("sensitivity", 0.5, evidence, SPACE).is_matrix
+    assert weights_from_rule("sensitivity", 0.5, evidence, MATRIX).is_matrix
+    diagonal = WeightConfig(place="space", form="diagonal")
+    assert not weights_from_rule("sensitivity", 0.5, evidence, diagonal).is_matrix
+    assert weights_from_rule("whitening", 0.5, evidence).is_matrix
+    assert not weights_from_rule("variance", 0.5, evidence, SPACE).is_matrix
+    with pytest.raises(UsageError, match="'variance' has no matrix form"):
+        weights_from_rule("variance", 0.5, evidence, MATRIX)
+
+
+@pytest.mark.parametrize(
+    ("rule", "alpha", "settings", "name"),
+    [
+        ("variance", 0.5, {}, "variance-a0.5"),
+        ("variance", 0.0, {"place": "space"}, "uniform"),
+        ("variance", 0.5, {"clip": 4.0, "anneal": 0.5}, "variance-a0.5-c4-n0.5"),
+        ("variance", 0.5, {"draw": 2}, "variance-a0.5"),
+        ("permuted:variance", 0.5, {"draw": 2}, "permuted-variance-a0.5-d2"),
+        ("random", 1.0, {}, "random-a1"),
+        ("sensitivity", 0.5, {}, "sensitivity-a0.5"),
+        ("sensitivity", 0.25, {"place": "space"}, "sensitivity-matrix-a0.25-space"),
+        ("whitening", 1.0, {"place": "space"}, "whitening-a1-space"),
+        ("rotated:sensitivity", 0.25, {"place": "space"}, "rotated-sensitivity-a0.25-space"),
+    ],
+)
+def test_names(rule, alpha, settings, name, evidence):
+    assert weights_from_rule(rule, alpha, evidence, WeightConfig(**settings)).name == name
+
+
+def test_a_zero_score_is_a_zero_weight_or_the_largest(evidence):
+    s = Statistics(3, 8).update(torch.randn(500, 3), torch.arange(500) % 8)
+    found = Evidence(s, coherence=torch.tensor([0.0, 0.2, 0.1], dtype=torch.float64))
+    gamma = weights_from_rule("semantic", 1.0, found).gamma
+    assert gamma[0] == 0 and float(gamma[1] / gamma[2]) == pytest.approx(2)
+    gamma = weights_from_rule("semantic", -1.0, found).gamma
+    assert gamma[0] == gamma[2] > gamma[1]
+    clipped = weights_from_rule("semantic", 1.0, found, WeightConfig(clip=3.0)).gamma
+    assert float(clipped[0] / clipped[2]) == pytest.approx(1 / 3)
+    with pytest.raises(LlmWsaeError, match="no space to train in; lower α or set clip"):
+        weights_from_rule("semantic", 1.0, found, SPACE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"clip": 0.5}, "clip must be a factor of at least 1"),
+        ({"anneal": 1.5}, "a share of the steps"),
+        ({"anneal": 0.5, "place": "space"}, "only weights in the loss can be annealed"),
+        ({"draw": -1}, "draw must not be negative"),
+    ],
+)
+def test_settings_that_cannot_be(settings, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        WeightConfig(**settings)
 
 
 def test_variance_rule_is_the_papers(statistics):
@@ -93,6 +212,23 @@ def test_own_vector(tmp_path, statistics):
     assert own.name == "own"
 
 
+def test_own_matrix(tmp_path, evidence):
+    """Any invertible matrix will do, symmetric or not."""
+    matrix = torch.tensor([[1.0, 2, 0, 0], [0, 1, 0, 0], [0, 0, 1, -3], [0, 0, 0, 1]])
+    save_file({"gamma": matrix}, tmp_path / "own.safetensors")
+    own = own_weights(LossWeights.load(tmp_path / "own.safetensors"), evidence)
+    torch.testing.assert_close(own.gamma / own.gamma[0, 0], matrix)
+    singular = LossWeights(torch.ones(4, 4), "own", 1.0, SPACE)
+    with pytest.raises(LlmWsaeError, match="no space to train in"):
+        own_weights(singular, evidence)
+    settings = WeightConfig(place="space", clip=9.0, draw=3)
+    weights = weights_from_rule("rotated:sensitivity", 0.25, evidence, settings)
+    weights.save(tmp_path / "w.safetensors", {"site": "blocks.0.hook_resid_pre"})
+    again = LossWeights.load(tmp_path / "w.safetensors")
+    assert torch.equal(again.gamma, weights.gamma)
+    assert (again.name, again.config) == (weights.name, settings)
+
+
 @pytest.mark.parametrize(
     ("gamma", "sentence"),
     [
@@ -117,6 +253,11 @@ def test_bad_files_are_refused(tmp_path):
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, path)
     with pytest.raises(LlmWsaeError, match="a weights file has one, 'gamma'"):
         LossWeights.load(path)
-    save_file({"gamma": torch.ones(2, 2)}, path)
-    with pytest.raises(LlmWsaeError, match="one floating-point number per dimension"):
-        LossWeights.load(path)
+    for wrong in (torch.ones(2, 3), torch.ones(2, 2, 2), torch.ones(2).int()):
+        save_file({"gamma": wrong}, path)
+        with pytest.raises(LlmWsaeError, match="one floating-point number per dimension"):
+            LossWeights.load(path)
+    for header in ("[]", "{", '{"rule": "none"}', '{"place": "loss", "clip": "x"}'):
+        save_file({"gamma": torch.ones(2)}, path, {"llm_wsae": header})
+        with pytest.raises(LlmWsaeError, match="does not say how its weights were made"):
+            LossWeights.load(path)

@@ -1,53 +1,213 @@
-"""Rules: each turns the statistics of a site into one score s per dimension.
+"""Rules: each turns what is known of a site into one score s per dimension, or into a matrix.
 
 A score estimates how monosemantic a dimension is; ``weights.py`` makes the loss weights γ = s^α
-from it. A rule is a function in this file and a line in ``RULES``, nowhere else.
+from it. A rule is a function here, or in ``metrics.py`` if it gives a matrix, and a line in
+``RULES``, nowhere else; the formulae that serve planted data too are in ``scores.py``.
+
+Two prefixes make a control of any rule: ``permuted:RULE`` deals its scores out to other dimensions,
+``rotated:RULE`` gives its matrix random eigenvectors.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import UsageError, nearest
-from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics import metrics, scores
+from llm_wsae.statistics.evidence import Evidence, Need
 
-Rule = Callable[[Statistics], Tensor]
+
+@dataclass(frozen=True)
+class Rule:
+    """How scores are computed, and from what."""
+
+    score: Callable[..., Tensor] | None
+    """One score per dimension of the evidence [d_in], float64, ≥ 0."""
+    matrix: Callable[[Evidence], Tensor] | None = None
+    """A symmetric positive matrix of it [d_in, d_in], float64."""
+    need: Need | None = None
+    """What must have been measured beyond the statistics."""
+    drawn: bool = False
+    """Whether the score also takes the number of a random draw."""
 
 
-def uniform(statistics: Statistics) -> Float[Tensor, " d_in"]:
+def uniform(evidence: Evidence) -> Float[Tensor, " d_in"]:
     """s = 1: the plain sparse autoencoder, the control of every other rule."""
-    return torch.ones(statistics.d_in, dtype=torch.float64)
+    return torch.ones(evidence.statistics.d_in, dtype=torch.float64)
 
 
-def variance(statistics: Statistics) -> Float[Tensor, " d_in"]:
+def variance(evidence: Evidence) -> Float[Tensor, " d_in"]:
     """s_i = Var(x_i) over all rows: the proxy of Cui et al. 2026 (arXiv 2506.15963, §5)."""
-    return statistics.variance
+    return evidence.statistics.variance
 
 
-def robust_variance(statistics: Statistics) -> Float[Tensor, " d_in"]:
+def robust_variance(evidence: Evidence) -> Float[Tensor, " d_in"]:
     """s_i = winsorised Var(x_i): the paper's proxy, which massive activations cannot move."""
-    return statistics.robust_variance
+    return evidence.statistics.robust_variance
+
+
+def kurtosis(evidence: Evidence) -> Float[Tensor, " d_in"]:
+    """s_i = E(x_i − μ_i)⁴ / Var(x_i)² of the usual rows: rarely active means heavy tails."""
+    return scores.kurtosis(evidence.statistics.usual_sample)
+
+
+def hoyer(evidence: Evidence) -> Float[Tensor, " d_in"]:
+    """s_i = Hoyer's sparsity of the usual rows (2004), in [0, 1]: 1 for a single active row."""
+    return scores.hoyer(evidence.statistics.usual_sample)
+
+
+def negentropy(evidence: Evidence) -> Float[Tensor, " d_in"]:
+    """s_i = distance from a Gaussian (Hyvärinen 1998, eq. 14): mixtures of many features near 0."""
+    return scores.negentropy(evidence.statistics.usual_sample)
+
+
+def participation(evidence: Evidence) -> Float[Tensor, " d_in"]:
+    """s_i = 1 / number of latents of a first dictionary that share the dimension (DESIGN §7).
+
+    The participation ratio of q_ij = E z_j²·W_ji² over the latents j: weighted by their use.
+    """
+    return scores.participation(evidence.decoder, evidence.energy)
+
+
+def gap(evidence: Evidence) -> Float[Tensor, " d_in"]:
+    """s = the γ ≥ 0 that minimise ‖W_pᵀΓ²W_p − I‖_F, a first dictionary's decoder being W_pᵀ.
+
+    Theorem 5 of Cui et al. 2026: that matrix is the gap between the loss and the one on the true
+    features. α = 1 takes these γ as they are; where one is 0 the dimension leaves the loss.
+    """
+    return scores.gap(evidence.decoder)
+
+
+def sensitivity(evidence: Evidence) -> Float[Tensor, " d_in"]:
+    """s_i = F_ii: how much the model's next-token distribution depends on the dimension.
+
+    Fisher information (Amari 1998); with α = ½ the loss is the diagonal approximation of the KL
+    divergence that the reconstruction causes, to second order.
+    """
+    return evidence.fisher.diagonal().clone()
+
+
+def semantic(evidence: Evidence) -> Float[Tensor, " d_in"]:
+    """s_i = mean cosine between the texts that move the dimension most, beyond that of random ones.
+
+    The paper's measure for vision (Cui et al. 2026, §5), with a sentence encoder for text.
+    """
+    return evidence.coherence
+
+
+def random(evidence: Evidence, draw: int) -> Float[Tensor, " d_in"]:
+    """s_i uniform on (0, 1]: the control that knows nothing of the dimensions."""
+    return scores.random_scores(evidence.statistics.d_in, draw)
 
 
 RULES: dict[str, Rule] = {
-    "uniform": uniform,
-    "variance": variance,
-    "robust-variance": robust_variance,
+    "uniform": Rule(uniform),
+    "variance": Rule(variance),
+    "robust-variance": Rule(robust_variance),
+    "kurtosis": Rule(kurtosis),
+    "hoyer": Rule(hoyer),
+    "negentropy": Rule(negentropy),
+    "participation": Rule(participation, need="dictionary"),
+    "gap": Rule(gap, need="dictionary"),
+    "sensitivity": Rule(sensitivity, metrics.sensitivity, need="fisher"),
+    "whitening": Rule(None, metrics.whitening),
+    "semantic": Rule(semantic, need="coherence"),
+    "random": Rule(random, drawn=True),
 }
 
-
-def score(rule: str, statistics: Statistics) -> Float[Tensor, " d_in"]:
-    """The score of every dimension under a named rule (float64, one per dimension).
-
-    Raises UsageError when there is no such rule.
-    """
-    check_rule(rule)
-    return RULES[rule](statistics)
+_CONTROLS = ("permuted", "rotated")
+_BRINGS: dict[Need, tuple[str, str]] = {
+    "dictionary": ("a first dictionary", "--dictionary DICT"),
+    "fisher": ("the model", "--model M"),
+    "coherence": ("the model's tokenizer", "--model M"),
+}
 
 
 def check_rule(rule: str) -> None:
     """Raises UsageError, offering the nearest ones, when there is no such rule."""
-    if rule not in RULES:
-        raise UsageError(f"there is no weight rule {rule!r}; {nearest(rule, RULES)}")
+    control, base = _parts(rule)
+    if base not in RULES or control not in ("", *_CONTROLS):
+        known = [*RULES, *(f"{c}:{r}" for c in _CONTROLS for r in RULES)]
+        raise UsageError(f"there is no weight rule {rule!r}; {nearest(rule, known)}")
+    if control == "rotated" and RULES[base].matrix is None:
+        raise UsageError(
+            f"{rule!r} cannot be: only rules with a matrix can be rotated "
+            f"({', '.join(name for name, r in RULES.items() if r.matrix)})"
+        )
+
+
+def need_of(rule: str) -> Need | None:
+    """What must be measured for a rule beyond the statistics. Raises as ``check_rule`` does."""
+    check_rule(rule)
+    return RULES[_parts(rule)[1]].need
+
+
+def has_matrix(rule: str) -> bool:
+    """Whether the rule can give a matrix. Raises as ``check_rule`` does."""
+    check_rule(rule)
+    return RULES[_parts(rule)[1]].matrix is not None
+
+
+def has_scores(rule: str) -> bool:
+    """Whether the rule can give a score per dimension. Raises as ``check_rule`` does."""
+    check_rule(rule)
+    control, base = _parts(rule)
+    return control != "rotated" and RULES[base].score is not None
+
+
+def is_drawn(rule: str) -> bool:
+    """Whether another random draw gives other weights."""
+    control, base = _parts(rule)
+    return bool(control) or (base in RULES and RULES[base].drawn)
+
+
+def score(rule: str, evidence: Evidence, draw: int = 0) -> Float[Tensor, " d_in"]:
+    """The score of every dimension under a named rule (float64).
+
+    Raises UsageError when there is no such rule, it gives only a matrix, or it needs what was not
+    measured.
+    """
+    check_evidence(rule, evidence)
+    control, base = _parts(rule)
+    if not has_scores(rule):
+        raise UsageError(f"the rule {rule!r} gives only a matrix, not a weight for each dimension")
+    chosen = RULES[base]
+    found = chosen.score(evidence, draw) if chosen.drawn else chosen.score(evidence)
+    return scores.permuted(found, draw) if control == "permuted" else found
+
+
+def matrix(rule: str, evidence: Evidence, draw: int = 0) -> Float[Tensor, "d_in d_in"]:
+    """The matrix of a named rule (float64).
+
+    Raises UsageError when there is no such rule, it has no matrix, or it needs what was not
+    measured.
+    """
+    check_evidence(rule, evidence)
+    control, base = _parts(rule)
+    if not has_matrix(rule):
+        names = ", ".join(name for name, r in RULES.items() if r.matrix)
+        raise UsageError(f"the rule {rule!r} has no matrix form; those with one are {names}")
+    found = RULES[base].matrix(evidence)
+    if control == "rotated":
+        return metrics.rotated(found, draw)
+    return metrics.permuted(found, draw) if control == "permuted" else found
+
+
+def check_evidence(rule: str, evidence: Evidence) -> None:
+    """Raises UsageError, saying which option brings it, when the rule needs what is not there."""
+    need = need_of(rule)
+    if need is not None and not evidence.has(need):
+        what, option = _BRINGS[need]
+        raise UsageError(
+            f"the rule {rule!r} needs {what}: let llm-wsae weigh make its weights with {option}, "
+            "and train on the file with --weights"
+        )
+
+
+def _parts(rule: str) -> tuple[str, str]:
+    """("permuted", "variance") of "permuted:variance", ("", "variance") of "variance"."""
+    control, _, base = rule.rpartition(":")
+    return control, base

@@ -14,6 +14,7 @@ from llm_wsae.statistics.weights import (
     collapse_warning,
     effective_dimensions,
     loss_share,
+    stretching,
 )
 
 _SHOWN = 5  # dimensions listed for each choice of weights
@@ -48,15 +49,18 @@ def _max_over_median(values: torch.Tensor) -> float:
 
 def _weights_profile(weights: LossWeights, statistics: Statistics) -> dict[str, Any]:
     share, dimensions = loss_share(weights, statistics).topk(min(_SHOWN, statistics.d_in))
+    stretch = stretching(weights)
     return {
         "name": weights.name,
         "rule": weights.rule,
         "alpha": weights.alpha,
+        "form": "matrix" if weights.is_matrix else "diagonal",
+        "place": weights.config.place,
         "effective_dimensions": effective_dimensions(weights, statistics),
-        "gamma_min": float(weights.gamma.min()),
-        "gamma_max": float(weights.gamma.max()),
+        "gamma_min": float(stretch.min()),
+        "gamma_max": float(stretch.max()),
         "largest": [
-            {"dimension": d, "share": s}
+            {"direction" if weights.is_matrix else "dimension": d, "share": s}
             for d, s in zip(dimensions.tolist(), share.tolist(), strict=True)
         ],
         "warning": collapse_warning(weights, statistics),
@@ -66,6 +70,7 @@ def _weights_profile(weights: LossWeights, statistics: Statistics) -> dict[str, 
 def profile_text(facts: dict[str, Any]) -> str:
     """The profile for people: a few lines, a table of the weights, and any warnings."""
     massive = facts["massive"]
+    width = max(24, *(len(weights["name"]) + 2 for weights in facts["weights"]))
     lines = [
         f"{facts['rows']:,} rows of {facts['dimensions']} dimensions, "
         f"median norm {facts['median_norm']:.1f}",
@@ -75,12 +80,13 @@ def profile_text(facts: dict[str, Any]) -> str:
         f"massive activations (norm > {massive['threshold']:.0f}, {MASSIVE_RATIO:g} medians): "
         f"{massive['rows']} rows, {massive['share']:.3%}{_where(massive['positions'])}",
         "",
-        f"{'weights':<24}{'effective dims':>15}{'γ from':>10}{'to':>9}   largest loss shares",
+        f"{'weights':<{width}}{'effective dims':>15}{'γ from':>10}{'to':>9}   largest loss shares",
     ]
     for weights in facts["weights"]:
-        largest = ", ".join(f"{d['dimension']}: {d['share']:.0%}" for d in weights["largest"])
+        shares = [(d.get("dimension"), f"{d['share']:.0%}") for d in weights["largest"]]
+        largest = ", ".join(share if d is None else f"{d}: {share}" for d, share in shares)
         lines.append(
-            f"{weights['name']:<24}{weights['effective_dimensions']:>15.1f}"
+            f"{weights['name']:<{width}}{weights['effective_dimensions']:>15.1f}"
             f"{weights['gamma_min']:>10.3g}{weights['gamma_max']:>9.3g}   {largest}"
         )
     lines += [f"warning: {w['warning']}" for w in facts["weights"] if w["warning"]]

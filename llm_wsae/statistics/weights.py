@@ -1,12 +1,15 @@
-"""Loss weights γ, one per dimension, and what they do to the loss.
+"""Loss weights: γ, one per dimension, or a matrix Γ, and what they do to the loss.
 
-γ = s^α from a rule's score s (Cui et al. 2026), or a user's own vector, then scaled so that
-Σ γ²·var = Σ var: the weighted loss of a dictionary that explains nothing equals the plain one, so
-arms share one learning rate and, under L1, one λ. ``var`` is the winsorised variance here and
-everywhere below, because the loss leaves massive rows out too.
+γ = s^α from a rule's scores s (Cui et al. 2026) or Γ = S^α from its matrix, or a user's own, then
+scaled so that the weighted variance equals the plain one, Σ γ²·var = Σ var or tr ΓΣΓᵀ = tr Σ: the
+weighted loss of a dictionary that explains nothing equals the plain one, so arms share one learning
+rate and, under L1, one λ. Variances are winsorised here and everywhere below, because the loss
+leaves massive rows out too.
 """
 
+import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,114 +19,235 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import load_tensors, save_tensors
+from llm_wsae.statistics.config import WeightConfig
+from llm_wsae.statistics.evidence import Evidence
+from llm_wsae.statistics.metrics import spectrum
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.monosemanticity import score
+from llm_wsae.statistics.monosemanticity import (
+    check_rule,
+    has_matrix,
+    has_scores,
+    is_drawn,
+    matrix,
+    score,
+)
 
-OWN_RULE = "own"  # the rule's name for a vector that the user brought
+OWN_RULE = "own"  # the rule's name for weights that the user brought
 COLLAPSE_SHARE = 0.1  # warn when fewer than this share of the dimensions carries the loss
+MAX_CONDITION = 1e5  # of a space: beyond it float32 does not survive going there and back
+
+Gamma = Float[Tensor, " d_in"] | Float[Tensor, "d_in d_in"]
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Per-dimension weights of the reconstruction loss ‖Γ(x − x̂)‖², Γ = diag(γ)."""
+    """Weights of the reconstruction loss ‖Γ(x − x̂)‖², Γ = diag(γ) or a full matrix."""
 
-    gamma: Float[Tensor, " d_in"]
-    """Weights γ, float32, normalised."""
+    gamma: Gamma
+    """Weights γ or matrix Γ, float32, normalised."""
     rule: str
-    """Name of the rule behind them; "own" for a user's vector."""
+    """Name of the rule behind them; "own" for a user's."""
     alpha: float
-    """Exponent α of γ = s^α; 1 for a user's vector."""
+    """Exponent α of γ = s^α; 1 for a user's own."""
+    config: WeightConfig = dataclasses.field(default_factory=WeightConfig)
+    """Where they act, and how they were made from the scores."""
 
     @property
     def name(self) -> str:
         """Short name of the arm, e.g. ``variance-a0.5``; a weight of all ones is ``uniform``."""
+        config = self.config
         if self.rule == "uniform" or self.alpha == 0:
             return "uniform"
-        return self.rule if self.rule == OWN_RULE else f"{self.rule}-a{self.alpha:g}"
+        parts = [self.rule.replace(":", "-")]
+        if self.rule != OWN_RULE:
+            if self.is_matrix and has_scores(self.rule):
+                parts.append("matrix")  # the rule alone would not say so
+            parts.append(f"a{self.alpha:g}")
+        if config.clip is not None:
+            parts.append(f"c{config.clip:g}")
+        if config.anneal:
+            parts.append(f"n{config.anneal:g}")
+        if config.place == "space":
+            parts.append("space")
+        if config.draw and is_drawn(self.rule):
+            parts.append(f"d{config.draw}")
+        return "-".join(parts)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether there is a full matrix Γ."""
+        return self.gamma.ndim == 2
 
     def save(self, path: Path, facts: dict | None = None) -> None:
-        """Write a safetensors file with γ; ``facts`` (JSON) go into its header.
+        """Write a safetensors file with γ or Γ; ``facts`` (JSON) go into its header.
 
         Raises LlmWsaeError when the file cannot be written.
         """
-        header = {"rule": self.rule, "alpha": self.alpha, **(facts or {})}
-        save_tensors(path, {"gamma": self.gamma}, {"llm_wsae": json.dumps(header)})
+        header = {"rule": self.rule, "alpha": self.alpha, **dataclasses.asdict(self.config)}
+        save_tensors(path, {"gamma": self.gamma}, {"llm_wsae": json.dumps(header | (facts or {}))})
 
     @classmethod
     def load(cls, path: Path) -> "LossWeights":
-        """Read what ``save`` wrote, or any safetensors file with one vector in it.
+        """Read what ``save`` wrote, or any safetensors file with one vector or matrix in it.
 
         Raises LlmWsaeError when the file is not that.
         """
         tensors, metadata = load_tensors(path, "weights file")
-        header = json.loads(metadata.get("llm_wsae", "{}"))
         if "gamma" not in tensors and len(tensors) != 1:
             raise LlmWsaeError(
                 f"{path} holds the tensors {sorted(tensors)}; a weights file has one, 'gamma'"
             )
         gamma = tensors.get("gamma", next(iter(tensors.values())))
-        if gamma.ndim != 1 or not gamma.is_floating_point():
+        square = gamma.ndim == 2 and gamma.shape[0] == gamma.shape[1]
+        if not (gamma.ndim == 1 or square) or not gamma.is_floating_point():
             raise LlmWsaeError(
                 f"{path}: the weights have shape {tuple(gamma.shape)} and type {gamma.dtype}; "
-                "they must be one floating-point number per dimension"
+                "they must be one floating-point number per dimension, or a square matrix"
             )
-        rule, alpha = header.get("rule", OWN_RULE), float(header.get("alpha", 1.0))
-        return cls(gamma.float(), rule, alpha)
+        try:
+            header = json.loads(metadata.get("llm_wsae", "{}"))
+            rule, alpha = header.get("rule", OWN_RULE), float(header.get("alpha", 1.0))
+            known = {field.name for field in dataclasses.fields(WeightConfig)}
+            config = WeightConfig(**{key: header[key] for key in known & header.keys()})
+            if rule != OWN_RULE:
+                check_rule(rule)
+        except (AttributeError, TypeError, ValueError, UsageError) as error:
+            raise LlmWsaeError(f"{path} does not say how its weights were made: {error}") from error
+        return cls(gamma.float(), rule, alpha, config)
 
 
-def weights_from_rule(rule: str, alpha: float, statistics: Statistics) -> LossWeights:
-    """γ = s^α, normalised.
+def weights_from_rule(
+    rule: str,
+    alpha: float,
+    known: Evidence | Statistics,
+    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
+) -> LossWeights:
+    """γ = s^α or Γ = S^α, clipped, normalised.
 
-    A constant dimension (variance 0) carries no loss whatever its weight; it gets the smallest
-    finite weight among the others, so that a negative α cannot make it infinite.
+    A score of 0 gives the weight 0 for α > 0 and that of the smallest positive score for α < 0. A
+    constant dimension carries no loss whatever its weight; it gets the smallest among the others.
 
-    Raises UsageError for an unknown rule, LlmWsaeError when every score is 0.
+    Raises UsageError for an unknown rule, a form that it does not have, or evidence that is not
+    there; LlmWsaeError when every score is 0 or a space has directions of nearly no weight.
     """
-    s = score(rule, statistics)
-    positive = s > 0
-    if not bool(positive.any()):
+    evidence = Evidence.of(known)
+    if takes_matrix(rule, config):
+        values, vectors = spectrum(matrix(rule, evidence, config.draw))
+        if alpha == 0:  # exactly, not to rounding
+            gamma = torch.eye(len(values), dtype=torch.float64)
+        else:
+            gamma = (vectors * _powers(values, alpha, config.clip)) @ vectors.T
+    else:
+        gamma = _from_scores(rule, alpha, evidence, config)
+    gamma = _normalise(gamma, evidence.statistics)
+    weights = LossWeights(gamma.float(), rule, alpha, config)
+    _check_space(weights)
+    return weights
+
+
+def takes_matrix(rule: str, config: WeightConfig) -> bool:
+    """Whether the rule's matrix is taken. Raises UsageError when there is no such rule."""
+    if config.form != "auto":
+        return config.form == "matrix"
+    return has_matrix(rule) and (config.place == "space" or not has_scores(rule))
+
+
+def _from_scores(rule: str, alpha: float, evidence: Evidence, config: WeightConfig) -> Tensor:
+    s = score(rule, evidence, config.draw)
+    varies = evidence.statistics.variance > 0
+    if not bool((s[varies] > 0).any()):
         raise LlmWsaeError(f"the rule {rule!r} scores every dimension 0: the rows do not vary")
-    log_s = s.clamp(min=1e-300).log()
-    log_gamma = alpha * log_s
-    log_gamma[~positive] = log_gamma[positive].min()
-    log_gamma -= log_gamma.max()  # any real α without overflow
-    return LossWeights(_normalise(log_gamma.exp(), statistics), rule, alpha)
+    gamma = _powers(s[varies], alpha, config.clip)
+    weights = gamma.min().expand(len(s)).clone()
+    weights[varies] = gamma
+    return weights
 
 
-def own_weights(weights: LossWeights, statistics: Statistics) -> LossWeights:
-    """A user's vector, checked against the site and normalised.
+def _powers(scores: Tensor, alpha: float, clip: float | None) -> Tensor:
+    """scores^α up to a factor, for any real α without overflow, clipped around their median."""
+    if alpha <= 0:
+        scores = scores.clamp(min=float(scores[scores > 0].min()))
+    log = alpha * scores.clamp(min=0).log()  # −∞ is the weight 0
+    if clip is not None:
+        middle = float(log[log.isfinite()].median())
+        log = log.clamp(middle - math.log(clip), middle + math.log(clip))
+    return (log - log.max()).exp()
 
-    Raises LlmWsaeError on another length, a negative or non-finite weight, or all zeros.
+
+def own_weights(weights: LossWeights, known: Evidence | Statistics) -> LossWeights:
+    """A user's weights, checked against the site and normalised.
+
+    Raises LlmWsaeError on another size, a negative weight in a vector, a non-finite one, all zeros,
+    or a space that cannot be left again.
     """
+    statistics = Evidence.of(known).statistics
     gamma, d_in = weights.gamma.double(), statistics.d_in
     if len(gamma) != d_in:
         raise LlmWsaeError(
             f"the weights are for {len(gamma)} dimensions, but the site has {d_in}; "
             "make them from this store with llm-wsae weigh"
         )
-    if not bool(torch.isfinite(gamma).all()) or bool((gamma < 0).any()):
+    if not bool(torch.isfinite(gamma).all()) or (not weights.is_matrix and bool((gamma < 0).any())):
         raise LlmWsaeError("the weights must be finite and not negative; check the weights file")
-    if not bool((gamma**2 * statistics.robust_variance).sum() > 0):
+    if not _weighted_variance(gamma, statistics) > 0:
         raise LlmWsaeError("the weights leave no dimension in the loss; at least one must be > 0")
-    return LossWeights(_normalise(gamma, statistics), weights.rule, weights.alpha)
+    checked = dataclasses.replace(weights, gamma=_normalise(gamma, statistics).float())
+    _check_space(checked)
+    return checked
 
 
 def _normalise(gamma: Tensor, statistics: Statistics) -> Tensor:
-    var = statistics.robust_variance
-    weighted = (gamma**2 * var).sum()
-    if not bool(weighted > 0):
+    weighted = _weighted_variance(gamma, statistics)
+    if not weighted > 0:
         raise UsageError("α is so large that the weights vanish on every varying dimension")
-    return (gamma * (var.sum() / weighted).sqrt()).float()
+    return gamma * math.sqrt(float(statistics.robust_variance.sum()) / weighted)
+
+
+def _weighted_variance(gamma: Tensor, statistics: Statistics) -> float:
+    """E‖Γ(x − μ)‖² of the winsorised rows."""
+    if gamma.ndim == 2:
+        return float(((gamma @ statistics.robust_covariance) * gamma).sum())
+    return float((gamma**2 * statistics.robust_variance).sum())
+
+
+def _check_space(weights: LossWeights) -> None:
+    """A space is left again by Γ⁻¹."""
+    if weights.config.place == "loss":
+        return
+    stretch = stretching(weights)
+    if not float(stretch.min()) * MAX_CONDITION > float(stretch.max()):
+        raise LlmWsaeError(
+            f"{weights.name} stretches one direction more than {MAX_CONDITION:g} times as much as "
+            "another, so it is no space to train in; lower α or set clip"
+        )
+
+
+def stretching(weights: LossWeights) -> Float[Tensor, " d_in"]:
+    """What Γ does to lengths: γ, or the singular values of the matrix (float64)."""
+    gamma = weights.gamma.double()
+    return torch.linalg.svdvals(gamma) if weights.is_matrix else gamma
 
 
 def loss_share(weights: LossWeights, statistics: Statistics) -> Float[Tensor, " d_in"]:
-    """Share of the weighted variance that each dimension carries: γ²·var / Σ γ²·var."""
-    share = weights.gamma.double() ** 2 * statistics.robust_variance
+    """Share of the weighted variance that each dimension carries: γ²·var / Σ γ²·var.
+
+    For a matrix: that each principal direction of the weighted rows carries, the eigenvalues of
+    ΓΣΓᵀ, the largest first.
+    """
+    gamma = weights.gamma.double()
+    if weights.is_matrix:
+        covariance = gamma @ statistics.robust_covariance @ gamma.T
+        share = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
+    else:
+        share = gamma**2 * statistics.robust_variance
     return share / share.sum()
 
 
 def effective_dimensions(weights: LossWeights, statistics: Statistics) -> float:
-    """Participation ratio (Σw)²/Σw² of w = γ²·var: on how many dimensions the loss hangs."""
+    """Participation ratio (Σw)²/Σw² of the shares w: on how many dimensions the loss hangs.
+
+    Of a matrix on how many directions, which for correlated dimensions are fewer even when Γ = 1.
+    """
     return float(1 / (loss_share(weights, statistics) ** 2).sum())
 
 
@@ -133,8 +257,10 @@ def collapse_warning(weights: LossWeights, statistics: Statistics) -> str | None
     if effective >= COLLAPSE_SHARE * d_in:
         return None
     share, dimension = loss_share(weights, statistics).max(0)
+    what = "one direction" if weights.is_matrix else f"dimension {int(dimension)}"
     return (
-        f"{weights.name}: the loss hangs on {effective:.1f} of {d_in} dimensions "
-        f"({effective / d_in:.1%}; dimension {int(dimension)} alone carries {float(share):.0%}), "
+        f"{weights.name}: the loss hangs on {effective:.1f} of {d_in} "
+        f"{'directions' if weights.is_matrix else 'dimensions'} "
+        f"({effective / d_in:.1%}; {what} alone carries {float(share):.0%}), "
         "so a dictionary trained with it explains those and neglects the rest"
     )
