@@ -4,8 +4,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.sparse.codes import RaggedCodes
-from llm_wsae.sparse.operations import decode, firing_counts, value_gradients, weight_gradients
-from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
+from llm_wsae.sparse.operations import firing_counts, reconstruct, weight_gradients
+from llm_wsae.sparse.reference import Gradients
+from llm_wsae.train.parameters import Batch, Parameters, Step, error_weights
 
 
 def step_along(
@@ -14,22 +15,27 @@ def step_along(
     batch: Batch,
     gamma: Float[Tensor, " d_in"],
     push: float | Float[Tensor, ""] = 0.0,
+    out: Gradients | None = None,
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) of these codes, and its gradients.
 
-    ``push`` is the gradient of a penalty by every active latent; the loss does not count it.
+    ``push`` is the gradient of a penalty by every active latent; the loss does not count it. The
+    weights' gradients sum rows in the number format of the products, and may be written to ``out``.
     """
     encoder, decoder, _, decoder_bias = parameters
-    d_sae = len(encoder)
-    residual = decode(codes, decoder, decoder_bias).sub_(batch.x).mul_(batch.mask[:, None])
-    loss, output_gradient = weighted_error(residual, batch.mask, gamma)
-    by_value = value_gradients(codes, decoder, output_gradient)
+    weights = error_weights(batch.mask, gamma)
+    made = reconstruct(
+        codes, decoder, decoder_bias, batch.x, batch.mask, weights, batch.x_fast.dtype
+    )
+    by_value = made.by_value
     by_value += push * (codes.values > 0)
     by_encoder, by_decoder, by_bias = weight_gradients(
-        codes, batch.x, output_gradient, by_value, d_sae
+        codes, batch.x_fast, made.output_gradient, by_value, len(encoder), out
     )
-    gradients = Parameters(by_encoder, by_decoder, by_bias, output_gradient.sum(0))
-    return Step(gradients, residual, firing_counts(codes, d_sae), loss)
+    by_decoder_bias = made.residual.sum(0).mul_(weights)
+    gradients = Parameters(by_encoder, by_decoder, by_bias, by_decoder_bias)
+    firings = firing_counts(codes, len(encoder))
+    return Step(gradients, made.residual, firings, made.row_errors.sum() / 2)
 
 
 def without_masked(codes: RaggedCodes, batch: Batch) -> RaggedCodes:

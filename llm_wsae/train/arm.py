@@ -8,17 +8,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
+from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import LossWeights
 from llm_wsae.train.auxk import add_auxk_gradients
 from llm_wsae.train.batch_topk import RunningThreshold, batch_topk_step
 from llm_wsae.train.config import Architecture
 from llm_wsae.train.jumprelu import LearntThreshold, jumprelu_step
 from llm_wsae.train.matryoshka import matryoshka_step
+from llm_wsae.train.optimiser import Optimiser
 from llm_wsae.train.parameters import Batch, Parameters, Step, initial_parameters
 from llm_wsae.train.relu import relu_step
 from llm_wsae.train.topk import topk_step
-
-ADAM_BETAS = (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,33 @@ class Progress:
     rows: Tensor
 
 
+@dataclass
+class Workspace:
+    """Memory that is used anew in every step, by all arms that share it: they take turns."""
+
+    gradients: Gradients | None = None
+    """By encoder, decoder and encoder bias, as of the last step."""
+
+
 class Arm:
     """Parameters, optimiser state and counters of one arm on a device."""
 
-    def __init__(self, config: ArmConfig, d_in: int, d_sae: int, device: torch.device):
+    def __init__(
+        self,
+        config: ArmConfig,
+        d_in: int,
+        d_sae: int,
+        device: torch.device,
+        workspace: Workspace | None = None,
+    ):
         config.check(d_sae)
         self.config = config
         self.gamma = config.weights.gamma.to(device)
         self.parameters = initial_parameters(d_in, d_sae, config.seed, device)
         self.threshold = _threshold(config, d_sae, device)
         self.last_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self._optimiser = torch.optim.Adam(
-            list(self.parameters), betas=ADAM_BETAS, fused=device.type in ("cpu", "cuda")
-        )
+        self._optimiser = Optimiser(self.parameters)
+        self._workspace = workspace or Workspace()
         self.progress = self._no_progress()
 
     def step(
@@ -110,35 +124,30 @@ class Arm:
     ) -> None:
         """One optimiser step. ``rows_seen`` counts all rows up to and including this batch."""
         with torch.no_grad():
-            step = self.evaluate(batch)
+            step = self.evaluate(batch, self._workspace.gradients)
+            self._workspace.gradients = step.gradients[:3]
             if aux > 0 and self.config.revives:
                 self._revive(step, batch, rows_seen, aux, dead_after)
             self.last_fired[step.firings > 0] = rows_seen
-            for parameter, gradient in zip(self.parameters, step.gradients, strict=True):
-                parameter.grad = gradient
-            for group in self._optimiser.param_groups:
-                group["lr"] = learning_rate
-            self._optimiser.step()
-            for parameter in self.parameters:
-                parameter.grad = None  # else the next gradients are made while these still live
-            decoder = self.parameters.decoder
-            decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=1e-8)
+            self._optimiser.step(step.gradients, learning_rate)
             if self.threshold is not None:
                 self.threshold.follow(step.for_threshold, learning_rate)
             self._record(step, batch)
 
-    def evaluate(self, batch: Batch) -> Step:
-        """Loss and gradients on a batch, changing nothing."""
-        parameters, gamma, k, threshold = self.parameters, self.gamma, self.config.k, self.threshold
+    def evaluate(self, batch: Batch, out: Gradients | None = None) -> Step:
+        """Loss and gradients on a batch, changing nothing but ``out``, memory for gradients."""
+        encoder = self._optimiser.encoder(batch.x_fast.dtype)
+        parameters = self.parameters._replace(encoder=encoder)  # in the products' number format
+        gamma, k, threshold = self.gamma, self.config.k, self.threshold
         if k is None:
-            return relu_step(parameters, batch, gamma, self.config.l1)
+            return relu_step(parameters, batch, gamma, self.config.l1, out)
         if isinstance(threshold, LearntThreshold):
-            return jumprelu_step(parameters, batch, gamma, k, threshold.log)
+            return jumprelu_step(parameters, batch, gamma, k, threshold.log, out)
         if isinstance(threshold, RunningThreshold):
             nested = self.config.architecture == "matryoshka"
             step = matryoshka_step if nested else batch_topk_step
-            return step(parameters, batch, gamma, k, threshold.guess())
-        return topk_step(parameters, batch, gamma, k)
+            return step(parameters, batch, gamma, k, threshold.guess(), out)
+        return topk_step(parameters, batch, gamma, k, out)
 
     def dead(self, rows_seen: int, dead_after: int) -> Tensor:
         """Which latents have not fired for ``dead_after`` rows. [d_sae] bool."""
@@ -154,7 +163,7 @@ class Arm:
     def _record(self, step: Step, batch: Batch) -> None:
         rows = batch.mask.sum()
         self.progress.loss += step.loss * rows
-        self.progress.squared_error += (step.residual**2).sum()
+        self.progress.squared_error += torch.linalg.vector_norm(step.residual) ** 2
         self.progress.firings += step.firings.sum()
         self.progress.rows += rows
 
@@ -175,9 +184,7 @@ class Arm:
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as tensors."""
         tensors = dict(self.parameters._asdict(), last_fired=self.last_fired)
-        for name, parameter in self.parameters._asdict().items():
-            for key, value in self._optimiser.state.get(parameter, {}).items():
-                tensors[f"{name}.{key}"] = value
+        tensors |= self._optimiser.state()
         if self.threshold is not None:
             tensors |= {f"threshold.{key}": value for key, value in self.threshold.state().items()}
         tensors |= {f"progress.{name}": value for name, value in vars(self.progress).items()}
@@ -188,13 +195,7 @@ class Arm:
         self.last_fired.copy_(tensors["last_fired"])
         for name, parameter in self.parameters._asdict().items():
             parameter.copy_(tensors[name])
-            keys = [key for key in tensors if key.startswith(f"{name}.")]
-            self._optimiser.state[parameter] = {
-                key.removeprefix(f"{name}."): tensors[key].to(
-                    "cpu" if key.endswith(".step") and not parameter.is_cuda else parameter.device
-                )
-                for key in keys
-            }
+        self._optimiser.load_state(tensors)
         if self.threshold is not None:
             prefix = "threshold."
             self.threshold.load_state(

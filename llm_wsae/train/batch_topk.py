@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
+from llm_wsae.sparse.reference import Gradients
 from llm_wsae.train.along import step_along
 from llm_wsae.train.parameters import Batch, Parameters, Step
 
@@ -20,14 +21,20 @@ _BELOW = 0.9  # the smallest value varies little from batch to batch
 
 
 def batch_topk_step(
-    parameters: Parameters, batch: Batch, gamma: Float[Tensor, " d_in"], k: int, guess: float
+    parameters: Parameters,
+    batch: Batch,
+    gamma: Float[Tensor, " d_in"],
+    k: int,
+    guess: float,
+    out: Gradients | None = None,
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients.
 
-    ``guess`` (see ``RunningThreshold``) makes it fast and never changes the result.
+    ``guess`` (see ``RunningThreshold``) makes it fast and never changes the result; ``out`` as in
+    ``step_along``.
     """
     codes = batch_topk_codes(parameters, batch, k, guess)
-    step = step_along(codes, parameters, batch, gamma)
+    step = step_along(codes, parameters, batch, gamma, out=out)
     return step._replace(for_threshold=smallest_value(codes))
 
 

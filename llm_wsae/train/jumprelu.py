@@ -28,7 +28,7 @@ from llm_wsae.sparse.operations import (
     value_gradients,
     weight_gradients,
 )
-from llm_wsae.sparse.reference import BETAS, EPSILON
+from llm_wsae.sparse.reference import BETAS, EPSILON, Gradients
 from llm_wsae.train.along import without_masked
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
@@ -44,10 +44,12 @@ def jumprelu_step(
     gamma: Float[Tensor, " d_in"],
     k: int,
     log_threshold: Float[Tensor, " d_sae"],
+    out: Gradients | None = None,
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) + λ(L0/k − 1)² and its gradients.
 
-    A pre-activation that is not positive is in no window, however small θ.
+    A pre-activation that is not positive is in no window, however small θ. ``out`` as in
+    ``step_along``.
     """
     encoder, decoder, encoder_bias, decoder_bias = parameters
     d_sae, fast = len(encoder), batch.x_fast.dtype
@@ -63,7 +65,7 @@ def jumprelu_step(
     loss, output_gradient = weighted_error(residual, batch.mask, gamma)
     by_near = value_gradients(near, decoder, output_gradient)
     by_encoder, by_decoder, by_bias = weight_gradients(
-        codes, batch.x, output_gradient, by_near * active, d_sae
+        codes, batch.x, output_gradient, by_near * active, d_sae, out
     )
     gradients = Parameters(by_encoder, by_decoder, by_bias, output_gradient.sum(0))
 

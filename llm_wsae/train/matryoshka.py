@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import decode, firing_counts, value_gradients, weight_gradients
+from llm_wsae.sparse.reference import Gradients
 from llm_wsae.train.batch_topk import batch_topk_codes, smallest_value
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
@@ -31,13 +32,14 @@ def matryoshka_step(
     gamma: Float[Tensor, " d_in"],
     k: int,
     guess: float,
+    out: Gradients | None = None,
     prefixes: Sequence[float] = PREFIXES,
 ) -> Step:
     """Loss Σ_prefixes ‖Γ(x − x̂_prefix)‖² (means over rows and dimensions) and its gradients.
 
-    The residual is that of the whole dictionary. ``guess`` as in ``batch_topk_step``.
+    The residual is that of the whole dictionary. ``guess`` and ``out`` as in ``batch_topk_step``.
     """
-    encoder, decoder, _, decoder_bias = parameters
+    encoder, decoder, encoder_bias, decoder_bias = parameters
     codes = batch_topk_codes(parameters, batch, k, guess)
     groups = group_bounds(len(encoder), prefixes)
     parts = [_of_group(codes, start, stop) for start, stop in groups]
@@ -48,7 +50,9 @@ def matryoshka_step(
         residuals.append(added.add_(residuals[-1] if residuals else -batch.x))
         bias = torch.zeros_like(decoder_bias)  # is in the first prefix, hence in all
 
-    gradients = Parameters(*(torch.empty_like(parameter) for parameter in parameters))
+    if out is None:
+        out = (torch.empty_like(decoder), torch.empty_like(decoder), torch.empty_like(encoder_bias))
+    gradients = Parameters(*out, torch.empty_like(decoder_bias))
     loss, output_gradient = batch.x.new_zeros(()), None
     for part, (start, stop), residual in reversed(list(zip(parts, groups, residuals, strict=True))):
         prefix_loss, by_prefix = weighted_error(residual, batch.mask, gamma)

@@ -60,6 +60,13 @@ def initial_parameters(
     )
 
 
+def error_weights(
+    mask: Float[Tensor, " batch"], gamma: Float[Tensor, " d_in"]
+) -> Float[Tensor, " d_in"]:
+    """What each dimension's residual is multiplied by in the gradient of ``weighted_error``."""
+    return gamma**2 * (2 / (mask.sum().clamp(min=1) * len(gamma)))
+
+
 def weighted_error(
     residual: Float[Tensor, "batch d_in"],
     mask: Float[Tensor, " batch"],
@@ -70,7 +77,5 @@ def weighted_error(
     The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, so every sparse
     path behind it stays as it is.
     """
-    scale = 1 / (mask.sum().clamp(min=1) * residual.shape[1])
-    gradient = residual * (gamma**2 * scale) * mask[:, None]
-    loss = (gradient * residual).sum()
-    return loss, gradient.mul_(2)
+    gradient = residual * error_weights(mask, gamma) * mask[:, None]
+    return (gradient * residual).sum() / 2, gradient

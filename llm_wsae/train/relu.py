@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.sparse.operations import encode_above
+from llm_wsae.sparse.reference import Gradients
 from llm_wsae.train.along import step_along, without_masked
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
@@ -21,19 +22,28 @@ rows of both matrices, a dense one its part of four matrix products."""
 
 
 def relu_step(
-    parameters: Parameters, batch: Batch, gamma: Float[Tensor, " d_in"], l1: float
+    parameters: Parameters,
+    batch: Batch,
+    gamma: Float[Tensor, " d_in"],
+    l1: float,
+    out: Gradients | None = None,
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² + l1·Σ_j z_j (means over rows; the first also over dimensions).
 
     Decoder rows have unit norm, so the plain sum of the latents is the penalty of the literature.
+    ``out`` as in ``step_along``.
     """
     share = _active_share(parameters, batch)
     step = sparse_relu_step if share < _FEW else dense_relu_step
-    return step(parameters, batch, gamma, l1)
+    return step(parameters, batch, gamma, l1, out)
 
 
 def sparse_relu_step(
-    parameters: Parameters, batch: Batch, gamma: Float[Tensor, " d_in"], l1: float
+    parameters: Parameters,
+    batch: Batch,
+    gamma: Float[Tensor, " d_in"],
+    l1: float,
+    out: Gradients | None = None,
 ) -> Step:
     """``relu_step`` along the active latents only."""
     fast = batch.x_fast.dtype
@@ -45,19 +55,27 @@ def sparse_relu_step(
     )
     codes = without_masked(codes, batch)
     push = _push(batch, l1)
-    step = step_along(codes, parameters, batch, gamma, push)
+    step = step_along(codes, parameters, batch, gamma, push, out)
     return step._replace(loss=step.loss + push * codes.values.sum())
 
 
 def dense_relu_step(
-    parameters: Parameters, batch: Batch, gamma: Float[Tensor, " d_in"], l1: float
+    parameters: Parameters,
+    batch: Batch,
+    gamma: Float[Tensor, " d_in"],
+    l1: float,
+    out: Gradients | None = None,
 ) -> Step:
     """``relu_step`` over all latents, a tile of rows at a time."""
     encoder, decoder, encoder_bias, decoder_bias = parameters
     fast = batch.x_fast.dtype
     encoder_fast, decoder_fast = encoder.to(fast), decoder.to(fast)
     bias_fast = encoder_bias.to(fast)
-    gradients = Parameters(*(torch.zeros_like(p) for p in parameters))
+    if out is None:
+        out = (torch.empty_like(decoder), torch.empty_like(decoder), torch.empty_like(encoder_bias))
+    gradients = Parameters(*out, torch.empty_like(decoder_bias))
+    for gradient in gradients:
+        gradient.zero_()
     residual = torch.empty_like(batch.x)
     firings = torch.zeros_like(encoder_bias)
     loss = batch.x.new_zeros(())

@@ -9,14 +9,25 @@ from torch import Tensor
 
 from llm_wsae.sparse.codes import ragged
 from llm_wsae.sparse.operations import encode_topk
-from llm_wsae.train.along import step_along, without_masked
+from llm_wsae.sparse.reference import Gradients
+from llm_wsae.train.along import step_along
 from llm_wsae.train.parameters import Batch, Parameters, Step
 
 
-def topk_step(parameters: Parameters, batch: Batch, gamma: Float[Tensor, " d_in"], k: int) -> Step:
-    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
+def topk_step(
+    parameters: Parameters,
+    batch: Batch,
+    gamma: Float[Tensor, " d_in"],
+    k: int,
+    out: Gradients | None = None,
+) -> Step:
+    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients.
+
+    ``out`` as in ``step_along``.
+    """
     fast = batch.x_fast.dtype
     codes = encode_topk(
         batch.x_fast, parameters.encoder.to(fast), parameters.encoder_bias.to(fast), k
     )
-    return step_along(without_masked(ragged(codes), batch), parameters, batch, gamma)
+    kept = codes._replace(values=codes.values * batch.mask[:, None])  # masked rows count nowhere
+    return step_along(ragged(kept), parameters, batch, gamma, out=out)

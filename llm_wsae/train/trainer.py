@@ -22,7 +22,7 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import folder_lock, read_json, remove_partials, write_json
 from llm_wsae.hardware import choose_device, fast_dtype
-from llm_wsae.train.arm import Arm, ArmConfig, folded
+from llm_wsae.train.arm import Arm, ArmConfig, Workspace, folded
 from llm_wsae.train.checkpoint import (
     CHECKPOINT,
     check_identity,
@@ -100,7 +100,8 @@ class _Training:
         self.dead_after = config.dead_after or min(
             MAX_DEAD_AFTER, self.num_steps * config.batch_size // 10
         )
-        self.arms = [Arm(arm, source.d_in, d_sae, self.device) for arm in arms]
+        workspace = Workspace()
+        self.arms = [Arm(arm, source.d_in, d_sae, self.device, workspace) for arm in arms]
         self.last_numbers: dict[str, dict[str, float]] = {}
         self.identity: dict[str, Any] = {
             "rows": source.identity(),

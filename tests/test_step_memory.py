@@ -1,0 +1,79 @@
+"""A step never holds batch × d_sae, nor makes its large tensors anew: counted, not timed."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llm_wsae.sparse.operations import using
+from llm_wsae.statistics.weights import LossWeights
+from llm_wsae.train.arm import Arm, ArmConfig, Workspace
+from llm_wsae.train.parameters import Batch
+
+D_IN, D_SAE, BATCH, K = 16, 16384, 2048, 4
+CPU = torch.device("cpu")
+ARCHITECTURES = ["topk", "batch-topk", "jumprelu", "matryoshka"]
+
+
+class Sizes(TorchDispatchMode):
+    """The storages that operations within the block return, and their sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+        self.made = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        given = {id_of(t) for t in tree_leaves((arguments, options)) if torch.is_tensor(t)}
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor):
+                self.largest = max(self.largest, tensor.numel())
+                if id_of(tensor) not in given and tensor.numel() >= D_SAE * D_IN:
+                    self.made.add(str(function))
+        return result
+
+
+def id_of(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def make(architecture, fast, workspace=None):
+    config = ArmConfig(LossWeights(torch.ones(D_IN), "uniform", 1.0), K, architecture=architecture)
+    arm = Arm(config, D_IN, D_SAE, CPU, workspace)
+    x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0))
+    return arm, Batch(x, x.to(fast), torch.ones(BATCH))
+
+
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["plain", "compiled", "reference"])
+def test_no_step_makes_a_dense_batch(name, architecture, fast):
+    arm, batch = make(architecture, fast)
+    arm.step(batch, BATCH, 1e-3, 0.0, 10**9)  # BatchTopK does not yet know its threshold
+    with using(name), Sizes() as sizes:
+        arm.step(batch, 2 * BATCH, 1e-3, 0.0, 10**9)
+    if name == "reference":
+        assert sizes.largest >= BATCH * D_SAE  # which is how one that does would be seen
+    else:
+        assert sizes.largest < BATCH * D_SAE
+
+
+def test_gradients_and_the_rounded_encoder_are_made_once():
+    """Fresh memory costs as much as what is written to it. Arms take turns with one workspace."""
+    workspace = Workspace()
+    arms = [make("topk", torch.bfloat16, workspace)[0] for _ in range(2)]
+    batch = make("topk", torch.bfloat16)[1]
+    for arm in arms:
+        arm.step(batch, BATCH, 1e-3, 0.0, 10**9)
+    kept = [id_of(gradient) for gradient in workspace.gradients]
+    for arm in arms:
+        with Sizes() as sizes:
+            arm.step(batch, 2 * BATCH, 1e-3, 0.0, 10**9)
+        assert sizes.made <= {"aten.empty.memory_format"}, sizes.made  # a block of products
+    assert [id_of(gradient) for gradient in workspace.gradients] == kept
+    alone = make("topk", torch.bfloat16)[0]
+    for turn in (1, 2):
+        alone.step(batch, turn * BATCH, 1e-3, 0.0, 10**9)
+    for one, other in zip(alone.parameters, arms[0].parameters, strict=True):
+        assert torch.equal(one, other)
