@@ -9,7 +9,12 @@ from matplotlib.figure import Figure
 
 from llm_wsae.files import write_atomic
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.weights import LossWeights, effective_dimensions, loss_share
+from llm_wsae.statistics.weights import (
+    LossWeights,
+    effective_dimensions,
+    loss_share,
+    stretching,
+)
 
 COLOURS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#b56576")
 _DPI = 130
@@ -20,7 +25,8 @@ def plot_profile(
 ) -> None:
     """Variance of every dimension, the weights γ, and the share of the loss that each then carries.
 
-    Dimensions are ordered by winsorised variance in all three panels.
+    Dimensions are ordered by winsorised variance in the first two. A matrix has no weight for each
+    dimension: its singular values are drawn as a line, the largest first.
     """
     robust = statistics.robust_variance
     order = robust.argsort(descending=True)
@@ -33,8 +39,11 @@ def plot_profile(
     top.legend(frameon=False)
     for colour, w in zip(_cycle(len(weights)), weights, strict=True):
         effective = effective_dimensions(w, statistics)
-        middle.plot(rank, w.gamma[order], ".", ms=3, color=colour, label=w.name)
-        cumulative = loss_share(w, statistics)[order].sort(descending=True).values.cumsum(0)
+        if w.is_matrix:
+            middle.plot(rank, stretching(w), color=colour, label=f"{w.name} (singular values)")
+        else:
+            middle.plot(rank, w.gamma[order], ".", ms=3, color=colour, label=w.name)
+        cumulative = loss_share(w, statistics).sort(descending=True).values.cumsum(0)
         bottom.plot(
             rank, cumulative, color=colour, label=f"{w.name}: {effective:.1f} effective dimensions"
         )

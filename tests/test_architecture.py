@@ -32,6 +32,7 @@ FLOORS = (
     "harvest",
     "train",
     "evaluate",
+    "evidence",
     "plots",
     "run",
     "commands",

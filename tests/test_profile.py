@@ -56,6 +56,7 @@ def picture_size(path):
 def test_the_figures_are_drawn(tmp_path):
     statistics = site_statistics()
     weights = [weights_from_rule("variance", a, statistics) for a in (0.5, -0.25)]
+    weights.append(weights_from_rule("whitening", 0.5, statistics))
     plot_profile(statistics, weights, "blocks.1.hook_resid_post", tmp_path / "profile.png")
     width, height = picture_size(tmp_path / "profile.png")
     assert width > 800 and height > 800

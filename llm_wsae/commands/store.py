@@ -11,6 +11,7 @@ from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.record import write_record
+from llm_wsae.statistics.config import EvidenceConfig, WeightConfig
 
 
 def harvest(
@@ -67,6 +68,12 @@ def weigh(
     out: Path,
     rule: str = "variance",
     alpha: float = 0.5,
+    config: Config[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
+    dictionary: Path | None = None,
+    model: str | None = None,
+    measure: Config[EvidenceConfig] = EvidenceConfig(),  # noqa: B008 - frozen
+    revision: str | None = None,
+    device: Device = "auto",
 ) -> Result:
     """Print the profile of a site's dimensions and write loss weights made by a rule.
 
@@ -74,26 +81,40 @@ def weigh(
         store: Activation store.
         site: One of its sites.
         out: Weights file to write (.safetensors); the plot and the record go beside it.
-        rule: Weight rule.
-        alpha: Exponent of the weights γ = score^α.
+        rule: Weight rule; permuted:RULE and rotated:RULE are controls.
+        alpha: Exponent of the weights γ = score^α, or power of the matrix.
+        dictionary: A first dictionary of the site, for the rules participation and gap.
+        model: The model that made the store, for the rules sensitivity and semantic.
+        revision: Revision of a model on the Hub.
+        device: Where the model runs.
     """
     from llm_wsae.data.store import ActivationStore
+    from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.evidence import gather
     from llm_wsae.plots import plot_profile
+    from llm_wsae.statistics.monosemanticity import need_of
     from llm_wsae.statistics.profile import profile, profile_text
     from llm_wsae.train.arms import choose_weights
 
     if out.suffix != ".safetensors":  # its neighbours .png and .json are written too
         raise UsageError(f"the weights go into a .safetensors file, so --out cannot be {out}")
-    place = Site.parse(site)
-    statistics = ActivationStore.open(store).statistics(place)
-    weights = choose_weights(statistics, ("uniform", rule), (alpha,))
-    facts = profile(statistics, weights)
+    place, opened = Site.parse(site), ActivationStore.open(store)
+    need = need_of(rule)
+    wanted = model if need in ("fisher", "coherence") else None
+    evidence = gather(
+        [rule],
+        opened,
+        place,
+        model=load_model(wanted, revision, device) if wanted else None,
+        dictionary=Dictionary.load(dictionary) if dictionary and need == "dictionary" else None,
+        config=measure,
+    )
+    weights = choose_weights(evidence, ("uniform", rule), (alpha,), config=config)
+    facts = profile(evidence.statistics, weights)
     weights[-1].save(out, {"site": site})
     plot = out.with_suffix(".png")
-    plot_profile(statistics, weights, site, plot)
-    write_record(
-        out.with_suffix(".json"),
-        "weigh",
-        {"store": store, "site": site, "rule": rule, "alpha": alpha},
-    )
+    plot_profile(evidence.statistics, weights, site, plot)
+    asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, **vars(config)}
+    asked |= {"dictionary": dictionary, "model": model, **vars(measure)}
+    write_record(out.with_suffix(".json"), "weigh", asked)
     return facts, f"{profile_text(facts)}\n\nweights  {out}\nplot     {plot}"

