@@ -15,6 +15,7 @@ from typing import Any
 
 import tyro
 
+from llm_wsae import processes
 from llm_wsae.commands.common import Result
 from llm_wsae.commands.evaluate import evaluate
 from llm_wsae.commands.hub import list_repository, pull, push
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "verify": verify,
 }
 
+TOGETHER = ("harvest",)  # what several processes do as one
 _HELP_INDENT = " " * 9
 _USAGE = """usage: llm-wsae COMMAND … [--json] [--debug]
 
@@ -60,20 +62,29 @@ def main(argv: list[str] | None = None) -> int:
         command = COMMANDS.get(words[0])
         if command is None:
             raise UsageError(f"there is no command {words[0]!r}; {nearest(words[0], COMMANDS)}")
+        if processes.count() > 1 and words[0] not in TOGETHER:
+            raise UsageError(
+                f"llm-wsae {words[0]} runs in one process, and only {' and '.join(TOGETHER)} in "
+                "several; start it without torchrun"
+            )
         facts, text = _parsed(command, words)()
-        print(json.dumps(plain(facts), ensure_ascii=False) if as_json else text)
+        if processes.leads():
+            print(json.dumps(plain(facts), ensure_ascii=False) if as_json else text)
         return 0
     except LlmWsaeError as error:
         if debug:
             traceback.print_exc()
-        print(f"llm-wsae: {error}", file=sys.stderr)
+        _say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print(
-            "llm-wsae: interrupted; run the same command again to go on where it stopped",
-            file=sys.stderr,
-        )
+        _say("interrupted; run the same command again to go on where it stopped")
         return 1
+
+
+def _say(sentence: str) -> None:
+    """Say on stderr what went wrong: once, however many processes it ends."""
+    if processes.may_speak():
+        print(f"llm-wsae: {sentence}", file=sys.stderr, flush=True)
 
 
 def _parsed(command: Callable[..., Result], words: list[str]) -> Callable[[], Result]:

@@ -100,26 +100,31 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def folder_lock(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder for one writing process; the kernel frees it when that process dies.
+def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Callable[[], None]]:
+    """Hold a folder for one writing run; the kernel frees it when its processes die.
 
-    Raises LlmWsaeError if another process holds it.
+    Yields a function: once it is called, others may hold the folder ``shared`` with this one, but
+    nobody alone. Raises LlmWsaeError if another run holds it.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")  # noqa: SIM115 - held until the block ends
+        handle = open(folder / ".lock", "a+")  # noqa: SIM115 - held until the block ends
     except OSError as error:
         raise LlmWsaeError(f"cannot write into {folder}: {error.strerror}") from error
-    try:
+
+    def hold(kind: int) -> None:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LlmWsaeError(
                 f"another process is writing the {what} in {folder}; wait for it or choose "
                 "another folder"
             ) from None
-        yield
+
+    try:
+        hold(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield lambda: hold(fcntl.LOCK_SH)
     finally:
         handle.close()
 

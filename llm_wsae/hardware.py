@@ -1,5 +1,6 @@
 """What this machine can do: the device to use, its fast number format, the memory used so far."""
 
+import os
 import resource
 import sys
 
@@ -11,6 +12,8 @@ from llm_wsae.errors import UsageError
 def choose_device(name: str = "auto") -> torch.device:
     """A device by name; ``auto`` takes cuda, then mps, then cpu.
 
+    Processes that ``torchrun`` started share the GPUs of their machine out among them.
+
     Raises UsageError when this machine lacks the named device.
     """
     available = {
@@ -19,11 +22,13 @@ def choose_device(name: str = "auto") -> torch.device:
         "cpu": True,
     }
     if name == "auto":
-        return torch.device(next(kind for kind, here in available.items() if here))
+        name = next(kind for kind, here in available.items() if here)
     kind = name.split(":")[0]
     if not available.get(kind, False):
         here = ", ".join(kind for kind, ok in available.items() if ok)
         raise UsageError(f"there is no device {name!r} on this machine; it has {here}")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return torch.device(name)
 
 

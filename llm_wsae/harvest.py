@@ -8,6 +8,7 @@ another.
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -22,18 +23,19 @@ from llm_wsae.data.batches import cut, shuffle
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import Manifest
+from llm_wsae.data.plan import begin_or_resume, check_size, shard_batches, too_small
 from llm_wsae.data.prefetch import prefetch
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.tokens import Contexts, Packer
-from llm_wsae.data.writer import StoreWriter, begin_or_resume, next_cursor
+from llm_wsae.data.tokens import Contexts, Cursor, Packer
+from llm_wsae.data.writer import StoreWriter, finish_store
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import folder_lock, remove_partials
+from llm_wsae.files import remove_partials
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.processes import Processes, join
 from llm_wsae.statistics.moments import Statistics
 
 _PACKED_AHEAD = 4
-_BYTES_PER_TOKEN = 8  # no ordinary text has more
 
 
 def harvest(
@@ -48,56 +50,90 @@ def harvest(
     The same call goes on with a harvest that was stopped or killed, and ends with the same bytes as
     an unbroken one. A call with more tokens extends a store. A complete store is left as it is.
 
+    Under ``torchrun`` each process makes every W-th of the missing shards, into one folder that all
+    can reach. The bytes are those of a single process (as far as a forward pass gives the same bits
+    there), and a stopped harvest goes on with any number of processes. Each packs the whole text.
+
     Raises UsageError for a site or context size that the model does not have; LlmWsaeError if the
     folder holds something else or is being written, the corpus is too small (what was harvested
     stays, and the same call with fewer tokens completes it), an activation is not finite, or the
     disk is full (all whole shards stay).
     """
-    out = Path(out)
+    out, processes = Path(out), join()
     sites = sorted(set(sites))
-    if not sites:
-        raise UsageError("there is no site to harvest; name at least one")
-    for site in sites:
-        model.check_site(site)
-    packer = Packer.for_model(model, config)
-    wanted = _manifest(model, corpus, sites, config)
-    if not out.exists():
-        _check_size(packer, corpus, config)
-    with folder_lock(out, "activation store"):
-        remove_partials(out)
-        manifest = begin_or_resume(out, wanted)
-        if manifest.complete:
-            tqdm.write(f"{out} is already complete", file=sys.stderr)
-        else:
-            _write_shards(model, packer, corpus, out, manifest)
+    with processes.together():
+        if not sites:
+            raise UsageError("there is no site to harvest; name at least one")
+        for site in sites:
+            model.check_site(site)
+        packer = Packer.for_model(model, config)
+        manifest = _agreed(processes, _manifest(model, corpus, sites, config))
+        processes.lead(lambda: None if out.exists() else check_size(packer, corpus, config))
+        with processes.folder_lock(out, "activation store"):
+            following = processes.lead(lambda: _begin(out, manifest))
+            if following is None:
+                if processes.leads:
+                    tqdm.write(f"{out} is already complete", file=sys.stderr)
+            else:
+                whole = {int(index): Cursor(*cursor) for index, cursor in following.items()}
+                _write_shards(model, packer, corpus, out, manifest, whole, processes)
+                processes.lead(lambda: finish_store(out, Manifest.load(out)))
     return ActivationStore.open(out)
 
 
+def _begin(out: Path, wanted: Manifest) -> dict[str, tuple[int, int]] | None:
+    """Where the text goes on behind each whole shard; None if the store is complete."""
+    remove_partials(out)
+    manifest, shards = begin_or_resume(out, wanted)
+    return None if manifest.complete else {str(i): shard.next for i, shard in shards.items()}
+
+
+def _agreed(processes: Processes, manifest: Manifest) -> Manifest:
+    """The same manifest; raises LlmWsaeError unless all processes are at the same work."""
+    first = Manifest(**processes.lead(lambda: asdict(manifest)))
+    if clauses := first.differences(manifest):
+        raise LlmWsaeError(
+            f"process 0 and process {processes.rank} are at different harvests "
+            f"({'; '.join(clauses)}); start all with the same command on machines of one kind"
+        )
+    return manifest
+
+
 def _write_shards(
-    model: LanguageModel, packer: Packer, corpus: Corpus, out: Path, manifest: Manifest
+    model: LanguageModel,
+    packer: Packer,
+    corpus: Corpus,
+    out: Path,
+    manifest: Manifest,
+    whole: dict[int, Cursor],
+    processes: Processes,
 ) -> None:
+    """Write this process's share of the shards that are missing."""
     sites = [Site.parse(name) for name in manifest.sites]
-    done, size = manifest.contexts_done, manifest.context_size
-    blocks = packer.blocks(
-        corpus, manifest.contexts_per_batch, next_cursor(manifest), manifest.num_contexts - done
+    missing = [i for i in range(manifest.num_shards) if i not in whole]
+    lacking = sum(map(manifest.shard_contexts, missing)) * manifest.context_size
+    total = manifest.num_contexts * manifest.context_size
+    batches = shard_batches(
+        packer, corpus, manifest, whole, missing[processes.rank :: processes.size]
     )
     bar = tqdm(
-        total=manifest.num_contexts * size,
-        initial=done * size,
+        total=total,
+        initial=total - lacking,
         desc="harvest",
         unit="tok",
         unit_scale=True,
         dynamic_ncols=True,
+        disable=not processes.leads,
     )
     with bar, StoreWriter(out, manifest) as writer:
-        for contexts in prefetch(blocks, _PACKED_AHEAD):
+        for shard, contexts in prefetch(batches, _PACKED_AHEAD):
             rows = kept_rows(model, contexts, sites)
-            writer.add(contexts, {str(site): rows[site] for site in sites})
-            done += len(contexts.ids)
-            bar.update(len(contexts.ids) * size)
-        if done < manifest.num_contexts:
-            raise _too_small(corpus, done, manifest.num_contexts, size)
-        writer.finish()
+            writer.add(shard, contexts, {str(site): rows[site] for site in sites})
+            done = processes.count("tokens", contexts.ids.size)
+            bar.update(total - lacking + done - bar.n)
+        writer.wait()
+        processes.meet()
+        bar.update(total - bar.n)
 
 
 def kept_rows(
@@ -201,7 +237,7 @@ class ActivationStream:
                 rows += int(contexts.keep.sum())
                 yield contexts
             if rows == 0:
-                raise _too_small(self._corpus, 0, 1, self._config.context_size)
+                raise too_small(self._corpus, 0, 1, self._config.context_size)
 
     def _rows(self, contexts: Contexts) -> Tensor:
         with self._lock:
@@ -232,29 +268,6 @@ def _manifest(
         contexts_per_batch=config.contexts_per_batch,
         contexts_per_shard=config.contexts_per_shard,
         num_contexts=config.num_contexts,
-    )
-
-
-def _check_size(packer: Packer, corpus: Corpus, config: HarvestConfig) -> None:
-    """Raises LlmWsaeError, before any work, if a small corpus is smaller than asked.
-
-    A large one, or one of unknown size, is not read twice; that it ends is seen when it ends.
-    """
-    wanted = config.num_contexts
-    if corpus.num_bytes is None or corpus.num_bytes > config.tokens * _BYTES_PER_TOKEN:
-        return
-    found = sum(len(block.ids) for block in packer.blocks(corpus, 256, limit=wanted))
-    if found < wanted:
-        raise _too_small(corpus, found, wanted, config.context_size)
-
-
-def _too_small(corpus: Corpus, found: int, wanted: int, context_size: int) -> LlmWsaeError:
-    part = "" if corpus.part == "all" else f"{corpus.part} part of the "
-    found, wanted = found * context_size, wanted * context_size
-    return LlmWsaeError(
-        f"the {part}corpus {corpus.name} fills contexts of {context_size} with {found:,} tokens, "
-        f"fewer than the {wanted:,} asked for; give more text"
-        + (f" or ask for {found} tokens" if found else " or shorten the contexts")
     )
 
 

@@ -15,7 +15,7 @@ from command_line import HARVEST, SITE, TRAIN, call, content, make_world, save_m
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
-from llm_wsae.data.manifest import Manifest
+from llm_wsae.data.manifest import Manifest, whole_shards
 from llm_wsae.data.sources import HubSource
 from llm_wsae.files import folder_lock
 
@@ -210,6 +210,10 @@ IMPOSSIBLE = {
     "missing options": (("harvest",), ["missing", "--model", "--corpus", "--site", "--out"]),
     "not a number": ((*TRAINING, "--out", "x", "--k", "many"), ["--k", "'many'"]),
     "no folder": (("evaluate", *EVALUATING, "--out", "x"), ["dictionary folder"]),
+    "architecture": (
+        (*TRAINING, "--out", "x", "--architecture", "batchtopk"),
+        ["--architecture", "batch-topk"],
+    ),
     "choice": ((*HARVESTING, "--out", "x", "--dtype", "int8"), ["--dtype", "bfloat16"]),
 }
 
@@ -293,8 +297,7 @@ def test_a_connection_that_breaks(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(HubSource, "_load", lambda self: Rows(range(70)))
     refused(1, *harvest, said=["dataset owner/texts broke off near document 69",
                                "Server disconnected", "same command again to go on"])  # fmt: skip
-    shards = len(Manifest.load(tmp_path / "store").shards)
-    assert shards > 0
+    assert whole_shards(tmp_path / "store", Manifest.load(tmp_path / "store"))
     monkeypatch.setattr(HubSource, "_load", lambda self: Rows(range(400)))
     works(*harvest)
     whole = tmp_path / "whole"
@@ -306,7 +309,7 @@ def test_activations_that_are_not_finite(refused, tmp_path):
     out = tmp_path / "store"
     refused(1, *HARVESTING, "--model", "broken", "--out", out,
             said=[f"{SITE}, shard 00000: 469 of 469 rows hold NaN or infinite"])  # fmt: skip
-    assert Manifest.load(out).shards == [] and not list(out.rglob("*.safetensors"))
+    assert whole_shards(out, Manifest.load(out)) == {} and not list(out.rglob("*.safetensors"))
 
 
 def test_a_store_that_holds_nan(refused, world, tmp_path):

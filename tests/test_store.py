@@ -244,9 +244,9 @@ def test_batches_behind_a_failed_one_never_complete_its_shard(store, tmp_path):
         pytest.raises(LlmWsaeError, match=message),
         writer.StoreWriter(out, manifest) as w,
     ):
-        w.add(half, bad)
-        w.add(half, rows)
-        w.finish()
+        w.add(0, half, bad)
+        w.add(0, half, rows)
+        w.wait()
     assert list(out.rglob("*")) == []
 
 

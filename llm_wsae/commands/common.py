@@ -9,6 +9,7 @@ import tyro
 
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
+from llm_wsae.processes import leads
 
 T = TypeVar("T")
 # A configuration whose fields are options, each with a value: --drop-special False.
@@ -22,7 +23,8 @@ def load_model(model: str, revision: str | None, device: str) -> Any:
     """Load a model, saying so on stderr."""
     from llm_wsae.model.language_model import LanguageModel
 
-    print(f"loading {model}", file=sys.stderr)
+    if leads():
+        print(f"loading {model}", file=sys.stderr)
     return LanguageModel.load(model, revision=revision, device=device)
 
 

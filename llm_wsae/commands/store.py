@@ -10,6 +10,7 @@ from llm_wsae.commands.common import Config, Device, Result, cost, load_model, s
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
+from llm_wsae.processes import leads
 from llm_wsae.record import write_record
 from llm_wsae.statistics.config import EvidenceConfig, WeightConfig
 
@@ -44,17 +45,9 @@ def harvest(
     text = Corpus.open(corpus, part, text_column=text_column)
     language_model = load_model(model, revision, device)
     store = harvest_into(language_model, text, sites, out, config)
-    write_record(
-        out / "harvest.json",
-        "harvest",
-        {
-            "model": language_model.name,
-            "corpus": corpus,
-            "site": site,
-            "part": part,
-            **vars(config),
-        },
-    )
+    asked = {"model": language_model.name, "corpus": corpus, "site": site, "part": part}
+    if leads():
+        write_record(out / "harvest.json", "harvest", {**asked, **vars(config)})
     massive = {str(s): store.statistics(s).massive_count for s in store.sites}
     facts = {"store": str(out), "rows": store.num_rows, "d_in": store.d_in, "massive": massive}
     lines = [f"{store.num_rows:,} rows of {store.d_in} dimensions at each site in {out}"]

@@ -1,8 +1,10 @@
 """The manifest of an activation store: what the rows are, and which shards are whole.
 
-It is rewritten, atomically, after each shard; a shard that it does not list does not exist. It
-holds nothing that differs between two runs over the same data (no times, no paths of a machine), so
-that a run that was killed and went on ends with the same bytes as an unbroken one.
+While a harvest goes on, the manifest says what is being made, and each shard that is whole has a
+small record of its own beside it, so that several processes can end shards in any order; a shard
+without a record does not exist. At the end the records go into the manifest. It holds nothing that
+differs between two runs over the same data (no times, no paths of a machine), so that a run that
+was killed and went on ends with the same bytes as an unbroken one.
 """
 
 import hashlib
@@ -19,6 +21,7 @@ MANIFEST = "manifest.json"
 FORMAT = "llm-wsae activation store"
 FORMAT_VERSION = 1
 TOKENS = "tokens"
+RECORDS = "shards"
 STATISTICS = "statistics.safetensors"
 
 
@@ -79,7 +82,7 @@ class Manifest:
     statistics: dict[str, FileRecord] = field(default_factory=dict)
     """The files with the statistics of all rows of each site, by path below the store."""
     shards: list[ShardRecord] = field(default_factory=list)
-    """The whole shards."""
+    """The shards, the first ones of an incomplete store; see ``whole_shards``."""
 
     @property
     def context_size(self) -> int:
@@ -88,13 +91,13 @@ class Manifest:
 
     @property
     def num_rows(self) -> int:
-        """Rows at each site, in whole shards."""
+        """Rows at each site, in the shards listed here."""
         return sum(shard.rows for shard in self.shards)
 
     @property
-    def contexts_done(self) -> int:
-        """Contexts in whole shards."""
-        return sum(shard.contexts for shard in self.shards)
+    def num_shards(self) -> int:
+        """Shards in all, when the store is complete."""
+        return -(-self.num_contexts // self.contexts_per_shard)
 
     def shard_contexts(self, index: int) -> int:
         """How many contexts the shard of that number must hold; 0 or less behind the last."""
@@ -156,17 +159,34 @@ class Manifest:
         if checksum != _digest({"format": FORMAT, "format_version": FORMAT_VERSION, **value}):
             raise LlmWsaeError(f"{path} is damaged: its checksum does not fit; harvest again")
         value["statistics"] = _records(value["statistics"])
-        value["shards"] = [
-            ShardRecord(
-                shard["contexts"],
-                shard["rows"],
-                tuple(shard["first"]),
-                tuple(shard["next"]),
-                _records(shard["files"]),
-            )
-            for shard in value["shards"]
-        ]
+        value["shards"] = [_shard_record(shard) for shard in value["shards"]]
         return cls(**value)
+
+
+def save_record(folder: Path, index: int, record: ShardRecord) -> None:
+    """Say that a shard of a store is whole, with a checksum over the record itself."""
+    value = asdict(record)
+    write_json(folder / RECORDS / f"{index:05d}.json", {**value, "sha256": _digest(value)})
+
+
+def whole_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
+    """The whole shards of a store by number: those of its manifest, and while the store is not
+    complete those that have a record.
+
+    Raises LlmWsaeError if a record is damaged.
+    """
+    found = dict(enumerate(manifest.shards))
+    if manifest.complete:
+        return found
+    for path in sorted((folder / RECORDS).glob("[0-9]*.json")):
+        value = read_json(path, "record of a shard")
+        checksum = value.pop("sha256", None) if isinstance(value, dict) else None
+        if checksum is None or checksum != _digest(value):
+            raise LlmWsaeError(
+                f"{path} is damaged: its checksum does not fit; delete it to make the shard again"
+            )
+        found[int(path.stem)] = _shard_record(value)
+    return found
 
 
 def shard_paths(index: int, sites: list[str]) -> dict[str, tuple[str, str]]:
@@ -180,6 +200,11 @@ def shard_paths(index: int, sites: list[str]) -> dict[str, tuple[str, str]]:
 def tokens_path(index: int) -> str:
     """Path below the store of a shard's token ids and keep-mask."""
     return f"{TOKENS}/{index:05d}.safetensors"
+
+
+def _shard_record(value: dict[str, Any]) -> ShardRecord:
+    first, following, files = tuple(value["first"]), tuple(value["next"]), value["files"]
+    return ShardRecord(value["contexts"], value["rows"], first, following, _records(files))
 
 
 def _records(files: dict[str, Any]) -> dict[str, FileRecord]:

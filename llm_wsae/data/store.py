@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.data.batches import WINDOW_BYTES, shuffled_batches
-from llm_wsae.data.manifest import STATISTICS, Manifest, tokens_path
+from llm_wsae.data.manifest import STATISTICS, Manifest, tokens_path, whole_shards
 from llm_wsae.data.rows import RowReader
 from llm_wsae.data.tokens import Contexts
 from llm_wsae.data.tokens_file import load_contexts
@@ -71,9 +71,10 @@ class ActivationStore:
         folder = Path(folder)
         manifest = Manifest.load(folder)
         if not manifest.complete:
+            there = sum(shard.contexts for shard in whole_shards(folder, manifest).values())
             raise LlmWsaeError(
-                f"the store {folder} is not complete: {manifest.contexts_done} of "
-                f"{manifest.num_contexts} contexts are there; run its harvest again to go on"
+                f"the store {folder} is not complete: {there} of {manifest.num_contexts} contexts "
+                "are there; run its harvest again to go on"
             )
         return cls(folder, manifest)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llm_wsae.data.manifest import FileRecord, Manifest, tokens_path
+from llm_wsae.data.manifest import FileRecord, Manifest, tokens_path, whole_shards
 from llm_wsae.data.tokens_file import load_contexts
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import sha256
@@ -19,13 +19,15 @@ def verify_store(folder: Path | str) -> list[str]:
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
+    shards = whole_shards(folder, manifest)
     problems = []
     if not manifest.complete:
+        there = sum(shard.contexts for shard in shards.values())
         problems.append(
-            f"the harvest is not complete: {manifest.contexts_done} of {manifest.num_contexts} "
+            f"the harvest is not complete: {there} of {manifest.num_contexts} "
             "contexts are there; run it again to go on"
         )
-    files = manifest.all_files()
+    files = {**manifest.statistics, **{p: f for s in shards.values() for p, f in s.files.items()}}
     size = sum(record.bytes for record in files.values())
     with tqdm(total=size, desc="verify", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
         for name, record in files.items():
@@ -33,7 +35,7 @@ def verify_store(folder: Path | str) -> list[str]:
             bar.update(record.bytes)
             if problem is not None:
                 problems.append(problem)
-    for index, shard in enumerate(manifest.shards):
+    for index, shard in shards.items():
         path = folder / tokens_path(index)
         try:
             contexts = load_contexts(path, shard.first, shard.next)

@@ -1,10 +1,11 @@
 """Writing an activation store, shard by shard, while the next rows are being computed.
 
 A shard is a fixed number of contexts and a function of its number alone. Its files are written,
-synced and hashed first; then the manifest lists it. So a process killed at any instant leaves whole
+synced and hashed first; then comes its record. So a process killed at any instant leaves whole
 shards and at most some files that nothing refers to, which the next run overwrites or removes.
 """
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,16 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.data.manifest import (
-    MANIFEST,
+    RECORDS,
     STATISTICS,
-    TOKENS,
     FileRecord,
     Manifest,
     ShardRecord,
+    save_record,
     shard_paths,
     tokens_path,
+    whole_shards,
 )
-from llm_wsae.data.tokens import BEGINNING, Contexts, Cursor
+from llm_wsae.data.tokens import Contexts
 from llm_wsae.data.tokens_file import save_contexts
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_tensors, save_tensors, sha256
@@ -34,51 +36,11 @@ SHARD_SAMPLE_ROWS = 1024  # a shard's share of the sample; the whole store's is 
 _BATCHES_AHEAD = 2
 
 
-def begin_or_resume(folder: Path, wanted: Manifest) -> Manifest:
-    """The manifest to go on from: the folder's own, or ``wanted``, written into an empty folder.
-
-    More tokens than before may be asked for, since a shard depends on its number alone; a last
-    shard that was shorter is then made again. Call it under the folder's lock.
-
-    Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
-    """
-    if not (folder / MANIFEST).is_file():
-        others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-        if others:
-            raise LlmWsaeError(
-                f"{folder} holds other files ({', '.join(sorted(others)[:3])}); choose another "
-                "folder for the activation store"
-            )
-        wanted.save(folder)
-        return wanted
-    found = Manifest.load(folder)
-    if clauses := found.differences(wanted):
-        raise LlmWsaeError(
-            f"{folder} holds another harvest ({'; '.join(clauses)}); choose another folder, or "
-            "the same settings to go on with it"
-        )
-    if found.contexts_done > wanted.num_contexts:
-        raise LlmWsaeError(
-            f"{folder} already holds {found.contexts_done * found.context_size:,} tokens, more "
-            f"than the {wanted.num_contexts * found.context_size:,} asked for; choose another "
-            "folder, or ask for at least as many"
-        )
-    if found.num_contexts == wanted.num_contexts and found.complete:
-        return found
-    found.num_contexts = wanted.num_contexts
-    whole = [s for i, s in enumerate(found.shards) if s.contexts == found.shard_contexts(i)]
-    assert found.shards[: len(whole)] == whole
-    found.shards, found.statistics, found.complete = whole, {}, False
-    found.save(folder)
-    _remove_unlisted(folder, found)
-    return found
-
-
 class StoreWriter:
     """Adds batches of contexts and their rows to a store; use it as a context manager."""
 
     def __init__(self, folder: Path, manifest: Manifest):
-        """Go on with the folder's manifest, as ``begin_or_resume`` gave it."""
+        """Write shards of the store that the manifest describes."""
         self._folder = folder
         self._manifest = manifest
         # One core for the writer (the setting is the thread's own): were its operations spread over
@@ -101,18 +63,20 @@ class StoreWriter:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def add(self, contexts: Contexts, rows: Mapping[str, Float[Tensor, "rows d_in"]]) -> None:
-        """Take the next batch: its contexts, and the rows of their kept positions by site.
+    def add(
+        self, shard: int, contexts: Contexts, rows: Mapping[str, Float[Tensor, "rows d_in"]]
+    ) -> None:
+        """Take the next batch of a shard: its contexts, and by site the rows of kept positions.
 
-        The work is done in the background, at most a few batches behind; its errors are raised by
-        a later call. Raises LlmWsaeError if a row is not finite or the disk is full; nothing of
-        that shard is written then.
+        A shard is whole with its last batch, and must be before one of another comes. The work is
+        done in the background, at most a few batches behind; its errors are raised by a later call.
+        Raises LlmWsaeError if a row is not finite or the disk is full; nothing of that shard is
+        written then.
         """
-        self._submit(lambda: self._add(contexts, rows))
+        self._submit(lambda: self._add(shard, contexts, rows))
 
-    def finish(self) -> None:
-        """Write what remains: the last shard, the statistics of all rows, the final manifest."""
-        self._submit(self._finish)
+    def wait(self) -> None:
+        """Wait until all that was added is written."""
         while self._running:
             self._running.popleft().result()
 
@@ -128,9 +92,8 @@ class StoreWriter:
             work()
             self._broken = False
 
-    def _add(self, contexts: Contexts, rows: Mapping[str, Tensor]) -> None:
+    def _add(self, index: int, contexts: Contexts, rows: Mapping[str, Tensor]) -> None:
         self._contexts.append(contexts)
-        index = len(self._manifest.shards)
         positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
         added = slice(self._num_rows, self._num_rows + len(positions))
         for site in self._manifest.sites:
@@ -169,38 +132,29 @@ class StoreWriter:
             next=tuple(self._contexts[-1].next),
             files={path: _file_record(self._folder / path) for path in files},
         )
-        self._manifest.shards.append(record)
-        self._manifest.save(self._folder)
+        save_record(self._folder, index, record)
         self._contexts, self._statistics, self._num_rows = [], {}, 0
 
-    def _finish(self) -> None:
-        assert not self._contexts and self._manifest.contexts_done == self._manifest.num_contexts
-        for site in self._manifest.sites:
-            merged = Statistics(self._manifest.d_in, self._manifest.context_size)
-            for index in range(len(self._manifest.shards)):
-                path = self._folder / shard_paths(index, [site])[site][1]
-                tensors, _ = load_tensors(path, "statistics of a shard")
-                merged.merge(Statistics.from_tensors(tensors))
-            path = f"{site}/{STATISTICS}"
-            save_tensors(self._folder / path, merged.to_tensors())
-            self._manifest.statistics[path] = _file_record(self._folder / path)
-        self._manifest.complete = True
-        self._manifest.save(self._folder)
 
-
-def next_cursor(manifest: Manifest) -> Cursor:
-    """Where in the corpus the first shard that is not there begins."""
-    return Cursor(*manifest.shards[-1].next) if manifest.shards else BEGINNING
+def finish_store(folder: Path, manifest: Manifest) -> None:
+    """Complete a store all of whose shards are whole: the statistics of all rows, the manifest."""
+    shards = whole_shards(folder, manifest)
+    assert list(shards) == list(range(manifest.num_shards))
+    manifest.shards = list(shards.values())
+    for site in manifest.sites:
+        merged = Statistics(manifest.d_in, manifest.context_size)
+        for index in shards:
+            tensors, _ = load_tensors(
+                folder / shard_paths(index, [site])[site][1], "statistics of a shard"
+            )
+            merged.merge(Statistics.from_tensors(tensors))
+        path = f"{site}/{STATISTICS}"
+        save_tensors(folder / path, merged.to_tensors())
+        manifest.statistics[path] = _file_record(folder / path)
+    manifest.complete = True
+    manifest.save(folder)
+    shutil.rmtree(folder / RECORDS, ignore_errors=True)
 
 
 def _file_record(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, sha256(path))
-
-
-def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Delete shard files that a killed run wrote but never listed."""
-    listed = {folder / path for path in manifest.all_files()}
-    for name in (TOKENS, *manifest.sites):
-        for path in (folder / name).glob("*.safetensors"):
-            if path not in listed:
-                path.unlink()

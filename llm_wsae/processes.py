@@ -1,0 +1,285 @@
+"""One run in several processes, as ``torchrun`` starts them: who is who, how they keep together.
+
+The processes of a run have the ranks 0 to size − 1. What they tell each other beside tensors is a
+few JSON values, left in the launcher's key-value store. These are no collectives on purpose: who
+waits in a collective for a process that failed, or died, waits until a time limit that must be long
+enough for the slowest step. Whoever waits here looks into the store again and again, and so sees at
+once the error that another process left there, and within a minute that one no longer beats.
+
+Without a launcher there is one process, and nothing here costs anything. Needs torch only when
+there are several.
+"""
+
+import atexit
+import functools
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llm_wsae import files
+from llm_wsae.errors import LlmWsaeError, UsageError
+
+T = TypeVar("T")
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_JOIN = timedelta(minutes=10)  # for all processes to come
+_POLL_SECONDS = 0.05
+_BEAT_SECONDS = 1.0
+_BEATS_MISSED = 60  # counted in looks, so that a run that was suspended as a whole may go on
+_LAST_WORD_SECONDS = 10.0  # how long a failed rank 0, which may hold the store, stays for others
+
+
+class Processes:
+    """All processes of this run; this class is the ordinary case, in which there is only one."""
+
+    rank = 0
+    """Number of this process."""
+    size = 1
+    """How many there are."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which shows progress and writes what is written once."""
+        return self.rank == 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A piece of work that all processes do and end together.
+
+        An error in one of them ends it for all: the others raise the same sentence (a LlmWsaeError
+        of the same exit code) when they next wait or ``count``.
+        """
+        self._counts.clear()
+        yield
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Do the work on rank 0 only; everyone returns its result, which JSON can hold."""
+        return work()
+
+    def meet(self) -> None:
+        """Wait until all processes are here."""
+
+    def count(self, name: str, amount: int) -> int:
+        """Add to a sum over all processes in this piece of work; the sum so far.
+
+        For long loops: it raises the error of another process, if there is one.
+        """
+        self._counts[name] = self._counts.get(name, 0) + amount
+        return self._counts[name]
+
+    @contextmanager
+    def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
+        """Hold a folder for this run: no other may write there while a process of this one lives.
+
+        Raises LlmWsaeError if another run holds it.
+        """
+        with files.folder_lock(folder, what):
+            yield
+
+
+class _Several(Processes):
+    def __init__(self, store: Any, rank: int, size: int):
+        self.rank, self.size = rank, size
+        self._store = store
+        self._piece = 0  # pieces of work so far, and turns in this one: the same in all processes
+        self._turn = 0
+        self._left: threading.Event = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heart.start()
+        atexit.register(self._stop)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        self._piece, self._turn = self._piece + 1, 0
+        try:
+            yield
+            self.meet()
+        except BaseException as error:
+            self._tell(error)
+            raise
+        with _answered():
+            self._leave(self._until)  # rank 0 last: it may hold the store that the others read
+
+    def lead(self, work: Callable[[], T]) -> T:
+        key = self._next_key()
+        if self.leads:
+            result = json.dumps(work())
+            with _answered():
+                self._store.set(key, result)
+        else:
+            self._until(lambda: self._store.check([key]))
+        with _answered():
+            return json.loads(self._store.get(key))
+
+    def meet(self) -> None:
+        key = self._next_key()
+        with _answered():
+            self._store.add(key, 1)
+        self._until(lambda: self._store.add(key, 0) == self.size)
+
+    def count(self, name: str, amount: int) -> int:
+        self._check()
+        with _answered():
+            return self._store.add(self._key(name), amount)
+
+    def _check(self) -> None:
+        """Raise the error of another process, if there is one."""
+        key = self._key("error")
+        with _answered():
+            if not self._store.check([key]):
+                return
+            found = json.loads(self._store.get(key))
+        kind = UsageError if found["exit_code"] == UsageError.exit_code else LlmWsaeError
+        raise kind(found["sentence"])
+
+    @contextmanager
+    def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
+        # Rank 0 makes sure that nobody else is there; then all hold the lock, so that it is free
+        # only when the last of them is gone, whichever is killed.
+        if self.leads:
+            with files.folder_lock(folder, what) as share:
+                share()
+                self.lead(lambda: True)
+                yield
+        else:
+            self.lead(lambda: True)
+            with files.folder_lock(folder, what, shared=True):
+                yield
+
+    def first(self, name: str) -> bool:
+        """Whether no other process asked this before, in the whole run."""
+        with _answered():
+            return self._store.add(name, 1) == 1
+
+    def _key(self, name: str) -> str:
+        return f"{self._piece}/{name}"
+
+    def _next_key(self) -> str:
+        self._turn += 1
+        return self._key(str(self._turn))
+
+    def _until(self, ready: Callable[[], bool]) -> None:
+        """Look again and again; raise another's error, or that one is gone."""
+        seen: dict[int, int] = {}
+        missed: dict[int, int] = {}
+        look = time.monotonic()
+        while True:
+            with _answered():
+                if ready():
+                    return
+            self._check()
+            if time.monotonic() - look >= _BEAT_SECONDS:
+                look = time.monotonic()
+                for rank in range(self.size):
+                    with _answered():
+                        beats = self._store.add(f"beat/{rank}", 0)
+                    missed[rank] = missed.get(rank, 0) + 1 if beats == seen.get(rank) else 0
+                    seen[rank] = beats
+                    if missed[rank] > _BEATS_MISSED:
+                        raise LlmWsaeError(
+                            f"process {rank} of {self.size} is gone without a word; run the same "
+                            "command again to go on"
+                        )
+            time.sleep(_POLL_SECONDS)
+
+    def _tell(self, error: BaseException) -> None:
+        """Leave the first error of this piece of work to the others."""
+        known = isinstance(error, LlmWsaeError)
+        told = str(error) if known else f"process {self.rank} ended: {error!r}"
+        code = error.exit_code if known else LlmWsaeError.exit_code
+        try:
+            value = json.dumps({"sentence": told, "exit_code": code})
+            self._store.compare_set(self._key("error"), "", value)
+            until = time.monotonic() + _LAST_WORD_SECONDS
+
+            def wait(ready: Callable[[], bool]) -> None:
+                while not ready() and time.monotonic() < until:
+                    time.sleep(_POLL_SECONDS)
+
+            self._leave(wait)
+        except RuntimeError:
+            pass  # the store is gone, and with it whoever could have read this
+
+    def _leave(self, wait: Callable[[Callable[[], bool]], None]) -> None:
+        left = self._key("left")
+        self._store.add(left, 1)
+        if self.leads:
+            wait(lambda: self._store.add(left, 0) == self.size)
+
+    def _beat(self) -> None:
+        try:
+            while not self._left.wait(_BEAT_SECONDS):
+                self._store.add(f"beat/{self.rank}", 1)
+        except RuntimeError:
+            pass  # the store is gone; who waits for this process is told so by it
+
+    def _stop(self) -> None:
+        self._left.set()
+        self._heart.join()
+
+
+def count() -> int:
+    """How many processes the launcher started; 1 without one."""
+    if any(name not in os.environ for name in _ENVIRONMENT):
+        return 1
+    return int(os.environ["WORLD_SIZE"])
+
+
+def leads() -> bool:
+    """Whether this process is rank 0, without waiting for the others."""
+    return count() == 1 or int(os.environ["RANK"]) == 0
+
+
+@functools.cache
+def join() -> Processes:
+    """All processes of this run, as soon as each of them has come here.
+
+    Raises LlmWsaeError if they do not come, or cannot reach each other.
+    """
+    if count() == 1:
+        return Processes()
+    from torch import distributed
+
+    try:
+        store, rank, size = next(distributed.rendezvous("env://", timeout=_JOIN))
+    except (RuntimeError, ValueError) as error:
+        raise LlmWsaeError(
+            f"the {count()} processes of this run did not find each other at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({_first_line(error)}); "
+            "start them with torchrun, on another --master-port if this one is taken"
+        ) from error
+    return _Several(distributed.PrefixStore("llm_wsae", store), rank, size)
+
+
+def may_speak() -> bool:
+    """Whether this process is the one that says on stderr what went wrong, for all of them."""
+    try:
+        processes = join()
+        return not isinstance(processes, _Several) or processes.first("spoken")
+    except LlmWsaeError:
+        return True  # they cannot agree any more; better twice than never
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """The store's own errors as one of ours."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed.DistError, and what it derives from
+        raise LlmWsaeError(
+            "the process that started this run is gone, and the run with it "
+            f"({_first_line(error)}); run the same command again to go on"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0].rstrip(".")

@@ -1,0 +1,239 @@
+"""Harvests by several processes: the bytes of one, whoever is killed; one sentence for an error."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command_line import HARVEST, content, save_model, works
+from several import run, start
+from test_harvest import CONFIG, LENGTHS, SITES, after, files
+from tiny import tiny_model, write_jsonl
+
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.manifest import RECORDS, Manifest, whole_shards
+from llm_wsae.data.verify import verify_store
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.harvest import harvest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus, tmp_path_factory):
+    return alone(corpus, tmp_path_factory.mktemp("alone") / "s")
+
+
+def alone(corpus, out, model=None, config=CONFIG):
+    return harvest(model or tiny_model(), Corpus.open(str(corpus)), SITES, out, config)
+
+
+def make(corpus, out, config=CONFIG, unlucky=None, forwards=None, what=None):
+    """One process's part; something happens to the unlucky one behind so many forwards."""
+    model = tiny_model()
+    if os.environ["RANK"] == str(unlucky):
+        model = after(forwards, what)
+    text = Corpus.open(str(corpus))
+    text.num_bytes = None  # as with a streamed dataset
+    return harvest(model, text, SITES, out, config).num_rows
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.005)
+
+
+def die_behind(path):
+    wait_for(path)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail():
+    raise LlmWsaeError("the moon is full")
+
+
+def crash():
+    raise ZeroDivisionError
+
+
+def record(out, shard):
+    return out / RECORDS / f"{shard:05d}.json"
+
+
+def whole(out):
+    return sorted(whole_shards(out, Manifest.load(out)))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_write_the_bytes_of_one(corpus, unbroken, tmp_path, size):
+    out = tmp_path / "s"
+    assert run(size, make, corpus, out) == [unbroken.num_rows] * size
+    assert files(out) == files(unbroken.folder)
+    when = (out / "manifest.json").stat().st_mtime_ns
+    assert run(size, make, corpus, out) == [unbroken.num_rows] * size  # nothing is left to do
+    assert when == (out / "manifest.json").stat().st_mtime_ns
+
+
+@pytest.mark.parametrize(
+    "unlucky, forwards, other, then", [(0, 9, 5, 2), (1, 2, 4, 1), (1, 2, 4, 3)]
+)
+def test_a_killed_process_loses_no_whole_shard(
+    corpus, unbroken, tmp_path, unlucky, forwards, other, then
+):
+    """It dies in a shard of its own, when the other process is shards ahead."""
+    out = tmp_path / "s"
+    what = functools.partial(die_behind, record(out, other))
+    outcomes = run(2, make, corpus, out, CONFIG, unlucky, forwards, what)
+    assert outcomes[unlucky] is None
+    assert "is gone" in outcomes[1 - unlucky] and "command again" in outcomes[1 - unlucky]
+    there = whole(out)
+    assert other in there and there != list(range(len(there))), there
+    assert not list((out / "tokens").glob("*.partial"))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("0*.safetensors")}
+    if then == 1:
+        alone(corpus, out)
+    else:
+        assert run(then, make, corpus, out) == [unbroken.num_rows] * then
+    assert files(out) == files(unbroken.folder) and verify_store(out) == []
+    for shard in there:  # none was made again
+        path = out / f"tokens/{shard:05d}.safetensors"
+        assert path.stat().st_mtime_ns == before[path]
+
+
+def test_only_what_is_missing_is_fed_to_the_model(corpus, unbroken, tmp_path):
+    """Nine shards, seven forward passes each, but six for the last, which is shorter."""
+    out = tmp_path / "s"
+    with pytest.raises(ZeroDivisionError):
+        alone(corpus, out, after(62, crash))
+    assert whole(out) == list(range(8))
+    for shard in (0, 3, 6, 7):
+        record(out, shard).unlink()
+    (out / "tokens" / ".00003.safetensors.1.partial").touch()
+    with pytest.raises(ZeroDivisionError):
+        alone(corpus, out, after(34, crash))
+    assert whole(out) == list(range(8))
+    alone(corpus, out)
+    assert files(out) == files(unbroken.folder)
+
+
+def test_a_store_that_one_began_is_grown_by_several(corpus, unbroken, tmp_path):
+    out = tmp_path / "s"
+    alone(corpus, out, config=replace(CONFIG, tokens=1000))
+    assert not (out / RECORDS).exists()
+    (out / RECORDS).mkdir()  # left by a process that was killed when the manifest was whole
+    record(out, 2).write_text("{}")
+    assert run(2, make, corpus, out) == [unbroken.num_rows] * 2
+    assert files(out) == files(unbroken.folder)
+
+
+def test_a_damaged_record_is_named(corpus, tmp_path):
+    out = tmp_path / "s"
+    with pytest.raises(ZeroDivisionError):
+        alone(corpus, out, after(20, crash))
+    path = record(out, 1)
+    path.write_text(path.read_text().replace('"contexts": 28', '"contexts": 27'))
+    with pytest.raises(LlmWsaeError, match=r"00001\.json is damaged: its checksum does not fit"):
+        alone(corpus, out)
+    path.unlink()
+    assert "28 of 250 contexts" in verify_store(out)[0]
+    alone(corpus, out)
+
+
+@pytest.mark.parametrize(
+    "what, sentence",
+    [(fail, "LlmWsaeError: the moon is full"), (crash, "process 1 ended: ZeroDivisionError()")],
+)
+def test_an_error_of_one_process_ends_all_with_its_sentence(corpus, tmp_path, what, sentence):
+    first, second = run(2, make, corpus, tmp_path / "s", CONFIG, 1, 9, what)
+    assert sentence in first
+    assert second is None if what is crash else second == first
+
+
+def test_a_request_that_cannot_be_ends_all(corpus, tmp_path):
+    config = replace(CONFIG, context_size=65)
+    for outcome in run(2, make, corpus, tmp_path / "s", config):
+        assert outcome.startswith("UsageError: contexts of 65 tokens are too long")
+
+
+def test_different_requests_are_not_one_harvest(corpus, tmp_path):
+    outcomes = run(2, of_own_dtype, corpus, tmp_path / "s")
+    assert len(set(outcomes)) == 1
+    assert "process 0 and process 1 are at different harvests (its dtype is" in outcomes[0]
+
+
+def of_own_dtype(corpus, out):
+    return make(
+        corpus, out, replace(CONFIG, dtype=["float32", "bfloat16"][int(os.environ["RANK"])])
+    )
+
+
+def test_a_corpus_that_ends_early_can_still_be_completed(corpus, tmp_path):
+    outcomes = run(2, make, corpus, tmp_path / "s", replace(CONFIG, tokens=100_000))
+    assert len(set(outcomes)) == 1 and "or ask for" in outcomes[0]
+    tokens = int(outcomes[0].split("or ask for ")[1].split()[0])
+    run(2, make, corpus, tmp_path / "s", replace(CONFIG, tokens=tokens))
+    config = replace(CONFIG, tokens=tokens)
+    alone(corpus, tmp_path / "t", config=config)
+    assert files(tmp_path / "s") == files(tmp_path / "t")
+
+
+@pytest.mark.parametrize("killed", [[], [0], [1]])
+def test_a_second_run_is_refused_while_a_process_of_the_first_lives(corpus, tmp_path, killed):
+    out, go = tmp_path / "s", tmp_path / "go"
+    first = start(2, both_wait, corpus, out, go)
+    wait_for(tmp_path / "go.0")
+    wait_for(tmp_path / "go.1")
+    for rank in killed:
+        first[rank].kill()
+    for outcome in run(2, make, corpus, out):
+        assert "another process is writing the activation store" in outcome
+    with pytest.raises(LlmWsaeError, match="another process is writing"):
+        alone(corpus, out)
+    if killed:
+        first[1 - killed[0]].kill()
+        alone(corpus, out)
+    else:
+        go.touch()
+        assert len({rank.outcome() for rank in first}) == 1
+
+
+def both_wait(corpus, out, go):
+    def wait():
+        go.with_suffix("." + os.environ["RANK"]).touch()
+        wait_for(go)
+
+    return make(corpus, out, CONFIG, os.environ["RANK"], 10, wait)
+
+
+def torchrun(size, *words):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(size), "-m", "llm_wsae.cli", *map(str, words)],
+        capture_output=True, text=True, timeout=120, cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_the_command_under_torchrun(corpus, tmp_path):
+    words = ("harvest", "--model", save_model(tmp_path / "model"), "--corpus", corpus, *HARVEST,
+             "--dtype", "float32", "--tokens", "4000", "--out")  # fmt: skip
+    works(*words, tmp_path / "alone")
+    done = torchrun(2, *words, tmp_path / "both", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"rows"') == 1 and done.stderr.count("loading") == 1
+    assert done.stderr.count("harvest:   0%") == 1 and "harvest: 100%" in done.stderr
+    there, expected = content(tmp_path / "both"), content(tmp_path / "alone")
+    assert there == expected
+    failed = torchrun(2, *words, tmp_path / "both", "--tokens", "3000")
+    assert failed.returncode == 1 and failed.stdout == ""
+    assert failed.stderr.count("llm-wsae: ") == 1
+    assert "llm-wsae: " + str(tmp_path / "both") + " already holds 4,000 tokens" in failed.stderr
