@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import platform
+import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def command_line() -> str:
+    """The command that this process runs; empty in any program but ours."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["llm-wsae", *sys.argv[1:]]) if name in ("llm-wsae", "cli.py") else ""
 
 
 def write_record(path: Path, command: str, config: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import folder_lock, read_json, remove_partials, write_json
 from llm_wsae.hardware import choose_device, fast_dtype
+from llm_wsae.record import command_line, versions
 from llm_wsae.train.arm import Arm, ArmConfig, Workspace, folded
 from llm_wsae.train.checkpoint import (
     CHECKPOINT,
@@ -210,6 +211,8 @@ class _Training:
                 training={
                     **{k: v for k, v in self.identity.items() if k not in ("rows", "arms")},
                     **arm.config.kind(),
+                    "command": command_line(),
+                    "versions": versions(),
                 },
             )
             threshold = None if arm.threshold is None else arm.threshold.values()
