@@ -32,6 +32,7 @@ FLOORS = (
     "dictionary",
     "harvest",
     "train",
+    "theory",
     "evaluate",
     "evidence",
     "plots",

@@ -1,0 +1,238 @@
+"""The closed form of Cui et al. 2026 (arXiv 2506.15963), and when it can be trusted.
+
+True features x ≥ 0 are seen as x_p = W_p x. A tied sparse autoencoder W_m encodes
+x_m = ReLU(W_m x_p) and reconstructs x̂_p = W_mᵀ x_m. With W_m = (W_p, 0)ᵀ what it recovers of x is
+
+    r = ReLU(W_pᵀ W_p x),
+
+and everything below follows from r: which features shrink, which vanish, and how far the loss that
+is trained (on x_p) is from the loss one wants (on x).
+
+When is W_m = (W_p, 0)ᵀ the optimum (theorem 1), and the only one (theorem 3)? The position that the
+paper asks for, unit columns with non-positive interference, has room for 2·n_p features at most. We
+know the theorems from their statements; for a ReLU without a penalty on the codes, this module's
+tests establish:
+
+- in antipodal pairs (digons) the reconstruction is exact at any sparsity, so it is optimal;
+- three features at 120° (a polygon) leave a loss on dense inputs, and W_pᵀ is not even a local
+  optimum: descent from it finds 7 % less at S = 0. On 1-sparse inputs the loss is 0, so optimal;
+- alone on its line a digon's optimum is unique up to order. Elsewhere it is not: with
+  n_m ≥ 2·n_p the dictionary (Q, −Q)ᵀ of *any* orthogonal Q reconstructs everything, and the
+  triangle has a second solution of loss 0 on 1-sparse inputs, at −√2 times its features.
+
+So outside one digon per line something else must choose among equals: a penalty, or TopK.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.errors import UsageError
+from llm_wsae.theory.superposition import features_from_uniform
+
+Weights = Float[Tensor, "n_p"] | Float[Tensor, "n_p n_p"]  # γ, or the whole matrix Γ
+
+_TOLERANCE = 1e-6
+_SPARSEST = 0.9999
+_BISECTIONS = 40
+
+
+def interference(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n n"]:
+    """W_pᵀ W_p: off the diagonal how much feature j appears in the place of feature i."""
+    return mixing.T @ mixing
+
+
+def closed_form_dictionary(
+    mixing: Float[Tensor, "n_p n"], num_latents: int
+) -> Float[Tensor, "latents n_p"]:
+    """W_m* = (W_p, 0)ᵀ (theorem 1). Raises UsageError if there are fewer latents than features."""
+    n_p, n = mixing.shape
+    if num_latents < n:
+        raise UsageError(f"{num_latents} latents cannot hold {n} features; give at least {n}")
+    return torch.cat([mixing.T, mixing.new_zeros(num_latents - n, n_p)])
+
+
+def recovered(
+    mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]
+) -> Float[Tensor, "rows n"]:
+    """r = ReLU(W_pᵀ W_p x), what the closed form recovers of the true features (theorem 1)."""
+    return (x @ interference(mixing)).relu()
+
+
+def sae_loss(
+    dictionary: Float[Tensor, "latents n_p"],
+    x_p: Float[Tensor, "rows n_p"],
+    weights: Weights | None = None,
+) -> Float[Tensor, ""]:
+    """L_SAE = E‖x_p − W_mᵀ ReLU(W_m x_p)‖² of a tied dictionary W_m; with weights the weighted
+    L_WSAE = E‖Γ(x_p − x̂_p)‖²."""
+    error = x_p - (x_p @ dictionary.T).relu() @ dictionary
+    return _weighted(error, weights).square().sum(1).mean()
+
+
+def truth_loss(mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]) -> Float[Tensor, ""]:
+    """L_GT = E‖x − r‖², the loss on the true features at W_m = (W_p, 0)ᵀ."""
+    return (x - recovered(mixing, x)).square().sum(1).mean()
+
+
+def gap_matrix(
+    mixing: Float[Tensor, "n_p n"], weights: Weights | None = None
+) -> Float[Tensor, "n n"]:
+    """W_pᵀ ΓᵀΓ W_p − I (theorem 5; theorem 4 without weights): 0 would close the gap."""
+    seen = _weighted(mixing.T, weights)
+    return seen @ seen.T - torch.eye(mixing.shape[1], dtype=mixing.dtype)
+
+
+def loss_gap(
+    mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"], weights: Weights | None = None
+) -> Float[Tensor, ""]:
+    """L_WSAE − L_GT = E (x − r)ᵀ (W_pᵀ ΓᵀΓ W_p − I)(x − r) at the closed form (theorems 4, 5)."""
+    lost = x - recovered(mixing, x)
+    return ((lost @ gap_matrix(mixing, weights)) * lost).sum(1).mean()
+
+
+def relative_error(
+    mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]
+) -> Float[Tensor, ""]:
+    """L_GT / E‖x‖²: the share of the true features' energy that the closed form misses."""
+    return truth_loss(mixing, x) / x.square().sum(1).mean()
+
+
+def sparsity_for_error(
+    mixing: Float[Tensor, "n_p n"],
+    bound: float,
+    generator: torch.Generator,
+    rows: int = 20_000,
+) -> float | None:
+    """The sparsity S above which the relative error stays within ``bound`` (theorem 2: it falls to
+    0 as S → 1). For digons alone it is 1 − 2·bound.
+
+    Features are uniform on (0, 1]; found by bisection over the same random numbers at every S.
+    None where not even S = 0.9999 is enough: columns that are not of unit length never recover.
+    """
+    uniform = torch.rand(rows, mixing.shape[1], generator=generator, dtype=mixing.dtype)
+    ones = torch.ones(mixing.shape[1], dtype=mixing.dtype)
+
+    def error(sparsity: float) -> float:
+        x = features_from_uniform(uniform, ones * (1 - sparsity), ones)
+        return float(relative_error(mixing, x))
+
+    if error(0.0) <= bound:
+        return 0.0
+    low, high = 0.0, _SPARSEST
+    if not error(high) <= bound:
+        return None
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if error(middle) <= bound else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the closed form takes from the true features, by feature and by dimension."""
+
+    shrunk: Float[Tensor, " n"]
+    """Of the rows where the feature is active, the share on which 0 < r < x."""
+    vanished: Float[Tensor, " n"]
+    """Of the rows where the feature is active, the share on which r = 0."""
+    strength_lost: Float[Tensor, " n"]
+    """Mean of (x − r)/x where the feature is active."""
+    dimension_lost: Float[Tensor, " n_p"]
+    """Σ_j W_ij² E(x_j − r_j)² / Σ_j W_ij² E x_j²: of the energy that features bring to dimension i,
+    the share that is not recovered."""
+
+
+def losses(mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]) -> Losses:
+    """Feature shrinking and feature vanishing (Cui et al. 2026, §3.2) on given true features.
+
+    A feature that is never active, or a dimension that no feature reaches, has NaN.
+    """
+    r = recovered(mixing, x)
+    active = x > 0
+    count = active.sum(0)
+    # A relative margin: rounding must not count as shrinking where recovery is exact.
+    shrunk = active & (r > 0) & (r < x * (1 - _TOLERANCE))
+    vanished = active & (r == 0)
+    lost = torch.where(active, (x - r) / torch.where(active, x, 1.0), 0.0)
+    energy = mixing.square()
+    missed = (x - r).square().mean(0)
+    return Losses(
+        shrunk=shrunk.sum(0) / count,
+        vanished=vanished.sum(0) / count,
+        strength_lost=lost.sum(0) / count,
+        dimension_lost=(energy @ missed) / (energy @ x.square().mean(0)),
+    )
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Whether W_p is in the position that theorem 1 assumes."""
+
+    largest_interference: float
+    """Largest w_iᵀ w_j, i ≠ j: at most 0 in digon or polygon position."""
+    largest_norm_error: float
+    """Largest |‖w_j‖ − 1| over the columns that are not 0."""
+    num_nonzero: int
+    """Columns that are not 0, at most 2·n_p in non-positive position."""
+    limit: int
+    """2·n_p."""
+    groups: tuple[tuple[int, ...], ...]
+    """Features that interfere with each other: one alone, two a digon, more a polygon."""
+
+    @property
+    def hold(self) -> bool:
+        """Unit columns with non-positive interference."""
+        return self.largest_interference <= _TOLERANCE and self.largest_norm_error <= _TOLERANCE
+
+    @property
+    def possible(self) -> bool:
+        """Whether so many columns could be in such a position at all."""
+        return self.num_nonzero <= self.limit
+
+    @property
+    def only_digons(self) -> bool:
+        """Unit columns, each alone or in an antipodal pair: where the reconstruction is exact."""
+        return self.hold and all(len(group) <= 2 for group in self.groups)
+
+
+def check_assumptions(mixing: Float[Tensor, "n_p n"]) -> Assumptions:
+    """The assumptions of theorem 1 for a given W_p; columns of length below 1e-6 count as 0.
+
+    At most 2·n_p vectors of an n_p-dimensional space have pairwise non-positive inner products
+    (the axes and their opposites reach it), so n > 2·n_p rules the assumption out.
+    """
+    norms = mixing.norm(dim=0)
+    present = (norms > _TOLERANCE).nonzero()[:, 0]
+    gram = interference(mixing[:, present])
+    off = gram - torch.diag(gram.diagonal())
+    n = len(present)
+    return Assumptions(
+        largest_interference=float(off.max()) if n > 1 else 0.0,
+        largest_norm_error=float((norms[present] - 1).abs().max()) if n else 0.0,
+        num_nonzero=n,
+        limit=2 * len(mixing),
+        groups=_connected(off.abs() > _TOLERANCE, present.tolist()),
+    )
+
+
+def _connected(linked: Tensor, names: list[int]) -> tuple[tuple[int, ...], ...]:
+    groups, left = [], set(range(len(names)))
+    while left:
+        group, border = set(), [min(left)]
+        while border:
+            one = border.pop()
+            if one in left:
+                left.remove(one)
+                group.add(one)
+                border += linked[one].nonzero()[:, 0].tolist()
+        groups.append(tuple(sorted(names[i] for i in group)))
+    return tuple(groups)
+
+
+def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return rows
+    return rows * weights if weights.ndim == 1 else rows @ weights.T

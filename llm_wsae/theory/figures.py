@@ -1,0 +1,96 @@
+"""The figures of the planted experiments. Drawn on bare Figures: no window system, no globals."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from llm_wsae.files import write_atomic
+from llm_wsae.theory.rules import ARMS, PLAIN, RULES
+from llm_wsae.theory.summary import TheoryReport
+
+_COLOURS = {"better": "#00798c", "as random": "#edae49", "worse": "#d1495b", "–": "#9aa5b1"}
+_LINES = ("#444444", "#d1495b", "#00798c", "#edae49")
+_DPI = 130
+_COLUMNS = 4
+
+
+def plot_correlations(report: TheoryReport, path: Path) -> None:
+    """Rule × experiment: rank correlation with the true monosemanticity."""
+    rules, names = list(RULES)[1:], list(report.arms)
+    values = np.array(
+        [[report.correlations[n][r] for n in names] for r in rules], dtype=float
+    )  # None becomes NaN
+    figure = Figure(figsize=(3 + 0.75 * len(names), 1.8 + 0.42 * len(rules)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        text = "–" if np.isnan(value) else f"{value:+.2f}"
+        colour = "white" if abs(value) > 0.6 else "black"
+        axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
+    axis.set_yticks(range(len(rules)), rules)
+    axis.set_title("Rank correlation with the true monosemanticity of the dimensions")
+    figure.colorbar(image, ax=axis, shrink=0.8)
+    _save(figure, path)
+
+
+def plot_changes(report: TheoryReport, path: Path) -> None:
+    """Per experiment: change of L_GT of every arm against plain, with its interval over seeds."""
+    arms, names = [a for a in ARMS if a != PLAIN], list(report.arms)
+    columns = min(_COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    size = (2.6 + 3 * columns, rows * (1.2 + 0.2 * len(arms)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        for place, arm in enumerate(arms):
+            one = report.arms[name][arm]
+            low, high = one.change_interval
+            error = [[one.change - low], [high - one.change]]
+            colour = _COLOURS[one.verdict]
+            axis.errorbar(one.change, place, xerr=error, fmt="o", ms=4, color=colour, capsize=2)
+        axis.axvline(0, color="#444444", lw=0.8)
+        axis.set_title(f"{name} (plain {report.arms[name][PLAIN].l_gt:.3f})", fontsize=10)
+        axis.set(xlabel="change of L_GT, %")
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    axes[0, 0].set_yticks(range(len(arms)), arms, fontsize=8)
+    axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.suptitle(
+        "Loss on the true features against plain: better than random weights too (blue), "
+        "not than those (yellow), worse (red)"
+    )
+    _save(figure, path)
+
+
+def plot_closed_form(facts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """What the closed form loses, by sparsity: error, shrunk and vanished features."""
+    panels = {
+        "relative_error": "share of the true energy lost",
+        "shrunk": "share of active features that shrink",
+        "vanished": "share of active features that vanish",
+    }
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axis, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for (name, one), colour in zip(facts.items(), _LINES, strict=True):
+            sparsity = [point["sparsity"] for point in one["by_sparsity"]]
+            values = [point[key] for point in one["by_sparsity"]]
+            axis.plot(sparsity, values, "o-", ms=3, color=colour, label=name)
+        axis.set(xlabel="sparsity S", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if key == "relative_error":
+            axis.set_yscale("log")
+            axis.legend(frameon=False)
+    figure.suptitle("Closed form r = ReLU(W_pᵀ W_p x)")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_atomic(Path(path), lambda partial: figure.savefig(partial, format="png", dpi=_DPI))

@@ -1,0 +1,181 @@
+"""Planted data: superposition whose true features are known.
+
+n true features x, sparse and non-negative, are mixed into n_p < n observed dimensions,
+x_p = W_p x (Elhage et al. 2022, "Toy Models of Superposition"). A dictionary sees x_p only, so
+what it found can be held against x. The mixtures differ in what should matter to a weighted loss:
+
+- ``digon``: 10 dimensions with one feature each, 10 with an antipodal pair: the position in which
+  the closed form is exact;
+- ``mixed``: 8 with one feature, 6 digons, and 6 dimensions that hold 18 features of low coherence;
+- ``rotated``: the same data seen in another basis, in which no dimension is monosemantic;
+- ``toy_model``: W_p trained from scratch to reconstruct x, so that no one chose who shares.
+
+Frequencies and amplitudes can differ by feature, and a few dimensions can be made outliers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_wsae.statistics.scores import participation
+
+NUM_OBSERVED = 20
+_TOY_STEPS, _TOY_BATCH, _TOY_RATE = 1500, 512, 1e-2
+_COHERENCE_STEPS, _COHERENCE_POWER = 500, 8
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A distribution of true features and how they are mixed: x_p = W_p x."""
+
+    mixing: Float[Tensor, "n_p n"]
+    """W_p: column j is the observed direction of true feature j."""
+    probability: Float[Tensor, " n"]
+    """Probability 1 − S_j that feature j is not 0."""
+    amplitude: Float[Tensor, " n"]
+    """A feature that is not 0 is uniform on (0, amplitude_j]."""
+
+    @property
+    def num_features(self) -> int:
+        """n, the number of true features."""
+        return self.mixing.shape[1]
+
+    @property
+    def mean_active(self) -> float:
+        """Mean number of true features that are not 0 in a row."""
+        return float(self.probability.sum())
+
+    @property
+    def monosemanticity(self) -> Float[Tensor, " n_p"]:
+        """True monosemanticity of every dimension: 1/PR of its row of W_p; 1 is one feature."""
+        return participation(self.mixing.T)
+
+    def features(self, rows: int, generator: torch.Generator) -> Float[Tensor, "rows n"]:
+        """Draw true features x."""
+        return features_from_uniform(
+            torch.rand(rows, self.num_features, generator=generator, dtype=self.mixing.dtype),
+            self.probability,
+            self.amplitude,
+        )
+
+    def observe(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n_p"]:
+        """What a dictionary gets to see of true features: x_p = W_p x."""
+        return x @ self.mixing.T
+
+
+def features_from_uniform(
+    uniform: Float[Tensor, "*rows n"],
+    probability: Float[Tensor, "*groups n"],
+    amplitude: Float[Tensor, "*groups n"],
+) -> Float[Tensor, "*rows n"]:
+    """True features from one uniform number each: below the probability it is active, and how far
+    below is its strength. The same numbers at another sparsity give comparable rows."""
+    return (uniform < probability) * (1 - uniform / probability) * amplitude
+
+
+def planted(mixing: Float[Tensor, "n_p n"], sparsity: float) -> Planted:
+    """Features of equal probability 1 − sparsity and amplitude 1, mixed by ``mixing``."""
+    n = mixing.shape[1]
+    ones = torch.ones(n, dtype=mixing.dtype)
+    return Planted(mixing, ones * (1 - sparsity), ones)
+
+
+def digon_mixing(singles: int = 10, digons: int = 10) -> Float[Tensor, "n_p n"]:
+    """W_p with one feature alone on each of the first dimensions, an antipodal pair on the rest."""
+    mixing = torch.zeros(singles + digons, singles + 2 * digons)
+    mixing[:singles, :singles] = torch.eye(singles)
+    for i in range(digons):
+        mixing[singles + i, singles + 2 * i] = 1
+        mixing[singles + i, singles + 2 * i + 1] = -1
+    return mixing
+
+
+def mixed_mixing(
+    generator: torch.Generator,
+    singles: int = 8,
+    digons: int = 6,
+    shared: int = 6,
+    crowd: int = 18,
+) -> Float[Tensor, "n_p n"]:
+    """W_p of a digon mixture beside ``shared`` dimensions that together hold ``crowd`` features."""
+    easy = digon_mixing(singles, digons)
+    mixing = torch.zeros(len(easy) + shared, easy.shape[1] + crowd)
+    mixing[: len(easy), : easy.shape[1]] = easy
+    mixing[len(easy) :, easy.shape[1] :] = low_coherence(shared, crowd, generator)
+    return mixing
+
+
+def low_coherence(
+    dimensions: int, count: int, generator: torch.Generator
+) -> Float[Tensor, "dimensions count"]:
+    """Unit columns whose largest |cosine| was pushed down by descent on a high power of it."""
+    free = torch.randn(dimensions, count, generator=generator).requires_grad_()
+    optimiser = torch.optim.Adam([free], lr=0.02)
+    for _ in range(_COHERENCE_STEPS):
+        unit = free / free.norm(dim=0)
+        cosine = unit.T @ unit - torch.eye(count)
+        optimiser.zero_grad()
+        (cosine.abs() ** _COHERENCE_POWER).sum().backward()
+        optimiser.step()
+    with torch.no_grad():
+        return free / free.norm(dim=0)
+
+
+def rotated(data: Planted, generator: torch.Generator) -> Planted:
+    """The same features under a random rotation of the observed space (Haar)."""
+    n_p = len(data.mixing)
+    q, r = torch.linalg.qr(torch.randn(n_p, n_p, generator=generator, dtype=torch.float64))
+    q = (q * r.diagonal().sign()).to(data.mixing.dtype)
+    return replace(data, mixing=q @ data.mixing)
+
+
+def outliers(data: Planted, dimensions: Sequence[int], factor: float) -> Planted:
+    """Some observed dimensions ``factor`` times as large, as a residual stream has them."""
+    scale = torch.ones(len(data.mixing), 1, dtype=data.mixing.dtype)
+    scale[list(dimensions)] = factor
+    return replace(data, mixing=scale * data.mixing)
+
+
+def alone(data: Planted) -> Int[Tensor, " alone"]:
+    """Indices of the true features that have a dimension to themselves."""
+    touched = data.mixing != 0
+    private = touched & (touched.sum(1, keepdim=True) == 1)
+    return (private.any(0) & (touched.sum(0) == 1)).nonzero()[:, 0]
+
+
+def more_frequent(data: Planted, which: Int[Tensor, " some"], factor: float) -> Planted:
+    """Some features ``factor`` times as frequent, at most always on."""
+    probability = data.probability.clone()
+    probability[which] = (probability[which] * factor).clamp(max=1.0)
+    return replace(data, probability=probability)
+
+
+def stronger(data: Planted, which: Int[Tensor, " some"], factor: float) -> Planted:
+    """Some features ``factor`` times as strong."""
+    amplitude = data.amplitude.clone()
+    amplitude[which] *= factor
+    return replace(data, amplitude=amplitude)
+
+
+def toy_model(
+    n: int, n_p: int, sparsity: float, generator: torch.Generator, steps: int = _TOY_STEPS
+) -> Float[Tensor, "n_p n"]:
+    """W_p of a toy model of superposition trained from scratch.
+
+    W_p = argmin E‖x − ReLU(W_pᵀ W_p x)‖², all features equally important, no bias (the setting of
+    Cui et al. 2026; Elhage et al. 2022 with the bias left out), by Adam whose rate falls to 0.
+    """
+    data = planted(torch.empty(n_p, n), sparsity)
+    mixing = (torch.randn(n_p, n, generator=generator) / n_p**0.5).requires_grad_()
+    optimiser = torch.optim.Adam([mixing], lr=_TOY_RATE)
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = _TOY_RATE * (1 - step / steps)
+        x = data.features(_TOY_BATCH, generator)
+        optimiser.zero_grad()
+        missed = x - ((x @ mixing.T) @ mixing).relu()
+        (missed.square().sum() / _TOY_BATCH).backward()
+        optimiser.step()
+    return mixing.detach()
