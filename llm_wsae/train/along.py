@@ -3,17 +3,24 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.codes import RaggedCodes
-from llm_wsae.sparse.operations import firing_counts, reconstruct, weight_gradients
+from llm_wsae.sparse.codes import RaggedCodes, Reconstruction
+from llm_wsae.sparse.operations import (
+    decode,
+    firing_counts,
+    reconstruct,
+    value_gradients,
+    weight_gradients,
+)
 from llm_wsae.sparse.reference import Gradients
-from llm_wsae.train.parameters import Batch, Parameters, Step, error_weights
+from llm_wsae.statistics.weights import Gamma
+from llm_wsae.train.parameters import Batch, Parameters, Step, error_weights, times
 
 
 def step_along(
     codes: RaggedCodes,
     parameters: Parameters,
     batch: Batch,
-    gamma: Float[Tensor, " d_in"],
+    gamma: Gamma,
     push: float | Float[Tensor, ""] = 0.0,
     out: Gradients | None = None,
 ) -> Step:
@@ -24,18 +31,36 @@ def step_along(
     """
     encoder, decoder, _, decoder_bias = parameters
     weights = error_weights(batch.mask, gamma)
-    made = reconstruct(
-        codes, decoder, decoder_bias, batch.x, batch.mask, weights, batch.x_fast.dtype
-    )
+    if weights.ndim == 1:
+        made = reconstruct(
+            codes, decoder, decoder_bias, batch.x, batch.mask, weights, batch.x_fast.dtype
+        )
+    else:
+        made = _reconstruct_by_matrix(codes, parameters, batch, weights)
     by_value = made.by_value
     by_value += push * (codes.values > 0)
     by_encoder, by_decoder, by_bias = weight_gradients(
         codes, batch.x_fast, made.output_gradient, by_value, len(encoder), out
     )
-    by_decoder_bias = made.residual.sum(0).mul_(weights)
+    by_decoder_bias = times(made.residual.sum(0), weights)
     gradients = Parameters(by_encoder, by_decoder, by_bias, by_decoder_bias)
     firings = firing_counts(codes, len(encoder))
     return Step(gradients, made.residual, firings, made.row_errors.sum() / 2)
+
+
+def _reconstruct_by_matrix(
+    codes: RaggedCodes,
+    parameters: Parameters,
+    batch: Batch,
+    weights: Float[Tensor, "d_in d_in"],
+) -> Reconstruction:
+    """``operations.reconstruct`` with a full matrix of weights: a matrix product in between."""
+    _, decoder, _, decoder_bias = parameters
+    residual = decode(codes, decoder, decoder_bias).sub_(batch.x).mul_(batch.mask[:, None])
+    gradient = times(residual, weights)
+    by_value = value_gradients(codes, decoder, gradient)
+    errors = (residual * gradient).sum(1)
+    return Reconstruction(residual, gradient.to(batch.x_fast.dtype), by_value, errors)
 
 
 def without_masked(codes: RaggedCodes, batch: Batch) -> RaggedCodes:

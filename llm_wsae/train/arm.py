@@ -1,6 +1,6 @@
 """One arm of a training: a dictionary in the making, its optimiser and dead-latent counters."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -9,16 +9,20 @@ from torch import Tensor
 
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
 from llm_wsae.sparse.reference import Gradients
-from llm_wsae.statistics.weights import LossWeights
+from llm_wsae.statistics.config import WeightConfig
+from llm_wsae.statistics.weights import Gamma, LossWeights
 from llm_wsae.train.auxk import add_auxk_gradients
 from llm_wsae.train.batch_topk import RunningThreshold, batch_topk_step
 from llm_wsae.train.config import Architecture
 from llm_wsae.train.jumprelu import LearntThreshold, jumprelu_step
 from llm_wsae.train.matryoshka import matryoshka_step
+from llm_wsae.train.normaliser import Space, Spaces, inverse
 from llm_wsae.train.optimiser import Optimiser
 from llm_wsae.train.parameters import Batch, Parameters, Step, initial_parameters
 from llm_wsae.train.relu import relu_step
 from llm_wsae.train.topk import topk_step
+
+_ERROR_ROWS = 512  # of a batch, brought back from a space to tell the true error
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,14 @@ class ArmConfig:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on, as JSON."""
+        gamma, config = self.weights.gamma.double(), self.weights.config
+        total = float(gamma.sum())
         return {
             "rule": self.weights.rule,
             "alpha": self.weights.alpha,
-            "gamma_sum": float(self.weights.gamma.double().sum()),
+            # a matrix comes out of a decomposition, whose last digits hang on the machine
+            "gamma_sum": float(f"{total:.6g}") if gamma.ndim == 2 else total,
+            "weights": None if config == WeightConfig() else asdict(config),
             "k": self.k,
             "l1": self.l1,
             "seed": self.seed,
@@ -108,10 +116,15 @@ class Arm:
         d_sae: int,
         device: torch.device,
         workspace: Workspace | None = None,
+        space: Space | None = None,
     ):
+        """``workspace`` and ``space`` may be shared with other arms."""
         config.check(d_sae)
         self.config = config
-        self.gamma = config.weights.gamma.to(device)
+        self.space = space or Spaces(device).of(config.weights)
+        """Batches are handed in there; None is the plain one."""
+        self._full_gamma = config.weights.gamma.to(device)
+        self.gamma = self._full_gamma if self.space is None else torch.ones(d_in, device=device)
         self.parameters = initial_parameters(d_in, d_sae, config.seed, device)
         self.threshold = _threshold(config, d_sae, device)
         self.last_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
@@ -133,6 +146,16 @@ class Arm:
             if self.threshold is not None:
                 self.threshold.follow(step.for_threshold, learning_rate)
             self._record(step, batch)
+
+    def anneal(self, done: float) -> None:
+        """Set γ for the steps from the share ``done`` of all steps on: on its way to 1, linearly.
+
+        Σγ²·var falls a little below Σvar on the way and is back at the end.
+        """
+        if share := self.config.weights.config.anneal:
+            full = self._full_gamma
+            one = torch.ones_like(full) if full.ndim == 1 else torch.eye(len(full)).to(full)
+            self.gamma = torch.lerp(full, one, min(1.0, done / share))
 
     def evaluate(self, batch: Batch, out: Gradients | None = None) -> Step:
         """Loss and gradients on a batch, changing nothing but ``out``, memory for gradients."""
@@ -163,9 +186,16 @@ class Arm:
     def _record(self, step: Step, batch: Batch) -> None:
         rows = batch.mask.sum()
         self.progress.loss += step.loss * rows
-        self.progress.squared_error += torch.linalg.vector_norm(step.residual) ** 2
+        self.progress.squared_error += self._squared_error(step, batch)
         self.progress.firings += step.firings.sum()
         self.progress.rows += rows
+
+    def _squared_error(self, step: Step, batch: Batch) -> Tensor:
+        """Σ‖x − x̂‖² of the normalised rows, estimated from some of them if they are in a space."""
+        if self.space is None:
+            return torch.linalg.vector_norm(step.residual) ** 2
+        error = torch.linalg.vector_norm(self.space.leave(step.residual[:_ERROR_ROWS])) ** 2
+        return error * (batch.mask.sum() / batch.mask[:_ERROR_ROWS].sum().clamp(min=1))
 
     def _no_progress(self) -> Progress:
         return Progress(*(self.gamma.new_zeros((), dtype=torch.float64) for _ in range(4)))
@@ -224,15 +254,26 @@ def folded(
     mean: Float[Tensor, " d_in"],
     scale: float,
     threshold: Float[Tensor, " d_sae"] | None = None,
+    space: Gamma | None = None,
 ) -> dict[str, Tensor]:
-    """The dictionary's tensors with input centring and scaling folded in, float32.
+    """The dictionary's tensors with input centring, scaling and space folded in, float32.
 
     Training sees x' = (x − mean)/scale. With latents measured in the units of x (scale times
     larger) decoder rows keep unit norm and W_enc stays as it is; only the vectors change:
     b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean, threshold ← scale·threshold.
+
+    In a space Γ it sees x' = Γ(x − mean)/scale, so W_enc ← Γᵀ W_enc first, W_dec ← W_dec Γ⁻ᵀ and
+    b_dec ← b_dec Γ⁻ᵀ. Codes are those of the training, so decoder rows have unit norm there only:
+    to scale them here would change which latents are the largest.
     """
     encoder, decoder, encoder_bias, decoder_bias = (p.detach().cpu().double() for p in parameters)
     mean = mean.cpu().double()
+    if space is not None:
+        there, back = space.cpu().double(), inverse(space)
+        if space.ndim == 1:
+            there, back = there.diag(), back.diag()
+        encoder = encoder @ there
+        decoder, decoder_bias = decoder @ back.T, decoder_bias @ back.T
     tensors = {
         "W_enc": encoder.T.float().contiguous(),
         "W_dec": decoder.float(),

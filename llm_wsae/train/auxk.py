@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.train.parameters import Batch, Parameters
+from llm_wsae.statistics.weights import Gamma
+from llm_wsae.train.parameters import Batch, Parameters, squared, times
 
 _TILE_ROWS = 1024
 
@@ -19,7 +20,7 @@ def add_auxk_gradients(
     batch: Batch,
     residual: Float[Tensor, "batch d_in"],
     dead: Int[Tensor, " dead"],
-    gamma: Float[Tensor, " d_in"],
+    gamma: Gamma,
     coefficient: float,
 ) -> Float[Tensor, ""]:
     """Add the gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² to those of the dead latents.
@@ -31,8 +32,8 @@ def add_auxk_gradients(
     encoder, decoder = parameters.encoder[dead].to(fast), parameters.decoder[dead].to(fast)
     bias = parameters.encoder_bias[dead].to(fast)
     k_aux = min(len(dead), max(1, batch.x.shape[1] // 2))
-    weight = gamma**2
-    scale = 1 / (residual**2 * weight).sum().clamp(min=1e-12)
+    metric = squared(gamma)
+    scale = 1 / (times(residual, metric) * residual).sum().clamp(min=1e-12)
     by_encoder = torch.zeros(encoder.shape, device=residual.device, dtype=residual.dtype)
     by_decoder = torch.zeros_like(by_encoder)
     by_bias = torch.zeros(len(dead), device=residual.device, dtype=residual.dtype)
@@ -46,7 +47,7 @@ def add_auxk_gradients(
             latents *= latents >= smallest
         # residual is x̂ − x = −e, so ê − e = latents · decoder + residual
         error = ((latents @ decoder).to(residual.dtype) + residual[rows]) * mask
-        by_output = error * (weight * scale)
+        by_output = times(error, metric * scale)
         loss += (by_output * error).sum()
         by_output = by_output.mul_(2 * coefficient).to(fast)
         by_latent = (by_output @ decoder.T).mul_(latents > 0)

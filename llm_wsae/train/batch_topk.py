@@ -13,6 +13,7 @@ from torch import Tensor
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
 from llm_wsae.sparse.reference import Gradients
+from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import step_along
 from llm_wsae.train.parameters import Batch, Parameters, Step
 
@@ -23,7 +24,7 @@ _BELOW = 0.9  # the smallest value varies little from batch to batch
 def batch_topk_step(
     parameters: Parameters,
     batch: Batch,
-    gamma: Float[Tensor, " d_in"],
+    gamma: Gamma,
     k: int,
     guess: float,
     out: Gradients | None = None,

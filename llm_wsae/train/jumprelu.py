@@ -7,11 +7,12 @@ from the pre-activations near it (the paper's eqs. 11 and 12): for a rectangle K
 
 As in the paper only θ gets this pseudo-gradient, and log θ is what is learnt.
 
-Two choices are not the paper's. The penalty is λ(L0/k − 1)², with L0 the mean over the batch: the
-number of active latents is then chosen, as with the other architectures, instead of found by trying
-λ (Gemma Scope 2 and dictionary_learning penalise the same way). And thresholds do not start near 0
-but where about k latents are active: Adam moves log θ by about the learning rate a step, so they
-would not arrive in a short training, and half of all latents would be active until then.
+What is not the paper's. The penalty is λ(L0/k − 1)², with L0 the mean over the batch: the number
+of active latents is then chosen, as with the other architectures, instead of found by trying λ
+(Gemma Scope 2 and dictionary_learning penalise the same way). Adam moves log θ by about its
+learning rate a step whatever the loss, so a threshold that starts near 0 does not arrive in a
+training of some hundred steps (SAELens learns θ itself for that reason). Here thresholds start
+where about k latents are active, and learn ten times as fast as the weights.
 """
 
 import math
@@ -29,19 +30,24 @@ from llm_wsae.sparse.operations import (
     weight_gradients,
 )
 from llm_wsae.sparse.reference import BETAS, EPSILON, Gradients
+from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import without_masked
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
-BANDWIDTH = 0.05
-"""ε, in units in which a dimension has variance 1."""
+BANDWIDTH = 0.5
+"""ε, in units in which a dimension has variance 1 (0.05 in SAELens, 2 at Anthropic). On block 9 of
+SmolLM2-135M, after 490 k rows at k = 32, a wide window left fewer latents dead, and FVU was no
+worse: 9 % and 0.122 with 0.5, 24 % and 0.125 with 0.2."""
 COEFFICIENT = 1.0
-"""λ. The loss is a fraction of the variance, so this allows L0 to be a few percent off."""
+"""λ. The loss is a share of the variance, and L0 ended 2 % above k."""
+HASTE = 10.0
+"""How much faster thresholds learn than weights."""
 
 
 def jumprelu_step(
     parameters: Parameters,
     batch: Batch,
-    gamma: Float[Tensor, " d_in"],
+    gamma: Gamma,
     k: int,
     log_threshold: Float[Tensor, " d_sae"],
     out: Gradients | None = None,
@@ -90,13 +96,14 @@ class LearntThreshold:
         self._steps = 0
 
     def follow(self, gradient: Float[Tensor, " d_sae"], learning_rate: float) -> None:
-        """One step of Adam, with the numbers of the other parameters'."""
+        """One step of Adam. ``learning_rate`` is that of the weights."""
         self._steps += 1
         beta1, beta2 = BETAS
         self._mean.lerp_(gradient, 1 - beta1)
         self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         root = (self._square / (1 - beta2**self._steps)).sqrt_().add_(EPSILON)
-        self.log.addcdiv_(self._mean, root, value=-learning_rate / (1 - beta1**self._steps))
+        rate = HASTE * learning_rate / (1 - beta1**self._steps)
+        self.log.addcdiv_(self._mean, root, value=-rate)
 
     def values(self) -> Float[Tensor, " d_sae"]:
         """The threshold of every latent, in normalised units."""
@@ -125,4 +132,4 @@ def initial_threshold(k: int, d_sae: int) -> float:
     That they have at the start: rows have variance 1 in a dimension, encoder rows have norm 1.
     """
     share = min(k / d_sae, 0.5)
-    return max(NormalDist().inv_cdf(1 - share), BANDWIDTH)
+    return max(NormalDist().inv_cdf(1 - share), BANDWIDTH / 2)

@@ -12,12 +12,11 @@ latent is pushed by the sum of the gradients of all prefixes that hold it.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import decode, firing_counts, value_gradients, weight_gradients
 from llm_wsae.sparse.reference import Gradients
+from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.batch_topk import batch_topk_codes, smallest_value
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
@@ -29,7 +28,7 @@ dictionaries of SAEBench."""
 def matryoshka_step(
     parameters: Parameters,
     batch: Batch,
-    gamma: Float[Tensor, " d_in"],
+    gamma: Gamma,
     k: int,
     guess: float,
     out: Gradients | None = None,

@@ -1,10 +1,13 @@
-"""Rows as the model made them → rows as the training wants them."""
+"""Rows as the model made them → rows as the training wants them, in the space of each arm."""
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.weights import Gamma, LossWeights
 from llm_wsae.train.parameters import Batch
 
 
@@ -31,3 +34,59 @@ class Normaliser:
         mask = (torch.linalg.vector_norm(rows, dim=1) <= self._threshold).float()
         x = rows.sub(self.mean).mul_(mask[:, None] / self.scale)
         return Batch(x, x.to(self._fast), mask)
+
+
+class Space:
+    """Where an arm is trained: x′ = Γx of normalised rows x, and the way back."""
+
+    def __init__(self, gamma: Gamma, device: torch.device):
+        """``gamma`` must be invertible, as weights with the place "space" are."""
+        self.gamma = gamma.to(device)
+        self._inverse = inverse(gamma).to(device, gamma.dtype)
+
+    def enter(self, batch: Batch) -> Batch:
+        """The batch in this space; massive rows stay 0."""
+        x = _transform(batch.x, self.gamma)
+        return Batch(x, x.to(batch.x_fast.dtype), batch.mask)
+
+    def leave(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+        """Rows of this space, or differences of them, as normalised rows again."""
+        return _transform(rows, self._inverse)
+
+
+class Spaces:
+    """The spaces of a training's arms, each distinct one once: arms that share Γ share its product
+    with the batch."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._known: list[Space] = []
+
+    def of(self, weights: LossWeights) -> Space | None:
+        """The space that an arm of these weights is trained in, None for the plain one."""
+        if weights.config.place == "loss":
+            return None
+        for space in self._known:
+            if torch.equal(space.gamma, weights.gamma.to(self._device)):
+                return space
+        self._known.append(Space(weights.gamma, self._device))
+        return self._known[-1]
+
+
+def in_spaces(batch: Batch, spaces: Iterable[Space | None]) -> Iterator[Batch]:
+    """The batch in each of the spaces, one after the other."""
+    entered: dict[Space | None, Batch] = {None: batch}
+    for space in spaces:
+        if space not in entered:
+            entered[space] = space.enter(batch)
+        yield entered[space]
+
+
+def inverse(gamma: Gamma) -> Gamma:
+    """1/γ or Γ⁻¹, float64 on the CPU."""
+    gamma = gamma.cpu().double()
+    return 1 / gamma if gamma.ndim == 1 else torch.linalg.inv(gamma)
+
+
+def _transform(rows: Tensor, gamma: Tensor) -> Tensor:
+    return rows * gamma if gamma.ndim == 1 else rows @ gamma.T

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.statistics.weights import Gamma
+
 
 class Parameters(NamedTuple):
     """Master weights of one arm, or their gradients, in float32."""
@@ -60,22 +62,30 @@ def initial_parameters(
     )
 
 
-def error_weights(
-    mask: Float[Tensor, " batch"], gamma: Float[Tensor, " d_in"]
-) -> Float[Tensor, " d_in"]:
-    """What each dimension's residual is multiplied by in the gradient of ``weighted_error``."""
-    return gamma**2 * (2 / (mask.sum().clamp(min=1) * len(gamma)))
+def squared(gamma: Gamma) -> Gamma:
+    """γ², or ΓᵀΓ of a matrix: ‖Γr‖² = r·ΓᵀΓr."""
+    return gamma**2 if gamma.ndim == 1 else gamma.T @ gamma
+
+
+def times(residual: Float[Tensor, "*rows d_in"], metric: Gamma) -> Float[Tensor, "*rows d_in"]:
+    """Rows times what ``squared`` gave; it is symmetric."""
+    return residual * metric if metric.ndim == 1 else residual @ metric
+
+
+def error_weights(mask: Float[Tensor, " batch"], gamma: Gamma) -> Gamma:
+    """What the residual is multiplied by (see ``times``) in the gradient of ``weighted_error``."""
+    return squared(gamma) * (2 / (mask.sum().clamp(min=1) * len(gamma)))
 
 
 def weighted_error(
     residual: Float[Tensor, "batch d_in"],
     mask: Float[Tensor, " batch"],
-    gamma: Float[Tensor, " d_in"],
+    gamma: Gamma,
 ) -> tuple[Tensor, Tensor]:
     """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual.
 
-    The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, so every sparse
-    path behind it stays as it is.
+    The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, and a matrix only
+    mixes them, so every sparse path behind it stays as it is.
     """
-    gradient = residual * error_weights(mask, gamma) * mask[:, None]
+    gradient = times(residual, error_weights(mask, gamma)) * mask[:, None]
     return (gradient * residual).sum() / 2, gradient

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm_wsae.sparse.operations import encode_above
 from llm_wsae.sparse.reference import Gradients
+from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import step_along, without_masked
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
@@ -24,7 +25,7 @@ rows of both matrices, a dense one its part of four matrix products."""
 def relu_step(
     parameters: Parameters,
     batch: Batch,
-    gamma: Float[Tensor, " d_in"],
+    gamma: Gamma,
     l1: float,
     out: Gradients | None = None,
 ) -> Step:
@@ -41,7 +42,7 @@ def relu_step(
 def sparse_relu_step(
     parameters: Parameters,
     batch: Batch,
-    gamma: Float[Tensor, " d_in"],
+    gamma: Gamma,
     l1: float,
     out: Gradients | None = None,
 ) -> Step:
@@ -62,7 +63,7 @@ def sparse_relu_step(
 def dense_relu_step(
     parameters: Parameters,
     batch: Batch,
-    gamma: Float[Tensor, " d_in"],
+    gamma: Gamma,
     l1: float,
     out: Gradients | None = None,
 ) -> Step:

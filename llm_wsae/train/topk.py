@@ -4,12 +4,10 @@ Gradients by hand along the sparse codes: after the encoder's matrix product not
 batch × d_sae exists. γ enters through the residual's gradient only.
 """
 
-from jaxtyping import Float
-from torch import Tensor
-
 from llm_wsae.sparse.codes import ragged
 from llm_wsae.sparse.operations import encode_topk
 from llm_wsae.sparse.reference import Gradients
+from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import step_along
 from llm_wsae.train.parameters import Batch, Parameters, Step
 
@@ -17,7 +15,7 @@ from llm_wsae.train.parameters import Batch, Parameters, Step
 def topk_step(
     parameters: Parameters,
     batch: Batch,
-    gamma: Float[Tensor, " d_in"],
+    gamma: Gamma,
     k: int,
     out: Gradients | None = None,
 ) -> Step:

@@ -4,6 +4,7 @@ Reading and normalising a batch is shared, so each further arm costs only its ow
 arms differ in nothing but what their configuration says: same rows, same order, same schedule.
 """
 
+import dataclasses
 import math
 import signal
 import threading
@@ -32,7 +33,7 @@ from llm_wsae.train.checkpoint import (
 )
 from llm_wsae.train.config import TrainConfig, default_learning_rate, learning_rate_factor
 from llm_wsae.train.log import TrainingLog
-from llm_wsae.train.normaliser import Normaliser
+from llm_wsae.train.normaliser import Normaliser, Spaces, in_spaces
 
 FINISHED = "training.json"
 MAX_DEAD_AFTER = 10_000_000
@@ -101,8 +102,11 @@ class _Training:
         self.dead_after = config.dead_after or min(
             MAX_DEAD_AFTER, self.num_steps * config.batch_size // 10
         )
-        workspace = Workspace()
-        self.arms = [Arm(arm, source.d_in, d_sae, self.device, workspace) for arm in arms]
+        workspace, spaces = Workspace(), Spaces(self.device)
+        self.arms = [
+            Arm(arm, source.d_in, d_sae, self.device, workspace, spaces.of(arm.weights))
+            for arm in arms
+        ]
         self.last_numbers: dict[str, dict[str, float]] = {}
         self.identity: dict[str, Any] = {
             "rows": source.identity(),
@@ -160,9 +164,11 @@ class _Training:
         config = self.config
         batch = self.normaliser.batch(rows)
         factor = learning_rate_factor(step, self.num_steps, config.warmup, config.decay)
-        for arm in self.arms:
+        own_batches = in_spaces(batch, [arm.space for arm in self.arms])
+        for arm, own in zip(self.arms, own_batches, strict=True):
+            arm.anneal(step / self.num_steps)
             arm.step(
-                batch,
+                own,
                 (step + 1) * config.batch_size,
                 self.learning_rate * factor,
                 config.aux_coefficient,
@@ -200,6 +206,7 @@ class _Training:
                 name=arm.config.name,
                 rule=weights.rule,
                 alpha=weights.alpha,
+                weights=dataclasses.asdict(weights.config),
                 seed=arm.config.seed,
                 context_size=self.statistics.context_size,
                 prepend_bos=provenance.get("packing", {}).get("prepend_bos"),
@@ -216,8 +223,10 @@ class _Training:
                 },
             )
             threshold = None if arm.threshold is None else arm.threshold.values()
+            space = weights.gamma if weights.config.place == "space" else None
+            mean, scale = self.normaliser.mean, self.normaliser.scale
             Dictionary(
-                **folded(arm.parameters, self.normaliser.mean, self.normaliser.scale, threshold),
+                **folded(arm.parameters, mean, scale, threshold, space),
                 sparsity=arm.config.sparsity,
                 info=info,
                 extras={
