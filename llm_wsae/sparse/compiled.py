@@ -21,8 +21,8 @@ from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 select_topk = plain.select_topk
 firing_counts = plain.firing_counts
 
-_TILE_ROWS = 512
-_BLOCK_BYTES = 1 << 23  # of the product that is looked through at once
+_TILE_ROWS = 256
+_BLOCK_BYTES = 1 << 22  # of the product that is looked through at once: it stays in cache
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FEW = 128  # candidates a row has room for at first
 _LARGEST_SHARE = 8  # of the latents a candidate list can hold: beyond d_sae / 8, torch sorts

@@ -48,7 +48,7 @@ inline void prefetch(const T* row, int64_t width) {
 // compared with a row's own bound is then one vector comparison. Each row has a list of candidates.
 
 constexpr int kLatents = 8;  // of a strip: as many rows and latents are looked at together
-constexpr int kRows = 64;
+constexpr int kRows = 64;  // a bit each in a word
 
 struct Lists {
   int64_t capacity;
@@ -120,9 +120,10 @@ struct TopK {  // candidates above the row's own bound
     const float bound = bounds[row];
     int count = lists.counts[row];
     for (int64_t l = 0; l < latents; l++) {
-      values[count] = entry(latent + l, row);
+      const float value = entry(latent + l, row);
+      values[count] = value;
       numbers[count] = int32_t(first + latent + l);
-      count += values[count] > bound;
+      count += value > bound;
     }
     if (count + kLatents >= lists.capacity)
       count = keep_largest(values, numbers, count, k, k / 2, bounds[row]);
@@ -217,13 +218,14 @@ inline void look(const Rule& rule, int64_t latent, int64_t latents, int64_t row,
   if (!any) return;
   uint8_t flags[kRows] = {};
   for (int s = 0; s < count; s++) flags[s] = excess[s] > limits[s];
-  for (int eight = 0; eight < kRows; eight += 8) {
+  uint64_t rows_left = 0;  // a bit each: a loop over those that are set is easier to predict
+  for (int eight = 0; eight < kRows / 8; eight++) {
     uint64_t word;
-    std::memcpy(&word, flags + eight, sizeof word);
-    if (word == 0) continue;
-    for (int s = eight; s < eight + 8; s++)
-      if (flags[s]) rule.add(latent, latents, row + s);
+    std::memcpy(&word, flags + 8 * eight, sizeof word);
+    rows_left |= (word * 0x0102040810204080 >> 56) << (8 * eight);
   }
+  for (; rows_left; rows_left &= rows_left - 1)
+    rule.add(latent, latents, row + __builtin_ctzll(rows_left));
 }
 
 template <class Rule>
