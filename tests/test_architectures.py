@@ -14,6 +14,7 @@ from llm_wsae.train.batch_topk import RunningThreshold, batch_topk_codes, batch_
 from llm_wsae.train.jumprelu import (
     BANDWIDTH,
     COEFFICIENT,
+    HASTE,
     LearntThreshold,
     initial_threshold,
     jumprelu_step,
@@ -322,10 +323,10 @@ def test_learnt_thresholds_start_where_k_latents_are_active_and_follow_adam():
     pre = x @ initial_parameters(64, 512, 0, CPU).encoder.T
     threshold = LearntThreshold(16, 512, CPU)
     assert float((pre > threshold.values()).sum(1).float().mean()) == pytest.approx(16, rel=0.05)
-    assert initial_threshold(512, 512) == BANDWIDTH
+    assert initial_threshold(512, 512) == BANDWIDTH / 2
 
     parameter = torch.full((512,), float(threshold.log[0]), requires_grad=True)
-    optimiser = torch.optim.Adam([parameter], lr=0.01)
+    optimiser = torch.optim.Adam([parameter], lr=0.01 * HASTE)
     for seed in range(5):
         gradient = torch.randn(512, generator=torch.Generator().manual_seed(seed))
         parameter.grad = gradient.clone()

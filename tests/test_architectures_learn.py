@@ -1,5 +1,6 @@
 """Every architecture learns, resumes, is saved and read back; on planted data of known answer."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -164,6 +165,23 @@ def test_what_a_dictionary_remembers_of_its_architecture(trained, name):
     cfg = json.loads((out / name / "cfg.json").read_text())
     with safe_open(out / name / "sae_weights.safetensors", framework="pt") as file:
         assert ("threshold" in file.keys()) == (cfg["architecture"] == "jumprelu")  # noqa: SIM118
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sae_lens") is None,
+    reason="sae-lens is not installed here (it needs transformer-lens < 4, so its own environment)",
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_saelens_encodes_the_same(trained, name):
+    from sae_lens import SAE
+
+    _, out, dictionaries = trained
+    rows, ours, theirs = Planted(500).rows, dictionaries[name], SAE.load_from_disk(out / name)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(rows), ours.encode(rows), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(rows), ours(rows), atol=1e-5, rtol=1e-5)
+    kinds = {"uniform-k2": "topk", "uniform-relu-l0.1": "standard"}
+    assert theirs.cfg.architecture() == kinds.get(name, "jumprelu")
 
 
 def test_a_terminated_training_resumes_bit_for_bit(trained, tmp_path):

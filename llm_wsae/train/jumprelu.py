@@ -29,9 +29,10 @@ from llm_wsae.sparse.operations import (
     value_gradients,
     weight_gradients,
 )
-from llm_wsae.sparse.reference import BETAS, EPSILON, Gradients
+from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import without_masked
+from llm_wsae.train.optimiser import adam_vector
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
 BANDWIDTH = 0.5
@@ -98,12 +99,8 @@ class LearntThreshold:
     def follow(self, gradient: Float[Tensor, " d_sae"], learning_rate: float) -> None:
         """One step of Adam. ``learning_rate`` is that of the weights."""
         self._steps += 1
-        beta1, beta2 = BETAS
-        self._mean.lerp_(gradient, 1 - beta1)
-        self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (self._square / (1 - beta2**self._steps)).sqrt_().add_(EPSILON)
-        rate = HASTE * learning_rate / (1 - beta1**self._steps)
-        self.log.addcdiv_(self._mean, root, value=-rate)
+        moments = self._mean, self._square
+        adam_vector(self.log, gradient, *moments, self._steps, HASTE * learning_rate)
 
     def values(self) -> Float[Tensor, " d_sae"]:
         """The threshold of every latent, in normalised units."""
