@@ -29,7 +29,7 @@ from llm_wsae.record import plain
 from llm_wsae.statistics.monosemanticity import check_rule
 from llm_wsae.statistics.profile import profile, profile_text
 from llm_wsae.train.arms import choose_weights, make_arms
-from llm_wsae.train.config import TrainConfig
+from llm_wsae.train.config import Architecture, TrainConfig
 from llm_wsae.train.trainer import train
 
 _PER_ITEM = ("fvu_per_dimension", "latent_density")  # long lists; they stay in the report
@@ -71,6 +71,7 @@ def run(
     rules: Sequence[str] = ("uniform", "variance"),
     alphas: Sequence[float] = (0.5, -0.25),
     ks: Sequence[int] = (32,),
+    architectures: Sequence[Architecture] = ("topk",),
     seeds: Sequence[int] = (0,),
     text_column: str | None = None,
     harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
@@ -104,7 +105,7 @@ def run(
         folder = out / str(site)
         _say(2, "weigh", f"profile of {site}")
         facts, weights = _weigh(store, site, folder, rules, alphas)
-        arms = make_arms(weights, ks, seeds=seeds)
+        arms = make_arms(weights, ks, seeds=seeds, architectures=architectures)
         _say(3, "train", f"{len(arms)} dictionaries in one pass")
         dictionaries = train(store.source(site), arms, train_config, folder)
         _say(4, "evaluate", f"on {evaluate_config.tokens:,} held-out tokens")

@@ -64,14 +64,14 @@ def test_help_names_every_command():
 
 
 FLAGS = {
-    "run": "model corpus site out tokens context-size rule alpha k expansion seeds train-tokens "
-    "eval-tokens text-column revision device",
+    "run": "model corpus site out tokens context-size rule alpha k architecture expansion seeds "
+    "train-tokens eval-tokens text-column revision device",
     "harvest": "model corpus site out part text-column revision device context-size prepend-bos "
     "one-document-per-context drop-positions drop-special tokens dtype batch-tokens shard-tokens",
     "weigh": "site out rule alpha",
-    "train": "site out rule alpha weights k l1 seeds expansion tokens batch-size learning-rate "
-    "warmup decay aux-coefficient dead-after checkpoint-seconds log-every seed device dtype "
-    "tracker",
+    "train": "site out rule alpha weights k architecture l1 seeds expansion tokens batch-size "
+    "learning-rate warmup decay aux-coefficient dead-after checkpoint-seconds log-every seed "
+    "device dtype tracker",
     "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
     "device",
     "push": "private revision license",
@@ -171,6 +171,24 @@ def test_train(world, tmp_path):
     assert content(out) == before and again.err == ""  # no bar: nothing was trained
     fvu = result.json["own-k4-s7"]["fvu"]
     assert re.search(rf"^own-k4-s7 +{fvu:.4f} ", again.out, re.MULTILINE)
+
+
+def test_train_every_architecture(world, model_and_corpus, tmp_path):
+    out, kinds = tmp_path / "trained", ("topk", "batch-topk", "matryoshka", "jumprelu")
+    words = ("train", world / "store", *TRAIN, "--rule", "uniform", "--k", 4)
+    result = works(*words, "--architecture", *kinds, "--out", out, "--json")
+    names = ["uniform-k4", *(f"uniform-{kind}-k4" for kind in kinds[1:])]
+    assert list(result.json) == names
+    check_record(out / "train.json", "train", k=[4], architecture=list(kinds))
+    written = [json.loads((out / name / "cfg.json").read_text())["architecture"] for name in names]
+    assert written == ["topk", "jumprelu", "jumprelu", "jumprelu"]
+    folders = [out / name for name in names]
+    measured = works("evaluate", *folders, *model_and_corpus, "--tokens", 500,
+                     "--out", tmp_path / "report.json", "--json").json["dictionaries"]  # fmt: skip
+    for name in names:  # on other text
+        assert measured[name]["l0"] == pytest.approx(result.json[name]["l0"], rel=0.2)
+        assert measured[name]["fvu"] == pytest.approx(result.json[name]["fvu"], abs=0.1)
+    assert measured["uniform-batch-topk-k4"]["l0"] == pytest.approx(4, rel=0.2)
 
 
 def test_evaluate(world, model_and_corpus, tmp_path):

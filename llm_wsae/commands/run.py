@@ -8,7 +8,7 @@ from llm_wsae.commands.common import Device, Result, cost, load_model, sites_of
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.record import write_record
-from llm_wsae.train.config import TrainConfig
+from llm_wsae.train.config import Architecture, TrainConfig
 
 
 def run(
@@ -21,6 +21,7 @@ def run(
     rule: tuple[str, ...] = ("uniform", "variance"),
     alpha: tuple[float, ...] = (0.5, -0.25),
     k: tuple[int, ...] = (32,),
+    architecture: tuple[Architecture, ...] = ("topk",),
     expansion: int = 8,
     seeds: tuple[int, ...] = (0,),
     train_tokens: int | None = None,
@@ -43,6 +44,7 @@ def run(
         rule: Weight rules; the plain dictionary is "uniform".
         alpha: Exponents of the weights γ = score^α, for every rule but uniform.
         k: Active latents per token.
+        architecture: Kinds of dictionary: topk has k latents in every token, the others on average.
         expansion: Latents per dimension.
         seeds: Seeds of the initial weights, one dictionary each.
         train_tokens: Rows to train on in all; the default is one pass over the harvest.
@@ -66,6 +68,7 @@ def run(
         rules=rule,
         alphas=alpha,
         ks=k,
+        architectures=architecture,
         seeds=seeds,
         text_column=text_column,
         harvest_config=harvest_config,
@@ -74,9 +77,8 @@ def run(
     )
     settings = {"harvest": harvest_config, "train": train_config, "evaluate": evaluate_config}
     asked = {"model": language_model.name, "corpus": corpus, "site": site, "rule": rule}
-    write_record(
-        out / "run.json", "run", {**asked, "alpha": alpha, "k": k, "seeds": seeds, **settings}
-    )
+    asked |= {"alpha": alpha, "k": k, "architecture": architecture, "seeds": seeds}
+    write_record(out / "run.json", "run", {**asked, **settings})
     first = next(iter(results.values()))
     dictionary, report = first.folder / next(iter(first.dictionaries)), out / "report-100k.json"
     again = ["llm-wsae", "evaluate", dictionary, "--model", model, "--corpus", corpus]

@@ -8,7 +8,7 @@ import tyro
 from llm_wsae.commands.common import Config, Result, cost
 from llm_wsae.model.site import Site
 from llm_wsae.record import write_record
-from llm_wsae.train.config import TrainConfig
+from llm_wsae.train.config import Architecture, TrainConfig
 
 
 def train(
@@ -19,6 +19,7 @@ def train(
     alpha: tuple[float, ...] = (0.5,),
     weights: Path | None = None,
     k: tuple[int, ...] = (32,),
+    architecture: tuple[Architecture, ...] = ("topk",),
     l1: tuple[float, ...] = (),
     seeds: tuple[int, ...] = (0,),
     config: Config[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
@@ -32,7 +33,8 @@ def train(
         rule: Weight rules; the plain dictionary is "uniform".
         alpha: Exponents of the weights γ = score^α, for every rule but uniform.
         weights: A weights file, as one more choice of weights.
-        k: Active latents per token, a TopK dictionary each.
+        k: Active latents per token, a dictionary of every architecture each.
+        architecture: Kinds of dictionary: topk has k latents in every token, the others on average.
         l1: L1 coefficients, a ReLU dictionary each.
         seeds: Seeds of the initial weights, a dictionary each.
     """
@@ -45,16 +47,17 @@ def train(
     source = ActivationStore.open(store).source(Site.parse(site))
     own = LossWeights.load(weights) if weights else None
     chosen = choose_weights(source.statistics(), rule, alpha, own)
-    arms = make_arms(chosen, k, l1, seeds)
+    arms = make_arms(chosen, k, l1, seeds, architecture)
     dictionaries = train_arms(source, arms, config, out)
     asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, "weights": weights}
-    write_record(
-        out / "train.json", "train", {**asked, "k": k, "l1": l1, "seeds": seeds, **vars(config)}
-    )
+    asked |= {"k": k, "architecture": architecture, "l1": l1, "seeds": seeds}
+    write_record(out / "train.json", "train", {**asked, **vars(config)})
     facts = {name: d.info.metrics["training"] for name, d in dictionaries.items()}
-    lines = [f"{'dictionary':<32}{'train FVU':>10}{'L0':>8}{'dead %':>8}"]
+    width = max(32, *(len(name) + 2 for name in facts))
+    lines = [f"{'dictionary':<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}"]
     for name, numbers in facts.items():
         lines.append(
-            f"{name:<32}{numbers['fvu']:>10.4f}{numbers['l0']:>8.1f}{100 * numbers['dead']:>8.1f}"
+            f"{name:<{width}}{numbers['fvu']:>10.4f}{numbers['l0']:>8.1f}"
+            f"{100 * numbers['dead']:>8.1f}"
         )
     return facts, "\n".join([*lines, "", f"in {out}/<dictionary>", cost(started)])
