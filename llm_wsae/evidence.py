@@ -1,9 +1,12 @@
 """Evidence of what a site's dimensions stand for, beyond the statistics of its rows.
 
 Everything is measured on the text of an activation store, so that rules see what the dictionaries
-will be trained on: the token ids are in the store, with what led to each row.
+will be trained on: the token ids are in the store, with what led to each row. What took minutes is
+kept in the store's folder ``evidence`` and found there by the next command that asks the same.
 """
 
+import json
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluate.coherence import coherence, coherence_of_strangers
 from llm_wsae.evaluate.heldout import HeldoutText
 from llm_wsae.evaluate.windows import Encoder, WindowEmbeddings
+from llm_wsae.files import load_tensors, save_tensors
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sensitivity import fisher_information
 from llm_wsae.model.sentence_encoder import SentenceEncoder
@@ -27,6 +31,11 @@ from llm_wsae.statistics.evidence import Evidence
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.monosemanticity import need_of
 
+FOLDER = "evidence"
+_SETTINGS = {
+    "fisher": ("sensitivity_tokens", "seed"),
+    "coherence": ("semantic_tokens", "top", "before", "after", "encoder", "seed"),
+}
 _CONTEXTS_AT_ONCE = 8
 _RANDOM_TEXTS = 1000
 _RANDOM_SETS = 500
@@ -41,24 +50,59 @@ def gather(
     dictionary: Dictionary | None = None,
     config: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
 ) -> Evidence:
-    """Measure what the rules need and the model and dictionary can give.
+    """Measure what the rules need and the model and dictionary can give, unless it is known.
 
     Whatever is lacking for want of a model or dictionary is left out: the rule will say so. Raises
     UsageError for a dictionary of another site or an encoder that is not there; LlmWsaeError for
     a model that did not make the store.
     """
     needs = {need_of(rule) for rule in rules}
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor | None] = {}
     statistics = store.statistics(site)
     if "dictionary" in needs and dictionary is not None:
         found["decoder"], found["energy"] = used_decoder(dictionary, site, statistics)
-    if "fisher" in needs and model is not None:
-        found["fisher"] = fisher_of(model, store, site, config)
-    if "coherence" in needs and model is not None:
-        store.check_model(model.identity())
-        encoder = SentenceEncoder.load(config.encoder, device=model.device.type)
-        found["coherence"] = coherence_of(store, site, model.tokenizer, encoder, config)
+    for need in sorted(needs & {"fisher", "coherence"}):
+        kept = _Kept(store, site, need, config)
+        found[need] = kept.read()
+        if found[need] is None and model is not None:
+            store.check_model(model.identity())
+            found[need] = _measure(need, model, store, site, config)
+            kept.write(found[need])
     return Evidence(statistics, **found)
+
+
+def _measure(
+    need: str, model: LanguageModel, store: ActivationStore, site: Site, config: EvidenceConfig
+) -> Tensor:
+    if need == "fisher":
+        return fisher_of(model, store, site, config)
+    encoder = SentenceEncoder.load(config.encoder, device=model.device.type)
+    return coherence_of(store, site, model.tokenizer, encoder, config)
+
+
+class _Kept:
+    """A measurement on disk, good for the same rows and settings only."""
+
+    def __init__(self, store: ActivationStore, site: Site, need: str, config: EvidenceConfig):
+        self._need = need
+        self._path = store.folder / FOLDER / f"{site}.{need}.safetensors"
+        settings = {name: getattr(config, name) for name in _SETTINGS[need]}
+        self._header = json.dumps({"rows": store.identity(site)["sha256"], **settings})
+
+    def read(self) -> Tensor | None:
+        if not self._path.exists():
+            return None
+        try:
+            tensors, metadata = load_tensors(self._path, f"{self._need} of the store")
+        except LlmWsaeError:  # damaged: measured again
+            return None
+        return tensors.get(self._need) if metadata.get("llm_wsae") == self._header else None
+
+    def write(self, measured: Tensor) -> None:
+        try:
+            save_tensors(self._path, {self._need: measured}, {"llm_wsae": self._header})
+        except LlmWsaeError as error:  # a store that may only be read
+            tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
 
 
 def used_decoder(

@@ -13,21 +13,25 @@ from tqdm import tqdm
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.tokens import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.fidelity import evaluate, take_contexts
 from llm_wsae.evaluate.report import Fidelity, Report
+from llm_wsae.evidence import gather
 from llm_wsae.files import write_json
 from llm_wsae.harvest import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.plots import plot_fidelity, plot_profile
 from llm_wsae.record import plain
-from llm_wsae.statistics.monosemanticity import check_rule
+from llm_wsae.statistics.config import WeightConfig
+from llm_wsae.statistics.evidence import Evidence
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.monosemanticity import check_evidence, check_form, need_of
 from llm_wsae.statistics.profile import profile, profile_text
+from llm_wsae.statistics.weights import takes_matrix
 from llm_wsae.train.arms import choose_weights, make_arms
 from llm_wsae.train.config import Architecture, TrainConfig
 from llm_wsae.train.trainer import train
@@ -75,6 +79,7 @@ def run(
     seeds: Sequence[int] = (0,),
     text_column: str | None = None,
     harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
+    weight_config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
     train_config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
     evaluate_config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
 ) -> dict[Site, SiteResult]:
@@ -88,7 +93,10 @@ def run(
     """
     sites = list(dict.fromkeys(sites))
     for rule in rules:
-        check_rule(rule)
+        if need_of(rule) == "dictionary":  # there is none yet
+            check_evidence(rule, Evidence(Statistics(model.d_model, 1)))
+        if rule != "uniform":
+            check_form(rule, takes_matrix=takes_matrix(rule, weight_config))
     for k in ks:
         TopK(k).check(train_config.expansion * model.d_model)
     heldout = take_contexts(  # before hours of work are built on too little text
@@ -104,7 +112,8 @@ def run(
     for site in sites:
         folder = out / str(site)
         _say(2, "weigh", f"profile of {site}")
-        facts, weights = _weigh(store, site, folder, rules, alphas)
+        evidence = gather(rules, store, site, model=model)
+        facts, weights = _weigh(evidence, site, folder, rules, alphas, weight_config)
         arms = make_arms(weights, ks, seeds=seeds, architectures=architectures)
         _say(3, "train", f"{len(arms)} dictionaries in one pass")
         dictionaries = train(store.source(site), arms, train_config, folder)
@@ -118,17 +127,17 @@ def run(
 
 
 def _weigh(
-    store: ActivationStore,
+    evidence: Evidence,
     site: Site,
     folder: Path,
     rules: Sequence[str],
     alphas: Sequence[float],
+    config: WeightConfig,
 ) -> tuple[dict[str, Any], list[Any]]:
-    statistics = store.statistics(site)
-    weights = choose_weights(statistics, rules, alphas)
-    facts = profile(statistics, weights)
+    weights = choose_weights(evidence, rules, alphas, config=config)
+    facts = profile(evidence.statistics, weights)
     write_json(folder / "profile.json", facts)
-    plot_profile(statistics, weights, str(site), folder / "profile.png")
+    plot_profile(evidence.statistics, weights, str(site), folder / "profile.png")
     tqdm.write(profile_text(facts), file=sys.stderr)
     return facts, weights
 

@@ -1,6 +1,7 @@
 """Evidence against brute force, on the store of a tiny model."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from tiny import tiny_model, write_jsonl
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.verify import verify_store
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
@@ -21,7 +24,9 @@ from llm_wsae.statistics.monosemanticity import score
 
 SITE = Site(1, "post")
 HARVEST = HarvestConfig(context_size=12, tokens=1200, batch_tokens=48, shard_tokens=300)
-TOP = EvidenceConfig(top=3, before=2, after=1)
+TOP = EvidenceConfig(top=3, before=2, after=1, seed=3)
+
+NO_EVIDENCE = shutil.ignore_patterns("evidence")
 
 
 class BagOfWords:
@@ -153,7 +158,36 @@ def test_gather_measures_what_is_needed_and_no_more(model, store):
     found = gather(["rotated:sensitivity"], store, SITE, model=model, dictionary=first)
     assert found.decoder is None and found.fisher.shape == (store.d_in, store.d_in)
     with pytest.raises(UsageError, match="--model"):
-        score("sensitivity", gather(["sensitivity"], store, SITE))
+        score("sensitivity", gather(["sensitivity"], store, SITE, config=TOP))
+
+
+def test_what_was_measured_is_kept(model, tmp_path, store):
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_EVIDENCE)
+    copy, config = ActivationStore.open(folder), EvidenceConfig(sensitivity_tokens=50)
+    first = gather(["sensitivity"], copy, SITE, model=model, config=config).fisher
+    again = gather(["rotated:sensitivity"], copy, SITE, config=config).fisher  # without the model
+    assert torch.equal(first, again)
+    other = EvidenceConfig(sensitivity_tokens=50, seed=1)
+    assert gather(["sensitivity"], copy, SITE, config=other).fisher is None
+    (path,) = (folder / "evidence").iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    assert gather(["sensitivity"], copy, SITE, config=config).fisher is None
+    assert torch.equal(
+        gather(["sensitivity"], copy, SITE, model=model, config=config).fisher, first
+    )
+    assert verify_store(folder) == []
+    with pytest.raises(LlmWsaeError, match="was made by tiny"):
+        gather(["sensitivity"], copy, SITE, model=tiny_model(seed=1), config=other)
+
+
+def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, monkeypatch, capsys):
+    def full(path, *_):
+        raise LlmWsaeError(f"cannot write {path}: no space left")
+
+    monkeypatch.setattr("llm_wsae.evidence.save_tensors", full)
+    config = EvidenceConfig(sensitivity_tokens=50)
+    assert gather(["sensitivity"], store, SITE, model=model, config=config).fisher is not None
+    assert "the measurement is not kept: cannot write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [{"top": 1}, {"before": -1}, {"sensitivity_tokens": 0}])

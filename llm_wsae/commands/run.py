@@ -4,10 +4,11 @@ import shlex
 import time
 from pathlib import Path
 
-from llm_wsae.commands.common import Device, Result, cost, load_model, sites_of
+from llm_wsae.commands.common import Config, Device, Result, cost, load_model, sites_of
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.record import write_record
+from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.train.config import Architecture, TrainConfig
 
 
@@ -29,6 +30,7 @@ def run(
     text_column: str | None = None,
     revision: str | None = None,
     device: Device = "auto",
+    weigh: Config[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Harvest, weigh, train a plain and weighted dictionaries, evaluate: everything in one folder.
 
@@ -72,10 +74,12 @@ def run(
         seeds=seeds,
         text_column=text_column,
         harvest_config=harvest_config,
+        weight_config=weigh,
         train_config=train_config,
         evaluate_config=evaluate_config,
     )
-    settings = {"harvest": harvest_config, "train": train_config, "evaluate": evaluate_config}
+    settings = {"harvest": harvest_config, "weigh": weigh}
+    settings |= {"train": train_config, "evaluate": evaluate_config}
     asked = {"model": language_model.name, "corpus": corpus, "site": site, "rule": rule}
     asked |= {"alpha": alpha, "k": k, "architecture": architecture, "seeds": seeds}
     write_record(out / "run.json", "run", {**asked, **settings})

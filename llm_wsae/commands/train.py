@@ -1,6 +1,7 @@
 """The command that trains dictionaries."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -8,6 +9,7 @@ import tyro
 from llm_wsae.commands.common import Config, Result, cost
 from llm_wsae.model.site import Site
 from llm_wsae.record import write_record
+from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.train.config import Architecture, TrainConfig
 
 
@@ -23,6 +25,7 @@ def train(
     l1: tuple[float, ...] = (),
     seeds: tuple[int, ...] = (0,),
     config: Config[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
+    weigh: Config[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Train dictionaries on a store: every rule × α × sparsity × seed, in one pass over the rows.
 
@@ -32,26 +35,29 @@ def train(
         out: Folder that receives one dictionary folder per arm; a stopped training goes on.
         rule: Weight rules; the plain dictionary is "uniform".
         alpha: Exponents of the weights γ = score^α, for every rule but uniform.
-        weights: A weights file, as one more choice of weights.
+        weights: A weights file, as one more choice of weights: one of weigh's, which knows where it
+            acts, or a vector or matrix of your own.
         k: Active latents per token, a dictionary of every architecture each.
         architecture: Kinds of dictionary: topk has k latents in every token, the others on average.
         l1: L1 coefficients, a ReLU dictionary each.
         seeds: Seeds of the initial weights, a dictionary each.
     """
     from llm_wsae.data.store import ActivationStore
-    from llm_wsae.statistics.weights import LossWeights
+    from llm_wsae.statistics.weights import OWN_RULE, LossWeights
     from llm_wsae.train.arms import choose_weights, make_arms
     from llm_wsae.train.trainer import train as train_arms
 
     started = time.monotonic()
     source = ActivationStore.open(store).source(Site.parse(site))
     own = LossWeights.load(weights) if weights else None
-    chosen = choose_weights(source.statistics(), rule, alpha, own)
+    if own is not None and own.rule == OWN_RULE:
+        own = replace(own, config=weigh)
+    chosen = choose_weights(source.statistics(), rule, alpha, own, weigh)
     arms = make_arms(chosen, k, l1, seeds, architecture)
     dictionaries = train_arms(source, arms, config, out)
     asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, "weights": weights}
     asked |= {"k": k, "architecture": architecture, "l1": l1, "seeds": seeds}
-    write_record(out / "train.json", "train", {**asked, **vars(config)})
+    write_record(out / "train.json", "train", {**asked, **vars(config), "weigh": weigh})
     facts = {name: d.info.metrics["training"] for name, d in dictionaries.items()}
     width = max(32, *(len(name) + 2 for name in facts))
     lines = [f"{'dictionary':<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}"]

@@ -19,6 +19,8 @@ class DictionaryInfo:
     """Name of the rule that made the loss weights γ."""
     alpha: float = 0.0
     """Exponent of the rule: γ = score^alpha."""
+    weights: dict[str, Any] = field(default_factory=dict)
+    """How γ was made from the scores, and whether it acted on the loss or as the training space."""
     seed: int | None = None
     """Seed of initialisation and batch order."""
     context_size: int | None = None

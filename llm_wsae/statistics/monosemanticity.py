@@ -170,10 +170,9 @@ def score(rule: str, evidence: Evidence, draw: int = 0) -> Float[Tensor, " d_in"
     Raises UsageError when there is no such rule, it gives only a matrix, or it needs what was not
     measured.
     """
+    check_form(rule, takes_matrix=False)
     check_evidence(rule, evidence)
     control, base = _parts(rule)
-    if not has_scores(rule):
-        raise UsageError(f"the rule {rule!r} gives only a matrix, not a weight for each dimension")
     chosen = RULES[base]
     found = chosen.score(evidence, draw) if chosen.drawn else chosen.score(evidence)
     return scores.permuted(found, draw) if control == "permuted" else found
@@ -185,15 +184,22 @@ def matrix(rule: str, evidence: Evidence, draw: int = 0) -> Float[Tensor, "d_in 
     Raises UsageError when there is no such rule, it has no matrix, or it needs what was not
     measured.
     """
+    check_form(rule, takes_matrix=True)
     check_evidence(rule, evidence)
     control, base = _parts(rule)
-    if not has_matrix(rule):
-        names = ", ".join(name for name, r in RULES.items() if r.matrix)
-        raise UsageError(f"the rule {rule!r} has no matrix form; those with one are {names}")
     found = RULES[base].matrix(evidence)
     if control == "rotated":
         return metrics.rotated(found, draw)
     return metrics.permuted(found, draw) if control == "permuted" else found
+
+
+def check_form(rule: str, *, takes_matrix: bool) -> None:
+    """Raises UsageError when there is no such rule, or it has not the form that is taken."""
+    if takes_matrix and not has_matrix(rule):
+        names = ", ".join(name for name, r in RULES.items() if r.matrix)
+        raise UsageError(f"the rule {rule!r} has no matrix form; those with one are {names}")
+    if not takes_matrix and not has_scores(rule):
+        raise UsageError(f"the rule {rule!r} gives only a matrix, not a weight for each dimension")
 
 
 def check_evidence(rule: str, evidence: Evidence) -> None:

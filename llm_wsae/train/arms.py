@@ -20,13 +20,15 @@ def choose_weights(
 ) -> list[LossWeights]:
     """Normalised weights for every rule and α, without repetitions, and a user's own last.
 
-    ``uniform`` has no α, so it comes once. Raises UsageError for an unknown rule or one that needs
-    evidence that is not there, LlmWsaeError for own weights that do not fit.
+    ``uniform`` has no α, so it comes once, and is plain whatever ``config`` says. Raises UsageError
+    for an unknown rule or one that needs evidence that is not there, LlmWsaeError for own weights
+    that do not fit.
     """
     chosen: dict[str, LossWeights] = {}
     for rule in rules:
-        for alpha in (1.0,) if rule == "uniform" else alphas:
-            weights = weights_from_rule(rule, alpha, known, config)
+        plain = rule == "uniform"
+        for alpha in (1.0,) if plain else alphas:
+            weights = weights_from_rule(rule, alpha, known, WeightConfig() if plain else config)
             chosen.setdefault(weights.name, weights)
     if own is not None:
         weights = own_weights(own, known)
