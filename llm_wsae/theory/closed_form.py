@@ -93,9 +93,7 @@ def loss_gap(
     return ((lost @ gap_matrix(mixing, weights)) * lost).sum(1).mean()
 
 
-def relative_error(
-    mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]
-) -> Float[Tensor, ""]:
+def relative_error(mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]) -> Float[Tensor, ""]:
     """L_GT / E‖x‖²: the share of the true features' energy that the closed form misses."""
     return truth_loss(mixing, x) / x.square().sum(1).mean()
 

@@ -27,7 +27,7 @@ from llm_wsae.theory.figures import plot_changes, plot_closed_form, plot_correla
 from llm_wsae.theory.positions import closed_form_facts
 from llm_wsae.theory.recovery import Recovery, measure
 from llm_wsae.theory.regimes import REGIMES
-from llm_wsae.theory.rules import ARMS, NEED_DICTIONARY, PLAIN, RULES, Evidence, gamma, scale, score
+from llm_wsae.theory.rules import ARMS, NEED_DICTIONARY, PLAIN, RULES, Evidence, score, weights
 from llm_wsae.theory.summary import TheoryReport, summarise
 from llm_wsae.theory.superposition import Planted
 from llm_wsae.theory.tied import Schedule, encode_tied, train_tied
@@ -109,14 +109,14 @@ class _Trainer:
     """Fresh true features to measure on, rows × n."""
     seed: int
 
-    def __call__(
-        self, names: list[str], evidence: Evidence
-    ) -> tuple[dict[str, Recovery], Tensor]:
+    def __call__(self, names: list[str], evidence: Evidence) -> tuple[dict[str, Recovery], Tensor]:
         arms = [ARMS[name] for name in names]
-        factors = torch.stack([scale(arm, evidence) for arm in arms])
+        gamma = torch.stack([weights(arm, evidence) for arm in arms])
+        as_space = torch.tensor([arm.space for arm in arms])[:, None]
+        factors = torch.where(as_space, gamma, 1.0)
         w = train_tied(
             self.data,
-            torch.stack([gamma(arm, evidence) for arm in arms]),
+            torch.where(as_space, 1.0, gamma),
             torch.tensor([arm.annealed for arm in arms]),
             factors,
             self.schedule,
@@ -158,7 +158,7 @@ def _finish_units(config: TheoryConfig, out: Path) -> dict[str, dict[int, dict[s
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a unit's products are too small to share; units run side by side
     try:
-        with ThreadPoolExecutor(config.workers or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(config.workers or _cores()) as pool:
             running = {pool.submit(compute(*task)): task for task in missing}
             bar = tqdm(total=len(missing), desc="planted experiments", unit="unit", disable=None)
             try:
@@ -174,6 +174,13 @@ def _finish_units(config: TheoryConfig, out: Path) -> dict[str, dict[int, dict[s
     finally:
         torch.set_num_threads(threads)
     return {name: dict(sorted(found.items())) for name, found in done.items()}
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _read_unit(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

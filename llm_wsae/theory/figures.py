@@ -78,7 +78,7 @@ def plot_closed_form(facts: Mapping[str, Mapping[str, Any]], path: Path) -> None
     }
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axis, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for (name, one), colour in zip(facts.items(), _LINES, strict=True):
+        for (name, one), colour in zip(facts.items(), _LINES, strict=False):
             sparsity = [point["sparsity"] for point in one["by_sparsity"]]
             values = [point[key] for point in one["by_sparsity"]]
             axis.plot(sparsity, values, "o-", ms=3, color=colour, label=name)

@@ -21,8 +21,8 @@ class Recovery:
     """min over matchings and scales of E‖x − c∘z_match‖² / E‖x‖²: share of the true features'
     energy that is missing when every feature gets one latent of its own, at its best scale c."""
     mmcs: float
-    """Mean over true features of the largest cosine between its direction and a decoder row (Sharkey
-    et al. 2022); the sign counts, since latents are not negative."""
+    """Mean over true features of the largest cosine between its direction and a decoder row
+    (Sharkey et al. 2022); the sign counts, since latents are not negative."""
     recovered: float
     """Share of true features for which that cosine exceeds 0.9."""
     features_per_latent: float

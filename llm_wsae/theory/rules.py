@@ -72,32 +72,33 @@ class Arm:
     """γ = s^α."""
     annealed: bool = False
     """Whether γ moves to 1 between 40 and 70 % of the training."""
-    standardised: bool = False
-    """Train on inputs of unit variance, plain loss; fold the factors back."""
+    space: bool = False
+    """γ is the space the dictionary is trained in, x' = Γx_p, folded back; the loss is plain."""
 
     @property
     def control(self) -> str | None:
-        """Name of the arm that gives random weights on the same schedule; None for a control."""
+        """Name of the arm that uses random weights in the same way; None for a control."""
         if self.rule in CONTROLS or self.rule == "uniform":
             return None
-        return arm_name("random", self.annealed)
+        return arm_name("random", annealed=self.annealed, space=self.space)
 
 
-def arm_name(rule: str, annealed: bool = False, alpha: float = 1.0) -> str:
-    """``hoyer``, ``variance-a0.5``, ``gap-annealed``."""
+def arm_name(rule: str, alpha: float = 1.0, *, annealed: bool = False, space: bool = False) -> str:
+    """``hoyer``, ``variance-a0.5``, ``gap-annealed``, ``random-space``."""
     exponent = "" if alpha == 1 else f"-a{alpha:g}"
-    return f"{rule}{exponent}{'-annealed' if annealed else ''}"
+    return f"{rule}{exponent}{'-annealed' if annealed else ''}{'-space' if space else ''}"
 
 
 def _arms() -> dict[str, Arm]:
-    arms = {"plain": Arm("uniform"), "standardised": Arm("uniform", standardised=True)}
+    arms = {"plain": Arm("uniform"), "standardised": Arm("variance", -0.5, space=True)}
     for rule, alpha in (("variance", -0.25), ("variance", 0.5), ("robust-variance", 0.5)):
-        arms[arm_name(rule, alpha=alpha)] = Arm(rule, alpha)
+        arms[arm_name(rule, alpha)] = Arm(rule, alpha)
     for rule in ("variance", "kurtosis", "negentropy"):
         arms[arm_name(rule)] = Arm(rule)
     for rule in ("hoyer", *NEED_DICTIONARY, "participation-true", "gap-true", *CONTROLS):
         for annealed in (False, True):
-            arms[arm_name(rule, annealed)] = Arm(rule, annealed=annealed)
+            arms[arm_name(rule, annealed=annealed)] = Arm(rule, annealed=annealed)
+    arms[arm_name("random", space=True)] = Arm("random", space=True)
     return arms
 
 
@@ -110,17 +111,11 @@ def score(rule: str, evidence: Evidence) -> Float[Tensor, " n_p"]:
     return RULES[rule](evidence)
 
 
-def gamma(arm: Arm, evidence: Evidence) -> Float[Tensor, " n_p"]:
+def weights(arm: Arm, evidence: Evidence) -> Float[Tensor, " n_p"]:
     """The arm's weights γ = s^α, the largest 1. A score of 0 keeps weight 0 for a positive α; under
     a negative one it gets the largest finite weight."""
-    s = score(arm.rule, evidence).float()
-    floor = s[s > 0].min() if arm.alpha < 0 else 0.0
-    weights = s.clamp(min=floor) ** arm.alpha
-    return weights / weights.max()
-
-
-def scale(arm: Arm, evidence: Evidence) -> Float[Tensor, " n_p"]:
-    """Factors of the inputs before the dictionary sees them: 1/σ if standardised, else 1."""
-    if arm.standardised:
-        return evidence.statistics.variance.clamp(min=1e-12).rsqrt().float()
-    return torch.ones(evidence.statistics.d_in)
+    s = score(arm.rule, evidence)
+    if arm.alpha < 0:
+        s = s.clamp(min=float(s[s > 0].min()))
+    raised = s**arm.alpha
+    return (raised / raised.max()).float()

@@ -139,10 +139,8 @@ class TheoryReport:
         )
 
     def _details(self, name: str) -> list[list[str]]:
-        rows = [
-            ["arm", "L_GT", "change %", "95 %", "wins", "vs random %", "95 %", "MMCS", "change"]
-            + ["recovered", "features/latent", "FVU", "verdict"]
-        ]
+        head = "arm|L_GT|change %|95 %|wins|vs random %|95 %|MMCS|change|recovered"
+        rows = [[*head.split("|"), "features/latent", "FVU", "verdict"]]
         for arm, s in self.arms[name].items():
             rows.append(
                 [

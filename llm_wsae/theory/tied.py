@@ -111,9 +111,7 @@ def _batches(data: Planted, generator: torch.Generator, schedule: Schedule) -> I
         yield from data.observe(x).float().split(schedule.batch)
 
 
-def _annealed(
-    gamma: Tensor, annealed: Tensor, done: float, anneal: tuple[float, float]
-) -> Tensor:
+def _annealed(gamma: Tensor, annealed: Tensor, done: float, anneal: tuple[float, float]) -> Tensor:
     begin, end = anneal
     way = min(1.0, max(0.0, (done - begin) / max(end - begin, 1e-9)))
     return torch.where(annealed[:, None], gamma + (1 - gamma) * way, gamma)

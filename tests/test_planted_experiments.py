@@ -1,0 +1,251 @@
+"""The planted experiments: arms and rules, units that are not done twice, and honest statistics."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.theory import experiments, regimes, rules
+from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
+from llm_wsae.theory.experiments import run_theory, run_unit
+from llm_wsae.theory.rules import ARMS, RULES, Evidence, score, weights
+from llm_wsae.theory.summary import holm, summarise_arms
+from llm_wsae.theory.superposition import digon_mixing, planted
+
+SMALL = TheoryConfig(
+    experiments=("digon-0.5", "outliers-0.7"),
+    seeds=2,
+    steps=30,
+    batch_size=32,
+    rows=400,
+    workers=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch):
+    """Closed-form facts without the toy models, whose training takes seconds."""
+    monkeypatch.setattr("llm_wsae.theory.positions._SHOWN", ("digon", "mixed"))
+
+
+def evidence(sparsity: float = 0.7) -> Evidence:
+    data = planted(digon_mixing(2, 1), sparsity)
+    rows = data.observe(data.features(8000, torch.Generator().manual_seed(0)))
+    statistics = Statistics(3, 1).update(rows, torch.zeros(8000, dtype=torch.int64))
+    return Evidence(statistics, data, seed=1, decoder=data.mixing.T, energy=torch.ones(4))
+
+
+def test_every_rule_scores_planted_data_as_its_formula_says():
+    e = evidence()
+    found = {rule: score(rule, e) for rule in RULES}
+    assert all(s.shape == (3,) and bool((s >= 0).all()) for s in found.values())
+    # Two lone features, one digon. With the true directions in the decoder:
+    for rule in ("participation", "participation-true"):
+        assert found[rule].tolist() == pytest.approx([1, 1, 0.5])
+    for rule in ("gap", "gap-true"):
+        assert found[rule].tolist() == pytest.approx([1, 1, 0.5**0.5])
+    # E x² − (E x)² of a feature, and twice that; a pair's variance says the opposite of the truth
+    variance = 0.3 / 3 - 0.15**2
+    assert found["variance"].tolist() == pytest.approx([variance, variance, 2 * variance], rel=0.05)
+    for rule in ("kurtosis", "hoyer", "negentropy"):
+        assert found[rule][:2].min() > found[rule][2], rule
+    assert sorted(found["permuted"].tolist()) == pytest.approx([0.5, 1, 1])
+
+
+def test_weights_have_maximum_one_and_any_exponent():
+    e = evidence()
+    for name, arm in ARMS.items():
+        found = weights(arm, e)
+        assert float(found.max()) == pytest.approx(1) and float(found.min()) >= 0, name
+    plain, inverse = weights(ARMS["variance"], e), weights(ARMS["variance-a-0.25"], e)
+    torch.testing.assert_close(inverse, (plain / plain.min()) ** -0.25)
+    assert weights(ARMS["plain"], e).tolist() == [1, 1, 1]
+
+
+def test_a_dimension_that_scores_zero(monkeypatch):
+    scores = torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64)
+    monkeypatch.setitem(rules.RULES, "variance", lambda e: scores)
+    assert weights(ARMS["variance-a0.5"], evidence()).tolist() == [0, 0.5, 1]
+    inverse = weights(ARMS["variance-a-0.25"], evidence())
+    assert inverse.tolist() == pytest.approx([1, 1, 4**-0.25])
+
+
+def test_standardised_inputs_have_one_variance():
+    e = evidence()
+    spread = (e.samples * weights(ARMS["standardised"], e)).var(0)
+    assert ARMS["standardised"].space and float(spread.max() / spread.min()) < 1.001
+
+
+def test_controls_use_their_weights_in_the_same_way():
+    assert ARMS["hoyer-annealed"].control == "random-annealed"
+    assert ARMS["standardised"].control == "random-space"
+    assert ARMS["gap"].control == "random"
+    for control in ("plain", "random", "permuted-annealed", "random-space"):
+        assert ARMS[control].control is None
+    assert all(arm.control in ARMS for arm in ARMS.values() if arm.control)
+
+
+def test_a_unit_measures_every_arm_and_rule_and_repeats_itself():
+    unit = run_unit(EXPERIMENTS["digon-0.5"], 3, SMALL)
+    assert list(unit["arms"]) == list(ARMS) and list(unit["correlations"]) == list(RULES)
+    assert unit["facts"] == {
+        "n": 30,
+        "n_p": 20,
+        "latents": 40,
+        "k": 8,
+        "mean_active": pytest.approx(15),
+    }
+    assert unit["correlations"]["uniform"] is None
+    assert unit["correlations"]["participation-true"] == pytest.approx(1)
+    assert unit["correlations"]["variance"] < -0.8 and unit["correlations"]["hoyer"] > 0.8
+    losses = [arm["l_gt"] for arm in unit["arms"].values()]
+    assert all(0 < loss < 1 for loss in losses) and len(set(losses)) > 20
+    again = run_unit(EXPERIMENTS["digon-0.5"], 3, SMALL)
+    assert json.dumps(again) == json.dumps(unit)
+    assert run_unit(EXPERIMENTS["digon-0.5"], 4, SMALL)["arms"] != unit["arms"]
+
+
+def test_a_run_writes_tables_and_figures(tmp_path):
+    report = run_theory(SMALL, tmp_path)
+    for name in ("correlations.png", "changes.png", "closed_form.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    written = json.loads((tmp_path / "theory.json").read_text())
+    assert written == json.loads(json.dumps(report.to_dict()))
+    assert written["closed_form"]["digon"]["only_digons"]
+    assert written["closed_form"]["digon"]["sparsity_needed"] == pytest.approx(0.85, abs=0.03)
+    assert written["closed_form"]["mixed"]["sparsity_needed"] is None
+    for point in written["closed_form"]["mixed"]["by_sparsity"]:
+        assert point["gap"] == pytest.approx(point["sae_loss"] - point["truth_loss"], abs=1e-10)
+    table, markdown = report.table(), (tmp_path / "theory.md").read_text()
+    for text in (table, markdown):
+        for word in (*ARMS, *list(RULES)[1:], *SMALL.experiments):
+            assert word in text
+    plain = report.arms["digon-0.5"]["plain"]
+    assert plain.change == 0 and plain.wins == 0 and plain.verdict == "–"
+    units = [json.loads(p.read_text()) for p in sorted((tmp_path / "units").glob("digon*"))]
+    mean = np.mean([u["arms"]["hoyer"]["l_gt"] for u in units])
+    assert report.arms["digon-0.5"]["hoyer"].l_gt == pytest.approx(mean)
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    first = run_theory(SMALL, tmp_path)
+    (tmp_path / "units" / "digon-0.5-seed1.json").unlink()
+    asked = []
+
+    def counted(experiment, seed, config):
+        asked.append((experiment.regime, seed))
+        return run_unit(experiment, seed, config)
+
+    monkeypatch.setattr(experiments, "run_unit", counted)
+    second = run_theory(dataclasses.replace(SMALL, workers=2), tmp_path)
+    assert asked == [("digon", 1)]
+    assert second.arms == first.arms
+    more = run_theory(dataclasses.replace(SMALL, seeds=3), tmp_path)
+    assert sorted(asked[1:]) == [("digon", 2), ("outliers", 2)]
+    assert len(list((tmp_path / "units").glob("*.json"))) == 6
+    assert more.arms != first.arms
+
+
+def test_units_of_another_configuration_are_not_mixed_in(tmp_path):
+    config = dataclasses.replace(SMALL, experiments=("digon-0.5",))
+    run_theory(config, tmp_path)
+    with pytest.raises(LlmWsaeError, match=r"another steps \(30, now 31\)"):
+        run_theory(dataclasses.replace(config, steps=31), tmp_path)
+
+
+def test_an_error_in_a_unit_is_not_swallowed(tmp_path, monkeypatch):
+    def broken(sparsity, generator):
+        raise LlmWsaeError("no such mixture today")
+
+    monkeypatch.setitem(regimes.REGIMES, "digon", broken)
+    threads = torch.get_num_threads()
+    with pytest.raises(LlmWsaeError, match="no such mixture today"):
+        run_theory(SMALL, tmp_path)
+    assert torch.get_num_threads() == threads
+    assert not (tmp_path / "theory.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"experiments": ("mixed-0.4",)}, "no planted experiment 'mixed-0.4'; did you mean"),
+        ({"experiments": ("digon-0.5", "digon-0.5")}, "once"),
+        ({"seeds": 1}, "at least 2"),
+        ({"steps": 0}, "steps is 0"),
+        ({"spare_latents": -1}, "spare-latents is -1"),
+    ],
+)
+def test_configurations_that_cannot_be(wrong, message):
+    with pytest.raises(UsageError, match=message):
+        TheoryConfig(**wrong)
+
+
+# The statistics.
+
+
+def unit(**losses: float) -> dict:
+    """One seed, all arms at 0.5 except those named (``-`` written as ``_``)."""
+    measures = {"mmcs": 0.7, "recovered": 0.5, "features_per_latent": 2.0, "fvu": 0.1}
+    named = {name.replace("_", "-"): loss for name, loss in losses.items()}
+    return {"arms": {arm: {"l_gt": named.get(arm, 0.5), **measures} for arm in ARMS}}
+
+
+def seeds(count: int = 10, noise: float = 0.001, **changes: float) -> list[dict]:
+    """Seeds at which arms differ from plain by ``changes``, up to a little noise."""
+    draw = np.random.default_rng(0)
+    return [
+        unit(
+            **{
+                arm: 0.5 + change + noise * draw.standard_normal()
+                for arm, change in changes.items()
+            }
+        )
+        for _ in range(count)
+    ]
+
+
+def test_differences_are_paired_and_in_per_cent_of_plain():
+    units = [unit(plain=a, hoyer=a - b) for a, b in ((0.4, 0.04), (0.6, 0.06), (0.5, -0.01))]
+    found = summarise_arms(units)["hoyer"]
+    differences = np.array([-0.04, -0.06, 0.01]) / 0.5 * 100
+    assert found.change == pytest.approx(differences.mean()) and found.wins == 2
+    low, high = stats.t.interval(0.95, 2, loc=differences.mean(), scale=stats.sem(differences))
+    assert found.change_interval == pytest.approx((low, high))
+    # nothing else differs: no other arm to correct for but by number
+    p = stats.ttest_1samp(differences, 0).pvalue
+    assert found.p_holm == pytest.approx(min(1, p * (len(ARMS) - 1)))
+
+
+def test_verdicts_need_the_control():
+    found = summarise_arms(seeds(hoyer=-0.05, gap=-0.05, kurtosis=0.05, random=-0.05))
+    assert found["hoyer"].verdict == found["gap"].verdict == "as random"
+    assert found["hoyer"].against_control == pytest.approx(0, abs=0.3)
+    assert found["kurtosis"].verdict == "worse" and found["random"].verdict == "as random"
+    assert found["variance"].verdict == "–"
+    better = summarise_arms(seeds(hoyer=-0.05, hoyer_annealed=-0.05, random_annealed=-0.05))
+    assert better["hoyer"].verdict == "better"
+    assert better["hoyer"].against_control == pytest.approx(-10, abs=0.3)
+    assert better["hoyer-annealed"].verdict == "as random"
+
+
+def test_a_small_difference_in_one_arm_of_many_is_no_finding():
+    units = seeds(noise=0.02, **{arm.replace("-", "_"): 0.0 for arm in ARMS if arm != "plain"})
+    found = summarise_arms(units)
+    raw = [
+        stats.ttest_1samp([u["arms"][a]["l_gt"] - 0.5 for u in units], 0).pvalue
+        for a in ARMS
+        if a != "plain"
+    ]
+    assert min(raw) < 0.1  # some arm looks like something
+    assert {s.verdict for s in found.values()} == {"–"}
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
