@@ -160,7 +160,7 @@ def test_missing_and_foreign_folders(tmp_path, folder):
     with pytest.raises(LlmWsaeError, match="is not a folder"):
         Dictionary.load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LlmWsaeError, match="lacks cfg"):
+    with pytest.raises(LlmWsaeError, match="holds nothing and no dictionary"):
         Dictionary.load(tmp_path / "empty")
     (folder / "wsae.json").unlink()
     with pytest.raises(LlmWsaeError, match=r"lacks wsae\.json"):

@@ -207,7 +207,7 @@ def _making(d: Facts, has_figure: bool) -> list[str]:
         ("llm-wsae", d.package_version, None),
     ]
     listed = {
-        name.replace("_", " "): escape(f"{value} ({extra})" if extra else str(value))
+        escape(name.replace("_", " ")): escape(f"{value} ({extra})" if extra else str(value))
         for name, value, extra in rows
         if isinstance(value, str | int | float) and not isinstance(value, bool)
         if name not in ("command", "d_in", "d_sae")

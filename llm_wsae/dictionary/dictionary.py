@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_wsae.dictionary.files import read_folder, write_folder
+from llm_wsae.dictionary.files import write_folder
+from llm_wsae.dictionary.formats import layouts
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, to_dense
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -154,9 +155,20 @@ class Dictionary(nn.Module):
         )
 
     @classmethod
-    def load(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> "Dictionary":
-        """Read a dictionary folder. Raises LlmWsaeError (see ``files.read_folder``)."""
-        content = read_folder(Path(folder))
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        site: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Dictionary":
+        """Read a dictionary folder, ours or another tool's (SAELens, sparsify, dictionary_learning,
+        Gemma Scope).
+
+        ``site`` is for a foreign folder that does not say where its dictionary belongs. Raises
+        LlmWsaeError (see ``files.read_folder`` and ``formats.layouts.read``).
+        """
+        content = layouts.read(Path(folder), site)
         new = cls(
             **content.weights,
             sparsity=content.sparsity,
@@ -172,16 +184,17 @@ class Dictionary(nn.Module):
         sae_id: str | None = None,
         *,
         revision: str | None = None,
+        site: str | None = None,
         device: torch.device | str = "cpu",
     ) -> "Dictionary":
         """Read a dictionary from a repository on the Hub, through its cache (also offline).
 
-        ``sae_id`` is its folder, ``<site>/<name>``; None takes the only one. Raises as
-        ``hub.fetch`` and ``load`` do.
+        ``sae_id`` is its folder, ``<site>/<name>`` for one of ours; None takes the only one. Raises
+        as ``hub.fetch`` and ``load`` do.
         """
         from llm_wsae.dictionary.hub import fetch
 
-        return cls.load(fetch(repo_id, sae_id, revision=revision), device=device)
+        return cls.load(fetch(repo_id, sae_id, revision=revision), site=site, device=device)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """``save``, under the name that the Hub's libraries share."""

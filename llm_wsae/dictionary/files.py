@@ -106,7 +106,7 @@ def write_folder(
     # Vectors stay exact: they are small, and b_enc and threshold move the selection of every row.
     stored = {key: w.detach().to(dtype if w.ndim == 2 else w.dtype) for key, w in weights.items()}
     for tensors in (stored, extras):
-        _check_finite(tensors, f"the dictionary for {folder}")
+        check_finite(tensors, f"the dictionary for {folder}")
     folder = Path(os.path.abspath(folder))
     _check_replaceable(folder)
     whole = folder.with_name(f".{folder.name}.{os.getpid()}.new")
@@ -191,8 +191,8 @@ def _stored(folder: Path) -> Content:
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     if sparsity.has_threshold:
         shapes["threshold"] = (d_sae,)
-    weights = _read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
-    extras = _read_tensors(folder / EXTRAS, "side tensors", None, None, d_in)
+    weights = read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
+    extras = read_tensors(folder / EXTRAS, "side tensors", None, None, d_in)
     return Content(weights, sparsity, info, extras)
 
 
@@ -247,14 +247,19 @@ def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
     return sizes[0], sizes[1], sparsity
 
 
-def _read_tensors(
+def read_tensors(
     path: Path,
     what: str,
     shapes: dict[str, tuple[int, ...]] | None,
     dtypes: set[str] | None,
     d_in: int | None = None,
 ) -> dict[str, Tensor]:
-    """All tensors of a file, its header checked first (safetensors checks the file's length)."""
+    """All tensors of a file, its header checked first (safetensors checks the file's length).
+
+    They must be those of ``shapes``, stored as one of ``dtypes``, or of ``d_in`` dimensions all
+    over; None asks for nothing. Raises LlmWsaeError, naming file and tensor, if they are not, or
+    hold NaN or infinite numbers.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -282,12 +287,13 @@ def _read_tensors(
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
-    _check_finite(tensors, str(path))
+    check_finite(tensors, str(path))
     return tensors
 
 
-def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
-    """In pieces: asked of a whole tensor at once, torch makes a second one."""
+def check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    """Raise LlmWsaeError, beginning with ``where``, if a tensor holds NaN or infinite numbers."""
+    # In pieces: asked of a whole tensor at once, torch makes a second one.
     for name, tensor in tensors.items():
         pieces = tensor.detach().reshape(-1).split(_PIECE)
         if bad := sum(len(piece) - int(torch.isfinite(piece).sum()) for piece in pieces):

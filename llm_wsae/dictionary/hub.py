@@ -7,11 +7,12 @@ the repository as it was. A pull fetches into the client's cache, checks everyth
 then copies into the user's folder.
 """
 
+import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llm_wsae.dictionary.card import FIGURE, card
@@ -24,7 +25,9 @@ from llm_wsae.dictionary.files import (
     changed_files,
     check_folder,
     copy_folder,
+    write_folder,
 )
+from llm_wsae.dictionary.formats import layouts
 from llm_wsae.dictionary.hub_errors import hub_errors
 from llm_wsae.dictionary.repository import (
     FILES,
@@ -85,7 +88,9 @@ def push(
     changed: dict[str, Path | bytes] = {}
     for sae_id, folder in local.items():
         changed |= _changed(sae_id, folder, remote.files)
-    figures = {sae_id for sae_id in remote.sae_ids() if f"{sae_id}/{FIGURE}" in remote.files}
+    figures = {
+        sae_id for sae_id in remote.sae_ids(own=True) if f"{sae_id}/{FIGURE}" in remote.files
+    }
     figures |= {sae_id for sae_id in local if f"{sae_id}/{FIGURE}" in changed}
     old = _old_card(remote)
     new = card(
@@ -116,8 +121,8 @@ def pull(
     """Copy one dictionary of a repository, or all of them, to ``out/<site>/<name>``.
 
     (One at the top of its repository goes to ``out/<repository>``.) Each is fetched, checked whole
-    and only then copied; an older dictionary in its place is replaced at once, anything else there
-    is left alone. Returns the folders by name.
+    and only then copied, a foreign one as a dictionary of ours; an older dictionary in its place is
+    replaced at once, anything else there is left alone. Returns the folders by name.
 
     Raises UsageError for names that are not there, LlmWsaeError when the Hub fails, when a file is
     damaged, unsafe or not what its checksum says, or when ``out`` cannot be written.
@@ -126,17 +131,21 @@ def pull(
     folders = {}
     for name in repository.wanted(sae_id):
         source = repository.dictionary_folder(name)
-        Site.parse(check_folder(source).site)
         place = repo_id.split("/")[-1] if name == "." else name
         folders[name] = Path(out) / place
-        copy_folder(source, folders[name])
+        if repository.layouts[name] is None:
+            Site.parse(check_folder(source).site)
+            copy_folder(source, folders[name])
+        else:
+            read = layouts.read(source)
+            write_folder(folders[name], read.weights, read.sparsity, read.info, read.extras)
     return folders
 
 
 def fetch(repo_id: str, sae_id: str | None = None, *, revision: str | None = None) -> Path:
     """The folder in the local cache with one dictionary, or the only one, of a repository.
 
-    The files are those that were saved, by their checksums; what they hold is for ``read_folder``
+    The files are those that were saved, by their checksums; what they hold is for ``layouts.read``
     to judge. Raises as ``pull`` does.
     """
     repository = Repository.open(repo_id, revision)
@@ -234,7 +243,7 @@ def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
         )
         for sae_id, folder in local.items()
     }
-    for sae_id in remote.sae_ids():
+    for sae_id in remote.sae_ids(own=True):
         if sae_id not in known and _SHOWN_ID.fullmatch(sae_id):
             try:
                 known[sae_id] = _remote_facts(remote, sae_id)
@@ -244,6 +253,10 @@ def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
 
 
 def _remote_facts(repository: Repository, sae_id: str) -> Facts:
+    if layout := repository.layouts[sae_id]:
+        said = repository.announced(sae_id, layout)
+        info = layouts.info_of(layout, said, said.site or "", PurePosixPath(sae_id).name)
+        return facts(sae_id, dataclasses.asdict(said), info.to_dict())
     prefix = "" if sae_id == "." else f"{sae_id}/"
     cfg = repository.read_json(prefix + CFG) if prefix + CFG in repository.files else {}
     return facts(sae_id, cfg, repository.read_json(prefix + INFO))

@@ -1,11 +1,13 @@
 """One revision of a repository of dictionaries on the Hub, or what the local cache has of it.
 
 Nothing of a repository is trusted. Its list of files is checked before anything is fetched: a path
-that leaves the folder is refused, only the four files of a dictionary are ever downloaded, JSON
-within a fixed size, tensors within the size that ``cfg.json`` announces. What arrives is compared
-with the Hub's checksum (the client compares sizes only) and with the one in ``wsae.json``.
+that leaves the folder is refused, only the files of a dictionary are ever downloaded, ours or those
+of a foreign layout, JSON within a fixed size, tensors within the size that the configuration
+announces. What arrives is compared with the Hub's checksum (the client compares sizes only) and,
+if it is ours, with the one in ``wsae.json``.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -14,6 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llm_wsae.dictionary.files import CFG, EXTRAS, INFO, WEIGHTS
+from llm_wsae.dictionary.formats.foreign import Announced, Layout
+from llm_wsae.dictionary.formats.layouts import layout_of
 from llm_wsae.dictionary.hub_errors import hub_errors, unreachable
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.files import read_json, sha256
@@ -23,6 +27,8 @@ README = "README.md"
 _LARGEST_JSON = 16 << 20
 _HEADER = 1 << 20  # bytes of a safetensors header, far more than ever needed
 _MATRICES = 4  # of d_in × d_in numbers beside a dictionary, at most
+_WIDEST = 1 << 15  # dimensions of a residual stream, where a layout does not announce them
+_MOST_LATENTS = 1 << 20
 _TIMEOUT = 30  # seconds until the Hub has to begin an answer
 _PART = re.compile(r"[^\x00-\x1f\\:*?\"<>|]+")
 
@@ -75,10 +81,21 @@ class Repository:
                     raise
                 return cached
 
-    def sae_ids(self) -> list[str]:
-        """The dictionaries: the folders that hold a ``wsae.json``; "." is the repository itself."""
-        found = (PurePosixPath(path) for path in self.files)
-        return sorted(str(path.parent) for path in found if path.name == INFO)
+    @functools.cached_property
+    def layouts(self) -> dict[str, Layout | None]:
+        """The dictionaries by name, in order: their folders, "." for the repository itself.
+
+        Ours, the folders that hold a ``wsae.json``, have the layout None.
+        """
+        folders: dict[str, set[str]] = {}
+        for path in map(PurePosixPath, self.files):
+            folders.setdefault(str(path.parent), set()).add(path.name)
+        known = {name: layout_of(files) for name, files in sorted(folders.items())}
+        return {name: found for name, found in known.items() if found or INFO in folders[name]}
+
+    def sae_ids(self, own: bool = False) -> list[str]:
+        """Names of the dictionaries, or of our ``own`` only."""
+        return [name for name, layout in self.layouts.items() if layout is None or not own]
 
     def wanted(self, sae_id: str | None) -> list[str]:
         """The dictionary of that name, or all there are.
@@ -88,7 +105,7 @@ class Repository:
         """
         known = self.sae_ids()
         if not known:
-            raise LlmWsaeError(f"{self._here} holds no dictionary of this package")
+            raise LlmWsaeError(f"{self._here} holds no dictionary of a layout that can be read")
         if sae_id is None:
             return known
         name = sae_id.strip("/") or "."
@@ -103,12 +120,22 @@ class Repository:
             raise LlmWsaeError(f"{path} of {self._here} is not a JSON object")
         return value
 
-    def dictionary_folder(self, sae_id: str) -> Path:
-        """The folder in the cache that holds the four files of a dictionary, fetched and compared.
+    def announced(self, sae_id: str, layout: Layout) -> Announced:
+        """What a foreign dictionary's configuration and place say. Raises as ``fetch`` does."""
+        config = self.read_json(_inside(sae_id, layout.config)) if layout.config else {}
+        return layout.announce(config, PurePosixPath(self.repo_id, sae_id))
 
-        What is inside is for ``read_folder`` to judge. Raises LlmWsaeError if a file is missing,
+    def dictionary_folder(self, sae_id: str) -> Path:
+        """The folder in the cache that holds the files of a dictionary, fetched and compared.
+
+        What is inside is for ``layouts.read`` to judge. Raises LlmWsaeError if a file is missing,
         larger than it can be, or not the one that was saved.
         """
+        layout = self.layouts[sae_id]
+        if layout is not None:
+            announced = self.announced(sae_id, layout)
+            limit = _foreign_weights(announced.d_in, announced.d_sae)
+            return self.fetch(_inside(sae_id, layout.weights), limit).parent
         paths = {name: _inside(sae_id, name) for name in FILES}
         if missing := [name for name, path in paths.items() if path not in self.files]:
             raise LlmWsaeError(
@@ -146,7 +173,9 @@ class Repository:
 
         # By the name of the revision once a dictionary, so that the cache remembers what it stood
         # for and can answer without a network.
-        named = self.revision if PurePosixPath(path).name == INFO else self.commit
+        layout = self.layouts.get(str(PurePosixPath(path).parent))
+        first = INFO if layout is None else layout.files[0]
+        named = self.revision if PurePosixPath(path).name == first else self.commit
         with hub_errors(self.repo_id, self.revision):
             local = Path(hf_hub_download(self.repo_id, path, revision=named))
             if self.commit not in local.parts:  # the branch moved since
@@ -177,6 +206,12 @@ class Repository:
     def _here(self) -> str:
         name = f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
         return name if self.cache is None else f"the local cache of {name}"
+
+
+def _foreign_weights(d_in: int | None, d_sae: int | None) -> int:
+    """Bytes that a foreign file of tensors can have at most: float64, a gate's three vectors."""
+    d_in, d_sae = min(d_in or _WIDEST, _WIDEST), min(d_sae or _MOST_LATENTS, _MOST_LATENTS)
+    return 8 * (2 * d_in * d_sae + d_in + 4 * d_sae) + _HEADER
 
 
 def remote_files(repo_id: str, commit: str) -> dict[str, RemoteFile]:

@@ -1,0 +1,223 @@
+"""saprmarks' dictionary_learning: ``config.json`` and ``ae.pt``, which is a pickle.
+
+A pickle can run code, so it is opened only through torch's ``weights_only`` loader, which knows
+tensors and containers and nothing else, and the user is told. Before that the archive around it is
+looked at: its records must lie in it as they are (a compressed one could unfold without end) and
+be no larger than ``config.json`` announces. The file is mapped, not read, so a record that claims
+more than it has cannot make anybody read beyond it; it is found afterwards by its size.
+
+Their classes, by ``dict_class``: AutoEncoder subtracts its bias from the input and is used with
+decoder columns of unit norm, AutoEncoderNew does neither; AutoEncoderTopK; GatedAutoEncoder;
+BatchTopKSAE and MatryoshkaBatchTopKSAE encode by one threshold, JumpReluAutoEncoder by one for each
+latent and without subtracting its bias.
+"""
+
+import math
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+
+# Only the name of the exception: torch's loader raises it, and nothing here unpickles.
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_wsae.dictionary.facts import mapping, text, whole
+from llm_wsae.dictionary.files import check_finite
+from llm_wsae.dictionary.formats.foreign import (
+    Announced,
+    Layout,
+    Weights,
+    gated_as_jumprelu,
+    not_negative,
+    with_decoder_norms,
+    without_input_bias,
+)
+from llm_wsae.errors import LlmWsaeError, nearest
+
+CONFIG, WEIGHTS = "config.json", "ae.pt"
+_LARGEST_PICKLE = 1 << 20  # bytes of what is not a tensor: names and shapes
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_POINT = re.compile(r"resid_(pre|mid|post)")
+_LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
+_ROWS = ("W_enc", "W_dec", "b_enc", "b_dec")
+# What each class holds, and what SAELens calls its kind.
+_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "AutoEncoder": ("standard", (*_LINEAR, "bias")),
+    "AutoEncoderNew": ("standard", (*_LINEAR, "decoder.bias")),
+    "GatedAutoEncoder": (
+        "gated",
+        ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias"),
+    ),
+    "AutoEncoderTopK": ("topk", (*_LINEAR, "b_dec")),
+    "BatchTopKSAE": ("jumprelu", (*_LINEAR, "b_dec", "threshold")),
+    "MatryoshkaBatchTopKSAE": ("jumprelu", (*_ROWS, "threshold")),
+    "JumpReluAutoEncoder": ("jumprelu", (*_ROWS, "threshold")),
+}
+_ASIDE = {"k", "threshold", "group_sizes"}  # may be there without a part in encoding
+
+
+def announce(config: Mapping[str, Any], place: PurePath) -> Announced:
+    """What ``config.json`` says; ``place`` does not matter."""
+    trainer, buffer = mapping(config.get("trainer")), mapping(config.get("buffer"))
+    kind, _ = _CLASSES.get(text(trainer.get("dict_class")) or "", (None, ()))
+    return Announced(
+        architecture=kind,
+        d_in=whole(trainer.get("activation_dim")),
+        d_sae=whole(trainer.get("dict_size")),
+        k=whole(trainer.get("k")) if kind == "topk" else None,
+        site=_site(trainer, buffer),
+        model=text(trainer.get("lm_name")),
+        context_size=whole(buffer.get("ctx_len")),
+    )
+
+
+def read(folder: Path, config: Mapping[str, Any], announced: Announced) -> Weights:
+    """The tensors with centring, norms and gates folded in.
+
+    Raises LlmWsaeError, naming file and fault.
+    """
+    path = folder / CONFIG
+    name = str(mapping(config.get("trainer")).get("dict_class"))
+    if name not in _CLASSES:
+        raise LlmWsaeError(
+            f"{path} has the dict_class {name!r}, which is not one that this package reads; "
+            f"{nearest(name, _CLASSES)}"
+        )
+    kind, wanted = _CLASSES[name]
+    d_in, d_sae = announced.sizes(path)
+    sparsity = announced.sparsity(path, "jumprelu" if kind == "gated" else kind, d_sae)
+    w = _tensors(folder / WEIGHTS, wanted, d_in, d_sae)
+    W_enc = w["W_enc"] if "W_enc" in w else w["encoder.weight"].T
+    W_dec = w["W_dec"] if "W_dec" in w else w["decoder.weight"].T
+    b_dec = next(w[n] for n in ("b_dec", "bias", "decoder.bias", "decoder_bias") if n in w)
+    threshold = w["threshold"].expand(d_sae) if "threshold" in wanted else None
+    if kind == "gated":
+        W_enc, b_enc, threshold = gated_as_jumprelu(
+            W_enc, w["r_mag"], w["gate_bias"], w["mag_bias"]
+        )
+    else:
+        b_enc = w["b_enc"] if "b_enc" in w else w["encoder.bias"]
+    if name == "AutoEncoder" and not _unit_rows(W_dec):
+        W_enc, b_enc, W_dec, _ = with_decoder_norms(W_enc, b_enc, W_dec)
+    if name not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
+        b_enc = without_input_bias(W_enc, b_enc, b_dec)
+    tensors = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+    if threshold is not None:
+        tensors["threshold"] = not_negative(threshold)
+    return Weights(tensors, sparsity)
+
+
+def _unit_rows(W_dec: Tensor) -> bool:
+    """Their own test: as good as normalised is left as it is."""
+    norms = W_dec.norm(dim=1)
+    return torch.allclose(norms, torch.ones_like(norms))
+
+
+def _site(trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> str | None:
+    """They name a block and a module of it; without a module the block itself is meant."""
+    block, module = whole(trainer.get("layer")), text(trainer.get("submodule_name"))
+    if block is None:
+        return None
+    if module is None:
+        point = "pre" if buffer.get("io") == "in" else "post"
+        return f"blocks.{block}.hook_resid_{point}"
+    match = _POINT.match(module)
+    return f"blocks.{block}.hook_{match[0]}" if match else module
+
+
+def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict[str, Tensor]:
+    """The wanted tensors, float32, finite, of the shapes they must have."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (d_sae, d_in),
+        "decoder.weight": (d_in, d_sae),
+        "W_enc": (d_in, d_sae),
+        "W_dec": (d_sae, d_in),
+        **dict.fromkeys(("bias", "decoder.bias", "decoder_bias", "b_dec"), (d_in,)),
+        "threshold": (d_sae,) if "W_enc" in wanted else (),
+    }
+    records = _records(path, sum(8 * math.prod(shapes.get(name, (d_sae,))) for name in wanted))
+    found = _opened(path, records)
+    if missing := sorted(set(wanted) - set(found)):
+        raise LlmWsaeError(f"{path} lacks the tensors {', '.join(missing)}")
+    if strange := sorted(set(found) - set(wanted) - _ASIDE):
+        raise LlmWsaeError(f"{path} holds {', '.join(map(repr, strange))}, which do not belong")
+    for name in wanted:
+        tensor, shape = found[name], shapes.get(name, (d_sae,))
+        scalar_threshold = name == "threshold" and tensor.ndim == 0
+        if tuple(tensor.shape) != shape and not scalar_threshold:
+            raise LlmWsaeError(
+                f"{path}: {name} has the shape {list(tensor.shape)}, but {CONFIG} asks for "
+                f"{list(shape)}"
+            )
+        if tensor.dtype not in _FLOATS:
+            raise LlmWsaeError(f"{path}: {name} is stored as {tensor.dtype}")
+    tensors = {name: found[name] for name in wanted}
+    check_finite(tensors, str(path))
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _records(path: Path, largest: int) -> list[int]:
+    """Sizes in bytes of the archive's tensor records, none of which has been touched."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise LlmWsaeError(f"{path} is not a whole file of torch.save: {error}") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise LlmWsaeError(f"{path} is compressed, which torch.save never does, so it is not read")
+    if sum(entry.file_size for entry in entries) > largest + _LARGEST_PICKLE:
+        raise LlmWsaeError(f"{path} is larger than the dictionary that {CONFIG} describes")
+    return [entry.file_size for entry in entries if "/data/" in entry.filename]
+
+
+def _opened(path: Path, records: list[int]) -> dict[str, Tensor]:
+    print(
+        f"llm-wsae: {path} is a pickle; only tensors are taken from it (torch's weights_only "
+        "loader), nothing in it is run",
+        file=sys.stderr,
+    )
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (
+        UnpicklingError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        EOFError,
+        OSError,
+        MemoryError,
+        ImportError,
+    ) as error:
+        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        raise LlmWsaeError(
+            f"{path} holds something else than a dictionary's tensors, or is damaged: {reason}"
+        ) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and _is_plain(tensor) for name, tensor in found.items()
+    ):
+        raise LlmWsaeError(f"{path} is not a dictionary: it should hold tensors by name")
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found.values()}
+    if sorted(s.nbytes() for s in storages.values() if s.nbytes()) != sorted(filter(None, records)):
+        raise LlmWsaeError(f"{path} is damaged: its tensors are not of the sizes of its records")
+    return found
+
+
+def _is_plain(tensor: Any) -> bool:
+    """An ordinary tensor in memory: not sparse, quantised or without data."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+    )
+
+
+LAYOUT = Layout("dictionary_learning", CONFIG, WEIGHTS, announce, read)

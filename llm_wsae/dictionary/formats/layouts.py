@@ -1,0 +1,112 @@
+"""Which tool wrote a folder, and its dictionary in our words.
+
+The names of the files tell the layouts apart, here and in a repository's listing. A folder that
+says of itself that it is ours is read by ``files.read_folder`` and nothing else.
+"""
+
+from collections.abc import Collection
+from pathlib import Path, PurePath
+from typing import Any
+
+from llm_wsae.dictionary.files import EXTRAS, INFO, Content, check_finite, read_folder
+from llm_wsae.dictionary.formats import dictionary_learning, gemma_scope, saelens, sparsify
+from llm_wsae.dictionary.formats.foreign import Announced, Layout
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import read_json
+from llm_wsae.model.site import Site
+
+LAYOUTS = (saelens.LAYOUT, sparsify.LAYOUT, dictionary_learning.LAYOUT, gemma_scope.LAYOUT)
+
+
+def is_own(names: Collection[str]) -> bool:
+    """Whether files of these names are a dictionary of this package, or what is left of one."""
+    return INFO in names or EXTRAS in names
+
+
+def layout_of(names: Collection[str]) -> Layout | None:
+    """The foreign layout that a folder with files of these names has, if it has one."""
+    if is_own(names):
+        return None
+    return next((layout for layout in LAYOUTS if set(layout.files) <= set(names)), None)
+
+
+def read(folder: Path, site: str | None = None) -> Content:
+    """The dictionary in a folder, whichever tool wrote it.
+
+    ``site`` says where it belongs when its files and the folder's name do not. Raises UsageError if
+    they say something else, LlmWsaeError if the folder has no known layout or is not read by its
+    reader, and when its site is none of ours.
+    """
+    if not folder.is_dir():
+        raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
+    names = {entry.name for entry in folder.iterdir()}
+    if is_own(names):
+        content = read_folder(folder)
+        _agreed(folder, content.info.site, site)
+        return content
+    layout = layout_of(names)
+    if layout is None:
+        raise _unknown(folder, names)
+    return _read_foreign(folder, layout, site)
+
+
+def info_of(layout: Layout, announced: Announced, site: str, name: str) -> DictionaryInfo:
+    """What there is to remember of a foreign dictionary."""
+    return DictionaryInfo(
+        site=site,
+        name=name or "dictionary",
+        rule=announced.rule,
+        alpha=announced.alpha,
+        context_size=announced.context_size,
+        prepend_bos=announced.prepend_bos,
+        model={"name": announced.model} if announced.model else {},
+        corpus={"name": announced.corpus} if announced.corpus else {},
+        training={"trained with": layout.name},
+    )
+
+
+def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
+    config: Any = {}
+    if layout.config is not None:
+        config = read_json(folder / layout.config, f"{layout.name} configuration")
+        if not isinstance(config, dict):
+            raise LlmWsaeError(f"{folder / layout.config} should be a JSON object")
+    place = PurePath(folder.absolute())
+    announced = layout.announce(config, place)
+    site = _agreed(folder, announced.site, site)
+    if site is None:
+        raise LlmWsaeError(
+            f"{folder} holds a dictionary of {layout.name} that does not say where it belongs; "
+            'load it in Python with site="blocks.N.hook_resid_post" and save it'
+        )
+    try:
+        Site.parse(site)
+    except UsageError as error:
+        raise LlmWsaeError(
+            f"{folder} holds a dictionary of {layout.name} that cannot be used: {error}"
+        ) from None
+    weights = layout.read(folder, config, announced)
+    check_finite(weights.tensors, f"{folder}, once folded")
+    info = info_of(layout, announced, site, place.name)
+    return Content(weights.tensors, weights.sparsity, info, {})
+
+
+def _agreed(folder: Path, said: str | None, asked: str | None) -> str | None:
+    if said is not None and asked is not None and said != asked:
+        raise UsageError(f"{folder} says that it belongs to {said}, not to {asked}")
+    return said or asked
+
+
+def _unknown(folder: Path, names: Collection[str]) -> LlmWsaeError:
+    known = ", ".join(map(str, LAYOUTS))
+    for layout in LAYOUTS:
+        if layout.weights in names:
+            return LlmWsaeError(
+                f"{folder} looks like a dictionary of {layout.name}, but lacks {layout.config}"
+            )
+    shown = ", ".join(sorted(names)[:4]) or "nothing"
+    return LlmWsaeError(
+        f"{folder} holds {shown} and no dictionary that can be read: known are our own (cfg.json, "
+        f"sae_weights.safetensors, wsae.json and wsae.safetensors), {known}"
+    )

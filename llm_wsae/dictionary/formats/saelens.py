@@ -1,0 +1,201 @@
+"""SAELens: ``cfg.json`` and ``sae_weights.safetensors``, version 6 and the versions before it.
+
+Before 6 everything stood side by side in ``cfg.json``, some of it under other names, TopK was an
+activation function of the ``standard`` architecture, and a ``scaling_factor`` may multiply the
+latents before the decoder. A training checkpoint is read like a dictionary: BatchTopK's running
+threshold becomes one of every latent, as SAELens itself makes of it at the end.
+
+What is normalised row by row (layer_norm, constant_norm_rescale) is no affine map, so it cannot be
+folded and is refused. One scale for all rows (expected_average_only_in) is folded where the folder
+says how large it is, in a checkpoint's ``activation_scaler.json``, and refused otherwise.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_wsae.dictionary.facts import mapping, number, text, whole
+from llm_wsae.dictionary.files import CFG, WEIGHTS, read_tensors
+from llm_wsae.dictionary.formats.foreign import (
+    STORED_DTYPES,
+    Announced,
+    Layout,
+    Weights,
+    gated_as_jumprelu,
+    not_negative,
+    site_of,
+    tensor_names,
+    with_decoder_norms,
+    without_input_bias,
+)
+from llm_wsae.errors import LlmWsaeError, nearest
+from llm_wsae.files import read_json
+
+OURS = "llm_wsae"
+"""Key of the metadata under which our SAELens plugin writes rule and α."""
+PREFIX = "wsae_"
+"""What our plugin's architectures begin with; they are SAELens' own in all but the loss."""
+_SCALER = "activation_scaler.json"
+_FACTORS = ("scaling_factor", "finetuning_scaling_factor")
+_BATCH = ("batchtopk", "matryoshka_batchtopk")
+_KINDS = ("standard", "topk", "jumprelu", "gated", *_BATCH)
+_SCALED = "expected_average_only_in"
+
+
+def announce(cfg: Mapping[str, Any], place: PurePath) -> Announced:
+    """What ``cfg.json`` says; ``place`` does not matter."""
+    about = mapping(cfg.get("metadata")) or cfg
+    ours = mapping(about.get(OURS))
+    bos = about.get("prepend_bos")
+    return Announced(
+        architecture=_architecture(cfg),
+        d_in=whole(cfg.get("d_in")),
+        d_sae=whole(cfg.get("d_sae")),
+        k=whole(cfg.get("k")) or whole(mapping(cfg.get("activation_fn_kwargs")).get("k")),
+        site=site_of(text(about.get("hook_name")) or text(about.get("hook_point"))),
+        model=text(about.get("model_name")),
+        corpus=text(about.get("dataset_path")),
+        context_size=whole(about.get("context_size")),
+        prepend_bos=bos if isinstance(bos, bool) else None,
+        rule=text(ours.get("rule")) or "uniform",
+        alpha=number(ours.get("alpha")) or 0.0,
+    )
+
+
+def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
+    """The tensors with centring, scaling, decoder norms and gates folded in.
+
+    Raises LlmWsaeError, naming file and fault.
+    """
+    path = folder / CFG
+    kind = _kind(path, announced.architecture)
+    d_in, d_sae = announced.sizes(path)
+    centred = _flag(path, cfg, "apply_b_dec_to_input", True)
+    rescaled = _flag(path, cfg, "rescale_acts_by_decoder_norm", False)
+    _check_activation(path, cfg)
+    scale = _scale(folder, cfg)
+    # The selection among pre-activations, which k belongs to, is not that of BatchTopK's inference.
+    name = kind if kind in ("standard", "topk") else "jumprelu"
+    sparsity = announced.sparsity(path, name, d_sae)
+    w = _tensors(folder / WEIGHTS, kind, d_in, d_sae)
+    W_enc, W_dec, b_dec = w["W_enc"] * scale, w["W_dec"] / scale, w["b_dec"] / scale
+    threshold = w.get("threshold")
+    if kind == "gated":
+        W_enc, b_enc, threshold = gated_as_jumprelu(W_enc, w["r_mag"], w["b_gate"], w["b_mag"])
+    else:
+        b_enc = w["b_enc"]
+    if kind in _BATCH:
+        threshold = w["topk_threshold"].expand(d_sae) / (scale if rescaled else 1)
+    if rescaled and kind in ("topk", *_BATCH):
+        W_enc, b_enc, W_dec, _ = with_decoder_norms(W_enc, b_enc, W_dec)
+    if centred:
+        b_enc = without_input_bias(W_enc, b_enc, b_dec)
+    factor = next((w[name] for name in _FACTORS if name in w), None)
+    if factor is not None:
+        W_dec = W_dec * _believed(folder, cfg, factor)[:, None]
+    tensors = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+    if threshold is not None:
+        tensors["threshold"] = not_negative(threshold)
+    return Weights(tensors, sparsity)
+
+
+def _architecture(cfg: Mapping[str, Any]) -> str | None:
+    found = text(cfg.get("architecture"))
+    if found is None and "metadata" not in cfg:
+        found = "standard"
+    if found == "standard" and _activation(cfg) == "topk":
+        found = "topk"
+    return found.removeprefix(PREFIX) if found else None
+
+
+def _activation(cfg: Mapping[str, Any]) -> Any:
+    return cfg.get("activation_fn", cfg.get("activation_fn_str")) or "relu"
+
+
+def _kind(path: Path, architecture: str | None) -> str:
+    if architecture not in _KINDS:
+        raise LlmWsaeError(
+            f"{path}: SAELens' architecture {architecture!r} is not one that this package reads; "
+            f"{nearest(str(architecture), _KINDS)}"
+        )
+    return architecture
+
+
+def _flag(path: Path, cfg: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = cfg.get(name, default)
+    if not isinstance(value, bool):
+        raise LlmWsaeError(f"{path} has {name} = {value!r}, which should be true or false")
+    return value
+
+
+def _check_activation(path: Path, cfg: Mapping[str, Any]) -> None:
+    if _activation(cfg) not in ("relu", "topk"):
+        raise LlmWsaeError(
+            f"{path} has the activation function {_activation(cfg)!r}, but only relu and topk can "
+            "be read"
+        )
+    if cfg.get("reshape_activations", "none") != "none":
+        raise LlmWsaeError(
+            f"{path} has reshape_activations = {cfg['reshape_activations']!r}, which belongs to "
+            "attention heads; only dictionaries of the residual stream can be read"
+        )
+
+
+def _scale(folder: Path, cfg: Mapping[str, Any]) -> float:
+    """What rows are multiplied by before the encoder."""
+    how = cfg.get("normalize_activations")
+    how = {None: "none", False: "none", True: _SCALED}.get(how, how) if _plain(how) else how
+    if how == "none":
+        return 1.0
+    if how != _SCALED:
+        raise LlmWsaeError(
+            f"{folder / CFG} has normalize_activations = {how!r}, which is different for every row "
+            "and cannot be folded into a dictionary's weights"
+        )
+    path = folder / _SCALER
+    scaler = read_json(path, "scale of the activations") if path.is_file() else {}
+    scale = number(mapping(scaler).get("scaling_factor"))
+    if scale is None or scale <= 0 or mapping(scaler).get("has_whitening"):
+        raise LlmWsaeError(
+            f"{folder / CFG} has normalize_activations = {_SCALED!r}, but the folder does not say "
+            "what the activations were multiplied by; call fold_activation_norm_scaling_factor "
+            "in SAELens and save it again"
+        )
+    return scale
+
+
+def _plain(value: Any) -> bool:
+    """Whether it can be looked up: JSON's lists and objects cannot."""
+    return value is None or isinstance(value, bool | str)
+
+
+def _tensors(path: Path, kind: str, d_in: int, d_sae: int) -> dict[str, Tensor]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_in, d_sae),
+        "W_dec": (d_sae, d_in),
+        "b_dec": (d_in,),
+    }
+    vectors = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
+    shapes |= dict.fromkeys(vectors.get(kind, ("b_enc",)), (d_sae,))
+    if kind in _BATCH:
+        shapes["topk_threshold"] = ()
+    shapes |= dict.fromkeys(tensor_names(path) & set(_FACTORS), (d_sae,))
+    found = read_tensors(path, "weights file", shapes, STORED_DTYPES)
+    return {name: tensor.float() for name, tensor in found.items()}
+
+
+def _believed(folder: Path, cfg: Mapping[str, Any], factor: Tensor) -> Tensor:
+    """The factor of the latents before the decoder, where the configuration agrees to it."""
+    if not cfg.get("finetuning_scaling_factor") and not torch.allclose(
+        factor, torch.ones_like(factor)
+    ):
+        raise LlmWsaeError(
+            f"{folder / WEIGHTS} holds a scaling factor of the latents that {CFG} does not know of"
+        )
+    return factor
+
+
+LAYOUT = Layout("SAELens", CFG, WEIGHTS, announce, read)

@@ -1,0 +1,77 @@
+"""EleutherAI sparsify (once ``sae``): ``cfg.json`` and ``sae.safetensors``, in a folder per module.
+
+A linear encoder of x − b_dec, TopK of its ReLU, a decoder whose rows are latents. The folder has
+the name of the module whose output it explains (``layers.9``, ``gpt_neox.layers.9``, ``h.9``).
+Transcoders, skip connections, the groupmax activation and signed latents compute something else
+and are refused.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from llm_wsae.dictionary.facts import whole
+from llm_wsae.dictionary.files import CFG, read_tensors
+from llm_wsae.dictionary.formats.foreign import (
+    STORED_DTYPES,
+    Announced,
+    Layout,
+    Weights,
+    site_of,
+    without_input_bias,
+)
+from llm_wsae.errors import LlmWsaeError
+
+WEIGHTS = "sae.safetensors"
+_MODULE = re.compile(r"[\w.]+\.\d+(\.\w+)*", re.ASCII)
+_UNLIKE = ("transcode", "skip_connection", "signed")
+
+
+def announce(cfg: Mapping[str, Any], place: PurePath) -> Announced:
+    """What ``cfg.json`` and the name of the folder say."""
+    d_in, latents = whole(cfg.get("d_in")), whole(cfg.get("num_latents"))
+    expansion = whole(cfg.get("expansion_factor"))
+    if not latents and d_in and expansion:
+        latents = d_in * expansion
+    return Announced(
+        architecture="topk",
+        d_in=d_in,
+        d_sae=latents,
+        k=whole(cfg.get("k")),
+        site=site_of(place.name) if _MODULE.fullmatch(place.name) else None,
+    )
+
+
+def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
+    """The tensors with the centring folded in. Raises LlmWsaeError, naming file and fault."""
+    path = folder / CFG
+    for name in _UNLIKE:
+        if cfg.get(name):
+            raise LlmWsaeError(
+                f"{path} has {name} = {cfg[name]!r}, so it is not a sparse autoencoder that this "
+                "package can represent"
+            )
+    if cfg.get("activation", "topk") != "topk":
+        raise LlmWsaeError(
+            f"{path} has activation = {cfg['activation']!r}, but of sparsify's only topk can be "
+            "represented"
+        )
+    d_in, d_sae = announced.sizes(path)
+    sparsity = announced.sparsity(path, "topk", d_sae)
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (d_sae, d_in),
+        "encoder.bias": (d_sae,),
+        "W_dec": (d_sae, d_in),
+        "b_dec": (d_in,),
+    }
+    found = read_tensors(folder / WEIGHTS, "weights file", shapes, STORED_DTYPES)
+    w = {name: tensor.float() for name, tensor in found.items()}
+    W_enc = w["encoder.weight"].T
+    b_enc = without_input_bias(W_enc, w["encoder.bias"], w["b_dec"])
+    return Weights(
+        {"W_enc": W_enc, "W_dec": w["W_dec"], "b_enc": b_enc, "b_dec": w["b_dec"]}, sparsity
+    )
+
+
+LAYOUT = Layout("sparsify", CFG, WEIGHTS, announce, read)

@@ -1,0 +1,187 @@
+"""Every reader on files in the published layout, written here (the real tools: test_interop)."""
+
+import pytest
+import torch
+from foreign_folders import (
+    CLASSES,
+    D_IN,
+    GEMMA,
+    SITE,
+    WRITERS,
+    gemma_scope,
+    learning,
+    place,
+    saelens_cfg,
+    saelens_old,
+    saelens_standard,
+    saelens_topk,
+    sparsify,
+    write_json,
+)
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.formats.layouts import layout_of
+from llm_wsae.errors import LlmWsaeError, UsageError
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_encodings_and_reconstructions_are_the_other_tools(tmp_path, layout):
+    folder = place(tmp_path, layout)
+    expected = WRITERS[layout](folder)
+    dictionary = Dictionary.load(folder)
+    assert expected.latents.count_nonzero() > 50 and (expected.latents == 0).sum() > 50
+    latents = dictionary.encode(expected.x)
+    torch.testing.assert_close(latents.double(), expected.latents, atol=1e-5, rtol=1e-5)
+    for made in (dictionary(expected.x), dictionary.decode(latents)):
+        torch.testing.assert_close(made.double(), expected.reconstruction, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_what_was_read_can_be_saved_as_ours(tmp_path, layout):
+    folder = place(tmp_path, layout)
+    expected = WRITERS[layout](folder)
+    read = Dictionary.load(folder)
+    read.save(tmp_path / "ours")
+    again = Dictionary.load(tmp_path / "ours")
+    assert again.info == read.info and again.sparsity == read.sparsity
+    assert torch.equal(again(expected.x), read(expected.x))
+
+
+def test_the_site_and_model_are_found(tmp_path):
+    for layout in ("saelens-topk", "saelens-old", "learning-BatchTopKSAE"):
+        folder = place(tmp_path, layout)
+        WRITERS[layout](folder)
+        info = Dictionary.load(folder).info
+        assert (info.site, info.context_size) == (SITE, 64)
+        assert info.model["name"] in ("tiny", "owner/tiny")
+    gemma_scope(tmp_path / GEMMA)
+    info = Dictionary.load(tmp_path / GEMMA).info
+    assert info.site == SITE and info.model == {"name": "google/gemma-2-2b"} and info.prepend_bos
+    for name in ("layers.3", "gpt_neox.layers.3", "h.3"):
+        sparsify(tmp_path / name)
+        assert Dictionary.load(tmp_path / name).info.site == SITE
+
+
+@pytest.mark.parametrize(
+    ("trainer", "buffer", "site"),
+    [
+        ({"submodule_name": None}, {"io": "out"}, "blocks.3.hook_resid_post"),
+        ({"submodule_name": None}, {"io": "in"}, "blocks.3.hook_resid_pre"),
+        ({"submodule_name": None}, {}, "blocks.3.hook_resid_post"),
+        ({"submodule_name": "resid_mid_layer_3"}, {}, "blocks.3.hook_resid_mid"),
+    ],
+)
+def test_dictionary_learning_names_a_block_and_perhaps_a_module(tmp_path, trainer, buffer, site):
+    learning(tmp_path / "d", "AutoEncoderTopK")
+    config = {"trainer": {}, "buffer": buffer}
+    config["trainer"] = {"dict_class": "AutoEncoderTopK", "activation_dim": 12, "dict_size": 48}
+    config["trainer"] |= {"k": 5, "layer": 3, **trainer}
+    write_json(tmp_path / "d" / "config.json", config)
+    assert Dictionary.load(tmp_path / "d").info.site == site
+
+
+def test_a_site_can_be_given_where_none_is_said(tmp_path):
+    gemma_scope(tmp_path / "mine")
+    sparsify(tmp_path / "mine too")
+    for name in ("mine", "mine too"):
+        with pytest.raises(LlmWsaeError, match=r'does not say where.*site="blocks\.N\.hook_resid'):
+            Dictionary.load(tmp_path / name)
+        assert Dictionary.load(tmp_path / name, site=SITE).info.site == SITE
+        with pytest.raises(LlmWsaeError, match=r"'blocks\.3' is not a site"):
+            Dictionary.load(tmp_path / name, site="blocks.3")
+    saelens_topk(tmp_path / "said")
+    assert Dictionary.load(tmp_path / "said", site=SITE).info.site == SITE
+    for folder in (tmp_path / "said", tmp_path / "own"):
+        with pytest.raises(UsageError, match=f"says that it belongs to {SITE}, not to blocks.4"):
+            Dictionary.load(folder, site="blocks.4.hook_resid_post")
+        Dictionary.load(tmp_path / "said").save(tmp_path / "own")
+
+
+OTHER_SITES = {
+    "saelens": lambda f: saelens_standard(f / "d", metadata={"hook_name": "blocks.3.hook_mlp_out"}),
+    "saelens-old": lambda f: saelens_old(f / "d", hook_point="blocks.3.attn.hook_z"),
+    "sparsify": lambda f: sparsify(f / "layers.3.mlp"),
+    "dictionary_learning": lambda f: learning(
+        f / "d", "AutoEncoder", submodule_name="mlp_out_layer_3"
+    ),
+    "gemma-mlp": lambda f: gemma_scope(f / GEMMA.replace("res", "mlp")),
+    "gemma-att": lambda f: gemma_scope(f / GEMMA.replace("res", "att")),
+    "gemma-embedding": lambda f: gemma_scope(f / GEMMA.replace("layer_3", "embedding")),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SITES)
+def test_what_is_not_of_the_residual_stream_is_refused(tmp_path, name):
+    OTHER_SITES[name](tmp_path)
+    (folder,) = {path.parent for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(LlmWsaeError, match=r"not a site of the residual stream|does not say"):
+        Dictionary.load(folder)
+    with pytest.raises(LlmWsaeError, match=r"says that it belongs to|not a site"):
+        Dictionary.load(folder, site=SITE)
+
+
+def test_a_gate_that_never_opens_and_thresholds_below_zero(tmp_path):
+    """BatchTopK before its threshold was ever set is a plain ReLU."""
+    expected = learning(tmp_path / "d", "BatchTopKSAE")
+    weights = torch.load(tmp_path / "d" / "ae.pt", weights_only=True)
+    torch.save(weights | {"threshold": torch.tensor(-1.0)}, tmp_path / "d" / "ae.pt")
+    dictionary = Dictionary.load(tmp_path / "d")
+    assert torch.equal(dictionary.threshold, torch.zeros(dictionary.d_sae))
+    b_dec = weights["b_dec"]
+    pre = (expected.x - b_dec) @ weights["encoder.weight"].T + weights["encoder.bias"]
+    torch.testing.assert_close(dictionary.encode(expected.x), pre.relu(), atol=1e-5, rtol=1e-5)
+
+
+def test_every_class_says_that_it_is_a_pickle(tmp_path, capsys):
+    for name in CLASSES:
+        learning(tmp_path / name, name)
+        Dictionary.load(tmp_path / name)
+        said = capsys.readouterr().err
+        assert said.count("is a pickle") == 1 and "nothing in it is run" in said
+
+
+def test_half_precision_is_read(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    expected = saelens_topk(tmp_path / "d")
+    path = tmp_path / "d" / "sae_weights.safetensors"
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        save_file({name: w.to(dtype) for name, w in load_file(path).items()}, path)
+        dictionary = Dictionary.load(tmp_path / "d")
+        assert dictionary.W_enc.dtype == torch.float32
+        error = (dictionary(expected.x) - expected.reconstruction).norm()
+        assert error < 0.1 * expected.reconstruction.norm()
+
+
+def test_layouts_are_told_apart_by_their_files(tmp_path):
+    assert layout_of(["cfg.json", "sae_weights.safetensors", "sparsity.safetensors"]).name == (
+        "SAELens"
+    )
+    assert layout_of(["cfg.json", "sae.safetensors"]).name == "sparsify"
+    assert layout_of(["config.json", "ae.pt"]).name == "dictionary_learning"
+    assert layout_of(["params.npz"]).name == "Gemma Scope"
+    assert layout_of(["cfg.json", "sae_weights.safetensors", "wsae.json"]) is None  # our own
+    assert layout_of(["cfg.json", "model.safetensors"]) is None
+
+
+def test_an_unknown_layout_is_one_sentence_with_the_known_ones(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(LlmWsaeError) as error:
+        Dictionary.load(tmp_path)
+    said = str(error.value)
+    assert "model.safetensors" in said and "\n" not in said
+    for name in ("wsae.json", "SAELens", "sparsify", "dictionary_learning", "Gemma Scope"):
+        assert name in said
+    for layout, lost in (("saelens-topk", "cfg.json"), ("learning-AutoEncoder", "config.json")):
+        WRITERS[layout](tmp_path / layout)
+        (tmp_path / layout / lost).unlink()
+        with pytest.raises(LlmWsaeError, match=f"looks like a dictionary of .* lacks {lost}"):
+            Dictionary.load(tmp_path / layout)
+
+
+def test_what_our_plugin_trained_remembers_its_rule(tmp_path):
+    metadata = saelens_cfg("topk")["metadata"] | {"llm_wsae": {"rule": "variance", "alpha": -0.25}}
+    saelens_topk(tmp_path / "d", metadata=metadata)
+    info = Dictionary.load(tmp_path / "d").info
+    assert (info.rule, info.alpha) == ("variance", -0.25)
+    assert Dictionary.load(tmp_path / "d").d_in == D_IN
