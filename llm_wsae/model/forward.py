@@ -17,7 +17,7 @@ attention is made to contribute zero, so that the block's own code computes new 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.site import Site
+
+Visit = Callable[[Tensor], Tensor | None]
+"""Is shown the stream at a site [contexts, positions, d_model]; what it returns takes its place."""
 
 
 class _StopForward(Exception):
@@ -69,6 +72,54 @@ class Blocks:
                 self._hook(hooks, site, _recorder(recorded, site, stop and site == last))
             with contextlib.suppress(_StopForward):
                 yield recorded
+
+    @contextlib.contextmanager
+    def visiting(self, visits: Mapping[Site, Visit]) -> Iterator[None]:
+        """While open, forwards show each visit the stream at its site and go on with what it
+        returns, or with the stream as it was where that is None.
+
+        At ``mid`` the stream is overwritten in place, since the block reads it twice. Raises
+        LlmWsaeError if that would reach only one of the two.
+        """
+        for site in visits:
+            if site.point == "mid":
+                self.check_overwriting(site)
+        with contextlib.ExitStack() as hooks:
+            for site, visit in visits.items():
+                block = self._blocks[site.block]
+                if site.point == "post":
+                    hooks.callback(block.register_forward_hook(_replacing(visit)).remove)
+                elif site.point == "pre":
+                    _pre_hook(hooks, block, _shown(visit))
+                else:
+                    _pre_hook(hooks, self._part(site.block, self._mid), _shown(overwriting(visit)))
+            yield
+
+    def check_overwriting(self, site: Site) -> None:
+        """Make sure, on two tokens, that a block's residual branch reads the very memory that the
+        norm behind ``mid`` does. Raises LlmWsaeError if it does not.
+        """
+        outputs: list[Tensor] = []
+        block, norm = self._blocks[site.block], self._part(site.block, self._mid)
+
+        def disturbed(args: tuple, kwargs: dict) -> Tensor:
+            hidden = _hidden_of(args, kwargs)
+            clean = hidden.clone()
+            hidden.add_(1 + hidden.abs().mean())
+            return clean  # so that the norm sees no difference
+
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(self._hf_model.parameters()).device)
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            handle = block.register_forward_hook(lambda *call: outputs.append(_first(call[2])))
+            hooks.callback(handle.remove)
+            self.run(ids)
+            _pre_hook(hooks, norm, disturbed)
+            self.run(ids)
+        if torch.equal(*outputs):
+            raise LlmWsaeError(
+                f"in this architecture the stream at {site} cannot be replaced for both of its "
+                "readers; use hook_resid_pre or hook_resid_post"
+            )
 
     @contextlib.contextmanager
     def entering(self, site: Site, hidden: Tensor) -> Iterator[None]:
@@ -137,6 +188,33 @@ class Blocks:
             return hidden if form == 0 else (hidden,) + (None,) * (form - 1)
 
         return forward
+
+
+def overwriting(visit: Visit) -> Visit:
+    """The visit, with what it returns written over the stream that it was shown."""
+
+    def visit_in_place(hidden: Tensor) -> None:
+        new = visit(hidden)
+        if new is not None:
+            hidden.copy_(new)
+
+    return visit_in_place
+
+
+def _shown(visit: Visit) -> Callable[[tuple, dict], Tensor | None]:
+    return lambda args, kwargs: visit(_hidden_of(args, kwargs))
+
+
+def _replacing(visit: Visit) -> Callable[..., Any]:
+    """A forward hook that shows a visit the stream among a block's outputs."""
+
+    def hook(_: nn.Module, args: tuple, output: Any) -> Any:
+        new = visit(_first(output))
+        if new is None or isinstance(output, Tensor):
+            return new
+        return (new, *output[1:])
+
+    return hook
 
 
 def _recorder(recorded: dict[Site, Tensor], site: Site, stop: bool) -> Callable[[Tensor], None]:

@@ -8,7 +8,8 @@ as fast as a bare Hugging Face forward cut off at the site, and returns the very
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.hardware import choose_device, fast_dtype
-from llm_wsae.model.forward import Blocks
+from llm_wsae.model.forward import Blocks, Visit
 from llm_wsae.model.identity import fingerprint
 from llm_wsae.model.loading import load_pretrained
 from llm_wsae.model.paths import find_paths, get_module, text_config
@@ -155,6 +156,17 @@ class LanguageModel:
         ids = self._checked(ids, (site,))
         with self._blocks.entering(site, hidden.to(self.device, self.dtype)):
             return self._blocks.run(ids).logits
+
+    def visiting(self, visits: Mapping[Site, Visit]) -> AbstractContextManager[None]:
+        """While open, every forward shows each visit the stream at its site [contexts, positions,
+        d_model] and goes on with what it returns, or with the stream as it was if that is None.
+
+        Raises UsageError for a site that the model lacks, LlmWsaeError if the architecture admits
+        no replacement between attention and MLP.
+        """
+        for site in visits:
+            self.check_site(site)
+        return self._blocks.visiting(visits)
 
     @functools.cached_property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:

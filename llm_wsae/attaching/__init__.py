@@ -1,0 +1,1 @@
+"""Dictionaries inside a running model: reconstruct, read latents, edit them, steer."""

@@ -1,0 +1,146 @@
+"""Dictionaries inside a running model, as a context manager::
+
+    with attach(model, dictionary) as attached:
+        attached.edit(dictionary.site, Steer(latent=123, strength=8.0))
+        ids = model.generate(ids, max_new_tokens=40)
+
+While the block is open, the stream x at the dictionary's site is taken apart, x = x̂ + error with
+x̂ = latents · W_dec + b_dec, the latents are edited, and the stream is put together again, with the
+error or without it. With the error only the difference that the edits make is added to x, so that a
+model with a dictionary and no edit computes the very numbers of the model alone.
+
+Not every position is touched. A dictionary knows nothing of the rows that its training left out, so
+these keep the stream as it is, as they do in ``evaluate``: massive activations, padding, and the
+first positions of a context; with ``keep``, those that it names. They have no latents.
+
+Nested blocks are allowed. At one site the inner one sees the stream that the outer one leaves.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from llm_wsae.attaching.edits import Edit, Function
+from llm_wsae.attaching.splice import Splice
+from llm_wsae.attaching.targets import target_of, watching
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import UsageError, nearest
+from llm_wsae.model.site import Site
+from llm_wsae.sparse.codes import Codes
+
+
+class Attached:
+    """The dictionaries at their sites; what ``attach`` gives.
+
+    Attributes: ``error``, whether what the dictionaries miss is added back; ``keep`` [contexts,
+    positions], which positions may be changed (None: as training did; positions behind its end may
+    always be). Both can be set between forward passes.
+    """
+
+    def __init__(self, splices: dict[Site, Splice], error: bool, keep: Tensor | None):
+        self._splices = splices
+        self.error = error
+        self.keep = keep
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where dictionaries are attached, in the order of a forward pass."""
+        return list(self._splices)
+
+    def edit(self, site: Site | str, *edits: Edit | Function) -> None:
+        """Add edits at a site; they act in the order in which they were added.
+
+        An edit is ``Ablate``, ``Clamp``, ``Scale``, ``Steer``, or a function of all latents
+        [contexts, positions, d_sae] that returns new ones, or None if it only looks.
+
+        Raises UsageError where no dictionary is attached or it has no such latent.
+        """
+        splice = self._splice(site)
+        for edit in edits:
+            splice.check(edit)
+        splice.edits += edits
+
+    def clear(self, site: Site | str | None = None) -> None:
+        """Forget the edits at a site, or all."""
+        for splice in self._splices.values() if site is None else [self._splice(site)]:
+            splice.edits.clear()
+
+    def codes(self, site: Site | str) -> Codes:
+        """The active latents of the last forward pass, edits included: indices and values
+        [contexts, positions, slots]. Raises UsageError if there was none."""
+        codes = self._splice(site).codes
+        if codes is None:
+            raise UsageError(f"no forward pass has reached {site} yet")
+        return codes
+
+    def latents(self, site: Site | str) -> Float[Tensor, "contexts positions d_sae"]:
+        """All latents of the last forward pass, dense. Raises as ``codes`` does."""
+        codes = self.codes(site)
+        d_sae = self._splice(site).dictionary.d_sae
+        dense = codes.values.new_zeros(*codes.values.shape[:-1], d_sae)
+        return dense.scatter_add(-1, codes.indices, codes.values)
+
+    def _splice(self, site: Site | str) -> Splice:
+        known = {str(place): splice for place, splice in self._splices.items()}
+        if str(site) not in known:
+            raise UsageError(f"no dictionary is attached at {site}; {nearest(str(site), known)}")
+        return known[str(site)]
+
+
+@contextmanager
+def attach(
+    model: Any,
+    dictionaries: Dictionary | Sequence[Dictionary],
+    *,
+    error: bool = True,
+    keep: Bool[Tensor, "contexts positions"] | None = None,
+) -> Iterator[Attached]:
+    """Put dictionaries into a model for the length of a ``with`` block.
+
+    ``model`` is a TransformerBridge (its weights as they were loaded, neither folded nor centred),
+    a causal language model of transformers, or a LanguageModel; generation works in all of them,
+    with a cache or without. When the block ends, also by an error, the model is as it was.
+
+    ``error`` adds back what the dictionaries miss; without it the model goes on with the
+    reconstruction, and its cross-entropy is what ``evaluate`` reports if ``keep`` are the kept
+    positions of the text. ``keep`` None leaves out, for each dictionary, as many positions at the
+    beginning of a context as its training did.
+
+    Raises UsageError for another kind of model, for two dictionaries at one site (nest two blocks
+    instead), or for one that does not fit the model; LlmWsaeError if an architecture admits no
+    replacement between attention and MLP.
+    """
+    target = target_of(model)
+    chosen = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
+    splices: dict[Site, Splice] = {}
+    for dictionary in sorted(chosen, key=lambda one: one.site):
+        site = dictionary.site
+        target.check_site(site)
+        if site in splices:
+            raise UsageError(
+                f"two dictionaries belong to {site}; attach one of them, or nest two blocks"
+            )
+        if dictionary.d_in != target.d_model:
+            raise UsageError(
+                f"the dictionary for {site} has {dictionary.d_in} dimensions, but {target.name} "
+                f"has {target.d_model}; attach it to the model it was trained on"
+            )
+        if dictionary.W_enc.device != target.device:
+            dictionary = copy.deepcopy(dictionary).to(target.device)
+        splices[site] = Splice(dictionary)
+    attached = Attached(splices, error, keep)
+    with watching(target.decoder) as calls:
+
+        def visit(splice: Splice, hidden: Tensor) -> Tensor | None:
+            return splice.visit(hidden, calls[0], attached.keep, attached.error)
+
+        visits = {
+            site: lambda hidden, splice=splice: visit(splice, hidden)
+            for site, splice in splices.items()
+        }
+        with target.visiting(visits):
+            yield attached

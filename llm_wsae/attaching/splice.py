@@ -1,0 +1,149 @@
+"""One dictionary at its site: from the stream to latents, through the edits, and back."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from llm_wsae.attaching.edits import Edit, Function
+from llm_wsae.attaching.targets import Call
+from llm_wsae.data.config import PackConfig
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.sparse.codes import Codes
+
+
+class Splice:
+    """What stands at a site while a model runs."""
+
+    def __init__(self, dictionary: Dictionary):
+        self.dictionary = dictionary
+        self.edits: list[Edit | Function] = []
+        self.codes: Codes | None = None
+        """Of the last forward pass, edited [contexts, positions, slots]; no value where the stream
+        was left alone."""
+        packing = dictionary.info.store.get("packing")
+        self._first = PackConfig(**(packing or {})).drop_positions
+
+    def check(self, edit: Edit | Function) -> None:
+        """Raises UsageError if the dictionary has no such latent."""
+        if isinstance(edit, Edit):
+            for latent in _latents(edit):
+                if not 0 <= latent < self.dictionary.d_sae:
+                    raise UsageError(
+                        f"there is no latent {latent}; the dictionary for "
+                        f"{self.dictionary.site} has latents 0 to {self.dictionary.d_sae - 1}"
+                    )
+
+    def visit(
+        self,
+        hidden: Float[Tensor, "contexts positions d_in"],
+        call: Call,
+        keep: Bool[Tensor, "kept_contexts kept_positions"] | None,
+        error: bool,
+    ) -> Float[Tensor, "contexts positions d_in"] | None:
+        """The stream to go on with; None leaves it as it is."""
+        rows = self._rows(hidden, call, keep)
+        x = hidden[rows]
+        codes = self.dictionary.encode_sparse(x)
+        if not self.edits:
+            self.codes = _spread(codes, rows)
+            if error:
+                return None
+        reconstruction = None if error else self.dictionary.decode(codes)
+        positions = torch.arange(hidden.shape[1], device=hidden.device) + call.cached
+        total = call.cached + hidden.shape[1]
+        change = torch.zeros(x.shape, dtype=self.dictionary.W_dec.dtype, device=x.device)
+        for edit in self.edits:
+            if isinstance(edit, Edit):
+                where = _within(positions, edit.positions, total).expand(rows.shape)[rows]
+                codes, moved = self._edited(codes, edit, where)
+            else:
+                codes, moved = self._mapped(codes, edit, rows)
+            change = change + moved
+        self.codes = _spread(codes, rows)
+        new = (x if reconstruction is None else reconstruction) + change
+        return hidden.clone().masked_scatter(rows[..., None], new.to(hidden.dtype))
+
+    @torch.no_grad()
+    def _rows(self, hidden: Tensor, call: Call, keep: Tensor | None) -> Tensor:
+        """Which rows are explained, a mask [contexts, positions]."""
+        if hidden.ndim != 3:
+            raise LlmWsaeError(
+                f"the stream at {self.dictionary.site} is a tensor of shape "
+                f"{tuple(hidden.shape)}, not one vector per token; this architecture is not "
+                "supported"
+            )
+        contexts, length = hidden.shape[:2]
+        stop = call.cached + length
+        mask = torch.ones(contexts, stop, dtype=torch.bool, device=hidden.device)
+        if call.attention_mask is not None and call.attention_mask.shape == mask.shape:
+            mask = call.attention_mask.to(hidden.device).bool()
+        if keep is None:
+            rows = mask & (mask.cumsum(1) > self._first)
+        else:
+            if len(keep) != contexts:
+                raise UsageError(
+                    f"keep is for {len(keep)} contexts, but the model was given {contexts}"
+                )
+            known = keep[:, :stop].to(hidden.device)
+            rows = torch.nn.functional.pad(known, (0, stop - known.shape[1]), value=True) & mask
+        rows = rows[:, call.cached :]
+        threshold = self.dictionary.info.massive_threshold
+        if threshold is not None:
+            rows = rows & ~(hidden.float().norm(dim=2) > threshold)
+        return rows
+
+    def _edited(self, codes: Codes, edit: Edit, where: Tensor) -> tuple[Codes, Tensor]:
+        """The codes after an edit of some latents, and by how much that moves the rows."""
+        latents = torch.tensor(_latents(edit), device=codes.indices.device)
+        column = latents.new_full((self.dictionary.d_sae,), len(latents))
+        column[latents] = torch.arange(len(latents), device=latents.device)
+        slot = column[codes.indices]
+        # one column more, for all the other latents
+        before = codes.values.new_zeros(len(codes.values), len(latents) + 1)
+        before = before.scatter_add(1, slot, codes.values)[:, :-1]
+        after = torch.where(where[:, None], edit.change(before), before)
+        others = codes.values.where(slot == len(latents), 0.0)
+        new = Codes(
+            torch.cat([codes.indices, latents.expand(len(before), -1)], 1),
+            torch.cat([others, after], 1),
+        )
+        return new, (after - before) @ self.dictionary.W_dec[latents]
+
+    def _mapped(self, codes: Codes, function: Function, rows: Tensor) -> tuple[Codes, Tensor]:
+        """The codes after a function of all latents, and by how much that moves the rows."""
+        before = codes.values.new_zeros(len(codes.values), self.dictionary.d_sae)
+        before = before.scatter_add(1, codes.indices, codes.values)
+        shown = before.new_zeros(*rows.shape, self.dictionary.d_sae)
+        shown = shown.masked_scatter(rows[..., None], before)
+        found = function(shown)
+        if found is None:
+            return codes, before.new_zeros(())
+        if found.shape != shown.shape:
+            raise UsageError(
+                f"a function of latents {list(shown.shape)} returned {list(found.shape)}"
+            )
+        after = found[rows]
+        width = max(1, int((after != 0).sum(1).max())) if len(after) else 1
+        indices = after.detach().abs().topk(width, dim=1).indices
+        return Codes(indices, after.gather(1, indices)), (after - before) @ self.dictionary.W_dec
+
+
+def _latents(edit: Edit) -> list[int]:
+    return [edit.latent] if isinstance(edit.latent, int) else list(edit.latent)
+
+
+def _within(positions: Tensor, wanted: slice | None, total: int) -> Tensor:
+    """Which positions a slice of ``total`` takes."""
+    taken = torch.zeros(total, dtype=torch.bool, device=positions.device)
+    taken[slice(None) if wanted is None else wanted] = True
+    return taken[positions]
+
+
+def _spread(codes: Codes, rows: Tensor) -> Codes:
+    """The codes of rows at their places [contexts, positions, slots], 0 elsewhere."""
+    width = codes.indices.shape[1]
+    indices = codes.indices.new_zeros(*rows.shape, width)
+    indices[rows] = codes.indices
+    values = codes.values.new_zeros(*rows.shape, width)
+    return Codes(indices, values.masked_scatter(rows[..., None], codes.values))

@@ -1,0 +1,136 @@
+"""The models that dictionaries can be attached to, as one thing.
+
+A plain transformers model and a ``LanguageModel`` are hooked at the ends of their own blocks, a
+TransformerLens bridge at its own hook points. The module that holds the blocks tells how many
+tokens lie in the cache already and which tokens are padding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llm_wsae.errors import UsageError
+from llm_wsae.model.forward import Blocks, Visit, overwriting
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.paths import find_paths, get_module
+from llm_wsae.model.site import Site
+
+
+class Call(NamedTuple):
+    """What one forward pass was called with."""
+
+    cached: int
+    """Positions that an earlier forward pass has read."""
+    attention_mask: Tensor | None
+    """[contexts, positions], 0 for padding, the cached positions included; None if there is no
+    padding."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model with sites."""
+
+    name: str
+    d_model: int
+    device: torch.device
+    decoder: nn.Module
+    """The module that holds the blocks."""
+    check_site: Callable[[Site], None]
+    """Raises UsageError if the model has no such site."""
+    visiting: Callable[[Mapping[Site, Visit]], AbstractContextManager[None]]
+    """A context in which every forward shows the visits the stream at their sites and goes on with
+    what they return."""
+
+
+def target_of(model: Any) -> Target:
+    """The model as a target. Raises UsageError for anything but the three kinds of model."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
+
+    if isinstance(model, TransformerBridge):
+        return _bridge(model)
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+        # The model as it is: neither copied nor frozen, its hooks are to be this very model's.
+        model = LanguageModel(model, None, type(model).__name__)
+    if not isinstance(model, LanguageModel):
+        raise UsageError(
+            f"dictionaries cannot be attached to a {type(model).__name__}; give a "
+            "TransformerBridge, a causal language model of transformers, or a LanguageModel"
+        )
+    decoder = _holder(model.hf_model, model.paths.blocks)
+    return Target(
+        model.name, model.d_model, model.device, decoder, model.check_site, model.visiting
+    )
+
+
+@contextmanager
+def watching(decoder: nn.Module) -> Iterator[list[Call]]:
+    """While open, the list that it yields holds the present forward pass' call."""
+    from transformers import Cache
+
+    calls = [Call(0, None)]
+
+    def look(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # By type: the parameter's name changed between versions of transformers.
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        cached = int(caches[0].get_seq_length()) if caches else 0
+        mask = kwargs.get("attention_mask")
+        calls[0] = Call(cached, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+
+    handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _bridge(bridge: Any) -> Target:
+    hf_model = bridge.original_model
+    paths = find_paths(hf_model)
+    blocks = Blocks(hf_model, get_module(hf_model, paths.blocks), paths.mid, paths.attention)
+    points = bridge.hook_dict
+    name = str(bridge.cfg.model_name or type(hf_model).__name__)
+
+    def check_site(site: Site) -> None:
+        site.check(len(blocks))
+        if str(site) not in points:
+            raise UsageError(f"TransformerLens has no {site} in {name}")
+
+    @contextmanager
+    def visiting(visits: Mapping[Site, Visit]) -> Iterator[None]:
+        for site in visits:
+            if site.point == "mid":
+                blocks.check_overwriting(site)
+        with ExitStack() as hooks:
+            for site, visit in visits.items():
+                if site.point == "mid":
+                    visit = overwriting(visit)
+                _add_hook(hooks, points[str(site)], visit)
+            yield
+
+    device = next(hf_model.parameters()).device
+    decoder = _holder(hf_model, paths.blocks)
+    return Target(name, bridge.cfg.d_model, device, decoder, check_site, visiting)
+
+
+def _holder(hf_model: nn.Module, path: str) -> nn.Module:
+    holder = get_module(hf_model, path.rpartition(".")[0])
+    assert holder is not None
+    return holder
+
+
+def _add_hook(hooks: ExitStack, point: Any, visit: Visit) -> None:
+    """Hook one of TransformerLens' hook points, past ``reset_hooks``, and take away that very hook
+    at the end."""
+    point.add_hook(lambda tensor, hook: visit(tensor), is_permanent=True)
+    handle = point.fwd_hooks[-1]
+
+    def remove() -> None:
+        handle.hook.remove()
+        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+
+    hooks.callback(remove)
