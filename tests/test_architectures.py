@@ -197,7 +197,7 @@ def test_masked_rows_have_no_part(name):
     parameters, batch, gamma = problem(torch.float64)
     step = own_step(name)(parameters, batch, gamma)
     kept = batch.mask > 0
-    alone = own_step(name)(parameters, Batch(*(part[kept] for part in batch)), gamma)
+    alone = own_step(name)(parameters, Batch(*(part[kept] for part in batch[:3])), gamma)
     for found, expected in zip(step.gradients, alone.gradients, strict=True):
         assert error(found, expected) < 1e-12
     assert error(step.residual[kept], alone.residual) < 1e-12

@@ -144,7 +144,30 @@ MISTAKES = {
     "l1": (2, (*TRAINING, "--k", 4, "--l1", -1), ["L1 coefficient", "-1"]),
     "batch": (2, (*TRAINING, "--batch-size", 9999), ["rows are less than one batch of 9999"]),
     "rule": (2, (*WEIGHING, "--rule", "varianc"), ["rule 'varianc'; did you mean 'variance'"]),
-    "rule in train": (2, (*TRAINING, "--rule", "kurtosis"), ["no weight rule 'kurtosis'"]),
+    "rule in train": (2, (*TRAINING, "--rule", "kurtoses"), ["did you mean 'kurtosis'"]),
+    "rule without evidence": (
+        2,
+        (*WEIGHING, "--rule", "permuted:gap"),
+        ["the rule 'permuted:gap' needs a first dictionary", "--dictionary DICT"],
+    ),
+    "rule without evidence in train": (
+        2,
+        (*TRAINING, "--rule", "sensitivity"),
+        ["the rule 'sensitivity' needs the model", "llm-wsae weigh", "--model M", "--weights"],
+    ),
+    "rule without evidence in run": (2, (*RUNNING, "--rule", "gap"), ["needs a first dictionary"]),
+    "form": (
+        2,
+        (*WEIGHING, "--form", "matrix"),
+        ["'variance' has no matrix form", "sensitivity, whitening"],
+    ),
+    "form in run": (2, (*RUNNING, "--form", "diagonal", "--rule", "whitening"), ["only a matrix"]),
+    "clip": (2, (*WEIGHING, "--clip", 0.5), ["clip must be a factor of at least 1"]),
+    "annealed space": (
+        2,
+        (*TRAINING, "--place", "space", "--anneal", 0.5),
+        ["only weights in the loss can be annealed", "anneal to 0 or place to loss"],
+    ),
     "rule in run": (2, (*RUNNING, "--rule", "varience"), ["did you mean 'variance'"]),
     "weights of another site": (
         1,

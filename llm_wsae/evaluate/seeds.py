@@ -1,0 +1,40 @@
+"""Do other seeds find the same latents? Consistency of dictionaries.
+
+PW-MCC, the pairwise mean correlation coefficient of Song et al. 2025 (arXiv 2505.20254): the
+latents of two dictionaries are matched one to one so that the cosines of their decoder rows are as
+large as possible in total (the Hungarian method), and the mean cosine is taken, over all pairs of
+dictionaries. 1 for the same latents in any order.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def matched_cosine(one: Float[Tensor, "d_one d_in"], other: Float[Tensor, "d_other d_in"]) -> float:
+    """Mean cosine of the rows, matched one to one; rows that find no partner do not count.
+
+    Takes a few seconds for thousands of rows. NaN without rows.
+    """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
+    cosines = (normalize(one, dim=1) @ normalize(other, dim=1).T).cpu().double().numpy()
+    rows, columns = linear_sum_assignment(cosines, maximize=True)
+    return float(cosines[rows, columns].mean()) if len(rows) else float("nan")
+
+
+def pw_mcc(
+    decoders: Sequence[Float[Tensor, "_ d_in"]],
+    alive: Sequence[Bool[Tensor, " _"]] | None = None,
+) -> float:
+    """PW-MCC of decoders; of their ``alive`` latents only, if given (dead ones match nothing).
+
+    NaN for fewer than two decoders.
+    """
+    if alive is not None:
+        decoders = [decoder[some] for decoder, some in zip(decoders, alive, strict=True)]
+    found = [matched_cosine(one, other) for one, other in combinations(decoders, 2)]
+    return sum(found) / len(found) if found else float("nan")
