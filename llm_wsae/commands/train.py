@@ -43,18 +43,20 @@ def train(
         seeds: Seeds of the initial weights, a dictionary each.
     """
     from llm_wsae.data.store import ActivationStore
+    from llm_wsae.evidence import gather
     from llm_wsae.statistics.weights import OWN_RULE, LossWeights
     from llm_wsae.train.arms import choose_weights, make_arms
     from llm_wsae.train.trainer import train as train_arms
 
     started = time.monotonic()
-    source = ActivationStore.open(store).source(Site.parse(site))
+    opened, place = ActivationStore.open(store), Site.parse(site)
+    evidence = gather(rule, opened, place)  # what weigh has measured of the store, if it has
     own = LossWeights.load(weights) if weights else None
     if own is not None and own.rule == OWN_RULE:
         own = replace(own, config=weigh)
-    chosen = choose_weights(source.statistics(), rule, alpha, own, weigh)
+    chosen = choose_weights(evidence, rule, alpha, own, weigh)
     arms = make_arms(chosen, k, l1, seeds, architecture)
-    dictionaries = train_arms(source, arms, config, out)
+    dictionaries = train_arms(opened.source(place), arms, config, out)
     asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, "weights": weights}
     asked |= {"k": k, "architecture": architecture, "l1": l1, "seeds": seeds}
     write_record(out / "train.json", "train", {**asked, **vars(config), "weigh": weigh})

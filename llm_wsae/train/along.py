@@ -5,7 +5,6 @@ from torch import Tensor
 
 from llm_wsae.sparse.codes import RaggedCodes, Reconstruction
 from llm_wsae.sparse.operations import (
-    decode,
     firing_counts,
     reconstruct,
     value_gradients,
@@ -30,13 +29,13 @@ def step_along(
     weights' gradients sum rows in the number format of the products, and may be written to ``out``.
     """
     encoder, decoder, _, decoder_bias = parameters
-    weights = error_weights(batch.mask, gamma)
-    if weights.ndim == 1:
+    weights = error_weights(batch.num_rows, gamma)
+    if weights.ndim == 1 and batch.split.latent_parts == 1:
         made = reconstruct(
             codes, decoder, decoder_bias, batch.x, batch.mask, weights, batch.x_fast.dtype
         )
     else:
-        made = _reconstruct_by_matrix(codes, parameters, batch, weights)
+        made = _reconstruct_in_turn(codes, parameters, batch, weights)
     by_value = made.by_value
     by_value += push * (codes.values > 0)
     by_encoder, by_decoder, by_bias = weight_gradients(
@@ -48,15 +47,15 @@ def step_along(
     return Step(gradients, made.residual, firings, made.row_errors.sum() / 2)
 
 
-def _reconstruct_by_matrix(
-    codes: RaggedCodes,
-    parameters: Parameters,
-    batch: Batch,
-    weights: Float[Tensor, "d_in d_in"],
+def _reconstruct_in_turn(
+    codes: RaggedCodes, parameters: Parameters, batch: Batch, weights: Gamma
 ) -> Reconstruction:
-    """``operations.reconstruct`` with a full matrix of weights: a matrix product in between."""
+    """``operations.reconstruct`` where something comes in between: a product with a full matrix, or
+    what the latents of other processes add."""
     _, decoder, _, decoder_bias = parameters
-    residual = decode(codes, decoder, decoder_bias).sub_(batch.x).mul_(batch.mask[:, None])
+    residual = (
+        batch.split.decode(codes, decoder, decoder_bias).sub_(batch.x).mul_(batch.mask[:, None])
+    )
     gradient = times(residual, weights)
     by_value = value_gradients(codes, decoder, gradient)
     errors = (residual * gradient).sum(1)

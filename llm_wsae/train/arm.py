@@ -20,6 +20,7 @@ from llm_wsae.train.normaliser import Space, Spaces, inverse
 from llm_wsae.train.optimiser import Optimiser
 from llm_wsae.train.parameters import Batch, Parameters, Step, initial_parameters
 from llm_wsae.train.relu import relu_step
+from llm_wsae.train.split import ALONE, Split
 from llm_wsae.train.topk import topk_step
 
 _ERROR_ROWS = 512  # of a batch, brought back from a space to tell the true error
@@ -117,17 +118,21 @@ class Arm:
         device: torch.device,
         workspace: Workspace | None = None,
         space: Space | None = None,
+        split: Split = ALONE,
     ):
-        """``workspace`` and ``space`` may be shared with other arms."""
+        """``workspace`` and ``space`` may be shared with other arms; ``split`` is that of the
+        batches."""
         config.check(d_sae)
         self.config = config
         self.space = space or Spaces(device).of(config.weights)
         """Batches are handed in there; None is the plain one."""
         self._full_gamma = config.weights.gamma.to(device)
         self.gamma = self._full_gamma if self.space is None else torch.ones(d_in, device=device)
-        self.parameters = initial_parameters(d_in, d_sae, config.seed, device)
-        self.threshold = _threshold(config, d_sae, device)
-        self.last_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.d_sae, own = d_sae, split.own_latents(d_sae)
+        self._split = split
+        self.parameters = initial_parameters(d_in, d_sae, config.seed, device, own=own)
+        self.threshold = _threshold(config, d_sae, device, len(own))
+        self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._optimiser = Optimiser(self.parameters)
         self._workspace = workspace or Workspace()
         self.progress = self._no_progress()
@@ -141,6 +146,7 @@ class Arm:
             self._workspace.gradients = step.gradients[:3]
             if aux > 0 and self.config.revives:
                 self._revive(step, batch, rows_seen, aux, dead_after)
+            self._split.sum_over_rows([*step.gradients, step.firings, step.loss])
             self.last_fired[step.firings > 0] = rows_seen
             self._optimiser.step(step.gradients, learning_rate)
             if self.threshold is not None:
@@ -178,16 +184,16 @@ class Arm:
 
     def _revive(self, step: Step, batch: Batch, rows_seen: int, aux: float, dead_after: int):
         dead = self.dead(rows_seen, dead_after).nonzero().flatten()
-        if len(dead):
-            add_auxk_gradients(
-                step.gradients, self.parameters, batch, step.residual, dead, self.gamma, aux
-            )
+        add_auxk_gradients(
+            step.gradients, self.parameters, batch, step.residual, dead, self.gamma, aux
+        )
 
     def _record(self, step: Step, batch: Batch) -> None:
-        rows = batch.mask.sum()
+        own = torch.stack([batch.mask.sum(), self._squared_error(step, batch)])
+        rows, squared_error = self._split.over_rows(own)
         self.progress.loss += step.loss * rows
-        self.progress.squared_error += self._squared_error(step, batch)
-        self.progress.firings += step.firings.sum()
+        self.progress.squared_error += squared_error
+        self.progress.firings += self._split.over_latents(step.firings.sum())
         self.progress.rows += rows
 
     def _squared_error(self, step: Step, batch: Batch) -> Tensor:
@@ -204,11 +210,12 @@ class Arm:
         """Means since the last call, then start anew. ``variance`` is E‖x − mean‖² of the rows."""
         sums, self.progress = self.progress, self._no_progress()
         rows = max(1.0, float(sums.rows))
+        dead = self._split.over_latents(self.dead(rows_seen, dead_after).sum())
         return {
             "loss": float(sums.loss) / rows,
             "fvu": float(sums.squared_error) / rows / variance,
             "l0": float(sums.firings) / rows,
-            "dead": float(self.dead(rows_seen, dead_after).double().mean()),
+            "dead": float(dead) / self.d_sae,
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -240,13 +247,13 @@ class Arm:
 
 
 def _threshold(
-    config: ArmConfig, d_sae: int, device: torch.device
+    config: ArmConfig, d_sae: int, device: torch.device, num_own: int
 ) -> RunningThreshold | LearntThreshold | None:
     if config.k is None or config.architecture == "topk":
         return None
     if config.architecture == "jumprelu":
-        return LearntThreshold(config.k, d_sae, device)
-    return RunningThreshold(d_sae, device)
+        return LearntThreshold(config.k, d_sae, device, num_own)
+    return RunningThreshold(num_own, device)
 
 
 def folded(

@@ -25,15 +25,19 @@ def add_auxk_gradients(
 ) -> Float[Tensor, ""]:
     """Add the gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² to those of the dead latents.
 
-    e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. At most d_in / 2
+    ``dead`` counts from the first latent that is here. e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. At most d_in / 2
     dead latents take part in a row. Returns the auxiliary loss before its coefficient.
     """
     fast = batch.x_fast.dtype
     encoder, decoder = parameters.encoder[dead].to(fast), parameters.decoder[dead].to(fast)
     bias = parameters.encoder_bias[dead].to(fast)
-    k_aux = min(len(dead), max(1, batch.x.shape[1] // 2))
+    num_dead = batch.split.count_latents(len(dead))
+    if num_dead == 0:
+        return residual.new_zeros(())
+    k_aux = min(num_dead, max(1, batch.x.shape[1] // 2))
     metric = squared(gamma)
-    scale = 1 / (times(residual, metric) * residual).sum().clamp(min=1e-12)
+    unexplained = batch.split.over_rows((times(residual, metric) * residual).sum())
+    scale = 1 / unexplained.clamp(min=1e-12)
     by_encoder = torch.zeros(encoder.shape, device=residual.device, dtype=residual.dtype)
     by_decoder = torch.zeros_like(by_encoder)
     by_bias = torch.zeros(len(dead), device=residual.device, dtype=residual.dtype)
@@ -42,11 +46,11 @@ def add_auxk_gradients(
         rows = slice(start, start + _TILE_ROWS)
         x_fast, mask = batch.x_fast[rows], batch.mask[rows, None]
         latents = torch.addmm(bias, x_fast, encoder.T).relu_()
-        if k_aux < len(dead):
-            smallest = latents.topk(k_aux, dim=1, sorted=False).values.amin(1, keepdim=True)
-            latents *= latents >= smallest
+        if k_aux < num_dead:
+            latents *= latents >= batch.split.kth_largest(latents, k_aux)
         # residual is x̂ − x = −e, so ê − e = latents · decoder + residual
-        error = ((latents @ decoder).to(residual.dtype) + residual[rows]) * mask
+        decoded = batch.split.over_latents((latents @ decoder).to(residual.dtype))
+        error = (decoded + residual[rows]) * mask
         by_output = times(error, metric * scale)
         loss += (by_output * error).sum()
         by_output = by_output.mul_(2 * coefficient).to(fast)

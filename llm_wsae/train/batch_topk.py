@@ -36,7 +36,7 @@ def batch_topk_step(
     """
     codes = batch_topk_codes(parameters, batch, k, guess)
     step = step_along(codes, parameters, batch, gamma, out=out)
-    return step._replace(for_threshold=smallest_value(codes))
+    return step._replace(for_threshold=smallest_value(codes, batch))
 
 
 def batch_topk_codes(parameters: Parameters, batch: Batch, k: int, guess: float) -> RaggedCodes:
@@ -46,24 +46,25 @@ def batch_topk_codes(parameters: Parameters, batch: Batch, k: int, guess: float)
     """
     fast, kept = batch.x_fast.dtype, batch.mask.bool()
     everywhere = bool(kept.all())
-    codes = encode_batch_topk(
-        batch.x_fast if everywhere else batch.x_fast[kept],
-        parameters.encoder.to(fast),
-        parameters.encoder_bias.to(fast),
-        k,
-        guess,
-    )
+    x = batch.x_fast if everywhere else batch.x_fast[kept]
+    encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
+
+    def largest(per_row: int) -> RaggedCodes:
+        return encode_batch_topk(x, encoder, bias, min(per_row, len(encoder)), guess)
+
+    codes = batch.split.batch_topk(largest, k, len(x))
     if everywhere:
         return codes
     kept_before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
     return codes._replace(offsets=codes.offsets[kept_before])
 
 
-def smallest_value(codes: RaggedCodes) -> Float[Tensor, ""]:
-    """The smallest active value; 0 if no latent is active."""
-    if len(codes.values) == 0:
-        return codes.values.new_zeros(())
-    smallest = codes.values.masked_fill(codes.values <= 0, torch.inf).min()
+def smallest_value(codes: RaggedCodes, batch: Batch) -> Float[Tensor, ""]:
+    """The smallest active value of the batch; 0 if no latent is active."""
+    smallest = codes.values.new_tensor(torch.inf)
+    if len(codes.values):
+        smallest = codes.values.masked_fill(codes.values <= 0, torch.inf).min()
+    smallest = batch.split.least(smallest)
     return smallest.masked_fill(smallest.isinf(), 0)
 
 

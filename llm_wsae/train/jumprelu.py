@@ -23,7 +23,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.sparse.operations import (
-    decode,
     encode_above,
     firing_counts,
     value_gradients,
@@ -68,31 +67,34 @@ def jumprelu_step(
     active = near.values > its_threshold
     codes = near._replace(values=near.values * active)
 
-    residual = decode(codes, decoder, decoder_bias).sub_(batch.x).mul_(batch.mask[:, None])
-    loss, output_gradient = weighted_error(residual, batch.mask, gamma)
+    decoded, num_rows = batch.split.decode(codes, decoder, decoder_bias), batch.num_rows
+    residual = decoded.sub_(batch.x).mul_(batch.mask[:, None])
+    loss, output_gradient = weighted_error(residual, batch.mask, gamma, num_rows)
     by_near = value_gradients(near, decoder, output_gradient)
     by_encoder, by_decoder, by_bias = weight_gradients(
         codes, batch.x, output_gradient, by_near * active, d_sae, out
     )
     gradients = Parameters(by_encoder, by_decoder, by_bias, output_gradient.sum(0))
 
-    num_rows = batch.mask.sum().clamp(min=1)
-    excess = active.sum() / num_rows / k - 1
+    excess = batch.split.over_all(active.sum()) / num_rows / k - 1
     by_activity = 2 * COEFFICIENT * excess / (k * num_rows)
     in_window = (near.values > 0) & (near.values < its_threshold + BANDWIDTH / 2)
     by_threshold = (its_threshold * by_near + by_activity) * in_window / -BANDWIDTH
     by_log = torch.zeros_like(log_threshold).index_add_(
         0, near.indices, by_threshold * its_threshold
     )
-    loss = loss + COEFFICIENT * excess**2
+    by_log = batch.split.over_rows(by_log)
+    loss = loss + COEFFICIENT * excess**2 * (batch.mask.sum() / num_rows)  # one's share of it
     return Step(gradients, residual, firing_counts(codes, d_sae), loss, by_log)
 
 
 class LearntThreshold:
     """The logarithm of every latent's threshold, and Adam for it."""
 
-    def __init__(self, k: int, d_sae: int, device: torch.device):
-        self.log = torch.full((d_sae,), math.log(initial_threshold(k, d_sae)), device=device)
+    def __init__(self, k: int, d_sae: int, device: torch.device, num_own: int | None = None):
+        """``num_own`` is the number of latents here, if they are not all."""
+        num_own, start = num_own or d_sae, initial_threshold(k, d_sae)
+        self.log = torch.full((num_own,), math.log(start), device=device)
         self._mean, self._square = torch.zeros_like(self.log), torch.zeros_like(self.log)
         self._steps = 0
 

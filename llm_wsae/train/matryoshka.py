@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from llm_wsae.sparse.codes import RaggedCodes
-from llm_wsae.sparse.operations import decode, firing_counts, value_gradients, weight_gradients
+from llm_wsae.sparse.operations import firing_counts, value_gradients, weight_gradients
 from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.batch_topk import batch_topk_codes, smallest_value
@@ -40,12 +40,12 @@ def matryoshka_step(
     """
     encoder, decoder, encoder_bias, decoder_bias = parameters
     codes = batch_topk_codes(parameters, batch, k, guess)
-    groups = group_bounds(len(encoder), prefixes)
+    groups = batch.split.own_groups(group_bounds(batch.split.latent_parts * len(encoder), prefixes))
     parts = [_of_group(codes, start, stop) for start, stop in groups]
 
     residuals, bias = [], decoder_bias
     for part, (start, stop) in zip(parts, groups, strict=True):
-        added = decode(part, decoder[start:stop], bias).mul_(batch.mask[:, None])
+        added = batch.split.decode(part, decoder[start:stop], bias).mul_(batch.mask[:, None])
         residuals.append(added.add_(residuals[-1] if residuals else -batch.x))
         bias = torch.zeros_like(decoder_bias)  # is in the first prefix, hence in all
 
@@ -54,9 +54,11 @@ def matryoshka_step(
     gradients = Parameters(*out, torch.empty_like(decoder_bias))
     loss, output_gradient = batch.x.new_zeros(()), None
     for part, (start, stop), residual in reversed(list(zip(parts, groups, residuals, strict=True))):
-        prefix_loss, by_prefix = weighted_error(residual, batch.mask, gamma)
+        prefix_loss, by_prefix = weighted_error(residual, batch.mask, gamma, batch.num_rows)
         loss = loss + prefix_loss
         output_gradient = by_prefix if output_gradient is None else output_gradient.add_(by_prefix)
+        if start == stop:
+            continue
         by_value = value_gradients(part, decoder[start:stop], output_gradient)
         places = tuple(whole[start:stop] for whole in gradients[:3])
         found = weight_gradients(part, batch.x, output_gradient, by_value, stop - start, out=places)
@@ -65,7 +67,7 @@ def matryoshka_step(
                 place.copy_(gradient)
     gradients.decoder_bias.copy_(output_gradient.sum(0))
     firings = firing_counts(codes, len(encoder))
-    return Step(gradients, residuals[-1], firings, loss, smallest_value(codes))
+    return Step(gradients, residuals[-1], firings, loss, smallest_value(codes, batch))
 
 
 def group_bounds(d_sae: int, prefixes: Sequence[float] = PREFIXES) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.weights import Gamma, LossWeights
 from llm_wsae.train.parameters import Batch
+from llm_wsae.train.split import ALONE, Split
 
 
 class Normaliser:
@@ -19,7 +20,13 @@ class Normaliser:
     massive threshold are masked.
     """
 
-    def __init__(self, statistics: Statistics, device: torch.device, fast: torch.dtype):
+    def __init__(
+        self,
+        statistics: Statistics,
+        device: torch.device,
+        fast: torch.dtype,
+        split: Split = ALONE,
+    ):
         usual = statistics.usual_sample.double()
         self.mean = usual.mean(0).float().to(device)
         self.scale = float(statistics.robust_variance.mean().sqrt())
@@ -27,13 +34,16 @@ class Normaliser:
         """E‖x − mean‖² of the rows that are not massive, in the units of the model."""
         self._threshold = statistics.massive_threshold
         self._fast = fast
+        self._split = split
 
     def batch(self, rows: Float[Tensor, "batch d_in"]) -> Batch:
-        """Normalise rows of any floating type on the training's device."""
+        """Normalise one's own rows of a batch, of any floating type, on the training's device."""
         rows = rows.to(self.mean.device).float()
         mask = (torch.linalg.vector_norm(rows, dim=1) <= self._threshold).float()
         x = rows.sub(self.mean).mul_(mask[:, None] / self.scale)
-        return Batch(x, x.to(self._fast), mask)
+        here = mask.sum()
+        elsewhere = self._split.over_rows(here) - here
+        return Batch(x, x.to(self._fast), mask, self._split, elsewhere)
 
 
 class Space:
@@ -47,7 +57,7 @@ class Space:
     def enter(self, batch: Batch) -> Batch:
         """The batch in this space; massive rows stay 0."""
         x = _transform(batch.x, self.gamma)
-        return Batch(x, x.to(batch.x_fast.dtype), batch.mask)
+        return batch._replace(x=x, x_fast=x.to(batch.x_fast.dtype))
 
     def leave(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """Rows of this space, or differences of them, as normalised rows again."""

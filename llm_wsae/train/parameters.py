@@ -11,6 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.statistics.weights import Gamma
+from llm_wsae.train.split import ALONE, Split
+
+_ROWS_DRAWN = 4096  # a multiple of 16
 
 
 class Parameters(NamedTuple):
@@ -31,6 +34,15 @@ class Batch(NamedTuple):
     """The same in the number format of the matrix products."""
     mask: Float[Tensor, " batch"]
     """1, or 0 for a massive row: it has no part in any loss."""
+    split: Split = ALONE
+    """What of the training other processes have: rows of the same batch, or latents."""
+    num_elsewhere: float | Float[Tensor, ""] = 0.0
+    """Unmasked rows of the batch that other processes have."""
+
+    @property
+    def num_rows(self) -> Float[Tensor, ""]:
+        """Unmasked rows of the whole batch, at least 1: what a mean over rows divides by."""
+        return (self.mask.sum() + self.num_elsewhere).clamp(min=1)
 
 
 class Step(NamedTuple):
@@ -48,11 +60,20 @@ class Step(NamedTuple):
 
 
 def initial_parameters(
-    d_in: int, d_sae: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
+    d_in: int,
+    d_sae: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    own: range | None = None,
 ) -> Parameters:
-    """Random unit decoder rows, the encoder tied to them, biases 0."""
+    """Random unit decoder rows, the encoder tied to them, biases 0; of the latents ``own`` only."""
     generator = torch.Generator().manual_seed(seed)
-    decoder = torch.randn(d_sae, d_in, generator=generator, dtype=dtype)
+    if own is None or len(own) == d_sae:
+        decoder = torch.randn(d_sae, d_in, generator=generator, dtype=dtype)
+    else:
+        decoder = _own_rows_of_randn(d_in, d_sae, generator, dtype, own)
+    d_sae = len(decoder)
     decoder /= decoder.norm(dim=1, keepdim=True)
     return Parameters(
         decoder.clone().to(device),
@@ -60,6 +81,22 @@ def initial_parameters(
         torch.zeros(d_sae, dtype=dtype, device=device),
         torch.zeros(d_in, dtype=dtype, device=device),
     )
+
+
+def _own_rows_of_randn(
+    d_in: int, d_sae: int, generator: torch.Generator, dtype: torch.dtype, own: range
+) -> Float[Tensor, "own d_in"]:
+    """Those rows of ``torch.randn(d_sae, d_in)``, without holding the others.
+
+    torch draws normal numbers 16 at a time, so pieces of 16 rows give the numbers of the whole.
+    """
+    rows = torch.empty(len(own), d_in, dtype=dtype)
+    for start in range(0, own.stop, _ROWS_DRAWN):
+        piece = torch.randn(min(_ROWS_DRAWN, d_sae - start), d_in, generator=generator, dtype=dtype)
+        first, stop = max(start, own.start), min(start + len(piece), own.stop)
+        if first < stop:
+            rows[first - own.start : stop - own.start] = piece[first - start : stop - start]
+    return rows
 
 
 def squared(gamma: Gamma) -> Gamma:
@@ -72,20 +109,25 @@ def times(residual: Float[Tensor, "*rows d_in"], metric: Gamma) -> Float[Tensor,
     return residual * metric if metric.ndim == 1 else residual @ metric
 
 
-def error_weights(mask: Float[Tensor, " batch"], gamma: Gamma) -> Gamma:
+def error_weights(num_rows: Float[Tensor, ""], gamma: Gamma) -> Gamma:
     """What the residual is multiplied by (see ``times``) in the gradient of ``weighted_error``."""
-    return squared(gamma) * (2 / (mask.sum().clamp(min=1) * len(gamma)))
+    return squared(gamma) * (2 / (num_rows * len(gamma)))
 
 
 def weighted_error(
-    residual: Float[Tensor, "batch d_in"],
-    mask: Float[Tensor, " batch"],
+    residual: Float[Tensor, "rows d_in"],
+    mask: Float[Tensor, " rows"],
     gamma: Gamma,
+    num_rows: Float[Tensor, ""] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual.
+
+    ``num_rows`` is the number of unmasked rows if these are not all of them.
 
     The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, and a matrix only
     mixes them, so every sparse path behind it stays as it is.
     """
-    gradient = times(residual, error_weights(mask, gamma)) * mask[:, None]
+    if num_rows is None:
+        num_rows = mask.sum().clamp(min=1)
+    gradient = times(residual, error_weights(num_rows, gamma)) * mask[:, None]
     return (gradient * residual).sum() / 2, gradient

@@ -57,7 +57,8 @@ def sparse_relu_step(
     codes = without_masked(codes, batch)
     push = _push(batch, l1)
     step = step_along(codes, parameters, batch, gamma, push, out)
-    return step._replace(loss=step.loss + push * codes.values.sum())
+    penalty = push * batch.split.over_latents(codes.values.sum())
+    return step._replace(loss=step.loss + penalty)
 
 
 def dense_relu_step(
@@ -80,21 +81,17 @@ def dense_relu_step(
     residual = torch.empty_like(batch.x)
     firings = torch.zeros_like(encoder_bias)
     loss = batch.x.new_zeros(())
-    num_rows = batch.mask.sum().clamp(min=1)
-    push = _push(batch, l1)
+    push, over_latents = _push(batch, l1), batch.split.over_latents
     for start in range(0, len(batch.x), _TILE_ROWS):
         rows = slice(start, start + _TILE_ROWS)
         x, x_fast, mask = batch.x[rows], batch.x_fast[rows], batch.mask[rows]
         latents = torch.addmm(bias_fast, x_fast, encoder_fast.T).relu_()
         latents[mask == 0] = 0
         active = latents > 0
-        residual[rows] = (
-            (latents @ decoder_fast).to(x.dtype).add_(decoder_bias).sub_(x).mul_(mask[:, None])
-        )
-        tile_loss, by_output = weighted_error(residual[rows], mask, gamma)
-        share = mask.sum().clamp(min=1) / num_rows  # the tile's mean becomes the batch's
-        by_output *= share
-        loss += tile_loss * share + push * latents.sum(dtype=x.dtype)
+        decoded = over_latents((latents @ decoder_fast).to(x.dtype))
+        residual[rows] = decoded.add_(decoder_bias).sub_(x).mul_(mask[:, None])
+        tile_loss, by_output = weighted_error(residual[rows], mask, gamma, batch.num_rows)
+        loss += tile_loss + push * over_latents(latents.sum(dtype=x.dtype))
         by_output_fast = by_output.to(fast)
         by_latent = by_output_fast @ decoder_fast.T
         by_latent.add_(push.to(fast)).mul_(active)
@@ -108,7 +105,7 @@ def dense_relu_step(
 
 def _push(batch: Batch, l1: float) -> Float[Tensor, ""]:
     """Gradient of the penalty by an active latent."""
-    return l1 / batch.mask.sum().clamp(min=1)
+    return l1 / batch.num_rows
 
 
 def _active_share(parameters: Parameters, batch: Batch) -> float:
@@ -117,4 +114,5 @@ def _active_share(parameters: Parameters, batch: Batch) -> float:
     x = batch.x_fast[:: max(1, len(batch.x_fast) // _COUNTED_ROWS)]
     bias = parameters.encoder_bias.to(fast)
     pre = torch.addmm(bias, x, parameters.encoder.to(fast).T)
-    return float((pre > 0).sum()) / max(1, pre.numel())
+    active = batch.split.over_latents((pre > 0).sum())
+    return float(active) / max(1, pre.numel() * batch.split.latent_parts)

@@ -4,7 +4,6 @@ Gradients by hand along the sparse codes: after the encoder's matrix product not
 batch × d_sae exists. γ enters through the residual's gradient only.
 """
 
-from llm_wsae.sparse.codes import ragged
 from llm_wsae.sparse.operations import encode_topk
 from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
@@ -24,8 +23,7 @@ def topk_step(
     ``out`` as in ``step_along``.
     """
     fast = batch.x_fast.dtype
-    codes = encode_topk(
-        batch.x_fast, parameters.encoder.to(fast), parameters.encoder_bias.to(fast), k
-    )
+    encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
+    codes = encode_topk(batch.x_fast, encoder, bias, min(k, len(encoder)))
     kept = codes._replace(values=codes.values * batch.mask[:, None])  # masked rows count nowhere
-    return step_along(ragged(kept), parameters, batch, gamma, out=out)
+    return step_along(batch.split.topk(kept, k), parameters, batch, gamma, out=out)

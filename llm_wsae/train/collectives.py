@@ -1,0 +1,93 @@
+"""Sums, minima and gatherings of tensors over all processes of a run, by torch.distributed.
+
+Its backends wait long for a process that is gone, or fail with words of their own. Here such a
+failure becomes the sentence that the other process left, or one that says that it is gone.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+from llm_wsae.errors import UsageError
+from llm_wsae.processes import Processes
+
+_PATIENCE = timedelta(minutes=30)  # rank 0 may be busy writing
+
+
+class Collectives:
+    """What a training asks of torch.distributed. All processes must ask for the same in turn."""
+
+    def __init__(self, processes: Processes):
+        self.rank, self.size = processes.rank, processes.size
+        self._processes = processes
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes, in place; the same bits everywhere."""
+        return self._reduce(tensor, distributed.ReduceOp.SUM)
+
+    def min_(self, tensor: Tensor) -> Tensor:
+        """Minimum over all processes, in place."""
+        return self._reduce(tensor, distributed.ReduceOp.MIN)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all processes, of one shape, by rank."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self._answered():
+            distributed.all_gather(parts, tensor.contiguous())
+        return parts
+
+    def begin_max(self, tensor: Tensor) -> distributed.Work:
+        """Start a maximum in place over all processes, on the CPU; ``end`` waits for it."""
+        with self._answered():
+            return distributed.all_reduce(tensor, distributed.ReduceOp.MAX, async_op=True)
+
+    def end(self, work: distributed.Work) -> None:
+        """Wait for what was begun."""
+        with self._answered():
+            work.wait()
+
+    def _reduce(self, tensor: Tensor, operation: distributed.ReduceOp) -> Tensor:
+        assert tensor.is_contiguous()
+        with self._answered():
+            distributed.all_reduce(tensor, operation)
+        return tensor
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._processes.blame(error) from error
+
+
+@contextmanager
+def collectives(processes: Processes, device: torch.device) -> Iterator[Collectives]:
+    """Connect all processes for tensors on ``device``, until the block ends or fails.
+
+    Raises UsageError for a device whose tensors cannot be exchanged.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"several processes train on cuda or cpu, not on {device.type}")
+    if distributed.is_initialized():
+        yield Collectives(processes)  # somebody else's, and theirs to end
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        each_has_its_own = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
+        backend = "cpu:gloo,cuda:nccl" if each_has_its_own else "gloo"
+    distributed.init_process_group(
+        backend,
+        store=processes.new_store(),
+        rank=processes.rank,
+        world_size=processes.size,
+        timeout=_PATIENCE,
+    )
+    try:
+        yield Collectives(processes)
+    finally:
+        distributed.destroy_process_group()  # who still waits for this process wakes up

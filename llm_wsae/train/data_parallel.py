@@ -1,0 +1,49 @@
+"""Data-parallel training: every process has all latents and some rows of each batch.
+
+The batch is what the configuration says, whatever the number of processes. The loss is a mean over
+its rows that are not masked, so every process divides its sums by the number of them in the whole
+batch, and gradients need only be added up. Then all take the same step.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from llm_wsae.sparse.codes import RaggedCodes
+from llm_wsae.train.collectives import Collectives
+from llm_wsae.train.largest import largest_of_all
+from llm_wsae.train.split import Split
+
+_SMALL = 1 << 16  # numbers; smaller tensors are summed together, since each sum takes its time
+_MORE = 1.25  # rows are shuffled, so that every process has about its share of the largest
+
+
+class SplitRows(Split):
+    """Rows are shared out, in runs of consecutive ones."""
+
+    def __init__(self, collectives: Collectives):
+        self._all = collectives
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        return rows.tensor_split(self._all.size)[self._all.rank]
+
+    def over_rows(self, part: Tensor) -> Tensor:
+        return self._all.sum_(part.clone())
+
+    def sum_over_rows(self, parts: Sequence[Tensor]) -> None:
+        small = [part for part in parts if part.numel() < _SMALL]
+        for part in parts:
+            if part.numel() >= _SMALL:
+                self._all.sum_(part)
+        joint = self._all.sum_(torch.cat([part.flatten().double() for part in small]))
+        for part, summed in zip(small, joint.split([p.numel() for p in small]), strict=True):
+            part.copy_(summed.view_as(part))
+
+    def least(self, value: Tensor) -> Tensor:
+        return self._all.min_(value.clone())
+
+    def batch_topk(
+        self, encode: Callable[[int], RaggedCodes], k: int, num_rows: int
+    ) -> RaggedCodes:
+        return largest_of_all(self._all, encode, k, num_rows, rows_apart=True, first=_MORE * k)
