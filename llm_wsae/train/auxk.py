@@ -25,8 +25,9 @@ def add_auxk_gradients(
 ) -> Float[Tensor, ""]:
     """Add the gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² to those of the dead latents.
 
-    ``dead`` counts from the first latent that is here. e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. At most d_in / 2
-    dead latents take part in a row. Returns the auxiliary loss before its coefficient.
+    e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. At most d_in / 2
+    dead latents take part in a row. ``dead`` are indices among the latents that are here. Returns
+    the auxiliary loss before its coefficient.
     """
     fast = batch.x_fast.dtype
     encoder, decoder = parameters.encoder[dead].to(fast), parameters.decoder[dead].to(fast)
