@@ -30,6 +30,8 @@ FLOORS = (
     "statistics",
     "data",
     "dictionary",
+    "attaching",
+    "inspecting",
     "harvest",
     "train",
     "theory",
