@@ -179,7 +179,8 @@ def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
     density = (latents > 0).double().mean(0)
     good = probe_latents(asked, site, [sparse(latents)], decoder, density, every)
     assert float(good.sparse[1][0]) == 1 and float(good.sparse[2][1]) == 1
-    assert good.own_fall[:2].min() > 0.4 and good.others_fall.abs().max() < 0.1
+    # (the "latents" of pure chance may be those of anything)
+    assert good.own_fall[:2].min() > 0.4 and good.others_fall[:2].abs().max() < 0.1
     turn = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
     mixed = probe_latents(
         asked, site, [DenseTable(latents @ turn.T)], turn @ decoder, density, every
