@@ -86,10 +86,14 @@ class Processes:
             yield
 
 
-class _Several(Processes):
-    def __init__(self, store: Any, rank: int, size: int):
+class Several(Processes):
+    """Those that a launcher started, each in touch with its store."""
+
+    def __init__(self, part: Callable[[str], Any], rank: int, size: int):
+        """``part`` gives a part of the launcher's store by name."""
         self.rank, self.size = rank, size
-        self._store = store
+        self._part, self._stores = part, 0
+        self._store = self._part("llm_wsae")
         self._piece = 0  # pieces of work so far, and turns in this one: the same in all processes
         self._turn = 0
         self._left: threading.Event = threading.Event()
@@ -130,6 +134,26 @@ class _Several(Processes):
         self._check()
         with _answered():
             return self._store.add(self._key(name), amount)
+
+    def new_store(self) -> Any:
+        """A part of the launcher's store that nobody used before, the same for all processes."""
+        self._stores += 1
+        return self._part(f"llm_wsae/{self._stores}")
+
+    def blame(self, error: BaseException) -> LlmWsaeError:
+        """What to say of an exchange with another process that failed here: its last word, or that
+        it left none."""
+        until = time.monotonic() + _LAST_WORD_SECONDS
+        try:
+            while time.monotonic() < until:
+                self._check()
+                time.sleep(_POLL_SECONDS)
+        except LlmWsaeError as told:
+            return told
+        return LlmWsaeError(
+            f"another process of this run is gone without a word ({_first_line(error)}); run the "
+            "same command again to go on"
+        )
 
     def _check(self) -> None:
         """Raise the error of another process, if there is one."""
@@ -257,14 +281,14 @@ def join() -> Processes:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({_first_line(error)}); "
             "start them with torchrun, on another --master-port if this one is taken"
         ) from error
-    return _Several(distributed.PrefixStore("llm_wsae", store), rank, size)
+    return Several(lambda name: distributed.PrefixStore(name, store), rank, size)
 
 
 def may_speak() -> bool:
     """Whether this process is the one that says on stderr what went wrong, for all of them."""
     try:
         processes = join()
-        return not isinstance(processes, _Several) or processes.first("spoken")
+        return not isinstance(processes, Several) or processes.first("spoken")
     except LlmWsaeError:
         return True  # they cannot agree any more; better twice than never
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from llm_wsae.errors import UsageError
-from llm_wsae.processes import Processes
+from llm_wsae.processes import Several
 
 _PATIENCE = timedelta(minutes=30)  # rank 0 may be busy writing
 
@@ -21,7 +21,7 @@ _PATIENCE = timedelta(minutes=30)  # rank 0 may be busy writing
 class Collectives:
     """What a training asks of torch.distributed. All processes must ask for the same in turn."""
 
-    def __init__(self, processes: Processes):
+    def __init__(self, processes: Several):
         self.rank, self.size = processes.rank, processes.size
         self._processes = processes
 
@@ -65,7 +65,7 @@ class Collectives:
 
 
 @contextmanager
-def collectives(processes: Processes, device: torch.device) -> Iterator[Collectives]:
+def collectives(processes: Several, device: torch.device) -> Iterator[Collectives]:
     """Connect all processes for tensors on ``device``, until the block ends or fails.
 
     Raises UsageError for a device whose tensors cannot be exchanged.
@@ -75,6 +75,7 @@ def collectives(processes: Processes, device: torch.device) -> Iterator[Collecti
     if distributed.is_initialized():
         yield Collectives(processes)  # somebody else's, and theirs to end
         return
+    processes.meet()  # the backend has little patience with those who come late
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
