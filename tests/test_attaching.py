@@ -263,6 +263,53 @@ def test_transformer_lens_own_tools_work_inside(model, ids):
         assert not torch.equal(logits(bridge, ids), spliced)
 
 
+@families("gpt2", "llama", "neox")
+def test_a_bridge_has_latents_by_name(model, ids):
+    """As SAELens' users know them: cached, hooked for one run, hooked until reset."""
+    bridge, one = model.bridge(), dictionary()
+    name = f"{SITE}.hook_sae_acts_post"
+    clean = logits(bridge, ids)
+    before = set(bridge.hook_dict)
+
+    def double(latents, hook):
+        assert hook.name == name
+        return latents * 2
+
+    def silence(latents, hook):
+        latents[..., 1::2] = 0  # in place
+
+    for error in (True, False):
+        with attach(bridge, one, error=error) as attached:
+            assert set(bridge.hook_dict) - before == {name}
+            alone = logits(bridge, ids)
+            with no_grad:
+                found, cache = bridge.run_with_cache(ids, names_filter=name)
+            assert list(cache) == [name] and torch.equal(found, alone)  # looking changes nothing
+            assert torch.equal(cache[name], attached.latents(SITE))
+            with no_grad:
+                doubled = bridge.run_with_hooks(ids, fwd_hooks=[(name, double)])
+            torch.testing.assert_close(attached.latents(SITE), cache[name] * 2)
+            assert torch.equal(logits(bridge, ids), alone)
+            bridge.add_hook(name, silence)
+            silenced = logits(bridge, ids)
+            assert not attached.latents(SITE)[..., 1::2].any()
+            bridge.reset_hooks()
+            assert torch.equal(logits(bridge, ids), alone)
+            attached.edit(SITE, Scale(range(80), 2.0))
+            torch.testing.assert_close(logits(bridge, ids), doubled, atol=1e-3, rtol=1e-3)
+            attached.clear()
+            attached.edit(SITE, Ablate(range(1, 80, 2)))
+            torch.testing.assert_close(logits(bridge, ids), silenced, atol=1e-3, rtol=1e-3)
+            with attach(bridge, dictionary(seed=1)) as inner, no_grad:
+                _, cache = bridge.run_with_cache(ids, names_filter=name)
+                assert torch.equal(cache[name], inner.latents(SITE))
+            with no_grad:
+                _, cache = bridge.run_with_cache(ids, names_filter=name)
+            assert torch.equal(cache[name], attached.latents(SITE))
+    assert set(bridge.hook_dict) == before
+    assert torch.equal(logits(bridge, ids), clean)
+
+
 def test_a_live_model_is_hooked_itself_and_stays_as_it_is(ids):
     hf_model, one = tiny_hf_model("llama").train(), dictionary()
     with no_grad:

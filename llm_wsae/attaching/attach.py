@@ -14,6 +14,10 @@ these keep the stream as it is, as they do in ``evaluate``: massive activations,
 first positions of a context; with ``keep``, those that it names. They have no latents.
 
 Nested blocks are allowed. At one site the inner one sees the stream that the outer one leaves.
+
+In a bridge the latents have a name too, ``<site>.hook_sae_acts_post`` as in SAELens, for
+``run_with_cache``, ``run_with_hooks`` and ``add_hook``: all latents [contexts, positions, d_sae],
+edits included, and what a hook makes of them is what the model goes on with.
 """
 
 import copy
@@ -55,7 +59,8 @@ class Attached:
         """Add edits at a site; they act in the order in which they were added.
 
         An edit is ``Ablate``, ``Clamp``, ``Scale``, ``Steer``, or a function of all latents
-        [contexts, positions, d_sae] that returns new ones, or None if it only looks.
+        [contexts, positions, d_sae] that returns new ones, or None if it only looks or changes
+        them in place.
 
         Raises UsageError where no dictionary is attached or it has no such latent.
         """
@@ -102,13 +107,15 @@ def attach(
     """Put dictionaries into a model for the length of a ``with`` block.
 
     ``model`` is a TransformerBridge (its weights as they were loaded, neither folded nor centred),
-    a causal language model of transformers, or a LanguageModel; generation works in all of them,
-    with a cache or without. When the block ends, also by an error, the model is as it was.
+    a causal language model of transformers, or a LanguageModel. When the block ends, also by an
+    error, the model is as it was. Generation works in all of them, with a cache or without. (The
+    cache of TransformerLens 3.9 and 4.3 does not work with transformers 5.24 in most
+    architectures, whether anything is attached or not: generate with ``use_past_kv_cache=False``.)
 
     ``error`` adds back what the dictionaries miss; without it the model goes on with the
     reconstruction, and its cross-entropy is what ``evaluate`` reports if ``keep`` are the kept
     positions of the text. ``keep`` None leaves out, for each dictionary, as many positions at the
-    beginning of a context as its training did.
+    beginning of a context as its training did, and takes special tokens further on for text.
 
     Raises UsageError for another kind of model, for two dictionaries at one site (nest two blocks
     instead), or for one that does not fit the model; LlmWsaeError if an architecture admits no
@@ -142,5 +149,7 @@ def attach(
             site: lambda hidden, splice=splice: visit(splice, hidden)
             for site, splice in splices.items()
         }
-        with target.visiting(visits):
+        with target.naming(attached.sites) as points, target.visiting(visits):
+            for site, point in points.items():
+                splices[site].point = point
             yield attached

@@ -1,5 +1,7 @@
 """One dictionary at its site: from the stream to latents, through the edits, and back."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -21,6 +23,8 @@ class Splice:
         self.codes: Codes | None = None
         """Of the last forward pass, edited [contexts, positions, slots]; no value where the stream
         was left alone."""
+        self.point: Any = None
+        """A bridge's hook point for the latents, the last to see and change them."""
         packing = dictionary.info.store.get("packing")
         self._first = PackConfig(**(packing or {})).drop_positions
 
@@ -45,7 +49,10 @@ class Splice:
         rows = self._rows(hidden, call, keep)
         x = hidden[rows]
         codes = self.dictionary.encode_sparse(x)
-        if not self.edits:
+        edits = [*self.edits]
+        if self.point is not None and self.point.has_hooks():
+            edits.append(self.point)
+        if not edits:
             self.codes = _spread(codes, rows)
             if error:
                 return None
@@ -53,7 +60,7 @@ class Splice:
         positions = torch.arange(hidden.shape[1], device=hidden.device) + call.cached
         total = call.cached + hidden.shape[1]
         change = torch.zeros(x.shape, dtype=self.dictionary.W_dec.dtype, device=x.device)
-        for edit in self.edits:
+        for edit in edits:
             if isinstance(edit, Edit):
                 where = _within(positions, edit.positions, total).expand(rows.shape)[rows]
                 codes, moved = self._edited(codes, edit, where)
@@ -118,12 +125,14 @@ class Splice:
         shown = shown.masked_scatter(rows[..., None], before)
         found = function(shown)
         if found is None:
-            return codes, before.new_zeros(())
+            found = shown
         if found.shape != shown.shape:
             raise UsageError(
                 f"a function of latents {list(shown.shape)} returned {list(found.shape)}"
             )
         after = found[rows]
+        if found is shown and torch.equal(after, before):  # it only looked
+            return codes, before.new_zeros(())
         width = max(1, int((after != 0).sum(1).max())) if len(after) else 1
         indices = after.detach().abs().topk(width, dim=1).indices
         return Codes(indices, after.gather(1, indices)), (after - before) @ self.dictionary.W_dec

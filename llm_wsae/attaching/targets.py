@@ -3,10 +3,14 @@
 A plain transformers model and a ``LanguageModel`` are hooked at the ends of their own blocks, a
 TransformerLens bridge at its own hook points. The module that holds the blocks tells how many
 tokens lie in the cache already and which tokens are padding.
+
+A bridge's users read and change activations by name. So that they can do it with latents, a bridge
+gets one more hook point for each dictionary, under the name that SAELens gives it:
+``blocks.9.hook_resid_post.hook_sae_acts_post``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +22,8 @@ from llm_wsae.model.forward import Blocks, Visit, overwriting
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.paths import find_paths, get_module
 from llm_wsae.model.site import Site
+
+LATENTS = "hook_sae_acts_post"
 
 
 class Call(NamedTuple):
@@ -44,6 +50,9 @@ class Target:
     visiting: Callable[[Mapping[Site, Visit]], AbstractContextManager[None]]
     """A context in which every forward shows the visits the stream at their sites and goes on with
     what they return."""
+    naming: Callable[[Sequence[Site]], AbstractContextManager[Mapping[Site, Any]]]
+    """A context in which a bridge has a hook point for the latents at each of the sites; it yields
+    them. Other models have no hook points."""
 
 
 def target_of(model: Any) -> Target:
@@ -63,7 +72,13 @@ def target_of(model: Any) -> Target:
         )
     decoder = _holder(model.hf_model, model.paths.blocks)
     return Target(
-        model.name, model.d_model, model.device, decoder, model.check_site, model.visiting
+        model.name,
+        model.d_model,
+        model.device,
+        decoder,
+        model.check_site,
+        model.visiting,
+        naming=lambda sites: nullcontext({}),
     )
 
 
@@ -114,7 +129,36 @@ def _bridge(bridge: Any) -> Target:
 
     device = next(hf_model.parameters()).device
     decoder = _holder(hf_model, paths.blocks)
-    return Target(name, bridge.cfg.d_model, device, decoder, check_site, visiting)
+    return Target(
+        name,
+        bridge.cfg.d_model,
+        device,
+        decoder,
+        check_site,
+        visiting,
+        naming=lambda sites: _named_points(bridge, sites),
+    )
+
+
+@contextmanager
+def _named_points(bridge: Any, sites: Sequence[Site]) -> Iterator[Mapping[Site, Any]]:
+    """Hook points for latents in the bridge's own list; one of the same name steps aside."""
+    from transformer_lens.hook_points import HookPoint
+
+    registry = bridge._hook_registry  # the bridge offers no way to add to it
+    points = {site: HookPoint() for site in sites}
+    before = {}
+    for site, point in points.items():
+        point.name = f"{site}.{LATENTS}"
+        before[point.name] = registry.get(point.name)
+        registry[point.name] = point
+    try:
+        yield points
+    finally:
+        for name, old in before.items():
+            registry.pop(name, None)
+            if old is not None:
+                registry[name] = old
 
 
 def _holder(hf_model: nn.Module, path: str) -> nn.Module:
