@@ -12,7 +12,7 @@ from llm_wsae.evaluate.bootstrap import Bootstrap
 from llm_wsae.evaluate.concept_scores import LatentProbes, SiteProbes
 from llm_wsae.evaluate.latent_scores import SCORES
 from llm_wsae.evaluate.probing import PROBE_SIZES
-from llm_wsae.evaluate.report import Interval, _align, _jsonable
+from llm_wsae.evaluate.report import Interval, align, jsonable
 from llm_wsae.files import write_json
 
 COLUMNS = {
@@ -82,7 +82,7 @@ class DictionaryScores:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, without the numbers per latent."""
-        return _jsonable(_plain({k: v for k, v in vars(self).items() if k != "per_latent"}))
+        return jsonable(_plain({k: v for k, v in vars(self).items() if k != "per_latent"}))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class MonosemanticReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""
         found = {name: scores.to_dict() for name, scores in self.dictionaries.items()}
-        return _jsonable({**_plain(vars(self) | {"dictionaries": {}}), "dictionaries": found})
+        return jsonable({**_plain(vars(self) | {"dictionaries": {}}), "dictionaries": found})
 
     def write(self, path: Path) -> None:
         """Write the JSON report. Raises LlmWsaeError if that is impossible."""
@@ -118,7 +118,7 @@ class MonosemanticReport:
         """A table for people, each column explained under it."""
         rows = [[name, *_cells(scores)] for name, scores in self.dictionaries.items()]
         width = max(map(len, COLUMNS))
-        lines = [_align([["dictionary", *COLUMNS], *rows], left=1), ""]
+        lines = [align([["dictionary", *COLUMNS], *rows], left=1), ""]
         lines += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
         lines += ["", f"{self.num_rows:,} tokens of held-out text in {self.num_contexts:,} contexts"
                   f" of {self.num_documents:,} documents."]  # fmt: skip

@@ -98,7 +98,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""
-        return _jsonable(asdict(self))
+        return jsonable(asdict(self))
 
     def write(self, path: Path) -> None:
         """Write the JSON report. Raises LlmWsaeError if that is impossible."""
@@ -110,7 +110,7 @@ class Report:
         several = len({f.site for f in found}) > 1
         header = ["dictionary", *(["site"] if several else []), *COLUMNS]
         rows = [[f.name, *([f.site] if several else []), *_cells(f)] for f in found]
-        text = [_align([header, *rows], left=2 if several else 1), ""]
+        text = [align([header, *rows], left=2 if several else 1), ""]
         width = max(map(len, COLUMNS))
         text += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
         text += ["", *self._context_lines(found)]
@@ -144,7 +144,7 @@ def _cells(f: Fidelity) -> list[str]:
     ]
 
 
-def _align(rows: list[list[str]], left: int) -> str:
+def align(rows: list[list[str]], left: int) -> str:
     """Columns two spaces apart, the first ``left`` ones flush left, with a rule under the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
@@ -158,11 +158,12 @@ def _align(rows: list[list[str]], left: int) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Dicts, lists and numbers as JSON has them; a number that does not exist is null."""
     if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value

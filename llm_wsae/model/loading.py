@@ -65,7 +65,7 @@ def load_pretrained(model: str, revision: str | None, dtype: torch.dtype) -> Loa
     options["trust_remote_code"] = False  # else transformers would ask on the terminal
     weights = _dense_weights() if "gguf_file" in options else {}
     try:
-        with _quiet(progress_bars=not options["local_files_only"]):
+        with quiet(progress_bars=not options["local_files_only"]):
             hf_model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, **options, **weights
             )
@@ -144,7 +144,7 @@ def _dense_weights() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet(progress_bars: bool) -> Iterator[None]:
+def quiet(progress_bars: bool) -> Iterator[None]:
     """transformers without its warnings and, for local files, without its bars.
 
     Downloads keep their bars: they are what a user waits for.

