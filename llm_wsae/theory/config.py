@@ -45,11 +45,9 @@ class TheoryConfig:
 
     experiments: tuple[str, ...] = tuple(EXPERIMENTS)
     """Names of the experiments."""
-    seeds: int = 10
+    seeds: tuple[int, ...] = tuple(range(10))
     """Seeds of each; data, start and rows are a seed's own, and all arms share them. Five were seen
     to mislead."""
-    first_seed: int = 0
-    """The seeds are first_seed, first_seed + 1, …"""
     steps: int = 2000
     """Steps of each dictionary."""
     batch_size: int = 256
@@ -70,13 +68,19 @@ class TheoryConfig:
                 )
         if len(set(self.experiments)) != len(self.experiments):
             raise UsageError("name each planted experiment once")
-        if self.seeds < 2:
-            raise UsageError(f"seeds is {self.seeds}; an interval needs at least 2")
+        if not self.experiments:
+            raise UsageError(f"name at least one planted experiment of {', '.join(EXPERIMENTS)}")
+        if len(set(self.seeds)) < max(2, len(self.seeds)) or min(self.seeds) < 0:
+            given = " ".join(map(str, self.seeds))
+            raise UsageError(
+                f"seeds are {given or 'none'}; an interval needs at least two different ones, "
+                "none of them negative"
+            )
         for name in ("steps", "batch_size", "rows"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise UsageError(f"{flag} is {getattr(self, name)}, but must be at least 1")
-        for name in ("first_seed", "spare_latents", "workers"):
+        for name in ("spare_latents", "workers"):
             if getattr(self, name) < 0:
                 flag = name.replace("_", "-")
                 raise UsageError(f"{flag} is {getattr(self, name)}, but cannot be negative")

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llm_wsae.files import write_atomic
-from llm_wsae.theory.rules import ARMS, PLAIN, RULES
-from llm_wsae.theory.summary import TheoryReport
+from llm_wsae.theory.report import SCORING, TheoryReport
+from llm_wsae.theory.rules import ARMS, PLAIN
 
 _COLOURS = {"better": "#00798c", "as random": "#edae49", "worse": "#d1495b", "–": "#9aa5b1"}
 _LINES = ("#444444", "#d1495b", "#00798c", "#edae49")
@@ -19,11 +19,12 @@ _COLUMNS = 4
 
 def plot_correlations(report: TheoryReport, path: Path) -> None:
     """Rule × experiment: rank correlation with the true monosemanticity."""
-    rules, names = list(RULES)[1:], list(report.arms)
+    names = list(report.arms)
     values = np.array(
-        [[report.correlations[n][r] for n in names] for r in rules], dtype=float
+        [[report.correlations[n][r] for n in names] for r in SCORING], dtype=float
     )  # None becomes NaN
-    figure = Figure(figsize=(3 + 0.75 * len(names), 1.8 + 0.42 * len(rules)), layout="constrained")
+    size = (3 + 0.75 * len(names), 1.8 + 0.42 * len(SCORING))
+    figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     for row, column in np.ndindex(values.shape):
@@ -32,7 +33,7 @@ def plot_correlations(report: TheoryReport, path: Path) -> None:
         colour = "white" if abs(value) > 0.6 else "black"
         axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
-    axis.set_yticks(range(len(rules)), rules)
+    axis.set_yticks(range(len(SCORING)), SCORING)
     axis.set_title("Rank correlation with the true monosemanticity of the dimensions")
     figure.colorbar(image, ax=axis, shrink=0.8)
     _save(figure, path)

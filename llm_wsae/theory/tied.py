@@ -8,7 +8,7 @@ Gradients by hand; the k-th largest pre-activation by numpy's sort, whose vector
 it several times faster here than any top-k of torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +47,13 @@ def train_tied(
     scale: Float[Tensor, "arms n_p"],
     schedule: Schedule,
     seed: int,
+    check: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "arms latents n_p"]:
     """W of every arm, trained on ‖Γ(x − x̂)‖² in the space of ``scale`` · x_p.
 
     ``annealed`` says whose γ moves to 1. What comes out for an arm does not depend on the arms
-    beside it (but for the rounding of batched products).
+    beside it (but for the rounding of batched products). ``check`` is called before every step and
+    may raise, which ends the training.
     """
     num_arms, n_p = gamma.shape
     generator = torch.Generator().manual_seed(seed)
@@ -59,6 +61,7 @@ def train_tied(
     w = (start / start.norm(dim=1, keepdim=True)).expand(num_arms, -1, -1).contiguous()
     first, second = torch.zeros_like(w), torch.zeros_like(w)
     for step, rows in enumerate(_batches(data, generator, schedule)):
+        check()
         x = rows * scale[:, None].float()  # arms, batch, n_p
         now = _annealed(gamma, annealed, step / schedule.steps, schedule.anneal)[:, None].float()
         parts = zip(*(t.split(_IN_CACHE) for t in (w, x, now.square())), strict=True)

@@ -1,0 +1,203 @@
+"""The report of the planted experiments: from the units' results to tables."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llm_wsae.record import plain
+from llm_wsae.theory.comparison import ArmSummary, summarise_arms
+from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
+from llm_wsae.theory.rules import ARMS, PLAIN, PLAIN_RULE, RULES
+
+SCORING = tuple(rule for rule in RULES if rule != PLAIN_RULE)
+"""The rules that tell one dimension from another."""
+_COLUMNS = 5  # experiments beside each other, so that a table fits a terminal
+Titled = tuple[str, list[list[str]]]  # a table: its title, its rows with the head first
+
+
+@dataclass(frozen=True)
+class TheoryReport:
+    """All planted experiments."""
+
+    config: TheoryConfig
+    closed_form: dict[str, dict[str, Any]]
+    facts: dict[str, dict[str, Any]]
+    """Sizes of each experiment."""
+    correlations: dict[str, dict[str, float | None]]
+    """Experiment → rule → mean over seeds of Spearman's ρ with the true monosemanticity; None where
+    one of the two is constant."""
+    correlation_ranges: dict[str, dict[str, tuple[float, float] | None]]
+    """The smallest and largest over seeds."""
+    arms: dict[str, dict[str, ArmSummary]]
+    """Experiment → arm."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return plain(
+            {
+                "config": self.config,
+                "experiments": {name: EXPERIMENTS[name] for name in self.arms},
+                "facts": self.facts,
+                "closed_form": self.closed_form,
+                "correlations": self.correlations,
+                "correlation_ranges": self.correlation_ranges,
+                "arms": self.arms,
+            }
+        )
+
+    def table(self) -> str:
+        """Closed form, rank correlations and change of L_GT for a terminal, and what was run."""
+        names = list(self.arms)
+        parts = [names[i : i + _COLUMNS] for i in range(0, len(names), _COLUMNS)]
+        tables = [
+            self.closed_form_table(),
+            *(self.correlation_table(part) for part in parts),
+            *(self.change_table(part) for part in parts),
+            self.experiment_table(),
+        ]
+        return "\n\n".join(f"{title}\n\n{_align(rows)}" for title, rows in tables)
+
+    def markdown(self) -> str:
+        """The same tables, and one for each experiment with every measure."""
+        names = list(self.arms)
+        tables = (
+            self.closed_form_table(),
+            self.experiment_table(),
+            self.correlation_table(names),
+            self.change_table(names),
+        )
+        parts = ["# Planted experiments"]
+        for title, rows in tables:
+            parts += [title, markdown_table(rows)]
+        for name in names:
+            parts += [f"## {name}", self._describe(name), markdown_table(self._details(name))]
+        return "\n\n".join(parts) + "\n"
+
+    def closed_form_table(self) -> Titled:
+        """Per mixture: the assumptions, the sparsity that recovery needs, what Γ can do."""
+        head = ["W_p", "n", "n_p", "position holds", "largest interference", "S for 5 % error"]
+        rows = [[*head, "‖W_pᵀW_p − I‖_F", "with the best Γ"]]
+        for name, one in self.closed_form.items():
+            needed = one["sparsity_needed"]
+            rows.append(
+                [
+                    name,
+                    str(one["n"]),
+                    str(one["n_p"]),
+                    "yes" if one["assumptions_hold"] else "no",
+                    f"{one['largest_interference']:.2f}",
+                    "never" if needed is None else f"{needed:.3f}",
+                    f"{one['gap_norm']:.2f}",
+                    f"{one['gap_norm_weighted']:.2f}",
+                ]
+            )
+        return "Closed form: is W_p in the position that theorem 1 assumes?", rows
+
+    def experiment_table(self) -> Titled:
+        """Per experiment: what it is there to show, and its sizes."""
+        return "Experiments", [["name", "what"], *([n, self._describe(n)] for n in self.arms)]
+
+    def correlation_table(self, names: Sequence[str]) -> Titled:
+        """Rule × experiment."""
+        rows = [["rule", *names]]
+        for rule in SCORING:
+            values = [self.correlations[name][rule] for name in names]
+            rows.append([rule, *("–" if v is None else f"{v:+.2f}" for v in values)])
+        return "Rank correlation of each rule with the true monosemanticity 1/PR", rows
+
+    def change_table(self, names: Sequence[str]) -> Titled:
+        """Arm × experiment."""
+        rows = [["arm", *names]]
+        rows.append([PLAIN, *(f"{self.arms[name][PLAIN].l_gt:.3f}" for name in names)])
+        for arm in ARMS:
+            if arm != PLAIN:
+                rows.append([arm, *(_cell(self.arms[name][arm]) for name in names)])
+        return (
+            f"Change of L_GT against plain in %, and on how many of {len(self.config.seeds)} seeds "
+            "it is lower (first line: L_GT of plain);\n"
+            "* better than plain and than random weights, ~ better than plain only, "
+            "! worse than plain (Holm over arms)",
+            rows,
+        )
+
+    def _describe(self, name: str) -> str:
+        e, facts = EXPERIMENTS[name], self.facts[name]
+        return (
+            f"{e.why}: n = {facts['n']}, S = {e.sparsity:g}, k = {facts['k']}, "
+            f"learning rate {e.learning_rate:g}"
+        )
+
+    def _details(self, name: str) -> list[list[str]]:
+        head = ["arm", "L_GT", "change %", "95 %", "wins", "vs random %", "95 %", "MMCS", "change"]
+        rows = [[*head, "recovered", "features/latent", "FVU", "verdict"]]
+        for arm, s in self.arms[name].items():
+            rows.append(
+                [
+                    arm,
+                    f"{s.l_gt:.3f}",
+                    f"{s.change:+.1f}",
+                    interval_text(s.change_interval),
+                    f"{s.wins}/{len(self.config.seeds)}",
+                    "" if s.against_control is None else f"{s.against_control:+.1f}",
+                    interval_text(s.against_control_interval),
+                    f"{s.mmcs:.3f}",
+                    f"{s.mmcs_change:+.3f}",
+                    f"{s.recovered:.2f}",
+                    f"{s.features_per_latent:.2f}",
+                    f"{s.fvu:.4f}",
+                    s.verdict,
+                ]
+            )
+        return rows
+
+
+def summarise(
+    units: Mapping[str, Sequence[Mapping[str, Any]]],
+    closed_form: dict[str, dict[str, Any]],
+    config: TheoryConfig,
+) -> TheoryReport:
+    """Sum up the results of every experiment's seeds."""
+    correlations, ranges = {}, {}
+    for name, seeds in units.items():
+        found = {rule: [u["correlations"][rule] for u in seeds] for rule in RULES}
+        known = {r: [v for v in values if v is not None] for r, values in found.items()}
+        correlations[name] = {r: float(np.mean(v)) if v else None for r, v in known.items()}
+        ranges[name] = {r: (min(v), max(v)) if v else None for r, v in known.items()}
+    return TheoryReport(
+        config=config,
+        closed_form=closed_form,
+        facts={name: dict(seeds[0]["facts"]) for name, seeds in units.items()},
+        correlations=correlations,
+        correlation_ranges=ranges,
+        arms={name: summarise_arms(seeds) for name, seeds in units.items()},
+    )
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the head first, as a Markdown table."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" + "|--:" * (len(rows[0]) - 1) + "|", *body])
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    """``[-3.1, +0.4]``; nothing for None."""
+    return "" if interval is None else f"[{interval[0]:+.1f}, {interval[1]:+.1f}]"
+
+
+def _cell(s: ArmSummary) -> str:
+    mark = {"better": "*", "as random": "~", "worse": "!"}.get(s.verdict, "")
+    return f"{s.change:+.1f}{mark} {s.wins}"
+
+
+def _align(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i and len(row) > 2 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
