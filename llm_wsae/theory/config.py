@@ -24,6 +24,7 @@ class Experiment:
 # unfinished; .04 gives the best plain dictionaries at S = .5.
 EXPERIMENTS: dict[str, Experiment] = {
     "digon-0.5": Experiment("digon", 0.5, 0.01, "the closed form's own position, dense"),
+    "digon-0.7": Experiment("digon", 0.7, 0.01, "the same, sparser"),
     "mixed-0.5": Experiment("mixed", 0.5, 0.01, "dense mixture: local optima"),
     "mixed-0.5-slow": Experiment("mixed", 0.5, 0.001, "the same, unfinished"),
     "mixed-0.5-fast": Experiment("mixed", 0.5, 0.04, "the same, best rate of the plain arm"),
