@@ -26,17 +26,15 @@ def by_pairs(positive, negative):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(-3, 3), st.sampled_from("+-0")), min_size=1, max_size=25))
-def test_auroc_equals_the_count_of_pairs_ties_and_bystanders_included(items):
-    scores = torch.tensor([[float(score) for score, _ in items]] * 2)
-    scores[1] *= -1
-    positive = torch.tensor([[side == "+" for _, side in items]] * 2)
-    negative = torch.tensor([[side == "-" for _, side in items]] * 2)
-    found = auroc(scores, positive, negative)
+@given(st.tuples(*(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1),) * 2))
+def test_auroc_equals_the_count_of_pairs_ties_and_bystanders_included(sides):
+    scores = [torch.tensor([[float(s) for s, _ in side]] * 2) for side in sides]
+    for one in scores:
+        one[1] *= -1
+    counts = [torch.tensor([[c for _, c in side]] * 2) for side in sides]
+    found = auroc(*scores, *counts)
     for row in range(2):
-        expected = by_pairs(
-            scores[row][positive[row]].tolist(), scores[row][negative[row]].tolist()
-        )
+        expected = by_pairs(*(s[row][c[row]].tolist() for s, c in zip(scores, counts, strict=True)))
         assert float(found[row]) == pytest.approx(expected, nan_ok=True)
 
 

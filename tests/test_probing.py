@@ -65,8 +65,9 @@ def test_learning_and_testing_share_no_unit(case):
             learnt = (split.positive + split.negative)[:, c] > 0
             assert torch.equal(learnt, concepts.applies[:, c] & learn)
             assert torch.equal(split.positive[:, c] > 0, learnt & concepts.positive[:, c])
-            for side, truth in ((split.item_positive, True), (split.item_negative, False)):
-                items = split.items[c][side[c]]
+            n = split.num_examples
+            for side, truth in ((slice(n), True), (slice(n, None), False)):
+                items = split.items[c, side][split.counts[c, side]]
                 expected = concepts.applies[:, c] & ~learn & (concepts.positive[:, c] == truth)
                 assert items.sort().values.tolist() == expected.nonzero()[:, 0].tolist()
 

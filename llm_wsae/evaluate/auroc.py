@@ -6,17 +6,19 @@ from torch import Tensor
 
 
 def auroc(
-    scores: Float[Tensor, "columns items"],
-    positive: Bool[Tensor, "columns items"],
-    negative: Bool[Tensor, "columns items"],
+    positive: Float[Tensor, "columns p"],
+    negative: Float[Tensor, "columns n"],
+    positive_counts: Bool[Tensor, "columns p"],
+    negative_counts: Bool[Tensor, "columns n"],
 ) -> Float[Tensor, " columns"]:
     """The chance that a positive item scores above a negative one, a tie counting half.
 
-    Items that are neither do not count. NaN where there is no positive or no negative item.
+    Only items that count do. NaN where no positive or no negative item counts.
     """
-    ordered = scores.where(negative, torch.inf).sort(1).values
-    below = torch.searchsorted(ordered, scores.contiguous())
+    ordered = negative.where(negative_counts, torch.inf).sort(1).values
+    sought = positive.contiguous()
+    below = torch.searchsorted(ordered, sought)
     # Not above: the negatives come before the infinities, which no finite score reaches.
-    not_above = torch.searchsorted(ordered, scores.contiguous(), right=True)
-    wins = (below + not_above).double().where(positive, 0.0).sum(1) / 2
-    return wins / (positive.sum(1) * negative.sum(1))
+    not_above = torch.searchsorted(ordered, sought, right=True)
+    wins = (below + not_above).double().where(positive_counts, 0.0).sum(1) / 2
+    return wins / (positive_counts.sum(1) * negative_counts.sum(1))

@@ -44,21 +44,13 @@ def detection(
     of top, sample and random windows.
     """
     centroid = normalize(top.sum(1), dim=1)
-    similarity = torch.cat([(sample @ centroid[:, :, None])[:, :, 0], centroid @ random.T], 1)
-    positive = torch.zeros_like(similarity, dtype=torch.bool)
-    positive[:, : sample.shape[1]] = True
-    negative = torch.cat([torch.zeros_like(positive[:, : sample.shape[1]]), silent], 1)
     of_top, of_sample, of_random = tokens
-    known = torch.cat(
-        [
-            (of_sample[:, :, None] == of_top[:, None, :]).any(2),
-            _any_of(of_random, of_top),
-        ],
-        1,
-    )
+    scores = (sample @ centroid[:, :, None])[:, :, 0], centroid @ random.T
+    every = torch.ones_like(of_sample, dtype=torch.bool)
+    strange = ~(of_sample[:, :, None] == of_top[:, None, :]).any(2)
     return Detection(
-        _where_enough(similarity, positive, negative),
-        _where_enough(similarity, positive & ~known, negative & ~known),
+        _where_enough(*scores, every, silent),
+        _where_enough(*scores, strange, silent & ~_any_of(of_random, of_top)),
     )
 
 
@@ -72,6 +64,9 @@ def _any_of(
     return found
 
 
-def _where_enough(scores: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    enough = (positive.sum(1) >= FEWEST_POSITIVE) & (negative.sum(1) >= FEWEST_NEGATIVE)
-    return auroc(scores, positive, negative).where(enough, torch.nan)
+def _where_enough(
+    positive: Tensor, negative: Tensor, positive_counts: Tensor, negative_counts: Tensor
+) -> Tensor:
+    enough = positive_counts.sum(1) >= FEWEST_POSITIVE
+    enough &= negative_counts.sum(1) >= FEWEST_NEGATIVE
+    return auroc(positive, negative, positive_counts, negative_counts).where(enough, torch.nan)

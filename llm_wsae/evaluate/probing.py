@@ -38,19 +38,25 @@ class Split:
     negative: Float[Tensor, "units concepts"]
     """1 for counterexamples to learn on."""
     items: Int[Tensor, "concepts items"]
-    """Units to test on."""
-    item_positive: Bool[Tensor, "concepts items"]
-    item_negative: Bool[Tensor, "concepts items"]
+    """Units to test on: first ``num_examples`` examples, then counterexamples."""
+    counts: Bool[Tensor, "concepts items"]
+    """Whether the item counts: a concept may have fewer of them than another."""
+    num_examples: int
 
     def test(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
         """The area under the ROC curve of every concept's scores."""
-        return auroc(scores, self.item_positive, self.item_negative)
+        n = self.num_examples
+        return auroc(scores[:, :n], scores[:, n:], self.counts[:, :n], self.counts[:, n:])
 
     def accuracy(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
         """Mean share, of examples and of counterexamples, on the right side of 0."""
-        above = scores > 0
-        right = (above & self.item_positive).sum(1).double() / self.item_positive.sum(1)
-        return (right + (~above & self.item_negative).sum(1) / self.item_negative.sum(1)) / 2
+        n = self.num_examples
+        right = torch.cat([scores[:, :n] > 0, scores[:, n:] <= 0], 1) & self.counts
+
+        def share(side: slice) -> Tensor:
+            return right[:, side].sum(1).double() / self.counts[:, side].sum(1)
+
+        return (share(slice(n)) + share(slice(n, None))) / 2
 
 
 def splits(concepts: Concepts, seed: int) -> list[Split]:
@@ -74,8 +80,8 @@ def _split(concepts: Concepts, learn: Tensor, seed: int) -> Split:
         (learnt & positive).float(),
         (learnt & ~positive).float(),
         torch.cat([yes, no], 1),
-        torch.cat([is_yes, torch.zeros_like(is_no)], 1),
-        torch.cat([torch.zeros_like(is_yes), is_no], 1),
+        torch.cat([is_yes, is_no], 1),
+        yes.shape[1],
     )
 
 
