@@ -21,6 +21,7 @@ from llm_wsae.commands.evaluate import evaluate
 from llm_wsae.commands.hub import list_repository, pull, push
 from llm_wsae.commands.run import run
 from llm_wsae.commands.store import harvest, weigh
+from llm_wsae.commands.theory import theory
 from llm_wsae.commands.train import train
 from llm_wsae.commands.verify import verify
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "weigh": weigh,
     "train": train,
     "evaluate": evaluate,
+    "theory": theory,
     "push": push,
     "pull": pull,
     "list": list_repository,

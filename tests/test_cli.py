@@ -74,6 +74,7 @@ FLAGS = {
     "device dtype tracker",
     "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
     "device",
+    "theory": "out experiments seeds steps batch-size spare-latents rows workers",
     "push": "private revision license",
     "pull": "out revision",
     "list": "revision",

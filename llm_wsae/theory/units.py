@@ -60,7 +60,7 @@ def finish(units: Sequence[Unit], workers: int, label: str) -> list[dict[str, An
         return result
 
     missing = [i for i in range(len(units)) if i not in results]
-    bar = tqdm(total=len(missing), desc=label, unit="unit", disable=None if missing else True)
+    bar = tqdm(total=len(missing), desc=label, unit="unit", disable=not missing)
     with _one_thread_each(), bar, ThreadPoolExecutor(workers or _cores()) as pool:
         running = {pool.submit(work, units[i]): i for i in missing}
         try:
