@@ -21,6 +21,7 @@ from llm_wsae.commands.evaluate import evaluate
 from llm_wsae.commands.hub import list_repository, pull, push
 from llm_wsae.commands.run import run
 from llm_wsae.commands.store import harvest, weigh
+from llm_wsae.commands.study import study
 from llm_wsae.commands.theory import theory
 from llm_wsae.commands.train import train
 from llm_wsae.commands.verify import verify
@@ -34,13 +35,14 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "train": train,
     "evaluate": evaluate,
     "theory": theory,
+    "study": study,
     "push": push,
     "pull": pull,
     "list": list_repository,
     "verify": verify,
 }
 
-TOGETHER = ("harvest",)  # what several processes do as one
+TOGETHER = ("harvest", "train")  # what several processes do as one
 _HELP_INDENT = " " * 9
 _USAGE = """usage: llm-wsae COMMAND … [--json] [--debug]
 

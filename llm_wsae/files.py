@@ -35,13 +35,21 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         _sync(path.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        reason = _system_reason(error)
-        if reason is None:
+        refusal = write_error(path, error)
+        if refusal is None:
             raise
-        raise LlmWsaeError(
-            f"cannot write {path}: {reason}; free some space or choose another folder, "
-            "then run the same command again to go on"
-        ) from error
+        raise refusal from error
+
+
+def write_error(path: Path, error: BaseException) -> LlmWsaeError | None:
+    """What to say of a write that the operating system refused; None for any other error."""
+    reason = _system_reason(error)
+    if reason is None:
+        return None
+    return LlmWsaeError(
+        f"cannot write {path}: {reason}; free some space or choose another folder, "
+        "then run the same command again to go on"
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,13 +90,23 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]
 
     Raises LlmWsaeError if the file is missing, truncated or not safetensors.
     """
+    with open_tensors(path, what) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def open_tensors(path: Path, what: str) -> Iterator[Any]:
+    """A safetensors file as ``safe_open`` gives it, to read parts of; errors as ``load_tensors``'.
+
+    ``what`` names it in the error.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise LlmWsaeError(f"there is no {path}; it should be the {what}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
 

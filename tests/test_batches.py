@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from llm_wsae.data import batches as module
-from llm_wsae.data.batches import ActivationSource, cut, shuffled_batches
+from llm_wsae.data.batches import ActivationSource, SharedSource, cut, shuffled_batches
 from llm_wsae.data.manifest import Manifest, ShardRecord
 from llm_wsae.data.prefetch import prefetch
 from llm_wsae.data.rows import RowReader
@@ -79,6 +79,58 @@ def test_each_row_once_per_epoch_and_starting_later_is_dropping(
             assert torch.equal(a, b)
     finally:
         module.CHUNK_ROWS = before
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_rows=st.integers(1, 150),
+    batch_size=st.integers(1, 90),
+    chunk=st.integers(1, 30),
+    chunks_per_window=st.integers(1, 4),
+    parts=st.integers(1, 5),
+    start=st.integers(0, 20),
+)
+def test_the_parts_of_a_batch_are_the_batch(
+    tmp_path_factory, num_rows, batch_size, chunk, chunks_per_window, parts, start
+):
+    reader, _ = reader_of(tmp_path_factory.mktemp("rows"), [num_rows])
+    window = chunk * chunks_per_window * reader.row_bytes
+    before, module.CHUNK_ROWS = module.CHUNK_ROWS, chunk
+    try:
+        whole = shuffled_batches(reader, batch_size, 0, start, window)
+        shares = [
+            shuffled_batches(reader, batch_size, 0, start, window, (number, parts))
+            for number in range(parts)
+        ]
+        for batch, *own in islice(zip(whole, *shares, strict=True), 8):
+            assert sorted(numbers(own).tolist()) == sorted(numbers([batch]).tolist())
+    finally:
+        module.CHUNK_ROWS = before
+
+
+class CountingReader(RowReader):
+    rows_read = 0
+
+    def read(self, start, out):
+        self.rows_read += len(out)
+        super().read(start, out)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_part_reads_its_share_and_gets_about_as_many_rows_as_the_others(tmp_path, parts):
+    _, manifest = reader_of(tmp_path, [9_000, 7_000])
+    lengths, seen, read = [], [], []
+    for number in range(parts):
+        reader = CountingReader(tmp_path, manifest, SITE)
+        own = list(islice(shuffled_batches(reader, 1600, 3, part=(number, parts)), 10))
+        lengths.append([len(batch) for batch in own])
+        seen.append(numbers(own))
+        read.append(reader.rows_read)
+    assert sorted(torch.cat(seen).tolist()) == list(range(16_000))
+    assert all(sum(batch) == 1600 for batch in zip(*lengths, strict=True))
+    assert max(map(max, lengths)) < 1600 / parts * 1.12
+    ahead = 2  # windows, an epoch each here
+    assert all(rows <= (1 + ahead) * (16_000 // parts + 16) for rows in read)
 
 
 def test_the_order_is_a_function_of_the_seed_and_well_mixed(tmp_path):
@@ -202,7 +254,8 @@ def test_bad_requests(tmp_path):
 def test_a_store_is_a_source(tmp_path):
     _, manifest = reader_of(tmp_path, [30])
     source = ActivationStore(tmp_path, manifest).source(Site(0, "post"))
-    assert isinstance(source, StoreSource) and isinstance(source, ActivationSource)
+    assert isinstance(source, StoreSource)
+    assert isinstance(source, ActivationSource) and isinstance(source, SharedSource)
     assert (source.d_in, source.num_rows, str(source.site)) == (3, 30, SITE)
     assert sorted(numbers([next(source.batches(30, seed=1))]).tolist()) == list(range(30))
     assert source.identity()["window_bytes"] == 256 << 20

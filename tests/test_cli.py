@@ -71,9 +71,11 @@ FLAGS = {
     "weigh": "site out rule alpha",
     "train": "site out rule alpha weights k architecture l1 seeds expansion tokens batch-size "
     "learning-rate warmup decay aux-coefficient dead-after checkpoint-seconds log-every seed "
-    "device dtype tracker",
+    "device shard dtype tracker",
     "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
     "device",
+    "study": "model corpus site out rule alpha k curve seeds expansion train-tokens eval-tokens "
+    "score-tokens encoder labels dictionary keep-dictionaries text-column revision device",
     "theory": "out experiments seeds steps batch-size spare-latents rows workers",
     "push": "private revision license",
     "pull": "out revision",

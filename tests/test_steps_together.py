@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from several import run
-from test_architectures import BATCH, D_SAE, K, STEPS, log_threshold, own_step, problem
+from test_architectures import BATCH, D_SAE, STEPS, K, log_threshold, own_step, problem
 
 from llm_wsae.processes import join
 from llm_wsae.train.auxk import add_auxk_gradients
 from llm_wsae.train.collectives import collectives
 from llm_wsae.train.data_parallel import SplitRows
 from llm_wsae.train.jumprelu import jumprelu_step
-from llm_wsae.train.parameters import Batch, Parameters, Step, initial_parameters
+from llm_wsae.train.parameters import Batch, Parameters, initial_parameters
 from llm_wsae.train.sharded import SplitLatents
 from llm_wsae.train.split import ALONE, Split
 

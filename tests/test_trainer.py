@@ -13,10 +13,10 @@ import torch
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import folder_lock
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.weights import LossWeights
-from llm_wsae.train import trainer
 from llm_wsae.train.arm import Arm, ArmConfig, folded
 from llm_wsae.train.arms import choose_weights, make_arms
 from llm_wsae.train.config import TrainConfig, learning_rate_factor
@@ -184,7 +184,7 @@ def test_a_finished_training_is_read_back_and_other_settings_are_refused(trained
 def test_a_folder_in_use_is_refused(trained, tmp_path):
     source = trained[0]
     with (
-        trainer.folder_lock(tmp_path, "training"),
+        folder_lock(tmp_path, "training"),
         pytest.raises(LlmWsaeError, match="another process is writing the training"),
     ):
         train(source, arms_for(source), CONFIG, tmp_path)

@@ -8,6 +8,7 @@ import tyro
 
 from llm_wsae.commands.common import Config, Result, cost
 from llm_wsae.model.site import Site
+from llm_wsae.processes import leads
 from llm_wsae.record import write_record
 from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.train.config import Architecture, TrainConfig
@@ -59,7 +60,8 @@ def train(
     dictionaries = train_arms(opened.source(place), arms, config, out)
     asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, "weights": weights}
     asked |= {"k": k, "architecture": architecture, "l1": l1, "seeds": seeds}
-    write_record(out / "train.json", "train", {**asked, **vars(config), "weigh": weigh})
+    if leads():
+        write_record(out / "train.json", "train", {**asked, **vars(config), "weigh": weigh})
     facts = {name: d.info.metrics["training"] for name, d in dictionaries.items()}
     width = max(32, *(len(name) + 2 for name in facts))
     lines = [f"{'dictionary':<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}"]

@@ -9,9 +9,14 @@ at a batch means to compute which window it lies in and read that one.
 
 At most three windows are in memory: the one that is cut into batches, and while it lasts the next
 one is read and shuffled.
+
+Processes that share the rows of each batch read a run of every chunk each. Together they have the
+batch of one process, and each has about as many rows of it as the others: a window's rows fall into
+batches by chance.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -51,6 +56,31 @@ class ActivationSource(Protocol):
         """JSON values that tell these rows from others."""
 
 
+@runtime_checkable
+class SharedSource(ActivationSource, Protocol):
+    """A source of which several processes can each read a part of every batch."""
+
+    def own_batches(
+        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """The same batches; of each, the rows of part (number, of so many)."""
+
+
+class Share:
+    """Some of a run of rows, in its order. Its length and its slices are those of the whole run."""
+
+    def __init__(self, size: int, places: np.ndarray, rows: Tensor):
+        """``places``: where in the run the rows are, ascending."""
+        self._size, self._places, self._rows = size, places, rows
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, run: slice) -> Tensor:
+        first, stop = np.searchsorted(self._places, (run.start, run.stop))
+        return self._rows[first:stop]
+
+
 class Window(NamedTuple):
     """Rows that are shuffled together."""
 
@@ -58,16 +88,24 @@ class Window(NamedTuple):
     number: int
     """Number of the window in its epoch."""
     chunks: np.ndarray
-    """The chunks in it, in the order in which they are read."""
+    """The chunks in it, in the order in which they were drawn."""
+    size: int
+    """Rows in it."""
 
 
 def shuffled_batches(
-    reader: RowReader, batch_size: int, seed: int, start: int = 0, window_bytes: int = WINDOW_BYTES
-) -> Iterator[Float[Tensor, "batch d_in"]]:
+    reader: RowReader,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    window_bytes: int = WINDOW_BYTES,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[Float[Tensor, "rows d_in"]]:
     """Endless shuffled batches of all rows of a reader, from batch number ``start`` on.
 
-    Raises UsageError if the numbers make no sense or there are no rows; reading errors come with
-    the batch that they would have been in.
+    Of part (number, of so many) the batches hold its rows only; those of all parts, together, are
+    the batches of the one part (0, 1). Raises UsageError if the numbers make no sense or there are
+    no rows; reading errors come with the batch that they would have been in.
     """
     if batch_size < 1 or start < 0:
         raise UsageError(
@@ -78,34 +116,35 @@ def shuffled_batches(
         raise UsageError("the store holds no rows to train on; harvest more tokens")
     per_window = max(1, window_bytes // (CHUNK_ROWS * reader.row_bytes))
     epoch, skip = divmod(start * batch_size, reader.num_rows)
-
-    def windows() -> Iterator[Tensor]:
-        """Windows from the one that holds row ``skip`` of ``epoch`` on, cut there."""
-        left = skip
-        for window in _windows(reader.num_rows, per_window, seed, epoch):
-            size = _rows_in(window.chunks, reader.num_rows)
-            if left < size:
-                yield _load(reader, window, size, seed)[left:]
-            left = max(0, left - size)
-
-    return prefetch(cut(prefetch(windows(), depth=1), batch_size), depth=_BATCHES_AHEAD)
+    windows = _windows(reader.num_rows, per_window, seed, epoch)
+    for first in windows:
+        if skip < first.size:
+            break
+        skip -= first.size
+    blocks = (_load(reader, window, seed, part) for window in chain([first], windows))
+    return prefetch(cut(prefetch(blocks, depth=1), batch_size, skip), depth=_BATCHES_AHEAD)
 
 
-def cut(blocks: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """The rows of all blocks, one after the other, in batches of exactly ``batch_size``."""
+def cut(
+    blocks: Iterable[Tensor | Share], batch_size: int, skip: int = 0
+) -> Iterator[Float[Tensor, "rows d_in"]]:
+    """The rows of all blocks, one after the other, in batches of exactly ``batch_size``.
+
+    The first ``skip`` rows, fewer than the first block's, are left out.
+    """
     parts: list[Tensor] = []
-    lack = batch_size
+    lack, at = batch_size, skip
     for block in blocks:
-        at = 0
         while at < len(block):
-            part = block[at : at + lack]
-            at += len(part)
-            lack -= len(part)
+            stop = min(len(block), at + lack)
             # Copied, so that a batch that is kept does not keep its window.
-            parts.append(part.clone())
+            parts.append(block[at:stop].clone())
+            lack -= stop - at
+            at = stop
             if lack == 0:
                 yield parts[0] if len(parts) == 1 else torch.cat(parts)
                 parts, lack = [], batch_size
+        at = 0
         del block  # it may go while the next one is waited for
 
 
@@ -122,21 +161,38 @@ def _windows(num_rows: int, per_window: int, seed: int, epoch: int) -> Iterator[
         order = np.random.default_rng((seed, epoch)).permutation(num_chunks)
         # Of equal size, rather than a last one with so few chunks that they mix badly.
         for number, chunks in enumerate(np.array_split(order, -(-num_chunks // per_window))):
-            yield Window(epoch, number, chunks)
+            size = int(np.minimum(CHUNK_ROWS, num_rows - chunks * CHUNK_ROWS).sum())
+            yield Window(epoch, number, chunks, size)
         epoch += 1
 
 
-def _rows_in(chunks: np.ndarray, num_rows: int) -> int:
-    return int(np.minimum(CHUNK_ROWS, num_rows - chunks * CHUNK_ROWS).sum())
-
-
-def _load(reader: RowReader, window: Window, size: int, seed: int) -> Tensor:
-    """The rows of a window, read in the order of the file and shuffled."""
-    rows = torch.empty(size, reader.row_bytes // reader.dtype.itemsize, dtype=reader.dtype)
-    at = 0
+def _load(
+    reader: RowReader, window: Window, seed: int, part: tuple[int, int] = (0, 1)
+) -> Tensor | Share:
+    """The rows of a window, or a part of them, read in the order of the file and shuffled."""
+    number, parts = part
+    rows = torch.empty(window.size, reader.row_bytes // reader.dtype.itemsize, dtype=reader.dtype)
+    places = np.empty(window.size, dtype=np.int64)  # of the rows that are read, in the window
+    read = before = 0
     for chunk in np.sort(window.chunks).tolist():
-        first = chunk * CHUNK_ROWS
-        count = min(CHUNK_ROWS, reader.num_rows - first)
-        reader.read(first, rows[at : at + count])
-        at += count
-    return shuffle(rows, seed, window.epoch, window.number)
+        count = min(CHUNK_ROWS, reader.num_rows - chunk * CHUNK_ROWS)
+        first, stop = count * number // parts, count * (number + 1) // parts
+        end = read + stop - first
+        reader.read(chunk * CHUNK_ROWS + first, rows[read:end])
+        places[read:end] = np.arange(before + first, before + stop)
+        read, before = end, before + count
+    seeds = (seed, window.epoch, window.number)
+    if parts == 1:
+        return shuffle(rows, *seeds)
+    return _shuffled_share(rows[:read], places[:read], window.size, seeds)
+
+
+def _shuffled_share(
+    rows: Tensor, places: np.ndarray, size: int, seeds: tuple[int, int, int]
+) -> Share:
+    """Those rows, which are in some places of ``size`` rows, when all of them are shuffled."""
+    held = np.full(size, -1)
+    held[places] = np.arange(len(rows))
+    held = held[np.random.default_rng(seeds).permutation(size)]  # as ``shuffle`` does
+    mine = np.flatnonzero(held >= 0)
+    return Share(size, mine, rows[torch.from_numpy(held[mine])])

@@ -111,13 +111,15 @@ class ActivationStore:
         seed: int,
         start: int = 0,
         window_bytes: int = WINDOW_BYTES,
-    ) -> Iterator[Float[Tensor, "batch d_in"]]:
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
         """Endless shuffled batches of a site's rows from batch ``start`` on, read ahead.
 
-        Which rows are in a batch depends on the seed, the batch size and ``window_bytes`` only.
+        Which rows are in a batch depends on the seed, the batch size and ``window_bytes`` only; of
+        part (number, of so many), only its rows are read.
         """
         reader = RowReader(self.folder, self.manifest, self._name(site))
-        return shuffled_batches(reader, batch_size, seed, start, window_bytes)
+        return shuffled_batches(reader, batch_size, seed, start, window_bytes, part)
 
     def source(self, site: Site, window_bytes: int = WINDOW_BYTES) -> "StoreSource":
         """One site as what a trainer reads (an ActivationSource)."""
@@ -208,7 +210,13 @@ class StoreSource:
         self, batch_size: int, seed: int, start: int = 0
     ) -> Iterator[Float[Tensor, "batch d_in"]]:
         """Endless shuffled batches; see ``ActivationStore.batches``."""
-        return self.store.batches(self.site, batch_size, seed, start, self._window_bytes)
+        return self.own_batches(batch_size, seed, start, (0, 1))
+
+    def own_batches(
+        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """One process's rows of the same batches, and only these are read."""
+        return self.store.batches(self.site, batch_size, seed, start, self._window_bytes, part)
 
     def statistics(self) -> Statistics:
         """The statistics of all rows."""

@@ -129,6 +129,8 @@ class Arm:
         self._full_gamma = config.weights.gamma.to(device)
         self.gamma = self._full_gamma if self.space is None else torch.ones(d_in, device=device)
         self.d_sae, own = d_sae, split.own_latents(d_sae)
+        self.own_latents = own
+        """Those that are here; all, unless other processes have some."""
         self._split = split
         self.parameters = initial_parameters(d_in, d_sae, config.seed, device, own=own)
         self.threshold = _threshold(config, d_sae, device, len(own))

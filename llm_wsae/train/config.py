@@ -10,6 +10,9 @@ Architecture = Literal["topk", "batch-topk", "matryoshka", "jumprelu"]
 batch. ``matryoshka``: likewise, in nested dictionaries. ``jumprelu``: thresholds, under a penalty
 that aims at k on average."""
 
+Shard = Literal["rows", "latents"]
+"""What the processes of one training share out among them."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -40,6 +43,9 @@ class TrainConfig:
     """Order of the rows; every arm sees the same batches."""
     device: str = "auto"
     """cuda, mps, cpu, or auto."""
+    shard: Shard = "rows"
+    """What several processes share out: the rows of each batch, or the latents, for a dictionary
+    that does not fit one device."""
     dtype: str = "auto"
     """Number format of the matrix products, bfloat16 or float32; auto takes what the hardware is
     fast at. Weights and optimiser state are always float32."""

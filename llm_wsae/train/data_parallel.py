@@ -5,11 +5,13 @@ its rows that are not masked, so every process divides its sums by the number of
 batch, and gradients need only be added up. Then all take the same step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.data.batches import ActivationSource, SharedSource
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.train.collectives import Collectives
 from llm_wsae.train.largest import largest_of_all
@@ -20,13 +22,19 @@ _MORE = 1.25  # rows are shuffled, so that every process has about its share of 
 
 
 class SplitRows(Split):
-    """Rows are shared out, in runs of consecutive ones."""
+    """Rows are shared out: each process has about as many of a batch."""
 
     def __init__(self, collectives: Collectives):
         self._all = collectives
 
-    def own_rows(self, rows: Tensor) -> Tensor:
-        return rows.tensor_split(self._all.size)[self._all.rank]
+    def batches(
+        self, source: ActivationSource, batch_size: int, seed: int, start: int
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        if isinstance(source, SharedSource):
+            part = (self._all.rank, self._all.size)
+            return source.own_batches(batch_size, seed=seed, start=start, part=part)
+        whole = super().batches(source, batch_size, seed, start)
+        return (batch.tensor_split(self._all.size)[self._all.rank] for batch in whole)
 
     def over_rows(self, part: Tensor) -> Tensor:
         return self._all.sum_(part.clone())

@@ -6,12 +6,13 @@ what is shared out decides which of them must go over the processes too. Here is
 in which none must: all of this then costs nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.data.batches import ActivationSource
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.codes import Codes, RaggedCodes, ragged
 
@@ -26,9 +27,11 @@ class Split:
     latent_parts = 1
     """How many processes share the latents."""
 
-    def own_rows(self, rows: Tensor) -> Tensor:
-        """The rows of a batch that this process works on."""
-        return rows
+    def batches(
+        self, source: ActivationSource, batch_size: int, seed: int, start: int
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """Of every batch of the source, the rows that this process works on."""
+        return source.batches(batch_size, seed=seed, start=start)
 
     def own_latents(self, d_sae: int) -> range:
         """The latents that this process holds."""

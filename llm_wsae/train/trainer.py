@@ -4,7 +4,6 @@ Reading and normalising a batch is shared, so each further arm costs only its ow
 arms differ in nothing but what their configuration says: same rows, same order, same schedule.
 """
 
-import dataclasses
 import math
 import signal
 import threading
@@ -19,21 +18,24 @@ from tqdm import tqdm
 
 from llm_wsae.data.batches import ActivationSource
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import folder_lock, read_json, remove_partials, write_json
+from llm_wsae.files import read_json, remove_partials, write_json
 from llm_wsae.hardware import choose_device, fast_dtype
-from llm_wsae.record import command_line, versions
-from llm_wsae.train.arm import Arm, ArmConfig, Workspace, folded
+from llm_wsae.processes import Processes, join
+from llm_wsae.train.arm import Arm, ArmConfig, Workspace
 from llm_wsae.train.checkpoint import (
     CHECKPOINT,
+    Reached,
     check_identity,
+    differences,
     load_checkpoint,
     save_checkpoint,
 )
 from llm_wsae.train.config import TrainConfig, default_learning_rate, learning_rate_factor
 from llm_wsae.train.log import TrainingLog
 from llm_wsae.train.normaliser import Normaliser, Spaces, in_spaces
+from llm_wsae.train.saving import dictionary_of
+from llm_wsae.train.team import GO_ON, SAVE, STOP, Team, team_of
 
 FINISHED = "training.json"
 MAX_DEAD_AFTER = 10_000_000
@@ -51,6 +53,11 @@ def train(
     A run that was stopped or killed goes on from its last checkpoint with the same call, and on the
     CPU ends with the same bits as an unbroken run. A finished one is read back.
 
+    Under ``torchrun`` all processes make the same call and train the same dictionaries together, up
+    to the order in which numbers are added up; ``config.shard`` says what they share out. They need
+    one folder that all can reach, and a run may go on with more of them or fewer. A source that is
+    not a store is read whole by each process.
+
     Returns the dictionaries by arm name. Raises UsageError for settings that cannot be,
     LlmWsaeError when ``out`` belongs to another training or is being written, and Interrupted
     after Ctrl-C or SIGTERM.
@@ -63,25 +70,40 @@ def train(
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"the arms must be different, but {twice[0]} is asked for twice")
-    out = Path(out)
-    training = _Training(source, arms, config, out)  # first: a refused request leaves no folder
-    with folder_lock(out, "training"):
-        remove_partials(out)
-        if (out / FINISHED).exists():
-            check_identity(out, read_json(out / FINISHED, "training record"), training.identity)
-        else:
-            training.run()
-            training.save()
-            write_json(out / FINISHED, training.identity)
-            (out / CHECKPOINT).unlink(missing_ok=True)
+    out, processes, device = Path(out), join(), choose_device(config.device)
+    with processes.together():
+        with team_of(processes, device, config.shard) as team:
+            # first: a refused request leaves no folder
+            training = _Training(source, arms, config, out, device, team)
+            _check_agreed(processes, {**training.identity, "shard": config.shard}, "settings")
+            with processes.folder_lock(out, "training"):
+                if not processes.lead(training.is_finished):
+                    training.run()
+                    processes.lead(training.finish)
         return {name: Dictionary.load(out / name) for name in names}
+
+
+def _check_agreed(processes: Processes, mine: dict[str, Any], what: str) -> None:
+    """Raise LlmWsaeError, naming each difference, unless all processes have the same."""
+    if clauses := differences(processes.lead(lambda: mine), mine):
+        raise LlmWsaeError(
+            f"process {processes.rank} has other {what} than process 0 ({clauses}); start all with "
+            "the same command, on machines of one kind that can reach one folder"
+        )
 
 
 class _Training:
     def __init__(
-        self, source: ActivationSource, arms: Sequence[ArmConfig], config: TrainConfig, out: Path
+        self,
+        source: ActivationSource,
+        arms: Sequence[ArmConfig],
+        config: TrainConfig,
+        out: Path,
+        device: torch.device,
+        team: Team,
     ):
-        self.source, self.config, self.out = source, config, out
+        self.source, self.config, self.out, self.team = source, config, out, team
+        self.leads = team.processes.leads
         tokens = config.tokens if config.tokens is not None else source.num_rows
         if tokens is None:
             raise UsageError("a stream has no end: say on how many tokens to train")
@@ -94,17 +116,16 @@ class _Training:
         d_sae = config.expansion * source.d_in
         for arm in arms:
             arm.check(d_sae)
-        self.device = choose_device(config.device)
-        fast = fast_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
+        fast = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         self.statistics = source.statistics()
-        self.normaliser = Normaliser(self.statistics, self.device, fast)
+        self.normaliser = Normaliser(self.statistics, device, fast, team.split)
         self.learning_rate = config.learning_rate or default_learning_rate(d_sae)
         self.dead_after = config.dead_after or min(
             MAX_DEAD_AFTER, self.num_steps * config.batch_size // 10
         )
-        workspace, spaces = Workspace(), Spaces(self.device)
+        workspace, spaces = Workspace(), Spaces(device)
         self.arms = [
-            Arm(arm, source.d_in, d_sae, self.device, workspace, spaces.of(arm.weights))
+            Arm(arm, source.d_in, d_sae, device, workspace, spaces.of(arm.weights), team.split)
             for arm in arms
         ]
         self.last_numbers: dict[str, dict[str, float]] = {}
@@ -124,41 +145,70 @@ class _Training:
             "dtype": str(fast).removeprefix("torch."),
         }
 
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do; raises LlmWsaeError if something else was done there."""
+        remove_partials(self.out)
+        if not (self.out / FINISHED).exists():
+            return False
+        check_identity(self.out, read_json(self.out / FINISHED, "training record"), self.identity)
+        return True
+
     def run(self) -> None:
-        step = load_checkpoint(self.out, self.arms, self.identity)
-        log = TrainingLog(self.out, step, self.config.tracker)
-        saved_at = time.monotonic()
-        batches = self.source.batches(self.config.batch_size, seed=self.config.seed, start=step)
+        step, self.last_numbers = load_checkpoint(self.out, self.arms, self.identity)
+        _check_agreed(self.team.processes, {"step": step}, "checkpoints")
+        config, total = self.config, self.num_steps * self.config.batch_size
+        log = TrainingLog(self.out, step, config.tracker) if self.leads else None
+        batches = self.team.split.batches(self.source, config.batch_size, config.seed, step)
         bar = tqdm(
-            total=self.num_steps * self.config.batch_size,
-            initial=step * self.config.batch_size,
+            total=total,
+            initial=step * config.batch_size,
             desc=f"train {len(self.arms)} arm{'s' * (len(self.arms) > 1)}",
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
+            disable=not self.leads,
         )
+        self.saved_at = time.monotonic()
         try:
             with _stop_signals() as stopped, bar:
-                while step < self.num_steps and not stopped.is_set():
-                    self._step(step, next(batches))
+                wish = GO_ON
+                while step < self.num_steps and wish < STOP:
+                    rows = next(batches)
+                    agreed = self.team.agree(lambda: self._wish(stopped))
+                    self._step(step, rows)
                     step += 1
-                    bar.update(self.config.batch_size)
-                    if step % self.config.log_every == 0 or step == self.num_steps:
-                        self._log(log, bar, step)
-                    if time.monotonic() - saved_at > self.config.checkpoint_seconds:
-                        save_checkpoint(self.out, self.arms, step, self.identity)
-                        saved_at = time.monotonic()
+                    bar.update(config.batch_size)
+                    if step % config.log_every == 0 or step == self.num_steps:
+                        self._read_numbers(step)
+                        if log is not None:
+                            self._log(log, bar, step)
+                    wish = agreed()
+                    if wish >= SAVE:
+                        self._save(step)
             if step < self.num_steps:
-                save_checkpoint(self.out, self.arms, step, self.identity)
                 raise Interrupted(
                     f"stopped after step {step} of {self.num_steps}, saved in {self.out}; "
                     "run the same command again to go on"
                 )
+            if self.team.split.latent_parts > 1:
+                self._save(step)  # where rank 0 finds all latents
         finally:
-            log.close()
+            if log is not None:
+                log.close()
             close = getattr(batches, "close", None)
             if close is not None:
                 close()  # ends the source's reading thread
+
+    def _wish(self, stopped: threading.Event) -> int:
+        if stopped.is_set():
+            return STOP
+        due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds
+        return SAVE if due and self.leads else GO_ON
+
+    def _save(self, step: int) -> None:
+        reached = Reached(step, self.last_numbers)
+        save_checkpoint(self.out, self.arms, reached, self.identity, self.team)
+        self.saved_at = time.monotonic()
 
     def _step(self, step: int, rows: torch.Tensor) -> None:
         config = self.config
@@ -175,67 +225,53 @@ class _Training:
                 self.dead_after,
             )
 
-    def _log(self, log: TrainingLog, bar: tqdm, step: int) -> None:
+    def _read_numbers(self, step: int) -> None:
         rows = step * self.config.batch_size
         variance = self.normaliser.variance / self.normaliser.scale**2
-        numbers = {
+        self.last_numbers = {
             arm.config.name: arm.read_progress(rows, self.dead_after, variance) for arm in self.arms
         }
-        self.last_numbers = numbers
-        for name, arm_numbers in numbers.items():
-            if not math.isfinite(arm_numbers["loss"]):
+        for name, numbers in self.last_numbers.items():
+            if not math.isfinite(numbers["loss"]):
                 raise LlmWsaeError(
-                    f"the loss of {name} is {arm_numbers['loss']} at step {step}; "
+                    f"the loss of {name} is {numbers['loss']} at step {step}; "
                     "lower --learning-rate and start again in another folder"
                 )
+
+    def _log(self, log: TrainingLog, bar: tqdm, step: int) -> None:
+        numbers, size = self.last_numbers, self.config.batch_size
         speed = bar.format_dict["rate"] or 0.0
-        left = (self.num_steps - step) * self.config.batch_size / speed if speed else 0.0
-        log.write(step, rows, numbers, tokens_per_second=speed, seconds_left=left)
+        left = (self.num_steps - step) * size / speed if speed else 0.0
+        log.write(step, step * size, numbers, tokens_per_second=speed, seconds_left=left)
         first = next(iter(numbers.values()))
         bar.set_postfix_str(
             f"FVU {first['fvu']:.3f} L0 {first['l0']:.0f} dead {first['dead']:.1%}"
             + (f" (first of {len(numbers)})" if len(numbers) > 1 else "")
         )
 
-    def save(self) -> None:
+    def finish(self) -> None:
+        """Save the dictionaries and tell that they are whole. Rank 0 does it."""
+        settings = {k: v for k, v in self.identity.items() if k not in ("rows", "arms")}
         for arm in self.arms:
-            weights = arm.config.weights
-            provenance = self.source.identity()
-            info = DictionaryInfo(
-                site=str(self.source.site),
-                name=arm.config.name,
-                rule=weights.rule,
-                alpha=weights.alpha,
-                weights=dataclasses.asdict(weights.config),
-                seed=arm.config.seed,
-                context_size=self.statistics.context_size,
-                prepend_bos=provenance.get("packing", {}).get("prepend_bos"),
-                massive_threshold=self.statistics.massive_threshold,
-                model=provenance.get("model", {}),
-                corpus=provenance.get("corpus", {}),
-                store=provenance,
-                metrics={"training": self.last_numbers.get(arm.config.name, {})},
-                training={
-                    **{k: v for k, v in self.identity.items() if k not in ("rows", "arms")},
-                    **arm.config.kind(),
-                    "command": command_line(),
-                    "versions": versions(),
-                },
-            )
-            threshold = None if arm.threshold is None else arm.threshold.values()
-            space = weights.gamma if weights.config.place == "space" else None
-            mean, scale = self.normaliser.mean, self.normaliser.scale
-            Dictionary(
-                **folded(arm.parameters, mean, scale, threshold, space),
-                sparsity=arm.config.sparsity,
-                info=info,
-                extras={
-                    "gamma": weights.gamma,
-                    "mean": self.statistics.mean.float(),
-                    "variance": self.statistics.variance.float(),
-                    "robust_variance": self.statistics.robust_variance.float(),
-                },
-            ).save(self.out / arm.config.name)
+            name = arm.config.name
+            dictionary_of(
+                self._whole(arm),
+                self.source,
+                self.statistics,
+                self.normaliser,
+                self.last_numbers.get(name, {}),
+                settings,
+            ).save(self.out / name)
+        write_json(self.out / FINISHED, self.identity)
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+
+    def _whole(self, arm: Arm) -> Arm:
+        """The arm with the latents of all processes, which have just saved them."""
+        if len(arm.own_latents) == arm.d_sae:
+            return arm
+        whole = Arm(arm.config, self.source.d_in, arm.d_sae, torch.device("cpu"))
+        load_checkpoint(self.out, [whole], self.identity)
+        return whole
 
 
 @contextmanager

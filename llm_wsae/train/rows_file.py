@@ -1,0 +1,94 @@
+"""A safetensors file that several processes write at once, each the rows that it holds.
+
+The format is a header with every tensor's place, then their bytes. Rows of a tensor lie one after
+the other, so a process can write its own where they belong, and the file is the one that a single
+process with all rows would write. Nothing is gathered: no process need hold more than its part.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm_wsae.files import write_atomic, write_error
+from llm_wsae.processes import Processes
+
+_DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
+_ALIGNED = 8  # bytes of the largest of them
+
+
+class Rows(NamedTuple):
+    """Some consecutive rows of a tensor."""
+
+    tensor: Tensor
+    first: int
+    """Number of the first."""
+    total: int
+    """Rows of all processes."""
+
+
+def save_rows(
+    path: Path, parts: dict[str, Rows | Tensor], metadata: dict[str, str], processes: Processes
+) -> None:
+    """Write the file atomically; a tensor without rows of others is written by rank 0.
+
+    All processes must call this with the same names. Raises LlmWsaeError, in all of them, if one
+    cannot write.
+    """
+    header, places = _layout(parts, metadata)
+
+    def write(partial: Path) -> None:
+        if processes.leads:
+            partial.write_bytes(header)
+        partial = Path(processes.lead(lambda: str(partial)))
+        _write(partial, parts, places, processes.leads)
+        processes.meet()
+
+    if processes.leads:
+        write_atomic(path, write)
+        return
+    try:
+        write(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _layout(
+    parts: dict[str, Rows | Tensor], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The header, and where each tensor begins in the file."""
+    entries, starts, at = {}, {}, 0
+    tensors = {name: p.tensor if isinstance(p, Rows) else p for name, p in parts.items()}
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        part, tensor = parts[name], tensors[name]
+        shape = list(tensor.shape)
+        if isinstance(part, Rows):
+            shape[0] = part.total
+        end = at + math.prod(shape) * tensor.itemsize
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [at, end]}
+        starts[name], at = at, end
+    text = json.dumps({"__metadata__": metadata, **entries}).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}
+
+
+def _write(
+    path: Path, parts: dict[str, Rows | Tensor], places: dict[str, int], leads: bool
+) -> None:
+    with open(path, "r+b") as file:
+        for name, part in parts.items():
+            if not isinstance(part, Rows):
+                if not leads:
+                    continue
+                part = Rows(part, 0, 1)
+            ready = part.tensor.detach().cpu().contiguous()
+            row_bytes = ready[0].nbytes if part.first else 0
+            file.seek(places[name] + part.first * row_bytes)
+            file.write(ready.reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
