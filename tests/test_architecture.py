@@ -34,11 +34,13 @@ FLOORS = (
     "inspecting",
     "harvest",
     "train",
+    "saelens",
     "theory",
     "evaluate",
     "evidence",
     "plots",
     "run",
+    "study",
     "commands",
     "cli",
     "__init__",  # the front door: shows what is inside, and nothing inside goes through it

@@ -1,0 +1,1 @@
+"""Studies: do weights help? Arms, controls and the plain k-curve over seeds, and a verdict."""

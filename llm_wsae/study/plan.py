@@ -1,0 +1,86 @@
+"""The dictionaries of a study: the plain curve, the rules' arms, and a control for each of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from llm_wsae.statistics.config import WeightConfig
+from llm_wsae.statistics.evidence import Evidence
+from llm_wsae.statistics.monosemanticity import is_drawn
+from llm_wsae.statistics.weights import LossWeights, takes_matrix, weights_from_rule
+from llm_wsae.study.config import StudyConfig
+from llm_wsae.train.arm import ArmConfig
+
+PLAIN = "uniform"
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """One dictionary of a study."""
+
+    arm: ArmConfig
+    label: str
+    """Name of its weights, whatever the random draw: what it shares with other k and seeds."""
+    control: str | None
+    """Label of the arms that control it."""
+
+
+def plan(evidence: Evidence, config: StudyConfig, weigh: WeightConfig) -> list[PlannedArm]:
+    """All dictionaries, seed by seed, the plain ones first.
+
+    Drawn weights (controls, ``random``) are drawn anew for every seed. Raises as
+    ``weights_from_rule`` does.
+    """
+    arms: dict[str, PlannedArm] = {}
+    for seed in dict.fromkeys(config.seeds):
+        plain = weights_from_rule(PLAIN, 1.0, evidence)
+        for k in config.curve:
+            _add(arms, PlannedArm(ArmConfig(plain, k, seed=seed), PLAIN, None))
+        for weights, control in _weights(evidence, config, weigh, seed):
+            for k in config.ks:
+                _add(arms, PlannedArm(ArmConfig(weights, k, seed=seed), label_of(weights), control))
+    return list(arms.values())
+
+
+def _add(arms: dict[str, PlannedArm], planned: PlannedArm) -> None:
+    """One that was named before, as a rule of its own, stays what it was."""
+    arms.setdefault(planned.arm.name, planned)
+
+
+def _weights(
+    evidence: Evidence, config: StudyConfig, weigh: WeightConfig, seed: int
+) -> Iterator[tuple[LossWeights, str | None]]:
+    """Weights and the label of their control, and each control itself."""
+    for rule in config.rules:
+        for alpha in config.alphas:
+            weights = _drawn(rule, alpha, evidence, weigh, seed)
+            if weights.name == PLAIN:
+                continue
+            named = control_of(rule, weigh)
+            if named is None:
+                yield weights, None
+                continue
+            control = _drawn(named, alpha, evidence, weigh, seed)
+            yield weights, label_of(control)
+            yield control, None
+
+
+def _drawn(
+    rule: str, alpha: float, evidence: Evidence, weigh: WeightConfig, seed: int
+) -> LossWeights:
+    own = replace(weigh, draw=weigh.draw + seed) if is_drawn(rule) else weigh
+    return weights_from_rule(rule, alpha, evidence, WeightConfig() if rule == PLAIN else own)
+
+
+def control_of(rule: str, weigh: WeightConfig) -> str | None:
+    """The rule that keeps everything of it but which dimensions, or directions, are meant.
+
+    None for what knows nothing of them already.
+    """
+    if rule == PLAIN or is_drawn(rule):
+        return None
+    return f"rotated:{rule}" if takes_matrix(rule, weigh) else f"permuted:{rule}"
+
+
+def label_of(weights: LossWeights) -> str:
+    """The name of the weights without the number of a random draw."""
+    return replace(weights, config=replace(weights.config, draw=0)).name

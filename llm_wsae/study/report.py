@@ -1,0 +1,219 @@
+"""The report of a study: verdicts, tables, JSON and figures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.evaluate.report import align
+from llm_wsae.files import write_json, write_text
+from llm_wsae.record import plain, versions
+from llm_wsae.study.figures import plot_curve, plot_differences
+from llm_wsae.study.inference import Estimate
+from llm_wsae.study.plan import PLAIN
+from llm_wsae.study.results import DECIDING, MEASURES, Result
+from llm_wsae.study.verdict import (
+    OUTSIDE,
+    UNMEASURED,
+    VERDICTS,
+    Compared,
+    compare,
+    curve_against_itself,
+)
+
+REPORT, MARKDOWN, CURVE, DIFFERENCES = "report.json", "report.md", "curve.png", "differences.png"
+_HOW_TO_READ = (
+    "Every difference is a dictionary's value less that of the plain curve at the dictionary's own "
+    "cross-entropy, seed by seed, in square brackets its 95 % interval over seeds and over latents "
+    "or concepts. Unless marked +, latents that fire on more than 10 % of the tokens take no part. "
+    "The p of the two deciding measures are corrected together over all rules of the study (Holm). "
+    "The text measured on is one sample: what another text would change is in no interval."
+)
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """Everything that a study found."""
+
+    site: str
+    basis: dict[str, Any]
+    """What all dictionaries share: rows, text, settings."""
+    results: list[Result]
+    compared: list[Compared]
+    against_itself: dict[int, dict[str, Estimate]]
+    """By k: the plain curve beside what its other points say."""
+
+    @classmethod
+    def of(cls, site: str, basis: dict[str, Any], results: Sequence[Result]) -> "StudyReport":
+        """Compare finished dictionaries, in any order."""
+        ordered = sorted(results, key=_order)
+        return cls(site, basis, ordered, compare(ordered), curve_against_itself(ordered))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return plain(
+            {
+                "site": self.site,
+                "verdicts": {one.label: one.verdict for one in self._claims()},
+                "sentences": self.sentences(),
+                "compared": {one.label: one for one in self.compared},
+                "curve_against_itself": self.against_itself,
+                "dictionaries": {result.name: result for result in self.results},
+                "measures": MEASURES,
+                "basis": self.basis,
+                "versions": versions(),
+            }
+        )
+
+    def write(self, out: Path) -> None:
+        """Write JSON, Markdown and figures. Raises LlmWsaeError if that is impossible."""
+        write_json(out / REPORT, self.to_dict())
+        write_text(out / MARKDOWN, self.markdown())
+        plot_curve(self.results, self.site, out / CURVE)
+        plot_differences(self.compared, self.against_itself, self.site, out / DIFFERENCES)
+
+    def sentences(self) -> list[str]:
+        """One line for each rule: the verdict and what it rests on."""
+        return [self._sentence(one) for one in self._claims()]
+
+    def table(self) -> str:
+        """For people, at the terminal."""
+        parts = [align(self._dictionaries(), left=1)]
+        if self.compared:
+            parts.append("difference from the plain curve at equal CE\n\n"
+                         + align(self._differences(), left=1))  # fmt: skip
+        if self.against_itself:
+            parts.append("the plain curve beside the line between its neighbours\n\n"
+                         + align(self._itself(), left=1))  # fmt: skip
+        return "\n\n".join([*parts, *self.sentences()])
+
+    def markdown(self) -> str:
+        """The same and more, as a page."""
+        parts = [f"# Study of weights at {self.site}", *(f"- {s}" for s in self.sentences())]
+        parts += [f"![Monosemanticity against CE recovered]({CURVE})"]
+        parts += [f"![Differences at equal CE]({DIFFERENCES})", _HOW_TO_READ]
+        parts += ["## Differences from the plain curve at equal CE"]
+        parts += [_markdown(self._differences(everything=True))]
+        against = [one for one in self.compared if one.against_control]
+        if against:
+            parts += ["## Differences from the control, each at its own CE"]
+            parts += [_markdown(self._against(against))]
+        if self.against_itself:
+            parts += ["## Is the curve fine enough?"]
+            parts += [
+                "Plain dictionaries of one k beside the line between their neighbours on the "
+                "curve, which is about twice as long as those that rules are held against. "
+                "Where it is far from 0, lines cut corners: a curve of more k would be needed to "
+                "believe differences of a quarter of that."
+            ]
+            parts += [_markdown(self._itself())]
+        parts += ["## Families of concepts", _FAMILIES, _markdown(self._families())]
+        parts += ["## Dictionaries", _markdown(self._dictionaries())]
+        parts += ["\n".join(f"- {m.title}: {m.meaning}" for m in MEASURES.values())]
+        return "\n\n".join(parts) + "\n"
+
+    def _claims(self) -> list[Compared]:
+        return [one for one in self.compared if not one.is_control]
+
+    def _sentence(self, one: Compared) -> str:
+        start = f"{one.label}: {VERDICTS[one.verdict]}"
+        reached = ", ".join(f"{ce:.4f}" for ce in one.ce_recovered.values())
+        if one.verdict == UNMEASURED:
+            return f"{start} (CE recovered {reached})"
+        if one.verdict == OUTSIDE:
+            plain_ce = [r.ce_recovered for r in self.results if r.label == PLAIN]
+            return (
+                f"{start} ({reached} recovered; the curve goes from {min(plain_ce):.4f} to "
+                f"{max(plain_ce):.4f}; on some seed it is outside)"
+            )
+        numbers = []
+        for measure in DECIDING:
+            if measure in one.adjusted:
+                effect = _difference(one.effects[measure])
+                numbers.append(f"{measure} {effect}, p {one.adjusted[measure]:.2g}")
+                if measure in one.against_control:
+                    control = _difference(one.against_control[measure])
+                    numbers[-1] += f", {control} against its control"
+        return f"{start} ({'; '.join(numbers)}; CE recovered {reached}; {len(one.seeds)} seeds)"
+
+    def _dictionaries(self) -> list[list[str]]:
+        """Means over seeds of every label and k."""
+        rows = [["weights", "k", "seeds", "CE recovered", "FVU", "KL", "dense %", "dead %",
+                 "eligible %", *(MEASURES[m].title for m in MEASURES if m in _SHOWN)]]  # fmt: skip
+        groups: dict[tuple[str, int], list[Result]] = {}
+        for result in self.results:
+            groups.setdefault((result.label, result.point.k), []).append(result)
+        for (label, k), own in groups.items():
+            shares = {s: 100 * sum(r.shares[s] for r in own) / len(own) for s in own[0].shares}
+            rows.append(
+                [
+                    label,
+                    str(k),
+                    str(len(own)),
+                    f"{sum(r.ce_recovered for r in own) / len(own):.4f}",
+                    f"{sum(r.fvu for r in own) / len(own):.4f}",
+                    f"{sum(r.kl for r in own) / len(own):.4f}",
+                    *(f"{shares[f'{s}_share']:.1f}" for s in ("dense", "dead", "eligible")),
+                    *(_mean(own, measure) for measure in _SHOWN),
+                ]
+            )
+        return rows
+
+    def _differences(self, everything: bool = False) -> list[list[str]]:
+        shown = (
+            list(MEASURES) if everything else [*DECIDING, "detection_dense", "selectivity_dense"]
+        )
+        rows = [["weights", "verdict", "CE at same k", *(MEASURES[m].title for m in shown)]]
+        for one in self.compared:
+            change = ", ".join(f"{c:+.4f}" for c in one.ce_change.values()) or "–"
+            cells = [_difference(one.effects.get(measure)) for measure in shown]
+            rows.append([one.label, one.verdict, change, *cells])
+        return rows
+
+    def _against(self, against: Sequence[Compared]) -> list[list[str]]:
+        rows = [["weights", "control", *(measure.title for measure in MEASURES.values())]]
+        for one in against:
+            cells = [_difference(one.against_control.get(measure)) for measure in MEASURES]
+            rows.append([one.label, one.control or "", *cells])
+        return rows
+
+    def _itself(self) -> list[list[str]]:
+        rows = [["plain k", *(MEASURES[m].title for m in _SHOWN)]]
+        for k, found in self.against_itself.items():
+            rows.append([str(k), *(_difference(found.get(measure)) for measure in _SHOWN)])
+        return rows
+
+    def _families(self) -> list[list[str]]:
+        names = sorted({name for one in self.compared for name in one.families})
+        rows = [["weights", *names]]
+        for one in self.compared:
+            cells = (one.families.get(name) for name in names)
+            rows.append([one.label, *("–" if c is None else f"{c:+.4f}" for c in cells)])
+        return rows
+
+
+_FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family of concepts."
+_SHOWN = ("detection", "no_token", "purity", "coherence", "selectivity", "probe_1", "probe_5")
+
+
+def _order(result: Result) -> tuple:
+    """The plain curve first, then by label, k and seed."""
+    plain_first = result.label != PLAIN
+    return plain_first, result.label, result.point.k, result.point.seed
+
+
+def _mean(own: Sequence[Result], measure: str) -> str:
+    values = [r.point.values[measure].mean for r in own if measure in r.point.values]
+    return f"{sum(values) / len(values):.4f}" if values else "–"
+
+
+def _difference(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    low, high = estimate.interval
+    return f"{estimate.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])

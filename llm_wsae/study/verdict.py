@@ -1,0 +1,240 @@
+"""From results to one word for each rule, against the plain curve and against its control.
+
+A rule is compared at its dictionaries' own cross-entropy, seed by seed, over all its k. Two
+measures decide, both without the latents that fire on more than a tenth of the tokens, because
+those raise either one whatever they stand for: detection of latents and selectivity of concepts.
+Over all rules of the study and both measures Holm's correction holds. Better also has to mean
+better than the rule's control: weights that know nothing of the dimensions may help as well.
+
+The curve is held against itself, too: a plain dictionary against what its neighbours say of it.
+Where that is far from 0, the curve is too coarse for differences of that size.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llm_wsae.statistics.monosemanticity import is_drawn
+from llm_wsae.study.curve import Curve, Value
+from llm_wsae.study.inference import LEVEL, Estimate, adjusted, estimates
+from llm_wsae.study.plan import PLAIN
+from llm_wsae.study.results import DECIDING, FAMILY, MEASURES, Result
+
+BETTER = "better"
+AS_CONTROL = "as its control"
+UNCONTROLLED = "better, uncontrolled"
+INDISTINGUISHABLE = "indistinguishable"
+MIXED = "mixed"
+WORSE = "worse"
+OUTSIDE = "not comparable"
+UNMEASURED = "not measured"
+CONTROL = "control"
+VERDICTS = {
+    BETTER: "better than the plain curve at equal CE, and than its control",
+    AS_CONTROL: "better than the plain curve at equal CE, but not than its control",
+    UNCONTROLLED: "better than the plain curve at equal CE; its control is not comparable",
+    INDISTINGUISHABLE: "indistinguishable from the plain curve at equal CE",
+    MIXED: "better than the plain curve at equal CE in one measure, worse in the other",
+    WORSE: "worse than the plain curve at equal CE",
+    OUTSIDE: "not comparable: the plain curve does not reach its CE",
+    UNMEASURED: "not measured: too few latents fire often enough, and no concept is in the text",
+}
+_SIGNIFICANT = 1 - LEVEL
+
+Differences = Mapping[str, Mapping[int, Value]]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Weights of one name, over all their k and seeds, beside the plain curve."""
+
+    label: str
+    rule: str
+    control: str | None
+    ks: tuple[int, ...]
+    """Those compared: on every seed within the curve."""
+    seeds: tuple[int, ...]
+    ce_recovered: dict[int, float]
+    """By k, mean over seeds."""
+    ce_change: dict[int, float]
+    """By k, against the plain dictionaries of the same k and seeds, where there are."""
+    effects: dict[str, Estimate]
+    """Difference from the plain curve at equal CE, by measure."""
+    against_control: dict[str, Estimate]
+    """Of these differences from the control's."""
+    families: dict[str, float]
+    """Difference in selectivity, by family of concepts."""
+    adjusted: dict[str, float]
+    """p of the deciding measures, after Holm's correction; none for a control."""
+    verdict: str
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it stands for chance and not for a claim."""
+        return self.verdict == CONTROL
+
+
+def compare(results: Sequence[Result]) -> list[Compared]:
+    """Every label but the plain one, in the order of the results, with its verdict."""
+    curves, groups = _curves(results), _groups(results)
+    comparable = {label: _comparable(group, curves) for label, group in groups.items()}
+    beside = {
+        label: _beside([r for r in groups[label] if r.point.k in ks], curves)
+        for label, ks in comparable.items()
+    }
+    effects = _by_measure(beside)
+    pairs = {
+        label: _less(beside[label], beside[group[0].control])
+        for label, group in groups.items()
+        if group[0].control in beside
+    }
+    against = _by_measure(pairs)
+    claims = [label for label, group in groups.items() if not is_drawn(group[0].rule)]
+    corrected = adjusted(
+        {
+            (label, measure): effects[label][measure].p
+            for label in claims
+            for measure in DECIDING
+            if measure in effects[label]
+        }
+    )
+    found = []
+    for label, group in groups.items():
+        own = {m: corrected[label, m] for m in DECIDING if (label, m) in corrected}
+        verdict = _verdict(effects[label], own, against.get(label, {}))
+        if not own:
+            verdict = UNMEASURED if comparable[label] else OUTSIDE
+        families = {
+            name.removeprefix(FAMILY): estimate.difference
+            for name, estimate in effects[label].items()
+            if name.startswith(FAMILY)
+        }
+        ce, change = _cross_entropy(group, results)
+        found.append(
+            Compared(
+                label=label,
+                rule=group[0].rule,
+                control=group[0].control,
+                ks=comparable[label],
+                seeds=tuple(sorted({r.point.seed for r in group})),
+                ce_recovered=ce,
+                ce_change=change,
+                effects={m: e for m, e in effects[label].items() if m in MEASURES},
+                against_control={m: e for m, e in against.get(label, {}).items() if m in MEASURES},
+                families=families,
+                adjusted=own,
+                verdict=verdict if label in claims else CONTROL,
+            )
+        )
+    return found
+
+
+def curve_against_itself(results: Sequence[Result]) -> dict[int, dict[str, Estimate]]:
+    """By k between the ends of the curve: plain dictionaries beside the curve of the others."""
+    curves = _curves(results)
+    plain = [result for result in results if result.label == PLAIN]
+    beside = {}
+    for k in sorted({result.point.k for result in plain})[1:-1]:
+        rest = {seed: curve.without(k) for seed, curve in curves.items()}
+        group = [r for r in plain if r.point.k == k]
+        if _comparable(group, rest):
+            beside[k] = _beside(group, rest)
+    return {k: found for k, found in _by_measure(beside).items() if found}
+
+
+def _curves(results: Iterable[Result]) -> dict[int, Curve]:
+    points = defaultdict(list)
+    for result in results:
+        if result.label == PLAIN:
+            points[result.point.seed].append(result.point)
+    return {seed: Curve(own) for seed, own in points.items()}
+
+
+def _groups(results: Iterable[Result]) -> dict[str, list[Result]]:
+    groups = defaultdict(list)
+    for result in results:
+        if result.label != PLAIN:
+            groups[result.label].append(result)
+    return dict(groups)
+
+
+def _comparable(group: Iterable[Result], curves: Mapping[int, Curve]) -> tuple[int, ...]:
+    """The k at which the dictionaries of every seed lie within their curve."""
+    inside: dict[int, bool] = {}
+    for result in group:
+        curve, k = curves.get(result.point.seed), result.point.k
+        inside[k] = inside.get(k, True) and curve is not None and result.point in curve
+    return tuple(sorted(k for k, all_inside in inside.items() if all_inside))
+
+
+def _beside(group: Sequence[Result], curves: Mapping[int, Curve]) -> dict[str, dict[int, Value]]:
+    """Measure → seed → mean difference over the k that all seeds have."""
+    by_seed: dict[int, dict[int, Result]] = defaultdict(dict)
+    for result in group:
+        by_seed[result.point.seed][result.point.k] = result
+    if not by_seed:
+        return {}
+    shared = sorted(set.intersection(*(set(own) for own in by_seed.values())))
+    found: dict[str, dict[int, Value]] = defaultdict(dict)
+    for seed, own in sorted(by_seed.items()):
+        for measure in {name for k in shared for name in own[k].point.values}:
+            values = [curves[seed].beside(own[k].point, measure) for k in shared]
+            if None not in values:
+                terms = [(1 / len(values), value) for value in values]
+                found[measure][seed] = Value.mixture(terms)
+    return dict(found)
+
+
+def _less(one: Differences, other: Differences) -> dict[str, dict[int, Value]]:
+    """Difference of differences, on the seeds that both have."""
+    return {
+        measure: {
+            seed: Value.mixture([(1.0, value), (-1.0, other[measure][seed])])
+            for seed, value in values.items()
+            if seed in other[measure]
+        }
+        for measure, values in one.items()
+        if measure in other
+    }
+
+
+def _by_measure(beside: Mapping) -> dict:
+    """Label → measure → estimate, from label → measure → seed → difference."""
+    found = {label: {} for label in beside}
+    for measure in dict.fromkeys(name for own in beside.values() for name in own):
+        of_measure = {label: own[measure] for label, own in beside.items() if measure in own}
+        for label, estimate in estimates(of_measure).items():
+            found[label][measure] = estimate
+    return found
+
+
+def _cross_entropy(
+    group: Sequence[Result], results: Sequence[Result]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """CE recovered by k, and how far it lies above that of plain dictionaries of the same k."""
+    plain = {(r.point.k, r.point.seed): r.ce_recovered for r in results if r.label == PLAIN}
+    ce, change = {}, {}
+    for k in sorted({result.point.k for result in group}):
+        own = {r.point.seed: r.ce_recovered for r in group if r.point.k == k}
+        ce[k] = sum(own.values()) / len(own)
+        if all((k, seed) in plain for seed in own):
+            change[k] = ce[k] - sum(plain[k, seed] for seed in own) / len(own)
+    return ce, change
+
+
+def _verdict(
+    effects: Mapping[str, Estimate],
+    corrected: Mapping[str, float],
+    against: Mapping[str, Estimate],
+) -> str:
+    found = [measure for measure, p in corrected.items() if p < _SIGNIFICANT]
+    better = [measure for measure in found if effects[measure].difference > 0]
+    if len(better) < len(found):
+        return MIXED if better else WORSE
+    if not better:
+        return INDISTINGUISHABLE
+    tested = [against[measure] for measure in better if measure in against]
+    if not tested:
+        return UNCONTROLLED
+    passed = any(one.difference > 0 and one.p < _SIGNIFICANT for one in tested)
+    return BETTER if passed else AS_CONTROL
