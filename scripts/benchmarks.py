@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: the machine in words, and their sections of BENCHMARKS.md.
+"""What the scripts share: the machine in words, and their sections of BENCHMARKS.md and RESULTS.md.
 
 Each script owns the text between its own two markers, so that measuring one thing again leaves the
 rest of the file as it was.
@@ -15,10 +15,17 @@ import torch
 from llm_wsae.files import write_text
 
 BENCHMARKS = Path(__file__).parent / "BENCHMARKS.md"
-_HEADER = """# Benchmarks
+RESULTS = Path(__file__).parent / "RESULTS.md"
+_HEADERS = {
+    BENCHMARKS.name: """# Benchmarks
 
 Written by the `bench_*.py` scripts beside it with `--write`; each replaces its own sections.
-"""
+""",
+    RESULTS.name: """# Results
+
+Written by the `results_*.py` scripts beside it; each replaces its own sections.
+""",
+}
 
 
 def embedded_model() -> str:
@@ -56,7 +63,7 @@ def write_section(name: str, text: str, path: Path = BENCHMARKS) -> None:
     """Put ``text`` between the markers of the section ``name``; a new section goes to the end."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n{text.strip()}\n{end}"
-    old = path.read_text(encoding="utf-8") if path.exists() else _HEADER
+    old = path.read_text(encoding="utf-8") if path.exists() else _HEADERS[path.name]
     before, found, rest = old.partition(begin)
     after = rest.partition(end)[2]
     write_text(path, before + section + after if found else f"{old.rstrip()}\n\n{section}\n")

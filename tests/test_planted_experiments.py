@@ -142,7 +142,7 @@ def test_a_run_writes_tables_and_figures(tmp_path):
         for word in (*ARMS, *SCORING, *SMALL.experiments):
             assert word in text
     plain = report.arms["digon-0.5"]["plain"]
-    assert plain.change == 0 and plain.wins == 0 and plain.verdict == "–"
+    assert plain.change.mean == 0 and plain.wins == 0 and plain.verdict == "–"
     units = [json.loads(p.read_text()) for p in sorted((tmp_path / "units").glob("digon*"))]
     mean = np.mean([u["result"]["arms"]["hoyer"]["l_gt"] for u in units])
     assert report.arms["digon-0.5"]["hoyer"].l_gt == pytest.approx(mean)
@@ -282,24 +282,28 @@ def test_differences_are_paired_and_in_per_cent_of_plain():
     units = [unit(plain=a, hoyer=a - b) for a, b in ((0.4, 0.04), (0.6, 0.06), (0.5, -0.01))]
     found = summarise_arms(units)["hoyer"]
     differences = np.array([-0.04, -0.06, 0.01]) / 0.5 * 100
-    assert found.change == pytest.approx(differences.mean()) and found.wins == 2
+    assert found.change.mean == pytest.approx(differences.mean()) and found.wins == 2
     low, high = stats.t.interval(0.95, 2, loc=differences.mean(), scale=stats.sem(differences))
-    assert found.change_interval == pytest.approx((low, high))
+    assert found.change.interval == pytest.approx((low, high))
     # nothing else differs: no other arm to correct for but by number
     p = stats.ttest_1samp(differences, 0).pvalue
     assert found.p_holm == pytest.approx(min(1, p * (len(ARMS) - 1)))
 
 
-def test_verdicts_need_the_control():
-    found = summarise_arms(seeds(hoyer=-0.05, gap=-0.05, kurtosis=0.05, random=-0.05))
-    assert found["hoyer"].verdict == found["gap"].verdict == "as random"
-    assert found["hoyer"].against_control == pytest.approx(0, abs=0.3)
-    assert found["kurtosis"].verdict == "worse" and found["random"].verdict == "as random"
+def test_verdicts_need_the_controls():
+    as_random = dict(hoyer=-0.05, gap=-0.05, kurtosis=0.05, random=-0.05)
+    found = summarise_arms(seeds(**as_random))
+    assert found["hoyer"].verdict == found["gap"].verdict == "as a control"
+    assert found["hoyer"].against["random"].mean == pytest.approx(0, abs=0.3)
+    assert found["hoyer"].against["permuted"].mean == pytest.approx(-10, abs=0.3)
+    assert found["kurtosis"].verdict == "worse" and found["random"].verdict == "as a control"
     assert found["variance"].verdict == "–"
+    as_permuted = summarise_arms(seeds(hoyer=-0.05, permuted=-0.05))
+    assert as_permuted["hoyer"].verdict == "as a control"
     better = summarise_arms(seeds(hoyer=-0.05, hoyer_annealed=-0.05, random_annealed=-0.05))
     assert better["hoyer"].verdict == "better"
-    assert better["hoyer"].against_control == pytest.approx(-10, abs=0.3)
-    assert better["hoyer-annealed"].verdict == "as random"
+    assert better["hoyer"].against["random"].mean == pytest.approx(-10, abs=0.3)
+    assert better["hoyer-annealed"].verdict == "as a control"
 
 
 def test_a_small_difference_in_one_arm_of_many_is_no_finding():

@@ -42,7 +42,7 @@ def test_tables_figures_and_json(tmp_path):
     again = works("theory", *SMALL, "--out", out)
     assert again.err == "" and content(out) == before  # no bar: nothing was computed
     hoyer = result.json["arms"]["digon-0.5"]["hoyer"]
-    wins = r"{:+.1f}[*~!]? {}".format(hoyer["change"], hoyer["wins"]).replace("+", r"\+")
+    wins = r"{:+.1f}[*~!]? {}".format(hoyer["change"]["mean"], hoyer["wins"]).replace("+", r"\+")
     assert re.search(rf"^hoyer .* {wins}$", again.out, re.MULTILINE)
     rank = result.json["correlations"]["digon-0.5"]["hoyer"]
     assert rank > 0.6 and re.search(rf"^hoyer .* \+{rank:.2f}$", again.out, re.MULTILINE)

@@ -1,7 +1,7 @@
 """Arms against the plain one: paired differences, intervals, controls, and one word for each arm.
 
 A difference is an arm's minus the plain arm's on the same seed. The word is earned twice: against
-the plain arm, Holm's correction over all arms of the experiment, and against random weights on the
+the plain arm, Holm's correction over all arms of the experiment, and against each control on the
 same schedule, because a training stuck in a local optimum is helped by almost any disturbance.
 """
 
@@ -20,27 +20,33 @@ _SIGNIFICANT = 1 - LEVEL
 
 
 @dataclass(frozen=True)
+class Change:
+    """A change of L_GT."""
+
+    mean: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class ArmSummary:
-    """One arm of one experiment against the plain arm. Differences and their 95 % intervals
-    (paired t over seeds) of L_GT are in per cent of the plain arm's mean."""
+    """One arm of one experiment against the plain arm. Changes of L_GT and their 95 % intervals
+    (paired t over seeds) are in per cent of the plain arm's mean."""
 
     l_gt: float
-    change: float
-    change_interval: tuple[float, float]
+    change: Change
     wins: int
     """Seeds on which L_GT is lower than plain."""
     p_holm: float
     """Of the paired t-test, adjusted for the arms of the experiment (Holm 1979)."""
-    against_control: float | None
-    """The same change against random weights on the same schedule; None for a control."""
-    against_control_interval: tuple[float, float] | None
+    against: dict[str, Change]
+    """The same against its controls, by their names; none for a control."""
     mmcs: float
     mmcs_change: float
     recovered: float
     features_per_latent: float
     fvu: float
     verdict: str
-    """better, as random (better than plain, not than random weights), worse, or –."""
+    """better, as a control (better than plain, not than every control), worse, or –."""
 
 
 def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
@@ -51,29 +57,29 @@ def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
     }
     plain_loss = values[PLAIN]["l_gt"]
     percent = 100 / plain_loss.mean()
-    changes = {arm: (v["l_gt"] - plain_loss) * percent for arm, v in values.items()}
+    differences = {arm: (v["l_gt"] - plain_loss) * percent for arm, v in values.items()}
     tested = [arm for arm in values if arm != PLAIN]
-    adjusted = dict(zip(tested, holm([_p_value(changes[a]) for a in tested]), strict=True))
+    adjusted = dict(zip(tested, holm([_p_value(differences[a]) for a in tested]), strict=True))
     found = {}
     for arm, v in values.items():
-        control = ARMS[arm].control
-        against = None if control is None else changes[arm] - changes[control]
-        against_interval = None if against is None else _t_interval(against)
+        change = _change(differences[arm])
+        against = {
+            control: _change(differences[arm] - differences[control])
+            for control in ARMS[arm].controls
+        }
         p = adjusted.get(arm, 1.0)
         found[arm] = ArmSummary(
             l_gt=float(v["l_gt"].mean()),
-            change=float(changes[arm].mean()),
-            change_interval=_t_interval(changes[arm]),
-            wins=int((changes[arm] < 0).sum()),
+            change=change,
+            wins=int((differences[arm] < 0).sum()),
             p_holm=p,
-            against_control=None if against is None else float(against.mean()),
-            against_control_interval=against_interval,
+            against=against,
             mmcs=float(v["mmcs"].mean()),
             mmcs_change=float((v["mmcs"] - values[PLAIN]["mmcs"]).mean()),
             recovered=float(v["recovered"].mean()),
             features_per_latent=float(v["features_per_latent"].mean()),
             fvu=float(v["fvu"].mean()),
-            verdict=_verdict(float(changes[arm].mean()), p, against_interval),
+            verdict=_verdict(change, p, against),
         )
     return found
 
@@ -95,15 +101,16 @@ def _p_value(differences: np.ndarray) -> float:
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-def _t_interval(differences: np.ndarray) -> tuple[float, float]:
-    n = len(differences)
-    half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n)
-    return float(differences.mean() - half), float(differences.mean() + half)
+def _change(differences: np.ndarray) -> Change:
+    n, mean = len(differences), float(differences.mean())
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+    return Change(mean, (mean - half, mean + half))
 
 
-def _verdict(change: float, p: float, against: tuple[float, float] | None) -> str:
+def _verdict(change: Change, p: float, against: Mapping[str, Change]) -> str:
     if p >= _SIGNIFICANT:
         return "–"
-    if change > 0:
+    if change.mean > 0:
         return "worse"
-    return "better" if against is not None and against[1] < 0 else "as random"
+    beats_all = against and all(one.interval[1] < 0 for one in against.values())
+    return "better" if beats_all else "as a control"

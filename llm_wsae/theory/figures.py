@@ -11,7 +11,7 @@ from llm_wsae.files import write_atomic
 from llm_wsae.theory.report import SCORING, TheoryReport
 from llm_wsae.theory.rules import ARMS, PLAIN
 
-_COLOURS = {"better": "#00798c", "as random": "#edae49", "worse": "#d1495b", "–": "#9aa5b1"}
+_COLOURS = {"better": "#00798c", "as a control": "#edae49", "worse": "#d1495b", "–": "#9aa5b1"}
 _LINES = ("#444444", "#d1495b", "#00798c", "#edae49")
 _DPI = 130
 _COLUMNS = 4
@@ -50,10 +50,10 @@ def plot_changes(report: TheoryReport, path: Path) -> None:
     for axis, name in zip(axes.flat, names, strict=False):
         for place, arm in enumerate(arms):
             one = report.arms[name][arm]
-            low, high = one.change_interval
-            error = [[one.change - low], [high - one.change]]
+            (low, high), mean = one.change.interval, one.change.mean
+            error = [[mean - low], [high - mean]]
             colour = _COLOURS[one.verdict]
-            axis.errorbar(one.change, place, xerr=error, fmt="o", ms=4, color=colour, capsize=2)
+            axis.errorbar(mean, place, xerr=error, fmt="o", ms=4, color=colour, capsize=2)
         axis.axvline(0, color="#444444", lw=0.8)
         axis.set_title(f"{name} (plain {report.arms[name][PLAIN].l_gt:.3f})", fontsize=10)
         axis.set(xlabel="change of L_GT, %")
@@ -64,7 +64,7 @@ def plot_changes(report: TheoryReport, path: Path) -> None:
     axes[0, 0].set_yticks(range(len(arms)), arms, fontsize=8)
     axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
     figure.suptitle(
-        "Loss on the true features against plain: better than random weights too (blue), "
+        "Loss on the true features against plain: better than every control too (blue), "
         "not than those (yellow), worse (red)"
     )
     _save(figure, path)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from llm_wsae.record import plain
-from llm_wsae.theory.comparison import ArmSummary, summarise_arms
+from llm_wsae.theory.comparison import ArmSummary, Change, summarise_arms
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
-from llm_wsae.theory.rules import ARMS, PLAIN, PLAIN_RULE, RULES
+from llm_wsae.theory.rules import ARMS, CONTROLS, PLAIN, PLAIN_RULE, RULES
 
 SCORING = tuple(rule for rule in RULES if rule != PLAIN_RULE)
 """The rules that tell one dimension from another."""
@@ -117,7 +117,7 @@ class TheoryReport:
         return (
             f"Change of L_GT against plain in %, and on how many of {len(self.config.seeds)} seeds "
             "it is lower (first line: L_GT of plain);\n"
-            "* better than plain and than random weights, ~ better than plain only, "
+            "marks: * better than plain and than every control, ~ better than plain only, "
             "! worse than plain (Holm over arms)",
             rows,
         )
@@ -130,18 +130,17 @@ class TheoryReport:
         )
 
     def _details(self, name: str) -> list[list[str]]:
-        head = ["arm", "L_GT", "change %", "95 %", "wins", "vs random %", "95 %", "MMCS", "change"]
-        rows = [[*head, "recovered", "features/latent", "FVU", "verdict"]]
+        against = [f"against {control} %" for control in CONTROLS]
+        head = ["arm", "L_GT", "change %", "wins", *against, "MMCS", "change", "recovered"]
+        rows = [[*head, "features/latent", "FVU", "verdict"]]
         for arm, s in self.arms[name].items():
             rows.append(
                 [
                     arm,
                     f"{s.l_gt:.3f}",
-                    f"{s.change:+.1f}",
-                    interval_text(s.change_interval),
+                    change_text(s.change),
                     f"{s.wins}/{len(self.config.seeds)}",
-                    "" if s.against_control is None else f"{s.against_control:+.1f}",
-                    interval_text(s.against_control_interval),
+                    *_by_control(s.against),
                     f"{s.mmcs:.3f}",
                     f"{s.mmcs_change:+.3f}",
                     f"{s.recovered:.2f}",
@@ -181,14 +180,20 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|---" + "|--:" * (len(rows[0]) - 1) + "|", *body])
 
 
-def interval_text(interval: tuple[float, float] | None) -> str:
-    """``[-3.1, +0.4]``; nothing for None."""
-    return "" if interval is None else f"[{interval[0]:+.1f}, {interval[1]:+.1f}]"
+def change_text(change: Change) -> str:
+    """``-1.3 [-3.1, +0.4]``."""
+    return f"{change.mean:+.1f} [{change.interval[0]:+.1f}, {change.interval[1]:+.1f}]"
+
+
+def _by_control(against: Mapping[str, Change]) -> list[str]:
+    """One cell for each kind of control."""
+    found = {ARMS[name].rule: change_text(change) for name, change in against.items()}
+    return [found.get(rule, "") for rule in CONTROLS]
 
 
 def _cell(s: ArmSummary) -> str:
-    mark = {"better": "*", "as random": "~", "worse": "!"}.get(s.verdict, "")
-    return f"{s.change:+.1f}{mark} {s.wins}"
+    mark = {"better": "*", "as a control": "~", "worse": "!"}.get(s.verdict, "")
+    return f"{s.change.mean:+.1f}{mark} {s.wins}"
 
 
 def _align(rows: list[list[str]]) -> str:

@@ -2,8 +2,9 @@
 
 The rules are those of ``statistics.monosemanticity`` that need no language model, on what they
 would see of a real one: observed rows, and for some a first dictionary. Beside them the oracles,
-which know the truth. An arm is a rule with an exponent and a way to use the weights. ``random`` and
-``permuted`` are the controls: what any weights do, whatever they are.
+which know the truth. An arm is a rule with an exponent and a way to use the weights. The controls
+are what any weights do, whatever they are: ``random``, and ``permuted``, which are those of the
+truth on the wrong dimensions.
 """
 
 from collections.abc import Callable
@@ -61,11 +62,12 @@ class Arm:
     """γ is the space the dictionary is trained in, x' = Γx_p, folded back; the loss is plain."""
 
     @property
-    def control(self) -> str | None:
-        """Name of the arm that uses random weights in the same way; None for a control."""
+    def controls(self) -> tuple[str, ...]:
+        """Names of the arms that use arbitrary weights in the same way; none for a control."""
         if self.rule in CONTROLS or self.rule == PLAIN_RULE:
-            return None
-        return arm_name("random", annealed=self.annealed, space=self.space)
+            return ()
+        same = (arm_name(rule, annealed=self.annealed, space=self.space) for rule in CONTROLS)
+        return tuple(name for name in same if name in ARMS)
 
 
 def arm_name(rule: str, alpha: float = 1.0, *, annealed: bool = False, space: bool = False) -> str:
