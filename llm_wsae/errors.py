@@ -5,7 +5,13 @@ root. Broken invariants of our own are ``assert``s, never these.
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 2
 
 
 class LlmWsaeError(Exception):
@@ -18,6 +24,11 @@ class UsageError(LlmWsaeError):
     """The request itself cannot be right: a bad name, number or combination (exit code 2)."""
 
     exit_code = 2
+
+
+def shown(value: Any) -> str:
+    """A value that somebody else wrote, on one line, cut short where it is long or deep."""
+    return _SHORT.repr(value)
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -148,7 +148,7 @@ def test_names_that_are_not_there(hub, plain, tmp_path):
         pull("no name/at all", out)
     assert "'no name/at all' cannot be the name of a repository" in sentence(error)
     hub.create("user/empty")
-    with pytest.raises(LlmWsaeError, match="user/empty holds no dictionary of this package"):
+    with pytest.raises(LlmWsaeError, match="user/empty holds no dictionary of a layout"):
         pull("user/empty", out)
     assert not out.exists()
 

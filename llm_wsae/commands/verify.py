@@ -17,7 +17,7 @@ def verify(folder: tyro.conf.Positional[Path]) -> Result:
     from llm_wsae.data.manifest import MANIFEST
     from llm_wsae.data.verify import verify_store
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.dictionary.files import CFG, INFO, changed_files
+    from llm_wsae.dictionary.files import CFG, INFO
 
     if not folder.is_dir():
         raise LlmWsaeError(f"there is no folder {folder}")
@@ -28,8 +28,6 @@ def verify(folder: tyro.conf.Positional[Path]) -> Result:
     elif (folder / CFG).exists() or (folder / INFO).exists():
         kind = "dictionary"
         Dictionary.load(folder)
-        if changed := changed_files(folder):
-            raise LlmWsaeError(f"in {folder}, {' and '.join(changed)} changed since it was saved")
     else:
         raise LlmWsaeError(
             f"{folder} is neither an activation store (with a {MANIFEST}) nor a dictionary (with "

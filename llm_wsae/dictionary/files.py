@@ -23,8 +23,9 @@ from torch import Tensor
 
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.files import read_json, save_tensors, sha256, write_atomic, write_json
+from llm_wsae.model.site import Site
 
 FORMAT = "llm-wsae dictionary"
 FORMAT_VERSION = 1
@@ -35,6 +36,7 @@ CFG, WEIGHTS, INFO, EXTRAS = (
     "wsae.safetensors",
 )
 _OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
+_LARGEST_SIZE = 2**31
 _PIECE = 1 << 20  # numbers looked at together
 _STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # The version whose layout cfg.json follows. Below 6, SAELens would rewrite the configuration.
@@ -161,11 +163,14 @@ def read_folder(folder: Path) -> Content:
     """Read a dictionary folder.
 
     Raises LlmWsaeError, naming file and fault, if it is missing, foreign, of a newer format,
-    truncated, inconsistent, of an unknown architecture, or holds NaN or infinite numbers.
+    truncated, changed since it was saved, inconsistent, of an unknown architecture, or holds NaN or
+    infinite numbers.
     """
     stored = _stored(folder)
-    weights = {key: w.float() for key, w in stored.weights.items()}
-    return dataclasses.replace(stored, weights=weights)
+    # In memory of their own: the file's pages would change, or be gone, with the file.
+    weights = {key: w.to(torch.float32, copy=True) for key, w in stored.weights.items()}
+    extras = {key: tensor.clone() for key, tensor in stored.extras.items()}
+    return dataclasses.replace(stored, weights=weights, extras=extras)
 
 
 def check_folder(folder: Path) -> DictionaryInfo:
@@ -193,17 +198,21 @@ def _stored(folder: Path) -> Content:
         shapes["threshold"] = (d_sae,)
     weights = read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
     extras = read_tensors(folder / EXTRAS, "side tensors", None, None, d_in)
+    _check_digests(folder)
     return Content(weights, sparsity, info, extras)
 
 
-def changed_files(folder: Path) -> list[str]:
-    """The tensor files whose bytes are not those that were saved.
-
-    Another tool may rewrite a dictionary with the same numbers, so reading one does not ask for
-    this; ``llm-wsae verify`` does. Raises LlmWsaeError as ``read_folder`` does.
-    """
-    saved = read_json(Path(folder) / INFO, "dictionary's information").get("sha256", {})
-    return [name for name, digest in saved.items() if sha256(Path(folder) / name) != digest]
+def _check_digests(folder: Path) -> None:
+    """The files of tensors must have the bytes that were saved: their headers say nothing of it."""
+    saved = read_json(folder / INFO, "dictionary's information").get("sha256")
+    digests = saved if isinstance(saved, dict) else {}
+    changed = [n for n in (WEIGHTS, EXTRAS) if digests.get(n) != sha256(folder / n)]
+    if changed:
+        raise LlmWsaeError(
+            f"in {folder}, {' and '.join(changed)} changed since it was saved (by the checksums in "
+            f"{INFO}); fetch it again, or, if SAELens was meant to write there, remove {INFO} and "
+            f"{EXTRAS} and load it as a dictionary of SAELens"
+        )
 
 
 def _read_info(path: Path) -> DictionaryInfo:
@@ -213,12 +222,16 @@ def _read_info(path: Path) -> DictionaryInfo:
     version = values.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise LlmWsaeError(
-            f"{path} has the format version {version!r}, but this package reads up to "
+            f"{path} has the format version {shown(version)}, but this package reads up to "
             f"{FORMAT_VERSION}; update llm-wsae"
         )
     if not isinstance(values.get("site"), str):
         raise LlmWsaeError(f"{path} does not say which site the dictionary belongs to")
-    return DictionaryInfo.from_dict(values)
+    try:
+        Site.parse(values["site"])
+        return DictionaryInfo.from_dict(values)
+    except LlmWsaeError as error:
+        raise LlmWsaeError(f"{path}: {error}") from None
 
 
 def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
@@ -230,15 +243,15 @@ def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
     except LlmWsaeError as error:
         raise LlmWsaeError(f"{path}: {error}") from None
     sizes = [cfg.get("d_in"), cfg.get("d_sae")]
-    if not all(type(size) is int and size > 0 for size in sizes):
-        raise LlmWsaeError(f"{path} gives d_in = {sizes[0]!r} and d_sae = {sizes[1]!r}")
+    if not all(type(size) is int and 0 < size < _LARGEST_SIZE for size in sizes):
+        raise LlmWsaeError(f"{path} gives d_in = {shown(sizes[0])} and d_sae = {shown(sizes[1])}")
     # Whatever these say otherwise would change what the weights mean.
     expected = saelens_config(*sizes, sparsity, info)
     for key in expected.keys() - {"metadata", "dtype", "device"}:
         if cfg.get(key) != expected[key]:
             raise LlmWsaeError(
-                f"{path} has {key} = {cfg.get(key)!r}, but a dictionary of this package is always "
-                f"saved with {expected[key]!r}"
+                f"{path} has {key} = {shown(cfg.get(key))}, but a dictionary of this package is "
+                f"always saved with {expected[key]!r}"
             )
     try:
         sparsity.check(sizes[1])

@@ -22,7 +22,6 @@ from llm_wsae.dictionary.files import (
     CFG,
     EXTRAS,
     INFO,
-    changed_files,
     check_folder,
     copy_folder,
     write_folder,
@@ -174,11 +173,6 @@ def _local_dictionaries(folders: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in map(Path, folders):
         sae_id = folder_name(check_folder(folder))
-        if changed := changed_files(folder):
-            raise LlmWsaeError(
-                f"in {folder}, {' and '.join(changed)} changed since it was saved; load the "
-                "dictionary and save it again if that was meant"
-            )
         if sae_id in found:
             raise UsageError(
                 f"{found[sae_id]} and {folder} are both named {sae_id}; push one of them, or into "

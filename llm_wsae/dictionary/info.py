@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from llm_wsae.errors import LlmWsaeError, shown
+
 
 @dataclass(frozen=True)
 class DictionaryInfo:
@@ -48,7 +50,25 @@ class DictionaryInfo:
     def from_dict(cls, values: dict[str, Any]) -> "DictionaryInfo":
         """The inverse of ``to_dict``; fields of a later version are passed over.
 
-        Raises TypeError if ``site`` is missing.
+        Raises TypeError if ``site`` is missing, LlmWsaeError if a field holds another kind of
+        value.
         """
         known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        found = {key: value for key, value in values.items() if key in known}
+        for key, value in found.items():
+            kinds = _KINDS.get(key, (dict,))
+            if float in kinds and type(value) is int and abs(value) < 2**63:
+                found[key] = float(value)  # JSON makes no difference between 1 and 1.0
+            elif type(value) not in kinds:
+                raise LlmWsaeError(f"{key} cannot be {shown(value)}")
+        return cls(**found)
+
+
+_NOTHING = type(None)
+_KINDS: dict[str, tuple[type, ...]] = {  # of the values in JSON; the other fields are objects
+    **dict.fromkeys(("site", "name", "rule"), (str,)),
+    "alpha": (float,),
+    **dict.fromkeys(("seed", "context_size"), (int, _NOTHING)),
+    "prepend_bos": (bool, _NOTHING),
+    "massive_threshold": (float, _NOTHING),
+}

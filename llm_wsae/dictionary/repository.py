@@ -19,7 +19,7 @@ from llm_wsae.dictionary.files import CFG, EXTRAS, INFO, WEIGHTS
 from llm_wsae.dictionary.formats.foreign import Announced, Layout
 from llm_wsae.dictionary.formats.layouts import layout_of
 from llm_wsae.dictionary.hub_errors import hub_errors, unreachable
-from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.files import read_json, sha256
 
 FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small before large
@@ -195,7 +195,8 @@ class Repository:
         sizes = [cfg.get("d_in"), cfg.get("d_sae")]
         if not all(type(size) is int and size > 0 for size in sizes):
             raise LlmWsaeError(
-                f"{cfg_path} of {self._here} gives d_in = {sizes[0]!r} and d_sae = {sizes[1]!r}"
+                f"{cfg_path} of {self._here} gives d_in = {shown(sizes[0])} and "
+                f"d_sae = {shown(sizes[1])}"
             )
         d_in, d_sae = sizes
         weights = 4 * (2 * d_in * d_sae + d_in + 3 * d_sae)  # float32; a threshold and one to spare

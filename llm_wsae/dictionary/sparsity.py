@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.sparse.codes import Codes
 from llm_wsae.sparse.operations import select_topk
 
@@ -138,14 +138,18 @@ def sparsity_from_settings(cfg: Mapping[str, Any]) -> Sparsity:
     """
     name = str(cfg.get("architecture"))
     if name not in SPARSITIES:
-        raise LlmWsaeError(f"architecture {name!r} is not supported; {nearest(name, SPARSITIES)}")
+        raise LlmWsaeError(
+            f"architecture {shown(name)} is not supported; {nearest(name, SPARSITIES)}"
+        )
     if name == ReLU.architecture:
         return ReLU()
     if name == JumpReLU.architecture:
         return JumpReLU()
     k = cfg.get("k")
-    if type(k) is not int or k < 1:
-        raise LlmWsaeError(f"k is {k!r}, but the topk architecture needs a positive whole number")
+    if type(k) is not int or not 1 <= k < 2**31:
+        raise LlmWsaeError(
+            f"k is {shown(k)}, but the topk architecture needs a positive whole number"
+        )
     return TopK(k)
 
 

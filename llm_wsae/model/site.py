@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from llm_wsae.errors import UsageError, nearest
+from llm_wsae.errors import UsageError, nearest, shown
 
 Point = Literal["pre", "mid", "post"]
 POINTS: tuple[Point, ...] = get_args(Point)  # in the order in which a forward pass reaches them
@@ -33,12 +33,14 @@ class Site:
 
         Raises UsageError, offering the nearest right name, if it is not one.
         """
-        match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)", name)
+        match = re.fullmatch(r"blocks\.(\d{1,6})\.hook_resid_(pre|mid|post)", name, re.ASCII)
         if match:
             return cls(int(match[1]), match[2])  # type: ignore[arg-type]
-        number = re.search(r"\d+", name)
+        number = re.search(r"\d{1,6}", name, re.ASCII)
         known = [str(cls(int(number[0]) if number else 0, point)) for point in POINTS]
-        raise UsageError(f"{name!r} is not a site of the residual stream; {nearest(name, known)}")
+        raise UsageError(
+            f"{shown(name)} is not a site of the residual stream; {nearest(name, known)}"
+        )
 
     def check(self, num_blocks: int) -> None:
         """Raises UsageError if a model of ``num_blocks`` blocks has no such block."""

@@ -2,9 +2,10 @@
 
 A pickle can run code, so it is opened only through torch's ``weights_only`` loader, which knows
 tensors and containers and nothing else, and the user is told. Before that the archive around it is
-looked at: its records must lie in it as they are (a compressed one could unfold without end) and
-be no larger than ``config.json`` announces. The file is mapped, not read, so a record that claims
-more than it has cannot make anybody read beyond it; it is found afterwards by its size.
+looked at: its records must lie in it as they are (a compressed one could unfold without end), be
+no larger than ``config.json`` announces and have the checksums that stand beside them. The file is
+mapped, not read, so a record that claims more than it has cannot make anybody read beyond it; it is
+found afterwards by its size.
 
 Their classes, by ``dict_class``: AutoEncoder subtracts its bias from the input and is used with
 decoder columns of unit norm, AutoEncoderNew does neither; AutoEncoderTopK; GatedAutoEncoder;
@@ -34,12 +35,14 @@ from llm_wsae.dictionary.formats.foreign import (
     Weights,
     gated_as_jumprelu,
     not_negative,
+    own_copy,
     with_decoder_norms,
     without_input_bias,
 )
-from llm_wsae.errors import LlmWsaeError, nearest
+from llm_wsae.errors import LlmWsaeError, nearest, shown
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
+_PIECE = 1 << 20  # bytes read together
 _LARGEST_PICKLE = 1 << 20  # bytes of what is not a tensor: names and shapes
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _POINT = re.compile(r"resid_(pre|mid|post)")
@@ -85,7 +88,7 @@ def read(folder: Path, config: Mapping[str, Any], announced: Announced) -> Weigh
     name = str(mapping(config.get("trainer")).get("dict_class"))
     if name not in _CLASSES:
         raise LlmWsaeError(
-            f"{path} has the dict_class {name!r}, which is not one that this package reads; "
+            f"{path} has the dict_class {shown(name)}, which is not one that this package reads; "
             f"{nearest(name, _CLASSES)}"
         )
     kind, wanted = _CLASSES[name]
@@ -156,23 +159,38 @@ def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict
             )
         if tensor.dtype not in _FLOATS:
             raise LlmWsaeError(f"{path}: {name} is stored as {tensor.dtype}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number that stands for many
+            raise LlmWsaeError(f"{path}: {name} is not stored in full")
     tensors = {name: found[name] for name in wanted}
     check_finite(tensors, str(path))
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    return {name: own_copy(tensor) for name, tensor in tensors.items()}
 
 
 def _records(path: Path, largest: int) -> list[int]:
-    """Sizes in bytes of the archive's tensor records, none of which has been touched."""
+    """Sizes in bytes of the archive's tensor records, whose checksums are right."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise LlmWsaeError(
+                    f"{path} is compressed, which torch.save never does, so it is not read"
+                )
+            if sum(entry.file_size for entry in entries) > largest + _LARGEST_PICKLE:
+                raise LlmWsaeError(f"{path} is larger than the dictionary that {CONFIG} describes")
+            for entry in entries:
+                _check_record(archive, entry)
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
         raise LlmWsaeError(f"{path} is not a whole file of torch.save: {error}") from error
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise LlmWsaeError(f"{path} is compressed, which torch.save never does, so it is not read")
-    if sum(entry.file_size for entry in entries) > largest + _LARGEST_PICKLE:
-        raise LlmWsaeError(f"{path} is larger than the dictionary that {CONFIG} describes")
     return [entry.file_size for entry in entries if "/data/" in entry.filename]
+
+
+def _check_record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Read a record piece by piece; the archive raises where its checksum is another."""
+    if entry.CRC == 0:  # torch can be told to leave checksums out
+        return
+    with archive.open(entry) as record:
+        while record.read(_PIECE):
+            pass
 
 
 def _opened(path: Path, records: list[int]) -> dict[str, Tensor]:

@@ -122,6 +122,12 @@ def tensor_names(path: Path) -> set[str]:
         raise LlmWsaeError(f"{path} is not a readable weights file: {error}") from error
 
 
+def own_copy(tensor: Tensor) -> Tensor:
+    """The tensor as float32 in memory of its own: what is read lies on the file, which its tool
+    may write again."""
+    return tensor.to(torch.float32, copy=True)
+
+
 def without_input_bias(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
     """The encoder bias that makes x·W_enc + b equal (x − b_dec)·W_enc + b_enc. [d_sae]
 

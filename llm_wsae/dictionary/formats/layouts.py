@@ -74,28 +74,28 @@ def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
             raise LlmWsaeError(f"{folder / layout.config} should be a JSON object")
     place = PurePath(folder.absolute())
     announced = layout.announce(config, place)
-    site = _agreed(folder, announced.site, site)
-    if site is None:
+    if announced.site is None and site is None:
         raise LlmWsaeError(
             f"{folder} holds a dictionary of {layout.name} that does not say where it belongs; "
             'load it in Python with site="blocks.N.hook_resid_post" and save it'
         )
     try:
-        Site.parse(site)
+        Site.parse(announced.site or site or "")
     except UsageError as error:
         raise LlmWsaeError(
             f"{folder} holds a dictionary of {layout.name} that cannot be used: {error}"
         ) from None
+    site = _agreed(folder, announced.site, site)
     weights = layout.read(folder, config, announced)
     check_finite(weights.tensors, f"{folder}, once folded")
     info = info_of(layout, announced, site, place.name)
     return Content(weights.tensors, weights.sparsity, info, {})
 
 
-def _agreed(folder: Path, said: str | None, asked: str | None) -> str | None:
+def _agreed(folder: Path, said: str | None, asked: str | None) -> str:
     if said is not None and asked is not None and said != asked:
         raise UsageError(f"{folder} says that it belongs to {said}, not to {asked}")
-    return said or asked
+    return said or asked or ""
 
 
 def _unknown(folder: Path, names: Collection[str]) -> LlmWsaeError:

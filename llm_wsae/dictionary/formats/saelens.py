@@ -6,8 +6,9 @@ latents before the decoder. A training checkpoint is read like a dictionary: Bat
 threshold becomes one of every latent, as SAELens itself makes of it at the end.
 
 What is normalised row by row (layer_norm, constant_norm_rescale) is no affine map, so it cannot be
-folded and is refused. One scale for all rows (expected_average_only_in) is folded where the folder
-says how large it is, in a checkpoint's ``activation_scaler.json``, and refused otherwise.
+folded and is refused, and so is whitening, which SAELens folds itself when a training ends. One
+scale for all rows (expected_average_only_in) is folded where the folder says how large it is, in a
+checkpoint's ``activation_scaler.json``, and refused otherwise.
 """
 
 from collections.abc import Mapping
@@ -26,12 +27,13 @@ from llm_wsae.dictionary.formats.foreign import (
     Weights,
     gated_as_jumprelu,
     not_negative,
+    own_copy,
     site_of,
     tensor_names,
     with_decoder_norms,
     without_input_bias,
 )
-from llm_wsae.errors import LlmWsaeError, nearest
+from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.files import read_json
 
 OURS = "llm_wsae"
@@ -93,9 +95,9 @@ def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
         W_enc, b_enc, W_dec, _ = with_decoder_norms(W_enc, b_enc, W_dec)
     if centred:
         b_enc = without_input_bias(W_enc, b_enc, b_dec)
-    factor = next((w[name] for name in _FACTORS if name in w), None)
+    factor = _factor(folder, cfg, w)
     if factor is not None:
-        W_dec = W_dec * _believed(folder, cfg, factor)[:, None]
+        W_dec = W_dec * factor[:, None]
     tensors = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     if threshold is not None:
         tensors["threshold"] = not_negative(threshold)
@@ -112,14 +114,15 @@ def _architecture(cfg: Mapping[str, Any]) -> str | None:
 
 
 def _activation(cfg: Mapping[str, Any]) -> Any:
-    return cfg.get("activation_fn", cfg.get("activation_fn_str")) or "relu"
+    found = cfg.get("activation_fn", cfg.get("activation_fn_str"))
+    return "relu" if found is None else found
 
 
 def _kind(path: Path, architecture: str | None) -> str:
     if architecture not in _KINDS:
         raise LlmWsaeError(
-            f"{path}: SAELens' architecture {architecture!r} is not one that this package reads; "
-            f"{nearest(str(architecture), _KINDS)}"
+            f"{path}: SAELens' architecture {shown(architecture)} is not one that this package "
+            f"reads; {nearest(str(architecture), _KINDS)}"
         )
     return architecture
 
@@ -127,20 +130,24 @@ def _kind(path: Path, architecture: str | None) -> str:
 def _flag(path: Path, cfg: Mapping[str, Any], name: str, default: bool) -> bool:
     value = cfg.get(name, default)
     if not isinstance(value, bool):
-        raise LlmWsaeError(f"{path} has {name} = {value!r}, which should be true or false")
+        raise LlmWsaeError(f"{path} has {name} = {shown(value)}, which should be true or false")
     return value
 
 
 def _check_activation(path: Path, cfg: Mapping[str, Any]) -> None:
     if _activation(cfg) not in ("relu", "topk"):
         raise LlmWsaeError(
-            f"{path} has the activation function {_activation(cfg)!r}, but only relu and topk can "
-            "be read"
+            f"{path} has the activation function {shown(_activation(cfg))}, but only relu and topk "
+            "can be read"
+        )
+    if _activation(cfg) == "relu" and mapping(cfg.get("activation_fn_kwargs")).get("k") is not None:
+        raise LlmWsaeError(
+            f"{path} has a k for its activation function, but does not say that this is topk"
         )
     if cfg.get("reshape_activations", "none") != "none":
         raise LlmWsaeError(
-            f"{path} has reshape_activations = {cfg['reshape_activations']!r}, which belongs to "
-            "attention heads; only dictionaries of the residual stream can be read"
+            f"{path} has reshape_activations = {shown(cfg['reshape_activations'])}, which belongs "
+            "to attention heads; only dictionaries of the residual stream can be read"
         )
 
 
@@ -148,17 +155,21 @@ def _scale(folder: Path, cfg: Mapping[str, Any]) -> float:
     """What rows are multiplied by before the encoder."""
     how = cfg.get("normalize_activations")
     how = {None: "none", False: "none", True: _SCALED}.get(how, how) if _plain(how) else how
+    path = folder / _SCALER
+    scaler = mapping(read_json(path, "scale of the activations") if path.is_file() else {})
     if how == "none":
+        if scaler.get("scaling_factor") is not None or scaler.get("has_whitening"):
+            raise LlmWsaeError(
+                f"{path} holds a scale of the activations, but {CFG} says that there is none"
+            )
         return 1.0
     if how != _SCALED:
         raise LlmWsaeError(
-            f"{folder / CFG} has normalize_activations = {how!r}, which is different for every row "
-            "and cannot be folded into a dictionary's weights"
+            f"{folder / CFG} has normalize_activations = {shown(how)}, which is not folded into a "
+            "dictionary's weights here; SAELens folds what can be folded when a training ends"
         )
-    path = folder / _SCALER
-    scaler = read_json(path, "scale of the activations") if path.is_file() else {}
-    scale = number(mapping(scaler).get("scaling_factor"))
-    if scale is None or scale <= 0 or mapping(scaler).get("has_whitening"):
+    scale = number(scaler.get("scaling_factor"))
+    if scale is None or scale <= 0 or scaler.get("has_whitening"):
         raise LlmWsaeError(
             f"{folder / CFG} has normalize_activations = {_SCALED!r}, but the folder does not say "
             "what the activations were multiplied by; call fold_activation_norm_scaling_factor "
@@ -184,18 +195,22 @@ def _tensors(path: Path, kind: str, d_in: int, d_sae: int) -> dict[str, Tensor]:
         shapes["topk_threshold"] = ()
     shapes |= dict.fromkeys(tensor_names(path) & set(_FACTORS), (d_sae,))
     found = read_tensors(path, "weights file", shapes, STORED_DTYPES)
-    return {name: tensor.float() for name, tensor in found.items()}
+    return {name: own_copy(tensor) for name, tensor in found.items()}
 
 
-def _believed(folder: Path, cfg: Mapping[str, Any], factor: Tensor) -> Tensor:
+def _factor(folder: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor | None:
     """The factor of the latents before the decoder, where the configuration agrees to it."""
-    if not cfg.get("finetuning_scaling_factor") and not torch.allclose(
-        factor, torch.ones_like(factor)
-    ):
+    factor = next((tensors[name] for name in _FACTORS if name in tensors), None)
+    wanted = bool(cfg.get("finetuning_scaling_factor"))
+    if wanted and factor is None:
         raise LlmWsaeError(
-            f"{folder / WEIGHTS} holds a scaling factor of the latents that {CFG} does not know of"
+            f"{folder / WEIGHTS} lacks the scaling factor of the latents that {CFG} speaks of"
         )
-    return factor
+    if factor is None or wanted or torch.equal(factor, torch.ones_like(factor)):
+        return factor
+    raise LlmWsaeError(
+        f"{folder / WEIGHTS} holds a scaling factor of the latents that {CFG} does not know of"
+    )
 
 
 LAYOUT = Layout("SAELens", CFG, WEIGHTS, announce, read)

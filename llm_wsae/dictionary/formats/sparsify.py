@@ -18,10 +18,11 @@ from llm_wsae.dictionary.formats.foreign import (
     Announced,
     Layout,
     Weights,
+    own_copy,
     site_of,
     without_input_bias,
 )
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.errors import LlmWsaeError, shown
 
 WEIGHTS = "sae.safetensors"
 _MODULE = re.compile(r"[\w.]+\.\d+(\.\w+)*", re.ASCII)
@@ -49,13 +50,13 @@ def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
     for name in _UNLIKE:
         if cfg.get(name):
             raise LlmWsaeError(
-                f"{path} has {name} = {cfg[name]!r}, so it is not a sparse autoencoder that this "
-                "package can represent"
+                f"{path} has {name} = {shown(cfg[name])}, so it is not a sparse autoencoder that "
+                "this package can represent"
             )
     if cfg.get("activation", "topk") != "topk":
         raise LlmWsaeError(
-            f"{path} has activation = {cfg['activation']!r}, but of sparsify's only topk can be "
-            "represented"
+            f"{path} has activation = {shown(cfg['activation'])}, but of sparsify's only topk "
+            "can be represented"
         )
     d_in, d_sae = announced.sizes(path)
     sparsity = announced.sparsity(path, "topk", d_sae)
@@ -66,7 +67,7 @@ def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
         "b_dec": (d_in,),
     }
     found = read_tensors(folder / WEIGHTS, "weights file", shapes, STORED_DTYPES)
-    w = {name: tensor.float() for name, tensor in found.items()}
+    w = {name: own_copy(tensor) for name, tensor in found.items()}
     W_enc = w["encoder.weight"].T
     b_enc = without_input_bias(W_enc, w["encoder.bias"], w["b_dec"])
     return Weights(

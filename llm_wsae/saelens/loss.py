@@ -1,0 +1,51 @@
+"""What the weighted classes add to SAELens': a weights file, and the squared error it asks for."""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.statistics.weights import Gamma, LossWeights
+
+
+def read_weights(path: str, d_in: int) -> LossWeights:
+    """The weights of a file, for rows of ``d_in`` dimensions.
+
+    Raises UsageError for a file that is not named, or whose weights SAELens' training has no place
+    for (a space of its own, annealing); LlmWsaeError for one that cannot be read, is for another
+    number of dimensions, or holds weights that are not finite, negative or all zero.
+    """
+    if not path:
+        raise UsageError("weights_file is not given; make one with llm-wsae weigh")
+    weights = LossWeights.load(Path(path))
+    gamma = weights.gamma
+    if len(gamma) != d_in:
+        raise LlmWsaeError(
+            f"{path} has weights for {len(gamma)} dimensions, but the rows have {d_in}; make them "
+            "from a store of the same site"
+        )
+    negative = not weights.is_matrix and bool((gamma < 0).any())
+    if negative or not bool(torch.isfinite(gamma).all()) or not bool(gamma.any()):
+        raise LlmWsaeError(f"{path} has weights that are not finite, negative or all zero")
+    if weights.config.place != "loss":
+        raise UsageError(
+            f"{path} is for training in a space of its own, but SAELens trains on the rows as they "
+            "are; make weights that act in the loss"
+        )
+    if weights.config.anneal:
+        raise UsageError(
+            f"{path} has weights that go to 1 during training, which SAELens' training cannot do; "
+            "make them without anneal"
+        )
+    return weights
+
+
+def squared_error(
+    x_hat: Float[Tensor, "*rows d_in"], x: Float[Tensor, "*rows d_in"], gamma: Gamma
+) -> Float[Tensor, "*rows d_in"]:
+    """(Γ(x̂ − x))² by dimension: summed over a row ‖Γ(x − x̂)‖² (Cui et al. 2026, theorem 5)."""
+    error = x_hat - x
+    gamma = gamma.to(error.dtype)
+    return (error @ gamma.T if gamma.ndim == 2 else error * gamma) ** 2

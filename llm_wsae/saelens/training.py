@@ -1,0 +1,163 @@
+"""SAELens' training classes with a weighted error; importing this registers them.
+
+Each is SAELens' own class behind ``_Weighted``, which exchanges the squared error that the class
+sums: that of the whole reconstruction, of Matryoshka's prefixes, and of the dead latents in the
+auxiliary loss. Penalties (L1, L0) stay as they are. With γ = 1 nothing differs from SAELens.
+
+Our trainer leaves massive activations out of the loss and SAELens does not; where they are first
+tokens, its ``seqpos_slice=(1,)`` does the same.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+    register_sae_class,
+    register_sae_training_class,
+)
+from sae_lens.registry import get_sae_class
+from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
+from torch import Tensor
+
+from llm_wsae.dictionary.formats.saelens import OURS, PREFIX
+from llm_wsae.errors import UsageError
+from llm_wsae.saelens.loss import read_weights, squared_error
+
+_AFFINE = ("none", "expected_average_only_in")  # one scale for all rows scales the loss and no more
+
+
+@dataclass(kw_only=True)
+class _WeightsFile:
+    """What the configurations have beyond SAELens'."""
+
+    weights_file: str = ""
+    """The weights γ or Γ: a file that ``llm-wsae weigh`` wrote."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return PREFIX + super().architecture()  # type: ignore[misc]
+
+
+class _Weighted:
+    """What the training classes have beyond SAELens'."""
+
+    gamma: Tensor
+
+    def __init__(self, cfg: Any, use_error_term: bool = False):
+        if cfg.normalize_activations not in _AFFINE:
+            raise UsageError(
+                f"weights belong to the model's own dimensions, so normalize_activations must be "
+                f"one of {', '.join(_AFFINE)}, not {cfg.normalize_activations}"
+            )
+        weights = read_weights(cfg.weights_file, cfg.d_in)
+        super().__init__(cfg, use_error_term)
+        cfg.metadata[OURS] = {"rule": weights.rule, "alpha": weights.alpha}
+        device = "cpu" if cfg.device == "meta" else cfg.device  # SAELens loads by way of meta
+        self.register_buffer("gamma", weights.gamma.to(device), persistent=False)  # type: ignore
+        self.mse_loss_fn = self._squared_error
+
+    def _squared_error(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        return squared_error(x_hat, x, self.gamma)
+
+
+class _WeightedTopK(_Weighted):
+    """TopK's auxiliary loss is an error of its own."""
+
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        """The dead latents explain what is left over (Gao et al. 2024, §A.2), weighted alike."""
+        num_dead = 0 if dead_neuron_mask is None else int(dead_neuron_mask.sum())
+        if num_dead == 0:
+            return sae_out.new_zeros(())
+        most = sae_in.shape[-1] // 2
+        latents = calculate_topk_aux_acts(min(most, num_dead), hidden_pre, dead_neuron_mask)
+        rescaled = self.cfg.rescale_acts_by_decoder_norm  # type: ignore[attr-defined]
+        made = act_times_W_dec(latents, self.W_dec, rescaled)  # type: ignore[attr-defined]
+        error = self._squared_error(made, (sae_in - sae_out).detach()).sum(-1).mean()
+        share = min(num_dead / most, 1.0)
+        return self.cfg.aux_loss_coefficient * share * error  # type: ignore[attr-defined]
+
+
+@dataclass
+class WeightedStandardTrainingSAEConfig(_WeightsFile, StandardTrainingSAEConfig):
+    """SAELens' configuration of ReLU with an L1 penalty, and a weights file."""
+
+
+class WeightedStandardTrainingSAE(_Weighted, StandardTrainingSAE):
+    """ReLU with an L1 penalty, weighted."""
+
+
+@dataclass
+class WeightedTopKTrainingSAEConfig(_WeightsFile, TopKTrainingSAEConfig):
+    """SAELens' configuration of TopK, and a weights file."""
+
+
+class WeightedTopKTrainingSAE(_WeightedTopK, TopKTrainingSAE):
+    """TopK, weighted."""
+
+
+@dataclass
+class WeightedBatchTopKTrainingSAEConfig(_WeightsFile, BatchTopKTrainingSAEConfig):
+    """SAELens' configuration of BatchTopK, and a weights file."""
+
+
+class WeightedBatchTopKTrainingSAE(_WeightedTopK, BatchTopKTrainingSAE):
+    """BatchTopK, weighted."""
+
+
+@dataclass
+class WeightedMatryoshkaBatchTopKTrainingSAEConfig(
+    _WeightsFile, MatryoshkaBatchTopKTrainingSAEConfig
+):
+    """SAELens' configuration of Matryoshka BatchTopK, and a weights file."""
+
+
+class WeightedMatryoshkaBatchTopKTrainingSAE(_WeightedTopK, MatryoshkaBatchTopKTrainingSAE):
+    """Matryoshka BatchTopK, weighted in each of its reconstructions."""
+
+    def calculate_matryoshka_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Raises UsageError: its errors are not weighted."""
+        raise UsageError("use_matryoshka_aux_loss has no weighted form; leave it False")
+
+
+@dataclass
+class WeightedJumpReLUTrainingSAEConfig(_WeightsFile, JumpReLUTrainingSAEConfig):
+    """SAELens' configuration of JumpReLU, and a weights file."""
+
+
+class WeightedJumpReLUTrainingSAE(_Weighted, JumpReLUTrainingSAE):
+    """JumpReLU, weighted."""
+
+
+_CLASSES: dict[type, type] = {
+    WeightedStandardTrainingSAE: WeightedStandardTrainingSAEConfig,
+    WeightedTopKTrainingSAE: WeightedTopKTrainingSAEConfig,
+    WeightedBatchTopKTrainingSAE: WeightedBatchTopKTrainingSAEConfig,
+    WeightedMatryoshkaBatchTopKTrainingSAE: WeightedMatryoshkaBatchTopKTrainingSAEConfig,
+    WeightedJumpReLUTrainingSAE: WeightedJumpReLUTrainingSAEConfig,
+}
+ARCHITECTURES: list[str] = []
+"""Names under which SAELens knows them."""
+
+for _sae, _config in _CLASSES.items():
+    _name = _config.architecture()  # type: ignore[attr-defined]
+    register_sae_training_class(_name, _sae, _config)
+    ARCHITECTURES.append(_name)
+    _plain = _name.removeprefix(PREFIX)
+    if _plain in ("standard", "topk", "jumprelu"):  # the others become JumpReLU in the end
+        register_sae_class(_name, *get_sae_class(_plain))
