@@ -45,6 +45,6 @@ def cost(started: float) -> str:
     """Time since ``started`` (a ``time.monotonic``) and peak memory, in words."""
     from llm_wsae.hardware import peak_memory_bytes
 
-    seconds = time.monotonic() - started
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
     peak = peak_memory_bytes() / 2**30
-    return f"took {seconds // 60:.0f} min {seconds % 60:02.0f} s, peak memory {peak:.1f} GiB"
+    return f"took {minutes} min {seconds:02} s, peak memory {peak:.1f} GiB"
