@@ -94,12 +94,12 @@ def test_standardised_inputs_have_one_variance():
 
 
 def test_controls_use_their_weights_in_the_same_way():
-    assert ARMS["hoyer-annealed"].control == "random-annealed"
-    assert ARMS["standardised"].control == "random-space"
-    assert ARMS["gap"].control == "random"
-    for control in ("plain", "random", "permuted-annealed", "random-space"):
-        assert ARMS[control].control is None
-    assert all(arm.control in ARMS for arm in ARMS.values() if arm.control)
+    assert ARMS["hoyer"].controls == ("random", "permuted")
+    assert ARMS["hoyer-annealed"].controls == ("random-annealed", "permuted-annealed")
+    assert ARMS["standardised"].controls == ("random-space",)
+    for name, arm in ARMS.items():
+        is_control = name.startswith(("plain", "random", "permuted"))
+        assert (arm.controls == ()) == is_control, name
 
 
 def test_a_unit_measures_every_arm_and_rule_and_repeats_itself():
