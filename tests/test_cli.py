@@ -73,9 +73,10 @@ FLAGS = {
     "learning-rate warmup decay aux-coefficient dead-after checkpoint-seconds log-every seed "
     "device shard dtype tracker",
     "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
-    "device",
+    "device monosemantic monosemantic-tokens encoder labels keep",
     "study": "model corpus site out rule alpha k curve seeds expansion train-tokens eval-tokens "
-    "score-tokens encoder labels dictionary keep-dictionaries text-column revision device",
+    "score-tokens encoder labels dictionary keep-dictionaries text-column revision device place "
+    "form clip anneal draw",
     "theory": "out experiments seeds steps batch-size spare-latents rows workers",
     "push": "private revision license",
     "pull": "out revision",
