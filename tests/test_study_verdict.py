@@ -179,6 +179,17 @@ def test_report(tmp_path):
     assert sum(line.startswith("uniform ") for line in table.splitlines()) == len(KS)
 
 
+def test_where_kl_says_otherwise_the_line_says_so():
+    made = Made()
+    results = made.curve() + made.rule()
+    (same,) = StudyReport.of("blocks.1.hook_resid_post", {}, results).sentences()
+    assert "; at equal KL the same; " in same
+    costly = [dataclasses.replace(r, kl=1.7 * r.kl) if r.rule == "variance" else r for r in results]
+    (other,) = StudyReport.of("blocks.1.hook_resid_post", {}, costly).sentences()
+    assert other.startswith("variance-a0.5: indistinguishable")
+    assert "; at equal KL better; " in other
+
+
 def test_a_report_of_the_curve_alone(tmp_path):
     report = StudyReport.of("blocks.1.hook_resid_post", {}, Made().curve())
     report.write(tmp_path)

@@ -1,7 +1,7 @@
 """The report of a study: verdicts, tables, JSON and figures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ class StudyReport:
     """What all dictionaries share: rows, text, settings."""
     results: list[Result]
     compared: list[Compared]
+    at_equal_kl: list[Compared]
+    """The same comparison where KL stands for cross-entropy: it says the same of fidelity with less
+    noise, since every prediction counts and not only the token that came."""
     against_itself: dict[int, dict[str, Estimate]]
     """By k: the plain curve beside what its other points say."""
 
@@ -47,7 +50,9 @@ class StudyReport:
     def of(cls, site: str, basis: dict[str, Any], results: Sequence[Result]) -> "StudyReport":
         """Compare finished dictionaries, in any order."""
         ordered = sorted(results, key=_order)
-        return cls(site, basis, ordered, compare(ordered), curve_against_itself(ordered))
+        by_kl = [replace(r, point=replace(r.point, increase=r.kl)) for r in ordered]
+        itself = curve_against_itself(ordered)
+        return cls(site, basis, ordered, compare(ordered), compare(by_kl), itself)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -57,6 +62,7 @@ class StudyReport:
                 "verdicts": {one.label: one.verdict for one in self._claims()},
                 "sentences": self.sentences(),
                 "compared": {one.label: one for one in self.compared},
+                "at_equal_kl": {one.label: one for one in self.at_equal_kl},
                 "curve_against_itself": self.against_itself,
                 "dictionaries": {result.name: result for result in self.results},
                 "measures": MEASURES,
@@ -134,7 +140,10 @@ class StudyReport:
                 if measure in one.against_control:
                     control = _difference(one.against_control[measure])
                     numbers[-1] += f", {control} against its control"
-        return f"{start} ({'; '.join(numbers)}; CE recovered {reached}; {len(one.seeds)} seeds)"
+        by_kl = next(other for other in self.at_equal_kl if other.label == one.label)
+        same = "the same" if by_kl.verdict == one.verdict else by_kl.verdict
+        numbers += [f"at equal KL {same}", f"CE recovered {reached}", f"{len(one.seeds)} seeds"]
+        return f"{start} ({'; '.join(numbers)})"
 
     def _dictionaries(self) -> list[list[str]]:
         """Means over seeds of every label and k."""
@@ -163,10 +172,13 @@ class StudyReport:
         shown = (
             list(MEASURES) if everything else [*DECIDING, "detection_dense", "selectivity_dense"]
         )
-        rows = [["weights", "verdict", "CE at same k", *(MEASURES[m].title for m in shown)]]
-        for one in self.compared:
+        titles = [MEASURES[m].title for m in shown]
+        by_kl = [f"{measure}, equal KL" for measure in DECIDING]
+        rows = [["weights", "verdict", "CE at same k", *titles, *by_kl]]
+        for one, other in zip(self.compared, self.at_equal_kl, strict=True):
             change = ", ".join(f"{c:+.4f}" for c in one.ce_change.values()) or "–"
             cells = [_difference(one.effects.get(measure)) for measure in shown]
+            cells += [_difference(other.effects.get(measure)) for measure in DECIDING]
             rows.append([one.label, one.verdict, change, *cells])
         return rows
 
