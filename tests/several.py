@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["several_imports"])
 _SECONDS = 60
+ROOT = Path(__file__).parents[1]
 
 
 class Rank:
@@ -61,6 +63,19 @@ def start(size: int, work: Callable[..., Any], *args: Any) -> list[Rank]:
 def run(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """The outcomes by rank."""
     return [rank.outcome() for rank in start(size, work, *args)]
+
+
+def torchrun(size: int, *words: Any) -> subprocess.CompletedProcess:
+    """One of our commands in so many processes of the real launcher, to its end."""
+    return subprocess.run(
+        launched(size, *words), capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+
+
+def launched(size: int, *words: Any) -> list[str]:
+    """The words that start it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [*launcher, str(size), "-m", "llm_wsae.cli", *map(str, words)]
 
 
 def _rank(rank: int, size: int, port: int, answer: Any, work: Callable, args: tuple) -> None:

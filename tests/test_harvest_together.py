@@ -3,15 +3,12 @@
 import functools
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from command_line import HARVEST, content, save_model, works
-from several import run, start
+from several import run, start, torchrun
 from test_harvest import CONFIG, LENGTHS, SITES, after, files
 from tiny import tiny_model, write_jsonl
 
@@ -20,8 +17,6 @@ from llm_wsae.data.manifest import RECORDS, Manifest, whole_shards
 from llm_wsae.data.verify import verify_store
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.harvest import harvest
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +208,6 @@ def both_wait(corpus, out, go):
         wait_for(go)
 
     return make(corpus, out, CONFIG, os.environ["RANK"], 10, wait)
-
-
-def torchrun(size, *words):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(size), "-m", "llm_wsae.cli", *map(str, words)],
-        capture_output=True, text=True, timeout=120, cwd=ROOT,
-    )  # fmt: skip
 
 
 def test_the_command_under_torchrun(corpus, tmp_path):

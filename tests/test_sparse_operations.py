@@ -106,6 +106,23 @@ def test_encode_batch_topk(name, k, guess, dtype):
     assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_encode_batch_topk_of_some_rows(name, share, dtype):
+    """The others count nowhere, though their pre-activations may be the largest."""
+    (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
+    kept = torch.rand(len(x), generator=torch.Generator().manual_seed(3)) < share
+    k = min(7, len(encoder))
+    codes = operations.encode_batch_topk(x, encoder, bias, k, torch.tensor(0.5), kept)
+    assert codes.num_rows == len(x) and kept[codes.rows()][codes.values > 0].all()
+    assert_found(codes, pre, tolerance)
+    expected = pre[kept].flatten().topk(k * int(kept.sum())).values.relu()
+    found = torch.zeros_like(expected)
+    positive = codes.values[codes.values > 0].sort(descending=True).values
+    found[: len(positive)] = positive
+    assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("k", [1, 7, 19, 20, 159, 160])
 @pytest.mark.parametrize("d_sae", [160, 157])
 def test_selection_is_exact_and_keeps_the_sign(k, d_sae, dtype):

@@ -172,6 +172,19 @@ def test_encode_batch_topk(device, triton, dtype, kind, k):
     assert int((found > 0).sum()) == len(positive)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_encode_batch_topk_of_some_rows(device, triton, dtype, kind):
+    x, encoder, bias = layer(kind, device, dtype)
+    kept = (torch.arange(BATCH) % 3 > 0).to(device)
+    codes = triton.encode_batch_topk(x, encoder, bias, 5, 0.0, kept)
+    expected = reference.encode_batch_topk(x, encoder, bias, 5, 0.0, kept)
+    assert len(codes.values) == 5 * BATCH
+    positive = codes.values > 0
+    assert torch.equal(codes.values[positive].sort().values, expected.values.sort().values)
+    assert kept[codes.rows()[positive]].all()
+
+
 def test_the_guess_changes_nothing(device, triton):
     x, encoder, bias = layer("random", device, torch.float32)
     first, *others = (triton.encode_batch_topk(x, encoder, bias, 5, g) for g in (0.0, 7.0, 1e9))

@@ -12,7 +12,7 @@ from several import run
 from test_architectures import BATCH, D_SAE, STEPS, K, log_threshold, own_step, problem
 
 from llm_wsae.processes import join
-from llm_wsae.train.auxk import add_auxk_gradients
+from llm_wsae.train.auxk import DeadLatents, add_auxk_gradients
 from llm_wsae.train.collectives import collectives
 from llm_wsae.train.data_parallel import SplitRows
 from llm_wsae.train.jumprelu import jumprelu_step
@@ -75,7 +75,7 @@ def numbers(split: Split, name: str, dtype: torch.dtype, matrix: bool) -> dict:
         step = jumprelu_step(parameters, batch, gamma, K, thresholds)
     else:
         step = own_step(name)(parameters, batch, gamma)
-    dead = torch.tensor([i - own.start for i in DEAD if i in own], dtype=torch.int64)
+    dead = DeadLatents(torch.tensor([i - own.start for i in DEAD if i in own], dtype=torch.int64))
     revived = Parameters(*map(torch.zeros_like, parameters))
     aux = add_auxk_gradients(revived, parameters, batch, step.residual, dead, gamma, 0.5)
     sums = [*step.gradients, step.firings, step.loss, *revived, aux]

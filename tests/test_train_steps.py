@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm_wsae.train.auxk import add_auxk_gradients
+from llm_wsae.train.auxk import DeadFinder, DeadLatents, add_auxk_gradients
 from llm_wsae.train.parameters import Batch, Parameters, initial_parameters
 from llm_wsae.train.relu import dense_relu_step, relu_step, sparse_relu_step
 from llm_wsae.train.topk import topk_step
@@ -63,7 +63,7 @@ def test_auxk_gradients(dtype, num_dead):
     residual = topk_step(parameters, batch, gamma, K).residual
     dead = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:num_dead]
     gradients = Parameters(*(torch.zeros_like(p) for p in parameters))
-    loss = add_auxk_gradients(gradients, parameters, batch, residual, dead, gamma, 0.5)
+    loss = add_auxk_gradients(gradients, parameters, batch, residual, DeadLatents(dead), gamma, 0.5)
 
     leaves = Parameters(*(p.double().clone().requires_grad_() for p in parameters))
     fast_pre = torch.addmm(
@@ -86,3 +86,40 @@ def test_auxk_gradients(dtype, num_dead):
         assert float((found - wanted).norm() / wanted.norm()) < tolerance, name
     assert expected.decoder_bias is None and not gradients.decoder_bias.any()
     assert float(loss) == pytest.approx(float(expected_loss.detach()), rel=tolerance)
+
+
+@pytest.mark.parametrize("num_dead", [0, 1, D_IN // 2, 40])
+def test_auxk_with_latents_that_only_may_be_dead(num_dead):
+    """A mask over more latents gives the gradients of the dead ones."""
+    parameters, batch, gamma = problem(torch.float64)
+    residual = topk_step(parameters, batch, gamma, K).residual
+    some = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:60]
+    is_dead = torch.arange(60) % 60 < num_dead
+    found = []
+    for latents in (DeadLatents(some, is_dead), DeadLatents(some[is_dead])):
+        gradients = Parameters(*(torch.zeros_like(p) for p in parameters))
+        loss = add_auxk_gradients(gradients, parameters, batch, residual, latents, gamma, 0.5)
+        found.append([*gradients, loss])
+    masked, alone = found
+    for one, other in zip(masked[:4], alone[:4], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    if num_dead:
+        assert alone[0].any() and float(masked[4]) == pytest.approx(float(alone[4]), rel=1e-12)
+
+
+def test_the_dead_are_the_same_whether_looked_for_now_and_then():
+    """With no more looks than there need be."""
+    always, seldom = DeadFinder(torch.device("cpu")), DeadFinder(torch.device("cpu"))
+    seldom._waits = True
+    last_fired = torch.zeros(50, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    looks, sizes = set(), []
+    for rows_seen in range(64, 64 * 200, 64):
+        last_fired[torch.rand(50, generator=generator) < 0.05] = rows_seen
+        expected = always.find(last_fired, rows_seen, 2048)
+        found = seldom.find(last_fired, rows_seen, 2048)
+        assert expected.dead is None
+        assert torch.equal(found.indices[found.dead], expected.indices)
+        looks.add(seldom._until)
+        sizes.append(len(expected.indices))
+    assert max(sizes) > 5 and len(looks) < 199 / 2

@@ -64,7 +64,12 @@ def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) ->
 
 
 def encode_batch_topk(
-    x: Tensor, encoder: Tensor, bias: Tensor, k: int, guess: float
+    x: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    k: int,
+    guess: float | Tensor,
+    kept: Tensor | None = None,
 ) -> RaggedCodes:
     """See ``operations``."""
     lists = _Lists(max(_FEW, 4 * k))
@@ -72,8 +77,11 @@ def encode_batch_topk(
     def above(tile: Tensor, bound: float) -> RaggedCodes:
         return lists.above(tile, encoder, bias, torch.full((len(encoder),), bound))
 
-    wanted = min(k, len(encoder)) * len(x)
-    return plain.largest_of_batch(above, x.split(_TILE_ROWS), wanted, guess)
+    def encode(rows: Tensor) -> RaggedCodes:
+        wanted = min(k, len(encoder)) * len(rows)
+        return plain.largest_of_batch(above, rows.split(_TILE_ROWS), wanted, float(guess))
+
+    return plain.of_kept(encode, x, kept)
 
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:

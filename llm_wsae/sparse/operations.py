@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.sparse import compiled, plain, reference
@@ -72,14 +72,17 @@ def encode_batch_topk(
     encoder: Float[Tensor, "d_sae d_in"],
     bias: Float[Tensor, " d_sae"],
     k: int,
-    guess: float,
+    guess: float | Float[Tensor, ""],
+    kept: Bool[Tensor, " batch"] | None = None,
 ) -> RaggedCodes:
-    """The batch·k largest positive pre-activations of the whole batch; fewer if fewer are positive.
+    """The largest positive pre-activations of the whole batch, k per row; fewer if fewer are > 0.
 
+    Rows that are not ``kept`` have no active latent and do not count; by default all are.
     ``guess``, the smallest value of the step before, makes it fast when it is near but below the
     smallest value of this one; it never changes the result. Dtypes as in ``encode_topk``.
     """
-    return _for_products(x, encoder, bias).encode_batch_topk(x, encoder, bias, k, guess)
+    implementation = _for_products(x, encoder, bias)
+    return implementation.encode_batch_topk(x, encoder, bias, k, guess, kept)
 
 
 def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:

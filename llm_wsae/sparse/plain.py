@@ -37,7 +37,12 @@ def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) ->
 
 
 def encode_batch_topk(
-    x: Tensor, encoder: Tensor, bias: Tensor, k: int, guess: float
+    x: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    k: int,
+    guess: float | Tensor,
+    kept: Tensor | None = None,
 ) -> RaggedCodes:
     """See ``operations``."""
 
@@ -45,7 +50,20 @@ def encode_batch_topk(
         pre = torch.addmm(bias, rows, encoder.T)
         return _active(pre, pre > bound)
 
-    return largest_of_batch(above, x.split(_TILE_ROWS), min(k, len(encoder)) * len(x), guess)
+    def encode(rows: Tensor) -> RaggedCodes:
+        wanted = min(k, len(encoder)) * len(rows)
+        return largest_of_batch(above, rows.split(_TILE_ROWS), wanted, float(guess))
+
+    return of_kept(encode, x, kept)
+
+
+def of_kept(encode: Callable[[Tensor], RaggedCodes], x: Tensor, kept: Tensor | None) -> RaggedCodes:
+    """The codes of those rows only; the others have no slots."""
+    if kept is None or bool(kept.all()):
+        return encode(x)
+    codes = encode(x[kept])
+    kept_before = F.pad(kept.cumsum(0), (1, 0))
+    return codes._replace(offsets=codes.offsets[kept_before])
 
 
 def largest_of_batch(

@@ -32,11 +32,17 @@ def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) ->
 
 
 def encode_batch_topk(
-    x: Tensor, encoder: Tensor, bias: Tensor, k: int, guess: float
+    x: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    k: int,
+    guess: float | Tensor,
+    kept: Tensor | None = None,
 ) -> RaggedCodes:
     """See ``operations``."""
-    pre = _pre(x, encoder, bias).relu()
-    best = pre.flatten().topk(min(k * len(pre), pre.numel())).indices
+    kept = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept
+    pre = _pre(x, encoder, bias).relu() * kept[:, None]
+    best = pre.flatten().topk(min(k * int(kept.sum()), pre.numel())).indices
     chosen = torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device)
     chosen[best] = True
     return _sparse(pre, chosen.view_as(pre) & (pre > 0))

@@ -69,22 +69,32 @@ def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) ->
 
 
 def encode_batch_topk(
-    x: Tensor, encoder: Tensor, bias: Tensor, k: int, guess: float
+    x: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    k: int,
+    guess: float | Tensor,
+    kept: Tensor | None = None,
 ) -> RaggedCodes:
     """See ``operations``. Has no use for the guess: acting on it would mean waiting for the device.
 
-    The result has batch·k slots whatever the values: where fewer are positive, the others are
-    unused slots of value 0. Each tile keeps that many candidates.
+    The result has batch·k slots whatever the values and however many rows are kept: those that are
+    too many are unused slots of value 0. Each tile keeps that many candidates.
     """
     batch, d_sae = len(x), len(encoder)
     slots = min(k * batch, batch * d_sae)
     values, places = [], []
     for rows in _tiles(batch, d_sae * x.element_size()):
-        pre = torch.addmm(bias, x[rows], encoder.T).relu_().flatten()
-        best = pre.topk(min(slots, len(pre)), sorted=False)
+        pre = torch.addmm(bias, x[rows], encoder.T).relu_()
+        if kept is not None:
+            pre *= kept[rows, None]
+        best = pre.flatten().topk(min(slots, pre.numel()), sorted=False)
         values.append(best.values)
         places.append(best.indices + rows.start * d_sae)
-    best = torch.cat(values).topk(slots, sorted=False)
+    best = torch.cat(values).topk(slots, sorted=kept is not None)
+    if kept is not None:
+        ranks = torch.arange(slots, device=x.device)
+        best.values.masked_fill_(ranks >= k * kept.sum(), 0)
     places, order = torch.cat(places)[best.indices].sort()
     starts = torch.arange(batch + 1, device=x.device) * d_sae
     return RaggedCodes(

@@ -11,7 +11,7 @@ from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
 from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.statistics.weights import Gamma, LossWeights
-from llm_wsae.train.auxk import add_auxk_gradients
+from llm_wsae.train.auxk import DeadFinder, add_auxk_gradients
 from llm_wsae.train.batch_topk import RunningThreshold, batch_topk_step
 from llm_wsae.train.config import Architecture
 from llm_wsae.train.jumprelu import LearntThreshold, jumprelu_step
@@ -135,6 +135,7 @@ class Arm:
         self.parameters = initial_parameters(d_in, d_sae, config.seed, device, own=own)
         self.threshold = _threshold(config, d_sae, device, len(own))
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
+        self._finder = DeadFinder(device)
         self._optimiser = Optimiser(self.parameters)
         self._workspace = workspace or Workspace()
         self.progress = self._no_progress()
@@ -149,7 +150,7 @@ class Arm:
             if aux > 0 and self.config.revives:
                 self._revive(step, batch, rows_seen, aux, dead_after)
             self._split.sum_over_rows([*step.gradients, step.firings, step.loss])
-            self.last_fired[step.firings > 0] = rows_seen
+            self.last_fired.masked_fill_(step.firings > 0, rows_seen)
             self._optimiser.step(step.gradients, learning_rate)
             if self.threshold is not None:
                 self.threshold.follow(step.for_threshold, learning_rate)
@@ -185,7 +186,7 @@ class Arm:
         return rows_seen - self.last_fired > dead_after
 
     def _revive(self, step: Step, batch: Batch, rows_seen: int, aux: float, dead_after: int):
-        dead = self.dead(rows_seen, dead_after).nonzero().flatten()
+        dead = self._finder.find(self.last_fired, rows_seen, dead_after)
         add_auxk_gradients(
             step.gradients, self.parameters, batch, step.residual, dead, self.gamma, aux
         )
@@ -231,6 +232,7 @@ class Arm:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``state``."""
+        self._finder = DeadFinder(self.last_fired.device)
         self.last_fired.copy_(tensors["last_fired"])
         for name, parameter in self.parameters._asdict().items():
             parameter.copy_(tensors[name])

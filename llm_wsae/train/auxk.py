@@ -2,16 +2,51 @@
 
 The dead latents with the largest pre-activations reconstruct the residual, in the same weighted
 norm as the main loss. Few latents are dead, so their products are dense over that subset.
+
+To find the subset means to wait for a GPU. There it is found now and then only, with those latents
+that may yet die until it is found again, and what takes part in a step is told by a mask.
 """
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.parameters import Batch, Parameters, squared, times
 
 _TILE_ROWS = 1024
+_LOOKS_PER_DEATH = 16  # how often the dead are looked for, on a GPU, while one dies
+
+
+class DeadLatents(NamedTuple):
+    """Latents that have not fired for long, as indices among those that are here."""
+
+    indices: Int[Tensor, " some"]
+    """Those that are dead, and possibly some that are not."""
+    dead: Bool[Tensor, " some"] | None = None
+    """Which of them are; None if all."""
+
+
+class DeadFinder:
+    """Finds the dead latents of one arm."""
+
+    def __init__(self, device: torch.device):
+        self._waits = device.type != "cpu"
+        self._found = torch.empty(0, dtype=torch.int64, device=device)
+        self._until = 0
+
+    def find(
+        self, last_fired: Int[Tensor, " latents"], rows_seen: int, dead_after: int
+    ) -> DeadLatents:
+        """Those that have not fired for ``dead_after`` rows."""
+        if not self._waits:
+            return DeadLatents((rows_seen - last_fired > dead_after).nonzero().flatten())
+        if rows_seen > self._until:
+            self._until = rows_seen + dead_after // _LOOKS_PER_DEATH
+            self._found = (self._until - last_fired > dead_after).nonzero().flatten()
+        return DeadLatents(self._found, rows_seen - last_fired[self._found] > dead_after)
 
 
 def add_auxk_gradients(
@@ -19,16 +54,16 @@ def add_auxk_gradients(
     parameters: Parameters,
     batch: Batch,
     residual: Float[Tensor, "batch d_in"],
-    dead: Int[Tensor, " dead"],
+    latents: DeadLatents,
     gamma: Gamma,
     coefficient: float,
 ) -> Float[Tensor, ""]:
     """Add the gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² to those of the dead latents.
 
     e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. At most d_in / 2
-    dead latents take part in a row. ``dead`` are indices among the latents that are here. Returns
-    the auxiliary loss before its coefficient.
+    dead latents take part in a row. Returns the auxiliary loss before its coefficient.
     """
+    dead = latents.indices
     fast = batch.x_fast.dtype
     encoder, decoder = parameters.encoder[dead].to(fast), parameters.decoder[dead].to(fast)
     bias = parameters.encoder_bias[dead].to(fast)
@@ -46,18 +81,20 @@ def add_auxk_gradients(
     for start in range(0, len(residual), _TILE_ROWS):
         rows = slice(start, start + _TILE_ROWS)
         x_fast, mask = batch.x_fast[rows], batch.mask[rows, None]
-        latents = torch.addmm(bias, x_fast, encoder.T).relu_()
+        active = torch.addmm(bias, x_fast, encoder.T).relu_()
+        if latents.dead is not None:
+            active *= latents.dead
         if k_aux < num_dead:
-            latents *= latents >= batch.split.kth_largest(latents, k_aux)
-        # residual is x̂ − x = −e, so ê − e = latents · decoder + residual
-        decoded = batch.split.over_latents((latents @ decoder).to(residual.dtype))
+            active *= active >= batch.split.kth_largest(active, k_aux)
+        # residual is x̂ − x = −e, so ê − e = active · decoder + residual
+        decoded = batch.split.over_latents((active @ decoder).to(residual.dtype))
         error = (decoded + residual[rows]) * mask
         by_output = times(error, metric * scale)
         loss += (by_output * error).sum()
         by_output = by_output.mul_(2 * coefficient).to(fast)
-        by_latent = (by_output @ decoder.T).mul_(latents > 0)
+        by_latent = (by_output @ decoder.T).mul_(active > 0)
         by_encoder += by_latent.T @ x_fast
-        by_decoder += latents.T @ by_output
+        by_decoder += active.T @ by_output
         by_bias += by_latent.sum(0, dtype=residual.dtype)
     gradients.encoder.index_add_(0, dead, by_encoder)
     gradients.decoder.index_add_(0, dead, by_decoder)

@@ -26,7 +26,7 @@ def batch_topk_step(
     batch: Batch,
     gamma: Gamma,
     k: int,
-    guess: float,
+    guess: float | Float[Tensor, ""],
     out: Gradients | None = None,
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients.
@@ -39,24 +39,21 @@ def batch_topk_step(
     return step._replace(for_threshold=smallest_value(codes, batch))
 
 
-def batch_topk_codes(parameters: Parameters, batch: Batch, k: int, guess: float) -> RaggedCodes:
+def batch_topk_codes(
+    parameters: Parameters, batch: Batch, k: int, guess: float | Float[Tensor, ""]
+) -> RaggedCodes:
     """The largest positive pre-activations of the batch, k per row that is not masked.
 
     A masked row is 0 and would otherwise be encoded by its biases.
     """
     fast, kept = batch.x_fast.dtype, batch.mask.bool()
-    everywhere = bool(kept.all())
-    x = batch.x_fast if everywhere else batch.x_fast[kept]
     encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
 
     def largest(per_row: int) -> RaggedCodes:
-        return encode_batch_topk(x, encoder, bias, min(per_row, len(encoder)), guess)
+        per_row = min(per_row, len(encoder))
+        return encode_batch_topk(batch.x_fast, encoder, bias, per_row, guess, kept)
 
-    codes = batch.split.batch_topk(largest, k, len(x))
-    if everywhere:
-        return codes
-    kept_before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
-    return codes._replace(offsets=codes.offsets[kept_before])
+    return batch.split.batch_topk(largest, k, kept)
 
 
 def smallest_value(codes: RaggedCodes, batch: Batch) -> Float[Tensor, ""]:
@@ -86,9 +83,12 @@ class RunningThreshold:
         share = _LAST_SHARE / (self._steps + _LAST_SHARE - 1)
         self.mean.lerp_(smallest.double(), max(share, 1 / _MOST_STEPS))
 
-    def guess(self) -> float:
-        """A value that the next step's smallest one will not be much above, nor ever so below."""
-        return _BELOW * float(self.mean)
+    def guess(self) -> Float[Tensor, ""]:
+        """A value that the next step's smallest one will not be much above, nor ever so below.
+
+        It stays on the device: whoever has a use for it waits for it.
+        """
+        return _BELOW * self.mean
 
     def values(self) -> Float[Tensor, " d_sae"]:
         """The threshold of every latent, in normalised units."""

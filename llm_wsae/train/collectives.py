@@ -81,14 +81,18 @@ def collectives(processes: Several, device: torch.device) -> Iterator[Collective
         torch.cuda.set_device(device)
         each_has_its_own = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
         backend = "cpu:gloo,cuda:nccl" if each_has_its_own else "gloo"
-    distributed.init_process_group(
-        backend,
-        store=processes.new_store(),
-        rank=processes.rank,
-        world_size=processes.size,
-        timeout=_PATIENCE,
-    )
     try:
+        distributed.init_process_group(
+            backend,
+            store=processes.new_store(),
+            rank=processes.rank,
+            world_size=processes.size,
+            timeout=_PATIENCE,
+        )
+    except RuntimeError as error:
+        raise processes.blame(error) from error
+    try:
+        processes.meet()  # or one that fails now would leave others half connected
         yield Collectives(processes)
     finally:
         distributed.destroy_process_group()  # who still waits for this process wakes up

@@ -8,7 +8,7 @@ batch, and gradients need only be added up. Then all take the same step.
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.data.batches import ActivationSource, SharedSource
@@ -52,6 +52,6 @@ class SplitRows(Split):
         return self._all.min_(value.clone())
 
     def batch_topk(
-        self, encode: Callable[[int], RaggedCodes], k: int, num_rows: int
+        self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
     ) -> RaggedCodes:
-        return largest_of_all(self._all, encode, k, num_rows, rows_apart=True, first=_MORE * k)
+        return largest_of_all(self._all, encode, k, kept, rows_apart=True, first=_MORE * k)

@@ -37,21 +37,23 @@ def largest_of_all(
     collectives: Collectives,
     encode: Callable[[int], RaggedCodes],
     k: int,
-    num_rows: int,
+    kept: Bool[Tensor, " rows"],
     *,
     rows_apart: bool,
     first: float,
 ) -> RaggedCodes:
-    """One's own of the largest positive values of the batch, k per row of it.
+    """One's own of the largest positive values of the batch, k per kept row of it.
 
-    ``encode`` gives one's own largest values, so many per row. One cannot know how many of them are
-    among the largest of all, so ``first`` per row are tried, and more as long as somebody's
-    smallest one is above the smallest of all.
+    ``encode`` gives one's own largest values, so many per kept row. One cannot know how many of
+    them are among the largest of all, so ``first`` per row are tried, and more as long as
+    somebody's smallest one is above the smallest of all.
     """
-    rows = collectives.sum_(torch.tensor(num_rows)) if rows_apart else torch.tensor(num_rows)
-    wanted, per_row = k * int(rows), math.ceil(first)
+    num_rows = int(kept.sum())
+    rows = int(collectives.sum_(torch.tensor(num_rows))) if rows_apart else num_rows
+    wanted, per_row = k * rows, math.ceil(first)
     while True:
         codes = encode(per_row)
+        codes = only(codes, codes.values > 0)
         all_there = len(codes.values) < per_row * num_rows  # no more of them are positive
         values = _gather(collectives, codes.values)
         smallest = values.new_zeros(())
@@ -66,7 +68,7 @@ def largest_of_all(
     by_rank = torch.stack(collectives.gather(counts))
     taken_before = int(by_rank[: collectives.rank, 1].sum())
     left = wanted - int(by_rank[:, 0].sum()) - taken_before
-    return only(codes, (codes.values > 0) & (above | (level & (level.cumsum(0) <= left))))
+    return only(codes, above | (level & (level.cumsum(0) <= left)))
 
 
 def _gather(collectives: Collectives, values: Float[Tensor, " own"]) -> Float[Tensor, " all"]:

@@ -12,6 +12,8 @@ latent is pushed by the sum of the gradients of all prefixes that hold it.
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import firing_counts, value_gradients, weight_gradients
@@ -30,7 +32,7 @@ def matryoshka_step(
     batch: Batch,
     gamma: Gamma,
     k: int,
-    guess: float,
+    guess: float | Float[Tensor, ""],
     out: Gradients | None = None,
     prefixes: Sequence[float] = PREFIXES,
 ) -> Step:
@@ -41,7 +43,7 @@ def matryoshka_step(
     encoder, decoder, encoder_bias, decoder_bias = parameters
     codes = batch_topk_codes(parameters, batch, k, guess)
     groups = batch.split.own_groups(group_bounds(batch.split.latent_parts * len(encoder), prefixes))
-    parts = [_of_group(codes, start, stop) for start, stop in groups]
+    parts = _by_group(codes, groups)
 
     residuals, bias = [], decoder_bias
     for part, (start, stop) in zip(parts, groups, strict=True):
@@ -76,8 +78,24 @@ def group_bounds(d_sae: int, prefixes: Sequence[float] = PREFIXES) -> list[tuple
     return list(zip([0, *ends], ends, strict=False))
 
 
-def _of_group(codes: RaggedCodes, start: int, stop: int) -> RaggedCodes:
-    """The codes of the latents start … stop − 1, counted from start."""
-    inside = (codes.indices >= start) & (codes.indices < stop)
-    before = torch.nn.functional.pad(inside.cumsum(0), (1, 0))
-    return RaggedCodes(codes.indices[inside] - start, codes.values[inside], before[codes.offsets])
+def _by_group(codes: RaggedCodes, groups: Sequence[tuple[int, int]]) -> list[RaggedCodes]:
+    """The codes of each group of latents, counted from its first one.
+
+    Waits for the device once, to learn how many there are of each.
+    """
+    indices, values, offsets = codes
+    inside = torch.stack([(indices >= start) & (indices < stop) for start, stop in groups])
+    before = torch.nn.functional.pad(inside.cumsum(1), (1, 0))
+    parts = []
+    for (start, _), mine, place, size in zip(
+        groups, inside, before, before[:, -1].tolist(), strict=True
+    ):
+        slots = torch.where(mine, place[:-1], size)  # the others all go behind the end
+        parts.append(
+            RaggedCodes(
+                indices.new_empty(size + 1).scatter_(0, slots, indices - start)[:size],
+                values.new_empty(size + 1).scatter_(0, slots, values)[:size],
+                place[offsets],
+            )
+        )
+    return parts

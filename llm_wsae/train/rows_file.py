@@ -71,7 +71,7 @@ def _layout(
         end = at + math.prod(shape) * tensor.itemsize
         entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [at, end]}
         starts[name], at = at, end
-    text = json.dumps({"__metadata__": metadata, **entries}).encode()
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNED)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}

@@ -9,7 +9,7 @@ a latent happens where it is.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.errors import UsageError
@@ -58,10 +58,10 @@ class SplitLatents(Split):
         return only(ragged(codes), chosen.flatten())
 
     def batch_topk(
-        self, encode: Callable[[int], RaggedCodes], k: int, num_rows: int
+        self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
     ) -> RaggedCodes:
         first = _MORE * k / self._all.size
-        return largest_of_all(self._all, encode, k, num_rows, rows_apart=False, first=first)
+        return largest_of_all(self._all, encode, k, kept, rows_apart=False, first=first)
 
     def kth_largest(
         self, latents: Float[Tensor, "rows latents"], k: int

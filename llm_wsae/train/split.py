@@ -9,7 +9,7 @@ in which none must: all of this then costs nothing.
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.data.batches import ActivationSource
@@ -69,11 +69,11 @@ class Split:
         return ragged(codes)
 
     def batch_topk(
-        self, encode: Callable[[int], RaggedCodes], k: int, num_rows: int
+        self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
     ) -> RaggedCodes:
-        """Of the largest of the whole batch, k per row, those in one's own rows and latents.
+        """Of the largest of the whole batch, k per kept row, those in one's own rows and latents.
 
-        ``encode`` gives the largest of one's own ``num_rows`` rows and latents, so many per row.
+        ``encode`` gives the largest of one's own, so many per kept row.
         """
         return encode(k)
 
