@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.errors import LlmWsaeError, UsageError
     from llm_wsae.evaluate.config import EvaluateConfig
+    from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
     from llm_wsae.harvest import ActivationStream
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.model.site import Site
@@ -55,6 +56,7 @@ _HOMES = {
     "Dictionary": "dictionary.dictionary",
     "Codes": "sparse.codes",
     "EvaluateConfig": "evaluate.config",
+    "MonosemanticConfig": "evaluate.monosemantic_config",
     "LlmWsaeError": "errors",
     "UsageError": "errors",
 }
@@ -72,6 +74,7 @@ __all__ = [
     "LanguageModel",
     "LlmWsaeError",
     "LossWeights",
+    "MonosemanticConfig",
     "Site",
     "Statistics",
     "StreamConfig",

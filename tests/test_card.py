@@ -105,6 +105,14 @@ def test_monosemanticity_comes_with_its_controls():
     assert "other-k4" not in table and "note" not in table
 
 
+def test_measures_of_this_package_are_explained():
+    scores = {"purity": {"value": 0.6, "interval": [0.5, 0.7], "control": 0.2}, "probe_5": None}
+    _, body = parts(card(REPO, [some(metrics={"monosemanticity": scores})], set()))
+    section = body.split("## Monosemanticity")[1].split("##")[0]
+    assert "purity: share of the most frequent token" in section and "probe 5" not in section
+    assert cells(section, f"`{SITE}/plain-k4`")[1:] == ["0.600 [0.500, 0.700] (control 0.200)"]
+
+
 def test_the_command_and_versions_that_made_it():
     made = {
         "command": "llm-wsae train store --k 4 `rm`\n```",

@@ -188,9 +188,28 @@ def test_windows_are_embedded_once():
 
 def test_a_window_ends_with_its_context_and_its_document():
     text = make_text(contexts=4, positions=6, documents=3)  # 20 tokens, 7 to a document
-    embeddings = WindowEmbeddings(text, Spelling(), WordCounts(), 3, 2)
+    embeddings = WindowEmbeddings(text, Spelling(), WordCounts(), 3, 1)
     words = [f"w{i}" for i in text.token.tolist()]
     # Row 5 begins the second context; row 7 begins the second document; row 6 is before it.
-    expected = {0: words[0:3], 4: words[1:5], 5: words[5:7], 6: words[5:7], 7: words[7:10]}
+    expected = {0: words[0:2], 4: words[1:5], 5: words[5:7], 6: words[5:7], 7: words[7:9]}
     for row, window in expected.items():
         assert embeddings.texts(torch.tensor([row]))[0].split() == window
+
+
+def test_neighbours_share_a_window_in_which_all_of_them_stand():
+    text = make_text(contexts=2, positions=16, documents=2)
+    text.document[0, 12:] = 1  # another document begins at position 12
+    text.document_of.copy_(text.document.flatten()[text.cell])
+    encoder = WordCounts()
+    embeddings = WindowEmbeddings(text, Spelling(), encoder, 6, 4)
+    rows = torch.arange(text.num_rows)
+    cells = embeddings.cells(rows)
+    assert (cells == text.cell[:, None]).any(1).all()
+    # Positions 1-4, 5-9, 10-14 and 15 of a context of one document; in the other context, 10 and
+    # 11 belong to 12, in the middle of five, no more.
+    centre = (cells[:, 6] % 16).tolist()
+    assert centre[15:] == [2] * 4 + [7] * 5 + [12] * 5 + [15]
+    assert centre[:15] == [2] * 4 + [7] * 5 + [10, 11] + [12] * 3 + [15]
+    embeddings.prepare(rows)
+    assert encoder.embedded == len(cells.unique(dim=0)) == 10
+    assert torch.equal(embeddings.of(rows[5:9]), embeddings.of(rows[4:5]).expand(4, -1))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_wsae.evaluate.concept_scores import Questions, probe_latents, probe_site
+from llm_wsae.evaluate.concept_scores import Latents, Questions, probe_latents, probe_site
 from llm_wsae.evaluate.concepts import Concepts
 from llm_wsae.evaluate.probing import (
     RIDGE_DENSE,
@@ -178,23 +178,24 @@ def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
     assert site.dense[:2].min() > 0.99 and site.accuracy[:2].min() > 0.95
     assert 0.5 < site.raw[1][1] < site.raw[2][1] < 0.95
     density = (latents > 0).double().mean(0)
-    good = probe_latents(asked, site, [sparse(latents)], decoder, density, every)
+    planted_latents = Latents.of(asked, [sparse(latents)], decoder, density)
+    good = probe_latents(asked, site, planted_latents, every)
     assert float(good.sparse[1][0]) == 1 and float(good.sparse[2][1]) == 1
     # (the "latents" of pure chance may be those of anything)
     assert good.own_fall[:2].min() > 0.4 and good.others_fall[:2].abs().max() < 0.1
     turn = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
-    mixed = probe_latents(
-        asked, site, [DenseTable(latents @ turn.T)], turn @ decoder, density, every
-    )
+    turned = Latents.of(asked, [DenseTable(latents @ turn.T)], turn @ decoder, density)
+    mixed = probe_latents(asked, site, turned, every)
     assert mixed.selectivity[:2].max() < good.selectivity[:2].min() - 0.1
     without = every.clone()
     without[3] = False
-    blind = probe_latents(asked, site, [sparse(latents)], decoder, density, without)
+    blind = probe_latents(asked, site, planted_latents, without)
     assert float(blind.sparse[1][0]) < 0.7 and float(blind.own_fall[0]) < 0.1
 
 
 def test_no_concept_gives_empty_scores():
     every = torch.ones(D_SAE, dtype=torch.bool)
     site = probe_site([], [])
-    found = probe_latents([], site, [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE), every)
+    latents = Latents.of([], [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE))
+    found = probe_latents([], site, latents, every)
     assert len(site.dense) == len(found.selectivity) == len(found.sparse[5]) == 0

@@ -5,9 +5,10 @@ from typing import Literal
 
 import tyro
 
-from llm_wsae.commands.common import Config, Device, Result, label_of, load_model
+from llm_wsae.commands.common import Config, Device, Flag, Result, label_of, load_model
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluate.config import EvaluateConfig
+from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
 from llm_wsae.files import write_json
 from llm_wsae.record import plain, versions
 
@@ -22,8 +23,13 @@ def evaluate(
     text_column: str | None = None,
     revision: str | None = None,
     device: Device = "auto",
+    monosemantic: Flag = False,
+    monosemantic_tokens: int = MonosemanticConfig.tokens,
+    encoder: str = MonosemanticConfig.encoder,
+    labels: tuple[str, ...] = (),
+    keep: Flag = False,
 ) -> Result:
-    """Measure what dictionaries keep of the model, on held-out text.
+    """Measure what dictionaries keep of the model, and their latents, on held-out text.
 
     Args:
         dictionaries: Dictionary folders.
@@ -34,24 +40,52 @@ def evaluate(
         text_column: Column of the corpus that holds the text, where that is not clear.
         revision: Revision of a model on the Hub.
         device: Where the model runs.
+        monosemantic: Also measure whether latents are monosemantic, which needs a sentence encoder.
+        monosemantic_tokens: Held-out rows for that.
+        encoder: Sentence encoder for that: an installed package, local folder or Hub id.
+        labels: Columns of the corpus that say what its documents are, to probe; all by default.
+        keep: Also keep the results in the dictionaries' own folders, for their cards.
     """
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.tokens import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.measurements import check_keeps_measurements, keep_measurements
     from llm_wsae.evaluate.contexts import packing_of
     from llm_wsae.evaluate.fidelity import evaluate as measure
+    from llm_wsae.evaluate.monosemantic import Bench
+    from llm_wsae.evaluate.monosemantic_summary import summary_of
+    from llm_wsae.run import summary
 
+    scoring = MonosemanticConfig(
+        tokens=monosemantic_tokens,
+        encoder=encoder,
+        labels=labels,
+        bootstraps=config.bootstraps,
+        seed=config.seed,
+    )
     if not dictionaries:
         raise UsageError("name at least one dictionary folder")
     if out.is_dir():
         raise UsageError(f"--out is the JSON report to write, but {out} is a folder")
+    for folder in dictionaries if keep else ():
+        check_keeps_measurements(folder)
     loaded = {label_of(path, dictionaries): Dictionary.load(path) for path in dictionaries}
     packing, text = packing_of(loaded), Corpus.open(corpus, part, text_column=text_column)
     language_model = load_model(model, revision, device)
     contexts = Packer.for_model(language_model, packing).contexts(text)
-    report = measure(loaded, language_model, contexts, config)
+    # Before the long work: it reads its text and finds its encoder.
+    bench = Bench(language_model, text, packing, scoring) if monosemantic else None
+    fidelity = measure(loaded, language_model, contexts, config)
+    facts, tables = fidelity.to_dict(), [fidelity.table()]
+    found = {name: {"fidelity": summary(f)} for name, f in fidelity.dictionaries.items()}
+    if bench is not None:
+        scores = bench.score(loaded)
+        facts["monosemanticity"] = scores.to_dict()
+        tables.append(scores.table())
+        for name in loaded:
+            found[name]["monosemanticity"] = summary_of(scores, name)
     asked = {"dictionaries": dictionaries, "corpus": corpus, "part": part}
-    write_json(
-        out, {"command": "evaluate", **plain(asked), "versions": versions(), **report.to_dict()}
-    )
-    return report.to_dict(), f"{report.table()}\n\nreport  {out}"
+    write_json(out, {"command": "evaluate", **plain(asked), "versions": versions(), **facts})
+    for name, folder in zip(loaded, dictionaries, strict=True) if keep else ():
+        keep_measurements(folder, found[name])
+    return facts, "\n\n".join([*tables, f"report  {out}"])

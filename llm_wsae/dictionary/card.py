@@ -16,7 +16,7 @@ from llm_wsae.dictionary.card_tables import (
     escape,
     fidelity_notes,
     is_plain,
-    monosemanticity_table,
+    monosemanticity_section,
     table,
 )
 from llm_wsae.dictionary.facts import Facts, mapping, text
@@ -157,8 +157,8 @@ def _body(
         dictionaries_table(dictionaries),
         *fidelity_notes(dictionaries),
     ]
-    if scores := monosemanticity_table(dictionaries):
-        parts += ["## Monosemanticity", scores]
+    if scores := monosemanticity_section(dictionaries):
+        parts += ["## Monosemanticity", *scores]
     parts += ["## How to use them", *_usage(repo_id, dictionaries[0], revision)]
     parts += ["## How they were made"]
     for d in dictionaries:

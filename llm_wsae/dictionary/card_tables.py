@@ -8,6 +8,20 @@ from llm_wsae.dictionary.facts import Facts, mapping, number, pair
 _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
+_MEASURES = {
+    "eligible_share": "share of the latents that fire in enough contexts to be scored",
+    "purity": "share of the most frequent token among the contexts that excite a latent most "
+    "(control: among random contexts)",
+    "coherence": "mean cosine of their meanings, less that of random ones",
+    "detection": "chance that another context in which the latent fires resembles them more than "
+    "one in which it is silent (0.5: they have nothing in common)",
+    "detection_without_tokens": "the same without contexts that share a token with them",
+    "probe_1": "area under the ROC curve of known concepts from the best latent (control: from the "
+    "best dimension)",
+    "probe_5": "from the best five",
+    "selectivity": "how much more a concept's own probe loses than those of others when its best "
+    "five latents are removed",
+}
 
 
 def escape(value: str) -> str:
@@ -57,7 +71,7 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
     """What the columns mean, and what was measured on how much text, with its baselines."""
     measured = [d for d in dictionaries if d.metric("fvu") is not None]
     if not measured:
-        return ["Their fidelity was not measured; `llm-wsae evaluate` does it."]
+        return ["Their fidelity was not measured; `llm-wsae evaluate --keep` does it."]
     notes = [
         "FVU: fraction of the activations' variance that the reconstruction misses. CE recovered: "
         "share of the model's next-token ability that is left when it computes on with the "
@@ -77,8 +91,9 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
     return [*notes, table(header, rows)]
 
 
-def monosemanticity_table(dictionaries: Sequence[Facts]) -> str:
-    """Every dictionary's monosemanticity, one column a measure, the control in brackets.
+def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
+    """Every dictionary's monosemanticity: what the measures mean, and a table with one column for
+    each, the control in brackets.
 
     A measure is a number, or an object with ``value`` and perhaps ``interval`` and ``control``.
     Empty when no dictionary has one.
@@ -90,13 +105,17 @@ def monosemanticity_table(dictionaries: Sequence[Facts]) -> str:
     }
     names = list(dict.fromkeys(name for found in cells.values() for name in found))
     if not names:
-        return ""
+        return []
     rows = [
         [f"`{sae_id}`", *(found.get(name, _NONE) for name in names)]
         for sae_id, found in cells.items()
         if found
     ]
-    return table(["dictionary", *(escape(name.replace("_", " ")) for name in names)], rows)
+    spelt = {name: escape(name.replace("_", " ")) for name in names}
+    known = [f"{spelt[name]}: {_MEASURES[name]}" for name in names if name in _MEASURES]
+    intervals = "All on held-out text, without a language model as judge, with 95 % intervals. "
+    notes = [intervals + "; ".join(known) + "."] if known else []
+    return [*notes, table(["dictionary", *spelt.values()], rows)]
 
 
 def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:

@@ -61,6 +61,29 @@ class SiteProbes:
 
 
 @dataclass(frozen=True)
+class Latents:
+    """The latents of one dictionary, as concepts are asked of them."""
+
+    tables: Sequence[Table]
+    """Their activations, per kind of units."""
+    correlations: list[list[Tensor]]
+    """With every concept, per kind of units and half: [concepts, d_sae]."""
+    decoder: Float[Tensor, "d_sae d_in"]
+    density: Float[Tensor, " d_sae"]
+
+    @classmethod
+    def of(
+        cls,
+        questions: Sequence[Questions],
+        tables: Sequence[Table],
+        decoder: Float[Tensor, "d_sae d_in"],
+        density: Float[Tensor, " d_sae"],
+    ) -> "Latents":
+        """Correlate them with the concepts."""
+        return cls(tables, _correlations(questions, tables), decoder, density)
+
+
+@dataclass(frozen=True)
 class LatentProbes:
     """What was found with the latents of one dictionary, per concept."""
 
@@ -79,86 +102,78 @@ class LatentProbes:
         return self.own_fall - self.others_fall
 
 
-def probe_site(
-    questions: Sequence[Questions], x: Sequence[Float[Tensor, "units d_in"]]
-) -> SiteProbes:
+def probe_site(questions: Sequence[Questions], x: Sequence[Float[Tensor, "_ d_in"]]) -> SiteProbes:
     """Dense probes and best dimensions of the activations of each kind of units."""
     directions, scores, dense, accuracy = [], [], [], []
-    raw: dict[int, list[Tensor]] = {size: [] for size in PROBE_SIZES}
+    x = [rows - rows.mean(0) for rows in x]  # the digits of dimensions that are far from 0
     for asked, rows in zip(questions, x, strict=True):
-        rows = rows - rows.mean(0)  # the digits of dimensions that are far from 0
-        table = DenseTable(rows)
         probes = [dense_probes(rows, split) for split in asked.splits]
         found = [p.scores(rows, split) for p, split in zip(probes, asked.splits, strict=True)]
         directions.append([one.directions for one in probes])
         scores.append(found)
         dense.append(_mean(s.test(v) for s, v in zip(asked.splits, found, strict=True)))
         accuracy.append(_mean(s.accuracy(v) for s, v in zip(asked.splits, found, strict=True)))
-        allowed = torch.ones(rows.shape[1], dtype=torch.bool)
-        for size, found in _sparse(table, asked.splits, allowed).items():
-            raw[size].append(found)
-    return SiteProbes(
-        directions,
-        scores,
-        _joined(dense),
-        _joined(accuracy),
-        {size: _joined(found) for size, found in raw.items()},
-    )
+    tables = [DenseTable(rows) for rows in x]
+    every = torch.ones(x[0].shape[1] if x else 0, dtype=torch.bool)
+    raw = _sparse(questions, tables, _correlations(questions, tables), every)
+    return SiteProbes(directions, scores, _joined(dense), _joined(accuracy), raw)
 
 
 def probe_latents(
     questions: Sequence[Questions],
     site: SiteProbes,
-    tables: Sequence[Table],
-    decoder: Float[Tensor, "d_sae d_in"],
-    density: Float[Tensor, " d_sae"],
+    latents: Latents,
     allowed: Bool[Tensor, " d_sae"],
 ) -> LatentProbes:
-    """Probing and selectivity with the ``allowed`` latents; ``tables`` holds them per units."""
-    sparse: dict[int, list[Tensor]] = {size: [] for size in PROBE_SIZES}
-    for table, asked in zip(tables, questions, strict=True):
-        for size, found in _sparse(table, asked.splits, allowed).items():
-            sparse[size].append(found)
+    """Probing and selectivity with the ``allowed`` latents."""
     total, densities = [], []
     for half in range(HALVES):
-        removed = []
-        for table, asked in zip(tables, questions, strict=True):
-            score = correlations(table, asked.splits[half])
-            # Only latents that fire for the concept: removing others would add to it.
-            score = score.where(score > 0, -torch.inf)
-            removed.append(best_columns(score, allowed, PROBE_SIZES[-1]))
+        # Only latents that fire for the concept: removing others would add to it.
+        removed = [
+            best_columns(of[half].where(of[half] > 0, -torch.inf), allowed, PROBE_SIZES[-1])
+            for of in latents.correlations
+        ]
         sets = torch.cat(removed) if removed else torch.zeros(0, PROBE_SIZES[-1], dtype=torch.long)
         there = sets >= 0
-        densities.append((density[sets] * there).sum(1) / there.sum(1).clamp(min=1))
+        densities.append((latents.density[sets] * there).sum(1) / there.sum(1).clamp(min=1))
         found = [
             falls(
                 sets,
-                decoder,
+                latents.decoder,
                 Probed(
                     table, site.directions[kind][half], asked.splits[half], site.scores[kind][half]
                 ),
             )
-            for kind, (table, asked) in enumerate(zip(tables, questions, strict=True))
+            for kind, (table, asked) in enumerate(zip(latents.tables, questions, strict=True))
         ]
         total.append(torch.cat(found, 1) if found else torch.zeros(0, 0, dtype=torch.float64))
     own, others = selectivity(_mean(total))
-    return LatentProbes(
-        {size: _joined(found) for size, found in sparse.items()},
-        own,
-        others,
-        _mean(densities),
-    )
+    sparse = _sparse(questions, latents.tables, latents.correlations, allowed)
+    return LatentProbes(sparse, own, others, _mean(densities))
 
 
-def _sparse(table: Table, halves: list[Split], allowed: Tensor) -> dict[int, Tensor]:
+def _correlations(questions: Sequence[Questions], tables: Sequence[Table]) -> list[list[Tensor]]:
+    return [
+        [correlations(table, split) for split in asked.splits]
+        for table, asked in zip(tables, questions, strict=True)
+    ]
+
+
+def _sparse(
+    questions: Sequence[Questions],
+    tables: Sequence[Table],
+    correlated: list[list[Tensor]],
+    allowed: Tensor,
+) -> dict[int, Tensor]:
     """How well the best 1, 2 and 5 columns do, averaged over both halves."""
-    found = {size: [] for size in PROBE_SIZES}
-    for split in halves:
-        chosen = best_columns(correlations(table, split).abs(), allowed, PROBE_SIZES[-1])
-        taken = Taken.of(table, chosen)
+    found: dict[int, list[Tensor]] = {size: [] for size in PROBE_SIZES}
+    for table, asked, of_halves in zip(tables, questions, correlated, strict=True):
+        chosen = [best_columns(one.abs(), allowed, PROBE_SIZES[-1]) for one in of_halves]
+        taken = [Taken.of(table, columns) for columns in chosen]
         for size in PROBE_SIZES:
-            found[size].append(sparse_probes(taken, split, size))
-    return {size: _mean(parts) for size, parts in found.items()}
+            pairs = zip(taken, asked.splits, strict=True)
+            found[size].append(_mean(sparse_probes(one, split, size) for one, split in pairs))
+    return {size: _joined(parts) for size, parts in found.items()}
 
 
 def _mean(of_halves: Iterable[Tensor]) -> Tensor:

@@ -16,7 +16,13 @@ from llm_wsae.evaluate.detection import detection
 from llm_wsae.evaluate.heldout import HeldoutText
 from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
 from llm_wsae.evaluate.purity import token_purity
-from llm_wsae.evaluate.top_contexts import Examples, Firings, quantile_sample, silent_windows
+from llm_wsae.evaluate.top_contexts import (
+    Collector,
+    Examples,
+    Firings,
+    quantile_sample,
+    silent_windows,
+)
 from llm_wsae.evaluate.windows import WindowEmbeddings
 
 SCORES = {
@@ -58,13 +64,30 @@ class Judge:
         """Draw the random windows."""
         generator = torch.Generator().manual_seed(config.seed)
         random = torch.randperm(text.num_rows, generator=generator)[: config.silent].sort().values
-        windows = text.windows(random, config.before, config.after)
         embeddings.prepare(random)
-        return cls(text, token, random, windows, embeddings, config)
+        return cls(text, token, random, embeddings.cells(random), embeddings, config)
+
+    def collector(self, d_sae: int, device: torch.device | str) -> Collector:
+        """What collects the firings that ``scores`` asks for."""
+        top, sample = self.config.top, self.config.sample
+        # More than will be used: some lie in top contexts, the rest is chosen by quantile.
+        drawn = top + 4 * sample
+        return Collector(self.text, self.windows, d_sae, top, drawn, self.config.seed, device)
 
     def eligible(self, firings: Firings) -> Bool[Tensor, " d_sae"]:
         """The latents that fire in enough contexts."""
         return firings.contexts >= self.config.top + self.config.sample
+
+    def chance(self) -> dict[str, float]:
+        """``purity`` and ``entropy`` of tokens as if latents fired at random: those of as many
+        random windows as a latent has top contexts."""
+        # One of each stretch of the text, as top contexts are of different contexts.
+        count = len(self.random) // self.config.top
+        if not count:
+            return {"purity": float("nan"), "entropy": float("nan")}
+        rows = self.random[: count * self.config.top].view(self.config.top, count).T
+        found = token_purity(rows, self.token)
+        return {"purity": float(found.purity.mean()), "entropy": float(found.entropy.mean())}
 
     def scores(self, firings: Firings) -> dict[str, Float[Tensor, " d_sae"]]:
         """Every score of ``SCORES`` for all latents; NaN where a latent has none."""

@@ -23,7 +23,13 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.tokens import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
-from llm_wsae.evaluate.concept_scores import Questions, SiteProbes, probe_latents, probe_site
+from llm_wsae.evaluate.concept_scores import (
+    Latents,
+    Questions,
+    SiteProbes,
+    probe_latents,
+    probe_site,
+)
 from llm_wsae.evaluate.concepts import document_concepts, halves_of_documents
 from llm_wsae.evaluate.contexts import packing_of
 from llm_wsae.evaluate.heldout import Activations, HeldoutText
@@ -49,8 +55,8 @@ from llm_wsae.model.site import Site
 
 
 def monosemanticity(
-    model: LanguageModel,
     dictionaries: Mapping[str, Dictionary],
+    model: LanguageModel,
     corpus: Corpus,
     config: MonosemanticConfig,
     encoder: Encoder | None = None,
@@ -118,15 +124,17 @@ class Bench:
             return [{name: dictionary} for name, dictionary in dictionaries.items()]
         return [dict(dictionaries)]
 
-    def _record(self, dictionaries: dict[str, Dictionary]) -> dict[str, Recorder]:
-        device = self._model.device
-        here = {
-            name: d if d.W_enc.device == device else copy.deepcopy(d).to(device)
-            for name, d in dictionaries.items()
-        }
-        kinds = [asked.units for asked in self._questions]
-        rows = {site: found for site, (found, _) in self._sites.items()}
-        return record(self._activations, here, self._judge, kinds, rows)
+    def _record(self, dictionaries: Mapping[str, Dictionary]) -> dict[str, Recorder]:
+        device, kinds = self._model.device, [asked.units for asked in self._questions]
+        recorders = {}
+        for name, dictionary in dictionaries.items():
+            if dictionary.W_enc.device != device:
+                dictionary = copy.deepcopy(dictionary).to(device)
+            rows, _ = self._sites[dictionary.site]
+            collector = self._judge.collector(dictionary.d_sae, device)
+            recorders[name] = Recorder(dictionary, collector, rows.threshold, kinds)
+        record(self._activations, list(recorders.values()))
+        return recorders
 
     def _scores(self, name: str, recorder: Recorder) -> DictionaryScores:
         dictionary, firings, config = recorder.dictionary, recorder.firings(), self._config
@@ -135,11 +143,12 @@ class Bench:
         eligible = self._judge.eligible(firings)
         scores = self._judge.scores(firings)
         _, site = self._sites[dictionary.site]
-        tables, decoder = recorder.tables(), dictionary.W_dec.detach().cpu()
+        decoder = dictionary.W_dec.detach().cpu()
+        latents = Latents.of(self._questions, recorder.tables(), decoder, density)
         draws = (config.bootstraps, config.seed)
 
         def concepts(allowed: Tensor) -> ConceptSummary:
-            probes = probe_latents(self._questions, site, tables, decoder, density, allowed)
+            probes = probe_latents(self._questions, site, latents, allowed)
             return summarise_concepts(*_names(self._questions), probes, *draws)
 
         everything = concepts(torch.ones_like(dense))
@@ -172,6 +181,7 @@ class Bench:
             num_contexts=text.num_contexts,
             num_rows=text.num_rows,
             num_documents=len(text.headers),
+            chance=self._judge.chance(),
             sites={
                 site: summarise_site(*names, self._sites[Site.parse(site)][1]) for site in sites
             },

@@ -12,8 +12,9 @@ from llm_wsae.evaluate.bootstrap import Bootstrap
 from llm_wsae.evaluate.concept_scores import LatentProbes, SiteProbes
 from llm_wsae.evaluate.latent_scores import SCORES
 from llm_wsae.evaluate.probing import PROBE_SIZES
-from llm_wsae.evaluate.report import Interval, align, jsonable
+from llm_wsae.evaluate.report import Interval, align
 from llm_wsae.files import write_json
+from llm_wsae.record import plain
 
 COLUMNS = {
     "eligible %": "latents that fire in enough contexts to be scored: the next four are their "
@@ -21,7 +22,7 @@ COLUMNS = {
     "purity": SCORES["purity"],
     "coherence": SCORES["coherence"],
     "detection": SCORES["detection"] + ", with its 95 % interval over latents",
-    "no token": SCORES["detection_without_tokens"],
+    "no token": SCORES["detection_without_tokens"] + " (of so many latents)",
     "probe 1": "area under the ROC curve of concepts, from the best latent (mean over concepts)",
     "probe 5": "the same from the best five latents",
     "selective": "how much more the accuracy of a concept's own dense probe falls than that of the "
@@ -82,7 +83,7 @@ class DictionaryScores:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, without the numbers per latent."""
-        return jsonable(_plain({k: v for k, v in vars(self).items() if k != "per_latent"}))
+        return plain({k: v for k, v in vars(self).items() if k != "per_latent"})
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class MonosemanticReport:
     num_contexts: int
     num_rows: int
     num_documents: int
+    chance: dict[str, float]
+    """``purity`` and ``entropy`` of as many random contexts as a latent has top ones."""
     sites: dict[str, dict[str, Any]]
     """Per site what probes of the activations themselves reach: ``means``, ``families`` and
     ``concepts``, each with the area under the ROC curve of probes of all dimensions (``dense``) and
@@ -108,7 +111,7 @@ class MonosemanticReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""
         found = {name: scores.to_dict() for name, scores in self.dictionaries.items()}
-        return jsonable({**_plain(vars(self) | {"dictionaries": {}}), "dictionaries": found})
+        return plain(vars(self) | {"dictionaries": found})
 
     def write(self, path: Path) -> None:
         """Write the JSON report. Raises LlmWsaeError if that is impossible."""
@@ -120,8 +123,12 @@ class MonosemanticReport:
         width = max(map(len, COLUMNS))
         lines = [align([["dictionary", *COLUMNS], *rows], left=1), ""]
         lines += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
-        lines += ["", f"{self.num_rows:,} tokens of held-out text in {self.num_contexts:,} contexts"
-                  f" of {self.num_documents:,} documents."]  # fmt: skip
+        lines += [
+            "",
+            f"{self.num_rows:,} tokens of held-out text in {self.num_contexts:,} contexts of "
+            f"{self.num_documents:,} documents; random contexts have a purity of "
+            f"{self.chance['purity']:.3f}.",
+        ]
         for site, found in self.sites.items():
             means = found["means"]
             lines.append(
@@ -223,26 +230,19 @@ def by_concept(
     }
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return _plain(vars(value)) if hasattr(value, "__dataclass_fields__") else value
-
-
 def _cells(scores: DictionaryScores) -> list[str]:
     def shown(mean: Mean, interval: bool = False) -> str:
         low, high = mean.interval
         return f"{mean.mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if interval else "")
 
     latents, concepts = scores.latents, scores.concepts.means
+    other = latents["detection_without_tokens"]
     return [
         f"{100 * scores.eligible_share:.1f}",
         shown(latents["purity"]),
         shown(latents["coherence"]),
         shown(latents["detection"], interval=True),
-        shown(latents["detection_without_tokens"]),
+        f"{shown(other)} ({100 * other.share:.1f} %)",
         shown(concepts["best_1"]),
         shown(concepts["best_5"]),
         shown(concepts["selectivity"], interval=True),

@@ -4,7 +4,7 @@ Massive rows (ten times the median norm, as in training) are left out: whatever 
 otherwise head every list.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluate.heldout import Activations, Batch
-from llm_wsae.evaluate.latent_scores import Judge
 from llm_wsae.evaluate.top_contexts import Collector, Firings
 from llm_wsae.evaluate.units import NO_UNIT, DenseTable, SparseTable, Table, Units
 from llm_wsae.model.site import Site
@@ -27,7 +26,7 @@ class SiteRows:
 
     threshold: float
     """Norm above which a row is massive: ten times the median norm of the first batch."""
-    x: list[Float[Tensor, "units d_in"]]
+    x: list[Float[Tensor, "_ d_in"]]
     """The activations of each kind of units, float32 on the CPU."""
 
 
@@ -58,23 +57,18 @@ class Recorder:
     """What one dictionary makes of the text."""
 
     def __init__(
-        self, dictionary: Dictionary, judge: Judge, kinds: Sequence[Units], threshold: float
+        self,
+        dictionary: Dictionary,
+        collector: Collector,
+        threshold: float,
+        kinds: Sequence[Units] = (),
     ):
-        """``dictionary`` is on the model's device."""
+        """``dictionary`` and ``collector`` are on the model's device; ``threshold`` is the norm
+        above which a row is massive, ``kinds`` are the units to make tables of."""
         self.dictionary = dictionary
+        self._collector = collector
         self._threshold = threshold
         self._kinds = kinds
-        config = judge.config
-        self._collector = Collector(
-            judge.text,
-            judge.windows,
-            dictionary.d_sae,
-            config.top,
-            # More than will be used: some lie in top contexts, the rest is chosen by quantile.
-            config.top + 4 * config.sample,
-            config.seed,
-            dictionary.W_enc.device,
-        )
         self._entries: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in kinds]
         self._sums = [
             None if units.single else torch.zeros(len(units.size), dictionary.d_sae)
@@ -114,22 +108,11 @@ class Recorder:
         ]
 
 
-def record(
-    activations: Activations,
-    dictionaries: Mapping[str, Dictionary],
-    judge: Judge,
-    kinds: Sequence[Units],
-    sites: Mapping[Site, SiteRows],
-) -> dict[str, Recorder]:
-    """Record dictionaries of any of the sites, all in one pass."""
-    recorders = {
-        name: Recorder(dictionary, judge, kinds, sites[dictionary.site].threshold)
-        for name, dictionary in dictionaries.items()
-    }
-    for batch in activations.batches(sorted({d.site for d in dictionaries.values()})):
-        for recorder in recorders.values():
+def record(activations: Activations, recorders: Sequence[Recorder]) -> None:
+    """Show a text to dictionaries of any of its sites, all in one pass."""
+    for batch in activations.batches(sorted({one.dictionary.site for one in recorders})):
+        for recorder in recorders:
             recorder.add(batch)
-    return recorders
 
 
 def _sparse(entries: list[tuple[Tensor, Tensor, Tensor]], units: int, d_sae: int) -> SparseTable:

