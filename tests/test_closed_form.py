@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_wsae.errors import UsageError
+from llm_wsae.statistics import scores
 from llm_wsae.theory.closed_form import (
     check_assumptions,
     closed_form_dictionary,
@@ -21,7 +22,7 @@ from llm_wsae.theory.closed_form import (
     sparsity_for_error,
     truth_loss,
 )
-from llm_wsae.theory.superposition import digon_mixing, planted
+from llm_wsae.theory.superposition import digon_mixing, low_coherence, planted
 
 EXAMPLE = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, -1.0]], dtype=torch.float64)
 ANGLES = torch.tensor([0.0, 2 * math.pi / 3, 4 * math.pi / 3], dtype=torch.float64)
@@ -234,6 +235,29 @@ def test_no_weights_close_the_gap_of_a_digon():
     torch.testing.assert_close(
         gap_matrix(mixing), torch.tensor([[0.0, -1.0], [-1.0, 0.0]]).double()
     )
+
+
+def test_in_digon_position_the_gap_does_not_depend_on_the_weights():
+    """What is lost of two opposite features, equally of both, is invisible: W_p(x − r) = 0."""
+    x = features(DIGONS, 0.3)
+    lost = -float(truth_loss(DIGONS, x))
+    assert lost < -0.1
+    for weights in (None, normal(3, seed=1), normal(3, 3, seed=2)):
+        assert float(loss_gap(DIGONS, x, weights)) == pytest.approx(lost, rel=1e-12)
+
+
+def test_the_weights_of_the_gap_rule_make_the_gaps_matrix_as_small_as_any():
+    """A crowd of 18 in 6 dimensions: √⅓ nearly everywhere, since W_pᵀW_p/3 is nearly a projection,
+    at distance √(18 − 6) from the identity."""
+    mixing = low_coherence(6, 18, generator(2)).double()
+    gamma = scores.gap(mixing.T)
+    assert gamma.tolist() == pytest.approx([3**-0.5] * 6, rel=0.05)
+    best = float(gap_matrix(mixing, gamma).norm())
+    assert best == pytest.approx(12**0.5, rel=0.01)
+    assert float(gap_matrix(mixing).norm()) > 1.5 * best
+    for seed in range(5):
+        moved = gamma * (1 + 0.1 * normal(6, seed=seed))
+        assert float(gap_matrix(mixing, moved).norm()) > best
 
 
 # The assumptions.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from llm_wsae.files import write_atomic
 from llm_wsae.theory.report import SCORING, TheoryReport
@@ -23,7 +24,7 @@ def plot_correlations(report: TheoryReport, path: Path) -> None:
     values = np.array(
         [[report.correlations[n][r] for n in names] for r in SCORING], dtype=float
     )  # None becomes NaN
-    size = (3 + 0.75 * len(names), 1.8 + 0.42 * len(SCORING))
+    size = (4 + 0.75 * len(names), 1.8 + 0.42 * len(SCORING))
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
@@ -34,7 +35,7 @@ def plot_correlations(report: TheoryReport, path: Path) -> None:
         axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
     axis.set_yticks(range(len(SCORING)), SCORING)
-    axis.set_title("Rank correlation with the true monosemanticity of the dimensions")
+    figure.suptitle("Rank correlation with the\ntrue monosemanticity of dimensions", fontsize=11)
     figure.colorbar(image, ax=axis, shrink=0.8)
     _save(figure, path)
 
@@ -63,10 +64,15 @@ def plot_changes(report: TheoryReport, path: Path) -> None:
         axis.set_visible(False)
     axes[0, 0].set_yticks(range(len(arms)), arms, fontsize=8)
     axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
-    figure.suptitle(
-        "Loss on the true features against plain: better than every control too (blue), "
-        "not than those (yellow), worse (red)"
-    )
+    figure.suptitle("Loss on the true features against plain, 95 % over seeds")
+    keys = {
+        "better": "better, than every control too",
+        "as a control": "better, but not than every control",
+        "worse": "worse",
+        "–": "no difference",
+    }
+    handles = [Line2D([], [], marker="o", color=_COLOURS[key], label=keys[key]) for key in keys]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(2, columns), frameon=False)
     _save(figure, path)
 
 
