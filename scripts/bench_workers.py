@@ -14,6 +14,9 @@ PEERS = {  # folder of the environment, distribution, module
     "sparsify": ("sparsify", "eai-sparsify", "sparsify"),
     "saelens": ("saelens", "sae-lens", "sae_lens"),
     "dictionary_learning": ("dictlearn", "dictionary-learning", "dictionary_learning"),
+    "saebench": ("saebench", "sae-bench", "sae_bench"),
+    "saelens5": ("saelens5", "sae-lens>=5,<6", "sae_lens"),
+    "saelens3": ("saelens3", "sae-lens>=3,<4", "sae_lens"),
 }
 
 

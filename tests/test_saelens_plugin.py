@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,9 @@ def test_the_names_are_those_of_the_classes():
         Path(llm_wsae.saelens.__file__).read_text(encoding="utf-8")
     ).body if isinstance(n, ast.If))  # fmt: skip
     assert {alias.name for node in shown.body for alias in node.names} == classes
+
+
+def test_the_readme_names_what_is_there():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (names,) = re.findall(r"from llm_wsae\.saelens import (.+)", readme)
+    assert set(names.split(", ")) <= set(llm_wsae.saelens.__all__)

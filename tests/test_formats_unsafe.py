@@ -1,0 +1,219 @@
+"""Files made to do harm: code in a pickle, archives that unfold, tensors larger than their file."""
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from foreign_folders import GEMMA, gemma_arrays, gemma_scope, learning, npz
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError
+
+
+class Harm:
+    """Whoever unpickles this makes a folder."""
+
+    def __init__(self, where: Path):
+        self.where = str(where)
+
+    def __reduce__(self):
+        return os.mkdir, (self.where,)
+
+
+@pytest.fixture
+def topk(tmp_path) -> Path:
+    learning(tmp_path / "topk", "AutoEncoderTopK")
+    return tmp_path / "topk"
+
+
+@pytest.fixture
+def scope(tmp_path) -> Path:
+    gemma_scope(tmp_path / GEMMA)
+    return tmp_path / GEMMA
+
+
+def refused(folder: Path, sentence: str) -> None:
+    with pytest.raises(LlmWsaeError, match=sentence) as error:
+        Dictionary.load(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def records(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {entry.filename: archive.read(entry) for entry in archive.infolist()}
+
+
+def pack(path: Path, members: dict[str, bytes], kind: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path, topk):
+    tensors = torch.load(topk / "ae.pt", weights_only=True)
+    for harmful in (
+        tensors | {"b_dec": Harm(tmp_path / "harm")},
+        Harm(tmp_path / "harm"),
+        [Harm(tmp_path / "harm")],
+    ):
+        torch.save(harmful, topk / "ae.pt")
+        refused(topk, "holds something else than a dictionary's tensors")
+        assert not (tmp_path / "harm").exists()
+    torch.load(topk / "ae.pt", weights_only=False)  # it would have
+    assert (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.nn.Linear(2, 2),
+        torch.nn.Linear(2, 2).state_dict,
+        [torch.ones(2)],
+        {1: torch.ones(2)},
+        {"encoder": {"weight": torch.ones(2)}},
+        torch.ones(3),
+        {"b_dec": torch.ones(12).to_sparse()},
+        {"b_dec": torch.empty(12, device="meta")},
+        "x",
+        None,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_pickles_of_other_things(topk, value):
+    torch.save(value, topk / "ae.pt")
+    refused(topk, "holds something else|should hold tensors by name|lacks the tensors")
+
+
+def test_a_pickle_as_torch_once_wrote_it_and_one_that_is_compressed(topk):
+    tensors = torch.load(topk / "ae.pt", weights_only=True)
+    members = records(topk / "ae.pt")
+    torch.save(tensors, topk / "ae.pt", _use_new_zipfile_serialization=False)
+    refused(topk, "is not a whole file of torch.save")
+    pack(topk / "ae.pt", members, zipfile.ZIP_DEFLATED)
+    refused(topk, "is compressed, which torch.save never does")
+
+
+def test_an_archive_larger_than_its_dictionary(topk):
+    members = records(topk / "ae.pt")
+    (prefix,) = {name.split("/")[0] for name in members}
+    pack(topk / "ae.pt", members | {f"{prefix}/data/99": bytes(2 << 20)})
+    refused(topk, "is larger than the dictionary that config.json describes")
+
+
+def test_a_number_that_stands_for_many_allocates_nothing(topk):
+    """The file has four bytes, its tensor claims 2⁴⁰ numbers."""
+    size = 2**20
+    one = torch.ones(1)
+    tensors = {
+        "encoder.weight": one.expand(size, size),
+        "decoder.weight": one.expand(size, size),
+        "encoder.bias": one.expand(size),
+        "b_dec": one.expand(size),
+    }
+    torch.save(tensors, topk / "ae.pt")
+    config = json.loads((topk / "config.json").read_text())
+    config["trainer"] |= {"activation_dim": size, "dict_size": size}
+    (topk / "config.json").write_text(json.dumps(config))
+    refused(topk, "is not stored in full")
+
+
+def test_tensors_that_share_their_numbers_are_read_as_they_are(topk):
+    """A state dict may hold views: the transpose of a tied encoder is one."""
+    tensors = torch.load(topk / "ae.pt", weights_only=True)
+    weight = tensors["encoder.weight"].clone()
+    torch.save(tensors | {"encoder.weight": weight, "decoder.weight": weight.T}, topk / "ae.pt")
+    dictionary = Dictionary.load(topk)
+    assert torch.equal(dictionary.W_dec, weight) and torch.equal(dictionary.W_enc, weight.T)
+
+
+def test_an_archive_without_checksums_is_read(topk):
+    """torch can leave them out, with 0 in their place."""
+    tensors = torch.load(topk / "ae.pt", weights_only=True)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, topk / "ae.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert torch.equal(Dictionary.load(topk).W_dec, tensors["decoder.weight"].T)
+
+
+def array(value: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, value, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def test_objects_in_arrays_are_not_unpickled(tmp_path, scope):
+    harmful = np.array([Harm(tmp_path / "harm")] * 12, dtype=object)
+    npz(gemma_arrays() | {"b_dec": harmful}, scope / "params.npz")
+    refused(scope, "not as floating point|cannot be read")
+    assert not (tmp_path / "harm").exists()
+    with np.load(scope / "params.npz", allow_pickle=True) as arrays:
+        arrays["b_dec"]  # it would have
+    assert (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"b_dec": np.ones(12, np.int32)}, "b_dec is stored as '<i4'"),
+        ({"b_dec": np.ones(12, np.complex64)}, "b_dec is stored as '<c8'"),
+        ({"b_dec": np.ones((12, 1), np.float32)}, r"b_dec has the shape \[12, 1\]"),
+        ({"b_dec": np.full(12, np.nan, np.float32)}, "b_dec holds 12 NaN"),
+        ({"W_enc": np.ones((48, 12), np.float32)}, "has the shape"),
+        ({"W_enc": np.ones((0, 48), np.float32)}, "is no matrix"),
+        ({"extra": np.ones(3, np.float32)}, "instead of the arrays"),
+        ({"../../b_dec": np.ones(12, np.float32)}, "instead of the arrays"),
+    ],
+)
+def test_arrays_that_do_not_fit(scope, change, sentence):
+    npz(gemma_arrays() | change, scope / "params.npz")
+    refused(scope, sentence)
+
+
+def test_arrays_of_other_precision_and_order_are_read(scope):
+    whole = Dictionary.load(scope)
+    for convert in (
+        lambda a: a.astype(np.float64),
+        lambda a: a.astype(">f4"),
+        lambda a: np.asfortranarray(a),
+    ):
+        npz({name: convert(a) for name, a in gemma_arrays().items()}, scope / "params.npz")
+        read = Dictionary.load(scope)
+        for (name, one), (_, other) in zip(
+            whole.named_parameters(), read.named_parameters(), strict=True
+        ):
+            assert torch.equal(one, other), name
+
+
+def test_archives_of_arrays_that_unfold_or_are_encrypted(scope):
+    path = scope / "params.npz"
+    zeros = {name: np.zeros_like(a) for name, a in gemma_arrays().items()}
+    zeros |= {"W_enc": np.zeros((12, 1 << 20), np.float32)}
+    npz(zeros, path, compressed=True)
+    refused(scope, "unfolds into far more than it is")
+    npz(gemma_arrays(), path)
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = data.find(signature)
+        while at >= 0:
+            data[at + offset] |= 1
+            at = data.find(signature, at + 1)
+    path.write_bytes(data)
+    refused(scope, "is encrypted")
+
+
+def test_a_header_that_promises_more_than_there_is(scope):
+    members = {f"{name}.npy": array(value) for name, value in gemma_arrays().items()}
+    claims = members["b_dec.npy"].replace(b"(12,)", b"(99,)")
+    pack(scope / "params.npz", members | {"b_dec.npy": claims})
+    refused(scope, r"b_dec is not as long as its shape \[99\] asks for")
+    huge = members["W_enc.npy"].replace(b"(12, 48)", b"(1099511627776, 48)").replace(b" " * 11, b"")
+    pack(scope / "params.npz", members | {"W_enc.npy": huge})
+    refused(scope, "cannot be read|not as long as")
