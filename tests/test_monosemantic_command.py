@@ -84,7 +84,7 @@ def test_results_are_kept_with_the_dictionaries(words, tmp_path):
         assert metrics["training"] == Dictionary.load(tmp_path / name).info.metrics["training"]
     works("verify", tmp_path / NAMES[0])
     once = content(tmp_path / NAMES[0])
-    works(*words, *asked)
+    works(*words[:3], *words[1:], *asked)  # each of them twice
     assert content(tmp_path / NAMES[0]) == once
 
 

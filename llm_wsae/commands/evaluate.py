@@ -29,7 +29,7 @@ def evaluate(
     labels: tuple[str, ...] = (),
     keep: Flag = False,
 ) -> Result:
-    """Measure what dictionaries keep of the model, and their latents, on held-out text.
+    """Measure on held-out text how faithful dictionaries are and, if asked, how monosemantic.
 
     Args:
         dictionaries: Dictionary folders.
@@ -67,6 +67,7 @@ def evaluate(
         raise UsageError("name at least one dictionary folder")
     if out.is_dir():
         raise UsageError(f"--out is the JSON report to write, but {out} is a folder")
+    dictionaries = tuple(dict.fromkeys(dictionaries))
     for folder in dictionaries if keep else ():
         check_keeps_measurements(folder)
     loaded = {label_of(path, dictionaries): Dictionary.load(path) for path in dictionaries}
