@@ -143,7 +143,12 @@ class Arm:
     def step(
         self, batch: Batch, rows_seen: int, learning_rate: float, aux: float, dead_after: int
     ) -> None:
-        """One optimiser step. ``rows_seen`` counts all rows up to and including this batch."""
+        """One optimiser step. ``rows_seen`` counts all rows up to and including this batch.
+
+        On a GPU nothing here waits for the device, save that ReLU and JumpReLU ask how many latents
+        are active, Matryoshka how many in each group, and AuxK sometimes which are dead. Several
+        processes wait for each other.
+        """
         with torch.no_grad():
             step = self.evaluate(batch, self._workspace.gradients)
             self._workspace.gradients = step.gradients[:3]

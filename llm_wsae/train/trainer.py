@@ -90,6 +90,7 @@ def _check_agreed(processes: Processes, mine: dict[str, Any], what: str) -> None
             f"process {processes.rank} has other {what} than process 0 ({clauses}); start all with "
             "the same command, on machines of one kind that can reach one folder"
         )
+    processes.meet()  # so that none goes on and leaves something
 
 
 class _Training:
