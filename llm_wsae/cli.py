@@ -6,7 +6,6 @@ Results go to stdout, progress and warnings to stderr. An error is one sentence 
 import contextlib
 import functools
 import io
-import json
 import re
 import sys
 import traceback
@@ -19,6 +18,7 @@ from llm_wsae import processes
 from llm_wsae.commands.common import Result
 from llm_wsae.commands.evaluate import evaluate
 from llm_wsae.commands.hub import list_repository, pull, push
+from llm_wsae.commands.inspect import inspect
 from llm_wsae.commands.run import run
 from llm_wsae.commands.store import harvest, weigh
 from llm_wsae.commands.study import study
@@ -27,6 +27,7 @@ from llm_wsae.commands.train import train
 from llm_wsae.commands.verify import verify
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.record import plain
+from llm_wsae.terminal import printable_json
 
 COMMANDS: dict[str, Callable[..., Result]] = {
     "run": run,
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "weigh": weigh,
     "train": train,
     "evaluate": evaluate,
+    "inspect": inspect,
     "theory": theory,
     "study": study,
     "push": push,
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         facts, text = _parsed(command, words)()
         if processes.leads():
-            print(json.dumps(plain(facts), ensure_ascii=False) if as_json else text)
+            print(printable_json(plain(facts)) if as_json else text)
         return 0
     except LlmWsaeError as error:
         if debug:

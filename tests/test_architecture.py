@@ -25,6 +25,7 @@ FLOORS = (
     "hardware",
     "processes",
     "record",
+    "terminal",
     "sparse",
     "model",
     "statistics",

@@ -77,6 +77,7 @@ FLAGS = {
     "study": "model corpus site out rule alpha k curve seeds expansion train-tokens eval-tokens "
     "score-tokens encoder labels dictionary keep-dictionaries text-column revision device place "
     "form clip anneal draw",
+    "inspect": "latent store text model top revision device",
     "theory": "out experiments seeds steps batch-size spare-latents rows workers",
     "push": "private revision license",
     "pull": "out revision",

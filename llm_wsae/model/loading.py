@@ -6,6 +6,7 @@ nobody waits for a network that the work does not need, without touching the pro
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import warnings
@@ -65,7 +66,7 @@ def load_pretrained(model: str, revision: str | None, dtype: torch.dtype) -> Loa
     options["trust_remote_code"] = False  # else transformers would ask on the terminal
     weights = _dense_weights() if "gguf_file" in options else {}
     try:
-        with quiet(progress_bars=not options["local_files_only"]):
+        with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
             hf_model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, **options, **weights
             )
@@ -141,6 +142,29 @@ def _dense_weights() -> dict[str, Any]:
     """
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """While open, a .gguf file is parsed once and its tensors' names are listed once.
+
+    transformers has the file parsed three times, slow Python over every word of the vocabulary, and
+    the same list of names made for every module of the model: most of the time that loading a
+    small model takes.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in before.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Looking at single latents of a dictionary: where they fire, what they write, who is near."""

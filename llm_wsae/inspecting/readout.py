@@ -1,0 +1,90 @@
+"""What a direction of the residual stream says in the model's vocabulary, and tokens as text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.paths import get_module
+
+_WORDS_AT_ONCE = 1 << 14
+_LOST = "�"  # what decoding makes of part of a character
+_SPACE = "▁"  # SentencePiece's, which decoding drops in front of a lone token
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A run of text with one of its tokens taken out."""
+
+    before: str
+    token: str
+    after: str
+
+
+class Vocabulary:
+    """Token ids as text; without a tokenizer as numbers."""
+
+    def __init__(self, tokenizer: Any | None):
+        self._tokenizer = tokenizer
+
+    def text(self, token: int) -> str:
+        """A token alone, its leading space included."""
+        if self._tokenizer is None:
+            return f"<{token}>"
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if name is None:
+            return f"<{token}>"
+        if name.startswith(_SPACE):
+            return name.replace(_SPACE, " ")
+        text = self._tokenizer.decode([token])
+        return name if _LOST in text else text
+
+    def marked(self, ids: Sequence[int], at: int) -> Marked:
+        """The text of some ids around one of them."""
+        if self._tokenizer is None:
+            parts = (ids[:at], ids[at : at + 1], ids[at + 1 :])
+            return Marked(*("".join(map(self.text, part)) for part in parts))
+        # A tokenizer may decode a token otherwise than alone, so runs of growing length are.
+        before, within, whole = (
+            self._tokenizer.decode(list(ids[:stop])) for stop in (at, at + 1, len(ids))
+        )
+        before = before.rstrip(_LOST)
+        if within.startswith(before) and whole.startswith(within):
+            return Marked(before, within[len(before) :], whole[len(within) :])
+        rest = self._tokenizer.decode(list(ids[at + 1 :]))
+        return Marked(before, self.text(int(ids[at])), rest)
+
+
+class Readout:
+    """From the stream to the vocabulary: the final norm and the unembedding."""
+
+    def __init__(self, model: LanguageModel):
+        path = model.paths.ln_final
+        self._norm: nn.Module | None = get_module(model.hf_model, path) if path else None
+        self._W_U = model.W_U
+        self._dtype, self._device = model.dtype, model.device
+        words = len(model.tokenizer) if model.tokenizer is not None else self._W_U.shape[1]
+        self._words = min(words, self._W_U.shape[1])  # models have embeddings that no token uses
+
+    @torch.no_grad()
+    def logits(
+        self, directions: Float[Tensor, "latents d_model"]
+    ) -> Float[Tensor, "latents words"]:
+        """What each direction adds to the logits of all tokens, less its mean over them.
+
+        The direction goes through the final norm alone, at a root mean square of 1 (without the
+        norm's bias): the real norm divides by the length of the whole stream, which scales all
+        tokens alike. Blocks between the site and the end are passed over (the "logit lens").
+        """
+        x = directions.to(self._device, torch.float32)
+        x = (x / x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)).to(self._dtype)
+        if self._norm is not None:
+            x = self._norm(x) - self._norm(torch.zeros_like(x))
+        x = x.float()
+        parts = self._W_U[:, : self._words].split(_WORDS_AT_ONCE, dim=1)
+        logits = torch.cat([x @ part.float() for part in parts], 1)
+        return (logits - logits.mean(1, keepdim=True)).cpu()

@@ -1,0 +1,76 @@
+"""Which latents fire on a sentence of one's own."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from llm_wsae.data.config import PackConfig
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.inspecting.readout import Vocabulary
+from llm_wsae.model.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Active:
+    """A latent that fires."""
+
+    latent: int
+    activation: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of the sentence."""
+
+    id: int
+    token: str
+    latents: list[Active]
+    """All that fire, by falling activation; none where training left the position out."""
+
+
+def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> list[Token]:
+    """The tokens of a text, behind the model's BOS if the dictionary was trained with it.
+
+    Raises UsageError for a text without tokens, one that is too long for the model, or a model that
+    the dictionary does not fit; LlmWsaeError for a model without a tokenizer.
+    """
+    if model.tokenizer is None:
+        raise LlmWsaeError("a text cannot be read without a tokenizer; hand one over")
+    model.check_site(dictionary.site)
+    if model.d_model != dictionary.d_in:
+        raise UsageError(
+            f"the dictionary reads {dictionary.d_in} dimensions, but {model.name} has "
+            f"{model.d_model}; give the model that it was trained on"
+        )
+    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise UsageError("the text is empty; give a sentence")
+    if dictionary.info.prepend_bos is not False and model.bos_token_id is not None:
+        ids = [model.bos_token_id, *ids]
+    hidden = model.activations(torch.tensor([ids]), [dictionary.site])[dictionary.site][0].cpu()
+    codes = dictionary.encode_sparse(hidden.float())
+    explained = _explained(model, dictionary, torch.tensor(ids), hidden)
+    vocabulary = Vocabulary(model.tokenizer)
+    tokens = []
+    for token, indices, values, inside in zip(
+        ids, codes.indices.tolist(), codes.values.tolist(), explained.tolist(), strict=True
+    ):
+        active = [Active(i, v) for i, v in zip(indices, values, strict=True) if v > 0]
+        active.sort(key=lambda one: -one.activation)
+        tokens.append(Token(token, vocabulary.text(token), active if inside else []))
+    return tokens
+
+
+def _explained(
+    model: LanguageModel, dictionary: Dictionary, ids: Tensor, hidden: Tensor
+) -> Bool[Tensor, " positions"]:
+    """The positions that are of the kind that the dictionary was trained on."""
+    packing = PackConfig(**(dictionary.info.store.get("packing") or {}))
+    keep = torch.arange(len(ids)) >= packing.drop_positions
+    if packing.drop_special:
+        keep &= ~torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids, dtype=torch.long))
+    threshold = dictionary.info.massive_threshold
+    return keep if threshold is None else keep & (hidden.float().norm(dim=1) <= threshold)

@@ -1,0 +1,156 @@
+"""``llm-wsae inspect`` in its forms: latents alone, with a store, with a model, with a text."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from command_line import SITE, call, content, make_world, works
+from small_dictionaries import make_dictionary
+
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+
+PLAIN = "trained/uniform-k4"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def inside(world, monkeypatch):
+    monkeypatch.chdir(world)
+    before = content(world)
+    yield world
+    assert content(world) == before  # looking changes nothing
+
+
+@pytest.fixture(scope="module")
+def dense(world):
+    """Which latents fire on the store's rows."""
+    store = ActivationStore.open(world / "store")
+    rows = store.rows(Site.parse(SITE), 0, store.num_rows).float()
+    return Dictionary.load(world / PLAIN).encode(rows)
+
+
+def test_latents_alone(inside):
+    result = works("inspect", PLAIN, "--latent", 3, 17, "--top", 4, "--json")
+    one = Dictionary.load(PLAIN)
+    first, second = result.json["latents"]
+    assert (first["latent"], second["latent"]) == (3, 17)
+    assert first["promotes"] is first["firing"] is None and first["examples"] == []
+    assert len(first["neighbours"]) == len(first["dimensions"]) == 4
+    decoder = one.W_dec[3]
+    at = int(decoder.abs().argmax())
+    written = first["dimensions"][0]
+    assert (written["dimension"], written["decoder"]) == (at, pytest.approx(float(decoder[at])))
+    assert written["gamma"] == pytest.approx(float(one.extras["gamma"][at]))
+    text = works("inspect", PLAIN, "--latent", 3, 17, "--top", 4).out
+    assert text.startswith(f"latent 3 of uniform-k4 at {SITE}\n")
+    near = first["neighbours"][0]
+    assert f"nearest     {near['latent']} {near['cosine']:.2f}" in text
+    assert "model, which it was trained on, is not from the Hub; name it with --model" in text
+    assert "density" not in text and "promotes" not in text
+
+
+def test_a_store_needs_no_model(inside, dense):
+    latent = int((dense > 0).sum(0).argmax())
+    words = ("inspect", PLAIN, "--latent", latent, "--store", "store", "--top", 3)
+    (found,) = works(*words, "--json").json["latents"]
+    rows = len(dense)
+    assert found["firing"]["rows_looked_at"] == rows
+    assert found["firing"]["density"] == pytest.approx(float((dense[:, latent] > 0).sum()) / rows)
+    best = found["examples"][0]
+    assert best["activation"] == pytest.approx(float(dense[:, latent].max()), rel=1e-5)
+    assert float(dense[best["row"], latent]) == pytest.approx(best["activation"], rel=1e-5)
+    store = ActivationStore.open("store")
+    where = store.locate(torch.tensor([best["row"]]))
+    token = int(where.ids[0, int(where.position)])
+    assert best["text"]["token"] == f"<{token}>"  # ids, until the model is named
+    assert f"«<{token}>»" in works(*words).out
+
+
+def test_with_store_and_model(inside, dense):
+    latent = int((dense > 0).sum(0).argmax())
+    words = ("inspect", PLAIN, "--latent", latent, "--store", "store", "--model", "model")
+    result = works(*words, "--json")
+    (found,) = result.json["latents"]
+    best = found["examples"][0]
+    where = ActivationStore.open("store").locate(torch.tensor([best["row"]]))
+    token = int(where.ids[0, int(where.position)])
+    assert best["text"]["token"].strip() == f"w{token}"
+    assert len(found["promotes"]) == len(found["suppresses"]) == 10
+    logits = [word["logit"] for word in found["promotes"]]
+    assert (
+        logits == sorted(logits, reverse=True) and logits[0] > 0 > found["suppresses"][0]["logit"]
+    )
+    assert "other weights" not in result.err
+    text = works(*words).out
+    word = found["promotes"][0]
+    assert f"promotes    «{word['token']}» {word['logit']:+.2f}" in text
+    assert f"{best['activation']:.2f}  " in text and f"«w{token}»" in text.replace("« ", "«")
+
+
+def test_a_text_of_ones_own(inside):
+    words = ("inspect", PLAIN, "--text", "w5 w17 w5", "--model", "model")
+    result = works(*words, "--json").json
+    model, one = LanguageModel.load("model"), Dictionary.load(PLAIN)
+    ids = torch.tensor([[model.bos_token_id, 5, 17, 5]])
+    expected = one.encode(model.activations(ids, [one.site])[one.site][0].float())
+    assert result["latents"] == []
+    assert [token["id"] for token in result["tokens"]] == ids[0].tolist()
+    assert result["tokens"][0]["latents"] == []  # the first position is never trained on
+    strongest = result["tokens"][2]["latents"][0]
+    assert strongest["latent"] == int(expected[2].argmax())
+    assert strongest["activation"] == pytest.approx(float(expected[2].max()), rel=1e-3)
+    text = works(*words, "--latent", strongest["latent"]).out
+    assert re.search(rf"«w17» +{strongest['latent']} {strongest['activation']:.2f}", text)
+    assert f"\nlatent {strongest['latent']}: " in text and text.startswith("latent ")
+
+
+def test_another_model_of_the_same_width_is_told(inside):
+    other = LanguageModel.load("model")
+    changed = Dictionary.load(PLAIN)
+    changed.info.model["weights_sha256"] = "0" * 64
+    changed.save("changed")
+    try:
+        result = works("inspect", "changed", "--latent", 0, "--model", "model")
+        assert f"trained on other weights than these of {other.name}" in result.err
+        refused = call("inspect", "changed", "--latent", 0, "--store", "store")
+        assert refused.code == 1 and "(other weights)" in refused.err
+    finally:
+        shutil.rmtree("changed")
+
+
+MISTAKES = {
+    "nothing asked": ((PLAIN,), 2, "name latents with --latent, or give a --text"),
+    "latent": ((PLAIN, "--latent", 64), 2, "no latent 64; uniform-k4 has latents 0 to 63"),
+    "negative": ((PLAIN, "--latent", -1), 2, "no latent -1"),
+    "word": ((PLAIN, "--latent", "three"), 2, "--latent"),
+    "top": ((PLAIN, "--latent", 1, "--top", 0), 2, "--top is 0, but at least 1"),
+    "no dictionary": (("nowhere", "--latent", 1), 1, "nowhere is not a folder"),
+    "no store": ((PLAIN, "--latent", 1, "--store", "nowhere"), 1, "no activation store nowhere"),
+    "not a store": ((PLAIN, "--latent", 1, "--store", "model"), 1, "model is not an activation"),
+    "text without a model": ((PLAIN, "--text", "w1"), 2, "the model is needed, and model, which"),
+    "empty text": ((PLAIN, "--text", "", "--model", "model"), 2, "the text is empty"),
+    "long text": ((PLAIN, "--text", "w1 " * 99, "--model", "model"), 2, "100 tokens are too long"),
+    "model": ((PLAIN, "--latent", 1, "--model", "./no"), 2, "there is no model at ./no"),
+    "width": (("narrow", "--latent", 1, "--model", "model"), 2, "reads 12 dimensions, but model"),
+    "width of a store": (("narrow", "--latent", 1, "--store", "store"), 1, "rows of 16 dimensions"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_sentence(world, monkeypatch, name):
+    words, code, said = MISTAKES[name]
+    monkeypatch.chdir(world)
+    if words[0] == "narrow":
+        make_dictionary().save("narrow")
+    result = call("inspect", *words)
+    assert (result.code, result.out) == (code, "") and "Traceback" not in result.err
+    (sentence,) = [line for line in result.err.splitlines() if line.startswith("llm-wsae:")]
+    assert said in sentence
