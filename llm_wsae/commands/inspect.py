@@ -1,7 +1,6 @@
 """The command that looks at single latents."""
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ def inspect(
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.inspecting.firings import check_store, firings
+    from llm_wsae.inspecting.firings import check_store
     from llm_wsae.inspecting.latents import check_latents, look_at
     from llm_wsae.inspecting.readout import Readout, Vocabulary
     from llm_wsae.inspecting.sentence import read_sentence
@@ -59,19 +58,12 @@ def inspect(
         raise UsageError(
             f"to read a text the model is needed, and {_trained_on(opened)}; name it with --model"
         )
-    # Loading a model is mostly waiting for Python, reading rows mostly arithmetic.
-    with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(load_model, name, revision, device) if name else None
-        found = None
-        if place is not None and latent:
-            found = firings(place, opened, numbers, top)
-        loaded: LanguageModel | None = loading.result() if loading else None
+    loaded: LanguageModel | None = load_model(name, revision, device) if name else None
     if loaded is not None:
         _check_model(loaded, opened)
     views = look_at(
         opened,
         numbers.tolist(),
-        found=found,
         store=place,
         vocabulary=None if loaded is None else Vocabulary(loaded.tokenizer),
         readout=None if loaded is None else Readout(loaded),

@@ -85,7 +85,6 @@ def look_at(
     dictionary: Dictionary,
     latents: Sequence[int],
     *,
-    found: Sequence[Firing] | None = None,
     store: ActivationStore | None = None,
     vocabulary: Vocabulary | None = None,
     readout: Readout | None = None,
@@ -93,14 +92,15 @@ def look_at(
 ) -> list[Latent]:
     """Look at latents, with ``top`` of everything.
 
-    ``store`` adds density and top contexts (``found``, if they were looked for already by
-    ``firings``), ``vocabulary`` their text, ``readout`` the tokens that latents promote.
+    ``store`` adds density and top contexts, ``vocabulary`` their text, ``readout`` the tokens that
+    latents promote.
 
     Raises UsageError for a latent that the dictionary does not have, and as ``firings`` does.
     """
     numbers = check_latents(dictionary, latents)
-    if found is None and store is not None:
-        found = firings(store, dictionary, numbers, top)
+    if len(numbers) == 0:
+        return []
+    found = None if store is None else firings(store, dictionary, numbers, top)
     vocabulary = vocabulary or Vocabulary(None)
     neighbours, written = _neighbours(dictionary, numbers, top), _written(dictionary, numbers, top)
     squares = dictionary.W_dec[numbers].double().square()
