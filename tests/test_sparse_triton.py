@@ -18,6 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_wsae.sparse import reference
 from llm_wsae.sparse.codes import Codes, RaggedCodes, ragged
+from llm_wsae.sparse.operations import using
+from llm_wsae.statistics.weights import LossWeights
+from llm_wsae.train.arm import Arm, ArmConfig
+from llm_wsae.train.parameters import Batch
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes with torch for CUDA)")
 
@@ -397,6 +401,35 @@ def test_no_step_waits_for_the_device_or_holds_all_pre_activations(device, trito
             step(triton, x, encoder, bias, triton.encode_batch_topk(x, encoder, bias, 1, 0.0))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+WAITS = {"topk": 0, "batch-topk": 0, "matryoshka": 1, "jumprelu": 1}
+
+
+@pytest.mark.parametrize("triton", ["cut"], indirect=True)
+@pytest.mark.parametrize("architecture", WAITS)
+def test_how_often_a_whole_step_waits_for_the_device(device, triton, architecture, monkeypatch):
+    """With a masked row, and with dead latents that were looked for in the step before."""
+    weights = LossWeights(torch.ones(D_IN), "uniform", 1.0)
+    arm = Arm(ArmConfig(weights, 2, architecture=architecture), D_IN, D_SAE, torch.device(device))
+    arm._finder._waits = True  # as on a card
+    arm.last_fired.fill_(-10_000)
+    x = layer("random", device, torch.float32, batch=14)[0]
+    mask = (torch.arange(14, device=device) != 5).float()
+    x *= mask[:, None] / x.std()
+    batch = Batch(x, x, mask)
+    read = torch.Tensor.tolist
+    with using("triton"):
+        arm.step(batch, 14, 0.01, 1 / 32, 1600)
+        before = arm.parameters.encoder.clone()
+        with Watched() as watched:
+            monkeypatch.setattr(
+                torch.Tensor, "tolist", lambda self: watched.waited.append("tolist") or read(self)
+            )
+            arm.step(batch, 28, 0.01, 1 / 32, 1600)
+    assert len(watched.waited) == WAITS[architecture], watched.waited
+    moved = (arm.parameters.encoder != before).any(1)
+    assert moved[arm.dead(28, 1600)].any() == arm.config.revives
 
 
 if not INTERPRETED:
