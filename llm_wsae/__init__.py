@@ -17,10 +17,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_wsae.attaching.attach import attach
+    from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
     from llm_wsae.data.config import HarvestConfig, StreamConfig
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.pretrained import load_pretrained
     from llm_wsae.errors import LlmWsaeError, UsageError
     from llm_wsae.evaluate.config import EvaluateConfig
     from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
@@ -54,6 +57,12 @@ _HOMES = {
     "choose_weights": "train.arms",
     "make_arms": "train.arms",
     "Dictionary": "dictionary.dictionary",
+    "load_pretrained": "dictionary.pretrained",
+    "attach": "attaching.attach",
+    "Ablate": "attaching.edits",
+    "Clamp": "attaching.edits",
+    "Scale": "attaching.edits",
+    "Steer": "attaching.edits",
     "Codes": "sparse.codes",
     "EvaluateConfig": "evaluate.config",
     "MonosemanticConfig": "evaluate.monosemantic_config",
@@ -63,9 +72,11 @@ _HOMES = {
 
 __all__ = [
     "RULES",
+    "Ablate",
     "ActivationStore",
     "ActivationStream",
     "ArmConfig",
+    "Clamp",
     "Codes",
     "Corpus",
     "Dictionary",
@@ -75,13 +86,17 @@ __all__ = [
     "LlmWsaeError",
     "LossWeights",
     "MonosemanticConfig",
+    "Scale",
     "Site",
     "Statistics",
+    "Steer",
     "StreamConfig",
     "TrainConfig",
     "UsageError",
     "__version__",
+    "attach",
     "choose_weights",
+    "load_pretrained",
     "make_arms",
     "weights_from_rule",
 ]
