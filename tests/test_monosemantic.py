@@ -53,6 +53,9 @@ def report(model, corpus):
 def test_what_was_read_is_told(report):
     assert 3000 <= report.num_rows < 3000 + 15 and report.num_rows == 15 * report.num_contexts
     assert report.num_documents == 80 and report.notes == []
+    # Five of some thirty words are hardly ever the same.
+    assert 0.2 <= report.chance["purity"] < 0.33
+    assert 1.9 < report.chance["entropy"] <= math.log2(5)
     for scores in report.dictionaries.values():
         assert (scores.rows, scores.massive_rows) == (report.num_rows, 0)
         assert scores.site == SITE and scores.l0 == pytest.approx(1)
@@ -235,3 +238,4 @@ def test_the_report_is_json_and_a_table(report, tmp_path):
     assert f"{detection.mean:.3f} [{low:.3f}, {high:.3f}]" in row
     assert lines[0].split()[:2] == ["dictionary", "eligible"]
     assert f"{report.num_rows:,} tokens of held-out text" in report.table()
+    assert f"a purity of {report.chance['purity']:.3f}." in report.table()
