@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 SCRIPTS = Path(__file__).parent / "peers"
-PEERS = {  # folder of the environment, distribution, module
+PEERS = {  # folder of the environment, distributions, module
     "sparsify": ("sparsify", "eai-sparsify", "sparsify"),
     "saelens": ("saelens", "sae-lens", "sae_lens"),
     "dictionary_learning": ("dictlearn", "dictionary-learning", "dictionary_learning"),
     "saebench": ("saebench", "sae-bench", "sae_bench"),
-    "saelens5": ("saelens5", "sae-lens>=5,<6", "sae_lens"),
-    "saelens3": ("saelens3", "sae-lens>=3,<4", "sae_lens"),
+    "saelens5": ("saelens5", "sae-lens>=5,<6 pyarrow<20", "sae_lens"),
+    "saelens3": ("saelens3", "sae-lens>=3,<4 pyarrow<20", "sae_lens"),
 }
 
 
@@ -42,7 +42,7 @@ def peer_python(peer: str) -> Path:
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run([*pip, same_torch, distribution], check=True)
+        subprocess.run([*pip, same_torch, *distribution.split()], check=True)
     except subprocess.CalledProcessError:
         raise WorkerFailed(f"{distribution} could not be installed") from None
     return python

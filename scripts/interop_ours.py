@@ -22,13 +22,14 @@ SCOPE_SIZES = (2304, 4096)  # SAELens' reader knows them from the names
 
 
 def make(sparsity: Sparsity, seed: int) -> Dictionary:
-    """A dictionary of ours with random weights."""
+    """A dictionary of ours with random directions."""
     torch.manual_seed(seed)
+    W_dec = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN))
     return Dictionary(
-        W_enc=torch.randn(D_IN, D_SAE) * 0.3,
-        W_dec=torch.randn(D_SAE, D_IN) * 0.3,
-        b_enc=torch.randn(D_SAE),
-        b_dec=torch.randn(D_IN),
+        W_enc=W_dec.T * 0.5,
+        W_dec=W_dec,
+        b_enc=torch.randn(D_SAE) / 4 - 0.5,
+        b_dec=torch.randn(D_IN) / 4,
         threshold=torch.rand(D_SAE) if sparsity.has_threshold else None,
         sparsity=sparsity,
         info=DictionaryInfo(
@@ -53,7 +54,7 @@ def ours_saved(out: Path) -> dict[str, Path]:
         dictionary = make(sparsity, seed)
         dictionary.info = DictionaryInfo(**{**dictionary.info.to_dict(), "name": name})
         dictionary.save(folders[name], dtype=dtype)
-        x = torch.randn(300, D_IN) * 2 + torch.randn(D_IN) * 5
+        x = torch.randn(300, D_IN) * 2 + torch.randn(D_IN)
         save_file({"x": x}, out / f"{name}.rows.safetensors")
     return folders
 
@@ -67,7 +68,7 @@ def gemma_scope(folder: Path) -> None:
         "W_dec": draw.standard_normal((d_sae, d_in), np.float32) * 0.05,
         "b_enc": draw.standard_normal(d_sae, np.float32),
         "b_dec": draw.standard_normal(d_in, np.float32),
-        "threshold": np.abs(draw.standard_normal(d_sae, np.float32)) * 3,
+        "threshold": 8 + np.abs(draw.standard_normal(d_sae, np.float32)),
     }
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **{name: a.astype(np.float32) for name, a in arrays.items()})

@@ -66,7 +66,7 @@ def _zeroed(data: bytes, start: int, length: int = 64) -> bytes:
 
 
 def config_changes(config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """(key, value, the configuration): each value at any depth exchanged or ``"removed"``."""
+    """(key, value, the configuration): each value, two deep, exchanged or ``"removed"``."""
     for path in _paths(config):
         for value in (REMOVED, *OTHER_VALUES):
             changed = copy.deepcopy(config)
@@ -83,8 +83,8 @@ def config_changes(config: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str,
 def _paths(config: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for key, value in config.items():
         yield (*above, key)
-        if isinstance(value, dict):
-            yield from _paths(value, (*above, key))
+        if isinstance(value, dict) and not above:
+            yield from _paths(value, (key,))
 
 
 def tensor_changes(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:

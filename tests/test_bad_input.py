@@ -204,7 +204,7 @@ MISTAKES = {
     "dictionary foreign": (
         1,
         ("evaluate", "trained/uniform-k4", "store", *EVALUATING),
-        ["store is not a whole dictionary folder of this package"],
+        ["store holds .lock", "and no dictionary that can be read"],
     ),
     "dictionary missing": (
         1,
@@ -392,7 +392,7 @@ def test_verify_names_every_damaged_file(refused, world, tmp_path):
     assert sentence.count(";") == 2
     refused(1, "verify", "torn", said=["torn/sae_weights.safetensors is not a readable"])
     refused(1, "verify", "half", said=["half", "lacks cfg.json"])
-    refused(1, "verify", "foreign", said=["foreign is not a whole dictionary folder"])
+    refused(1, "verify", "foreign", said=["foreign holds cfg.json and no dictionary"])
     refused(1, "verify", "nothing", said=["nothing is neither an activation store", "nor a dict"])
     refused(1, "verify", "nowhere", said=["there is no folder nowhere"])
 

@@ -65,13 +65,14 @@ def test_help_names_every_command():
 
 FLAGS = {
     "run": "model corpus site out tokens context-size rule alpha k architecture expansion seeds "
-    "train-tokens eval-tokens text-column revision device",
+    "train-tokens eval-tokens text-column revision device place form clip anneal draw",
     "harvest": "model corpus site out part text-column revision device context-size prepend-bos "
     "one-document-per-context drop-positions drop-special tokens dtype batch-tokens shard-tokens",
-    "weigh": "site out rule alpha",
+    "weigh": "site out rule alpha dictionary model revision device place form clip anneal draw "
+    "sensitivity-tokens semantic-tokens top before after encoder seed",
     "train": "site out rule alpha weights k architecture l1 seeds expansion tokens batch-size "
     "learning-rate warmup decay aux-coefficient dead-after checkpoint-seconds log-every seed "
-    "device shard dtype tracker",
+    "device shard dtype tracker place form clip anneal draw",
     "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
     "device monosemantic monosemantic-tokens encoder labels keep",
     "study": "model corpus site out rule alpha k curve seeds expansion train-tokens eval-tokens "

@@ -187,7 +187,7 @@ def test_tensors_that_are_missing_or_of_another_kind(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm_wsae.train.auxk import add_auxk_gradients
+from llm_wsae.train.auxk import DeadLatents, add_auxk_gradients
 from llm_wsae.train.batch_topk import batch_topk_step
 from llm_wsae.train.jumprelu import jumprelu_step
 from llm_wsae.train.matryoshka import matryoshka_step
@@ -79,10 +79,11 @@ def test_auxk_uses_the_same_metric():
     parameters, batch, gamma, matrix = problem(torch.float64)
     residual = topk_step(parameters, batch, matrix, K).residual
     dead = torch.tensor([3, 5, 8])
+    found = DeadLatents(dead)
     losses, gradients = [], []
     for metric in (gamma, gamma.diag(), matrix):
         into = Parameters(*(torch.zeros_like(p) for p in parameters))
-        losses.append(add_auxk_gradients(into, parameters, batch, residual, dead, metric, 0.5))
+        losses.append(add_auxk_gradients(into, parameters, batch, residual, found, metric, 0.5))
         gradients.append(into)
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-12)
     assert distance(gradients[1][:3], gradients[0][:3]) < 1e-12

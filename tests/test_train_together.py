@@ -211,31 +211,29 @@ def of_own_rate(out):
 # --- The command
 
 
-def test_the_command_under_torchrun(tmp_path):
-    world = make_world(tmp_path)
-    words = ("train", world / "store", *TRAIN, "--k", 4, "--out")
-    for shard in SHARDS:
-        done = torchrun(2, *words, tmp_path / shard, "--shard", shard, "--json")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("uniform-k4") == 1 and done.stderr.count("train 2 arms: 100%") >= 1
-        assert content(tmp_path / shard).keys() == content(world / "trained").keys()
-        for name in ("uniform-k4", "variance-a0.5-k4"):
-            found, expected = (
-                Dictionary.load(p / name) for p in (tmp_path / shard, world / "trained")
-            )
-            torch.testing.assert_close(found.W_enc, expected.W_enc, rtol=1e-3, atol=1e-5)
-            command = found.info.training["command"]
-            assert command.startswith("llm-wsae train") and f"--shard {shard}" in command
-    failed = torchrun(2, *words, tmp_path / "rows", "--learning-rate", 1)
-    assert failed.returncode == 1 and failed.stdout == ""
-    assert failed.stderr.count("llm-wsae: ") == 1 and "1.0 asked for); choose" in failed.stderr
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
-def test_interrupting_the_launcher_saves_and_says_so_once(tmp_path):
-    world = make_world(tmp_path)
+def test_the_command_under_torchrun(world, tmp_path):
+    """From a store, of which each process reads its rows only."""
+    out, alone = tmp_path / "out", world / "trained"
+    done = torchrun(2, "train", world / "store", *TRAIN, "--k", 4, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("uniform-k4") == 1 and "train 2 arms: 100%" in done.stderr
+    assert done.stderr.count("train 2 arms:   0%") == 1
+    assert content(out).keys() == content(alone).keys()
+    for name in ("uniform-k4", "variance-a0.5-k4"):
+        found, expected = Dictionary.load(out / name), Dictionary.load(alone / name)
+        torch.testing.assert_close(found.W_enc, expected.W_enc, rtol=CLOSE, atol=CLOSE)
+        assert found.info.training["command"].startswith("llm-wsae train")
+
+
+def test_interrupting_the_launcher_saves_and_says_so_once(world, tmp_path):
     out = tmp_path / "out"
     words = ("train", world / "store", *TRAIN, "--k", 4, "--tokens", 256 * 50_000, "--out", out,
-             "--checkpoint-seconds", 1)  # fmt: skip
+             "--checkpoint-seconds", 0, "--shard", "latents")  # fmt: skip
     command = subprocess.Popen(launched(2, *words), stderr=subprocess.PIPE, text=True, cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (out / CHECKPOINT).exists() and time.monotonic() < deadline:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from llm_wsae.files import write_atomic
 from llm_wsae.plots import COLOURS
@@ -45,12 +45,11 @@ def plot_curve(results: Sequence[Result], site: str, path: Path) -> None:
     """
     figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.subplots(2, 2)
-    labels = list(dict.fromkeys(r.label for r in results if r.label != PLAIN))
+    colours = _colours(results)
     for axis, measure in zip(axes.flat, _CURVES, strict=True):
         _draw_plain(axis, [r for r in results if r.label == PLAIN], measure)
-        for number, label in enumerate(labels):
+        for label, colour in colours.items():
             own = [r for r in results if r.label == label and measure in r.point.values]
-            colour = COLOURS[1 + number % (len(COLOURS) - 1)]
             hollow = bool(own) and is_drawn(own[0].rule)
             axis.plot(
                 [_lost(r) for r in own],
@@ -63,12 +62,10 @@ def plot_curve(results: Sequence[Result], site: str, path: Path) -> None:
             )
         axis.set(xscale="log", title=MEASURES[measure].title)
         axis.invert_xaxis()
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.tick_params(axis="x", which="both", labelsize=7, rotation=30)
-        axis.set_xlabel(
-            "cross-entropy that it costs, nats a token (logarithmic; right is faithful)"
-        )
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda lost, _: f"{1 - lost:.5g}"))
+        axis.set_xlabel("CE recovered (logarithm of what is lost)")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes.flat[0].legend(frameon=False, fontsize=8)
@@ -135,7 +132,19 @@ def _draw_plain(axis: Axes, plain: Sequence[Result], measure: str) -> None:
 
 
 def _lost(result: Result) -> float:
-    return max(result.point.increase, LEAST_INCREASE)
+    return max(1 - result.ce_recovered, LEAST_INCREASE)
+
+
+def _colours(results: Sequence[Result]) -> dict[str, str]:
+    """A colour for every label but the plain one; a control has its rule's."""
+    found: dict[str, str] = {}
+    for result in results:
+        if result.label not in found and result.label != PLAIN:
+            colour = COLOURS[1 + len(set(found.values())) % (len(COLOURS) - 1)]
+            found[result.label] = colour
+            if result.control is not None:
+                found[result.control] = colour
+    return found
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -49,7 +49,7 @@ class StudyReport:
     @classmethod
     def of(cls, site: str, basis: dict[str, Any], results: Sequence[Result]) -> "StudyReport":
         """Compare finished dictionaries, in any order."""
-        ordered = sorted(results, key=_order)
+        ordered = _ordered(results)
         by_kl = [replace(r, point=replace(r.point, increase=r.kl)) for r in ordered]
         itself = curve_against_itself(ordered)
         return cls(site, basis, ordered, compare(ordered), compare(by_kl), itself)
@@ -169,9 +169,7 @@ class StudyReport:
         return rows
 
     def _differences(self, everything: bool = False) -> list[list[str]]:
-        shown = (
-            list(MEASURES) if everything else [*DECIDING, "detection_dense", "selectivity_dense"]
-        )
+        shown = list(MEASURES) if everything else DECIDING
         titles = [MEASURES[m].title for m in shown]
         by_kl = [f"{measure}, equal KL" for measure in DECIDING]
         rows = [["weights", "verdict", "CE at same k", *titles, *by_kl]]
@@ -208,10 +206,16 @@ _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family o
 _SHOWN = ("detection", "no_token", "purity", "coherence", "selectivity", "probe_1", "probe_5")
 
 
-def _order(result: Result) -> tuple:
-    """The plain curve first, then by label, k and seed."""
-    plain_first = result.label != PLAIN
-    return plain_first, result.label, result.point.k, result.point.seed
+def _ordered(results: Sequence[Result]) -> list[Result]:
+    """The plain curve first, then rule by rule, each with its control behind it; by k and seed."""
+    owner = {r.control: r.label for r in results if r.control is not None}
+
+    def place(result: Result) -> tuple:
+        label = result.label
+        rule = owner.get(label, label)
+        return label != PLAIN, rule, label != rule, label, result.point.k, result.point.seed
+
+    return sorted(results, key=place)
 
 
 def _mean(own: Sequence[Result], measure: str) -> str:

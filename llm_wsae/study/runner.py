@@ -54,6 +54,7 @@ BASIS, TRAINING, DICTIONARIES, RESULTS, GROUP = (
     "group.json",
 )
 _PASS_BYTES = 1 << 30  # of parameters and optimiser state that are trained together
+_MEASURED_TOGETHER = 6  # share the passes without dictionary; what a stop can cost, some minutes
 _BYTES_A_WEIGHT = 14  # float32, two moments of Adam, and a rounded copy
 # Settings that change how a training proceeds, not what comes out.
 _HOW = ("device", "checkpoint_seconds", "log_every", "tracker", "seed")
@@ -163,8 +164,7 @@ class _Study:
             there = {p.arm.name for p in missing if self._dictionary(p).exists()}
             bar.update(len(there))
             trained = [p for p in missing if p.arm.name in there]
-            for some in _chunks(trained, self._at_once()):  # and not measured, when it was stopped
-                self._measure(some, bar)
+            self._measure(trained, bar)  # what was trained, and not measured, when it was stopped
             for group in self._groups([p for p in missing if p.arm.name not in there]):
                 self._train(group)
                 bar.update(len(group))
@@ -207,7 +207,11 @@ class _Study:
         weights = 2 * self.training.expansion * self.store.d_in**2
         return max(1, _PASS_BYTES // (_BYTES_A_WEIGHT * weights))
 
-    def _measure(self, group: Sequence[PlannedArm], bar: tqdm) -> None:
+    def _measure(self, arms: Sequence[PlannedArm], bar: tqdm) -> None:
+        for some in _chunks(arms, min(self._at_once(), _MEASURED_TOGETHER)):
+            self._measure_together(some, bar)
+
+    def _measure_together(self, group: Sequence[PlannedArm], bar: tqdm) -> None:
         """Measure, and write a result for each."""
         loaded = {planned.arm.name: self._load(planned) for planned in group}
         found = evaluate(loaded, self.model, self.contexts, self.fidelity).dictionaries

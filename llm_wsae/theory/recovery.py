@@ -61,7 +61,7 @@ def matched_loss(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "rows n"
     from scipy.optimize import linear_sum_assignment
 
     power = codes.double().square().sum(0)
-    product = (x.T @ codes).double()
+    product = x.double().T @ codes.double()
     removed = product.square() / torch.where(power > 0, power, 1.0)
     rows, columns = linear_sum_assignment(removed.numpy(), maximize=True)
     total = x.double().square().sum()

@@ -68,7 +68,7 @@ def run(name: str, sae: Any) -> Any:
         context_size=CONTEXT,
         prepend_bos=False,
         store_batch_size_prompts=PROMPTS,
-        n_batches_in_buffer=4,
+        n_batches_in_buffer=32,
         train_batch_size_tokens=BATCH,
         training_tokens=STEPS * BATCH,
         lr=3e-3,

@@ -27,8 +27,8 @@ WRITTEN = {  # name: class, its settings
     "layer-norm": ("StandardSAE", {"normalize_activations": "layer_norm"}),
     "abstopk": ("AbsTopKSAE", {"k": K}),
     "matching-pursuit": ("MatchingPursuitSAE", {}),
-    "transcoder": ("Transcoder", {"d_out": D_IN}),
-    "jumprelu-transcoder": ("JumpReLUTranscoder", {"d_out": D_IN}),
+    "transcoder": ("Transcoder", {"d_out": D_IN, **UNCENTRED}),
+    "jumprelu-transcoder": ("JumpReLUTranscoder", {"d_out": D_IN, **UNCENTRED}),
 }
 SCALED = {"normalize_activations": "expected_average_only_in"}
 TRAINED = {
