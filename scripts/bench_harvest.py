@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmarks import embedded_model, machine, write_section
+from benchmarks import embedded_model, machine, write_benchmark
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
@@ -147,7 +147,7 @@ def main() -> None:
     lines += ["", *WAYS, "", f"{busy}. {args.repeats} repeats of {args.tokens:,} tokens."]
     print("\n".join(lines))
     if args.write:
-        write_section("harvest", "\n".join(lines))
+        write_benchmark("harvest", "\n".join(lines))
 
 
 if __name__ == "__main__":

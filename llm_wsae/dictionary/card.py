@@ -162,7 +162,8 @@ def _body(
     parts += ["## How to use them", *_usage(repo_id, dictionaries[0], revision)]
     parts += ["## How they were made"]
     for d in dictionaries:
-        parts += [f"### {escape(d.sae_id)}", *_making(d, d.sae_id in figures)]
+        figure = f"{d.sae_id}/{FIGURE}" if d.sae_id in figures else None
+        parts += [f"### {escape(d.sae_id)}", *making(d, figure)]
     return "\n\n".join(parts)
 
 
@@ -193,7 +194,8 @@ llm-wsae pull {repo_id} {shlex.quote(d.sae_id)}{flag} --out dictionaries
     return parts
 
 
-def _making(d: Facts, has_figure: bool) -> list[str]:
+def making(d: Facts, figure: str | None) -> list[str]:
+    """How a dictionary was made: its weights' figure (a path from the card), command, settings."""
     info, training = d.info, d.info.training
     rows = [
         ("model", d.model, text(info.model.get("revision"))),
@@ -218,7 +220,6 @@ def _making(d: Facts, has_figure: bool) -> list[str]:
     parts = [table(["", ""], [[name, value] for name, value in listed.items()], left=2)]
     if command := text(training.get("command")):
         parts = ["```bash\n" + command.replace("`", "'").replace("\n", " ") + "\n```", *parts]
-    if has_figure:
-        words = f"Loss weights of {escape(d.sae_id)}"
-        parts = [f"![{words}]({d.sae_id}/{FIGURE})", *parts]
+    if figure is not None:
+        parts = [f"![Loss weights of {escape(d.sae_id)}]({figure})", *parts]
     return parts
