@@ -44,7 +44,7 @@ model = HookedTransformer(
         d_vocab=VOCABULARY,
         device="cpu",
         init_weights=True,
-        initializer_range=0.5,
+        initializer_range=0.2,
     )
 )
 tokens = torch.randint(VOCABULARY, (4000, CONTEXT), generator=torch.Generator().manual_seed(1))
