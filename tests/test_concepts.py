@@ -166,6 +166,13 @@ def test_concepts_of_documents_are_their_labels():
         document_concepts(HEADERS, document, half, ("yaer",))
 
 
+def test_a_number_that_is_mostly_one_value_still_divides_the_documents():
+    headers = {n: {"labels": {"score": max(0, n - 9)}} for n in range(16)}
+    found = document_concepts(headers, torch.arange(16).repeat(4), torch.arange(64) < 32)
+    assert found.names == ["score<1"]
+    assert found.positive[:16, 0].tolist() == [n <= 9 for n in range(16)]
+
+
 def test_a_concept_needs_enough_examples_in_both_halves(monkeypatch):
     document = torch.tensor([*range(12), *range(12)])
     lopsided = document < 6

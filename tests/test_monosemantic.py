@@ -178,6 +178,26 @@ def test_seeds_are_compared_with_each_other(model, corpus):
     assert f"{group}: 2 seeds agree to {numbers['pw_mcc']:.3f}" in found.table()
 
 
+def test_only_what_was_made_alike_is_compared_over_seeds(model, corpus):
+    """Other widths are other dictionaries, whatever their names; of twins one is enough."""
+    small = dictionary(torch.eye(WIDTH)[:10], "words", seed=3)
+    named = {"one": one_latent_a_word(seed=0), "twin": one_latent_a_word(seed=0), "small": small}
+    found = monosemanticity(named, model, corpus, CONFIG, WordMeanings())
+    assert found.consistency == {}
+
+
+def test_text_without_labels_has_concepts_of_tokens_only(model, tmp_path):
+    labelled = planted_text(tmp_path / "labelled.jsonl").read_text().splitlines()
+    lines = [json.dumps({"text": json.loads(line)["text"]}) for line in labelled]
+    path = tmp_path / "bare.jsonl"
+    path.write_text("\n".join(lines))
+    found = monosemanticity(
+        {"words": one_latent_a_word()}, model, Corpus.open(str(path)), CONFIG, WordMeanings()
+    ).dictionaries["words"]
+    assert found.concepts.means["best_1"].count > 0
+    assert found.latents["purity"].mean == pytest.approx(1)
+
+
 def test_a_dictionary_that_never_fires_has_no_scores(model, corpus):
     silent = {"silent": dictionary(torch.zeros(5, WIDTH), "silent")}
     report = monosemanticity(silent, model, corpus, CONFIG, WordMeanings())

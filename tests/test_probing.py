@@ -158,6 +158,7 @@ def test_falls_equal_probing_what_is_left(case):
         for c in range(3):
             expected = accuracy(x, c) - accuracy(left, c)
             assert float(found[number, c]) == pytest.approx(expected, abs=0.011)
+    assert selectivity(torch.ones(1, 1))[1].isnan()  # there are no others
     own, others = selectivity(found)
     assert own.tolist() == found.diagonal().tolist()
     assert float(others[0]) == pytest.approx(float((found[0, 1] + found[0, 2]) / 2))

@@ -115,6 +115,40 @@ def test_seeds_dealt_out_anew_break_the_pairing_and_only_that():
         assert after[measure].by_seed != pytest.approx(before[measure].by_seed, abs=1e-6)
 
 
+def test_a_rule_is_held_against_its_control_at_the_k_of_both():
+    """Both are .06 above the curve at k 48 and on it at k 24; the control's k 48 is off the curve,
+    so what the rule gains there is not more than its control."""
+    made = Made()
+    results = made.curve() + made.rule(ks=(24,)) + made.rule(
+        ks=(48,), effect=0.06, control_effect=0.06, control_cost=9.0
+    )  # fmt: skip
+    rule, control = compare(results)
+    assert rule.ks == (24, 48) and control.ks == (24,)
+    assert abs(rule.against_control["detection"].difference) < 0.01
+    assert rule.verdict == v.AS_CONTROL
+
+
+def test_better_than_the_control_is_corrected_for_all_that_was_tried():
+    """Ten rules, each as good as its control: hardly ever is one called better than it."""
+    called = 0
+    for seed in range(20):
+        made = Made(seed)
+        results = made.curve()
+        for number in range(10):
+            results += made.rule(f"rule{number}", effect=0.03, control_effect=0.03)
+        called += any(one.verdict == v.BETTER for one in compare(results))
+    assert called <= 2
+
+
+def test_a_k_that_some_seeds_lack_is_not_compared():
+    made = Made()
+    results = made.curve(seeds=range(6))
+    both = results + made.rule(ks=(32,), seeds=range(6)) + made.rule(ks=(48,), seeds=(3, 4, 5))
+    assert compare(both)[0].ks == (32,)
+    none = results + made.rule(ks=(32,), seeds=(0, 1, 2)) + made.rule(ks=(48,), seeds=(3, 4, 5))
+    assert compare(none)[0].ks == () and verdict_of(none) == v.OUTSIDE
+
+
 def test_the_k_of_one_seed_outside_is_left_out():
     made = Made()
     results = made.curve() + made.rule(ks=(24, 32), effect=0.03)

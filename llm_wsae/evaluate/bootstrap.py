@@ -29,9 +29,9 @@ class Bootstrap:
         """The central 95 % of ``quantity`` over the resamplings.
 
         ``sums`` holds one number per context; ``quantity`` receives their totals under the same
-        names, one per resampling.
+        names, one per resampling. Where it does not exist (0/0) that resampling says nothing.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             values = quantity({name: self._times @ column for name, column in sums.items()})
-        low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return float(low), float(high)

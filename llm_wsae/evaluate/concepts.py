@@ -50,13 +50,13 @@ class Concepts(NamedTuple):
 def with_enough(concepts: Concepts, groups: Int[Tensor, " units"], fewest_groups: int) -> Concepts:
     """The concepts with enough examples and counterexamples, from enough groups, in each half."""
     kept = torch.ones(len(concepts.names), dtype=torch.bool)
-    _, group = groups.unique(return_inverse=True)
+    numbers, group = groups.unique(return_inverse=True)
     for half in (concepts.half, ~concepts.half):
         for side in (concepts.positive, ~concepts.positive):
             found = side & concepts.applies & half[:, None]
             kept &= found.sum(0) >= FEWEST_UNITS
             if fewest_groups > 1:
-                seen = torch.zeros(int(group.max()) + 1, found.shape[1])
+                seen = torch.zeros(len(numbers), found.shape[1])
                 seen.index_add_(0, group, found.float())
                 kept &= (seen > 0).sum(0) >= fewest_groups
     return concepts.keep(kept)
@@ -133,8 +133,12 @@ def _divided(column: str, values: dict[int, Any]) -> list[tuple[str, set[int]]]:
     numeric = all(type(value) in (int, float) for value in distinct)
     if numeric and len(distinct) > _MOST_VALUES:
         ordered = sorted(values.values())
-        cuts = [float(ordered[i * len(ordered) // 3]) for i in (1, 2)]
+        # Above the smallest value, or nothing would lie below the cut.
+        above = next(value for value in ordered if value > ordered[0])
+        cuts = sorted({float(max(ordered[i * len(ordered) // 3], above)) for i in (1, 2)})
         edges = [float("-inf"), *cuts, float("inf")]
+        if len(cuts) == 1:  # two parts are one concept
+            edges = edges[:2]
         return [
             (_third(column, low, high), {n for n, v in values.items() if low <= v < high})
             for low, high in pairwise(edges)

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm_wsae.evaluate.auroc import auroc
-
-FEWEST_POSITIVE, FEWEST_NEGATIVE = 3, 20  # with fewer, a latent's score would be noise
+from llm_wsae.evaluate.monosemantic_config import FEWEST_NEGATIVE, FEWEST_POSITIVE
 
 
 class Detection(NamedTuple):

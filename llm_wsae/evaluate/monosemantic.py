@@ -10,6 +10,7 @@ are shared by all dictionaries that it is given, together or one after the other
 """
 
 import copy
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -208,7 +209,8 @@ def _questions(text: HeldoutText, tokenizer: Any, config: MonosemanticConfig) ->
     halves = halves_of_documents(text, config.seed)
 
     def half(units: Units) -> Tensor:
-        return torch.tensor([halves[number] for number in units.document.tolist()])
+        halved = [halves[number] for number in units.document.tolist()]
+        return torch.tensor(halved, dtype=torch.bool)
 
     tokens = units_of_tokens(text, config.probe_tokens, config.seed)
     rows = (tokens.of_row != NO_UNIT).nonzero()[:, 0]
@@ -235,16 +237,18 @@ def _consistency(
     dictionaries: Mapping[str, Dictionary], found: dict[str, DictionaryScores]
 ) -> dict[str, dict[str, Any]]:
     """PW-MCC of every group of dictionaries that differ in their seeds only."""
-    groups: dict[str, dict[int, str]] = defaultdict(dict)
+    groups: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
     for name, dictionary in dictionaries.items():
         info = dictionary.info
         if info.seed is not None:
             arm = info.name.removesuffix(f"-s{info.seed}")
-            groups[f"{info.site} {arm}"][info.seed] = name
+            groups[f"{info.site} {arm}", _made_alike(dictionary)].setdefault(info.seed, name)
     result = {}
-    for group, members in groups.items():
+    for (group, _), members in groups.items():
         if len(members) < 2:
             continue
+        if group in result:  # the same arm of another training
+            group = f"{group} ({', '.join(members.values())})"
         names = [members[seed] for seed in sorted(members)]
         decoders = [dictionaries[name].W_dec.detach() for name in names]
         alive = [found[name].per_latent["density"] > 0 for name in names]
@@ -254,6 +258,13 @@ def _consistency(
             "pw_mcc_alive": pw_mcc(decoders, alive),
         }
     return result
+
+
+def _made_alike(dictionary: Dictionary) -> str:
+    """What two dictionaries share that differ in their seeds only."""
+    info = dictionary.info
+    training = {k: v for k, v in info.training.items() if k not in ("seed", "command", "versions")}
+    return json.dumps([dictionary.d_sae, info.store, training], sort_keys=True, default=str)
 
 
 def _notes(

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from llm_wsae.errors import UsageError
 
+FEWEST_POSITIVE, FEWEST_NEGATIVE = 3, 20  # windows; with fewer, a latent's detection is noise
+
 
 @dataclass(frozen=True)
 class MonosemanticConfig:
@@ -38,8 +40,8 @@ class MonosemanticConfig:
 
     def __post_init__(self):
         at_least = {name: 1 for name in ("tokens", "batch_tokens")}
-        at_least |= {"top": 2, "sample": 2, "silent": 2, "before": 0, "after": 0}
-        at_least |= {"probe_tokens": 1, "bootstraps": 1}
+        at_least |= {"probe_tokens": 1, "bootstraps": 1, "top": 2, "before": 0, "after": 0}
+        at_least |= {"sample": FEWEST_POSITIVE, "silent": max(FEWEST_NEGATIVE, self.top)}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UsageError(

@@ -1,11 +1,11 @@
 """What an evaluation found: one JSON object, one table for people."""
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm_wsae.files import write_json
+from llm_wsae.record import plain
 
 Interval = tuple[float, float]
 
@@ -98,7 +98,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""
-        return jsonable(asdict(self))
+        return plain(self)
 
     def write(self, path: Path) -> None:
         """Write the JSON report. Raises LlmWsaeError if that is impossible."""
@@ -156,14 +156,3 @@ def align(rows: list[list[str]], left: int) -> str:
     ]
     rule = "  ".join("─" * width for width in widths)
     return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def jsonable(value: Any) -> Any:
-    """Dicts, lists and numbers as JSON has them; a number that does not exist is null."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

@@ -58,6 +58,7 @@ def falls(
 def selectivity(
     falls: Float[Tensor, "concepts concepts"],
 ) -> tuple[Float[Tensor, " concepts"], Float[Tensor, " concepts"]]:
-    """From the fall of concept j when concept i's latents go, [i, j]: own falls, others' mean."""
+    """From the fall of concept j when concept i's latents go, [i, j]: own falls, others' mean (NaN
+    for a concept without others)."""
     own = falls.diagonal()
-    return own, (falls.sum(1) - own) / max(falls.shape[0] - 1, 1)
+    return own, (falls.sum(1) - own) / (falls.shape[0] - 1)

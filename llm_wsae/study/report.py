@@ -123,14 +123,15 @@ class StudyReport:
 
     def _sentence(self, one: Compared) -> str:
         start = f"{one.label}: {VERDICTS[one.verdict]}"
-        reached = ", ".join(f"{ce:.4f}" for ce in one.ce_recovered.values())
+        shown = one.ks or one.ce_recovered
+        reached = ", ".join(f"{one.ce_recovered[k]:.4f}" for k in shown)
         if one.verdict == UNMEASURED:
             return f"{start} (CE recovered {reached})"
         if one.verdict == OUTSIDE:
             plain_ce = [r.ce_recovered for r in self.results if r.label == PLAIN]
             return (
                 f"{start} ({reached} recovered; the curve goes from {min(plain_ce):.4f} to "
-                f"{max(plain_ce):.4f}; on some seed it is outside)"
+                f"{max(plain_ce):.4f}; on some seed it is outside, or not there)"
             )
         numbers = []
         for measure in DECIDING:

@@ -4,7 +4,8 @@ A rule is compared at its dictionaries' own cross-entropy, seed by seed, over al
 measures decide, both without the latents that fire on more than a tenth of the tokens, because
 those raise either one whatever they stand for: detection of latents and selectivity of concepts.
 Over all rules of the study and both measures Holm's correction holds. Better also has to mean
-better than the rule's control: weights that know nothing of the dimensions may help as well.
+better than the rule's control, corrected in the same way: weights that know nothing of the
+dimensions may help as well.
 
 The curve is held against itself, too: a plain dictionary against what its neighbours say of it.
 Where that is far from 0, the curve is too coarse for differences of that size.
@@ -36,7 +37,7 @@ VERDICTS = {
     INDISTINGUISHABLE: "indistinguishable from the plain curve at equal CE",
     MIXED: "better than the plain curve at equal CE in one measure, worse in the other",
     WORSE: "worse than the plain curve at equal CE",
-    OUTSIDE: "not comparable: the plain curve does not reach its CE",
+    OUTSIDE: "not comparable: at no k are all its seeds there and within the plain curve's CE",
     UNMEASURED: "not measured: too few latents fire often enough, and no concept is in the text",
 }
 _SIGNIFICANT = 1 - LEVEL
@@ -83,25 +84,13 @@ def compare(results: Sequence[Result]) -> list[Compared]:
         for label, ks in comparable.items()
     }
     effects = _by_measure(beside)
-    pairs = {
-        label: _less(beside[label], beside[group[0].control])
-        for label, group in groups.items()
-        if group[0].control in beside
-    }
-    against = _by_measure(pairs)
+    against = _by_measure(_against_controls(groups, comparable, curves))
     claims = [label for label, group in groups.items() if not is_drawn(group[0].rule)]
-    corrected = adjusted(
-        {
-            (label, measure): effects[label][measure].p
-            for label in claims
-            for measure in DECIDING
-            if measure in effects[label]
-        }
-    )
+    corrected, of_control = (_adjusted(found, claims) for found in (effects, against))
     found = []
     for label, group in groups.items():
-        own = {m: corrected[label, m] for m in DECIDING if (label, m) in corrected}
-        verdict = _verdict(effects[label], own, against.get(label, {}))
+        own, theirs = corrected.get(label, {}), of_control.get(label, {})
+        verdict = _verdict(effects[label], own, against.get(label, {}), theirs)
         if not own:
             verdict = UNMEASURED if comparable[label] else OUTSIDE
         families = {
@@ -158,13 +147,51 @@ def _groups(results: Iterable[Result]) -> dict[str, list[Result]]:
     return dict(groups)
 
 
-def _comparable(group: Iterable[Result], curves: Mapping[int, Curve]) -> tuple[int, ...]:
-    """The k at which the dictionaries of every seed lie within their curve."""
-    inside: dict[int, bool] = {}
+def _comparable(group: Sequence[Result], curves: Mapping[int, Curve]) -> tuple[int, ...]:
+    """The k that every seed has, and at which all of them lie within their curve."""
+    seeds = {result.point.seed for result in group}
+    inside: dict[int, set[int]] = defaultdict(set)
     for result in group:
-        curve, k = curves.get(result.point.seed), result.point.k
-        inside[k] = inside.get(k, True) and curve is not None and result.point in curve
-    return tuple(sorted(k for k, all_inside in inside.items() if all_inside))
+        curve = curves.get(result.point.seed)
+        if curve is not None and result.point in curve:
+            inside[result.point.k].add(result.point.seed)
+    return tuple(sorted(k for k, there in inside.items() if there == seeds))
+
+
+def _against_controls(
+    groups: Mapping[str, Sequence[Result]],
+    comparable: Mapping[str, tuple[int, ...]],
+    curves: Mapping[int, Curve],
+) -> dict[str, dict[str, dict[int, Value]]]:
+    """Label → measure → seed → how much more its difference is than its control's, over the k at
+    which both can be compared."""
+    found = {}
+    for label, group in groups.items():
+        control = group[0].control
+        if control in groups:
+            shared = set(comparable[label]) & set(comparable[control])
+            own, other = (
+                _beside([r for r in groups[one] if r.point.k in shared], curves)
+                for one in (label, control)
+            )
+            found[label] = _less(own, other)
+    return found
+
+
+def _adjusted(
+    found: Mapping[str, Mapping[str, Estimate]], claims: Iterable[str]
+) -> dict[str, dict[str, float]]:
+    """Label → deciding measure → p after Holm's correction over all of both."""
+    corrected: dict[str, dict[str, float]] = defaultdict(dict)
+    tests = {
+        (label, measure): found[label][measure].p
+        for label in claims
+        for measure in DECIDING
+        if measure in found.get(label, {})
+    }
+    for (label, measure), p in adjusted(tests).items():
+        corrected[label][measure] = p
+    return dict(corrected)
 
 
 def _beside(group: Sequence[Result], curves: Mapping[int, Curve]) -> dict[str, dict[int, Value]]:
@@ -226,6 +253,7 @@ def _verdict(
     effects: Mapping[str, Estimate],
     corrected: Mapping[str, float],
     against: Mapping[str, Estimate],
+    of_control: Mapping[str, float],
 ) -> str:
     found = [measure for measure, p in corrected.items() if p < _SIGNIFICANT]
     better = [measure for measure in found if effects[measure].difference > 0]
@@ -233,8 +261,8 @@ def _verdict(
         return MIXED if better else WORSE
     if not better:
         return INDISTINGUISHABLE
-    tested = [against[measure] for measure in better if measure in against]
+    tested = [measure for measure in better if measure in of_control]
     if not tested:
         return UNCONTROLLED
-    passed = any(one.difference > 0 and one.p < _SIGNIFICANT for one in tested)
+    passed = any(against[m].difference > 0 and of_control[m] < _SIGNIFICANT for m in tested)
     return BETTER if passed else AS_CONTROL

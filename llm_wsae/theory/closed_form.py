@@ -115,7 +115,7 @@ def sparsity_for_error(
 
     def error(sparsity: float) -> float:
         x = features_from_uniform(uniform, ones * (1 - sparsity), ones)
-        return float(relative_error(mixing, x))
+        return float(relative_error(mixing, x)) if bool((x > 0).any()) else 0.0
 
     if error(0.0) <= bound:
         return 0.0
@@ -208,7 +208,7 @@ def check_assumptions(mixing: Float[Tensor, "n_p n"]) -> Assumptions:
     off = gram - torch.diag(gram.diagonal())
     n = len(present)
     return Assumptions(
-        largest_interference=float(off.max()) if n > 1 else 0.0,
+        largest_interference=float(gram[~torch.eye(n, dtype=torch.bool)].max()) if n > 1 else 0.0,
         largest_norm_error=float((norms[present] - 1).abs().max()) if n else 0.0,
         num_nonzero=n,
         limit=2 * len(mixing),

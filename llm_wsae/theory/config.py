@@ -77,10 +77,10 @@ class TheoryConfig:
                 f"seeds are {given or 'none'}; an interval needs at least two different ones, "
                 "none of them negative"
             )
-        for name in ("steps", "batch_size", "rows"):
-            if getattr(self, name) < 1:
+        for name, least in (("steps", 1), ("batch_size", 1), ("rows", 2)):
+            if getattr(self, name) < least:
                 flag = name.replace("_", "-")
-                raise UsageError(f"{flag} is {getattr(self, name)}, but must be at least 1")
+                raise UsageError(f"{flag} is {getattr(self, name)}, but must be at least {least}")
         for name in ("spare_latents", "workers"):
             if getattr(self, name) < 0:
                 flag = name.replace("_", "-")
