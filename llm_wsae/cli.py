@@ -27,7 +27,7 @@ from llm_wsae.commands.train import train
 from llm_wsae.commands.verify import verify
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.record import plain
-from llm_wsae.terminal import printable_json
+from llm_wsae.terminal import printable, printable_json
 
 COMMANDS: dict[str, Callable[..., Result]] = {
     "run": run,
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 def _say(sentence: str) -> None:
     """Say on stderr what went wrong: once, however many processes it ends."""
     if processes.may_speak():
-        print(f"llm-wsae: {sentence}", file=sys.stderr, flush=True)
+        print(f"llm-wsae: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def _parsed(command: Callable[..., Result], words: list[str]) -> Callable[[], Result]:

@@ -174,6 +174,24 @@ def test_edits(model, backend, ids, name, error):
         torch.testing.assert_close(moved, along.expand_as(moved), atol=1e-4, rtol=0)
 
 
+@families("gpt2")
+def test_a_latent_of_an_edit_is_meant_once_whatever_its_type(model, ids):
+    one = dictionary()
+    hidden = model.activations(ids, [one.site])[one.site]
+    common = int(one.encode(hidden).sum((0, 1)).argmax())
+    found = []
+    for latent in (common, [common, common], torch.tensor(common), torch.tensor([common])):
+        with attach(model, one) as attached:
+            attached.edit(one.site, Clamp(latent, 2.0))
+            found.append(logits(model, ids))
+            assert float(attached.latents(SITE)[..., common].max()) == 2
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+    with attach(model, one) as attached:
+        attached.edit(one.site, Clamp([], 2.0))
+        assert torch.equal(logits(model, ids), logits(model, ids))
+
+
 @families("gpt2", "llama")
 @both
 def test_a_function_sees_and_changes_all_latents(model, backend, ids):

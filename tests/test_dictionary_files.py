@@ -254,6 +254,14 @@ def test_side_tensors_that_do_not_fit(folder):
     save_file({"gamma": torch.full((D_IN,), float("nan"))}, folder / "wsae.safetensors")
     with pytest.raises(LlmWsaeError, match="gamma holds 12 NaN"):
         Dictionary.load(folder)
+    for wrong in (torch.ones(()), torch.ones(D_IN, D_IN, D_IN)):
+        save_file({"gamma": wrong}, folder / "wsae.safetensors")
+        with pytest.raises(LlmWsaeError, match=r"gamma has the shape \["):
+            Dictionary.load(folder)
+    for wrong in (torch.float8_e4m3fn, torch.bool, torch.int64):
+        save_file({"gamma": torch.ones(D_IN).to(wrong)}, folder / "wsae.safetensors")
+        with pytest.raises(LlmWsaeError, match="gamma is stored as"):
+            Dictionary.load(folder)
 
 
 @pytest.mark.parametrize("name", ["sae_weights.safetensors", "wsae.safetensors"])

@@ -199,6 +199,17 @@ def test_archives_of_arrays_that_unfold_or_are_encrypted(scope):
     npz(zeros, path, compressed=True)
     refused(scope, "unfolds into far more than it is")
     npz(gemma_arrays(), path)
+    encrypt(path)
+    refused(scope, "is encrypted")
+
+
+def test_a_pickle_that_says_it_is_encrypted(topk):
+    encrypt(topk / "ae.pt")
+    refused(topk, "is not a whole file of torch.save: File .* is encrypted")
+
+
+def encrypt(path):
+    """Say so of every entry of an archive."""
     data = bytearray(path.read_bytes())
     for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         at = data.find(signature)
@@ -206,7 +217,6 @@ def test_archives_of_arrays_that_unfold_or_are_encrypted(scope):
             data[at + offset] |= 1
             at = data.find(signature, at + 1)
     path.write_bytes(data)
-    refused(scope, "is encrypted")
 
 
 def test_a_header_that_promises_more_than_there_is(scope):

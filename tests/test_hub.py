@@ -4,6 +4,7 @@ call does. Failures are in test_hub_errors.py, unsafe repositories in test_hub_s
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hub_checks import REPO, head, sentence
 from huggingface_hub import HfApi
 from small_dictionaries import SITE, make_dictionary
 
+from llm_wsae.dictionary.card import BEGIN, END
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.hub import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -88,6 +90,17 @@ def test_what_a_user_wrote_in_the_card_stays(hub, plain):
     card = hub.store.content(REPO, "README.md").decode()
     assert "license: apache-2.0" in card and "license: mit" not in card
     assert card.count("# My own words") == card.count("More of them.") == 1
+    assert card.count("## Dictionaries") == 1
+
+
+def test_a_card_with_other_words_and_odd_marks_is_left_whole(hub, plain):
+    """The end before the beginning, tags that are no words, a name that looks like a token."""
+    hub.create(REPO)
+    own = f"---\ntags:\n- a: b\n- mine\n---\n\n{END}\n\nimport hf_hub_download\n\n{BEGIN}\n"
+    hub.store.put(REPO, "README.md", own.encode())
+    push([plain], REPO)
+    card = hub.store.content(REPO, "README.md").decode()
+    assert "- mine" in card and "import hf_hub_download" in card
     assert card.count("## Dictionaries") == 1
 
 
@@ -208,7 +221,7 @@ def test_names_become_harmless_folders(hub, tmp_path):
 # The commands
 
 
-def test_commands(hub, plain, weighted, tmp_path):
+def test_commands(hub, plain, weighted, tmp_path, monkeypatch):
     pushed = works("push", plain, weighted, REPO, "--license", "mit", "--json").json
     assert pushed["dictionaries"] == [f"{SITE}/plain-k4", f"{SITE}/weighted-k4"]
     assert pushed["commit"] == head(hub) and len(pushed["changed"]) == 11
@@ -232,6 +245,19 @@ def test_commands(hub, plain, weighted, tmp_path):
     assert works("verify", out / SITE / "weighted-k4").code == 0
     folders = works("pull", REPO, "--out", out, "--json").json["folders"]
     assert folders == {f"{SITE}/{n}": str(out / SITE / n) for n in ("plain-k4", "weighted-k4")}
+
+    monkeypatch.chdir(tmp_path)  # a folder of the repository's own name is no dictionary
+    assert works("pull", REPO, f"{SITE}/plain-k4").out == f"dictionaries/{SITE}/plain-k4\n"
+    shutil.move("dictionaries", REPO)
+    assert works("push", f"{REPO}/{SITE}/plain-k4", REPO).out.startswith("already up to date")
+
+
+def test_what_a_stranger_named_cannot_command_the_terminal(hub, plain):
+    push([plain], REPO)
+    cfg = json.loads(hub.store.content(REPO, f"{SITE}/plain-k4/cfg.json"))
+    cfg["architecture"] = "\x1b[2Jx"
+    hub.store.put(REPO, f"{SITE}/plain-k4/cfg.json", json.dumps(cfg).encode())
+    assert r"\x1b[2Jx" in works("list", REPO).out
 
 
 def test_commands_that_cannot_be(hub, plain, weighted, login):

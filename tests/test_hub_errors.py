@@ -78,6 +78,14 @@ def test_a_push_that_breaks_leaves_the_repository_as_it_was(hub, plain, weighted
     assert len(hub.store.repositories[REPO].messages) == len(messages) + 1
 
 
+def test_a_push_that_breaks_leaves_no_new_branch(hub, plain, weighted):
+    push([plain], REPO)
+    hub.fail("POST", "/commit/", 403)
+    with pytest.raises(LlmWsaeError):
+        push([weighted], REPO, revision="try")
+    assert list(hub.store.repositories[REPO].branches) == ["main"]
+
+
 def test_a_failure_that_passes_is_waited_for(hub, plain):
     hub.fail("POST", "/preupload/", 503, times=2)
     hub.cut("PUT", "/storage/", after=100, times=2)

@@ -126,7 +126,24 @@ def test_another_model_of_the_same_width_is_told(inside):
         shutil.rmtree("changed")
 
 
+def test_a_model_that_cannot_be_had_hides_the_tokens_only(inside, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    changed = Dictionary.load(PLAIN)
+    changed.info.model.update(name="nobody/not-there", revision="x")
+    changed.info.store["packing"] = {"drop_positions": "1", "of the future": 2}
+    changed.save("changed")
+    try:
+        shown = works("inspect", "changed", "--latent", 0).out
+        assert "writes to" in shown and "tokens are not shown: " in shown
+        assert "nobody/not-there" in shown
+        assert works("inspect", "changed", "--text", "w5 w6", "--model", "model").code == 0
+        assert call("inspect", "changed", "--text", "w5").code != 0
+    finally:
+        shutil.rmtree("changed")
+
+
 MISTAKES = {
+    "bytes": ((PLAIN, "--text", "w1 \udcff", "--model", "model"), 2, "bytes that are not UTF-8"),
     "nothing asked": ((PLAIN,), 2, "name latents with --latent, or give a --text"),
     "latent": ((PLAIN, "--latent", 64), 2, "no latent 64; uniform-k4 has latents 0 to 63"),
     "negative": ((PLAIN, "--latent", -1), 2, "no latent -1"),

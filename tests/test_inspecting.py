@@ -176,6 +176,10 @@ def test_neighbours_and_dimensions(model):
     assert second.dimensions[0].gamma == pytest.approx(float(one.extras["gamma"][3]))
     w = one.W_dec[5].double()
     assert first.effective_dimensions == pytest.approx(float((w**2).sum() ** 2 / (w**4).sum()))
+    largest = cosine.sort(descending=True).values[:4]
+    assert [n.cosine for n in first.neighbours] == pytest.approx(largest.tolist(), abs=1e-5)
+    share = (w**2 / (w**2).sum()).sort(descending=True).values[:4]
+    assert [d.share for d in first.dimensions] == pytest.approx(share.tolist())
     assert [d.dimension for d in first.dimensions] == w.abs().argsort(descending=True)[:4].tolist()
     assert sum(d.share for d in look_at(one, [5], top=99)[0].dimensions) == pytest.approx(1)
     assert first.promotes is None and first.firing is None and first.examples == []

@@ -4,13 +4,15 @@ An edit maps a latent's activations to new ones, token by token. What that does 
 follows from the decoder: for every unit that a latent gains, one more of its decoder row is added.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
+Latents = SupportsIndex | Iterable[SupportsIndex]
+"""A number, also one of numpy or torch, or several."""
 Function = Callable[[Tensor], Tensor | None]
 """Sees all latents [contexts, positions, d_sae]; what it returns takes their place."""
 
@@ -19,7 +21,7 @@ Function = Callable[[Tensor], Tensor | None]
 class Edit(Protocol):
     """A change of some latents at some positions."""
 
-    latent: int | Sequence[int]
+    latent: Latents
     positions: slice | None
 
     def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
@@ -31,8 +33,8 @@ class Edit(Protocol):
 class Ablate:
     """Silence latents: their activations become 0."""
 
-    latent: int | Sequence[int]
-    """One latent or several."""
+    latent: Latents
+    """One latent or several, each of which counts once."""
     positions: slice | None = None
     """Positions of the token ids, generated ones included: ``slice(ids.shape[1], None)`` is what
     is generated behind ``ids``. None: all."""
@@ -46,8 +48,8 @@ class Ablate:
 class Clamp:
     """Hold latents at a value, whether they fire or not."""
 
-    latent: int | Sequence[int]
-    """One latent or several."""
+    latent: Latents
+    """One latent or several, each of which counts once."""
     value: float
     """Their activation."""
     positions: slice | None = None
@@ -62,8 +64,8 @@ class Clamp:
 class Scale:
     """Multiply the activations of latents."""
 
-    latent: int | Sequence[int]
-    """One latent or several."""
+    latent: Latents
+    """One latent or several, each of which counts once."""
     factor: float
     """By how much."""
     positions: slice | None = None
@@ -78,8 +80,8 @@ class Scale:
 class Steer:
     """Push the stream along latents' decoder directions: their activations grow by a constant."""
 
-    latent: int | Sequence[int]
-    """One latent or several."""
+    latent: Latents
+    """One latent or several, each of which counts once."""
     strength: float
     """In units of the latent's activation: ``strength`` decoder rows are added; negative pushes
     away."""

@@ -1,5 +1,6 @@
 """One dictionary at its site: from the stream to latents, through the edits, and back."""
 
+import operator
 from typing import Any
 
 import torch
@@ -25,8 +26,7 @@ class Splice:
         was left alone."""
         self.point: Any = None
         """A bridge's hook point for the latents, the last to see and change them."""
-        packing = dictionary.info.store.get("packing")
-        self._first = PackConfig(**(packing or {})).drop_positions
+        self._first = PackConfig.remembered(dictionary.info.store.get("packing")).drop_positions
 
     def check(self, edit: Edit | Function) -> None:
         """Raises UsageError if the dictionary has no such latent."""
@@ -92,7 +92,7 @@ class Splice:
                 raise UsageError(
                     f"keep is for {len(keep)} contexts, but the model was given {contexts}"
                 )
-            known = keep[:, :stop].to(hidden.device)
+            known = keep[:, :stop].to(hidden.device).bool()
             rows = torch.nn.functional.pad(known, (0, stop - known.shape[1]), value=True) & mask
         rows = rows[:, call.cached :]
         threshold = self.dictionary.info.massive_threshold
@@ -102,7 +102,7 @@ class Splice:
 
     def _edited(self, codes: Codes, edit: Edit, where: Tensor) -> tuple[Codes, Tensor]:
         """The codes after an edit of some latents, and by how much that moves the rows."""
-        latents = torch.tensor(_latents(edit), device=codes.indices.device)
+        latents = torch.tensor(_latents(edit), dtype=torch.long, device=codes.indices.device)
         column = latents.new_full((self.dictionary.d_sae,), len(latents))
         column[latents] = torch.arange(len(latents), device=latents.device)
         slot = column[codes.indices]
@@ -139,7 +139,11 @@ class Splice:
 
 
 def _latents(edit: Edit) -> list[int]:
-    return [edit.latent] if isinstance(edit.latent, int) else list(edit.latent)
+    """The latents of an edit, each once."""
+    try:
+        return [operator.index(edit.latent)]
+    except TypeError:
+        return list(dict.fromkeys(map(operator.index, edit.latent)))
 
 
 def _within(positions: Tensor, wanted: slice | None, total: int) -> Tensor:

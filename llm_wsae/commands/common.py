@@ -10,6 +10,7 @@ import tyro
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
+from llm_wsae.terminal import printable
 
 T = TypeVar("T")
 # A configuration whose fields are options, each with a value: --drop-special False.
@@ -24,7 +25,7 @@ def load_model(model: str, revision: str | None, device: str) -> Any:
     from llm_wsae.model.language_model import LanguageModel
 
     if leads():
-        print(f"loading {model}", file=sys.stderr)
+        print(f"loading {printable(model)}", file=sys.stderr)
     return LanguageModel.load(model, revision=revision, device=device)
 
 

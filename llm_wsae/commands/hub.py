@@ -8,6 +8,7 @@ import tyro
 from llm_wsae.commands.common import Flag, Result
 from llm_wsae.errors import UsageError
 from llm_wsae.record import write_record
+from llm_wsae.terminal import printable
 
 if TYPE_CHECKING:
     from llm_wsae.dictionary.facts import Facts
@@ -29,10 +30,12 @@ def push(
         revision: Branch to push to; a new one begins at main.
         license: Licence for the card, as the Hub names it, e.g. mit.
     """
+    from llm_wsae.dictionary.files import is_dictionary
     from llm_wsae.dictionary.hub import push as push_folders
 
     *folders, repo_id = dictionaries or ("",)
-    if not folders or Path(repo_id).is_dir():  # the parser cannot take the last word apart itself
+    # The parser cannot take the last word apart itself.
+    if not folders or is_dictionary(Path(repo_id)):
         raise UsageError("name dictionary folders and then the repository: DICT … user/name")
     done = push_folders(
         [Path(folder) for folder in folders],
@@ -52,7 +55,7 @@ def pull(
     repo_id: tyro.conf.Positional[str],
     sae_id: tyro.conf.Positional[str | None] = None,
     *,
-    out: Path,
+    out: Path = Path("dictionaries"),
     revision: str | None = None,
 ) -> Result:
     """Fetch dictionaries from a repository on the Hub, check them, and copy them into a folder.
@@ -69,7 +72,7 @@ def pull(
     asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
     write_record(out / "pull.json", "pull", {**asked, "dictionaries": list(folders)})
     facts = {"repo_id": repo_id, "folders": {name: str(path) for name, path in folders.items()}}
-    return facts, "\n".join(map(str, folders.values()))
+    return facts, "\n".join(printable(str(path)) for path in folders.values())
 
 
 def list_repository(repo_id: tyro.conf.Positional[str], revision: str | None = None) -> Result:
@@ -87,7 +90,8 @@ def list_repository(repo_id: tyro.conf.Positional[str], revision: str | None = N
     for d in found:
         size = f"{d.d_in or '?'} → {d.d_sae or '?'}"
         numbers = [_digits(d.metric("fvu"), 7), _digits(d.metric("ce_recovered"), 9)]
-        lines.append(f"{d.sae_id:<{width}}  {size:>14}  {d.sparsity:<16}{''.join(numbers)}")
+        name, sparsity = printable(d.sae_id), printable(d.sparsity)
+        lines.append(f"{name:<{width}}  {size:>14}  {sparsity:<16}{''.join(numbers)}")
     return {"repo_id": repo_id, "dictionaries": [_json(d) for d in found]}, "\n".join(lines)
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from llm_wsae.commands.common import Device, Result, load_model
-from llm_wsae.errors import UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.terminal import printable
 
 if TYPE_CHECKING:
     from llm_wsae.dictionary.dictionary import Dictionary
@@ -58,7 +59,14 @@ def inspect(
         raise UsageError(
             f"to read a text the model is needed, and {_trained_on(opened)}; name it with --model"
         )
-    loaded: LanguageModel | None = load_model(name, revision, device) if name else None
+    loaded: LanguageModel | None = None
+    missing = f"{_trained_on(opened)}; name it with --model"
+    try:
+        loaded = load_model(name, revision, device) if name else None
+    except LlmWsaeError as error:
+        if model is not None or text is not None:  # it was asked for
+            raise
+        missing = printable(str(error))
     if loaded is not None:
         _check_model(loaded, opened)
     views = look_at(
@@ -72,7 +80,7 @@ def inspect(
     facts: dict[str, Any] = {"dictionary": str(dictionary), "latents": views}
     parts = [latents_text(opened, views)] if views else []
     if loaded is None:
-        parts.append(f"tokens are not shown: {_trained_on(opened)}; name it with --model")
+        parts.append(f"tokens are not shown: {missing}")
     if text is not None and loaded is not None:
         facts["tokens"] = read_sentence(loaded, opened, text)
         parts.append(sentence_text(facts["tokens"], numbers.tolist()))
@@ -86,14 +94,12 @@ def _model_of(
     known = dictionary.info.model
     if model is not None:
         return model, revision
-    if not isinstance(known.get("revision"), str):
+    if not all(isinstance(known.get(key), str) for key in ("name", "revision")):
         return None, None
-    return known.get("name"), revision or known["revision"]
+    return known["name"], revision or known["revision"]
 
 
 def _trained_on(dictionary: "Dictionary") -> str:
-    from llm_wsae.terminal import printable
-
     name = dictionary.info.model.get("name")
     if not isinstance(name, str):
         return "the dictionary does not say which it is"

@@ -33,6 +33,14 @@ class PackConfig:
                 "positions; give a number from 0 to one less than the context size"
             )
 
+    @classmethod
+    def remembered(cls, packing: Any) -> "PackConfig":
+        """From a dictionary's file; what is unknown, or of another type, is the default."""
+        given = packing if isinstance(packing, dict) else {}
+        own = {name: field.default for name, field in PackConfig.__dataclass_fields__.items()}
+        fits = {n: v for n, v in given.items() if n in own and type(v) is type(own[n])}
+        return cls(**fits)
+
     def packing(self) -> dict[str, Any]:
         """The settings that decide what the rows are, for a manifest."""
         return {name: getattr(self, name) for name in PackConfig.__dataclass_fields__}

@@ -35,7 +35,7 @@ TAGS = (
     "transformer-lens",
 )
 _METRICS = ("explained_variance", "ce_recovered", "kl", "l0")  # of the fidelity, for the Hub
-_TOKEN = re.compile(r"\bhf_\w{8,}")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # as tokens are, not hf_hub_download
 
 
 def card(
@@ -56,7 +56,7 @@ def card(
     metadata, around = _split(repo_id, old)
     metadata = _merge(metadata, _metadata(repo_id, dictionaries, license))
     ours = f"{BEGIN}\n\n{_body(repo_id, dictionaries, figures, revision)}\n\n{END}"
-    if BEGIN in around and END in around:
+    if END in around.partition(BEGIN)[2]:
         before, rest = around.split(BEGIN, 1)
         parts = [before.strip("\n"), ours, rest.split(END, 1)[1].strip("\n")]
     else:
@@ -104,13 +104,14 @@ def _merge(old: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """Ours, and of the old metadata what we do not write; tags and model index are united."""
     merged = {**old, **{key: value for key, value in ours.items() if value not in (None, [])}}
     tags = old.get("tags")
-    merged["tags"] = list(dict.fromkeys([*ours["tags"], *(tags if isinstance(tags, list) else [])]))
+    theirs = [tag for tag in (tags if isinstance(tags, list) else []) if isinstance(tag, str)]
+    merged["tags"] = list(dict.fromkeys([*ours["tags"], *theirs]))
     index = old.get("model-index")
     names = {entry["name"] for entry in ours["model-index"]}
     others = [
         entry
         for entry in (index if isinstance(index, list) else [])
-        if mapping(entry).get("name") not in names
+        if text(mapping(entry).get("name")) not in names
     ]
     if ours["model-index"] or others:
         merged["model-index"] = [*ours["model-index"], *others]

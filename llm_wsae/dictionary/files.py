@@ -39,6 +39,7 @@ _OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
 _LARGEST_SIZE = 2**31
 _PIECE = 1 << 20  # numbers looked at together
 _STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_EXTRAS_DTYPES = {"F64", *_STORED_DTYPES.values()}
 # The version whose layout cfg.json follows. Below 6, SAELens would rewrite the configuration.
 _SAELENS_LAYOUT = "6.0.0"
 
@@ -197,7 +198,7 @@ def _stored(folder: Path) -> Content:
     if sparsity.has_threshold:
         shapes["threshold"] = (d_sae,)
     weights = read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
-    extras = read_tensors(folder / EXTRAS, "side tensors", None, None, d_in)
+    extras = read_tensors(folder / EXTRAS, "side tensors", None, _EXTRAS_DTYPES, d_in)
     _check_digests(folder)
     return Content(weights, sparsity, info, extras)
 
@@ -269,9 +270,9 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """All tensors of a file, its header checked first (safetensors checks the file's length).
 
-    They must be those of ``shapes``, stored as one of ``dtypes``, or of ``d_in`` dimensions all
-    over; None asks for nothing. Raises LlmWsaeError, naming file and tensor, if they are not, or
-    hold NaN or infinite numbers.
+    They must be those of ``shapes``, stored as one of ``dtypes``, or vectors and square matrices
+    of ``d_in`` dimensions; None asks for nothing. Raises LlmWsaeError, naming file and tensor, if
+    they are not, or hold NaN or infinite numbers.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -288,7 +289,7 @@ def read_tensors(
                         f"{path}: {name} has the shape {list(shape)}, but {CFG} asks for "
                         f"{list(shapes[name])}"
                     )
-                if d_in is not None and any(size != d_in for size in shape):
+                if d_in is not None and shape not in ((d_in,), (d_in, d_in)):
                     raise LlmWsaeError(
                         f"{path}: {name} has the shape {list(shape)}, but the dictionary has "
                         f"{d_in} dimensions"

@@ -3,10 +3,12 @@
 A repository holds many dictionaries, each in the folder ``<site>/<name>``, and one card over all of
 them. A push is a single commit of what changed, made on the commit that was compared with: large
 files are uploaded first and become visible only with it, so a push that breaks off anywhere leaves
-the repository as it was. A pull fetches into the client's cache, checks everything there, and only
-then copies into the user's folder.
+the repository as it was (a process that is killed may leave a new branch, still without them). A
+pull fetches into the client's cache, checks everything there, and only then copies into the user's
+folder.
 """
 
+import contextlib
 import dataclasses
 import re
 import sys
@@ -104,13 +106,19 @@ def push(
         api.preupload_lfs_files(repo_id, operations)
         if branch_is_new:
             api.create_branch(repo_id, branch=revision or "main", revision=head)
-        done = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=_message(list(local)),
-            revision=revision,
-            parent_commit=head,
-        )
+        try:
+            done = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=_message(list(local)),
+                revision=revision,
+                parent_commit=head,
+            )
+        except BaseException:
+            if branch_is_new:
+                with contextlib.suppress(Exception):
+                    api.delete_branch(repo_id, branch=revision or "main")
+            raise
     return Pushed(str(done.commit_url), done.oid, list(local), sorted(changed))
 
 

@@ -16,7 +16,7 @@ def packing_of(dictionaries: Mapping[str, Dictionary]) -> PackConfig:
     for name, dictionary in dictionaries.items():
         packing = dictionary.info.store.get("packing")
         if packing is not None:
-            found[PackConfig(**packing)] = name
+            found[PackConfig.remembered(packing)] = name
     if len(found) > 1:
         names = " and ".join(repr(name) for name in list(found.values())[:2])
         raise UsageError(

@@ -45,6 +45,8 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
             f"the dictionary reads {dictionary.d_in} dimensions, but {model.name} has "
             f"{model.d_model}; give the model that it was trained on"
         )
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError("the text holds bytes that are not UTF-8; give it in UTF-8")
     ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise UsageError("the text is empty; give a sentence")
@@ -68,7 +70,7 @@ def _explained(
     model: LanguageModel, dictionary: Dictionary, ids: Tensor, hidden: Tensor
 ) -> Bool[Tensor, " positions"]:
     """The positions that are of the kind that the dictionary was trained on."""
-    packing = PackConfig(**(dictionary.info.store.get("packing") or {}))
+    packing = PackConfig.remembered(dictionary.info.store.get("packing"))
     keep = torch.arange(len(ids)) >= packing.drop_positions
     if packing.drop_special:
         keep &= ~torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids, dtype=torch.long))

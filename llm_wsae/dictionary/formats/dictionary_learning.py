@@ -179,7 +179,7 @@ def _records(path: Path, largest: int) -> list[int]:
                 raise LlmWsaeError(f"{path} is larger than the dictionary that {CONFIG} describes")
             for entry in entries:
                 _check_record(archive, entry)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
         raise LlmWsaeError(f"{path} is not a whole file of torch.save: {error}") from error
     return [entry.file_size for entry in entries if "/data/" in entry.filename]
 
