@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 from llm_wsae.errors import LlmWsaeError
 
 PARTIAL_SUFFIX = ".partial"
-_PARTIALS = (f".*{PARTIAL_SUFFIX}", ".tmp*")  # ours, and those safetensors writes before ours
+# Ours, with the number of the process, and those that safetensors writes before ours.
+_PARTIALS = re.compile(rf"\..+\.\d+{re.escape(PARTIAL_SUFFIX)}|\.tmp\w{{6}}", re.ASCII)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -149,9 +151,9 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
 
 def remove_partials(folder: Path) -> None:
     """Delete what killed writers left half-written (call it only under the folder's lock)."""
-    for pattern in _PARTIALS:
-        for partial in Path(folder).rglob(pattern):
-            partial.unlink(missing_ok=True)
+    for path in Path(folder).rglob(".*"):
+        if _PARTIALS.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

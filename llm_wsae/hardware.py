@@ -43,6 +43,11 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """For sums over many steps: float64, which mps does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def peak_memory_bytes() -> int:
     """The largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -83,8 +83,8 @@ def harvest(
 
 def _begin(out: Path, wanted: Manifest) -> dict[str, tuple[int, int]] | None:
     """Where the text goes on behind each whole shard; None if the store is complete."""
+    manifest, shards = begin_or_resume(out, wanted)  # refuses a folder that is not ours
     remove_partials(out)
-    manifest, shards = begin_or_resume(out, wanted)
     return None if manifest.complete else {str(i): shard.next for i, shard in shards.items()}
 
 

@@ -106,6 +106,20 @@ def test_unreadable_files_get_one_sentence(tmp_path, name, content, error, messa
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_row_without_text_is_passed_over(tmp_path):
+    rows = [{"text": None, "url": "u1"}, {"text": "x", "url": "u2"}, {"text": None, "url": None}]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    assert texts(Corpus.open(path, "all")) == ["x"]
+    assert texts(Corpus.open(path, "all", text_column="url")) == ["u1", "u2"]
+
+
+def test_a_file_that_has_gone_is_named(tmp_path):
+    corpus = Corpus.open(jsonl(tmp_path / "a.jsonl", {"text": "x"}), "all")
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(LlmWsaeError, match=r"cannot read .*a\.jsonl: No such file"):
+        corpus.identity()
+
+
 def test_a_named_text_column(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"p": "x", "q": "y"})
     assert texts(Corpus.open(path, "all", text_column="q")) == ["y"]

@@ -193,9 +193,12 @@ def test_another_harvest_into_the_folder_is_refused(model, corpus, text, unbroke
 
 
 def test_other_files_and_a_second_process_are_refused(model, corpus, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+    theirs = [tmp_path / "notes.txt", tmp_path / ".tmp_mine", tmp_path / ".a.7.partial"]
+    for path in theirs:
+        path.write_text("mine")
     with pytest.raises(LlmWsaeError, match=r"holds other files \(notes\.txt\)"):
         harvest(model, corpus, SITES, tmp_path, CONFIG)
+    assert all(path.exists() for path in theirs)
     (tmp_path / "notes.txt").unlink()
     with (
         folder_lock(tmp_path, "activation store"),

@@ -1,6 +1,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -38,13 +39,49 @@ def test_a_tracker_gets_the_same_numbers(tmp_path, monkeypatch):
         def add_scalar(self, name, value, step):
             written.append((name, value, step))
 
+        def close(self):
+            written.append("closed")
+
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     log = TrainingLog(tmp_path, 0, "tensorboard")
     log.write(7, 700, NUMBERS)
     log.close()
-    assert written == [("uniform-k4/loss", 0.5, 7), ("uniform-k4/fvu", 0.4, 7)]
+    assert written == [("uniform-k4/loss", 0.5, 7), ("uniform-k4/fvu", 0.4, 7), "closed"]
+
+
+def test_a_folder_is_one_run_of_wandb(tmp_path, monkeypatch):
+    started, sent = [], []
+
+    class Run:
+        def log(self, numbers, step):
+            sent.append((step, numbers))
+
+        def finish(self):
+            sent.append("finished")
+
+    def init(**settings):
+        started.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for step in (7, 8):
+        log = TrainingLog(tmp_path, step, "wandb")
+        log.write(step, 700, NUMBERS)
+        log.close()
+    assert started[0] == started[1] and started[0]["id"] and started[0]["resume"] == "allow"
+    assert sent[0] == (7, {"uniform-k4/loss": 0.5, "uniform-k4/fvu": 0.4})
+    assert sent[1] == sent[3] == "finished"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_a_sentence(tmp_path):
+    log = TrainingLog(tmp_path, 0)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(LlmWsaeError, match=r"cannot write .*log.jsonl: No space left on device"):
+        log.write(7, 700, NUMBERS)
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +136,14 @@ def test_a_latent_that_does_not_exist_is_refused(latent):
         compiled.decode(codes, torch.ones(160, 4), torch.ones(4))
 
 
+@needs_compiler
+def test_short_integers_are_taken_as_they_are():
+    codes, _, decoder, bias, _ = cast(SUMS["ragged"], torch.float32)
+    short = RaggedCodes(codes.indices.int(), codes.values, codes.offsets.int())
+    found = compiled.decode(short, decoder, bias)
+    assert torch.equal(found, compiled.decode(codes, decoder, bias))
+
+
 SCRIPT = """
 import torch
 from llm_wsae.sparse import compiled, operations
@@ -191,6 +200,13 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
     (tmp_path / "llm_wsae").write_text("a file where a folder should be")
     available, complaint = in_a_process(XDG_CACHE_HOME=str(tmp_path))
     assert not available and complaint.count("\n") == 1
+
+
+def test_a_user_without_a_home_is_no_reason_to_stop(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(build.BuildFailed, match="no folder to keep them in: no home"):
+        build.cache_folder()
 
 
 def test_it_can_be_asked_not_to_compile(tmp_path):

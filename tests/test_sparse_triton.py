@@ -343,7 +343,9 @@ def test_adam_rows(device, exact, fast, d_in):
 class Watched(TorchDispatchMode):
     """Records what would wait for the device, and the largest tensor made."""
 
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero")
+    # lift_fresh: a number that a tensor is made of is copied to the device.
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero",
+             "lift_fresh")  # fmt: skip
 
     def __init__(self):
         super().__init__()

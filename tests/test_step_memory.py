@@ -59,6 +59,17 @@ def test_no_step_makes_a_dense_batch(name, architecture, fast):
         assert sizes.largest < BATCH * D_SAE
 
 
+@pytest.mark.parametrize("name", ["plain", "compiled"])
+def test_nor_does_one_that_revives_the_dead(name):
+    """Nearly all are dead: still tiles of rows, and no second copy of the gradients."""
+    arm, batch = make("topk", torch.bfloat16)
+    arm.step(batch, BATCH, 1e-3, 0.0, 10**9)
+    with using(name), Sizes() as sizes:
+        arm.step(batch, 2 * BATCH, 1e-3, 1 / 32, BATCH // 2)
+    assert int(arm.dead(2 * BATCH, BATCH // 2).sum()) > D_SAE // 2
+    assert sizes.largest <= BATCH * D_SAE // 4
+
+
 def test_gradients_and_the_rounded_encoder_are_made_once():
     """Fresh memory costs as much as what is written to it. Arms take turns with one workspace."""
     workspace = Workspace()

@@ -19,6 +19,7 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.weights import LossWeights
 from llm_wsae.train.arm import Arm, ArmConfig, folded
 from llm_wsae.train.arms import choose_weights, make_arms
+from llm_wsae.train.checkpoint import CHECKPOINT
 from llm_wsae.train.config import TrainConfig, learning_rate_factor
 from llm_wsae.train.normaliser import Normaliser
 from llm_wsae.train.trainer import Interrupted, train
@@ -173,12 +174,15 @@ def test_a_killed_training_resumes_bit_for_bit(trained, tmp_path):
 def test_a_finished_training_is_read_back_and_other_settings_are_refused(trained, tmp_path):
     source, out, dictionaries = trained
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    (out / CHECKPOINT).write_bytes(b"of a run killed at the very end")
+    (out / ".tmp").mkdir()  # somebody's own
     again = train(source, arms_for(source, l1s=(0.02,)), CONFIG, out)
     assert torch.equal(again["uniform-k4"].W_enc, dictionaries["uniform-k4"].W_enc)
     other = TrainConfig(**{**vars(CONFIG), "learning_rate": 0.5})
     with pytest.raises(LlmWsaeError, match=r"learning_rate: 0\.\d+ there, 0.5 asked"):
         train(source, arms_for(source, l1s=(0.02,)), other, out)
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    (out / ".tmp").rmdir()
 
 
 def test_a_folder_in_use_is_refused(trained, tmp_path):
@@ -198,8 +202,14 @@ def test_impossible_settings_are_refused(tmp_path):
         train(source, arms_for(source) * 2, CONFIG, tmp_path)
     with pytest.raises(UsageError, match="300 rows are less than one batch"):
         train(source, arms_for(source), TrainConfig(batch_size=512), tmp_path)
-    with pytest.raises(UsageError, match="batch_size must be at least 1"):
-        TrainConfig(batch_size=0)
+    for name, value in {
+        "batch_size": 0, "learning_rate": -0.01, "dead_after": 0, "dtype": "int8"
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError, match=f"{name} must be"):
+            TrainConfig(**{name: value})
+    for rate in (0.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="learning_rate must be a number above 0"):
+            TrainConfig(learning_rate=rate)
     assert not list(tmp_path.glob("*.safetensors"))
 
 

@@ -46,12 +46,15 @@ class FileSource:
         """Hash over names, sizes, and the first and last megabyte of every file."""
         digest = hashlib.sha256()
         for file in self._files:
-            size = file.stat().st_size
-            digest.update(f"{self._relative(file)}\0{size}\0".encode())
-            with open(file, "rb") as stream:
-                digest.update(stream.read(_FINGERPRINT_BYTES))
-                stream.seek(max(0, size - _FINGERPRINT_BYTES))
-                digest.update(stream.read())
+            try:
+                with open(file, "rb") as stream:
+                    size = file.stat().st_size
+                    digest.update(f"{self._relative(file)}\0{size}\0".encode())
+                    digest.update(stream.read(_FINGERPRINT_BYTES))
+                    stream.seek(max(0, size - _FINGERPRINT_BYTES))
+                    digest.update(stream.read())
+            except OSError as error:
+                raise LlmWsaeError(f"cannot read {file}: {error.strerror or error}") from error
         return digest.hexdigest()
 
     def documents(self, start: int) -> Iterator[RawDocument]:
@@ -89,6 +92,9 @@ class FileSource:
                     raise LlmWsaeError(f"{where}: not JSON ({error})") from None
                 if not isinstance(row, dict):
                     raise LlmWsaeError(f"{where}: not a JSON object with a text column")
+                wanted = self._text_column or "text"
+                if wanted in row and row[wanted] is None:
+                    continue  # a row without text
                 column = text_column_of(row, self._text_column, where)
                 yield _row_document(f"{name}#{number}", row, column)
 

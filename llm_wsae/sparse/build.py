@@ -52,7 +52,10 @@ def library() -> ctypes.CDLL | None:
 
 def cache_folder() -> Path:
     """Where libraries are kept: $XDG_CACHE_HOME, else ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a user without a home
+        raise BuildFailed(f"there is no folder to keep them in: {error}") from error
     return Path(root) / "llm_wsae" / "kernels"
 
 

@@ -225,6 +225,7 @@ def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _checked(codes: RaggedCodes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     """The codes, contiguous. Raises UsageError for a latent that does not exist."""
     indices, values, offsets = (part.contiguous() for part in codes)
+    indices, offsets = indices.long(), offsets.long()  # what the kernels read
     assert len(indices) < 1 << 31 and int(offsets[-1]) == len(indices)
     if _call("any_outside", indices, len(indices), d_sae):
         raise UsageError(

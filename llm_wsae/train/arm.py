@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
+from llm_wsae.hardware import exact_dtype
 from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.statistics.weights import Gamma, LossWeights
@@ -168,7 +169,8 @@ class Arm:
         """
         if share := self.config.weights.config.anneal:
             full = self._full_gamma
-            one = torch.ones_like(full) if full.ndim == 1 else torch.eye(len(full)).to(full)
+            one = torch.ones(len(full), dtype=full.dtype, device=full.device)
+            one = one if full.ndim == 1 else one.diag()
             self.gamma = torch.lerp(full, one, min(1.0, done / share))
 
     def evaluate(self, batch: Batch, out: Gradients | None = None) -> Step:
@@ -212,7 +214,8 @@ class Arm:
         return error * (batch.mask.sum() / batch.mask[:_ERROR_ROWS].sum().clamp(min=1))
 
     def _no_progress(self) -> Progress:
-        return Progress(*(self.gamma.new_zeros((), dtype=torch.float64) for _ in range(4)))
+        exact = exact_dtype(self.gamma.device)
+        return Progress(*(self.gamma.new_zeros((), dtype=exact) for _ in range(4)))
 
     def read_progress(self, rows_seen: int, dead_after: int, variance: float) -> dict[str, float]:
         """Means since the last call, then start anew. ``variance`` is E‖x − mean‖² of the rows."""
@@ -249,8 +252,8 @@ class Arm:
             )
         self.progress = Progress(
             **{
-                name: tensors[f"progress.{name}"].to(self.gamma.device)
-                for name in vars(self.progress)
+                name: tensors[f"progress.{name}"].to(now.device, now.dtype)
+                for name, now in vars(self.progress).items()
             }
         )
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.parameters import Batch, Parameters, squared, times
 
-_TILE_ROWS = 1024
+_TILE_ROWS, _TILE_ROWS_ON_CPU = 1024, 256  # rows × dead latents are held several times
+_TILE_LATENTS = 2048
 _LOOKS_PER_DEATH = 16  # how often the dead are looked for, on a GPU, while one dies
 
 
@@ -74,12 +75,10 @@ def add_auxk_gradients(
     metric = squared(gamma)
     unexplained = batch.split.over_rows((times(residual, metric) * residual).sum())
     scale = 1 / unexplained.clamp(min=1e-12)
-    by_encoder = torch.zeros(encoder.shape, device=residual.device, dtype=residual.dtype)
-    by_decoder = torch.zeros_like(by_encoder)
-    by_bias = torch.zeros(len(dead), device=residual.device, dtype=residual.dtype)
-    loss = residual.new_zeros(())
-    for start in range(0, len(residual), _TILE_ROWS):
-        rows = slice(start, start + _TILE_ROWS)
+    loss, exact = residual.new_zeros(()), residual.dtype
+    tile = _TILE_ROWS_ON_CPU if residual.device.type == "cpu" else _TILE_ROWS
+    for start in range(0, len(residual), tile):
+        rows = slice(start, start + tile)
         x_fast, mask = batch.x_fast[rows], batch.mask[rows, None]
         active = torch.addmm(bias, x_fast, encoder.T).relu_()
         if latents.dead is not None:
@@ -93,10 +92,9 @@ def add_auxk_gradients(
         loss += (by_output * error).sum()
         by_output = by_output.mul_(2 * coefficient).to(fast)
         by_latent = (by_output @ decoder.T).mul_(active > 0)
-        by_encoder += by_latent.T @ x_fast
-        by_decoder += active.T @ by_output
-        by_bias += by_latent.sum(0, dtype=residual.dtype)
-    gradients.encoder.index_add_(0, dead, by_encoder)
-    gradients.decoder.index_add_(0, dead, by_decoder)
-    gradients.encoder_bias.index_add_(0, dead, by_bias)
+        gradients.encoder_bias.index_add_(0, dead, by_latent.sum(0, dtype=exact))
+        for some in (slice(i, i + _TILE_LATENTS) for i in range(0, len(dead), _TILE_LATENTS)):
+            own = dead[some]
+            gradients.encoder.index_add_(0, own, (by_latent[:, some].T @ x_fast).to(exact))
+            gradients.decoder.index_add_(0, own, (active[:, some].T @ by_output).to(exact))
     return loss

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.hardware import exact_dtype
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
 from llm_wsae.sparse.reference import Gradients
@@ -58,7 +59,7 @@ def batch_topk_codes(
 
 def smallest_value(codes: RaggedCodes, batch: Batch) -> Float[Tensor, ""]:
     """The smallest active value of the batch; 0 if no latent is active."""
-    smallest = codes.values.new_tensor(torch.inf)
+    smallest = codes.values.new_full((), torch.inf)
     if len(codes.values):
         smallest = codes.values.masked_fill(codes.values <= 0, torch.inf).min()
     smallest = batch.split.least(smallest)
@@ -73,7 +74,7 @@ class RunningThreshold:
     """
 
     def __init__(self, d_sae: int, device: torch.device):
-        self.mean = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros((), dtype=exact_dtype(device), device=device)
         self._d_sae = d_sae
         self._steps = 0
 
@@ -81,7 +82,7 @@ class RunningThreshold:
         """Take in one more step. The mean has no use for the learning rate."""
         self._steps += 1
         share = _LAST_SHARE / (self._steps + _LAST_SHARE - 1)
-        self.mean.lerp_(smallest.double(), max(share, 1 / _MOST_STEPS))
+        self.mean.lerp_(smallest.to(self.mean.dtype), max(share, 1 / _MOST_STEPS))
 
     def guess(self) -> Float[Tensor, ""]:
         """A value that the next step's smallest one will not be much above, nor ever so below.

@@ -62,6 +62,13 @@ class TrainConfig:
             )
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
             raise UsageError("warmup and decay are shares of the steps: ≥ 0, together at most 1")
+        rate = self.learning_rate
+        if rate is not None and not 0 < rate < float("inf"):
+            raise UsageError(f"learning_rate must be a number above 0, not {rate}")
+        if self.dead_after is not None and self.dead_after < 1:
+            raise UsageError(f"dead_after must be at least 1, not {self.dead_after}")
+        if self.shard not in ("rows", "latents"):
+            raise UsageError(f"shard must be rows or latents, not {self.shard!r}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise UsageError(f"dtype must be auto, bfloat16 or float32, not {self.dtype!r}")
         if self.tracker not in ("none", "tensorboard", "wandb"):

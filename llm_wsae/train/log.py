@@ -1,11 +1,13 @@
 """The training log: one JSON object a line, for the reader of the file and for the trackers."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import write_text
+from llm_wsae.files import write_error, write_text
 
 LOG = "log.jsonl"
 
@@ -17,25 +19,27 @@ class TrainingLog:
     """
 
     def __init__(self, folder: Path, step: int, tracker: str = "none"):
-        path = folder / LOG
-        old = path.read_text().splitlines() if path.exists() else []
+        self._path = folder / LOG
+        old = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in old if _step_of(line) <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        self._send = _tracker(tracker, folder)
+        write_text(self._path, "".join(line + "\n" for line in kept))
+        self._send, self._end = _tracker(tracker, folder)
 
     def write(
         self, step: int, rows: int, arms: dict[str, dict[str, float]], **speed: float
     ) -> None:
         """One line: the step, the rows seen, each arm's numbers, the speed."""
         record = {"step": step, "rows": rows, **speed, "arms": arms}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise write_error(self._path, error) or error from error
         self._send(step, {f"{arm}/{k}": v for arm, ks in arms.items() for k, v in ks.items()})
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Let the tracker finish what it has been sent."""
+        self._end()
 
 
 def _step_of(line: str) -> int:
@@ -45,19 +49,29 @@ def _step_of(line: str) -> int:
         return 2**62  # a line that a killed process left half-written
 
 
-def _tracker(name: str, folder: Path) -> Any:
+def _tracker(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]], Any], Callable]:
+    """What sends a step's numbers, and what ends the sending."""
     if name == "none":
-        return lambda step, numbers: None
+        return (lambda step, numbers: None), (lambda: None)
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder))
-            return lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+
+            def write(step: int, numbers: dict[str, float]) -> None:
+                for key, value in numbers.items():
+                    writer.add_scalar(key, value, step)
+
+            return write, writer.close
         import wandb
 
-        wandb.init(project="llm-wsae", name=folder.name, dir=str(folder), resume="allow")
-        return lambda step, numbers: wandb.log(numbers, step=step)
+        # One folder is one run, also when it goes on.
+        number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        run = wandb.init(
+            project="llm-wsae", name=folder.name, dir=str(folder), id=number, resume="allow"
+        )
+        return (lambda step, numbers: run.log(numbers, step=step)), run.finish
     except ImportError:
         raise LlmWsaeError(
             f"the {name} tracker is not installed; run: pip install 'llm-wsae[{name}]'"

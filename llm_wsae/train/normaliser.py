@@ -38,7 +38,9 @@ class Normaliser:
 
     def batch(self, rows: Float[Tensor, "batch d_in"]) -> Batch:
         """Normalise one's own rows of a batch, of any floating type, on the training's device."""
-        rows = rows.to(self.mean.device).float()
+        if self.mean.is_cuda and not rows.is_cuda:
+            rows = rows.pin_memory()  # or the copy would wait for the step before
+        rows = rows.to(self.mean.device, non_blocking=True).float()
         mask = (torch.linalg.vector_norm(rows, dim=1) <= self._threshold).float()
         x = rows.sub(self.mean).mul_(mask[:, None] / self.scale)
         here = mask.sum()

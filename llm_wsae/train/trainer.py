@@ -152,6 +152,7 @@ class _Training:
         if not (self.out / FINISHED).exists():
             return False
         check_identity(self.out, read_json(self.out / FINISHED, "training record"), self.identity)
+        (self.out / CHECKPOINT).unlink(missing_ok=True)  # of a run killed at the very end
         return True
 
     def run(self) -> None:
