@@ -83,6 +83,8 @@ def copy() -> None:
     """Every trained dictionary, rounded."""
     for folder in sorted(path.parent for path in TRAINED.glob(f"blocks.*/*/{INFO}")):
         to = CHECKPOINTS / MODEL / folder.relative_to(TRAINED)
+        for page in ("README.md", FIGURE):  # of the one before, which is no part of a dictionary
+            (to / page).unlink(missing_ok=True)
         Dictionary.load(folder).save(to, dtype=torch.bfloat16)
 
 

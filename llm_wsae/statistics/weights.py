@@ -258,9 +258,13 @@ def collapse_warning(weights: LossWeights, statistics: Statistics) -> str | None
         return None
     share, dimension = loss_share(weights, statistics).max(0)
     what = "one direction" if weights.is_matrix else f"dimension {int(dimension)}"
+    consequence = (
+        "which is the activations' own doing, without weights"
+        if weights.rule == "uniform"
+        else "so a dictionary trained with it explains those and neglects the rest"
+    )
     return (
         f"{weights.name}: the loss hangs on {effective:.1f} of {d_in} "
         f"{'directions' if weights.is_matrix else 'dimensions'} "
-        f"({effective / d_in:.1%}; {what} alone carries {float(share):.0%}), "
-        "so a dictionary trained with it explains those and neglects the rest"
+        f"({effective / d_in:.1%}; {what} alone carries {float(share):.0%}), {consequence}"
     )
