@@ -114,7 +114,7 @@ def push(
                 revision=revision,
                 parent_commit=head,
             )
-        except BaseException:
+        except BaseException:  # Ctrl-C too must leave no branch behind
             if branch_is_new:
                 with contextlib.suppress(Exception):
                     api.delete_branch(repo_id, branch=revision or "main")

@@ -67,7 +67,7 @@ def finish(units: Sequence[Unit], workers: int, label: str) -> list[dict[str, An
             for future in as_completed(running):
                 results[running[future]] = future.result()
                 bar.update()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the other threads must hear of it
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
