@@ -1,8 +1,10 @@
 """What this machine can do: the device to use, its fast number format, the memory used so far."""
 
 import os
+import platform
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -46,6 +48,22 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def exact_dtype(device: torch.device) -> torch.dtype:
     """For sums over many steps: float64, which mps does not have."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def processor_name() -> str:
+    """The processor as the system calls it, and what it can do that matters here."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    amx = torch.cpu._is_amx_tile_supported()
+    able = {
+        "AVX-512": torch.cpu._is_avx512_supported(),
+        "bfloat16": torch.cpu._is_avx512_bf16_supported() and not amx,  # which has it, and faster
+        "AMX": amx,
+    }
+    return ", ".join([name, *(feature for feature, here in able.items() if here)])
 
 
 def peak_memory_bytes() -> int:

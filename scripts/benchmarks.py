@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from llm_wsae.files import write_text
+from llm_wsae.hardware import processor_name
 
 BENCHMARKS = Path(__file__).parent / "BENCHMARKS.md"
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -37,26 +38,10 @@ def embedded_model() -> str:
     return str(next(Path(package.origin).parent.glob("*.gguf")))
 
 
-def cpu_name() -> str:
-    """The processor as the system calls it, and what it can do that matters here."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    amx = torch.cpu._is_amx_tile_supported()
-    able = {
-        "AVX-512": torch.cpu._is_avx512_supported(),
-        "bfloat16": torch.cpu._is_avx512_bf16_supported() and not amx,  # which has it, and faster
-        "AMX": amx,
-    }
-    return ", ".join([name, *(feature for feature, here in able.items() if here)])
-
-
 def machine(threads: int) -> str:
     """One line about the machine and how busy it is now; call it before any work begins."""
     return (
-        f"{cpu_name()}; {os.cpu_count()} cores, {threads} threads used; "
+        f"{processor_name()}; {os.cpu_count()} cores, {threads} threads used; "
         f"Python {platform.python_version()}, torch {torch.__version__}; "
         f"load average at the start {os.getloadavg()[0]:.1f}"
     )
@@ -64,7 +49,7 @@ def machine(threads: int) -> str:
 
 def write_benchmark(name: str, text: str) -> None:
     """A section of BENCHMARKS.md; what was measured on another processor stays beside it."""
-    cpu = cpu_name()
+    cpu = processor_name()
     title, _, rest = text.partition("\n")
     write_section(f"{name} on {cpu}", f"{title}, on {cpu}\n{rest}")
 

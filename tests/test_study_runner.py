@@ -214,6 +214,22 @@ def test_another_study_in_the_folder_is_refused(whole, study):
     assert content(out) == before
 
 
+def test_a_study_goes_on_where_another_processor_rounds_differently(
+    whole, study, trained, tmp_path
+):
+    """The rows of a store that was made anew, and weights from them, differ in their last digits;
+    what was measured is good for both."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    assert "sha256" not in json.loads((out / "study.json").read_text())["rows"]
+    path = out / "results/variance-a-0.25-k4.json"
+    record = json.loads(path.read_text())
+    record["identity"]["gamma_sum"] *= 1.0001
+    path.write_text(json.dumps(record))
+    study(out)
+    assert trained == []
+
+
 def test_other_weights_under_the_same_name_are_refused(whole, study, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)

@@ -13,7 +13,8 @@ from llm_wsae.evaluate.measures import DENSE_DENSITY
 from llm_wsae.evaluate.monosemantic_report import DictionaryScores
 from llm_wsae.evaluate.report import Fidelity
 from llm_wsae.files import read_json
-from llm_wsae.record import plain
+from llm_wsae.hardware import processor_name
+from llm_wsae.record import plain, versions
 from llm_wsae.run import summary
 from llm_wsae.study.curve import Point, Value
 from llm_wsae.study.plan import PlannedArm
@@ -83,6 +84,8 @@ class Result:
     kl: float
     shares: dict[str, float]
     """``eligible_share``, ``dense_share``, ``dead_share`` and ``l0``."""
+    processor: str
+    """What it was measured on."""
 
 
 def record_of(
@@ -101,6 +104,7 @@ def record_of(
             "k": arm.k,
             "seed": arm.seed,
             "identity": identity,
+            "measured_on": {"processor": processor_name(), **versions()},
             "fidelity": summary(fidelity),
             "scores": scores.to_dict(),
             "latents": {
@@ -139,6 +143,7 @@ def _result(record: dict[str, Any]) -> Result:
         fvu=fidelity["fvu"],
         kl=fidelity["kl"],
         shares={key: scores[key] for key in ("eligible_share", "dense_share", "dead_share", "l0")},
+        processor=record["measured_on"]["processor"],
     )
 
 

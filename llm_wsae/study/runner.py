@@ -13,6 +13,7 @@ for having tried it.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -54,7 +55,8 @@ BASIS, TRAINING, DICTIONARIES, RESULTS, GROUP = (
     "group.json",
 )
 _PASS_BYTES = 1 << 30  # of parameters and optimiser state that are trained together
-_MEASURED_TOGETHER = 6  # share the passes without dictionary; what a stop can cost, some minutes
+_MEASURED_TOGETHER = 12  # share the passes without dictionary; what a stop can cost, some minutes
+_SAME_WEIGHTS = 1e-3  # relative, of γ's sum: what rounding on another processor may change
 _BYTES_A_WEIGHT = 14  # float32, two moments of Adam, and a rounded copy
 # Settings that change how a training proceeds, not what comes out.
 _HOW = ("device", "checkpoint_seconds", "log_every", "tracker", "seed")
@@ -95,9 +97,11 @@ def run_study(
     arms = plan(known, config, weigh)
     for planned in arms:
         planned.arm.check(training.expansion * store.d_in)
+    rows = store.identity(site)
+    del rows["sha256"]  # another processor rounds the same rows differently: still the same study
     basis = plain(
         {
-            "rows": store.identity(site),
+            "rows": rows,
             "text": heldout.identity(),
             "training": {k: v for k, v in asdict(training).items() if k not in _HOW},
             "fidelity": asdict(fidelity),
@@ -147,7 +151,7 @@ class _Study:
                 missing.append(planned)
                 continue
             found = read_json(path, "result of a study").get("identity")
-            if found != plain(planned.arm.identity()):
+            if not _same_arm(found, plain(planned.arm.identity())):
                 raise LlmWsaeError(
                     f"{path} is of other weights under the same name (from another first "
                     "dictionary, or otherwise measured); choose another folder, or delete that file"
@@ -163,12 +167,17 @@ class _Study:
         with bar:
             there = {p.arm.name for p in missing if self._dictionary(p).exists()}
             bar.update(len(there))
-            trained = [p for p in missing if p.arm.name in there]
-            self._measure(trained, bar)  # what was trained, and not measured, when it was stopped
+            waiting = [p for p in missing if p.arm.name in there]  # trained, and not measured
+            together = min(self._at_once(), _MEASURED_TOGETHER)
             for group in self._groups([p for p in missing if p.arm.name not in there]):
                 self._train(group)
                 bar.update(len(group))
-                self._measure(group, bar)
+                waiting += group
+                while len(waiting) >= together:
+                    self._measure(waiting[:together], bar)
+                    del waiting[:together]
+            for some in _chunks(waiting, together):
+                self._measure(some, bar)
 
     def _train(self, group: Sequence[PlannedArm]) -> None:
         (seed,) = {planned.arm.seed for planned in group}
@@ -207,12 +216,8 @@ class _Study:
         weights = 2 * self.training.expansion * self.store.d_in**2
         return max(1, _PASS_BYTES // (_BYTES_A_WEIGHT * weights))
 
-    def _measure(self, arms: Sequence[PlannedArm], bar: tqdm) -> None:
-        for some in _chunks(arms, min(self._at_once(), _MEASURED_TOGETHER)):
-            self._measure_together(some, bar)
-
-    def _measure_together(self, group: Sequence[PlannedArm], bar: tqdm) -> None:
-        """Measure, and write a result for each."""
+    def _measure(self, group: Sequence[PlannedArm], bar: tqdm) -> None:
+        """Measure in one pass, and write a result for each."""
         loaded = {planned.arm.name: self._load(planned) for planned in group}
         found = evaluate(loaded, self.model, self.contexts, self.fidelity).dictionaries
         for planned in group:
@@ -253,6 +258,14 @@ def _chunks(arms: Sequence[PlannedArm], size: int) -> Iterator[list[PlannedArm]]
     for number in range(pieces):
         first, last = (len(arms) * n // pieces for n in (number, number + 1))
         yield list(arms[first:last])
+
+
+def _same_arm(found: Any, own: dict[str, Any]) -> bool:
+    """Whether two identities are of one arm, but for the rounding of its weights."""
+    if not isinstance(found, dict) or not isinstance(found.get("gamma_sum"), float):
+        return False
+    alike = math.isclose(found["gamma_sum"], own["gamma_sum"], rel_tol=_SAME_WEIGHTS)
+    return alike and found | {"gamma_sum": 0.0} == own | {"gamma_sum": 0.0}
 
 
 def _check_basis(out: Path, basis: Mapping[str, Any]) -> None:
