@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import tyro
@@ -53,7 +54,8 @@ Weighted sparse autoencoders for the residual streams of real language models.
 {commands}
 
 llm-wsae COMMAND --help shows a command's options. --json prints one JSON object instead of text;
---debug shows the traceback of an error. Exit code: 0 done, 1 failed, 2 bad usage."""
+--debug shows the traceback of an error; --version tells which llm-wsae this is.
+Exit code: 0 done, 1 failed, 2 bad usage."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
+    if words[0] == "--version":
+        print(f"llm-wsae {version('llm-wsae')}")
+        return 0
     try:
         command = COMMANDS.get(words[0])
         if command is None:

@@ -53,6 +53,10 @@ def check_record(path: Path, command: str, **config) -> None:
     assert record["versions"]["torch"] == version("torch")
 
 
+def test_the_version():
+    assert call("--version").out == f"llm-wsae {version('llm-wsae')}\n"
+
+
 def test_help_names_every_command():
     for words in (["--help"], ["-h"]):
         result = call(*words)

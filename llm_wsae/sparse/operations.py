@@ -7,6 +7,9 @@ decoder), because every operation reads or writes whole latents.
 Every operation picks an implementation when it is called, by device, dtype and whether autograd is
 on: ``triton`` on CUDA and ``compiled`` on the CPU where they can be had and the numbers are float32
 (or bfloat16, for the encoder's product), else ``plain``. ``using`` overrides the choice.
+
+AuxK is not among them: its latents are few and its codes are not sparse over them, so it consists
+of dense products, which torch makes best on every device (``train/auxk.py``).
 """
 
 from collections.abc import Iterator
