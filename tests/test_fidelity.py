@@ -14,7 +14,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluate import next_token
 from llm_wsae.evaluate.bootstrap import Bootstrap
 from llm_wsae.evaluate.config import EvaluateConfig
-from llm_wsae.evaluate.fidelity import evaluate
+from llm_wsae.evaluate.fidelity import FidelityBench, evaluate
 from llm_wsae.evaluate.measures import Moments, Reconstruction
 from llm_wsae.evaluate.next_token import next_token_sums, scored_positions
 from llm_wsae.model.language_model import LanguageModel
@@ -385,3 +385,32 @@ def test_activations_that_are_not_finite(model, contexts):
     finally:
         with torch.no_grad():
             weight[int(contexts[0].ids[2])] = before
+
+
+def test_what_hangs_on_the_text_alone_is_measured_once(model, contexts, monkeypatch):
+    """Dictionaries one after the other get the numbers of all at once, also when a pass between
+    them was broken off, and zeros and the mean are put in once for each threshold."""
+    known = {f"k{k}": identity(sparsity=TopK(k)) for k in (2, 4)}
+    other = identity(sparsity=TopK(3), massive_threshold=1e6)
+    together = evaluate(known, model, contexts, CONFIG).dictionaries
+    resumed, original = [], model.resume
+
+    def resume(*given):
+        resumed.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(model, "resume", resume)
+    bench = FidelityBench(model, contexts, CONFIG)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Reconstruction, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        bench.evaluate(known)
+    counts = []
+    for name in known:
+        resumed.clear()
+        assert bench.evaluate({name: known[name]}).dictionaries[name] == together[name]
+        counts.append(len(resumed))
+    batches = counts[1] // 2  # clean, and the dictionary's
+    assert counts == [4 * batches, 2 * batches]
+    resumed.clear()
+    bench.evaluate({"other": other})
+    assert len(resumed) == 4 * batches

@@ -142,8 +142,12 @@ def test_a_study_goes_on_where_it_stopped(whole, study, trained, monkeypatch, tm
     monkeypatch.setattr(runner, "_PASS_BYTES", 3 * runner._BYTES_A_WEIGHT * 2 * 4 * 16**2)
     unbroken, _ = whole
     out = tmp_path / "out"
-    for stage, after in (("train", 1), ("evaluate", 0), ("record_of", 4)):
-        original, calls = getattr(runner, stage), []
+    for owner, stage, after in (
+        (runner, "train", 1),
+        (runner.FidelityBench, "evaluate", 0),
+        (runner, "record_of", 4),
+    ):
+        original, calls = getattr(owner, stage), []
 
         def stop(*args, original=original, calls=calls, after=after):
             calls.append(None)
@@ -152,7 +156,7 @@ def test_a_study_goes_on_where_it_stopped(whole, study, trained, monkeypatch, tm
             return original(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(runner, stage, stop)
+            patch.setattr(owner, stage, stop)
             with pytest.raises(KeyboardInterrupt):
                 study(out)
     study(out)

@@ -3,7 +3,8 @@
 Two readings of the same contexts. The first runs the model up to the last site and takes the mean
 of the rows: the constant that mean ablation puts in their place and about which variance is taken.
 The second runs the whole model once and then, for each variant (zeros, the mean, every dictionary),
-only the part behind the site, with the variant in place of the activations.
+only the part behind the site, with the variant in place of the activations. More dictionaries on
+the same contexts need neither the first reading nor zeros and the mean again (``FidelityBench``).
 
 What is replaced is what training saw: kept positions that are not massive activations. First
 positions, special tokens and massive rows keep the clean activation. Massive rows are judged by
@@ -46,30 +47,6 @@ class Context(Protocol):
     keep: np.ndarray | Tensor
 
 
-@dataclass
-class _SiteState:
-    """A site's dictionaries, baselines and sums."""
-
-    dictionaries: dict[str, Dictionary]
-    threshold: float | None
-    total: Tensor
-    """Σ of the rows [d_in], float64."""
-    count: int = 0
-    rows: Moments | None = None
-    massive: Moments | None = None
-    made: dict[str, Reconstruction] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of the rows [d_in], float64."""
-        return self.total / max(self.count, 1)
-
-    def split(self, hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks [contexts, positions] of the rows to measure and of the massive ones."""
-        massive = keep & (hidden.float().norm(dim=2) > self.threshold)
-        return keep & ~massive, massive
-
-
 @torch.no_grad()
 def evaluate(
     dictionaries: Mapping[str, Dictionary],
@@ -83,38 +60,146 @@ def evaluate(
     no dictionary or one does not fit the model, LlmWsaeError if the text is too short or an
     activation is not finite.
     """
-    sites = _sites(dictionaries, model)
-    taken = take_contexts(contexts, config.tokens)
-    batches, num_contexts = _batches(taken, config), len(taken)
-    _read_thresholds(sites, model, batches)
-    _read_means(sites, model, batches)
-    columns: dict[Key, list[Tensor]] = defaultdict(list)
-    with tqdm(total=num_contexts, desc="evaluate", unit="ctx") as bar:
-        for ids, keep in batches:
-            for key, numbers in _evaluate_batch(sites, model, ids, keep):
-                columns[key].append(numbers)
-            bar.update(len(ids))
-    sums = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
-    bootstrap = Bootstrap(num_contexts, config.bootstraps, config.seed)
-    found = {
-        name: _fidelity(name, site, state, sums, bootstrap)
-        for site, state in sites.items()
-        for name in state.dictionaries
-    }
-    return Report(
-        model=model.identity(),
-        config=asdict(config),
-        num_contexts=num_contexts,
-        num_scored=int(sums["scored",].sum()),
-        dictionaries={name: found[name] for name in dictionaries},
-        notes=_notes(dictionaries, model, num_contexts),
-    )
+    _check(dictionaries, model)
+    return FidelityBench(model, contexts, config).evaluate(dictionaries)
 
 
-def _sites(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> dict[Site, _SiteState]:
+@dataclass
+class _Baselines:
+    """What is known of a site's rows without any dictionary."""
+
+    threshold: float
+    """Norm above which a row is massive."""
+    total: Tensor
+    """Σ of the rows [d_in], float64."""
+    count: int = 0
+    rows: Moments | None = None
+    massive: Moments | None = None
+    columns: dict[Key, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    """What zeros, and the mean, in place of the rows cost."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the rows [d_in], float64."""
+        return self.total / max(self.count, 1)
+
+    def split(self, hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks [contexts, positions] of the rows to measure and of the massive ones."""
+        massive = keep & (hidden.float().norm(dim=2) > self.threshold)
+        return keep & ~massive, massive
+
+
+@dataclass
+class _SiteState:
+    """A site's dictionaries, what they made of its rows, and its baselines."""
+
+    dictionaries: dict[str, Dictionary]
+    made: dict[str, Reconstruction]
+    baselines: _Baselines
+    is_new: bool
+    """Whether the baselines are measured in this pass."""
+
+
+class FidelityBench:
+    """Contexts to measure dictionaries on, some after others.
+
+    What hangs on the text alone, a site's mean and its ablations, is measured once.
+    """
+
+    def __init__(self, model: LanguageModel, contexts: Iterable[Context], config: EvaluateConfig):
+        """Raises LlmWsaeError if the text is too short."""
+        self._model, self._config = model, config
+        taken = take_contexts(contexts, config.tokens)
+        self._num_contexts = len(taken)
+        self._batches = _batches(taken, config)
+        self._medians: dict[Site, float] = {}
+        self._known: dict[tuple[Site, float], _Baselines] = {}
+
+    @torch.no_grad()
+    def evaluate(self, dictionaries: Mapping[str, Dictionary]) -> Report:
+        """Measure every dictionary, by name. Raises as the function ``evaluate`` does."""
+        _check(dictionaries, self._model)
+        sites = self._sites(dictionaries)
+        columns: dict[Key, list[Tensor]] = defaultdict(list)
+        with tqdm(total=self._num_contexts, desc="evaluate", unit="ctx") as bar:
+            for ids, keep in self._batches:
+                for key, numbers in _evaluate_batch(sites, self._model, ids, keep):
+                    columns[key].append(numbers)
+                bar.update(len(ids))
+        for site, state in sites.items():
+            self._known[site, state.baselines.threshold] = state.baselines
+            columns |= state.baselines.columns
+        sums = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
+        bootstrap = Bootstrap(self._num_contexts, self._config.bootstraps, self._config.seed)
+        found = {
+            name: _fidelity(name, site, state, sums, bootstrap)
+            for site, state in sites.items()
+            for name in state.dictionaries
+        }
+        return Report(
+            model=self._model.identity(),
+            config=asdict(self._config),
+            num_contexts=self._num_contexts,
+            num_scored=int(sums["scored",].sum()),
+            dictionaries={name: found[name] for name in dictionaries},
+            notes=_notes(dictionaries, self._model, self._num_contexts),
+        )
+
+    def _sites(self, dictionaries: Mapping[str, Dictionary]) -> dict[Site, _SiteState]:
+        """The dictionaries by site, on the model's device, with baselines whose mean is known."""
+        by_site: dict[Site, dict[str, Dictionary]] = defaultdict(dict)
+        for name, dictionary in dictionaries.items():
+            if dictionary.W_enc.device != self._model.device:
+                dictionary = copy.deepcopy(dictionary).to(self._model.device)
+            by_site[dictionary.site][name] = dictionary
+        self._read_medians(by_site)
+        sites = {}
+        for site, own in by_site.items():
+            # one mask for all dictionaries of a site, so that they compare
+            thresholds = [d.info.massive_threshold for d in own.values()]
+            known = [threshold for threshold in thresholds if threshold is not None]
+            threshold = min(known) if known else MASSIVE_RATIO * self._medians[site]
+            found = self._known.get((site, threshold))
+            made = {name: Reconstruction(d.d_in, d.d_sae) for name, d in own.items()}
+            empty = torch.zeros(self._model.d_model, dtype=torch.float64)
+            baselines = found or _Baselines(threshold, empty)
+            sites[site] = _SiteState(own, made, baselines, is_new=found is None)
+        self._read_means({site: s.baselines for site, s in sites.items() if s.is_new})
+        return sites
+
+    def _read_medians(self, by_site: Mapping[Site, Mapping[str, Dictionary]]) -> None:
+        """Median norms of the sites whose dictionaries know no threshold."""
+        norms: dict[Site, list[Tensor]] = {
+            site: []
+            for site, own in by_site.items()
+            if site not in self._medians
+            and all(d.info.massive_threshold is None for d in own.values())
+        }
+        if not norms:
+            return
+        for ids, keep in tqdm(self._batches, desc="evaluate: norms", unit="batch"):
+            for site, hidden in self._model.activations(ids, list(norms)).items():
+                norms[site].append(hidden[keep.to(hidden.device)].float().norm(dim=1).cpu())
+        for site, parts in norms.items():
+            self._medians[site] = float(torch.cat(parts).median())
+
+    def _read_means(self, sites: Mapping[Site, _Baselines]) -> None:
+        """Take the mean of every site's rows, and set up the sums about it."""
+        if not sites:
+            return
+        for ids, keep in tqdm(self._batches, desc="evaluate: means", unit="batch"):
+            for site, hidden in self._model.activations(ids, list(sites)).items():
+                _check_finite(hidden, keep, site)
+                rows, _ = sites[site].split(hidden, keep.to(hidden.device))
+                sites[site].total += exact(hidden[rows]).sum(0)
+                sites[site].count += int(rows.sum())
+        for baselines in sites.values():
+            baselines.rows, baselines.massive = Moments(baselines.mean), Moments(baselines.mean)
+
+
+def _check(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> None:
     if not dictionaries:
         raise UsageError("there is no dictionary to evaluate; name at least one")
-    sites: dict[Site, _SiteState] = {}
     for name, dictionary in dictionaries.items():
         model.check_site(dictionary.site)
         if dictionary.d_in != model.d_model:
@@ -122,16 +207,6 @@ def _sites(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> dict
                 f"dictionary {name!r} has {dictionary.d_in} dimensions, but {model.name} has "
                 f"{model.d_model}; evaluate it on the model it was trained on"
             )
-        if dictionary.W_enc.device != model.device:
-            dictionary = copy.deepcopy(dictionary).to(model.device)
-        empty = torch.zeros(model.d_model, dtype=torch.float64)
-        state = sites.setdefault(dictionary.site, _SiteState({}, None, empty))
-        state.dictionaries[name] = dictionary
-        state.made[name] = Reconstruction(dictionary.d_in, dictionary.d_sae)
-        threshold = dictionary.info.massive_threshold
-        if threshold is not None:  # one mask for all dictionaries of a site, so that they compare
-            state.threshold = min(threshold, state.threshold or threshold)
-    return sites
 
 
 def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
@@ -162,35 +237,6 @@ def _batches(contexts: list[Context], config: EvaluateConfig) -> list[tuple[Tens
     ]
 
 
-def _read_thresholds(
-    sites: dict[Site, _SiteState], model: LanguageModel, batches: list[tuple[Tensor, Tensor]]
-) -> None:
-    """Fill in the missing thresholds: ten times the rows' median norm."""
-    norms: dict[Site, list[Tensor]] = {s: [] for s, state in sites.items() if not state.threshold}
-    if not norms:
-        return
-    for ids, keep in tqdm(batches, desc="evaluate: norms", unit="batch"):
-        for site, hidden in model.activations(ids, list(norms)).items():
-            norms[site].append(hidden[keep.to(hidden.device)].float().norm(dim=1).cpu())
-    for site, parts in norms.items():
-        sites[site].threshold = MASSIVE_RATIO * float(torch.cat(parts).median())
-
-
-def _read_means(
-    sites: dict[Site, _SiteState], model: LanguageModel, batches: list[tuple[Tensor, Tensor]]
-) -> None:
-    """Take the mean of every site's rows, and set up the sums about it."""
-    for ids, keep in tqdm(batches, desc="evaluate: means", unit="batch"):
-        for site, hidden in model.activations(ids, list(sites)).items():
-            _check_finite(hidden, keep, site)
-            state = sites[site]
-            rows, _ = state.split(hidden, keep.to(hidden.device))
-            state.total += exact(hidden[rows]).sum(0)
-            state.count += int(rows.sum())
-    for state in sites.values():
-        state.rows, state.massive = Moments(state.mean), Moments(state.mean)
-
-
 def _evaluate_batch(
     sites: dict[Site, _SiteState], model: LanguageModel, ids: Tensor, keep: Tensor
 ) -> Iterator[tuple[Key, Tensor]]:
@@ -205,15 +251,19 @@ def _evaluate_batch(
     yield ("ce", "clean"), next_token_sums(clean, clean, ids, scored)[0]
     for site, state in sites.items():
         hidden = activations[site]
-        rows, massive = state.split(hidden, keep)
-        state.rows.update(hidden[rows])
-        state.massive.update(hidden[massive])
-        for baseline, value in (("zero", torch.zeros_like(state.total)), ("mean", state.mean)):
-            spliced = hidden.clone()
-            spliced[rows] = value.to(hidden)
-            ce, kl = next_token_sums(model.resume(ids, site, spliced), clean, ids, scored)
-            yield ("ce", baseline, site), ce
-            yield ("kl", baseline, site), kl
+        rows, massive = state.baselines.split(hidden, keep)
+        if state.is_new:
+            state.baselines.rows.update(hidden[rows])
+            state.baselines.massive.update(hidden[massive])
+            for baseline, value in (
+                ("zero", torch.zeros_like(state.baselines.total)),
+                ("mean", state.baselines.mean),
+            ):
+                spliced = hidden.clone()
+                spliced[rows] = value.to(hidden)
+                ce, kl = next_token_sums(model.resume(ids, site, spliced), clean, ids, scored)
+                state.baselines.columns["ce", baseline, site].append(ce)
+                state.baselines.columns["kl", baseline, site].append(kl)
         for name, dictionary in state.dictionaries.items():
             made, spliced = state.made[name], hidden.clone()
             spliced[rows] = made.update(dictionary, hidden[rows]).to(hidden.dtype)
@@ -236,7 +286,7 @@ def _fidelity(
     sums: dict[Key, np.ndarray],
     bootstrap: Bootstrap,
 ) -> Fidelity:
-    made = state.made[name]
+    made, baselines = state.made[name], state.baselines
     used = {
         "scored": sums["scored",],
         "clean": sums["ce", "clean"],
@@ -262,19 +312,19 @@ def _fidelity(
             "mean": float(recovered("mean")(total)[0]),
             "massive": float(recovered("zero", "massive")(total)[0]),
         }
-    deviation = state.rows.deviation()
+    deviation = baselines.rows.deviation()
     fvu = ratio(made.error, deviation)
     edges, counts = made.histogram()
     return Fidelity(
         name=name,
         site=str(site),
         rows=made.count,
-        massive_rows=state.massive.count,
-        massive_threshold=state.threshold,
+        massive_rows=baselines.massive.count,
+        massive_threshold=baselines.threshold,
         fvu=fvu,
         explained_variance=1 - fvu,
         fvu_with_massive=ratio(
-            made.error + made.massive_error, state.rows.deviation(state.massive)
+            made.error + made.massive_error, baselines.rows.deviation(baselines.massive)
         ),
         cosine=made.cosine / max(made.count, 1),
         l2_ratio=made.l2_ratio / max(made.count, 1),

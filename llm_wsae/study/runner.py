@@ -30,7 +30,7 @@ from llm_wsae.data.tokens import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluate.config import EvaluateConfig
-from llm_wsae.evaluate.fidelity import Context, evaluate, take_contexts
+from llm_wsae.evaluate.fidelity import FidelityBench
 from llm_wsae.evaluate.monosemantic import Bench
 from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
 from llm_wsae.evaluate.windows import Encoder
@@ -55,7 +55,7 @@ BASIS, TRAINING, DICTIONARIES, RESULTS, GROUP = (
     "group.json",
 )
 _PASS_BYTES = 1 << 30  # of parameters and optimiser state that are trained together
-_MEASURED_TOGETHER = 12  # share the passes without dictionary; what a stop can cost, some minutes
+_MEASURED_TOGETHER = 8  # share the passes without dictionary; what a stop can cost, some minutes
 _SAME_WEIGHTS = 1e-3  # relative, of γ's sum: what rounding on another processor may change
 _BYTES_A_WEIGHT = 14  # float32, two moments of Adam, and a rounded copy
 # Settings that change how a training proceeds, not what comes out.
@@ -92,7 +92,7 @@ def run_study(
     store.check_model(model.identity())
     heldout = Corpus.open(corpus, "heldout", text_column=text_column)
     packing = PackConfig(**store.manifest.packing)
-    contexts = take_contexts(Packer.for_model(model, packing).contexts(heldout), fidelity.tokens)
+    faithful = FidelityBench(model, Packer.for_model(model, packing).contexts(heldout), fidelity)
     known = gather(config.rules, store, site, model=model, dictionary=dictionary, config=evidence)
     arms = plan(known, config, weigh)
     for planned in arms:
@@ -112,7 +112,7 @@ def run_study(
     with folder_lock(out, "study"):
         remove_partials(out)
         _check_basis(out, basis)
-        study = _Study(model, store, site, out, config, training, fidelity, contexts)
+        study = _Study(store, site, out, config, training, faithful)
         missing = study.missing(arms)
         if missing:
             # Before any training: it may find the text too short, or a label unknown.
@@ -128,18 +128,15 @@ def run_study(
 class _Study:
     def __init__(
         self,
-        model: LanguageModel,
         store: ActivationStore,
         site: Site,
         out: Path,
         config: StudyConfig,
         training: TrainConfig,
-        fidelity: EvaluateConfig,
-        contexts: list[Context],
+        faithful: FidelityBench,
     ):
-        self.model, self.store, self.site, self.out = model, store, site, out
-        self.config, self.training, self.fidelity = config, training, fidelity
-        self.contexts = contexts
+        self.store, self.site, self.out = store, site, out
+        self.config, self.training, self.faithful = config, training, faithful
         self.bench: Bench | None = None
 
     def missing(self, arms: Sequence[PlannedArm]) -> list[PlannedArm]:
@@ -219,7 +216,7 @@ class _Study:
     def _measure(self, group: Sequence[PlannedArm], bar: tqdm) -> None:
         """Measure in one pass, and write a result for each."""
         loaded = {planned.arm.name: self._load(planned) for planned in group}
-        found = evaluate(loaded, self.model, self.contexts, self.fidelity).dictionaries
+        found = self.faithful.evaluate(loaded).dictionaries
         for planned in group:
             name = planned.arm.name
             scores = self.bench.score({name: loaded[name]}).dictionaries[name]
