@@ -18,6 +18,7 @@ from benchmarks import RESULTS, embedded_model, write_section
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evidence import gather
 from llm_wsae.files import read_json, write_json
 from llm_wsae.model.language_model import LanguageModel
@@ -324,4 +325,7 @@ def write() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LlmWsaeError as error:
+        sys.exit(str(error))
