@@ -25,8 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluate.bootstrap import Bootstrap
+from llm_wsae.evaluate.checks import check_fit
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.measures import Moments, Reconstruction, exact, ratio
 from llm_wsae.evaluate.next_token import next_token_sums, scored_positions
@@ -60,7 +61,7 @@ def evaluate(
     no dictionary or one does not fit the model, LlmWsaeError if the text is too short or an
     activation is not finite.
     """
-    _check(dictionaries, model)
+    check_fit(dictionaries, model, "evaluate")
     return FidelityBench(model, contexts, config).evaluate(dictionaries)
 
 
@@ -118,7 +119,7 @@ class FidelityBench:
     @torch.no_grad()
     def evaluate(self, dictionaries: Mapping[str, Dictionary]) -> Report:
         """Measure every dictionary, by name. Raises as the function ``evaluate`` does."""
-        _check(dictionaries, self._model)
+        check_fit(dictionaries, self._model, "evaluate")
         sites = self._sites(dictionaries)
         columns: dict[Key, list[Tensor]] = defaultdict(list)
         with tqdm(total=self._num_contexts, desc="evaluate", unit="ctx") as bar:
@@ -195,18 +196,6 @@ class FidelityBench:
                 sites[site].count += int(rows.sum())
         for baselines in sites.values():
             baselines.rows, baselines.massive = Moments(baselines.mean), Moments(baselines.mean)
-
-
-def _check(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> None:
-    if not dictionaries:
-        raise UsageError("there is no dictionary to evaluate; name at least one")
-    for name, dictionary in dictionaries.items():
-        model.check_site(dictionary.site)
-        if dictionary.d_in != model.d_model:
-            raise UsageError(
-                f"dictionary {name!r} has {dictionary.d_in} dimensions, but {model.name} has "
-                f"{model.d_model}; evaluate it on the model it was trained on"
-            )
 
 
 def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:

@@ -23,7 +23,7 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.tokens import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.errors import UsageError
+from llm_wsae.evaluate.checks import check_fit
 from llm_wsae.evaluate.concept_scores import (
     Latents,
     Questions,
@@ -70,7 +70,7 @@ def monosemanticity(
     differently packed text, the encoder is not there or a label is unknown; LlmWsaeError if the
     text is too short.
     """
-    _check(dictionaries, model)
+    check_fit(dictionaries, model, "score")
     return Bench(model, corpus, packing_of(dictionaries), config, encoder).score(dictionaries)
 
 
@@ -102,7 +102,7 @@ class Bench:
 
     def score(self, dictionaries: Mapping[str, Dictionary]) -> MonosemanticReport:
         """Score dictionaries by name. Raises as ``monosemanticity`` does."""
-        _check(dictionaries, self._model)
+        check_fit(dictionaries, self._model, "score")
         self._prepare(sorted({dictionary.site for dictionary in dictionaries.values()}))
         found: dict[str, DictionaryScores] = {}
         for group in self._groups(dictionaries):
@@ -190,18 +190,6 @@ class Bench:
             consistency=_consistency(dictionaries, found),
             notes=_notes(dictionaries, self._model, names),
         )
-
-
-def _check(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> None:
-    if not dictionaries:
-        raise UsageError("there is no dictionary to score; name at least one")
-    for name, dictionary in dictionaries.items():
-        model.check_site(dictionary.site)
-        if dictionary.d_in != model.d_model:
-            raise UsageError(
-                f"dictionary {name!r} has {dictionary.d_in} dimensions, but {model.name} has "
-                f"{model.d_model}; score it on the model it was trained on"
-            )
 
 
 def _questions(text: HeldoutText, tokenizer: Any, config: MonosemanticConfig) -> list[Questions]:

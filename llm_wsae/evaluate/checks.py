@@ -1,0 +1,20 @@
+"""What must hold before dictionaries are held against a model."""
+
+from collections.abc import Mapping
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import UsageError
+from llm_wsae.model.language_model import LanguageModel
+
+
+def check_fit(dictionaries: Mapping[str, Dictionary], model: LanguageModel, verb: str) -> None:
+    """Raise UsageError if there is no dictionary to ``verb``, or one does not fit the model."""
+    if not dictionaries:
+        raise UsageError(f"there is no dictionary to {verb}; name at least one")
+    for name, dictionary in dictionaries.items():
+        model.check_site(dictionary.site)
+        if dictionary.d_in != model.d_model:
+            raise UsageError(
+                f"dictionary {name!r} has {dictionary.d_in} dimensions, but {model.name} has "
+                f"{model.d_model}; {verb} it on the model it was trained on"
+            )
