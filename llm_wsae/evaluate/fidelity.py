@@ -3,8 +3,9 @@
 Two readings of the same contexts. The first runs the model up to the last site and takes the mean
 of the rows: the constant that mean ablation puts in their place and about which variance is taken.
 The second runs the whole model once and then, for each variant (zeros, the mean, every dictionary),
-only the part behind the site, with the variant in place of the activations. More dictionaries on
-the same contexts need neither the first reading nor zeros and the mean again (``FidelityBench``).
+only the part behind the site, with the variant in place of the activations. Activations are kept
+where there is room, so that the part before the site runs once. More dictionaries on the same
+contexts need neither the first reading nor zeros and the mean again (``FidelityBench``).
 
 What is replaced is what training saw: kept positions that are not massive activations. First
 positions, special tokens and massive rows keep the clean activation. Massive rows are judged by
@@ -15,7 +16,7 @@ wherever there are any.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -36,6 +37,7 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import MASSIVE_RATIO
 
+_CACHE_BYTES = 1 << 30  # of activations, so that the model's lower part need not run again
 # What a number per context counts: ("scored",), ("ce", "clean"), ("kl", "zero", site), …
 Key = tuple[str | Site, ...]
 
@@ -113,6 +115,8 @@ class FidelityBench:
         taken = take_contexts(contexts, config.tokens)
         self._num_contexts = len(taken)
         self._batches = _batches(taken, config)
+        self._room = _CACHE_BYTES
+        self._kept: dict[tuple[Site, int], Tensor] = {}
         self._medians: dict[Site, float] = {}
         self._known: dict[tuple[Site, float], _Baselines] = {}
 
@@ -123,8 +127,9 @@ class FidelityBench:
         sites = self._sites(dictionaries)
         columns: dict[Key, list[Tensor]] = defaultdict(list)
         with tqdm(total=self._num_contexts, desc="evaluate", unit="ctx") as bar:
-            for ids, keep in self._batches:
-                for key, numbers in _evaluate_batch(sites, self._model, ids, keep):
+            for number, (ids, keep) in enumerate(self._batches):
+                activations = self._activations(number, list(sites))
+                for key, numbers in _evaluate_batch(sites, self._model, ids, keep, activations):
                     columns[key].append(numbers)
                 bar.update(len(ids))
         for site, state in sites.items():
@@ -168,6 +173,18 @@ class FidelityBench:
         self._read_means({site: s.baselines for site, s in sites.items() if s.is_new})
         return sites
 
+    def _activations(self, number: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Of a batch; as many as there is room for are kept, for what is still to be measured."""
+        found = {site: self._kept[site, number] for site in sites if (site, number) in self._kept}
+        missing = [site for site in sites if site not in found]
+        if missing:
+            for site, hidden in self._model.activations(self._batches[number][0], missing).items():
+                found[site] = hidden
+                self._room -= hidden.nbytes
+                if self._room >= 0:
+                    self._kept[site, number] = hidden
+        return found
+
     def _read_medians(self, by_site: Mapping[Site, Mapping[str, Dictionary]]) -> None:
         """Median norms of the sites whose dictionaries know no threshold."""
         norms: dict[Site, list[Tensor]] = {
@@ -178,8 +195,10 @@ class FidelityBench:
         }
         if not norms:
             return
-        for ids, keep in tqdm(self._batches, desc="evaluate: norms", unit="batch"):
-            for site, hidden in self._model.activations(ids, list(norms)).items():
+        for number, (_, keep) in enumerate(
+            tqdm(self._batches, desc="evaluate: norms", unit="batch")
+        ):
+            for site, hidden in self._activations(number, list(norms)).items():
                 norms[site].append(hidden[keep.to(hidden.device)].float().norm(dim=1).cpu())
         for site, parts in norms.items():
             self._medians[site] = float(torch.cat(parts).median())
@@ -188,8 +207,10 @@ class FidelityBench:
         """Take the mean of every site's rows, and set up the sums about it."""
         if not sites:
             return
-        for ids, keep in tqdm(self._batches, desc="evaluate: means", unit="batch"):
-            for site, hidden in self._model.activations(ids, list(sites)).items():
+        for number, (_, keep) in enumerate(
+            tqdm(self._batches, desc="evaluate: means", unit="batch")
+        ):
+            for site, hidden in self._activations(number, list(sites)).items():
                 _check_finite(hidden, keep, site)
                 rows, _ = sites[site].split(hidden, keep.to(hidden.device))
                 sites[site].total += exact(hidden[rows]).sum(0)
@@ -227,12 +248,15 @@ def _batches(contexts: list[Context], config: EvaluateConfig) -> list[tuple[Tens
 
 
 def _evaluate_batch(
-    sites: dict[Site, _SiteState], model: LanguageModel, ids: Tensor, keep: Tensor
+    sites: dict[Site, _SiteState],
+    model: LanguageModel,
+    ids: Tensor,
+    keep: Tensor,
+    activations: Mapping[Site, Tensor],
 ) -> Iterator[tuple[Key, Tensor]]:
     """Add a batch to all sums; yields, by key, the numbers per context that are resampled."""
     ids, keep = ids.to(model.device), keep.to(model.device)
     scored = scored_positions(keep)
-    activations = model.activations(ids, list(sites))
     last = max(sites)
     # Through the same code as every variant, so that a perfect splice gives the same numbers.
     clean = model.resume(ids, last, activations[last])
