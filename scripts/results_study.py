@@ -212,11 +212,11 @@ CLAIMS = (
     ),
     *(
         Claim(
-            f"sensitivity-a{power}-space",
+            f"sensitivity-matrix-a{power}-space",
             SITES,
             "selectivity ≥ +.004 at equal CE, interval above 0; CE ≥ −.003 at the same k; no "
             "family below −.01",
-            _selective(f"sensitivity-a{power}-space"),
+            _selective(f"sensitivity-matrix-a{power}-space"),
         )
         for power in _POWERS
     ),
