@@ -11,8 +11,7 @@ Four ways to the same rows of one site, at each context size, tokens per second:
 
 Each repeat times all four one after the other, in turning order, so that a busy machine is busy for
 all of them; a ratio is the median over repeats of the ratio within a repeat. The bridge reads
-fewer tokens, for it is slow. Promised: harvest at least 0.9 of bare, and at context 1024 at least
-3 times the bridge.
+fewer tokens, for it is slow.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Peak memory of harvest and training, and that neither grows with the number of tokens.
+"""Peak memory of harvest and of training, at several numbers of tokens.
 
     python scripts/bench_memory.py            # the embedded SmolLM2-135M and State of the Union
 

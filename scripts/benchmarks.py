@@ -20,8 +20,8 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 _HEADERS = {
     BENCHMARKS.name: """# Benchmarks
 
-Written by the `bench_*.py` scripts beside it with `--write`; each replaces its own
-sections, one for each processor that it ran on.
+Written by `bench_*.py` and `profile_step.py` beside it with `--write`; each replaces its own
+sections, one for each processor that it ran on. How to run one stands at its top.
 """,
     RESULTS.name: """# Results
 

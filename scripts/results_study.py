@@ -132,7 +132,7 @@ class Study:
         return sum(value(r) - plain[r.point.seed] for r in own) / len(own)
 
 
-# What the plan of this project expected, from prototypes; each is held against what was measured.
+# What smaller trials had led to expect; each is held against what was measured.
 Answer = tuple[str, bool]
 Check = Callable[[Study], Answer]
 

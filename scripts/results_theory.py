@@ -2,8 +2,8 @@
 
     python scripts/results_theory.py
 
-The seeds are none of those that anything was chosen on. What the plan expected of them stands below
-as ``CLAIMS`` and is held against what was measured, whether it holds or not.
+The seeds are none of those that anything was chosen on. What smaller trials had led to expect
+stands below as ``CLAIMS`` and is held against what was measured, whether it holds or not.
 """
 
 import argparse

@@ -88,7 +88,24 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
         rows.append([f"`{d.sae_id}`", counted, *(_figure(value, 3) for value in values)])
     header = ["cross-entropy in nats", "held-out tokens", "model", "with the reconstruction"]
     header += ["with the mean", "with zeros", "CE recovered against the mean"]
-    return [*notes, table(header, rows)]
+    return [*notes, table(header, rows), *_massive_notes(measured)]
+
+
+def _massive_notes(measured: Sequence[Facts]) -> list[str]:
+    """What was left out of the figures, where anything was."""
+    told = [
+        f"`{d.sae_id}` {d.metric('massive_rows'):,.0f}, with them its FVU is "
+        f"{_figure(d.metric('fvu_with_massive'), 3)}"
+        for d in measured
+        if d.metric("massive_rows")
+    ]
+    if not told:
+        return []
+    return [
+        "Tokens with massive activations are left out and keep the model's own activation: "
+        + "; ".join(told)
+        + "."
+    ]
 
 
 def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
