@@ -50,8 +50,10 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def processor_name() -> str:
-    """The processor as the system calls it, and what it can do that matters here."""
+def processor_name(device: torch.device = torch.device("cpu")) -> str:  # noqa: B008 - a constant
+    """The processor as the system calls it, and what it can do that matters here; or the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -3,10 +3,12 @@
     bash scripts/results_study.sh [--steps paper …] [--sites blocks.9.hook_resid_post …]
 
 The study of each site is its folder under ``results/``, which is part of the repository: what was
-measured there is not done again, on any machine, and ``llm-wsae study`` adds to it as this does.
+measured there is not done again, on any machine that is fast in bfloat16, and ``llm-wsae study``
+adds to it as this does.
 """
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -59,6 +61,7 @@ STEPS = {
     "inverse": Step(("variance",), (-0.25,)),
     "paper": Step(("variance",), (0.5, 1.0)),
     "robust": Step(("robust-variance",), (0.5,)),
+    "standardised": Step(("variance",), (-0.5,), weigh=IN_SPACE),
     "proxies": Step(("kurtosis", "hoyer", "negentropy"), (0.5,)),
     "texts": Step(("semantic", "sensitivity"), (0.5,)),
     "dictionary": Step(("participation", "gap"), (0.5,)),
@@ -70,14 +73,13 @@ STEPS = {
 }
 
 
-def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) -> StudyReport:
+def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) -> None:
     """Run or finish one step of a site's study."""
     config = StudyConfig(step.rules, step.alphas, (K,), seeds=step.seeds, keep_dictionaries=False)
     first = Dictionary.load(Path(str(FIRST).format(site=site)))
     out = FOLDER / str(site)
-    report = run_study(model, store, site, CORPUS, out, config, weigh=step.weigh, dictionary=first)
     _remember_profile(site, step, config, store, model, first)
-    return report
+    run_study(model, store, site, CORPUS, out, config, weigh=step.weigh, dictionary=first)
 
 
 def _remember_profile(
@@ -109,10 +111,10 @@ class Study:
 
     @classmethod
     def read(cls, site: str) -> "Study | None":
-        """From the site's folder, if there is one."""
+        """From the site's folder, if something was measured there."""
         folder = FOLDER / site
         results = [read_result(path) for path in sorted((folder / "results").glob("*.json"))]
-        if not results:
+        if not any(result.label != PLAIN for result in results):
             return None
         report = StudyReport.of(site, read_json(folder / BASIS, "study"), results)
         return cls(report, read_json(folder / PROFILE, "profile"))
@@ -128,8 +130,8 @@ class Study:
     def same_k(self, label: str, value: Callable[[Result], float]) -> float:
         """Mean difference from the plain dictionaries of the same k and seed."""
         plain = {r.point.seed: value(r) for r in self.of(PLAIN)}
-        own = self.of(label)
-        return sum(value(r) - plain[r.point.seed] for r in own) / len(own)
+        own = [r for r in self.of(label) if r.point.seed in plain]
+        return sum(value(r) - plain[r.point.seed] for r in own) / max(1, len(own))
 
 
 # What smaller trials had led to expect; each is held against what was measured.
@@ -147,21 +149,26 @@ class Claim:
     check: Check
 
 
-def _detection(result: Result) -> float:
-    return result.point.values["detection"].mean
+def _measured(result: Result, measure: str) -> float:
+    """NaN where too few latents could be scored."""
+    value = result.point.values.get(measure)
+    return math.nan if value is None else value.mean
 
 
 def _inverse_helps(study: Study) -> Answer:
     label = "variance-a-0.25"
-    detection = study.same_k(label, _detection)
+    detection = study.same_k(label, lambda r: _measured(r, "detection"))
     ce = study.same_k(label, lambda r: r.ce_recovered)
     return f"{detection:+.4f}, CE {ce:+.4f}", detection >= 0.003 and abs(ce) <= 0.003
 
 
 def _robust_keeps_ce(study: Study) -> Answer:
+    both = [study.of(label) for label in ("robust-variance-a0.5", "variance-a0.5")]
+    seeds = set.intersection(*({r.point.seed for r in own} for own in both))
+    if not seeds:
+        return "variance-a0.5 was not measured", False
     robust, raw = (
-        sum(r.ce_recovered for r in study.of(label)) / max(1, len(study.of(label)))
-        for label in ("robust-variance-a0.5", "variance-a0.5")
+        sum(r.ce_recovered for r in own if r.point.seed in seeds) / len(seeds) for own in both
     )
     return f"{robust:.4f} against {raw:.4f}", robust - raw >= 0.08
 
@@ -274,7 +281,7 @@ def _table(study: Study) -> str:
             for share in ("dense_share", "dead_share")
         ]
         cells += [
-            f"{mean(lambda r, m=measure: r.point.values[m].mean):.4f}"
+            f"{mean(lambda r, m=measure: _measured(r, m)):.4f}"
             for measure in ("detection", "selectivity")
         ]
         rows.append([f"`{label}`", str(k), str(len(own)), *cells])
@@ -286,8 +293,8 @@ def section(studies: Mapping[str, Study]) -> str:
     parts = [
         "## A real model: do weights make latents more monosemantic?",
         "`bash scripts/results_study.sh`: SmolLM2-135M-Instruct on Wikipedia summaries and State "
-        "of the Union addresses, TopK dictionaries of 8 × width, k = 32, one pass over a store of "
-        "1,000,000 tokens; cross-entropy on 50,000 and monosemanticity on 100,000 held-out tokens. "
+        "of the Union addresses, TopK dictionaries of 8 × width, k = 32, one pass over the rows of "
+        "a million tokens; cross-entropy on 50,000 and monosemanticity on 100,000 held-out tokens. "
         "Beside every rule stands its control: the same weights on permuted dimensions, or a "
         "matrix of the same spectrum with random eigenvectors. A difference is from the plain "
         "k-curve at the dictionary's own cross-entropy, without latents that fire on more than "

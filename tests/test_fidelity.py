@@ -364,7 +364,8 @@ def test_bad_requests(model, contexts):
     with pytest.raises(LlmWsaeError, match=r"holds 103 tokens in 12 contexts, but 5,000 tokens"):
         evaluate({"a": identity()}, model, contexts, EvaluateConfig(tokens=5000))
     with pytest.raises(LlmWsaeError, match="in at least 2 contexts"):
-        evaluate({"a": identity()}, model, contexts, EvaluateConfig(tokens=5))
+        evaluate({"a": identity()}, model, contexts[:1], EvaluateConfig(tokens=5))
+    assert evaluate({"a": identity()}, model, contexts, EvaluateConfig(tokens=5)).num_contexts == 2
     with pytest.raises(UsageError, match="the model has 3 blocks"):
         evaluate({"a": identity(site="blocks.3.hook_resid_post")}, model, contexts, CONFIG)
     narrow = dictionary(torch.zeros(D - 1, 20), torch.zeros(20, D - 1))

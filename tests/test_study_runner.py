@@ -22,6 +22,7 @@ from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.study import runner
 from llm_wsae.study.config import StudyConfig
 from llm_wsae.study.runner import run_study
@@ -216,6 +217,25 @@ def test_another_study_in_the_folder_is_refused(whole, study):
     with pytest.raises(LlmWsaeError, match=r"other settings of fidelity \(tokens\)"):
         study(out, fidelity=EvaluateConfig(tokens=400))
     assert content(out) == before
+
+
+def test_what_a_stop_left_behind_is_cleared_away(whole, study, tmp_path):
+    """A dictionary whose result was written but which was not deleted yet, and a training of
+    dictionaries that another command finished."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    group = out / "training" / "0123456789ab"
+    group.mkdir(parents=True)
+    (group / "group.json").write_text(json.dumps(NAMES[:2]))
+    study(out)
+    assert not group.exists() and len(list((out / "dictionaries").iterdir())) == len(NAMES)
+    study(out, replace(CONFIG, keep_dictionaries=False))
+    assert not list((out / "dictionaries").iterdir())
+
+
+def test_a_draw_of_its_own_is_refused(study, tmp_path):
+    with pytest.raises(UsageError, match="a study draws its controls anew for every seed"):
+        study(tmp_path / "out", weigh=WeightConfig(draw=1))
 
 
 def test_a_study_goes_on_where_another_processor_rounds_differently(

@@ -220,12 +220,15 @@ class FidelityBench:
 
 
 def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
-    """The first contexts that hold ``tokens`` rows. Raises LlmWsaeError if there are too few."""
+    """The first contexts, two at least, that hold ``tokens`` rows.
+
+    Raises LlmWsaeError if there are too few.
+    """
     taken, rows = [], 0
     for context in contexts:
         taken.append(context)
         rows += int(context.keep.sum())
-        if rows >= tokens:
+        if rows >= tokens and len(taken) >= 2:
             break
     if rows < tokens or len(taken) < 2:
         raise LlmWsaeError(

@@ -65,7 +65,7 @@ def negentropy(evidence: Evidence) -> Float[Tensor, " d_in"]:
 
 
 def participation(evidence: Evidence) -> Float[Tensor, " d_in"]:
-    """s_i = 1 / number of latents of a first dictionary that share the dimension (DESIGN §7).
+    """s_i = 1 / number of latents of a first dictionary that share the dimension.
 
     The participation ratio of q_ij = E z_j²·W_ji² over the latents j: weighted by their use.
     """

@@ -71,7 +71,7 @@ def participation(
     latents that share dimension i, 1 if a single latent has it to itself.
 
     ``energy`` weights every latent by how much it is used, E z_j² (its frequency times its mean
-    square when active); default: all alike. With the true W_pᵀ for the decoder this is DESIGN's
+    square when active); default: all alike. With the true W_pᵀ for the decoder this is the
     true monosemanticity. Float64.
     """
     q = decoder.double().square()

@@ -138,9 +138,11 @@ def _lost(result: Result) -> float:
 def _colours(results: Sequence[Result]) -> dict[str, str]:
     """A colour for every label but the plain one; a control has its rule's."""
     found: dict[str, str] = {}
+    rules = 0
     for result in results:
         if result.label not in found and result.label != PLAIN:
-            colour = COLOURS[1 + len(set(found.values())) % (len(COLOURS) - 1)]
+            colour = COLOURS[1 + rules % (len(COLOURS) - 1)]
+            rules += 1
             found[result.label] = colour
             if result.control is not None:
                 found[result.control] = colour

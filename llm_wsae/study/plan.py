@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from llm_wsae.errors import UsageError
 from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.statistics.evidence import Evidence
 from llm_wsae.statistics.monosemanticity import is_drawn
@@ -27,9 +28,13 @@ class PlannedArm:
 def plan(evidence: Evidence, config: StudyConfig, weigh: WeightConfig) -> list[PlannedArm]:
     """All dictionaries, seed by seed, the plain ones first.
 
-    Drawn weights (controls, ``random``) are drawn anew for every seed. Raises as
-    ``weights_from_rule`` does.
+    Drawn weights (controls, ``random``) are drawn anew for every seed. Raises UsageError for a draw
+    of its own, else as ``weights_from_rule`` does.
     """
+    if weigh.draw:
+        raise UsageError(
+            f"draw is {weigh.draw}, but a study draws its controls anew for every seed; leave it 0"
+        )
     arms: dict[str, PlannedArm] = {}
     for seed in dict.fromkeys(config.seeds):
         plain = weights_from_rule(PLAIN, 1.0, evidence)
@@ -67,7 +72,7 @@ def _weights(
 def _drawn(
     rule: str, alpha: float, evidence: Evidence, weigh: WeightConfig, seed: int
 ) -> LossWeights:
-    own = replace(weigh, draw=weigh.draw + seed) if is_drawn(rule) else weigh
+    own = replace(weigh, draw=seed if is_drawn(rule) else 0)
     return weights_from_rule(rule, alpha, evidence, WeightConfig() if rule == PLAIN else own)
 
 

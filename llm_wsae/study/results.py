@@ -89,9 +89,9 @@ class Result:
 
 
 def record_of(
-    planned: PlannedArm, identity: dict[str, Any], fidelity: Fidelity, scores: DictionaryScores
+    planned: PlannedArm, fidelity: Fidelity, scores: DictionaryScores, device: torch.device
 ) -> dict[str, Any]:
-    """What the file of a dictionary holds; JSON-able."""
+    """What the file of a dictionary holds; JSON-able. ``device`` is what it was measured on."""
     arm, latents = planned.arm, scores.per_latent
     usual = latents["density"] <= DENSE_DENSITY
     return plain(
@@ -103,12 +103,12 @@ def record_of(
             "alpha": arm.weights.alpha,
             "k": arm.k,
             "seed": arm.seed,
-            "identity": identity,
-            "measured_on": {"processor": processor_name(), **versions()},
+            "identity": arm.identity(),
+            "measured_on": {"processor": processor_name(device), **versions()},
             "fidelity": summary(fidelity),
             "scores": scores.to_dict(),
             "latents": {
-                "dense": {name: _over_latents(v) for name, v in latents.items()},
+                "all": {name: _over_latents(v) for name, v in latents.items()},
                 "not_dense": {name: _over_latents(v[usual]) for name, v in latents.items()},
             },
         }
@@ -161,7 +161,7 @@ def _values(latents: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, 
         if measure.source == "share":
             found[name] = Value(scores[measure.key])
         elif measure.source == "latents":
-            one = latents["dense" if measure.dense else "not_dense"][measure.key]
+            one = latents["all" if measure.dense else "not_dense"][measure.key]
             if one["variance"] is not None:
                 found[name] = Value(one["mean"], one["variance"])
         else:

@@ -55,11 +55,11 @@ BASIS, TRAINING, DICTIONARIES, RESULTS, GROUP = (
     "group.json",
 )
 _PASS_BYTES = 1 << 30  # of parameters and optimiser state that are trained together
-_MEASURED_TOGETHER = 8  # share the passes without dictionary; what a stop can cost, some minutes
-_SAME_WEIGHTS = 1e-3  # relative, of γ's sum: what rounding on another processor may change
+_MEASURED_TOGETHER = 8  # share the pass without dictionary; what a stop can cost, some minutes
+_SAME_WEIGHTS = 1e-3  # relative: what rounding on another processor may change in γ
 _BYTES_A_WEIGHT = 14  # float32, two moments of Adam, and a rounded copy
-# Settings that change how a training proceeds, not what comes out.
-_HOW = ("device", "checkpoint_seconds", "log_every", "tracker", "seed")
+# Settings that change how a training proceeds, not what comes out; and the seed, an arm's own.
+_HOW = ("device", "shard", "checkpoint_seconds", "log_every", "tracker", "seed")
 
 
 def run_study(
@@ -112,7 +112,7 @@ def run_study(
     with folder_lock(out, "study"):
         remove_partials(out)
         _check_basis(out, basis)
-        study = _Study(store, site, out, config, training, faithful)
+        study = _Study(store, site, out, config, training, faithful, model.device)
         missing = study.missing(arms)
         if missing:
             # Before any training: it may find the text too short, or a label unknown.
@@ -134,8 +134,9 @@ class _Study:
         config: StudyConfig,
         training: TrainConfig,
         faithful: FidelityBench,
+        device: torch.device,
     ):
-        self.store, self.site, self.out = store, site, out
+        self.store, self.site, self.out, self.device = store, site, out, device
         self.config, self.training, self.faithful = config, training, faithful
         self.bench: Bench | None = None
 
@@ -158,6 +159,7 @@ class _Study:
     def finish(self, missing: list[PlannedArm]) -> None:
         """Train and measure."""
         self._rescue()
+        self._clear_away()
         bar = tqdm(
             total=2 * len(missing), desc="study", unit="step", smoothing=0, disable=not missing
         )
@@ -197,6 +199,16 @@ class _Study:
                     (folder / name).rename(target)
             shutil.rmtree(folder)
 
+    def _clear_away(self) -> None:
+        """What a stop left of dictionaries that are measured, and trainings of such ones only."""
+        measured = {path.stem for path in (self.out / RESULTS).glob("*.json")}
+        if not self.config.keep_dictionaries:
+            for name in measured:
+                shutil.rmtree(self.out / DICTIONARIES / name, ignore_errors=True)
+        for folder in self._group_folders():
+            if measured.issuperset(read_json(folder / GROUP, "list of a study's dictionaries")):
+                shutil.rmtree(folder)
+
     def _groups(self, arms: list[PlannedArm]) -> Iterator[list[PlannedArm]]:
         """Arms to train in one pass: first groups that were begun, then the others by seed."""
         by_name = {planned.arm.name: planned for planned in arms}
@@ -220,15 +232,16 @@ class _Study:
         for planned in group:
             name = planned.arm.name
             scores = self.bench.score({name: loaded[name]}).dictionaries[name]
-            identity = planned.arm.identity()
-            write_json(self._result(planned), record_of(planned, identity, found[name], scores))
+            record = record_of(planned, found[name], scores, self.device)
+            write_json(self._result(planned), record)
             if not self.config.keep_dictionaries:
                 shutil.rmtree(self._dictionary(planned))
             bar.update()
 
     def _load(self, planned: PlannedArm) -> Dictionary:
         dictionary = Dictionary.load(self._dictionary(planned))
-        if not torch.allclose(dictionary.extras["gamma"], planned.arm.weights.gamma, rtol=1e-4):
+        gamma, own = dictionary.extras["gamma"], planned.arm.weights.gamma
+        if gamma.shape != own.shape or (gamma - own).norm() > _SAME_WEIGHTS * own.norm():
             raise LlmWsaeError(
                 f"{self._dictionary(planned)} was trained with other weights under the same name; "
                 "choose another folder, or delete it"

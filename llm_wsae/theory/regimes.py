@@ -1,4 +1,4 @@
-"""The planted regimes by name: what an experiment's seed turns into data (DESIGN.md §7)."""
+"""The planted regimes by name: what an experiment's seed turns into data."""
 
 from collections.abc import Callable
 
