@@ -34,7 +34,7 @@ from llm_wsae.study.report import StudyReport
 from llm_wsae.study.results import Result, read_result
 from llm_wsae.study.runner import BASIS, run_study
 from llm_wsae.study.verdict import Compared
-from llm_wsae.theory.report import markdown_table
+from llm_wsae.tables import markdown
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "results"
@@ -239,7 +239,7 @@ def claim_table(studies: Mapping[str, Study]) -> str:
                 measured, holds = claim.check(studies[site])
                 met = "yes" if holds else "**no**"
                 rows.append([f"`{claim.label}`", f"`{site}`", claim.words, measured, met])
-    return markdown_table(rows)
+    return markdown(rows, left=4)
 
 
 def site_section(site: str, study: Study) -> str:
@@ -285,7 +285,7 @@ def _table(study: Study) -> str:
             for measure in ("detection", "selectivity")
         ]
         rows.append([f"`{label}`", str(k), str(len(own)), *cells])
-    return markdown_table(rows)
+    return markdown(rows)
 
 
 def section(studies: Mapping[str, Study]) -> str:
@@ -301,6 +301,7 @@ def section(studies: Mapping[str, Study]) -> str:
         "10 % of the tokens, its interval over seeds and over latents or concepts; verdicts are "
         "corrected for everything that was tried at the site.",
         "### What was expected, and what holds",
+        "The mean is held against what was expected, unless an interval is named.",
         claim_table(studies),
         *(site_section(site, study) for site, study in studies.items()),
     ]

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from benchmarks import RESULTS, write_section
 
+from llm_wsae.tables import markdown
 from llm_wsae.theory.comparison import ArmSummary
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
 from llm_wsae.theory.experiments import FIGURES, run_theory
-from llm_wsae.theory.report import TheoryReport, change_text, markdown_table
+from llm_wsae.theory.report import TheoryReport, change_text
 from llm_wsae.theory.rules import ARMS, PLAIN
 
 SEEDS = tuple(range(200, 210))
@@ -118,7 +119,7 @@ def claim_table(report: TheoryReport) -> str:
                     rate = f"{EXPERIMENTS[name].learning_rate:g}"
                     measured = demand.measured(arm, num_seeds)
                     rows.append([f"`{claim.arm}`", name, rate, demand.words, measured, met])
-    return markdown_table(rows)
+    return markdown(rows, left=4)
 
 
 def verdict_table(report: TheoryReport) -> str:
@@ -135,7 +136,7 @@ def verdict_table(report: TheoryReport) -> str:
             earned = [f"`{arm}`" for arm in ARMS if arms[arm].verdict == word]
             cells.append(", ".join(earned) or "none")
         rows.append([name, f"{arms[PLAIN].l_gt:.3f}", *cells])
-    return markdown_table(rows)
+    return markdown(rows)
 
 
 def section(report: TheoryReport) -> str:
@@ -143,7 +144,7 @@ def section(report: TheoryReport) -> str:
     config, names = report.config, list(report.arms)
     left_out = [name for name in EXPERIMENTS if name not in report.arms]
     closed, experiments, correlations, changes = (
-        f"{title}\n\n{markdown_table(rows)}"
+        f"{title}\n\n{markdown(rows, left=2 if len(rows[0]) == 2 else 1)}"
         for title, rows in (
             report.closed_form_table(),
             report.experiment_table(),
@@ -161,6 +162,7 @@ def section(report: TheoryReport) -> str:
         "per cent of the plain arm's mean, its interval a paired t over seeds."
         + (f" Left out: {', '.join(left_out)}." if left_out else ""),
         "### What was expected, and what holds",
+        "The mean is held against what was expected, not its interval.",
         claim_table(report),
         "### Which weights help",
         "Against the plain arm after Holm's correction over all arms of an experiment, then "

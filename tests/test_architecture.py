@@ -26,6 +26,7 @@ FLOORS = (
     "processes",
     "record",
     "terminal",
+    "tables",
     "sparse",
     "model",
     "statistics",

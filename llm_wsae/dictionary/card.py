@@ -17,10 +17,10 @@ from llm_wsae.dictionary.card_tables import (
     fidelity_notes,
     is_plain,
     monosemanticity_section,
-    table,
 )
 from llm_wsae.dictionary.facts import Facts, mapping, text
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.tables import markdown
 
 BEGIN = "<!-- llm-wsae push writes everything from here … -->"
 END = "<!-- … to here -->"
@@ -218,7 +218,7 @@ def making(d: Facts, figure: str | None) -> list[str]:
     versions = mapping(training.get("versions"))
     if versions:
         listed["versions"] = escape(", ".join(f"{k} {v}" for k, v in versions.items()))
-    parts = [table(["", ""], [[name, value] for name, value in listed.items()], left=2)]
+    parts = [markdown([["", ""], *map(list, listed.items())], left=2)]
     if command := text(training.get("command")):
         parts = ["```bash\n" + command.replace("`", "'").replace("\n", " ") + "\n```", *parts]
     if figure is not None:

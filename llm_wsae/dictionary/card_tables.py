@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from llm_wsae.dictionary.facts import Facts, mapping, number, pair
+from llm_wsae.tables import markdown
 
 _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
@@ -33,12 +34,6 @@ def escape(value: str) -> str:
     return _MARKUP.sub(r"\\\1", line)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table whose first ``left`` columns are flush left and the others flush right."""
-    rule = ["---" if i < left else "--:" for i in range(len(header))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
-
-
 def is_plain(d: Facts) -> bool:
     """Whether it was trained without weights, so that α means nothing."""
     return d.info.rule == "uniform"
@@ -48,7 +43,7 @@ def dictionaries_table(dictionaries: Sequence[Facts]) -> str:
     """What each dictionary is and what it keeps of the model."""
     header = ["dictionary", "dimensions → latents", "sparsity", "rule", "α"]
     header += ["FVU", "CE recovered", "KL", "L0", "dead %", "dense %"]
-    return table(header, [_row(d) for d in dictionaries], left=4)
+    return markdown([header, *map(_row, dictionaries)], left=4)
 
 
 def _row(d: Facts) -> list[str]:
@@ -88,7 +83,7 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
         rows.append([f"`{d.sae_id}`", counted, *(_figure(value, 3) for value in values)])
     header = ["cross-entropy in nats", "held-out tokens", "model", "with the reconstruction"]
     header += ["with the mean", "with zeros", "CE recovered against the mean"]
-    return [*notes, table(header, rows), *_massive_notes(measured)]
+    return [*notes, markdown([header, *rows]), *_massive_notes(measured)]
 
 
 def _massive_notes(measured: Sequence[Facts]) -> list[str]:
@@ -132,7 +127,7 @@ def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
     known = [f"{spelt[name]}: {_MEASURES[name]}" for name in names if name in _MEASURES]
     intervals = "All on held-out text, without a language model as judge, with 95 % intervals. "
     notes = [intervals + "; ".join(known) + "."] if known else []
-    return [*notes, table(["dictionary", *spelt.values()], rows)]
+    return [*notes, markdown([["dictionary", *spelt.values()], *rows])]
 
 
 def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:

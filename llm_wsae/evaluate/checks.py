@@ -1,4 +1,4 @@
-"""What must hold before dictionaries are held against a model."""
+"""Do dictionaries and a model belong together?"""
 
 from collections.abc import Mapping
 
@@ -18,3 +18,13 @@ def check_fit(dictionaries: Mapping[str, Dictionary], model: LanguageModel, verb
                 f"dictionary {name!r} has {dictionary.d_in} dimensions, but {model.name} has "
                 f"{model.d_model}; {verb} it on the model it was trained on"
             )
+
+
+def notes_on_weights(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> list[str]:
+    """A sentence for every dictionary that was trained on other weights than the model's."""
+    own = model.identity()["weights_sha256"]
+    return [
+        f"dictionary {name!r} was trained on other weights than these of {model.name}"
+        for name, dictionary in dictionaries.items()
+        if dictionary.info.model.get("weights_sha256") not in (None, own)
+    ]

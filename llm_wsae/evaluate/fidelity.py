@@ -28,7 +28,7 @@ from tqdm import tqdm
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluate.bootstrap import Bootstrap
-from llm_wsae.evaluate.checks import check_fit
+from llm_wsae.evaluate.checks import check_fit, notes_on_weights
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.measures import Moments, Reconstruction, exact, ratio
 from llm_wsae.evaluate.next_token import next_token_sums, scored_positions
@@ -373,14 +373,7 @@ def _fidelity(
 def _notes(
     dictionaries: Mapping[str, Dictionary], model: LanguageModel, num_contexts: int
 ) -> list[str]:
-    notes = []
-    identity = model.identity()
-    for name, dictionary in dictionaries.items():
-        trained = dictionary.info.model.get("weights_sha256")
-        if trained is not None and trained != identity["weights_sha256"]:
-            notes.append(
-                f"dictionary {name!r} was trained on other weights than these of {model.name}"
-            )
+    notes = notes_on_weights(dictionaries, model)
     if num_contexts < 30:
         notes.append(f"{num_contexts} contexts are few: the intervals are too narrow")
     return notes

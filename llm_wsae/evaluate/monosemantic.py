@@ -23,7 +23,7 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.tokens import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.evaluate.checks import check_fit
+from llm_wsae.evaluate.checks import check_fit, notes_on_weights
 from llm_wsae.evaluate.concept_scores import (
     Latents,
     Questions,
@@ -258,14 +258,7 @@ def _made_alike(dictionary: Dictionary) -> str:
 def _notes(
     dictionaries: Mapping[str, Dictionary], model: LanguageModel, names: tuple[list[str], list[str]]
 ) -> list[str]:
-    notes = []
-    own = model.identity()["weights_sha256"]
-    for name, dictionary in dictionaries.items():
-        trained = dictionary.info.model.get("weights_sha256")
-        if trained is not None and trained != own:
-            notes.append(
-                f"dictionary {name!r} was trained on other weights than these of {model.name}"
-            )
+    notes = notes_on_weights(dictionaries, model)
     if not names[0]:
         notes.append("the text holds too few examples of any concept")
     return notes

@@ -12,9 +12,10 @@ from llm_wsae.evaluate.bootstrap import Bootstrap
 from llm_wsae.evaluate.concept_scores import LatentProbes, SiteProbes
 from llm_wsae.evaluate.latent_scores import SCORES
 from llm_wsae.evaluate.probing import PROBE_SIZES
-from llm_wsae.evaluate.report import Interval, align
+from llm_wsae.evaluate.report import Interval
 from llm_wsae.files import write_json
 from llm_wsae.record import plain
+from llm_wsae.tables import aligned
 
 COLUMNS = {
     "eligible %": "latents that fire in enough contexts to be scored: the next four are their "
@@ -121,7 +122,7 @@ class MonosemanticReport:
         """A table for people, each column explained under it."""
         rows = [[name, *_cells(scores)] for name, scores in self.dictionaries.items()]
         width = max(map(len, COLUMNS))
-        lines = [align([["dictionary", *COLUMNS], *rows], left=1), ""]
+        lines = [aligned([["dictionary", *COLUMNS], *rows], left=1), ""]
         lines += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
         lines += [
             "",

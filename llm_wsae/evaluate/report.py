@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_wsae.files import write_json
 from llm_wsae.record import plain
+from llm_wsae.tables import aligned
 
 Interval = tuple[float, float]
 
@@ -110,7 +111,7 @@ class Report:
         several = len({f.site for f in found}) > 1
         header = ["dictionary", *(["site"] if several else []), *COLUMNS]
         rows = [[f.name, *([f.site] if several else []), *_cells(f)] for f in found]
-        text = [align([header, *rows], left=2 if several else 1), ""]
+        text = [aligned([header, *rows], left=2 if several else 1), ""]
         width = max(map(len, COLUMNS))
         text += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
         text += ["", *self._context_lines(found)]
@@ -142,17 +143,3 @@ def _cells(f: Fidelity) -> list[str]:
         f"{100 * f.dense_share:.1f}",
         f"{f.cosine:.3f}",
     ]
-
-
-def align(rows: list[list[str]], left: int) -> str:
-    """Columns two spaces apart, the first ``left`` ones flush left, with a rule under the head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    rule = "  ".join("─" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:]])

@@ -28,8 +28,8 @@ from typing import TypeVar
 import numpy as np
 from scipy import stats
 
+from llm_wsae.statistics.multiplicity import holm
 from llm_wsae.study.curve import Value
-from llm_wsae.theory.comparison import holm
 
 LEVEL = 0.95
 Name = TypeVar("Name", bound=Hashable)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.evaluate.report import align
 from llm_wsae.files import write_json, write_text
 from llm_wsae.record import plain, versions
 from llm_wsae.study.figures import plot_curve, plot_differences
@@ -20,6 +19,7 @@ from llm_wsae.study.verdict import (
     compare,
     curve_against_itself,
 )
+from llm_wsae.tables import aligned, markdown
 
 REPORT, MARKDOWN, CURVE, DIFFERENCES = "report.json", "report.md", "curve.png", "differences.png"
 _HOW_TO_READ = (
@@ -84,13 +84,13 @@ class StudyReport:
 
     def table(self) -> str:
         """For people, at the terminal."""
-        parts = [align(self._dictionaries(), left=1)]
+        parts = [aligned(self._dictionaries())]
         if self.compared:
             parts.append("difference from the plain curve at equal CE\n\n"
-                         + align(self._differences(), left=1))  # fmt: skip
+                         + aligned(self._differences()))  # fmt: skip
         if self.against_itself:
             parts.append("the plain curve beside the line between its neighbours\n\n"
-                         + align(self._itself(), left=1))  # fmt: skip
+                         + aligned(self._itself()))  # fmt: skip
         return "\n\n".join([*parts, *self.sentences()])
 
     def markdown(self) -> str:
@@ -99,11 +99,11 @@ class StudyReport:
         parts += [f"![Monosemanticity against CE recovered]({CURVE})"]
         parts += [f"![Differences at equal CE]({DIFFERENCES})", _HOW_TO_READ]
         parts += ["## Differences from the plain curve at equal CE"]
-        parts += [_markdown(self._differences(everything=True))]
+        parts += [markdown(self._differences(everything=True))]
         against = [one for one in self.compared if one.against_control]
         if against:
             parts += ["## Differences from the control, each at its own CE"]
-            parts += [_markdown(self._against(against))]
+            parts += [markdown(self._against(against))]
         if self.against_itself:
             parts += ["## Is the curve fine enough?"]
             parts += [
@@ -112,9 +112,9 @@ class StudyReport:
                 "Where it is far from 0, lines cut corners: a curve of more k would be needed to "
                 "believe differences of a quarter of that."
             ]
-            parts += [_markdown(self._itself())]
-        parts += ["## Families of concepts", _FAMILIES, _markdown(self._families())]
-        parts += ["## Dictionaries", _markdown(self._dictionaries())]
+            parts += [markdown(self._itself())]
+        parts += ["## Families of concepts", _FAMILIES, markdown(self._families())]
+        parts += ["## Dictionaries", markdown(self._dictionaries())]
         parts += ["\n".join(f"- {m.title}: {m.meaning}" for m in MEASURES.values())]
         return "\n\n".join(parts) + "\n"
 
@@ -229,8 +229,3 @@ def _difference(estimate: Estimate | None) -> str:
         return "–"
     low, high = estimate.interval
     return f"{estimate.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])

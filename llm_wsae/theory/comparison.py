@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from llm_wsae.statistics.multiplicity import holm
 from llm_wsae.theory.rules import ARMS, PLAIN
 
 LEVEL = 0.95
@@ -82,16 +83,6 @@ def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
             verdict=_verdict(change, p, against),
         )
     return found
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): reject where the result is below the level."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, largest = [1.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
 
 
 def _p_value(differences: np.ndarray) -> float:

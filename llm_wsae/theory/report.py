@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from llm_wsae.record import plain
+from llm_wsae.tables import aligned, markdown
 from llm_wsae.theory.comparison import ArmSummary, Change, summarise_arms
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
 from llm_wsae.theory.rules import ARMS, CONTROLS, PLAIN, PLAIN_RULE, RULES
@@ -58,7 +59,9 @@ class TheoryReport:
             *(self.change_table(part) for part in parts),
             self.experiment_table(),
         ]
-        return "\n\n".join(f"{title}\n\n{_align(rows)}" for title, rows in tables)
+        return "\n\n".join(
+            f"{title}\n\n{aligned(rows, left=_left(rows))}" for title, rows in tables
+        )
 
     def markdown(self) -> str:
         """The same tables, and one for each experiment with every measure."""
@@ -71,9 +74,9 @@ class TheoryReport:
         )
         parts = ["# Planted experiments"]
         for title, rows in tables:
-            parts += [title, markdown_table(rows)]
+            parts += [title, markdown(rows, left=_left(rows))]
         for name in names:
-            parts += [f"## {name}", self._describe(name), markdown_table(self._details(name))]
+            parts += [f"## {name}", self._describe(name), markdown(self._details(name))]
         return "\n\n".join(parts) + "\n"
 
     def closed_form_table(self) -> Titled:
@@ -184,12 +187,6 @@ def summarise(
     )
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the head first, as a Markdown table."""
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|---" + "|--:" * (len(rows[0]) - 1) + "|", *body])
-
-
 def change_text(change: Change) -> str:
     """``-1.3 [-3.1, +0.4]``."""
     return f"{change.mean:+.1f} [{change.interval[0]:+.1f}, {change.interval[1]:+.1f}]"
@@ -201,18 +198,11 @@ def _by_control(against: Mapping[str, Change]) -> list[str]:
     return [found.get(rule, "") for rule in CONTROLS]
 
 
+def _left(rows: Sequence[Sequence[str]]) -> int:
+    """Of a list of names with their meanings both columns are words."""
+    return 2 if len(rows[0]) == 2 else 1
+
+
 def _cell(s: ArmSummary) -> str:
     mark = {"better": "*", "as a control": "~", "worse": "!"}.get(s.verdict, "")
     return f"{s.change.mean:+.1f}{mark} {s.wins}"
-
-
-def _align(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i and len(row) > 2 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
