@@ -56,20 +56,21 @@ class Step:
 
 
 IN_SPACE = WeightConfig(place="space")
-STEPS = {
+STEPS = {  # the first ones matter most
     "hypothesis": Step(("sensitivity",), (0.25,), weigh=IN_SPACE),
     "inverse": Step(("variance",), (-0.25,)),
-    "paper": Step(("variance",), (0.5, 1.0)),
+    "paper": Step(("variance",), (0.5,)),
+    "five-seeds": Step(("sensitivity",), (0.25,), (0, 1, 2, 3, 4), IN_SPACE),
     "robust": Step(("robust-variance",), (0.5,)),
+    "paper-1": Step(("variance",), (1.0,)),
     "standardised": Step(("variance",), (-0.5,), weigh=IN_SPACE),
+    "powers": Step(("sensitivity",), (0.125, 0.5, 1.0), weigh=IN_SPACE),
     "proxies": Step(("kurtosis", "hoyer", "negentropy"), (0.5,)),
     "texts": Step(("semantic", "sensitivity"), (0.5,)),
     "dictionary": Step(("participation", "gap"), (0.5,)),
     "random": Step(("random",), (0.5,)),
-    "powers": Step(("sensitivity",), (0.125, 0.5, 1.0), weigh=IN_SPACE),
     "whitening": Step(("whitening",), (0.25,), weigh=IN_SPACE),
     "annealed": Step(("participation",), (0.5,), weigh=WeightConfig(anneal=0.6)),
-    "five-seeds": Step(("sensitivity",), (0.25,), (0, 1, 2, 3, 4), IN_SPACE),
 }
 
 
