@@ -52,6 +52,8 @@ class Step:
     rules: tuple[str, ...]
     alphas: tuple[float, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
+    curve: tuple[int, ...] = (16, 24, 32, 48, 64)
+    """Of plain dictionaries; it must reach as low as the weights cost cross-entropy."""
     weigh: WeightConfig = field(default_factory=WeightConfig)
 
 
@@ -59,10 +61,10 @@ IN_SPACE = WeightConfig(place="space")
 STEPS = {  # the first ones matter most
     "hypothesis": Step(("sensitivity",), (0.25,), weigh=IN_SPACE),
     "inverse": Step(("variance",), (-0.25,)),
-    "paper": Step(("variance",), (0.5,)),
-    "five-seeds": Step(("sensitivity",), (0.25,), (0, 1, 2, 3, 4), IN_SPACE),
+    "paper": Step(("variance",), (0.5,), curve=(8, 16, 24, 32, 48, 64)),
+    "five-seeds": Step(("sensitivity",), (0.25,), (0, 1, 2, 3, 4), weigh=IN_SPACE),
     "robust": Step(("robust-variance",), (0.5,)),
-    "paper-1": Step(("variance",), (1.0,)),
+    "paper-1": Step(("variance",), (1.0,), curve=(4, 8, 16, 24, 32, 48, 64)),
     "standardised": Step(("variance",), (-0.5,), weigh=IN_SPACE),
     "powers": Step(("sensitivity",), (0.125, 0.5, 1.0), weigh=IN_SPACE),
     "proxies": Step(("kurtosis", "hoyer", "negentropy"), (0.5,)),
@@ -76,7 +78,9 @@ STEPS = {  # the first ones matter most
 
 def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) -> None:
     """Run or finish one step of a site's study."""
-    config = StudyConfig(step.rules, step.alphas, (K,), seeds=step.seeds, keep_dictionaries=False)
+    config = StudyConfig(
+        step.rules, step.alphas, (K,), step.curve, step.seeds, keep_dictionaries=False
+    )
     first = Dictionary.load(Path(str(FIRST).format(site=site)))
     out = FOLDER / str(site)
     _remember_profile(site, step, config, store, model, first)
