@@ -61,7 +61,7 @@ IN_SPACE = WeightConfig(place="space")
 STEPS = {  # the first ones matter most
     "hypothesis": Step(("sensitivity",), (0.25,), weigh=IN_SPACE),
     "inverse": Step(("variance",), (-0.25,)),
-    "paper": Step(("variance",), (0.5,), curve=(8, 16, 24, 32, 48, 64)),
+    "paper": Step(("variance",), (0.5,), curve=(4, 8, 16, 24, 32, 48, 64)),
     "five-seeds": Step(("sensitivity",), (0.25,), (0, 1, 2, 3, 4), weigh=IN_SPACE),
     "robust": Step(("robust-variance",), (0.5,)),
     "paper-1": Step(("variance",), (1.0,), curve=(4, 8, 16, 24, 32, 48, 64)),
