@@ -219,18 +219,19 @@ def test_another_study_in_the_folder_is_refused(whole, study):
     assert content(out) == before
 
 
-def test_what_a_stop_left_behind_is_cleared_away(whole, study, tmp_path):
-    """A dictionary whose result was written but which was not deleted yet, and a training of
-    dictionaries that another command finished."""
+def test_a_begun_training_that_nobody_needs_is_cleared_away(whole, study, tmp_path):
+    """Another command finished its dictionaries. Kept dictionaries stay, whatever is kept now."""
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
     group = out / "training" / "0123456789ab"
     group.mkdir(parents=True)
     (group / "group.json").write_text(json.dumps(NAMES[:2]))
     study(out)
-    assert not group.exists() and len(list((out / "dictionaries").iterdir())) == len(NAMES)
+    assert not group.exists()
+    before = content(out / "dictionaries")
     study(out, replace(CONFIG, keep_dictionaries=False))
-    assert not list((out / "dictionaries").iterdir())
+    assert len(list((out / "dictionaries").iterdir())) == len(NAMES)
+    assert content(out / "dictionaries") == before
 
 
 def test_a_draw_of_its_own_is_refused(study, tmp_path):

@@ -169,12 +169,12 @@ class _Study:
             waiting = [p for p in missing if p.arm.name in there]  # trained, and not measured
             together = min(self._at_once(), _MEASURED_TOGETHER)
             for group in self._groups([p for p in missing if p.arm.name not in there]):
-                self._train(group)
-                bar.update(len(group))
-                waiting += group
                 while len(waiting) >= together:
                     self._measure(waiting[:together], bar)
                     del waiting[:together]
+                self._train(group)
+                bar.update(len(group))
+                waiting += group
             for some in _chunks(waiting, together):
                 self._measure(some, bar)
 
@@ -200,11 +200,8 @@ class _Study:
             shutil.rmtree(folder)
 
     def _clear_away(self) -> None:
-        """What a stop left of dictionaries that are measured, and trainings of such ones only."""
+        """Begun trainings of dictionaries that were all measured since, by another command."""
         measured = {path.stem for path in (self.out / RESULTS).glob("*.json")}
-        if not self.config.keep_dictionaries:
-            for name in measured:
-                shutil.rmtree(self.out / DICTIONARIES / name, ignore_errors=True)
         for folder in self._group_folders():
             if measured.issuperset(read_json(folder / GROUP, "list of a study's dictionaries")):
                 shutil.rmtree(folder)
