@@ -146,6 +146,25 @@ def test_selection_with_ties_picks_k_different_latents(pre):
     assert all(len(set(row)) == 9 for row in best.indices.tolist())
 
 
+@pytest.mark.parametrize("entries", ["random", "few values", "zeros", "half zeros", "padded"])
+@pytest.mark.parametrize("count", [1, 160, 40_000])
+def test_kth_largest(count, entries, dtype):
+    """Of entries ≥ 0 with padding below: ties, minus zeros and more entries than one count holds."""
+    values = random(5, count).abs()
+    if entries == "few values":
+        values = (values * 3).round()
+    elif entries in ("zeros", "half zeros"):
+        values *= entries == "half zeros"
+        values[:, ::2] = -0.0
+    elif entries == "padded":
+        values = torch.nn.functional.pad(values, (3, 0), value=-1.0)
+    values = values.to(dtype)
+    for k in sorted({1, min(7, count), count // 2 or 1, count}):
+        found = operations.kth_largest(values, k)
+        assert torch.equal(found, values.topk(k).values[:, -1:]), k
+        assert found.dtype == dtype
+
+
 def assert_close(found, expected, dtype):
     assert found.dtype == dtype and found.shape == expected.shape
     scale = float(expected.abs().max()) if expected.numel() else 0.0

@@ -84,6 +84,13 @@ def encode_batch_topk(
     return plain.of_kept(encode, x, kept)
 
 
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """See ``operations``."""
+    out = torch.empty(len(values), 1, dtype=values.dtype)
+    _call(f"kth_largest_{_NAMES[values.dtype]}", values.contiguous(), out, *values.shape, k)
+    return out
+
+
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
     """See ``operations``."""
     out = torch.empty(codes.num_rows, decoder.shape[1])

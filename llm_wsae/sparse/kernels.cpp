@@ -49,6 +49,7 @@ inline void prefetch(const T* row, int64_t width) {
 
 constexpr int kLatents = 8;  // of a strip: as many rows and latents are looked at together
 constexpr int kRows = 64;  // a bit each in a word
+constexpr int64_t kCountedAtOnce = 1 << 14;  // a count as narrow as the entries does not overflow
 
 struct Lists {
   int64_t capacity;
@@ -250,6 +251,30 @@ void look_through(const Rule& rule, int64_t latents, int64_t threads) {
   }
 }
 
+// The k-th largest of entries ≥ 0, whose bits are in the order of the numbers. `Bits` are signed, so
+// that -0 comes before 0.
+template <class Bits>
+Bits kth_largest(const Bits* entries, int64_t count, int64_t k) {
+  Bits largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < count; i++) largest = std::max(largest, entries[i]);
+  int64_t low = 0, high = int64_t(largest) + 1;  // at least k are as large; fewer than k are
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    const Bits bound = Bits(middle);
+    int64_t found = 0;
+    for (int64_t begin = 0; begin < count; begin += kCountedAtOnce) {
+      const int64_t end = std::min(count, begin + kCountedAtOnce);
+      Bits some = 0;
+#pragma omp simd reduction(+ : some)
+      for (int64_t i = begin; i < end; i++) some += entries[i] >= bound;
+      found += some;
+    }
+    (found >= k ? low : high) = middle;
+  }
+  return Bits(low);
+}
+
 // ---- Sums over rows and latents.
 
 template <class T>
@@ -390,6 +415,16 @@ void finish_above(int64_t rows, int64_t capacity, const int32_t* numbers, const 
     std::copy_n(values + row * capacity, count, found + offsets[row]);
   }
 }
+
+#define KTH_LARGEST(BITS, NAME)                                                            \
+  void kth_largest_##NAME(const BITS* values, BITS* out, int64_t rows, int64_t count,      \
+                          int64_t k, int64_t threads) {                                    \
+    _Pragma("omp parallel for num_threads(int(threads)) schedule(static)")                 \
+    for (int64_t row = 0; row < rows; row++)                                               \
+      out[row] = kth_largest(values + row * count, count, k);                              \
+  }
+KTH_LARGEST(int32_t, float32)
+KTH_LARGEST(int16_t, bfloat16)
 
 void decode(const int64_t* indices, const float* values, const int64_t* offsets,
             const float* decoder, const float* bias, float* out, int64_t batch, int64_t width,

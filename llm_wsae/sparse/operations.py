@@ -8,8 +8,9 @@ Every operation picks an implementation when it is called, by device, dtype and 
 on: ``triton`` on CUDA and ``compiled`` on the CPU where they can be had and the numbers are float32
 (or bfloat16, for the encoder's product), else ``plain``. ``using`` overrides the choice.
 
-AuxK is not among them: its latents are few and its codes are not sparse over them, so it consists
-of dense products, which torch makes best on every device (``train/auxk.py``).
+Of AuxK only the selection is here, ``kth_largest``: its latents are few and its codes are not sparse
+over them, so all else of it is dense products, which torch makes best on every device
+(``train/auxk.py``).
 """
 
 from collections.abc import Iterator
@@ -91,6 +92,11 @@ def encode_batch_topk(
 def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
     """Exactly the k largest entries of every row, in no particular order, sign kept."""
     return _for_products(pre).select_topk(pre, k)
+
+
+def kth_largest(values: Float[Tensor, "batch latents"], k: int) -> Float[Tensor, "batch 1"]:
+    """The k-th largest entry of every row, one of at least k that are ≥ 0; others do not count."""
+    return _for_products(values).kth_largest(values, k)
 
 
 def decode(

@@ -122,6 +122,11 @@ def select_topk(pre: Tensor, k: int) -> Codes:
     return Codes(candidates.gather(1, chosen), values)
 
 
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """See ``operations``."""
+    return values.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
     """See ``operations``."""
     return _bags(codes.indices, decoder, codes.offsets, codes.values.to(decoder.dtype)).add_(bias)

@@ -54,6 +54,11 @@ def select_topk(pre: Tensor, k: int) -> Codes:
     return Codes(indices, values)
 
 
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """See ``operations``."""
+    return values.sort(dim=1, descending=True).values[:, k - 1 : k]
+
+
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
     """See ``operations``."""
     return dense(codes, codes.values, len(decoder)).to(decoder.dtype) @ decoder + bias

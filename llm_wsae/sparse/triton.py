@@ -10,6 +10,7 @@ In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import) all of 
 import torch
 from torch import Tensor
 
+from llm_wsae.sparse import plain
 from llm_wsae.sparse.codes import Codes, RaggedCodes
 from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 from llm_wsae.sparse.triton_rows import (
@@ -20,6 +21,8 @@ from llm_wsae.sparse.triton_rows import (
     value_gradients_kernel,
 )
 from llm_wsae.sparse.triton_select import above_kernel, select_kernel
+
+kth_largest = plain.kth_largest
 
 _TILE_BYTES = 32 * 2**20  # of pre-activations: they stay in the L2 cache of a data-centre card
 _FEWEST_ROWS = 128  # of a tile: fewer would idle the card

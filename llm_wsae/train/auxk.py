@@ -16,7 +16,9 @@ from torch import Tensor
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.parameters import Batch, Parameters, squared, times
 
-_TILE_ROWS, _TILE_ROWS_ON_CPU = 1024, 256  # rows × dead latents are held several times
+threshold_backward = torch.ops.aten.threshold_backward  # of a ReLU: one pass, no mask
+
+_TILE_ROWS, _TILE_ROWS_ON_CPU = 1024, 512  # rows × dead latents are held several times
 _TILE_LATENTS = 2048
 _LOOKS_PER_DEATH = 16  # how often the dead are looked for, on a GPU, while one dies
 
@@ -91,7 +93,7 @@ def add_auxk_gradients(
         by_output = times(error, metric * scale)
         loss += (by_output * error).sum()
         by_output = by_output.mul_(2 * coefficient).to(fast)
-        by_latent = (by_output @ decoder.T).mul_(active > 0)
+        by_latent = threshold_backward(by_output @ decoder.T, active, 0)
         gradients.encoder_bias.index_add_(0, dead, by_latent.sum(0, dtype=exact))
         for some in (slice(i, i + _TILE_LATENTS) for i in range(0, len(dead), _TILE_LATENTS)):
             own = dead[some]

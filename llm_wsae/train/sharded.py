@@ -69,7 +69,7 @@ class SplitLatents(Split):
         own = latents.topk(min(k, latents.shape[1]), dim=1, sorted=False).values
         own = torch.nn.functional.pad(own, (0, k - own.shape[1]), value=-1.0)
         everyone = torch.cat(self._all.gather(own), dim=1)
-        return everyone.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        return operations.kth_largest(everyone, k)
 
     def decode(
         self,

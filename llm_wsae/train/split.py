@@ -81,7 +81,7 @@ class Split:
         self, latents: Float[Tensor, "rows latents"], k: int
     ) -> Float[Tensor, "rows 1"]:
         """The k-th largest (≥ 0) of all latents in every row; there are more than k of them."""
-        return latents.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        return operations.kth_largest(latents, k)
 
     def decode(
         self,
