@@ -149,7 +149,7 @@ def test_selection_with_ties_picks_k_different_latents(pre):
 @pytest.mark.parametrize("entries", ["random", "few values", "zeros", "half zeros", "padded"])
 @pytest.mark.parametrize("count", [1, 160, 40_000])
 def test_kth_largest(count, entries, dtype):
-    """Of entries ≥ 0 with padding below: ties, minus zeros and more entries than one count holds."""
+    """Of entries ≥ 0 and padding below: ties, minus zeros, more than are counted at once."""
     values = random(5, count).abs()
     if entries == "few values":
         values = (values * 3).round()

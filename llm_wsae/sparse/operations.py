@@ -8,7 +8,7 @@ Every operation picks an implementation when it is called, by device, dtype and 
 on: ``triton`` on CUDA and ``compiled`` on the CPU where they can be had and the numbers are float32
 (or bfloat16, for the encoder's product), else ``plain``. ``using`` overrides the choice.
 
-Of AuxK only the selection is here, ``kth_largest``: its latents are few and its codes are not sparse
+Of AuxK only the selection is here, ``kth_largest``: its latents are few and its codes not sparse
 over them, so all else of it is dense products, which torch makes best on every device
 (``train/auxk.py``).
 """
