@@ -40,19 +40,23 @@ def next_token_sums(
 
     Logits of any dtype are taken to float32; sums are float64 on the CPU.
     """
-    context, position = scored.nonzero(as_tuple=True)
-    target = ids[context, position + 1].long()
-    entropies, divergences = [], []
+    counts = F.pad(scored, (0, 1)).flatten()
+    target = ids.roll(-1, 1).flatten().long()
+    found = torch.zeros(2, len(target), device=logits.device)
     size = max(1, _CHUNK_NUMBERS // logits.shape[2])
-    for at in torch.arange(len(context), device=logits.device).split(size):
-        where = (context[at], position[at])
-        predicted = logits[where].log_softmax(1, dtype=torch.float32)
-        reference = clean[where].log_softmax(1, dtype=torch.float32)
-        entropies.append(-predicted.gather(1, target[at, None])[:, 0])
-        divergence = F.kl_div(predicted, reference, reduction="none", log_target=True)
-        divergences.append(divergence.sum(1))
-    sums = torch.zeros(2, len(ids), dtype=torch.float64)
-    if entropies:
-        sums[0].index_add_(0, context.cpu(), torch.cat(entropies).cpu().double())
-        sums[1].index_add_(0, context.cpu(), torch.cat(divergences).cpu().double())
-    return sums[0], sums[1]
+    chunks = zip(
+        *(each.split(size) for each in (logits.flatten(0, 1), clean.flatten(0, 1), target)),
+        counts.cpu().split(size),
+        found.split(size, dim=1),
+        strict=True,
+    )
+    for own, reference, following, some, (entropies, divergences) in chunks:
+        if not some.any():
+            continue
+        own = own.log_softmax(1, dtype=torch.float32)
+        reference = reference.log_softmax(1, dtype=torch.float32)
+        torch.neg(own.gather(1, following[:, None])[:, 0], out=entropies)
+        probability = reference.exp()
+        torch.linalg.vecdot(probability, reference.sub_(own), out=divergences)
+    by_context = found.where(counts, 0).unflatten(1, ids.shape).cpu().double().sum(2)
+    return by_context[0], by_context[1]
