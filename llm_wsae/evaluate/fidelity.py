@@ -5,7 +5,8 @@ of the rows: the constant that mean ablation puts in their place and about which
 The second runs the whole model once and then, for each variant (zeros, the mean, every dictionary),
 only the part behind the site, with the variant in place of the activations. Activations are kept
 where there is room, so that the part before the site runs once. More dictionaries on the same
-contexts need neither the first reading nor zeros and the mean again (``FidelityBench``).
+contexts need neither the first reading nor zeros, the mean and the clean blocks again
+(``FidelityBench``).
 
 What is replaced is what training saw: kept positions that are not massive activations. First
 positions, special tokens and massive rows keep the clean activation. Massive rows are judged by
@@ -129,7 +130,9 @@ class FidelityBench:
         with tqdm(total=self._num_contexts, desc="evaluate", unit="ctx") as bar:
             for number, (ids, keep) in enumerate(self._batches):
                 activations = self._activations(number, list(sites))
-                for key, numbers in _evaluate_batch(sites, self._model, ids, keep, activations):
+                clean = self._clean_logits(number, max(sites), activations)
+                found = _evaluate_batch(sites, self._model, ids, keep, activations, clean)
+                for key, numbers in found:
                     columns[key].append(numbers)
                 bar.update(len(ids))
         for site, state in sites.items():
@@ -137,7 +140,7 @@ class FidelityBench:
             columns |= state.baselines.columns
         sums = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
         bootstrap = Bootstrap(self._num_contexts, self._config.bootstraps, self._config.seed)
-        found = {
+        measured = {
             name: _fidelity(name, site, state, sums, bootstrap)
             for site, state in sites.items()
             for name in state.dictionaries
@@ -147,7 +150,7 @@ class FidelityBench:
             config=asdict(self._config),
             num_contexts=self._num_contexts,
             num_scored=int(sums["scored",].sum()),
-            dictionaries={name: found[name] for name in dictionaries},
+            dictionaries={name: measured[name] for name in dictionaries},
             notes=_notes(dictionaries, self._model, self._num_contexts),
         )
 
@@ -180,10 +183,22 @@ class FidelityBench:
         if missing:
             for site, hidden in self._model.activations(self._batches[number][0], missing).items():
                 found[site] = hidden
-                self._room -= hidden.nbytes
-                if self._room >= 0:
-                    self._kept[site, number] = hidden
+                self._keep(site, number, hidden)
         return found
+
+    def _clean_logits(self, number: int, last: Site, activations: Mapping[Site, Tensor]) -> Tensor:
+        """Of a batch, made from the activations as those of every variant are, so that a perfect
+        splice gives the same numbers. What leaves the last block is kept like an activation."""
+        ids, end = self._batches[number][0], Site(self._model.num_blocks - 1, "post")
+        if (end, number) in self._kept:
+            return self._model.resume(ids, end, self._kept[end, number])
+        with self._model.visiting({end: lambda hidden: self._keep(end, number, hidden)}):
+            return self._model.resume(ids, last, activations[last])
+
+    def _keep(self, site: Site, number: int, hidden: Tensor) -> None:
+        self._room -= hidden.nbytes
+        if self._room >= 0:
+            self._kept[site, number] = hidden
 
     def _read_medians(self, by_site: Mapping[Site, Mapping[str, Dictionary]]) -> None:
         """Median norms of the sites whose dictionaries know no threshold."""
@@ -256,13 +271,11 @@ def _evaluate_batch(
     ids: Tensor,
     keep: Tensor,
     activations: Mapping[Site, Tensor],
+    clean: Tensor,
 ) -> Iterator[tuple[Key, Tensor]]:
     """Add a batch to all sums; yields, by key, the numbers per context that are resampled."""
     ids, keep = ids.to(model.device), keep.to(model.device)
     scored = scored_positions(keep)
-    last = max(sites)
-    # Through the same code as every variant, so that a perfect splice gives the same numbers.
-    clean = model.resume(ids, last, activations[last])
     yield ("scored",), scored.sum(1).cpu().double()
     yield ("ce", "clean"), next_token_sums(clean, clean, ids, scored)[0]
     for site, state in sites.items():
