@@ -129,11 +129,46 @@ def test_one_arm_without_latents_is_the_t_test():
 def test_the_pool_is_the_mean_variance_and_knows_what_is_shared():
     draw = np.random.default_rng(0)
     table = draw.normal(size=(5, 3))
-    variance, degrees = pooled_variance(table)
+    variance, degrees = pooled_variance(by_seed(table))
     assert variance == pytest.approx(table.var(1, ddof=1).mean())
     alike = table[:1] + draw.normal(size=(5, 1))  # five arms that are one
-    assert pooled_variance(alike)[1] == pytest.approx(2)
+    assert pooled_variance(by_seed(alike))[1] == pytest.approx(2)
     assert 2 < degrees < 10
+
+
+def by_seed(table) -> list[dict[int, float]]:
+    return [dict(enumerate(row.tolist())) for row in table]
+
+
+def test_more_seeds_of_one_arm_are_pooled_with_the_fewer_of_the_others():
+    """Variance as it is on the whole, and no more false alarms for either kind of arm."""
+    draw = np.random.default_rng(0)
+    pools, alarms = [], {True: [], False: []}
+    for _ in range(1000):
+        found = over_latents(draw, arms=5, seeds=5, latents=0.0)
+        few = {
+            arm: {s: v for s, v in own.items() if s < 3 or arm == 0} for arm, own in found.items()
+        }
+        pools.append(pooled_variance([{s: v.mean for s, v in o.items()} for o in few.values()])[0])
+        for arm, estimate in estimates(few).items():
+            alarms[arm == 0].append(estimate.p < 0.05)
+    assert np.mean(pools) == pytest.approx(0.7**2 + 1, rel=0.1)
+    assert np.mean(alarms[True]) < 0.06 and np.mean(alarms[False]) < 0.06
+
+
+def test_an_arm_apart_spreads_as_it_does_and_disturbs_nobody():
+    """A control whose draws differ more than anything else does."""
+    draw = np.random.default_rng(0)
+    alarms = {True: [], False: []}
+    for _ in range(600):
+        differences = over_latents(draw, arms=5)
+        quiet = estimates({arm: differences[arm] for arm in range(4)})
+        differences[4] = {s: Value(8 * v.mean, v.variance) for s, v in differences[4].items()}
+        found = estimates(differences, apart={4})
+        assert {arm: found[arm] for arm in range(4)} == quiet
+        for arm, estimate in found.items():
+            alarms[arm == 4].append(estimate.p < 0.05)
+    assert 0.03 < np.mean(alarms[True]) < 0.07 and np.mean(alarms[False]) < 0.06
 
 
 def test_latents_own_spread_is_the_least():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 
 import pytest
 from matplotlib.image import imread
@@ -74,13 +75,14 @@ def test_under_the_null_no_rule_is_called_anything_in_95_of_100_studies():
 
 
 def test_more_rules_ask_for_more():
-    """What passes alone need not pass among many that were tried."""
+    """What passes alone need not pass among many that were tried: the least p of 7 × 2 counts 14
+    times."""
     made = Made()
-    base = made.curve() + made.rule(effect=0.009)
-    alone = next(iter(compare(base))).adjusted["detection"]
-    others = [r for i in range(6) for r in made.rule(f"rule{i}")]
-    among = next(iter(compare(base + others))).adjusted["detection"]
-    assert alone < among
+    results = made.curve() + made.rule(effect=0.009)
+    results += [r for i in range(6) for r in made.rule(f"rule{i}")]
+    one = compare(results)[0]
+    measure = min(one.adjusted, key=lambda measure: one.effects[measure].p)
+    assert one.adjusted[measure] == pytest.approx(14 * one.effects[measure].p)
 
 
 def test_order_and_names_of_seeds_change_nothing():
@@ -174,6 +176,24 @@ def test_without_latents_and_concepts_nothing_is_said():
     assert verdict_of(bare) == v.UNMEASURED
 
 
+def test_one_seed_is_no_verdict():
+    made = Made()
+    assert verdict_of(made.curve(seeds=(0,)) + made.rule(seeds=(0,), effect=1.0)) == v.ONE_SEED
+
+
+def test_a_control_that_its_draws_throw_about_does_not_blur_the_rules():
+    made, wild = Made(), Made(noise=0.05)
+    quiet = made.curve() + made.rule("kurtosis", effect=0.01)
+    variance = made.rule(effect=0.01)
+    thrown = wild.rule()
+    both = quiet + [r for r in variance if r.control] + [r for r in thrown if r.control is None]
+    intervals = [
+        next(c for c in compare(results) if c.rule == "kurtosis").effects["purity"].interval
+        for results in (quiet + variance, both)
+    ]
+    assert intervals[0] == pytest.approx(intervals[1])
+
+
 def test_the_curve_against_itself():
     made = Made(noise=1e-6)
     found = curve_against_itself(made.curve())
@@ -209,6 +229,12 @@ def test_report(tmp_path):
     for name in ("curve.png", "differences.png"):
         assert f"({name})" in page and min(imread(tmp_path / name).shape[:2]) > 200
     table = report.table()
+    _, *titles, last = re.split(r"  +", table.splitlines()[0].strip())
+    _, *cells = table.splitlines()[2].split()
+    own = [r for r in results if r.label == "uniform" and r.point.k == KS[0]]
+    for measure in ("selectivity", "no_token", "purity", "coherence", "probe_5"):
+        mean = sum(r.point.values[measure].mean for r in own) / len(own)
+        assert cells[[*titles, last].index(v.MEASURES[measure].title)] == f"{mean:.4f}"
     assert table.splitlines()[0].split()[:3] == ["weights", "k", "seeds"]
     assert sum(line.startswith("uniform ") for line in table.splitlines()) == len(KS)
 

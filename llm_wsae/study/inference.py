@@ -5,14 +5,17 @@ be far too sure of itself (resampling three seeds gives intervals that cover the
 of cases, not 95 %). Instead the variance is taken apart as an analysis of variance does:
 
 * Over seeds. The spread of three numbers says little of their variance, so it is pooled over the
-  arms that were trained on the same seeds. These share the plain dictionaries they are compared
-  with, hence also a part of their error, which more arms do not average away: the pool consists of
-  the seeds' common part, with S − 1 degrees of freedom, and the arms' own, with (U − 1)(S − 1),
-  joined after Satterthwaite (1946). An arm whose own spread is larger than the pool's keeps its
-  own. (If its true spread is three times that of the others, three seeds still err in some 11 % of
-  cases instead of 5, five seeds in 10 %.)
+  arms. These share the plain dictionaries they are compared with, hence also a part of their error,
+  which more arms do not average away: the pool consists of the seeds' common part, with S − 1
+  degrees of freedom, and the arms' own, with (U − 1)(S − 1), joined after Satterthwaite (1946). An
+  arm whose own spread is larger than the pool's keeps its own. (If its true spread is three times
+  that of the others, three seeds still err in some 11 % of cases instead of 5, five seeds in 10 %.)
+  Weights that are drawn anew for every seed spread by their draw, each kind as it does: they, and
+  differences from them, stay apart, with their own spread and S − 1 degrees of freedom.
 * Over latents. Each seed's dictionary has its own latents, so what their choice adds is in the
-  spread over seeds already; it is never taken to be less than the latents' own spread says.
+  spread over seeds already; it is never taken to be less than the latents' own spread says. (As
+  if the two dictionaries of a difference were independent. They start alike, so this is rather too
+  wide than too narrow.)
 * Over concepts. All dictionaries are asked the same concepts, so their choice does not average out
   over seeds: what the concepts' mean differences vary beyond noise is added (two crossed random
   effects, as in Clark 1973).
@@ -20,8 +23,7 @@ of cases, not 95 %). Instead the variance is taken apart as an analysis of varia
 Differences of several rules and measures are then corrected together (``adjusted``).
 """
 
-from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -51,35 +53,34 @@ class Estimate:
     by_seed: dict[int, float]
 
 
-def estimates(differences: Mapping[Name, Mapping[int, Value]]) -> dict[Name, Estimate]:
+def estimates(
+    differences: Mapping[Name, Mapping[int, Value]], apart: Collection[Name] = ()
+) -> dict[Name, Estimate]:
     """One estimate for each arm's differences by seed; all of one measure.
 
-    An arm on fewer than two seeds has none.
+    Arms named in ``apart`` take no part in the pool. An arm on a single seed has no estimate.
     """
-    pools: dict[tuple[int, ...], list[Name]] = defaultdict(list)
-    for name, values in differences.items():
-        pools[tuple(sorted(values))].append(name)
-    found = {}
-    for seeds, names in pools.items():
-        if len(seeds) < 2:
-            continue
-        table = np.array([[differences[name][seed].mean for seed in seeds] for name in names])
-        pooled, degrees = pooled_variance(table)
-        for name, row in zip(names, table, strict=True):
-            values = [differences[name][seed] for seed in seeds]
-            found[name] = _estimate(seeds, row, values, pooled, degrees)
-    return {name: found[name] for name in differences if name in found}
+    several = {name: dict(sorted(own.items())) for name, own in differences.items() if len(own) > 1}
+    together = [own for name, own in several.items() if name not in apart]
+    pool = pooled_variance([_means(own) for own in together]) if together else None
+    return {name: _estimate(own, None if name in apart else pool) for name, own in several.items()}
 
 
-def pooled_variance(table: np.ndarray) -> tuple[float, float]:
-    """Variance over seeds of the rows of [arms, seeds], and its degrees of freedom."""
-    arms, seeds = table.shape
-    centred = table - table.mean(1, keepdims=True)
-    common = centred.mean(0)
-    parts = [(float((common**2).sum()) / (seeds - 1), seeds - 1.0)]
-    if arms > 1:
-        own = float(((centred - common) ** 2).sum()) / ((arms - 1) * (seeds - 1))
-        parts.append((own * (arms - 1) / arms, (arms - 1.0) * (seeds - 1)))
+def pooled_variance(arms: Sequence[Mapping[int, float]]) -> tuple[float, float]:
+    """Variance over seeds of one arm's difference, and its degrees of freedom, from the differences
+    by seed of several. Not every arm needs every seed."""
+    centred = [{seed: v - np.mean(list(own.values())) for seed, v in own.items()} for own in arms]
+    of_seed = {
+        seed: np.array([own[seed] for own in centred if seed in own])
+        for seed in {seed for own in arms for seed in own}
+    }
+    common = sum(float(values.mean()) ** 2 for values in of_seed.values())
+    degrees = len(of_seed) - 1.0
+    parts = [(common / degrees, degrees)]
+    if own_degrees := sum(len(own) - 1.0 for own in arms) - degrees:
+        own = sum(float(((values - values.mean()) ** 2).sum()) for values in of_seed.values())
+        not_in_common = float(np.mean([1 - 1 / len(values) for values in of_seed.values()]))
+        parts.append((own / own_degrees * not_in_common, own_degrees))
     return _joined(parts)
 
 
@@ -88,12 +89,18 @@ def adjusted(p_values: Mapping[Name, float]) -> dict[Name, float]:
     return dict(zip(p_values, holm(list(p_values.values())), strict=True))
 
 
-def _estimate(
-    seeds: Sequence[int], row: np.ndarray, values: Sequence[Value], pooled: float, degrees: float
-) -> Estimate:
+def _means(values: Mapping[int, Value]) -> dict[int, float]:
+    return {seed: value.mean for seed, value in values.items()}
+
+
+def _estimate(by_seed: Mapping[int, Value], pool: tuple[float, float] | None) -> Estimate:
+    """``pool`` is the pooled variance and its degrees of freedom, for an arm with a part in it."""
+    values = list(by_seed.values())
+    row = np.array([value.mean for value in values])
+    pooled, degrees = pool or (0.0, len(row) - 1.0)
     sampling = float(np.mean([value.variance for value in values]))
     variance = max(pooled, float(row.var(ddof=1)), sampling)
-    parts = [(variance / len(seeds), degrees)]
+    parts = [(variance / len(row), degrees)]
     if concepts := _concept_part(values):
         parts.append(concepts)
     squared, degrees = _joined(parts)
@@ -101,8 +108,7 @@ def _estimate(
     half = float(stats.t.ppf((1 + LEVEL) / 2, degrees)) * error
     certain = 0.0 if mean else 1.0
     p = 2 * float(stats.t.sf(abs(mean) / error, degrees)) if error > 0 else certain
-    by_seed = dict(zip(seeds, row.tolist(), strict=True))
-    return Estimate(mean, (mean - half, mean + half), p, error, degrees, by_seed)
+    return Estimate(mean, (mean - half, mean + half), p, error, degrees, _means(by_seed))
 
 
 def _concept_part(values: Sequence[Value]) -> tuple[float, float] | None:

@@ -12,6 +12,7 @@ from llm_wsae.study.inference import Estimate
 from llm_wsae.study.plan import PLAIN
 from llm_wsae.study.results import DECIDING, MEASURES, Result
 from llm_wsae.study.verdict import (
+    ONE_SEED,
     OUTSIDE,
     UNMEASURED,
     VERDICTS,
@@ -41,8 +42,8 @@ class StudyReport:
     results: list[Result]
     compared: list[Compared]
     at_equal_kl: list[Compared]
-    """The same comparison where KL stands for cross-entropy: it says the same of fidelity with less
-    noise, since every prediction counts and not only the token that came."""
+    """The same comparison where KL stands for cross-entropy: every prediction counts, not only that
+    of the token that came."""
     against_itself: dict[int, dict[str, Estimate]]
     """By k: the plain curve beside what its other points say."""
 
@@ -125,7 +126,7 @@ class StudyReport:
         start = f"{one.label}: {VERDICTS[one.verdict]}"
         shown = one.ks or one.ce_recovered
         reached = ", ".join(f"{one.ce_recovered[k]:.4f}" for k in shown)
-        if one.verdict == UNMEASURED:
+        if one.verdict in (UNMEASURED, ONE_SEED):
             return f"{start} (CE recovered {reached})"
         if one.verdict == OUTSIDE:
             plain_ce = [r.ce_recovered for r in self.results if r.label == PLAIN]
@@ -141,6 +142,12 @@ class StudyReport:
                 if measure in one.against_control:
                     control = _difference(one.against_control[measure])
                     numbers[-1] += f", {control} against its control"
+        if "detection_all" in one.effects:
+            scored, everything = (one.effects[m] for m in ("eligible", "detection_all"))
+            numbers.append(
+                f"latents that can be scored {100 * scored.difference:+.1f} %, with the others at "
+                f"chance detection {_difference(everything)}"
+            )
         by_kl = next(other for other in self.at_equal_kl if other.label == one.label)
         same = "the same" if by_kl.verdict == one.verdict else by_kl.verdict
         numbers += [f"at equal KL {same}", f"CE recovered {reached}", f"{len(one.seeds)} seeds"]
@@ -149,7 +156,7 @@ class StudyReport:
     def _dictionaries(self) -> list[list[str]]:
         """Means over seeds of every label and k."""
         rows = [["weights", "k", "seeds", "CE recovered", "FVU", "KL", "dense %", "dead %",
-                 "eligible %", *(MEASURES[m].title for m in MEASURES if m in _SHOWN)]]  # fmt: skip
+                 "eligible %", *(MEASURES[m].title for m in _SHOWN)]]  # fmt: skip
         groups: dict[tuple[str, int], list[Result]] = {}
         for result in self.results:
             groups.setdefault((result.label, result.point.k), []).append(result)

@@ -32,6 +32,9 @@ class Measure:
     """Whether latents that fire on more than 10 % of the tokens take part."""
     decides: bool = False
     """Whether the verdict hangs on it."""
+    unscored: float | None = None
+    """What a latent counts that fires too seldom to be scored; None: nothing, the mean is over the
+    others."""
 
 
 MEASURES = {
@@ -48,6 +51,13 @@ MEASURES = {
         "concepts",
         "selectivity",
         decides=True,
+    ),
+    "detection_all": Measure(
+        "detection, all",
+        "detection with those latents at chance that cannot be scored: weights change which can",
+        "latents",
+        "detection",
+        unscored=0.5,
     ),
     "no_token": Measure(
         "no token", "detection without the top contexts' tokens", "latents",
@@ -163,7 +173,7 @@ def _values(latents: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, 
         elif measure.source == "latents":
             one = latents["all" if measure.dense else "not_dense"][measure.key]
             if one["variance"] is not None:
-                found[name] = Value(one["mean"], one["variance"])
+                found[name] = _with_unscored(measure, one, scores["d_sae"])
         else:
             summary = scores["concepts" if measure.dense else "concepts_not_dense"]
             concepts = {c: n[measure.key] for c, n in summary["concepts"].items()}
@@ -174,3 +184,12 @@ def _values(latents: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, 
         if means["selectivity"] is not None:
             found[FAMILY + family] = Value(means["selectivity"])
     return found
+
+
+def _with_unscored(measure: Measure, scored: Mapping[str, float], d_sae: int) -> Value:
+    """The mean of the scored latents, drawn towards what the others count."""
+    if measure.unscored is None:
+        return Value(scored["mean"], scored["variance"])
+    share = scored["n"] / d_sae
+    mean = measure.unscored + share * (scored["mean"] - measure.unscored)
+    return Value(mean, share**2 * scored["variance"])

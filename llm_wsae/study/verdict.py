@@ -12,7 +12,7 @@ Where that is far from 0, the curve is too coarse for differences of that size.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llm_wsae.statistics.monosemanticity import is_drawn
@@ -28,6 +28,7 @@ INDISTINGUISHABLE = "indistinguishable"
 MIXED = "mixed"
 WORSE = "worse"
 OUTSIDE = "not comparable"
+ONE_SEED = "one seed"
 UNMEASURED = "not measured"
 CONTROL = "control"
 VERDICTS = {
@@ -38,6 +39,7 @@ VERDICTS = {
     MIXED: "better than the plain curve at equal CE in one measure, worse in the other",
     WORSE: "worse than the plain curve at equal CE",
     OUTSIDE: "not comparable: at no k are all its seeds there and within the plain curve's CE",
+    ONE_SEED: "not judged: a verdict needs two seeds",
     UNMEASURED: "not measured: too few latents fire often enough, and no concept is in the text",
 }
 _SIGNIFICANT = 1 - LEVEL
@@ -83,16 +85,20 @@ def compare(results: Sequence[Result]) -> list[Compared]:
         label: _beside([r for r in groups[label] if r.point.k in ks], curves)
         for label, ks in comparable.items()
     }
-    effects = _by_measure(beside)
-    against = _by_measure(_against_controls(groups, comparable, curves))
     claims = [label for label, group in groups.items() if not is_drawn(group[0].rule)]
+    effects = _by_measure(beside, apart=groups.keys() - claims)
+    # each of these has a control's draw in it
+    against = _by_measure(_against_controls(groups, comparable, curves), apart=groups.keys())
     corrected, of_control = (_adjusted(found, claims) for found in (effects, against))
     found = []
     for label, group in groups.items():
         own, theirs = corrected.get(label, {}), of_control.get(label, {})
         verdict = _verdict(effects[label], own, against.get(label, {}), theirs)
-        if not own:
-            verdict = UNMEASURED if comparable[label] else OUTSIDE
+        seeds = tuple(sorted({r.point.seed for r in group}))
+        if not comparable[label]:
+            verdict = OUTSIDE
+        elif not own:
+            verdict = UNMEASURED if len(seeds) > 1 else ONE_SEED
         families = {
             name.removeprefix(FAMILY): estimate.difference
             for name, estimate in effects[label].items()
@@ -105,7 +111,7 @@ def compare(results: Sequence[Result]) -> list[Compared]:
                 rule=group[0].rule,
                 control=group[0].control,
                 ks=comparable[label],
-                seeds=tuple(sorted({r.point.seed for r in group})),
+                seeds=seeds,
                 ce_recovered=ce,
                 ce_change=change,
                 effects={m: e for m, e in effects[label].items() if m in MEASURES},
@@ -225,12 +231,12 @@ def _less(one: Differences, other: Differences) -> dict[str, dict[int, Value]]:
     }
 
 
-def _by_measure(beside: Mapping) -> dict:
+def _by_measure(beside: Mapping, apart: Collection = ()) -> dict:
     """Label → measure → estimate, from label → measure → seed → difference."""
     found = {label: {} for label in beside}
     for measure in dict.fromkeys(name for own in beside.values() for name in own):
         of_measure = {label: own[measure] for label, own in beside.items() if measure in own}
-        for label, estimate in estimates(of_measure).items():
+        for label, estimate in estimates(of_measure, apart).items():
             found[label][measure] = estimate
     return found
 
