@@ -26,6 +26,10 @@ CONFIG = EvaluateConfig(tokens=80, batch_tokens=40, bootstraps=200)
 
 @pytest.fixture(scope="module")
 def model():
+    return fresh_model()
+
+
+def fresh_model() -> LanguageModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -290,6 +294,14 @@ def test_chunks_do_not_change_the_sums(monkeypatch):
     torch.testing.assert_close(whole[1], (kl * scored).sum(1), atol=1e-5, rtol=1e-5)
 
 
+def test_a_token_without_a_logit_is_no_target():
+    """A head may be narrower than the embedding; such tokens are special, hence not scored."""
+    logits = torch.randn(1, 3, 5)
+    ids, scored = torch.tensor([[1, 2, 7]]), torch.tensor([[True, False]])
+    entropy, _ = next_token_sums(logits, logits, ids, scored)
+    assert float(entropy) == pytest.approx(-float(logits[0, 0].log_softmax(0)[2]), rel=1e-5)
+
+
 def test_variance_keeps_its_digits_far_from_zero():
     rows = 1e6 + torch.randn(500, 3, generator=torch.Generator().manual_seed(0)).double()
     moments, rest = Moments(rows[0]), Moments(rows[0])
@@ -386,6 +398,25 @@ def test_activations_that_are_not_finite(model, contexts):
     finally:
         with torch.no_grad():
             weight[int(contexts[0].ids[2])] = before
+
+
+def test_a_cache_without_room_for_the_last_stream_holds_nothing_else(contexts):
+    """Least of all what the model's first resumed forward, a trial of two tokens, leaves there."""
+    known = {"k2": identity(sparsity=TopK(2))}
+    made = fresh_model()
+    bench = FidelityBench(made, contexts, CONFIG)
+    kept = sum(ids.numel() for ids, _ in bench._batches) * D * 4
+    bench._room = kept + 2 * D * 4 + 1
+    first, second = (bench.evaluate(known).dictionaries["k2"] for _ in range(2))
+    assert first == second
+
+
+def test_blocks_that_hand_on_more_than_the_stream_are_refused(contexts, monkeypatch):
+    made = fresh_model()
+    logits = made.logits
+    monkeypatch.setattr(made, "logits", lambda ids: logits(ids.flip(1)))
+    with pytest.raises(LlmWsaeError, match="hand on more than the residual stream"):
+        evaluate({"k2": identity(sparsity=TopK(2))}, made, contexts, CONFIG)
 
 
 def test_what_hangs_on_the_text_alone_is_measured_once(model, contexts, monkeypatch):

@@ -102,6 +102,15 @@ def test_folding_back_changes_nothing(source, seed, diagonal, threshold):
     )
 
 
+def test_a_row_that_is_not_finite_is_masked_like_a_massive_one(source):
+    normaliser = Normaliser(source.statistics(), CPU, torch.float32)
+    rows = source.rows[:4].clone()
+    rows[1, 2], rows[2, 0] = float("inf"), float("nan")
+    batch = normaliser.batch(rows)
+    assert batch.mask.tolist()[1:3] == [0, 0] and not batch.x[1:3].any()
+    assert torch.equal(batch.x[3], normaliser.batch(source.rows[3:4]).x[0])
+
+
 def test_arms_that_share_a_space_share_the_product(source, evidence, monkeypatch):
     weights = [
         weights_from_rule("uniform", 1.0, evidence),

@@ -128,6 +128,41 @@ def test_rows_and_latents_need_not_be_contiguous():
 
 
 @needs_compiler
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_of_torch_changes_nothing(default):
+    """The kernels write float32, so their memory must not follow it."""
+    codes, x, decoder, bias, gradient = cast(SUMS["ragged"], torch.float32)
+    encoding = cast(ENCODINGS["odd width"], torch.float32)
+    calls = [
+        lambda: [compiled.decode(codes, decoder, bias)],
+        lambda: compiled.weight_gradients(codes, x, gradient, codes.values, len(decoder)),
+        lambda: compiled.encode_topk(*encoding, 5),
+        lambda: compiled.encode_above(*encoding, encoding[2] * 0),
+        lambda: compiled.encode_batch_topk(*encoding, 5, 0.0),
+    ]
+    expected = [part for call in calls for part in call()]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = [part for call in calls for part in call()]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@needs_compiler
+def test_weights_of_another_dtype_are_not_read_as_float32():
+    """A user's γ may be float64."""
+    codes, x, decoder, bias, _ = cast(SUMS["ragged"], torch.float32)
+    row_weights, columns = torch.ones(len(x)), torch.rand(x.shape[1], dtype=torch.float64)
+    found, expected = (
+        operations.reconstruct(codes, decoder, bias, x, row_weights, weights, torch.float32)
+        for weights in (columns, columns.float())
+    )
+    assert torch.equal(found.output_gradient, expected.output_gradient)
+
+
+@needs_compiler
 @pytest.mark.parametrize("latent", [160, -1])
 def test_a_latent_that_does_not_exist_is_refused(latent):
     """C++ would read whatever lies there; codes may come from a user (``Dictionary.decode``)."""

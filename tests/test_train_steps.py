@@ -63,7 +63,7 @@ def test_auxk_gradients(dtype, num_dead):
     residual = topk_step(parameters, batch, gamma, K).residual
     dead = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:num_dead]
     gradients = Parameters(*(torch.zeros_like(p) for p in parameters))
-    loss = add_auxk_gradients(gradients, parameters, batch, residual, DeadLatents(dead), gamma, 0.5)
+    add_auxk_gradients(gradients, parameters, batch, residual, DeadLatents(dead), gamma, 0.5)
 
     leaves = Parameters(*(p.double().clone().requires_grad_() for p in parameters))
     fast_pre = torch.addmm(
@@ -85,7 +85,6 @@ def test_auxk_gradients(dtype, num_dead):
         found, wanted = getattr(gradients, name).double(), getattr(expected, name)
         assert float((found - wanted).norm() / wanted.norm()) < tolerance, name
     assert expected.decoder_bias is None and not gradients.decoder_bias.any()
-    assert float(loss) == pytest.approx(float(expected_loss.detach()), rel=tolerance)
 
 
 @pytest.mark.parametrize("num_dead", [0, 1, D_IN // 2, 40])
@@ -98,13 +97,12 @@ def test_auxk_with_latents_that_only_may_be_dead(num_dead):
     found = []
     for latents in (DeadLatents(some, is_dead), DeadLatents(some[is_dead])):
         gradients = Parameters(*(torch.zeros_like(p) for p in parameters))
-        loss = add_auxk_gradients(gradients, parameters, batch, residual, latents, gamma, 0.5)
-        found.append([*gradients, loss])
+        add_auxk_gradients(gradients, parameters, batch, residual, latents, gamma, 0.5)
+        found.append(gradients)
     masked, alone = found
-    for one, other in zip(masked[:4], alone[:4], strict=True):
+    for one, other in zip(masked, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
-    if num_dead:
-        assert alone[0].any() and float(masked[4]) == pytest.approx(float(alone[4]), rel=1e-12)
+    assert bool(alone.encoder.any()) == bool(num_dead)
 
 
 def test_the_dead_are_the_same_whether_looked_for_now_and_then():

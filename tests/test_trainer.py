@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import folder_lock
+from llm_wsae.files import folder_lock, read_json
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.weights import LossWeights
@@ -22,7 +23,7 @@ from llm_wsae.train.arms import choose_weights, make_arms
 from llm_wsae.train.checkpoint import CHECKPOINT
 from llm_wsae.train.config import TrainConfig, learning_rate_factor
 from llm_wsae.train.normaliser import Normaliser
-from llm_wsae.train.trainer import Interrupted, train
+from llm_wsae.train.trainer import FINISHED, Interrupted, train
 
 D_IN, CONTEXT = 16, 32
 CONFIG = TrainConfig(
@@ -183,6 +184,13 @@ def test_a_finished_training_is_read_back_and_other_settings_are_refused(trained
         train(source, arms_for(source, l1s=(0.02,)), other, out)
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     (out / ".tmp").rmdir()
+
+
+def test_what_fired_a_step_ago_is_never_dead(tmp_path):
+    """In a short training a tenth of the rows may be less than a batch."""
+    source = MemorySource(600)
+    train(source, arms_for(source), replace(CONFIG, tokens=None, batch_size=100), tmp_path)
+    assert read_json(tmp_path / FINISHED, "training")["dead_after"] == 100
 
 
 def test_a_folder_in_use_is_refused(trained, tmp_path):

@@ -14,7 +14,7 @@ class EvaluateConfig:
     as large as the differences between good dictionaries."""
     batch_tokens: int = 1024
     """Tokens in one forward pass (at least one context). Their logits over the whole vocabulary are
-    held twice, in the model's dtype."""
+    held up to three times, in the model's dtype."""
     bootstraps: int = 1000
     """Resamplings of the contexts behind each 95 % interval."""
     seed: int = 0

@@ -2,11 +2,10 @@
 
 Two readings of the same contexts. The first runs the model up to the last site and takes the mean
 of the rows: the constant that mean ablation puts in their place and about which variance is taken.
-The second runs the whole model once and then, for each variant (zeros, the mean, every dictionary),
-only the part behind the site, with the variant in place of the activations. Activations are kept
-where there is room, so that the part before the site runs once. More dictionaries on the same
-contexts need neither the first reading nor zeros, the mean and the clean blocks again
-(``FidelityBench``).
+The second runs only the part behind a site: with the activations as they are, and with every
+variant in their place (zeros, the mean, every dictionary). Activations are kept where there is
+room, so that the part before the site runs once. More dictionaries on the same contexts need
+neither the first reading nor zeros, the mean and the clean blocks again (``FidelityBench``).
 
 What is replaced is what training saw: kept positions that are not massive activations. First
 positions, special tokens and massive rows keep the clean activation. Massive rows are judged by
@@ -39,6 +38,7 @@ from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import MASSIVE_RATIO
 
 _CACHE_BYTES = 1 << 30  # of activations, so that the model's lower part need not run again
+_SAME_LOGITS = 0.05  # relative; half precision in another order is far below
 # What a number per context counts: ("scored",), ("ce", "clean"), ("kl", "zero", site), …
 Key = tuple[str | Site, ...]
 
@@ -192,8 +192,24 @@ class FidelityBench:
         ids, end = self._batches[number][0], Site(self._model.num_blocks - 1, "post")
         if (end, number) in self._kept:
             return self._model.resume(ids, end, self._kept[end, number])
-        with self._model.visiting({end: lambda hidden: self._keep(end, number, hidden)}):
-            return self._model.resume(ids, last, activations[last])
+        seen: dict[Site, Tensor] = {}  # the last visit counts: a model's first one is a trial
+        with self._model.visiting({end: lambda hidden: seen.update({end: hidden})}):
+            logits = self._model.resume(ids, last, activations[last])
+        if number == 0:
+            self._check_clean(ids, last, logits)
+        if seen[end].dtype == self._model.dtype:  # a wider stream would be rounded on its way back
+            self._keep(end, number, seen[end])
+        return logits
+
+    def _check_clean(self, ids: Tensor, site: Site, logits: Tensor) -> None:
+        """Raise LlmWsaeError if the model, entered at the site, is not the model as it is."""
+        whole = self._model.logits(ids).float()
+        if not (logits.float() - whole).norm() <= _SAME_LOGITS * whole.norm():
+            raise LlmWsaeError(
+                f"{self._model.name} predicts something else when it is entered at {site} with its "
+                "own activations: its blocks hand on more than the residual stream, so its "
+                "predictions cannot judge dictionaries there"
+            )
 
     def _keep(self, site: Site, number: int, hidden: Tensor) -> None:
         self._room -= hidden.nbytes
@@ -302,9 +318,13 @@ def _evaluate_batch(
             some = massive.any(1).nonzero()[:, 0]
             if len(some):
                 spliced[massive] = made.update_massive(dictionary, hidden[massive]).to(hidden.dtype)
-                logits = model.resume(ids[some], site, spliced[some])
                 ce = ce.clone()
-                ce[some.cpu()] = next_token_sums(logits, clean[some], ids[some], scored[some])[0]
+                ce[some.cpu()], _ = next_token_sums(
+                    model.resume(ids[some], site, spliced[some]),
+                    clean[some],
+                    ids[some],
+                    scored[some],
+                )
             yield ("ce", "massive", name), ce
 
 

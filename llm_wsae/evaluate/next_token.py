@@ -41,8 +41,8 @@ def next_token_sums(
     Logits of any dtype are taken to float32; sums are float64 on the CPU.
     """
     counts = F.pad(scored, (0, 1)).flatten()
-    target = ids.roll(-1, 1).flatten().long()
-    found = torch.zeros(2, len(target), device=logits.device)
+    target = ids.roll(-1, 1).flatten().long().where(counts, 0)  # others may not even have a logit
+    found = torch.zeros(2, len(target), dtype=torch.float32, device=logits.device)
     size = max(1, _CHUNK_NUMBERS // logits.shape[2])
     chunks = zip(
         *(each.split(size) for each in (logits.flatten(0, 1), clean.flatten(0, 1), target)),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Codes(NamedTuple):
-    """The active latents of a batch. A value of 0 is an unused slot, whatever its index."""
+    """The active latents of a batch. A value of 0 is an unused slot, whichever latent it names."""
 
     indices: Int[Tensor, "batch k"]
     """Latent numbers, int64, in no particular order."""

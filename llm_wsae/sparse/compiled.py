@@ -39,9 +39,9 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
     if k * _LARGEST_SHARE > d_sae:
         return plain.encode_topk(x, encoder, bias, k)
     indices = torch.empty(len(x), k, dtype=torch.int64)
-    values = torch.empty(len(x), k)
+    values = _floats(len(x), k)
     lists, bias = _Lists(3 * k + 32), bias.contiguous()
-    bounds = torch.empty(_TILE_ROWS)
+    bounds = _floats(_TILE_ROWS)
     for begin in range(0, len(x), _TILE_ROWS):
         tile = x[begin : begin + _TILE_ROWS]
         for first, product in _blocks(tile, encoder):
@@ -75,7 +75,7 @@ def encode_batch_topk(
     lists = _Lists(max(_FEW, 4 * k))
 
     def above(tile: Tensor, bound: float) -> RaggedCodes:
-        return lists.above(tile, encoder, bias, torch.full((len(encoder),), bound))
+        return lists.above(tile, encoder, bias, _floats(len(encoder)).fill_(bound))
 
     def encode(rows: Tensor) -> RaggedCodes:
         wanted = min(k, len(encoder)) * len(rows)
@@ -93,7 +93,7 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
     """See ``operations``."""
-    out = torch.empty(codes.num_rows, decoder.shape[1])
+    out = _floats(codes.num_rows, decoder.shape[1])
     given = (*_checked(codes, len(decoder)), decoder.contiguous(), bias.contiguous())
     _call("decode", *given, out, *out.shape)
     return out
@@ -121,7 +121,7 @@ def reconstruct(
         residual=torch.empty_like(x, memory_format=torch.contiguous_format),
         output_gradient=torch.empty(x.shape, dtype=fast),
         by_value=torch.empty_like(codes.values),
-        row_errors=torch.empty(len(x)),
+        row_errors=_floats(len(x)),
     )
     given = (decoder, bias, x, row_weights, column_weights)
     _call(
@@ -147,7 +147,7 @@ def weight_gradients(
     slots, rows = torch.empty(2, len(indices), dtype=torch.int32)
     _call("group_by_latent", indices, offsets, codes.num_rows, d_sae, bounds, slots, rows)
     if out is None:
-        out = (torch.empty(d_sae, width), torch.empty(d_sae, width), torch.empty(d_sae))
+        out = (_floats(d_sae, width), _floats(d_sae, width), _floats(d_sae))
     _call(
         f"weight_gradients_{_NAMES[x.dtype]}",
         bounds, slots, rows, x.contiguous(), output_gradient.to(x.dtype).contiguous(),
@@ -187,7 +187,7 @@ class _Lists:
     def _lengthen(self, capacity: int) -> None:
         self.capacity = capacity
         self.latents = torch.empty(_TILE_ROWS, capacity, dtype=torch.int32)
-        self.values = torch.empty(_TILE_ROWS, capacity)
+        self.values = _floats(_TILE_ROWS, capacity)
 
     def all(self) -> tuple[int, Tensor, Tensor, Tensor]:
         """As the kernels take them."""
@@ -195,7 +195,7 @@ class _Lists:
 
     def above(self, tile: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
         """The tile's entries above their latents' thresholds; lists that are too short grow."""
-        bias, threshold = bias.contiguous(), threshold.contiguous()
+        bias, threshold = bias.contiguous(), threshold.float().contiguous()
         while True:
             for first, product in _blocks(tile, encoder):
                 _call(
@@ -210,7 +210,7 @@ class _Lists:
         offsets = torch.zeros(len(tile) + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=offsets[1:])
         indices = torch.empty(int(offsets[-1]), dtype=torch.int64)
-        values = torch.empty(len(indices))
+        values = _floats(len(indices))
         lists = (self.capacity, self.latents, self.values)
         _call("finish_above", len(tile), *lists, offsets, indices, values)
         return RaggedCodes(indices, values, offsets)
@@ -227,6 +227,11 @@ def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
         latents = encoder[first : first + size]
         product = memory[: len(latents) * len(tile)].view(len(latents), len(tile))
         yield first, torch.mm(latents, tile.T, out=product)
+
+
+def _floats(*shape: int) -> Tensor:
+    """Memory as the kernels write it, whatever torch's default dtype is."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _checked(codes: RaggedCodes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:

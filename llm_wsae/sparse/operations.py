@@ -95,7 +95,8 @@ def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
 
 
 def kth_largest(values: Float[Tensor, "batch latents"], k: int) -> Float[Tensor, "batch 1"]:
-    """The k-th largest entry of every row, one of at least k that are ≥ 0; others do not count."""
+    """The k-th largest entry of every row, which must hold k entries ≥ 0; negative ones are padding
+    and may stand for nothing."""
     return _for_products(values).kth_largest(values, k)
 
 
@@ -130,10 +131,11 @@ def reconstruct(
 ) -> Reconstruction:
     """``decode``, the residual, its weighted gradient and ``value_gradients``.
 
-    The gradient is that of ½ Σ column_weights · residual² and comes in the dtype ``fast``. An
-    implementation may do it all in one pass over the rows.
+    The gradient is that of ½ Σ column_weights · residual² and comes in the dtype ``fast``; the
+    weights may be of any. An implementation may do it all in one pass over the rows.
     """
     implementation = _for_sums(codes.values, decoder, bias, x)
+    row_weights, column_weights = row_weights.to(x.dtype), column_weights.to(x.dtype)
     if hasattr(implementation, "reconstruct"):
         at_once = implementation.reconstruct
         return at_once(codes, decoder, bias, x, row_weights, column_weights, fast)

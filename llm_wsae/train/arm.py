@@ -127,8 +127,12 @@ class Arm:
         self.config = config
         self.space = space or Spaces(device).of(config.weights)
         """Batches are handed in there; None is the plain one."""
-        self._full_gamma = config.weights.gamma.to(device)
-        self.gamma = self._full_gamma if self.space is None else torch.ones(d_in, device=device)
+        self._full_gamma = config.weights.gamma.to(device, torch.float32)
+        self.gamma = (
+            self._full_gamma
+            if self.space is None
+            else torch.ones(d_in, dtype=torch.float32, device=device)
+        )
         self.d_sae, own = d_sae, split.own_latents(d_sae)
         self.own_latents = own
         """Those that are here; all, unless other processes have some."""

@@ -1,7 +1,8 @@
 """AuxK (Gao et al. 2024, §A.2): dead latents learn to explain what the living ones leave over.
 
 The dead latents with the largest pre-activations reconstruct the residual, in the same weighted
-norm as the main loss. Few latents are dead, so their products are dense over that subset.
+norm as the main loss. All products are dense over that subset: up to half as many of them take
+part in a row as it has dimensions, too many for sparse ones to pay.
 
 To find the subset means to wait for a GPU. There it is found now and then only, with those latents
 that may yet die until it is found again, and what takes part in a step is told by a mask.
@@ -60,11 +61,11 @@ def add_auxk_gradients(
     latents: DeadLatents,
     gamma: Gamma,
     coefficient: float,
-) -> Float[Tensor, ""]:
+) -> None:
     """Add the gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² to those of the dead latents.
 
-    e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. At most d_in / 2
-    dead latents take part in a row. Returns the auxiliary loss before its coefficient.
+    e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. In a row d_in / 2
+    dead latents take part, those with the largest pre-activations, or more where they tie.
     """
     dead = latents.indices
     fast = batch.x_fast.dtype
@@ -72,12 +73,12 @@ def add_auxk_gradients(
     bias = parameters.encoder_bias[dead].to(fast)
     num_dead = batch.split.count_latents(len(dead))
     if num_dead == 0:
-        return residual.new_zeros(())
+        return
     k_aux = min(num_dead, max(1, batch.x.shape[1] // 2))
     metric = squared(gamma)
     unexplained = batch.split.over_rows((times(residual, metric) * residual).sum())
     scale = 1 / unexplained.clamp(min=1e-12)
-    loss, exact = residual.new_zeros(()), residual.dtype
+    exact = residual.dtype
     tile = _TILE_ROWS_ON_CPU if residual.device.type == "cpu" else _TILE_ROWS
     for start in range(0, len(residual), tile):
         rows = slice(start, start + tile)
@@ -90,13 +91,10 @@ def add_auxk_gradients(
         # residual is x̂ − x = −e, so ê − e = active · decoder + residual
         decoded = batch.split.over_latents((active @ decoder).to(residual.dtype))
         error = (decoded + residual[rows]) * mask
-        by_output = times(error, metric * scale)
-        loss += (by_output * error).sum()
-        by_output = by_output.mul_(2 * coefficient).to(fast)
+        by_output = times(error, metric * (2 * coefficient * scale)).to(fast)
         by_latent = threshold_backward(by_output @ decoder.T, active, 0)
         gradients.encoder_bias.index_add_(0, dead, by_latent.sum(0, dtype=exact))
         for some in (slice(i, i + _TILE_LATENTS) for i in range(0, len(dead), _TILE_LATENTS)):
             own = dead[some]
             gradients.encoder.index_add_(0, own, (by_latent[:, some].T @ x_fast).to(exact))
             gradients.decoder.index_add_(0, own, (active[:, some].T @ by_output).to(exact))
-    return loss

@@ -72,8 +72,14 @@ def collectives(processes: Several, device: torch.device) -> Iterator[Collective
     """
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"several processes train on cuda or cpu, not on {device.type}")
-    if distributed.is_initialized():
-        yield Collectives(processes)  # somebody else's, and theirs to end
+    if distributed.is_initialized():  # somebody else's, and theirs to end
+        for kind in ("cpu", device.type):
+            if f"{kind}:" not in str(distributed.get_backend_config()):
+                raise UsageError(
+                    f"the process group that is there cannot exchange tensors on {kind}; start it "
+                    'with init_process_group("cpu:gloo,cuda:nccl")'
+                )
+        yield Collectives(processes)
         return
     processes.meet()  # the backend has little patience with those who come late
     backend = "gloo"

@@ -33,8 +33,8 @@ class TrainConfig:
     aux_coefficient: float = 1 / 32
     """Weight of the AuxK loss that revives dead latents (Gao et al. 2024); 0 turns it off."""
     dead_after: int | None = None
-    """Rows without firing after which a latent counts as dead; default: a tenth of the rows, at
-    most 10 M."""
+    """Rows without firing, at least a batch, after which a latent counts as dead; default: a tenth
+    of the rows, at most 10 M."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints."""
     log_every: int = 10

@@ -94,7 +94,7 @@ class LearntThreshold:
     def __init__(self, k: int, d_sae: int, device: torch.device, num_own: int | None = None):
         """``num_own`` is the number of latents here, if they are not all."""
         num_own, start = num_own or d_sae, initial_threshold(k, d_sae)
-        self.log = torch.full((num_own,), math.log(start), device=device)
+        self.log = torch.full((num_own,), math.log(start), dtype=torch.float32, device=device)
         self._mean, self._square = torch.zeros_like(self.log), torch.zeros_like(self.log)
         self._steps = 0
 

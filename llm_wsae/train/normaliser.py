@@ -42,7 +42,7 @@ class Normaliser:
             rows = rows.pin_memory()  # or the copy would wait for the step before
         rows = rows.to(self.mean.device, non_blocking=True).float()
         mask = (torch.linalg.vector_norm(rows, dim=1) <= self._threshold).float()
-        x = rows.sub(self.mean).mul_(mask[:, None] / self.scale)
+        x = rows.sub(self.mean).div_(self.scale).where(mask[:, None] > 0, 0)  # also if infinite
         here = mask.sum()
         elsewhere = self._split.over_rows(here) - here
         return Batch(x, x.to(self._fast), mask, self._split, elsewhere)
@@ -53,8 +53,8 @@ class Space:
 
     def __init__(self, gamma: Gamma, device: torch.device):
         """``gamma`` must be invertible, as weights with the place "space" are."""
-        self.gamma = gamma.to(device)
-        self._inverse = inverse(gamma).to(device, gamma.dtype)
+        self.gamma = gamma.to(device, torch.float32)
+        self._inverse = inverse(gamma).to(device, torch.float32)
 
     def enter(self, batch: Batch) -> Batch:
         """The batch in this space; massive rows stay 0."""
@@ -79,7 +79,7 @@ class Spaces:
         if weights.config.place == "loss":
             return None
         for space in self._known:
-            if torch.equal(space.gamma, weights.gamma.to(self._device)):
+            if torch.equal(space.gamma, weights.gamma.to(space.gamma)):
                 return space
         self._known.append(Space(weights.gamma, self._device))
         return self._known[-1]

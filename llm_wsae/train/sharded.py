@@ -1,7 +1,7 @@
 """Latents shared out among the processes, for dictionaries that do not fit one device.
 
 Every process holds a run of latents, with their optimiser state and counters, and works on all rows
-of each batch. What goes over the processes is no wider than the rows are: the largest values of
+of each batch. What goes over the processes is about as wide as the rows are: the largest values of
 each process, so that the largest of all are known, and its share of the reconstruction. All else of
 a latent happens where it is.
 """

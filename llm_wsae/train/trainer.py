@@ -121,9 +121,9 @@ class _Training:
         self.statistics = source.statistics()
         self.normaliser = Normaliser(self.statistics, device, fast, team.split)
         self.learning_rate = config.learning_rate or default_learning_rate(d_sae)
-        self.dead_after = config.dead_after or min(
-            MAX_DEAD_AFTER, self.num_steps * config.batch_size // 10
-        )
+        rows = self.num_steps * config.batch_size
+        dead_after = config.dead_after or min(MAX_DEAD_AFTER, rows // 10)
+        self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
         workspace, spaces = Workspace(), Spaces(device)
         self.arms = [
             Arm(arm, source.d_in, d_sae, device, workspace, spaces.of(arm.weights), team.split)
