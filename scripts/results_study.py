@@ -95,14 +95,22 @@ def _remember_profile(
 ) -> None:
     """What the site's rows are like and where the loss of all weights lies: it needs the store."""
     evidence = gather(step.rules, store, site, model=model, dictionary=first)
-    weights: dict[str, LossWeights] = {
-        planned.label: planned.arm.weights for planned in plan(evidence, config, step.weigh)
-    }
+    weights: dict[str, dict[str, LossWeights]] = {}  # by label and, where they are drawn, draw
+    for planned in plan(evidence, config, step.weigh):
+        weights.setdefault(planned.label, {})[planned.arm.weights.name] = planned.arm.weights
     path = FOLDER / str(site) / PROFILE
-    facts = profile(store.statistics(site), list(weights.values()))
-    new = dict(zip(weights, facts.pop("weights"), strict=True))
+    facts = profile(store.statistics(site), [w for own in weights.values() for w in own.values()])
+    of_draw = {found["name"]: found for found in facts.pop("weights")}
+    new = {label: _mean([of_draw[name] for name in own]) for label, own in weights.items()}
     known = read_json(path, "profile")["weights"] if path.exists() else {}
     write_json(path, facts | {"weights": known | new})
+
+
+def _mean(draws: list[dict[str, Any]]) -> dict[str, Any]:
+    """Facts of weights, of which those that are drawn have as many effective dimensions as their
+    draws on average."""
+    mean = sum(draw["effective_dimensions"] for draw in draws) / len(draws)
+    return draws[0] | {"effective_dimensions": mean}
 
 
 @dataclass(frozen=True)

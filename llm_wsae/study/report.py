@@ -145,8 +145,8 @@ class StudyReport:
         if "detection_all" in one.effects:
             scored, everything = (one.effects[m] for m in ("eligible", "detection_all"))
             numbers.append(
-                f"latents that can be scored {100 * scored.difference:+.1f} %, with the others at "
-                f"chance detection {_difference(everything)}"
+                f"{100 * scored.difference:+.1f} points of latents that can be scored, detection "
+                f"with the others at chance {_difference(everything)}"
             )
         by_kl = next(other for other in self.at_equal_kl if other.label == one.label)
         same = "the same" if by_kl.verdict == one.verdict else by_kl.verdict

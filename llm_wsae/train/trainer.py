@@ -256,14 +256,21 @@ class _Training:
         settings = {k: v for k, v in self.identity.items() if k not in ("rows", "arms")}
         for arm in self.arms:
             name = arm.config.name
-            dictionary_of(
+            dictionary = dictionary_of(
                 self._whole(arm),
                 self.source,
                 self.statistics,
                 self.normaliser,
                 self.last_numbers.get(name, {}),
                 settings,
-            ).save(self.out / name)
+            )
+            if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):
+                # of latents that never fire: the loss does not tell
+                raise LlmWsaeError(
+                    f"{name} has weights that are not finite; lower --learning-rate and start "
+                    "again in another folder"
+                )
+            dictionary.save(self.out / name)
         write_json(self.out / FINISHED, self.identity)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
 
