@@ -23,7 +23,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.evaluate.measures import Moments, Reconstruction
+from llm_wsae.evaluate.measures import Moments, ReconstructionSums
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.reference import BETAS
 from llm_wsae.statistics.weights import weights_from_rule
@@ -99,7 +99,7 @@ def fvu(dictionary: Dictionary, store: ActivationStore, site: Site) -> float:
     """FVU on all rows of a store that are not massive."""
     found = store.statistics(site)
     moments = Moments(found.mean)
-    made = Reconstruction(dictionary.d_in, dictionary.d_sae)
+    made = ReconstructionSums(dictionary.d_in, dictionary.d_sae)
     for start in range(0, store.num_rows, 4096):
         rows = store.rows(site, start, min(start + 4096, store.num_rows)).float()
         rows = rows[rows.norm(dim=1) <= found.massive_threshold]

@@ -15,7 +15,7 @@ from llm_wsae.evaluate import next_token
 from llm_wsae.evaluate.bootstrap import Bootstrap
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.fidelity import FidelityBench, evaluate
-from llm_wsae.evaluate.measures import Moments, Reconstruction
+from llm_wsae.evaluate.measures import Moments, ReconstructionSums
 from llm_wsae.evaluate.next_token import next_token_sums, scored_positions
 from llm_wsae.model.language_model import LanguageModel
 
@@ -312,7 +312,7 @@ def test_variance_keeps_its_digits_far_from_zero():
 
 
 def test_densities_and_their_histogram():
-    made = Reconstruction(2, 5)
+    made = ReconstructionSums(2, 5)
     made.count = 1000
     made.firings = torch.tensor([0, 1, 10, 150, 1000])
     assert made.l0 == pytest.approx(1.161)
@@ -434,7 +434,9 @@ def test_what_hangs_on_the_text_alone_is_measured_once(model, contexts, monkeypa
     monkeypatch.setattr(model, "resume", resume)
     bench = FidelityBench(model, contexts, CONFIG)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Reconstruction, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            ReconstructionSums, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         bench.evaluate(known)
     counts = []
     for name in known:

@@ -30,7 +30,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluate.bootstrap import Bootstrap
 from llm_wsae.evaluate.checks import check_fit, notes_on_weights
 from llm_wsae.evaluate.config import EvaluateConfig
-from llm_wsae.evaluate.measures import Moments, Reconstruction, exact, ratio
+from llm_wsae.evaluate.measures import Moments, ReconstructionSums, exact, ratio
 from llm_wsae.evaluate.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluate.report import Fidelity, Report
 from llm_wsae.model.language_model import LanguageModel
@@ -98,7 +98,7 @@ class _SiteState:
     """A site's dictionaries, what they made of its rows, and its baselines."""
 
     dictionaries: dict[str, Dictionary]
-    made: dict[str, Reconstruction]
+    made: dict[str, ReconstructionSums]
     baselines: _Baselines
     is_new: bool
     """Whether the baselines are measured in this pass."""
@@ -169,7 +169,7 @@ class FidelityBench:
             known = [threshold for threshold in thresholds if threshold is not None]
             threshold = min(known) if known else MASSIVE_RATIO * self._medians[site]
             found = self._known.get((site, threshold))
-            made = {name: Reconstruction(d.d_in, d.d_sae) for name, d in own.items()}
+            made = {name: ReconstructionSums(d.d_in, d.d_sae) for name, d in own.items()}
             empty = torch.zeros(self._model.d_model, dtype=torch.float64)
             baselines = found or _Baselines(threshold, empty)
             sites[site] = _SiteState(own, made, baselines, is_new=found is None)

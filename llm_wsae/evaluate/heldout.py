@@ -115,7 +115,7 @@ class HeldoutText:
         return cells.where(inside, OUTSIDE)
 
 
-class Batch(NamedTuple):
+class ContextBatch(NamedTuple):
     """The activations of consecutive contexts."""
 
     contexts: slice
@@ -133,7 +133,7 @@ class Activations:
         self._contexts = max(1, batch_tokens // text.ids.shape[1])
         self._kept: dict[Site, list[Tensor]] = {}
 
-    def batches(self, sites: Sequence[Site]) -> Iterator[Batch]:
+    def batches(self, sites: Sequence[Site]) -> Iterator[ContextBatch]:
         """All rows at the sites, in the order of the text."""
         missing = [site for site in sites if site not in self._kept]
         size = self._text.num_rows * self._model.d_model * self._model.dtype.itemsize
@@ -149,7 +149,7 @@ class Activations:
             if keep:
                 for site in missing:
                     fresh[site].append(found[site])
-            yield Batch(contexts, slice(first, last), found)
+            yield ContextBatch(contexts, slice(first, last), found)
         if keep:
             self._kept |= fresh
 

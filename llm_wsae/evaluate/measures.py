@@ -40,7 +40,7 @@ class Moments:
         return square - total.square() / max(count, 1)
 
 
-class Reconstruction:
+class ReconstructionSums:
     """What one dictionary made of the rows of its site."""
 
     def __init__(self, d_in: int, d_sae: int):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.evaluate.heldout import Activations, Batch
+from llm_wsae.evaluate.heldout import Activations, ContextBatch
 from llm_wsae.evaluate.top_contexts import Collector, Firings
 from llm_wsae.evaluate.units import NO_UNIT, DenseTable, SparseTable, Table, Units
 from llm_wsae.model.site import Site
@@ -76,7 +76,7 @@ class Recorder:
             for units in kinds
         ]
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: ContextBatch) -> None:
         """Encode a batch's rows and keep what is needed of the codes."""
         rows = batch.activations[self.dictionary.site]
         codes = self.dictionary.encode_sparse(rows)
