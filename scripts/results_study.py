@@ -337,8 +337,10 @@ def main() -> None:
 
 
 def write() -> None:
-    """Write the section from the folders of the sites."""
+    """Write the section, and the report of every site, from the folders of the sites."""
     studies = {site: found for site in SITES if (found := Study.read(site))}
+    for site, study in studies.items():
+        study.report.write(FOLDER / site)
     if studies:
         write_section("study", section(studies), RESULTS)
 
