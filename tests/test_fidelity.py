@@ -406,7 +406,7 @@ def test_a_cache_without_room_for_the_last_stream_holds_nothing_else(contexts):
     made = fresh_model()
     bench = FidelityBench(made, contexts, CONFIG)
     kept = sum(ids.numel() for ids, _ in bench._batches) * D * 4
-    bench._room = kept + 2 * D * 4 + 1
+    bench._streams._room = kept + 2 * D * 4 + 1
     first, second = (bench.evaluate(known).dictionaries["k2"] for _ in range(2))
     assert first == second
 

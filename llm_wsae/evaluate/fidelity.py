@@ -16,7 +16,7 @@ wherever there are any.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -33,12 +33,11 @@ from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.measures import Moments, ReconstructionSums, exact, ratio
 from llm_wsae.evaluate.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluate.report import Fidelity, Report
+from llm_wsae.evaluate.streams import Streams
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import MASSIVE_RATIO
 
-_CACHE_BYTES = 1 << 30  # of activations, so that the model's lower part need not run again
-_SAME_LOGITS = 0.05  # relative; half precision in another order is far below
 # What a number per context counts: ("scored",), ("ce", "clean"), ("kl", "zero", site), …
 Key = tuple[str | Site, ...]
 
@@ -116,8 +115,7 @@ class FidelityBench:
         taken = take_contexts(contexts, config.tokens)
         self._num_contexts = len(taken)
         self._batches = _batches(taken, config)
-        self._room = _CACHE_BYTES
-        self._kept: dict[tuple[Site, int], Tensor] = {}
+        self._streams = Streams(model, [ids for ids, _ in self._batches])
         self._medians: dict[Site, float] = {}
         self._known: dict[tuple[Site, float], _Baselines] = {}
 
@@ -129,8 +127,8 @@ class FidelityBench:
         columns: dict[Key, list[Tensor]] = defaultdict(list)
         with tqdm(total=self._num_contexts, desc="evaluate", unit="ctx") as bar:
             for number, (ids, keep) in enumerate(self._batches):
-                activations = self._activations(number, list(sites))
-                clean = self._clean_logits(number, max(sites), activations)
+                activations = self._streams.at(number, list(sites))
+                clean = self._streams.clean_logits(number, max(sites), activations)
                 found = _evaluate_batch(sites, self._model, ids, keep, activations, clean)
                 for key, numbers in found:
                     columns[key].append(numbers)
@@ -176,46 +174,6 @@ class FidelityBench:
         self._read_means({site: s.baselines for site, s in sites.items() if s.is_new})
         return sites
 
-    def _activations(self, number: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """Of a batch; as many as there is room for are kept, for what is still to be measured."""
-        found = {site: self._kept[site, number] for site in sites if (site, number) in self._kept}
-        missing = [site for site in sites if site not in found]
-        if missing:
-            for site, hidden in self._model.activations(self._batches[number][0], missing).items():
-                found[site] = hidden
-                self._keep(site, number, hidden)
-        return found
-
-    def _clean_logits(self, number: int, last: Site, activations: Mapping[Site, Tensor]) -> Tensor:
-        """Of a batch, made from the activations as those of every variant are, so that a perfect
-        splice gives the same numbers. What leaves the last block is kept like an activation."""
-        ids, end = self._batches[number][0], Site(self._model.num_blocks - 1, "post")
-        if (end, number) in self._kept:
-            return self._model.resume(ids, end, self._kept[end, number])
-        seen: dict[Site, Tensor] = {}  # the last visit counts: a model's first one is a trial
-        with self._model.visiting({end: lambda hidden: seen.update({end: hidden})}):
-            logits = self._model.resume(ids, last, activations[last])
-        if number == 0:
-            self._check_clean(ids, last, logits)
-        if seen[end].dtype == self._model.dtype:  # a wider stream would be rounded on its way back
-            self._keep(end, number, seen[end])
-        return logits
-
-    def _check_clean(self, ids: Tensor, site: Site, logits: Tensor) -> None:
-        """Raise LlmWsaeError if the model, entered at the site, is not the model as it is."""
-        whole = self._model.logits(ids).float()
-        if not (logits.float() - whole).norm() <= _SAME_LOGITS * whole.norm():
-            raise LlmWsaeError(
-                f"{self._model.name} predicts something else when it is entered at {site} with its "
-                "own activations: its blocks hand on more than the residual stream, so its "
-                "predictions cannot judge dictionaries there"
-            )
-
-    def _keep(self, site: Site, number: int, hidden: Tensor) -> None:
-        self._room -= hidden.nbytes
-        if self._room >= 0:
-            self._kept[site, number] = hidden
-
     def _read_medians(self, by_site: Mapping[Site, Mapping[str, Dictionary]]) -> None:
         """Median norms of the sites whose dictionaries know no threshold."""
         norms: dict[Site, list[Tensor]] = {
@@ -229,7 +187,7 @@ class FidelityBench:
         for number, (_, keep) in enumerate(
             tqdm(self._batches, desc="evaluate: norms", unit="batch")
         ):
-            for site, hidden in self._activations(number, list(norms)).items():
+            for site, hidden in self._streams.at(number, list(norms)).items():
                 norms[site].append(hidden[keep.to(hidden.device)].float().norm(dim=1).cpu())
         for site, parts in norms.items():
             self._medians[site] = float(torch.cat(parts).median())
@@ -241,7 +199,7 @@ class FidelityBench:
         for number, (_, keep) in enumerate(
             tqdm(self._batches, desc="evaluate: means", unit="batch")
         ):
-            for site, hidden in self._activations(number, list(sites)).items():
+            for site, hidden in self._streams.at(number, list(sites)).items():
                 _check_finite(hidden, keep, site)
                 rows, _ = sites[site].split(hidden, keep.to(hidden.device))
                 sites[site].total += exact(hidden[rows]).sum(0)
