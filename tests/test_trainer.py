@@ -16,8 +16,10 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import folder_lock, read_json
 from llm_wsae.model.site import Site
+from llm_wsae.processes import Several
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.weights import LossWeights
+from llm_wsae.train import collectives, trainer
 from llm_wsae.train.arm import Arm, ArmConfig, folded
 from llm_wsae.train.arms import choose_weights, make_arms
 from llm_wsae.train.checkpoint import CHECKPOINT
@@ -191,6 +193,34 @@ def test_what_fired_a_step_ago_is_never_dead(tmp_path):
     source = MemorySource(600)
     train(source, arms_for(source), replace(CONFIG, tokens=None, batch_size=100), tmp_path)
     assert read_json(tmp_path / FINISHED, "training")["dead_after"] == 100
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Those of a latent that never fires do not show in the loss."""
+    source, made = MemorySource(600), trainer.dictionary_of
+
+    def spoilt(*given):
+        dictionary = made(*given)
+        with torch.no_grad():
+            dictionary.W_dec[3, 0] = float("nan")
+        return dictionary
+
+    monkeypatch.setattr(trainer, "dictionary_of", spoilt)
+    with pytest.raises(LlmWsaeError, match="uniform-k4 has weights that are not finite; lower"):
+        train(source, arms_for(source), replace(CONFIG, tokens=None, batch_size=100), tmp_path)
+    assert not list(tmp_path.rglob("cfg.json")) and not (tmp_path / FINISHED).exists()
+
+
+@pytest.mark.parametrize("backends", ["cuda:nccl", "cpu:gloo"])
+def test_a_process_group_must_reach_every_device(monkeypatch, backends):
+    monkeypatch.setattr(collectives.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(collectives.distributed, "get_backend_config", lambda: backends)
+    missing = "cpu" if "cpu" not in backends else "cuda"
+    with (
+        pytest.raises(UsageError, match=f"cannot exchange tensors on {missing}; start it with"),
+        collectives.collectives(object.__new__(Several), torch.device("cuda")),
+    ):
+        pass
 
 
 def test_a_folder_in_use_is_refused(trained, tmp_path):
