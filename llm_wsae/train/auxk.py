@@ -19,7 +19,7 @@ from llm_wsae.train.parameters import Batch, Parameters, squared, times
 
 threshold_backward = torch.ops.aten.threshold_backward  # of a ReLU: one pass, no mask
 
-_TILE_ROWS, _TILE_ROWS_ON_CPU = 1024, 512  # rows × dead latents are held several times
+_TILE_ROWS, _TILE_ROWS_ON_CPU = 1024, 256  # rows × dead latents are held several times
 _TILE_LATENTS = 2048
 _LOOKS_PER_DEATH = 16  # how often the dead are looked for, on a GPU, while one dies
 
