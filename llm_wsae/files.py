@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(partial, path)
         _sync(path.parent)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # as when the folder's own name is a file's
+            partial.unlink()
         refusal = write_error(path, error)
         if refusal is None:
             raise
@@ -149,11 +150,14 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
         handle.close()
 
 
-def remove_partials(folder: Path) -> None:
-    """Delete what killed writers left half-written (call it only under the folder's lock)."""
-    for path in Path(folder).rglob(".*"):
-        if _PARTIALS.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+def remove_partials(folder: Path, *below: str) -> None:
+    """Delete what killed writers left half-written in a folder and in those of its subfolders that
+    are named (call it only under the folder's lock): whatever else lies in it is somebody else's.
+    """
+    for own in (Path(folder), *(Path(folder) / name for name in below)):
+        for path in own.glob(".*"):
+            if _PARTIALS.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

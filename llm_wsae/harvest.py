@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from llm_wsae.data.batches import cut, shuffle
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.manifest import Manifest
+from llm_wsae.data.manifest import MANIFEST, RECORDS, TOKENS, Manifest
 from llm_wsae.data.plan import begin_or_resume, check_size, shard_batches, too_small
 from llm_wsae.data.prefetch import prefetch
 from llm_wsae.data.store import ActivationStore
@@ -33,6 +32,7 @@ from llm_wsae.files import remove_partials
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.processes import Processes, join
+from llm_wsae.record import version_of
 from llm_wsae.statistics.moments import Statistics
 
 _PACKED_AHEAD = 4
@@ -68,7 +68,7 @@ def harvest(
             model.check_site(site)
         packer = Packer.for_model(model, config)
         manifest = _agreed(processes, _manifest(model, corpus, sites, config))
-        processes.lead(lambda: None if out.exists() else check_size(packer, corpus, config))
+        processes.lead(lambda: _check_size(out, packer, corpus, config))
         with processes.folder_lock(out, "activation store"):
             following = processes.lead(lambda: _begin(out, manifest))
             if following is None:
@@ -81,10 +81,16 @@ def harvest(
     return ActivationStore.open(out)
 
 
+def _check_size(out: Path, packer: Packer, corpus: Corpus, config: HarvestConfig) -> None:
+    """A text that is too small is best known before the first forward pass."""
+    if not (out / MANIFEST).is_file():
+        check_size(packer, corpus, config)
+
+
 def _begin(out: Path, wanted: Manifest) -> dict[str, tuple[int, int]] | None:
     """Where the text goes on behind each whole shard; None if the store is complete."""
     manifest, shards = begin_or_resume(out, wanted)  # refuses a folder that is not ours
-    remove_partials(out)
+    remove_partials(out, TOKENS, RECORDS, *wanted.sites)
     return None if manifest.complete else {str(i): shard.next for i, shard in shards.items()}
 
 
@@ -246,8 +252,8 @@ class ActivationStream:
             bad = int((~torch.isfinite(rows)).any(1).sum())
             raise LlmWsaeError(
                 f"{bad} of {len(rows)} rows of {self.site} from document "
-                f"{contexts.first.document} of {self._corpus.name} on are NaN or infinite; try a "
-                "float32 model"
+                f"{contexts.first.document} of {self._corpus.name} on are NaN or infinite; try the "
+                "model in float32"
             )
         return rows
 
@@ -257,7 +263,7 @@ def _manifest(
 ) -> Manifest:
     auto = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
     return Manifest(
-        package_version=_package_version(),
+        package_version=version_of("llm-wsae"),
         model=model.identity(),
         corpus=corpus.identity(),
         sites=[str(site) for site in sites],
@@ -269,10 +275,3 @@ def _manifest(
         contexts_per_shard=config.contexts_per_shard,
         num_contexts=config.num_contexts,
     )
-
-
-def _package_version() -> str:
-    try:
-        return version("llm-wsae")
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        return "unknown"

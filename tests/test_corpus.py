@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -93,6 +94,7 @@ def test_identity_follows_the_text(tmp_path):
         ("a.txt", b"ab\xff\xfecd", LlmWsaeError, "is not UTF-8 text"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": 5}\n{"text"', UsageError, "line 3: no column"),
         ("a.jsonl", b'{"text": "x"}\n{"text"', LlmWsaeError, "line 2: not JSON"),
+        ("a.jsonl", b"[" * 100_000, LlmWsaeError, "line 1: not JSON"),
         ("a.jsonl", b"[1]\n", LlmWsaeError, "line 1: not a JSON object"),
         ("a.jsonl", b'{"p": "x", "q": "y"}\n', UsageError, "the columns are p, q"),
         ("a.parquet", b"nonsense", LlmWsaeError, "not a readable parquet file"),
@@ -104,6 +106,37 @@ def test_unreadable_files_get_one_sentence(tmp_path, name, content, error, messa
     with pytest.raises(error, match=message) as caught:
         list(Corpus.open(str(tmp_path / name), "all").documents())
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text(r'{"text": "one \ud83d two", "who": "\udc00x"}' + "\n")
+    (document,) = Corpus.open(str(tmp_path / "a.jsonl"), "all").documents()
+    assert (document.text, document.labels) == ("one ? two", {"who": "?x"})
+    document.text.encode()
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    for content in ("one", "two"):
+        (tmp_path / name).write_text(content)
+        corpus = Corpus.open(str(tmp_path), "all")
+        (document,) = corpus.documents()
+        assert document.name == r"caf\udce9.txt" and document.text == content
+        assert is_heldout(document.name, 1.0) and corpus.identity()["fingerprint"]
+
+
+def test_a_dataset_that_wants_to_run_code(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: Info())
+    with pytest.raises(UsageError, match=r"cannot be read \(Dataset scripts .* as parquet or JSON"):
+        Corpus.open("someone/old", "all")
+
+
+class Info:
+    sha = "0" * 40
 
 
 def test_a_row_without_text_is_passed_over(tmp_path):

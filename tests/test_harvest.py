@@ -15,7 +15,7 @@ from tiny import tiny_model, write_jsonl
 from llm_wsae.data.batches import ActivationSource
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.manifest import Manifest, whole_shards
+from llm_wsae.data.manifest import Manifest, save_record, whole_shards
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.tokens import Packer
 from llm_wsae.data.verify import verify_store
@@ -207,8 +207,34 @@ def test_other_files_and_a_second_process_are_refused(model, corpus, tmp_path):
         harvest(model, corpus, SITES, tmp_path, CONFIG)
 
 
+def test_only_what_is_its_own_is_cleared_up(model, corpus, tmp_path):
+    harvest(model, corpus, SITES, tmp_path, CONFIG)
+    theirs = tmp_path / "theirs" / ".notes.5.partial"
+    theirs.parent.mkdir()
+    theirs.touch()
+    own = [tmp_path / ".manifest.json.5.partial", tmp_path / str(SITES[0]) / ".tmpABC123"]
+    for path in own:
+        path.touch()
+    harvest(model, corpus, SITES, tmp_path, CONFIG)
+    assert theirs.exists() and not any(path.exists() for path in own)
+
+
+def test_shards_are_counted_and_not_spelt(tmp_path, model, corpus):
+    """Behind 99999 the names are longer."""
+    manifest = Manifest.load(harvest(model, corpus, SITES, tmp_path, CONFIG).folder)
+    (record, *_), manifest.complete, manifest.shards = manifest.shards, False, []
+    for index in (100_000, 99_999, 100_001, 3):
+        save_record(tmp_path / "x", index, record)
+    assert list(whole_shards(tmp_path / "x", manifest)) == [3, 99_999, 100_000, 100_001]
+
+
 def test_a_corpus_that_is_too_small_costs_nothing(model, corpus, tmp_path):
     config = replace(CONFIG, tokens=100_000)
+    (tmp_path / "s").mkdir()  # an empty folder is no harvest
+    with pytest.raises(LlmWsaeError, match=r"train part of the corpus text\.jsonl"):
+        harvest(model, corpus, SITES, tmp_path / "s", config)
+    assert list((tmp_path / "s").iterdir()) == []
+    (tmp_path / "s").rmdir()
     with pytest.raises(LlmWsaeError, match=r"train part of the corpus text\.jsonl") as caught:
         harvest(model, corpus, SITES, tmp_path / "s", config)
     assert not (tmp_path / "s").exists()

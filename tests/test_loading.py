@@ -1,5 +1,6 @@
 """Loading by name: what a name means, and one sentence for each way in which it leads nowhere."""
 
+import contextlib
 import importlib.util
 import socket
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import transformers
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import httpx
+from safetensors.torch import load_file, save_file
 from tiny import VOCAB, tiny_tokenizer
 from tiny_families import tiny_hf_model
 
@@ -73,6 +75,39 @@ def test_folders_that_hold_no_causal_model(tmp_path):
     refused(LlmWsaeError, "no file named model.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors" * 9)
     refused(LlmWsaeError, "cannot be loaded as a causal language model")
+
+
+def test_weights_that_are_not_whole(tmp_path):
+    """transformers would put random numbers in their place."""
+    tiny_hf_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    lost = sorted(name for name in whole if ".layers.1.mlp." in name)
+    save_file({k: v for k, v in whole.items() if k not in lost}, file, {"format": "pt"})
+    with pytest.raises(LlmWsaeError, match=f"not whole: {lost[0]} and 2 more missing"):
+        LanguageModel.load(str(tmp_path))
+    save_file(whole | {lost[0]: torch.zeros(3, 3)}, file, {"format": "pt"})
+    with pytest.raises(LlmWsaeError, match="cannot be loaded as a causal") as caught:
+        LanguageModel.load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    save_file(whole, file, {"format": "pt"})
+    LanguageModel.load(str(tmp_path))
+
+
+def test_encoders_predict_no_next_token(tmp_path):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.BertConfig(**sizes)
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(UsageError, match="bert is an encoder, whose tokens see the ones behind"):
+        LanguageModel.load(str(tmp_path / "bert"))
+    config.is_decoder = True
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "decoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "decoder")
+    with contextlib.suppress(UsageError):  # whatever else may be wrong with it
+        assert LanguageModel.load(str(tmp_path / "decoder"))
 
 
 def test_gguf_files_that_cannot_be_read(tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ class Corpus:
         for index, raw in enumerate(self.source.documents(start), start):
             if raw.text.strip() and self._holds(raw.name):
                 found = True
-                yield Document(index, raw.name, raw.text, _short(raw.labels))
+                yield Document(index, raw.name, _encodable(raw.text), _short(raw.labels))
         if not found and start == 0:
             if self.part == "all" or not any(d.text.strip() for d in self.source.documents(0)):
                 raise LlmWsaeError(f"the corpus {self.name} holds no text")
@@ -136,4 +136,13 @@ def _short(labels: dict[str, Any]) -> dict[str, Any]:
             isinstance(value, str) and 0 < len(value) <= _LONGEST_LABEL
         )
 
-    return {str(key): value for key, value in labels.items() if carried(value)}
+    kept = {str(key): value for key, value in labels.items() if carried(value)}
+    return {
+        _encodable(key): _encodable(value) if isinstance(value, str) else value
+        for key, value in kept.items()
+    }
+
+
+def _encodable(text: str) -> str:
+    """Without half surrogate pairs, which scraped JSON holds and nothing can encode: ? instead."""
+    return text.encode(errors="replace").decode()

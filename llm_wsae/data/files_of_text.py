@@ -88,7 +88,7 @@ class FileSource:
                 where = f"{file}, line {number}"
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:  # the second: brackets without end
                     raise LlmWsaeError(f"{where}: not JSON ({error})") from None
                 if not isinstance(row, dict):
                     raise LlmWsaeError(f"{where}: not a JSON object with a text column")
@@ -118,7 +118,8 @@ class FileSource:
             raise LlmWsaeError(f"{file} is not a readable parquet file: {error}") from error
 
     def _relative(self, file: Path) -> str:
-        return file.relative_to(self._root).as_posix()
+        name = file.relative_to(self._root).as_posix()
+        return name.encode(errors="backslashreplace").decode()  # of bytes that are no text
 
 
 def text_column_of(row: dict[str, Any], wanted: str | None, where: str) -> str:

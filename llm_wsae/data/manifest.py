@@ -178,7 +178,8 @@ def whole_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
     found = dict(enumerate(manifest.shards))
     if manifest.complete:
         return found
-    for path in sorted((folder / RECORDS).glob("[0-9]*.json")):
+    paths = (folder / RECORDS).glob("[0-9]*.json")
+    for path in sorted(paths, key=lambda path: int(path.stem)):  # the names grow after 99999
         value = read_json(path, "record of a shard")
         checksum = value.pop("sha256", None) if isinstance(value, dict) else None
         if checksum is None or checksum != _digest(value):

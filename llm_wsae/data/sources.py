@@ -143,6 +143,11 @@ class HubSource:
                 f"there is no file, text package or reachable Hub dataset {self._id!r} "
                 f"({_first_line(error)})"
             ) from error
+        except (RuntimeError, datasets.exceptions.DatasetsError) as error:  # e.g. a script
+            raise UsageError(
+                f"the Hub dataset {self._id} cannot be read ({_first_line(error)}); choose one "
+                "that is stored as parquet or JSON lines"
+            ) from error
         except ValueError as error:  # a missing or unknown configuration; datasets lists them
             raise UsageError(
                 f"the Hub dataset {self._id} cannot be opened as {self.name!r} (a configuration "

@@ -84,10 +84,16 @@ class ActivationStore:
         for key in ("weights_sha256", "dtype"):
             if mine.get(key) != identity.get(key):
                 what = "dtype" if key == "dtype" else "weights"
+                way_out = f"; load it with --model-dtype {mine[key]}" if key == "dtype" else ""
                 raise LlmWsaeError(
                     f"the store {self.folder} was made by {mine.get('name')} in {mine['dtype']}, "
                     f"not by {identity.get('name')} in {identity.get('dtype')} (other {what})"
+                    f"{way_out}"
                 )
+
+    def model_dtype(self, wanted: str) -> str:
+        """``wanted``, or for ``auto`` the number format of the model that made the store."""
+        return self.manifest.model.get("dtype", "auto") if wanted == "auto" else wanted
 
     def statistics(self, site: Site) -> Statistics:
         """The statistics of all rows of a site."""

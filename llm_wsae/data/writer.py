@@ -103,7 +103,7 @@ class StoreWriter:
             except LlmWsaeError as error:
                 raise LlmWsaeError(
                     f"{site}, shard {index:05d}: {error}; the shards before it are whole, and a "
-                    "float32 model may do better"
+                    "model in float32 may do better (--model-dtype float32)"
                 ) from error
         self._num_rows = added.stop
         if sum(len(c.ids) for c in self._contexts) == self._manifest.shard_contexts(index):

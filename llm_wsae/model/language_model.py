@@ -225,8 +225,9 @@ class LanguageModel:
 
     def _stream(self, hidden: Tensor, ids: Tensor, site: Site) -> Tensor:
         if hidden.shape != (*ids.shape, self.d_model):
+            beyond = "; take its hook_resid_pre or _post" if site.point == "mid" else ""
             raise LlmWsaeError(
                 f"{self.name} keeps a tensor of shape {tuple(hidden.shape)} at {site}, not one "
-                f"vector of {self.d_model} per token; this architecture is not supported"
+                f"vector of {self.d_model} per token, which is not supported{beyond}"
             )
         return hidden

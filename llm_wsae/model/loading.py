@@ -67,17 +67,37 @@ def load_pretrained(model: str, revision: str | None, dtype: torch.dtype) -> Loa
     weights = _dense_weights() if "gguf_file" in options else {}
     try:
         with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
-            hf_model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, **options, **weights
+            hf_model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, **options, **weights
             )
-            if hf_model.config.is_encoder_decoder:
-                raise UsageError(
-                    f"{model} is an encoder-decoder model; a decoder-only one is needed"
-                )
+            _check_whole(model, report)
+            _check_causal(model, hf_model)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _explained(error, model, revision) from error
     return Loaded(hf_model=hf_model, tokenizer=tokenizer, name=name, revision=commit)
+
+
+def _check_whole(model: str, report: dict[str, Any]) -> None:
+    """transformers fills what the weights lack with random numbers, and only warns."""
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LlmWsaeError(
+            f"the weights of {model} are not whole: {missing[0]}{more} missing; fetch the model "
+            "again, or give one whose weights fit its config.json"
+        )
+
+
+def _check_causal(model: str, hf_model: Any) -> None:
+    """The encoders, too, have a class with a head, in which every token sees those behind it."""
+    if hf_model.config.is_encoder_decoder:
+        raise UsageError(f"{model} is an encoder-decoder model; a decoder-only one is needed")
+    looks = {getattr(module, "is_causal", None) for module in hf_model.modules()} - {None}
+    if looks == {False}:  # an image tower's alone would not tell
+        raise UsageError(
+            f"{model} is an encoder, whose tokens see the ones behind them, so it predicts no next "
+            "token; a decoder-only model is needed"
+        )
 
 
 # What from_pretrained is called with: source, options; and the commit on the Hub, if it is there.

@@ -51,7 +51,8 @@ def fisher_information(
         raise LlmWsaeError("there is no text to measure the model's sensitivity on")
     if not bool(torch.isfinite(total).all()):
         raise LlmWsaeError(
-            f"the gradients of {model.name} at {site} are not finite; try a float32 model"
+            f"the gradients of {model.name} at {site} are not finite; try the "
+            "model in float32 (--model-dtype float32)"
         )
     return total / count
 

@@ -110,7 +110,7 @@ def run_study(
     )
     out = Path(out)
     with folder_lock(out, "study"):
-        remove_partials(out)
+        remove_partials(out, RESULTS)
         _check_basis(out, basis)
         study = _Study(store, site, out, config, training, faithful, model.device)
         missing = study.missing(arms)

@@ -65,6 +65,8 @@ class TrainConfig:
         rate = self.learning_rate
         if rate is not None and not 0 < rate < float("inf"):
             raise UsageError(f"learning_rate must be a number above 0, not {rate}")
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, not {self.seed}")
         if self.dead_after is not None and self.dead_after < 1:
             raise UsageError(f"dead_after must be at least 1, not {self.dead_after}")
         if self.shard not in ("rows", "latents"):
