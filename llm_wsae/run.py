@@ -13,9 +13,12 @@ from tqdm import tqdm
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.tokens import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.measurements import keep_measurements
 from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.errors import UsageError
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.fidelity import evaluate, take_contexts
 from llm_wsae.evaluate.report import Fidelity, Report
@@ -34,8 +37,9 @@ from llm_wsae.statistics.profile import profile, profile_text
 from llm_wsae.statistics.weights import takes_matrix
 from llm_wsae.train.arms import choose_weights, make_arms
 from llm_wsae.train.config import Architecture, TrainConfig
-from llm_wsae.train.trainer import train
+from llm_wsae.train.trainer import FINISHED, train
 
+STORE = "store"
 _PER_ITEM = ("fvu_per_dimension", "latent_density")  # long lists; they stay in the report
 
 
@@ -99,6 +103,7 @@ def run(
             check_form(rule, takes_matrix=takes_matrix(rule, weight_config))
     for k in ks:
         TopK(k).check(train_config.expansion * model.d_model)
+    _check_room(out, sites, harvest_config, train_config)
     heldout = take_contexts(  # before hours of work are built on too little text
         Packer.for_model(model, harvest_config).contexts(
             Corpus.open(corpus, "heldout", text_column=text_column)
@@ -107,7 +112,7 @@ def run(
     )
     _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
     training_text = Corpus.open(corpus, "train", text_column=text_column)
-    store = harvest(model, training_text, sites, out / "store", harvest_config)
+    store = harvest(model, training_text, sites, out / STORE, harvest_config)
     results = {}
     for site in sites:
         folder = out / str(site)
@@ -124,6 +129,26 @@ def run(
         plot_fidelity(fidelity_numbers(report), str(site), folder / "fidelity.png")
         results[site] = SiteResult(facts, dictionaries, report, folder)
     return results
+
+
+def _check_room(
+    out: Path, sites: Sequence[Site], harvesting: HarvestConfig, training: TrainConfig
+) -> None:
+    """A training that cannot be is best known before the harvest."""
+    if training.tokens is None and harvesting.tokens < training.batch_size:
+        raise UsageError(
+            f"{harvesting.tokens:,} tokens are less than one batch of {training.batch_size:,}; "
+            "harvest more"
+        )
+    trained = [site for site in sites if (out / str(site) / FINISHED).exists()]
+    if trained and (out / STORE / MANIFEST).is_file():
+        manifest = Manifest.load(out / STORE)
+        if harvesting.num_contexts > manifest.num_contexts:
+            raise UsageError(
+                f"{out} holds dictionaries of {trained[0]} that were trained on "
+                f"{manifest.num_contexts * manifest.context_size:,} tokens; choose another folder "
+                "for more"
+            )
 
 
 def _weigh(
@@ -145,9 +170,10 @@ def _weigh(
 def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:
     """Leave each dictionary's measurements in its own folder, so that they travel with it."""
     for name, dictionary in dictionaries.items():
-        metrics = {**dictionary.info.metrics, "fidelity": summary(report.dictionaries[name])}
+        found = {"fidelity": summary(report.dictionaries[name])}
+        keep_measurements(folder / name, found)
+        metrics = {**dictionary.info.metrics, **found}
         dictionary.info = dataclasses.replace(dictionary.info, metrics=metrics)
-        dictionary.save(folder / name)
 
 
 def summary(fidelity: Fidelity) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 import importlib.util
 import json
+import os
 import shutil
 import struct
+import subprocess
 
 import pytest
 import torch
@@ -121,6 +123,32 @@ def test_a_dictionary_replaces_a_dictionary(folder):
     other.save(folder)
     assert torch.equal(Dictionary.load(folder).W_enc, other.W_enc)
     assert [p.name for p in folder.parent.iterdir()] == ["plain"]
+
+
+def test_what_a_killed_writer_left_is_cleared_up(folder):
+    """Killed between its two renames, or before; by the number of a process that lives no more."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    before = content(folder)
+    old, new = (folder.with_name(f".plain.{ended.pid}.{what}") for what in ("old", "new"))
+    folder.rename(old)
+    make(seed=3).save(new)
+    with pytest.raises(LlmWsaeError, match=rf"a writer was killed there, so rename {old} to it"):
+        Dictionary.load(folder)
+    theirs = folder.with_name(f".plain.{os.getppid()}.new")  # of a process that lives
+    theirs.mkdir()
+    with pytest.raises(LlmWsaeError, match="NaN or infinite"):
+        other = make()
+        other.W_dec[0] = torch.nan
+        other.save(folder)
+    make(ReLU(), seed=9).save(folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [theirs.name, "plain"]
+    assert content(folder) != before
+    folder.rename(old)
+    (old / "mine.txt").touch()  # whatever came to it is not lost
+    with pytest.raises(LlmWsaeError, match=r"it holds mine\.txt"):
+        make().save(folder)
+    assert (folder / "mine.txt").exists() and not old.exists()
 
 
 def test_other_folders_are_left_alone(tmp_path, folder):

@@ -11,7 +11,6 @@ are compared with ``cfg.json`` before a single tensor is allocated.
 """
 
 import dataclasses
-import importlib.metadata
 import os
 import shutil
 from dataclasses import dataclass
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor
 
 from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.replacing import not_there, replacing
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.files import read_json, save_tensors, sha256, write_atomic, write_json
 from llm_wsae.model.site import Site
+from llm_wsae.record import version_of
 
 FORMAT = "llm-wsae dictionary"
 FORMAT_VERSION = 1
@@ -110,11 +111,7 @@ def write_folder(
     stored = {key: w.detach().to(dtype if w.ndim == 2 else w.dtype) for key, w in weights.items()}
     for tensors in (stored, extras):
         check_finite(tensors, f"the dictionary for {folder}")
-    folder = Path(os.path.abspath(folder))
-    _check_replaceable(folder)
-    whole = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    try:
-        shutil.rmtree(whole, ignore_errors=True)
+    with replacing(folder, _check_replaceable) as whole:
         save_tensors(whole / WEIGHTS, stored)
         save_tensors(whole / EXTRAS, extras)
         write_json(whole / CFG, saelens_config(d_in, d_sae, sparsity, info))
@@ -123,14 +120,11 @@ def write_folder(
             {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "package_version": _package_version(),
+                "package_version": version_of("llm-wsae"),
                 "sha256": {name: sha256(whole / name) for name in (WEIGHTS, EXTRAS)},
                 **info.to_dict(),
             },
         )
-        _swap(whole, folder)
-    finally:
-        shutil.rmtree(whole, ignore_errors=True)
 
 
 def copy_folder(source: Path, folder: Path) -> None:
@@ -138,17 +132,10 @@ def copy_folder(source: Path, folder: Path) -> None:
 
     Raises LlmWsaeError as ``write_folder`` does, and leaves what was there as it was.
     """
-    folder = Path(os.path.abspath(folder))
-    _check_replaceable(folder)
-    whole = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    try:
-        shutil.rmtree(whole, ignore_errors=True)
+    with replacing(folder, _check_replaceable) as whole:
         for name in sorted(_OWN_FILES):
             path = source / name
             write_atomic(whole / name, lambda partial, path=path: shutil.copyfile(path, partial))
-        _swap(whole, folder)
-    finally:
-        shutil.rmtree(whole, ignore_errors=True)
 
 
 def is_dictionary(folder: Path) -> bool:
@@ -185,7 +172,7 @@ def check_folder(folder: Path) -> DictionaryInfo:
 def _stored(folder: Path) -> Content:
     """The folder's content with the weights in the file's own dtype (pages of the mapped file)."""
     if not folder.is_dir():
-        raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
+        raise not_there(folder)
     missing = sorted(name for name in _OWN_FILES if not (folder / name).is_file())
     if missing:
         raise LlmWsaeError(
@@ -330,31 +317,3 @@ def _check_replaceable(folder: Path) -> None:
             f"{folder} is not just a dictionary (it holds {found}), so it is left alone; "
             "save into another folder"
         )
-
-
-def _swap(whole: Path, folder: Path) -> None:
-    """Rename ``whole`` to ``folder``; an older dictionary steps aside and is deleted afterwards.
-
-    A kill between the two renames leaves both dictionaries whole beside the name, as dot folders.
-    """
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        if not folder.exists():
-            os.rename(whole, folder)
-            return
-        os.rename(folder, old)
-        try:
-            os.rename(whole, folder)
-        except OSError:
-            os.rename(old, folder)
-            raise
-    except OSError as error:
-        raise LlmWsaeError(f"cannot write {folder}: {error.strerror}") from error
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _package_version() -> str:
-    try:
-        return importlib.metadata.version("llm-wsae")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

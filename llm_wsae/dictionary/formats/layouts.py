@@ -12,6 +12,7 @@ from llm_wsae.dictionary.files import EXTRAS, INFO, Content, check_finite, read_
 from llm_wsae.dictionary.formats import dictionary_learning, gemma_scope, saelens, sparsify
 from llm_wsae.dictionary.formats.foreign import Announced, Layout
 from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.replacing import not_there
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import read_json
 from llm_wsae.model.site import Site
@@ -39,7 +40,7 @@ def read(folder: Path, site: str | None = None) -> Content:
     reader, and when its site is none of ours.
     """
     if not folder.is_dir():
-        raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be loaded from it")
+        raise not_there(folder)
     names = {entry.name for entry in folder.iterdir()}
     if is_own(names):
         content = read_folder(folder)
