@@ -164,18 +164,13 @@ def coherence_of(
     as many random texts is raised to it: a score must be positive, and below that it is noise.
     Massive rows do not take part. (Float64; Cui et al. 2026, §5, do so with images.)
 
-    Raises LlmWsaeError if the store has too few contexts.
+    Raises LlmWsaeError if too few contexts are read, or the store has too few.
     """
     statistics = store.statistics(site)
     mean, massive = statistics.usual_sample.mean(0), statistics.massive_threshold
     pieces = zip(*_pieces(store, config.semantic_tokens, _CONTEXTS_AT_ONCE), strict=True)
     *columns, first_rows = map(torch.cat, pieces)
     text = HeldoutText(*columns, headers={})
-    if text.num_contexts < config.top:
-        raise LlmWsaeError(
-            f"the store {store.folder} has {text.num_contexts} contexts, too few to compare the "
-            f"texts of {config.top} of them; harvest more tokens"
-        )
     extreme, where = [], []
     for context in tqdm(range(text.num_contexts), desc="extremes", unit="ctx", delay=2):
         start, stop = text.first_row[context].item(), text.first_row[context + 1].item()
@@ -187,6 +182,13 @@ def coherence_of(
         best = (rows - mean).abs_().mul_(usual[:, None]).max(0)
         extreme.append(best.values)
         where.append(best.indices + start)
+    if len(extreme) < config.top:
+        some = text.num_contexts < store.manifest.num_contexts
+        raise LlmWsaeError(
+            f"{len(extreme)} contexts with rows are too few to compare the texts of {config.top} "
+            f"of them; {'raise --semantic-tokens' if some else 'harvest more tokens'} "
+            f"({store.folder})"
+        )
     top = torch.stack(extreme).topk(config.top, dim=0).indices
     chosen = torch.stack(where).gather(0, top).T  # [d_in, top]
 
@@ -195,7 +197,8 @@ def coherence_of(
     windows = WindowEmbeddings(text, tokenizer, encoder, config.before, config.after)
     windows.prepare(torch.cat([chosen.flatten(), strangers]))
     chance = coherence_of_strangers(windows.of(strangers), text.context[strangers])
-    sets = torch.randint(len(strangers), (_RANDOM_SETS, chosen.shape[1]), generator=generator)
+    draw = torch.rand(_RANDOM_SETS, len(strangers), generator=generator)
+    sets = draw.topk(chosen.shape[1], dim=1).indices  # no text twice in a set: it is like itself
     noise = coherence(windows.of(strangers[sets])).std()
     return (coherence(windows.of(chosen)) - chance).clamp(min=float(noise)).double()
 

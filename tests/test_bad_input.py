@@ -132,6 +132,12 @@ MISTAKES = {
     ),
     "context too long": (2, (*HARVESTING, "--context-size", 65), ["model, which reads at most 64"]),
     "tokens": (2, (*HARVESTING, "--tokens", 0), ["tokens is 0; it must be at least 1"]),
+    "seed of the rows": (2, (*TRAINING, "--seed", -1), ["seed must be at least 0, not -1"]),
+    "seed of an evaluation": (
+        2,
+        ("evaluate", "trained/uniform-k4", *EVALUATING, "--seed", -1),
+        ["seed is -1, but must be at least 0"],
+    ),
     "device": (2, (*TRAINING, "--device", "tpu"), ["no device 'tpu' on this machine; it has"]),
     "k": (
         2,
@@ -251,6 +257,8 @@ def test_files_that_cannot_receive_the_result(refused):
     refused(2, *WEIGHING, "--out", "weights.json", said=["a .safetensors file", "weights.json"])
     refused(2, "evaluate", "trained/uniform-k4", *EVALUATING, "--out", "nothing",
             said=["nothing is a folder"])  # fmt: skip
+    refused(2, "evaluate", "trained/uniform-k4", *EVALUATING, "--out", "empty.txt/report.json",
+            said=["--out cannot be empty.txt/report.json", "is not a folder"])  # fmt: skip
     refused(1, *HARVESTING, "--out", "empty.txt", said=["cannot write into empty.txt"])
     refused(1, *HARVESTING, "--out", "trained", said=["trained holds other files"])
 

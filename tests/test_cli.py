@@ -69,20 +69,21 @@ def test_help_names_every_command():
 
 FLAGS = {
     "run": "model corpus site out tokens context-size rule alpha k architecture expansion seeds "
-    "train-tokens eval-tokens text-column revision device place form clip anneal draw",
-    "harvest": "model corpus site out part text-column revision device context-size prepend-bos "
-    "one-document-per-context drop-positions drop-special tokens dtype batch-tokens shard-tokens",
-    "weigh": "site out rule alpha dictionary model revision device place form clip anneal draw "
-    "sensitivity-tokens semantic-tokens top before after encoder seed",
+    "train-tokens eval-tokens text-column revision device model-dtype place form clip anneal draw",
+    "harvest": "model corpus site out part text-column revision device model-dtype context-size "
+    "prepend-bos one-document-per-context drop-positions drop-special tokens dtype batch-tokens "
+    "shard-tokens",
+    "weigh": "site out rule alpha dictionary model revision device model-dtype place form clip "
+    "anneal draw sensitivity-tokens semantic-tokens top before after encoder seed",
     "train": "site out rule alpha weights k architecture l1 seeds expansion tokens batch-size "
     "learning-rate warmup decay aux-coefficient dead-after checkpoint-seconds log-every seed "
     "device shard dtype tracker place form clip anneal draw",
     "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
-    "device monosemantic monosemantic-tokens encoder labels keep",
+    "device model-dtype monosemantic monosemantic-tokens encoder labels keep",
     "study": "model corpus site out rule alpha k curve seeds expansion train-tokens eval-tokens "
-    "score-tokens encoder labels dictionary keep-dictionaries text-column revision device place "
-    "form clip anneal draw",
-    "inspect": "latent store text model top revision device",
+    "score-tokens encoder labels dictionary keep-dictionaries text-column revision device "
+    "model-dtype place form clip anneal draw",
+    "inspect": "latent store text model top revision device model-dtype",
     "theory": "out experiments seeds steps batch-size spare-latents rows workers",
     "push": "private revision license",
     "pull": "out revision",
@@ -147,6 +148,20 @@ def test_weigh(world, tmp_path):
     again = works(*words)
     assert f"variance-a-0.5{effective:>25.1f}" in again.out
     assert again.out.endswith(f"weights  {out}\nplot     {tmp_path / 'weights.png'}\n")
+
+
+def test_a_store_remembers_the_number_format_of_its_model(world, model_and_corpus, tmp_path):
+    """Another machine may choose another one by itself."""
+    for dtype in ("float32", "bfloat16"):
+        store = tmp_path / dtype
+        works("harvest", *model_and_corpus, *HARVEST, "--model-dtype", dtype, "--out", store)
+        assert ActivationStore.open(store).manifest.model["dtype"] == dtype
+        words = ("weigh", store, "--site", SITE, "--rule", "sensitivity", "--form", "diagonal",
+                 "--model", world / "model", "--sensitivity-tokens", 200)  # fmt: skip
+        other = "float32" if dtype == "bfloat16" else "bfloat16"
+        wrong = call(*words, "--model-dtype", other, "--out", tmp_path / "w.safetensors")
+        assert wrong.code == 1 and f"load it with --model-dtype {dtype}" in wrong.err
+        works(*words, "--out", tmp_path / f"{dtype}.safetensors")
 
 
 def test_train(world, tmp_path):
@@ -279,6 +294,17 @@ def test_run_again_does_nothing_twice(ran, model_and_corpus):
     assert list(site) == ["folder", "profile", "fidelity"]
     for name, numbers in site["fidelity"].items():
         assert f"{numbers['fvu']:.3f}" in first.out and name in first.out
+
+
+def test_run_refuses_before_the_harvest_what_cannot_be(ran, model_and_corpus, tmp_path):
+    out, _ = ran
+    before = content(out)
+    more = call("run", *model_and_corpus, *RUN, "--tokens", 9000, "--out", out)
+    assert more.code == 2 and "trained on 5,008 tokens; choose another folder" in more.err
+    assert content(out) == before and "harvest" not in more.err
+    few = call("run", *model_and_corpus, *RUN, "--tokens", 4000, "--out", tmp_path / "x")
+    assert few.code == 2 and "4,000 tokens are less than one batch of 4,096" in few.err
+    assert not (tmp_path / "x").exists()
 
 
 def test_run_goes_on_after_an_interruption(ran, model_and_corpus, tmp_path, monkeypatch):

@@ -66,6 +66,19 @@ def test_merging_parts_equals_one_pass(sizes):
     assert sorted(merged.sample[:, 0].tolist()) == sorted(whole.sample[:, 0].tolist())
 
 
+def test_more_rows_than_an_integer_holds_the_square_of():
+    """As the statistics of shards are merged: torch's integers end at 2⁶³."""
+    rows = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)).double()
+    parts = [Statistics(3, 1).update(rows, torch.zeros(500, dtype=torch.int64)) for _ in "ab"]
+    for part in parts:  # a thousand million times the same rows
+        part.count *= 10**7
+        for name in ("_m2", "_m3", "_m4"):
+            setattr(part, name, getattr(part, name) * 10**7)
+    merged = parts[0].merge(parts[1])
+    torch.testing.assert_close(merged.variance, rows.var(0, correction=0))
+    assert merged.count == 10**10 and bool(merged.excess_kurtosis.isfinite().all())
+
+
 def test_massive_rows_are_found_where_they_sit_and_do_not_move_the_robust_variance():
     x = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(1))
     p = positions_of(len(x), 64)

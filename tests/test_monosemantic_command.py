@@ -28,11 +28,10 @@ def words(world, tmp_path):
         shutil.copytree(world / "trained" / name, tmp_path / name)
     return ["evaluate", *(tmp_path / name for name in NAMES), "--model", world / "model",
             "--corpus", world / "text.jsonl", "--part", "all", "--tokens", 500,
-            "--bootstraps", 50, "--encoder", world / "encoder",
-            "--out", tmp_path / "report.json"]  # fmt: skip
+            "--bootstraps", 50, "--out", tmp_path / "report.json"]  # fmt: skip
 
 
-def test_latents_are_scored_beside_fidelity(words, tmp_path):
+def test_latents_are_scored_beside_fidelity(words, tmp_path, world):
     before = content(tmp_path)
     plain = works(*words, "--json").json
     result = works(*words, "--monosemantic", "--monosemantic-tokens", 3000, "--json")
@@ -58,9 +57,16 @@ def test_latents_are_scored_beside_fidelity(words, tmp_path):
     assert unchanged == before  # nothing is kept unless asked
 
 
-def test_results_are_kept_with_the_dictionaries(words, tmp_path):
+def test_results_are_kept_with_the_dictionaries(words, tmp_path, world):
     before = {name: content(tmp_path / name) for name in NAMES}
-    asked = ("--monosemantic", "--monosemantic-tokens", 3000, "--keep")
+    asked = (
+        "--encoder",
+        world / "encoder",
+        "--monosemantic",
+        "--monosemantic-tokens",
+        3000,
+        "--keep",
+    )
     report = works(*words, *asked, "--json").json
     for name in NAMES:
         after = content(tmp_path / name)
@@ -95,17 +101,19 @@ def test_what_cannot_be_done_is_said_before_the_work(words, tmp_path, world):
         assert result.err.rstrip().count("\n") <= 1  # "loading", and the sentence
         assert "evaluate:" not in result.err and not (tmp_path / "report.json").exists()
 
-    asked = ("--monosemantic", "--monosemantic-tokens")
+    asked = ("--encoder", world / "encoder", "--monosemantic", "--monosemantic-tokens")
     fails("is not a sentence encoder", *asked, 3000, "--encoder", world / "model")
     fails(
         "no document has a label 'nmber'; did you mean 'number'", *asked, 3000, "--labels", "nmber"
     )
     fails("but 1,000,000 in at least 2 contexts are needed", *asked, 1_000_000, code=1)
-    fails("tokens is 0, but must be at least 1", *asked, 0)
+    fails("--monosemantic-tokens is 0, but must be at least 1", *asked, 0)
+    fails("--labels: only with --monosemantic; give that too", "--labels", "number")
+    fails("--monosemantic-tokens and --encoder: only with", asked[-1], 3000, *asked[:2])
     (tmp_path / NAMES[1] / "wsae.json").rename(tmp_path / "elsewhere.json")
-    fails("was not saved by this package", "--keep")
+    fails("was not saved by this package", *asked, 3000, "--keep")
     (tmp_path / NAMES[1] / "wsae.json").symlink_to(tmp_path / "elsewhere.json")
-    fails("wsae.json is only a link", "--keep")
+    fails("wsae.json is only a link", *asked, 3000, "--keep")
 
 
 def test_a_measurement_replaces_its_own_group_only(world, tmp_path):

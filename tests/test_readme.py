@@ -28,7 +28,7 @@ def test_gpt2_from_end_to_end(tmp_path, monkeypatch, hub):
     write_jsonl(tmp_path / "text.jsonl", [60] * 300)
     changes = {
         '"gpt2"': '"model"',
-        '"Skylion007/openwebtext"': '"text.jsonl"',
+        '"HuggingFaceFW/fineweb:sample-10BT"': '"text.jsonl"',
         "blocks.8.": "blocks.1.",
         "tokens=1_000_000": "tokens=8000, context_size=16",
         "max_new_tokens=30": "max_new_tokens=20, eos_token_id=None",

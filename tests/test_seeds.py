@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from llm_wsae.evaluate import seeds
 from llm_wsae.evaluate.seeds import matched_cosine, pw_mcc
 
 
@@ -26,6 +27,14 @@ def test_the_matching_is_the_best_of_all():
         float(cosines[torch.arange(6), list(order)].mean()) for order in permutations(range(6))
     )
     assert matched_cosine(one, other) == pytest.approx(best, abs=1e-6)
+
+
+def test_of_too_many_rows_some_are_matched(monkeypatch):
+    one, other = decoder(0, 60), decoder(1, 60)
+    whole = matched_cosine(one, other)
+    monkeypatch.setattr(seeds, "_MOST_PAIRS", 600)  # ten rows of sixty
+    assert matched_cosine(one, one.flip(0)) == pytest.approx(1, abs=1e-6)
+    assert whole < matched_cosine(one, other) < whole + 0.2
 
 
 def test_it_is_the_mean_over_pairs_of_alive_latents():

@@ -17,16 +17,24 @@ T = TypeVar("T")
 Config = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # an option without a value: --private
 Device = Literal["auto", "cuda", "mps", "cpu"]
+ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Result = tuple[dict[str, Any], str]  # the JSON object, the text for people
 
 
-def load_model(model: str, revision: str | None, device: str) -> Any:
+def load_model(model: str, revision: str | None, device: str, dtype: str) -> Any:
     """Load a model, saying so on stderr."""
     from llm_wsae.model.language_model import LanguageModel
 
     if leads():
         print(f"loading {printable(model)}", file=sys.stderr)
-    return LanguageModel.load(model, revision=revision, device=device)
+    return LanguageModel.load(model, revision=revision, device=device, dtype=dtype)
+
+
+def check_counts(**counts: int) -> None:
+    """Raises UsageError, naming the option, for a number of tokens below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {count}, but must be at least 1")
 
 
 def sites_of(names: tuple[str, ...]) -> list[Site]:

@@ -5,7 +5,16 @@ from typing import Literal
 
 import tyro
 
-from llm_wsae.commands.common import Config, Device, Flag, Result, label_of, load_model
+from llm_wsae.commands.common import (
+    Config,
+    Device,
+    Flag,
+    ModelDtype,
+    Result,
+    check_counts,
+    label_of,
+    load_model,
+)
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
@@ -23,6 +32,7 @@ def evaluate(
     text_column: str | None = None,
     revision: str | None = None,
     device: Device = "auto",
+    model_dtype: ModelDtype = "auto",
     monosemantic: Flag = False,
     monosemantic_tokens: int = MonosemanticConfig.tokens,
     encoder: str = MonosemanticConfig.encoder,
@@ -40,6 +50,7 @@ def evaluate(
         text_column: Column of the corpus that holds the text, where that is not clear.
         revision: Revision of a model on the Hub.
         device: Where the model runs.
+        model_dtype: Number format of the model; auto is bfloat16 where the hardware is fast in it.
         monosemantic: Also measure whether latents are monosemantic, which needs a sentence encoder.
         monosemantic_tokens: Held-out rows for that.
         encoder: Sentence encoder for that: an installed package, local folder or Hub id.
@@ -56,6 +67,8 @@ def evaluate(
     from llm_wsae.evaluate.monosemantic_summary import summary_of
     from llm_wsae.run import summary
 
+    check_counts(monosemantic_tokens=monosemantic_tokens)
+    _check_asked(monosemantic, monosemantic_tokens, encoder, labels)
     scoring = MonosemanticConfig(
         tokens=monosemantic_tokens,
         encoder=encoder,
@@ -67,12 +80,15 @@ def evaluate(
         raise UsageError("name at least one dictionary folder")
     if out.is_dir():
         raise UsageError(f"--out is the JSON report to write, but {out} is a folder")
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise UsageError(f"--out cannot be {out}: {there} is not a folder")
     dictionaries = tuple(dict.fromkeys(dictionaries))
     for folder in dictionaries if keep else ():
         check_keeps_measurements(folder)
     loaded = {label_of(path, dictionaries): Dictionary.load(path) for path in dictionaries}
     packing, text = packing_of(loaded), Corpus.open(corpus, part, text_column=text_column)
-    language_model = load_model(model, revision, device)
+    language_model = load_model(model, revision, device, model_dtype)
     contexts = Packer.for_model(language_model, packing).contexts(text)
     # Before the long work: it reads its text and finds its encoder.
     bench = Bench(language_model, text, packing, scoring) if monosemantic else None
@@ -90,3 +106,15 @@ def evaluate(
     for name, folder in zip(loaded, dictionaries, strict=True) if keep else ():
         keep_measurements(folder, found[name])
     return facts, "\n\n".join([*tables, f"report  {out}"])
+
+
+def _check_asked(monosemantic: bool, tokens: int, encoder: str, labels: tuple[str, ...]) -> None:
+    """Raises UsageError for options of what is not measured."""
+    without_effect = {
+        "--monosemantic-tokens": tokens != MonosemanticConfig.tokens,
+        "--encoder": encoder != MonosemanticConfig.encoder,
+        "--labels": bool(labels),
+    }
+    given = [option for option, is_given in without_effect.items() if is_given]
+    if given and not monosemantic:
+        raise UsageError(f"{' and '.join(given)}: only with --monosemantic; give that too")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from llm_wsae.commands.common import Device, Result, load_model
+from llm_wsae.commands.common import Device, ModelDtype, Result, load_model
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.terminal import printable
 
@@ -24,6 +24,7 @@ def inspect(
     top: int = 10,
     revision: str | None = None,
     device: Device = "auto",
+    model_dtype: ModelDtype = "auto",
 ) -> Result:
     """Look at latents: where they fire, which tokens they promote, what they write; or at a text.
 
@@ -36,6 +37,7 @@ def inspect(
         top: How many contexts, tokens, neighbours and dimensions to show.
         revision: Revision of a model on the Hub.
         device: Where the model runs.
+        model_dtype: Number format of the model; auto is bfloat16 where the hardware is fast in it.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
@@ -62,7 +64,7 @@ def inspect(
     loaded: LanguageModel | None = None
     missing = f"{_trained_on(opened)}; name it with --model"
     try:
-        loaded = load_model(name, revision, device) if name else None
+        loaded = load_model(name, revision, device, model_dtype) if name else None
     except LlmWsaeError as error:
         if model is not None or text is not None:  # it was asked for
             raise

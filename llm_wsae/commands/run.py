@@ -4,7 +4,16 @@ import shlex
 import time
 from pathlib import Path
 
-from llm_wsae.commands.common import Config, Device, Result, cost, load_model, sites_of
+from llm_wsae.commands.common import (
+    Config,
+    Device,
+    ModelDtype,
+    Result,
+    check_counts,
+    cost,
+    load_model,
+    sites_of,
+)
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.record import write_record
@@ -30,6 +39,7 @@ def run(
     text_column: str | None = None,
     revision: str | None = None,
     device: Device = "auto",
+    model_dtype: ModelDtype = "auto",
     weigh: Config[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Harvest, weigh, train a plain and weighted dictionaries, evaluate: everything in one folder.
@@ -54,14 +64,16 @@ def run(
         text_column: Column of the corpus that holds the text, where that is not clear.
         revision: Revision of a model on the Hub.
         device: Where to compute.
+        model_dtype: Number format of the model; auto is bfloat16 where the hardware is fast in it.
     """
     from llm_wsae.run import run as run_all
 
+    check_counts(eval_tokens=eval_tokens)
     harvest_config = HarvestConfig(tokens=tokens, context_size=context_size)
     train_config = TrainConfig(expansion=expansion, tokens=train_tokens, device=device)
     evaluate_config = EvaluateConfig(tokens=eval_tokens)
     started, sites = time.monotonic(), sites_of(site)
-    language_model = load_model(model, revision, device)
+    language_model = load_model(model, revision, device, model_dtype)
     results = run_all(
         language_model,
         corpus,
@@ -87,7 +99,11 @@ def run(
     dictionary, report = first.folder / next(iter(first.dictionaries)), out / "report-100k.json"
     again = ["llm-wsae", "evaluate", dictionary, "--model", model, "--corpus", corpus]
     again += ["--tokens", 100_000, "--out", report]
+    given = {"--text-column": text_column, "--revision": revision}
+    given |= {"--device": device if device != "auto" else None}
+    given |= {"--model-dtype": model_dtype if model_dtype != "auto" else None}
+    again += [word for option, value in given.items() if value for word in (option, value)]
     lines = [f"\n{result.text()}\n" for result in results.values()]
-    lines += [cost(started), "next: the same measurement on other text, e.g."]
+    lines += [cost(started), "next: the same measurement on more of the held-out text, e.g."]
     lines += [f"  {shlex.join(map(str, again))}"]
     return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)

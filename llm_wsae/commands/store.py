@@ -6,7 +6,15 @@ from typing import Literal
 
 import tyro
 
-from llm_wsae.commands.common import Config, Device, Result, cost, load_model, sites_of
+from llm_wsae.commands.common import (
+    Config,
+    Device,
+    ModelDtype,
+    Result,
+    cost,
+    load_model,
+    sites_of,
+)
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
@@ -25,6 +33,7 @@ def harvest(
     text_column: str | None = None,
     revision: str | None = None,
     device: Device = "auto",
+    model_dtype: ModelDtype = "auto",
 ) -> Result:
     """Write a model's activations at some sites into an activation store.
 
@@ -37,13 +46,14 @@ def harvest(
         text_column: Column of the corpus that holds the text, where that is not clear.
         revision: Revision of a model on the Hub.
         device: Where the model runs.
+        model_dtype: Number format of the model; auto is bfloat16 where the hardware is fast in it.
     """
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.harvest import harvest as harvest_into
 
     started, sites = time.monotonic(), sites_of(site)
     text = Corpus.open(corpus, part, text_column=text_column)
-    language_model = load_model(model, revision, device)
+    language_model = load_model(model, revision, device, model_dtype)
     store = harvest_into(language_model, text, sites, out, config)
     asked = {"model": language_model.name, "corpus": corpus, "site": site, "part": part}
     if leads():
@@ -67,6 +77,7 @@ def weigh(
     measure: Config[EvidenceConfig] = EvidenceConfig(),  # noqa: B008 - frozen
     revision: str | None = None,
     device: Device = "auto",
+    model_dtype: ModelDtype = "auto",
 ) -> Result:
     """Print the profile of a site's dimensions and write loss weights made by a rule.
 
@@ -80,6 +91,7 @@ def weigh(
         model: The model that made the store, for the rules sensitivity and semantic.
         revision: Revision of a model on the Hub.
         device: Where the model runs.
+        model_dtype: Number format of the model; auto is the one that the store was made in.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
@@ -94,11 +106,12 @@ def weigh(
     place, opened = Site.parse(site), ActivationStore.open(store)
     need = need_of(rule)
     wanted = model if need in ("fisher", "coherence") else None
+    dtype = opened.model_dtype(model_dtype)
     evidence = gather(
         [rule],
         opened,
         place,
-        model=load_model(wanted, revision, device) if wanted else None,
+        model=load_model(wanted, revision, device, dtype) if wanted else None,
         dictionary=Dictionary.load(dictionary) if dictionary and need == "dictionary" else None,
         config=measure,
     )

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import tyro
 
-from llm_wsae.commands.common import Config, Device, Result, cost, load_model
+from llm_wsae.commands.common import (
+    Config,
+    Device,
+    ModelDtype,
+    Result,
+    check_counts,
+    cost,
+    load_model,
+)
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
@@ -38,6 +46,7 @@ def study(
     text_column: str | None = None,
     revision: str | None = None,
     device: Device = "auto",
+    model_dtype: ModelDtype = "auto",
     weigh: Config[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Do weights help? Rules and their controls against the plain k-curve, over seeds: a verdict.
@@ -67,6 +76,7 @@ def study(
         text_column: Column of the corpus that holds the text, where that is not clear.
         revision: Revision of a model on the Hub.
         device: Where to compute.
+        model_dtype: Number format of the model; auto is the one that the store was made in.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
@@ -74,6 +84,7 @@ def study(
     from llm_wsae.study.runner import run_study
 
     started = time.monotonic()
+    check_counts(eval_tokens=eval_tokens, score_tokens=score_tokens)
     config = StudyConfig(rule, alpha, k, curve, seeds, keep_dictionaries)
     training = TrainConfig(expansion=expansion, tokens=train_tokens, device=device)
     fidelity = EvaluateConfig(tokens=eval_tokens)
@@ -87,7 +98,7 @@ def study(
     place, opened = Site.parse(site), ActivationStore.open(store)
     first = Dictionary.load(dictionary) if dictionary else None
     report = run_study(
-        load_model(model, revision, device),
+        load_model(model, revision, device, opened.model_dtype(model_dtype)),
         opened,
         place,
         corpus,

@@ -109,7 +109,7 @@ def document_concepts(
     families: list[str] = []
     positive: list[Tensor] = []
     applies: list[Tensor] = []
-    for column in wanted or columns:
+    for column in dict.fromkeys(wanted) or columns:
         values = {number: own[column] for number, own in labels.items() if column in own}
         for name, having in _divided(column, values):
             names.append(name)

@@ -21,7 +21,7 @@ class EvaluateConfig:
     """Seed of the resamplings."""
 
     def __post_init__(self):
-        for name in ("tokens", "batch_tokens", "bootstraps"):
-            if getattr(self, name) < 1:
+        for name, least in (("tokens", 1), ("batch_tokens", 1), ("bootstraps", 1), ("seed", 0)):
+            if getattr(self, name) < least:
                 flag = name.replace("_", "-")
-                raise UsageError(f"{flag} is {getattr(self, name)}, but must be at least 1")
+                raise UsageError(f"{flag} is {getattr(self, name)}, but must be at least {least}")

@@ -5,6 +5,9 @@ the test on contexts that it was not made of: those sampled over all quantiles o
 activation against random windows where the latent is silent. The score is the area under the ROC
 curve of the similarity to the centroid: 0.5 for a latent whose contexts have nothing in common.
 
+Contexts on both sides may be of the same documents. Where these are few and long, a latent of one
+document is detected by its subject, whatever it stands for there.
+
 A latent of one word is detected by that word. What is left without it is measured apart: without
 the windows, on both sides, whose centre is a token of the top contexts.
 """

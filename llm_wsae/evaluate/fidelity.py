@@ -375,5 +375,5 @@ def _check_finite(hidden: Tensor, keep: Tensor, site: Site) -> None:
     if bool(bad.any()):
         raise LlmWsaeError(
             f"{int(bad.sum())} activations of the model at {site} are NaN or infinite; "
-            "try float32 instead of half precision"
+            "try the model in float32 (--model-dtype float32)"
         )

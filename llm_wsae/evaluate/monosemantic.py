@@ -188,7 +188,7 @@ class Bench:
             },
             dictionaries={name: found[name] for name in dictionaries},
             consistency=_consistency(dictionaries, found),
-            notes=_notes(dictionaries, self._model, names),
+            notes=_notes(dictionaries, self._model, names, self._config.labels),
         )
 
 
@@ -256,9 +256,16 @@ def _made_alike(dictionary: Dictionary) -> str:
 
 
 def _notes(
-    dictionaries: Mapping[str, Dictionary], model: LanguageModel, names: tuple[list[str], list[str]]
+    dictionaries: Mapping[str, Dictionary],
+    model: LanguageModel,
+    names: tuple[list[str], list[str]],
+    labels: tuple[str, ...],
 ) -> list[str]:
     notes = notes_on_weights(dictionaries, model)
-    if not names[0]:
+    concepts, families = names
+    if not concepts:
         notes.append("the text holds too few examples of any concept")
+    for label in dict.fromkeys(labels):
+        if label not in families:
+            notes.append(f"the text holds too few documents of any value of the label {label}")
     return notes

@@ -39,7 +39,7 @@ class MonosemanticConfig:
     """Seed of everything drawn: samples, random windows, halves of the documents, resamplings."""
 
     def __post_init__(self):
-        at_least = {name: 1 for name in ("tokens", "batch_tokens")}
+        at_least = {"tokens": 1, "batch_tokens": 1, "seed": 0}
         at_least |= {"probe_tokens": 1, "bootstraps": 1, "top": 2, "before": 0, "after": 0}
         at_least |= {"sample": FEWEST_POSITIVE, "silent": max(FEWEST_NEGATIVE, self.top)}
         for name, least in at_least.items():

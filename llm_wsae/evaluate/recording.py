@@ -1,8 +1,8 @@
 """One pass over held-out text: what is kept of the activations and of each dictionary's latents.
 
 Massive rows are left out: whatever fires on them would otherwise head every list. They are those
-beyond ten times the median norm, which is taken of this text, so that it is one for all
-dictionaries; training's is that of its own rows.
+beyond ten times the median norm of the first batch of this text, so that it is one for all
+dictionaries of a site; training's is that of its own rows.
 """
 
 from collections.abc import Sequence

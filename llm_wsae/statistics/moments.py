@@ -105,20 +105,23 @@ class Statistics:
         delta = mean_b - self.mean
         d_n = delta / n
         m2_a, m3_a = self._m2, self._m3
+        # Products of counts outgrow what torch takes as an integer.
+        product, squares = float(n_a * n_b), (float(n_a * n_a), float(n_b * n_b))
+        last = float(n_a * n_b * (n_a * n_a - n_a * n_b + n_b * n_b))
         self._m4 = (
             self._m4
             + m4_b
-            + delta * d_n**3 * n_a * n_b * (n_a * n_a - n_a * n_b + n_b * n_b)
-            + 6 * d_n**2 * (n_a * n_a * m2_b + n_b * n_b * m2_a)
+            + delta * d_n**3 * last
+            + 6 * d_n**2 * (squares[0] * m2_b + squares[1] * m2_a)
             + 4 * d_n * (n_a * m3_b - n_b * m3_a)
         )
         self._m3 = (
             m3_a
             + m3_b
-            + delta * d_n**2 * n_a * n_b * (n_a - n_b)
+            + delta * d_n**2 * product * (n_a - n_b)
             + 3 * d_n * (n_a * m2_b - n_b * m2_a)
         )
-        self._m2 = m2_a + m2_b + delta * d_n * n_a * n_b
+        self._m2 = m2_a + m2_b + delta * d_n * product
         self.mean = self.mean + d_n * n_b
         self.count = n
 
