@@ -171,6 +171,13 @@ def test_the_sparsity_for_an_error():
         assert found == pytest.approx(1 - 2 * bound, abs=0.01)
     assert sparsity_for_error(torch.eye(3, dtype=torch.float64), 0.01, generator()) == 0.0
     assert sparsity_for_error(0.5 * digons, 0.05, generator()) is None  # shrinks to a quarter
+    thirds = TRIANGLE.mT @ TRIANGLE  # a column's interference with another one is −½: none appears
+    assert bool((thirds.tril(-1) <= 0).all())
+    assert sparsity_for_error(TRIANGLE, 0.05, generator(), rows=64) is not None
+    near = torch.tensor([[1.0, 0.6], [0.0, 0.8]], dtype=torch.float64)  # both appear for either
+    for rows in (2, 64, 1000):  # whatever the sample happens to hold
+        assert sparsity_for_error(near, 0.6**2 - 1e-9, generator(), rows) is None
+        assert sparsity_for_error(near, 0.6**2 + 1e-9, generator(), rows) is not None
     few = [sparsity_for_error(digons, 0.05, generator(seed), rows=64) for seed in range(4)]
     assert None not in few  # where a small sample has no active feature there is no error
 

@@ -18,7 +18,7 @@ from llm_wsae.theory.comparison import holm, summarise_arms
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
 from llm_wsae.theory.experiments import FIGURES, run_theory, run_unit
 from llm_wsae.theory.report import SCORING
-from llm_wsae.theory.rules import ARMS, RULES, Known, score, weights
+from llm_wsae.theory.rules import ARMS, RULES, SHOWN, Known, score, weights
 from llm_wsae.theory.superposition import digon_mixing, planted
 from llm_wsae.theory.units import Unit, finish
 
@@ -59,7 +59,9 @@ def test_every_rule_scores_planted_data_as_its_formula_says():
     assert found["variance"].tolist() == pytest.approx([variance, variance, 2 * variance], rel=0.05)
     for rule in ("kurtosis", "hoyer", "negentropy"):
         assert found[rule][:2].min() > found[rule][2], rule
-    assert sorted(found["permuted"].tolist()) == pytest.approx([0.5, 1, 1])
+    for rule in RULES[1:]:  # on other dimensions: the same numbers in another order
+        dealt = score(f"permuted:{rule}", e)
+        assert sorted(dealt.tolist()) == pytest.approx(sorted(found[rule].tolist())), rule
 
 
 def test_every_rule_that_needs_no_model_is_held_against_the_truth():
@@ -79,6 +81,12 @@ def test_weights_have_maximum_one_and_any_exponent():
     assert weights(ARMS["plain"], e).tolist() == [1, 1, 1]
 
 
+def test_no_dimension_scores_anything(monkeypatch):
+    monkeypatch.setattr(rules, "score", lambda rule, known: torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(LlmWsaeError, match="the rule gap scores every dimension 0; take more rows"):
+        weights(ARMS["gap"], known())
+
+
 def test_a_dimension_that_scores_zero(monkeypatch):
     scores = torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64)
     monkeypatch.setattr(rules, "score", lambda rule, known: scores)
@@ -94,12 +102,45 @@ def test_standardised_inputs_have_one_variance():
 
 
 def test_controls_use_their_weights_in_the_same_way():
-    assert ARMS["hoyer"].controls == ("random", "permuted")
-    assert ARMS["hoyer-annealed"].controls == ("random-annealed", "permuted-annealed")
-    assert ARMS["standardised"].controls == ("random-space",)
+    assert ARMS["hoyer"].controls == ("random", "permuted:hoyer")
+    assert ARMS["hoyer-annealed"].controls == ("random-annealed", "permuted:hoyer-annealed")
+    assert ARMS["standardised"].controls == ("permuted:standardised",)
+    e = known()
     for name, arm in ARMS.items():
         is_control = name.startswith(("plain", "random", "permuted"))
         assert (arm.controls == ()) == is_control, name
+        for control in arm.controls:
+            assert ARMS[control].annealed == arm.annealed
+        if not is_control:  # as far apart as the arm's, and dealt out to other dimensions
+            own = ARMS[f"permuted:{name}"]
+            assert own.space == arm.space and own.controls == ()
+            spread = weights(own, e).sort().values
+            torch.testing.assert_close(spread, weights(arm, e).sort().values)
+
+
+def test_a_dead_latent_of_the_first_dictionary_tells_no_rule_anything(monkeypatch):
+    """Its direction is the one it started with."""
+    seen = []
+
+    def look(rule, known):
+        if rule == "gap":
+            seen.append(known.evidence)
+        return score(rule, known)
+
+    monkeypatch.setattr(rules, "score", look)
+    kept = experiments.encode_tied
+
+    def dying(w, rows, k):
+        codes = kept(w, rows, k)
+        codes[:, 5] = 0
+        return codes
+
+    monkeypatch.setattr(experiments, "encode_tied", dying)
+    run_unit(EXPERIMENTS["digon-0.5"], 0, SMALL)
+    assert seen
+    for evidence in seen:
+        assert len(evidence.decoder) == len(evidence.energy) < 40
+        assert bool((evidence.energy > 0).all())
 
 
 def test_a_unit_measures_every_arm_and_rule_and_repeats_itself():
@@ -116,7 +157,7 @@ def test_a_unit_measures_every_arm_and_rule_and_repeats_itself():
     assert unit["correlations"]["participation-true"] == pytest.approx(1)
     assert unit["correlations"]["variance"] < -0.8 and unit["correlations"]["hoyer"] > 0.8
     losses = [arm["l_gt"] for arm in unit["arms"].values()]
-    assert all(0 < loss < 1 for loss in losses) and len(set(losses)) > 20
+    assert all(0 < loss < 1 for loss in losses) and len(set(losses)) > 30
     again = run_unit(EXPERIMENTS["digon-0.5"], 3, SMALL)
     assert json.dumps(again) == json.dumps(unit)
     assert run_unit(EXPERIMENTS["digon-0.5"], 4, SMALL)["arms"] != unit["arms"]
@@ -139,7 +180,7 @@ def test_a_run_writes_tables_and_figures(tmp_path):
     assert written["closed_form"]["digon"]["gap_norm_weighted"] == pytest.approx(10**0.5)
     table, markdown = report.table(), (tmp_path / "theory.md").read_text()
     for text in (table, markdown):
-        for word in (*ARMS, *SCORING, *SMALL.experiments):
+        for word in ("plain", *SHOWN, *SCORING, *SMALL.experiments):
             assert word in text
     plain = report.arms["digon-0.5"]["plain"]
     assert plain.change.mean == 0 and plain.wins == 0 and plain.verdict == "–"
@@ -246,6 +287,7 @@ def test_a_training_asks_whether_to_stop(tmp_path):
         ({"seeds": (1, 2, 1)}, "seeds are 1 2 1; .* different"),
         ({"seeds": (1, -2)}, "none of them negative"),
         ({"steps": 0}, "steps is 0"),
+        ({"rows": 99}, "rows is 99, but must be at least 100"),
         ({"spare_latents": -1}, "spare-latents is -1"),
     ],
 )
@@ -287,7 +329,7 @@ def test_differences_are_paired_and_in_per_cent_of_plain():
     assert found.change.interval == pytest.approx((low, high))
     # nothing else differs: no other arm to correct for but by number
     p = stats.ttest_1samp(differences, 0).pvalue
-    assert found.p_holm == pytest.approx(min(1, p * (len(ARMS) - 1)))
+    assert found.p_holm == pytest.approx(min(1, p * len(SHOWN)))
 
 
 def test_verdicts_need_the_controls():
@@ -295,11 +337,13 @@ def test_verdicts_need_the_controls():
     found = summarise_arms(seeds(**as_random))
     assert found["hoyer"].verdict == found["gap"].verdict == "as a control"
     assert found["hoyer"].against["random"].mean == pytest.approx(0, abs=0.3)
-    assert found["hoyer"].against["permuted"].mean == pytest.approx(-10, abs=0.3)
+    assert found["hoyer"].against["permuted:hoyer"].mean == pytest.approx(-10, abs=0.3)
     assert found["kurtosis"].verdict == "worse" and found["random"].verdict == "as a control"
     assert found["variance"].verdict == "–"
-    as_permuted = summarise_arms(seeds(hoyer=-0.05, permuted=-0.05))
+    as_permuted = summarise_arms(seeds(**{"hoyer": -0.05, "permuted:hoyer": -0.05}))
     assert as_permuted["hoyer"].verdict == "as a control"
+    others = summarise_arms(seeds(**{"hoyer": -0.05, "permuted:gap": -0.05}))
+    assert others["hoyer"].verdict == "better"
     better = summarise_arms(seeds(hoyer=-0.05, hoyer_annealed=-0.05, random_annealed=-0.05))
     assert better["hoyer"].verdict == "better"
     assert better["hoyer"].against["random"].mean == pytest.approx(-10, abs=0.3)
@@ -307,14 +351,10 @@ def test_verdicts_need_the_controls():
 
 
 def test_a_small_difference_in_one_arm_of_many_is_no_finding():
-    nothing = {arm.replace("-", "_"): 0.0 for arm in ARMS if arm != "plain"}
-    units = seeds(noise=0.02, draw=1, **nothing)
+    nothing = {arm.replace("-", "_"): 0.0 for arm in SHOWN}
+    units = seeds(noise=0.02, draw=5, **nothing)
     found = summarise_arms(units)
-    raw = [
-        stats.ttest_1samp([u["arms"][a]["l_gt"] - 0.5 for u in units], 0).pvalue
-        for a in ARMS
-        if a != "plain"
-    ]
+    raw = [stats.ttest_1samp([u["arms"][a]["l_gt"] - 0.5 for u in units], 0).pvalue for a in SHOWN]
     assert min(raw) < 0.05  # some arm looks like something
     assert {s.verdict for s in found.values()} == {"–"}
 

@@ -72,11 +72,21 @@ def test_directions_count_with_their_sign():
     assert found.recovered == 0.25  # only e₀, at cosine 0.98
 
 
+def test_spare_latents_that_hardly_fire_do_not_count():
+    """What they correlate with is chance, and looks like a mixture of everything."""
+    _, x = features()
+    rows = torch.randint(len(x), (3, 10), generator=torch.Generator().manual_seed(1))
+    rare = torch.zeros(len(x), 10).scatter(0, rows, 0.3)  # each on three rows
+    assert features_per_latent(rare, x) > 1.5
+    assert features_per_latent(torch.cat([x, rare], 1), x) == pytest.approx(1, abs=0.02)
+
+
 def test_a_latent_for_two_features_counts_two():
     _, x = features(40_000)
     assert features_per_latent(x[:, :1] + x[:, 1:2], x) == pytest.approx(2, abs=0.05)
+    # the second varies twice as much as the first: (1·1 + 2·2) / 3
     assert features_per_latent(torch.cat([x[:, :1], x[:, :1] + x[:, 1:2]], 1), x) == pytest.approx(
-        1.5, abs=0.03
+        5 / 3, abs=0.03
     )
     constant = features_per_latent(torch.ones(len(x), 1), x)
     assert constant != constant

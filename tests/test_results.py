@@ -1,12 +1,33 @@
 """RESULTS.md says what the measurements that lie beside it say."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from llm_wsae.theory import experiments
+from llm_wsae.theory.config import TheoryConfig
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e-?\d+)?")
+
+
+def written(name: str) -> str:
+    """A section of RESULTS.md."""
+    text = (SCRIPTS / "RESULTS.md").read_text(encoding="utf-8")
+    return text.partition(f"<!-- begin {name} -->")[2].partition(f"<!-- end {name} -->")[0].strip()
+
+
+def measured_already(*_):
+    raise AssertionError("something is measured anew")
+
+
+def agree(one: str, other: str) -> None:
+    """The same words, and the same numbers but for what another processor rounds differently."""
+    assert NUMBER.sub("#", one) == NUMBER.sub("#", other)
+    numbers = [[float(n) for n in NUMBER.findall(text)] for text in (one, other)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=2e-4)
 
 
 def test_the_section_of_the_study_is_that_of_the_measurements(monkeypatch):
@@ -16,13 +37,22 @@ def test_the_section_of_the_study_is_that_of_the_measurements(monkeypatch):
     studies = {s: found for s in results_study.SITES if (found := results_study.Study.read(s))}
     assert studies
     expected = results_study.section(studies)
-    written = (SCRIPTS / "RESULTS.md").read_text(encoding="utf-8")
-    written = (
-        written.partition("<!-- begin study -->")[2].partition("<!-- end study -->")[0].strip()
-    )
-    assert NUMBER.sub("#", written) == NUMBER.sub("#", expected)
-    numbers = [[float(n) for n in NUMBER.findall(text)] for text in (written, expected)]
-    assert numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=2e-4)
+    agree(written("study"), expected)
+
+
+def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_theory
+
+    shutil.copytree(results_theory.FOLDER / "units", tmp_path / "units")
+    monkeypatch.setattr(experiments, "run_unit", measured_already)
+    report = experiments.run_theory(TheoryConfig(seeds=results_theory.SEEDS), tmp_path)
+    agree(written("planted"), results_theory.section(report))
+    for name in ("theory.md", "theory.json"):
+        kept = (results_theory.FOLDER / name).read_text(encoding="utf-8")
+        versions = re.compile(r'"versions": \{.*?\}', re.DOTALL)
+        again = (tmp_path / name).read_text(encoding="utf-8")
+        agree(versions.sub("", kept), versions.sub("", again))
 
 
 def test_every_rule_of_the_study_is_measured_at_every_site(monkeypatch):

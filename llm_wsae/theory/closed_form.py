@@ -108,8 +108,11 @@ def sparsity_for_error(
     0 as S → 1). For digons alone it is 1 − 2·bound.
 
     Features are uniform on (0, 1]; found by bisection over the same random numbers at every S.
-    None where not even S = 0.9999 is enough: columns that are not of unit length never recover.
+    None where no S is enough, since a single active feature is not recovered: columns that are not
+    of unit length shrink, and positive interference makes others appear.
     """
+    if _error_of_single_features(mixing) > bound:
+        return None
     uniform = torch.rand(rows, mixing.shape[1], generator=generator, dtype=mixing.dtype)
     ones = torch.ones(mixing.shape[1], dtype=mixing.dtype)
 
@@ -120,12 +123,16 @@ def sparsity_for_error(
     if error(0.0) <= bound:
         return 0.0
     low, high = 0.0, _SPARSEST
-    if not error(high) <= bound:
-        return None
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if error(middle) <= bound else (middle, high)
     return high
+
+
+def _error_of_single_features(mixing: Float[Tensor, "n_p n"]) -> float:
+    """The relative error as S → 1, exactly: Σ_j ‖e_j − ReLU(W_pᵀW_p e_j)‖² / n."""
+    gram = (mixing.T @ mixing).relu()
+    return float((torch.eye(len(gram), dtype=gram.dtype) - gram).square().sum() / len(gram))
 
 
 @dataclass(frozen=True)

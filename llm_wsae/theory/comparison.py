@@ -1,8 +1,10 @@
 """Arms against the plain one: paired differences, intervals, controls, and one word for each arm.
 
 A difference is an arm's minus the plain arm's on the same seed. The word is earned twice: against
-the plain arm, Holm's correction over all arms of the experiment, and against each control on the
+the plain arm, Holm's correction over the arms of the experiment, and against each control on the
 same schedule, because a training stuck in a local optimum is helped by almost any disturbance.
+Permuted weights are compared like all others, but are nobody's claim: they are not counted among
+the arms that the correction is for.
 """
 
 import math
@@ -14,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from llm_wsae.statistics.multiplicity import holm
-from llm_wsae.theory.rules import ARMS, PLAIN
+from llm_wsae.theory.rules import ARMS, PLAIN, SHOWN
 
 LEVEL = 0.95
 _SIGNIFICANT = 1 - LEVEL
@@ -38,7 +40,8 @@ class ArmSummary:
     wins: int
     """Seeds on which L_GT is lower than plain."""
     p_holm: float
-    """Of the paired t-test, adjusted for the arms of the experiment (Holm 1979)."""
+    """Of the paired t-test, adjusted for the arms of the experiment (Holm 1979); for permuted
+    weights as it is."""
     against: dict[str, Change]
     """The same against its controls, by their names; none for a control."""
     mmcs: float
@@ -59,8 +62,8 @@ def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
     plain_loss = values[PLAIN]["l_gt"]
     percent = 100 / plain_loss.mean()
     differences = {arm: (v["l_gt"] - plain_loss) * percent for arm, v in values.items()}
-    tested = [arm for arm in values if arm != PLAIN]
-    adjusted = dict(zip(tested, holm([_p_value(differences[a]) for a in tested]), strict=True))
+    p_values = {arm: _p_value(differences[arm]) for arm in values}
+    adjusted = dict(zip(SHOWN, holm([p_values[arm] for arm in SHOWN]), strict=True))
     found = {}
     for arm, v in values.items():
         change = _change(differences[arm])
@@ -68,7 +71,7 @@ def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
             control: _change(differences[arm] - differences[control])
             for control in ARMS[arm].controls
         }
-        p = adjusted.get(arm, 1.0)
+        p = adjusted.get(arm, p_values[arm])
         found[arm] = ArmSummary(
             l_gt=float(v["l_gt"].mean()),
             change=change,

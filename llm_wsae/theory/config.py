@@ -77,7 +77,7 @@ class TheoryConfig:
                 f"seeds are {given or 'none'}; an interval needs at least two different ones, "
                 "none of them negative"
             )
-        for name, least in (("steps", 1), ("batch_size", 1), ("rows", 2)):
+        for name, least in (("steps", 1), ("batch_size", 1), ("rows", 100)):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise UsageError(f"{flag} is {getattr(self, name)}, but must be at least {least}")

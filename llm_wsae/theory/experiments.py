@@ -24,16 +24,14 @@ from llm_wsae.theory.positions import BOUND, MIXTURES, SPARSITIES, closed_form_f
 from llm_wsae.theory.recovery import Recovery, measure
 from llm_wsae.theory.regimes import REGIMES
 from llm_wsae.theory.report import TheoryReport, summarise
-from llm_wsae.theory.rules import ARMS, NEED_DICTIONARY, PLAIN, RULES, Known, score, weights
+from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, score, weights
+from llm_wsae.theory.streams import Stream, generator, number
 from llm_wsae.theory.superposition import Planted
 from llm_wsae.theory.tied import Schedule, encode_tied, train_tied
 from llm_wsae.theory.units import Check, Unit, finish
 
+UNITS = "units"
 FIGURES = ("closed_form.png", "correlations.png", "changes.png")
-
-# Streams of random numbers of one seed.
-_DATA, _SAMPLE, _TRAIN, _TEST, _CONTROL = range(5)
-_STREAMS = 8
 
 
 def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
@@ -47,7 +45,7 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
     """
     out = Path(out)
     with folder_lock(out, "planted experiments"):
-        remove_partials(out)
+        remove_partials(out, UNITS)
         planted = {
             (name, seed): _planted_unit(name, seed, config, out)
             for name in config.experiments
@@ -76,7 +74,7 @@ def run_unit(
 ) -> dict[str, Any]:
     """One experiment on one seed: the rules' rank correlations with the truth and, for every arm,
     what its dictionary recovered. JSON-able."""
-    data = REGIMES[experiment.regime](experiment.sparsity, _generator(seed, _DATA))
+    data = REGIMES[experiment.regime](experiment.sparsity, generator(seed, Stream.DATA))
     k = max(1, int(data.mean_active / 2 + 0.5))
     schedule = Schedule(
         num_latents=data.num_features + config.spare_latents,
@@ -85,18 +83,19 @@ def run_unit(
         batch=config.batch_size,
         learning_rate=experiment.learning_rate,
     )
-    sample = data.observe(data.features(config.rows, _generator(seed, _SAMPLE)))
+    sample = data.observe(data.features(config.rows, generator(seed, Stream.SAMPLE)))
     statistics = Statistics(len(data.mixing), 1, sample_rows=config.rows)
     statistics.update(sample, torch.zeros(len(sample), dtype=torch.int64))
-    known = Known(Evidence(statistics), data, seed * _STREAMS + _CONTROL)
-    x = data.features(config.rows, _generator(seed, _TEST))
+    known = Known(Evidence(statistics), data, number(seed, Stream.CONTROL))
+    x = data.features(config.rows, generator(seed, Stream.TEST))
     train = _Trainer(data, schedule, x, seed, check)
 
-    early = [name for name, arm in ARMS.items() if arm.rule not in NEED_DICTIONARY]
+    early = [name for name, arm in ARMS.items() if not arm.needs_dictionary]
     recovered, dictionaries = train(early, known)
     first = dictionaries[early.index(PLAIN)]
     energy = encode_tied(first, sample, k).square().mean(0)
-    known = replace(known, evidence=Evidence(statistics, decoder=first, energy=energy))
+    used = energy > 0  # the directions of dead latents are those they started with
+    known = replace(known, evidence=Evidence(statistics, decoder=first[used], energy=energy[used]))
     late = [name for name in ARMS if name not in early]
     recovered |= train(late, known)[0]
     return {
@@ -134,7 +133,7 @@ class _Trainer:
             torch.tensor([arm.annealed for arm in arms]),
             factors,
             self.schedule,
-            self.seed * _STREAMS + _TRAIN,
+            number(self.seed, Stream.TRAIN),
             self.check,
         )
         observed = self.data.observe(self.x)
@@ -158,14 +157,20 @@ def _planted_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit
         "rules": list(RULES),
     }
     compute = partial(run_unit, experiment, seed, config)
-    return Unit(out / "units" / f"{name}-seed{seed}.json", identity, compute)
+    return Unit(out / UNITS / f"{name}-seed{seed}.json", identity, compute)
 
 
 def _closed_form_unit(name: str, config: TheoryConfig, out: Path) -> Unit:
     seed = config.seeds[0]
-    identity = {"seed": seed, "rows": config.rows, "bound": BOUND, "sparsities": SPARSITIES}
+    identity = {
+        "seed": seed,
+        "rows": config.rows,
+        "mixture_sparsity": MIXTURES[name],
+        "bound": BOUND,
+        "sparsities": SPARSITIES,
+    }
     return Unit(
-        out / "units" / f"closed-form-{name}-seed{seed}.json",
+        out / UNITS / f"closed-form-{name}-seed{seed}.json",
         identity,
         lambda check: closed_form_facts(name, config.rows, seed),
     )
@@ -177,7 +182,3 @@ def _correlation(rule: str, known: Known) -> float | None:
     if bool((guess == guess[0]).all()) or bool((truth == truth[0]).all()):
         return None
     return float(spearmanr(truth.numpy(), guess.numpy()).statistic)
-
-
-def _generator(seed: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * _STREAMS + stream)

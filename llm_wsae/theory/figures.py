@@ -10,9 +10,10 @@ from matplotlib.lines import Line2D
 
 from llm_wsae.files import write_atomic
 from llm_wsae.theory.report import SCORING, TheoryReport
-from llm_wsae.theory.rules import ARMS, PLAIN
+from llm_wsae.theory.rules import ARMS, PERMUTED, PLAIN, SHOWN
 
 _COLOURS = {"better": "#00798c", "as a control": "#edae49", "worse": "#d1495b", "–": "#9aa5b1"}
+_PERMUTED_COLOUR = "#444444"
 _LINES = ("#444444", "#d1495b", "#00798c", "#edae49")
 _DPI = 130
 _COLUMNS = 4
@@ -41,8 +42,9 @@ def plot_correlations(report: TheoryReport, path: Path) -> None:
 
 
 def plot_changes(report: TheoryReport, path: Path) -> None:
-    """Per experiment: change of L_GT of every arm against plain, with its interval over seeds."""
-    arms, names = [a for a in ARMS if a != PLAIN], list(report.arms)
+    """Per experiment: change of L_GT of every arm against plain, with its interval over seeds, and
+    where its own weights end on the wrong dimensions."""
+    arms, names = SHOWN, list(report.arms)
     columns = min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
     size = (2.6 + 3 * columns, rows * (1.2 + 0.2 * len(arms)))
@@ -55,6 +57,10 @@ def plot_changes(report: TheoryReport, path: Path) -> None:
             error = [[mean - low], [high - mean]]
             colour = _COLOURS[one.verdict]
             axis.errorbar(mean, place, xerr=error, fmt="o", ms=4, color=colour, capsize=2)
+            for control in ARMS[arm].controls:
+                if ARMS[control].control == PERMUTED:
+                    at = report.arms[name][control].change.mean
+                    axis.plot(at, place, "x", ms=5, color=_PERMUTED_COLOUR)
         axis.axvline(0, color="#444444", lw=0.8)
         axis.set_title(f"{name} (plain {report.arms[name][PLAIN].l_gt:.3f})", fontsize=10)
         axis.set(xlabel="change of L_GT, %")
@@ -72,6 +78,8 @@ def plot_changes(report: TheoryReport, path: Path) -> None:
         "–": "no difference",
     }
     handles = [Line2D([], [], marker="o", color=_COLOURS[key], label=keys[key]) for key in keys]
+    words = "its own weights, permuted"
+    handles.append(Line2D([], [], marker="x", ls="", color=_PERMUTED_COLOUR, label=words))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(2, columns), frameon=False)
     _save(figure, path)
 

@@ -16,6 +16,7 @@ from llm_wsae.theory.closed_form import (
     truth_loss,
 )
 from llm_wsae.theory.regimes import REGIMES
+from llm_wsae.theory.streams import Stream, generator
 from llm_wsae.theory.superposition import features_from_uniform
 
 # Each mixture with the sparsity at which a toy model's W_p is trained; the others have no use for
@@ -29,14 +30,15 @@ def closed_form_facts(name: str, rows: int, seed: int) -> dict[str, Any]:
     """Of one of the ``MIXTURES``: do the assumptions hold, what is lost at which sparsity, and how
     much of the gap between the losses a diagonal Γ can close.
 
-    Features are uniform on (0, 1] with equal probability; W_p is that of ``seed``. JSON-able.
+    Features are uniform on (0, 1] with equal probability; W_p is the one that the experiments on
+    this seed have at that sparsity. JSON-able.
     """
-    generator = torch.Generator().manual_seed(seed)
-    mixing = REGIMES[name](MIXTURES[name], generator).mixing.double()
+    mixing = REGIMES[name](MIXTURES[name], generator(seed, Stream.DATA)).mixing.double()
+    draw = generator(seed, Stream.SAMPLE)
     n = mixing.shape[1]
     assumed = check_assumptions(mixing)
     gamma = scores.gap(mixing.T)
-    uniform = torch.rand(rows, n, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(rows, n, generator=draw, dtype=torch.float64)
     ones = torch.ones(n, dtype=torch.float64)
     by_sparsity = []
     for sparsity in SPARSITIES:
@@ -66,6 +68,6 @@ def closed_form_facts(name: str, rows: int, seed: int) -> dict[str, Any]:
         "gap_norm": float(gap_matrix(mixing).norm()),
         "gap_norm_weighted": float(gap_matrix(mixing, gamma).norm()),
         "bound": BOUND,
-        "sparsity_needed": sparsity_for_error(mixing, BOUND, generator, rows),
+        "sparsity_needed": sparsity_for_error(mixing, BOUND, draw, rows),
         "by_sparsity": by_sparsity,
     }

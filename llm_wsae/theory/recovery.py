@@ -26,8 +26,8 @@ class Recovery:
     recovered: float
     """Share of true features for which that cosine exceeds 0.9."""
     features_per_latent: float
-    """Mean over latents that fire of the participation ratio of their squared correlations with
-    the true features: 1 is a monosemantic latent."""
+    """Mean over latents, each by its variance, of the participation ratio of its squared
+    correlations with the true features: 1 is a monosemantic latent."""
     fvu: float
     """Fraction of the observed rows' variance, unweighted, that the reconstruction misses."""
 
@@ -70,7 +70,11 @@ def matched_loss(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "rows n"
 
 def features_per_latent(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "rows n"]) -> float:
     """Mean participation ratio (Σ_j ρ²)²/Σ_j ρ⁴ of a latent's correlations ρ with the features,
-    over the latents that are not constant; NaN if all are."""
+    each latent by its variance; NaN if all are constant.
+
+    By variance, because what a spare latent correlates with that fires on a few rows is chance: it
+    would look like a mixture of all features, and there are many of them.
+    """
     z = codes - codes.mean(0)
     centred = x - x.mean(0)
     spread = z.norm(dim=0)
@@ -80,7 +84,9 @@ def features_per_latent(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "
     # A feature that is always or never on at the same strength correlates with nothing.
     length = centred.norm(dim=0).clamp(min=1e-12)
     rho = (z[:, alive].T @ centred / (spread[alive, None] * length)).double().square()
-    return float((rho.sum(1).square() / rho.square().sum(1)).mean())
+    ratio = rho.sum(1).square() / rho.square().sum(1)
+    share = spread[alive].double().square()
+    return float((ratio * share).sum() / share.sum())
 
 
 def _cosines(decoder: Tensor, mixing: Tensor) -> Tensor:

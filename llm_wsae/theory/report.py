@@ -10,7 +10,7 @@ from llm_wsae.record import plain
 from llm_wsae.tables import aligned, markdown
 from llm_wsae.theory.comparison import ArmSummary, Change, summarise_arms
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
-from llm_wsae.theory.rules import ARMS, CONTROLS, PLAIN, PLAIN_RULE, RULES
+from llm_wsae.theory.rules import ARMS, CONTROLS, PLAIN, PLAIN_RULE, RULES, SHOWN
 
 SCORING = tuple(rule for rule in RULES if rule != PLAIN_RULE)
 """The rules that tell one dimension from another."""
@@ -124,9 +124,8 @@ class TheoryReport:
         """Arm × experiment."""
         rows = [["arm", *names]]
         rows.append([PLAIN, *(f"{self.arms[name][PLAIN].l_gt:.3f}" for name in names)])
-        for arm in ARMS:
-            if arm != PLAIN:
-                rows.append([arm, *(_cell(self.arms[name][arm]) for name in names)])
+        for arm in SHOWN:
+            rows.append([arm, *(_cell(self.arms[name][arm]) for name in names)])
         return (
             f"Change of L_GT against plain in %, and on how many of {len(self.config.seeds)} seeds "
             "it is lower (first line: L_GT of plain);\n"
@@ -194,7 +193,7 @@ def change_text(change: Change) -> str:
 
 def _by_control(against: Mapping[str, Change]) -> list[str]:
     """One cell for each kind of control."""
-    found = {ARMS[name].rule: change_text(change) for name, change in against.items()}
+    found = {ARMS[name].control: change_text(change) for name, change in against.items()}
     return [found.get(rule, "") for rule in CONTROLS]
 
 

@@ -2,34 +2,32 @@
 
 The rules are those of ``statistics.monosemanticity`` that need no language model, on what they
 would see of a real one: observed rows, and for some a first dictionary. Beside them the oracles,
-which know the truth. An arm is a rule with an exponent and a way to use the weights. The controls
-are what any weights do, whatever they are: ``random``, and ``permuted``, which are those of the
-truth on the wrong dimensions.
+which know the truth. An arm is a rule with an exponent and a way to use the weights. Each has two
+controls used in the same way: its own weights on the wrong dimensions, and random ones.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics import monosemanticity, scores
 from llm_wsae.statistics.evidence import Evidence
 from llm_wsae.theory.superposition import Planted
 
 PLAIN_RULE = "uniform"
+RANDOM, PERMUTED = CONTROLS = ("random", "permuted")
 _NO_MODEL = (None, "dictionary")  # what a rule may need here
 _SEEING = tuple(
     name for name, rule in monosemanticity.RULES.items() if rule.score and rule.need in _NO_MODEL
 )
-_KNOWING: dict[str, Callable[[Planted, int], Tensor]] = {
-    "participation-true": lambda truth, draw: truth.monosemanticity,
-    "gap-true": lambda truth, draw: scores.gap(truth.mixing.T),
-    "permuted": lambda truth, draw: scores.permuted(truth.monosemanticity, draw),
+_KNOWING: dict[str, Callable[[Planted], Tensor]] = {
+    "participation-true": lambda truth: truth.monosemanticity,
+    "gap-true": lambda truth: scores.gap(truth.mixing.T),
 }
 RULES = (*_SEEING, *_KNOWING)
-NEED_DICTIONARY = tuple(name for name in _SEEING if monosemanticity.need_of(name))
-CONTROLS = ("random", "permuted")
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,12 @@ class Known:
 
 
 def score(rule: str, known: Known) -> Float[Tensor, " n_p"]:
-    """The score of every observed dimension (float64)."""
-    if rule in _KNOWING:
-        return _KNOWING[rule](known.truth, known.draw)
+    """The score of every observed dimension (float64); ``permuted:RULE`` deals a rule's out to
+    other dimensions."""
+    control, _, base = rule.rpartition(":")
+    if base in _KNOWING:
+        found = _KNOWING[base](known.truth)
+        return scores.permuted(found, known.draw) if control else found
     return monosemanticity.score(rule, known.evidence, known.draw)
 
 
@@ -62,41 +63,62 @@ class Arm:
     """γ is the space the dictionary is trained in, x' = Γx_p, folded back; the loss is plain."""
 
     @property
+    def name(self) -> str:
+        """``hoyer``, ``variance-a0.5``, ``gap-annealed``, unless it has one of its own."""
+        exponent = "" if self.alpha == 1 else f"-a{self.alpha:g}"
+        return f"{self.rule}{exponent}{'-annealed' if self.annealed else ''}"
+
+    @property
+    def control(self) -> str | None:
+        """The kind of control that the arm is, if it is one."""
+        kind = self.rule.partition(":")[0]
+        return kind if kind in CONTROLS else None
+
+    @property
+    def permuted(self) -> "Arm":
+        """Its own weights, used in the same way, on the wrong dimensions."""
+        return replace(self, rule=f"{PERMUTED}:{self.rule}")
+
+    @property
     def controls(self) -> tuple[str, ...]:
         """Names of the arms that use arbitrary weights in the same way; none for a control."""
-        if self.rule in CONTROLS or self.rule == PLAIN_RULE:
+        if self.control or self.rule == PLAIN_RULE:
             return ()
-        same = (arm_name(rule, annealed=self.annealed, space=self.space) for rule in CONTROLS)
-        return tuple(name for name in same if name in ARMS)
+        random = replace(self, rule=RANDOM, alpha=1.0)
+        return tuple(_NAMES[arm] for arm in (random, self.permuted) if arm in _NAMES)
 
-
-def arm_name(rule: str, alpha: float = 1.0, *, annealed: bool = False, space: bool = False) -> str:
-    """``hoyer``, ``variance-a0.5``, ``gap-annealed``, ``random-space``."""
-    exponent = "" if alpha == 1 else f"-a{alpha:g}"
-    return f"{rule}{exponent}{'-annealed' if annealed else ''}{'-space' if space else ''}"
+    @property
+    def needs_dictionary(self) -> bool:
+        """Whether its rule looks at a first dictionary."""
+        base = self.rule.rpartition(":")[2]
+        return base not in _KNOWING and monosemanticity.need_of(base) is not None
 
 
 def _arms() -> dict[str, Arm]:
-    arms = {"plain": Arm(PLAIN_RULE), "standardised": Arm("variance", -0.5, space=True)}
-    for rule, alpha in (("variance", -0.25), ("variance", 0.5), ("robust-variance", 0.5)):
-        arms[arm_name(rule, alpha)] = Arm(rule, alpha)
-    for rule in ("variance", "kurtosis", "negentropy"):
-        arms[arm_name(rule)] = Arm(rule)
-    for rule in ("hoyer", *NEED_DICTIONARY, "participation-true", "gap-true", *CONTROLS):
-        for annealed in (False, True):
-            arms[arm_name(rule, annealed=annealed)] = Arm(rule, annealed=annealed)
-    arms[arm_name("random", space=True)] = Arm("random", space=True)
-    return arms
+    tried = [Arm("variance", -0.25), Arm("variance", 0.5), Arm("robust-variance", 0.5)]
+    tried += [Arm(rule) for rule in ("variance", "kurtosis", "negentropy")]
+    for rule in ("hoyer", "participation", "gap", *_KNOWING):
+        tried += [Arm(rule), Arm(rule, annealed=True)]
+    named = {"standardised": Arm("variance", -0.5, space=True)}
+    named |= {arm.name: arm for arm in tried}
+    controls = {arm.name: arm for arm in (Arm(RANDOM), Arm(RANDOM, annealed=True))}
+    controls |= {f"{PERMUTED}:{name}": arm.permuted for name, arm in named.items()}
+    return {PLAIN: Arm(PLAIN_RULE)} | named | controls
 
 
-ARMS: dict[str, Arm] = _arms()
 PLAIN = "plain"
+ARMS: dict[str, Arm] = _arms()
+_NAMES = {arm: name for name, arm in ARMS.items()}
+SHOWN = tuple(name for name, arm in ARMS.items() if name != PLAIN and arm.control != PERMUTED)
+"""The arms of tables and figures that have no room for everybody's permuted weights."""
 
 
 def weights(arm: Arm, known: Known) -> Float[Tensor, " n_p"]:
     """The arm's weights γ = s^α, the largest 1. A score of 0 keeps weight 0 for a positive α; under
-    a negative one it gets the largest finite weight."""
+    a negative one it gets the largest finite weight. Raises LlmWsaeError if all scores are 0."""
     s = score(arm.rule, known)
+    if float(s.max()) == 0:
+        raise LlmWsaeError(f"the rule {arm.rule} scores every dimension 0; take more rows")
     if arm.alpha < 0:
         s = s.clamp(min=float(s[s > 0].min()))
     raised = s**arm.alpha
