@@ -25,13 +25,22 @@ def choose_device(name: str = "auto") -> torch.device:
     }
     if name == "auto":
         name = next(kind for kind, here in available.items() if here)
-    kind = name.split(":")[0]
-    if not available.get(kind, False):
+    if not _is_there(name, available):
         here = ", ".join(kind for kind, ok in available.items() if ok)
-        raise UsageError(f"there is no device {name!r} on this machine; it has {here}")
+        count = f" ({torch.cuda.device_count()} of them)" if available["cuda"] else ""
+        raise UsageError(f"there is no device {name!r} on this machine; it has {here}{count}")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return torch.device(name)
+
+
+def _is_there(name: str, available: dict[str, bool]) -> bool:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return False
+    counts = {"cuda": torch.cuda.device_count()}
+    return available.get(device.type, False) and (device.index or 0) < counts.get(device.type, 1)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from attach_targets import SITE, both, dictionary, families, logits, place
+from tiny_families import tiny_hf_model
 
 from llm_wsae.attaching.attach import attach
 from llm_wsae.attaching.edits import Steer
+from llm_wsae.errors import UsageError
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
@@ -35,6 +37,27 @@ def written(target, ids, new, mask=None, cached=True):
         ids, max_new_tokens=new, do_sample=False, use_past_kv_cache=cached, verbose=False,
         stop_at_eos=False, **options,
     )  # fmt: skip
+
+
+def test_padding_is_known_from_a_cache_of_fixed_size():
+    """There the decoder is given what each position attends to, not which tokens are text."""
+    model = LanguageModel.from_live(tiny_hf_model("llama"), None)
+    one, short = dictionary(), torch.arange(5, 11)[None]
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)
+    mask = (torch.arange(10) >= 4).long()[None]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"cache_implementation": "static"}
+    with attach(model, one, error=False):
+        alone = model.hf_model.generate(short, **options)
+        beside = model.hf_model.generate(padded, attention_mask=mask, **options)
+    assert torch.equal(beside[:, 4:], alone)
+
+
+def test_positions_are_counted_from_the_first_token():
+    with attach(tiny_hf_model("llama"), dictionary()) as attached:
+        for where in (slice(-1, None), slice(None, -1)):
+            with pytest.raises(UsageError, match="counted from the first token"):
+                attached.edit(SITE, Steer(7, 6.0, where))
 
 
 @families("gpt2", "llama", "neox")

@@ -144,6 +144,11 @@ def test_a_model_that_cannot_be_had_hides_the_tokens_only(inside, monkeypatch):
 
 MISTAKES = {
     "bytes": ((PLAIN, "--text", "w1 \udcff", "--model", "model"), 2, "bytes that are not UTF-8"),
+    "store for a text": (
+        (PLAIN, "--text", "w1", "--model", "model", "--store", "store"),
+        2,
+        "--store shows where latents fire: name some with --latent",
+    ),
     "nothing asked": ((PLAIN,), 2, "name latents with --latent, or give a --text"),
     "latent": ((PLAIN, "--latent", 64), 2, "no latent 64; uniform-k4 has latents 0 to 63"),
     "negative": ((PLAIN, "--latent", -1), 2, "no latent -1"),

@@ -48,6 +48,8 @@ def test_a_local_folder_loads_without_touching_the_network(tmp_path, monkeypatch
         ("nobody/no-such-model", {}, LlmWsaeError, "the Hub cannot be reached"),
         ("gpt2", {"dtype": "float23"}, UsageError, "did you mean 'float32'"),
         ("gpt2", {"device": "abacus"}, UsageError, "there is no device 'abacus'"),
+        ("gpt2", {"device": "cpu:x"}, UsageError, "there is no device 'cpu:x'"),
+        ("gpt2", {"device": "cuda:99"}, UsageError, "there is no device 'cuda:99'"),
     ],
 )
 def test_names_that_lead_nowhere(spec, options, error, sentence):

@@ -62,7 +62,8 @@ class Attached:
         [contexts, positions, d_sae] that returns new ones, or None if it only looks or changes
         them in place.
 
-        Raises UsageError where no dictionary is attached or it has no such latent.
+        Raises UsageError where no dictionary is attached, it has no such latent, or positions are
+        negative.
         """
         splice = self._splice(site)
         for edit in edits:

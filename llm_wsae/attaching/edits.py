@@ -36,8 +36,8 @@ class Ablate:
     latent: Latents
     """One latent or several, each of which counts once."""
     positions: slice | None = None
-    """Positions of the token ids, generated ones included: ``slice(ids.shape[1], None)`` is what
-    is generated behind ``ids``. None: all."""
+    """Positions of the token ids, generated ones included, counted from the first:
+    ``slice(ids.shape[1], None)`` is what is generated behind ``ids``. None: all."""
 
     def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
         """0."""

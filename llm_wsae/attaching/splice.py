@@ -29,8 +29,15 @@ class Splice:
         self._first = PackConfig.remembered(dictionary.info.store.get("packing")).drop_positions
 
     def check(self, edit: Edit | Function) -> None:
-        """Raises UsageError if the dictionary has no such latent."""
+        """Raises UsageError if the dictionary has no such latent, or positions are counted from
+        the end, which moves while a model generates."""
         if isinstance(edit, Edit):
+            taken = edit.positions or slice(None)
+            if any(bound is not None and bound < 0 for bound in (taken.start, taken.stop)):
+                raise UsageError(
+                    f"positions are counted from the first token, so {taken.start}:{taken.stop} "
+                    "cannot be; give numbers from 0 on"
+                )
             for latent in _latents(edit):
                 if not 0 <= latent < self.dictionary.d_sae:
                     raise UsageError(

@@ -93,14 +93,27 @@ def watching(decoder: nn.Module) -> Iterator[list[Call]]:
         # By type: the parameter's name changed between versions of transformers.
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         cached = int(caches[0].get_seq_length()) if caches else 0
-        mask = kwargs.get("attention_mask")
-        calls[0] = Call(cached, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+        calls[0] = Call(cached, _padding(kwargs.get("attention_mask"), cached))
 
     handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
     try:
         yield calls
     finally:
         handle.remove()
+
+
+def _padding(mask: Any, cached: int) -> Tensor | None:
+    """Which tokens are text [contexts, positions], from what a decoder may be given: that, or what
+    each position attends to [contexts, 1, queries, keys] (or one of that for each kind of
+    attention), the last of which attends to all text."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return None
+    if mask.ndim == 2:
+        return mask
+    seen = mask[:, 0, -1, : cached + mask.shape[2]]
+    return seen if seen.dtype == torch.bool else seen == 0  # else it is added to the scores
 
 
 def _bridge(bridge: Any) -> Target:

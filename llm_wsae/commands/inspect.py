@@ -49,6 +49,8 @@ def inspect(
 
     if not latent and text is None:
         raise UsageError("name latents with --latent, or give a --text")
+    if store is not None and not latent:
+        raise UsageError("--store shows where latents fire: name some with --latent")
     if top < 1:
         raise UsageError(f"--top is {top}, but at least 1 of everything is shown")
     opened = Dictionary.load(dictionary)
