@@ -21,26 +21,23 @@ from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.fidelity import evaluate, take_contexts
-from llm_wsae.evaluate.report import Fidelity, Report
+from llm_wsae.evaluate.report import Report
 from llm_wsae.evidence import gather
 from llm_wsae.files import write_json
 from llm_wsae.harvest import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.plots import plot_fidelity, plot_profile
-from llm_wsae.record import plain
 from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.statistics.evidence import Evidence
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.monosemanticity import check_evidence, check_form, need_of
+from llm_wsae.statistics.monosemanticity import check_form, lacks, need_of
 from llm_wsae.statistics.profile import profile, profile_text
-from llm_wsae.statistics.weights import takes_matrix
+from llm_wsae.statistics.weights import LossWeights, takes_matrix
 from llm_wsae.train.arms import choose_weights, make_arms
 from llm_wsae.train.config import Architecture, TrainConfig
 from llm_wsae.train.trainer import FINISHED, train
 
 STORE = "store"
-_PER_ITEM = ("fvu_per_dimension", "latent_density")  # long lists; they stay in the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +54,7 @@ class SiteResult:
         return {
             "folder": str(self.folder),
             "profile": self.profile,
-            "fidelity": {name: summary(f) for name, f in self.report.dictionaries.items()},
+            "fidelity": self.report.summaries(),
         }
 
     def text(self) -> str:
@@ -93,17 +90,18 @@ def run(
     folder per arm, ``report.json`` and ``fidelity.png``. The training part of the corpus is
     harvested, its held-out part evaluated.
 
-    Raises what its stages raise; what cannot be right in the request, before any work.
+    Raises as its stages do; a request that cannot be met is refused before the harvest.
     """
     sites = list(dict.fromkeys(sites))
     for rule in rules:
         if need_of(rule) == "dictionary":  # there is none yet
-            check_evidence(rule, Evidence(Statistics(model.d_model, 1)))
+            raise lacks(rule, "dictionary")
         if rule != "uniform":
             check_form(rule, takes_matrix=takes_matrix(rule, weight_config))
     for k in ks:
         TopK(k).check(train_config.expansion * model.d_model)
-    _check_room(out, sites, harvest_config, train_config)
+    _check_rows(harvest_config, train_config)
+    _check_not_trained_on_less(out, sites, harvest_config)
     heldout = take_contexts(  # before hours of work are built on too little text
         Packer.for_model(model, harvest_config).contexts(
             Corpus.open(corpus, "heldout", text_column=text_column)
@@ -126,20 +124,21 @@ def run(
         report = evaluate(dictionaries, model, heldout, evaluate_config)
         _save_metrics(folder, dictionaries, report)
         report.write(folder / "report.json")
-        plot_fidelity(fidelity_numbers(report), str(site), folder / "fidelity.png")
+        plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
         results[site] = SiteResult(facts, dictionaries, report, folder)
     return results
 
 
-def _check_room(
-    out: Path, sites: Sequence[Site], harvesting: HarvestConfig, training: TrainConfig
-) -> None:
-    """A training that cannot be is best known before the harvest."""
+def _check_rows(harvesting: HarvestConfig, training: TrainConfig) -> None:
     if training.tokens is None and harvesting.tokens < training.batch_size:
         raise UsageError(
             f"{harvesting.tokens:,} tokens are less than one batch of {training.batch_size:,}; "
             "harvest more"
         )
+
+
+def _check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: HarvestConfig) -> None:
+    """A longer harvest would leave the dictionaries that are there without their store."""
     trained = [site for site in sites if (out / str(site) / FINISHED).exists()]
     if trained and (out / STORE / MANIFEST).is_file():
         manifest = Manifest.load(out / STORE)
@@ -158,7 +157,8 @@ def _weigh(
     rules: Sequence[str],
     alphas: Sequence[float],
     config: WeightConfig,
-) -> tuple[dict[str, Any], list[Any]]:
+) -> tuple[dict[str, Any], list[LossWeights]]:
+    """The site's profile, written and printed, and the weights that it shows."""
     weights = choose_weights(evidence, rules, alphas, config=config)
     facts = profile(evidence.statistics, weights)
     write_json(folder / "profile.json", facts)
@@ -169,21 +169,12 @@ def _weigh(
 
 def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:
     """Leave each dictionary's measurements in its own folder, so that they travel with it."""
+    summaries = report.summaries()
     for name, dictionary in dictionaries.items():
-        found = {"fidelity": summary(report.dictionaries[name])}
+        found = {"fidelity": summaries[name]}
         keep_measurements(folder / name, found)
         metrics = {**dictionary.info.metrics, **found}
         dictionary.info = dataclasses.replace(dictionary.info, metrics=metrics)
-
-
-def summary(fidelity: Fidelity) -> dict[str, Any]:
-    """An arm's measurements without the lists per dimension and per latent, JSON-able."""
-    return {k: plain(v) for k, v in dataclasses.asdict(fidelity).items() if k not in _PER_ITEM}
-
-
-def fidelity_numbers(report: Report) -> dict[str, dict[str, Any]]:
-    """The report's numbers as the figure wants them, by dictionary."""
-    return {name: summary(fidelity) for name, fidelity in report.dictionaries.items()}
 
 
 def _say(number: int, stage: str, what: str) -> None:

@@ -36,6 +36,33 @@ def cells(body: str, first: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split(" | ")]
 
 
+def test_another_text_that_was_measured_on_is_named():
+    here = some(metrics={"fidelity": {**FIDELITY, "corpus": "owner/words:english+sotu"}})
+    elsewhere = some(metrics={"fidelity": {**FIDELITY, "corpus": "other.jsonl"}})
+    for one, kind, name in (
+        (here, "owner/words", "held-out text of owner/words:english+sotu"),
+        (elsewhere, "text", "held-out text of other.jsonl"),
+    ):
+        metadata, _ = parts(card(REPO, [one], set()))
+        (result,) = metadata["model-index"][0]["results"]
+        assert result["dataset"] == {"type": kind, "name": name}
+
+
+def test_the_seed_is_that_of_the_weights():
+    _, body = parts(card(REPO, [some(seed=3, training={"seed": 0, "k": 4})], set()))
+    assert cells(body, "seed")[1] == "3" and cells(body, "seed of the batches")[1] == "0"
+
+
+def test_who_trained_them_is_said_where_it_is_one():
+    ours, theirs = some(), some("scope-k4", training={"trained with": "Gemma Scope"})
+    for chosen, said in (
+        ([ours], "directions, trained with llm-wsae."),
+        ([theirs], "directions, trained with Gemma Scope."),
+        ([ours, theirs], "sums of directions. A"),
+    ):
+        assert said in parts(card(REPO, chosen, set()))[1]
+
+
 def test_metadata_is_what_the_hub_indexes():
     plain = some("uniform-k4", rule="uniform", alpha=1.0)
     metadata, _ = parts(card(REPO, [plain, some()], set(), license="mit"))

@@ -151,6 +151,12 @@ def test_what_a_killed_writer_left_is_cleared_up(folder):
     assert (folder / "mine.txt").exists() and not old.exists()
 
 
+def test_a_measurement_that_was_never_finished_is_no_foreign_file(folder):
+    (folder / ".wsae.json.77.partial").write_text("{")
+    make(ReLU(), seed=9).save(folder)
+    assert Dictionary.load(folder).sparsity == ReLU()
+
+
 def test_other_folders_are_left_alone(tmp_path, folder):
     (folder / "notes.txt").write_text("mine")
     before = content(folder)

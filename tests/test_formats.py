@@ -1,5 +1,7 @@
 """Every reader on files in the published layout, written here (the real tools: test_interop)."""
 
+import json
+
 import pytest
 import torch
 from foreign_folders import (
@@ -45,6 +47,25 @@ def test_what_was_read_can_be_saved_as_ours(tmp_path, layout):
     again = Dictionary.load(tmp_path / "ours")
     assert again.info == read.info and again.sparsity == read.sparsity
     assert torch.equal(again(expected.x), read(expected.x))
+
+
+@pytest.mark.parametrize("layout", ["saelens-topk", "saelens-old", "saelens-gated"])
+def test_a_dictionary_of_a_centred_stream_sees_its_own_in_any_stream(tmp_path, layout):
+    """As SAELens trained them on TransformerLens models with centred weights."""
+    plain, centred = place(tmp_path / "plain", layout), place(tmp_path / "centred", layout)
+    WRITERS[layout](plain)
+    x = WRITERS[layout](centred).x
+    cfg = json.loads((centred / "cfg.json").read_text())
+    cfg.get("metadata", cfg)["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
+    (centred / "cfg.json").write_text(json.dumps(cfg))
+    one, other = Dictionary.load(plain), Dictionary.load(centred)
+    expected = one.encode(x - x.mean(-1, keepdim=True))
+    torch.testing.assert_close(other.encode(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other.encode(x + 3), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(one.encode(x), expected, atol=1e-2)
+    other.save(tmp_path / "ours")
+    assert Dictionary.load(tmp_path / "ours").info.model["center_writing_weights"] is True
+    assert "center_writing_weights" not in one.info.model
 
 
 def test_the_site_and_model_are_found(tmp_path):

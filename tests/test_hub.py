@@ -64,6 +64,19 @@ def test_only_what_changed_is_written(hub, plain, weighted):
     assert "| 0.125 |" in card and "| 0.250 |" in card  # the other one's numbers come from there
 
 
+def test_a_figure_of_weights_that_are_a_matrix_now_is_gone(hub, plain):
+    push([plain], REPO)
+    figure = f"{SITE}/plain-k4/weights.png"
+    assert figure in hub.store.repositories[REPO].files()
+    dictionary = Dictionary.load(plain)
+    dictionary.extras = {"gamma": torch.eye(dictionary.d_in)}
+    dictionary.save(plain)
+    assert figure in push([plain], REPO).changed
+    assert figure not in hub.store.repositories[REPO].files()
+    assert "weights.png" not in hub.store.content(REPO, "README.md").decode()
+    assert push([plain], REPO).changed == []
+
+
 def test_a_push_of_one_dictionary_keeps_the_others(hub, plain, weighted):
     push([weighted], REPO)
     done = push([plain], REPO)
@@ -265,6 +278,11 @@ def test_commands_that_cannot_be(hub, plain, weighted, login):
         result = call(*words)
         assert result.code == 2 and result.out == ""
         assert "name dictionary folders and then the repository" in result.err
+    for name in ("saes", "hub/user/saes"):
+        asked = len(hub.requests)
+        result = call("push", plain, name)
+        assert result.code == 2 and f"as user/name, not '{name}'" in result.err
+        assert len(hub.requests) == asked and name not in hub.store.repositories
     result = call("pull", "user/nothing", "--out", "out")
     assert result.code == 2 and "Traceback" not in result.err
     assert result.err.startswith("llm-wsae: there is no repository user/nothing")

@@ -58,13 +58,14 @@ def test_latents_are_scored_beside_fidelity(words, tmp_path, world):
 
 
 def test_results_are_kept_with_the_dictionaries(words, tmp_path, world):
+    words[words.index("all")] = "heldout"
     before = {name: content(tmp_path / name) for name in NAMES}
     asked = (
         "--encoder",
         world / "encoder",
         "--monosemantic",
         "--monosemantic-tokens",
-        3000,
+        1500,
         "--keep",
     )
     report = works(*words, *asked, "--json").json
@@ -111,9 +112,11 @@ def test_what_cannot_be_done_is_said_before_the_work(words, tmp_path, world):
     fails("--labels: only with --monosemantic; give that too", "--labels", "number")
     fails("--monosemantic-tokens and --encoder: only with", asked[-1], 3000, *asked[:2])
     (tmp_path / NAMES[1] / "wsae.json").rename(tmp_path / "elsewhere.json")
-    fails("was not saved by this package", *asked, 3000, "--keep")
+    fails("--keep is for what was measured on held-out text", *asked, 3000, "--keep")
+    words[words.index("all")] = "heldout"
+    fails("was not saved by this package", *asked, 1500, "--keep")
     (tmp_path / NAMES[1] / "wsae.json").symlink_to(tmp_path / "elsewhere.json")
-    fails("wsae.json is only a link", *asked, 3000, "--keep")
+    fails("wsae.json is only a link", *asked, 1500, "--keep")
 
 
 def test_a_measurement_replaces_its_own_group_only(world, tmp_path):

@@ -65,7 +65,6 @@ def evaluate(
     from llm_wsae.evaluate.fidelity import evaluate as measure
     from llm_wsae.evaluate.monosemantic import Bench
     from llm_wsae.evaluate.monosemantic_summary import summary_of
-    from llm_wsae.run import summary
 
     check_counts(monosemantic_tokens=monosemantic_tokens)
     _check_asked(monosemantic, monosemantic_tokens, encoder, labels)
@@ -84,6 +83,8 @@ def evaluate(
     if not there.is_dir():
         raise UsageError(f"--out cannot be {out}: {there} is not a folder")
     dictionaries = tuple(dict.fromkeys(dictionaries))
+    if keep and part != "heldout":
+        raise UsageError("--keep is for what was measured on held-out text; leave --part out")
     for folder in dictionaries if keep else ():
         check_keeps_measurements(folder)
     loaded = {label_of(path, dictionaries): Dictionary.load(path) for path in dictionaries}
@@ -94,7 +95,10 @@ def evaluate(
     bench = Bench(language_model, text, packing, scoring) if monosemantic else None
     fidelity = measure(loaded, language_model, contexts, config)
     facts, tables = fidelity.to_dict(), [fidelity.table()]
-    found = {name: {"fidelity": summary(f)} for name, f in fidelity.dictionaries.items()}
+    found = {
+        name: {"fidelity": {"corpus": text.name, **own}}
+        for name, own in fidelity.summaries().items()
+    }
     if bench is not None:
         scores = bench.score(loaded)
         facts["monosemanticity"] = scores.to_dict()

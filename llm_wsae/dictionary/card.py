@@ -35,6 +35,7 @@ TAGS = (
     "transformer-lens",
 )
 _METRICS = ("explained_variance", "ce_recovered", "kl", "l0")  # of the fidelity, for the Hub
+_RENAMED = {"seed": "seed of the batches"}  # what another row of the table is called
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # as tokens are, not hf_hub_download
 
 
@@ -89,8 +90,8 @@ def _result(d: Facts) -> dict[str, Any]:
     return {
         "task": {"type": "feature-extraction", "name": d.sae_id},
         "dataset": {
-            "type": next(iter(d.hub_datasets), "text"),
-            "name": f"held-out text of {d.corpus or 'the corpus'}",
+            "type": "text" if d.measured_on else next(iter(d.hub_datasets), "text"),
+            "name": f"held-out text of {d.measured_on or d.corpus or 'the corpus'}",
         },
         "metrics": [
             {"type": m, "name": m, "value": round(value, 6)}
@@ -151,7 +152,7 @@ def _body(
         f"# Sparse autoencoders for the residual stream{of}",
         f"{len(dictionaries)} "
         f"{'dictionary' if len(dictionaries) == 1 else 'dictionaries'} that explain the residual "
-        f"stream at {', '.join(sites)} as sparse sums of directions, trained with llm-wsae. A "
+        f"stream at {', '.join(sites)} as sparse sums of directions{_trained(dictionaries)}. A "
         "rule other than *uniform* weights every dimension's error by γ = score^α (weighted sparse "
         f"autoencoders, {PAPER}); *uniform* is the plain sparse autoencoder to compare with.",
         "## Dictionaries",
@@ -166,6 +167,12 @@ def _body(
         figure = f"{d.sae_id}/{FIGURE}" if d.sae_id in figures else None
         parts += [f"### {escape(d.sae_id)}", *making(d, figure)]
     return "\n\n".join(parts)
+
+
+def _trained(dictionaries: Sequence[Facts]) -> str:
+    """With what, where that is the same for all."""
+    tools = {text(d.info.training.get("trained with")) or LIBRARY for d in dictionaries}
+    return f", trained with {escape(tools.pop())}" if len(tools) == 1 else ""
 
 
 def _usage(repo_id: str, d: Facts, revision: str | None) -> list[str]:
@@ -206,7 +213,7 @@ def making(d: Facts, figure: str | None) -> list[str]:
         ("context size", info.context_size, None),
         ("rows", info.store.get("num_rows"), None),
         ("seed", info.seed, None),
-        *((key, value, None) for key, value in training.items()),
+        *((_RENAMED.get(key, key), value, None) for key, value in training.items()),
         ("llm-wsae", d.package_version, None),
     ]
     listed = {

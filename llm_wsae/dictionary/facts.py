@@ -54,6 +54,12 @@ class Facts:
         return self.model if text(self.info.model.get("revision")) else None
 
     @property
+    def measured_on(self) -> str | None:
+        """Name of the text that its fidelity was measured on, where that is another one."""
+        found = text(mapping(self.info.metrics.get("fidelity")).get("corpus"))
+        return None if found == self.corpus else found
+
+    @property
     def corpus(self) -> str | None:
         """Name of the text."""
         return text(self.info.corpus.get("name"))

@@ -24,7 +24,14 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.replacing import not_there, replacing
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
-from llm_wsae.files import read_json, save_tensors, sha256, write_atomic, write_json
+from llm_wsae.files import (
+    read_json,
+    remove_partials,
+    save_tensors,
+    sha256,
+    write_atomic,
+    write_json,
+)
 from llm_wsae.model.site import Site
 from llm_wsae.record import version_of
 
@@ -307,6 +314,8 @@ def _check_replaceable(folder: Path) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be saved there")
+    if is_dictionary(folder):
+        remove_partials(folder)  # of a kill while its measurements were written
     names = {entry.name for entry in folder.iterdir()}
     if not names:
         return

@@ -78,7 +78,7 @@ def push(
     branch, ``private`` for a repository that is public, no such user), LlmWsaeError for a folder
     that is no whole dictionary or changed since it was saved, and for every failure of the Hub.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, constants
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
     local = _local_dictionaries(folders)
     api = HfApi()
@@ -86,13 +86,15 @@ def push(
         head, branch_is_new = _prepare(api, repo_id, private, revision)
         files = remote_files(repo_id, head)
     remote = Repository(repo_id, None if branch_is_new else revision, head, files, None)
-    changed: dict[str, Path | bytes] = {}
+    changed: dict[str, Path | bytes | None] = {}
     for sae_id, folder in local.items():
         changed |= _changed(sae_id, folder, remote.files)
     figures = {
         sae_id for sae_id in remote.sae_ids(own=True) if f"{sae_id}/{FIGURE}" in remote.files
     }
-    figures |= {sae_id for sae_id in local if f"{sae_id}/{FIGURE}" in changed}
+    drawn = {sae_id: changed[path] for sae_id in local if (path := f"{sae_id}/{FIGURE}") in changed}
+    figures |= drawn.keys()
+    figures -= {sae_id for sae_id, figure in drawn.items() if figure is None}
     old = _old_card(remote)
     new = card(
         repo_id, _all_facts(local, remote), figures, old=old, license=license, revision=revision
@@ -101,15 +103,16 @@ def push(
         changed[README] = new.encode()
     if not changed and not branch_is_new:
         return Pushed(f"{constants.ENDPOINT}/{repo_id}", head, list(local), [])
-    operations = [CommitOperationAdd(path, content) for path, content in sorted(changed.items())]
+    added = [CommitOperationAdd(path, new) for path, new in sorted(changed.items()) if new]
+    gone = [CommitOperationDelete(path) for path, new in sorted(changed.items()) if not new]
     with hub_errors(repo_id, revision):
-        api.preupload_lfs_files(repo_id, operations)
+        api.preupload_lfs_files(repo_id, added)
         if branch_is_new:
             api.create_branch(repo_id, branch=revision or "main", revision=head)
         try:
             done = api.create_commit(
                 repo_id,
-                operations,
+                [*added, *gone],
                 commit_message=_message(list(local)),
                 revision=revision,
                 parent_commit=head,
@@ -194,6 +197,8 @@ def _prepare(api: Any, repo_id: str, private: bool, revision: str | None) -> tup
     """The commit to build on, and whether the branch is to be made. Creates the repository."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    if repo_id.count("/") != 1:  # the Hub would make it under another name than it is found by
+        raise UsageError(f"name the repository as user/name, not {repo_id!r}")
     try:
         found = api.model_info(repo_id)
     except RepositoryNotFoundError:
@@ -218,9 +223,12 @@ def _prepare(api: Any, repo_id: str, private: bool, revision: str | None) -> tup
     return found.sha, True
 
 
-def _changed(sae_id: str, folder: Path, remote: "dict[str, RemoteFile]") -> dict[str, Path | bytes]:
-    """The files of a dictionary that the repository has not, or has differently."""
-    changed: dict[str, Path | bytes] = {}
+def _changed(
+    sae_id: str, folder: Path, remote: "dict[str, RemoteFile]"
+) -> dict[str, Path | bytes | None]:
+    """The files of a dictionary that the repository has not, or has differently; None is for one
+    that it should not have any more."""
+    changed: dict[str, Path | bytes | None] = {}
     for name in FILES:
         path = f"{sae_id}/{name}"
         there = remote.get(path)
@@ -230,7 +238,7 @@ def _changed(sae_id: str, folder: Path, remote: "dict[str, RemoteFile]") -> dict
     drawing = f"{sae_id}/{FIGURE}"
     if drawing not in remote or f"{sae_id}/{EXTRAS}" in changed:
         figure = weights_figure(load_tensors(folder / EXTRAS, "side tensors")[0], sae_id)
-        if figure is not None:
+        if figure is not None or drawing in remote:  # a matrix has no figure
             changed[drawing] = figure
     return changed
 

@@ -5,6 +5,10 @@ from typing import Any
 
 from llm_wsae.errors import LlmWsaeError, shown
 
+CENTRED = "center_writing_weights"
+"""In ``model``, as TransformerLens calls it: the rows of the stream had mean 0 over dimensions.
+Codes are those of any stream then; what is reconstructed lacks each row's mean."""
+
 
 @dataclass(frozen=True)
 class DictionaryInfo:
@@ -24,7 +28,7 @@ class DictionaryInfo:
     weights: dict[str, Any] = field(default_factory=dict)
     """How γ was made from the scores, and whether it acted on the loss or as the training space."""
     seed: int | None = None
-    """Seed of initialisation and batch order."""
+    """Seed of the initial weights."""
     context_size: int | None = None
     """Tokens in a context of the text it was trained on."""
     prepend_bos: bool | None = None

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.info import CENTRED
 from llm_wsae.errors import UsageError
 from llm_wsae.model.language_model import LanguageModel
 
@@ -21,9 +22,16 @@ def check_fit(dictionaries: Mapping[str, Dictionary], model: LanguageModel, verb
 
 
 def notes_on_weights(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> list[str]:
-    """A sentence for every dictionary that was trained on other weights than the model's."""
+    """A sentence for every dictionary that was trained on other weights than the model's, or on a
+    stream that was treated."""
     own = model.identity()["weights_sha256"]
-    return [
+    centred = [
+        f"dictionary {name!r} was trained on a stream whose rows have mean 0: what it reconstructs "
+        "lacks their mean"
+        for name, dictionary in dictionaries.items()
+        if dictionary.info.model.get(CENTRED)
+    ]
+    return centred + [
         f"dictionary {name!r} was trained on other weights than these of {model.name}"
         for name, dictionary in dictionaries.items()
         if dictionary.info.model.get("weights_sha256") not in (None, own)

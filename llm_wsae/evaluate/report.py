@@ -10,6 +10,7 @@ from llm_wsae.tables import aligned
 
 Interval = tuple[float, float]
 
+_PER_ITEM = ("fvu_per_dimension", "latent_density")  # long lists
 COLUMNS = {
     "FVU": "fraction of the activations' variance that the reconstruction misses (0 is perfect)",
     "CE recovered": "share of the model's next-token ability that is left when it computes on with "
@@ -81,6 +82,10 @@ class Fidelity:
     latent_density: list[float] = field(repr=False)
     """[d_sae]: share of rows on which each latent fired."""
 
+    def summary(self) -> dict[str, Any]:
+        """Without the lists per dimension and per latent, JSON-able."""
+        return {k: v for k, v in plain(self).items() if k not in _PER_ITEM}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -100,6 +105,10 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""
         return plain(self)
+
+    def summaries(self) -> dict[str, dict[str, Any]]:
+        """By dictionary, its numbers without the lists per dimension and per latent; JSON-able."""
+        return {name: fidelity.summary() for name, fidelity in self.dictionaries.items()}
 
     def write(self, path: Path) -> None:
         """Write the JSON report. Raises LlmWsaeError if that is impossible."""

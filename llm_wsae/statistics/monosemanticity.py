@@ -206,11 +206,16 @@ def check_evidence(rule: str, evidence: Evidence) -> None:
     """Raises UsageError, saying which option brings it, when the rule needs what is not there."""
     need = need_of(rule)
     if need is not None and not evidence.has(need):
-        what, option = _BRINGS[need]
-        raise UsageError(
-            f"the rule {rule!r} needs {what}: let llm-wsae weigh make its weights with {option}, "
-            "and train on the file with --weights"
-        )
+        raise lacks(rule, need)
+
+
+def lacks(rule: str, need: Need) -> UsageError:
+    """What to say of a rule that needs what was not measured."""
+    what, option = _BRINGS[need]
+    return UsageError(
+        f"the rule {rule!r} needs {what}: let llm-wsae weigh make its weights with {option}, "
+        "and train on the file with --weights"
+    )
 
 
 def _parts(rule: str) -> tuple[str, str]:

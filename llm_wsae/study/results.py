@@ -15,7 +15,6 @@ from llm_wsae.evaluate.report import Fidelity
 from llm_wsae.files import read_json
 from llm_wsae.hardware import processor_name
 from llm_wsae.record import plain, versions
-from llm_wsae.run import summary
 from llm_wsae.study.curve import Point, Value
 from llm_wsae.study.plan import PlannedArm
 
@@ -115,7 +114,7 @@ def record_of(
             "seed": arm.seed,
             "identity": arm.identity(),
             "measured_on": {"processor": processor_name(device), **versions()},
-            "fidelity": summary(fidelity),
+            "fidelity": fidelity.summary(),
             "scores": scores.to_dict(),
             "latents": {
                 "all": {name: _over_latents(v) for name, v in latents.items()},

@@ -52,6 +52,8 @@ class Announced:
     """Tokens in a context."""
     prepend_bos: bool | None = None
     """Whether each context began with the BOS token."""
+    centred_stream: bool = False
+    """Whether every row of the stream it was trained on had mean 0 over dimensions."""
     rule: str = "uniform"
     """Rule of the loss weights, if our plugin trained it."""
     alpha: float = 0.0

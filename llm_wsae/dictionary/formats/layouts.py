@@ -11,7 +11,7 @@ from typing import Any
 from llm_wsae.dictionary.files import EXTRAS, INFO, Content, check_finite, read_folder
 from llm_wsae.dictionary.formats import dictionary_learning, gemma_scope, saelens, sparsify
 from llm_wsae.dictionary.formats.foreign import Announced, Layout
-from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.info import CENTRED, DictionaryInfo
 from llm_wsae.dictionary.replacing import not_there
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import read_json
@@ -61,7 +61,10 @@ def info_of(layout: Layout, announced: Announced, site: str, name: str) -> Dicti
         alpha=announced.alpha,
         context_size=announced.context_size,
         prepend_bos=announced.prepend_bos,
-        model={"name": announced.model} if announced.model else {},
+        model={
+            **({"name": announced.model} if announced.model else {}),
+            **({CENTRED: True} if announced.centred_stream else {}),
+        },
         corpus={"name": announced.corpus} if announced.corpus else {},
         training={"trained with": layout.name},
     )

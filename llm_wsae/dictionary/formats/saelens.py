@@ -33,6 +33,7 @@ from llm_wsae.dictionary.formats.foreign import (
     with_decoder_norms,
     without_input_bias,
 )
+from llm_wsae.dictionary.info import CENTRED
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.files import read_json
 
@@ -62,13 +63,14 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Announced:
         corpus=text(about.get("dataset_path")),
         context_size=whole(about.get("context_size")),
         prepend_bos=bos if isinstance(bos, bool) else None,
+        centred_stream=_centred_stream(cfg),
         rule=text(ours.get("rule")) or "uniform",
         alpha=number(ours.get("alpha")) or 0.0,
     )
 
 
 def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
-    """The tensors with centring, scaling, decoder norms and gates folded in.
+    """The tensors with centring (of the stream too), scaling, decoder norms and gates folded in.
 
     Raises LlmWsaeError, naming file and fault.
     """
@@ -95,6 +97,8 @@ def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
         W_enc, b_enc, W_dec, _ = with_decoder_norms(W_enc, b_enc, W_dec)
     if centred:
         b_enc = without_input_bias(W_enc, b_enc, b_dec)
+    if _centred_stream(cfg):  # (x − mean x)·W = x·(W − its mean over dimensions)
+        W_enc = W_enc - W_enc.mean(0)
     factor = _factor(folder, cfg, w)
     if factor is not None:
         W_dec = W_dec * factor[:, None]
@@ -102,6 +106,13 @@ def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
     if threshold is not None:
         tensors["threshold"] = not_negative(threshold)
     return Weights(tensors, sparsity)
+
+
+def _centred_stream(cfg: Mapping[str, Any]) -> bool:
+    """Whether the model's weights had been centred, so that its stream was; its other treatments
+    leave the stream as it is."""
+    about = mapping(cfg.get("metadata")) or cfg
+    return mapping(about.get("model_from_pretrained_kwargs")).get(CENTRED) is True
 
 
 def _architecture(cfg: Mapping[str, Any]) -> str | None:
