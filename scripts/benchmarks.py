@@ -21,7 +21,11 @@ _HEADERS = {
     BENCHMARKS.name: """# Benchmarks
 
 Written by `bench_*.py` and `profile_step.py` beside it with `--write`; each replaces its own
-sections, one for each processor that it ran on. How to run one stands at its top.
+sections, one for each processor that it ran on. Each script's docstring says how to run it.
+
+Of the training step, "time / ours" is the median over rounds of the ratio within a round, "floor
+reached" the floor's time over the row's own, "MB beyond state" the peak of memory less parameters
+and Adam's moments (10⁶ bytes).
 """,
     RESULTS.name: """# Results
 

@@ -302,8 +302,8 @@ def test_run_refuses_before_the_harvest_what_cannot_be(ran, model_and_corpus, tm
     more = call("run", *model_and_corpus, *RUN, "--tokens", 9000, "--out", out)
     assert more.code == 2 and "trained on 5,008 tokens; choose another folder" in more.err
     assert content(out) == before and "harvest" not in more.err
-    few = call("run", *model_and_corpus, *RUN, "--tokens", 4000, "--out", tmp_path / "x")
-    assert few.code == 2 and "4,000 tokens are less than one batch of 4,096" in few.err
+    few = call("run", *model_and_corpus, *RUN, "--tokens", 2000, "--out", tmp_path / "x")
+    assert few.code == 2 and "2,000 tokens are less than one batch of 2,048" in few.err
     assert not (tmp_path / "x").exists()
 
 

@@ -40,7 +40,8 @@ def train(
             acts, or a vector or matrix of your own.
         k: Active latents per token, a dictionary of every architecture each.
         architecture: Kinds of dictionary: topk has k latents in every token, the others on average.
-        l1: L1 coefficients, a ReLU dictionary each.
+        l1: L1 coefficients, a ReLU dictionary each; the error beside them is a mean over
+            dimensions of rows scaled to variance 1.
         seeds: Seeds of the initial weights, a dictionary each.
     """
     from llm_wsae.data.store import ActivationStore

@@ -2,8 +2,9 @@
 
 γ = s^α from a rule's scores s (Cui et al. 2026) or Γ = S^α from its matrix, or a user's own, then
 scaled so that the weighted variance equals the plain one, Σ γ²·var = Σ var or tr ΓΣΓᵀ = tr Σ: the
-weighted loss of a dictionary that explains nothing equals the plain one, so arms share one learning
-rate and, under L1, one λ. Variances are winsorised here and everywhere below, because the loss
+weighted loss of a dictionary that explains nothing equals the plain one. So the losses of arms can
+be compared, and one λ of a penalty means the same in all of them; Adam's steps do not depend on the
+scale. Variances are winsorised here and everywhere below, because the loss
 leaves massive rows out too.
 """
 

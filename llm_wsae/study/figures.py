@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from llm_wsae.files import write_atomic
@@ -107,8 +108,16 @@ def plot_differences(
     axes[0].set_yticks(range(len(rows)), [name for name, *_ in rows])
     axes[0].set_ylim(max(len(rows), 1) - 0.5, -0.5)
     figure.suptitle(
-        f"{site}: beside the plain curve. Better than the control too: blue, than the curve only: "
-        "yellow, worse: red; hollow: controls; +: with dense latents"
+        f"{site}: beside the plain curve. Colour: the verdict over both measures that decide; "
+        "hollow: controls; +: with dense latents"
+    )
+    verdicts = dict.fromkeys(one.verdict for one in compared)
+    handles = [
+        Line2D([], [], marker="o", ls="", color=_OF_VERDICT.get(word, _GREY), label=word)
+        for word in verdicts
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False
     )
     _save(figure, path)
 

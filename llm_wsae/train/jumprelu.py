@@ -80,7 +80,7 @@ def jumprelu_step(
     by_activity = 2 * COEFFICIENT * excess / (k * num_rows)
     in_window = (near.values > 0) & (near.values < its_threshold + BANDWIDTH / 2)
     by_threshold = (its_threshold * by_near + by_activity) * in_window / -BANDWIDTH
-    by_log = torch.zeros_like(log_threshold).index_add_(
+    by_log = torch.zeros_like(log_threshold).index_add_(  # on a GPU in any order: last bits vary
         0, near.indices, by_threshold * its_threshold
     )
     by_log = batch.split.over_rows(by_log)

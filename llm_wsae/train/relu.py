@@ -31,8 +31,9 @@ def relu_step(
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² + l1·Σ_j z_j (means over rows; the first also over dimensions).
 
-    Decoder rows have unit norm, so the plain sum of the latents is the penalty of the literature.
-    ``out`` as in ``step_along``.
+    Decoder rows have unit norm, so the plain sum of the latents is the penalty of the literature. A
+    coefficient for a loss that sums over dimensions is d_in times this one. ``out`` as in
+    ``step_along``.
     """
     share = _active_share(parameters, batch)
     step = sparse_relu_step if share < _FEW else dense_relu_step

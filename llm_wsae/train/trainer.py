@@ -237,7 +237,7 @@ class _Training:
             if not math.isfinite(numbers["loss"]):
                 raise LlmWsaeError(
                     f"the loss of {name} is {numbers['loss']} at step {step}; "
-                    "lower --learning-rate and start again in another folder"
+                    "lower the learning rate (of llm-wsae train) and start again in another folder"
                 )
 
     def _log(self, log: TrainingLog, bar: tqdm, step: int) -> None:
@@ -267,8 +267,8 @@ class _Training:
             if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):
                 # of latents that never fire: the loss does not tell
                 raise LlmWsaeError(
-                    f"{name} has weights that are not finite; lower --learning-rate and start "
-                    "again in another folder"
+                    f"{name} has weights that are not finite; lower the learning rate (of llm-wsae "
+                    "train) and start again in another folder"
                 )
             dictionary.save(self.out / name)
         write_json(self.out / FINISHED, self.identity)
