@@ -30,8 +30,8 @@ from llm_wsae.statistics.profile import profile
 from llm_wsae.statistics.weights import LossWeights
 from llm_wsae.study.config import StudyConfig
 from llm_wsae.study.plan import PLAIN, plan
-from llm_wsae.study.report import StudyReport
-from llm_wsae.study.results import Result, read_result
+from llm_wsae.study.report import StudyReport, estimate_text
+from llm_wsae.study.results import DECIDING, Result, read_result
 from llm_wsae.study.runner import BASIS, run_study
 from llm_wsae.study.verdict import Compared
 from llm_wsae.tables import markdown
@@ -283,12 +283,32 @@ def site_section(site: str, study: Study) -> str:
         f"{study.profile['variance_max_over_median']:.0f}, "
         f"{study.profile['robust_variance_max_over_median']:.0f} winsorised; massive activations: "
         f"{massive['rows']} rows ({massive['share']:.3%}). [All tables]({folder}/report.md).",
-        "\n".join(f"- {sentence}" for sentence in study.report.sentences()),
+        _verdicts(study.report),
         f"![Monosemanticity against CE recovered at {site}]({folder}/curve.png)",
         f"![Differences from the plain curve at {site}]({folder}/differences.png)",
         _table(study),
     ]
     return "\n\n".join(parts)
+
+
+def _verdicts(report: StudyReport) -> str:
+    """What became of every rule."""
+    head = ["weights", "verdict"]
+    for measure in DECIDING:
+        head += [measure, "p", "beside its control"]
+    rows = [[*head, "more scored", "detection, all"]]
+    for one in report.compared:
+        if one.is_control:
+            continue
+        cells = [f"`{one.label}`", one.verdict]
+        for measure in DECIDING:
+            p = one.adjusted.get(measure)
+            cells += [estimate_text(one.effects.get(measure)), "–" if p is None else f"{p:.2g}"]
+            cells.append(estimate_text(one.against_control.get(measure)))
+        scored = one.effects.get("eligible")
+        cells.append("–" if scored is None else f"{100 * scored.difference:+.1f} points")
+        rows.append([*cells, estimate_text(one.effects.get("detection_all"))])
+    return markdown(rows, left=2)
 
 
 def _table(study: Study) -> str:
@@ -327,8 +347,12 @@ def section(studies: Mapping[str, Study]) -> str:
         "Beside every rule stands its control: the same weights on permuted dimensions, or a "
         "matrix of the same spectrum with random eigenvectors. A difference is from the plain "
         "k-curve at the dictionary's own cross-entropy, without latents that fire on more than "
-        "10 % of the tokens, its interval over seeds and over latents or concepts; verdicts are "
-        "corrected for everything that was tried at the site.",
+        "10 % of the tokens, its interval over seeds and over latents or concepts; p and verdicts "
+        "are corrected for everything that was tried at the site. *More scored* are latents that "
+        "fire in enough contexts; *detection, all* has the others at chance.",
+        "No interval covers another text, a longer training or another learning rate. Every "
+        "dictionary had one pass at a rate that was chosen for the plain one; what twice as many "
+        "rows give, on one seed, stands in [checkpoints](../checkpoints/README.md).",
         "### What was expected, and what holds",
         "The mean is held against what was expected, unless an interval is named.",
         claim_table(studies),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import HARVEST, SITE, TRAIN, call, content, make_world, works
+from foreign_folders import GEMMA, WRITERS, gemma_scope, place
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
@@ -88,7 +89,7 @@ FLAGS = {
     "push": "private revision license",
     "pull": "out revision",
     "list": "revision",
-    "verify": "",
+    "verify": "site",
 }
 
 
@@ -250,6 +251,20 @@ def test_verify(world):
         assert works("verify", folder).out == f"{folder}: {kind} is whole\n"
         result = works("--json", "verify", folder)
         assert result.json == {"folder": str(folder), "kind": kind, "ok": True}
+
+
+def test_verify_knows_every_layout_that_is_read(tmp_path):
+    for layout in ("saelens-topk", "sparsify", "learning-BatchTopKSAE"):
+        folder = place(tmp_path, layout)
+        WRITERS[layout](folder)
+        assert f"{folder}: dictionary is whole" in works("verify", folder).out
+    scope = tmp_path / GEMMA
+    gemma_scope(scope)
+    works("verify", scope)
+    nameless = tmp_path / "nameless"
+    WRITERS["sparsify"](nameless)
+    assert "does not say where it belongs" in call("verify", nameless).err
+    works("verify", nameless, "--site", SITE)
 
 
 def test_run_leaves_everything_in_one_folder(ran):

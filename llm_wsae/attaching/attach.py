@@ -20,7 +20,6 @@ In a bridge the latents have a name too, ``<site>.hook_sae_acts_post`` as in SAE
 edits included, and what a hook makes of them is what the model goes on with.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -137,8 +136,6 @@ def attach(
                 f"the dictionary for {site} has {dictionary.d_in} dimensions, but {target.name} "
                 f"has {target.d_model}; attach it to the model it was trained on"
             )
-        if dictionary.W_enc.device != target.device:
-            dictionary = copy.deepcopy(dictionary).to(target.device)
         splices[site] = Splice(dictionary)
     attached = Attached(splices, error, keep)
     with watching(target.decoder) as calls:

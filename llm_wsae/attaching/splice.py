@@ -1,5 +1,6 @@
 """One dictionary at its site: from the stream to latents, through the edits, and back."""
 
+import copy
 import operator
 from typing import Any
 
@@ -53,6 +54,8 @@ class Splice:
         error: bool,
     ) -> Float[Tensor, "contexts positions d_in"] | None:
         """The stream to go on with; None leaves it as it is."""
+        if self.dictionary.W_enc.device != hidden.device:  # blocks may lie on several
+            self.dictionary = copy.deepcopy(self.dictionary).to(hidden.device)
         rows = self._rows(hidden, call, keep)
         x = hidden[rows]
         codes = self.dictionary.encode_sparse(x)

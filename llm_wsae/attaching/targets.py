@@ -42,7 +42,6 @@ class Target:
 
     name: str
     d_model: int
-    device: torch.device
     decoder: nn.Module
     """The module that holds the blocks."""
     check_site: Callable[[Site], None]
@@ -74,7 +73,6 @@ def target_of(model: Any) -> Target:
     return Target(
         model.name,
         model.d_model,
-        model.device,
         decoder,
         model.check_site,
         model.visiting,
@@ -140,12 +138,10 @@ def _bridge(bridge: Any) -> Target:
                 _add_hook(hooks, points[str(site)], visit)
             yield
 
-    device = next(hf_model.parameters()).device
     decoder = _holder(hf_model, paths.blocks)
     return Target(
         name,
         bridge.cfg.d_model,
-        device,
         decoder,
         check_site,
         visiting,

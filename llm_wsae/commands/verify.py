@@ -8,26 +8,29 @@ from llm_wsae.commands.common import Result
 from llm_wsae.errors import LlmWsaeError
 
 
-def verify(folder: tyro.conf.Positional[Path]) -> Result:
+def verify(folder: tyro.conf.Positional[Path], site: str | None = None) -> Result:
     """Check every byte of an activation store or a dictionary, and name what is damaged.
 
     Args:
-        folder: Store or dictionary folder.
+        folder: Store or dictionary folder, also another tool's (which has no checksums).
+        site: Where a dictionary belongs whose files do not say it.
     """
     from llm_wsae.data.manifest import MANIFEST
     from llm_wsae.data.verify import verify_store
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.files import CFG, INFO
+    from llm_wsae.dictionary.formats.layouts import layout_of
 
     if not folder.is_dir():
         raise LlmWsaeError(f"there is no folder {folder}")
-    if (folder / MANIFEST).exists():
+    names = {entry.name for entry in folder.iterdir()}
+    if MANIFEST in names:
         kind, problems = "store", verify_store(folder)
         if problems:
             raise LlmWsaeError("; ".join(problems))
-    elif (folder / CFG).exists() or (folder / INFO).exists():
+    elif names & {CFG, INFO} or layout_of(names):
         kind = "dictionary"
-        Dictionary.load(folder)
+        Dictionary.load(folder, site=site)
     else:
         raise LlmWsaeError(
             f"{folder} is neither an activation store (with a {MANIFEST}) nor a dictionary (with "

@@ -137,16 +137,16 @@ class StudyReport:
         numbers = []
         for measure in DECIDING:
             if measure in one.adjusted:
-                effect = _difference(one.effects[measure])
+                effect = estimate_text(one.effects[measure])
                 numbers.append(f"{measure} {effect}, p {one.adjusted[measure]:.2g}")
                 if measure in one.against_control:
-                    control = _difference(one.against_control[measure])
+                    control = estimate_text(one.against_control[measure])
                     numbers[-1] += f", {control} against its control"
         if "detection_all" in one.effects:
             scored, everything = (one.effects[m] for m in ("eligible", "detection_all"))
             numbers.append(
                 f"{100 * scored.difference:+.1f} points of latents that can be scored, detection "
-                f"with the others at chance {_difference(everything)}"
+                f"with the others at chance {estimate_text(everything)}"
             )
         by_kl = next(other for other in self.at_equal_kl if other.label == one.label)
         same = "the same" if by_kl.verdict == one.verdict else by_kl.verdict
@@ -183,22 +183,22 @@ class StudyReport:
         rows = [["weights", "verdict", "CE at same k", *titles, *by_kl]]
         for one, other in zip(self.compared, self.at_equal_kl, strict=True):
             change = ", ".join(f"{c:+.4f}" for c in one.ce_change.values()) or "–"
-            cells = [_difference(one.effects.get(measure)) for measure in shown]
-            cells += [_difference(other.effects.get(measure)) for measure in DECIDING]
+            cells = [estimate_text(one.effects.get(measure)) for measure in shown]
+            cells += [estimate_text(other.effects.get(measure)) for measure in DECIDING]
             rows.append([one.label, one.verdict, change, *cells])
         return rows
 
     def _against(self, against: Sequence[Compared]) -> list[list[str]]:
         rows = [["weights", "control", *(measure.title for measure in MEASURES.values())]]
         for one in against:
-            cells = [_difference(one.against_control.get(measure)) for measure in MEASURES]
+            cells = [estimate_text(one.against_control.get(measure)) for measure in MEASURES]
             rows.append([one.label, one.control or "", *cells])
         return rows
 
     def _itself(self) -> list[list[str]]:
         rows = [["plain k", *(MEASURES[m].title for m in _SHOWN)]]
         for k, found in self.against_itself.items():
-            rows.append([str(k), *(_difference(found.get(measure)) for measure in _SHOWN)])
+            rows.append([str(k), *(estimate_text(found.get(measure)) for measure in _SHOWN)])
         return rows
 
     def _families(self) -> list[list[str]]:
@@ -231,7 +231,8 @@ def _mean(own: Sequence[Result], measure: str) -> str:
     return f"{sum(values) / len(values):.4f}" if values else "–"
 
 
-def _difference(estimate: Estimate | None) -> str:
+def estimate_text(estimate: Estimate | None) -> str:
+    """``+0.0041 [+0.0011, +0.0072]``."""
     if estimate is None:
         return "–"
     low, high = estimate.interval
