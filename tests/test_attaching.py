@@ -114,7 +114,7 @@ EDITS = {
     "in turn": lambda latents: [Steer(latents, 2.0), Scale(latents, 3.0), Steer(latents, -1.0)],
     "some places": lambda latents: [
         Clamp(latents, 5.0, slice(3, 6)),
-        Ablate(latents, slice(-2, None)),
+        Ablate(latents, slice(8, None)),
     ],
 }
 
@@ -134,7 +134,7 @@ def edited_by_hand(dense, name, latents):
         new[..., latents] = 3 * (new[..., latents] + 2) - 1
     else:
         new[:, 3:6, latents] = 5
-        new[:, -2:, latents] = 0
+        new[:, 8:, latents] = 0
     new[:, 0] = 0  # the first position is not touched
     return new
 
