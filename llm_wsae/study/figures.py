@@ -111,15 +111,20 @@ def plot_differences(
         f"{site}: beside the plain curve. Colour: the verdict over both measures that decide; "
         "hollow: controls; +: with dense latents"
     )
-    verdicts = dict.fromkeys(one.verdict for one in compared)
-    handles = [
-        Line2D([], [], marker="o", ls="", color=_OF_VERDICT.get(word, _GREY), label=word)
-        for word in verdicts
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False
-    )
+    _name_verdicts(figure, compared)
     _save(figure, path)
+
+
+def _name_verdicts(figure: Figure, compared: Sequence[Compared]) -> None:
+    handles = []
+    for word, is_control in dict.fromkeys((one.verdict, one.is_control) for one in compared):
+        colour = _OF_VERDICT.get(word, _GREY)
+        mark, fill = ("D", "none") if is_control else ("o", colour)
+        handles.append(Line2D([], [], marker=mark, mfc=fill, color=colour, ls="", label=word))
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False
+        )
 
 
 def _draw_plain(axis: Axes, plain: Sequence[Result], measure: str) -> None:
