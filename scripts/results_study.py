@@ -70,6 +70,7 @@ STEPS = {  # the first ones matter most
     "powers": Step(("sensitivity",), (0.125, 0.5, 1.0), weigh=IN_SPACE),
     "diagonal": Step(("sensitivity",), (0.5,)),
     "whitening": Step(("whitening",), (0.25,), weigh=IN_SPACE),
+    "whitening-half": Step(("whitening",), (0.5,), weigh=IN_SPACE),
     "annealed": Step(("participation",), (0.5,), weigh=WeightConfig(anneal=0.6)),
 }
 
