@@ -71,6 +71,8 @@ STEPS = {  # the first ones matter most
     "diagonal": Step(("sensitivity",), (0.5,)),
     "whitening": Step(("whitening",), (0.25,), weigh=IN_SPACE),
     "whitening-half": Step(("whitening",), (0.5,), weigh=IN_SPACE),
+    "leading": Step(("leading-sensitivity",), (0.25,), weigh=IN_SPACE),
+    "tokens": Step(("token-norm",), (-0.5,)),
     "annealed": Step(("participation",), (0.5,), weigh=WeightConfig(anneal=0.6)),
 }
 

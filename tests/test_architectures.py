@@ -30,7 +30,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 GROUPS = [(0, 8), (8, 24), (24, 56), (56, 120), (120, 256)]
 
 
-def problem(dtype: torch.dtype) -> tuple[Parameters, Batch, Tensor]:
+def problem(dtype: torch.dtype, weigh_rows: bool = False) -> tuple[Parameters, Batch, Tensor]:
     """Parameters in general position and a batch with masked rows; γ has zeros in it.
 
     Encoder biases are large enough for masked rows, which are 0, to have latents above 0.
@@ -47,7 +47,11 @@ def problem(dtype: torch.dtype) -> tuple[Parameters, Batch, Tensor]:
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     x = (x * mask[:, None]).to(exact)
     parameters = Parameters(*(p.to(exact) for p in parameters))
-    return parameters, Batch(x, x.to(dtype), mask.to(exact)), gamma.to(exact)
+    batch = Batch(x, x.to(dtype), mask.to(exact))
+    if weigh_rows:
+        draws = torch.rand(BATCH, generator=generator, dtype=torch.float64) * 3
+        batch = batch._replace(row_weights=(draws * mask).to(exact))
+    return parameters, batch, gamma.to(exact)
 
 
 def log_threshold(like: Tensor) -> Tensor:
@@ -138,7 +142,8 @@ def autograd(parameters: Parameters, batch: Batch, gamma: Tensor, name: str, k: 
     for _, stop in GROUPS if name == "matryoshka" else [(0, D_SAE)]:
         prefix = latents[:, :stop] @ leaves.decoder[:stop] + leaves.decoder_bias
         residual = (prefix - x) * mask[:, None]
-        loss = loss + ((residual * gamma) ** 2).sum() / (rows * D_IN)
+        counted = batch.counted.double()
+        loss = loss + (((residual * gamma) ** 2).sum(1) * counted).sum() / (rows * D_IN)
     loss.backward()
     by_threshold = None if for_threshold is None else for_threshold.grad
     gradients = Parameters(*(p.grad for p in leaves))
@@ -164,8 +169,8 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def check_gradients(name: str, dtype: torch.dtype, k: int) -> None:
-    parameters, batch, gamma = problem(dtype)
+def check_gradients(name: str, dtype: torch.dtype, k: int, weigh_rows: bool = False) -> None:
+    parameters, batch, gamma = problem(dtype, weigh_rows)
     step = own_step(name, k)(parameters, batch, gamma)
     loss, gradients, residual, firings, by_threshold = autograd(parameters, batch, gamma, name, k)
     for part, found, expected in zip(Parameters._fields, step.gradients, gradients, strict=True):
@@ -183,6 +188,12 @@ def check_gradients(name: str, dtype: torch.dtype, k: int) -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_gradients_are_those_of_dense_autograd(name, dtype):
     check_gradients(name, dtype, K)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", STEPS)
+def test_gradients_when_rows_count_differently(name, dtype):
+    check_gradients(name, dtype, K, weigh_rows=True)
 
 
 @pytest.mark.parametrize("k", [1, D_SAE])

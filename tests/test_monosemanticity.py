@@ -121,7 +121,10 @@ def test_every_rule_can_be_asked_for(evidence):
         ("varience", "no weight rule 'varience'; did you mean 'variance'"),
         ("permutd:variance", "no weight rule 'permutd:variance'; did you mean 'permuted:variance'"),
         ("permuted:random:x", "no weight rule"),
-        ("rotated:hoyer", r"only rules with a matrix can be rotated \(sensitivity, whitening\)"),
+        (
+            "rotated:hoyer",
+            r"only rules with a matrix can be rotated \(sensitivity, whitening, lead",
+        ),
     ],
 )
 def test_rules_that_are_not(rule, sentence):

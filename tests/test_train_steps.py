@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from llm_wsae.statistics.weights import LossWeights
+from llm_wsae.train.arm import Arm, ArmConfig
 from llm_wsae.train.auxk import DeadFinder, DeadLatents, add_auxk_gradients
 from llm_wsae.train.parameters import Batch, Parameters, initial_parameters
 from llm_wsae.train.relu import dense_relu_step, relu_step, sparse_relu_step
@@ -55,11 +57,15 @@ def test_relu_goes_sparse_when_few_latents_are_active(monkeypatch):
     assert relu_step(fewer, batch, gamma, L1) is sparse
 
 
+@pytest.mark.parametrize("weigh_rows", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("num_dead", [1, 5, 100])
-def test_auxk_gradients(dtype, num_dead):
+def test_auxk_gradients(dtype, num_dead, weigh_rows):
     """Dead latents get the gradient of their loss in both matrices, and nobody else gets any."""
     parameters, batch, gamma = problem(dtype)
+    if weigh_rows:
+        draws = torch.rand(BATCH, generator=torch.Generator().manual_seed(2)).to(batch.mask)
+        batch = batch._replace(row_weights=3 * draws * batch.mask)
     residual = topk_step(parameters, batch, gamma, K).residual
     dead = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:num_dead]
     gradients = Parameters(*(torch.zeros_like(p) for p in parameters))
@@ -75,8 +81,8 @@ def test_auxk_gradients(dtype, num_dead):
     chosen = (fast_pre >= fast_pre.topk(k_aux).values[:, -1:]) & (fast_pre > 0)
     pre = batch.x.double() @ leaves.encoder[dead].T + leaves.encoder_bias[dead]
     target = -residual.double()
-    error = ((pre * chosen) @ leaves.decoder[dead] - target) * batch.mask.double()[:, None]
-    weight = gamma.double() ** 2
+    error = (pre * chosen) @ leaves.decoder[dead] - target
+    weight = gamma.double() ** 2 * batch.counted.double()[:, None]
     expected_loss = (error**2 * weight).sum() / (target**2 * weight).sum()
     (0.5 * expected_loss).backward()
     expected = Parameters(*(p.grad for p in leaves))
@@ -121,3 +127,24 @@ def test_the_dead_are_the_same_whether_looked_for_now_and_then():
         looks.add(seldom._until)
         sizes.append(len(expected.indices))
     assert max(sizes) > 5 and len(looks) < 199 / 2
+
+
+@pytest.mark.parametrize(("rule", "other_row"), [("token-norm", 0), ("permuted:token-norm", 1)])
+def test_an_arm_weighs_its_tokens(rule, other_row):
+    """By their own distance from the mean, its control by that of the row before."""
+    _, batch, _ = problem(torch.float32)
+    plain, weighed = (
+        Arm(ArmConfig(LossWeights(torch.ones(D_IN), name, -0.5), K), D_IN, D_SAE, batch.x.device)
+        for name in ("uniform", rule)
+    )
+    weighed.step(batch, BATCH, 1e-3, aux=0.0, dead_after=10**9)
+    own = 1 / batch.x.square().mean(1).clamp(min=0.01)
+    counted = own.roll(other_row) * batch.mask
+    expected = plain.evaluate(batch._replace(row_weights=counted))
+    unweighed = plain.evaluate(batch)
+    found = weighed._workspace.gradients
+    assert relative_error(found, expected.gradients[:3]) < 1e-6
+    assert relative_error(found, unweighed.gradients[:3]) > 0.1
+    assert float(weighed.progress.loss) == pytest.approx(
+        float(expected.loss * batch.mask.sum()), rel=1e-5
+    )

@@ -8,7 +8,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.statistics.evidence import Evidence
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.monosemanticity import RULES
+from llm_wsae.statistics.monosemanticity import RULES, matrix, weighs_tokens
 from llm_wsae.statistics.weights import (
     LossWeights,
     collapse_warning,
@@ -44,7 +44,7 @@ CONTROLS = ("permuted:variance", "rotated:sensitivity", "rotated:whitening", "pe
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rule=st.sampled_from([*RULES, *CONTROLS]),
+    rule=st.sampled_from([*(rule for rule in RULES if not weighs_tokens(rule)), *CONTROLS]),
     alpha=st.floats(-2, 2),
     place=st.sampled_from(["loss", "space"]),
     clip=st.none() | st.floats(1, 100),
@@ -113,6 +113,8 @@ def test_the_form_follows_the_place(evidence):
         ("variance", 0.5, {"draw": 2}, "variance-a0.5"),
         ("permuted:variance", 0.5, {"draw": 2}, "permuted-variance-a0.5-d2"),
         ("random", 1.0, {}, "random-a1"),
+        ("token-norm", -0.5, {}, "token-norm-a-0.5"),
+        ("permuted:token-norm", -0.5, {"draw": 2}, "permuted-token-norm-a-0.5-d2"),
         ("sensitivity", 0.5, {}, "sensitivity-a0.5"),
         ("sensitivity", 0.25, {"place": "space"}, "sensitivity-matrix-a0.25-space"),
         ("whitening", 1.0, {"place": "space"}, "whitening-a1-space"),
@@ -121,6 +123,47 @@ def test_the_form_follows_the_place(evidence):
 )
 def test_names(rule, alpha, settings, name, evidence):
     assert weights_from_rule(rule, alpha, evidence, WeightConfig(**settings)).name == name
+
+
+@pytest.mark.parametrize("rule", ["token-norm", "permuted:token-norm"])
+@pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.5])
+def test_weights_of_tokens_are_normalised(rule, alpha, statistics, tmp_path):
+    """Σ_t γ_t²‖x_t‖² = Σ_t ‖x_t‖² over the usual rows; dimensions all count alike."""
+    weights = weights_from_rule(rule, alpha, statistics)
+    usual = statistics.usual_sample.double()
+    x = (usual - usual.mean(0)) / statistics.robust_variance.mean().sqrt()
+    counted, squares = weights.of_rows(x), x.square().sum(1)
+    assert len(set(weights.gamma.tolist())) == 1
+    weighted = float(weights.gamma[0].double() ** 2 * (counted @ squares))
+    assert weighted == pytest.approx(float(squares.sum()), rel=1e-6)
+    if rule == "token-norm":  # under −½ every row is held against its own length
+        torch.testing.assert_close(counted, squares.div(4).clamp(min=0.01) ** (2 * alpha))
+    else:  # the same weights, of other rows
+        plain = weights_from_rule("token-norm", alpha, statistics).of_rows(x)
+        assert torch.equal(counted.sort().values, plain.sort().values)
+        assert alpha == 0 or float((counted == plain).double().mean()) < 0.01
+    weights.save(tmp_path / "weights.safetensors")
+    found = own_weights(LossWeights.load(tmp_path / "weights.safetensors"), statistics)
+    assert found.name == weights.name and torch.equal(found.gamma, weights.gamma)
+    assert weights_from_rule("variance", alpha, statistics).of_rows(x) is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{"place": "space"}, {"clip": 2.0}, {"anneal": 0.5}, {"form": "matrix"}]
+)
+def test_weights_of_tokens_have_no_settings(settings, statistics):
+    with pytest.raises(UsageError, match="weighs tokens, in the loss and throughout"):
+        weights_from_rule("token-norm", -0.5, statistics, WeightConfig(**settings))
+
+
+def test_leading_sensitivity_stretches_few_directions(evidence):
+    """Of four dimensions one direction, F's first; what is left has the mean of the others."""
+    found = matrix("leading-sensitivity", evidence)
+    values, vectors = torch.linalg.eigh(evidence.fisher)
+    expected = torch.linalg.eigvalsh(found)
+    torch.testing.assert_close(expected[:3], values[:3].mean().expand(3))
+    torch.testing.assert_close(expected[3], values[3])
+    torch.testing.assert_close(found @ vectors[:, 3], values[3] * vectors[:, 3])
 
 
 def test_a_zero_score_is_a_zero_weight_or_the_largest(evidence):

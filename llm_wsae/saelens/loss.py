@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.statistics.monosemanticity import weighs_tokens
 from llm_wsae.statistics.weights import Gamma, LossWeights
 
 
@@ -33,6 +34,11 @@ def read_weights(path: str, d_in: int) -> LossWeights:
         raise UsageError(
             f"{path} is for training in a space of its own, but SAELens trains on the rows as they "
             "are; make weights that act in the loss"
+        )
+    if weighs_tokens(weights.rule):
+        raise UsageError(
+            f"{path} has weights of tokens, but SAELens' training weighs dimensions; make them by "
+            "another rule"
         )
     if weights.config.anneal:
         raise UsageError(

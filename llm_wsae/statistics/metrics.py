@@ -17,6 +17,9 @@ EIGENVALUE_FLOOR = 1e-3
 in the estimate is not blown up by a negative power. (A language model's Fisher information, whose
 smallest is a fifth of the median, never gets there.)"""
 
+LEADING = 16
+"""One of so many directions is a leading one."""
+
 
 def sensitivity(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
     """S = F, the Fisher information of the model's next-token distribution at the site.
@@ -25,6 +28,18 @@ def sensitivity(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
     order, Amari 1998); smaller powers go part of the way.
     """
     return evidence.fisher.double()
+
+
+def leading_sensitivity(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
+    """S = F on its d_in/16 leading eigenvectors, the mean of the other eigenvalues elsewhere.
+
+    A low-rank metric: a few directions are stretched, and within all others the space is as plain
+    as ever, so what the estimate of F says about them does not matter.
+    """
+    values, vectors = spectrum(sensitivity(evidence))
+    others = len(values) - max(1, len(values) // LEADING)
+    values[:others] = values[:others].mean()
+    return (vectors * values) @ vectors.T
 
 
 def whitening(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:

@@ -30,6 +30,8 @@ class Rule:
     """A symmetric positive matrix of it [d_in, d_in], float64."""
     need: Need | None = None
     """What must have been measured beyond the statistics."""
+    of_tokens: Callable[[Tensor], Tensor] | None = None
+    """One score per row of normalised rows: it weighs tokens, and dimensions all alike."""
     drawn: bool = False
     """Whether the score also takes the number of a random draw."""
 
@@ -115,6 +117,8 @@ RULES: dict[str, Rule] = {
     "sensitivity": Rule(sensitivity, metrics.sensitivity, need="fisher"),
     "whitening": Rule(None, metrics.whitening),
     "semantic": Rule(semantic, need="coherence"),
+    "leading-sensitivity": Rule(None, metrics.leading_sensitivity, need="fisher"),
+    "token-norm": Rule(uniform, of_tokens=scores.token_norm),
     "random": Rule(random, drawn=True),
 }
 
@@ -156,6 +160,20 @@ def has_scores(rule: str) -> bool:
     check_rule(rule)
     control, base = _parts(rule)
     return control != "rotated" and RULES[base].score is not None
+
+
+def weighs_tokens(rule: str) -> bool:
+    """Whether the rule, or its ``permuted`` control, weighs tokens instead of dimensions."""
+    control, base = _parts(rule)
+    return control != "rotated" and base in RULES and RULES[base].of_tokens is not None
+
+
+def token_scores(rule: str, rows: Float[Tensor, "rows d_in"], draw: int) -> Float[Tensor, " rows"]:
+    """The score of every row under a rule that weighs tokens; of its ``permuted`` control that of
+    another row, whichever comes so many before it: rows come in random order."""
+    control, base = _parts(rule)
+    found = RULES[base].of_tokens(rows)
+    return found.roll(1 + draw) if control else found
 
 
 def is_drawn(rule: str) -> bool:

@@ -18,7 +18,17 @@ from torch import Tensor
 # Hyvärinen's constants for the non-quadratic functions u·exp(−u²/2) and exp(−u²/2).
 _K_ODD = 36 / (8 * math.sqrt(3) - 9)
 _K_EVEN = 24 / (16 * math.sqrt(3) - 27)
+_NEAREST = 1e-2  # of the mean of normalised rows
 _GAUSSIAN_EVEN = math.sqrt(0.5)  # E exp(−ν²/2), ν standard normal
+
+
+def token_norm(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " rows"]:
+    """s_t = mean over dimensions of x_ti², of centred rows: how far a token is from the mean.
+
+    Not of a dimension but of a row, so it weighs tokens. At least ``_NEAREST``, or a row at the
+    mean would get all the weight under a negative power.
+    """
+    return rows.square().mean(1).clamp(min=_NEAREST)
 
 
 def kurtosis(samples: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:

@@ -11,7 +11,7 @@ leaves massive rows out too.
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,8 @@ from llm_wsae.statistics.monosemanticity import (
     is_drawn,
     matrix,
     score,
+    token_scores,
+    weighs_tokens,
 )
 
 OWN_RULE = "own"  # the rule's name for weights that the user brought
@@ -73,6 +75,15 @@ class LossWeights:
         if config.draw and is_drawn(self.rule):
             parts.append(f"d{config.draw}")
         return "-".join(parts)
+
+    def of_rows(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " rows"] | None:
+        """What every normalised row counts in the loss: s_t^2α; None if all count alike.
+
+        That is so under a rule that weighs tokens, γ_t = c·s_t^α, whose ``gamma`` is all c.
+        """
+        if not weighs_tokens(self.rule):
+            return None
+        return token_scores(self.rule, rows, self.config.draw) ** (2 * self.alpha)
 
     @property
     def is_matrix(self) -> bool:
@@ -132,6 +143,8 @@ def weights_from_rule(
     there; LlmWsaeError when every score is 0 or a space has directions of nearly no weight.
     """
     evidence = Evidence.of(known)
+    if weighs_tokens(rule):
+        return _of_tokens(rule, alpha, evidence.statistics, config)
     if takes_matrix(rule, config):
         values, vectors = spectrum(matrix(rule, evidence, config.draw))
         if alpha == 0:  # exactly, not to rounding
@@ -144,6 +157,23 @@ def weights_from_rule(
     weights = LossWeights(gamma.float(), rule, alpha, config)
     _check_space(weights)
     return weights
+
+
+def _of_tokens(
+    rule: str, alpha: float, statistics: Statistics, config: WeightConfig
+) -> LossWeights:
+    """One γ for all dimensions, such that the usual rows have their plain variance when weighed."""
+    if replace(config, draw=0) != WeightConfig():
+        raise UsageError(
+            f"the rule {rule!r} weighs tokens, in the loss and throughout: leave place, form, clip "
+            "and anneal as they are"
+        )
+    usual = statistics.usual_sample.double()
+    usual = (usual - usual.mean(0)) / statistics.robust_variance.mean().sqrt()
+    weights = LossWeights(torch.ones(statistics.d_in), rule, alpha, config)
+    squares = usual.square().sum(1)
+    gamma = weights.gamma * (squares.sum() / (weights.of_rows(usual) @ squares)).sqrt()
+    return replace(weights, gamma=gamma.float())
 
 
 def takes_matrix(rule: str, config: WeightConfig) -> bool:
@@ -182,6 +212,8 @@ def own_weights(weights: LossWeights, known: Evidence | Statistics) -> LossWeigh
     or a space that cannot be left again.
     """
     statistics = Evidence.of(known).statistics
+    if weighs_tokens(weights.rule):
+        return _of_tokens(weights.rule, weights.alpha, statistics, weights.config)
     gamma, d_in = weights.gamma.double(), statistics.d_in
     if len(gamma) != d_in:
         raise LlmWsaeError(
@@ -192,7 +224,7 @@ def own_weights(weights: LossWeights, known: Evidence | Statistics) -> LossWeigh
         raise LlmWsaeError("the weights must be finite and not negative; check the weights file")
     if not _weighted_variance(gamma, statistics) > 0:
         raise LlmWsaeError("the weights leave no dimension in the loss; at least one must be > 0")
-    checked = dataclasses.replace(weights, gamma=_normalise(gamma, statistics).float())
+    checked = replace(weights, gamma=_normalise(gamma, statistics).float())
     _check_space(checked)
     return checked
 

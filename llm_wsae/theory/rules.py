@@ -21,7 +21,9 @@ PLAIN_RULE = "uniform"
 RANDOM, PERMUTED = CONTROLS = ("random", "permuted")
 _NO_MODEL = (None, "dictionary")  # what a rule may need here
 _SEEING = tuple(
-    name for name, rule in monosemanticity.RULES.items() if rule.score and rule.need in _NO_MODEL
+    name
+    for name, rule in monosemanticity.RULES.items()
+    if rule.score and not rule.of_tokens and rule.need in _NO_MODEL
 )
 _KNOWING: dict[str, Callable[[Planted], Tensor]] = {
     "participation-true": lambda truth: truth.monosemanticity,

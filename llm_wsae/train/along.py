@@ -36,12 +36,16 @@ def step_along(
         )
     else:
         made = _reconstruct_in_turn(codes, parameters, batch, weights)
+    total = made.residual.sum(0)
+    if batch.row_weights is not None:
+        total = batch.row_weights @ made.residual
+        made = _rows_weighed(made, codes, batch.row_weights)
     by_value = made.by_value
     by_value += push * (codes.values > 0)
     by_encoder, by_decoder, by_bias = weight_gradients(
         codes, batch.x_fast, made.output_gradient, by_value, len(encoder), out
     )
-    by_decoder_bias = times(made.residual.sum(0), weights)
+    by_decoder_bias = times(total, weights)
     gradients = Parameters(by_encoder, by_decoder, by_bias, by_decoder_bias)
     firings = firing_counts(codes, len(encoder))
     return Step(gradients, made.residual, firings, made.row_errors.sum() / 2)
@@ -60,6 +64,18 @@ def _reconstruct_in_turn(
     by_value = value_gradients(codes, decoder, gradient)
     errors = (residual * gradient).sum(1)
     return Reconstruction(residual, gradient.to(batch.x_fast.dtype), by_value, errors)
+
+
+def _rows_weighed(
+    made: Reconstruction, codes: RaggedCodes, row_weights: Float[Tensor, " batch"]
+) -> Reconstruction:
+    """Every row's part of the loss times its weight; the residual stays as it is."""
+    return Reconstruction(
+        made.residual,
+        made.output_gradient.mul_(row_weights[:, None]),
+        made.by_value.mul_(row_weights[codes.rows()]),
+        made.row_errors * row_weights,
+    )
 
 
 def without_masked(codes: RaggedCodes, batch: Batch) -> RaggedCodes:

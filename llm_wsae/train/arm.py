@@ -155,6 +155,7 @@ class Arm:
         processes wait for each other.
         """
         with torch.no_grad():
+            batch = batch._replace(row_weights=self._row_weights(batch))
             step = self.evaluate(batch, self._workspace.gradients)
             self._workspace.gradients = step.gradients[:3]
             if aux > 0 and self.config.revives:
@@ -191,6 +192,10 @@ class Arm:
             step = matryoshka_step if nested else batch_topk_step
             return step(parameters, batch, gamma, k, threshold.guess(), out)
         return topk_step(parameters, batch, gamma, k, out)
+
+    def _row_weights(self, batch: Batch) -> Float[Tensor, " batch"] | None:
+        weights = self.config.weights.of_rows(batch.x)
+        return None if weights is None else weights * batch.mask
 
     def dead(self, rows_seen: int, dead_after: int) -> Tensor:
         """Which latents have not fired for ``dead_after`` rows. [d_sae] bool."""

@@ -76,13 +76,13 @@ def add_auxk_gradients(
         return
     k_aux = min(num_dead, max(1, batch.x.shape[1] // 2))
     metric = squared(gamma)
-    unexplained = batch.split.over_rows((times(residual, metric) * residual).sum())
+    unexplained = batch.split.over_rows((times(residual, metric) * residual).sum(1) @ batch.counted)
     scale = 1 / unexplained.clamp(min=1e-12)
     exact = residual.dtype
     tile = _TILE_ROWS_ON_CPU if residual.device.type == "cpu" else _TILE_ROWS
     for start in range(0, len(residual), tile):
         rows = slice(start, start + tile)
-        x_fast, mask = batch.x_fast[rows], batch.mask[rows, None]
+        x_fast, counted = batch.x_fast[rows], batch.counted[rows, None]
         active = torch.addmm(bias, x_fast, encoder.T).relu_()
         if latents.dead is not None:
             active *= latents.dead
@@ -90,7 +90,7 @@ def add_auxk_gradients(
             active *= active >= batch.split.kth_largest(active, k_aux)
         # residual is x̂ − x = −e, so ê − e = active · decoder + residual
         decoded = batch.split.over_latents((active @ decoder).to(residual.dtype))
-        error = (decoded + residual[rows]) * mask
+        error = (decoded + residual[rows]) * counted
         by_output = times(error, metric * (2 * coefficient * scale)).to(fast)
         by_latent = threshold_backward(by_output @ decoder.T, active, 0)
         gradients.encoder_bias.index_add_(0, dead, by_latent.sum(0, dtype=exact))

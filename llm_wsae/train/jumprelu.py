@@ -69,7 +69,7 @@ def jumprelu_step(
 
     decoded, num_rows = batch.split.decode(codes, decoder, decoder_bias), batch.num_rows
     residual = decoded.sub_(batch.x).mul_(batch.mask[:, None])
-    loss, output_gradient = weighted_error(residual, batch.mask, gamma, num_rows)
+    loss, output_gradient = weighted_error(residual, batch.counted, gamma, num_rows)
     by_near = value_gradients(near, decoder, output_gradient)
     by_encoder, by_decoder, by_bias = weight_gradients(
         codes, batch.x, output_gradient, by_near * active, d_sae, out

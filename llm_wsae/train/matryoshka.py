@@ -56,7 +56,7 @@ def matryoshka_step(
     gradients = Parameters(*out, torch.empty_like(decoder_bias))
     loss, output_gradient = batch.x.new_zeros(()), None
     for part, (start, stop), residual in reversed(list(zip(parts, groups, residuals, strict=True))):
-        prefix_loss, by_prefix = weighted_error(residual, batch.mask, gamma, batch.num_rows)
+        prefix_loss, by_prefix = weighted_error(residual, batch.counted, gamma, batch.num_rows)
         loss = loss + prefix_loss
         output_gradient = by_prefix if output_gradient is None else output_gradient.add_(by_prefix)
         if start == stop:

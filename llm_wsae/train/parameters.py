@@ -38,11 +38,18 @@ class Batch(NamedTuple):
     """What of the training other processes have: rows of the same batch, or latents."""
     num_elsewhere: float | Float[Tensor, ""] = 0.0
     """Unmasked rows of the batch that other processes have."""
+    row_weights: Float[Tensor, " batch"] | None = None
+    """How much each row counts in the loss, masked ones 0; None where all others count alike."""
 
     @property
     def num_rows(self) -> Float[Tensor, ""]:
         """Unmasked rows of the whole batch, at least 1: what a mean over rows divides by."""
         return (self.mask.sum() + self.num_elsewhere).clamp(min=1)
+
+    @property
+    def counted(self) -> Float[Tensor, " batch"]:
+        """What each row's error is multiplied by in the loss."""
+        return self.mask if self.row_weights is None else self.row_weights
 
 
 class Step(NamedTuple):
@@ -116,18 +123,19 @@ def error_weights(num_rows: Float[Tensor, ""], gamma: Gamma) -> Gamma:
 
 def weighted_error(
     residual: Float[Tensor, "rows d_in"],
-    mask: Float[Tensor, " rows"],
+    counted: Float[Tensor, " rows"],
     gamma: Gamma,
     num_rows: Float[Tensor, ""] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual.
 
-    ``num_rows`` is the number of unmasked rows if these are not all of them.
+    ``counted`` is the mask, or what else each row counts (``Batch.counted``); ``num_rows`` the
+    number of unmasked rows, if it is not the sum of that.
 
     The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, and a matrix only
     mixes them, so every sparse path behind it stays as it is.
     """
     if num_rows is None:
-        num_rows = mask.sum().clamp(min=1)
-    gradient = times(residual, error_weights(num_rows, gamma)) * mask[:, None]
+        num_rows = counted.sum().clamp(min=1)
+    gradient = times(residual, error_weights(num_rows, gamma)) * counted[:, None]
     return (gradient * residual).sum() / 2, gradient

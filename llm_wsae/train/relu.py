@@ -91,7 +91,9 @@ def dense_relu_step(
         active = latents > 0
         decoded = over_latents((latents @ decoder_fast).to(x.dtype))
         residual[rows] = decoded.add_(decoder_bias).sub_(x).mul_(mask[:, None])
-        tile_loss, by_output = weighted_error(residual[rows], mask, gamma, batch.num_rows)
+        tile_loss, by_output = weighted_error(
+            residual[rows], batch.counted[rows], gamma, batch.num_rows
+        )
         loss += tile_loss + push * over_latents(latents.sum(dtype=x.dtype))
         by_output_fast = by_output.to(fast)
         by_latent = by_output_fast @ decoder_fast.T
