@@ -32,7 +32,7 @@ from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.statistics.evidence import Evidence
 from llm_wsae.statistics.monosemanticity import check_form, lacks, need_of
 from llm_wsae.statistics.profile import profile, profile_text
-from llm_wsae.statistics.weights import LossWeights, takes_matrix
+from llm_wsae.statistics.weights import LossWeights, check_settings, takes_matrix
 from llm_wsae.train.arms import choose_weights, make_arms
 from llm_wsae.train.config import Architecture, TrainConfig
 from llm_wsae.train.trainer import FINISHED, train
@@ -98,6 +98,7 @@ def run(
             raise lacks(rule, "dictionary")
         if rule != "uniform":
             check_form(rule, takes_matrix=takes_matrix(rule, weight_config))
+            check_settings(rule, weight_config)
     for k in ks:
         TopK(k).check(train_config.expansion * model.d_model)
     _check_rows(harvest_config, train_config)

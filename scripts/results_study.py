@@ -347,12 +347,12 @@ def section(studies: Mapping[str, Study]) -> str:
         "`bash scripts/results_study.sh`: SmolLM2-135M-Instruct on Wikipedia summaries and State "
         "of the Union addresses, TopK dictionaries of 8 × width, k = 32, one pass over the rows of "
         "a million tokens; cross-entropy on 50,000 and monosemanticity on 100,000 held-out tokens. "
-        "Beside every rule stands its control: the same weights on permuted dimensions, or a "
-        "matrix of the same spectrum with random eigenvectors. A difference is from the plain "
-        "k-curve at the dictionary's own cross-entropy, without latents that fire on more than "
-        "10 % of the tokens, its interval over seeds and over latents or concepts; p and verdicts "
-        "are corrected for everything that was tried at the site. *More scored* are latents that "
-        "fire in enough contexts; *detection, all* has the others at chance.",
+        "Beside every rule stands its control: the same weights on permuted dimensions or "
+        "tokens, or a matrix of the same spectrum with random eigenvectors. A difference is from "
+        "the plain k-curve at the dictionary's own cross-entropy, without latents that fire on "
+        "more than 10 % of the tokens, its interval over seeds and over latents or concepts; p and "
+        "verdicts are corrected for everything that was tried at the site. *More scored* are "
+        "latents that fire in enough contexts; *detection, all* has the others at chance.",
         "No interval covers another text, a longer training or another learning rate. Every "
         "dictionary had one pass at a rate that was chosen for the plain one; what twice as many "
         "rows give, on one seed, stands in [checkpoints](../checkpoints/README.md).",

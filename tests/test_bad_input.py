@@ -174,6 +174,11 @@ MISTAKES = {
         (*TRAINING, "--place", "space", "--anneal", 0.5),
         ["only weights in the loss can be annealed", "anneal to 0 or place to loss"],
     ),
+    "weights of tokens in a space": (
+        2,
+        (*RUNNING, "--rule", "token-norm", "--place", "space"),
+        ["'token-norm' weighs tokens", "leave place"],
+    ),
     "rule in run": (2, (*RUNNING, "--rule", "varience"), ["did you mean 'variance'"]),
     "weights of another site": (
         1,

@@ -131,15 +131,17 @@ def test_the_dead_are_the_same_whether_looked_for_now_and_then():
 
 @pytest.mark.parametrize(("rule", "other_row"), [("token-norm", 0), ("permuted:token-norm", 1)])
 def test_an_arm_weighs_its_tokens(rule, other_row):
-    """By their own distance from the mean, its control by that of the row before."""
+    """By their own distance from the mean, its control by that of the next unmasked row."""
     _, batch, _ = problem(torch.float32)
     plain, weighed = (
         Arm(ArmConfig(LossWeights(torch.ones(D_IN), name, -0.5), K), D_IN, D_SAE, batch.x.device)
         for name in ("uniform", rule)
     )
     weighed.step(batch, BATCH, 1e-3, aux=0.0, dead_after=10**9)
-    own = 1 / batch.x.square().mean(1).clamp(min=0.01)
-    counted = own.roll(other_row) * batch.mask
+    kept = batch.mask > 0
+    counted = torch.zeros_like(batch.mask)
+    own = 1 / batch.x[kept].square().mean(1).clamp(min=0.01)
+    counted[kept] = own.roll(-other_row)
     expected = plain.evaluate(batch._replace(row_weights=counted))
     unweighed = plain.evaluate(batch)
     found = weighed._workspace.gradients

@@ -55,6 +55,7 @@ def arms():
         LossWeights(torch.linspace(0.5, 1.5, 16), "variance", 0.5, WeightConfig(place="space")),
         LossWeights(matrix, "sensitivity", 0.5, WeightConfig(place="space")),
         LossWeights(matrix.T @ matrix, "sensitivity", 1.0),
+        LossWeights(torch.ones(16), "token-norm", -0.5),
     ]
     return [*make_arms(plain, (2,), (0.1,), architectures=ARCHITECTURES), *make_arms(spaces, (2,))]
 

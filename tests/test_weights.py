@@ -132,20 +132,57 @@ def test_weights_of_tokens_are_normalised(rule, alpha, statistics, tmp_path):
     weights = weights_from_rule(rule, alpha, statistics)
     usual = statistics.usual_sample.double()
     x = (usual - usual.mean(0)) / statistics.robust_variance.mean().sqrt()
-    counted, squares = weights.of_rows(x), x.square().sum(1)
+    every = torch.ones(len(x), dtype=x.dtype)
+    counted, squares = weights.of_rows(x, every), x.square().sum(1)
     assert len(set(weights.gamma.tolist())) == 1
     weighted = float(weights.gamma[0].double() ** 2 * (counted @ squares))
     assert weighted == pytest.approx(float(squares.sum()), rel=1e-6)
     if rule == "token-norm":  # under −½ every row is held against its own length
         torch.testing.assert_close(counted, squares.div(4).clamp(min=0.01) ** (2 * alpha))
     else:  # the same weights, of other rows
-        plain = weights_from_rule("token-norm", alpha, statistics).of_rows(x)
+        plain = weights_from_rule("token-norm", alpha, statistics).of_rows(x, every)
         assert torch.equal(counted.sort().values, plain.sort().values)
         assert alpha == 0 or float((counted == plain).double().mean()) < 0.01
     weights.save(tmp_path / "weights.safetensors")
     found = own_weights(LossWeights.load(tmp_path / "weights.safetensors"), statistics)
     assert found.name == weights.name and torch.equal(found.gamma, weights.gamma)
-    assert weights_from_rule("variance", alpha, statistics).of_rows(x) is None
+    assert weights_from_rule("variance", alpha, statistics).of_rows(x, every) is None
+
+
+def test_weights_of_tokens_are_dealt_out_among_the_unmasked():
+    """A masked row neither counts nor gives its score to another one."""
+    x = torch.tensor([1.0, 0.0, 2.0, 3.0, 0.0, 4.0])[:, None].expand(6, 4)
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    for rule, draw, expected in (
+        ("token-norm", 0, [1, 0, 4, 9, 0, 16]),
+        ("permuted:token-norm", 0, [4, 0, 9, 16, 0, 1]),
+        ("permuted:token-norm", 1, [9, 0, 16, 1, 0, 4]),
+    ):
+        weights = LossWeights(torch.ones(4), rule, 0.5, WeightConfig(draw=draw))
+        assert weights.of_rows(x, mask).tolist() == expected
+        assert weights.of_rows(x[:0], mask[:0]).tolist() == []
+
+
+def test_weights_of_tokens_tell_where_the_loss_lies():
+    """Weighed down, rows of large norm leave the loss, and with them the dimension they lie in."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 8, generator=generator)
+    x[::20, 3] *= 8
+    found = Statistics(8, 16).update(x, torch.arange(4000) % 16)
+    plain, tokens = (weights_from_rule(rule, -0.5, found) for rule in ("uniform", "token-norm"))
+    shares = [float(loss_share(weights, found)[3]) for weights in (plain, tokens)]
+    assert shares[1] < shares[0]
+    assert effective_dimensions(tokens, found) > effective_dimensions(plain, found)
+
+
+def test_weights_of_tokens_that_cannot_be(statistics):
+    with pytest.raises(UsageError, match="no weight rule 'permutd:token-norm'"):
+        weights_from_rule("permutd:token-norm", -0.5, statistics)
+    with pytest.raises(LlmWsaeError, match="for 7 dimensions, but the site has 4"):
+        own_weights(LossWeights(torch.ones(7), "token-norm", -0.5), statistics)
+    still = Statistics(4, 8).update(torch.ones(50, 4), torch.arange(50) % 8)
+    with pytest.raises(LlmWsaeError, match="nothing to weigh: the rows do not vary"):
+        weights_from_rule("token-norm", -0.5, still)
 
 
 @pytest.mark.parametrize(
@@ -157,13 +194,14 @@ def test_weights_of_tokens_have_no_settings(settings, statistics):
 
 
 def test_leading_sensitivity_stretches_few_directions(evidence):
-    """Of four dimensions one direction, F's first; what is left has the mean of the others."""
-    found = matrix("leading-sensitivity", evidence)
-    values, vectors = torch.linalg.eigh(evidence.fisher)
-    expected = torch.linalg.eigvalsh(found)
-    torch.testing.assert_close(expected[:3], values[:3].mean().expand(3))
-    torch.testing.assert_close(expected[3], values[3])
-    torch.testing.assert_close(found @ vectors[:, 3], values[3] * vectors[:, 3])
+    """Of 48 dimensions F's first three directions; what is left has the mean of the others."""
+    half = torch.randn(48, 48, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    fisher = half @ half.T + torch.eye(48)
+    found = matrix("leading-sensitivity", Evidence(evidence.statistics, fisher=fisher))
+    values, vectors = torch.linalg.eigh(fisher)
+    wanted = torch.cat([values[:45].mean().expand(45), values[45:]])
+    torch.testing.assert_close(torch.linalg.eigvalsh(found), wanted)
+    torch.testing.assert_close(found @ vectors[:, 45:], values[45:] * vectors[:, 45:])
 
 
 def test_a_zero_score_is_a_zero_weight_or_the_largest(evidence):

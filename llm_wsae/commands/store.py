@@ -88,7 +88,8 @@ def weigh(
         rule: Weight rule; permuted:RULE and rotated:RULE are controls.
         alpha: Exponent of the weights γ = score^α, or power of the matrix.
         dictionary: A first dictionary of the site, for the rules participation and gap.
-        model: The model that made the store, for the rules sensitivity and semantic.
+        model: The model that made the store, for the rules sensitivity, leading-sensitivity
+            and semantic.
         revision: Revision of a model on the Hub.
         device: Where the model runs.
         model_dtype: Number format of the model; auto is the one that the store was made in.

@@ -33,8 +33,8 @@ def sensitivity(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
 def leading_sensitivity(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
     """S = F on its d_in/16 leading eigenvectors, the mean of the other eigenvalues elsewhere.
 
-    A low-rank metric: a few directions are stretched, and within all others the space is as plain
-    as ever, so what the estimate of F says about them does not matter.
+    A low-rank change of the plain metric: a few directions are stretched, all others are alike, and
+    what the estimate of F says about those does not matter.
     """
     values, vectors = spectrum(sensitivity(evidence))
     others = len(values) - max(1, len(values) // LEADING)

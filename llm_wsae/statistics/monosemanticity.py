@@ -1,8 +1,9 @@
 """Rules: each turns what is known of a site into one score s per dimension, or into a matrix.
 
 A score estimates how monosemantic a dimension is; ``weights.py`` makes the loss weights γ = s^α
-from it. A rule is a function here, or in ``metrics.py`` if it gives a matrix, and a line in
-``RULES``, nowhere else; the formulae that serve planted data too are in ``scores.py``.
+from it. One rule scores tokens instead. A rule is a function here, or in ``metrics.py`` if it gives
+a matrix, and a line in ``RULES``, nowhere else; the formulae that serve planted data too are in
+``scores.py``.
 
 Two prefixes make a control of any rule: ``permuted:RULE`` deals its scores out to other dimensions,
 ``rotated:RULE`` gives its matrix random eigenvectors.
@@ -165,15 +166,25 @@ def has_scores(rule: str) -> bool:
 def weighs_tokens(rule: str) -> bool:
     """Whether the rule, or its ``permuted`` control, weighs tokens instead of dimensions."""
     control, base = _parts(rule)
-    return control != "rotated" and base in RULES and RULES[base].of_tokens is not None
+    return control in ("", "permuted") and base in RULES and RULES[base].of_tokens is not None
 
 
-def token_scores(rule: str, rows: Float[Tensor, "rows d_in"], draw: int) -> Float[Tensor, " rows"]:
-    """The score of every row under a rule that weighs tokens; of its ``permuted`` control that of
-    another row, whichever comes so many before it: rows come in random order."""
+def token_scores(
+    rule: str, rows: Float[Tensor, "rows d_in"], mask: Float[Tensor, " rows"], draw: int
+) -> Float[Tensor, " rows"]:
+    """The score of every row under a rule that weighs tokens; 0 where ``mask`` is.
+
+    The ``permuted`` control gives each row the score of another one, so many unmasked ones further
+    on: rows come in random order. Of several processes each permutes its own.
+    """
     control, base = _parts(rule)
-    found = RULES[base].of_tokens(rows)
-    return found.roll(1 + draw) if control else found
+    found = RULES[base].of_tokens(rows) * mask
+    if not control:
+        return found
+    unmasked_first = mask.argsort(descending=True, stable=True)
+    places = torch.arange(len(rows), device=rows.device)
+    others = unmasked_first[(places + 1 + draw) % mask.sum().long().clamp(min=1)]
+    return torch.zeros_like(found).index_copy_(0, unmasked_first, found[others]) * mask
 
 
 def is_drawn(rule: str) -> bool:

@@ -1,4 +1,4 @@
-"""Loss weights: γ, one per dimension, or a matrix Γ, and what they do to the loss.
+"""Loss weights: γ, one per dimension or per token, or a matrix Γ, and what they do to the loss.
 
 γ = s^α from a rule's scores s (Cui et al. 2026) or Γ = S^α from its matrix, or a user's own, then
 scaled so that the weighted variance equals the plain one, Σ γ²·var = Σ var or tr ΓΣΓᵀ = tr Σ: the
@@ -76,14 +76,18 @@ class LossWeights:
             parts.append(f"d{config.draw}")
         return "-".join(parts)
 
-    def of_rows(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " rows"] | None:
-        """What every normalised row counts in the loss: s_t^2α; None if all count alike.
+    def of_rows(
+        self, rows: Float[Tensor, "rows d_in"], mask: Float[Tensor, " rows"]
+    ) -> Float[Tensor, " rows"] | None:
+        """What every normalised row counts in the loss, masked ones 0; None if all count alike.
 
-        That is so under a rule that weighs tokens, γ_t = c·s_t^α, whose ``gamma`` is all c.
+        They do not under a rule that weighs tokens, γ_t = c·s_t^α: this is s_t^2α, and ``gamma`` is
+        c for every dimension.
         """
         if not weighs_tokens(self.rule):
             return None
-        return token_scores(self.rule, rows, self.config.draw) ** (2 * self.alpha)
+        scores = token_scores(self.rule, rows, mask, self.config.draw)
+        return (scores ** (2 * self.alpha)).where(mask > 0, 0)
 
     @property
     def is_matrix(self) -> bool:
@@ -163,17 +167,33 @@ def _of_tokens(
     rule: str, alpha: float, statistics: Statistics, config: WeightConfig
 ) -> LossWeights:
     """One γ for all dimensions, such that the usual rows have their plain variance when weighed."""
-    if replace(config, draw=0) != WeightConfig():
+    check_settings(rule, config)
+    weights = LossWeights(torch.ones(statistics.d_in), rule, alpha, config)
+    squares, counted = _usual_squares(weights, statistics)
+    if not float(squares.sum()) > 0:
+        raise LlmWsaeError(f"the rule {rule!r} has nothing to weigh: the rows do not vary")
+    factor = squares.sum() / (counted @ squares).sum()
+    return replace(weights, gamma=(weights.gamma * factor.sqrt()).float())
+
+
+def _usual_squares(
+    weights: LossWeights, statistics: Statistics
+) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, " rows"]]:
+    """Squares of the usual rows, normalised as in a training, and what weights of tokens make each
+    of them count."""
+    usual = statistics.usual_sample.double()
+    scale = statistics.robust_variance.mean().sqrt().clamp(min=1e-300)
+    rows = (usual - usual.mean(0)) / scale
+    return rows.square(), weights.of_rows(rows, torch.ones_like(rows[:, 0]))
+
+
+def check_settings(rule: str, config: WeightConfig) -> None:
+    """Raises UsageError for settings that a rule which weighs tokens has no use for."""
+    if weighs_tokens(rule) and replace(config, draw=0) != WeightConfig():
         raise UsageError(
             f"the rule {rule!r} weighs tokens, in the loss and throughout: leave place, form, clip "
             "and anneal as they are"
         )
-    usual = statistics.usual_sample.double()
-    usual = (usual - usual.mean(0)) / statistics.robust_variance.mean().sqrt()
-    weights = LossWeights(torch.ones(statistics.d_in), rule, alpha, config)
-    squares = usual.square().sum(1)
-    gamma = weights.gamma * (squares.sum() / (weights.of_rows(usual) @ squares)).sqrt()
-    return replace(weights, gamma=gamma.float())
 
 
 def takes_matrix(rule: str, config: WeightConfig) -> bool:
@@ -212,8 +232,6 @@ def own_weights(weights: LossWeights, known: Evidence | Statistics) -> LossWeigh
     or a space that cannot be left again.
     """
     statistics = Evidence.of(known).statistics
-    if weighs_tokens(weights.rule):
-        return _of_tokens(weights.rule, weights.alpha, statistics, weights.config)
     gamma, d_in = weights.gamma.double(), statistics.d_in
     if len(gamma) != d_in:
         raise LlmWsaeError(
@@ -222,6 +240,8 @@ def own_weights(weights: LossWeights, known: Evidence | Statistics) -> LossWeigh
         )
     if not bool(torch.isfinite(gamma).all()) or (not weights.is_matrix and bool((gamma < 0).any())):
         raise LlmWsaeError("the weights must be finite and not negative; check the weights file")
+    if weighs_tokens(weights.rule):
+        return _of_tokens(weights.rule, weights.alpha, statistics, weights.config)
     if not _weighted_variance(gamma, statistics) > 0:
         raise LlmWsaeError("the weights leave no dimension in the loss; at least one must be > 0")
     checked = replace(weights, gamma=_normalise(gamma, statistics).float())
@@ -264,13 +284,17 @@ def stretching(weights: LossWeights) -> Float[Tensor, " d_in"]:
 def loss_share(weights: LossWeights, statistics: Statistics) -> Float[Tensor, " d_in"]:
     """Share of the weighted variance that each dimension carries: γ²·var / Σ γ²·var.
 
-    For a matrix: that each principal direction of the weighted rows carries, the eigenvalues of
+    Under weights of tokens: of the variance of the usual rows, each counted by its weight. For a
+    matrix: that each principal direction of the weighted rows carries, the eigenvalues of
     ΓΣΓᵀ, the largest first.
     """
     gamma = weights.gamma.double()
     if weights.is_matrix:
         covariance = gamma @ statistics.robust_covariance @ gamma.T
         share = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
+    elif weighs_tokens(weights.rule):
+        squares, counted = _usual_squares(weights, statistics)
+        share = counted @ squares
     else:
         share = gamma**2 * statistics.robust_variance
     return share / share.sum()
@@ -293,7 +317,7 @@ def collapse_warning(weights: LossWeights, statistics: Statistics) -> str | None
     what = "one direction" if weights.is_matrix else f"dimension {int(dimension)}"
     consequence = (
         "which is the activations' own doing, without weights"
-        if weights.rule == "uniform"
+        if weights.rule == "uniform" or weighs_tokens(weights.rule)
         else "so a dictionary trained with it explains those and neglects the rest"
     )
     return (

@@ -77,8 +77,8 @@ def _drawn(
 
 
 def control_of(rule: str, weigh: WeightConfig) -> str | None:
-    """The rule that has the same weights on other dimensions, or the same spectrum with other
-    directions. How many dimensions its loss hangs on is another matter: that is never the same.
+    """The rule that has the same weights on other dimensions (or tokens), or the same spectrum with
+    other directions. How many dimensions its loss hangs on is another matter, and never the same.
 
     None for what knows nothing of them already.
     """

@@ -155,7 +155,7 @@ class Arm:
         processes wait for each other.
         """
         with torch.no_grad():
-            batch = batch._replace(row_weights=self._row_weights(batch))
+            batch = self._weighed(batch)
             step = self.evaluate(batch, self._workspace.gradients)
             self._workspace.gradients = step.gradients[:3]
             if aux > 0 and self.config.revives:
@@ -180,6 +180,7 @@ class Arm:
 
     def evaluate(self, batch: Batch, out: Gradients | None = None) -> Step:
         """Loss and gradients on a batch, changing nothing but ``out``, memory for gradients."""
+        batch = self._weighed(batch)
         encoder = self._optimiser.encoder(batch.x_fast.dtype)
         parameters = self.parameters._replace(encoder=encoder)  # in the products' number format
         gamma, k, threshold = self.gamma, self.config.k, self.threshold
@@ -193,9 +194,11 @@ class Arm:
             return step(parameters, batch, gamma, k, threshold.guess(), out)
         return topk_step(parameters, batch, gamma, k, out)
 
-    def _row_weights(self, batch: Batch) -> Float[Tensor, " batch"] | None:
-        weights = self.config.weights.of_rows(batch.x)
-        return None if weights is None else weights * batch.mask
+    def _weighed(self, batch: Batch) -> Batch:
+        """The batch with what its rows count under the arm's weights, if it does not say so yet."""
+        if batch.row_weights is not None:
+            return batch
+        return batch._replace(row_weights=self.config.weights.of_rows(batch.x, batch.mask))
 
     def dead(self, rows_seen: int, dead_after: int) -> Tensor:
         """Which latents have not fired for ``dead_after`` rows. [d_sae] bool."""
