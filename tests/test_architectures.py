@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llm_wsae.sparse.codes import ragged
 from llm_wsae.sparse.operations import encode_above, encode_topk
 from llm_wsae.sparse.reference import dense
+from llm_wsae.train.along import exact
 from llm_wsae.train.batch_topk import RunningThreshold, batch_topk_codes, batch_topk_step
 from llm_wsae.train.jumprelu import (
     BANDWIDTH,
@@ -102,6 +103,7 @@ def codes_of(parameters: Parameters, batch: Batch, name: str, k: int) -> Tensor:
         codes = encode_above(*inputs, torch.zeros_like(parameters.encoder_bias))
     else:
         codes = batch_topk_codes(parameters, batch, k, 0.0)
+    codes = exact(codes, parameters, batch)
     chosen = dense(codes, (codes.values > 0).double(), D_SAE)
     return chosen * batch.mask.double()[:, None]
 
@@ -126,6 +128,7 @@ def autograd(parameters: Parameters, batch: Batch, gamma: Tensor, name: str, k: 
             parameters.encoder_bias.to(fast),
             torch.zeros_like(log),
         )
+        z = exact(z, parameters, batch)
         z = dense(z, z.values.double(), D_SAE) * mask[:, None]
         active = (z > threshold).double()
         window = ((z - threshold).abs() < BANDWIDTH / 2).double() * (z > 0)

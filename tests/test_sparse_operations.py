@@ -194,6 +194,22 @@ def test_value_gradients(name, exact):
 
 @pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SUMS)
+def test_exact_values(name, fast, exact):
+    """Whatever the values were before, and with the encoder rounded or not."""
+    wide = SUMS[name]
+    codes, x, encoder, _, _ = cast(wide, exact)
+    bias = random(len(encoder), seed=9)
+    encoder = encoder.to(fast if exact == torch.float32 else exact)
+    found = operations.exact_values(codes, x, encoder, bias.to(exact))
+    pre = wide.x @ encoder.double().T + bias
+    expected = pre[wide.codes.rows(), wide.codes.indices].relu() * (wide.codes.values > 0)
+    assert_close(found.values, expected, exact)
+    assert torch.equal(found.indices, codes.indices) and torch.equal(found.offsets, codes.offsets)
+    assert not found.values[codes.values == 0].any()
+
+
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SUMS)
 def test_reconstruct(name, fast, exact):
     case = SUMS[name]
     rows, columns = random(len(case.x), seed=7).relu(), random(case.x.shape[1], seed=8).relu()

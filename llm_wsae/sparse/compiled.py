@@ -21,7 +21,7 @@ from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 select_topk = plain.select_topk
 firing_counts = plain.firing_counts
 
-_TILE_ROWS = 256
+_TILE_ROWS = 1024  # each tile reads the whole encoder
 _BLOCK_BYTES = 1 << 22  # of the product that is looked through at once: it stays in cache
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FEW = 128  # candidates a row has room for at first
@@ -103,7 +103,8 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     """See ``operations``."""
     out = torch.empty_like(codes.values)
     slots, gradient = _checked(codes, len(decoder)), output_gradient.contiguous()
-    _call("value_gradients", *slots, decoder.contiguous(), gradient, out, *gradient.shape)
+    name = f"value_gradients_{_NAMES[decoder.dtype]}"
+    _call(name, *slots, decoder.contiguous(), gradient, out, *gradient.shape)
     return out
 
 

@@ -283,10 +283,11 @@ inline void add_scaled(float* __restrict sum, const T* __restrict row, float by,
   for (int64_t i = 0; i < width; i++) sum[i] += by * widen(row[i]);
 }
 
-inline float dot(const float* __restrict a, const float* __restrict b, int64_t width) {
+template <class T>
+inline float dot(const T* __restrict a, const float* __restrict b, int64_t width) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; i++) sum += a[i] * b[i];
+  for (int64_t i = 0; i < width; i++) sum += widen(a[i]) * b[i];
   return sum;
 }
 
@@ -330,6 +331,20 @@ void reconstruct(const int64_t* indices, const float* values, const int64_t* off
       for (int64_t slot = begin; slot < end; slot++)  // the decoder's rows are still in cache
         by_value[slot] =
             values[slot] > 0 ? dot(decoder + indices[slot] * width, gradient, width) : 0;
+    }
+  }
+}
+
+template <class T>
+void value_gradients(const int64_t* indices, const float* values, const int64_t* offsets,
+                     const T* decoder, const float* output_gradient, float* out, int64_t batch,
+                     int64_t width, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t row = 0; row < batch; row++) {
+    for (int64_t slot = offsets[row]; slot < offsets[row + 1]; slot++) {
+      if (slot + 1 < offsets[row + 1]) prefetch(decoder + indices[slot + 1] * width, width);
+      const T* const direction = decoder + indices[slot] * width;
+      out[slot] = values[slot] > 0 ? dot(direction, output_gradient + row * width, width) : 0;
     }
   }
 }
@@ -435,20 +450,13 @@ void decode(const int64_t* indices, const float* values, const int64_t* offsets,
                width);
 }
 
-void value_gradients(const int64_t* indices, const float* values, const int64_t* offsets,
-                     const float* decoder, const float* output_gradient, float* out, int64_t batch,
-                     int64_t width, int64_t threads) {
-#pragma omp parallel for num_threads(int(threads)) schedule(static)
-  for (int64_t row = 0; row < batch; row++) {
-    for (int64_t slot = offsets[row]; slot < offsets[row + 1]; slot++) {
-      if (slot + 1 < offsets[row + 1]) prefetch(decoder + indices[slot + 1] * width, width);
-      const float* const direction = decoder + indices[slot] * width;
-      out[slot] = values[slot] > 0 ? dot(direction, output_gradient + row * width, width) : 0;
-    }
-  }
-}
-
-#define RECONSTRUCT(T, NAME)                                                                       \
+#define ROWS(T, NAME)                                                                              \
+  void value_gradients_##NAME(const int64_t* indices, const float* values, const int64_t* offsets, \
+                              const T* decoder, const float* output_gradient, float* out,          \
+                              int64_t batch, int64_t width, int64_t threads) {                     \
+    value_gradients(indices, values, offsets, decoder, output_gradient, out, batch, width,         \
+                    threads);                                                                      \
+  }                                                                                                \
   void reconstruct_##NAME(const int64_t* indices, const float* values, const int64_t* offsets,     \
                           const float* decoder, const float* bias, const float* x,                 \
                           const float* row_weights, const float* column_weights, float* residual,  \
@@ -464,8 +472,8 @@ void value_gradients(const int64_t* indices, const float* values, const int64_t*
     weight_gradients(bounds, slots, rows, x, output_gradient, by_value, values, by_encoder,        \
                      by_decoder, by_bias, d_sae, width, threads);                                  \
   }
-RECONSTRUCT(float, float32)
-RECONSTRUCT(bfloat16, bfloat16)
+ROWS(float, float32)
+ROWS(bfloat16, bfloat16)
 
 // Slots in order of their latents, those of one latent in the order of the batch: a counting sort.
 // Latent j owns bounds[j] up to bounds[j + 1] of `slots` and of `rows`, the rows they come from.

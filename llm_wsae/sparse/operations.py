@@ -89,6 +89,22 @@ def encode_batch_topk(
     return implementation.encode_batch_topk(x, encoder, bias, k, guess, kept)
 
 
+def exact_values(
+    codes: RaggedCodes,
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+) -> RaggedCodes:
+    """The codes with the values x·encoder[index] + bias[index], summed in ``x``'s float32.
+
+    The product that picked the latents rounds them, if it is in bfloat16; ``encoder`` still may be.
+    Unused slots stay unused, and what turns out not to be positive becomes one.
+    """
+    implementation = _for_products(x, encoder, bias)
+    values = implementation.value_gradients(codes, encoder, x) + bias[codes.indices]
+    return codes._replace(values=values.relu_().mul_(codes.values > 0))
+
+
 def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
     """Exactly the k largest entries of every row, in no particular order, sign kept."""
     return _for_products(pre).select_topk(pre, k)

@@ -135,7 +135,12 @@ def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
 def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
     """See ``operations``."""
     gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        output_gradient, decoder, codes.indices, codes.offsets[:-1], codes.rows(), 0
+        output_gradient,
+        decoder.to(output_gradient.dtype),
+        codes.indices,
+        codes.offsets[:-1],
+        codes.rows(),
+        0,
     )
     return gradient.mul_(codes.values > 0)
 

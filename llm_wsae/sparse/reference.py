@@ -66,7 +66,7 @@ def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
 
 def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
     """See ``operations``."""
-    by_latent = output_gradient @ decoder.T
+    by_latent = output_gradient @ decoder.to(output_gradient.dtype).T
     return by_latent[codes.rows(), codes.indices] * (codes.values > 0)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from llm_wsae.sparse.codes import RaggedCodes, Reconstruction
 from llm_wsae.sparse.operations import (
+    exact_values,
     firing_counts,
     reconstruct,
     value_gradients,
@@ -76,6 +77,17 @@ def _rows_weighed(
         made.by_value.mul_(row_weights[codes.rows()]),
         made.row_errors * row_weights,
     )
+
+
+def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCodes:
+    """The codes with values that were not rounded to the number format of the products.
+
+    An error of the values comes back several times as large in the encoder's gradient: what is left
+    of a row is small beside them. So bfloat16 only decides which latents are active.
+    """
+    if batch.x_fast.dtype == batch.x.dtype:
+        return codes
+    return exact_values(codes, batch.x, parameters.encoder, parameters.encoder_bias)
 
 
 def without_masked(codes: RaggedCodes, batch: Batch) -> RaggedCodes:

@@ -15,7 +15,7 @@ from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
 from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
-from llm_wsae.train.along import step_along
+from llm_wsae.train.along import exact, step_along
 from llm_wsae.train.parameters import Batch, Parameters, Step
 
 _LAST_SHARE, _MOST_STEPS = 10, 100
@@ -54,7 +54,7 @@ def batch_topk_codes(
         per_row = min(per_row, len(encoder))
         return encode_batch_topk(batch.x_fast, encoder, bias, per_row, guess, kept)
 
-    return batch.split.batch_topk(largest, k, kept)
+    return exact(batch.split.batch_topk(largest, k, kept), parameters, batch)
 
 
 def smallest_value(codes: RaggedCodes, batch: Batch) -> Float[Tensor, ""]:

@@ -30,7 +30,7 @@ from llm_wsae.sparse.operations import (
 )
 from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
-from llm_wsae.train.along import without_masked
+from llm_wsae.train.along import exact, without_masked
 from llm_wsae.train.optimiser import adam_vector
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
@@ -42,6 +42,8 @@ COEFFICIENT = 1.0
 """λ. The loss is a share of the variance, and L0 ended 2 % above k."""
 HASTE = 10.0
 """How much faster thresholds learn than weights."""
+
+_ROUNDING = 1 / 64  # more than a product in bfloat16 may be too small by
 
 
 def jumprelu_step(
@@ -61,8 +63,10 @@ def jumprelu_step(
     d_sae, fast = len(encoder), batch.x_fast.dtype
     threshold = log_threshold.exp()
     window_start = (threshold - BANDWIDTH / 2).clamp_(min=0)
-    near = encode_above(batch.x_fast, encoder.to(fast), encoder_bias.to(fast), window_start)
-    near = without_masked(near, batch)  # everything active, and what is just below its threshold
+    below = window_start * (1 - _ROUNDING)
+    near = encode_above(batch.x_fast, encoder.to(fast), encoder_bias.to(fast), below)
+    # everything active, and what is just below its threshold
+    near = exact(without_masked(near, batch), parameters, batch)
     its_threshold = threshold[near.indices]
     active = near.values > its_threshold
     codes = near._replace(values=near.values * active)
@@ -78,7 +82,8 @@ def jumprelu_step(
 
     excess = batch.split.over_all(active.sum()) / num_rows / k - 1
     by_activity = 2 * COEFFICIENT * excess / (k * num_rows)
-    in_window = (near.values > 0) & (near.values < its_threshold + BANDWIDTH / 2)
+    above_start = near.values > window_start[near.indices]
+    in_window = above_start & (near.values < its_threshold + BANDWIDTH / 2)
     by_threshold = (its_threshold * by_near + by_activity) * in_window / -BANDWIDTH
     by_log = torch.zeros_like(log_threshold).index_add_(  # on a GPU in any order: last bits vary
         0, near.indices, by_threshold * its_threshold

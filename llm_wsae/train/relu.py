@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_wsae.sparse.operations import encode_above
 from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
-from llm_wsae.train.along import step_along, without_masked
+from llm_wsae.train.along import exact, step_along, without_masked
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
 _TILE_ROWS = 1024
@@ -55,7 +55,7 @@ def sparse_relu_step(
         parameters.encoder_bias.to(fast),
         torch.zeros_like(parameters.encoder_bias),
     )
-    codes = without_masked(codes, batch)
+    codes = exact(without_masked(codes, batch), parameters, batch)
     push = _push(batch, l1)
     step = step_along(codes, parameters, batch, gamma, push, out)
     penalty = push * batch.split.over_latents(codes.values.sum())

@@ -7,7 +7,7 @@ batch × d_sae exists. γ enters through the residual's gradient only.
 from llm_wsae.sparse.operations import encode_topk
 from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
-from llm_wsae.train.along import step_along
+from llm_wsae.train.along import exact, step_along
 from llm_wsae.train.parameters import Batch, Parameters, Step
 
 
@@ -26,4 +26,5 @@ def topk_step(
     encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
     codes = encode_topk(batch.x_fast, encoder, bias, min(k, len(encoder)))
     kept = codes._replace(values=codes.values * batch.mask[:, None])  # masked rows count nowhere
-    return step_along(batch.split.topk(kept, k), parameters, batch, gamma, out=out)
+    active = exact(batch.split.topk(kept, k), parameters, batch)
+    return step_along(active, parameters, batch, gamma, out=out)
