@@ -5,9 +5,9 @@
 
 The step is that of bench_train.py with weights γ, after some steps of training, so that biases are
 not 0 and the encoder is not the decoder. Its error has two parts, told apart by two references. The
-first has the same active latents as the step: what is left is rounding in sums and products, which
-the target of the project is about. The second picks the k largest latents itself, in float64: where
-two of them nearly tie, a product in bfloat16 picks the other one.
+first has the same active latents as the step: what is left is rounding in sums and products, held
+to 5e-3 with products in bfloat16 and to 1e-5 in float32. The second picks the k largest latents
+itself, in float64: where two of them nearly tie, a product in bfloat16 picks the other one.
 """
 
 import argparse

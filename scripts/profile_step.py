@@ -28,7 +28,14 @@ from worker import Job
 
 from llm_wsae.sparse import compiled, operations, plain
 
-OPERATIONS = ("encode_topk", "reconstruct", "weight_gradients", "firing_counts", "adam_rows")
+OPERATIONS = (
+    "encode_topk",
+    "value_gradients",
+    "reconstruct",
+    "weight_gradients",
+    "firing_counts",
+    "adam_rows",
+)
 PRODUCT = "encoder product, inside it"
 
 

@@ -199,6 +199,28 @@ def test_gradients_when_rows_count_differently(name, dtype):
     check_gradients(name, dtype, K, weigh_rows=True)
 
 
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "relu, dense"])
+def test_bfloat16_picks_the_latents_and_does_not_round_their_values(name, monkeypatch):
+    """Rounded values would make the encoder's gradient half as exact again."""
+    parameters, batch, gamma = problem(torch.bfloat16)
+    expected = autograd(parameters, batch, gamma, name, K)[1].encoder
+    found = error(own_step(name)(parameters, batch, gamma).gradients.encoder, expected)
+    for module in ("topk", "batch_topk", "matryoshka", "jumprelu", "relu"):
+        monkeypatch.setattr(f"llm_wsae.train.{module}.exact", lambda codes, *_: codes)
+    rounded = error(own_step(name)(parameters, batch, gamma).gradients.encoder, expected)
+    assert found < rounded / 1.5
+
+
+@pytest.mark.parametrize("name", ["batch-topk", "matryoshka"])
+def test_the_threshold_lets_in_k_latents_a_row(name):
+    """In float32, as a finished dictionary encodes, though bfloat16 picked them."""
+    parameters, batch, gamma = problem(torch.bfloat16)
+    threshold = own_step(name)(parameters, batch, gamma).for_threshold
+    kept = batch.mask > 0
+    pre = batch.x[kept] @ parameters.encoder.T + parameters.encoder_bias
+    assert float((pre > threshold).sum() / kept.sum()) == pytest.approx(K, rel=0.01)
+
+
 @pytest.mark.parametrize("k", [1, D_SAE])
 @pytest.mark.parametrize("name", ["topk", "batch-topk", "matryoshka"])
 def test_gradients_with_one_latent_and_with_all(name, k):

@@ -160,6 +160,12 @@ def test_weights_of_another_dtype_are_not_read_as_float32():
         for weights in (columns, columns.float())
     )
     assert torch.equal(found.output_gradient, expected.output_gradient)
+    wide = cast(SUMS["ragged"], torch.float64)
+    for encoder in (wide.decoder, wide.decoder.bfloat16()):  # of float64 rows
+        given = (wide.codes, wide.x, encoder, wide.decoder[:, 0])
+        values = operations.exact_values(*given).values
+        with operations.using("reference"):
+            assert torch.allclose(values, operations.exact_values(*given).values)
 
 
 @needs_compiler

@@ -100,7 +100,8 @@ def exact_values(
     The product that picked the latents rounds them, if it is in bfloat16; ``encoder`` still may be.
     Unused slots stay unused, and what turns out not to be positive becomes one.
     """
-    implementation = _for_products(x, encoder, bias)
+    others = () if encoder.dtype == torch.bfloat16 else (encoder,)
+    implementation = _for_sums(codes.values, x, bias, *others)
     values = implementation.value_gradients(codes, encoder, x) + bias[codes.indices]
     return codes._replace(values=values.relu_().mul_(codes.values > 0))
 

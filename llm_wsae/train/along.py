@@ -80,10 +80,10 @@ def _rows_weighed(
 
 
 def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCodes:
-    """The codes with values that were not rounded to the number format of the products.
+    """The codes with values summed in float32, not rounded by the product that picked them.
 
-    An error of the values comes back several times as large in the encoder's gradient: what is left
-    of a row is small beside them. So bfloat16 only decides which latents are active.
+    Their error comes back several times as large in the encoder's gradient: what a reconstruction
+    leaves of a row is small beside them. The encoder may still be the rounded one, to read half.
     """
     if batch.x_fast.dtype == batch.x.dtype:
         return codes

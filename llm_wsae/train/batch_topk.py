@@ -36,7 +36,7 @@ def batch_topk_step(
     ``step_along``.
     """
     codes = batch_topk_codes(parameters, batch, k, guess)
-    step = step_along(codes, parameters, batch, gamma, out=out)
+    step = step_along(exact(codes, parameters, batch), parameters, batch, gamma, out=out)
     return step._replace(for_threshold=smallest_value(codes, batch))
 
 
@@ -54,11 +54,15 @@ def batch_topk_codes(
         per_row = min(per_row, len(encoder))
         return encode_batch_topk(batch.x_fast, encoder, bias, per_row, guess, kept)
 
-    return exact(batch.split.batch_topk(largest, k, kept), parameters, batch)
+    return batch.split.batch_topk(largest, k, kept)
 
 
 def smallest_value(codes: RaggedCodes, batch: Batch) -> Float[Tensor, ""]:
-    """The smallest active value of the batch; 0 if no latent is active."""
+    """The smallest active value of the batch; 0 if no latent is active.
+
+    Of the values that picked the latents: made again, the smallest of the many that nearly tie
+    would be the one that rounding had raised most, and a threshold there lets in too many.
+    """
     smallest = codes.values.new_full((), torch.inf)
     if len(codes.values):
         smallest = codes.values.masked_fill(codes.values <= 0, torch.inf).min()

@@ -43,7 +43,7 @@ COEFFICIENT = 1.0
 HASTE = 10.0
 """How much faster thresholds learn than weights."""
 
-_ROUNDING = 1 / 64  # more than a product in bfloat16 may be too small by
+_ROUNDING = 1 / 64  # relative and absolute: a value rounded to bfloat16 may seem too small by less
 
 
 def jumprelu_step(
@@ -63,8 +63,10 @@ def jumprelu_step(
     d_sae, fast = len(encoder), batch.x_fast.dtype
     threshold = log_threshold.exp()
     window_start = (threshold - BANDWIDTH / 2).clamp_(min=0)
-    below = window_start * (1 - _ROUNDING)
-    near = encode_above(batch.x_fast, encoder.to(fast), encoder_bias.to(fast), below)
+    sought = window_start
+    if fast != batch.x.dtype:
+        sought = (window_start - _ROUNDING * (1 + window_start)).clamp_(min=0)
+    near = encode_above(batch.x_fast, encoder.to(fast), encoder_bias.to(fast), sought)
     # everything active, and what is just below its threshold
     near = exact(without_masked(near, batch), parameters, batch)
     its_threshold = threshold[near.indices]

@@ -19,6 +19,7 @@ from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import firing_counts, value_gradients, weight_gradients
 from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
+from llm_wsae.train.along import exact
 from llm_wsae.train.batch_topk import batch_topk_codes, smallest_value
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
@@ -43,7 +44,8 @@ def matryoshka_step(
     encoder, decoder, encoder_bias, decoder_bias = parameters
     codes = batch_topk_codes(parameters, batch, k, guess)
     groups = batch.split.own_groups(group_bounds(batch.split.latent_parts * len(encoder), prefixes))
-    parts = _by_group(codes, groups)
+    active = exact(codes, parameters, batch)
+    parts = _by_group(active, groups)
 
     residuals, bias = [], decoder_bias
     for part, (start, stop) in zip(parts, groups, strict=True):
@@ -68,7 +70,7 @@ def matryoshka_step(
             if place.data_ptr() != gradient.data_ptr():
                 place.copy_(gradient)
     gradients.decoder_bias.copy_(output_gradient.sum(0))
-    firings = firing_counts(codes, len(encoder))
+    firings = firing_counts(active, len(encoder))
     return Step(gradients, residuals[-1], firings, loss, smallest_value(codes, batch))
 
 

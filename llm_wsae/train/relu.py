@@ -2,7 +2,7 @@
 
 Half of all latents are active at the start and their number falls only with training. While they
 are many, products are dense, in tiles of rows that bound the memory; once they are few, the sparse
-operations take over. Both are the same loss and the same gradients.
+operations take over. Both are the same loss and the same gradients, but for rounding.
 """
 
 import torch
