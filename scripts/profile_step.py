@@ -4,8 +4,9 @@
     python scripts/profile_step.py --shape 2048x65536x64 --write
 
 The step is that of bench_train.py, here with a clock around every sparse operation and around the
-matrix product inside the encoding. What is left over is everything between them: normalising the
-batch, biases, counts. On a CPU, where every call returns when its work is done.
+matrix product inside the encoding. (``value_gradients`` makes the picked latents' values again;
+those of the gradient are part of ``reconstruct``.) What is left over is everything between them:
+normalising the batch, biases, counts. On a CPU, where every call returns when its work is done.
 """
 
 import argparse

@@ -56,7 +56,7 @@ def test_a_diagonal_matrix_is_its_diagonal(name, dtype):
 def test_the_error_and_its_gradient():
     _, batch, _, matrix = problem(torch.float64)
     residual = (batch.x * 0.3).requires_grad_()
-    loss, gradient = weighted_error(residual.detach(), batch.mask, matrix)
+    loss, gradient = weighted_error(residual.detach(), batch.mask, matrix, batch.num_rows)
     expected = (residual @ matrix.T).square().sum() / (batch.mask.sum() * D_IN)
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-12)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, residual)[0])

@@ -100,9 +100,7 @@ def exact_values(
     The product that picked the latents rounds them, if it is in bfloat16; ``encoder`` still may be.
     Unused slots stay unused, and what turns out not to be positive becomes one.
     """
-    others = () if encoder.dtype == torch.bfloat16 else (encoder,)
-    implementation = _for_sums(codes.values, x, bias, *others)
-    values = implementation.value_gradients(codes, encoder, x) + bias[codes.indices]
+    values = value_gradients(codes, encoder, x) + bias[codes.indices]
     return codes._replace(values=values.relu_().mul_(codes.values > 0))
 
 
@@ -132,8 +130,10 @@ def value_gradients(
     """Gradient of the loss by each active pre-activation: decoder[index] · output_gradient[row].
 
     0 where the value is 0: an unused slot was clipped by the ReLU and must not push any weight.
+    Products are summed in float32 even if the decoder is rounded to bfloat16.
     """
-    implementation = _for_sums(codes.values, decoder, output_gradient)
+    exact = () if decoder.dtype == torch.bfloat16 else (decoder,)
+    implementation = _for_sums(codes.values, output_gradient, *exact)
     return implementation.value_gradients(codes, decoder, output_gradient)
 
 

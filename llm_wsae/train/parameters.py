@@ -125,17 +125,15 @@ def weighted_error(
     residual: Float[Tensor, "rows d_in"],
     counted: Float[Tensor, " rows"],
     gamma: Gamma,
-    num_rows: Float[Tensor, ""] | None = None,
+    num_rows: Float[Tensor, ""],
 ) -> tuple[Tensor, Tensor]:
     """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual.
 
-    ``counted`` is the mask, or what else each row counts (``Batch.counted``); ``num_rows`` the
-    number of unmasked rows, if it is not the sum of that.
+    ``counted`` is the mask, or what else each row counts (``Batch.counted``); ``num_rows`` is the
+    number of unmasked rows, of which these may be a part.
 
     The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, and a matrix only
     mixes them, so every sparse path behind it stays as it is.
     """
-    if num_rows is None:
-        num_rows = counted.sum().clamp(min=1)
     gradient = times(residual, error_weights(num_rows, gamma)) * counted[:, None]
     return (gradient * residual).sum() / 2, gradient
