@@ -90,6 +90,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; run the same command again to go on where it stopped")
         return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not worth loading torch for
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        _say(f"the device ran out of memory ({reason}); ask for fewer or smaller dictionaries, "
+             "smaller batches or a smaller model, or compute with --device cpu")  # fmt: skip
+        return 1
 
 
 def _say(sentence: str) -> None:

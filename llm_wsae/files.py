@@ -142,6 +142,11 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
                 f"another process is writing the {what} in {folder}; wait for it or choose "
                 "another folder"
             ) from None
+        except OSError as error:
+            raise LlmWsaeError(
+                f"{folder} cannot be kept from other runs ({error.strerror}); choose a folder on a "
+                "file system that has locks, such as a local disk"
+            ) from error
 
     try:
         hold(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)

@@ -68,7 +68,7 @@ def harvest(
             model.check_site(site)
         packer = Packer.for_model(model, config)
         manifest = _agreed(processes, _manifest(model, corpus, sites, config))
-        processes.lead(lambda: _check_size(out, packer, corpus, config))
+        processes.lead(lambda: _check_size(out, packer, corpus, config, manifest))
         with processes.folder_lock(out, "activation store"):
             following = processes.lead(lambda: _begin(out, manifest))
             if following is None:
@@ -81,10 +81,16 @@ def harvest(
     return ActivationStore.open(out)
 
 
-def _check_size(out: Path, packer: Packer, corpus: Corpus, config: HarvestConfig) -> None:
-    """A text that is too small is best known before the first forward pass."""
-    if not (out / MANIFEST).is_file():
-        check_size(packer, corpus, config)
+def _check_size(
+    out: Path, packer: Packer, corpus: Corpus, config: HarvestConfig, wanted: Manifest
+) -> None:
+    """A text that is too small is best known before the first forward pass, and before a complete
+    store is opened again for more."""
+    if (out / MANIFEST).is_file():
+        found = Manifest.load(out)
+        if not found.complete or found.num_contexts >= wanted.num_contexts:
+            return
+    check_size(packer, corpus, config)
 
 
 def _begin(out: Path, wanted: Manifest) -> dict[str, tuple[int, int]] | None:

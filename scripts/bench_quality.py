@@ -25,7 +25,7 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluate.measures import Moments, ReconstructionSums
 from llm_wsae.model.site import Site
-from llm_wsae.sparse.reference import BETAS
+from llm_wsae.sparse.reference import BETAS, EPSILON
 from llm_wsae.statistics.weights import weights_from_rule
 from llm_wsae.train.arm import folded
 from llm_wsae.train.arms import make_arms
@@ -60,7 +60,7 @@ def dense_training(
     parameters = initial_parameters(source.d_in, d_sae, seed, torch.device("cpu"))
     for parameter in parameters:
         parameter.requires_grad_()
-    optimiser = torch.optim.Adam(list(parameters), betas=BETAS)
+    optimiser = torch.optim.Adam(list(parameters), betas=BETAS, eps=EPSILON)
     num_steps = source.num_rows // config.batch_size
     dead_after = num_steps * config.batch_size // 10
     last_fired = torch.zeros(d_sae, dtype=torch.int64)

@@ -31,7 +31,7 @@ from llm_wsae.statistics.weights import LossWeights
 from llm_wsae.study.config import StudyConfig
 from llm_wsae.study.plan import PLAIN, plan
 from llm_wsae.study.report import StudyReport, estimate_text
-from llm_wsae.study.results import DECIDING, Result, read_result
+from llm_wsae.study.results import DECIDING, Result, read_basis, read_result
 from llm_wsae.study.runner import BASIS, run_study
 from llm_wsae.study.verdict import Compared
 from llm_wsae.tables import markdown
@@ -130,7 +130,7 @@ class Study:
         results = [read_result(path) for path in sorted((folder / "results").glob("*.json"))]
         if not any(result.label != PLAIN for result in results):
             return None
-        report = StudyReport.of(site, read_json(folder / BASIS, "study"), results)
+        report = StudyReport.of(site, read_basis(folder / BASIS), results)
         return cls(report, read_json(folder / PROFILE, "profile"))
 
     def of(self, label: str, k: int = K) -> list[Result]:
@@ -353,9 +353,10 @@ def section(studies: Mapping[str, Study]) -> str:
         "more than 10 % of the tokens, its interval over seeds and over latents or concepts; p and "
         "verdicts are corrected for everything that was tried at the site. *More scored* are "
         "latents that fire in enough contexts; *detection, all* has the others at chance.",
-        "No interval covers another text, a longer training or another learning rate. Every "
-        "dictionary had one pass at a rate that was chosen for the plain one; what twice as many "
-        "rows give, on one seed, stands in [checkpoints](../checkpoints/README.md).",
+        "No interval covers another text, a longer training, another learning rate or another "
+        "architecture. Every dictionary had one pass at a rate that was chosen for the plain one; "
+        "what twice as many rows give, on one seed, stands in "
+        "[checkpoints](../checkpoints/README.md).",
         "### What was expected, and what holds",
         "The mean is held against what was expected, unless an interval is named.",
         claim_table(studies),

@@ -47,6 +47,8 @@ class HubServer:
         """Requests that carried a token to the host of large files."""
         self.chunk_size: int | None = None
         """Set it to have large files uploaded in parts of that many bytes."""
+        self.ignored: tuple[str, ...] = ()
+        """How the names end of files that its repositories' .gitignore leaves out."""
         self.page_size = 1000
         """Entries in a page of a tree."""
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -267,7 +269,7 @@ class _Handler(Storage):
         answers = []
         for asked in self._json()["files"]:
             path, large = asked["path"], is_large(asked["path"], asked["size"])
-            answer = {"path": path, "shouldIgnore": False}
+            answer = {"path": path, "shouldIgnore": path.endswith(self.hub.ignored)}
             answer["uploadMode"] = "lfs" if large else "regular"
             if path in files:
                 answer["oid"] = files[path].sha256 or files[path].oid

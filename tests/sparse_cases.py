@@ -5,12 +5,16 @@ Small integers make every product exact in every dtype, and give many ties.
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
+from llm_wsae.sparse import compiled
 from llm_wsae.sparse.codes import RaggedCodes
 
 D_IN = 24
+
+needs_compiler = pytest.mark.skipif(not compiled.available(), reason="there is no C++ compiler")
 
 
 class Encoding(NamedTuple):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_wsae.sparse.codes import ragged
 from llm_wsae.sparse.operations import encode_above, encode_topk
-from llm_wsae.sparse.reference import dense
+from llm_wsae.sparse.reference import EPSILON, dense
 from llm_wsae.train.along import exact
 from llm_wsae.train.batch_topk import RunningThreshold, batch_topk_codes, batch_topk_step
 from llm_wsae.train.jumprelu import (
@@ -362,7 +362,7 @@ def test_learnt_thresholds_start_where_k_latents_are_active_and_follow_adam():
     assert initial_threshold(512, 512) == BANDWIDTH / 2
 
     parameter = torch.full((512,), float(threshold.log[0]), requires_grad=True)
-    optimiser = torch.optim.Adam([parameter], lr=0.01 * HASTE)
+    optimiser = torch.optim.Adam([parameter], lr=0.01 * HASTE, eps=EPSILON)
     for seed in range(5):
         gradient = torch.randn(512, generator=torch.Generator().manual_seed(seed))
         parameter.grad = gradient.clone()

@@ -16,6 +16,7 @@ from foreign_folders import GEMMA, WRITERS, gemma_scope, place
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
+import llm_wsae.cli
 import llm_wsae.run
 from llm_wsae.cli import COMMANDS
 from llm_wsae.data.store import ActivationStore
@@ -81,9 +82,9 @@ FLAGS = {
     "device shard dtype tracker place form clip anneal draw",
     "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
     "device model-dtype monosemantic monosemantic-tokens encoder labels keep",
-    "study": "model corpus site out rule alpha k curve seeds expansion train-tokens eval-tokens "
-    "score-tokens encoder labels dictionary keep-dictionaries text-column revision device "
-    "model-dtype place form clip anneal draw",
+    "study": "model corpus site out rule alpha k curve seeds architecture expansion train-tokens "
+    "eval-tokens score-tokens encoder labels dictionary keep-dictionaries text-column revision "
+    "device model-dtype place form clip anneal draw",
     "inspect": "latent store text model top revision device model-dtype",
     "theory": "out experiments seeds steps batch-size spare-latents rows workers",
     "push": "private revision license",
@@ -100,6 +101,16 @@ def test_flags_are_those_that_were_promised(command):
     assert result.code == 0 and result.err == ""
     shown = set(re.findall(r"^[^\w\n-]*--([a-z][a-z0-9-]*)", result.out, re.MULTILINE))
     assert shown == set(FLAGS[command].split())
+
+
+def test_a_device_without_memory_is_one_sentence(monkeypatch):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs.")
+
+    monkeypatch.setattr(llm_wsae.cli, "_parsed", lambda command, words: full)
+    result = call("list", "user/saes")
+    assert (result.code, result.out) == (1, "") and len(result.err.splitlines()) == 1
+    assert "ran out of memory (CUDA out of memory. Tried to allocate 2 GiB.)" in result.err
 
 
 def test_harvest(world, model_and_corpus, tmp_path):

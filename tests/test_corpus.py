@@ -92,7 +92,12 @@ def test_identity_follows_the_text(tmp_path):
         ("a.txt", b" \n\n ", LlmWsaeError, "holds no text"),
         ("a.txt", b"ab\0cd", LlmWsaeError, "holds NUL bytes"),
         ("a.txt", b"ab\xff\xfecd", LlmWsaeError, "is not UTF-8 text"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": 5}\n{"text"', UsageError, "line 3: no column"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n\n{"text": 5}\n{"text"',
+            UsageError,
+            "line 3: no text in a column 'text'",
+        ),
         ("a.jsonl", b'{"text": "x"}\n{"text"', LlmWsaeError, "line 2: not JSON"),
         ("a.jsonl", b"[" * 100_000, LlmWsaeError, "line 1: not JSON"),
         ("a.jsonl", b"[1]\n", LlmWsaeError, "line 1: not a JSON object"),
@@ -144,6 +149,11 @@ def test_a_row_without_text_is_passed_over(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *rows)
     assert texts(Corpus.open(path, "all")) == ["x"]
     assert texts(Corpus.open(path, "all", text_column="url")) == ["u1", "u2"]
+
+
+def test_the_first_row_with_text_decides_its_column(tmp_path):
+    rows = [{"body": "x", "n": 1}, {"id": "y"}, {"body": None}, {"body": "z", "note": "w"}]
+    assert texts(Corpus.open(jsonl(tmp_path / "a.jsonl", *rows), "all")) == ["x", "z"]
 
 
 def test_a_file_that_has_gone_is_named(tmp_path):
@@ -209,6 +219,56 @@ def test_hub_dataset_is_streamed(monkeypatch):
         Corpus.open("no/such")
     with pytest.raises(UsageError, match="Config name is missing"):
         Corpus.open("owner/name")
+
+
+def test_a_hub_dataset_whose_rows_change_form(monkeypatch):
+    import datasets
+
+    def rows():
+        yield {"text": "one"}
+        raise TypeError("Couldn't cast array of type string to null")
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.IterableDatasetDict({"train": stream})
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: Info())
+    with pytest.raises(LlmWsaeError, match=r"near document 0: .*\(Couldn't cast array") as error:
+        texts(Corpus.open("owner/name", "all"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_compression_that_needs_a_package_is_named(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("Compression type zstd not supported")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: Info())
+    with pytest.raises(UsageError, match="pip install zstandard"):
+        Corpus.open("owner/pile", "all")
+
+
+@pytest.mark.parametrize(("status", "fails"), [(503, True), (429, True), (403, False)])
+def test_a_hub_that_fails_for_now_does_not_lose_the_revision(monkeypatch, status, fails):
+    """A store of an unknown revision could never be gone on with."""
+    import datasets
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refuse(self, name):
+        request = httpx.Request("GET", "http://localhost")
+        raise HfHubHTTPError("no", response=httpx.Response(status, request=request))
+
+    one = datasets.Dataset.from_dict({"text": ["one"]}).to_iterable_dataset()
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.IterableDatasetDict({"train": one})
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    if fails:
+        with pytest.raises(LlmWsaeError, match=f"failed with status {status}"):
+            Corpus.open("owner/name", "all")
+    else:
+        assert texts(Corpus.open("owner/name", "all")) == ["one"]
 
 
 def test_an_unreachable_hub_is_one_sentence():

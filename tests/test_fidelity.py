@@ -13,6 +13,7 @@ from llm_wsae.dictionary.sparsity import ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluate import next_token
 from llm_wsae.evaluate.bootstrap import Bootstrap
+from llm_wsae.evaluate.checks import notes_on_text
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.fidelity import FidelityBench, evaluate
 from llm_wsae.evaluate.measures import Moments, ReconstructionSums
@@ -409,6 +410,29 @@ def test_a_cache_without_room_for_the_last_stream_holds_nothing_else(contexts):
     bench._streams._room = kept + 2 * D * 4 + 1
     first, second = (bench.evaluate(known).dictionaries["k2"] for _ in range(2))
     assert first == second
+
+
+HELD_OUT = {"name": "wiki", "part": "heldout", "heldout_fraction": 0.1, "fingerprint": "f"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        ({}, None),
+        ({"part": "train"}, None),
+        ({"part": "train", "heldout_fraction": 0.2}, None),
+        ({"name": "another", "part": "all"}, None),
+        ({"part": "all"}, "on all of wiki"),
+        ({"part": "train", "heldout_fraction": 0.05}, "with less of wiki held out"),
+        ({"part": "train", "fingerprint": "g"}, "on another version of wiki"),
+    ],
+)
+def test_text_that_was_not_held_out_is_noted(trained, said):
+    corpus = HELD_OUT | {"part": "train"} | trained if trained else {}
+    dictionary = SimpleNamespace(info=SimpleNamespace(corpus=corpus))
+    notes = notes_on_text({"d": dictionary}, HELD_OUT)
+    assert len(notes) == (said is not None) and all(said in note for note in notes)
+    assert notes_on_text({"d": dictionary}, HELD_OUT | {"part": "all"}) == []
 
 
 def test_blocks_that_hand_on_more_than_the_stream_are_refused(contexts, monkeypatch):

@@ -68,6 +68,22 @@ def test_a_dictionary_of_a_centred_stream_sees_its_own_in_any_stream(tmp_path, l
     assert "center_writing_weights" not in one.info.model
 
 
+@pytest.mark.parametrize(
+    ("name", "loaded", "centred"),
+    [
+        ("gpt2-small", {}, True),
+        ("gemma-2b", {}, False),
+        ("gpt2-small", {"model_from_pretrained_kwargs": {"center_writing_weights": False}}, False),
+    ],
+)
+def test_old_dictionaries_of_gpt2_saw_a_centred_stream(tmp_path, name, loaded, centred):
+    """The most used ones of all do not say so themselves."""
+    x = saelens_old(tmp_path / "d", model_name=name, **loaded).x
+    read = Dictionary.load(tmp_path / "d")
+    assert read.info.model.get("center_writing_weights", False) is centred
+    assert torch.allclose(read.encode(x + 3), read.encode(x), atol=1e-4) is centred
+
+
 def test_the_site_and_model_are_found(tmp_path):
     for layout in ("saelens-topk", "saelens-old", "learning-BatchTopKSAE"):
         folder = place(tmp_path, layout)
@@ -83,22 +99,29 @@ def test_the_site_and_model_are_found(tmp_path):
         assert Dictionary.load(tmp_path / name).info.site == SITE
 
 
-@pytest.mark.parametrize(
-    ("trainer", "buffer", "site"),
-    [
-        ({"submodule_name": None}, {"io": "out"}, "blocks.3.hook_resid_post"),
-        ({"submodule_name": None}, {"io": "in"}, "blocks.3.hook_resid_pre"),
-        ({"submodule_name": None}, {}, "blocks.3.hook_resid_post"),
-        ({"submodule_name": "resid_mid_layer_3"}, {}, "blocks.3.hook_resid_mid"),
-    ],
-)
-def test_dictionary_learning_names_a_block_and_perhaps_a_module(tmp_path, trainer, buffer, site):
+def test_dictionary_learning_names_a_block_and_perhaps_a_module(tmp_path):
+    """Without one it may be any part of the block: nothing is guessed."""
     learning(tmp_path / "d", "AutoEncoderTopK")
-    config = {"trainer": {}, "buffer": buffer}
-    config["trainer"] = {"dict_class": "AutoEncoderTopK", "activation_dim": 12, "dict_size": 48}
-    config["trainer"] |= {"k": 5, "layer": 3, **trainer}
+    trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": 12, "dict_size": 48}
+    trainer |= {"k": 5, "layer": 3}
+    for module in ({}, {"submodule_name": None}):
+        write_json(tmp_path / "d" / "config.json", {"trainer": trainer | module, "buffer": {}})
+        with pytest.raises(LlmWsaeError, match="does not say where it belongs"):
+            Dictionary.load(tmp_path / "d")
+        assert Dictionary.load(tmp_path / "d", site=SITE).info.site == SITE
+    trainer["submodule_name"] = "resid_mid_layer_3"
+    write_json(tmp_path / "d" / "config.json", {"trainer": trainer})
+    assert Dictionary.load(tmp_path / "d").info.site == "blocks.3.hook_resid_mid"
+
+
+@pytest.mark.parametrize("io", ["in_and_out", "in_to_out"])
+def test_dictionary_learning_transcoders_are_refused(tmp_path, io):
+    learning(tmp_path / "d", "AutoEncoderTopK")
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    config.setdefault("buffer", {})["io"] = io
     write_json(tmp_path / "d" / "config.json", config)
-    assert Dictionary.load(tmp_path / "d").info.site == site
+    with pytest.raises(LlmWsaeError, match=f"{io}.*not one that reconstructs its own input"):
+        Dictionary.load(tmp_path / "d")
 
 
 def test_a_site_can_be_given_where_none_is_said(tmp_path):

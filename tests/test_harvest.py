@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import resource
@@ -240,6 +241,27 @@ def test_a_corpus_that_is_too_small_costs_nothing(model, corpus, tmp_path):
     assert not (tmp_path / "s").exists()
     there = sum(1 for _ in Packer.for_model(model, CONFIG).contexts(corpus)) * 12
     assert f"ask for {there} tokens" in str(caught.value)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with (
+        pytest.raises(LlmWsaeError, match="choose a folder on a file system that has locks"),
+        folder_lock(tmp_path, "activation store"),
+    ):
+        pass
+
+
+def test_a_complete_store_is_not_opened_for_more_than_there_is(model, corpus, tmp_path):
+    harvest(model, corpus, SITES, tmp_path / "s", CONFIG)
+    before = files(tmp_path / "s")
+    with pytest.raises(LlmWsaeError, match=r"train part of the corpus text\.jsonl"):
+        harvest(model, corpus, SITES, tmp_path / "s", replace(CONFIG, tokens=100_000))
+    assert files(tmp_path / "s") == before
+    assert ActivationStore.open(tmp_path / "s").manifest.complete
 
 
 def test_a_corpus_that_ends_early_can_still_be_completed(model, text, tmp_path):

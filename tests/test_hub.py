@@ -15,6 +15,7 @@ from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.card import BEGIN, END
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.files import EXTRAS, INFO, WEIGHTS
 from llm_wsae.dictionary.hub import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
 
@@ -140,6 +141,30 @@ def test_a_branch_is_made_and_main_left_alone(hub, plain, weighted):
         with pytest.raises(UsageError, match="is not a branch of user/saes") as error:
             push([weighted], REPO, revision=fixed)
         assert "'main', 'try/2'" in sentence(error)
+
+
+def test_a_branch_that_has_another_version_gets_what_main_has(hub, plain, weighted):
+    """What is there already is asked of the branch, not of main."""
+    push([plain], REPO)
+    make_dictionary("plain-k4", seed=5).save(weighted.parent / "other")
+    push([weighted.parent / "other"], REPO, revision="try")
+    done = push([plain], REPO, revision="try")
+    assert f"{SITE}/plain-k4/{WEIGHTS}" in done.changed
+    for name in (WEIGHTS, INFO, EXTRAS):
+        path = f"{SITE}/plain-k4/{name}"
+        assert hub.store.content(REPO, path, "try") == (plain / name).read_bytes()
+
+
+def test_a_repository_that_ignores_the_weights_gets_nothing(hub, plain):
+    push([plain], REPO)
+    before = head(hub)
+    make_dictionary("plain-k4", seed=5).save(plain.parent / "other")
+    hub.ignored = (".safetensors",)
+    for revision in (None, "try"):
+        with pytest.raises(LlmWsaeError, match=r"gitignore that leaves out .*safetensors") as error:
+            push([plain.parent / "other"], REPO, revision=revision)
+        assert "nothing was pushed" in sentence(error)
+    assert head(hub) == before and "try" not in hub.store.repositories[REPO].branches
 
 
 def test_private_is_private(hub, plain, login):

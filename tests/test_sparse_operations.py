@@ -6,6 +6,7 @@ from sparse_cases import D_IN, ENCODINGS, SUMS, cast, integers, random
 
 from llm_wsae.sparse import compiled, operations, plain, reference
 from llm_wsae.sparse.codes import Codes, RaggedCodes, joined, ragged
+from llm_wsae.sparse.reference import EPSILON
 
 EXACT = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}
@@ -277,7 +278,7 @@ def test_adam_rows(d_in, fast, exact):
     start = (random(50, d_in), random(50, d_in, seed=1))
     start[1][7] = 0  # a row that cannot be normalised
     expected = [torch.nn.Parameter(tensor.clone()) for tensor in start]
-    optimiser = torch.optim.Adam(expected, lr=0.01)
+    optimiser = torch.optim.Adam(expected, lr=0.01, eps=EPSILON)
     rows, *moments = (tuple((scale * tensor).to(exact) for tensor in start) for scale in (1, 0, 0))
     copy = None if fast is None else torch.zeros(50, d_in, dtype=fast)
     for step in (1, 2, 3):

@@ -173,7 +173,30 @@ def test_an_arm_apart_spreads_as_it_does_and_disturbs_nobody():
 
 def test_latents_own_spread_is_the_least():
     exact = {0: Value(1.0, 0.09), 1: Value(1.0, 0.09)}
-    assert estimates({"a": exact})["a"].error == pytest.approx((0.09 / 2) ** 0.5)
+    found = estimates({"a": exact})["a"]
+    assert found.error == pytest.approx((0.09 / 2) ** 0.5) and found.degrees == np.inf
+    assert found.p == pytest.approx(2 * stats.norm.sf(1 / found.error))
+
+
+@pytest.mark.parametrize("seeds", (3, 5))
+@pytest.mark.parametrize("own", (0.0, 0.5, 2.0))
+def test_seeds_that_agree_by_chance_are_held_to_their_latents_spread(seeds, own):
+    """Where latents are all that differs, neither as many false alarms as the latents' own test
+    would give beside a little of the seeds' spread, nor none at all."""
+    draw = np.random.default_rng(0)
+    alarms = []
+    for _ in range(600):
+        made = over_latents(draw, arms=1, seeds=seeds, shared=0.0, own=own, latents=1.0)
+        alarms.append(estimates(made, apart={0})[0].p < 0.05)
+    assert 0.004 < np.mean(alarms) < 0.062
+
+
+def test_what_seeds_and_latents_both_show_is_found():
+    """Five seeds, all on one side and far apart for the latents that they have."""
+    made = {seed: Value(value, 1.0) for seed, value in enumerate((9.0, 6.0, 7.0, 5.0, 6.5))}
+    estimate = estimates({"a": made}, apart={"a"})["a"]
+    reference = stats.ttest_1samp([value.mean for value in made.values()], 0.0)
+    assert estimate.p == pytest.approx(reference.pvalue) and estimate.p < 0.001
 
 
 def test_one_seed_gives_no_estimate():
@@ -186,11 +209,24 @@ def point(increase, k=8, seed=0, **values) -> Point:
 
 def test_the_curve_is_straight_over_the_logarithm():
     curve = Curve(point(0.01 * 4**i, k=64 // 2**i, m=3.0 - i) for i in (2, 0, 1))
-    assert curve.at(point(0.02, m=0.0), "m").mean == pytest.approx(2.5)
-    assert curve.at(point(0.16), "m").mean == pytest.approx(1.0)
-    assert curve.beside(point(0.08, m=1.75), "m").mean == pytest.approx(0.25)
-    assert curve.without(32).at(point(0.04), "m").mean == pytest.approx(2.0)
-    assert curve.beside(point(0.08), "m") is None and curve.at(point(0.08), "other") is None
+    for increase, level in ((0.02, 2.5), (0.16, 1.0), (0.08, 1.5)):
+        beside = curve.beside([(1.0, point(increase, m=1.75))], "m")
+        assert beside.mean == pytest.approx(1.75 - level)
+    rest = curve.without(32)
+    assert rest.beside([(1.0, point(0.04, m=0.0))], "m").mean == pytest.approx(-2.0)
+    assert curve.beside([(1.0, point(0.08))], "m") is None
+    assert curve.beside([(1.0, point(0.08, other=1.0))], "other") is None
+
+
+def test_what_two_points_share_of_the_curve_is_no_part_of_their_difference():
+    curve = Curve(Point(k, 0, 0.64 / k, {"m": Value(1.0, 0.25)}) for k in (16, 64))
+    one, other = (Point(32, 0, 0.02, {"m": Value(mean, 0.01)}) for mean in (3.0, 2.0))
+    alone = curve.beside([(1.0, one)], "m")
+    assert alone.mean == 2.0 and alone.variance == pytest.approx(0.01 + 2 * 0.25 / 4)
+    apart = curve.beside([(1.0, one), (-1.0, other)], "m")
+    assert apart.mean == pytest.approx(1.0) and apart.variance == pytest.approx(0.02)
+    both = curve.beside([(0.5, one), (0.5, other)], "m")
+    assert both.variance == pytest.approx(2 * 0.01 / 4 + 2 * 0.25 / 4)
 
 
 def test_beyond_its_ends_the_curve_says_nothing():

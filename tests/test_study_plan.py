@@ -58,6 +58,14 @@ def test_a_matrix_is_controlled_by_random_directions(evidence):
     assert len(rotated) == 2 and not torch.allclose(*rotated, atol=0.1)
 
 
+def test_all_dictionaries_are_of_one_architecture(evidence):
+    config = StudyConfig(("variance",), (0.5,), (4,), (2, 4), (0, 1), "jumprelu")
+    planned = plan(evidence, config, WeightConfig())
+    assert {p.arm.architecture for p in planned} == {"jumprelu"} and len(planned) == 2 * 4
+    assert planned[2].arm.name == "variance-a0.5-jumprelu-k4"
+    assert planned[2].control == planned[3].label == "permuted-variance-a0.5"
+
+
 def test_what_knows_nothing_needs_no_control_and_plain_is_plain_once(evidence):
     config = StudyConfig(("random", "uniform", "variance", "permuted:variance"), (0.0, 1.0), (4,),
                          (2, 4), (0, 1))  # fmt: skip
@@ -78,6 +86,7 @@ def test_what_knows_nothing_needs_no_control_and_plain_is_plain_once(evidence):
         ({"seeds": (0, -1)}, "a seed must not be negative, but one is -1"),
         ({"rules": ()}, "at least one of its rules"),
         ({"ks": ()}, "at least one of its ks"),
+        ({"architecture": "batchtopk"}, "no architecture 'batchtopk' for a study; .*'batch-topk'"),
     ],
 )
 def test_bad_requests(wrong, said):

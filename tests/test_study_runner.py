@@ -15,6 +15,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.tokens import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.fidelity import evaluate
@@ -216,7 +217,44 @@ def test_another_study_in_the_folder_is_refused(whole, study):
         study(out, training=other)
     with pytest.raises(LlmWsaeError, match=r"other settings of fidelity \(tokens\)"):
         study(out, fidelity=EvaluateConfig(tokens=400))
+    with pytest.raises(LlmWsaeError, match=r"other settings of training \(architecture\)"):
+        study(out, replace(CONFIG, architecture="jumprelu"))
     assert content(out) == before
+
+
+def test_a_study_from_before_there_were_architectures_goes_on(whole, study, trained, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "out")
+    basis = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert basis["training"].pop("architecture") == "topk"
+    (tmp_path / "out" / "study.json").write_text(json.dumps(basis))
+    report = study(tmp_path / "out")
+    assert trained == [] and report.to_dict()["verdicts"] == whole[1].to_dict()["verdicts"]
+
+
+@pytest.mark.parametrize("basis", [[], {"rows": {}}, {"training": None}])
+def test_a_damaged_description_is_named(whole, study, tmp_path, basis):
+    shutil.copytree(whole[0], tmp_path / "out")
+    (tmp_path / "out" / "study.json").write_text(json.dumps(basis))
+    with pytest.raises(LlmWsaeError, match=r"study\.json is not the description of a study"):
+        study(tmp_path / "out")
+
+
+def test_a_study_of_another_architecture(study, trained, tmp_path):
+    config = StudyConfig(("variance",), (-0.25,), (4,), (2, 8), (0, 1), "jumprelu")
+    report = study(tmp_path / "out", config)
+    names = [f"{name}{seed}" for seed in ("", "-s1") for name in (
+        "uniform-jumprelu-k2", "uniform-jumprelu-k8", "variance-a-0.25-jumprelu-k4"
+    )]  # fmt: skip
+    made = {name for group in trained for name in group}
+    assert made.issuperset(names) and len(made) == 8
+    loaded = Dictionary.load(tmp_path / "out" / "dictionaries" / names[-1])
+    assert isinstance(loaded.sparsity, JumpReLU)
+    few, many = (
+        next(r.shares["l0"] for r in report.results if r.name == f"uniform-jumprelu-k{k}")
+        for k in (2, 8)
+    )
+    assert few < many
+    assert "jumprelu" in (tmp_path / "out" / "report.md").read_text().splitlines()[0]
 
 
 def test_a_begun_training_that_nobody_needs_is_cleared_away(whole, study, tmp_path):

@@ -15,6 +15,8 @@ from llm_wsae.study.report import StudyReport
 from llm_wsae.study.results import read_result
 from llm_wsae.study.verdict import compare, curve_against_itself
 
+BASIS = {"training": {"architecture": "jumprelu"}}
+
 
 def verdict_of(results, label="variance-a0.5") -> str:
     return next(one for one in compare(results) if one.label == label).verdict
@@ -211,7 +213,7 @@ def test_the_curve_against_itself():
 def test_report(tmp_path):
     made = Made()
     results = made.curve() + made.rule(effect=0.03) + made.rule("kurtosis", cost=9.0)
-    report = StudyReport.of("blocks.1.hook_resid_post", {"rows": {}}, results[::-1])
+    report = StudyReport.of("blocks.1.hook_resid_post", BASIS, results[::-1])
     better, outside = sorted(report.sentences(), reverse=True)
     assert better.startswith("variance-a0.5: better than the plain curve at equal CE, and than its")
     assert "detection +0.0" in better and "3 seeds" in better
@@ -225,6 +227,7 @@ def test_report(tmp_path):
     assert found["compared"]["variance-a0.5"]["effects"]["detection"]["p"] < 0.01
     assert len(found["dictionaries"]) == len(results)
     page = (tmp_path / "report.md").read_text()
+    assert page.startswith("# Study of weights at blocks.1.hook_resid_post, jumprelu")
     assert all(f"- {sentence}" in page for sentence in report.sentences())
     for name in ("curve.png", "differences.png"):
         assert f"({name})" in page and min(imread(tmp_path / name).shape[:2]) > 200
@@ -242,16 +245,16 @@ def test_report(tmp_path):
 def test_where_kl_says_otherwise_the_line_says_so():
     made = Made()
     results = made.curve() + made.rule()
-    (same,) = StudyReport.of("blocks.1.hook_resid_post", {}, results).sentences()
+    (same,) = StudyReport.of("blocks.1.hook_resid_post", BASIS, results).sentences()
     assert "; at equal KL the same; " in same
     costly = [dataclasses.replace(r, kl=1.7 * r.kl) if r.rule == "variance" else r for r in results]
-    (other,) = StudyReport.of("blocks.1.hook_resid_post", {}, costly).sentences()
+    (other,) = StudyReport.of("blocks.1.hook_resid_post", BASIS, costly).sentences()
     assert other.startswith("variance-a0.5: indistinguishable")
     assert "; at equal KL better; " in other
 
 
 def test_a_report_of_the_curve_alone(tmp_path):
-    report = StudyReport.of("blocks.1.hook_resid_post", {}, Made().curve())
+    report = StudyReport.of("blocks.1.hook_resid_post", BASIS, Made().curve())
     report.write(tmp_path)
     assert report.sentences() == [] and "uniform" in report.table()
 

@@ -61,6 +61,7 @@ def evaluate(
     from llm_wsae.data.tokens import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.measurements import check_keeps_measurements, keep_measurements
+    from llm_wsae.evaluate.checks import notes_on_text
     from llm_wsae.evaluate.contexts import packing_of
     from llm_wsae.evaluate.fidelity import evaluate as measure
     from llm_wsae.evaluate.monosemantic import Bench
@@ -89,11 +90,15 @@ def evaluate(
         check_keeps_measurements(folder)
     loaded = {label_of(path, dictionaries): Dictionary.load(path) for path in dictionaries}
     packing, text = packing_of(loaded), Corpus.open(corpus, part, text_column=text_column)
+    seen = notes_on_text(loaded, text.identity())
+    if keep and seen:
+        raise UsageError(f"{seen[0]}, so nothing is kept as held out; leave --keep out")
     language_model = load_model(model, revision, device, model_dtype)
     contexts = Packer.for_model(language_model, packing).contexts(text)
     # Before the long work: it reads its text and finds its encoder.
     bench = Bench(language_model, text, packing, scoring) if monosemantic else None
     fidelity = measure(loaded, language_model, contexts, config)
+    fidelity.notes.extend(seen)
     facts, tables = fidelity.to_dict(), [fidelity.table()]
     found = {
         name: {"fidelity": {"corpus": text.name, **own}}

@@ -21,7 +21,7 @@ from llm_wsae.model.site import Site
 from llm_wsae.record import write_record
 from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.study.config import StudyConfig
-from llm_wsae.train.config import TrainConfig
+from llm_wsae.train.config import Architecture, TrainConfig
 
 
 def study(
@@ -35,6 +35,7 @@ def study(
     k: tuple[int, ...] = (32,),
     curve: tuple[int, ...] = (16, 24, 32, 48, 64),
     seeds: tuple[int, ...] = (0, 1, 2),
+    architecture: Architecture = "topk",
     expansion: int = 8,
     train_tokens: int | None = None,
     eval_tokens: int = 50_000,
@@ -65,6 +66,8 @@ def study(
         k: Active latents per token of the weighted dictionaries.
         curve: Active latents per token of the plain dictionaries; it should reach beyond k.
         seeds: Seeds of initial weights, order of the rows, and controls.
+        architecture: Kind of all dictionaries: topk has k latents in every token, the others on
+            average.
         expansion: Latents per dimension.
         train_tokens: Rows to train on in all; the default is one pass over the store.
         eval_tokens: Held-out rows to measure fidelity on.
@@ -85,7 +88,7 @@ def study(
 
     started = time.monotonic()
     check_counts(eval_tokens=eval_tokens, score_tokens=score_tokens)
-    config = StudyConfig(rule, alpha, k, curve, seeds, keep_dictionaries)
+    config = StudyConfig(rule, alpha, k, curve, seeds, architecture, keep_dictionaries)
     training = TrainConfig(expansion=expansion, tokens=train_tokens, device=device)
     fidelity = EvaluateConfig(tokens=eval_tokens)
     scoring = MonosemanticConfig(tokens=score_tokens, encoder=encoder, labels=labels)

@@ -80,7 +80,7 @@ class FileSource:
             yield RawDocument(f"{name}#{number}" if number else name, section, {"file": name})
 
     def _json_lines(self, file: Path) -> Iterator[RawDocument]:
-        name = self._relative(file)
+        name, column = self._relative(file), None
         with open(file, encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 if not line.strip():
@@ -92,10 +92,10 @@ class FileSource:
                     raise LlmWsaeError(f"{where}: not JSON ({error})") from None
                 if not isinstance(row, dict):
                     raise LlmWsaeError(f"{where}: not a JSON object with a text column")
-                wanted = self._text_column or "text"
-                if wanted in row and row[wanted] is None:
+                wanted = column or self._text_column or "text"
+                if row.get(wanted) is None and (column or wanted in row):
                     continue  # a row without text
-                column = text_column_of(row, self._text_column, where)
+                column = text_column_of(row, column or self._text_column, where)
                 yield _row_document(f"{name}#{number}", row, column)
 
     def _parquet(self, file: Path) -> Iterator[RawDocument]:
@@ -138,7 +138,7 @@ def text_column_of(row: dict[str, Any], wanted: str | None, where: str) -> str:
     if len(texts) != 1:
         raise UsageError(
             f"{where}: no column 'text', and not one clear column of strings; the columns are "
-            f"{columns}; rename the one with the text to 'text'"
+            f"{columns}; name the one with the text with --text-column"
         )
     return texts[0]
 

@@ -128,7 +128,13 @@ class HubSource:
                 f"there is no file or text package {self._id!r}, and the Hub cannot be reached to "
                 "look for a dataset of that name; check the name and the network"
             ) from error
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            if status == 429 or status >= 500:  # without a revision no later run would go on
+                raise LlmWsaeError(
+                    f"the Hub failed with status {status} when it was asked for the dataset "
+                    f"{self._id}; run the same command again later"
+                ) from error
             return None  # loading says what is wrong, or finds the dataset in the cache
 
     def _load(self) -> Any:
@@ -149,6 +155,10 @@ class HubSource:
                 "that is stored as parquet or JSON lines"
             ) from error
         except ValueError as error:  # a missing or unknown configuration; datasets lists them
+            if "zstd" in str(error):
+                raise UsageError(
+                    f"the Hub dataset {self._id} is compressed with zstd; pip install zstandard"
+                ) from error
             raise UsageError(
                 f"the Hub dataset {self._id} cannot be opened as {self.name!r} (a configuration "
                 f"goes behind a colon): {_first_line(error, 300)}"
@@ -177,6 +187,12 @@ class HubSource:
             raise LlmWsaeError(
                 f"the Hub dataset {self.name} broke off near document {index} "
                 f"({_first_line(error)}); run the same command again to go on"
+            ) from error
+        except (ValueError, TypeError) as error:  # of datasets and pyarrow
+            raise LlmWsaeError(
+                f"the Hub dataset {self.name} cannot be read on near document {index}: its rows "
+                f"are not of one form ({_first_line(error)}); ask for fewer tokens, or save the "
+                "rows that are as a .parquet file"
             ) from error
 
     def _example(self, row: dict[str, Any]) -> dict[str, Any]:

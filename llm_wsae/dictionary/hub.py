@@ -106,7 +106,9 @@ def push(
     added = [CommitOperationAdd(path, new) for path, new in sorted(changed.items()) if new]
     gone = [CommitOperationDelete(path) for path, new in sorted(changed.items()) if not new]
     with hub_errors(repo_id, revision):
-        api.preupload_lfs_files(repo_id, added)
+        # What is there already is told by the branch that is written to, or begun from.
+        api.preupload_lfs_files(repo_id, added, revision=None if branch_is_new else revision)
+        _check_none_is_ignored(repo_id, added)
         if branch_is_new:
             api.create_branch(repo_id, branch=revision or "main", revision=head)
         try:
@@ -221,6 +223,15 @@ def _prepare(api: Any, repo_id: str, private: bool, revision: str | None) -> tup
             f"{nearest('', heads)}"
         )
     return found.sha, True
+
+
+def _check_none_is_ignored(repo_id: str, added: Sequence[Any]) -> None:
+    """Raise LlmWsaeError if the repository's .gitignore would leave out files in silence."""
+    if ignored := [one.path_in_repo for one in added if one._should_ignore]:
+        raise LlmWsaeError(
+            f"{repo_id} has a .gitignore that leaves out {', '.join(ignored)}, so nothing was "
+            "pushed; remove that from it, or push to another repository"
+        )
 
 
 def _changed(

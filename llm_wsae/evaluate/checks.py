@@ -1,6 +1,7 @@
 """Do dictionaries and a model belong together?"""
 
 from collections.abc import Mapping
+from typing import Any
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import CENTRED
@@ -19,6 +20,30 @@ def check_fit(dictionaries: Mapping[str, Dictionary], model: LanguageModel, verb
                 f"dictionary {name!r} has {dictionary.d_in} dimensions, but {model.name} has "
                 f"{model.d_model}; {verb} it on the model it was trained on"
             )
+
+
+def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, Any]) -> list[str]:
+    """A sentence for every dictionary that was trained on text which is held out now.
+
+    ``corpus`` is the identity of the one that is measured on. A document is held out by its name in
+    the corpus, so only training on the same corpus, with as much of it held out, is sure to have
+    left it out. Nothing is said of a corpus with another name.
+    """
+    notes = []
+    for name, dictionary in dictionaries.items():
+        trained = dictionary.info.corpus
+        if corpus["part"] != "heldout" or trained.get("name") != corpus["name"]:
+            continue
+        if trained.get("part") not in (None, "train"):
+            why = f"on all of {corpus['name']}"
+        elif trained.get("heldout_fraction", 1.0) < corpus["heldout_fraction"]:
+            why = f"with less of {corpus['name']} held out"
+        elif trained.get("fingerprint", corpus["fingerprint"]) != corpus["fingerprint"]:
+            why = f"on another version of {corpus['name']}"
+        else:
+            continue
+        notes.append(f"dictionary {name!r} was trained {why}: it may have seen this text")
+    return notes
 
 
 def notes_on_weights(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> list[str]:

@@ -198,8 +198,9 @@ def adam_rows(
     """One step of Adam over encoder and decoder, in place, after which decoder rows have norm 1.
 
     Every pair is (encoder's, decoder's). ``means`` and ``squares`` are Adam's moments and ``step``
-    counts from 1; the numbers are those of torch.optim.Adam with betas (0.9, 0.999). The new
-    encoder also goes to ``encoder_fast`` in its dtype, for the next step's product.
+    counts from 1; the numbers are those of torch.optim.Adam with ``reference.BETAS`` and
+    ``reference.EPSILON``. The new encoder also goes to ``encoder_fast`` in its dtype, for the next
+    step's product.
     """
     implementation = _for_sums(*rows, *gradients, *means, *squares)
     implementation.adam_rows(rows, gradients, means, squares, step, learning_rate, encoder_fast)

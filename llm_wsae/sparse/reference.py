@@ -10,8 +10,11 @@ from torch import Tensor
 
 from llm_wsae.sparse.codes import Codes, RaggedCodes
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+BETAS = (0.9, 0.999)
 """Of Adam, as in torch.optim.Adam."""
+EPSILON = 1e-15
+"""Of Adam. torch's 1e-8 is no small number beside the gradients of a loss that is a mean over
+dimensions, where its weights are steep: dimensions that count little would hardly move."""
 SMALLEST_NORM = 1e-8
 """A decoder row is divided by its norm, or by this if it is smaller."""
 

@@ -1,8 +1,10 @@
 """What a study compares. Free of torch, for the command line."""
 
 from dataclasses import dataclass
+from typing import get_args
 
-from llm_wsae.errors import UsageError
+from llm_wsae.errors import UsageError, nearest
+from llm_wsae.train.config import Architecture
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,18 @@ class StudyConfig:
     """Those of the plain dictionaries, the k-curve."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each is one of initial weights, of the order of the rows, and of the control's draw."""
+    architecture: Architecture = "topk"
+    """Of all dictionaries, plain and weighted; k means what it means there."""
     keep_dictionaries: bool = True
     """Keep every dictionary as it was measured, in float32 (21 MB at 576 → 4608); else each is
     deleted once its scores are written."""
 
     def __post_init__(self) -> None:
+        if self.architecture not in get_args(Architecture):
+            raise UsageError(
+                f"there is no architecture {self.architecture!r} for a study; "
+                f"{nearest(self.architecture, get_args(Architecture))}"
+            )
         for name in ("curve", "seeds"):
             if len(set(getattr(self, name))) < 2:
                 raise UsageError(

@@ -71,27 +71,32 @@ class Curve:
         """Whether the curve has something to say at the point's fidelity."""
         return len(self.points) > 1 and self._places[0] <= point.place <= self._places[-1]
 
-    def at(self, point: Point, measure: str) -> Value | None:
-        """What a plain dictionary would have there; None if a neighbour lacks the measure.
+    def beside(self, points: Iterable[tuple[float, Point]], measure: str) -> Value | None:
+        """Σ weight · (the point's value less what a plain dictionary would have at its fidelity).
 
-        The point must lie within the curve.
+        A plain dictionary beside which several points are seen counts once, with all its weight:
+        what it adds to two differences is no part of the difference between them.
+
+        The points must lie within the curve. None if one, or a neighbour, lacks the measure.
         """
+        terms: list[tuple[float, Point]] = []
+        of_plain = dict.fromkeys(range(len(self.points)), 0.0)
+        for weight, point in points:
+            terms.append((weight, point))
+            for number, share in self._neighbours(point):
+                of_plain[number] -= weight * share
+        terms += [(weight, self.points[number]) for number, weight in of_plain.items() if weight]
+        if any(measure not in point.values for _, point in terms):
+            return None
+        return Value.mixture((weight, point.values[measure]) for weight, point in terms)
+
+    def _neighbours(self, point: Point) -> list[tuple[int, float]]:
+        """The plain dictionaries on both sides of a point, and the share of each in the line."""
         assert point in self
         above = int(np.searchsorted(self._places, point.place).clip(1, len(self.points) - 1))
-        low, high = self.points[above - 1], self.points[above]
-        if measure not in low.values or measure not in high.values:
-            return None
-        width = high.place - low.place
-        share = (point.place - low.place) / width if width else 0.5
-        terms = [(1 - share, low.values[measure]), (share, high.values[measure])]
-        return Value.mixture(terms)
-
-    def beside(self, point: Point, measure: str) -> Value | None:
-        """The point's value less the curve's at its fidelity; None if either is lacking."""
-        plain = self.at(point, measure)
-        if plain is None or measure not in point.values:
-            return None
-        return Value.mixture([(1.0, point.values[measure]), (-1.0, plain)])
+        low, high = self._places[above - 1], self._places[above]
+        share = (point.place - low) / (high - low) if high > low else 0.5
+        return [(above - 1, 1 - share), (above, share)]
 
     def without(self, k: int) -> "Curve":
         """The curve that its other points make."""

@@ -1,6 +1,6 @@
 """The dictionaries of a study: the plain curve, the rules' arms, and a control for each of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from llm_wsae.errors import UsageError
@@ -36,19 +36,18 @@ def plan(evidence: Evidence, config: StudyConfig, weigh: WeightConfig) -> list[P
             f"draw is {weigh.draw}, but a study draws its controls anew for every seed; leave it 0"
         )
     arms: dict[str, PlannedArm] = {}
+
+    def add(weights: LossWeights, control: str | None, ks: Sequence[int], seed: int) -> None:
+        for k in ks:
+            arm = ArmConfig(weights, k, seed=seed, architecture=config.architecture)
+            # one that was named before, as a rule of its own, stays what it was
+            arms.setdefault(arm.name, PlannedArm(arm, label_of(weights), control))
+
     for seed in dict.fromkeys(config.seeds):
-        plain = weights_from_rule(PLAIN, 1.0, evidence)
-        for k in config.curve:
-            _add(arms, PlannedArm(ArmConfig(plain, k, seed=seed), PLAIN, None))
+        add(weights_from_rule(PLAIN, 1.0, evidence), None, config.curve, seed)
         for weights, control in _weights(evidence, config, weigh, seed):
-            for k in config.ks:
-                _add(arms, PlannedArm(ArmConfig(weights, k, seed=seed), label_of(weights), control))
+            add(weights, control, config.ks, seed)
     return list(arms.values())
-
-
-def _add(arms: dict[str, PlannedArm], planned: PlannedArm) -> None:
-    """One that was named before, as a rule of its own, stays what it was."""
-    arms.setdefault(planned.arm.name, planned)
 
 
 def _weights(

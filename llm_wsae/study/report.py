@@ -96,7 +96,9 @@ class StudyReport:
 
     def markdown(self) -> str:
         """The same and more, as a page."""
-        parts = [f"# Study of weights at {self.site}", *(f"- {s}" for s in self.sentences())]
+        architecture = self.basis["training"]["architecture"]
+        parts = [f"# Study of weights at {self.site}, {architecture}"]
+        parts += [f"- {sentence}" for sentence in self.sentences()]
         parts += [f"![Monosemanticity against CE recovered]({CURVE})"]
         parts += [f"![Differences at equal CE]({DIFFERENCES})", _HOW_TO_READ]
         parts += ["## Differences from the plain curve at equal CE"]
@@ -155,7 +157,7 @@ class StudyReport:
 
     def _dictionaries(self) -> list[list[str]]:
         """Means over seeds of every label and k."""
-        rows = [["weights", "k", "seeds", "CE recovered", "FVU", "KL", "dense %", "dead %",
+        rows = [["weights", "k", "seeds", "L0", "CE recovered", "FVU", "KL", "dense %", "dead %",
                  "eligible %", *(MEASURES[m].title for m in _SHOWN)]]  # fmt: skip
         groups: dict[tuple[str, int], list[Result]] = {}
         for result in self.results:
@@ -167,6 +169,7 @@ class StudyReport:
                     label,
                     str(k),
                     str(len(own)),
+                    f"{sum(r.shares['l0'] for r in own) / len(own):.1f}",
                     f"{sum(r.ce_recovered for r in own) / len(own):.4f}",
                     f"{sum(r.fvu for r in own) / len(own):.4f}",
                     f"{sum(r.kl for r in own) / len(own):.4f}",

@@ -124,6 +124,18 @@ def record_of(
     )
 
 
+def read_basis(path: Path) -> dict[str, Any]:
+    """What all dictionaries of a study share. Raises LlmWsaeError if the file is damaged."""
+    basis = read_json(path, "description of a study")
+    try:
+        # studies from before there was a choice are TopK's
+        return basis | {"training": {"architecture": "topk"} | basis["training"]}
+    except (KeyError, TypeError) as error:
+        raise LlmWsaeError(
+            f"{path} is not the description of a study; choose another folder"
+        ) from error
+
+
 def read_result(path: Path) -> Result:
     """Read a dictionary's file. Raises LlmWsaeError if it is damaged."""
     try:

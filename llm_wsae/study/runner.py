@@ -43,7 +43,7 @@ from llm_wsae.statistics.config import EvidenceConfig, WeightConfig
 from llm_wsae.study.config import StudyConfig
 from llm_wsae.study.plan import PlannedArm, plan
 from llm_wsae.study.report import StudyReport
-from llm_wsae.study.results import read_result, record_of
+from llm_wsae.study.results import read_basis, read_result, record_of
 from llm_wsae.train.config import TrainConfig
 from llm_wsae.train.trainer import FINISHED, train
 
@@ -103,7 +103,8 @@ def run_study(
         {
             "rows": rows,
             "text": heldout.identity(),
-            "training": {k: v for k, v in asdict(training).items() if k not in _HOW},
+            "training": {k: v for k, v in asdict(training).items() if k not in _HOW}
+            | {"architecture": config.architecture},
             "fidelity": asdict(fidelity),
             "scoring": asdict(scoring),
         }
@@ -280,9 +281,9 @@ def _check_basis(out: Path, basis: Mapping[str, Any]) -> None:
     path = out / BASIS
     if not path.exists():
         return
-    found = read_json(path, "description of a study")
+    found = read_basis(path)
     for part, settings in basis.items():
-        own = found.get(part) if isinstance(found, dict) else None
+        own = found.get(part)
         if own == settings:
             continue
         names = [k for k in settings if not isinstance(own, dict) or own.get(k) != settings[k]]

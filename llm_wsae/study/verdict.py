@@ -44,8 +44,6 @@ VERDICTS = {
 }
 _SIGNIFICANT = 1 - LEVEL
 
-Differences = Mapping[str, Mapping[int, Value]]
-
 
 @dataclass(frozen=True)
 class Compared:
@@ -82,7 +80,7 @@ def compare(results: Sequence[Result]) -> list[Compared]:
     curves, groups = _curves(results), _groups(results)
     comparable = {label: _comparable(group, curves) for label, group in groups.items()}
     beside = {
-        label: _beside([r for r in groups[label] if r.point.k in ks], curves)
+        label: _beside([(1.0, [r for r in groups[label] if r.point.k in ks])], curves)
         for label, ks in comparable.items()
     }
     claims = [label for label, group in groups.items() if not is_drawn(group[0].rule)]
@@ -133,7 +131,7 @@ def curve_against_itself(results: Sequence[Result]) -> dict[int, dict[str, Estim
         rest = {seed: curve.without(k) for seed, curve in curves.items()}
         group = [r for r in plain if r.point.k == k]
         if _comparable(group, rest):
-            beside[k] = _beside(group, rest)
+            beside[k] = _beside([(1.0, group)], rest)
     return {k: found for k, found in _by_measure(beside).items() if found}
 
 
@@ -177,10 +175,9 @@ def _against_controls(
         if control in groups:
             shared = set(comparable[label]) & set(comparable[control])
             own, other = (
-                _beside([r for r in groups[one] if r.point.k in shared], curves)
-                for one in (label, control)
+                [r for r in groups[one] if r.point.k in shared] for one in (label, control)
             )
-            found[label] = _less(own, other)
+            found[label] = _beside([(1.0, own), (-1.0, other)], curves)
     return found
 
 
@@ -200,35 +197,22 @@ def _adjusted(
     return dict(corrected)
 
 
-def _beside(group: Sequence[Result], curves: Mapping[int, Curve]) -> dict[str, dict[int, Value]]:
-    """Measure → seed → mean difference over the k that all seeds have."""
-    by_seed: dict[int, dict[int, Result]] = defaultdict(dict)
-    for result in group:
-        by_seed[result.point.seed][result.point.k] = result
-    if not by_seed:
-        return {}
-    shared = sorted(set.intersection(*(set(own) for own in by_seed.values())))
+def _beside(
+    groups: Sequence[tuple[float, Sequence[Result]]], curves: Mapping[int, Curve]
+) -> dict[str, dict[int, Value]]:
+    """Measure → seed → Σ weight · mean difference from the curve, over the groups, each of which
+    has the same k on all its seeds; on the seeds that all have."""
     found: dict[str, dict[int, Value]] = defaultdict(dict)
-    for seed, own in sorted(by_seed.items()):
-        for measure in {name for k in shared for name in own[k].point.values}:
-            values = [curves[seed].beside(own[k].point, measure) for k in shared]
-            if None not in values:
-                terms = [(1 / len(values), value) for value in values]
-                found[measure][seed] = Value.mixture(terms)
+    for seed in sorted(set.intersection(*({r.point.seed for r in own} for _, own in groups))):
+        points = []
+        for weight, group in groups:
+            own = [result.point for result in group if result.point.seed == seed]
+            points += [(weight / len(own), point) for point in own]
+        for measure in dict.fromkeys(name for _, point in points for name in point.values):
+            value = curves[seed].beside(points, measure)
+            if value is not None:
+                found[measure][seed] = value
     return dict(found)
-
-
-def _less(one: Differences, other: Differences) -> dict[str, dict[int, Value]]:
-    """Difference of differences, on the seeds that both have."""
-    return {
-        measure: {
-            seed: Value.mixture([(1.0, value), (-1.0, other[measure][seed])])
-            for seed, value in values.items()
-            if seed in other[measure]
-        }
-        for measure, values in one.items()
-        if measure in other
-    }
 
 
 def _by_measure(beside: Mapping, apart: Collection = ()) -> dict:

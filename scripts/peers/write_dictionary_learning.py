@@ -55,8 +55,9 @@ def compare(folder: Path) -> None:
     expect(folder, latents, autoencoder.decode(latents))
 
 
+PLACE = {"layer": LAYER, "submodule_name": f"resid_post_layer_{LAYER}"}
 for name, (trainer, settings) in TRAINERS.items():
-    about = {"layer": LAYER, "lm_name": "owner/tiny", "activation_dim": D_IN, "dict_size": D_SAE}
+    about = {**PLACE, "lm_name": "owner/tiny", "activation_dim": D_IN, "dict_size": D_SAE}
     trainSAE(
         Rows(),
         [{"trainer": trainer, "steps": STEPS, "seed": 0, "device": "cpu", **about, **settings}],
@@ -73,7 +74,7 @@ folder.mkdir()
 autoencoder = AutoEncoderNew(D_IN, D_SAE)
 randomise(autoencoder)
 torch.save(autoencoder.state_dict(), folder / "ae.pt")
-about = {"dict_class": "AutoEncoderNew", "activation_dim": D_IN, "dict_size": D_SAE, "layer": LAYER}
+about = {"dict_class": "AutoEncoderNew", "activation_dim": D_IN, "dict_size": D_SAE, **PLACE}
 (folder / "config.json").write_text(json.dumps({"trainer": about}))
 compare(folder)
 done("dictionary-learning")

@@ -73,7 +73,7 @@ def announce(config: Mapping[str, Any], place: PurePath) -> Announced:
         d_in=whole(trainer.get("activation_dim")),
         d_sae=whole(trainer.get("dict_size")),
         k=whole(trainer.get("k")) if kind == "topk" else None,
-        site=_site(trainer, buffer),
+        site=_site(trainer),
         model=text(trainer.get("lm_name")),
         context_size=whole(buffer.get("ctx_len")),
     )
@@ -90,6 +90,12 @@ def read(folder: Path, config: Mapping[str, Any], announced: Announced) -> Weigh
         raise LlmWsaeError(
             f"{path} has the dict_class {shown(name)}, which is not one that this package reads; "
             f"{nearest(name, _CLASSES)}"
+        )
+    rows = mapping(config.get("buffer")).get("io", "out")
+    if rows not in ("in", "out"):
+        raise LlmWsaeError(
+            f"{path} is of a dictionary from {shown(rows)}, a transcoder, and not one that "
+            "reconstructs its own input"
         )
     kind, wanted = _CLASSES[name]
     d_in, d_sae = announced.sizes(path)
@@ -121,14 +127,11 @@ def _unit_rows(W_dec: Tensor) -> bool:
     return torch.allclose(norms, torch.ones_like(norms))
 
 
-def _site(trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> str | None:
-    """They name a block and a module of it; without a module the block itself is meant."""
+def _site(trainer: Mapping[str, Any]) -> str | None:
+    """They name a block and a module of it; a block alone may mean any of its parts."""
     block, module = whole(trainer.get("layer")), text(trainer.get("submodule_name"))
-    if block is None:
+    if block is None or module is None:
         return None
-    if module is None:
-        point = "pre" if buffer.get("io") == "in" else "post"
-        return f"blocks.{block}.hook_resid_{point}"
     match = _POINT.match(module)
     return f"blocks.{block}.hook_{match[0]}" if match else module
 

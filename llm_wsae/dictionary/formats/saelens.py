@@ -110,9 +110,17 @@ def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
 
 def _centred_stream(cfg: Mapping[str, Any]) -> bool:
     """Whether the model's weights had been centred, so that its stream was; its other treatments
-    leave the stream as it is."""
+    leave the stream as it is.
+
+    When SAELens still said ``hook_point`` it did not say so, but had every model treated that can
+    be: GPT-2, and not those with RMSNorm. (It adds this to the configurations of its dictionaries
+    of GPT-2 itself: SAELens' pull request 279.)
+    """
     about = mapping(cfg.get("metadata")) or cfg
-    return mapping(about.get("model_from_pretrained_kwargs")).get(CENTRED) is True
+    loaded = about.get("model_from_pretrained_kwargs")
+    if loaded is None and "hook_point" in cfg:
+        return (text(cfg.get("model_name")) or "").startswith("gpt2")
+    return mapping(loaded).get(CENTRED) is True
 
 
 def _architecture(cfg: Mapping[str, Any]) -> str | None:
