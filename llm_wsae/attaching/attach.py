@@ -115,7 +115,8 @@ def attach(
     ``error`` adds back what the dictionaries miss; without it the model goes on with the
     reconstruction, and its cross-entropy is what ``evaluate`` reports if ``keep`` are the kept
     positions of the text. ``keep`` None leaves out, for each dictionary, as many positions at the
-    beginning of a context as its training did, and takes special tokens further on for text.
+    beginning of a context as its training did (one where that is not known), and takes special
+    tokens further on for text.
 
     Raises UsageError for another kind of model, for two dictionaries at one site (nest two blocks
     instead), or for one that does not fit the model; LlmWsaeError if an architecture admits no
