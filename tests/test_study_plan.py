@@ -86,7 +86,6 @@ def test_what_knows_nothing_needs_no_control_and_plain_is_plain_once(evidence):
         ({"seeds": (0, -1)}, "a seed must not be negative, but one is -1"),
         ({"rules": ()}, "at least one of its rules"),
         ({"ks": ()}, "at least one of its ks"),
-        ({"architecture": "batchtopk"}, "no architecture 'batchtopk' for a study; .*'batch-topk'"),
     ],
 )
 def test_bad_requests(wrong, said):
