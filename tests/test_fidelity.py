@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -428,11 +429,12 @@ HELD_OUT = {"name": "wiki", "part": "heldout", "heldout_fraction": 0.1, "fingerp
     ],
 )
 def test_text_that_was_not_held_out_is_noted(trained, said):
+    made = identity()
     corpus = HELD_OUT | {"part": "train"} | trained if trained else {}
-    dictionary = SimpleNamespace(info=SimpleNamespace(corpus=corpus))
-    notes = notes_on_text({"d": dictionary}, HELD_OUT)
+    made.info = replace(made.info, corpus=corpus)
+    notes = notes_on_text({"d": made}, HELD_OUT)
     assert len(notes) == (said is not None) and all(said in note for note in notes)
-    assert notes_on_text({"d": dictionary}, HELD_OUT | {"part": "all"}) == []
+    assert notes_on_text({"d": made}, HELD_OUT | {"part": "all"}) == []
 
 
 def test_blocks_that_hand_on_more_than_the_stream_are_refused(contexts, monkeypatch):
