@@ -188,7 +188,7 @@ def test_seeds_that_agree_by_chance_are_held_to_their_latents_spread(seeds, own)
     for _ in range(600):
         made = over_latents(draw, arms=1, seeds=seeds, shared=0.0, own=own, latents=1.0)
         alarms.append(estimates(made, apart={0})[0].p < 0.05)
-    assert 0.001 < np.mean(alarms) < 0.075
+    assert 0.004 < np.mean(alarms) < 0.062
 
 
 def test_what_seeds_and_latents_both_show_is_found():
