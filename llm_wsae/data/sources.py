@@ -128,14 +128,16 @@ class HubSource:
                 f"there is no file or text package {self._id!r}, and the Hub cannot be reached to "
                 "look for a dataset of that name; check the name and the network"
             ) from error
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", 0)
+        except HfHubHTTPError as error:
+            status = error.response.status_code
             if status == 429 or status >= 500:  # without a revision no later run would go on
                 raise LlmWsaeError(
                     f"the Hub failed with status {status} when it was asked for the dataset "
                     f"{self._id}; run the same command again later"
                 ) from error
-            return None  # loading says what is wrong, or finds the dataset in the cache
+        except (OfflineModeIsEnabled, OSError):
+            pass
+        return None  # loading says what is wrong, or finds the dataset in the cache
 
     def _load(self) -> Any:
         import datasets

@@ -80,12 +80,12 @@ class Curve:
         The points must lie within the curve. None if one, or a neighbour, lacks the measure.
         """
         terms: list[tuple[float, Point]] = []
-        of_plain = dict.fromkeys(range(len(self.points)), 0.0)
+        of_plain = [0.0] * len(self.points)
         for weight, point in points:
             terms.append((weight, point))
             for number, share in self._neighbours(point):
                 of_plain[number] -= weight * share
-        terms += [(weight, self.points[number]) for number, weight in of_plain.items() if weight]
+        terms += [one for one in zip(of_plain, self.points, strict=True) if one[0]]
         if any(measure not in point.values for _, point in terms):
             return None
         return Value.mixture((weight, point.values[measure]) for weight, point in terms)
