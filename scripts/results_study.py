@@ -4,7 +4,8 @@
 
 The study of each site is its folder under ``results/``, which is part of the repository: what was
 measured there is not done again, on any machine that is fast in bfloat16, and ``llm-wsae study``
-adds to it as this does.
+adds to it as this does. The step ``confirmation`` has folders of its own, hence its own correction
+for what was tried.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS, embedded_model, write_section
-from study_section import FOLDER, PROFILE, SITES, K, Study, section
+from study_section import CONFIRMATION, FOLDER, PROFILE, SITES, K, Study, section
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -44,6 +45,8 @@ class Step:
     curve: tuple[int, ...] = (16, 24, 32, 48, 64)
     """Of plain dictionaries; it must reach as low as the weights cost cross-entropy."""
     weigh: WeightConfig = field(default_factory=WeightConfig)
+    folder: Path = FOLDER
+    """That holds the folders of the sites."""
 
 
 IN_SPACE = WeightConfig(place="space")
@@ -62,6 +65,14 @@ STEPS = {  # the first ones matter most
     "whitening-half": Step(("whitening",), (0.5,), weigh=IN_SPACE),
     "leading": Step(("leading-sensitivity",), (0.25,), weigh=IN_SPACE),
     "tokens": Step(("token-norm",), (-0.5,)),
+    "confirmation": Step(
+        ("sensitivity",),
+        (0.25,),
+        (5, 6, 7, 8, 9),
+        curve=(24, 32, 48),
+        weigh=IN_SPACE,
+        folder=CONFIRMATION,
+    ),
     "annealed": Step(("participation",), (0.5,), weigh=WeightConfig(anneal=0.6)),
 }
 
@@ -72,7 +83,7 @@ def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) ->
         step.rules, step.alphas, (K,), step.curve, step.seeds, keep_dictionaries=False
     )
     first = Dictionary.load(Path(str(FIRST).format(site=site)))
-    out = FOLDER / str(site)
+    out = step.folder / str(site)
     _remember_profile(site, step, config, store, model, first)
     run_study(model, store, site, CORPUS, out, config, weigh=step.weigh, dictionary=first)
 
@@ -90,7 +101,7 @@ def _remember_profile(
     weights: dict[str, dict[str, LossWeights]] = {}  # by label and, where they are drawn, draw
     for planned in plan(evidence, config, step.weigh):
         weights.setdefault(planned.label, {})[planned.arm.weights.name] = planned.arm.weights
-    path = FOLDER / str(site) / PROFILE
+    path = step.folder / str(site) / PROFILE
     facts = profile(store.statistics(site), [w for own in weights.values() for w in own.values()])
     of_draw = {found["name"]: found for found in facts.pop("weights")}
     new = {label: _mean([of_draw[name] for name in own]) for label, own in weights.items()}
@@ -124,11 +135,12 @@ def main() -> None:
 
 def write() -> None:
     """Write the section, and the report of every site, from the folders of the sites."""
-    studies = {site: found for site in SITES if (found := Study.read(site))}
-    for site, study in studies.items():
-        study.report.write(FOLDER / site)
+    studies, confirmations = Study.read_all(FOLDER), Study.read_all(CONFIRMATION)
+    for folder, found in ((FOLDER, studies), (CONFIRMATION, confirmations)):
+        for site, study in found.items():
+            study.report.write(folder / site)
     if studies:
-        write_section("study", section(studies), RESULTS)
+        write_section("study", section(studies, confirmations), RESULTS)
 
 
 if __name__ == "__main__":

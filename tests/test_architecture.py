@@ -203,15 +203,20 @@ print(*[name for name in {HEAVY!r} if name in sys.modules])
 
 def test_help_comes_at_once():
     """Under half a second; the best of five, since other work on the machine only ever adds."""
-    seconds = []
-    for _ in range(5):
-        before = time.perf_counter()
-        found = subprocess.run(
-            [sys.executable, "-m", "llm_wsae.cli", "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        seconds.append(time.perf_counter() - before)
-        assert "llm-wsae COMMAND" in found.stdout and found.stderr == ""
-    assert min(seconds) < 0.5, seconds
+
+    def best_of_five(*command):
+        seconds = []
+        for _ in range(5):
+            before = time.perf_counter()
+            found = subprocess.run(
+                [sys.executable, *command], capture_output=True, text=True, check=True
+            )
+            seconds.append(time.perf_counter() - before)
+        return min(seconds), found
+
+    nothing, _ = best_of_five("-c", "pass")
+    if nothing > 0.1:  # five times what a sound machine needs
+        pytest.skip(f"starting Python alone takes {nothing:.2f} s here: no machine to time on")
+    seconds, found = best_of_five("-m", "llm_wsae.cli", "--help")
+    assert "llm-wsae COMMAND" in found.stdout and found.stderr == ""
+    assert seconds < 0.5

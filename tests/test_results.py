@@ -34,9 +34,12 @@ def test_the_section_of_the_study_is_that_of_the_measurements(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_study
 
-    studies = {s: found for s in results_study.SITES if (found := results_study.Study.read(s))}
+    studies, confirmations = (
+        results_study.Study.read_all(folder)
+        for folder in (results_study.FOLDER, results_study.CONFIRMATION)
+    )
     assert studies
-    expected = results_study.section(studies)
+    expected = results_study.section(studies, confirmations)
     agree(written("study"), expected)
 
 
@@ -60,9 +63,10 @@ def test_every_rule_of_the_study_is_measured_at_every_site(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_study
 
-    for site in results_study.SITES:
-        study = results_study.Study.read(site)
-        assert study is not None and study.report.compared
+    studies = results_study.Study.read_all(results_study.FOLDER)
+    assert tuple(studies) == results_study.SITES
+    for study in studies.values():
+        assert study.report.compared
         for one in study.report.compared:
             assert len(one.seeds) >= 3
             assert one.is_control or one.control is None or study.compared(one.control)
