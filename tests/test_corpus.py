@@ -135,7 +135,7 @@ def test_a_dataset_that_wants_to_run_code(monkeypatch):
         raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: Info())
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, revision: Info())
     with pytest.raises(UsageError, match=r"cannot be read \(Dataset scripts .* as parquet or JSON"):
         Corpus.open("someone/old", "all")
 
@@ -206,7 +206,7 @@ def test_hub_dataset_is_streamed(monkeypatch):
         sha = "abc"
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name: Info)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: Info)
     corpus = Corpus.open("owner/name:config", "all")
     assert asked == [("owner/name", "config", "abc", True)]
     assert [(d.index, d.text, d.labels) for d in corpus.documents()] == [
@@ -221,6 +221,45 @@ def test_hub_dataset_is_streamed(monkeypatch):
         Corpus.open("owner/name")
 
 
+def test_a_hub_dataset_of_a_revision(monkeypatch):
+    """The commit is what tells its text; so a store of what was the newest can be gone on with."""
+    import datasets
+    import httpx
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    loaded = []
+
+    def load_dataset(name, config, revision, streaming):
+        loaded.append((name, config, revision))
+        rows = datasets.Dataset.from_dict({"text": ["one"]}).to_iterable_dataset()
+        return datasets.IterableDatasetDict({"train": rows})
+
+    def dataset_info(self, name, revision):
+        if revision == "nowhere":
+            request = httpx.Request("GET", "http://localhost")
+            raise RevisionNotFoundError("no", response=httpx.Response(404, request=request))
+        info = Info()
+        info.sha = revision if revision == "a" * 40 else "b" * 40
+        return info
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    named = Corpus.open("owner/name:config@" + "a" * 40, "all")
+    assert named.name == "owner/name:config"
+    assert named.identity()["fingerprint"] == "a" * 40
+    assert Corpus.open("owner/name@refs/pr/1", "all").identity()["fingerprint"] == "b" * 40
+    assert Corpus.open("name", "all").identity()["fingerprint"] == "b" * 40
+    assert loaded == [
+        ("owner/name", "config", "a" * 40),
+        ("owner/name", None, "b" * 40),
+        ("name", None, "b" * 40),
+    ]
+    with pytest.raises(UsageError, match="owner/name has no revision 'nowhere'"):
+        Corpus.open("owner/name@nowhere", "all")
+    with pytest.raises(UsageError, match="names no corpus"):
+        Corpus.open("owner/name@", "all")
+
+
 def test_a_hub_dataset_whose_rows_change_form(monkeypatch):
     import datasets
 
@@ -232,7 +271,7 @@ def test_a_hub_dataset_whose_rows_change_form(monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *_, **__: datasets.IterableDatasetDict({"train": stream})
     )
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: Info())
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, revision: Info())
     with pytest.raises(LlmWsaeError, match=r"near document 0: .*\(Couldn't cast array") as error:
         texts(Corpus.open("owner/name", "all"))
     assert "\n" not in str(error.value)
@@ -243,7 +282,7 @@ def test_a_compression_that_needs_a_package_is_named(monkeypatch):
         raise ValueError("Compression type zstd not supported")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: Info())
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, revision: Info())
     with pytest.raises(UsageError, match="pip install zstandard"):
         Corpus.open("owner/pile", "all")
 
@@ -255,7 +294,7 @@ def test_a_hub_that_fails_for_now_does_not_lose_the_revision(monkeypatch, status
     import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
-    def refuse(self, name):
+    def refuse(self, name, revision):
         request = httpx.Request("GET", "http://localhost")
         raise HfHubHTTPError("no", response=httpx.Response(status, request=request))
 

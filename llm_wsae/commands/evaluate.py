@@ -44,7 +44,7 @@ def evaluate(
     Args:
         dictionaries: Dictionary folders.
         model: The model they explain: Hub id, local folder or .gguf file.
-        corpus: Hub dataset, .txt/.jsonl/.parquet file or folder, or text package; a+b mixes.
+        corpus: Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, text package; a+b.
         out: JSON report to write.
         part: Which documents: those held out, those for training, or all.
         text_column: Column of the corpus that holds the text, where that is not clear.

@@ -48,7 +48,7 @@ def run(
 
     Args:
         model: Hub id, local folder or .gguf file of a causal language model.
-        corpus: Hub dataset, .txt/.jsonl/.parquet file or folder, or text package; a+b mixes.
+        corpus: Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, text package; a+b.
         site: Residual-stream sites in TransformerLens names, e.g. blocks.8.hook_resid_post.
         out: Folder that receives everything.
         tokens: Tokens to harvest.

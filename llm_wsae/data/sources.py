@@ -28,10 +28,10 @@ def open_source(spec: str, text_column: str | None) -> Source:
         return FileSource(path, text_column)
     if "+" in spec:
         return MixedSource([open_source(part.strip(), text_column) for part in spec.split("+")])
-    looks_local = path.suffix in SUFFIXES or spec.count("/") > 1 or spec[:1] in (".", "/", "~")
-    if looks_local:
+    nested = spec.partition("@")[0].count("/") > 1
+    if path.suffix in SUFFIXES or nested or spec[:1] in (".", "/", "~"):
         raise UsageError(f"there is no file or folder {spec}")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", spec):
+    if not _HUB_NAME.fullmatch(spec):
         raise UsageError(
             f"{spec!r} names no corpus: give a file, a folder, a Hub dataset or a text package "
             f"({', '.join(TEXT_PACKAGES)})"
@@ -102,31 +102,44 @@ class PackageSource:
             yield RawDocument(name, text(), labels)
 
 
+_HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?")
 _STRINGS = ("string", "large_string")
 
 
 class HubSource:
-    """A dataset of the Hugging Face Hub, streamed; its training split, or its only one."""
+    """A dataset of the Hugging Face Hub, streamed; its training split, or its only one.
+
+    Its text is that of a revision: the one behind ``@``, or the newest. The name is without it, so
+    that a store begun on what was the newest is gone on with by naming its commit.
+    """
 
     def __init__(self, spec: str, text_column: str | None):
-        self.name = spec
+        self.name = spec.partition("@")[0]
         self.num_bytes: int | None = None
-        self._id, _, self._config = spec.partition(":")
+        self._id, self._config, self._asked = _HUB_NAME.fullmatch(spec).groups()
         self._text_column = text_column
         self._revision = self._find_revision()
         self._rows = self._load()
 
     def _find_revision(self) -> str | None:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            OfflineModeIsEnabled,
+            RevisionNotFoundError,
+        )
         from huggingface_hub.utils import httpx
 
         try:
-            return HfApi().dataset_info(self._id).sha
+            return HfApi().dataset_info(self._id, revision=self._asked).sha
         except httpx.TransportError as error:
             raise LlmWsaeError(
                 f"there is no file or text package {self._id!r}, and the Hub cannot be reached to "
                 "look for a dataset of that name; check the name and the network"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise UsageError(
+                f"the Hub dataset {self._id} has no revision {self._asked!r}"
             ) from error
         except HfHubHTTPError as error:
             status = error.response.status_code
@@ -137,14 +150,15 @@ class HubSource:
                 ) from error
         except (OfflineModeIsEnabled, OSError):
             pass
-        return None  # loading says what is wrong, or finds the dataset in the cache
+        # Loading says what is wrong, or finds the dataset in the cache.
+        return self._asked
 
     def _load(self) -> Any:
         import datasets
 
         try:
             splits = datasets.load_dataset(
-                self._id, self._config or None, revision=self._revision, streaming=True
+                self._id, self._config, revision=self._revision, streaming=True
             )
         except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, OSError) as error:
             raise UsageError(

@@ -306,7 +306,9 @@ def _bin_edge(position: float) -> float:
 def _norms(rows: Tensor) -> Tensor:
     """The rows' Euclidean norms. Raises LlmWsaeError if a row holds NaN or infinity."""
     exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=exact)
+    # Converted in cache: asked to convert by itself, vector_norm takes eight times as long.
+    chunks = rows.split(_CHUNK_ROWS)
+    norms = torch.cat([torch.linalg.vector_norm(chunk.to(exact), dim=1) for chunk in chunks])
     if not bool(torch.isfinite(norms).all()):  # or the square of a finite number is not
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         if bad := int((~torch.isfinite(norms)).sum()):
