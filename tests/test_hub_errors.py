@@ -1,6 +1,8 @@
 """What can go wrong with the Hub: each failure is one sentence without a token, leaves repository
 and disk as they were, and is over when its cause is."""
 
+import dataclasses
+
 import pytest
 import torch
 from command_line import content
@@ -159,6 +161,20 @@ def test_names_that_are_not_there(hub, plain, tmp_path):
     with pytest.raises(LlmWsaeError, match="user/empty holds no dictionary of a layout"):
         pull("user/empty", out)
     assert not out.exists()
+
+
+def test_another_models_dictionary_is_not_replaced(hub, plain, tmp_path):
+    push([plain], REPO)
+    before, commit = hub.store.repositories[REPO].files(), head(hub)
+    other = make_dictionary("plain-k4", seed=9)
+    other.info = dataclasses.replace(other.info, model={"name": "someone/else"})
+    other.save(tmp_path / "other")
+    with pytest.raises(UsageError, match=r"another dictionary named .*/other is of someone/else"):
+        push([tmp_path / "other"], REPO)
+    assert (hub.store.repositories[REPO].files(), head(hub)) == (before, commit)
+    newer = make_dictionary("plain-k4", seed=9)
+    newer.save(tmp_path / "newer")
+    assert push([tmp_path / "newer"], REPO).changed  # of the same model: a new version
 
 
 def test_what_cannot_be_pushed(hub, plain, tmp_path):

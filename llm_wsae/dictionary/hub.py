@@ -74,9 +74,10 @@ def push(
     ``private`` is for a new repository; ``revision`` is a branch, begun at the head of ``main`` if
     it is new; ``license`` is an identifier of the Hub's such as ``mit`` for the card.
 
-    Raises UsageError for requests that cannot be (two dictionaries of one name, a tag in place of a
-    branch, ``private`` for a repository that is public, no such user), LlmWsaeError for a folder
-    that is no whole dictionary or changed since it was saved, and for every failure of the Hub.
+    Raises UsageError for requests that cannot be (two dictionaries of one name, one under a name
+    that another model's has, a tag in place of a branch, ``private`` for a repository that is
+    public, no such user), LlmWsaeError for a folder that is no whole dictionary or changed since it
+    was saved, and for every failure of the Hub.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
@@ -86,6 +87,7 @@ def push(
         head, branch_is_new = _prepare(api, repo_id, private, revision)
         files = remote_files(repo_id, head)
     remote = Repository(repo_id, None if branch_is_new else revision, head, files, None)
+    known = _all_facts(local, remote)
     changed: dict[str, Path | bytes | None] = {}
     for sae_id, folder in local.items():
         changed |= _changed(sae_id, folder, remote.files)
@@ -96,9 +98,7 @@ def push(
     figures |= drawn.keys()
     figures -= {sae_id for sae_id, figure in drawn.items() if figure is None}
     old = _old_card(remote)
-    new = card(
-        repo_id, _all_facts(local, remote), figures, old=old, license=license, revision=revision
-    )
+    new = card(repo_id, known, figures, old=old, license=license, revision=revision)
     if new != old:
         changed[README] = new.encode()
     if not changed and not branch_is_new:
@@ -255,7 +255,10 @@ def _changed(
 
 
 def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
-    """Of every dictionary that the repository will hold, by name."""
+    """Of every dictionary that the repository will hold, by name.
+
+    Raises UsageError where one would take the place of another model's.
+    """
     known = {
         sae_id: facts(
             sae_id,
@@ -265,11 +268,21 @@ def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
         for sae_id, folder in local.items()
     }
     for sae_id in remote.sae_ids(own=True):
-        if sae_id not in known and _SHOWN_ID.fullmatch(sae_id):
-            try:
-                known[sae_id] = _remote_facts(remote, sae_id)
-            except LlmWsaeError as error:  # theirs is broken; that must not stop ours
+        if not _SHOWN_ID.fullmatch(sae_id):
+            continue
+        try:
+            there = _remote_facts(remote, sae_id)
+        except LlmWsaeError as error:  # theirs is broken; that must not stop ours
+            if sae_id not in known:
                 print(f"llm-wsae: the card leaves out {sae_id}: {error}", file=sys.stderr)
+            continue
+        mine = known.setdefault(sae_id, there)
+        if mine.model and there.model and mine.model != there.model:
+            raise UsageError(
+                f"{remote.repo_id} holds another dictionary named {sae_id}, of the model "
+                f"{there.model}, and {local[sae_id]} is of {mine.model}; push it to another "
+                "repository"
+            )
     return [known[sae_id] for sae_id in sorted(known)]
 
 
