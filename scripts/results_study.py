@@ -59,7 +59,7 @@ STEPS = {  # the first ones matter most
     "five-seeds": Step(("sensitivity",), (0.25,), (0, 1, 2, 3, 4), weigh=IN_SPACE),
     "paper-1": Step(("variance",), (1.0,), curve=(4, 8, 16, 24, 32, 48, 64)),
     "standardised": Step(("variance",), (-0.5,), weigh=IN_SPACE),
-    "powers": Step(("sensitivity",), (0.125, 0.5, 1.0), weigh=IN_SPACE),
+    "powers": Step(("sensitivity",), (0.125, 0.5, 1.0), (0, 1, 2, 3, 4), weigh=IN_SPACE),
     "diagonal": Step(("sensitivity",), (0.5,)),
     "whitening": Step(("whitening",), (0.25,), weigh=IN_SPACE),
     "whitening-half": Step(("whitening",), (0.5,), weigh=IN_SPACE),
