@@ -72,3 +72,16 @@ def test_every_rule_of_the_study_is_measured_at_every_site(monkeypatch):
             assert one.is_control or one.control is None or study.compared(one.control)
         plain = {(r.point.k, r.point.seed) for r in study.report.results if r.label == "uniform"}
         assert len({k for k, _ in plain}) >= 5 and len({seed for _, seed in plain}) >= 3
+
+
+def test_the_finding_was_tried_again_on_fresh_seeds_alone(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_study
+
+    studies = results_study.Study.read_all(results_study.FOLDER)
+    again = results_study.Study.read_all(results_study.CONFIRMATION)
+    assert tuple(again) == results_study.SITES
+    for site, study in again.items():
+        (one,) = [compared for compared in study.report.compared if not compared.is_control]
+        assert len(one.seeds) >= 5
+        assert not set(one.seeds) & set(studies[site].compared(one.label).seeds)
