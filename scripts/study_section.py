@@ -310,7 +310,8 @@ def section(studies: Mapping[str, Study], confirmations: Mapping[str, Study]) ->
         "what twice as many rows give, on one seed, stands in "
         "[checkpoints](../checkpoints/README.md).",
         "Two things were mended after most of these dictionaries had been made. (1) How "
-        "differences are tested: the plain curve's own error was counted twice in a difference from the control, "
+        "differences are tested: the plain curve's own error was counted twice in a difference "
+        "from the control, "
         "and where the latents' spread is larger than that of the seeds, it was taken for as "
         "uncertain as theirs. Intervals were too wide; every one below is computed anew from the "
         "same measurements, and nothing was chosen by what it says. (2) Adam's ε was 1e-8, which "
