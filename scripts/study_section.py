@@ -16,7 +16,6 @@ from llm_wsae.study.verdict import BETTER, Compared
 from llm_wsae.tables import markdown
 
 FOLDER = Path(__file__).parent / "results"
-CONFIRMATION = FOLDER / "confirmation"
 SITES = ("blocks.9.hook_resid_post", "blocks.20.hook_resid_post")
 PROFILE = "profile.json"
 K = 32
@@ -155,7 +154,7 @@ CLAIMS = (
 )
 
 
-# The one thing that the study found, to be found again on seeds that had no part in finding it.
+# The one thing that the study found, to be found again elsewhere.
 _FOUND = "sensitivity-matrix-a0.25-space"
 
 
@@ -170,7 +169,7 @@ def _better_again(study: Study) -> Answer:
     return words, one.verdict == BETTER
 
 
-CONFIRMED = (
+FOUND_AGAIN = (
     Claim(
         _FOUND,
         SITES,
@@ -178,6 +177,38 @@ CONFIRMED = (
         _better_again,
     ),
 )
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A study with folders of its own, hence its own correction for what was tried."""
+
+    title: str
+    folder: Path
+    words: str
+    """Why it was made, and of what; written before it was run."""
+    claims: tuple[Claim, ...] = FOUND_AGAIN
+
+
+CONFIRMATION = Apart(
+    "On fresh seeds",
+    FOLDER / "confirmation",
+    f"`{_FOUND}` came out above the plain curve in detection at both sites, among everything "
+    "that was tried there. So it was tried once more and alone, on seeds 5 to 9, between plain "
+    "dictionaries of k = 24, 32 and 48; rule, seeds and what is asked of them were written "
+    "down and committed before the first of these dictionaries was trained.",
+)
+JUMPRELU = Apart(
+    "JumpReLU: where weights move thresholds too",
+    FOLDER / "jumprelu",
+    "In a TopK dictionary weights of the loss cannot change how many latents are active. In a "
+    "JumpReLU dictionary every latent learns its threshold from the loss, so weights move the "
+    "thresholds too. Two kinds of weights are tried on it, on three seeds, between plain JumpReLU "
+    f"dictionaries of k = 24, 32 and 48: `{_FOUND}`, which is expected to be better as with TopK, "
+    "and `variance-a-0.25`, the mildest of those that act in the loss. k is the mean number of "
+    "active latents that training aims at.",
+)
+APART = (CONFIRMATION, JUMPRELU)
 
 
 def claim_table(claims: Iterable[Claim], studies: Mapping[str, Study]) -> str:
@@ -273,27 +304,20 @@ def _table(study: Study) -> str:
     return markdown(rows)
 
 
-def confirmation(studies: Mapping[str, Study]) -> list[str]:
-    """What became of the one finding on fresh seeds."""
-    if not studies:
-        return []
-    return [
-        "### On fresh seeds",
-        f"`{_FOUND}` came out above the plain curve in detection at both sites, among everything "
-        "that was tried there. So it was tried once more and alone, on seeds 5 to 9, between plain "
-        "dictionaries of k = 24, 32 and 48; rule, seeds and what is asked of them were written "
-        "down and committed before the first of these dictionaries was trained.",
-        claim_table(CONFIRMED, studies),
-        *(
-            f"`{site}`, {len(study.report.results)} dictionaries "
-            f"([all tables](results/confirmation/{site}/report.md)):\n\n{_verdicts(study.report)}"
-            for site, study in studies.items()
-        ),
-    ]
+def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
+    """What became of a study apart from the others."""
+    parts = [f"### {apart.title}", apart.words, claim_table(apart.claims, studies)]
+    for site, study in studies.items():
+        report = (apart.folder / site / "report.md").relative_to(FOLDER.parent)
+        made = f"{len(study.report.results)} dictionaries ([all tables]({report}))"
+        parts += [f"`{site}`, {made}:", _verdicts(study.report)]
+    return "\n\n".join(parts)
 
 
-def section(studies: Mapping[str, Study], confirmations: Mapping[str, Study]) -> str:
-    """The section of RESULTS.md."""
+def section() -> str:
+    """The section of RESULTS.md, from the folders."""
+    studies = Study.read_all(FOLDER)
+    others = [(apart, Study.read_all(apart.folder)) for apart in APART]
     parts = [
         "## A real model: do weights make latents more monosemantic?",
         "`bash scripts/results_study.sh`: SmolLM2-135M-Instruct on Wikipedia summaries and State "
@@ -327,7 +351,7 @@ def section(studies: Mapping[str, Study], confirmations: Mapping[str, Study]) ->
         "The mean is held against what was expected, unless an interval is named.",
         claim_table(CLAIMS, studies),
         _families_of_controls(studies),
-        *confirmation(confirmations),
+        *(apart_section(apart, found) for apart, found in others if found),
         *(site_section(site, study) for site, study in studies.items()),
     ]
     return "\n\n".join(parts)

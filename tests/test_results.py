@@ -34,13 +34,8 @@ def test_the_section_of_the_study_is_that_of_the_measurements(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_study
 
-    studies, confirmations = (
-        results_study.Study.read_all(folder)
-        for folder in (results_study.FOLDER, results_study.CONFIRMATION)
-    )
-    assert studies
-    expected = results_study.section(studies, confirmations)
-    agree(written("study"), expected)
+    assert results_study.Study.read_all(results_study.FOLDER)
+    agree(written("study"), results_study.section())
 
 
 def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
@@ -79,7 +74,7 @@ def test_the_finding_was_tried_again_on_fresh_seeds_alone(monkeypatch):
     import results_study
 
     studies = results_study.Study.read_all(results_study.FOLDER)
-    again = results_study.Study.read_all(results_study.CONFIRMATION)
+    again = results_study.Study.read_all(results_study.CONFIRMATION.folder)
     assert tuple(again) == results_study.SITES
     for site, study in again.items():
         (one,) = [compared for compared in study.report.compared if not compared.is_control]
