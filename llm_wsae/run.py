@@ -35,6 +35,7 @@ from llm_wsae.statistics.profile import profile, profile_text
 from llm_wsae.statistics.weights import LossWeights, check_settings, takes_matrix
 from llm_wsae.train.arms import choose_weights, make_arms
 from llm_wsae.train.config import Architecture, TrainConfig
+from llm_wsae.train.log import LOG
 from llm_wsae.train.trainer import FINISHED, train
 
 STORE = "store"
@@ -59,12 +60,17 @@ class SiteResult:
 
     def text(self) -> str:
         """The table for people and the paths of what was written."""
-        lines = [self.report.table(), ""]
-        lines += [f"figures       {self.folder / 'profile.png'}"]
-        lines += [f"              {self.folder / 'fidelity.png'}"]
-        for number, name in enumerate(self.dictionaries):
-            lines += [f"{'' if number else 'dictionaries':<14}{self.folder / name}"]
-        return "\n".join(lines)
+        paths = {
+            "figures": ["profile.png", "fidelity.png"],
+            "numbers": ["profile.json", "report.json", LOG],
+            "dictionaries": list(self.dictionaries),
+        }
+        lines = [
+            f"{'' if number else what:<14}{self.folder / name}"
+            for what, names in paths.items()
+            for number, name in enumerate(names)
+        ]
+        return "\n".join([self.report.table(), "", *lines])
 
 
 def run(

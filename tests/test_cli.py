@@ -294,8 +294,16 @@ def test_run_leaves_everything_in_one_folder(ran):
     check_record(out / "run.json", "run", model="model", k=[4], alpha=[0.5, -0.25])
     stages = re.findall(r"^\[(\d)/4\] (\w+)", result.err, re.MULTILINE)
     assert stages == [("1", "harvest"), ("2", "weigh"), ("3", "train"), ("4", "evaluate")]
-    for name in ("profile.png", "fidelity.png"):
+    for name in names:
         assert str(here / name) in result.out
+
+
+def test_run_has_a_folder_for_every_model(model_and_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = works("run", *model_and_corpus, *RUN, "--rule", "uniform")
+    here = Path("runs/model") / SITE
+    assert f"dictionaries  {here / 'uniform-k4'}\n" in result.out
+    assert Dictionary.load(here / "uniform-k4").info.site == SITE
 
 
 def test_run_proposes_a_command_that_works(ran, tmp_path):

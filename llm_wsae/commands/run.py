@@ -25,7 +25,7 @@ def run(
     model: str,
     corpus: str,
     site: tuple[str, ...],
-    out: Path,
+    out: Path | None = None,
     tokens: int = 1_000_000,
     context_size: int = 128,
     rule: tuple[str, ...] = ("uniform", "variance"),
@@ -50,7 +50,7 @@ def run(
         model: Hub id, local folder or .gguf file of a causal language model.
         corpus: Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, text package; a+b.
         site: Residual-stream sites in TransformerLens names, e.g. blocks.8.hook_resid_post.
-        out: Folder that receives everything.
+        out: Folder that receives everything; runs/NAME by default, of a model owner/NAME.
         tokens: Tokens to harvest.
         context_size: Tokens per context.
         rule: Weight rules; the plain dictionary is "uniform".
@@ -72,7 +72,7 @@ def run(
     harvest_config = HarvestConfig(tokens=tokens, context_size=context_size)
     train_config = TrainConfig(expansion=expansion, tokens=train_tokens, device=device)
     evaluate_config = EvaluateConfig(tokens=eval_tokens)
-    started, sites = time.monotonic(), sites_of(site)
+    started, sites, out = time.monotonic(), sites_of(site), out or _folder_of(model)
     language_model = load_model(model, revision, device, model_dtype)
     results = run_all(
         language_model,
@@ -107,3 +107,7 @@ def run(
     lines += [cost(started), "next: the same measurement on more of the held-out text, e.g."]
     lines += [f"  {shlex.join(map(str, again))}"]
     return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)
+
+
+def _folder_of(model: str) -> Path:
+    return Path("runs") / Path(model).resolve().name.removesuffix(".gguf")

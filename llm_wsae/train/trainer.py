@@ -247,7 +247,8 @@ class _Training:
         log.write(step, step * size, numbers, tokens_per_second=speed, seconds_left=left)
         first = next(iter(numbers.values()))
         bar.set_postfix_str(
-            f"FVU {first['fvu']:.3f} L0 {first['l0']:.0f} dead {first['dead']:.1%}"
+            f"loss {first['loss']:.3g} FVU {first['fvu']:.3f} L0 {first['l0']:.0f} "
+            f"dead {first['dead']:.1%}"
             + (f" (first of {len(numbers)})" if len(numbers) > 1 else "")
         )
 
