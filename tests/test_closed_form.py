@@ -71,6 +71,8 @@ def test_the_papers_example():
     assert found.shrunk.tolist() == [0, 1, 0]
     assert found.vanished.tolist() == [0, 0, 1]
     assert found.strength_lost.tolist() == pytest.approx([0, 0.8, 1])
+    assert found.dimension_shrunk.tolist() == pytest.approx([0, 1 / 1.64])
+    assert found.dimension_vanished.tolist() == pytest.approx([0, 0.64 / 1.64])
     # dimension 0 is whole; of dimension 1's 1 + 0.64 both features lose 0.8²
     assert found.dimension_lost.tolist() == pytest.approx([0, 2 * 0.64 / 1.64])
 
@@ -161,6 +163,9 @@ def test_shrinking_and_vanishing_of_digons_have_their_probabilities():
     found = losses(mixing, features(mixing, 0.4, 60_000))
     assert found.shrunk.tolist() == pytest.approx([0, 0.3, 0.3], abs=0.01)
     assert found.vanished.tolist() == pytest.approx([0, 0.3, 0.3], abs=0.01)
+    # the stronger one is shrunk, so its share of the energy is larger: 0.6 E x³ / E x²
+    assert found.dimension_shrunk.tolist() == pytest.approx([0, 0.45], abs=0.01)
+    assert found.dimension_vanished.tolist() == pytest.approx([0, 0.15], abs=0.01)
     assert found.dimension_lost.tolist() == pytest.approx([0, 0.3], abs=0.01)
 
 

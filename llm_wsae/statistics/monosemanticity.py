@@ -48,7 +48,8 @@ def variance(evidence: Evidence) -> Float[Tensor, " d_in"]:
 
 
 def robust_variance(evidence: Evidence) -> Float[Tensor, " d_in"]:
-    """s_i = winsorised Var(x_i): the paper's proxy, which massive activations cannot move."""
+    """s_i = Var(x_i) winsorised (Tukey 1962) at ½ % each end, without massive rows: the paper's
+    proxy, which massive activations cannot move."""
     return evidence.statistics.robust_variance
 
 
@@ -58,7 +59,7 @@ def kurtosis(evidence: Evidence) -> Float[Tensor, " d_in"]:
 
 
 def hoyer(evidence: Evidence) -> Float[Tensor, " d_in"]:
-    """s_i = Hoyer's sparsity of the usual rows (2004), in [0, 1]: 1 for a single active row."""
+    """s_i = sparsity of the usual rows (Hoyer 2004, JMLR 5), in [0, 1]: 1 for one active row."""
     return scores.hoyer(evidence.statistics.usual_sample)
 
 
@@ -70,7 +71,8 @@ def negentropy(evidence: Evidence) -> Float[Tensor, " d_in"]:
 def participation(evidence: Evidence) -> Float[Tensor, " d_in"]:
     """s_i = 1 / number of latents of a first dictionary that share the dimension.
 
-    The participation ratio of q_ij = E z_j²·W_ji² over the latents j: weighted by their use.
+    Our own: the participation ratio (Bell and Dean 1970) of q_ij = E z_j²·W_ji² over the latents j,
+    so a latent counts by how often and how strongly it fires.
     """
     return scores.participation(evidence.decoder, evidence.energy)
 
@@ -102,7 +104,7 @@ def semantic(evidence: Evidence) -> Float[Tensor, " d_in"]:
 
 
 def random(evidence: Evidence, draw: int) -> Float[Tensor, " d_in"]:
-    """s_i uniform on (0, 1]: the control that knows nothing of the dimensions."""
+    """s_i uniform on (0, 1]: our own control, which knows nothing of the dimensions."""
     return scores.random_scores(evidence.statistics.d_in, draw)
 
 

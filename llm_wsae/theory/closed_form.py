@@ -145,6 +145,11 @@ class Losses:
     """Of the rows where the feature is active, the share on which r = 0."""
     strength_lost: Float[Tensor, " n"]
     """Mean of (x − r)/x where the feature is active."""
+    dimension_shrunk: Float[Tensor, " n_p"]
+    """Σ_j W_ij² E(x_j² where 0 < r_j < x_j) / Σ_j W_ij² E x_j²: of the energy that features
+    bring to dimension i, the share that comes from shrunk ones."""
+    dimension_vanished: Float[Tensor, " n_p"]
+    """The same of those that vanished, r_j = 0."""
     dimension_lost: Float[Tensor, " n_p"]
     """Σ_j W_ij² E(x_j − r_j)² / Σ_j W_ij² E x_j²: of the energy that features bring to dimension i,
     the share that is not recovered."""
@@ -162,13 +167,18 @@ def losses(mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]) -> Losses
     shrunk = active & (r > 0) & (r < x * (1 - _TOLERANCE))
     vanished = active & (r == 0)
     lost = torch.where(active, (x - r) / torch.where(active, x, 1.0), 0.0)
-    energy = mixing.square()
-    missed = (x - r).square().mean(0)
+    energy = x.square()
+
+    def of_dimensions(part: Float[Tensor, "rows n"]) -> Float[Tensor, " n_p"]:
+        return (mixing.square() @ part.mean(0)) / (mixing.square() @ energy.mean(0))
+
     return Losses(
         shrunk=shrunk.sum(0) / count,
         vanished=vanished.sum(0) / count,
         strength_lost=lost.sum(0) / count,
-        dimension_lost=(energy @ missed) / (energy @ x.square().mean(0)),
+        dimension_shrunk=of_dimensions(energy * shrunk),
+        dimension_vanished=of_dimensions(energy * vanished),
+        dimension_lost=of_dimensions((x - r).square()),
     )
 
 
