@@ -10,28 +10,23 @@ was tried.
 
 import argparse
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import paper_section
+import torch
 from benchmarks import RESULTS, embedded_model, write_section
-from study_section import (
-    APART,
-    CONFIRMATION,
-    FOLDER,
-    JUMPRELU,
-    PROFILE,
-    SITES,
-    K,
-    Study,
-    section,
-)
+from study_claims import APART, CONFIRMATION, FOLDER, JUMPRELU, PROFILE, SITES, TIMING, K, Study
+from study_section import section
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evidence import gather
 from llm_wsae.files import read_json, write_json
+from llm_wsae.hardware import processor_name
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.config import WeightConfig
@@ -39,6 +34,7 @@ from llm_wsae.statistics.profile import profile
 from llm_wsae.statistics.weights import LossWeights
 from llm_wsae.study.config import StudyConfig
 from llm_wsae.study.plan import plan
+from llm_wsae.study.runner import RESULTS as RESULTS_OF_STUDY
 from llm_wsae.study.runner import run_study
 from llm_wsae.train.config import Architecture
 
@@ -125,7 +121,22 @@ def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) ->
     first = Dictionary.load(Path(str(FIRST).format(site=site)))
     out = step.folder / str(site)
     _remember_profile(site, step, config, store, model, first)
+    started, before = time.monotonic(), _num_results(out)
     run_study(model, store, site, CORPUS, out, config, weigh=step.weigh, dictionary=first)
+    made = _num_results(out) - before
+    if made:
+        seconds = round(time.monotonic() - started)
+        _remember_time(out, {"dictionaries": made, "seconds": seconds}, model.device)
+
+
+def _num_results(out: Path) -> int:
+    return len(list((out / RESULTS_OF_STUDY).glob("*.json")))
+
+
+def _remember_time(out: Path, took: dict[str, Any], device: torch.device) -> None:
+    path = out / TIMING
+    known = read_json(path, "timing") if path.exists() else []
+    write_json(path, [*known, took | {"processor": processor_name(device)}])
 
 
 def _remember_profile(
@@ -181,6 +192,7 @@ def write() -> None:
             study.report.write(folder / site)
     if found[0]:
         write_section("study", section(), RESULTS)
+        write_section("paper", paper_section.section(found[0]), RESULTS)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,9 @@ def section(report: TheoryReport) -> str:
         f"![Change of L_GT of every arm in every experiment](results/planted/{FIGURES[2]})",
         changes,
         "### Which rules see the truth",
+        "`sensitivity`, `leading-sensitivity` and `semantic` need a language model, so on planted "
+        "data there is nothing to compute them from; `whitening` gives no score for a dimension, "
+        "and `uniform` the same for all.",
         f"![Rank correlation of rules with the truth](results/planted/{FIGURES[1]})",
         correlations,
         "### The closed form",

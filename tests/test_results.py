@@ -38,6 +38,15 @@ def test_the_section_of_the_study_is_that_of_the_measurements(monkeypatch):
     agree(written("study"), results_study.section())
 
 
+def test_what_is_said_of_the_paper_is_that_of_the_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import paper_section
+    import study_claims
+
+    studies = study_claims.Study.read_all(study_claims.FOLDER)
+    agree(written("paper"), paper_section.section(studies))
+
+
 def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_theory

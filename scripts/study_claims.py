@@ -1,0 +1,234 @@
+"""What was measured in the study of weights on a real model, and what was expected of it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.files import read_json
+from llm_wsae.study.plan import PLAIN
+from llm_wsae.study.report import StudyReport, estimate_text
+from llm_wsae.study.results import Result, read_basis, read_result
+from llm_wsae.study.runner import BASIS
+from llm_wsae.study.verdict import BETTER, Compared
+
+FOLDER = Path(__file__).parent / "results"
+SITES = ("blocks.9.hook_resid_post", "blocks.20.hook_resid_post")
+PROFILE, TIMING = "profile.json", "timing.json"
+K = 32
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is known of a site: the report and the profile of its dimensions."""
+
+    report: StudyReport
+    profile: dict[str, Any]
+    timing: list[dict[str, Any]]
+    """Of steps that were made since time is taken: dictionaries, seconds, processor."""
+
+    @classmethod
+    def read_all(cls, folder: Path) -> "dict[str, Study]":
+        """By site, where something was measured, from the folders of the sites in a folder."""
+        found = {}
+        for site in SITES:
+            own = folder / site
+            results = [read_result(path) for path in sorted((own / "results").glob("*.json"))]
+            if any(result.label != PLAIN for result in results):
+                report = StudyReport.of(site, read_basis(own / BASIS), results)
+                timing = read_json(own / TIMING, "timing") if (own / TIMING).exists() else []
+                found[site] = cls(report, read_json(own / PROFILE, "profile"), timing)
+        return found
+
+    def with_seeds_of(self, other: "Study", label: str) -> "Study":
+        """Its dictionaries and another's, plain and of one rule with its control alone."""
+        both = [*self.report.results, *other.report.results]
+        kept = {PLAIN, label, *(r.control for r in both if r.label == label)}
+        results = [result for result in both if result.label in kept]
+        return Study(
+            StudyReport.of(self.report.site, self.report.basis, results),
+            self.profile,
+            [],
+        )
+
+    def of(self, label: str, k: int = K) -> list[Result]:
+        """Its dictionaries of one k."""
+        return [r for r in self.report.results if r.label == label and r.point.k == k]
+
+    def compared(self, label: str) -> Compared | None:
+        """What became of a rule."""
+        return next((one for one in self.report.compared if one.label == label), None)
+
+    def same_k(self, label: str, value: Callable[[Result], float]) -> float:
+        """Mean difference from the plain dictionaries of the same k and seed."""
+        plain = {r.point.seed: value(r) for r in self.of(PLAIN)}
+        own = [r for r in self.of(label) if r.point.seed in plain]
+        return sum(value(r) - plain[r.point.seed] for r in own) / max(1, len(own))
+
+
+# What smaller trials had led to expect; each is held against what was measured.
+Answer = tuple[str, bool]
+Check = Callable[[Study], Answer]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something expected of a rule at some sites."""
+
+    label: str
+    sites: tuple[str, ...]
+    words: str
+    check: Check
+
+
+def measured(result: Result, measure: str) -> float:
+    """NaN where too few latents could be scored."""
+    value = result.point.values.get(measure)
+    return math.nan if value is None else value.mean
+
+
+def _inverse_helps(study: Study) -> Answer:
+    label = "variance-a-0.25"
+    detection = study.same_k(label, lambda r: measured(r, "detection"))
+    ce = study.same_k(label, lambda r: r.ce_recovered)
+    return f"{detection:+.4f}, CE {ce:+.4f}", detection >= 0.003 and abs(ce) <= 0.003
+
+
+def _robust_keeps_ce(study: Study) -> Answer:
+    both = [study.of(label) for label in ("robust-variance-a0.5", "variance-a0.5")]
+    seeds = set.intersection(*({r.point.seed for r in own} for own in both))
+    if not seeds:
+        return "variance-a0.5 was not measured", False
+    robust, raw = (
+        sum(r.ce_recovered for r in own if r.point.seed in seeds) / len(seeds) for own in both
+    )
+    return f"{robust:.4f} against {raw:.4f}", robust - raw >= 0.08
+
+
+def _variance_collapses(label: str) -> Check:
+    def check(study: Study) -> Answer:
+        effective = study.profile["weights"][label]["effective_dimensions"]
+        ce = study.same_k(label, lambda r: r.ce_recovered)
+        return f"{effective:.1f} effective dimensions, CE recovered {ce:+.4f}", effective < 10
+
+    return check
+
+
+WORST_FAMILY = -0.01
+_GAIN = 0.004
+
+
+def _selective(label: str) -> Check:
+    def check(study: Study) -> Answer:
+        one = study.compared(label)
+        if one is None or "selectivity" not in one.effects:
+            return "not comparable", False
+        effect = one.effects["selectivity"]
+        low, high = effect.interval
+        ce = one.ce_change[K]
+        worst = min(one.families, key=one.families.get)
+        control = one.against_control.get("selectivity")
+        words = (
+            f"{effect.difference:+.4f} [{low:+.4f}, {high:+.4f}] on {len(one.seeds)} seeds, "
+            f"beside its control {estimate_text(control)}, "
+            f"CE at the same k {ce:+.4f}, worst family {worst} {one.families[worst]:+.4f}"
+        )
+        above = effect.difference >= _GAIN and low > 0
+        above_control = control is not None and control.interval[0] > 0
+        met = above and above_control and ce >= -0.003 and one.families[worst] >= WORST_FAMILY
+        if not met and low <= 0 and high >= _GAIN:
+            words += f"; the interval has both 0 and {_GAIN:+.3f} in it"
+        return words, met
+
+    return check
+
+
+_SELECTIVE = (
+    "selectivity ≥ +.004 at equal CE, interval above 0, also beside its control; CE ≥ −.003 at the "
+    "same k; no family below −.01"
+)
+_POWERS = ("0.125", "0.25", "0.5", "1")
+CLAIMS = (
+    Claim("variance-a0.5", SITES, "collapses", _variance_collapses("variance-a0.5")),
+    Claim("variance-a1", SITES, "collapses", _variance_collapses("variance-a1")),
+    Claim(
+        "robust-variance-a0.5",
+        SITES[1:],
+        "recovers ≥ .08 more CE than raw variance",
+        _robust_keeps_ce,
+    ),
+    Claim(
+        "variance-a-0.25",
+        SITES[:1],
+        "detection ≥ +.003 at the same k, CE within .003",
+        _inverse_helps,
+    ),
+    *(
+        Claim(
+            f"sensitivity-matrix-a{power}-space",
+            SITES,
+            _SELECTIVE,
+            _selective(f"sensitivity-matrix-a{power}-space"),
+        )
+        for power in _POWERS
+    ),
+)
+
+
+# The one thing that the study found, to be found again elsewhere.
+FOUND = "sensitivity-matrix-a0.25-space"
+
+
+def _better_again(study: Study) -> Answer:
+    one = study.compared(FOUND)
+    if one is None or "detection" not in one.effects:
+        return "not comparable", False
+    words = (
+        f"{one.verdict}: {estimate_text(one.effects['detection'])}, beside its control "
+        f"{estimate_text(one.against_control.get('detection'))}, on {len(one.seeds)} seeds"
+    )
+    return words, one.verdict == BETTER
+
+
+ON_ALL_SEEDS = (Claim(FOUND, SITES, _SELECTIVE, _selective(FOUND)),)
+FOUND_AGAIN = (
+    Claim(
+        FOUND,
+        SITES,
+        "detection above the plain curve and above its control: verdict *better*",
+        _better_again,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A study with folders of its own, hence its own correction for what was tried."""
+
+    title: str
+    folder: Path
+    words: str
+    """Why it was made, and of what; written before it was run."""
+    claims: tuple[Claim, ...] = FOUND_AGAIN
+
+
+CONFIRMATION = Apart(
+    "On fresh seeds",
+    FOLDER / "confirmation",
+    f"`{FOUND}` came out above the plain curve in detection at both sites, among everything "
+    "that was tried there. So it was tried once more and alone, on seeds 5 to 9, between plain "
+    "dictionaries of k = 24, 32 and 48; rule, seeds and what is asked of them were written "
+    "down and committed before the first of these dictionaries was trained.",
+)
+JUMPRELU = Apart(
+    "JumpReLU: where weights move thresholds too",
+    FOLDER / "jumprelu",
+    "In a TopK dictionary weights of the loss cannot change how many latents are active. In a "
+    "JumpReLU dictionary every latent learns its threshold from the loss, so weights move the "
+    "thresholds too. Two kinds of weights are tried on it, on three seeds, between plain JumpReLU "
+    f"dictionaries of k = 24, 32 and 48: `{FOUND}`, which is expected to be better as with TopK, "
+    "and `variance-a-0.25`, the mildest of those that act in the loss. k is the mean number of "
+    "active latents that training aims at.",
+)
+APART = (CONFIRMATION, JUMPRELU)
