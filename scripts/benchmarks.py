@@ -1,4 +1,4 @@
-"""What the scripts share: the machine in words, and their sections of BENCHMARKS.md and RESULTS.md.
+"""What the scripts share: the machine in words, and their sections of the files they write.
 
 Each script owns the text between its own two markers, so that measuring one thing again leaves the
 rest of the file as it was.
@@ -17,6 +17,7 @@ from llm_wsae.hardware import processor_name
 
 BENCHMARKS = Path(__file__).parent / "BENCHMARKS.md"
 RESULTS = Path(__file__).parent / "RESULTS.md"
+README = Path(__file__).parents[1] / "README.md"
 _HEADERS = {
     BENCHMARKS.name: """# Benchmarks
 

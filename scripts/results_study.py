@@ -17,9 +17,9 @@ from typing import Any
 
 import paper_section
 import torch
-from benchmarks import RESULTS, embedded_model, write_section
+from benchmarks import README, RESULTS, embedded_model, write_section
 from study_claims import APART, CONFIRMATION, FOLDER, JUMPRELU, PROFILE, SITES, TIMING, K, Study
-from study_section import section
+from study_section import readme_table, section
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -193,6 +193,7 @@ def write() -> None:
     if found[0]:
         write_section("study", section(), RESULTS)
         write_section("paper", paper_section.section(found[0]), RESULTS)
+        write_section("study table", readme_table(found[0]), README)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from study_claims import (
     measured,
 )
 
+from llm_wsae.model.site import Site
 from llm_wsae.study.report import StudyReport, estimate_text
 from llm_wsae.study.results import DECIDING, Result
+from llm_wsae.study.verdict import Compared
 from llm_wsae.tables import markdown
 
 
@@ -124,6 +126,37 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
         made = f"{len(study.report.results)} dictionaries ([all tables]({report}))"
         parts += [f"`{site}`, {made}:", _verdicts(study.report)]
     return "\n\n".join(parts)
+
+
+def readme_table(studies: Mapping[str, Study]) -> str:
+    """What became of every rule at both sites, in a few words: best in detection first."""
+    found = {
+        site: {one.label: one for one in study.report.compared if not one.is_control}
+        for site, study in studies.items()
+    }
+    labels = list(dict.fromkeys(label for own in found.values() for label in own))
+    labels.sort(key=lambda label: -_mean_detection(own.get(label) for own in found.values()))
+    rows = [["weights", *(f"block {Site.parse(site).block}" for site in found)]]
+    for label in labels:
+        cells = [_in_short(own[label]) if label in own else "–" for own in found.values()]
+        rows.append([f"`{label}`", *cells])
+    return markdown(rows, left=3)
+
+
+def _mean_detection(compared: Iterable[Compared | None]) -> float:
+    values = [
+        one.effects["detection"].difference if "detection" in one.effects else -1.0
+        for one in compared
+        if one
+    ]
+    return sum(values) / len(values)
+
+
+def _in_short(one: Compared) -> str:
+    if "detection" not in one.effects:
+        return one.verdict
+    scored, every = (one.effects[name].difference for name in ("detection", "detection_all"))
+    return f"{one.verdict}: {scored:+.3f} ({every:+.3f})"
 
 
 def _all_seeds(studies: Mapping[str, Study], again: Mapping[str, Study]) -> str:

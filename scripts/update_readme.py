@@ -4,13 +4,11 @@ bash scripts/quickstart.sh && python scripts/update_readme.py
 """
 
 import json
-import re
 import shutil
-from pathlib import Path
 
-from llm_wsae.files import write_text
+from benchmarks import README, write_section
 
-ROOT = Path(__file__).parent.parent
+ROOT = README.parent
 RESULT = ROOT / "runs/quickstart/blocks.9.hook_resid_post"
 FIGURES = ROOT / "scripts/figures"
 
@@ -38,13 +36,7 @@ def main() -> None:
         f"block 9, {profile['rows']:,} rows, 8 × width, one seed, measured on {first['rows']:,} "
         "held-out tokens. The intervals are over contexts, not over seeds.",
     ]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = "<!-- quickstart-table -->\n" + "\n".join(lines) + "\n<!-- /quickstart-table -->"
-    readme, count = re.subn(
-        r"<!-- quickstart-table -->.*?<!-- /quickstart-table -->", block, readme, flags=re.DOTALL
-    )
-    assert count == 1, "the README has lost its markers"
-    write_text(ROOT / "README.md", readme)
+    write_section("quickstart table", "\n".join(lines), README)
     FIGURES.mkdir(exist_ok=True)
     for name in ("profile.png", "fidelity.png"):
         shutil.copy(RESULT / name, FIGURES / name)
