@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import write_section
 from interop_checks import Part
-from interop_ours import ours_in_saelens, plugin, saebench
+from interop_ours import ours_in_saelens, plugin, saebench, tests
 from interop_theirs import dictionary_learning, saelens, saelens_before_6, sparsify
 
 from llm_wsae.files import write_text
@@ -38,6 +38,7 @@ PARTS: dict[str, Callable[[Path], Part]] = {
     "ours-in-saelens": ours_in_saelens,
     "saebench": saebench,
     "plugin": plugin,
+    "tests": tests,
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_workers import peer_python
 from interop_checks import ROOT, TOLERANCE, Part, compare, difference, peer
 from safetensors.torch import save_file
 
@@ -19,6 +21,14 @@ from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
 D_IN, D_SAE, K, SITE = 48, 384, 8, "blocks.1.hook_resid_post"
 SCOPE, SCOPE_ID = "user/gemma-scope-2b-pt-res", "layer_3/width_4k/average_l0_71"
 SCOPE_SIZES = (2304, 4096)  # SAELens' reader knows them from the names
+_TESTS = (
+    "test_language_model.py",
+    "test_attaching.py",
+    "test_attaching_generation.py",
+    "test_dictionary_files.py",
+    "test_architectures_learn.py",
+    "test_saelens_plugin.py",
+)
 
 
 def make(sparsity: Sparsity, seed: int) -> Dictionary:
@@ -149,6 +159,27 @@ for each latent differ by {by_latent:.1e} at most.
 
 """ + "\n".join(lines)
     return Part(text, every)
+
+
+def tests(out: Path) -> Part:
+    """Our own tests of what depends on TransformerLens or SAELens, in SAELens' environment."""
+    python = peer_python("saelens")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-e", f"{ROOT}[test]"], check=True)
+    run = [python, "-m", "pytest", "-o", "addopts=", *(ROOT / "tests" / name for name in _TESTS)]
+    done = subprocess.run(run, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines, ok = done.stdout.strip().splitlines(), done.returncode == 0
+    if not ok:
+        print("\n".join(lines[-40:]), file=sys.stderr)
+    found = ", ".join(re.findall(r"\d+ (?:passed|failed|skipped|error)", lines[-1]))
+    look = "from importlib.metadata import version; print(version('transformer-lens'))"
+    version = subprocess.run([python, "-c", look], stdout=subprocess.PIPE, text=True, check=True)
+    text = f"""## Our tests beside SAELens
+
+{", ".join(f"`{name}`" for name in _TESTS)}
+in SAELens' environment, with transformer-lens {version.stdout.strip()}: {found}.{"" if ok else " **NO**"}
+All tests run with TransformerLens 4 too, beside which SAELens cannot be installed."""
+    return Part(text, ok)
 
 
 def flat(groups: dict[str, dict[str, float]]) -> dict[str, float]:

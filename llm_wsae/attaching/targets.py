@@ -151,23 +151,28 @@ def _bridge(bridge: Any) -> Target:
 
 @contextmanager
 def _named_points(bridge: Any, sites: Sequence[Site]) -> Iterator[Mapping[Site, Any]]:
-    """Hook points for latents in the bridge's own list; one of the same name steps aside."""
+    """Hook points for latents where the bridge looks for them; one of the same name steps aside.
+
+    TransformerLens 4 looks in its list, to which it offers no way to add; 3.9 follows the name that
+    ``add_hook`` is given along attributes. So the site's own point has this one, not as a module.
+    """
     from transformer_lens.hook_points import HookPoint
 
-    registry = bridge._hook_registry  # the bridge offers no way to add to it
+    places = [(bridge._hook_registry, f"{site}.{LATENTS}") for site in sites]
+    places += [(vars(bridge.hook_dict[str(site)]), LATENTS) for site in sites]
     points = {site: HookPoint() for site in sites}
-    before = {}
     for site, point in points.items():
         point.name = f"{site}.{LATENTS}"
-        before[point.name] = registry.get(point.name)
-        registry[point.name] = point
+    before = [names.get(name) for names, name in places]
+    for (names, name), point in zip(places, [*points.values()] * 2, strict=True):
+        names[name] = point
     try:
         yield points
     finally:
-        for name, old in before.items():
-            registry.pop(name, None)
+        for (names, name), old in zip(places, before, strict=True):
+            names.pop(name, None)
             if old is not None:
-                registry[name] = old
+                names[name] = old
 
 
 def _holder(hf_model: nn.Module, path: str) -> nn.Module:
