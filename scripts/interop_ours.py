@@ -174,10 +174,11 @@ def tests(out: Path) -> Part:
     found = ", ".join(re.findall(r"\d+ (?:passed|failed|skipped|error)", lines[-1]))
     look = "from importlib.metadata import version; print(version('transformer-lens'))"
     version = subprocess.run([python, "-c", look], stdout=subprocess.PIPE, text=True, check=True)
+    verdict = "" if ok else " **NO**"
     text = f"""## Our tests beside SAELens
 
 {", ".join(f"`{name}`" for name in _TESTS)}
-in SAELens' environment, with transformer-lens {version.stdout.strip()}: {found}.{"" if ok else " **NO**"}
+in SAELens' environment, with transformer-lens {version.stdout.strip()}: {found}.{verdict}
 All tests run with TransformerLens 4 too, beside which SAELens cannot be installed."""
     return Part(text, ok)
 
