@@ -44,7 +44,9 @@ def make(corpus, out, config=CONFIG, unlucky=None, forwards=None, what=None):
 
 
 def wait_for(path):
+    deadline = time.monotonic() + 300
     while not path.exists():
+        assert time.monotonic() < deadline, f"nobody wrote {path.name}"
         time.sleep(0.005)
 
 
