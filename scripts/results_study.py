@@ -96,6 +96,15 @@ STEPS = {  # the first ones matter most
         folder=JUMPRELU.folder,
         architecture="jumprelu",
     ),
+    "jumprelu-five": Step(
+        ("sensitivity",),
+        (0.25,),
+        (0, 1, 2, 3, 4),
+        curve=(24, 32, 48),
+        weigh=IN_SPACE,
+        folder=JUMPRELU.folder,
+        architecture="jumprelu",
+    ),
     "jumprelu-inverse": Step(
         ("variance",),
         (-0.25,),

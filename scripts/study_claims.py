@@ -210,7 +210,6 @@ class Apart:
     folder: Path
     words: str
     """Why it was made, and of what; written before it was run."""
-    claims: tuple[Claim, ...] = FOUND_AGAIN
 
 
 CONFIRMATION = Apart(

@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from study_claims import (
-    APART,
     CLAIMS,
     CONFIRMATION,
     FOLDER,
     FOUND,
+    FOUND_AGAIN,
+    JUMPRELU,
     ON_ALL_SEEDS,
     WORST_FAMILY,
     Apart,
@@ -120,7 +121,7 @@ def _table(study: Study) -> str:
 
 def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
     """What became of a study apart from the others."""
-    parts = [f"### {apart.title}", apart.words, claim_table(apart.claims, studies)]
+    parts = [f"### {apart.title}", apart.words, claim_table(FOUND_AGAIN, studies)]
     for site, study in studies.items():
         report = (apart.folder / site / "report.md").relative_to(FOLDER.parent)
         made = f"{len(study.report.results)} dictionaries ([all tables]({report}))"
@@ -210,7 +211,7 @@ def _pace(study: Study) -> str:
 def section() -> str:
     """The section of RESULTS.md, from the folders."""
     studies = Study.read_all(FOLDER)
-    others = {apart: Study.read_all(apart.folder) for apart in APART}
+    again, jumprelu = (Study.read_all(apart.folder) for apart in (CONFIRMATION, JUMPRELU))
     parts = [
         "## A real model: do weights make latents more monosemantic?",
         "`bash scripts/results_study.sh`: SmolLM2-135M-Instruct on Wikipedia summaries and State "
@@ -222,10 +223,9 @@ def section() -> str:
         "more than 10 % of the tokens, its interval over seeds and over latents or concepts; p and "
         "verdicts are corrected for everything that was tried at the site. *More scored* are "
         "latents that fire in enough contexts; *detection, all* has the others at chance.",
-        "No interval covers another text, a longer training, another learning rate or another "
-        "architecture. Every dictionary had one pass at a rate that was chosen for the plain one; "
-        "what twice as many rows give, on one seed, stands in "
-        "[checkpoints](../checkpoints/README.md).",
+        "No interval covers another text, a longer training or another learning rate. Every "
+        "dictionary had one pass at a rate that was chosen for the plain one; what twice as many "
+        "rows give, on one seed, stands in [checkpoints](../checkpoints/README.md).",
         "Two things were mended after most of these dictionaries had been made. (1) How "
         "differences are tested: the plain curve's own error was counted twice in a difference "
         "from the control, "
@@ -246,9 +246,10 @@ def section() -> str:
         "The mean is held against what was expected, unless an interval is named.",
         claim_table(CLAIMS, studies),
         _families_of_controls(studies),
-        *(apart_section(apart, found) for apart, found in others.items() if found),
-        "### On the seeds of both",
-        _all_seeds(studies, others[CONFIRMATION]),
+        apart_section(CONFIRMATION, again),
+        "### On all these seeds",
+        _all_seeds(studies, again),
+        apart_section(JUMPRELU, jumprelu),
         *(site_section(site, study) for site, study in studies.items()),
     ]
     return "\n\n".join(parts)
