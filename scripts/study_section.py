@@ -78,8 +78,8 @@ def _verdicts(report: StudyReport) -> str:
     head = ["weights", "verdict"]
     for measure in DECIDING:
         head += [measure, "p", "beside its control"]
-    rows = [[*head, "more scored", "detection, all"]]
-    for one in report.compared:
+    rows = [[*head, "more scored", "detection, all", "detection, equal density"]]
+    for one, other in zip(report.compared, report.at_equal_density, strict=True):
         if one.is_control:
             continue
         cells = [f"`{one.label}`", one.verdict]
@@ -89,7 +89,8 @@ def _verdicts(report: StudyReport) -> str:
             cells.append(estimate_text(one.against_control.get(measure)))
         scored = one.effects.get("eligible")
         cells.append("–" if scored is None else f"{100 * scored.difference:+.1f} points")
-        rows.append([*cells, estimate_text(one.effects.get("detection_all"))])
+        cells.append(estimate_text(one.effects.get("detection_all")))
+        rows.append([*cells, estimate_text(other.effects.get("detection"))])
     return markdown(rows, left=2)
 
 
@@ -123,9 +124,14 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
     """What became of a study apart from the others."""
     parts = [f"### {apart.title}", apart.words, claim_table(FOUND_AGAIN, studies)]
     for site, study in studies.items():
-        report = (apart.folder / site / "report.md").relative_to(FOLDER.parent)
-        made = f"{len(study.report.results)} dictionaries ([all tables]({report}))"
-        parts += [f"`{site}`, {made}:", _verdicts(study.report)]
+        folder = (apart.folder / site).relative_to(FOLDER.parent)
+        made = f"{len(study.report.results)} dictionaries ([all tables]({folder}/report.md))"
+        parts += [
+            f"`{site}`, {made}:",
+            _verdicts(study.report),
+            f"![Monosemanticity against CE recovered at {site}]({folder}/curve.png)",
+            _table(study),
+        ]
     return "\n\n".join(parts)
 
 
@@ -222,7 +228,9 @@ def section() -> str:
         "the plain k-curve at the dictionary's own cross-entropy, without latents that fire on "
         "more than 10 % of the tokens, its interval over seeds and over latents or concepts; p and "
         "verdicts are corrected for everything that was tried at the site. *More scored* are "
-        "latents that fire in enough contexts; *detection, all* has the others at chance.",
+        "latents that fire in enough contexts; *detection, all* has the others at chance. At "
+        "*equal density* a dictionary is held against the plain curve where as many latents are "
+        "active on a token, dense ones not counted, in place of equal cross-entropy.",
         "No interval covers another text, a longer training or another learning rate. Every "
         "dictionary had one pass at a rate that was chosen for the plain one; what twice as many "
         "rows give, on one seed, stands in [checkpoints](../checkpoints/README.md).",

@@ -46,6 +46,7 @@ class Made:
             fvu=0.1,
             kl=increase,
             shares={"eligible_share": 0.8, "dense_share": 0.01, "dead_share": 0.0, "l0": float(k)},
+            density=float(k),
             processor="made up",
         )
 

@@ -242,7 +242,7 @@ def test_report(tmp_path):
     assert sum(line.startswith("uniform ") for line in table.splitlines()) == len(KS)
 
 
-def test_where_kl_says_otherwise_the_line_says_so():
+def test_where_kl_or_density_says_otherwise_the_line_says_so():
     made = Made()
     results = made.curve() + made.rule()
     (same,) = StudyReport.of("blocks.1.hook_resid_post", BASIS, results).sentences()
@@ -250,7 +250,13 @@ def test_where_kl_says_otherwise_the_line_says_so():
     costly = [dataclasses.replace(r, kl=1.7 * r.kl) if r.rule == "variance" else r for r in results]
     (other,) = StudyReport.of("blocks.1.hook_resid_post", BASIS, costly).sentences()
     assert other.startswith("variance-a0.5: indistinguishable")
-    assert "; at equal KL better; " in other
+    assert "; at equal KL better; at equal density the same; " in other
+    rare = [
+        dataclasses.replace(r, density=1.7 * r.density) if r.rule == "variance" else r
+        for r in results
+    ]
+    (other,) = StudyReport.of("blocks.1.hook_resid_post", BASIS, rare).sentences()
+    assert "; at equal KL the same; at equal density worse; " in other
 
 
 def test_a_report_of_the_curve_alone(tmp_path):

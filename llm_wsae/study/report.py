@@ -1,6 +1,6 @@
 """The report of a study: verdicts, tables, JSON and figures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ _HOW_TO_READ = (
     "Every difference is a dictionary's value less that of the plain curve at the dictionary's own "
     "cross-entropy, seed by seed, in square brackets its 95 % interval over seeds and over latents "
     "or concepts. Unless marked +, latents that fire on more than 10 % of the tokens take no part. "
+    "At equal KL, or density (latents active on a token, without the dense ones), that stands for "
+    "cross-entropy. "
     "The p of the two deciding measures are corrected together over all rules of the study (Holm). "
     "The text measured on is one sample: what another text would change is in no interval."
 )
@@ -44,6 +46,9 @@ class StudyReport:
     at_equal_kl: list[Compared]
     """The same comparison where KL stands for cross-entropy: every prediction counts, not only that
     of the token that came."""
+    at_equal_density: list[Compared]
+    """The same where the number of active latents that are not dense stands for cross-entropy: how
+    often latents fire moves every measure too."""
     against_itself: dict[int, dict[str, Estimate]]
     """By k: the plain curve beside what its other points say."""
 
@@ -51,9 +56,15 @@ class StudyReport:
     def of(cls, site: str, basis: dict[str, Any], results: Sequence[Result]) -> "StudyReport":
         """Compare finished dictionaries, in any order."""
         ordered = _ordered(results)
-        by_kl = [replace(r, point=replace(r.point, increase=r.kl)) for r in ordered]
-        itself = curve_against_itself(ordered)
-        return cls(site, basis, ordered, compare(ordered), compare(by_kl), itself)
+        return cls(
+            site,
+            basis,
+            ordered,
+            compare(ordered),
+            _compare_at_equal(ordered, lambda result: result.kl),
+            _compare_at_equal(ordered, lambda result: result.density),
+            curve_against_itself(ordered),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -64,6 +75,7 @@ class StudyReport:
                 "sentences": self.sentences(),
                 "compared": {one.label: one for one in self.compared},
                 "at_equal_kl": {one.label: one for one in self.at_equal_kl},
+                "at_equal_density": {one.label: one for one in self.at_equal_density},
                 "curve_against_itself": self.against_itself,
                 "dictionaries": {result.name: result for result in self.results},
                 "measures": MEASURES,
@@ -150,15 +162,17 @@ class StudyReport:
                 f"{100 * scored.difference:+.1f} points of latents that can be scored, detection "
                 f"with the others at chance {estimate_text(everything)}"
             )
-        by_kl = next(other for other in self.at_equal_kl if other.label == one.label)
-        same = "the same" if by_kl.verdict == one.verdict else by_kl.verdict
-        numbers += [f"at equal KL {same}", f"CE recovered {reached}", f"{len(one.seeds)} seeds"]
+        for what, others in (("KL", self.at_equal_kl), ("density", self.at_equal_density)):
+            other = next(other for other in others if other.label == one.label)
+            same = "the same" if other.verdict == one.verdict else other.verdict
+            numbers.append(f"at equal {what} {same}")
+        numbers += [f"CE recovered {reached}", f"{len(one.seeds)} seeds"]
         return f"{start} ({'; '.join(numbers)})"
 
     def _dictionaries(self) -> list[list[str]]:
         """Means over seeds of every label and k."""
-        rows = [["weights", "k", "seeds", "L0", "CE recovered", "FVU", "KL", "dense %", "dead %",
-                 "eligible %", *(MEASURES[m].title for m in _SHOWN)]]  # fmt: skip
+        rows = [["weights", "k", "seeds", "L0", "not dense", "CE recovered", "FVU", "KL", "dense %",
+                 "dead %", "eligible %", *(MEASURES[m].title for m in _SHOWN)]]  # fmt: skip
         groups: dict[tuple[str, int], list[Result]] = {}
         for result in self.results:
             groups.setdefault((result.label, result.point.k), []).append(result)
@@ -170,6 +184,7 @@ class StudyReport:
                     str(k),
                     str(len(own)),
                     f"{sum(r.shares['l0'] for r in own) / len(own):.1f}",
+                    f"{sum(r.density for r in own) / len(own):.1f}",
                     f"{sum(r.ce_recovered for r in own) / len(own):.4f}",
                     f"{sum(r.fvu for r in own) / len(own):.4f}",
                     f"{sum(r.kl for r in own) / len(own):.4f}",
@@ -182,12 +197,13 @@ class StudyReport:
     def _differences(self, everything: bool = False) -> list[list[str]]:
         shown = list(MEASURES) if everything else DECIDING
         titles = [MEASURES[m].title for m in shown]
-        by_kl = [f"{measure}, equal KL" for measure in DECIDING]
-        rows = [["weights", "verdict", "CE at same k", *titles, *by_kl]]
-        for one, other in zip(self.compared, self.at_equal_kl, strict=True):
+        equal = [f"{measure}, equal {what}" for what in ("KL", "density") for measure in DECIDING]
+        rows = [["weights", "verdict", "CE at same k", *titles, *equal]]
+        everywhere = zip(self.compared, self.at_equal_kl, self.at_equal_density, strict=True)
+        for one, *others in everywhere:
             change = ", ".join(f"{c:+.4f}" for c in one.ce_change.values()) or "–"
             cells = [estimate_text(one.effects.get(measure)) for measure in shown]
-            cells += [estimate_text(other.effects.get(measure)) for measure in DECIDING]
+            cells += [estimate_text(o.effects.get(m)) for o in others for m in DECIDING]
             rows.append([one.label, one.verdict, change, *cells])
         return rows
 
@@ -215,6 +231,11 @@ class StudyReport:
 
 _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family of concepts."
 _SHOWN = ("detection", "no_token", "purity", "coherence", "selectivity", "probe_1", "probe_5")
+
+
+def _compare_at_equal(results: Sequence[Result], cost: Callable[[Result], float]) -> list[Compared]:
+    """The comparison where something else stands for cross-entropy."""
+    return compare([replace(r, point=replace(r.point, increase=cost(r))) for r in results])
 
 
 def _ordered(results: Sequence[Result]) -> list[Result]:

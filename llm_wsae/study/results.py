@@ -93,6 +93,8 @@ class Result:
     kl: float
     shares: dict[str, float]
     """``eligible_share``, ``dense_share``, ``dead_share`` and ``l0``."""
+    density: float
+    """Latents active on a token, without those that are dense."""
     processor: str
     """What it was measured on."""
 
@@ -149,6 +151,7 @@ def read_result(path: Path) -> Result:
 
 def _result(record: dict[str, Any]) -> Result:
     fidelity, scores = record["fidelity"], record["scores"]
+    density = record["latents"]["not_dense"]["density"]
     return Result(
         name=record["name"],
         label=record["label"],
@@ -164,6 +167,7 @@ def _result(record: dict[str, Any]) -> Result:
         fvu=fidelity["fvu"],
         kl=fidelity["kl"],
         shares={key: scores[key] for key in ("eligible_share", "dense_share", "dead_share", "l0")},
+        density=density["mean"] * density["n"] if density["n"] else 0.0,
         processor=record["measured_on"]["processor"],
     )
 
