@@ -194,9 +194,10 @@ def _default(studies: Mapping[str, Study]) -> str:
         "one's own says otherwise. Beside it, for comparison, it trains the paper's rule with "
         "α = 0.5 and its mild inverse, so that everyone sees on their own model what weights do; "
         f"by this study they are no recommendation ({verdicts}). `{FOUND}` is *better* on fresh "
-        "seeds, but it is not a default: its gain is small, its matrix takes backward passes over "
-        "40,000 tokens, some minutes on two cores, and fewer of its latents fire often enough to "
-        "be scored. `--rule uniform sensitivity --alpha 0.25 --place space` trains it."
+        "seeds, but it is not a default: its gain is small and smaller still at equal density, its "
+        "matrix takes backward passes over 40,000 tokens, some minutes on two cores, and fewer of "
+        "its latents fire often enough to be scored. `--rule uniform sensitivity --alpha 0.25 "
+        "--place space` trains it."
     )
 
 
