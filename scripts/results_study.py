@@ -18,7 +18,18 @@ from typing import Any
 import paper_section
 import torch
 from benchmarks import README, RESULTS, embedded_model, write_section
-from study_claims import APART, CONFIRMATION, FOLDER, JUMPRELU, PROFILE, SITES, TIMING, K, Study
+from study_claims import (
+    ANNEALING,
+    APART,
+    CONFIRMATION,
+    FOLDER,
+    JUMPRELU,
+    PROFILE,
+    SITES,
+    TIMING,
+    K,
+    Study,
+)
 from study_section import readme_table, section
 
 from llm_wsae.data.store import ActivationStore
@@ -98,6 +109,14 @@ STEPS = {  # the first ones matter most
         architecture="jumprelu",
     ),
     "annealed": Step(("participation",), (0.5,), weigh=WeightConfig(anneal=0.6)),
+    "annealed-again": Step(
+        ("participation",),
+        (0.5,),
+        (5, 6, 7, 8, 9),
+        curve=(24, 32, 48),
+        weigh=WeightConfig(anneal=0.6),
+        folder=ANNEALING.folder,
+    ),
 }
 
 

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from study_claims import (
+    ANNEALING,
     CLAIMS,
     CONFIRMATION,
     FOLDER,
     FOUND,
-    FOUND_AGAIN,
     JUMPRELU,
     ON_ALL_SEEDS,
     WORST_FAMILY,
@@ -122,7 +122,7 @@ def _table(study: Study) -> str:
 
 def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
     """What became of a study apart from the others."""
-    parts = [f"### {apart.title}", apart.words, claim_table(FOUND_AGAIN, studies)]
+    parts = [f"### {apart.title}", apart.words, claim_table(apart.claims, studies)]
     for site, study in studies.items():
         folder = (apart.folder / site).relative_to(FOLDER.parent)
         made = f"{len(study.report.results)} dictionaries ([all tables]({folder}/report.md))"
@@ -218,7 +218,8 @@ def _pace(study: Study) -> str:
 def section() -> str:
     """The section of RESULTS.md, from the folders."""
     studies = Study.read_all(FOLDER)
-    again, jumprelu = (Study.read_all(apart.folder) for apart in (CONFIRMATION, JUMPRELU))
+    again = Study.read_all(CONFIRMATION.folder)
+    others = ((apart, Study.read_all(apart.folder)) for apart in (JUMPRELU, ANNEALING))
     parts = [
         "## A real model: do weights make latents more monosemantic?",
         "`bash scripts/results_study.sh`: SmolLM2-135M-Instruct on Wikipedia summaries and State "
@@ -258,7 +259,7 @@ def section() -> str:
         apart_section(CONFIRMATION, again),
         "### On all these seeds",
         _all_seeds(studies, again),
-        apart_section(JUMPRELU, jumprelu),
+        *(apart_section(apart, found) for apart, found in others if found),
         *(site_section(site, study) for site, study in studies.items()),
     ]
     return "\n\n".join(parts)
