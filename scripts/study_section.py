@@ -162,8 +162,9 @@ def _mean_detection(compared: Iterable[Compared | None]) -> float:
 def _in_short(one: Compared) -> str:
     if "detection" not in one.effects:
         return one.verdict
-    scored, every = (one.effects[name].difference for name in ("detection", "detection_all"))
-    return f"{one.verdict}: {scored:+.3f} ({every:+.3f})"
+    measures = ("detection", "detection_all", "selectivity")
+    scored, every, selectivity = (one.effects[name].difference for name in measures)
+    return f"{one.verdict}: {scored:+.3f} ({every:+.3f}), {selectivity:+.3f}"
 
 
 def _all_seeds(studies: Mapping[str, Study], again: Mapping[str, Study]) -> str:
@@ -246,8 +247,9 @@ def section() -> str:
         "`variance` with α = 1 and its control moved the decoder in most dimensions of block 9 at "
         "a tenth of the rate or less, so their numbers are partly the optimiser's; with α = ½ it "
         "is some 10 % at most. They are not trained anew yet. With the new ε, 1e-15, are all on "
-        "fresh seeds, the powers ⅛, ½ and 1 of `sensitivity` on seeds 3 and 4 with their controls, "
-        "and at k = 8 the plain ones of these seeds.",
+        "fresh seeds, all JumpReLU ones, the annealed ones, the diagonal of `sensitivity`, "
+        "`leading-sensitivity` at block 20, the powers ⅛, ½ and 1 of `sensitivity` on seeds 3 and "
+        "4, each with its control, and at k = 8 the plain ones of these seeds.",
         "*Effective dimensions* are coordinates for weights of dimensions, and principal "
         "directions for a matrix: the two do not compare.",
         "### What `run` trains",
