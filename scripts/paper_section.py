@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from study_claims import FOLDER, SITES, Study
+from study_claims import ANNEALED, ANNEALING, FOLDER, SITES, Study
 
 from llm_wsae.files import read_json
 from llm_wsae.study.report import estimate_text
+from llm_wsae.study.results import DECIDING
 from llm_wsae.study.verdict import BETTER
 from llm_wsae.tables import markdown
 
@@ -21,6 +22,7 @@ def section(studies: Mapping[str, Study]) -> str:
     rows = [["claim of the paper", "replicates", "what is found here"]]
     rows += [*_theorems(planted["closed_form"]), _proxy(planted), _truth(planted)]
     rows += [_real(label, studies) for label in _STUDIED]
+    rows += [_measured()]
     return "\n\n".join(
         [
             "## What replicates of the paper",
@@ -107,6 +109,22 @@ def _truth(planted: Mapping[str, dict]) -> list[str]:
         f"in {best} of {len(planted['arms'])} at best",
         "Better than plain and every control, and worse than plain, in so many of "
         f"{len(planted['arms'])} planted experiments: {', '.join(words)}.",
+    ]
+
+
+def _measured() -> list[str]:
+    """The paper's principle with a monosemanticity that a first dictionary measures."""
+    words, verdicts = [], set()
+    for site, study in Study.read_all(ANNEALING.folder).items():
+        one = study.compared(ANNEALED)
+        verdicts.add(one.verdict)
+        found = ", ".join(f"{m} {estimate_text(one.effects.get(m))}" for m in DECIDING)
+        words.append(f"`{site}` {one.verdict}: {found}")
+    return [
+        "the principle itself: count the more monosemantic dimensions more",
+        "yes" if verdicts == {BETTER} else "in part",
+        f"`{ANNEALED}`, what a first dictionary measures as weights that are moved to 1, on fresh "
+        f"seeds: {'; '.join(words)}.",
     ]
 
 

@@ -198,7 +198,9 @@ def _default(studies: Mapping[str, Study]) -> str:
         "seeds, but it is not a default: its gain is small and smaller still at equal density, its "
         "matrix takes backward passes over 40,000 tokens, some minutes on two cores, and fewer of "
         "its latents fire often enough to be scored. `--rule uniform sensitivity --alpha 0.25 "
-        "--place space` trains it."
+        "--place space` trains it. Annealed weights by `participation` need a first dictionary, so "
+        "they cannot be a default either; `llm-wsae weigh --rule participation --anneal 0.6 "
+        "--dictionary …` makes them."
     )
 
 
