@@ -258,8 +258,8 @@ def section() -> str:
         "is some 10 % at most, and trained anew at block 9 those dictionaries came out as before "
         "(FVU 0.1815 instead of 0.1822). With α = 1 they are not trained anew yet. With the new ε, "
         "1e-15, are also all on fresh seeds, all JumpReLU ones, the annealed ones, the diagonal of "
-        "`sensitivity`, `leading-sensitivity` at block 20, the powers ⅛, ½ and 1 of `sensitivity` on seeds 3 and "
-        "4, each with its control, and at k = 8 the plain ones of these seeds.",
+        "`sensitivity`, `leading-sensitivity` at block 20, the powers ⅛, ½ and 1 of `sensitivity` "
+        "on seeds 3 and 4, each with its control, and at k = 8 the plain ones of these seeds.",
         "*Effective dimensions* are coordinates for weights of dimensions, and principal "
         "directions for a matrix: the two do not compare.",
         "### What `run` trains",
