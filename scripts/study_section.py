@@ -79,7 +79,8 @@ def _verdicts(report: StudyReport) -> str:
     head = ["weights", "verdict"]
     for measure in DECIDING:
         head += [measure, "p", "beside its control"]
-    rows = [[*head, "more scored", "detection, all", "detection, equal density"]]
+    equal = [f"{measure}, equal density" for measure in DECIDING]
+    rows = [[*head, "more scored", "detection, all", *equal]]
     for one, other in zip(report.compared, report.at_equal_density, strict=True):
         if one.is_control:
             continue
@@ -91,7 +92,7 @@ def _verdicts(report: StudyReport) -> str:
         scored = one.effects.get("eligible")
         cells.append("–" if scored is None else f"{100 * scored.difference:+.1f} points")
         cells.append(estimate_text(one.effects.get("detection_all")))
-        rows.append([*cells, estimate_text(other.effects.get("detection"))])
+        rows.append([*cells, *(estimate_text(other.effects.get(m)) for m in DECIDING)])
     return markdown(rows, left=2)
 
 
