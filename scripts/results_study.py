@@ -11,7 +11,7 @@ was tried.
 import argparse
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from study_claims import (
     PROFILE,
     SITES,
     TIMING,
+    TWELVE,
     K,
     Study,
 )
@@ -117,6 +118,18 @@ STEPS = {  # the first ones matter most
         weigh=WeightConfig(anneal=0.6),
         folder=ANNEALING.folder,
     ),
+    "twelve": Step(
+        ("participation", "gap", "sensitivity", "random"),
+        (0.5,),
+        (10, 11, 12),
+        weigh=WeightConfig(anneal=0.6),
+        folder=TWELVE.folder,
+    ),
+}
+# Every plain curve has five k on two seeds at least.
+STEPS |= {
+    f"{name}-curve": replace(STEPS[name], seeds=STEPS[name].seeds[:2], curve=Step.curve)
+    for name in ("confirmation", "jumprelu", "annealed-again")
 }
 
 

@@ -259,4 +259,26 @@ ANNEALING = Apart(
     "trained.",
     _ANNEALED_AGAIN,
 )
-APART = (CONFIRMATION, JUMPRELU, ANNEALING)
+GAP_ANNEALED = "gap-a0.5-n0.6"
+TWELVE = Apart(
+    "Annealed weights, twelve kinds of dictionary in one study",
+    FOLDER / "annealed-rules",
+    "Is it participation that helps, or any weights that are annealed? `participation`, `gap` and "
+    "`sensitivity` with α = ½, annealed as above, and `random` ones, with their controls, between "
+    "plain dictionaries of five k: twelve kinds on seeds 10 to 12, in a single run of a study, "
+    "whose time is taken as a whole. That `participation` would be above the plain curve in "
+    "selectivity for the third time, and `gap` for the first (at full strength it is above it at "
+    "block 9, and costs detection), was written down and committed before the first of these "
+    "dictionaries was trained.",
+    tuple(
+        Claim(
+            label,
+            SITES,
+            "selectivity ≥ +.008 at equal CE, interval above 0, also beside its control; CE ≥ "
+            "−.003 at the same k",
+            _selective(label, 0.008, -math.inf),
+        )
+        for label in (ANNEALED, GAP_ANNEALED)
+    ),
+)
+APART = (CONFIRMATION, JUMPRELU, ANNEALING, TWELVE)

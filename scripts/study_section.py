@@ -12,6 +12,7 @@ from study_claims import (
     FOUND,
     JUMPRELU,
     ON_ALL_SEEDS,
+    TWELVE,
     WORST_FAMILY,
     Apart,
     Claim,
@@ -129,7 +130,7 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
         folder = (apart.folder / site).relative_to(FOLDER.parent)
         made = f"{len(study.report.results)} dictionaries ([all tables]({folder}/report.md))"
         parts += [
-            f"`{site}`, {made}:",
+            f"`{site}`, {made}.{_pace(study)}",
             _verdicts(study.report),
             f"![Monosemanticity against CE recovered at {site}]({folder}/curve.png)",
             _table(study),
@@ -230,7 +231,9 @@ def section() -> str:
     """The section of RESULTS.md, from the folders."""
     studies = Study.read_all(FOLDER)
     again = Study.read_all(CONFIRMATION.folder)
-    jumprelu, annealed = (Study.read_all(apart.folder) for apart in (JUMPRELU, ANNEALING))
+    jumprelu, annealed, twelve = (
+        Study.read_all(apart.folder) for apart in (JUMPRELU, ANNEALING, TWELVE)
+    )
     parts = [
         "## A real model: do weights make latents more monosemantic?",
         "`bash scripts/results_study.sh`: SmolLM2-135M-Instruct on Wikipedia summaries and State "
@@ -275,6 +278,7 @@ def section() -> str:
         apart_section(JUMPRELU, jumprelu),
         apart_section(ANNEALING, annealed),
         _on_all_seeds(ANNEALED, ANNEALING.claims, studies, annealed),
+        apart_section(TWELVE, twelve),
         *(site_section(site, study) for site, study in studies.items()),
     ]
     return "\n\n".join(parts)
