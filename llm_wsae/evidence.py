@@ -18,7 +18,6 @@ from tqdm import tqdm
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluate.coherence import coherence, coherence_of_strangers
 from llm_wsae.evaluate.heldout import HeldoutText
 from llm_wsae.evaluate.windows import Encoder, WindowEmbeddings
 from llm_wsae.files import load_tensors, save_tensors
@@ -26,6 +25,7 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sensitivity import fisher_information
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.coherence import beyond_chance
 from llm_wsae.statistics.config import EvidenceConfig
 from llm_wsae.statistics.evidence import Evidence
 from llm_wsae.statistics.moments import Statistics
@@ -38,7 +38,6 @@ _SETTINGS = {
 }
 _CONTEXTS_AT_ONCE = 8
 _RANDOM_TEXTS = 1000
-_RANDOM_SETS = 500
 
 
 def gather(
@@ -159,10 +158,9 @@ def coherence_of(
 ) -> Float[Tensor, " d_in"]:
     """How alike the texts are around the rows that are furthest from the mean in a dimension.
 
-    Mean pairwise cosine of the embeddings of the ``top`` most extreme rows on either side, each of
-    another context, minus that of random texts. What is less than the standard deviation of that of
-    as many random texts is raised to it: a score must be positive, and below that it is noise.
-    Massive rows do not take part. (Float64; Cui et al. 2026, §5, do so with images.)
+    Of the embeddings of the ``top`` most extreme rows on either side, each of another context,
+    beyond that of random texts. Massive rows do not take part. (Float64; Cui et al. 2026, §5, do so
+    with images.)
 
     Raises LlmWsaeError if too few contexts are read, or the store has too few.
     """
@@ -196,11 +194,9 @@ def coherence_of(
     strangers = torch.randperm(text.num_rows, generator=generator)[:_RANDOM_TEXTS]
     windows = WindowEmbeddings(text, tokenizer, encoder, config.before, config.after)
     windows.prepare(torch.cat([chosen.flatten(), strangers]))
-    chance = coherence_of_strangers(windows.of(strangers), text.context[strangers])
-    draw = torch.rand(_RANDOM_SETS, len(strangers), generator=generator)
-    sets = draw.topk(chosen.shape[1], dim=1).indices  # no text twice in a set: it is like itself
-    noise = coherence(windows.of(strangers[sets])).std()
-    return (coherence(windows.of(chosen)) - chance).clamp(min=float(noise)).double()
+    return beyond_chance(
+        windows.of(chosen), windows.of(strangers), text.context[strangers], generator
+    )
 
 
 class _Piece(NamedTuple):

@@ -178,9 +178,11 @@ def section(report: TheoryReport) -> str:
         f"![Change of L_GT of every arm in every experiment](results/planted/{FIGURES[2]})",
         changes,
         "### Which rules see the truth",
-        "`sensitivity`, `leading-sensitivity` and `semantic` need a language model, so on planted "
-        "data there is nothing to compute them from; `whitening` gives no score for a dimension, "
-        "and `uniform` the same for all.",
+        "Two rules ask a language model. Here `sensitivity` asks one that names the true features, "
+        "x̂_j = ReLU(w_jᵀx_p / ‖w_j‖²), the toy model's own output where columns have norm 1, and "
+        "`semantic` compares rows by their true features, as a perfect encoder would their texts. "
+        "`leading-sensitivity` and `whitening` are matrices and have no score for a dimension, "
+        "`token-norm` weighs rows, and `uniform` scores all dimensions the same.",
         f"![Rank correlation of rules with the truth](results/planted/{FIGURES[1]})",
         correlations,
         "### The closed form",

@@ -10,13 +10,13 @@ from test_top_contexts import collected, random_codes
 from torch.nn.functional import normalize
 
 from llm_wsae.evaluate.auroc import auroc
-from llm_wsae.evaluate.coherence import coherence, coherence_of_strangers
 from llm_wsae.evaluate.detection import detection
 from llm_wsae.evaluate.latent_scores import Judge
 from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
 from llm_wsae.evaluate.purity import token_purity
 from llm_wsae.evaluate.windows import WindowEmbeddings
 from llm_wsae.sparse.codes import Codes
+from llm_wsae.statistics.coherence import coherence, coherence_of_strangers
 
 
 def by_pairs(positive, negative):

@@ -17,9 +17,10 @@ from llm_wsae.theory import experiments, regimes, rules
 from llm_wsae.theory.comparison import holm, summarise_arms
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
 from llm_wsae.theory.experiments import FIGURES, run_theory, run_unit
+from llm_wsae.theory.reader import coherence, fisher
 from llm_wsae.theory.report import SCORING
 from llm_wsae.theory.rules import ARMS, RULES, SHOWN, Known, score, weights
-from llm_wsae.theory.superposition import digon_mixing, planted
+from llm_wsae.theory.superposition import digon_mixing, outliers, planted, rotated
 from llm_wsae.theory.units import Unit, finish
 
 SMALL = TheoryConfig(
@@ -40,9 +41,16 @@ def light(monkeypatch):
 
 def known(sparsity: float = 0.7) -> Known:
     data = planted(digon_mixing(2, 1), sparsity)
-    rows = data.observe(data.features(8000, torch.Generator().manual_seed(0)))
-    statistics = Statistics(3, 1).update(rows, torch.zeros(8000, dtype=torch.int64))
-    return Known(Evidence(statistics, decoder=data.mixing.T, energy=torch.ones(4)), data, draw=1)
+    x = data.features(8000, torch.Generator().manual_seed(0))
+    rows = data.observe(x)
+    evidence = Evidence(
+        Statistics(3, 1).update(rows, torch.zeros(8000, dtype=torch.int64)),
+        decoder=data.mixing.T,
+        energy=torch.ones(4),
+        fisher=fisher(data, rows),
+        coherence=coherence(data, x, torch.Generator().manual_seed(1)),
+    )
+    return Known(evidence, data, draw=1)
 
 
 def test_every_rule_scores_planted_data_as_its_formula_says():
@@ -59,17 +67,41 @@ def test_every_rule_scores_planted_data_as_its_formula_says():
     assert found["variance"].tolist() == pytest.approx([variance, variance, 2 * variance], rel=0.05)
     for rule in ("kurtosis", "hoyer", "negentropy"):
         assert found[rule][:2].min() > found[rule][2], rule
+    # P(x > 0) of a feature; each of a pair is read where it is the larger: together 1 − P(both 0)
+    assert found["sensitivity"].tolist() == pytest.approx([0.3, 0.3, 1 - 0.7**2], abs=0.02)
+    # Alike is what makes the dimension large: the same feature, or either one of two.
+    assert found["semantic"][:2].min() > 1.5 * found["semantic"][2]
     for rule in RULES[1:]:  # on other dimensions: the same numbers in another order
         dealt = score(f"permuted:{rule}", e)
         assert sorted(dealt.tolist()) == pytest.approx(sorted(found[rule].tolist())), rule
 
 
-def test_every_rule_that_needs_no_model_is_held_against_the_truth():
+def test_a_planted_reader_is_right_about_a_feature_that_is_alone_in_any_units():
+    """Its J is ∂x̂/∂x_p, and a dimension in other units is as sensitive as before."""
+    data = rotated(planted(digon_mixing(2, 1), 0.7), torch.Generator().manual_seed(2))
+    x = torch.eye(4)
+    w = data.mixing
+    read = ((data.observe(x) @ w) / w.square().sum(0)).relu()
+    torch.testing.assert_close(read, x)
+    rows = data.observe(data.features(500, torch.Generator().manual_seed(0)))
+
+    def named(row):
+        return (row @ w / w.square().sum(0) - 1e-4).relu()
+
+    jacobian = torch.stack([torch.autograd.functional.jacobian(named, row) for row in rows])
+    wanted = (jacobian.mT @ jacobian).double().mean(0)
+    torch.testing.assert_close(fisher(data, rows), wanted, rtol=1e-5, atol=1e-6)
+    lone = planted(digon_mixing(2, 1), 0.7)
+    large, rows = outliers(lone, (0,), 20.0), lone.features(500, torch.Generator().manual_seed(0))
+    scale = torch.tensor([20.0, 1, 1], dtype=torch.float64)
+    found = fisher(large, large.observe(rows)) * scale * scale[:, None]
+    torch.testing.assert_close(found, fisher(lone, lone.observe(rows)))
+
+
+def test_every_rule_that_scores_dimensions_is_held_against_the_truth():
     """A rule added for real models joins the planted table by itself."""
     rest = set(monosemanticity.RULES) - set(RULES)
-    of_a_model = {"sensitivity", "leading-sensitivity", "semantic"}
-    no_score_of_dimensions = {"whitening", "token-norm"}
-    assert rest == of_a_model | no_score_of_dimensions
+    assert rest == {"leading-sensitivity", "whitening", "token-norm"}  # matrices, and of tokens
     assert set(SCORING) == set(RULES) - {"uniform"}
 
 

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_wsae.evaluate.coherence import coherence, coherence_of_strangers
 from llm_wsae.evaluate.detection import detection
 from llm_wsae.evaluate.heldout import HeldoutText
 from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
@@ -24,6 +23,7 @@ from llm_wsae.evaluate.top_contexts import (
     silent_windows,
 )
 from llm_wsae.evaluate.windows import WindowEmbeddings
+from llm_wsae.statistics.coherence import coherence, coherence_of_strangers
 
 SCORES = {
     "purity": "share of the most frequent token among a latent's top contexts",

@@ -21,6 +21,7 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.theory.config import EXPERIMENTS, Experiment, TheoryConfig
 from llm_wsae.theory.figures import plot_changes, plot_closed_form, plot_correlations
 from llm_wsae.theory.positions import BOUND, MIXTURES, SPARSITIES, closed_form_facts
+from llm_wsae.theory.reader import coherence, fisher
 from llm_wsae.theory.recovery import Recovery, measure
 from llm_wsae.theory.regimes import REGIMES
 from llm_wsae.theory.report import TheoryReport, summarise
@@ -83,10 +84,16 @@ def run_unit(
         batch=config.batch_size,
         learning_rate=experiment.learning_rate,
     )
-    sample = data.observe(data.features(config.rows, generator(seed, Stream.SAMPLE)))
+    seen = data.features(config.rows, generator(seed, Stream.SAMPLE))
+    sample = data.observe(seen)
     statistics = Statistics(len(data.mixing), 1, sample_rows=config.rows)
     statistics.update(sample, torch.zeros(len(sample), dtype=torch.int64))
-    known = Known(Evidence(statistics), data, number(seed, Stream.CONTROL))
+    evidence = Evidence(
+        statistics,
+        fisher=fisher(data, sample),
+        coherence=coherence(data, seen, generator(seed, Stream.STRANGERS)),
+    )
+    known = Known(evidence, data, number(seed, Stream.CONTROL))
     x = data.features(config.rows, generator(seed, Stream.TEST))
     train = _Trainer(data, schedule, x, seed, check)
 
@@ -95,7 +102,7 @@ def run_unit(
     first = dictionaries[early.index(PLAIN)]
     energy = encode_tied(first, sample, k).square().mean(0)
     used = energy > 0  # the directions of dead latents are those they started with
-    known = replace(known, evidence=Evidence(statistics, decoder=first[used], energy=energy[used]))
+    known = replace(known, evidence=replace(evidence, decoder=first[used], energy=energy[used]))
     late = [name for name in ARMS if name not in early]
     recovered |= train(late, known)[0]
     return {

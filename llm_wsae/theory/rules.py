@@ -1,9 +1,10 @@
 """The rules and arms of the planted experiments.
 
-The rules are those of ``statistics.monosemanticity`` that need no language model, on what they
-would see of a real one: observed rows, and for some a first dictionary. Beside them the oracles,
-which know the truth. An arm is a rule with an exponent and a way to use the weights. Each has two
-controls used in the same way: its own weights on the wrong dimensions, and random ones.
+The rules are those of ``statistics.monosemanticity`` that score dimensions, on what they would see
+of a language model: observed rows, for some a first dictionary, for some what the model itself
+tells (``reader.py``). Beside them the oracles, which know the truth. An arm is a rule with an
+exponent and a way to use the weights. Each has two controls used in the same way: its own weights
+on the wrong dimensions, and random ones.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,8 @@ from llm_wsae.theory.superposition import Planted
 
 PLAIN_RULE = "uniform"
 RANDOM, PERMUTED = CONTROLS = ("random", "permuted")
-_NO_MODEL = (None, "dictionary")  # what a rule may need here
 _SEEING = tuple(
-    name
-    for name, rule in monosemanticity.RULES.items()
-    if rule.score and not rule.of_tokens and rule.need in _NO_MODEL
+    name for name, rule in monosemanticity.RULES.items() if rule.score and not rule.of_tokens
 )
 _KNOWING: dict[str, Callable[[Planted], Tensor]] = {
     "participation-true": lambda truth: truth.monosemanticity,
@@ -93,7 +91,7 @@ class Arm:
     def needs_dictionary(self) -> bool:
         """Whether its rule looks at a first dictionary."""
         base = self.rule.rpartition(":")[2]
-        return base not in _KNOWING and monosemanticity.need_of(base) is not None
+        return base not in _KNOWING and monosemanticity.need_of(base) == "dictionary"
 
 
 def _arms() -> dict[str, Arm]:

@@ -20,6 +20,8 @@ class Stream(IntEnum):
     """Rows that dictionaries are measured on."""
     CONTROL = 4
     """The controls' weights."""
+    STRANGERS = 5
+    """Random rows, beside which those of a dimension are alike."""
 
 
 def number(seed: int, stream: Stream) -> int:

@@ -1,4 +1,4 @@
-"""Do the texts that a latent fires in mean alike things? Mean pairwise cosine of their embeddings.
+"""Do the texts of a latent, or of a dimension, mean alike things? Mean cosine of all their pairs.
 
 Any two windows of a corpus are somewhat alike, the more the narrower the corpus, so what random
 windows of different contexts reach is subtracted. (The paper measures its vision features so, with
@@ -8,6 +8,8 @@ the embeddings of images: section 5 of arXiv 2506.15963.)
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+_RANDOM_SETS = 500
 
 
 def coherence(embeddings: Float[Tensor, "latents examples width"]) -> Float[Tensor, " latents"]:
@@ -30,3 +32,21 @@ def coherence_of_strangers(
     pairs = float(sizes.sum().square() - sizes.square().sum())
     cosines = float(sums.sum(0).square().sum() - sums.square().sum())
     return cosines / pairs if pairs else float("nan")
+
+
+def beyond_chance(
+    chosen: Float[Tensor, "dimensions examples width"],
+    strangers: Float[Tensor, "windows width"],
+    context: Int[Tensor, " windows"],
+    generator: torch.Generator,
+) -> Float[Tensor, " dimensions"]:
+    """Coherence of each dimension's examples less that of random windows, > 0 (float64).
+
+    What is less than the standard deviation of that of as many random windows is raised to it: a
+    weight must be positive, and below that it is noise.
+    """
+    chance = coherence_of_strangers(strangers, context)
+    draw = torch.rand(_RANDOM_SETS, len(strangers), generator=generator)
+    sets = draw.topk(chosen.shape[1], dim=1).indices  # no window twice in a set: it is like itself
+    noise = coherence(strangers[sets]).std()
+    return (coherence(chosen) - chance).clamp(min=float(noise)).double()

@@ -1,0 +1,42 @@
+"""What a language model would tell of planted data, for the rules that ask one.
+
+There is no text and no model here, but there is what they stand for: a row's true features are what
+it is about, and the model that superposition is a toy of (Elhage et al. 2022) reads them again.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llm_wsae.statistics.coherence import beyond_chance
+from llm_wsae.theory.superposition import Planted
+
+_TOP = 10  # most extreme rows of a dimension
+_STRANGERS = 1000
+_NOTHING = 1e-4  # a feature read as less is off: in a rotated basis rounding alone gives some 1e-7
+
+
+def fisher(data: Planted, observed: Float[Tensor, "rows n_p"]) -> Float[Tensor, "n_p n_p"]:
+    """Fisher information, at the observed rows, of a model that names the true features.
+
+    It reads x̂_j = ReLU(w_jᵀx_p / ‖w_j‖²), w_j the columns of W_p, which is right where one feature
+    is active; with unit columns it is the toy model's own output. Under Gaussian noise of variance
+    1 the information is E JᵀJ, J = ∂x̂/∂x_p. Float64.
+    """
+    w = data.mixing.double()
+    read = w / w.square().sum(0)
+    read_at_all = (observed.double() @ read > _NOTHING).double().mean(0)
+    return (read * read_at_all) @ read.T
+
+
+def coherence(
+    data: Planted, x: Float[Tensor, "rows n"], generator: torch.Generator
+) -> Float[Tensor, " n_p"]:
+    """How alike the rows are that are furthest from the mean in a dimension: cosine of their true
+    features, which is what a perfect encoder would see in their texts. Float64."""
+    observed = data.observe(x)
+    extreme = (observed - observed.mean(0)).abs().topk(_TOP, dim=0).indices.T
+    meaning = normalize(x.double(), dim=1)
+    strangers = torch.randperm(len(x), generator=generator)[:_STRANGERS]
+    return beyond_chance(meaning[extreme], meaning[strangers], strangers, generator)
