@@ -67,6 +67,8 @@ class Step:
     folder: Path = FOLDER
     """That holds the folders of the sites."""
     architecture: Architecture = "topk"
+    keep: bool = False
+    """Whether its dictionaries are kept: then it is told how alike those of its seeds are."""
 
 
 FOLDERS = (FOLDER, *(apart.folder for apart in APART))
@@ -124,6 +126,7 @@ STEPS = {  # the first ones matter most
         (10, 11, 12),
         weigh=WeightConfig(anneal=0.6),
         folder=TWELVE.folder,
+        keep=True,
     ),
 }
 # Every plain curve has five k on two seeds at least.
@@ -142,7 +145,7 @@ def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) ->
         step.curve,
         step.seeds,
         step.architecture,
-        keep_dictionaries=False,
+        keep_dictionaries=step.keep,
     )
     first = Dictionary.load(Path(str(FIRST).format(site=site)))
     out = step.folder / str(site)

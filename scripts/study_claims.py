@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.files import read_json
+from llm_wsae.study import consistency
 from llm_wsae.study.plan import PLAIN
 from llm_wsae.study.report import StudyReport, estimate_text
 from llm_wsae.study.results import Result, read_basis, read_result
-from llm_wsae.study.runner import BASIS
+from llm_wsae.study.runner import BASIS, CONSISTENCY
 from llm_wsae.study.verdict import BETTER, Compared
 
 FOLDER = Path(__file__).parent / "results"
@@ -36,7 +37,8 @@ class Study:
             own = folder / site
             results = [read_result(path) for path in sorted((own / "results").glob("*.json"))]
             if any(result.label != PLAIN for result in results):
-                report = StudyReport.of(site, read_basis(own / BASIS), results)
+                agreements = consistency.read(own / CONSISTENCY)
+                report = StudyReport.of(site, read_basis(own / BASIS), results, agreements)
                 timing = read_json(own / TIMING, "timing") if (own / TIMING).exists() else []
                 found[site] = cls(report, read_json(own / PROFILE, "profile"), timing)
         return found

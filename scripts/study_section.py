@@ -100,7 +100,8 @@ def _verdicts(report: StudyReport) -> str:
 def _table(study: Study) -> str:
     head = ["weights", "k", "seeds", "effective dimensions", "CE recovered", "FVU"]
     head += ["dense %", "dead %", "scored %", "detection", "selectivity"]
-    rows = [head]
+    agreements = study.report.agreements
+    rows = [[*head, "PW-MCC"] if agreements else head]
     keys = dict.fromkeys((r.label, r.point.k) for r in study.report.results)
     for label, k in keys:
         own = study.of(label, k)
@@ -119,6 +120,9 @@ def _table(study: Study) -> str:
             f"{mean(lambda r, m=measure: measured(r, m)):.4f}"
             for measure in ("detection", "selectivity")
         ]
+        if agreements:
+            agreement = agreements.get((label, k))
+            cells.append(f"{agreement.pw_mcc:.4f}" if agreement else "–")
         rows.append([f"`{label}`", str(k), str(len(own)), *cells])
     return markdown(rows)
 

@@ -20,11 +20,12 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluate.config import EvaluateConfig
 from llm_wsae.evaluate.fidelity import evaluate
 from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
+from llm_wsae.evaluate.seeds import pw_mcc
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.config import WeightConfig
-from llm_wsae.study import runner
+from llm_wsae.study import consistency, runner
 from llm_wsae.study.config import StudyConfig
 from llm_wsae.study.runner import run_study
 from llm_wsae.train.config import TrainConfig
@@ -105,6 +106,40 @@ def test_every_dictionary_is_trained_measured_and_reported(whole):
     assert not list((out / "training").iterdir())
     for name in ("report.json", "report.md", "curve.png", "differences.png", "study.json"):
         assert (out / name).stat().st_size > 100
+
+
+def test_seeds_are_held_against_each_other(whole, study, tmp_path):
+    """Of the dictionaries that are there, once."""
+    out, report = whole
+    kinds = {(r.label, r.point.k) for r in report.results}
+    assert set(report.agreements) == kinds
+    one = report.agreements["uniform", 4]
+    decoders = [Dictionary.load(out / "dictionaries" / f"uniform-k4{s}").W_dec for s in ("", "-s1")]
+    assert one.seeds == (0, 1) and one.pw_mcc == pytest.approx(pw_mcc(decoders))
+    assert "PW-MCC" in report.table() and f"{one.pw_mcc:.4f}" in report.table()
+    again = tmp_path / "out"
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "dictionaries")
+    assert study(again).agreements == report.agreements
+    (again / "consistency.json").unlink()
+    without = study(again)
+    assert not without.agreements and "PW-MCC" not in without.table() + without.markdown()
+    (again / "consistency.json").write_text('[{"label": "uniform"}]')
+    with pytest.raises(LlmWsaeError, match=r"consistency\.json is not the consistency of a study"):
+        study(again)
+
+
+def test_more_seeds_are_held_against_each_other_anew(whole, tmp_path):
+    out, _ = whole
+    folder = out / "dictionaries"
+    path, key = tmp_path / "consistency.json", ("uniform", 4)
+    two = {0: folder / "uniform-k4", 1: folder / "uniform-k4-s1"}
+    assert consistency.measure(path, {key: {0: two[0]}}) == {} and not path.exists()
+    first = consistency.measure(path, {key: two})
+    assert consistency.measure(path, {}) == consistency.measure(path, {key: two}) == first
+    three = consistency.measure(path, {key: two | {2: folder / "uniform-k2"}})
+    assert three[key].seeds == (0, 1, 2) and three[key].pw_mcc != first[key].pw_mcc
+    assert consistency.measure(path, {key: two}) == three
 
 
 def test_what_is_written_is_what_was_measured(whole, study, world):

@@ -7,6 +7,7 @@ from typing import Any
 
 from llm_wsae.files import write_json, write_text
 from llm_wsae.record import plain, versions
+from llm_wsae.study.consistency import Agreements
 from llm_wsae.study.figures import plot_curve, plot_differences
 from llm_wsae.study.inference import Estimate
 from llm_wsae.study.plan import PLAIN
@@ -51,9 +52,17 @@ class StudyReport:
     often latents fire moves every measure too."""
     against_itself: dict[int, dict[str, Estimate]]
     """By k: the plain curve beside what its other points say."""
+    agreements: Agreements
+    """Of the seeds of dictionaries that were kept."""
 
     @classmethod
-    def of(cls, site: str, basis: dict[str, Any], results: Sequence[Result]) -> "StudyReport":
+    def of(
+        cls,
+        site: str,
+        basis: dict[str, Any],
+        results: Sequence[Result],
+        agreements: Agreements | None = None,
+    ) -> "StudyReport":
         """Compare finished dictionaries, in any order."""
         ordered = _ordered(results)
         return cls(
@@ -64,6 +73,7 @@ class StudyReport:
             _compare_at_equal(ordered, lambda result: result.kl),
             _compare_at_equal(ordered, lambda result: result.density),
             curve_against_itself(ordered),
+            agreements or {},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,6 +87,7 @@ class StudyReport:
                 "at_equal_kl": {one.label: one for one in self.at_equal_kl},
                 "at_equal_density": {one.label: one for one in self.at_equal_density},
                 "curve_against_itself": self.against_itself,
+                "consistency": list(self.agreements.values()),
                 "dictionaries": {result.name: result for result in self.results},
                 "measures": MEASURES,
                 "basis": self.basis,
@@ -131,6 +142,8 @@ class StudyReport:
         parts += ["## Families of concepts", _FAMILIES, markdown(self._families())]
         parts += ["## Dictionaries", markdown(self._dictionaries())]
         parts += ["\n".join(f"- {m.title}: {m.meaning}" for m in MEASURES.values())]
+        if self.agreements:
+            parts += [_PW_MCC]
         return "\n\n".join(parts) + "\n"
 
     def _claims(self) -> list[Compared]:
@@ -173,6 +186,8 @@ class StudyReport:
         """Means over seeds of every label and k."""
         rows = [["weights", "k", "seeds", "L0", "not dense", "CE recovered", "FVU", "KL", "dense %",
                  "dead %", "eligible %", *(MEASURES[m].title for m in _SHOWN)]]  # fmt: skip
+        if self.agreements:
+            rows[0].append("PW-MCC")
         groups: dict[tuple[str, int], list[Result]] = {}
         for result in self.results:
             groups.setdefault((result.label, result.point.k), []).append(result)
@@ -192,6 +207,9 @@ class StudyReport:
                     *(_mean(own, measure) for measure in _SHOWN),
                 ]
             )
+            if self.agreements:
+                agreement = self.agreements.get((label, k))
+                rows[-1].append(f"{agreement.pw_mcc:.4f}" if agreement else "–")
         return rows
 
     def _differences(self, everything: bool = False) -> list[list[str]]:
@@ -230,6 +248,10 @@ class StudyReport:
 
 
 _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family of concepts."
+_PW_MCC = (
+    "PW-MCC: how alike the decoders of different seeds are, latents matched one to one, of the "
+    "dictionaries that were kept."
+)
 _SHOWN = ("detection", "no_token", "purity", "coherence", "selectivity", "probe_1", "probe_5")
 
 

@@ -4,6 +4,7 @@
     training/               dictionaries in the making, a group of one seed at a time
     dictionaries/<name>/    trained ones
     results/<name>.json     measured ones: what is there is never made again
+    consistency.json        how alike the kept ones of different seeds are
     report.json, report.md, curve.png, differences.png
 
 Stopped at any instant, the same command goes on. A command with other rules, k or seeds adds to the
@@ -40,19 +41,21 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.record import plain
 from llm_wsae.statistics.config import EvidenceConfig, WeightConfig
+from llm_wsae.study import consistency
 from llm_wsae.study.config import StudyConfig
 from llm_wsae.study.plan import PlannedArm, plan
 from llm_wsae.study.report import StudyReport
-from llm_wsae.study.results import read_basis, read_result, record_of
+from llm_wsae.study.results import Result, read_basis, read_result, record_of
 from llm_wsae.train.config import TrainConfig
 from llm_wsae.train.trainer import FINISHED, train
 
-BASIS, TRAINING, DICTIONARIES, RESULTS, GROUP = (
+BASIS, TRAINING, DICTIONARIES, RESULTS, GROUP, CONSISTENCY = (
     "study.json",
     "training",
     "dictionaries",
     "results",
     "group.json",
+    "consistency.json",
 )
 _PASS_BYTES = 1 << 30  # of parameters and optimiser state that are trained together
 _MEASURED_TOGETHER = 8  # share the pass without dictionary; what a stop can cost, some minutes
@@ -121,7 +124,8 @@ def run_study(
             write_json(out / BASIS, basis)
         study.finish(missing)
         results = [read_result(path) for path in sorted((out / RESULTS).glob("*.json"))]
-        report = StudyReport.of(str(site), basis, results)
+        agreements = consistency.measure(out / CONSISTENCY, _kept(out, results))
+        report = StudyReport.of(str(site), basis, results, agreements)
         report.write(out)
     return report
 
@@ -258,6 +262,16 @@ class _Study:
 
     def _group_folders(self) -> list[Path]:
         return sorted(path.parent for path in (self.out / TRAINING).glob(f"*/{GROUP}"))
+
+
+def _kept(out: Path, results: Sequence[Result]) -> dict[tuple[str, int], dict[int, Path]]:
+    """Folders of measured dictionaries that are still there: label and k → seed → folder."""
+    kept: dict[tuple[str, int], dict[int, Path]] = {}
+    for result in results:
+        folder = out / DICTIONARIES / result.name
+        if folder.exists():
+            kept.setdefault((result.label, result.point.k), {})[result.point.seed] = folder
+    return kept
 
 
 def _chunks(arms: Sequence[PlannedArm], size: int) -> Iterator[list[PlannedArm]]:
