@@ -111,6 +111,13 @@ STEPS = {  # the first ones matter most
         folder=JUMPRELU.folder,
         architecture="jumprelu",
     ),
+    "jumprelu-annealed": Step(
+        ("participation",),
+        (0.5,),
+        weigh=WeightConfig(anneal=0.6),
+        folder=JUMPRELU.folder,
+        architecture="jumprelu",
+    ),
     "annealed": Step(("participation",), (0.5,), weigh=WeightConfig(anneal=0.6)),
     "annealed-again": Step(
         ("participation",),
@@ -132,7 +139,7 @@ STEPS = {  # the first ones matter most
 # Every plain curve has five k on two seeds at least.
 STEPS |= {
     f"{name}-curve": replace(STEPS[name], seeds=STEPS[name].seeds[:2], curve=Step.curve)
-    for name in ("confirmation", "jumprelu", "annealed-again")
+    for name in ("confirmation", "annealed-again")
 }
 
 
