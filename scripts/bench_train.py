@@ -4,6 +4,7 @@
     python scripts/bench_train.py --shapes 768x24576x32 576x4608x32 2048x65536x64 --write
     python scripts/bench_train.py --shapes 576x4608x32 --store runs/quickstart/store \\
         --site blocks.9.hook_resid_post                          # real activations
+    python scripts/bench_train.py --device cuda --steps 20       # on a GPU
 
 Everybody trains on the same rows with the same shape, number of threads and version of torch, each
 in a process of its own (scripts/peers/), in which no latent is dead yet. In each round every worker
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.hardware import choose_device
 from llm_wsae.model.site import Site
 from llm_wsae.train.normaliser import Normaliser
 
@@ -161,12 +163,15 @@ def run(
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def fits_in_memory(everybody: list[Contestant], shape: Shape, batch: int) -> bool:
+def fits_in_memory(everybody: list[Contestant], shape: Shape, batch: int, device: str) -> bool:
     """Whether all workers can live at once: parameters, Adam's two moments and gradients each, and
-    the dense latents and their gradients of one of them, in float32, in 70 % of the memory."""
+    the dense latents and their gradients of one of them, in float32, in 70 % of the memory. (On a
+    GPU each keeps the memory of its largest step.)"""
     arms = sum(contestant.arms for contestant in everybody)
     resident = arms * 4 * (2 * shape.d_sae * shape.d_in) * 4
     working = 6 * batch * shape.d_sae * 4
+    if device == "cuda":
+        return resident + len(everybody) * working < 0.7 * torch.cuda.mem_get_info()[1]
     return resident + working < 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -270,6 +275,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--store", type=Path, help="train on activations from here")
     parser.add_argument("--site", help="which of the store's")
     parser.add_argument("--write", action="store_true", help="record in scripts/BENCHMARKS.md")
@@ -277,18 +283,22 @@ def main() -> None:
     if (args.store is None) != (args.site is None):
         parser.error("--store and --site go together")
 
-    about_machine = machine(args.threads)
+    try:
+        device = choose_device(args.device)
+    except LlmWsaeError as error:
+        sys.exit(str(error))
+    about_machine = machine(args.threads, device)
     torch.set_num_threads(args.threads)
     for shape in args.shapes:
         everybody = contestants(args.peers, args.arms)
-        keep = fits_in_memory(everybody, shape, args.batch)
+        keep = fits_in_memory(everybody, shape, args.batch, args.device)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.npy"
             try:
                 words = write_rows(path, shape, args.batch, args.store, args.site)
             except LlmWsaeError as error:
                 sys.exit(str(error))
-            job = {"rows": str(path), "batch": args.batch, **vars(shape)}
+            job = {"rows": str(path), "batch": args.batch, "device": args.device, **vars(shape)}
             versions = run(everybody, job, args.threads, args.rounds, args.steps, keep)
         how = "workers kept alive" if keep else "workers started anew for each"
         text = (
@@ -301,7 +311,7 @@ def main() -> None:
         if args.write:
             rows = "random" if args.store is None else args.site
             name = f"{shape.d_in}x{shape.d_sae}x{shape.k}x{args.batch} {rows}"
-            write_benchmark(f"bench_train {name}", text)
+            write_benchmark(f"bench_train {name}", text, device)
 
 
 if __name__ == "__main__":

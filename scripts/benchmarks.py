@@ -18,6 +18,7 @@ from llm_wsae.hardware import processor_name
 BENCHMARKS = Path(__file__).parent / "BENCHMARKS.md"
 RESULTS = Path(__file__).parent / "RESULTS.md"
 README = Path(__file__).parents[1] / "README.md"
+CPU = torch.device("cpu")
 _HEADERS = {
     BENCHMARKS.name: """# Benchmarks
 
@@ -38,8 +39,8 @@ What falls short of what was aimed at, and why:
 - With AMX the harvest at context 1024 ran at 0.88 of the bare forward (aim: 0.9), before the norms
   of its rows were computed in cache. Without AMX it is 0.94, but the bare forward itself is only
   2.3 times the bridge there, so the harvest cannot be 3 times as fast as that.
-- Nothing was measured on a GPU, and these scripts measure on a CPU only. CUDA graphs and
-  `torch.compile` were not tried for want of one.
+- Nothing was measured on a GPU. `bench_train.py --device cuda` is there for it and has not been
+  run; CUDA graphs and `torch.compile` were not tried for want of one.
 """,
     RESULTS.name: """# Results
 
@@ -56,20 +57,21 @@ def embedded_model() -> str:
     return str(next(Path(package.origin).parent.glob("*.gguf")))
 
 
-def machine(threads: int) -> str:
+def machine(threads: int, device: torch.device = CPU) -> str:
     """One line about the machine and how busy it is now; call it before any work begins."""
+    gpu = "" if device.type == "cpu" else f"{processor_name(device)}; "
     return (
-        f"{processor_name()}; {os.cpu_count()} cores, {threads} threads used; "
+        f"{gpu}{processor_name()}; {os.cpu_count()} cores, {threads} threads used; "
         f"Python {platform.python_version()}, torch {torch.__version__}; "
         f"load average at the start {os.getloadavg()[0]:.1f}"
     )
 
 
-def write_benchmark(name: str, text: str) -> None:
+def write_benchmark(name: str, text: str, device: torch.device = CPU) -> None:
     """A section of BENCHMARKS.md; what was measured on another processor stays beside it."""
-    cpu = processor_name()
+    processor = processor_name(device)
     title, _, rest = text.partition("\n")
-    write_section(f"{name} on {cpu}", f"{title}, on {cpu}\n{rest}")
+    write_section(f"{name} on {processor}", f"{title}, on {processor}\n{rest}")
 
 
 def write_section(name: str, text: str, path: Path = BENCHMARKS) -> None:

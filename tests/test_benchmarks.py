@@ -9,19 +9,31 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-def test_the_table_of_the_training_step():
-    """Ours, four arms and the floor at a tiny shape: each row has a time above 0, and the floor's
-    is the sum of its parts."""
-    shape = ["--shapes", "32x256x4", "--batch", "64", "--threads", "1", "--rounds", "1"]
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "bench_train.py", "--peers", *shape, "--steps", "1"],
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+CARD = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
+
+
+def bench_train(device: str) -> subprocess.CompletedProcess:
+    """At a tiny shape, without peers."""
+    shape = ["--shapes", "32x256x4", "--batch", "64", "--rounds", "1", "--steps", "1"]
+    how = ["--threads", "1", "--device", device]
+    return subprocess.run(
+        [sys.executable, SCRIPTS / "bench_train.py", "--peers", *shape, *how],
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", CARD])
+def test_the_table_of_the_training_step(device):
+    """Ours, four arms and the floor: each row has a time above 0, and the floor's is the sum of its
+    parts."""
+    done = bench_train(device)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:3] for line in done.stdout.splitlines() if line.startswith("| ")]
     seconds = {name.strip(): float(cell) for name, cell in rows[1:]}
@@ -29,6 +41,13 @@ def test_the_table_of_the_training_step():
     assert all(value > 0 for value in seconds.values())
     *_, matmul, adam, floor = seconds.values()
     assert abs(floor - matmul - adam) < 0.02 * floor  # printed with three digits
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_benchmark_says_so():
+    done = bench_train("cuda")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "there is no device 'cuda' on this machine; it has cpu"
 
 
 def test_a_section_is_replaced_and_the_rest_is_kept(tmp_path, monkeypatch):

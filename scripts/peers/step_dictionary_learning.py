@@ -17,7 +17,7 @@ def make(job: Job, rows: Tensor) -> Trainer:
         k=job.k,
         layer=0,
         lm_name="benchmark",
-        device="cpu",
+        device=job.device,
     )
     numbers = count(1)  # step 0 would also look for the geometric median of the rows
 

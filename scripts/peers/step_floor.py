@@ -3,12 +3,11 @@
 Variants: matmul, in whichever number format and tiling is the fastest here, and adam (fused).
 """
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from worker import Job, Trainer, serve, state_of
+from worker import Job, Trainer, seconds_of, serve, state_of
 
 TILES = (512, 1024, None)  # rows; None: all at once
 
@@ -23,15 +22,15 @@ def make_matmul(job: Job, rows: Tensor) -> Trainer:
         for tile in TILES:
             name = f"{str(dtype).removeprefix('torch.')}, {tile or 'all'} rows at a time"
             ways[name] = product(job, dtype, tile or job.batch)
-    x = rows[: job.batch]
-    fastest = min(ways, key=lambda name: min(seconds(ways[name], x) for _ in range(3)))
+    x = rows[: job.batch].to(job.device)
+    fastest = min(ways, key=lambda name: min(seconds_of(ways[name], x) for _ in range(3)))
     step = ways[fastest]
     return Trainer(step, lambda: [], fastest)
 
 
 def product(job: Job, dtype: torch.dtype, tile: int) -> Callable[[Tensor], None]:
-    encoder = torch.randn(job.d_sae, job.d_in).to(dtype)
-    out = torch.empty(tile, job.d_sae, dtype=dtype)
+    encoder = torch.randn(job.d_sae, job.d_in).to(job.device, dtype)
+    out = torch.empty(tile, job.d_sae, dtype=dtype, device=job.device)
 
     def step(x: Tensor) -> None:
         for part in x.to(dtype).split(tile):
@@ -40,15 +39,9 @@ def product(job: Job, dtype: torch.dtype, tile: int) -> Callable[[Tensor], None]
     return step
 
 
-def seconds(step: Callable[[Tensor], None], x: Tensor) -> float:
-    begin = time.perf_counter()
-    step(x)
-    return time.perf_counter() - begin
-
-
 def make_adam(job: Job) -> Trainer:
     shapes = (job.d_sae, job.d_in), (job.d_sae, job.d_in), (job.d_sae,), (job.d_in,)
-    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    parameters = [torch.nn.Parameter(torch.randn(shape, device=job.device)) for shape in shapes]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimiser = torch.optim.Adam(parameters, fused=True)

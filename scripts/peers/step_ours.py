@@ -18,7 +18,7 @@ DEAD_AFTER = 10_000_000  # as in the peers: no latent is dead within a benchmark
 
 
 def make(job: Job, rows: Tensor) -> Trainer:
-    device = torch.device("cpu")
+    device = torch.device(job.device)
     fast = fast_dtype(device)
     statistics = Statistics(job.d_in, 1).update(rows, torch.zeros(len(rows), dtype=torch.int64))
     normaliser = Normaliser(statistics, device, fast)

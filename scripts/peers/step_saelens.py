@@ -12,14 +12,14 @@ LEARNING_RATE = 3e-4
 
 def make(job: Job, rows: Tensor) -> Trainer:
     sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(d_in=job.d_in, d_sae=job.d_sae, k=job.k, device="cpu")
+        TopKTrainingSAEConfig(d_in=job.d_in, d_sae=job.d_sae, k=job.k, device=job.device)
     )
     config = SAETrainerConfig(
         total_training_samples=STEPS * job.batch,
         train_batch_size_samples=job.batch,
         lr=LEARNING_RATE,
         lr_end=LEARNING_RATE,
-        device="cpu",
+        device=job.device,
         autocast=job.variant == "autocast",
     )
     trainer = SAETrainer(config, sae, iter(()))

@@ -8,7 +8,8 @@ from worker import Job, Trainer, serve, state_of
 
 
 def make(job: Job, rows: Tensor) -> Trainer:
-    coder = SparseCoder(job.d_in, SparseCoderConfig(num_latents=job.d_sae, k=job.k), device="cpu")
+    config = SparseCoderConfig(num_latents=job.d_sae, k=job.k)
+    coder = SparseCoder(job.d_in, config, device=job.device)
     optimiser = torch.optim.Adam(coder.parameters(), lr=2e-4 / (job.d_sae / 2**14) ** 0.5)
 
     def step(x: Tensor) -> None:
@@ -18,7 +19,8 @@ def make(job: Job, rows: Tensor) -> Trainer:
         optimiser.step()
         optimiser.zero_grad()
 
-    return Trainer(step, lambda: state_of(optimiser), "float32, its only mode on a CPU")
+    about = "bfloat16, Triton" if job.device == "cuda" else "float32, its only mode on a CPU"
+    return Trainer(step, lambda: state_of(optimiser), about)
 
 
 if __name__ == "__main__":

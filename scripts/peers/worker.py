@@ -9,6 +9,7 @@ Memory is the highest resident size during the turns, less the resident size bef
 built, less its parameters and optimiser state, which every trainer has. A rehearsal with few
 latents comes before, so that the code pages a step touches are not counted as its memory. The
 system's counter of the highest size can be reset on Linux only; elsewhere memory is not reported.
+On a GPU it is what torch allocated there, and a step ends when the device has done it.
 """
 
 import gc
@@ -42,6 +43,8 @@ class Job:
     variant: str
     """Which of a peer's ways to train; what it means is the peer's affair."""
     threads: int
+    device: str = "cpu"
+    """Or ``cuda``. Batches are there before a step begins."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def serve(make: Callable[[Job, Tensor], Trainer], package: str | None = None) ->
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
     rows = torch.from_numpy(np.load(job.rows))
-    batches = list(rows.split(job.batch))
+    batches = list(rows.to(job.device).split(job.batch))
+    memory = _OnGpu() if job.device == "cuda" else _Resident()
 
     few = replace(job, d_sae=min(job.d_sae, 32 * job.k))
     rehearsal = make(few, rows)
@@ -81,11 +85,11 @@ def serve(make: Callable[[Job, Tensor], Trainer], package: str | None = None) ->
         rehearsal.step(batches[0][: min(job.batch, 256)])
     del rehearsal
     gc.collect()
-    before = _resident("VmRSS")
+    before = memory.now()
 
     trainer = make(job, rows)
     trainer.step(batches[0])  # the first one makes the optimiser's state
-    _reset_peak()
+    memory.reset_peak()
     trainer.step(batches[1 % len(batches)])
     state_bytes = sum(tensor.nbytes for tensor in trainer.state())
     version = importlib.metadata.version(package) if package else ""
@@ -101,24 +105,56 @@ def serve(make: Callable[[Job, Tensor], Trainer], package: str | None = None) ->
         for _ in range(int(line)):
             batch = batches[number % len(batches)]
             number += 1
-            begin = time.perf_counter()
-            trainer.step(batch)
-            seconds.append(time.perf_counter() - begin)
-        peak = _resident("VmHWM")
+            seconds.append(seconds_of(trainer.step, batch))
+        peak = memory.peak()
         extra = None if peak is None or before is None else max(0, peak - before - state_bytes)
         answer(seconds=seconds, extra_bytes=extra)
 
 
-def _resident(counter: str) -> int | None:
-    """Resident memory of this process in bytes, now (VmRSS) or at its highest (VmHWM)."""
-    status = _PROCESS / "status"
-    if not status.exists():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith(counter))
-    return int(line.split()[1]) * 1024
+def seconds_of(step: Callable[[Tensor], object], x: Tensor) -> float:
+    """How long a step takes, up to the end of what it asked of the device."""
+    _finish(x)
+    begin = time.perf_counter()
+    step(x)
+    _finish(x)
+    return time.perf_counter() - begin
 
 
-def _reset_peak() -> None:
-    counter = _PROCESS / "clear_refs"
-    if counter.exists():
-        counter.write_text("5")
+def _finish(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+class _Resident:
+    """Resident memory of this process in bytes; None where the system does not tell."""
+
+    def now(self) -> int | None:
+        return self._of("VmRSS")
+
+    def peak(self) -> int | None:
+        return self._of("VmHWM")
+
+    def reset_peak(self) -> None:
+        counter = _PROCESS / "clear_refs"
+        if counter.exists():
+            counter.write_text("5")
+
+    def _of(self, counter: str) -> int | None:
+        status = _PROCESS / "status"
+        if not status.exists():
+            return None
+        line = next(line for line in status.read_text().splitlines() if line.startswith(counter))
+        return int(line.split()[1]) * 1024
+
+
+class _OnGpu:
+    """What torch has allocated on the GPU, in bytes."""
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
