@@ -193,14 +193,15 @@ def _remember_profile(
     of_draw = {found["name"]: found for found in facts.pop("weights")}
     new = {label: _mean([of_draw[name] for name in own]) for label, own in weights.items()}
     known = read_json(path, "profile")["weights"] if path.exists() else {}
-    write_json(path, facts | {"weights": known | new})
+    more = {label: n for label, n in new.items() if n["draws"] >= known.get(label, n)["draws"]}
+    write_json(path, facts | {"weights": known | more})
 
 
 def _mean(draws: list[dict[str, Any]]) -> dict[str, Any]:
     """Facts of weights, of which those that are drawn have as many effective dimensions as their
     draws on average."""
     mean = sum(draw["effective_dimensions"] for draw in draws) / len(draws)
-    return draws[0] | {"effective_dimensions": mean}
+    return draws[0] | {"effective_dimensions": mean, "draws": len(draws)}
 
 
 def main() -> None:
