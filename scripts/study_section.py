@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 
 from study_claims import (
     ANNEALED,
@@ -174,24 +175,21 @@ def _in_short(one: Compared) -> str:
     return f"{one.verdict}: {scored:+.3f} ({every:+.3f}), {selectivity:+.3f}"
 
 
-def _on_all_seeds(
-    label: str,
-    claims: Iterable[Claim],
-    studies: Mapping[str, Study],
-    again: Mapping[str, Study],
+def _together(
+    which: str, label: str, claims: Iterable[Claim], *studies: Mapping[str, Study]
 ) -> str:
-    """What a finding is on the seeds that found it and on the fresh ones together."""
-    both = {site: studies[site].with_seeds_of(again[site], label) for site in again}
+    """What a rule is on the seeds of several studies together."""
+    both = {}
+    for site, study in studies[0].items():
+        others = [other[site] for other in studies[1:] if site in other]
+        both[site] = reduce(lambda known, more: known.with_seeds_of(more, label), others, study)
     found = {site: one.compared(label) for site, one in both.items()}
     words = "; ".join(
         f"`{site}`, {len(one.seeds)} seeds: "
         + ", ".join(f"{m} {estimate_text(one.effects.get(m))}" for m in DECIDING)
         for site, one in found.items()
     )
-    return (
-        f"The seeds on which `{label}` was found and the fresh ones together: {words}.\n\n"
-        f"{claim_table(claims, both)}"
-    )
+    return f"{which}: {words}.\n\n{claim_table(claims, both)}"
 
 
 def _default(studies: Mapping[str, Study]) -> str:
@@ -280,12 +278,26 @@ def section() -> str:
         claim_table(CLAIMS, studies),
         _families_of_controls(studies),
         apart_section(CONFIRMATION, again),
-        _on_all_seeds(FOUND, ON_ALL_SEEDS, studies, again),
+        _together(
+            f"The seeds on which `{FOUND}` was found and the fresh ones together",
+            FOUND,
+            ON_ALL_SEEDS,
+            studies,
+            again,
+        ),
         "So a gain of .004 in selectivity is not shown for it, hence none of .008 either.",
         apart_section(JUMPRELU, jumprelu),
         apart_section(ANNEALING, annealed),
-        _on_all_seeds(ANNEALED, ANNEALING.claims, studies, annealed),
         apart_section(TWELVE, twelve),
+        _together(f"`{ANNEALED}` on all fresh seeds", ANNEALED, ANNEALING.claims, annealed, twelve),
+        _together(
+            "And with those on which it was found",
+            ANNEALED,
+            ANNEALING.claims,
+            studies,
+            annealed,
+            twelve,
+        ),
         *(site_section(site, study) for site, study in studies.items()),
     ]
     return "\n\n".join(parts)
