@@ -8,8 +8,11 @@ from tiny import BOS, VOCAB, tiny_tokenizer
 from tiny_families import BLOCKS, FAMILIES, KNOWN, WIDTH, WITH_MID, tiny_hf_model
 
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.model import forward
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+
+THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,23 @@ def test_rows_equal_hidden_states(model, ids):
             assert torch.equal(rows[post], states[block + 1])
         assert rows[post].ne(rows[pre]).any(-1).all()
         assert list(rows) == [post, pre]
+
+
+@all_families()
+@pytest.mark.parametrize("together", [1, 22])
+def test_rows_are_the_same_however_contexts_are_shared_out(model, ids, together, monkeypatch):
+    """A context alone, or two and one, on one core each."""
+    monkeypatch.setattr(forward, "_TOKENS_TOGETHER", together)
+    sites = [Site(1, "post"), Site(0, "pre"), Site(2, "post")]
+    with torch.no_grad():
+        states = model.hf_model(ids, output_hidden_states=True).hidden_states
+    before = hooks_and_patches(model)
+    rows = model.activations(ids, sites)
+    assert list(rows) == sites and hooks_and_patches(model) == before
+    for site, behind in zip(sites, (2, 0, 3), strict=True):
+        assert torch.equal(rows[site], states[behind])
+        assert not rows[site].requires_grad
+    assert torch.get_num_threads() == THREADS
 
 
 @all_families(*KNOWN)

@@ -17,6 +17,8 @@ attention is made to contribute zero, so that the block's own code computes new 
 """
 
 import contextlib
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.model.side_by_side import side_by_side
 from llm_wsae.model.site import Site
+
+_TOKENS_TOGETHER = 1024  # of a forward on a CPU core: what it makes of them stays in cache
 
 Visit = Callable[[Tensor], Tensor | None]
 """Is shown the stream at a site [contexts, positions, d_model]; what it returns takes its place."""
@@ -59,19 +64,42 @@ class Blocks:
         """One plain forward of ``ids [contexts, positions]``; the model's output object."""
         return self._hf_model(input_ids=ids, use_cache=False, return_dict=True, **options)
 
-    @contextlib.contextmanager
-    def recording(self, sites: Sequence[Site], stop: bool) -> Iterator[dict[Site, Tensor]]:
-        """While open, forwards write the activations at ``sites`` into the dictionary it yields.
+    def record(self, ids: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """The activations at ``sites``; nothing behind the last is computed.
 
-        With ``stop``, a forward ends at the last of them and the block of code ends there too.
+        On a CPU the contexts go through the model side by side, a few at a time. Their rows are the
+        same: no row knows of another context.
         """
-        recorded: dict[Site, Tensor] = {}
+        parts = [ids]
+        if ids.device.type == "cpu":
+            parts = ids.split(max(1, _TOKENS_TOGETHER // max(1, ids.shape[1])))
+
+        def forward(part: Tensor) -> dict[Site, Tensor]:
+            with torch.no_grad(), contextlib.suppress(_StopForward):
+                self.run(part)
+            return recorded.pop(threading.get_ident())
+
+        with self.recording(sites, stop=True) as recorded:
+            found = side_by_side(forward, parts)
+        if len(found) == 1:
+            return found[0]
+        return {site: torch.cat([part[site] for part in found]) for site in sites}
+
+    @contextlib.contextmanager
+    def recording(
+        self, sites: Sequence[Site], stop: bool = False
+    ) -> Iterator[dict[int, dict[Site, Tensor]]]:
+        """While open, forwards write the activations at ``sites`` into the dictionary it yields,
+        by the thread that they run in (``threading.get_ident``).
+
+        With ``stop``, a forward ends at the last of them, by a private exception.
+        """
+        recorded: dict[int, dict[Site, Tensor]] = defaultdict(dict)
         last = max(sites)
         with contextlib.ExitStack() as hooks:
             for site in sites:
                 self._hook(hooks, site, _recorder(recorded, site, stop and site == last))
-            with contextlib.suppress(_StopForward):
-                yield recorded
+            yield recorded
 
     @contextlib.contextmanager
     def visiting(self, visits: Mapping[Site, Visit]) -> Iterator[None]:
@@ -217,9 +245,11 @@ def _replacing(visit: Visit) -> Callable[..., Any]:
     return hook
 
 
-def _recorder(recorded: dict[Site, Tensor], site: Site, stop: bool) -> Callable[[Tensor], None]:
+def _recorder(
+    recorded: dict[int, dict[Site, Tensor]], site: Site, stop: bool
+) -> Callable[[Tensor], None]:
     def record(hidden: Tensor) -> None:
-        recorded[site] = hidden
+        recorded[threading.get_ident()][site] = hidden
         if stop:
             raise _StopForward
 

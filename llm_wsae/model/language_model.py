@@ -8,6 +8,7 @@ as fast as a bare Hugging Face forward cut off at the site, and returns the very
 """
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -115,8 +116,7 @@ class LanguageModel:
         Raises UsageError for a site that the model lacks or contexts that it cannot read.
         """
         ids = self._checked(ids, sites)
-        with self._blocks.recording(sites, stop=True) as recorded:
-            self._blocks.run(ids)
+        recorded = self._blocks.record(ids, sites)
         return {site: self._stream(recorded[site], ids, site) for site in sites}
 
     @torch.no_grad()
@@ -134,9 +134,9 @@ class LanguageModel:
     ]:
         """Next-token logits and the residual stream at one site, of one forward pass."""
         ids = self._checked(ids, (site,))
-        with self._blocks.recording((site,), stop=False) as recorded:
+        with self._blocks.recording((site,)) as recorded:
             logits = self._blocks.run(ids).logits
-        return logits, self._stream(recorded[site], ids, site)
+        return logits, self._stream(recorded[threading.get_ident()][site], ids, site)
 
     def resume(
         self,
