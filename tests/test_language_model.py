@@ -72,6 +72,16 @@ def test_rows_are_the_same_however_contexts_are_shared_out(model, ids, together,
     assert torch.get_num_threads() == THREADS
 
 
+@all_families("llama")
+def test_visits_see_all_contexts_at_once(model, ids, monkeypatch):
+    monkeypatch.setattr(forward, "_TOKENS_TOGETHER", 1)
+    seen, last = [], Site(2, "post")
+    with model.visiting({Site(1, "post"): lambda hidden: seen.append(hidden) or hidden + 1}):
+        rows = model.activations(ids, [last])[last]
+    assert [hidden.shape[:2] for hidden in seen] == [ids.shape]
+    assert not torch.equal(rows, model.activations(ids, [last])[last])
+
+
 @all_families(*KNOWN)
 def test_last_post_is_the_input_of_the_final_norm(model, ids):
     seen = []

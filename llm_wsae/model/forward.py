@@ -50,6 +50,7 @@ class Blocks:
         self._mid = mid
         self._attn = attn
         self._forms: dict[nn.Module, int] = {}
+        self._visitors = 0
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -68,10 +69,10 @@ class Blocks:
         """The activations at ``sites``; nothing behind the last is computed.
 
         On a CPU the contexts go through the model side by side, a few at a time. Their rows are the
-        same: no row knows of another context.
+        same: no row knows of another context. Visits see the whole.
         """
         parts = [ids]
-        if ids.device.type == "cpu":
+        if ids.device.type == "cpu" and not self._visitors:
             parts = ids.split(max(1, _TOKENS_TOGETHER // max(1, ids.shape[1])))
 
         def forward(part: Tensor) -> dict[Site, Tensor]:
@@ -121,7 +122,11 @@ class Blocks:
                     _pre_hook(hooks, block, _shown(visit))
                 else:
                     _pre_hook(hooks, self._part(site.block, self._mid), _shown(overwriting(visit)))
-            yield
+            self._visitors += 1
+            try:
+                yield
+            finally:
+                self._visitors -= 1
 
     def check_overwriting(self, site: Site) -> None:
         """Make sure, on two tokens, that a block's residual branch reads the very memory that the

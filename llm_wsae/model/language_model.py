@@ -113,6 +113,9 @@ class LanguageModel:
         """The residual stream at each site, in the model's dtype; nothing behind the last is
         computed.
 
+        On a CPU contexts are shared out among the cores: hooks of one's own on ``hf_model`` see a
+        few contexts at a time, in several threads. Those of ``visiting`` see all at once.
+
         Raises UsageError for a site that the model lacks or contexts that it cannot read.
         """
         ids = self._checked(ids, sites)
