@@ -25,7 +25,7 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sensitivity import fisher_information
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.coherence import beyond_chance
+from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.config import EvidenceConfig
 from llm_wsae.statistics.evidence import Evidence
 from llm_wsae.statistics.moments import Statistics
@@ -37,7 +37,6 @@ _SETTINGS = {
     "coherence": ("semantic_tokens", "top", "before", "after", "encoder", "seed"),
 }
 _CONTEXTS_AT_ONCE = 8
-_RANDOM_TEXTS = 1000
 
 
 def gather(
@@ -191,7 +190,7 @@ def coherence_of(
     chosen = torch.stack(where).gather(0, top).T  # [d_in, top]
 
     generator = torch.Generator().manual_seed(config.seed)
-    strangers = torch.randperm(text.num_rows, generator=generator)[:_RANDOM_TEXTS]
+    strangers = torch.randperm(text.num_rows, generator=generator)[:STRANGERS]
     windows = WindowEmbeddings(text, tokenizer, encoder, config.before, config.after)
     windows.prepare(torch.cat([chosen.flatten(), strangers]))
     return beyond_chance(

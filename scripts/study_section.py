@@ -101,9 +101,9 @@ def _verdicts(report: StudyReport) -> str:
 def _table(study: Study) -> str:
     head = ["weights", "k", "seeds", "effective dimensions", "CE recovered", "FVU"]
     head += ["dense %", "dead %", "scored %", "detection", "selectivity"]
-    agreements = study.report.agreements
-    rows = [[*head, "PW-MCC"] if agreements else head]
-    keys = dict.fromkeys((r.label, r.point.k) for r in study.report.results)
+    report = study.report
+    rows = [[*head, "PW-MCC"] if report.agreements else head]
+    keys = dict.fromkeys((r.label, r.point.k) for r in report.results)
     for label, k in keys:
         own = study.of(label, k)
 
@@ -121,9 +121,8 @@ def _table(study: Study) -> str:
             f"{mean(lambda r, m=measure: measured(r, m)):.4f}"
             for measure in ("detection", "selectivity")
         ]
-        if agreements:
-            agreement = agreements.get((label, k))
-            cells.append(f"{agreement.pw_mcc:.4f}" if agreement else "–")
+        if report.agreements:
+            cells.append(report.agreement_text(label, k))
         rows.append([f"`{label}`", str(k), str(len(own)), *cells])
     return markdown(rows)
 

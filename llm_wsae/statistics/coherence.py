@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+STRANGERS = 1000
+"""Random windows that tell what chance is."""
 _RANDOM_SETS = 500
 
 

@@ -46,7 +46,6 @@ def measure(path: Path, kept: Mapping[tuple[str, int], Mapping[int, Path]]) -> A
     for key, folders in tqdm(new.items(), desc="seeds", unit="kind", disable=not new):
         decoders = [Dictionary.load(folder).W_dec.detach() for folder in folders.values()]
         found[key] = Agreement(*key, tuple(folders), pw_mcc(decoders))
-    if new:
         write_json(path, [asdict(one) for one in found.values()])
     return found
 

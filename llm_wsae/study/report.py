@@ -146,6 +146,11 @@ class StudyReport:
             parts += [_PW_MCC]
         return "\n\n".join(parts) + "\n"
 
+    def agreement_text(self, label: str, k: int) -> str:
+        """PW-MCC of the dictionaries of one name and k, if it is known."""
+        agreement = self.agreements.get((label, k))
+        return f"{agreement.pw_mcc:.4f}" if agreement else "–"
+
     def _claims(self) -> list[Compared]:
         return [one for one in self.compared if not one.is_control]
 
@@ -208,8 +213,7 @@ class StudyReport:
                 ]
             )
             if self.agreements:
-                agreement = self.agreements.get((label, k))
-                rows[-1].append(f"{agreement.pw_mcc:.4f}" if agreement else "–")
+                rows[-1].append(self.agreement_text(label, k))
         return rows
 
     def _differences(self, everything: bool = False) -> list[list[str]]:
