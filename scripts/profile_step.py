@@ -33,9 +33,8 @@ OPERATIONS = (
     "encode_topk",
     "value_gradients",
     "reconstruct",
-    "weight_gradients",
     "firing_counts",
-    "adam_rows",
+    "adam_along",
 )
 PRODUCT = "encoder product, inside it"
 

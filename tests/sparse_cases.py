@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from llm_wsae.sparse import compiled
-from llm_wsae.sparse.codes import RaggedCodes
+from llm_wsae.sparse.codes import OfSome, RaggedCodes
+from llm_wsae.train.parameters import Parameters
 
 D_IN = 24
 
 needs_compiler = pytest.mark.skipif(not compiled.available(), reason="there is no C++ compiler")
+
+
+def of_all(some: OfSome | None, parameters: Parameters) -> Parameters:
+    """Gradients by all parameters from those by some latents."""
+    gradients = Parameters(*map(torch.zeros_like, parameters))
+    if some is not None:
+        for gradient, part in zip(gradients, some[1:], strict=False):
+            gradient[some.latents] = part
+    return gradients
 
 
 class Encoding(NamedTuple):

@@ -11,7 +11,7 @@ from sparse_cases import ENCODINGS, SUMS, cast, integers, needs_compiler, random
 
 from llm_wsae.errors import UsageError
 from llm_wsae.sparse import build, compiled, operations, reference
-from llm_wsae.sparse.codes import Codes, RaggedCodes, ragged
+from llm_wsae.sparse.codes import Codes, RaggedCodes, Terms, ragged
 
 
 @pytest.fixture
@@ -83,10 +83,12 @@ def test_the_number_of_threads_changes_no_bit():
 
     def everything():
         made = compiled.reconstruct(codes, decoder, bias, x, x[:, 0], columns, torch.bfloat16)
-        sums = compiled.weight_gradients(codes, x, gradient, made.by_value, len(decoder))
+        terms = Terms(codes, x, gradient, made.by_value)
+        sums = compiled.weight_gradients(terms, len(decoder))
         rows, means, squares = (decoder.clone(), decoder.clone()), sums[:2], sums[:2]
         squares = tuple(square.abs() for square in squares)
         compiled.adam_rows(rows, (decoder, decoder), means, squares, 3, 0.1, None)
+        compiled.adam_along(terms, rows, means, squares, 4, 0.1, None)
         selected = compiled.encode_topk(*encoding, 9)
         return (*made, *sums, *rows, *squares, *selected)
 
@@ -119,8 +121,8 @@ def test_rows_and_latents_need_not_be_contiguous():
     ):
         assert torch.equal(one, other)
     for one, other in zip(
-        compiled.weight_gradients(spread, apart[0], apart[3], by_value, len(decoder)),
-        compiled.weight_gradients(codes, x, gradient, by_value, len(decoder)),
+        compiled.weight_gradients(Terms(spread, apart[0], apart[3], by_value), len(decoder)),
+        compiled.weight_gradients(Terms(codes, x, gradient, by_value), len(decoder)),
         strict=True,
     ):
         assert torch.equal(one, other)
@@ -134,7 +136,7 @@ def test_the_default_dtype_of_torch_changes_nothing(default):
     encoding = cast(ENCODINGS["odd width"], torch.float32)
     calls = [
         lambda: [compiled.decode(codes, decoder, bias)],
-        lambda: compiled.weight_gradients(codes, x, gradient, codes.values, len(decoder)),
+        lambda: compiled.weight_gradients(Terms(codes, x, gradient, codes.values), len(decoder)),
         lambda: compiled.encode_topk(*encoding, 5),
         lambda: compiled.encode_above(*encoding, encoding[2] * 0),
         lambda: compiled.encode_batch_topk(*encoding, 5, 0.0),
@@ -256,4 +258,4 @@ def test_it_can_be_asked_not_to_compile(tmp_path):
 
 def test_the_source_is_installed_with_the_package():
     """``[tool.setuptools.package-data]`` names it; an installation without it would be plain."""
-    assert build.SOURCE.is_file() and operations.compiled is compiled
+    assert all(source.is_file() for source in build.SOURCES) and operations.compiled is compiled

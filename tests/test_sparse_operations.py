@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from sparse_cases import D_IN, ENCODINGS, SUMS, cast, integers, random
+from sparse_cases import D_IN, ENCODINGS, SUMS, Sums, cast, integers, random
 
 from llm_wsae.sparse import compiled, operations, plain, reference
-from llm_wsae.sparse.codes import Codes, RaggedCodes, joined, ragged
+from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Terms, joined, ragged
 from llm_wsae.sparse.reference import EPSILON
 
 EXACT = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
@@ -225,18 +225,83 @@ def test_reconstruct(name, fast, exact):
     assert torch.equal(found.output_gradient, (found.residual * columns.to(exact)).to(fast))
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["fresh", "into memory"])
-@pytest.mark.parametrize("name", SUMS)
-def test_weight_gradients(name, exact, kept):
-    codes, x, decoder, _, output_gradient = cast(SUMS[name], exact)
-    wide, d_sae = SUMS[name], len(decoder)
-    by_value = reference.value_gradients(wide.codes, wide.decoder, wide.output_gradient)
-    old = torch.full_like(decoder, 3.0)
-    out = (old, old.clone(), torch.full_like(decoder[:, 0], 3.0)) if kept else None
-    found = operations.weight_gradients(codes, x, output_gradient, by_value.to(exact), d_sae, out)
-    expected = reference.weight_gradients(wide.codes, wide.x, wide.output_gradient, by_value, d_sae)
+def terms_of(case: Sums, kinds: int = 1, more: bool = False) -> Terms:
+    """The terms of a problem, with ``kinds`` rows of codes to every row of x; float64."""
+    codes, x, decoder, _, output_gradient = case
+    by_value = reference.value_gradients(codes, decoder, output_gradient)
+    some = None
+    if more:
+        latents = torch.randperm(len(decoder), generator=torch.Generator().manual_seed(0))
+        latents = latents[: 1 + len(decoder) // 3]
+        rows = (random(len(latents), x.shape[1], seed=seed) for seed in (11, 12))
+        some = OfSome(latents, *rows, random(len(latents), seed=13))
+    return Terms(codes, x[: len(x) // kinds], output_gradient, by_value, some)
+
+
+def narrowed(terms: Terms, dtype: torch.dtype) -> Terms:
+    """The terms in another dtype."""
+    codes, *tensors, more = terms
+    if more is not None:
+        more = OfSome(more.latents, *(part.to(dtype) for part in more[1:]))
+    codes = codes._replace(values=codes.values.to(dtype))
+    return Terms(codes, *(tensor.to(dtype) for tensor in tensors), more)
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["sums alone", "and more"])
+@pytest.mark.parametrize(
+    ("name", "kinds"), [(n, m) for n, c in SUMS.items() for m in (1, 2, 5) if not len(c.x) % m]
+)
+def test_weight_gradients(name, kinds, exact, more):
+    case = SUMS[name]
+    terms, d_sae = terms_of(case, kinds, more), len(case.decoder)
+    found = operations.weight_gradients(narrowed(terms, exact), d_sae)
+    with operations.using("reference"):
+        expected = operations.weight_gradients(terms, d_sae)
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, exact)
+
+
+def test_several_rows_of_codes_belong_to_a_row_of_x():
+    """Written out by hand: rows 0 and 2 of the codes are of x[0], rows 1 and 3 of x[1]."""
+    latents = torch.tensor([[0], [1], [1], [0]])
+    codes = ragged(Codes(latents, torch.ones(4, 1, dtype=torch.float64)))
+    x, by_output, by_value = random(2, D_IN), random(4, D_IN, seed=1), random(4, seed=2)
+    by_encoder, by_decoder, by_bias = operations.weight_gradients(
+        Terms(codes, x, by_output, by_value), 2
+    )
+    a, b, c, d = by_value
+    close = torch.testing.assert_close
+    close(by_encoder, torch.stack([a * x[0] + d * x[1], b * x[1] + c * x[0]]))
+    close(by_decoder, torch.stack([by_output[0] + by_output[3], by_output[1] + by_output[2]]))
+    close(by_bias, torch.stack([a + d, b + c]))
+
+
+@pytest.mark.parametrize("fast", [torch.bfloat16, None], ids=["bfloat16 copy", "no copy"])
+@pytest.mark.parametrize("more", [False, True], ids=["sums alone", "and more"])
+@pytest.mark.parametrize("name", SUMS)
+def test_adam_along(name, exact, more, fast):
+    """It is Adam with the gradients that the terms are summed to."""
+    case = SUMS[name]
+    terms = terms_of(case, 1, more)
+    start = (
+        (case.decoder, case.decoder.flip(0)),
+        (case.decoder * 0.1,) * 2,
+        (case.decoder**2 + 1,) * 2,
+    )
+    d_sae, width = case.decoder.shape
+    expected, found = (
+        tuple(tuple(part.to(dtype, copy=True) for part in pair) for pair in start)
+        for dtype in (torch.float64, exact)
+    )
+    copy = None if fast is None else torch.zeros(d_sae, width, dtype=fast)
+    with operations.using("reference"):
+        gradients = operations.weight_gradients(terms, d_sae)
+        operations.adam_rows(expected[0], gradients[:2], *expected[1:], 3, 0.01, None)
+    by_bias = operations.adam_along(narrowed(terms, exact), *found, 3, 0.01, copy)
+    assert_close(by_bias, gradients[2], exact)
+    for one, other in zip(sum(found, ()), sum(expected, ()), strict=True):
+        assert_close(one, other, exact)
+    assert copy is None or torch.equal(copy, found[0][0].to(fast))
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -251,12 +316,11 @@ def test_firing_counts(name, exact):
 
 def test_weight_gradients_of_rounded_rows(exact):
     """Rows in bfloat16 make sums of what they were rounded to, in full precision."""
-    case = SUMS["ragged"]
-    x, output_gradient = case.x.bfloat16(), case.output_gradient.bfloat16()
-    by_value = torch.ones_like(case.codes.values)
-    codes, d_sae = cast(case, exact).codes, len(case.decoder)
-    found = operations.weight_gradients(codes, x, output_gradient, by_value.to(exact), d_sae)
-    expected = reference.weight_gradients(case.codes, x, output_gradient, by_value, d_sae)
+    terms, d_sae = terms_of(SUMS["ragged"]), len(SUMS["ragged"].decoder)
+    rounded = [part.bfloat16() for part in (terms.x, terms.output_gradient)]
+    narrow = narrowed(terms, exact)
+    found = operations.weight_gradients(Terms(narrow.codes, *rounded, narrow.by_value), d_sae)
+    expected = reference.weight_gradients(Terms(terms.codes, *rounded, terms.by_value), d_sae)
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, exact)
 
@@ -267,7 +331,7 @@ def test_unused_slots_push_no_weight(exact):
     x, decoder, by_output = (random(n, D_IN, seed=n).to(exact) for n in (1, 160, 1))
     by_value = operations.value_gradients(codes, decoder, by_output)
     assert by_value[0] != 0 and by_value[1] == 0
-    for gradient in operations.weight_gradients(codes, x, by_output, by_value, 160):
+    for gradient in operations.weight_gradients(Terms(codes, x, by_output, by_value), 160):
         assert gradient[3].any() and not gradient[5].any()
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from several import run
+from sparse_cases import of_all
 from test_architectures import BATCH, D_SAE, STEPS, K, log_threshold, own_step, problem
 
 from llm_wsae.processes import join
-from llm_wsae.train.auxk import DeadLatents, add_auxk_gradients
+from llm_wsae.train.auxk import DeadLatents, auxk_gradients
 from llm_wsae.train.collectives import collectives
 from llm_wsae.train.data_parallel import SplitRows
 from llm_wsae.train.jumprelu import jumprelu_step
@@ -76,12 +77,12 @@ def numbers(split: Split, name: str, dtype: torch.dtype, matrix: bool) -> dict:
     else:
         step = own_step(name)(parameters, batch, gamma)
     dead = DeadLatents(torch.tensor([i - own.start for i in DEAD if i in own], dtype=torch.int64))
-    revived = Parameters(*map(torch.zeros_like, parameters))
-    add_auxk_gradients(revived, parameters, batch, step.residual, dead, gamma, 0.5)
-    sums = [*step.gradients, step.firings, step.loss, *revived]
-    split.sum_over_rows(sums)
+    more = auxk_gradients(parameters, batch, step.residual, dead, gamma, 0.5)
+    revived = of_all(more, parameters)
+    gradients = step.gradients
+    split.sum_over_rows([*gradients, step.firings, step.loss, *revived])
     found = {"residual": step.residual, "loss": step.loss, "firings": step.firings}
-    found |= step.gradients._asdict()
+    found |= gradients._asdict()
     found |= {f"revived {name}": part for name, part in revived._asdict().items()}
     if step.for_threshold is not None:
         found["for_threshold"] = step.for_threshold

@@ -18,7 +18,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = sorted(Path(__file__).with_name("kernels").iterdir())
 _COMPILERS = ("g++", "clang++", "c++")
 _COMMON = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _MACHINE = (  # from the fastest to what every compiler takes
@@ -63,7 +63,8 @@ def _built(folder: Path) -> Path:
     compiler = _compiler()
     content = hashlib.sha256()
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
-    for part in (SOURCE.read_bytes(), compiler.encode(), version, _processor().encode()):
+    sources = (source.read_bytes() for source in SOURCES)
+    for part in (*sources, compiler.encode(), version, _processor().encode()):
         content.update(hashlib.sha256(part).digest())
     content.update(repr((_COMMON, _MACHINE)).encode())
     target = folder / f"{content.hexdigest()[:32]}.so"
@@ -84,10 +85,10 @@ def _compiler() -> str:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    complaint = ""
+    complaint, files = "", [str(source) for source in SOURCES if source.suffix == ".cpp"]
     for machine in _MACHINE:
         done = subprocess.run(
-            [compiler, *_COMMON, *machine, str(SOURCE), "-o", str(target)],
+            [compiler, *_COMMON, *machine, *files, "-o", str(target)],
             capture_output=True,
             text=True,
             timeout=_LONGEST_SECONDS,

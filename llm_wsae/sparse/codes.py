@@ -44,6 +44,31 @@ class RaggedCodes(NamedTuple):
         return numbers.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
 
 
+class OfSome(NamedTuple):
+    """Gradients by the weights of some latents only."""
+
+    latents: Int[Tensor, " some"]
+    """Each at most once."""
+    encoder: Float[Tensor, "some d_in"]
+    decoder: Float[Tensor, "some d_in"]
+    bias: Float[Tensor, " some"]
+
+
+class Terms(NamedTuple):
+    """What the gradients by the latents' weights are sums of: a term for every active latent."""
+
+    codes: RaggedCodes
+    x: Float[Tensor, "batch d_in"]
+    """Float32, or rounded to bfloat16; the sums are float32 all the same."""
+    output_gradient: Float[Tensor, "batches d_in"]
+    """By the reconstructions, in the dtype of ``x``. There may be several of each row, all of one
+    kind before all of the next, as there are rows of the codes: row i belongs to x[i mod batch]."""
+    by_value: Float[Tensor, " active"]
+    """By each active pre-activation, as of ``value_gradients``."""
+    more: OfSome | None = None
+    """What else some latents get."""
+
+
 class Reconstruction(NamedTuple):
     """What a step needs to know about its reconstruction."""
 

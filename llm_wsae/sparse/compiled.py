@@ -1,4 +1,4 @@
-"""The sparse operations on the CPU, in C++ (``kernels.cpp``): float32, and bfloat16 for products.
+"""The sparse operations on the CPU, in C++ (``kernels/``): float32, and bfloat16 for products.
 
 The encoder's product is torch's, which knows the hardware's matrix units. It is made transposed, a
 block of latents by a tile of rows, and looked through while it is in cache. Everything else is one
@@ -8,6 +8,7 @@ pass over the rows or latents concerned.
 import ctypes
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from llm_wsae.errors import UsageError
 from llm_wsae.sparse import plain
 from llm_wsae.sparse.build import library
-from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, joined
+from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, Terms, joined
 from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 
 select_topk = plain.select_topk
@@ -133,28 +134,53 @@ def reconstruct(
     return result
 
 
-def weight_gradients(
-    codes: RaggedCodes,
-    x: Tensor,
-    output_gradient: Tensor,
-    by_value: Tensor,
-    d_sae: int,
-    out: Gradients | None = None,
-) -> Gradients:
-    """See ``operations``."""
-    indices, values, offsets = _checked(codes, d_sae)
-    width = x.shape[1]
+def weight_gradients(terms: Terms, d_sae: int) -> Gradients:
+    """See ``operations``, where ``terms.more`` is added."""
+    width = terms.x.shape[1]
+    out = (_floats(d_sae, width), _floats(d_sae, width), _floats(d_sae))
+    _call(f"weight_gradients_{_NAMES[terms.x.dtype]}", *_by_latent(terms, d_sae), *out)
+    return out
+
+
+def adam_along(
+    terms: Terms,
+    rows: tuple[Tensor, Tensor],
+    means: tuple[Tensor, Tensor],
+    squares: tuple[Tensor, Tensor],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Tensor | None,
+) -> Tensor:
+    """See ``operations``. A latent's gradients stay in cache, so that all of them are never held.
+
+    They are nearly as much to write and to read again as Adam's moments.
+    """
+    d_sae, by_bias = len(rows[0]), _floats(len(rows[0]))
+    place = torch.full((d_sae,), -1, dtype=torch.int32)
+    more: tuple[Tensor | None, Tensor | None] = (None, None)
+    if terms.more is not None:
+        latents, *more_rows, more_bias = terms.more
+        place[latents] = torch.arange(len(latents), dtype=torch.int32)
+        more = tuple(part.contiguous() for part in more_rows)
+    with _rounded_encoder(rows[0], encoder_fast) as fast:
+        _call(
+            f"adam_along_{_NAMES[terms.x.dtype]}",
+            *_by_latent(terms, d_sae), place, *more, by_bias, *rows, *means, *squares, fast,
+            *_adam(step, learning_rate),
+        )  # fmt: skip
+    return by_bias if terms.more is None else by_bias.index_add_(0, latents, more_bias)
+
+
+def _by_latent(terms: Terms, d_sae: int) -> tuple[Tensor | int, ...]:
+    """The terms grouped by latent, as the kernels take them."""
+    indices, values, offsets = _checked(terms.codes, d_sae)
+    num_rows, (batch, width) = terms.codes.num_rows, terms.x.shape
     bounds = torch.empty(d_sae + 1, dtype=torch.int64)
     slots, rows = torch.empty(2, len(indices), dtype=torch.int32)
-    _call("group_by_latent", indices, offsets, codes.num_rows, d_sae, bounds, slots, rows)
-    if out is None:
-        out = (_floats(d_sae, width), _floats(d_sae, width), _floats(d_sae))
-    _call(
-        f"weight_gradients_{_NAMES[x.dtype]}",
-        bounds, slots, rows, x.contiguous(), output_gradient.to(x.dtype).contiguous(),
-        by_value.contiguous(), values, *out, d_sae, width,
-    )  # fmt: skip
-    return out
+    _call("group_by_latent", indices, offsets, num_rows, d_sae, bounds, slots, rows)
+    x, output_gradient = terms.x.contiguous(), terms.output_gradient.to(terms.x.dtype).contiguous()
+    by_value = terms.by_value.contiguous()
+    return bounds, slots, rows, x, output_gradient, by_value, values, batch, d_sae, width
 
 
 def adam_rows(
@@ -167,15 +193,27 @@ def adam_rows(
     encoder_fast: Tensor | None,
 ) -> None:
     """See ``operations``."""
-    in_kernel = encoder_fast is not None and encoder_fast.dtype == torch.bfloat16
-    _call(
-        "adam_rows",
-        *rows, *gradients, *means, *squares, encoder_fast if in_kernel else None, *rows[0].shape,
-        learning_rate / (1 - BETAS[0] ** step), 1 / math.sqrt(1 - BETAS[1] ** step),
-        *BETAS, EPSILON, SMALLEST_NORM,
-    )  # fmt: skip
-    if encoder_fast is not None and not in_kernel:
-        encoder_fast.copy_(rows[0])
+    with _rounded_encoder(rows[0], encoder_fast) as fast:
+        _call(
+            "adam_rows",
+            *gradients, *rows[0].shape, *rows, *means, *squares, fast,
+            *_adam(step, learning_rate),
+        )  # fmt: skip
+
+
+@contextmanager
+def _rounded_encoder(encoder: Tensor, fast: Tensor | None) -> Iterator[Tensor | None]:
+    """What the kernel within the block writes the new encoder to, if it knows the dtype."""
+    in_kernel = fast is not None and fast.dtype == torch.bfloat16
+    yield fast if in_kernel else None
+    if fast is not None and not in_kernel:
+        fast.copy_(encoder)
+
+
+def _adam(step: int, learning_rate: float) -> tuple[float, ...]:
+    """Adam's numbers, as the kernels take them."""
+    step_size, root_scale = learning_rate / (1 - BETAS[0] ** step), 1 - BETAS[1] ** step
+    return step_size, 1 / math.sqrt(root_scale), *BETAS, EPSILON, SMALLEST_NORM
 
 
 class _Lists:

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.sparse import compiled, plain, reference
-from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction
+from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, Terms
 
 Name = Literal["reference", "plain", "compiled", "triton"]
 
@@ -163,27 +163,46 @@ def reconstruct(
 
 
 def weight_gradients(
-    codes: RaggedCodes,
-    x: Float[Tensor, "batch d_in"],
-    output_gradient: Float[Tensor, "batch d_in"],
-    by_value: Float[Tensor, " active"],
-    d_sae: int,
-    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    terms: Terms, d_sae: int
 ) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
     """Gradients by encoder, decoder and encoder bias, from one grouping of the slots by latent.
 
     For each latent, over its occurrences: Σ by_value·x[row], Σ values·output_gradient[row] and
-    Σ by_value; 0 for one that never occurs. ``out`` is memory of the result's shapes that may be
-    used for it (fresh memory costs as much as the sums); use what is returned. ``x`` and
-    ``output_gradient`` may be rounded to bfloat16, the sums are float32 all the same.
+    Σ by_value; 0 for one that never occurs. ``terms.more`` is added.
     """
-    implementation = _for_sums(codes.values, by_value)
-    return implementation.weight_gradients(codes, x, output_gradient, by_value, d_sae, out)
+    implementation = _for_sums(terms.codes.values, terms.by_value)
+    gradients = implementation.weight_gradients(terms, d_sae)
+    if terms.more is not None:
+        latents, *more = terms.more
+        for gradient, part in zip(gradients, more, strict=True):
+            gradient.index_add_(0, latents, part)
+    return gradients
 
 
 def firing_counts(codes: RaggedCodes, d_sae: int) -> Float[Tensor, " d_sae"]:
     """How many rows each latent is active in, with a value above 0."""
     return _for_sums(codes.values).firing_counts(codes, d_sae)
+
+
+def adam_along(
+    terms: Terms,
+    rows: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    means: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    squares: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Float[Tensor, "d_sae d_in"] | None,
+) -> Float[Tensor, " d_sae"]:
+    """``adam_rows`` with the gradients of ``weight_gradients``, of which that by the encoder's bias
+    is returned. An implementation may make a latent's where they are used and never hold all."""
+    state = (*rows, *means, *squares)
+    implementation = _for_sums(terms.codes.values, terms.by_value, *state)
+    given = (means, squares, step, learning_rate, encoder_fast)
+    if hasattr(implementation, "adam_along"):
+        return implementation.adam_along(terms, rows, *given)
+    gradients = weight_gradients(terms, len(rows[0]))
+    implementation.adam_rows(rows, gradients[:2], *given)
+    return gradients[2]
 
 
 def adam_rows(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adam import adam
 
-from llm_wsae.sparse.codes import Codes, RaggedCodes, joined
+from llm_wsae.sparse.codes import Codes, RaggedCodes, Terms, joined
 from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 
 _TILE_ROWS = 512  # pre-activations of one tile stay in cache and batch × d_sae is never held
@@ -145,22 +145,16 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     return gradient.mul_(codes.values > 0)
 
 
-def weight_gradients(
-    codes: RaggedCodes,
-    x: Tensor,
-    output_gradient: Tensor,
-    by_value: Tensor,
-    d_sae: int,
-    out: Gradients | None = None,
-) -> Gradients:
-    """See ``operations``. Has no use for ``out``."""
+def weight_gradients(terms: Terms, d_sae: int) -> Gradients:
+    """See ``operations``, where ``terms.more`` is added."""
+    codes, x, output_gradient, by_value, _ = terms
     latents, order = codes.indices.sort(stable=True)
     rows = codes.rows()[order]
     x, output_gradient = x.to(by_value.dtype), output_gradient.to(by_value.dtype)
     bounds = torch.searchsorted(latents, torch.arange(d_sae + 1, device=latents.device))
     by_bias = torch.zeros(d_sae, dtype=by_value.dtype, device=by_value.device)
     return (
-        _bags(rows, x, bounds, by_value[order]),
+        _bags(rows % max(1, len(x)), x, bounds, by_value[order]),
         _bags(rows, output_gradient, bounds, codes.values[order]),
         by_bias.index_add_(0, codes.indices, by_value),
     )

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.codes import Codes, RaggedCodes
+from llm_wsae.sparse.codes import Codes, RaggedCodes, Terms
 
 BETAS = (0.9, 0.999)
 """Of Adam, as in torch.optim.Adam."""
@@ -73,19 +73,13 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     return by_latent[codes.rows(), codes.indices] * (codes.values > 0)
 
 
-def weight_gradients(
-    codes: RaggedCodes,
-    x: Tensor,
-    output_gradient: Tensor,
-    by_value: Tensor,
-    d_sae: int,
-    out: Gradients | None = None,
-) -> Gradients:
-    """See ``operations``."""
+def weight_gradients(terms: Terms, d_sae: int) -> Gradients:
+    """See ``operations``, where ``terms.more`` is added."""
+    codes, x, output_gradient, by_value, _ = terms
     by_latent = dense(codes, by_value, d_sae)
     latents = dense(codes, codes.values, d_sae)
-    x, output_gradient = x.to(by_latent.dtype), output_gradient.to(by_latent.dtype)
-    return by_latent.T @ x, latents.T @ output_gradient, by_latent.sum(0)
+    x = x.to(by_latent.dtype).repeat(len(output_gradient) // max(1, len(x)), 1)
+    return by_latent.T @ x, latents.T @ output_gradient.to(x.dtype), by_latent.sum(0)
 
 
 def firing_counts(codes: RaggedCodes, d_sae: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_wsae.sparse import plain
-from llm_wsae.sparse.codes import Codes, RaggedCodes
+from llm_wsae.sparse.codes import Codes, RaggedCodes, Terms
 from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 from llm_wsae.sparse.triton_rows import (
     adam_rows_kernel,
@@ -123,20 +123,14 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     return out
 
 
-def weight_gradients(
-    codes: RaggedCodes,
-    x: Tensor,
-    output_gradient: Tensor,
-    by_value: Tensor,
-    d_sae: int,
-    out: Gradients | None = None,
-) -> Gradients:
-    """See ``operations``.
+def weight_gradients(terms: Terms, d_sae: int) -> Gradients:
+    """See ``operations``, where ``terms.more`` is added.
 
     One program sums a latent's first ``span`` occurrences; what a dense latent has beyond them is
     summed in pieces of ``span``, which are few: at most active // span, known without asking.
     """
-    device, d_in, active = x.device, x.shape[1], len(codes.indices)
+    codes, x, output_gradient, by_value, _ = terms
+    device, (batch, d_in), active = x.device, x.shape, len(codes.indices)
     narrow = torch.int16 if d_sae <= 2**15 else torch.int32  # a radix sort pays by the byte
     latents, order = codes.indices.to(narrow).sort(stable=True)
     numbers = torch.arange(d_sae + 1, device=device)
@@ -149,15 +143,16 @@ def weight_gradients(
     exact = codes.values.dtype
     parts = [torch.empty(n, d_in, dtype=exact, device=device) for n in (pieces, pieces)]
     parts.append(torch.empty(pieces, dtype=exact, device=device))
-    if out is None:
-        out = torch.empty(d_sae, d_in, dtype=exact, device=device)
-        out = (out, torch.empty_like(out), torch.empty(d_sae, dtype=exact, device=device))
+    by_encoder = torch.empty(d_sae, d_in, dtype=exact, device=device)
+    by_decoder = torch.empty_like(by_encoder)
+    by_bias = torch.empty(d_sae, dtype=exact, device=device)
+    out = (by_encoder, by_decoder, by_bias)
     rows = (x.contiguous(), output_gradient.contiguous())
     sources = (order, codes.rows(), by_value, codes.values, *rows)
     tile = _tile_of(d_in)
-    arguments = (bounds, further, owners, *sources, *parts, d_in, d_sae, span)
+    arguments = (bounds, further, owners, *sources, *parts, batch, d_in, d_sae, span)
     _run(further_sums_kernel, (pieces, _blocks(d_in)), *arguments, **tile)
-    arguments = (bounds, further, *sources, *parts, *out, d_in, span)
+    arguments = (bounds, further, *sources, *parts, *out, batch, d_in, span)
     _run(latent_sums_kernel, (d_sae, _blocks(d_in)), *arguments, **tile)
     return out
 

@@ -95,6 +95,7 @@ def _occurrence_sums(
     values_ptr,
     x_ptr,
     gradient_ptr,
+    batch,  # rows of x: row i of the gradients belongs to row i mod batch
     d_in,
     columns,
     exact: tl.constexpr,
@@ -113,10 +114,11 @@ def _occurrence_sums(
         values = tl.load(values_ptr + slots, mask=places < end, other=0).to(exact)
         used = (by_value != 0) | (values != 0)
         rows = tl.load(rows_ptr + slots, mask=used, other=0).to(tl.int64)
-        at = rows[:, None] * d_in + columns[None, :]
         read = used[:, None] & inside[None, :]
-        x = tl.load(x_ptr + at, mask=read, other=0).to(exact)
+        at = rows[:, None] * d_in + columns[None, :]
         gradient = tl.load(gradient_ptr + at, mask=read, other=0).to(exact)
+        at = (rows % batch)[:, None] * d_in + columns[None, :]
+        x = tl.load(x_ptr + at, mask=read, other=0).to(exact)
         encoder += tl.sum(x * by_value[:, None], 0)
         decoder += tl.sum(gradient * values[:, None], 0)
         bias += by_value
@@ -138,6 +140,7 @@ def further_sums_kernel(
     encoder_ptr,  # [pieces, d_in]
     decoder_ptr,  # [pieces, d_in]
     bias_ptr,  # [pieces]
+    batch,
     d_in,
     d_sae,
     span,
@@ -161,6 +164,7 @@ def further_sums_kernel(
             values_ptr,
             x_ptr,
             gradient_ptr,
+            batch,
             d_in,
             columns,
             encoder_ptr.dtype.element_ty,
@@ -190,6 +194,7 @@ def latent_sums_kernel(
     encoder_ptr,  # [d_sae, d_in]
     decoder_ptr,  # [d_sae, d_in]
     bias_ptr,  # [d_sae]
+    batch,
     d_in,
     span,
     SLOTS: tl.constexpr,
@@ -210,6 +215,7 @@ def latent_sums_kernel(
         values_ptr,
         x_ptr,
         gradient_ptr,
+        batch,
         d_in,
         columns,
         encoder_ptr.dtype.element_ty,

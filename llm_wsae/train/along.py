@@ -3,15 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.codes import RaggedCodes, Reconstruction
-from llm_wsae.sparse.operations import (
-    exact_values,
-    firing_counts,
-    reconstruct,
-    value_gradients,
-    weight_gradients,
-)
-from llm_wsae.sparse.reference import Gradients
+from llm_wsae.sparse.codes import RaggedCodes, Reconstruction, Terms
+from llm_wsae.sparse.operations import exact_values, firing_counts, reconstruct, value_gradients
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.parameters import Batch, Parameters, Step, error_weights, times
 
@@ -22,12 +15,11 @@ def step_along(
     batch: Batch,
     gamma: Gamma,
     push: float | Float[Tensor, ""] = 0.0,
-    out: Gradients | None = None,
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) of these codes, and its gradients.
 
     ``push`` is the gradient of a penalty by every active latent; the loss does not count it. The
-    weights' gradients sum rows in the number format of the products, and may be written to ``out``.
+    weights' gradients sum rows in the number format of the products.
     """
     encoder, decoder, _, decoder_bias = parameters
     weights = error_weights(batch.num_rows, gamma)
@@ -43,13 +35,9 @@ def step_along(
         made = _rows_weighed(made, codes, batch.row_weights)
     by_value = made.by_value
     by_value += push * (codes.values > 0)
-    by_encoder, by_decoder, by_bias = weight_gradients(
-        codes, batch.x_fast, made.output_gradient, by_value, len(encoder), out
-    )
-    by_decoder_bias = times(total, weights)
-    gradients = Parameters(by_encoder, by_decoder, by_bias, by_decoder_bias)
+    terms = Terms(codes, batch.x_fast, made.output_gradient, by_value)
     firings = firing_counts(codes, len(encoder))
-    return Step(gradients, made.residual, firings, made.row_errors.sum() / 2)
+    return Step(terms, times(total, weights), made.residual, firings, made.row_errors.sum() / 2)
 
 
 def _reconstruct_in_turn(

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
 from llm_wsae.hardware import exact_dtype
-from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.statistics.weights import Gamma, LossWeights
-from llm_wsae.train.auxk import DeadFinder, add_auxk_gradients
+from llm_wsae.train.auxk import DeadFinder, auxk_gradients
 from llm_wsae.train.batch_topk import RunningThreshold, batch_topk_step
 from llm_wsae.train.config import Architecture
 from llm_wsae.train.jumprelu import LearntThreshold, jumprelu_step
@@ -100,14 +99,6 @@ class Progress:
     rows: Tensor
 
 
-@dataclass
-class Workspace:
-    """Memory that is used anew in every step, by all arms that share it: they take turns."""
-
-    gradients: Gradients | None = None
-    """By encoder, decoder and encoder bias, as of the last step."""
-
-
 class Arm:
     """Parameters, optimiser state and counters of one arm on a device."""
 
@@ -117,12 +108,10 @@ class Arm:
         d_in: int,
         d_sae: int,
         device: torch.device,
-        workspace: Workspace | None = None,
         space: Space | None = None,
         split: Split = ALONE,
     ):
-        """``workspace`` and ``space`` may be shared with other arms; ``split`` is that of the
-        batches."""
+        """``space`` may be shared with other arms; ``split`` is that of the batches."""
         config.check(d_sae)
         self.config = config
         self.space = space or Spaces(device).of(config.weights)
@@ -142,7 +131,6 @@ class Arm:
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
         self._optimiser = Optimiser(self.parameters)
-        self._workspace = workspace or Workspace()
         self.progress = self._no_progress()
 
     def step(
@@ -151,18 +139,19 @@ class Arm:
         """One optimiser step. ``rows_seen`` counts all rows up to and including this batch.
 
         On a GPU nothing here waits for the device, save that ReLU and JumpReLU ask how many latents
-        are active, Matryoshka how many in each group, and AuxK sometimes which are dead. Several
-        processes wait for each other.
+        are active, and AuxK sometimes which are dead. Several processes wait for each other.
         """
         with torch.no_grad():
             batch = self._weighed(batch)
-            step = self.evaluate(batch, self._workspace.gradients)
-            self._workspace.gradients = step.gradients[:3]
+            step = self.evaluate(batch)
             if aux > 0 and self.config.revives:
-                self._revive(step, batch, rows_seen, aux, dead_after)
-            self._split.sum_over_rows([*step.gradients, step.firings, step.loss])
+                step = self._with_auxk(step, batch, rows_seen, aux, dead_after)
+            if self._split.row_parts > 1:
+                step = step.summed()
+                own = (*step.by_weights, step.by_decoder_bias, step.firings, step.loss)
+                self._split.sum_over_rows(own)
             self.last_fired.masked_fill_(step.firings > 0, rows_seen)
-            self._optimiser.step(step.gradients, learning_rate)
+            self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
             if self.threshold is not None:
                 self.threshold.follow(step.for_threshold, learning_rate)
             self._record(step, batch)
@@ -178,21 +167,21 @@ class Arm:
             one = one if full.ndim == 1 else one.diag()
             self.gamma = torch.lerp(full, one, min(1.0, done / share))
 
-    def evaluate(self, batch: Batch, out: Gradients | None = None) -> Step:
-        """Loss and gradients on a batch, changing nothing but ``out``, memory for gradients."""
+    def evaluate(self, batch: Batch) -> Step:
+        """Loss and gradients on a batch, changing nothing."""
         batch = self._weighed(batch)
         encoder = self._optimiser.encoder(batch.x_fast.dtype)
         parameters = self.parameters._replace(encoder=encoder)  # in the products' number format
         gamma, k, threshold = self.gamma, self.config.k, self.threshold
         if k is None:
-            return relu_step(parameters, batch, gamma, self.config.l1, out)
+            return relu_step(parameters, batch, gamma, self.config.l1)
         if isinstance(threshold, LearntThreshold):
-            return jumprelu_step(parameters, batch, gamma, k, threshold.log, out)
+            return jumprelu_step(parameters, batch, gamma, k, threshold.log)
         if isinstance(threshold, RunningThreshold):
             nested = self.config.architecture == "matryoshka"
             step = matryoshka_step if nested else batch_topk_step
-            return step(parameters, batch, gamma, k, threshold.guess(), out)
-        return topk_step(parameters, batch, gamma, k, out)
+            return step(parameters, batch, gamma, k, threshold.guess())
+        return topk_step(parameters, batch, gamma, k)
 
     def _weighed(self, batch: Batch) -> Batch:
         """The batch with what its rows count under the arm's weights, if it does not say so yet."""
@@ -204,11 +193,13 @@ class Arm:
         """Which latents have not fired for ``dead_after`` rows. [d_sae] bool."""
         return rows_seen - self.last_fired > dead_after
 
-    def _revive(self, step: Step, batch: Batch, rows_seen: int, aux: float, dead_after: int):
+    def _with_auxk(
+        self, step: Step, batch: Batch, rows_seen: int, aux: float, dead_after: int
+    ) -> Step:
+        """The step with AuxK's gradients added."""
         dead = self._finder.find(self.last_fired, rows_seen, dead_after)
-        add_auxk_gradients(
-            step.gradients, self.parameters, batch, step.residual, dead, self.gamma, aux
-        )
+        more = auxk_gradients(self.parameters, batch, step.residual, dead, self.gamma, aux)
+        return step._replace(by_weights=step.by_weights._replace(more=more))
 
     def _record(self, step: Step, batch: Batch) -> None:
         own = torch.stack([batch.mask.sum(), self._squared_error(step, batch)])

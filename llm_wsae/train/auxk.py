@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llm_wsae.sparse.codes import OfSome
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.parameters import Batch, Parameters, squared, times
 
@@ -53,16 +54,16 @@ class DeadFinder:
         return DeadLatents(self._found, rows_seen - last_fired[self._found] > dead_after)
 
 
-def add_auxk_gradients(
-    gradients: Parameters,
+def auxk_gradients(
     parameters: Parameters,
     batch: Batch,
     residual: Float[Tensor, "batch d_in"],
     latents: DeadLatents,
     gamma: Gamma,
     coefficient: float,
-) -> None:
-    """Add the gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² to those of the dead latents.
+) -> OfSome | None:
+    """Gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² by the weights of ``latents``; None if no
+    latent is dead.
 
     e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. In a row d_in / 2
     dead latents take part, those with the largest pre-activations, or more where they tie.
@@ -73,12 +74,14 @@ def add_auxk_gradients(
     bias = parameters.encoder_bias[dead].to(fast)
     num_dead = batch.split.count_latents(len(dead))
     if num_dead == 0:
-        return
+        return None
     k_aux = min(num_dead, max(1, batch.x.shape[1] // 2))
     metric = squared(gamma)
     unexplained = batch.split.over_rows((times(residual, metric) * residual).sum(1) @ batch.counted)
     scale = 1 / unexplained.clamp(min=1e-12)
     exact = residual.dtype
+    by_encoder, by_decoder = torch.zeros(2, *encoder.shape, dtype=exact, device=dead.device)
+    by_bias = torch.zeros(len(dead), dtype=exact, device=dead.device)
     tile = _TILE_ROWS_ON_CPU if residual.device.type == "cpu" else _TILE_ROWS
     for start in range(0, len(residual), tile):
         rows = slice(start, start + tile)
@@ -93,8 +96,8 @@ def add_auxk_gradients(
         error = (decoded + residual[rows]) * counted
         by_output = times(error, metric * (2 * coefficient * scale)).to(fast)
         by_latent = threshold_backward(by_output @ decoder.T, active, 0)
-        gradients.encoder_bias.index_add_(0, dead, by_latent.sum(0, dtype=exact))
+        by_bias += by_latent.sum(0, dtype=exact)
         for some in (slice(i, i + _TILE_LATENTS) for i in range(0, len(dead), _TILE_LATENTS)):
-            own = dead[some]
-            gradients.encoder.index_add_(0, own, (by_latent[:, some].T @ x_fast).to(exact))
-            gradients.decoder.index_add_(0, own, (active[:, some].T @ by_output).to(exact))
+            by_encoder[some] += by_latent[:, some].T @ x_fast
+            by_decoder[some] += active[:, some].T @ by_output
+    return OfSome(dead, by_encoder, by_decoder, by_bias)

@@ -13,7 +13,6 @@ from torch import Tensor
 from llm_wsae.hardware import exact_dtype
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
-from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import exact, step_along
 from llm_wsae.train.parameters import Batch, Parameters, Step
@@ -28,15 +27,13 @@ def batch_topk_step(
     gamma: Gamma,
     k: int,
     guess: float | Float[Tensor, ""],
-    out: Gradients | None = None,
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients.
 
-    ``guess`` (see ``RunningThreshold``) makes it fast and never changes the result; ``out`` as in
-    ``step_along``.
+    ``guess`` (see ``RunningThreshold``) makes it fast and never changes the result.
     """
     codes = batch_topk_codes(parameters, batch, k, guess)
-    step = step_along(exact(codes, parameters, batch), parameters, batch, gamma, out=out)
+    step = step_along(exact(codes, parameters, batch), parameters, batch, gamma)
     return step._replace(for_threshold=smallest_value(codes, batch))
 
 

@@ -26,6 +26,7 @@ class SplitRows(Split):
 
     def __init__(self, collectives: Collectives):
         self._all = collectives
+        self.row_parts = collectives.size
 
     def batches(
         self, source: ActivationSource, batch_size: int, seed: int, start: int

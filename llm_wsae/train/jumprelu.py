@@ -22,13 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.operations import (
-    encode_above,
-    firing_counts,
-    value_gradients,
-    weight_gradients,
-)
-from llm_wsae.sparse.reference import Gradients
+from llm_wsae.sparse.codes import Terms
+from llm_wsae.sparse.operations import encode_above, firing_counts, value_gradients
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import exact, without_masked
 from llm_wsae.train.optimiser import adam_vector
@@ -52,12 +47,10 @@ def jumprelu_step(
     gamma: Gamma,
     k: int,
     log_threshold: Float[Tensor, " d_sae"],
-    out: Gradients | None = None,
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) + λ(L0/k − 1)² and its gradients.
 
-    A pre-activation that is not positive is in no window, however small θ. ``out`` as in
-    ``step_along``.
+    A pre-activation that is not positive is in no window, however small θ.
     """
     encoder, decoder, encoder_bias, decoder_bias = parameters
     d_sae, fast = len(encoder), batch.x_fast.dtype
@@ -77,10 +70,7 @@ def jumprelu_step(
     residual = decoded.sub_(batch.x).mul_(batch.mask[:, None])
     loss, output_gradient = weighted_error(residual, batch.counted, gamma, num_rows)
     by_near = value_gradients(near, decoder, output_gradient)
-    by_encoder, by_decoder, by_bias = weight_gradients(
-        codes, batch.x, output_gradient, by_near * active, d_sae, out
-    )
-    gradients = Parameters(by_encoder, by_decoder, by_bias, output_gradient.sum(0))
+    terms = Terms(codes, batch.x_fast, output_gradient.to(fast), by_near * active)
 
     excess = batch.split.over_all(active.sum()) / num_rows / k - 1
     by_activity = 2 * COEFFICIENT * excess / (k * num_rows)
@@ -92,7 +82,8 @@ def jumprelu_step(
     )
     by_log = batch.split.over_rows(by_log)
     loss = loss + COEFFICIENT * excess**2 * (batch.mask.sum() / num_rows)  # one's share of it
-    return Step(gradients, residual, firing_counts(codes, d_sae), loss, by_log)
+    by_decoder_bias, firings = output_gradient.sum(0), firing_counts(codes, d_sae)
+    return Step(terms, by_decoder_bias, residual, firings, loss, by_log)
 
 
 class LearntThreshold:

@@ -5,19 +5,19 @@ first ones instead of letting later ones absorb them. Active latents are those o
 whole dictionary, and the loss is the sum of the prefixes' losses.
 
 A prefix's reconstruction is the one before it plus what its own group of latents adds, so the codes
-are split by group and every latent is decoded once, whatever the number of prefixes. Likewise a
-latent is pushed by the sum of the gradients of all prefixes that hold it.
+are put in order by group and every latent is decoded once, whatever the number of prefixes.
+Likewise a latent is pushed by the sum of the gradients of all prefixes that hold it.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.codes import RaggedCodes
-from llm_wsae.sparse.operations import firing_counts, value_gradients, weight_gradients
-from llm_wsae.sparse.reference import Gradients
+from llm_wsae.sparse.codes import RaggedCodes, Terms
+from llm_wsae.sparse.operations import firing_counts, value_gradients
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import exact
 from llm_wsae.train.batch_topk import batch_topk_codes, smallest_value
@@ -34,44 +34,37 @@ def matryoshka_step(
     gamma: Gamma,
     k: int,
     guess: float | Float[Tensor, ""],
-    out: Gradients | None = None,
     prefixes: Sequence[float] = PREFIXES,
 ) -> Step:
     """Loss Σ_prefixes ‖Γ(x − x̂_prefix)‖² (means over rows and dimensions) and its gradients.
 
-    The residual is that of the whole dictionary. ``guess`` and ``out`` as in ``batch_topk_step``.
+    The residual is that of the whole dictionary. ``guess`` as in ``batch_topk_step``.
     """
-    encoder, decoder, encoder_bias, decoder_bias = parameters
+    encoder, decoder, _, decoder_bias = parameters
     codes = batch_topk_codes(parameters, batch, k, guess)
     groups = batch.split.own_groups(group_bounds(batch.split.latent_parts * len(encoder), prefixes))
     active = exact(codes, parameters, batch)
-    parts = _by_group(active, groups)
+    grouped = _by_group(active, groups)
 
-    residuals, bias = [], decoder_bias
-    for part, (start, stop) in zip(parts, groups, strict=True):
-        added = batch.split.decode(part, decoder[start:stop], bias).mul_(batch.mask[:, None])
-        residuals.append(added.add_(residuals[-1] if residuals else -batch.x))
-        bias = torch.zeros_like(decoder_bias)  # is in the first prefix, hence in all
+    no_bias = torch.zeros_like(decoder_bias)
+    added = batch.split.decode(grouped, decoder, no_bias)  # by each group
+    residuals = added.view(len(groups), *batch.x.shape)
+    residuals[0] += decoder_bias - batch.x
+    for before, residual in pairwise(residuals):
+        residual += before
+    residuals *= batch.mask[:, None]
 
-    if out is None:
-        out = (torch.empty_like(decoder), torch.empty_like(decoder), torch.empty_like(encoder_bias))
-    gradients = Parameters(*out, torch.empty_like(decoder_bias))
-    loss, output_gradient = batch.x.new_zeros(()), None
-    for part, (start, stop), residual in reversed(list(zip(parts, groups, residuals, strict=True))):
-        prefix_loss, by_prefix = weighted_error(residual, batch.counted, gamma, batch.num_rows)
-        loss = loss + prefix_loss
-        output_gradient = by_prefix if output_gradient is None else output_gradient.add_(by_prefix)
-        if start == stop:
-            continue
-        by_value = value_gradients(part, decoder[start:stop], output_gradient)
-        places = tuple(whole[start:stop] for whole in gradients[:3])
-        found = weight_gradients(part, batch.x, output_gradient, by_value, stop - start, out=places)
-        for place, gradient in zip(places, found, strict=True):
-            if place.data_ptr() != gradient.data_ptr():
-                place.copy_(gradient)
-    gradients.decoder_bias.copy_(output_gradient.sum(0))
+    residual, loss = residuals[-1].clone(), batch.x.new_zeros(())
+    later = torch.zeros_like(residual)
+    for place in reversed(residuals.unbind()):  # takes the gradient of its prefix and later ones
+        prefix_loss, by_prefix = weighted_error(place, batch.counted, gamma, batch.num_rows)
+        loss += prefix_loss
+        later = torch.add(by_prefix, later, out=place)
+    by_decoder_bias, by_output = later.sum(0), residuals.flatten(0, 1)
+    by_value = value_gradients(grouped, decoder, by_output)
+    terms = Terms(grouped, batch.x_fast, by_output.to(batch.x_fast.dtype), by_value)
     firings = firing_counts(active, len(encoder))
-    return Step(gradients, residuals[-1], firings, loss, smallest_value(codes, batch))
+    return Step(terms, by_decoder_bias, residual, firings, loss, smallest_value(codes, batch))
 
 
 def group_bounds(d_sae: int, prefixes: Sequence[float] = PREFIXES) -> list[tuple[int, int]]:
@@ -80,24 +73,16 @@ def group_bounds(d_sae: int, prefixes: Sequence[float] = PREFIXES) -> list[tuple
     return list(zip([0, *ends], ends, strict=False))
 
 
-def _by_group(codes: RaggedCodes, groups: Sequence[tuple[int, int]]) -> list[RaggedCodes]:
-    """The codes of each group of latents, counted from its first one.
-
-    Waits for the device once, to learn how many there are of each.
-    """
+def _by_group(codes: RaggedCodes, groups: Sequence[tuple[int, int]]) -> RaggedCodes:
+    """The codes as rows of each group of latents: all rows of one before all rows of the next."""
     indices, values, offsets = codes
     inside = torch.stack([(indices >= start) & (indices < stop) for start, stop in groups])
-    before = torch.nn.functional.pad(inside.cumsum(1), (1, 0))
-    parts = []
-    for (start, _), mine, place, size in zip(
-        groups, inside, before, before[:, -1].tolist(), strict=True
-    ):
-        slots = torch.where(mine, place[:-1], size)  # the others all go behind the end
-        parts.append(
-            RaggedCodes(
-                indices.new_empty(size + 1).scatter_(0, slots, indices - start)[:size],
-                values.new_empty(size + 1).scatter_(0, slots, values)[:size],
-                place[offsets],
-            )
-        )
-    return parts
+    before = torch.nn.functional.pad(inside.cumsum(1), (1, 0))  # slots of a group that come first
+    sizes = before[:, -1]
+    place = before + (sizes.cumsum(0) - sizes)[:, None]
+    slots = (place[:, :-1] * inside).sum(0)
+    return RaggedCodes(
+        torch.empty_like(indices).scatter_(0, slots, indices),
+        torch.empty_like(values).scatter_(0, slots, values),
+        torch.cat([place[:, offsets[:-1]].flatten(), offsets[-1:]]),
+    )

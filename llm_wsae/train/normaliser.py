@@ -42,7 +42,8 @@ class Normaliser:
             rows = rows.pin_memory()  # or the copy would wait for the step before
         rows = rows.to(self.mean.device, non_blocking=True).float()
         mask = (torch.linalg.vector_norm(rows, dim=1) <= self._threshold).float()
-        x = rows.sub(self.mean).div_(self.scale).where(mask[:, None] > 0, 0)  # also if infinite
+        x = rows.sub(self.mean).div_(self.scale)
+        x.masked_fill_(mask[:, None] == 0, 0)  # also if infinite
         here = mask.sum()
         elsewhere = self._split.over_rows(here) - here
         return Batch(x, x.to(self._fast), mask, self._split, elsewhere)

@@ -1,15 +1,17 @@
 """Adam for one arm, and what it leaves for the arm's next step.
 
-Encoder and decoder go through ``adam_rows`` in one pass, which also keeps decoder rows at norm 1
-and writes the encoder in the number format of the next step's product. The biases are small.
+Encoder and decoder go through ``adam_along`` or ``adam_rows`` in one pass, which also keeps decoder
+rows at norm 1 and writes the encoder in the number format of the next step's product. The biases
+are small.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.operations import adam_rows
-from llm_wsae.sparse.reference import BETAS, EPSILON
+from llm_wsae.sparse.codes import Terms
+from llm_wsae.sparse.operations import adam_along, adam_rows
+from llm_wsae.sparse.reference import BETAS, EPSILON, Gradients
 from llm_wsae.train.parameters import Parameters
 
 
@@ -32,22 +34,29 @@ class Optimiser:
             self._encoder_fast = encoder.to(dtype)
         return self._encoder_fast
 
-    def step(self, gradients: Parameters, learning_rate: float) -> None:
-        """Move the parameters, in place, and put the decoder's rows back to norm 1."""
+    def step(
+        self,
+        by_weights: Terms | Gradients,
+        by_decoder_bias: Float[Tensor, " d_in"],
+        learning_rate: float,
+    ) -> None:
+        """Move the parameters, in place, and put the decoder's rows back to norm 1.
+
+        ``by_weights`` as in ``Step``.
+        """
         self._steps += 1
-        adam_rows(
-            self._parameters[:2],
-            gradients[:2],
-            self._means[:2],
-            self._squares[:2],
-            self._steps,
-            learning_rate,
-            self._encoder_fast,
-        )
+        rows, moments = self._parameters[:2], (self._means[:2], self._squares[:2])
+        now = (self._steps, learning_rate)
+        if isinstance(by_weights, Terms):
+            by_bias = adam_along(by_weights, rows, *moments, *now, self._encoder_fast)
+        else:
+            *by_rows, by_bias = by_weights
+            adam_rows(rows, tuple(by_rows), *moments, *now, self._encoder_fast)
+        by_biases = (by_bias, by_decoder_bias)
         for vectors in zip(
-            self._parameters[2:], gradients[2:], self._means[2:], self._squares[2:], strict=True
+            self._parameters[2:], by_biases, self._means[2:], self._squares[2:], strict=True
         ):
-            adam_vector(*vectors, self._steps, learning_rate)
+            adam_vector(*vectors, *now)
 
     def state(self) -> dict[str, Tensor]:
         """The moments and the number of steps, under the names torch.optim.Adam has for them."""

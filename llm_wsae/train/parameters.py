@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.sparse.codes import Terms
+from llm_wsae.sparse.operations import weight_gradients
+from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.split import ALONE, Split
 
@@ -55,7 +58,10 @@ class Batch(NamedTuple):
 class Step(NamedTuple):
     """One evaluation of an arm's loss on a batch. Scalars stay on the device: no host sync."""
 
-    gradients: Parameters
+    by_weights: Terms | Gradients
+    """Gradients by encoder, decoder and encoder bias, or what they are sums of: these are made
+    where they are used, since all of them are as large as the weights."""
+    by_decoder_bias: Float[Tensor, " d_in"]
     residual: Float[Tensor, "batch d_in"]
     """Reconstruction minus input, masked rows 0."""
     firings: Float[Tensor, " d_sae"]
@@ -64,6 +70,17 @@ class Step(NamedTuple):
     for_threshold: Float[Tensor, ""] | Float[Tensor, " d_sae"] | None = None
     """What the arm's threshold follows, if it has one: the smallest selected value (BatchTopK), or
     the gradient by the logarithm of every latent's (JumpReLU)."""
+
+    def summed(self) -> "Step":
+        """The step with its gradients made."""
+        if not isinstance(self.by_weights, Terms):
+            return self
+        return self._replace(by_weights=weight_gradients(self.by_weights, len(self.firings)))
+
+    @property
+    def gradients(self) -> Parameters:
+        """All of them, made if they have not been."""
+        return Parameters(*self.summed().by_weights, self.by_decoder_bias)
 
 
 def initial_parameters(

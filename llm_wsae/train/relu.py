@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.sparse.operations import encode_above
-from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import exact, step_along, without_masked
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
@@ -22,31 +21,18 @@ _FEW = 1 / 64
 rows of both matrices, a dense one its part of four matrix products."""
 
 
-def relu_step(
-    parameters: Parameters,
-    batch: Batch,
-    gamma: Gamma,
-    l1: float,
-    out: Gradients | None = None,
-) -> Step:
+def relu_step(parameters: Parameters, batch: Batch, gamma: Gamma, l1: float) -> Step:
     """Loss ‖Γ(x − x̂)‖² + l1·Σ_j z_j (means over rows; the first also over dimensions).
 
     Decoder rows have unit norm, so the plain sum of the latents is the penalty of the literature. A
-    coefficient for a loss that sums over dimensions is d_in times this one. ``out`` as in
-    ``step_along``.
+    coefficient for a loss that sums over dimensions is d_in times this one.
     """
     share = _active_share(parameters, batch)
     step = sparse_relu_step if share < _FEW else dense_relu_step
-    return step(parameters, batch, gamma, l1, out)
+    return step(parameters, batch, gamma, l1)
 
 
-def sparse_relu_step(
-    parameters: Parameters,
-    batch: Batch,
-    gamma: Gamma,
-    l1: float,
-    out: Gradients | None = None,
-) -> Step:
+def sparse_relu_step(parameters: Parameters, batch: Batch, gamma: Gamma, l1: float) -> Step:
     """``relu_step`` along the active latents only."""
     fast = batch.x_fast.dtype
     codes = encode_above(
@@ -57,28 +43,21 @@ def sparse_relu_step(
     )
     codes = exact(without_masked(codes, batch), parameters, batch)
     push = _push(batch, l1)
-    step = step_along(codes, parameters, batch, gamma, push, out)
+    step = step_along(codes, parameters, batch, gamma, push)
     penalty = push * batch.split.over_latents(codes.values.sum())
     return step._replace(loss=step.loss + penalty)
 
 
-def dense_relu_step(
-    parameters: Parameters,
-    batch: Batch,
-    gamma: Gamma,
-    l1: float,
-    out: Gradients | None = None,
-) -> Step:
+def dense_relu_step(parameters: Parameters, batch: Batch, gamma: Gamma, l1: float) -> Step:
     """``relu_step`` over all latents, a tile of rows at a time."""
     encoder, decoder, encoder_bias, decoder_bias = parameters
     fast = batch.x_fast.dtype
     encoder_fast, decoder_fast = encoder.to(fast), decoder.to(fast)
     bias_fast = encoder_bias.to(fast)
-    if out is None:
-        out = (torch.empty_like(decoder), torch.empty_like(decoder), torch.empty_like(encoder_bias))
-    gradients = Parameters(*out, torch.empty_like(decoder_bias))
-    for gradient in gradients:
-        gradient.zero_()
+    gradients = Parameters(
+        torch.zeros_like(decoder),  # the encoder may be the rounded one
+        *map(torch.zeros_like, (decoder, encoder_bias, decoder_bias)),
+    )
     residual = torch.empty_like(batch.x)
     firings = torch.zeros_like(encoder_bias)
     loss = batch.x.new_zeros(())
@@ -103,7 +82,7 @@ def dense_relu_step(
         gradients.encoder_bias.add_(by_latent.sum(0, dtype=x.dtype))
         gradients.decoder_bias.add_(by_output.sum(0))
         firings += active.sum(0)
-    return Step(gradients, residual, firings, loss)
+    return Step(gradients[:3], gradients.decoder_bias, residual, firings, loss)
 
 
 def _push(batch: Batch, l1: float) -> Float[Tensor, ""]:

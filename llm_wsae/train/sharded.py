@@ -77,7 +77,5 @@ class SplitLatents(Split):
         decoder: Float[Tensor, "latents d_in"],
         bias: Float[Tensor, " d_in"],
     ) -> Float[Tensor, "batch d_in"]:
-        part = bias.new_zeros(codes.num_rows, len(bias))
-        if len(decoder):
-            part = operations.decode(codes, decoder, torch.zeros_like(bias))
+        part = operations.decode(codes, decoder, torch.zeros_like(bias))
         return self._all.sum_(part).add_(bias)

@@ -24,6 +24,8 @@ class Split:
     bit, so that what each of them computes from it stays equal too.
     """
 
+    row_parts = 1
+    """How many processes share the rows."""
     latent_parts = 1
     """How many processes share the latents."""
 

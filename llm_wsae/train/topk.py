@@ -5,26 +5,16 @@ batch × d_sae exists. γ enters through the residual's gradient only.
 """
 
 from llm_wsae.sparse.operations import encode_topk
-from llm_wsae.sparse.reference import Gradients
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import exact, step_along
 from llm_wsae.train.parameters import Batch, Parameters, Step
 
 
-def topk_step(
-    parameters: Parameters,
-    batch: Batch,
-    gamma: Gamma,
-    k: int,
-    out: Gradients | None = None,
-) -> Step:
-    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients.
-
-    ``out`` as in ``step_along``.
-    """
+def topk_step(parameters: Parameters, batch: Batch, gamma: Gamma, k: int) -> Step:
+    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
     fast = batch.x_fast.dtype
     encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
     codes = encode_topk(batch.x_fast, encoder, bias, min(k, len(encoder)))
     kept = codes._replace(values=codes.values * batch.mask[:, None])  # masked rows count nowhere
     active = exact(batch.split.topk(kept, k), parameters, batch)
-    return step_along(active, parameters, batch, gamma, out=out)
+    return step_along(active, parameters, batch, gamma)

@@ -22,7 +22,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import read_json, remove_partials, write_json
 from llm_wsae.hardware import choose_device, fast_dtype
 from llm_wsae.processes import Processes, join
-from llm_wsae.train.arm import Arm, ArmConfig, Workspace
+from llm_wsae.train.arm import Arm, ArmConfig
 from llm_wsae.train.checkpoint import (
     CHECKPOINT,
     Reached,
@@ -124,10 +124,9 @@ class _Training:
         rows = self.num_steps * config.batch_size
         dead_after = config.dead_after or min(MAX_DEAD_AFTER, rows // 10)
         self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
-        workspace, spaces = Workspace(), Spaces(device)
+        spaces = Spaces(device)
         self.arms = [
-            Arm(arm, source.d_in, d_sae, device, workspace, spaces.of(arm.weights), team.split)
-            for arm in arms
+            Arm(arm, source.d_in, d_sae, device, spaces.of(arm.weights), team.split) for arm in arms
         ]
         self.last_numbers: dict[str, dict[str, float]] = {}
         self.identity: dict[str, Any] = {

@@ -10,7 +10,7 @@ from worker import Job, Trainer, serve
 from llm_wsae.hardware import fast_dtype
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.weights import weights_from_rule
-from llm_wsae.train.arm import Arm, ArmConfig, Workspace
+from llm_wsae.train.arm import Arm, ArmConfig
 from llm_wsae.train.config import TrainConfig, default_learning_rate
 from llm_wsae.train.normaliser import Normaliser
 
@@ -23,9 +23,8 @@ def make(job: Job, rows: Tensor) -> Trainer:
     statistics = Statistics(job.d_in, 1).update(rows, torch.zeros(len(rows), dtype=torch.int64))
     normaliser = Normaliser(statistics, device, fast)
     weights = weights_from_rule("variance", 0.5, statistics)
-    workspace = Workspace()
     arms = [
-        Arm(ArmConfig(weights, k=job.k, seed=seed), job.d_in, job.d_sae, device, workspace)
+        Arm(ArmConfig(weights, k=job.k, seed=seed), job.d_in, job.d_sae, device)
         for seed in range(int(job.variant))
     ]
     learning_rate, rows_seen = default_learning_rate(job.d_sae), 0
