@@ -31,11 +31,15 @@ and Adam's moments (10⁶ bytes). No latent is dead there: those that are cost t
 
 What falls short of what was aimed at, and why:
 
-- With AMX a step takes 2.0 times its floor (aim: 1.8; without AMX it is 1.2). The products are so
-  fast there that what is left is half of the step, and bound by memory. Gradients of the weights
-  are written, and read again by Adam; made where Adam uses them, a latent at a time, they would
-  save about 10 of 163 ms, and gradients of the values made while a token's decoder rows are in
-  cache about 7. Neither is done yet: they are 3 % of a step without AMX.
+- With AMX a step took 2.0 times its floor (aim: 1.8; without AMX it is 1.25). The products are so
+  fast there that what is left is half of the step, and bound by memory. That step is not today's
+  and was not measured again for want of AMX: since then gradients go into Adam latent by latent
+  and never to memory, those of the values are made while a token's decoder rows are in cache, rows
+  are fetched further ahead, four are decoded at a time, and tiles are larger; on the other side
+  active values are summed again in float32. The profile below has what is left beside the
+  encoder's product. The largest part is Adam over all rows, then the gathering of decoder rows;
+  the next idea is Adam's moments in bfloat16, which would take a third off its traffic and must
+  first be shown to train as well.
 - The harvest at context 1024 is 3.3 times the bridge in batches of the same size (aim: 3), but 2.2
   times where the bridge gets batches of 1,024 tokens, which suit it better. With AMX it was
   measured before it took contexts side by side: 0.88 of the bare forward, 6.5 times the bridge.
