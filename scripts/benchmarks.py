@@ -35,10 +35,10 @@ What falls short of what was aimed at, and why:
   fast there that what is left is half of the step, and bound by memory. That step is not today's
   and was not measured again for want of AMX: since then gradients go into Adam latent by latent
   and never to memory, those of the values are made while a token's decoder rows are in cache, rows
-  are fetched further ahead, four are decoded at a time, and tiles are larger; on the other side
+  are fetched further ahead, four are summed at a time, and tiles are larger; on the other side
   active values are summed again in float32. The profile below has what is left beside the
-  encoder's product. The largest part is Adam over all rows, then the gathering of decoder rows;
-  the next idea is Adam's moments in bfloat16, which would take a third off its traffic and must
+  encoder's product: Adam and its gradients, the selection, and the gathering of decoder rows. The
+  next idea is Adam's moments in bfloat16, which would take a third off Adam's traffic and must
   first be shown to train as well.
 - The harvest at context 1024 is 3.3 times the bridge in batches of the same size (aim: 3), but 2.2
   times where the bridge gets batches of 1,024 tokens, which suit it better. With AMX it was

@@ -115,19 +115,36 @@ struct Occurrences {
   const int32_t *slots, *rows;
   const T *x, *output_gradient;
   const float *by_value, *values;
-  int64_t batch, last, width;
+  int64_t batch, d_sae, width;
 
   const T* of_x(int64_t at) const { return x + rows[at] % batch * width; }
   const T* of_output(int64_t at) const { return output_gradient + rows[at] * width; }
 
+  void fetch(int64_t at) const {
+    if (at >= bounds[d_sae]) return;
+    prefetch(of_x(at), width);
+    prefetch(of_output(at), width);
+  }
+
   // Adds them to the latent's rows; that by its bias is returned.
   float add(int64_t latent, float* by_encoder, float* by_decoder) const {
     float by_bias = 0;
-    for (int64_t at = bounds[latent]; at < bounds[latent + 1]; at++) {
-      if (at < last) {
-        prefetch(of_x(at + 1), width);
-        prefetch(of_output(at + 1), width);
+    const int64_t end = bounds[latent + 1];
+    int64_t at = bounds[latent];
+    for (; at + 4 <= end; at += 4) {
+      float of_encoder[4], of_decoder[4];
+      for (int i = 0; i < 4; i++) {
+        fetch(at + 4 + i);
+        of_encoder[i] = by_value[slots[at + i]];
+        of_decoder[i] = values[slots[at + i]];
+        by_bias += of_encoder[i];
       }
+      add_four(by_encoder, of_x(at), of_x(at + 1), of_x(at + 2), of_x(at + 3), of_encoder, width);
+      add_four(by_decoder, of_output(at), of_output(at + 1), of_output(at + 2), of_output(at + 3),
+               of_decoder, width);
+    }
+    for (; at < end; at++) {
+      fetch(at + 1);
       add_scaled(by_encoder, of_x(at), by_value[slots[at]], width);
       add_scaled(by_decoder, of_output(at), values[slots[at]], width);
       by_bias += by_value[slots[at]];
@@ -182,8 +199,8 @@ struct Adam {
 
 template <class T>
 void weight_gradients(const Occurrences<T>& occurrences, float* by_encoder, float* by_decoder,
-                      float* by_bias, int64_t d_sae, int64_t threads) {
-  const int64_t width = occurrences.width;
+                      float* by_bias, int64_t threads) {
+  const int64_t d_sae = occurrences.d_sae, width = occurrences.width;
 #pragma omp parallel for num_threads(int(threads)) schedule(dynamic, 64)
   for (int64_t latent = 0; latent < d_sae; latent++) {
     float* const encoder = by_encoder + latent * width;
@@ -198,9 +215,8 @@ void weight_gradients(const Occurrences<T>& occurrences, float* by_encoder, floa
 // latents begin with a row of `more_encoder` and `more_decoder`, and which row; -1 begins with 0.
 template <class T>
 void adam_along(const Occurrences<T>& occurrences, const int32_t* place, const float* more_encoder,
-                const float* more_decoder, float* by_bias, const Adam& adam, int64_t d_sae,
-                int64_t threads) {
-  const int64_t width = occurrences.width;
+                const float* more_decoder, float* by_bias, const Adam& adam, int64_t threads) {
+  const int64_t d_sae = occurrences.d_sae, width = occurrences.width;
 #pragma omp parallel num_threads(int(threads))
   {
     std::vector<float> by_encoder(width), by_decoder(width);
@@ -252,9 +268,9 @@ void decode(const int64_t* indices, const float* values, const int64_t* offsets,
                                const float* values, int64_t batch, int64_t d_sae, int64_t width,   \
                                float* by_encoder, float* by_decoder, float* by_bias,               \
                                int64_t threads) {                                                  \
-    const Occurrences<T> occurrences{bounds,   slots,  rows,  x,                 output_gradient,  \
-                                     by_value, values, batch, bounds[d_sae] - 1, width};           \
-    weight_gradients(occurrences, by_encoder, by_decoder, by_bias, d_sae, threads);                \
+    const Occurrences<T> occurrences{bounds,   slots,  rows,  x,     output_gradient,              \
+                                     by_value, values, batch, d_sae, width};                       \
+    weight_gradients(occurrences, by_encoder, by_decoder, by_bias, threads);                       \
   }                                                                                                \
   void adam_along_##NAME(                                                                          \
       const int64_t* bounds, const int32_t* slots, const int32_t* rows, const T* x,                \
@@ -264,13 +280,13 @@ void decode(const int64_t* indices, const float* values, const int64_t* offsets,
       float* encoder_mean, float* decoder_mean, float* encoder_square, float* decoder_square,      \
       bfloat16* fast, double step_size, double root_scale, double keep_mean, double keep_square,   \
       double epsilon, double smallest_norm, int64_t threads) {                                     \
-    const Occurrences<T> occurrences{bounds,   slots,  rows,  x,                 output_gradient,  \
-                                     by_value, values, batch, bounds[d_sae] - 1, width};           \
+    const Occurrences<T> occurrences{bounds,   slots,  rows,  x,     output_gradient,              \
+                                     by_value, values, batch, d_sae, width};                       \
     const Adam adam{encoder, decoder, encoder_mean, decoder_mean, encoder_square, decoder_square,  \
                     fast, width, float(step_size), float(root_scale), float(keep_square),          \
                     float(1 - keep_mean), float(1 - keep_square), float(epsilon),                  \
                     float(smallest_norm)};                                                         \
-    adam_along(occurrences, place, more_encoder, more_decoder, by_bias, adam, d_sae, threads);     \
+    adam_along(occurrences, place, more_encoder, more_decoder, by_bias, adam, threads);            \
   }
 ROWS(float, float32)
 ROWS(bfloat16, bfloat16)
