@@ -12,6 +12,7 @@ system's counter of the highest size can be reset on Linux only; elsewhere memor
 On a GPU it is what torch allocated there, and a step ends when the device has done it.
 """
 
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -129,6 +130,9 @@ class _Resident:
     """Resident memory of this process in bytes; None where the system does not tell."""
 
     def now(self) -> int | None:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # or what was freed but not given back would count as there already
+            trim(0)
         return self._of("VmRSS")
 
     def peak(self) -> int | None:
