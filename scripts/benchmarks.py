@@ -31,7 +31,7 @@ and Adam's moments (10⁶ bytes). No latent is dead there: those that are cost t
 
 What falls short of what was aimed at, and why:
 
-- With AMX a step took 2.0 times its floor (aim: 1.8; without AMX it is 1.25). The products are so
+- With AMX a step took 2.0 times its floor (aim: 1.8; without AMX it is 1.3). The products are so
   fast there that what is left is half of the step, and bound by memory. That step is not today's
   and was not measured again for want of AMX: since then gradients go into Adam latent by latent
   and never to memory, those of the values are made while a token's decoder rows are in cache, rows
