@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from sparse_cases import of_all
+from sparse_cases import needs_compiler, of_all
 
+from llm_wsae.sparse.operations import using
 from llm_wsae.statistics.weights import LossWeights
 from llm_wsae.train.arm import Arm, ArmConfig
 from llm_wsae.train.auxk import DeadFinder, DeadLatents, auxk_gradients
@@ -56,6 +57,26 @@ def test_relu_goes_sparse_when_few_latents_are_active(monkeypatch):
     assert relu_step(parameters, batch, gamma, L1) is dense
     fewer = parameters._replace(encoder_bias=parameters.encoder_bias - 5)
     assert relu_step(fewer, batch, gamma, L1) is sparse
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch-topk", "matryoshka", "jumprelu"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("compiled", marks=needs_compiler)])
+def test_a_whole_step_is_that_of_the_reference(name, architecture):
+    """What comes to Adam, told by its moments: of all weights, AuxK's part of the dead included."""
+    _, batch, gamma = problem(torch.float32)
+    moments = {}
+    for one in (name, "reference"):
+        config = ArmConfig(LossWeights(gamma, "own", 1.0), K, architecture=architecture)
+        arm = Arm(config, D_IN, D_SAE, batch.x.device)
+        arm.parameters.encoder[100:] *= 0.05  # positive often enough, never among the largest
+        arm.last_fired[100:] = -(10**6)
+        with using(one):
+            arm.step(batch, BATCH, 1e-3, aux=1.0, dead_after=10**5)
+        moments[one] = [arm.state()[f"{part}.exp_avg"] for part in Parameters._fields]
+    assert relative_error(moments[name], moments["reference"]) < 1e-5
+    silent = arm.last_fired < 0
+    assert silent.sum() == D_SAE - 100
+    assert moments[name][0][silent].any() == arm.config.revives
 
 
 @pytest.mark.parametrize("weigh_rows", [False, True])

@@ -175,6 +175,8 @@ def _by_latent(terms: Terms, d_sae: int) -> tuple[Tensor | int, ...]:
     """The terms grouped by latent, as the kernels take them."""
     indices, values, offsets = _checked(terms.codes, d_sae)
     num_rows, (batch, width) = terms.codes.num_rows, terms.x.shape
+    assert num_rows == len(terms.output_gradient) and num_rows % max(1, batch) == 0
+    assert batch or not num_rows  # the kernels would look for rows that are not there
     bounds = torch.empty(d_sae + 1, dtype=torch.int64)
     slots, rows = torch.empty(2, len(indices), dtype=torch.int32)
     _call("group_by_latent", indices, offsets, num_rows, d_sae, bounds, slots, rows)

@@ -50,8 +50,8 @@ def matryoshka_step(
     added = batch.split.decode(grouped, decoder, no_bias)  # by each group
     residuals = added.view(len(groups), *batch.x.shape)
     residuals[0] += decoder_bias - batch.x
-    for before, residual in pairwise(residuals):
-        residual += before
+    for inner, outer in pairwise(residuals):
+        outer += inner
     residuals *= batch.mask[:, None]
 
     residual, loss = residuals[-1].clone(), batch.x.new_zeros(())
