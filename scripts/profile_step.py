@@ -2,11 +2,13 @@
 
     python scripts/profile_step.py                               # 768 → 24576, k 32, batch 4096
     python scripts/profile_step.py --shape 2048x65536x64 --write
+    python scripts/profile_step.py --dead 1000                   # with AuxK at work
 
 The step is that of bench_train.py, here with a clock around every sparse operation and around the
 matrix product inside the encoding. (``value_gradients`` makes the picked latents' values again;
 those of the gradient are part of ``reconstruct``.) What is left over is everything between them:
-normalising the batch, biases, counts. On a CPU, where every call returns when its work is done.
+normalising the batch, biases, counts, and one of AuxK's five products. On a CPU, where every call
+returns when its work is done.
 """
 
 import argparse
@@ -34,6 +36,8 @@ OPERATIONS = (
     "value_gradients",
     "reconstruct",
     "firing_counts",
+    "encode_dead",
+    "dead_gradients",
     "adam_along",
 )
 PRODUCT = "encoder product, inside it"
@@ -77,6 +81,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dead", type=int, default=0, help="dead latents, for AuxK to revive")
     parser.add_argument("--write", action="store_true", help="record in scripts/BENCHMARKS.md")
     args = parser.parse_args()
 
@@ -84,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = torch.randn(args.batch, args.shape.d_in, generator=torch.Generator().manual_seed(0))
     job = Job("", batch=args.batch, variant="1", threads=args.threads, **vars(args.shape))
-    ours = step_ours.make(job, rows)
+    ours = step_ours.make(job, rows, args.dead)
     floor = {
         part: step_floor.make(Job(**{**vars(job), "variant": part}), rows)
         for part in ("matmul", "adam")
@@ -115,8 +120,9 @@ def main() -> None:
         f"| floor: encoder product {1e3 * middle['matmul']:.1f} + Adam {1e3 * middle['adam']:.1f} "
         f"| {1e3 * least:.1f} | {least / middle['whole']:.0%} |",
     ]
+    dead = f", {args.dead:,} latents dead" if args.dead else ""
     text = (
-        f"### Where the step's time goes, {args.shape}, batch {args.batch}\n\n"
+        f"### Where the step's time goes, {args.shape}, batch {args.batch}{dead}\n\n"
         + "\n".join(lines)
         + f"\n\nMedians of {args.steps} steps. {about_machine}."
     )
@@ -124,6 +130,7 @@ def main() -> None:
     if args.write:
         shape = args.shape
         name = f"{shape.d_in}x{shape.d_sae}x{shape.k}x{args.batch}"
+        name += f" with {args.dead} dead" if args.dead else ""
         write_benchmark(f"profile_step {name}", text)
 
 

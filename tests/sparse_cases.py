@@ -44,33 +44,33 @@ def integers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(-2, 3, shape, generator=generator).double()
 
 
-def _whole(batch: int, d_sae: int, shift: float = 0) -> Encoding:
+def whole(batch: int, d_sae: int, shift: float = 0) -> Encoding:
     bias = integers(d_sae, seed=2) + shift
     return Encoding(integers(batch, D_IN), integers(d_sae, D_IN, seed=1), bias)
 
 
 def _with_zero_rows() -> Encoding:
-    x, encoder, bias = _whole(70, 160)
+    x, encoder, bias = whole(70, 160)
     x[::3] = 0
     encoder[::5] = 0
     return Encoding(x, encoder, bias)
 
 
 def _equal_rows() -> Encoding:
-    x, encoder, bias = _whole(20, 160)
+    x, encoder, bias = whole(20, 160)
     return Encoding(x[:1].expand(20, -1).clone(), encoder[:1].expand(160, -1).clone(), bias * 0 + 9)
 
 
 ENCODINGS: dict[str, Encoding] = {
-    "whole numbers": _whole(700, 160),
-    "one row": _whole(1, 160),
-    "empty batch": _whole(0, 160),
-    "odd width": _whole(530, 157),
-    "wide": _whole(33, 2053),
-    "few latents": _whole(9, 3),
-    "all negative": _whole(40, 160, shift=-1000.0),
-    "mostly negative": _whole(600, 160, shift=-14.0),
-    "all positive": _whole(600, 160, shift=100.0),
+    "whole numbers": whole(700, 160),
+    "one row": whole(1, 160),
+    "empty batch": whole(0, 160),
+    "odd width": whole(530, 157),
+    "wide": whole(33, 2053),
+    "few latents": whole(9, 3),
+    "all negative": whole(40, 160, shift=-1000.0),
+    "mostly negative": whole(600, 160, shift=-14.0),
+    "all positive": whole(600, 160, shift=100.0),
     "zero rows": _with_zero_rows(),
     "all equal": _equal_rows(),
     "random": Encoding(random(700, D_IN), random(160, D_IN, seed=1), random(160, seed=2) - 4),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sparse_cases import D_IN, ENCODINGS, SUMS, Sums, cast, integers, random
+from sparse_cases import D_IN, ENCODINGS, SUMS, Sums, cast, integers, random, whole
 
 from llm_wsae.sparse import compiled, operations, plain, reference
 from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Terms, joined, ragged
@@ -147,29 +147,59 @@ def test_selection_with_ties_picks_k_different_latents(pre):
     assert all(len(set(row)) == 9 for row in best.indices.tolist())
 
 
-@pytest.mark.parametrize("entries", ["random", "few values", "zeros", "half zeros", "padded"])
-@pytest.mark.parametrize("count", [1, 160, 40_000])
-def test_kth_largest(count, entries, dtype):
-    """Of entries ≥ 0 and padding below: ties, minus zeros, more than are counted at once."""
-    values = random(5, count).abs()
-    if entries == "few values":
-        values = (values * 3).round()
-    elif entries in ("zeros", "half zeros"):
-        values *= entries == "half zeros"
-        values[:, ::2] = -0.0
-    elif entries == "padded":
-        values = torch.nn.functional.pad(values, (3, 0), value=-1.0)
-    values = values.to(dtype)
-    for k in sorted({1, min(7, count), count // 2 or 1, count}):
-        found = operations.kth_largest(values, k)
-        assert torch.equal(found, values.topk(k).values[:, -1:]), k
-        assert found.dtype == dtype
+DEAD = ENCODINGS | {"more than are counted at once": whole(3, 40_000)}
 
 
-def assert_close(found, expected, dtype):
+@pytest.mark.parametrize("share", [None, 0.0, 0.6], ids="{} are dead".format)
+@pytest.mark.parametrize("k", [1, 7, 80, 160])
+@pytest.mark.parametrize("name", DEAD)
+def test_encode_dead(name, k, share, dtype):
+    """Those that tie with the k-th largest are all there, and nothing else is."""
+    x, encoder, bias = cast(DEAD[name], dtype)
+    pre = DEAD[name].x @ DEAD[name].encoder.T + DEAD[name].bias
+    dead = None
+    if share is not None:
+        dead = torch.rand(len(bias), generator=torch.Generator().manual_seed(k)) < share
+        pre = pre * dead
+    found = operations.encode_dead(x, encoder, bias, dead, k)
+    assert found.dtype == dtype and found.shape == pre.shape
+    wanted = pre.relu()
+    smallest = wanted.topk(min(k, len(bias))).values[:, -1:]
+    if name == "random":
+        tolerance = TOLERANCE[dtype] * 20
+        assert torch.allclose(found.double()[found > 0], pre[found > 0], rtol=0, atol=tolerance)
+        assert (found[wanted > smallest + 2 * tolerance] > 0).all()
+        assert not found[wanted < smallest - 2 * tolerance].any()
+    else:
+        assert torch.equal(found.double(), wanted * (wanted >= smallest))
+
+
+@pytest.mark.parametrize("name", [name for name in DEAD if name != "random"])
+def test_dead_gradients(name, dtype):
+    """Of small whole numbers, so that what is added up is exact but for the last rounding."""
+    x, encoder, bias = cast(DEAD[name], dtype)
+    active = (x @ encoder.T + bias).relu()
+    by_output, some = integers(*x.shape, seed=7).to(dtype), len(bias)
+    start = (random(some, D_IN, seed=8), random(some, D_IN, seed=9), random(some, seed=10))
+    wanted, found = (
+        OfSome(torch.arange(some), *(part.to(exact, copy=True) for part in start))
+        for exact in (torch.float64, EXACT[dtype])
+    )
+    with operations.using("reference"):
+        wide = (active.double(), x.double(), encoder.double(), by_output.double())
+        operations.dead_gradients(*wide, wanted)
+    operations.dead_gradients(active, x, encoder, by_output, found)
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        assert_close(one, other, EXACT[dtype], TOLERANCE[dtype])
+    silent = ~(active > 0).any(0)
+    assert torch.equal(found.encoder[silent], start[0][silent].to(EXACT[dtype]))
+
+
+def assert_close(found, expected, dtype, tolerance=None):
     assert found.dtype == dtype and found.shape == expected.shape
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    assert torch.allclose(found.double(), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
+    tolerance = tolerance or TOLERANCE[dtype]
+    assert torch.allclose(found.double(), expected, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("name", SUMS)

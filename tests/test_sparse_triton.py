@@ -189,6 +189,30 @@ def test_encode_batch_topk_of_some_rows(device, triton, dtype, kind):
     assert kept[codes.rows()[positive]].all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("k", [1, 7, D_SAE])
+@pytest.mark.parametrize("masked", [False, True])
+def test_encode_dead(device, dtype, kind, k, masked):
+    from llm_wsae.sparse import triton
+
+    given = layer(kind, device, dtype)
+    dead = (integers(D_SAE, seed=5) > -2).to(device) if masked else None
+    found = triton.encode_dead(*given, dead, k)
+    assert found.dtype == dtype
+    assert torch.equal(found, reference.encode_dead(*given, dead, k))
+
+
+def test_encode_dead_of_more_latents_than_are_read_at_once(device):
+    from llm_wsae.sparse import triton
+
+    given = layer("random", device, torch.bfloat16, batch=2, d_sae=2100)
+    for k in (3, 40):
+        assert torch.equal(
+            triton.encode_dead(*given, None, k), reference.encode_dead(*given, None, k)
+        )
+
+
 def test_the_guess_changes_nothing(device, triton):
     x, encoder, bias = layer("random", device, torch.float32)
     first, *others = (triton.encode_batch_topk(x, encoder, bias, 5, g) for g in (0.0, 7.0, 1e9))
@@ -472,6 +496,7 @@ if not INTERPRETED:
         x = torch.zeros(40, d_in, dtype=dtype)
         for k in (1, 32):
             triton.encode_topk(x, encoder, bias, k)
+        triton.encode_dead(x, encoder, bias, bias > 0, 32)
         triton._entries_above(x, encoder, bias, bias.float(), torch.arange(41), 40)
         ones = torch.zeros(40 * 5000, dtype=torch.int64)
         codes = RaggedCodes(ones, ones.float(), torch.arange(41) * 5000)

@@ -16,7 +16,7 @@ from torch import Tensor
 from llm_wsae.errors import UsageError
 from llm_wsae.sparse import plain
 from llm_wsae.sparse.build import library
-from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, Terms, joined
+from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Reconstruction, Terms, joined
 from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 
 select_topk = plain.select_topk
@@ -85,11 +85,22 @@ def encode_batch_topk(
     return plain.of_kept(encode, x, kept)
 
 
-def kth_largest(values: Tensor, k: int) -> Tensor:
+def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k: int) -> Tensor:
     """See ``operations``."""
-    out = torch.empty(len(values), 1, dtype=values.dtype)
-    _call(f"kth_largest_{_NAMES[values.dtype]}", values.contiguous(), out, *values.shape, k)
-    return out
+    active = torch.addmm(bias, x, encoder.T)
+    dead = None if dead is None else dead.contiguous()
+    _call(f"activate_dead_{_NAMES[x.dtype]}", active, dead, *active.shape, k)
+    return active
+
+
+def dead_gradients(
+    active: Tensor, x: Tensor, decoder: Tensor, output_gradient: Tensor, sums: OfSome
+) -> None:
+    """See ``operations``."""
+    by_latent = output_gradient @ decoder.T
+    _call(f"mask_dead_{_NAMES[x.dtype]}", active.contiguous(), by_latent, sums.bias, *active.shape)
+    plain.add_products(by_latent, x, sums.encoder)
+    plain.add_products(active, output_gradient, sums.decoder)
 
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:

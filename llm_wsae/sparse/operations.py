@@ -8,9 +8,9 @@ Every operation picks an implementation when it is called, by device, dtype and 
 on: ``triton`` on CUDA and ``compiled`` on the CPU where they can be had and the numbers are float32
 (or bfloat16, for the encoder's product), else ``plain``. ``using`` overrides the choice.
 
-Of AuxK only the selection is here, ``kth_largest``: its latents are few and its codes not sparse
-over them, so all else of it is dense products, which torch makes best on every device
-(``train/auxk.py``).
+AuxK's two, ``encode_dead`` and ``dead_gradients``, work on the dead latents written out: those are
+few, and up to half as many of them take part in a row as it has dimensions, too many for sparse
+codes to pay.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.sparse import compiled, plain, reference
-from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, Terms
+from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Reconstruction, Terms
 
 Name = Literal["reference", "plain", "compiled", "triton"]
 
@@ -109,10 +109,36 @@ def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
     return _for_products(pre).select_topk(pre, k)
 
 
-def kth_largest(values: Float[Tensor, "batch latents"], k: int) -> Float[Tensor, "batch 1"]:
-    """The k-th largest entry of every row, which must hold k entries ≥ 0; negative ones are padding
-    and may stand for nothing."""
-    return _for_products(values).kth_largest(values, k)
+def encode_dead(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "some d_in"],
+    bias: Float[Tensor, " some"],
+    dead: Bool[Tensor, " some"] | None,
+    k: int,
+) -> Float[Tensor, "batch some"]:
+    """The k largest positive pre-activations of every row, or more where they tie; others are 0.
+
+    Latents that are not ``dead`` are 0 in all rows; None says that all are dead. In the dtype of
+    ``x``, ``encoder`` and ``bias``, for the products that follow.
+    """
+    return _for_products(x, encoder, bias).encode_dead(x, encoder, bias, dead, k)
+
+
+def dead_gradients(
+    active: Float[Tensor, "batch some"],
+    x: Float[Tensor, "batch d_in"],
+    decoder: Float[Tensor, "some d_in"],
+    output_gradient: Float[Tensor, "batch d_in"],
+    sums: OfSome,
+) -> None:
+    """Add to ``sums`` the gradients by the weights of latents that are ``active`` so much.
+
+    With by_latent = output_gradient · decoderᵀ where a latent is active, else 0, these are
+    by_latentᵀ · x, activeᵀ · output_gradient and by_latent summed over rows. The given share one
+    dtype, that of the products; the sums are float32, or float64 for float64 inputs.
+    """
+    implementation = _for_products(active, x, decoder, output_gradient)
+    implementation.dead_gradients(active, x, decoder, output_gradient, sums)
 
 
 def decode(

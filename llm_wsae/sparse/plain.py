@@ -13,11 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adam import adam
 
-from llm_wsae.sparse.codes import Codes, RaggedCodes, Terms, joined
+from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Terms, joined
 from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 
 _TILE_ROWS = 512  # pre-activations of one tile stay in cache and batch × d_sae is never held
+_TILE_LATENTS = 2048
 _GROUP = 8  # members of a group in the two-stage selection
+
+
+_threshold_backward = torch.ops.aten.threshold_backward  # of a ReLU: one pass, no mask
 
 
 def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
@@ -122,9 +126,34 @@ def select_topk(pre: Tensor, k: int) -> Codes:
     return Codes(candidates.gather(1, chosen), values)
 
 
-def kth_largest(values: Tensor, k: int) -> Tensor:
+def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k: int) -> Tensor:
     """See ``operations``."""
-    return values.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    active = torch.addmm(bias, x, encoder.T).relu_()
+    if dead is not None:
+        active *= dead
+    if k < len(encoder):
+        active *= active >= active.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    return active
+
+
+def dead_gradients(
+    active: Tensor, x: Tensor, decoder: Tensor, output_gradient: Tensor, sums: OfSome
+) -> None:
+    """See ``operations``."""
+    by_latent = _threshold_backward(output_gradient @ decoder.T, active, 0)
+    sums.bias.add_(by_latent.sum(0, dtype=sums.bias.dtype))
+    add_products(by_latent, x, sums.encoder)
+    add_products(active, output_gradient, sums.decoder)
+
+
+def add_products(
+    latents: Float[Tensor, "batch some"],
+    rows: Float[Tensor, "batch d_in"],
+    sums: Float[Tensor, "some d_in"],
+) -> None:
+    """Add latentsᵀ · rows, which may be rounded, to sums that are not, some latents at a time."""
+    for some in (slice(i, i + _TILE_LATENTS) for i in range(0, len(sums), _TILE_LATENTS)):
+        sums[some] += latents[:, some].T @ rows
 
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:

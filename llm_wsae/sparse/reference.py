@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.codes import Codes, RaggedCodes, Terms
+from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Terms
 
 BETAS = (0.9, 0.999)
 """Of Adam, as in torch.optim.Adam."""
@@ -57,9 +57,25 @@ def select_topk(pre: Tensor, k: int) -> Codes:
     return Codes(indices, values)
 
 
-def kth_largest(values: Tensor, k: int) -> Tensor:
+def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k: int) -> Tensor:
     """See ``operations``."""
-    return values.sort(dim=1, descending=True).values[:, k - 1 : k]
+    active = torch.addmm(bias, x, encoder.T).relu()
+    if dead is not None:
+        active = active * dead
+    smallest = active.sort(dim=1, descending=True).values[:, :k].amin(1, keepdim=True)
+    return active * (active >= smallest)
+
+
+def dead_gradients(
+    active: Tensor, x: Tensor, decoder: Tensor, output_gradient: Tensor, sums: OfSome
+) -> None:
+    """See ``operations``."""
+    exact = sums.bias.dtype
+    active, x, decoder, by_output = (t.to(exact) for t in (active, x, decoder, output_gradient))
+    by_latent = (by_output @ decoder.T) * (active > 0)
+    sums.encoder.add_(by_latent.T @ x)
+    sums.decoder.add_(active.T @ by_output)
+    sums.bias.add_(by_latent.sum(0))
 
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:

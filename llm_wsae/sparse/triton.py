@@ -20,13 +20,14 @@ from llm_wsae.sparse.triton_rows import (
     latent_sums_kernel,
     value_gradients_kernel,
 )
-from llm_wsae.sparse.triton_select import above_kernel, select_kernel
+from llm_wsae.sparse.triton_select import above_kernel, activate_dead_kernel, select_kernel
 
-kth_largest = plain.kth_largest
+dead_gradients = plain.dead_gradients
 
 _TILE_BYTES = 32 * 2**20  # of pre-activations: they stay in the L2 cache of a data-centre card
 _FEWEST_ROWS = 128  # of a tile: fewer would idle the card
 _PART = 4096  # entries that one program selects from, all in its registers
+_BITS = {torch.float64: 64, torch.float32: 32, torch.bfloat16: 16}  # to compare numbers by
 _FIRST_ROOM = 64  # slots of a row whose number of active latents is not known yet
 _SLOTS, _COLUMNS = 16, 256  # the tile of decoder or batch rows that a program reads at once
 _SPAN = 128  # occurrences of a latent that one program sums, so that dense latents hold up nobody
@@ -103,6 +104,24 @@ def encode_batch_topk(
     return RaggedCodes(
         places % d_sae, best.values[order].to(_exact(x)), torch.searchsorted(places, starts)
     )
+
+
+def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k: int) -> Tensor:
+    """See ``operations``. The cut is found and made in one pass over the product."""
+    active = torch.addmm(bias, x, encoder.T)
+    rows, width = active.shape
+    _run(
+        activate_dead_kernel,
+        (rows,),
+        active,
+        active if dead is None else dead,
+        width,
+        k,
+        MASKED=dead is not None,
+        BITS=_BITS[active.dtype],
+        BLOCK=min(1024, _power_of_two(width)),
+    )
+    return active
 
 
 def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
@@ -235,7 +254,7 @@ def _select_parts(
         best.indices.shape[1] // parts,
         NUMBERED=numbers is not None,
         CLIP=clip,
-        BITS={torch.float64: 64, torch.float32: 32, torch.bfloat16: 16}[values.dtype],
+        BITS=_BITS[values.dtype],
         BLOCK=block,
         num_warps=max(1, block // 512),
     )

@@ -113,3 +113,54 @@ def above_kernel(
         tl.store(values_ptr + start + slots, pre, mask=fits)
         found += tl.sum(active.to(tl.int32))
     tl.store(counts_ptr + row, found)
+
+
+@triton.jit
+@no_type_check
+def _activations(pre_ptr, dead_ptr, columns, width, MASKED: tl.constexpr):
+    """Pre-activations of one row, 0 where negative or where their latent is not dead."""
+    inside = columns < width
+    active = tl.load(pre_ptr + columns, mask=inside, other=0)
+    active = tl.where(active <= 0, 0.0, active).to(active.dtype)
+    if MASKED:
+        dead = tl.load(dead_ptr + columns, mask=inside, other=0)
+        active = tl.where(dead != 0, active, 0.0).to(active.dtype)
+    return active
+
+
+@triton.jit
+@no_type_check
+def activate_dead_kernel(
+    pre_ptr,  # [rows, width], changed in place
+    dead_ptr,  # [width]; unused unless MASKED
+    width,
+    k,
+    MASKED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Activations of one row, 0 where they are below the k-th largest.
+
+    That one is found bit by bit from the top: the bits of numbers that are not negative are in the
+    order of the numbers. The row is read anew for every bit, from the cache.
+    """
+    pre_ptr += tl.program_id(0).to(tl.int64) * width
+    wide: tl.constexpr = tl.float64 if BITS == 64 else tl.float32
+    whole: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
+    size: tl.constexpr = whole.primitive_bitwidth
+    lanes = tl.arange(0, BLOCK)
+    kth = tl.zeros((), whole)
+    for step in range(2, BITS + 1):
+        higher = kth + (tl.full((), 1, whole) << (size - step))
+        found = tl.zeros((), tl.int32)
+        for left in range(0, width, BLOCK):
+            active = _activations(pre_ptr, dead_ptr, left + lanes, width, MASKED)
+            keys = active.to(wide).to(whole, bitcast=True)
+            found += tl.sum((keys >= higher).to(tl.int32))
+        kth = tl.where(found >= k, higher, kth)
+    for left in range(0, width, BLOCK):
+        columns = left + lanes
+        active = _activations(pre_ptr, dead_ptr, columns, width, MASKED)
+        keys = active.to(wide).to(whole, bitcast=True)
+        active = tl.where(keys >= kth, active, 0.0).to(active.dtype)
+        tl.store(pre_ptr + columns, active, mask=columns < width)

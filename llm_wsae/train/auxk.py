@@ -15,13 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_wsae.sparse.codes import OfSome
+from llm_wsae.sparse.operations import dead_gradients
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.parameters import Batch, Parameters, squared, times
 
-threshold_backward = torch.ops.aten.threshold_backward  # of a ReLU: one pass, no mask
-
-_TILE_ROWS, _TILE_ROWS_ON_CPU = 1024, 256  # rows × dead latents are held several times
-_TILE_LATENTS = 2048
+_TILE_BYTES = 16 * 2**20  # of a tile's rows × dead latents, which are held twice
+_FEWEST_ROWS, _MOST_ROWS = 256, 1024
 _LOOKS_PER_DEATH = 16  # how often the dead are looked for, on a GPU, while one dies
 
 
@@ -68,36 +67,27 @@ def auxk_gradients(
     e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. In a row d_in / 2
     dead latents take part, those with the largest pre-activations, or more where they tie.
     """
-    dead = latents.indices
-    fast = batch.x_fast.dtype
-    encoder, decoder = parameters.encoder[dead].to(fast), parameters.decoder[dead].to(fast)
-    bias = parameters.encoder_bias[dead].to(fast)
-    num_dead = batch.split.count_latents(len(dead))
+    indices, exact, fast = latents.indices, residual.dtype, batch.x_fast.dtype
+    num_dead = batch.split.count_latents(len(indices))
     if num_dead == 0:
         return None
+    encoder, decoder, bias = (part[indices].to(fast) for part in parameters[:3])
     k_aux = min(num_dead, max(1, batch.x.shape[1] // 2))
+    size = min(_MOST_ROWS, max(_FEWEST_ROWS, _TILE_BYTES // (num_dead * fast.itemsize)))
+    tiles = [slice(start, start + size) for start in range(0, len(residual), size)]
     metric = squared(gamma)
-    unexplained = batch.split.over_rows((times(residual, metric) * residual).sum(1) @ batch.counted)
-    scale = 1 / unexplained.clamp(min=1e-12)
-    exact = residual.dtype
-    by_encoder, by_decoder = torch.zeros(2, *encoder.shape, dtype=exact, device=dead.device)
-    by_bias = torch.zeros(len(dead), dtype=exact, device=dead.device)
-    tile = _TILE_ROWS_ON_CPU if residual.device.type == "cpu" else _TILE_ROWS
-    for start in range(0, len(residual), tile):
-        rows = slice(start, start + tile)
-        x_fast, counted = batch.x_fast[rows], batch.counted[rows, None]
-        active = torch.addmm(bias, x_fast, encoder.T).relu_()
-        if latents.dead is not None:
-            active *= latents.dead
-        if k_aux < num_dead:
-            active *= active >= batch.split.kth_largest(active, k_aux)
+    unexplained = residual.new_zeros(())
+    for rows in tiles:
+        errors = (times(residual[rows], metric) * residual[rows]).sum(1)
+        unexplained += errors @ batch.counted[rows]
+    by_error = metric * (2 * coefficient / batch.split.over_rows(unexplained).clamp(min=1e-12))
+    zeros = (torch.zeros_like(part, dtype=exact) for part in (encoder, decoder, bias))
+    sums = OfSome(indices, *zeros)
+    for rows in tiles:
+        x, counted = batch.x_fast[rows], batch.counted[rows, None]
+        active = batch.split.encode_dead(x, encoder, bias, latents.dead, k_aux)
         # residual is x̂ − x = −e, so ê − e = active · decoder + residual
-        decoded = batch.split.over_latents((active @ decoder).to(residual.dtype))
-        error = (decoded + residual[rows]) * counted
-        by_output = times(error, metric * (2 * coefficient * scale)).to(fast)
-        by_latent = threshold_backward(by_output @ decoder.T, active, 0)
-        by_bias += by_latent.sum(0, dtype=exact)
-        for some in (slice(i, i + _TILE_LATENTS) for i in range(0, len(dead), _TILE_LATENTS)):
-            by_encoder[some] += by_latent[:, some].T @ x_fast
-            by_decoder[some] += active[:, some].T @ by_output
-    return OfSome(dead, by_encoder, by_decoder, by_bias)
+        decoded = batch.split.over_latents((active @ decoder).to(exact))
+        error = decoded.add_(residual[rows]).mul_(counted)
+        dead_gradients(active, x, decoder, times(error, by_error).to(fast), sums)
+    return sums

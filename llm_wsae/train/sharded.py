@@ -63,13 +63,19 @@ class SplitLatents(Split):
         first = _MORE * k / self._all.size
         return largest_of_all(self._all, encode, k, kept, rows_apart=False, first=first)
 
-    def kth_largest(
-        self, latents: Float[Tensor, "rows latents"], k: int
-    ) -> Float[Tensor, "rows 1"]:
-        own = latents.topk(min(k, latents.shape[1]), dim=1, sorted=False).values
-        own = torch.nn.functional.pad(own, (0, k - own.shape[1]), value=-1.0)
+    def encode_dead(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        encoder: Float[Tensor, "some d_in"],
+        bias: Float[Tensor, " some"],
+        dead: Bool[Tensor, " some"] | None,
+        k: int,
+    ) -> Float[Tensor, "rows some"]:
+        active = operations.encode_dead(x, encoder, bias, dead, k)
+        own = active.topk(min(k, len(encoder)), dim=1, sorted=False).values
+        own = torch.nn.functional.pad(own, (0, k - own.shape[1]))
         everyone = torch.cat(self._all.gather(own), dim=1)
-        return operations.kth_largest(everyone, k)
+        return active.mul_(active >= everyone.topk(k, dim=1).values[:, -1:])
 
     def decode(
         self,

@@ -79,11 +79,16 @@ class Split:
         """
         return encode(k)
 
-    def kth_largest(
-        self, latents: Float[Tensor, "rows latents"], k: int
-    ) -> Float[Tensor, "rows 1"]:
-        """The k-th largest (≥ 0) of all latents in every row; there are more than k of them."""
-        return operations.kth_largest(latents, k)
+    def encode_dead(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        encoder: Float[Tensor, "some d_in"],
+        bias: Float[Tensor, " some"],
+        dead: Bool[Tensor, " some"] | None,
+        k: int,
+    ) -> Float[Tensor, "rows some"]:
+        """Of the k largest of all dead latents in every row, those of one's own."""
+        return operations.encode_dead(x, encoder, bias, dead, k)
 
     def decode(
         self,

@@ -17,7 +17,8 @@ from llm_wsae.train.normaliser import Normaliser
 DEAD_AFTER = 10_000_000  # as in the peers: no latent is dead within a benchmark, for anyone
 
 
-def make(job: Job, rows: Tensor) -> Trainer:
+def make(job: Job, rows: Tensor, num_dead: int = 0) -> Trainer:
+    """``num_dead`` latents of every arm count as dead in every step, whether they fire or not."""
     device = torch.device(job.device)
     fast = fast_dtype(device)
     statistics = Statistics(job.d_in, 1).update(rows, torch.zeros(len(rows), dtype=torch.int64))
@@ -34,6 +35,7 @@ def make(job: Job, rows: Tensor) -> Trainer:
         rows_seen += len(x)
         batch = normaliser.batch(x)
         for arm in arms:
+            arm.last_fired[:num_dead] = rows_seen - 2 * DEAD_AFTER
             arm.step(batch, rows_seen, learning_rate, TrainConfig.aux_coefficient, DEAD_AFTER)
 
     def state() -> list[Tensor]:

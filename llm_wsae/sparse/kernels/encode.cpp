@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kLatents = 8;  // of a strip: as many rows and latents are looked at together
 constexpr int kRows = 64;  // a bit each in a word
+constexpr int64_t kStrip = 1024;  // latents whose sums stay in cache
 constexpr int64_t kCountedAtOnce = 1 << 14;  // a count as narrow as the entries does not overflow
 
 struct Lists {
@@ -214,13 +215,17 @@ void look_through(const Rule& rule, int64_t latents, int64_t threads) {
   }
 }
 
-// The k-th largest of entries ≥ 0, whose bits are in the order of the numbers. `Bits` are signed, so
-// that -0 comes before 0.
-template <class Bits>
-Bits kth_largest(const Bits* entries, int64_t count, int64_t k) {
+// Signed, so that those of numbers ≥ 0 are in the order of the numbers and -0 comes before 0.
+inline int32_t ordered_bits(float value) { return to_bits(value); }
+inline int16_t ordered_bits(bfloat16 value) { return int16_t(value); }
+
+// The bits of the k-th largest of entries ≥ 0.
+template <class T>
+auto kth_largest(const T* entries, int64_t count, int64_t k) {
+  using Bits = decltype(ordered_bits(*entries));
   Bits largest = 0;
 #pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < count; i++) largest = std::max(largest, entries[i]);
+  for (int64_t i = 0; i < count; i++) largest = std::max(largest, ordered_bits(entries[i]));
   int64_t low = 0, high = int64_t(largest) + 1;  // at least k are as large; fewer than k are
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
@@ -230,12 +235,50 @@ Bits kth_largest(const Bits* entries, int64_t count, int64_t k) {
       const int64_t end = std::min(count, begin + kCountedAtOnce);
       Bits some = 0;
 #pragma omp simd reduction(+ : some)
-      for (int64_t i = begin; i < end; i++) some += entries[i] >= bound;
+      for (int64_t i = begin; i < end; i++) some += ordered_bits(entries[i]) >= bound;
       found += some;
     }
     (found >= k ? low : high) = middle;
   }
   return Bits(low);
+}
+
+// Pre-activations become activations: 0 where negative, where `dead` is 0, and where not among the k
+// largest of their row.
+template <class T>
+void activate_dead(T* pre, const uint8_t* dead, int64_t rows, int64_t count, int64_t k,
+                   int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    T* const entries = pre + row * count;
+    for (int64_t i = 0; i < count; i++) entries[i] = widen(entries[i]) < 0 ? T(0) : entries[i];
+    if (dead)
+      for (int64_t i = 0; i < count; i++) entries[i] = dead[i] ? entries[i] : T(0);
+    if (k >= count) continue;
+    const auto smallest = kth_largest(entries, count, k);
+    for (int64_t i = 0; i < count; i++)
+      entries[i] = ordered_bits(entries[i]) >= smallest ? entries[i] : T(0);
+  }
+}
+
+// Gradients by the latents are 0 where those are, and are added up over rows. Threads split latents.
+template <class T>
+void mask_dead(const T* active, T* by_latent, float* sums, int64_t rows, int64_t count,
+               int64_t threads) {
+  const int64_t strip = std::min(kStrip, (count + threads - 1) / threads);
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t begin = 0; begin < count; begin += strip) {
+    const int64_t end = std::min(count, begin + strip);
+    for (int64_t row = 0; row < rows; row++) {
+      const T* const latents = active + row * count;
+      T* const gradients = by_latent + row * count;
+#pragma omp simd
+      for (int64_t i = begin; i < end; i++) {
+        gradients[i] = widen(latents[i]) > 0 ? gradients[i] : T(0);
+        sums[i] += widen(gradients[i]);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -284,14 +327,16 @@ void finish_above(int64_t rows, int64_t capacity, const int32_t* numbers, const 
   }
 }
 
-#define KTH_LARGEST(BITS, NAME)                                                            \
-  void kth_largest_##NAME(const BITS* values, BITS* out, int64_t rows, int64_t count,      \
-                          int64_t k, int64_t threads) {                                    \
-    _Pragma("omp parallel for num_threads(int(threads)) schedule(static)")                 \
-    for (int64_t row = 0; row < rows; row++)                                               \
-      out[row] = kth_largest(values + row * count, count, k);                              \
+#define DEAD(T, NAME)                                                                           \
+  void activate_dead_##NAME(T* pre, const uint8_t* dead, int64_t rows, int64_t count, int64_t k, \
+                            int64_t threads) {                                                  \
+    activate_dead(pre, dead, rows, count, k, threads);                                          \
+  }                                                                                             \
+  void mask_dead_##NAME(const T* active, T* by_latent, float* sums, int64_t rows, int64_t count, \
+                        int64_t threads) {                                                      \
+    mask_dead(active, by_latent, sums, rows, count, threads);                                   \
   }
-KTH_LARGEST(int32_t, float32)
-KTH_LARGEST(int16_t, bfloat16)
+DEAD(float, float32)
+DEAD(bfloat16, bfloat16)
 
 }  // extern "C"
