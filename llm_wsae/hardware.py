@@ -1,4 +1,7 @@
-"""What this machine can do: the device to use, its fast number format, the memory used so far."""
+"""What this machine can do: the device to use, its fast number format, the memory used so far.
+
+And how to ask a device for a number without waiting.
+"""
 
 import os
 import platform
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llm_wsae.errors import UsageError
 
@@ -57,6 +61,27 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def exact_dtype(device: torch.device) -> torch.dtype:
     """For sums over many steps: float64, which mps does not have."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Later:
+    """A number that a device is still to find, asked for now and read when it is needed.
+
+    Reading waits for what the device was told to do before the question, and for nothing that it
+    was told since: with other work under way the device does not stand still.
+    """
+
+    def __init__(self, number: Tensor):
+        self._number = number.detach().to("cpu", non_blocking=number.is_cuda)
+        self._arrived: torch.cuda.Event | None = None
+        if number.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(number.device))
+
+    def read(self) -> float:
+        """The number."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._number)
 
 
 def processor_name(device: torch.device = torch.device("cpu")) -> str:  # noqa: B008 - a constant

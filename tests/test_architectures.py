@@ -117,7 +117,7 @@ def autograd(parameters: Parameters, batch: Batch, gamma: Tensor, name: str, k: 
     x, mask, gamma = batch.x.double(), batch.mask.double(), gamma.double()
     rows = mask.sum()
     pre = x @ leaves.encoder.T + leaves.encoder_bias
-    for_threshold, penalty = None, 0.0
+    for_memory, penalty = None, 0.0
     if name == "jumprelu":
         log = log_threshold(x).to(parameters.encoder.dtype)
         threshold = log.exp().double()
@@ -132,9 +132,9 @@ def autograd(parameters: Parameters, batch: Batch, gamma: Tensor, name: str, k: 
         z = dense(z, z.values.double(), D_SAE) * mask[:, None]
         active = (z > threshold).double()
         window = ((z - threshold).abs() < BANDWIDTH / 2).double() * (z > 0)
-        for_threshold = log.double().requires_grad_()
-        latents = Jump.apply(pre, for_threshold.exp(), active, window)
-        l0 = Near.apply(for_threshold.exp(), active, window).sum() / rows
+        for_memory = log.double().requires_grad_()
+        latents = Jump.apply(pre, for_memory.exp(), active, window)
+        l0 = Near.apply(for_memory.exp(), active, window).sum() / rows
         penalty = COEFFICIENT * (l0 / k - 1) ** 2
     else:
         active = codes_of(parameters, batch, name, k)
@@ -148,7 +148,7 @@ def autograd(parameters: Parameters, batch: Batch, gamma: Tensor, name: str, k: 
         counted = batch.counted.double()
         loss = loss + (((residual * gamma) ** 2).sum(1) * counted).sum() / (rows * D_IN)
     loss.backward()
-    by_threshold = None if for_threshold is None else for_threshold.grad
+    by_threshold = None if for_memory is None else for_memory.grad
     gradients = Parameters(*(p.grad for p in leaves))
     return loss.detach(), gradients, residual.detach(), active.sum(0), by_threshold
 
@@ -183,7 +183,7 @@ def check_gradients(name: str, dtype: torch.dtype, k: int, weigh_rows: bool = Fa
     assert torch.equal(step.firings.double(), firings)
     assert (batch.mask == 0).sum() > 50 and firings.min() < 0.7 * firings.max()
     if name == "jumprelu":
-        assert error(step.for_threshold, by_threshold) < TOLERANCE[dtype]
+        assert error(step.for_memory, by_threshold) < TOLERANCE[dtype]
         assert (by_threshold != 0).sum() > 0.9 * D_SAE
 
 
@@ -215,7 +215,7 @@ def test_bfloat16_picks_the_latents_and_does_not_round_their_values(name, monkey
 def test_the_threshold_lets_in_k_latents_a_row(name):
     """In float32, as a finished dictionary encodes, though bfloat16 picked them."""
     parameters, batch, gamma = problem(torch.bfloat16)
-    threshold = own_step(name)(parameters, batch, gamma).for_threshold
+    threshold = own_step(name)(parameters, batch, gamma).for_memory
     kept = batch.mask > 0
     pre = batch.x[kept] @ parameters.encoder.T + parameters.encoder_bias
     assert float((pre > threshold).sum() / kept.sum()) == pytest.approx(K, rel=0.01)
@@ -240,8 +240,8 @@ def test_masked_rows_have_no_part(name):
     assert not step.residual[~kept].any()
     assert torch.equal(step.firings, alone.firings)
     assert float(step.loss) == pytest.approx(float(alone.loss), rel=1e-12)
-    if step.for_threshold is not None:
-        torch.testing.assert_close(step.for_threshold, alone.for_threshold)
+    if step.for_memory is not None:
+        torch.testing.assert_close(step.for_memory, alone.for_memory)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -252,7 +252,7 @@ def test_a_batch_of_masked_rows_changes_nothing(name):
     assert not any(part.any() for part in step.gradients)
     assert not step.firings.any() and not step.residual.any()
     assert torch.isfinite(step.loss)
-    assert name == "jumprelu" or step.for_threshold is None or float(step.for_threshold) == 0
+    assert name == "jumprelu" or step.for_memory is None or float(step.for_memory) == 0
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -317,7 +317,7 @@ def test_batch_topk_takes_the_largest_of_the_whole_batch(guess):
     kept = pre[batch.mask > 0]
     smallest = kept.flatten().topk(K * len(kept)).values[-1]
     assert torch.equal(step.firings.long(), (kept >= smallest).sum(0))
-    assert float(step.for_threshold) == pytest.approx(float(smallest), rel=1e-12)
+    assert float(step.for_memory) == pytest.approx(float(smallest), rel=1e-12)
     per_row = (kept >= smallest).sum(1)
     assert per_row.min() < K < per_row.max()
 
@@ -332,7 +332,7 @@ def test_the_running_threshold_is_a_mean_over_the_last_tenth_of_the_steps():
     expected = sum(w * (i + 1) for i, w in enumerate(weights))
     assert float(threshold.mean) == pytest.approx(expected)
     assert 80 * 0.85 < expected < 80 and sum(weights[-16:]) > 0.8
-    assert threshold.values().tolist() == pytest.approx([expected] * 3)
+    assert threshold.thresholds().tolist() == pytest.approx([expected] * 3)
     for _ in range(2000):
         threshold.follow(torch.tensor(5.0), 0.1)
     threshold.follow(torch.tensor(6.0), 0.1)
@@ -358,7 +358,9 @@ def test_learnt_thresholds_start_where_k_latents_are_active_and_follow_adam():
     x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     pre = x @ initial_parameters(64, 512, 0, CPU).encoder.T
     threshold = LearntThreshold(16, 512, CPU)
-    assert float((pre > threshold.values()).sum(1).float().mean()) == pytest.approx(16, rel=0.05)
+    assert float((pre > threshold.thresholds()).sum(1).float().mean()) == pytest.approx(
+        16, rel=0.05
+    )
     assert initial_threshold(512, 512) == BANDWIDTH / 2
 
     parameter = torch.full((512,), float(threshold.log[0]), requires_grad=True)

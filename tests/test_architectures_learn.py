@@ -134,12 +134,12 @@ def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name)
     batch = normaliser.batch(rows)
     inside = arm.evaluate(batch)
     threshold = None
-    if isinstance(arm.threshold, RunningThreshold):
-        threshold = (inside.for_threshold * 0.99999).expand(64)
-        below = float(threshold[0]) / float(arm.threshold.mean)
+    if isinstance(arm.memory, RunningThreshold):
+        threshold = (inside.for_memory * 0.99999).expand(64)
+        below = float(threshold[0]) / float(arm.memory.mean)
         assert 0.8 < below < 1.25  # and the mean over the batches is near it
-    elif arm.threshold is not None:
-        threshold = arm.threshold.values()
+    elif arm.memory is not None:
+        threshold = arm.memory.thresholds()
     Dictionary(
         **folded(arm.parameters, normaliser.mean, normaliser.scale, threshold),
         sparsity=config.sparsity,

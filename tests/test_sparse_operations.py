@@ -147,7 +147,10 @@ def test_selection_with_ties_picks_k_different_latents(pre):
     assert all(len(set(row)) == 9 for row in best.indices.tolist())
 
 
-DEAD = ENCODINGS | {"more than are counted at once": whole(3, 40_000)}
+DEAD = ENCODINGS | {
+    "more than are counted at once": whole(3, 40_000),
+    "none here": whole(5, 0),  # other processes have some
+}
 
 
 @pytest.mark.parametrize("share", [None, 0.0, 0.6], ids="{} are dead".format)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_wsae.sparse import reference
+from llm_wsae.hardware import Later
+from llm_wsae.sparse import reference, room
 from llm_wsae.sparse.codes import Codes, RaggedCodes, Terms, joined, ragged
 from llm_wsae.sparse.operations import using
 from llm_wsae.statistics.weights import LossWeights
@@ -44,7 +45,6 @@ SMALL = {
     "_SLOTS": 4,
     "_COLUMNS": 16,
     "_SPAN": 4,
-    "_FIRST_ROOM": 16,
 }
 
 
@@ -61,6 +61,7 @@ def triton(request, monkeypatch):
     if request.param == "cut":
         for name, size in SMALL.items():
             monkeypatch.setattr(triton, name, size)
+        monkeypatch.setattr(room, "_FEWEST", 16)
     return triton
 
 
@@ -152,10 +153,33 @@ def test_encode_above(device, triton, dtype, kind, highest):
     x, encoder, bias = layer(kind, device, dtype)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     threshold = (integers(D_SAE, seed=3).abs() * highest).to(device, exact)
-    codes = triton.encode_above(x, encoder, bias, threshold)
     expected = reference.encode_above(x, encoder, bias, threshold)
-    for found, wanted in zip(codes, expected, strict=True):
-        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+    lasting = room.Room()
+    for given in ((), (lasting,), (lasting,)):
+        codes = triton.encode_above(x, encoder, bias, threshold, *given)
+        assert codes.values.dtype == expected.values.dtype
+        if given and not lasting.enough():
+            continue
+        assert torch.equal(dense(codes), dense(expected))
+        assert (codes.values != 0).sum() == len(expected.values)
+    assert given == (lasting,) and lasting.enough()  # the second time at the latest
+    longest = int(expected.offsets.diff().max())
+    assert longest * 1.25 <= max(16, lasting.slots) < max(128, longest * 3)
+
+
+def test_rows_without_room_are_told_and_have_it_the_next_time(device, triton):
+    x, encoder, bias = layer("random", device, torch.float32)
+    bias += 200  # all of them are active
+    given = (x, encoder, bias, torch.zeros(D_SAE, device=device))
+    little = room.Room()
+    little.slots = 5
+    codes = triton.encode_above(*given, little)
+    assert little.asked and not little.enough() and not little.asked
+    assert codes.offsets.tolist() == [5 * i for i in range(BATCH + 1)]
+    pre = torch.addmm(bias, x, encoder.T)
+    assert torch.equal(pre.gather(1, codes.indices.view(BATCH, 5)), codes.values.view(BATCH, 5))
+    codes = triton.encode_above(*given, little)
+    assert little.enough() and torch.equal(dense(codes), pre)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -203,10 +227,11 @@ def test_encode_dead(device, dtype, kind, k, masked):
     assert torch.equal(found, reference.encode_dead(*given, dead, k))
 
 
-def test_encode_dead_of_more_latents_than_are_read_at_once(device):
+@pytest.mark.parametrize("d_sae", [0, 2100], ids="{} latents".format)
+def test_encode_dead_of_none_and_of_more_than_are_read_at_once(device, d_sae):
     from llm_wsae.sparse import triton
 
-    given = layer("random", device, torch.bfloat16, batch=2, d_sae=2100)
+    given = layer("random", device, torch.bfloat16, batch=2, d_sae=d_sae)
     for k in (3, 40):
         assert torch.equal(
             triton.encode_dead(*given, None, k), reference.encode_dead(*given, None, k)
@@ -361,15 +386,33 @@ def test_adam_rows(device, exact, fast, d_in):
 
 
 class Watched(TorchDispatchMode):
-    """Records what would wait for the device, and the largest tensor made."""
+    """Records what would wait for the device, and the largest tensor made.
+
+    What was asked for first and is read later does not count.
+    """
 
     # lift_fresh: a number that a tensor is made of is copied to the device.
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero",
              "lift_fresh")  # fmt: skip
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         super().__init__()
-        self.waited, self.largest = [], 0
+        self.waited, self.largest, self._reading = [], 0, False
+        tolist, read = torch.Tensor.tolist, Later.read
+
+        def watched_tolist(tensor):
+            self.waited.append("tolist")
+            return tolist(tensor)
+
+        def watched_read(number):
+            self._reading = True
+            try:
+                return read(number)
+            finally:
+                self._reading = False
+
+        monkeypatch.setattr(torch.Tensor, "tolist", watched_tolist)
+        monkeypatch.setattr(Later, "read", watched_read)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -378,7 +421,8 @@ class Watched(TorchDispatchMode):
             i is not None and i.dtype == torch.bool for i in args[1]
         )
         sizeless = name == "aten::repeat_interleave" and kwargs.get("output_size") is None
-        if by_mask or sizeless or any(word in name for word in self.waits):
+        waits = by_mask or sizeless or any(word in name for word in self.waits)
+        if waits and not self._reading:
             self.waited.append(name)
         out = function(*args, **kwargs)
         for one in out if isinstance(out, (tuple, list)) else (out,):
@@ -401,57 +445,82 @@ def step(triton, x, encoder, bias, codes):
 def test_no_step_waits_for_the_device_or_holds_all_pre_activations(device, triton, monkeypatch):
     x, encoder, bias = layer("random", device, torch.float32, batch=14)
     x, encoder = x[:, :8].contiguous(), encoder[:, :8].contiguous()
-    with Watched() as watched:
-        read = torch.Tensor.tolist
-        monkeypatch.setattr(
-            torch.Tensor, "tolist", lambda self: watched.waited.append("tolist") or read(self)
-        )
+    threshold = torch.full((D_SAE,), 9.0, device=device)
+
+    def steps():
         step(triton, x, encoder, bias, ragged(triton.encode_topk(x, encoder, bias, 3)))
         step(triton, x, encoder, bias, triton.encode_batch_topk(x, encoder, bias, 1, 0.0))
+        above = triton.encode_above(x, encoder, bias, threshold, room.Room())
+        step(triton, x, encoder, bias, above)
+        triton.encode_dead(x, encoder[:9], bias[:9], threshold[:9] > 0, 3)
+
+    with Watched(monkeypatch) as watched:
+        steps()
         assert watched.waited == []
         assert D_SAE * 8 <= watched.largest < 14 * D_SAE
-        threshold = torch.full((D_SAE,), 9.0, device=device)
-        step(triton, x, encoder, bias, triton.encode_above(x, encoder, bias, threshold))
-        assert "tolist" in watched.waited and set(watched.waited) <= {
-            "tolist",
-            "aten::_local_scalar_dense",  # what it becomes on the card
-        }
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step(triton, x, encoder, bias, ragged(triton.encode_topk(x, encoder, bias, 3)))
-            step(triton, x, encoder, bias, triton.encode_batch_topk(x, encoder, bias, 1, 0.0))
+            steps()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-WAITS = {"topk": 0, "batch-topk": 0, "matryoshka": 0, "jumprelu": 1}
-
-
 @pytest.mark.parametrize("triton", ["cut"], indirect=True)
-@pytest.mark.parametrize("architecture", WAITS)
-def test_how_often_a_whole_step_waits_for_the_device(device, triton, architecture, monkeypatch):
-    """With a masked row, and with dead latents that were looked for in the step before."""
+@pytest.mark.parametrize(
+    "architecture", ["topk", "batch-topk", "matryoshka", "jumprelu", "dense relu", "sparse relu"]
+)
+def test_no_whole_step_waits_for_the_device(device, triton, architecture, monkeypatch):
+    """With a masked row, and with dead latents that were looked for in the steps before."""
     weights = LossWeights(torch.ones(D_IN), "uniform", 1.0)
-    arm = Arm(ArmConfig(weights, 2, architecture=architecture), D_IN, D_SAE, torch.device(device))
+    relu = architecture.endswith(" relu")
+    kind = {"l1": 0.1} if relu else {"k": 2, "architecture": architecture}
+    arm = Arm(ArmConfig(weights, **kind), D_IN, D_SAE, torch.device(device))
     arm._finder._waits = True  # as on a card
+    if relu:
+        arm.parameters.encoder_bias.fill_(-2.4 if architecture == "sparse relu" else -0.3)
     arm.last_fired.fill_(-10_000)
     x = layer("random", device, torch.float32, batch=14)[0]
     mask = (torch.arange(14, device=device) != 5).float()
     x *= mask[:, None] / x.std()
     batch = Batch(x, x, mask)
-    read = torch.Tensor.tolist
     with using("triton"):
-        arm.step(batch, 14, 0.01, 1 / 32, 1600)
-        before = arm.parameters.encoder.clone()
-        with Watched() as watched:
-            monkeypatch.setattr(
-                torch.Tensor, "tolist", lambda self: watched.waited.append("tolist") or read(self)
-            )
-            arm.step(batch, 28, 0.01, 1 / 32, 1600)
-    assert len(watched.waited) == WAITS[architecture], watched.waited
+        arm.step(batch, 14, 0.01, 1 / 32, 160)
+        for rows_seen in (28, 42, 56):
+            before = arm.parameters.encoder.clone()
+            with Watched(monkeypatch) as watched:
+                arm.step(batch, rows_seen, 0.01, 1 / 32, 160)
+            monkeypatch.undo()
+            assert watched.waited == []
+    if relu:
+        assert (arm.memory.share() < 1 / 64) == (architecture == "sparse relu")
     moved = (arm.parameters.encoder != before).any(1)
-    assert moved[arm.dead(28, 1600)].any() == arm.config.revives
+    assert moved[arm.dead(56, 160)].any() == arm.config.revives
+
+
+@pytest.mark.parametrize("l1", [None, 0.1], ids=["jumprelu", "relu"])
+def test_a_step_that_lacked_room_is_made_again(device, triton, l1):
+    """The same numbers come out as with the implementation that needs none."""
+    x = random(14, D_IN).float().to(device)
+    batch = Batch(x, x, torch.ones(14, device=device))
+    weights = LossWeights(torch.ones(D_IN), "uniform", 1.0)
+    kind = {"k": 12, "architecture": "jumprelu"} if l1 is None else {"l1": l1}
+    found = {}
+    for name in ("triton", "reference"):
+        arm = Arm(ArmConfig(weights, **kind), D_IN, D_SAE, torch.device(device))
+        arm.parameters.encoder_bias.fill_(1)
+        if l1 is not None:
+            arm.memory.follow(torch.tensor(0.001, device=device), 0.01)  # so that it goes sparse
+        arm._room.slots = 2
+        with using(name):
+            found[name] = arm.evaluate(batch)
+        assert (arm._room.slots > 2) == (name == "triton")
+    ours, theirs = found.values()
+    assert float(theirs.firings.sum()) > 14 * 4
+    assert torch.equal(ours.firings, theirs.firings)
+    for one, other in zip(ours.gradients, theirs.gradients, strict=True):
+        close(one, other.double())
+    close(ours.for_memory, theirs.for_memory.double())
 
 
 if not INTERPRETED:
@@ -497,7 +566,7 @@ if not INTERPRETED:
         for k in (1, 32):
             triton.encode_topk(x, encoder, bias, k)
         triton.encode_dead(x, encoder, bias, bias > 0, 32)
-        triton._entries_above(x, encoder, bias, bias.float(), torch.arange(41), 40)
+        triton.encode_above(x, encoder, bias, bias.float(), room.Room())
         ones = torch.zeros(40 * 5000, dtype=torch.int64)
         codes = RaggedCodes(ones, ones.float(), torch.arange(41) * 5000)
         triton.decode(codes, encoder, encoder[0])

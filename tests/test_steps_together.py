@@ -84,8 +84,8 @@ def numbers(split: Split, name: str, dtype: torch.dtype, matrix: bool) -> dict:
     found = {"residual": step.residual, "loss": step.loss, "firings": step.firings}
     found |= gradients._asdict()
     found |= {f"revived {name}": part for name, part in revived._asdict().items()}
-    if step.for_threshold is not None:
-        found["for_threshold"] = step.for_threshold
+    if step.for_memory is not None:
+        found["for_memory"] = step.for_memory
     return {name: part.double().numpy() for name, part in found.items()}
 
 
@@ -95,7 +95,7 @@ def whole(parts: list[dict], shard: str) -> dict:
     for name, first in parts[0].items():
         every = [part[name] for part in parts]
         per_latent = name.removeprefix("revived ") in PER_LATENT or (
-            name == "for_threshold" and first.ndim
+            name == "for_memory" and first.ndim
         )
         if (shard == "rows" and name == "residual") or (shard == "latents" and per_latent):
             together[name] = np.concatenate(every)

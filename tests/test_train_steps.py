@@ -54,9 +54,28 @@ def test_relu_goes_sparse_when_few_latents_are_active(monkeypatch):
 
     monkeypatch.setattr("llm_wsae.train.relu.dense_relu_step", lambda *_: dense)
     monkeypatch.setattr("llm_wsae.train.relu.sparse_relu_step", lambda *_: sparse)
-    assert relu_step(parameters, batch, gamma, L1) is dense
-    fewer = parameters._replace(encoder_bias=parameters.encoder_bias - 5)
-    assert relu_step(fewer, batch, gamma, L1) is sparse
+    for share, expected in ((None, dense), (0.02, dense), (0.01, sparse)):
+        assert relu_step(parameters, batch, gamma, L1, share) is expected
+    for one in (dense, sparse):
+        share = float(one.firings.sum() / (batch.mask.sum() * D_SAE))
+        assert float(one.for_memory) == pytest.approx(share)
+
+
+def test_a_resumed_relu_arm_knows_how_many_latents_were_active():
+    """Or it would take a dense step where the unbroken training took a sparse one."""
+    _, batch, gamma = problem(torch.float32)
+    first, second, third = (
+        Arm(ArmConfig(LossWeights(gamma, "own", 1.0), l1=L1), D_IN, D_SAE, batch.x.device)
+        for _ in range(3)
+    )
+    assert first.memory.share() is None
+    first.step(batch, BATCH, 1e-3, aux=0.0, dead_after=10**9)
+    state = first.state()
+    second.load_state(state)
+    assert second.memory.share() == first.memory.share() > 0.1
+    del state["active_share"]  # as of a training that an older version began
+    third.load_state(state)
+    assert third.memory.share() is None
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch-topk", "matryoshka", "jumprelu"])

@@ -18,6 +18,7 @@ from llm_wsae.sparse import plain
 from llm_wsae.sparse.build import library
 from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Reconstruction, Terms, joined
 from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
+from llm_wsae.sparse.room import Room
 
 select_topk = plain.select_topk
 firing_counts = plain.firing_counts
@@ -58,8 +59,10 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
     return Codes(indices, values)
 
 
-def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
-    """See ``operations``."""
+def encode_above(
+    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: Room | None = None
+) -> RaggedCodes:
+    """See ``operations``. Has no use for room: the codes are as long as they must be."""
     lists = _Lists(_FEW)
     return joined([lists.above(tile, encoder, bias, threshold) for tile in x.split(_TILE_ROWS)])
 

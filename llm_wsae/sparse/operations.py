@@ -27,6 +27,7 @@ from torch import Tensor
 
 from llm_wsae.sparse import compiled, plain, reference
 from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Reconstruction, Terms
+from llm_wsae.sparse.room import Room
 
 Name = Literal["reference", "plain", "compiled", "triton"]
 
@@ -62,13 +63,17 @@ def encode_above(
     encoder: Float[Tensor, "d_sae d_in"],
     bias: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"],
+    room: Room | None = None,
 ) -> RaggedCodes:
     """Every pre-activation above its latent's threshold (≥ 0): 0 is ReLU, a learnt one JumpReLU.
 
     Dtypes as in ``encode_topk``; the threshold is float32, or float64 for float64 inputs. Memory
     grows with the number of active latents: meant for few of them.
+
+    With ``room`` nothing waits for the device, and the codes are whole only if ``room.enough()``
+    then says so; if not, call again.
     """
-    return _for_products(x, encoder, bias).encode_above(x, encoder, bias, threshold)
+    return _for_products(x, encoder, bias).encode_above(x, encoder, bias, threshold, room)
 
 
 def encode_batch_topk(

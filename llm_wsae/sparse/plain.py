@@ -15,6 +15,7 @@ from torch.optim.adam import adam
 
 from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Terms, joined
 from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
+from llm_wsae.sparse.room import Room
 
 _TILE_ROWS = 512  # pre-activations of one tile stay in cache and batch × d_sae is never held
 _TILE_LATENTS = 2048
@@ -31,8 +32,10 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
     return Codes(torch.cat(indices), torch.cat(values).to(_exact(x)).relu_())
 
 
-def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
-    """See ``operations``."""
+def encode_above(
+    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: Room | None = None
+) -> RaggedCodes:
+    """See ``operations``. Has no use for room: the codes are as long as they must be."""
     tiles = []
     for rows in x.split(_TILE_ROWS):
         pre = torch.addmm(bias, rows, encoder.T)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Terms
+from llm_wsae.sparse.room import Room
 
 BETAS = (0.9, 0.999)
 """Of Adam, as in torch.optim.Adam."""
@@ -28,8 +29,10 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
     return Codes(best.indices, best.values.relu())
 
 
-def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
-    """See ``operations``."""
+def encode_above(
+    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: Room | None = None
+) -> RaggedCodes:
+    """See ``operations``. Has no use for room: the codes are as long as they must be."""
     pre = _pre(x, encoder, bias)
     return _sparse(pre, pre > threshold)
 
@@ -62,8 +65,9 @@ def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k
     active = torch.addmm(bias, x, encoder.T).relu()
     if dead is not None:
         active = active * dead
-    smallest = active.sort(dim=1, descending=True).values[:, :k].amin(1, keepdim=True)
-    return active * (active >= smallest)
+    if k >= len(encoder):
+        return active
+    return active * (active >= active.sort(dim=1, descending=True).values[:, k - 1 : k])
 
 
 def dead_gradients(

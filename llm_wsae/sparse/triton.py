@@ -1,8 +1,8 @@
 """The sparse operations on CUDA: cuBLAS for the encoder's product, Triton for the rest.
 
 A tile of pre-activations is sized to stay in the card's L2 cache while the k largest of each row
-are found, so batch × d_sae is never held. Nothing here waits for the device except
-``encode_above``, whose result has a size that only the device knows.
+are found, so batch × d_sae is never held. Nothing here waits for the device, save ``encode_above``
+without room.
 
 In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import) all of it runs on the CPU.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from llm_wsae.sparse import plain
 from llm_wsae.sparse.codes import Codes, RaggedCodes, Terms
 from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
+from llm_wsae.sparse.room import Room
 from llm_wsae.sparse.triton_rows import (
     adam_rows_kernel,
     decode_kernel,
@@ -28,7 +29,6 @@ _TILE_BYTES = 32 * 2**20  # of pre-activations: they stay in the L2 cache of a d
 _FEWEST_ROWS = 128  # of a tile: fewer would idle the card
 _PART = 4096  # entries that one program selects from, all in its registers
 _BITS = {torch.float64: 64, torch.float32: 32, torch.bfloat16: 16}  # to compare numbers by
-_FIRST_ROOM = 64  # slots of a row whose number of active latents is not known yet
 _SLOTS, _COLUMNS = 16, 256  # the tile of decoder or batch rows that a program reads at once
 _SPAN = 128  # occurrences of a latent that one program sums, so that dense latents hold up nobody
 
@@ -51,25 +51,18 @@ def select_topk(pre: Tensor, k: int) -> Codes:
     return best
 
 
-def encode_above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
-    """See ``operations``. Waits for the device once, to learn how many entries there are.
+def encode_above(
+    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: Room | None = None
+) -> RaggedCodes:
+    """See ``operations``. Every row has as many slots as there is room for; some are unused.
 
-    Rows get room for some entries at first. If one has more, all products are made again, now with
-    the room known: the price of not holding them.
+    Without ``room`` the device is waited for, until there is enough.
     """
-    batch, d_sae = len(x), len(encoder)
-    room = min(d_sae, max(_FIRST_ROOM, d_sae // 64))
-    starts = torch.arange(batch + 1, device=x.device) * room
-    indices, values, counts = _entries_above(x, encoder, bias, threshold, starts, batch * room)
-    offsets = torch.zeros_like(starts)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    active, crowded = torch.stack([offsets[-1], (counts > room).sum()]).tolist()
-    if crowded:
-        indices, values, _ = _entries_above(x, encoder, bias, threshold, offsets, active)
-        return RaggedCodes(indices, values, offsets)
-    moved = (starts[:-1] - offsets[:-1]).repeat_interleave(counts, output_size=active)
-    moved += torch.arange(active, device=x.device)
-    return RaggedCodes(indices[moved], values[moved], offsets)
+    if room is not None:
+        return _entries_above(x, encoder, bias, threshold, room)
+    room = Room()
+    codes = _entries_above(x, encoder, bias, threshold, room)
+    return codes if room.enough() else _entries_above(x, encoder, bias, threshold, room)
 
 
 def encode_batch_topk(
@@ -150,8 +143,9 @@ def weight_gradients(terms: Terms, d_sae: int) -> Gradients:
     """
     codes, x, output_gradient, by_value, _ = terms
     device, (batch, d_in), active = x.device, x.shape, len(codes.indices)
-    narrow = torch.int16 if d_sae <= 2**15 else torch.int32  # a radix sort pays by the byte
-    latents, order = codes.indices.to(narrow).sort(stable=True)
+    narrow = torch.int16 if d_sae < 2**15 else torch.int32  # a radix sort pays by the byte
+    used = (codes.values != 0) | (by_value != 0)
+    latents, order = codes.indices.where(used, d_sae).to(narrow).sort(stable=True)
     numbers = torch.arange(d_sae + 1, device=device)
     bounds = torch.searchsorted(latents.long(), numbers)
     span = max(_SPAN, 4 * active // d_sae)  # the pieces' sums are no more than a quarter of all
@@ -261,18 +255,22 @@ def _select_parts(
 
 
 def _entries_above(
-    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, starts: Tensor, slots: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices and values of the entries above, as far as each row's room goes; and their counts."""
+    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: Room
+) -> RaggedCodes:
+    """The entries above, as far as each row's room goes, which is then told what they need."""
     batch, d_sae = len(x), len(encoder)
-    indices = torch.empty(slots, dtype=torch.int64, device=x.device)
-    values = torch.empty(slots, dtype=_exact(x), device=x.device)
+    slots = min(room.slots, d_sae)
+    starts = torch.arange(batch + 1, device=x.device) * slots
+    # an unused slot names a latent too, and not all of them the same
+    indices = torch.arange(batch * slots, device=x.device) % d_sae
+    values = torch.zeros(batch * slots, dtype=_exact(x), device=x.device)
     counts = torch.empty(batch, dtype=torch.int64, device=x.device)
     for rows in _tiles(batch, d_sae * x.element_size()):
         pre = torch.addmm(bias, x[rows], encoder.T)
         arguments = (pre, threshold, starts[rows.start :], indices, values, counts[rows], d_sae)
         _run(above_kernel, (len(pre),), *arguments, BLOCK=min(1024, _power_of_two(d_sae)))
-    return indices, values, counts
+    room.ask(counts)
+    return RaggedCodes(indices, values, starts)
 
 
 def _run(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
 from llm_wsae.hardware import exact_dtype
+from llm_wsae.sparse.room import Room
 from llm_wsae.statistics.config import WeightConfig
 from llm_wsae.statistics.weights import Gamma, LossWeights
 from llm_wsae.train.auxk import DeadFinder, auxk_gradients
@@ -19,7 +20,7 @@ from llm_wsae.train.matryoshka import matryoshka_step
 from llm_wsae.train.normaliser import Space, Spaces, inverse
 from llm_wsae.train.optimiser import Optimiser
 from llm_wsae.train.parameters import Batch, Parameters, Step, initial_parameters
-from llm_wsae.train.relu import relu_step
+from llm_wsae.train.relu import ActiveShare, relu_step
 from llm_wsae.train.split import ALONE, Split
 from llm_wsae.train.topk import topk_step
 
@@ -127,7 +128,8 @@ class Arm:
         """Those that are here; all, unless other processes have some."""
         self._split = split
         self.parameters = initial_parameters(d_in, d_sae, config.seed, device, own=own)
-        self.threshold = _threshold(config, d_sae, device, len(own))
+        self.memory = _memory(config, d_sae, device, len(own))
+        self._room = Room()
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
         self._optimiser = Optimiser(self.parameters)
@@ -138,8 +140,8 @@ class Arm:
     ) -> None:
         """One optimiser step. ``rows_seen`` counts all rows up to and including this batch.
 
-        On a GPU nothing here waits for the device, save that ReLU and JumpReLU ask how many latents
-        are active, and AuxK sometimes which are dead. Several processes wait for each other.
+        On a GPU the device always has work: what must be known of it is read when it has been told
+        to do more, and once in the first step. Several processes wait for each other.
         """
         with torch.no_grad():
             batch = self._weighed(batch)
@@ -151,9 +153,9 @@ class Arm:
                 own = (*step.by_weights, step.by_decoder_bias, step.firings, step.loss)
                 self._split.sum_over_rows(own)
             self.last_fired.masked_fill_(step.firings > 0, rows_seen)
+            if self.memory is not None:  # first, for it may ask the device
+                self.memory.follow(step.for_memory, learning_rate)
             self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
-            if self.threshold is not None:
-                self.threshold.follow(step.for_threshold, learning_rate)
             self._record(step, batch)
 
     def anneal(self, done: float) -> None:
@@ -170,18 +172,26 @@ class Arm:
     def evaluate(self, batch: Batch) -> Step:
         """Loss and gradients on a batch, changing nothing."""
         batch = self._weighed(batch)
+        while True:
+            step = self._evaluate(batch)
+            if not self._room.asked or self._split.everyone(self._room.enough()):
+                return step
+
+    def _evaluate(self, batch: Batch) -> Step:
+        """``evaluate``, right if there was room for what is active."""
         encoder = self._optimiser.encoder(batch.x_fast.dtype)
         parameters = self.parameters._replace(encoder=encoder)  # in the products' number format
-        gamma, k, threshold = self.gamma, self.config.k, self.threshold
-        if k is None:
-            return relu_step(parameters, batch, gamma, self.config.l1)
-        if isinstance(threshold, LearntThreshold):
-            return jumprelu_step(parameters, batch, gamma, k, threshold.log)
-        if isinstance(threshold, RunningThreshold):
-            nested = self.config.architecture == "matryoshka"
-            step = matryoshka_step if nested else batch_topk_step
-            return step(parameters, batch, gamma, k, threshold.guess())
-        return topk_step(parameters, batch, gamma, k)
+        given, memory, config = (parameters, batch, self.gamma), self.memory, self.config
+        match memory:
+            case ActiveShare():
+                return relu_step(*given, config.l1, memory.share(), self._room)
+            case LearntThreshold():
+                return jumprelu_step(*given, config.k, memory.log, self._room)
+            case RunningThreshold():
+                nested = config.architecture == "matryoshka"
+                step = matryoshka_step if nested else batch_topk_step
+                return step(*given, config.k, memory.guess())
+        return topk_step(*given, config.k)
 
     def _weighed(self, batch: Batch) -> Batch:
         """The batch with what its rows count under the arm's weights, if it does not say so yet."""
@@ -236,8 +246,8 @@ class Arm:
         """Everything that a resumed run needs, as tensors."""
         tensors = dict(self.parameters._asdict(), last_fired=self.last_fired)
         tensors |= self._optimiser.state()
-        if self.threshold is not None:
-            tensors |= {f"threshold.{key}": value for key, value in self.threshold.state().items()}
+        if self.memory is not None:
+            tensors |= self.memory.state()
         tensors |= {f"progress.{name}": value for name, value in vars(self.progress).items()}
         return tensors
 
@@ -248,11 +258,8 @@ class Arm:
         for name, parameter in self.parameters._asdict().items():
             parameter.copy_(tensors[name])
         self._optimiser.load_state(tensors)
-        if self.threshold is not None:
-            prefix = "threshold."
-            self.threshold.load_state(
-                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            )
+        if self.memory is not None:
+            self.memory.load_state(tensors)
         self.progress = Progress(
             **{
                 name: tensors[f"progress.{name}"].to(now.device, now.dtype)
@@ -261,10 +268,13 @@ class Arm:
         )
 
 
-def _threshold(
+def _memory(
     config: ArmConfig, d_sae: int, device: torch.device, num_own: int
-) -> RunningThreshold | LearntThreshold | None:
-    if config.k is None or config.architecture == "topk":
+) -> ActiveShare | RunningThreshold | LearntThreshold | None:
+    """What an architecture remembers from step to step, beside its parameters."""
+    if config.k is None:
+        return ActiveShare()
+    if config.architecture == "topk":
         return None
     if config.architecture == "jumprelu":
         return LearntThreshold(config.k, d_sae, device, num_own)

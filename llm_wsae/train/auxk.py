@@ -4,8 +4,9 @@ The dead latents with the largest pre-activations reconstruct the residual, in t
 norm as the main loss. All products are dense over that subset: up to half as many of them take
 part in a row as it has dimensions, too many for sparse ones to pay.
 
-To find the subset means to wait for a GPU. There it is found now and then only, with those latents
-that may yet die until it is found again, and what takes part in a step is told by a mask.
+How many there are must be known to write them out, and a GPU would have to be waited for. There
+they are looked for now and then, with those that may yet die until the look after next; how many
+are found is read when it has long arrived, and what takes part in a step is told by a mask.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llm_wsae.hardware import Later
 from llm_wsae.sparse.codes import OfSome
 from llm_wsae.sparse.operations import dead_gradients
 from llm_wsae.statistics.weights import Gamma
@@ -39,7 +41,8 @@ class DeadFinder:
     def __init__(self, device: torch.device):
         self._waits = device.type != "cpu"
         self._found = torch.empty(0, dtype=torch.int64, device=device)
-        self._until = 0
+        self._until = -1  # how many rows may have been seen for ``_found`` to hold all dead ones
+        self._next: _Look | None = None
 
     def find(
         self, last_fired: Int[Tensor, " latents"], rows_seen: int, dead_after: int
@@ -47,10 +50,28 @@ class DeadFinder:
         """Those that have not fired for ``dead_after`` rows."""
         if not self._waits:
             return DeadLatents((rows_seen - last_fired > dead_after).nonzero().flatten())
+        between = dead_after // _LOOKS_PER_DEATH
         if rows_seen > self._until:
-            self._until = rows_seen + dead_after // _LOOKS_PER_DEATH
-            self._found = (self._until - last_fired > dead_after).nonzero().flatten()
+            look = self._next
+            if look is None or rows_seen > look.until:  # the first step, or a batch is very large
+                look = _Look(last_fired, rows_seen + between, dead_after)
+            self._found, self._until, self._next = look.found(), look.until, None
+        if self._next is None and rows_seen > self._until - between:
+            self._next = _Look(last_fired, rows_seen + 2 * between, dead_after)
         return DeadLatents(self._found, rows_seen - last_fired[self._found] > dead_after)
+
+
+class _Look:
+    """Which latents may be dead by the time that ``until`` rows have been seen."""
+
+    def __init__(self, last_fired: Int[Tensor, " latents"], until: int, dead_after: int):
+        self.until = until
+        may_be = until - last_fired > dead_after
+        self._number = Later(may_be.sum())
+        self._order = may_be.byte().argsort(descending=True, stable=True)  # these first
+
+    def found(self) -> Int[Tensor, " some"]:
+        return self._order[: int(self._number.read())]
 
 
 def auxk_gradients(

@@ -34,7 +34,7 @@ def batch_topk_step(
     """
     codes = batch_topk_codes(parameters, batch, k, guess)
     step = step_along(exact(codes, parameters, batch), parameters, batch, gamma)
-    return step._replace(for_threshold=smallest_value(codes, batch))
+    return step._replace(for_memory=smallest_value(codes, batch))
 
 
 def batch_topk_codes(
@@ -92,15 +92,15 @@ class RunningThreshold:
         """
         return _BELOW * self.mean
 
-    def values(self) -> Float[Tensor, " d_sae"]:
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
         """The threshold of every latent, in normalised units."""
         return self.mean.float().expand(self._d_sae)
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs."""
-        return {"mean": self.mean, "steps": torch.tensor(self._steps)}
+        return {"threshold.mean": self.mean, "threshold.steps": torch.tensor(self._steps)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``state``."""
-        self.mean.copy_(tensors["mean"])
-        self._steps = int(tensors["steps"])
+        self.mean.copy_(tensors["threshold.mean"])
+        self._steps = int(tensors["threshold.steps"])

@@ -52,6 +52,9 @@ class SplitRows(Split):
     def least(self, value: Tensor) -> Tensor:
         return self._all.min_(value.clone())
 
+    def everyone(self, yes: bool) -> bool:
+        return bool(self._all.min_(torch.tensor(int(yes))))
+
     def batch_topk(
         self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
     ) -> RaggedCodes:

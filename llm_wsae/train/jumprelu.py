@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llm_wsae.sparse.codes import Terms
 from llm_wsae.sparse.operations import encode_above, firing_counts, value_gradients
+from llm_wsae.sparse.room import Room
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import exact, without_masked
 from llm_wsae.train.optimiser import adam_vector
@@ -47,10 +48,12 @@ def jumprelu_step(
     gamma: Gamma,
     k: int,
     log_threshold: Float[Tensor, " d_sae"],
+    room: Room | None = None,
 ) -> Step:
     """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) + λ(L0/k − 1)² and its gradients.
 
-    A pre-activation that is not positive is in no window, however small θ.
+    A pre-activation that is not positive is in no window, however small θ. ``room`` as in
+    ``encode_above``.
     """
     encoder, decoder, encoder_bias, decoder_bias = parameters
     d_sae, fast = len(encoder), batch.x_fast.dtype
@@ -59,7 +62,7 @@ def jumprelu_step(
     sought = window_start
     if fast != batch.x.dtype:
         sought = (window_start - _ROUNDING * (1 + window_start)).clamp_(min=0)
-    near = encode_above(batch.x_fast, encoder.to(fast), encoder_bias.to(fast), sought)
+    near = encode_above(batch.x_fast, encoder.to(fast), encoder_bias.to(fast), sought, room)
     # everything active, and what is just below its threshold
     near = exact(without_masked(near, batch), parameters, batch)
     its_threshold = threshold[near.indices]
@@ -102,25 +105,25 @@ class LearntThreshold:
         moments = self._mean, self._square
         adam_vector(self.log, gradient, *moments, self._steps, HASTE * learning_rate)
 
-    def values(self) -> Float[Tensor, " d_sae"]:
+    def thresholds(self) -> Float[Tensor, " d_sae"]:
         """The threshold of every latent, in normalised units."""
         return self.log.exp()
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs."""
         return {
-            "log": self.log,
-            "exp_avg": self._mean,
-            "exp_avg_sq": self._square,
-            "steps": torch.tensor(self._steps),
+            "threshold.log": self.log,
+            "threshold.exp_avg": self._mean,
+            "threshold.exp_avg_sq": self._square,
+            "threshold.steps": torch.tensor(self._steps),
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``state``."""
-        self.log.copy_(tensors["log"])
-        self._mean.copy_(tensors["exp_avg"])
-        self._square.copy_(tensors["exp_avg_sq"])
-        self._steps = int(tensors["steps"])
+        self.log.copy_(tensors["threshold.log"])
+        self._mean.copy_(tensors["threshold.exp_avg"])
+        self._square.copy_(tensors["threshold.exp_avg_sq"])
+        self._steps = int(tensors["threshold.steps"])
 
 
 def initial_threshold(k: int, d_sae: int) -> float:

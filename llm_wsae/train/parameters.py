@@ -67,9 +67,10 @@ class Step(NamedTuple):
     firings: Float[Tensor, " d_sae"]
     """How many rows each latent fired in, masked rows not counted."""
     loss: Float[Tensor, ""]
-    for_threshold: Float[Tensor, ""] | Float[Tensor, " d_sae"] | None = None
-    """What the arm's threshold follows, if it has one: the smallest selected value (BatchTopK), or
-    the gradient by the logarithm of every latent's (JumpReLU)."""
+    for_memory: Float[Tensor, ""] | Float[Tensor, " d_sae"] | None = None
+    """What the arm's memory follows, if it has one: the smallest selected value (BatchTopK), the
+    gradient by the logarithm of every latent's threshold (JumpReLU), or which share of the latents
+    was active (ReLU)."""
 
     def summed(self) -> "Step":
         """The step with its gradients made."""

@@ -9,30 +9,43 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.hardware import Later
 from llm_wsae.sparse.operations import encode_above
+from llm_wsae.sparse.room import Room
 from llm_wsae.statistics.weights import Gamma
 from llm_wsae.train.along import exact, step_along, without_masked
 from llm_wsae.train.parameters import Batch, Parameters, Step, weighted_error
 
 _TILE_ROWS = 1024
-_COUNTED_ROWS = 256  # enough to tell a share of 1/64 from another
 _FEW = 1 / 64
 """Share of active latents below which the sparse step is the faster one. A sparse latent costs its
 rows of both matrices, a dense one its part of four matrix products."""
 
 
-def relu_step(parameters: Parameters, batch: Batch, gamma: Gamma, l1: float) -> Step:
+def relu_step(
+    parameters: Parameters,
+    batch: Batch,
+    gamma: Gamma,
+    l1: float,
+    share: float | None,
+    room: Room | None = None,
+) -> Step:
     """Loss ‖Γ(x − x̂)‖² + l1·Σ_j z_j (means over rows; the first also over dimensions).
 
     Decoder rows have unit norm, so the plain sum of the latents is the penalty of the literature. A
     coefficient for a loss that sums over dimensions is d_in times this one.
+
+    ``share`` of the latents was active in the step before, as far as is known; ``room`` as in
+    ``encode_above``.
     """
-    share = _active_share(parameters, batch)
-    step = sparse_relu_step if share < _FEW else dense_relu_step
-    return step(parameters, batch, gamma, l1)
+    if share is not None and share < _FEW:
+        return sparse_relu_step(parameters, batch, gamma, l1, room)
+    return dense_relu_step(parameters, batch, gamma, l1)
 
 
-def sparse_relu_step(parameters: Parameters, batch: Batch, gamma: Gamma, l1: float) -> Step:
+def sparse_relu_step(
+    parameters: Parameters, batch: Batch, gamma: Gamma, l1: float, room: Room | None = None
+) -> Step:
     """``relu_step`` along the active latents only."""
     fast = batch.x_fast.dtype
     codes = encode_above(
@@ -40,12 +53,14 @@ def sparse_relu_step(parameters: Parameters, batch: Batch, gamma: Gamma, l1: flo
         parameters.encoder.to(fast),
         parameters.encoder_bias.to(fast),
         torch.zeros_like(parameters.encoder_bias),
+        room,
     )
     codes = exact(without_masked(codes, batch), parameters, batch)
     push = _push(batch, l1)
     step = step_along(codes, parameters, batch, gamma, push)
     penalty = push * batch.split.over_latents(codes.values.sum())
-    return step._replace(loss=step.loss + penalty)
+    share = _active_share(step.firings, batch)
+    return step._replace(loss=step.loss + penalty, for_memory=share)
 
 
 def dense_relu_step(parameters: Parameters, batch: Batch, gamma: Gamma, l1: float) -> Step:
@@ -66,7 +81,7 @@ def dense_relu_step(parameters: Parameters, batch: Batch, gamma: Gamma, l1: floa
         rows = slice(start, start + _TILE_ROWS)
         x, x_fast, mask = batch.x[rows], batch.x_fast[rows], batch.mask[rows]
         latents = torch.addmm(bias_fast, x_fast, encoder_fast.T).relu_()
-        latents[mask == 0] = 0
+        latents.masked_fill_(mask[:, None] == 0, 0)
         active = latents > 0
         decoded = over_latents((latents @ decoder_fast).to(x.dtype))
         residual[rows] = decoded.add_(decoder_bias).sub_(x).mul_(mask[:, None])
@@ -82,7 +97,8 @@ def dense_relu_step(parameters: Parameters, batch: Batch, gamma: Gamma, l1: floa
         gradients.encoder_bias.add_(by_latent.sum(0, dtype=x.dtype))
         gradients.decoder_bias.add_(by_output.sum(0))
         firings += active.sum(0)
-    return Step(gradients[:3], gradients.decoder_bias, residual, firings, loss)
+    share = _active_share(firings, batch)
+    return Step(gradients[:3], gradients.decoder_bias, residual, firings, loss, share)
 
 
 def _push(batch: Batch, l1: float) -> Float[Tensor, ""]:
@@ -90,11 +106,35 @@ def _push(batch: Batch, l1: float) -> Float[Tensor, ""]:
     return l1 / batch.num_rows
 
 
-def _active_share(parameters: Parameters, batch: Batch) -> float:
-    """Which share of the latents is active, counted on some rows spread over the batch."""
-    fast = batch.x_fast.dtype
-    x = batch.x_fast[:: max(1, len(batch.x_fast) // _COUNTED_ROWS)]
-    bias = parameters.encoder_bias.to(fast)
-    pre = torch.addmm(bias, x, parameters.encoder.to(fast).T)
-    active = batch.split.over_latents((pre > 0).sum())
-    return float(active) / max(1, pre.numel() * batch.split.latent_parts)
+def _active_share(firings: Float[Tensor, " latents"], batch: Batch) -> Float[Tensor, ""]:
+    """Which share of all latents is active, over the whole batch."""
+    d_sae = len(firings) * batch.split.latent_parts
+    return batch.split.over_all(firings.sum()) / (batch.num_rows * d_sae)
+
+
+class ActiveShare:
+    """Which share of the latents was active in the last step: the next one's will be about it."""
+
+    def __init__(self):
+        self._last: Later | None = None
+
+    def follow(self, share: Float[Tensor, ""], learning_rate: float) -> None:
+        """Take in one more step. A share has no use for the learning rate."""
+        self._last = Later(share)
+
+    def share(self) -> float | None:
+        """The share; None before the first step."""
+        return None if self._last is None else self._last.read()
+
+    def thresholds(self) -> None:
+        """The threshold of every latent: the ReLU has none that must be remembered."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+        share = self.share()
+        return {} if share is None else {"active_share": torch.tensor(share)}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of ``state``; nothing was known in the runs of older versions."""
+        if "active_share" in tensors:
+            self._last = Later(tensors["active_share"])

@@ -46,7 +46,7 @@ def dictionary_of(
             "versions": versions(),
         },
     )
-    threshold = None if arm.threshold is None else arm.threshold.values()
+    threshold = None if arm.memory is None else arm.memory.thresholds()
     space = weights.gamma if weights.config.place == "space" else None
     return Dictionary(
         **folded(arm.parameters, normaliser.mean, normaliser.scale, threshold, space),

@@ -50,6 +50,9 @@ class SplitLatents(Split):
     def least(self, value: Tensor) -> Tensor:
         return self._all.min_(value.clone())
 
+    def everyone(self, yes: bool) -> bool:
+        return bool(self._all.min_(torch.tensor(int(yes))))
+
     def count_latents(self, number: int) -> int:
         return int(self._all.sum_(torch.tensor(number)))
 

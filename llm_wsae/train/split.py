@@ -62,6 +62,10 @@ class Split:
         """The smallest over all rows and latents, from the smallest over one's own."""
         return value
 
+    def everyone(self, yes: bool) -> bool:
+        """Whether all processes say yes."""
+        return yes
+
     def count_latents(self, number: int) -> int:
         """``over_latents`` of a plain number."""
         return number

@@ -265,7 +265,7 @@ void activate_dead(T* pre, const uint8_t* dead, int64_t rows, int64_t count, int
 template <class T>
 void mask_dead(const T* active, T* by_latent, float* sums, int64_t rows, int64_t count,
                int64_t threads) {
-  const int64_t strip = std::min(kStrip, (count + threads - 1) / threads);
+  const int64_t strip = std::clamp<int64_t>((count + threads - 1) / threads, 1, kStrip);
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
   for (int64_t begin = 0; begin < count; begin += strip) {
     const int64_t end = std::min(count, begin + strip);
