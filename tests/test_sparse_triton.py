@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_wsae.hardware import Later
-from llm_wsae.sparse import reference, room
-from llm_wsae.sparse.codes import Codes, RaggedCodes, Terms, joined, ragged
+from llm_wsae.sparse import operations, reference, room
+from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Terms, joined, ragged
 from llm_wsae.sparse.operations import using
 from llm_wsae.statistics.weights import LossWeights
 from llm_wsae.train.arm import Arm, ArmConfig
@@ -45,6 +45,7 @@ SMALL = {
     "_SLOTS": 4,
     "_COLUMNS": 16,
     "_SPAN": 4,
+    "_HELD": 128,
 }
 
 
@@ -352,6 +353,76 @@ def test_weight_gradients(device, triton, kind, dtype, kinds):
     assert all(map(torch.equal, found, triton.weight_gradients(terms, D_SAE)))
 
 
+def some_terms(kind, device, dtype, more):
+    """Of a problem, with what AuxK adds to every third latent."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = some_codes(kind, device, exact)
+    x = random(codes.num_rows, D_IN, seed=7).to(device, dtype)
+    output_gradient = random(codes.num_rows, D_IN, seed=8).to(device, dtype)
+    by_value = random(len(codes.values), seed=9).to(device, exact) * (codes.values > 0)
+    some = None
+    if more:
+        latents = torch.arange(0, D_SAE, 3).flip(0)
+        parts = (random(len(latents), D_IN), random(len(latents), D_IN), random(len(latents)))
+        some = OfSome(*(part.to(device) for part in (latents, *(p.to(exact) for p in parts))))
+    return Terms(codes, x, output_gradient, by_value, some)
+
+
+def widened(terms):
+    """The terms in float64."""
+    codes, *tensors, more = terms
+    more = more and OfSome(more.latents, *(part.double() for part in more[1:]))
+    return Terms(codes._replace(values=codes.values.double()), *(t.double() for t in tensors), more)
+
+
+@pytest.mark.parametrize("fast", [torch.bfloat16, None])
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
+def test_adam_along(device, triton, kind, dtype, more, fast):
+    """It is Adam with the gradients that the terms are summed to."""
+    terms = some_terms(kind, device, dtype, more)
+    exact = terms.codes.values.dtype
+    start = [(random(D_SAE, D_IN, seed=1), random(D_SAE, D_IN, seed=2))]
+    start += [tuple(0.1 * row for row in start[0]), tuple(row**2 + 1 for row in start[0])]
+    found, wanted = (
+        [tuple(one.to(device, dtype, copy=True) for one in pair) for pair in start]
+        for dtype in (exact, torch.float64)
+    )
+    copy = None if fast is None else torch.zeros(D_SAE, D_IN, dtype=fast, device=device)
+    by_bias = triton.adam_along(terms, *found, 3, 0.01, copy)
+    with using("reference"):
+        gradients = operations.weight_gradients(widened(terms), D_SAE)
+        operations.adam_rows(wanted[0], gradients[:2], *wanted[1:], 3, 0.01, None)
+    close(by_bias, gradients[2])
+    for one, other in zip(sum(found, ()), sum(wanted, ()), strict=True):
+        close(one, other)
+    if copy is not None:  # the interpreter cuts bits off where the card rounds
+        nearness = 2**-7 if INTERPRETED else 0
+        torch.testing.assert_close(copy, found[0][0].to(fast), rtol=nearness, atol=0)
+
+
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", CODES)
+def test_reconstruct(device, triton, kind, fast):
+    dtype = torch.float64 if fast == torch.float64 else torch.float32
+    codes = some_codes(kind, device, dtype)
+    rows, columns = random(codes.num_rows, seed=7).relu(), random(D_IN, seed=8).relu()
+    given = (random(D_SAE, D_IN), random(D_IN, seed=5), random(codes.num_rows, D_IN, seed=6))
+    given = [tensor.to(device, dtype) for tensor in (*given, rows, columns)]
+    found = triton.reconstruct(codes, *given, fast)
+    wide = codes._replace(values=codes.values.double())
+    with using("reference"):
+        wanted = operations.reconstruct(wide, *(g.double() for g in given), torch.float64)
+    assert found.output_gradient.dtype == fast
+    for one, other in zip(found, wanted, strict=True):
+        if one is not found.output_gradient:
+            close(one, other)
+    weighed = (found.residual * given[-1]).to(fast)
+    nearness = 2**-7 if INTERPRETED and fast == torch.bfloat16 else 0
+    torch.testing.assert_close(found.output_gradient, weighed, rtol=nearness, atol=0)
+    assert not found.by_value[codes.values == 0].any()
+
+
 @pytest.mark.parametrize("kind", CODES)
 def test_firing_counts(device, triton, kind):
     codes = some_codes(kind, device, torch.float32)
@@ -544,7 +615,7 @@ if not INTERPRETED:
         from triton import runtime
         from triton.backends.compiler import GPUTarget
 
-        from llm_wsae.sparse import triton, triton_rows, triton_select
+        from llm_wsae.sparse import triton, triton_adam, triton_latents, triton_rows, triton_select
 
         card = SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -571,12 +642,19 @@ if not INTERPRETED:
         codes = RaggedCodes(ones, ones.float(), torch.arange(41) * 5000)
         triton.decode(codes, encoder, encoder[0])
         triton.value_gradients(codes, encoder, x.float())
+        ones_of = (torch.ones(40), torch.ones(d_in))
+        triton.reconstruct(codes, encoder.float(), encoder[0].float(), x.float(), *ones_of, dtype)
         triton.weight_gradients(Terms(codes, x, x.float(), codes.values), 5000)
         pair = (encoder.float(), encoder.float())
         triton.adam_rows(pair, pair, pair, pair, 1, 0.01, encoder)
-        kernels = vars(triton_rows) | vars(triton_select)
+        more = OfSome(torch.arange(5000), *pair, bias.float())
+        for some in (None, more):
+            terms = Terms(codes, x, x, codes.values, some)
+            triton.adam_along(terms, pair, pair, pair, 1, 0.01, encoder)
+        modules = (triton_adam, triton_latents, triton_rows, triton_select)
+        kernels = {name for module in modules for name in vars(module)}
         assert compiled.keys() == {name for name in kernels if name.endswith("_kernel")}
         assert all(code["cubin"] for codes in compiled.values() for code in codes)
-        if dtype == torch.bfloat16:
-            (adam,) = compiled["adam_rows_kernel"]
-            assert "cvt.rn.bf16" in adam["ptx"]  # rounded to nearest, which the interpreter isn't
+        if dtype == torch.bfloat16:  # rounded to nearest, which the interpreter isn't
+            for name in ("adam_rows_kernel", "adam_along_kernel", "reconstruct_kernel"):
+                assert all("cvt.rn.bf16" in code["ptx"] for code in compiled[name])

@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 from llm_wsae.sparse import plain
-from llm_wsae.sparse.codes import Codes, RaggedCodes, Terms
+from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, Terms
 from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
 from llm_wsae.sparse.room import Room
-from llm_wsae.sparse.triton_rows import (
-    adam_rows_kernel,
-    decode_kernel,
-    further_sums_kernel,
-    latent_sums_kernel,
-    value_gradients_kernel,
-)
+from llm_wsae.sparse.triton_adam import adam_along_kernel, adam_rows_kernel
+from llm_wsae.sparse.triton_latents import further_sums_kernel, latent_sums_kernel
+from llm_wsae.sparse.triton_rows import decode_kernel, reconstruct_kernel, value_gradients_kernel
 from llm_wsae.sparse.triton_select import above_kernel, activate_dead_kernel, select_kernel
 
 dead_gradients = plain.dead_gradients
@@ -30,6 +26,7 @@ _FEWEST_ROWS = 128  # of a tile: fewer would idle the card
 _PART = 4096  # entries that one program selects from, all in its registers
 _BITS = {torch.float64: 64, torch.float32: 32, torch.bfloat16: 16}  # to compare numbers by
 _SLOTS, _COLUMNS = 16, 256  # the tile of decoder or batch rows that a program reads at once
+_HELD = 8192  # numbers of a tile where a program holds all columns
 _SPAN = 128  # occurrences of a latent that one program sums, so that dense latents hold up nobody
 
 
@@ -135,39 +132,96 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     return out
 
 
+def reconstruct(
+    codes: RaggedCodes,
+    decoder: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    row_weights: Tensor,
+    column_weights: Tensor,
+    fast: torch.dtype,
+) -> Reconstruction:
+    """See ``operations``. One launch; a program holds a row whole."""
+    d_in = x.shape[1]
+    result = Reconstruction(
+        residual=torch.empty_like(x, memory_format=torch.contiguous_format),
+        output_gradient=torch.empty(x.shape, dtype=fast, device=x.device),
+        by_value=torch.empty_like(codes.values),
+        row_errors=torch.empty_like(x[:, 0], memory_format=torch.contiguous_format),
+    )
+    given = (decoder, bias, x, row_weights, column_weights)
+    arguments = (*codes, *(one.contiguous() for one in given), *result, d_in)
+    whole = _whole_rows(d_in)
+    _run(reconstruct_kernel, (len(x),), *arguments, SLOTS=_slots_beside(d_in), **whole)
+    return result
+
+
 def weight_gradients(terms: Terms, d_sae: int) -> Gradients:
-    """See ``operations``, where ``terms.more`` is added.
+    """See ``operations``, where ``terms.more`` is added."""
+    d_in, (exact, device) = terms.x.shape[1], (terms.codes.values.dtype, terms.x.device)
+    by_encoder = torch.empty(d_sae, d_in, dtype=exact, device=device)
+    by_bias = torch.empty(d_sae, dtype=exact, device=device)
+    out = (by_encoder, torch.empty_like(by_encoder), by_bias)
+    grid = (d_sae, _blocks(d_in))
+    _run(latent_sums_kernel, grid, *_by_latent(terms, d_sae), *out, **_tile_of(d_in))
+    return out
+
+
+def adam_along(
+    terms: Terms,
+    rows: tuple[Tensor, Tensor],
+    means: tuple[Tensor, Tensor],
+    squares: tuple[Tensor, Tensor],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Tensor | None,
+) -> Tensor:
+    """See ``operations``. A latent's gradients never leave the program that sums them."""
+    d_sae, d_in = rows[0].shape
+    by_bias = torch.empty_like(rows[0][:, 0], memory_format=torch.contiguous_format)
+    place, more = terms.codes.indices, rows
+    if terms.more is not None:
+        latents, *more, more_bias = terms.more
+        place = torch.full((d_sae,), -1, device=latents.device)
+        place[latents] = torch.arange(len(latents), device=latents.device)
+    state = (*rows, *means, *squares, rows[0] if encoder_fast is None else encoder_fast)
+    numbers, constants = _adam(step, learning_rate)
+    _run(
+        adam_along_kernel,
+        (d_sae,),
+        *_by_latent(terms, d_sae), place, *(part.contiguous() for part in more), by_bias,
+        *state, *numbers,
+        **constants, FAST=encoder_fast is not None, MORE=terms.more is not None,
+        SLOTS=_slots_beside(d_in), **_whole_rows(d_in),
+    )  # fmt: skip
+    return by_bias if terms.more is None else by_bias.index_add_(0, latents, more_bias)
+
+
+def _by_latent(terms: Terms, d_sae: int) -> tuple[Tensor | int, ...]:
+    """The terms grouped by latent, as the kernels take them.
 
     One program sums a latent's first ``span`` occurrences; what a dense latent has beyond them is
-    summed in pieces of ``span``, which are few: at most active // span, known without asking.
+    summed here in pieces of ``span``, which are few: at most slots // span, known without asking.
     """
     codes, x, output_gradient, by_value, _ = terms
-    device, (batch, d_in), active = x.device, x.shape, len(codes.indices)
+    device, (batch, d_in), num_slots = x.device, x.shape, len(codes.indices)
     narrow = torch.int16 if d_sae < 2**15 else torch.int32  # a radix sort pays by the byte
     used = (codes.values != 0) | (by_value != 0)
     latents, order = codes.indices.where(used, d_sae).to(narrow).sort(stable=True)
     numbers = torch.arange(d_sae + 1, device=device)
     bounds = torch.searchsorted(latents.long(), numbers)
-    span = max(_SPAN, 4 * active // d_sae)  # the pieces' sums are no more than a quarter of all
+    span = max(_SPAN, 4 * num_slots // d_sae)  # the pieces' sums are no more than a quarter of all
     further = torch.zeros_like(bounds)
     torch.cumsum(((bounds.diff() - 1) // span).clamp_(min=0), 0, out=further[1:])
-    pieces = active // span
+    pieces, exact = num_slots // span, codes.values.dtype
     owners = torch.searchsorted(further[1:], torch.arange(pieces, device=device), right=True)
-    exact = codes.values.dtype
     parts = [torch.empty(n, d_in, dtype=exact, device=device) for n in (pieces, pieces)]
     parts.append(torch.empty(pieces, dtype=exact, device=device))
-    by_encoder = torch.empty(d_sae, d_in, dtype=exact, device=device)
-    by_decoder = torch.empty_like(by_encoder)
-    by_bias = torch.empty(d_sae, dtype=exact, device=device)
-    out = (by_encoder, by_decoder, by_bias)
     rows = (x.contiguous(), output_gradient.contiguous())
     sources = (order, codes.rows(), by_value, codes.values, *rows)
-    tile = _tile_of(d_in)
     arguments = (bounds, further, owners, *sources, *parts, batch, d_in, d_sae, span)
-    _run(further_sums_kernel, (pieces, _blocks(d_in)), *arguments, **tile)
-    arguments = (bounds, further, *sources, *parts, *out, batch, d_in, span)
-    _run(latent_sums_kernel, (d_sae, _blocks(d_in)), *arguments, **tile)
-    return out
+    _run(further_sums_kernel, (pieces, _blocks(d_in)), *arguments, **_tile_of(d_in))
+    return (bounds, further, *sources, *parts, batch, d_in, span)
 
 
 def firing_counts(codes: RaggedCodes, d_sae: int) -> Tensor:
@@ -187,26 +241,25 @@ def adam_rows(
 ) -> None:
     """See ``operations``. One pass: every number is read and written once."""
     d_sae, d_in = rows[0].shape
-    block = _power_of_two(d_in)
+    state = (*rows, *means, *squares, rows[0] if encoder_fast is None else encoder_fast)
+    numbers, constants = _adam(step, learning_rate)
     _run(
         adam_rows_kernel,
         (d_sae,),
-        *rows,
-        *gradients,
-        *means,
-        *squares,
-        rows[0] if encoder_fast is None else encoder_fast,
-        d_in,
-        learning_rate / (1 - BETAS[0] ** step),
-        1 / (1 - BETAS[1] ** step),
-        BETA1=BETAS[0],
-        BETA2=BETAS[1],
-        EPSILON=EPSILON,
-        SMALLEST_NORM=SMALLEST_NORM,
-        FAST=encoder_fast is not None,
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 256)),
-    )
+        *gradients, *state, d_in, *numbers,
+        **constants, FAST=encoder_fast is not None, **_whole_rows(d_in),
+    )  # fmt: skip
+
+
+def _adam(step: int, learning_rate: float) -> tuple[tuple[float, float], dict[str, float]]:
+    """Adam's numbers as the kernels take them, and those that never change."""
+    constants = {
+        "BETA1": BETAS[0],
+        "BETA2": BETAS[1],
+        "EPSILON": EPSILON,
+        "SMALLEST_NORM": SMALLEST_NORM,
+    }
+    return (learning_rate / (1 - BETAS[0] ** step), 1 / (1 - BETAS[1] ** step)), constants
 
 
 def _select(pre: Tensor, best: Codes, clip: bool) -> None:
@@ -295,6 +348,17 @@ def _tiles(batch: int, row_bytes: int) -> list[slice]:
 
 def _tile_of(d_in: int) -> dict[str, int]:
     return {"SLOTS": _SLOTS, "BLOCK": min(_COLUMNS, _power_of_two(d_in))}
+
+
+def _whole_rows(d_in: int) -> dict[str, int]:
+    """For programs that hold all columns."""
+    block = _power_of_two(d_in)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+
+
+def _slots_beside(d_in: int) -> int:
+    """How many slots such a program reads at once."""
+    return max(1, _HELD // _power_of_two(d_in))
 
 
 def _blocks(d_in: int) -> int:
