@@ -4,17 +4,19 @@
     python scripts/bench_train.py --shapes 768x24576x32 576x4608x32 2048x65536x64 --write
     python scripts/bench_train.py --shapes 576x4608x32 --store runs/quickstart/store \\
         --site blocks.9.hook_resid_post                          # real activations
+    python scripts/bench_train.py --dead 1000                    # with AuxK at work
     python scripts/bench_train.py --device cuda --steps 20       # on a GPU
 
 Everybody trains on the same rows with the same shape, number of threads and version of torch, each
-in a process of its own (scripts/peers/), in which no latent is dead yet. In each round every worker
-takes a turn: one untimed step, then some timed ones, while the others sleep; the next round begins
-one worker later, so that a busy machine is busy for all of them. A ratio is the median over rounds
-of the ratio within a round.
+in a process of its own (scripts/peers/), in which no latent dies; with ``--dead`` so many are in
+every step, and everybody has the AuxK loss for them. In each round every worker takes a turn: one
+untimed step, then some timed ones, while the others sleep; the next round begins one worker later,
+so that a busy machine is busy for all of them. A ratio is the median over rounds of the ratio
+within a round.
 
 The floor is what no TopK step can do without: the encoder's matrix product in the fastest number
-format, and fused Adam over all parameters. Memory is what a step needs beyond the parameters and
-the optimiser's state.
+format, and fused Adam over all parameters; AuxK's products are not in it. Memory is what a step
+needs beyond the parameters and the optimiser's state.
 
 Peers' environments are made once, outside the repository: ~/.cache/llm_wsae/peers, or the folder
 named by LLM_WSAE_PEERS.
@@ -271,6 +273,7 @@ def main() -> None:
         default=["sparsify", "saelens", "dictionary_learning"],
         help="default: all but saelens-float32; --peers alone: nobody",
     )
+    parser.add_argument("--dead", type=int, default=0, help="dead latents, for AuxK to revive")
     parser.add_argument("--arms", type=int, default=4, help="of our second row; 1: none")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
@@ -298,11 +301,13 @@ def main() -> None:
                 words = write_rows(path, shape, args.batch, args.store, args.site)
             except LlmWsaeError as error:
                 sys.exit(str(error))
-            job = {"rows": str(path), "batch": args.batch, "device": args.device, **vars(shape)}
+            job = {"rows": str(path), "batch": args.batch, "device": args.device}
+            job |= {"dead": args.dead, **vars(shape)}
             versions = run(everybody, job, args.threads, args.rounds, args.steps, keep)
         how = "workers kept alive" if keep else "workers started anew for each"
+        dead = f", {args.dead:,} latents dead" if args.dead else ""
         text = (
-            f"### Training step, {shape}, batch {args.batch}, {words}\n\n"
+            f"### Training step, {shape}, batch {args.batch}, {words}{dead}\n\n"
             f"{table(everybody, args.batch)}\n\n"
             f"{about_machine}. Peers: {versions or 'none'}. "
             f"Rounds: {args.rounds}; timed steps in each: {args.steps}; {how}.\n"
@@ -311,6 +316,7 @@ def main() -> None:
         if args.write:
             rows = "random" if args.store is None else args.site
             name = f"{shape.d_in}x{shape.d_sae}x{shape.k}x{args.batch} {rows}"
+            name += f" with {args.dead} dead" if args.dead else ""
             write_benchmark(f"bench_train {name}", text, device)
 
 

@@ -88,8 +88,9 @@ def main() -> None:
     about_machine = machine(args.threads)
     torch.set_num_threads(args.threads)
     rows = torch.randn(args.batch, args.shape.d_in, generator=torch.Generator().manual_seed(0))
-    job = Job("", batch=args.batch, variant="1", threads=args.threads, **vars(args.shape))
-    ours = step_ours.make(job, rows, args.dead)
+    what = {"batch": args.batch, "threads": args.threads, "dead": args.dead}
+    job = Job("", variant="1", **what, **vars(args.shape))
+    ours = step_ours.make(job, rows)
     floor = {
         part: step_floor.make(Job(**{**vars(job), "variant": part}), rows)
         for part in ("matmul", "adam")

@@ -22,6 +22,7 @@ def make(job: Job, rows: Tensor) -> Trainer:
     numbers = count(1)  # step 0 would also look for the geometric median of the rows
 
     def step(x: Tensor) -> None:
+        trainer.num_tokens_since_fired[: job.dead] = trainer.dead_feature_threshold
         trainer.update(next(numbers), x)
 
     return Trainer(step, lambda: state_of(trainer.optimizer), "float32")

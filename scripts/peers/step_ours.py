@@ -14,11 +14,10 @@ from llm_wsae.train.arm import Arm, ArmConfig
 from llm_wsae.train.config import TrainConfig, default_learning_rate
 from llm_wsae.train.normaliser import Normaliser
 
-DEAD_AFTER = 10_000_000  # as in the peers: no latent is dead within a benchmark, for anyone
+DEAD_AFTER = 10_000_000  # as in the peers: within a benchmark nobody's latents die
 
 
-def make(job: Job, rows: Tensor, num_dead: int = 0) -> Trainer:
-    """``num_dead`` latents of every arm count as dead in every step, whether they fire or not."""
+def make(job: Job, rows: Tensor) -> Trainer:
     device = torch.device(job.device)
     fast = fast_dtype(device)
     statistics = Statistics(job.d_in, 1).update(rows, torch.zeros(len(rows), dtype=torch.int64))
@@ -35,7 +34,7 @@ def make(job: Job, rows: Tensor, num_dead: int = 0) -> Trainer:
         rows_seen += len(x)
         batch = normaliser.batch(x)
         for arm in arms:
-            arm.last_fired[:num_dead] = rows_seen - 2 * DEAD_AFTER
+            arm.last_fired[: job.dead] = rows_seen - 2 * DEAD_AFTER
             arm.step(batch, rows_seen, learning_rate, TrainConfig.aux_coefficient, DEAD_AFTER)
 
     def state() -> list[Tensor]:

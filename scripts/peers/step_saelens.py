@@ -25,6 +25,7 @@ def make(job: Job, rows: Tensor) -> Trainer:
     trainer = SAETrainer(config, sae, iter(()))
 
     def step(x: Tensor) -> None:
+        trainer.n_forward_passes_since_fired[: job.dead] = config.dead_feature_window + 1
         trainer.step(x)
         trainer.n_training_steps += 1
 

@@ -46,6 +46,8 @@ class Job:
     threads: int
     device: str = "cpu"
     """Or ``cuda``. Batches are there before a step begins."""
+    dead: int = 0
+    """So many latents count as dead in every step, whether they fire or not."""
 
 
 @dataclass(frozen=True)
