@@ -7,6 +7,7 @@ from sparse_cases import D_IN, ENCODINGS, SUMS, Sums, cast, integers, random, wh
 from llm_wsae.sparse import compiled, operations, plain, reference
 from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Terms, joined, ragged
 from llm_wsae.sparse.reference import EPSILON
+from llm_wsae.sparse.room import Room
 
 EXACT = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}
@@ -403,6 +404,22 @@ def test_codes_end_to_end():
     assert both.offsets.tolist() == [0, 0, 3, 3, 5, 7, 9, 9, 12, 12]
     assert both.rows().tolist() == [1, 1, 1, 3, 3, 4, 4, 5, 5, 7, 7, 7]
     assert both.num_rows == 9
+
+
+def test_rows_get_room_by_what_the_last_ones_needed():
+    room = Room()
+    assert not room.asked and room.enough()
+    for counts, fit, least, most in (
+        ([3, 64, 5], True, 80, 128),
+        ([3, 500, 0], False, 625, 1250),
+        ([700], True, 875, 1750),
+        ([], True, 64, 64),  # all rows of a process may be masked
+        ([65], False, 82, 164),
+    ):
+        room.ask(torch.tensor(counts, dtype=torch.int64))
+        assert room.asked
+        assert room.enough() == fit and least <= room.slots <= most, counts
+        assert not room.asked
 
 
 def test_the_choice_of_an_implementation():
