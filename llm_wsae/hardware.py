@@ -91,8 +91,11 @@ def processor_name(device: torch.device = torch.device("cpu")) -> str:  # noqa: 
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
+        pairs = (line.partition(":") for line in info.read_text().splitlines())
+        told = {key.strip(): value.strip() for key, _, value in pairs}
+        name = told.get("model name", name)
+        if "cpu family" in told:  # rented machines are shy of their name
+            name += f" (family {told['cpu family']}, model {told.get('model')})"
     amx = torch.cpu._is_amx_tile_supported()
     able = {
         "AVX-512": torch.cpu._is_avx512_supported(),
