@@ -7,15 +7,22 @@ without room.
 In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import) all of it runs on the CPU.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from llm_wsae.sparse import plain
 from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, Terms
-from llm_wsae.sparse.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
+from llm_wsae.sparse.reference import BETAS, Gradients
 from llm_wsae.sparse.room import Room
-from llm_wsae.sparse.triton_adam import adam_along_kernel, adam_rows_kernel
-from llm_wsae.sparse.triton_latents import further_sums_kernel, latent_sums_kernel
+from llm_wsae.sparse.triton_adam import More, Rate, State, adam_along_kernel, adam_rows_kernel
+from llm_wsae.sparse.triton_latents import (
+    Occurrences,
+    Sums,
+    further_sums_kernel,
+    latent_sums_kernel,
+)
 from llm_wsae.sparse.triton_rows import decode_kernel, reconstruct_kernel, value_gradients_kernel
 from llm_wsae.sparse.triton_select import above_kernel, activate_dead_kernel, select_kernel
 
@@ -159,12 +166,10 @@ def reconstruct(
 def weight_gradients(terms: Terms, d_sae: int) -> Gradients:
     """See ``operations``, where ``terms.more`` is added."""
     d_in, (exact, device) = terms.x.shape[1], (terms.codes.values.dtype, terms.x.device)
-    by_encoder = torch.empty(d_sae, d_in, dtype=exact, device=device)
-    by_bias = torch.empty(d_sae, dtype=exact, device=device)
-    out = (by_encoder, torch.empty_like(by_encoder), by_bias)
+    out = _empty_sums(d_sae, d_in, exact, device)
     grid = (d_sae, _blocks(d_in))
-    _run(latent_sums_kernel, grid, *_by_latent(terms, d_sae), *out, **_tile_of(d_in))
-    return out
+    _run(latent_sums_kernel, grid, *_by_latent(terms, d_sae), out, **_tile_of(d_in))
+    return tuple(out)
 
 
 def adam_along(
@@ -179,26 +184,21 @@ def adam_along(
     """See ``operations``. A latent's gradients never leave the program that sums them."""
     d_sae, d_in = rows[0].shape
     by_bias = torch.empty_like(rows[0][:, 0], memory_format=torch.contiguous_format)
-    place, more = terms.codes.indices, rows
+    more = None
     if terms.more is not None:
-        latents, *more, more_bias = terms.more
+        latents, *some_rows, some_bias = terms.more
         place = torch.full((d_sae,), -1, device=latents.device)
         place[latents] = torch.arange(len(latents), device=latents.device)
-    state = (*rows, *means, *squares, rows[0] if encoder_fast is None else encoder_fast)
-    numbers, constants = _adam(step, learning_rate)
-    _run(
-        adam_along_kernel,
-        (d_sae,),
-        *_by_latent(terms, d_sae), place, *(part.contiguous() for part in more), by_bias,
-        *state, *numbers,
-        **constants, FAST=encoder_fast is not None, MORE=terms.more is not None,
-        SLOTS=_slots_beside(d_in), **_whole_rows(d_in),
-    )  # fmt: skip
-    return by_bias if terms.more is None else by_bias.index_add_(0, latents, more_bias)
+        more = More(place, *(part.contiguous() for part in some_rows))
+    state = State(*rows, *means, *squares, encoder_fast)
+    arguments = (*_by_latent(terms, d_sae), more, by_bias, state, _rate(step, learning_rate))
+    whole = _whole_rows(d_in)
+    _run(adam_along_kernel, (d_sae,), *arguments, SLOTS=_slots_beside(d_in), **whole)
+    return by_bias if more is None else by_bias.index_add_(0, latents, some_bias)
 
 
-def _by_latent(terms: Terms, d_sae: int) -> tuple[Tensor | int, ...]:
-    """The terms grouped by latent, as the kernels take them.
+def _by_latent(terms: Terms, d_sae: int) -> tuple[Occurrences, Sums]:
+    """The terms grouped by latent, and what of dense latents is summed here.
 
     One program sums a latent's first ``span`` occurrences; what a dense latent has beyond them is
     summed here in pieces of ``span``, which are few: at most slots // span, known without asking.
@@ -208,20 +208,24 @@ def _by_latent(terms: Terms, d_sae: int) -> tuple[Tensor | int, ...]:
     narrow = torch.int16 if d_sae < 2**15 else torch.int32  # a radix sort pays by the byte
     used = (codes.values != 0) | (by_value != 0)
     latents, order = codes.indices.where(used, d_sae).to(narrow).sort(stable=True)
-    numbers = torch.arange(d_sae + 1, device=device)
-    bounds = torch.searchsorted(latents.long(), numbers)
+    bounds = torch.searchsorted(latents.long(), torch.arange(d_sae + 1, device=device))
     span = max(_SPAN, 4 * num_slots // d_sae)  # the pieces' sums are no more than a quarter of all
     further = torch.zeros_like(bounds)
     torch.cumsum(((bounds.diff() - 1) // span).clamp_(min=0), 0, out=further[1:])
-    pieces, exact = num_slots // span, codes.values.dtype
-    owners = torch.searchsorted(further[1:], torch.arange(pieces, device=device), right=True)
-    parts = [torch.empty(n, d_in, dtype=exact, device=device) for n in (pieces, pieces)]
-    parts.append(torch.empty(pieces, dtype=exact, device=device))
+    numbers = torch.arange(num_slots // span, device=device)
+    owners = torch.searchsorted(further[1:], numbers, right=True)
     rows = (x.contiguous(), output_gradient.contiguous())
-    sources = (order, codes.rows(), by_value, codes.values, *rows)
-    arguments = (bounds, further, owners, *sources, *parts, batch, d_in, d_sae, span)
-    _run(further_sums_kernel, (pieces, _blocks(d_in)), *arguments, **_tile_of(d_in))
-    return (bounds, further, *sources, *parts, batch, d_in, span)
+    sources = (order, codes.rows(), by_value.contiguous(), codes.values.contiguous(), *rows)
+    grouped = Occurrences(bounds, further, *sources, batch, d_in, span)
+    pieces = _empty_sums(len(owners), d_in, codes.values.dtype, device)
+    arguments = (grouped, owners, pieces, d_sae)
+    _run(further_sums_kernel, (len(owners), _blocks(d_in)), *arguments, **_tile_of(d_in))
+    return grouped, pieces
+
+
+def _empty_sums(number: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+    shapes = ((number, d_in), (number, d_in), (number,))
+    return Sums(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
 
 
 def firing_counts(codes: RaggedCodes, d_sae: int) -> Tensor:
@@ -241,25 +245,13 @@ def adam_rows(
 ) -> None:
     """See ``operations``. One pass: every number is read and written once."""
     d_sae, d_in = rows[0].shape
-    state = (*rows, *means, *squares, rows[0] if encoder_fast is None else encoder_fast)
-    numbers, constants = _adam(step, learning_rate)
-    _run(
-        adam_rows_kernel,
-        (d_sae,),
-        *gradients, *state, d_in, *numbers,
-        **constants, FAST=encoder_fast is not None, **_whole_rows(d_in),
-    )  # fmt: skip
+    state = State(*rows, *means, *squares, encoder_fast)
+    arguments = (tuple(gradients), state, _rate(step, learning_rate), d_in)
+    _run(adam_rows_kernel, (d_sae,), *arguments, **_whole_rows(d_in))
 
 
-def _adam(step: int, learning_rate: float) -> tuple[tuple[float, float], dict[str, float]]:
-    """Adam's numbers as the kernels take them, and those that never change."""
-    constants = {
-        "BETA1": BETAS[0],
-        "BETA2": BETAS[1],
-        "EPSILON": EPSILON,
-        "SMALLEST_NORM": SMALLEST_NORM,
-    }
-    return (learning_rate / (1 - BETAS[0] ** step), 1 / (1 - BETAS[1] ** step)), constants
+def _rate(step: int, learning_rate: float) -> Rate:
+    return Rate(learning_rate / (1 - BETAS[0] ** step), 1 / (1 - BETAS[1] ** step))
 
 
 def _select(pre: Tensor, best: Codes, clip: bool) -> None:
@@ -331,9 +323,18 @@ def _run(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
 
     Fusing of products and sums is named because Triton's default is about to change.
     """
-    assert all(one.is_contiguous() for one in arguments if isinstance(one, Tensor))
-    with torch.cuda.device_of(arguments[0]):
+    tensors = list(_tensors(arguments))
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    with torch.cuda.device_of(tensors[0]):
         kernel[grid](*arguments, **constants, enable_fp_fusion=True)
+
+
+def _tensors(arguments: tuple) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from _tensors(argument)
+        elif isinstance(argument, Tensor):
+            yield argument
 
 
 def _exact(x: Tensor) -> torch.dtype:
