@@ -7,8 +7,9 @@
 The step is that of bench_train.py, here with a clock around every sparse operation and around the
 matrix product inside the encoding. (``value_gradients`` makes the picked latents' values again;
 those of the gradient are part of ``reconstruct``.) What is left over is everything between them:
-normalising the batch, biases, counts, and one of AuxK's five products. On a CPU, where every call
-returns when its work is done.
+normalising the batch, biases, counts. On a CPU, where every call returns when its work is done.
+
+With ``--dead`` AuxK is a part of the step, and is shown beside its five matrix products alone.
 """
 
 import argparse
@@ -23,23 +24,25 @@ from pathlib import Path
 import torch
 from bench_train import Shape
 from benchmarks import machine, write_benchmark
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import step_floor
 import step_ours
 from worker import Job
 
+from llm_wsae.hardware import fast_dtype
 from llm_wsae.sparse import compiled, operations, plain
+from llm_wsae.train import arm
 
 OPERATIONS = (
     "encode_topk",
     "value_gradients",
     "reconstruct",
     "firing_counts",
-    "encode_dead",
-    "dead_gradients",
     "adam_along",
 )
+AUXK = "auxk_gradients"
 PRODUCT = "encoder product, inside it"
 
 
@@ -50,6 +53,7 @@ def clocks() -> Iterator[dict[str, float]]:
     module = compiled if compiled.available() else plain
     before = {(module, name): getattr(module, name) for name in OPERATIONS}
     before[torch, "mm"] = torch.mm
+    before[arm, AUXK] = arm.auxk_gradients
 
     def timed(name: str, operation: Callable) -> Callable:
         def call(*arguments, **named):
@@ -68,6 +72,22 @@ def clocks() -> Iterator[dict[str, float]]:
     finally:
         for (owner, name), operation in before.items():
             setattr(owner, name, operation)
+
+
+def products(job: Job) -> Callable[[Tensor], None]:
+    """AuxK's five matrix products: two to the dead latents, one back, two to their weights."""
+    fast = fast_dtype(torch.device("cpu"))
+    weights = torch.randn(job.dead, job.d_in).to(fast)
+    latents = torch.randn(job.batch, job.dead).to(fast)
+
+    def multiply(x: Tensor) -> None:
+        x = x.to(fast)
+        for _ in range(2):
+            x @ weights.T
+            latents.T @ x
+        latents @ weights
+
+    return multiply
 
 
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -92,9 +112,11 @@ def main() -> None:
     job = Job("", variant="1", **what, **vars(args.shape))
     ours = step_ours.make(job, rows)
     floor = {
-        part: step_floor.make(Job(**{**vars(job), "variant": part}), rows)
+        part: step_floor.make(Job(**{**vars(job), "variant": part}), rows).step
         for part in ("matmul", "adam")
     }
+    if args.dead:
+        floor["products"] = products(job)
     found = []
     for number in range(args.steps + 2):
         with clocks() as spent:
@@ -102,16 +124,15 @@ def main() -> None:
             ours.step(rows)
             whole = time.perf_counter() - begin
         parts = dict(spent)
-        for part, trainer in floor.items():
+        for part, alone in floor.items():
             begin = time.perf_counter()
-            trainer.step(rows)
+            alone(rows)
             parts[part] = time.perf_counter() - begin
         if number >= 2:
             found.append({"whole": whole, **parts})
     middle = medians(found)
     lines = ["| part of the step | ms | of the step |", "|---|--:|--:|"]
-    listed = [name for name in (*OPERATIONS, PRODUCT) if name in middle]
-    listed.insert(1, listed.pop())
+    listed = [OPERATIONS[0], PRODUCT, *OPERATIONS[1:], *([AUXK] if args.dead else [])]
     rest = middle["whole"] - sum(middle[name] for name in listed if name != PRODUCT)
     for name, seconds in [*((n, middle[n]) for n in listed), ("everything else", rest)]:
         lines.append(f"| {name} | {1e3 * seconds:.1f} | {seconds / middle['whole']:.0%} |")
@@ -121,6 +142,11 @@ def main() -> None:
         f"| floor: encoder product {1e3 * middle['matmul']:.1f} + Adam {1e3 * middle['adam']:.1f} "
         f"| {1e3 * least:.1f} | {least / middle['whole']:.0%} |",
     ]
+    if args.dead:
+        alone = middle["products"]
+        lines.append(
+            f"| AuxK's five products alone | {1e3 * alone:.1f} | {alone / middle['whole']:.0%} |"
+        )
     dead = f", {args.dead:,} latents dead" if args.dead else ""
     text = (
         f"### Where the step's time goes, {args.shape}, batch {args.batch}{dead}\n\n"

@@ -552,14 +552,42 @@ def test_no_whole_step_waits_for_the_device(device, triton, architecture, monkey
         arm.step(batch, 14, 0.01, 1 / 32, 160)
         for rows_seen in (28, 42, 56):
             before = arm.parameters.encoder.clone()
-            with Watched(monkeypatch) as watched:
+            with monkeypatch.context() as patch, Watched(patch) as watched:
                 arm.step(batch, rows_seen, 0.01, 1 / 32, 160)
-            monkeypatch.undo()
             assert watched.waited == []
     if relu:
         assert (arm.memory.share() < 1 / 64) == (architecture == "sparse relu")
     moved = (arm.parameters.encoder != before).any(1)
     assert moved[arm.dead(56, 160)].any() == arm.config.revives
+
+
+def test_whether_there_was_room_is_read_with_other_work_under_way(device, triton, monkeypatch):
+    """After the gradients by the values were asked for; and Adam waits for the answer."""
+    weights = LossWeights(torch.ones(D_IN), "uniform", 1.0)
+    arm = Arm(ArmConfig(weights, 2, architecture="jumprelu"), D_IN, D_SAE, torch.device(device))
+    x = random(14, D_IN).float().to(device)
+    happened, run, read = [], triton._run, Later.read
+
+    def noted_run(kernel, *arguments, **constants):
+        happened.append(kernel.__name__)
+        run(kernel, *arguments, **constants)
+
+    def noted_read(number):
+        happened.append("read")
+        return read(number)
+
+    monkeypatch.setattr(triton, "_run", noted_run)
+    monkeypatch.setattr(Later, "read", noted_read)
+    with using("triton"):
+        arm.step(Batch(x, x, torch.ones(14, device=device)), 14, 0.01, 0.0, 10**6)
+    order = [name for name in happened if name != "above_kernel"]
+    assert order == [
+        "decode_kernel",
+        "value_gradients_kernel",
+        "read",
+        "further_sums_kernel",
+        "adam_along_kernel",
+    ]
 
 
 @pytest.mark.parametrize("l1", [None, 0.1], ids=["jumprelu", "relu"])

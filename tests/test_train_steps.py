@@ -4,6 +4,7 @@ import pytest
 import torch
 from sparse_cases import needs_compiler, of_all
 
+from llm_wsae.hardware import Later
 from llm_wsae.sparse.operations import using
 from llm_wsae.statistics.weights import LossWeights
 from llm_wsae.train.arm import Arm, ArmConfig
@@ -151,14 +152,27 @@ def test_auxk_with_latents_that_only_may_be_dead(num_dead):
     assert bool(alone.encoder.any()) == bool(num_dead)
 
 
-def test_the_dead_are_the_same_whether_looked_for_now_and_then():
-    """With no more looks than there need be."""
+def test_the_dead_are_the_same_whether_looked_for_now_and_then(monkeypatch):
+    """With no more looks than there need be, each read in a later step than it was taken in."""
+    now, waits = [0], []
+
+    class Asked(Later):
+        def __init__(self, number):
+            super().__init__(number)
+            self.at = now[0]
+
+        def read(self):
+            waits.append(now[0] - self.at)
+            return super().read()
+
+    monkeypatch.setattr("llm_wsae.train.auxk.Later", Asked)
     always, seldom = DeadFinder(torch.device("cpu")), DeadFinder(torch.device("cpu"))
     seldom._waits = True
     last_fired = torch.zeros(50, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     looks, sizes = set(), []
     for rows_seen in range(64, 64 * 200, 64):
+        now[0] = rows_seen
         last_fired[torch.rand(50, generator=generator) < 0.05] = rows_seen
         expected = always.find(last_fired, rows_seen, 2048)
         found = seldom.find(last_fired, rows_seen, 2048)
@@ -167,6 +181,8 @@ def test_the_dead_are_the_same_whether_looked_for_now_and_then():
         looks.add(seldom._until)
         sizes.append(len(expected.indices))
     assert max(sizes) > 5 and len(looks) < 199 / 2
+    assert waits[0] == 0 and len(waits) == len(looks)  # the first step has nothing to go by
+    assert min(waits[1:]) >= 64
 
 
 @pytest.mark.parametrize(("rule", "other_row"), [("token-norm", 0), ("permuted:token-norm", 1)])

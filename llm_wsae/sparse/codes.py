@@ -53,6 +53,12 @@ class OfSome(NamedTuple):
     decoder: Float[Tensor, "some d_in"]
     bias: Float[Tensor, " some"]
 
+    def places(self, d_sae: int, dtype: torch.dtype) -> Int[Tensor, " d_sae"]:
+        """Which of the rows is each latent's, or -1."""
+        places = torch.full((d_sae,), -1, dtype=dtype, device=self.latents.device)
+        places[self.latents] = torch.arange(len(self.latents), dtype=dtype, device=places.device)
+        return places
+
 
 class Terms(NamedTuple):
     """What the gradients by the latents' weights are sums of: a term for every active latent."""
@@ -80,6 +86,18 @@ class Reconstruction(NamedTuple):
     """Gradient by each active pre-activation, as of ``value_gradients``."""
     row_errors: Float[Tensor, " batch"]
     """Σ over columns of residual · output_gradient."""
+
+    @classmethod
+    def empty(
+        cls, codes: RaggedCodes, x: Float[Tensor, "batch d_in"], fast: torch.dtype
+    ) -> "Reconstruction":
+        """Memory for a kernel to write."""
+        return cls(
+            residual=torch.empty_like(x, memory_format=torch.contiguous_format),
+            output_gradient=torch.empty(x.shape, dtype=fast, device=x.device),
+            by_value=torch.empty_like(codes.values),
+            row_errors=torch.empty(len(x), dtype=x.dtype, device=x.device),
+        )
 
 
 def ragged(codes: Codes) -> RaggedCodes:

@@ -133,12 +133,7 @@ def reconstruct(
     fast: torch.dtype,
 ) -> Reconstruction:
     """See ``operations``."""
-    result = Reconstruction(
-        residual=torch.empty_like(x, memory_format=torch.contiguous_format),
-        output_gradient=torch.empty(x.shape, dtype=fast),
-        by_value=torch.empty_like(codes.values),
-        row_errors=_floats(len(x)),
-    )
+    result = Reconstruction.empty(codes, x, fast)
     given = (decoder, bias, x, row_weights, column_weights)
     _call(
         f"reconstruct_{_NAMES[fast]}",
@@ -174,7 +169,7 @@ def adam_along(
     more: tuple[Tensor | None, Tensor | None] = (None, None)
     if terms.more is not None:
         latents, *more_rows, more_bias = terms.more
-        place[latents] = torch.arange(len(latents), dtype=torch.int32)
+        place = terms.more.places(d_sae, torch.int32)
         more = tuple(part.contiguous() for part in more_rows)
     with _rounded_encoder(rows[0], encoder_fast) as fast:
         _call(

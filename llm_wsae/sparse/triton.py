@@ -150,12 +150,7 @@ def reconstruct(
 ) -> Reconstruction:
     """See ``operations``. One launch; a program holds a row whole."""
     d_in = x.shape[1]
-    result = Reconstruction(
-        residual=torch.empty_like(x, memory_format=torch.contiguous_format),
-        output_gradient=torch.empty(x.shape, dtype=fast, device=x.device),
-        by_value=torch.empty_like(codes.values),
-        row_errors=torch.empty_like(x[:, 0], memory_format=torch.contiguous_format),
-    )
+    result = Reconstruction.empty(codes, x, fast)
     given = (decoder, bias, x, row_weights, column_weights)
     arguments = (*codes, *(one.contiguous() for one in given), *result, d_in)
     whole = _whole_rows(d_in)
@@ -187,9 +182,8 @@ def adam_along(
     more = None
     if terms.more is not None:
         latents, *some_rows, some_bias = terms.more
-        place = torch.full((d_sae,), -1, device=latents.device)
-        place[latents] = torch.arange(len(latents), device=latents.device)
-        more = More(place, *(part.contiguous() for part in some_rows))
+        places = terms.more.places(d_sae, torch.int64)
+        more = More(places, *(part.contiguous() for part in some_rows))
     state = State(*rows, *means, *squares, encoder_fast)
     arguments = (*_by_latent(terms, d_sae), more, by_bias, state, _rate(step, learning_rate))
     whole = _whole_rows(d_in)
