@@ -2,22 +2,13 @@
 
 The names in ``__all__`` are the public Python interface. They are imported when first used, so
 that ``import llm_wsae`` stays light (no torch). ``TYPE_CHECKING`` shows them to editors.
-
-The four stages are functions with the name of the module or package they live in, and
-``llm_wsae.harvest`` can only be one of the two, whatever was imported before. It is the module;
-import the functions from there::
-
-    from llm_wsae.harvest import harvest
-    from llm_wsae.train.trainer import train
-    from llm_wsae.evaluate.fidelity import evaluate
-    from llm_wsae.run import run
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_wsae.attaching.attach import attach
+    from llm_wsae.attaching.attachment import attach
     from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
     from llm_wsae.data.config import HarvestConfig, StreamConfig
     from llm_wsae.data.corpus import Corpus
@@ -25,18 +16,22 @@ if TYPE_CHECKING:
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.pretrained import load_pretrained
     from llm_wsae.errors import LlmWsaeError, UsageError
-    from llm_wsae.evaluate.config import EvaluateConfig
-    from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
-    from llm_wsae.harvest import ActivationStream
+    from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+    from llm_wsae.evaluation.fidelity.evaluator import evaluate
+    from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
+    from llm_wsae.harvesting import ActivationStream, harvest
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.model.site import Site
+    from llm_wsae.pipeline import run
     from llm_wsae.sparse.codes import Codes
     from llm_wsae.statistics.moments import Statistics
-    from llm_wsae.statistics.monosemanticity import RULES
-    from llm_wsae.statistics.weights import LossWeights, weights_from_rule
-    from llm_wsae.train.arm import ArmConfig
-    from llm_wsae.train.arms import choose_weights, make_arms
-    from llm_wsae.train.config import TrainConfig
+    from llm_wsae.studies.runner import study
+    from llm_wsae.training.arm import ArmConfig
+    from llm_wsae.training.config import TrainConfig
+    from llm_wsae.training.grid import choose_weights, make_arms
+    from llm_wsae.training.trainer import train
+    from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
+    from llm_wsae.weights.rules import RULES
 
     __version__: str
 
@@ -47,27 +42,32 @@ _HOMES = {
     "HarvestConfig": "data.config",
     "ActivationStore": "data.store",
     "StreamConfig": "data.config",
-    "ActivationStream": "harvest",
+    "ActivationStream": "harvesting",
     "Statistics": "statistics.moments",
-    "RULES": "statistics.monosemanticity",
-    "LossWeights": "statistics.weights",
-    "weights_from_rule": "statistics.weights",
-    "TrainConfig": "train.config",
-    "ArmConfig": "train.arm",
-    "choose_weights": "train.arms",
-    "make_arms": "train.arms",
+    "RULES": "weights.rules",
+    "LossWeights": "weights.loss_weights",
+    "weights_from_rule": "weights.loss_weights",
+    "TrainConfig": "training.config",
+    "ArmConfig": "training.arm",
+    "choose_weights": "training.grid",
+    "make_arms": "training.grid",
     "Dictionary": "dictionary.dictionary",
     "load_pretrained": "dictionary.pretrained",
-    "attach": "attaching.attach",
+    "attach": "attaching.attachment",
     "Ablate": "attaching.edits",
     "Clamp": "attaching.edits",
     "Scale": "attaching.edits",
     "Steer": "attaching.edits",
     "Codes": "sparse.codes",
-    "EvaluateConfig": "evaluate.config",
-    "MonosemanticConfig": "evaluate.monosemantic_config",
+    "EvaluateConfig": "evaluation.fidelity.config",
+    "MonosemanticConfig": "evaluation.monosemanticity.config",
     "LlmWsaeError": "errors",
     "UsageError": "errors",
+    "harvest": "harvesting",
+    "train": "training.trainer",
+    "evaluate": "evaluation.fidelity.evaluator",
+    "run": "pipeline",
+    "study": "studies.runner",
 }
 
 __all__ = [
@@ -96,8 +96,13 @@ __all__ = [
     "__version__",
     "attach",
     "choose_weights",
+    "evaluate",
+    "harvest",
     "load_pretrained",
     "make_arms",
+    "run",
+    "study",
+    "train",
     "weights_from_rule",
 ]
 

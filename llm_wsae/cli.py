@@ -27,7 +27,7 @@ from llm_wsae.commands.theory import theory
 from llm_wsae.commands.train import train
 from llm_wsae.commands.verify import verify
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.record import plain
+from llm_wsae.provenance import plain
 from llm_wsae.terminal import printable, printable_json
 
 COMMANDS: dict[str, Callable[..., Result]] = {
@@ -145,7 +145,3 @@ def _usage() -> str:
 
 def _first_sentence(command: Callable[..., Any]) -> str:
     return (command.__doc__ or "").split("\n")[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

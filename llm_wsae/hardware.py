@@ -63,7 +63,7 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class Later:
+class DeferredScalar:
     """A number that a device is still to find, asked for now and read when it is needed.
 
     Reading waits for what the device was told to do before the question, and for nothing that it

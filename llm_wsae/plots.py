@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from llm_wsae.files import write_atomic
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.weights import (
+from llm_wsae.weights.loss_weights import (
     LossWeights,
     effective_dimensions,
     loss_share,

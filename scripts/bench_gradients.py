@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from llm_wsae.sparse.operations import encode_topk
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.weights import weights_from_rule
 from llm_wsae.tables import markdown
-from llm_wsae.train.arm import Arm, ArmConfig
-from llm_wsae.train.config import default_learning_rate
-from llm_wsae.train.normaliser import Normaliser
-from llm_wsae.train.parameters import Batch, Parameters
+from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.config import default_learning_rate
+from llm_wsae.training.normaliser import Normaliser
+from llm_wsae.training.parameters import Batch, Parameters
+from llm_wsae.weights.loss_weights import weights_from_rule
 
 CPU = torch.device("cpu")
 TILE_ROWS = 512  # × d_sae in float64, and × k × d_in

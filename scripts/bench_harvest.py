@@ -6,7 +6,7 @@ Ways to the same rows of one site, at each context size, tokens per second:
 
     bare      the Hugging Face model with every block behind the site cut away
     forward   LanguageModel.activations
-    harvest   llm_wsae.harvest.harvest: text, tokens, forward, statistics, checksums, synced shards
+    harvest   llm_wsae.harvest: text, tokens, forward, statistics, checksums, synced shards
     bridge    TransformerLens: run_with_cache of the one hook, stopped behind its block
 
 All read the same batches, of 4,096 tokens; bare and bridge also in small ones, which suit a CPU's
@@ -28,7 +28,7 @@ from benchmarks import embedded_model, machine, write_benchmark
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.harvest import harvest
+from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sharing import share_weights
 from llm_wsae.model.site import Site

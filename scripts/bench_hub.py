@@ -53,7 +53,7 @@ def status(key: str) -> int:
 
 def client(folder: Path, tiny: Path, out: Path) -> None:
     """Push and pull; prints one JSON object a line."""
-    from llm_wsae.dictionary.hub import pull, push
+    from llm_wsae.dictionary.hub.transfer import pull, push
 
     push([tiny], f"{REPO}-tiny")
     pull(f"{REPO}-tiny", out / "tiny")

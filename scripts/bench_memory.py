@@ -22,7 +22,7 @@ FEW = 8192  # tokens of two forward passes
 
 def peak_megabytes(*words: object) -> float:
     """Run one command; its largest resident memory."""
-    command = [sys.executable, "-m", "llm_wsae.cli", *map(str, words)]
+    command = [sys.executable, "-m", "llm_wsae", *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:

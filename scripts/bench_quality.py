@@ -23,16 +23,16 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.evaluate.measures import Moments, ReconstructionSums
+from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
 from llm_wsae.model.site import Site
-from llm_wsae.sparse.reference import BETAS, EPSILON
-from llm_wsae.statistics.weights import weights_from_rule
-from llm_wsae.train.arm import folded
-from llm_wsae.train.arms import make_arms
-from llm_wsae.train.config import TrainConfig, default_learning_rate, learning_rate_factor
-from llm_wsae.train.normaliser import Normaliser
-from llm_wsae.train.parameters import Parameters, initial_parameters
-from llm_wsae.train.trainer import train
+from llm_wsae.sparse.backends.reference import BETAS, EPSILON
+from llm_wsae.training.arm import folded
+from llm_wsae.training.config import TrainConfig, default_learning_rate, learning_rate_factor
+from llm_wsae.training.grid import make_arms
+from llm_wsae.training.normaliser import Normaliser
+from llm_wsae.training.parameters import Parameters, initial_parameters
+from llm_wsae.training.trainer import train
+from llm_wsae.weights.loss_weights import weights_from_rule
 
 
 def topk_latents(pre: Tensor, k: int) -> Tensor:

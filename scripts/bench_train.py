@@ -40,7 +40,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.hardware import choose_device
 from llm_wsae.model.site import Site
-from llm_wsae.train.normaliser import Normaliser
+from llm_wsae.training.normaliser import Normaliser
 
 BATCHES = 4  # different batches of rows, used in turn
 WARMUP_STEPS = 1  # untimed steps of a turn: the others have used the caches since the last one

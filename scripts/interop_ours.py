@@ -102,7 +102,7 @@ def ours_in_saelens(out: Path) -> Part:
     (out / "job.json").write_text(json.dumps(job))
     with HubServer(out / "hub") as hub:
         environment = hub.environment(out / "home", WRITER) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        push = [sys.executable, "-m", "llm_wsae.cli", "push", *folders.values(), repo]
+        push = [sys.executable, "-m", "llm_wsae", "push", *folders.values(), repo]
         subprocess.run(push, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE)
         hub.create(SCOPE)
         hub.store.put(SCOPE, f"{SCOPE_ID}/params.npz", (scope / "params.npz").read_bytes())

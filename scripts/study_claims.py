@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.files import read_json
-from llm_wsae.study import consistency
-from llm_wsae.study.plan import PLAIN
-from llm_wsae.study.report import StudyReport, estimate_text
-from llm_wsae.study.results import Result, read_basis, read_result
-from llm_wsae.study.runner import BASIS, CONSISTENCY
-from llm_wsae.study.verdict import BETTER, Compared
+from llm_wsae.studies import consistency
+from llm_wsae.studies.plan import PLAIN
+from llm_wsae.studies.report import StudyReport, estimate_text
+from llm_wsae.studies.results import Result, read_basis, read_result
+from llm_wsae.studies.runner import BASIS, CONSISTENCY
+from llm_wsae.studies.verdict import BETTER, Compared
 
 FOLDER = Path(__file__).parent / "results"
 SITES = ("blocks.9.hook_resid_post", "blocks.20.hook_resid_post")

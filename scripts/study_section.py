@@ -22,9 +22,9 @@ from study_claims import (
 )
 
 from llm_wsae.model.site import Site
-from llm_wsae.study.report import StudyReport, estimate_text
-from llm_wsae.study.results import DECIDING, Result
-from llm_wsae.study.verdict import Compared
+from llm_wsae.studies.report import StudyReport, estimate_text
+from llm_wsae.studies.results import DECIDING, Result
+from llm_wsae.studies.verdict import Compared
 from llm_wsae.tables import markdown
 
 

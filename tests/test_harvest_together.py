@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 from command_line import HARVEST, content, save_model, works
 from several import run, start, torchrun
-from test_harvest import CONFIG, LENGTHS, SITES, after, files
+from test_harvesting import CONFIG, LENGTHS, SITES, after, files
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import RECORDS, Manifest, whole_shards
 from llm_wsae.data.verify import verify_store
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.harvest import harvest
+from llm_wsae.harvesting import harvest
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,17 @@
 """The README's Python runs as it stands, but for a smaller model, text and number of tokens."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from tiny import tiny_tokenizer, write_jsonl
 from tiny_families import tiny_hf_model
 
 import llm_wsae.cli as cli
 
 pytest_plugins = ("hub_fixtures",)
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -61,7 +61,7 @@ def test_gpt2_from_end_to_end(tmp_path, monkeypatch, hub):
 
 
 def test_the_pretrained_dictionary_opens(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(ROOT)
     names = {}
     exec(compile(block("load_pretrained"), "README.md", "exec"), names)
     dictionary = names["dictionary"]

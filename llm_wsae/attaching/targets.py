@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llm_wsae.errors import UsageError
 from llm_wsae.model.forward import Blocks, Visit, overwriting
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.paths import find_paths, get_module
+from llm_wsae.model.module_paths import find_paths, get_module
 from llm_wsae.model.site import Site
 
 LATENTS = "hook_sae_acts_post"

@@ -16,10 +16,10 @@ from llm_wsae.commands.common import (
     load_model,
 )
 from llm_wsae.errors import UsageError
-from llm_wsae.evaluate.config import EvaluateConfig
-from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
+from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.files import write_json
-from llm_wsae.record import plain, versions
+from llm_wsae.provenance import plain, versions
 
 
 def evaluate(
@@ -58,14 +58,14 @@ def evaluate(
         keep: Also keep the results in the dictionaries' own folders, for their cards.
     """
     from llm_wsae.data.corpus import Corpus
-    from llm_wsae.data.tokens import Packer
+    from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.measurements import check_keeps_measurements, keep_measurements
-    from llm_wsae.evaluate.checks import notes_on_text
-    from llm_wsae.evaluate.contexts import packing_of
-    from llm_wsae.evaluate.fidelity import evaluate as measure
-    from llm_wsae.evaluate.monosemantic import Bench
-    from llm_wsae.evaluate.monosemantic_summary import summary_of
+    from llm_wsae.evaluation.checks import notes_on_text
+    from llm_wsae.evaluation.fidelity.evaluator import evaluate as measure
+    from llm_wsae.evaluation.monosemanticity.contexts import packing_of
+    from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
+    from llm_wsae.evaluation.monosemanticity.summary import summary_of
 
     check_counts(monosemantic_tokens=monosemantic_tokens)
     _check_asked(monosemantic, monosemantic_tokens, encoder, labels)
@@ -96,7 +96,9 @@ def evaluate(
     language_model = load_model(model, revision, device, model_dtype)
     contexts = Packer.for_model(language_model, packing).contexts(text)
     # Before the long work: it reads its text and finds its encoder.
-    bench = Bench(language_model, text, packing, scoring) if monosemantic else None
+    scorer = (
+        MonosemanticityEvaluator(language_model, text, packing, scoring) if monosemantic else None
+    )
     fidelity = measure(loaded, language_model, contexts, config)
     fidelity.notes.extend(seen)
     facts, tables = fidelity.to_dict(), [fidelity.table()]
@@ -104,8 +106,8 @@ def evaluate(
         name: {"fidelity": {"corpus": text.name, **own}}
         for name, own in fidelity.summaries().items()
     }
-    if bench is not None:
-        scores = bench.score(loaded)
+    if scorer is not None:
+        scores = scorer.score(loaded)
         facts["monosemanticity"] = scores.to_dict()
         tables.append(scores.table())
         for name in loaded:

@@ -7,11 +7,11 @@ import tyro
 
 from llm_wsae.commands.common import Flag, Result
 from llm_wsae.errors import UsageError
-from llm_wsae.record import write_record
+from llm_wsae.provenance import write_record
 from llm_wsae.terminal import printable
 
 if TYPE_CHECKING:
-    from llm_wsae.dictionary.facts import Facts
+    from llm_wsae.dictionary.hub.card_data import Facts
 
 
 def push(
@@ -30,8 +30,8 @@ def push(
         revision: Branch to push to; a new one begins at main.
         license: Licence for the card, as the Hub names it, e.g. mit.
     """
-    from llm_wsae.dictionary.files import is_dictionary
-    from llm_wsae.dictionary.hub import push as push_folders
+    from llm_wsae.dictionary.folder import is_dictionary
+    from llm_wsae.dictionary.hub.transfer import push as push_folders
 
     *folders, repo_id = dictionaries or ("",)
     # The parser cannot take the last word apart itself.
@@ -66,7 +66,7 @@ def pull(
         out: Folder that receives <site>/<name>.
         revision: Branch, tag or commit.
     """
-    from llm_wsae.dictionary.hub import pull as pull_folders
+    from llm_wsae.dictionary.hub.transfer import pull as pull_folders
 
     folders = pull_folders(repo_id, out, sae_id, revision=revision)
     asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
@@ -82,7 +82,7 @@ def list_repository(repo_id: tyro.conf.Positional[str], revision: str | None = N
         repo_id: Repository, user/name.
         revision: Branch, tag or commit.
     """
-    from llm_wsae.dictionary.hub import list_dictionaries
+    from llm_wsae.dictionary.hub.transfer import list_dictionaries
 
     found = list_dictionaries(repo_id, revision=revision)
     width = max(len("dictionary"), *(len(d.sae_id) for d in found))

@@ -15,10 +15,10 @@ from llm_wsae.commands.common import (
     sites_of,
 )
 from llm_wsae.data.config import HarvestConfig
-from llm_wsae.evaluate.config import EvaluateConfig
-from llm_wsae.record import write_record
-from llm_wsae.statistics.config import WeightConfig
-from llm_wsae.train.config import Architecture, TrainConfig
+from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.provenance import write_record
+from llm_wsae.training.config import Architecture, TrainConfig
+from llm_wsae.weights.config import WeightConfig
 
 
 def run(
@@ -66,7 +66,7 @@ def run(
         device: Where to compute.
         model_dtype: Number format of the model; auto is bfloat16 where the hardware is fast in it.
     """
-    from llm_wsae.run import run as run_all
+    from llm_wsae.pipeline import run as run_all
 
     check_counts(eval_tokens=eval_tokens)
     harvest_config = HarvestConfig(tokens=tokens, context_size=context_size)

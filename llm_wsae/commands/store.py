@@ -19,8 +19,8 @@ from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
-from llm_wsae.record import write_record
-from llm_wsae.statistics.config import EvidenceConfig, WeightConfig
+from llm_wsae.provenance import write_record
+from llm_wsae.weights.config import EvidenceConfig, WeightConfig
 
 
 def harvest(
@@ -49,7 +49,7 @@ def harvest(
         model_dtype: Number format of the model; auto is bfloat16 where the hardware is fast in it.
     """
     from llm_wsae.data.corpus import Corpus
-    from llm_wsae.harvest import harvest as harvest_into
+    from llm_wsae.harvesting import harvest as harvest_into
 
     started, sites = time.monotonic(), sites_of(site)
     text = Corpus.open(corpus, part, text_column=text_column)
@@ -96,11 +96,11 @@ def weigh(
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.evidence import gather
     from llm_wsae.plots import plot_profile
-    from llm_wsae.statistics.monosemanticity import need_of
-    from llm_wsae.statistics.profile import profile, profile_text
-    from llm_wsae.train.arms import choose_weights
+    from llm_wsae.training.grid import choose_weights
+    from llm_wsae.weighing import gather
+    from llm_wsae.weights.profile import profile, profile_text
+    from llm_wsae.weights.rules import need_of
 
     if out.suffix != ".safetensors":  # its neighbours .png and .json are written too
         raise UsageError(f"the weights go into a .safetensors file, so --out cannot be {out}")

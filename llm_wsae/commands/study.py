@@ -15,13 +15,13 @@ from llm_wsae.commands.common import (
     load_model,
 )
 from llm_wsae.errors import UsageError
-from llm_wsae.evaluate.config import EvaluateConfig
-from llm_wsae.evaluate.monosemantic_config import MonosemanticConfig
+from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.model.site import Site
-from llm_wsae.record import write_record
-from llm_wsae.statistics.config import WeightConfig
-from llm_wsae.study.config import StudyConfig
-from llm_wsae.train.config import Architecture, TrainConfig
+from llm_wsae.provenance import write_record
+from llm_wsae.studies.config import StudyConfig
+from llm_wsae.training.config import Architecture, TrainConfig
+from llm_wsae.weights.config import WeightConfig
 
 
 def study(
@@ -83,8 +83,8 @@ def study(
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.statistics.monosemanticity import need_of
-    from llm_wsae.study.runner import run_study
+    from llm_wsae.studies.runner import study
+    from llm_wsae.weights.rules import need_of
 
     started = time.monotonic()
     check_counts(eval_tokens=eval_tokens, score_tokens=score_tokens)
@@ -100,7 +100,7 @@ def study(
             )
     place, opened = Site.parse(site), ActivationStore.open(store)
     first = Dictionary.load(dictionary) if dictionary else None
-    report = run_study(
+    report = study(
         load_model(model, revision, device, opened.model_dtype(model_dtype)),
         opened,
         place,

@@ -9,9 +9,9 @@ import tyro
 from llm_wsae.commands.common import Config, Result, cost
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
-from llm_wsae.record import write_record
-from llm_wsae.statistics.config import WeightConfig
-from llm_wsae.train.config import Architecture, TrainConfig
+from llm_wsae.provenance import write_record
+from llm_wsae.training.config import Architecture, TrainConfig
+from llm_wsae.weights.config import WeightConfig
 
 
 def train(
@@ -45,10 +45,10 @@ def train(
         seeds: Seeds of the initial weights, a dictionary each.
     """
     from llm_wsae.data.store import ActivationStore
-    from llm_wsae.evidence import gather
-    from llm_wsae.statistics.weights import OWN_RULE, LossWeights
-    from llm_wsae.train.arms import choose_weights, make_arms
-    from llm_wsae.train.trainer import train as train_arms
+    from llm_wsae.training.grid import choose_weights, make_arms
+    from llm_wsae.training.trainer import train as train_arms
+    from llm_wsae.weighing import gather
+    from llm_wsae.weights.loss_weights import OWN_RULE, LossWeights
 
     started = time.monotonic()
     opened, place = ActivationStore.open(store), Site.parse(site)

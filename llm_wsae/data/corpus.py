@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llm_wsae.data.sources import open_source
 from llm_wsae.data.text_source import Source
+from llm_wsae.data.text_sources import open_source
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 
 PARTS = ("train", "heldout", "all")

@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.data.batches import WINDOW_BYTES, shuffled_batches
 from llm_wsae.data.manifest import STATISTICS, Manifest, tokens_path, whole_shards
-from llm_wsae.data.rows import RowReader
-from llm_wsae.data.tokens import Contexts
+from llm_wsae.data.packing import Contexts
+from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
 from llm_wsae.data.tokens_file import load_contexts
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.files import load_tensors

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_wsae.data.tokens import Contexts, Cursor
+from llm_wsae.data.packing import Contexts, Cursor
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_tensors, save_tensors
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_wsae.dictionary.files import write_folder
+from llm_wsae.dictionary.folder import write_folder
 from llm_wsae.dictionary.formats import layouts
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, to_dense
@@ -192,7 +192,7 @@ class Dictionary(nn.Module):
         ``sae_id`` is its folder, ``<site>/<name>`` for one of ours; None takes the only one. Raises
         as ``hub.fetch`` and ``load`` do.
         """
-        from llm_wsae.dictionary.hub import fetch
+        from llm_wsae.dictionary.hub.transfer import fetch
 
         return cls.load(fetch(repo_id, sae_id, revision=revision), site=site, device=device)
 
@@ -209,7 +209,7 @@ class Dictionary(nn.Module):
         license: str | None = None,
     ) -> str:
         """Put it into a repository on the Hub; the address of the commit. See ``hub.push``."""
-        from llm_wsae.dictionary.hub import push
+        from llm_wsae.dictionary.hub.transfer import push
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / "dictionary")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.dictionary.files import INFO, is_dictionary
+from llm_wsae.dictionary.folder import INFO, is_dictionary
 from llm_wsae.errors import UsageError
 from llm_wsae.files import read_json, write_json
 

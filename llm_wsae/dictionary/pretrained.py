@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.files import INFO, is_dictionary
+from llm_wsae.dictionary.folder import INFO, is_dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 
 _FOLDER = "checkpoints"

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.paths import get_module
+from llm_wsae.model.module_paths import get_module
 
 _WORDS_AT_ONCE = 1 << 14
 _LOST = "�"  # what decoding makes of part of a character

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.hardware import choose_device, fast_dtype
+from llm_wsae.model.fingerprint import fingerprint
 from llm_wsae.model.forward import Blocks, Visit
-from llm_wsae.model.identity import fingerprint
 from llm_wsae.model.loading import load_pretrained
-from llm_wsae.model.paths import find_paths, get_module, text_config
+from llm_wsae.model.module_paths import find_paths, get_module, text_config
 from llm_wsae.model.sharing import boot_bridge, share_weights
 from llm_wsae.model.site import Site
 

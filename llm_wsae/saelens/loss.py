@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.statistics.monosemanticity import weighs_tokens
-from llm_wsae.statistics.weights import Gamma, LossWeights
+from llm_wsae.weights.loss_weights import Gamma, LossWeights
+from llm_wsae.weights.rules import weighs_tokens
 
 
 def read_weights(path: str, d_in: int) -> LossWeights:

@@ -44,7 +44,7 @@ class RaggedCodes(NamedTuple):
         return numbers.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
 
 
-class OfSome(NamedTuple):
+class SubsetGradients(NamedTuple):
     """Gradients by the weights of some latents only."""
 
     latents: Int[Tensor, " some"]
@@ -60,7 +60,7 @@ class OfSome(NamedTuple):
         return places
 
 
-class Terms(NamedTuple):
+class SparseGradients(NamedTuple):
     """What the gradients by the latents' weights are sums of: a term for every active latent."""
 
     codes: RaggedCodes
@@ -71,7 +71,7 @@ class Terms(NamedTuple):
     kind before all of the next, as there are rows of the codes: row i belongs to x[i mod batch]."""
     by_value: Float[Tensor, " active"]
     """By each active pre-activation, as of ``value_gradients``."""
-    more: OfSome | None = None
+    more: SubsetGradients | None = None
     """What else some latents get."""
 
 

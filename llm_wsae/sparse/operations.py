@@ -5,8 +5,8 @@ costs that share of its dense form. Latents are rows here (``[d_sae, d_in]`` for
 decoder), because every operation reads or writes whole latents.
 
 Every operation picks an implementation when it is called, by device, dtype and whether autograd is
-on: ``triton`` on CUDA and ``compiled`` on the CPU where they can be had and the numbers are float32
-(or bfloat16, for the encoder's product), else ``plain``. ``using`` overrides the choice.
+on: ``triton`` on CUDA and ``cpu`` on the CPU where they can be had and the numbers are float32
+(or bfloat16, for the encoder's product), else ``pytorch``. ``using`` overrides the choice.
 
 AuxK's two, ``encode_dead`` and ``dead_gradients``, work on the dead latents written out: those are
 few, and up to half as many of them take part in a row as it has dimensions, too many for sparse
@@ -25,11 +25,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llm_wsae.sparse import compiled, plain, reference
-from llm_wsae.sparse.codes import Codes, OfSome, RaggedCodes, Reconstruction, Terms
-from llm_wsae.sparse.room import Room
+from llm_wsae.sparse.backends import cpu, pytorch, reference
+from llm_wsae.sparse.codes import (
+    Codes,
+    RaggedCodes,
+    Reconstruction,
+    SparseGradients,
+    SubsetGradients,
+)
+from llm_wsae.sparse.slot_capacity import SlotCapacity
 
-Name = Literal["reference", "plain", "compiled", "triton"]
+Name = Literal["reference", "pytorch", "cpu", "triton"]
 
 _forced: ContextVar[Name | None] = ContextVar("implementation", default=None)
 
@@ -63,7 +69,7 @@ def encode_above(
     encoder: Float[Tensor, "d_sae d_in"],
     bias: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"],
-    room: Room | None = None,
+    room: SlotCapacity | None = None,
 ) -> RaggedCodes:
     """Every pre-activation above its latent's threshold (≥ 0): 0 is ReLU, a learnt one JumpReLU.
 
@@ -134,7 +140,7 @@ def dead_gradients(
     x: Float[Tensor, "batch d_in"],
     decoder: Float[Tensor, "some d_in"],
     output_gradient: Float[Tensor, "batch d_in"],
-    sums: OfSome,
+    sums: SubsetGradients,
 ) -> None:
     """Add to ``sums`` the gradients by the weights of latents that are ``active`` so much.
 
@@ -194,7 +200,7 @@ def reconstruct(
 
 
 def weight_gradients(
-    terms: Terms, d_sae: int
+    terms: SparseGradients, d_sae: int
 ) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
     """Gradients by encoder, decoder and encoder bias, from one grouping of the slots by latent.
 
@@ -216,7 +222,7 @@ def firing_counts(codes: RaggedCodes, d_sae: int) -> Float[Tensor, " d_sae"]:
 
 
 def adam_along(
-    terms: Terms,
+    terms: SparseGradients,
     rows: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
     means: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
     squares: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
@@ -267,20 +273,20 @@ def _for_sums(*tensors: Tensor) -> ModuleType:
 def _implementation(tensors: tuple[Tensor, ...], fast: tuple[torch.dtype, ...]) -> ModuleType:
     name = _forced.get() or _choice(tensors, fast)
     if name == "triton":
-        from llm_wsae.sparse import triton
+        from llm_wsae.sparse.backends.triton import operations as triton
 
         return triton
-    return {"reference": reference, "plain": plain, "compiled": compiled}[name]
+    return {"reference": reference, "pytorch": pytorch, "cpu": cpu}[name]
 
 
 def _choice(tensors: tuple[Tensor, ...], fast: tuple[torch.dtype, ...]) -> Name:
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if differentiated or any(tensor.dtype not in fast for tensor in tensors):
-        return "plain"
+        return "pytorch"
     device = tensors[0].device.type
     if device == "cuda" and _triton_is_there():
         return "triton"
-    return "compiled" if device == "cpu" and compiled.available() else "plain"
+    return "cpu" if device == "cpu" and cpu.available() else "pytorch"
 
 
 @cache

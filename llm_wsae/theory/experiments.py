@@ -15,21 +15,21 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from llm_wsae.files import folder_lock, remove_partials, write_json, write_text
-from llm_wsae.record import versions
-from llm_wsae.statistics.evidence import Evidence
+from llm_wsae.provenance import versions
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.theory.config import EXPERIMENTS, Experiment, TheoryConfig
 from llm_wsae.theory.figures import plot_changes, plot_closed_form, plot_correlations
+from llm_wsae.theory.jobs import Check, Unit, finish
 from llm_wsae.theory.positions import BOUND, MIXTURES, SPARSITIES, closed_form_facts
+from llm_wsae.theory.random_streams import Stream, generator, number
 from llm_wsae.theory.reader import coherence, fisher
 from llm_wsae.theory.recovery import Recovery, measure
 from llm_wsae.theory.regimes import REGIMES
 from llm_wsae.theory.report import TheoryReport, summarise
 from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, score, weights
-from llm_wsae.theory.streams import Stream, generator, number
 from llm_wsae.theory.superposition import Planted
 from llm_wsae.theory.tied import Schedule, encode_tied, train_tied
-from llm_wsae.theory.units import Check, Unit, finish
+from llm_wsae.weights.inputs import Evidence
 
 UNITS = "units"
 FIGURES = ("closed_form.png", "correlations.png", "changes.png")

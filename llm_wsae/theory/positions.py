@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from llm_wsae.statistics import scores
 from llm_wsae.theory.closed_form import (
     check_assumptions,
     gap_matrix,
@@ -15,9 +14,10 @@ from llm_wsae.theory.closed_form import (
     sparsity_for_error,
     truth_loss,
 )
+from llm_wsae.theory.random_streams import Stream, generator
 from llm_wsae.theory.regimes import REGIMES
-from llm_wsae.theory.streams import Stream, generator
 from llm_wsae.theory.superposition import features_from_uniform
+from llm_wsae.weights import scores
 
 # Each mixture with the sparsity at which a toy model's W_p is trained; the others have no use for
 # it.

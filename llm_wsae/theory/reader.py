@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
-from llm_wsae.statistics.config import EvidenceConfig
 from llm_wsae.theory.superposition import Planted
+from llm_wsae.weights.config import EvidenceConfig
 
 _NOTHING = 1e-4  # a feature read as less is off: in a rotated basis rounding alone gives some 1e-7
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_wsae.record import plain
+from llm_wsae.provenance import plain
 from llm_wsae.tables import aligned, markdown
 from llm_wsae.theory.comparison import ArmSummary, Change, summarise_arms
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig

@@ -14,15 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.statistics import monosemanticity, scores
-from llm_wsae.statistics.evidence import Evidence
 from llm_wsae.theory.superposition import Planted
+from llm_wsae.weights import rules, scores
+from llm_wsae.weights.inputs import Evidence
 
 PLAIN_RULE = "uniform"
 RANDOM, PERMUTED = CONTROLS = ("random", "permuted")
-_SEEING = tuple(
-    name for name, rule in monosemanticity.RULES.items() if rule.score and not rule.of_tokens
-)
+_SEEING = tuple(name for name, rule in rules.RULES.items() if rule.score and not rule.of_tokens)
 _KNOWING: dict[str, Callable[[Planted], Tensor]] = {
     "participation-true": lambda truth: truth.monosemanticity,
     "gap-true": lambda truth: scores.gap(truth.mixing.T),
@@ -47,7 +45,7 @@ def score(rule: str, known: Known) -> Float[Tensor, " n_p"]:
     if base in _KNOWING:
         found = _KNOWING[base](known.truth)
         return scores.permuted(found, known.draw) if control else found
-    return monosemanticity.score(rule, known.evidence, known.draw)
+    return rules.score(rule, known.evidence, known.draw)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class Arm:
     def needs_dictionary(self) -> bool:
         """Whether its rule looks at a first dictionary."""
         base = self.rule.rpartition(":")[2]
-        return base not in _KNOWING and monosemanticity.need_of(base) == "dictionary"
+        return base not in _KNOWING and rules.need_of(base) == "dictionary"
 
 
 def _arms() -> dict[str, Arm]:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.statistics.scores import participation
+from llm_wsae.weights.scores import participation
 
 NUM_OBSERVED = 20
 _TOY_STEPS, _TOY_BATCH, _TOY_RATE = 1500, 512, 1e-2

@@ -27,7 +27,7 @@ from llm_wsae.saelens import (
     WeightedBatchTopKTrainingSAEConfig,
     WeightedTopKTrainingSAEConfig,
 )
-from llm_wsae.statistics.weights import LossWeights
+from llm_wsae.weights.loss_weights import LossWeights
 
 CONTEXT, PROMPTS, VOCABULARY, STEPS, BATCH = 32, 16, 200, 150, 512
 SITE = "blocks.1.hook_resid_post"

@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.facts import mapping, text, whole
-from llm_wsae.dictionary.files import check_finite
+from llm_wsae.dictionary.folder import check_finite
 from llm_wsae.dictionary.formats.foreign import (
     Announced,
     Layout,
@@ -39,6 +38,7 @@ from llm_wsae.dictionary.formats.foreign import (
     with_decoder_norms,
     without_input_bias,
 )
+from llm_wsae.dictionary.hub.card_data import mapping, text, whole
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"

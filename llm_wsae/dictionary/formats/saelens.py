@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.facts import mapping, number, text, whole
-from llm_wsae.dictionary.files import CFG, WEIGHTS, read_tensors
+from llm_wsae.dictionary.folder import CFG, WEIGHTS, read_tensors
 from llm_wsae.dictionary.formats.foreign import (
     STORED_DTYPES,
     Announced,
@@ -33,6 +32,7 @@ from llm_wsae.dictionary.formats.foreign import (
     with_decoder_norms,
     without_input_bias,
 )
+from llm_wsae.dictionary.hub.card_data import mapping, number, text, whole
 from llm_wsae.dictionary.info import CENTRED
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.files import read_json

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from llm_wsae.dictionary.facts import whole
-from llm_wsae.dictionary.files import CFG, read_tensors
+from llm_wsae.dictionary.folder import CFG, read_tensors
 from llm_wsae.dictionary.formats.foreign import (
     STORED_DTYPES,
     Announced,
@@ -22,6 +21,7 @@ from llm_wsae.dictionary.formats.foreign import (
     site_of,
     without_input_bias,
 )
+from llm_wsae.dictionary.hub.card_data import whole
 from llm_wsae.errors import LlmWsaeError, shown
 
 WEIGHTS = "sae.safetensors"

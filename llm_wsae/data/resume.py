@@ -1,0 +1,143 @@
+"""What of a store is there and what is missing, and the contexts of the missing shards.
+
+A shard is a function of its number alone. So whoever makes one needs to know nothing of the others,
+except that to know where a shard begins means to have packed the text before it, or to have the
+record of a shard before it.
+"""
+
+import bisect
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.manifest import (
+    MANIFEST,
+    RECORDS,
+    TOKENS,
+    Manifest,
+    ShardRecord,
+    whole_shards,
+)
+from llm_wsae.data.packing import BEGINNING, Contexts, Cursor, Packer
+from llm_wsae.errors import LlmWsaeError
+
+_BYTES_PER_TOKEN = 8  # no ordinary text has more
+
+
+def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int, ShardRecord]]:
+    """The manifest to go on from, and the whole shards by number.
+
+    The manifest is the folder's own, or ``wanted``, written into an empty folder. More tokens than
+    before may be asked for, since a shard depends on its number alone; a last shard that was
+    shorter is then made again. Call it under the folder's lock.
+
+    Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
+    """
+    if not (folder / MANIFEST).is_file():
+        others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+        if others:
+            raise LlmWsaeError(
+                f"{folder} holds other files ({', '.join(sorted(others)[:3])}); choose another "
+                "folder for the activation store"
+            )
+        wanted.save(folder)
+        return wanted, {}
+    found = Manifest.load(folder)
+    if clauses := found.differences(wanted):
+        raise LlmWsaeError(
+            f"{folder} holds another harvest ({'; '.join(clauses)}); choose another folder, or "
+            "the same settings to go on with it"
+        )
+    shards = whole_shards(folder, found)
+    per_shard = found.contexts_per_shard
+    reached = max((i * per_shard + shard.contexts for i, shard in shards.items()), default=0)
+    if reached > wanted.num_contexts:
+        raise LlmWsaeError(
+            f"{folder} already holds {reached * found.context_size:,} tokens, more than the "
+            f"{wanted.num_contexts * found.context_size:,} asked for; choose another folder, or "
+            "ask for at least as many"
+        )
+    if found.complete:
+        # A process killed at the very end may have left the records that its manifest holds.
+        shutil.rmtree(folder / RECORDS, ignore_errors=True)
+        if found.num_contexts == wanted.num_contexts:
+            return found, shards
+    found.num_contexts = wanted.num_contexts
+    whole = {i: shard for i, shard in shards.items() if shard.contexts == found.shard_contexts(i)}
+    found.shards = [shard for i, shard in enumerate(found.shards) if i in whole]
+    found.statistics, found.complete = {}, False
+    found.save(folder)
+    _remove_unlisted(folder, found, whole)
+    return found, whole
+
+
+def shard_batches(
+    packer: Packer,
+    corpus: Corpus,
+    manifest: Manifest,
+    following: Mapping[int, Cursor],
+    shards: Sequence[int],
+) -> Iterator[tuple[int, Contexts]]:
+    """The contexts of some shards, ascending, a forward pass at a time: (shard, contexts).
+
+    ``following`` tells, for the shards that were whole before, where the text goes on behind them;
+    what lies between the shards is packed and passed over. Raises LlmWsaeError if the corpus ends
+    before the last of them.
+    """
+    per_shard = manifest.contexts_per_shard
+    beginnings = {0: BEGINNING} | {i + 1: cursor for i, cursor in following.items()}
+    known = sorted(beginnings)
+    at = -1  # the context that the stream stands before
+    stream: Iterator[Contexts] = iter(())
+    for shard in shards:
+        nearest = known[bisect.bisect_right(known, shard) - 1]
+        if nearest * per_shard > at:
+            at = nearest * per_shard
+            stream = packer.blocks(
+                corpus, manifest.contexts_per_batch, beginnings[nearest], manifest.num_contexts - at
+            )
+        while at < min((shard + 1) * per_shard, manifest.num_contexts):
+            contexts = next(stream, None)
+            if contexts is None:
+                raise too_small(corpus, at, manifest.num_contexts, manifest.context_size)
+            if at >= shard * per_shard:
+                yield shard, contexts
+            at += len(contexts.ids)
+
+
+def check_size(packer: Packer, corpus: Corpus, config: HarvestConfig) -> None:
+    """Raises LlmWsaeError, before any work, if a small corpus is smaller than asked.
+
+    A large one, or one of unknown size, is not read twice; that it ends is seen when it ends.
+    """
+    wanted = config.num_contexts
+    if corpus.num_bytes is None or corpus.num_bytes > config.tokens * _BYTES_PER_TOKEN:
+        return
+    found = sum(len(block.ids) for block in packer.blocks(corpus, 256, limit=wanted))
+    if found < wanted:
+        raise too_small(corpus, found, wanted, config.context_size)
+
+
+def too_small(corpus: Corpus, found: int, wanted: int, context_size: int) -> LlmWsaeError:
+    """The error of a corpus that fills ``found`` contexts, fewer than ``wanted``."""
+    part = "" if corpus.part == "all" else f"{corpus.part} part of the "
+    found, wanted = found * context_size, wanted * context_size
+    return LlmWsaeError(
+        f"the {part}corpus {corpus.name} fills contexts of {context_size} with {found:,} tokens, "
+        f"fewer than the {wanted:,} asked for; give more text"
+        + (f" or ask for {found} tokens" if found else " or shorten the contexts")
+    )
+
+
+def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, ShardRecord]) -> None:
+    """Delete what a killed run wrote but never recorded, and what is to be made again."""
+    listed = {folder / path for shard in whole.values() for path in shard.files}
+    for name in (TOKENS, *manifest.sites):
+        for path in (folder / name).glob("*.safetensors"):
+            if path not in listed:
+                path.unlink()
+    for path in (folder / RECORDS).glob("*.json"):
+        if int(path.stem) not in whole:
+            path.unlink()

@@ -1,0 +1,160 @@
+"""Writing an activation store, shard by shard, while the next rows are being computed.
+
+A shard is a fixed number of contexts and a function of its number alone. Its files are written,
+synced and hashed first; then comes its record. So a process killed at any instant leaves whole
+shards and at most some files that nothing refers to, which the next run overwrites or removes.
+"""
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.data.manifest import (
+    RECORDS,
+    STATISTICS,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    save_record,
+    shard_paths,
+    tokens_path,
+    whole_shards,
+)
+from llm_wsae.data.packing import Contexts
+from llm_wsae.data.tokens_file import save_contexts
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import load_tensors, save_tensors, sha256
+from llm_wsae.statistics.moments import Statistics
+
+SHARD_SAMPLE_ROWS = 1024  # a shard's share of the sample; the whole store's is larger
+_BATCHES_AHEAD = 2
+
+
+class StoreWriter:
+    """Adds batches of contexts and their rows to a store; use it as a context manager."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        """Write shards of the store that the manifest describes."""
+        self._folder = folder
+        self._manifest = manifest
+        # One core for the writer (the setting is the thread's own): were its operations spread over
+        # all cores, each would wait for the forward pass, and the forward pass for it.
+        self._pool = ThreadPoolExecutor(1, "store-writer", lambda: torch.set_num_threads(1))
+        self._running: deque[Future] = deque()
+        self._broken = False
+        self._contexts: list[Contexts] = []
+        # One buffer a site for the rows of a shard, used again for the next: fresh memory of this
+        # size costs more than all the copying into it.
+        shape = (manifest.contexts_per_shard * manifest.context_size, manifest.d_in)
+        dtype = getattr(torch, manifest.dtype)
+        self._rows = {site: torch.empty(shape, dtype=dtype) for site in manifest.sites}
+        self._num_rows = 0
+        self._statistics: dict[str, Statistics] = {}
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def add(
+        self, shard: int, contexts: Contexts, rows: Mapping[str, Float[Tensor, "rows d_in"]]
+    ) -> None:
+        """Take the next batch of a shard: its contexts, and by site the rows of kept positions.
+
+        A shard is whole with its last batch, and must be before one of another comes. The work is
+        done in the background, at most a few batches behind; its errors are raised by a later call.
+        Raises LlmWsaeError if a row is not finite or the disk is full; nothing of that shard is
+        written then.
+        """
+        self._submit(lambda: self._add(shard, contexts, rows))
+
+    def wait(self) -> None:
+        """Wait until all that was added is written."""
+        while self._running:
+            self._running.popleft().result()
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        while len(self._running) >= _BATCHES_AHEAD:
+            self._running.popleft().result()
+        self._running.append(self._pool.submit(self._unless_broken, work))
+
+    def _unless_broken(self, work: Callable[[], None]) -> None:
+        # Batches that were waiting when one failed must not complete its shard without it.
+        if not self._broken:
+            self._broken = True
+            work()
+            self._broken = False
+
+    def _add(self, index: int, contexts: Contexts, rows: Mapping[str, Tensor]) -> None:
+        self._contexts.append(contexts)
+        positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
+        added = slice(self._num_rows, self._num_rows + len(positions))
+        for site in self._manifest.sites:
+            new = self._rows[site][added].copy_(rows[site])
+            try:
+                self._statistics_of(site).update(new, positions)
+            except LlmWsaeError as error:
+                raise LlmWsaeError(
+                    f"{site}, shard {index:05d}: {error}; the shards before it are whole, and a "
+                    "model in float32 may do better (--model-dtype float32)"
+                ) from error
+        self._num_rows = added.stop
+        if sum(len(c.ids) for c in self._contexts) == self._manifest.shard_contexts(index):
+            self._write_shard(index)
+
+    def _statistics_of(self, site: str) -> Statistics:
+        if site not in self._statistics:
+            self._statistics[site] = Statistics(
+                self._manifest.d_in, self._manifest.context_size, SHARD_SAMPLE_ROWS
+            )
+        return self._statistics[site]
+
+    def _write_shard(self, index: int) -> None:
+        files = [tokens_path(index)]
+        save_contexts(self._folder / files[0], self._contexts)
+        for site, (path, statistics_path) in shard_paths(index, self._manifest.sites).items():
+            rows = self._rows[site][: self._num_rows]
+            save_tensors(self._folder / path, {"activations": rows})
+            statistics = self._statistics_of(site)
+            save_tensors(self._folder / statistics_path, statistics.to_tensors())
+            files += [path, statistics_path]
+        record = ShardRecord(
+            contexts=sum(len(c.ids) for c in self._contexts),
+            rows=self._num_rows,
+            first=tuple(self._contexts[0].first),
+            next=tuple(self._contexts[-1].next),
+            files={path: _file_record(self._folder / path) for path in files},
+        )
+        save_record(self._folder, index, record)
+        self._contexts, self._statistics, self._num_rows = [], {}, 0
+
+
+def finish_store(folder: Path, manifest: Manifest) -> None:
+    """Complete a store all of whose shards are whole: the statistics of all rows, the manifest."""
+    shards = whole_shards(folder, manifest)
+    assert list(shards) == list(range(manifest.num_shards))
+    manifest.shards = list(shards.values())
+    for site in manifest.sites:
+        merged = Statistics(manifest.d_in, manifest.context_size)
+        for index in shards:
+            tensors, _ = load_tensors(
+                folder / shard_paths(index, [site])[site][1], "statistics of a shard"
+            )
+            merged.merge(Statistics.from_tensors(tensors))
+        path = f"{site}/{STATISTICS}"
+        save_tensors(folder / path, merged.to_tensors())
+        manifest.statistics[path] = _file_record(folder / path)
+    manifest.complete = True
+    manifest.save(folder)
+    shutil.rmtree(folder / RECORDS, ignore_errors=True)
+
+
+def _file_record(path: Path) -> FileRecord:
+    return FileRecord(path.stat().st_size, sha256(path))

@@ -1,0 +1,198 @@
+"""Shuffled batches out of a sequence of rows that is far larger than memory.
+
+Training wants rows in random order; a disk wants to be read in long runs. So the store is seen as
+chunks of 1024 consecutive rows. In each epoch the chunks are put in a random order, as many as fit
+in ``window_bytes`` are read together, and the rows of such a window are shuffled among each other.
+The windows of all epochs, one after the other, are one endless sequence of rows, and batch number b
+is rows b·B to (b+1)·B − 1 of it. Everything random is drawn from (seed, epoch, window), so to go on
+at a batch means to compute which window it lies in and read that one.
+
+At most three windows are in memory: the one that is cut into batches, and while it lasts the next
+one is read and shuffled.
+
+Processes that share the rows of each batch read a run of every chunk each. Together they have the
+batch of one process, and each has about as many rows of it as the others: a window's rows fall into
+batches by chance.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.data.prefetch import prefetch
+from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.errors import UsageError
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import Statistics
+
+CHUNK_ROWS = 1024
+WINDOW_BYTES = 256 << 20
+_BATCHES_AHEAD = 4
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """What a trainer reads: rows of one site, in shuffled batches that a seed determines."""
+
+    d_in: int
+    """Width of the rows."""
+    site: Site
+    """Where in the model they come from."""
+    num_rows: int | None
+    """Rows in one epoch, None if unknown."""
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+        """Endless batches [batch_size, d_in] from number ``start`` on."""
+
+    def statistics(self) -> Statistics:
+        """Statistics of the rows."""
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell these rows from others."""
+
+
+@runtime_checkable
+class SharedSource(ActivationSource, Protocol):
+    """A source of which several processes can each read a part of every batch."""
+
+    def own_batches(
+        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """The same batches; of each, the rows of part (number, of so many)."""
+
+
+class Share:
+    """Some of a run of rows, in its order. Its length and its slices are those of the whole run."""
+
+    def __init__(self, size: int, places: np.ndarray, rows: Tensor):
+        """``places``: where in the run the rows are, ascending."""
+        self._size, self._places, self._rows = size, places, rows
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, run: slice) -> Tensor:
+        first, stop = np.searchsorted(self._places, (run.start, run.stop))
+        return self._rows[first:stop]
+
+
+class Window(NamedTuple):
+    """Rows that are shuffled together."""
+
+    epoch: int
+    number: int
+    """Number of the window in its epoch."""
+    chunks: np.ndarray
+    """The chunks in it, in the order in which they were drawn."""
+    size: int
+    """Rows in it."""
+
+
+def shuffled_batches(
+    reader: RowReader,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    window_bytes: int = WINDOW_BYTES,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[Float[Tensor, "rows d_in"]]:
+    """Endless shuffled batches of all rows of a reader, from batch number ``start`` on.
+
+    Of part (number, of so many) the batches hold its rows only; those of all parts, together, are
+    the batches of the one part (0, 1). Raises UsageError if the numbers make no sense or there are
+    no rows; reading errors come with the batch that they would have been in.
+    """
+    if batch_size < 1 or start < 0:
+        raise UsageError(
+            f"cannot begin at batch {start} of {batch_size} rows; the batch size must be at least "
+            "1 and the number not negative"
+        )
+    if reader.num_rows == 0:
+        raise UsageError("the store holds no rows to train on; harvest more tokens")
+    per_window = max(1, window_bytes // (CHUNK_ROWS * reader.row_bytes))
+    epoch, skip = divmod(start * batch_size, reader.num_rows)
+    windows = _windows(reader.num_rows, per_window, seed, epoch)
+    for first in windows:
+        if skip < first.size:
+            break
+        skip -= first.size
+    blocks = (_load(reader, window, seed, part) for window in chain([first], windows))
+    return prefetch(cut(prefetch(blocks, depth=1), batch_size, skip), depth=_BATCHES_AHEAD)
+
+
+def cut(
+    blocks: Iterable[Tensor | Share], batch_size: int, skip: int = 0
+) -> Iterator[Float[Tensor, "rows d_in"]]:
+    """The rows of all blocks, one after the other, in batches of exactly ``batch_size``.
+
+    The first ``skip`` rows, fewer than the first block's, are left out.
+    """
+    parts: list[Tensor] = []
+    lack, at = batch_size, skip
+    for block in blocks:
+        while at < len(block):
+            stop = min(len(block), at + lack)
+            # Copied, so that a batch that is kept does not keep its window.
+            parts.append(block[at:stop].clone())
+            lack -= stop - at
+            at = stop
+            if lack == 0:
+                yield parts[0] if len(parts) == 1 else torch.cat(parts)
+                parts, lack = [], batch_size
+        at = 0
+        del block  # it may go while the next one is waited for
+
+
+def shuffle(rows: Tensor, *seed: int) -> Tensor:
+    """The rows in an order that the numbers determine (a copy)."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return rows[torch.from_numpy(order)]
+
+
+def _windows(num_rows: int, per_window: int, seed: int, epoch: int) -> Iterator[Window]:
+    """The windows of an epoch and of all behind it."""
+    num_chunks = -(-num_rows // CHUNK_ROWS)
+    while True:
+        order = np.random.default_rng((seed, epoch)).permutation(num_chunks)
+        # Of equal size, rather than a last one with so few chunks that they mix badly.
+        for number, chunks in enumerate(np.array_split(order, -(-num_chunks // per_window))):
+            size = int(np.minimum(CHUNK_ROWS, num_rows - chunks * CHUNK_ROWS).sum())
+            yield Window(epoch, number, chunks, size)
+        epoch += 1
+
+
+def _load(
+    reader: RowReader, window: Window, seed: int, part: tuple[int, int] = (0, 1)
+) -> Tensor | Share:
+    """The rows of a window, or a part of them, read in the order of the file and shuffled."""
+    number, parts = part
+    rows = torch.empty(window.size, reader.row_bytes // reader.dtype.itemsize, dtype=reader.dtype)
+    places = np.empty(window.size, dtype=np.int64)  # of the rows that are read, in the window
+    read = before = 0
+    for chunk in np.sort(window.chunks).tolist():
+        count = min(CHUNK_ROWS, reader.num_rows - chunk * CHUNK_ROWS)
+        first, stop = count * number // parts, count * (number + 1) // parts
+        end = read + stop - first
+        reader.read(chunk * CHUNK_ROWS + first, rows[read:end])
+        places[read:end] = np.arange(before + first, before + stop)
+        read, before = end, before + count
+    seeds = (seed, window.epoch, window.number)
+    if parts == 1:
+        return shuffle(rows, *seeds)
+    return _shuffled_share(rows[:read], places[:read], window.size, seeds)
+
+
+def _shuffled_share(
+    rows: Tensor, places: np.ndarray, size: int, seeds: tuple[int, int, int]
+) -> Share:
+    """Those rows, which are in some places of ``size`` rows, when all of them are shuffled."""
+    held = np.full(size, -1)
+    held[places] = np.arange(len(rows))
+    held = held[np.random.default_rng(seeds).permutation(size)]  # as ``shuffle`` does
+    mine = np.flatnonzero(held >= 0)
+    return Share(size, mine, rows[torch.from_numpy(held[mine])])

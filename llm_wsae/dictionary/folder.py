@@ -1,0 +1,328 @@
+"""The dictionary folder: what SAELens reads, and beside it what it does not know.
+
+    cfg.json                  SAELens ≥ 6 configuration
+    sae_weights.safetensors   W_enc, W_dec, b_enc, b_dec, and threshold for JumpReLU
+    wsae.json                 how it was made (``DictionaryInfo``), format version
+    wsae.safetensors          gamma [d_in] (later perhaps [d_in, d_in]), statistics of the rows
+
+The folder is written whole under a temporary name and renamed, so there is never half a dictionary
+under its name. Reading trusts nothing: names, shapes and dtypes come from the files' headers and
+are compared with ``cfg.json`` before a single tensor is allocated.
+"""
+
+import dataclasses
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_wsae.dictionary.atomic_folder import not_there, replacing
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
+from llm_wsae.errors import LlmWsaeError, UsageError, shown
+from llm_wsae.files import (
+    read_json,
+    remove_partials,
+    save_tensors,
+    sha256,
+    write_atomic,
+    write_json,
+)
+from llm_wsae.model.site import Site
+from llm_wsae.provenance import version_of
+
+FORMAT = "llm-wsae dictionary"
+FORMAT_VERSION = 1
+CFG, WEIGHTS, INFO, EXTRAS = (
+    "cfg.json",
+    "sae_weights.safetensors",
+    "wsae.json",
+    "wsae.safetensors",
+)
+_OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
+_LARGEST_SIZE = 2**31
+_PIECE = 1 << 20  # numbers looked at together
+_STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_EXTRAS_DTYPES = {"F64", *_STORED_DTYPES.values()}
+# The version whose layout cfg.json follows. Below 6, SAELens would rewrite the configuration.
+_SAELENS_LAYOUT = "6.0.0"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a dictionary folder holds."""
+
+    weights: dict[str, Tensor]
+    """W_enc, W_dec, b_enc and b_dec; float32 when ``read_folder`` returns them."""
+    sparsity: Sparsity
+    info: DictionaryInfo
+    extras: dict[str, Tensor]
+    """``gamma`` and statistics, by name."""
+
+
+def saelens_config(
+    d_in: int, d_sae: int, sparsity: Sparsity, info: DictionaryInfo
+) -> dict[str, Any]:
+    """The ``cfg.json`` that makes SAELens ≥ 6 compute what ``Dictionary`` computes.
+
+    The dtype is that of the computation, float32, whatever the file's: SAELens converts on load.
+    """
+    return {
+        "architecture": sparsity.architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **sparsity.settings(),
+        "metadata": {
+            "sae_lens_version": _SAELENS_LAYOUT,
+            "sae_lens_training_version": None,
+            "model_name": info.model.get("name"),
+            "hook_name": info.site,
+            "hook_head_index": None,
+            "context_size": info.context_size,
+            "prepend_bos": info.prepend_bos,
+            "dataset_path": info.corpus.get("name"),
+            "model_from_pretrained_kwargs": {},
+        },
+    }
+
+
+def write_folder(
+    folder: Path,
+    weights: dict[str, Tensor],
+    sparsity: Sparsity,
+    info: DictionaryInfo,
+    extras: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a dictionary folder, all or nothing, its matrices in ``dtype``.
+
+    Raises UsageError for a dtype that cannot be stored; LlmWsaeError if a weight is NaN or infinite
+    (after rounding), if ``folder`` is something other than a dictionary or holds files that are not
+    the dictionary's, or if it cannot be written. What was there is then as it was.
+    """
+    if dtype not in _STORED_DTYPES:
+        raise UsageError(
+            f"a dictionary cannot be saved as {dtype}; choose float32, bfloat16 or float16"
+        )
+    d_in, d_sae = weights["W_enc"].shape
+    # Vectors stay exact: they are small, and b_enc and threshold move the selection of every row.
+    stored = {key: w.detach().to(dtype if w.ndim == 2 else w.dtype) for key, w in weights.items()}
+    for tensors in (stored, extras):
+        check_finite(tensors, f"the dictionary for {folder}")
+    with replacing(folder, _check_replaceable) as whole:
+        save_tensors(whole / WEIGHTS, stored)
+        save_tensors(whole / EXTRAS, extras)
+        write_json(whole / CFG, saelens_config(d_in, d_sae, sparsity, info))
+        write_json(
+            whole / INFO,
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "package_version": version_of("llm-wsae"),
+                "sha256": {name: sha256(whole / name) for name in (WEIGHTS, EXTRAS)},
+                **info.to_dict(),
+            },
+        )
+
+
+def copy_folder(source: Path, folder: Path) -> None:
+    """Copy a dictionary folder byte for byte, all or nothing; an older dictionary is replaced.
+
+    Raises LlmWsaeError as ``write_folder`` does, and leaves what was there as it was.
+    """
+    with replacing(folder, _check_replaceable) as whole:
+        for name in sorted(_OWN_FILES):
+            path = source / name
+            write_atomic(whole / name, lambda partial, path=path: shutil.copyfile(path, partial))
+
+
+def is_dictionary(folder: Path) -> bool:
+    """Whether the folder says that it is a dictionary of this package."""
+    try:
+        header = read_json(Path(folder) / INFO, "dictionary's information")
+    except LlmWsaeError:
+        return False
+    return isinstance(header, dict) and header.get("format") == FORMAT
+
+
+def read_folder(folder: Path) -> Content:
+    """Read a dictionary folder.
+
+    Raises LlmWsaeError, naming file and fault, if it is missing, foreign, of a newer format,
+    truncated, changed since it was saved, inconsistent, of an unknown architecture, or holds NaN or
+    infinite numbers.
+    """
+    stored = _stored(folder)
+    # In memory of their own: the file's pages would change, or be gone, with the file.
+    weights = {key: w.to(torch.float32, copy=True) for key, w in stored.weights.items()}
+    extras = {key: tensor.clone() for key, tensor in stored.extras.items()}
+    return dataclasses.replace(stored, weights=weights, extras=extras)
+
+
+def check_folder(folder: Path) -> DictionaryInfo:
+    """Make sure that ``read_folder`` would succeed, in no more memory than the files take.
+
+    Raises LlmWsaeError as ``read_folder`` does.
+    """
+    return _stored(folder).info
+
+
+def _stored(folder: Path) -> Content:
+    """The folder's content with the weights in the file's own dtype (pages of the mapped file)."""
+    if not folder.is_dir():
+        raise not_there(folder)
+    missing = sorted(name for name in _OWN_FILES if not (folder / name).is_file())
+    if missing:
+        raise LlmWsaeError(
+            f"{folder} is not a whole dictionary folder of this package: it lacks "
+            f"{' and '.join(missing)}"
+        )
+    info = _read_info(folder / INFO)
+    d_in, d_sae, sparsity = _read_cfg(folder / CFG, info)
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    if sparsity.has_threshold:
+        shapes["threshold"] = (d_sae,)
+    weights = read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
+    extras = read_tensors(folder / EXTRAS, "side tensors", None, _EXTRAS_DTYPES, d_in)
+    _check_digests(folder)
+    return Content(weights, sparsity, info, extras)
+
+
+def _check_digests(folder: Path) -> None:
+    """The files of tensors must have the bytes that were saved: their headers say nothing of it."""
+    saved = read_json(folder / INFO, "dictionary's information").get("sha256")
+    digests = saved if isinstance(saved, dict) else {}
+    changed = [n for n in (WEIGHTS, EXTRAS) if digests.get(n) != sha256(folder / n)]
+    if changed:
+        raise LlmWsaeError(
+            f"in {folder}, {' and '.join(changed)} changed since it was saved (by the checksums in "
+            f"{INFO}); fetch it again, or, if SAELens was meant to write there, remove {INFO} and "
+            f"{EXTRAS} and load it as a dictionary of SAELens"
+        )
+
+
+def _read_info(path: Path) -> DictionaryInfo:
+    values = read_json(path, "dictionary's information")
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
+    version = values.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise LlmWsaeError(
+            f"{path} has the format version {shown(version)}, but this package reads up to "
+            f"{FORMAT_VERSION}; update llm-wsae"
+        )
+    if not isinstance(values.get("site"), str):
+        raise LlmWsaeError(f"{path} does not say which site the dictionary belongs to")
+    try:
+        Site.parse(values["site"])
+        return DictionaryInfo.from_dict(values)
+    except LlmWsaeError as error:
+        raise LlmWsaeError(f"{path}: {error}") from None
+
+
+def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
+    cfg = read_json(path, "dictionary's configuration")
+    if not isinstance(cfg, dict):
+        raise LlmWsaeError(f"{path} is not a dictionary's configuration: it should be an object")
+    try:
+        sparsity = sparsity_from_settings(cfg)
+    except LlmWsaeError as error:
+        raise LlmWsaeError(f"{path}: {error}") from None
+    sizes = [cfg.get("d_in"), cfg.get("d_sae")]
+    if not all(type(size) is int and 0 < size < _LARGEST_SIZE for size in sizes):
+        raise LlmWsaeError(f"{path} gives d_in = {shown(sizes[0])} and d_sae = {shown(sizes[1])}")
+    # Whatever these say otherwise would change what the weights mean.
+    expected = saelens_config(*sizes, sparsity, info)
+    for key in expected.keys() - {"metadata", "dtype", "device"}:
+        if cfg.get(key) != expected[key]:
+            raise LlmWsaeError(
+                f"{path} has {key} = {shown(cfg.get(key))}, but a dictionary of this package is "
+                f"always saved with {expected[key]!r}"
+            )
+    try:
+        sparsity.check(sizes[1])
+    except UsageError as error:
+        raise LlmWsaeError(f"{path} contradicts itself: {error}") from None
+    return sizes[0], sizes[1], sparsity
+
+
+def read_tensors(
+    path: Path,
+    what: str,
+    shapes: dict[str, tuple[int, ...]] | None,
+    dtypes: set[str] | None,
+    d_in: int | None = None,
+) -> dict[str, Tensor]:
+    """All tensors of a file, its header checked first (safetensors checks the file's length).
+
+    They must be those of ``shapes``, stored as one of ``dtypes``, or vectors and square matrices
+    of ``d_in`` dimensions; None asks for nothing. Raises LlmWsaeError, naming file and tensor, if
+    they are not, or hold NaN or infinite numbers.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if shapes is not None and names != set(shapes):
+                raise LlmWsaeError(f"{path} holds {sorted(names)} instead of {sorted(shapes)}")
+            for name in sorted(names):
+                piece = file.get_slice(name)
+                shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+                if shapes is not None and shape != shapes[name]:
+                    raise LlmWsaeError(
+                        f"{path}: {name} has the shape {list(shape)}, but {CFG} asks for "
+                        f"{list(shapes[name])}"
+                    )
+                if d_in is not None and shape not in ((d_in,), (d_in, d_in)):
+                    raise LlmWsaeError(
+                        f"{path}: {name} has the shape {list(shape)}, but the dictionary has "
+                        f"{d_in} dimensions"
+                    )
+                if dtypes is not None and dtype not in dtypes:
+                    raise LlmWsaeError(
+                        f"{path}: {name} is stored as {dtype}, not as one of {sorted(dtypes)}"
+                    )
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
+    check_finite(tensors, str(path))
+    return tensors
+
+
+def check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    """Raise LlmWsaeError, beginning with ``where``, if a tensor holds NaN or infinite numbers."""
+    # In pieces: asked of a whole tensor at once, torch makes a second one.
+    for name, tensor in tensors.items():
+        pieces = tensor.detach().reshape(-1).split(_PIECE)
+        if bad := sum(len(piece) - int(torch.isfinite(piece).sum()) for piece in pieces):
+            raise LlmWsaeError(f"{where}: {name} holds {bad} NaN or infinite numbers")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Only nothing, an empty folder or a dictionary and nothing else may be replaced."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be saved there")
+    if is_dictionary(folder):
+        remove_partials(folder)  # of a kill while its measurements were written
+    names = {entry.name for entry in folder.iterdir()}
+    if not names:
+        return
+    strange = sorted(names - _OWN_FILES)
+    if strange or not is_dictionary(folder):
+        found = strange[0] if strange else "no sign that this package made it"
+        raise LlmWsaeError(
+            f"{folder} is not just a dictionary (it holds {found}), so it is left alone; "
+            "save into another folder"
+        )

@@ -1,0 +1,1 @@
+"""Dictionaries on the Hugging Face Hub."""

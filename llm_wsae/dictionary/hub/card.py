@@ -1,0 +1,234 @@
+"""The card of a repository of dictionaries (README.md), written from what was measured.
+
+Between two marks everything is ours and written anew with each push, from the JSON files of all
+dictionaries in the repository; what a user wrote around them, and metadata of theirs, stays. Texts
+that come out of files (names of models, corpora, arms) are escaped: they cannot become markup.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_wsae.dictionary.hub.card_data import Facts, mapping, text
+from llm_wsae.dictionary.hub.card_tables import (
+    dictionaries_table,
+    escape,
+    fidelity_notes,
+    is_plain,
+    monosemanticity_section,
+)
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.tables import markdown
+
+BEGIN = "<!-- llm-wsae push writes everything from here … -->"
+END = "<!-- … to here -->"
+FIGURE = "weights.png"
+LIBRARY = "llm-wsae"
+PAPER = "arXiv 2506.15963"
+TAGS = (
+    "sparse-autoencoder",
+    "weighted-sparse-autoencoder",
+    "mechanistic-interpretability",
+    "saelens",
+    "transformer-lens",
+)
+_METRICS = ("explained_variance", "ce_recovered", "kl", "l0")  # of the fidelity, for the Hub
+_RENAMED = {"seed": "seed of the batches"}  # what another row of the table is called
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # as tokens are, not hf_hub_download
+
+
+def card(
+    repo_id: str,
+    dictionaries: Sequence[Facts],
+    figures: set[str],
+    *,
+    old: str = "",
+    license: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """The whole README.md.
+
+    ``figures`` names the dictionaries that have a weights figure beside them, ``old`` is the card
+    that is there, ``revision`` the branch it is for. Raises LlmWsaeError when the metadata of
+    ``old`` cannot be read.
+    """
+    metadata, around = _split(repo_id, old)
+    metadata = _merge(metadata, _metadata(repo_id, dictionaries, license))
+    ours = f"{BEGIN}\n\n{_body(repo_id, dictionaries, figures, revision)}\n\n{END}"
+    if END in around.partition(BEGIN)[2]:
+        before, rest = around.split(BEGIN, 1)
+        parts = [before.strip("\n"), ours, rest.split(END, 1)[1].strip("\n")]
+    else:
+        parts = [around.strip("\n"), ours]
+    whole = "\n\n".join(part for part in parts if part)
+    return _TOKEN.sub("…", f"---\n{_yaml(metadata)}---\n\n{whole}\n")
+
+
+def _metadata(repo_id: str, dictionaries: Sequence[Facts], license: str | None) -> dict[str, Any]:
+    """What the Hub indexes; a key whose value is not known is left out."""
+    measured = [d for d in dictionaries if d.metric("fvu") is not None]
+    models = dict.fromkeys(d.hub_model for d in dictionaries if d.hub_model)
+    datasets = dict.fromkeys(name for d in dictionaries for name in d.hub_datasets)
+    return {
+        "library_name": LIBRARY,
+        "license": license,
+        "tags": list(TAGS),
+        "base_model": list(models),
+        "datasets": list(datasets),
+        "metrics": [m for m in _METRICS if any(d.metric(m) is not None for d in measured)],
+        "model-index": [{"name": repo_id.split("/")[-1], "results": [_result(d) for d in measured]}]
+        if measured
+        else [],
+    }
+
+
+def _result(d: Facts) -> dict[str, Any]:
+    """One dictionary's entry in the model index."""
+    names = {m: d.metric(m) for m in _METRICS}
+    return {
+        "task": {"type": "feature-extraction", "name": d.sae_id},
+        "dataset": {
+            "type": "text" if d.measured_on else next(iter(d.hub_datasets), "text"),
+            "name": f"held-out text of {d.measured_on or d.corpus or 'the corpus'}",
+        },
+        "metrics": [
+            {"type": m, "name": m, "value": round(value, 6)}
+            for m, value in names.items()
+            if value is not None
+        ],
+    }
+
+
+def _merge(old: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Ours, and of the old metadata what we do not write; tags and model index are united."""
+    merged = {**old, **{key: value for key, value in ours.items() if value not in (None, [])}}
+    tags = old.get("tags")
+    theirs = [tag for tag in (tags if isinstance(tags, list) else []) if isinstance(tag, str)]
+    merged["tags"] = list(dict.fromkeys([*ours["tags"], *theirs]))
+    index = old.get("model-index")
+    names = {entry["name"] for entry in ours["model-index"]}
+    others = [
+        entry
+        for entry in (index if isinstance(index, list) else [])
+        if text(mapping(entry).get("name")) not in names
+    ]
+    if ours["model-index"] or others:
+        merged["model-index"] = [*ours["model-index"], *others]
+    return merged
+
+
+def _split(repo_id: str, old: str) -> tuple[dict[str, Any], str]:
+    """The metadata of a card and the rest of it."""
+    import yaml
+
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", old, re.DOTALL)
+    if match is None:
+        return {}, old
+    try:
+        metadata = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        raise LlmWsaeError(
+            f"the README.md of {repo_id} begins with metadata that is not YAML, so it is left "
+            "alone; mend it on the Hub and push again"
+        ) from error
+    return dict(mapping(metadata)), old[match.end() :]
+
+
+def _yaml(metadata: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def _body(
+    repo_id: str, dictionaries: Sequence[Facts], figures: set[str], revision: str | None
+) -> str:
+    models = dict.fromkeys(escape(d.model) for d in dictionaries if d.model)
+    sites = dict.fromkeys(escape(d.info.site) for d in dictionaries)
+    of = f" of {', '.join(models)}" if models else ""
+    parts = [
+        f"# Sparse autoencoders for the residual stream{of}",
+        f"{len(dictionaries)} "
+        f"{'dictionary' if len(dictionaries) == 1 else 'dictionaries'} that explain the residual "
+        f"stream at {', '.join(sites)} as sparse sums of directions{_trained(dictionaries)}. A "
+        "rule other than *uniform* weights the error of every dimension, or token, by γ = score^α "
+        f"(weighted sparse autoencoders, {PAPER}); *uniform* is the plain sparse autoencoder to "
+        "compare with.",
+        "## Dictionaries",
+        dictionaries_table(dictionaries),
+        *fidelity_notes(dictionaries),
+    ]
+    if scores := monosemanticity_section(dictionaries):
+        parts += ["## Monosemanticity", *scores]
+    parts += ["## How to use them", *_usage(repo_id, dictionaries[0], revision)]
+    parts += ["## How they were made"]
+    for d in dictionaries:
+        figure = f"{d.sae_id}/{FIGURE}" if d.sae_id in figures else None
+        parts += [f"### {escape(d.sae_id)}", *making(d, figure)]
+    return "\n\n".join(parts)
+
+
+def _trained(dictionaries: Sequence[Facts]) -> str:
+    """With what, where that is the same for all."""
+    tools = {text(d.info.training.get("trained with")) or LIBRARY for d in dictionaries}
+    return f", trained with {escape(tools.pop())}" if len(tools) == 1 else ""
+
+
+def _usage(repo_id: str, d: Facts, revision: str | None) -> list[str]:
+    names = f"{json.dumps(repo_id)}, {json.dumps(d.sae_id)}"
+    at = f", revision={json.dumps(revision)}" if revision else ""
+    flag = f" --revision {shlex.quote(revision)}" if revision else ""
+    width = d.d_in or "d_in"
+    ours = f"""```python
+from llm_wsae import Dictionary
+
+dictionary = Dictionary.from_pretrained({names}{at})
+codes = dictionary.encode_sparse(activations)  # [tokens, {width}] at {d.info.site}
+reconstruction = dictionary.decode(codes)
+```"""
+    saelens = f"""```python
+from sae_lens import SAE
+
+sae = SAE.from_pretrained({names})
+```"""
+    shell = f"""```bash
+llm-wsae list {repo_id}{flag}
+llm-wsae pull {repo_id} {shlex.quote(d.sae_id)}{flag} --out dictionaries
+```"""
+    parts = ["In this package, and on the command line:", ours, shell]
+    if not revision:  # SAELens reads the default branch only
+        parts += ["In SAELens ≥ 6, whose layout the files follow:", saelens]
+    return parts
+
+
+def making(d: Facts, figure: str | None) -> list[str]:
+    """How a dictionary was made: its weights' figure (a path from the card), command, settings."""
+    info, training = d.info, d.info.training
+    rows = [
+        ("model", d.model, text(info.model.get("revision"))),
+        ("text", d.corpus, None),
+        ("site", info.site, None),
+        ("rule", info.rule if is_plain(d) else f"{info.rule}, α = {info.alpha:g}", None),
+        ("context size", info.context_size, None),
+        ("rows", info.store.get("num_rows"), None),
+        ("seed", info.seed, None),
+        *((_RENAMED.get(key, key), value, None) for key, value in training.items()),
+        ("llm-wsae", d.package_version, None),
+    ]
+    listed = {
+        escape(name.replace("_", " ")): escape(f"{value} ({extra})" if extra else str(value))
+        for name, value, extra in rows
+        if isinstance(value, str | int | float) and not isinstance(value, bool)
+        if name not in ("command", "d_in", "d_sae")
+    }
+    versions = mapping(training.get("versions"))
+    if versions:
+        listed["versions"] = escape(", ".join(f"{k} {v}" for k, v in versions.items()))
+    parts = [markdown([["", ""], *map(list, listed.items())], left=2)]
+    if command := text(training.get("command")):
+        parts = ["```bash\n" + command.replace("`", "'").replace("\n", " ") + "\n```", *parts]
+    if figure is not None:
+        parts = [f"![Loss weights of {escape(d.sae_id)}]({figure})", *parts]
+    return parts

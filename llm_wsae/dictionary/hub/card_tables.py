@@ -1,0 +1,155 @@
+"""The tables of a card, in Markdown, and the escaping of every text that comes from a file."""
+
+import re
+from collections.abc import Sequence
+
+from llm_wsae.dictionary.hub.card_data import Facts, mapping, number, pair
+from llm_wsae.tables import markdown
+
+_LONGEST = 200  # characters of a foreign text
+_MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
+_NONE = "—"
+_MEASURES = {
+    "eligible_share": "share of the latents that fire in enough contexts to be scored",
+    "purity": "share of the most frequent token among the contexts that excite a latent most "
+    "(control: among random contexts)",
+    "coherence": "mean cosine of their meanings, less that of random ones",
+    "detection": "chance that another context in which the latent fires resembles them more than "
+    "one in which it is silent (0.5: they have nothing in common)",
+    "detection_without_tokens": "the same without contexts that share a token with them",
+    "probe_1": "area under the ROC curve of known concepts from the best latent (control: from the "
+    "best dimension)",
+    "probe_5": "from the best five",
+    "selectivity": "how much more a concept's own probe loses than those of others when its best "
+    "five latents are removed",
+}
+
+
+def escape(value: str) -> str:
+    """A text as text: one line, no Markdown, no HTML, not endlessly long."""
+    line = " ".join(value.split())
+    line = "".join(c for c in line if c.isprintable())
+    line = line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKUP.sub(r"\\\1", line)
+
+
+def is_plain(d: Facts) -> bool:
+    """Whether it was trained without weights, so that α means nothing."""
+    return d.info.rule == "uniform"
+
+
+def dictionaries_table(dictionaries: Sequence[Facts]) -> str:
+    """What each dictionary is and what it keeps of the model."""
+    header = ["dictionary", "dimensions → latents", "sparsity", "rule", "α"]
+    header += ["FVU", "CE recovered", "KL", "L0", "dead %", "dense %"]
+    return markdown([header, *map(_row, dictionaries)], left=4)
+
+
+def _row(d: Facts) -> list[str]:
+    return [
+        f"`{d.sae_id}`",
+        f"{_count(d.d_in)} → {_count(d.d_sae)}",
+        escape(d.sparsity),
+        escape(d.info.rule),
+        _NONE if is_plain(d) else f"{d.info.alpha:g}",
+        with_interval(d.metric("fvu"), d.interval("fvu")),
+        with_interval(d.metric("ce_recovered"), d.interval("ce_recovered")),
+        with_interval(d.metric("kl"), d.interval("kl")),
+        _figure(d.metric("l0"), 1),
+        _figure(d.metric("dead_share"), 1, 100.0),
+        _figure(d.metric("dense_share"), 1, 100.0),
+    ]
+
+
+def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
+    """What the columns mean, and what was measured on how much text, with its baselines."""
+    measured = [d for d in dictionaries if d.metric("fvu") is not None]
+    if not measured:
+        return ["Their fidelity was not measured; `llm-wsae evaluate --keep` does it."]
+    notes = [
+        "FVU: fraction of the activations' variance that the reconstruction misses. CE recovered: "
+        "share of the model's next-token ability that is left when it computes on with the "
+        "reconstruction (1 is all of it, 0 as bad as zeros in its place), with its 95 % interval. "
+        "KL: how far the predictions move by that, in nats. L0: latents active on a token. Dead: "
+        "latents that never fired on this text; dense: on more than a tenth of the tokens."
+    ]
+    rows = []
+    for d in measured:
+        values = [d.metric(f"ce_{name}") for name in ("clean", "spliced", "mean_ablated")]
+        values += [d.metric("ce_zero_ablated"), d.metric("ce_recovered_mean")]
+        tokens = d.metric("rows")
+        counted = _NONE if tokens is None else f"{tokens:,.0f}"
+        rows.append([f"`{d.sae_id}`", counted, *(_figure(value, 3) for value in values)])
+    header = ["cross-entropy in nats", "held-out tokens", "model", "with the reconstruction"]
+    header += ["with the mean", "with zeros", "CE recovered against the mean"]
+    return [*notes, markdown([header, *rows]), *_massive_notes(measured)]
+
+
+def _massive_notes(measured: Sequence[Facts]) -> list[str]:
+    """What was left out of the figures, where anything was."""
+    told = [
+        f"`{d.sae_id}` {d.metric('massive_rows'):,.0f}, with them its FVU is "
+        f"{_figure(d.metric('fvu_with_massive'), 3)}"
+        for d in measured
+        if d.metric("massive_rows")
+    ]
+    if not told:
+        return []
+    return [
+        "Tokens with massive activations are left out and keep the model's own activation: "
+        + "; ".join(told)
+        + "."
+    ]
+
+
+def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
+    """Every dictionary's monosemanticity: what the measures mean, and a table with one column for
+    each, the control in brackets.
+
+    A measure is a number, or an object with ``value`` and perhaps ``interval`` and ``control``.
+    Empty when no dictionary has one.
+    """
+    scores = {d.sae_id: mapping(d.info.metrics.get("monosemanticity")) for d in dictionaries}
+    cells = {
+        sae_id: {name: cell for name, value in found.items() if (cell := _score(value))}
+        for sae_id, found in scores.items()
+    }
+    names = list(dict.fromkeys(name for found in cells.values() for name in found))
+    if not names:
+        return []
+    rows = [
+        [f"`{sae_id}`", *(found.get(name, _NONE) for name in names)]
+        for sae_id, found in cells.items()
+        if found
+    ]
+    spelt = {name: escape(name.replace("_", " ")) for name in names}
+    known = [f"{spelt[name]}: {_MEASURES[name]}" for name in names if name in _MEASURES]
+    intervals = "All on held-out text, without a language model as judge, with 95 % intervals. "
+    notes = [intervals + "; ".join(known) + "."] if known else []
+    return [*notes, markdown([["dictionary", *spelt.values()], *rows])]
+
+
+def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    """``0.986 [0.984, 0.987]``."""
+    if value is None or interval is None:
+        return _figure(value, 3)
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def _score(value: object) -> str:
+    found = mapping(value)
+    number_here = number(found.get("value") if found else value)
+    if number_here is None:
+        return ""
+    control = number(found.get("control"))
+    bracket = "" if control is None else f" (control {control:.3f})"
+    return with_interval(number_here, pair(found.get("interval"))) + bracket
+
+
+def _figure(value: float | None, digits: int, factor: float = 1.0) -> str:
+    return _NONE if value is None else f"{factor * value:.{digits}f}"
+
+
+def _count(value: int | None) -> str:
+    return _NONE if value is None else f"{value:,}"

@@ -1,0 +1,1 @@
+"""How faithful dictionaries are to the model."""

@@ -1,0 +1,154 @@
+"""What an evaluation found: one JSON object, one table for people."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.files import write_json
+from llm_wsae.provenance import plain
+from llm_wsae.tables import aligned
+
+Interval = tuple[float, float]
+
+_PER_ITEM = ("fvu_per_dimension", "latent_density")  # long lists
+COLUMNS = {
+    "FVU": "fraction of the activations' variance that the reconstruction misses (0 is perfect)",
+    "CE recovered": "share of the model's next-token ability that is left when it computes on with "
+    "the reconstruction (1: all; 0: as bad as zeros instead), with its 95 % interval",
+    "KL": "how far the model's predictions move by that, in nats (0: not at all)",
+    "L0": "latents active on a token, on average",
+    "dead %": "latents that never fired on this text",
+    "dense %": "latents that fire on more than a tenth of the tokens",
+    "cosine": "mean cosine between activation and reconstruction (1 is perfect)",
+}
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How faithfully one dictionary stands in for its site. Cross-entropies and KL are in nats.
+
+    Massive rows are left out of every number, and left as they are in the splice, unless the name
+    says ``with_massive``.
+    """
+
+    name: str
+    site: str
+    rows: int
+    """Rows measured: kept positions that are not massive."""
+    massive_rows: int
+    """Kept positions whose norm exceeds ``massive_threshold``."""
+    massive_threshold: float
+    fvu: float
+    """Σ (x − x̂)² / Σ (x − mean x)², over all rows and dimensions, mean over these rows."""
+    explained_variance: float
+    """1 − fvu."""
+    fvu_with_massive: float
+    cosine: float
+    """Mean over rows of cos(x, x̂)."""
+    l2_ratio: float
+    """Mean over rows of ‖x̂‖ / ‖x‖."""
+    l0: float
+    dead_share: float
+    dense_share: float
+    """Share of latents that fire on more than 10 % of the rows."""
+    ce_clean: float
+    """Cross-entropy per scored position (see ``next_token.scored_positions``) of the model."""
+    ce_spliced: float
+    """The same with the kept positions' activations replaced by their reconstructions."""
+    ce_mean_ablated: float
+    """The same with the rows' mean in their place."""
+    ce_zero_ablated: float
+    """The same with zeros in their place."""
+    ce_recovered: float
+    """(ce_zero_ablated − ce_spliced) / (ce_zero_ablated − ce_clean), as SAELens and SAEBench."""
+    ce_recovered_interval: Interval
+    ce_recovered_mean: float
+    """The same against ce_mean_ablated, a harder baseline."""
+    ce_recovered_mean_interval: Interval
+    ce_increase_interval: Interval
+    """Of ce_spliced − ce_clean."""
+    ce_spliced_with_massive: float
+    """ce_spliced when massive rows are replaced too."""
+    ce_recovered_with_massive: float
+    kl: float
+    """Mean KL(clean ‖ spliced) over scored positions."""
+    kl_interval: Interval
+    kl_mean_ablated: float
+    kl_zero_ablated: float
+    density_histogram: dict[str, list[float] | list[int]]
+    """``log10_edges`` and ``counts`` over the latents that fired."""
+    fvu_per_dimension: list[float] = field(repr=False)
+    """[d_in]; NaN for a dimension that never changed."""
+    latent_density: list[float] = field(repr=False)
+    """[d_sae]: share of rows on which each latent fired."""
+
+    def summary(self) -> dict[str, Any]:
+        """Without the lists per dimension and per latent, JSON-able."""
+        return {k: v for k, v in plain(self).items() if k not in _PER_ITEM}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One evaluation of several dictionaries on the same text."""
+
+    model: dict[str, Any]
+    """The model's identity."""
+    config: dict[str, Any]
+    """The resolved ``EvaluateConfig``."""
+    num_contexts: int
+    num_scored: int
+    """Positions whose next-token prediction was scored."""
+    dictionaries: dict[str, Fidelity]
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know before trusting the numbers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; a number that does not exist is null."""
+        return plain(self)
+
+    def summaries(self) -> dict[str, dict[str, Any]]:
+        """By dictionary, its numbers without the lists per dimension and per latent; JSON-able."""
+        return {name: fidelity.summary() for name, fidelity in self.dictionaries.items()}
+
+    def write(self, path: Path) -> None:
+        """Write the JSON report. Raises LlmWsaeError if that is impossible."""
+        write_json(path, self.to_dict())
+
+    def table(self) -> str:
+        """A table for people, each column explained under it."""
+        found = list(self.dictionaries.values())
+        several = len({f.site for f in found}) > 1
+        header = ["dictionary", *(["site"] if several else []), *COLUMNS]
+        rows = [[f.name, *([f.site] if several else []), *_cells(f)] for f in found]
+        text = [aligned([header, *rows], left=2 if several else 1), ""]
+        width = max(map(len, COLUMNS))
+        text += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
+        text += ["", *self._context_lines(found)]
+        return "\n".join(text)
+
+    def _context_lines(self, found: list[Fidelity]) -> list[str]:
+        lines = [
+            f"{found[0].rows + found[0].massive_rows:,} tokens of held-out text in "
+            f"{self.num_contexts:,} contexts; {self.num_scored:,} predictions scored."
+        ]
+        for site in dict.fromkeys(f.site for f in found):
+            one = next(f for f in found if f.site == site)
+            lines.append(
+                f"{site}: cross-entropy {one.ce_clean:.3f} clean, {one.ce_mean_ablated:.3f} with "
+                f"the mean and {one.ce_zero_ablated:.3f} with zeros in place of the activations; "
+                f"{one.massive_rows} massive activations left out."
+            )
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+def _cells(f: Fidelity) -> list[str]:
+    low, high = f.ce_recovered_interval
+    return [
+        f"{f.fvu:.3f}",
+        f"{f.ce_recovered:.3f} [{low:.3f}, {high:.3f}]",
+        f"{f.kl:.3f}",
+        f"{f.l0:.1f}",
+        f"{100 * f.dead_share:.1f}",
+        f"{100 * f.dense_share:.1f}",
+        f"{f.cosine:.3f}",
+    ]

@@ -1,0 +1,1 @@
+"""Whether latents stand for one thing."""

@@ -1,0 +1,157 @@
+"""Concepts whose truth is known: labels that latents can be tested against.
+
+A concept says yes or no of every unit it applies to. Concepts of tokens are computed from the text
+itself (``token_concepts``), concepts of documents come from their labels (``document_concepts``).
+A concept is kept when both halves of the documents hold enough examples and counterexamples: what
+is learnt on one half is tested on the other, so that no document is on both sides.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from llm_wsae.errors import UsageError, nearest
+from llm_wsae.evaluation.heldout import HeldoutText
+
+FEWEST_UNITS = 20  # examples, and counterexamples, of a concept in each half
+FEWEST_DOCUMENTS = 2  # documents that they come from, for a concept of documents
+_MOST_VALUES = 6  # numbers with more values are cut into thirds
+
+
+class Concepts(NamedTuple):
+    """Concepts of units (rows, or contexts as parts of documents)."""
+
+    names: list[str]
+    families: list[str]
+    """What each concept is one of, e.g. ``letter``; a label of documents is a family."""
+    positive: Bool[Tensor, "units concepts"]
+    applies: Bool[Tensor, "units concepts"]
+    """Whether the concept says anything about the unit."""
+    half: Bool[Tensor, " units"]
+    """Which half of the documents the unit belongs to."""
+
+    def keep(self, chosen: Bool[Tensor, " concepts"]) -> "Concepts":
+        """Only the chosen concepts."""
+        numbers = chosen.nonzero()[:, 0].tolist()
+        return Concepts(
+            [self.names[i] for i in numbers],
+            [self.families[i] for i in numbers],
+            self.positive[:, chosen],
+            self.applies[:, chosen],
+            self.half,
+        )
+
+
+def with_enough(concepts: Concepts, groups: Int[Tensor, " units"], fewest_groups: int) -> Concepts:
+    """The concepts with enough examples and counterexamples, from enough groups, in each half."""
+    kept = torch.ones(len(concepts.names), dtype=torch.bool)
+    numbers, group = groups.unique(return_inverse=True)
+    for half in (concepts.half, ~concepts.half):
+        for side in (concepts.positive, ~concepts.positive):
+            found = side & concepts.applies & half[:, None]
+            kept &= found.sum(0) >= FEWEST_UNITS
+            if fewest_groups > 1:
+                seen = torch.zeros(len(numbers), found.shape[1])
+                seen.index_add_(0, group, found.float())
+                kept &= (seen > 0).sum(0) >= fewest_groups
+    return concepts.keep(kept)
+
+
+def halves_of_documents(text: HeldoutText, seed: int) -> dict[int, bool]:
+    """For each document, whether it is in the first half.
+
+    Documents whose labels are alike, or that are alike in length where they have none, are paired,
+    and chance sends one of each pair to either half, so that few documents give like halves.
+    """
+    numbers, rows = text.document_of.unique(return_counts=True)
+    sizes = dict(zip(numbers.tolist(), rows.tolist(), strict=True))
+
+    labels = {n: text.headers[n]["labels"] if n in text.headers else {} for n in sizes}
+    values: dict[str, set[str]] = defaultdict(set)
+    for own in labels.values():
+        for key, value in own.items():
+            values[key].add(str(value))
+    columns = sorted(values, key=lambda key: (len(values[key]), key))  # the coarsest label first
+
+    def kind(number: int) -> tuple[bool, list[str], int, int]:
+        own = labels[number]
+        return not own, [str(own.get(key)) for key in columns], sizes[number], number
+
+    ordered = sorted(sizes, key=kind)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(2, ((len(ordered) + 1) // 2,), generator=generator).tolist()
+    return {number: (i + first[i // 2]) % 2 == 0 for i, number in enumerate(ordered)}
+
+
+def document_concepts(
+    headers: Mapping[int, dict[str, Any]],
+    document: Int[Tensor, " units"],
+    half: Bool[Tensor, " units"],
+    wanted: tuple[str, ...] = (),
+) -> Concepts:
+    """One concept per value of each label, of units that belong to documents.
+
+    A label of two values is one concept; numbers of more than six values are cut into thirds of the
+    documents. Raises UsageError for a wanted label that no document has.
+    """
+    present = document.unique().tolist()
+    labels = {n: headers[n]["labels"] for n in present if n in headers}
+    columns = sorted({key for own in labels.values() for key in own})
+    for name in wanted:
+        if name not in columns:
+            raise UsageError(f"no document has a label {name!r}; {nearest(name, columns)}")
+    names: list[str] = []
+    families: list[str] = []
+    positive: list[Tensor] = []
+    applies: list[Tensor] = []
+    for column in dict.fromkeys(wanted) or columns:
+        values = {number: own[column] for number, own in labels.items() if column in own}
+        for name, having in _divided(column, values):
+            names.append(name)
+            families.append(column)
+            positive.append(torch.isin(document, torch.tensor(sorted(having))))
+            applies.append(torch.isin(document, torch.tensor(sorted(values))))
+    empty = torch.zeros(len(document), 0, dtype=torch.bool)
+    concepts = Concepts(
+        names,
+        families,
+        torch.stack(positive, 1) if names else empty,
+        torch.stack(applies, 1) if names else empty,
+        half,
+    )
+    return with_enough(concepts, document, FEWEST_DOCUMENTS)
+
+
+def _divided(column: str, values: dict[int, Any]) -> list[tuple[str, set[int]]]:
+    """The concepts of one label: each with the documents that have it."""
+    distinct = sorted(set(values.values()), key=lambda value: (str(type(value)), value))
+    numeric = all(type(value) in (int, float) for value in distinct)
+    if numeric and len(distinct) > _MOST_VALUES:
+        ordered = sorted(values.values())
+        # Above the smallest value, or nothing would lie below the cut.
+        above = next(value for value in ordered if value > ordered[0])
+        cuts = sorted({float(max(ordered[i * len(ordered) // 3], above)) for i in (1, 2)})
+        edges = [float("-inf"), *cuts, float("inf")]
+        if len(cuts) == 1:  # two parts are one concept
+            edges = edges[:2]
+        return [
+            (_third(column, low, high), {n for n, v in values.items() if low <= v < high})
+            for low, high in pairwise(edges)
+        ]
+    if len(distinct) == 2:
+        distinct = distinct[:1]
+    return [
+        (f"{column}={value}", {number for number, own in values.items() if own == value})
+        for value in distinct
+    ]
+
+
+def _third(column: str, low: float, high: float) -> str:
+    if low == float("-inf"):
+        return f"{column}<{high:g}"
+    return f"{column}>={low:g}" if high == float("inf") else f"{low:g}<={column}<{high:g}"

@@ -1,0 +1,74 @@
+"""Can a latent's contexts be told from others by their meaning? Detection without a judge.
+
+The centroid of a latent's top contexts, as sentence embeddings, is its "explanation". It is put to
+the test on contexts that it was not made of: those sampled over all quantiles of the latent's
+activation against random windows where the latent is silent. The score is the area under the ROC
+curve of the similarity to the centroid: 0.5 for a latent whose contexts have nothing in common.
+
+Contexts on both sides may be of the same documents. Where these are few and long, a latent of one
+document is detected by its subject, whatever it stands for there.
+
+A latent of one word is detected by that word. What is left without it is measured apart: without
+the windows, on both sides, whose centre is a token of the top contexts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llm_wsae.evaluation.monosemanticity.auroc import auroc
+from llm_wsae.evaluation.monosemanticity.config import FEWEST_NEGATIVE, FEWEST_POSITIVE
+
+
+class Detection(NamedTuple):
+    """Areas under the ROC curve; NaN for a latent with too few windows left."""
+
+    auroc: Float[Tensor, " latents"]
+    without_tokens: Float[Tensor, " latents"]
+    """The same without windows whose centre is a token of the top contexts."""
+
+
+def detection(
+    top: Float[Tensor, "latents top width"],
+    sample: Float[Tensor, "latents sample width"],
+    random: Float[Tensor, "windows width"],
+    silent: Bool[Tensor, "latents windows"],
+    tokens: tuple[
+        Int[Tensor, "latents top"], Int[Tensor, "latents sample"], Int[Tensor, " windows"]
+    ],
+) -> Detection:
+    """Detection of latents from unit embeddings of their windows.
+
+    ``silent`` says which random windows are a latent's negatives; ``tokens`` are the centre tokens
+    of top, sample and random windows.
+    """
+    centroid = normalize(top.sum(1), dim=1)
+    of_top, of_sample, of_random = tokens
+    scores = (sample @ centroid[:, :, None])[:, :, 0], centroid @ random.T
+    every = torch.ones_like(of_sample, dtype=torch.bool)
+    strange = ~(of_sample[:, :, None] == of_top[:, None, :]).any(2)
+    return Detection(
+        _where_enough(*scores, every, silent),
+        _where_enough(*scores, strange, silent & ~_any_of(of_random, of_top)),
+    )
+
+
+def _any_of(
+    tokens: Int[Tensor, " windows"], of_top: Int[Tensor, "latents top"]
+) -> Bool[Tensor, "latents windows"]:
+    """Whether each token is one of a latent's, one top context after the other to save memory."""
+    found = torch.zeros(len(of_top), len(tokens), dtype=torch.bool)
+    for one in of_top.T:
+        found |= one[:, None] == tokens
+    return found
+
+
+def _where_enough(
+    positive: Tensor, negative: Tensor, positive_counts: Tensor, negative_counts: Tensor
+) -> Tensor:
+    enough = positive_counts.sum(1) >= FEWEST_POSITIVE
+    enough &= negative_counts.sum(1) >= FEWEST_NEGATIVE
+    return auroc(positive, negative, positive_counts, negative_counts).where(enough, torch.nan)

@@ -1,0 +1,183 @@
+"""Linear probes of concepts, in closed form, for all concepts at once.
+
+A probe's direction is Fisher's discriminant: the (slightly regularised) covariance of the units it
+was learnt on, inverted, times the difference of the class means. Least squares on the labels gives
+the same direction, whatever the share of positives. It is judged by the area under the ROC curve on
+the documents of the other half, which needs neither threshold nor intercept; every half is learnt
+on once and tested on once.
+
+Sparse probing (Gurnee et al. 2023, arXiv 2305.01610) lets the probe see only the best k columns:
+those whose correlation with the concept is largest, which orders them as the F statistic does.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llm_wsae.evaluation.monosemanticity.auroc import auroc
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts
+from llm_wsae.evaluation.monosemanticity.probe_tables import Table
+
+PROBE_SIZES = (1, 2, 5)
+_MOST_ITEMS = 1000  # units of each class that a probe is tested on; more add little certainty
+# Share of each column's variance added to the covariance's diagonal: for probes of many columns,
+# where it matters, and of a few, where it only keeps a constant column from dividing by zero.
+RIDGE_DENSE, RIDGE_SPARSE = 1e-2, 1e-4
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Split:
+    """Concepts with one half of the documents to learn on and the other one to test on."""
+
+    positive: Float[Tensor, "units concepts"]
+    """1 for examples to learn on."""
+    negative: Float[Tensor, "units concepts"]
+    """1 for counterexamples to learn on."""
+    items: Int[Tensor, "concepts items"]
+    """Units to test on: first ``num_examples`` examples, then counterexamples."""
+    counts: Bool[Tensor, "concepts items"]
+    """Whether the item counts: a concept may have fewer of them than another."""
+    num_examples: int
+
+    def test(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
+        """The area under the ROC curve of every concept's scores."""
+        n = self.num_examples
+        return auroc(scores[:, :n], scores[:, n:], self.counts[:, :n], self.counts[:, n:])
+
+    def accuracy(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
+        """Mean share, of examples and of counterexamples, on the right side of 0."""
+        n = self.num_examples
+        right = torch.cat([scores[:, :n] > 0, scores[:, n:] <= 0], 1) & self.counts
+
+        def share(side: slice) -> Tensor:
+            return right[:, side].sum(1).double() / self.counts[:, side].sum(1)
+
+        return (share(slice(n)) + share(slice(n, None))) / 2
+
+
+def splits(concepts: Concepts, seed: int) -> list[Split]:
+    """Both ways of learning on one half and testing on the other."""
+    return [_split(concepts, learn, seed) for learn in (concepts.half, ~concepts.half)]
+
+
+def _split(concepts: Concepts, learn: Tensor, seed: int) -> Split:
+    learnt = concepts.applies & learn[:, None]
+    tested = (concepts.applies & ~learn[:, None]).T
+    positive, negative = concepts.positive, concepts.positive.T
+    order = torch.randperm(len(learn), generator=torch.Generator().manual_seed(seed))
+    sides = []
+    for side in (tested & negative, tested & ~negative):
+        # The first so many of each class, in random order; where there are fewer, the rest is void.
+        found = side[:, order].float().sort(dim=1, descending=True, stable=True)
+        width = min(_MOST_ITEMS, int(side.sum(1).max())) if side.numel() else 0
+        sides.append((order[found.indices[:, :width]], found.values[:, :width] > 0))
+    (yes, is_yes), (no, is_no) = sides
+    return Split(
+        (learnt & positive).float(),
+        (learnt & ~positive).float(),
+        torch.cat([yes, no], 1),
+        torch.cat([is_yes, is_no], 1),
+        yes.shape[1],
+    )
+
+
+def correlations(table: Table, split: Split) -> Float[Tensor, "concepts columns"]:
+    """Correlation of each column with each concept, on the units to learn on; 0 for a constant."""
+    n1, n0 = split.positive.sum(0).double(), split.negative.sum(0).double()
+    mean1 = table.sums(split.positive).double() / n1
+    mean0 = table.sums(split.negative).double() / n0
+    share = n1 / (n1 + n0)
+    mean = share * mean1 + (1 - share) * mean0
+    square = table.square_sums(split.positive + split.negative).double() / (n1 + n0)
+    variance = square - mean.square()
+    found = (mean1 - mean0) * (share * (1 - share)).sqrt() / variance.clamp(min=_TINY).sqrt()
+    return found.where(variance > 1e-6 * square, 0.0).T.float()
+
+
+def best_columns(
+    score: Float[Tensor, "concepts columns"], allowed: Bool[Tensor, " columns"], count: int
+) -> Int[Tensor, "concepts count"]:
+    """The ``count`` allowed columns of highest score, the best first; -1 where there are fewer."""
+    score = score.where(allowed, -torch.inf)
+    lack = max(0, count - score.shape[1])
+    score = torch.nn.functional.pad(score, (0, lack), value=-torch.inf)
+    best = score.topk(count, dim=1)
+    return best.indices.where(best.values > -torch.inf, -1)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The columns that any concept chose, as one dense matrix, and each concept's place in it."""
+
+    columns: Int[Tensor, " n"]
+    values: Float[Tensor, "units n_and_one"]
+    """The last column is 0: it stands for no column."""
+    place: Int[Tensor, "concepts count"]
+
+    @classmethod
+    def of(cls, table: Table, chosen: Int[Tensor, "concepts count"]) -> "Taken":
+        """Take from a table what was chosen."""
+        columns = chosen[chosen >= 0].unique()
+        values = torch.nn.functional.pad(table.take(columns), (0, 1))
+        place = torch.searchsorted(columns, chosen.clamp(min=0).contiguous())
+        return cls(columns, values, place.where(chosen >= 0, len(columns)))
+
+
+def sparse_probes(taken: Taken, split: Split, size: int) -> Float[Tensor, " concepts"]:
+    """How well probes of each concept's first ``size`` columns do."""
+    place = taken.place[:, :size]
+    learnt = ((split.positive + split.negative) > 0).any(1)
+    values = taken.values[learnt][:, place].double()  # [units, concepts, size]
+    yes, no = split.positive[learnt].double(), split.negative[learnt].double()
+    weight = yes + no
+    mean1 = torch.einsum("uck,uc->ck", values, yes) / yes.sum(0)[:, None]
+    mean0 = torch.einsum("uck,uc->ck", values, no) / no.sum(0)[:, None]
+    mean = torch.einsum("uck,uc->ck", values, weight) / weight.sum(0)[:, None]
+    centred = (values - mean).permute(1, 0, 2)
+    covariance = (centred * weight.T[:, :, None]).mT @ centred / weight.sum(0)[:, None, None]
+    direction = _discriminant(covariance, (mean1 - mean0)[:, :, None], RIDGE_SPARSE)[:, :, 0]
+    tested = taken.values[split.items[:, :, None], place[:, None, :]]
+    return split.test((tested.double() * direction[:, None, :]).sum(2))
+
+
+class Probes(NamedTuple):
+    """A probe of every concept: x · direction − threshold is above 0 for examples."""
+
+    directions: Float[Tensor, "d_in concepts"]
+    thresholds: Float[Tensor, " concepts"]
+
+    def scores(
+        self, x: Float[Tensor, "units d_in"], split: Split
+    ) -> Float[Tensor, "concepts items"]:
+        """What every concept's probe gives to the units it is tested on."""
+        return (x @ self.directions - self.thresholds).T.gather(1, split.items)
+
+
+def dense_probes(x: Float[Tensor, "units d_in"], split: Split) -> Probes:
+    """A probe over all dimensions for every concept; its threshold is midway between the classes'
+    means."""
+    weight = split.positive + split.negative
+    directions = torch.zeros(x.shape[1], weight.shape[1], dtype=torch.float64)
+    thresholds = torch.zeros(weight.shape[1], dtype=torch.float64)
+    # Concepts that apply to the same units share their covariance.
+    masks, which = (weight > 0).unique(dim=1, return_inverse=True)
+    for number, mask in enumerate(masks.T):
+        mine = which == number
+        rows = x[mask].double()
+        covariance = torch.cov(rows.T, correction=0)
+        yes, no = split.positive[mask][:, mine].double(), split.negative[mask][:, mine].double()
+        mean1, mean0 = rows.T @ (yes / yes.sum(0)), rows.T @ (no / no.sum(0))
+        directions[:, mine] = _discriminant(covariance, mean1 - mean0, RIDGE_DENSE)
+        thresholds[mine] = ((mean1 + mean0) / 2 * directions[:, mine]).sum(0)
+    return Probes(directions.float(), thresholds.float())
+
+
+def _discriminant(covariance: Tensor, difference: Tensor, ridge: float) -> Tensor:
+    """(covariance + ridge · its diagonal)⁻¹ · difference, for one or a batch of them."""
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    regular = covariance + torch.diag_embed(ridge * variance + _TINY)
+    return torch.linalg.solve(regular, difference)

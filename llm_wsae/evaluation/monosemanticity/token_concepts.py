@@ -1,0 +1,176 @@
+"""Concepts of tokens, read off the text: letters, capitals, digits, starts, continuations, quotes.
+
+The spelling of a token is looked at once per word of the vocabulary; everything else is arithmetic
+on whole texts. What stands before a token counts, so the whole text is read, also the positions
+that give no row.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from llm_wsae.evaluation.heldout import HeldoutText
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts, with_enough
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_CLOSERS = "\"'”’»)]}"
+_OPENERS = "\"'“‘«([{-–—*"
+
+
+class _Spelling(NamedTuple):
+    """Facts about tokens, one number each."""
+
+    letter: Tensor
+    """Which of a–z the token's first visible character is, -1 if none."""
+    capital: Tensor
+    digit: Tensor
+    """Whether a digit is in it."""
+    wordlike: Tensor
+    """Whether its first visible character is a letter or digit."""
+    joins: Tensor
+    """Whether it begins with a letter or digit, without a space."""
+    open_end: Tensor
+    """Whether it ends in a letter or digit."""
+    stop: Tensor
+    """Whether it ends a sentence."""
+    between: Tensor
+    """Whether it holds only space, quotes and brackets."""
+    newline: Tensor
+    straight: Tensor
+    """Number of straight double quotes."""
+    depth: Tensor
+    """Opening minus closing typographic double quotes."""
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to a text behind another token, its leading space included."""
+
+    def decoded(sequences: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(
+            sequences, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    # Alone, or first, some tokenizers' tokens lose their space.
+    before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    head = decoded([before])[0]
+    behind = decoded([[*before, i] for i in ids])
+    return [
+        text[len(head) :] if text.startswith(head) else alone
+        for text, alone in zip(behind, decoded([[i] for i in ids]), strict=True)
+    ]
+
+
+def folded_tokens(text: HeldoutText, tokenizer: Any) -> Int[Tensor, " rows"]:
+    """A number for each row's token, the same for spellings that differ in space and case only."""
+    ids, index = text.token.unique(return_inverse=True)
+    numbers: dict[str, int] = {}
+    folded = [
+        numbers.setdefault(spelling.strip().casefold() or spelling, len(numbers))
+        for spelling in token_texts(tokenizer, ids.tolist())
+    ]
+    return torch.tensor(folded)[index]
+
+
+def token_concepts(
+    text: HeldoutText,
+    tokenizer: Any,
+    rows: Int[Tensor, " units"],
+    half: Bool[Tensor, " units"],
+) -> Concepts:
+    """Concepts of the tokens of some rows of documents, those of enough examples.
+
+    Letters, capital and sentence start are asked of words' first tokens, continuation and quotation
+    of tokens that begin with a letter or digit, digit of all.
+    """
+    cells = (text.document.flatten() >= 0).nonzero()[:, 0]
+    facts, linked = _facts(text, tokenizer, cells)
+    found = _in_sequence(facts, linked, text.offset.flatten()[cells] == 0)
+    place = torch.full((text.ids.numel(),), -1)
+    place[cells] = torch.arange(len(cells))
+    at = place[text.cell[rows]]
+    begins, wordlike, everywhere = found["begins"], facts.wordlike, torch.ones_like(linked)
+    columns = {
+        **{(f"letter {x}", "letter"): (facts.letter == i, begins) for i, x in enumerate(_LETTERS)},
+        ("capital", "capital"): (facts.capital, begins),
+        ("digit", "digit"): (facts.digit, everywhere),
+        ("sentence start", "sentence start"): (found["first"], begins),
+        ("continuation", "continuation"): (found["continues"], wordlike),
+        ("quotation", "quotation"): (found["quoted"], wordlike),
+    }
+    concepts = Concepts(
+        [name for name, _ in columns],
+        [family for _, family in columns],
+        torch.stack([yes[at] for yes, _ in columns.values()], 1),
+        torch.stack([applies[at] for _, applies in columns.values()], 1),
+        half,
+    )
+    return with_enough(concepts, text.document_of[rows], 1)
+
+
+def _facts(text: HeldoutText, tokenizer: Any, cells: Tensor) -> tuple[_Spelling, Tensor]:
+    """The spelling of the tokens of documents, and whether each follows the one before."""
+    ids, index = text.ids.flatten()[cells].unique(return_inverse=True)
+    table = [_spelling(spelling) for spelling in token_texts(tokenizer, ids.tolist())]
+    facts = _Spelling(*(torch.tensor(column)[index] for column in zip(*table, strict=True)))
+    document, offset = text.document.flatten()[cells], text.offset.flatten()[cells]
+    linked = torch.zeros(len(cells), dtype=torch.bool)
+    linked[1:] = (document[1:] == document[:-1]) & (offset[1:] == offset[:-1] + 1)
+    return facts, linked
+
+
+def _spelling(text: str) -> tuple[int, bool, bool, bool, bool, bool, bool, bool, bool, int, int]:
+    visible = text.strip()
+    first = visible[:1]
+    return (
+        _LETTERS.find(first.lower()) if first else -1,
+        first.isupper(),
+        any(character.isdigit() for character in text),
+        first.isalnum(),
+        text[:1].isalnum(),
+        text[-1:].isalnum(),
+        visible.rstrip(_CLOSERS)[-1:] in (".", "!", "?"),
+        not visible.strip(_CLOSERS + _OPENERS),
+        "\n" in text,
+        text.count('"'),
+        text.count("“") - text.count("”"),
+    )
+
+
+def _in_sequence(facts: _Spelling, linked: Tensor, opens: Tensor) -> dict[str, Tensor]:
+    """What depends on the tokens before. ``opens`` marks the first token of a document."""
+    number = torch.arange(len(linked))
+    before = _shifted(facts.open_end, False) & linked
+    continues = before & facts.joins
+    begins = (facts.letter >= 0) & ~continues
+    # The last token before this one that is more than space and quotes, if in the same run.
+    run = number.where(~linked, 0).cummax(0).values
+    solid = _shifted(number.where(~facts.between, -1).cummax(0).values, -1)
+    newlines = facts.newline.long().cumsum(0)
+    broken = _shifted(newlines, 0) > (newlines - facts.newline.long())[solid.clamp(min=0)]
+    behind_stop = (facts.stop[solid.clamp(min=0)] | broken) & (solid >= run)
+    first_solid = opens[run] & (solid < run)
+    # Quotes are counted from the beginning of the line, so that an unpaired one does no more harm.
+    line = (number + 1).where(facts.newline, 0).cummax(0).values
+    line = torch.maximum(_shifted(line, 0), run)
+    straight = _since(facts.straight, line) % 2 == 1
+    typographic = _since(facts.depth, line) > 0
+    return {
+        "continues": continues,
+        "begins": begins,
+        "first": begins & (behind_stop | first_solid),
+        "quoted": straight | typographic,
+    }
+
+
+def _shifted(values: Tensor, first: int | bool) -> Tensor:
+    """The value of the token before."""
+    return torch.cat([values.new_full((1,), first), values[:-1]])
+
+
+def _since(values: Tensor, start: Tensor) -> Tensor:
+    """Sum over the tokens from ``start`` up to the one before."""
+    total = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    return total[:-1] - total[start]

@@ -1,0 +1,283 @@
+"""From text and a model to rows: into a store on disk, or as a stream straight into training.
+
+The forward pass is the only expensive part, so everything else happens beside it: the next contexts
+are tokenised ahead in one thread, and statistics, checksums and writing are done behind it in
+another.
+"""
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae.data.config import HarvestConfig, StreamConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.manifest import MANIFEST, RECORDS, TOKENS, Manifest
+from llm_wsae.data.packing import Contexts, Cursor, Packer
+from llm_wsae.data.prefetch import prefetch
+from llm_wsae.data.resume import begin_or_resume, check_size, shard_batches, too_small
+from llm_wsae.data.shard_writer import StoreWriter, finish_store
+from llm_wsae.data.shuffling import cut, shuffle
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import remove_partials
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.processes import Processes, join
+from llm_wsae.provenance import version_of
+from llm_wsae.statistics.moments import Statistics
+
+_PACKED_AHEAD = 4
+
+
+def harvest(
+    model: LanguageModel,
+    corpus: Corpus,
+    sites: Sequence[Site],
+    out: Path | str,
+    config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
+) -> ActivationStore:
+    """Write the activations of ``config.tokens`` tokens of a corpus at all sites into a store.
+
+    The same call goes on with a harvest that was stopped or killed, and ends with the same bytes as
+    an unbroken one. A call with more tokens extends a store. A complete store is left as it is.
+
+    Under ``torchrun`` each process makes every W-th of the missing shards, into one folder that all
+    can reach. The bytes are those of a single process (as far as a forward pass gives the same bits
+    there), and a stopped harvest goes on with any number of processes. Each packs the whole text.
+
+    Raises UsageError for a site or context size that the model does not have; LlmWsaeError if the
+    folder holds something else or is being written, the corpus is too small (what was harvested
+    stays, and the same call with fewer tokens completes it), an activation is not finite, or the
+    disk is full (all whole shards stay).
+    """
+    out, processes = Path(out), join()
+    sites = sorted(set(sites))
+    with processes.together():
+        if not sites:
+            raise UsageError("there is no site to harvest; name at least one")
+        for site in sites:
+            model.check_site(site)
+        packer = Packer.for_model(model, config)
+        manifest = _agreed(processes, _manifest(model, corpus, sites, config))
+        processes.lead(lambda: _check_size(out, packer, corpus, config, manifest))
+        with processes.folder_lock(out, "activation store"):
+            following = processes.lead(lambda: _begin(out, manifest))
+            if following is None:
+                if processes.leads:
+                    tqdm.write(f"{out} is already complete", file=sys.stderr)
+            else:
+                whole = {int(index): Cursor(*cursor) for index, cursor in following.items()}
+                _write_shards(model, packer, corpus, out, manifest, whole, processes)
+                processes.lead(lambda: finish_store(out, Manifest.load(out)))
+    return ActivationStore.open(out)
+
+
+def _check_size(
+    out: Path, packer: Packer, corpus: Corpus, config: HarvestConfig, wanted: Manifest
+) -> None:
+    """A text that is too small is best known before the first forward pass, and before a complete
+    store is opened again for more."""
+    if (out / MANIFEST).is_file():
+        found = Manifest.load(out)
+        if not found.complete or found.num_contexts >= wanted.num_contexts:
+            return
+    check_size(packer, corpus, config)
+
+
+def _begin(out: Path, wanted: Manifest) -> dict[str, tuple[int, int]] | None:
+    """Where the text goes on behind each whole shard; None if the store is complete."""
+    manifest, shards = begin_or_resume(out, wanted)  # refuses a folder that is not ours
+    remove_partials(out, TOKENS, RECORDS, *wanted.sites)
+    return None if manifest.complete else {str(i): shard.next for i, shard in shards.items()}
+
+
+def _agreed(processes: Processes, manifest: Manifest) -> Manifest:
+    """The same manifest; raises LlmWsaeError unless all processes are at the same work."""
+    first = Manifest(**processes.lead(lambda: asdict(manifest)))
+    if clauses := first.differences(manifest):
+        raise LlmWsaeError(
+            f"process 0 and process {processes.rank} are at different harvests "
+            f"({'; '.join(clauses)}); start all with the same command on machines of one kind"
+        )
+    return manifest
+
+
+def _write_shards(
+    model: LanguageModel,
+    packer: Packer,
+    corpus: Corpus,
+    out: Path,
+    manifest: Manifest,
+    whole: dict[int, Cursor],
+    processes: Processes,
+) -> None:
+    """Write this process's share of the shards that are missing."""
+    sites = [Site.parse(name) for name in manifest.sites]
+    missing = [i for i in range(manifest.num_shards) if i not in whole]
+    lacking = sum(map(manifest.shard_contexts, missing)) * manifest.context_size
+    total = manifest.num_contexts * manifest.context_size
+    batches = shard_batches(
+        packer, corpus, manifest, whole, missing[processes.rank :: processes.size]
+    )
+    bar = tqdm(
+        total=total,
+        initial=total - lacking,
+        desc="harvest",
+        unit="tok",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=not processes.leads,
+    )
+    with bar, StoreWriter(out, manifest) as writer:
+        for shard, contexts in prefetch(batches, _PACKED_AHEAD):
+            rows = kept_rows(model, contexts, sites)
+            writer.add(shard, contexts, {str(site): rows[site] for site in sites})
+            done = processes.count("tokens", contexts.ids.size)
+            bar.update(total - lacking + done - bar.n)
+        writer.wait()
+        processes.meet()
+        bar.update(total - bar.n)
+
+
+def kept_rows(
+    model: LanguageModel, contexts: Contexts, sites: Sequence[Site]
+) -> dict[Site, Float[Tensor, "rows d_in"]]:
+    """The rows of the kept positions at each site, on the CPU, in the model's dtype."""
+    activations = model.activations(torch.from_numpy(contexts.ids), sites)
+    keep = torch.from_numpy(contexts.keep).to(model.device)
+    return {site: activations[site][keep].cpu() for site in sites}
+
+
+class ActivationStream:
+    """Rows of one site straight from the model, as an ActivationSource: nothing goes to disk.
+
+    The corpus is read again and again. ``buffer_tokens`` of it at a time are turned into rows and
+    shuffled; while they are trained on, the next buffer is computed in the background, so do not
+    use the model for anything else meanwhile. Rows are shuffled within a buffer only: the larger
+    it is, the better they mix. Going on at a later batch costs tokenising up to it, no forward.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        site: Site,
+        config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
+    ):
+        """Raises UsageError for a site or context size that the model does not have."""
+        model.check_site(site)
+        self.site = site
+        self.d_in = model.d_model
+        self.num_rows: int | None = None
+        self._model = model
+        self._corpus = corpus
+        self._config = config
+        self._packer = Packer.for_model(model, config)
+        self._statistics: Statistics | None = None
+        self._lock = threading.Lock()
+
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """Endless shuffled batches from number ``start`` on, in the model's dtype.
+
+        Raises UsageError if the numbers make no sense; LlmWsaeError, with the batch concerned, if
+        the corpus fills no context or an activation is not finite.
+        """
+        if batch_size < 1 or start < 0:
+            raise UsageError(f"cannot begin at batch {start} of {batch_size} rows")
+        return cut(prefetch(self._buffers(seed, start * batch_size), depth=1), batch_size)
+
+    def statistics(self) -> Statistics:
+        """Statistics of the rows of the first ``statistics_tokens`` tokens."""
+        if self._statistics is None:
+            found = Statistics(self.d_in, self._config.context_size)
+            limit = max(1, self._config.statistics_tokens // self._config.context_size)
+            blocks = self._packer.blocks(self._corpus, self._config.contexts_per_batch, limit=limit)
+            with tqdm(
+                total=limit * self._config.context_size,
+                desc="statistics",
+                unit="tok",
+                unit_scale=True,
+                dynamic_ncols=True,
+            ) as bar:
+                for contexts in blocks:
+                    positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
+                    found.update(self._rows(contexts), positions)
+                    bar.update(contexts.ids.size)
+            self._statistics = found
+        return self._statistics
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell these rows, in this order, from others."""
+        return {
+            "kind": "stream",
+            "site": str(self.site),
+            "model": self._model.identity(),
+            "corpus": self._corpus.identity(),
+            "packing": self._config.packing(),
+            "contexts_per_batch": self._config.contexts_per_batch,
+            "batches_per_buffer": self._config.batches_per_buffer,
+            "statistics_tokens": self._config.statistics_tokens,
+        }
+
+    def _buffers(self, seed: int, skip: int) -> Iterator[Tensor]:
+        """Shuffled buffers without the first ``skip`` rows of the stream."""
+        blocks = self._endless_blocks()
+        number = 0
+        while True:
+            buffer = list(islice(blocks, self._config.batches_per_buffer))
+            rows = sum(int(contexts.keep.sum()) for contexts in buffer)
+            if skip < rows:
+                yield shuffle(torch.cat([self._rows(c) for c in buffer]), seed, number)[skip:]
+            skip = max(0, skip - rows)
+            number += 1
+
+    def _endless_blocks(self) -> Iterator[Contexts]:
+        while True:
+            rows = 0
+            for contexts in self._packer.blocks(self._corpus, self._config.contexts_per_batch):
+                rows += int(contexts.keep.sum())
+                yield contexts
+            if rows == 0:
+                raise too_small(self._corpus, 0, 1, self._config.context_size)
+
+    def _rows(self, contexts: Contexts) -> Tensor:
+        with self._lock:
+            rows = kept_rows(self._model, contexts, [self.site])[self.site]
+        if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
+            bad = int((~torch.isfinite(rows)).any(1).sum())
+            raise LlmWsaeError(
+                f"{bad} of {len(rows)} rows of {self.site} from document "
+                f"{contexts.first.document} of {self._corpus.name} on are NaN or infinite; try the "
+                "model in float32"
+            )
+        return rows
+
+
+def _manifest(
+    model: LanguageModel, corpus: Corpus, sites: Sequence[Site], config: HarvestConfig
+) -> Manifest:
+    auto = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
+    return Manifest(
+        package_version=version_of("llm-wsae"),
+        model=model.identity(),
+        corpus=corpus.identity(),
+        sites=[str(site) for site in sites],
+        dtype=auto if config.dtype == "auto" else config.dtype,
+        d_in=model.d_model,
+        packing=config.packing(),
+        bos_token_id=model.bos_token_id if config.prepend_bos else None,
+        contexts_per_batch=config.contexts_per_batch,
+        contexts_per_shard=config.contexts_per_shard,
+        num_contexts=config.num_contexts,
+    )

@@ -1,0 +1,50 @@
+"""What a model is, in a few JSON values: enough to recognise another one.
+
+A manifest must tell the model that made a store from its neighbours (another size, another
+fine-tune, another revision) without hashing gigabytes, and must give the same answer wherever the
+file lies, on any device and in any float format. So it hashes the name, the shape and a spread
+sample of every parameter, rounded to bfloat16, and the settings that change what the weights
+compute.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_wsae.model.module_paths import text_config
+
+SAMPLES_PER_PARAMETER = 64
+# Settings that act beside the weights; a model has those of its own architecture.
+_SETTINGS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_parameters",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "hidden_act",
+    "activation_function",
+    "sliding_window",
+    "use_parallel_residual",
+)
+
+
+def fingerprint(hf_model: Any) -> str:
+    """Hex SHA-256 over parameter names, shapes, samples and the settings beside them."""
+    config = text_config(hf_model)
+    settings = {key: getattr(config, key, None) for key in _SETTINGS}
+    shapes = [[name, list(p.shape)] for name, p in hf_model.named_parameters()]
+    digest = hashlib.sha256(json.dumps([settings, shapes], sort_keys=True, default=str).encode())
+    samples = torch.cat([_sample(p) for p in hf_model.parameters()]).cpu()
+    digest.update(samples.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Up to SAMPLES_PER_PARAMETER values spread over a parameter, [samples] in bfloat16."""
+    flat = parameter.detach().reshape(-1)
+    stride = max(1, flat.numel() // SAMPLES_PER_PARAMETER)
+    return flat[::stride][:SAMPLES_PER_PARAMETER].to(torch.bfloat16)

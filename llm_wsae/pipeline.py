@@ -1,0 +1,188 @@
+"""The whole job in one call: harvest → weigh → train → evaluate → save, into one folder.
+
+Every stage finds what an earlier, interrupted call left and goes on there.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.manifest import MANIFEST, Manifest
+from llm_wsae.data.packing import Packer
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.measurements import keep_measurements
+from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.errors import UsageError
+from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.evaluator import evaluate, take_contexts
+from llm_wsae.evaluation.fidelity.report import Report
+from llm_wsae.files import write_json
+from llm_wsae.harvesting import harvest
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.plots import plot_fidelity, plot_profile
+from llm_wsae.training.config import Architecture, TrainConfig
+from llm_wsae.training.grid import choose_weights, make_arms
+from llm_wsae.training.log import LOG
+from llm_wsae.training.trainer import FINISHED, train
+from llm_wsae.weighing import gather
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.loss_weights import LossWeights, check_settings, takes_matrix
+from llm_wsae.weights.profile import profile, profile_text
+from llm_wsae.weights.rules import check_form, lacks, need_of
+
+STORE = "store"
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteResult:
+    """What a run made for one site."""
+
+    profile: dict[str, Any]
+    dictionaries: dict[str, Dictionary]
+    report: Report
+    folder: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Where it lies and what was measured, JSON-able."""
+        return {
+            "folder": str(self.folder),
+            "profile": self.profile,
+            "fidelity": self.report.summaries(),
+        }
+
+    def text(self) -> str:
+        """The table for people and the paths of what was written."""
+        paths = {
+            "figures": ["profile.png", "fidelity.png"],
+            "numbers": ["profile.json", "report.json", LOG],
+            "dictionaries": list(self.dictionaries),
+        }
+        lines = [
+            f"{'' if number else what:<14}{self.folder / name}"
+            for what, names in paths.items()
+            for number, name in enumerate(names)
+        ]
+        return "\n".join([self.report.table(), "", *lines])
+
+
+def run(
+    model: LanguageModel,
+    corpus: str,
+    sites: Sequence[Site],
+    out: Path,
+    *,
+    rules: Sequence[str] = ("uniform", "variance"),
+    alphas: Sequence[float] = (0.5, -0.25),
+    ks: Sequence[int] = (32,),
+    architectures: Sequence[Architecture] = ("topk",),
+    seeds: Sequence[int] = (0,),
+    text_column: str | None = None,
+    harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
+    weight_config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
+    train_config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
+    evaluate_config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
+) -> dict[Site, SiteResult]:
+    """Train a plain and weighted dictionaries on a model's activations and measure them.
+
+    ``out`` receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
+    folder per arm, ``report.json`` and ``fidelity.png``. The training part of the corpus is
+    harvested, its held-out part evaluated.
+
+    Raises as its stages do; a request that cannot be met is refused before the harvest.
+    """
+    sites = list(dict.fromkeys(sites))
+    for rule in rules:
+        if need_of(rule) == "dictionary":  # there is none yet
+            raise lacks(rule, "dictionary")
+        if rule != "uniform":
+            check_form(rule, takes_matrix=takes_matrix(rule, weight_config))
+            check_settings(rule, weight_config)
+    for k in ks:
+        TopK(k).check(train_config.expansion * model.d_model)
+    _check_rows(harvest_config, train_config)
+    _check_not_trained_on_less(out, sites, harvest_config)
+    heldout = take_contexts(  # before hours of work are built on too little text
+        Packer.for_model(model, harvest_config).contexts(
+            Corpus.open(corpus, "heldout", text_column=text_column)
+        ),
+        evaluate_config.tokens,
+    )
+    _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
+    training_text = Corpus.open(corpus, "train", text_column=text_column)
+    store = harvest(model, training_text, sites, out / STORE, harvest_config)
+    results = {}
+    for site in sites:
+        folder = out / str(site)
+        _say(2, "weigh", f"profile of {site}")
+        evidence = gather(rules, store, site, model=model)
+        facts, weights = _weigh(evidence, site, folder, rules, alphas, weight_config)
+        arms = make_arms(weights, ks, seeds=seeds, architectures=architectures)
+        _say(3, "train", f"{len(arms)} dictionaries in one pass")
+        dictionaries = train(store.source(site), arms, train_config, folder)
+        _say(4, "evaluate", f"on {evaluate_config.tokens:,} held-out tokens")
+        report = evaluate(dictionaries, model, heldout, evaluate_config)
+        _save_metrics(folder, dictionaries, report)
+        report.write(folder / "report.json")
+        plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
+        results[site] = SiteResult(facts, dictionaries, report, folder)
+    return results
+
+
+def _check_rows(harvesting: HarvestConfig, training: TrainConfig) -> None:
+    if training.tokens is None and harvesting.tokens < training.batch_size:
+        raise UsageError(
+            f"{harvesting.tokens:,} tokens are less than one batch of {training.batch_size:,}; "
+            "harvest more"
+        )
+
+
+def _check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: HarvestConfig) -> None:
+    """A longer harvest would leave the dictionaries that are there without their store."""
+    trained = [site for site in sites if (out / str(site) / FINISHED).exists()]
+    if trained and (out / STORE / MANIFEST).is_file():
+        manifest = Manifest.load(out / STORE)
+        if harvesting.num_contexts > manifest.num_contexts:
+            raise UsageError(
+                f"{out} holds dictionaries of {trained[0]} that were trained on "
+                f"{manifest.num_contexts * manifest.context_size:,} tokens; choose another folder "
+                "for more"
+            )
+
+
+def _weigh(
+    evidence: Evidence,
+    site: Site,
+    folder: Path,
+    rules: Sequence[str],
+    alphas: Sequence[float],
+    config: WeightConfig,
+) -> tuple[dict[str, Any], list[LossWeights]]:
+    """The site's profile, written and printed, and the weights that it shows."""
+    weights = choose_weights(evidence, rules, alphas, config=config)
+    facts = profile(evidence.statistics, weights)
+    write_json(folder / "profile.json", facts)
+    plot_profile(evidence.statistics, weights, str(site), folder / "profile.png")
+    tqdm.write(profile_text(facts), file=sys.stderr)
+    return facts, weights
+
+
+def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:
+    """Leave each dictionary's measurements in its own folder, so that they travel with it."""
+    summaries = report.summaries()
+    for name, dictionary in dictionaries.items():
+        found = {"fidelity": summaries[name]}
+        keep_measurements(folder / name, found)
+        metrics = {**dictionary.info.metrics, **found}
+        dictionary.info = dataclasses.replace(dictionary.info, metrics=metrics)
+
+
+def _say(number: int, stage: str, what: str) -> None:
+    tqdm.write(f"[{number}/4] {stage}: {what}", file=sys.stderr)

@@ -1,0 +1,61 @@
+"""The record beside every result: which command made it, how it was set, with which versions."""
+
+import dataclasses
+import math
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.files import write_json
+
+_PACKAGES = (
+    "llm-wsae",
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "datasets",
+    "safetensors",
+    "huggingface-hub",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result."""
+    return {"python": platform.python_version(), **{name: version_of(name) for name in _PACKAGES}}
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package; ours has none in a checkout that was not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def command_line() -> str:
+    """The command that this process runs; empty in any program but ours."""
+    program = Path(sys.argv[0])
+    as_module = program.name == "__main__.py" and program.parent.name == "llm_wsae"
+    ours = program.name == "llm-wsae" or as_module
+    return shlex.join(["llm-wsae", *sys.argv[1:]]) if ours else ""
+
+
+def write_record(path: Path, command: str, config: dict[str, Any]) -> None:
+    """Write ``{command, config, versions}`` as JSON. Raises LlmWsaeError as any write does."""
+    write_json(path, {"command": command, "config": plain(config), "versions": versions()})
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON has them; a number that does not exist is null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

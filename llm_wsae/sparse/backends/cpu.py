@@ -1,0 +1,321 @@
+"""The sparse operations on the CPU, in C++ (``kernels/``): float32, and bfloat16 for products.
+
+The encoder's product is torch's, which knows the hardware's matrix units. It is made transposed, a
+block of latents by a tile of rows, and looked through while it is in cache. Everything else is one
+pass over the rows or latents concerned.
+"""
+
+import ctypes
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from llm_wsae.errors import UsageError
+from llm_wsae.sparse.backends import pytorch
+from llm_wsae.sparse.backends.build import library
+from llm_wsae.sparse.backends.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
+from llm_wsae.sparse.codes import (
+    Codes,
+    RaggedCodes,
+    Reconstruction,
+    SparseGradients,
+    SubsetGradients,
+    joined,
+)
+from llm_wsae.sparse.slot_capacity import SlotCapacity
+
+select_topk = pytorch.select_topk
+firing_counts = pytorch.firing_counts
+
+_TILE_ROWS = 1024  # each tile reads the whole encoder
+_BLOCK_BYTES = 1 << 22  # of the product that is looked through at once: it stays in cache
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_FEW = 128  # candidates a row has room for at first
+_LARGEST_SHARE = 8  # of the latents a candidate list can hold: beyond d_sae / 8, torch sorts
+
+
+def available() -> bool:
+    """Whether there is a library, which is built now if it has not been."""
+    return library() is not None
+
+
+def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
+    """See ``operations``."""
+    d_sae = len(encoder)
+    if k * _LARGEST_SHARE > d_sae:
+        return pytorch.encode_topk(x, encoder, bias, k)
+    indices = torch.empty(len(x), k, dtype=torch.int64)
+    values = _floats(len(x), k)
+    lists, bias = _Lists(3 * k + 32), bias.contiguous()
+    bounds = _floats(_TILE_ROWS)
+    for begin in range(0, len(x), _TILE_ROWS):
+        tile = x[begin : begin + _TILE_ROWS]
+        for first, product in _blocks(tile, encoder):
+            _call(
+                f"topk_{_NAMES[x.dtype]}",
+                product, bias[first:], *product.shape, first, k, *lists.all(), bounds,
+            )  # fmt: skip
+        end = begin + len(tile)
+        _call(
+            "finish_topk",
+            len(tile), k, *lists.all(), bounds, indices[begin:end], values[begin:end],
+        )  # fmt: skip
+    return Codes(indices, values)
+
+
+def encode_above(
+    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: SlotCapacity | None = None
+) -> RaggedCodes:
+    """See ``operations``. Has no use for room: the codes are as long as they must be."""
+    lists = _Lists(_FEW)
+    return joined([lists.above(tile, encoder, bias, threshold) for tile in x.split(_TILE_ROWS)])
+
+
+def encode_batch_topk(
+    x: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    k: int,
+    guess: float | Tensor,
+    kept: Tensor | None = None,
+) -> RaggedCodes:
+    """See ``operations``."""
+    lists = _Lists(max(_FEW, 4 * k))
+
+    def above(tile: Tensor, bound: float) -> RaggedCodes:
+        return lists.above(tile, encoder, bias, _floats(len(encoder)).fill_(bound))
+
+    def encode(rows: Tensor) -> RaggedCodes:
+        wanted = min(k, len(encoder)) * len(rows)
+        return pytorch.largest_of_batch(above, rows.split(_TILE_ROWS), wanted, float(guess))
+
+    return pytorch.of_kept(encode, x, kept)
+
+
+def encode_dead(x: Tensor, encoder: Tensor, bias: Tensor, dead: Tensor | None, k: int) -> Tensor:
+    """See ``operations``."""
+    active = torch.addmm(bias, x, encoder.T)
+    dead = None if dead is None else dead.contiguous()
+    _call(f"activate_dead_{_NAMES[x.dtype]}", active, dead, *active.shape, k)
+    return active
+
+
+def dead_gradients(
+    active: Tensor, x: Tensor, decoder: Tensor, output_gradient: Tensor, sums: SubsetGradients
+) -> None:
+    """See ``operations``."""
+    by_latent = output_gradient @ decoder.T
+    _call(f"mask_dead_{_NAMES[x.dtype]}", active.contiguous(), by_latent, sums.bias, *active.shape)
+    pytorch.add_products(by_latent, x, sums.encoder)
+    pytorch.add_products(active, output_gradient, sums.decoder)
+
+
+def decode(codes: RaggedCodes, decoder: Tensor, bias: Tensor) -> Tensor:
+    """See ``operations``."""
+    out = _floats(codes.num_rows, decoder.shape[1])
+    given = (*_checked(codes, len(decoder)), decoder.contiguous(), bias.contiguous())
+    _call("decode", *given, out, *out.shape)
+    return out
+
+
+def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor) -> Tensor:
+    """See ``operations``."""
+    out = torch.empty_like(codes.values)
+    slots, gradient = _checked(codes, len(decoder)), output_gradient.contiguous()
+    name = f"value_gradients_{_NAMES[decoder.dtype]}"
+    _call(name, *slots, decoder.contiguous(), gradient, out, *gradient.shape)
+    return out
+
+
+def reconstruct(
+    codes: RaggedCodes,
+    decoder: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    row_weights: Tensor,
+    column_weights: Tensor,
+    fast: torch.dtype,
+) -> Reconstruction:
+    """See ``operations``."""
+    result = Reconstruction.empty(codes, x, fast)
+    given = (decoder, bias, x, row_weights, column_weights)
+    _call(
+        f"reconstruct_{_NAMES[fast]}",
+        *_checked(codes, len(decoder)), *(tensor.contiguous() for tensor in given), *result,
+        *x.shape,
+    )  # fmt: skip
+    return result
+
+
+def weight_gradients(terms: SparseGradients, d_sae: int) -> Gradients:
+    """See ``operations``, where ``terms.more`` is added."""
+    width = terms.x.shape[1]
+    out = (_floats(d_sae, width), _floats(d_sae, width), _floats(d_sae))
+    _call(f"weight_gradients_{_NAMES[terms.x.dtype]}", *_by_latent(terms, d_sae), *out)
+    return out
+
+
+def adam_along(
+    terms: SparseGradients,
+    rows: tuple[Tensor, Tensor],
+    means: tuple[Tensor, Tensor],
+    squares: tuple[Tensor, Tensor],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Tensor | None,
+) -> Tensor:
+    """See ``operations``. A latent's gradients stay in cache, so that all of them are never held.
+
+    They are nearly as much to write and to read again as Adam's moments.
+    """
+    d_sae, by_bias = len(rows[0]), _floats(len(rows[0]))
+    place = torch.full((d_sae,), -1, dtype=torch.int32)
+    more: tuple[Tensor | None, Tensor | None] = (None, None)
+    if terms.more is not None:
+        latents, *more_rows, more_bias = terms.more
+        place = terms.more.places(d_sae, torch.int32)
+        more = tuple(part.contiguous() for part in more_rows)
+    with _rounded_encoder(rows[0], encoder_fast) as fast:
+        _call(
+            f"adam_along_{_NAMES[terms.x.dtype]}",
+            *_by_latent(terms, d_sae), place, *more, by_bias, *rows, *means, *squares, fast,
+            *_adam(step, learning_rate),
+        )  # fmt: skip
+    return by_bias if terms.more is None else by_bias.index_add_(0, latents, more_bias)
+
+
+def _by_latent(terms: SparseGradients, d_sae: int) -> tuple[Tensor | int, ...]:
+    """The terms grouped by latent, as the kernels take them."""
+    indices, values, offsets = _checked(terms.codes, d_sae)
+    num_rows, (batch, width) = terms.codes.num_rows, terms.x.shape
+    assert num_rows == len(terms.output_gradient) and num_rows % max(1, batch) == 0
+    assert batch or not num_rows  # the kernels would look for rows that are not there
+    bounds = torch.empty(d_sae + 1, dtype=torch.int64)
+    slots, rows = torch.empty(2, len(indices), dtype=torch.int32)
+    _call("group_by_latent", indices, offsets, num_rows, d_sae, bounds, slots, rows)
+    x, output_gradient = terms.x.contiguous(), terms.output_gradient.to(terms.x.dtype).contiguous()
+    by_value = terms.by_value.contiguous()
+    return bounds, slots, rows, x, output_gradient, by_value, values, batch, d_sae, width
+
+
+def adam_rows(
+    rows: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    means: tuple[Tensor, Tensor],
+    squares: tuple[Tensor, Tensor],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Tensor | None,
+) -> None:
+    """See ``operations``."""
+    with _rounded_encoder(rows[0], encoder_fast) as fast:
+        _call(
+            "adam_rows",
+            *gradients, *rows[0].shape, *rows, *means, *squares, fast,
+            *_adam(step, learning_rate),
+        )  # fmt: skip
+
+
+@contextmanager
+def _rounded_encoder(encoder: Tensor, fast: Tensor | None) -> Iterator[Tensor | None]:
+    """What the kernel within the block writes the new encoder to, if it knows the dtype."""
+    in_kernel = fast is not None and fast.dtype == torch.bfloat16
+    yield fast if in_kernel else None
+    if fast is not None and not in_kernel:
+        fast.copy_(encoder)
+
+
+def _adam(step: int, learning_rate: float) -> tuple[float, ...]:
+    """Adam's numbers, as the kernels take them."""
+    step_size, root_scale = learning_rate / (1 - BETAS[0] ** step), 1 - BETAS[1] ** step
+    return step_size, 1 / math.sqrt(root_scale), *BETAS, EPSILON, SMALLEST_NORM
+
+
+class _Lists:
+    """Room for the candidates of a tile's rows."""
+
+    def __init__(self, capacity: int):
+        self.counts = torch.empty(_TILE_ROWS, dtype=torch.int32)
+        self._lengthen(capacity)
+
+    def _lengthen(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.latents = torch.empty(_TILE_ROWS, capacity, dtype=torch.int32)
+        self.values = _floats(_TILE_ROWS, capacity)
+
+    def all(self) -> tuple[int, Tensor, Tensor, Tensor]:
+        """As the kernels take them."""
+        return self.capacity, self.latents, self.values, self.counts
+
+    def above(self, tile: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> RaggedCodes:
+        """The tile's entries above their latents' thresholds; lists that are too short grow."""
+        bias, threshold = bias.contiguous(), threshold.float().contiguous()
+        while True:
+            for first, product in _blocks(tile, encoder):
+                _call(
+                    f"above_{_NAMES[tile.dtype]}",
+                    product, bias[first:], threshold[first:], *product.shape, first, *self.all(),
+                )  # fmt: skip
+            counts = self.counts[: len(tile)]
+            longest = int(counts.max()) if len(tile) else 0
+            if longest < self.capacity:
+                break
+            self._lengthen(longest + longest // 4 + 1)
+        offsets = torch.zeros(len(tile) + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        indices = torch.empty(int(offsets[-1]), dtype=torch.int64)
+        values = _floats(len(indices))
+        lists = (self.capacity, self.latents, self.values)
+        _call("finish_above", len(tile), *lists, offsets, indices, values)
+        return RaggedCodes(indices, values, offsets)
+
+
+def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The tile's product with the encoder, without bias: (first latent, [latents, rows]).
+
+    A block is gone when the next one is asked for.
+    """
+    size = max(1, _BLOCK_BYTES // (max(1, len(tile)) * tile.element_size()))
+    memory = torch.empty(min(size, len(encoder)) * len(tile), dtype=tile.dtype)
+    for first in range(0, len(encoder), size):
+        latents = encoder[first : first + size]
+        product = memory[: len(latents) * len(tile)].view(len(latents), len(tile))
+        yield first, torch.mm(latents, tile.T, out=product)
+
+
+def _floats(*shape: int) -> Tensor:
+    """Memory as the kernels write it, whatever torch's default dtype is."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _checked(codes: RaggedCodes, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes, contiguous. Raises UsageError for a latent that does not exist."""
+    indices, values, offsets = (part.contiguous() for part in codes)
+    indices, offsets = indices.long(), offsets.long()  # what the kernels read
+    assert len(indices) < 1 << 31 and int(offsets[-1]) == len(indices)
+    if _call("any_outside", indices, len(indices), d_sae):
+        raise UsageError(
+            f"the codes name latents from {int(indices.min())} to {int(indices.max())}, but this "
+            f"dictionary has {d_sae}, counted from 0"
+        )
+    return indices, values, offsets
+
+
+def _call(name: str, *arguments: Tensor | int | float | None) -> int:
+    """Call a kernel with pointers to the tensors, and the number of threads last."""
+    kernel = getattr(library(), name)
+    return kernel(*map(_argument, arguments), ctypes.c_int64(torch.get_num_threads()))
+
+
+def _argument(
+    value: Tensor | int | float | None,
+) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous() and value.device.type == "cpu"
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)

@@ -1,0 +1,1 @@
+"""The sparse operations on CUDA, in Triton."""

@@ -1,0 +1,123 @@
+"""Triton kernels of Adam over the weights of latents, the gradients given or made on the way.
+
+A program holds both rows of its latent whole, so that every number is read and written once.
+
+``no_type_check`` keeps the tests' shape checks off functions that are compiled from their source.
+"""
+
+from typing import NamedTuple, no_type_check
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llm_wsae.sparse.backends import reference
+from llm_wsae.sparse.backends.triton.latents import latent_sums
+
+_KEEP_MEAN, _KEEP_SQUARE = (tl.constexpr(beta) for beta in reference.BETAS)
+_EPSILON = tl.constexpr(reference.EPSILON)
+_SMALLEST_NORM = tl.constexpr(reference.SMALLEST_NORM)
+
+
+class State(NamedTuple):
+    """Weights and moments, all [d_sae, d_in]; pointers in the kernels."""
+
+    encoder: Tensor
+    decoder: Tensor
+    encoder_mean: Tensor
+    decoder_mean: Tensor
+    encoder_square: Tensor
+    decoder_square: Tensor
+    encoder_fast: Tensor | None
+    """What the new encoder is copied to, in its dtype, if it is wanted."""
+
+
+class More(NamedTuple):
+    """What some latents' gradients begin with; pointers in the kernels."""
+
+    place: Tensor
+    """[d_sae] which of the rows is the latent's, or -1."""
+    encoder: Tensor
+    """[some, d_in]"""
+    decoder: Tensor
+    """[some, d_in]"""
+
+
+class Rate(NamedTuple):
+    """Of this step."""
+
+    step_size: float
+    """Learning rate / (1 - beta1^step)."""
+    square_scale: float
+    """1 / (1 - beta2^step)."""
+
+
+@triton.jit
+@no_type_check
+def _adam_row(row_ptr, mean_ptr, square_ptr, gradient, at, inside, rate):
+    """Moments updated in place; the new row, not stored yet."""
+    mean = tl.load(mean_ptr + at, mask=inside, other=0)
+    square = tl.load(square_ptr + at, mask=inside, other=0)
+    mean += (gradient - mean) * (1 - _KEEP_MEAN)
+    square = square * _KEEP_SQUARE + gradient * gradient * (1 - _KEEP_SQUARE)
+    tl.store(mean_ptr + at, mean, mask=inside)
+    tl.store(square_ptr + at, square, mask=inside)
+    row = tl.load(row_ptr + at, mask=inside, other=0)
+    return row - rate.step_size * mean / (tl.sqrt(square * rate.square_scale) + _EPSILON)
+
+
+@triton.jit
+@no_type_check
+def _adam_latent(state, by_encoder, by_decoder, at, inside, rate):
+    """Adam over a latent's two rows, the decoder's to norm 1, and a copy of the encoder's."""
+    row = _adam_row(
+        state.encoder, state.encoder_mean, state.encoder_square, by_encoder, at, inside, rate
+    )
+    tl.store(state.encoder + at, row, mask=inside)
+    if state.encoder_fast is not None:
+        fast = row.to(tl.float32).to(state.encoder_fast.dtype.element_ty)
+        tl.store(state.encoder_fast + at, fast, mask=inside)
+    row = _adam_row(
+        state.decoder, state.decoder_mean, state.decoder_square, by_decoder, at, inside, rate
+    )
+    norm = tl.sqrt(tl.sum(row * row, 0))
+    tl.store(state.decoder + at, row / tl.maximum(norm, _SMALLEST_NORM), mask=inside)
+
+
+@triton.jit
+@no_type_check
+def adam_rows_kernel(gradients, state, rate, d_in, BLOCK: tl.constexpr):
+    """One latent whose gradients (encoder's, decoder's) are given."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < d_in
+    at = tl.program_id(0).to(tl.int64) * d_in + columns
+    by_encoder = tl.load(gradients[0] + at, mask=inside, other=0)
+    by_decoder = tl.load(gradients[1] + at, mask=inside, other=0)
+    _adam_latent(state, by_encoder, by_decoder, at, inside, rate)
+
+
+@triton.jit
+@no_type_check
+def adam_along_kernel(
+    terms,
+    pieces,
+    more,  # or None
+    by_bias_ptr,  # [d_sae]
+    state,
+    rate,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One latent: its gradients, which go nowhere but into Adam; that by its bias does."""
+    latent = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < terms.d_in
+    by_encoder, by_decoder, by_bias = latent_sums(terms, pieces, latent, columns, SLOTS, BLOCK)
+    tl.store(by_bias_ptr + latent, by_bias)
+    if more is not None:
+        place = tl.load(more.place + latent)
+        if place >= 0:
+            begun = place * terms.d_in + columns
+            by_encoder += tl.load(more.encoder + begun, mask=inside, other=0)
+            by_decoder += tl.load(more.decoder + begun, mask=inside, other=0)
+    _adam_latent(state, by_encoder, by_decoder, latent * terms.d_in + columns, inside, rate)

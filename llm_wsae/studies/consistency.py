@@ -1,0 +1,67 @@
+"""Do a study's seeds find the same latents? PW-MCC of the dictionaries that were kept.
+
+No verdict hangs on it: a seed draws the order of the rows and a control's weights too, and a
+dictionary that ignores most dimensions has fewer ways to differ.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.evaluation.monosemanticity.seed_consistency import pw_mcc
+from llm_wsae.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike the dictionaries of one name and k are that differ in their seeds."""
+
+    label: str
+    k: int
+    seeds: tuple[int, ...]
+    pw_mcc: float
+    """Mean cosine of decoder rows, matched one to one, over pairs of seeds."""
+
+
+Agreements = dict[tuple[str, int], Agreement]
+"""By label and k."""
+
+
+def measure(path: Path, kept: Mapping[tuple[str, int], Mapping[int, Path]]) -> Agreements:
+    """What the file ``path`` knows, and what dictionaries that are ``kept`` add to it.
+
+    ``kept`` has the folders of each label and k by seed. What was measured stays when dictionaries
+    are deleted, and is measured anew where there are other seeds.
+    """
+    found = read(path)
+    new = {
+        key: dict(sorted(folders.items()))
+        for key, folders in kept.items()
+        if len(folders) > 1 and not (key in found and set(folders) <= set(found[key].seeds))
+    }
+    for key, folders in tqdm(new.items(), desc="seeds", unit="kind", disable=not new):
+        decoders = [Dictionary.load(folder).W_dec.detach() for folder in folders.values()]
+        found[key] = Agreement(*key, tuple(folders), pw_mcc(decoders))
+        write_json(path, [asdict(one) for one in found.values()])
+    return found
+
+
+def read(path: Path) -> Agreements:
+    """What was measured; nothing where there is no file. Raises LlmWsaeError if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        found = [
+            Agreement(**one | {"seeds": tuple(one["seeds"])})
+            for one in read_json(path, "consistency of a study")
+        ]
+        return {(one.label, one.k): one for one in found}
+    except (KeyError, TypeError) as error:
+        raise LlmWsaeError(
+            f"{path} is not the consistency of a study's seeds ({error!r}); delete it to have it "
+            "measured again"
+        ) from error

@@ -1,0 +1,143 @@
+"""Is a difference more than chance? Intervals over seeds and over latents or concepts.
+
+A difference is measured once a seed. Its seeds are few, so a percentile bootstrap over them would
+be far too sure of itself (resampling three seeds gives intervals that cover the truth in some 80 %
+of cases, not 95 %). Instead the variance is taken apart as an analysis of variance does:
+
+* Over seeds. The spread of three numbers says little of their variance, so it is pooled over the
+  arms. These share the plain dictionaries they are compared with, hence also a part of their error,
+  which more arms do not average away: the pool consists of the seeds' common part, with S − 1
+  degrees of freedom, and the arms' own, with (U − 1)(S − 1), joined after Satterthwaite (1946). An
+  arm whose own spread is larger than the pool's keeps its own. (If its true spread is three times
+  that of the others, three seeds still err in some 11 % of cases instead of 5, five seeds in 10 %.)
+  Weights that are drawn anew for every seed spread by their draw, each kind as it does: they, and
+  differences from them, stay apart, with their own spread and S − 1 degrees of freedom.
+* Over latents. Each seed's dictionary has its own latents, so what their choice adds is in the
+  spread over seeds already, and the test over seeds alone is right. But few seeds may agree by
+  chance, so a second test asks whether the latents' own spread, which thousands of them tell,
+  would explain the difference; the wider interval and the larger p of the two count. (It takes the
+  dictionaries of a difference for independent. They start alike, so this is rather too wide than
+  too narrow.)
+* Over concepts. All dictionaries are asked the same concepts, so their choice does not average out
+  over seeds: what the concepts' mean differences vary beyond noise is added (two crossed random
+  effects, as in Clark 1973).
+
+Differences of several rules and measures are then corrected together (``adjusted``).
+"""
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from scipy import stats
+
+from llm_wsae.studies.curve import Value
+from llm_wsae.studies.multiple_testing import holm
+
+LEVEL = 0.95
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean difference."""
+
+    difference: float
+    interval: tuple[float, float]
+    """95 %, for this difference alone."""
+    p: float
+    """Of no difference, two-sided, for this difference alone."""
+    error: float
+    """Standard error, of the wider interval."""
+    degrees: float
+    """Its degrees of freedom; infinite if it is the latents' own spread."""
+    by_seed: dict[int, float]
+
+
+def estimates(
+    differences: Mapping[Name, Mapping[int, Value]], apart: Collection[Name] = ()
+) -> dict[Name, Estimate]:
+    """One estimate for each arm's differences by seed; all of one measure.
+
+    Arms named in ``apart`` take no part in the pool. An arm on a single seed has no estimate.
+    """
+    several = {name: dict(sorted(own.items())) for name, own in differences.items() if len(own) > 1}
+    together = [own for name, own in several.items() if name not in apart]
+    pool = pooled_variance([_means(own) for own in together]) if together else None
+    return {name: _estimate(own, None if name in apart else pool) for name, own in several.items()}
+
+
+def pooled_variance(arms: Sequence[Mapping[int, float]]) -> tuple[float, float]:
+    """Variance over seeds of one arm's difference, and its degrees of freedom, from the differences
+    by seed of several. Not every arm needs every seed."""
+    centred = [{seed: v - np.mean(list(own.values())) for seed, v in own.items()} for own in arms]
+    of_seed = {
+        seed: np.array([own[seed] for own in centred if seed in own])
+        for seed in {seed for own in arms for seed in own}
+    }
+    common = sum(float(values.mean()) ** 2 for values in of_seed.values())
+    degrees = len(of_seed) - 1.0
+    parts = [(common / degrees, degrees)]
+    if own_degrees := sum(len(own) - 1.0 for own in arms) - degrees:
+        own = sum(float(((values - values.mean()) ** 2).sum()) for values in of_seed.values())
+        not_in_common = float(np.mean([1 - 1 / len(values) for values in of_seed.values()]))
+        parts.append((own / own_degrees * not_in_common, own_degrees))
+    return _joined(parts)
+
+
+def adjusted(p_values: Mapping[Name, float]) -> dict[Name, float]:
+    """Holm's correction (1979) over everything that was tried."""
+    return dict(zip(p_values, holm(list(p_values.values())), strict=True))
+
+
+def _means(values: Mapping[int, Value]) -> dict[int, float]:
+    return {seed: value.mean for seed, value in values.items()}
+
+
+def _estimate(by_seed: Mapping[int, Value], pool: tuple[float, float] | None) -> Estimate:
+    """``pool`` is the pooled variance and its degrees of freedom, for an arm with a part in it."""
+    values = list(by_seed.values())
+    row = np.array([value.mean for value in values])
+    mean = float(row.mean())
+    pooled, degrees = pool or (0.0, len(row) - 1.0)
+    parts = [(max(pooled, float(row.var(ddof=1))) / len(row), degrees)]
+    if concepts := _concept_part(values):
+        parts.append(concepts)
+    squared, degrees = _joined(parts)
+    over_seeds = (squared, degrees)
+    over_latents = (float(np.mean([value.variance for value in values])) / len(row), np.inf)
+    tests = [_tested(mean, *one, _means(by_seed)) for one in (over_seeds, over_latents)]
+    wider = max(tests, key=lambda test: test.interval[1] - test.interval[0])
+    return replace(wider, p=max(test.p for test in tests))
+
+
+def _tested(mean: float, squared: float, degrees: float, by_seed: dict[int, float]) -> Estimate:
+    """The t-test of a mean with that squared error."""
+    error = float(np.sqrt(squared))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, degrees)) * error
+    certain = 0.0 if mean else 1.0
+    p = 2 * float(stats.t.sf(abs(mean) / error, degrees)) if error > 0 else certain
+    return Estimate(mean, (mean - half, mean + half), p, error, degrees, by_seed)
+
+
+def _concept_part(values: Sequence[Value]) -> tuple[float, float] | None:
+    """What the choice of concepts adds to the squared error, and its degrees of freedom."""
+    if any(value.items is None for value in values):
+        return None
+    names = [name for name in values[0].items if all(name in value.items for value in values)]
+    table = np.array([[value.items[name] for name in names] for value in values])
+    seeds, concepts = table.shape
+    if concepts < 2:
+        return None
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    noise = (rest**2).sum() / ((seeds - 1) * (concepts - 1))
+    squared = (table.mean(0).var(ddof=1) - noise / seeds) / concepts
+    return max(0.0, float(squared)), concepts - 1.0
+
+
+def _joined(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Sum of variances, and its degrees of freedom after Satterthwaite."""
+    total = float(sum(variance for variance, _ in parts))
+    spread = float(sum(variance**2 / degrees for variance, degrees in parts))
+    return total, total**2 / spread if spread > 0 else parts[0][1]

@@ -1,0 +1,106 @@
+"""Units of work: each is computed once, and its result is a file.
+
+So a run that is interrupted goes on where it stopped, and a larger one adds to what is there.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import read_json, write_json
+from llm_wsae.provenance import plain
+
+Check = Callable[[], None]
+"""A unit calls it now and then; it raises when the run is being stopped."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work with a JSON-able result."""
+
+    path: Path
+    """The file of its result."""
+    identity: dict[str, Any]
+    """Everything the result depends on; written beside it."""
+    compute: Callable[[Check], dict[str, Any]]
+
+
+class _Stopped(Exception):
+    """Ends a unit whose run has ended; nobody sees it."""
+
+
+def finish(units: Sequence[Unit], workers: int, label: str) -> list[dict[str, Any]]:
+    """The results of all units, in order: from their files, or computed now and written.
+
+    ``workers`` units run side by side, each on one core; 0 takes every core. An error or an
+    interruption ends all of them within a step and keeps the files that are done.
+
+    Raises LlmWsaeError when a file holds the result of another configuration, and whatever a unit
+    raises.
+    """
+    results = {i: _read(unit) for i, unit in enumerate(units) if unit.path.exists()}
+    stopping = threading.Event()
+
+    def check() -> None:
+        if stopping.is_set():
+            raise _Stopped
+
+    def work(unit: Unit) -> dict[str, Any]:
+        result = plain(unit.compute(check))
+        write_json(unit.path, {"identity": plain(unit.identity), "result": result})
+        return result
+
+    missing = [i for i in range(len(units)) if i not in results]
+    bar = tqdm(total=len(missing), desc=label, unit="unit", disable=not missing)
+    with _one_thread_each(), bar, ThreadPoolExecutor(workers or _cores()) as pool:
+        running = {pool.submit(work, units[i]): i for i in missing}
+        try:
+            for future in as_completed(running):
+                results[running[future]] = future.result()
+                bar.update()
+        except BaseException:  # Ctrl-C too: the other threads must hear of it
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [results[i] for i in range(len(units))]
+
+
+def _read(unit: Unit) -> dict[str, Any]:
+    found = read_json(unit.path, "result of a planted experiment")
+    if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
+        raise LlmWsaeError(f"{unit.path} is not a result of planted experiments; delete it")
+    for key, wanted in plain(unit.identity).items():
+        before = found["identity"].get(key)
+        if before != wanted:
+            raise LlmWsaeError(
+                f"{unit.path} was computed with another {key.replace('_', ' ')} "
+                f"({before}, now {wanted}); choose another folder, or delete that file"
+            )
+    return found["result"]
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """A unit's products are too small to share among cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,114 @@
+"""AuxK (Gao et al. 2024, §A.2): dead latents learn to explain what the living ones leave over.
+
+The dead latents with the largest pre-activations reconstruct the residual, in the same weighted
+norm as the main loss. All products are dense over that subset: up to half as many of them take
+part in a row as it has dimensions, too many for sparse ones to pay.
+
+How many there are must be known to write them out, and a GPU would have to be waited for. There
+they are looked for now and then, with those that may yet die until the look after next; how many
+are found is read when it has long arrived, and what takes part in a step is told by a mask.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llm_wsae.hardware import DeferredScalar
+from llm_wsae.sparse.codes import SubsetGradients
+from llm_wsae.sparse.operations import dead_gradients
+from llm_wsae.training.parameters import Batch, Parameters, squared, times
+from llm_wsae.weights.loss_weights import Gamma
+
+_TILE_BYTES = 16 * 2**20  # of a tile's rows × dead latents, which are held twice
+_FEWEST_ROWS, _MOST_ROWS = 256, 1024
+_LOOKS_PER_DEATH = 16  # how often the dead are looked for, on a GPU, while one dies
+
+
+class DeadLatents(NamedTuple):
+    """Latents that have not fired for long, as indices among those that are here."""
+
+    indices: Int[Tensor, " some"]
+    """Those that are dead, and possibly some that are not."""
+    dead: Bool[Tensor, " some"] | None = None
+    """Which of them are; None if all."""
+
+
+class DeadFinder:
+    """Finds the dead latents of one arm."""
+
+    def __init__(self, device: torch.device):
+        self._waits = device.type != "cpu"
+        self._found = torch.empty(0, dtype=torch.int64, device=device)
+        self._until = -1  # how many rows may have been seen for ``_found`` to hold all dead ones
+        self._next: _Look | None = None
+
+    def find(
+        self, last_fired: Int[Tensor, " latents"], rows_seen: int, dead_after: int
+    ) -> DeadLatents:
+        """Those that have not fired for ``dead_after`` rows."""
+        if not self._waits:
+            return DeadLatents((rows_seen - last_fired > dead_after).nonzero().flatten())
+        between = dead_after // _LOOKS_PER_DEATH
+        if rows_seen > self._until:
+            look = self._next
+            if look is None or rows_seen > look.until:  # the first step, or a batch is very large
+                look = _Look(last_fired, rows_seen + between, dead_after)
+            self._found, self._until, self._next = look.found(), look.until, None
+        if self._next is None and rows_seen > self._until - between:
+            self._next = _Look(last_fired, rows_seen + 2 * between, dead_after)
+        return DeadLatents(self._found, rows_seen - last_fired[self._found] > dead_after)
+
+
+class _Look:
+    """Which latents may be dead by the time that ``until`` rows have been seen."""
+
+    def __init__(self, last_fired: Int[Tensor, " latents"], until: int, dead_after: int):
+        self.until = until
+        may_be = until - last_fired > dead_after
+        self._number = DeferredScalar(may_be.sum())
+        self._order = may_be.byte().argsort(descending=True, stable=True)  # these first
+
+    def found(self) -> Int[Tensor, " some"]:
+        return self._order[: int(self._number.read())]
+
+
+def auxk_gradients(
+    parameters: Parameters,
+    batch: Batch,
+    residual: Float[Tensor, "batch d_in"],
+    latents: DeadLatents,
+    gamma: Gamma,
+    coefficient: float,
+) -> SubsetGradients | None:
+    """Gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² by the weights of ``latents``; None if no
+    latent is dead.
+
+    e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. In a row d_in / 2
+    dead latents take part, those with the largest pre-activations, or more where they tie.
+    """
+    indices, exact, fast = latents.indices, residual.dtype, batch.x_fast.dtype
+    num_dead = batch.split.count_latents(len(indices))
+    if num_dead == 0:
+        return None
+    encoder, decoder, bias = (part[indices].to(fast) for part in parameters[:3])
+    k_aux = min(num_dead, max(1, batch.x.shape[1] // 2))
+    size = min(_MOST_ROWS, max(_FEWEST_ROWS, _TILE_BYTES // (num_dead * fast.itemsize)))
+    tiles = [slice(start, start + size) for start in range(0, len(residual), size)]
+    metric = squared(gamma)
+    unexplained = residual.new_zeros(())
+    for rows in tiles:
+        errors = (times(residual[rows], metric) * residual[rows]).sum(1)
+        unexplained += errors @ batch.counted[rows]
+    by_error = metric * (2 * coefficient / batch.split.over_rows(unexplained).clamp(min=1e-12))
+    zeros = (torch.zeros_like(part, dtype=exact) for part in (encoder, decoder, bias))
+    sums = SubsetGradients(indices, *zeros)
+    for rows in tiles:
+        x, counted = batch.x_fast[rows], batch.counted[rows, None]
+        active = batch.split.encode_dead(x, encoder, bias, latents.dead, k_aux)
+        # residual is x̂ − x = −e, so ê − e = active · decoder + residual
+        decoded = batch.split.over_latents((active @ decoder).to(exact))
+        error = decoded.add_(residual[rows]).mul_(counted)
+        dead_gradients(active, x, decoder, times(error, by_error).to(fast), sums)
+    return sums

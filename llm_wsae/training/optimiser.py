@@ -1,0 +1,91 @@
+"""Adam for one arm, and what it leaves for the arm's next step.
+
+Encoder and decoder go through ``adam_along`` or ``adam_rows`` in one pass, which also keeps decoder
+rows at norm 1 and writes the encoder in the number format of the next step's product. The biases
+are small.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.sparse.backends.reference import BETAS, EPSILON, Gradients
+from llm_wsae.sparse.codes import SparseGradients
+from llm_wsae.sparse.operations import adam_along, adam_rows
+from llm_wsae.training.parameters import Parameters
+
+
+class Optimiser:
+    """Adam with betas (0.9, 0.999) and its moments, float32."""
+
+    def __init__(self, parameters: Parameters):
+        self._parameters = parameters
+        self._means = Parameters(*map(torch.zeros_like, parameters))
+        self._squares = Parameters(*map(torch.zeros_like, parameters))
+        self._steps = 0
+        self._encoder_fast: Tensor | None = None
+
+    def encoder(self, dtype: torch.dtype) -> Float[Tensor, "d_sae d_in"]:
+        """The encoder in the dtype of the products; float32 is the master itself."""
+        encoder = self._parameters.encoder
+        if dtype == encoder.dtype:
+            return encoder
+        if self._encoder_fast is None or self._encoder_fast.dtype != dtype:
+            self._encoder_fast = encoder.to(dtype)
+        return self._encoder_fast
+
+    def step(
+        self,
+        by_weights: SparseGradients | Gradients,
+        by_decoder_bias: Float[Tensor, " d_in"],
+        learning_rate: float,
+    ) -> None:
+        """Move the parameters, in place, and put the decoder's rows back to norm 1.
+
+        ``by_weights`` as in ``Step``.
+        """
+        self._steps += 1
+        rows, moments = self._parameters[:2], (self._means[:2], self._squares[:2])
+        now = (self._steps, learning_rate)
+        if isinstance(by_weights, SparseGradients):
+            by_bias = adam_along(by_weights, rows, *moments, *now, self._encoder_fast)
+        else:
+            *by_rows, by_bias = by_weights
+            adam_rows(rows, tuple(by_rows), *moments, *now, self._encoder_fast)
+        by_biases = (by_bias, by_decoder_bias)
+        for vectors in zip(
+            self._parameters[2:], by_biases, self._means[2:], self._squares[2:], strict=True
+        ):
+            adam_vector(*vectors, *now)
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments and the number of steps, under the names torch.optim.Adam has for them."""
+        tensors = {}
+        for name in Parameters._fields:
+            tensors[f"{name}.exp_avg"] = getattr(self._means, name)
+            tensors[f"{name}.exp_avg_sq"] = getattr(self._squares, name)
+            tensors[f"{name}.step"] = torch.tensor(float(self._steps))
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of ``state``, after the parameters themselves have been restored."""
+        for name in Parameters._fields:
+            getattr(self._means, name).copy_(tensors[f"{name}.exp_avg"])
+            getattr(self._squares, name).copy_(tensors[f"{name}.exp_avg_sq"])
+        self._steps = int(tensors["encoder.step"])
+        self._encoder_fast = None
+
+
+def adam_vector(
+    parameter: Float[Tensor, " size"],
+    gradient: Float[Tensor, " size"],
+    mean: Float[Tensor, " size"],
+    square: Float[Tensor, " size"],
+    step: int,
+    learning_rate: float,
+) -> None:
+    """One step of Adam, in place; ``step`` counts from 1."""
+    mean.lerp_(gradient, 1 - BETAS[0])
+    square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+    root = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPSILON)
+    parameter.addcdiv_(mean, root, value=-learning_rate / (1 - BETAS[0] ** step))

@@ -1,0 +1,90 @@
+"""Latents shared out among the processes, for dictionaries that do not fit one device.
+
+Every process holds a run of latents, with their optimiser state and counters, and works on all rows
+of each batch. What goes over the processes is about as wide as the rows are: the largest values of
+each process, so that the largest of all are known, and its share of the reconstruction. All else of
+a latent happens where it is.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from llm_wsae.errors import UsageError
+from llm_wsae.sparse import operations
+from llm_wsae.sparse.codes import Codes, RaggedCodes, ragged
+from llm_wsae.training.parallel.collectives import Collectives
+from llm_wsae.training.parallel.strategy import Split, only
+from llm_wsae.training.parallel.topk import largest_in_rows, largest_of_all
+
+_MORE = 2.0  # some processes have more of the active latents than others
+
+
+class SplitLatents(Split):
+    """Latents are shared out, in runs of consecutive ones of equal length."""
+
+    def __init__(self, collectives: Collectives):
+        self._all = collectives
+        self.latent_parts = collectives.size
+
+    def own_latents(self, d_sae: int) -> range:
+        """Raises UsageError if the latents cannot be shared out evenly."""
+        if d_sae % self._all.size:
+            raise UsageError(
+                f"{d_sae} latents cannot be shared out evenly among {self._all.size} processes; "
+                "start as many as divide them"
+            )
+        each = d_sae // self._all.size
+        return range(self._all.rank * each, (self._all.rank + 1) * each)
+
+    def own_groups(self, groups: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        own = self.own_latents(groups[-1][1])
+        inside = [[min(max(bound, own.start), own.stop) for bound in group] for group in groups]
+        return [(first - own.start, stop - own.start) for first, stop in inside]
+
+    def over_latents(self, part: Tensor) -> Tensor:
+        return self._all.sum_(part.clone())
+
+    def least(self, value: Tensor) -> Tensor:
+        return self._all.min_(value.clone())
+
+    def everyone(self, yes: bool) -> bool:
+        return bool(self._all.min_(torch.tensor(int(yes))))
+
+    def count_latents(self, number: int) -> int:
+        return int(self._all.sum_(torch.tensor(number)))
+
+    def topk(self, codes: Codes, k: int) -> RaggedCodes:
+        chosen = largest_in_rows(self._all, codes.values, k) & (codes.values > 0)
+        return only(ragged(codes), chosen.flatten())
+
+    def batch_topk(
+        self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
+    ) -> RaggedCodes:
+        first = _MORE * k / self._all.size
+        return largest_of_all(self._all, encode, k, kept, rows_apart=False, first=first)
+
+    def encode_dead(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        encoder: Float[Tensor, "some d_in"],
+        bias: Float[Tensor, " some"],
+        dead: Bool[Tensor, " some"] | None,
+        k: int,
+    ) -> Float[Tensor, "rows some"]:
+        active = operations.encode_dead(x, encoder, bias, dead, k)
+        own = active.topk(min(k, len(encoder)), dim=1, sorted=False).values
+        own = torch.nn.functional.pad(own, (0, k - own.shape[1]))
+        everyone = torch.cat(self._all.gather(own), dim=1)
+        return active.mul_(active >= everyone.topk(k, dim=1).values[:, -1:])
+
+    def decode(
+        self,
+        codes: RaggedCodes,
+        decoder: Float[Tensor, "latents d_in"],
+        bias: Float[Tensor, " d_in"],
+    ) -> Float[Tensor, "batch d_in"]:
+        part = operations.decode(codes, decoder, torch.zeros_like(bias))
+        return self._all.sum_(part).add_(bias)

@@ -1,0 +1,157 @@
+"""What an arm learns, what a step returns, and the weighted loss all architectures share.
+
+Inputs are normalised before they come here: centred, divided by one global scale, massive rows set
+to 0 and masked. Latents are rows, so ``encoder`` is W_encᵀ.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.sparse.backends.reference import Gradients
+from llm_wsae.sparse.codes import SparseGradients
+from llm_wsae.sparse.operations import weight_gradients
+from llm_wsae.training.parallel.strategy import ALONE, Split
+from llm_wsae.weights.loss_weights import Gamma
+
+_ROWS_DRAWN = 4096  # a multiple of 16
+
+
+class Parameters(NamedTuple):
+    """Master weights of one arm, or their gradients, in float32."""
+
+    encoder: Float[Tensor, "d_sae d_in"]
+    decoder: Float[Tensor, "d_sae d_in"]
+    encoder_bias: Float[Tensor, " d_sae"]
+    decoder_bias: Float[Tensor, " d_in"]
+
+
+class Batch(NamedTuple):
+    """Normalised rows, shared by all arms."""
+
+    x: Float[Tensor, "batch d_in"]
+    """Float32 rows; masked ones are 0."""
+    x_fast: Float[Tensor, "batch d_in"]
+    """The same in the number format of the matrix products."""
+    mask: Float[Tensor, " batch"]
+    """1, or 0 for a massive row: it has no part in any loss."""
+    split: Split = ALONE
+    """What of the training other processes have: rows of the same batch, or latents."""
+    num_elsewhere: float | Float[Tensor, ""] = 0.0
+    """Unmasked rows of the batch that other processes have."""
+    row_weights: Float[Tensor, " batch"] | None = None
+    """How much each row counts in the loss, masked ones 0; None where all others count alike."""
+
+    @property
+    def num_rows(self) -> Float[Tensor, ""]:
+        """Unmasked rows of the whole batch, at least 1: what a mean over rows divides by."""
+        return (self.mask.sum() + self.num_elsewhere).clamp(min=1)
+
+    @property
+    def counted(self) -> Float[Tensor, " batch"]:
+        """What each row's error is multiplied by in the loss."""
+        return self.mask if self.row_weights is None else self.row_weights
+
+
+class Step(NamedTuple):
+    """One evaluation of an arm's loss on a batch. Scalars stay on the device: no host sync."""
+
+    by_weights: SparseGradients | Gradients
+    """Gradients by encoder, decoder and encoder bias, or what they are sums of: these are made
+    where they are used, since all of them are as large as the weights."""
+    by_decoder_bias: Float[Tensor, " d_in"]
+    residual: Float[Tensor, "batch d_in"]
+    """Reconstruction minus input, masked rows 0."""
+    firings: Float[Tensor, " d_sae"]
+    """How many rows each latent fired in, masked rows not counted."""
+    loss: Float[Tensor, ""]
+    for_memory: Float[Tensor, ""] | Float[Tensor, " d_sae"] | None = None
+    """What the arm's memory follows, if it has one: the smallest selected value (BatchTopK), the
+    gradient by the logarithm of every latent's threshold (JumpReLU), or which share of the latents
+    was active (ReLU)."""
+
+    def summed(self) -> "Step":
+        """The step with its gradients made."""
+        if not isinstance(self.by_weights, SparseGradients):
+            return self
+        return self._replace(by_weights=weight_gradients(self.by_weights, len(self.firings)))
+
+    @property
+    def gradients(self) -> Parameters:
+        """All of them, made if they have not been."""
+        return Parameters(*self.summed().by_weights, self.by_decoder_bias)
+
+
+def initial_parameters(
+    d_in: int,
+    d_sae: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    own: range | None = None,
+) -> Parameters:
+    """Random unit decoder rows, the encoder tied to them, biases 0; of the latents ``own`` only."""
+    generator = torch.Generator().manual_seed(seed)
+    if own is None or len(own) == d_sae:
+        decoder = torch.randn(d_sae, d_in, generator=generator, dtype=dtype)
+    else:
+        decoder = _own_rows_of_randn(d_in, d_sae, generator, dtype, own)
+    d_sae = len(decoder)
+    decoder /= decoder.norm(dim=1, keepdim=True)
+    return Parameters(
+        decoder.clone().to(device),
+        decoder.to(device),
+        torch.zeros(d_sae, dtype=dtype, device=device),
+        torch.zeros(d_in, dtype=dtype, device=device),
+    )
+
+
+def _own_rows_of_randn(
+    d_in: int, d_sae: int, generator: torch.Generator, dtype: torch.dtype, own: range
+) -> Float[Tensor, "own d_in"]:
+    """Those rows of ``torch.randn(d_sae, d_in)``, without holding the others.
+
+    torch draws normal numbers 16 at a time, so pieces of 16 rows give the numbers of the whole.
+    """
+    rows = torch.empty(len(own), d_in, dtype=dtype)
+    for start in range(0, own.stop, _ROWS_DRAWN):
+        piece = torch.randn(min(_ROWS_DRAWN, d_sae - start), d_in, generator=generator, dtype=dtype)
+        first, stop = max(start, own.start), min(start + len(piece), own.stop)
+        if first < stop:
+            rows[first - own.start : stop - own.start] = piece[first - start : stop - start]
+    return rows
+
+
+def squared(gamma: Gamma) -> Gamma:
+    """γ², or ΓᵀΓ of a matrix: ‖Γr‖² = r·ΓᵀΓr."""
+    return gamma**2 if gamma.ndim == 1 else gamma.T @ gamma
+
+
+def times(residual: Float[Tensor, "*rows d_in"], metric: Gamma) -> Float[Tensor, "*rows d_in"]:
+    """Rows times what ``squared`` gave; it is symmetric."""
+    return residual * metric if metric.ndim == 1 else residual @ metric
+
+
+def error_weights(num_rows: Float[Tensor, ""], gamma: Gamma) -> Gamma:
+    """What the residual is multiplied by (see ``times``) in the gradient of ``weighted_error``."""
+    return squared(gamma) * (2 / (num_rows * len(gamma)))
+
+
+def weighted_error(
+    residual: Float[Tensor, "rows d_in"],
+    counted: Float[Tensor, " rows"],
+    gamma: Gamma,
+    num_rows: Float[Tensor, ""],
+) -> tuple[Tensor, Tensor]:
+    """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual.
+
+    ``counted`` is the mask, or what else each row counts (``Batch.counted``); ``num_rows`` is the
+    number of unmasked rows, of which these may be a part.
+
+    The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, and a matrix only
+    mixes them, so every sparse path behind it stays as it is.
+    """
+    gradient = times(residual, error_weights(num_rows, gamma)) * counted[:, None]
+    return (gradient * residual).sum() / 2, gradient

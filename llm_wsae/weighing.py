@@ -1,0 +1,230 @@
+"""Evidence of what a site's dimensions stand for, beyond the statistics of its rows.
+
+Everything is measured on the text of an activation store, so that rules see what the dictionaries
+will be trained on: the token ids are in the store, with what led to each row. What took minutes is
+kept in the store's folder ``evidence`` and found there by the next command that asks the same.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.heldout import HeldoutText
+from llm_wsae.evaluation.monosemanticity.windows import Encoder, WindowEmbeddings
+from llm_wsae.files import load_tensors, save_tensors
+from llm_wsae.model.fisher import fisher_information
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.sentence_encoder import SentenceEncoder
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.weights.config import EvidenceConfig
+from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.rules import need_of
+
+FOLDER = "evidence"
+_SETTINGS = {
+    "fisher": ("sensitivity_tokens", "seed"),
+    "coherence": ("semantic_tokens", "top", "before", "after", "encoder", "seed"),
+}
+_CONTEXTS_AT_ONCE = 8
+
+
+def gather(
+    rules: Iterable[str],
+    store: ActivationStore,
+    site: Site,
+    *,
+    model: LanguageModel | None = None,
+    dictionary: Dictionary | None = None,
+    config: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
+) -> Evidence:
+    """Measure what the rules need and the model and dictionary can give, unless it is known.
+
+    Whatever is lacking for want of a model or dictionary is left out: the rule will say so. Raises
+    UsageError for a dictionary of another site or an encoder that is not there; LlmWsaeError for
+    a model that did not make the store.
+    """
+    needs = {need_of(rule) for rule in rules}
+    found: dict[str, Tensor | None] = {}
+    statistics = store.statistics(site)
+    if "dictionary" in needs and dictionary is not None:
+        found["decoder"], found["energy"] = used_decoder(dictionary, site, statistics)
+    for need in sorted(needs & {"fisher", "coherence"}):
+        kept = _Kept(store, site, need, config)
+        found[need] = kept.read()
+        if found[need] is None and model is not None:
+            store.check_model(model.identity())
+            found[need] = _measure(need, model, store, site, config)
+            kept.write(found[need])
+    return Evidence(statistics, **found)
+
+
+def _measure(
+    need: str, model: LanguageModel, store: ActivationStore, site: Site, config: EvidenceConfig
+) -> Tensor:
+    if need == "fisher":
+        return fisher_of(model, store, site, config)
+    encoder = SentenceEncoder.load(config.encoder, device=model.device.type)
+    return coherence_of(store, site, model.tokenizer, encoder, config)
+
+
+class _Kept:
+    """A measurement on disk, good for the same rows and settings only."""
+
+    def __init__(self, store: ActivationStore, site: Site, need: str, config: EvidenceConfig):
+        self._need = need
+        self._path = store.folder / FOLDER / f"{site}.{need}.safetensors"
+        settings = {name: getattr(config, name) for name in _SETTINGS[need]}
+        self._header = json.dumps({"rows": store.identity(site)["sha256"], **settings})
+
+    def read(self) -> Tensor | None:
+        if not self._path.exists():
+            return None
+        try:
+            tensors, metadata = load_tensors(self._path, f"{self._need} of the store")
+        except LlmWsaeError:  # damaged: measured again
+            return None
+        return tensors.get(self._need) if metadata.get("llm_wsae") == self._header else None
+
+    def write(self, measured: Tensor) -> None:
+        try:
+            save_tensors(self._path, {self._need: measured}, {"llm_wsae": self._header})
+        except LlmWsaeError as error:  # a store that may only be read
+            tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
+
+
+def used_decoder(
+    dictionary: Dictionary, site: Site, statistics: Statistics
+) -> tuple[Float[Tensor, "latents d_in"], Float[Tensor, " latents"]]:
+    """Decoder rows of the latents that fire on the site's usual sample, and E z² of each.
+
+    Raises UsageError for a dictionary of another site or width.
+    """
+    if dictionary.site != site:
+        raise UsageError(
+            f"the dictionary {dictionary.info.name!r} explains {dictionary.site}, not {site}; name "
+            "one of the site to be weighed"
+        )
+    with torch.no_grad():
+        sample = statistics.usual_sample.to(dictionary.W_enc.device)
+        codes = dictionary.encode_sparse(sample)
+        energy = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=sample.device)
+        energy.index_add_(0, codes.indices.flatten(), codes.values.flatten().double().square())
+        energy /= max(len(sample), 1)
+        used = energy > 0
+        return dictionary.W_dec[used].detach().cpu(), energy[used].cpu()
+
+
+def fisher_of(
+    model: LanguageModel,
+    store: ActivationStore,
+    site: Site,
+    config: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
+) -> Float[Tensor, "d_in d_in"]:
+    """Fisher information of the model's predictions at the site, on the store's text (float64).
+
+    Raises LlmWsaeError for a model that did not make the store.
+    """
+    store.check_model(model.identity())
+
+    tokens = min(config.sensitivity_tokens, store.num_rows)
+
+    def contexts() -> Iterator[tuple[Tensor, Tensor]]:
+        with tqdm(total=tokens, desc="sensitivity", unit="tok", unit_scale=True) as bar:
+            for piece in _pieces(store, tokens, _CONTEXTS_AT_ONCE):
+                yield piece.ids, piece.keep
+                bar.update(int(piece.keep.sum()))
+
+    return fisher_information(model, contexts(), site, config.seed)
+
+
+def coherence_of(
+    store: ActivationStore,
+    site: Site,
+    tokenizer: Any,
+    encoder: Encoder,
+    config: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
+) -> Float[Tensor, " d_in"]:
+    """How alike the texts are around the rows that are furthest from the mean in a dimension.
+
+    Of the embeddings of the ``top`` most extreme rows on either side, each of another context,
+    beyond that of random texts. Massive rows do not take part. (Float64; Cui et al. 2026, §5, do so
+    with images.)
+
+    Raises LlmWsaeError if too few contexts are read, or the store has too few.
+    """
+    statistics = store.statistics(site)
+    mean, massive = statistics.usual_sample.mean(0), statistics.massive_threshold
+    pieces = zip(*_pieces(store, config.semantic_tokens, _CONTEXTS_AT_ONCE), strict=True)
+    *columns, first_rows = map(torch.cat, pieces)
+    text = HeldoutText(*columns, headers={})
+    extreme, where = [], []
+    for context in tqdm(range(text.num_contexts), desc="extremes", unit="ctx", delay=2):
+        start, stop = text.first_row[context].item(), text.first_row[context + 1].item()
+        first = int(first_rows[context])
+        if start == stop:
+            continue
+        rows = store.rows(site, first, first + stop - start).float()
+        usual = rows.norm(dim=1) <= massive
+        best = (rows - mean).abs_().mul_(usual[:, None]).max(0)
+        extreme.append(best.values)
+        where.append(best.indices + start)
+    if len(extreme) < config.top:
+        some = text.num_contexts < store.manifest.num_contexts
+        raise LlmWsaeError(
+            f"{len(extreme)} contexts with rows are too few to compare the texts of {config.top} "
+            f"of them; {'raise --semantic-tokens' if some else 'harvest more tokens'} "
+            f"({store.folder})"
+        )
+    top = torch.stack(extreme).topk(config.top, dim=0).indices
+    chosen = torch.stack(where).gather(0, top).T  # [d_in, top]
+
+    generator = torch.Generator().manual_seed(config.seed)
+    strangers = torch.randperm(text.num_rows, generator=generator)[:STRANGERS]
+    windows = WindowEmbeddings(text, tokenizer, encoder, config.before, config.after)
+    windows.prepare(torch.cat([chosen.flatten(), strangers]))
+    return beyond_chance(
+        windows.of(chosen), windows.of(strangers), text.context[strangers], generator
+    )
+
+
+class _Piece(NamedTuple):
+    """Contexts of a store."""
+
+    ids: Int[Tensor, "contexts positions"]
+    keep: Bool[Tensor, "contexts positions"]
+    document: Int[Tensor, "contexts positions"]
+    offset: Int[Tensor, "contexts positions"]
+    first_row: Int[Tensor, " contexts"]
+    """Number of each one's first row in the store."""
+
+
+def _pieces(store: ActivationStore, tokens: int, at_once: int) -> Iterator[_Piece]:
+    """About ``tokens`` rows in whole contexts spread evenly over the store, a few at a time."""
+    total = store.manifest.num_contexts
+    wanted = max(1, min(total, -(-tokens * total // max(store.num_rows, 1))))
+    chosen = torch.linspace(0, total - 1, wanted, dtype=torch.float64).round().long()
+    before = 0
+    for shard in range(len(store.manifest.shards)):
+        contexts = store.contexts(shard)
+        keep = torch.from_numpy(contexts.keep)
+        first_row = before + torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
+        first = shard * store.manifest.contexts_per_shard
+        here = chosen[(chosen >= first) & (chosen < first + len(keep))] - first
+        for some in here.split(at_once):
+            ids, document, offset = (
+                torch.from_numpy(a)[some].long()
+                for a in (contexts.ids, contexts.document, contexts.offset)
+            )
+            yield _Piece(ids, keep[some], document, offset, first_row[some])
+        before = int(first_row[-1])

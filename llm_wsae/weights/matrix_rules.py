@@ -1,0 +1,86 @@
+"""Rules for whole matrices: each gives a symmetric positive S [d_in, d_in], and Γ = S^α.
+
+A diagonal Γ can only stretch the axes that the model happens to have; a matrix can stretch any
+direction. ``rotated`` is the control: the same stretching in random directions. ``permuted``
+deals the dimensions out anew, which keeps the spectrum too.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.weights.inputs import Evidence
+
+EIGENVALUE_FLOOR = 1e-3
+"""Smallest eigenvalue of S, in medians of the positive ones: Γ stays invertible, and what is noise
+in the estimate is not blown up by a negative power. (A language model's Fisher information, whose
+smallest is a fifth of the median, never gets there.)"""
+
+LEADING = 16
+"""One of so many directions is a leading one."""
+
+
+def sensitivity(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
+    """S = F, the Fisher information of the model's next-token distribution at the site.
+
+    With α = ½, ½‖Γδ‖² is the KL divergence that a small change δ of the activation causes (second
+    order, Amari 1998); smaller powers go part of the way.
+    """
+    return evidence.fisher.double()
+
+
+def leading_sensitivity(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
+    """S = F on its d_in/16 leading eigenvectors, the mean of the other eigenvalues elsewhere.
+
+    A low-rank change of the plain metric: a few directions are stretched, all others are alike, and
+    what the estimate of F says about those does not matter.
+    """
+    values, vectors = spectrum(sensitivity(evidence))
+    others = len(values) - max(1, len(values) // LEADING)
+    values[:others] = values[:others].mean()
+    return (vectors * values) @ vectors.T
+
+
+def whitening(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
+    """S = Σ^{−½}, Σ the winsorised covariance: ZCA whitening (Bell & Sejnowski 1997).
+
+    Γ = Σ^{−α/2} leaves covariance Σ^{1−α}: α = 1 whitens fully, ½ half of the way. The floor is on
+    the eigenvalues of Σ.
+    """
+    values, vectors = spectrum(evidence.statistics.robust_covariance)
+    return (vectors * values.rsqrt()) @ vectors.T
+
+
+def rotated(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_in d_in"]:
+    """The same spectrum with random eigenvectors, uniform over rotations: what directions add."""
+    values = spectrum(matrix)[0]
+    generator = torch.Generator().manual_seed(draw)
+    gaussian = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    q = q * r.diagonal().sign()  # else QR's convention makes the rotation not uniform
+    return (q * values) @ q.T
+
+
+def permuted(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_in d_in"]:
+    """The matrix of some dimensions given to others: the same values, and the same directions but
+    for the names of the axes."""
+    generator = torch.Generator().manual_seed(draw)
+    order = torch.randperm(len(matrix), generator=generator)
+    return matrix[order][:, order]
+
+
+def spectrum(
+    matrix: Float[Tensor, "d_in d_in"],
+) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
+    """Eigenvalues in rising order, none below the floor, and eigenvectors as columns (float64).
+
+    Raises LlmWsaeError if the matrix is not finite or has no positive eigenvalue.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise LlmWsaeError("a matrix of weights holds NaN or infinite numbers")
+    values, vectors = torch.linalg.eigh(matrix.double())
+    positive = values[values > values[-1] * 1e-12]
+    if not float(values[-1]) > 0:
+        raise LlmWsaeError("a matrix of weights has no positive eigenvalue: the rows do not vary")
+    return values.clamp(min=EIGENVALUE_FLOOR * float(positive.median())), vectors

@@ -1,0 +1,430 @@
+"""Dictionaries in a running model: what they compute, on both backends, and that nothing stays."""
+
+import numpy as np
+import pytest
+import torch
+from attach_targets import SITE, both, dictionary, families, hooks_of, logits, place, sites_of
+from small_dictionaries import make_dictionary
+from tiny import VOCAB
+from tiny_families import WITH_MID, tiny_hf_model
+
+from llm_wsae.attaching.attachment import attach
+from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
+from llm_wsae.data.packing import Context
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.evaluator import evaluate
+from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+
+pytest_plugins = ("attach_targets",)
+no_grad = torch.no_grad()
+
+
+@families()
+@both
+def test_with_the_error_and_no_edit_not_a_bit_changes(model, backend, ids):
+    target = place(model, backend)
+    expected = logits(target, ids)  # TransformerLens sets up hooks of its own at the first forward
+    before = hooks_of(target)
+    dictionaries = [dictionary(site, seed) for seed, site in enumerate(sites_of(model))]
+    with attach(target, dictionaries) as attached:
+        assert torch.equal(logits(target, ids), expected)
+        assert hooks_of(target) != before
+        for one in dictionaries:
+            hidden = model.activations(ids, [one.site])[one.site]
+            latents = attached.latents(one.site)
+            assert latents.shape == (*ids.shape, 80) and not latents[:, 0].any()
+            torch.testing.assert_close(latents[:, 1:], one.encode(hidden[:, 1:]), atol=1e-4, rtol=0)
+    assert hooks_of(target) == before
+    assert attached.sites == [Site.parse(site) for site in sites_of(model)]
+
+
+@families()
+@both
+def test_without_the_error_the_reconstruction_stands_at_the_site(model, backend, ids):
+    target = place(model, backend)
+    for site in sites_of(model):
+        one = dictionary(site)
+        hidden = model.activations(ids, [one.site])[one.site]
+        spliced = hidden.clone()
+        spliced[:, 1:] = one(hidden[:, 1:])
+        with no_grad:
+            expected = model.resume(ids, one.site, spliced)
+        with attach(target, one, error=False):
+            found = logits(target, ids)
+        if backend == "transformers":
+            assert torch.equal(found, expected), site
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(found, logits(target, ids), atol=0.1)
+
+
+@pytest.fixture(scope="module")
+def contexts(model):
+    """Text that the model wrote, so that a splice makes it worse at predicting it."""
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCAB, (12, 1), generator=draw)
+    while ids.shape[1] < 10:
+        chances = model.logits(ids)[:, -1].softmax(1)
+        ids = torch.cat([ids, chances.multinomial(1, generator=draw)], 1)
+    keep = torch.ones(12, 10, dtype=torch.bool)
+    keep[:, 0] = False
+    keep[3, 5] = keep[4, 1] = False  # a special token inside, a second one in front
+    keep[5, 7:] = False  # padding
+    return ids, keep
+
+
+@families("gpt2", "llama", "neox")
+@both
+@pytest.mark.parametrize("point", ["pre", "mid", "post"])
+def test_cross_entropy_is_what_evaluate_reports(model, backend, contexts, point):
+    if point == "mid" and not model.paths.mid:
+        pytest.skip("parallel blocks have no mid")
+    ids, keep = contexts
+    site = Site(2, point)
+    norms = model.activations(ids, [site])[site][keep].norm(dim=1)
+    one = dictionary(str(site), massive_threshold=float(norms.quantile(0.85)))
+    none = np.full(10, -1, np.int32)
+    given = [
+        Context(i.int().numpy(), k.numpy(), none, none) for i, k in zip(*contexts, strict=True)
+    ]
+    config = EvaluateConfig(tokens=int(keep.sum()), batch_tokens=120, bootstraps=10)
+    report = evaluate({"one": one}, model, given, config).dictionaries["one"]
+    assert report.massive_rows > 5 and report.ce_spliced > report.ce_clean + 0.1
+
+    target, scored = place(model, backend), scored_positions(keep)
+    with attach(target, one, error=False, keep=keep):
+        found = logits(target, ids)
+    entropy = float(next_token_sums(found, found, ids, scored)[0].sum() / scored.sum())
+    if backend == "transformers":
+        assert entropy == report.ce_spliced
+    assert entropy == pytest.approx(report.ce_spliced, abs=1e-5)
+    with attach(target, one, error=True, keep=keep):
+        found = logits(target, ids)
+    entropy = float(next_token_sums(found, found, ids, scored)[0].sum() / scored.sum())
+    assert entropy == pytest.approx(report.ce_clean, abs=1e-5)
+
+
+EDITS = {
+    "ablate": lambda latents: [Ablate(latents)],
+    "clamp": lambda latents: [Clamp(latents, 3.0)],
+    "scale": lambda latents: [Scale(latents, -1.5)],
+    "steer": lambda latents: [Steer(latents, 4.0)],
+    "in turn": lambda latents: [Steer(latents, 2.0), Scale(latents, 3.0), Steer(latents, -1.0)],
+    "some places": lambda latents: [
+        Clamp(latents, 5.0, slice(3, 6)),
+        Ablate(latents, slice(8, None)),
+    ],
+}
+
+
+def edited_by_hand(dense, name, latents):
+    """The edits again, on dense latents [contexts, positions, d_sae]."""
+    new = dense.clone()
+    if name == "ablate":
+        new[..., latents] = 0
+    elif name == "clamp":
+        new[..., latents] = 3
+    elif name == "scale":
+        new[..., latents] *= -1.5
+    elif name == "steer":
+        new[..., latents] += 4
+    elif name == "in turn":
+        new[..., latents] = 3 * (new[..., latents] + 2) - 1
+    else:
+        new[:, 3:6, latents] = 5
+        new[:, 8:, latents] = 0
+    new[:, 0] = 0  # the first position is not touched
+    return new
+
+
+@families("gpt2", "llama")
+@both
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("error", [True, False])
+def test_edits(model, backend, ids, name, error):
+    target, one = place(model, backend), dictionary()
+    hidden = model.activations(ids, [one.site])[one.site]
+    dense = one.encode(hidden)
+    dense[:, 0] = 0
+    common = dense.sum((0, 1)).topk(2).indices.tolist()
+    silent = int((dense.sum((0, 1)) == 0).nonzero()[0])
+    latents = [*common, silent]
+    new = edited_by_hand(dense, name, latents)
+    assert not torch.equal(new, dense)
+    expected = (hidden if error else one.decode(dense)) + (new - dense) @ one.W_dec
+    expected[:, 0] = hidden[:, 0]
+    clean = logits(target, ids)
+    with attach(target, one, error=error) as attached:
+        attached.edit(one.site, *EDITS[name](latents))
+        found = logits(target, ids)
+        torch.testing.assert_close(attached.latents(SITE), new, atol=1e-4, rtol=1e-4)
+        assert attached.codes(SITE).indices.shape[:2] == ids.shape
+        attached.clear(SITE)
+        assert torch.equal(logits(target, ids), clean) == error
+    with no_grad:
+        wanted = model.resume(ids, one.site, expected)
+    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
+    if error and name == "some places":  # in front of the first edit not a bit changes
+        assert torch.equal(found[:, :3], clean[:, :3])
+    if error and name == "steer":
+        moved = (expected - hidden)[:, 1:]
+        along = 4 * one.W_dec[latents].sum(0)
+        torch.testing.assert_close(moved, along.expand_as(moved), atol=1e-4, rtol=0)
+
+
+@families("gpt2")
+def test_a_latent_of_an_edit_is_meant_once_whatever_its_type(model, ids):
+    one = dictionary()
+    hidden = model.activations(ids, [one.site])[one.site]
+    common = int(one.encode(hidden).sum((0, 1)).argmax())
+    found = []
+    for latent in (common, [common, common], torch.tensor(common), torch.tensor([common])):
+        with attach(model, one) as attached:
+            attached.edit(one.site, Clamp(latent, 2.0))
+            found.append(logits(model, ids))
+            assert float(attached.latents(SITE)[..., common].max()) == 2
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+    with attach(model, one) as attached:
+        attached.edit(one.site, Clamp([], 2.0))
+        assert torch.equal(logits(model, ids), logits(model, ids))
+
+
+@families("gpt2", "llama")
+@both
+def test_a_function_sees_and_changes_all_latents(model, backend, ids):
+    target, one = place(model, backend), dictionary()
+    seen = []
+    for error in (True, False):
+        with attach(target, one, error=error) as attached:
+            attached.edit(SITE, seen.append)  # returns None: it only looks
+            looked = logits(target, ids)
+            torch.testing.assert_close(seen[-1], attached.latents(SITE), atol=0, rtol=0)
+            attached.edit(SITE, lambda latents: latents * 2 + (latents == 0) * 0.25)
+            mapped, after = logits(target, ids), attached.latents(SITE)
+        assert seen[-1].shape == (*ids.shape, 80) and not seen[-1][:, 0].any()
+        assert torch.equal(seen[0], seen[-1])  # edits act in the order in which they were added
+        expected = seen[-1] * 2 + (seen[-1] == 0) * 0.25
+        torch.testing.assert_close(after[:, 1:], expected[:, 1:])
+        assert not after[:, 0].any()
+        with attach(target, one, error=error):
+            assert torch.equal(looked, logits(target, ids))  # looking changes nothing
+        firing = [int(j) for j in (seen[0] > 0).any(1).any(0).nonzero()[:, 0]]
+        with attach(target, one, error=error) as attached:
+            attached.edit(SITE, Scale(firing, 2.0))  # another way to say the same
+            attached.edit(SITE, lambda latents: latents + (latents == 0) * 0.25)
+            torch.testing.assert_close(logits(target, ids), mapped, atol=1e-3, rtol=1e-3)
+
+
+@families("gpt2", "llama")
+@both
+def test_several_sites_and_nested_blocks(model, backend, ids):
+    target = place(model, backend)
+    early, late = dictionary("blocks.0.hook_resid_mid"), dictionary("blocks.2.hook_resid_pre", 1)
+    again = dictionary("blocks.0.hook_resid_mid", 2)
+    with attach(target, [late, early], error=False) as attached:
+        together = logits(target, ids)
+        assert [str(site) for site in attached.sites] == [early.info.site, late.info.site]
+    with attach(target, late, error=False):
+        alone = logits(target, ids)
+        with attach(target, early, error=False):
+            assert torch.equal(logits(target, ids), together)
+        assert torch.equal(logits(target, ids), alone)
+
+    with attach(target, early, error=False), attach(target, again, error=False) as inner:
+        both_there = logits(target, ids)
+        latents = inner.latents(again.site)
+    hidden = model.activations(ids, [early.site])[early.site]
+    first = early(hidden)[:, 1:]  # the inner one sees the stream that the outer one leaves
+    torch.testing.assert_close(latents[:, 1:], again.encode(first), atol=1e-4, rtol=1e-4)
+    hidden[:, 1:] = again(first)
+    with no_grad:
+        expected = model.resume(ids, early.site, hidden)
+    torch.testing.assert_close(both_there, expected, atol=1e-3, rtol=1e-3)
+
+
+@families("gpt2", "neox-sequential")
+@both
+def test_everything_is_restored_after_an_error(model, backend, ids):
+    target = place(model, backend)
+    clean, before = logits(target, ids), hooks_of(target)
+    dictionaries = [dictionary(site) for site in sites_of(model)]
+    with (
+        pytest.raises(ZeroDivisionError),
+        attach(target, dictionaries, error=False),
+        attach(target, dictionary(), error=False) as attached,
+    ):
+        attached.edit(SITE, lambda latents: 1 / 0)
+        logits(target, ids)
+    assert hooks_of(target) == before
+    assert torch.equal(logits(target, ids), clean)
+
+
+@families("gpt2")
+def test_transformer_lens_own_tools_work_inside(model, ids):
+    bridge, one = model.bridge(), dictionary()
+    seen = []
+    handle_count = len(bridge.hook_dict[SITE].fwd_hooks)
+    bridge.add_hook(SITE, lambda stream, hook: seen.append(stream.clone()))
+    with attach(bridge, one, error=False):
+        spliced = logits(bridge, ids)
+        bridge.reset_hooks()  # the user's hooks go, the dictionary stays
+        with_cache, cache = bridge.run_with_cache(ids)
+        torch.testing.assert_close(with_cache, spliced, atol=1e-5, rtol=1e-5)
+        stream = cache["blocks.1.hook_resid_post"]
+    torch.testing.assert_close(stream[:, 1:], one(seen[0][:, 1:]))
+    assert len(bridge.hook_dict[SITE].fwd_hooks) == handle_count
+    with attach(bridge, one, error=False):
+        bridge.reset_hooks(including_permanent=True)  # asked for, so that is what happens
+        assert not torch.equal(logits(bridge, ids), spliced)
+
+
+@families("gpt2", "llama", "neox")
+def test_a_bridge_has_latents_by_name(model, ids):
+    """As SAELens' users know them: cached, hooked for one run, hooked until reset."""
+    bridge, one = model.bridge(), dictionary()
+    name = f"{SITE}.hook_sae_acts_post"
+    clean = logits(bridge, ids)
+    before = set(bridge.hook_dict)
+
+    def double(latents, hook):
+        assert hook.name == name
+        return latents * 2
+
+    def silence(latents, hook):
+        latents[..., 1::2] = 0  # in place
+
+    for error in (True, False):
+        with attach(bridge, one, error=error) as attached:
+            assert set(bridge.hook_dict) - before == {name}
+            alone = logits(bridge, ids)
+            with no_grad:
+                found, cache = bridge.run_with_cache(ids, names_filter=name)
+            assert list(cache) == [name] and torch.equal(found, alone)  # looking changes nothing
+            assert torch.equal(cache[name], attached.latents(SITE))
+            with no_grad:
+                doubled = bridge.run_with_hooks(ids, fwd_hooks=[(name, double)])
+            torch.testing.assert_close(attached.latents(SITE), cache[name] * 2)
+            assert torch.equal(logits(bridge, ids), alone)
+            bridge.add_hook(name, silence)
+            silenced = logits(bridge, ids)
+            assert not attached.latents(SITE)[..., 1::2].any()
+            bridge.reset_hooks()
+            assert torch.equal(logits(bridge, ids), alone)
+            attached.edit(SITE, Scale(range(80), 2.0))
+            torch.testing.assert_close(logits(bridge, ids), doubled, atol=1e-3, rtol=1e-3)
+            attached.clear()
+            attached.edit(SITE, Ablate(range(1, 80, 2)))
+            torch.testing.assert_close(logits(bridge, ids), silenced, atol=1e-3, rtol=1e-3)
+            with attach(bridge, dictionary(seed=1)) as inner, no_grad:
+                _, cache = bridge.run_with_cache(ids, names_filter=name)
+                assert torch.equal(cache[name], inner.latents(SITE))
+            with no_grad:
+                _, cache = bridge.run_with_cache(ids, names_filter=name)
+            assert torch.equal(cache[name], attached.latents(SITE))
+    assert set(bridge.hook_dict) == before
+    assert torch.equal(logits(bridge, ids), clean)
+
+
+def test_a_live_model_is_hooked_itself_and_stays_as_it_is(ids):
+    hf_model, one = tiny_hf_model("llama").train(), dictionary()
+    with no_grad:
+        clean = hf_model(ids).logits
+    with attach(hf_model, one, error=False), no_grad:
+        spliced = hf_model(input_ids=ids).logits
+    assert hf_model.training and all(p.requires_grad for p in hf_model.parameters())
+    with no_grad:
+        assert torch.equal(hf_model(ids).logits, clean)
+    model = LanguageModel.from_live(hf_model, None)
+    with attach(model, one, error=False):
+        assert torch.equal(model.logits(ids), spliced)
+        with no_grad:
+            assert torch.equal(hf_model(ids).logits, clean)  # that is another model
+
+
+@pytest.mark.parametrize("point", ["pre", "mid", "post"])
+def test_gradients_flow_through_the_reconstruction(ids, point):
+    model = LanguageModel.from_live(tiny_hf_model("llama"), None)
+    one = dictionary(f"blocks.1.hook_resid_{point}")
+    strength = torch.zeros((), requires_grad=True)
+
+    def total(value):
+        with attach(model, one, error=False) as attached:
+            attached.edit(one.site, lambda latents: latents + value * (torch.arange(80) == 5))
+            return model.hf_model(ids).logits.logsumexp(-1).sum()
+
+    total(strength).backward()
+    with no_grad:
+        slope = float((total(1e-2).double() - total(-1e-2).double()) / 2e-2)
+    assert float(strength.grad) == pytest.approx(slope, rel=2e-2)
+
+
+def test_half_precision_models(ids):
+    model = LanguageModel.from_live(tiny_hf_model("llama").bfloat16(), None)
+    clean = model.logits(ids)
+    with attach(model, dictionary()) as attached:
+        assert torch.equal(model.logits(ids), clean)
+        attached.edit(SITE, Steer(3, 1.0))
+        assert model.logits(ids).dtype == torch.bfloat16
+
+
+@families("gpt2", "llama", "neox-sequential", "gemma2")
+@both
+def test_mid_is_refused_where_the_block_reads_two_streams(model, backend, ids):
+    assert set(WITH_MID) >= {"gpt2", "llama", "neox-sequential", "gemma2"}
+    target = place(model, backend)
+    hf_model = model.hf_model if backend == "transformers" else target.original_model
+    block = hf_model.get_submodule(model.paths.blocks)[1]
+    # As of an architecture that casts the stream before the norm.
+    norm = block.get_submodule(model.paths.mid)
+    handle = norm.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
+    logits(target, ids)
+    before = hooks_of(target)
+    try:
+        with (
+            pytest.raises(LlmWsaeError, match=r"blocks\.1\.hook_resid_mid cannot be replaced"),
+            attach(target, dictionary("blocks.1.hook_resid_mid")),
+        ):
+            pass
+        assert hooks_of(target) == before
+    finally:
+        handle.remove()
+
+
+@families("gpt2", "neox")
+@both
+def test_bad_requests_are_sentences(model, backend, ids):
+    target = place(model, backend)
+    logits(target, ids)
+    before = hooks_of(target)
+
+    def refused(match, dictionaries, **options):
+        with pytest.raises(UsageError, match=match), attach(target, dictionaries, **options):
+            logits(target, ids)
+
+    refused("the model has 4 blocks", dictionary("blocks.4.hook_resid_pre"))
+    refused("two dictionaries belong to blocks.1", [dictionary(), dictionary(seed=1)])
+    refused("12 dimensions, but .* has 32", make_dictionary())
+    refused("keep is for 2 contexts", dictionary(), keep=torch.ones(2, 11, dtype=torch.bool))
+    if not model.paths.mid:
+        refused("no blocks.1.hook_resid_mid", dictionary("blocks.1.hook_resid_mid"))
+    with attach(target, dictionary()) as attached:
+        with pytest.raises(UsageError, match=r"no forward pass has reached blocks.1"):
+            attached.codes(SITE)
+        with pytest.raises(UsageError, match=r"did you mean 'blocks.1.hook_resid_post'"):
+            attached.latents("blocks.1.hook_resid_pre")
+        with pytest.raises(UsageError, match=r"no latent 80; .* has latents 0 to 79"):
+            attached.edit(SITE, Ablate([3, 80]))
+        attached.edit(SITE, lambda latents: latents[:, 1:])
+        with pytest.raises(UsageError, match=r"returned \[3, 10, 80\]"):
+            logits(target, ids)
+    assert hooks_of(target) == before
+
+
+def test_other_things_are_no_models():
+    for thing in (torch.nn.Linear(2, 2), "gpt2"):
+        said = f"attached to a {type(thing).__name__}; give a Transf"
+        with pytest.raises(UsageError, match=said), attach(thing, dictionary()):
+            pass

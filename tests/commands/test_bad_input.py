@@ -1,0 +1,429 @@
+"""Whatever a user gets wrong: one sentence that names it, the right exit code, and everything on
+disk as it was. Each kind of mistake once, through the command line; details are tested where the
+mistake is found."""
+
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import tiny
+import torch
+from command_line import HARVEST, SITE, TRAIN, call, content, make_world, save_model, works
+from huggingface_hub.utils import httpx
+from safetensors.torch import load_file, save_file
+
+from llm_wsae.data.manifest import Manifest, whole_shards
+from llm_wsae.data.text_sources import HubSource
+from llm_wsae.files import folder_lock
+
+SIZE = ("--context-size", 16)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """What test_cli.py has, and more that is wrong with it."""
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    save_model(folder / "other", seed=5)
+    save_model(folder / "wide", width=32)
+    save_model(folder / "broken", broken=True)
+    (folder / "nothing").mkdir()
+    (folder / "empty.txt").touch()
+    (folder / "blank.txt").write_text("\n \n")
+    (folder / "image.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\xff")
+    (folder / "program.txt").write_bytes(b"ELF\x00\x01")
+    (folder / "torn.jsonl").write_text('{"text": "w1"}\n{"text": "w2\n')
+    save_file({"gamma": torch.ones(9)}, folder / "short.safetensors")
+    save_file({"gamma": torch.full((16,), torch.nan)}, folder / "nan.safetensors")
+    (folder / "notes.safetensors").write_text("my notes")
+    shutil.copytree(folder / "trained/uniform-k4", folder / "torn")
+    torn = folder / "torn/sae_weights.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-40])
+    shutil.copytree(folder / "trained/uniform-k4", folder / "half")
+    (folder / "half/cfg.json").unlink()
+    (folder / "foreign").mkdir()
+    (folder / "foreign/cfg.json").write_text('{"architecture": "gated"}')
+    return folder
+
+
+@pytest.fixture
+def refused(world, monkeypatch):
+    """Run a command that must fail: its one sentence."""
+
+    def check(code: int, *words, said: tuple = ()) -> str:
+        monkeypatch.chdir(world)
+        before = content(world)
+        result = call(*words)
+        assert result.code == code, result.err
+        assert result.out == "" and "Traceback" not in result.err
+        sentence, *more = [line for line in result.err.splitlines() if line.startswith("llm-wsae:")]
+        assert not more and result.err.endswith(f"{sentence}\n")
+        for part in said:
+            assert str(part) in sentence
+        assert content(world) == before
+        return sentence
+
+    return check
+
+
+HARVESTING = ("harvest", "--model", "model", "--corpus", "text.jsonl", *HARVEST)
+TRAINING = ("train", "store", *TRAIN)
+EVALUATING = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 100)
+RUNNING = ("run", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, *SIZE)
+WEIGHING = ("weigh", "store", "--site", SITE)
+
+# name: (exit code, the command without --out, what the sentence holds)
+MISTAKES = {
+    "command": (2, ("harvst",), ["no command 'harvst'", "did you mean 'harvest'?"]),
+    "model on the hub": (
+        1,
+        ("harvest", "--model", "nosuch/model", "--corpus", "text.jsonl", *HARVEST),
+        ["'nosuch/model' is neither a local folder", "check the name and the network"],
+    ),
+    "model folder": (
+        2,
+        ("run", "--model", "./nowhere", "--corpus", "text.jsonl", "--site", SITE),
+        ["there is no model at ./nowhere", "or a Hub id such as gpt2"],
+    ),
+    "folder without a model": (
+        2,
+        ("harvest", "--model", "nothing", "--corpus", "text.jsonl", *HARVEST),
+        ["the folder nothing holds no config.json", "give one with config.json and weights"],
+    ),
+    "site out of range": (
+        2,
+        (*HARVESTING, "--site", "blocks.7.hook_resid_post"),
+        ["no blocks.7.hook_resid_post", "the model has 3 blocks", "to blocks.2.hook_resid_post"],
+    ),
+    "site misspelt": (
+        2,
+        (*HARVESTING, "--site", "blocks.1.hook_resid_pots"),
+        ["'blocks.1.hook_resid_pots' is not a site", "did you mean 'blocks.1.hook_resid_post'"],
+    ),
+    "site in run": (2, (*RUNNING, "--site", "block.1"), ["'block.1' is not a site"]),
+    "no site": (2, (*HARVESTING, "--site"), ["at least one site, e.g. --site blocks.8."]),
+    "site not in the store": (
+        2,
+        ("weigh", "store", "--site", "blocks.1.hook_resid_pre"),
+        ["the store store has no blocks.1.hook_resid_pre", f"did you mean {SITE!r}?"],
+    ),
+    "corpus empty": (1, (*HARVESTING, "--corpus", "empty.txt"), ["corpus empty.txt is empty"]),
+    "corpus blank": (1, (*HARVESTING, "--corpus", "blank.txt"), ["blank.txt holds no text"]),
+    "corpus binary": (1, (*HARVESTING, "--corpus", "image.txt"), ["image.txt is not UTF-8 text"]),
+    "corpus with NUL": (1, (*HARVESTING, "--corpus", "program.txt"), ["it holds NUL bytes"]),
+    "corpus torn": (1, (*HARVESTING, "--corpus", "torn.jsonl"), ["torn.jsonl, line 2: not JSON"]),
+    "corpus missing": (2, (*HARVESTING, "--corpus", "no.txt"), ["no file or folder no.txt"]),
+    "corpus not on the hub": (
+        2,
+        (*HARVESTING, "--corpus", "no/such"),
+        ["no file, text package or reachable Hub dataset 'no/such'"],
+    ),
+    "corpus too small": (
+        1,
+        (*HARVESTING, "--tokens", 90_000),
+        ["train part of the corpus text.jsonl", "16,944 tokens", "90,000 asked for"],
+    ),
+    "held-out text too short": (
+        1,
+        ("evaluate", "trained/uniform-k4", *EVALUATING, "--tokens", 90_000),
+        ["holds 2,259 tokens", "90,000 tokens"],
+    ),
+    "context too long": (2, (*HARVESTING, "--context-size", 65), ["model, which reads at most 64"]),
+    "tokens": (2, (*HARVESTING, "--tokens", 0), ["tokens is 0; it must be at least 1"]),
+    "seed of the rows": (2, (*TRAINING, "--seed", -1), ["seed must be at least 0, not -1"]),
+    "seed of an evaluation": (
+        2,
+        ("evaluate", "trained/uniform-k4", *EVALUATING, "--seed", -1),
+        ["seed is -1, but must be at least 0"],
+    ),
+    "device": (2, (*TRAINING, "--device", "tpu"), ["no device 'tpu' on this machine; it has"]),
+    "k": (
+        2,
+        (*TRAINING, "--k", 65),
+        ["k = 65", "the dictionary's 64 latents", "smaller k or a larger expansion"],
+    ),
+    "k in run": (2, (*RUNNING, "--k", 200), ["k = 200", "the dictionary's 128 latents"]),
+    "k twice": (2, (*TRAINING, "--k", 4, 4), ["uniform-k4 is asked for twice"]),
+    "nothing to train": (2, (*TRAINING, "--rule"), ["there is nothing to train"]),
+    "l1": (2, (*TRAINING, "--k", 4, "--l1", -1), ["L1 coefficient", "-1"]),
+    "batch": (2, (*TRAINING, "--batch-size", 9999), ["rows are less than one batch of 9999"]),
+    "rule": (2, (*WEIGHING, "--rule", "varianc"), ["rule 'varianc'; did you mean 'variance'"]),
+    "rule in train": (2, (*TRAINING, "--rule", "kurtoses"), ["did you mean 'kurtosis'"]),
+    "rule without evidence": (
+        2,
+        (*WEIGHING, "--rule", "permuted:gap"),
+        ["the rule 'permuted:gap' needs a first dictionary", "--dictionary DICT"],
+    ),
+    "rule without evidence in train": (
+        2,
+        (*TRAINING, "--rule", "sensitivity"),
+        ["the rule 'sensitivity' needs the model", "llm-wsae weigh", "--model M", "--weights"],
+    ),
+    "rule without evidence in run": (2, (*RUNNING, "--rule", "gap"), ["needs a first dictionary"]),
+    "form": (
+        2,
+        (*WEIGHING, "--form", "matrix"),
+        ["'variance' has no matrix form", "sensitivity, whitening"],
+    ),
+    "form in run": (2, (*RUNNING, "--form", "diagonal", "--rule", "whitening"), ["only a matrix"]),
+    "clip": (2, (*WEIGHING, "--clip", 0.5), ["clip must be a factor of at least 1"]),
+    "annealed space": (
+        2,
+        (*TRAINING, "--place", "space", "--anneal", 0.5),
+        ["only weights in the loss can be annealed", "anneal to 0 or place to loss"],
+    ),
+    "weights of tokens in a space": (
+        2,
+        (*RUNNING, "--rule", "token-norm", "--place", "space"),
+        ["'token-norm' weighs tokens", "leave place"],
+    ),
+    "rule in run": (2, (*RUNNING, "--rule", "varience"), ["did you mean 'variance'"]),
+    "weights of another site": (
+        1,
+        (*TRAINING, "--k", 4, "--weights", "short.safetensors"),
+        ["for 9 dimensions, but the site has 16", "llm-wsae weigh"],
+    ),
+    "weights not finite": (
+        1,
+        (*TRAINING, "--k", 4, "--weights", "nan.safetensors"),
+        ["the weights must be finite"],
+    ),
+    "weights unreadable": (
+        1,
+        (*TRAINING, "--weights", "notes.safetensors"),
+        ["notes.safetensors is not a readable weights file"],
+    ),
+    "weights missing": (1, (*TRAINING, "--weights", "no.safetensors"), ["there is no no.safe"]),
+    "store missing": (
+        1,
+        ("train", "nowhere", "--site", SITE),
+        ["there is no activation store nowhere"],
+    ),
+    "store foreign": (
+        1,
+        ("weigh", "nothing", "--site", SITE),
+        ["nothing is not an activation store: it has no manifest.json"],
+    ),
+    "dictionary torn": (
+        1,
+        ("evaluate", "torn", *EVALUATING),
+        ["torn/sae_weights.safetensors is not a readable weights file"],
+    ),
+    "dictionary incomplete": (1, ("evaluate", "half", *EVALUATING), ["half", "lacks cfg.json"]),
+    "dictionary foreign": (
+        1,
+        ("evaluate", "trained/uniform-k4", "store", *EVALUATING),
+        ["store holds .lock", "and no dictionary that can be read"],
+    ),
+    "dictionary missing": (
+        1,
+        ("evaluate", "nowhere", *EVALUATING),
+        ["nowhere is not a folder"],
+    ),
+    "dictionary of another model": (
+        2,
+        ("evaluate", "trained/uniform-k4", *EVALUATING, "--model", "wide"),
+        ["has 16 dimensions, but wide has 32", "the model it was trained on"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(refused, tmp_path, mistake):
+    code, command, said = MISTAKES[mistake]
+    out = tmp_path / "new.safetensors"
+    refused(code, *command, *([] if mistake == "command" else ["--out", out]), said=said)
+    assert not out.exists()
+
+
+IMPOSSIBLE = {
+    "unknown option": (("verify", "store", "--depth", 3), ["unrecognized", "--depth"]),
+    "misspelt option": ((*TRAINING, "--out", "x", "--expantion", 3), ["expantion", "--expansion"]),
+    "missing options": (("harvest",), ["missing", "--model", "--corpus", "--site", "--out"]),
+    "not a number": ((*TRAINING, "--out", "x", "--k", "many"), ["--k", "'many'"]),
+    "no folder": (("evaluate", *EVALUATING, "--out", "x"), ["dictionary folder"]),
+    "architecture": (
+        (*TRAINING, "--out", "x", "--architecture", "batchtopk"),
+        ["--architecture", "batch-topk"],
+    ),
+    "choice": ((*HARVESTING, "--out", "x", "--dtype", "int8"), ["--dtype", "bfloat16"]),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_the_parser_refuses(refused, name):
+    words, said = IMPOSSIBLE[name]
+    refused(2, *words, "--json", said=said)
+
+
+def test_files_that_cannot_receive_the_result(refused):
+    refused(2, *WEIGHING, "--out", "weights.json", said=["a .safetensors file", "weights.json"])
+    refused(2, "evaluate", "trained/uniform-k4", *EVALUATING, "--out", "nothing",
+            said=["nothing is a folder"])  # fmt: skip
+    refused(2, "evaluate", "trained/uniform-k4", *EVALUATING, "--out", "empty.txt/report.json",
+            said=["--out cannot be empty.txt/report.json", "is not a folder"])  # fmt: skip
+    refused(1, *HARVESTING, "--out", "empty.txt", said=["cannot write into empty.txt"])
+    refused(1, *HARVESTING, "--out", "trained", said=["trained holds other files"])
+
+
+def test_a_store_of_another_model_or_form(refused):
+    harvest = (*HARVESTING, "--out", "store", "--dtype", "float32")
+    sentence = refused(1, *harvest, "--model", "other",
+                       said=["store holds another harvest", "model name is 'model', not 'other'",
+                             "choose another folder"])  # fmt: skip
+    assert len(sentence) < 400
+    refused(1, *HARVESTING, "--out", "store", "--dtype", "bfloat16",
+            said=["its dtype is 'float32', not 'bfloat16'"])  # fmt: skip
+    refused(1, *harvest, "--context-size", 8, said=["packing context_size is 16, not 8"])
+    refused(1, *harvest, "--tokens", 100, said=["already holds 5,008 tokens", "112 asked for"])
+
+
+def test_a_training_with_other_settings(refused):
+    sentence = refused(1, *TRAINING, "--k", 5, "--out", "trained", "--seed", 3,
+                       said=["trained holds a training with other settings",
+                             "arms uniform-k4 is there, but not asked for",
+                             "arms uniform-k5 is asked for, but not there",
+                             "seed: 0 there, 3 asked for"])  # fmt: skip
+    assert sentence.endswith("choose another folder, or delete that one")
+
+
+def test_two_harvests_into_one_folder(refused, world, tmp_path):
+    out = tmp_path / "store"
+    shutil.copytree(world / "store", out)
+    before = content(out)
+    with folder_lock(out, "activation store"):
+        refused(1, *HARVESTING, "--out", out, "--dtype", "float32",
+                said=["another process is writing the activation store in", out])  # fmt: skip
+    assert content(out) == before
+
+
+def test_the_hub_out_of_reach(refused, monkeypatch, tmp_path):
+    def unreachable(*_, **__):
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    refused(1, *HARVESTING, "--corpus", "owner/texts", "--out", tmp_path / "out",
+            said=["'owner/texts'", "the Hub cannot be reached"])  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+class Rows:
+    """A streamed dataset whose connection breaks behind so many rows."""
+
+    features = None
+
+    def __init__(self, rows: range):
+        self.rows = rows
+
+    def skip(self, count: int) -> "Rows":
+        return Rows(self.rows[count:])
+
+    def __iter__(self):
+        for number in self.rows:
+            yield {"text": tiny.words(number, 50)}
+        if self.rows.stop < 400:
+            raise ConnectionError("Server disconnected")
+
+
+def test_a_connection_that_breaks(refused, monkeypatch, tmp_path):
+    harvest = (*HARVESTING, "--corpus", "owner/texts", "--out", tmp_path / "store")
+    monkeypatch.setattr(HubSource, "_find_revision", lambda self: "0" * 40)
+    monkeypatch.setattr(HubSource, "_load", lambda self: Rows(range(70)))
+    refused(1, *harvest, said=["dataset owner/texts broke off near document 69",
+                               "Server disconnected", "same command again to go on"])  # fmt: skip
+    assert whole_shards(tmp_path / "store", Manifest.load(tmp_path / "store"))
+    monkeypatch.setattr(HubSource, "_load", lambda self: Rows(range(400)))
+    works(*harvest)
+    whole = tmp_path / "whole"
+    works(*harvest, "--out", whole)
+    assert content(whole) == content(tmp_path / "store")
+
+
+def test_activations_that_are_not_finite(refused, tmp_path):
+    out = tmp_path / "store"
+    refused(1, *HARVESTING, "--model", "broken", "--out", out,
+            said=[f"{SITE}, shard 00000: 469 of 469 rows hold NaN or infinite"])  # fmt: skip
+    assert whole_shards(out, Manifest.load(out)) == {} and not list(out.rglob("*.safetensors"))
+
+
+def test_a_store_that_holds_nan(refused, world, tmp_path):
+    store, out = tmp_path / "store", tmp_path / "trained"
+    shutil.copytree(world / "store", store)
+    shard = store / SITE / "00002.safetensors"
+    rows = load_file(shard)["activations"]
+    rows[5, 3], rows[6, 0], rows[6, 1] = torch.nan, torch.inf, torch.nan
+    save_file({"activations": rows}, shard)
+    before = content(store)
+    refused(1, "train", store, *TRAIN, "--k", 4, "--out", out, said=[f"2 rows of {shard}"])
+    assert content(store) == before and not (out / "uniform-k4").exists()
+
+
+def test_a_full_disk(refused, world, tmp_path):
+    """A limit on the size of files stands in for a full disk: too little for the second shard."""
+    out = tmp_path / "store"
+    harvest = ("harvest", "--model", world / "model", "--corpus", world / "text.jsonl", *HARVEST,
+               "--dtype", "float32", "--out", out)  # fmt: skip
+    works(*harvest, "--tokens", 1024)
+    shard = {path: data for path, data in content(out).items() if "/00000." in path}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        refused(1, *harvest, said=["cannot write", out, "free some space or choose another folder"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    left = content(out)
+    assert len(shard) == 3 and shard.items() <= left.items()
+    assert not [path for path in left if path.endswith(".partial")]
+    works(*harvest)
+    assert content(out) == content(world / "store")
+
+
+def damaged(store: Path) -> dict[str, str]:
+    """Damages three files of a store; what must be said about each."""
+    flipped, short, gone = (store / SITE / f"0000{i}.safetensors" for i in range(3))
+    byte = bytearray(flipped.read_bytes())
+    byte[-9] ^= 4
+    flipped.write_bytes(byte)
+    short.write_bytes(short.read_bytes()[:-64])
+    gone.unlink()
+    return {
+        str(flipped): "is damaged: its checksum does not fit",
+        str(short): "is truncated",
+        str(gone): "is missing",
+    }
+
+
+def test_verify_names_every_damaged_file(refused, world, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(world / "store", store)
+    said = [f"{path} {problem}" for path, problem in damaged(store).items()]
+    sentence = refused(1, "verify", store, said=said)
+    assert sentence.count(";") == 2
+    refused(1, "verify", "torn", said=["torn/sae_weights.safetensors is not a readable"])
+    refused(1, "verify", "half", said=["half", "lacks cfg.json"])
+    refused(1, "verify", "foreign", said=["foreign holds cfg.json and no dictionary"])
+    refused(1, "verify", "nothing", said=["nothing is neither an activation store", "nor a dict"])
+    refused(1, "verify", "nowhere", said=["there is no folder nowhere"])
+
+
+def test_debug_shows_where_it_happened(world, monkeypatch):
+    monkeypatch.chdir(world)
+    for words, code in ((("weigh", "nowhere", "--site", SITE), 1), ((*TRAINING, "--k", 99), 2)):
+        result = call(*words, "--out", "x.safetensors", "--debug")
+        assert result.code == code and result.out == ""
+        first, *_, last = result.err.splitlines()
+        assert first == "Traceback (most recent call last):" and last.startswith("llm-wsae: ")
+
+
+def test_verify_finds_a_flipped_bit_of_a_dictionary(refused, world, tmp_path):
+    shutil.copytree(world / "trained/uniform-k4", tmp_path / "flipped")
+    weights = tmp_path / "flipped/sae_weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1  # a number that is as good as the old one
+    weights.write_bytes(data)
+    said = ["flipped, sae_weights.safetensors changed since it was saved"]
+    refused(1, "verify", tmp_path / "flipped", said=said)

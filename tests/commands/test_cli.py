@@ -1,0 +1,369 @@
+"""Every command on a tiny model and real files: what it prints, what it leaves, what a second call
+does. Bad input is in test_bad_input.py."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import HARVEST, SITE, TRAIN, call, content, make_world, works
+from foreign_folders import GEMMA, WRITERS, gemma_scope, place
+from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
+
+import llm_wsae.cli
+import llm_wsae.pipeline
+from llm_wsae.cli import COMMANDS
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.model.site import Site
+
+RUN = ("--site", SITE, "--tokens", 5000, "--context-size", 16, "--k", 4, "--eval-tokens", 500)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def model_and_corpus(world):
+    return ("--model", world / "model", "--corpus", world / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def ran(model_and_corpus, tmp_path_factory):
+    """A whole run, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return out, works("run", *model_and_corpus, *RUN, "--out", out)
+
+
+def is_figure(path: Path) -> bool:
+    height, width, _ = imread(path).shape
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and min(height, width) > 200
+
+
+def check_record(path: Path, command: str, **config) -> None:
+    record = json.loads(path.read_text())
+    assert record["command"] == command
+    assert config.items() <= record["config"].items()
+    assert record["versions"]["torch"] == version("torch")
+
+
+def test_the_version():
+    assert call("--version").out == f"llm-wsae {version('llm-wsae')}\n"
+
+
+def test_help_names_every_command():
+    for words in (["--help"], ["-h"]):
+        result = call(*words)
+        assert result.code == 0 and result.err == ""
+        for name, command in COMMANDS.items():
+            assert f"  {name:<10}{command.__doc__.splitlines()[0]}" in result.out
+    nothing = call()
+    assert (nothing.code, nothing.out) == (2, "") and nothing.err.startswith("usage: llm-wsae")
+
+
+FLAGS = {
+    "run": "model corpus site out tokens context-size rule alpha k architecture expansion seeds "
+    "train-tokens eval-tokens text-column revision device model-dtype place form clip anneal draw",
+    "harvest": "model corpus site out part text-column revision device model-dtype context-size "
+    "prepend-bos one-document-per-context drop-positions drop-special tokens dtype batch-tokens "
+    "shard-tokens",
+    "weigh": "site out rule alpha dictionary model revision device model-dtype place form clip "
+    "anneal draw sensitivity-tokens semantic-tokens top before after encoder seed",
+    "train": "site out rule alpha weights k architecture l1 seeds expansion tokens batch-size "
+    "learning-rate warmup decay aux-coefficient dead-after checkpoint-seconds log-every seed "
+    "device shard dtype tracker place form clip anneal draw",
+    "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
+    "device model-dtype monosemantic monosemantic-tokens encoder labels keep",
+    "study": "model corpus site out rule alpha k curve seeds architecture expansion train-tokens "
+    "eval-tokens score-tokens encoder labels dictionary keep-dictionaries text-column revision "
+    "device model-dtype place form clip anneal draw",
+    "inspect": "latent store text model top revision device model-dtype",
+    "theory": "out experiments seeds steps batch-size spare-latents rows workers",
+    "push": "private revision license",
+    "pull": "out revision",
+    "list": "revision",
+    "verify": "site",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_those_that_were_promised(command):
+    """Users' scripts hang on them: add one here on purpose, and take none away."""
+    result = call(command, "--help")
+    assert result.code == 0 and result.err == ""
+    shown = set(re.findall(r"^[^\w\n-]*--([a-z][a-z0-9-]*)", result.out, re.MULTILINE))
+    assert shown == set(FLAGS[command].split())
+
+
+def test_a_device_without_memory_is_one_sentence(monkeypatch):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs.")
+
+    monkeypatch.setattr(llm_wsae.cli, "_parsed", lambda command, words: full)
+    result = call("list", "user/saes")
+    assert (result.code, result.out) == (1, "") and len(result.err.splitlines()) == 1
+    assert "ran out of memory (CUDA out of memory. Tried to allocate 2 GiB.)" in result.err
+
+
+def test_harvest(world, model_and_corpus, tmp_path):
+    out = tmp_path / "store"
+    words = ("harvest", *model_and_corpus, *HARVEST, "--out", out, "--dtype", "float32")
+    result = works(*words, "--json")
+    tokens = [load_file(path) for path in sorted((out / "tokens").iterdir())]
+    assert len(tokens) == 5 and sum(len(t["ids"]) for t in tokens) == 313  # 5000 / 16, rounded up
+    rows = sum(int((t["ids"][:, 1:] < 50).sum()) for t in tokens)  # special tokens give none
+    assert result.json == {"store": str(out), "rows": rows, "d_in": 16, "massive": {SITE: 0}}
+    assert "harvest: 100%" in result.err and "loading" in result.err
+    check_record(
+        out / "harvest.json",
+        "harvest",
+        model="model",
+        corpus=str(world / "text.jsonl"),
+        part="train",
+        tokens=5000,
+        dtype="float32",
+    )
+    assert content(out) == content(world / "store")  # the same command gives the same bytes
+
+    again = works(*words)
+    assert f"{out} is already complete" in again.err and "harvest:" not in again.err
+    assert f"{rows:,} rows of 16 dimensions at each site in {out}" in again.out
+    assert content(out) == content(world / "store")
+
+
+def test_weigh(world, tmp_path):
+    out = tmp_path / "weights.safetensors"
+    words = ("weigh", world / "store", "--site", SITE, "--out", out, "--alpha", -0.5)
+    result = works(*words, "--json")
+    facts = result.json
+    statistics = ActivationStore.open(world / "store").statistics(Site.parse(SITE))
+    assert facts["rows"] == statistics.count and facts["dimensions"] == 16
+    uniform, inverse = facts["weights"]
+    assert (uniform["name"], inverse["name"]) == ("uniform", "variance-a-0.5")
+    gamma = load_file(out)["gamma"].double()
+    wanted = statistics.variance**-0.5
+    torch.testing.assert_close(gamma / gamma.sum(), wanted / wanted.sum(), rtol=1e-5, atol=0)
+    assert inverse["gamma_max"] == pytest.approx(float(gamma.max()))
+    share = gamma**2 * statistics.robust_variance
+    effective = float(share.sum() ** 2 / (share**2).sum())
+    assert inverse["effective_dimensions"] == pytest.approx(effective)
+    assert is_figure(tmp_path / "weights.png")
+    check_record(tmp_path / "weights.json", "weigh", site=SITE, rule="variance", alpha=-0.5)
+    again = works(*words)
+    assert f"variance-a-0.5{effective:>25.1f}" in again.out
+    assert again.out.endswith(f"weights  {out}\nplot     {tmp_path / 'weights.png'}\n")
+
+
+def test_a_store_remembers_the_number_format_of_its_model(world, model_and_corpus, tmp_path):
+    """Another machine may choose another one by itself."""
+    for dtype in ("float32", "bfloat16"):
+        store = tmp_path / dtype
+        works("harvest", *model_and_corpus, *HARVEST, "--model-dtype", dtype, "--out", store)
+        assert ActivationStore.open(store).manifest.model["dtype"] == dtype
+        words = ("weigh", store, "--site", SITE, "--rule", "sensitivity", "--form", "diagonal",
+                 "--model", world / "model", "--sensitivity-tokens", 200)  # fmt: skip
+        other = "float32" if dtype == "bfloat16" else "bfloat16"
+        wrong = call(*words, "--model-dtype", other, "--out", tmp_path / "w.safetensors")
+        assert wrong.code == 1 and f"load it with --model-dtype {dtype}" in wrong.err
+        works(*words, "--out", tmp_path / f"{dtype}.safetensors")
+
+
+def test_train(world, tmp_path):
+    own = torch.linspace(1, 2, 16)
+    save_file({"anything": own}, tmp_path / "own.safetensors")
+    out = tmp_path / "trained"
+    words = ("train", world / "store", *TRAIN, "--rule", "uniform", "robust-variance",
+             "--alpha", 0.25, "--weights", tmp_path / "own.safetensors", "--k", 4,
+             "--l1", 0.01, "--seeds", 0, 7, "--out", out)  # fmt: skip
+    result = works(*words, "--json")
+    weights = ("uniform", "robust-variance-a0.25", "own")
+    names = [
+        f"{w}-{s}{seed}" for w in weights for s in ("k4", "relu-l0.01") for seed in ("", "-s7")
+    ]
+    assert sorted(result.json) == sorted(names)
+    rows = ActivationStore.open(world / "store").num_rows
+    for name, numbers in result.json.items():
+        dictionary = Dictionary.load(out / name)
+        assert dictionary.d_sae == 64 and str(dictionary.site) == SITE
+        assert dictionary.info.training["num_steps"] == rows // 256
+        assert 0 < numbers["fvu"] < 1.5 and 0 <= numbers["dead"] <= 1
+        assert numbers["l0"] <= 4 if "-k4" in name else numbers["l0"] > 4
+    gamma = Dictionary.load(out / "own-k4").extras["gamma"]
+    torch.testing.assert_close(gamma / gamma[0], own, rtol=1e-5, atol=0)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == rows // 256 and sorted(log[-1]["arms"]) == sorted(names)
+    assert log[-1]["arms"]["uniform-k4"]["fvu"] == result.json["uniform-k4"]["fvu"]
+    check_record(out / "train.json", "train", k=[4], l1=[0.01], seeds=[0, 7], batch_size=256)
+
+    before = content(out)
+    again = works(*words)
+    assert content(out) == before and again.err == ""  # no bar: nothing was trained
+    fvu = result.json["own-k4-s7"]["fvu"]
+    assert re.search(rf"^own-k4-s7 +{fvu:.4f} ", again.out, re.MULTILINE)
+
+
+def test_train_every_architecture(world, model_and_corpus, tmp_path):
+    out, kinds = tmp_path / "trained", ("topk", "batch-topk", "matryoshka", "jumprelu")
+    words = ("train", world / "store", *TRAIN, "--rule", "uniform", "--k", 4)
+    result = works(*words, "--architecture", *kinds, "--out", out, "--json")
+    names = ["uniform-k4", *(f"uniform-{kind}-k4" for kind in kinds[1:])]
+    assert list(result.json) == names
+    check_record(out / "train.json", "train", k=[4], architecture=list(kinds))
+    written = [json.loads((out / name / "cfg.json").read_text())["architecture"] for name in names]
+    assert written == ["topk", "jumprelu", "jumprelu", "jumprelu"]
+    folders = [out / name for name in names]
+    measured = works("evaluate", *folders, *model_and_corpus, "--tokens", 500,
+                     "--out", tmp_path / "report.json", "--json").json["dictionaries"]  # fmt: skip
+    for name in names:  # on other text
+        assert measured[name]["l0"] == pytest.approx(result.json[name]["l0"], rel=0.2)
+        assert measured[name]["fvu"] == pytest.approx(result.json[name]["fvu"], abs=0.1)
+    assert measured["uniform-batch-topk-k4"]["l0"] == pytest.approx(4, rel=0.2)
+
+
+def test_evaluate(world, model_and_corpus, tmp_path):
+    out = tmp_path / "report.json"
+    plain, weighted = world / "trained/uniform-k4", world / "trained/variance-a0.5-k4"
+    words = ("evaluate", plain, weighted, *model_and_corpus, "--tokens", 500, "--out", out)
+    result = works(*words, "--json")
+    report = json.loads(out.read_text())
+    assert result.json.items() <= report.items()
+    assert report["command"] == "evaluate" and report["versions"]["torch"] == version("torch")
+    assert list(report["dictionaries"]) == ["uniform-k4", "variance-a0.5-k4"]
+    measured = report["dictionaries"]["uniform-k4"]
+    assert 500 <= measured["rows"] < 515 and 0 < measured["l0"] <= 4
+    trained = Dictionary.load(plain).info.metrics["training"]["fvu"]
+    assert measured["fvu"] == pytest.approx(trained, abs=0.1)  # the same text, other documents
+    before = out.read_bytes()
+    again = works(*words)
+    assert out.read_bytes() == before
+    assert re.search(rf"^uniform-k4 +{measured['fvu']:.3f} ", again.out, re.MULTILINE)
+    assert again.out.endswith(f"report  {out}\n")
+
+
+def test_dictionaries_of_one_name_are_told_apart(world, model_and_corpus, tmp_path):
+    plain = world / "trained/uniform-k4"
+    copy = tmp_path / "uniform-k4"
+    Dictionary.load(plain).save(copy)
+    result = works("evaluate", plain, copy, *model_and_corpus, "--tokens", 100,
+                   "--out", tmp_path / "r.json", "--json")  # fmt: skip
+    assert list(result.json["dictionaries"]) == [str(plain), str(copy)]
+
+
+def test_verify(world):
+    for folder, kind in ((world / "store", "store"), (world / "trained/uniform-k4", "dictionary")):
+        assert works("verify", folder).out == f"{folder}: {kind} is whole\n"
+        result = works("--json", "verify", folder)
+        assert result.json == {"folder": str(folder), "kind": kind, "ok": True}
+
+
+def test_verify_knows_every_layout_that_is_read(tmp_path):
+    for layout in ("saelens-topk", "sparsify", "learning-BatchTopKSAE"):
+        folder = place(tmp_path, layout)
+        WRITERS[layout](folder)
+        assert f"{folder}: dictionary is whole" in works("verify", folder).out
+    scope = tmp_path / GEMMA
+    gemma_scope(scope)
+    works("verify", scope)
+    nameless = tmp_path / "nameless"
+    WRITERS["sparsify"](nameless)
+    assert "does not say where it belongs" in call("verify", nameless).err
+    works("verify", nameless, "--site", SITE)
+
+
+def test_run_leaves_everything_in_one_folder(ran):
+    out, result = ran
+    here = out / SITE
+    arms = ["uniform-k4", "variance-a0.5-k4", "variance-a-0.25-k4"]
+    names = {"profile.json", "profile.png", "report.json", "fidelity.png", "log.jsonl"}
+    assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
+    assert is_figure(here / "profile.png") and is_figure(here / "fidelity.png")
+    report = json.loads((here / "report.json").read_text())["dictionaries"]
+    for name in arms:
+        metrics = Dictionary.load(here / name).info.metrics
+        assert metrics["fidelity"]["fvu"] == report[name]["fvu"] < 1
+        assert re.search(rf"^{name} +{report[name]['fvu']:.3f} ", result.out, re.MULTILINE)
+        assert str(here / name) in result.out
+    check_record(out / "run.json", "run", model="model", k=[4], alpha=[0.5, -0.25])
+    stages = re.findall(r"^\[(\d)/4\] (\w+)", result.err, re.MULTILINE)
+    assert stages == [("1", "harvest"), ("2", "weigh"), ("3", "train"), ("4", "evaluate")]
+    for name in names:
+        assert str(here / name) in result.out
+
+
+def test_run_has_a_folder_for_every_model(model_and_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = works("run", *model_and_corpus, *RUN, "--rule", "uniform")
+    here = Path("runs/model") / SITE
+    assert f"dictionaries  {here / 'uniform-k4'}\n" in result.out
+    assert Dictionary.load(here / "uniform-k4").info.site == SITE
+
+
+def test_run_proposes_a_command_that_works(ran, tmp_path):
+    _, result = ran
+    program, *words = shlex.split(result.out.splitlines()[-1])
+    assert program == "llm-wsae"
+    words[words.index("--tokens") + 1] = "100"
+    words[words.index("--out") + 1] = str(tmp_path / "report.json")
+    assert "uniform-k4" in works(*words).out
+
+
+def test_run_again_does_nothing_twice(ran, model_and_corpus):
+    out, first = ran
+    before = content(out)
+    again = works("run", *model_and_corpus, *RUN, "--out", out, "--json")
+    assert "already complete" in again.err
+    assert "harvest: " not in again.err.replace("harvest: 5,000 tokens", "")
+    assert "train 3 arms" not in again.err
+    after = content(out)
+    assert after == before
+    (site,) = again.json.values()
+    assert list(site) == ["folder", "profile", "fidelity"]
+    for name, numbers in site["fidelity"].items():
+        assert f"{numbers['fvu']:.3f}" in first.out and name in first.out
+
+
+def test_run_refuses_before_the_harvest_what_cannot_be(ran, model_and_corpus, tmp_path):
+    out, _ = ran
+    before = content(out)
+    more = call("run", *model_and_corpus, *RUN, "--tokens", 9000, "--out", out)
+    assert more.code == 2 and "trained on 5,008 tokens; choose another folder" in more.err
+    assert content(out) == before and "harvest" not in more.err
+    few = call("run", *model_and_corpus, *RUN, "--tokens", 2000, "--out", tmp_path / "x")
+    assert few.code == 2 and "2,000 tokens are less than one batch of 2,048" in few.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_run_goes_on_after_an_interruption(ran, model_and_corpus, tmp_path, monkeypatch):
+    whole, _ = ran
+    out = tmp_path / "out"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm_wsae.pipeline, "train", interrupted)
+        result = call("run", *model_and_corpus, *RUN, "--out", out)
+    assert result.code == 1 and "run the same command again to go on" in result.err
+    assert "Traceback" not in result.err
+    works("run", *model_and_corpus, *RUN, "--out", out)
+    for name in ("uniform-k4", "variance-a0.5-k4"):
+        assert content(out / SITE / name) == content(whole / SITE / name)
+
+
+def test_json_in_a_process_of_its_own(world):
+    found = subprocess.run(
+        [sys.executable, "-m", "llm_wsae", "verify", world / "store", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(found.stdout)["ok"] is True and found.stdout.count("\n") == 1
+    assert "verify: 100%" in found.stderr

@@ -1,0 +1,177 @@
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import BOS, EOS, VOCAB, tiny_model, tiny_tokenizer, words
+
+from llm_wsae.data.config import HarvestConfig, PackConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.packing import Cursor, Packer
+from llm_wsae.data.text_source import RawDocument
+from llm_wsae.errors import LlmWsaeError, UsageError
+
+
+class Listed:
+    """A source of documents of given lengths in tokens."""
+
+    name, num_bytes = "listed", None
+
+    def __init__(self, *lengths):
+        self.lengths = lengths
+
+    def fingerprint(self):
+        return str(self.lengths)
+
+    def documents(self, start):
+        for i, n in list(enumerate(self.lengths))[start:]:
+            yield RawDocument(f"d{i}", words(i, n), {"length": n})
+
+
+def ids_of(document, n):
+    return [int(word[1:]) for word in words(document, n).split()]
+
+
+def packer(bos=True, eos=True, **config):
+    tokenizer = tiny_tokenizer(bos, eos)
+    return Packer(tokenizer, tokenizer.bos_token_id, VOCAB, PackConfig(**config))
+
+
+def joined(blocks, name):
+    arrays = [getattr(block, name) for block in blocks]
+    return np.concatenate(arrays) if arrays else np.empty((0, 0))
+
+
+def test_packing_by_hand():
+    (block,) = packer(context_size=5).blocks(Corpus(Listed(6, 1, 4)), 8)
+    a, b, c = ids_of(0, 6), ids_of(1, 1), ids_of(2, 4)
+    assert block.ids.tolist() == [
+        [BOS, *a[:4]],
+        [BOS, *a[4:], EOS, *b],
+        [BOS, EOS, *c[:3]],
+    ]  # the last token and separator fill no context
+    assert block.keep.tolist() == [
+        [False, True, True, True, True],
+        [False, True, True, False, True],
+        [False, False, True, True, True],
+    ]
+    assert block.document.tolist() == [[-1, 0, 0, 0, 0], [-1, 0, 0, -1, 1], [-1, -1, 2, 2, 2]]
+    assert block.offset.tolist() == [[-1, 0, 1, 2, 3], [-1, 4, 5, -1, 0], [-1, -1, 0, 1, 2]]
+    assert (block.first, block.next) == (Cursor(0, 0), Cursor(2, 3))
+    assert block.headers[1] == {"name": "d1", "labels": {"length": 1}}
+    assert block.ids.dtype == block.document.dtype == block.offset.dtype == np.int32
+
+
+def test_one_document_per_context_by_hand():
+    (block,) = packer(context_size=5, one_document_per_context=True).blocks(
+        Corpus(Listed(6, 0, 2)), 8
+    )
+    assert block.ids.tolist() == [[BOS, *ids_of(0, 6)[:4]], [BOS, *ids_of(2, 2), EOS, EOS]]
+    assert block.keep.tolist() == [[False, *[True] * 4], [False, True, True, False, False]]
+    assert block.document.tolist() == [[-1, 0, 0, 0, 0], [-1, 2, 2, -1, -1]]
+    assert block.offset.tolist() == [[-1, 0, 1, 2, 3], [-1, 0, 1, -1, -1]]
+    assert block.next == Cursor(3, 0)
+
+
+def test_without_bos_or_separator_and_with_special_tokens_kept():
+    (block,) = packer(bos=False, eos=False, context_size=4).blocks(Corpus(Listed(5, 3)), 8)
+    assert block.ids.tolist() == [ids_of(0, 5)[:4], [ids_of(0, 5)[4], *ids_of(1, 3)]]
+    assert block.keep.tolist() == [[False, True, True, True]] * 2
+    (block,) = packer(context_size=4, drop_special=False, drop_positions=0).blocks(
+        Corpus(Listed(2)), 8
+    )
+    assert block.ids[0, 3] == EOS and block.keep.all()
+    (block,) = packer(context_size=4, drop_positions=3).blocks(Corpus(Listed(3)), 8)
+    assert block.keep.tolist() == [[False, False, False, True]]
+    (block,) = packer(context_size=4, prepend_bos=False).blocks(Corpus(Listed(4)), 8)
+    assert block.ids.tolist() == [ids_of(0, 4)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    context_size=st.integers(2, 9),
+    block_size=st.integers(1, 5),
+    one_each=st.booleans(),
+    eos=st.booleans(),
+    data=st.data(),
+)
+def test_packing_goes_on_at_any_cursor(lengths, context_size, block_size, one_each, eos, data):
+    corpus = Corpus(Listed(*lengths))
+    if not any(lengths):
+        lengths[0] = 1
+    p = packer(eos=eos, context_size=context_size, one_document_per_context=one_each)
+    corpus = Corpus(Listed(*lengths))
+    whole = list(p.blocks(corpus, block_size))
+    total = sum(len(block.ids) for block in whole)
+    if not total:
+        return
+    stop = data.draw(st.integers(1, total))
+    head = list(p.blocks(corpus, data.draw(st.integers(1, 5)), limit=stop))
+    tail = list(p.blocks(corpus, data.draw(st.integers(1, 5)), head[-1].next))
+    assert sum(len(block.ids) for block in head) == stop
+    for name in ("ids", "keep", "document", "offset"):
+        assert np.array_equal(joined(head + tail, name), joined(whole, name)), name
+    assert (tail or head)[-1].next == whole[-1].next
+    # every kept row leads back to its token in the text
+    for block in whole:
+        for document, offset, token in zip(
+            block.document[block.keep], block.offset[block.keep], block.ids[block.keep], strict=True
+        ):
+            assert ids_of(int(document), lengths[document])[offset] == token
+            assert block.headers[int(document)]["name"] == f"d{document}"
+    if not one_each:  # each token of the text is there once, but the last incomplete context
+        texts = joined(whole, "document").ravel()
+        kept = int((texts >= 0).sum())
+        in_stream = sum(n + eos for n in lengths if n)
+        assert total == in_stream // p.content_size
+        assert kept + (eos * sum(n > 0 for n in lengths)) >= total * p.content_size
+
+
+def test_large_documents_and_batches_of_documents_give_the_same_contexts(monkeypatch):
+    from llm_wsae.data import packing
+
+    corpus = Corpus(Listed(*[200] * 30))
+    before = joined(list(packer(context_size=8).blocks(corpus, 3)), "ids")
+    monkeypatch.setattr(packing, "_CHARACTERS_AT_ONCE", 1000)
+    assert np.array_equal(joined(list(packer(context_size=8).blocks(corpus, 7)), "ids"), before)
+
+
+def test_long_documents_bring_no_warning(caplog):
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    list(packer(context_size=8).blocks(Corpus(Listed(5000)), 8))
+    assert not caplog.records
+
+
+def test_contexts_one_by_one():
+    contexts = list(packer(context_size=5).contexts(Corpus(Listed(6, 1, 4))))
+    assert len(contexts) == 3
+    assert contexts[1].keep.tolist() == [False, True, True, False, True]
+
+
+def test_tokenizer_of_another_model_is_refused():
+    p = Packer(tiny_tokenizer(), BOS, 30, PackConfig(context_size=5))
+    with pytest.raises(LlmWsaeError, match="the model has 30 embeddings"):
+        list(p.blocks(Corpus(Listed(50)), 8))
+    with pytest.raises(LlmWsaeError, match="without a tokenizer"):
+        Packer(None, None, 30, PackConfig())
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(UsageError, match="a context of 1 tokens is too short"):
+        PackConfig(context_size=1)
+    with pytest.raises(UsageError, match="leave out the first 8 of 8"):
+        PackConfig(context_size=8, drop_positions=8)
+    with pytest.raises(UsageError, match="tokens is 0"):
+        HarvestConfig(tokens=0)
+    with pytest.raises(UsageError, match="too long for tiny, which reads at most 64"):
+        Packer.for_model(tiny_model(), PackConfig(context_size=65))
+
+
+def test_shards_are_whole_batches():
+    config = HarvestConfig(context_size=100, tokens=1001, batch_tokens=450, shard_tokens=1500)
+    assert config.num_contexts == 11
+    assert config.contexts_per_batch == 4
+    assert config.contexts_per_shard == 16
+    assert HarvestConfig(context_size=8192).contexts_per_batch == 1

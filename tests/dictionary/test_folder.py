@@ -1,0 +1,358 @@
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_wsae import files
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import is_dictionary
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
+from llm_wsae.errors import LlmWsaeError, UsageError
+
+D_IN, D_SAE = 12, 80
+INFO = DictionaryInfo(
+    site="blocks.1.hook_resid_post",
+    name="variance α=0.5",
+    rule="variance",
+    alpha=0.5,
+    seed=3,
+    context_size=64,
+    prepend_bos=True,
+    massive_threshold=123.5,
+    model={"name": "tiny", "revision": None},
+    corpus={"name": "text", "tokens": 10},
+    training={"k": 5, "lr": 1e-3},
+    metrics={"fvu": 0.25},
+)
+
+
+def make(sparsity=TopK(5), seed=0) -> Dictionary:  # noqa: B008 - frozen
+    draw = torch.Generator().manual_seed(seed)
+    return Dictionary(
+        W_enc=torch.randn(D_IN, D_SAE, generator=draw),
+        W_dec=torch.randn(D_SAE, D_IN, generator=draw),
+        b_enc=torch.randn(D_SAE, generator=draw),
+        b_dec=torch.randn(D_IN, generator=draw),
+        threshold=torch.rand(D_SAE, generator=draw) * 3 if sparsity.has_threshold else None,
+        sparsity=sparsity,
+        info=INFO,
+        extras={"gamma": torch.rand(D_IN), "mean": torch.rand(D_IN, dtype=torch.float64)},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make().save(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder, **changes):
+    path = folder / "sae_weights.safetensors"
+    tensors = {**load_file(path), **changes}
+    save_file({name: t for name, t in tensors.items() if t is not None}, path)
+
+
+@pytest.mark.parametrize("sparsity", [TopK(5), ReLU(), JumpReLU()])
+def test_round_trip_is_exact(tmp_path, sparsity):
+    saved = make(sparsity)
+    saved.save(tmp_path / "a" / "b")
+    loaded = Dictionary.load(tmp_path / "a" / "b")
+    assert sorted(content(tmp_path / "a" / "b")) == [
+        "cfg.json",
+        "sae_weights.safetensors",
+        "wsae.json",
+        "wsae.safetensors",
+    ]
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
+    assert loaded.sparsity == sparsity and loaded.info == INFO
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert loaded.extras.keys() == saved.extras.keys()
+    for name, tensor in saved.extras.items():
+        assert torch.equal(loaded.extras[name], tensor)
+        assert loaded.extras[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_round_the_matrices_once(tmp_path, folder, dtype):
+    saved = make(JumpReLU())
+    saved.save(tmp_path / "half", dtype=dtype)
+    loaded = Dictionary.load(tmp_path / "half")
+    assert torch.equal(loaded.W_enc, saved.W_enc.to(dtype).float())
+    assert torch.equal(loaded.b_enc, saved.b_enc)
+    assert torch.equal(loaded.threshold, saved.threshold)
+    full = (folder / "sae_weights.safetensors").stat().st_size
+    assert (tmp_path / "half" / "sae_weights.safetensors").stat().st_size < 0.62 * full
+    assert json.loads((tmp_path / "half" / "cfg.json").read_text())["dtype"] == "float32"
+
+
+def test_refused_dtypes_and_overflow(tmp_path):
+    big = make()
+    big.W_dec[3, 4] = 1e6
+    with pytest.raises(LlmWsaeError, match="W_dec holds 1 NaN or infinite"):
+        big.save(tmp_path / "big", dtype=torch.float16)
+    with pytest.raises(UsageError, match="choose float32, bfloat16 or float16"):
+        big.save(tmp_path / "big", dtype=torch.int8)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_matrix_weights_have_room(tmp_path):
+    dictionary = make()
+    dictionary.extras["gamma"] = torch.rand(D_IN, D_IN)
+    dictionary.save(tmp_path / "matrix")
+    assert Dictionary.load(tmp_path / "matrix").extras["gamma"].shape == (D_IN, D_IN)
+
+
+def test_a_dictionary_replaces_a_dictionary(folder):
+    other = make(ReLU(), seed=9)
+    other.save(folder)
+    assert torch.equal(Dictionary.load(folder).W_enc, other.W_enc)
+    assert [p.name for p in folder.parent.iterdir()] == ["plain"]
+
+
+def test_what_a_killed_writer_left_is_cleared_up(folder):
+    """Killed between its two renames, or before; by the number of a process that lives no more."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    before = content(folder)
+    old, new = (folder.with_name(f".plain.{ended.pid}.{what}") for what in ("old", "new"))
+    folder.rename(old)
+    make(seed=3).save(new)
+    with pytest.raises(LlmWsaeError, match=rf"a writer was killed there, so rename {old} to it"):
+        Dictionary.load(folder)
+    theirs = folder.with_name(f".plain.{os.getppid()}.new")  # of a process that lives
+    theirs.mkdir()
+    with pytest.raises(LlmWsaeError, match="NaN or infinite"):
+        other = make()
+        other.W_dec[0] = torch.nan
+        other.save(folder)
+    make(ReLU(), seed=9).save(folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [theirs.name, "plain"]
+    assert content(folder) != before
+    folder.rename(old)
+    (old / "mine.txt").touch()  # whatever came to it is not lost
+    with pytest.raises(LlmWsaeError, match=r"it holds mine\.txt"):
+        make().save(folder)
+    assert (folder / "mine.txt").exists() and not old.exists()
+
+
+def test_a_measurement_that_was_never_finished_is_no_foreign_file(folder):
+    (folder / ".wsae.json.77.partial").write_text("{")
+    make(ReLU(), seed=9).save(folder)
+    assert Dictionary.load(folder).sparsity == ReLU()
+
+
+def test_other_folders_are_left_alone(tmp_path, folder):
+    (folder / "notes.txt").write_text("mine")
+    before = content(folder)
+    with pytest.raises(LlmWsaeError, match=r"it holds notes\.txt"):
+        make().save(folder)
+    assert content(folder) == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "cfg.json").write_text("{}")
+    with pytest.raises(LlmWsaeError, match="no sign that this package made it"):
+        make().save(foreign)
+    assert content(foreign) == {"cfg.json": b"{}"}
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LlmWsaeError, match="is not a folder"):
+        make().save(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    make().save(tmp_path / "empty")
+    assert is_dictionary(tmp_path / "empty") and not is_dictionary(foreign)
+
+
+def test_a_full_disk_leaves_the_old_dictionary(folder, monkeypatch):
+    before = content(folder)
+
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_write_bytes", full)
+    with pytest.raises(LlmWsaeError, match="No space left on device"):
+        make(seed=5).save(folder)
+    assert content(folder) == before
+    assert [p.name for p in folder.parent.iterdir()] == ["plain"]
+
+
+def test_missing_and_foreign_folders(tmp_path, folder):
+    with pytest.raises(LlmWsaeError, match="is not a folder"):
+        Dictionary.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LlmWsaeError, match="holds nothing and no dictionary"):
+        Dictionary.load(tmp_path / "empty")
+    (folder / "wsae.json").unlink()
+    with pytest.raises(LlmWsaeError, match=r"lacks wsae\.json"):
+        Dictionary.load(folder)
+    (folder / "wsae.json").write_text('{"format": "something"}')
+    with pytest.raises(LlmWsaeError, match="not the information file of a dictionary"):
+        Dictionary.load(folder)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "wsae.json"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\xff"])
+def test_corrupt_json(folder, name, text):
+    (folder / name).write_text(text, encoding="latin-1")
+    with pytest.raises(LlmWsaeError, match=name):
+        Dictionary.load(folder)
+
+
+def test_format_of_the_future(folder):
+    edit_json(folder / "wsae.json", format_version=2, new_field=1)
+    with pytest.raises(LlmWsaeError, match="update llm-wsae"):
+        Dictionary.load(folder)
+    edit_json(folder / "wsae.json", format_version=1)
+    assert Dictionary.load(folder).info == INFO
+    edit_json(folder / "wsae.json", site=None)
+    with pytest.raises(LlmWsaeError, match="which site"):
+        Dictionary.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"architecture": "gated"},
+            "'gated' is not supported; known are 'topk', 'stan",
+        ),
+        ({"architecture": "top_k"}, "did you mean 'topk'"),
+        ({"k": 0}, "positive whole number"),
+        ({"k": 81}, "more than the dictionary's 80 latents"),
+        ({"d_sae": 81}, r"W_dec has the shape \[80, 12\], but cfg.json asks for \[81, 12\]"),
+        ({"d_in": 13}, "the shape"),
+        ({"d_in": "12"}, "d_in = '12'"),
+        ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input = True"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations"),
+        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm"),
+    ],
+)
+def test_configuration_that_does_not_fit(folder, changes, sentence):
+    edit_json(folder / "cfg.json", **changes)
+    with pytest.raises(LlmWsaeError, match=sentence):
+        Dictionary.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"W_enc": torch.zeros(D_IN, D_SAE - 1)}, "W_enc has the shape"),
+        ({"W_enc": torch.zeros(D_SAE, D_IN)}, "W_enc has the shape"),
+        ({"b_enc": torch.zeros(D_SAE, dtype=torch.int32)}, "b_enc is stored as I32"),
+        ({"b_enc": torch.zeros(D_SAE, dtype=torch.float64)}, "b_enc is stored as F64"),
+        ({"b_dec": torch.full((D_IN,), float("nan"))}, "b_dec holds 12 NaN or infinite"),
+        ({"W_dec": torch.full((D_SAE, D_IN), float("inf"))}, "W_dec holds 960 NaN"),
+        ({"b_dec": None}, "instead of"),
+        ({"threshold": torch.zeros(D_SAE)}, "instead of"),
+    ],
+)
+def test_weights_that_do_not_fit(folder, changes, sentence):
+    edit_weights(folder, **changes)
+    with pytest.raises(LlmWsaeError, match=sentence):
+        Dictionary.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "sentence"),
+    [
+        (None, r"instead of \[.*'threshold'\]"),
+        (torch.zeros(D_IN), r"threshold has the shape \[12\], but cfg.json asks for \[80\]"),
+        (torch.full((D_SAE,), float("nan")), "threshold holds 80 NaN"),
+    ],
+)
+def test_thresholds_that_do_not_fit(folder, threshold, sentence):
+    make(JumpReLU()).save(folder)
+    edit_weights(folder, threshold=threshold)
+    with pytest.raises(LlmWsaeError, match=sentence):
+        Dictionary.load(folder)
+
+
+def test_side_tensors_that_do_not_fit(folder):
+    save_file({"gamma": torch.ones(D_IN + 1)}, folder / "wsae.safetensors")
+    with pytest.raises(LlmWsaeError, match=r"gamma has the shape \[13\].*12 dimensions"):
+        Dictionary.load(folder)
+    save_file({"gamma": torch.full((D_IN,), float("nan"))}, folder / "wsae.safetensors")
+    with pytest.raises(LlmWsaeError, match="gamma holds 12 NaN"):
+        Dictionary.load(folder)
+    for wrong in (torch.ones(()), torch.ones(D_IN, D_IN, D_IN)):
+        save_file({"gamma": wrong}, folder / "wsae.safetensors")
+        with pytest.raises(LlmWsaeError, match=r"gamma has the shape \["):
+            Dictionary.load(folder)
+    for wrong in (torch.float8_e4m3fn, torch.bool, torch.int64):
+        save_file({"gamma": torch.ones(D_IN).to(wrong)}, folder / "wsae.safetensors")
+        with pytest.raises(LlmWsaeError, match="gamma is stored as"):
+            Dictionary.load(folder)
+
+
+@pytest.mark.parametrize("name", ["sae_weights.safetensors", "wsae.safetensors"])
+def test_truncated_and_foreign_tensor_files(folder, name):
+    whole = (folder / name).read_bytes()
+    pickle = b"\x80\x04\x95" + b"x" * 100
+    for data in (whole[:-1], whole[:20], b"", pickle, whole + b"x"):
+        (folder / name).write_bytes(data)
+        with pytest.raises(LlmWsaeError, match=name):
+            Dictionary.load(folder)
+
+
+def test_a_header_that_promises_terabytes_allocates_nothing(folder):
+    size = 4 * D_IN * 2**40
+    header = json.dumps(
+        {"W_enc": {"dtype": "F32", "shape": [D_IN, 2**40], "data_offsets": [0, size]}}
+    ).encode()
+    (folder / "sae_weights.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(LlmWsaeError, match="not a readable weights file"):
+        Dictionary.load(folder)
+
+
+def test_configuration_has_the_keys_saelens_reads(folder):
+    cfg = json.loads((folder / "cfg.json").read_text())
+    metadata = cfg.pop("metadata")
+    assert cfg == {
+        "architecture": "topk",
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "k": 5,
+        "rescale_acts_by_decoder_norm": False,
+    }
+    assert metadata["hook_name"] == INFO.site and metadata["model_name"] == "tiny"
+    assert int(metadata["sae_lens_version"].split(".")[0]) >= 6
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sae_lens") is None,
+    reason="sae-lens is not installed here (it needs transformer-lens < 4, so its own environment)",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparsity", [TopK(5), ReLU(), JumpReLU()])
+def test_saelens_loads_it_unchanged_and_computes_the_same(tmp_path, sparsity, dtype):
+    from sae_lens import SAE
+
+    make(sparsity).save(tmp_path / "d", dtype=dtype)
+    ours, theirs = Dictionary.load(tmp_path / "d"), SAE.load_from_disk(tmp_path / "d")
+    x = torch.randn(7, 11, D_IN, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(x), ours.encode(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(x), ours(x), atol=1e-5, rtol=1e-5)
+    assert theirs.cfg.metadata.hook_name == INFO.site
+    assert theirs.cfg.metadata.context_size == 64
+    # and what SAELens writes again keeps the weights and their meaning
+    theirs.save_model(tmp_path / "again")
+    assert torch.equal(Dictionary.load(tmp_path / "again")(x), ours(x))

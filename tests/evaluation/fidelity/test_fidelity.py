@@ -1,0 +1,476 @@
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import ReLU, TopK
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.bootstrap import Bootstrap
+from llm_wsae.evaluation.checks import notes_on_text
+from llm_wsae.evaluation.fidelity import next_token
+from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
+from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
+from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
+from llm_wsae.model.language_model import LanguageModel
+
+D, VOCAB, CONTEXTS, POSITIONS = 16, 53, 12, 10
+SITE = "blocks.1.hook_resid_post"
+CONFIG = EvaluateConfig(tokens=80, batch_tokens=40, bootstraps=200)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fresh_model()
+
+
+def fresh_model() -> LanguageModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        initializer_range=0.3,  # so that what the model computes matters for what it predicts
+    )
+    return LanguageModel.from_live(LlamaForCausalLM(config), None, "tiny")
+
+
+@pytest.fixture(scope="module")
+def contexts(model):
+    """Text that the model itself wrote, so that ablation makes it worse at predicting it."""
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCAB, (CONTEXTS, 1), generator=draw)
+    while ids.shape[1] < POSITIONS:
+        chances = model.logits(ids)[:, -1].softmax(1)
+        ids = torch.cat([ids, chances.multinomial(1, generator=draw)], 1)
+    keep = torch.ones(CONTEXTS, POSITIONS, dtype=torch.bool)
+    keep[:, 0] = False
+    keep[3, 5] = keep[4, 1] = False  # a special token inside, a second one in front
+    keep[5, 7:] = False  # padding
+    return [
+        SimpleNamespace(ids=i.numpy().astype(np.int32), keep=k.numpy())
+        for i, k in zip(ids, keep, strict=True)
+    ]
+
+
+def dictionary(W_enc, W_dec, b_dec=None, sparsity=None, site=SITE, **info) -> Dictionary:
+    return Dictionary(
+        W_enc=W_enc,
+        W_dec=W_dec,
+        b_enc=torch.zeros(W_enc.shape[1]),
+        b_dec=torch.zeros(W_enc.shape[0]) if b_dec is None else b_dec,
+        sparsity=sparsity or ReLU(),
+        info=DictionaryInfo(site=site, **info),
+    )
+
+
+def identity(**options) -> Dictionary:
+    eye = torch.cat([torch.eye(D), -torch.eye(D)])
+    return dictionary(eye.T, eye, **options)
+
+
+def nothing(**options) -> Dictionary:
+    """Zeros, or ``b_dec``, for every row; its latents never fire."""
+    return dictionary(torch.zeros(D, 24), torch.zeros(24, D), **options)
+
+
+def trained(seed=0, **options) -> Dictionary:
+    """Something between: a random dictionary with k active latents."""
+    W = torch.randn(40, D, generator=torch.Generator().manual_seed(seed)) / D**0.5
+    return dictionary(W.T, W, sparsity=TopK(6), **options)
+
+
+def by_hand(model, contexts, one: Dictionary, threshold: float) -> dict:
+    """Every number again, context by context, with plain hooks, in float64."""
+    import copy
+
+    hf = copy.deepcopy(model.hf_model).double()
+    one = copy.deepcopy(one).double()
+    block = hf.model.layers[one.site.block]
+
+    def run(ids, change=None):
+        seen = []
+
+        def hook(_, args, output):
+            seen.append(output if isinstance(output, torch.Tensor) else output[0])
+            return None if change is None else change
+
+        handle = block.register_forward_hook(hook)
+        try:
+            with torch.no_grad():
+                return hf(input_ids=ids[None]).logits[0].log_softmax(1), seen[0][0]
+        finally:
+            handle.remove()
+
+    cases = []
+    for context in contexts:
+        ids, keep = torch.as_tensor(context.ids).long(), torch.as_tensor(context.keep)
+        clean, hidden = run(ids)
+        massive = keep & (hidden.norm(dim=1) > threshold)
+        cases.append((ids, keep, clean, hidden, massive))
+    x = torch.cat([h[k & ~m] for _, k, _, h, m in cases])
+    every = torch.cat([h[k] for _, k, _, h, m in cases])
+    mean = x.mean(0)
+    names = ("clean", "zero", "mean", "spliced", "with_massive")
+    ce, kl, scored = {n: 0.0 for n in names}, {n: 0.0 for n in names}, 0
+    for ids, keep, clean, hidden, massive in cases:
+        rows = keep & ~massive
+        for name in names:
+            changed = hidden.clone()
+            if name == "zero":
+                changed[rows] = 0
+            elif name == "mean":
+                changed[rows] = mean
+            elif name == "spliced":
+                changed[rows] = one(hidden[rows])
+            elif name == "with_massive":
+                changed[keep] = one(hidden[keep])
+            predicted, _ = run(ids, changed[None])
+            first = int(keep.nonzero()[0])
+            for t in range(first, len(ids) - 1):
+                if keep[t + 1]:
+                    ce[name] -= float(predicted[t, ids[t + 1]])
+                    kl[name] += float((clean[t].exp() * (clean[t] - predicted[t])).sum())
+                    scored += name == "clean"
+    y, latents = one(x), one.encode(x)
+    density = (latents > 0).double().mean(0)
+    ce = {n: v / scored for n, v in ce.items()}
+    return {
+        "rows": len(x),
+        "massive_rows": len(every) - len(x),
+        "fvu": float((x - y).square().sum() / (x - mean).square().sum()),
+        "fvu_with_massive": float(
+            (every - one(every)).square().sum() / (every - every.mean(0)).square().sum()
+        ),
+        "cosine": float(F.cosine_similarity(x, y).mean()),
+        "l2_ratio": float((y.norm(dim=1) / x.norm(dim=1)).mean()),
+        "l0": float((latents > 0).sum(1).double().mean()),
+        "dead_share": float((density == 0).double().mean()),
+        "dense_share": float((density > 0.1).double().mean()),
+        "ce_clean": ce["clean"],
+        "ce_spliced": ce["spliced"],
+        "ce_zero_ablated": ce["zero"],
+        "ce_mean_ablated": ce["mean"],
+        "ce_spliced_with_massive": ce["with_massive"],
+        "ce_recovered": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
+        "ce_recovered_mean": (ce["mean"] - ce["spliced"]) / (ce["mean"] - ce["clean"]),
+        "ce_recovered_with_massive": (ce["zero"] - ce["with_massive"]) / (ce["zero"] - ce["clean"]),
+        "kl": kl["spliced"] / scored,
+        "kl_zero_ablated": kl["zero"] / scored,
+        "kl_mean_ablated": kl["mean"] / scored,
+        "fvu_per_dimension": ((x - y).square().sum(0) / (x - mean).square().sum(0)).tolist(),
+        "latent_density": density.tolist(),
+        "num_scored": scored,
+    }
+
+
+@pytest.mark.parametrize("quantile", [None, 0.9])
+def test_every_number_equals_a_naive_float64_reference(model, contexts, quantile):
+    hidden = torch.cat(
+        [model.activations(torch.tensor(c.ids)[None], [identity().site]).popitem()[1][0][c.keep]
+         for c in contexts]
+    )  # fmt: skip
+    threshold = 1e9 if quantile is None else float(hidden.norm(dim=1).quantile(quantile))
+    one = trained(massive_threshold=threshold)
+    report = evaluate({"one": one}, model, contexts, EvaluateConfig(tokens=103, batch_tokens=40))
+    found = report.dictionaries["one"]
+    expected = by_hand(model, contexts, one, threshold)
+    assert report.num_scored == expected.pop("num_scored") < CONTEXTS * (POSITIONS - 2)
+    assert report.num_contexts == CONTEXTS
+    assert (found.massive_rows > 3) == (quantile is not None)
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(value, rel=2e-4, abs=2e-5), name
+    assert found.explained_variance == 1 - found.fvu
+    if quantile is None:
+        assert found.ce_spliced_with_massive == found.ce_spliced
+        assert found.fvu_with_massive == found.fvu
+    else:
+        assert abs(found.ce_spliced_with_massive - found.ce_spliced) > 1e-3
+    for low, middle, high in (
+        (found.kl_interval[0], found.kl, found.kl_interval[1]),
+        (found.ce_recovered_interval[0], found.ce_recovered, found.ce_recovered_interval[1]),
+        (
+            found.ce_increase_interval[0],
+            found.ce_spliced - found.ce_clean,
+            found.ce_increase_interval[1],
+        ),
+    ):
+        assert low < middle < high
+
+
+def test_a_perfect_dictionary_and_an_empty_one(model, contexts):
+    report = evaluate({"clean": identity(), "nothing": nothing()}, model, contexts, CONFIG)
+    perfect, empty = report.dictionaries["clean"], report.dictionaries["nothing"]
+    assert perfect.fvu < 1e-10 and perfect.cosine == pytest.approx(1, abs=1e-6)
+    assert perfect.l2_ratio == pytest.approx(1, abs=1e-6) and perfect.l0 == pytest.approx(D)
+    assert perfect.ce_spliced == pytest.approx(perfect.ce_clean, abs=1e-6)
+    assert perfect.ce_recovered == pytest.approx(1, abs=1e-5)
+    assert perfect.ce_recovered_interval == pytest.approx((1, 1), abs=1e-4)
+    assert perfect.kl == pytest.approx(0, abs=1e-6)
+    assert empty.ce_spliced == empty.ce_zero_ablated > empty.ce_clean
+    assert empty.ce_recovered == 0 and empty.ce_recovered_interval == (0, 0)
+    assert empty.kl == empty.kl_zero_ablated > 0.01
+    assert empty.fvu >= 1 and empty.l0 == 0 and empty.dead_share == 1 and empty.l2_ratio == 0
+    assert sum(empty.density_histogram["counts"]) == 0
+
+
+def test_the_mean_as_a_dictionary_is_mean_ablation(model, contexts):
+    used = contexts[:10]
+    ids = torch.tensor(np.stack([c.ids for c in used]))
+    keep = torch.tensor(np.stack([c.keep for c in used]))
+    mean = model.activations(ids, [identity().site])[identity().site][keep].mean(0)
+    config = EvaluateConfig(tokens=int(keep.sum()), batch_tokens=30, bootstraps=50)
+    found = evaluate({"mean": nothing(b_dec=mean)}, model, used, config).dictionaries["mean"]
+    assert found.fvu == pytest.approx(1, abs=1e-5)
+    assert found.fvu_per_dimension == pytest.approx([1.0] * D, abs=1e-4)
+    assert found.ce_spliced == pytest.approx(found.ce_mean_ablated, abs=1e-5)
+    assert found.ce_recovered_mean == pytest.approx(0, abs=1e-4)
+
+
+def test_sites_and_batches_do_not_change_a_number(model, contexts):
+    early, late = "blocks.0.hook_resid_pre", "blocks.2.hook_resid_mid"
+    many = {
+        "a": trained(1, site=late),
+        "b": trained(2),
+        "c": trained(3, site=early),
+        "d": identity(site=late),
+    }
+    together = evaluate(many, model, contexts, CONFIG)
+    assert list(together.dictionaries) == list(many)
+    for name, one in many.items():
+        config = EvaluateConfig(tokens=80, batch_tokens=1, bootstraps=200)
+        alone = evaluate({name: one}, model, contexts, config).dictionaries[name]
+        for key, value in vars(alone).items():
+            if isinstance(value, float):
+                found = getattr(together.dictionaries[name], key)
+                assert found == pytest.approx(value, rel=1e-4, abs=1e-5), (name, key)
+    assert together.dictionaries["d"].ce_recovered == pytest.approx(1, abs=1e-5)
+
+
+def test_no_more_text_is_read_than_asked(model, contexts):
+    def endless():
+        yield from contexts[:5]
+        pytest.fail("read on")
+
+    config = EvaluateConfig(tokens=40, batch_tokens=20, bootstraps=10)
+    assert evaluate({"a": identity()}, model, endless(), config).num_contexts == 5
+
+
+def test_which_predictions_count():
+    keep = torch.tensor([[0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    scored = scored_positions(keep.bool())
+    assert scored.tolist() == [
+        [False, False, True, False, True, False],
+        [False] * 6,
+        [True] * 6,
+    ]
+
+
+def test_chunks_do_not_change_the_sums(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    logits, clean = torch.randn(2, 3, 7, 11, generator=draw).mul(3).unbind(0)
+    ids = torch.randint(11, (3, 7), generator=draw)
+    scored = torch.rand(3, 6, generator=draw) > 0.3
+    scored[1] = False
+    whole = next_token_sums(logits, clean, ids, scored)
+    monkeypatch.setattr(next_token, "_CHUNK_NUMBERS", 25)
+    for a, b in zip(whole, next_token_sums(logits, clean, ids, scored), strict=True):
+        torch.testing.assert_close(a, b)
+    log_p, log_q = (z.double().log_softmax(2)[:, :-1] for z in (clean, logits))
+    ce = -log_q.gather(2, ids[:, 1:, None])[..., 0]
+    kl = (log_p.exp() * (log_p - log_q)).sum(2)
+    torch.testing.assert_close(whole[0], (ce * scored).sum(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole[1], (kl * scored).sum(1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_token_without_a_logit_is_no_target():
+    """A head may be narrower than the embedding; such tokens are special, hence not scored."""
+    logits = torch.randn(1, 3, 5)
+    ids, scored = torch.tensor([[1, 2, 7]]), torch.tensor([[True, False]])
+    entropy, _ = next_token_sums(logits, logits, ids, scored)
+    assert float(entropy) == pytest.approx(-float(logits[0, 0].log_softmax(0)[2]), rel=1e-5)
+
+
+def test_variance_keeps_its_digits_far_from_zero():
+    rows = 1e6 + torch.randn(500, 3, generator=torch.Generator().manual_seed(0)).double()
+    moments, rest = Moments(rows[0]), Moments(rows[0])
+    moments.update(rows[:200])
+    rest.update(rows[200:])
+    expected = rows.var(0, correction=0) * 500
+    torch.testing.assert_close(moments.deviation(rest), expected, rtol=1e-9, atol=0)
+
+
+def test_densities_and_their_histogram():
+    made = ReconstructionSums(2, 5)
+    made.count = 1000
+    made.firings = torch.tensor([0, 1, 10, 150, 1000])
+    assert made.l0 == pytest.approx(1.161)
+    assert made.dead_share == 0.2 and made.dense_share == 0.4
+    edges, counts = made.histogram()
+    assert len(edges) == len(counts) + 1 and sum(counts) == 4
+    filled = [(edges[i], n) for i, n in enumerate(counts) if n]
+    assert filled == [(-3.0, 1), (-2.0, 1), (-1.0, 1), (-0.25, 1)]
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    draw = np.random.default_rng(0)
+    hits = 0
+    for seed in range(200):
+        loss = draw.normal(2.0, 1.0, size=60)
+        low, high = Bootstrap(60, 300, seed).interval(
+            lambda t: t["loss"] / t["n"], {"loss": loss, "n": np.ones(60)}
+        )
+        hits += low < 2.0 < high
+    assert 178 <= hits <= 199  # 95 % of 200, ± 4 standard errors (a little low at 60 contexts)
+    bootstrap = Bootstrap(60, 300, 0)
+    sums = {"a": loss + 5, "b": loss}
+    paired = bootstrap.interval(lambda t: t["a"] - t["b"], sums)
+    assert paired == pytest.approx((300.0, 300.0))
+
+
+def test_report_is_json_and_a_table(model, contexts, tmp_path):
+    report = evaluate(
+        {"plain": trained(), "weighted α=0.5": nothing(model={"weights_sha256": "other"})},
+        model,
+        contexts,
+        CONFIG,
+    )
+    report.write(tmp_path / "report.json")
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert read["dictionaries"]["plain"]["fvu"] == report.dictionaries["plain"].fvu
+    assert len(read["dictionaries"]["plain"]["latent_density"]) == 40
+    assert read["config"]["tokens"] == 80
+    table = report.table()
+    lines = table.splitlines()
+    assert lines[0].split()[:2] == ["dictionary", "FVU"] and lines[2].startswith("plain")
+    found = report.dictionaries["plain"]
+    low, high = found.ce_recovered_interval
+    assert f"{found.ce_recovered:.3f} [{low:.3f}, {high:.3f}]" in lines[2]
+    assert len({len(line) for line in lines[2:4]}) == 1
+    for column in ("FVU", "CE recovered", "KL", "L0", "dead %", "dense %", "cosine"):
+        assert column in lines[0]
+        assert any(line.startswith(column) for line in lines[4:]), column
+    assert "trained on other weights" in table and "contexts are few" in table
+
+
+def test_constant_rows_have_no_fvu():
+    from llm_wsae.evaluation.fidelity.reconstruction import ratio
+
+    assert math.isnan(ratio(torch.ones(2), torch.zeros(2)))
+
+
+def test_bad_requests(model, contexts):
+    with pytest.raises(UsageError, match="no dictionary"):
+        evaluate({}, model, contexts, CONFIG)
+    with pytest.raises(LlmWsaeError, match=r"holds 103 tokens in 12 contexts, but 5,000 tokens"):
+        evaluate({"a": identity()}, model, contexts, EvaluateConfig(tokens=5000))
+    with pytest.raises(LlmWsaeError, match="in at least 2 contexts"):
+        evaluate({"a": identity()}, model, contexts[:1], EvaluateConfig(tokens=5))
+    assert evaluate({"a": identity()}, model, contexts, EvaluateConfig(tokens=5)).num_contexts == 2
+    with pytest.raises(UsageError, match="the model has 3 blocks"):
+        evaluate({"a": identity(site="blocks.3.hook_resid_post")}, model, contexts, CONFIG)
+    narrow = dictionary(torch.zeros(D - 1, 20), torch.zeros(20, D - 1))
+    with pytest.raises(UsageError, match="15 dimensions, but tiny has 16"):
+        evaluate({"a": narrow}, model, contexts, CONFIG)
+    with pytest.raises(UsageError, match="batch-tokens is 0"):
+        EvaluateConfig(batch_tokens=0)
+
+
+def test_activations_that_are_not_finite(model, contexts):
+    weight = model.hf_model.get_input_embeddings().weight
+    before = weight[int(contexts[0].ids[2])].clone()
+    with torch.no_grad():
+        weight[int(contexts[0].ids[2])] = float("nan")
+    try:
+        with pytest.raises(LlmWsaeError, match=r"activations of the model at .* are NaN or inf"):
+            evaluate({"a": identity()}, model, contexts, CONFIG)
+    finally:
+        with torch.no_grad():
+            weight[int(contexts[0].ids[2])] = before
+
+
+def test_a_cache_without_room_for_the_last_stream_holds_nothing_else(contexts):
+    """Least of all what the model's first resumed forward, a trial of two tokens, leaves there."""
+    known = {"k2": identity(sparsity=TopK(2))}
+    made = fresh_model()
+    bench = FidelityEvaluator(made, contexts, CONFIG)
+    kept = sum(ids.numel() for ids, _ in bench._batches) * D * 4
+    bench._streams._room = kept + 2 * D * 4 + 1
+    first, second = (bench.evaluate(known).dictionaries["k2"] for _ in range(2))
+    assert first == second
+
+
+HELD_OUT = {"name": "wiki", "part": "heldout", "heldout_fraction": 0.1, "fingerprint": "f"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        ({}, None),
+        ({"part": "train"}, None),
+        ({"part": "train", "heldout_fraction": 0.2}, None),
+        ({"name": "another", "part": "all"}, None),
+        ({"part": "all"}, "on all of wiki"),
+        ({"part": "train", "heldout_fraction": 0.05}, "with less of wiki held out"),
+        ({"part": "train", "fingerprint": "g"}, "on another version of wiki"),
+    ],
+)
+def test_text_that_was_not_held_out_is_noted(trained, said):
+    made = identity()
+    corpus = HELD_OUT | {"part": "train"} | trained if trained else {}
+    made.info = replace(made.info, corpus=corpus)
+    notes = notes_on_text({"d": made}, HELD_OUT)
+    assert len(notes) == (said is not None) and all(said in note for note in notes)
+    assert notes_on_text({"d": made}, HELD_OUT | {"part": "all"}) == []
+
+
+def test_blocks_that_hand_on_more_than_the_stream_are_refused(contexts, monkeypatch):
+    made = fresh_model()
+    logits = made.logits
+    monkeypatch.setattr(made, "logits", lambda ids: logits(ids.flip(1)))
+    with pytest.raises(LlmWsaeError, match="hand on more than the residual stream"):
+        evaluate({"k2": identity(sparsity=TopK(2))}, made, contexts, CONFIG)
+
+
+def test_what_hangs_on_the_text_alone_is_measured_once(model, contexts, monkeypatch):
+    """Dictionaries one after the other get the numbers of all at once, also when a pass between
+    them was broken off, and zeros and the mean are put in once for each threshold."""
+    known = {f"k{k}": identity(sparsity=TopK(k)) for k in (2, 4)}
+    other = identity(sparsity=TopK(3), massive_threshold=1e6)
+    together = evaluate(known, model, contexts, CONFIG).dictionaries
+    resumed, original = [], model.resume
+
+    def resume(*given):
+        resumed.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(model, "resume", resume)
+    bench = FidelityEvaluator(model, contexts, CONFIG)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            ReconstructionSums, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        bench.evaluate(known)
+    counts = []
+    for name in known:
+        resumed.clear()
+        assert bench.evaluate({name: known[name]}).dictionaries[name] == together[name]
+        counts.append(len(resumed))
+    batches = counts[1] // 2  # clean, and the dictionary's
+    assert counts == [4 * batches, 2 * batches]
+    resumed.clear()
+    bench.evaluate({"other": other})
+    assert len(resumed) == 4 * batches

@@ -1,0 +1,219 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llm_wsae.errors import UsageError
+from llm_wsae.evaluation.heldout import HeldoutText
+from llm_wsae.evaluation.monosemanticity import concepts as module
+from llm_wsae.evaluation.monosemanticity.concepts import document_concepts, halves_of_documents
+from llm_wsae.evaluation.monosemanticity.probe_tables import units_of_documents, units_of_tokens
+from llm_wsae.evaluation.monosemanticity.token_concepts import (
+    folded_tokens,
+    token_concepts,
+    token_texts,
+)
+
+STORY = [
+    'He said: "Stop now!" Then 42 men2 left.\n"Why?" asked Bob. (They went.) end',
+    "the rest of “his words” here… No more",
+]
+
+
+def spelling_tokenizer(texts) -> PreTrainedTokenizerFast:
+    """One token for each piece that GPT-2's rules cut: words with their space, signs, digits."""
+    cutter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = {piece for text in [*texts, "a"] for piece, _ in cutter.pre_tokenize_str(text)}
+    vocab = {piece: i for i, piece in enumerate(sorted(pieces))} | {"<s>": len(pieces)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = cutter, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def text_of(texts, tokenizer, length=None) -> HeldoutText:
+    """Each text a document, all packed behind each other in contexts of ``length`` tokens."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    flat = torch.tensor([i for document in ids for i in document])
+    document = torch.tensor([n for n, own in enumerate(ids) for _ in own])
+    offset = torch.tensor([i for own in ids for i in range(len(own))])
+    length = length or len(flat)
+    count = len(flat) // length
+    keep = torch.ones(count, length + 1, dtype=torch.bool)
+    keep[:, 0] = False
+
+    def packed(values, bos):
+        rows = values[: count * length].view(count, length)
+        return torch.cat([torch.full((count, 1), bos), rows], 1)
+
+    headers = {n: {"name": str(n), "labels": {}} for n in range(len(texts))}
+    bos = tokenizer.bos_token_id
+    return HeldoutText(packed(flat, bos), keep, packed(document, -1), packed(offset, -1), headers)
+
+
+@pytest.fixture(autouse=True)
+def one_example_is_enough(monkeypatch):
+    monkeypatch.setattr(module, "FEWEST_UNITS", 0)
+
+
+def yes(text, tokenizer, name):
+    """The texts of the tokens for which a concept holds, and those it applies to."""
+    rows = torch.arange(text.num_rows)
+    found = token_concepts(text, tokenizer, rows, torch.ones(text.num_rows, dtype=torch.bool))
+    number = found.names.index(name)
+    spelt = token_texts(tokenizer, text.token.tolist())
+    return tuple(
+        [spelt[i] for i in column.nonzero()[:, 0].tolist()]
+        for column in (found.positive[:, number] & found.applies[:, number],
+                       found.applies[:, number])
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def story():
+    tokenizer = spelling_tokenizer(STORY)
+    return text_of(STORY, tokenizer), tokenizer
+
+
+def test_a_token_is_spelt_with_its_space(story):
+    _, tokenizer = story
+    ids = tokenizer(STORY[0], add_special_tokens=False)["input_ids"]
+    assert "".join(token_texts(tokenizer, ids)) == STORY[0]
+    assert token_texts(tokenizer, ids)[:2] == ["He", " said"]
+
+
+def test_concepts_of_tokens_are_read_off_the_text(story):
+    words = ["He", " said", "Stop", " now", " Then", " men", " left", "Why", " asked", " Bob",
+             "They", " went", " end", "the", " rest", " of", "his", " words", " here", " No",
+             " more"]  # fmt: skip
+    assert yes(*story, "letter s") == ([" said", "Stop"], words)
+    assert yes(*story, "letter t")[0] == [" Then", "They", "the"]
+    capitals = ["He", "Stop", " Then", "Why", " Bob", "They", " No"]
+    assert yes(*story, "capital") == (capitals, words)
+    # "Bob" is no start, since a question mark and a word came before; "No" is behind an ellipsis
+    starts = ["He", " Then", "Why", " asked", "They", " end", "the"]
+    assert yes(*story, "sentence start") == (starts, words)
+    assert yes(*story, "digit")[0] == [" 42", "2"]
+    assert len(yes(*story, "digit")[1]) == story[0].num_rows
+    assert yes(*story, "continuation") == (["2"], [*words[:5], " 42", " men", "2", *words[6:]])
+    assert yes(*story, "quotation")[0] == ["Stop", " now", "Why", "his", " words"]
+
+
+def test_an_unpaired_quote_ends_with_its_line():
+    texts = ['a "b c\nd e "f" g']
+    tokenizer = spelling_tokenizer(texts)
+    text = text_of(texts, tokenizer)
+    assert yes(text, tokenizer, "quotation")[0] == ["b", " c", "f"]
+
+
+def test_concepts_look_across_contexts_but_not_across_gaps():
+    """Contexts of three tokens; without the second one, nothing is known of what came before."""
+    texts = ['Yes. "Go on now" he said. So it is']
+    tokenizer = spelling_tokenizer(texts)
+    whole = text_of(texts, tokenizer, 3)
+    assert yes(whole, tokenizer, "quotation")[0] == ["Go", " on", " now"]
+    assert yes(whole, tokenizer, "sentence start")[0] == ["Yes", "Go", " So"]
+    chosen = torch.tensor([0, 3])
+    keep = torch.ones(2, 4, dtype=torch.bool)
+    keep[:, 0] = False
+    cut = HeldoutText(
+        whole.ids[chosen], keep, whole.document[chosen], whole.offset[chosen], whole.headers
+    )
+    assert yes(cut, tokenizer, "quotation")[0] == []
+    assert yes(cut, tokenizer, "sentence start")[0] == ["Yes", " So"]
+
+
+def test_folded_tokens_are_the_same_for_space_and_case():
+    texts = ["The the cat The, THE 42 42"]
+    tokenizer = spelling_tokenizer(texts)
+    text = text_of(texts, tokenizer)
+    spelt = [t.strip().lower() for t in token_texts(tokenizer, text.token.tolist())]
+    folded = folded_tokens(text, tokenizer).tolist()
+    for i, one in enumerate(spelt):
+        assert [spelt[j] == one for j in range(len(spelt))] == [f == folded[i] for f in folded]
+
+
+HEADERS = {
+    n: {
+        "labels": {
+            "party": ("left", "right", "none")[n % 3],
+            "spoken": n % 2 == 0,
+            "year": 1800 + n,
+            "name": f"document {n}",
+        }
+    }
+    for n in range(12)
+} | {12: {"labels": {}}}
+
+
+def test_concepts_of_documents_are_their_labels():
+    document = torch.tensor([*range(12), *range(12), 12])
+    half = torch.arange(25) < 12
+    found = document_concepts(HEADERS, document, half)
+    kept = {"party=left", "party=none", "party=right", "spoken=False",
+            "year<1804", "1804<=year<1808", "year>=1808"}  # fmt: skip
+    assert set(found.names) == kept  # no single document's name
+    assert set(found.families) == {"party", "spoken", "year"}
+    for i, name in enumerate(found.names):
+        expected = {
+            "party=left": [n % 3 == 0 for n in range(12)],
+            "party=none": [n % 3 == 2 for n in range(12)],
+            "party=right": [n % 3 == 1 for n in range(12)],
+            "spoken=False": [n % 2 == 1 for n in range(12)],
+            "year<1804": [n < 4 for n in range(12)],
+            "1804<=year<1808": [4 <= n < 8 for n in range(12)],
+            "year>=1808": [n >= 8 for n in range(12)],
+        }[name]
+        assert found.positive[:12, i].tolist() == found.positive[12:24, i].tolist() == expected
+        assert found.applies[:, i].tolist() == [True] * 24 + [False]
+    asked = document_concepts(HEADERS, document, half, ("year", "year"))
+    assert asked.families == ["year"] * 3  # asked for twice, there once
+    with pytest.raises(UsageError, match="no document has a label 'yaer'; did you mean 'year'"):
+        document_concepts(HEADERS, document, half, ("yaer",))
+
+
+def test_a_number_that_is_mostly_one_value_still_divides_the_documents():
+    headers = {n: {"labels": {"score": max(0, n - 9)}} for n in range(16)}
+    found = document_concepts(headers, torch.arange(16).repeat(4), torch.arange(64) < 32)
+    assert found.names == ["score<1"]
+    assert found.positive[:16, 0].tolist() == [n <= 9 for n in range(16)]
+
+
+def test_a_concept_needs_enough_examples_in_both_halves(monkeypatch):
+    document = torch.tensor([*range(12), *range(12)])
+    lopsided = document < 6
+    names = document_concepts(HEADERS, document, lopsided).names
+    assert names == ["party=left", "party=none", "party=right", "spoken=False", "1804<=year<1808"]
+    monkeypatch.setattr(module, "FEWEST_UNITS", 5)
+    assert document_concepts(HEADERS, document, lopsided).names == ["spoken=False"]
+
+
+def test_halves_pair_like_documents():
+    tokenizer = spelling_tokenizer(["a b c"])
+    text = text_of(["a b c"] * 13, tokenizer, 3)
+    text.headers.update(HEADERS)
+    drawn = [halves_of_documents(text, seed) for seed in range(8)]
+    assert drawn[0] == halves_of_documents(text, 0) and any(d != drawn[0] for d in drawn)
+    for halves in drawn:
+        for party in range(3):  # four documents of each: two and two, and one is spoken in each
+            mine = [n for n in range(12) if n % 3 == party]
+            assert sum(halves[n] for n in mine) == 2
+
+
+def test_units_are_rows_or_the_rows_of_a_document_in_a_context():
+    tokenizer = spelling_tokenizer(["a b c d e"])
+    text = text_of(["a b c d e", "a b c", "a b c d"], tokenizer, 4)
+    text.headers[2]["labels"]["x"] = 1
+    text.headers[0]["labels"]["x"] = 2
+    # contexts: 0000 | 0111 | 2222; the second is the unlabelled document's
+    assert text.owner.tolist() == [0, 1, 2]
+    units = units_of_documents(text, 0)
+    assert units.of_row.tolist() == [0] * 4 + [-1] * 4 + [1] * 4
+    assert (units.size.tolist(), units.document.tolist()) == ([4, 4], [0, 2])
+    text.headers[1]["labels"]["x"] = 2
+    units = units_of_documents(text, 0)
+    assert units.of_row.tolist() == [0] * 4 + [-1, 1, 1, 1] + [2] * 4
+    assert units.size.tolist() == [4, 3, 4] and not units.single
+    rows = units_of_tokens(text, 5, 0)
+    chosen = (rows.of_row >= 0).nonzero()[:, 0]
+    assert rows.of_row[chosen].tolist() == [0, 1, 2, 3, 4] and rows.single
+    assert torch.equal(rows.document, text.document_of[chosen])

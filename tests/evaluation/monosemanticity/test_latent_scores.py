@@ -1,0 +1,215 @@
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from heldout_cases import Spelling, WordCounts, make_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_top_contexts import collected, random_codes
+from torch.nn.functional import normalize
+
+from llm_wsae.evaluation.monosemanticity.auroc import auroc
+from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
+from llm_wsae.evaluation.monosemanticity.detection import detection
+from llm_wsae.evaluation.monosemanticity.latent_scores import Judge
+from llm_wsae.evaluation.monosemanticity.purity import token_purity
+from llm_wsae.evaluation.monosemanticity.windows import WindowEmbeddings
+from llm_wsae.sparse.codes import Codes
+from llm_wsae.statistics.coherence import coherence, coherence_of_strangers
+
+
+def by_pairs(positive, negative):
+    """The definition: every positive against every negative."""
+    wins = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    return sum(wins) / len(wins) if wins else math.nan
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1),) * 2))
+def test_auroc_equals_the_count_of_pairs_ties_and_bystanders_included(sides):
+    scores = [torch.tensor([[float(s) for s, _ in side]] * 2) for side in sides]
+    for one in scores:
+        one[1] *= -1
+    counts = [torch.tensor([[c for _, c in side]] * 2) for side in sides]
+    found = auroc(*scores, *counts)
+    for row in range(2):
+        expected = by_pairs(*(s[row][c[row]].tolist() for s, c in zip(scores, counts, strict=True)))
+        assert float(found[row]) == pytest.approx(expected, nan_ok=True)
+
+
+def test_purity_and_entropy_by_hand():
+    token = torch.tensor([7, 7, 8, 9, 7])
+    rows = torch.tensor([[0, 1, 2, 4], [0, 1, 4, -1], [0, 2, 3, -1], [-1, -1, -1, -1]])
+    found = token_purity(rows, token)
+    assert found.purity[:3].tolist() == pytest.approx([3 / 4, 1, 1 / 3])
+    expected = [-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)), 0, math.log2(3)]
+    assert found.entropy[:3].tolist() == pytest.approx(expected, abs=1e-12)
+    assert found.purity[3].isnan() and found.entropy[3].isnan()
+
+
+def test_coherence_is_the_mean_cosine_of_all_pairs():
+    x = normalize(torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)), dim=2)
+    for found, vectors in zip(coherence(x), x, strict=True):
+        pairs = [float(a @ b) for a, b in combinations(vectors, 2)]
+        assert float(found) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+
+
+def test_strangers_are_pairs_of_different_contexts():
+    x = normalize(torch.randn(6, 7, generator=torch.Generator().manual_seed(0)), dim=1)
+    context = torch.tensor([4, 4, 2, 7, 7, 7])
+    pairs = [float(x[i] @ x[j]) for i, j in combinations(range(6), 2) if context[i] != context[j]]
+    found = coherence_of_strangers(x, context)
+    assert found == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    assert math.isnan(coherence_of_strangers(x[:2], context[:2]))
+
+
+def test_detection_by_hand():
+    draw = torch.Generator().manual_seed(0)
+    top, sample, random = (
+        normalize(torch.randn(*shape, 6, generator=draw), dim=-1)
+        for shape in ((2, 4), (2, 5), (40,))
+    )
+    silent = torch.rand(2, 40, generator=draw) > 0.2
+    tokens = [torch.randint(12, shape, generator=draw) for shape in ((2, 4), (2, 5), (40,))]
+    tokens[1][1] = tokens[0][1, 0]  # all of the second latent's samples are of one top token
+    found = detection(top, sample, random, silent, tuple(tokens))
+    for latent in range(2):
+        centroid = top[latent].mean(0)
+        known = set(tokens[0][latent].tolist())
+        positive = [
+            (float(x @ centroid), int(t))
+            for x, t in zip(sample[latent], tokens[1][latent], strict=True)
+        ]
+        negative = [
+            (float(x @ centroid), int(t))
+            for x, t, s in zip(random, tokens[2], silent[latent], strict=True)
+            if s
+        ]
+        every = by_pairs([s for s, _ in positive], [s for s, _ in negative])
+        assert float(found.auroc[latent]) == pytest.approx(every)
+        left = [s for s, t in positive if t not in known]
+        expected = by_pairs(left, [s for s, t in negative if t not in known])
+        if len(left) < 3:
+            expected = math.nan
+        assert float(found.without_tokens[latent]) == pytest.approx(expected, nan_ok=True)
+    assert not found.without_tokens[0].isnan() and found.without_tokens[1].isnan()
+
+
+CONFIG = MonosemanticConfig(top=4, sample=4, silent=200, before=0, after=0)
+
+
+def judge(text, config=CONFIG, encoder=None):
+    encoder = encoder or WordCounts()
+    embeddings = WindowEmbeddings(text, Spelling(), encoder, config.before, config.after)
+    return Judge.of(text, text.token, embeddings, config)
+
+
+def fired(text, codes, d_sae, one):
+    config = one.config
+    return collected(
+        text, codes, 10, None, one.windows, config.top, config.top + 4 * config.sample, d_sae
+    )
+
+
+def test_token_detectors_are_pure_coherent_and_detected():
+    text = make_text(contexts=120)
+    codes = Codes(text.token[:, None], torch.rand(text.num_rows, 1) + 0.5)
+    one = judge(text)
+    firings = fired(text, codes, 40, one)
+    scores = one.scores(firings)
+    alive = one.eligible(firings)
+    assert torch.equal(alive, torch.arange(40) < 30)  # the vocabulary: ten latents never fire
+    for name in ("purity", "purity_sampled", "detection"):
+        assert scores[name][alive].tolist() == [1.0] * 30, name
+        assert scores[name][~alive].isnan().all(), name
+    assert scores["entropy"][alive].tolist() == [0.0] * 30
+    # Cosines are 1 within a latent, and 1 between one pair of 30 words in 30.
+    assert scores["coherence"][alive].tolist() == pytest.approx([1 - 1 / 30] * 30, abs=0.01)
+    assert scores["detection_without_tokens"].isnan().all()  # nothing but the token
+
+
+def test_random_latents_are_told_from_nothing():
+    text = make_text(contexts=300)
+    codes = random_codes(text.num_rows, d_sae=200, k=4, seed=3)
+    one = judge(text, MonosemanticConfig(top=5, sample=8, silent=300, before=2, after=2))
+    scores = one.scores(fired(text, codes, 200, one))
+    assert not scores["detection"].isnan().any()
+    # The standard error over 200 latents is about .007.
+    assert abs(float(scores["detection"].mean()) - 0.5) < 0.025
+    assert abs(float(scores["detection_without_tokens"].nanmean()) - 0.5) < 0.03
+    assert abs(float(scores["coherence"].mean())) < 0.01
+    assert float(scores["purity"].mean()) < 0.4
+
+
+def test_a_latent_of_a_meaning_rather_than_a_token_is_detected_without_tokens():
+    """Half of the contexts speak of words 0-14, the others of 15-29; the latent fires in half of
+    the former's rows."""
+    text = make_text(contexts=200)
+    about = text.context % 2 == 0
+    token = text.token % 15 + 15 * (~about).long()
+    text.token.copy_(token)
+    text.ids.view(-1)[text.cell] = token
+    draw = torch.Generator().manual_seed(2)
+    active = about & (torch.rand(text.num_rows, generator=draw) < 0.5)
+    values = (torch.rand(text.num_rows, generator=draw) + 0.1) * active
+    codes = Codes(torch.zeros(text.num_rows, 1, dtype=torch.long), values[:, None])
+
+    class Halves(WordCounts):
+        def embed(self, texts):
+            counts = super().embed(texts)
+            halves = torch.stack([counts[:, :15].sum(1), counts[:, 15:30].sum(1)], 1)
+            return normalize(torch.nn.functional.pad(halves, (0, self.width - 2)), dim=1)
+
+    config = MonosemanticConfig(top=3, sample=12, silent=200, before=0, after=0)
+    one = judge(text, config, Halves())
+    scores = one.scores(fired(text, codes, 1, one))
+    assert float(scores["purity"][0]) < 1
+    # Silent windows of the other half score below, those of the same half tie: between .5 and 1.
+    silent = ~(active[one.random]) & about[one.random]
+    others = ~about[one.random]
+    expected = (others.sum() + 0.5 * silent.sum()) / (others.sum() + silent.sum())
+    assert float(scores["detection"][0]) == pytest.approx(float(expected), abs=0.01)
+    assert float(scores["detection_without_tokens"][0]) > 0.7
+
+
+def test_windows_are_embedded_once():
+    text, encoder = make_text(), WordCounts()
+    embeddings = WindowEmbeddings(text, Spelling(), encoder, 2, 1)
+    embeddings.prepare(torch.tensor([3, 50, 3]))
+    embeddings.prepare(torch.tensor([[50, 3], [7, 7]]))
+    assert encoder.embedded == 3
+    rows = torch.tensor([[7, 3], [50, 3]])
+    expected = WordCounts().embed(embeddings.texts(rows.flatten())).view(2, 2, -1)
+    assert torch.allclose(embeddings.of(rows), expected, atol=1e-3)
+    with pytest.raises(AssertionError):
+        embeddings.of(torch.tensor([8]))
+
+
+def test_a_window_ends_with_its_context_and_its_document():
+    text = make_text(contexts=4, positions=6, documents=3)  # 20 tokens, 7 to a document
+    embeddings = WindowEmbeddings(text, Spelling(), WordCounts(), 3, 1)
+    words = [f"w{i}" for i in text.token.tolist()]
+    # Row 5 begins the second context; row 7 begins the second document; row 6 is before it.
+    expected = {0: words[0:2], 4: words[1:5], 5: words[5:7], 6: words[5:7], 7: words[7:9]}
+    for row, window in expected.items():
+        assert embeddings.texts(torch.tensor([row]))[0].split() == window
+
+
+def test_neighbours_share_a_window_in_which_all_of_them_stand():
+    text = make_text(contexts=2, positions=16, documents=2)
+    text.document[0, 12:] = 1  # another document begins at position 12
+    text.document_of.copy_(text.document.flatten()[text.cell])
+    encoder = WordCounts()
+    embeddings = WindowEmbeddings(text, Spelling(), encoder, 6, 4)
+    rows = torch.arange(text.num_rows)
+    cells = embeddings.cells(rows)
+    assert (cells == text.cell[:, None]).any(1).all()
+    # Positions 1-4, 5-9, 10-14 and 15 of a context of one document; in the other context, 10 and
+    # 11 belong to 12, in the middle of five, no more.
+    centre = (cells[:, 6] % 16).tolist()
+    assert centre[15:] == [2] * 4 + [7] * 5 + [12] * 5 + [15]
+    assert centre[:15] == [2] * 4 + [7] * 5 + [10, 11] + [12] * 3 + [15]
+    embeddings.prepare(rows)
+    assert encoder.embedded == len(cells.unique(dim=0)) == 10
+    assert torch.equal(embeddings.of(rows[5:9]), embeddings.of(rows[4:5]).expand(4, -1))

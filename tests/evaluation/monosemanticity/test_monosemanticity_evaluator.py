@@ -1,0 +1,261 @@
+"""The whole measurement on a model whose latents are known. Its parts have files of their own."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from planted_model import (
+    NUM_WORDS,
+    SITE,
+    WIDTH,
+    WordMeanings,
+    dictionary,
+    one_latent_a_word,
+    one_latent_for_four_words,
+    planted_model,
+    planted_text,
+)
+
+from llm_wsae.data.config import PackConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation import heldout
+from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
+from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator, monosemanticity
+
+CONFIG = MonosemanticConfig(
+    tokens=3000, batch_tokens=256, top=5, sample=5, silent=200, before=2, after=2,
+    probe_tokens=2000, bootstraps=100,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return planted_model()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return Corpus.open(str(planted_text(tmp_path_factory.mktemp("text") / "text.jsonl")), "all")
+
+
+def both():
+    return {"words": one_latent_a_word(), "four": one_latent_for_four_words()}
+
+
+@pytest.fixture(scope="module")
+def report(model, corpus):
+    return monosemanticity(both(), model, corpus, CONFIG, WordMeanings())
+
+
+def test_what_was_read_is_told(report):
+    assert 3000 <= report.num_rows < 3000 + 15 and report.num_rows == 15 * report.num_contexts
+    assert report.num_documents == 80 and report.notes == []
+    # Five of some thirty words are hardly ever the same.
+    assert 0.2 <= report.chance["purity"] < 0.33
+    assert 1.9 < report.chance["entropy"] <= math.log2(5)
+    for scores in report.dictionaries.values():
+        assert (scores.rows, scores.massive_rows) == (report.num_rows, 0)
+        assert scores.site == SITE and scores.l0 == pytest.approx(1)
+
+
+def test_latents_of_one_word_are_monosemantic(report):
+    found = report.dictionaries["words"]
+    assert found.d_sae == WIDTH
+    # Every word is found in enough contexts; eight latents never fire.
+    assert found.eligible_share == pytest.approx(NUM_WORDS / WIDTH)
+    assert found.dead_share == pytest.approx(1 - NUM_WORDS / WIDTH) and found.dense_share == 0
+    for name in ("purity", "purity_sampled"):
+        mean = found.latents[name]
+        assert (mean.mean, mean.interval) == (1, (1, 1))
+        assert (mean.count, mean.share) == (NUM_WORDS, pytest.approx(NUM_WORDS / WIDTH))
+    assert found.latents["entropy"].mean == found.latents["entropy_sampled"].mean == 0
+    assert found.latents["detection"].mean > 0.97  # windows of five words, one of them its own
+    # Nothing is left of a word's latent without that word.
+    nothing = found.latents["detection_without_tokens"]
+    assert math.isnan(nothing.mean) and (nothing.count, nothing.share) == (0, 0)
+    density = found.per_latent["density"]
+    assert float(density.sum()) == pytest.approx(1) and (density[NUM_WORDS:] == 0).all()
+
+
+def test_latents_of_four_words_are_not(report):
+    words, four = report.dictionaries["words"].latents, report.dictionaries["four"].latents
+    assert report.dictionaries["four"].eligible_share == 1
+    assert 0.35 < four["purity"].mean < 0.7  # the most frequent of four words among five
+    assert four["purity"].interval[0] < four["purity"].mean < four["purity"].interval[1]
+    assert four["entropy"].mean > 1
+    for name in ("coherence", "detection"):
+        assert four[name].interval[1] < words[name].interval[0]
+
+
+def test_concepts_are_found_where_they_were_planted(report):
+    site = report.sites[SITE]
+    names = {f"letter {x}" for x in "abcdefghij"} | {"capital", "sentence start", "era=early"}
+    assert set(site["concepts"]) == names
+    assert site["concepts"]["letter a"]["dense"] == 1
+    assert site["concepts"]["era=early"]["dense"] > 0.97
+    words = report.dictionaries["words"].concepts
+    assert words.families.keys() == {"letter", "capital", "sentence start", "era"}
+    # At the first site, the dimensions are the words too. One of four words: half of a half.
+    for of_one in (words.concepts["letter a"], site["concepts"]["letter a"]):
+        assert of_one["best_1"] == pytest.approx(0.625, abs=0.03)
+        assert of_one["best_2"] == pytest.approx(0.75, abs=0.03)
+        assert of_one["best_5"] == 1
+    # A latent of the four-word dictionary has one word of "a", and three of 36 others.
+    four = report.dictionaries["four"].concepts
+    best = 0.5 + (1 / 4 - 3 / 36) / 2
+    assert four.concepts["letter a"]["best_1"] == pytest.approx(best, abs=0.04)
+
+
+def test_words_are_removed_one_by_one_but_four_go_together(report):
+    words = report.dictionaries["words"].concepts
+    four = report.dictionaries["four"].concepts
+    # Without its four latents, a letter's rows are 0, and its examples look like all others.
+    assert words.concepts["letter a"]["own_fall"] == pytest.approx(0.5, abs=0.02)
+    assert abs(words.concepts["letter a"]["others_fall"]) < 0.05
+    assert words.means["selectivity"].interval[0] > four.means["selectivity"].interval[1]
+    assert words.means["selectivity"].count == 13
+    own = [one["own_fall"] for one in words.concepts.values()]
+    assert words.means["own_fall"].mean == pytest.approx(sum(own) / 13)
+
+
+def test_dense_latents_are_left_out_where_it_says_so(model, corpus):
+    """One latent for the words of five letters fires on more than a tenth of the rows."""
+    directions = torch.eye(NUM_WORDS, WIDTH)
+    directions[0, :20] = 2
+    found = monosemanticity(
+        {"x": dictionary(directions, "x")}, model, corpus, CONFIG, WordMeanings()
+    ).dictionaries["x"]
+    assert found.dense_share == pytest.approx(1 / NUM_WORDS)
+    assert found.latents["purity"].count == found.latents_not_dense["purity"].count + 1
+    assert found.latents["purity"].mean < 1 == found.latents_not_dense["purity"].mean
+    every, without = found.concepts.concepts, found.concepts_not_dense.concepts
+    assert every["letter a"]["density"] > 0.1 > without["letter j"]["density"]
+    assert without["letter a"]["best_1"] < every["letter a"]["best_1"]
+    assert without["letter j"] == every["letter j"]
+
+
+def same(one, other):
+    assert json.dumps(one.to_dict()) == json.dumps(other.to_dict())
+    for name, values in one.per_latent.items():
+        assert torch.equal(values.nan_to_num(-9), other.per_latent[name].nan_to_num(-9))
+
+
+def test_together_or_one_by_one_in_one_pass_or_several(model, corpus, report, monkeypatch):
+    """A text that does not fit into memory is read again, and gives the same."""
+    encoder = WordMeanings()
+    bench = MonosemanticityEvaluator(model, corpus, PackConfig(context_size=16), CONFIG, encoder)
+    for name, one in both().items():
+        same(bench.score({name: one}).dictionaries[name], report.dictionaries[name])
+    known = encoder.embedded
+    bench.score(both())
+    assert encoder.embedded == known  # every window once
+    monkeypatch.setattr(heldout, "_CACHE_BYTES", 0)
+    again = monosemanticity(both(), model, corpus, CONFIG, WordMeanings())
+    for name in both():
+        same(again.dictionaries[name], report.dictionaries[name])
+
+
+def test_massive_rows_are_counted_and_head_no_list(corpus):
+    found = monosemanticity(
+        {"words": one_latent_a_word()}, planted_model(massive=3), corpus, CONFIG, WordMeanings()
+    ).dictionaries["words"]
+    assert 0 < found.massive_rows < 200 and found.per_latent["density"][3] == 0
+    assert found.rows + found.massive_rows == pytest.approx(3000, abs=15)
+    assert found.per_latent["purity"][3].isnan() and found.latents["purity"].count == NUM_WORDS - 1
+
+
+def test_seeds_are_compared_with_each_other(model, corpus):
+    named = {"one": one_latent_a_word(seed=0), "two": one_latent_a_word(seed=7),
+             "other": one_latent_for_four_words()}  # fmt: skip
+    found = monosemanticity(named, model, corpus, CONFIG, WordMeanings())
+    ((group, numbers),) = found.consistency.items()
+    assert group == f"{SITE} words" and numbers["dictionaries"] == ["one", "two"]
+    assert numbers["pw_mcc_alive"] == pytest.approx(1)
+    assert numbers["pw_mcc"] == pytest.approx(NUM_WORDS / WIDTH)  # dead latents agree with none
+    assert f"{group}: 2 seeds agree to {numbers['pw_mcc']:.3f}" in found.table()
+
+
+def test_only_what_was_made_alike_is_compared_over_seeds(model, corpus):
+    """Other widths are other dictionaries, whatever their names; of twins one is enough."""
+    small = dictionary(torch.eye(WIDTH)[:10], "words", seed=3)
+    named = {"one": one_latent_a_word(seed=0), "twin": one_latent_a_word(seed=0), "small": small}
+    found = monosemanticity(named, model, corpus, CONFIG, WordMeanings())
+    assert found.consistency == {}
+
+
+def test_text_without_labels_has_concepts_of_tokens_only(model, tmp_path):
+    labelled = planted_text(tmp_path / "labelled.jsonl").read_text().splitlines()
+    lines = [json.dumps({"text": json.loads(line)["text"]}) for line in labelled]
+    path = tmp_path / "bare.jsonl"
+    path.write_text("\n".join(lines))
+    found = monosemanticity(
+        {"words": one_latent_a_word()}, model, Corpus.open(str(path)), CONFIG, WordMeanings()
+    ).dictionaries["words"]
+    assert found.concepts.means["best_1"].count > 0
+    assert found.latents["purity"].mean == pytest.approx(1)
+
+
+def test_a_dictionary_that_never_fires_has_no_scores(model, corpus):
+    silent = {"silent": dictionary(torch.zeros(5, WIDTH), "silent")}
+    report = monosemanticity(silent, model, corpus, CONFIG, WordMeanings())
+    found = report.dictionaries["silent"]
+    assert (found.eligible_share, found.dead_share, found.l0) == (0, 1, 0)
+    assert math.isnan(found.latents["purity"].mean) and found.latents["purity"].count == 0
+    assert found.concepts.means["best_1"].mean == 0.5
+    assert found.concepts.means["selectivity"].mean == 0
+    assert report.to_dict()["dictionaries"]["silent"]["latents"]["purity"]["mean"] is None
+    assert "silent" in report.table()
+
+
+def test_what_cannot_be_scored_is_said_in_a_sentence(model, corpus, monkeypatch):
+    def fails(error, match, dictionaries, **settings):
+        config = dataclasses.replace(CONFIG, **settings)
+        with pytest.raises(error, match=match) as caught:
+            monosemanticity(dictionaries, model, corpus, config, WordMeanings())
+        assert str(caught.value).count("\n") == 0
+
+    good = one_latent_a_word()
+    fails(UsageError, "there is no dictionary to score; name at least one", {})
+    fails(LlmWsaeError, "the held-out text has .* but 10,000,000", {"x": good}, tokens=10_000_000)
+    fails(UsageError, "no document has a label 'eara'; did you mean 'era'", {"x": good},
+          labels=("eara",))  # fmt: skip
+    other = one_latent_a_word()
+    other.info = dataclasses.replace(other.info, store={"packing": {"context_size": 32}})
+    fails(UsageError, "'x' and 'y' were trained on differently packed", {"x": good, "y": other})
+    narrow = dictionary(torch.eye(4, 8), "narrow")
+    fails(UsageError, "dictionary 'x' has 8 dimensions, but planted has 48", {"x": narrow})
+    deep = one_latent_a_word()
+    deep.info = dataclasses.replace(deep.info, site="blocks.5.hook_resid_pre")
+    fails(UsageError, "blocks.5.hook_resid_pre", {"x": deep})
+    with pytest.raises(UsageError, match="top is 1, but must be at least 2"):
+        dataclasses.replace(CONFIG, top=1)
+
+
+def test_other_weights_are_noted(model, corpus):
+    other = one_latent_a_word()
+    other.info = dataclasses.replace(other.info, model={"weights_sha256": "0" * 64})
+    found = monosemanticity({"x": other}, model, corpus, CONFIG, WordMeanings())
+    assert found.notes == ["dictionary 'x' was trained on other weights than these of planted"]
+
+
+def test_the_report_is_json_and_a_table(report, tmp_path):
+    report.write(tmp_path / "report.json")
+    written = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda _: 1 / 0)
+    assert written == report.to_dict()
+    words = written["dictionaries"]["words"]
+    assert words["latents"]["purity"] == {
+        "mean": 1.0, "interval": [1.0, 1.0], "count": NUM_WORDS, "share": NUM_WORDS / WIDTH,
+    }  # fmt: skip
+    assert words["latents"]["detection_without_tokens"]["mean"] is None
+    assert "per_latent" not in words and written["config"]["top"] == 5
+    lines = report.table().splitlines()
+    detection = report.dictionaries["four"].latents["detection"]
+    (row,) = (line for line in lines if line.startswith("four "))
+    low, high = detection.interval
+    assert f"{detection.mean:.3f} [{low:.3f}, {high:.3f}]" in row
+    assert lines[0].split()[:2] == ["dictionary", "eligible"]
+    assert f"{report.num_rows:,} tokens of held-out text" in report.table()
+    assert f"a purity of {report.chance['purity']:.3f}." in report.table()

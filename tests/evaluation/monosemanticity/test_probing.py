@@ -1,0 +1,207 @@
+import numpy as np
+import pytest
+import torch
+
+from llm_wsae.evaluation.monosemanticity.concept_scores import (
+    Latents,
+    Questions,
+    probe_latents,
+    probe_site,
+)
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts
+from llm_wsae.evaluation.monosemanticity.probe_tables import DenseTable, SparseTable, Units
+from llm_wsae.evaluation.monosemanticity.probing import (
+    RIDGE_DENSE,
+    Taken,
+    best_columns,
+    correlations,
+    dense_probes,
+    sparse_probes,
+    splits,
+)
+from llm_wsae.evaluation.monosemanticity.selectivity import Probed, falls, selectivity
+
+UNITS, D_IN, D_SAE = 400, 6, 30
+
+
+def planted(seed=0):
+    """Latents and labels: latent 3 fires for the first concept, 4 or 5 for the second; the third
+    concept is pure chance. Half of the units are void for the second."""
+    draw = torch.Generator().manual_seed(seed)
+    latents = torch.rand(UNITS, D_SAE, generator=draw)
+    latents *= torch.rand(UNITS, D_SAE, generator=draw) < 0.2
+    positive = torch.rand(UNITS, 3, generator=draw) < 0.3
+    applies = torch.ones(UNITS, 3, dtype=torch.bool)
+    applies[::2, 1] = False
+    latents[:, 3] = positive[:, 0] * (1 + torch.rand(UNITS, generator=draw))
+    which = torch.rand(UNITS, generator=draw) < 0.5
+    latents[:, 4] = (positive[:, 1] & which).float()
+    latents[:, 5] = (positive[:, 1] & ~which).float()
+    half = torch.rand(UNITS, generator=draw) < 0.5
+    names = ["one", "two", "chance"]
+    return latents, Concepts(names, ["a", "a", "b"], positive, applies, half)
+
+
+def sparse(latents):
+    unit, column = latents.nonzero(as_tuple=True)
+    return SparseTable(unit, column, latents[unit, column], tuple(latents.shape))
+
+
+@pytest.fixture(scope="module")
+def case():
+    latents, concepts = planted()
+    return latents, concepts, splits(concepts, 0)
+
+
+def test_a_sparse_table_is_the_dense_one(case):
+    latents, _, _ = case
+    one, other = sparse(latents), DenseTable(latents)
+    weights = torch.rand(UNITS, 4)
+    assert torch.allclose(one.sums(weights), other.sums(weights), rtol=1e-4)
+    assert torch.allclose(one.square_sums(weights), other.square_sums(weights), rtol=1e-4)
+    columns = torch.tensor([29, 0, 4])
+    assert torch.equal(one.take(columns), other.take(columns))
+
+
+def test_learning_and_testing_share_no_unit(case):
+    _, concepts, halves = case
+    for split, learn in zip(halves, (concepts.half, ~concepts.half), strict=True):
+        for c in range(3):
+            learnt = (split.positive + split.negative)[:, c] > 0
+            assert torch.equal(learnt, concepts.applies[:, c] & learn)
+            assert torch.equal(split.positive[:, c] > 0, learnt & concepts.positive[:, c])
+            n = split.num_examples
+            for side, truth in ((slice(n), True), (slice(n, None), False)):
+                items = split.items[c, side][split.counts[c, side]]
+                expected = concepts.applies[:, c] & ~learn & (concepts.positive[:, c] == truth)
+                assert items.sort().values.tolist() == expected.nonzero()[:, 0].tolist()
+
+
+def test_correlations_equal_numpy(case):
+    latents, concepts, halves = case
+    latents = latents.clone()
+    latents[:, 9] = 0
+    for table in (sparse(latents), DenseTable(latents)):
+        found = correlations(table, halves[0])
+        for c in range(3):
+            mine = (concepts.applies[:, c] & concepts.half).numpy()
+            for column in (0, 3, 4, 17):
+                x, y = latents[mine, column].numpy(), concepts.positive[mine, c].numpy()
+                expected = np.corrcoef(x.astype(np.float64), y)[0, 1]
+                assert float(found[c, column]) == pytest.approx(expected, abs=1e-4)
+        assert found[:, 9].tolist() == [0, 0, 0]
+
+
+def test_best_columns_are_allowed_ones_in_order():
+    score = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.4, 0.3, 0.2, 0.1]])
+    allowed = torch.tensor([True, False, True, True])
+    assert best_columns(score, allowed, 2).tolist() == [[3, 2], [0, 2]]
+    assert best_columns(score, allowed, 5).tolist() == [[3, 2, 0, -1, -1], [0, 2, 3, -1, -1]]
+
+
+def test_a_planted_label_is_found_by_its_latents(case):
+    latents, _, halves = case
+    table = sparse(latents)
+    for split in halves:
+        chosen = best_columns(correlations(table, split).abs(), torch.ones(D_SAE).bool(), 5)
+        assert int(chosen[0, 0]) == 3 and set(chosen[1, :2].tolist()) == {4, 5}
+        taken = Taken.of(table, chosen)
+        one, two = sparse_probes(taken, split, 1), sparse_probes(taken, split, 2)
+        assert float(one[0]) == 1 and 0.65 < float(one[1]) < 0.85 and float(two[1]) == 1
+        assert abs(float(sparse_probes(taken, split, 5)[2]) - 0.5) < 0.15
+
+
+def test_probes_equal_the_discriminant_by_hand(case):
+    latents, concepts, halves = case
+    x = latents[:, :D_IN] + 0.1 * torch.randn(UNITS, D_IN, generator=torch.Generator())
+    probes = dense_probes(x, halves[0])
+    for c in range(3):
+        mine = concepts.applies[:, c] & concepts.half
+        rows, y = x[mine].double().numpy(), concepts.positive[mine, c].numpy()
+        mean1, mean0 = rows[y].mean(0), rows[~y].mean(0)
+        covariance = np.cov(rows.T, bias=True)
+        covariance += RIDGE_DENSE * np.diag(np.diag(covariance))
+        direction = np.linalg.solve(covariance, mean1 - mean0)
+        assert probes.directions[:, c].numpy() == pytest.approx(direction, rel=1e-4)
+        midway = float((mean1 + mean0) @ direction / 2)
+        assert float(probes.thresholds[c]) == pytest.approx(midway, rel=1e-4)
+    scores = probes.scores(x, halves[0])
+    assert torch.allclose(
+        scores[1], (x[halves[0].items[1]] @ probes.directions[:, 1]) - probes.thresholds[1]
+    )
+    # A sparse probe of all columns is the same probe, but for the ridge.
+    few = Taken.of(DenseTable(x), torch.arange(D_IN).repeat(3, 1))
+    assert torch.allclose(sparse_probes(few, halves[0], D_IN), halves[0].test(scores), atol=0.02)
+
+
+def test_a_probe_without_columns_knows_nothing(case):
+    latents, _, halves = case
+    taken = Taken.of(sparse(latents), torch.full((3, 2), -1))
+    assert sparse_probes(taken, halves[0], 2).tolist() == [0.5, 0.5, 0.5]
+
+
+def test_falls_equal_probing_what_is_left(case):
+    """Subtract the contributions from the activations, and probe them as before."""
+    latents, concepts, halves = case
+    decoder = torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(5))
+    x = latents @ decoder + 0.05 * torch.randn(UNITS, D_IN, generator=torch.Generator())
+    split = halves[1]
+    probes = dense_probes(x, split)
+    probed = Probed(sparse(latents), probes.directions, split, probes.scores(x, split))
+    sets = torch.tensor([[3, 7], [4, 5], [11, -1]])
+    found = falls(sets, decoder, probed)
+
+    def accuracy(rows, c):
+        score = rows @ probes.directions[:, c] - probes.thresholds[c]
+        tested = concepts.applies[:, c] & concepts.half
+        truth = concepts.positive[:, c]
+        right = [(score[tested & truth] > 0), (score[tested & ~truth] <= 0)]
+        return sum(float(one.double().mean()) for one in right) / 2
+
+    for number, removed in enumerate(([3, 7], [4, 5], [11])):
+        left = x - latents[:, removed] @ decoder[removed]
+        for c in range(3):
+            expected = accuracy(x, c) - accuracy(left, c)
+            assert float(found[number, c]) == pytest.approx(expected, abs=0.011)
+    assert selectivity(torch.ones(1, 1))[1].isnan()  # there are no others
+    own, others = selectivity(found)
+    assert own.tolist() == found.diagonal().tolist()
+    assert float(others[0]) == pytest.approx(float((found[0, 1] + found[0, 2]) / 2))
+
+
+def questions(concepts):
+    units = Units(torch.arange(UNITS), torch.ones(UNITS, dtype=torch.long), torch.arange(UNITS))
+    return [Questions.of(units, concepts, 0)]
+
+
+def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
+    latents, concepts = planted()
+    draw = torch.Generator().manual_seed(1)
+    decoder = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
+    x = latents @ decoder + 0.01 * torch.randn(UNITS, D_SAE, generator=draw)
+    asked, every = questions(concepts), torch.ones(D_SAE, dtype=torch.bool)
+    site = probe_site(asked, [x])
+    assert site.dense[:2].min() > 0.99 and site.accuracy[:2].min() > 0.95
+    assert 0.5 < site.raw[1][1] < site.raw[2][1] < 0.95
+    density = (latents > 0).double().mean(0)
+    planted_latents = Latents.of(asked, [sparse(latents)], decoder, density)
+    good = probe_latents(asked, site, planted_latents, every)
+    assert float(good.sparse[1][0]) == 1 and float(good.sparse[2][1]) == 1
+    # (the "latents" of pure chance may be those of anything)
+    assert good.own_fall[:2].min() > 0.4 and good.others_fall[:2].abs().max() < 0.1
+    turn = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
+    turned = Latents.of(asked, [DenseTable(latents @ turn.T)], turn @ decoder, density)
+    mixed = probe_latents(asked, site, turned, every)
+    assert mixed.selectivity[:2].max() < good.selectivity[:2].min() - 0.1
+    without = every.clone()
+    without[3] = False
+    blind = probe_latents(asked, site, planted_latents, without)
+    assert float(blind.sparse[1][0]) < 0.7 and float(blind.own_fall[0]) < 0.1
+
+
+def test_no_concept_gives_empty_scores():
+    every = torch.ones(D_SAE, dtype=torch.bool)
+    site = probe_site([], [])
+    latents = Latents.of([], [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE))
+    found = probe_latents([], site, latents, every)
+    assert len(site.dense) == len(found.selectivity) == len(found.sparse[5]) == 0

@@ -1,0 +1,86 @@
+"""One pass over a text whose activations are known: a row is the direction of its word."""
+
+import pytest
+import torch
+from planted_model import (
+    NUM_WORDS,
+    PACKING,
+    SITE,
+    WIDTH,
+    one_latent_a_word,
+    planted_model,
+    planted_text,
+)
+
+from llm_wsae.data.config import PackConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.packing import Packer
+from llm_wsae.evaluation.heldout import Activations, HeldoutText
+from llm_wsae.evaluation.monosemanticity.probe_tables import units_of_documents, units_of_tokens
+from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_sites, record
+from llm_wsae.evaluation.monosemanticity.top_contexts import Collector
+from llm_wsae.model.site import Site
+
+MASSIVE = 3
+AT = Site.parse(SITE)
+
+
+@pytest.fixture(scope="module", params=[None, MASSIVE])
+def case(request, tmp_path_factory):
+    """Without and with a massive word: model, text, and the rows that count."""
+    path = planted_text(tmp_path_factory.mktemp("text") / "text.jsonl", documents=20)
+    model = planted_model(request.param)
+    packer = Packer.for_model(model, PackConfig(**PACKING))
+    text = HeldoutText.take(packer.blocks(Corpus.open(str(path), "all"), block_size=8), 1000)
+    usable = torch.ones(text.num_rows, dtype=torch.bool)
+    if request.param is not None:
+        usable = text.token != request.param
+    return model, text, usable
+
+
+def expected(text, usable, units):
+    """Share of each word among the rows of each unit."""
+    found = torch.zeros(len(units.size), WIDTH)
+    for row in range(text.num_rows):
+        if units.of_row[row] >= 0 and usable[row]:
+            found[units.of_row[row], text.token[row]] += 1
+    return found / units.size[:, None]
+
+
+def test_activations_and_latents_are_averaged_over_units(case):
+    model, text, usable = case
+    kinds = [units_of_tokens(text, 300, 0), units_of_documents(text, 0)]
+    assert len(kinds[0].size) == 300 and not kinds[1].single
+    activations = Activations(model, text, batch_tokens=64)
+    rows = read_sites(activations, [AT], kinds)[AT]
+    assert rows.threshold == pytest.approx(10)
+    dictionary = one_latent_a_word()
+    recorder = Recorder(dictionary, collector(text, dictionary), rows.threshold, kinds)
+    record(activations, [recorder])
+    every = torch.arange(dictionary.d_sae)
+    for units, x, table in zip(kinds, rows.x, recorder.tables(), strict=True):
+        wanted = expected(text, usable, units)
+        torch.testing.assert_close(x, wanted)
+        torch.testing.assert_close(table.take(every), wanted)
+    firings = recorder.firings()
+    assert firings.num_rows == int(usable.sum())
+    counts = torch.bincount(text.token[usable], minlength=dictionary.d_sae)
+    assert torch.equal(firings.counts, counts)
+
+
+def test_a_recorder_serves_alone(case):
+    """Top contexts need no sentence encoder, no concepts and no threshold."""
+    model, text, _ = case
+    dictionary = one_latent_a_word()
+    recorder = Recorder(dictionary, collector(text, dictionary), threshold=float("inf"))
+    record(Activations(model, text, batch_tokens=64), [recorder])
+    top = recorder.firings().top
+    assert recorder.tables() == [] and (top.rows[NUM_WORDS:] == -1).all()
+    for word in range(NUM_WORDS):
+        assert text.token[top.rows[word]].unique().tolist() == [word]
+        assert len(text.context[top.rows[word]].unique()) == 4
+
+
+def collector(text, dictionary):
+    windows = text.windows(torch.arange(0, text.num_rows, 50), 2, 2)
+    return Collector(text, windows, dictionary.d_sae, top=4, sample=6, seed=0)

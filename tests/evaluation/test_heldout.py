@@ -1,0 +1,108 @@
+import json
+
+import pytest
+import torch
+from tiny import tiny_model, words
+
+from llm_wsae.data.config import PackConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.packing import Packer
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.evaluation import heldout
+from llm_wsae.evaluation.heldout import Activations, HeldoutText
+from llm_wsae.model.site import Site
+
+SIZE = 16  # positions of a context; 15 of them are rows, less the separators
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def take(model, folder, documents, tokens, labels=()):
+    """Held-out text of documents given as (words, labels)."""
+    path = folder / "text.jsonl"
+    rows = [{"text": words(i, n), **own} for i, (n, own) in enumerate(documents)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    packer = Packer.for_model(model, PackConfig(context_size=SIZE))
+    blocks = packer.blocks(Corpus.open(str(path), "all", text_column="text"), block_size=4)
+    return HeldoutText.take(blocks, tokens, labels)
+
+
+def contexts_of(text):
+    """How many contexts belong to each document."""
+    return torch.bincount(text.owner)
+
+
+def test_documents_take_turns(model, tmp_path):
+    """Twenty long documents, of which a third is taken: as much of each, from its beginning."""
+    text = take(model, tmp_path, [(150, {})] * 20, 1000)
+    assert 1000 <= text.num_rows < 1000 + SIZE
+    counts = contexts_of(text)
+    assert counts.max() - counts.min() <= 1 and len(counts) == 20
+    for number in range(20):
+        mine = text.owner == number
+        # The first contexts of a document, in the order of the text, with nothing between them.
+        own = text.offset[mine].where(text.document[mine] == number, -1).amax(1)
+        assert torch.equal(own, own[0] + 15 * torch.arange(len(own))) and own[0] < 30
+    assert set(text.headers) == set(range(20))
+
+
+def test_labelled_documents_have_half_of_the_rows_as_far_as_they_go(model, tmp_path):
+    some = [(60, {"kind": "a"} if i % 5 == 0 else {"other": "x"} if i % 5 == 1 else {})
+            for i in range(50)]  # fmt: skip
+
+    def share(text, names):
+        labelled = [n for n, header in text.headers.items() if names & set(header["labels"])]
+        return float(torch.isin(text.owner[text.context], torch.tensor(labelled)).double().mean())
+
+    # A fifth of 3000 words has "kind": all of that, where half would be more.
+    assert share(take(model, tmp_path, some, 800, ("kind",)), {"kind"}) == pytest.approx(
+        0.5, abs=0.05
+    )
+    assert share(take(model, tmp_path, some, 800), {"kind", "other"}) == pytest.approx(
+        0.5, abs=0.05
+    )
+    many = take(model, tmp_path, some, 2000, ("kind",))
+    assert share(many, {"kind"}) == pytest.approx(0.3, abs=0.03)
+
+
+def test_too_little_text_is_said_in_a_sentence(model, tmp_path):
+    with pytest.raises(LlmWsaeError, match=r"has \d+ tokens in \d+ contexts, but 10,000 in"):
+        take(model, tmp_path, [(60, {})] * 5, 10_000)
+    with pytest.raises(LlmWsaeError, match="does not fill a single context"):
+        take(model, tmp_path, [(5, {})], 1)
+
+
+def test_rows_are_the_kept_positions(model, tmp_path):
+    text = take(model, tmp_path, [(40, {})] * 12, 300)
+    assert text.num_rows == int(text.first_row[-1])
+    for row in range(0, text.num_rows, 7):
+        context = int(text.context[row])
+        position = int(text.cell[row]) - context * SIZE
+        assert int(text.row_at[context * SIZE + position]) == row
+        assert int(text.token[row]) == int(text.ids[context, position])
+        assert int(text.document_of[row]) == int(text.document[context, position])
+        assert int(text.first_row[context]) <= row < int(text.first_row[context + 1])
+    assert int((text.row_at >= 0).sum()) == text.num_rows
+    assert (text.row_at.view(-1, SIZE)[:, 0] == -1).all()  # first positions give no row
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, monkeypatch, room):
+    monkeypatch.setattr(heldout, "_CACHE_BYTES", room)
+    text = take(model, tmp_path, [(40, {})] * 12, 300)
+    sites = [Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.2.hook_resid_pre")]
+    activations = Activations(model, text, batch_tokens=3 * SIZE)
+    assert not activations.at_hand(sites)
+    whole = model.activations(text.ids, sites)
+    for _ in range(2):
+        batches = list(activations.batches(sites))
+        assert [batch.contexts.start for batch in batches] == list(range(0, text.num_contexts, 3))
+        for site in sites:
+            rows = torch.cat([batch.activations[site] for batch in batches])
+            expected = whole[site].flatten(0, 1)[text.cell]
+            torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
+    assert activations.at_hand(sites) == bool(room)
+    assert [batch.rows.start for batch in batches] == text.first_row[:-1:3].tolist()

@@ -1,0 +1,98 @@
+"""Several processes of one run, as a launcher starts them, without a launcher's start-up time.
+
+They are forked from a server process that has everything imported, so each takes a moment. A rank's
+outcome is what its function returned, or the error that it raised, as ``type: sentence``; None if
+it was killed.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from places import ROOT
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["several_imports"])
+_SECONDS = 300
+
+
+class Rank:
+    """One process of a run."""
+
+    def __init__(self, rank: int, size: int, port: int, work: Callable[..., Any], args: tuple):
+        self._answer, theirs = _FORKS.Pipe(duplex=False)
+        self.process = _FORKS.Process(target=_rank, args=(rank, size, port, theirs, work, args))
+        self.process.start()
+        theirs.close()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def outcome(self) -> Any:
+        """Wait for the end; it must come."""
+        try:
+            found = self._answer.recv() if self._answer.poll(_SECONDS) else TimeoutError()
+        except EOFError:
+            found = None
+        self.process.join(_SECONDS)
+        if self.process.exitcode is None or isinstance(found, TimeoutError):
+            self.kill()
+            raise AssertionError("a process hangs")
+        return found
+
+
+def start(size: int, work: Callable[..., Any], *args: Any) -> list[Rank]:
+    """Begin ``work(*args)`` in so many processes; it must be a module's own function."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path, before])  # the server's
+    try:
+        return [Rank(rank, size, port, work, args) for rank in range(size)]
+    finally:
+        os.environ["PYTHONPATH"] = before
+
+
+def run(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """The outcomes by rank."""
+    return [rank.outcome() for rank in start(size, work, *args)]
+
+
+def torchrun(size: int, *words: Any) -> subprocess.CompletedProcess:
+    """One of our commands in so many processes of the real launcher, to its end."""
+    return subprocess.run(
+        launched(size, *words), capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+
+
+def launched(size: int, *words: Any) -> list[str]:
+    """The words that start it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [*launcher, str(size), "-m", "llm_wsae", *map(str, words)]
+
+
+def _rank(rank: int, size: int, port: int, answer: Any, work: Callable, args: tuple) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    from llm_wsae import processes
+    from llm_wsae.errors import LlmWsaeError
+
+    processes._BEAT_SECONDS, processes._BEATS_MISSED, processes._LAST_WORD_SECONDS = 0.1, 20, 1
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        try:
+            answer.send(work(*args))
+        except LlmWsaeError as error:
+            answer.send(f"{type(error).__name__}: {error}")
+    sys.stdout.flush()

@@ -1,0 +1,356 @@
+"""Single latents: where they fire, what they say, who is near; and text that cannot harm."""
+
+import json
+
+import pytest
+import torch
+from small_dictionaries import make_dictionary
+from tiny import BOS, EOS, VOCAB, WORDS, tiny_model, tiny_tokenizer, write_jsonl
+from tiny_families import WIDTH, tiny_hf_model
+
+import llm_wsae.inspecting.firings as firings_module
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.harvesting import harvest
+from llm_wsae.inspecting.firings import firings
+from llm_wsae.inspecting.latents import check_latents, look_at
+from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.inspecting.sentence import read_sentence
+from llm_wsae.inspecting.text import latents_text, sentence_text
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.terminal import printable, printable_json
+
+SITE = Site.parse("blocks.1.hook_resid_post")
+SPARSITIES = {"topk": TopK(4), "relu": ReLU(), "jumprelu": JumpReLU()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def store(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspecting")
+    corpus = Corpus.open(str(write_jsonl(folder / "text.jsonl", [9 + i % 40 for i in range(150)])))
+    config = HarvestConfig(
+        tokens=3000, context_size=16, batch_tokens=256, shard_tokens=1024, dtype="float32"
+    )
+    return harvest(model, corpus, [SITE], folder / "store", config)
+
+
+def dictionary_for(model, kind="topk", **info):
+    """80 latents, about four active at a time, for the tiny model's rows."""
+    made = make_dictionary(d_in=model.d_model, model=model.identity(), **info)
+    bias = made.b_enc - (0 if kind == "topk" else 4)
+    return Dictionary(
+        W_enc=25 * made.W_enc,  # the tiny model's rows are short
+        W_dec=made.W_dec,
+        b_enc=bias,
+        b_dec=made.b_dec,
+        sparsity=SPARSITIES[kind],
+        threshold=torch.full((80,), 0.5) if kind == "jumprelu" else None,
+        info=made.info,
+        extras=made.extras,
+    )
+
+
+def all_latents(store, dictionary):
+    """Dense latents of every row; massive rows have none."""
+    rows = store.rows(SITE, 0, store.num_rows).float()
+    usable = rows.norm(dim=1) <= (dictionary.info.massive_threshold or torch.inf)
+    return dictionary.encode(rows) * usable[:, None], usable
+
+
+@pytest.mark.parametrize("kind", SPARSITIES)
+@pytest.mark.parametrize("share", [1.0, 0.8])
+def test_density_and_top_contexts_are_those_of_all_rows(store, model, kind, share, monkeypatch):
+    monkeypatch.setattr(firings_module, "_ROWS_AT_ONCE", 700)
+    monkeypatch.setattr(firings_module, "_LOOK_AT", 5)
+    norms = store.rows(SITE, 0, store.num_rows).norm(dim=1)
+    one = dictionary_for(model, kind, massive_threshold=float(norms.quantile(share)))
+    dense, usable = all_latents(store, one)
+    assert 0 <= int((~usable).sum()) < store.num_rows / 4
+    context = store.locate(torch.arange(store.num_rows)).context
+    often = (dense > 0).sum(0)
+    latents = [int(often.argmax()), *often.argsort()[20:60:10].tolist(), int(often.argmin())]
+    found = firings(store, one, torch.tensor(latents), top=6)
+    for latent, firing in zip(latents, found, strict=True):
+        values = dense[:, latent]
+        assert firing.rows_looked_at == int(usable.sum())  # a small store is looked at whole
+        assert firing.density == pytest.approx(int((values > 0).sum()) / int(usable.sum()))
+        if values.any():
+            mean = float(values[values > 0].mean())
+            assert firing.mean_activation == pytest.approx(mean, rel=1e-4)
+        else:
+            assert firing.mean_activation is None
+        best = torch.zeros(int(context.max()) + 1).scatter_reduce_(0, context, values, "amax")
+        expected = best.sort(descending=True).values[:6]
+        assert firing.values == pytest.approx(expected[expected > 0].tolist(), rel=1e-5)
+        assert values[firing.rows].tolist() == pytest.approx(firing.values, rel=1e-5)
+        assert len({int(context[row]) for row in firing.rows}) == len(firing.rows)
+        assert firing.searched_all
+    assert len(found[0].rows) == 6 > len(found[-1].rows)
+
+
+def test_density_is_estimated_from_evenly_spread_rows(store, model, monkeypatch):
+    monkeypatch.setattr(firings_module, "SAMPLE_ROWS", 500)
+    monkeypatch.setattr(firings_module, "_ROWS_AT_ONCE", 100)
+    one = dictionary_for(model)
+    dense, usable = all_latents(store, one)
+    stride = store.num_rows // 500
+    assert stride > 3 and usable.all()
+    latents = (dense > 0).sum(0).argsort(descending=True)[:8]
+    for latent, firing in zip(latents.tolist(), firings(store, one, latents, 2), strict=True):
+        sample = dense[::stride, latent]
+        assert firing.rows_looked_at == len(sample)
+        assert firing.density == pytest.approx(float((sample > 0).float().mean()))
+        assert firing.density == pytest.approx(
+            float((dense[:, latent] > 0).float().mean()), abs=0.07
+        )
+
+
+def test_it_says_when_the_candidates_ran_out(store, model, monkeypatch):
+    """Under TopK a latent that is never among the k largest has nothing but candidates."""
+    one = dictionary_for(model)
+    one.b_enc.data += 50  # all pre-activations are positive
+    dense, _ = all_latents(store, one)
+    silent = int((dense > 0).sum(0).argmin())
+    latents = torch.tensor([silent])
+    monkeypatch.setattr(firings_module, "CANDIDATES", 40)
+    (firing,) = firings(store, one, latents, 3)
+    assert not dense[:, silent].any() and not firing.rows and not firing.searched_all
+    monkeypatch.setattr(firings_module, "CANDIDATES", 10_000)
+    (firing,) = firings(store, one, latents, 3)
+    assert firing.searched_all
+
+
+def test_examples_lead_back_to_the_text(store, model):
+    one = dictionary_for(model)
+    dense, _ = all_latents(store, one)
+    latent = int((dense > 0).sum(0).argmax())
+    (view,) = look_at(one, [latent], store=store, vocabulary=Vocabulary(model.tokenizer), top=5)
+    assert len(view.examples) == 5
+    activations = [example.activation for example in view.examples]
+    assert activations == sorted(activations, reverse=True)
+    assert view.firing.values == activations
+    for example in view.examples:
+        where = store.locate(torch.tensor([example.row]))
+        document = store.contexts(int(where.context) // store.manifest.contexts_per_shard)
+        header = document.headers[int(where.document)]
+        assert example.document == header["name"]
+        text = write_out(header, store)
+        said = f"{example.text.before} {example.text.token} {example.text.after}".split()
+        assert " ".join(said) in text
+        assert example.text.token.split() == [text.split()[int(where.offset)]]
+        assert text.split()[: int(where.offset)][-len(example.text.before.split()) or 10_000 :] == (
+            example.text.before.split()
+        )
+
+
+def write_out(header, store):
+    """The document's text again, as ``write_jsonl`` made it."""
+    number = header["labels"]["number"]
+    return json.loads((store.folder.parent / "text.jsonl").read_text().splitlines()[number])["text"]
+
+
+def test_neighbours_and_dimensions(model):
+    one = dictionary_for(model)
+    one.W_dec.data[7] = 3 * one.W_dec[5]  # the same direction, longer
+    one.W_dec.data[9] = 0
+    one.W_dec.data[9, 3] = -2
+    first, second = look_at(one, [5, 9, 5], top=4)  # each once
+    assert (first.latent, second.latent) == (5, 9)
+    assert first.neighbours[0].latent == 7
+    assert first.neighbours[0].cosine == pytest.approx(1)
+    cosine = torch.nn.functional.cosine_similarity(one.W_dec[5], one.W_dec, dim=1)
+    cosine[5] = -2
+    assert [n.latent for n in first.neighbours] == cosine.argsort(descending=True)[:4].tolist()
+    assert second.effective_dimensions == pytest.approx(1)
+    assert second.dimensions[0].dimension == 3
+    assert second.dimensions[0].decoder == -2 and second.dimensions[0].share == pytest.approx(1)
+    assert second.dimensions[0].gamma == pytest.approx(float(one.extras["gamma"][3]))
+    w = one.W_dec[5].double()
+    assert first.effective_dimensions == pytest.approx(float((w**2).sum() ** 2 / (w**4).sum()))
+    largest = cosine.sort(descending=True).values[:4]
+    assert [n.cosine for n in first.neighbours] == pytest.approx(largest.tolist(), abs=1e-5)
+    share = (w**2 / (w**2).sum()).sort(descending=True).values[:4]
+    assert [d.share for d in first.dimensions] == pytest.approx(share.tolist())
+    assert [d.dimension for d in first.dimensions] == w.abs().argsort(descending=True)[:4].tolist()
+    assert sum(d.share for d in look_at(one, [5], top=99)[0].dimensions) == pytest.approx(1)
+    assert first.promotes is None and first.firing is None and first.examples == []
+
+    matrix = torch.randn(model.d_model, model.d_model)
+    one.extras["gamma"] = matrix
+    (view,) = look_at(one, [9], top=1)
+    assert view.dimensions[0].gamma == pytest.approx(float(matrix[:, 3].norm()))
+    del one.extras["gamma"]
+    assert look_at(one, [9], top=1)[0].dimensions[0].gamma is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "neox", "unknown"])
+def test_promoted_tokens_are_those_whose_logits_grow(family):
+    """Far out along a direction, the stream is nothing but that direction."""
+    live = LanguageModel.from_live(tiny_hf_model(family), None)
+    direction = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(4))
+    logits = Readout(live).logits(direction)
+    assert logits.shape == (2, VOCAB)
+    torch.testing.assert_close(logits.mean(1), torch.zeros(2), atol=1e-4, rtol=0)
+    ids = torch.zeros(2, 1, dtype=torch.long)
+    last = Site(live.num_blocks - 1, "post")
+    with torch.no_grad():
+        there, back = (
+            live.resume(ids, last, sign * 1e4 * direction[:, None])[:, 0] for sign in (1, -1)
+        )
+    if family == "gemma2":  # whose logits are capped, which keeps their order
+        assert logits.argsort(dim=1)[:, -3:].tolist() == there.argsort(dim=1)[:, -3:].tolist()
+        return
+    expected = (there - back) / 2  # without the norm's bias, if the norm is known
+    expected = expected - expected.mean(1, keepdim=True)
+    if live.paths.ln_final is None:
+        expected = direction / direction.square().mean(1, keepdim=True).sqrt() @ live.W_U
+        expected = expected - expected.mean(1, keepdim=True)
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_words_are_the_best_and_the_worst_tokens(model):
+    one = dictionary_for(model)
+    (view,) = look_at(one, [3], vocabulary=Vocabulary(model.tokenizer), readout=Readout(model))
+    logits = Readout(model).logits(one.W_dec[[3]])[0]
+    assert [w.id for w in view.promotes] == logits.argsort(descending=True)[:10].tolist()
+    assert [w.id for w in view.suppresses] == logits.argsort()[:10].tolist()
+    assert view.promotes[0].logit == pytest.approx(float(logits.max()))
+    assert [w.token for w in view.promotes if w.id < 50] == [
+        WORDS[w.id] for w in view.promotes if w.id < 50
+    ]
+
+
+def test_embeddings_that_no_token_uses_are_not_shown():
+    live = tiny_hf_model("llama")
+    live.resize_token_embeddings(VOCAB + 12)
+    wide = LanguageModel.from_live(live, tiny_tokenizer())
+    assert Readout(wide).logits(torch.ones(1, WIDTH)).shape == (1, VOCAB)
+
+
+def test_sentence(model):
+    one = dictionary_for(model, store={"packing": {"drop_positions": 2}})
+    tokens = read_sentence(model, one, "w5 w17 w5 </s> w30")
+    ids = [BOS, 5, 17, 5, EOS, 30]
+    assert [token.id for token in tokens] == ids
+    dense = one.encode(model.activations(torch.tensor([ids]), [SITE])[SITE][0])
+    for at, token in enumerate(tokens):
+        if at < 2 or token.id == EOS:
+            assert token.latents == []
+            continue
+        values = dense[at].sort(descending=True)
+        fire = int((dense[at] > 0).sum())
+        assert [a.latent for a in token.latents] == values.indices[:fire].tolist()
+        assert [a.activation for a in token.latents] == pytest.approx(
+            values.values[:fire].tolist(), rel=1e-4
+        )
+    text = sentence_text(tokens, [tokens[2].latents[0].latent, 79])
+    lines = text.splitlines()
+    strongest = tokens[2].latents[0]
+    assert f"{strongest.latent} {strongest.activation:.2f}" in lines[3]
+    assert lines[1].split() == ["«<s>»", "—"]
+    assert f"latent {strongest.latent}: «w17» {strongest.activation:.2f}" in lines[7]
+
+
+def test_sentence_without_bos_and_massive_rows(model):
+    ids = torch.tensor([[5, 17, 5, 30]])
+    norms = model.activations(ids, [SITE])[SITE][0].norm(dim=1)
+    one = dictionary_for(model, prepend_bos=False, massive_threshold=float(norms[2]) + 1e-4)
+    tokens = read_sentence(model, one, "w5 w17 w5 w30")
+    assert [token.id for token in tokens] == ids[0].tolist()
+    fires = [bool(token.latents) for token in tokens]
+    assert fires == [at > 0 and bool(norm <= norms[2] + 1e-4) for at, norm in enumerate(norms)]
+
+
+def test_bad_requests_are_sentences(store, model):
+    one = dictionary_for(model)
+    with pytest.raises(UsageError, match=r"no latent 80; plain-k4 has latents 0 to 79"):
+        check_latents(one, [3, 80])
+    with pytest.raises(UsageError, match="no latent -1"):
+        look_at(one, [-1])
+    with pytest.raises(UsageError, match=r"has no blocks.2.hook_resid_pre; did you mean"):
+        other = dictionary_for(model, site="blocks.2.hook_resid_pre")
+        firings(store, other, torch.tensor([0]), 1)
+    with pytest.raises(LlmWsaeError, match="rows of 16 dimensions, but the dictionary reads 12"):
+        firings(store, make_dictionary(), torch.tensor([0]), 1)
+    with pytest.raises(LlmWsaeError, match=r"made by tiny, but .* trained on big \(other weights"):
+        strange = dictionary_for(model, weights={})
+        strange.info.model["name"], strange.info.model["weights_sha256"] = "big", "0" * 64
+        firings(store, strange, torch.tensor([0]), 1)
+    with pytest.raises(UsageError, match="the text is empty"):
+        read_sentence(model, one, "")
+    with pytest.raises(UsageError, match="contexts of 101 tokens are too long"):
+        read_sentence(model, one, "w1 " * 100)
+    with pytest.raises(UsageError, match="reads 12 dimensions, but tiny has 16"):
+        read_sentence(model, make_dictionary(), "w1")
+    with pytest.raises(LlmWsaeError, match="without a tokenizer"):
+        read_sentence(LanguageModel.from_live(model.hf_model, None), one, "w1")
+
+
+NASTY = "a\x1b[2J\x07b\nc\td\u202ee\x9bf\u200bg\ud800"
+TAME = r"a\x1b[2J\x07b\nc\td\u202ee\x9bf\u200bg\ud800"
+
+
+def test_text_cannot_command_a_terminal():
+    assert printable(NASTY) == TAME
+    assert printable("größer 例 🙂") == "größer 例 🙂"
+    shown = printable_json({"x": [NASTY, "größer \U000e0001"]})
+    assert shown.isprintable() and json.loads(shown) == {"x": [NASTY, "größer \U000e0001"]}
+    assert "größer" in shown
+
+
+class NastyTokenizer:
+    """Byte-level decoding, as a real one does it: a token can be part of a character."""
+
+    pieces = (b"good", b" \xe2\x82", b"\xac", b"\x1b[31m", b"\n", b"\xff")
+
+    def convert_ids_to_tokens(self, token):
+        return ("good", "Ġâ\x82", "¬", "\x1b[31m", "\n", "ÿ")[token] if token < 6 else None
+
+    def decode(self, ids):
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+
+
+def test_tokens_that_are_no_text_of_their_own():
+    vocabulary = Vocabulary(NastyTokenizer())
+    assert vocabulary.text(0) == "good" and vocabulary.text(5) == "ÿ"
+    assert vocabulary.text(9) == "<9>"
+    marked = vocabulary.marked([0, 1, 2, 0], 2)
+    assert (marked.before, marked.token, marked.after) == ("good ", "€", "good")
+    marked = vocabulary.marked([0, 3, 4], 1)
+    assert (marked.before, marked.token, marked.after) == ("good", "\x1b[31m", "\n")
+    nothing = Vocabulary(None)
+    marked = nothing.marked([4, 7, 1], 1)
+    assert (marked.before, marked.token, marked.after) == ("<4>", "<7>", "<1>")
+
+
+def test_what_is_printed_is_printable(store, model):
+    class Hostile:
+        def convert_ids_to_tokens(self, token):
+            return f"\x1b]0;{token}\x07"
+
+        def decode(self, ids):
+            return "".join(f"\x1b]0;{i}\x07" for i in ids)
+
+    one = dictionary_for(model)
+    dense, _ = all_latents(store, one)
+    latents = (dense > 0).sum(0).argsort(descending=True)[:2].tolist()
+    views = look_at(
+        one, latents, store=store, vocabulary=Vocabulary(Hostile()), readout=Readout(model), top=3
+    )
+    text = latents_text(one, views)
+    assert all(line.isprintable() for line in text.splitlines())
+    assert r"«\x1b]0;" in text
+    for view in views:
+        block = text[text.index(f"latent {view.latent} of plain-k4") :]
+        assert f"density     {100 * view.firing.density:.3g} % of {store.num_rows:,}" in block
+        assert block.count(f"{view.examples[0].activation:.2f}  ") >= 1
+        assert f"{view.neighbours[0].latent} {view.neighbours[0].cosine:.2f}" in block

@@ -1,0 +1,115 @@
+"""The weighted classes for SAELens, as far as they come without it (with it: interop.sh)."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from places import ROOT
+
+import llm_wsae.saelens
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.saelens.loss import read_weights, squared_error
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.loss_weights import LossWeights
+
+D_IN = 6
+ABSENT = importlib.util.find_spec("sae_lens") is None
+CLASSES = Path(llm_wsae.saelens.__file__).with_name("training.py")
+
+
+def saved(tmp_path: Path, gamma: torch.Tensor, **config) -> str:
+    path = tmp_path / "weights.safetensors"
+    LossWeights(gamma, "variance", -0.25, WeightConfig(**config)).save(path)
+    return str(path)
+
+
+def test_the_error_of_a_row_is_that_of_the_weighted_difference():
+    x, x_hat = torch.randn(2, 50, D_IN, generator=torch.Generator().manual_seed(0))
+    for gamma in (torch.rand(D_IN), torch.randn(D_IN, D_IN)):
+        full = torch.diag(gamma) if gamma.ndim == 1 else gamma
+        rows = [float((full @ (a - b)).norm() ** 2) for a, b in zip(x, x_hat, strict=True)]
+        found = squared_error(x_hat, x, gamma)
+        assert found.shape == x.shape
+        torch.testing.assert_close(found.sum(1), torch.tensor(rows))
+    plain = torch.nn.functional.mse_loss(x_hat, x, reduction="none")
+    assert torch.equal(squared_error(x_hat, x, torch.ones(D_IN)), plain)
+
+
+@pytest.mark.parametrize("gamma", [torch.rand(D_IN) + 0.1, torch.randn(D_IN, D_IN)])
+def test_weights_come_from_the_file(tmp_path, gamma):
+    weights = read_weights(saved(tmp_path, gamma), D_IN)
+    assert torch.equal(weights.gamma, gamma)
+    assert (weights.rule, weights.alpha) == ("variance", -0.25)
+
+
+def _negative() -> torch.Tensor:
+    return torch.tensor([1.0, 1, 1, 1, 1, -1])
+
+
+@pytest.mark.parametrize(
+    ("gamma", "config", "error", "sentence"),
+    [
+        (torch.ones(D_IN + 1), {}, LlmWsaeError, "weights for 7 dimensions, but the rows have 6"),
+        (_negative(), {}, LlmWsaeError, "not finite, negative or all zero"),
+        (torch.zeros(D_IN), {}, LlmWsaeError, "all zero"),
+        (torch.full((D_IN,), float("nan")), {}, LlmWsaeError, "not finite"),
+        (torch.ones(D_IN), {"place": "space"}, UsageError, "in a space of its own"),
+        (torch.ones(D_IN), {"anneal": 0.5}, UsageError, "go to 1 during training"),
+    ],
+)
+def test_weights_that_cannot_be_used(tmp_path, gamma, config, error, sentence):
+    with pytest.raises(error, match=sentence) as caught:
+        read_weights(saved(tmp_path, gamma, **config), D_IN)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_tokens_are_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    LossWeights(torch.ones(D_IN), "token-norm", -0.5).save(path)
+    with pytest.raises(UsageError, match="SAELens' training weighs dimensions"):
+        read_weights(str(path), D_IN)
+
+
+def test_a_file_that_is_not_named_or_not_there(tmp_path):
+    with pytest.raises(UsageError, match="weights_file is not given"):
+        read_weights("", D_IN)
+    with pytest.raises(LlmWsaeError, match="there is no"):
+        read_weights(str(tmp_path / "weights.safetensors"), D_IN)
+
+
+def test_it_comes_without_saelens():
+    script = (
+        "import sys, llm_wsae.saelens; print('sae_lens' in sys.modules, 'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout.split() == ["False", "False"], found.stderr
+
+
+@pytest.mark.skipif(not ABSENT, reason="sae-lens is installed here")
+def test_without_saelens_a_class_is_a_sentence():
+    for ask in (llm_wsae.saelens.register, lambda: llm_wsae.saelens.WeightedTopKTrainingSAE):
+        with pytest.raises(LlmWsaeError, match="install sae-lens"):
+            ask()
+    with pytest.raises(AttributeError, match="has no attribute 'WeightedTopk'"):
+        llm_wsae.saelens.WeightedTopk  # noqa: B018
+
+
+def test_the_names_are_those_of_the_classes():
+    tree = ast.parse(CLASSES.read_text(encoding="utf-8"))
+    classes = {n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"}
+    assert classes | {"register"} == set(llm_wsae.saelens.__all__)
+    shown = next(n for n in ast.parse(
+        Path(llm_wsae.saelens.__file__).read_text(encoding="utf-8")
+    ).body if isinstance(n, ast.If))  # fmt: skip
+    assert {alias.name for node in shown.body for alias in node.names} == classes
+
+
+def test_the_readme_names_what_is_there():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (names,) = re.findall(r"from llm_wsae\.saelens import (.+)", readme)
+    assert set(names.split(", ")) <= set(llm_wsae.saelens.__all__)

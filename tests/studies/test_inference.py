@@ -1,0 +1,247 @@
+"""The statistics of a study, on differences whose truth is known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from llm_wsae.studies.curve import Curve, Point, Value
+from llm_wsae.studies.inference import adjusted, estimates, pooled_variance
+
+SEEDS = 3
+
+
+def over_latents(draw, arms=4, seeds=SEEDS, effects=(), shared=0.7, own=1.0, latents=0.3):
+    """Differences with an error that all arms share (the plain curve's), one of their own, and one
+    from the finite number of latents; arm u has the effect ``effects[u]``."""
+    of_curve = draw.normal(0, shared, seeds)
+    effects = [*effects, *[0.0] * (arms - len(effects))]
+    return {
+        arm: {
+            seed: Value(
+                effect + of_curve[seed] + draw.normal(0, own) + draw.normal(0, latents), latents**2
+            )
+            for seed in range(seeds)
+        }
+        for arm, effect in enumerate(effects)
+    }
+
+
+def over_concepts(draw, arms=4, seeds=SEEDS, concepts=40, of_concept=3.0, noise=3.0):
+    """Differences that vary from concept to concept, the same way on all seeds, about 0."""
+    found = {}
+    for arm in range(arms):
+        common = draw.normal(0, of_concept, concepts)
+        rows = common + draw.normal(0, 1, (seeds, 1)) + draw.normal(0, noise, (seeds, concepts))
+        found[arm] = {seed: of_items(row) for seed, row in enumerate(rows)}
+    return found
+
+
+def of_items(row) -> Value:
+    return Value(float(np.mean(row)), 0.0, {f"c{i}": float(v) for i, v in enumerate(row)})
+
+
+def false_alarms(make, repetitions=600) -> float:
+    draw = np.random.default_rng(0)
+    tests = [e.p < 0.05 for _ in range(repetitions) for e in estimates(make(draw)).values()]
+    return float(np.mean(tests))
+
+
+@pytest.mark.parametrize("seeds", (2, 3, 5))
+def test_where_nothing_is_nothing_is_found_in_95_of_100(seeds):
+    assert 0.01 < false_alarms(lambda draw: over_latents(draw, seeds=seeds)) < 0.06
+    assert 0.01 < false_alarms(lambda draw: over_concepts(draw, seeds=seeds), 300) < 0.07
+
+
+def test_a_bootstrap_over_three_seeds_would_be_too_sure():
+    """Why there is none."""
+    draw = np.random.default_rng(0)
+    misses = 0
+    for _ in range(400):
+        sample = draw.normal(0, 1, SEEDS)
+        means = sample[draw.integers(SEEDS, size=(500, SEEDS))].mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        misses += not low <= 0 <= high
+    assert misses / 400 > 0.15
+
+
+def test_concepts_that_differ_alike_on_every_seed_do_not_count_as_many():
+    """With the concepts' part left out, their choice would pass for an effect."""
+    draw = np.random.default_rng(0)
+    found = {True: 0, False: 0}
+    for _ in range(200):
+        differences = over_concepts(draw, of_concept=6.0, noise=0.5)
+        bare = {
+            arm: {seed: Value(value.mean) for seed, value in by_seed.items()}
+            for arm, by_seed in differences.items()
+        }
+        found[True] += estimates(differences)[0].p < 0.05
+        found[False] += estimates(bare)[0].p < 0.05
+    assert found[True] < 16 and found[False] > 25
+
+
+def test_a_planted_difference_is_found_and_its_interval_holds_it():
+    draw = np.random.default_rng(0)
+    found, inside = 0, 0
+    for _ in range(300):
+        estimate = estimates(over_latents(draw, effects=(4.0,)))[0]
+        found += estimate.p < 0.05 and estimate.difference > 0
+        inside += estimate.interval[0] <= 4.0 <= estimate.interval[1]
+    assert found > 240 and inside > 275
+
+
+def test_holm_keeps_the_chance_of_any_false_alarm_at_5_percent():
+    draw = np.random.default_rng(0)
+    any_of_them = 0
+    for _ in range(400):
+        found = estimates(over_latents(draw, arms=8))
+        any_of_them += min(adjusted({arm: e.p for arm, e in found.items()}).values()) < 0.05
+    assert any_of_them < 24
+    assert adjusted({"a": 0.01, "b": 0.03, "c": 0.2}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.2}
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.permutations(range(4)), st.permutations(range(SEEDS)))
+def test_names_and_order_mean_nothing(number, arms, seeds):
+    differences = over_latents(np.random.default_rng(number))
+    expected = estimates(differences)
+    renamed = {f"rule {arm}": {10 * seed: differences[arm][seed] for seed in seeds} for arm in arms}
+    found = estimates(renamed)
+    for arm in arms:
+        one, other = expected[arm], found[f"rule {arm}"]
+        assert one.difference == pytest.approx(other.difference)
+        assert one.interval == pytest.approx(other.interval)
+        assert one.p == pytest.approx(other.p)
+        assert {10 * seed: d for seed, d in one.by_seed.items()} == other.by_seed
+
+
+def test_one_arm_without_latents_is_the_t_test():
+    values = [0.3, -0.1, 0.8, 0.4]
+    estimate = estimates({"a": {seed: Value(v) for seed, v in enumerate(values)}})["a"]
+    reference = stats.ttest_1samp(values, 0.0)
+    assert estimate.p == pytest.approx(reference.pvalue)
+    assert estimate.interval == pytest.approx(tuple(reference.confidence_interval()))
+
+
+def test_the_pool_is_the_mean_variance_and_knows_what_is_shared():
+    draw = np.random.default_rng(0)
+    table = draw.normal(size=(5, 3))
+    variance, degrees = pooled_variance(by_seed(table))
+    assert variance == pytest.approx(table.var(1, ddof=1).mean())
+    alike = table[:1] + draw.normal(size=(5, 1))  # five arms that are one
+    assert pooled_variance(by_seed(alike))[1] == pytest.approx(2)
+    assert 2 < degrees < 10
+
+
+def by_seed(table) -> list[dict[int, float]]:
+    return [dict(enumerate(row.tolist())) for row in table]
+
+
+def test_more_seeds_of_one_arm_are_pooled_with_the_fewer_of_the_others():
+    """Variance as it is on the whole, and no more false alarms for either kind of arm."""
+    draw = np.random.default_rng(0)
+    pools, alarms = [], {True: [], False: []}
+    for _ in range(1000):
+        found = over_latents(draw, arms=5, seeds=5, latents=0.0)
+        few = {
+            arm: {s: v for s, v in own.items() if s < 3 or arm == 0} for arm, own in found.items()
+        }
+        pools.append(pooled_variance([{s: v.mean for s, v in o.items()} for o in few.values()])[0])
+        for arm, estimate in estimates(few).items():
+            alarms[arm == 0].append(estimate.p < 0.05)
+    assert np.mean(pools) == pytest.approx(0.7**2 + 1, rel=0.1)
+    assert np.mean(alarms[True]) < 0.06 and np.mean(alarms[False]) < 0.06
+
+
+def test_an_arm_apart_spreads_as_it_does_and_disturbs_nobody():
+    """A control whose draws differ more than anything else does."""
+    draw = np.random.default_rng(0)
+    alarms = {True: [], False: []}
+    for _ in range(600):
+        differences = over_latents(draw, arms=5)
+        quiet = estimates({arm: differences[arm] for arm in range(4)})
+        differences[4] = {s: Value(8 * v.mean, v.variance) for s, v in differences[4].items()}
+        found = estimates(differences, apart={4})
+        assert {arm: found[arm] for arm in range(4)} == quiet
+        for arm, estimate in found.items():
+            alarms[arm == 4].append(estimate.p < 0.05)
+    assert 0.03 < np.mean(alarms[True]) < 0.07 and np.mean(alarms[False]) < 0.06
+
+
+def test_latents_own_spread_is_the_least():
+    exact = {0: Value(1.0, 0.09), 1: Value(1.0, 0.09)}
+    found = estimates({"a": exact})["a"]
+    assert found.error == pytest.approx((0.09 / 2) ** 0.5) and found.degrees == np.inf
+    assert found.p == pytest.approx(2 * stats.norm.sf(1 / found.error))
+
+
+@pytest.mark.parametrize("seeds", (3, 5))
+@pytest.mark.parametrize("own", (0.0, 0.5, 2.0))
+def test_seeds_that_agree_by_chance_are_held_to_their_latents_spread(seeds, own):
+    """Where latents are all that differs, neither as many false alarms as the latents' own test
+    would give beside a little of the seeds' spread, nor none at all."""
+    draw = np.random.default_rng(0)
+    alarms = []
+    for _ in range(600):
+        made = over_latents(draw, arms=1, seeds=seeds, shared=0.0, own=own, latents=1.0)
+        alarms.append(estimates(made, apart={0})[0].p < 0.05)
+    assert 0.004 < np.mean(alarms) < 0.062
+
+
+def test_what_seeds_and_latents_both_show_is_found():
+    """Five seeds, all on one side and far apart for the latents that they have."""
+    made = {seed: Value(value, 1.0) for seed, value in enumerate((9.0, 6.0, 7.0, 5.0, 6.5))}
+    estimate = estimates({"a": made}, apart={"a"})["a"]
+    reference = stats.ttest_1samp([value.mean for value in made.values()], 0.0)
+    assert estimate.p == pytest.approx(reference.pvalue) and estimate.p < 0.001
+
+
+def test_one_seed_gives_no_estimate():
+    assert estimates({"a": {0: Value(1.0)}, "b": {0: Value(1.0), 1: Value(2.0)}}).keys() == {"b"}
+
+
+def point(increase, k=8, seed=0, **values) -> Point:
+    return Point(k, seed, increase, {name: Value(v) for name, v in values.items()})
+
+
+def test_the_curve_is_straight_over_the_logarithm():
+    curve = Curve(point(0.01 * 4**i, k=64 // 2**i, m=3.0 - i) for i in (2, 0, 1))
+    for increase, level in ((0.02, 2.5), (0.16, 1.0), (0.08, 1.5)):
+        beside = curve.beside([(1.0, point(increase, m=1.75))], "m")
+        assert beside.mean == pytest.approx(1.75 - level)
+    rest = curve.without(32)
+    assert rest.beside([(1.0, point(0.04, m=0.0))], "m").mean == pytest.approx(-2.0)
+    assert curve.beside([(1.0, point(0.08))], "m") is None
+    assert curve.beside([(1.0, point(0.08, other=1.0))], "other") is None
+
+
+def test_what_two_points_share_of_the_curve_is_no_part_of_their_difference():
+    curve = Curve(Point(k, 0, 0.64 / k, {"m": Value(1.0, 0.25)}) for k in (16, 64))
+    one, other = (Point(32, 0, 0.02, {"m": Value(mean, 0.01)}) for mean in (3.0, 2.0))
+    alone = curve.beside([(1.0, one)], "m")
+    assert alone.mean == 2.0 and alone.variance == pytest.approx(0.01 + 2 * 0.25 / 4)
+    apart = curve.beside([(1.0, one), (-1.0, other)], "m")
+    assert apart.mean == pytest.approx(1.0) and apart.variance == pytest.approx(0.02)
+    both = curve.beside([(0.5, one), (0.5, other)], "m")
+    assert both.variance == pytest.approx(2 * 0.01 / 4 + 2 * 0.25 / 4)
+
+
+def test_beyond_its_ends_the_curve_says_nothing():
+    curve = Curve([point(0.01, m=1.0), point(0.04, m=0.0)])
+    assert point(0.02) in curve and point(0.01) in curve
+    assert point(0.009) not in curve and point(0.05) not in curve
+    assert point(0.01) not in Curve([point(0.01, m=1.0)])
+    lossless = Curve([point(-0.01, m=1.0), point(0.01, m=0.0)])
+    assert point(-5.0) in lossless and point(0.001) in lossless
+
+
+def test_a_mixture_carries_variances_and_concepts():
+    one = Value(1.0, 0.2, {"a": 1.0, "b": 2.0})
+    other = Value(3.0, 0.4, {"b": 5.0, "c": 0.0})
+    mixed = Value.mixture([(1.0, one), (-0.5, other)])
+    assert mixed.mean == -0.5 and mixed.variance == pytest.approx(0.3)
+    assert mixed.items == {"b": -0.5}
+    assert Value.mixture([(1.0, one), (1.0, Value(1.0))]).items is None

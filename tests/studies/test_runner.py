@@ -1,0 +1,397 @@
+"""A whole study of a tiny model: what it leaves, how it goes on, what it refuses."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import SITE, call, content, make_world, works
+from heldout_cases import WordCounts
+
+from llm_wsae.data.config import PackConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.packing import Packer
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import JumpReLU
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.evaluator import evaluate
+from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
+from llm_wsae.evaluation.monosemanticity.seed_consistency import pw_mcc
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.sentence_encoder import SentenceEncoder
+from llm_wsae.model.site import Site
+from llm_wsae.studies import consistency, runner
+from llm_wsae.studies.config import StudyConfig
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.weights.config import WeightConfig
+
+PLACE = Site.parse(SITE)
+CONFIG = StudyConfig(("variance",), (-0.25,), (4,), (2, 4, 8), (0, 1))
+SETTINGS = {
+    "training": TrainConfig(expansion=4, batch_size=256, dtype="float32"),
+    "fidelity": EvaluateConfig(tokens=500),
+    "scoring": MonosemanticConfig(tokens=500, top=3, sample=3, probe_tokens=500),
+    "encoder": WordCounts(),
+}
+NAMES = [
+    f"{weights}-k{k}{seed}"
+    for seed, draw in (("", ""), ("-s1", "-d1"))
+    for weights, k in (
+        ("uniform", 2),
+        ("uniform", 4),
+        ("uniform", 8),
+        ("variance-a-0.25", 4),
+        (f"permuted-variance-a-0.25{draw}", 4),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def study(world):
+    """Runs a study in a folder."""
+    model = LanguageModel.load(str(world / "model"))
+    store = ActivationStore.open(world / "store")
+
+    def run(out: Path, config: StudyConfig = CONFIG, **settings):
+        text = str(world / "text.jsonl")
+        return runner.study(model, store, PLACE, text, out, config, **SETTINGS | settings)
+
+    run.model = model
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(study, tmp_path_factory):
+    """An unbroken study: its folder and its report."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    return out, study(out)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The arms of every training from here on."""
+    calls, original = [], runner.train
+
+    def train(source, arms, config, out):
+        calls.append([arm.name for arm in arms])
+        return original(source, arms, config, out)
+
+    monkeypatch.setattr(runner, "train", train)
+    return calls
+
+
+def results(out: Path) -> dict[str, bytes]:
+    return content(out / "results")
+
+
+def test_every_dictionary_is_trained_measured_and_reported(whole):
+    out, report = whole
+    assert sorted(results(out)) == sorted(f"{name}.json" for name in NAMES)
+    assert sorted(p.name for p in (out / "dictionaries").iterdir()) == sorted(NAMES)
+    assert [r.name for r in report.results if r.label == "uniform"] == [
+        "uniform-k2", "uniform-k2-s1", "uniform-k4", "uniform-k4-s1", "uniform-k8", "uniform-k8-s1"
+    ]  # fmt: skip
+    assert len(report.sentences()) == 1
+    assert report.sentences()[0].startswith("variance-a-0.25: ")
+    assert not list((out / "training").iterdir())
+    for name in ("report.json", "report.md", "curve.png", "differences.png", "study.json"):
+        assert (out / name).stat().st_size > 100
+
+
+def test_seeds_are_held_against_each_other(whole, study, tmp_path):
+    """Of the dictionaries that are there, once."""
+    out, report = whole
+    kinds = {(r.label, r.point.k) for r in report.results}
+    assert set(report.agreements) == kinds
+    one = report.agreements["uniform", 4]
+    decoders = [Dictionary.load(out / "dictionaries" / f"uniform-k4{s}").W_dec for s in ("", "-s1")]
+    assert one.seeds == (0, 1) and one.pw_mcc == pytest.approx(pw_mcc(decoders))
+    assert "PW-MCC" in report.table() and f"{one.pw_mcc:.4f}" in report.table()
+    again = tmp_path / "out"
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "dictionaries")
+    assert study(again).agreements == report.agreements
+    (again / "consistency.json").unlink()
+    without = study(again)
+    assert not without.agreements and "PW-MCC" not in without.table() + without.markdown()
+    (again / "consistency.json").write_text('[{"label": "uniform"}]')
+    with pytest.raises(LlmWsaeError, match=r"consistency\.json is not the consistency of a study"):
+        study(again)
+
+
+def test_more_seeds_are_held_against_each_other_anew(whole, tmp_path):
+    out, _ = whole
+    folder = out / "dictionaries"
+    path, key = tmp_path / "consistency.json", ("uniform", 4)
+    two = {0: folder / "uniform-k4", 1: folder / "uniform-k4-s1"}
+    assert consistency.measure(path, {key: {0: two[0]}}) == {} and not path.exists()
+    first = consistency.measure(path, {key: two})
+    assert consistency.measure(path, {}) == consistency.measure(path, {key: two}) == first
+    three = consistency.measure(path, {key: two | {2: folder / "uniform-k2"}})
+    assert three[key].seeds == (0, 1, 2) and three[key].pw_mcc != first[key].pw_mcc
+    assert consistency.measure(path, {key: two}) == three
+
+
+def test_what_is_written_is_what_was_measured(whole, study, world):
+    out, report = whole
+    names = ("uniform-k4", "permuted-variance-a-0.25-d1-k4-s1")
+    loaded = {name: Dictionary.load(out / "dictionaries" / name) for name in names}
+    assert [d.info.seed for d in loaded.values()] == [0, 1]
+    assert [d.info.training["seed"] for d in loaded.values()] == [0, 1]  # the order of the rows
+    text = Corpus.open(str(world / "text.jsonl"), "heldout")
+    packing = PackConfig(context_size=16)
+    contexts = Packer.for_model(study.model, packing).contexts(text)
+    measured = evaluate(loaded, study.model, contexts, SETTINGS["fidelity"]).dictionaries
+    for name in names:
+        record = json.loads((out / "results" / f"{name}.json").read_text())
+        assert record["fidelity"]["ce_spliced"] == pytest.approx(measured[name].ce_spliced)
+        found = next(r for r in report.results if r.name == name)
+        increase = measured[name].ce_spliced - measured[name].ce_clean
+        assert found.point.increase == pytest.approx(increase)
+        means = record["scores"]["latents_not_dense"]["detection"]
+        if means["mean"] is not None:
+            value = found.point.values["detection"]
+            assert value.mean == pytest.approx(means["mean"])
+            low, high = means["interval"]  # four standard errors wide, roughly
+            assert value.variance**0.5 == pytest.approx((high - low) / 3.92, rel=0.25)
+
+
+def test_a_finished_study_is_only_read(whole, study, trained, monkeypatch):
+    out, _ = whole
+    before = content(out)
+    monkeypatch.setattr(
+        runner, "MonosemanticityEvaluator", lambda *_: pytest.fail("nothing is to be measured")
+    )
+    study(out)
+    assert trained == [] and content(out) == before
+
+
+def test_a_study_goes_on_where_it_stopped(whole, study, trained, monkeypatch, tmp_path):
+    """Stopped in a training, between training and measuring, and between two measurements."""
+    monkeypatch.setattr(runner, "_PASS_BYTES", 3 * runner._BYTES_A_WEIGHT * 2 * 4 * 16**2)
+    unbroken, _ = whole
+    out = tmp_path / "out"
+    for owner, stage, after in (
+        (runner, "train", 1),
+        (runner.FidelityEvaluator, "evaluate", 0),
+        (runner, "record_of", 4),
+    ):
+        original, calls = getattr(owner, stage), []
+
+        def stop(*args, original=original, calls=calls, after=after):
+            calls.append(None)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, stage, stop)
+            with pytest.raises(KeyboardInterrupt):
+                study(out)
+    study(out)
+    tried = [name for call in trained for name in call]
+    assert sorted(set(tried)) == sorted(NAMES) and len(tried) == len(NAMES)
+    assert all(len(call) in (2, 3) for call in trained)
+    assert results(out) == results(unbroken)
+
+
+def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, trained, tmp_path):
+    unbroken, _ = whole
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    report = study(out, replace(CONFIG, rules=("kurtosis",), alphas=(0.5,)))
+    new = ["kurtosis-a0.5-k4", "permuted-kurtosis-a0.5-k4"]
+    assert trained == [new, ["kurtosis-a0.5-k4-s1", "permuted-kurtosis-a0.5-d1-k4-s1"]]
+    assert {k: v for k, v in results(out).items() if "kurtosis" not in k} == results(unbroken)
+    assert [sentence.split(":")[0] for sentence in report.sentences()] == [
+        "kurtosis-a0.5", "variance-a-0.25"
+    ]  # fmt: skip
+
+
+def test_a_group_that_was_begun_is_gone_on_with(study, trained, monkeypatch, tmp_path):
+    """Also when more is asked for meanwhile, which would make other groups."""
+    out, original = tmp_path / "out", runner.train
+
+    def stop(source, arms, config, folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            study(out)
+    assert original is runner.train
+    study(out, replace(CONFIG, alphas=(-0.25, 0.5)))
+    assert trained[0] == NAMES[:5]
+    assert sorted(name for call in trained[1:] for name in call if "a0.5" not in name) == sorted(
+        NAMES[5:]
+    )
+
+
+def test_dictionaries_need_not_be_kept(study, trained, tmp_path):
+    config = replace(CONFIG, keep_dictionaries=False, curve=(2, 8))
+    study(tmp_path / "out", config)
+    assert not list((tmp_path / "out" / "dictionaries").iterdir())
+    assert len(trained) == 2
+    study(tmp_path / "out", config)
+    assert len(trained) == 2
+
+
+def test_another_study_in_the_folder_is_refused(whole, study):
+    out, _ = whole
+    before = content(out)
+    other = TrainConfig(expansion=8, batch_size=256, dtype="float32")
+    with pytest.raises(LlmWsaeError, match=r"other settings of training \(expansion\)"):
+        study(out, training=other)
+    with pytest.raises(LlmWsaeError, match=r"other settings of fidelity \(tokens\)"):
+        study(out, fidelity=EvaluateConfig(tokens=400))
+    with pytest.raises(LlmWsaeError, match=r"other settings of training \(architecture\)"):
+        study(out, replace(CONFIG, architecture="jumprelu"))
+    assert content(out) == before
+
+
+def test_a_study_from_before_there_were_architectures_goes_on(whole, study, trained, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "out")
+    basis = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert basis["training"].pop("architecture") == "topk"
+    (tmp_path / "out" / "study.json").write_text(json.dumps(basis))
+    report = study(tmp_path / "out")
+    assert trained == [] and report.to_dict()["verdicts"] == whole[1].to_dict()["verdicts"]
+
+
+@pytest.mark.parametrize("basis", [[], {"rows": {}}, {"training": None}])
+def test_a_damaged_description_is_named(whole, study, tmp_path, basis):
+    shutil.copytree(whole[0], tmp_path / "out")
+    (tmp_path / "out" / "study.json").write_text(json.dumps(basis))
+    with pytest.raises(LlmWsaeError, match=r"study\.json is not the description of a study"):
+        study(tmp_path / "out")
+
+
+def test_a_study_of_another_architecture(study, trained, tmp_path):
+    config = StudyConfig(("variance",), (-0.25,), (4,), (2, 8), (0, 1), "jumprelu")
+    report = study(tmp_path / "out", config)
+    names = [f"{name}{seed}" for seed in ("", "-s1") for name in (
+        "uniform-jumprelu-k2", "uniform-jumprelu-k8", "variance-a-0.25-jumprelu-k4"
+    )]  # fmt: skip
+    made = {name for group in trained for name in group}
+    assert made.issuperset(names) and len(made) == 8
+    loaded = Dictionary.load(tmp_path / "out" / "dictionaries" / names[-1])
+    assert isinstance(loaded.sparsity, JumpReLU)
+    few, many = (
+        next(r.shares["l0"] for r in report.results if r.name == f"uniform-jumprelu-k{k}")
+        for k in (2, 8)
+    )
+    assert few < many
+    assert "jumprelu" in (tmp_path / "out" / "report.md").read_text().splitlines()[0]
+
+
+def test_a_begun_training_that_nobody_needs_is_cleared_away(whole, study, tmp_path):
+    """Another command finished its dictionaries. Kept dictionaries stay, whatever is kept now."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    group = out / "training" / "0123456789ab"
+    group.mkdir(parents=True)
+    (group / "group.json").write_text(json.dumps(NAMES[:2]))
+    study(out)
+    assert not group.exists()
+    before = content(out / "dictionaries")
+    study(out, replace(CONFIG, keep_dictionaries=False))
+    assert len(list((out / "dictionaries").iterdir())) == len(NAMES)
+    assert content(out / "dictionaries") == before
+
+
+def test_a_draw_of_its_own_is_refused(study, tmp_path):
+    with pytest.raises(UsageError, match="a study draws its controls anew for every seed"):
+        study(tmp_path / "out", weigh=WeightConfig(draw=1))
+
+
+def test_a_study_goes_on_where_another_processor_rounds_differently(
+    whole, study, trained, tmp_path
+):
+    """The rows of a store that was made anew, and weights from them, differ in their last digits;
+    what was measured is good for both."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    assert "sha256" not in json.loads((out / "study.json").read_text())["rows"]
+    path = out / "results/variance-a-0.25-k4.json"
+    record = json.loads(path.read_text())
+    record["identity"]["gamma_sum"] *= 1.0001
+    path.write_text(json.dumps(record))
+    study(out)
+    assert trained == []
+
+
+def test_other_weights_under_the_same_name_are_refused(whole, study, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    path = out / "results/variance-a-0.25-k4.json"
+    record = json.loads(path.read_text())
+    record["identity"]["gamma_sum"] += 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(LlmWsaeError, match="is of other weights under the same name"):
+        study(out)
+    path.unlink()
+    folder = out / "dictionaries/variance-a-0.25-k4"
+    dictionary = Dictionary.load(folder)
+    dictionary.extras["gamma"] = torch.ones(16)
+    dictionary.save(folder)
+    with pytest.raises(LlmWsaeError, match="was trained with other weights under the same name"):
+        study(out)
+
+
+def test_a_k_beyond_the_latents_is_refused_before_any_work(study, tmp_path):
+    with pytest.raises(UsageError, match="65"):
+        study(tmp_path / "out", replace(CONFIG, curve=(2, 65)))
+    assert not (tmp_path / "out").exists()
+
+
+COMMAND = ("--site", SITE, "--alpha", -0.25, "--k", 4, "--curve", 2, 8, "--seeds", 0, 1,
+           "--expansion", 4, "--train-tokens", 4096, "--eval-tokens", 300,
+           "--score-tokens", 300)  # fmt: skip
+
+
+def test_the_command(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(SentenceEncoder, "load", lambda *_, **__: WordCounts())
+    out = tmp_path / "out"
+    words = ("study", world / "store", "--model", world / "model", "--corpus",
+             world / "text.jsonl", *COMMAND, "--out", out)  # fmt: skip
+    result = works(*words, "--json")
+    assert list(result.json["verdicts"]) == ["variance-a-0.25"]
+    assert len(result.json["dictionaries"]) == 8
+    assert "study: 100%" in result.err
+    record = json.loads((out / "command.json").read_text())
+    assert record["command"] == "study" and record["config"]["curve"] == [2, 8]
+    again = works(*words)
+    assert "train" not in again.err and again.out.splitlines()[0].startswith("weights ")
+    assert any(line.startswith("variance-a-0.25: ") for line in again.out.splitlines())
+    assert f"report  {out / 'report.md'}" in again.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        (("--rule", "varianse"), 2, "there is no weight rule 'varianse'"),
+        (("--rule", "gap"), 2, "the rule 'gap' needs a first dictionary: name one with"),
+        (("--seeds", 0), 2, "at least 2 different values of seeds"),
+        (("--curve", 4), 2, "at least 2 different values of curve"),
+        (("--eval-tokens", 10**7), 1, "ask for fewer tokens"),
+        (("--score-tokens", 10**7), 1, "ask for fewer tokens"),
+        (("--encoder", "nobody/nothing"), 2, "nobody/nothing"),
+    ],
+)
+def test_bad_requests_are_one_sentence(world, tmp_path, changes, code, said):
+    out = tmp_path / "out"
+    result = call("study", world / "store", "--model", world / "model", "--corpus",
+                  world / "text.jsonl", *COMMAND, "--out", out, *changes)  # fmt: skip
+    assert (result.code, result.out) == (code, "")
+    sentence = result.err.splitlines()[-1]
+    assert sentence.startswith("llm-wsae: ") and said in sentence and "Traceback" not in result.err
+    assert not (out / "study.json").exists()

@@ -1,0 +1,225 @@
+"""The house stands: imports go down, the front door is light, files are short, errors are named.
+
+What a test of behaviour cannot see, read from the source with ``ast``.
+"""
+
+import ast
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+PACKAGE = ROOT / "llm_wsae"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LONGEST_FILE = 400
+
+# From the cellar up. A module may import from its own floor (without a circle) and from below.
+FLOORS = (
+    "errors",
+    "files",
+    "hardware",
+    "processes",
+    "provenance",
+    "terminal",
+    "tables",
+    "sparse",
+    "model",
+    "statistics",
+    "weights",
+    "data",
+    "dictionary",
+    "attaching",
+    "inspecting",
+    "harvesting",
+    "training",
+    "saelens",
+    "theory",
+    "evaluation",
+    "weighing",
+    "plots",
+    "pipeline",
+    "studies",
+    "commands",
+    "cli",
+    "__main__",
+    "__init__",  # the front door: shows what is inside, and nothing inside goes through it
+)
+
+
+def module_name(path: Path) -> str:
+    """``llm_wsae.data.store``; a package has the name of its folder, the root ``__init__``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts == ("llm_wsae", "__init__"):
+        return "llm_wsae.__init__"
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def floor(module: str) -> int:
+    name = module.split(".")[1]
+    assert name in FLOORS, f"{module} is on no floor: give it one in {Path(__file__).name}"
+    return FLOORS.index(name)
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, module) of everything imported, in functions too; our modules by their own names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                yield node.lineno, below if below in TREES else node.module
+
+
+def ours(module: str) -> list[tuple[int, str]]:
+    found = [(line, m) for line, m in imported(TREES[module]) if m.split(".")[0] == "llm_wsae"]
+    return [(line, "llm_wsae.__init__" if m == "llm_wsae" else m) for line, m in found]
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_imports_only_go_down(module):
+    upward = [
+        f"line {line} imports {other}"
+        for line, other in ours(module)
+        if floor(other) > floor(module)
+    ]
+    assert not upward, f"{module}: {'; '.join(upward)}"
+
+
+def test_imports_make_no_circle():
+    state: dict[str, str] = {}
+
+    def visit(module: str, path: list[str]) -> None:
+        path = [*path, module]
+        assert state.get(module) != "open", " → ".join(path[path.index(module) :])
+        if module not in state:
+            state[module] = "open"
+            for _, other in ours(module):
+                visit(other, path)
+            state[module] = "done"
+
+    for module in TREES:
+        visit(module, [])
+
+
+def test_the_reader_of_imports_sees_them_all(monkeypatch):
+    """A test that is green while testing nothing would be worse than none."""
+    tree = ast.parse(
+        "import llm_wsae.pipeline\n"
+        "from llm_wsae.data import store\n"
+        "from llm_wsae.errors import UsageError\n"
+        "def f():\n    from llm_wsae.model.site import Site\n"
+    )
+    assert [m for _, m in imported(tree)] == [
+        "llm_wsae.pipeline",
+        "llm_wsae.data.store",
+        "llm_wsae.errors",
+        "llm_wsae.model.site",
+    ]
+    assert len(TREES) > 40 and all(a < b for a, b in pairwise(FILES))
+    monkeypatch.setitem(TREES, "llm_wsae.data.store", ast.parse("import llm_wsae.data.shuffling"))
+    monkeypatch.setitem(TREES, "llm_wsae.data.shuffling", ast.parse("import llm_wsae.data.store"))
+    with pytest.raises(AssertionError, match=r"llm_wsae\.data\.(store|batches) →"):
+        test_imports_make_no_circle()
+    monkeypatch.setitem(TREES, "llm_wsae.data.store", ast.parse("import llm_wsae.training.arm"))
+    with pytest.raises(AssertionError, match=r"llm_wsae\.data\.store: line 1 imports"):
+        test_imports_only_go_down("llm_wsae.data.store")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_are_short_and_say_what_they_are_for(path):
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= LONGEST_FILE, f"{path} has {lines} lines: it is two files"
+    assert ast.get_docstring(TREES[module_name(path)]), f"{path} has no docstring"
+
+
+def names_caught(handler: ast.ExceptHandler) -> set[str]:
+    if handler.type is None:
+        return {"everything"}
+    caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return {ast.unparse(one) for one in caught}
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_no_error_is_swallowed_unnamed(module):
+    """``except BaseException`` may tidy up, but must raise again."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.ExceptHandler):
+            caught = names_caught(node)
+            where = f"{module}, line {node.lineno}: except {', '.join(sorted(caught))}"
+            assert not caught & {"everything", "Exception"}, where
+            if "BaseException" in caught:
+                assert isinstance(node.body[-1], ast.Raise), f"{where} that does not raise"
+
+
+OPENS_A_PICKLE = "llm_wsae.dictionary.formats.dictionary_learning"  # another tool's only format
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_nothing_is_pickled(module):
+    tree = TREES[module]
+    calls = {ast.unparse(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    found = set(calls) & {"torch.save", "torch.load", "np.save", "np.load"}
+    if module == OPENS_A_PICKLE:  # by the loader that knows tensors and nothing else
+        assert [
+            ast.unparse(k) for k in calls["torch.load"].keywords if k.arg == "weights_only"
+        ] == ["weights_only=True"]
+        assert sum(ast.unparse(n) == "torch.load" for n in ast.walk(tree)) == 1
+        assert [
+            [alias.name for alias in n.names]
+            for n in ast.walk(tree)
+            if isinstance(n, ast.ImportFrom) and n.module == "pickle"
+        ] == [["UnpicklingError"]]
+        found.remove("torch.load")
+    else:
+        pickling = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
+        assert not pickling & {m.split(".")[0] for _, m in imported(tree)}
+    assert not found
+
+
+HEAVY = ("torch", "transformers", "transformer_lens", "datasets", "matplotlib", "numpy")
+
+
+def test_the_package_and_its_command_line_come_without_torch():
+    script = f"""
+import sys
+import llm_wsae
+dir(llm_wsae)
+import llm_wsae.cli
+print(*[name for name in {HEAVY!r} if name in sys.modules])
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == []
+
+
+def test_help_comes_at_once():
+    """Under half a second of work; the best of five, without what others do on the machine."""
+
+    def best_of_five(*command):
+        seconds = []
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            found = subprocess.run(
+                [sys.executable, *command], capture_output=True, text=True, check=True
+            )
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        return min(seconds), found
+
+    nothing, _ = best_of_five("-c", "pass")
+    if nothing > 0.06:  # three times what a sound machine needs
+        pytest.skip(f"starting Python alone takes {nothing:.2f} s here: no machine to time on")
+    seconds, found = best_of_five("-m", "llm_wsae", "--help")
+    assert "llm-wsae COMMAND" in found.stdout and found.stderr == ""
+    assert seconds < 0.5

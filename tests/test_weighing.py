@@ -1,0 +1,198 @@
+"""Evidence against brute force, on the store of a tiny model."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from tiny import tiny_model, write_jsonl
+
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.verify import verify_store
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.harvesting import harvest
+from llm_wsae.model.fisher import fisher_information
+from llm_wsae.model.site import Site
+from llm_wsae.weighing import coherence_of, fisher_of, gather, used_decoder
+from llm_wsae.weights.config import EvidenceConfig
+from llm_wsae.weights.rules import score
+
+SITE = Site(1, "post")
+HARVEST = HarvestConfig(context_size=12, tokens=1200, batch_tokens=48, shard_tokens=300)
+TOP = EvidenceConfig(top=3, before=2, after=1, seed=3)
+
+NO_EVIDENCE = shutil.ignore_patterns("evidence")
+
+
+class BagOfWords:
+    """A text is the direction of its word counts."""
+
+    width = 50
+
+    def embed(self, texts):
+        counts = torch.zeros(len(texts), self.width)
+        for row, text in enumerate(texts):
+            for word in text.split():
+                counts[row, int(word.removeprefix("w"))] += 1
+        return torch.nn.functional.normalize(counts, dim=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def store(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evidence")
+    corpus = Corpus.open(
+        str(write_jsonl(folder / "text.jsonl", [7 * i % 50 + 1 for i in range(90)]))
+    )
+    return harvest(model, corpus, [SITE], folder / "store", HARVEST)
+
+
+def all_contexts(store):
+    shards = [store.contexts(i) for i in range(len(store.manifest.shards))]
+    ids, keep = (
+        torch.cat([torch.from_numpy(getattr(s, n)) for s in shards]) for n in ("ids", "keep")
+    )
+    return ids.long(), keep
+
+
+def test_sensitivity_is_measured_on_the_stores_text(model, store):
+    ids, keep = all_contexts(store)
+    everything = fisher_of(model, store, SITE, EvidenceConfig(sensitivity_tokens=10**6))
+    torch.testing.assert_close(
+        everything,
+        fisher_information(model, zip(ids.split(8), keep.split(8), strict=True), SITE),
+        rtol=1e-4,
+        atol=1e-9,
+    )
+    part = fisher_of(model, store, SITE, EvidenceConfig(sensitivity_tokens=100))
+    chosen = torch.linspace(0, len(ids) - 1, -(-100 * len(ids) // store.num_rows)).round().long()
+    assert int(keep[chosen].sum()) == pytest.approx(100, abs=24)
+    wanted = fisher_information(model, [(ids[chosen], keep[chosen])], SITE)
+    assert float((part - wanted).norm() / wanted.norm()) < 0.6  # other draws of the labels
+    assert float((part - everything).norm()) > 0
+
+
+def test_another_model_is_refused(store):
+    with pytest.raises(LlmWsaeError, match="was made by tiny"):
+        fisher_of(tiny_model(seed=1), store, SITE)
+
+
+def brute_force_coherence(store, config):
+    """Each dimension's extreme rows of distinct contexts, and the mean cosine of their windows."""
+    ids, _ = all_contexts(store)
+    rows = store.rows(SITE, 0, store.num_rows).float()
+    statistics = store.statistics(SITE)
+    located = store.locate(torch.arange(store.num_rows))
+    encoder, found = BagOfWords(), []
+    for dimension in range(store.d_in):
+        distance = (rows[:, dimension] - statistics.usual_sample.mean(0)[dimension]).abs()
+        best = {}
+        for row in distance.argsort(descending=True).tolist():
+            best.setdefault(int(located.context[row]), row)
+        texts = []
+        for row in list(best.values())[: config.top]:
+            at, document = int(located.position[row]), int(located.document[row])
+            same = range(max(0, at - config.before), min(at + config.after + 1, 12))
+            context = int(located.context[row])
+            shard, local = divmod(context, store.manifest.contexts_per_shard)
+            documents = store.contexts(shard).document[local]
+            words = [int(ids[context, p]) for p in same if documents[p] == document]
+            texts.append(" ".join(f"w{word}" for word in words if word < 50))
+        pairs = itertools.combinations(encoder.embed(texts), 2)
+        found.append(sum(float(a @ b) for a, b in pairs) / (config.top * (config.top - 1) / 2))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def test_coherence_of_the_extreme_texts(model, store):
+    found = coherence_of(store, SITE, model.tokenizer, BagOfWords(), TOP)
+    wanted = brute_force_coherence(store, TOP)
+    above = found > found.min()  # the others lie at the floor of noise
+    assert 2 <= int(above.sum()) < store.d_in
+    chance = (wanted - found)[above]
+    torch.testing.assert_close(chance, chance.mean().expand_as(chance), rtol=0, atol=2e-3)
+    assert 0 < float(chance.mean()) < 0.2  # 4 of 50 words: chance is about 4/50
+    assert float((wanted - chance.mean())[~above].max()) <= float(found.min()) + 2e-3
+    for tokens, way_out in ((10**6, "harvest more tokens"), (50, "raise --semantic-tokens")):
+        with pytest.raises(LlmWsaeError, match=f"compare the texts of 2000 of them; {way_out}"):
+            config = EvidenceConfig(top=2000, semantic_tokens=tokens)
+            coherence_of(store, SITE, model.tokenizer, BagOfWords(), config)
+
+
+def dictionary_for(store, site=SITE):
+    generator = torch.Generator().manual_seed(0)
+    decoder = torch.randn(40, store.d_in, generator=generator)
+    return Dictionary(
+        W_enc=decoder.T,
+        W_dec=decoder,
+        b_enc=torch.cat([torch.zeros(38), torch.full((2,), -1e4)]),  # two never fire
+        b_dec=torch.zeros(store.d_in),
+        sparsity=TopK(2),
+        info=DictionaryInfo(site=str(site), name="first"),
+    )
+
+
+def test_the_decoder_of_what_fires(store):
+    first, statistics = dictionary_for(store), store.statistics(SITE)
+    decoder, energy = used_decoder(first, SITE, statistics)
+    codes = first.encode(statistics.usual_sample).double()
+    fires = (codes > 0).any(0)
+    assert 2 < int(fires.sum()) <= 38
+    assert torch.equal(decoder, first.W_dec[fires])
+    torch.testing.assert_close(energy, codes.square().mean(0)[fires], rtol=1e-6, atol=0)
+    with pytest.raises(UsageError, match=r"'first' explains blocks\.0.*, not blocks\.1"):
+        used_decoder(dictionary_for(store, Site(0, "post")), SITE, statistics)
+
+
+def test_gather_measures_what_is_needed_and_no_more(model, store):
+    first = dictionary_for(store)
+    found = gather(["variance", "gap"], store, SITE, model=model, dictionary=first)
+    assert found.fisher is None and found.coherence is None
+    assert score("gap", found).shape == (store.d_in,)
+    found = gather(["rotated:sensitivity"], store, SITE, model=model, dictionary=first)
+    assert found.decoder is None and found.fisher.shape == (store.d_in, store.d_in)
+    with pytest.raises(UsageError, match="--model"):
+        score("sensitivity", gather(["sensitivity"], store, SITE, config=TOP))
+
+
+def test_what_was_measured_is_kept(model, tmp_path, store):
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_EVIDENCE)
+    copy, config = ActivationStore.open(folder), EvidenceConfig(sensitivity_tokens=50)
+    first = gather(["sensitivity"], copy, SITE, model=model, config=config).fisher
+    again = gather(["rotated:sensitivity"], copy, SITE, config=config).fisher  # without the model
+    assert torch.equal(first, again)
+    other = EvidenceConfig(sensitivity_tokens=50, seed=1)
+    assert gather(["sensitivity"], copy, SITE, config=other).fisher is None
+    (path,) = (folder / "evidence").iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    assert gather(["sensitivity"], copy, SITE, config=config).fisher is None
+    assert torch.equal(
+        gather(["sensitivity"], copy, SITE, model=model, config=config).fisher, first
+    )
+    assert verify_store(folder) == []
+    with pytest.raises(LlmWsaeError, match="was made by tiny"):
+        gather(["sensitivity"], copy, SITE, model=tiny_model(seed=1), config=other)
+
+
+def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, monkeypatch, capsys):
+    def full(path, *_):
+        raise LlmWsaeError(f"cannot write {path}: no space left")
+
+    monkeypatch.setattr("llm_wsae.weighing.save_tensors", full)
+    config = EvidenceConfig(sensitivity_tokens=50)
+    assert gather(["sensitivity"], store, SITE, model=model, config=config).fisher is not None
+    assert "the measurement is not kept: cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [{"top": 1}, {"before": -1}, {"sensitivity_tokens": 0}])
+def test_settings_that_cannot_be(settings):
+    with pytest.raises(UsageError, match="must be at least"):
+        EvidenceConfig(**settings)

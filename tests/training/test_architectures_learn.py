@@ -1,0 +1,258 @@
+"""Every architecture learns, resumes, is saved and read back; on planted data of known answer."""
+
+import importlib.util
+import json
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import JumpReLU
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.training.architectures.batch_topk import RunningThreshold
+from llm_wsae.training.architectures.matryoshka import group_bounds
+from llm_wsae.training.arm import Arm, ArmConfig, folded
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.grid import choose_weights, make_arms
+from llm_wsae.training.normaliser import Normaliser
+from llm_wsae.training.trainer import Interrupted, train
+from llm_wsae.weights.loss_weights import LossWeights
+
+CPU = torch.device("cpu")
+ARCHITECTURES = ("topk", "batch-topk", "matryoshka", "jumprelu")
+NAMES = ("uniform-k2", *(f"uniform-{a}-k2" for a in ARCHITECTURES[1:]), "uniform-relu-l0.1")
+CONFIG = TrainConfig(
+    expansion=4, tokens=256 * 600, batch_size=256, learning_rate=1e-2, log_every=100,
+    device="cpu", dtype="float32",
+)  # fmt: skip
+
+
+@dataclass
+class Planted:
+    """An ActivationSource: sparse sums of 24 known directions in 16 dimensions, off centre."""
+
+    num_rows: int = 30_000
+    massive: bool = False
+    stop_after: int | None = None
+
+    d_in = 16
+    site = Site.parse("blocks.3.hook_resid_post")
+
+    def __post_init__(self):
+        draw = torch.Generator().manual_seed(7)
+        self.directions = torch.randn(24, 16, generator=draw)
+        self.directions /= self.directions.norm(dim=1, keepdim=True)
+        codes = 0.5 + torch.rand(self.num_rows, 24, generator=draw)
+        codes *= torch.rand(self.num_rows, 24, generator=draw) < 0.08
+        self.rows = 3 * codes @ self.directions + torch.linspace(-2, 2, 16)
+        if self.massive:
+            self.rows[::500] *= 1000
+
+    def batches(self, batch_size, seed, start=0):
+        number = start
+        while True:
+            if number == self.stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            draw = torch.Generator().manual_seed(seed * 100_003 + number)
+            yield self.rows[torch.randint(self.num_rows, (batch_size,), generator=draw)]
+            number += 1
+
+    def statistics(self):
+        positions = torch.arange(self.num_rows) % 32
+        return Statistics(16, 32).update(self.rows, positions)
+
+    def identity(self):
+        return {"kind": "planted"}
+
+    def normaliser(self) -> Normaliser:
+        return Normaliser(self.statistics(), CPU, torch.float32)
+
+
+def arms_for(source: Planted) -> list[ArmConfig]:
+    weights = choose_weights(source.statistics(), ("uniform",), (1.0,))
+    return make_arms(weights, (2,), (0.1,), architectures=ARCHITECTURES)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out, source = tmp_path_factory.mktemp("trained"), Planted(massive=True)
+    return source, out, train(source, arms_for(source), CONFIG, out)
+
+
+def fvu(dictionary: Dictionary, rows: Tensor) -> float:
+    return float((rows - dictionary(rows)).square().sum() / (rows - rows.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_planted_directions_are_found(trained, name):
+    source, out, dictionaries = trained
+    dictionary = dictionaries[name]
+    rows = Planted(5000).rows
+    decoder = dictionary.W_dec / dictionary.W_dec.norm(dim=1, keepdim=True)
+    closest = (decoder @ source.directions.T).amax(0)
+    assert closest.mean() > 0.9
+    # TopK gives every row two latents, be there none or five directions in it
+    assert fvu(dictionary, rows) < (0.1 if "batch" in name or "jump" in name else 0.25)
+    l0 = float((dictionary.encode(rows) > 0).sum(1).float().mean())
+    assert l0 == pytest.approx(2, rel=0.06) or ("relu-l0.1" in name and l0 < 9)
+    logged = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["arms"][name]
+    assert logged["l0"] == pytest.approx(l0, rel=0.1)
+    assert logged["fvu"] == pytest.approx(fvu(dictionary, rows), rel=0.15)
+
+
+def test_a_matryoshkas_first_latents_reconstruct_better_alone(trained):
+    _, _, dictionaries = trained
+    rows = Planted(5000).rows
+    shares = []
+    for name in ("uniform-matryoshka-k2", "uniform-batch-topk-k2"):
+        dictionary = dictionaries[name]
+        latents = dictionary.encode(rows)
+        latents[:, group_bounds(dictionary.d_sae)[2][1] :] = 0  # the first 14 of 64 remain
+        left = (rows - dictionary.decode(latents)).square().sum()
+        shares.append(float(left / (rows - rows.mean(0)).square().sum()))
+    assert shares[0] < 0.7 * shares[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name):
+    """Also where the selection looked at the batch: with that batch's own threshold."""
+    source, _, _ = trained
+    (config,) = (arm for arm in arms_for(source) if arm.name == name)
+    normaliser = source.normaliser()
+    arm = Arm(config, 16, 64, CPU)
+    for step, rows in zip(range(100), source.batches(256, 0), strict=False):
+        arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, 1 / 32, 2000)
+    rows = source.rows[source.rows.norm(dim=1) < 100][:300]
+    batch = normaliser.batch(rows)
+    inside = arm.evaluate(batch)
+    threshold = None
+    if isinstance(arm.memory, RunningThreshold):
+        threshold = (inside.for_memory * 0.99999).expand(64)
+        below = float(threshold[0]) / float(arm.memory.mean)
+        assert 0.8 < below < 1.25  # and the mean over the batches is near it
+    elif arm.memory is not None:
+        threshold = arm.memory.thresholds()
+    Dictionary(
+        **folded(arm.parameters, normaliser.mean, normaliser.scale, threshold),
+        sparsity=config.sparsity,
+        info=trained[2][name].info,
+    ).save(tmp_path / "d")
+    loaded = Dictionary.load(tmp_path / "d")
+    latents = loaded.encode(rows)
+    assert torch.equal((latents > 0).sum(0), inside.firings.long())
+    reconstruction = inside.residual * normaliser.scale + rows
+    torch.testing.assert_close(loaded(rows), reconstruction, rtol=1e-4, atol=1e-4)
+    assert loaded.sparsity == config.sparsity
+    assert isinstance(loaded.sparsity, JumpReLU) == (threshold is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_dictionary_remembers_of_its_architecture(trained, name):
+    _, out, _ = trained
+    training = Dictionary.load(out / name).info.training
+    if name == "uniform-relu-l0.1":
+        assert training["architecture"] == "relu" and training["l1"] == 0.1
+    else:
+        assert training["architecture"] == (name[8:-3] or "topk") and training["k"] == 2
+    cfg = json.loads((out / name / "cfg.json").read_text())
+    with safe_open(out / name / "sae_weights.safetensors", framework="pt") as file:
+        assert ("threshold" in file.keys()) == (cfg["architecture"] == "jumprelu")  # noqa: SIM118
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sae_lens") is None,
+    reason="sae-lens is not installed here (it needs transformer-lens < 4, so its own environment)",
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_saelens_encodes_the_same(trained, name):
+    from sae_lens import SAE
+
+    _, out, dictionaries = trained
+    rows, ours, theirs = Planted(500).rows, dictionaries[name], SAE.load_from_disk(out / name)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(rows), ours.encode(rows), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(rows), ours(rows), atol=1e-5, rtol=1e-5)
+    kinds = {"uniform-k2": "topk", "uniform-relu-l0.1": "standard"}
+    assert theirs.cfg.architecture() == kinds.get(name, "jumprelu")
+
+
+def test_a_terminated_training_resumes_bit_for_bit(trained, tmp_path):
+    source, out, _ = trained
+    arms = arms_for(source)
+    with pytest.raises(Interrupted, match="stopped after step 324 of 600"):
+        train(Planted(massive=True, stop_after=323), arms, CONFIG, tmp_path)
+    train(source, arms, CONFIG, tmp_path)
+    for name in NAMES:
+        file = f"{name}/sae_weights.safetensors"
+        assert (tmp_path / file).read_bytes() == (out / file).read_bytes(), name
+    ours, theirs = ((p / "log.jsonl").read_text().splitlines() for p in (tmp_path, out))
+    for one, other in zip(ours, theirs, strict=True):
+        assert json.loads(one)["arms"] == json.loads(other)["arms"]
+
+
+def test_trainings_from_before_there_were_architectures_go_on(trained, tmp_path):
+    """Their settings do not name one, and it is TopK or ReLU."""
+    source = trained[0]
+    arms = make_arms([arms_for(source)[0].weights], (2,), (0.1,))
+    with pytest.raises(Interrupted):
+        train(Planted(stop_after=20), arms, CONFIG, tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["llm_wsae"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for arm in header["identity"]["arms"].values():
+        assert arm.pop("architecture") is None
+    save_file(tensors, path, {"llm_wsae": json.dumps(header)})
+    with pytest.raises(Interrupted, match="stopped after step 31 of"):
+        train(Planted(stop_after=30), arms, CONFIG, tmp_path)
+    other = make_arms([arms[0].weights], (2,), architectures=("jumprelu",))
+    with pytest.raises(LlmWsaeError, match="arms uniform-jumprelu-k2 is asked for, but not there"):
+        train(Planted(), other, CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dead_latents_are_counted_and_revived_where_others_crowd_them_out(name):
+    source = Planted()
+    (config,) = (arm for arm in arms_for(source) if arm.name == name)
+    normaliser = source.normaliser()
+    arms = {}
+    for aux in (0.0, 1 / 32):
+        arms[aux] = arm = Arm(config, 16, 64, CPU)
+        arm.parameters.encoder[:48] *= 0.02  # too faint to be selected
+        if name == "uniform-relu-l0.1":
+            arm.parameters.encoder_bias[:48] = -1
+        for step, rows in zip(range(400), source.batches(256, 0), strict=False):
+            arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, aux, 2000)
+    dead, revived = (float(a.dead(400 * 256, 2000)[:48].double().mean()) for a in arms.values())
+    assert dead > 0.8
+    if config.revives:
+        assert revived < 0.8 * dead
+    else:
+        assert name in ("uniform-jumprelu-k2", "uniform-relu-l0.1") and revived == dead
+        assert torch.equal(arms[0.0].parameters.encoder, arms[1 / 32].parameters.encoder)
+
+
+def test_names_of_arms():
+    gamma = LossWeights(torch.ones(16), "variance", 0.5)
+    arms = make_arms([gamma], (4, 8), (0.1,), (0, 3), ("topk", "matryoshka"))
+    names = ["k4", "k8", "matryoshka-k4", "matryoshka-k8", "relu-l0.1"]
+    assert [arm.name for arm in arms] == [
+        f"variance-a0.5-{name}{seed}" for seed in ("", "-s3") for name in names
+    ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_impossible_k(architecture):
+    gamma = LossWeights(torch.ones(16), "uniform", 1.0)
+    for k, said in ((0, "k must be at least 1"), (65, "more than the dictionary's 64 latents")):
+        with pytest.raises(UsageError, match=said):
+            Arm(ArmConfig(gamma, k=k, architecture=architecture), 16, 64, CPU)
+    Arm(ArmConfig(gamma, k=64, architecture=architecture), 16, 64, CPU)

@@ -1,0 +1,233 @@
+"""Training in a space: what is folded back encodes and reconstructs as the training did."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.training.arm import Arm, ArmConfig, folded
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.grid import make_arms
+from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
+from llm_wsae.training.trainer import train
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.loss_weights import LossWeights, own_weights, weights_from_rule
+
+D_IN, ROWS = 16, 6000
+CPU = torch.device("cpu")
+SPACE = WeightConfig(place="space")
+
+
+class Rows:
+    """Rows of a mixture, in memory, as an ActivationSource."""
+
+    d_in = D_IN
+    site = Site(0, "post")
+    num_rows = ROWS
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(40, D_IN, generator=generator)
+        active = torch.rand(ROWS, 40, generator=generator) > 0.9
+        self.rows = (active * torch.rand(ROWS, 40, generator=generator)) @ features + 2
+        self.rows[::500] *= 1000  # massive
+
+    def batches(self, batch_size, seed, start=0):
+        number = start
+        while True:
+            generator = torch.Generator().manual_seed(1000 * seed + number)
+            yield self.rows[torch.randint(ROWS, (batch_size,), generator=generator)]
+            number += 1
+
+    def statistics(self):
+        return Statistics(D_IN, 500).update(self.rows, torch.arange(ROWS) % 500)
+
+    def identity(self):
+        return {"kind": "test"}
+
+
+@pytest.fixture(scope="module")
+def source():
+    return Rows()
+
+
+@pytest.fixture(scope="module")
+def evidence(source):
+    half = torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(5))
+    return Evidence(source.statistics(), fisher=(half @ half.T).double())
+
+
+CONFIG = TrainConfig(
+    expansion=4, tokens=256 * 60, batch_size=256, device="cpu", dtype="float32", log_every=20
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_folding_back_changes_nothing(source, seed, diagonal, threshold):
+    """For any parameters and any Γ that stretches by 0.03 to 30 (float32 has 7 digits to lose): the
+    same codes (in units of x), and Γ(x̂ − μ)/scale is the reconstruction in the space."""
+    generator = torch.Generator().manual_seed(seed)
+    gamma = 10 ** (3 * torch.rand(D_IN, generator=generator) - 1.5)
+    if not diagonal:
+        turn, other = torch.linalg.qr(torch.randn(2, D_IN, D_IN, generator=generator)).Q
+        gamma = turn @ gamma.diag() @ other
+    arm = Arm(ArmConfig(LossWeights(gamma, "own", 1.0, SPACE), k=4, seed=1), D_IN, 32, CPU)
+    for parameter in arm.parameters:
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    limit = torch.rand(32, generator=generator) if threshold else None
+    normaliser = Normaliser(source.statistics(), CPU, torch.float32)
+    scale, mean = normaliser.scale, normaliser.mean
+    tensors = folded(arm.parameters, mean, scale, limit, gamma)
+
+    rows = source.rows[1:200]
+    batch = arm.space.enter(normaliser.batch(rows))
+    there = batch.x @ arm.parameters.encoder.T + arm.parameters.encoder_bias
+    here = rows @ tensors["W_enc"] + tensors["b_enc"]
+    torch.testing.assert_close(here, scale * there, rtol=1e-3, atol=1e-3 * float(there.abs().max()))
+    if threshold:
+        torch.testing.assert_close(tensors["threshold"], scale * limit)
+    codes = there.relu()
+    in_space = codes @ arm.parameters.decoder + arm.parameters.decoder_bias
+    back = (scale * codes) @ tensors["W_dec"] + tensors["b_dec"]
+    error = arm.space.leave(in_space) * scale + mean - back
+    assert float(error.norm() / back.norm()) < 1e-4
+    torch.testing.assert_close(
+        arm.space.leave(batch.x), normaliser.batch(rows).x, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_row_that_is_not_finite_is_masked_like_a_massive_one(source):
+    normaliser = Normaliser(source.statistics(), CPU, torch.float32)
+    rows = source.rows[:4].clone()
+    rows[1, 2], rows[2, 0] = float("inf"), float("nan")
+    batch = normaliser.batch(rows)
+    assert batch.mask.tolist()[1:3] == [0, 0] and not batch.x[1:3].any()
+    assert torch.equal(batch.x[3], normaliser.batch(source.rows[3:4]).x[0])
+
+
+def test_arms_that_share_a_space_share_the_product(source, evidence, monkeypatch):
+    weights = [
+        weights_from_rule("uniform", 1.0, evidence),
+        weights_from_rule("sensitivity", 0.25, evidence, SPACE),
+        weights_from_rule("sensitivity", 0.25, evidence, SPACE),
+        weights_from_rule("sensitivity", 0.5, evidence, SPACE),
+    ]
+    spaces = Spaces(CPU)
+    found = [spaces.of(w) for w in weights]
+    assert found[0] is None and found[1] is found[2] is not found[3]
+    batch = Normaliser(source.statistics(), CPU, torch.bfloat16).batch(source.rows[:600])
+    batches = list(in_spaces(batch, found))
+    assert batches[0] is batch and batches[1] is batches[2]
+    torch.testing.assert_close(batches[3].x, batch.x @ weights[3].gamma.T)
+    assert batches[3].x_fast.dtype == torch.bfloat16
+    assert int((batch.mask == 0).sum()) == 2 and bool((batches[3].x[batch.mask == 0] == 0).all())
+
+
+def test_the_identity_is_the_plain_training(source, evidence, tmp_path):
+    """Γ = 1 as a space, as a matrix in the loss, and plain: the same dictionary."""
+    eye = torch.eye(D_IN)
+    chosen = {
+        "plain": weights_from_rule("uniform", 1.0, evidence),
+        "space": LossWeights(eye, "own", 1.0, SPACE),
+        "loss": LossWeights(eye, "own", 1.0),
+    }
+    trained = {}
+    for name, weights in chosen.items():
+        (trained[name],) = train(
+            source, make_arms([weights], [4]), CONFIG, tmp_path / name
+        ).values()
+    for name, parameter in trained["plain"].named_parameters():
+        assert torch.equal(parameter, getattr(trained["space"], name)), name
+        torch.testing.assert_close(parameter, getattr(trained["loss"], name), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch-topk", "matryoshka", "jumprelu", "relu"])
+def test_every_architecture_trains_in_a_space(architecture, source, evidence, tmp_path):
+    """The saved dictionary has the FVU that was logged, which is that of x and not of Γx."""
+    weights = [
+        weights_from_rule("sensitivity", 0.25, evidence, SPACE),
+        weights_from_rule("variance", -0.5, evidence, SPACE),
+    ]
+    if architecture == "relu":
+        arms = make_arms(weights, [], [0.02])
+    else:
+        arms = make_arms(weights, [4], architectures=[architecture])
+    for dictionary in train(source, arms, CONFIG, tmp_path / "out").values():
+        rows = source.rows[source.rows.norm(dim=1) < 500]
+        error = (dictionary(rows) - rows).square().sum()
+        fvu = float(error / (rows - rows.mean(0)).square().sum())
+        assert fvu == pytest.approx(dictionary.info.metrics["training"]["fvu"], rel=0.25)
+        assert fvu < 0.6
+        norms = dictionary.W_dec.norm(dim=1)
+        assert float(norms.max() / norms.min()) > 1.05  # of norm 1 in the space only
+
+
+def test_what_a_dictionary_remembers(source, evidence, tmp_path):
+    config = WeightConfig(place="space", clip=8.0, draw=1)
+    weights = weights_from_rule("rotated:sensitivity", 0.25, evidence, config)
+    name = "rotated-sensitivity-a0.25-c8-space-d1-k4"
+    train(source, make_arms([weights], [4]), CONFIG, tmp_path / "out")
+    dictionary = Dictionary.load(tmp_path / "out" / name)
+    assert torch.equal(dictionary.extras["gamma"], weights.gamma)
+    assert dictionary.info.rule == "rotated:sensitivity" and dictionary.info.alpha == 0.25
+    assert WeightConfig(**dictionary.info.weights) == config
+    old = json.loads((tmp_path / "out" / name / "wsae.json").read_text())
+    del old["weights"]
+    (tmp_path / "out" / name / "wsae.json").write_text(json.dumps(old))
+    assert Dictionary.load(tmp_path / "out" / name).info.weights == {}
+
+
+def test_a_training_in_another_space_is_not_gone_on_with(source, evidence, tmp_path):
+    eye = torch.eye(D_IN)
+    train(source, make_arms([LossWeights(eye, "own", 1.0, SPACE)], [4]), CONFIG, tmp_path / "out")
+    with pytest.raises(LlmWsaeError, match="other settings"):
+        train(source, make_arms([LossWeights(eye, "own", 1.0)], [4]), CONFIG, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["diagonal", "matrix"])
+def test_annealing_ends_at_one(form, source, evidence):
+    config = WeightConfig(anneal=0.5, form=form)
+    weights = weights_from_rule("sensitivity", 0.5, evidence, config)
+    arm = Arm(ArmConfig(weights, k=4), D_IN, 32, CPU)
+    one = torch.ones(D_IN) if form == "diagonal" else torch.eye(D_IN)
+    arm.anneal(0.0)
+    assert torch.equal(arm.gamma, weights.gamma)
+    arm.anneal(0.125)
+    torch.testing.assert_close(arm.gamma, 0.75 * weights.gamma + 0.25 * one)
+    for done in (0.5, 0.75, 1.0):
+        arm.anneal(done)
+        assert torch.equal(arm.gamma, one)
+    variance = source.statistics().robust_covariance
+    for done in (0.1, 0.3):  # no more than the plain loss has, and not much less
+        arm.anneal(done)
+        gamma = arm.gamma.double()
+        gamma = gamma.diag() if form == "diagonal" else gamma
+        share = float((gamma @ variance @ gamma.T).trace() / variance.trace())
+        assert 0.5 < share < 1.01
+
+
+def test_an_annealed_training_is_neither_of_its_ends(source, evidence, tmp_path):
+    arms = [
+        *make_arms([weights_from_rule("variance", 0.5, evidence)], [4]),
+        *make_arms([weights_from_rule("variance", 0.5, evidence, WeightConfig(anneal=0.5))], [4]),
+        *make_arms([weights_from_rule("uniform", 1.0, evidence)], [4]),
+    ]
+    always, annealed, plain = train(source, arms, CONFIG, tmp_path / "out").values()
+    assert annealed.info.name == "variance-a0.5-n0.5-k4"
+    assert not torch.allclose(annealed.W_dec, always.W_dec, atol=1e-3)
+    assert not torch.allclose(annealed.W_dec, plain.W_dec, atol=1e-3)
+
+
+def test_own_matrix_that_is_no_space(evidence):
+    nearly = torch.eye(D_IN)
+    nearly[0, 0] = 1e-7
+    with pytest.raises(LlmWsaeError, match="more than 100000 times"):
+        own_weights(LossWeights(nearly, "own", 1.0, SPACE), evidence)

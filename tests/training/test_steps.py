@@ -1,0 +1,208 @@
+"""AuxK's hand-written gradients against float64 autograd, and which way a ReLU arm goes."""
+
+import pytest
+import torch
+from sparse_cases import needs_compiler, of_all
+
+from llm_wsae.hardware import DeferredScalar
+from llm_wsae.sparse.operations import using
+from llm_wsae.training.architectures.relu import dense_relu_step, relu_step, sparse_relu_step
+from llm_wsae.training.architectures.topk import topk_step
+from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.auxk import DeadFinder, DeadLatents, auxk_gradients
+from llm_wsae.training.parameters import Batch, Parameters, initial_parameters
+from llm_wsae.weights.loss_weights import LossWeights
+
+D_IN, D_SAE, BATCH, K, L1 = 32, 256, 1300, 8, 0.02
+
+
+def problem(dtype, seed=0):
+    """Parameters in general position and a batch with masked rows; γ has zeros in it."""
+    generator = torch.Generator().manual_seed(seed)
+    cpu = torch.device("cpu")
+    start = initial_parameters(D_IN, D_SAE, seed, cpu, torch.float64)
+    noise = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in start]
+    parameters = Parameters(*(p + 0.05 * n for p, n in zip(start, noise, strict=True)))
+    x = torch.randn(BATCH, D_IN, generator=generator, dtype=torch.float64)
+    mask = (torch.rand(BATCH, generator=generator) > 0.1).double()
+    x = x * mask[:, None]
+    gamma = torch.rand(D_IN, generator=generator, dtype=torch.float64) * 2
+    gamma[:3] = 0
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    parameters = Parameters(*(p.to(exact) for p in parameters))
+    return parameters, Batch(x.to(exact), x.to(dtype), mask.to(exact)), gamma.to(exact)
+
+
+def relative_error(gradients, expected):
+    return max(
+        float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, expected, strict=True)
+    )
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
+
+
+def test_relu_goes_sparse_when_few_latents_are_active(monkeypatch):
+    """The two ways agree to the precision of float32, and the number of active latents decides."""
+    parameters, batch, gamma = problem(torch.float32)
+    dense, sparse = (
+        relu(parameters, batch, gamma, L1) for relu in (dense_relu_step, sparse_relu_step)
+    )
+    assert relative_error(sparse.gradients, dense.gradients) < 1e-5
+    assert float(sparse.loss) == pytest.approx(float(dense.loss), rel=1e-5)
+    assert torch.equal(sparse.firings, dense.firings)
+    assert float((sparse.residual - dense.residual).norm() / dense.residual.norm()) < 1e-5
+
+    monkeypatch.setattr("llm_wsae.training.architectures.relu.dense_relu_step", lambda *_: dense)
+    monkeypatch.setattr("llm_wsae.training.architectures.relu.sparse_relu_step", lambda *_: sparse)
+    for share, expected in ((None, dense), (0.02, dense), (0.01, sparse)):
+        assert relu_step(parameters, batch, gamma, L1, share) is expected
+    for one in (dense, sparse):
+        share = float(one.firings.sum() / (batch.mask.sum() * D_SAE))
+        assert float(one.for_memory) == pytest.approx(share)
+
+
+def test_a_resumed_relu_arm_knows_how_many_latents_were_active():
+    """Or it would take a dense step where the unbroken training took a sparse one."""
+    _, batch, gamma = problem(torch.float32)
+    first, second, third = (
+        Arm(ArmConfig(LossWeights(gamma, "own", 1.0), l1=L1), D_IN, D_SAE, batch.x.device)
+        for _ in range(3)
+    )
+    assert first.memory.share() is None
+    first.step(batch, BATCH, 1e-3, aux=0.0, dead_after=10**9)
+    state = first.state()
+    second.load_state(state)
+    assert second.memory.share() == first.memory.share() > 0.1
+    del state["active_share"]  # as of a training that an older version began
+    third.load_state(state)
+    assert third.memory.share() is None
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch-topk", "matryoshka", "jumprelu"])
+@pytest.mark.parametrize("name", ["pytorch", pytest.param("cpu", marks=needs_compiler)])
+def test_a_whole_step_is_that_of_the_reference(name, architecture):
+    """What comes to Adam, told by its moments: of all weights, AuxK's part of the dead included."""
+    _, batch, gamma = problem(torch.float32)
+    moments = {}
+    for one in (name, "reference"):
+        config = ArmConfig(LossWeights(gamma, "own", 1.0), K, architecture=architecture)
+        arm = Arm(config, D_IN, D_SAE, batch.x.device)
+        arm.parameters.encoder[100:] *= 0.05  # positive often enough, never among the largest
+        arm.last_fired[100:] = -(10**6)
+        with using(one):
+            arm.step(batch, BATCH, 1e-3, aux=1.0, dead_after=10**5)
+        moments[one] = [arm.state()[f"{part}.exp_avg"] for part in Parameters._fields]
+    assert relative_error(moments[name], moments["reference"]) < 1e-5
+    silent = arm.last_fired < 0
+    assert silent.sum() == D_SAE - 100
+    assert moments[name][0][silent].any() == arm.config.revives
+
+
+@pytest.mark.parametrize("weigh_rows", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_dead", [1, 5, 100])
+def test_auxk_gradients(dtype, num_dead, weigh_rows):
+    """Dead latents get the gradient of their loss in both matrices, and nobody else gets any."""
+    parameters, batch, gamma = problem(dtype)
+    if weigh_rows:
+        draws = torch.rand(BATCH, generator=torch.Generator().manual_seed(2)).to(batch.mask)
+        batch = batch._replace(row_weights=3 * draws * batch.mask)
+    residual = topk_step(parameters, batch, gamma, K).residual
+    dead = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:num_dead]
+    more = auxk_gradients(parameters, batch, residual, DeadLatents(dead), gamma, 0.5)
+    gradients = of_all(more, parameters)
+
+    leaves = Parameters(*(p.double().clone().requires_grad_() for p in parameters))
+    fast_pre = torch.addmm(
+        parameters.encoder_bias[dead].to(dtype),
+        batch.x_fast,
+        parameters.encoder[dead].T.to(dtype),
+    ).relu()
+    k_aux = min(num_dead, D_IN // 2)
+    chosen = (fast_pre >= fast_pre.topk(k_aux).values[:, -1:]) & (fast_pre > 0)
+    pre = batch.x.double() @ leaves.encoder[dead].T + leaves.encoder_bias[dead]
+    target = -residual.double()
+    error = (pre * chosen) @ leaves.decoder[dead] - target
+    weight = gamma.double() ** 2 * batch.counted.double()[:, None]
+    expected_loss = (error**2 * weight).sum() / (target**2 * weight).sum()
+    (0.5 * expected_loss).backward()
+    expected = Parameters(*(p.grad for p in leaves))
+    tolerance = 2 * TOLERANCE[dtype]
+    for name in ("encoder", "decoder", "encoder_bias"):
+        found, wanted = getattr(gradients, name).double(), getattr(expected, name)
+        assert float((found - wanted).norm() / wanted.norm()) < tolerance, name
+    assert expected.decoder_bias is None  # what it explains is left over by the whole step
+
+
+@pytest.mark.parametrize("num_dead", [0, 1, D_IN // 2, 40])
+def test_auxk_with_latents_that_only_may_be_dead(num_dead):
+    """A mask over more latents gives the gradients of the dead ones."""
+    parameters, batch, gamma = problem(torch.float64)
+    residual = topk_step(parameters, batch, gamma, K).residual
+    some = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:60]
+    is_dead = torch.arange(60) % 60 < num_dead
+    found = []
+    for latents in (DeadLatents(some, is_dead), DeadLatents(some[is_dead])):
+        more = auxk_gradients(parameters, batch, residual, latents, gamma, 0.5)
+        found.append(of_all(more, parameters))
+    masked, alone = found
+    for one, other in zip(masked, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert bool(alone.encoder.any()) == bool(num_dead)
+
+
+def test_the_dead_are_the_same_whether_looked_for_now_and_then(monkeypatch):
+    """With no more looks than there need be, each read in a later step than it was taken in."""
+    now, waits = [0], []
+
+    class Asked(DeferredScalar):
+        def __init__(self, number):
+            super().__init__(number)
+            self.at = now[0]
+
+        def read(self):
+            waits.append(now[0] - self.at)
+            return super().read()
+
+    monkeypatch.setattr("llm_wsae.training.auxk.DeferredScalar", Asked)
+    always, seldom = DeadFinder(torch.device("cpu")), DeadFinder(torch.device("cpu"))
+    seldom._waits = True
+    last_fired = torch.zeros(50, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    looks, sizes = set(), []
+    for rows_seen in range(64, 64 * 200, 64):
+        now[0] = rows_seen
+        last_fired[torch.rand(50, generator=generator) < 0.05] = rows_seen
+        expected = always.find(last_fired, rows_seen, 2048)
+        found = seldom.find(last_fired, rows_seen, 2048)
+        assert expected.dead is None
+        assert torch.equal(found.indices[found.dead], expected.indices)
+        looks.add(seldom._until)
+        sizes.append(len(expected.indices))
+    assert max(sizes) > 5 and len(looks) < 199 / 2
+    assert waits[0] == 0 and len(waits) == len(looks)  # the first step has nothing to go by
+    assert min(waits[1:]) >= 64
+
+
+@pytest.mark.parametrize(("rule", "other_row"), [("token-norm", 0), ("permuted:token-norm", 1)])
+def test_an_arm_weighs_its_tokens(rule, other_row):
+    """By their own distance from the mean, its control by that of the next unmasked row."""
+    _, batch, _ = problem(torch.float32)
+    plain, weighed = (
+        Arm(ArmConfig(LossWeights(torch.ones(D_IN), name, -0.5), K), D_IN, D_SAE, batch.x.device)
+        for name in ("uniform", rule)
+    )
+    kept = batch.mask > 0
+    counted = torch.zeros_like(batch.mask)
+    own = 1 / batch.x[kept].square().mean(1).clamp(min=0.01)
+    counted[kept] = own.roll(-other_row)
+    expected = plain.evaluate(batch._replace(row_weights=counted))
+    unweighed = plain.evaluate(batch)
+    found = weighed.evaluate(batch)
+    assert relative_error(found.gradients, expected.gradients) < 1e-6
+    assert relative_error(found.gradients, unweighed.gradients) > 0.1
+    weighed.step(batch, BATCH, 1e-3, aux=0.0, dead_after=10**9)
+    assert float(weighed.progress.loss) == pytest.approx(
+        float(expected.loss * batch.mask.sum()), rel=1e-5
+    )

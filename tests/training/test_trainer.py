@@ -1,0 +1,320 @@
+"""Training on planted data: it learns, it resumes bit for bit, it refuses what cannot be."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import folder_lock, read_json
+from llm_wsae.model.site import Site
+from llm_wsae.processes import Several
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.training import trainer
+from llm_wsae.training.arm import Arm, ArmConfig, folded
+from llm_wsae.training.checkpoint import CHECKPOINT
+from llm_wsae.training.config import TrainConfig, learning_rate_factor
+from llm_wsae.training.grid import choose_weights, make_arms
+from llm_wsae.training.normaliser import Normaliser
+from llm_wsae.training.parallel import collectives
+from llm_wsae.training.trainer import FINISHED, Interrupted, train
+from llm_wsae.weights.loss_weights import LossWeights
+
+D_IN, CONTEXT = 16, 32
+CONFIG = TrainConfig(
+    expansion=4, tokens=256 * 60, batch_size=256, learning_rate=1e-2, log_every=20, device="cpu"
+)
+
+
+class MemorySource:
+    """An ActivationSource over rows in memory: sparse sums of random directions, off centre."""
+
+    d_in = D_IN
+    site = Site.parse("blocks.3.hook_resid_post")
+
+    def __init__(self, num_rows=20_000, stop_after=None):
+        generator = torch.Generator().manual_seed(7)
+        directions = torch.nn.functional.normalize(
+            torch.randn(32, D_IN, generator=generator), dim=1
+        )
+        codes = torch.rand(num_rows, 32, generator=generator)
+        codes *= torch.rand(num_rows, 32, generator=generator) < 0.08
+        self.rows = 3 * codes @ directions + torch.linspace(-2, 2, D_IN)
+        self.num_rows = num_rows
+        self.stop_after = stop_after
+
+    def batches(self, batch_size, seed, start=0):
+        number = start
+        while True:
+            if number == self.stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            generator = torch.Generator().manual_seed(seed * 100_003 + number)
+            yield self.rows[torch.randint(self.num_rows, (batch_size,), generator=generator)]
+            number += 1
+
+    def statistics(self):
+        positions = torch.arange(self.num_rows) % CONTEXT
+        return Statistics(D_IN, CONTEXT).update(self.rows, positions)
+
+    def identity(self):
+        return {"kind": "memory", "model": {"name": "planted"}, "num_rows": self.num_rows}
+
+
+def arms_for(source, rules=("uniform", "variance"), ks=(4,), **more):
+    return make_arms(choose_weights(source.statistics(), rules, (0.5,)), ks, **more)
+
+
+def fvu(dictionary, rows):
+    return float((rows - dictionary(rows)).square().sum() / (rows - rows.mean(0)).square().sum())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    source = MemorySource()
+    return source, out, train(source, arms_for(source, l1s=(0.02,)), CONFIG, out)
+
+
+def test_every_arm_learns_and_is_saved_in_the_models_own_units(trained):
+    source, out, dictionaries = trained
+    assert list(dictionaries) == [
+        "uniform-k4",
+        "uniform-relu-l0.02",
+        "variance-a0.5-k4",
+        "variance-a0.5-relu-l0.02",
+    ]
+    for name, dictionary in dictionaries.items():
+        assert fvu(dictionary, source.rows) < 0.25, name
+        norms = dictionary.W_dec.norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms))
+        again = Dictionary.load(out / name)
+        assert torch.equal(again(source.rows[:50]), dictionary(source.rows[:50]))
+        assert again.info.rule in name and again.info.model == {"name": "planted"}
+        torch.testing.assert_close(again.extras["mean"], source.rows.mean(0), rtol=1e-4, atol=1e-4)
+    assert not (out / "checkpoint.safetensors").exists()
+
+
+def test_the_log_tells_what_happened(trained):
+    _, out, dictionaries = trained
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40, 60]
+    for name, dictionary in dictionaries.items():
+        numbers = [line["arms"][name] for line in lines]
+        assert numbers[-1]["fvu"] < numbers[0]["fvu"]
+        assert set(numbers[0]) == {"loss", "fvu", "l0", "dead"}
+        if name.endswith("k4"):
+            assert numbers[-1]["l0"] == pytest.approx(4, abs=0.5)
+        assert dictionary.info.metrics["training"] == numbers[-1]
+    assert lines[-1]["tokens_per_second"] > 0 and lines[-1]["seconds_left"] == 0
+
+
+def test_logged_fvu_is_that_of_the_saved_dictionary(trained):
+    source, out, dictionaries = trained
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["arms"]["uniform-k4"]
+    assert last["fvu"] == pytest.approx(fvu(dictionaries["uniform-k4"], source.rows), rel=0.1)
+
+
+def test_arms_in_one_pass_equal_arms_alone(trained, tmp_path):
+    source, _, together = trained
+    alone = train(source, arms_for(source, rules=("variance",)), CONFIG, tmp_path)
+    found, expected = alone["variance-a0.5-k4"], together["variance-a0.5-k4"]
+    assert torch.equal(found.W_enc, expected.W_enc) and torch.equal(found.b_dec, expected.b_dec)
+
+
+def test_a_terminated_training_resumes_bit_for_bit(trained, tmp_path):
+    source, out, _ = trained
+    arms = arms_for(source, l1s=(0.02,))
+    with pytest.raises(Interrupted, match=r"stopped after step 24 of 60, .*run the same command"):
+        train(MemorySource(stop_after=23), arms, CONFIG, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(source, arms, CONFIG, tmp_path)
+    for name in (a.name for a in arms):
+        file = "sae_weights.safetensors"
+        assert (tmp_path / name / file).read_bytes() == (out / name / file).read_bytes(), name
+    ours, theirs = ((p / "log.jsonl").read_text().splitlines() for p in (tmp_path, out))
+    for one, other in zip(ours, theirs, strict=True):
+        assert json.loads(one)["arms"] == json.loads(other)["arms"]
+
+
+KILLED = """
+import sys; sys.path[:0] = {path!r}
+from pathlib import Path
+from test_trainer import *
+class Slow(MemorySource):
+    def batches(self, batch_size, seed, start=0):
+        for rows in super().batches(batch_size, seed, start):
+            time.sleep(0.02)
+            yield rows
+source = Slow()
+config = TrainConfig(**{{**vars(CONFIG), "checkpoint_seconds": 0.0}})
+train(source, arms_for(source), config, Path({out!r}))
+"""
+
+
+def test_a_killed_training_resumes_bit_for_bit(trained, tmp_path):
+    source, out, _ = trained
+    program = KILLED.format(path=sys.path, out=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "training.json").exists()
+    train(source, arms_for(source), CONFIG, tmp_path)
+    file = "uniform-k4/sae_weights.safetensors"
+    assert (tmp_path / file).read_bytes() == (out / file).read_bytes()
+
+
+def test_a_finished_training_is_read_back_and_other_settings_are_refused(trained, tmp_path):
+    source, out, dictionaries = trained
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    (out / CHECKPOINT).write_bytes(b"of a run killed at the very end")
+    (out / ".tmp").mkdir()  # somebody's own
+    again = train(source, arms_for(source, l1s=(0.02,)), CONFIG, out)
+    assert torch.equal(again["uniform-k4"].W_enc, dictionaries["uniform-k4"].W_enc)
+    other = TrainConfig(**{**vars(CONFIG), "learning_rate": 0.5})
+    with pytest.raises(LlmWsaeError, match=r"learning_rate: 0\.\d+ there, 0.5 asked"):
+        train(source, arms_for(source, l1s=(0.02,)), other, out)
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    (out / ".tmp").rmdir()
+
+
+def test_what_fired_a_step_ago_is_never_dead(tmp_path):
+    """In a short training a tenth of the rows may be less than a batch."""
+    source = MemorySource(600)
+    train(source, arms_for(source), replace(CONFIG, tokens=None, batch_size=100), tmp_path)
+    assert read_json(tmp_path / FINISHED, "training")["dead_after"] == 100
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Those of a latent that never fires do not show in the loss."""
+    source, made = MemorySource(600), trainer.dictionary_of
+
+    def spoilt(*given):
+        dictionary = made(*given)
+        with torch.no_grad():
+            dictionary.W_dec[3, 0] = float("nan")
+        return dictionary
+
+    monkeypatch.setattr(trainer, "dictionary_of", spoilt)
+    with pytest.raises(LlmWsaeError, match="uniform-k4 has weights that are not finite; lower"):
+        train(source, arms_for(source), replace(CONFIG, tokens=None, batch_size=100), tmp_path)
+    assert not list(tmp_path.rglob("cfg.json")) and not (tmp_path / FINISHED).exists()
+
+
+@pytest.mark.parametrize("backends", ["cuda:nccl", "cpu:gloo"])
+def test_a_process_group_must_reach_every_device(monkeypatch, backends):
+    monkeypatch.setattr(collectives.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(collectives.distributed, "get_backend_config", lambda: backends)
+    missing = "cpu" if "cpu" not in backends else "cuda"
+    with (
+        pytest.raises(UsageError, match=f"cannot exchange tensors on {missing}; start it with"),
+        collectives.collectives(object.__new__(Several), torch.device("cuda")),
+    ):
+        pass
+
+
+def test_a_folder_in_use_is_refused(trained, tmp_path):
+    source = trained[0]
+    with (
+        folder_lock(tmp_path, "training"),
+        pytest.raises(LlmWsaeError, match="another process is writing the training"),
+    ):
+        train(source, arms_for(source), CONFIG, tmp_path)
+
+
+def test_impossible_settings_are_refused(tmp_path):
+    source = MemorySource(300)
+    with pytest.raises(UsageError, match=r"k = 100 .* more than the dictionary's 64 latents"):
+        train(source, arms_for(source, ks=(100,)), CONFIG, tmp_path)
+    with pytest.raises(UsageError, match="the arms must be different"):
+        train(source, arms_for(source) * 2, CONFIG, tmp_path)
+    with pytest.raises(UsageError, match="300 rows are less than one batch"):
+        train(source, arms_for(source), TrainConfig(batch_size=512), tmp_path)
+    for name, value in {
+        "batch_size": 0, "learning_rate": -0.01, "dead_after": 0, "dtype": "int8"
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError, match=f"{name} must be"):
+            TrainConfig(**{name: value})
+    for rate in (0.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="learning_rate must be a number above 0"):
+            TrainConfig(learning_rate=rate)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path):
+    source = trained[0]
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x08" * 50)
+    with pytest.raises(LlmWsaeError, match=r"checkpoint.safetensors is not a readable training"):
+        train(source, arms_for(source), CONFIG, tmp_path)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == b"\x08" * 50
+
+
+def test_a_diverging_loss_stops_the_training(tmp_path):
+    source = MemorySource()
+    config = TrainConfig(**{**vars(CONFIG), "learning_rate": 1e30})
+    with pytest.raises(LlmWsaeError, match=r"the loss of uniform-k4 is \w+ at step \d+; lower"):
+        train(source, arms_for(source, rules=("uniform",)), config, tmp_path)
+
+
+def test_dead_latents_are_counted_and_revived():
+    source = MemorySource()
+    normaliser = Normaliser(source.statistics(), torch.device("cpu"), torch.float32)
+    config = ArmConfig(LossWeights(torch.ones(D_IN), "uniform", 1.0), k=4)
+    shares = {}
+    for aux in (0.0, 1 / 32):
+        arm = Arm(config, D_IN, 64, torch.device("cpu"))
+        arm.parameters.encoder[:48] *= 0.02  # too faint ever to be among the k largest
+        for step, rows in zip(range(400), source.batches(256, 0), strict=False):
+            arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, aux, 2000)
+        shares[aux] = float(arm.dead(400 * 256, 2000)[:48].double().mean())
+    assert shares[0.0] > 0.8
+    assert shares[1 / 32] < 0.5 * shares[0.0]
+
+
+def test_massive_rows_have_no_part():
+    source = MemorySource()
+    source.rows[::500] *= 1000
+    statistics = source.statistics()
+    normaliser = Normaliser(statistics, torch.device("cpu"), torch.float32)
+    batch = normaliser.batch(source.rows)
+    assert int((batch.mask == 0).sum()) == statistics.massive_count == 40
+    assert not batch.x[batch.mask == 0].any()
+    usual = batch.x[batch.mask > 0]
+    assert float(usual.var(0).mean()) == pytest.approx(1, rel=0.1)
+    assert float(usual.mean(0).abs().max()) < 0.1
+
+
+def test_folding_gives_the_same_reconstruction():
+    source = MemorySource()
+    normaliser = Normaliser(source.statistics(), torch.device("cpu"), torch.float32)
+    config = ArmConfig(LossWeights(torch.ones(D_IN), "uniform", 1.0), k=4)
+    arm = Arm(config, D_IN, 64, torch.device("cpu"))
+    arm.parameters.encoder_bias.normal_()
+    arm.parameters.decoder_bias.normal_()
+    rows = source.rows[:200]
+    inside = arm.evaluate(normaliser.batch(rows))
+    reconstruction = inside.residual * normaliser.scale + rows
+    weights = folded(arm.parameters, normaliser.mean, normaliser.scale)
+    pre = rows @ weights["W_enc"] + weights["b_enc"]
+    best = pre.topk(4)
+    latents = torch.zeros_like(pre).scatter_(1, best.indices, best.values.relu())
+    torch.testing.assert_close(
+        latents @ weights["W_dec"] + weights["b_dec"], reconstruction, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_schedule_rises_stays_and_falls():
+    factors = [learning_rate_factor(step, 100, 0.1, 0.5) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == factors[50] == 1
+    assert factors[75] == pytest.approx(0.5) and factors[99] == pytest.approx(0.02)

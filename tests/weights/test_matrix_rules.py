@@ -1,0 +1,77 @@
+"""Matrix rules against brute force in float64, and the laws of their controls."""
+
+import pytest
+import torch
+
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.matrix_rules import EIGENVALUE_FLOOR, permuted, rotated, spectrum, whitening
+from llm_wsae.weights.rules import matrix
+
+D = 6
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(D, D, generator=generator)
+    x = torch.randn(6000, D, generator=generator) @ mix + 3
+    statistics = Statistics(D, 16).update(x, torch.arange(len(x)) % 16)
+    half = torch.randn(D, D, generator=generator, dtype=torch.float64)
+    return Evidence(statistics, fisher=half @ half.T)
+
+
+def test_whitening_makes_the_covariance_the_identity(evidence):
+    s, sigma = whitening(evidence), evidence.statistics.robust_covariance
+    torch.testing.assert_close(s @ sigma @ s, torch.eye(D, dtype=torch.float64))
+    torch.testing.assert_close(s, s.T)  # the symmetric root: ZCA, not another whitening
+
+
+def test_sensitivity_is_the_fisher_matrix(evidence):
+    torch.testing.assert_close(matrix("sensitivity", evidence), evidence.fisher)
+
+
+def test_rotated_keeps_the_spectrum_only(evidence):
+    f = evidence.fisher
+    control = rotated(f, 0)
+    torch.testing.assert_close(torch.linalg.eigvalsh(control), torch.linalg.eigvalsh(f))
+    _, mine = spectrum(f)
+    _, theirs = spectrum(control)
+    assert float((mine.T @ theirs).diagonal().abs().max()) < 0.95
+    assert torch.equal(control, rotated(f, 0)) and not torch.allclose(control, rotated(f, 1))
+    assert torch.equal(control, matrix("rotated:sensitivity", evidence))
+
+
+def test_rotations_are_uniform():
+    """The mean of Q diag(s) Qᵀ over all rotations is mean(s)·1."""
+    s = torch.diag(torch.tensor([1.0, 2.0, 9.0], dtype=torch.float64))
+    mean = sum(rotated(s, draw) for draw in range(3000)) / 3000
+    torch.testing.assert_close(mean, 4 * torch.eye(3, dtype=torch.float64), rtol=0, atol=0.2)
+
+
+def test_permuted_deals_out_rows_and_columns(evidence):
+    control = permuted(evidence.fisher, 3)
+    order = torch.randperm(D, generator=torch.Generator().manual_seed(3))
+    for i in range(D):
+        for j in range(D):
+            assert control[i, j] == evidence.fisher[order[i], order[j]]
+
+
+def test_the_floor_makes_any_matrix_invertible():
+    values, vectors = spectrum(torch.diag(torch.tensor([0.0, 1e-9, 2.0, 4.0, 6.0])))
+    assert values.tolist() == pytest.approx(
+        [2 * EIGENVALUE_FLOOR, 2 * EIGENVALUE_FLOOR, 2.0, 4.0, 6.0]
+    )
+    assert vectors.dtype == torch.float64
+    with pytest.raises(LlmWsaeError, match="do not vary"):
+        spectrum(torch.zeros(3, 3))
+    with pytest.raises(LlmWsaeError, match="NaN"):
+        spectrum(torch.full((3, 3), float("nan")))
+
+
+def test_vector_rules_have_no_matrix(evidence):
+    with pytest.raises(UsageError, match=r"no matrix form; those .* are sensitivity, whitening"):
+        matrix("variance", evidence)
+    with pytest.raises(UsageError, match="needs the model"):
+        matrix("rotated:sensitivity", Evidence(evidence.statistics))

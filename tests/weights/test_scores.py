@@ -1,0 +1,123 @@
+"""The formulae of the rules, against numbers known otherwise."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_wsae.weights.scores import (
+    gap,
+    hoyer,
+    kurtosis,
+    negentropy,
+    participation,
+    permuted,
+    random_scores,
+)
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None]
+
+
+def draw(rows: int, kind: str) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    if kind == "normal":
+        return torch.randn(rows, 1, generator=g)
+    uniform = torch.rand(rows, 1, generator=g)
+    return uniform if kind == "uniform" else (uniform < 0.1).float()
+
+
+def test_kurtosis_of_known_distributions():
+    assert float(kurtosis(draw(200_000, "normal"))) == pytest.approx(3, rel=0.02)
+    assert float(kurtosis(draw(200_000, "uniform"))) == pytest.approx(1.8, rel=0.01)
+    p = 0.1
+    rare = (1 - 3 * p * (1 - p)) / (p * (1 - p))
+    assert float(kurtosis(draw(200_000, "rare"))) == pytest.approx(rare, rel=0.03)
+
+
+def test_hoyer_by_hand():
+    assert float(hoyer(column(0, 0, 0, 4))) == pytest.approx(1)
+    expected = (math.sqrt(5) - 6 / math.sqrt(10)) / (math.sqrt(5) - 1)
+    assert float(hoyer(column(1, 2, 3, 4, 5))) == pytest.approx(expected)
+    # taken from the median: a resting level changes nothing
+    assert float(hoyer(column(7, 7, 7, 11))) == pytest.approx(1)
+
+
+def test_negentropy_by_hand():
+    both = column(*[-1.0, 1.0] * 50)
+    even = math.exp(-0.5) - math.sqrt(0.5)
+    expected = 24 / (16 * math.sqrt(3) - 27) * even**2
+    assert float(negentropy(both)) == pytest.approx(expected, rel=1e-9)
+    assert float(negentropy(draw(200_000, "normal"))) < 1e-4
+    assert float(negentropy(draw(200_000, "rare"))) > float(negentropy(draw(200_000, "uniform")))
+
+
+@pytest.mark.parametrize("score", [kurtosis, hoyer, negentropy])
+def test_sample_scores_ignore_scale_and_level_and_find_the_sparse_dimension(score):
+    g = torch.Generator().manual_seed(1)
+    sparse = (torch.rand(4001, 1, generator=g) < 0.05) * torch.rand(4001, 1, generator=g)
+    samples = torch.cat([torch.randn(4001, 1, generator=g), sparse], dim=1)
+    found = score(samples)
+    assert found.dtype == torch.float64
+    assert found[1] > 1.5 * found[0]
+    torch.testing.assert_close(
+        score(samples * torch.tensor([30.0, 0.1]) + 5), found, rtol=1e-3, atol=1e-6
+    )
+    assert score(torch.full((9, 2), 3.0)).tolist() == [0, 0]
+
+
+def test_participation_counts_the_latents_that_share_a_dimension():
+    decoder = torch.tensor([[1.0, 1.0, 0.0], [0.0, -1.0, 0.0], [0.0, 1.0, 0.0]])
+    assert participation(decoder).tolist() == pytest.approx([1, 1 / 3, 0])
+    # Two of the three are never used: dimension 1 then belongs to one latent.
+    assert participation(decoder, torch.tensor([2.0, 0, 0])).tolist() == pytest.approx([1, 1, 0])
+    uneven = participation(decoder, torch.tensor([2.0, 1, 1]))
+    assert float(uneven[1]) == pytest.approx(6 / 16)
+
+
+def test_gap_of_a_lone_feature_and_a_digon():
+    """g = γ² minimises (g − 1)² alone, 2(g − 1)² + 2g² for a pair: 1 and ½."""
+    mixing = torch.tensor([[1.0, 0, 0], [0, 1, -1]])
+    assert gap(mixing.T).tolist() == pytest.approx([1, math.sqrt(0.5)])
+    # A dimension in which nothing lives gets a finite weight and disturbs no other.
+    padded = torch.cat([mixing, torch.zeros(1, 3)])
+    assert gap(padded.T)[:2].tolist() == pytest.approx([1, math.sqrt(0.5)])
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10_000), st.integers(2, 6), st.integers(1, 15))
+def test_gap_minimises_what_it_says(seed, d_in, latents):
+    g = torch.Generator().manual_seed(seed)
+    decoder = torch.randn(latents, d_in, generator=g, dtype=torch.float64)
+    gamma = gap(decoder)
+    assert bool((gamma >= 0).all())
+
+    def distance(weights: torch.Tensor) -> float:
+        matrix = (decoder * weights.square()) @ decoder.T
+        return float((matrix - torch.eye(latents, dtype=torch.float64)).norm())
+
+    best = distance(gamma)
+    for _ in range(30):
+        near = (gamma.square() + 0.1 * torch.randn(d_in, generator=g)).clamp(min=0).sqrt()
+        assert distance(near) >= best - 1e-9
+    assert distance(torch.ones(d_in, dtype=torch.float64)) >= best - 1e-9
+
+
+def test_gap_gives_zero_where_any_weight_would_hurt():
+    """Dimension 2 shows the sum of the features of dimensions 0 and 1, which have all they need."""
+    mixing = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, -1]])
+    assert gap(mixing.T).tolist() == pytest.approx([1, 1, 0, math.sqrt(0.5)])
+
+
+def test_controls():
+    scores = torch.arange(1.0, 21.0, dtype=torch.float64)
+    moved = permuted(scores, 3)
+    assert moved.tolist() != scores.tolist() and sorted(moved.tolist()) == scores.tolist()
+    assert permuted(scores, 3).tolist() == moved.tolist() != permuted(scores, 4).tolist()
+    drawn = random_scores(5000, 1)
+    assert drawn.min() > 0 and drawn.max() <= 1
+    assert float(drawn.mean()) == pytest.approx(0.5, abs=0.02)
+    assert random_scores(5000, 1).tolist() == drawn.tolist() != random_scores(5000, 2).tolist()
