@@ -31,9 +31,9 @@ from llm_wsae.training.config import Architecture, TrainConfig
 from llm_wsae.training.grid import choose_weights, make_arms
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import FINISHED, train
-from llm_wsae.weighing import gather
+from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_weights import LossWeights, check_settings, takes_matrix
 from llm_wsae.weights.profile import profile, profile_text
 from llm_wsae.weights.rules import check_form, lacks, need_of
@@ -122,8 +122,8 @@ def run(
     for site in sites:
         folder = out / str(site)
         _say(2, "weigh", f"profile of {site}")
-        evidence = gather(rules, store, site, model=model)
-        facts, weights = _weigh(evidence, site, folder, rules, alphas, weight_config)
+        inputs = measure_inputs(rules, store, site, model=model)
+        facts, weights = _weigh(inputs, site, folder, rules, alphas, weight_config)
         arms = make_arms(weights, ks, seeds=seeds, architectures=architectures)
         _say(3, "train", f"{len(arms)} dictionaries in one pass")
         dictionaries = train(store.source(site), arms, train_config, folder)
@@ -158,7 +158,7 @@ def _check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: Har
 
 
 def _weigh(
-    evidence: Evidence,
+    inputs: RuleInputs,
     site: Site,
     folder: Path,
     rules: Sequence[str],
@@ -166,10 +166,10 @@ def _weigh(
     config: WeightConfig,
 ) -> tuple[dict[str, Any], list[LossWeights]]:
     """The site's profile, written and printed, and the weights that it shows."""
-    weights = choose_weights(evidence, rules, alphas, config=config)
-    facts = profile(evidence.statistics, weights)
+    weights = choose_weights(inputs, rules, alphas, config=config)
+    facts = profile(inputs.statistics, weights)
     write_json(folder / "profile.json", facts)
-    plot_profile(evidence.statistics, weights, str(site), folder / "profile.png")
+    plot_profile(inputs.statistics, weights, str(site), folder / "profile.png")
     tqdm.write(profile_text(facts), file=sys.stderr)
     return facts, weights
 

@@ -1,4 +1,4 @@
-"""Evidence of what a site's dimensions stand for, beyond the statistics of its rows.
+"""Measures what weight rules need beyond the statistics: Fisher information, coherence, a decoder.
 
 Everything is measured on the text of an activation store, so that rules see what the dictionaries
 will be trained on: the token ids are in the store, with what led to each row. What took minutes is
@@ -27,8 +27,8 @@ from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.weights.config import EvidenceConfig
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.config import RuleInputConfig
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.rules import need_of
 
 FOLDER = "evidence"
@@ -39,15 +39,15 @@ _SETTINGS = {
 _CONTEXTS_AT_ONCE = 8
 
 
-def gather(
+def measure_inputs(
     rules: Iterable[str],
     store: ActivationStore,
     site: Site,
     *,
     model: LanguageModel | None = None,
     dictionary: Dictionary | None = None,
-    config: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
-) -> Evidence:
+    config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
+) -> RuleInputs:
     """Measure what the rules need and the model and dictionary can give, unless it is known.
 
     Whatever is lacking for want of a model or dictionary is left out: the rule will say so. Raises
@@ -66,11 +66,11 @@ def gather(
             store.check_model(model.identity())
             found[need] = _measure(need, model, store, site, config)
             kept.write(found[need])
-    return Evidence(statistics, **found)
+    return RuleInputs(statistics, **found)
 
 
 def _measure(
-    need: str, model: LanguageModel, store: ActivationStore, site: Site, config: EvidenceConfig
+    need: str, model: LanguageModel, store: ActivationStore, site: Site, config: RuleInputConfig
 ) -> Tensor:
     if need == "fisher":
         return fisher_of(model, store, site, config)
@@ -81,7 +81,7 @@ def _measure(
 class _Kept:
     """A measurement on disk, good for the same rows and settings only."""
 
-    def __init__(self, store: ActivationStore, site: Site, need: str, config: EvidenceConfig):
+    def __init__(self, store: ActivationStore, site: Site, need: str, config: RuleInputConfig):
         self._need = need
         self._path = store.folder / FOLDER / f"{site}.{need}.safetensors"
         settings = {name: getattr(config, name) for name in _SETTINGS[need]}
@@ -129,7 +129,7 @@ def fisher_of(
     model: LanguageModel,
     store: ActivationStore,
     site: Site,
-    config: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
+    config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
 ) -> Float[Tensor, "d_in d_in"]:
     """Fisher information of the model's predictions at the site, on the store's text (float64).
 
@@ -153,7 +153,7 @@ def coherence_of(
     site: Site,
     tokenizer: Any,
     encoder: Encoder,
-    config: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
+    config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
 ) -> Float[Tensor, " d_in"]:
     """How alike the texts are around the rows that are furthest from the mean in a dimension.
 

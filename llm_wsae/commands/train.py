@@ -47,16 +47,16 @@ def train(
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.training.grid import choose_weights, make_arms
     from llm_wsae.training.trainer import train as train_arms
-    from llm_wsae.weighing import gather
+    from llm_wsae.weighing import measure_inputs
     from llm_wsae.weights.loss_weights import OWN_RULE, LossWeights
 
     started = time.monotonic()
     opened, place = ActivationStore.open(store), Site.parse(site)
-    evidence = gather(rule, opened, place)  # what weigh has measured of the store, if it has
+    inputs = measure_inputs(rule, opened, place)  # what weigh has measured of the store, if it has
     own = LossWeights.load(weights) if weights else None
     if own is not None and own.rule == OWN_RULE:
         own = replace(own, config=weigh)
-    chosen = choose_weights(evidence, rule, alpha, own, weigh)
+    chosen = choose_weights(inputs, rule, alpha, own, weigh)
     arms = make_arms(chosen, k, l1, seeds, architecture)
     dictionaries = train_arms(opened.source(place), arms, config, out)
     asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, "weights": weights}

@@ -7,7 +7,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_weights import LossWeights, takes_matrix, weights_from_rule
 from llm_wsae.weights.rules import is_drawn
 
@@ -25,7 +25,7 @@ class PlannedArm:
     """Label of the arms that control it."""
 
 
-def plan(evidence: Evidence, config: StudyConfig, weigh: WeightConfig) -> list[PlannedArm]:
+def plan(inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig) -> list[PlannedArm]:
     """All dictionaries, seed by seed, the plain ones first.
 
     Drawn weights (controls, ``random``) are drawn anew for every seed. Raises UsageError for a draw
@@ -44,35 +44,35 @@ def plan(evidence: Evidence, config: StudyConfig, weigh: WeightConfig) -> list[P
             arms.setdefault(arm.name, PlannedArm(arm, label_of(weights), control))
 
     for seed in dict.fromkeys(config.seeds):
-        add(weights_from_rule(PLAIN, 1.0, evidence), None, config.curve, seed)
-        for weights, control in _weights(evidence, config, weigh, seed):
+        add(weights_from_rule(PLAIN, 1.0, inputs), None, config.curve, seed)
+        for weights, control in _weights(inputs, config, weigh, seed):
             add(weights, control, config.ks, seed)
     return list(arms.values())
 
 
 def _weights(
-    evidence: Evidence, config: StudyConfig, weigh: WeightConfig, seed: int
+    inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig, seed: int
 ) -> Iterator[tuple[LossWeights, str | None]]:
     """Weights and the label of their control, and each control itself."""
     for rule in config.rules:
         for alpha in config.alphas:
-            weights = _drawn(rule, alpha, evidence, weigh, seed)
+            weights = _drawn(rule, alpha, inputs, weigh, seed)
             if weights.name == PLAIN:
                 continue
             named = control_of(rule, weigh)
             if named is None:
                 yield weights, None
                 continue
-            control = _drawn(named, alpha, evidence, weigh, seed)
+            control = _drawn(named, alpha, inputs, weigh, seed)
             yield weights, label_of(control)
             yield control, None
 
 
 def _drawn(
-    rule: str, alpha: float, evidence: Evidence, weigh: WeightConfig, seed: int
+    rule: str, alpha: float, inputs: RuleInputs, weigh: WeightConfig, seed: int
 ) -> LossWeights:
     own = replace(weigh, draw=seed if is_drawn(rule) else 0)
-    return weights_from_rule(rule, alpha, evidence, WeightConfig() if rule == PLAIN else own)
+    return weights_from_rule(rule, alpha, inputs, WeightConfig() if rule == PLAIN else own)
 
 
 def control_of(rule: str, weigh: WeightConfig) -> str | None:

@@ -46,8 +46,8 @@ from llm_wsae.studies.report import StudyReport
 from llm_wsae.studies.results import Result, read_basis, read_result, record_of
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import FINISHED, train
-from llm_wsae.weighing import gather
-from llm_wsae.weights.config import EvidenceConfig, WeightConfig
+from llm_wsae.weighing import measure_inputs
+from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
 BASIS, TRAINING, DICTIONARIES, RESULTS, GROUP, CONSISTENCY = (
     "study.json",
@@ -78,7 +78,7 @@ def study(
     training: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
     fidelity: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
     scoring: MonosemanticConfig = MonosemanticConfig(),  # noqa: B008 - frozen
-    evidence: EvidenceConfig = EvidenceConfig(),  # noqa: B008 - frozen
+    measure: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
     dictionary: Dictionary | None = None,
     encoder: Encoder | None = None,
 ) -> StudyReport:
@@ -98,7 +98,9 @@ def study(
     faithful = FidelityEvaluator(
         model, Packer.for_model(model, packing).contexts(heldout), fidelity
     )
-    known = gather(config.rules, store, site, model=model, dictionary=dictionary, config=evidence)
+    known = measure_inputs(
+        config.rules, store, site, model=model, dictionary=dictionary, config=measure
+    )
     arms = plan(known, config, weigh)
     for planned in arms:
         planned.arm.check(training.expansion * store.d_in)

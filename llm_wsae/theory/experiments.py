@@ -29,7 +29,7 @@ from llm_wsae.theory.report import TheoryReport, summarise
 from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, score, weights
 from llm_wsae.theory.superposition import Planted
 from llm_wsae.theory.tied import Schedule, encode_tied, train_tied
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 
 UNITS = "units"
 FIGURES = ("closed_form.png", "correlations.png", "changes.png")
@@ -88,12 +88,12 @@ def run_unit(
     sample = data.observe(seen)
     statistics = Statistics(len(data.mixing), 1, sample_rows=config.rows)
     statistics.update(sample, torch.zeros(len(sample), dtype=torch.int64))
-    evidence = Evidence(
+    inputs = RuleInputs(
         statistics,
         fisher=fisher(data, sample),
         coherence=coherence(data, seen, generator(seed, Stream.STRANGERS)),
     )
-    known = Known(evidence, data, number(seed, Stream.CONTROL))
+    known = Known(inputs, data, number(seed, Stream.CONTROL))
     x = data.features(config.rows, generator(seed, Stream.TEST))
     train = _Trainer(data, schedule, x, seed, check)
 
@@ -102,7 +102,7 @@ def run_unit(
     first = dictionaries[early.index(PLAIN)]
     energy = encode_tied(first, sample, k).square().mean(0)
     used = energy > 0  # the directions of dead latents are those they started with
-    known = replace(known, evidence=replace(evidence, decoder=first[used], energy=energy[used]))
+    known = replace(known, inputs=replace(inputs, decoder=first[used], energy=energy[used]))
     late = [name for name in ARMS if name not in early]
     recovered |= train(late, known)[0]
     return {

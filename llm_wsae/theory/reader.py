@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.theory.superposition import Planted
-from llm_wsae.weights.config import EvidenceConfig
+from llm_wsae.weights.config import RuleInputConfig
 
 _NOTHING = 1e-4  # a feature read as less is off: in a rotated basis rounding alone gives some 1e-7
 
@@ -35,7 +35,7 @@ def coherence(
     """How alike the rows are that are furthest from the mean in a dimension: cosine of their true
     features, which is what a perfect encoder would see in their texts. Float64."""
     observed = data.observe(x)
-    extreme = (observed - observed.mean(0)).abs().topk(EvidenceConfig.top, dim=0).indices.T
+    extreme = (observed - observed.mean(0)).abs().topk(RuleInputConfig.top, dim=0).indices.T
     meaning = normalize(x.double(), dim=1)
     strangers = torch.randperm(len(x), generator=generator)[:STRANGERS]
     return beyond_chance(meaning[extreme], meaning[strangers], strangers, generator)

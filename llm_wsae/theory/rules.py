@@ -16,7 +16,7 @@ from torch import Tensor
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.theory.superposition import Planted
 from llm_wsae.weights import rules, scores
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 
 PLAIN_RULE = "uniform"
 RANDOM, PERMUTED = CONTROLS = ("random", "permuted")
@@ -32,7 +32,7 @@ RULES = (*_SEEING, *_KNOWING)
 class Known:
     """What rules and oracles may look at."""
 
-    evidence: Evidence
+    inputs: RuleInputs
     truth: Planted
     draw: int
     """Number of the controls' random draw."""
@@ -45,7 +45,7 @@ def score(rule: str, known: Known) -> Float[Tensor, " n_p"]:
     if base in _KNOWING:
         found = _KNOWING[base](known.truth)
         return scores.permuted(found, known.draw) if control else found
-    return rules.score(rule, known.evidence, known.draw)
+    return rules.score(rule, known.inputs, known.draw)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import Architecture
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_weights import LossWeights, own_weights, weights_from_rule
 
 
 def choose_weights(
-    known: Evidence | Statistics,
+    known: RuleInputs | Statistics,
     rules: Iterable[str],
     alphas: Sequence[float],
     own: LossWeights | None = None,
@@ -21,7 +21,7 @@ def choose_weights(
     """Normalised weights for every rule and α, without repetitions, and a user's own last.
 
     ``uniform`` has no α, so it comes once, and is plain whatever ``config`` says. Raises UsageError
-    for an unknown rule or one that needs evidence that is not there, LlmWsaeError for own weights
+    for an unknown rule or one that lacks its input, LlmWsaeError for own weights
     that do not fit.
     """
     chosen: dict[str, LossWeights] = {}

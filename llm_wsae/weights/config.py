@@ -42,7 +42,7 @@ class WeightConfig:
 
 
 @dataclass(frozen=True)
-class EvidenceConfig:
+class RuleInputConfig:
     """How much is measured for the rules that need more than the statistics."""
 
     sensitivity_tokens: int = 40_000

@@ -16,7 +16,7 @@ Need = Literal["dictionary", "fisher", "coherence"]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RuleInputs:
     """All that was measured of a site's dimensions."""
 
     statistics: Statistics
@@ -30,9 +30,9 @@ class Evidence:
     """How alike the texts are that move a dimension most, beyond chance; > 0."""
 
     @classmethod
-    def of(cls, known: "Evidence | Statistics") -> "Evidence":
-        """Itself, or the evidence of the statistics alone."""
-        return known if isinstance(known, Evidence) else cls(known)
+    def of(cls, known: "RuleInputs | Statistics") -> "RuleInputs":
+        """Itself, or the inputs of the statistics alone."""
+        return known if isinstance(known, RuleInputs) else cls(known)
 
     def has(self, need: Need) -> bool:
         """Whether that was measured."""

@@ -22,7 +22,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import load_tensors, save_tensors
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.matrix_rules import spectrum
 from llm_wsae.weights.rules import (
     check_rule,
@@ -135,7 +135,7 @@ class LossWeights:
 def weights_from_rule(
     rule: str,
     alpha: float,
-    known: Evidence | Statistics,
+    known: RuleInputs | Statistics,
     config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
 ) -> LossWeights:
     """γ = s^α or Γ = S^α, clipped, normalised.
@@ -143,21 +143,21 @@ def weights_from_rule(
     A score of 0 gives the weight 0 for α > 0 and that of the smallest positive score for α < 0. A
     constant dimension carries no loss whatever its weight; it gets the smallest among the others.
 
-    Raises UsageError for an unknown rule, a form that it does not have, or evidence that is not
+    Raises UsageError for an unknown rule, a form that it does not have, or inputs that is not
     there; LlmWsaeError when every score is 0 or a space has directions of nearly no weight.
     """
-    evidence = Evidence.of(known)
+    inputs = RuleInputs.of(known)
     if weighs_tokens(rule):
-        return _of_tokens(rule, alpha, evidence.statistics, config)
+        return _of_tokens(rule, alpha, inputs.statistics, config)
     if takes_matrix(rule, config):
-        values, vectors = spectrum(matrix(rule, evidence, config.draw))
+        values, vectors = spectrum(matrix(rule, inputs, config.draw))
         if alpha == 0:  # exactly, not to rounding
             gamma = torch.eye(len(values), dtype=torch.float64)
         else:
             gamma = (vectors * _powers(values, alpha, config.clip)) @ vectors.T
     else:
-        gamma = _from_scores(rule, alpha, evidence, config)
-    gamma = _normalise(gamma, evidence.statistics)
+        gamma = _from_scores(rule, alpha, inputs, config)
+    gamma = _normalise(gamma, inputs.statistics)
     weights = LossWeights(gamma.float(), rule, alpha, config)
     _check_space(weights)
     return weights
@@ -203,9 +203,9 @@ def takes_matrix(rule: str, config: WeightConfig) -> bool:
     return has_matrix(rule) and (config.place == "space" or not has_scores(rule))
 
 
-def _from_scores(rule: str, alpha: float, evidence: Evidence, config: WeightConfig) -> Tensor:
-    s = score(rule, evidence, config.draw)
-    varies = evidence.statistics.variance > 0
+def _from_scores(rule: str, alpha: float, inputs: RuleInputs, config: WeightConfig) -> Tensor:
+    s = score(rule, inputs, config.draw)
+    varies = inputs.statistics.variance > 0
     if not bool((s[varies] > 0).any()):
         raise LlmWsaeError(f"the rule {rule!r} scores every dimension 0: the rows do not vary")
     gamma = _powers(s[varies], alpha, config.clip)
@@ -225,13 +225,13 @@ def _powers(scores: Tensor, alpha: float, clip: float | None) -> Tensor:
     return (log - log.max()).exp()
 
 
-def own_weights(weights: LossWeights, known: Evidence | Statistics) -> LossWeights:
+def own_weights(weights: LossWeights, known: RuleInputs | Statistics) -> LossWeights:
     """A user's weights, checked against the site and normalised.
 
     Raises LlmWsaeError on another size, a negative weight in a vector, a non-finite one, all zeros,
     or a space that cannot be left again.
     """
-    statistics = Evidence.of(known).statistics
+    statistics = RuleInputs.of(known).statistics
     gamma, d_in = weights.gamma.double(), statistics.d_in
     if len(gamma) != d_in:
         raise LlmWsaeError(

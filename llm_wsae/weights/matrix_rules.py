@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 
 EIGENVALUE_FLOOR = 1e-3
 """Smallest eigenvalue of S, in medians of the positive ones: Γ stays invertible, and what is noise
@@ -21,34 +21,34 @@ LEADING = 16
 """One of so many directions is a leading one."""
 
 
-def sensitivity(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
+def sensitivity(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
     """S = F, the Fisher information of the model's next-token distribution at the site.
 
     With α = ½, ½‖Γδ‖² is the KL divergence that a small change δ of the activation causes (second
     order, Amari 1998); smaller powers go part of the way.
     """
-    return evidence.fisher.double()
+    return inputs.fisher.double()
 
 
-def leading_sensitivity(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
+def leading_sensitivity(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
     """S = F on its d_in/16 leading eigenvectors, the mean of the other eigenvalues elsewhere.
 
     A low-rank change of the plain metric: a few directions are stretched, all others are alike, and
     what the estimate of F says about those does not matter.
     """
-    values, vectors = spectrum(sensitivity(evidence))
+    values, vectors = spectrum(sensitivity(inputs))
     others = len(values) - max(1, len(values) // LEADING)
     values[:others] = values[:others].mean()
     return (vectors * values) @ vectors.T
 
 
-def whitening(evidence: Evidence) -> Float[Tensor, "d_in d_in"]:
+def whitening(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
     """S = Σ^{−½}, Σ the winsorised covariance: ZCA whitening (Bell & Sejnowski 1997).
 
     Γ = Σ^{−α/2} leaves covariance Σ^{1−α}: α = 1 whitens fully, ½ half of the way. The floor is on
     the eigenvalues of Σ.
     """
-    values, vectors = spectrum(evidence.statistics.robust_covariance)
+    values, vectors = spectrum(inputs.statistics.robust_covariance)
     return (vectors * values.rsqrt()) @ vectors.T
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llm_wsae.errors import UsageError, nearest
 from llm_wsae.weights import matrix_rules, scores
-from llm_wsae.weights.inputs import Evidence, Need
+from llm_wsae.weights.inputs import Need, RuleInputs
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Rule:
     """How scores are computed, and from what."""
 
     score: Callable[..., Tensor] | None
-    """One score per dimension of the evidence [d_in], float64, ≥ 0."""
-    matrix: Callable[[Evidence], Tensor] | None = None
+    """One score per dimension [d_in], float64, ≥ 0."""
+    matrix: Callable[[RuleInputs], Tensor] | None = None
     """A symmetric positive matrix of it [d_in, d_in], float64."""
     need: Need | None = None
     """What must have been measured beyond the statistics."""
@@ -37,75 +37,75 @@ class Rule:
     """Whether the score also takes the number of a random draw."""
 
 
-def uniform(evidence: Evidence) -> Float[Tensor, " d_in"]:
+def uniform(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s = 1: the plain sparse autoencoder, the control of every other rule."""
-    return torch.ones(evidence.statistics.d_in, dtype=torch.float64)
+    return torch.ones(inputs.statistics.d_in, dtype=torch.float64)
 
 
-def variance(evidence: Evidence) -> Float[Tensor, " d_in"]:
+def variance(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s_i = Var(x_i) over all rows: the proxy of Cui et al. 2026 (arXiv 2506.15963, §5)."""
-    return evidence.statistics.variance
+    return inputs.statistics.variance
 
 
-def robust_variance(evidence: Evidence) -> Float[Tensor, " d_in"]:
+def robust_variance(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s_i = Var(x_i) winsorised (Tukey 1962) at ½ % each end, without massive rows: the paper's
     proxy, which massive activations cannot move."""
-    return evidence.statistics.robust_variance
+    return inputs.statistics.robust_variance
 
 
-def kurtosis(evidence: Evidence) -> Float[Tensor, " d_in"]:
+def kurtosis(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s_i = E(x_i − μ_i)⁴ / Var(x_i)² of the usual rows: rarely active means heavy tails."""
-    return scores.kurtosis(evidence.statistics.usual_sample)
+    return scores.kurtosis(inputs.statistics.usual_sample)
 
 
-def hoyer(evidence: Evidence) -> Float[Tensor, " d_in"]:
+def hoyer(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s_i = sparsity of the usual rows (Hoyer 2004, JMLR 5), in [0, 1]: 1 for one active row."""
-    return scores.hoyer(evidence.statistics.usual_sample)
+    return scores.hoyer(inputs.statistics.usual_sample)
 
 
-def negentropy(evidence: Evidence) -> Float[Tensor, " d_in"]:
+def negentropy(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s_i = distance from a Gaussian (Hyvärinen 1998, eq. 14): mixtures of many features near 0."""
-    return scores.negentropy(evidence.statistics.usual_sample)
+    return scores.negentropy(inputs.statistics.usual_sample)
 
 
-def participation(evidence: Evidence) -> Float[Tensor, " d_in"]:
+def participation(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s_i = 1 / number of latents of a first dictionary that share the dimension.
 
     Our own: the participation ratio (Bell and Dean 1970) of q_ij = E z_j²·W_ji² over the latents j,
     so a latent counts by how often and how strongly it fires.
     """
-    return scores.participation(evidence.decoder, evidence.energy)
+    return scores.participation(inputs.decoder, inputs.energy)
 
 
-def gap(evidence: Evidence) -> Float[Tensor, " d_in"]:
+def gap(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s = the γ ≥ 0 that minimise ‖W_pᵀΓ²W_p − I‖_F, a first dictionary's decoder being W_pᵀ.
 
     Theorem 5 of Cui et al. 2026: that matrix is the gap between the loss and the one on the true
     features. α = 1 takes these γ as they are; where one is 0 the dimension leaves the loss.
     """
-    return scores.gap(evidence.decoder)
+    return scores.gap(inputs.decoder)
 
 
-def sensitivity(evidence: Evidence) -> Float[Tensor, " d_in"]:
+def sensitivity(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s_i = F_ii: how much the model's next-token distribution depends on the dimension.
 
     Fisher information (Amari 1998); with α = ½ the loss is the diagonal approximation of the KL
     divergence that the reconstruction causes, to second order.
     """
-    return evidence.fisher.diagonal().clone()
+    return inputs.fisher.diagonal().clone()
 
 
-def semantic(evidence: Evidence) -> Float[Tensor, " d_in"]:
+def semantic(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
     """s_i = mean cosine between the texts that move the dimension most, beyond that of random ones.
 
     The paper's measure for vision (Cui et al. 2026, §5), with a sentence encoder for text.
     """
-    return evidence.coherence
+    return inputs.coherence
 
 
-def random(evidence: Evidence, draw: int) -> Float[Tensor, " d_in"]:
+def random(inputs: RuleInputs, draw: int) -> Float[Tensor, " d_in"]:
     """s_i uniform on (0, 1]: our own control, which knows nothing of the dimensions."""
-    return scores.random_scores(evidence.statistics.d_in, draw)
+    return scores.random_scores(inputs.statistics.d_in, draw)
 
 
 RULES: dict[str, Rule] = {
@@ -195,30 +195,30 @@ def is_drawn(rule: str) -> bool:
     return bool(control) or (base in RULES and RULES[base].drawn)
 
 
-def score(rule: str, evidence: Evidence, draw: int = 0) -> Float[Tensor, " d_in"]:
+def score(rule: str, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, " d_in"]:
     """The score of every dimension under a named rule (float64).
 
     Raises UsageError when there is no such rule, it gives only a matrix, or it needs what was not
     measured.
     """
     check_form(rule, takes_matrix=False)
-    check_evidence(rule, evidence)
+    check_evidence(rule, inputs)
     control, base = _parts(rule)
     chosen = RULES[base]
-    found = chosen.score(evidence, draw) if chosen.drawn else chosen.score(evidence)
+    found = chosen.score(inputs, draw) if chosen.drawn else chosen.score(inputs)
     return scores.permuted(found, draw) if control == "permuted" else found
 
 
-def matrix(rule: str, evidence: Evidence, draw: int = 0) -> Float[Tensor, "d_in d_in"]:
+def matrix(rule: str, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, "d_in d_in"]:
     """The matrix of a named rule (float64).
 
     Raises UsageError when there is no such rule, it has no matrix, or it needs what was not
     measured.
     """
     check_form(rule, takes_matrix=True)
-    check_evidence(rule, evidence)
+    check_evidence(rule, inputs)
     control, base = _parts(rule)
-    found = RULES[base].matrix(evidence)
+    found = RULES[base].matrix(inputs)
     if control == "rotated":
         return matrix_rules.rotated(found, draw)
     return matrix_rules.permuted(found, draw) if control == "permuted" else found
@@ -233,10 +233,10 @@ def check_form(rule: str, *, takes_matrix: bool) -> None:
         raise UsageError(f"the rule {rule!r} gives only a matrix, not a weight for each dimension")
 
 
-def check_evidence(rule: str, evidence: Evidence) -> None:
+def check_evidence(rule: str, inputs: RuleInputs) -> None:
     """Raises UsageError, saying which option brings it, when the rule needs what is not there."""
     need = need_of(rule)
-    if need is not None and not evidence.has(need):
+    if need is not None and not inputs.has(need):
         raise lacks(rule, need)
 
 

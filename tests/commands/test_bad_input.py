@@ -151,17 +151,17 @@ MISTAKES = {
     "batch": (2, (*TRAINING, "--batch-size", 9999), ["rows are less than one batch of 9999"]),
     "rule": (2, (*WEIGHING, "--rule", "varianc"), ["rule 'varianc'; did you mean 'variance'"]),
     "rule in train": (2, (*TRAINING, "--rule", "kurtoses"), ["did you mean 'kurtosis'"]),
-    "rule without evidence": (
+    "rule without its input": (
         2,
         (*WEIGHING, "--rule", "permuted:gap"),
         ["the rule 'permuted:gap' needs a first dictionary", "--dictionary DICT"],
     ),
-    "rule without evidence in train": (
+    "rule without its input in train": (
         2,
         (*TRAINING, "--rule", "sensitivity"),
         ["the rule 'sensitivity' needs the model", "llm-wsae weigh", "--model M", "--weights"],
     ),
-    "rule without evidence in run": (2, (*RUNNING, "--rule", "gap"), ["needs a first dictionary"]),
+    "rule without its input in run": (2, (*RUNNING, "--rule", "gap"), ["needs a first dictionary"]),
     "form": (
         2,
         (*WEIGHING, "--form", "matrix"),

@@ -8,21 +8,21 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.plan import plan
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 
 
 @pytest.fixture(scope="module")
-def evidence():
+def inputs():
     draw = torch.Generator().manual_seed(0)
     statistics = Statistics(8, 1, sample_rows=500)
     rows = torch.randn(500, 8, generator=draw) * torch.arange(1, 9)
     statistics.update(rows, torch.zeros(500, dtype=torch.int64))
-    return Evidence(statistics, fisher=torch.cov(rows.T.double()))
+    return RuleInputs(statistics, fisher=torch.cov(rows.T.double()))
 
 
-def test_the_curve_the_rules_and_a_control_each(evidence):
+def test_the_curve_the_rules_and_a_control_each(inputs):
     config = StudyConfig(("variance",), (0.5, -0.25), (4,), (2, 4), (0, 1))
-    planned = plan(evidence, config, WeightConfig())
+    planned = plan(inputs, config, WeightConfig())
     assert [p.arm.name for p in planned] == [
         "uniform-k2", "uniform-k4",
         "variance-a0.5-k4", "permuted-variance-a0.5-k4",
@@ -49,27 +49,27 @@ def test_the_curve_the_rules_and_a_control_each(evidence):
     torch.testing.assert_close(*ratio)
 
 
-def test_a_matrix_is_controlled_by_random_directions(evidence):
+def test_a_matrix_is_controlled_by_random_directions(inputs):
     config = StudyConfig(("sensitivity",), (0.25,), (4,), (2, 4), (0, 1))
-    planned = plan(evidence, config, WeightConfig(place="space"))
+    planned = plan(inputs, config, WeightConfig(place="space"))
     controls = {p.label: p.control for p in planned if p.control}
     assert controls == {"sensitivity-matrix-a0.25-space": "rotated-sensitivity-a0.25-space"}
     rotated = [p.arm.weights.gamma for p in planned if p.label.startswith("rotated")]
     assert len(rotated) == 2 and not torch.allclose(*rotated, atol=0.1)
 
 
-def test_all_dictionaries_are_of_one_architecture(evidence):
+def test_all_dictionaries_are_of_one_architecture(inputs):
     config = StudyConfig(("variance",), (0.5,), (4,), (2, 4), (0, 1), "jumprelu")
-    planned = plan(evidence, config, WeightConfig())
+    planned = plan(inputs, config, WeightConfig())
     assert {p.arm.architecture for p in planned} == {"jumprelu"} and len(planned) == 2 * 4
     assert planned[2].arm.name == "variance-a0.5-jumprelu-k4"
     assert planned[2].control == planned[3].label == "permuted-variance-a0.5"
 
 
-def test_what_knows_nothing_needs_no_control_and_plain_is_plain_once(evidence):
+def test_what_knows_nothing_needs_no_control_and_plain_is_plain_once(inputs):
     config = StudyConfig(("random", "uniform", "variance", "permuted:variance"), (0.0, 1.0), (4,),
                          (2, 4), (0, 1))  # fmt: skip
-    planned = plan(evidence, config, WeightConfig())
+    planned = plan(inputs, config, WeightConfig())
     assert {p.label for p in planned} == {
         "uniform", "random-a1", "variance-a1", "permuted-variance-a1"
     }  # fmt: skip

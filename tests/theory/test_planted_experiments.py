@@ -20,7 +20,7 @@ from llm_wsae.theory.reader import coherence, fisher
 from llm_wsae.theory.report import SCORING
 from llm_wsae.theory.rules import ARMS, RULES, SHOWN, Known, score, weights
 from llm_wsae.theory.superposition import digon_mixing, outliers, planted, rotated
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.rules import RULES as ALL_RULES
 
 SMALL = TheoryConfig(
@@ -43,14 +43,14 @@ def known(sparsity: float = 0.7) -> Known:
     data = planted(digon_mixing(2, 1), sparsity)
     x = data.features(8000, torch.Generator().manual_seed(0))
     rows = data.observe(x)
-    evidence = Evidence(
+    inputs = RuleInputs(
         Statistics(3, 1).update(rows, torch.zeros(8000, dtype=torch.int64)),
         decoder=data.mixing.T,
         energy=torch.ones(4),
         fisher=fisher(data, rows),
         coherence=coherence(data, x, torch.Generator().manual_seed(1)),
     )
-    return Known(evidence, data, draw=1)
+    return Known(inputs, data, draw=1)
 
 
 def test_every_rule_scores_planted_data_as_its_formula_says():
@@ -131,7 +131,7 @@ def test_a_dimension_that_scores_zero(monkeypatch):
 
 def test_standardised_inputs_have_one_variance():
     e = known()
-    spread = (e.evidence.statistics.usual_sample * weights(ARMS["standardised"], e)).var(0)
+    spread = (e.inputs.statistics.usual_sample * weights(ARMS["standardised"], e)).var(0)
     assert ARMS["standardised"].space and float(spread.max() / spread.min()) < 1.001
 
 
@@ -158,7 +158,7 @@ def test_a_dead_latent_of_the_first_dictionary_tells_no_rule_anything(monkeypatc
 
     def look(rule, known):
         if rule == "gap":
-            seen.append(known.evidence)
+            seen.append(known.inputs)
         return score(rule, known)
 
     monkeypatch.setattr(rules, "score", look)
@@ -172,9 +172,9 @@ def test_a_dead_latent_of_the_first_dictionary_tells_no_rule_anything(monkeypatc
     monkeypatch.setattr(experiments, "encode_tied", dying)
     run_unit(EXPERIMENTS["digon-0.5"], 0, SMALL)
     assert seen
-    for evidence in seen:
-        assert len(evidence.decoder) == len(evidence.energy) < 40
-        assert bool((evidence.energy > 0).all())
+    for inputs in seen:
+        assert len(inputs.decoder) == len(inputs.energy) < 40
+        assert bool((inputs.energy > 0).all())
 
 
 def test_a_unit_measures_every_arm_and_rule_and_repeats_itself():

@@ -17,7 +17,7 @@ from llm_wsae.training.grid import make_arms
 from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
 from llm_wsae.training.trainer import train
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_weights import LossWeights, own_weights, weights_from_rule
 
 D_IN, ROWS = 16, 6000
@@ -59,9 +59,9 @@ def source():
 
 
 @pytest.fixture(scope="module")
-def evidence(source):
+def inputs(source):
     half = torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(5))
-    return Evidence(source.statistics(), fisher=(half @ half.T).double())
+    return RuleInputs(source.statistics(), fisher=(half @ half.T).double())
 
 
 CONFIG = TrainConfig(
@@ -113,12 +113,12 @@ def test_a_row_that_is_not_finite_is_masked_like_a_massive_one(source):
     assert torch.equal(batch.x[3], normaliser.batch(source.rows[3:4]).x[0])
 
 
-def test_arms_that_share_a_space_share_the_product(source, evidence, monkeypatch):
+def test_arms_that_share_a_space_share_the_product(source, inputs, monkeypatch):
     weights = [
-        weights_from_rule("uniform", 1.0, evidence),
-        weights_from_rule("sensitivity", 0.25, evidence, SPACE),
-        weights_from_rule("sensitivity", 0.25, evidence, SPACE),
-        weights_from_rule("sensitivity", 0.5, evidence, SPACE),
+        weights_from_rule("uniform", 1.0, inputs),
+        weights_from_rule("sensitivity", 0.25, inputs, SPACE),
+        weights_from_rule("sensitivity", 0.25, inputs, SPACE),
+        weights_from_rule("sensitivity", 0.5, inputs, SPACE),
     ]
     spaces = Spaces(CPU)
     found = [spaces.of(w) for w in weights]
@@ -131,11 +131,11 @@ def test_arms_that_share_a_space_share_the_product(source, evidence, monkeypatch
     assert int((batch.mask == 0).sum()) == 2 and bool((batches[3].x[batch.mask == 0] == 0).all())
 
 
-def test_the_identity_is_the_plain_training(source, evidence, tmp_path):
+def test_the_identity_is_the_plain_training(source, inputs, tmp_path):
     """Γ = 1 as a space, as a matrix in the loss, and plain: the same dictionary."""
     eye = torch.eye(D_IN)
     chosen = {
-        "plain": weights_from_rule("uniform", 1.0, evidence),
+        "plain": weights_from_rule("uniform", 1.0, inputs),
         "space": LossWeights(eye, "own", 1.0, SPACE),
         "loss": LossWeights(eye, "own", 1.0),
     }
@@ -150,11 +150,11 @@ def test_the_identity_is_the_plain_training(source, evidence, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch-topk", "matryoshka", "jumprelu", "relu"])
-def test_every_architecture_trains_in_a_space(architecture, source, evidence, tmp_path):
+def test_every_architecture_trains_in_a_space(architecture, source, inputs, tmp_path):
     """The saved dictionary has the FVU that was logged, which is that of x and not of Γx."""
     weights = [
-        weights_from_rule("sensitivity", 0.25, evidence, SPACE),
-        weights_from_rule("variance", -0.5, evidence, SPACE),
+        weights_from_rule("sensitivity", 0.25, inputs, SPACE),
+        weights_from_rule("variance", -0.5, inputs, SPACE),
     ]
     if architecture == "relu":
         arms = make_arms(weights, [], [0.02])
@@ -170,9 +170,9 @@ def test_every_architecture_trains_in_a_space(architecture, source, evidence, tm
         assert float(norms.max() / norms.min()) > 1.05  # of norm 1 in the space only
 
 
-def test_what_a_dictionary_remembers(source, evidence, tmp_path):
+def test_what_a_dictionary_remembers(source, inputs, tmp_path):
     config = WeightConfig(place="space", clip=8.0, draw=1)
-    weights = weights_from_rule("rotated:sensitivity", 0.25, evidence, config)
+    weights = weights_from_rule("rotated:sensitivity", 0.25, inputs, config)
     name = "rotated-sensitivity-a0.25-c8-space-d1-k4"
     train(source, make_arms([weights], [4]), CONFIG, tmp_path / "out")
     dictionary = Dictionary.load(tmp_path / "out" / name)
@@ -185,7 +185,7 @@ def test_what_a_dictionary_remembers(source, evidence, tmp_path):
     assert Dictionary.load(tmp_path / "out" / name).info.weights == {}
 
 
-def test_a_training_in_another_space_is_not_gone_on_with(source, evidence, tmp_path):
+def test_a_training_in_another_space_is_not_gone_on_with(source, inputs, tmp_path):
     eye = torch.eye(D_IN)
     train(source, make_arms([LossWeights(eye, "own", 1.0, SPACE)], [4]), CONFIG, tmp_path / "out")
     with pytest.raises(LlmWsaeError, match="other settings"):
@@ -193,9 +193,9 @@ def test_a_training_in_another_space_is_not_gone_on_with(source, evidence, tmp_p
 
 
 @pytest.mark.parametrize("form", ["diagonal", "matrix"])
-def test_annealing_ends_at_one(form, source, evidence):
+def test_annealing_ends_at_one(form, source, inputs):
     config = WeightConfig(anneal=0.5, form=form)
-    weights = weights_from_rule("sensitivity", 0.5, evidence, config)
+    weights = weights_from_rule("sensitivity", 0.5, inputs, config)
     arm = Arm(ArmConfig(weights, k=4), D_IN, 32, CPU)
     one = torch.ones(D_IN) if form == "diagonal" else torch.eye(D_IN)
     arm.anneal(0.0)
@@ -214,11 +214,11 @@ def test_annealing_ends_at_one(form, source, evidence):
         assert 0.5 < share < 1.01
 
 
-def test_an_annealed_training_is_neither_of_its_ends(source, evidence, tmp_path):
+def test_an_annealed_training_is_neither_of_its_ends(source, inputs, tmp_path):
     arms = [
-        *make_arms([weights_from_rule("variance", 0.5, evidence)], [4]),
-        *make_arms([weights_from_rule("variance", 0.5, evidence, WeightConfig(anneal=0.5))], [4]),
-        *make_arms([weights_from_rule("uniform", 1.0, evidence)], [4]),
+        *make_arms([weights_from_rule("variance", 0.5, inputs)], [4]),
+        *make_arms([weights_from_rule("variance", 0.5, inputs, WeightConfig(anneal=0.5))], [4]),
+        *make_arms([weights_from_rule("uniform", 1.0, inputs)], [4]),
     ]
     always, annealed, plain = train(source, arms, CONFIG, tmp_path / "out").values()
     assert annealed.info.name == "variance-a0.5-n0.5-k4"
@@ -226,8 +226,8 @@ def test_an_annealed_training_is_neither_of_its_ends(source, evidence, tmp_path)
     assert not torch.allclose(annealed.W_dec, plain.W_dec, atol=1e-3)
 
 
-def test_own_matrix_that_is_no_space(evidence):
+def test_own_matrix_that_is_no_space(inputs):
     nearly = torch.eye(D_IN)
     nearly[0, 0] = 1e-7
     with pytest.raises(LlmWsaeError, match="more than 100000 times"):
-        own_weights(LossWeights(nearly, "own", 1.0, SPACE), evidence)
+        own_weights(LossWeights(nearly, "own", 1.0, SPACE), inputs)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_weights import (
     LossWeights,
     collapse_warning,
@@ -29,11 +29,11 @@ def statistics():
 
 
 @pytest.fixture(scope="module")
-def evidence(statistics):
+def inputs(statistics):
     generator = torch.Generator().manual_seed(1)
     half = torch.randn(4, 4, generator=generator, dtype=torch.float64)
     decoder = torch.randn(12, 4, generator=generator)
-    return Evidence(
+    return RuleInputs(
         statistics, decoder, torch.rand(12), half @ half.T, torch.rand(4, dtype=torch.float64)
     )
 
@@ -49,59 +49,59 @@ CONTROLS = ("permuted:variance", "rotated:sensitivity", "rotated:whitening", "pe
     place=st.sampled_from(["loss", "space"]),
     clip=st.none() | st.floats(1, 100),
 )
-def test_every_choice_is_normalised(rule, alpha, place, clip, evidence):
+def test_every_choice_is_normalised(rule, alpha, place, clip, inputs):
     """E‖Γ(x − μ)‖² = E‖x − μ‖², and no weight is further from the median than the clip."""
-    weights = weights_from_rule(rule, alpha, evidence, WeightConfig(place=place, clip=clip))
-    gamma, sigma = weights.gamma.double(), evidence.statistics.robust_covariance
+    weights = weights_from_rule(rule, alpha, inputs, WeightConfig(place=place, clip=clip))
+    gamma, sigma = weights.gamma.double(), inputs.statistics.robust_covariance
     weighted = gamma if weights.is_matrix else torch.diag(gamma)
     if not weights.is_matrix:
         sigma = torch.diag(sigma.diagonal())
     variance = float((weighted @ sigma @ weighted.T).trace())
     assert weights.gamma.dtype == torch.float32
     assert variance == pytest.approx(float(sigma.trace()), rel=1e-5)
-    assert float(loss_share(weights, evidence.statistics).sum()) == pytest.approx(1)
+    assert float(loss_share(weights, inputs.statistics).sum()) == pytest.approx(1)
     if clip is not None:
         stretch = stretching(weights).sort().values
         assert float(stretch[-1] / stretch[1]) <= clip * 1.001  # [1] is the lower median
         assert float(stretch[1] / stretch[0]) <= clip * 1.001
 
 
-def test_powers_of_a_matrix(evidence):
+def test_powers_of_a_matrix(inputs):
     """Γ = F^α up to a factor: Γ² ∝ F at ½, Γ ∝ F at 1, and ΓΓ′ ∝ 1 for ±α."""
     for alpha in (0.125, 0.5, 1.0):
-        gamma = weights_from_rule("sensitivity", alpha, evidence, SPACE).gamma.double()
+        gamma = weights_from_rule("sensitivity", alpha, inputs, SPACE).gamma.double()
         raised = torch.matrix_power(gamma, round(1 / alpha))
         torch.testing.assert_close(
-            raised / raised[0, 0], evidence.fisher / evidence.fisher[0, 0], rtol=1e-4, atol=1e-4
+            raised / raised[0, 0], inputs.fisher / inputs.fisher[0, 0], rtol=1e-4, atol=1e-4
         )
-    inverse = weights_from_rule("sensitivity", -1.0, evidence, SPACE).gamma.double()
+    inverse = weights_from_rule("sensitivity", -1.0, inputs, SPACE).gamma.double()
     product = gamma @ inverse
     torch.testing.assert_close(
         product / product[0, 0], torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-4
     )
 
 
-def test_full_whitening_carries_the_loss_evenly(evidence):
-    weights = weights_from_rule("whitening", 1.0, evidence, SPACE)
-    assert effective_dimensions(weights, evidence.statistics) == pytest.approx(4, rel=1e-5)
-    half = weights_from_rule("whitening", 0.5, evidence, SPACE).gamma.double()
-    sigma = evidence.statistics.robust_covariance
+def test_full_whitening_carries_the_loss_evenly(inputs):
+    weights = weights_from_rule("whitening", 1.0, inputs, SPACE)
+    assert effective_dimensions(weights, inputs.statistics) == pytest.approx(4, rel=1e-5)
+    half = weights_from_rule("whitening", 0.5, inputs, SPACE).gamma.double()
+    sigma = inputs.statistics.robust_covariance
     root = half @ sigma @ half  # ∝ Σ^½
     torch.testing.assert_close(
         (root @ root) / (root @ root).trace(), sigma / sigma.trace(), rtol=1e-4, atol=1e-5
     )
 
 
-def test_the_form_follows_the_place(evidence):
-    assert not weights_from_rule("sensitivity", 0.5, evidence).is_matrix
-    assert weights_from_rule("sensitivity", 0.5, evidence, SPACE).is_matrix
-    assert weights_from_rule("sensitivity", 0.5, evidence, MATRIX).is_matrix
+def test_the_form_follows_the_place(inputs):
+    assert not weights_from_rule("sensitivity", 0.5, inputs).is_matrix
+    assert weights_from_rule("sensitivity", 0.5, inputs, SPACE).is_matrix
+    assert weights_from_rule("sensitivity", 0.5, inputs, MATRIX).is_matrix
     diagonal = WeightConfig(place="space", form="diagonal")
-    assert not weights_from_rule("sensitivity", 0.5, evidence, diagonal).is_matrix
-    assert weights_from_rule("whitening", 0.5, evidence).is_matrix
-    assert not weights_from_rule("variance", 0.5, evidence, SPACE).is_matrix
+    assert not weights_from_rule("sensitivity", 0.5, inputs, diagonal).is_matrix
+    assert weights_from_rule("whitening", 0.5, inputs).is_matrix
+    assert not weights_from_rule("variance", 0.5, inputs, SPACE).is_matrix
     with pytest.raises(UsageError, match="'variance' has no matrix form"):
-        weights_from_rule("variance", 0.5, evidence, MATRIX)
+        weights_from_rule("variance", 0.5, inputs, MATRIX)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_the_form_follows_the_place(evidence):
         ("rotated:sensitivity", 0.25, {"place": "space"}, "rotated-sensitivity-a0.25-space"),
     ],
 )
-def test_names(rule, alpha, settings, name, evidence):
-    assert weights_from_rule(rule, alpha, evidence, WeightConfig(**settings)).name == name
+def test_names(rule, alpha, settings, name, inputs):
+    assert weights_from_rule(rule, alpha, inputs, WeightConfig(**settings)).name == name
 
 
 @pytest.mark.parametrize("rule", ["token-norm", "permuted:token-norm"])
@@ -193,20 +193,20 @@ def test_weights_of_tokens_have_no_settings(settings, statistics):
         weights_from_rule("token-norm", -0.5, statistics, WeightConfig(**settings))
 
 
-def test_leading_sensitivity_stretches_few_directions(evidence):
+def test_leading_sensitivity_stretches_few_directions(inputs):
     """Of 48 dimensions F's first three directions; what is left has the mean of the others."""
     half = torch.randn(48, 48, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     fisher = half @ half.T + torch.eye(48)
-    found = matrix("leading-sensitivity", Evidence(evidence.statistics, fisher=fisher))
+    found = matrix("leading-sensitivity", RuleInputs(inputs.statistics, fisher=fisher))
     values, vectors = torch.linalg.eigh(fisher)
     wanted = torch.cat([values[:45].mean().expand(45), values[45:]])
     torch.testing.assert_close(torch.linalg.eigvalsh(found), wanted)
     torch.testing.assert_close(found @ vectors[:, 45:], values[45:] * vectors[:, 45:])
 
 
-def test_a_zero_score_is_a_zero_weight_or_the_largest(evidence):
+def test_a_zero_score_is_a_zero_weight_or_the_largest(inputs):
     s = Statistics(3, 8).update(torch.randn(500, 3), torch.arange(500) % 8)
-    found = Evidence(s, coherence=torch.tensor([0.0, 0.2, 0.1], dtype=torch.float64))
+    found = RuleInputs(s, coherence=torch.tensor([0.0, 0.2, 0.1], dtype=torch.float64))
     gamma = weights_from_rule("semantic", 1.0, found).gamma
     assert gamma[0] == 0 and float(gamma[1] / gamma[2]) == pytest.approx(2)
     gamma = weights_from_rule("semantic", -1.0, found).gamma
@@ -293,17 +293,17 @@ def test_own_vector(tmp_path, statistics):
     assert own.name == "own"
 
 
-def test_own_matrix(tmp_path, evidence):
+def test_own_matrix(tmp_path, inputs):
     """Any invertible matrix will do, symmetric or not."""
     matrix = torch.tensor([[1.0, 2, 0, 0], [0, 1, 0, 0], [0, 0, 1, -3], [0, 0, 0, 1]])
     save_file({"gamma": matrix}, tmp_path / "own.safetensors")
-    own = own_weights(LossWeights.load(tmp_path / "own.safetensors"), evidence)
+    own = own_weights(LossWeights.load(tmp_path / "own.safetensors"), inputs)
     torch.testing.assert_close(own.gamma / own.gamma[0, 0], matrix)
     singular = LossWeights(torch.ones(4, 4), "own", 1.0, SPACE)
     with pytest.raises(LlmWsaeError, match="no space to train in"):
-        own_weights(singular, evidence)
+        own_weights(singular, inputs)
     settings = WeightConfig(place="space", clip=9.0, draw=3)
-    weights = weights_from_rule("rotated:sensitivity", 0.25, evidence, settings)
+    weights = weights_from_rule("rotated:sensitivity", 0.25, inputs, settings)
     weights.save(tmp_path / "w.safetensors", {"site": "blocks.0.hook_resid_pre"})
     again = LossWeights.load(tmp_path / "w.safetensors")
     assert torch.equal(again.gamma, weights.gamma)

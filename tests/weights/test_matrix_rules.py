@@ -5,7 +5,7 @@ import torch
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.matrix_rules import EIGENVALUE_FLOOR, permuted, rotated, spectrum, whitening
 from llm_wsae.weights.rules import matrix
 
@@ -13,34 +13,34 @@ D = 6
 
 
 @pytest.fixture(scope="module")
-def evidence():
+def inputs():
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(D, D, generator=generator)
     x = torch.randn(6000, D, generator=generator) @ mix + 3
     statistics = Statistics(D, 16).update(x, torch.arange(len(x)) % 16)
     half = torch.randn(D, D, generator=generator, dtype=torch.float64)
-    return Evidence(statistics, fisher=half @ half.T)
+    return RuleInputs(statistics, fisher=half @ half.T)
 
 
-def test_whitening_makes_the_covariance_the_identity(evidence):
-    s, sigma = whitening(evidence), evidence.statistics.robust_covariance
+def test_whitening_makes_the_covariance_the_identity(inputs):
+    s, sigma = whitening(inputs), inputs.statistics.robust_covariance
     torch.testing.assert_close(s @ sigma @ s, torch.eye(D, dtype=torch.float64))
     torch.testing.assert_close(s, s.T)  # the symmetric root: ZCA, not another whitening
 
 
-def test_sensitivity_is_the_fisher_matrix(evidence):
-    torch.testing.assert_close(matrix("sensitivity", evidence), evidence.fisher)
+def test_sensitivity_is_the_fisher_matrix(inputs):
+    torch.testing.assert_close(matrix("sensitivity", inputs), inputs.fisher)
 
 
-def test_rotated_keeps_the_spectrum_only(evidence):
-    f = evidence.fisher
+def test_rotated_keeps_the_spectrum_only(inputs):
+    f = inputs.fisher
     control = rotated(f, 0)
     torch.testing.assert_close(torch.linalg.eigvalsh(control), torch.linalg.eigvalsh(f))
     _, mine = spectrum(f)
     _, theirs = spectrum(control)
     assert float((mine.T @ theirs).diagonal().abs().max()) < 0.95
     assert torch.equal(control, rotated(f, 0)) and not torch.allclose(control, rotated(f, 1))
-    assert torch.equal(control, matrix("rotated:sensitivity", evidence))
+    assert torch.equal(control, matrix("rotated:sensitivity", inputs))
 
 
 def test_rotations_are_uniform():
@@ -50,12 +50,12 @@ def test_rotations_are_uniform():
     torch.testing.assert_close(mean, 4 * torch.eye(3, dtype=torch.float64), rtol=0, atol=0.2)
 
 
-def test_permuted_deals_out_rows_and_columns(evidence):
-    control = permuted(evidence.fisher, 3)
+def test_permuted_deals_out_rows_and_columns(inputs):
+    control = permuted(inputs.fisher, 3)
     order = torch.randperm(D, generator=torch.Generator().manual_seed(3))
     for i in range(D):
         for j in range(D):
-            assert control[i, j] == evidence.fisher[order[i], order[j]]
+            assert control[i, j] == inputs.fisher[order[i], order[j]]
 
 
 def test_the_floor_makes_any_matrix_invertible():
@@ -70,8 +70,8 @@ def test_the_floor_makes_any_matrix_invertible():
         spectrum(torch.full((3, 3), float("nan")))
 
 
-def test_vector_rules_have_no_matrix(evidence):
+def test_vector_rules_have_no_matrix(inputs):
     with pytest.raises(UsageError, match=r"no matrix form; those .* are sensitivity, whitening"):
-        matrix("variance", evidence)
+        matrix("variance", inputs)
     with pytest.raises(UsageError, match="needs the model"):
-        matrix("rotated:sensitivity", Evidence(evidence.statistics))
+        matrix("rotated:sensitivity", RuleInputs(inputs.statistics))

@@ -1,4 +1,4 @@
-"""Rules on planted rows whose answer is known, and what they say when evidence is missing."""
+"""Rules on planted rows whose answer is known, and what they say when an input is missing."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 
 from llm_wsae.errors import UsageError
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.weights.inputs import Evidence
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.rules import RULES, check_rule, need_of, score
 
 FEATURES = torch.tensor([1, 1, 1, 2, 2, 2, 9, 9])  # in each dimension; orthogonal to the others'
@@ -29,11 +29,11 @@ def planted(rows=8000, seed=0):
 
 
 @pytest.fixture(scope="module")
-def evidence():
+def inputs():
     x, decoder, f = planted()
     statistics = Statistics(len(FEATURES), 16).update(x, torch.arange(len(x)) % 16)
     fisher = torch.diag(torch.arange(1.0, 9.0)).double() + 0.1
-    return Evidence(
+    return RuleInputs(
         statistics,
         decoder=decoder,
         energy=f.square().mean(0),
@@ -58,39 +58,37 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("rule", KNOWN)
-def test_planted_dimensions(rule, evidence):
+def test_planted_dimensions(rule, inputs):
     low, high = KNOWN[rule]
-    s = score(rule, evidence)
+    s = score(rule, inputs)
     assert s.dtype == torch.float64 and s.shape == (8,) and float(s.min()) >= 0
     assert low <= spearmanr(s, 1 / FEATURES).statistic <= high + 1e-9
 
 
-def test_participation_counts_the_features(evidence):
+def test_participation_counts_the_features(inputs):
     torch.testing.assert_close(
-        score("participation", evidence), 1 / FEATURES.double(), rtol=0.05, atol=0
+        score("participation", inputs), 1 / FEATURES.double(), rtol=0.05, atol=0
     )
 
 
-def test_gap_leaves_the_least_gap(evidence):
+def test_gap_leaves_the_least_gap(inputs):
     """On orthogonal groups of n features the best γ² is 1/n, dimension by dimension."""
-    torch.testing.assert_close(score("gap", evidence), FEATURES.double().rsqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(score("gap", inputs), FEATURES.double().rsqrt(), rtol=1e-6, atol=0)
 
 
-def test_controls_know_nothing_but_the_rule(evidence):
-    plain, control = score("kurtosis", evidence), score("permuted:kurtosis", evidence)
+def test_controls_know_nothing_but_the_rule(inputs):
+    plain, control = score("kurtosis", inputs), score("permuted:kurtosis", inputs)
     assert torch.equal(plain.sort().values, control.sort().values)
     assert not torch.equal(plain, control)
-    assert torch.equal(control, score("permuted:kurtosis", evidence))
-    assert not torch.equal(control, score("permuted:kurtosis", evidence, draw=1))
-    assert not torch.equal(score("random", evidence), score("random", evidence, draw=1))
-    many = torch.cat([score("random", evidence, draw=i) for i in range(200)])
+    assert torch.equal(control, score("permuted:kurtosis", inputs))
+    assert not torch.equal(control, score("permuted:kurtosis", inputs, draw=1))
+    assert not torch.equal(score("random", inputs), score("random", inputs, draw=1))
+    many = torch.cat([score("random", inputs, draw=i) for i in range(200)])
     assert float(many.mean()) == pytest.approx(0.5, abs=0.03)
 
 
-def test_sensitivity_is_the_diagonal(evidence):
-    torch.testing.assert_close(
-        score("sensitivity", evidence), torch.arange(1.0, 9.0).double() + 0.1
-    )
+def test_sensitivity_is_the_diagonal(inputs):
+    torch.testing.assert_close(score("sensitivity", inputs), torch.arange(1.0, 9.0).double() + 0.1)
 
 
 MISSING = {
@@ -102,17 +100,17 @@ MISSING = {
 
 
 @pytest.mark.parametrize("rule", MISSING)
-def test_missing_evidence_is_named_with_its_option(rule, evidence):
+def test_missing_evidence_is_named_with_its_option(rule, inputs):
     with pytest.raises(UsageError, match=f"the rule '{rule}' needs {MISSING[rule]}"):
-        score(rule, Evidence(evidence.statistics))
+        score(rule, RuleInputs(inputs.statistics))
     assert need_of(rule) is not None
 
 
-def test_every_rule_can_be_asked_for(evidence):
+def test_every_rule_can_be_asked_for(inputs):
     for name, rule in RULES.items():
         check_rule(name)
         if rule.score:
-            assert score(name, evidence).shape == (8,)
+            assert score(name, inputs).shape == (8,)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +130,7 @@ def test_rules_that_are_not(rule, sentence):
         check_rule(rule)
 
 
-def test_a_matrix_is_no_score(evidence):
+def test_a_matrix_is_no_score(inputs):
     for rule in ("whitening", "permuted:whitening", "rotated:sensitivity"):
         with pytest.raises(UsageError, match="gives only a matrix"):
-            score(rule, evidence)
+            score(rule, inputs)
