@@ -32,8 +32,8 @@ from typing import TypeVar
 import numpy as np
 from scipy import stats
 
+from llm_wsae.statistics.multiple_testing import holm
 from llm_wsae.studies.curve import Value
-from llm_wsae.studies.multiple_testing import holm
 
 LEVEL = 0.95
 Name = TypeVar("Name", bound=Hashable)
