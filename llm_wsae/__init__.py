@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llm_wsae.evaluation.fidelity.evaluator import evaluate
     from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
     from llm_wsae.harvesting import ActivationStream, harvest
+    from llm_wsae.inspecting.inspection import inspect
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.model.site import Site
     from llm_wsae.pipeline import run
@@ -59,6 +60,7 @@ _HOMES = {
     "Scale": "attaching.edits",
     "Steer": "attaching.edits",
     "Codes": "sparse.codes",
+    "inspect": "inspecting.inspection",
     "EvaluateConfig": "evaluation.fidelity.config",
     "MonosemanticConfig": "evaluation.monosemanticity.config",
     "LlmWsaeError": "errors",
@@ -98,6 +100,7 @@ __all__ = [
     "choose_weights",
     "evaluate",
     "harvest",
+    "inspect",
     "load_pretrained",
     "make_arms",
     "run",

@@ -45,7 +45,7 @@ def test_names_mean_the_same_whatever_is_imported_first():
     """No module may stand where a public function is looked for."""
     script = """
 import pkgutil, importlib, llm_wsae
-from llm_wsae import harvest, train, evaluate, run, study, attach, load_pretrained
+from llm_wsae import harvest, train, evaluate, run, study, attach, inspect, load_pretrained
 for found in pkgutil.walk_packages(llm_wsae.__path__, "llm_wsae."):
     if found.name not in ("llm_wsae.__main__", "llm_wsae.saelens.training"):
         importlib.import_module(found.name)

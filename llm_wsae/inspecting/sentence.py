@@ -40,11 +40,7 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
     if model.tokenizer is None:
         raise LlmWsaeError("a text cannot be read without a tokenizer; hand one over")
     model.check_site(dictionary.site)
-    if model.d_model != dictionary.d_in:
-        raise UsageError(
-            f"the dictionary reads {dictionary.d_in} dimensions, but {model.name} has "
-            f"{model.d_model}; give the model that it was trained on"
-        )
+    check_width(model, dictionary)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError("the text holds bytes that are not UTF-8; give it in UTF-8")
     ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -64,6 +60,15 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
         active.sort(key=lambda one: -one.activation)
         tokens.append(Token(token, vocabulary.text(token), active if inside else []))
     return tokens
+
+
+def check_width(model: LanguageModel, dictionary: Dictionary) -> None:
+    """Raises UsageError if the model's stream is not as wide as the dictionary's rows."""
+    if model.d_model != dictionary.d_in:
+        raise UsageError(
+            f"the dictionary reads {dictionary.d_in} dimensions, but {model.name} has "
+            f"{model.d_model}; give the model that it was trained on"
+        )
 
 
 def _explained(

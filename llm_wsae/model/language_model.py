@@ -21,7 +21,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.hardware import choose_device, fast_dtype
 from llm_wsae.model.fingerprint import fingerprint
 from llm_wsae.model.forward import Blocks, Visit
-from llm_wsae.model.loading import load_pretrained
+from llm_wsae.model.loading import load_model
 from llm_wsae.model.module_paths import find_paths, get_module, text_config
 from llm_wsae.model.sharing import boot_bridge, share_weights
 from llm_wsae.model.site import Site
@@ -73,7 +73,7 @@ class LanguageModel:
         if dtype != "auto" and dtype not in DTYPES:
             raise UsageError(f"there is no dtype {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
         place = choose_device(device)
-        loaded = load_pretrained(
+        loaded = load_model(
             model, revision, fast_dtype(place) if dtype == "auto" else DTYPES[dtype]
         )
         hf_model = loaded.hf_model.to(place).eval().requires_grad_(False)

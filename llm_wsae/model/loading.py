@@ -41,7 +41,7 @@ class Loaded:
     """Commit hash on the Hub; None for local files."""
 
 
-def load_pretrained(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
+def load_model(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
     """Load model and tokenizer by Hub id, local folder or ``.gguf`` file.
 
     Raises UsageError if the name leads to no causal language model, LlmWsaeError if it cannot be

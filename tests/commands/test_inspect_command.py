@@ -8,8 +8,10 @@ import torch
 from command_line import SITE, call, content, make_world, works
 from small_dictionaries import make_dictionary
 
+from llm_wsae import inspect
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import UsageError
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
@@ -53,7 +55,10 @@ def test_latents_alone(inside):
     assert text.startswith(f"latent 3 of uniform-k4 at {SITE}\n")
     near = first["neighbours"][0]
     assert f"nearest     {near['latent']} {near['cosine']:.2f}" in text
-    assert "model, which it was trained on, is not from the Hub; name it with --model" in text
+    assert (
+        "model, the dictionary's model, did not come from the Hub; name the model with --model"
+        in text
+    )
     assert "density" not in text and "promotes" not in text
 
 
@@ -95,7 +100,7 @@ def test_with_store_and_model(inside, dense):
     assert f"{best['activation']:.2f}  " in text and f"«w{token}»" in text.replace("« ", "«")
 
 
-def test_a_text_of_ones_own(inside):
+def test_a_sentence(inside):
     words = ("inspect", PLAIN, "--text", "w5 w17 w5", "--model", "model")
     result = works(*words, "--json").json
     model, one = LanguageModel.load("model"), Dictionary.load(PLAIN)
@@ -112,21 +117,21 @@ def test_a_text_of_ones_own(inside):
     assert f"\nlatent {strongest['latent']}: " in text and text.startswith("latent ")
 
 
-def test_another_model_of_the_same_width_is_told(inside):
+def test_a_model_with_other_weights_is_warned_of(inside):
     other = LanguageModel.load("model")
     changed = Dictionary.load(PLAIN)
     changed.info.model["weights_sha256"] = "0" * 64
     changed.save("changed")
     try:
         result = works("inspect", "changed", "--latent", 0, "--model", "model")
-        assert f"trained on other weights than these of {other.name}" in result.err
+        assert f"trained on a model whose weights differ from those of {other.name}" in result.err
         refused = call("inspect", "changed", "--latent", 0, "--store", "store")
         assert refused.code == 1 and "(other weights)" in refused.err
     finally:
         shutil.rmtree("changed")
 
 
-def test_a_model_that_cannot_be_had_hides_the_tokens_only(inside, monkeypatch):
+def test_a_model_that_cannot_be_loaded_hides_the_tokens_only(inside, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     changed = Dictionary.load(PLAIN)
     changed.info.model.update(name="nobody/not-there", revision="x")
@@ -142,22 +147,42 @@ def test_a_model_that_cannot_be_had_hides_the_tokens_only(inside, monkeypatch):
         shutil.rmtree("changed")
 
 
+def test_the_public_verb_takes_folders_or_opened_things(inside, dense, capsys):
+    latent = int((dense > 0).sum(0).argmax())
+    one, store = Dictionary.load(PLAIN), ActivationStore.open("store")
+    model = LanguageModel.load("model")
+    found = inspect(one, [latent, latent], store=store, model=model, text="w5 w17", top=3)
+    assert "loading" not in capsys.readouterr().err
+    assert found == inspect(PLAIN, [latent], store="store", model="model", text="w5 w17", top=3)
+    assert len(found.latents) == 1 and len(found.latents[0].examples) == 3
+    assert [token.token.strip() for token in found.tokens[1:]] == ["w5", "w17"]
+    assert found.no_model is None
+    without = inspect(one, [latent], top=3)
+    assert without.tokens is None and "did not come from the Hub" in without.no_model
+    with pytest.raises(UsageError, match="nothing to inspect"):
+        inspect(one)
+
+
 MISTAKES = {
     "bytes": ((PLAIN, "--text", "w1 \udcff", "--model", "model"), 2, "bytes that are not UTF-8"),
     "store for a text": (
         (PLAIN, "--text", "w1", "--model", "model", "--store", "store"),
         2,
-        "--store shows where latents fire: name some with --latent",
+        "a store shows where latents fire, so name some with --latent",
     ),
-    "nothing asked": ((PLAIN,), 2, "name latents with --latent, or give a --text"),
+    "nothing asked": ((PLAIN,), 2, "name latents (--latent) or give a --text"),
     "latent": ((PLAIN, "--latent", 64), 2, "no latent 64; uniform-k4 has latents 0 to 63"),
     "negative": ((PLAIN, "--latent", -1), 2, "no latent -1"),
     "word": ((PLAIN, "--latent", "three"), 2, "--latent"),
-    "top": ((PLAIN, "--latent", 1, "--top", 0), 2, "--top is 0, but at least 1"),
+    "top": ((PLAIN, "--latent", 1, "--top", 0), 2, "top is 0, but it must be at least 1"),
     "no dictionary": (("nowhere", "--latent", 1), 1, "nowhere is not a folder"),
     "no store": ((PLAIN, "--latent", 1, "--store", "nowhere"), 1, "no activation store nowhere"),
     "not a store": ((PLAIN, "--latent", 1, "--store", "model"), 1, "model is not an activation"),
-    "text without a model": ((PLAIN, "--text", "w1"), 2, "the model is needed, and model, which"),
+    "text without a model": (
+        (PLAIN, "--text", "w1"),
+        2,
+        "reading a text needs the model, but",
+    ),
     "empty text": ((PLAIN, "--text", "", "--model", "model"), 2, "the text is empty"),
     "long text": ((PLAIN, "--text", "w1 " * 99, "--model", "model"), 2, "100 tokens are too long"),
     "model": ((PLAIN, "--latent", 1, "--model", "./no"), 2, "there is no model at ./no"),
