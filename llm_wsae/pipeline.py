@@ -83,7 +83,7 @@ def run(
     alphas: Sequence[float] = (0.5, -0.25),
     ks: Sequence[int] = (32,),
     architectures: Sequence[Architecture] = ("topk",),
-    seeds: Sequence[int] = (0,),
+    init_seeds: Sequence[int] = (0,),
     text_column: str | None = None,
     harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
     weight_config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
@@ -124,7 +124,7 @@ def run(
         _say(2, "weigh", f"profile of {site}")
         inputs = measure_inputs(rules, store, site, model=model)
         facts, weights = _weigh(inputs, site, folder, rules, alphas, weight_config)
-        arms = make_arms(weights, ks, seeds=seeds, architectures=architectures)
+        arms = make_arms(weights, ks, init_seeds=init_seeds, architectures=architectures)
         _say(3, "train", f"{len(arms)} dictionaries in one pass")
         dictionaries = train(store.source(site), arms, train_config, folder)
         _say(4, "evaluate", f"on {evaluate_config.tokens:,} held-out tokens")

@@ -64,7 +64,7 @@ def dense_training(
     num_steps = source.num_rows // config.batch_size
     dead_after = num_steps * config.batch_size // 10
     last_fired = torch.zeros(d_sae, dtype=torch.int64)
-    batches = source.batches(config.batch_size, seed=config.seed)
+    batches = source.batches(config.batch_size, seed=config.shuffle_seed)
     for step in tqdm(range(num_steps), desc=f"dense float32, seed {seed}"):
         batch = normaliser.batch(next(batches))
         rows_seen = (step + 1) * config.batch_size
@@ -122,7 +122,7 @@ def main() -> None:
     store, heldout = ActivationStore.open(args.store), ActivationStore.open(args.heldout)
     site, config, seeds = Site.parse(args.site), TrainConfig(), range(args.seeds)
     uniform = weights_from_rule("uniform", 1.0, store.statistics(site))
-    arms = make_arms([uniform], [args.k], seeds=seeds)
+    arms = make_arms([uniform], [args.k], init_seeds=seeds)
     with tempfile.TemporaryDirectory() as folder:
         trained = train(store.source(site), arms, config, Path(folder) / "ours")
     found = {

@@ -83,7 +83,7 @@ def run(
         alphas=alpha,
         ks=k,
         architectures=architecture,
-        seeds=seeds,
+        init_seeds=seeds,
         text_column=text_column,
         harvest_config=harvest_config,
         weight_config=weigh,

@@ -39,7 +39,7 @@ def plan(inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig) -> list[P
 
     def add(weights: LossWeights, control: str | None, ks: Sequence[int], seed: int) -> None:
         for k in ks:
-            arm = ArmConfig(weights, k, seed=seed, architecture=config.architecture)
+            arm = ArmConfig(weights, k, init_seed=seed, architecture=config.architecture)
             # one that was named before, as a rule of its own, stays what it was
             arms.setdefault(arm.name, PlannedArm(arm, label_of(weights), control))
 

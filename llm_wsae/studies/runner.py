@@ -62,7 +62,7 @@ _MEASURED_TOGETHER = 8  # share the pass without dictionary; what a stop can cos
 _SAME_WEIGHTS = 1e-3  # relative: what rounding on another processor may change in γ
 _BYTES_A_WEIGHT = 14  # float32, two moments of Adam, and a rounded copy
 # Settings that change how a training proceeds, not what comes out; and the seed, an arm's own.
-_HOW = ("device", "shard", "checkpoint_seconds", "log_every", "tracker", "seed")
+_HOW = ("device", "shard", "checkpoint_seconds", "log_every", "tracker", "shuffle_seed")
 
 
 def study(
@@ -188,11 +188,11 @@ class _Study:
                 self._measure(some, bar)
 
     def _train(self, group: Sequence[PlannedArm]) -> None:
-        (seed,) = {planned.arm.seed for planned in group}
+        (seed,) = {planned.arm.init_seed for planned in group}
         names = [planned.arm.name for planned in group]
         folder = self._group_folder(names)
         write_json(folder / GROUP, names)
-        config = replace(self.training, seed=seed)
+        config = replace(self.training, shuffle_seed=seed)
         train(self.store.source(self.site), [p.arm for p in group], config, folder)
         self._rescue()
 
@@ -222,8 +222,8 @@ class _Study:
             names = read_json(folder / GROUP, "list of a study's dictionaries")
             if all(name in by_name for name in names):
                 yield [by_name.pop(name) for name in names]
-        for seed in dict.fromkeys(planned.arm.seed for planned in by_name.values()):
-            own = [planned for planned in by_name.values() if planned.arm.seed == seed]
+        for seed in dict.fromkeys(planned.arm.init_seed for planned in by_name.values()):
+            own = [planned for planned in by_name.values() if planned.arm.init_seed == seed]
             yield from _chunks(own, self._at_once())
 
     def _at_once(self) -> int:

@@ -37,7 +37,7 @@ class ArmConfig:
     """Active latents in a row, of every architecture but ReLU; None makes a ReLU arm."""
     l1: float = 0.0
     """L1 coefficient of a ReLU arm."""
-    seed: int = 0
+    init_seed: int = 0
     """Seed of the initial weights."""
     architecture: Architecture = "topk"
     """What keeps the active latents to k; without k it means nothing."""
@@ -47,7 +47,7 @@ class ArmConfig:
         """Folder name of the arm: weights, sparsity, and the seed unless it is 0."""
         prefix = "" if self.architecture == "topk" else f"{self.architecture}-"
         sparsity = f"relu-l{self.l1:g}" if self.k is None else f"{prefix}k{self.k}"
-        return f"{self.weights.name}-{sparsity}" + (f"-s{self.seed}" if self.seed else "")
+        return f"{self.weights.name}-{sparsity}" + (f"-s{self.init_seed}" if self.init_seed else "")
 
     def kind(self) -> dict[str, Any]:
         """The architecture and its number, for a dictionary to remember."""
@@ -84,7 +84,7 @@ class ArmConfig:
             "weights": None if config == WeightConfig() else asdict(config),
             "k": self.k,
             "l1": self.l1,
-            "seed": self.seed,
+            "seed": self.init_seed,
             # TopK and ReLU were there before the name was: their trainings still go on
             "architecture": None if isinstance(self.sparsity, TopK | ReLU) else self.architecture,
         }
@@ -127,7 +127,7 @@ class Arm:
         self.own_latents = own
         """Those that are here; all, unless other processes have some."""
         self._split = split
-        self.parameters = initial_parameters(d_in, d_sae, config.seed, device, own=own)
+        self.parameters = initial_parameters(d_in, d_sae, config.init_seed, device, own=own)
         self.memory = _memory(config, d_sae, device, len(own))
         self._room = SlotCapacity()
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)

@@ -39,8 +39,8 @@ class TrainConfig:
     """Seconds between checkpoints."""
     log_every: int = 10
     """Steps between two lines of the log."""
-    seed: int = 0
-    """Order of the rows; every arm sees the same batches."""
+    shuffle_seed: int = 0
+    """Seed of the order of the rows, which all arms share."""
     device: str = "auto"
     """cuda, mps, cpu, or auto."""
     shard: Shard = "rows"
@@ -65,8 +65,8 @@ class TrainConfig:
         rate = self.learning_rate
         if rate is not None and not 0 < rate < float("inf"):
             raise UsageError(f"learning_rate must be a number above 0, not {rate}")
-        if self.seed < 0:
-            raise UsageError(f"seed must be at least 0, not {self.seed}")
+        if self.shuffle_seed < 0:
+            raise UsageError(f"shuffle_seed must be at least 0, not {self.shuffle_seed}")
         if self.dead_after is not None and self.dead_after < 1:
             raise UsageError(f"dead_after must be at least 1, not {self.dead_after}")
         if self.shard not in ("rows", "latents"):

@@ -31,7 +31,7 @@ def dictionary_of(
         rule=weights.rule,
         alpha=weights.alpha,
         weights=dataclasses.asdict(weights.config),
-        seed=arm.config.seed,
+        seed=arm.config.init_seed,
         context_size=statistics.context_size,
         prepend_bos=provenance.get("packing", {}).get("prepend_bos"),
         massive_threshold=statistics.massive_threshold,

@@ -40,7 +40,7 @@ def make_arms(
     weights: Iterable[LossWeights],
     ks: Sequence[int],
     l1s: Sequence[float] = (),
-    seeds: Sequence[int] = (0,),
+    init_seeds: Sequence[int] = (0,),
     architectures: Sequence[Architecture] = ("topk",),
 ) -> list[ArmConfig]:
     """Every combination; ``ks`` for each of the architectures, ReLU arms for ``l1s``.
@@ -52,10 +52,10 @@ def make_arms(
             raise UsageError(f"an L1 coefficient must not be negative, but one is {l1:g}")
     return [
         arm
-        for seed in seeds
+        for seed in init_seeds
         for w in weights
         for arm in (
-            *(ArmConfig(w, k=k, seed=seed, architecture=a) for a in architectures for k in ks),
-            *(ArmConfig(w, l1=l1, seed=seed) for l1 in l1s),
+            *(ArmConfig(w, k=k, init_seed=seed, architecture=a) for a in architectures for k in ks),
+            *(ArmConfig(w, l1=l1, init_seed=seed) for l1 in l1s),
         )
     ]

@@ -141,7 +141,7 @@ class _Training:
             "decay": config.decay,
             "aux_coefficient": config.aux_coefficient,
             "dead_after": self.dead_after,
-            "seed": config.seed,
+            "seed": config.shuffle_seed,
             "dtype": str(fast).removeprefix("torch."),
         }
 
@@ -159,7 +159,7 @@ class _Training:
         _check_agreed(self.team.processes, {"step": step}, "checkpoints")
         config, total = self.config, self.num_steps * self.config.batch_size
         log = TrainingLog(self.out, step, config.tracker) if self.leads else None
-        batches = self.team.split.batches(self.source, config.batch_size, config.seed, step)
+        batches = self.team.split.batches(self.source, config.batch_size, config.shuffle_seed, step)
         bar = tqdm(
             total=total,
             initial=step * config.batch_size,

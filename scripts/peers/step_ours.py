@@ -24,7 +24,7 @@ def make(job: Job, rows: Tensor) -> Trainer:
     normaliser = Normaliser(statistics, device, fast)
     weights = weights_from_rule("variance", 0.5, statistics)
     arms = [
-        Arm(ArmConfig(weights, k=job.k, seed=seed), job.d_in, job.d_sae, device)
+        Arm(ArmConfig(weights, k=job.k, init_seed=seed), job.d_in, job.d_sae, device)
         for seed in range(int(job.variant))
     ]
     learning_rate, rows_seen = default_learning_rate(job.d_sae), 0

@@ -132,7 +132,11 @@ MISTAKES = {
     ),
     "context too long": (2, (*HARVESTING, "--context-size", 65), ["model, which reads at most 64"]),
     "tokens": (2, (*HARVESTING, "--tokens", 0), ["tokens is 0; it must be at least 1"]),
-    "seed of the rows": (2, (*TRAINING, "--seed", -1), ["seed must be at least 0, not -1"]),
+    "seed of the rows": (
+        2,
+        (*TRAINING, "--shuffle-seed", -1),
+        ["shuffle_seed must be at least 0, not -1"],
+    ),
     "seed of an evaluation": (
         2,
         ("evaluate", "trained/uniform-k4", *EVALUATING, "--seed", -1),
@@ -281,7 +285,7 @@ def test_a_store_of_another_model_or_form(refused):
 
 
 def test_a_training_with_other_settings(refused):
-    sentence = refused(1, *TRAINING, "--k", 5, "--out", "trained", "--seed", 3,
+    sentence = refused(1, *TRAINING, "--k", 5, "--out", "trained", "--shuffle-seed", 3,
                        said=["trained holds a training with other settings",
                              "arms uniform-k4 is there, but not asked for",
                              "arms uniform-k5 is asked for, but not there",

@@ -78,8 +78,8 @@ FLAGS = {
     "weigh": "site out rule alpha dictionary model revision device model-dtype place form clip "
     "anneal draw sensitivity-tokens semantic-tokens top before after encoder seed",
     "train": "site out rule alpha weights k architecture l1 seeds expansion tokens batch-size "
-    "learning-rate warmup decay aux-coefficient dead-after checkpoint-seconds log-every seed "
-    "device shard dtype tracker place form clip anneal draw",
+    "learning-rate warmup decay aux-coefficient dead-after checkpoint-seconds log-every "
+    "shuffle-seed device shard dtype tracker place form clip anneal draw",
     "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
     "device model-dtype monosemantic monosemantic-tokens encoder labels keep",
     "study": "model corpus site out rule alpha k curve seeds architecture expansion train-tokens "

@@ -79,7 +79,7 @@ def test_folding_back_changes_nothing(source, seed, diagonal, threshold):
     if not diagonal:
         turn, other = torch.linalg.qr(torch.randn(2, D_IN, D_IN, generator=generator)).Q
         gamma = turn @ gamma.diag() @ other
-    arm = Arm(ArmConfig(LossWeights(gamma, "own", 1.0, SPACE), k=4, seed=1), D_IN, 32, CPU)
+    arm = Arm(ArmConfig(LossWeights(gamma, "own", 1.0, SPACE), k=4, init_seed=1), D_IN, 32, CPU)
     for parameter in arm.parameters:
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     limit = torch.rand(32, generator=generator) if threshold else None

@@ -165,7 +165,7 @@ def test_what_one_process_began_is_ended_by_several(alone, tmp_path):
         make(tmp_path, SHORT, FEW, "alone", terminate)
     before, _ = load_tensors(checkpoint, "checkpoint")
     config = replace(SHORT, shard="latents", checkpoint_seconds=0.0)
-    outcomes = run(2, make, tmp_path, replace(config, seed=1), FEW)
+    outcomes = run(2, make, tmp_path, replace(config, shuffle_seed=1), FEW)
     assert "seed: 0 there, 1 asked for" in outcomes[0]
     assert isinstance(run(2, make, tmp_path, config, FEW)[0], list)
     check_close(tmp_path, alone, FEW)
