@@ -21,6 +21,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.heldout import HeldoutText
 from llm_wsae.evaluation.monosemanticity.windows import Encoder, WindowEmbeddings
 from llm_wsae.files import load_tensors, save_tensors
+from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.fisher import fisher_information
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
@@ -85,7 +86,7 @@ class _Kept:
         self._need = need
         self._path = store.folder / FOLDER / f"{site}.{need}.safetensors"
         settings = {name: getattr(config, name) for name in _SETTINGS[need]}
-        self._header = json.dumps({"rows": store.identity(site)["sha256"], **settings})
+        self._header = {"rows": store.identity(site)["sha256"], **settings}
 
     def read(self) -> Tensor | None:
         if not self._path.exists():
@@ -94,13 +95,25 @@ class _Kept:
             tensors, metadata = load_tensors(self._path, f"{self._need} of the store")
         except LlmWsaeError:  # damaged: measured again
             return None
-        return tensors.get(self._need) if metadata.get("llm_wsae") == self._header else None
+        try:
+            same = _settings(json.loads(metadata["llm_wsae"])) == _settings(self._header)
+        except (KeyError, ValueError):
+            return None
+        return tensors.get(self._need) if same else None
 
     def write(self, measured: Tensor) -> None:
         try:
-            save_tensors(self._path, {self._need: measured}, {"llm_wsae": self._header})
+            save_tensors(self._path, {self._need: measured}, {"llm_wsae": json.dumps(self._header)})
         except LlmWsaeError as error:  # a store that may only be read
             tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
+
+
+def _settings(header: dict[str, Any]) -> dict[str, Any]:
+    """The header with one name for the default encoder, which older measurements name otherwise."""
+    return {
+        key: canonical_encoder(value) if key == "encoder" else value
+        for key, value in header.items()
+    }
 
 
 def used_decoder(

