@@ -16,8 +16,9 @@ from llm_wsae.files import write_text
 from llm_wsae.hardware import processor_name
 
 BENCHMARKS = Path(__file__).parent / "BENCHMARKS.md"
-RESULTS = Path(__file__).parent / "RESULTS.md"
 README = Path(__file__).parents[1] / "README.md"
+RESULTS = README.parent / "docs/results.md"
+IMAGES = README.parent / "docs/images"
 CPU = torch.device("cpu")
 _HEADERS = {
     BENCHMARKS.name: """# Benchmarks

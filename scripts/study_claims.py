@@ -1,23 +1,30 @@
 """What was measured in the study of weights on a real model, and what was expected of it."""
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.files import read_json
-from llm_wsae.studies import consistency
+from results_archive import read, unpack
+
+from llm_wsae.studies.folder import read_report
 from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.report import StudyReport, estimate_text
-from llm_wsae.studies.results import Result, read_basis, read_result
-from llm_wsae.studies.runner import BASIS, CONSISTENCY
+from llm_wsae.studies.results import Result
 from llm_wsae.studies.verdict import BETTER, Compared
 
 FOLDER = Path(__file__).parent / "results"
 SITES = ("blocks.9.hook_resid_post", "blocks.20.hook_resid_post")
 PROFILE, TIMING = "profile.json", "timing.json"
 K = 32
+
+
+def archive_of(folder: Path, site: str) -> Path:
+    """The archive of a site's study, in the folder of one kind of study."""
+    return folder / f"{site}.jsonl.gz"
 
 
 @dataclass(frozen=True)
@@ -30,17 +37,18 @@ class Study:
     """Of steps that were made since time is taken: dictionaries, seconds, processor."""
 
     @classmethod
+    @cache
     def read_all(cls, folder: Path) -> "dict[str, Study]":
-        """By site, where something was measured, from the folders of the sites in a folder."""
+        """By site, from the archives of the sites in a folder."""
         found = {}
         for site in SITES:
-            own = folder / site
-            results = [read_result(path) for path in sorted((own / "results").glob("*.json"))]
-            if any(result.label != PLAIN for result in results):
-                agreements = consistency.read(own / CONSISTENCY)
-                report = StudyReport.of(site, read_basis(own / BASIS), results, agreements)
-                timing = read_json(own / TIMING, "timing") if (own / TIMING).exists() else []
-                found[site] = cls(report, read_json(own / PROFILE, "profile"), timing)
+            archive = archive_of(folder, site)
+            if archive.exists():
+                with tempfile.TemporaryDirectory() as unpacked:
+                    unpack(archive, Path(unpacked))
+                    report = read_report(Path(unpacked))
+                files = read(archive)
+                found[site] = cls(report, files[PROFILE], files.get(TIMING, []))
         return found
 
     def with_seeds_of(self, other: "Study", label: str) -> "Study":

@@ -1,4 +1,4 @@
-"""What RESULTS.md says of the study of weights on a real model, from the folders of its sites."""
+"""What docs/results.md says of the study of weights on a real model, from the folders of its sites."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -22,10 +22,15 @@ from study_claims import (
 )
 
 from llm_wsae.model.site import Site
-from llm_wsae.studies.report import StudyReport, estimate_text
+from llm_wsae.studies.report import CURVE, DIFFERENCES, StudyReport, estimate_text
 from llm_wsae.studies.results import DECIDING, Result
 from llm_wsae.studies.verdict import Compared
 from llm_wsae.tables import markdown
+
+
+def figure(block: int, name: str) -> str:
+    """Where a figure of a site's study lies, as docs/results.md links to it."""
+    return f"images/study_block_{block}_{name}"
 
 
 def claim_table(claims: Iterable[Claim], studies: Mapping[str, Study]) -> str:
@@ -57,7 +62,7 @@ def _families_of_controls(studies: Mapping[str, Study]) -> str:
 
 def site_section(site: str, study: Study) -> str:
     """What was found at one site."""
-    massive, folder = study.profile["massive"], f"results/{site}"
+    massive, block = study.profile["massive"], Site.parse(site).block
     processors = Counter(result.processor for result in study.report.results)
     made = ", ".join(f"{count} on {name}" for name, count in processors.items())
     parts = [
@@ -66,11 +71,11 @@ def site_section(site: str, study: Study) -> str:
         f"rows. Variance of the largest dimension over the median one: "
         f"{study.profile['variance_max_over_median']:.0f}, "
         f"{study.profile['robust_variance_max_over_median']:.0f} winsorised; massive activations: "
-        f"{massive['rows']} rows ({massive['share']:.3%}). [All tables]({folder}/report.md)."
+        f"{massive['rows']} rows ({massive['share']:.3%})."
         f"{_pace(study)}",
         _verdicts(study.report),
-        f"![Monosemanticity against CE recovered at {site}]({folder}/curve.png)",
-        f"![Differences from the plain curve at {site}]({folder}/differences.png)",
+        f"![Monosemanticity against CE recovered at {site}]({figure(block, CURVE)})",
+        f"![Differences from the plain curve at {site}]({figure(block, DIFFERENCES)})",
         _table(study),
     ]
     return "\n\n".join(parts)
@@ -131,12 +136,10 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
     """What became of a study apart from the others."""
     parts = [f"### {apart.title}", apart.words, claim_table(apart.claims, studies)]
     for site, study in studies.items():
-        folder = (apart.folder / site).relative_to(FOLDER.parent)
-        made = f"{len(study.report.results)} dictionaries ([all tables]({folder}/report.md))"
+        made = f"{len(study.report.results)} dictionaries"
         parts += [
             f"`{site}`, {made}.{_pace(study)}",
             _verdicts(study.report),
-            f"![Monosemanticity against CE recovered at {site}]({folder}/curve.png)",
             _table(study),
         ]
     return "\n\n".join(parts)
@@ -229,7 +232,7 @@ def _pace(study: Study) -> str:
 
 
 def section() -> str:
-    """The section of RESULTS.md, from the folders."""
+    """The section of docs/results.md, from the folders."""
     studies = Study.read_all(FOLDER)
     again = Study.read_all(CONFIRMATION.folder)
     jumprelu, annealed, twelve = (

@@ -14,7 +14,6 @@ from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
 from llm_wsae.files import read_json
 from llm_wsae.hardware import processor_name
-from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.provenance import plain, versions
 from llm_wsae.studies.curve import Point, Value
 from llm_wsae.studies.plan import PlannedArm
@@ -114,7 +113,7 @@ def record_of(
             "rule": arm.weights.rule,
             "alpha": arm.weights.alpha,
             "k": arm.k,
-            "seed": arm.init_seed,
+            "seed": arm.seed,
             "identity": arm.identity(),
             "measured_on": {"processor": processor_name(device), **versions()},
             "fidelity": fidelity.summary(),
@@ -125,20 +124,6 @@ def record_of(
             },
         }
     )
-
-
-def read_basis(path: Path) -> dict[str, Any]:
-    """What all dictionaries of a study share. Raises LlmWsaeError if the file is damaged."""
-    basis = read_json(path, "description of a study")
-    try:
-        # studies from before there was a choice are TopK's
-        scoring = basis["scoring"]
-        scoring["encoder"] = canonical_encoder(scoring["encoder"])
-        return basis | {"training": {"architecture": "topk"} | basis["training"]}
-    except (KeyError, TypeError) as error:
-        raise LlmWsaeError(
-            f"{path} is not the description of a study; choose another folder"
-        ) from error
 
 
 def read_result(path: Path) -> Result:

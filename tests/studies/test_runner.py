@@ -25,7 +25,7 @@ from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
-from llm_wsae.studies import consistency, runner
+from llm_wsae.studies import consistency, jobs, runner
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
@@ -80,13 +80,13 @@ def whole(study, tmp_path_factory):
 @pytest.fixture
 def trained(monkeypatch):
     """The arms of every training from here on."""
-    calls, original = [], runner.train
+    calls, original = [], jobs.train
 
     def train(source, arms, config, out):
         calls.append([arm.name for arm in arms])
         return original(source, arms, config, out)
 
-    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(jobs, "train", train)
     return calls
 
 
@@ -178,13 +178,13 @@ def test_a_finished_study_is_only_read(whole, study, trained, monkeypatch):
 
 def test_a_study_goes_on_where_it_stopped(whole, study, trained, monkeypatch, tmp_path):
     """Stopped in a training, between training and measuring, and between two measurements."""
-    monkeypatch.setattr(runner, "_PASS_BYTES", 3 * runner._BYTES_A_WEIGHT * 2 * 4 * 16**2)
+    monkeypatch.setattr(jobs, "_PASS_BYTES", 3 * jobs._BYTES_A_WEIGHT * 2 * 4 * 16**2)
     unbroken, _ = whole
     out = tmp_path / "out"
     for owner, stage, after in (
-        (runner, "train", 1),
-        (runner.FidelityEvaluator, "evaluate", 0),
-        (runner, "record_of", 4),
+        (jobs, "train", 1),
+        (jobs.FidelityEvaluator, "evaluate", 0),
+        (jobs, "record_of", 4),
     ):
         original, calls = getattr(owner, stage), []
 
@@ -220,16 +220,16 @@ def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, traine
 
 def test_a_group_that_was_begun_is_gone_on_with(study, trained, monkeypatch, tmp_path):
     """Also when more is asked for meanwhile, which would make other groups."""
-    out, original = tmp_path / "out", runner.train
+    out, original = tmp_path / "out", jobs.train
 
     def stop(source, arms, config, folder):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "train", stop)
+        patch.setattr(jobs, "train", stop)
         with pytest.raises(KeyboardInterrupt):
             study(out)
-    assert original is runner.train
+    assert original is jobs.train
     study(out, replace(CONFIG, alphas=(-0.25, 0.5)))
     assert trained[0] == NAMES[:5]
     assert sorted(name for call in trained[1:] for name in call if "a0.5" not in name) == sorted(
@@ -339,14 +339,14 @@ def test_other_weights_under_the_same_name_are_refused(whole, study, tmp_path):
     record = json.loads(path.read_text())
     record["identity"]["gamma_sum"] += 1
     path.write_text(json.dumps(record))
-    with pytest.raises(LlmWsaeError, match="is of other weights under the same name"):
+    with pytest.raises(LlmWsaeError, match="is the result of other weights with the same name"):
         study(out)
     path.unlink()
     folder = out / "dictionaries/variance-a-0.25-k4"
     dictionary = Dictionary.load(folder)
     dictionary.extras["gamma"] = torch.ones(16)
     dictionary.save(folder)
-    with pytest.raises(LlmWsaeError, match="was trained with other weights under the same name"):
+    with pytest.raises(LlmWsaeError, match="was trained with other weights of the same name"):
         study(out)
 
 

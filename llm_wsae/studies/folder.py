@@ -1,0 +1,71 @@
+"""The folder of a study: the names of its files, and the report that they give.
+
+study.json              what all its dictionaries share; a command with other settings is refused
+training/               dictionaries in training, one group of one seed at a time
+dictionaries/<name>/    trained dictionaries
+results/<name>.json     measured dictionaries; none is measured twice
+consistency.json        how alike the kept dictionaries of different seeds are
+report.json, report.md, curve.png, differences.png
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import read_json
+from llm_wsae.model.encoder_names import canonical_encoder
+from llm_wsae.studies import consistency
+from llm_wsae.studies.report import StudyReport
+from llm_wsae.studies.results import Result, read_result
+
+BASIS, TRAINING, DICTIONARIES, RESULTS, CONSISTENCY = (
+    "study.json",
+    "training",
+    "dictionaries",
+    "results",
+    "consistency.json",
+)
+
+
+def read_report(folder: Path) -> StudyReport:
+    """The report on a study, from its files. Raises LlmWsaeError if one of them is damaged."""
+    basis = read_basis(folder)
+    agreements = consistency.read(folder / CONSISTENCY)
+    return StudyReport.of(basis["rows"]["site"], basis, read_results(folder), agreements)
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Every measured dictionary, by name. Raises LlmWsaeError if a file is damaged."""
+    return [read_result(path) for path in sorted((folder / RESULTS).glob("*.json"))]
+
+
+def read_basis(folder: Path) -> dict[str, Any]:
+    """What all dictionaries of a study share. Raises LlmWsaeError if the file is damaged."""
+    path = folder / BASIS
+    basis = read_json(path, "description of a study")
+    try:
+        scoring = basis["scoring"]
+        scoring["encoder"] = canonical_encoder(scoring["encoder"])
+        # studies made before there was a choice of architecture are TopK's
+        return basis | {"training": {"architecture": "topk"} | basis["training"]}
+    except (KeyError, TypeError) as error:
+        raise LlmWsaeError(
+            f"{path} is not the description of a study; choose another folder"
+        ) from error
+
+
+def check_basis(folder: Path, basis: Mapping[str, Any]) -> None:
+    """Raise LlmWsaeError if the folder holds a study with other settings."""
+    if not (folder / BASIS).exists():
+        return
+    found = read_basis(folder)
+    for part, settings in basis.items():
+        own = found.get(part)
+        if own == settings:
+            continue
+        names = [k for k in settings if not isinstance(own, dict) or own.get(k) != settings[k]]
+        raise LlmWsaeError(
+            f"the study in {folder} has other settings of {part} ({', '.join(names) or 'more'}), "
+            "so its dictionaries cannot be compared with these; choose another folder"
+        )
