@@ -1,4 +1,4 @@
-"""What docs/results.md says of the study of weights on a real model, from the folders of its sites."""
+"""What docs/results.md says of the study of weights on a real model, from the archives."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
