@@ -95,11 +95,11 @@ class StudyJobs:
                 self._measure(some, monosemanticity, bar)
 
     def _train(self, group: Sequence[PlannedArm]) -> None:
-        (seed,) = {planned.arm.seed for planned in group}
+        (seed,) = {planned.arm.init_seed for planned in group}
         names = [planned.arm.name for planned in group]
         folder = self._group_folder(names)
         write_json(folder / _GROUP, names)
-        config = replace(self.training, seed=seed)
+        config = replace(self.training, shuffle_seed=seed)
         train(self.store.source(self.site), [p.arm for p in group], config, folder)
         self._collect()
 
@@ -129,8 +129,8 @@ class StudyJobs:
             names = read_json(folder / _GROUP, "list of a study's dictionaries")
             if all(name in by_name for name in names):
                 yield [by_name.pop(name) for name in names]
-        for seed in dict.fromkeys(planned.arm.seed for planned in by_name.values()):
-            own = [planned for planned in by_name.values() if planned.arm.seed == seed]
+        for seed in dict.fromkeys(planned.arm.init_seed for planned in by_name.values()):
+            own = [planned for planned in by_name.values() if planned.arm.init_seed == seed]
             yield from _chunks(own, self._at_once())
 
     def _at_once(self) -> int:

@@ -113,7 +113,7 @@ def record_of(
             "rule": arm.weights.rule,
             "alpha": arm.weights.alpha,
             "k": arm.k,
-            "seed": arm.seed,
+            "seed": arm.init_seed,
             "identity": arm.identity(),
             "measured_on": {"processor": processor_name(device), **versions()},
             "fidelity": fidelity.summary(),

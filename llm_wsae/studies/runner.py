@@ -43,8 +43,8 @@ from llm_wsae.training.config import TrainConfig
 from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
-# Settings that change how a training proceeds, not what comes out; and the seed, an arm's own.
-_HOW = ("device", "shard", "checkpoint_seconds", "log_every", "tracker", "seed")
+# Settings that change how a training proceeds, not what comes out; and the seed, each arm's own.
+_HOW = ("device", "shard", "checkpoint_seconds", "log_every", "tracker", "shuffle_seed")
 
 
 def study(
@@ -75,7 +75,7 @@ def study(
         config: Rules, exponents, k and seeds to compare.
         text_column: Column of the corpus that holds the text, where that is not clear.
         weigh: Where weights act, and how they change during training.
-        training: Settings of every training. Its seed is ignored: each seed of ``config`` sets it.
+        training: Settings of every training; each seed of ``config`` replaces ``shuffle_seed``.
         fidelity: Settings of the fidelity measurement.
         scoring: Settings of the monosemanticity measurement.
         measure: Settings of the measurements that rules need.
