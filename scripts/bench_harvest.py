@@ -30,8 +30,8 @@ from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.sharing import share_weights
 from llm_wsae.model.site import Site
+from llm_wsae.model.weight_sharing import share_weights
 
 WAYS = (
     "bare: the Hugging Face model cut off behind the site's block. forward: our forward alone. "

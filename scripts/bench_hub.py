@@ -84,7 +84,7 @@ def main() -> None:
         client(*options.client)
         return
 
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from benchmarks import machine, write_benchmark
     from hub_server import WRITER, HubServer
 

@@ -86,7 +86,7 @@ def gemma_scope(folder: Path) -> None:
 
 def ours_in_saelens(out: Path) -> Part:
     """Ours from disk and from a Hub, and Gemma Scope's file read by both."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from hub_server import WRITER, HubServer
 
     out.mkdir(parents=True)

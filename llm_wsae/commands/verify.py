@@ -19,7 +19,7 @@ def verify(folder: tyro.conf.Positional[Path], site: str | None = None) -> Resul
     from llm_wsae.data.verify import verify_store
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.folder import CFG, INFO
-    from llm_wsae.dictionary.formats.layouts import layout_of
+    from llm_wsae.dictionary.formats.reading import layout_of
 
     if not folder.is_dir():
         raise LlmWsaeError(f"there is no folder {folder}")

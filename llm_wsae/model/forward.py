@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.model.side_by_side import side_by_side
+from llm_wsae.model.parallel_map import parallel_map
 from llm_wsae.model.site import Site
 
 _TOKENS_TOGETHER = 1024  # of a forward on a CPU core: what it makes of them stays in cache
@@ -81,7 +81,7 @@ class Blocks:
             return recorded.pop(threading.get_ident())
 
         with self.recording(sites, stop=True) as recorded:
-            found = side_by_side(forward, parts)
+            found = parallel_map(forward, parts)
         if len(found) == 1:
             return found[0]
         return {site: torch.cat([part[site] for part in found]) for site in sites}

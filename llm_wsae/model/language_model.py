@@ -23,8 +23,8 @@ from llm_wsae.model.fingerprint import fingerprint
 from llm_wsae.model.forward import Blocks, Visit
 from llm_wsae.model.loading import load_model
 from llm_wsae.model.module_paths import find_paths, get_module, text_config
-from llm_wsae.model.sharing import boot_bridge, share_weights
 from llm_wsae.model.site import Site
+from llm_wsae.model.weight_sharing import boot_bridge, share_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

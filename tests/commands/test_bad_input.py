@@ -15,8 +15,8 @@ from command_line import HARVEST, SITE, TRAIN, call, content, make_world, save_m
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
+from llm_wsae.data.hub_dataset import HubDataset
 from llm_wsae.data.manifest import Manifest, whole_shards
-from llm_wsae.data.text_sources import HubSource
 from llm_wsae.files import folder_lock
 
 SIZE = ("--context-size", 16)
@@ -333,12 +333,12 @@ class Rows:
 
 def test_a_connection_that_breaks(refused, monkeypatch, tmp_path):
     harvest = (*HARVESTING, "--corpus", "owner/texts", "--out", tmp_path / "store")
-    monkeypatch.setattr(HubSource, "_find_revision", lambda self: "0" * 40)
-    monkeypatch.setattr(HubSource, "_load", lambda self: Rows(range(70)))
+    monkeypatch.setattr(HubDataset, "_find_revision", lambda self: "0" * 40)
+    monkeypatch.setattr(HubDataset, "_load", lambda self: Rows(range(70)))
     refused(1, *harvest, said=["dataset owner/texts broke off near document 69",
                                "Server disconnected", "same command again to go on"])  # fmt: skip
     assert whole_shards(tmp_path / "store", Manifest.load(tmp_path / "store"))
-    monkeypatch.setattr(HubSource, "_load", lambda self: Rows(range(400)))
+    monkeypatch.setattr(HubDataset, "_load", lambda self: Rows(range(400)))
     works(*harvest)
     whole = tmp_path / "whole"
     works(*harvest, "--out", whole)

@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.folder import check_finite
-from llm_wsae.dictionary.formats.foreign import (
+from llm_wsae.dictionary.formats.layout import (
     Announced,
     Layout,
     Weights,
@@ -38,7 +37,8 @@ from llm_wsae.dictionary.formats.foreign import (
     with_decoder_norms,
     without_input_bias,
 )
-from llm_wsae.dictionary.hub.card_data import mapping, text, whole
+from llm_wsae.dictionary.json_values import integer, mapping, text
+from llm_wsae.dictionary.tensor_checks import check_finite
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -70,12 +70,12 @@ def announce(config: Mapping[str, Any], place: PurePath) -> Announced:
     kind, _ = _CLASSES.get(text(trainer.get("dict_class")) or "", (None, ()))
     return Announced(
         architecture=kind,
-        d_in=whole(trainer.get("activation_dim")),
-        d_sae=whole(trainer.get("dict_size")),
-        k=whole(trainer.get("k")) if kind == "topk" else None,
+        d_in=integer(trainer.get("activation_dim")),
+        d_sae=integer(trainer.get("dict_size")),
+        k=integer(trainer.get("k")) if kind == "topk" else None,
         site=_site(trainer),
         model=text(trainer.get("lm_name")),
-        context_size=whole(buffer.get("ctx_len")),
+        context_size=integer(buffer.get("ctx_len")),
     )
 
 
@@ -129,7 +129,7 @@ def _unit_rows(W_dec: Tensor) -> bool:
 
 def _site(trainer: Mapping[str, Any]) -> str | None:
     """They name a block and a module of it; a block alone may mean any of its parts."""
-    block, module = whole(trainer.get("layer")), text(trainer.get("submodule_name"))
+    block, module = integer(trainer.get("layer")), text(trainer.get("submodule_name"))
     if block is None or module is None:
         return None
     match = _POINT.match(module)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.folder import CFG, WEIGHTS, read_tensors
-from llm_wsae.dictionary.formats.foreign import (
+from llm_wsae.dictionary.folder import CFG, WEIGHTS
+from llm_wsae.dictionary.formats.layout import (
     STORED_DTYPES,
     Announced,
     Layout,
@@ -32,8 +32,9 @@ from llm_wsae.dictionary.formats.foreign import (
     with_decoder_norms,
     without_input_bias,
 )
-from llm_wsae.dictionary.hub.card_data import mapping, number, text, whole
 from llm_wsae.dictionary.info import CENTRED
+from llm_wsae.dictionary.json_values import integer, mapping, number, text
+from llm_wsae.dictionary.tensor_checks import read_tensors
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.files import read_json
 
@@ -55,13 +56,13 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Announced:
     bos = about.get("prepend_bos")
     return Announced(
         architecture=_architecture(cfg),
-        d_in=whole(cfg.get("d_in")),
-        d_sae=whole(cfg.get("d_sae")),
-        k=whole(cfg.get("k")) or whole(mapping(cfg.get("activation_fn_kwargs")).get("k")),
+        d_in=integer(cfg.get("d_in")),
+        d_sae=integer(cfg.get("d_sae")),
+        k=integer(cfg.get("k")) or integer(mapping(cfg.get("activation_fn_kwargs")).get("k")),
         site=site_of(text(about.get("hook_name")) or text(about.get("hook_point"))),
         model=text(about.get("model_name")),
         corpus=text(about.get("dataset_path")),
-        context_size=whole(about.get("context_size")),
+        context_size=integer(about.get("context_size")),
         prepend_bos=bos if isinstance(bos, bool) else None,
         centred_stream=_centred_stream(cfg),
         rule=text(ours.get("rule")) or "uniform",

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from llm_wsae.dictionary.folder import CFG, read_tensors
-from llm_wsae.dictionary.formats.foreign import (
+from llm_wsae.dictionary.folder import CFG
+from llm_wsae.dictionary.formats.layout import (
     STORED_DTYPES,
     Announced,
     Layout,
@@ -21,7 +21,8 @@ from llm_wsae.dictionary.formats.foreign import (
     site_of,
     without_input_bias,
 )
-from llm_wsae.dictionary.hub.card_data import whole
+from llm_wsae.dictionary.json_values import integer
+from llm_wsae.dictionary.tensor_checks import read_tensors
 from llm_wsae.errors import LlmWsaeError, shown
 
 WEIGHTS = "sae.safetensors"
@@ -31,15 +32,15 @@ _UNLIKE = ("transcode", "skip_connection", "signed")
 
 def announce(cfg: Mapping[str, Any], place: PurePath) -> Announced:
     """What ``cfg.json`` and the name of the folder say."""
-    d_in, latents = whole(cfg.get("d_in")), whole(cfg.get("num_latents"))
-    expansion = whole(cfg.get("expansion_factor"))
+    d_in, latents = integer(cfg.get("d_in")), integer(cfg.get("num_latents"))
+    expansion = integer(cfg.get("expansion_factor"))
     if not latents and d_in and expansion:
         latents = d_in * expansion
     return Announced(
         architecture="topk",
         d_in=d_in,
         d_sae=latents,
-        k=whole(cfg.get("k")),
+        k=integer(cfg.get("k")),
         site=site_of(place.name) if _MODULE.fullmatch(place.name) else None,
     )
 

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_wsae.dictionary.hub.card_data import Facts, mapping, text
+from llm_wsae.dictionary.hub.card_data import Facts
 from llm_wsae.dictionary.hub.card_tables import (
     dictionaries_table,
     escape,
@@ -19,6 +19,7 @@ from llm_wsae.dictionary.hub.card_tables import (
     is_plain,
     monosemanticity_section,
 )
+from llm_wsae.dictionary.json_values import mapping, text
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.tables import markdown
 

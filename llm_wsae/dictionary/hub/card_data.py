@@ -4,13 +4,13 @@ A repository's card and listing show other people's files too, so every value is
 it is believed: what has not the expected type is not there.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.json_values import integer, mapping, number, pair, text
 
 _SITE = re.compile(r"[\w.]+", re.ASCII)
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.+=-]+")
@@ -73,7 +73,7 @@ class Facts:
 
 def facts(sae_id: str, cfg: Mapping[str, Any], info: Mapping[str, Any]) -> Facts:
     """Read the contents of ``cfg.json`` and ``wsae.json``."""
-    k = whole(cfg.get("k"))
+    k = integer(cfg.get("k"))
     architecture = text(cfg.get("architecture")) or "unknown"
     kinds = {"topk": "TopK", "standard": "ReLU", "jumprelu": "JumpReLU", "batchtopk": "BatchTopK"}
     kind = kinds.get(architecture, architecture)
@@ -82,8 +82,8 @@ def facts(sae_id: str, cfg: Mapping[str, Any], info: Mapping[str, Any]) -> Facts
         name=text(info.get("name")) or "dictionary",
         rule=text(info.get("rule")) or "unknown",
         alpha=number(info.get("alpha")) or 0.0,
-        seed=whole(info.get("seed")),
-        context_size=whole(info.get("context_size")),
+        seed=integer(info.get("seed")),
+        context_size=integer(info.get("context_size")),
         massive_threshold=number(info.get("massive_threshold")),
         **{
             name: dict(mapping(info.get(name)))
@@ -92,8 +92,8 @@ def facts(sae_id: str, cfg: Mapping[str, Any], info: Mapping[str, Any]) -> Facts
     )
     return Facts(
         sae_id=sae_id,
-        d_in=whole(cfg.get("d_in")),
-        d_sae=whole(cfg.get("d_sae")),
+        d_in=integer(cfg.get("d_in")),
+        d_sae=integer(cfg.get("d_sae")),
         sparsity=f"{kind}, k = {k}" if k else kind,
         k=k,
         info=known,
@@ -105,36 +105,3 @@ def folder_name(info: DictionaryInfo) -> str:
     """``<site>/<name>``: the dictionary's folder in a repository, of harmless characters."""
     name = _UNSAFE.sub("-", info.name).strip("-.") or "dictionary"
     return f"{info.site}/{name}"
-
-
-def number(value: Any) -> float | None:
-    """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # JSON's whole numbers have no end
-        return None
-
-
-def whole(value: Any) -> int | None:
-    """A whole number that a computer can mean."""
-    return value if type(value) is int and abs(value) < 2**63 else None
-
-
-def text(value: Any) -> str | None:
-    """A text that is not empty."""
-    return value if isinstance(value, str) and value else None
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """An object, or an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def pair(value: Any) -> tuple[float, float] | None:
-    """Two finite numbers."""
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        return None
-    low, high = number(value[0]), number(value[1])
-    return None if low is None or high is None else (low, high)

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from llm_wsae.dictionary.hub.card_data import Facts, mapping, number, pair
+from llm_wsae.dictionary.hub.card_data import Facts
+from llm_wsae.dictionary.json_values import mapping, number, pair
 from llm_wsae.tables import markdown
 
 _LONGEST = 200  # characters of a foreign text

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llm_wsae.dictionary.folder import CFG, EXTRAS, INFO, WEIGHTS
-from llm_wsae.dictionary.formats.foreign import Announced, Layout
-from llm_wsae.dictionary.formats.layouts import layout_of
+from llm_wsae.dictionary.formats.layout import Announced, Layout
+from llm_wsae.dictionary.formats.reading import layout_of
 from llm_wsae.dictionary.hub.errors import hub_errors, unreachable
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.files import read_json, sha256
@@ -128,7 +128,7 @@ class Repository:
     def dictionary_folder(self, sae_id: str) -> Path:
         """The folder in the cache that holds the files of a dictionary, fetched and compared.
 
-        What is inside is for ``layouts.read`` to judge. Raises LlmWsaeError if a file is missing,
+        What is inside is for ``reading.read`` to judge. Raises LlmWsaeError if a file is missing,
         larger than it can be, or not the one that was saved.
         """
         layout = self.layouts[sae_id]

@@ -25,7 +25,7 @@ from llm_wsae.dictionary.folder import (
     copy_folder,
     write_folder,
 )
-from llm_wsae.dictionary.formats import layouts
+from llm_wsae.dictionary.formats import reading
 from llm_wsae.dictionary.hub.card import FIGURE, card
 from llm_wsae.dictionary.hub.card_data import Facts, facts, folder_name
 from llm_wsae.dictionary.hub.errors import hub_errors
@@ -149,7 +149,7 @@ def pull(
             Site.parse(check_folder(source).site)
             copy_folder(source, folders[name])
         else:
-            read = layouts.read(source)
+            read = reading.read(source)
             write_folder(folders[name], read.weights, read.sparsity, read.info, read.extras)
     return folders
 
@@ -157,7 +157,7 @@ def pull(
 def fetch(repo_id: str, sae_id: str | None = None, *, revision: str | None = None) -> Path:
     """The folder in the local cache with one dictionary, or the only one, of a repository.
 
-    The files are those that were saved, by their checksums; what they hold is for ``layouts.read``
+    The files are those that were saved, by their checksums; what they hold is for ``reading.read``
     to judge. Raises as ``pull`` does.
     """
     repository = Repository.open(repo_id, revision)
@@ -289,7 +289,7 @@ def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
 def _remote_facts(repository: Repository, sae_id: str) -> Facts:
     if layout := repository.layouts[sae_id]:
         said = repository.announced(sae_id, layout)
-        info = layouts.info_of(layout, said, said.site or "", PurePosixPath(sae_id).name)
+        info = reading.info_of(layout, said, said.site or "", PurePosixPath(sae_id).name)
         return facts(sae_id, dataclasses.asdict(said), info.to_dict())
     prefix = "" if sae_id == "." else f"{sae_id}/"
     cfg = repository.read_json(prefix + CFG) if prefix + CFG in repository.files else {}

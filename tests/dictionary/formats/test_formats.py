@@ -22,7 +22,7 @@ from foreign_folders import (
 )
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.formats.layouts import layout_of
+from llm_wsae.dictionary.formats.reading import layout_of
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 

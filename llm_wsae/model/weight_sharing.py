@@ -1,9 +1,9 @@
 """Copies of a model that share its weights, and TransformerLens' bridge around one.
 
-A bridge rewires the model that it is given (it replaces submodules and forces eager attention), and
-a handed-over live model belongs to its owner. Both get a copy of the module structure whose
-parameters occupy the same memory: no second set of weights, and nothing done to one model shows in
-the other.
+A bridge rewires the model that it is given: it replaces submodules and forces eager attention. A
+live model that a caller passes in belongs to the caller. So both cases work on a copy of the module
+structure whose parameters occupy the same memory: there is no second set of weights, and what is
+done to one model's structure does not show in the other.
 """
 
 import copy
@@ -21,8 +21,8 @@ def share_weights(hf_model: nn.Module) -> Any:
     """
     memo: dict[int, Any] = {}
     for parameter in hf_model.parameters():
-        # A parameter that wants no gradient is shared as the object it is (quantised ones carry
-        # more than their memory); the others get a frozen twin over the same memory.
+        # A parameter without gradient is shared as the object it is (quantised ones carry more
+        # than their memory); the others get a frozen twin over the same memory.
         memo[id(parameter)] = (
             nn.Parameter(parameter.detach(), requires_grad=False)
             if parameter.requires_grad
@@ -34,14 +34,14 @@ def share_weights(hf_model: nn.Module) -> Any:
 def boot_bridge(hf_model: Any, tokenizer: Any, name: str, device: torch.device) -> Any:
     """TransformerLens' TransformerBridge over a weight-sharing copy of ``hf_model``.
 
-    Works without a network and leaves model and tokenizer as they are.
+    Needs no network and leaves model and tokenizer unchanged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformer_lens.model_bridge import TransformerBridge
 
         shared = share_weights(hf_model)
-        # Models made in process, and some files, do not say which class reads their configuration.
+        # Models built in process, and some files, do not name the class of their architecture.
         shared.config.architectures = [type(hf_model).__name__]
         return TransformerBridge.boot_transformers(
             name,
@@ -53,11 +53,10 @@ def boot_bridge(hf_model: Any, tokenizer: Any, name: str, device: torch.device) 
 
 
 def _offline_tokenizer(tokenizer: Any, name: str) -> Any:
-    """A copy that TransformerLens will not fetch again from the Hub.
+    """A copy that TransformerLens will not fetch from the Hub again.
 
-    It looks up ``init_kwargs["name_or_path"]`` of any tokenizer with a BOS and loads that once more
-    unless ``add_bos_token`` is set; whether the tokenizer really prepends one it finds out by
-    trying.
+    It reloads any tokenizer with a BOS from ``init_kwargs["name_or_path"]`` unless
+    ``add_bos_token`` is set. Whether the tokenizer really prepends a BOS it finds out by trying.
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.init_kwargs.setdefault("name_or_path", name)

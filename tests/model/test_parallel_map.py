@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from llm_wsae.model.side_by_side import side_by_side
+from llm_wsae.model.parallel_map import parallel_map
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -21,7 +21,7 @@ def test_results_come_in_order_and_cores_are_shared_out(cores, pieces):
     def work(piece):
         return piece, torch.get_num_threads(), threading.get_ident()
 
-    found = side_by_side(work, range(pieces))
+    found = parallel_map(work, range(pieces))
     assert [piece for piece, _, _ in found] == list(range(pieces))
     workers = max(1, min(cores, pieces))
     assert all(share == cores // workers for _, share, _ in found)
@@ -40,7 +40,7 @@ def test_pieces_run_at_the_same_time():
     torch.set_num_threads(2)
     meeting = threading.Barrier(2, timeout=60)
     try:
-        side_by_side(lambda piece: meeting.wait(), [0, 1])  # alone it would wait in vain
+        parallel_map(lambda piece: meeting.wait(), [0, 1])  # alone it would wait in vain
     finally:
         torch.set_num_threads(before)
 
@@ -52,5 +52,5 @@ def test_an_error_comes_out_and_cores_are_given_back(cores):
         return piece
 
     with pytest.raises(ValueError, match="piece 3"):
-        side_by_side(work, range(5))
+        parallel_map(work, range(5))
     assert torch.get_num_threads() == cores
