@@ -8,8 +8,12 @@ that come out of files (names of models, corpora, arms) are escaped: they cannot
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import yaml
+from huggingface_hub import RepoCard
+from huggingface_hub.repocard_data import CardData
 
 from llm_wsae.dictionary.hub.card_data import Facts
 from llm_wsae.dictionary.hub.card_tables import (
@@ -55,8 +59,9 @@ def card(
     that is there, ``revision`` the branch it is for. Raises LlmWsaeError when the metadata of
     ``old`` cannot be read.
     """
-    metadata, around = _split(repo_id, old)
-    metadata = _merge(metadata, _metadata(repo_id, dictionaries, license))
+    parsed = _parse(repo_id, old)
+    metadata = CardData(**_merge(parsed.data.to_dict(), _metadata(repo_id, dictionaries, license)))
+    around = parsed.text
     ours = f"{BEGIN}\n\n{_body(repo_id, dictionaries, figures, revision)}\n\n{END}"
     if END in around.partition(BEGIN)[2]:
         before, rest = around.split(BEGIN, 1)
@@ -64,7 +69,7 @@ def card(
     else:
         parts = [around.strip("\n"), ours]
     whole = "\n\n".join(part for part in parts if part)
-    return _TOKEN.sub("…", f"---\n{_yaml(metadata)}---\n\n{whole}\n")
+    return _TOKEN.sub("…", f"---\n{metadata.to_yaml()}\n---\n\n{whole}\n")
 
 
 def _metadata(repo_id: str, dictionaries: Sequence[Facts], license: str | None) -> dict[str, Any]:
@@ -120,27 +125,16 @@ def _merge(old: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _split(repo_id: str, old: str) -> tuple[dict[str, Any], str]:
-    """The metadata of a card and the rest of it."""
-    import yaml
-
-    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", old, re.DOTALL)
-    if match is None:
-        return {}, old
+def _parse(repo_id: str, old: str) -> RepoCard:
+    """A card's metadata and text."""
     try:
-        metadata = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
+        # Without an empty block of metadata the client would warn that there is none.
+        return RepoCard(old if old.lstrip().startswith("---") else f"---\n---\n{old}")
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise LlmWsaeError(
-            f"the README.md of {repo_id} begins with metadata that is not YAML, so it is left "
-            "alone; mend it on the Hub and push again"
+            f"the README.md of {repo_id} begins with metadata that cannot be read, so it is left "
+            "alone; fix it on the Hub and push again"
         ) from error
-    return dict(mapping(metadata)), old[match.end() :]
-
-
-def _yaml(metadata: Mapping[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def _body(

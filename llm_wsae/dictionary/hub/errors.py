@@ -1,8 +1,8 @@
-"""What can go wrong between here and the Hub, each in one sentence.
+"""What can go wrong between this machine and the Hub, each in one sentence.
 
-The client wraps failures in failures (an upload's thread in a RuntimeError, a refused connection in
-a missing cache entry), so the whole chain of causes is looked at. A token is never part of a
-sentence: nothing of the request is repeated but the repository's name.
+The client's messages are paragraphs, and it wraps failures in failures (an upload thread's in a
+RuntimeError, a refused connection in a missing cache entry). So the chain of causes is searched for
+the one that says what happened. A token is never part of a sentence.
 """
 
 import re
@@ -15,17 +15,32 @@ _LOGIN = "(`hf auth login`, or the variable HF_TOKEN)"
 _TOKEN = re.compile(r"\bhf_\w+|Bearer\s+\S+")
 _LONGEST_ANSWER = 300
 _BAD_ANSWER = (ValueError, KeyError, TypeError)  # no JSON, or not what a Hub says
+_CHANGED = (
+    "{repo} was changed by someone else in the meantime, and nothing was written; run the same "
+    "command again"
+)
+_BY_STATUS = {
+    403: f"your token may not do that with {{repo}}; log in with one that may {_LOGIN}",
+    409: _CHANGED,
+    412: _CHANGED,
+    429: "the Hub refuses more requests for now; run the same command again later",
+}
 
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn every failure of the client inside the block (nothing else) into one sentence.
+    """Turn every failure of the client inside the block (and nothing else) into one sentence.
 
     Raises UsageError when a name is wrong (repository, revision), LlmWsaeError for everything else:
     no access, no network, a failing server, a full disk.
     """
+    from huggingface_hub import get_token
     from huggingface_hub.utils import httpx
 
+    token = get_token() or ""
+    if not (token.isascii() and token.isprintable()):
+        # It cannot be sent, and the client's error would show it.
+        raise LlmWsaeError(f"your token holds characters that no token has; log in {_LOGIN}")
     try:
         yield
     except LlmWsaeError:
@@ -34,13 +49,11 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         known = _sentence(error, repo_id, revision)
         if known is None:
             raise
-        if _holds_the_token(error):
-            raise known from None
         raise known from error
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether the Hub could not be asked at all, so that the cache may answer in its place."""
+    """Whether the Hub could not be asked at all, so that the cache may answer instead."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
 
@@ -50,14 +63,11 @@ def unreachable(error: BaseException) -> bool:
 
 
 def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWsaeError | None:
-    """None for what is no failure of the Hub but a mistake of ours."""
+    """None for an error that is not the Hub's but a mistake of this package."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import httpx
 
-    chain = list(_causes(error))
-    for one in chain:
-        if _holds_the_token(one):
-            return LlmWsaeError(f"your token holds characters that no token has; log in {_LOGIN}")
+    for one in _causes(error):
         if isinstance(one, errors.OfflineModeIsEnabled):
             return LlmWsaeError(
                 f"HF_HUB_OFFLINE is set, so the Hub cannot be asked about {repo_id}, and the local "
@@ -72,17 +82,17 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWs
         if isinstance(one, httpx.ConnectError | httpx.ConnectTimeout | httpx.InvalidURL):
             return LlmWsaeError(
                 f"the Hub ({constants.ENDPOINT}) cannot be reached to ask about {repo_id}; check "
-                "the network and run the same again"
+                "the network and run the same command again"
             )
         if isinstance(one, httpx.HTTPError):
             return LlmWsaeError(
-                f"the connection to the Hub broke off ({type(one).__name__}), with nothing of "
-                f"{repo_id} half written; run the same again"
+                f"the connection to the Hub broke off ({type(one).__name__}), and nothing of "
+                f"{repo_id} is half written; run the same command again"
             )
     if "Consistency check failed" in str(error):
-        return LlmWsaeError(f"a file of {repo_id} arrived incomplete; run the same again")
+        return LlmWsaeError(f"a file of {repo_id} arrived incomplete; run the same command again")
     if isinstance(error, OSError):
-        return LlmWsaeError(f"reading or writing files for {repo_id} failed: {error}")
+        return LlmWsaeError(f"reading or writing files for {repo_id} failed: {_clean(str(error))}")
     if isinstance(error, _BAD_ANSWER):
         return LlmWsaeError(
             f"an answer of the Hub ({constants.ENDPOINT}) about {repo_id} cannot be used: "
@@ -101,52 +111,27 @@ def _answer(error, repo_id: str, revision: str | None) -> LlmWsaeError:  # an Hf
     if isinstance(error, errors.RevisionNotFoundError):
         return UsageError(f"{repo_id} has no revision {revision!r}{_known_revisions(repo_id)}")
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return LlmWsaeError(f"{repo_id} lost a file while it was read; run the same again")
+        return LlmWsaeError(f"{repo_id} lost a file while it was read; run the same command again")
     if status == 401 and "credentials" in said:
         return LlmWsaeError(f"the Hub does not accept your token; log in again {_LOGIN}")
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        if get_token() is None:
-            return UsageError(
-                f"there is no repository {repo_id} on the Hub that can be seen or written without "
-                f"a token; check the name, or log in {_LOGIN}"
-            )
+        without = " that can be seen or written without a token"
+        reason = without if get_token() is None else ", or your token may not see it"
         return UsageError(
-            f"there is no repository {repo_id} on the Hub, or your token may not see it; check the "
-            f"name, or log in as someone who may {_LOGIN}"
+            f"there is no repository {repo_id} on the Hub{reason}; check the name, or log in as "
+            f"someone who may {_LOGIN}"
         )
-    if status == 403:
-        return LlmWsaeError(
-            f"your token may not do that with {repo_id}; log in with one that may {_LOGIN}"
-        )
-    if status in (409, 412):
-        return LlmWsaeError(
-            f"{repo_id} was changed by someone else in the meantime, and nothing was written; run "
-            "the same again"
-        )
-    if status == 429:
-        return LlmWsaeError("the Hub refuses more requests for now; run the same again later")
     if status >= 500:
         return LlmWsaeError(
             f"the Hub failed with status {status}, and {repo_id} was left as it was; run the same "
-            "again later"
+            "command again later"
         )
-    return LlmWsaeError(
-        f"the Hub refused with status {status} about {repo_id}: {said or 'no word'}"
-    )
-
-
-def _holds_the_token(error: BaseException) -> bool:
-    """Whether it is about a header that cannot be sent, and may show it; the only one of ours that
-    can be so is the token's."""
-    from huggingface_hub.utils import httpx
-
-    if isinstance(error, httpx.LocalProtocolError):
-        return "header" in str(error).lower()
-    return isinstance(error, UnicodeEncodeError)
+    known = _BY_STATUS.get(status, f"the Hub refused with status {status} about {{repo}}: {{said}}")
+    return LlmWsaeError(known.format(repo=repo_id, said=said or "it gave no reason"))
 
 
 def _known_revisions(repo_id: str) -> str:
-    """A clause with the branches and tags there are, when the Hub tells them."""
+    """A clause with the existing branches and tags, if the Hub lists them."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import httpx
 

@@ -1,14 +1,13 @@
 """One revision of a repository of dictionaries on the Hub, or what the local cache has of it.
 
-Nothing of a repository is trusted. Its list of files is checked before anything is fetched: a path
-that leaves the folder is refused, only the files of a dictionary are ever downloaded, ours or those
-of a foreign layout, JSON within a fixed size, tensors within the size that the configuration
-announces. What arrives is compared with the Hub's checksum (the client compares sizes only) and,
-if it is ours, with the one in ``wsae.json``.
+Nothing in a repository is trusted. Its list of files is checked before anything is fetched: a path
+that leaves the folder is refused, and only files of a dictionary (in this package's layout or a
+known foreign one) are ever downloaded, JSON up to a fixed size, tensors up to the size that the
+configuration announces. What arrives is compared with the Hub's checksum (the client compares sizes
+only) and, in this package's layout, with the one in ``wsae.json``.
 """
 
 import functools
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,17 +18,18 @@ from llm_wsae.dictionary.folder import CFG, EXTRAS, INFO, WEIGHTS
 from llm_wsae.dictionary.formats.layout import Announced, Layout
 from llm_wsae.dictionary.formats.reading import layout_of
 from llm_wsae.dictionary.hub.errors import hub_errors, unreachable
+from llm_wsae.dictionary.json_values import integer
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.files import read_json, sha256
 
-FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small before large
+FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
 README = "README.md"
 _LARGEST_JSON = 16 << 20
-_HEADER = 1 << 20  # bytes of a safetensors header, far more than ever needed
-_MATRICES = 4  # of d_in × d_in numbers beside a dictionary, at most
+_HEADER = 1 << 20  # bytes of a safetensors header, far more than needed
+_MATRICES = 4  # of d_in × d_in numbers in the side tensors, at most
 _WIDEST = 1 << 15  # dimensions of a residual stream, where a layout does not announce them
 _MOST_LATENTS = 1 << 20
-_TIMEOUT = 30  # seconds until the Hub has to begin an answer
+_TIMEOUT = 30  # seconds in which the Hub must begin its answer
 _PART = re.compile(r"[^\x00-\x1f\\:*?\"<>|]+")
 
 
@@ -40,7 +40,7 @@ class RemoteFile:
     size: int
     """Bytes."""
     digest: str | None
-    """SHA-256 of a large file, git's id of a small one; None when only the cache was asked."""
+    """SHA-256 of a large file, git's id of a small one; None if only the cache was asked."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ class Repository:
     repo_id: str
     """``user/name``."""
     revision: str | None
-    """Branch, tag or commit that was asked for; None for the default branch."""
+    """The branch, tag or commit asked for; None for the default branch."""
     commit: str
-    """The commit it stood for."""
+    """The commit that it points to."""
     files: Mapping[str, RemoteFile]
     """By path in the repository."""
     cache: Path | None
-    """The commit's folder in the local cache when the Hub could not be asked."""
+    """The commit's folder in the local cache, if the Hub could not be asked."""
 
     @classmethod
     def open(cls, repo_id: str, revision: str | None = None) -> "Repository":
-        """Ask the Hub, or the local cache where the Hub cannot be reached.
+        """Ask the Hub, or the local cache if the Hub cannot be reached.
 
-        Raises UsageError for a name or revision that is not there, LlmWsaeError when there is no
-        access, or when neither Hub nor cache can answer.
+        Raises UsageError for a name or revision that does not exist, LlmWsaeError without access or
+        if neither Hub nor cache can answer.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.errors import OfflineModeIsEnabled
@@ -83,9 +83,9 @@ class Repository:
 
     @functools.cached_property
     def layouts(self) -> dict[str, Layout | None]:
-        """The dictionaries by name, in order: their folders, "." for the repository itself.
+        """The dictionaries by name, sorted: their folders, "." for the repository itself.
 
-        Ours, the folders that hold a ``wsae.json``, have the layout None.
+        Folders in this package's own layout, which hold a ``wsae.json``, have the layout None.
         """
         folders: dict[str, set[str]] = {}
         for path in map(PurePosixPath, self.files):
@@ -94,14 +94,14 @@ class Repository:
         return {name: found for name, found in known.items() if found or INFO in folders[name]}
 
     def sae_ids(self, own: bool = False) -> list[str]:
-        """Names of the dictionaries, or of our ``own`` only."""
+        """Names of the dictionaries; with ``own`` only those in this package's layout."""
         return [name for name, layout in self.layouts.items() if layout is None or not own]
 
     def wanted(self, sae_id: str | None) -> list[str]:
-        """The dictionary of that name, or all there are.
+        """The dictionary of that name, or all of them.
 
-        Raises UsageError, offering the nearest, if there is no such dictionary; LlmWsaeError if
-        there is none at all.
+        Raises UsageError, suggesting the nearest name, if there is no such dictionary; LlmWsaeError
+        if there is none at all.
         """
         known = self.sae_ids()
         if not known:
@@ -114,32 +114,35 @@ class Repository:
         return [name]
 
     def read_json(self, path: str) -> dict[str, Any]:
-        """A small JSON object. Raises LlmWsaeError if it is too large or is none."""
+        """A small JSON object. Raises LlmWsaeError if it is too large or not an object."""
         value = read_json(self.fetch(path, _LARGEST_JSON), f"{path} of {self._here}")
         if not isinstance(value, dict):
             raise LlmWsaeError(f"{path} of {self._here} is not a JSON object")
         return value
 
     def announced(self, sae_id: str, layout: Layout) -> Announced:
-        """What a foreign dictionary's configuration and place say. Raises as ``fetch`` does."""
+        """What a foreign dictionary's configuration and path say. Raises as ``fetch`` does."""
         config = self.read_json(_inside(sae_id, layout.config)) if layout.config else {}
         return layout.announce(config, PurePosixPath(self.repo_id, sae_id))
 
     def dictionary_folder(self, sae_id: str) -> Path:
-        """The folder in the cache that holds the files of a dictionary, fetched and compared.
+        """The folder in the cache with the files of a dictionary, downloaded and compared.
 
-        What is inside is for ``reading.read`` to judge. Raises LlmWsaeError if a file is missing,
-        larger than it can be, or not the one that was saved.
+        ``reading.read`` judges their content. Raises LlmWsaeError if a file is missing, larger than
+        it can be, or not the one that was saved.
         """
         layout = self.layouts[sae_id]
         if layout is not None:
             announced = self.announced(sae_id, layout)
-            limit = _foreign_weights(announced.d_in, announced.d_sae)
+            limit = _largest_weights(
+                min(announced.d_in or _WIDEST, _WIDEST),
+                min(announced.d_sae or _MOST_LATENTS, _MOST_LATENTS),
+            )
             return self.fetch(_inside(sae_id, layout.weights), limit).parent
         paths = {name: _inside(sae_id, name) for name in FILES}
         if missing := [name for name, path in paths.items() if path not in self.files]:
             raise LlmWsaeError(
-                f"{sae_id} of {self._here} is not a whole dictionary of this package: it lacks "
+                f"{sae_id} of {self._here} is not a complete dictionary of this package: it lacks "
                 f"{' and '.join(missing)}"
             )
         digests = self.read_json(paths[INFO]).get("sha256")
@@ -147,7 +150,7 @@ class Repository:
         for name, limit in limits.items():
             local = self.fetch(paths[name], limit)
             saved = digests.get(name) if isinstance(digests, dict) else None
-            known = self.files[paths[name]].digest  # compared on arrival
+            known = self.files[paths[name]].digest  # compared when it arrived
             if saved != (known if known and len(known) == 64 else sha256(local)):
                 raise LlmWsaeError(
                     f"{paths[name]} of {self._here} is not the file whose checksum its {INFO} "
@@ -159,20 +162,20 @@ class Repository:
         """A file of at most ``limit`` bytes in the local cache, compared with its checksum.
 
         Raises LlmWsaeError if it is larger, cannot be fetched or arrives damaged; a damaged file is
-        removed from the cache, so that the next attempt fetches it anew.
+        removed from the cache, so that the next attempt fetches it again.
         """
         remote = self.files[path]
         if remote.size > limit:
             raise LlmWsaeError(
-                f"{path} of {self._here} is not read: it has {remote.size:,} bytes but can have "
-                f"{limit:,} at most"
+                f"{path} of {self._here} is not read: it has {remote.size:,} bytes, but at most "
+                f"{limit:,} are possible"
             )
         if self.cache is not None:
             return self.cache / path
         from huggingface_hub import hf_hub_download
 
-        # By the name of the revision once a dictionary, so that the cache remembers what it stood
-        # for and can answer without a network.
+        # One file of each dictionary is asked for by the name of the revision, so that the cache
+        # remembers which commit that was and can answer offline.
         layout = self.layouts.get(str(PurePosixPath(path).parent))
         first = INFO if layout is None else layout.files[0]
         named = self.revision if PurePosixPath(path).name == first else self.commit
@@ -185,23 +188,21 @@ class Repository:
             local.unlink(missing_ok=True)
             raise LlmWsaeError(
                 f"{path} of {self._here} arrived damaged: its checksum is not the one that the Hub "
-                "names; run the same again"
+                "names; run the same command again"
             )
         return local
 
     def _largest_tensors(self, cfg_path: str) -> dict[str, int]:
-        """Bytes that the two tensor files can have at most, by ``cfg.json``."""
+        """The most bytes that the two tensor files can have, by ``cfg.json``."""
         cfg = self.read_json(cfg_path)
-        sizes = [cfg.get("d_in"), cfg.get("d_sae")]
-        if not all(type(size) is int and size > 0 for size in sizes):
+        d_in, d_sae = integer(cfg.get("d_in")), integer(cfg.get("d_sae"))
+        if d_in is None or d_sae is None or min(d_in, d_sae) < 1:
             raise LlmWsaeError(
-                f"{cfg_path} of {self._here} gives d_in = {shown(sizes[0])} and "
-                f"d_sae = {shown(sizes[1])}"
+                f"{cfg_path} of {self._here} gives d_in = {shown(cfg.get('d_in'))} and "
+                f"d_sae = {shown(cfg.get('d_sae'))}"
             )
-        d_in, d_sae = sizes
-        weights = 4 * (2 * d_in * d_sae + d_in + 3 * d_sae)  # float32; a threshold and one to spare
         extras = 8 * d_in * (_MATRICES * d_in + 64)
-        return {EXTRAS: extras + _HEADER, WEIGHTS: weights + _HEADER}
+        return {EXTRAS: extras + _HEADER, WEIGHTS: _largest_weights(d_in, d_sae)}
 
     @property
     def _here(self) -> str:
@@ -209,9 +210,8 @@ class Repository:
         return name if self.cache is None else f"the local cache of {name}"
 
 
-def _foreign_weights(d_in: int | None, d_sae: int | None) -> int:
-    """Bytes that a foreign file of tensors can have at most: float64, a gate's three vectors."""
-    d_in, d_sae = min(d_in or _WIDEST, _WIDEST), min(d_sae or _MOST_LATENTS, _MOST_LATENTS)
+def _largest_weights(d_in: int, d_sae: int) -> int:
+    """The most bytes that a file of weights can have: float64, three vectors of a gate."""
     return 8 * (2 * d_in * d_sae + d_in + 4 * d_sae) + _HEADER
 
 
@@ -239,15 +239,12 @@ def remote_files(repo_id: str, commit: str) -> dict[str, RemoteFile]:
 
 
 def digest_of(local: Path, remote: RemoteFile) -> str | None:
-    """The local file's digest, of the kind that the Hub has of the remote one."""
+    """The local file's digest, of the kind that the Hub reports for the remote one."""
+    from huggingface_hub.utils.sha import git_hash
+
     if remote.digest is None:
         return None
-    return sha256(local) if len(remote.digest) == 64 else git_blob_id(local.read_bytes())
-
-
-def git_blob_id(data: bytes) -> str:
-    """Git's id of a file, by which the Hub knows small files."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return sha256(local) if len(remote.digest) == 64 else git_hash(local.read_bytes())
 
 
 def _inside(sae_id: str, name: str) -> str:
@@ -255,21 +252,19 @@ def _inside(sae_id: str, name: str) -> str:
 
 
 def _cached(repo_id: str, revision: str | None) -> Repository | None:
-    """What the local cache has of a revision (the documented layout of the client's cache)."""
-    from huggingface_hub import constants
+    """What the local cache has of a revision."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
-    name = revision or constants.DEFAULT_REVISION
-    if ".." in PurePosixPath(name).parts or name.startswith("/"):
-        return None
-    reference = folder / "refs" / name
-    commit = reference.read_text().strip() if reference.is_file() else name
-    snapshot = folder / "snapshots" / commit
-    if not snapshot.is_dir():
+    try:
+        snapshot = Path(
+            snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[])
+        )
+    except LocalEntryNotFoundError:
         return None
     files = {
         path.relative_to(snapshot).as_posix(): RemoteFile(path.stat().st_size, None)
         for path in snapshot.rglob("*")
         if path.is_file()
     }
-    return Repository(repo_id, revision, commit, files, snapshot)
+    return Repository(repo_id, revision, snapshot.name, files, snapshot)

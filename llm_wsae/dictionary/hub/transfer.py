@@ -1,10 +1,10 @@
 """Dictionaries on the Hugging Face Hub: push, pull, list.
 
-A repository holds many dictionaries, each in the folder ``<site>/<name>``, and one card over all of
-them. A push is a single commit of what changed, made on the commit that was compared with: large
-files are uploaded first and become visible only with it, so a push that breaks off anywhere leaves
-the repository as it was (a process that is killed may leave a new branch, still without them). A
-pull fetches into the client's cache, checks everything there, and only then copies into the user's
+A repository holds many dictionaries, each in the folder ``<site>/<name>``, and one card for all of
+them. A push is a single commit of what changed, on top of the commit that it was compared with.
+Large files are uploaded first and become visible only with the commit, so a push that breaks off
+leaves the repository as it was (a process that is killed may leave a new, unchanged branch). A pull
+downloads into the client's cache, checks everything there, and only then copies into the user's
 folder.
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,7 +43,7 @@ from llm_wsae.files import load_tensors, read_json
 from llm_wsae.model.site import Site
 
 _LARGEST_CARD = 4 << 20
-_SHOWN_ID = re.compile(r"[A-Za-z0-9_.+=/-]+")  # folders that can stand in a card as they are
+_SHOWN_ID = re.compile(r"[A-Za-z0-9_.+=/-]+")  # folders that a card can show unescaped
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -58,7 +58,7 @@ class Pushed:
     sae_ids: list[str]
     """The dictionaries' folders in the repository."""
     changed: list[str]
-    """Paths that were written; empty when everything was there already."""
+    """Paths that were written; empty if nothing had changed."""
 
 
 def push(
@@ -69,61 +69,51 @@ def push(
     revision: str | None = None,
     license: str | None = None,
 ) -> Pushed:
-    """Put dictionary folders into a repository, which is created if it is not there.
+    """Put dictionary folders into a repository, which is created if it does not exist.
 
-    ``private`` is for a new repository; ``revision`` is a branch, begun at the head of ``main`` if
-    it is new; ``license`` is an identifier of the Hub's such as ``mit`` for the card.
+    ``private`` applies to a new repository; ``revision`` is a branch, begun at the head of ``main``
+    if it is new; ``license`` is one of the Hub's identifiers, such as ``mit``, for the card.
 
-    Raises UsageError for requests that cannot be (two dictionaries of one name, one under a name
-    that another model's has, a tag in place of a branch, ``private`` for a repository that is
-    public, no such user), LlmWsaeError for a folder that is no whole dictionary or changed since it
-    was saved, and for every failure of the Hub.
+    Raises UsageError for impossible requests (two dictionaries of one name, a name taken by another
+    model's dictionary, a tag instead of a branch, ``private`` for a public repository, no such
+    user), LlmWsaeError for a folder that is not a complete dictionary or changed since it was
+    saved, and for every failure of the Hub.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
     local = _local_dictionaries(folders)
     api = HfApi()
     with hub_errors(repo_id, revision):
-        head, branch_is_new = _prepare(api, repo_id, private, revision)
+        head, new_branch = _prepare(api, repo_id, private, revision)
         files = remote_files(repo_id, head)
-    remote = Repository(repo_id, None if branch_is_new else revision, head, files, None)
+    remote = Repository(repo_id, None if new_branch else revision, head, files, None)
     known = _all_facts(local, remote)
     changed: dict[str, Path | bytes | None] = {}
     for sae_id, folder in local.items():
-        changed |= _changed(sae_id, folder, remote.files)
+        changed |= _changed(sae_id, folder, files)
     figures = {
-        sae_id for sae_id in remote.sae_ids(own=True) if f"{sae_id}/{FIGURE}" in remote.files
+        sae_id
+        for sae_id in {*remote.sae_ids(own=True), *local}
+        if changed.get(path := f"{sae_id}/{FIGURE}", files.get(path)) is not None
     }
-    drawn = {sae_id: changed[path] for sae_id in local if (path := f"{sae_id}/{FIGURE}") in changed}
-    figures |= drawn.keys()
-    figures -= {sae_id for sae_id, figure in drawn.items() if figure is None}
     old = _old_card(remote)
     new = card(repo_id, known, figures, old=old, license=license, revision=revision)
     if new != old:
         changed[README] = new.encode()
-    if not changed and not branch_is_new:
+    if not changed and not new_branch:
         return Pushed(f"{constants.ENDPOINT}/{repo_id}", head, list(local), [])
     added = [CommitOperationAdd(path, new) for path, new in sorted(changed.items()) if new]
     gone = [CommitOperationDelete(path) for path, new in sorted(changed.items()) if not new]
-    with hub_errors(repo_id, revision):
-        # What is there already is told by the branch that is written to, or begun from.
-        api.preupload_lfs_files(repo_id, added, revision=None if branch_is_new else revision)
+    with hub_errors(repo_id, revision), _branch(api, repo_id, revision, head, new_branch):
+        api.preupload_lfs_files(repo_id, added, revision=revision)
         _check_none_is_ignored(repo_id, added)
-        if branch_is_new:
-            api.create_branch(repo_id, branch=revision or "main", revision=head)
-        try:
-            done = api.create_commit(
-                repo_id,
-                [*added, *gone],
-                commit_message=_message(list(local)),
-                revision=revision,
-                parent_commit=head,
-            )
-        except BaseException:  # Ctrl-C too must leave no branch behind
-            if branch_is_new:
-                with contextlib.suppress(Exception):
-                    api.delete_branch(repo_id, branch=revision or "main")
-            raise
+        done = api.create_commit(
+            repo_id,
+            [*added, *gone],
+            commit_message=_message(list(local)),
+            revision=revision,
+            parent_commit=head,
+        )
     return Pushed(str(done.commit_url), done.oid, list(local), sorted(changed))
 
 
@@ -132,12 +122,13 @@ def pull(
 ) -> dict[str, Path]:
     """Copy one dictionary of a repository, or all of them, to ``out/<site>/<name>``.
 
-    (One at the top of its repository goes to ``out/<repository>``.) Each is fetched, checked whole
-    and only then copied, a foreign one as a dictionary of ours; an older dictionary in its place is
-    replaced at once, anything else there is left alone. Returns the folders by name.
+    (One at the top level of its repository goes to ``out/<repository>``.) Each is downloaded and
+    checked completely before it is copied; a foreign one is converted to this package's layout. An
+    older dictionary in its place is replaced in one step; anything else there is left alone.
+    Returns the folders by name.
 
-    Raises UsageError for names that are not there, LlmWsaeError when the Hub fails, when a file is
-    damaged, unsafe or not what its checksum says, or when ``out`` cannot be written.
+    Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails, if a file is
+    damaged, unsafe or not what its checksum says, or if ``out`` cannot be written.
     """
     repository = Repository.open(repo_id, revision)
     folders = {}
@@ -157,8 +148,8 @@ def pull(
 def fetch(repo_id: str, sae_id: str | None = None, *, revision: str | None = None) -> Path:
     """The folder in the local cache with one dictionary, or the only one, of a repository.
 
-    The files are those that were saved, by their checksums; what they hold is for ``reading.read``
-    to judge. Raises as ``pull`` does.
+    By their checksums the files are those that were saved; ``reading.read`` judges their content.
+    Raises as ``pull`` does.
     """
     repository = Repository.open(repo_id, revision)
     names = repository.wanted(sae_id)
@@ -170,9 +161,9 @@ def fetch(repo_id: str, sae_id: str | None = None, *, revision: str | None = Non
 
 
 def list_dictionaries(repo_id: str, *, revision: str | None = None) -> list[Facts]:
-    """What is known of every dictionary in a repository; no tensors are fetched.
+    """What is known of every dictionary in a repository; no tensors are downloaded.
 
-    Raises UsageError for names that are not there, LlmWsaeError when the Hub fails or a file is
+    Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails or a file is
     damaged.
     """
     repository = Repository.open(repo_id, revision)
@@ -180,7 +171,7 @@ def list_dictionaries(repo_id: str, *, revision: str | None = None) -> list[Fact
 
 
 def _local_dictionaries(folders: Sequence[Path]) -> dict[str, Path]:
-    """The folders by their names in the repository, each read whole once."""
+    """The folders by their names in the repository, each checked completely."""
     if not folders:
         raise UsageError("name at least one dictionary folder to push")
     found: dict[str, Path] = {}
@@ -188,15 +179,15 @@ def _local_dictionaries(folders: Sequence[Path]) -> dict[str, Path]:
         sae_id = folder_name(check_folder(folder))
         if sae_id in found:
             raise UsageError(
-                f"{found[sae_id]} and {folder} are both named {sae_id}; push one of them, or into "
-                "another repository"
+                f"{found[sae_id]} and {folder} are both named {sae_id}; push only one of them, or "
+                "use another repository"
             )
         found[sae_id] = folder
     return found
 
 
 def _prepare(api: Any, repo_id: str, private: bool, revision: str | None) -> tuple[str, bool]:
-    """The commit to build on, and whether the branch is to be made. Creates the repository."""
+    """The commit to build on, and whether the branch is new. Creates a missing repository."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     if repo_id.count("/") != 1:  # the Hub would make it under another name than it is found by
@@ -208,7 +199,7 @@ def _prepare(api: Any, repo_id: str, private: bool, revision: str | None) -> tup
         found = api.model_info(repo_id)
     if private and not found.private:
         raise UsageError(
-            f"{repo_id} is there and is public, so --private cannot hide what is pushed; choose "
+            f"{repo_id} exists and is public, so --private cannot hide what is pushed; choose "
             "another name, or make it private in its settings"
         )
     if revision is None:
@@ -225,27 +216,42 @@ def _prepare(api: Any, repo_id: str, private: bool, revision: str | None) -> tup
     return found.sha, True
 
 
+@contextlib.contextmanager
+def _branch(api: Any, repo_id: str, revision: str | None, head: str, new: bool) -> Iterator[None]:
+    """Begin a ``new`` branch at ``head``; if the block fails, also by Ctrl-C, no branch is left."""
+    if not new:
+        yield
+        return
+    api.create_branch(repo_id, branch=revision, revision=head)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            api.delete_branch(repo_id, branch=revision)
+        raise
+
+
 def _check_none_is_ignored(repo_id: str, added: Sequence[Any]) -> None:
-    """Raise LlmWsaeError if the repository's .gitignore would leave out files in silence."""
+    """Raises LlmWsaeError if the repository's .gitignore would silently omit files."""
     if ignored := [one.path_in_repo for one in added if one._should_ignore]:
         raise LlmWsaeError(
-            f"{repo_id} has a .gitignore that leaves out {', '.join(ignored)}, so nothing was "
-            "pushed; remove that from it, or push to another repository"
+            f"{repo_id} has a .gitignore that excludes {', '.join(ignored)}, so nothing was "
+            "pushed; remove the entry, or push to another repository"
         )
 
 
 def _changed(
     sae_id: str, folder: Path, remote: "dict[str, RemoteFile]"
 ) -> dict[str, Path | bytes | None]:
-    """The files of a dictionary that the repository has not, or has differently; None is for one
-    that it should not have any more."""
+    """The files of a dictionary that the repository lacks or has differently; None for one that
+    must be deleted."""
     changed: dict[str, Path | bytes | None] = {}
     for name in FILES:
         path = f"{sae_id}/{name}"
         there = remote.get(path)
         if there is None or digest_of(folder / name, there) != there.digest:
             changed[path] = folder / name
-    # Drawn anew only with new numbers: another version of the drawing library is no change.
+    # Redrawn only for new numbers: another version of the drawing library is no change.
     drawing = f"{sae_id}/{FIGURE}"
     if drawing not in remote or f"{sae_id}/{EXTRAS}" in changed:
         figure = weights_figure(load_tensors(folder / EXTRAS, "side tensors")[0], sae_id)
@@ -255,9 +261,9 @@ def _changed(
 
 
 def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
-    """Of every dictionary that the repository will hold, by name.
+    """The facts of every dictionary that the repository will hold, sorted by name.
 
-    Raises UsageError where one would take the place of another model's.
+    Raises UsageError if one would replace another model's dictionary.
     """
     known = {
         sae_id: facts(
@@ -272,15 +278,15 @@ def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
             continue
         try:
             there = _remote_facts(remote, sae_id)
-        except LlmWsaeError as error:  # theirs is broken; that must not stop ours
+        except LlmWsaeError as error:  # a broken one must not stop the push
             if sae_id not in known:
-                print(f"llm-wsae: the card leaves out {sae_id}: {error}", file=sys.stderr)
+                print(f"llm-wsae: the card omits {sae_id}: {error}", file=sys.stderr)
             continue
         mine = known.setdefault(sae_id, there)
         if mine.model and there.model and mine.model != there.model:
             raise UsageError(
-                f"{remote.repo_id} holds another dictionary named {sae_id}, of the model "
-                f"{there.model}, and {local[sae_id]} is of {mine.model}; push it to another "
+                f"{remote.repo_id} holds another dictionary named {sae_id}, for the model "
+                f"{there.model}, and {local[sae_id]} is for {mine.model}; push it to another "
                 "repository"
             )
     return [known[sae_id] for sae_id in sorted(known)]

@@ -120,7 +120,7 @@ def test_a_file_larger_than_announced_is_not_fetched(hub, mixed, tmp_path):
     hub.store.put(REPO, path, json.dumps(cfg | {"d_in": 2, "d_sae": 3}).encode())
     big = bytes(2 << 20)
     hub.store.put(REPO, "a/topk/sae_weights.safetensors", big)
-    with pytest.raises(LlmWsaeError, match="can have 1,048,784 at most"):
+    with pytest.raises(LlmWsaeError, match="at most 1,048,784 are possible"):
         Dictionary.from_pretrained(REPO, "a/topk")
     assert hub.count("GET", "/storage/") == 0
 

@@ -178,7 +178,7 @@ def test_a_card_written_again_is_the_same():
 
 
 def test_metadata_that_is_no_yaml_is_left_alone():
-    with pytest.raises(LlmWsaeError, match=r"README.md of user/saes begins with metadata that is"):
+    with pytest.raises(LlmWsaeError, match=r"README.md of user/saes begins with metadata that"):
         card(REPO, [some()], set(), old="---\na: [\n---\nmine\n")
 
 

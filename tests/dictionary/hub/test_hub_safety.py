@@ -2,6 +2,7 @@
 
 import json
 import struct
+from contextlib import contextmanager
 
 import pytest
 from command_line import content
@@ -51,6 +52,20 @@ def edit(hub: HubServer, name: str, **changes) -> None:
     hub.store.put(REPO, f"{HERE}/{name}", json.dumps({**values, **changes}).encode())
 
 
+@contextmanager
+def spoilt(hub: HubServer, case: object):
+    """Undo what the block does to the repository; a failure names the case."""
+    repository = hub.store.repositories[REPO]
+    good = repository.branches["main"]
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"case: {case!r}"[:200])
+        raise
+    finally:
+        repository.branches["main"] = good
+
+
 def downloads(hub: HubServer) -> list[str]:
     return [path for method, path in hub.requests if method == "GET" and "/storage/" in path]
 
@@ -59,15 +74,16 @@ PATHS = ("../evil.json", "/etc/evil.json", f"{SITE}/../../evil", "a//b", "./a", 
          "a/\x00b", "a\nb")  # fmt: skip
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_path_that_leaves_the_folder_is_refused(hub, refused, tmp_path, path):
+def test_a_path_that_leaves_the_folder_is_refused(hub, refused, tmp_path):
     before = content(tmp_path)
-    hub.store.put(REPO, path, b"{}")
-    hub.store.put(REPO, f"{path}/wsae.json", b"{}")
-    said = refused()
-    assert repr(path)[1:-1] in said and "nothing of it is read" in said
-    with pytest.raises(LlmWsaeError, match="nothing of it is read"):
-        push([tmp_path / "plain"], REPO)
+    for path in PATHS:
+        with spoilt(hub, path):
+            hub.store.put(REPO, path, b"{}")
+            hub.store.put(REPO, f"{path}/wsae.json", b"{}")
+            said = refused()
+            assert repr(path)[1:-1] in said and "nothing of it is read" in said
+            with pytest.raises(LlmWsaeError, match="nothing of it is read"):
+                push([tmp_path / "plain"], REPO)
     assert content(tmp_path) == before
 
 
@@ -87,22 +103,22 @@ def test_json_is_read_up_to_a_size(hub, refused):
     assert downloads(hub) == []
 
 
-@pytest.mark.parametrize("name", ["sae_weights.safetensors", "wsae.safetensors"])
-def test_tensors_are_fetched_up_to_the_size_that_cfg_announces(hub, refused, name):
-    hub.store.put(REPO, f"{HERE}/{name}", b" " * (2 << 20))
-    hub.requests.clear()
-    assert f"{name} of user/saes is not read: it has 2,097,152 bytes" in refused()
-    large = hub.store.repositories[REPO].files()[f"{HERE}/{name}"].sha256
-    assert not [path for path in downloads(hub) if large in path]
+def test_tensors_are_fetched_up_to_the_size_that_cfg_announces(hub, refused):
+    for name in ("sae_weights.safetensors", "wsae.safetensors"):
+        with spoilt(hub, name):
+            hub.store.put(REPO, f"{HERE}/{name}", b" " * (2 << 20))
+            hub.requests.clear()
+            assert f"{name} of user/saes is not read: it has 2,097,152 bytes" in refused()
+            large = hub.store.repositories[REPO].files()[f"{HERE}/{name}"].sha256
+            assert not [path for path in downloads(hub) if large in path]
 
 
-@pytest.mark.parametrize(
-    "sizes", [(2**40, 2**40), (0, 8), (-1, 8), ("12", 80), (None, 80), (1.5, 2)]
-)
-def test_sizes_that_cannot_be_are_refused_before_anything_is_allocated(hub, refused, sizes):
-    edit(hub, "cfg.json", d_in=sizes[0], d_sae=sizes[1])
-    said = refused()
-    assert "cfg.json" in said and ("d_in = " in said or "asks for" in said)
+def test_sizes_that_cannot_be_are_refused_before_anything_is_allocated(hub, refused):
+    for sizes in ((2**40, 2**40), (0, 8), (-1, 8), ("12", 80), (None, 80), (1.5, 2)):
+        with spoilt(hub, sizes):
+            edit(hub, "cfg.json", d_in=sizes[0], d_sae=sizes[1])
+            said = refused()
+            assert "cfg.json" in said and ("d_in = " in said or "asks for" in said)
 
 
 def test_a_header_that_announces_too_much_is_refused(hub, refused):
@@ -124,22 +140,22 @@ def test_a_file_that_is_not_the_one_saved_is_refused(hub, refused):
     assert "is not the file whose checksum its wsae.json holds" in refused()
 
 
-@pytest.mark.parametrize("table", [None, [], "sha", {}, {"sae_weights.safetensors": 7}])
-def test_without_checksums_nothing_is_believed(hub, refused, table):
-    edit(hub, "wsae.json", sha256=table)
-    assert "is not the file whose checksum its wsae.json holds" in refused()
+def test_without_checksums_nothing_is_believed(hub, refused):
+    for table in (None, [], "sha", {}, {"sae_weights.safetensors": 7}):
+        with spoilt(hub, table):
+            edit(hub, "wsae.json", sha256=table)
+            assert "is not the file whose checksum its wsae.json holds" in refused()
 
 
-@pytest.mark.parametrize(
-    "pattern", [r"/storage/", r"/resolve/.*/cfg.json", r"/resolve/.*/wsae.json"]
-)
-def test_a_file_damaged_on_its_way_is_noticed_and_fetched_anew(hub, tmp_path, pattern):
-    hub.corrupt("GET", pattern)
-    with pytest.raises(LlmWsaeError, match="arrived damaged") as error:
-        pull(REPO, tmp_path / "out")
-    assert "run the same again" in str(error.value) and not (tmp_path / "out").exists()
-    folders = pull(REPO, tmp_path / "out")
-    assert content(*folders.values()) == content(tmp_path / "plain")
+def test_a_file_damaged_on_its_way_is_noticed_and_fetched_again(hub, tmp_path, monkeypatch):
+    for number, pattern in enumerate((r"/storage/", r"/resolve/.*/cfg.json", r"/resolve/.*wsae.j")):
+        hub.use(monkeypatch, tmp_path / f"home {number}", WRITER)  # an empty cache
+        out = tmp_path / f"out {number}"
+        hub.corrupt("GET", pattern)
+        with pytest.raises(LlmWsaeError, match="arrived damaged") as error:
+            pull(REPO, out)
+        assert "run the same command again" in str(error.value) and not out.exists(), pattern
+        assert content(*pull(REPO, out).values()) == content(tmp_path / "plain"), pattern
 
 
 def test_a_connection_that_keeps_breaking_loses_nothing(hub, tmp_path):
@@ -156,23 +172,25 @@ def test_a_connection_that_keeps_breaking_loses_nothing(hub, tmp_path):
     assert content(place) == content(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "wsae.safetensors"])
-def test_a_dictionary_that_is_not_whole_is_refused(hub, refused, name):
+def test_an_incomplete_dictionary_is_refused(hub, refused):
     repository = hub.store.repositories[REPO]
-    tree = {path: f for path, f in repository.files().items() if path != f"{HERE}/{name}"}
-    repository.branches["main"] = repository.add(tree, None, "lose one")
-    assert f"is not a whole dictionary of this package: it lacks {name}" in refused()
+    for name in ("cfg.json", "sae_weights.safetensors", "wsae.safetensors"):
+        with spoilt(hub, name):
+            tree = {path: f for path, f in repository.files().items() if path != f"{HERE}/{name}"}
+            repository.branches["main"] = repository.add(tree, None, "lose one")
+            assert f"is not a complete dictionary of this package: it lacks {name}" in refused()
 
 
 NONSENSE = (b"", b"{", b"[]", b"7", b"\xff\xfe", b"{}", b"[" * 200_000, b'{"format": 7}',
             b'{"a":' * 100_000, b"1" * 10_000)  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(NONSENSE)))
-@pytest.mark.parametrize("name", ["cfg.json", "wsae.json"])
-def test_nonsense_is_one_sentence(hub, refused, name, number):
-    hub.store.put(REPO, f"{HERE}/{name}", NONSENSE[number])
-    assert "json" in refused()
+def test_nonsense_is_one_sentence(hub, refused):
+    for name in ("cfg.json", "wsae.json"):
+        for nonsense in NONSENSE:
+            with spoilt(hub, (name, nonsense[:20])):
+                hub.store.put(REPO, f"{HERE}/{name}", nonsense)
+                assert "json" in refused()
 
 
 def test_someone_elses_nonsense_does_not_stop_a_push(hub, tmp_path, capsys):
@@ -180,7 +198,7 @@ def test_someone_elses_nonsense_does_not_stop_a_push(hub, tmp_path, capsys):
     hub.store.put(REPO, "a`b/wsae.json", b"{}")  # a name that a card could not hold
     make_dictionary("other-k4").save(tmp_path / "other")
     assert push([tmp_path / "other"], REPO).sae_ids == [f"{SITE}/other-k4"]
-    assert f"the card leaves out {HERE}: " in capsys.readouterr().err
+    assert f"the card omits {HERE}: " in capsys.readouterr().err
     card = hub.store.content(REPO, "README.md").decode()
     assert "other-k4" in card and "plain-k4" not in card and "a`b" not in card
 
@@ -200,11 +218,12 @@ def test_a_dictionary_at_the_top_of_its_repository(hub, tmp_path):
     assert Dictionary.from_pretrained("user/single").d_sae == 80
 
 
-@pytest.mark.parametrize("status", [200, 404, 418, 500])
-def test_answers_that_no_hub_gives(hub, tmp_path, status):
-    for pattern in ("/api/models/user/saes$", "/tree/", "/resolve/"):
-        hub.fail("GET", pattern, status, times=99)
-        with pytest.raises(LlmWsaeError) as error:
-            list_dictionaries(REPO)
-        hub.faults.clear()
-        assert "\n" not in str(error.value) and "saes" in str(error.value)
+def test_answers_that_no_hub_gives(hub, tmp_path):
+    for status in (200, 404, 418, 500):
+        for pattern in ("/api/models/user/saes$", "/tree/", "/resolve/"):
+            hub.fail("GET", pattern, status, times=99)
+            with pytest.raises(LlmWsaeError) as error:
+                list_dictionaries(REPO)
+            hub.faults.clear()
+            said = str(error.value)
+            assert "\n" not in said and "saes" in said, (status, pattern, said)

@@ -161,7 +161,7 @@ def test_a_repository_that_ignores_the_weights_gets_nothing(hub, plain):
     make_dictionary("plain-k4", seed=5).save(plain.parent / "other")
     hub.ignored = (".safetensors",)
     for revision in (None, "try"):
-        with pytest.raises(LlmWsaeError, match=r"gitignore that leaves out .*safetensors") as error:
+        with pytest.raises(LlmWsaeError, match=r"gitignore that excludes .*safetensors") as error:
             push([plain.parent / "other"], REPO, revision=revision)
         assert "nothing was pushed" in sentence(error)
     assert head(hub) == before and "try" not in hub.store.repositories[REPO].branches
@@ -172,7 +172,7 @@ def test_private_is_private(hub, plain, login):
     assert hub.store.repositories[REPO].private
     assert push([plain], REPO, private=True).changed == []
     hub.create("user/open")
-    with pytest.raises(UsageError, match="is there and is public"):
+    with pytest.raises(UsageError, match="exists and is public"):
         push([plain], "user/open", private=True)
     assert len(hub.store.repositories["user/open"].messages) == 1
 
