@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--shape", type=Shape.parse, default=Shape(768, 24576, 32))
     parser.add_argument("--batch", type=int, default=4096, help="rows per step")
     parser.add_argument("--steps", type=int, default=10, help="steps before the one that counts")
-    parser.add_argument("--write", action="store_true", help="write into BENCHMARKS.md")
+    parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
 
     busy = machine(torch.get_num_threads())
@@ -117,7 +117,7 @@ def main() -> None:
     table = [head, *(row(args.shape, rows, fast, args.batch) for fast in formats)]
     text = "\n\n".join(
         [
-            f"### Gradients beside float64, {args.shape}, batch {args.batch}, after {args.steps} "
+            f"## Gradients compared with float64, {args.shape}, batch {args.batch}, after {args.steps} "
             "steps on random normal rows",
             markdown(table),
             "‖g − g₆₄‖ / ‖g₆₄‖ by parameter, float64 having the same active latents; then the "

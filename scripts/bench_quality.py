@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--site", default="blocks.9.hook_resid_post")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write into BENCHMARKS.md")
+    parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
 
     busy = machine(torch.get_num_threads())
@@ -132,7 +132,7 @@ def main() -> None:
         ],
     }
     lines = [
-        f"### Training quality, {site}, {store.num_rows:,} rows, k {args.k}, 8 ×",
+        f"## Training quality, {site}, {store.num_rows:,} rows, k {args.k}, 8 ×",
         "",
         "| | FVU on held-out text | each seed |",
         "|---|--:|---|",

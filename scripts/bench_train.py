@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--store", type=Path, help="train on activations from here")
     parser.add_argument("--site", help="which of the store's")
-    parser.add_argument("--write", action="store_true", help="record in scripts/BENCHMARKS.md")
+    parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
     if (args.store is None) != (args.site is None):
         parser.error("--store and --site go together")
@@ -307,7 +307,7 @@ def main() -> None:
         how = "workers kept alive" if keep else "workers started anew for each"
         dead = f", {args.dead:,} latents dead" if args.dead else ""
         text = (
-            f"### Training step, {shape}, batch {args.batch}, {words}{dead}\n\n"
+            f"## Training step, {shape}, batch {args.batch}, {words}{dead}\n\n"
             f"{table(everybody, args.batch)}\n\n"
             f"{about_machine}. Peers: {versions or 'none'}. "
             f"Rounds: {args.rounds}; timed steps in each: {args.steps}; {how}.\n"

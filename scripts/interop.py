@@ -1,6 +1,6 @@
 """Our readers on dictionaries that the real tools wrote, and our dictionaries in the real tools.
 
-    python scripts/interop.py                       # every part; scripts/INTEROP.md is written anew
+    python scripts/interop.py                       # every part; docs/interop is written
     python scripts/interop.py sparsify saebench     # some of them; the others stay as they are
 
 Each tool runs in an environment of its own (``LLM_WSAE_PEERS``), where a script of ``peers/`` lets
@@ -15,30 +15,22 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import write_section
+from benchmarks import ROOT, write_section
 from interop_checks import Part
 from interop_ours import ours_in_saelens, plugin, saebench, tests
 from interop_theirs import dictionary_learning, saelens, saelens_before_6, sparsify
 
-from llm_wsae.files import write_text
-
-REPORT = Path(__file__).parent / "INTEROP.md"
-HEADER = """# What other tools and this package make of each other's dictionaries
-
-Written by `scripts/interop.sh`, which is the command that repeats it. A difference is the largest
-|a − b| / (1 + |b|) over all latents, or all reconstructed numbers, of the same rows in float32: a
-from this package, b from the tool itself.
-"""
-
-PARTS: dict[str, Callable[[Path], Part]] = {
-    "saelens": saelens,
-    "saelens-before-6": saelens_before_6,
-    "sparsify": sparsify,
-    "dictionary-learning": dictionary_learning,
-    "ours-in-saelens": ours_in_saelens,
-    "saebench": saebench,
-    "plugin": plugin,
-    "tests": tests,
+REPORTS = ROOT / "docs/interop"
+READ, WRITTEN = "read.md", "written.md"
+PARTS: dict[str, tuple[Callable[[Path], Part], str]] = {
+    "saelens": (saelens, READ),
+    "saelens-before-6": (saelens_before_6, READ),
+    "sparsify": (sparsify, READ),
+    "dictionary-learning": (dictionary_learning, READ),
+    "ours-in-saelens": (ours_in_saelens, WRITTEN),
+    "saebench": (saebench, WRITTEN),
+    "plugin": (plugin, WRITTEN),
+    "tests": (tests, WRITTEN),
 }
 
 
@@ -46,18 +38,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all by default")
     wanted = parser.parse_args().parts or list(PARTS)
-    if not REPORT.exists():
-        write_text(REPORT, HEADER)
     failed = []
     for name in wanted:
         print(f"{name} …", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
-            text, ok = PARTS[name](Path(folder).resolve() / name)
+            part, page = PARTS[name]
+            text, ok = part(Path(folder).resolve() / name)
         print(text)
-        write_section(name, text, REPORT)
+        write_section(name, text, REPORTS / page)
         failed += [] if ok else [name]
     if failed:
-        sys.exit(f"differences in {', '.join(failed)}: see **NO** in {REPORT}")
+        sys.exit(f"differences in {', '.join(failed)}: see **NO** in {REPORTS}")
 
 
 if __name__ == "__main__":

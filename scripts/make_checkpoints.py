@@ -44,7 +44,7 @@ dictionary = load_pretrained("{first}")
 Stored in bfloat16; everything above was measured on the stored files, on documents held out of the
 same mixture. There is one seed each: the differences are those of two runs, not of two methods.
 Whether weights help is a question for `llm-wsae study`; its answers so far are in
-[docs/results.md](../docs/results.md).
+`docs/results.md`.
 
 Made by `bash scripts/make_checkpoints.sh`, which trains and measures them again. The texts are not
 part of this repository; Wikipedia's are CC BY-SA, the addresses are in the public domain, the model

@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dead", type=int, default=0, help="dead latents, for AuxK to revive")
-    parser.add_argument("--write", action="store_true", help="record in scripts/BENCHMARKS.md")
+    parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
 
     about_machine = machine(args.threads)
@@ -150,7 +150,7 @@ def main() -> None:
         )
     dead = f", {args.dead:,} latents dead" if args.dead else ""
     text = (
-        f"### Where the step's time goes, {args.shape}, batch {args.batch}{dead}\n\n"
+        f"## Where the step's time goes, {args.shape}, batch {args.batch}{dead}\n\n"
         + "\n".join(lines)
         + f"\n\nMedians of {args.steps} steps. {about_machine}."
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import paper_section
 import torch
-from benchmarks import README, RESULTS, embedded_model, write_section
+from benchmarks import RESULTS, embedded_model, write_section
 from results_archive import pack, unpack
 from study_claims import (
     ANNEALING,
@@ -32,7 +32,7 @@ from study_claims import (
     Study,
     archive_of,
 )
-from study_section import figure, readme_table, section
+from study_section import figure, section, study_table
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -237,7 +237,7 @@ def write() -> None:
         plot_differences(report.compared, report.against_itself, site, differences)
     write_section("study", section(), RESULTS)
     write_section("paper", paper_section.section(studies), RESULTS)
-    write_section("study table", readme_table(studies), README)
+    write_section("study table", study_table(studies), RESULTS)
 
 
 if __name__ == "__main__":

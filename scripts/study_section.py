@@ -145,7 +145,7 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
     return "\n\n".join(parts)
 
 
-def readme_table(studies: Mapping[str, Study]) -> str:
+def study_table(studies: Mapping[str, Study]) -> str:
     """What became of every rule at both sites, in a few words: best in detection first."""
     found = {
         site: {one.label: one for one in study.report.compared if not one.is_control}
@@ -253,7 +253,7 @@ def section() -> str:
         "active on a token, dense ones not counted, in place of equal cross-entropy.",
         "No interval covers another text, a longer training or another learning rate. Every "
         "dictionary had one pass at a rate that was chosen for the plain one; what twice as many "
-        "rows give, on one seed, stands in [checkpoints](../checkpoints/README.md).",
+        "rows give, on one seed, stands in [checkpoints](pretrained.md).",
         "Two things were mended after most of these dictionaries had been made. (1) How "
         "differences are tested: the plain curve's own error was counted twice in a difference "
         "from the control, "

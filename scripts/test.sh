@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Every test that this machine can run, in an environment of its own, a file to a core. Arguments go
-# to pytest.
+# Linter, formatter, type checker, and every test that this machine can run, in an environment of
+# their own, a file to a core. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 make_environment .venv-test test
 
 .venv-test/bin/ruff check .
+.venv-test/bin/ruff format --check --quiet .
+.venv-test/bin/mypy
 exec .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

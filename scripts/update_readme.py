@@ -1,4 +1,4 @@
-"""Writes the quickstart's table and figures into the README, from the last run of it.
+"""Writes the quickstart's table into the README and its figures into docs/images, from its last run.
 
 bash scripts/quickstart.sh && python scripts/update_readme.py
 """
@@ -6,11 +6,9 @@ bash scripts/quickstart.sh && python scripts/update_readme.py
 import json
 import shutil
 
-from benchmarks import README, write_section
+from benchmarks import IMAGES, README, ROOT, write_section
 
-ROOT = README.parent
 RESULT = ROOT / "runs/quickstart/blocks.9.hook_resid_post"
-FIGURES = ROOT / "scripts/figures"
 
 
 def main() -> None:
@@ -37,9 +35,8 @@ def main() -> None:
         "held-out tokens. The intervals are over contexts, not over seeds.",
     ]
     write_section("quickstart table", "\n".join(lines), README)
-    FIGURES.mkdir(exist_ok=True)
     for name in ("profile.png", "fidelity.png"):
-        shutil.copy(RESULT / name, FIGURES / name)
+        shutil.copy(RESULT / name, IMAGES / name)
 
 
 if __name__ == "__main__":

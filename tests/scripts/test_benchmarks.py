@@ -51,7 +51,8 @@ def test_a_section_is_replaced_and_the_rest_is_kept(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from benchmarks import write_section
 
-    path = tmp_path / "BENCHMARKS.md"
+    path = tmp_path / "page.md"
+    path.write_text("# Page\n")
     write_section("a", "old a", path)
     write_section("b", "b", path)
     whole = path.read_text()

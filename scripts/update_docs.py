@@ -1,0 +1,99 @@
+"""Writes the tables of options in docs/commands, from what ``llm-wsae COMMAND --help`` shows.
+
+python scripts/update_docs.py
+"""
+
+import contextlib
+import io
+import os
+import re
+
+from benchmarks import ROOT, write_section
+
+from llm_wsae.cli import COMMANDS, main
+
+PAGES = ROOT / "docs/commands"
+_WIDTH = "79"  # narrow enough for the parser to draw one column
+# Which command's page has the options under a prefix.
+_EXPLAINED = {"harvest": "harvest", "train": "train", "evaluate": "evaluate", "score": "evaluate"}
+
+
+def options(command: str) -> str:
+    """The options of a command, a table for each group of them."""
+    groups = [(title, rows) for title, rows in _groups(_help(command)) if rows]
+    return "\n\n".join(_table(command, title, rows) for title, rows in groups)
+
+
+def _help(command: str) -> list[str]:
+    """The lines of a command's help."""
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = _WIDTH
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # where there is no UTF-8, no boxes
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            main([command, "--help"])
+    finally:
+        os.environ.pop("COLUMNS")
+        os.environ |= {} if columns is None else {"COLUMNS": columns}
+    shown.seek(0)
+    return re.sub(r"\x1b\[[\d;]*m", "", shown.read()).splitlines()
+
+
+def _groups(lines: list[str]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The parser's boxes: their titles, and an option and its help on each row."""
+    groups: list[tuple[str, list[tuple[str, str]]]] = []
+    for line in lines:
+        if line.startswith("╭"):
+            groups.append((line.strip("╭╮─ "), []))
+        if not line.startswith("│"):
+            continue
+        rows, text = groups[-1][1], line.strip("│").rstrip()[1:]
+        name, _, meaning = text.partition("  ")
+        if text.startswith("-") or (text[:1].strip() and groups[-1][0] == "positional arguments"):
+            rows.append((name, meaning.strip()))
+        elif text.startswith(" ") and rows:
+            rows[-1] = (rows[-1][0], f"{rows[-1][1]} {text.strip()}".strip())
+    return groups
+
+
+def _table(command: str, title: str, rows: list[tuple[str, str]]) -> str:
+    """One group as Markdown. What another command's page explains is only named."""
+    lines, elsewhere = [], {}
+    for name, meaning in rows:
+        *long, flag = sorted(_flags(name), key=lambda flag: "." not in flag)
+        prefix = (long or [flag])[0].partition(".")[0].removeprefix("--")
+        page = _EXPLAINED.get(prefix, command)
+        if "." in flag and page != command:
+            elsewhere.setdefault(page, flag)
+        elif name[:2] != "-h":
+            lines.append(_row(f"{flag} {_value(name)}".strip(), meaning))
+    head = ["| option | meaning | default |", "|---|---|---|"]
+    links = [
+        f"{'More: ' if lines else ''}`{flag}` and so on, explained under [{page}]({page}.md#options)."
+        for page, flag in elsewhere.items()
+    ]
+    parts = [f"**{title[:1].upper()}{title[1:]}**", "\n".join(head + lines if lines else []), *links]
+    return "\n\n".join(filter(None, parts))
+
+
+def _row(option: str, meaning: str) -> str:
+    """A row of the table; the parser appends the default to the meaning."""
+    meaning, _, default = meaning.rpartition(" (")
+    default = default.removesuffix(")").removeprefix("default:").strip()
+    cell = {"required": "**required**", "None": "", "False": "", "": ""}.get(default, f"`{default}`")
+    return f"| `{option}` | {meaning} | {cell} |".replace("{None}|", "").replace("``", "`")
+
+
+def _value(name: str) -> str:
+    """What an option takes: ``[INT [INT ...]]`` becomes ``INT …``."""
+    value = name.partition(", ")[0].partition(" ")[2].removeprefix("{None}|")
+    return re.sub(r"^\[(.+?) \[.*\]\]$", r"\1 …", value).replace("|", "\\|")
+
+
+def _flags(name: str) -> list[str]:
+    return [part.partition(" ")[0] for part in name.split(", ")]
+
+
+if __name__ == "__main__":
+    for command in COMMANDS:
+        write_section("options", options(command), PAGES / f"{command}.md")
