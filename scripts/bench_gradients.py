@@ -117,8 +117,8 @@ def main() -> None:
     table = [head, *(row(args.shape, rows, fast, args.batch) for fast in formats)]
     text = "\n\n".join(
         [
-            f"## Gradients compared with float64, {args.shape}, batch {args.batch}, after {args.steps} "
-            "steps on random normal rows",
+            f"## Gradients compared with float64, {args.shape}, batch {args.batch}, "
+            f"after {args.steps} steps on random normal rows",
             markdown(table),
             "‖g − g₆₄‖ / ‖g₆₄‖ by parameter, float64 having the same active latents; then the "
             f"share of latents that it would not pick, and what that makes of the error. {busy}.",

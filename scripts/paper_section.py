@@ -11,7 +11,7 @@ from llm_wsae.studies.verdict import BETTER
 from llm_wsae.tables import markdown
 
 _PLANTED = FOLDER / "planted.jsonl.gz"
-_TESTS = "[tests](../tests/test_closed_form.py)"
+_TESTS = "`tests/theory/test_closed_form.py`"
 _PROXY = "variance"
 _STUDIED = ("variance-a0.5", "variance-a1")
 

@@ -68,19 +68,21 @@ def _table(command: str, title: str, rows: list[tuple[str, str]]) -> str:
         elif name[:2] != "-h":
             lines.append(_row(f"{flag} {_value(name)}".strip(), meaning))
     head = ["| option | meaning | default |", "|---|---|---|"]
+    more = "More: " if lines else ""
     links = [
-        f"{'More: ' if lines else ''}`{flag}` and so on, explained under [{page}]({page}.md#options)."
+        f"{more}`{flag}` and so on, explained under [{page}]({page}.md#options)."
         for page, flag in elsewhere.items()
     ]
-    parts = [f"**{title[:1].upper()}{title[1:]}**", "\n".join(head + lines if lines else []), *links]
-    return "\n\n".join(filter(None, parts))
+    title = f"**{title[:1].upper()}{title[1:]}**"
+    return "\n\n".join(filter(None, [title, "\n".join(head + lines if lines else []), *links]))
 
 
 def _row(option: str, meaning: str) -> str:
     """A row of the table; the parser appends the default to the meaning."""
     meaning, _, default = meaning.rpartition(" (")
     default = default.removesuffix(")").removeprefix("default:").strip()
-    cell = {"required": "**required**", "None": "", "False": "", "": ""}.get(default, f"`{default}`")
+    cell = "" if default in ("None", "False", "") else f"`{default}`"
+    cell = "**required**" if default == "required" else cell
     return f"| `{option}` | {meaning} | {cell} |".replace("{None}|", "").replace("``", "`")
 
 

@@ -1,4 +1,4 @@
-"""Writes the quickstart's table into the README and its figures into docs/images, from its last run.
+"""Writes the quickstart's table into the README and its figures into docs/images.
 
 bash scripts/quickstart.sh && python scripts/update_readme.py
 """

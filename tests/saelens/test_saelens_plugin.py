@@ -109,7 +109,7 @@ def test_the_names_are_those_of_the_classes():
     assert {alias.name for node in shown.body for alias in node.names} == classes
 
 
-def test_the_readme_names_what_is_there():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (names,) = re.findall(r"from llm_wsae\.saelens import (.+)", readme)
+def test_the_docs_name_what_is_there():
+    page = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    (names,) = re.findall(r"from llm_wsae\.saelens import (.+)", page)
     assert set(names.split(", ")) <= set(llm_wsae.saelens.__all__)
