@@ -147,9 +147,7 @@ def sparsity_from_settings(cfg: Mapping[str, Any]) -> Sparsity:
         return JumpReLU()
     k = cfg.get("k")
     if type(k) is not int or not 1 <= k < 2**31:
-        raise LlmWsaeError(
-            f"k is {shown(k)}, but the topk architecture needs a positive whole number"
-        )
+        raise LlmWsaeError(f"k is {shown(k)}, but the topk architecture needs a positive integer")
     return TopK(k)
 
 

@@ -1,9 +1,12 @@
 """Dictionaries in a running model: what they compute, on both backends, and that nothing stays."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from attach_targets import SITE, both, dictionary, families, hooks_of, logits, place, sites_of
+from looping import looped
 from small_dictionaries import make_dictionary
 from tiny import VOCAB
 from tiny_families import WITH_MID, tiny_hf_model
@@ -60,8 +63,8 @@ def test_without_the_error_the_reconstruction_stands_at_the_site(model, backend,
         assert not torch.allclose(found, logits(target, ids), atol=0.1)
 
 
-@pytest.fixture(scope="module")
-def contexts(model):
+@functools.cache
+def contexts_of(model):
     """Text that the model wrote, so that a splice makes it worse at predicting it."""
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCAB, (12, 1), generator=draw)
@@ -77,11 +80,11 @@ def contexts(model):
 
 @families("gpt2", "llama", "neox")
 @both
-@pytest.mark.parametrize("point", ["pre", "mid", "post"])
-def test_cross_entropy_is_what_evaluate_reports(model, backend, contexts, point):
+@looped("point", ["pre", "mid", "post"])
+def test_cross_entropy_is_what_evaluate_reports(model, backend, point):
     if point == "mid" and not model.paths.mid:
-        pytest.skip("parallel blocks have no mid")
-    ids, keep = contexts
+        return  # parallel blocks have none
+    ids, keep = contexts = contexts_of(model)
     site = Site(2, point)
     norms = model.activations(ids, [site])[site][keep].norm(dim=1)
     one = dictionary(str(site), massive_threshold=float(norms.quantile(0.85)))
@@ -141,8 +144,8 @@ def edited_by_hand(dense, name, latents):
 
 @families("gpt2", "llama")
 @both
-@pytest.mark.parametrize("name", EDITS)
-@pytest.mark.parametrize("error", [True, False])
+@looped("name", EDITS)
+@looped("error", [True, False])
 def test_edits(model, backend, ids, name, error):
     target, one = place(model, backend), dictionary()
     hidden = model.activations(ids, [one.site])[one.site]
@@ -344,7 +347,7 @@ def test_a_live_model_is_hooked_itself_and_stays_as_it_is(ids):
             assert torch.equal(hf_model(ids).logits, clean)  # that is another model
 
 
-@pytest.mark.parametrize("point", ["pre", "mid", "post"])
+@looped("point", ["pre", "mid", "post"])
 def test_gradients_flow_through_the_reconstruction(ids, point):
     model = LanguageModel.from_live(tiny_hf_model("llama"), None)
     one = dictionary(f"blocks.1.hook_resid_{point}")

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from looping import looped
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
@@ -42,10 +43,14 @@ def by_hand(dictionary, x):
     return latents, latents @ dictionary.W_dec.double() + dictionary.b_dec.double()
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize("shape", [(), (1,), (9,), (3, 4), (2, 3, 4), (0,), (2500,)])
-def test_encode_and_decode_equal_the_definition(sparsity, shape):
-    dictionary, x = make(sparsity), rows(*shape)
+@looped("sparsity", SPARSITIES)
+def test_encode_and_decode_equal_the_definition(sparsity):
+    for shape in ((), (1,), (9,), (3, 4), (2, 3, 4), (0,), (2500,)):
+        check_shape(make(sparsity), shape)
+
+
+def check_shape(dictionary, shape):
+    x = rows(*shape)
     latents, reconstruction = by_hand(dictionary, x)
     dense, codes = dictionary.encode(x), dictionary.encode_sparse(x)
     assert dense.shape == (*shape, D_SAE)
@@ -59,11 +64,12 @@ def test_encode_and_decode_equal_the_definition(sparsity, shape):
         torch.testing.assert_close(result.double(), reconstruction, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_any_float_input_is_computed_in_the_dictionarys_dtype(dtype):
-    dictionary, x = make(TopK(5)), rows(9).to(dtype)
-    assert dictionary(x).dtype == torch.float32
-    assert torch.equal(dictionary(x), dictionary(x.float()))
+def test_any_float_input_is_computed_in_the_dictionarys_dtype():
+    dictionary = make(TopK(5))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        x = rows(9).to(dtype)
+        assert dictionary(x).dtype == torch.float32, dtype
+        assert torch.equal(dictionary(x), dictionary(x.float())), dtype
 
 
 def test_unused_slots_add_nothing():
@@ -80,7 +86,7 @@ def test_encoding_never_subtracts_the_decoder_bias():
     assert torch.equal(dictionary.encode(rows(9)), before)
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
+@looped("sparsity", SPARSITIES)
 def test_gradient_reaches_the_input_and_not_the_weights(sparsity):
     dictionary, x = make(sparsity), rows(4).requires_grad_()
     latents = dictionary.encode(x.detach())
@@ -91,13 +97,13 @@ def test_gradient_reaches_the_input_and_not_the_weights(sparsity):
     assert dictionary.W_enc.grad is None
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_rows_are_an_error(bad):
-    x = rows(3, 4)
-    x[1, 2, 0] = bad
-    for run in (make(TopK(5)).encode, make(TopK(5)).encode_sparse, make(ReLU())):
-        with pytest.raises(LlmWsaeError, match="1 of 12 rows to encode hold NaN or infinity"):
-            run(x)
+def test_nan_rows_are_an_error():
+    for bad in (float("nan"), float("inf")):
+        x = rows(3, 4)
+        x[1, 2, 0] = bad
+        for run in (make(TopK(5)).encode, make(TopK(5)).encode_sparse, make(ReLU())):
+            with pytest.raises(LlmWsaeError, match="1 of 12 rows to encode hold NaN or infinity"):
+                run(x)
 
 
 def test_wrong_width_is_a_sentence():
@@ -108,20 +114,17 @@ def test_wrong_width_is_a_sentence():
         dictionary.decode(torch.zeros(3, 79))
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
+def test_tensors_that_do_not_fit_each_other():
+    good = make(JumpReLU())
+    for name, shape in (
         ("W_dec", (D_IN, D_SAE)),
         ("b_enc", (D_IN,)),
         ("b_dec", (D_SAE,)),
         ("threshold", (D_IN,)),
-    ],
-)
-def test_tensors_that_do_not_fit_each_other(name, shape):
-    good = make(JumpReLU())
-    parts = {**dict(good.named_parameters()), name: torch.zeros(shape)}
-    with pytest.raises(UsageError, match=f"{name} has the shape"):
-        Dictionary(**parts, sparsity=JumpReLU(), info=good.info)
+    ):
+        parts = {**dict(good.named_parameters()), name: torch.zeros(shape)}
+        with pytest.raises(UsageError, match=f"{name} has the shape"):
+            Dictionary(**parts, sparsity=JumpReLU(), info=good.info)
 
 
 def test_a_threshold_belongs_to_jumprelu():
@@ -149,7 +152,7 @@ def test_k_larger_than_the_dictionary():
         make(TopK(81))
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
+@looped("sparsity", SPARSITIES)
 def test_module_moves_and_copies(sparsity):
     dictionary = make(sparsity)
     double = copy.deepcopy(dictionary).double()

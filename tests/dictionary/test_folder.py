@@ -1,11 +1,13 @@
 import importlib.util
 import json
 import os
+import shutil
 import struct
 import subprocess
 
 import pytest
 import torch
+from looping import looped
 from safetensors.torch import load_file, save_file
 
 from llm_wsae import files
@@ -66,8 +68,9 @@ def edit_weights(folder, **changes):
     save_file({name: t for name, t in tensors.items() if t is not None}, path)
 
 
-@pytest.mark.parametrize("sparsity", [TopK(5), ReLU(), JumpReLU()])
+@looped("sparsity", [TopK(5), ReLU(), JumpReLU()])
 def test_round_trip_is_exact(tmp_path, sparsity):
+    shutil.rmtree(tmp_path / "a", ignore_errors=True)
     saved = make(sparsity)
     saved.save(tmp_path / "a" / "b")
     loaded = Dictionary.load(tmp_path / "a" / "b")
@@ -87,7 +90,7 @@ def test_round_trip_is_exact(tmp_path, sparsity):
         assert loaded.extras[name].dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@looped("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_round_the_matrices_once(tmp_path, folder, dtype):
     saved = make(JumpReLU())
     saved.save(tmp_path / "half", dtype=dtype)
@@ -110,7 +113,7 @@ def test_refused_dtypes_and_overflow(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_matrix_weights_have_room(tmp_path):
+def test_weights_may_be_a_full_matrix(tmp_path):
     dictionary = make()
     dictionary.extras["gamma"] = torch.rand(D_IN, D_IN)
     dictionary.save(tmp_path / "matrix")
@@ -203,12 +206,14 @@ def test_missing_and_foreign_folders(tmp_path, folder):
         Dictionary.load(folder)
 
 
-@pytest.mark.parametrize("name", ["cfg.json", "wsae.json"])
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\xff"])
-def test_corrupt_json(folder, name, text):
-    (folder / name).write_text(text, encoding="latin-1")
-    with pytest.raises(LlmWsaeError, match=name):
-        Dictionary.load(folder)
+def test_corrupt_json(folder):
+    for name in ("cfg.json", "wsae.json"):
+        good = (folder / name).read_text()
+        for text in ("", "{", "[1]", "\x00\xff"):
+            (folder / name).write_text(text, encoding="latin-1")
+            with pytest.raises(LlmWsaeError, match=name):
+                Dictionary.load(folder)
+        (folder / name).write_text(good)
 
 
 def test_format_of_the_future(folder):
@@ -222,62 +227,66 @@ def test_format_of_the_future(folder):
         Dictionary.load(folder)
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (
-            {"architecture": "gated"},
-            "'gated' is not supported; known are 'topk', 'stan",
-        ),
-        ({"architecture": "top_k"}, "did you mean 'topk'"),
-        ({"k": 0}, "positive whole number"),
-        ({"k": 81}, "more than the dictionary's 80 latents"),
-        ({"d_sae": 81}, r"W_dec has the shape \[80, 12\], but cfg.json asks for \[81, 12\]"),
-        ({"d_in": 13}, "the shape"),
-        ({"d_in": "12"}, "d_in = '12'"),
-        ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input = True"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations"),
-        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm"),
-    ],
-)
-def test_configuration_that_does_not_fit(folder, changes, sentence):
-    edit_json(folder / "cfg.json", **changes)
-    with pytest.raises(LlmWsaeError, match=sentence):
-        Dictionary.load(folder)
+CONFIGURATIONS = [
+    (
+        {"architecture": "gated"},
+        "'gated' is not supported; known are 'topk', 'stan",
+    ),
+    ({"architecture": "top_k"}, "did you mean 'topk'"),
+    ({"k": 0}, "needs a positive integer"),
+    ({"k": 81}, "more than the dictionary's 80 latents"),
+    ({"d_sae": 81}, r"W_dec has the shape \[80, 12\], but cfg.json asks for \[81, 12\]"),
+    ({"d_in": 13}, "the shape"),
+    ({"d_in": "12"}, "d_in = '12'"),
+    ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input = True"),
+    ({"normalize_activations": "layer_norm"}, "normalize_activations"),
+    ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm"),
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"W_enc": torch.zeros(D_IN, D_SAE - 1)}, "W_enc has the shape"),
-        ({"W_enc": torch.zeros(D_SAE, D_IN)}, "W_enc has the shape"),
-        ({"b_enc": torch.zeros(D_SAE, dtype=torch.int32)}, "b_enc is stored as I32"),
-        ({"b_enc": torch.zeros(D_SAE, dtype=torch.float64)}, "b_enc is stored as F64"),
-        ({"b_dec": torch.full((D_IN,), float("nan"))}, "b_dec holds 12 NaN or infinite"),
-        ({"W_dec": torch.full((D_SAE, D_IN), float("inf"))}, "W_dec holds 960 NaN"),
-        ({"b_dec": None}, "instead of"),
-        ({"threshold": torch.zeros(D_SAE)}, "instead of"),
-    ],
-)
-def test_weights_that_do_not_fit(folder, changes, sentence):
-    edit_weights(folder, **changes)
-    with pytest.raises(LlmWsaeError, match=sentence):
-        Dictionary.load(folder)
+def test_configuration_that_does_not_fit(folder):
+    good = (folder / "cfg.json").read_text()
+    for changes, sentence in CONFIGURATIONS:
+        (folder / "cfg.json").write_text(good)
+        edit_json(folder / "cfg.json", **changes)
+        with pytest.raises(LlmWsaeError, match=sentence):
+            Dictionary.load(folder)
 
 
-@pytest.mark.parametrize(
-    ("threshold", "sentence"),
-    [
-        (None, r"instead of \[.*'threshold'\]"),
-        (torch.zeros(D_IN), r"threshold has the shape \[12\], but cfg.json asks for \[80\]"),
-        (torch.full((D_SAE,), float("nan")), "threshold holds 80 NaN"),
-    ],
-)
-def test_thresholds_that_do_not_fit(folder, threshold, sentence):
-    make(JumpReLU()).save(folder)
-    edit_weights(folder, threshold=threshold)
-    with pytest.raises(LlmWsaeError, match=sentence):
-        Dictionary.load(folder)
+WEIGHTS = [
+    ({"W_enc": torch.zeros(D_IN, D_SAE - 1)}, "W_enc has the shape"),
+    ({"W_enc": torch.zeros(D_SAE, D_IN)}, "W_enc has the shape"),
+    ({"b_enc": torch.zeros(D_SAE, dtype=torch.int32)}, "b_enc is stored as I32"),
+    ({"b_enc": torch.zeros(D_SAE, dtype=torch.float64)}, "b_enc is stored as F64"),
+    ({"b_dec": torch.full((D_IN,), float("nan"))}, "b_dec holds 12 NaN or infinite"),
+    ({"W_dec": torch.full((D_SAE, D_IN), float("inf"))}, "W_dec holds 960 NaN"),
+    ({"b_dec": None}, "instead of"),
+    ({"threshold": torch.zeros(D_SAE)}, "instead of"),
+]
+
+
+def test_weights_that_do_not_fit(folder):
+    good = (folder / "sae_weights.safetensors").read_bytes()
+    for changes, sentence in WEIGHTS:
+        (folder / "sae_weights.safetensors").write_bytes(good)
+        edit_weights(folder, **changes)
+        with pytest.raises(LlmWsaeError, match=sentence):
+            Dictionary.load(folder)
+
+
+THRESHOLDS = [
+    (None, r"instead of \[.*'threshold'\]"),
+    (torch.zeros(D_IN), r"threshold has the shape \[12\], but cfg.json asks for \[80\]"),
+    (torch.full((D_SAE,), float("nan")), "threshold holds 80 NaN"),
+]
+
+
+def test_thresholds_that_do_not_fit(folder):
+    for threshold, sentence in THRESHOLDS:
+        make(JumpReLU()).save(folder)
+        edit_weights(folder, threshold=threshold)
+        with pytest.raises(LlmWsaeError, match=sentence):
+            Dictionary.load(folder)
 
 
 def test_side_tensors_that_do_not_fit(folder):
@@ -297,7 +306,7 @@ def test_side_tensors_that_do_not_fit(folder):
             Dictionary.load(folder)
 
 
-@pytest.mark.parametrize("name", ["sae_weights.safetensors", "wsae.safetensors"])
+@looped("name", ["sae_weights.safetensors", "wsae.safetensors"])
 def test_truncated_and_foreign_tensor_files(folder, name):
     whole = (folder / name).read_bytes()
     pickle = b"\x80\x04\x95" + b"x" * 100
@@ -305,6 +314,7 @@ def test_truncated_and_foreign_tensor_files(folder, name):
         (folder / name).write_bytes(data)
         with pytest.raises(LlmWsaeError, match=name):
             Dictionary.load(folder)
+    (folder / name).write_bytes(whole)
 
 
 def test_a_header_that_promises_terabytes_allocates_nothing(folder):
@@ -340,8 +350,8 @@ def test_configuration_has_the_keys_saelens_reads(folder):
     importlib.util.find_spec("sae_lens") is None,
     reason="sae-lens is not installed here (it needs transformer-lens < 4, so its own environment)",
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sparsity", [TopK(5), ReLU(), JumpReLU()])
+@looped("dtype", [torch.float32, torch.bfloat16])
+@looped("sparsity", [TopK(5), ReLU(), JumpReLU()])
 def test_saelens_loads_it_unchanged_and_computes_the_same(tmp_path, sparsity, dtype):
     from sae_lens import SAE
 

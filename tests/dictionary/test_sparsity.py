@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -13,15 +15,14 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.sparse.codes import Codes
 
 
-@pytest.mark.parametrize("d_sae", [7, 64, 240])
-@pytest.mark.parametrize("k", [1, 3, 7])
-def test_topk_keeps_the_k_largest_and_clips_negative_ones(d_sae, k):
-    pre = torch.randn(50, d_sae, generator=torch.Generator().manual_seed(k)) - 1
-    kth = pre.sort(dim=1, descending=True).values[:, k - 1 : k]
-    expected = torch.where(pre >= kth, pre, 0.0).clamp(min=0)
-    codes = TopK(k).select(pre)
-    assert codes.indices.shape == (50, k)
-    assert torch.equal(to_dense(codes, d_sae), expected)
+def test_topk_keeps_the_k_largest_and_clips_negative_ones():
+    for d_sae, k in itertools.product((7, 64, 240), (1, 3, 7)):
+        pre = torch.randn(50, d_sae, generator=torch.Generator().manual_seed(k)) - 1
+        kth = pre.sort(dim=1, descending=True).values[:, k - 1 : k]
+        expected = torch.where(pre >= kth, pre, 0.0).clamp(min=0)
+        codes = TopK(k).select(pre)
+        assert codes.indices.shape == (50, k), (d_sae, k)
+        assert torch.equal(to_dense(codes, d_sae), expected), (d_sae, k)
 
 
 def test_relu_keeps_every_positive_entry():
@@ -68,10 +69,10 @@ def test_unknown_architecture_names_the_known_ones():
         sparsity_from_settings({"architecture": "gated"})
 
 
-@pytest.mark.parametrize("k", [None, 0, -1, 2.5, "3", True])
-def test_bad_k_in_a_file(k):
-    with pytest.raises(LlmWsaeError, match="positive whole number"):
-        sparsity_from_settings({"architecture": "topk", "k": k})
+def test_bad_k_in_a_file():
+    for k in (None, 0, -1, 2.5, "3", True):
+        with pytest.raises(LlmWsaeError, match=f"k is {k!r}, but .* needs a positive integer"):
+            sparsity_from_settings({"architecture": "topk", "k": k})
 
 
 def test_impossible_k():

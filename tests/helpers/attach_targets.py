@@ -1,7 +1,10 @@
 """Tiny models as dictionaries are attached to them, plain and as a bridge, and what is on them."""
 
+import functools
+
 import pytest
 import torch
+from looping import looped
 from small_dictionaries import make_dictionary
 from tiny import tiny_tokenizer
 from tiny_families import BLOCKS, KNOWN, WIDTH, tiny_hf_model
@@ -9,16 +12,16 @@ from tiny_families import BLOCKS, KNOWN, WIDTH, tiny_hf_model
 from llm_wsae.model.language_model import LanguageModel
 
 SITE = "blocks.1.hook_resid_post"
-both = pytest.mark.parametrize("backend", ("transformers", "bridge"))
+both = looped("backend", ("transformers", "bridge"))
 
 
 def families(*names):
-    return pytest.mark.parametrize("model", names or KNOWN, indirect=True)
+    return looped("model", names or KNOWN, model_of)
 
 
-@pytest.fixture(scope="module")
-def model(request):
-    return LanguageModel.from_live(tiny_hf_model(request.param), tiny_tokenizer())
+@functools.cache
+def model_of(family):
+    return LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """The model's own forward, cut and spliced, against ``hidden_states`` and TransformerLens."""
 
+import functools
 import json
 
 import pytest
 import torch
+from looping import looped
 from tiny import BOS, VOCAB, tiny_tokenizer
 from tiny_families import BLOCKS, FAMILIES, KNOWN, WIDTH, WITH_MID, tiny_hf_model
 
@@ -15,9 +17,9 @@ from llm_wsae.model.site import Site
 THREADS = torch.get_num_threads()
 
 
-@pytest.fixture(scope="module")
-def model(request):
-    return LanguageModel.from_live(tiny_hf_model(request.param), tiny_tokenizer())
+@functools.cache
+def model_of(family):
+    return LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def ids():
 
 
 def all_families(*names):
-    return pytest.mark.parametrize("model", names or FAMILIES, indirect=True)
+    return looped("model", names or FAMILIES, model_of)
 
 
 def blocks_of(model):
@@ -56,7 +58,7 @@ def test_rows_equal_hidden_states(model, ids):
 
 
 @all_families()
-@pytest.mark.parametrize("together", [1, 22])
+@looped("together", [1, 22])
 def test_rows_are_the_same_however_contexts_are_shared_out(model, ids, together, monkeypatch):
     """A context alone, or two and one, on one core each."""
     monkeypatch.setattr(forward, "_TOKENS_TOGETHER", together)
@@ -111,7 +113,7 @@ def test_no_mid_without_a_stream_between_attention_and_mlp(model, ids):
 
 
 @all_families()
-@pytest.mark.parametrize("point", ["pre", "post"])
+@looped("point", ["pre", "post"])
 def test_later_blocks_never_run(model, ids, point):
     ran = []
     handles = [
@@ -183,7 +185,7 @@ def test_resume_with_the_clean_activation_changes_nothing(model, ids):
 
 
 @all_families(*KNOWN)
-@pytest.mark.parametrize("point", ["pre", "post"])
+@looped("point", ["pre", "post"])
 def test_resume_equals_the_bridge_with_a_replaced_stream(model, ids, point):
     for block in (0, 2, BLOCKS - 1):
         site = Site(block, point)
@@ -261,7 +263,7 @@ def test_embeddings_are_transformer_lens(model):
     assert torch.equal(model.W_U, model.bridge().W_U)
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@looped("family", KNOWN)
 def test_the_bridge_shares_weights_and_leaves_the_model_alone(family, ids):
     model = LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
     modules = {name: type(m) for name, m in model.hf_model.named_modules()}

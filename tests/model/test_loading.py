@@ -39,24 +39,24 @@ def test_a_local_folder_loads_without_touching_the_network(tmp_path, monkeypatch
     model.bridge()(ids)
 
 
-@pytest.mark.parametrize(
-    ("spec", "options", "error", "sentence"),
-    [
-        ("./no/such/folder", {}, UsageError, "there is no model at ./no/such/folder"),
-        ("no-such.gguf", {}, UsageError, "there is no file no-such.gguf"),
-        ("two words!", {}, UsageError, "there is no model 'two words!'"),
-        ("nobody/no-such-model", {}, LlmWsaeError, "the Hub cannot be reached"),
-        ("gpt2", {"dtype": "float23"}, UsageError, "did you mean 'float32'"),
-        ("gpt2", {"device": "abacus"}, UsageError, "there is no device 'abacus'"),
-        ("gpt2", {"device": "cpu:x"}, UsageError, "there is no device 'cpu:x'"),
-        ("gpt2", {"device": "cuda:99"}, UsageError, "there is no device 'cuda:99'"),
-    ],
-)
-def test_names_that_lead_nowhere(spec, options, error, sentence):
-    with pytest.raises(LlmWsaeError) as caught:
-        LanguageModel.load(spec, **options)
-    assert type(caught.value) is error
-    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+NOWHERE = [
+    ("./no/such/folder", {}, UsageError, "there is no model at ./no/such/folder"),
+    ("no-such.gguf", {}, UsageError, "there is no file no-such.gguf"),
+    ("two words!", {}, UsageError, "there is no model 'two words!'"),
+    ("nobody/no-such-model", {}, LlmWsaeError, "the Hub cannot be reached"),
+    ("gpt2", {"dtype": "float23"}, UsageError, "did you mean 'float32'"),
+    ("gpt2", {"device": "abacus"}, UsageError, "there is no device 'abacus'"),
+    ("gpt2", {"device": "cpu:x"}, UsageError, "there is no device 'cpu:x'"),
+    ("gpt2", {"device": "cuda:99"}, UsageError, "there is no device 'cuda:99'"),
+]
+
+
+def test_names_that_lead_nowhere():
+    for spec, options, error, sentence in NOWHERE:
+        with pytest.raises(LlmWsaeError) as caught:
+            LanguageModel.load(spec, **options)
+        assert type(caught.value) is error, spec
+        assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_folders_that_hold_no_causal_model(tmp_path):

@@ -1,9 +1,10 @@
-"""Pieces side by side: in order, each on its share of the cores, errors and all."""
+"""Results in order, each piece on its share of the cores, errors and all."""
 
 import threading
 
 import pytest
 import torch
+from looping import looped
 
 from llm_wsae.model.parallel_map import parallel_map
 
@@ -16,7 +17,7 @@ def cores(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("pieces", [0, 1, 2, 7])
+@looped("pieces", [0, 1, 2, 7])
 def test_results_come_in_order_and_cores_are_shared_out(cores, pieces):
     def work(piece):
         return piece, torch.get_num_threads(), threading.get_ident()

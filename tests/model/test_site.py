@@ -22,21 +22,21 @@ def test_order_is_the_order_of_the_forward_pass():
     assert max(parsed) == Site(10, "post")
 
 
-@pytest.mark.parametrize(
-    ("name", "offered"),
-    [
-        ("blocks.9.hook_resid_pots", "'blocks.9.hook_resid_post'"),
-        ("block.12.hook_resid_mid", "'blocks.12.hook_resid_mid'"),
-        ("blocks.9.resid_pre", "'blocks.9.hook_resid_pre'"),
-        ("blocks.-1.hook_resid_post", "'blocks.1.hook_resid_post'"),
-        ("nonsense", "'blocks.0.hook_resid_pre'"),
-        ("", "'blocks.0.hook_resid_pre'"),
-    ],
-)
-def test_misspelt_names_offer_the_nearest(name, offered):
-    with pytest.raises(UsageError, match="is not a site") as caught:
-        Site.parse(name)
-    assert offered in str(caught.value)
+MISSPELT = [
+    ("blocks.9.hook_resid_pots", "'blocks.9.hook_resid_post'"),
+    ("block.12.hook_resid_mid", "'blocks.12.hook_resid_mid'"),
+    ("blocks.9.resid_pre", "'blocks.9.hook_resid_pre'"),
+    ("blocks.-1.hook_resid_post", "'blocks.1.hook_resid_post'"),
+    ("nonsense", "'blocks.0.hook_resid_pre'"),
+    ("", "'blocks.0.hook_resid_pre'"),
+]
+
+
+def test_misspelt_names_offer_the_nearest():
+    for name, offered in MISSPELT:
+        with pytest.raises(UsageError, match="is not a site") as caught:
+            Site.parse(name)
+        assert offered in str(caught.value)
 
 
 def test_check_names_the_range():

@@ -94,8 +94,8 @@ def read(folder: Path, config: Mapping[str, Any], announced: Announced) -> Weigh
     rows = mapping(config.get("buffer")).get("io", "out")
     if rows not in ("in", "out"):
         raise LlmWsaeError(
-            f"{path} is of a dictionary from {shown(rows)}, a transcoder, and not one that "
-            "reconstructs its own input"
+            f"{path} describes a transcoder (io = {shown(rows)}), which does not reconstruct its "
+            "own input"
         )
     kind, wanted = _CLASSES[name]
     d_in, d_sae = announced.sizes(path)
@@ -183,7 +183,7 @@ def _records(path: Path, largest: int) -> list[int]:
             for entry in entries:
                 _check_record(archive, entry)
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
-        raise LlmWsaeError(f"{path} is not a whole file of torch.save: {error}") from error
+        raise LlmWsaeError(f"{path} is not a complete file of torch.save: {error}") from error
     return [entry.file_size for entry in entries if "/data/" in entry.filename]
 
 
@@ -219,7 +219,7 @@ def _opened(path: Path, records: list[int]) -> dict[str, Tensor]:
     ) as error:
         reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
         raise LlmWsaeError(
-            f"{path} holds something else than a dictionary's tensors, or is damaged: {reason}"
+            f"{path} holds something other than a dictionary's tensors, or is damaged: {reason}"
         ) from error
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and _is_plain(tensor) for name, tensor in found.items()

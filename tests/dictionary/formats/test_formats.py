@@ -27,7 +27,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_encodings_and_reconstructions_are_the_other_tools(tmp_path, layout):
+def test_it_computes_what_the_other_tool_does_also_saved_as_ours(tmp_path, layout):
     folder = place(tmp_path, layout)
     expected = WRITERS[layout](folder)
     dictionary = Dictionary.load(folder)
@@ -36,22 +36,19 @@ def test_encodings_and_reconstructions_are_the_other_tools(tmp_path, layout):
     torch.testing.assert_close(latents.double(), expected.latents, atol=1e-5, rtol=1e-5)
     for made in (dictionary(expected.x), dictionary.decode(latents)):
         torch.testing.assert_close(made.double(), expected.reconstruction, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("layout", WRITERS)
-def test_what_was_read_can_be_saved_as_ours(tmp_path, layout):
-    folder = place(tmp_path, layout)
-    expected = WRITERS[layout](folder)
-    read = Dictionary.load(folder)
-    read.save(tmp_path / "ours")
+    dictionary.save(tmp_path / "ours")
     again = Dictionary.load(tmp_path / "ours")
-    assert again.info == read.info and again.sparsity == read.sparsity
-    assert torch.equal(again(expected.x), read(expected.x))
+    assert again.info == dictionary.info and again.sparsity == dictionary.sparsity
+    assert torch.equal(again(expected.x), dictionary(expected.x))
 
 
-@pytest.mark.parametrize("layout", ["saelens-topk", "saelens-old", "saelens-gated"])
-def test_a_dictionary_of_a_centred_stream_sees_its_own_in_any_stream(tmp_path, layout):
+def test_a_dictionary_of_a_centred_stream_sees_its_own_in_any_stream(tmp_path):
     """As SAELens trained them on TransformerLens models with centred weights."""
+    for layout in ("saelens-topk", "saelens-old", "saelens-gated"):
+        check_centred(tmp_path / layout, layout)
+
+
+def check_centred(tmp_path, layout):
     plain, centred = place(tmp_path / "plain", layout), place(tmp_path / "centred", layout)
     WRITERS[layout](plain)
     x = WRITERS[layout](centred).x
@@ -68,20 +65,18 @@ def test_a_dictionary_of_a_centred_stream_sees_its_own_in_any_stream(tmp_path, l
     assert "center_writing_weights" not in one.info.model
 
 
-@pytest.mark.parametrize(
-    ("name", "loaded", "centred"),
-    [
+def test_old_dictionaries_of_gpt2_saw_a_centred_stream(tmp_path):
+    """The most used ones of all do not say so themselves."""
+    uncentred = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
+    for name, loaded, centred in (
         ("gpt2-small", {}, True),
         ("gemma-2b", {}, False),
-        ("gpt2-small", {"model_from_pretrained_kwargs": {"center_writing_weights": False}}, False),
-    ],
-)
-def test_old_dictionaries_of_gpt2_saw_a_centred_stream(tmp_path, name, loaded, centred):
-    """The most used ones of all do not say so themselves."""
-    x = saelens_old(tmp_path / "d", model_name=name, **loaded).x
-    read = Dictionary.load(tmp_path / "d")
-    assert read.info.model.get("center_writing_weights", False) is centred
-    assert torch.allclose(read.encode(x + 3), read.encode(x), atol=1e-4) is centred
+        ("gpt2-small", uncentred, False),
+    ):
+        x = saelens_old(tmp_path / "d", model_name=name, **loaded).x
+        read = Dictionary.load(tmp_path / "d")
+        assert read.info.model.get("center_writing_weights", False) is centred, name
+        assert torch.allclose(read.encode(x + 3), read.encode(x), atol=1e-4) is centred, name
 
 
 def test_the_site_and_model_are_found(tmp_path):
@@ -114,14 +109,14 @@ def test_dictionary_learning_names_a_block_and_perhaps_a_module(tmp_path):
     assert Dictionary.load(tmp_path / "d").info.site == "blocks.3.hook_resid_mid"
 
 
-@pytest.mark.parametrize("io", ["in_and_out", "in_to_out"])
-def test_dictionary_learning_transcoders_are_refused(tmp_path, io):
+def test_dictionary_learning_transcoders_are_refused(tmp_path):
     learning(tmp_path / "d", "AutoEncoderTopK")
     config = json.loads((tmp_path / "d" / "config.json").read_text())
-    config.setdefault("buffer", {})["io"] = io
-    write_json(tmp_path / "d" / "config.json", config)
-    with pytest.raises(LlmWsaeError, match=f"{io}.*not one that reconstructs its own input"):
-        Dictionary.load(tmp_path / "d")
+    for io in ("in_and_out", "in_to_out"):
+        config.setdefault("buffer", {})["io"] = io
+        write_json(tmp_path / "d" / "config.json", config)
+        with pytest.raises(LlmWsaeError, match=f"{io}.*does not reconstruct its own input"):
+            Dictionary.load(tmp_path / "d")
 
 
 def test_a_site_can_be_given_where_none_is_said(tmp_path):
@@ -154,14 +149,14 @@ OTHER_SITES = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_SITES)
-def test_what_is_not_of_the_residual_stream_is_refused(tmp_path, name):
-    OTHER_SITES[name](tmp_path)
-    (folder,) = {path.parent for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(LlmWsaeError, match=r"not a site of the residual stream|does not say"):
-        Dictionary.load(folder)
-    with pytest.raises(LlmWsaeError, match=r"says that it belongs to|not a site"):
-        Dictionary.load(folder, site=SITE)
+def test_what_is_not_of_the_residual_stream_is_refused(tmp_path):
+    for name, write in OTHER_SITES.items():
+        write(tmp_path / name)
+        (folder,) = {path.parent for path in (tmp_path / name).rglob("*") if path.is_file()}
+        with pytest.raises(LlmWsaeError, match=r"not a site of the residual stream|does not say"):
+            Dictionary.load(folder)
+        with pytest.raises(LlmWsaeError, match=r"says that it belongs to|not a site"):
+            Dictionary.load(folder, site=SITE)
 
 
 def test_a_gate_that_never_opens_and_thresholds_below_zero(tmp_path):
@@ -197,7 +192,7 @@ def test_half_precision_is_read(tmp_path):
         assert error < 0.1 * expected.reconstruction.norm()
 
 
-def test_layouts_are_told_apart_by_their_files(tmp_path):
+def test_layouts_are_recognised_by_their_files(tmp_path):
     assert layout_of(["cfg.json", "sae_weights.safetensors", "sparsity.safetensors"]).name == (
         "SAELens"
     )
