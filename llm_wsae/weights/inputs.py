@@ -1,6 +1,6 @@
-"""What rules may know of a site. The statistics are always there; the rest costs a measurement.
+"""What a rule may read of a site: the statistics, always; the rest costs a measurement.
 
-``llm_wsae.weighing`` gathers it from a model, a store and a first dictionary.
+``llm_wsae.weighing`` measures it, with a model, a store and a first dictionary.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_wsae.statistics.moments import Statistics
 
 Need = Literal["dictionary", "fisher", "coherence"]
-"""What a rule may need beyond the statistics."""
+"""What a rule may need in addition to the statistics."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RuleInputs:
 
     statistics: Statistics
     decoder: Float[Tensor, "latents d_in"] | None = None
-    """Decoder rows of a first dictionary, those of the latents that fire."""
+    """Decoder rows of a first dictionary, only of the latents that fire."""
     energy: Float[Tensor, " latents"] | None = None
     """How much each of those latents is used: E z², its frequency times its mean square."""
     fisher: Float[Tensor, "d_in d_in"] | None = None
@@ -30,9 +30,9 @@ class RuleInputs:
     """How alike the texts are that move a dimension most, beyond chance; > 0."""
 
     @classmethod
-    def of(cls, known: "RuleInputs | Statistics") -> "RuleInputs":
-        """Itself, or the inputs of the statistics alone."""
-        return known if isinstance(known, RuleInputs) else cls(known)
+    def of(cls, measured: "RuleInputs | Statistics") -> "RuleInputs":
+        """The inputs themselves, or those with nothing but the statistics."""
+        return measured if isinstance(measured, RuleInputs) else cls(measured)
 
     def has(self, need: Need) -> bool:
         """Whether that was measured."""

@@ -1,8 +1,8 @@
-"""Rules for whole matrices: each gives a symmetric positive S [d_in, d_in], and Γ = S^α.
+"""Rules with a matrix: each gives a symmetric positive S [d_in, d_in], and Γ = S^α.
 
 A diagonal Γ can only stretch the axes that the model happens to have; a matrix can stretch any
-direction. ``rotated`` is the control: the same stretching in random directions. ``permuted``
-deals the dimensions out anew, which keeps the spectrum too.
+direction. The control ``rotated`` stretches random directions by the same factors; ``permuted``
+exchanges the dimensions, which keeps the spectrum too.
 """
 
 import torch
@@ -13,28 +13,29 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.weights.inputs import RuleInputs
 
 EIGENVALUE_FLOOR = 1e-3
-"""Smallest eigenvalue of S, in medians of the positive ones: Γ stays invertible, and what is noise
-in the estimate is not blown up by a negative power. (A language model's Fisher information, whose
-smallest is a fifth of the median, never gets there.)"""
+"""Smallest eigenvalue of S, in medians of the positive ones: Γ stays invertible, and a negative
+power does not amplify the noise of the estimate. (A language model's Fisher information, whose
+smallest eigenvalue is a fifth of the median, never reaches it.)"""
 
 LEADING = 16
-"""One of so many directions is a leading one."""
+"""One in that many directions is a leading one."""
 
 
 def sensitivity(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
     """S = F, the Fisher information of the model's next-token distribution at the site.
 
     With α = ½, ½‖Γδ‖² is the KL divergence that a small change δ of the activation causes (second
-    order, Amari 1998); smaller powers go part of the way.
+    order, Amari 1998); a smaller power goes part of the way.
     """
+    assert inputs.fisher is not None  # ``Rule`` has checked
     return inputs.fisher.double()
 
 
 def leading_sensitivity(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
     """S = F on its d_in/16 leading eigenvectors, the mean of the other eigenvalues elsewhere.
 
-    A low-rank change of the plain metric: a few directions are stretched, all others are alike, and
-    what the estimate of F says about those does not matter.
+    A low-rank change of the plain metric: a few directions are stretched and all others are alike,
+    whatever the estimate of F is there.
     """
     values, vectors = spectrum(sensitivity(inputs))
     others = len(values) - max(1, len(values) // LEADING)
@@ -45,15 +46,15 @@ def leading_sensitivity(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
 def whitening(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
     """S = Σ^{−½}, Σ the winsorised covariance: ZCA whitening (Bell & Sejnowski 1997).
 
-    Γ = Σ^{−α/2} leaves covariance Σ^{1−α}: α = 1 whitens fully, ½ half of the way. The floor is on
-    the eigenvalues of Σ.
+    Γ = Σ^{−α/2} leaves covariance Σ^{1−α}: α = 1 whitens fully, ½ halfway. The floor applies to the
+    eigenvalues of Σ.
     """
     values, vectors = spectrum(inputs.statistics.robust_covariance)
     return (vectors * values.rsqrt()) @ vectors.T
 
 
 def rotated(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_in d_in"]:
-    """The same spectrum with random eigenvectors, uniform over rotations: what directions add."""
+    """The same spectrum with random eigenvectors (uniform over rotations), drawn with that seed."""
     values = spectrum(matrix)[0]
     generator = torch.Generator().manual_seed(draw)
     gaussian = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
@@ -63,8 +64,8 @@ def rotated(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_i
 
 
 def permuted(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_in d_in"]:
-    """The matrix of some dimensions given to others: the same values, and the same directions but
-    for the names of the axes."""
+    """The matrix with its dimensions exchanged: the same values, and the same directions except for
+    the names of the axes."""
     generator = torch.Generator().manual_seed(draw)
     order = torch.randperm(len(matrix), generator=generator)
     return matrix[order][:, order]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
-from llm_wsae.weights.loss_weights import (
-    LossWeights,
+from llm_wsae.weights.loss_share import (
     collapse_warning,
     effective_dimensions,
     loss_share,
     stretching,
 )
+from llm_wsae.weights.loss_weights import LossWeights
 
 _SHOWN = 5  # dimensions listed for each choice of weights
 
@@ -52,7 +52,7 @@ def _weights_profile(weights: LossWeights, statistics: Statistics) -> dict[str, 
     stretch = stretching(weights)
     return {
         "name": weights.name,
-        "rule": weights.rule,
+        "rule": weights.rule.name,
         "alpha": weights.alpha,
         "form": "matrix" if weights.is_matrix else "diagonal",
         "place": weights.config.place,

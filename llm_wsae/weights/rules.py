@@ -1,131 +1,31 @@
-"""Rules: each turns what is known of a site into one score s per dimension, or into a matrix.
+"""Weight rules: the text ``permuted:variance`` is parsed once, into an object that does the rest.
 
-A score estimates how monosemantic a dimension is; ``loss_weights.py`` makes the loss weights
-γ = s^α from it. One rule scores tokens instead. A rule is a function here, or in
-``matrix_rules.py`` if it gives a matrix, and a line in ``RULES``, nowhere else; the formulae that
-serve planted data too are in ``scores.py``.
+A rule estimates how monosemantic each dimension is; ``choosing.py`` turns its scores s into loss
+weights γ = s^α. Most rules give one score per dimension (``score_rules.py``), some a matrix
+(``matrix_rules.py``), one a score per token. A new rule is a function in one of those files and a
+line in ``RULES``, nothing else.
 
-Two prefixes make a control of any rule: ``permuted:RULE`` deals its scores out to other dimensions,
+Two prefixes make a control of a rule: ``permuted:RULE`` gives its scores to other dimensions, and
 ``rotated:RULE`` gives its matrix random eigenvectors.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import UsageError, nearest
-from llm_wsae.weights import matrix_rules, scores
+from llm_wsae.weights import matrix_rules, score_rules
+from llm_wsae.weights import scores as formulae
+from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import Need, RuleInputs
 
+Control = Literal["permuted", "rotated"]
+RuleForm = Literal["diagonal", "matrix", "tokens"]
 
-@dataclass(frozen=True)
-class Rule:
-    """How scores are computed, and from what."""
-
-    score: Callable[..., Tensor] | None
-    """One score per dimension [d_in], float64, ≥ 0."""
-    matrix: Callable[[RuleInputs], Tensor] | None = None
-    """A symmetric positive matrix of it [d_in, d_in], float64."""
-    need: Need | None = None
-    """What must have been measured beyond the statistics."""
-    of_tokens: Callable[[Tensor], Tensor] | None = None
-    """One score per row of normalised rows: it weighs tokens, and dimensions all alike."""
-    drawn: bool = False
-    """Whether the score also takes the number of a random draw."""
-
-
-def uniform(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
-    """s = 1: the plain sparse autoencoder, the control of every other rule."""
-    return torch.ones(inputs.statistics.d_in, dtype=torch.float64)
-
-
-def variance(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
-    """s_i = Var(x_i) over all rows: the proxy of Cui et al. 2026 (arXiv 2506.15963, §5)."""
-    return inputs.statistics.variance
-
-
-def robust_variance(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
-    """s_i = Var(x_i) winsorised (Tukey 1962) at ½ % each end, without massive rows: the paper's
-    proxy, which massive activations cannot move."""
-    return inputs.statistics.robust_variance
-
-
-def kurtosis(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
-    """s_i = E(x_i − μ_i)⁴ / Var(x_i)² of the usual rows: rarely active means heavy tails."""
-    return scores.kurtosis(inputs.statistics.usual_sample)
-
-
-def hoyer(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
-    """s_i = sparsity of the usual rows (Hoyer 2004, JMLR 5), in [0, 1]: 1 for one active row."""
-    return scores.hoyer(inputs.statistics.usual_sample)
-
-
-def negentropy(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
-    """s_i = distance from a Gaussian (Hyvärinen 1998, eq. 14): mixtures of many features near 0."""
-    return scores.negentropy(inputs.statistics.usual_sample)
-
-
-def participation(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
-    """s_i = 1 / number of latents of a first dictionary that share the dimension.
-
-    Our own: the participation ratio (Bell and Dean 1970) of q_ij = E z_j²·W_ji² over the latents j,
-    so a latent counts by how often and how strongly it fires.
-    """
-    return scores.participation(inputs.decoder, inputs.energy)
-
-
-def gap(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
-    """s = the γ ≥ 0 that minimise ‖W_pᵀΓ²W_p − I‖_F, a first dictionary's decoder being W_pᵀ.
-
-    Theorem 5 of Cui et al. 2026: that matrix is the gap between the loss and the one on the true
-    features. α = 1 takes these γ as they are; where one is 0 the dimension leaves the loss.
-    """
-    return scores.gap(inputs.decoder)
-
-
-def sensitivity(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
-    """s_i = F_ii: how much the model's next-token distribution depends on the dimension.
-
-    Fisher information (Amari 1998); with α = ½ the loss is the diagonal approximation of the KL
-    divergence that the reconstruction causes, to second order.
-    """
-    return inputs.fisher.diagonal().clone()
-
-
-def semantic(inputs: RuleInputs) -> Float[Tensor, " d_in"]:
-    """s_i = mean cosine between the texts that move the dimension most, beyond that of random ones.
-
-    The paper's measure for vision (Cui et al. 2026, §5), with a sentence encoder for text.
-    """
-    return inputs.coherence
-
-
-def random(inputs: RuleInputs, draw: int) -> Float[Tensor, " d_in"]:
-    """s_i uniform on (0, 1]: our own control, which knows nothing of the dimensions."""
-    return scores.random_scores(inputs.statistics.d_in, draw)
-
-
-RULES: dict[str, Rule] = {
-    "uniform": Rule(uniform),
-    "variance": Rule(variance),
-    "robust-variance": Rule(robust_variance),
-    "kurtosis": Rule(kurtosis),
-    "hoyer": Rule(hoyer),
-    "negentropy": Rule(negentropy),
-    "participation": Rule(participation, need="dictionary"),
-    "gap": Rule(gap, need="dictionary"),
-    "sensitivity": Rule(sensitivity, matrix_rules.sensitivity, need="fisher"),
-    "whitening": Rule(None, matrix_rules.whitening),
-    "semantic": Rule(semantic, need="coherence"),
-    "leading-sensitivity": Rule(None, matrix_rules.leading_sensitivity, need="fisher"),
-    "token-norm": Rule(uniform, of_tokens=scores.token_norm),
-    "random": Rule(random, drawn=True),
-}
-
-_CONTROLS = ("permuted", "rotated")
 _BRINGS: dict[Need, tuple[str, str]] = {
     "dictionary": ("a first dictionary", "--dictionary DICT"),
     "fisher": ("the model", "--model M"),
@@ -133,123 +33,210 @@ _BRINGS: dict[Need, tuple[str, str]] = {
 }
 
 
-def check_rule(rule: str) -> None:
-    """Raises UsageError, offering the nearest ones, when there is no such rule."""
-    control, base = _parts(rule)
-    if base not in RULES or control not in ("", *_CONTROLS):
-        known = [*RULES, *(f"{c}:{r}" for c in _CONTROLS for r in RULES)]
-        raise UsageError(f"there is no weight rule {rule!r}; {nearest(rule, known)}")
-    if control == "rotated" and RULES[base].matrix is None:
-        raise UsageError(
-            f"{rule!r} cannot be: only rules with a matrix can be rotated "
-            f"({', '.join(name for name, r in RULES.items() if r.matrix)})"
+@dataclass(frozen=True)
+class Rule:
+    """A named way to score dimensions, as it is or as a control."""
+
+    base: str
+    """Its name without a control's prefix."""
+    score_fn: Callable[..., Tensor] | None = field(default=None, repr=False)
+    """RuleInputs → one score per dimension, [d_in] float64, ≥ 0. Takes the number of the draw as
+    well if the rule is ``random``."""
+    matrix_fn: Callable[[RuleInputs], Tensor] | None = field(default=None, repr=False)
+    """RuleInputs → a symmetric positive matrix, [d_in, d_in] float64."""
+    token_score_fn: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    """Normalised rows [rows, d_in] → one score per row, ≥ 0; all dimensions then count alike."""
+    need: Need | None = None
+    """What must be measured in addition to the statistics."""
+    random: bool = False
+    """Whether the scores are random themselves."""
+    control: Control | None = None
+    """What the rule controls for, if it is a control."""
+
+    @classmethod
+    def parse(cls, text: str, rules: "Mapping[str, Rule] | None" = None) -> "Rule":
+        """The rule that a text names: ``variance``, ``permuted:variance``, ``rotated:whitening``.
+
+        ``rules`` are the base rules by name, ``RULES`` by default. Raises UsageError, with the
+        nearest names, for an unknown rule or a control that the rule cannot have.
+        """
+        rules = RULES if rules is None else rules
+        prefix, _, base = text.rpartition(":")
+        if base in rules and not prefix:
+            return rules[base]
+        for control in get_args(Control):
+            if base in rules and prefix == control:
+                return rules[base].as_control(control)
+        known = [*rules, *(f"{control}:{name}" for control in get_args(Control) for name in rules)]
+        raise UsageError(f"there is no weight rule {text!r}; {nearest(text, known)}")
+
+    @classmethod
+    def of(cls, rule: "Rule | str") -> "Rule":
+        """The rule itself, or the one that a text names. Raises as ``parse`` does."""
+        return rule if isinstance(rule, Rule) else cls.parse(rule)
+
+    def as_control(self, control: Control) -> "Rule":
+        """The control of this rule. Raises UsageError for the rotation of what has no matrix."""
+        found = replace(self, control=control)
+        if control == "rotated" and not self.has_matrix:
+            raise UsageError(
+                f"{found.name!r} is not possible: only rules with a matrix can be rotated "
+                f"({_with_matrix()})"
+            )
+        return found
+
+    @property
+    def name(self) -> str:
+        """The text that ``parse`` reads."""
+        return self.base if self.control is None else f"{self.control}:{self.base}"
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether it gives a score per dimension."""
+        return self.score_fn is not None and self.control != "rotated"
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether it gives a matrix."""
+        return self.matrix_fn is not None
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether it weighs tokens and not dimensions."""
+        return self.token_score_fn is not None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its weights depend on a random draw, as those of every control do."""
+        return self.random or self.control is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is ``uniform``, which gives the plain dictionary whatever the settings."""
+        return self.name == "uniform"
+
+    def form(self, config: WeightConfig) -> RuleForm:
+        """What the weights are under these settings: one per dimension, a matrix, one per token.
+
+        Raises UsageError if the rule does not have the form, or ignores a setting that is set.
+        """
+        if self.is_plain:
+            return "diagonal"
+        if self.weighs_tokens:
+            if replace(config, draw=0) != WeightConfig():
+                raise UsageError(
+                    f"the rule {self.name!r} weighs tokens, in the loss and throughout: leave "
+                    "place, form, clip and anneal at their defaults"
+                )
+            return "tokens"
+        prefers_matrix = self.has_matrix and (config.place == "space" or not self.has_scores)
+        if config.form == "matrix" or (config.form == "auto" and prefers_matrix):
+            self._check_matrix()
+            return "matrix"
+        self._check_scores()
+        return "diagonal"
+
+    def matched_control(self, config: WeightConfig) -> "Rule | None":
+        """The rule that gives the same weights to other dimensions or tokens, or the same spectrum
+        to other directions; None for ``uniform`` and for what is random already.
+
+        The loss may be dominated by another number of dimensions, which no control can match.
+        Raises as ``form`` does.
+        """
+        if self.is_plain or self.is_drawn:
+            return None
+        return self.as_control("rotated" if self.form(config) == "matrix" else "permuted")
+
+    def scores(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, " d_in"]:
+        """The score of every dimension (float64, ≥ 0); ``draw`` is the number of the random draw.
+
+        Raises UsageError if the rule scores no dimensions or needs what was not measured.
+        """
+        self._check_scores()
+        self._check_inputs(inputs)
+        assert self.score_fn is not None
+        found = self.score_fn(inputs, draw) if self.random else self.score_fn(inputs)
+        return formulae.permuted(found, draw) if self.control == "permuted" else found
+
+    def matrix(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, "d_in d_in"]:
+        """The symmetric positive matrix (float64); ``draw`` is the number of the random draw.
+
+        Raises UsageError if the rule has none or needs what was not measured.
+        """
+        self._check_matrix()
+        self._check_inputs(inputs)
+        assert self.matrix_fn is not None
+        found = self.matrix_fn(inputs)
+        if self.control == "rotated":
+            return matrix_rules.rotated(found, draw)
+        return matrix_rules.permuted(found, draw) if self.control == "permuted" else found
+
+    def token_scores(
+        self, rows: Float[Tensor, "rows d_in"], mask: Float[Tensor, " rows"], draw: int = 0
+    ) -> Float[Tensor, " rows"]:
+        """The score of every normalised row, 0 where ``mask`` is 0, of a rule that weighs tokens.
+
+        ``permuted`` gives each row the score of the unmasked one that is ``draw`` + 1 further on:
+        rows come in random order. Each of several processes permutes its own rows.
+        """
+        assert self.token_score_fn is not None
+        found = self.token_score_fn(rows) * mask
+        if self.control is None:
+            return found
+        unmasked_first = mask.argsort(descending=True, stable=True)
+        places = torch.arange(len(rows), device=rows.device)
+        others = unmasked_first[(places + 1 + draw) % mask.sum().long().clamp(min=1)]
+        return torch.zeros_like(found).index_copy_(0, unmasked_first, found[others]) * mask
+
+    def missing_input(self) -> UsageError:
+        """The error for a rule whose ``need`` was not measured: what it is, and what brings it."""
+        assert self.need is not None
+        what, option = _BRINGS[self.need]
+        return UsageError(
+            f"the rule {self.name!r} needs {what}: make its weights with llm-wsae weigh {option}, "
+            "and train on that file with --weights"
         )
 
+    def _check_inputs(self, inputs: RuleInputs) -> None:
+        if self.need is not None and not inputs.has(self.need):
+            raise self.missing_input()
 
-def need_of(rule: str) -> Need | None:
-    """What must be measured for a rule beyond the statistics. Raises as ``check_rule`` does."""
-    check_rule(rule)
-    return RULES[_parts(rule)[1]].need
+    def _check_matrix(self) -> None:
+        if not self.has_matrix:
+            raise UsageError(
+                f"the rule {self.name!r} has no matrix form; those with one are {_with_matrix()}"
+            )
 
-
-def has_matrix(rule: str) -> bool:
-    """Whether the rule can give a matrix. Raises as ``check_rule`` does."""
-    check_rule(rule)
-    return RULES[_parts(rule)[1]].matrix is not None
-
-
-def has_scores(rule: str) -> bool:
-    """Whether the rule can give a score per dimension. Raises as ``check_rule`` does."""
-    check_rule(rule)
-    control, base = _parts(rule)
-    return control != "rotated" and RULES[base].score is not None
+    def _check_scores(self) -> None:
+        if not self.has_scores:
+            gives = "weighs tokens" if self.weighs_tokens else "gives only a matrix"
+            raise UsageError(f"the rule {self.name!r} {gives}, not a weight for each dimension")
 
 
-def weighs_tokens(rule: str) -> bool:
-    """Whether the rule, or its ``permuted`` control, weighs tokens instead of dimensions."""
-    control, base = _parts(rule)
-    return control in ("", "permuted") and base in RULES and RULES[base].of_tokens is not None
+OWN = Rule("own")
+"""Stands for custom weights, which no rule made. Not a name that ``parse`` knows."""
 
-
-def token_scores(
-    rule: str, rows: Float[Tensor, "rows d_in"], mask: Float[Tensor, " rows"], draw: int
-) -> Float[Tensor, " rows"]:
-    """The score of every row under a rule that weighs tokens; 0 where ``mask`` is.
-
-    The ``permuted`` control gives each row the score of another one, so many unmasked ones further
-    on: rows come in random order. Of several processes each permutes its own.
-    """
-    control, base = _parts(rule)
-    found = RULES[base].of_tokens(rows) * mask
-    if not control:
-        return found
-    unmasked_first = mask.argsort(descending=True, stable=True)
-    places = torch.arange(len(rows), device=rows.device)
-    others = unmasked_first[(places + 1 + draw) % mask.sum().long().clamp(min=1)]
-    return torch.zeros_like(found).index_copy_(0, unmasked_first, found[others]) * mask
-
-
-def is_drawn(rule: str) -> bool:
-    """Whether another random draw gives other weights."""
-    control, base = _parts(rule)
-    return bool(control) or (base in RULES and RULES[base].drawn)
-
-
-def score(rule: str, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, " d_in"]:
-    """The score of every dimension under a named rule (float64).
-
-    Raises UsageError when there is no such rule, it gives only a matrix, or it needs what was not
-    measured.
-    """
-    check_form(rule, takes_matrix=False)
-    check_evidence(rule, inputs)
-    control, base = _parts(rule)
-    chosen = RULES[base]
-    found = chosen.score(inputs, draw) if chosen.drawn else chosen.score(inputs)
-    return scores.permuted(found, draw) if control == "permuted" else found
-
-
-def matrix(rule: str, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, "d_in d_in"]:
-    """The matrix of a named rule (float64).
-
-    Raises UsageError when there is no such rule, it has no matrix, or it needs what was not
-    measured.
-    """
-    check_form(rule, takes_matrix=True)
-    check_evidence(rule, inputs)
-    control, base = _parts(rule)
-    found = RULES[base].matrix(inputs)
-    if control == "rotated":
-        return matrix_rules.rotated(found, draw)
-    return matrix_rules.permuted(found, draw) if control == "permuted" else found
-
-
-def check_form(rule: str, *, takes_matrix: bool) -> None:
-    """Raises UsageError when there is no such rule, or it has not the form that is taken."""
-    if takes_matrix and not has_matrix(rule):
-        names = ", ".join(name for name, r in RULES.items() if r.matrix)
-        raise UsageError(f"the rule {rule!r} has no matrix form; those with one are {names}")
-    if not takes_matrix and not has_scores(rule):
-        raise UsageError(f"the rule {rule!r} gives only a matrix, not a weight for each dimension")
-
-
-def check_evidence(rule: str, inputs: RuleInputs) -> None:
-    """Raises UsageError, saying which option brings it, when the rule needs what is not there."""
-    need = need_of(rule)
-    if need is not None and not inputs.has(need):
-        raise lacks(rule, need)
-
-
-def lacks(rule: str, need: Need) -> UsageError:
-    """What to say of a rule that needs what was not measured."""
-    what, option = _BRINGS[need]
-    return UsageError(
-        f"the rule {rule!r} needs {what}: let llm-wsae weigh make its weights with {option}, "
-        "and train on the file with --weights"
+RULES: dict[str, Rule] = {
+    rule.base: rule
+    for rule in (
+        Rule("uniform", score_rules.uniform),
+        Rule("variance", score_rules.variance),
+        Rule("robust-variance", score_rules.robust_variance),
+        Rule("kurtosis", score_rules.kurtosis),
+        Rule("hoyer", score_rules.hoyer),
+        Rule("negentropy", score_rules.negentropy),
+        Rule("participation", score_rules.participation, need="dictionary"),
+        Rule("gap", score_rules.gap, need="dictionary"),
+        Rule("sensitivity", score_rules.sensitivity, matrix_rules.sensitivity, need="fisher"),
+        Rule("whitening", matrix_fn=matrix_rules.whitening),
+        Rule("semantic", score_rules.semantic, need="coherence"),
+        Rule("leading-sensitivity", matrix_fn=matrix_rules.leading_sensitivity, need="fisher"),
+        Rule("token-norm", token_score_fn=formulae.token_norm),
+        Rule("random", score_rules.random, random=True),
     )
+}
+"""Every rule by name, without its controls."""
 
 
-def _parts(rule: str) -> tuple[str, str]:
-    """("permuted", "variance") of "permuted:variance", ("", "variance") of "variance"."""
-    control, _, base = rule.rpartition(":")
-    return control, base
+def _with_matrix() -> str:
+    return ", ".join(name for name, rule in RULES.items() if rule.has_matrix)

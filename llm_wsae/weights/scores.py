@@ -1,12 +1,11 @@
-"""How monosemantic is a dimension? Formulae for it, as pure functions.
+"""How monosemantic is a dimension? The formulae, as pure functions.
 
-Those on samples need a site's rows only; ``participation`` and ``gap`` need the directions of the
-features, or of a dictionary as an estimate of them. The same functions serve real activations and
-planted data, where the truth is known and they can be held against it. All scores are ≥ 0 and
-larger for a dimension that looks more monosemantic; a constant dimension scores 0.
+Those of samples need only a site's rows; ``participation`` and ``gap`` need the directions of the
+features, or a dictionary as an estimate of them. The same functions serve real activations and
+planted data, where they can be compared with the truth. All scores are ≥ 0 and larger for a
+dimension that looks more monosemantic; a constant dimension scores 0.
 
-Massive rows move the moments: give these functions rows without them
-(``Statistics.usual_sample``).
+Massive rows distort the moments: pass rows without them (``Statistics.usual_sample``).
 """
 
 import math
@@ -25,7 +24,7 @@ _GAUSSIAN_EVEN = math.sqrt(0.5)  # E exp(−ν²/2), ν standard normal
 def token_norm(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " rows"]:
     """s_t = mean over dimensions of x_ti², of centred rows: how far a token is from the mean.
 
-    Not of a dimension but of a row, so it weighs tokens. At least ``_NEAREST``, or a row at the
+    A score of rows, not of dimensions, so it weighs tokens. At least ``_NEAREST``, or a row at the
     mean would get all the weight under a negative power.
     """
     return rows.square().mean(1).clamp(min=_NEAREST)
@@ -35,8 +34,7 @@ def kurtosis(samples: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
     """s_i = E(x_i − μ_i)⁴ / Var(x_i)²: 3 for a Gaussian, large for something rarely active.
 
     Not the excess (minus 3), which is negative for flat distributions and could not be a weight;
-    the order of the dimensions is the same. Float64. (Sparse-coding literature, e.g. Olshausen &
-    Field 1996.)
+    the order of the dimensions is the same. Float64. (Sparse coding, e.g. Olshausen & Field 1996.)
     """
     centred = samples.double() - samples.double().mean(0)
     square = centred.square()
@@ -48,7 +46,7 @@ def hoyer(samples: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
     row that differs from the median, 0 for |x_i| that never changes.
 
     Hoyer 2004, "Non-negative matrix factorization with sparseness constraints", §3.1. The median is
-    taken off because a residual stream's dimensions rest away from 0; a sparse feature rests on it.
+    subtracted because the dimensions of a residual stream do not rest at 0.
     Float64.
     """
     centred = samples.double() - samples.double().median(dim=0).values
@@ -60,7 +58,7 @@ def hoyer(samples: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
 
 def negentropy(samples: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
     """s_i = k₁(E u·e^{−u²/2})² + k₂(E e^{−u²/2} − √½)² of the standardised u: distance from a
-    Gaussian in nats, approximately; robust where kurtosis hangs on the tail.
+    Gaussian in nats, approximately; robust where kurtosis depends on the tail.
 
     Hyvärinen 1998, "New approximations of differential entropy", eq. 14 (their G₁ᵃ and G₂ᵇ).
     Float64.
@@ -78,11 +76,11 @@ def participation(
     decoder: Float[Tensor, "latents d_in"], energy: Float[Tensor, " latents"] | None = None
 ) -> Float[Tensor, " d_in"]:
     """s_i = 1/PR_i = Σ_j q_ij² / (Σ_j q_ij)², q_ij = energy_j · W_ji²: one over the number of
-    latents that share dimension i, 1 if a single latent has it to itself.
+    latents that share dimension i, 1 if a single latent has it for itself.
 
     ``energy`` weights every latent by how much it is used, E z_j² (its frequency times its mean
-    square when active); default: all alike. With the true W_pᵀ for the decoder this is the
-    true monosemanticity. Float64.
+    square when active); by default all count alike. With the true W_pᵀ as the decoder this is
+    the true monosemanticity. Float64.
     """
     q = decoder.double().square()
     if energy is not None:
@@ -93,12 +91,13 @@ def participation(
 def gap(decoder: Float[Tensor, "latents d_in"]) -> Float[Tensor, " d_in"]:
     """The γ ≥ 0 that minimise ‖W_pᵀ Γ² W_p − I‖_F, with the decoder's rows as the columns of W_p.
 
-    By theorem 5 of Cui et al. 2026 that matrix is what stands between the weighted loss and the
-    loss on the true features. In g = γ² it is a non-negative least squares of d_in unknowns: with
+    By theorem 5 of Cui et al. 2026 that matrix is the gap between the weighted loss and the loss on
+    the true features. In g = γ² this is a non-negative least squares of d_in unknowns: with
     rows w_i of W_p, ‖Σ g_i w_i w_iᵀ − I‖² = gᵀMg − 2bᵀg + n, M = (W_p W_pᵀ)∘(W_p W_pᵀ),
-    b_i = ‖w_i‖², so the number of latents never enters. A dimension may get exactly 0. Float64.
+    b_i = ‖w_i‖², so the cost does not depend on the number of latents. A
+    dimension may get exactly 0. Float64.
     """
-    from scipy.optimize import nnls  # here: the package's other users never need scipy
+    from scipy.optimize import nnls  # imported here: nothing else needs scipy
 
     w = decoder.double()
     gram = (w.T @ w).square()
@@ -113,13 +112,14 @@ def gap(decoder: Float[Tensor, "latents d_in"]) -> Float[Tensor, " d_in"]:
 
 
 def random_scores(d_in: int, seed: int) -> Float[Tensor, " d_in"]:
-    """s_i uniform on (0, 1]: the control without any idea of the dimensions (float64)."""
+    """s_i uniform on (0, 1]: the control that knows nothing of the dimensions (float64)."""
     generator = torch.Generator().manual_seed(seed)
     return 1 - torch.rand(d_in, generator=generator, dtype=torch.float64)
 
 
 def permuted(scores: Float[Tensor, " d_in"], seed: int) -> Float[Tensor, " d_in"]:
-    """The same scores on other dimensions: the control with a rule's spread but not its choice."""
+    """The same scores on other dimensions: the control with a rule's spread but not its choice of
+    dimensions."""
     generator = torch.Generator().manual_seed(seed)
     return scores[torch.randperm(len(scores), generator=generator).to(scores.device)]
 

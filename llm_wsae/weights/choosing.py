@@ -1,0 +1,179 @@
+"""From rules to weights: γ = s^α from a rule's scores s (Cui et al. 2026), or Γ = S^α from its
+matrix S, or custom weights; clipped and normalised.
+
+Normalised means that the weighted variance equals the plain one, Σ γ²·var = Σ var or
+tr ΓΣΓᵀ = tr Σ, so a dictionary that explains nothing has the same loss under any weights. The
+losses of arms are then comparable, and one λ of a penalty means the same in all of them; Adam's
+steps do not depend on the scale. Variances are winsorised throughout, because the loss ignores
+massive rows too.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_share import stretching, squares_and_weights
+from llm_wsae.weights.loss_weights import Gamma, LossWeights
+from llm_wsae.weights.matrix_rules import spectrum
+from llm_wsae.weights.rules import Rule
+
+MAX_CONDITION = 1e5  # of a space: beyond it the way there and back is too inexact in float32
+
+
+def choose_weights(
+    inputs: RuleInputs | Statistics,
+    rules: Iterable[Rule | str],
+    alphas: Sequence[float],
+    own: LossWeights | None = None,
+    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
+) -> list[LossWeights]:
+    """Normalised weights of every rule and α, without repetitions, and weights from a file last.
+
+    ``uniform`` ignores α, so it comes once. Raises as ``weights_from_rule`` and ``own_weights`` do.
+    """
+    chosen: dict[str, LossWeights] = {}
+    for rule in map(Rule.of, rules):
+        for alpha in (1.0,) if rule.is_plain else alphas:
+            weights = weights_from_rule(rule, alpha, inputs, config)
+            chosen.setdefault(weights.name, weights)
+    if own is not None:
+        weights = own_weights(own, inputs)
+        chosen[weights.name] = weights
+    return list(chosen.values())
+
+
+def weights_from_rule(
+    rule: Rule | str,
+    alpha: float,
+    inputs: RuleInputs | Statistics,
+    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
+) -> LossWeights:
+    """γ = s^α or Γ = S^α, clipped and normalised; of ``uniform``, 1 whatever the settings.
+
+    A score of 0 gives the weight 0 for α > 0, and for α < 0 that of the smallest positive score. A
+    constant dimension carries no loss whatever its weight; it gets the smallest of the others.
+
+    Raises UsageError for an unknown rule, a form that it does not have, or an input that was not
+    measured; LlmWsaeError when every score is 0 or a space has directions of nearly no weight.
+    """
+    rule, inputs = Rule.of(rule), RuleInputs.of(inputs)
+    if rule.is_plain:
+        config = WeightConfig()
+    form = rule.form(config)
+    if form == "tokens":
+        return _weights_of_tokens(rule, alpha, inputs.statistics, config)
+    if form == "matrix":
+        gamma = _power_of_matrix(rule.matrix(inputs, config.draw), alpha, config.clip)
+    else:
+        scores = rule.scores(inputs, config.draw)
+        gamma = _power_of_scores(rule, scores, alpha, inputs.statistics, config.clip)
+    weights = LossWeights(_normalised(gamma, inputs.statistics).float(), rule, alpha, config)
+    _check_space(weights)
+    return weights
+
+
+def own_weights(weights: LossWeights, inputs: RuleInputs | Statistics) -> LossWeights:
+    """Weights from a file, checked against the site and normalised.
+
+    Raises LlmWsaeError on another number of dimensions, a negative weight in a vector, a non-finite
+    one, all zeros, or a space that cannot be left again.
+    """
+    statistics = RuleInputs.of(inputs).statistics
+    gamma, d_in = weights.gamma.double(), statistics.d_in
+    if len(gamma) != d_in:
+        raise LlmWsaeError(
+            f"the weights are for {len(gamma)} dimensions, but the site has {d_in}; "
+            "make them from this store with llm-wsae weigh"
+        )
+    if not bool(torch.isfinite(gamma).all()) or (not weights.is_matrix and bool((gamma < 0).any())):
+        raise LlmWsaeError("the weights must be finite and not negative; check the weights file")
+    if weights.rule.weighs_tokens:
+        return _weights_of_tokens(weights.rule, weights.alpha, statistics, weights.config)
+    if not _weighted_variance(gamma, statistics) > 0:
+        raise LlmWsaeError("the weights leave no dimension in the loss; at least one must be > 0")
+    checked = replace(weights, gamma=_normalised(gamma, statistics).float())
+    _check_space(checked)
+    return checked
+
+
+def _weights_of_tokens(
+    rule: Rule, alpha: float, statistics: Statistics, config: WeightConfig
+) -> LossWeights:
+    """One γ for all dimensions, such that the usual rows, weighted, have their plain variance."""
+    rule.form(config)  # a file may come with settings that it ignores
+    weights = LossWeights(torch.ones(statistics.d_in), rule, alpha, config)
+    squares, row_weights = squares_and_weights(weights, statistics)
+    if not float(squares.sum()) > 0:
+        raise LlmWsaeError(f"the rule {rule.name!r} has nothing to weigh: the rows do not vary")
+    factor = squares.sum() / (row_weights @ squares).sum()
+    return replace(weights, gamma=(weights.gamma * factor.sqrt()).float())
+
+
+def _power_of_matrix(
+    matrix: Float[Tensor, "d_in d_in"], alpha: float, clip: float | None
+) -> Float[Tensor, "d_in d_in"]:
+    values, vectors = spectrum(matrix)
+    if alpha == 0:  # exactly, not to rounding
+        return torch.eye(len(values), dtype=torch.float64)
+    return (vectors * _powers(values, alpha, clip)) @ vectors.T
+
+
+def _power_of_scores(
+    rule: Rule,
+    scores: Float[Tensor, " d_in"],
+    alpha: float,
+    statistics: Statistics,
+    clip: float | None,
+) -> Float[Tensor, " d_in"]:
+    varies = statistics.variance > 0
+    if not bool((scores[varies] > 0).any()):
+        raise LlmWsaeError(f"the rule {rule.name!r} scores every dimension 0: the rows do not vary")
+    raised = _powers(scores[varies], alpha, clip)
+    gamma = raised.min().expand(len(scores)).clone()
+    gamma[varies] = raised
+    return gamma
+
+
+def _powers(scores: Tensor, alpha: float, clip: float | None) -> Tensor:
+    """scores^α up to a factor, for any real α without overflow, clipped around their median."""
+    if alpha <= 0:
+        scores = scores.clamp(min=float(scores[scores > 0].min()))
+    log = alpha * scores.clamp(min=0).log()  # −∞ is the weight 0
+    if clip is not None:
+        middle = float(log[log.isfinite()].median())
+        log = log.clamp(middle - math.log(clip), middle + math.log(clip))
+    return (log - log.max()).exp()
+
+
+def _normalised(gamma: Gamma, statistics: Statistics) -> Gamma:
+    weighted = _weighted_variance(gamma, statistics)
+    if not weighted > 0:
+        raise UsageError("α is so large that the weights vanish on every varying dimension")
+    return gamma * math.sqrt(float(statistics.robust_variance.sum()) / weighted)
+
+
+def _weighted_variance(gamma: Gamma, statistics: Statistics) -> float:
+    """E‖Γ(x − μ)‖² of the winsorised rows."""
+    if gamma.ndim == 2:
+        return float(((gamma @ statistics.robust_covariance) * gamma).sum())
+    return float((gamma**2 * statistics.robust_variance).sum())
+
+
+def _check_space(weights: LossWeights) -> None:
+    """Raise LlmWsaeError for a space that Γ⁻¹ cannot lead back from."""
+    if weights.config.place == "loss":
+        return
+    stretch = stretching(weights)
+    if not float(stretch.min()) * MAX_CONDITION > float(stretch.max()):
+        raise LlmWsaeError(
+            f"{weights.name} stretches one direction more than {MAX_CONDITION:g} times as much as "
+            "another, so it is no space to train in; lower α or set clip"
+        )
