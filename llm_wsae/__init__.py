@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from llm_wsae.studies.runner import study
     from llm_wsae.training.arm import ArmConfig
     from llm_wsae.training.config import TrainConfig
-    from llm_wsae.training.grid import choose_weights, make_arms
+    from llm_wsae.training.grid import make_arms
     from llm_wsae.training.trainer import train
-    from llm_wsae.weights.loss_weights import LossWeights, weights_from_rule
-    from llm_wsae.weights.rules import RULES
+    from llm_wsae.weights.choosing import choose_weights, weights_from_rule
+    from llm_wsae.weights.loss_weights import LossWeights
+    from llm_wsae.weights.rules import RULES, Rule
 
     __version__: str
 
@@ -46,11 +47,12 @@ _HOMES = {
     "ActivationStream": "harvesting",
     "Statistics": "statistics.moments",
     "RULES": "weights.rules",
+    "Rule": "weights.rules",
     "LossWeights": "weights.loss_weights",
-    "weights_from_rule": "weights.loss_weights",
+    "choose_weights": "weights.choosing",
+    "weights_from_rule": "weights.choosing",
     "TrainConfig": "training.config",
     "ArmConfig": "training.arm",
-    "choose_weights": "training.grid",
     "make_arms": "training.grid",
     "Dictionary": "dictionary.dictionary",
     "load_pretrained": "dictionary.pretrained",
@@ -88,6 +90,7 @@ __all__ = [
     "LlmWsaeError",
     "LossWeights",
     "MonosemanticConfig",
+    "Rule",
     "Scale",
     "Site",
     "Statistics",

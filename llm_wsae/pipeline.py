@@ -28,15 +28,16 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.plots import plot_fidelity, plot_profile
 from llm_wsae.training.config import Architecture, TrainConfig
-from llm_wsae.training.grid import choose_weights, make_arms
+from llm_wsae.training.grid import make_arms
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import FINISHED, train
 from llm_wsae.weighing import measure_inputs
+from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import LossWeights, check_settings, takes_matrix
+from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile, profile_text
-from llm_wsae.weights.rules import check_form, lacks, need_of
+from llm_wsae.weights.rules import Rule
 
 STORE = "store"
 
@@ -99,12 +100,11 @@ def run(
     Raises as its stages do; a request that cannot be met is refused before the harvest.
     """
     sites = list(dict.fromkeys(sites))
-    for rule in rules:
-        if need_of(rule) == "dictionary":  # there is none yet
-            raise lacks(rule, "dictionary")
-        if rule != "uniform":
-            check_form(rule, takes_matrix=takes_matrix(rule, weight_config))
-            check_settings(rule, weight_config)
+    parsed = [Rule.parse(rule) for rule in rules]
+    for rule in parsed:
+        if rule.need == "dictionary":  # there is none yet
+            raise rule.missing_input()
+        rule.form(weight_config)
     for k in ks:
         TopK(k).check(train_config.expansion * model.d_model)
     _check_rows(harvest_config, train_config)
@@ -122,8 +122,8 @@ def run(
     for site in sites:
         folder = out / str(site)
         _say(2, "weigh", f"profile of {site}")
-        inputs = measure_inputs(rules, store, site, model=model)
-        facts, weights = _weigh(inputs, site, folder, rules, alphas, weight_config)
+        inputs = measure_inputs(parsed, store, site, model=model)
+        facts, weights = _weigh(inputs, site, folder, parsed, alphas, weight_config)
         arms = make_arms(weights, ks, init_seeds=init_seeds, architectures=architectures)
         _say(3, "train", f"{len(arms)} dictionaries in one pass")
         dictionaries = train(store.source(site), arms, train_config, folder)
@@ -161,7 +161,7 @@ def _weigh(
     inputs: RuleInputs,
     site: Site,
     folder: Path,
-    rules: Sequence[str],
+    rules: Sequence[Rule],
     alphas: Sequence[float],
     config: WeightConfig,
 ) -> tuple[dict[str, Any], list[LossWeights]]:

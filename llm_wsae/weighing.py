@@ -30,7 +30,7 @@ from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.rules import need_of
+from llm_wsae.weights.rules import Rule
 
 FOLDER = "evidence"
 _SETTINGS = {
@@ -41,7 +41,7 @@ _CONTEXTS_AT_ONCE = 8
 
 
 def measure_inputs(
-    rules: Iterable[str],
+    rules: Iterable[Rule | str],
     store: ActivationStore,
     site: Site,
     *,
@@ -55,7 +55,7 @@ def measure_inputs(
     UsageError for a dictionary of another site or an encoder that is not there; LlmWsaeError for
     a model that did not make the store.
     """
-    needs = {need_of(rule) for rule in rules}
+    needs = {Rule.of(rule).need for rule in rules}
     found: dict[str, Tensor | None] = {}
     statistics = store.statistics(site)
     if "dictionary" in needs and dictionary is not None:

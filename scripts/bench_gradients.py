@@ -26,7 +26,7 @@ from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.config import default_learning_rate
 from llm_wsae.training.normaliser import Normaliser
 from llm_wsae.training.parameters import Batch, Parameters
-from llm_wsae.weights.loss_weights import weights_from_rule
+from llm_wsae.weights.choosing import weights_from_rule
 
 CPU = torch.device("cpu")
 TILE_ROWS = 512  # × d_sae in float64, and × k × d_in

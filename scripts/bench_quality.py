@@ -32,7 +32,7 @@ from llm_wsae.training.grid import make_arms
 from llm_wsae.training.normaliser import Normaliser
 from llm_wsae.training.parameters import Parameters, initial_parameters
 from llm_wsae.training.trainer import train
-from llm_wsae.weights.loss_weights import weights_from_rule
+from llm_wsae.weights.choosing import weights_from_rule
 
 
 def topk_latents(pre: Tensor, k: int) -> Tensor:

@@ -22,7 +22,7 @@ from llm_wsae.model.fisher import fisher_information
 from llm_wsae.model.site import Site
 from llm_wsae.weighing import coherence_of, fisher_of, measure_inputs, used_decoder
 from llm_wsae.weights.config import RuleInputConfig
-from llm_wsae.weights.rules import score
+from llm_wsae.weights.rules import RULES
 
 SITE = Site(1, "post")
 HARVEST = HarvestConfig(context_size=12, tokens=1200, batch_tokens=48, shard_tokens=300)
@@ -158,11 +158,11 @@ def test_gather_measures_what_is_needed_and_no_more(model, store):
     first = dictionary_for(store)
     found = measure_inputs(["variance", "gap"], store, SITE, model=model, dictionary=first)
     assert found.fisher is None and found.coherence is None
-    assert score("gap", found).shape == (store.d_in,)
+    assert RULES["gap"].scores(found).shape == (store.d_in,)
     found = measure_inputs(["rotated:sensitivity"], store, SITE, model=model, dictionary=first)
     assert found.decoder is None and found.fisher.shape == (store.d_in, store.d_in)
     with pytest.raises(UsageError, match="--model"):
-        score("sensitivity", measure_inputs(["sensitivity"], store, SITE, config=TOP))
+        RULES["sensitivity"].scores(measure_inputs(["sensitivity"], store, SITE, config=TOP))
 
 
 def test_what_was_measured_is_kept(model, tmp_path, store):
@@ -207,9 +207,3 @@ def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, m
         measure_inputs(["sensitivity"], store, SITE, model=model, config=config).fisher is not None
     )
     assert "the measurement is not kept: cannot write" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("settings", [{"top": 1}, {"before": -1}, {"sensitivity_tokens": 0}])
-def test_settings_that_cannot_be(settings):
-    with pytest.raises(UsageError, match="must be at least"):
-        RuleInputConfig(**settings)

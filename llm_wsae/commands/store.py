@@ -97,26 +97,28 @@ def weigh(
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.plots import plot_profile
-    from llm_wsae.training.grid import choose_weights
     from llm_wsae.weighing import measure_inputs
+    from llm_wsae.weights.choosing import choose_weights
     from llm_wsae.weights.profile import profile, profile_text
-    from llm_wsae.weights.rules import need_of
+    from llm_wsae.weights.rules import Rule
 
     if out.suffix != ".safetensors":  # its neighbours .png and .json are written too
         raise UsageError(f"the weights go into a .safetensors file, so --out cannot be {out}")
     place, opened = Site.parse(site), ActivationStore.open(store)
-    need = need_of(rule)
-    wanted = model if need in ("fisher", "coherence") else None
+    parsed = Rule.parse(rule)
+    parsed.form(config)  # refused before anything is measured
+    wanted = model if parsed.need in ("fisher", "coherence") else None
+    first = dictionary if parsed.need == "dictionary" else None
     dtype = opened.model_dtype(model_dtype)
     inputs = measure_inputs(
-        [rule],
+        [parsed],
         opened,
         place,
         model=load_model(wanted, revision, device, dtype) if wanted else None,
-        dictionary=Dictionary.load(dictionary) if dictionary and need == "dictionary" else None,
+        dictionary=Dictionary.load(first) if first else None,
         config=measure,
     )
-    weights = choose_weights(inputs, ("uniform", rule), (alpha,), config=config)
+    weights = choose_weights(inputs, ("uniform", parsed), (alpha,), config=config)
     facts = profile(inputs.statistics, weights)
     weights[-1].save(out, {"site": site})
     plot = out.with_suffix(".png")

@@ -85,7 +85,7 @@ def study(
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.studies.runner import study
-    from llm_wsae.weights.rules import need_of
+    from llm_wsae.weights.rules import Rule
 
     started = time.monotonic()
     check_counts(eval_tokens=eval_tokens, score_tokens=score_tokens)
@@ -94,7 +94,7 @@ def study(
     fidelity = EvaluateConfig(tokens=eval_tokens)
     scoring = MonosemanticConfig(tokens=score_tokens, encoder=encoder, labels=labels)
     for name in rule:
-        if need_of(name) == "dictionary" and dictionary is None:
+        if Rule.parse(name).need == "dictionary" and dictionary is None:
             raise UsageError(
                 f"the rule {name!r} needs a first dictionary: name one with --dictionary, e.g. a "
                 "plain one of this study"

@@ -1,7 +1,6 @@
 """The command that trains dictionaries."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -45,18 +44,19 @@ def train(
         seeds: Seeds of the initial weights, a dictionary each.
     """
     from llm_wsae.data.store import ActivationStore
-    from llm_wsae.training.grid import choose_weights, make_arms
+    from llm_wsae.training.grid import make_arms
     from llm_wsae.training.trainer import train as train_arms
     from llm_wsae.weighing import measure_inputs
-    from llm_wsae.weights.loss_weights import OWN_RULE, LossWeights
+    from llm_wsae.weights.choosing import choose_weights
+    from llm_wsae.weights.loss_weights import LossWeights
+    from llm_wsae.weights.rules import Rule
 
     started = time.monotonic()
     opened, place = ActivationStore.open(store), Site.parse(site)
-    inputs = measure_inputs(rule, opened, place)  # what weigh has measured of the store, if it has
-    own = LossWeights.load(weights) if weights else None
-    if own is not None and own.rule == OWN_RULE:
-        own = replace(own, config=weigh)
-    chosen = choose_weights(inputs, rule, alpha, own, weigh)
+    rules = [Rule.parse(name) for name in rule]
+    inputs = measure_inputs(rules, opened, place)  # only what weigh has measured of the store
+    own = LossWeights.load(weights, weigh) if weights else None
+    chosen = choose_weights(inputs, rules, alpha, own, weigh)
     arms = make_arms(chosen, k, l1, seeds, architecture)
     dictionaries = train_arms(opened.source(place), arms, config, out)
     asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, "weights": weights}

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.weights.loss_weights import Gamma, LossWeights
-from llm_wsae.weights.rules import weighs_tokens
 
 
 def read_weights(path: str, d_in: int) -> LossWeights:
@@ -35,7 +34,7 @@ def read_weights(path: str, d_in: int) -> LossWeights:
             f"{path} is for training in a space of its own, but SAELens trains on the rows as they "
             "are; make weights that act in the loss"
         )
-    if weighs_tokens(weights.rule):
+    if weights.rule.weighs_tokens:
         raise UsageError(
             f"{path} has weights of tokens, but SAELens' training weighs dimensions; make them by "
             "another rule"

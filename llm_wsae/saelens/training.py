@@ -61,7 +61,7 @@ class _Weighted:
             )
         weights = read_weights(cfg.weights_file, cfg.d_in)
         super().__init__(cfg, use_error_term)
-        cfg.metadata[OURS] = {"rule": weights.rule, "alpha": weights.alpha}
+        cfg.metadata[OURS] = {"rule": weights.rule.name, "alpha": weights.alpha}
         device = "cpu" if cfg.device == "meta" else cfg.device  # SAELens loads by way of meta
         self.register_buffer("gamma", weights.gamma.to(device), persistent=False)  # type: ignore
         self.mse_loss_fn = self._squared_error

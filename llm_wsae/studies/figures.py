@@ -24,7 +24,6 @@ from llm_wsae.studies.verdict import (
     WORSE,
     Compared,
 )
-from llm_wsae.weights.rules import is_drawn
 
 _DPI = 130
 _CURVES = ("detection", "selectivity", "purity", "probe_1")
@@ -51,7 +50,7 @@ def plot_curve(results: Sequence[Result], site: str, path: Path) -> None:
         _draw_plain(axis, [r for r in results if r.label == PLAIN], measure)
         for label, colour in colours.items():
             own = [r for r in results if r.label == label and measure in r.point.values]
-            hollow = bool(own) and is_drawn(own[0].rule)
+            hollow = bool(own) and own[0].is_drawn
             axis.plot(
                 [_lost(r) for r in own],
                 [r.point.values[measure].mean for r in own],

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from llm_wsae.errors import UsageError
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.training.arm import ArmConfig
+from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import LossWeights, takes_matrix, weights_from_rule
-from llm_wsae.weights.rules import is_drawn
+from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import Rule
 
 PLAIN = "uniform"
 
@@ -41,7 +42,7 @@ def plan(inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig) -> list[P
         for k in ks:
             arm = ArmConfig(weights, k, init_seed=seed, architecture=config.architecture)
             # one that was named before, as a rule of its own, stays what it was
-            arms.setdefault(arm.name, PlannedArm(arm, label_of(weights), control))
+            arms.setdefault(arm.name, PlannedArm(arm, weights.label, control))
 
     for seed in dict.fromkeys(config.seeds):
         add(weights_from_rule(PLAIN, 1.0, inputs), None, config.curve, seed)
@@ -54,38 +55,22 @@ def _weights(
     inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig, seed: int
 ) -> Iterator[tuple[LossWeights, str | None]]:
     """Weights and the label of their control, and each control itself."""
-    for rule in config.rules:
+    for rule in map(Rule.parse, config.rules):
+        matched = rule.matched_control(weigh)
         for alpha in config.alphas:
             weights = _drawn(rule, alpha, inputs, weigh, seed)
-            if weights.name == PLAIN:
+            if weights.label == PLAIN:
                 continue
-            named = control_of(rule, weigh)
-            if named is None:
+            if matched is None:
                 yield weights, None
                 continue
-            control = _drawn(named, alpha, inputs, weigh, seed)
-            yield weights, label_of(control)
+            control = _drawn(matched, alpha, inputs, weigh, seed)
+            yield weights, control.label
             yield control, None
 
 
 def _drawn(
-    rule: str, alpha: float, inputs: RuleInputs, weigh: WeightConfig, seed: int
+    rule: Rule, alpha: float, inputs: RuleInputs, weigh: WeightConfig, seed: int
 ) -> LossWeights:
-    own = replace(weigh, draw=seed if is_drawn(rule) else 0)
-    return weights_from_rule(rule, alpha, inputs, WeightConfig() if rule == PLAIN else own)
-
-
-def control_of(rule: str, weigh: WeightConfig) -> str | None:
-    """The rule that has the same weights on other dimensions (or tokens), or the same spectrum with
-    other directions. How many dimensions its loss hangs on is another matter, and never the same.
-
-    None for what knows nothing of them already.
-    """
-    if rule == PLAIN or is_drawn(rule):
-        return None
-    return f"rotated:{rule}" if takes_matrix(rule, weigh) else f"permuted:{rule}"
-
-
-def label_of(weights: LossWeights) -> str:
-    """The name of the weights without the number of a random draw."""
-    return replace(weights, config=replace(weights.config, draw=0)).name
+    config = replace(weigh, draw=seed) if rule.is_drawn else weigh
+    return weights_from_rule(rule, alpha, inputs, config)

@@ -19,7 +19,6 @@ from llm_wsae.studies.curve import Curve, Value
 from llm_wsae.studies.inference import LEVEL, Estimate, adjusted, estimates
 from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.results import DECIDING, FAMILY, MEASURES, Result
-from llm_wsae.weights.rules import is_drawn
 
 BETTER = "better"
 AS_CONTROL = "as its control"
@@ -83,7 +82,7 @@ def compare(results: Sequence[Result]) -> list[Compared]:
         label: _beside([(1.0, [r for r in groups[label] if r.point.k in ks])], curves)
         for label, ks in comparable.items()
     }
-    claims = [label for label, group in groups.items() if not is_drawn(group[0].rule)]
+    claims = [label for label, group in groups.items() if not group[0].is_drawn]
     effects = _by_measure(beside, apart=groups.keys() - claims)
     # each of these has a control's draw in it
     against = _by_measure(_against_controls(groups, comparable, curves), apart=groups.keys())

@@ -29,7 +29,7 @@ from llm_wsae.theory.report import TheoryReport, summarise
 from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, score, weights
 from llm_wsae.theory.superposition import Planted
 from llm_wsae.theory.tied import Schedule, encode_tied, train_tied
-from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.rules import Rule
 
 UNITS = "units"
 FIGURES = ("closed_form.png", "correlations.png", "changes.png")
@@ -88,12 +88,13 @@ def run_unit(
     sample = data.observe(seen)
     statistics = Statistics(len(data.mixing), 1, sample_rows=config.rows)
     statistics.update(sample, torch.zeros(len(sample), dtype=torch.int64))
-    inputs = RuleInputs(
+    known = Known(
         statistics,
         fisher=fisher(data, sample),
         coherence=coherence(data, seen, generator(seed, Stream.STRANGERS)),
+        truth=data,
+        draw=number(seed, Stream.CONTROL),
     )
-    known = Known(inputs, data, number(seed, Stream.CONTROL))
     x = data.features(config.rows, generator(seed, Stream.TEST))
     train = _Trainer(data, schedule, x, seed, check)
 
@@ -102,7 +103,7 @@ def run_unit(
     first = dictionaries[early.index(PLAIN)]
     energy = encode_tied(first, sample, k).square().mean(0)
     used = energy > 0  # the directions of dead latents are those they started with
-    known = replace(known, inputs=replace(inputs, decoder=first[used], energy=energy[used]))
+    known = replace(known, decoder=first[used], energy=energy[used])
     late = [name for name in ARMS if name not in early]
     recovered |= train(late, known)[0]
     return {
@@ -113,7 +114,7 @@ def run_unit(
             "k": k,
             "mean_active": data.mean_active,
         },
-        "correlations": {rule: _correlation(rule, known) for rule in RULES},
+        "correlations": {name: _correlation(rule, known) for name, rule in RULES.items()},
         "arms": {name: asdict(recovered[name]) for name in ARMS},
     }
 
@@ -183,7 +184,7 @@ def _closed_form_unit(name: str, config: TheoryConfig, out: Path) -> Unit:
     )
 
 
-def _correlation(rule: str, known: Known) -> float | None:
+def _correlation(rule: Rule, known: Known) -> float | None:
     """Spearman's ρ with the true monosemanticity; None where either is constant."""
     truth, guess = known.truth.monosemanticity, score(rule, known)
     if bool((guess == guess[0]).all()) or bool((truth == truth[0]).all()):

@@ -77,7 +77,7 @@ class ArmConfig:
         gamma, config = self.weights.gamma.double(), self.weights.config
         total = float(gamma.sum())
         return {
-            "rule": self.weights.rule,
+            "rule": self.weights.rule.name,
             "alpha": self.weights.alpha,
             # a matrix comes out of a decomposition, whose last digits hang on the machine
             "gamma_sum": float(f"{total:.6g}") if gamma.ndim == 2 else total,
@@ -197,7 +197,7 @@ class Arm:
         """The batch with what its rows count under the arm's weights, if it does not say so yet."""
         if batch.row_weights is not None:
             return batch
-        return batch._replace(row_weights=self.config.weights.of_rows(batch.x, batch.mask))
+        return batch._replace(row_weights=self.config.weights.row_weights(batch.x, batch.mask))
 
     def dead(self, rows_seen: int, dead_after: int) -> Tensor:
         """Which latents have not fired for ``dead_after`` rows. [d_sae] bool."""

@@ -28,7 +28,7 @@ def dictionary_of(
     info = DictionaryInfo(
         site=str(source.site),
         name=arm.config.name,
-        rule=weights.rule,
+        rule=weights.rule.name,
         alpha=weights.alpha,
         weights=dataclasses.asdict(weights.config),
         seed=arm.config.init_seed,

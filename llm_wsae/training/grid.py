@@ -3,37 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from llm_wsae.errors import UsageError
-from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import Architecture
-from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import LossWeights, own_weights, weights_from_rule
-
-
-def choose_weights(
-    known: RuleInputs | Statistics,
-    rules: Iterable[str],
-    alphas: Sequence[float],
-    own: LossWeights | None = None,
-    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
-) -> list[LossWeights]:
-    """Normalised weights for every rule and α, without repetitions, and a user's own last.
-
-    ``uniform`` has no α, so it comes once, and is plain whatever ``config`` says. Raises UsageError
-    for an unknown rule or one that lacks its input, LlmWsaeError for own weights
-    that do not fit.
-    """
-    chosen: dict[str, LossWeights] = {}
-    for rule in rules:
-        plain = rule == "uniform"
-        for alpha in (1.0,) if plain else alphas:
-            weights = weights_from_rule(rule, alpha, known, WeightConfig() if plain else config)
-            chosen.setdefault(weights.name, weights)
-    if own is not None:
-        weights = own_weights(own, known)
-        chosen[weights.name] = weights
-    return list(chosen.values())
+from llm_wsae.weights.loss_weights import LossWeights
 
 
 def make_arms(

@@ -24,6 +24,7 @@ from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import Need, RuleInputs
 
 Control = Literal["permuted", "rotated"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 RuleForm = Literal["diagonal", "matrix", "tokens"]
 
 _BRINGS: dict[Need, tuple[str, str]] = {
@@ -61,13 +62,13 @@ class Rule:
         nearest names, for an unknown rule or a control that the rule cannot have.
         """
         rules = RULES if rules is None else rules
-        prefix, _, base = text.rpartition(":")
-        if base in rules and not prefix:
-            return rules[base]
-        for control in get_args(Control):
-            if base in rules and prefix == control:
+        if text in rules:
+            return rules[text]
+        for control in CONTROLS:
+            base = text.removeprefix(f"{control}:")
+            if base != text and base in rules:
                 return rules[base].as_control(control)
-        known = [*rules, *(f"{control}:{name}" for control in get_args(Control) for name in rules)]
+        known = [*rules, *(f"{control}:{name}" for control in CONTROLS for name in rules)]
         raise UsageError(f"there is no weight rule {text!r}; {nearest(text, known)}")
 
     @classmethod

@@ -12,7 +12,7 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.config import TrainConfig, default_learning_rate
 from llm_wsae.training.normaliser import Normaliser
-from llm_wsae.weights.loss_weights import weights_from_rule
+from llm_wsae.weights.choosing import weights_from_rule
 
 DEAD_AFTER = 10_000_000  # as in the peers: within a benchmark nobody's latents die
 

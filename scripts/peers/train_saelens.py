@@ -28,6 +28,7 @@ from llm_wsae.saelens import (
     WeightedTopKTrainingSAEConfig,
 )
 from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import RULES
 
 CONTEXT, PROMPTS, VOCABULARY, STEPS, BATCH = 32, 16, 200, 150, 512
 SITE = "blocks.1.hook_resid_post"
@@ -52,7 +53,7 @@ first_half = torch.cat([torch.full((D_IN // 2,), 1.9**0.5), torch.full((D_IN // 
 
 
 def weights_file(name: str, gamma: Tensor) -> str:
-    LossWeights(gamma, "variance", -0.25).save(OUT / f"{name}.safetensors")
+    LossWeights(gamma, RULES["variance"], -0.25).save(OUT / f"{name}.safetensors")
     return str(OUT / f"{name}.safetensors")
 
 

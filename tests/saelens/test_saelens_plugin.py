@@ -16,6 +16,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.saelens.loss import read_weights, squared_error
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import RULES
 
 D_IN = 6
 ABSENT = importlib.util.find_spec("sae_lens") is None
@@ -24,7 +25,7 @@ CLASSES = Path(llm_wsae.saelens.__file__).with_name("training.py")
 
 def saved(tmp_path: Path, gamma: torch.Tensor, **config) -> str:
     path = tmp_path / "weights.safetensors"
-    LossWeights(gamma, "variance", -0.25, WeightConfig(**config)).save(path)
+    LossWeights(gamma, RULES["variance"], -0.25, WeightConfig(**config)).save(path)
     return str(path)
 
 
@@ -44,7 +45,7 @@ def test_the_error_of_a_row_is_that_of_the_weighted_difference():
 def test_weights_come_from_the_file(tmp_path, gamma):
     weights = read_weights(saved(tmp_path, gamma), D_IN)
     assert torch.equal(weights.gamma, gamma)
-    assert (weights.rule, weights.alpha) == ("variance", -0.25)
+    assert (weights.rule.name, weights.alpha) == ("variance", -0.25)
 
 
 def _negative() -> torch.Tensor:
@@ -70,7 +71,7 @@ def test_weights_that_cannot_be_used(tmp_path, gamma, config, error, sentence):
 
 def test_weights_of_tokens_are_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
-    LossWeights(torch.ones(D_IN), "token-norm", -0.5).save(path)
+    LossWeights(torch.ones(D_IN), RULES["token-norm"], -0.5).save(path)
     with pytest.raises(UsageError, match="SAELens' training weighs dimensions"):
         read_weights(str(path), D_IN)
 

@@ -20,7 +20,6 @@ from llm_wsae.theory.reader import coherence, fisher
 from llm_wsae.theory.report import SCORING
 from llm_wsae.theory.rules import ARMS, RULES, SHOWN, Known, score, weights
 from llm_wsae.theory.superposition import digon_mixing, outliers, planted, rotated
-from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.rules import RULES as ALL_RULES
 
 SMALL = TheoryConfig(
@@ -43,19 +42,20 @@ def known(sparsity: float = 0.7) -> Known:
     data = planted(digon_mixing(2, 1), sparsity)
     x = data.features(8000, torch.Generator().manual_seed(0))
     rows = data.observe(x)
-    inputs = RuleInputs(
+    return Known(
         Statistics(3, 1).update(rows, torch.zeros(8000, dtype=torch.int64)),
         decoder=data.mixing.T,
         energy=torch.ones(4),
         fisher=fisher(data, rows),
         coherence=coherence(data, x, torch.Generator().manual_seed(1)),
+        truth=data,
+        draw=1,
     )
-    return Known(inputs, data, draw=1)
 
 
 def test_every_rule_scores_planted_data_as_its_formula_says():
     e = known()
-    found = {rule: score(rule, e) for rule in RULES}
+    found = {name: score(rule, e) for name, rule in RULES.items()}
     assert all(s.shape == (3,) and bool((s >= 0).all()) for s in found.values())
     # Two lone features, one digon. With the true directions in the decoder:
     for rule in ("participation", "participation-true"):
@@ -71,8 +71,8 @@ def test_every_rule_scores_planted_data_as_its_formula_says():
     assert found["sensitivity"].tolist() == pytest.approx([0.3, 0.3, 1 - 0.7**2], abs=0.02)
     # Alike is what makes the dimension large: the same feature, or either one of two.
     assert found["semantic"][:2].min() > 1.5 * found["semantic"][2]
-    for rule in RULES[1:]:  # on other dimensions: the same numbers in another order
-        dealt = score(f"permuted:{rule}", e)
+    for rule in RULES:  # on other dimensions: the same numbers in another order
+        dealt = score(RULES[rule].as_control("permuted"), e)
         assert sorted(dealt.tolist()) == pytest.approx(sorted(found[rule].tolist())), rule
 
 
@@ -131,7 +131,7 @@ def test_a_dimension_that_scores_zero(monkeypatch):
 
 def test_standardised_inputs_have_one_variance():
     e = known()
-    spread = (e.inputs.statistics.usual_sample * weights(ARMS["standardised"], e)).var(0)
+    spread = (e.statistics.usual_sample * weights(ARMS["standardised"], e)).var(0)
     assert ARMS["standardised"].space and float(spread.max() / spread.min()) < 1.001
 
 
@@ -157,8 +157,8 @@ def test_a_dead_latent_of_the_first_dictionary_tells_no_rule_anything(monkeypatc
     seen = []
 
     def look(rule, known):
-        if rule == "gap":
-            seen.append(known.inputs)
+        if rule.name == "gap":
+            seen.append(known)
         return score(rule, known)
 
     monkeypatch.setattr(rules, "score", look)

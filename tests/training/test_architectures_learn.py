@@ -21,10 +21,12 @@ from llm_wsae.training.architectures.batch_topk import RunningThreshold
 from llm_wsae.training.architectures.matryoshka import group_bounds
 from llm_wsae.training.arm import Arm, ArmConfig, folded
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.grid import choose_weights, make_arms
+from llm_wsae.training.grid import make_arms
 from llm_wsae.training.normaliser import Normaliser
 from llm_wsae.training.trainer import Interrupted, train
+from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import RULES
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ("topk", "batch-topk", "matryoshka", "jumprelu")
@@ -241,7 +243,7 @@ def test_dead_latents_are_counted_and_revived_where_others_crowd_them_out(name):
 
 
 def test_names_of_arms():
-    gamma = LossWeights(torch.ones(16), "variance", 0.5)
+    gamma = LossWeights(torch.ones(16), RULES["variance"], 0.5)
     arms = make_arms([gamma], (4, 8), (0.1,), (0, 3), ("topk", "matryoshka"))
     names = ["k4", "k8", "matryoshka-k4", "matryoshka-k8", "relu-l0.1"]
     assert [arm.name for arm in arms] == [
@@ -251,7 +253,7 @@ def test_names_of_arms():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_impossible_k(architecture):
-    gamma = LossWeights(torch.ones(16), "uniform", 1.0)
+    gamma = LossWeights(torch.ones(16), RULES["uniform"])
     for k, said in ((0, "k must be at least 1"), (65, "more than the dictionary's 64 latents")):
         with pytest.raises(UsageError, match=said):
             Arm(ArmConfig(gamma, k=k, architecture=architecture), 16, 64, CPU)

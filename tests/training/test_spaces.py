@@ -16,9 +16,10 @@ from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.grid import make_arms
 from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
 from llm_wsae.training.trainer import train
+from llm_wsae.weights.choosing import own_weights, weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import LossWeights, own_weights, weights_from_rule
+from llm_wsae.weights.loss_weights import LossWeights
 
 D_IN, ROWS = 16, 6000
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def test_folding_back_changes_nothing(source, seed, diagonal, threshold):
     if not diagonal:
         turn, other = torch.linalg.qr(torch.randn(2, D_IN, D_IN, generator=generator)).Q
         gamma = turn @ gamma.diag() @ other
-    arm = Arm(ArmConfig(LossWeights(gamma, "own", 1.0, SPACE), k=4, init_seed=1), D_IN, 32, CPU)
+    arm = Arm(ArmConfig(LossWeights(gamma, config=SPACE), k=4, init_seed=1), D_IN, 32, CPU)
     for parameter in arm.parameters:
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     limit = torch.rand(32, generator=generator) if threshold else None
@@ -136,8 +137,8 @@ def test_the_identity_is_the_plain_training(source, inputs, tmp_path):
     eye = torch.eye(D_IN)
     chosen = {
         "plain": weights_from_rule("uniform", 1.0, inputs),
-        "space": LossWeights(eye, "own", 1.0, SPACE),
-        "loss": LossWeights(eye, "own", 1.0),
+        "space": LossWeights(eye, config=SPACE),
+        "loss": LossWeights(eye),
     }
     trained = {}
     for name, weights in chosen.items():
@@ -187,9 +188,9 @@ def test_what_a_dictionary_remembers(source, inputs, tmp_path):
 
 def test_a_training_in_another_space_is_not_gone_on_with(source, inputs, tmp_path):
     eye = torch.eye(D_IN)
-    train(source, make_arms([LossWeights(eye, "own", 1.0, SPACE)], [4]), CONFIG, tmp_path / "out")
+    train(source, make_arms([LossWeights(eye, config=SPACE)], [4]), CONFIG, tmp_path / "out")
     with pytest.raises(LlmWsaeError, match="other settings"):
-        train(source, make_arms([LossWeights(eye, "own", 1.0)], [4]), CONFIG, tmp_path / "out")
+        train(source, make_arms([LossWeights(eye)], [4]), CONFIG, tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", ["diagonal", "matrix"])
@@ -230,4 +231,4 @@ def test_own_matrix_that_is_no_space(inputs):
     nearly = torch.eye(D_IN)
     nearly[0, 0] = 1e-7
     with pytest.raises(LlmWsaeError, match="more than 100000 times"):
-        own_weights(LossWeights(nearly, "own", 1.0, SPACE), inputs)
+        own_weights(LossWeights(nearly, config=SPACE), inputs)

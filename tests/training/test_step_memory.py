@@ -10,6 +10,7 @@ from llm_wsae.sparse.operations import using
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.parameters import Batch
 from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import RULES
 
 D_IN, D_SAE, BATCH, K = 16, 16384, 2048, 4
 CPU = torch.device("cpu")
@@ -41,7 +42,9 @@ def id_of(tensor):
 
 
 def make(architecture, fast):
-    config = ArmConfig(LossWeights(torch.ones(D_IN), "uniform", 1.0), K, architecture=architecture)
+    config = ArmConfig(
+        LossWeights(torch.ones(D_IN), RULES["uniform"]), K, architecture=architecture
+    )
     arm = Arm(config, D_IN, D_SAE, CPU)
     x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0))
     return arm, Batch(x, x.to(fast), torch.ones(BATCH))

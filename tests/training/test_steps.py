@@ -12,6 +12,7 @@ from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.auxk import DeadFinder, DeadLatents, auxk_gradients
 from llm_wsae.training.parameters import Batch, Parameters, initial_parameters
 from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import Rule
 
 D_IN, D_SAE, BATCH, K, L1 = 32, 256, 1300, 8, 0.02
 
@@ -66,8 +67,7 @@ def test_a_resumed_relu_arm_knows_how_many_latents_were_active():
     """Or it would take a dense step where the unbroken training took a sparse one."""
     _, batch, gamma = problem(torch.float32)
     first, second, third = (
-        Arm(ArmConfig(LossWeights(gamma, "own", 1.0), l1=L1), D_IN, D_SAE, batch.x.device)
-        for _ in range(3)
+        Arm(ArmConfig(LossWeights(gamma), l1=L1), D_IN, D_SAE, batch.x.device) for _ in range(3)
     )
     assert first.memory.share() is None
     first.step(batch, BATCH, 1e-3, aux=0.0, dead_after=10**9)
@@ -86,7 +86,7 @@ def test_a_whole_step_is_that_of_the_reference(name, architecture):
     _, batch, gamma = problem(torch.float32)
     moments = {}
     for one in (name, "reference"):
-        config = ArmConfig(LossWeights(gamma, "own", 1.0), K, architecture=architecture)
+        config = ArmConfig(LossWeights(gamma), K, architecture=architecture)
         arm = Arm(config, D_IN, D_SAE, batch.x.device)
         arm.parameters.encoder[100:] *= 0.05  # positive often enough, never among the largest
         arm.last_fired[100:] = -(10**6)
@@ -190,7 +190,12 @@ def test_an_arm_weighs_its_tokens(rule, other_row):
     """By their own distance from the mean, its control by that of the next unmasked row."""
     _, batch, _ = problem(torch.float32)
     plain, weighed = (
-        Arm(ArmConfig(LossWeights(torch.ones(D_IN), name, -0.5), K), D_IN, D_SAE, batch.x.device)
+        Arm(
+            ArmConfig(LossWeights(torch.ones(D_IN), Rule.parse(name), -0.5), K),
+            D_IN,
+            D_SAE,
+            batch.x.device,
+        )
         for name in ("uniform", rule)
     )
     kept = batch.mask > 0

@@ -21,11 +21,13 @@ from llm_wsae.training import trainer
 from llm_wsae.training.arm import Arm, ArmConfig, folded
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig, learning_rate_factor
-from llm_wsae.training.grid import choose_weights, make_arms
+from llm_wsae.training.grid import make_arms
 from llm_wsae.training.normaliser import Normaliser
 from llm_wsae.training.parallel import collectives
 from llm_wsae.training.trainer import FINISHED, Interrupted, train
+from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import RULES
 
 D_IN, CONTEXT = 16, 32
 CONFIG = TrainConfig(
@@ -270,7 +272,7 @@ def test_a_diverging_loss_stops_the_training(tmp_path):
 def test_dead_latents_are_counted_and_revived():
     source = MemorySource()
     normaliser = Normaliser(source.statistics(), torch.device("cpu"), torch.float32)
-    config = ArmConfig(LossWeights(torch.ones(D_IN), "uniform", 1.0), k=4)
+    config = ArmConfig(LossWeights(torch.ones(D_IN), RULES["uniform"]), k=4)
     shares = {}
     for aux in (0.0, 1 / 32):
         arm = Arm(config, D_IN, 64, torch.device("cpu"))
@@ -298,7 +300,7 @@ def test_massive_rows_have_no_part():
 def test_folding_gives_the_same_reconstruction():
     source = MemorySource()
     normaliser = Normaliser(source.statistics(), torch.device("cpu"), torch.float32)
-    config = ArmConfig(LossWeights(torch.ones(D_IN), "uniform", 1.0), k=4)
+    config = ArmConfig(LossWeights(torch.ones(D_IN), RULES["uniform"]), k=4)
     arm = Arm(config, D_IN, 64, torch.device("cpu"))
     arm.parameters.encoder_bias.normal_()
     arm.parameters.decoder_bias.normal_()

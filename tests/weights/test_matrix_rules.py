@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.matrix_rules import EIGENVALUE_FLOOR, permuted, rotated, spectrum, whitening
-from llm_wsae.weights.rules import matrix
+from llm_wsae.weights.matrix_rules import (
+    EIGENVALUE_FLOOR,
+    leading_sensitivity,
+    permuted,
+    rotated,
+    sensitivity,
+    spectrum,
+    whitening,
+)
 
 D = 6
 
@@ -29,7 +36,7 @@ def test_whitening_makes_the_covariance_the_identity(inputs):
 
 
 def test_sensitivity_is_the_fisher_matrix(inputs):
-    torch.testing.assert_close(matrix("sensitivity", inputs), inputs.fisher)
+    torch.testing.assert_close(sensitivity(inputs), inputs.fisher)
 
 
 def test_rotated_keeps_the_spectrum_only(inputs):
@@ -40,7 +47,6 @@ def test_rotated_keeps_the_spectrum_only(inputs):
     _, theirs = spectrum(control)
     assert float((mine.T @ theirs).diagonal().abs().max()) < 0.95
     assert torch.equal(control, rotated(f, 0)) and not torch.allclose(control, rotated(f, 1))
-    assert torch.equal(control, matrix("rotated:sensitivity", inputs))
 
 
 def test_rotations_are_uniform():
@@ -70,8 +76,12 @@ def test_the_floor_makes_any_matrix_invertible():
         spectrum(torch.full((3, 3), float("nan")))
 
 
-def test_vector_rules_have_no_matrix(inputs):
-    with pytest.raises(UsageError, match=r"no matrix form; those .* are sensitivity, whitening"):
-        matrix("variance", inputs)
-    with pytest.raises(UsageError, match="needs the model"):
-        matrix("rotated:sensitivity", RuleInputs(inputs.statistics))
+def test_leading_sensitivity_stretches_few_directions(inputs):
+    """Of 48 dimensions F's first three directions; what is left has the mean of the others."""
+    half = torch.randn(48, 48, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    fisher = half @ half.T + torch.eye(48)
+    found = leading_sensitivity(RuleInputs(inputs.statistics, fisher=fisher))
+    values, vectors = torch.linalg.eigh(fisher)
+    wanted = torch.cat([values[:45].mean().expand(45), values[45:]])
+    torch.testing.assert_close(torch.linalg.eigvalsh(found), wanted)
+    torch.testing.assert_close(found @ vectors[:, 45:], values[45:] * vectors[:, 45:])

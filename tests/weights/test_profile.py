@@ -2,7 +2,7 @@ import torch
 
 from llm_wsae.plots import plot_fidelity, plot_profile
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.weights.loss_weights import weights_from_rule
+from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.profile import profile, profile_text
 
 
@@ -27,7 +27,7 @@ def test_the_profile_counts_massive_rows_and_warns_of_the_collapse():
     plain, inverse = facts["weights"]
     assert plain["largest"][0]["dimension"] == 7 and plain["largest"][0]["share"] > 0.8
     assert plain["effective_dimensions"] < 2 and inverse["effective_dimensions"] > 99
-    assert "hangs on" in plain["warning"] and inverse["warning"] is None
+    assert "is dominated by" in plain["warning"] and inverse["warning"] is None
 
     text = profile_text(facts)
     assert "100 rows, 1.562%: 100 at position 0" in text

@@ -1,136 +1,205 @@
-"""Rules on planted rows whose answer is known, and what they say when an input is missing."""
+"""A rule is parsed once: what the object knows, what it refuses, and its controls."""
 
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 from llm_wsae.errors import UsageError
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.rules import RULES, check_rule, need_of, score
+from llm_wsae.weights.rules import OWN, RULES, Rule
 
-FEATURES = torch.tensor([1, 1, 1, 2, 2, 2, 9, 9])  # in each dimension; orthogonal to the others'
-
-
-def planted(rows=8000, seed=0):
-    """x = W_p f: dimensions of one feature, of an antipodal pair, and of nine features."""
-    generator = torch.Generator().manual_seed(seed)
-    decoder = torch.zeros(int(FEATURES.sum()), len(FEATURES))
-    first = 0
-    for dimension, count in enumerate(FEATURES.tolist()):
-        signs = torch.ones(count)
-        signs[1::2] = -1
-        decoder[first : first + count, dimension] = signs
-        first += count
-    shape = (rows, len(decoder))
-    active = torch.rand(shape, generator=generator) > 0.9
-    f = active * (1 - torch.rand(shape, generator=generator))
-    return f @ decoder, decoder, f
+D_IN = 6
+MATRIX = WeightConfig(form="matrix")
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    x, decoder, f = planted()
-    statistics = Statistics(len(FEATURES), 16).update(x, torch.arange(len(x)) % 16)
-    fisher = torch.diag(torch.arange(1.0, 9.0)).double() + 0.1
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, D_IN, generator=generator) * torch.arange(1, D_IN + 1)
+    half = torch.randn(D_IN, D_IN, generator=generator, dtype=torch.float64)
     return RuleInputs(
-        statistics,
-        decoder=decoder,
-        energy=f.square().mean(0),
-        fisher=fisher,
-        coherence=torch.linspace(0.5, 0.1, 8).double(),
+        Statistics(D_IN, 16).update(x, torch.arange(len(x)) % 16),
+        decoder=torch.randn(12, D_IN, generator=generator),
+        energy=torch.rand(12, generator=generator),
+        fisher=half @ half.T,
+        coherence=torch.linspace(0.5, 0.1, D_IN).double(),
     )
 
 
-# Rank correlation with the true monosemanticity, one over the number of features. With features
-# all alike variance counts them, so the paper's proxy points the wrong way.
-KNOWN = {
-    "variance": (-1.0, -0.9),
-    "robust-variance": (-1.0, -0.9),
-    "kurtosis": (0.9, 1.0),
-    "hoyer": (0.9, 1.0),
-    "negentropy": (0.9, 1.0),
-    "participation": (0.9, 1.0),
-    "semantic": (0.9, 1.0),
-    "sensitivity": (-1.0, -0.9),
-    "random": (-0.9, 0.9),
-}
+def test_a_parsed_rule_names_itself():
+    every = [*RULES, *(f"permuted:{name}" for name in RULES)]
+    every += [f"rotated:{name}" for name, rule in RULES.items() if rule.has_matrix]
+    for text in every:
+        rule = Rule.parse(text)
+        assert rule.name == text and Rule.of(text) == Rule.of(rule) == rule
+        assert rule.is_plain == (text == "uniform")
+    assert Rule.parse("variance") is RULES["variance"]
+    assert Rule.parse("permuted:gap") == RULES["gap"].as_control("permuted") != RULES["gap"]
 
 
-@pytest.mark.parametrize("rule", KNOWN)
-def test_planted_dimensions(rule, inputs):
-    low, high = KNOWN[rule]
-    s = score(rule, inputs)
-    assert s.dtype == torch.float64 and s.shape == (8,) and float(s.min()) >= 0
-    assert low <= spearmanr(s, 1 / FEATURES).statistic <= high + 1e-9
+def test_what_a_rule_knows():
+    """(scores, matrix, tokens, drawn, need) by text."""
+    table = {
+        "uniform": (True, False, False, False, None),
+        "permuted:variance": (True, False, False, True, None),
+        "random": (True, False, False, True, None),
+        "permuted:gap": (True, False, False, True, "dictionary"),
+        "semantic": (True, False, False, False, "coherence"),
+        "sensitivity": (True, True, False, False, "fisher"),
+        "permuted:sensitivity": (True, True, False, True, "fisher"),
+        "rotated:sensitivity": (False, True, False, True, "fisher"),
+        "whitening": (False, True, False, False, None),
+        "rotated:whitening": (False, True, False, True, None),
+        "token-norm": (False, False, True, False, None),
+        "permuted:token-norm": (False, False, True, True, None),
+    }
+    for text, known in table.items():
+        rule = Rule.parse(text)
+        found = (rule.has_scores, rule.has_matrix, rule.weighs_tokens, rule.is_drawn, rule.need)
+        assert found == known, text
 
 
-def test_participation_counts_the_features(inputs):
-    torch.testing.assert_close(
-        score("participation", inputs), 1 / FEATURES.double(), rtol=0.05, atol=0
-    )
+def test_texts_that_name_no_rule():
+    for text, sentence in {
+        "varience": "no weight rule 'varience'; did you mean 'variance'",
+        "permutd:variance": "no weight rule 'permutd:variance'; did you mean 'permuted:variance'",
+        "permuted:random:x": "no weight rule 'permuted:random:x'",
+        "permuted:permuted:variance": "no weight rule",
+        ":variance": "no weight rule ':variance'; did you mean 'variance'",
+        "permuted:": "no weight rule 'permuted:'",
+        "": "no weight rule ''; known are 'uniform', 'variance'",
+        "own": "no weight rule 'own'",
+        "rotated:hoyer": r"only rules with a matrix can be rotated \(sensitivity, whitening, lead",
+        "rotated:token-norm": "'rotated:token-norm' is not possible",
+    }.items():
+        with pytest.raises(UsageError, match=sentence):
+            Rule.parse(text)
 
 
-def test_gap_leaves_the_least_gap(inputs):
-    """On orthogonal groups of n features the best γ² is 1/n, dimension by dimension."""
-    torch.testing.assert_close(score("gap", inputs), FEATURES.double().rsqrt(), rtol=1e-6, atol=0)
+def test_a_table_of_other_rules_can_be_parsed():
+    truth = Rule("truth", lambda inputs: torch.ones(3))
+    assert Rule.parse("permuted:truth", {"truth": truth}) == truth.as_control("permuted")
+    with pytest.raises(UsageError, match="did you mean 'truth'"):
+        Rule.parse("trth", {"truth": truth})
+
+
+def test_the_form_follows_the_settings():
+    space, diagonal = WeightConfig(place="space"), WeightConfig("space", form="diagonal")
+    for text, config, form in [
+        ("variance", WeightConfig(), "diagonal"),
+        ("variance", space, "diagonal"),
+        ("sensitivity", WeightConfig(), "diagonal"),
+        ("sensitivity", space, "matrix"),
+        ("sensitivity", diagonal, "diagonal"),
+        ("sensitivity", MATRIX, "matrix"),
+        ("permuted:sensitivity", space, "matrix"),
+        ("rotated:sensitivity", WeightConfig(), "matrix"),
+        ("whitening", WeightConfig(), "matrix"),
+        ("token-norm", WeightConfig(), "tokens"),
+        ("permuted:token-norm", WeightConfig(draw=3), "tokens"),
+        ("uniform", MATRIX, "diagonal"),  # plain whatever the settings
+    ]:
+        assert Rule.parse(text).form(config) == form, (text, config)
+
+
+def test_forms_that_a_rule_does_not_have():
+    diagonal, tokens = WeightConfig(form="diagonal"), "weighs tokens, in the loss and throughout"
+    for text, config, sentence in [
+        ("variance", MATRIX, "'variance' has no matrix form; those with one are sensitivity"),
+        ("permuted:uniform", MATRIX, "'permuted:uniform' has no matrix form"),
+        ("whitening", diagonal, "'whitening' gives only a matrix"),
+        ("rotated:sensitivity", diagonal, "'rotated:sensitivity' gives only a matrix"),
+        ("token-norm", WeightConfig(place="space"), tokens),
+        ("token-norm", WeightConfig(clip=2.0), tokens),
+        ("permuted:token-norm", WeightConfig(anneal=0.5), tokens),
+        ("token-norm", MATRIX, tokens),
+    ]:
+        with pytest.raises(UsageError, match=sentence):
+            Rule.parse(text).form(config)
+
+
+def test_every_claim_has_a_control_of_the_same_form():
+    space = WeightConfig(place="space")
+    for text, config, control in [
+        ("variance", WeightConfig(), "permuted:variance"),
+        ("variance", space, "permuted:variance"),
+        ("sensitivity", WeightConfig(), "permuted:sensitivity"),
+        ("sensitivity", space, "rotated:sensitivity"),
+        ("whitening", WeightConfig(), "rotated:whitening"),
+        ("token-norm", WeightConfig(), "permuted:token-norm"),
+        ("uniform", space, None),
+        ("random", WeightConfig(), None),
+        ("permuted:variance", WeightConfig(), None),
+        ("rotated:whitening", space, None),
+    ]:
+        found = Rule.parse(text).matched_control(config)
+        assert (found and found.name) == control, (text, config)
+
+
+def test_every_rule_gives_what_it_says(inputs):
+    for rule in RULES.values():
+        if rule.has_scores:
+            scores = rule.scores(inputs)
+            assert scores.shape == (D_IN,) and scores.dtype == torch.float64
+        if rule.has_matrix:
+            matrix = rule.matrix(inputs)
+            assert matrix.shape == (D_IN, D_IN) and matrix.dtype == torch.float64
+        assert rule.has_scores or rule.has_matrix or rule.weighs_tokens
+    assert not (OWN.has_scores or OWN.has_matrix or OWN.weighs_tokens or OWN.is_drawn)
 
 
 def test_controls_know_nothing_but_the_rule(inputs):
-    plain, control = score("kurtosis", inputs), score("permuted:kurtosis", inputs)
+    kurtosis, permuted = RULES["kurtosis"], Rule.parse("permuted:kurtosis")
+    plain, control = kurtosis.scores(inputs), permuted.scores(inputs)
     assert torch.equal(plain.sort().values, control.sort().values)
     assert not torch.equal(plain, control)
-    assert torch.equal(control, score("permuted:kurtosis", inputs))
-    assert not torch.equal(control, score("permuted:kurtosis", inputs, draw=1))
-    assert not torch.equal(score("random", inputs), score("random", inputs, draw=1))
-    many = torch.cat([score("random", inputs, draw=i) for i in range(200)])
-    assert float(many.mean()) == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(control, permuted.scores(inputs))
+    assert not torch.equal(control, permuted.scores(inputs, draw=1))
+    random = RULES["random"]
+    assert not torch.equal(random.scores(inputs), random.scores(inputs, draw=1))
+    assert torch.equal(random.scores(inputs, draw=1), random.scores(inputs, draw=1))
+    for text, same in (("permuted:whitening", True), ("rotated:whitening", False)):
+        matrix, control = RULES["whitening"].matrix(inputs), Rule.parse(text).matrix(inputs, 2)
+        torch.testing.assert_close(torch.linalg.eigvalsh(control), torch.linalg.eigvalsh(matrix))
+        assert torch.equal(control, Rule.parse(text).matrix(inputs, 2))
+        assert not torch.allclose(control, matrix)
+        values = (m.diagonal().sort().values for m in (control, matrix))
+        assert torch.allclose(*values) == same
 
 
-def test_sensitivity_is_the_diagonal(inputs):
-    torch.testing.assert_close(score("sensitivity", inputs), torch.arange(1.0, 9.0).double() + 0.1)
+def test_a_permuted_token_gets_the_score_of_another_unmasked_one():
+    x = torch.tensor([1.0, 0.0, 2.0, 3.0, 0.0, 4.0])[:, None].expand(6, 4)
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    for text, draw, expected in (
+        ("token-norm", 0, [1, 0, 4, 9, 0, 16]),
+        ("permuted:token-norm", 0, [4, 0, 9, 16, 0, 1]),
+        ("permuted:token-norm", 1, [9, 0, 16, 1, 0, 4]),
+    ):
+        rule = Rule.parse(text)
+        assert rule.token_scores(x, mask, draw).tolist() == expected
+        assert rule.token_scores(x[:0], mask[:0], draw).tolist() == []
 
 
-MISSING = {
-    "participation": "a first dictionary: .* --dictionary DICT",
-    "permuted:gap": "a first dictionary: .* --dictionary DICT",
-    "sensitivity": "the model: .* --model M",
-    "semantic": "the model's tokenizer: .* --model M",
-}
+def test_a_missing_input_is_named_with_the_option_that_brings_it(inputs):
+    bare = RuleInputs(inputs.statistics)
+    for text, sentence in {
+        "participation": "a first dictionary: .* --dictionary DICT",
+        "permuted:gap": "a first dictionary: .* --dictionary DICT",
+        "sensitivity": "the model: .* --model M",
+        "semantic": "the model's tokenizer: .* --model M",
+    }.items():
+        with pytest.raises(UsageError, match=f"the rule '{text}' needs {sentence}"):
+            Rule.parse(text).scores(bare)
+    with pytest.raises(UsageError, match="'rotated:sensitivity' needs the model"):
+        Rule.parse("rotated:sensitivity").matrix(bare)
 
 
-@pytest.mark.parametrize("rule", MISSING)
-def test_missing_evidence_is_named_with_its_option(rule, inputs):
-    with pytest.raises(UsageError, match=f"the rule '{rule}' needs {MISSING[rule]}"):
-        score(rule, RuleInputs(inputs.statistics))
-    assert need_of(rule) is not None
-
-
-def test_every_rule_can_be_asked_for(inputs):
-    for name, rule in RULES.items():
-        check_rule(name)
-        if rule.score:
-            assert score(name, inputs).shape == (8,)
-
-
-@pytest.mark.parametrize(
-    ("rule", "sentence"),
-    [
-        ("varience", "no weight rule 'varience'; did you mean 'variance'"),
-        ("permutd:variance", "no weight rule 'permutd:variance'; did you mean 'permuted:variance'"),
-        ("permuted:random:x", "no weight rule"),
-        (
-            "rotated:hoyer",
-            r"only rules with a matrix can be rotated \(sensitivity, whitening, lead",
-        ),
-    ],
-)
-def test_rules_that_are_not(rule, sentence):
-    with pytest.raises(UsageError, match=sentence):
-        check_rule(rule)
-
-
-def test_a_matrix_is_no_score(inputs):
-    for rule in ("whitening", "permuted:whitening", "rotated:sensitivity"):
+def test_scores_and_matrices_that_a_rule_does_not_have(inputs):
+    for text in ("whitening", "permuted:whitening", "rotated:sensitivity"):
         with pytest.raises(UsageError, match="gives only a matrix"):
-            score(rule, inputs)
+            Rule.parse(text).scores(inputs)
+    with pytest.raises(UsageError, match="weighs tokens, not a weight for each dimension"):
+        RULES["token-norm"].scores(inputs)
+    with pytest.raises(UsageError, match=r"no matrix form; those .* are sensitivity, whitening"):
+        RULES["variance"].matrix(inputs)

@@ -31,6 +31,7 @@ from llm_wsae.sparse.operations import using
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.parameters import Batch
 from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import RULES
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes with torch for CUDA)")
 
@@ -552,7 +553,7 @@ def test_no_step_waits_for_the_device_or_holds_all_pre_activations(device, trito
 )
 def test_no_whole_step_waits_for_the_device(device, triton, architecture, monkeypatch):
     """With a masked row, and with dead latents that were looked for in the steps before."""
-    weights = LossWeights(torch.ones(D_IN), "uniform", 1.0)
+    weights = LossWeights(torch.ones(D_IN), RULES["uniform"])
     relu = architecture.endswith(" relu")
     kind = {"l1": 0.1} if relu else {"k": 2, "architecture": architecture}
     arm = Arm(ArmConfig(weights, **kind), D_IN, D_SAE, torch.device(device))
@@ -579,7 +580,7 @@ def test_no_whole_step_waits_for_the_device(device, triton, architecture, monkey
 
 def test_whether_there_was_room_is_read_with_other_work_under_way(device, triton, monkeypatch):
     """After the gradients by the values were asked for; and Adam waits for the answer."""
-    weights = LossWeights(torch.ones(D_IN), "uniform", 1.0)
+    weights = LossWeights(torch.ones(D_IN), RULES["uniform"])
     arm = Arm(ArmConfig(weights, 2, architecture="jumprelu"), D_IN, D_SAE, torch.device(device))
     x = random(14, D_IN).float().to(device)
     happened, run, read = [], triton._run, DeferredScalar.read
@@ -611,7 +612,7 @@ def test_a_step_that_lacked_room_is_made_again(device, triton, l1):
     """The same numbers come out as with the implementation that needs none."""
     x = random(14, D_IN).float().to(device)
     batch = Batch(x, x, torch.ones(14, device=device))
-    weights = LossWeights(torch.ones(D_IN), "uniform", 1.0)
+    weights = LossWeights(torch.ones(D_IN), RULES["uniform"])
     kind = {"k": 12, "architecture": "jumprelu"} if l1 is None else {"l1": l1}
     found = {}
     for name in ("triton", "reference"):

@@ -19,11 +19,13 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_tensors
 from llm_wsae.processes import join
 from llm_wsae.training.checkpoint import CHECKPOINT
-from llm_wsae.training.grid import choose_weights, make_arms
+from llm_wsae.training.grid import make_arms
 from llm_wsae.training.parallel.sharded_checkpoint import Rows, save_rows
 from llm_wsae.training.trainer import Interrupted, train
+from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import RULES
 
 SHARDS = ("rows", "latents")
 SHORT = replace(CONFIG, tokens=256 * 40, dead_after=300, log_every=10, learning_rate=3e-3)
@@ -52,10 +54,12 @@ def arms():
     plain = choose_weights(statistics, ("uniform",), (1.0,))
     matrix = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)) / 4 + torch.eye(16)
     spaces = [
-        LossWeights(torch.linspace(0.5, 1.5, 16), "variance", 0.5, WeightConfig(place="space")),
-        LossWeights(matrix, "sensitivity", 0.5, WeightConfig(place="space")),
-        LossWeights(matrix.T @ matrix, "sensitivity", 1.0),
-        LossWeights(torch.ones(16), "token-norm", -0.5),
+        LossWeights(
+            torch.linspace(0.5, 1.5, 16), RULES["variance"], 0.5, WeightConfig(place="space")
+        ),
+        LossWeights(matrix, RULES["sensitivity"], 0.5, WeightConfig(place="space")),
+        LossWeights(matrix.T @ matrix, RULES["sensitivity"], 1.0),
+        LossWeights(torch.ones(16), RULES["token-norm"], -0.5),
     ]
     return [*make_arms(plain, (2,), (0.1,), architectures=ARCHITECTURES), *make_arms(spaces, (2,))]
 

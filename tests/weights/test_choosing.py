@@ -1,0 +1,205 @@
+"""From rules to normalised weights, and weights from a file."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.weights.choosing import choose_weights, own_weights, weights_from_rule
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_share import loss_share, stretching
+from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import RULES, Rule
+
+SPACE, MATRIX = WeightConfig(place="space"), WeightConfig(form="matrix")
+CONTROLS = ("permuted:variance", "rotated:sensitivity", "rotated:whitening", "permuted:whitening")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rule=st.sampled_from([*(n for n, r in RULES.items() if not r.weighs_tokens), *CONTROLS]),
+    alpha=st.floats(-2, 2),
+    place=st.sampled_from(["loss", "space"]),
+    clip=st.none() | st.floats(1, 100),
+)
+def test_every_choice_is_normalised(rule, alpha, place, clip, inputs):
+    """E‖Γ(x − μ)‖² = E‖x − μ‖², and no weight is further from the median than the clip."""
+    weights = weights_from_rule(rule, alpha, inputs, WeightConfig(place=place, clip=clip))
+    gamma, sigma = weights.gamma.double(), inputs.statistics.robust_covariance
+    weighted = gamma if weights.is_matrix else torch.diag(gamma)
+    if not weights.is_matrix:
+        sigma = torch.diag(sigma.diagonal())
+    variance = float((weighted @ sigma @ weighted.T).trace())
+    assert weights.gamma.dtype == torch.float32
+    assert variance == pytest.approx(float(sigma.trace()), rel=1e-5)
+    assert float(loss_share(weights, inputs.statistics).sum()) == pytest.approx(1)
+    if clip is not None:
+        stretch = stretching(weights).sort().values
+        assert float(stretch[-1] / stretch[1]) <= clip * 1.001  # [1] is the lower median
+        assert float(stretch[1] / stretch[0]) <= clip * 1.001
+
+
+def test_a_rule_may_be_given_by_its_text(inputs):
+    for text in ("variance", "permuted:kurtosis", "rotated:whitening"):
+        by_text = weights_from_rule(text, 0.5, inputs)
+        by_rule = weights_from_rule(Rule.parse(text), 0.5, inputs)
+        assert torch.equal(by_text.gamma, by_rule.gamma) and by_text.rule == by_rule.rule
+    with pytest.raises(UsageError, match=r"no weight rule 'varience'; did you mean 'variance'"):
+        weights_from_rule("varience", 1.0, inputs)
+
+
+def test_uniform_is_chosen_once_and_own_weights_come_last(inputs):
+    own = LossWeights(torch.tensor([1.0, 2, 3, 4]))
+    found = choose_weights(
+        inputs, ["uniform", RULES["variance"], "variance"], [0.5, -0.25, 0.5], own, SPACE
+    )
+    names = ["uniform", "variance-a0.5-space", "variance-a-0.25-space", "own"]
+    assert [weights.name for weights in found] == names
+    assert found[0].config == WeightConfig() and found[0].alpha == 1.0
+    again = choose_weights(inputs, ["variance"], [0.0, 0.5], LossWeights(own.gamma, config=SPACE))
+    assert [weights.name for weights in again] == ["uniform", "variance-a0.5", "own-space"]
+
+
+def test_powers_of_a_matrix(inputs):
+    """Γ = F^α up to a factor: Γ² ∝ F at ½, Γ ∝ F at 1, and ΓΓ′ ∝ 1 for ±α."""
+    for alpha in (0.125, 0.5, 1.0):
+        gamma = weights_from_rule("sensitivity", alpha, inputs, SPACE).gamma.double()
+        raised = torch.matrix_power(gamma, round(1 / alpha))
+        torch.testing.assert_close(
+            raised / raised[0, 0], inputs.fisher / inputs.fisher[0, 0], rtol=1e-4, atol=1e-4
+        )
+    inverse = weights_from_rule("sensitivity", -1.0, inputs, SPACE).gamma.double()
+    product = gamma @ inverse
+    torch.testing.assert_close(
+        product / product[0, 0], torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-4
+    )
+    assert torch.equal(weights_from_rule("whitening", 0.0, inputs).gamma, torch.eye(4))
+
+
+def test_half_whitening_leaves_half_of_the_covariance(inputs):
+    half = weights_from_rule("whitening", 0.5, inputs, SPACE).gamma.double()
+    sigma = inputs.statistics.robust_covariance
+    root = half @ sigma @ half  # ∝ Σ^½
+    torch.testing.assert_close(
+        (root @ root) / (root @ root).trace(), sigma / sigma.trace(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_form_follows_the_settings(inputs):
+    for rule, config, is_matrix in [
+        ("sensitivity", WeightConfig(), False),
+        ("sensitivity", SPACE, True),
+        ("sensitivity", MATRIX, True),
+        ("sensitivity", WeightConfig(place="space", form="diagonal"), False),
+        ("whitening", WeightConfig(), True),
+        ("variance", SPACE, False),
+        ("uniform", MATRIX, False),
+    ]:
+        assert weights_from_rule(rule, 0.5, inputs, config).is_matrix == is_matrix
+    with pytest.raises(UsageError, match="'variance' has no matrix form"):
+        weights_from_rule("variance", 0.5, inputs, MATRIX)
+
+
+def test_variance_rule_is_the_papers(statistics):
+    scale = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    gamma = weights_from_rule("variance", 0.5, statistics).gamma
+    torch.testing.assert_close(gamma / gamma[1], scale, rtol=0.03, atol=0)
+    inverse = weights_from_rule("variance", -0.25, statistics).gamma
+    torch.testing.assert_close(inverse / inverse[1], scale**-0.5, rtol=0.03, atol=0)
+
+
+def test_alpha_zero_and_uniform_are_the_plain_autoencoder(statistics):
+    for rule, alpha in (("uniform", 1.0), ("variance", 0.0)):
+        weights = weights_from_rule(rule, alpha, statistics)
+        torch.testing.assert_close(weights.gamma, torch.ones(4))
+        assert weights.name == "uniform"
+
+
+def test_a_zero_score_is_a_zero_weight_or_the_largest():
+    s = Statistics(3, 8).update(torch.randn(500, 3), torch.arange(500) % 8)
+    found = RuleInputs(s, coherence=torch.tensor([0.0, 0.2, 0.1], dtype=torch.float64))
+    gamma = weights_from_rule("semantic", 1.0, found).gamma
+    assert gamma[0] == 0 and float(gamma[1] / gamma[2]) == pytest.approx(2)
+    gamma = weights_from_rule("semantic", -1.0, found).gamma
+    assert gamma[0] == gamma[2] > gamma[1]
+    clipped = weights_from_rule("semantic", 1.0, found, WeightConfig(clip=3.0)).gamma
+    assert float(clipped[0] / clipped[2]) == pytest.approx(1 / 3)
+    with pytest.raises(LlmWsaeError, match="no space to train in; lower α or set clip"):
+        weights_from_rule("semantic", 1.0, found, SPACE)
+
+
+def test_a_constant_dimension_stays_finite_under_negative_alpha():
+    x = torch.randn(500, 3)
+    x[:, 1] = 2.0
+    s = Statistics(3, 8).update(x, torch.arange(500) % 8)
+    gamma = weights_from_rule("variance", -1.0, s).gamma
+    assert torch.isfinite(gamma).all() and gamma[1] <= gamma[[0, 2]].min()
+    constant = Statistics(3, 8).update(torch.ones(5, 3), torch.arange(5))
+    with pytest.raises(LlmWsaeError, match="rows do not vary"):
+        weights_from_rule("variance", 1.0, constant)
+
+
+@pytest.mark.parametrize("rule", ["token-norm", "permuted:token-norm"])
+def test_weights_of_tokens_are_normalised(rule, statistics, tmp_path):
+    """Σ_t γ_t²‖x_t‖² = Σ_t ‖x_t‖² over the usual rows; dimensions all count alike."""
+    usual = statistics.usual_sample.double()
+    x = (usual - usual.mean(0)) / statistics.robust_variance.mean().sqrt()
+    every, squares = torch.ones(len(x), dtype=x.dtype), x.square().sum(1)
+    for alpha in (-0.5, 0.0, 0.5):
+        weights = weights_from_rule(rule, alpha, statistics)
+        row_weights = weights.row_weights(x, every)
+        assert len(set(weights.gamma.tolist())) == 1
+        weighted = float(weights.gamma[0].double() ** 2 * (row_weights @ squares))
+        assert weighted == pytest.approx(float(squares.sum()), rel=1e-6)
+        if rule == "token-norm":  # under −½ every row is compared with its own length
+            expected = squares.div(4).clamp(min=0.01) ** (2 * alpha)
+            torch.testing.assert_close(row_weights, expected)
+        else:  # the same weights, of other rows
+            plain = weights_from_rule("token-norm", alpha, statistics).row_weights(x, every)
+            assert torch.equal(row_weights.sort().values, plain.sort().values)
+            assert alpha == 0 or float((row_weights == plain).double().mean()) < 0.01
+        weights.save(tmp_path / "weights.safetensors")
+        found = own_weights(LossWeights.load(tmp_path / "weights.safetensors"), statistics)
+        assert found.name == weights.name and torch.equal(found.gamma, weights.gamma)
+
+
+def test_weights_of_tokens_that_cannot_be(statistics):
+    token_norm = RULES["token-norm"]
+    with pytest.raises(UsageError, match="no weight rule 'permutd:token-norm'"):
+        weights_from_rule("permutd:token-norm", -0.5, statistics)
+    for config in (SPACE, MATRIX, WeightConfig(clip=2.0), WeightConfig(anneal=0.5)):
+        with pytest.raises(UsageError, match="weighs tokens, in the loss and throughout"):
+            weights_from_rule("token-norm", -0.5, statistics, config)
+        with pytest.raises(UsageError, match="weighs tokens, in the loss and throughout"):
+            own_weights(LossWeights(torch.ones(4), token_norm, -0.5, config), statistics)
+    with pytest.raises(LlmWsaeError, match="for 7 dimensions, but the site has 4"):
+        own_weights(LossWeights(torch.ones(7), token_norm, -0.5), statistics)
+    still = Statistics(4, 8).update(torch.ones(50, 4), torch.arange(50) % 8)
+    with pytest.raises(LlmWsaeError, match="nothing to weigh: the rows do not vary"):
+        weights_from_rule("token-norm", -0.5, still)
+
+
+def test_own_weights_are_normalised(statistics):
+    gamma = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    own = own_weights(LossWeights(gamma), statistics)
+    torch.testing.assert_close(own.gamma / own.gamma[0], gamma)
+    weighted = float((own.gamma.double() ** 2 * statistics.robust_variance).sum())
+    assert weighted == pytest.approx(float(statistics.robust_variance.sum()), rel=1e-6)
+    matrix = torch.tensor([[1.0, 2, 0, 0], [0, 1, 0, 0], [0, 0, 1, -3], [0, 0, 0, 1]])
+    own = own_weights(LossWeights(matrix), statistics)  # any invertible one, symmetric or not
+    torch.testing.assert_close(own.gamma / own.gamma[0, 0], matrix)
+
+
+def test_bad_own_weights_are_refused(statistics):
+    for gamma, config, sentence in [
+        (torch.ones(5), WeightConfig(), "for 5 dimensions, but the site has 4"),
+        (torch.tensor([1, 1, 1, float("nan")]), WeightConfig(), "finite and not negative"),
+        (torch.tensor([1.0, 1, 1, -1]), WeightConfig(), "finite and not negative"),
+        (torch.zeros(4), WeightConfig(), "leave no dimension in the loss"),
+        (torch.ones(4, 4), SPACE, "no space to train in"),
+    ]:
+        with pytest.raises(LlmWsaeError, match=sentence):
+            own_weights(LossWeights(gamma, config=config), statistics)
