@@ -50,7 +50,7 @@ def plot_curve(results: Sequence[Result], site: str, path: Path) -> None:
         _draw_plain(axis, [r for r in results if r.label == PLAIN], measure)
         for label, colour in colours.items():
             own = [r for r in results if r.label == label and measure in r.point.values]
-            hollow = bool(own) and own[0].is_drawn
+            hollow = bool(own) and not own[0].is_claim
             axis.plot(
                 [_lost(r) for r in own],
                 [r.point.values[measure].mean for r in own],

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
 from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
@@ -17,7 +17,6 @@ from llm_wsae.hardware import processor_name
 from llm_wsae.provenance import plain, versions
 from llm_wsae.studies.curve import Point, Value
 from llm_wsae.studies.plan import PlannedArm
-from llm_wsae.weights.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,9 @@ class Result:
     """What it was measured on."""
 
     @property
-    def is_drawn(self) -> bool:
-        """Whether its weights are drawn at random; no rule that this version does not know is."""
-        try:
-            return Rule.parse(self.rule).is_drawn
-        except UsageError:
-            return False
+    def is_claim(self) -> bool:
+        """Whether its weights have a control: plain ones and random ones have none."""
+        return self.control is not None
 
 
 def record_of(

@@ -82,7 +82,7 @@ def compare(results: Sequence[Result]) -> list[Compared]:
         label: _beside([(1.0, [r for r in groups[label] if r.point.k in ks])], curves)
         for label, ks in comparable.items()
     }
-    claims = [label for label, group in groups.items() if not group[0].is_drawn]
+    claims = [label for label, group in groups.items() if group[0].is_claim]
     effects = _by_measure(beside, apart=groups.keys() - claims)
     # each of these has a control's draw in it
     against = _by_measure(_against_controls(groups, comparable, curves), apart=groups.keys())
