@@ -20,7 +20,8 @@ from llm_wsae.dictionary.measurements import keep_measurements
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.fidelity.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.evaluator import evaluate, take_contexts
+from llm_wsae.evaluation.fidelity.contexts import take_contexts
+from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.files import write_json
 from llm_wsae.harvesting import harvest

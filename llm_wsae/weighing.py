@@ -19,7 +19,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.windows import Encoder, WindowEmbeddings
+from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import Encoder, WindowEmbeddings
 from llm_wsae.files import load_tensors, save_tensors
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.fisher import fisher_information

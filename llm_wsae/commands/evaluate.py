@@ -61,11 +61,10 @@ def evaluate(
     from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.measurements import check_keeps_measurements, keep_measurements
-    from llm_wsae.evaluation.checks import notes_on_text
+    from llm_wsae.evaluation.checks import common_packing, notes_on_text
     from llm_wsae.evaluation.fidelity.evaluator import evaluate as measure
-    from llm_wsae.evaluation.monosemanticity.contexts import packing_of
+    from llm_wsae.evaluation.monosemanticity.card_numbers import card_numbers
     from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-    from llm_wsae.evaluation.monosemanticity.summary import summary_of
 
     check_counts(monosemantic_tokens=monosemantic_tokens)
     _check_asked(monosemantic, monosemantic_tokens, encoder, labels)
@@ -89,7 +88,7 @@ def evaluate(
     for folder in dictionaries if keep else ():
         check_keeps_measurements(folder)
     loaded = {label_of(path, dictionaries): Dictionary.load(path) for path in dictionaries}
-    packing, text = packing_of(loaded), Corpus.open(corpus, part, text_column=text_column)
+    packing, text = common_packing(loaded), Corpus.open(corpus, part, text_column=text_column)
     seen = notes_on_text(loaded, text.identity())
     if keep and seen:
         raise UsageError(f"{seen[0]}, so nothing is kept as held out; leave --keep out")
@@ -111,7 +110,7 @@ def evaluate(
         facts["monosemanticity"] = scores.to_dict()
         tables.append(scores.table())
         for name in loaded:
-            found[name]["monosemanticity"] = summary_of(scores, name)
+            found[name]["monosemanticity"] = card_numbers(scores, name)
     asked = {"dictionaries": dictionaries, "corpus": corpus, "part": part}
     write_json(out, {"command": "evaluate", **plain(asked), "versions": versions(), **facts})
     for name, folder in zip(loaded, dictionaries, strict=True) if keep else ():

@@ -1,68 +1,63 @@
-"""The residual stream of the contexts that dictionaries are measured on, kept where there is room.
+"""Activations of the contexts that dictionaries are measured on, kept in memory up to a gigabyte.
 
-So the model's part before a site runs once, and, for what is not replaced, the part behind it too.
+Several passes over the same text, and every further dictionary, then cost no further forward pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
 _CACHE_BYTES = 1 << 30
-_SAME_LOGITS = 0.05  # relative; half precision in another order is far below
 
 
-class Streams:
-    """Activations by site and batch, and the logits that the model makes of them."""
+class ActivationCache:
+    """Activations by site and batch of contexts, in the model's dtype and on its device."""
 
-    def __init__(self, model: LanguageModel, batches: Sequence[Tensor]):
-        """``batches`` are token ids [contexts, positions]."""
-        self._model, self._ids = model, batches
-        self._room = _CACHE_BYTES
+    def __init__(self, model: LanguageModel, batches: Sequence[tuple[Tensor, Tensor]]):
+        """``batches`` are token ids and which positions give rows, both [contexts, positions]."""
+        self.batches = batches
+        self._model = model
+        self._bytes_left = _CACHE_BYTES
         self._kept: dict[tuple[Site, int], Tensor] = {}
+        self._medians: dict[Site, float] = {}
 
     def at(self, number: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """Activations of a batch; as many as there is room for are kept, for what comes next."""
+        """Activations [contexts, positions, d_in] of batch ``number``; the model runs only for the
+        sites that are not kept."""
         found = {site: self._kept[site, number] for site in sites if (site, number) in self._kept}
         missing = [site for site in sites if site not in found]
         if missing:
-            for site, hidden in self._model.activations(self._ids[number], missing).items():
+            for site, hidden in self._model.activations(self.batches[number][0], missing).items():
                 found[site] = hidden
-                self._keep(site, number, hidden)
+                self.keep(number, site, hidden)
         return found
 
-    def clean_logits(self, number: int, last: Site, activations: Mapping[Site, Tensor]) -> Tensor:
-        """Logits of a batch, made from the activations as those of every variant are, so that a
-        perfect splice gives the same numbers. What leaves the last block is kept, too.
+    def kept(self, number: int, site: Site) -> Tensor | None:
+        """The activations of a batch if they are in memory."""
+        return self._kept.get((site, number))
 
-        Raises LlmWsaeError for a model whose blocks hand on more than the residual stream.
-        """
-        ids, end = self._ids[number], Site(self._model.num_blocks - 1, "post")
-        if (end, number) in self._kept:
-            return self._model.resume(ids, end, self._kept[end, number])
-        seen: dict[Site, Tensor] = {}  # the last visit counts: a model's first one is a trial
-        with self._model.visiting({end: lambda hidden: seen.update({end: hidden})}):
-            logits = self._model.resume(ids, last, activations[last])
-        if number == 0:
-            self._check_clean(ids, last, logits)
-        if seen[end].dtype == self._model.dtype:  # a wider stream would be rounded on its way back
-            self._keep(end, number, seen[end])
-        return logits
-
-    def _check_clean(self, ids: Tensor, site: Site, logits: Tensor) -> None:
-        """Raise LlmWsaeError if the model, entered at the site, is not the model as it is."""
-        whole = self._model.logits(ids).float()
-        if not (logits.float() - whole).norm() <= _SAME_LOGITS * whole.norm():
-            raise LlmWsaeError(
-                f"{self._model.name} predicts something else when it is entered at {site} with its "
-                "own activations: its blocks hand on more than the residual stream, so its "
-                "predictions cannot judge dictionaries there"
-            )
-
-    def _keep(self, site: Site, number: int, hidden: Tensor) -> None:
-        self._room -= hidden.nbytes
-        if self._room >= 0:
+    def keep(self, number: int, site: Site, hidden: Tensor) -> None:
+        """Keep activations if there is room for them."""
+        if hidden.nbytes <= self._bytes_left:
+            self._bytes_left -= hidden.nbytes
             self._kept[site, number] = hidden
+
+    def holds(self, sites: Iterable[Site]) -> bool:
+        """Whether reading these sites again costs no forward pass."""
+        return all((site, n) in self._kept for site in sites for n in range(len(self.batches)))
+
+    def median_norms(self, sites: Sequence[Site]) -> dict[Site, float]:
+        """Median Euclidean norm of the rows at each site, over the whole text."""
+        norms: dict[Site, list[Tensor]] = {s: [] for s in sites if s not in self._medians}
+        numbers = range(len(self.batches)) if norms else ()
+        for number in tqdm(numbers, desc="norms", unit="batch", leave=False, disable=not norms):
+            _, keep = self.batches[number]
+            for site, hidden in self.at(number, list(norms)).items():
+                norms[site].append(hidden[keep.to(hidden.device)].float().norm(dim=1).cpu())
+        self._medians |= {site: float(torch.cat(parts).median()) for site, parts in norms.items()}
+        return {site: self._medians[site] for site in sites}

@@ -1,8 +1,9 @@
-"""Do dictionaries and a model belong together?"""
+"""Do dictionaries, a model and a text belong together?"""
 
 from collections.abc import Mapping
 from typing import Any
 
+from llm_wsae.data.config import PackConfig
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import CENTRED
 from llm_wsae.errors import UsageError
@@ -10,7 +11,7 @@ from llm_wsae.model.language_model import LanguageModel
 
 
 def check_fit(dictionaries: Mapping[str, Dictionary], model: LanguageModel, verb: str) -> None:
-    """Raise UsageError if there is no dictionary to ``verb``, or one does not fit the model."""
+    """Raise UsageError if there is no dictionary to ``verb``, or if one does not fit the model."""
     if not dictionaries:
         raise UsageError(f"there is no dictionary to {verb}; name at least one")
     for name, dictionary in dictionaries.items():
@@ -22,12 +23,31 @@ def check_fit(dictionaries: Mapping[str, Dictionary], model: LanguageModel, verb
             )
 
 
-def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, Any]) -> list[str]:
-    """A sentence for every dictionary that was trained on text which is held out now.
+def common_packing(dictionaries: Mapping[str, Dictionary]) -> PackConfig:
+    """How the contexts were packed that all dictionaries were trained on; the default where that is
+    unknown. Held-out text is packed in the same way.
 
-    ``corpus`` is the identity of the one that is measured on. A document is held out by its name in
-    the corpus, so only training on the same corpus, with as much of it held out, is sure to have
-    left it out. Nothing is said of a corpus with another name.
+    Raises UsageError when they were trained on differently packed contexts.
+    """
+    found = {}
+    for name, dictionary in dictionaries.items():
+        packing = dictionary.info.store.get("packing")
+        if packing is not None:
+            found[PackConfig.remembered(packing)] = name
+    if len(found) > 1:
+        names = " and ".join(repr(name) for name in list(found.values())[:2])
+        raise UsageError(
+            f"{names} were trained on differently packed contexts; evaluate them one by one"
+        )
+    return next(iter(found), PackConfig())
+
+
+def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, Any]) -> list[str]:
+    """A sentence for every dictionary that may have been trained on text that is held out now.
+
+    ``corpus`` is the identity of the evaluated corpus. Documents are held out by their names in the
+    corpus, so only a training on the same corpus, with at least as much held out, is sure not to
+    have seen them. Nothing is reported for a corpus with another name.
     """
     notes = []
     for name, dictionary in dictionaries.items():
@@ -47,17 +67,17 @@ def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, A
 
 
 def notes_on_weights(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> list[str]:
-    """A sentence for every dictionary that was trained on other weights than the model's, or on a
-    stream that was treated."""
+    """A sentence for every dictionary that was trained on other weights than this model's, or on
+    centred activations."""
     own = model.identity()["weights_sha256"]
     centred = [
-        f"dictionary {name!r} was trained on a stream whose rows have mean 0: what it reconstructs "
-        "lacks their mean"
+        f"dictionary {name!r} was trained on activations whose rows have mean 0: its "
+        "reconstructions lack the mean"
         for name, dictionary in dictionaries.items()
         if dictionary.info.model.get(CENTRED)
     ]
     return centred + [
-        f"dictionary {name!r} was trained on other weights than these of {model.name}"
+        f"dictionary {name!r} was trained on other weights than those of this {model.name}"
         for name, dictionary in dictionaries.items()
         if dictionary.info.model.get("weights_sha256") not in (None, own)
     ]

@@ -1,8 +1,7 @@
-"""The held-out text that latents are judged on: its contexts, its rows, and their activations.
+"""The held-out text that latents are scored on: its contexts, its rows and their activations.
 
-The token ids are in memory (a few bytes a token), so that every row leads back to its text. The
-activations are computed a batch of contexts at a time, and kept when they fit, so that many
-dictionaries, one after the other, cost one forward pass.
+The token ids stay in memory (a few bytes a token), so that every row leads back to its text. The
+activations are computed one batch of contexts at a time and cached (``activation_cache``).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +15,12 @@ from tqdm import tqdm
 
 from llm_wsae.data.packing import NO_DOCUMENT, Contexts
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.evaluation.activation_cache import ActivationCache
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
-OUTSIDE = -1  # a cell of a window that stands outside of the text
-_CACHE_BYTES = 1 << 30
-_REACH = 5  # times as much text is read as is taken
+OUTSIDE = -1  # a cell of a window that lies outside the text
+_REACH = 5  # times as much text is read as is used
 
 
 class HeldoutText:
@@ -35,8 +34,11 @@ class HeldoutText:
         offset: Int[Tensor, "contexts positions"],
         headers: dict[int, dict[str, Any]],
     ):
-        """``headers`` has name and labels of every document in the contexts, by its number."""
+        """``keep`` marks the positions that give rows; ``document`` and ``offset`` are each
+        position's document and place in it; ``headers`` holds the name and labels of every document
+        in the contexts, by its number."""
         self.ids = ids
+        self.keep = keep
         self.document = document
         self.offset = offset
         self.headers = headers
@@ -46,9 +48,9 @@ class HeldoutText:
         context, position = keep.nonzero(as_tuple=True)
         self.num_rows = len(context)
         self.context: Int[Tensor, " rows"] = context
-        """The context that each row stands in."""
+        """The context of each row."""
         self.cell: Int[Tensor, " rows"] = context * ids.shape[1] + position
-        """Where each row stands among all positions."""
+        """The place of each row among all positions."""
         self.row_at: Int[Tensor, " cells"] = torch.full((ids.numel(),), OUTSIDE)
         """The row at every position, -1 where none is kept."""
         self.row_at[self.cell] = torch.arange(self.num_rows)
@@ -65,25 +67,25 @@ class HeldoutText:
     def take(
         cls, blocks: Iterable[Contexts], tokens: int, labels: Sequence[str] = ()
     ) -> "HeldoutText":
-        """``tokens`` rows out of many documents, from the first five times as many.
+        """Choose ``tokens`` rows from many documents, among the first five times as many rows.
 
-        First the first context of every document, then the second ones, and so on: concepts of
-        documents need many documents, and long ones would fill the text. Where only some documents
-        have labels (one of ``labels``, if given), half of the rows are theirs, as far as they go.
-        Raises LlmWsaeError if the text is too short.
+        The first context of every document comes first, then the second of each, and so on:
+        concepts of documents need many documents, and a few long ones would fill the text. Where
+        only some documents have labels (one of ``labels``, if given), half of the rows come from
+        those, or as many as there are. Raises LlmWsaeError if the text is too short.
         """
         headers: dict[int, dict[str, Any]] = {}
         ids, keep, document, offset = _read(blocks, _REACH * tokens, headers)
         owner, rows = _owner(document), keep.sum(1)
-        own = {n: header["labels"] for n, header in headers.items()}
-        named = [n for n, found in own.items() if (set(found) & set(labels) if labels else found)]
+        labels_of = {n: header["labels"] for n, header in headers.items()}
+        named = [n for n, own in labels_of.items() if (set(own) & set(labels) if labels else own)]
         labelled = torch.isin(owner, torch.tensor(named, dtype=torch.int64))
         available = [int(rows[mine].sum()) for mine in (labelled, ~labelled)]
         if sum(available) < tokens or len(ids) < 2:
             raise LlmWsaeError(
                 f"the held-out text has {sum(available):,} tokens in {len(ids)} contexts, but "
-                f"{tokens:,} in at least 2 contexts are needed; ask for fewer tokens or give more "
-                "text"
+                f"{tokens:,} in at least 2 contexts are needed; ask for fewer tokens or provide "
+                "more text"
             )
         theirs = min(available[0], max(tokens // 2, tokens - available[1]))
         order = torch.argsort(_turn(owner), stable=True)
@@ -104,7 +106,7 @@ class HeldoutText:
     def windows(
         self, rows: Int[Tensor, " rows"], before: int, after: int
     ) -> Int[Tensor, "rows width"]:
-        """The positions around each row, -1 outside of its context or its document."""
+        """The positions around each row, -1 outside its context or its document."""
         length = self.ids.shape[1]
         centre = self.cell[rows][:, None]
         cells = centre + torch.arange(-before, after + 1)
@@ -124,52 +126,36 @@ class ContextBatch(NamedTuple):
     """The rows of every site, in the model's dtype and on its device."""
 
 
-class Activations:
-    """The activations of a held-out text, context by context."""
+class HeldoutActivations:
+    """The activations of a held-out text, a batch of contexts at a time."""
 
     def __init__(self, model: LanguageModel, text: HeldoutText, batch_tokens: int):
-        self._model = model
+        """``batch_tokens`` tokens go through the model at once, at least one context."""
+        size = max(1, batch_tokens // text.ids.shape[1])
         self._text = text
-        self._contexts = max(1, batch_tokens // text.ids.shape[1])
-        self._kept: dict[Site, list[Tensor]] = {}
+        self.cache = ActivationCache(
+            model, list(zip(text.ids.split(size), text.keep.split(size), strict=True))
+        )
 
     def batches(self, sites: Sequence[Site]) -> Iterator[ContextBatch]:
         """All rows at the sites, in the order of the text."""
-        missing = [site for site in sites if site not in self._kept]
-        size = self._text.num_rows * self._model.d_model * self._model.dtype.itemsize
-        keep = (len(self._kept) + len(missing)) * size <= _CACHE_BYTES
-        fresh: dict[Site, list[Tensor]] = {site: [] for site in missing}
-        starts = range(0, self._text.num_contexts, self._contexts)
-        for number, at in enumerate(tqdm(starts, desc="held-out text", unit="batch", leave=False)):
-            contexts = slice(at, min(at + self._contexts, self._text.num_contexts))
-            first, last = self._text.first_row[[contexts.start, contexts.stop]].tolist()
-            found = {site: self._kept[site][number] for site in sites if site not in missing}
-            if missing:
-                found |= self._run(contexts, first, last, missing)
-            if keep:
-                for site in missing:
-                    fresh[site].append(found[site])
-            yield ContextBatch(contexts, slice(first, last), found)
-        if keep:
-            self._kept |= fresh
-
-    def at_hand(self, sites: Iterable[Site]) -> bool:
-        """Whether reading these sites again costs no forward pass."""
-        return all(site in self._kept for site in sites)
-
-    def _run(self, contexts: slice, first: int, last: int, sites: list[Site]) -> dict[Site, Tensor]:
-        ids = self._text.ids[contexts]
-        cells = self._text.cell[first:last] - contexts.start * ids.shape[1]
-        hidden = self._model.activations(ids, sites)
-        return {
-            site: stream.flatten(0, 1)[cells.to(stream.device)] for site, stream in hidden.items()
-        }
+        end = 0
+        batches = tqdm(self.cache.batches, desc="held-out text", unit="batch", leave=False)
+        for number, (ids, keep) in enumerate(batches):
+            start, end = end, end + len(ids)
+            first, last = self._text.first_row[[start, end]].tolist()
+            found = {
+                site: hidden[keep.to(hidden.device)]
+                for site, hidden in self.cache.at(number, sites).items()
+            }
+            yield ContextBatch(slice(start, end), slice(first, last), found)
 
 
 def _read(
     blocks: Iterable[Contexts], rows: int, headers: dict[int, dict[str, Any]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids, keep, document, offset of the first contexts with so many rows; fills ``headers``."""
+    """ids, keep, document and offset of the first contexts that hold ``rows`` rows; fills
+    ``headers``."""
     parts: list[Contexts] = []
     for block in blocks:
         parts.append(block)
@@ -178,7 +164,7 @@ def _read(
         if rows <= 0:
             break
     if not parts:
-        raise LlmWsaeError("the held-out text does not fill a single context; give more text")
+        raise LlmWsaeError("the held-out text does not fill a single context; provide more text")
     ids, keep, document, offset = (
         torch.from_numpy(np.concatenate(column)) for column in list(zip(*parts, strict=True))[:4]
     )
@@ -191,7 +177,7 @@ def _owner(document: Tensor) -> Tensor:
 
 
 def _turn(owner: Tensor) -> Tensor:
-    """How many contexts before it have the same owner, for each context."""
+    """For each context, the number of earlier contexts with the same owner."""
     grouped, order = owner.sort(stable=True)
     number = torch.arange(len(owner))
     begins = torch.ones(len(owner), dtype=torch.bool)

@@ -18,7 +18,7 @@ from llm_wsae.evaluation.fidelity.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-from llm_wsae.evaluation.monosemanticity.windows import Encoder
+from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import Encoder
 from llm_wsae.files import folder_lock, remove_partials, write_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel

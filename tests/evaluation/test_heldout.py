@@ -8,8 +8,8 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation import heldout
-from llm_wsae.evaluation.heldout import Activations, HeldoutText
+from llm_wsae.evaluation import activation_cache
+from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
 from llm_wsae.model.site import Site
 
 SIZE = 16  # positions of a context; 15 of them are rows, less the separators
@@ -91,11 +91,11 @@ def test_rows_are_the_kept_positions(model, tmp_path):
 
 @pytest.mark.parametrize("room", [0, 1 << 30])
 def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, monkeypatch, room):
-    monkeypatch.setattr(heldout, "_CACHE_BYTES", room)
+    monkeypatch.setattr(activation_cache, "_CACHE_BYTES", room)
     text = take(model, tmp_path, [(40, {})] * 12, 300)
     sites = [Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.2.hook_resid_pre")]
-    activations = Activations(model, text, batch_tokens=3 * SIZE)
-    assert not activations.at_hand(sites)
+    activations = HeldoutActivations(model, text, batch_tokens=3 * SIZE)
+    assert not activations.cache.holds(sites)
     whole = model.activations(text.ids, sites)
     for _ in range(2):
         batches = list(activations.batches(sites))
@@ -104,5 +104,5 @@ def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, monkeyp
             rows = torch.cat([batch.activations[site] for batch in batches])
             expected = whole[site].flatten(0, 1)[text.cell]
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
-    assert activations.at_hand(sites) == bool(room)
+    assert activations.cache.holds(sites) == bool(room)
     assert [batch.rows.start for batch in batches] == text.first_row[:-1:3].tolist()

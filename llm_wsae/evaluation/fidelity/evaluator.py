@@ -1,53 +1,43 @@
 """How faithfully dictionaries stand in for the activations they explain, on held-out text.
 
-Two readings of the same contexts. The first runs the model up to the last site and takes the mean
-of the rows: the constant that mean ablation puts in their place and about which variance is taken.
-The second runs only the part behind a site: with the activations as they are, and with every
-variant in their place (zeros, the mean, every dictionary). Activations are kept where there is
-room, so that the part before the site runs once. More dictionaries on the same contexts need
-neither the first reading nor zeros, the mean and the clean blocks again (``FidelityEvaluator``).
+The text is read twice. The first pass runs the model up to the last site and takes the mean of the
+rows: mean ablation puts it in their place, and the variance is taken about it. The second pass runs
+the rest of the model from each site on: with the activations as they are, and with each variant in
+their place (zeros, the mean, every dictionary's reconstruction). Activations are cached
+(``activation_cache``), so the part of the model before a site runs once, and further dictionaries
+on the same text need neither the first pass nor the ablations again (``FidelityEvaluator``).
 
-What is replaced is what training saw: kept positions that are not massive activations. First
-positions, special tokens and massive rows keep the clean activation. Massive rows are judged by
-the threshold that training used (where a dictionary does not know it, ten times the rows' median
-norm, for which the contexts are read once more), are counted, and are put in, in one variant more,
-wherever there are any.
+Only the rows that training sees are replaced. First positions, special tokens and massive rows
+(``massive``) keep the model's own activations. Massive rows are counted, and where there are any,
+one more variant replaces them too.
 """
 
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.activation_cache import Streams
+from llm_wsae.evaluation.activation_cache import ActivationCache
 from llm_wsae.evaluation.bootstrap import Bootstrap
 from llm_wsae.evaluation.checks import check_fit, notes_on_weights
+from llm_wsae.evaluation.fidelity.baselines import Baselines, Key, read_baselines
+from llm_wsae.evaluation.fidelity.clean_logits import clean_logits
 from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.contexts import Context, batches_of, take_contexts
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
-from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums, exact, ratio
-from llm_wsae.evaluation.fidelity.report import Fidelity, Report
+from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
+from llm_wsae.evaluation.fidelity.report import Report
+from llm_wsae.evaluation.fidelity.summary import fidelity_of
+from llm_wsae.evaluation.massive import massive_thresholds
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import MASSIVE_RATIO
 
-# What a number per context counts: ("scored",), ("ce", "clean"), ("kl", "zero", site), …
-Key = tuple[str | Site, ...]
-
-
-@runtime_checkable
-class Context(Protocol):
-    """What is read of a context: token ids and which positions are kept, both [positions]."""
-
-    ids: np.ndarray | Tensor
-    keep: np.ndarray | Tensor
+_FEW_CONTEXTS = 30  # with fewer, bootstrap intervals are too narrow
 
 
 @torch.no_grad()
@@ -68,45 +58,20 @@ def evaluate(
 
 
 @dataclass
-class _Baselines:
-    """What is known of a site's rows without any dictionary."""
-
-    threshold: float
-    """Norm above which a row is massive."""
-    total: Tensor
-    """Σ of the rows [d_in], float64."""
-    count: int = 0
-    rows: Moments | None = None
-    massive: Moments | None = None
-    columns: dict[Key, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    """What zeros, and the mean, in place of the rows cost."""
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of the rows [d_in], float64."""
-        return self.total / max(self.count, 1)
-
-    def split(self, hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks [contexts, positions] of the rows to measure and of the massive ones."""
-        massive = keep & (hidden.float().norm(dim=2) > self.threshold)
-        return keep & ~massive, massive
-
-
-@dataclass
 class _SiteState:
-    """A site's dictionaries, what they made of its rows, and its baselines."""
+    """A site's dictionaries, their sums so far, and the site's baselines."""
 
     dictionaries: dict[str, Dictionary]
-    made: dict[str, ReconstructionSums]
-    baselines: _Baselines
+    sums: dict[str, ReconstructionSums]
+    baselines: Baselines
     is_new: bool
-    """Whether the baselines are measured in this pass."""
+    """Whether the ablation losses are measured in this pass."""
 
 
 class FidelityEvaluator:
-    """Contexts to measure dictionaries on, some after others.
+    """A text on which dictionaries are measured, together or one after the other.
 
-    What hangs on the text alone, a site's mean and its ablations, is measured once.
+    What depends on the text alone, a site's mean and its ablation losses, is measured once.
     """
 
     def __init__(self, model: LanguageModel, contexts: Iterable[Context], config: EvaluateConfig):
@@ -114,10 +79,8 @@ class FidelityEvaluator:
         self._model, self._config = model, config
         taken = take_contexts(contexts, config.tokens)
         self._num_contexts = len(taken)
-        self._batches = _batches(taken, config)
-        self._streams = Streams(model, [ids for ids, _ in self._batches])
-        self._medians: dict[Site, float] = {}
-        self._known: dict[tuple[Site, float], _Baselines] = {}
+        self._cache = ActivationCache(model, batches_of(taken, config.batch_tokens))
+        self._baselines: dict[tuple[Site, float], Baselines] = {}
 
     @torch.no_grad()
     def evaluate(self, dictionaries: Mapping[str, Dictionary]) -> Report:
@@ -126,28 +89,28 @@ class FidelityEvaluator:
         sites = self._sites(dictionaries)
         columns: dict[Key, list[Tensor]] = defaultdict(list)
         with tqdm(total=self._num_contexts, desc="evaluate", unit="ctx") as bar:
-            for number, (ids, keep) in enumerate(self._batches):
-                activations = self._streams.at(number, list(sites))
-                clean = self._streams.clean_logits(number, max(sites), activations)
-                found = _evaluate_batch(sites, self._model, ids, keep, activations, clean)
-                for key, numbers in found:
+            for number, (ids, keep) in enumerate(self._cache.batches):
+                activations = self._cache.at(number, list(sites))
+                clean = clean_logits(self._model, self._cache, number, max(sites), activations)
+                losses = _evaluate_batch(sites, self._model, ids, keep, activations, clean)
+                for key, numbers in losses:
                     columns[key].append(numbers)
                 bar.update(len(ids))
         for site, state in sites.items():
-            self._known[site, state.baselines.threshold] = state.baselines
+            self._baselines[site, state.baselines.threshold] = state.baselines
             columns |= state.baselines.columns
-        sums = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
+        losses = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
         bootstrap = Bootstrap(self._num_contexts, self._config.bootstraps, self._config.seed)
         measured = {
-            name: _fidelity(name, site, state, sums, bootstrap)
+            name: fidelity_of(name, site, sums, state.baselines, losses, bootstrap)
             for site, state in sites.items()
-            for name in state.dictionaries
+            for name, sums in state.sums.items()
         }
         return Report(
             model=self._model.identity(),
             config=asdict(self._config),
             num_contexts=self._num_contexts,
-            num_scored=int(sums["scored",].sum()),
+            num_scored=int(losses["scored",].sum()),
             dictionaries={name: measured[name] for name in dictionaries},
             notes=_notes(dictionaries, self._model, self._num_contexts),
         )
@@ -159,84 +122,20 @@ class FidelityEvaluator:
             if dictionary.W_enc.device != self._model.device:
                 dictionary = copy.deepcopy(dictionary).to(self._model.device)
             by_site[dictionary.site][name] = dictionary
-        self._read_medians(by_site)
-        sites = {}
-        for site, own in by_site.items():
-            # one mask for all dictionaries of a site, so that they compare
-            thresholds = [d.info.massive_threshold for d in own.values()]
-            known = [threshold for threshold in thresholds if threshold is not None]
-            threshold = min(known) if known else MASSIVE_RATIO * self._medians[site]
-            found = self._known.get((site, threshold))
-            made = {name: ReconstructionSums(d.d_in, d.d_sae) for name, d in own.items()}
-            empty = torch.zeros(self._model.d_model, dtype=torch.float64)
-            baselines = found or _Baselines(threshold, empty)
-            sites[site] = _SiteState(own, made, baselines, is_new=found is None)
-        self._read_means({site: s.baselines for site, s in sites.items() if s.is_new})
-        return sites
-
-    def _read_medians(self, by_site: Mapping[Site, Mapping[str, Dictionary]]) -> None:
-        """Median norms of the sites whose dictionaries know no threshold."""
-        norms: dict[Site, list[Tensor]] = {
-            site: []
-            for site, own in by_site.items()
-            if site not in self._medians
-            and all(d.info.massive_threshold is None for d in own.values())
-        }
-        if not norms:
-            return
-        for number, (_, keep) in enumerate(
-            tqdm(self._batches, desc="evaluate: norms", unit="batch")
-        ):
-            for site, hidden in self._streams.at(number, list(norms)).items():
-                norms[site].append(hidden[keep.to(hidden.device)].float().norm(dim=1).cpu())
-        for site, parts in norms.items():
-            self._medians[site] = float(torch.cat(parts).median())
-
-    def _read_means(self, sites: Mapping[Site, _Baselines]) -> None:
-        """Take the mean of every site's rows, and set up the sums about it."""
-        if not sites:
-            return
-        for number, (_, keep) in enumerate(
-            tqdm(self._batches, desc="evaluate: means", unit="batch")
-        ):
-            for site, hidden in self._streams.at(number, list(sites)).items():
-                _check_finite(hidden, keep, site)
-                rows, _ = sites[site].split(hidden, keep.to(hidden.device))
-                sites[site].total += exact(hidden[rows]).sum(0)
-                sites[site].count += int(rows.sum())
-        for baselines in sites.values():
-            baselines.rows, baselines.massive = Moments(baselines.mean), Moments(baselines.mean)
-
-
-def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
-    """The first contexts, two at least, that hold ``tokens`` rows.
-
-    Raises LlmWsaeError if there are too few.
-    """
-    taken, rows = [], 0
-    for context in contexts:
-        taken.append(context)
-        rows += int(context.keep.sum())
-        if rows >= tokens and len(taken) >= 2:
-            break
-    if rows < tokens or len(taken) < 2:
-        raise LlmWsaeError(
-            f"the text to evaluate on holds {rows:,} tokens in {len(taken)} contexts, but "
-            f"{tokens:,} tokens in at least 2 contexts are needed; ask for fewer tokens or "
-            "give more text"
+        thresholds = massive_thresholds(
+            {site: own.values() for site, own in by_site.items()}, self._cache
         )
-    return taken
-
-
-def _batches(contexts: list[Context], config: EvaluateConfig) -> list[tuple[Tensor, Tensor]]:
-    """The contexts as (ids, keep) batches."""
-    ids = [torch.as_tensor(context.ids).long() for context in contexts]
-    keep = [torch.as_tensor(context.keep).bool() for context in contexts]
-    size = max(1, config.batch_tokens // len(ids[0]))
-    return [
-        (torch.stack(ids[at : at + size]), torch.stack(keep[at : at + size]))
-        for at in range(0, len(ids), size)
-    ]
+        unknown = {s: at for s, at in thresholds.items() if (s, at) not in self._baselines}
+        new = read_baselines(unknown, self._cache)
+        return {
+            site: _SiteState(
+                dictionaries=own,
+                sums={name: ReconstructionSums(d.d_in, d.d_sae) for name, d in own.items()},
+                baselines=new[site] if site in new else self._baselines[site, thresholds[site]],
+                is_new=site in new,
+            )
+            for site, own in by_site.items()
+        }
 
 
 def _evaluate_batch(
@@ -253,127 +152,43 @@ def _evaluate_batch(
     yield ("scored",), scored.sum(1).cpu().double()
     yield ("ce", "clean"), next_token_sums(clean, clean, ids, scored)[0]
     for site, state in sites.items():
-        hidden = activations[site]
-        rows, massive = state.baselines.split(hidden, keep)
+        hidden, baselines = activations[site], state.baselines
+        rows, massive = baselines.split(hidden, keep)
         if state.is_new:
-            state.baselines.rows.update(hidden[rows])
-            state.baselines.massive.update(hidden[massive])
-            for baseline, value in (
-                ("zero", torch.zeros_like(state.baselines.total)),
-                ("mean", state.baselines.mean),
+            baselines.rows.update(hidden[rows])
+            baselines.massive.update(hidden[massive])
+            for name, value in (
+                ("zero", torch.zeros_like(baselines.mean)),
+                ("mean", baselines.mean),
             ):
                 spliced = hidden.clone()
                 spliced[rows] = value.to(hidden)
                 ce, kl = next_token_sums(model.resume(ids, site, spliced), clean, ids, scored)
-                state.baselines.columns["ce", baseline, site].append(ce)
-                state.baselines.columns["kl", baseline, site].append(kl)
+                baselines.columns["ce", name, site].append(ce)
+                baselines.columns["kl", name, site].append(kl)
         for name, dictionary in state.dictionaries.items():
-            made, spliced = state.made[name], hidden.clone()
-            spliced[rows] = made.update(dictionary, hidden[rows]).to(hidden.dtype)
+            sums, spliced = state.sums[name], hidden.clone()
+            spliced[rows] = sums.update(dictionary, hidden[rows]).to(hidden.dtype)
             ce, kl = next_token_sums(model.resume(ids, site, spliced), clean, ids, scored)
             yield ("ce", "dictionary", name), ce
             yield ("kl", "dictionary", name), kl
-            some = massive.any(1).nonzero()[:, 0]
-            if len(some):
-                spliced[massive] = made.update_massive(dictionary, hidden[massive]).to(hidden.dtype)
+            affected = massive.any(1).nonzero()[:, 0]
+            if len(affected):
+                spliced[massive] = sums.update_massive(dictionary, hidden[massive]).to(hidden.dtype)
                 ce = ce.clone()
-                ce[some.cpu()], _ = next_token_sums(
-                    model.resume(ids[some], site, spliced[some]),
-                    clean[some],
-                    ids[some],
-                    scored[some],
+                ce[affected.cpu()], _ = next_token_sums(
+                    model.resume(ids[affected], site, spliced[affected]),
+                    clean[affected],
+                    ids[affected],
+                    scored[affected],
                 )
             yield ("ce", "massive", name), ce
-
-
-def _fidelity(
-    name: str,
-    site: Site,
-    state: _SiteState,
-    sums: dict[Key, np.ndarray],
-    bootstrap: Bootstrap,
-) -> Fidelity:
-    made, baselines = state.made[name], state.baselines
-    used = {
-        "scored": sums["scored",],
-        "clean": sums["ce", "clean"],
-        "spliced": sums["ce", "dictionary", name],
-        "massive": sums["ce", "massive", name],
-        "zero": sums["ce", "zero", site],
-        "mean": sums["ce", "mean", site],
-        "kl": sums["kl", "dictionary", name],
-        "kl zero": sums["kl", "zero", site],
-        "kl mean": sums["kl", "mean", site],
-    }
-    total = {key: column.sum(keepdims=True) for key, column in used.items()}
-
-    def per_position(key: str) -> float:
-        return float(total[key][0] / total["scored"][0])
-
-    def recovered(baseline: str, spliced: str = "spliced"):
-        return lambda t: (t[baseline] - t[spliced]) / (t[baseline] - t["clean"])
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = {
-            "zero": float(recovered("zero")(total)[0]),
-            "mean": float(recovered("mean")(total)[0]),
-            "massive": float(recovered("zero", "massive")(total)[0]),
-        }
-    deviation = baselines.rows.deviation()
-    fvu = ratio(made.error, deviation)
-    edges, counts = made.histogram()
-    return Fidelity(
-        name=name,
-        site=str(site),
-        rows=made.count,
-        massive_rows=baselines.massive.count,
-        massive_threshold=baselines.threshold,
-        fvu=fvu,
-        explained_variance=1 - fvu,
-        fvu_with_massive=ratio(
-            made.error + made.massive_error, baselines.rows.deviation(baselines.massive)
-        ),
-        cosine=made.cosine / max(made.count, 1),
-        l2_ratio=made.l2_ratio / max(made.count, 1),
-        l0=made.l0,
-        dead_share=made.dead_share,
-        dense_share=made.dense_share,
-        ce_clean=per_position("clean"),
-        ce_spliced=per_position("spliced"),
-        ce_mean_ablated=per_position("mean"),
-        ce_zero_ablated=per_position("zero"),
-        ce_recovered=shares["zero"],
-        ce_recovered_interval=bootstrap.interval(recovered("zero"), used),
-        ce_recovered_mean=shares["mean"],
-        ce_recovered_mean_interval=bootstrap.interval(recovered("mean"), used),
-        ce_increase_interval=bootstrap.interval(
-            lambda t: (t["spliced"] - t["clean"]) / t["scored"], used
-        ),
-        ce_spliced_with_massive=per_position("massive"),
-        ce_recovered_with_massive=shares["massive"],
-        kl=per_position("kl"),
-        kl_interval=bootstrap.interval(lambda t: t["kl"] / t["scored"], used),
-        kl_mean_ablated=per_position("kl mean"),
-        kl_zero_ablated=per_position("kl zero"),
-        density_histogram={"log10_edges": edges, "counts": counts},
-        fvu_per_dimension=(made.error / deviation.where(deviation > 0, torch.nan)).tolist(),
-        latent_density=made.density.tolist(),
-    )
 
 
 def _notes(
     dictionaries: Mapping[str, Dictionary], model: LanguageModel, num_contexts: int
 ) -> list[str]:
     notes = notes_on_weights(dictionaries, model)
-    if num_contexts < 30:
+    if num_contexts < _FEW_CONTEXTS:
         notes.append(f"{num_contexts} contexts are few: the intervals are too narrow")
     return notes
-
-
-def _check_finite(hidden: Tensor, keep: Tensor, site: Site) -> None:
-    bad = keep.to(hidden.device) & ~torch.isfinite(hidden).all(2)
-    if bool(bad.any()):
-        raise LlmWsaeError(
-            f"{int(bad.sum())} activations of the model at {site} are NaN or infinite; "
-            "try the model in float32 (--model-dtype float32)"
-        )

@@ -1,25 +1,26 @@
-"""What an evaluation found: one JSON object, one table for people."""
+"""What an evaluation found: one JSON object, and one table for people."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.evaluation.bootstrap import Interval
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
 from llm_wsae.tables import aligned
 
-Interval = tuple[float, float]
-
 _PER_ITEM = ("fvu_per_dimension", "latent_density")  # long lists
 COLUMNS = {
-    "FVU": "fraction of the activations' variance that the reconstruction misses (0 is perfect)",
-    "CE recovered": "share of the model's next-token ability that is left when it computes on with "
-    "the reconstruction (1: all; 0: as bad as zeros instead), with its 95 % interval",
-    "KL": "how far the model's predictions move by that, in nats (0: not at all)",
-    "L0": "latents active on a token, on average",
-    "dead %": "latents that never fired on this text",
-    "dense %": "latents that fire on more than a tenth of the tokens",
-    "cosine": "mean cosine between activation and reconstruction (1 is perfect)",
+    "FVU": "fraction of the activations' variance that the reconstruction misses (0: perfect)",
+    "CE recovered": "share of the model's next-token prediction that survives when the "
+    "reconstruction replaces the activations (1: all; 0: no better than zeros), with its 95 % "
+    "interval",
+    "KL": "mean divergence between the model's predictions with and without that replacement, in "
+    "nats (0: none)",
+    "L0": "mean number of active latents per token",
+    "dead %": "latents that never fire on this text",
+    "dense %": "latents that fire on more than 10 % of the tokens",
+    "cosine": "mean cosine between activation and reconstruction (1: perfect)",
 }
 
 
@@ -27,8 +28,8 @@ COLUMNS = {
 class Fidelity:
     """How faithfully one dictionary stands in for its site. Cross-entropies and KL are in nats.
 
-    Massive rows are left out of every number, and left as they are in the splice, unless the name
-    says ``with_massive``.
+    Massive rows (``evaluation.massive``) count in no number and are not replaced, except where the
+    name says ``with_massive``.
     """
 
     name: str
@@ -52,18 +53,18 @@ class Fidelity:
     dense_share: float
     """Share of latents that fire on more than 10 % of the rows."""
     ce_clean: float
-    """Cross-entropy per scored position (see ``next_token.scored_positions``) of the model."""
+    """Cross-entropy of the model itself, per scored position (``next_token.scored_positions``)."""
     ce_spliced: float
-    """The same with the kept positions' activations replaced by their reconstructions."""
+    """The same with the rows replaced by their reconstructions."""
     ce_mean_ablated: float
-    """The same with the rows' mean in their place."""
+    """The same with the rows replaced by their mean."""
     ce_zero_ablated: float
-    """The same with zeros in their place."""
+    """The same with the rows replaced by zeros."""
     ce_recovered: float
-    """(ce_zero_ablated − ce_spliced) / (ce_zero_ablated − ce_clean), as SAELens and SAEBench."""
+    """(ce_zero_ablated − ce_spliced) / (ce_zero_ablated − ce_clean), as in SAELens and SAEBench."""
     ce_recovered_interval: Interval
     ce_recovered_mean: float
-    """The same against ce_mean_ablated, a harder baseline."""
+    """The same relative to ce_mean_ablated, a harder baseline."""
     ce_recovered_mean_interval: Interval
     ce_increase_interval: Interval
     """Of ce_spliced − ce_clean."""
@@ -100,14 +101,14 @@ class Report:
     """Positions whose next-token prediction was scored."""
     dictionaries: dict[str, Fidelity]
     notes: list[str] = field(default_factory=list)
-    """What a reader should know before trusting the numbers."""
+    """What a reader should know before relying on the numbers."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""
         return plain(self)
 
     def summaries(self) -> dict[str, dict[str, Any]]:
-        """By dictionary, its numbers without the lists per dimension and per latent; JSON-able."""
+        """The numbers of each dictionary without the long lists; JSON-able."""
         return {name: fidelity.summary() for name, fidelity in self.dictionaries.items()}
 
     def write(self, path: Path) -> None:
@@ -115,7 +116,7 @@ class Report:
         write_json(path, self.to_dict())
 
     def table(self) -> str:
-        """A table for people, each column explained under it."""
+        """A table for people, with the meaning of each column below it."""
         found = list(self.dictionaries.values())
         several = len({f.site for f in found}) > 1
         header = ["dictionary", *(["site"] if several else []), *COLUMNS]
@@ -134,9 +135,9 @@ class Report:
         for site in dict.fromkeys(f.site for f in found):
             one = next(f for f in found if f.site == site)
             lines.append(
-                f"{site}: cross-entropy {one.ce_clean:.3f} clean, {one.ce_mean_ablated:.3f} with "
-                f"the mean and {one.ce_zero_ablated:.3f} with zeros in place of the activations; "
-                f"{one.massive_rows} massive activations left out."
+                f"{site}: cross-entropy in nats {one.ce_clean:.3f} with the model's activations, "
+                f"{one.ce_mean_ablated:.3f} with their mean and {one.ce_zero_ablated:.3f} with "
+                f"zeros in their place; {one.massive_rows} massive activations left out."
             )
         return lines + [f"note: {note}" for note in self.notes]
 

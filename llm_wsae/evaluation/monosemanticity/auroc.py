@@ -11,9 +11,10 @@ def auroc(
     positive_counts: Bool[Tensor, "columns p"],
     negative_counts: Bool[Tensor, "columns n"],
 ) -> Float[Tensor, " columns"]:
-    """The chance that a positive item scores above a negative one, a tie counting half.
+    """Probability that a positive item scores above a negative one; a tie counts half.
 
-    Only items that count do. NaN where no positive or no negative item counts.
+    Of each column, only the items marked in ``positive_counts`` and ``negative_counts`` are used;
+    NaN where one of them marks none.
     """
     ordered = negative.where(negative_counts, torch.inf).sort(1).values
     sought = positive.contiguous()

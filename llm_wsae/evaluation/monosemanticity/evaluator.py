@@ -1,12 +1,14 @@
 """Are the latents of dictionaries monosemantic? Measured on held-out text, without an LLM judge.
 
-Latents one by one (``latent_scores``): do the tokens and texts that a latent fires on have
-something in common? Concepts with known truth (``concept_scores``): does a latent stand for a
-concept, and for nothing else? And across seeds (``seeds``): are they found again? The three can
-disagree, so they are reported side by side.
+Three kinds of evidence, which can disagree and are therefore reported together:
 
-A ``MonosemanticityEvaluator`` reads the text once: forward pass, embeddings of windows and probes
-of the activations are shared by all dictionaries that it is given, together or one by one.
+- latents one by one (``latents``): do the tokens and texts on which a latent fires have something
+  in common?
+- concepts with known truth (``concepts``): does a latent stand for a concept, and for nothing else?
+- other seeds (``seed_consistency``): are the same latents found again?
+
+A ``MonosemanticityEvaluator`` reads the text once: the forward pass, the embeddings of windows and
+the probes of the activations are shared by all dictionaries, together or one after the other.
 """
 
 import copy
@@ -23,38 +25,44 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.evaluation.checks import check_fit, notes_on_weights
+from llm_wsae.evaluation.checks import check_fit, common_packing, notes_on_weights
 from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
-from llm_wsae.evaluation.heldout import Activations, HeldoutText
-from llm_wsae.evaluation.monosemanticity.concept_scores import (
-    Latents,
-    Questions,
+from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
+from llm_wsae.evaluation.massive import massive_thresholds
+from llm_wsae.evaluation.monosemanticity.averages import (
+    ConceptSummary,
+    latent_means,
+    summarise_concepts,
+    summarise_site,
+)
+from llm_wsae.evaluation.monosemanticity.concepts.concepts import halves_of_documents
+from llm_wsae.evaluation.monosemanticity.concepts.document_concepts import document_concepts
+from llm_wsae.evaluation.monosemanticity.concepts.scores import (
+    LatentTables,
+    ProbedConcepts,
     SiteProbes,
     probe_latents,
     probe_site,
 )
-from llm_wsae.evaluation.monosemanticity.concepts import document_concepts, halves_of_documents
-from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
-from llm_wsae.evaluation.monosemanticity.contexts import packing_of
-from llm_wsae.evaluation.monosemanticity.latent_scores import Judge
-from llm_wsae.evaluation.monosemanticity.probe_tables import (
+from llm_wsae.evaluation.monosemanticity.concepts.token_concepts import (
+    folded_tokens,
+    token_concepts,
+)
+from llm_wsae.evaluation.monosemanticity.concepts.units import (
     NO_UNIT,
     Units,
     units_of_documents,
     units_of_tokens,
 )
-from llm_wsae.evaluation.monosemanticity.recording import Recorder, SiteRows, read_sites, record
-from llm_wsae.evaluation.monosemanticity.report import (
-    ConceptSummary,
-    DictionaryScores,
-    MonosemanticReport,
-    latent_means,
-    summarise_concepts,
-    summarise_site,
+from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
+from llm_wsae.evaluation.monosemanticity.latents.scores import LatentScorer
+from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import (
+    Encoder,
+    WindowEmbeddings,
 )
+from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
+from llm_wsae.evaluation.monosemanticity.report import DictionaryScores, MonosemanticReport
 from llm_wsae.evaluation.monosemanticity.seed_consistency import pw_mcc
-from llm_wsae.evaluation.monosemanticity.token_concepts import folded_tokens, token_concepts
-from llm_wsae.evaluation.monosemanticity.windows import Encoder, WindowEmbeddings
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
@@ -67,22 +75,21 @@ def monosemanticity(
     config: MonosemanticConfig,
     encoder: Encoder | None = None,
 ) -> MonosemanticReport:
-    """Score dictionaries, by name, on the text of ``corpus`` (its held-out part, as a rule).
+    """Score dictionaries, by name, on the text of ``corpus`` (usually its held-out part).
 
-    They may belong to several sites. ``encoder`` takes the place of ``config.encoder``.
+    They may belong to several sites. ``encoder`` replaces ``config.encoder``.
 
     Raises UsageError if there is no dictionary, one does not fit the model, they were trained on
-    differently packed text, the encoder is not there or a label is unknown; LlmWsaeError if the
+    differently packed text, the encoder is not available or a label is unknown; LlmWsaeError if the
     text is too short.
     """
     check_fit(dictionaries, model, "score")
-    return MonosemanticityEvaluator(model, corpus, packing_of(dictionaries), config, encoder).score(
-        dictionaries
-    )
+    packing = common_packing(dictionaries)
+    return MonosemanticityEvaluator(model, corpus, packing, config, encoder).score(dictionaries)
 
 
 class MonosemanticityEvaluator:
-    """A text to score dictionaries on, read once."""
+    """A text on which dictionaries are scored, read once."""
 
     def __init__(
         self,
@@ -100,88 +107,96 @@ class MonosemanticityEvaluator:
         self._model = model
         self._corpus = corpus.identity()
         self._config = config
-        self._activations = Activations(model, text, config.batch_tokens)
+        self._activations = HeldoutActivations(model, text, config.batch_tokens)
         tokens = folded_tokens(text, model.tokenizer)
         embeddings = WindowEmbeddings(text, model.tokenizer, encoder, config.before, config.after)
-        self._judge = Judge.of(text, tokens, embeddings, config)
-        self._questions = _questions(text, model.tokenizer, config)
-        self._sites: dict[Site, tuple[SiteRows, SiteProbes]] = {}
+        self._scorer = LatentScorer.of(text, tokens, embeddings, config)
+        self._concepts = _concepts(text, model.tokenizer, config)
+        self._probes: dict[tuple[Site, float], SiteProbes] = {}
 
     def score(self, dictionaries: Mapping[str, Dictionary]) -> MonosemanticReport:
         """Score dictionaries by name. Raises as ``monosemanticity`` does."""
         check_fit(dictionaries, self._model, "score")
-        self._prepare(sorted({dictionary.site for dictionary in dictionaries.values()}))
-        found: dict[str, DictionaryScores] = {}
+        by_site: dict[Site, list[Dictionary]] = defaultdict(list)
+        for dictionary in dictionaries.values():
+            by_site[dictionary.site].append(dictionary)
+        thresholds = massive_thresholds(by_site, self._activations.cache)
+        probes = self._site_probes(thresholds)
+        scores: dict[str, DictionaryScores] = {}
         for group in self._groups(dictionaries):
-            for name, recorder in self._record(group).items():
-                found[name] = self._scores(name, recorder)
-        return self._report(dictionaries, found)
+            for name, recorder in self._record(group, thresholds).items():
+                scores[name] = self._scores(name, recorder, probes[recorder.dictionary.site])
+        return self._report(dictionaries, scores, probes)
 
-    def _prepare(self, sites: list[Site]) -> None:
-        """Read the activations of sites that are new, and probe them."""
-        new = [site for site in sites if site not in self._sites]
-        kinds = [asked.units for asked in self._questions]
-        for site, rows in read_sites(self._activations, new, kinds).items() if new else ():
-            self._sites[site] = (rows, probe_site(self._questions, rows.x))
+    def _site_probes(self, thresholds: Mapping[Site, float]) -> dict[Site, SiteProbes]:
+        """Probes of the activations at every site, each trained once."""
+        new = {s: at for s, at in sorted(thresholds.items()) if (s, at) not in self._probes}
+        kinds = [asked.units for asked in self._concepts]
+        for site, x in read_units(self._activations, new, kinds).items() if new else ():
+            self._probes[site, new[site]] = probe_site(self._concepts, x)
+        return {site: self._probes[site, at] for site, at in thresholds.items()}
 
     def _groups(self, dictionaries: Mapping[str, Dictionary]) -> list[dict[str, Dictionary]]:
-        """Dictionaries to record together: each alone if the activations are at hand, which takes
-        the least memory, else all in one pass."""
+        """Dictionaries to record together: each alone, which takes the least memory, if the
+        activations are cached; otherwise all in one pass."""
         sites = {dictionary.site for dictionary in dictionaries.values()}
-        if self._activations.at_hand(sites):
+        if self._activations.cache.holds(sites):
             return [{name: dictionary} for name, dictionary in dictionaries.items()]
         return [dict(dictionaries)]
 
-    def _record(self, dictionaries: Mapping[str, Dictionary]) -> dict[str, Recorder]:
-        device, kinds = self._model.device, [asked.units for asked in self._questions]
+    def _record(
+        self, dictionaries: Mapping[str, Dictionary], thresholds: Mapping[Site, float]
+    ) -> dict[str, Recorder]:
+        device, kinds = self._model.device, [asked.units for asked in self._concepts]
         recorders = {}
         for name, dictionary in dictionaries.items():
             if dictionary.W_enc.device != device:
                 dictionary = copy.deepcopy(dictionary).to(device)
-            rows, _ = self._sites[dictionary.site]
-            collector = self._judge.collector(dictionary.d_sae, device)
-            recorders[name] = Recorder(dictionary, collector, rows.threshold, kinds)
+            collector = self._scorer.collector(dictionary.d_sae, device)
+            threshold = thresholds[dictionary.site]
+            recorders[name] = Recorder(dictionary, collector, threshold, kinds)
         record(self._activations, list(recorders.values()))
         return recorders
 
-    def _scores(self, name: str, recorder: Recorder) -> DictionaryScores:
+    def _scores(self, name: str, recorder: Recorder, site_probes: SiteProbes) -> DictionaryScores:
         dictionary, firings, config = recorder.dictionary, recorder.firings(), self._config
         density = firings.density
         dense = density > DENSE_DENSITY
-        eligible = self._judge.eligible(firings)
-        scores = self._judge.scores(firings)
-        _, site = self._sites[dictionary.site]
+        eligible = self._scorer.eligible(firings)
+        scores = self._scorer.scores(firings)
         decoder = dictionary.W_dec.detach().cpu()
-        latents = Latents.of(self._questions, recorder.tables(), decoder, density)
+        latents = LatentTables.of(self._concepts, recorder.tables(), decoder, density)
         draws = (config.bootstraps, config.seed)
 
         def concepts(allowed: Tensor) -> ConceptSummary:
-            probes = probe_latents(self._questions, site, latents, allowed)
-            return summarise_concepts(*_names(self._questions), probes, *draws)
+            probes = probe_latents(self._concepts, site_probes, latents, allowed)
+            return summarise_concepts(*_names(self._concepts), probes, *draws)
 
-        everything = concepts(torch.ones_like(dense))
+        with_all = concepts(torch.ones_like(dense))
         return DictionaryScores(
             name=name,
             site=str(dictionary.site),
             d_sae=dictionary.d_sae,
             rows=firings.num_rows,
-            massive_rows=self._judge.text.num_rows - firings.num_rows,
+            massive_rows=self._scorer.text.num_rows - firings.num_rows,
             eligible_share=float(eligible.double().mean()),
             dead_share=float((firings.counts == 0).double().mean()),
             dense_share=float(dense.double().mean()),
             l0=float(density.sum()),
             latents=latent_means(scores, eligible, *draws),
             latents_not_dense=latent_means(scores, eligible & ~dense, *draws),
-            concepts=everything,
-            concepts_not_dense=concepts(~dense) if bool(dense.any()) else everything,
+            concepts=with_all,
+            concepts_not_dense=concepts(~dense) if bool(dense.any()) else with_all,
             per_latent={**scores, "density": density},
         )
 
     def _report(
-        self, dictionaries: Mapping[str, Dictionary], found: dict[str, DictionaryScores]
+        self,
+        dictionaries: Mapping[str, Dictionary],
+        scores: Mapping[str, DictionaryScores],
+        probes: Mapping[Site, SiteProbes],
     ) -> MonosemanticReport:
-        text, names = self._judge.text, _names(self._questions)
-        sites = dict.fromkeys(str(dictionary.site) for dictionary in dictionaries.values())
+        text, names = self._scorer.text, _names(self._concepts)
         return MonosemanticReport(
             model=self._model.identity(),
             corpus=self._corpus,
@@ -189,18 +204,18 @@ class MonosemanticityEvaluator:
             num_contexts=text.num_contexts,
             num_rows=text.num_rows,
             num_documents=len(text.headers),
-            chance=self._judge.chance(),
-            sites={
-                site: summarise_site(*names, self._sites[Site.parse(site)][1]) for site in sites
-            },
-            dictionaries={name: found[name] for name in dictionaries},
-            consistency=_consistency(dictionaries, found),
+            chance=self._scorer.chance(),
+            sites={str(site): summarise_site(*names, found) for site, found in probes.items()},
+            dictionaries={name: scores[name] for name in dictionaries},
+            consistency=_consistency(dictionaries, scores),
             notes=_notes(dictionaries, self._model, names, self._config.labels),
         )
 
 
-def _questions(text: HeldoutText, tokenizer: Any, config: MonosemanticConfig) -> list[Questions]:
-    """The concepts of tokens and of documents; kinds without any concept left are not asked."""
+def _concepts(
+    text: HeldoutText, tokenizer: Any, config: MonosemanticConfig
+) -> list[ProbedConcepts]:
+    """The concepts of tokens and of documents; a kind of units without concepts is dropped."""
     halves = halves_of_documents(text, config.seed)
 
     def half(units: Units) -> Tensor:
@@ -217,21 +232,21 @@ def _questions(text: HeldoutText, tokenizer: Any, config: MonosemanticConfig) ->
             document_concepts(text.headers, contexts.document, half(contexts), config.labels),
         ),
     ]
-    return [Questions.of(units, found, config.seed) for units, found in asked if found.names]
+    return [ProbedConcepts.of(units, found, config.seed) for units, found in asked if found.names]
 
 
-def _names(questions: list[Questions]) -> tuple[list[str], list[str]]:
+def _names(concepts: list[ProbedConcepts]) -> tuple[list[str], list[str]]:
     """Names and families of all concepts."""
     return (
-        [name for asked in questions for name in asked.concepts.names],
-        [family for asked in questions for family in asked.concepts.families],
+        [name for asked in concepts for name in asked.concepts.names],
+        [family for asked in concepts for family in asked.concepts.families],
     )
 
 
 def _consistency(
-    dictionaries: Mapping[str, Dictionary], found: dict[str, DictionaryScores]
+    dictionaries: Mapping[str, Dictionary], scores: Mapping[str, DictionaryScores]
 ) -> dict[str, dict[str, Any]]:
-    """PW-MCC of every group of dictionaries that differ in their seeds only."""
+    """PW-MCC of every group of dictionaries that differ only in their seeds."""
     groups: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
     for name, dictionary in dictionaries.items():
         info = dictionary.info
@@ -242,11 +257,11 @@ def _consistency(
     for (group, _), members in groups.items():
         if len(members) < 2:
             continue
-        if group in result:  # the same arm of another training
+        if group in result:  # the same arm in another training
             group = f"{group} ({', '.join(members.values())})"
         names = [members[seed] for seed in sorted(members)]
         decoders = [dictionaries[name].W_dec.detach() for name in names]
-        alive = [found[name].per_latent["density"] > 0 for name in names]
+        alive = [scores[name].per_latent["density"] > 0 for name in names]
         result[group] = {
             "dictionaries": names,
             "pw_mcc": pw_mcc(decoders),
@@ -256,7 +271,7 @@ def _consistency(
 
 
 def _made_alike(dictionary: Dictionary) -> str:
-    """What two dictionaries share that differ in their seeds only."""
+    """What is equal between two dictionaries that differ only in their seeds."""
     info = dictionary.info
     training = {k: v for k, v in info.training.items() if k not in ("seed", "command", "versions")}
     return json.dumps([dictionary.d_sae, info.store, training], sort_keys=True, default=str)

@@ -406,10 +406,10 @@ def test_a_cache_without_room_for_the_last_stream_holds_nothing_else(contexts):
     """Least of all what the model's first resumed forward, a trial of two tokens, leaves there."""
     known = {"k2": identity(sparsity=TopK(2))}
     made = fresh_model()
-    bench = FidelityEvaluator(made, contexts, CONFIG)
-    kept = sum(ids.numel() for ids, _ in bench._batches) * D * 4
-    bench._streams._room = kept + 2 * D * 4 + 1
-    first, second = (bench.evaluate(known).dictionaries["k2"] for _ in range(2))
+    evaluator = FidelityEvaluator(made, contexts, CONFIG)
+    kept = sum(ids.numel() for ids, _ in evaluator._cache.batches) * D * 4
+    evaluator._cache._bytes_left = kept + 2 * D * 4 + 1
+    first, second = (evaluator.evaluate(known).dictionaries["k2"] for _ in range(2))
     assert first == second
 
 
@@ -437,15 +437,15 @@ def test_text_that_was_not_held_out_is_noted(trained, said):
     assert notes_on_text({"d": made}, HELD_OUT | {"part": "all"}) == []
 
 
-def test_blocks_that_hand_on_more_than_the_stream_are_refused(contexts, monkeypatch):
+def test_blocks_that_pass_on_more_than_the_stream_are_refused(contexts, monkeypatch):
     made = fresh_model()
     logits = made.logits
     monkeypatch.setattr(made, "logits", lambda ids: logits(ids.flip(1)))
-    with pytest.raises(LlmWsaeError, match="hand on more than the residual stream"):
+    with pytest.raises(LlmWsaeError, match="pass on more than the residual stream"):
         evaluate({"k2": identity(sparsity=TopK(2))}, made, contexts, CONFIG)
 
 
-def test_what_hangs_on_the_text_alone_is_measured_once(model, contexts, monkeypatch):
+def test_what_depends_on_the_text_alone_is_measured_once(model, contexts, monkeypatch):
     """Dictionaries one after the other get the numbers of all at once, also when a pass between
     them was broken off, and zeros and the mean are put in once for each threshold."""
     known = {f"k{k}": identity(sparsity=TopK(k)) for k in (2, 4)}
@@ -458,19 +458,19 @@ def test_what_hangs_on_the_text_alone_is_measured_once(model, contexts, monkeypa
         return original(*given)
 
     monkeypatch.setattr(model, "resume", resume)
-    bench = FidelityEvaluator(model, contexts, CONFIG)
+    evaluator = FidelityEvaluator(model, contexts, CONFIG)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
             ReconstructionSums, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
-        bench.evaluate(known)
+        evaluator.evaluate(known)
     counts = []
     for name in known:
         resumed.clear()
-        assert bench.evaluate({name: known[name]}).dictionaries[name] == together[name]
+        assert evaluator.evaluate({name: known[name]}).dictionaries[name] == together[name]
         counts.append(len(resumed))
     batches = counts[1] // 2  # clean, and the dictionary's
     assert counts == [4 * batches, 2 * batches]
     resumed.clear()
-    bench.evaluate({"other": other})
+    evaluator.evaluate({"other": other})
     assert len(resumed) == 4 * batches

@@ -21,7 +21,7 @@ from planted_model import (
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation import heldout
+from llm_wsae.evaluation import activation_cache
 from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator, monosemanticity
 
@@ -50,7 +50,7 @@ def report(model, corpus):
     return monosemanticity(both(), model, corpus, CONFIG, WordMeanings())
 
 
-def test_what_was_read_is_told(report):
+def test_what_was_read_is_reported(report):
     assert 3000 <= report.num_rows < 3000 + 15 and report.num_rows == 15 * report.num_contexts
     assert report.num_documents == 80 and report.notes == []
     # Five of some thirty words are hardly ever the same.
@@ -146,19 +146,21 @@ def same(one, other):
 def test_together_or_one_by_one_in_one_pass_or_several(model, corpus, report, monkeypatch):
     """A text that does not fit into memory is read again, and gives the same."""
     encoder = WordMeanings()
-    bench = MonosemanticityEvaluator(model, corpus, PackConfig(context_size=16), CONFIG, encoder)
+    evaluator = MonosemanticityEvaluator(
+        model, corpus, PackConfig(context_size=16), CONFIG, encoder
+    )
     for name, one in both().items():
-        same(bench.score({name: one}).dictionaries[name], report.dictionaries[name])
+        same(evaluator.score({name: one}).dictionaries[name], report.dictionaries[name])
     known = encoder.embedded
-    bench.score(both())
+    evaluator.score(both())
     assert encoder.embedded == known  # every window once
-    monkeypatch.setattr(heldout, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(activation_cache, "_CACHE_BYTES", 0)
     again = monosemanticity(both(), model, corpus, CONFIG, WordMeanings())
     for name in both():
         same(again.dictionaries[name], report.dictionaries[name])
 
 
-def test_massive_rows_are_counted_and_head_no_list(corpus):
+def test_massive_rows_are_counted_and_left_out(corpus):
     found = monosemanticity(
         {"words": one_latent_a_word()}, planted_model(massive=3), corpus, CONFIG, WordMeanings()
     ).dictionaries["words"]
@@ -175,7 +177,7 @@ def test_seeds_are_compared_with_each_other(model, corpus):
     assert group == f"{SITE} words" and numbers["dictionaries"] == ["one", "two"]
     assert numbers["pw_mcc_alive"] == pytest.approx(1)
     assert numbers["pw_mcc"] == pytest.approx(NUM_WORDS / WIDTH)  # dead latents agree with none
-    assert f"{group}: 2 seeds agree to {numbers['pw_mcc']:.3f}" in found.table()
+    assert f"matched latents): {numbers['pw_mcc']:.3f} over all latents" in found.table()
 
 
 def test_only_what_was_made_alike_is_compared_over_seeds(model, corpus):
@@ -210,7 +212,7 @@ def test_a_dictionary_that_never_fires_has_no_scores(model, corpus):
     assert "silent" in report.table()
 
 
-def test_what_cannot_be_scored_is_said_in_a_sentence(model, corpus, monkeypatch):
+def test_what_cannot_be_scored_is_explained_in_a_sentence(model, corpus, monkeypatch):
     def fails(error, match, dictionaries, **settings):
         config = dataclasses.replace(CONFIG, **settings)
         with pytest.raises(error, match=match) as caught:
@@ -238,7 +240,7 @@ def test_other_weights_are_noted(model, corpus):
     other = one_latent_a_word()
     other.info = dataclasses.replace(other.info, model={"weights_sha256": "0" * 64})
     found = monosemanticity({"x": other}, model, corpus, CONFIG, WordMeanings())
-    assert found.notes == ["dictionary 'x' was trained on other weights than these of planted"]
+    assert found.notes == ["dictionary 'x' was trained on other weights than those of this planted"]
 
 
 def test_the_report_is_json_and_a_table(report, tmp_path):
@@ -258,4 +260,4 @@ def test_the_report_is_json_and_a_table(report, tmp_path):
     assert f"{detection.mean:.3f} [{low:.3f}, {high:.3f}]" in row
     assert lines[0].split()[:2] == ["dictionary", "eligible"]
     assert f"{report.num_rows:,} tokens of held-out text" in report.table()
-    assert f"a purity of {report.chance['purity']:.3f}." in report.table()
+    assert f"the purity of random contexts is {report.chance['purity']:.3f}." in report.table()

@@ -15,10 +15,11 @@ from planted_model import (
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
-from llm_wsae.evaluation.heldout import Activations, HeldoutText
-from llm_wsae.evaluation.monosemanticity.probe_tables import units_of_documents, units_of_tokens
-from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_sites, record
-from llm_wsae.evaluation.monosemanticity.top_contexts import Collector
+from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
+from llm_wsae.evaluation.massive import massive_thresholds
+from llm_wsae.evaluation.monosemanticity.concepts.units import units_of_documents, units_of_tokens
+from llm_wsae.evaluation.monosemanticity.latents.firings import FiringCollector
+from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
 from llm_wsae.model.site import Site
 
 MASSIVE = 3
@@ -51,14 +52,15 @@ def test_activations_and_latents_are_averaged_over_units(case):
     model, text, usable = case
     kinds = [units_of_tokens(text, 300, 0), units_of_documents(text, 0)]
     assert len(kinds[0].size) == 300 and not kinds[1].single
-    activations = Activations(model, text, batch_tokens=64)
-    rows = read_sites(activations, [AT], kinds)[AT]
-    assert rows.threshold == pytest.approx(10)
+    activations = HeldoutActivations(model, text, batch_tokens=64)
     dictionary = one_latent_a_word()
-    recorder = Recorder(dictionary, collector(text, dictionary), rows.threshold, kinds)
+    threshold = massive_thresholds({AT: [dictionary]}, activations.cache)[AT]
+    assert threshold == pytest.approx(10)  # most rows have norm 1
+    units_x = read_units(activations, {AT: threshold}, kinds)[AT]
+    recorder = Recorder(dictionary, collector(text, dictionary), threshold, kinds)
     record(activations, [recorder])
     every = torch.arange(dictionary.d_sae)
-    for units, x, table in zip(kinds, rows.x, recorder.tables(), strict=True):
+    for units, x, table in zip(kinds, units_x, recorder.tables(), strict=True):
         wanted = expected(text, usable, units)
         torch.testing.assert_close(x, wanted)
         torch.testing.assert_close(table.take(every), wanted)
@@ -73,7 +75,7 @@ def test_a_recorder_serves_alone(case):
     model, text, _ = case
     dictionary = one_latent_a_word()
     recorder = Recorder(dictionary, collector(text, dictionary), threshold=float("inf"))
-    record(Activations(model, text, batch_tokens=64), [recorder])
+    record(HeldoutActivations(model, text, batch_tokens=64), [recorder])
     top = recorder.firings().top
     assert recorder.tables() == [] and (top.rows[NUM_WORDS:] == -1).all()
     for word in range(NUM_WORDS):
@@ -83,4 +85,4 @@ def test_a_recorder_serves_alone(case):
 
 def collector(text, dictionary):
     windows = text.windows(torch.arange(0, text.num_rows, 50), 2, 2)
-    return Collector(text, windows, dictionary.d_sae, top=4, sample=6, seed=0)
+    return FiringCollector(text, windows, dictionary.d_sae, top=4, sample=6, seed=0)

@@ -2,24 +2,29 @@ import numpy as np
 import pytest
 import torch
 
-from llm_wsae.evaluation.monosemanticity.concept_scores import (
-    Latents,
-    Questions,
-    probe_latents,
-    probe_site,
-)
-from llm_wsae.evaluation.monosemanticity.concepts import Concepts
-from llm_wsae.evaluation.monosemanticity.probe_tables import DenseTable, SparseTable, Units
-from llm_wsae.evaluation.monosemanticity.probing import (
+from llm_wsae.evaluation.monosemanticity.concepts.concepts import Concepts
+from llm_wsae.evaluation.monosemanticity.concepts.probing import (
     RIDGE_DENSE,
-    Taken,
+    SelectedColumns,
     best_columns,
     correlations,
     dense_probes,
     sparse_probes,
     splits,
 )
-from llm_wsae.evaluation.monosemanticity.selectivity import Probed, falls, selectivity
+from llm_wsae.evaluation.monosemanticity.concepts.scores import (
+    LatentTables,
+    ProbedConcepts,
+    probe_latents,
+    probe_site,
+)
+from llm_wsae.evaluation.monosemanticity.concepts.selectivity import (
+    DenseProbeScores,
+    falls,
+    selectivity,
+)
+from llm_wsae.evaluation.monosemanticity.concepts.tables import DenseTable, SparseTable
+from llm_wsae.evaluation.monosemanticity.concepts.units import Units
 
 UNITS, D_IN, D_SAE = 400, 6, 30
 
@@ -63,7 +68,7 @@ def test_a_sparse_table_is_the_dense_one(case):
     assert torch.equal(one.take(columns), other.take(columns))
 
 
-def test_learning_and_testing_share_no_unit(case):
+def test_training_and_testing_share_no_unit(case):
     _, concepts, halves = case
     for split, learn in zip(halves, (concepts.half, ~concepts.half), strict=True):
         for c in range(3):
@@ -105,7 +110,7 @@ def test_a_planted_label_is_found_by_its_latents(case):
     for split in halves:
         chosen = best_columns(correlations(table, split).abs(), torch.ones(D_SAE).bool(), 5)
         assert int(chosen[0, 0]) == 3 and set(chosen[1, :2].tolist()) == {4, 5}
-        taken = Taken.of(table, chosen)
+        taken = SelectedColumns.of(table, chosen)
         one, two = sparse_probes(taken, split, 1), sparse_probes(taken, split, 2)
         assert float(one[0]) == 1 and 0.65 < float(one[1]) < 0.85 and float(two[1]) == 1
         assert abs(float(sparse_probes(taken, split, 5)[2]) - 0.5) < 0.15
@@ -130,13 +135,13 @@ def test_probes_equal_the_discriminant_by_hand(case):
         scores[1], (x[halves[0].items[1]] @ probes.directions[:, 1]) - probes.thresholds[1]
     )
     # A sparse probe of all columns is the same probe, but for the ridge.
-    few = Taken.of(DenseTable(x), torch.arange(D_IN).repeat(3, 1))
+    few = SelectedColumns.of(DenseTable(x), torch.arange(D_IN).repeat(3, 1))
     assert torch.allclose(sparse_probes(few, halves[0], D_IN), halves[0].test(scores), atol=0.02)
 
 
 def test_a_probe_without_columns_knows_nothing(case):
     latents, _, halves = case
-    taken = Taken.of(sparse(latents), torch.full((3, 2), -1))
+    taken = SelectedColumns.of(sparse(latents), torch.full((3, 2), -1))
     assert sparse_probes(taken, halves[0], 2).tolist() == [0.5, 0.5, 0.5]
 
 
@@ -147,7 +152,7 @@ def test_falls_equal_probing_what_is_left(case):
     x = latents @ decoder + 0.05 * torch.randn(UNITS, D_IN, generator=torch.Generator())
     split = halves[1]
     probes = dense_probes(x, split)
-    probed = Probed(sparse(latents), probes.directions, split, probes.scores(x, split))
+    probed = DenseProbeScores(sparse(latents), probes.directions, split, probes.scores(x, split))
     sets = torch.tensor([[3, 7], [4, 5], [11, -1]])
     found = falls(sets, decoder, probed)
 
@@ -169,9 +174,9 @@ def test_falls_equal_probing_what_is_left(case):
     assert float(others[0]) == pytest.approx(float((found[0, 1] + found[0, 2]) / 2))
 
 
-def questions(concepts):
+def probed(concepts):
     units = Units(torch.arange(UNITS), torch.ones(UNITS, dtype=torch.long), torch.arange(UNITS))
-    return [Questions.of(units, concepts, 0)]
+    return [ProbedConcepts.of(units, concepts, 0)]
 
 
 def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
@@ -179,18 +184,18 @@ def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
     draw = torch.Generator().manual_seed(1)
     decoder = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
     x = latents @ decoder + 0.01 * torch.randn(UNITS, D_SAE, generator=draw)
-    asked, every = questions(concepts), torch.ones(D_SAE, dtype=torch.bool)
+    asked, every = probed(concepts), torch.ones(D_SAE, dtype=torch.bool)
     site = probe_site(asked, [x])
     assert site.dense[:2].min() > 0.99 and site.accuracy[:2].min() > 0.95
     assert 0.5 < site.raw[1][1] < site.raw[2][1] < 0.95
     density = (latents > 0).double().mean(0)
-    planted_latents = Latents.of(asked, [sparse(latents)], decoder, density)
+    planted_latents = LatentTables.of(asked, [sparse(latents)], decoder, density)
     good = probe_latents(asked, site, planted_latents, every)
     assert float(good.sparse[1][0]) == 1 and float(good.sparse[2][1]) == 1
     # (the "latents" of pure chance may be those of anything)
     assert good.own_fall[:2].min() > 0.4 and good.others_fall[:2].abs().max() < 0.1
     turn = torch.linalg.qr(torch.randn(D_SAE, D_SAE, generator=draw)).Q
-    turned = Latents.of(asked, [DenseTable(latents @ turn.T)], turn @ decoder, density)
+    turned = LatentTables.of(asked, [DenseTable(latents @ turn.T)], turn @ decoder, density)
     mixed = probe_latents(asked, site, turned, every)
     assert mixed.selectivity[:2].max() < good.selectivity[:2].min() - 0.1
     without = every.clone()
@@ -202,6 +207,6 @@ def test_a_dictionary_of_concepts_is_selective_and_a_rotated_one_is_not():
 def test_no_concept_gives_empty_scores():
     every = torch.ones(D_SAE, dtype=torch.bool)
     site = probe_site([], [])
-    latents = Latents.of([], [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE))
+    latents = LatentTables.of([], [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE))
     found = probe_latents([], site, latents, every)
     assert len(site.dense) == len(found.selectivity) == len(found.sparse[5]) == 0

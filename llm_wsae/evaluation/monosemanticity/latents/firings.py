@@ -1,15 +1,14 @@
-"""Where every latent of a dictionary fires: its top contexts, a fair sample of them, and silence.
+"""Where every latent fires: its top contexts, a uniform sample, and the windows where it does not.
 
 One pass over the rows, for all latents at once. A batch's sparse codes are reduced to the best
-firing of each latent in each context, and the best contexts so far are merged with those of the
-batch, so that memory is latents × contexts kept, never latents × tokens. "Best" is the largest
-activation for the top contexts. For the sample it is the smallest of random numbers that were drawn
-once per row: a latent's sample is then a uniform one of its firings, thinned to one per context,
-does not depend on how the text is cut into batches, and latents and dictionaries share rows, so
-that few windows have to be embedded.
+firing of each latent in each context, and these are merged with the best so far, so memory is
+latents × contexts kept, never latents × tokens. For the top contexts, "best" is the largest
+activation. For the sample it is the smallest of random numbers drawn once per row. A latent's
+sample is then uniform over its firings (one per context), does not depend on the cut into batches,
+and uses the same rows for many latents and dictionaries, so few windows have to be embedded.
 
-One firing per context, because neighbouring firings share their text: ten windows of one paragraph
-would agree with each other whatever the latent stands for.
+Only one firing per context counts, because neighbouring firings share their text: ten windows of
+one paragraph would agree with each other whatever the latent stands for.
 """
 
 from typing import NamedTuple
@@ -25,27 +24,27 @@ NO_ROW = -1
 
 
 class Examples(NamedTuple):
-    """Up to n rows per latent, each of another context."""
+    """Up to n rows per latent, each from another context."""
 
     rows: Int[Tensor, "d_sae n"]
-    """Numbers of rows, -1 where there are no more."""
+    """Row numbers, -1 where there are no more."""
     values: Float[Tensor, "d_sae n"]
     """The latent's activation there, 0 where there is no row."""
 
 
 class Firings(NamedTuple):
-    """What one dictionary's latents did on a text. All on the CPU."""
+    """What one dictionary's latents do on a text. All on the CPU."""
 
     num_rows: int
-    """Rows encoded: massive ones are not."""
+    """Encoded rows; massive rows are not encoded."""
     counts: Int[Tensor, " d_sae"]
-    """Rows on which each latent fires."""
+    """Number of rows on which each latent fires."""
     contexts: Int[Tensor, " d_sae"]
-    """Contexts in which it fires."""
+    """Number of contexts in which it fires."""
     top: Examples
-    """Largest activations, in falling order, the earlier context first where they tie."""
+    """Largest activations in descending order; the earlier context first where they tie."""
     sample: Examples
-    """Uniformly drawn firings, in the order drawn."""
+    """Uniformly drawn firings, in the order of the draw."""
     fired: Bool[Tensor, "windows d_sae"]
     """Whether the latent fires anywhere in each of the random windows."""
 
@@ -55,8 +54,8 @@ class Firings(NamedTuple):
         return self.counts.double() / max(self.num_rows, 1)
 
 
-class Collector:
-    """Fills the ``Firings`` of one dictionary, batch by batch, on the device of its codes."""
+class FiringCollector:
+    """Collects the ``Firings`` of one dictionary, batch by batch, on the device of its codes."""
 
     def __init__(
         self,
@@ -68,14 +67,16 @@ class Collector:
         seed: int,
         device: torch.device | str = "cpu",
     ):
-        """``windows`` holds the positions of the random windows, each within one context."""
+        """``windows`` are the positions of the random windows, each within one context."""
         self._text = text
         self._windows = windows
         self._window_context = windows.amax(1) // text.ids.shape[1]
         self._d_sae = d_sae
         self._device = torch.device(device)
         order = torch.randperm(text.num_rows, generator=torch.Generator().manual_seed(seed))
-        self._drawn = -order.float().to(self._device)  # as scores: the higher, the earlier drawn
+        self._drawn = -order.float().to(
+            self._device
+        )  # as scores: the higher, the earlier in the draw
         self._top = _Best(d_sae, top, self._device)
         self._sample = _Best(d_sae, sample, self._device)
         self._num_rows = 0
@@ -84,7 +85,7 @@ class Collector:
         self._fired = torch.zeros(len(windows), d_sae, dtype=torch.bool, device=self._device)
 
     def add(self, codes: Codes, contexts: slice, encoded: Bool[Tensor, " rows"]) -> None:
-        """Add the codes of all rows of the contexts; rows that are not ``encoded`` do not count."""
+        """Add the codes of all rows of the contexts; rows not marked in ``encoded`` are ignored."""
         first = int(self._text.first_row[contexts.start])
         active = (codes.values > 0) & encoded[:, None]
         local, slot = active.nonzero(as_tuple=True)
@@ -99,11 +100,9 @@ class Collector:
         self._contexts += (event != NO_ROW).view(self._d_sae, width).sum(1)
         self._top.merge(score, event, row, value)
         self._sample.merge(*_best(self._drawn[row], group, self._d_sae * width), row, value)
-        self._look_into_windows(codes.indices, active, contexts, first)
+        self._mark_windows(codes.indices, active, contexts, first)
 
-    def _look_into_windows(
-        self, indices: Tensor, active: Tensor, contexts: slice, first: int
-    ) -> None:
+    def _mark_windows(self, indices: Tensor, active: Tensor, contexts: slice, first: int) -> None:
         here = (self._window_context >= contexts.start) & (self._window_context < contexts.stop)
         number = here.nonzero()[:, 0]
         cells = self._windows[number]
@@ -114,7 +113,7 @@ class Collector:
         self._fired[number[member].to(self._device)[event], indices[local[event], slot]] = True
 
     def firings(self) -> Firings:
-        """What was collected."""
+        """The firings collected so far."""
         return Firings(
             self._num_rows,
             self._counts.cpu(),
@@ -126,10 +125,8 @@ class Collector:
 
 
 def quantile_sample(firings: Firings, text: HeldoutText, count: int) -> Examples:
-    """``count`` of the sampled firings outside the top contexts, evenly over the values' ranks.
-
-    A latent with fewer has all of them.
-    """
+    """``count`` of the sampled firings outside the top contexts, evenly spread over the ranks of
+    their values; all of them if a latent has fewer."""
     top, rows = (_contexts_of(text, examples) for examples in (firings.top, firings.sample))
     usable = (rows != NO_ROW) & ~(rows[:, :, None] == top[:, None, :]).any(2)
     value, order = firings.sample.values.where(usable, -1.0).sort(
@@ -149,10 +146,10 @@ def quantile_sample(firings: Firings, text: HeldoutText, count: int) -> Examples
 def silent_windows(
     firings: Firings, text: HeldoutText, windows: Int[Tensor, "windows width"]
 ) -> Bool[Tensor, "d_sae windows"]:
-    """The random windows where a latent never fires, outside of its top contexts."""
+    """The random windows, outside a latent's top contexts, where it never fires."""
     context = windows.amax(1) // text.ids.shape[1]
     silent = ~firings.fired.T
-    for top in _contexts_of(text, firings.top).T:  # one after the other, to save memory
+    for top in _contexts_of(text, firings.top).T:  # one at a time, to save memory
         silent &= top[:, None] != context
     return silent
 
@@ -162,7 +159,7 @@ def _contexts_of(text: HeldoutText, examples: Examples) -> Tensor:
 
 
 class _Best:
-    """The ``count`` best firings of every latent, of different contexts."""
+    """The ``count`` best firings of every latent, each from another context."""
 
     def __init__(self, d_sae: int, count: int, device: torch.device):
         self._score = torch.full((d_sae, count), -torch.inf, device=device)
@@ -170,13 +167,13 @@ class _Best:
         self._value = torch.zeros(d_sae, count, device=device)
 
     def merge(self, score: Tensor, event: Tensor, row: Tensor, value: Tensor) -> None:
-        """Merge the best of a batch: ``score`` and ``event`` [d_sae · contexts], of the events'
-        rows and values."""
+        """Merge the best of a batch: ``score`` and ``event`` are [d_sae · contexts]; ``row`` and
+        ``value`` belong to the events."""
         d_sae, count = self._score.shape
-        # An index one behind the last, and so the appended entry, stands for "none".
+        # The index -1 picks the appended entry, which stands for "none".
         row = torch.cat([row, row.new_full((1,), NO_ROW)])[event].view(d_sae, -1)
         value = torch.cat([value, value.new_zeros(1)])[event].view(d_sae, -1)
-        # Stable, and later contexts behind: where scores tie, the earlier context stays.
+        # A stable sort, with later contexts last: where scores tie, the earlier context stays.
         score, order = torch.cat([self._score, score.view(d_sae, -1)], 1).sort(
             dim=1, descending=True, stable=True
         )
@@ -190,7 +187,8 @@ class _Best:
 
 
 def _best(score: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """The highest score in each group and the first event that has it; -inf and -1 if none."""
+    """The highest score in each group and the first event with it; -inf and -1 for an empty
+    group."""
     best = score.new_full((num_groups,), -torch.inf).scatter_reduce_(0, group, score, "amax")
     winner = (score == best[group]).nonzero()[:, 0]
     event = group.new_full((num_groups,), len(score))

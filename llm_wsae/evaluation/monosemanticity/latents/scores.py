@@ -1,8 +1,9 @@
 """The scores of every eligible latent of one dictionary, from where it fires.
 
-A latent is eligible when it fires in enough contexts for all of its top ones and, apart from them,
-all of its sampled ones. Means over eligible latents say nothing about the others, so their share
-stands beside every mean: a dictionary with few eligible latents may look good by what is left out.
+A latent is eligible when it fires in enough contexts for all of its top contexts and, in addition,
+all of its sampled ones. Means over eligible latents say nothing about the others, so every mean is
+reported with their share: a dictionary with few eligible latents may look good because of what is
+left out.
 """
 
 from dataclasses import dataclass
@@ -13,39 +14,40 @@ from torch import Tensor
 
 from llm_wsae.evaluation.heldout import HeldoutText
 from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
-from llm_wsae.evaluation.monosemanticity.detection import detection
-from llm_wsae.evaluation.monosemanticity.purity import token_purity
-from llm_wsae.evaluation.monosemanticity.top_contexts import (
-    Collector,
+from llm_wsae.evaluation.monosemanticity.latents.detection import detection
+from llm_wsae.evaluation.monosemanticity.latents.firings import (
     Examples,
+    FiringCollector,
     Firings,
     quantile_sample,
     silent_windows,
 )
-from llm_wsae.evaluation.monosemanticity.windows import WindowEmbeddings
+from llm_wsae.evaluation.monosemanticity.latents.purity import token_purity
+from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import WindowEmbeddings
 from llm_wsae.statistics.coherence import coherence, coherence_of_strangers
 
 SCORES = {
-    "purity": "share of the most frequent token among a latent's top contexts",
+    "purity": "share of the most frequent token among a latent's top contexts (1: one token)",
     "purity_sampled": "the same among contexts sampled over all quantiles of its activation",
-    "entropy": "entropy of the tokens of the top contexts, in bits",
-    "entropy_sampled": "the same of the sampled contexts",
-    "coherence": "mean cosine of the meanings of its top contexts, less that of random ones",
-    "coherence_sampled": "the same of the sampled contexts",
-    "detection": "chance that a sampled context is nearer to the centroid of the top ones than a "
-    "silent context is (0.5: nothing in common)",
-    "detection_without_tokens": "the same without contexts whose token is one of the top ones'",
+    "entropy": "entropy of the tokens of the top contexts, in bits (0: one token)",
+    "entropy_sampled": "the same for the sampled contexts",
+    "coherence": "mean cosine between the sentence embeddings of a latent's top contexts, minus "
+    "that of random contexts (0: nothing in common)",
+    "coherence_sampled": "the same for the sampled contexts",
+    "detection": "probability that a context where the latent fires is closer to the centroid of "
+    "its top contexts than one where it is silent (0.5: chance; 1: perfect)",
+    "detection_without_tokens": "the same without contexts whose token is one of the top contexts'",
 }
-_LATENTS_AT_ONCE = 512  # their embeddings are in memory together
+_LATENTS_AT_ONCE = 512  # whose embeddings are in memory together
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What all dictionaries are judged with: the text, its random windows, and their meanings."""
+class LatentScorer:
+    """Scores latents on one text, with random windows that all dictionaries share."""
 
     text: HeldoutText
     token: Int[Tensor, " rows"]
-    """A number for each row's token, space and case aside."""
+    """A number for each row's token, ignoring space and case."""
     random: Int[Tensor, " windows"]
     """The rows at the centre of the random windows."""
     windows: Int[Tensor, "windows width"]
@@ -60,28 +62,28 @@ class Judge:
         token: Int[Tensor, " rows"],
         embeddings: WindowEmbeddings,
         config: MonosemanticConfig,
-    ) -> "Judge":
+    ) -> "LatentScorer":
         """Draw the random windows."""
         generator = torch.Generator().manual_seed(config.seed)
         random = torch.randperm(text.num_rows, generator=generator)[: config.silent].sort().values
         embeddings.prepare(random)
         return cls(text, token, random, embeddings.cells(random), embeddings, config)
 
-    def collector(self, d_sae: int, device: torch.device | str) -> Collector:
-        """What collects the firings that ``scores`` asks for."""
+    def collector(self, d_sae: int, device: torch.device | str) -> FiringCollector:
+        """A collector of the firings that ``scores`` needs."""
         top, sample = self.config.top, self.config.sample
-        # More than will be used: some lie in top contexts, the rest is chosen by quantile.
+        # More than will be used: some are in top contexts, and the rest is chosen by quantile.
         drawn = top + 4 * sample
-        return Collector(self.text, self.windows, d_sae, top, drawn, self.config.seed, device)
+        return FiringCollector(self.text, self.windows, d_sae, top, drawn, self.config.seed, device)
 
     def eligible(self, firings: Firings) -> Bool[Tensor, " d_sae"]:
         """The latents that fire in enough contexts."""
         return firings.contexts >= self.config.top + self.config.sample
 
     def chance(self) -> dict[str, float]:
-        """``purity`` and ``entropy`` of tokens as if latents fired at random: those of as many
-        random windows as a latent has top contexts."""
-        # One of each stretch of the text, as top contexts are of different contexts.
+        """``purity`` and ``entropy`` of the tokens if latents fired at random: of as many random
+        windows as a latent has top contexts."""
+        # One from each stretch of the text, as top contexts are different contexts.
         count = len(self.random) // self.config.top
         if not count:
             return {"purity": float("nan"), "entropy": float("nan")}

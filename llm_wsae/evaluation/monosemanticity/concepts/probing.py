@@ -1,13 +1,13 @@
 """Linear probes of concepts, in closed form, for all concepts at once.
 
-A probe's direction is Fisher's discriminant: the (slightly regularised) covariance of the units it
-was learnt on, inverted, times the difference of the class means. Least squares on the labels gives
-the same direction, whatever the share of positives. It is judged by the area under the ROC curve on
-the documents of the other half, which needs neither threshold nor intercept; every half is learnt
-on once and tested on once.
+A probe's direction is Fisher's discriminant: the inverse of the (slightly regularised) covariance
+of the training units, times the difference of the class means. Least squares on the labels gives
+the same direction, whatever the share of positives. The probe is tested on the documents of the
+other half, by the area under the ROC curve, which needs neither threshold nor intercept. Each half
+serves once for training and once for testing.
 
-Sparse probing (Gurnee et al. 2023, arXiv 2305.01610) lets the probe see only the best k columns:
-those whose correlation with the concept is largest, which orders them as the F statistic does.
+Sparse probing (Gurnee et al. 2023, arXiv 2305.01610) gives the probe only the best k columns: those
+with the largest correlation with the concept, the same order as by the F statistic.
 """
 
 from dataclasses import dataclass
@@ -18,29 +18,29 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_wsae.evaluation.monosemanticity.auroc import auroc
-from llm_wsae.evaluation.monosemanticity.concepts import Concepts
-from llm_wsae.evaluation.monosemanticity.probe_tables import Table
+from llm_wsae.evaluation.monosemanticity.concepts.concepts import Concepts
+from llm_wsae.evaluation.monosemanticity.concepts.tables import Table
 
 PROBE_SIZES = (1, 2, 5)
-_MOST_ITEMS = 1000  # units of each class that a probe is tested on; more add little certainty
-# Share of each column's variance added to the covariance's diagonal: for probes of many columns,
-# where it matters, and of a few, where it only keeps a constant column from dividing by zero.
+_MAX_ITEMS = 1000  # test units of each class; more would add little certainty
+# Share of each column's variance that is added to the covariance's diagonal: it regularises dense
+# probes; in sparse ones it only keeps a constant column from causing a division by zero.
 RIDGE_DENSE, RIDGE_SPARSE = 1e-2, 1e-4
 _TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class Split:
-    """Concepts with one half of the documents to learn on and the other one to test on."""
+    """Concepts with one half of the documents for training and the other half for testing."""
 
     positive: Float[Tensor, "units concepts"]
-    """1 for examples to learn on."""
+    """1 for training examples."""
     negative: Float[Tensor, "units concepts"]
-    """1 for counterexamples to learn on."""
+    """1 for training counterexamples."""
     items: Int[Tensor, "concepts items"]
-    """Units to test on: first ``num_examples`` examples, then counterexamples."""
+    """Test units: first ``num_examples`` examples, then counterexamples."""
     counts: Bool[Tensor, "concepts items"]
-    """Whether the item counts: a concept may have fewer of them than another."""
+    """Whether the item counts: concepts have different numbers of test units."""
     num_examples: int
 
     def test(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
@@ -60,25 +60,25 @@ class Split:
 
 
 def splits(concepts: Concepts, seed: int) -> list[Split]:
-    """Both ways of learning on one half and testing on the other."""
-    return [_split(concepts, learn, seed) for learn in (concepts.half, ~concepts.half)]
+    """Both ways to train on one half and test on the other."""
+    return [_split(concepts, train, seed) for train in (concepts.half, ~concepts.half)]
 
 
-def _split(concepts: Concepts, learn: Tensor, seed: int) -> Split:
-    learnt = concepts.applies & learn[:, None]
-    tested = (concepts.applies & ~learn[:, None]).T
+def _split(concepts: Concepts, train: Tensor, seed: int) -> Split:
+    trained = concepts.applies & train[:, None]
+    tested = (concepts.applies & ~train[:, None]).T
     positive, negative = concepts.positive, concepts.positive.T
-    order = torch.randperm(len(learn), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     sides = []
     for side in (tested & negative, tested & ~negative):
-        # The first so many of each class, in random order; where there are fewer, the rest is void.
+        # Up to _MAX_ITEMS of each class, in random order; where there are fewer, the rest is void.
         found = side[:, order].float().sort(dim=1, descending=True, stable=True)
-        width = min(_MOST_ITEMS, int(side.sum(1).max())) if side.numel() else 0
+        width = min(_MAX_ITEMS, int(side.sum(1).max())) if side.numel() else 0
         sides.append((order[found.indices[:, :width]], found.values[:, :width] > 0))
     (yes, is_yes), (no, is_no) = sides
     return Split(
-        (learnt & positive).float(),
-        (learnt & ~positive).float(),
+        (trained & positive).float(),
+        (trained & ~positive).float(),
         torch.cat([yes, no], 1),
         torch.cat([is_yes, is_no], 1),
         yes.shape[1],
@@ -86,7 +86,7 @@ def _split(concepts: Concepts, learn: Tensor, seed: int) -> Split:
 
 
 def correlations(table: Table, split: Split) -> Float[Tensor, "concepts columns"]:
-    """Correlation of each column with each concept, on the units to learn on; 0 for a constant."""
+    """Correlation of each column with each concept on the training units; 0 for a constant."""
     n1, n0 = split.positive.sum(0).double(), split.negative.sum(0).double()
     mean1 = table.sums(split.positive).double() / n1
     mean0 = table.sums(split.negative).double() / n0
@@ -110,29 +110,29 @@ def best_columns(
 
 
 @dataclass(frozen=True)
-class Taken:
-    """The columns that any concept chose, as one dense matrix, and each concept's place in it."""
+class SelectedColumns:
+    """Columns that any concept selected, as one dense matrix, and each concept's place in it."""
 
     columns: Int[Tensor, " n"]
     values: Float[Tensor, "units n_and_one"]
-    """The last column is 0: it stands for no column."""
+    """The last column is 0 and stands for no column."""
     place: Int[Tensor, "concepts count"]
 
     @classmethod
-    def of(cls, table: Table, chosen: Int[Tensor, "concepts count"]) -> "Taken":
-        """Take from a table what was chosen."""
+    def of(cls, table: Table, chosen: Int[Tensor, "concepts count"]) -> "SelectedColumns":
+        """Take the ``chosen`` columns of a table."""
         columns = chosen[chosen >= 0].unique()
         values = torch.nn.functional.pad(table.take(columns), (0, 1))
         place = torch.searchsorted(columns, chosen.clamp(min=0).contiguous())
         return cls(columns, values, place.where(chosen >= 0, len(columns)))
 
 
-def sparse_probes(taken: Taken, split: Split, size: int) -> Float[Tensor, " concepts"]:
-    """How well probes of each concept's first ``size`` columns do."""
+def sparse_probes(taken: SelectedColumns, split: Split, size: int) -> Float[Tensor, " concepts"]:
+    """Area under the ROC curve of probes on each concept's first ``size`` columns."""
     place = taken.place[:, :size]
-    learnt = ((split.positive + split.negative) > 0).any(1)
-    values = taken.values[learnt][:, place].double()  # [units, concepts, size]
-    yes, no = split.positive[learnt].double(), split.negative[learnt].double()
+    trained = ((split.positive + split.negative) > 0).any(1)
+    values = taken.values[trained][:, place].double()  # [units, concepts, size]
+    yes, no = split.positive[trained].double(), split.negative[trained].double()
     weight = yes + no
     mean1 = torch.einsum("uck,uc->ck", values, yes) / yes.sum(0)[:, None]
     mean0 = torch.einsum("uck,uc->ck", values, no) / no.sum(0)[:, None]
@@ -145,7 +145,7 @@ def sparse_probes(taken: Taken, split: Split, size: int) -> Float[Tensor, " conc
 
 
 class Probes(NamedTuple):
-    """A probe of every concept: x · direction − threshold is above 0 for examples."""
+    """A probe of every concept: x · direction − threshold is positive for examples."""
 
     directions: Float[Tensor, "d_in concepts"]
     thresholds: Float[Tensor, " concepts"]
@@ -153,13 +153,13 @@ class Probes(NamedTuple):
     def scores(
         self, x: Float[Tensor, "units d_in"], split: Split
     ) -> Float[Tensor, "concepts items"]:
-        """What every concept's probe gives to the units it is tested on."""
+        """Every concept's probe on its test units."""
         return (x @ self.directions - self.thresholds).T.gather(1, split.items)
 
 
 def dense_probes(x: Float[Tensor, "units d_in"], split: Split) -> Probes:
-    """A probe over all dimensions for every concept; its threshold is midway between the classes'
-    means."""
+    """A probe on all dimensions for every concept, with its threshold midway between the means of
+    the classes."""
     weight = split.positive + split.negative
     directions = torch.zeros(x.shape[1], weight.shape[1], dtype=torch.float64)
     thresholds = torch.zeros(weight.shape[1], dtype=torch.float64)

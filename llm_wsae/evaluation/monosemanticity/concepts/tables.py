@@ -1,41 +1,18 @@
-"""What concepts are asked of: units made of rows, and tables of numbers about them.
+"""Tables of one number per unit and column, where columns are dimensions or latents.
 
-A unit is one row (concepts of tokens) or the rows of one document in one context, averaged
-(concepts of documents). A table holds one number per unit and column; columns are dimensions or
-latents. Probes need three things of a table only, which a sparse one gives as well as a dense one.
+Probes need three operations of a table, which a sparse one offers as well as a dense one.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.evaluation.heldout import HeldoutText
-
-NO_UNIT = -1
-MOST_CONTEXTS = 1000  # units of documents
-
-
-class Units(NamedTuple):
-    """Which rows make up which unit."""
-
-    of_row: Int[Tensor, " rows"]
-    """The unit that each row of the text belongs to, -1 if to none."""
-    size: Int[Tensor, " units"]
-    """Rows in each unit."""
-    document: Int[Tensor, " units"]
-    """The document of each unit."""
-
-    @property
-    def single(self) -> bool:
-        """Whether every unit is one row: its latents are then sparse."""
-        return bool((self.size == 1).all())
-
 
 @runtime_checkable
 class Table(Protocol):
-    """Numbers about units."""
+    """What probes need of a table."""
 
     def sums(self, weights: Float[Tensor, "units w"]) -> Float[Tensor, "columns w"]:
         """Σ over units of weight · number."""
@@ -70,7 +47,7 @@ class DenseTable:
 
 
 class SparseTable:
-    """A table most of whose numbers are 0, as its entries; no cell comes twice."""
+    """A table of mostly zeros, stored as its entries; no cell appears twice."""
 
     def __init__(
         self,
@@ -108,30 +85,3 @@ class SparseTable:
         return torch.sparse_coo_tensor(
             indices, value, self._shape[::-1], check_invariants=False
         ).coalesce()
-
-
-def units_of_tokens(text: HeldoutText, count: int, seed: int) -> Units:
-    """``count`` rows of documents drawn at random (all, if there are fewer), each a unit."""
-    rows = (text.document_of >= 0).nonzero()[:, 0]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    chosen = rows[order[:count]].sort().values
-    of_row = torch.full((text.num_rows,), NO_UNIT)
-    of_row[chosen] = torch.arange(len(chosen))
-    return Units(of_row, torch.ones_like(chosen), text.document_of[chosen])
-
-
-def units_of_documents(text: HeldoutText, seed: int) -> Units:
-    """For up to 1000 contexts, drawn at random: the rows of the document that owns most of it.
-
-    Only documents that have labels.
-    """
-    owner = text.owner
-    labelled = [number for number, header in text.headers.items() if header["labels"]]
-    mine = text.document_of == owner[text.context]
-    rows = torch.bincount(text.context[mine], minlength=text.num_contexts)
-    usable = (torch.isin(owner, torch.tensor(labelled)) & (rows > 0)).nonzero()[:, 0]
-    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))
-    chosen = usable[order[:MOST_CONTEXTS]].sort().values
-    unit = torch.full((text.num_contexts,), NO_UNIT)
-    unit[chosen] = torch.arange(len(chosen))
-    return Units(unit[text.context].where(mine, NO_UNIT), rows[chosen], owner[chosen])

@@ -1,8 +1,8 @@
-"""Concepts of tokens, read off the text: letters, capitals, digits, starts, continuations, quotes.
+"""Concepts of tokens, computed from the text: first letter, capital, digit, sentence start,
+continuation of a word, quotation.
 
-The spelling of a token is looked at once per word of the vocabulary; everything else is arithmetic
-on whole texts. What stands before a token counts, so the whole text is read, also the positions
-that give no row.
+Spelling is analysed once per word of the vocabulary; the rest is arithmetic on whole texts. What
+comes before a token matters, so positions that give no row are read too.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.concepts import Concepts, with_enough
+from llm_wsae.evaluation.monosemanticity.concepts.concepts import Concepts, with_enough
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _CLOSERS = "\"'”’»)]}"
@@ -21,23 +21,23 @@ _OPENERS = "\"'“‘«([{-–—*"
 
 
 class _Spelling(NamedTuple):
-    """Facts about tokens, one number each."""
+    """Facts about the spelling of tokens, one number per token."""
 
     letter: Tensor
-    """Which of a–z the token's first visible character is, -1 if none."""
+    """Number of the token's first visible character among a–z, -1 for any other."""
     capital: Tensor
     digit: Tensor
-    """Whether a digit is in it."""
+    """Whether it contains a digit."""
     wordlike: Tensor
-    """Whether its first visible character is a letter or digit."""
+    """Whether its first visible character is a letter or a digit."""
     joins: Tensor
-    """Whether it begins with a letter or digit, without a space."""
+    """Whether it begins with a letter or a digit, without a space before."""
     open_end: Tensor
-    """Whether it ends in a letter or digit."""
+    """Whether it ends with a letter or a digit."""
     stop: Tensor
     """Whether it ends a sentence."""
     between: Tensor
-    """Whether it holds only space, quotes and brackets."""
+    """Whether it consists of spaces, quotes and brackets only."""
     newline: Tensor
     straight: Tensor
     """Number of straight double quotes."""
@@ -46,14 +46,14 @@ class _Spelling(NamedTuple):
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to a text behind another token, its leading space included."""
+    """What each token adds to a text after another token, with its leading space."""
 
     def decoded(sequences: list[list[int]]) -> list[str]:
         return tokenizer.batch_decode(
             sequences, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    # Alone, or first, some tokenizers' tokens lose their space.
+    # Some tokenizers drop the space of a token that is alone or first.
     before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
     head = decoded([before])[0]
     behind = decoded([[*before, i] for i in ids])
@@ -64,7 +64,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def folded_tokens(text: HeldoutText, tokenizer: Any) -> Int[Tensor, " rows"]:
-    """A number for each row's token, the same for spellings that differ in space and case only."""
+    """A number for each row's token; spellings that differ only in space or case share one."""
     ids, index = text.token.unique(return_inverse=True)
     numbers: dict[str, int] = {}
     folded = [
@@ -80,10 +80,10 @@ def token_concepts(
     rows: Int[Tensor, " units"],
     half: Bool[Tensor, " units"],
 ) -> Concepts:
-    """Concepts of the tokens of some rows of documents, those of enough examples.
+    """Concepts of the tokens at some rows, as far as there are enough examples.
 
-    Letters, capital and sentence start are asked of words' first tokens, continuation and quotation
-    of tokens that begin with a letter or digit, digit of all.
+    First letter, capital and sentence start apply to the first tokens of words, continuation and
+    quotation to tokens that begin with a letter or a digit, digit to all.
     """
     cells = (text.document.flatten() >= 0).nonzero()[:, 0]
     facts, linked = _facts(text, tokenizer, cells)

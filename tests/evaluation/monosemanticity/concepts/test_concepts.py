@@ -5,14 +5,15 @@ from transformers import PreTrainedTokenizerFast
 
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity import concepts as module
-from llm_wsae.evaluation.monosemanticity.concepts import document_concepts, halves_of_documents
-from llm_wsae.evaluation.monosemanticity.probe_tables import units_of_documents, units_of_tokens
-from llm_wsae.evaluation.monosemanticity.token_concepts import (
+from llm_wsae.evaluation.monosemanticity.concepts import concepts as module
+from llm_wsae.evaluation.monosemanticity.concepts.concepts import halves_of_documents
+from llm_wsae.evaluation.monosemanticity.concepts.document_concepts import document_concepts
+from llm_wsae.evaluation.monosemanticity.concepts.token_concepts import (
     folded_tokens,
     token_concepts,
     token_texts,
 )
+from llm_wsae.evaluation.monosemanticity.concepts.units import units_of_documents, units_of_tokens
 
 STORY = [
     'He said: "Stop now!" Then 42 men2 left.\n"Why?" asked Bob. (They went.) end',
@@ -31,7 +32,7 @@ def spelling_tokenizer(texts) -> PreTrainedTokenizerFast:
 
 
 def text_of(texts, tokenizer, length=None) -> HeldoutText:
-    """Each text a document, all packed behind each other in contexts of ``length`` tokens."""
+    """Each text a document, all packed one after the other in contexts of ``length`` tokens."""
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     flat = torch.tensor([i for document in ids for i in document])
     document = torch.tensor([n for n, own in enumerate(ids) for _ in own])
@@ -52,7 +53,7 @@ def text_of(texts, tokenizer, length=None) -> HeldoutText:
 
 @pytest.fixture(autouse=True)
 def one_example_is_enough(monkeypatch):
-    monkeypatch.setattr(module, "FEWEST_UNITS", 0)
+    monkeypatch.setattr(module, "MIN_UNITS", 0)
 
 
 def yes(text, tokenizer, name):
@@ -89,7 +90,7 @@ def test_concepts_of_tokens_are_read_off_the_text(story):
     assert yes(*story, "letter t")[0] == [" Then", "They", "the"]
     capitals = ["He", "Stop", " Then", "Why", " Bob", "They", " No"]
     assert yes(*story, "capital") == (capitals, words)
-    # "Bob" is no start, since a question mark and a word came before; "No" is behind an ellipsis
+    # "Bob" is no start, since a question mark and a word came before; "No" follows an ellipsis
     starts = ["He", " Then", "Why", " asked", "They", " end", "the"]
     assert yes(*story, "sentence start") == (starts, words)
     assert yes(*story, "digit")[0] == [" 42", "2"]
@@ -166,7 +167,7 @@ def test_concepts_of_documents_are_their_labels():
         assert found.positive[:12, i].tolist() == found.positive[12:24, i].tolist() == expected
         assert found.applies[:, i].tolist() == [True] * 24 + [False]
     asked = document_concepts(HEADERS, document, half, ("year", "year"))
-    assert asked.families == ["year"] * 3  # asked for twice, there once
+    assert asked.families == ["year"] * 3  # listed twice, counted once
     with pytest.raises(UsageError, match="no document has a label 'yaer'; did you mean 'year'"):
         document_concepts(HEADERS, document, half, ("yaer",))
 
@@ -183,7 +184,7 @@ def test_a_concept_needs_enough_examples_in_both_halves(monkeypatch):
     lopsided = document < 6
     names = document_concepts(HEADERS, document, lopsided).names
     assert names == ["party=left", "party=none", "party=right", "spoken=False", "1804<=year<1808"]
-    monkeypatch.setattr(module, "FEWEST_UNITS", 5)
+    monkeypatch.setattr(module, "MIN_UNITS", 5)
     assert document_concepts(HEADERS, document, lopsided).names == ["spoken=False"]
 
 

@@ -1,15 +1,15 @@
-"""Can a latent's contexts be told from others by their meaning? Detection without a judge.
+"""Can a latent's contexts be distinguished from others by their meaning? Detection without a judge.
 
-The centroid of a latent's top contexts, as sentence embeddings, is its "explanation". It is put to
-the test on contexts that it was not made of: those sampled over all quantiles of the latent's
-activation against random windows where the latent is silent. The score is the area under the ROC
-curve of the similarity to the centroid: 0.5 for a latent whose contexts have nothing in common.
+The centroid of a latent's top contexts, as sentence embeddings, serves as its "explanation". It is
+tested on other contexts: those sampled over all quantiles of the latent's activation, against
+random windows where the latent is silent. The score is the area under the ROC curve of the
+similarity to the centroid: 0.5 for a latent whose contexts have nothing in common.
 
-Contexts on both sides may be of the same documents. Where these are few and long, a latent of one
-document is detected by its subject, whatever it stands for there.
+Contexts on both sides may come from the same documents. Where these are few and long, a latent that
+fires in one document is detected by that document's subject, whatever it stands for there.
 
-A latent of one word is detected by that word. What is left without it is measured apart: without
-the windows, on both sides, whose centre is a token of the top contexts.
+A latent for one word is detected by that word. What remains without it is measured separately: all
+windows, on both sides, whose centre is a token of the top contexts are left out.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from llm_wsae.evaluation.monosemanticity.config import FEWEST_NEGATIVE, FEWEST_P
 
 
 class Detection(NamedTuple):
-    """Areas under the ROC curve; NaN for a latent with too few windows left."""
+    """Areas under the ROC curve; NaN for a latent with too few windows."""
 
     auroc: Float[Tensor, " latents"]
     without_tokens: Float[Tensor, " latents"]
@@ -40,10 +40,10 @@ def detection(
         Int[Tensor, "latents top"], Int[Tensor, "latents sample"], Int[Tensor, " windows"]
     ],
 ) -> Detection:
-    """Detection of latents from unit embeddings of their windows.
+    """Detection of latents from the unit embeddings of their windows.
 
-    ``silent`` says which random windows are a latent's negatives; ``tokens`` are the centre tokens
-    of top, sample and random windows.
+    ``silent`` marks the random windows that are a latent's negatives; ``tokens`` are the centre
+    tokens of the top, sample and random windows.
     """
     centroid = normalize(top.sum(1), dim=1)
     of_top, of_sample, of_random = tokens
@@ -59,7 +59,7 @@ def detection(
 def _any_of(
     tokens: Int[Tensor, " windows"], of_top: Int[Tensor, "latents top"]
 ) -> Bool[Tensor, "latents windows"]:
-    """Whether each token is one of a latent's, one top context after the other to save memory."""
+    """Whether each token is one of a latent's; one top context at a time, to save memory."""
     found = torch.zeros(len(of_top), len(tokens), dtype=torch.bool)
     for one in of_top.T:
         found |= one[:, None] == tokens

@@ -1,18 +1,20 @@
-"""What a dictionary remembers of its monosemanticity, and its card shows: a few numbers, each with
-its interval and with what chance, or the raw dimensions, would reach."""
+"""The few scores that are kept with a dictionary and shown on its card: each with its interval and
+its control, the score that chance or the raw dimensions reach."""
 
 from typing import Any
 
-from llm_wsae.evaluation.monosemanticity.report import Mean, MonosemanticReport
+from llm_wsae.evaluation.monosemanticity.averages import Mean
+from llm_wsae.evaluation.monosemanticity.report import MonosemanticReport
 from llm_wsae.provenance import plain
 
 _OF_LATENTS = ("purity", "coherence", "detection", "detection_without_tokens")
 _OF_CONCEPTS = {"probe_1": "best_1", "probe_5": "best_5", "selectivity": "selectivity"}
 
 
-def summary_of(report: MonosemanticReport, name: str) -> dict[str, Any]:
+def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
     """The numbers of one dictionary, JSON-able: ``value`` with its 95 % ``interval`` and, where
-    there is one, ``control``: the purity of random contexts, probes of the best dimensions."""
+    there is one, its ``control``: the purity of random contexts, or probes on the best
+    dimensions."""
     scores = report.dictionaries[name]
     dimensions = report.sites[scores.site]["means"]
     controls = {"purity": report.chance["purity"]}

@@ -3,18 +3,18 @@ from itertools import combinations
 
 import pytest
 import torch
+from firing_cases import collected, random_codes
 from heldout_cases import Spelling, WordCounts, make_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_top_contexts import collected, random_codes
 from torch.nn.functional import normalize
 
 from llm_wsae.evaluation.monosemanticity.auroc import auroc
 from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
-from llm_wsae.evaluation.monosemanticity.detection import detection
-from llm_wsae.evaluation.monosemanticity.latent_scores import Judge
-from llm_wsae.evaluation.monosemanticity.purity import token_purity
-from llm_wsae.evaluation.monosemanticity.windows import WindowEmbeddings
+from llm_wsae.evaluation.monosemanticity.latents.detection import detection
+from llm_wsae.evaluation.monosemanticity.latents.purity import token_purity
+from llm_wsae.evaluation.monosemanticity.latents.scores import LatentScorer
+from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import WindowEmbeddings
 from llm_wsae.sparse.codes import Codes
 from llm_wsae.statistics.coherence import coherence, coherence_of_strangers
 
@@ -99,10 +99,10 @@ def test_detection_by_hand():
 CONFIG = MonosemanticConfig(top=4, sample=4, silent=200, before=0, after=0)
 
 
-def judge(text, config=CONFIG, encoder=None):
+def scorer(text, config=CONFIG, encoder=None):
     encoder = encoder or WordCounts()
     embeddings = WindowEmbeddings(text, Spelling(), encoder, config.before, config.after)
-    return Judge.of(text, text.token, embeddings, config)
+    return LatentScorer.of(text, text.token, embeddings, config)
 
 
 def fired(text, codes, d_sae, one):
@@ -115,7 +115,7 @@ def fired(text, codes, d_sae, one):
 def test_token_detectors_are_pure_coherent_and_detected():
     text = make_text(contexts=120)
     codes = Codes(text.token[:, None], torch.rand(text.num_rows, 1) + 0.5)
-    one = judge(text)
+    one = scorer(text)
     firings = fired(text, codes, 40, one)
     scores = one.scores(firings)
     alive = one.eligible(firings)
@@ -129,10 +129,10 @@ def test_token_detectors_are_pure_coherent_and_detected():
     assert scores["detection_without_tokens"].isnan().all()  # nothing but the token
 
 
-def test_random_latents_are_told_from_nothing():
+def test_random_latents_score_at_chance():
     text = make_text(contexts=300)
     codes = random_codes(text.num_rows, d_sae=200, k=4, seed=3)
-    one = judge(text, MonosemanticConfig(top=5, sample=8, silent=300, before=2, after=2))
+    one = scorer(text, MonosemanticConfig(top=5, sample=8, silent=300, before=2, after=2))
     scores = one.scores(fired(text, codes, 200, one))
     assert not scores["detection"].isnan().any()
     # The standard error over 200 latents is about .007.
@@ -162,7 +162,7 @@ def test_a_latent_of_a_meaning_rather_than_a_token_is_detected_without_tokens():
             return normalize(torch.nn.functional.pad(halves, (0, self.width - 2)), dim=1)
 
     config = MonosemanticConfig(top=3, sample=12, silent=200, before=0, after=0)
-    one = judge(text, config, Halves())
+    one = scorer(text, config, Halves())
     scores = one.scores(fired(text, codes, 1, one))
     assert float(scores["purity"][0]) < 1
     # Silent windows of the other half score below, those of the same half tie: between .5 and 1.

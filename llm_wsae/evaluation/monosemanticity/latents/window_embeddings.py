@@ -1,10 +1,9 @@
-"""The meaning of the text around a row, as a unit vector: each window is embedded once.
+"""The meaning of the text around a row, as a unit vector; each window is embedded once.
 
-Rows that stand next to each other share a window, whose centre is the middle one of them: with 5
-tokens behind the centre, five rows do, so that a text has a fifth as many windows as rows, and
-after a few dictionaries all of them are known. Every row stays inside of its window, off the centre
-by at most half of the shorter side. Vectors are kept in half precision, which moves a cosine by
-less than 0.001.
+Neighbouring rows share a window, centred on the middle one of them. With 5 tokens after the centre,
+five rows share one, so a text has a fifth as many windows as rows, and after a few dictionaries all
+of them are known. Every row lies in its window, at most half of the shorter side from the centre.
+Vectors are kept in half precision, which changes a cosine by less than 0.001.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ _AT_ONCE = 8192  # texts in memory
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What turns texts into unit vectors, as ``model.sentence_encoder`` does."""
+    """Turns texts into unit vectors, as ``model.sentence_encoder`` does."""
 
     width: int
 
@@ -36,7 +35,7 @@ class WindowEmbeddings:
     def __init__(
         self, text: HeldoutText, tokenizer: Any, encoder: Encoder, before: int, after: int
     ):
-        """A window has ``before`` tokens, its centre and ``after`` tokens, less where its document
+        """A window has ``before`` tokens, its centre and ``after`` tokens; fewer where its document
         or context begins or ends."""
         self._text = text
         self._tokenizer = tokenizer
@@ -47,7 +46,7 @@ class WindowEmbeddings:
         self._vectors = torch.empty(0, encoder.width, dtype=torch.float16)
 
     def cells(self, rows: Int[Tensor, " rows"]) -> Int[Tensor, "rows width"]:
-        """The positions of each row's window, -1 outside of its context or its document."""
+        """The positions of each row's window, -1 outside its context or its document."""
         return self._text.windows(self._centre[rows], self._before, self._after)
 
     def texts(self, rows: Int[Tensor, " rows"]) -> list[str]:
@@ -58,7 +57,7 @@ class WindowEmbeddings:
         return self._tokenizer.batch_decode(inside, skip_special_tokens=True)
 
     def prepare(self, rows: Int[Tensor, "*rows"]) -> None:
-        """Embed the windows of these rows that are not known yet."""
+        """Embed the windows of these rows that have not been embedded yet."""
         wanted = self._centre[rows].unique()
         fresh = wanted[self._place[wanted] < 0]
         parts = [self._vectors]
@@ -75,10 +74,8 @@ class WindowEmbeddings:
 
 
 def _centres(text: HeldoutText, step: int) -> Int[Tensor, " rows"]:
-    """The row at the centre of each row's window: in the middle of its ``step`` positions.
-
-    Where no row of the same document stands there, the row itself.
-    """
+    """The row at the centre of each row's window: the middle of its ``step`` positions, or the row
+    itself if there is no row of the same document."""
     length = text.ids.shape[1]
     position = text.cell % length
     middle = position.div(step, rounding_mode="floor") * step + step // 2

@@ -1,0 +1,90 @@
+"""From sums over a text to the measurements of one dictionary, with their 95 % intervals."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from llm_wsae.evaluation.bootstrap import Bootstrap
+from llm_wsae.evaluation.fidelity.baselines import Baselines, Key
+from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums, ratio
+from llm_wsae.evaluation.fidelity.report import Fidelity
+from llm_wsae.model.site import Site
+
+Quantity = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+
+
+def fidelity_of(
+    name: str,
+    site: Site,
+    sums: ReconstructionSums,
+    baselines: Baselines,
+    losses: Mapping[Key, np.ndarray],
+    bootstrap: Bootstrap,
+) -> Fidelity:
+    """The measurements of one dictionary. ``losses`` holds columns of one number per context."""
+    used = {
+        "scored": losses["scored",],
+        "clean": losses["ce", "clean"],
+        "spliced": losses["ce", "dictionary", name],
+        "massive": losses["ce", "massive", name],
+        "zero": losses["ce", "zero", site],
+        "mean": losses["ce", "mean", site],
+        "kl": losses["kl", "dictionary", name],
+        "kl zero": losses["kl", "zero", site],
+        "kl mean": losses["kl", "mean", site],
+    }
+    total = {key: column.sum(keepdims=True) for key, column in used.items()}
+
+    def per_position(key: str) -> float:
+        return float(total[key][0] / total["scored"][0])
+
+    def recovered(baseline: str, spliced: str = "spliced") -> Quantity:
+        return lambda t: (t[baseline] - t[spliced]) / (t[baseline] - t["clean"])
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = {
+            "zero": float(recovered("zero")(total)[0]),
+            "mean": float(recovered("mean")(total)[0]),
+            "massive": float(recovered("zero", "massive")(total)[0]),
+        }
+    deviation = baselines.rows.deviation()
+    fvu = ratio(sums.error, deviation)
+    edges, counts = sums.histogram()
+    return Fidelity(
+        name=name,
+        site=str(site),
+        rows=sums.count,
+        massive_rows=baselines.massive.count,
+        massive_threshold=baselines.threshold,
+        fvu=fvu,
+        explained_variance=1 - fvu,
+        fvu_with_massive=ratio(
+            sums.error + sums.massive_error, baselines.rows.deviation(baselines.massive)
+        ),
+        cosine=sums.cosine / max(sums.count, 1),
+        l2_ratio=sums.l2_ratio / max(sums.count, 1),
+        l0=sums.l0,
+        dead_share=sums.dead_share,
+        dense_share=sums.dense_share,
+        ce_clean=per_position("clean"),
+        ce_spliced=per_position("spliced"),
+        ce_mean_ablated=per_position("mean"),
+        ce_zero_ablated=per_position("zero"),
+        ce_recovered=shares["zero"],
+        ce_recovered_interval=bootstrap.interval(recovered("zero"), used),
+        ce_recovered_mean=shares["mean"],
+        ce_recovered_mean_interval=bootstrap.interval(recovered("mean"), used),
+        ce_increase_interval=bootstrap.interval(
+            lambda t: (t["spliced"] - t["clean"]) / t["scored"], used
+        ),
+        ce_spliced_with_massive=per_position("massive"),
+        ce_recovered_with_massive=shares["massive"],
+        kl=per_position("kl"),
+        kl_interval=bootstrap.interval(lambda t: t["kl"] / t["scored"], used),
+        kl_mean_ablated=per_position("kl mean"),
+        kl_zero_ablated=per_position("kl zero"),
+        density_histogram={"log10_edges": edges, "counts": counts},
+        fvu_per_dimension=(sums.error / deviation.where(deviation > 0, torch.nan)).tolist(),
+        latent_density=sums.density.tolist(),
+    )

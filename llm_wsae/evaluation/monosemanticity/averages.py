@@ -1,0 +1,120 @@
+"""Means over latents and over concepts, with 95 % intervals."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from llm_wsae.evaluation.bootstrap import Bootstrap, Interval
+from llm_wsae.evaluation.monosemanticity.concepts.probing import PROBE_SIZES
+from llm_wsae.evaluation.monosemanticity.concepts.scores import LatentProbes, SiteProbes
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over the latents, or concepts, that have the score."""
+
+    mean: float
+    interval: Interval
+    """Its 95 % interval, by resampling them."""
+    count: int
+    share: float
+    """``count`` as a share of all latents, or of all concepts."""
+
+
+@dataclass(frozen=True)
+class ConceptSummary:
+    """Scores of a dictionary on concepts, averaged and one by one."""
+
+    means: dict[str, Mean]
+    """``best_1``, ``best_2``, ``best_5``: area under the ROC curve of sparse probes;
+    ``selectivity``, ``own_fall``, ``others_fall``: drops in the dense probes' accuracy;
+    ``density`` of the removed latents."""
+    families: dict[str, dict[str, float]]
+    """The same means within each family."""
+    concepts: dict[str, dict[str, float]]
+    """The same numbers for each concept."""
+
+
+def mean_of(values: Float[Tensor, " items"], bootstrap: Bootstrap, total: int) -> Mean:
+    """Mean and interval of the values that are not NaN, out of ``total`` latents or concepts.
+
+    ``bootstrap`` resamples the items.
+    """
+    there = ~values.isnan()
+    count = int(there.sum())
+    if not count:
+        return Mean(float("nan"), (float("nan"), float("nan")), 0, 0.0)
+    sums = {
+        "sum": values.where(there, 0.0).double().numpy(),
+        "count": there.double().numpy(),
+    }
+    return Mean(
+        float(values[there].double().mean()),
+        bootstrap.interval(lambda drawn: drawn["sum"] / drawn["count"], sums),
+        count,
+        count / total,
+    )
+
+
+def latent_means(
+    scores: dict[str, Float[Tensor, " d_sae"]],
+    eligible: Bool[Tensor, " d_sae"],
+    resamplings: int,
+    seed: int,
+) -> dict[str, Mean]:
+    """Means of every score over the eligible latents."""
+    bootstrap = Bootstrap(max(int(eligible.sum()), 1), resamplings, seed)
+    total = len(eligible)
+    return {name: mean_of(values[eligible], bootstrap, total) for name, values in scores.items()}
+
+
+def summarise_concepts(
+    names: list[str], families: list[str], probes: LatentProbes, resamplings: int, seed: int
+) -> ConceptSummary:
+    """Means over all concepts and over each family."""
+    columns = {f"best_{size}": probes.sparse[size] for size in PROBE_SIZES}
+    columns |= {
+        "selectivity": probes.selectivity,
+        "own_fall": probes.own_fall,
+        "others_fall": probes.others_fall,
+        "density": probes.density,
+    }
+    bootstrap = Bootstrap(max(len(names), 1), resamplings, seed)
+    return ConceptSummary(
+        {name: mean_of(values, bootstrap, len(names)) for name, values in columns.items()},
+        _family_means(families, columns),
+        _by_concept(names, columns),
+    )
+
+
+def summarise_site(names: list[str], families: list[str], probes: SiteProbes) -> dict[str, Any]:
+    """What ``MonosemanticReport.sites`` holds for a site."""
+    columns = {"dense": probes.dense, "accuracy": probes.accuracy}
+    columns |= {f"best_{size}": probes.raw[size] for size in PROBE_SIZES}
+    return {
+        "means": {name: float(values.mean()) for name, values in columns.items()},
+        "families": _family_means(families, columns),
+        "concepts": _by_concept(names, columns),
+    }
+
+
+def _family_means(
+    families: list[str], columns: dict[str, Float[Tensor, " concepts"]]
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for family in dict.fromkeys(families):
+        mine = torch.tensor([one == family for one in families])
+        found[family] = {name: float(values[mine].mean()) for name, values in columns.items()}
+    return found
+
+
+def _by_concept(
+    names: list[str], columns: dict[str, Float[Tensor, " concepts"]]
+) -> dict[str, dict[str, float]]:
+    return {
+        concept: {name: float(values[i]) for name, values in columns.items()}
+        for i, concept in enumerate(names)
+    }

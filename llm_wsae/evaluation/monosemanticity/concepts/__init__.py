@@ -1,0 +1,1 @@
+"""Concepts whose truth is known, and how well latents stand for them."""

@@ -1,0 +1,85 @@
+"""Concepts whose truth is known: labels that latents can be tested against.
+
+A concept says yes or no about every unit it applies to. Concepts of tokens are computed from the
+text (``token_concepts``), concepts of documents come from their labels (``document_concepts``). A
+concept is kept when both halves of the documents hold enough examples and counterexamples: a probe
+that was trained on one half is tested on the other, so no document is on both sides.
+"""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from llm_wsae.evaluation.heldout import HeldoutText
+
+MIN_UNITS = 20  # examples, and counterexamples, of a concept in each half
+
+
+class Concepts(NamedTuple):
+    """Concepts of units (rows, or parts of documents)."""
+
+    names: list[str]
+    families: list[str]
+    """The group of each concept, e.g. ``letter``; each label of documents is a family."""
+    positive: Bool[Tensor, "units concepts"]
+    """Whether the unit is an example of the concept."""
+    applies: Bool[Tensor, "units concepts"]
+    """Whether the concept says anything about the unit."""
+    half: Bool[Tensor, " units"]
+    """Which half of the documents the unit belongs to."""
+
+    def keep(self, chosen: Bool[Tensor, " concepts"]) -> "Concepts":
+        """Only the chosen concepts."""
+        numbers = chosen.nonzero()[:, 0].tolist()
+        return Concepts(
+            [self.names[i] for i in numbers],
+            [self.families[i] for i in numbers],
+            self.positive[:, chosen],
+            self.applies[:, chosen],
+            self.half,
+        )
+
+
+def with_enough(concepts: Concepts, groups: Int[Tensor, " units"], min_groups: int) -> Concepts:
+    """The concepts with enough examples and counterexamples in each half, from at least
+    ``min_groups`` groups."""
+    kept = torch.ones(len(concepts.names), dtype=torch.bool)
+    numbers, group = groups.unique(return_inverse=True)
+    for half in (concepts.half, ~concepts.half):
+        for side in (concepts.positive, ~concepts.positive):
+            found = side & concepts.applies & half[:, None]
+            kept &= found.sum(0) >= MIN_UNITS
+            if min_groups > 1:
+                seen = torch.zeros(len(numbers), found.shape[1])
+                seen.index_add_(0, group, found.float())
+                kept &= (seen > 0).sum(0) >= min_groups
+    return concepts.keep(kept)
+
+
+def halves_of_documents(text: HeldoutText, seed: int) -> dict[int, bool]:
+    """For each document, whether it is in the first half.
+
+    Documents with similar labels, or of similar length where they have none, are paired, and chance
+    sends one of each pair to either half, so that the halves are alike even for few documents.
+    """
+    numbers, rows = text.document_of.unique(return_counts=True)
+    sizes = dict(zip(numbers.tolist(), rows.tolist(), strict=True))
+
+    labels = {n: text.headers[n]["labels"] if n in text.headers else {} for n in sizes}
+    values: dict[str, set[str]] = defaultdict(set)
+    for own in labels.values():
+        for key, value in own.items():
+            values[key].add(str(value))
+    columns = sorted(values, key=lambda key: (len(values[key]), key))  # the coarsest label first
+
+    def order(number: int) -> tuple[bool, list[str], int, int]:
+        own = labels[number]
+        return not own, [str(own.get(key)) for key in columns], sizes[number], number
+
+    ordered = sorted(sizes, key=order)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(2, ((len(ordered) + 1) // 2,), generator=generator).tolist()
+    return {number: (i + first[i // 2]) % 2 == 0 for i, number in enumerate(ordered)}

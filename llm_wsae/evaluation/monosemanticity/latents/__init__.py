@@ -1,0 +1,1 @@
+"""Latents one by one: where each fires, and what those places have in common."""
