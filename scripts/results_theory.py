@@ -1,12 +1,12 @@
-"""The planted experiments for RESULTS.md: run (or finish) them, then write section and figures.
+"""The planted experiments for docs/results.md: run (or finish) them, write section and figures.
 
     python scripts/results_theory.py
 
-What was computed is in the archive ``results/planted.jsonl.gz`` and is not computed again: delete
-the archive and ``runs/planted`` to do so. ``llm-wsae theory`` does the same with other seeds.
+Results in the archive ``results/planted.jsonl.gz`` are not computed again; to do so, delete the
+archive and ``runs/planted``. ``llm-wsae theory`` runs the same experiments with other seeds.
 
-The seeds are none of those that anything was chosen on. What smaller trials had led to expect
-stands below as ``CLAIMS`` and is held against what was measured, whether it holds or not.
+Nothing was chosen on these seeds. The expectations from smaller trials are listed as ``CLAIMS`` and
+are compared with the measurements, whether they hold or not.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from benchmarks import IMAGES, README, RESULTS, write_section
 from results_archive import pack, unpack
 
 from llm_wsae.tables import markdown
-from llm_wsae.theory.comparison import ArmSummary
+from llm_wsae.theory.comparison import BETTER, NO_BETTER_THAN_CONTROL, WORSE, ArmSummary
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
 from llm_wsae.theory.experiments import FIGURES, run_theory
 from llm_wsae.theory.report import TheoryReport, change_text
@@ -32,7 +32,7 @@ RUN = README.parent / "runs/planted"
 
 @dataclass(frozen=True)
 class Demand:
-    """Something asked of an arm: in words, whether it is met, and what was measured instead."""
+    """One expectation about an arm: in words, whether it is met, and what was measured."""
 
     words: str
     met: Callable[[ArmSummary, int], bool]
@@ -41,7 +41,7 @@ class Demand:
 
 
 def at_most(per_cent: float) -> Demand:
-    """L_GT changes by so much, or falls further."""
+    """L_GT changes by at most ``per_cent``."""
     return Demand(
         f"L_GT ≤ {per_cent:+g} %",
         lambda arm, _: arm.change.mean <= per_cent,
@@ -50,7 +50,7 @@ def at_most(per_cent: float) -> Demand:
 
 
 def at_least(per_cent: float) -> Demand:
-    """L_GT rises by so much or more."""
+    """L_GT changes by at least ``per_cent``."""
     return Demand(
         f"L_GT ≥ {per_cent:+g} %",
         lambda arm, _: arm.change.mean >= per_cent,
@@ -59,7 +59,7 @@ def at_least(per_cent: float) -> Demand:
 
 
 def lower_on(tenths: int) -> Demand:
-    """L_GT is lower than plain on so many tenths of the seeds."""
+    """L_GT is lower than plain on at least this many tenths of the seeds."""
     return Demand(
         f"lower on {tenths} of 10 seeds",
         lambda arm, num_seeds: 10 * arm.wins >= tenths * num_seeds,
@@ -68,7 +68,7 @@ def lower_on(tenths: int) -> Demand:
 
 
 def mmcs_gain(gain: float) -> Demand:
-    """MMCS rises by so much."""
+    """MMCS rises by at least ``gain``."""
     return Demand(
         f"MMCS ≥ {gain:+g}",
         lambda arm, _: arm.mmcs_change >= gain,
@@ -77,7 +77,7 @@ def mmcs_gain(gain: float) -> Demand:
 
 
 def ahead_of(control: str, points: float) -> Demand:
-    """A control on the same schedule is so many points behind."""
+    """A control on the same schedule is at least ``points`` behind."""
     return Demand(
         f"`{control}` ≥ {points:g} points behind",
         lambda arm, _: arm.against[control].mean <= -points,
@@ -87,7 +87,7 @@ def ahead_of(control: str, points: float) -> Demand:
 
 @dataclass(frozen=True)
 class Claim:
-    """What an arm was expected to do, and on which data."""
+    """What an arm was expected to do, and in which experiments."""
 
     arm: str
     experiments: tuple[str, ...]
@@ -112,7 +112,7 @@ CLAIMS = (
 
 
 def claim_table(report: TheoryReport) -> str:
-    """Every claim on its experiments, demand by demand."""
+    """Every claim in each of its experiments, one row for each expectation."""
     rows = [["arm", "experiment", "learning rate", "expected", "measured [95 %]", "holds"]]
     num_seeds = len(report.config.seeds)
     for claim in CLAIMS:
@@ -127,11 +127,11 @@ def claim_table(report: TheoryReport) -> str:
 
 
 def verdict_table(report: TheoryReport) -> str:
-    """Per experiment: which arms earned which word."""
+    """For each experiment, the arms with each verdict."""
     words = {
-        "better": "better, than every control too",
-        "as a control": "better, but not than every control",
-        "worse": "worse",
+        BETTER: "better than plain and than every control",
+        NO_BETTER_THAN_CONTROL: "better than plain only",
+        WORSE: "worse than plain",
     }
     rows = [["experiment", "L_GT of plain", *words.values()]]
     for name, arms in report.arms.items():
@@ -144,7 +144,7 @@ def verdict_table(report: TheoryReport) -> str:
 
 
 def section(report: TheoryReport) -> str:
-    """The planted section of RESULTS.md."""
+    """The planted section of docs/results.md."""
     config, names = report.config, list(report.arms)
     closed, experiments, correlations, changes = (
         f"{title}\n\n{markdown(rows, left=2 if len(rows[0]) == 2 else 1)}"
@@ -156,35 +156,36 @@ def section(report: TheoryReport) -> str:
         )
     )
     parts = [
-        "## Planted data: what weights do where the truth is known",
+        "## Planted data: what weights do where the true features are known",
         f"`python scripts/results_theory.py`, or `llm-wsae theory` with other seeds: "
         f"{len(config.seeds)} seeds ({config.seeds[0]} to {config.seeds[-1]}), tied TopK "
         f"dictionaries, {config.steps:,} steps of {config.batch_size} rows, "
-        f"{len(ARMS)} arms that share data, start and rows of their seed. L_GT is the share of the "
-        "true features' energy that is missing when each is matched to one latent. A change is in "
-        "per cent of the plain arm's mean, its interval a paired t over seeds. S is the "
-        "probability that a feature is 0, n the number of features, n_p of dimensions, W_p how "
-        "features lie in them; a dimension's true monosemanticity is 1 / PR, PR the participation "
-        "ratio of the features in it; MMCS is the mean over features of the largest cosine with a "
+        f"{len(ARMS)} arms, which share the data, the initial weights and the rows of each seed. "
+        "L_GT is the share of the true features' energy that is missing when each feature is "
+        "matched to one latent (lower is better). A change is in per cent of the plain arm's mean; "
+        "its interval is a paired t over seeds. S is the probability that a feature is 0, n the "
+        "number of features, n_p the number of dimensions, W_p the matrix that mixes features into "
+        "dimensions. A dimension's true monosemanticity is 1 / PR, where PR is the participation "
+        "ratio of the features in it. MMCS is the mean over features of the largest cosine with a "
         "decoder row. A *digon* is two features on one dimension with opposite signs. Rules named "
         "`-true` know W_p; *annealed* weights move to 1 between 40 and 70 % of the training; "
-        "*standardised* is `variance` with α = −½ as the space. ",
+        "*standardised* is `variance` with α = −½ as the training space.",
         "### What was expected, and what holds",
-        "The mean is held against what was expected, not its interval.",
+        "The mean, not its interval, is compared with the expectation.",
         claim_table(report),
         "### Which weights help",
-        "Against the plain arm after Holm's correction over all arms of an experiment, then "
-        "against the controls used in the same way: the arm's own weights on the wrong dimensions, "
-        "and random ones.",
+        "Each arm is compared with the plain arm, after Holm's correction over all arms of an "
+        "experiment, and then with its controls, used in the same way: its own weights on the "
+        "wrong dimensions, and random weights.",
         verdict_table(report),
         f"![Change of L_GT of every arm in every experiment](images/planted_{FIGURES[2]})",
         changes,
-        "### Which rules see the truth",
-        "Two rules ask a language model. Here `sensitivity` asks one that names the true features, "
-        "x̂_j = ReLU(w_jᵀx_p / ‖w_j‖²), the toy model's own output where columns have norm 1, and "
-        "`semantic` compares rows by their true features, as a perfect encoder would their texts. "
-        "`leading-sensitivity` and `whitening` are matrices and have no score for a dimension, "
-        "`token-norm` weighs rows, and `uniform` scores all dimensions the same.",
+        "### Which rules find the truth",
+        "Two rules need a language model. Here `sensitivity` uses one that outputs the true "
+        "features, x̂_j = ReLU(w_jᵀx_p / ‖w_j‖²), which is the toy model's own output where columns "
+        "have norm 1; `semantic` compares rows by their true features, as a perfect encoder would "
+        "compare their texts. `leading-sensitivity` and `whitening` are matrices without a score "
+        "for each dimension, `token-norm` weights rows, and `uniform` scores all dimensions alike.",
         f"![Rank correlation of rules with the truth](images/planted_{FIGURES[1]})",
         correlations,
         "### The closed form",
@@ -197,7 +198,7 @@ def section(report: TheoryReport) -> str:
 
 
 def main() -> None:
-    """Run what is missing, write what is known."""
+    """Compute what is missing, then write everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=0, help="0: one on every core")
     workers = parser.parse_args().workers

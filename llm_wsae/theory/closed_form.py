@@ -5,22 +5,22 @@ x_m = ReLU(W_m x_p) and reconstructs x̂_p = W_mᵀ x_m. With W_m = (W_p, 0)ᵀ 
 
     r = ReLU(W_pᵀ W_p x),
 
-and everything below follows from r: which features shrink, which vanish, and how far the loss that
-is trained (on x_p) is from the loss one wants (on x).
+and everything below follows from r: which features shrink, which vanish, and how far the training
+loss (on x_p) is from the loss one wants (on x).
 
-When is W_m = (W_p, 0)ᵀ the optimum (theorem 1), and the only one (theorem 3)? The position that the
-paper asks for, unit columns with non-positive interference, has room for 2·n_p features at most. We
-know the theorems from their statements; for a ReLU without a penalty on the codes, this module's
-tests establish:
+When is W_m = (W_p, 0)ᵀ the optimum (theorem 1), and the only one (theorem 3)? The paper assumes
+unit columns with non-positive interference, which allows at most 2·n_p features. We know the
+theorems from their statements; for a ReLU without a penalty on the codes, this module's tests
+establish:
 
 - in antipodal pairs (digons) the reconstruction is exact at any sparsity, so it is optimal;
 - three features at 120° (a polygon) leave a loss on dense inputs, and W_pᵀ is not even a local
   optimum: descent from it finds 7 % less at S = 0. On 1-sparse inputs the loss is 0, so optimal;
-- alone on its line a digon's optimum is unique up to order. Elsewhere it is not: with
+- a single digon has a unique optimum, up to order. Otherwise it is not unique: with
   n_m ≥ 2·n_p the dictionary (Q, −Q)ᵀ of *any* orthogonal Q reconstructs everything, and the
   triangle has a second solution of loss 0 on 1-sparse inputs, at −√2 times its features.
 
-So outside one digon per line something else must choose among equals: a penalty, or TopK.
+So beyond a single digon something else must choose among equal optima: a penalty, or TopK.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ _BISECTIONS = 40
 
 
 def interference(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n n"]:
-    """W_pᵀ W_p: off the diagonal how much feature j appears in the place of feature i."""
+    """W_pᵀ W_p: off the diagonal, how strongly feature j appears as feature i."""
     return mixing.T @ mixing
 
 
@@ -108,8 +108,8 @@ def sparsity_for_error(
     0 as S → 1). For digons alone it is 1 − 2·bound.
 
     Features are uniform on (0, 1]; found by bisection over the same random numbers at every S.
-    None where no S is enough, since a single active feature is not recovered: columns that are not
-    of unit length shrink, and positive interference makes others appear.
+    None where no S suffices because even a single active feature is not recovered: columns that are
+    not of unit length shrink it, and positive interference makes others appear.
     """
     if _error_of_single_features(mixing) > bound:
         return None
@@ -137,7 +137,7 @@ def _error_of_single_features(mixing: Float[Tensor, "n_p n"]) -> float:
 
 @dataclass(frozen=True)
 class Losses:
-    """What the closed form takes from the true features, by feature and by dimension."""
+    """What the closed form loses of the true features, by feature and by dimension."""
 
     shrunk: Float[Tensor, " n"]
     """Of the rows where the feature is active, the share on which 0 < r < x."""
@@ -147,7 +147,7 @@ class Losses:
     """Mean of (x − r)/x where the feature is active."""
     dimension_shrunk: Float[Tensor, " n_p"]
     """Σ_j W_ij² E(x_j² where 0 < r_j < x_j) / Σ_j W_ij² E x_j²: of the energy that features
-    bring to dimension i, the share that comes from shrunk ones."""
+    bring to dimension i, the share that belongs to shrunk ones."""
     dimension_vanished: Float[Tensor, " n_p"]
     """The same of those that vanished, r_j = 0."""
     dimension_lost: Float[Tensor, " n_p"]
@@ -195,7 +195,8 @@ class Assumptions:
     limit: int
     """2·n_p."""
     groups: tuple[tuple[int, ...], ...]
-    """Features that interfere with each other: one alone, two a digon, more a polygon."""
+    """Groups of features that interfere with each other: one is alone, two are a digon, more a
+    polygon."""
 
     @property
     def hold(self) -> bool:
@@ -204,7 +205,7 @@ class Assumptions:
 
     @property
     def possible(self) -> bool:
-        """Whether so many columns could be in such a position at all."""
+        """Whether this number of columns could be in such a position at all."""
         return self.num_nonzero <= self.limit
 
     @property

@@ -1,10 +1,10 @@
-"""Arms against the plain one: paired differences, intervals, controls, and one word for each arm.
+"""Each arm compared with the plain one: paired differences, intervals, controls, and a verdict.
 
-A difference is an arm's minus the plain arm's on the same seed. The word is earned twice: against
-the plain arm, Holm's correction over the arms of the experiment, and against each control on the
-same schedule, because a training stuck in a local optimum is helped by almost any disturbance.
-Permuted weights are compared like all others, but are nobody's claim: they are not counted among
-the arms that the correction is for.
+A difference is an arm's L_GT minus the plain arm's on the same seed. An arm is better only if it
+passes two comparisons: with the plain arm, after Holm's correction over the arms of the experiment,
+and with each control on the same schedule, because almost any disturbance helps a training that is
+stuck in a local optimum. Permuted weights are compared like all others, but no claim is made about
+them, so the correction does not count them.
 """
 
 import math
@@ -20,6 +20,13 @@ from llm_wsae.theory.rules import ARMS, PLAIN, SHOWN
 
 LEVEL = 0.95
 _SIGNIFICANT = 1 - LEVEL
+BETTER, NO_BETTER_THAN_CONTROL, WORSE, NO_DIFFERENCE = VERDICTS = (
+    "better",
+    "no better than a control",
+    "worse",
+    "–",
+)
+"""Lower L_GT than plain and than every control; lower than plain only; higher than plain; none."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +39,29 @@ class Change:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm of one experiment against the plain arm. Changes of L_GT and their 95 % intervals
-    (paired t over seeds) are in per cent of the plain arm's mean."""
+    """One arm of one experiment compared with the plain arm. Changes of L_GT and their 95 %
+    intervals (paired t over seeds) are in per cent of the plain arm's mean."""
 
     l_gt: float
     change: Change
     wins: int
     """Seeds on which L_GT is lower than plain."""
     p_holm: float
-    """Of the paired t-test, adjusted for the arms of the experiment (Holm 1979); for permuted
-    weights as it is."""
+    """P-value of the paired t-test, adjusted for the arms of the experiment (Holm 1979); not
+    adjusted for permuted weights."""
     against: dict[str, Change]
-    """The same against its controls, by their names; none for a control."""
+    """Change relative to each of its controls, by name; empty for a control."""
     mmcs: float
     mmcs_change: float
     recovered: float
     features_per_latent: float
     fvu: float
     verdict: str
-    """better, as a control (better than plain, not than every control), worse, or –."""
+    """One of ``VERDICTS``."""
 
 
 def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
-    """Every arm of one experiment; ``units`` are the results of its seeds."""
+    """Summaries of every arm of one experiment; ``units`` are the results of its seeds."""
     values = {
         arm: {key: np.array([u["arms"][arm][key] for u in units], float) for key in measures}
         for arm, measures in units[0]["arms"].items()
@@ -103,8 +110,8 @@ def _change(differences: np.ndarray) -> Change:
 
 def _verdict(change: Change, p: float, against: Mapping[str, Change]) -> str:
     if p >= _SIGNIFICANT:
-        return "–"
+        return NO_DIFFERENCE
     if change.mean > 0:
-        return "worse"
+        return WORSE
     beats_all = against and all(one.interval[1] < 0 for one in against.values())
-    return "better" if beats_all else "as a control"
+    return BETTER if beats_all else NO_BETTER_THAN_CONTROL

@@ -1,4 +1,4 @@
-"""What the planted experiments are. Free of torch, so that the command line can show it at once."""
+"""The planted experiments and their settings, free of torch: the command line imports them."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,15 @@ class Experiment:
     sparsity: float
     """Probability S that a feature is 0."""
     learning_rate: float
-    """Peak rate of Adam. Where it is low the plain dictionary is not done when training ends, and
-    anything that moves it along looks like a better weight; so the mixtures run at several."""
+    """Peak learning rate of Adam. Where it is low, the plain dictionary is unfinished when training
+    ends, and anything that speeds it up looks like a better weight; so the mixtures run at
+    several."""
     why: str
-    """What the experiment is there to show."""
+    """What the experiment shows."""
 
 
-# The middle rate is the default; .001 is the usual one of a plain Adam, and leaves dictionaries
-# unfinished; .04 gives the best plain dictionaries at S = .5.
+# The middle rate is the default. 0.001 is Adam's usual rate and leaves dictionaries unfinished;
+# 0.04 gives the best plain dictionaries at S = 0.5.
 EXPERIMENTS: dict[str, Experiment] = {
     "digon-0.5": Experiment("digon", 0.5, 0.01, "the closed form's own position, dense"),
     "digon-0.7": Experiment("digon", 0.7, 0.01, "the same, sparser"),
@@ -47,8 +48,8 @@ class TheoryConfig:
     experiments: tuple[str, ...] = tuple(EXPERIMENTS)
     """Names of the experiments."""
     seeds: tuple[int, ...] = tuple(range(10))
-    """Seeds of each; data, start and rows are a seed's own, and all arms share them. Five were seen
-    to mislead."""
+    """Seeds of each experiment: data, initial weights and rows depend on the seed, and all arms
+    share them. Five seeds have been seen to mislead."""
     steps: int = 2000
     """Steps of each dictionary."""
     batch_size: int = 256
@@ -56,10 +57,10 @@ class TheoryConfig:
     spare_latents: int = 10
     """Latents of a dictionary beyond the number of true features."""
     rows: int = 8192
-    """Rows that rules are computed from, and as many fresh ones that dictionaries are measured
+    """Rows that rules are computed from, and number of fresh rows that dictionaries are measured
     on."""
     workers: int = 0
-    """Experiments computed side by side, each on one core; 0 takes every core."""
+    """Experiments computed in parallel, each on one core; 0 takes every core."""
 
     def __post_init__(self) -> None:
         for name in self.experiments:
@@ -68,7 +69,7 @@ class TheoryConfig:
                     f"there is no planted experiment {name!r}; {nearest(name, EXPERIMENTS)}"
                 )
         if len(set(self.experiments)) != len(self.experiments):
-            raise UsageError("name each planted experiment once")
+            raise UsageError("a planted experiment is listed twice; name each one once")
         if not self.experiments:
             raise UsageError(f"name at least one planted experiment of {', '.join(EXPERIMENTS)}")
         if len(set(self.seeds)) < max(2, len(self.seeds)) or min(self.seeds) < 0:

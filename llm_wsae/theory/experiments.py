@@ -1,7 +1,7 @@
 """The planted experiments: which weights help when the truth is known.
 
 One unit of work is one experiment on one seed: plant the data, compute every rule, train every arm
-(the arms are one batch of small matrix products), hold each dictionary against the truth.
+(all arms in one batch of small matrix products), compare each dictionary with the truth.
 """
 
 from collections import defaultdict
@@ -39,7 +39,7 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
     """Run (or finish) the planted experiments and write report and figures into ``out``.
 
     Written: ``theory.json``, ``theory.md``, the ``FIGURES``, and under ``units/`` one file for the
-    closed form of each mixture and for each experiment and seed; what is there is not done again.
+    closed form of each mixture and for each experiment and seed; existing ones are not recomputed.
 
     Raises LlmWsaeError when the folder holds units of another configuration, cannot be written, or
     is in use.
@@ -74,7 +74,7 @@ def run_unit(
     experiment: Experiment, seed: int, config: TheoryConfig, check: Check = lambda: None
 ) -> dict[str, Any]:
     """One experiment on one seed: the rules' rank correlations with the truth and, for every arm,
-    what its dictionary recovered. JSON-able."""
+    how much its dictionary recovers. JSON-able."""
     data = REGIMES[experiment.regime](experiment.sparsity, generator(seed, Stream.DATA))
     k = max(1, int(data.mean_active / 2 + 0.5))
     schedule = Schedule(
@@ -102,7 +102,7 @@ def run_unit(
     recovered, dictionaries = train(early, known)
     first = dictionaries[early.index(PLAIN)]
     energy = encode_tied(first, sample, k).square().mean(0)
-    used = energy > 0  # the directions of dead latents are those they started with
+    used = energy > 0  # dead latents still have their initial directions
     known = replace(known, decoder=first[used], energy=energy[used])
     late = [name for name in ARMS if name not in early]
     recovered |= train(late, known)[0]
@@ -121,7 +121,7 @@ def run_unit(
 
 @dataclass(frozen=True)
 class _Trainer:
-    """Trains and measures arms of one unit."""
+    """Trains and measures the arms of one unit."""
 
     data: Planted
     schedule: Schedule

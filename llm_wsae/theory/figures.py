@@ -1,4 +1,4 @@
-"""The figures of the planted experiments. Drawn on bare Figures: no window system, no globals."""
+"""The figures of the planted experiments, drawn without pyplot and its global state."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from llm_wsae.files import write_atomic
+from llm_wsae.theory.comparison import VERDICTS
 from llm_wsae.theory.report import SCORING, TheoryReport
 from llm_wsae.theory.rules import ARMS, PERMUTED, PLAIN, SHOWN
 
-_COLOURS = {"better": "#00798c", "as a control": "#edae49", "worse": "#d1495b", "–": "#9aa5b1"}
+_COLOURS = dict(zip(VERDICTS, ("#00798c", "#edae49", "#d1495b", "#9aa5b1"), strict=True))
 _PERMUTED_COLOUR = "#444444"
 _LINES = ("#444444", "#d1495b", "#00798c", "#edae49")
 _DPI = 130
@@ -20,7 +21,7 @@ _COLUMNS = 4
 
 
 def plot_correlations(report: TheoryReport, path: Path) -> None:
-    """Rule × experiment: rank correlation with the true monosemanticity."""
+    """Rank correlation of every rule with the true monosemanticity, in every experiment."""
     names = list(report.arms)
     values = np.array(
         [[report.correlations[n][r] for n in names] for r in SCORING], dtype=float
@@ -42,8 +43,8 @@ def plot_correlations(report: TheoryReport, path: Path) -> None:
 
 
 def plot_changes(report: TheoryReport, path: Path) -> None:
-    """Per experiment: change of L_GT of every arm against plain, with its interval over seeds, and
-    where its own weights end on the wrong dimensions."""
+    """For every experiment, each arm's change of L_GT relative to plain with its interval over
+    seeds, and the change with the same weights on the wrong dimensions."""
     arms, names = SHOWN, list(report.arms)
     columns = min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
@@ -63,29 +64,30 @@ def plot_changes(report: TheoryReport, path: Path) -> None:
                     axis.plot(at, place, "x", ms=5, color=_PERMUTED_COLOUR)
         axis.axvline(0, color="#444444", lw=0.8)
         axis.set_title(f"{name} (plain {report.arms[name][PLAIN].l_gt:.3f})", fontsize=10)
-        axis.set(xlabel="change of L_GT, %")
+        axis.set(xlabel="change of L_GT in %")
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     axes[0, 0].set_yticks(range(len(arms)), arms, fontsize=8)
     axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
-    figure.suptitle("Loss on the true features against plain, 95 % over seeds")
-    keys = {
-        "better": "better, than every control too",
-        "as a control": "better, but not than every control",
-        "worse": "worse",
-        "–": "no difference",
-    }
-    handles = [Line2D([], [], marker="o", color=_COLOURS[key], label=keys[key]) for key in keys]
-    words = "its own weights, permuted"
-    handles.append(Line2D([], [], marker="x", ls="", color=_PERMUTED_COLOUR, label=words))
+    figure.suptitle(
+        "Loss on the true features relative to plain (lower is better), 95 % intervals over seeds"
+    )
+    labels = ("better than plain and than every control", "better than plain only",
+              "worse than plain", "no significant difference")  # fmt: skip
+    handles = [
+        Line2D([], [], marker="o", color=_COLOURS[verdict], label=label)
+        for verdict, label in zip(VERDICTS, labels, strict=True)
+    ]
+    label = "the same weights on the wrong dimensions"
+    handles.append(Line2D([], [], marker="x", ls="", color=_PERMUTED_COLOUR, label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(2, columns), frameon=False)
     _save(figure, path)
 
 
 def plot_closed_form(facts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """What the closed form loses, by sparsity: error, shrunk and vanished features."""
+    """What the closed form loses at each sparsity: error, shrunk and vanished features."""
     panels = {
         "relative_error": "share of the true energy lost",
         "shrunk": "share of active features that shrink",
@@ -103,7 +105,7 @@ def plot_closed_form(facts: Mapping[str, Mapping[str, Any]], path: Path) -> None
         if key == "relative_error":
             axis.set_yscale("log")
             axis.legend(frameon=False)
-    figure.suptitle("Closed form r = ReLU(W_pᵀ W_p x)")
+    figure.suptitle("What the closed form r = ReLU(W_pᵀ W_p x) loses")
     _save(figure, path)
 
 

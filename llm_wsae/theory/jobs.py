@@ -1,6 +1,6 @@
 """Units of work: each is computed once, and its result is a file.
 
-So a run that is interrupted goes on where it stopped, and a larger one adds to what is there.
+An interrupted run therefore resumes where it stopped, and a larger one adds to what exists.
 """
 
 import os
@@ -20,7 +20,7 @@ from llm_wsae.files import read_json, write_json
 from llm_wsae.provenance import plain
 
 Check = Callable[[], None]
-"""A unit calls it now and then; it raises when the run is being stopped."""
+"""Called by a unit now and then; raises when the run is being stopped."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Unit:
     path: Path
     """The file of its result."""
     identity: dict[str, Any]
-    """Everything the result depends on; written beside it."""
+    """Everything the result depends on; written to the same file."""
     compute: Callable[[Check], dict[str, Any]]
 
 
 class _Stopped(Exception):
-    """Ends a unit whose run has ended; nobody sees it."""
+    """Ends a unit whose run has ended; never leaves this module."""
 
 
 def finish(units: Sequence[Unit], workers: int, label: str) -> list[dict[str, Any]]:
     """The results of all units, in order: from their files, or computed now and written.
 
-    ``workers`` units run side by side, each on one core; 0 takes every core. An error or an
-    interruption ends all of them within a step and keeps the files that are done.
+    ``workers`` units run in parallel, each on one core; 0 takes every core. An error or an
+    interruption ends all of them within a step and keeps the finished files.
 
     Raises LlmWsaeError when a file holds the result of another configuration, and whatever a unit
     raises.
@@ -67,7 +67,7 @@ def finish(units: Sequence[Unit], workers: int, label: str) -> list[dict[str, An
             for future in as_completed(running):
                 results[running[future]] = future.result()
                 bar.update()
-        except BaseException:  # Ctrl-C too: the other threads must hear of it
+        except BaseException:  # Ctrl-C too: the other threads must stop
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -90,7 +90,7 @@ def _read(unit: Unit) -> dict[str, Any]:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """A unit's products are too small to share among cores."""
+    """A unit's matrix products are too small to be split over cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What the closed form says about the planted mixtures: no training of dictionaries, only W_p."""
+"""What the closed form says about the planted mixtures, from W_p alone, without any training."""
 
 from typing import Any
 
@@ -19,19 +19,18 @@ from llm_wsae.theory.regimes import REGIMES
 from llm_wsae.theory.superposition import features_from_uniform
 from llm_wsae.weights import scores
 
-# Each mixture with the sparsity at which a toy model's W_p is trained; the others have no use for
-# it.
+# Each mixture with the sparsity at which a toy model's W_p is trained; the other two ignore it.
 MIXTURES: dict[str, float] = {"digon": 0.5, "mixed": 0.5, "toy-40": 0.9, "toy-200": 0.95}
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 BOUND = 0.05  # of E‖x‖², for "the sparsity that is needed"
 
 
 def closed_form_facts(name: str, rows: int, seed: int) -> dict[str, Any]:
-    """Of one of the ``MIXTURES``: do the assumptions hold, what is lost at which sparsity, and how
-    much of the gap between the losses a diagonal Γ can close.
+    """For one of the ``MIXTURES``: whether the assumptions hold, what is lost at each sparsity, and
+    how much of the gap between the losses a diagonal Γ can close.
 
-    Features are uniform on (0, 1] with equal probability; W_p is the one that the experiments on
-    this seed have at that sparsity. JSON-able.
+    Features are uniform on (0, 1] with equal probability; W_p is that of the experiments with this
+    seed and sparsity. JSON-able.
     """
     mixing = REGIMES[name](MIXTURES[name], generator(seed, Stream.DATA)).mixing.double()
     draw = generator(seed, Stream.SAMPLE)

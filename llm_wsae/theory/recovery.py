@@ -1,7 +1,7 @@
-"""How much of the planted features a dictionary found.
+"""How much of the planted features a dictionary recovers.
 
-The measures need the truth, so they exist on planted data only. ``l_gt`` is the one that the
-theory is about; the others say in which way a dictionary is good or bad.
+The measures need the true features, so they exist on planted data only. ``l_gt`` is the theory's
+own; the others say in which way a dictionary is good or bad.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ FOUND_COSINE = 0.9
 
 @dataclass(frozen=True)
 class Recovery:
-    """One dictionary against the truth."""
+    """One dictionary compared with the truth."""
 
     l_gt: float
     """min over matchings and scales of E‖x − c∘z_match‖² / E‖x‖²: share of the true features'
-    energy that is missing when every feature gets one latent of its own, at its best scale c."""
+    energy that is missing when every feature is matched to its own latent, at its best scale c."""
     mmcs: float
     """Mean over true features of the largest cosine between its direction and a decoder row
     (Sharkey et al. 2022); the sign counts, since latents are not negative."""
@@ -38,7 +38,7 @@ def measure(
     mixing: Float[Tensor, "n_p n"],
     x: Float[Tensor, "rows n"],
 ) -> Recovery:
-    """Hold codes and decoder (both for the observed space as it is, no bias) against the truth."""
+    """Compare codes and decoder (both in the observed space, without bias) with the truth."""
     observed = x @ mixing.T
     largest = _cosines(decoder, mixing).amax(0)
     missed = (observed - codes @ decoder).square().sum()
@@ -56,7 +56,7 @@ def matched_loss(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "rows n"
 
     The best scale of a pair is ⟨x_j, z_l⟩/‖z_l‖², which removes ⟨x_j, z_l⟩²/‖z_l‖² of ‖x_j‖²; the
     matching that removes most is an assignment problem (Kuhn 1955, "Hungarian"). A feature without
-    a latent is missed whole.
+    a latent is missed entirely.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -70,10 +70,10 @@ def matched_loss(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "rows n"
 
 def features_per_latent(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "rows n"]) -> float:
     """Mean participation ratio (Σ_j ρ²)²/Σ_j ρ⁴ of a latent's correlations ρ with the features,
-    each latent by its variance; NaN if all are constant.
+    each latent weighted by its variance; NaN if all are constant.
 
-    By variance, because what a spare latent correlates with that fires on a few rows is chance: it
-    would look like a mixture of all features, and there are many of them.
+    Weighted by variance, because a spare latent that fires on a few rows correlates with features
+    by chance: it would look like a mixture of all of them, and there are many such latents.
     """
     z = codes - codes.mean(0)
     centred = x - x.mean(0)
@@ -81,7 +81,7 @@ def features_per_latent(codes: Float[Tensor, "rows latents"], x: Float[Tensor, "
     alive = spread > 0
     if not bool(alive.any()):
         return float("nan")
-    # A feature that is always or never on at the same strength correlates with nothing.
+    # A feature that is constant correlates with nothing.
     length = centred.norm(dim=0).clamp(min=1e-12)
     rho = (z[:, alive].T @ centred / (spread[alive, None] * length)).double().square()
     ratio = rho.sum(1).square() / rho.square().sum(1)

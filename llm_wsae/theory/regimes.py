@@ -1,4 +1,4 @@
-"""The planted regimes by name: what an experiment's seed turns into data."""
+"""The planted regimes by name: how a seed and a sparsity become data."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ from llm_wsae.theory.superposition import (
 
 Regime = Callable[[float, torch.Generator], Planted]
 
-# One dimension of each kind: a lone feature, a digon, one of the crowded ones.
+# One dimension of each kind: with a lone feature, with a digon, with many features.
 OUTLIER_DIMENSIONS = (0, 9, 15)
 OUTLIER_FACTOR = 20.0
 

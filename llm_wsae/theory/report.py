@@ -1,4 +1,4 @@
-"""The report of the planted experiments: from the units' results to tables."""
+"""The report of the planted experiments: from the results of their units to tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,22 @@ import numpy as np
 
 from llm_wsae.provenance import plain
 from llm_wsae.tables import aligned, markdown
-from llm_wsae.theory.comparison import ArmSummary, Change, summarise_arms
+from llm_wsae.theory.comparison import (
+    BETTER,
+    NO_BETTER_THAN_CONTROL,
+    WORSE,
+    ArmSummary,
+    Change,
+    summarise_arms,
+)
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
 from llm_wsae.theory.rules import ARMS, CONTROLS, PLAIN, PLAIN_RULE, RULES, SHOWN
 
 SCORING = tuple(rule for rule in RULES if rule != PLAIN_RULE)
-"""The rules that tell one dimension from another."""
+"""The rules that give dimensions different scores."""
 _GAP_AT = 0.7  # sparsity S
-_COLUMNS = 5  # experiments beside each other, so that a table fits a terminal
-Titled = tuple[str, list[list[str]]]  # a table: its title, its rows with the head first
+_COLUMNS = 5  # experiments in one table, so that it fits a terminal
+Titled = tuple[str, list[list[str]]]  # a table: its title, and its rows with the header first
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,12 @@ class TheoryReport:
     facts: dict[str, dict[str, Any]]
     """Sizes of each experiment."""
     correlations: dict[str, dict[str, float | None]]
-    """Experiment → rule → mean over seeds of Spearman's ρ with the true monosemanticity; None where
-    one of the two is constant."""
+    """By experiment and rule: mean over seeds of Spearman's ρ with the true monosemanticity; None
+    where one of the two is constant."""
     correlation_ranges: dict[str, dict[str, tuple[float, float] | None]]
-    """The smallest and largest over seeds."""
+    """The smallest and the largest ρ over seeds."""
     arms: dict[str, dict[str, ArmSummary]]
-    """Experiment → arm."""
+    """By experiment and arm."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -50,7 +57,7 @@ class TheoryReport:
         )
 
     def table(self) -> str:
-        """Closed form, rank correlations and change of L_GT for a terminal, and what was run."""
+        """For a terminal: closed form, rank correlations, changes of L_GT, experiments."""
         names = list(self.arms)
         parts = [names[i : i + _COLUMNS] for i in range(0, len(names), _COLUMNS)]
         tables = [
@@ -64,7 +71,7 @@ class TheoryReport:
         )
 
     def markdown(self) -> str:
-        """The same tables, and one for each experiment with every measure."""
+        """The same tables in Markdown, and one with every measure for each experiment."""
         names = list(self.arms)
         tables = (
             self.closed_form_table(),
@@ -80,9 +87,10 @@ class TheoryReport:
         return "\n\n".join(parts) + "\n"
 
     def closed_form_table(self) -> Titled:
-        """Per mixture: the assumptions, the sparsity that is needed, what Γ does to the gap."""
-        head = ["W_p", "n", "n_p", "position holds", "interference", "norms off", "S for 5 % error"]
-        rows = [[*head, "‖W_pᵀW_p − I‖", "… with Γ", f"gap at S = {_GAP_AT}", "… with Γ"]]
+        """For each mixture: the assumptions, the sparsity needed, and what Γ does to the gap."""
+        head = ["W_p", "n", "n_p", "assumption holds", "interference", "norm error"]
+        head += ["S for 5 % error", "‖W_pᵀW_p − I‖", "… with Γ", f"gap at S = {_GAP_AT}"]
+        rows = [[*head, "… with Γ"]]
         for name, one in self.closed_form.items():
             needed = one["sparsity_needed"]
             (at,) = (point for point in one["by_sparsity"] if point["sparsity"] == _GAP_AT)
@@ -102,35 +110,40 @@ class TheoryReport:
                 ]
             )
         title = (
-            "Closed form: is W_p in the position that theorem 1 assumes? Largest interference, "
-            "largest error of a column's norm;\n"
-            "the gap L_SAE − L_GT, and with the Γ that minimises ‖W_pᵀΓ²W_p − I‖ (theorems 4, 5)"
+            "Closed form: does W_p meet the assumption of theorem 1 (interference ≤ 0, unit "
+            "columns)?\n"
+            "The gap L_SAE − L_GT, plain and with the Γ that minimises ‖W_pᵀΓ²W_p − I‖ "
+            "(theorems 4, 5; 0: no gap)"
         )
         return title, rows
 
     def experiment_table(self) -> Titled:
-        """Per experiment: what it is there to show, and its sizes."""
-        return "Experiments", [["name", "what"], *([n, self._describe(n)] for n in self.arms)]
+        """For each experiment: its purpose and its sizes."""
+        return "Experiments", [
+            ["name", "purpose and sizes"],
+            *([n, self._describe(n)] for n in self.arms),
+        ]
 
     def correlation_table(self, names: Sequence[str]) -> Titled:
-        """Rule × experiment."""
+        """Rules × experiments."""
         rows = [["rule", *names]]
         for rule in SCORING:
             values = [self.correlations[name][rule] for name in names]
             rows.append([rule, *("–" if v is None else f"{v:+.2f}" for v in values)])
-        return "Rank correlation of each rule with the true monosemanticity 1/PR", rows
+        title = "Rank correlation of each rule with the true monosemanticity 1/PR (1: same order)"
+        return title, rows
 
     def change_table(self, names: Sequence[str]) -> Titled:
-        """Arm × experiment."""
+        """Arms × experiments."""
         rows = [["arm", *names]]
         rows.append([PLAIN, *(f"{self.arms[name][PLAIN].l_gt:.3f}" for name in names)])
         for arm in SHOWN:
             rows.append([arm, *(_cell(self.arms[name][arm]) for name in names)])
         return (
-            f"Change of L_GT against plain in %, and on how many of {len(self.config.seeds)} seeds "
-            "it is lower (first line: L_GT of plain);\n"
-            "marks: * better than plain and than every control, ~ better than plain only, "
-            "! worse than plain (Holm over arms)",
+            "Change of L_GT relative to plain in % (negative is better), and on how many of "
+            f"{len(self.config.seeds)} seeds it is lower; first line: L_GT of plain.\n"
+            "* better than plain and than every control, ~ better than plain only, "
+            "! worse than plain (Holm's correction over arms)",
             rows,
         )
 
@@ -142,7 +155,7 @@ class TheoryReport:
         )
 
     def _details(self, name: str) -> list[list[str]]:
-        against = [f"against {control} %" for control in CONTROLS]
+        against = [f"minus {control} %" for control in CONTROLS]
         head = ["arm", "L_GT", "change %", "wins", *against, "MMCS", "change", "recovered"]
         rows = [[*head, "features/latent", "FVU", "verdict"]]
         for arm, s in self.arms[name].items():
@@ -169,7 +182,7 @@ def summarise(
     closed_form: dict[str, dict[str, Any]],
     config: TheoryConfig,
 ) -> TheoryReport:
-    """Sum up the results of every experiment's seeds."""
+    """Summarise the results of every experiment's seeds."""
     correlations, ranges = {}, {}
     for name, seeds in units.items():
         found = {rule: [u["correlations"][rule] for u in seeds] for rule in RULES}
@@ -192,16 +205,16 @@ def change_text(change: Change) -> str:
 
 
 def _by_control(against: Mapping[str, Change]) -> list[str]:
-    """One cell for each kind of control."""
+    """One cell for each kind of control, empty where there is none."""
     found = {ARMS[name].control: change_text(change) for name, change in against.items()}
     return [found.get(rule, "") for rule in CONTROLS]
 
 
 def _left(rows: Sequence[Sequence[str]]) -> int:
-    """Of a list of names with their meanings both columns are words."""
+    """How many columns are text: both of a list of names and meanings."""
     return 2 if len(rows[0]) == 2 else 1
 
 
 def _cell(s: ArmSummary) -> str:
-    mark = {"better": "*", "as a control": "~", "worse": "!"}.get(s.verdict, "")
+    mark = {BETTER: "*", NO_BETTER_THAN_CONTROL: "~", WORSE: "!"}.get(s.verdict, "")
     return f"{s.change.mean:+.1f}{mark} {s.wins}"

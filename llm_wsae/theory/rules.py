@@ -1,10 +1,10 @@
 """The rules and arms of the planted experiments.
 
-The rules are all of ``weights.rules`` that score dimensions. They see what they would see of a
-language model: observed rows, for some a first dictionary, for some what the model itself says
+The rules are those of ``weights.rules`` that score dimensions, given what they would see of a
+language model: observed rows, for some a first dictionary, for some the model itself
 (``reader.py``). Two oracles know the truth. An arm is a rule with an exponent and a way to use the
-weights. Each has two controls used in the same way: its own weights on the wrong dimensions, and
-random ones.
+weights. Each has two controls, used in the same way: its own weights on the wrong dimensions, and
+random weights.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ RANDOM, PERMUTED = CONTROLS = ("random", "permuted")
 
 @dataclass(frozen=True, kw_only=True)
 class Known(RuleInputs):
-    """What rules and oracles may look at."""
+    """What rules and oracles are given."""
 
     truth: Planted
     draw: int
@@ -66,7 +66,8 @@ class Arm:
     annealed: bool = False
     """Whether γ moves to 1 between 40 and 70 % of the training."""
     space: bool = False
-    """γ is the space the dictionary is trained in, x' = Γx_p, folded back; the loss is plain."""
+    """Whether the dictionary is trained with the plain loss in the space x' = Γx_p, which is folded
+    back afterwards."""
 
     @property
     def name(self) -> str:
@@ -76,17 +77,17 @@ class Arm:
 
     @property
     def control(self) -> str | None:
-        """The kind of control that the arm is, if it is one."""
+        """Which kind of control the arm is; None if it is none."""
         return RANDOM if self.rule.random else self.rule.control
 
     @property
     def permuted(self) -> "Arm":
-        """Its own weights, used in the same way, on the wrong dimensions."""
+        """The control with the same weights, used in the same way, on the wrong dimensions."""
         return replace(self, rule=self.rule.as_control("permuted"))
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """Names of the arms that use arbitrary weights in the same way; none for a control."""
+        """Names of its controls; empty for a control and for the plain arm."""
         if self.control or self.rule.is_plain:
             return ()
         random = replace(self, rule=RULES[RANDOM], alpha=1.0)
@@ -94,7 +95,7 @@ class Arm:
 
     @property
     def needs_dictionary(self) -> bool:
-        """Whether its rule looks at a first dictionary."""
+        """Whether its rule needs a first dictionary."""
         return self.rule.need == "dictionary"
 
 
@@ -119,8 +120,11 @@ SHOWN = tuple(name for name, arm in ARMS.items() if name != PLAIN and arm.contro
 
 
 def weights(arm: Arm, known: Known) -> Float[Tensor, " n_p"]:
-    """The arm's weights γ = s^α, the largest 1. A score of 0 keeps weight 0 for a positive α; under
-    a negative one it gets the largest finite weight. Raises LlmWsaeError if all scores are 0."""
+    """The arm's weights γ = s^α, scaled so that the largest is 1. A score of 0 gives weight 0 for a
+    positive α and the largest finite weight for a negative one.
+
+    Raises LlmWsaeError if all scores are 0.
+    """
     s = score(arm.rule, known)
     if float(s.max()) == 0:
         raise LlmWsaeError(f"the rule {arm.rule.name} scores every dimension 0; take more rows")

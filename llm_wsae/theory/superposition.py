@@ -1,14 +1,16 @@
 """Planted data: superposition whose true features are known.
 
 n true features x, sparse and non-negative, are mixed into n_p < n observed dimensions,
-x_p = W_p x (Elhage et al. 2022, "Toy Models of Superposition"). A dictionary sees x_p only, so
-what it found can be held against x. The mixtures differ in what should matter to a weighted loss:
+x_p = W_p x (Elhage et al. 2022, "Toy Models of Superposition"). A dictionary sees only x_p, and
+what it recovers can be compared with x. The mixtures differ in what should matter to a weighted
+loss:
 
 - ``digon``: 10 dimensions with one feature each, 10 with an antipodal pair: the position in which
   the closed form is exact;
 - ``mixed``: 8 with one feature, 6 digons, and 6 dimensions that hold 18 features of low coherence;
-- ``rotated``: the same data seen in another basis, in which no dimension is monosemantic;
-- ``toy_model``: W_p trained from scratch to reconstruct x, so that no one chose who shares.
+- ``rotated``: the same data in another basis, where no dimension is monosemantic;
+- ``toy_model``: W_p trained from scratch to reconstruct x, so that nobody chose which features
+  share dimensions.
 
 Frequencies and amplitudes can differ by feature, and a few dimensions can be made outliers.
 """
@@ -62,7 +64,7 @@ class Planted:
         )
 
     def observe(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n_p"]:
-        """What a dictionary gets to see of true features: x_p = W_p x."""
+        """What a dictionary sees of true features: x_p = W_p x."""
         return x @ self.mixing.T
 
 
@@ -71,8 +73,9 @@ def features_from_uniform(
     probability: Float[Tensor, "*groups n"],
     amplitude: Float[Tensor, "*groups n"],
 ) -> Float[Tensor, "*rows n"]:
-    """True features from one uniform number each: below the probability it is active, and how far
-    below is its strength. The same numbers at another sparsity give comparable rows."""
+    """True features from one uniform number each: a feature is active if its number is below the
+    probability, and the further below, the stronger. The same numbers at another sparsity give
+    comparable rows."""
     return (uniform < probability) * (1 - uniform / probability) * amplitude
 
 
@@ -100,7 +103,7 @@ def mixed_mixing(
     shared: int = 6,
     crowd: int = 18,
 ) -> Float[Tensor, "n_p n"]:
-    """W_p of a digon mixture beside ``shared`` dimensions that together hold ``crowd`` features."""
+    """W_p of a digon mixture and ``shared`` dimensions that together hold ``crowd`` features."""
     easy = digon_mixing(singles, digons)
     mixing = torch.zeros(len(easy) + shared, easy.shape[1] + crowd)
     mixing[: len(easy), : easy.shape[1]] = easy
@@ -111,7 +114,7 @@ def mixed_mixing(
 def low_coherence(
     dimensions: int, count: int, generator: torch.Generator
 ) -> Float[Tensor, "dimensions count"]:
-    """Unit columns whose largest |cosine| was pushed down by descent on a high power of it."""
+    """Unit columns whose largest |cosine| is reduced by gradient descent on a high power of it."""
     free = torch.randn(dimensions, count, generator=generator).requires_grad_()
     optimiser = torch.optim.Adam([free], lr=0.02)
     for _ in range(_COHERENCE_STEPS):
@@ -133,7 +136,7 @@ def rotated(data: Planted, generator: torch.Generator) -> Planted:
 
 
 def outliers(data: Planted, dimensions: Sequence[int], factor: float) -> Planted:
-    """Some observed dimensions ``factor`` times as large, as a residual stream has them."""
+    """Some observed dimensions ``factor`` times as large, as in a residual stream."""
     scale = torch.ones(len(data.mixing), 1, dtype=data.mixing.dtype)
     scale[list(dimensions)] = factor
     return replace(data, mixing=scale * data.mixing)

@@ -1,11 +1,11 @@
 """Tied TopK dictionaries on planted data, all arms of a seed at once.
 
 The dictionary of the theory: x̂ = Wᵀ TopK(ReLU(W x)), encoder and decoder one matrix W, no bias.
-A planted problem is tiny (20 dimensions, 50 latents), so the arms are one batch of matrix
-products. They start from the same W and see the same rows: their differences are paired.
+A planted problem is tiny (20 dimensions, 50 latents), so all arms are one batch of matrix products.
+They start from the same W and see the same rows, so their differences are paired.
 
-Gradients by hand; the k-th largest pre-activation by numpy's sort, whose vector instructions make
-it several times faster here than any top-k of torch.
+Gradients are written by hand; the k-th largest pre-activation comes from numpy's sort, whose vector
+instructions make it several times faster here than torch's top-k.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from torch import Tensor
 from llm_wsae.theory.superposition import Planted
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
-_DECAY = 0.3  # share of the steps, at the end, over which the learning rate falls to 0
+_DECAY = 0.3  # share of the steps, at the end, over which the learning rate decays to 0
 _IN_CACHE = 4  # arms whose pre-activations stay in a core's cache: a third faster than all at once
 _STEPS_DRAWN = 16  # steps whose rows are drawn together
 
@@ -35,9 +35,11 @@ class Schedule:
     batch: int
     """Rows per step."""
     learning_rate: float
-    """Of Adam, constant but for a linear fall to 0 over the last 30 % of the steps."""
+    """Of Adam: constant, then a linear decay to 0 over the last 30 % of the steps."""
     anneal: tuple[float, float] = (0.4, 0.7)
-    """Shares of the steps between which an annealed γ moves linearly to 1."""
+    """Shares of the steps between which an annealed γ moves linearly to 1. ``--anneal`` of a real
+    training starts at the first step instead; the expectations in ``scripts/results_theory.py``
+    were stated for this schedule."""
 
 
 def train_tied(
@@ -51,9 +53,9 @@ def train_tied(
 ) -> Float[Tensor, "arms latents n_p"]:
     """W of every arm, trained on ‖Γ(x − x̂)‖² in the space of ``scale`` · x_p.
 
-    ``annealed`` says whose γ moves to 1. What comes out for an arm does not depend on the arms
-    beside it (but for the rounding of batched products). ``check`` is called before every step and
-    may raise, which ends the training.
+    ``annealed`` marks the arms whose γ moves to 1. The result of an arm does not depend on the
+    other arms, except for rounding in the batched products. ``check`` is called before every step
+    and may raise, which ends the training.
     """
     num_arms, n_p = gamma.shape
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +90,7 @@ def tied_gradient(
     gamma_squared: Float[Tensor, "arms 1 n_p"],
     k: int,
 ) -> Float[Tensor, "arms latents n_p"]:
-    """Of the mean over rows of ‖Γ(x − Wᵀz)‖², z = TopK(ReLU(W x)), through both uses of W."""
+    """Gradient of the mean ‖Γ(x − Wᵀz)‖² over rows, z = TopK(ReLU(W x)), through both uses of W."""
     z = _keep_largest(torch.bmm(x, w.transpose(1, 2)), k)
     error = torch.baddbmm(x, z, w, beta=-1).mul_(gamma_squared)
     through = torch.bmm(error, w.transpose(1, 2))
@@ -98,7 +100,7 @@ def tied_gradient(
 
 
 def _keep_largest(pre: Tensor, k: int) -> Tensor:
-    """ReLU and TopK in place. Of equal values at the edge all stay."""
+    """ReLU and TopK in place. Values equal to the k-th largest all stay."""
     pre.relu_()
     if k < pre.shape[-1]:
         kth = torch.from_numpy(np.sort(pre.numpy(), axis=-1)[..., -k, None])
