@@ -28,7 +28,7 @@ from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.plots import plot_fidelity, plot_profile
-from llm_wsae.training.config import Architecture, TrainConfig
+from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.grid import make_arms
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import FINISHED, train
@@ -84,7 +84,7 @@ def run(
     rules: Sequence[str] = ("uniform", "variance"),
     alphas: Sequence[float] = (0.5, -0.25),
     ks: Sequence[int] = (32,),
-    architectures: Sequence[Architecture] = ("topk",),
+    architectures: Sequence[ArchitectureName] = ("topk",),
     init_seeds: Sequence[int] = (0,),
     text_column: str | None = None,
     harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen

@@ -41,7 +41,7 @@ OPERATIONS = (
     "value_gradients",
     "reconstruct",
     "firing_counts",
-    "adam_along",
+    "sparse_adam",
 )
 AUXK = "auxk_gradients"
 PRODUCT = "encoder product, inside it"

@@ -47,7 +47,7 @@ from llm_wsae.studies.folder import RESULTS as RESULTS_OF_STUDY
 from llm_wsae.studies.plan import plan
 from llm_wsae.studies.report import CURVE, DIFFERENCES
 from llm_wsae.studies.runner import study as run_study
-from llm_wsae.training.config import Architecture
+from llm_wsae.training.config import ArchitectureName
 from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
@@ -70,7 +70,7 @@ class Step:
     weigh: WeightConfig = field(default_factory=WeightConfig)
     folder: Path = FOLDER
     """That holds the folders of the sites."""
-    architecture: Architecture = "topk"
+    architecture: ArchitectureName = "topk"
     keep: bool = False
     """Whether its dictionaries are kept: then it is told how alike those of its seeds are."""
 

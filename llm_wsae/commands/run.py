@@ -17,7 +17,7 @@ from llm_wsae.commands.common import (
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.evaluation.fidelity.config import EvaluateConfig
 from llm_wsae.provenance import write_record
-from llm_wsae.training.config import Architecture, TrainConfig
+from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.weights.config import WeightConfig
 
 
@@ -31,7 +31,7 @@ def run(
     rule: tuple[str, ...] = ("uniform", "variance"),
     alpha: tuple[float, ...] = (0.5, -0.25),
     k: tuple[int, ...] = (32,),
-    architecture: tuple[Architecture, ...] = ("topk",),
+    architecture: tuple[ArchitectureName, ...] = ("topk",),
     expansion: int = 8,
     seeds: tuple[int, ...] = (0,),
     train_tokens: int | None = None,

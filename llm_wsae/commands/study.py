@@ -21,7 +21,7 @@ from llm_wsae.model.encoder_names import DEFAULT_ENCODER
 from llm_wsae.model.site import Site
 from llm_wsae.provenance import write_record
 from llm_wsae.studies.config import StudyConfig
-from llm_wsae.training.config import Architecture, TrainConfig
+from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.weights.config import WeightConfig
 
 
@@ -36,7 +36,7 @@ def study(
     k: tuple[int, ...] = (32,),
     curve: tuple[int, ...] = (16, 24, 32, 48, 64),
     seeds: tuple[int, ...] = (0, 1, 2),
-    architecture: Architecture = "topk",
+    architecture: ArchitectureName = "topk",
     expansion: int = 8,
     train_tokens: int | None = None,
     eval_tokens: int = 50_000,

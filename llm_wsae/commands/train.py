@@ -9,7 +9,7 @@ from llm_wsae.commands.common import Config, Result, cost
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record
-from llm_wsae.training.config import Architecture, TrainConfig
+from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.weights.config import WeightConfig
 
 
@@ -21,7 +21,7 @@ def train(
     alpha: tuple[float, ...] = (0.5,),
     weights: Path | None = None,
     k: tuple[int, ...] = (32,),
-    architecture: tuple[Architecture, ...] = ("topk",),
+    architecture: tuple[ArchitectureName, ...] = ("topk",),
     l1: tuple[float, ...] = (),
     seeds: tuple[int, ...] = (0,),
     config: Config[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen

@@ -58,12 +58,12 @@ class ActivationSource(Protocol):
 
 @runtime_checkable
 class SharedSource(ActivationSource, Protocol):
-    """A source of which several processes can each read a part of every batch."""
+    """A source that can read a part of every batch without reading the rest."""
 
-    def own_batches(
+    def batches_of_part(
         self, batch_size: int, seed: int, start: int, part: tuple[int, int]
     ) -> Iterator[Tensor]:
-        """The same batches; of each, the rows of part (number, of so many)."""
+        """The same batches; of each, only the rows of ``part`` (its number, of how many)."""
 
 
 class Share:

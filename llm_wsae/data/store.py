@@ -110,23 +110,6 @@ class ActivationStore:
         reader.read(start, rows)
         return rows
 
-    def batches(
-        self,
-        site: Site,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        window_bytes: int = WINDOW_BYTES,
-        part: tuple[int, int] = (0, 1),
-    ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """Endless shuffled batches of a site's rows from batch ``start`` on, read ahead.
-
-        Which rows are in a batch depends on the seed, the batch size and ``window_bytes`` only; of
-        part (number, of so many), only its rows are read.
-        """
-        reader = RowReader(self.folder, self.manifest, self._name(site))
-        return shuffled_batches(reader, batch_size, seed, start, window_bytes, part)
-
     def source(self, site: Site, window_bytes: int = WINDOW_BYTES) -> "StoreSource":
         """One site as what a trainer reads (an ActivationSource)."""
         return StoreSource(self, site, window_bytes)
@@ -215,19 +198,26 @@ class StoreSource:
     def batches(
         self, batch_size: int, seed: int, start: int = 0
     ) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Endless shuffled batches; see ``ActivationStore.batches``."""
-        return self.own_batches(batch_size, seed, start, (0, 1))
+        """Endless shuffled batches of the rows from batch ``start`` on, read ahead.
 
-    def own_batches(
+        Which rows are in a batch depends only on the seed, the batch size and ``window_bytes``.
+        """
+        return shuffled_batches(self._reader(), batch_size, seed, start, self._window_bytes)
+
+    def batches_of_part(
         self, batch_size: int, seed: int, start: int, part: tuple[int, int]
     ) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """One process's rows of the same batches, and only these are read."""
-        return self.store.batches(self.site, batch_size, seed, start, self._window_bytes, part)
+        """The same batches; of each, only the rows of ``part`` (its number, of how many) are
+        read."""
+        return shuffled_batches(self._reader(), batch_size, seed, start, self._window_bytes, part)
 
     def statistics(self) -> Statistics:
         """The statistics of all rows."""
         return self.store.statistics(self.site)
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that tell these rows, in this order, from others."""
+        """JSON values that identify these rows in this order."""
         return {**self._identity, "window_bytes": self._window_bytes}
+
+    def _reader(self) -> RowReader:
+        return RowReader(self.store.folder, self.store.manifest, str(self.site))

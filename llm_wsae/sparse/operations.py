@@ -5,12 +5,12 @@ costs that share of its dense form. Latents are rows here (``[d_sae, d_in]`` for
 decoder), because every operation reads or writes whole latents.
 
 Every operation picks an implementation when it is called, by device, dtype and whether autograd is
-on: ``triton`` on CUDA and ``cpu`` on the CPU where they can be had and the numbers are float32
+on: ``triton`` on CUDA and ``cpu`` on the CPU where they are available and the numbers are float32
 (or bfloat16, for the encoder's product), else ``pytorch``. ``using`` overrides the choice.
 
-AuxK's two, ``encode_dead`` and ``dead_gradients``, work on the dead latents written out: those are
-few, and up to half as many of them take part in a row as it has dimensions, too many for sparse
-codes to pay.
+AuxK's two, ``encode_dead`` and ``dead_gradients``, use dense products over the dead latents: those
+are few, and up to half as many of them take part in a row as it has dimensions, too many for sparse
+codes to be faster.
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ _forced: ContextVar[Name | None] = ContextVar("implementation", default=None)
 
 @contextmanager
 def using(name: Name) -> Iterator[None]:
-    """Within the block every operation is the named implementation's, for tests."""
+    """Within the block every operation uses the named implementation; for tests."""
     before = _forced.set(name)
     try:
         yield
@@ -69,17 +69,17 @@ def encode_above(
     encoder: Float[Tensor, "d_sae d_in"],
     bias: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"],
-    room: SlotCapacity | None = None,
+    capacity: SlotCapacity | None = None,
 ) -> RaggedCodes:
     """Every pre-activation above its latent's threshold (≥ 0): 0 is ReLU, a learnt one JumpReLU.
 
     Dtypes as in ``encode_topk``; the threshold is float32, or float64 for float64 inputs. Memory
     grows with the number of active latents: meant for few of them.
 
-    With ``room`` nothing waits for the device, and the codes are whole only if ``room.enough()``
-    then says so; if not, call again.
+    With ``capacity`` nothing waits for the device, and the codes are complete only if
+    ``capacity.enough()`` then says so; if not, call again.
     """
-    return _for_products(x, encoder, bias).encode_above(x, encoder, bias, threshold, room)
+    return _for_products(x, encoder, bias).encode_above(x, encoder, bias, threshold, capacity)
 
 
 def encode_batch_topk(
@@ -92,9 +92,9 @@ def encode_batch_topk(
 ) -> RaggedCodes:
     """The largest positive pre-activations of the whole batch, k per row; fewer if fewer are > 0.
 
-    Rows that are not ``kept`` have no active latent and do not count; by default all are.
-    ``guess``, the smallest value of the step before, makes it fast when it is near but below the
-    smallest value of this one; it never changes the result. Dtypes as in ``encode_topk``.
+    Rows that are not ``kept`` have no active latent and do not count; by default all are kept.
+    ``guess``, the smallest value of the previous step, makes it fast when it is just below the
+    smallest value of this step; it never changes the result. Dtypes as in ``encode_topk``.
     """
     implementation = _for_products(x, encoder, bias)
     return implementation.encode_batch_topk(x, encoder, bias, k, guess, kept)
@@ -109,7 +109,7 @@ def exact_values(
     """The codes with the values x·encoder[index] + bias[index], summed in ``x``'s float32.
 
     The product that picked the latents rounds them, if it is in bfloat16; ``encoder`` still may be.
-    Unused slots stay unused, and what turns out not to be positive becomes one.
+    Unused slots stay unused, and a slot whose value is not positive becomes unused.
     """
     values = value_gradients(codes, encoder, x) + bias[codes.indices]
     return codes._replace(values=values.relu_().mul_(codes.values > 0))
@@ -142,10 +142,10 @@ def dead_gradients(
     output_gradient: Float[Tensor, "batch d_in"],
     sums: SubsetGradients,
 ) -> None:
-    """Add to ``sums`` the gradients by the weights of latents that are ``active`` so much.
+    """Add to ``sums`` the gradients by the weights of latents with the values ``active``.
 
     With by_latent = output_gradient · decoderᵀ where a latent is active, else 0, these are
-    by_latentᵀ · x, activeᵀ · output_gradient and by_latent summed over rows. The given share one
+    by_latentᵀ · x, activeᵀ · output_gradient and by_latent summed over rows. All inputs share one
     dtype, that of the products; the sums are float32, or float64 for float64 inputs.
     """
     implementation = _for_products(active, x, decoder, output_gradient)
@@ -166,7 +166,7 @@ def value_gradients(
 ) -> Float[Tensor, " active"]:
     """Gradient of the loss by each active pre-activation: decoder[index] · output_gradient[row].
 
-    0 where the value is 0: an unused slot was clipped by the ReLU and must not push any weight.
+    0 where the value is 0: an unused slot was clipped by the ReLU and must not move any weight.
     Products are summed in float32 even if the decoder is rounded to bfloat16.
     """
     exact = () if decoder.dtype == torch.bfloat16 else (decoder,)
@@ -185,8 +185,8 @@ def reconstruct(
 ) -> Reconstruction:
     """``decode``, the residual, its weighted gradient and ``value_gradients``.
 
-    The gradient is that of ½ Σ column_weights · residual² and comes in the dtype ``fast``; the
-    weights may be of any. An implementation may do it all in one pass over the rows.
+    The gradient is that of ½ Σ column_weights · residual², in the dtype ``fast``; the weights may
+    have any dtype. An implementation may do it all in one pass over the rows.
     """
     implementation = _for_sums(codes.values, decoder, bias, x)
     row_weights, column_weights = row_weights.to(x.dtype), column_weights.to(x.dtype)
@@ -200,20 +200,20 @@ def reconstruct(
 
 
 def weight_gradients(
-    terms: SparseGradients, d_sae: int
+    gradients: SparseGradients, d_sae: int
 ) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
     """Gradients by encoder, decoder and encoder bias, from one grouping of the slots by latent.
 
     For each latent, over its occurrences: Σ by_value·x[row], Σ values·output_gradient[row] and
-    Σ by_value; 0 for one that never occurs. ``terms.more`` is added.
+    Σ by_value; 0 for one that never occurs. ``gradients.more`` is added.
     """
-    implementation = _for_sums(terms.codes.values, terms.by_value)
-    gradients = implementation.weight_gradients(terms, d_sae)
-    if terms.more is not None:
-        latents, *more = terms.more
-        for gradient, part in zip(gradients, more, strict=True):
-            gradient.index_add_(0, latents, part)
-    return gradients
+    implementation = _for_sums(gradients.codes.values, gradients.by_value)
+    sums = implementation.weight_gradients(gradients, d_sae)
+    if gradients.more is not None:
+        latents, *more = gradients.more
+        for dense, part in zip(sums, more, strict=True):
+            dense.index_add_(0, latents, part)
+    return sums
 
 
 def firing_counts(codes: RaggedCodes, d_sae: int) -> Float[Tensor, " d_sae"]:
@@ -221,8 +221,8 @@ def firing_counts(codes: RaggedCodes, d_sae: int) -> Float[Tensor, " d_sae"]:
     return _for_sums(codes.values).firing_counts(codes, d_sae)
 
 
-def adam_along(
-    terms: SparseGradients,
+def sparse_adam(
+    gradients: SparseGradients,
     rows: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
     means: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
     squares: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
@@ -230,16 +230,18 @@ def adam_along(
     learning_rate: float,
     encoder_fast: Float[Tensor, "d_sae d_in"] | None,
 ) -> Float[Tensor, " d_sae"]:
-    """``adam_rows`` with the gradients of ``weight_gradients``, of which that by the encoder's bias
-    is returned. An implementation may make a latent's where they are used and never hold all."""
+    """``adam_rows`` with the gradients of ``weight_gradients``; returns that by the encoder's bias.
+
+    An implementation may sum a latent's gradients where they are used and never hold all of them.
+    """
     state = (*rows, *means, *squares)
-    implementation = _for_sums(terms.codes.values, terms.by_value, *state)
+    implementation = _for_sums(gradients.codes.values, gradients.by_value, *state)
     given = (means, squares, step, learning_rate, encoder_fast)
-    if hasattr(implementation, "adam_along"):
-        return implementation.adam_along(terms, rows, *given)
-    gradients = weight_gradients(terms, len(rows[0]))
-    implementation.adam_rows(rows, gradients[:2], *given)
-    return gradients[2]
+    if hasattr(implementation, "sparse_adam"):
+        return implementation.sparse_adam(gradients, rows, *given)
+    *by_rows, by_bias = weight_gradients(gradients, len(rows[0]))
+    implementation.adam_rows(rows, tuple(by_rows), *given)
+    return by_bias
 
 
 def adam_rows(
@@ -253,10 +255,10 @@ def adam_rows(
 ) -> None:
     """One step of Adam over encoder and decoder, in place, after which decoder rows have norm 1.
 
-    Every pair is (encoder's, decoder's). ``means`` and ``squares`` are Adam's moments and ``step``
-    counts from 1; the numbers are those of torch.optim.Adam with ``reference.BETAS`` and
-    ``reference.EPSILON``. The new encoder also goes to ``encoder_fast`` in its dtype, for the next
-    step's product.
+    Every pair is (encoder, decoder). ``means`` and ``squares`` are Adam's moments and ``step``
+    counts from 1; the result is that of torch.optim.Adam with ``reference.BETAS`` and
+    ``reference.EPSILON``. The new encoder is also written to ``encoder_fast`` in its dtype, for the
+    next step's product.
     """
     implementation = _for_sums(*rows, *gradients, *means, *squares)
     implementation.adam_rows(rows, gradients, means, squares, step, learning_rate, encoder_fast)

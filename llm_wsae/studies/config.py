@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llm_wsae.errors import UsageError
-from llm_wsae.training.config import Architecture
+from llm_wsae.training.config import ArchitectureName
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class StudyConfig:
     """Those of the plain dictionaries, the k-curve."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each is one of initial weights, of the order of the rows, and of the control's draw."""
-    architecture: Architecture = "topk"
+    architecture: ArchitectureName = "topk"
     """Of all dictionaries, plain and weighted; k means what it means there."""
     keep_dictionaries: bool = True
     """Keep every dictionary as it was measured, in float32 (21 MB at 576 → 4608); else each is

@@ -1,74 +1,77 @@
-"""One arm of a training: a dictionary in the making, its optimiser and dead-latent counters."""
+"""One arm of a training: a dictionary being trained, its optimiser and dead-latent counters."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
+from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.errors import UsageError
 from llm_wsae.hardware import exact_dtype
-from llm_wsae.sparse.slot_capacity import SlotCapacity
-from llm_wsae.training.architectures.batch_topk import RunningThreshold, batch_topk_step
-from llm_wsae.training.architectures.jumprelu import LearntThreshold, jumprelu_step
-from llm_wsae.training.architectures.matryoshka import matryoshka_step
-from llm_wsae.training.architectures.relu import ActiveShare, relu_step
-from llm_wsae.training.architectures.topk import topk_step
+from llm_wsae.training.architecture import Architecture
+from llm_wsae.training.architectures import find_architecture
 from llm_wsae.training.auxk import DeadFinder, auxk_gradients
-from llm_wsae.training.config import Architecture
-from llm_wsae.training.normaliser import Space, Spaces, inverse
+from llm_wsae.training.config import ArchitectureName
+from llm_wsae.training.normaliser import Space, Spaces
 from llm_wsae.training.optimiser import Optimiser
-from llm_wsae.training.parallel.strategy import ALONE, Split
-from llm_wsae.training.parameters import Batch, Parameters, Step, initial_parameters
+from llm_wsae.training.parallel.strategy import SINGLE, Strategy
+from llm_wsae.training.parameters import Batch, Step, initial_parameters
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.loss_weights import Gamma, LossWeights
+from llm_wsae.weights.loss_weights import LossWeights
 
-_ERROR_ROWS = 512  # of a batch, brought back from a space to tell the true error
+_ERROR_ROWS = 512  # of a batch, transformed back from a space to estimate the true error
 
 
 @dataclass(frozen=True)
 class ArmConfig:
-    """What sets one arm of a training apart from the others."""
+    """What distinguishes one arm of a training from the others.
+
+    Raises UsageError for an unknown architecture, or one whose ``k`` or ``l1`` is not given.
+    """
 
     weights: LossWeights
     """Loss weights γ, normalised for the site."""
     k: int | None = None
-    """Active latents in a row, of every architecture but ReLU; None makes a ReLU arm."""
+    """Active latents in a row, in every one or on average; not for ReLU."""
     l1: float = 0.0
-    """L1 coefficient of a ReLU arm."""
+    """L1 coefficient, for ReLU only."""
     init_seed: int = 0
     """Seed of the initial weights."""
-    architecture: Architecture = "topk"
-    """What keeps the active latents to k; without k it means nothing."""
+    architecture: ArchitectureName = "topk"
+    """One of ``architecture_names()``."""
+
+    def __post_init__(self) -> None:
+        if getattr(self, self.kind.setting) is None:
+            raise UsageError(
+                f"a {self.architecture} arm needs k; to train with an L1 penalty instead, choose "
+                "the architecture relu"
+            )
+        if self.l1 < 0:
+            raise UsageError(f"an L1 coefficient must not be negative, but one is {self.l1:g}")
+
+    @property
+    def kind(self) -> type[Architecture]:
+        """The class of the architecture."""
+        return find_architecture(self.architecture)
+
+    @property
+    def level(self) -> int | float:
+        """``k`` or ``l1``, whichever sets the sparsity of the architecture."""
+        return getattr(self, self.kind.setting)
 
     @property
     def name(self) -> str:
         """Folder name of the arm: weights, sparsity, and the seed unless it is 0."""
-        prefix = "" if self.architecture == "topk" else f"{self.architecture}-"
-        sparsity = f"relu-l{self.l1:g}" if self.k is None else f"{prefix}k{self.k}"
-        return f"{self.weights.name}-{sparsity}" + (f"-s{self.init_seed}" if self.init_seed else "")
+        seed = f"-s{self.init_seed}" if self.init_seed else ""
+        return f"{self.weights.name}-{self.kind.label(self.level)}{seed}"
 
-    def kind(self) -> dict[str, Any]:
-        """The architecture and its number, for a dictionary to remember."""
-        if self.k is None:
-            return {"architecture": "relu", "l1": self.l1}
-        return {"architecture": self.architecture, "k": self.k}
-
-    @property
-    def sparsity(self) -> Sparsity:
-        """The sparsity of the finished dictionary: thresholds stand for a selection in a batch."""
-        if self.k is None:
-            return ReLU()
-        return TopK(self.k) if self.architecture == "topk" else JumpReLU()
-
-    @property
-    def revives(self) -> bool:
-        """Whether dead latents get the AuxK loss: where others keep them from being selected."""
-        return self.k is not None and self.architecture != "jumprelu"
+    def settings(self) -> dict[str, Any]:
+        """The architecture and its k or L1 coefficient, for the dictionary's record."""
+        return {"architecture": self.architecture, self.kind.setting: self.level}
 
     def check(self, d_sae: int) -> None:
-        """Raise UsageError if a dictionary of ``d_sae`` latents cannot have so few or so many."""
+        """Raise UsageError if a dictionary of ``d_sae`` latents cannot have k active ones."""
         if self.k is not None:
             TopK(self.k).check(d_sae)
 
@@ -79,14 +82,13 @@ class ArmConfig:
         return {
             "rule": self.weights.rule.name,
             "alpha": self.weights.alpha,
-            # a matrix comes out of a decomposition, whose last digits hang on the machine
+            # a matrix comes from a decomposition, whose last digits depend on the machine
             "gamma_sum": float(f"{total:.6g}") if gamma.ndim == 2 else total,
             "weights": None if config == WeightConfig() else asdict(config),
             "k": self.k,
             "l1": self.l1,
             "seed": self.init_seed,
-            # TopK and ReLU were there before the name was: their trainings still go on
-            "architecture": None if isinstance(self.sparsity, TopK | ReLU) else self.architecture,
+            "architecture": self.kind.recorded_name(),
         }
 
 
@@ -110,26 +112,25 @@ class Arm:
         d_sae: int,
         device: torch.device,
         space: Space | None = None,
-        split: Split = ALONE,
+        strategy: Strategy = SINGLE,
     ):
-        """``space`` may be shared with other arms; ``split`` is that of the batches."""
+        """``space`` may be shared with other arms."""
         config.check(d_sae)
         self.config = config
         self.space = space or Spaces(device).of(config.weights)
-        """Batches are handed in there; None is the plain one."""
+        """The space in which batches are passed; None is the plain one."""
         self._full_gamma = config.weights.gamma.to(device, torch.float32)
         self.gamma = (
             self._full_gamma
             if self.space is None
             else torch.ones(d_in, dtype=torch.float32, device=device)
         )
-        self.d_sae, own = d_sae, split.own_latents(d_sae)
+        self.d_sae, own = d_sae, strategy.own_latents(d_sae)
         self.own_latents = own
-        """Those that are here; all, unless other processes have some."""
-        self._split = split
+        """The latents that are here: all, unless other processes hold some."""
+        self._strategy = strategy
         self.parameters = initial_parameters(d_in, d_sae, config.init_seed, device, own=own)
-        self.memory = _memory(config, d_sae, device, len(own))
-        self._room = SlotCapacity()
+        self.architecture = config.kind(config.level, d_sae, device, strategy)
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
         self._optimiser = Optimiser(self.parameters)
@@ -140,28 +141,29 @@ class Arm:
     ) -> None:
         """One optimiser step. ``rows_seen`` counts all rows up to and including this batch.
 
-        On a GPU the device always has work: what must be known of it is read when it has been told
-        to do more, and once in the first step. Several processes wait for each other.
+        A GPU is never left idle: a number from it is read only when it already has more work
+        queued, except once in the first step. Several processes wait for each other.
         """
         with torch.no_grad():
             batch = self._weighed(batch)
             step = self.evaluate(batch)
-            if aux > 0 and self.config.revives:
+            if aux > 0 and self.architecture.revives_dead:
                 step = self._with_auxk(step, batch, rows_seen, aux, dead_after)
-            if self._split.row_parts > 1:
+            if self._strategy.row_part != (0, 1):
                 step = step.summed()
                 own = (*step.by_weights, step.by_decoder_bias, step.firings, step.loss)
-                self._split.sum_over_rows(own)
+                self._strategy.sum_over_rows_(own)
             self.last_fired.masked_fill_(step.firings > 0, rows_seen)
-            if self.memory is not None:  # first, for it may ask the device
-                self.memory.follow(step.for_memory, learning_rate)
+            # before the optimiser: it may ask the device for a number, which the optimiser's work
+            # then hides
+            self.architecture.follow(step.observed, learning_rate)
             self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
             self._record(step, batch)
 
     def anneal(self, done: float) -> None:
-        """Set γ for the steps from the share ``done`` of all steps on: on its way to 1, linearly.
+        """Move γ linearly towards 1, if it is annealed; ``done`` is the share of steps taken.
 
-        Σγ²·var falls a little below Σvar on the way and is back at the end.
+        Σγ²·var falls a little below Σvar on the way and returns to it at the end.
         """
         if share := self.config.weights.config.anneal:
             full = self._full_gamma
@@ -171,30 +173,12 @@ class Arm:
 
     def evaluate(self, batch: Batch) -> Step:
         """Loss and gradients on a batch, changing nothing."""
-        batch = self._weighed(batch)
-        while True:
-            step = self._evaluate(batch)
-            if not self._room.asked or self._split.everyone(self._room.enough()):
-                return step
-
-    def _evaluate(self, batch: Batch) -> Step:
-        """``evaluate``, right if there was room for what is active."""
         encoder = self._optimiser.encoder(batch.x_fast.dtype)
         parameters = self.parameters._replace(encoder=encoder)  # in the products' number format
-        given, memory, config = (parameters, batch, self.gamma), self.memory, self.config
-        match memory:
-            case ActiveShare():
-                return relu_step(*given, config.l1, memory.share(), self._room)
-            case LearntThreshold():
-                return jumprelu_step(*given, config.k, memory.log, self._room)
-            case RunningThreshold():
-                nested = config.architecture == "matryoshka"
-                step = matryoshka_step if nested else batch_topk_step
-                return step(*given, config.k, memory.guess())
-        return topk_step(*given, config.k)
+        return self.architecture.step(parameters, self._weighed(batch), self.gamma)
 
     def _weighed(self, batch: Batch) -> Batch:
-        """The batch with what its rows count under the arm's weights, if it does not say so yet."""
+        """The batch with how much its rows count under the arm's weights, if that is not set."""
         if batch.row_weights is not None:
             return batch
         return batch._replace(row_weights=self.config.weights.row_weights(batch.x, batch.mask))
@@ -208,19 +192,20 @@ class Arm:
     ) -> Step:
         """The step with AuxK's gradients added."""
         dead = self._finder.find(self.last_fired, rows_seen, dead_after)
-        more = auxk_gradients(self.parameters, batch, step.residual, dead, self.gamma, aux)
+        residual, strategy = step.residual, self._strategy
+        more = auxk_gradients(self.parameters, batch, residual, dead, self.gamma, aux, strategy)
         return step._replace(by_weights=step.by_weights._replace(more=more))
 
     def _record(self, step: Step, batch: Batch) -> None:
         own = torch.stack([batch.mask.sum(), self._squared_error(step, batch)])
-        rows, squared_error = self._split.over_rows(own)
+        rows, squared_error = self._strategy.sum_over_rows(own)
         self.progress.loss += step.loss * rows
         self.progress.squared_error += squared_error
-        self.progress.firings += self._split.over_latents(step.firings.sum())
+        self.progress.firings += self._strategy.sum_over_latents(step.firings.sum())
         self.progress.rows += rows
 
     def _squared_error(self, step: Step, batch: Batch) -> Tensor:
-        """Σ‖x − x̂‖² of the normalised rows, estimated from some of them if they are in a space."""
+        """Σ‖x − x̂‖² of the normalised rows; in a space, estimated from some of them."""
         if self.space is None:
             return torch.linalg.vector_norm(step.residual) ** 2
         error = torch.linalg.vector_norm(self.space.leave(step.residual[:_ERROR_ROWS])) ** 2
@@ -231,10 +216,10 @@ class Arm:
         return Progress(*(self.gamma.new_zeros((), dtype=exact) for _ in range(4)))
 
     def read_progress(self, rows_seen: int, dead_after: int, variance: float) -> dict[str, float]:
-        """Means since the last call, then start anew. ``variance`` is E‖x − mean‖² of the rows."""
+        """Means since the last call; resets the sums. ``variance`` is E‖x − mean‖² of the rows."""
         sums, self.progress = self.progress, self._no_progress()
         rows = max(1.0, float(sums.rows))
-        dead = self._split.over_latents(self.dead(rows_seen, dead_after).sum())
+        dead = self._strategy.sum_over_latents(self.dead(rows_seen, dead_after).sum())
         return {
             "loss": float(sums.loss) / rows,
             "fvu": float(sums.squared_error) / rows / variance,
@@ -243,11 +228,10 @@ class Arm:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, as tensors."""
+        """Everything that a resumed training needs, as tensors."""
         tensors = dict(self.parameters._asdict(), last_fired=self.last_fired)
         tensors |= self._optimiser.state()
-        if self.memory is not None:
-            tensors |= self.memory.state()
+        tensors |= self.architecture.state()
         tensors |= {f"progress.{name}": value for name, value in vars(self.progress).items()}
         return tensors
 
@@ -258,60 +242,10 @@ class Arm:
         for name, parameter in self.parameters._asdict().items():
             parameter.copy_(tensors[name])
         self._optimiser.load_state(tensors)
-        if self.memory is not None:
-            self.memory.load_state(tensors)
+        self.architecture.load_state(tensors)
         self.progress = Progress(
             **{
                 name: tensors[f"progress.{name}"].to(now.device, now.dtype)
                 for name, now in vars(self.progress).items()
             }
         )
-
-
-def _memory(
-    config: ArmConfig, d_sae: int, device: torch.device, num_own: int
-) -> ActiveShare | RunningThreshold | LearntThreshold | None:
-    """What an architecture remembers from step to step, beside its parameters."""
-    if config.k is None:
-        return ActiveShare()
-    if config.architecture == "topk":
-        return None
-    if config.architecture == "jumprelu":
-        return LearntThreshold(config.k, d_sae, device, num_own)
-    return RunningThreshold(num_own, device)
-
-
-def folded(
-    parameters: Parameters,
-    mean: Float[Tensor, " d_in"],
-    scale: float,
-    threshold: Float[Tensor, " d_sae"] | None = None,
-    space: Gamma | None = None,
-) -> dict[str, Tensor]:
-    """The dictionary's tensors with input centring, scaling and space folded in, float32.
-
-    Training sees x' = (x − mean)/scale. With latents measured in the units of x (scale times
-    larger) decoder rows keep unit norm and W_enc stays as it is; only the vectors change:
-    b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean, threshold ← scale·threshold.
-
-    In a space Γ it sees x' = Γ(x − mean)/scale, so W_enc ← Γᵀ W_enc first, W_dec ← W_dec Γ⁻ᵀ and
-    b_dec ← b_dec Γ⁻ᵀ. Codes are those of the training, so decoder rows have unit norm there only:
-    to scale them here would change which latents are the largest.
-    """
-    encoder, decoder, encoder_bias, decoder_bias = (p.detach().cpu().double() for p in parameters)
-    mean = mean.cpu().double()
-    if space is not None:
-        there, back = space.cpu().double(), inverse(space)
-        if space.ndim == 1:
-            there, back = there.diag(), back.diag()
-        encoder = encoder @ there
-        decoder, decoder_bias = decoder @ back.T, decoder_bias @ back.T
-    tensors = {
-        "W_enc": encoder.T.float().contiguous(),
-        "W_dec": decoder.float(),
-        "b_enc": (scale * encoder_bias - encoder @ mean).float(),
-        "b_dec": (scale * decoder_bias + mean).float(),
-    }
-    if threshold is not None:
-        tensors["threshold"] = (scale * threshold.cpu().double()).float()
-    return tensors

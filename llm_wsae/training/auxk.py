@@ -18,6 +18,7 @@ from torch import Tensor
 from llm_wsae.hardware import DeferredScalar
 from llm_wsae.sparse.codes import SubsetGradients
 from llm_wsae.sparse.operations import dead_gradients
+from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, squared, times
 from llm_wsae.weights.loss_weights import Gamma
 
@@ -81,6 +82,7 @@ def auxk_gradients(
     latents: DeadLatents,
     gamma: Gamma,
     coefficient: float,
+    strategy: Strategy = SINGLE,
 ) -> SubsetGradients | None:
     """Gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² by the weights of ``latents``; None if no
     latent is dead.
@@ -89,7 +91,7 @@ def auxk_gradients(
     dead latents take part, those with the largest pre-activations, or more where they tie.
     """
     indices, exact, fast = latents.indices, residual.dtype, batch.x_fast.dtype
-    num_dead = batch.split.count_latents(len(indices))
+    num_dead = strategy.count_latents(len(indices))
     if num_dead == 0:
         return None
     encoder, decoder, bias = (part[indices].to(fast) for part in parameters[:3])
@@ -101,14 +103,14 @@ def auxk_gradients(
     for rows in tiles:
         errors = (times(residual[rows], metric) * residual[rows]).sum(1)
         unexplained += errors @ batch.counted[rows]
-    by_error = metric * (2 * coefficient / batch.split.over_rows(unexplained).clamp(min=1e-12))
+    by_error = metric * (2 * coefficient / strategy.sum_over_rows(unexplained).clamp(min=1e-12))
     zeros = (torch.zeros_like(part, dtype=exact) for part in (encoder, decoder, bias))
     sums = SubsetGradients(indices, *zeros)
     for rows in tiles:
         x, counted = batch.x_fast[rows], batch.counted[rows, None]
-        active = batch.split.encode_dead(x, encoder, bias, latents.dead, k_aux)
+        active = strategy.encode_dead(x, encoder, bias, latents.dead, k_aux)
         # residual is x̂ − x = −e, so ê − e = active · decoder + residual
-        decoded = batch.split.over_latents((active @ decoder).to(exact))
+        decoded = strategy.sum_over_latents((active @ decoder).to(exact))
         error = decoded.add_(residual[rows]).mul_(counted)
         dead_gradients(active, x, decoder, times(error, by_error).to(fast), sums)
     return sums

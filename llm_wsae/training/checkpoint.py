@@ -1,7 +1,7 @@
-"""The state of a training on disk: one safetensors file, replaced whole.
+"""The state of a training on disk: one safetensors file, replaced atomically.
 
-It records which settings it belongs to, so that a run with others is told what differs instead of
-going on from a state that is not its own.
+It records the settings it belongs to, so that a run with others is told what differs instead of
+resuming from a state that is not its own.
 """
 
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import open_tensors, save_tensors
 from llm_wsae.training.arm import Arm
-from llm_wsae.training.parallel.group import Team
+from llm_wsae.training.parallel.group import ProcessGroup
 from llm_wsae.training.parallel.sharded_checkpoint import Rows, save_rows
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -26,28 +26,32 @@ class Reached(NamedTuple):
     step: int
     """Steps done."""
     numbers: dict[str, dict[str, float]]
-    """What was last logged of each arm."""
+    """The numbers last logged for each arm."""
 
 
 def save_checkpoint(
-    folder: Path, arms: Sequence[Arm], reached: Reached, identity: dict[str, Any], team: Team
+    folder: Path,
+    arms: Sequence[Arm],
+    reached: Reached,
+    identity: dict[str, Any],
+    group: ProcessGroup,
 ) -> None:
     """Replace the folder's checkpoint. Raises LlmWsaeError when it cannot be written.
 
-    The file is the same however the training is shared out, so any number of processes can go on
-    from it. Rank 0 writes it, and where others hold latents, each of them writes its own part.
+    The file is the same however the training is distributed, so any number of processes can resume
+    from it. Rank 0 writes it; where other processes hold latents, each writes its own part.
     """
     header = {**reached._asdict(), "identity": identity}
     metadata = {"llm_wsae": json.dumps(header)}
     parts: dict[str, Tensor | Rows] = {}
     for arm in arms:
         for name, value in arm.state().items():
-            if team.split.latent_parts > 1 and _per_latent(name, value.shape):
+            if group.strategy.latent_parts > 1 and _per_latent(name, value.shape):
                 value = Rows(value, arm.own_latents.start, arm.d_sae)
             parts[f"{arm.config.name}/{name}"] = value
-    if team.split.latent_parts > 1:
-        save_rows(folder / CHECKPOINT, parts, metadata, team.processes)
-    elif team.processes.leads:
+    if group.strategy.latent_parts > 1:
+        save_rows(folder / CHECKPOINT, parts, metadata, group.processes)
+    elif group.processes.leads:
         save_tensors(folder / CHECKPOINT, parts, metadata)
 
 
@@ -68,7 +72,7 @@ def load_checkpoint(folder: Path, arms: Sequence[Arm], identity: dict[str, Any])
             return Reached(int(header["step"]), header.get("numbers", {}))
         except (KeyError, ValueError, RuntimeError) as error:
             raise LlmWsaeError(
-                f"{path} is not a checkpoint of this version ({error}); delete it to start afresh"
+                f"{path} is not a checkpoint of this version ({error}); delete it to start over"
             ) from error
 
 
@@ -100,7 +104,7 @@ def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What two settings differ in, in words; empty if in nothing."""
+    """How two settings differ, in words; empty if they are the same."""
     wanted = json.loads(json.dumps(wanted))  # as it looks after a round trip
     return "; ".join(_differences(found, wanted))
 

@@ -1,17 +1,18 @@
-"""What a training is told. Free of torch, so that the command line can show it at once."""
+"""The settings of a training. Free of torch, so that the command line can show them at once."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llm_wsae.errors import UsageError
+from llm_wsae.training.architectures import architecture_names
 
-Architecture = Literal["topk", "batch-topk", "matryoshka", "jumprelu"]
-"""What keeps the active latents to k. ``topk``: in every row. ``batch-topk``: on average over the
-batch. ``matryoshka``: likewise, in nested dictionaries. ``jumprelu``: thresholds, under a penalty
-that aims at k on average."""
+if TYPE_CHECKING:
+    ArchitectureName = str
+else:
+    ArchitectureName = Literal[architecture_names()]
 
 Shard = Literal["rows", "latents"]
-"""What the processes of one training share out among them."""
+"""What is distributed over the processes of one training."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class TrainConfig:
     expansion: int = 8
     """Latents per dimension: d_sae = expansion × d_in."""
     tokens: int | None = None
-    """Rows to train on, in all; the default is one pass over the store."""
+    """Total number of rows to train on; the default is one pass over the store."""
     batch_size: int = 2048
     """Rows per step."""
     learning_rate: float | None = None
@@ -44,11 +45,11 @@ class TrainConfig:
     device: str = "auto"
     """cuda, mps, cpu, or auto."""
     shard: Shard = "rows"
-    """What several processes share out: the rows of each batch, or the latents, for a dictionary
-    that does not fit one device."""
+    """What is distributed over several processes: the rows of each batch, or the latents, for a
+    dictionary that does not fit one device."""
     dtype: str = "auto"
-    """Number format of the matrix products, bfloat16 or float32; auto takes what the hardware is
-    fast at. Weights and optimiser state are always float32."""
+    """Number format of the matrix products, bfloat16 or float32; auto takes the one
+    that the hardware is fast at. Weights and optimiser state are always float32."""
     tracker: str = "none"
     """Where the log also goes: none, tensorboard or wandb (each an extra of this package)."""
 

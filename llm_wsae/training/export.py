@@ -1,15 +1,20 @@
-"""From a trained arm to a dictionary that knows where it came from."""
+"""From a trained arm to a dictionary in the model's own units, with its provenance."""
 
 import dataclasses
 from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.provenance import command_line, versions
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training.arm import Arm, folded
-from llm_wsae.training.normaliser import Normaliser
+from llm_wsae.training.arm import Arm
+from llm_wsae.training.normaliser import Normaliser, inverse
+from llm_wsae.training.parameters import Parameters
+from llm_wsae.weights.loss_weights import Gamma
 
 
 def dictionary_of(
@@ -22,7 +27,7 @@ def dictionary_of(
 ) -> Dictionary:
     """The dictionary in the model's own units, from an arm that holds all latents.
 
-    ``numbers`` are what was last logged of it, ``settings`` those of the training.
+    ``numbers`` were last logged for it; ``settings`` are those of the training.
     """
     weights, provenance = arm.config.weights, source.identity()
     info = DictionaryInfo(
@@ -41,16 +46,16 @@ def dictionary_of(
         metrics={"training": numbers},
         training={
             **settings,
-            **arm.config.kind(),
+            **arm.config.settings(),
             "command": command_line(),
             "versions": versions(),
         },
     )
-    threshold = None if arm.memory is None else arm.memory.thresholds()
+    threshold = arm.architecture.thresholds()
     space = weights.gamma if weights.config.place == "space" else None
     return Dictionary(
         **folded(arm.parameters, normaliser.mean, normaliser.scale, threshold, space),
-        sparsity=arm.config.sparsity,
+        sparsity=arm.architecture.sparsity,
         info=info,
         extras={
             "gamma": weights.gamma,
@@ -59,3 +64,39 @@ def dictionary_of(
             "robust_variance": statistics.robust_variance.float(),
         },
     )
+
+
+def folded(
+    parameters: Parameters,
+    mean: Float[Tensor, " d_in"],
+    scale: float,
+    threshold: Float[Tensor, " d_sae"] | None = None,
+    space: Gamma | None = None,
+) -> dict[str, Tensor]:
+    """The dictionary's tensors with input centring, scaling and space folded in, float32.
+
+    Training sees x' = (x − mean)/scale. With latents measured in the units of x (scale times
+    larger) decoder rows keep unit norm and W_enc stays as it is; only the vectors change:
+    b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean, threshold ← scale·threshold.
+
+    In a space Γ it sees x' = Γ(x − mean)/scale, so W_enc ← Γᵀ W_enc first, W_dec ← W_dec Γ⁻ᵀ and
+    b_dec ← b_dec Γ⁻ᵀ. Codes stay those of the training, so decoder rows have unit norm in the space
+    only: rescaling them here would change which latents are the largest.
+    """
+    encoder, decoder, encoder_bias, decoder_bias = (p.detach().cpu().double() for p in parameters)
+    mean = mean.cpu().double()
+    if space is not None:
+        into, back = space.cpu().double(), inverse(space)
+        if space.ndim == 1:
+            into, back = into.diag(), back.diag()
+        encoder = encoder @ into
+        decoder, decoder_bias = decoder @ back.T, decoder_bias @ back.T
+    tensors = {
+        "W_enc": encoder.T.float().contiguous(),
+        "W_dec": decoder.float(),
+        "b_enc": (scale * encoder_bias - encoder @ mean).float(),
+        "b_dec": (scale * decoder_bias + mean).float(),
+    }
+    if threshold is not None:
+        tensors["threshold"] = (scale * threshold.cpu().double()).float()
+    return tensors

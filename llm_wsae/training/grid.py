@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from llm_wsae.errors import UsageError
+from llm_wsae.training.architectures import find_architecture
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.config import Architecture
+from llm_wsae.training.config import ArchitectureName
 from llm_wsae.weights.loss_weights import LossWeights
 
 
@@ -13,21 +14,22 @@ def make_arms(
     ks: Sequence[int],
     l1s: Sequence[float] = (),
     init_seeds: Sequence[int] = (0,),
-    architectures: Sequence[Architecture] = ("topk",),
+    architectures: Sequence[ArchitectureName] = ("topk",),
 ) -> list[ArmConfig]:
-    """Every combination; ``ks`` for each of the architectures, ReLU arms for ``l1s``.
+    """Every combination of weights, architectures, their sparsities and seeds.
 
-    Raises UsageError for a negative L1 coefficient.
+    ``ks`` are for every architecture except ``relu``, which takes ``l1s`` and need not be listed
+    when there are some. Raises UsageError for ``relu`` without L1 coefficients, or a negative one.
     """
-    for l1 in l1s:
-        if l1 < 0:
-            raise UsageError(f"an L1 coefficient must not be negative, but one is {l1:g}")
+    if l1s and "relu" not in architectures:
+        architectures = (*architectures, "relu")
+    elif "relu" in architectures and not l1s:
+        raise UsageError("the architecture relu needs at least one L1 coefficient (--l1)")
     return [
-        arm
+        ArmConfig(w, init_seed=seed, architecture=name, **{setting: level})
         for seed in init_seeds
         for w in weights
-        for arm in (
-            *(ArmConfig(w, k=k, init_seed=seed, architecture=a) for a in architectures for k in ks),
-            *(ArmConfig(w, l1=l1, init_seed=seed) for l1 in l1s),
-        )
+        for name in architectures
+        for setting in (find_architecture(name).setting,)
+        for level in {"k": ks, "l1": l1s}[setting]
     ]

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training.parallel.strategy import ALONE, Split
+from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch
 from llm_wsae.weights.loss_weights import Gamma, LossWeights
 
@@ -25,7 +25,7 @@ class Normaliser:
         statistics: Statistics,
         device: torch.device,
         fast: torch.dtype,
-        split: Split = ALONE,
+        strategy: Strategy = SINGLE,
     ):
         usual = statistics.usual_sample.double()
         self.mean = usual.mean(0).float().to(device)
@@ -34,10 +34,11 @@ class Normaliser:
         """E‖x − mean‖² of the rows that are not massive, in the units of the model."""
         self._threshold = statistics.massive_threshold
         self._fast = fast
-        self._split = split
+        self._strategy = strategy
 
     def batch(self, rows: Float[Tensor, "batch d_in"]) -> Batch:
-        """Normalise one's own rows of a batch, of any floating type, on the training's device."""
+        """Normalise this process's rows of a batch, of any floating type; the result is on the
+        training's device."""
         if self.mean.is_cuda and not rows.is_cuda:
             rows = rows.pin_memory()  # or the copy would wait for the step before
         rows = rows.to(self.mean.device, non_blocking=True).float()
@@ -45,8 +46,8 @@ class Normaliser:
         x = rows.sub(self.mean).div_(self.scale)
         x.masked_fill_(mask[:, None] == 0, 0)  # also if infinite
         here = mask.sum()
-        elsewhere = self._split.over_rows(here) - here
-        return Batch(x, x.to(self._fast), mask, self._split, elsewhere)
+        elsewhere = self._strategy.sum_over_rows(here) - here
+        return Batch(x, x.to(self._fast), mask, elsewhere)
 
 
 class Space:

@@ -1,8 +1,8 @@
-"""Adam for one arm, and what it leaves for the arm's next step.
+"""Adam for one arm.
 
-Encoder and decoder go through ``adam_along`` or ``adam_rows`` in one pass, which also keeps decoder
-rows at norm 1 and writes the encoder in the number format of the next step's product. The biases
-are small.
+Encoder and decoder are updated in one pass by ``sparse_adam`` or ``adam_rows``, which also keep
+decoder rows at norm 1 and write the encoder in the number format of the next step's product. The
+biases are small.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_wsae.sparse.backends.reference import BETAS, EPSILON, Gradients
 from llm_wsae.sparse.codes import SparseGradients
-from llm_wsae.sparse.operations import adam_along, adam_rows
+from llm_wsae.sparse.operations import adam_rows, sparse_adam
 from llm_wsae.training.parameters import Parameters
 
 
@@ -40,7 +40,7 @@ class Optimiser:
         by_decoder_bias: Float[Tensor, " d_in"],
         learning_rate: float,
     ) -> None:
-        """Move the parameters, in place, and put the decoder's rows back to norm 1.
+        """Update the parameters in place and rescale the decoder's rows to norm 1.
 
         ``by_weights`` as in ``Step``.
         """
@@ -48,7 +48,7 @@ class Optimiser:
         rows, moments = self._parameters[:2], (self._means[:2], self._squares[:2])
         now = (self._steps, learning_rate)
         if isinstance(by_weights, SparseGradients):
-            by_bias = adam_along(by_weights, rows, *moments, *now, self._encoder_fast)
+            by_bias = sparse_adam(by_weights, rows, *moments, *now, self._encoder_fast)
         else:
             *by_rows, by_bias = by_weights
             adam_rows(rows, tuple(by_rows), *moments, *now, self._encoder_fast)
@@ -59,7 +59,7 @@ class Optimiser:
             adam_vector(*vectors, *now)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments and the number of steps, under the names torch.optim.Adam has for them."""
+        """The moments and the number of steps, named as in torch.optim.Adam."""
         tensors = {}
         for name in Parameters._fields:
             tensors[f"{name}.exp_avg"] = getattr(self._means, name)

@@ -13,7 +13,6 @@ from torch import Tensor
 from llm_wsae.sparse.backends.reference import Gradients
 from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.sparse.operations import weight_gradients
-from llm_wsae.training.parallel.strategy import ALONE, Split
 from llm_wsae.weights.loss_weights import Gamma
 
 _ROWS_DRAWN = 4096  # a multiple of 16
@@ -37,12 +36,10 @@ class Batch(NamedTuple):
     """The same in the number format of the matrix products."""
     mask: Float[Tensor, " batch"]
     """1, or 0 for a massive row: it has no part in any loss."""
-    split: Split = ALONE
-    """What of the training other processes have: rows of the same batch, or latents."""
     num_elsewhere: float | Float[Tensor, ""] = 0.0
-    """Unmasked rows of the batch that other processes have."""
+    """Unmasked rows of the same batch in other processes."""
     row_weights: Float[Tensor, " batch"] | None = None
-    """How much each row counts in the loss, masked ones 0; None where all others count alike."""
+    """How much each row counts in the loss, 0 for masked ones; None if all others count alike."""
 
     @property
     def num_rows(self) -> Float[Tensor, ""]:
@@ -59,28 +56,26 @@ class Step(NamedTuple):
     """One evaluation of an arm's loss on a batch. Scalars stay on the device: no host sync."""
 
     by_weights: SparseGradients | Gradients
-    """Gradients by encoder, decoder and encoder bias, or what they are sums of: these are made
-    where they are used, since all of them are as large as the weights."""
+    """Gradients by encoder, decoder and encoder bias, or the terms of their sums: those are summed
+    where they are used, since all gradients together are as large as the weights."""
     by_decoder_bias: Float[Tensor, " d_in"]
     residual: Float[Tensor, "batch d_in"]
     """Reconstruction minus input, masked rows 0."""
     firings: Float[Tensor, " d_sae"]
     """How many rows each latent fired in, masked rows not counted."""
     loss: Float[Tensor, ""]
-    for_memory: Float[Tensor, ""] | Float[Tensor, " d_sae"] | None = None
-    """What the arm's memory follows, if it has one: the smallest selected value (BatchTopK), the
-    gradient by the logarithm of every latent's threshold (JumpReLU), or which share of the latents
-    was active (ReLU)."""
+    observed: Float[Tensor, ""] | Float[Tensor, " d_sae"] | None = None
+    """What the architecture remembers of this step, if anything (``Architecture.follow``)."""
 
     def summed(self) -> "Step":
-        """The step with its gradients made."""
+        """The step with its gradients summed."""
         if not isinstance(self.by_weights, SparseGradients):
             return self
         return self._replace(by_weights=weight_gradients(self.by_weights, len(self.firings)))
 
     @property
     def gradients(self) -> Parameters:
-        """All of them, made if they have not been."""
+        """All of them, summed if they have not been."""
         return Parameters(*self.summed().by_weights, self.by_decoder_bias)
 
 
@@ -92,7 +87,7 @@ def initial_parameters(
     dtype: torch.dtype = torch.float32,
     own: range | None = None,
 ) -> Parameters:
-    """Random unit decoder rows, the encoder tied to them, biases 0; of the latents ``own`` only."""
+    """Random unit decoder rows, the encoder equal to them, biases 0; only for latents ``own``."""
     generator = torch.Generator().manual_seed(seed)
     if own is None or len(own) == d_sae:
         decoder = torch.randn(d_sae, d_in, generator=generator, dtype=dtype)
@@ -147,11 +142,11 @@ def weighted_error(
 ) -> tuple[Tensor, Tensor]:
     """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual.
 
-    ``counted`` is the mask, or what else each row counts (``Batch.counted``); ``num_rows`` is the
-    number of unmasked rows, of which these may be a part.
+    ``counted`` is how much each row counts (``Batch.counted``); ``num_rows`` is the number of
+    unmasked rows in the batch, of which these may be a part.
 
     The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, and a matrix only
-    mixes them, so every sparse path behind it stays as it is.
+    mixes them, so every sparse path after it stays as it is.
     """
     gradient = times(residual, error_weights(num_rows, gamma)) * counted[:, None]
     return (gradient * residual).sum() / 2, gradient

@@ -1,7 +1,7 @@
 """Several dictionaries in one pass over the same batches.
 
 Reading and normalising a batch is shared, so each further arm costs only its own step, and the
-arms differ in nothing but what their configuration says: same rows, same order, same schedule.
+arms differ only in their configuration: same rows, same order, same schedule.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llm_wsae.data.shuffling import ActivationSource
+from llm_wsae.data.shuffling import ActivationSource, SharedSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import read_json, remove_partials, write_json
@@ -35,7 +35,7 @@ from llm_wsae.training.config import TrainConfig, default_learning_rate, learnin
 from llm_wsae.training.export import dictionary_of
 from llm_wsae.training.log import TrainingLog
 from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
-from llm_wsae.training.parallel.group import GO_ON, SAVE, STOP, Team, team_of
+from llm_wsae.training.parallel.group import CONTINUE, SAVE, STOP, ProcessGroup, process_group
 
 FINISHED = "training.json"
 MAX_DEAD_AFTER = 10_000_000
@@ -50,17 +50,17 @@ def train(
 ) -> dict[str, Dictionary]:
     """Train every arm on the source's rows and save one dictionary folder each under ``out``.
 
-    A run that was stopped or killed goes on from its last checkpoint with the same call, and on the
-    CPU ends with the same bits as an unbroken run. A finished one is read back.
+    The same call resumes a run that was stopped or killed from its last checkpoint, and on the CPU
+    ends with the same bits as an uninterrupted run. A finished run is only loaded.
 
     Under ``torchrun`` all processes make the same call and train the same dictionaries together, up
-    to the order in which numbers are added up; ``config.shard`` says what they share out. They need
-    one folder that all can reach, and a run may go on with more of them or fewer. A source that is
-    not a store is read whole by each process.
+    to the order in which numbers are added; ``config.shard`` says what is distributed. They need a
+    folder that all can reach, and a run may be resumed with another number of processes. Of a
+    source that is not a store, each process reads all rows.
 
-    Returns the dictionaries by arm name. Raises UsageError for settings that cannot be,
-    LlmWsaeError when ``out`` belongs to another training or is being written, and Interrupted
-    after Ctrl-C or SIGTERM.
+    Returns the dictionaries by arm name. Raises UsageError for impossible settings, LlmWsaeError
+    when ``out`` belongs to another training or is being written, and Interrupted after Ctrl-C or
+    SIGTERM.
     """
     names = [arm.name for arm in arms]
     if not arms:
@@ -69,12 +69,12 @@ def train(
             "coefficient, and one seed"
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f"the arms must be different, but {twice[0]} is asked for twice")
+        raise UsageError(f"the arms must be different, but {twice[0]} is listed twice")
     out, processes, device = Path(out), join(), choose_device(config.device)
     with processes.together():
-        with team_of(processes, device, config.shard) as team:
-            # first: a refused request leaves no folder
-            training = _Training(source, arms, config, out, device, team)
+        with process_group(processes, device, config.shard) as group:
+            # before the lock: a refused request leaves no folder
+            training = _Training(source, arms, config, out, device, group)
             _check_agreed(processes, {**training.identity, "shard": config.shard}, "settings")
             with processes.folder_lock(out, "training"):
                 if not processes.lead(training.is_finished):
@@ -88,9 +88,9 @@ def _check_agreed(processes: Processes, mine: dict[str, Any], what: str) -> None
     if clauses := differences(processes.lead(lambda: mine), mine):
         raise LlmWsaeError(
             f"process {processes.rank} has other {what} than process 0 ({clauses}); start all with "
-            "the same command, on machines of one kind that can reach one folder"
+            "the same command, on machines of one kind that share the output folder"
         )
-    processes.meet()  # so that none goes on and leaves something
+    processes.meet()  # so that none continues and leaves files behind
 
 
 class _Training:
@@ -101,17 +101,17 @@ class _Training:
         config: TrainConfig,
         out: Path,
         device: torch.device,
-        team: Team,
+        group: ProcessGroup,
     ):
-        self.source, self.config, self.out, self.team = source, config, out, team
-        self.leads = team.processes.leads
+        self.source, self.config, self.out, self.group = source, config, out, group
+        self.leads = group.processes.leads
         tokens = config.tokens if config.tokens is not None else source.num_rows
         if tokens is None:
-            raise UsageError("a stream has no end: say on how many tokens to train")
+            raise UsageError("a stream has no end: set the number of tokens to train on")
         self.num_steps = tokens // config.batch_size
         if self.num_steps == 0:
             raise UsageError(
-                f"{tokens} rows are less than one batch of {config.batch_size}; "
+                f"{tokens} rows are fewer than one batch of {config.batch_size}; "
                 "harvest more tokens or lower the batch size"
             )
         d_sae = config.expansion * source.d_in
@@ -119,14 +119,15 @@ class _Training:
             arm.check(d_sae)
         fast = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         self.statistics = source.statistics()
-        self.normaliser = Normaliser(self.statistics, device, fast, team.split)
+        self.normaliser = Normaliser(self.statistics, device, fast, group.strategy)
         self.learning_rate = config.learning_rate or default_learning_rate(d_sae)
         rows = self.num_steps * config.batch_size
         dead_after = config.dead_after or min(MAX_DEAD_AFTER, rows // 10)
         self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
         spaces = Spaces(device)
         self.arms = [
-            Arm(arm, source.d_in, d_sae, device, spaces.of(arm.weights), team.split) for arm in arms
+            Arm(arm, source.d_in, d_sae, device, spaces.of(arm.weights), group.strategy)
+            for arm in arms
         ]
         self.last_numbers: dict[str, dict[str, float]] = {}
         self.identity: dict[str, Any] = {
@@ -146,7 +147,7 @@ class _Training:
         }
 
     def is_finished(self) -> bool:
-        """Whether nothing is left to do; raises LlmWsaeError if something else was done there."""
+        """Whether nothing is left to do. Raises LlmWsaeError if another training was done there."""
         remove_partials(self.out)
         if not (self.out / FINISHED).exists():
             return False
@@ -156,10 +157,10 @@ class _Training:
 
     def run(self) -> None:
         step, self.last_numbers = load_checkpoint(self.out, self.arms, self.identity)
-        _check_agreed(self.team.processes, {"step": step}, "checkpoints")
+        _check_agreed(self.group.processes, {"step": step}, "checkpoints")
         config, total = self.config, self.num_steps * self.config.batch_size
         log = TrainingLog(self.out, step, config.tracker) if self.leads else None
-        batches = self.team.split.batches(self.source, config.batch_size, config.shuffle_seed, step)
+        batches = self._batches(step)
         bar = tqdm(
             total=total,
             initial=step * config.batch_size,
@@ -172,10 +173,10 @@ class _Training:
         self.saved_at = time.monotonic()
         try:
             with _stop_signals() as stopped, bar:
-                wish = GO_ON
-                while step < self.num_steps and wish < STOP:
+                wanted = CONTINUE
+                while step < self.num_steps and wanted < STOP:
                     rows = next(batches)
-                    agreed = self.team.agree(lambda: self._wish(stopped))
+                    agreed = self.group.agree(lambda: self._want(stopped))
                     self._step(step, rows)
                     step += 1
                     bar.update(config.batch_size)
@@ -183,16 +184,16 @@ class _Training:
                         self._read_numbers(step)
                         if log is not None:
                             self._log(log, bar, step)
-                    wish = agreed()
-                    if wish >= SAVE:
+                    wanted = agreed()
+                    if wanted >= SAVE:
                         self._save(step)
             if step < self.num_steps:
                 raise Interrupted(
                     f"stopped after step {step} of {self.num_steps}, saved in {self.out}; "
-                    "run the same command again to go on"
+                    "run the same command again to resume"
                 )
-            if self.team.split.latent_parts > 1:
-                self._save(step)  # where rank 0 finds all latents
+            if self.group.strategy.latent_parts > 1:
+                self._save(step)  # from which rank 0 takes the latents of all
         finally:
             if log is not None:
                 log.close()
@@ -200,15 +201,25 @@ class _Training:
             if close is not None:
                 close()  # ends the source's reading thread
 
-    def _wish(self, stopped: threading.Event) -> int:
+    def _batches(self, start: int) -> Iterator[torch.Tensor]:
+        """Of every batch from number ``start`` on, the rows of this process."""
+        wanted = (self.config.batch_size, self.config.shuffle_seed, start)
+        number, parts = self.group.strategy.row_part
+        if parts == 1:
+            return self.source.batches(*wanted)
+        if isinstance(self.source, SharedSource):
+            return self.source.batches_of_part(*wanted, (number, parts))
+        return (batch.tensor_split(parts)[number] for batch in self.source.batches(*wanted))
+
+    def _want(self, stopped: threading.Event) -> int:
         if stopped.is_set():
             return STOP
         due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds
-        return SAVE if due and self.leads else GO_ON
+        return SAVE if due and self.leads else CONTINUE
 
     def _save(self, step: int) -> None:
         reached = Reached(step, self.last_numbers)
-        save_checkpoint(self.out, self.arms, reached, self.identity, self.team)
+        save_checkpoint(self.out, self.arms, reached, self.identity, self.group)
         self.saved_at = time.monotonic()
 
     def _step(self, step: int, rows: torch.Tensor) -> None:
@@ -252,12 +263,12 @@ class _Training:
         )
 
     def finish(self) -> None:
-        """Save the dictionaries and tell that they are whole. Rank 0 does it."""
+        """Save the dictionaries, then the record that they are complete. Rank 0 does it."""
         settings = {k: v for k, v in self.identity.items() if k not in ("rows", "arms")}
         for arm in self.arms:
             name = arm.config.name
             dictionary = dictionary_of(
-                self._whole(arm),
+                self._with_all_latents(arm),
                 self.source,
                 self.statistics,
                 self.normaliser,
@@ -265,7 +276,7 @@ class _Training:
                 settings,
             )
             if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):
-                # of latents that never fire: the loss does not tell
+                # in latents that never fire, which the loss does not show
                 raise LlmWsaeError(
                     f"{name} has weights that are not finite; lower the learning rate (of llm-wsae "
                     "train) and start again in another folder"
@@ -274,18 +285,18 @@ class _Training:
         write_json(self.out / FINISHED, self.identity)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
 
-    def _whole(self, arm: Arm) -> Arm:
+    def _with_all_latents(self, arm: Arm) -> Arm:
         """The arm with the latents of all processes, which have just saved them."""
         if len(arm.own_latents) == arm.d_sae:
             return arm
-        whole = Arm(arm.config, self.source.d_in, arm.d_sae, torch.device("cpu"))
-        load_checkpoint(self.out, [whole], self.identity)
-        return whole
+        complete = Arm(arm.config, self.source.d_in, arm.d_sae, torch.device("cpu"))
+        load_checkpoint(self.out, [complete], self.identity)
+        return complete
 
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that a step is never torn; a second one interrupts.
+    """Ctrl-C and SIGTERM set the event, so that a step is never cut short; a second one interrupts.
 
     Outside the main thread, where signals cannot be caught, the event is never set.
     """

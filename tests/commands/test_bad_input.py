@@ -149,10 +149,10 @@ MISTAKES = {
         ["k = 65", "the dictionary's 64 latents", "smaller k or a larger expansion"],
     ),
     "k in run": (2, (*RUNNING, "--k", 200), ["k = 200", "the dictionary's 128 latents"]),
-    "k twice": (2, (*TRAINING, "--k", 4, 4), ["uniform-k4 is asked for twice"]),
+    "k twice": (2, (*TRAINING, "--k", 4, 4), ["uniform-k4 is listed twice"]),
     "nothing to train": (2, (*TRAINING, "--rule"), ["there is nothing to train"]),
     "l1": (2, (*TRAINING, "--k", 4, "--l1", -1), ["L1 coefficient", "-1"]),
-    "batch": (2, (*TRAINING, "--batch-size", 9999), ["rows are less than one batch of 9999"]),
+    "batch": (2, (*TRAINING, "--batch-size", 9999), ["rows are fewer than one batch of 9999"]),
     "rule": (2, (*WEIGHING, "--rule", "varianc"), ["rule 'varianc'; did you mean 'variance'"]),
     "rule in train": (2, (*TRAINING, "--rule", "kurtoses"), ["did you mean 'kurtosis'"]),
     "rule without its input": (

@@ -199,7 +199,7 @@ def test_reading_damaged_shards_is_one_sentence(store):
     nan = np.float32("nan").tobytes()
     path.write_bytes(content[:header] + nan + content[header + 4 :])
     with pytest.raises(LlmWsaeError, match=r"1 rows of .*00001\.safetensors .* NaN or infinite"):
-        next(store.batches(site, 8, seed=0))
+        next(store.source(site).batches(8, seed=0))
 
 
 def test_foreign_folders_are_named(store, tmp_path):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from combinations import over
 from sparse_cases import D_IN, ENCODINGS, SUMS, Sums, cast, integers, random, whole
 
 from llm_wsae.sparse import operations
-from llm_wsae.sparse.backends import cpu, reference
+from llm_wsae.sparse.backends import cpu, pytorch, reference
 from llm_wsae.sparse.backends.reference import EPSILON
 from llm_wsae.sparse.codes import (
     Codes,
@@ -67,8 +68,7 @@ def assert_found(codes: RaggedCodes, pre, tolerance):
     assert torch.allclose(pre[rows, indices], values, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("k", [1, 7, 20, 159, 160])
-@pytest.mark.parametrize("name", ENCODINGS)
+@over(k=[1, 7, 20, 159, 160], name=ENCODINGS)
 def test_encode_topk(name, k, dtype):
     (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
     k = min(k, len(encoder))
@@ -80,8 +80,7 @@ def test_encode_topk(name, k, dtype):
     assert torch.allclose(found, pre.topk(k).values.relu(), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("threshold", ["zero", "whole", "high"])
-@pytest.mark.parametrize("name", ENCODINGS)
+@over(threshold=["zero", "whole", "high"], name=ENCODINGS)
 def test_encode_above(name, threshold, dtype):
     (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
     level = {
@@ -100,9 +99,7 @@ def test_encode_above(name, threshold, dtype):
     assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("guess", [0.0, 8.0, 19.0, 1e6])
-@pytest.mark.parametrize("k", [1, 7, 160])
-@pytest.mark.parametrize("name", ENCODINGS)
+@over(guess=[0.0, 8.0, 19.0, 1e6], k=[1, 7, 160], name=ENCODINGS)
 def test_encode_batch_topk(name, k, guess, dtype):
     (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
     k = min(k, len(encoder))
@@ -116,8 +113,7 @@ def test_encode_batch_topk(name, k, guess, dtype):
     assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
-@pytest.mark.parametrize("name", ENCODINGS)
+@over(share=[0.0, 0.8, 1.0], name=ENCODINGS)
 def test_encode_batch_topk_of_some_rows(name, share, dtype):
     """The others count nowhere, though their pre-activations may be the largest."""
     (x, encoder, bias), pre, tolerance = encoding_of(name, dtype)
@@ -133,8 +129,7 @@ def test_encode_batch_topk_of_some_rows(name, share, dtype):
     assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("k", [1, 7, 19, 20, 159, 160])
-@pytest.mark.parametrize("d_sae", [160, 157])
+@over(k=[1, 7, 19, 20, 159, 160], d_sae=[160, 157])
 def test_selection_is_exact_and_keeps_the_sign(k, d_sae, dtype):
     k = min(k, d_sae)
     pre = (random(300, d_sae) - 0.5).to(dtype)
@@ -145,11 +140,7 @@ def test_selection_is_exact_and_keeps_the_sign(k, d_sae, dtype):
     assert all(len(set(row)) == k for row in best.indices.tolist())
 
 
-@pytest.mark.parametrize(
-    "pre",
-    [torch.zeros(5, 160), torch.full((5, 160), -1.0), torch.ones(5, 160).tril_(3)],
-    ids=["zeros", "all negative", "repeated"],
-)
+@over(pre=[torch.zeros(5, 160), torch.full((5, 160), -1.0), torch.ones(5, 160).tril_(3)])
 def test_selection_with_ties_picks_k_different_latents(pre):
     best = operations.select_topk(pre, 9)
     assert torch.equal(best.values.sort(descending=True).values, pre.topk(9).values)
@@ -162,9 +153,7 @@ DEAD = ENCODINGS | {
 }
 
 
-@pytest.mark.parametrize("share", [None, 0.0, 0.6], ids="{} are dead".format)
-@pytest.mark.parametrize("k", [1, 7, 80, 160])
-@pytest.mark.parametrize("name", DEAD)
+@over(share=[None, 0.0, 0.6], k=[1, 7, 80, 160], name=DEAD)
 def test_encode_dead(name, k, share, dtype):
     """Those that tie with the k-th largest are all there, and nothing else is."""
     x, encoder, bias = cast(DEAD[name], dtype)
@@ -186,7 +175,7 @@ def test_encode_dead(name, k, share, dtype):
         assert torch.equal(found.double(), wanted * (wanted >= smallest))
 
 
-@pytest.mark.parametrize("name", [name for name in DEAD if name != "random"])
+@over(name=[name for name in DEAD if name != "random"])
 def test_dead_gradients(name, dtype):
     """Of small whole numbers, so that what is added up is exact but for the last rounding."""
     x, encoder, bias = cast(DEAD[name], dtype)
@@ -214,7 +203,7 @@ def assert_close(found, expected, dtype, tolerance=None):
     assert torch.allclose(found.double(), expected, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("name", SUMS)
+@over(name=SUMS)
 def test_decode(name, exact):
     codes, _, decoder, bias, _ = cast(SUMS[name], exact)
     wide = SUMS[name]
@@ -225,7 +214,7 @@ def test_decode(name, exact):
     )
 
 
-@pytest.mark.parametrize("name", SUMS)
+@over(name=SUMS)
 def test_value_gradients(name, exact):
     codes, _, decoder, _, output_gradient = cast(SUMS[name], exact)
     wide = SUMS[name]
@@ -235,8 +224,7 @@ def test_value_gradients(name, exact):
     assert not found[codes.values == 0].any()  # else clipped slots would push the encoder
 
 
-@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SUMS)
+@over(fast=[torch.float32, torch.bfloat16], name=SUMS)
 def test_exact_values(name, fast, exact):
     """Whatever the values were before, and with the encoder rounded or not."""
     wide = SUMS[name]
@@ -251,8 +239,7 @@ def test_exact_values(name, fast, exact):
     assert not found.values[codes.values == 0].any()
 
 
-@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SUMS)
+@over(fast=[torch.float32, torch.bfloat16], name=SUMS)
 def test_reconstruct(name, fast, exact):
     case = SUMS[name]
     rows, columns = random(len(case.x), seed=7).relu(), random(case.x.shape[1], seed=8).relu()
@@ -267,8 +254,8 @@ def test_reconstruct(name, fast, exact):
     assert torch.equal(found.output_gradient, (found.residual * columns.to(exact)).to(fast))
 
 
-def terms_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradients:
-    """The terms of a problem, with ``kinds`` rows of codes to every row of x; float64."""
+def gradients_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradients:
+    """The gradients of a problem, with ``kinds`` rows of codes to every row of x; float64."""
     codes, x, decoder, _, output_gradient = case
     by_value = reference.value_gradients(codes, decoder, output_gradient)
     some = None
@@ -280,25 +267,24 @@ def terms_of(case: Sums, kinds: int = 1, more: bool = False) -> SparseGradients:
     return SparseGradients(codes, x[: len(x) // kinds], output_gradient, by_value, some)
 
 
-def narrowed(terms: SparseGradients, dtype: torch.dtype) -> SparseGradients:
-    """The terms in another dtype."""
-    codes, *tensors, more = terms
+def narrowed(gradients: SparseGradients, dtype: torch.dtype) -> SparseGradients:
+    """The gradients in another dtype."""
+    codes, *tensors, more = gradients
     if more is not None:
         more = SubsetGradients(more.latents, *(part.to(dtype) for part in more[1:]))
     codes = codes._replace(values=codes.values.to(dtype))
     return SparseGradients(codes, *(tensor.to(dtype) for tensor in tensors), more)
 
 
-@pytest.mark.parametrize("more", [False, True], ids=["sums alone", "and more"])
-@pytest.mark.parametrize(
-    ("name", "kinds"), [(n, m) for n, c in SUMS.items() for m in (1, 2, 5) if not len(c.x) % m]
-)
+@over(more=[False, True], kinds=[1, 2, 5], name=SUMS)
 def test_weight_gradients(name, kinds, exact, more):
     case = SUMS[name]
-    terms, d_sae = terms_of(case, kinds, more), len(case.decoder)
-    found = operations.weight_gradients(narrowed(terms, exact), d_sae)
+    if len(case.x) % kinds:
+        return
+    gradients, d_sae = gradients_of(case, kinds, more), len(case.decoder)
+    found = operations.weight_gradients(narrowed(gradients, exact), d_sae)
     with operations.using("reference"):
-        expected = operations.weight_gradients(terms, d_sae)
+        expected = operations.weight_gradients(gradients, d_sae)
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, exact)
 
@@ -318,13 +304,11 @@ def test_several_rows_of_codes_belong_to_a_row_of_x():
     close(by_bias, torch.stack([a + d, b + c]))
 
 
-@pytest.mark.parametrize("fast", [torch.bfloat16, None], ids=["bfloat16 copy", "no copy"])
-@pytest.mark.parametrize("more", [False, True], ids=["sums alone", "and more"])
-@pytest.mark.parametrize("name", SUMS)
-def test_adam_along(name, exact, more, fast):
-    """It is Adam with the gradients that the terms are summed to."""
+@over(fast=[torch.bfloat16, None], more=[False, True], name=SUMS)
+def test_sparse_adam(name, exact, more, fast):
+    """It is Adam with the gradients that the gradients are summed to."""
     case = SUMS[name]
-    terms = terms_of(case, 1, more)
+    gradients = gradients_of(case, 1, more)
     start = (
         (case.decoder, case.decoder.flip(0)),
         (case.decoder * 0.1,) * 2,
@@ -337,16 +321,16 @@ def test_adam_along(name, exact, more, fast):
     )
     copy = None if fast is None else torch.zeros(d_sae, width, dtype=fast)
     with operations.using("reference"):
-        gradients = operations.weight_gradients(terms, d_sae)
+        gradients = operations.weight_gradients(gradients, d_sae)
         operations.adam_rows(expected[0], gradients[:2], *expected[1:], 3, 0.01, None)
-    by_bias = operations.adam_along(narrowed(terms, exact), *found, 3, 0.01, copy)
+    by_bias = operations.sparse_adam(narrowed(gradients, exact), *found, 3, 0.01, copy)
     assert_close(by_bias, gradients[2], exact)
     for one, other in zip(sum(found, ()), sum(expected, ()), strict=True):
         assert_close(one, other, exact)
     assert copy is None or torch.equal(copy, found[0][0].to(fast))
 
 
-@pytest.mark.parametrize("name", SUMS)
+@over(name=SUMS)
 def test_firing_counts(name, exact):
     codes = cast(SUMS[name], exact).codes
     d_sae = len(SUMS[name].decoder)
@@ -358,14 +342,14 @@ def test_firing_counts(name, exact):
 
 def test_weight_gradients_of_rounded_rows(exact):
     """Rows in bfloat16 make sums of what they were rounded to, in full precision."""
-    terms, d_sae = terms_of(SUMS["ragged"]), len(SUMS["ragged"].decoder)
-    rounded = [part.bfloat16() for part in (terms.x, terms.output_gradient)]
-    narrow = narrowed(terms, exact)
+    gradients, d_sae = gradients_of(SUMS["ragged"]), len(SUMS["ragged"].decoder)
+    rounded = [part.bfloat16() for part in (gradients.x, gradients.output_gradient)]
+    narrow = narrowed(gradients, exact)
     found = operations.weight_gradients(
         SparseGradients(narrow.codes, *rounded, narrow.by_value), d_sae
     )
     expected = reference.weight_gradients(
-        SparseGradients(terms.codes, *rounded, terms.by_value), d_sae
+        SparseGradients(gradients.codes, *rounded, gradients.by_value), d_sae
     )
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, exact)
@@ -383,8 +367,7 @@ def test_unused_slots_push_no_weight(exact):
         assert gradient[3].any() and not gradient[5].any()
 
 
-@pytest.mark.parametrize("fast", [torch.bfloat16, None], ids=["bfloat16 copy", "no copy"])
-@pytest.mark.parametrize("d_in", [D_IN, 37])
+@over(fast=[torch.bfloat16, None], d_in=[D_IN, 37])
 def test_adam_rows(d_in, fast, exact):
     """Three steps are torch's Adam, each followed by the decoder's renormalisation."""
     start = (random(50, d_in), random(50, d_in, seed=1))
@@ -420,9 +403,9 @@ def test_codes_end_to_end():
     assert both.num_rows == 9
 
 
-def test_rows_get_room_by_what_the_last_ones_needed():
-    room = SlotCapacity()
-    assert not room.asked and room.enough()
+def test_rows_get_slots_by_what_the_last_ones_needed():
+    capacity = SlotCapacity()
+    assert capacity.enough()
     for counts, fit, least, most in (
         ([3, 64, 5], True, 80, 128),
         ([3, 500, 0], False, 625, 1250),
@@ -430,24 +413,37 @@ def test_rows_get_room_by_what_the_last_ones_needed():
         ([], True, 64, 64),  # all rows of a process may be masked
         ([65], False, 82, 164),
     ):
-        room.ask(torch.tensor(counts, dtype=torch.int64))
-        assert room.asked
-        assert room.enough() == fit and least <= room.slots <= most, counts
-        assert not room.asked
+        capacity.report(torch.tensor(counts, dtype=torch.int64))
+        assert capacity.enough() == fit and least <= capacity.slots <= most, counts
+
+
+def test_a_step_is_repeated_until_all_processes_have_slots_enough():
+    capacity, made, answers = SlotCapacity(), [], iter([False, True])
+
+    def compute():
+        made.append(capacity.slots)
+        capacity.report(torch.tensor([100]))
+        return len(made)
+
+    assert capacity.retry(compute, lambda yes: yes and next(answers)) == 3
+    assert made == [64, 128, 128]
+    assert capacity.retry(lambda: "nothing was reported", lambda yes: False).startswith("nothing")
 
 
 def test_the_choice_of_an_implementation():
     """By device, dtype and autograd, at the time of the call; an override ends with its block."""
-    here = compiled if cpu.available() else plain
+    here = cpu if cpu.available() else pytorch
     number = torch.ones(1)
     assert operations._for_sums(number) is here
     assert operations._for_products(number.bfloat16()) is here
-    assert operations._for_sums(number.bfloat16()) is operations._for_sums(number.double()) is plain
-    assert operations._for_sums(number.requires_grad_()) is plain
+    assert (
+        operations._for_sums(number.bfloat16()) is operations._for_sums(number.double()) is pytorch
+    )
+    assert operations._for_sums(number.requires_grad_()) is pytorch
     with torch.no_grad():
         assert operations._for_sums(number) is here
         with operations.using("reference"):
             with operations.using("pytorch"):
-                assert operations._for_sums(number) is plain
+                assert operations._for_sums(number) is pytorch
             assert operations._for_sums(number) is reference
         assert operations._for_sums(number) is here

@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import os
-import signal
-from dataclasses import dataclass
 
 import pytest
 import torch
+from planted_source import ARCHITECTURES, CONFIG, CPU, NAMES, Planted, arms_for
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,72 +13,13 @@ from torch import Tensor
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.model.site import Site
-from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training.architectures.batch_topk import RunningThreshold
 from llm_wsae.training.architectures.matryoshka import group_bounds
-from llm_wsae.training.arm import Arm, ArmConfig, folded
-from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.export import folded
 from llm_wsae.training.grid import make_arms
-from llm_wsae.training.normaliser import Normaliser
 from llm_wsae.training.trainer import Interrupted, train
-from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import RULES
-
-CPU = torch.device("cpu")
-ARCHITECTURES = ("topk", "batch-topk", "matryoshka", "jumprelu")
-NAMES = ("uniform-k2", *(f"uniform-{a}-k2" for a in ARCHITECTURES[1:]), "uniform-relu-l0.1")
-CONFIG = TrainConfig(
-    expansion=4, tokens=256 * 600, batch_size=256, learning_rate=1e-2, log_every=100,
-    device="cpu", dtype="float32",
-)  # fmt: skip
-
-
-@dataclass
-class Planted:
-    """An ActivationSource: sparse sums of 24 known directions in 16 dimensions, off centre."""
-
-    num_rows: int = 30_000
-    massive: bool = False
-    stop_after: int | None = None
-
-    d_in = 16
-    site = Site.parse("blocks.3.hook_resid_post")
-
-    def __post_init__(self):
-        draw = torch.Generator().manual_seed(7)
-        self.directions = torch.randn(24, 16, generator=draw)
-        self.directions /= self.directions.norm(dim=1, keepdim=True)
-        codes = 0.5 + torch.rand(self.num_rows, 24, generator=draw)
-        codes *= torch.rand(self.num_rows, 24, generator=draw) < 0.08
-        self.rows = 3 * codes @ self.directions + torch.linspace(-2, 2, 16)
-        if self.massive:
-            self.rows[::500] *= 1000
-
-    def batches(self, batch_size, seed, start=0):
-        number = start
-        while True:
-            if number == self.stop_after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            draw = torch.Generator().manual_seed(seed * 100_003 + number)
-            yield self.rows[torch.randint(self.num_rows, (batch_size,), generator=draw)]
-            number += 1
-
-    def statistics(self):
-        positions = torch.arange(self.num_rows) % 32
-        return Statistics(16, 32).update(self.rows, positions)
-
-    def identity(self):
-        return {"kind": "planted"}
-
-    def normaliser(self) -> Normaliser:
-        return Normaliser(self.statistics(), CPU, torch.float32)
-
-
-def arms_for(source: Planted) -> list[ArmConfig]:
-    weights = choose_weights(source.statistics(), ("uniform",), (1.0,))
-    return make_arms(weights, (2,), (0.1,), architectures=ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +74,14 @@ def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name)
     rows = source.rows[source.rows.norm(dim=1) < 100][:300]
     batch = normaliser.batch(rows)
     inside = arm.evaluate(batch)
-    threshold = None
-    if isinstance(arm.memory, RunningThreshold):
-        threshold = (inside.for_memory * 0.99999).expand(64)
-        below = float(threshold[0]) / float(arm.memory.mean)
-        assert 0.8 < below < 1.25  # and the mean over the batches is near it
-    elif arm.memory is not None:
-        threshold = arm.memory.thresholds()
+    threshold = arm.architecture.thresholds()
+    if config.architecture in ("batch-topk", "matryoshka"):
+        own = inside.observed * 0.99999
+        assert 0.8 < float(own / threshold[0]) < 1.25  # the mean over the batches is near it
+        threshold = own.expand(64)
     Dictionary(
         **folded(arm.parameters, normaliser.mean, normaliser.scale, threshold),
-        sparsity=config.sparsity,
+        sparsity=arm.architecture.sparsity,
         info=trained[2][name].info,
     ).save(tmp_path / "d")
     loaded = Dictionary.load(tmp_path / "d")
@@ -152,7 +89,7 @@ def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name)
     assert torch.equal((latents > 0).sum(0), inside.firings.long())
     reconstruction = inside.residual * normaliser.scale + rows
     torch.testing.assert_close(loaded(rows), reconstruction, rtol=1e-4, atol=1e-4)
-    assert loaded.sparsity == config.sparsity
+    assert loaded.sparsity == arm.architecture.sparsity
     assert isinstance(loaded.sparsity, JumpReLU) == (threshold is not None)
 
 
@@ -235,7 +172,7 @@ def test_dead_latents_are_counted_and_revived_where_others_crowd_them_out(name):
             arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, aux, 2000)
     dead, revived = (float(a.dead(400 * 256, 2000)[:48].double().mean()) for a in arms.values())
     assert dead > 0.8
-    if config.revives:
+    if config.kind.revives_dead:
         assert revived < 0.8 * dead
     else:
         assert name in ("uniform-jumprelu-k2", "uniform-relu-l0.1") and revived == dead

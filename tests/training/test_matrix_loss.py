@@ -3,11 +3,8 @@
 import pytest
 import torch
 
-from llm_wsae.training.architectures.batch_topk import batch_topk_step
-from llm_wsae.training.architectures.jumprelu import jumprelu_step
-from llm_wsae.training.architectures.matryoshka import matryoshka_step
-from llm_wsae.training.architectures.relu import dense_relu_step, sparse_relu_step
-from llm_wsae.training.architectures.topk import topk_step
+from llm_wsae.training.architectures import find_architecture
+from llm_wsae.training.architectures.topk import TopK
 from llm_wsae.training.auxk import DeadLatents, auxk_gradients
 from llm_wsae.training.parameters import (
     Batch,
@@ -18,16 +15,17 @@ from llm_wsae.training.parameters import (
 )
 
 D_IN, D_SAE, BATCH, K = 12, 40, 300, 4
-LOG_THRESHOLD = torch.full((D_SAE,), -1.0)
+STEPS = ("topk", "batch-topk", "matryoshka", "jumprelu", "relu, dense", "relu, sparse")
 
-STEPS = {
-    "topk": lambda p, b, g: topk_step(p, b, g, K),
-    "batch-topk": lambda p, b, g: batch_topk_step(p, b, g, K, 0.0),
-    "matryoshka": lambda p, b, g: matryoshka_step(p, b, g, K, 0.0),
-    "jumprelu": lambda p, b, g: jumprelu_step(p, b, g, K, LOG_THRESHOLD.to(p.decoder)),
-    "relu, dense": lambda p, b, g: dense_relu_step(p, b, g, 0.01),
-    "relu, sparse": lambda p, b, g: sparse_relu_step(p, b, g, 0.01),
-}
+
+def step_of(name, parameters, batch, gamma):
+    kind = find_architecture(name.split(",")[0])
+    made = kind(0.01 if kind.setting == "l1" else K, D_SAE)
+    if name == "jumprelu":
+        made.log_threshold = torch.full((D_SAE,), -1.0).to(parameters.decoder)
+    if name == "relu, sparse":
+        return made.sparse_step(parameters, batch, gamma)
+    return made.step(parameters, batch, gamma)
 
 
 def problem(dtype, seed=0):
@@ -47,16 +45,15 @@ def distance(found, expected):
     return max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_diagonal_matrix_is_its_diagonal(name, dtype):
-    parameters, batch, gamma, _ = problem(dtype)
-    by_vector = STEPS[name](parameters, batch, gamma)
-    by_matrix = STEPS[name](parameters, batch, gamma.diag())
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-    assert distance(by_matrix.gradients, by_vector.gradients) < tolerance
-    assert float(by_matrix.loss) == pytest.approx(float(by_vector.loss), rel=tolerance)
-    assert torch.equal(by_matrix.firings, by_vector.firings)
+def test_a_diagonal_matrix_is_its_diagonal(name):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        parameters, batch, gamma, _ = problem(dtype)
+        by_vector = step_of(name, parameters, batch, gamma)
+        by_matrix = step_of(name, parameters, batch, gamma.diag())
+        assert distance(by_matrix.gradients, by_vector.gradients) < tolerance
+        assert float(by_matrix.loss) == pytest.approx(float(by_vector.loss), rel=tolerance)
+        assert torch.equal(by_matrix.firings, by_vector.firings)
 
 
 def test_the_error_and_its_gradient():
@@ -70,7 +67,7 @@ def test_the_error_and_its_gradient():
 
 def test_topk_gradients_equal_autograd():
     parameters, batch, _, matrix = problem(torch.float64)
-    found = topk_step(parameters, batch, matrix, K)
+    found = TopK(K, D_SAE).step(parameters, batch, matrix)
     leaves = Parameters(*(p.clone().requires_grad_() for p in parameters))
     pre = batch.x @ leaves.encoder.T + leaves.encoder_bias
     top = pre.topk(K, dim=1)
@@ -83,7 +80,7 @@ def test_topk_gradients_equal_autograd():
 
 def test_auxk_uses_the_same_metric():
     parameters, batch, gamma, matrix = problem(torch.float64)
-    residual = topk_step(parameters, batch, matrix, K).residual
+    residual = TopK(K, D_SAE).step(parameters, batch, matrix).residual
     dead = torch.tensor([3, 5, 8])
     found = DeadLatents(dead)
     gradients = [

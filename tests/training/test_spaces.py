@@ -11,8 +11,9 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training.arm import Arm, ArmConfig, folded
+from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.export import folded
 from llm_wsae.training.grid import make_arms
 from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
 from llm_wsae.training.trainer import train

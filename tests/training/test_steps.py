@@ -6,8 +6,8 @@ from sparse_cases import needs_compiler, of_all
 
 from llm_wsae.hardware import DeferredScalar
 from llm_wsae.sparse.operations import using
-from llm_wsae.training.architectures.relu import dense_relu_step, relu_step, sparse_relu_step
-from llm_wsae.training.architectures.topk import topk_step
+from llm_wsae.training.architectures.relu import ReLU
+from llm_wsae.training.architectures.topk import TopK
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.auxk import DeadFinder, DeadLatents, auxk_gradients
 from llm_wsae.training.parameters import Batch, Parameters, initial_parameters
@@ -46,37 +46,45 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 def test_relu_goes_sparse_when_few_latents_are_active(monkeypatch):
     """The two ways agree to the precision of float32, and the number of active latents decides."""
     parameters, batch, gamma = problem(torch.float32)
-    dense, sparse = (
-        relu(parameters, batch, gamma, L1) for relu in (dense_relu_step, sparse_relu_step)
-    )
+    relu = ReLU(L1, D_SAE)
+    dense = relu.dense_step(parameters, batch, gamma)
+    sparse = relu.sparse_step(parameters, batch, gamma)
     assert relative_error(sparse.gradients, dense.gradients) < 1e-5
     assert float(sparse.loss) == pytest.approx(float(dense.loss), rel=1e-5)
     assert torch.equal(sparse.firings, dense.firings)
     assert float((sparse.residual - dense.residual).norm() / dense.residual.norm()) < 1e-5
 
-    monkeypatch.setattr("llm_wsae.training.architectures.relu.dense_relu_step", lambda *_: dense)
-    monkeypatch.setattr("llm_wsae.training.architectures.relu.sparse_relu_step", lambda *_: sparse)
-    for share, expected in ((None, dense), (0.02, dense), (0.01, sparse)):
-        assert relu_step(parameters, batch, gamma, L1, share) is expected
+    monkeypatch.setattr(relu, "dense_step", lambda *_: dense)
+    monkeypatch.setattr(relu, "sparse_step", lambda *_: sparse)
+    assert relu.step(parameters, batch, gamma) is dense
+    for share, expected in ((0.02, dense), (0.01, sparse)):
+        relu.follow(torch.tensor(share), 0.1)
+        assert relu.step(parameters, batch, gamma) is expected
     for one in (dense, sparse):
         share = float(one.firings.sum() / (batch.mask.sum() * D_SAE))
-        assert float(one.for_memory) == pytest.approx(share)
+        assert float(one.observed) == pytest.approx(share)
 
 
 def test_a_resumed_relu_arm_knows_how_many_latents_were_active():
     """Or it would take a dense step where the unbroken training took a sparse one."""
     _, batch, gamma = problem(torch.float32)
     first, second, third = (
-        Arm(ArmConfig(LossWeights(gamma), l1=L1), D_IN, D_SAE, batch.x.device) for _ in range(3)
+        Arm(
+            ArmConfig(LossWeights(gamma), l1=L1, architecture="relu"),
+            D_IN,
+            D_SAE,
+            batch.x.device,
+        )
+        for _ in range(3)
     )
-    assert first.memory.share() is None
+    assert first.architecture.active_share() is None
     first.step(batch, BATCH, 1e-3, aux=0.0, dead_after=10**9)
     state = first.state()
     second.load_state(state)
-    assert second.memory.share() == first.memory.share() > 0.1
+    assert second.architecture.active_share() == first.architecture.active_share() > 0.1
     del state["active_share"]  # as of a training that an older version began
     third.load_state(state)
-    assert third.memory.share() is None
+    assert third.architecture.active_share() is None
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch-topk", "matryoshka", "jumprelu"])
@@ -96,19 +104,23 @@ def test_a_whole_step_is_that_of_the_reference(name, architecture):
     assert relative_error(moments[name], moments["reference"]) < 1e-5
     silent = arm.last_fired < 0
     assert silent.sum() == D_SAE - 100
-    assert moments[name][0][silent].any() == arm.config.revives
+    assert moments[name][0][silent].any() == arm.architecture.revives_dead
 
 
-@pytest.mark.parametrize("weigh_rows", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("num_dead", [1, 5, 100])
-def test_auxk_gradients(dtype, num_dead, weigh_rows):
+def test_auxk_gradients(dtype):
     """Dead latents get the gradient of their loss in both matrices, and nobody else gets any."""
+    for num_dead in (1, 5, 100):
+        for weigh_rows in (False, True):
+            check_auxk(dtype, num_dead, weigh_rows)
+
+
+def check_auxk(dtype, num_dead, weigh_rows):
     parameters, batch, gamma = problem(dtype)
     if weigh_rows:
         draws = torch.rand(BATCH, generator=torch.Generator().manual_seed(2)).to(batch.mask)
         batch = batch._replace(row_weights=3 * draws * batch.mask)
-    residual = topk_step(parameters, batch, gamma, K).residual
+    residual = TopK(K, D_SAE).step(parameters, batch, gamma).residual
     dead = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:num_dead]
     more = auxk_gradients(parameters, batch, residual, DeadLatents(dead), gamma, 0.5)
     gradients = of_all(more, parameters)
@@ -135,21 +147,20 @@ def test_auxk_gradients(dtype, num_dead, weigh_rows):
     assert expected.decoder_bias is None  # what it explains is left over by the whole step
 
 
-@pytest.mark.parametrize("num_dead", [0, 1, D_IN // 2, 40])
-def test_auxk_with_latents_that_only_may_be_dead(num_dead):
+def test_auxk_with_latents_that_only_may_be_dead():
     """A mask over more latents gives the gradients of the dead ones."""
     parameters, batch, gamma = problem(torch.float64)
-    residual = topk_step(parameters, batch, gamma, K).residual
+    residual = TopK(K, D_SAE).step(parameters, batch, gamma).residual
     some = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:60]
-    is_dead = torch.arange(60) % 60 < num_dead
-    found = []
-    for latents in (DeadLatents(some, is_dead), DeadLatents(some[is_dead])):
-        more = auxk_gradients(parameters, batch, residual, latents, gamma, 0.5)
-        found.append(of_all(more, parameters))
-    masked, alone = found
-    for one, other in zip(masked, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
-    assert bool(alone.encoder.any()) == bool(num_dead)
+    for num_dead in (0, 1, D_IN // 2, 40):
+        is_dead = torch.arange(60) % 60 < num_dead
+        masked, alone = (
+            of_all(auxk_gradients(parameters, batch, residual, latents, gamma, 0.5), parameters)
+            for latents in (DeadLatents(some, is_dead), DeadLatents(some[is_dead]))
+        )
+        for one, other in zip(masked, alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+        assert bool(alone.encoder.any()) == bool(num_dead)
 
 
 def test_the_dead_are_the_same_whether_looked_for_now_and_then(monkeypatch):

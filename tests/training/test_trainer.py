@@ -18,9 +18,10 @@ from llm_wsae.model.site import Site
 from llm_wsae.processes import Several
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training import trainer
-from llm_wsae.training.arm import Arm, ArmConfig, folded
+from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig, learning_rate_factor
+from llm_wsae.training.export import folded
 from llm_wsae.training.grid import make_arms
 from llm_wsae.training.normaliser import Normaliser
 from llm_wsae.training.parallel import collectives
@@ -241,7 +242,7 @@ def test_impossible_settings_are_refused(tmp_path):
         train(source, arms_for(source, ks=(100,)), CONFIG, tmp_path)
     with pytest.raises(UsageError, match="the arms must be different"):
         train(source, arms_for(source) * 2, CONFIG, tmp_path)
-    with pytest.raises(UsageError, match="300 rows are less than one batch"):
+    with pytest.raises(UsageError, match="300 rows are fewer than one batch"):
         train(source, arms_for(source), TrainConfig(batch_size=512), tmp_path)
     for name, value in {
         "batch_size": 0, "learning_rate": -0.01, "dead_after": 0, "dtype": "int8"

@@ -70,8 +70,8 @@ def _built(folder: Path) -> Path:
     target = folder / f"{content.hexdigest()[:32]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as room:
-            fresh = Path(room) / "kernels.so"
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as place:
+            fresh = Path(place) / "kernels.so"
             _compile(compiler, fresh)
             os.replace(fresh, target)
     return target

@@ -33,7 +33,7 @@ firing_counts = pytorch.firing_counts
 _TILE_ROWS = 1024  # each tile reads the whole encoder
 _BLOCK_BYTES = 1 << 22  # of the product that is looked through at once: it stays in cache
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_FEW = 128  # candidates a row has room for at first
+_FEW = 128  # candidates that fit a row at first
 _LARGEST_SHARE = 8  # of the latents a candidate list can hold: beyond d_sae / 8, torch sorts
 
 
@@ -67,9 +67,13 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
 
 
 def encode_above(
-    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: SlotCapacity | None = None
+    x: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    capacity: SlotCapacity | None = None,
 ) -> RaggedCodes:
-    """See ``operations``. Has no use for room: the codes are as long as they must be."""
+    """See ``operations``. Ignores ``capacity``: the codes have exactly the slots they need."""
     lists = _Lists(_FEW)
     return joined([lists.above(tile, encoder, bias, threshold) for tile in x.split(_TILE_ROWS)])
 
@@ -150,16 +154,16 @@ def reconstruct(
     return result
 
 
-def weight_gradients(terms: SparseGradients, d_sae: int) -> Gradients:
-    """See ``operations``, where ``terms.more`` is added."""
-    width = terms.x.shape[1]
+def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
+    """See ``operations``, where ``gradients.more`` is added."""
+    width = gradients.x.shape[1]
     out = (_floats(d_sae, width), _floats(d_sae, width), _floats(d_sae))
-    _call(f"weight_gradients_{_NAMES[terms.x.dtype]}", *_by_latent(terms, d_sae), *out)
+    _call(f"weight_gradients_{_NAMES[gradients.x.dtype]}", *_by_latent(gradients, d_sae), *out)
     return out
 
 
-def adam_along(
-    terms: SparseGradients,
+def sparse_adam(
+    gradients: SparseGradients,
     rows: tuple[Tensor, Tensor],
     means: tuple[Tensor, Tensor],
     squares: tuple[Tensor, Tensor],
@@ -174,30 +178,33 @@ def adam_along(
     d_sae, by_bias = len(rows[0]), _floats(len(rows[0]))
     place = torch.full((d_sae,), -1, dtype=torch.int32)
     more: tuple[Tensor | None, Tensor | None] = (None, None)
-    if terms.more is not None:
-        latents, *more_rows, more_bias = terms.more
-        place = terms.more.places(d_sae, torch.int32)
+    if gradients.more is not None:
+        latents, *more_rows, more_bias = gradients.more
+        place = gradients.more.places(d_sae, torch.int32)
         more = tuple(part.contiguous() for part in more_rows)
     with _rounded_encoder(rows[0], encoder_fast) as fast:
         _call(
-            f"adam_along_{_NAMES[terms.x.dtype]}",
-            *_by_latent(terms, d_sae), place, *more, by_bias, *rows, *means, *squares, fast,
+            f"sparse_adam_{_NAMES[gradients.x.dtype]}",
+            *_by_latent(gradients, d_sae), place, *more, by_bias, *rows, *means, *squares, fast,
             *_adam(step, learning_rate),
         )  # fmt: skip
-    return by_bias if terms.more is None else by_bias.index_add_(0, latents, more_bias)
+    return by_bias if gradients.more is None else by_bias.index_add_(0, latents, more_bias)
 
 
-def _by_latent(terms: SparseGradients, d_sae: int) -> tuple[Tensor | int, ...]:
-    """The terms grouped by latent, as the kernels take them."""
-    indices, values, offsets = _checked(terms.codes, d_sae)
-    num_rows, (batch, width) = terms.codes.num_rows, terms.x.shape
-    assert num_rows == len(terms.output_gradient) and num_rows % max(1, batch) == 0
+def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Tensor | int, ...]:
+    """The occurrences grouped by latent, as the kernels take them."""
+    indices, values, offsets = _checked(gradients.codes, d_sae)
+    num_rows, (batch, width) = gradients.codes.num_rows, gradients.x.shape
+    assert num_rows == len(gradients.output_gradient) and num_rows % max(1, batch) == 0
     assert batch or not num_rows  # the kernels would look for rows that are not there
     bounds = torch.empty(d_sae + 1, dtype=torch.int64)
     slots, rows = torch.empty(2, len(indices), dtype=torch.int32)
     _call("group_by_latent", indices, offsets, num_rows, d_sae, bounds, slots, rows)
-    x, output_gradient = terms.x.contiguous(), terms.output_gradient.to(terms.x.dtype).contiguous()
-    by_value = terms.by_value.contiguous()
+    x, output_gradient = (
+        gradients.x.contiguous(),
+        gradients.output_gradient.to(gradients.x.dtype).contiguous(),
+    )
+    by_value = gradients.by_value.contiguous()
     return bounds, slots, rows, x, output_gradient, by_value, values, batch, d_sae, width
 
 

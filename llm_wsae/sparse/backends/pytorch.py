@@ -33,9 +33,13 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
 
 
 def encode_above(
-    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: SlotCapacity | None = None
+    x: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    capacity: SlotCapacity | None = None,
 ) -> RaggedCodes:
-    """See ``operations``. Has no use for room: the codes are as long as they must be."""
+    """See ``operations``. Ignores ``capacity``: the codes have exactly the slots they need."""
     tiles = []
     for rows in x.split(_TILE_ROWS):
         pre = torch.addmm(bias, rows, encoder.T)
@@ -177,9 +181,9 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     return gradient.mul_(codes.values > 0)
 
 
-def weight_gradients(terms: SparseGradients, d_sae: int) -> Gradients:
-    """See ``operations``, where ``terms.more`` is added."""
-    codes, x, output_gradient, by_value, _ = terms
+def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
+    """See ``operations``, where ``gradients.more`` is added."""
+    codes, x, output_gradient, by_value, _ = gradients
     latents, order = codes.indices.sort(stable=True)
     rows = codes.rows()[order]
     x, output_gradient = x.to(by_value.dtype), output_gradient.to(by_value.dtype)

@@ -30,9 +30,13 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
 
 
 def encode_above(
-    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: SlotCapacity | None = None
+    x: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    capacity: SlotCapacity | None = None,
 ) -> RaggedCodes:
-    """See ``operations``. Has no use for room: the codes are as long as they must be."""
+    """See ``operations``. Ignores ``capacity``: the codes have exactly the slots they need."""
     pre = _pre(x, encoder, bias)
     return _sparse(pre, pre > threshold)
 
@@ -93,9 +97,9 @@ def value_gradients(codes: RaggedCodes, decoder: Tensor, output_gradient: Tensor
     return by_latent[codes.rows(), codes.indices] * (codes.values > 0)
 
 
-def weight_gradients(terms: SparseGradients, d_sae: int) -> Gradients:
-    """See ``operations``, where ``terms.more`` is added."""
-    codes, x, output_gradient, by_value, _ = terms
+def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
+    """See ``operations``, where ``gradients.more`` is added."""
+    codes, x, output_gradient, by_value, _ = gradients
     by_latent = dense(codes, by_value, d_sae)
     latents = dense(codes, codes.values, d_sae)
     x = x.to(by_latent.dtype).repeat(len(output_gradient) // max(1, len(x)), 1)

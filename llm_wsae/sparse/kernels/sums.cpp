@@ -214,7 +214,7 @@ void weight_gradients(const Occurrences<T>& occurrences, float* by_encoder, floa
 // Each latent's gradients go straight into Adam, and never to memory. `place` tells which of the
 // latents begin with a row of `more_encoder` and `more_decoder`, and which row; -1 begins with 0.
 template <class T>
-void adam_along(const Occurrences<T>& occurrences, const int32_t* place, const float* more_encoder,
+void sparse_adam(const Occurrences<T>& occurrences, const int32_t* place, const float* more_encoder,
                 const float* more_decoder, float* by_bias, const Adam& adam, int64_t threads) {
   const int64_t d_sae = occurrences.d_sae, width = occurrences.width;
 #pragma omp parallel num_threads(int(threads))
@@ -272,7 +272,7 @@ void decode(const int64_t* indices, const float* values, const int64_t* offsets,
                                      by_value, values, batch, d_sae, width};                       \
     weight_gradients(occurrences, by_encoder, by_decoder, by_bias, threads);                       \
   }                                                                                                \
-  void adam_along_##NAME(                                                                          \
+  void sparse_adam_##NAME(                                                                          \
       const int64_t* bounds, const int32_t* slots, const int32_t* rows, const T* x,                \
       const T* output_gradient, const float* by_value, const float* values, int64_t batch,         \
       int64_t d_sae, int64_t width, const int32_t* place, const float* more_encoder,               \
@@ -286,7 +286,7 @@ void decode(const int64_t* indices, const float* values, const int64_t* offsets,
                     fast, width, float(step_size), float(root_scale), float(keep_square),          \
                     float(1 - keep_mean), float(1 - keep_square), float(epsilon),                  \
                     float(smallest_norm)};                                                         \
-    adam_along(occurrences, place, more_encoder, more_decoder, by_bias, adam, threads);            \
+    sparse_adam(occurrences, place, more_encoder, more_decoder, by_bias, adam, threads);            \
   }
 ROWS(float, float32)
 ROWS(bfloat16, bfloat16)

@@ -1,20 +1,42 @@
 """TopK (Gao et al. 2024): the k largest latents of every row reconstruct it.
 
-Gradients by hand along the sparse codes: after the encoder's matrix product nothing of size
-batch × d_sae exists. γ enters through the residual's gradient only.
+Gradients are computed by hand along the sparse codes: after the encoder's matrix product nothing of
+size batch × d_sae exists. γ enters only through the gradient of the residual.
 """
 
+from llm_wsae.dictionary import sparsity
 from llm_wsae.sparse.operations import encode_topk
-from llm_wsae.training.architectures.sparse_backward import exact, step_along
+from llm_wsae.training.architecture import Architecture
 from llm_wsae.training.parameters import Batch, Parameters, Step
+from llm_wsae.training.sparse_backward import exact, sparse_step
 from llm_wsae.weights.loss_weights import Gamma
 
 
-def topk_step(parameters: Parameters, batch: Batch, gamma: Gamma, k: int) -> Step:
-    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
-    fast = batch.x_fast.dtype
-    encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
-    codes = encode_topk(batch.x_fast, encoder, bias, min(k, len(encoder)))
-    kept = codes._replace(values=codes.values * batch.mask[:, None])  # masked rows count nowhere
-    active = exact(batch.split.topk(kept, k), parameters, batch)
-    return step_along(active, parameters, batch, gamma)
+class TopK(Architecture):
+    """Exactly k active latents in every row, or fewer if fewer are positive."""
+
+    name = "topk"
+
+    @classmethod
+    def label(cls, level: int | float) -> str:
+        return f"k{level}"
+
+    @classmethod
+    def recorded_name(cls) -> None:
+        """The first checkpoints did not name their architecture, and still resume."""
+
+    @property
+    def sparsity(self) -> sparsity.TopK:
+        return sparsity.TopK(self.k)
+
+    def step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+        """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
+        fast = batch.x_fast.dtype
+        encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
+        codes = encode_topk(batch.x_fast, encoder, bias, min(self.k, len(encoder)))
+        unmasked = codes._replace(values=codes.values * batch.mask[:, None])
+        active = exact(self.strategy.topk(unmasked, self.k), parameters, batch)
+        return sparse_step(active, parameters, batch, gamma, self.strategy)
+
+
+ARCHITECTURE = TopK

@@ -1,4 +1,4 @@
-"""Those who train together: the processes, what each has of the training, what they agree on."""
+"""The processes of one training: the strategy that distributes it, and what they agree on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,47 +9,53 @@ import torch
 from llm_wsae.processes import Processes, Several
 from llm_wsae.training.config import Shard
 from llm_wsae.training.parallel.collectives import Collectives, collectives
-from llm_wsae.training.parallel.data_parallel import SplitRows
-from llm_wsae.training.parallel.latent_parallel import SplitLatents
-from llm_wsae.training.parallel.strategy import ALONE, Split
+from llm_wsae.training.parallel.data_parallel import DataParallel
+from llm_wsae.training.parallel.latent_parallel import LatentParallel
+from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 
-GO_ON, SAVE, STOP = range(3)
-"""What a process may wish for after a step; the larger one wins."""
+CONTINUE, SAVE, STOP = range(3)
+"""What a process may want after a step; the largest one wins."""
 
-_SPLITS: dict[Shard, Callable[[Collectives], Split]] = {"rows": SplitRows, "latents": SplitLatents}
+_STRATEGIES: dict[Shard, Callable[[Collectives], Strategy]] = {
+    "rows": DataParallel,
+    "latents": LatentParallel,
+}
 
 
-class Team(NamedTuple):
+class ProcessGroup(NamedTuple):
     """All processes of one training."""
 
     processes: Processes
-    split: Split = ALONE
+    strategy: Strategy = SINGLE
     collectives: Collectives | None = None
     """None where there is one process."""
 
-    def agree(self, wish: Callable[[], int]) -> Callable[[], int]:
-        """Begin to agree on the largest wish of all; the function that is returned waits for it.
+    def agree(self, want: Callable[[], int]) -> Callable[[], int]:
+        """Start to agree on the largest of what all processes want; the returned function waits
+        for the answer.
 
-        It is asked for at the start of a step, so that the answer is there when the step ends. One
-        alone is asked at the end.
+        ``want`` is called at the start of a step, so that the answer is there when the step ends.
+        A single process calls it at the end.
         """
         if self.collectives is None:
-            return wish
-        largest, everyone = torch.tensor(wish()), self.collectives
-        work = everyone.begin_max(largest)
+            return want
+        largest, collectives = torch.tensor(want()), self.collectives
+        work = collectives.begin_max(largest)
 
         def agreed() -> int:
-            everyone.end(work)
+            collectives.end(work)
             return int(largest)
 
         return agreed
 
 
 @contextmanager
-def team_of(processes: Processes, device: torch.device, shard: Shard) -> Iterator[Team]:
+def process_group(
+    processes: Processes, device: torch.device, shard: Shard
+) -> Iterator[ProcessGroup]:
     """Connect the processes for a training on ``device``, until the block ends or fails."""
     if not isinstance(processes, Several):
-        yield Team(processes)
+        yield ProcessGroup(processes)
         return
     with collectives(processes, device) as connected:
-        yield Team(processes, _SPLITS[shard](connected), connected)
+        yield ProcessGroup(processes, _STRATEGIES[shard](connected), connected)

@@ -1,7 +1,7 @@
-"""The largest values among those that several processes have, each keeping its own of them.
+"""The largest values over several processes; each process gets those of them that are its own.
 
-Exact, whoever has how many. Where values tie at the end, the first in the order of the processes
-are taken, as if all were in one row after another.
+Exact, however unevenly they are spread. Where values tie for the last place, the first in the order
+of the processes are taken, as if all values were in one row, process after process.
 """
 
 import math
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.training.parallel.collectives import Collectives
-from llm_wsae.training.parallel.strategy import only
+from llm_wsae.training.parallel.strategy import keep_slots
 
 
 def largest_in_rows(
     collectives: Collectives, values: Float[Tensor, "rows own"], k: int
 ) -> Bool[Tensor, "rows own"]:
-    """Which of one's values are among the k largest of everyone's, in every row.
+    """Which of this process's values are among the k largest of all processes, in every row.
 
     Every process must have the same number of values in a row.
     """
@@ -39,21 +39,22 @@ def largest_of_all(
     k: int,
     kept: Bool[Tensor, " rows"],
     *,
-    rows_apart: bool,
+    rows_differ: bool,
     first: float,
 ) -> RaggedCodes:
-    """One's own of the largest positive values of the batch, k per kept row of it.
+    """This process's share of the largest positive values of the batch, k per kept row.
 
-    ``encode`` gives one's own largest values, so many per kept row. One cannot know how many of
-    them are among the largest of all, so ``first`` per row are tried, and more as long as
-    somebody's smallest one is above the smallest of all.
+    ``encode(n)`` gives its own largest values, n per kept row; ``rows_differ`` says whether the
+    processes have different rows. A process cannot know how many of its values are among the
+    largest of all, so it tries ``first`` per row, and more as long as the smallest value of any
+    process is above the smallest of all.
     """
     num_rows = int(kept.sum())
-    rows = int(collectives.sum_(torch.tensor(num_rows))) if rows_apart else num_rows
+    rows = int(collectives.sum_(torch.tensor(num_rows))) if rows_differ else num_rows
     wanted, per_row = k * rows, math.ceil(first)
     while True:
         codes = encode(per_row)
-        codes = only(codes, codes.values > 0)
+        codes = keep_slots(codes, codes.values > 0)
         all_there = len(codes.values) < per_row * num_rows  # no more of them are positive
         values = _gather(collectives, codes.values)
         smallest = values.new_zeros(())
@@ -68,11 +69,11 @@ def largest_of_all(
     by_rank = torch.stack(collectives.gather(counts))
     taken_before = int(by_rank[: collectives.rank, 1].sum())
     left = wanted - int(by_rank[:, 0].sum()) - taken_before
-    return only(codes, above | (level & (level.cumsum(0) <= left)))
+    return keep_slots(codes, above | (level & (level.cumsum(0) <= left)))
 
 
 def _gather(collectives: Collectives, values: Float[Tensor, " own"]) -> Float[Tensor, " all"]:
-    """Everyone's values end to end; they need not be equally many."""
+    """The values of all processes end to end; each may have a different number."""
     lengths = [int(n) for n in collectives.gather(torch.tensor([len(values)]))]
     padded = torch.nn.functional.pad(values, (0, max(lengths) - len(values)))
     parts = collectives.gather(padded)

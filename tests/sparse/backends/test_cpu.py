@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from combinations import over
 from sparse_cases import ENCODINGS, SUMS, cast, integers, needs_compiler, random
 
 from llm_wsae.errors import UsageError
@@ -24,8 +25,7 @@ def small_blocks(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ENCODINGS)
+@over(dtype=[torch.float32, torch.bfloat16], name=ENCODINGS)
 def test_blocks_and_tiles_leave_no_trace(small_blocks, name, dtype):
     x, encoder, bias = cast(ENCODINGS[name], dtype)
     if name == "random":  # whose rounding depends on the block
@@ -46,7 +46,7 @@ def test_blocks_and_tiles_leave_no_trace(small_blocks, name, dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("k", [1, 32, 500])
+@over(k=[1, 32, 500])
 def test_selection_from_many_latents(k):
     """Long rows: candidate lists are cut back many times, also where nearly all entries tie."""
     encoder = random(5000, 8, seed=1).float()
@@ -84,12 +84,12 @@ def test_the_number_of_threads_changes_no_bit():
 
     def everything():
         made = cpu.reconstruct(codes, decoder, bias, x, x[:, 0], columns, torch.bfloat16)
-        terms = SparseGradients(codes, x, gradient, made.by_value)
-        sums = cpu.weight_gradients(terms, len(decoder))
+        gradients = SparseGradients(codes, x, gradient, made.by_value)
+        sums = cpu.weight_gradients(gradients, len(decoder))
         rows, means, squares = (decoder.clone(), decoder.clone()), sums[:2], sums[:2]
         squares = tuple(square.abs() for square in squares)
         cpu.adam_rows(rows, (decoder, decoder), means, squares, 3, 0.1, None)
-        cpu.adam_along(terms, rows, means, squares, 4, 0.1, None)
+        cpu.sparse_adam(gradients, rows, means, squares, 4, 0.1, None)
         selected = cpu.encode_topk(*encoding, 9)
         return (*made, *sums, *rows, *squares, *selected)
 
@@ -130,7 +130,7 @@ def test_rows_and_latents_need_not_be_contiguous():
 
 
 @needs_compiler
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@over(default=[torch.bfloat16, torch.float64])
 def test_the_default_dtype_of_torch_changes_nothing(default):
     """The kernels write float32, so their memory must not follow it."""
     codes, x, decoder, bias, gradient = cast(SUMS["ragged"], torch.float32)
@@ -173,7 +173,7 @@ def test_weights_of_another_dtype_are_not_read_as_float32():
 
 
 @needs_compiler
-@pytest.mark.parametrize("latent", [160, -1])
+@over(latent=[160, -1])
 def test_a_latent_that_does_not_exist_is_refused(latent):
     """C++ would read whatever lies there; codes may come from a user (``Dictionary.decode``)."""
     codes = ragged(Codes(torch.tensor([[3, latent]]), torch.ones(1, 2)))
@@ -261,5 +261,5 @@ def test_it_can_be_asked_not_to_compile(tmp_path):
 
 
 def test_the_source_is_installed_with_the_package():
-    """``[tool.setuptools.package-data]`` names it; an installation without it would be plain."""
-    assert all(source.is_file() for source in build.SOURCES) and operations.compiled is compiled
+    """``[tool.setuptools.package-data]`` names it; without it there would be no C++ kernels."""
+    assert all(source.is_file() for source in build.SOURCES) and operations.cpu is cpu

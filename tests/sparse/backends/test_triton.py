@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from combinations import over
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_wsae.hardware import DeferredScalar
@@ -36,13 +37,8 @@ from llm_wsae.weights.rules import RULES
 pytest.importorskip("triton", reason="Triton is not installed (it comes with torch for CUDA)")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CARD = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-    ],
-)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+RUNS = INTERPRETED or torch.cuda.is_available()
 D_IN, D_SAE, BATCH = 24, 53, 4
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -58,12 +54,14 @@ SMALL = {
 }
 
 
-@pytest.fixture(params=["cpu" if INTERPRETED else CARD])
+@pytest.fixture(params=[pytest.param(DEVICE, marks=[] if INTERPRETED else pytest.mark.gpu)])
 def device(request):
+    if not RUNS:
+        pytest.skip("there is no CUDA device")
     return request.param
 
 
-@pytest.fixture(params=["cut", "whole"])
+@pytest.fixture(params=["cut", "whole"] if RUNS else ["cut"])
 def triton(request, monkeypatch):
     """The implementation, with tiles that cut these small inputs and with its real ones."""
     from llm_wsae.sparse.backends.triton import operations as triton
@@ -98,9 +96,7 @@ def pre_activations(kind, d_sae=D_SAE):
     return pre
 
 
-@pytest.mark.parametrize("dtype", FAST)
-@pytest.mark.parametrize("kind", ["random", "repeated", "negative", "zero", "infinite"])
-@pytest.mark.parametrize("k", [1, 7, D_SAE])
+@over(dtype=FAST, kind=["random", "repeated", "negative", "zero", "infinite"], k=[1, 7, D_SAE])
 def test_selection_is_exact_and_ties_go_to_the_lowest_latents(device, triton, dtype, kind, k):
     pre = pre_activations(kind).to(device, dtype)
     best = triton.select_topk(pre, k)
@@ -141,9 +137,7 @@ def dense(codes, d_sae=D_SAE):
 LAYERS = ["random", "negative", "zero rows", "dead latents"]
 
 
-@pytest.mark.parametrize("dtype", FAST)
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("k", [7, D_SAE])
+@over(dtype=FAST, kind=LAYERS, k=[7, D_SAE])
 def test_encode_topk(device, triton, dtype, kind, k):
     x, encoder, bias = layer(kind, device, dtype)
     codes = triton.encode_topk(x, encoder, bias, k)
@@ -155,9 +149,7 @@ def test_encode_topk(device, triton, dtype, kind, k):
     assert all(len(set(row)) == k for row in codes.indices.tolist())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("highest", [0, 20], ids=["relu", "jumprelu"])
+@over(dtype=DTYPES, kind=LAYERS, highest=[0, 20])
 def test_encode_above(device, triton, dtype, kind, highest):
     """With and without rows that have more entries than the room they get at first."""
     x, encoder, bias = layer(kind, device, dtype)
@@ -177,7 +169,7 @@ def test_rows_without_room_are_told_and_have_it_the_next_time(device, triton):
     little = slot_capacity.SlotCapacity()
     little.slots = 5
     codes = triton.encode_above(*given, little)
-    assert little.asked and not little.enough() and not little.asked
+    assert not little.enough() and little.enough()  # a report is read once
     assert codes.offsets.tolist() == [5 * i for i in range(BATCH + 1)]
     pre = torch.addmm(bias, x, encoder.T)
     assert torch.equal(pre.gather(1, codes.indices.view(BATCH, 5)), codes.values.view(BATCH, 5))
@@ -185,9 +177,7 @@ def test_rows_without_room_are_told_and_have_it_the_next_time(device, triton):
     assert little.enough() and torch.equal(dense(codes), pre)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("k", [1, 7, D_SAE])
+@over(dtype=DTYPES, kind=LAYERS, k=[1, 7, D_SAE])
 def test_encode_batch_topk(device, triton, dtype, kind, k):
     x, encoder, bias = layer(kind, device, dtype)
     codes = triton.encode_batch_topk(x, encoder, bias, k, 0.0)
@@ -203,8 +193,7 @@ def test_encode_batch_topk(device, triton, dtype, kind, k):
     assert int((found > 0).sum()) == len(positive)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", LAYERS)
+@over(dtype=DTYPES, kind=LAYERS)
 def test_encode_batch_topk_of_some_rows(device, triton, dtype, kind):
     x, encoder, bias = layer(kind, device, dtype)
     kept = (torch.arange(BATCH) % 3 > 0).to(device)
@@ -216,10 +205,7 @@ def test_encode_batch_topk_of_some_rows(device, triton, dtype, kind):
     assert kept[codes.rows()[positive]].all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("k", [1, 7, D_SAE])
-@pytest.mark.parametrize("masked", [False, True])
+@over(dtype=DTYPES, kind=LAYERS, k=[1, 7, D_SAE], masked=[False, True])
 def test_encode_dead(device, dtype, kind, k, masked):
     from llm_wsae.sparse.backends.triton import operations as triton
 
@@ -230,7 +216,7 @@ def test_encode_dead(device, dtype, kind, k, masked):
     assert torch.equal(found, reference.encode_dead(*given, dead, k))
 
 
-@pytest.mark.parametrize("d_sae", [0, 2100], ids="{} latents".format)
+@over(d_sae=[0, 2100])
 def test_encode_dead_of_none_and_of_more_than_are_read_at_once(device, d_sae):
     from llm_wsae.sparse.backends.triton import operations as triton
 
@@ -248,7 +234,7 @@ def test_the_guess_changes_nothing(device, triton):
         assert all(map(torch.equal, first, other))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@over(dtype=DTYPES)
 def test_a_batch_of_one_row(device, triton, dtype):
     x, encoder, bias = layer("random", device, dtype, batch=1)
     pre = torch.addmm(bias, x, encoder.T)
@@ -272,8 +258,8 @@ def test_a_batch_of_no_rows(device, triton):
         error = triton.decode(codes, encoder, bias[:D_IN])
         by_value = triton.value_gradients(codes, encoder, error)
         assert len(error) == len(by_value) == 0
-        terms = SparseGradients(codes, x, error, by_value)
-        assert not any(g.any() for g in triton.weight_gradients(terms, D_SAE))
+        gradients = SparseGradients(codes, x, error, by_value)
+        assert not any(g.any() for g in triton.weight_gradients(gradients, D_SAE))
 
 
 def some_codes(kind, device, exact):
@@ -316,8 +302,9 @@ def close(found, wanted):
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), CASES)
-def test_decode(device, triton, kind, dtype):
+@over(case=CASES)
+def test_decode(device, triton, case):
+    kind, dtype = case
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     codes = some_codes(kind, device, exact)
     decoder, bias = random(D_SAE, D_IN).to(device, dtype), random(D_IN, seed=5).to(device, dtype)
@@ -325,8 +312,9 @@ def test_decode(device, triton, kind, dtype):
     close(triton.decode(codes, decoder, bias), wanted)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), CASES)
-def test_value_gradients(device, triton, kind, dtype):
+@over(case=CASES)
+def test_value_gradients(device, triton, case):
+    kind, dtype = case
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     codes = some_codes(kind, device, exact)
     decoder = random(D_SAE, D_IN).to(device, dtype)
@@ -337,27 +325,27 @@ def test_value_gradients(device, triton, kind, dtype):
     assert not found[codes.values == 0].any()
 
 
-@pytest.mark.parametrize("kinds", [1, 2], ids=["a row of x each", "a row of x for two"])
-@pytest.mark.parametrize(("kind", "dtype"), CASES)
-def test_weight_gradients(device, triton, kind, dtype, kinds):
+@over(kinds=[1, 2], case=CASES)
+def test_weight_gradients(device, triton, case, kinds):
+    kind, dtype = case
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     codes = some_codes(kind, device, exact)
     x = random(codes.num_rows, D_IN, seed=7).to(device, dtype)
     codes = joined([codes] * kinds)
     output_gradient = random(codes.num_rows, D_IN, seed=8).to(device, exact)
     by_value = random(len(codes.values), seed=9).to(device, exact) * (codes.values > 0)
-    terms = SparseGradients(codes, x, output_gradient, by_value)
-    found = triton.weight_gradients(terms, D_SAE)
+    gradients = SparseGradients(codes, x, output_gradient, by_value)
+    found = triton.weight_gradients(gradients, D_SAE)
     wide = RaggedCodes(codes.indices, codes.values.double(), codes.offsets)
     wanted = reference.weight_gradients(
-        SparseGradients(wide, *(part.double() for part in terms[1:4])), D_SAE
+        SparseGradients(wide, *(part.double() for part in gradients[1:4])), D_SAE
     )
     for one, other in zip(found, wanted, strict=True):
         close(one, other)
-    assert all(map(torch.equal, found, triton.weight_gradients(terms, D_SAE)))
+    assert all(map(torch.equal, found, triton.weight_gradients(gradients, D_SAE)))
 
 
-def some_terms(kind, device, dtype, more):
+def some_gradients(kind, device, dtype, more):
     """Of a problem, with what AuxK adds to every third latent."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     codes = some_codes(kind, device, exact)
@@ -374,22 +362,21 @@ def some_terms(kind, device, dtype, more):
     return SparseGradients(codes, x, output_gradient, by_value, some)
 
 
-def widened(terms):
-    """The terms in float64."""
-    codes, *tensors, more = terms
+def widened(gradients):
+    """The gradients in float64."""
+    codes, *tensors, more = gradients
     more = more and SubsetGradients(more.latents, *(part.double() for part in more[1:]))
     return SparseGradients(
         codes._replace(values=codes.values.double()), *(t.double() for t in tensors), more
     )
 
 
-@pytest.mark.parametrize("fast", [torch.bfloat16, None])
-@pytest.mark.parametrize("more", [False, True])
-@pytest.mark.parametrize(("kind", "dtype"), CASES)
-def test_adam_along(device, triton, kind, dtype, more, fast):
-    """It is Adam with the gradients that the terms are summed to."""
-    terms = some_terms(kind, device, dtype, more)
-    exact = terms.codes.values.dtype
+@over(fast=[torch.bfloat16, None], more=[False, True], case=CASES)
+def test_sparse_adam(device, triton, case, more, fast):
+    """It is Adam with the gradients that the gradients are summed to."""
+    kind, dtype = case
+    gradients = some_gradients(kind, device, dtype, more)
+    exact = gradients.codes.values.dtype
     start = [(random(D_SAE, D_IN, seed=1), random(D_SAE, D_IN, seed=2))]
     start += [tuple(0.1 * row for row in start[0]), tuple(row**2 + 1 for row in start[0])]
     found, wanted = (
@@ -397,9 +384,9 @@ def test_adam_along(device, triton, kind, dtype, more, fast):
         for dtype in (exact, torch.float64)
     )
     copy = None if fast is None else torch.zeros(D_SAE, D_IN, dtype=fast, device=device)
-    by_bias = triton.adam_along(terms, *found, 3, 0.01, copy)
+    by_bias = triton.sparse_adam(gradients, *found, 3, 0.01, copy)
     with using("reference"):
-        gradients = operations.weight_gradients(widened(terms), D_SAE)
+        gradients = operations.weight_gradients(widened(gradients), D_SAE)
         operations.adam_rows(wanted[0], gradients[:2], *wanted[1:], 3, 0.01, None)
     close(by_bias, gradients[2])
     for one, other in zip(sum(found, ()), sum(wanted, ()), strict=True):
@@ -409,8 +396,7 @@ def test_adam_along(device, triton, kind, dtype, more, fast):
         torch.testing.assert_close(copy, found[0][0].to(fast), rtol=nearness, atol=0)
 
 
-@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", CODES)
+@over(fast=[torch.bfloat16, torch.float32, torch.float64], kind=CODES)
 def test_reconstruct(device, triton, kind, fast):
     dtype = torch.float64 if fast == torch.float64 else torch.float32
     codes = some_codes(kind, device, dtype)
@@ -431,15 +417,13 @@ def test_reconstruct(device, triton, kind, fast):
     assert not found.by_value[codes.values == 0].any()
 
 
-@pytest.mark.parametrize("kind", CODES)
+@over(kind=CODES)
 def test_firing_counts(device, triton, kind):
     codes = some_codes(kind, device, torch.float32)
     assert torch.equal(triton.firing_counts(codes, D_SAE), (dense(codes) > 0).float().sum(0))
 
 
-@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32, None])
-@pytest.mark.parametrize("exact", EXACT)
-@pytest.mark.parametrize("d_in", [D_IN, 37])
+@over(fast=[torch.bfloat16, torch.float32, None], exact=EXACT, d_in=[D_IN, 37])
 def test_adam_rows(device, exact, fast, d_in):
     from llm_wsae.sparse.backends.triton import operations as triton
 
@@ -555,7 +539,7 @@ def test_no_whole_step_waits_for_the_device(device, triton, architecture, monkey
     """With a masked row, and with dead latents that were looked for in the steps before."""
     weights = LossWeights(torch.ones(D_IN), RULES["uniform"])
     relu = architecture.endswith(" relu")
-    kind = {"l1": 0.1} if relu else {"k": 2, "architecture": architecture}
+    kind = {"l1": 0.1, "architecture": "relu"} if relu else {"k": 2, "architecture": architecture}
     arm = Arm(ArmConfig(weights, **kind), D_IN, D_SAE, torch.device(device))
     arm._finder._waits = True  # as on a card
     if relu:
@@ -573,9 +557,9 @@ def test_no_whole_step_waits_for_the_device(device, triton, architecture, monkey
                 arm.step(batch, rows_seen, 0.01, 1 / 32, 160)
             assert watched.waited == []
     if relu:
-        assert (arm.memory.share() < 1 / 64) == (architecture == "sparse relu")
+        assert (arm.architecture.active_share() < 1 / 64) == (architecture == "sparse relu")
     moved = (arm.parameters.encoder != before).any(1)
-    assert moved[arm.dead(56, 160)].any() == arm.config.revives
+    assert moved[arm.dead(56, 160)].any() == arm.architecture.revives_dead
 
 
 def test_whether_there_was_room_is_read_with_other_work_under_way(device, triton, monkeypatch):
@@ -603,33 +587,37 @@ def test_whether_there_was_room_is_read_with_other_work_under_way(device, triton
         "value_gradients_kernel",
         "read",
         "further_sums_kernel",
-        "adam_along_kernel",
+        "sparse_adam_kernel",
     ]
 
 
-@pytest.mark.parametrize("l1", [None, 0.1], ids=["jumprelu", "relu"])
+@over(l1=[None, 0.1])
 def test_a_step_that_lacked_room_is_made_again(device, triton, l1):
     """The same numbers come out as with the implementation that needs none."""
     x = random(14, D_IN).float().to(device)
     batch = Batch(x, x, torch.ones(14, device=device))
     weights = LossWeights(torch.ones(D_IN), RULES["uniform"])
-    kind = {"k": 12, "architecture": "jumprelu"} if l1 is None else {"l1": l1}
+    kind = (
+        {"k": 12, "architecture": "jumprelu"} if l1 is None else {"l1": l1, "architecture": "relu"}
+    )
     found = {}
     for name in ("triton", "reference"):
         arm = Arm(ArmConfig(weights, **kind), D_IN, D_SAE, torch.device(device))
         arm.parameters.encoder_bias.fill_(1)
         if l1 is not None:
-            arm.memory.follow(torch.tensor(0.001, device=device), 0.01)  # so that it goes sparse
-        arm._room.slots = 2
+            arm.architecture.follow(
+                torch.tensor(0.001, device=device), 0.01
+            )  # so that it goes sparse
+        arm.architecture._capacity.slots = 2
         with using(name):
             found[name] = arm.evaluate(batch)
-        assert (arm._room.slots > 2) == (name == "triton")
+        assert (arm.architecture._capacity.slots > 2) == (name == "triton")
     ours, theirs = found.values()
     assert float(theirs.firings.sum()) > 14 * 4
     assert torch.equal(ours.firings, theirs.firings)
     for one, other in zip(ours.gradients, theirs.gradients, strict=True):
         close(one, other.double())
-    close(ours.for_memory, theirs.for_memory.double())
+    close(ours.observed, theirs.observed.double())
 
 
 if not INTERPRETED:
@@ -688,12 +676,12 @@ if not INTERPRETED:
         triton.adam_rows(pair, pair, pair, pair, 1, 0.01, encoder)
         more = SubsetGradients(torch.arange(5000), *pair, bias.float())
         for some in (None, more):
-            terms = SparseGradients(codes, x, x, codes.values, some)
-            triton.adam_along(terms, pair, pair, pair, 1, 0.01, encoder)
+            gradients = SparseGradients(codes, x, x, codes.values, some)
+            triton.sparse_adam(gradients, pair, pair, pair, 1, 0.01, encoder)
         modules = (adam, latents, rows, select)
         kernels = {name for module in modules for name in vars(module)}
         assert compiled.keys() == {name for name in kernels if name.endswith("_kernel")}
         assert all(code["cubin"] for codes in compiled.values() for code in codes)
         if dtype == torch.bfloat16:  # rounded to nearest, which the interpreter isn't
-            for name in ("adam_rows_kernel", "adam_along_kernel", "reconstruct_kernel"):
+            for name in ("adam_rows_kernel", "sparse_adam_kernel", "reconstruct_kernel"):
                 assert all("cvt.rn.bf16" in code["ptx"] for code in compiled[name])

@@ -8,17 +8,16 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from architecture_cases import BATCH, D_SAE, STEPS, problem, step_of
 from several import run
 from sparse_cases import of_all
-from test_architectures import BATCH, D_SAE, STEPS, K, log_threshold, own_step, problem
 
 from llm_wsae.processes import join
-from llm_wsae.training.architectures.jumprelu import jumprelu_step
 from llm_wsae.training.auxk import DeadLatents, auxk_gradients
 from llm_wsae.training.parallel.collectives import collectives
-from llm_wsae.training.parallel.data_parallel import SplitRows
-from llm_wsae.training.parallel.latent_parallel import SplitLatents
-from llm_wsae.training.parallel.strategy import ALONE, Split
+from llm_wsae.training.parallel.data_parallel import DataParallel
+from llm_wsae.training.parallel.latent_parallel import LatentParallel
+from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, initial_parameters
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -26,34 +25,34 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 the k largest, and which of them is taken depends on who has them."""
 DEAD = [0, 3, 7, *range(100, 160)]  # unevenly shared, and more than take part in a row
 PER_LATENT = ("encoder", "decoder", "encoder_bias", "firings")
-SPLITS = {"rows": SplitRows, "latents": SplitLatents}
+STRATEGIES = {"rows": DataParallel, "latents": LatentParallel}
 
 
 @contextmanager
-def split_of(shard: str) -> Iterator[Split]:
+def strategy_of(shard: str) -> Iterator[Strategy]:
     everyone = join()
     with everyone.together(), collectives(everyone, torch.device("cpu")) as connected:
-        yield SPLITS[shard](connected)
+        yield STRATEGIES[shard](connected)
 
 
-def share(split: Split, parameters: Parameters, batch: Batch) -> tuple[Parameters, Batch]:
+def share(strategy: Strategy, parameters: Parameters, batch: Batch) -> tuple[Parameters, Batch]:
     """This process's part of a problem. Rows come in parts of different lengths, one of them 0."""
-    own = split.own_latents(D_SAE)
+    own = strategy.own_latents(D_SAE)
     parts = [p[own.start : own.stop] for p in parameters[:3]]
     parameters = Parameters(*parts, parameters.decoder_bias)
-    if isinstance(split, SplitRows):
+    if isinstance(strategy, DataParallel):
         bounds = [0, 900, BATCH, BATCH]
         rank = int(os.environ["RANK"])
         rows = slice(bounds[rank], bounds[rank + 1])
         elsewhere = batch.mask.sum() - batch.mask[rows].sum()
-        return parameters, Batch(*(part[rows] for part in batch[:3]), split, elsewhere)
-    return parameters, batch._replace(split=split)
+        return parameters, Batch(*(part[rows] for part in batch[:3]), elsewhere)
+    return parameters, batch
 
 
 def all_steps(shard: str, dtype: torch.dtype, matrix: bool) -> dict[str, dict]:
     """The numbers of every architecture from one's own part of the problem."""
-    with split_of(shard) as split:
-        return {name: numbers(split, name, dtype, matrix) for name in STEPS}
+    with strategy_of(shard) as strategy:
+        return {name: numbers(strategy, name, dtype, matrix) for name in STEPS}
 
 
 @functools.cache
@@ -63,29 +62,25 @@ def outcomes(size: int, shard: str, dtype: torch.dtype, matrix: bool) -> list[di
     return found
 
 
-def numbers(split: Split, name: str, dtype: torch.dtype, matrix: bool) -> dict:
+def numbers(strategy: Strategy, name: str, dtype: torch.dtype, matrix: bool) -> dict:
     """Everything that a step and AuxK tell, from one's own part of the problem."""
     parameters, batch, gamma = problem(dtype)
     if matrix:
         gamma = gamma.diag() + 0.1
-    if split is not ALONE:
-        parameters, batch = share(split, parameters, batch)
-    own = split.own_latents(D_SAE)
-    if name == "jumprelu":
-        thresholds = log_threshold(batch.x)[own.start : own.stop]
-        step = jumprelu_step(parameters, batch, gamma, K, thresholds)
-    else:
-        step = own_step(name)(parameters, batch, gamma)
+    if strategy is not SINGLE:
+        parameters, batch = share(strategy, parameters, batch)
+    own = strategy.own_latents(D_SAE)
+    step = step_of(name, parameters, batch, gamma, strategy=strategy)
     dead = DeadLatents(torch.tensor([i - own.start for i in DEAD if i in own], dtype=torch.int64))
-    more = auxk_gradients(parameters, batch, step.residual, dead, gamma, 0.5)
+    more = auxk_gradients(parameters, batch, step.residual, dead, gamma, 0.5, strategy)
     revived = of_all(more, parameters)
     gradients = step.gradients
-    split.sum_over_rows([*gradients, step.firings, step.loss, *revived])
+    strategy.sum_over_rows_([*gradients, step.firings, step.loss, *revived])
     found = {"residual": step.residual, "loss": step.loss, "firings": step.firings}
     found |= gradients._asdict()
     found |= {f"revived {name}": part for name, part in revived._asdict().items()}
-    if step.for_memory is not None:
-        found["for_memory"] = step.for_memory
+    if step.observed is not None:
+        found["observed"] = step.observed
     return {name: part.double().numpy() for name, part in found.items()}
 
 
@@ -95,7 +90,7 @@ def whole(parts: list[dict], shard: str) -> dict:
     for name, first in parts[0].items():
         every = [part[name] for part in parts]
         per_latent = name.removeprefix("revived ") in PER_LATENT or (
-            name == "for_memory" and first.ndim
+            name == "observed" and first.ndim
         )
         if (shard == "rows" and name == "residual") or (shard == "latents" and per_latent):
             together[name] = np.concatenate(every)
@@ -106,33 +101,37 @@ def whole(parts: list[dict], shard: str) -> dict:
 
 
 CASES = [
-    *((2, shard, dtype, False) for shard in SPLITS for dtype in TOLERANCE),
+    *((2, shard, dtype, False) for shard in STRATEGIES for dtype in TOLERANCE),
     (3, "rows", torch.float64, True),  # the third has no row
     (4, "latents", torch.float64, True),  # the inner prefixes are all the first one's
 ]
 
 
-@pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("size, shard, dtype, matrix", CASES)
-def test_a_step_of_several_is_that_of_one(size, shard, dtype, matrix, name):
-    alone = numbers(ALONE, name, dtype, matrix)
+def test_a_step_of_several_is_that_of_one(size, shard, dtype, matrix):
+    for name in STEPS:
+        check_together(size, shard, dtype, matrix, name)
+
+
+def check_together(size, shard, dtype, matrix, name):
+    alone = numbers(SINGLE, name, dtype, matrix)
     together = whole([part[name] for part in outcomes(size, shard, dtype, matrix)], shard)
     assert together.keys() == alone.keys()
     assert alone["revived encoder"].any()
     for key, expected in alone.items():
         error = np.linalg.norm(together[key] - expected) / max(np.linalg.norm(expected), 1e-30)
-        assert error < TOLERANCE[dtype], key
+        assert error < TOLERANCE[dtype], (name, key)
     if dtype != torch.bfloat16:
         assert (together["firings"] == alone["firings"]).all()
     assert together["firings"].sum() == alone["firings"].sum()
 
 
-@pytest.mark.parametrize("d_in", [7, 64])
-def test_each_process_draws_its_own_of_the_initial_latents(d_in):
+def test_each_process_draws_its_own_of_the_initial_latents():
     d_sae, cpu = 3 * 4096, torch.device("cpu")
-    everyone = initial_parameters(d_in, d_sae, 5, cpu)
-    for own in (range(0, 4096), range(4096, 3 * 4096), range(5000, 5001)):
-        mine = initial_parameters(d_in, d_sae, 5, cpu, own=own)
-        for found, expected in zip(mine[:3], everyone[:3], strict=True):
-            assert torch.equal(found, expected[own.start : own.stop])
-        assert torch.equal(mine.decoder_bias, everyone.decoder_bias)
+    for d_in in (7, 64):
+        everyone = initial_parameters(d_in, d_sae, 5, cpu)
+        for own in (range(0, 4096), range(4096, 3 * 4096), range(5000, 5001)):
+            mine = initial_parameters(d_in, d_sae, 5, cpu, own=own)
+            for found, expected in zip(mine[:3], everyone[:3], strict=True):
+                assert torch.equal(found, expected[own.start : own.stop])
+            assert torch.equal(mine.decoder_bias, everyone.decoder_bias)

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import TRAIN, content, make_world
+from planted_source import ARCHITECTURES, CONFIG, Planted
 from several import ROOT, launched, run, torchrun
-from test_architectures_learn import ARCHITECTURES, CONFIG, Planted
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
@@ -202,7 +202,7 @@ def test_an_error_of_one_process_ends_all_with_its_sentence(tmp_path, what, sent
 def test_requests_that_cannot_be(tmp_path):
     outcomes = run(3, make, tmp_path, replace(SHORT, shard="latents"))
     assert len(set(outcomes)) == 1
-    assert outcomes[0].startswith("UsageError: 64 latents cannot be shared out evenly among 3")
+    assert outcomes[0].startswith("UsageError: 64 latents cannot be divided evenly among 3")
     outcomes = run(2, of_own_rate, tmp_path)
     assert len(set(outcomes)) == 1
     assert "process 1 has other settings than process 0 (learning_rate: 0.1 there" in outcomes[0]

@@ -98,8 +98,8 @@ def adam_rows_kernel(gradients, state, rate, d_in, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def adam_along_kernel(
-    terms,
+def sparse_adam_kernel(
+    occurrences,
     pieces,
     more,  # or None
     by_bias_ptr,  # [d_sae]
@@ -111,13 +111,15 @@ def adam_along_kernel(
     """One latent: its gradients, which go nowhere but into Adam; that by its bias does."""
     latent = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < terms.d_in
-    by_encoder, by_decoder, by_bias = latent_sums(terms, pieces, latent, columns, SLOTS, BLOCK)
+    inside = columns < occurrences.d_in
+    by_encoder, by_decoder, by_bias = latent_sums(
+        occurrences, pieces, latent, columns, SLOTS, BLOCK
+    )
     tl.store(by_bias_ptr + latent, by_bias)
     if more is not None:
         place = tl.load(more.place + latent)
         if place >= 0:
-            begun = place * terms.d_in + columns
+            begun = place * occurrences.d_in + columns
             by_encoder += tl.load(more.encoder + begun, mask=inside, other=0)
             by_decoder += tl.load(more.decoder + begun, mask=inside, other=0)
-    _adam_latent(state, by_encoder, by_decoder, latent * terms.d_in + columns, inside, rate)
+    _adam_latent(state, by_encoder, by_decoder, latent * occurrences.d_in + columns, inside, rate)

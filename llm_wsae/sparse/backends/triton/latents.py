@@ -48,26 +48,26 @@ class Sums(NamedTuple):
 
 @triton.jit
 @no_type_check
-def _occurrence_sums(
-    terms, begin, end, columns, exact: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+def _sums_between(
+    occurrences, begin, end, columns, exact: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Σ by_value·x[row], Σ value·gradient[row] and Σ by_value over sorted occurrences."""
-    inside = columns < terms.d_in
+    inside = columns < occurrences.d_in
     encoder = tl.zeros((BLOCK,), exact)
     decoder = tl.zeros((BLOCK,), exact)
     bias = tl.zeros((SLOTS,), exact)
     for first in range(begin, end, SLOTS):
         places = first + tl.arange(0, SLOTS)
-        slots = tl.load(terms.order + places, mask=places < end, other=0)
-        by_value = tl.load(terms.by_value + slots, mask=places < end, other=0).to(exact)
-        values = tl.load(terms.activations + slots, mask=places < end, other=0).to(exact)
+        slots = tl.load(occurrences.order + places, mask=places < end, other=0)
+        by_value = tl.load(occurrences.by_value + slots, mask=places < end, other=0).to(exact)
+        values = tl.load(occurrences.activations + slots, mask=places < end, other=0).to(exact)
         used = (by_value != 0) | (values != 0)
-        rows = tl.load(terms.rows + slots, mask=used, other=0).to(tl.int64)
+        rows = tl.load(occurrences.rows + slots, mask=used, other=0).to(tl.int64)
         read = used[:, None] & inside[None, :]
-        at = rows[:, None] * terms.d_in + columns[None, :]
-        gradient = tl.load(terms.output_gradient + at, mask=read, other=0).to(exact)
-        at = (rows % terms.batch)[:, None] * terms.d_in + columns[None, :]
-        x = tl.load(terms.x + at, mask=read, other=0).to(exact)
+        at = rows[:, None] * occurrences.d_in + columns[None, :]
+        gradient = tl.load(occurrences.output_gradient + at, mask=read, other=0).to(exact)
+        at = (rows % occurrences.batch)[:, None] * occurrences.d_in + columns[None, :]
+        x = tl.load(occurrences.x + at, mask=read, other=0).to(exact)
         encoder += tl.sum(x * by_value[:, None], 0)
         decoder += tl.sum(gradient * values[:, None], 0)
         bias += by_value
@@ -77,7 +77,7 @@ def _occurrence_sums(
 @triton.jit
 @no_type_check
 def further_sums_kernel(
-    terms,
+    occurrences,
     owners_ptr,  # [pieces] the latent whose piece it is; d_sae where there is none
     pieces,
     d_sae,
@@ -89,29 +89,33 @@ def further_sums_kernel(
     latent = tl.load(owners_ptr + piece)
     if latent < d_sae:
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < terms.d_in
-        number = 1 + piece - tl.load(terms.further + latent)  # within its latent
-        begin = tl.load(terms.bounds + latent) + number * terms.span
-        end = tl.minimum(begin + terms.span, tl.load(terms.bounds + latent + 1))
+        inside = columns < occurrences.d_in
+        number = 1 + piece - tl.load(occurrences.further + latent)  # within its latent
+        begin = tl.load(occurrences.bounds + latent) + number * occurrences.span
+        end = tl.minimum(begin + occurrences.span, tl.load(occurrences.bounds + latent + 1))
         exact: tl.constexpr = pieces.encoder.dtype.element_ty
-        encoder, decoder, bias = _occurrence_sums(terms, begin, end, columns, exact, SLOTS, BLOCK)
-        tl.store(pieces.encoder + piece * terms.d_in + columns, encoder, mask=inside)
-        tl.store(pieces.decoder + piece * terms.d_in + columns, decoder, mask=inside)
+        encoder, decoder, bias = _occurrence_sums(
+            occurrences, begin, end, columns, exact, SLOTS, BLOCK
+        )
+        tl.store(pieces.encoder + piece * occurrences.d_in + columns, encoder, mask=inside)
+        tl.store(pieces.decoder + piece * occurrences.d_in + columns, decoder, mask=inside)
         if tl.program_id(1) == 0:
             tl.store(pieces.bias + piece, bias)
 
 
 @triton.jit
 @no_type_check
-def latent_sums(terms, pieces, latent, columns, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+def latent_sums(occurrences, pieces, latent, columns, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """Some columns of one latent's gradients: its first occurrences, then its further pieces."""
-    inside = columns < terms.d_in
-    begin = tl.load(terms.bounds + latent)
-    end = tl.minimum(begin + terms.span, tl.load(terms.bounds + latent + 1))
+    inside = columns < occurrences.d_in
+    begin = tl.load(occurrences.bounds + latent)
+    end = tl.minimum(begin + occurrences.span, tl.load(occurrences.bounds + latent + 1))
     exact: tl.constexpr = pieces.encoder.dtype.element_ty
-    encoder, decoder, bias = _occurrence_sums(terms, begin, end, columns, exact, SLOTS, BLOCK)
-    for piece in range(tl.load(terms.further + latent), tl.load(terms.further + latent + 1)):
-        at = piece * terms.d_in + columns
+    encoder, decoder, bias = _sums_between(occurrences, begin, end, columns, exact, SLOTS, BLOCK)
+    for piece in range(
+        tl.load(occurrences.further + latent), tl.load(occurrences.further + latent + 1)
+    ):
+        at = piece * occurrences.d_in + columns
         encoder += tl.load(pieces.encoder + at, mask=inside, other=0)
         decoder += tl.load(pieces.decoder + at, mask=inside, other=0)
         bias += tl.load(pieces.bias + piece)
@@ -120,13 +124,13 @@ def latent_sums(terms, pieces, latent, columns, SLOTS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 @no_type_check
-def latent_sums_kernel(terms, pieces, out, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+def latent_sums_kernel(occurrences, pieces, out, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """Some columns of one latent's gradients, to memory."""
     latent = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < terms.d_in
-    encoder, decoder, bias = latent_sums(terms, pieces, latent, columns, SLOTS, BLOCK)
-    tl.store(out.encoder + latent * terms.d_in + columns, encoder, mask=inside)
-    tl.store(out.decoder + latent * terms.d_in + columns, decoder, mask=inside)
+    inside = columns < occurrences.d_in
+    encoder, decoder, bias = latent_sums(occurrences, pieces, latent, columns, SLOTS, BLOCK)
+    tl.store(out.encoder + latent * occurrences.d_in + columns, encoder, mask=inside)
+    tl.store(out.decoder + latent * occurrences.d_in + columns, decoder, mask=inside)
     if tl.program_id(1) == 0:
         tl.store(out.bias + latent, bias)

@@ -1,8 +1,8 @@
 """The sparse operations on CUDA: cuBLAS for the encoder's product, Triton for the rest.
 
 A tile of pre-activations is sized to stay in the card's L2 cache while the k largest of each row
-are found, so batch × d_sae is never held. Nothing here waits for the device, save ``encode_above``
-without room.
+are found, so batch × d_sae is never held. Nothing here waits for the device, except
+``encode_above`` without a capacity.
 
 In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import) all of it runs on the CPU.
 """
@@ -18,8 +18,8 @@ from llm_wsae.sparse.backends.triton.adam import (
     More,
     Rate,
     State,
-    adam_along_kernel,
     adam_rows_kernel,
+    sparse_adam_kernel,
 )
 from llm_wsae.sparse.backends.triton.latents import (
     Occurrences,
@@ -44,7 +44,7 @@ _PART = 4096  # entries that one program selects from, all in its registers
 _BITS = {torch.float64: 64, torch.float32: 32, torch.bfloat16: 16}  # to compare numbers by
 _SLOTS, _COLUMNS = 16, 256  # the tile of decoder or batch rows that a program reads at once
 _HELD = 8192  # numbers of a tile where a program holds all columns
-_SPAN = 128  # occurrences of a latent that one program sums, so that dense latents hold up nobody
+_SPAN = 128  # occurrences of a latent that one program sums: dense latents delay nobody
 
 
 def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
@@ -66,17 +66,21 @@ def select_topk(pre: Tensor, k: int) -> Codes:
 
 
 def encode_above(
-    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: SlotCapacity | None = None
+    x: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    capacity: SlotCapacity | None = None,
 ) -> RaggedCodes:
-    """See ``operations``. Every row has as many slots as there is room for; some are unused.
+    """See ``operations``. Every row has as many slots as the capacity says; some are unused.
 
-    Without ``room`` the device is waited for, until there is enough.
+    Without ``capacity`` it waits for the device to report whether the slots were enough.
     """
-    if room is not None:
-        return _entries_above(x, encoder, bias, threshold, room)
-    room = SlotCapacity()
-    codes = _entries_above(x, encoder, bias, threshold, room)
-    return codes if room.enough() else _entries_above(x, encoder, bias, threshold, room)
+    if capacity is not None:
+        return _entries_above(x, encoder, bias, threshold, capacity)
+    capacity = SlotCapacity()
+    codes = _entries_above(x, encoder, bias, threshold, capacity)
+    return codes if capacity.enough() else _entries_above(x, encoder, bias, threshold, capacity)
 
 
 def encode_batch_topk(
@@ -87,10 +91,10 @@ def encode_batch_topk(
     guess: float | Tensor,
     kept: Tensor | None = None,
 ) -> RaggedCodes:
-    """See ``operations``. Has no use for the guess: acting on it would mean waiting for the device.
+    """See ``operations``. Ignores the guess: acting on it would mean waiting for the device.
 
-    The result has batch·k slots whatever the values and however many rows are kept: those that are
-    too many are unused slots of value 0. Each tile keeps that many candidates.
+    The result has batch·k slots whatever the values and however many rows are kept; excess slots
+    are unused and have the value 0. Each tile keeps that many candidates.
     """
     batch, d_sae = len(x), len(encoder)
     slots = min(k * batch, batch * d_sae)
@@ -168,17 +172,17 @@ def reconstruct(
     return result
 
 
-def weight_gradients(terms: SparseGradients, d_sae: int) -> Gradients:
-    """See ``operations``, where ``terms.more`` is added."""
-    d_in, (exact, device) = terms.x.shape[1], (terms.codes.values.dtype, terms.x.device)
+def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
+    """See ``operations``, where ``gradients.more`` is added."""
+    d_in, (exact, device) = gradients.x.shape[1], (gradients.codes.values.dtype, gradients.x.device)
     out = _empty_sums(d_sae, d_in, exact, device)
     grid = (d_sae, _blocks(d_in))
-    _run(latent_sums_kernel, grid, *_by_latent(terms, d_sae), out, **_tile_of(d_in))
+    _run(latent_sums_kernel, grid, *_by_latent(gradients, d_sae), out, **_tile_of(d_in))
     return tuple(out)
 
 
-def adam_along(
-    terms: SparseGradients,
+def sparse_adam(
+    gradients: SparseGradients,
     rows: tuple[Tensor, Tensor],
     means: tuple[Tensor, Tensor],
     squares: tuple[Tensor, Tensor],
@@ -190,24 +194,24 @@ def adam_along(
     d_sae, d_in = rows[0].shape
     by_bias = torch.empty_like(rows[0][:, 0], memory_format=torch.contiguous_format)
     more = None
-    if terms.more is not None:
-        latents, *some_rows, some_bias = terms.more
-        places = terms.more.places(d_sae, torch.int64)
+    if gradients.more is not None:
+        latents, *some_rows, some_bias = gradients.more
+        places = gradients.more.places(d_sae, torch.int64)
         more = More(places, *(part.contiguous() for part in some_rows))
     state = State(*rows, *means, *squares, encoder_fast)
-    arguments = (*_by_latent(terms, d_sae), more, by_bias, state, _rate(step, learning_rate))
+    arguments = (*_by_latent(gradients, d_sae), more, by_bias, state, _rate(step, learning_rate))
     whole = _whole_rows(d_in)
-    _run(adam_along_kernel, (d_sae,), *arguments, SLOTS=_slots_beside(d_in), **whole)
+    _run(sparse_adam_kernel, (d_sae,), *arguments, SLOTS=_slots_beside(d_in), **whole)
     return by_bias if more is None else by_bias.index_add_(0, latents, some_bias)
 
 
-def _by_latent(terms: SparseGradients, d_sae: int) -> tuple[Occurrences, Sums]:
-    """The terms grouped by latent, and what of dense latents is summed here.
+def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Occurrences, Sums]:
+    """The occurrences grouped by latent, and the partial sums of dense latents.
 
-    One program sums a latent's first ``span`` occurrences; what a dense latent has beyond them is
-    summed here in pieces of ``span``, which are few: at most slots // span, known without asking.
+    One program sums a latent's first ``span`` occurrences; the further ones of a dense latent are
+    summed here in pieces of ``span``. Those are few: at most slots // span, known without asking.
     """
-    codes, x, output_gradient, by_value, _ = terms
+    codes, x, output_gradient, by_value, _ = gradients
     device, (batch, d_in), num_slots = x.device, x.shape, len(codes.indices)
     narrow = torch.int16 if d_sae < 2**15 else torch.int32  # a radix sort pays by the byte
     used = (codes.values != 0) | (by_value != 0)
@@ -304,11 +308,11 @@ def _select_parts(
 
 
 def _entries_above(
-    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, room: SlotCapacity
+    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, capacity: SlotCapacity
 ) -> RaggedCodes:
-    """The entries above, as far as each row's room goes, which is then told what they need."""
+    """The entries above, up to each row's slots; reports to ``capacity`` how many there are."""
     batch, d_sae = len(x), len(encoder)
-    slots = min(room.slots, d_sae)
+    slots = min(capacity.slots, d_sae)
     starts = torch.arange(batch + 1, device=x.device) * slots
     # an unused slot names a latent too, and not all of them the same
     indices = torch.arange(batch * slots, device=x.device) % d_sae
@@ -318,7 +322,7 @@ def _entries_above(
         pre = torch.addmm(bias, x[rows], encoder.T)
         arguments = (pre, threshold, starts[rows.start :], indices, values, counts[rows], d_sae)
         _run(above_kernel, (len(pre),), *arguments, BLOCK=min(1024, _power_of_two(d_sae)))
-    room.ask(counts)
+    capacity.report(counts)
     return RaggedCodes(indices, values, starts)
 
 

@@ -94,11 +94,11 @@ def above_kernel(
 ):
     """Entries of one row above their thresholds into its slots, as many as fit; and how many are.
 
-    Counted in full even where they don't fit, so that the caller learns what room they need.
+    Counted in full even where they do not fit, so that the caller learns how many slots they need.
     """
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(starts_ptr + row)
-    room = tl.load(starts_ptr + row + 1) - start
+    capacity = tl.load(starts_ptr + row + 1) - start
     lanes = tl.arange(0, BLOCK)
     found = tl.zeros((), tl.int32)
     for left in range(0, width, BLOCK):
@@ -108,7 +108,7 @@ def above_kernel(
         pre = tl.load(pre_ptr + row * width + columns, mask=inside, other=0).to(threshold.dtype)
         active = inside & (pre > threshold)
         slots = found + tl.cumsum(active.to(tl.int32), 0) - 1
-        fits = active & (slots < room)
+        fits = active & (slots < capacity)
         tl.store(indices_ptr + start + slots, columns, mask=fits)
         tl.store(values_ptr + start + slots, pre, mask=fits)
         found += tl.sum(active.to(tl.int32))

@@ -1,0 +1,78 @@
+"""A problem for the step of every architecture, and those steps with the settings of the tests."""
+
+import torch
+from torch import Tensor
+
+from llm_wsae.training.architecture import Architecture
+from llm_wsae.training.architectures import find_architecture
+from llm_wsae.training.parallel.strategy import SINGLE, Strategy
+from llm_wsae.training.parameters import Batch, Parameters, Step, initial_parameters
+
+CPU = torch.device("cpu")
+D_IN, D_SAE, BATCH, K, L1 = 32, 256, 1300, 8, 0.02
+STEPS = ("topk", "batch-topk", "matryoshka", "jumprelu", "relu, dense", "relu, sparse")
+
+
+def problem(dtype: torch.dtype, weigh_rows: bool = False) -> tuple[Parameters, Batch, Tensor]:
+    """Parameters in general position and a batch with masked rows; γ has zeros in it.
+
+    Encoder biases are large enough for masked rows, which are 0, to have latents above 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = initial_parameters(D_IN, D_SAE, 0, CPU, torch.float64)
+    noise = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in start]
+    parameters = Parameters(*(p + 0.05 * n for p, n in zip(start, noise, strict=True)))
+    parameters.encoder_bias[::7] += 1.5
+    x = torch.randn(BATCH, D_IN, generator=generator, dtype=torch.float64)
+    mask = (torch.rand(BATCH, generator=generator) > 0.1).double()
+    gamma = torch.rand(D_IN, generator=generator, dtype=torch.float64) * 2
+    gamma[:3] = 0
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    x = (x * mask[:, None]).to(exact)
+    parameters = Parameters(*(p.to(exact) for p in parameters))
+    batch = Batch(x, x.to(dtype), mask.to(exact))
+    if weigh_rows:
+        draws = torch.rand(BATCH, generator=generator, dtype=torch.float64) * 3
+        batch = batch._replace(row_weights=(draws * mask).to(exact))
+    return parameters, batch, gamma.to(exact)
+
+
+def log_threshold(like: Tensor) -> Tensor:
+    """Thresholds from below the bandwidth to above most pre-activations."""
+    draws = torch.rand(D_SAE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return (draws * 2.5 + 0.01).log().to(like.dtype)
+
+
+def architecture(
+    name: str, like: Tensor, k: int = K, strategy: Strategy = SINGLE, threshold: float = 1.0
+) -> Architecture:
+    """The architecture of a step, with a memory in the dtype of ``like``: JumpReLU's thresholds as
+    above, and BatchTopK's running threshold."""
+    kind = find_architecture(name.split(",")[0])
+    found = kind(L1 if kind.setting == "l1" else k, D_SAE, strategy=strategy)
+    own = strategy.own_latents(D_SAE)
+    if name == "jumprelu":
+        found.log_threshold = log_threshold(like)[own.start : own.stop]
+    if name in ("batch-topk", "matryoshka"):
+        found.running_threshold.fill_(threshold)
+    return found
+
+
+def step_of(
+    name: str,
+    parameters: Parameters,
+    batch: Batch,
+    gamma: Tensor,
+    k: int = K,
+    strategy: Strategy = SINGLE,
+) -> Step:
+    """The named step on a problem or, by the strategy, on a part of it."""
+    return take_step(architecture(name, batch.x, k, strategy), name, parameters, batch, gamma)
+
+
+def take_step(
+    made: Architecture, name: str, parameters: Parameters, batch: Batch, gamma: Tensor
+) -> Step:
+    """The step of an architecture; the name says which of the two of ReLU."""
+    way = {"relu, dense": "dense_step", "relu, sparse": "sparse_step"}.get(name, "step")
+    return getattr(made, way)(parameters, batch, gamma)
