@@ -386,9 +386,9 @@ def test_sparse_adam(device, triton, case, more, fast):
     copy = None if fast is None else torch.zeros(D_SAE, D_IN, dtype=fast, device=device)
     by_bias = triton.sparse_adam(gradients, *found, 3, 0.01, copy)
     with using("reference"):
-        gradients = operations.weight_gradients(widened(gradients), D_SAE)
-        operations.adam_rows(wanted[0], gradients[:2], *wanted[1:], 3, 0.01, None)
-    close(by_bias, gradients[2])
+        *by_rows, wanted_bias = operations.weight_gradients(widened(gradients), D_SAE)
+        operations.adam_rows(wanted[0], tuple(by_rows), *wanted[1:], 3, 0.01, None)
+    close(by_bias, wanted_bias)
     for one, other in zip(sum(found, ()), sum(wanted, ()), strict=True):
         close(one, other)
     if copy is not None:  # the interpreter cuts bits off where the card rounds
