@@ -1,8 +1,9 @@
 """Measures what weight rules need beyond the statistics: Fisher information, coherence, a decoder.
 
-Everything is measured on the text of an activation store, so that rules see what the dictionaries
-will be trained on: the token ids are in the store, with what led to each row. What took minutes is
-kept in the store's folder ``evidence`` and found there by the next command that asks the same.
+Everything is measured on the text of an activation store, which holds the token ids behind every
+row, so that rules see what the dictionaries will be trained on. What took minutes is kept in the
+store's folder ``evidence`` (its name on disk since the first version) and read from there the next
+time that the same is measured.
 """
 
 import json
@@ -49,11 +50,12 @@ def measure_inputs(
     dictionary: Dictionary | None = None,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
 ) -> RuleInputs:
-    """Measure what the rules need and the model and dictionary can give, unless it is known.
+    """The statistics of a site, and what the rules need in addition.
 
-    Whatever is lacking for want of a model or dictionary is left out: the rule will say so. Raises
-    UsageError for a dictionary of another site or an encoder that is not there; LlmWsaeError for
-    a model that did not make the store.
+    Fisher information and coherence are read from the store if they are kept there, or else
+    measured if a ``model`` is given. What cannot be measured without a model or dictionary is
+    omitted: the rule will name it. Raises UsageError for a dictionary of another site or an encoder
+    that does not exist; LlmWsaeError for a model that did not make the store.
     """
     needs = {Rule.of(rule).need for rule in rules}
     found: dict[str, Tensor | None] = {}
@@ -61,7 +63,7 @@ def measure_inputs(
     if "dictionary" in needs and dictionary is not None:
         found["decoder"], found["energy"] = used_decoder(dictionary, site, statistics)
     for need in sorted(needs & {"fisher", "coherence"}):
-        kept = _Kept(store, site, need, config)
+        kept = _StoredMeasurement(store, site, need, config)
         found[need] = kept.read()
         if found[need] is None and model is not None:
             store.check_model(model.identity())
@@ -79,8 +81,8 @@ def _measure(
     return coherence_of(store, site, model.tokenizer, encoder, config)
 
 
-class _Kept:
-    """A measurement on disk, good for the same rows and settings only."""
+class _StoredMeasurement:
+    """A measurement in the store's folder, valid only for the same rows and settings."""
 
     def __init__(self, store: ActivationStore, site: Site, need: str, config: RuleInputConfig):
         self._need = need
@@ -93,7 +95,7 @@ class _Kept:
             return None
         try:
             tensors, metadata = load_tensors(self._path, f"{self._need} of the store")
-        except LlmWsaeError:  # damaged: measured again
+        except LlmWsaeError:  # damaged: it is measured again
             return None
         try:
             same = _settings(json.loads(metadata["llm_wsae"])) == _settings(self._header)
@@ -104,7 +106,7 @@ class _Kept:
     def write(self, measured: Tensor) -> None:
         try:
             save_tensors(self._path, {self._need: measured}, {"llm_wsae": json.dumps(self._header)})
-        except LlmWsaeError as error:  # a store that may only be read
+        except LlmWsaeError as error:  # a read-only store
             tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
 
 
@@ -125,8 +127,8 @@ def used_decoder(
     """
     if dictionary.site != site:
         raise UsageError(
-            f"the dictionary {dictionary.info.name!r} explains {dictionary.site}, not {site}; name "
-            "one of the site to be weighed"
+            f"the dictionary {dictionary.info.name!r} explains {dictionary.site}, not {site}; "
+            "pass one of the same site"
         )
     with torch.no_grad():
         sample = statistics.usual_sample.to(dictionary.W_enc.device)
@@ -170,9 +172,9 @@ def coherence_of(
 ) -> Float[Tensor, " d_in"]:
     """How alike the texts are around the rows that are furthest from the mean in a dimension.
 
-    Of the embeddings of the ``top`` most extreme rows on either side, each of another context,
-    beyond that of random texts. Massive rows do not take part. (Float64; Cui et al. 2026, §5, do so
-    with images.)
+    The mean cosine of the embeddings of the ``top`` most extreme rows (on either side, each of
+    another context), less that of random texts. Massive rows are ignored. Float64, > 0. (Cui et al.
+    2026, §5, do this with images.)
 
     Raises LlmWsaeError if too few contexts are read, or the store has too few.
     """
@@ -193,10 +195,10 @@ def coherence_of(
         extreme.append(best.values)
         where.append(best.indices + start)
     if len(extreme) < config.top:
-        some = text.num_contexts < store.manifest.num_contexts
+        more = text.num_contexts < store.manifest.num_contexts
         raise LlmWsaeError(
             f"{len(extreme)} contexts with rows are too few to compare the texts of {config.top} "
-            f"of them; {'raise --semantic-tokens' if some else 'harvest more tokens'} "
+            f"of them; {'raise --semantic-tokens' if more else 'harvest more tokens'} "
             f"({store.folder})"
         )
     top = torch.stack(extreme).topk(config.top, dim=0).indices
@@ -219,11 +221,11 @@ class _Piece(NamedTuple):
     document: Int[Tensor, "contexts positions"]
     offset: Int[Tensor, "contexts positions"]
     first_row: Int[Tensor, " contexts"]
-    """Number of each one's first row in the store."""
+    """Number of the first row of each in the store."""
 
 
 def _pieces(store: ActivationStore, tokens: int, at_once: int) -> Iterator[_Piece]:
-    """About ``tokens`` rows in whole contexts spread evenly over the store, a few at a time."""
+    """About ``tokens`` rows in complete contexts spread evenly over the store, a few at a time."""
     total = store.manifest.num_contexts
     wanted = max(1, min(total, -(-tokens * total // max(store.num_rows, 1))))
     chosen = torch.linspace(0, total - 1, wanted, dtype=torch.float64).round().long()
@@ -234,10 +236,10 @@ def _pieces(store: ActivationStore, tokens: int, at_once: int) -> Iterator[_Piec
         first_row = before + torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
         first = shard * store.manifest.contexts_per_shard
         here = chosen[(chosen >= first) & (chosen < first + len(keep))] - first
-        for some in here.split(at_once):
+        for batch in here.split(at_once):
             ids, document, offset = (
-                torch.from_numpy(a)[some].long()
+                torch.from_numpy(a)[batch].long()
                 for a in (contexts.ids, contexts.document, contexts.offset)
             )
-            yield _Piece(ids, keep[some], document, offset, first_row[some])
+            yield _Piece(ids, keep[batch], document, offset, first_row[batch])
         before = int(first_row[-1])

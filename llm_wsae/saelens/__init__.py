@@ -7,12 +7,12 @@
     )
     LanguageModelSAETrainingRunner(LanguageModelSAERunnerConfig(sae=sae, ...)).run()
 
-The file is what ``llm-wsae weigh`` writes. Naming a class registers all of them with SAELens, under
-``wsae_topk`` and so on, so that its runner, its trainer, its checkpoints and its command line know
-them; ``register`` does so without naming one. What SAELens saves at the end is a dictionary of its
-ordinary architectures, and ``Dictionary.load`` reads it and its rule.
+``llm-wsae weigh`` writes the file. Importing a class registers all of them with SAELens (as
+``wsae_topk`` and so on), so that its runner, trainer, checkpoints and command line know them;
+``register`` does so without importing one. SAELens finally saves a dictionary of one of its
+ordinary architectures, which ``Dictionary.load`` reads together with the rule.
 
-SAELens is imported only then: this module comes without it.
+SAELens is imported only then: importing this module does not need it.
 """
 
 import importlib
@@ -51,14 +51,14 @@ __all__ = [
 
 
 def register() -> list[str]:
-    """Make the weighted architectures known to SAELens, once; their names there.
+    """Register the weighted architectures with SAELens, once. Returns their names there.
 
     Raises LlmWsaeError if SAELens is not installed.
     """
     if importlib.util.find_spec("sae_lens") is None:
         raise LlmWsaeError(
-            "the weighted training classes are SAELens' with another loss, and SAELens is not "
-            "installed here; install sae-lens"
+            "the weighted training classes extend those of SAELens, which is not installed; "
+            "install sae-lens"
         )
     training = importlib.import_module(f"{__name__}.training")
     return training.ARCHITECTURES

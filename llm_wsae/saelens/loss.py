@@ -1,4 +1,4 @@
-"""What the weighted classes add to SAELens': a weights file, and the squared error it asks for."""
+"""What the weighted classes add to those of SAELens: a weights file and its squared error."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from llm_wsae.weights.loss_weights import Gamma, LossWeights
 def read_weights(path: str, d_in: int) -> LossWeights:
     """The weights of a file, for rows of ``d_in`` dimensions.
 
-    Raises UsageError for a file that is not named, or whose weights SAELens' training has no place
-    for (a space of its own, annealing); LlmWsaeError for one that cannot be read, is for another
-    number of dimensions, or holds weights that are not finite, negative or all zero.
+    Raises UsageError for a file that is not named, or whose weights SAELens' training cannot use
+    (a space, tokens, annealing); LlmWsaeError for one that cannot be read, is for another number of
+    dimensions, or holds weights that are not finite, negative or all zero.
     """
     if not path:
         raise UsageError("weights_file is not given; make one with llm-wsae weigh")
@@ -31,17 +31,17 @@ def read_weights(path: str, d_in: int) -> LossWeights:
         raise LlmWsaeError(f"{path} has weights that are not finite, negative or all zero")
     if weights.config.place != "loss":
         raise UsageError(
-            f"{path} is for training in a space of its own, but SAELens trains on the rows as they "
-            "are; make weights that act in the loss"
+            f"{path} is for training in a weighted space, but SAELens trains on the rows as they are; "
+            "make the weights with place loss"
         )
     if weights.rule.weighs_tokens:
         raise UsageError(
-            f"{path} has weights of tokens, but SAELens' training weighs dimensions; make them by "
+            f"{path} has weights of tokens, but SAELens' training weighs dimensions; make them with "
             "another rule"
         )
     if weights.config.anneal:
         raise UsageError(
-            f"{path} has weights that go to 1 during training, which SAELens' training cannot do; "
+            f"{path} has weights that move to 1 during training, which SAELens does not support; "
             "make them without anneal"
         )
     return weights

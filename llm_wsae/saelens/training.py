@@ -1,11 +1,11 @@
 """SAELens' training classes with a weighted error; importing this registers them.
 
-Each is SAELens' own class behind ``_Weighted``, which exchanges the squared error that the class
-sums: that of the whole reconstruction, of Matryoshka's prefixes, and of the dead latents in the
-auxiliary loss. Penalties (L1, L0) stay as they are. With γ = 1 nothing differs from SAELens.
+Each is SAELens' class with the mixin ``_Weighted``, which replaces the squared error that the class
+sums: that of the full reconstruction, of Matryoshka's prefixes, and of the dead latents in the
+auxiliary loss. Penalties (L1, L0) are unchanged. With γ = 1 nothing differs from SAELens.
 
-Our trainer leaves massive activations out of the loss and SAELens does not; where they are first
-tokens, its ``seqpos_slice=(1,)`` does the same.
+``llm-wsae train`` excludes massive activations from the loss and SAELens does not; where they are
+first tokens, ``seqpos_slice=(1,)`` has the same effect.
 """
 
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ from llm_wsae.dictionary.formats.saelens import OURS, PREFIX
 from llm_wsae.errors import UsageError
 from llm_wsae.saelens.loss import read_weights, squared_error
 
-_AFFINE = ("none", "expected_average_only_in")  # one scale for all rows scales the loss and no more
+_AFFINE = ("none", "expected_average_only_in")  # one scale for all rows only scales the loss
 
 
 @dataclass(kw_only=True)
 class _WeightsFile:
-    """What the configurations have beyond SAELens'."""
+    """What the configurations add to those of SAELens."""
 
     weights_file: str = ""
     """The weights γ or Γ: a file that ``llm-wsae weigh`` wrote."""
@@ -49,15 +49,15 @@ class _WeightsFile:
 
 
 class _Weighted:
-    """What the training classes have beyond SAELens'."""
+    """What the training classes add to those of SAELens."""
 
     gamma: Tensor
 
     def __init__(self, cfg: Any, use_error_term: bool = False):
         if cfg.normalize_activations not in _AFFINE:
             raise UsageError(
-                f"weights belong to the model's own dimensions, so normalize_activations must be "
-                f"one of {', '.join(_AFFINE)}, not {cfg.normalize_activations}"
+                "the weights are for the model's dimensions, so normalize_activations must be one of "
+                f"{', '.join(_AFFINE)}, not {cfg.normalize_activations}"
             )
         weights = read_weights(cfg.weights_file, cfg.d_in)
         super().__init__(cfg, use_error_term)
@@ -71,7 +71,7 @@ class _Weighted:
 
 
 class _WeightedTopK(_Weighted):
-    """TopK's auxiliary loss is an error of its own."""
+    """TopK's auxiliary loss is another squared error."""
 
     def calculate_topk_aux_loss(
         self,
@@ -80,7 +80,7 @@ class _WeightedTopK(_Weighted):
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        """The dead latents explain what is left over (Gao et al. 2024, §A.2), weighted alike."""
+        """The dead latents reconstruct the residual (Gao et al. 2024, §A.2), weighted alike."""
         num_dead = 0 if dead_neuron_mask is None else int(dead_neuron_mask.sum())
         if num_dead == 0:
             return sae_out.new_zeros(())

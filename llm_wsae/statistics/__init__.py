@@ -1,1 +1,1 @@
-"""What is known of each dimension, and the weights made from it."""
+"""Statistics of rows, coherence of texts, and correction for several tests."""

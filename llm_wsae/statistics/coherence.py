@@ -1,8 +1,8 @@
-"""Do the texts of a latent, or of a dimension, mean alike things? Mean cosine of all their pairs.
+"""Do the texts of a latent, or of a dimension, have similar meanings? Mean cosine of all pairs.
 
-Any two windows of a corpus are somewhat alike, the more the narrower the corpus, so what random
-windows of different contexts reach is subtracted. (The paper measures its vision features so, with
-the embeddings of images: section 5 of arXiv 2506.15963.)
+Any two windows of a corpus are somewhat alike, and more so in a narrow corpus, so the mean cosine
+of random windows of different contexts is subtracted. (The paper measures its vision features in
+this way, with the embeddings of images: section 5 of arXiv 2506.15963.)
 """
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 STRANGERS = 1000
-"""Random windows that tell what chance is."""
+"""Random windows from which chance is estimated."""
 _RANDOM_SETS = 500
 
 
@@ -26,7 +26,7 @@ def coherence(embeddings: Float[Tensor, "latents examples width"]) -> Float[Tens
 def coherence_of_strangers(
     embeddings: Float[Tensor, "windows width"], context: Int[Tensor, " windows"]
 ) -> float:
-    """Mean cosine of all pairs of windows that stand in different contexts; NaN if none do."""
+    """Mean cosine of all pairs of windows of different contexts; NaN if there are none."""
     numbers, group = context.unique(return_inverse=True)
     sums = torch.zeros(len(numbers), embeddings.shape[1], dtype=torch.float64)
     sums.index_add_(0, group, embeddings.double())
@@ -44,11 +44,11 @@ def beyond_chance(
 ) -> Float[Tensor, " dimensions"]:
     """Coherence of each dimension's examples less that of random windows, > 0 (float64).
 
-    What is less than the standard deviation of that of as many random windows is raised to it: a
-    weight must be positive, and below that it is noise.
+    The floor is the standard deviation of the coherence of equally many random windows: a weight
+    must be positive, and anything below is noise.
     """
     chance = coherence_of_strangers(strangers, context)
     draw = torch.rand(_RANDOM_SETS, len(strangers), generator=generator)
-    sets = draw.topk(chosen.shape[1], dim=1).indices  # no window twice in a set: it is like itself
+    sets = draw.topk(chosen.shape[1], dim=1).indices  # no window twice: it is like itself
     noise = coherence(strangers[sets]).std()
     return (coherence(chosen) - chance).clamp(min=float(noise)).double()

@@ -8,9 +8,9 @@ of the data, so that shards, processes and resumed runs add up:
   covariances and arbitrary-order statistical moments");
 - a histogram of the rows' norms by position in the context, which finds the massive activations
   (Sun et al. 2024): a handful of rows, mostly at the first positions, hundreds of times larger
-  than the rest. They would own every plain moment, so they must be seen and counted;
+  than the rest. They would dominate every plain moment, so they must be found and counted;
 - a uniform sample of rows, from which anything non-linear is computed, above all the winsorised
-  variance that those rows cannot move.
+  variance, which those rows cannot distort.
 """
 
 import math
@@ -52,7 +52,7 @@ class Statistics:
         self._sample = torch.empty(0, d_in)
         self._priority = torch.empty(0, dtype=torch.float64)
         self._sample_limit = 1.0  # the sample holds every row whose priority is below this
-        self._of_sample: dict[str, Tensor] = {}  # what was computed from it, until it changes
+        self._of_sample: dict[str, Tensor] = {}  # computed from the sample; empty when it changes
 
     def update(
         self, rows: Float[Tensor, "rows d_in"], positions: Int[Tensor, " rows"]
@@ -75,12 +75,12 @@ class Statistics:
 
     def _update_moments(self, rows: Tensor) -> None:
         # Within a chunk float32 is exact enough for rows that were float32 or less themselves, and
-        # twice as fast, beside a forward pass that wants every core; chunks add up in float64.
+        # twice as fast while a forward pass uses every core; chunks add up in float64.
         x = rows if rows.dtype == torch.float64 else rows.float()
         self.minimum = torch.minimum(self.minimum, x.amin(0).double())
         self.maximum = torch.maximum(self.maximum, x.amax(0).double())
         mean = x.mean(0)
-        x = x - mean  # not in place: the rows are the caller's own
+        x = x - mean  # not in place: the rows are the caller's
         square = x * x
         m2 = square.sum(0).double()
         m3 = x.mul_(square).sum(0).double()
@@ -105,7 +105,7 @@ class Statistics:
         delta = mean_b - self.mean
         d_n = delta / n
         m2_a, m3_a = self._m2, self._m3
-        # Products of counts outgrow what torch takes as an integer.
+        # Products of counts outgrow the integers that torch accepts.
         product, squares = float(n_a * n_b), (float(n_a * n_a), float(n_b * n_b))
         last = float(n_a * n_b * (n_a * n_a - n_a * n_b + n_b * n_b))
         self._m4 = (
@@ -134,7 +134,7 @@ class Statistics:
         self._keep_sample(rows, priority)
 
     def _keep_sample(self, rows: Tensor, priority: Tensor) -> None:
-        self._of_sample = {}  # also what is massive may have changed, even if no row is added
+        self._of_sample = {}  # the massive threshold may change even if no row is added
         chosen = priority < self._sample_limit
         sample = torch.cat([self._sample.to(rows.dtype), rows[chosen]])
         priority = torch.cat([self._priority, priority[chosen]])
@@ -149,7 +149,7 @@ class Statistics:
 
     @property
     def sample(self) -> Float[Tensor, "sample d_in"]:
-        """A uniform sample of the rows (all of them while they are few), in float32."""
+        """A uniform sample of the rows (all of them as long as they are few), in float32."""
         return self._sample.float()
 
     @property
@@ -187,8 +187,8 @@ class Statistics:
     def robust_covariance(self) -> Float[Tensor, "d_in d_in"]:
         """The covariance of the same winsorised sample; its diagonal is ``robust_variance``.
 
-        Eigenvalues are off by a share of about √(d_in / sample) either way, the smallest ones
-        downwards: 26 % for 576 dimensions and 8192 rows (float64).
+        The relative error of its eigenvalues is about √(d_in / sample), 26 % for 576 dimensions and
+        8192 rows; the smallest are underestimated (float64).
         """
         if "covariance" not in self._of_sample:
             centred = self._winsorised()
@@ -231,7 +231,7 @@ class Statistics:
         return self.massive_count / max(self.count, 1)
 
     def massive_positions(self) -> list[tuple[int, int, int, int]]:
-        """Where massive rows sit: (first position, last position, massive rows, all rows) each."""
+        """Where massive rows are: (first position, last position, massive rows, all rows) each."""
         massive = self._norms[:, self._massive_bin() :].sum(1).tolist()
         total = self._norms.sum(1).tolist()
         return [
@@ -241,7 +241,7 @@ class Statistics:
         ]
 
     def _massive_bin(self) -> int:
-        # Rounded to a bin edge so that the counts are exact for the threshold that is reported.
+        # Rounded to a bin edge, so that the counts are exact for the reported threshold.
         return min(_NUM_BINS - 1, round(_bin_of(MASSIVE_RATIO * max(self.median_norm, 1e-6))))
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -306,7 +306,7 @@ def _bin_edge(position: float) -> float:
 def _norms(rows: Tensor) -> Tensor:
     """The rows' Euclidean norms. Raises LlmWsaeError if a row holds NaN or infinity."""
     exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    # Converted in cache: asked to convert by itself, vector_norm takes eight times as long.
+    # Converted in cache: with a dtype argument vector_norm takes eight times as long.
     chunks = rows.split(_CHUNK_ROWS)
     norms = torch.cat([torch.linalg.vector_norm(chunk.to(exact), dim=1) for chunk in chunks])
     if not bool(torch.isfinite(norms).all()):  # or the square of a finite number is not

@@ -59,8 +59,8 @@ def _negative() -> torch.Tensor:
         (_negative(), {}, LlmWsaeError, "not finite, negative or all zero"),
         (torch.zeros(D_IN), {}, LlmWsaeError, "all zero"),
         (torch.full((D_IN,), float("nan")), {}, LlmWsaeError, "not finite"),
-        (torch.ones(D_IN), {"place": "space"}, UsageError, "in a space of its own"),
-        (torch.ones(D_IN), {"anneal": 0.5}, UsageError, "go to 1 during training"),
+        (torch.ones(D_IN), {"place": "space"}, UsageError, "in a weighted space"),
+        (torch.ones(D_IN), {"anneal": 0.5}, UsageError, "move to 1 during training"),
     ],
 )
 def test_weights_that_cannot_be_used(tmp_path, gamma, config, error, sentence):
