@@ -31,13 +31,13 @@ def read_weights(path: str, d_in: int) -> LossWeights:
         raise LlmWsaeError(f"{path} has weights that are not finite, negative or all zero")
     if weights.config.place != "loss":
         raise UsageError(
-            f"{path} is for training in a weighted space, but SAELens trains on the rows as they are; "
-            "make the weights with place loss"
+            f"{path} is for training in a weighted space, but SAELens trains on the rows as they "
+            "are; make the weights with place loss"
         )
     if weights.rule.weighs_tokens:
         raise UsageError(
-            f"{path} has weights of tokens, but SAELens' training weighs dimensions; make them with "
-            "another rule"
+            f"{path} has weights of tokens, but SAELens' training weighs dimensions; make them "
+            "with another rule"
         )
     if weights.config.anneal:
         raise UsageError(

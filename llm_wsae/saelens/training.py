@@ -56,8 +56,8 @@ class _Weighted:
     def __init__(self, cfg: Any, use_error_term: bool = False):
         if cfg.normalize_activations not in _AFFINE:
             raise UsageError(
-                "the weights are for the model's dimensions, so normalize_activations must be one of "
-                f"{', '.join(_AFFINE)}, not {cfg.normalize_activations}"
+                "the weights are for the model's dimensions, so normalize_activations must be one "
+                f"of {', '.join(_AFFINE)}, not {cfg.normalize_activations}"
             )
         weights = read_weights(cfg.weights_file, cfg.d_in)
         super().__init__(cfg, use_error_term)
