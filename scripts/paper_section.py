@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import results_archive
 from study_claims import ANNEALED, ANNEALING, FOLDER, SITES, Study
 
-from llm_wsae.studies.report import estimate_text
+from llm_wsae.studies.report_tables import estimate_text
 from llm_wsae.studies.results import DECIDING
 from llm_wsae.studies.verdict import BETTER
 from llm_wsae.tables import markdown

@@ -233,7 +233,7 @@ def write() -> None:
     for site, study in studies.items():
         report, block = study.report, Site.parse(site).block
         curve, differences = (RESULTS.parent / figure(block, n) for n in (CURVE, DIFFERENCES))
-        plot_curve(report.results, site, curve)
+        plot_curve(report.results, report.compared, site, curve)
         plot_differences(report.compared, report.against_itself, site, differences)
     write_section("study", section(), RESULTS)
     write_section("paper", paper_section.section(studies), RESULTS)

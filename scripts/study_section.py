@@ -22,9 +22,10 @@ from study_claims import (
 )
 
 from llm_wsae.model.site import Site
-from llm_wsae.studies.report import CURVE, DIFFERENCES, StudyReport, estimate_text
+from llm_wsae.studies.comparison import Compared
+from llm_wsae.studies.report import CURVE, DIFFERENCES, StudyReport
+from llm_wsae.studies.report_tables import agreement_text, estimate_text
 from llm_wsae.studies.results import DECIDING, Result
-from llm_wsae.studies.verdict import Compared
 from llm_wsae.tables import markdown
 
 
@@ -127,7 +128,7 @@ def _table(study: Study) -> str:
             for measure in ("detection", "selectivity")
         ]
         if report.agreements:
-            cells.append(report.agreement_text(label, k))
+            cells.append(agreement_text(report.agreements, label, k))
         rows.append([f"`{label}`", str(k), str(len(own)), *cells])
     return markdown(rows)
 

@@ -22,6 +22,7 @@ LONGEST_FILE = 400
 FLOORS = (
     "errors",
     "files",
+    "drawing",
     "hardware",
     "processes",
     "provenance",

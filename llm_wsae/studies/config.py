@@ -8,31 +8,31 @@ from llm_wsae.training.config import ArchitectureName
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Rules × α × k × seeds, and the plain curve beside which they are seen."""
+    """Rules × α × k × seeds, and the plain curve they are compared with."""
 
     rules: tuple[str, ...] = ("variance",)
-    """Weight rules. Each brings its control: permuted weights, or a matrix turned at random."""
+    """Weight rules. Each brings its control: permuted weights, or randomly rotated directions."""
     alphas: tuple[float, ...] = (0.5, -0.25)
     """Exponents of the weights γ = score^α."""
     ks: tuple[int, ...] = (32,)
     """Active latents per token of the weighted dictionaries."""
     curve: tuple[int, ...] = (16, 24, 32, 48, 64)
-    """Those of the plain dictionaries, the k-curve."""
+    """Active latents per token of the plain dictionaries: the k-curve."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is one of initial weights, of the order of the rows, and of the control's draw."""
+    """Each sets the initial weights, the order of the rows, and the draw of the control."""
     architecture: ArchitectureName = "topk"
-    """Of all dictionaries, plain and weighted; k means what it means there."""
+    """Of all dictionaries, plain and weighted."""
     keep_dictionaries: bool = True
-    """Keep every dictionary as it was measured, in float32 (21 MB at 576 → 4608); else each is
-    deleted once its scores are written."""
+    """Keep every dictionary, in float32 (21 MB at 576 → 4608); otherwise each is deleted once its
+    scores are written."""
 
     def __post_init__(self) -> None:
         for name in ("curve", "seeds"):
             if len(set(getattr(self, name))) < 2:
                 raise UsageError(
                     f"a study needs at least 2 different values of {name}, not "
-                    f"{', '.join(map(str, getattr(self, name))) or 'none'}: without them nothing "
-                    "can be said of equal cross-entropy or of chance"
+                    f"{', '.join(map(str, getattr(self, name))) or 'none'}: fewer allow no "
+                    "comparison at equal cross-entropy, and no interval"
                 )
         if any(seed < 0 for seed in self.seeds):
             raise UsageError(f"a seed must not be negative, but one is {min(self.seeds)}")

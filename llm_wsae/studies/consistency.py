@@ -1,6 +1,6 @@
 """Do a study's seeds find the same latents? PW-MCC of the dictionaries that were kept.
 
-No verdict hangs on it: a seed draws the order of the rows and a control's weights too, and a
+No verdict depends on it: a seed also sets the order of the rows and a control's weights, and a
 dictionary that ignores most dimensions has fewer ways to differ.
 """
 
@@ -18,7 +18,7 @@ from llm_wsae.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike the dictionaries of one name and k are that differ in their seeds."""
+    """How similar the dictionaries of one label and k are that differ in their seeds."""
 
     label: str
     k: int
@@ -32,10 +32,10 @@ Agreements = dict[tuple[str, int], Agreement]
 
 
 def measure(path: Path, kept: Mapping[tuple[str, int], Mapping[int, Path]]) -> Agreements:
-    """What the file ``path`` knows, and what dictionaries that are ``kept`` add to it.
+    """The agreements in the file ``path``, extended by the dictionaries that are ``kept``.
 
-    ``kept`` has the folders of each label and k by seed. What was measured stays when dictionaries
-    are deleted, and is measured anew where there are other seeds.
+    ``kept`` has the folders of each label and k by seed. A measured agreement stays when its
+    dictionaries are deleted, and is measured again when there are other seeds.
     """
     found = read(path)
     new = {
@@ -51,7 +51,7 @@ def measure(path: Path, kept: Mapping[tuple[str, int], Mapping[int, Path]]) -> A
 
 
 def read(path: Path) -> Agreements:
-    """What was measured; nothing where there is no file. Raises LlmWsaeError if it is damaged."""
+    """What was measured; empty without a file. Raises LlmWsaeError if the file is damaged."""
     if not path.exists():
         return {}
     try:
@@ -62,6 +62,6 @@ def read(path: Path) -> Agreements:
         return {(one.label, one.k): one for one in found}
     except (KeyError, TypeError) as error:
         raise LlmWsaeError(
-            f"{path} is not the consistency of a study's seeds ({error!r}); delete it to have it "
-            "measured again"
+            f"{path} is not the consistency of a study's seeds ({error!r}); delete it to "
+            "measure it again"
         ) from error

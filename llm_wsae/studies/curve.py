@@ -1,11 +1,11 @@
-"""The plain curve, and what lies beside it at the same cross-entropy.
+"""The plain curve, and differences from it at equal cross-entropy.
 
-Any measure of monosemanticity moves when k does, and so does fidelity; so a dictionary is compared
-with what plain dictionaries of neighbouring k would have at *its own* fidelity. Between two plain
-dictionaries of the same seed that is read off a straight line, over the logarithm of the
-cross-entropy that they cost the model: along it, measures are nearly straight. (On the share
-recovered, which crowds towards 1, a chord would cut the corner by more than the effects in
-question.) Beyond the ends of the curve nothing is said.
+Measures of monosemanticity change with k, and so does fidelity. A dictionary is therefore compared
+with what plain dictionaries of neighbouring k would have at *its own* fidelity: a straight line
+between two plain dictionaries of the same seed, over the logarithm of the cross-entropy that they
+cost the model. Over it, measures are nearly straight. (Over the share recovered, which saturates
+towards 1, a chord would cut the corner by more than the effects in question.) The curve is not
+extrapolated beyond its ends.
 """
 
 import math
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEAST_INCREASE = 1e-4  # nats; less is as good as nothing, and has no logarithm when it is negative
+LEAST_INCREASE = 1e-4  # nats; less counts as none, and if negative has no logarithm
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Value:
 
     mean: float
     variance: float = 0.0
-    """Of the mean, from the finite number of latents behind it; 0 if it is no mean over latents."""
+    """Of the mean, from its finite number of latents; 0 if it is not a mean over latents."""
     items: Mapping[str, float] | None = None
     """The parts of a mean over concepts, by name."""
 
@@ -52,11 +52,11 @@ class Point:
     increase: float
     """Cross-entropy per token that the reconstruction costs the model, in nats."""
     values: Mapping[str, Value]
-    """By measure; a measure that does not exist for it is left out."""
+    """By measure; a measure that does not exist for the dictionary is omitted."""
 
     @property
     def place(self) -> float:
-        """Where it stands along the curve: the logarithm of the increase."""
+        """Position along the curve: the logarithm of the increase."""
         return math.log(max(self.increase, LEAST_INCREASE))
 
 
@@ -68,14 +68,14 @@ class Curve:
         self._places = [point.place for point in self.points]
 
     def __contains__(self, point: Point) -> bool:
-        """Whether the curve has something to say at the point's fidelity."""
+        """Whether the point's fidelity lies between the ends of the curve."""
         return len(self.points) > 1 and self._places[0] <= point.place <= self._places[-1]
 
     def beside(self, points: Iterable[tuple[float, Point]], measure: str) -> Value | None:
-        """Σ weight · (the point's value less what a plain dictionary would have at its fidelity).
+        """Σ weight · (the point's value less that of a plain dictionary at its fidelity).
 
-        A plain dictionary beside which several points are seen counts once, with all its weight:
-        what it adds to two differences is no part of the difference between them.
+        A plain dictionary that several points are compared with counts once, with all its weight:
+        what it adds to two differences cancels in the difference between them.
 
         The points must lie within the curve. None if one, or a neighbour, lacks the measure.
         """
@@ -91,7 +91,7 @@ class Curve:
         return Value.mixture((weight, point.values[measure]) for weight, point in terms)
 
     def _neighbours(self, point: Point) -> list[tuple[int, float]]:
-        """The plain dictionaries on both sides of a point, and the share of each in the line."""
+        """The plain dictionaries on both sides of a point, and the weight of each in the line."""
         assert point in self
         above = int(np.searchsorted(self._places, point.place).clip(1, len(self.points) - 1))
         low, high = self._places[above - 1], self._places[above]
@@ -99,5 +99,5 @@ class Curve:
         return [(above - 1, 1 - share), (above, share)]
 
     def without(self, k: int) -> "Curve":
-        """The curve that its other points make."""
+        """The curve through its other points."""
         return Curve(point for point in self.points if point.k != k)

@@ -1,4 +1,4 @@
-"""The figures of a study. Drawn on bare Figures: no window system, no globals."""
+"""The figures of a study: every rule beside the plain curve, and all differences in one view."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,70 +7,94 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from llm_wsae.files import write_atomic
-from llm_wsae.plots import COLOURS
+from llm_wsae.drawing import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PURPLE, VERMILLION, save, tidy
+from llm_wsae.studies.comparison import Compared
 from llm_wsae.studies.curve import LEAST_INCREASE
 from llm_wsae.studies.inference import Estimate
 from llm_wsae.studies.plan import PLAIN
-from llm_wsae.studies.results import MEASURES, Result
+from llm_wsae.studies.results import DECIDING, MEASURES, Result
 from llm_wsae.studies.verdict import (
-    AS_CONTROL,
     BETTER,
     MIXED,
-    OUTSIDE,
+    NO_BETTER_THAN_CONTROL,
     UNCONTROLLED,
     WORSE,
-    Compared,
 )
 
-_DPI = 130
-_CURVES = ("detection", "selectivity", "purity", "probe_1")
-_FOREST = ("detection", "selectivity", "detection_dense", "selectivity_dense")
+_FOREST = ("detection", "selectivity", "detection_all", "purity")
 _OF_VERDICT = {
-    BETTER: "#00798c",
-    UNCONTROLLED: "#66a182",
-    AS_CONTROL: "#edae49",
-    MIXED: "#8d6a9f",
-    WORSE: "#d1495b",
+    BETTER: BLUE,
+    UNCONTROLLED: GREEN,
+    NO_BETTER_THAN_CONTROL: ORANGE,
+    MIXED: PURPLE,
+    WORSE: VERMILLION,
 }
-_GREY = "#9aa5b1"
+_LINEAR_WITHIN = 0.01  # differences beyond it are drawn on a logarithmic scale
+_ACROSS = 2  # rules in a row of the curve's panels
 
 
-def plot_curve(results: Sequence[Result], site: str, path: Path) -> None:
-    """Measures against cross-entropy: the plain curve by seed and its mean, every dictionary.
+def plot_curve(
+    results: Sequence[Result], compared: Sequence[Compared], site: str, path: Path
+) -> None:
+    """The deciding measures against cross-entropy, one pair of panels for each rule.
 
-    Filled marks are rules, hollow ones controls.
+    Every panel has the plain curve, by seed and as the mean over seeds, the rule's dictionaries
+    (filled) and those of its control (hollow). All panels of a measure share their axes.
     """
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    axes = figure.subplots(2, 2)
-    colours = _colours(results)
-    for axis, measure in zip(axes.flat, _CURVES, strict=True):
-        _draw_plain(axis, [r for r in results if r.label == PLAIN], measure)
-        for label, colour in colours.items():
-            own = [r for r in results if r.label == label and measure in r.point.values]
-            hollow = bool(own) and not own[0].is_claim
-            axis.plot(
-                [_lost(r) for r in own],
-                [r.point.values[measure].mean for r in own],
-                "D" if hollow else "o",
-                color=colour,
-                mfc="none" if hollow else colour,
-                ms=6,
-                label=label,
-            )
-        axis.set(xscale="log", title=MEASURES[measure].title)
-        axis.invert_xaxis()
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda lost, _: f"{1 - lost:.5g}"))
-        axis.set_xlabel("CE recovered (logarithm of what is lost)")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{site}: at equal cross-entropy, is a dictionary above the plain curve?")
-    _save(figure, path)
+    shown = _in_rows(compared)
+    across = min(_ACROSS, max(len(shown), 1))
+    down = max(1, -(-len(shown) // across))
+    columns = across * len(DECIDING)
+    figure = Figure(figsize=(1 + 3.4 * columns, 1.5 + 2 * down), layout="constrained")
+    grid = figure.subplots(down, columns, squeeze=False, sharex=True)
+    plain = [r for r in results if r.label == PLAIN]
+    firsts: dict[str, Axes] = {}
+    for place in range(down * across):
+        row, column = divmod(place, across)
+        axes = grid[row, column * len(DECIDING) : (column + 1) * len(DECIDING)]
+        if place and place >= len(shown):
+            for axis in axes:
+                axis.set_visible(False)
+            continue
+        for axis, measure in zip(axes, DECIDING, strict=True):
+            first = firsts.setdefault(measure, axis)
+            if first is not axis:
+                axis.sharey(first)
+            _draw_plain(axis, plain, measure, name_ks=row == 0)
+            axis.set_ylabel(MEASURES[measure].title, fontsize=9)
+            tidy(axis)
+        if place >= len(shown):
+            continue
+        one = shown[place]
+        colour = _OF_VERDICT.get(one.verdict, INK)
+        for axis, measure in zip(axes, DECIDING, strict=True):
+            _draw_points(axis, results, one.control, measure, "D", colour, "none")
+            fill = "none" if one.is_control else colour
+            _draw_points(axis, results, one.label, measure, "o", colour, fill)
+        axes[0].set_title(f"{one.label}: {one.verdict}", loc="left", fontsize=10, pad=14)
+    _lost_axis(grid[0, 0])
+    for axis in grid.flat:
+        axis.tick_params(labelsize=8)
+    for own in grid.T:
+        lowest = [axis for axis in own if axis.get_visible()][-1]
+        lowest.tick_params(labelbottom=True)
+        lowest.set_xlabel("CE recovered", fontsize=9)
+    figure.suptitle(f"{site}: is a dictionary above the plain curve at equal cross-entropy?")
+    figure.legend(
+        handles=[
+            Line2D([], [], color=INK, lw=1.6, label="plain, mean over seeds (on top: its k)"),
+            Line2D([], [], color=LIGHT, lw=1.2, label="plain, each seed"),
+            Line2D([], [], color=INK, marker="o", ls="", label="the rule, each seed"),
+            Line2D([], [], color=INK, marker="D", mfc="none", ls="", label="its control"),
+        ],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+    )
+    save(figure, path)
 
 
 def plot_differences(
@@ -79,88 +103,132 @@ def plot_differences(
     site: str,
     path: Path,
 ) -> None:
-    """Differences from the plain curve at equal cross-entropy, with 95 % intervals."""
-    rows: list[tuple[str, Mapping[str, Estimate], str, str]] = []
-    for one in compared:
-        note = f" ({OUTSIDE})" if not one.effects else ""
-        marker = "D" if one.is_control else "o"
-        rows.append((one.label + note, one.effects, _OF_VERDICT.get(one.verdict, _GREY), marker))
-    for k, found in against_itself.items():
-        rows.append((f"plain k {k} on the others' curve", found, "#444444", "x"))
-    figure = Figure(figsize=(14, 2 + 0.4 * max(len(rows), 1)), layout="constrained")
+    """Differences from the plain curve at equal cross-entropy, with 95 % intervals.
+
+    One row for each rule, its control below it in grey, and its verdict on the right.
+    """
+    controls = {one.label: one for one in compared if one.is_control}
+    shown = _in_rows(compared)
+    height = 0.42 * (len(shown) + len(against_itself))
+    figure = Figure(figsize=(15, 2.2 + height), layout="constrained")
     axes = figure.subplots(1, len(_FOREST), sharey=True)
+    names = [one.label for one in shown] + [f"plain, k = {k}" for k in against_itself]
     for axis, measure in zip(axes, _FOREST, strict=True):
-        for place, (_, effects, colour, marker) in enumerate(rows):
-            if measure not in effects:
-                continue
-            one = effects[measure]
-            low, high = one.interval
-            error = [[one.difference - low], [high - one.difference]]
-            fill = "none" if marker == "D" else colour
-            axis.errorbar(
-                one.difference, place, xerr=error, fmt=marker, color=colour, mfc=fill, capsize=3
-            )
-        axis.axvline(0, color="#444444", lw=0.8)
-        axis.set(title=MEASURES[measure].title, xlabel="difference at equal CE")
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(rows)), [name for name, *_ in rows])
-    axes[0].set_ylim(max(len(rows), 1) - 0.5, -0.5)
+        axis.axvline(0, color=INK, lw=0.8)
+        for place, one in enumerate(shown):
+            colour = _OF_VERDICT.get(one.verdict, INK)
+            if one.control in controls:
+                control = controls[one.control].effects.get(measure)
+                _draw_estimate(axis, control, place + 0.2, "D", GREY, "none")
+            fill = "none" if one.is_control else colour
+            _draw_estimate(axis, one.effects.get(measure), place - 0.1, "o", colour, fill)
+        for number, found in enumerate(against_itself.values()):
+            _draw_estimate(axis, found.get(measure), float(len(shown) + number), "x", GREY, GREY)
+        axis.set_xscale("symlog", linthresh=_LINEAR_WITHIN, linscale=1)
+        _ticks_of_differences(axis)
+        axis.set_title(MEASURES[measure].title, fontsize=11)
+        tidy(axis, grid="x")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(max(len(names), 1) - 0.4, -0.6)
+    right = axes[-1].secondary_yaxis("right")
+    words = [one.verdict for one in shown]
+    right.set_yticks(range(len(words)), words)
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
+    for label, one in zip(right.get_yticklabels(), shown, strict=True):
+        label.set_color(INK if one.verdict in _OF_VERDICT else GREY)
     figure.suptitle(
-        f"{site}: beside the plain curve. Colour: the verdict over both measures that decide; "
-        "hollow: controls; +: with dense latents"
+        f"{site}: differences from the plain curve at equal CE, with 95 % intervals\n"
+        f"(logarithmic scale beyond ±{_LINEAR_WITHIN:g})",
+        fontsize=12,
     )
-    _name_verdicts(figure, compared)
-    _save(figure, path)
+    handles = [
+        Line2D(
+            [], [], color=INK, marker="o", ls="", label="the rule, in the colour of its verdict"
+        ),
+        Line2D([], [], color=GREY, marker="D", mfc="none", ls="", label="its control"),
+    ]
+    if against_itself:
+        words = "a plain dictionary against the curve of the others"
+        handles.append(Line2D([], [], color=GREY, marker="x", ls="", label=words))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    save(figure, path)
 
 
-def _name_verdicts(figure: Figure, compared: Sequence[Compared]) -> None:
-    handles = []
-    for word, is_control in dict.fromkeys((one.verdict, one.is_control) for one in compared):
-        colour = _OF_VERDICT.get(word, _GREY)
-        mark, fill = ("D", "none") if is_control else ("o", colour)
-        handles.append(Line2D([], [], marker=mark, mfc=fill, color=colour, ls="", label=word))
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False
-        )
+def _in_rows(compared: Sequence[Compared]) -> list[Compared]:
+    """What has a row of its own: rules, and drawn weights that control none; the best first."""
+    controls = {one.control for one in compared}
+    shown = [one for one in compared if one.label not in controls]
+
+    def place(one: Compared) -> float:
+        effect = one.effects.get("detection")
+        return np.inf if effect is None else -effect.difference
+
+    return sorted(shown, key=place)
 
 
-def _draw_plain(axis: Axes, plain: Sequence[Result], measure: str) -> None:
-    """Thin: each seed's curve. Thick: the mean over seeds, with its k."""
+def _draw_points(
+    axis: Axes,
+    results: Sequence[Result],
+    label: str | None,
+    measure: str,
+    marker: str,
+    colour: str,
+    fill: str,
+) -> None:
+    own = [r for r in results if r.label == label and measure in r.point.values]
+    values = [r.point.values[measure].mean for r in own]
+    axis.plot([_lost(r) for r in own], values, marker, color=colour, mfc=fill, ms=5)
+
+
+def _draw_plain(axis: Axes, plain: Sequence[Result], measure: str, name_ks: bool) -> None:
+    """Light: each seed's curve. Dark: the mean over seeds, with its k above the panel."""
     plain = [r for r in plain if measure in r.point.values]
     for seed in sorted({r.point.seed for r in plain}):
         own = sorted((r for r in plain if r.point.seed == seed), key=_lost)
         values = [r.point.values[measure].mean for r in own]
-        axis.plot([_lost(r) for r in own], values, ".-", color=_GREY, lw=0.7, ms=4)
+        axis.plot([_lost(r) for r in own], values, "-", color=LIGHT, lw=1)
     ks = sorted({r.point.k for r in plain})
     places, means = [], []
     for k in ks:
         own = [r for r in plain if r.point.k == k]
-        places.append(float(np.exp(np.mean([np.log(_lost(r)) for r in own]))))
+        places.append(float(np.mean([_lost(r) for r in own])))
         means.append(float(np.mean([r.point.values[measure].mean for r in own])))
-    axis.plot(places, means, "-", color="#444444", lw=2, label="plain")
-    for k, x, y in zip(ks, places, means, strict=True):
-        axis.annotate(f"k {k}", (x, y), xytext=(4, 6), textcoords="offset points", fontsize=8)
+    axis.plot(places, means, ".-", color=INK, lw=1.4, ms=4)
+    if name_ks:
+        above = axis.get_xaxis_transform()
+        for k, place in zip(ks, places, strict=True):
+            axis.text(place, 1.02, str(k), transform=above, ha="center", fontsize=7, color=GREY)
+
+
+def _draw_estimate(
+    axis: Axes, one: Estimate | None, place: float, marker: str, colour: str, fill: str
+) -> None:
+    if one is None:
+        return
+    low, high = one.interval
+    error = [[one.difference - low], [high - one.difference]]
+    axis.errorbar(
+        one.difference, place, xerr=error, fmt=marker, color=colour, mfc=fill, ms=5, elinewidth=1.2
+    )
+
+
+def _lost_axis(axis: Axes) -> None:
+    """Cross-entropy recovered, over the logarithm of what is lost; better to the right."""
+    axis.set_xscale("log")
+    axis.invert_xaxis()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda lost, _: f"{1 - lost:.4g}"))
+
+
+def _ticks_of_differences(axis: Axes) -> None:
+    low, high = axis.get_xlim()
+    ticks = [t for t in (-1, -0.1, -0.01, 0, 0.01, 0.1, 1) if low <= t <= high]
+    axis.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(labelsize=9)
 
 
 def _lost(result: Result) -> float:
     return max(1 - result.ce_recovered, LEAST_INCREASE)
-
-
-def _colours(results: Sequence[Result]) -> dict[str, str]:
-    """A colour for every label but the plain one; a control has its rule's."""
-    found: dict[str, str] = {}
-    rules = 0
-    for result in results:
-        if result.label not in found and result.label != PLAIN:
-            colour = COLOURS[1 + rules % (len(COLOURS) - 1)]
-            rules += 1
-            found[result.label] = colour
-            if result.control is not None:
-                found[result.control] = colour
-    return found
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_atomic(Path(path), lambda partial: figure.savefig(partial, format="png", dpi=_DPI))

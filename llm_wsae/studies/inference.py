@@ -1,26 +1,27 @@
 """Is a difference more than chance? Intervals over seeds and over latents or concepts.
 
-A difference is measured once a seed. Its seeds are few, so a percentile bootstrap over them would
-be far too sure of itself (resampling three seeds gives intervals that cover the truth in some 80 %
-of cases, not 95 %). Instead the variance is taken apart as an analysis of variance does:
+A difference is measured once per seed, and seeds are few: a percentile bootstrap over them is far
+too confident (resampling three seeds gives intervals that cover the truth in about 80 % of cases,
+not 95 %). Instead the variance is decomposed as in an analysis of variance:
 
-* Over seeds. The spread of three numbers says little of their variance, so it is pooled over the
-  arms. These share the plain dictionaries they are compared with, hence also a part of their error,
-  which more arms do not average away: the pool consists of the seeds' common part, with S − 1
-  degrees of freedom, and the arms' own, with (U − 1)(S − 1), joined after Satterthwaite (1946). An
-  arm whose own spread is larger than the pool's keeps its own. (If its true spread is three times
-  that of the others, three seeds still err in some 11 % of cases instead of 5, five seeds in 10 %.)
-  Weights that are drawn anew for every seed spread by their draw, each kind as it does: they, and
-  differences from them, stay apart, with their own spread and S − 1 degrees of freedom.
-* Over latents. Each seed's dictionary has its own latents, so what their choice adds is in the
-  spread over seeds already, and the test over seeds alone is right. But few seeds may agree by
-  chance, so a second test asks whether the latents' own spread, which thousands of them tell,
-  would explain the difference; the wider interval and the larger p of the two count. (It takes the
-  dictionaries of a difference for independent. They start alike, so this is rather too wide than
-  too narrow.)
-* Over concepts. All dictionaries are asked the same concepts, so their choice does not average out
-  over seeds: what the concepts' mean differences vary beyond noise is added (two crossed random
-  effects, as in Clark 1973).
+* Over seeds. Three numbers say little about their variance, so it is pooled over the arms. Arms
+  share the plain dictionaries they are compared with, hence also part of their error, which more
+  arms do not average away. The pool therefore has two parts: what a seed's arms have in common,
+  with S − 1 degrees of freedom, and what is each arm's own, with (U − 1)(S − 1). They are combined
+  by Satterthwaite's approximation (1946). An arm whose own spread exceeds the pool's keeps its own.
+  (If its true spread is three times that of the others, three seeds still err in about 11 % of
+  cases instead of 5, five seeds in 10 %.) Weights that are drawn again for every seed spread by
+  their draw, each kind differently: they, and differences from them, stay out of the pool and use
+  their own spread with S − 1 degrees of freedom.
+* Over latents. Each seed's dictionary has its own latents, so the spread over seeds already
+  contains their choice, and the test over seeds alone is valid. But a few seeds may agree by
+  chance, so a second test asks whether the spread of the latents themselves, of which there are
+  thousands, would explain the difference. The wider interval and the larger p of the two count. (It
+  treats the dictionaries of a difference as independent. They start alike, so this errs on the wide
+  side.)
+* Over concepts. All dictionaries are probed for the same concepts, so their choice does not average
+  out over seeds: the variance of the concepts' mean differences beyond noise is added (two crossed
+  random effects, as in Clark 1973).
 
 Differences of several rules and measures are then corrected together (``adjusted``).
 """
@@ -51,16 +52,16 @@ class Estimate:
     error: float
     """Standard error, of the wider interval."""
     degrees: float
-    """Its degrees of freedom; infinite if it is the latents' own spread."""
+    """Its degrees of freedom; infinite if the error is that over latents."""
     by_seed: dict[int, float]
 
 
 def estimates(
     differences: Mapping[Name, Mapping[int, Value]], apart: Collection[Name] = ()
 ) -> dict[Name, Estimate]:
-    """One estimate for each arm's differences by seed; all of one measure.
+    """One estimate for each arm's differences by seed, all of one measure.
 
-    Arms named in ``apart`` take no part in the pool. An arm on a single seed has no estimate.
+    Arms named in ``apart`` stay out of the pool. An arm with a single seed has no estimate.
     """
     several = {name: dict(sorted(own.items())) for name, own in differences.items() if len(own) > 1}
     together = [own for name, own in several.items() if name not in apart]
@@ -70,7 +71,7 @@ def estimates(
 
 def pooled_variance(arms: Sequence[Mapping[int, float]]) -> tuple[float, float]:
     """Variance over seeds of one arm's difference, and its degrees of freedom, from the differences
-    by seed of several. Not every arm needs every seed."""
+    by seed of several arms. Not every arm needs every seed."""
     centred = [{seed: v - np.mean(list(own.values())) for seed, v in own.items()} for own in arms]
     of_seed = {
         seed: np.array([own[seed] for own in centred if seed in own])
@@ -87,7 +88,7 @@ def pooled_variance(arms: Sequence[Mapping[int, float]]) -> tuple[float, float]:
 
 
 def adjusted(p_values: Mapping[Name, float]) -> dict[Name, float]:
-    """Holm's correction (1979) over everything that was tried."""
+    """Holm's correction (1979) over all tests."""
     return dict(zip(p_values, holm(list(p_values.values())), strict=True))
 
 
@@ -96,7 +97,7 @@ def _means(values: Mapping[int, Value]) -> dict[int, float]:
 
 
 def _estimate(by_seed: Mapping[int, Value], pool: tuple[float, float] | None) -> Estimate:
-    """``pool`` is the pooled variance and its degrees of freedom, for an arm with a part in it."""
+    """``pool`` is the pooled variance and its degrees of freedom; None for an arm outside it."""
     values = list(by_seed.values())
     row = np.array([value.mean for value in values])
     mean = float(row.mean())
@@ -122,7 +123,7 @@ def _tested(mean: float, squared: float, degrees: float, by_seed: dict[int, floa
 
 
 def _concept_part(values: Sequence[Value]) -> tuple[float, float] | None:
-    """What the choice of concepts adds to the squared error, and its degrees of freedom."""
+    """Squared error added by the choice of concepts, and its degrees of freedom."""
     if any(value.items is None for value in values):
         return None
     names = [name for name in values[0].items if all(name in value.items for value in values)]

@@ -21,27 +21,27 @@ class PlannedArm:
 
     arm: ArmConfig
     label: str
-    """Name of its weights, whatever the random draw: what it shares with other k and seeds."""
+    """Name of its weights without the random draw, shared with other k and seeds."""
     control: str | None
-    """Label of the arms that control it."""
+    """Label of its control."""
 
 
 def plan(inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig) -> list[PlannedArm]:
     """All dictionaries, seed by seed, the plain ones first.
 
-    Drawn weights (controls, ``random``) are drawn anew for every seed. Raises UsageError for a draw
-    of its own, else as ``weights_from_rule`` does.
+    Random weights (controls, ``random``) are drawn again for every seed. Raises UsageError if
+    ``weigh`` fixes the draw; otherwise as ``weights_from_rule`` does.
     """
     if weigh.draw:
         raise UsageError(
-            f"draw is {weigh.draw}, but a study draws its controls anew for every seed; leave it 0"
+            f"draw is {weigh.draw}, but a study draws its controls again for every seed; leave it 0"
         )
     arms: dict[str, PlannedArm] = {}
 
     def add(weights: LossWeights, control: str | None, ks: Sequence[int], seed: int) -> None:
         for k in ks:
             arm = ArmConfig(weights, k, init_seed=seed, architecture=config.architecture)
-            # one that was named before, as a rule of its own, stays what it was
+            # an arm that was already named as a rule stays one
             arms.setdefault(arm.name, PlannedArm(arm, weights.label, control))
 
     for seed in dict.fromkeys(config.seeds):

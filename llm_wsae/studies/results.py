@@ -1,4 +1,4 @@
-"""What is kept of each dictionary of a study: one JSON file, from which every report is made."""
+"""What a study keeps of each dictionary: one JSON file, from which every report is made."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,55 +28,81 @@ class Measure:
     source: Literal["latents", "concepts", "share"]
     key: str
     dense: bool = False
-    """Whether latents that fire on more than 10 % of the tokens take part."""
+    """Whether latents that fire on more than 10 % of the tokens are included."""
     decides: bool = False
-    """Whether the verdict hangs on it."""
+    """Whether the verdict depends on it."""
     unscored: float | None = None
-    """What a latent counts that fires too seldom to be scored; None: nothing, the mean is over the
-    others."""
+    """Value of a latent that fires too rarely to be scored; None excludes it from the mean."""
 
 
 MEASURES = {
     "detection": Measure(
         "detection",
-        "chance that a sampled context of a latent is nearer to its top ones than a silent context",
+        "probability that a sampled context of a latent is more similar to its top contexts than "
+        "a context in which it is silent",
         "latents",
         "detection",
         decides=True,
     ),
     "selectivity": Measure(
         "selectivity",
-        "how much more a concept's own probe suffers than the others' without its best 5 latents",
+        "how much more the probe of a concept loses than those of the other concepts when its 5 "
+        "best latents are removed",
         "concepts",
         "selectivity",
         decides=True,
     ),
     "detection_all": Measure(
-        "detection, all",
-        "detection with those latents at chance that cannot be scored: weights change which can",
+        "detection, all latents",
+        "detection, counting latents that cannot be scored as chance (0.5): weights change which "
+        "can be scored",
         "latents",
         "detection",
         unscored=0.5,
     ),
     "no_token": Measure(
-        "no token", "detection without the top contexts' tokens", "latents",
+        "detection, other tokens",
+        "detection on contexts without the tokens of the top contexts",
+        "latents",
         "detection_without_tokens",
     ),
-    "purity": Measure("purity", "share of a latent's commonest token", "latents", "purity"),
-    "coherence": Measure("coherence", "likeness of its top contexts", "latents", "coherence"),
-    "probe_1": Measure("probe 1", "concepts told from their best latent", "concepts", "best_1"),
-    "probe_5": Measure("probe 5", "from their best five", "concepts", "best_5"),
+    "purity": Measure(
+        "purity", "share of a latent's most frequent token in its top contexts", "latents", "purity"
+    ),
+    "coherence": Measure(
+        "coherence", "similarity of a latent's top contexts", "latents", "coherence"
+    ),
+    "probe_1": Measure(
+        "1-latent probe",
+        "area under the ROC curve of a concept's best latent",
+        "concepts",
+        "best_1",
+    ),
+    "probe_5": Measure(
+        "5-latent probe", "the same of its 5 best latents together", "concepts", "best_5"
+    ),
     "detection_dense": Measure(
-        "detection+", "detection with the dense latents", "latents", "detection", dense=True
+        "detection, dense too", "detection with dense latents", "latents", "detection", dense=True
     ),
     "selectivity_dense": Measure(
-        "selectivity+", "selectivity with them", "concepts", "selectivity", dense=True
+        "selectivity, dense too",
+        "selectivity with dense latents",
+        "concepts",
+        "selectivity",
+        dense=True,
     ),
-    "eligible": Measure("eligible", "latents that can be scored", "share", "eligible_share"),
-    "dense": Measure("dense", "latents that fire on more than 10 %", "share", "dense_share"),
-}  # fmt: skip
+    "eligible": Measure(
+        "scored", "share of latents that fire in enough contexts", "share", "eligible_share"
+    ),
+    "dense": Measure(
+        "dense",
+        "share of latents that fire on more than 10 % of the tokens",
+        "share",
+        "dense_share",
+    ),
+}
 DECIDING = tuple(name for name, measure in MEASURES.items() if measure.decides)
-FAMILY = "selectivity of "  # beside the measures: the family's mean, no interval over concepts
+FAMILY = "selectivity of "  # in addition to the measures: a family's mean, without an interval
 
 
 @dataclass(frozen=True)
@@ -94,9 +120,9 @@ class Result:
     shares: dict[str, float]
     """``eligible_share``, ``dense_share``, ``dead_share`` and ``l0``."""
     density: float
-    """Latents active on a token, without those that are dense."""
+    """Latents active per token, dense ones not counted."""
     processor: str
-    """What it was measured on."""
+    """The processor it was measured on."""
 
     @property
     def is_claim(self) -> bool:
@@ -107,7 +133,7 @@ class Result:
 def record_of(
     planned: PlannedArm, fidelity: Fidelity, scores: DictionaryScores, device: torch.device
 ) -> dict[str, Any]:
-    """What the file of a dictionary holds; JSON-able. ``device`` is what it was measured on."""
+    """Contents of a dictionary's result file, JSON-able. ``device`` is where it was measured."""
     arm, latents = planned.arm, scores.per_latent
     usual = latents["density"] <= DENSE_DENSITY
     return plain(
@@ -137,8 +163,8 @@ def read_result(path: Path) -> Result:
         return _result(read_json(path, "result of a study"))
     except (KeyError, TypeError, AttributeError) as error:
         raise LlmWsaeError(
-            f"{path} is not the result of a study as this version writes it ({error!r}); delete it "
-            "to have that dictionary measured again"
+            f"{path} is not a result of a study as this version writes it ({error!r}); delete it "
+            "to measure that dictionary again"
         ) from error
 
 
@@ -195,7 +221,7 @@ def _values(latents: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, 
 
 
 def _with_unscored(measure: Measure, scored: Mapping[str, float], d_sae: int) -> Value:
-    """The mean of the scored latents, drawn towards what the others count."""
+    """The mean over all latents, those without a score counted as ``measure.unscored``."""
     if measure.unscored is None:
         return Value(scored["mean"], scored["variance"])
     share = scored["n"] / d_sae

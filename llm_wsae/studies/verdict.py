@@ -1,27 +1,11 @@
-"""From results to one word for each rule, against the plain curve and against its control.
+"""From the differences of a rule to one word."""
 
-A rule is compared at its dictionaries' own cross-entropy, seed by seed, over all its k. Two
-measures decide, both without the latents that fire on more than a tenth of the tokens, because
-those raise either one whatever they stand for: detection of latents and selectivity of concepts.
-Over all rules of the study and both measures Holm's correction holds. Better also has to mean
-better than the rule's control, corrected in the same way: weights that know nothing of the
-dimensions may help as well.
+from collections.abc import Mapping
 
-The curve is held against itself, too: a plain dictionary against what its neighbours say of it.
-Where that is far from 0, the curve is too coarse for differences of that size.
-"""
-
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-
-from llm_wsae.studies.curve import Curve, Value
-from llm_wsae.studies.inference import LEVEL, Estimate, adjusted, estimates
-from llm_wsae.studies.plan import PLAIN
-from llm_wsae.studies.results import DECIDING, FAMILY, MEASURES, Result
+from llm_wsae.studies.inference import LEVEL, Estimate
 
 BETTER = "better"
-AS_CONTROL = "as its control"
+NO_BETTER_THAN_CONTROL = "no better than its control"
 UNCONTROLLED = "better, uncontrolled"
 INDISTINGUISHABLE = "indistinguishable"
 MIXED = "mixed"
@@ -31,219 +15,29 @@ ONE_SEED = "one seed"
 UNMEASURED = "not measured"
 CONTROL = "control"
 VERDICTS = {
-    BETTER: "better than the plain curve at equal CE, and than its control",
-    AS_CONTROL: "better than the plain curve at equal CE, but not than its control",
-    UNCONTROLLED: "better than the plain curve at equal CE; its control is not comparable",
+    BETTER: "better than the plain curve at equal CE, and better than its control",
+    NO_BETTER_THAN_CONTROL: (
+        "better than the plain curve at equal CE, but no better than its control"
+    ),
+    UNCONTROLLED: "better than the plain curve at equal CE, but its control cannot be compared",
     INDISTINGUISHABLE: "indistinguishable from the plain curve at equal CE",
     MIXED: "better than the plain curve at equal CE in one measure, worse in the other",
     WORSE: "worse than the plain curve at equal CE",
-    OUTSIDE: "not comparable: at no k are all its seeds there and within the plain curve's CE",
+    OUTSIDE: "not comparable: at no k do all its seeds lie within the plain curve's CE",
     ONE_SEED: "not judged: a verdict needs two seeds",
-    UNMEASURED: "not measured: too few latents fire often enough, and no concept is in the text",
+    UNMEASURED: "not measured: too few latents fire often enough, and there is no concept to probe",
 }
 _SIGNIFICANT = 1 - LEVEL
 
 
-@dataclass(frozen=True)
-class Compared:
-    """Weights of one name, over all their k and seeds, beside the plain curve."""
-
-    label: str
-    rule: str
-    control: str | None
-    ks: tuple[int, ...]
-    """Those compared: on every seed within the curve."""
-    seeds: tuple[int, ...]
-    ce_recovered: dict[int, float]
-    """By k, mean over seeds."""
-    ce_change: dict[int, float]
-    """By k, against the plain dictionaries of the same k and seeds, where there are."""
-    effects: dict[str, Estimate]
-    """Difference from the plain curve at equal CE, by measure."""
-    against_control: dict[str, Estimate]
-    """Of these differences from the control's."""
-    families: dict[str, float]
-    """Difference in selectivity, by family of concepts."""
-    adjusted: dict[str, float]
-    """p of the deciding measures, after Holm's correction; none for a control."""
-    verdict: str
-
-    @property
-    def is_control(self) -> bool:
-        """Whether it stands for chance and not for a claim."""
-        return self.verdict == CONTROL
-
-
-def compare(results: Sequence[Result]) -> list[Compared]:
-    """Every label but the plain one, in the order of the results, with its verdict."""
-    curves, groups = _curves(results), _groups(results)
-    comparable = {label: _comparable(group, curves) for label, group in groups.items()}
-    beside = {
-        label: _beside([(1.0, [r for r in groups[label] if r.point.k in ks])], curves)
-        for label, ks in comparable.items()
-    }
-    claims = [label for label, group in groups.items() if group[0].is_claim]
-    effects = _by_measure(beside, apart=groups.keys() - claims)
-    # each of these has a control's draw in it
-    against = _by_measure(_against_controls(groups, comparable, curves), apart=groups.keys())
-    corrected, of_control = (_adjusted(found, claims) for found in (effects, against))
-    found = []
-    for label, group in groups.items():
-        own, theirs = corrected.get(label, {}), of_control.get(label, {})
-        verdict = _verdict(effects[label], own, against.get(label, {}), theirs)
-        seeds = tuple(sorted({r.point.seed for r in group}))
-        if not comparable[label]:
-            verdict = OUTSIDE
-        elif not own:
-            verdict = UNMEASURED if len(seeds) > 1 else ONE_SEED
-        families = {
-            name.removeprefix(FAMILY): estimate.difference
-            for name, estimate in effects[label].items()
-            if name.startswith(FAMILY)
-        }
-        ce, change = _cross_entropy(group, results)
-        found.append(
-            Compared(
-                label=label,
-                rule=group[0].rule,
-                control=group[0].control,
-                ks=comparable[label],
-                seeds=seeds,
-                ce_recovered=ce,
-                ce_change=change,
-                effects={m: e for m, e in effects[label].items() if m in MEASURES},
-                against_control={m: e for m, e in against.get(label, {}).items() if m in MEASURES},
-                families=families,
-                adjusted=own,
-                verdict=verdict if label in claims else CONTROL,
-            )
-        )
-    return found
-
-
-def curve_against_itself(results: Sequence[Result]) -> dict[int, dict[str, Estimate]]:
-    """By k between the ends of the curve: plain dictionaries beside the curve of the others."""
-    curves = _curves(results)
-    plain = [result for result in results if result.label == PLAIN]
-    beside = {}
-    for k in sorted({result.point.k for result in plain})[1:-1]:
-        rest = {seed: curve.without(k) for seed, curve in curves.items()}
-        group = [r for r in plain if r.point.k == k]
-        if _comparable(group, rest):
-            beside[k] = _beside([(1.0, group)], rest)
-    return {k: found for k, found in _by_measure(beside).items() if found}
-
-
-def _curves(results: Iterable[Result]) -> dict[int, Curve]:
-    points = defaultdict(list)
-    for result in results:
-        if result.label == PLAIN:
-            points[result.point.seed].append(result.point)
-    return {seed: Curve(own) for seed, own in points.items()}
-
-
-def _groups(results: Iterable[Result]) -> dict[str, list[Result]]:
-    groups = defaultdict(list)
-    for result in results:
-        if result.label != PLAIN:
-            groups[result.label].append(result)
-    return dict(groups)
-
-
-def _comparable(group: Sequence[Result], curves: Mapping[int, Curve]) -> tuple[int, ...]:
-    """The k that every seed has, and at which all of them lie within their curve."""
-    seeds = {result.point.seed for result in group}
-    inside: dict[int, set[int]] = defaultdict(set)
-    for result in group:
-        curve = curves.get(result.point.seed)
-        if curve is not None and result.point in curve:
-            inside[result.point.k].add(result.point.seed)
-    return tuple(sorted(k for k, there in inside.items() if there == seeds))
-
-
-def _against_controls(
-    groups: Mapping[str, Sequence[Result]],
-    comparable: Mapping[str, tuple[int, ...]],
-    curves: Mapping[int, Curve],
-) -> dict[str, dict[str, dict[int, Value]]]:
-    """Label → measure → seed → how much more its difference is than its control's, over the k at
-    which both can be compared."""
-    found = {}
-    for label, group in groups.items():
-        control = group[0].control
-        if control in groups:
-            shared = set(comparable[label]) & set(comparable[control])
-            own, other = (
-                [r for r in groups[one] if r.point.k in shared] for one in (label, control)
-            )
-            found[label] = _beside([(1.0, own), (-1.0, other)], curves)
-    return found
-
-
-def _adjusted(
-    found: Mapping[str, Mapping[str, Estimate]], claims: Iterable[str]
-) -> dict[str, dict[str, float]]:
-    """Label → deciding measure → p after Holm's correction over all of both."""
-    corrected: dict[str, dict[str, float]] = defaultdict(dict)
-    tests = {
-        (label, measure): found[label][measure].p
-        for label in claims
-        for measure in DECIDING
-        if measure in found.get(label, {})
-    }
-    for (label, measure), p in adjusted(tests).items():
-        corrected[label][measure] = p
-    return dict(corrected)
-
-
-def _beside(
-    groups: Sequence[tuple[float, Sequence[Result]]], curves: Mapping[int, Curve]
-) -> dict[str, dict[int, Value]]:
-    """Measure → seed → Σ weight · mean difference from the curve, over the groups, each of which
-    has the same k on all its seeds; on the seeds that all have."""
-    found: dict[str, dict[int, Value]] = defaultdict(dict)
-    for seed in sorted(set.intersection(*({r.point.seed for r in own} for _, own in groups))):
-        points = []
-        for weight, group in groups:
-            own = [result.point for result in group if result.point.seed == seed]
-            points += [(weight / len(own), point) for point in own]
-        for measure in dict.fromkeys(name for _, point in points for name in point.values):
-            value = curves[seed].beside(points, measure)
-            if value is not None:
-                found[measure][seed] = value
-    return dict(found)
-
-
-def _by_measure(beside: Mapping, apart: Collection = ()) -> dict:
-    """Label → measure → estimate, from label → measure → seed → difference."""
-    found = {label: {} for label in beside}
-    for measure in dict.fromkeys(name for own in beside.values() for name in own):
-        of_measure = {label: own[measure] for label, own in beside.items() if measure in own}
-        for label, estimate in estimates(of_measure, apart).items():
-            found[label][measure] = estimate
-    return found
-
-
-def _cross_entropy(
-    group: Sequence[Result], results: Sequence[Result]
-) -> tuple[dict[int, float], dict[int, float]]:
-    """CE recovered by k, and how far it lies above that of plain dictionaries of the same k."""
-    plain = {(r.point.k, r.point.seed): r.ce_recovered for r in results if r.label == PLAIN}
-    ce, change = {}, {}
-    for k in sorted({result.point.k for result in group}):
-        own = {r.point.seed: r.ce_recovered for r in group if r.point.k == k}
-        ce[k] = sum(own.values()) / len(own)
-        if all((k, seed) in plain for seed in own):
-            change[k] = ce[k] - sum(plain[k, seed] for seed in own) / len(own)
-    return ce, change
-
-
-def _verdict(
+def verdict_of(
     effects: Mapping[str, Estimate],
     corrected: Mapping[str, float],
     against: Mapping[str, Estimate],
     of_control: Mapping[str, float],
 ) -> str:
+    """The word for a rule's differences, by measure: from the plain curve (``effects``, with their
+    corrected p) and from the control (``against``, with theirs)."""
     found = [measure for measure, p in corrected.items() if p < _SIGNIFICANT]
     better = [measure for measure in found if effects[measure].difference > 0]
     if len(better) < len(found):
@@ -254,4 +48,4 @@ def _verdict(
     if not tested:
         return UNCONTROLLED
     passed = any(against[m].difference > 0 and of_control[m] < _SIGNIFICANT for m in tested)
-    return BETTER if passed else AS_CONTROL
+    return BETTER if passed else NO_BETTER_THAN_CONTROL

@@ -1,4 +1,4 @@
-"""A whole study of a tiny model: what it leaves, how it goes on, what it refuses."""
+"""A complete study of a tiny model: what it leaves, how it resumes, what it refuses."""
 
 import json
 import shutil
@@ -108,7 +108,7 @@ def test_every_dictionary_is_trained_measured_and_reported(whole):
         assert (out / name).stat().st_size > 100
 
 
-def test_seeds_are_held_against_each_other(whole, study, tmp_path):
+def test_seeds_are_compared(whole, study, tmp_path):
     """Of the dictionaries that are there, once."""
     out, report = whole
     kinds = {(r.label, r.point.k) for r in report.results}
@@ -129,7 +129,7 @@ def test_seeds_are_held_against_each_other(whole, study, tmp_path):
         study(again)
 
 
-def test_more_seeds_are_held_against_each_other_anew(whole, tmp_path):
+def test_more_seeds_are_compared_again(whole, tmp_path):
     out, _ = whole
     folder = out / "dictionaries"
     path, key = tmp_path / "consistency.json", ("uniform", 4)
@@ -176,7 +176,7 @@ def test_a_finished_study_is_only_read(whole, study, trained, monkeypatch):
     assert trained == [] and content(out) == before
 
 
-def test_a_study_goes_on_where_it_stopped(whole, study, trained, monkeypatch, tmp_path):
+def test_a_study_resumes_where_it_stopped(whole, study, trained, monkeypatch, tmp_path):
     """Stopped in a training, between training and measuring, and between two measurements."""
     monkeypatch.setattr(jobs, "_PASS_BYTES", 3 * jobs._BYTES_A_WEIGHT * 2 * 4 * 16**2)
     unbroken, _ = whole
@@ -218,7 +218,7 @@ def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, traine
     ]  # fmt: skip
 
 
-def test_a_group_that_was_begun_is_gone_on_with(study, trained, monkeypatch, tmp_path):
+def test_a_group_that_was_begun_is_resumed(study, trained, monkeypatch, tmp_path):
     """Also when more is asked for meanwhile, which would make other groups."""
     out, original = tmp_path / "out", jobs.train
 
@@ -312,11 +312,11 @@ def test_a_begun_training_that_nobody_needs_is_cleared_away(whole, study, tmp_pa
 
 
 def test_a_draw_of_its_own_is_refused(study, tmp_path):
-    with pytest.raises(UsageError, match="a study draws its controls anew for every seed"):
+    with pytest.raises(UsageError, match="a study draws its controls again for every seed"):
         study(tmp_path / "out", weigh=WeightConfig(draw=1))
 
 
-def test_a_study_goes_on_where_another_processor_rounds_differently(
+def test_a_study_resumes_where_another_processor_rounds_differently(
     whole, study, trained, tmp_path
 ):
     """The rows of a store that was made anew, and weights from them, differ in their last digits;

@@ -1,48 +1,37 @@
-"""From made-up results to verdicts: what is planted is found, what is not is not."""
+"""From made-up results to verdicts: planted effects are found, and nothing else is."""
 
 import dataclasses
-import json
 import random
-import re
 
 import pytest
-from matplotlib.image import imread
 from study_cases import KS, NATS, SEEDS, Made
 
-from llm_wsae.files import write_json
 from llm_wsae.studies import verdict as v
-from llm_wsae.studies.report import StudyReport
-from llm_wsae.studies.results import read_result
-from llm_wsae.studies.verdict import compare, curve_against_itself
-
-BASIS = {"training": {"architecture": "jumprelu"}}
+from llm_wsae.studies.comparison import compare, curve_against_itself
 
 
 def verdict_of(results, label="variance-a0.5") -> str:
     return next(one for one in compare(results) if one.label == label).verdict
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
+def test_what_is_planted_is_found():
+    for options, expected in (
         ({}, v.INDISTINGUISHABLE),
         ({"effect": 0.03}, v.BETTER),
         ({"effect": -0.03}, v.WORSE),
-        ({"effect": 0.03, "control_effect": 0.03}, v.AS_CONTROL),
+        ({"effect": 0.03, "control_effect": 0.03}, v.NO_BETTER_THAN_CONTROL),
         ({"effect": 0.03, "control_effect": 0.02, "selective": 0.0}, v.BETTER),
         ({"effect": 0.03, "control_cost": 9.0}, v.UNCONTROLLED),
         ({"effect": 0.03, "selective": -0.03}, v.MIXED),
         ({"effect": 0.03, "cost": 9.0}, v.OUTSIDE),
         ({"cost": 1.7}, v.INDISTINGUISHABLE),
         ({"cost": 1.7, "effect": 0.03}, v.BETTER),
-    ],
-)
-def test_what_is_planted_is_what_is_said(options, expected):
-    made = Made()
-    results = made.curve() + made.rule(**options)
-    assert verdict_of(results) == expected
-    control = next(one for one in compare(results) if one.is_control)
-    assert control.label == "permuted-variance-a0.5" and control.adjusted == {}
+    ):
+        made = Made()
+        results = made.curve() + made.rule(**options)
+        assert verdict_of(results) == expected, options
+        control = next(one for one in compare(results) if one.is_control)
+        assert control.label == "permuted-variance-a0.5" and control.adjusted == {}
 
 
 def test_to_lie_elsewhere_on_the_curve_is_no_difference():
@@ -129,7 +118,7 @@ def test_a_rule_is_held_against_its_control_at_the_k_of_both():
     rule, control = compare(results)
     assert rule.ks == (24, 48) and control.ks == (24,)
     assert abs(rule.against_control["detection"].difference) < 0.01
-    assert rule.verdict == v.AS_CONTROL
+    assert rule.verdict == v.NO_BETTER_THAN_CONTROL
 
 
 def test_better_than_the_control_is_corrected_for_all_that_was_tried():
@@ -153,7 +142,7 @@ def test_a_k_that_some_seeds_lack_is_not_compared():
     assert compare(none)[0].ks == () and verdict_of(none) == v.OUTSIDE
 
 
-def test_the_k_of_one_seed_outside_is_left_out():
+def test_the_k_of_one_seed_outside_is_omitted():
     made = Made()
     results = made.curve() + made.rule(ks=(24, 32), effect=0.03)
     strayed = [
@@ -208,64 +197,3 @@ def test_the_curve_against_itself():
         for k in KS
     ]
     assert curve_against_itself(bent)[32]["detection"].difference == pytest.approx(0.05, abs=1e-4)
-
-
-def test_report(tmp_path):
-    made = Made()
-    results = made.curve() + made.rule(effect=0.03) + made.rule("kurtosis", cost=9.0)
-    report = StudyReport.of("blocks.1.hook_resid_post", BASIS, results[::-1])
-    better, outside = sorted(report.sentences(), reverse=True)
-    assert better.startswith("variance-a0.5: better than the plain curve at equal CE, and than its")
-    assert "detection +0.0" in better and "3 seeds" in better
-    recovered = 1 - 9 * NATS / 32
-    assert outside.startswith("kurtosis-a0.5: not comparable") and f"{recovered:.4f}" in outside
-    assert f"from {1 - NATS / KS[0]:.4f} to {1 - NATS / KS[-1]:.4f}" in outside
-
-    report.write(tmp_path)
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert found["verdicts"] == {"variance-a0.5": v.BETTER, "kurtosis-a0.5": v.OUTSIDE}
-    assert found["compared"]["variance-a0.5"]["effects"]["detection"]["p"] < 0.01
-    assert len(found["dictionaries"]) == len(results)
-    page = (tmp_path / "report.md").read_text()
-    assert page.startswith("# Study of weights at blocks.1.hook_resid_post, jumprelu")
-    assert all(f"- {sentence}" in page for sentence in report.sentences())
-    for name in ("curve.png", "differences.png"):
-        assert f"({name})" in page and min(imread(tmp_path / name).shape[:2]) > 200
-    table = report.table()
-    _, *titles, last = re.split(r"  +", table.splitlines()[0].strip())
-    _, *cells = table.splitlines()[2].split()
-    own = [r for r in results if r.label == "uniform" and r.point.k == KS[0]]
-    for measure in ("selectivity", "no_token", "purity", "coherence", "probe_5"):
-        mean = sum(r.point.values[measure].mean for r in own) / len(own)
-        assert cells[[*titles, last].index(v.MEASURES[measure].title)] == f"{mean:.4f}"
-    assert table.splitlines()[0].split()[:3] == ["weights", "k", "seeds"]
-    assert sum(line.startswith("uniform ") for line in table.splitlines()) == len(KS)
-
-
-def test_where_kl_or_density_says_otherwise_the_line_says_so():
-    made = Made()
-    results = made.curve() + made.rule()
-    (same,) = StudyReport.of("blocks.1.hook_resid_post", BASIS, results).sentences()
-    assert "; at equal KL the same; " in same
-    costly = [dataclasses.replace(r, kl=1.7 * r.kl) if r.rule == "variance" else r for r in results]
-    (other,) = StudyReport.of("blocks.1.hook_resid_post", BASIS, costly).sentences()
-    assert other.startswith("variance-a0.5: indistinguishable")
-    assert "; at equal KL better; at equal density the same; " in other
-    rare = [
-        dataclasses.replace(r, density=1.7 * r.density) if r.rule == "variance" else r
-        for r in results
-    ]
-    (other,) = StudyReport.of("blocks.1.hook_resid_post", BASIS, rare).sentences()
-    assert "; at equal KL the same; at equal density worse; " in other
-
-
-def test_a_report_of_the_curve_alone(tmp_path):
-    report = StudyReport.of("blocks.1.hook_resid_post", BASIS, Made().curve())
-    report.write(tmp_path)
-    assert report.sentences() == [] and "uniform" in report.table()
-
-
-def test_a_damaged_result_is_named(tmp_path):
-    write_json(tmp_path / "x.json", {"fidelity": {}, "scores": {}})
-    with pytest.raises(Exception, match=r"x\.json is not the result of a study"):
-        read_result(tmp_path / "x.json")

@@ -1,0 +1,216 @@
+"""Compares every rule with the plain curve and with its control, at equal cross-entropy.
+
+A rule is compared at its dictionaries' own cross-entropy, seed by seed, over all its k. Two
+measures decide the verdict, detection of latents and selectivity of concepts, both without latents
+that fire on more than a tenth of the tokens: those raise either measure, whatever they stand for.
+Holm's correction covers all rules of the study and both measures. Better also has to mean better
+than the rule's control, corrected in the same way, because weights that know nothing of the
+dimensions may help as well.
+
+The curve is compared with itself, too: a plain dictionary with the curve of the others. Where that
+is far from 0, the curve is too coarse for differences of that size.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llm_wsae.studies.curve import Curve, Value
+from llm_wsae.studies.inference import Estimate, adjusted, estimates
+from llm_wsae.studies.plan import PLAIN
+from llm_wsae.studies.results import DECIDING, FAMILY, MEASURES, Result
+from llm_wsae.studies.verdict import CONTROL, ONE_SEED, OUTSIDE, UNMEASURED, verdict_of
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Weights of one name, over all their k and seeds, compared with the plain curve."""
+
+    label: str
+    rule: str
+    control: str | None
+    ks: tuple[int, ...]
+    """Those that can be compared: within the curve on every seed."""
+    seeds: tuple[int, ...]
+    ce_recovered: dict[int, float]
+    """By k, mean over seeds."""
+    ce_change: dict[int, float]
+    """By k, difference from the plain dictionaries of the same k and seeds, if there are any."""
+    effects: dict[str, Estimate]
+    """Difference from the plain curve at equal CE, by measure."""
+    against_control: dict[str, Estimate]
+    """Difference of those differences from the control's, by measure."""
+    families: dict[str, float]
+    """Difference in selectivity, by family of concepts."""
+    adjusted: dict[str, float]
+    """p of the deciding measures, after Holm's correction; none for a control."""
+    verdict: str
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is a control or drawn at random, so that no verdict is passed on it."""
+        return self.verdict == CONTROL
+
+
+def compare(results: Sequence[Result]) -> list[Compared]:
+    """Every label except the plain one, in the order of the results, with its verdict."""
+    curves, groups = _curves(results), _groups(results)
+    comparable = {label: _comparable(group, curves) for label, group in groups.items()}
+    beside = {
+        label: _beside([(1.0, [r for r in groups[label] if r.point.k in ks])], curves)
+        for label, ks in comparable.items()
+    }
+    claims = [label for label, group in groups.items() if group[0].is_claim]
+    effects = _by_measure(beside, apart=groups.keys() - claims)
+    # each of these contains the random draw of a control
+    against = _by_measure(_against_controls(groups, comparable, curves), apart=groups.keys())
+    corrected, of_control = (_adjusted(found, claims) for found in (effects, against))
+    found = []
+    for label, group in groups.items():
+        own, theirs = corrected.get(label, {}), of_control.get(label, {})
+        verdict = verdict_of(effects[label], own, against.get(label, {}), theirs)
+        seeds = tuple(sorted({r.point.seed for r in group}))
+        if not comparable[label]:
+            verdict = OUTSIDE
+        elif not own:
+            verdict = UNMEASURED if len(seeds) > 1 else ONE_SEED
+        families = {
+            name.removeprefix(FAMILY): estimate.difference
+            for name, estimate in effects[label].items()
+            if name.startswith(FAMILY)
+        }
+        ce, change = _cross_entropy(group, results)
+        found.append(
+            Compared(
+                label=label,
+                rule=group[0].rule,
+                control=group[0].control,
+                ks=comparable[label],
+                seeds=seeds,
+                ce_recovered=ce,
+                ce_change=change,
+                effects={m: e for m, e in effects[label].items() if m in MEASURES},
+                against_control={m: e for m, e in against.get(label, {}).items() if m in MEASURES},
+                families=families,
+                adjusted=own,
+                verdict=verdict if label in claims else CONTROL,
+            )
+        )
+    return found
+
+
+def curve_against_itself(results: Sequence[Result]) -> dict[int, dict[str, Estimate]]:
+    """By k, the curve's ends excluded: plain dictionaries against the curve of the others."""
+    curves = _curves(results)
+    plain = [result for result in results if result.label == PLAIN]
+    beside = {}
+    for k in sorted({result.point.k for result in plain})[1:-1]:
+        rest = {seed: curve.without(k) for seed, curve in curves.items()}
+        group = [r for r in plain if r.point.k == k]
+        if _comparable(group, rest):
+            beside[k] = _beside([(1.0, group)], rest)
+    return {k: found for k, found in _by_measure(beside).items() if found}
+
+
+def _curves(results: Iterable[Result]) -> dict[int, Curve]:
+    points = defaultdict(list)
+    for result in results:
+        if result.label == PLAIN:
+            points[result.point.seed].append(result.point)
+    return {seed: Curve(own) for seed, own in points.items()}
+
+
+def _groups(results: Iterable[Result]) -> dict[str, list[Result]]:
+    groups = defaultdict(list)
+    for result in results:
+        if result.label != PLAIN:
+            groups[result.label].append(result)
+    return dict(groups)
+
+
+def _comparable(group: Sequence[Result], curves: Mapping[int, Curve]) -> tuple[int, ...]:
+    """The k that every seed has, and at which each lies within its curve."""
+    seeds = {result.point.seed for result in group}
+    inside: dict[int, set[int]] = defaultdict(set)
+    for result in group:
+        curve = curves.get(result.point.seed)
+        if curve is not None and result.point in curve:
+            inside[result.point.k].add(result.point.seed)
+    return tuple(sorted(k for k, there in inside.items() if there == seeds))
+
+
+def _against_controls(
+    groups: Mapping[str, Sequence[Result]],
+    comparable: Mapping[str, tuple[int, ...]],
+    curves: Mapping[int, Curve],
+) -> dict[str, dict[str, dict[int, Value]]]:
+    """Label → measure → seed → its difference less that of its control, over the k at which both
+    can be compared."""
+    found = {}
+    for label, group in groups.items():
+        control = group[0].control
+        if control in groups:
+            shared = set(comparable[label]) & set(comparable[control])
+            own, other = (
+                [r for r in groups[one] if r.point.k in shared] for one in (label, control)
+            )
+            found[label] = _beside([(1.0, own), (-1.0, other)], curves)
+    return found
+
+
+def _adjusted(
+    found: Mapping[str, Mapping[str, Estimate]], claims: Iterable[str]
+) -> dict[str, dict[str, float]]:
+    """Label → deciding measure → p after Holm's correction over all of both."""
+    corrected: dict[str, dict[str, float]] = defaultdict(dict)
+    tests = {
+        (label, measure): found[label][measure].p
+        for label in claims
+        for measure in DECIDING
+        if measure in found.get(label, {})
+    }
+    for (label, measure), p in adjusted(tests).items():
+        corrected[label][measure] = p
+    return dict(corrected)
+
+
+def _beside(
+    groups: Sequence[tuple[float, Sequence[Result]]], curves: Mapping[int, Curve]
+) -> dict[str, dict[int, Value]]:
+    """Measure → seed → Σ weight · mean difference from the curve, over the groups, each of which
+    has the same k on all its seeds; on the seeds that all have."""
+    found: dict[str, dict[int, Value]] = defaultdict(dict)
+    for seed in sorted(set.intersection(*({r.point.seed for r in own} for _, own in groups))):
+        points = []
+        for weight, group in groups:
+            own = [result.point for result in group if result.point.seed == seed]
+            points += [(weight / len(own), point) for point in own]
+        for measure in dict.fromkeys(name for _, point in points for name in point.values):
+            value = curves[seed].beside(points, measure)
+            if value is not None:
+                found[measure][seed] = value
+    return dict(found)
+
+
+def _by_measure(beside: Mapping, apart: Collection = ()) -> dict:
+    """Label → measure → estimate, from label → measure → seed → difference."""
+    found = {label: {} for label in beside}
+    for measure in dict.fromkeys(name for own in beside.values() for name in own):
+        of_measure = {label: own[measure] for label, own in beside.items() if measure in own}
+        for label, estimate in estimates(of_measure, apart).items():
+            found[label][measure] = estimate
+    return found
+
+
+def _cross_entropy(
+    group: Sequence[Result], results: Sequence[Result]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """CE recovered by k, and how far it lies above that of plain dictionaries of the same k."""
+    plain = {(r.point.k, r.point.seed): r.ce_recovered for r in results if r.label == PLAIN}
+    ce, change = {}, {}
+    for k in sorted({result.point.k for result in group}):
+        own = {r.point.seed: r.ce_recovered for r in group if r.point.k == k}
+        ce[k] = sum(own.values()) / len(own)
+        if all((k, seed) in plain for seed in own):
+            change[k] = ce[k] - sum(plain[k, seed] for seed in own) / len(own)
+    return ce, change

@@ -1,0 +1,108 @@
+"""The tables of a study's report, as rows of cells; the first row is the head."""
+
+from collections.abc import Mapping, Sequence
+
+from llm_wsae.studies.comparison import Compared
+from llm_wsae.studies.consistency import Agreements
+from llm_wsae.studies.inference import Estimate
+from llm_wsae.studies.results import DECIDING, MEASURES, Result
+
+Rows = list[list[str]]
+_SHOWN = ("detection", "no_token", "purity", "coherence", "selectivity", "probe_1", "probe_5")
+_NONE = "–"
+
+
+def dictionary_rows(results: Sequence[Result], agreements: Agreements) -> Rows:
+    """Means over seeds of every label and k."""
+    rows = [["weights", "k", "seeds", "L0", "L0 not dense", "CE recovered", "FVU", "KL", "dense %",
+             "dead %", "scored %", *(MEASURES[m].title for m in _SHOWN)]]  # fmt: skip
+    if agreements:
+        rows[0].append("PW-MCC")
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.label, result.point.k), []).append(result)
+    for (label, k), own in groups.items():
+        shares = {s: 100 * sum(r.shares[s] for r in own) / len(own) for s in own[0].shares}
+        rows.append(
+            [
+                label,
+                str(k),
+                str(len(own)),
+                f"{sum(r.shares['l0'] for r in own) / len(own):.1f}",
+                f"{sum(r.density for r in own) / len(own):.1f}",
+                f"{sum(r.ce_recovered for r in own) / len(own):.4f}",
+                f"{sum(r.fvu for r in own) / len(own):.4f}",
+                f"{sum(r.kl for r in own) / len(own):.4f}",
+                *(f"{shares[f'{s}_share']:.1f}" for s in ("dense", "dead", "eligible")),
+                *(_mean(own, measure) for measure in _SHOWN),
+            ]
+        )
+        if agreements:
+            rows[-1].append(agreement_text(agreements, label, k))
+    return rows
+
+
+def difference_rows(
+    compared: Sequence[Compared],
+    at_equal_kl: Sequence[Compared],
+    at_equal_density: Sequence[Compared],
+    everything: bool = False,
+) -> Rows:
+    """Differences from the plain curve: the deciding measures, or all of them."""
+    shown = list(MEASURES) if everything else DECIDING
+    titles = [MEASURES[m].title for m in shown]
+    equal = [f"{measure}, equal {what}" for what in ("KL", "density") for measure in DECIDING]
+    rows = [["weights", "verdict", "CE at same k", *titles, *equal]]
+    for one, *others in zip(compared, at_equal_kl, at_equal_density, strict=True):
+        change = ", ".join(f"{c:+.4f}" for c in one.ce_change.values()) or _NONE
+        cells = [estimate_text(one.effects.get(measure)) for measure in shown]
+        cells += [estimate_text(o.effects.get(m)) for o in others for m in DECIDING]
+        rows.append([one.label, one.verdict, change, *cells])
+    return rows
+
+
+def control_rows(compared: Sequence[Compared]) -> Rows:
+    """Differences from the control, of those that have one."""
+    rows = [["weights", "control", *(measure.title for measure in MEASURES.values())]]
+    for one in compared:
+        if one.against_control:
+            cells = [estimate_text(one.against_control.get(measure)) for measure in MEASURES]
+            rows.append([one.label, one.control or "", *cells])
+    return rows
+
+
+def curve_rows(against_itself: Mapping[int, Mapping[str, Estimate]]) -> Rows:
+    """The plain curve against the curve of its other points."""
+    rows = [["plain k", *(MEASURES[m].title for m in _SHOWN)]]
+    for k, found in against_itself.items():
+        rows.append([str(k), *(estimate_text(found.get(measure)) for measure in _SHOWN)])
+    return rows
+
+
+def family_rows(compared: Sequence[Compared]) -> Rows:
+    """Differences in selectivity by family of concepts."""
+    names = sorted({name for one in compared for name in one.families})
+    rows = [["weights", *names]]
+    for one in compared:
+        cells = (one.families.get(name) for name in names)
+        rows.append([one.label, *(_NONE if c is None else f"{c:+.4f}" for c in cells)])
+    return rows
+
+
+def estimate_text(estimate: Estimate | None) -> str:
+    """``+0.0041 [+0.0011, +0.0072]``."""
+    if estimate is None:
+        return _NONE
+    low, high = estimate.interval
+    return f"{estimate.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def agreement_text(agreements: Agreements, label: str, k: int) -> str:
+    """PW-MCC of the dictionaries of one label and k, if it is known."""
+    agreement = agreements.get((label, k))
+    return f"{agreement.pw_mcc:.4f}" if agreement else _NONE
+
+
+def _mean(own: Sequence[Result], measure: str) -> str:
+    values = [r.point.values[measure].mean for r in own if measure in r.point.values]
+    return f"{sum(values) / len(values):.4f}" if values else _NONE
