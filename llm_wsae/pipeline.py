@@ -84,6 +84,7 @@ def run(
     rules: Sequence[str] = ("uniform", "variance"),
     alphas: Sequence[float] = (0.5, -0.25),
     ks: Sequence[int] = (32,),
+    l1s: Sequence[float] = (),
     architectures: Sequence[ArchitectureName] = ("topk",),
     init_seeds: Sequence[int] = (0,),
     text_column: str | None = None,
@@ -125,7 +126,7 @@ def run(
         _say(2, "weigh", f"profile of {site}")
         inputs = measure_inputs(parsed, store, site, model=model)
         facts, weights = _weigh(inputs, site, folder, parsed, alphas, weight_config)
-        arms = make_arms(weights, ks, init_seeds=init_seeds, architectures=architectures)
+        arms = make_arms(weights, ks, l1s, init_seeds, architectures)
         _say(3, "train", f"{len(arms)} dictionaries in one pass")
         dictionaries = train(store.source(site), arms, train_config, folder)
         _say(4, "evaluate", f"on {evaluate_config.tokens:,} held-out tokens")

@@ -51,7 +51,10 @@ def main() -> None:
             )  # fmt: skip
             on_disk = sum(path.stat().st_size for path in store.rglob("*.safetensors")) / 2**20
             trained = Path(folder) / f"trained-{tokens}"
-            training = peak_megabytes("train", store, "--site", SITE, "--k", 32, "--out", trained)
+            training = peak_megabytes(
+                "train", store, "--site", SITE, "--rule", "uniform", "variance", "--alpha", 0.5,
+                "--out", trained,
+            )  # fmt: skip
             lines.append(f"| {tokens:,} | {harvest:,.0f} | {on_disk:,.0f} | {training:,.0f} |")
     text = "\n".join(
         [

@@ -1,5 +1,6 @@
-"""The commands: one function each, whose signature is its options and whose docstring is its help.
+"""The commands, one a file: a function whose signature is its options and whose docstring its help.
 
-Each returns the JSON object and the text for people. Everything heavy is imported inside, so that
-help comes at once. A new command is a function here and a line in ``cli.COMMANDS``.
+Each parses, calls the package, and returns the JSON object and the text for people. Everything
+heavy is imported inside, so that help is quick. A new command is a file here and a line in
+``cli.COMMANDS``.
 """

@@ -1,61 +1,46 @@
 """The command that measures dictionaries."""
 
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 
-from llm_wsae.commands.common import (
-    Config,
-    Device,
+from llm_wsae.commands.common import Result
+from llm_wsae.commands.options import (
+    CorpusOptions,
     Flag,
-    ModelDtype,
-    Result,
-    check_counts,
-    label_of,
-    load_model,
+    Flat,
+    ModelOptions,
+    Part,
+    Prefixed,
+    ScoreOptionsOfEvaluate,
 )
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.fidelity.config import EvaluateConfig
-from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain, versions
 
 
 def evaluate(
-    dictionaries: tyro.conf.Positional[tuple[Path, ...]],
-    model: str,
-    corpus: str,
+    dictionaries: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DICT…")],
+    model: Flat[ModelOptions],
+    corpus: Flat[CorpusOptions],
     out: Path,
-    config: Config[EvaluateConfig] = EvaluateConfig(),  # noqa: B008 - frozen
-    part: Literal["heldout", "train", "all"] = "heldout",
-    text_column: str | None = None,
-    revision: str | None = None,
-    device: Device = "auto",
-    model_dtype: ModelDtype = "auto",
+    part: Part = "heldout",
     monosemantic: Flag = False,
-    monosemantic_tokens: int = MonosemanticConfig.tokens,
-    encoder: str = MonosemanticConfig.encoder,
-    labels: tuple[str, ...] = (),
     keep: Flag = False,
+    fidelity: Flat[EvaluateConfig] = EvaluateConfig(),  # noqa: B008 - frozen
+    score: Prefixed[ScoreOptionsOfEvaluate] = ScoreOptionsOfEvaluate(),  # noqa: B008 - frozen
 ) -> Result:
-    """Measure on held-out text how faithful dictionaries are and, if asked, how monosemantic.
+    """Measure how faithful dictionaries are on held-out text and, if asked, how monosemantic.
 
     Args:
         dictionaries: Dictionary folders.
-        model: The model they explain: Hub id, local folder or .gguf file.
-        corpus: Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, text package; a+b.
         out: JSON report to write.
-        part: Which documents: those held out, those for training, or all.
-        text_column: Column of the corpus that holds the text, where that is not clear.
-        revision: Revision of a model on the Hub.
-        device: Where the model runs.
-        model_dtype: Number format of the model; auto is bfloat16 where the hardware is fast in it.
-        monosemantic: Also measure whether latents are monosemantic, which needs a sentence encoder.
-        monosemantic_tokens: Held-out rows for that.
-        encoder: Sentence encoder for that: a Hub id, a folder or an installed package.
-        labels: Columns of the corpus that say what its documents are, to probe; all by default.
-        keep: Also keep the results in the dictionaries' own folders, for their cards.
+        part: Which documents to read: those for training, those held out, or all.
+        monosemantic: Also measure how monosemantic the latents are, with a sentence encoder.
+        keep: Also store the results in the dictionaries' own folders, for their cards.
     """
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.packing import Packer
@@ -66,44 +51,29 @@ def evaluate(
     from llm_wsae.evaluation.monosemanticity.card_numbers import card_numbers
     from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 
-    check_counts(monosemantic_tokens=monosemantic_tokens)
-    _check_asked(monosemantic, monosemantic_tokens, encoder, labels)
-    scoring = MonosemanticConfig(
-        tokens=monosemantic_tokens,
-        encoder=encoder,
-        labels=labels,
-        bootstraps=config.bootstraps,
-        seed=config.seed,
-    )
-    if not dictionaries:
-        raise UsageError("name at least one dictionary folder")
-    if out.is_dir():
-        raise UsageError(f"--out is the JSON report to write, but {out} is a folder")
-    there = next(parent for parent in out.absolute().parents if parent.exists())
-    if not there.is_dir():
-        raise UsageError(f"--out cannot be {out}: {there} is not a folder")
     dictionaries = tuple(dict.fromkeys(dictionaries))
-    if keep and part != "heldout":
-        raise UsageError("--keep is for what was measured on held-out text; leave --part out")
+    _check(dictionaries, out, part, keep)
+    if not monosemantic:
+        _check_no_scores_asked(score)
     for folder in dictionaries if keep else ():
         check_keeps_measurements(folder)
-    loaded = {label_of(path, dictionaries): Dictionary.load(path) for path in dictionaries}
-    packing, text = common_packing(loaded), Corpus.open(corpus, part, text_column=text_column)
+    loaded = {_label(path, dictionaries): Dictionary.load(path) for path in dictionaries}
+    packing = common_packing(loaded)
+    text = Corpus.open(corpus.corpus, part, text_column=corpus.text_column)
     seen = notes_on_text(loaded, text.identity())
     if keep and seen:
-        raise UsageError(f"{seen[0]}, so nothing is kept as held out; leave --keep out")
-    language_model = load_model(model, revision, device, model_dtype)
+        raise UsageError(f"{seen[0]}, so no result counts as held out; omit --keep")
+    language_model = model.load(model.model)
     contexts = Packer.for_model(language_model, packing).contexts(text)
-    # Before the long work: it reads its text and finds its encoder.
-    scorer = (
-        MonosemanticityEvaluator(language_model, text, packing, scoring) if monosemantic else None
-    )
-    fidelity = measure(loaded, language_model, contexts, config)
-    fidelity.notes.extend(seen)
-    facts, tables = fidelity.to_dict(), [fidelity.table()]
+    scorer = None
+    if monosemantic:  # before the long work: it reads its text and finds its encoder
+        score = replace(score, bootstraps=fidelity.bootstraps, seed=fidelity.seed)
+        scorer = MonosemanticityEvaluator(language_model, text, packing, score)
+    report = measure(loaded, language_model, contexts, fidelity)
+    report.notes.extend(seen)
+    facts, tables = report.to_dict(), [report.table()]
     found = {
-        name: {"fidelity": {"corpus": text.name, **own}}
-        for name, own in fidelity.summaries().items()
+        name: {"fidelity": {"corpus": text.name, **own}} for name, own in report.summaries().items()
     }
     if scorer is not None:
         scores = scorer.score(loaded)
@@ -111,20 +81,37 @@ def evaluate(
         tables.append(scores.table())
         for name in loaded:
             found[name]["monosemanticity"] = card_numbers(scores, name)
-    asked = {"dictionaries": dictionaries, "corpus": corpus, "part": part}
+    asked = {"dictionaries": dictionaries, "corpus": corpus.corpus, "part": part}
     write_json(out, {"command": "evaluate", **plain(asked), "versions": versions(), **facts})
     for name, folder in zip(loaded, dictionaries, strict=True) if keep else ():
         keep_measurements(folder, found[name])
     return facts, "\n\n".join([*tables, f"report  {out}"])
 
 
-def _check_asked(monosemantic: bool, tokens: int, encoder: str, labels: tuple[str, ...]) -> None:
+def _check(dictionaries: tuple[Path, ...], out: Path, part: Part, keep: bool) -> None:
+    """Raises UsageError for a request that cannot be met."""
+    if not dictionaries:
+        raise UsageError("name at least one dictionary folder")
+    if out.is_dir():
+        raise UsageError(f"--out is the JSON report to write, but {out} is a folder")
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise UsageError(f"--out cannot be {out}: {there} is not a folder")
+    if keep and part != "heldout":
+        raise UsageError("--keep stores what was measured on held-out text; omit --part")
+
+
+def _check_no_scores_asked(score: ScoreOptionsOfEvaluate) -> None:
     """Raises UsageError for options of what is not measured."""
-    without_effect = {
-        "--monosemantic-tokens": tokens != MonosemanticConfig.tokens,
-        "--encoder": encoder != MonosemanticConfig.encoder,
-        "--labels": bool(labels),
-    }
-    given = [option for option, is_given in without_effect.items() if is_given]
-    if given and not monosemantic:
-        raise UsageError(f"{' and '.join(given)}: only with --monosemantic; give that too")
+    given = [
+        f"--score.{field.name.replace('_', '-')}"
+        for field in fields(score)
+        if getattr(score, field.name) != field.default
+    ]
+    if given:
+        raise UsageError(f"{' and '.join(given)}: only with --monosemantic; add that")
+
+
+def _label(path: Path, paths: tuple[Path, ...]) -> str:
+    """The folder's name, or its whole path if others have the same name."""
+    return path.name if sum(p.name == path.name for p in paths) == 1 else str(path)

@@ -1,37 +1,32 @@
 """The command that describes single latents."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
-from llm_wsae.commands.common import Device, ModelDtype, Result
+from llm_wsae.commands.common import Result
+from llm_wsae.commands.options import Flat, LoadOptions
 
 
 def inspect(
-    dictionary: tyro.conf.Positional[Path],
+    dictionary: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DICT")],
     latent: tuple[int, ...] = (),
     store: Path | None = None,
     text: str | None = None,
     model: str | None = None,
     top: int = 10,
-    revision: str | None = None,
-    device: Device = "auto",
-    model_dtype: ModelDtype = "auto",
+    loading: Flat[LoadOptions] = LoadOptions(),  # noqa: B008 - frozen
 ) -> Result:
     """Look at latents: where they fire, which tokens they promote, what they write; or at a text.
 
     Args:
         dictionary: Dictionary folder.
         latent: Latents to look at.
-        store: Activation store of the same model: adds density and top contexts, with no forward
-            pass.
-        text: A sentence: which latents fire on it.
-        model: The model that was explained; one that came from the Hub need not be named.
+        store: Activation store of the same model; adds density and top contexts.
+        text: A sentence; shows which latents fire on it.
+        model: The model that the dictionary explains; may be omitted if it came from the Hub.
         top: Number of contexts, tokens, neighbours and dimensions to show.
-        revision: Revision of a model on the Hub.
-        device: Where the model runs.
-        model_dtype: Number format of the model; auto is bfloat16 where the hardware is fast in it.
     """
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.inspecting.inspection import inspect
@@ -45,9 +40,9 @@ def inspect(
         model=model,
         text=text,
         top=top,
-        revision=revision,
-        device=device,
-        dtype=model_dtype,
+        revision=loading.revision,
+        device=loading.device,
+        dtype=loading.model_dtype,
     )
     facts: dict[str, Any] = {"dictionary": str(dictionary), "latents": found.latents}
     parts = [latents_text(opened, found.latents)] if found.latents else []

@@ -3,25 +3,26 @@
 import time
 from pathlib import Path
 
-from llm_wsae.commands.common import Config, Result, cost
+from llm_wsae.commands.common import Result, cost
+from llm_wsae.commands.options import Flat
 from llm_wsae.theory.config import TheoryConfig
 
 
 def theory(
     out: Path,
-    config: Config[TheoryConfig] = TheoryConfig(),  # noqa: B008 - frozen
+    planted: Flat[TheoryConfig] = TheoryConfig(),  # noqa: B008 - frozen
 ) -> Result:
-    """Which weights help where the truth is known: the closed form, dictionaries on planted data.
+    """Which weights help where the true features are known: closed form and planted data.
 
-    Run it again to go on after an interruption, or with more experiments or seeds to add them.
+    Run it again to resume after an interruption, or with more experiments or seeds to add them.
 
     Args:
-        out: Folder that receives report, figures and one file per experiment and seed.
+        out: Folder that receives the report, figures, and one file per experiment and seed.
     """
     from llm_wsae.theory.experiments import FIGURES, run_theory
 
     started = time.monotonic()
-    report = run_theory(config, out)
-    lines = [report.table(), "", f"report   {out / 'theory.md'}, theory.json beside it"]
+    report = run_theory(planted, out)
+    lines = [report.table(), "", f"report   {out / 'theory.md'}, and theory.json next to it"]
     lines += [f"figure   {out / name}" for name in FIGURES]
     return report.to_dict(), "\n".join([*lines, "", cost(started)])

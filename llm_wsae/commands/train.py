@@ -3,45 +3,33 @@
 import time
 from pathlib import Path
 
-import tyro
-
-from llm_wsae.commands.common import Config, Result, cost
+from llm_wsae.commands.common import Result, cost
+from llm_wsae.commands.options import Flat, GridOptions, Store
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record
-from llm_wsae.training.config import ArchitectureName, TrainConfig
+from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
 
 
 def train(
-    store: tyro.conf.Positional[Path],
+    store: Store,
     site: str,
     out: Path,
-    rule: tuple[str, ...] = ("uniform", "variance"),
-    alpha: tuple[float, ...] = (0.5,),
     weights: Path | None = None,
-    k: tuple[int, ...] = (32,),
-    architecture: tuple[ArchitectureName, ...] = ("topk",),
-    l1: tuple[float, ...] = (),
-    seeds: tuple[int, ...] = (0,),
-    config: Config[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
-    weigh: Config[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
+    grid: Flat[GridOptions] = GridOptions(),  # noqa: B008 - frozen
+    weigh: Flat[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
+    training: Flat[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
 ) -> Result:
-    """Train dictionaries on a store: every rule × α × sparsity × seed, in one pass over the rows.
+    """Train dictionaries on a store, all of them in one pass over its rows.
+
+    Run it again to resume after an interruption.
 
     Args:
         store: Activation store.
-        site: One of its sites.
-        out: Folder that receives one dictionary folder per arm; a stopped training goes on.
-        rule: Weight rules; the plain dictionary is "uniform".
-        alpha: Exponents of the weights γ = score^α, for every rule but uniform.
-        weights: A weights file, as one more choice of weights: one of weigh's, which knows where it
-            acts, or a vector or matrix of your own.
-        k: Active latents per token, a dictionary of every architecture each.
-        architecture: Kinds of dictionary: topk has k latents in every token, the others on average.
-        l1: L1 coefficients, a ReLU dictionary each; the error beside them is a mean over
-            dimensions of rows scaled to variance 1.
-        seeds: Seeds of the initial weights, a dictionary each.
+        site: One of the store's sites.
+        out: Folder that receives one dictionary folder per combination.
+        weights: Weights file, as one more rule: weigh's, or a vector or matrix of your own.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.training.grid import make_arms
@@ -53,16 +41,15 @@ def train(
 
     started = time.monotonic()
     opened, place = ActivationStore.open(store), Site.parse(site)
-    rules = [Rule.parse(name) for name in rule]
+    rules = [Rule.parse(name) for name in grid.rule]
     inputs = measure_inputs(rules, opened, place)  # only what weigh has measured of the store
     own = LossWeights.load(weights, weigh) if weights else None
-    chosen = choose_weights(inputs, rules, alpha, own, weigh)
-    arms = make_arms(chosen, k, l1, seeds, architecture)
-    dictionaries = train_arms(opened.source(place), arms, config, out)
-    asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, "weights": weights}
-    asked |= {"k": k, "architecture": architecture, "l1": l1, "seeds": seeds}
+    chosen = choose_weights(inputs, rules, grid.alpha, own, weigh)
+    arms = make_arms(chosen, grid.k, grid.l1, grid.init_seeds, grid.architecture)
+    dictionaries = train_arms(opened.source(place), arms, training, out)
     if leads():
-        write_record(out / "train.json", "train", {**asked, **vars(config), "weigh": weigh})
+        asked = {"store": store, "site": site, "weights": weights, **vars(grid), **vars(training)}
+        write_record(out / "train.json", "train", {**asked, "weigh": weigh})
     facts = {name: d.info.metrics["training"] for name, d in dictionaries.items()}
     width = max(32, *(len(name) + 2 for name in facts))
     lines = [f"{'dictionary':<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}"]
@@ -71,4 +58,4 @@ def train(
             f"{name:<{width}}{numbers['fvu']:>10.4f}{numbers['l0']:>8.1f}"
             f"{100 * numbers['dead']:>8.1f}"
         )
-    return facts, "\n".join([*lines, "", f"in {out}/<dictionary>", cost(started)])
+    return facts, "\n".join([*lines, "", f"dictionaries in {out}", cost(started)])

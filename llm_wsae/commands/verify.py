@@ -1,6 +1,7 @@
 """The command that checks every byte."""
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -8,12 +9,15 @@ from llm_wsae.commands.common import Result
 from llm_wsae.errors import LlmWsaeError
 
 
-def verify(folder: tyro.conf.Positional[Path], site: str | None = None) -> Result:
+def verify(
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")],
+    site: str | None = None,
+) -> Result:
     """Check every byte of an activation store or a dictionary, and name what is damaged.
 
     Args:
-        folder: Store or dictionary folder, also another tool's (which has no checksums).
-        site: Where a dictionary belongs whose files do not say it.
+        folder: Store or dictionary folder; also another tool's dictionary (without checksums).
+        site: Site of a dictionary whose files do not name it.
     """
     from llm_wsae.data.manifest import MANIFEST
     from llm_wsae.data.verify import verify_store
@@ -36,4 +40,4 @@ def verify(folder: tyro.conf.Positional[Path], site: str | None = None) -> Resul
             f"{folder} is neither an activation store (with a {MANIFEST}) nor a dictionary (with "
             f"a {CFG})"
         )
-    return {"folder": str(folder), "kind": kind, "ok": True}, f"{folder}: {kind} is whole"
+    return {"folder": str(folder), "kind": kind, "ok": True}, f"{folder}: {kind} is intact"

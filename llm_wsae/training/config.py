@@ -43,7 +43,7 @@ class TrainConfig:
     shuffle_seed: int = 0
     """Seed of the order of the rows, which all arms share."""
     device: str = "auto"
-    """cuda, mps, cpu, or auto."""
+    """Device to compute on: cuda, mps, cpu or auto."""
     shard: Shard = "rows"
     """What is distributed over several processes: the rows of each batch, or the latents, for a
     dictionary that does not fit one device."""

@@ -42,7 +42,14 @@ MAX_DEAD_AFTER = 10_000_000
 
 
 class Interrupted(LlmWsaeError):
-    """The training was stopped by a signal after saving a checkpoint."""
+    """The training was stopped by a signal after saving a checkpoint.
+
+    The exit code is what a shell reports for that signal: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, sentence: str, number: int):
+        super().__init__(sentence)
+        self.exit_code = 128 + number
 
 
 def train(
@@ -190,7 +197,8 @@ class _Training:
             if step < self.num_steps:
                 raise Interrupted(
                     f"stopped after step {step} of {self.num_steps}, saved in {self.out}; "
-                    "run the same command again to resume"
+                    "run the same command again to resume",
+                    stopped[0] if stopped else signal.SIGTERM,  # that of another process
                 )
             if self.group.strategy.latent_parts > 1:
                 self._save(step)  # from which rank 0 takes the latents of all
@@ -211,8 +219,8 @@ class _Training:
             return self.source.batches_of_part(*wanted, (number, parts))
         return (batch.tensor_split(parts)[number] for batch in self.source.batches(*wanted))
 
-    def _want(self, stopped: threading.Event) -> int:
-        if stopped.is_set():
+    def _want(self, stopped: list[int]) -> int:
+        if stopped:
             return STOP
         due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds
         return SAVE if due and self.leads else CONTINUE
@@ -295,24 +303,24 @@ class _Training:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that a step is never cut short; a second one interrupts.
+def _stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are collected here, so that no step is cut short; a second one interrupts.
 
-    Outside the main thread, where signals cannot be caught, the event is never set.
+    Outside the main thread, where signals cannot be caught, the list stays empty.
     """
-    event = threading.Event()
+    stopped: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield stopped
         return
 
     def stop(number: int, frame: Any) -> None:
-        if event.is_set():
+        if stopped:
             raise KeyboardInterrupt
-        event.set()
+        stopped.append(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield event
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

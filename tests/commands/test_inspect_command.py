@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from command_line import SITE, call, content, make_world, works
+from command_line import SITE, call, content, works
 from small_dictionaries import make_dictionary
 
 from llm_wsae import inspect
@@ -16,11 +16,6 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
 PLAIN = "trained/uniform-k4"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from command_line import call, content, make_world, works
+from command_line import call, content, works
 from tiny_encoder import save_encoder
 
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -15,10 +15,9 @@ NAMES = ("uniform-k4", "variance-a0.5-k4")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = make_world(tmp_path_factory.mktemp("world"))
-    save_encoder(folder / "encoder")
-    return folder
+def world(world):
+    save_encoder(world / "encoder")
+    return world
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def words(world, tmp_path):
 def test_latents_are_scored_beside_fidelity(words, tmp_path, world):
     before = content(tmp_path)
     plain = works(*words, "--json").json
-    result = works(*words, "--monosemantic", "--monosemantic-tokens", 3000, "--json")
+    result = works(*words, "--monosemantic", "--score.tokens", 3000, "--json")
     assert {k: v for k, v in result.json.items() if k != "monosemanticity"} == plain
     report = json.loads((tmp_path / "report.json").read_text())
     assert result.json.items() <= report.items() and report["command"] == "evaluate"
@@ -46,7 +45,7 @@ def test_latents_are_scored_beside_fidelity(words, tmp_path, world):
     assert 0 < scores["eligible_share"] <= 1
     assert scores["latents"]["purity"]["share"] == scores["eligible_share"]
 
-    text = works(*words, "--monosemantic", "--monosemantic-tokens", 3000).out
+    text = works(*words, "--monosemantic", "--score.tokens", 3000).out
     rows = [line for line in text.splitlines() if line.startswith(NAMES[0])]
     assert len(rows) == 2  # fidelity, monosemanticity
     assert f"{100 * scores['eligible_share']:.1f}" in rows[1].split()
@@ -61,10 +60,10 @@ def test_results_are_kept_with_the_dictionaries(words, tmp_path, world):
     words[words.index("all")] = "heldout"
     before = {name: content(tmp_path / name) for name in NAMES}
     asked = (
-        "--encoder",
+        "--score.encoder",
         world / "encoder",
         "--monosemantic",
-        "--monosemantic-tokens",
+        "--score.tokens",
         1500,
         "--keep",
     )
@@ -102,17 +101,21 @@ def test_what_cannot_be_done_is_said_before_the_work(words, tmp_path, world):
         assert result.err.rstrip().count("\n") <= 1  # "loading", and the sentence
         assert "evaluate:" not in result.err and not (tmp_path / "report.json").exists()
 
-    asked = ("--encoder", world / "encoder", "--monosemantic", "--monosemantic-tokens")
-    fails("is not a sentence encoder", *asked, 3000, "--encoder", world / "model")
+    asked = ("--score.encoder", world / "encoder", "--monosemantic", "--score.tokens")
+    fails("is not a sentence encoder", *asked, 3000, "--score.encoder", world / "model")
     fails(
-        "no document has a label 'nmber'; did you mean 'number'", *asked, 3000, "--labels", "nmber"
+        "no document has a label 'nmber'; did you mean 'number'",
+        *asked,
+        3000,
+        "--score.labels",
+        "nmber",
     )
     fails("but 1,000,000 in at least 2 contexts are needed", *asked, 1_000_000, code=1)
-    fails("--monosemantic-tokens is 0, but must be at least 1", *asked, 0)
-    fails("--labels: only with --monosemantic; give that too", "--labels", "number")
-    fails("--monosemantic-tokens and --encoder: only with", asked[-1], 3000, *asked[:2])
+    fails("--score: tokens is 0, but must be at least 1", *asked, 0)
+    fails("--score.labels: only with --monosemantic; add that", "--score.labels", "number")
+    fails("--score.tokens and --score.encoder: only with", asked[-1], 3000, *asked[:2])
     (tmp_path / NAMES[1] / "wsae.json").rename(tmp_path / "elsewhere.json")
-    fails("--keep is for what was measured on held-out text", *asked, 3000, "--keep")
+    fails("--keep stores what was measured on held-out text", *asked, 3000, "--keep")
     words[words.index("all")] = "heldout"
     fails("was not saved by this package", *asked, 1500, "--keep")
     (tmp_path / NAMES[1] / "wsae.json").symlink_to(tmp_path / "elsewhere.json")

@@ -66,8 +66,8 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "write_json", interrupted_at_the_fourth)
         result = call("theory", *SMALL, "--out", out, "--workers", 1)
-    assert result.code == 1 and "Traceback" not in result.err
-    assert result.err.endswith("run the same command again to go on where it stopped\n")
+    assert result.code == 130 and "Traceback" not in result.err
+    assert result.err.endswith("run the same command again to resume\n")
     assert sorted(p.name for p in (out / "units").iterdir()) == sorted(written)
     assert not (out / "theory.json").exists()
     again = works("theory", *SMALL, "--out", out, "--workers", 1)

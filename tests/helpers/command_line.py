@@ -16,6 +16,7 @@ SITE = "blocks.1.hook_resid_post"
 HARVEST = ("--site", SITE, "--context-size", 16, "--tokens", 5000, "--batch-tokens", 512,
            "--shard-tokens", 1024)  # fmt: skip
 TRAIN = ("--site", SITE, "--expansion", 4, "--batch-size", 256, "--dtype", "float32")
+PAIR = ("--rule", "uniform", "variance", "--alpha", 0.5)  # a plain and a weighted dictionary
 
 
 @dataclass
@@ -74,5 +75,5 @@ def make_world(folder: Path) -> Path:
     write_jsonl(folder / "text.jsonl", [7 * i % 50 + 20 for i in range(400)])
     works("harvest", "--model", folder / "model", "--corpus", folder / "text.jsonl", *HARVEST,
           "--dtype", "float32", "--out", folder / "store")  # fmt: skip
-    works("train", folder / "store", *TRAIN, "--k", 4, "--out", folder / "trained")
+    works("train", folder / "store", *TRAIN, *PAIR, "--k", 4, "--out", folder / "trained")
     return folder

@@ -357,8 +357,8 @@ def test_a_k_beyond_the_latents_is_refused_before_any_work(study, tmp_path):
 
 
 COMMAND = ("--site", SITE, "--alpha", -0.25, "--k", 4, "--curve", 2, 8, "--seeds", 0, 1,
-           "--expansion", 4, "--train-tokens", 4096, "--eval-tokens", 300,
-           "--score-tokens", 300)  # fmt: skip
+           "--train.expansion", 4, "--train.tokens", 4096, "--eval-tokens", 300,
+           "--score.tokens", 300)  # fmt: skip
 
 
 def test_the_command(world, tmp_path, monkeypatch):
@@ -386,8 +386,8 @@ def test_the_command(world, tmp_path, monkeypatch):
         (("--seeds", 0), 2, "at least 2 different values of seeds"),
         (("--curve", 4), 2, "at least 2 different values of curve"),
         (("--eval-tokens", 10**7), 1, "ask for fewer tokens"),
-        (("--score-tokens", 10**7), 1, "ask for fewer tokens"),
-        (("--encoder", "nobody/nothing"), 2, "nobody/nothing"),
+        (("--score.tokens", 10**7), 1, "ask for fewer tokens"),
+        (("--score.encoder", "nobody/nothing"), 2, "nobody/nothing"),
     ],
 )
 def test_bad_requests_are_one_sentence(world, tmp_path, changes, code, said):

@@ -1,0 +1,44 @@
+"""The command that stores activations."""
+
+import time
+from pathlib import Path
+
+from llm_wsae.commands.common import Result, cost, sites_of
+from llm_wsae.commands.options import CorpusOptions, Flat, ModelOptions, Part
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.processes import leads
+from llm_wsae.provenance import write_record
+
+
+def harvest(
+    model: Flat[ModelOptions],
+    corpus: Flat[CorpusOptions],
+    site: tuple[str, ...],
+    out: Path,
+    part: Part = "train",
+    harvesting: Flat[HarvestConfig] = HarvestConfig(),  # noqa: B008 - frozen
+) -> Result:
+    """Write a model's activations at some sites into an activation store.
+
+    Run it again to resume after an interruption.
+
+    Args:
+        site: Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post.
+        out: Folder of the store.
+        part: Which documents to read: those for training, those held out, or all.
+    """
+    from llm_wsae.data.corpus import Corpus
+    from llm_wsae.harvesting import harvest as harvest_into
+
+    started, sites = time.monotonic(), sites_of(site)
+    text = Corpus.open(corpus.corpus, part, text_column=corpus.text_column)
+    loaded = model.load(model.model)
+    store = harvest_into(loaded, text, sites, out, harvesting)
+    asked = {"model": loaded.name, "corpus": corpus.corpus, "site": site, "part": part}
+    if leads():
+        write_record(out / "harvest.json", "harvest", {**asked, **vars(harvesting)})
+    massive = {str(s): store.statistics(s).massive_count for s in store.sites}
+    facts = {"store": str(out), "rows": store.num_rows, "d_in": store.d_in, "massive": massive}
+    lines = [f"{store.num_rows:,} rows of {store.d_in} dimensions at each site in {out}"]
+    lines += [f"  {s}: {count:,} massive activations" for s, count in massive.items()]
+    return facts, "\n".join([*lines, cost(started)])

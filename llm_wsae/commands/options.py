@@ -1,0 +1,153 @@
+"""Options that commands share, in groups: the same name, default and help text everywhere.
+
+A command takes a group as one parameter. ``Flat`` puts its options on the command itself
+(``--revision``), ``Prefixed`` under the parameter's name (``--train.batch-size``). The groups of
+settings are the package's own configurations, with short spellings added here.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import tyro
+
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.errors import UsageError
+from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
+from llm_wsae.training.config import ArchitectureName, TrainConfig
+
+if TYPE_CHECKING:
+    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.model.language_model import LanguageModel
+
+T = TypeVar("T")
+Prefixed = Annotated[T, tyro.conf.FlagConversionOff]  # a yes or no is spelt out: --x.y False
+Flat = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # an option without a value: --private
+Store = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STORE")]
+RepoId = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REPO_ID")]
+Part = Literal["train", "heldout", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How the language model is loaded."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Device to compute on."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the model. auto: that of the store, where one is given; else bfloat16 where
+    the hardware is fast at it."""
+
+    def load(self, model: str, store: "ActivationStore | None" = None) -> "LanguageModel":
+        """Load a model, and say so on stderr."""
+        from llm_wsae.commands.common import note
+        from llm_wsae.model.language_model import LanguageModel
+
+        note(f"loading {model}")
+        dtype = self.model_dtype if store is None else store.model_dtype(self.model_dtype)
+        return LanguageModel.load(model, revision=self.revision, device=self.device, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelName:
+    model: str
+    """Hub id, local folder or .gguf file of a causal language model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(LoadOptions, _ModelName):  # fields of the last base come first
+    """The language model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """The text."""
+
+    corpus: str
+    """Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, or text package; a+b."""
+    text_column: str | None = None
+    """Column that holds the text, if that is not clear."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """Which dictionaries to train."""
+
+    rule: tuple[str, ...] = ("uniform",)
+    """Weight rules; uniform is the plain dictionary."""
+    alpha: tuple[float, ...] = (0.5, -0.25)
+    """Exponents of the weights γ = score^α, for every rule except uniform."""
+    k: tuple[int, ...] = (32,)
+    """Active latents per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions(RuleOptions):
+    """Which dictionaries to train: one for every combination."""
+
+    architecture: tuple[ArchitectureName, ...] = ("topk",)
+    """Architectures: topk has k active latents on every token, the others k on average."""
+    l1: tuple[float, ...] = ()
+    """L1 coefficients, each of a ReLU dictionary, which ignores k."""
+    init_seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial weights."""
+
+
+class _Prefixed:
+    """Settings under a prefix: what is wrong with them is said of that prefix."""
+
+    prefix = ""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()  # type: ignore[misc]
+        except UsageError as error:
+            raise UsageError(f"--{self.prefix}: {error}") from None
+
+
+@dataclass(frozen=True)
+class HarvestOptions(_Prefixed, HarvestConfig):
+    """How activations are harvested."""
+
+    prefix = "harvest"
+    tokens: Annotated[int, tyro.conf.arg(aliases=["--tokens"])] = HarvestConfig.tokens
+
+
+@dataclass(frozen=True)
+class TrainOptions(_Prefixed, TrainConfig):
+    """How dictionaries are trained."""
+
+    prefix = "train"
+    device: str = TrainConfig.device
+    """Device to train on: cuda, mps, cpu or auto, which is that of the model."""
+
+    def with_model_on(self, device: str) -> TrainConfig:
+        """The training next to a model on ``device``."""
+        return replace(self, device=device) if self.device == "auto" else self
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(_Prefixed, EvaluateConfig):
+    """How fidelity is measured."""
+
+    prefix = "evaluate"
+    tokens: Annotated[int, tyro.conf.arg(aliases=["--eval-tokens"])] = EvaluateConfig.tokens
+
+
+@dataclass(frozen=True)
+class ScoreOptions(_Prefixed, MonosemanticConfig):
+    """How monosemanticity is measured."""
+
+    prefix = "score"
+
+
+@dataclass(frozen=True)
+class ScoreOptionsOfEvaluate(ScoreOptions):
+    """How monosemanticity is measured, with the resamplings and the seed of fidelity."""
+
+    bootstraps: tyro.conf.Suppress[int] = MonosemanticConfig.bootstraps
+    seed: tyro.conf.Suppress[int] = MonosemanticConfig.seed

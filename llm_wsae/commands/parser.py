@@ -1,0 +1,87 @@
+"""From the words of a command to a call that is ready to be made, or one sentence about them.
+
+The parser (tyro) draws its complaints in a box of several lines. Its hook for errors tells them
+apart, so each becomes one sentence here. The hook is private to tyro: where a release has none, or
+a complaint that is unknown here, the box is shown as it is.
+"""
+
+import contextlib
+import functools
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from llm_wsae.commands.common import Result
+from llm_wsae.errors import UsageError, nearest
+
+_on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
+
+
+def parse(name: str, command: Callable[..., Result], words: list[str]) -> Callable[[], Result]:
+    """The command with the options that the words give.
+
+    Raises UsageError for bad ones, and SystemExit once help is printed.
+    """
+
+    @functools.wraps(command)
+    def prepared(*args: Any, **options: Any) -> Callable[[], Result]:
+        return functools.partial(command, *args, **options)
+
+    def refuse(event: Any) -> None:
+        with contextlib.suppress(AttributeError):  # an event of another release
+            if sentence := _sentence(event, name, command):
+                raise UsageError(f"{sentence}; see llm-wsae {name} --help")
+
+    with _on_parse_error(refuse):
+        return tyro.cli(prepared, prog=f"llm-wsae {name}", args=words)
+
+
+def options_of(name: str, command: Callable[..., Result]) -> list[str]:
+    """The options of a command, in the order of its help."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        parse(name, command, ["--help"])
+    found = re.findall(r"^[^\w-]*(--[a-z].*)$", text.getvalue(), re.MULTILINE)
+    options = [option for line in found for option in re.findall(r"--[a-z][a-z0-9.-]*", line)]
+    return list(dict.fromkeys(options))
+
+
+def _sentence(event: Any, name: str, command: Callable[..., Result]) -> str | None:
+    """What the parser complains of; None if it is not known here."""
+    match type(event).__name__:
+        case "UnrecognizedArgs":
+            return _unknown(event.tokens, name, command)
+        case "MissingArgs":
+            if event.unrecognized_tokens:  # more likely misspelt than forgotten
+                return _unknown(event.unrecognized_tokens, name, command)
+            missing = [_name(argument.arg) for argument in event.missing_arguments]
+            return f"missing {', '.join(missing)}"
+        case "InvalidChoice":
+            hint = nearest(event.value, event.choices, limit=1)
+            return f"{_name(event.argument)} cannot be {event.value!r} ({hint})"
+        case "BadValue" if event.reason == "too_few_values":
+            return f"{_name(event.argument)} needs a value"
+        case "InstantiationFailure" if event.argument is not None:
+            message = str(event.message)
+            return f"{_name(event.argument)}: {message[:1].lower()}{message[1:]}"
+    return None
+
+
+def _unknown(tokens: list[str], name: str, command: Callable[..., Result]) -> str:
+    """About words that no option takes."""
+    for token in tokens:
+        if token.startswith("-"):
+            option = token.partition("=")[0]
+            hint = nearest(option, options_of(name, command), limit=1)
+            return f"there is no option {option} ({hint})"
+    return f"{tokens[0]!r} is one argument too many"
+
+
+def _name(argument: Any) -> str:
+    """The option as one types it, or the place of an argument without a name."""
+    if argument.is_positional():
+        return str(argument.lowered.metavar)
+    return str(argument.lowered.name_or_flags[-1])

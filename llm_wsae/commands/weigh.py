@@ -1,0 +1,67 @@
+"""The command that measures a site's dimensions and chooses their weights."""
+
+from pathlib import Path
+
+from llm_wsae.commands.common import Result
+from llm_wsae.commands.options import Flat, LoadOptions, Store
+from llm_wsae.errors import UsageError
+from llm_wsae.model.site import Site
+from llm_wsae.provenance import write_record
+from llm_wsae.weights.config import RuleInputConfig, WeightConfig
+
+
+def weigh(
+    store: Store,
+    site: str,
+    out: Path,
+    rule: str = "variance",
+    alpha: float = 0.5,
+    dictionary: Path | None = None,
+    model: str | None = None,
+    weights: Flat[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
+    measure: Flat[RuleInputConfig] = RuleInputConfig(),  # noqa: B008 - frozen
+    loading: Flat[LoadOptions] = LoadOptions(),  # noqa: B008 - frozen
+) -> Result:
+    """Print the profile of a site's dimensions and write loss weights made by a rule.
+
+    Args:
+        store: Activation store.
+        site: One of the store's sites.
+        out: Weights file to write (.safetensors); the figure and the record go next to it.
+        rule: Weight rule; permuted:RULE and rotated:RULE are its controls.
+        alpha: Exponent of the weights γ = score^α, or power of the matrix.
+        dictionary: First dictionary of the site, for the rules participation and gap.
+        model: Model of the store, for the rules sensitivity, leading-sensitivity and semantic.
+    """
+    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.plots import plot_profile
+    from llm_wsae.weighing import measure_inputs
+    from llm_wsae.weights.choosing import choose_weights
+    from llm_wsae.weights.profile import profile, profile_text
+    from llm_wsae.weights.rules import Rule
+
+    if out.suffix != ".safetensors":  # its neighbours .png and .json are written too
+        raise UsageError(f"the weights go into a .safetensors file, so --out cannot be {out}")
+    place, opened = Site.parse(site), ActivationStore.open(store)
+    parsed = Rule.parse(rule)
+    parsed.form(weights)  # refused before anything is measured
+    wanted = model if parsed.need in ("fisher", "coherence") else None
+    first = dictionary if parsed.need == "dictionary" else None
+    inputs = measure_inputs(
+        [parsed],
+        opened,
+        place,
+        model=loading.load(wanted, opened) if wanted else None,
+        dictionary=Dictionary.load(first) if first else None,
+        config=measure,
+    )
+    chosen = choose_weights(inputs, ("uniform", parsed), (alpha,), config=weights)
+    facts = profile(inputs.statistics, chosen)
+    chosen[-1].save(out, {"site": site})
+    figure = out.with_suffix(".png")
+    plot_profile(inputs.statistics, chosen, site, figure)
+    asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, **vars(weights)}
+    asked |= {"dictionary": dictionary, "model": model, **vars(measure)}
+    write_record(out.with_suffix(".json"), "weigh", asked)
+    return facts, f"{profile_text(facts)}\n\nweights  {out}\nfigure   {figure}"
