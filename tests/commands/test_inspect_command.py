@@ -186,13 +186,12 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_sentence(world, monkeypatch, name):
-    words, code, said = MISTAKES[name]
+def test_mistakes_are_one_sentence(world, monkeypatch, subtests):
     monkeypatch.chdir(world)
-    if words[0] == "narrow":
-        make_dictionary().save("narrow")
-    result = call("inspect", *words)
-    assert (result.code, result.out) == (code, "") and "Traceback" not in result.err
-    (sentence,) = [line for line in result.err.splitlines() if line.startswith("llm-wsae:")]
-    assert said in sentence
+    make_dictionary().save("narrow")
+    for name, (words, code, said) in MISTAKES.items():
+        with subtests.test(name):
+            result = call("inspect", *words)
+            assert (result.code, result.out) == (code, "") and "Traceback" not in result.err
+            (sentence,) = [line for line in result.err.splitlines() if line.startswith("llm-wsae:")]
+            assert said in sentence

@@ -76,18 +76,16 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     assert {name: content(out)[name] for name in text} == {n: content(whole)[n] for n in text}
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
+def test_bad_usage(tmp_path, subtests):
+    for words, sentence in (
         (("--experiments", "mixd-0.7"), "no planted experiment 'mixd-0.7'; did you mean"),
         (("--seeds", 10), "seeds are 10; an interval needs at least two different ones"),
         (("--steps", 0), "steps is 0, but must be at least 1"),
-    ],
-)
-def test_bad_usage(tmp_path, words, sentence):
-    result = call("theory", *words, "--out", tmp_path / "out")
-    assert result.code == 2 and sentence in result.err
-    assert not (tmp_path / "out").exists()
+    ):
+        with subtests.test(sentence):
+            result = call("theory", *words, "--out", tmp_path / "out")
+            assert result.code == 2 and sentence in result.err
+            assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_another_run_is_left_alone(tmp_path):
