@@ -1,1 +1,1 @@
-"""What a dictionary keeps of the model it explains."""
+"""How faithful dictionaries are to the model, and how monosemantic their latents are."""

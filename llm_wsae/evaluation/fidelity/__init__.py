@@ -1,1 +1,1 @@
-"""How faithful dictionaries are to the model."""
+"""How faithfully dictionaries reconstruct the activations and keep the model's predictions."""

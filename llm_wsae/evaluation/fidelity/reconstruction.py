@@ -1,7 +1,7 @@
 """Streaming sums behind the reconstruction measures, in float64.
 
-Massive rows (see ``statistics.moments``) are summed apart: a handful of them would own every mean,
-and training left them out. FVU with them in is reported beside the one without.
+Massive rows (``evaluation.massive``) are summed separately: a handful of them would dominate every
+mean, and training leaves them out. FVU is reported both without and with them.
 """
 
 import math
@@ -17,7 +17,7 @@ HISTOGRAM_LOW, HISTOGRAM_STEP = -7.0, 0.25  # log10 of the density
 
 
 class Moments:
-    """Count, sum and squared sum of rows about a fixed centre, which keeps the digits."""
+    """Count, sum and squared sum of rows about a fixed centre, which avoids cancellation."""
 
     def __init__(self, centre: Float[Tensor, " d_in"]):
         self.centre = centre
@@ -33,7 +33,7 @@ class Moments:
         self.square += x.square().sum(0)
 
     def deviation(self, other: "Moments | None" = None) -> Float[Tensor, " d_in"]:
-        """Σ (x − mean)² of every dimension, of these rows or of these and ``other``'s together."""
+        """Σ (x − mean)² of every dimension, over these rows or over these and ``other``'s."""
         count, total, square = self.count, self.sum, self.square
         if other is not None:
             count, total, square = count + other.count, total + other.sum, square + other.square
@@ -41,7 +41,7 @@ class Moments:
 
 
 class ReconstructionSums:
-    """What one dictionary made of the rows of its site."""
+    """Sums over one dictionary's reconstructions of the rows of its site."""
 
     def __init__(self, d_in: int, d_sae: int):
         self.count = 0
@@ -62,7 +62,7 @@ class ReconstructionSums:
         self.count += len(x)
         self.error += (x - y).square().sum(0)
         norm_x, norm_y = x.norm(dim=1), y.norm(dim=1)
-        # The smallest normal float guards the quotient for an all-zero row only.
+        # The bound only guards the quotient of an all-zero row.
         self.cosine += float(((x * y).sum(1) / (norm_x * norm_y).clamp(min=1e-300)).sum())
         self.l2_ratio += float((norm_y / norm_x.clamp(min=1e-300)).sum())
         active = codes.indices[codes.values > 0].cpu()
@@ -73,14 +73,14 @@ class ReconstructionSums:
     def update_massive(
         self, dictionary: Dictionary, rows: Float[Tensor, "rows d_in"]
     ) -> Float[Tensor, "rows d_in"]:
-        """The same for massive rows, which only add to ``massive_error``."""
+        """The same for massive rows, which only count in ``massive_error``."""
         reconstruction = dictionary(rows)
         self.massive_error += (exact(rows) - exact(reconstruction)).square().sum(0)
         return reconstruction
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
-        """Share of rows on which each latent fires."""
+        """Share of the rows on which each latent fires."""
         return self.firings.double() / max(self.count, 1)
 
     @property
@@ -95,7 +95,7 @@ class ReconstructionSums:
 
     @property
     def dense_share(self) -> float:
-        """Share of latents that fire on more than a tenth of the rows."""
+        """Share of latents that fire on more than 10 % of the rows."""
         return float((self.density > DENSE_DENSITY).double().mean())
 
     def histogram(self) -> tuple[list[float], list[int]]:

@@ -1,1 +1,1 @@
-"""Whether latents stand for one thing."""
+"""Whether each latent stands for one thing."""

