@@ -18,6 +18,9 @@ from torch import Tensor
 
 from llm_wsae.theory.superposition import Planted
 
+# Training on real models uses ε = 1e-15. Here that moves the steepest weights only: on the ten seeds
+# of digon-0.7 negentropy raises L_GT by 52.0 % instead of 46.8 %, and seven other arms change by less
+# than half a point. No verdict changes.
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 _DECAY = 0.3  # share of the steps, at the end, over which the learning rate decays to 0
 _IN_CACHE = 4  # arms whose pre-activations stay in a core's cache: a third faster than all at once
@@ -38,8 +41,8 @@ class Schedule:
     """Of Adam: constant, then a linear decay to 0 over the last 30 % of the steps."""
     anneal: tuple[float, float] = (0.4, 0.7)
     """Shares of the steps between which an annealed γ moves linearly to 1. ``--anneal`` of a real
-    training starts at the first step instead; the expectations in ``scripts/results_theory.py``
-    were stated for this schedule."""
+    training starts at the first step instead, which helps less here (docs/results.md); the
+    expectations of ``scripts/results_theory.py`` were stated for this schedule."""
 
 
 def train_tied(
@@ -67,7 +70,7 @@ def train_tied(
         x = rows * scale[:, None].float()  # arms, batch, n_p
         now = _annealed(gamma, annealed, step / schedule.steps, schedule.anneal)[:, None].float()
         parts = zip(*(t.split(_IN_CACHE) for t in (w, x, now.square())), strict=True)
-        gradient = torch.cat([tied_gradient(*part, schedule.k) for part in parts])
+        gradient = torch.cat([tied_gradient(*part, k=schedule.k) for part in parts])
         first.mul_(_BETA1).add_(gradient, alpha=1 - _BETA1)
         second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
         left = (schedule.steps - step) / max(1.0, _DECAY * schedule.steps)
