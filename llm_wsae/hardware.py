@@ -1,7 +1,5 @@
-"""What this machine can do: the device to use, its fast number format, the memory used so far.
-
-And how to ask a device for a number without waiting.
-"""
+"""The device to use, its fast number format, the memory used so far, and numbers read without
+waiting for the device."""
 
 import os
 import platform
@@ -18,7 +16,7 @@ from llm_wsae.errors import UsageError
 def choose_device(name: str = "auto") -> torch.device:
     """A device by name; ``auto`` takes cuda, then mps, then cpu.
 
-    Processes that ``torchrun`` started share the GPUs of their machine out among them.
+    Processes started by ``torchrun`` each take one of their machine's GPUs, in turn.
 
     Raises UsageError when this machine lacks the named device.
     """
@@ -64,10 +62,10 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 class DeferredScalar:
-    """A number that a device is still to find, asked for now and read when it is needed.
+    """A number that a device is still computing, requested now and read when it is needed.
 
-    Reading waits for what the device was told to do before the question, and for nothing that it
-    was told since: with other work under way the device does not stand still.
+    Reading waits for the work queued before the request, not for work queued since. If there is
+    some, the device is never idle.
     """
 
     def __init__(self, number: Tensor):
@@ -85,21 +83,21 @@ class DeferredScalar:
 
 
 def processor_name(device: torch.device = torch.device("cpu")) -> str:  # noqa: B008 - a constant
-    """The processor as the system calls it, and what it can do that matters here; or the GPU."""
+    """The GPU's name; or the processor's, with the instruction sets that matter here."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         pairs = (line.partition(":") for line in info.read_text().splitlines())
-        told = {key.strip(): value.strip() for key, _, value in pairs}
-        name = told.get("model name", name)
-        if "cpu family" in told:  # rented machines are shy of their name
-            name += f" (family {told['cpu family']}, model {told.get('model')})"
+        facts = {key.strip(): value.strip() for key, _, value in pairs}
+        name = facts.get("model name", name)
+        if "cpu family" in facts:  # virtual machines often hide the model name
+            name += f" (family {facts['cpu family']}, model {facts.get('model')})"
     amx = torch.cpu._is_amx_tile_supported()
     able = {
         "AVX-512": torch.cpu._is_avx512_supported(),
-        "bfloat16": torch.cpu._is_avx512_bf16_supported() and not amx,  # which has it, and faster
+        "bfloat16": torch.cpu._is_avx512_bf16_supported() and not amx,  # AMX includes it
         "AMX": amx,
     }
     return ", ".join([name, *(feature for feature, here in able.items() if here)])

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from llm_wsae.data.config import HarvestConfig
@@ -17,7 +18,6 @@ from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.measurements import keep_measurements
-from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.fidelity.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.contexts import take_contexts
@@ -38,7 +38,7 @@ from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile, profile_text
-from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.rules import RULES, Rule
 
 STORE = "store"
 
@@ -107,8 +107,9 @@ def run(
         if rule.need == "dictionary":  # there is none yet
             raise rule.missing_input()
         rule.form(weight_config)
-    for k in ks:
-        TopK(k).check(train_config.expansion * model.d_model)
+    plain = LossWeights(torch.ones(model.d_model), RULES["uniform"])
+    for arm in make_arms([plain], ks, architectures=architectures):
+        arm.check(train_config.expansion * model.d_model)
     _check_rows(harvest_config, train_config)
     _check_not_trained_on_less(out, sites, harvest_config)
     heldout = take_contexts(  # before hours of work are built on too little text

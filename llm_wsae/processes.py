@@ -1,12 +1,12 @@
-"""One run in several processes, as ``torchrun`` starts them: who is who, how they keep together.
+"""One run in several processes, as ``torchrun`` starts them.
 
-The processes of a run have the ranks 0 to size − 1. What they tell each other beside tensors is a
-few JSON values, left in the launcher's key-value store. These are no collectives on purpose: who
-waits in a collective for a process that failed, or died, waits until a time limit that must be long
-enough for the slowest step. Whoever waits here looks into the store again and again, and so sees at
-once the error that another process left there, and within a minute that one no longer beats.
+The processes of a run have the ranks 0 to size − 1. Apart from tensors they exchange a few JSON
+values, through the launcher's key-value store. These are deliberately not collectives: a process
+that waits in a collective for one that failed or died waits until a time limit, which must be long
+enough for the slowest step. Here a waiting process polls the store. So it sees at once the error
+that another process left there, and within a minute that another has no heartbeat.
 
-Without a launcher there is one process, and nothing here costs anything. Needs torch only when
+Without a launcher there is one process, and nothing here costs anything. torch is needed only when
 there are several.
 """
 
@@ -28,48 +28,48 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 T = TypeVar("T")
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_JOIN = timedelta(minutes=10)  # for all processes to come
+_JOIN = timedelta(minutes=10)  # for all processes to arrive
 _POLL_SECONDS = 0.05
 _BEAT_SECONDS = 1.0
-_BEATS_MISSED = 60  # counted in looks, so that a run that was suspended as a whole may go on
-_LAST_WORD_SECONDS = 10.0  # how long a failed rank 0, which may hold the store, stays for others
+_BEATS_MISSED = 60  # counted in polls, so that a run that was suspended as a whole can continue
+_LINGER_SECONDS = 10.0  # how long a failed rank 0, which may host the store, waits for others
 
 
 class Processes:
-    """All processes of this run; this class is the ordinary case, in which there is only one."""
+    """All processes of this run; this class is the ordinary case of one process."""
 
     rank = 0
     """Number of this process."""
     size = 1
-    """How many there are."""
+    """Number of processes."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0, which shows progress and writes what is written once."""
+        """Whether this is rank 0, which shows progress and writes files."""
         return self.rank == 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A piece of work that all processes do and end together.
+        """A piece of work that all processes start and end together.
 
-        An error in one of them ends it for all: the others raise the same sentence (a LlmWsaeError
-        of the same exit code) when they next wait or ``count``.
+        An error in one process ends it for all: the others raise the same sentence (as a
+        LlmWsaeError with the same exit code) when they next wait or ``count``.
         """
         self._counts.clear()
         yield
 
     def lead(self, work: Callable[[], T]) -> T:
-        """Do the work on rank 0 only; everyone returns its result, which JSON can hold."""
+        """Do the work on rank 0 only; all processes return its result, which must be JSON."""
         return work()
 
     def meet(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
 
     def count(self, name: str, amount: int) -> int:
-        """Add to a sum over all processes in this piece of work; the sum so far.
+        """Add to a sum over all processes in this piece of work; returns the sum so far.
 
         For long loops: it raises the error of another process, if there is one.
         """
@@ -78,24 +78,24 @@ class Processes:
 
     @contextmanager
     def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
-        """Hold a folder for this run: no other may write there while a process of this one lives.
+        """Lock a folder for this run: no other may write there while a process of this one lives.
 
-        Raises LlmWsaeError if another run holds it.
+        Raises LlmWsaeError if another run has locked it.
         """
         with files.folder_lock(folder, what):
             yield
 
 
 class Several(Processes):
-    """Those that a launcher started, each in touch with its store."""
+    """Several processes, started by a launcher and connected by its key-value store."""
 
     def __init__(self, part: Callable[[str], Any], rank: int, size: int):
-        """``part`` gives a part of the launcher's store by name."""
+        """``part`` returns a part of the launcher's store by name."""
         self.rank, self.size = rank, size
         self._part, self._stores = part, 0
         self._store = self._part("llm_wsae")
-        self._piece = 0  # pieces of work so far, and turns in this one: the same in all processes
-        self._turn = 0
+        self._piece = 0  # counts pieces of work; the same in all processes
+        self._turn = 0  # counts exchanges within this piece; likewise
         self._left: threading.Event = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heart.start()
@@ -108,31 +108,31 @@ class Several(Processes):
             yield
             self.meet()
         except BaseException as error:
-            self._tell(error)
+            self._report(error)
             raise
-        with _answered():
-            self._leave(self._until)  # rank 0 last: it may hold the store that the others read
+        with _reachable():
+            self._leave(self._until)  # rank 0 last: it may host the store that the others read
 
     def lead(self, work: Callable[[], T]) -> T:
         key = self._next_key()
         if self.leads:
             result = json.dumps(work())
-            with _answered():
+            with _reachable():
                 self._store.set(key, result)
         else:
             self._until(lambda: self._store.check([key]))
-        with _answered():
+        with _reachable():
             return json.loads(self._store.get(key))
 
     def meet(self) -> None:
         key = self._next_key()
-        with _answered():
+        with _reachable():
             self._store.add(key, 1)
         self._until(lambda: self._store.add(key, 0) == self.size)
 
     def count(self, name: str, amount: int) -> int:
         self._check()
-        with _answered():
+        with _reachable():
             return self._store.add(self._key(name), amount)
 
     def new_store(self) -> Any:
@@ -140,25 +140,25 @@ class Several(Processes):
         self._stores += 1
         return self._part(f"llm_wsae/{self._stores}")
 
-    def blame(self, error: BaseException) -> LlmWsaeError:
-        """What to say of an exchange with another process that failed here: its last word, or that
-        it left none."""
-        until = time.monotonic() + _LAST_WORD_SECONDS
+    def explain(self, error: BaseException) -> LlmWsaeError:
+        """The error to raise for a failed exchange with another process: the one that it left, or
+        that it left none."""
+        until = time.monotonic() + _LINGER_SECONDS
         try:
             while time.monotonic() < until:
                 self._check()
                 time.sleep(_POLL_SECONDS)
-        except LlmWsaeError as told:
-            return told
+        except LlmWsaeError as reported:
+            return reported
         return LlmWsaeError(
-            f"another process of this run is gone without a word ({_first_line(error)}); run the "
-            "same command again to go on"
+            f"another process of this run exited without an error message ({_first_line(error)}); "
+            "run the same command again to resume"
         )
 
     def _check(self) -> None:
         """Raise the error of another process, if there is one."""
         key = self._key("error")
-        with _answered():
+        with _reachable():
             if not self._store.check([key]):
                 return
             found = json.loads(self._store.get(key))
@@ -167,8 +167,8 @@ class Several(Processes):
 
     @contextmanager
     def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
-        # Rank 0 makes sure that nobody else is there; then all hold the lock, so that it is free
-        # only when the last of them is gone, whichever is killed.
+        # Rank 0 takes the lock and then all share it, so that it is free only when the last of
+        # them has ended, whichever is killed.
         if self.leads:
             with files.folder_lock(folder, what) as share:
                 share()
@@ -180,8 +180,8 @@ class Several(Processes):
                 yield
 
     def first(self, name: str) -> bool:
-        """Whether no other process asked this before, in the whole run."""
-        with _answered():
+        """Whether this process is the first in the run to ask this."""
+        with _reachable():
             return self._store.add(name, 1) == 1
 
     def _key(self, name: str) -> str:
@@ -192,38 +192,38 @@ class Several(Processes):
         return self._key(str(self._turn))
 
     def _until(self, ready: Callable[[], bool]) -> None:
-        """Look again and again; raise another's error, or that one is gone."""
+        """Poll until ready; raise the error of another process, or that one has died."""
         seen: dict[int, int] = {}
         missed: dict[int, int] = {}
-        look = time.monotonic()
+        polled = time.monotonic()
         while True:
-            with _answered():
+            with _reachable():
                 if ready():
                     return
             self._check()
-            if time.monotonic() - look >= _BEAT_SECONDS:
-                look = time.monotonic()
+            if time.monotonic() - polled >= _BEAT_SECONDS:
+                polled = time.monotonic()
                 for rank in range(self.size):
-                    with _answered():
+                    with _reachable():
                         beats = self._store.add(f"beat/{rank}", 0)
                     missed[rank] = missed.get(rank, 0) + 1 if beats == seen.get(rank) else 0
                     seen[rank] = beats
                     if missed[rank] > _BEATS_MISSED:
                         raise LlmWsaeError(
-                            f"process {rank} of {self.size} is gone without a word; run the same "
-                            "command again to go on"
+                            f"process {rank} of {self.size} exited without an error message; run "
+                            "the same command again to resume"
                         )
             time.sleep(_POLL_SECONDS)
 
-    def _tell(self, error: BaseException) -> None:
-        """Leave the first error of this piece of work to the others."""
+    def _report(self, error: BaseException) -> None:
+        """Leave this error for the others, if it is the first of this piece of work."""
         known = isinstance(error, LlmWsaeError)
-        told = str(error) if known else f"process {self.rank} ended: {error!r}"
+        sentence = str(error) if known else f"process {self.rank} ended: {error!r}"
         code = error.exit_code if known else LlmWsaeError.exit_code
         try:
-            value = json.dumps({"sentence": told, "exit_code": code})
+            value = json.dumps({"sentence": sentence, "exit_code": code})
             self._store.compare_set(self._key("error"), "", value)
-            until = time.monotonic() + _LAST_WORD_SECONDS
+            until = time.monotonic() + _LINGER_SECONDS
 
             def wait(ready: Callable[[], bool]) -> None:
                 while not ready() and time.monotonic() < until:
@@ -231,7 +231,7 @@ class Several(Processes):
 
             self._leave(wait)
         except RuntimeError:
-            pass  # the store is gone, and with it whoever could have read this
+            pass  # the store has closed, and nobody could read this
 
     def _leave(self, wait: Callable[[Callable[[], bool]], None]) -> None:
         left = self._key("left")
@@ -244,7 +244,7 @@ class Several(Processes):
             while not self._left.wait(_BEAT_SECONDS):
                 self._store.add(f"beat/{self.rank}", 1)
         except RuntimeError:
-            pass  # the store is gone; who waits for this process is told so by it
+            pass  # the store has closed; its users get an error that says so
 
     def _stop(self) -> None:
         self._left.set()
@@ -252,7 +252,7 @@ class Several(Processes):
 
 
 def count() -> int:
-    """How many processes the launcher started; 1 without one."""
+    """How many processes the launcher started; 1 without a launcher."""
     if any(name not in os.environ for name in _ENVIRONMENT):
         return 1
     return int(os.environ["WORLD_SIZE"])
@@ -265,9 +265,9 @@ def leads() -> bool:
 
 @functools.cache
 def join() -> Processes:
-    """All processes of this run, as soon as each of them has come here.
+    """All processes of this run, as soon as each of them has called this.
 
-    Raises LlmWsaeError if they do not come, or cannot reach each other.
+    Raises LlmWsaeError if they do not all call it, or cannot reach each other.
     """
     if count() == 1:
         return Processes()
@@ -285,23 +285,23 @@ def join() -> Processes:
 
 
 def may_speak() -> bool:
-    """Whether this process is the one that says on stderr what went wrong, for all of them."""
+    """Whether this process is the one that prints an error, for all of them."""
     try:
         processes = join()
         return not isinstance(processes, Several) or processes.first("spoken")
     except LlmWsaeError:
-        return True  # they cannot agree any more; better twice than never
+        return True  # they can no longer agree; better twice than never
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
-    """The store's own errors as one of ours."""
+def _reachable() -> Iterator[None]:
+    """Turn the store's errors into one of ours."""
     try:
         yield
     except RuntimeError as error:  # torch.distributed.DistError, and what it derives from
         raise LlmWsaeError(
-            "the process that started this run is gone, and the run with it "
-            f"({_first_line(error)}); run the same command again to go on"
+            "the process that started this run has ended, and with it the run "
+            f"({_first_line(error)}); run the same command again to resume"
         ) from error
 
 

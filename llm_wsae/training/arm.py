@@ -42,11 +42,13 @@ class ArmConfig:
     """One of ``architecture_names()``."""
 
     def __post_init__(self) -> None:
-        if getattr(self, self.kind.setting) is None:
+        if self.kind.setting == "k" and self.k is None:
             raise UsageError(
                 f"a {self.architecture} arm needs k; to train with an L1 penalty instead, choose "
                 "the architecture relu"
             )
+        if self.kind.setting == "l1" and self.k is not None:
+            raise UsageError(f"the architecture {self.architecture} takes an L1 coefficient, not k")
         if self.l1 < 0:
             raise UsageError(f"an L1 coefficient must not be negative, but one is {self.l1:g}")
 

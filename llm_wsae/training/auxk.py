@@ -1,12 +1,12 @@
-"""AuxK (Gao et al. 2024, §A.2): dead latents learn to explain what the living ones leave over.
+"""AuxK (Gao et al. 2024, §A.2): dead latents learn to explain what the others leave unexplained.
 
 The dead latents with the largest pre-activations reconstruct the residual, in the same weighted
 norm as the main loss. All products are dense over that subset: up to half as many of them take
-part in a row as it has dimensions, too many for sparse ones to pay.
+part in a row as it has dimensions, too many for sparse products to be faster.
 
-How many there are must be known to write them out, and a GPU would have to be waited for. There
-they are looked for now and then, with those that may yet die until the look after next; how many
-are found is read when it has long arrived, and what takes part in a step is told by a mask.
+To gather them, their number must be known, and asking a GPU for it means waiting. So on a GPU a
+search runs only now and then, and includes latents that may die before the search after next. Its
+count is read long after it has arrived, and a mask says which latents are dead in a step.
 """
 
 from typing import NamedTuple
@@ -24,16 +24,16 @@ from llm_wsae.weights.loss_weights import Gamma
 
 _TILE_BYTES = 16 * 2**20  # of a tile's rows × dead latents, which are held twice
 _FEWEST_ROWS, _MOST_ROWS = 256, 1024
-_LOOKS_PER_DEATH = 16  # how often the dead are looked for, on a GPU, while one dies
+_SEARCHES_PER_DEATH = 16  # on a GPU: searches in the time after which a latent counts as dead
 
 
 class DeadLatents(NamedTuple):
-    """Latents that have not fired for long, as indices among those that are here."""
+    """Latents that have not fired for long, as indices among this process's latents."""
 
     indices: Int[Tensor, " some"]
-    """Those that are dead, and possibly some that are not."""
+    """The dead ones, and possibly some that are not dead."""
     dead: Bool[Tensor, " some"] | None = None
-    """Which of them are; None if all."""
+    """Which of them are dead; None if all."""
 
 
 class DeadFinder:
@@ -42,27 +42,27 @@ class DeadFinder:
     def __init__(self, device: torch.device):
         self._waits = device.type != "cpu"
         self._found = torch.empty(0, dtype=torch.int64, device=device)
-        self._until = -1  # how many rows may have been seen for ``_found`` to hold all dead ones
-        self._next: _Look | None = None
+        self._until = -1  # ``_found`` has all dead latents until this many rows have been seen
+        self._next: _Search | None = None
 
     def find(
         self, last_fired: Int[Tensor, " latents"], rows_seen: int, dead_after: int
     ) -> DeadLatents:
-        """Those that have not fired for ``dead_after`` rows."""
+        """The latents that have not fired for ``dead_after`` rows."""
         if not self._waits:
             return DeadLatents((rows_seen - last_fired > dead_after).nonzero().flatten())
-        between = dead_after // _LOOKS_PER_DEATH
+        between = dead_after // _SEARCHES_PER_DEATH
         if rows_seen > self._until:
-            look = self._next
-            if look is None or rows_seen > look.until:  # the first step, or a batch is very large
-                look = _Look(last_fired, rows_seen + between, dead_after)
-            self._found, self._until, self._next = look.found(), look.until, None
+            search = self._next
+            if search is None or rows_seen > search.until:  # the first step, or a very large batch
+                search = _Search(last_fired, rows_seen + between, dead_after)
+            self._found, self._until, self._next = search.found(), search.until, None
         if self._next is None and rows_seen > self._until - between:
-            self._next = _Look(last_fired, rows_seen + 2 * between, dead_after)
+            self._next = _Search(last_fired, rows_seen + 2 * between, dead_after)
         return DeadLatents(self._found, rows_seen - last_fired[self._found] > dead_after)
 
 
-class _Look:
+class _Search:
     """Which latents may be dead by the time that ``until`` rows have been seen."""
 
     def __init__(self, last_fired: Int[Tensor, " latents"], until: int, dead_after: int):
@@ -87,8 +87,8 @@ def auxk_gradients(
     """Gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² by the weights of ``latents``; None if no
     latent is dead.
 
-    e = x − x̂ is a constant here, and ê has no bias: b_dec is part of x̂ already. In a row d_in / 2
-    dead latents take part, those with the largest pre-activations, or more where they tie.
+    e = x − x̂ is a constant here, and ê has no bias: b_dec is already part of x̂. In each row the
+    d_in / 2 dead latents with the largest pre-activations take part, or more where they tie.
     """
     indices, exact, fast = latents.indices, residual.dtype, batch.x_fast.dtype
     num_dead = strategy.count_latents(len(indices))

@@ -1,4 +1,4 @@
-"""The training log: one JSON object a line, for the reader of the file and for the trackers."""
+"""The training log: one JSON object per line, in a file and for the trackers."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ LOG = "log.jsonl"
 
 
 class TrainingLog:
-    """Appends to the folder's ``log.jsonl``; lines after ``step`` are those of a lost run, cut off.
+    """Appends to the folder's ``log.jsonl``, after removing lines of a lost run beyond ``step``.
 
     Raises LlmWsaeError when the tracker's package is not installed.
     """
@@ -38,7 +38,7 @@ class TrainingLog:
         self._send(step, {f"{arm}/{k}": v for arm, ks in arms.items() for k, v in ks.items()})
 
     def close(self) -> None:
-        """Let the tracker finish what it has been sent."""
+        """Let the tracker finish sending."""
         self._end()
 
 
@@ -46,11 +46,11 @@ def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 2**62  # a line that a killed process left half-written
+        return 2**62  # a killed process left the line half-written
 
 
 def _tracker(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]], Any], Callable]:
-    """What sends a step's numbers, and what ends the sending."""
+    """A function that sends a step's numbers, and one that ends the sending."""
     if name == "none":
         return (lambda step, numbers: None), (lambda: None)
     try:
@@ -66,7 +66,7 @@ def _tracker(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]],
             return write, writer.close
         import wandb
 
-        # One folder is one run, also when it goes on.
+        # One folder is one run, also when it is resumed.
         number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         run = wandb.init(
             project="llm-wsae", name=folder.name, dir=str(folder), id=number, resume="allow"

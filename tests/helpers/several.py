@@ -89,7 +89,7 @@ def _rank(rank: int, size: int, port: int, answer: Any, work: Callable, args: tu
     from llm_wsae import processes
     from llm_wsae.errors import LlmWsaeError
 
-    processes._BEAT_SECONDS, processes._BEATS_MISSED, processes._LAST_WORD_SECONDS = 0.1, 20, 1
+    processes._BEAT_SECONDS, processes._BEATS_MISSED, processes._LINGER_SECONDS = 0.1, 20, 1
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         try:
             answer.send(work(*args))

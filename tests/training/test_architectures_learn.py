@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from combinations import over
 from planted_source import ARCHITECTURES, CONFIG, CPU, NAMES, Planted, arms_for
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -32,7 +33,7 @@ def fvu(dictionary: Dictionary, rows: Tensor) -> float:
     return float((rows - dictionary(rows)).square().sum() / (rows - rows.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@over(name=NAMES)
 def test_the_planted_directions_are_found(trained, name):
     source, out, dictionaries = trained
     dictionary = dictionaries[name]
@@ -62,7 +63,7 @@ def test_a_matryoshkas_first_latents_reconstruct_better_alone(trained):
     assert shares[0] < 0.7 * shares[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@over(name=NAMES)
 def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name):
     """Also where the selection looked at the batch: with that batch's own threshold."""
     source, _, _ = trained
@@ -83,8 +84,8 @@ def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name)
         **folded(arm.parameters, normaliser.mean, normaliser.scale, threshold),
         sparsity=arm.architecture.sparsity,
         info=trained[2][name].info,
-    ).save(tmp_path / "d")
-    loaded = Dictionary.load(tmp_path / "d")
+    ).save(tmp_path / name)
+    loaded = Dictionary.load(tmp_path / name)
     latents = loaded.encode(rows)
     assert torch.equal((latents > 0).sum(0), inside.firings.long())
     reconstruction = inside.residual * normaliser.scale + rows
@@ -93,7 +94,7 @@ def test_a_saved_dictionary_encodes_as_the_training_did(trained, tmp_path, name)
     assert isinstance(loaded.sparsity, JumpReLU) == (threshold is not None)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@over(name=NAMES)
 def test_what_a_dictionary_remembers_of_its_architecture(trained, name):
     _, out, _ = trained
     training = Dictionary.load(out / name).info.training
@@ -110,7 +111,7 @@ def test_what_a_dictionary_remembers_of_its_architecture(trained, name):
     importlib.util.find_spec("sae_lens") is None,
     reason="sae-lens is not installed here (it needs transformer-lens < 4, so its own environment)",
 )
-@pytest.mark.parametrize("name", NAMES)
+@over(name=NAMES)
 def test_saelens_encodes_the_same(trained, name):
     from sae_lens import SAE
 
@@ -157,7 +158,7 @@ def test_trainings_from_before_there_were_architectures_go_on(trained, tmp_path)
         train(Planted(), other, CONFIG, tmp_path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@over(name=NAMES)
 def test_dead_latents_are_counted_and_revived_where_others_crowd_them_out(name):
     source = Planted()
     (config,) = (arm for arm in arms_for(source) if arm.name == name)
@@ -188,7 +189,23 @@ def test_names_of_arms():
     ]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_relu_takes_l1_coefficients_and_the_others_k():
+    gamma = LossWeights(torch.ones(16))
+    named = make_arms([gamma], (4,), (0.1,), architectures=("relu", "topk"))
+    assert [arm.name for arm in named] == ["own-relu-l0.1", "own-k4"]
+    (only,) = make_arms([gamma], (4,), (0.1,), architectures=("relu",))
+    assert only.identity()["architecture"] is None and only.settings()["architecture"] == "relu"
+    for wrong, said in (
+        (lambda: make_arms([gamma], (4,), architectures=("relu",)), "at least one L1 coefficient"),
+        (lambda: make_arms([gamma], (4,), (-1.0,)), "must not be negative, but one is -1"),
+        (lambda: ArmConfig(gamma, 4, architecture="relu"), "takes an L1 coefficient, not k"),
+        (lambda: ArmConfig(gamma, l1=0.1), "a topk arm needs k"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            wrong()
+
+
+@over(architecture=ARCHITECTURES)
 def test_impossible_k(architecture):
     gamma = LossWeights(torch.ones(16), RULES["uniform"])
     for k, said in ((0, "k must be at least 1"), (65, "more than the dictionary's 64 latents")):

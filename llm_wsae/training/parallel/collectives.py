@@ -1,7 +1,8 @@
-"""Sums, minima and gatherings of tensors over all processes of a run, by torch.distributed.
+"""Sums, minima and gathers of tensors over all processes of a run, by torch.distributed.
 
-Its backends wait long for a process that is gone, or fail with words of their own. Here such a
-failure becomes the sentence that the other process left, or one that says that it is gone.
+When another process is lost, its backends wait for a long time or fail with messages of their own.
+Here such a failure is replaced by the sentence that the lost process left, or one that says that it
+exited without an error message.
 """
 
 import os
@@ -15,11 +16,11 @@ from torch import Tensor, distributed
 from llm_wsae.errors import UsageError
 from llm_wsae.processes import Several
 
-_PATIENCE = timedelta(minutes=30)  # rank 0 may be busy writing
+_TIMEOUT = timedelta(minutes=30)  # rank 0 may be busy writing
 
 
 class Collectives:
-    """What a training asks of torch.distributed. All processes must ask for the same in turn."""
+    """Exchanges between the processes, which must all make the same calls in the same order."""
 
     def __init__(self, processes: Several):
         self.rank, self.size = processes.rank, processes.size
@@ -36,32 +37,32 @@ class Collectives:
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all processes, of one shape, by rank."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self._answered():
+        with self._explained():
             distributed.all_gather(parts, tensor.contiguous())
         return parts
 
     def begin_max(self, tensor: Tensor) -> distributed.Work:
         """Start a maximum in place over all processes, on the CPU; ``end`` waits for it."""
-        with self._answered():
+        with self._explained():
             return distributed.all_reduce(tensor, distributed.ReduceOp.MAX, async_op=True)
 
     def end(self, work: distributed.Work) -> None:
-        """Wait for what was begun."""
-        with self._answered():
+        """Wait for what ``begin_max`` started."""
+        with self._explained():
             work.wait()
 
     def _reduce(self, tensor: Tensor, operation: distributed.ReduceOp) -> Tensor:
         assert tensor.is_contiguous()
-        with self._answered():
+        with self._explained():
             distributed.all_reduce(tensor, operation)
         return tensor
 
     @contextmanager
-    def _answered(self) -> Iterator[None]:
+    def _explained(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            raise self._processes.blame(error) from error
+            raise self._processes.explain(error) from error
 
 
 @contextmanager
@@ -71,17 +72,17 @@ def collectives(processes: Several, device: torch.device) -> Iterator[Collective
     Raises UsageError for a device whose tensors cannot be exchanged.
     """
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"several processes train on cuda or cpu, not on {device.type}")
-    if distributed.is_initialized():  # somebody else's, and theirs to end
+        raise UsageError(f"several processes can train on cuda or cpu, not on {device.type}")
+    if distributed.is_initialized():  # by the caller, who also ends it
         for kind in ("cpu", device.type):
             if f"{kind}:" not in str(distributed.get_backend_config()):
                 raise UsageError(
-                    f"the process group that is there cannot exchange tensors on {kind}; start it "
-                    'with init_process_group("cpu:gloo,cuda:nccl")'
+                    f"the existing process group cannot exchange tensors on {kind}; start it with "
+                    'init_process_group("cpu:gloo,cuda:nccl")'
                 )
         yield Collectives(processes)
         return
-    processes.meet()  # the backend has little patience with those who come late
+    processes.meet()  # the backend does not wait long for late processes
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -93,12 +94,12 @@ def collectives(processes: Several, device: torch.device) -> Iterator[Collective
             store=processes.new_store(),
             rank=processes.rank,
             world_size=processes.size,
-            timeout=_PATIENCE,
+            timeout=_TIMEOUT,
         )
     except RuntimeError as error:
-        raise processes.blame(error) from error
+        raise processes.explain(error) from error
     try:
         processes.meet()  # or one that fails now would leave others half connected
         yield Collectives(processes)
     finally:
-        distributed.destroy_process_group()  # who still waits for this process wakes up
+        distributed.destroy_process_group()  # wakes processes that still wait for this one

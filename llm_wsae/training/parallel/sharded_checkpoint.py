@@ -1,8 +1,8 @@
 """A safetensors file that several processes write at once, each the rows that it holds.
 
-The format is a header with every tensor's place, then their bytes. Rows of a tensor lie one after
-the other, so a process can write its own where they belong, and the file is the one that a single
-process with all rows would write. Nothing is gathered: no process need hold more than its part.
+The format is a header with every tensor's place, then their bytes. Rows of a tensor are contiguous,
+so each process writes its own rows in place, and the file equals one written by a single process
+with all rows. Nothing is gathered: no process holds more than its part.
 """
 
 import json
@@ -26,15 +26,15 @@ class Rows(NamedTuple):
 
     tensor: Tensor
     first: int
-    """Number of the first."""
+    """Number of the first one."""
     total: int
-    """Rows of all processes."""
+    """Number of rows over all processes."""
 
 
 def save_rows(
     path: Path, parts: dict[str, Rows | Tensor], metadata: dict[str, str], processes: Processes
 ) -> None:
-    """Write the file atomically; a tensor without rows of others is written by rank 0.
+    """Write the file atomically; rank 0 writes tensors that are not ``Rows``.
 
     All processes must call this with the same names. Raises LlmWsaeError, in all of them, if one
     cannot write.

@@ -181,7 +181,9 @@ def test_a_killed_process_ends_all_and_loses_nothing(together, tmp_path, shard, 
     config = replace(SHORT, shard=shard, checkpoint_seconds=0.0)
     outcomes = run(2, make, tmp_path, config, FEW, unlucky, die)
     assert outcomes[unlucky] is None
-    assert "is gone" in outcomes[1 - unlucky] and "command again" in outcomes[1 - unlucky]
+    said = outcomes[1 - unlucky]
+    assert "exited without an error message" in said or "has ended" in said
+    assert "run the same command again to resume" in said
     tensors, metadata = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
     assert json.loads(metadata["llm_wsae"])["step"] in (23, 24)
     assert all(t.isfinite().all() for t in tensors.values())
