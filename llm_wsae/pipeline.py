@@ -108,7 +108,7 @@ def run(
             raise rule.missing_input()
         rule.form(weight_config)
     plain = LossWeights(torch.ones(model.d_model), RULES["uniform"])
-    for arm in make_arms([plain], ks, architectures=architectures):
+    for arm in make_arms([plain], ks, l1s, architectures=architectures):
         arm.check(train_config.expansion * model.d_model)
     _check_rows(harvest_config, train_config)
     _check_not_trained_on_less(out, sites, harvest_config)

@@ -24,9 +24,7 @@ def make_arms(
     if l1s and "relu" not in architectures:
         architectures = (*architectures, "relu")
     elif "relu" in architectures and not l1s:
-        raise UsageError(
-            "the architecture relu needs at least one L1 coefficient (--l1 of llm-wsae train)"
-        )
+        raise UsageError("the architecture relu needs at least one L1 coefficient (--l1)")
     return [
         ArmConfig(w, init_seed=seed, architecture=name, **{setting: level})
         for seed in init_seeds
