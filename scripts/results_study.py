@@ -17,7 +17,8 @@ from typing import Any
 
 import paper_section
 import torch
-from benchmarks import RESULTS, embedded_model, write_section
+from benchmarks import IMAGES, RESULTS, embedded_model, write_section
+from finding_figure import plot_finding
 from results_archive import pack, unpack
 from study_claims import (
     ANNEALING,
@@ -235,6 +236,7 @@ def write() -> None:
         curve, differences = (RESULTS.parent / figure(block, n) for n in (CURVE, DIFFERENCES))
         plot_curve(report.results, report.compared, site, curve)
         plot_differences(report.compared, report.against_itself, site, differences)
+    plot_finding(SITES, IMAGES / "finding.png")
     write_section("study", section(), RESULTS)
     write_section("paper", paper_section.section(studies), RESULTS)
     write_section("study table", study_table(studies), RESULTS)
