@@ -95,8 +95,8 @@ def test_a_stopped_harvest_ends_with_the_same_bytes(model, corpus, unbroken, tmp
     assert files(tmp_path / "s") == files(unbroken.folder)
 
 
-KILLED = """
-import os, signal, sys, time
+KILLED = '''
+import os, signal, sys
 sys.path[:0] = ["tests", "tests/helpers"]
 from pathlib import Path
 import torch
@@ -108,35 +108,37 @@ from llm_wsae.harvesting import harvest
 
 model, corpus, folder = tiny_model(), Corpus.open(sys.argv[1]), Path(sys.argv[2])
 
-def run(name, seconds):
+def run(name, renames=None):
+    """Harvest in a process that is killed when it has renamed that many files; whether it ended."""
     child = os.fork()
     if child == 0:
+        replace, left = os.replace, [renames]
+
+        def counted(*paths):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            replace(*paths)
+
+        if renames is not None:
+            os.replace = counted
         harvest(model, corpus, SITES, folder / name, CONFIG)
         os._exit(0)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0, status
-            return True
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    return code == 0
 
-started = time.monotonic()
-assert run("whole", 60)
-whole = time.monotonic() - started
-seconds, shards = 0.1 * whole, []
-while not run("killed", seconds):
+assert run("whole")
+renames, shards = 0, []
+while not run("killed", renames):
     shards.append(len(list((folder / "killed" / "tokens").glob("*.safetensors"))))
-    seconds += 0.05 * whole
+    renames += 3
 print(*shards)
-"""
+'''
 
 
 def test_sigkill_at_any_instant_ends_with_the_same_bytes(text, tmp_path):
-    """Runs are killed after ever more time, until one ends; each goes on where the last was."""
+    """Each run is killed before one more file gets its name, until one ends; each resumes."""
     out = subprocess.run(
         [sys.executable, "-c", KILLED, str(text), str(tmp_path)],
         cwd=ROOT,

@@ -206,7 +206,7 @@ def test_the_thread_ends_with_its_iterator(tmp_path):
     closed.close()
     del dropped
     gc.collect()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while len(threads()) > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(threads()) == before
