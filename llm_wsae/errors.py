@@ -1,7 +1,7 @@
-"""The errors a user can cause: one sentence each, naming the thing and the way out.
+"""The errors a user can cause: one sentence each, naming the problem and the way out.
 
-The command line prints the sentence and leaves with ``exit_code``; Python callers can catch the
-root. Broken invariants of our own are ``assert``s, never these.
+The command line prints the sentence and exits with ``exit_code``; Python callers can catch the
+root. Broken invariants of the package itself are ``assert``s, never these.
 """
 
 import difflib
@@ -27,12 +27,12 @@ class UsageError(LlmWsaeError):
 
 
 def shown(value: Any) -> str:
-    """A value that somebody else wrote, on one line, cut short where it is long or deep."""
+    """A foreign value on one line, shortened where it is long or deeply nested."""
     return _SHORT.repr(value)
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """A clause that offers the known names closest to a misspelt one, all of them if few."""
+    """A clause suggesting the known names closest to a misspelt one, or listing the known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
     if close:

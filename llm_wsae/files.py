@@ -1,7 +1,7 @@
-"""Files that are whole or absent: atomic writes, checksums, a lock on a folder.
+"""Files that are complete or absent: atomic writes, checksums, a lock on a folder.
 
-Everything is written beside its final name, synced, then renamed, so that a process killed at any
-instant leaves either the old file or the new one.
+Everything is written under a temporary name in the same folder, synced, then renamed, so that a
+process killed at any instant leaves either the old file or the new one.
 """
 
 import fcntl
@@ -17,15 +17,15 @@ from typing import Any
 from llm_wsae.errors import LlmWsaeError
 
 PARTIAL_SUFFIX = ".partial"
-# Ours, with the number of the process, and those that safetensors writes before ours.
+# This package's, with the process id, and those that safetensors writes first.
 _PARTIALS = re.compile(rf"\..+\.\d+{re.escape(PARTIAL_SUFFIX)}|\.tmp\w{{6}}", re.ASCII)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary neighbour of ``path``, sync it and rename it into place.
+    """Let ``write`` fill a temporary file next to ``path``, sync it and rename it to ``path``.
 
-    Raises LlmWsaeError, with nothing left behind and the old file untouched, when the disk is full
-    or the folder cannot be written.
+    Raises LlmWsaeError if the disk is full or the folder cannot be written; nothing is left behind
+    then, and the old file is unchanged.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
@@ -36,7 +36,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(partial, path)
         _sync(path.parent)
     except BaseException as error:
-        with suppress(OSError):  # as when the folder's own name is a file's
+        with suppress(OSError):  # e.g. if the folder's name is a file's
             partial.unlink()
         refusal = write_error(path, error)
         if refusal is None:
@@ -45,13 +45,13 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_error(path: Path, error: BaseException) -> LlmWsaeError | None:
-    """What to say of a write that the operating system refused; None for any other error."""
+    """The error for a write that the operating system refused; None for any other error."""
     reason = _system_reason(error)
     if reason is None:
         return None
     return LlmWsaeError(
         f"cannot write {path}: {reason}; free some space or choose another folder, "
-        "then run the same command again to go on"
+        "then run the same command again to resume"
     )
 
 
@@ -74,7 +74,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LlmWsaeError(f"there is no {path}; it should be the {what}") from None
-    except (ValueError, OSError, RecursionError) as error:  # the last: brackets without end
+    except (ValueError, OSError, RecursionError) as error:  # the last: endless brackets
         raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
 
 
@@ -89,7 +89,7 @@ def save_tensors(
 
 
 def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a safetensors file whole: (tensors, metadata). ``what`` names it in the error.
+    """Read all of a safetensors file: (tensors, metadata). ``what`` names it in the error.
 
     Raises LlmWsaeError if the file is missing, truncated or not safetensors.
     """
@@ -99,9 +99,9 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]
 
 @contextmanager
 def open_tensors(path: Path, what: str) -> Iterator[Any]:
-    """A safetensors file as ``safe_open`` gives it, to read parts of; errors as ``load_tensors``'.
+    """A safetensors file as ``safe_open`` opens it, to read parts of it.
 
-    ``what`` names it in the error.
+    ``what`` names it in the error. Raises as ``load_tensors`` does.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -122,10 +122,10 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Callable[[], None]]:
-    """Hold a folder for one writing run; the kernel frees it when its processes die.
+    """Lock a folder for one run that writes to it; the kernel releases it when its processes end.
 
-    Yields a function: once it is called, others may hold the folder ``shared`` with this one, but
-    nobody alone. Raises LlmWsaeError if another run holds it.
+    Yields a function: once it is called, other processes may hold the folder ``shared`` with this
+    one, but none may hold it alone. Raises LlmWsaeError if another run holds it.
     """
     folder = Path(folder)
     try:
@@ -144,8 +144,8 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
             ) from None
         except OSError as error:
             raise LlmWsaeError(
-                f"{folder} cannot be kept from other runs ({error.strerror}); choose a folder on a "
-                "file system that has locks, such as a local disk"
+                f"{folder} cannot be locked ({error.strerror}); choose a folder on a file system "
+                "that supports locks, such as a local disk"
             ) from error
 
     try:
@@ -156,8 +156,9 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
 
 
 def remove_partials(folder: Path, *below: str) -> None:
-    """Delete what killed writers left half-written in a folder and in those of its subfolders that
-    are named (call it only under the folder's lock): whatever else lies in it is somebody else's.
+    """Delete the partial files of killed writers in a folder and in the subfolders named ``below``.
+
+    Nothing else is touched. Call this only under the folder's lock.
     """
     for own in (Path(folder), *(Path(folder) / name for name in below)):
         for path in own.glob(".*"):
@@ -179,7 +180,7 @@ def _sync(path: Path) -> None:
 
 
 def _system_reason(error: BaseException) -> str | None:
-    """The operating system's word for a failed write, also when safetensors wrapped it."""
+    """The operating system's reason for a failed write, also if safetensors wrapped it."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if type(error).__name__ == "SafetensorError":

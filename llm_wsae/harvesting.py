@@ -1,8 +1,7 @@
-"""From text and a model to rows: into a store on disk, or as a stream straight into training.
+"""From text and a model to rows: into a store on disk, or as a stream directly into training.
 
-The forward pass is the only expensive part, so everything else happens beside it: the next contexts
-are tokenised ahead in one thread, and statistics, checksums and writing are done behind it in
-another.
+The forward pass is the only expensive part, so everything else runs in parallel with it: one thread
+tokenises the next contexts ahead, another computes statistics and checksums and writes.
 """
 
 import sys
@@ -45,19 +44,20 @@ def harvest(
     out: Path | str,
     config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
 ) -> ActivationStore:
-    """Write the activations of ``config.tokens`` tokens of a corpus at all sites into a store.
+    """Write the activations of ``config.tokens`` tokens of a corpus at all sites to a store.
 
-    The same call goes on with a harvest that was stopped or killed, and ends with the same bytes as
-    an unbroken one. A call with more tokens extends a store. A complete store is left as it is.
+    The same call resumes a harvest that was stopped or killed, and ends with the same bytes as an
+    uninterrupted one. A call with more tokens extends a store. A complete store is left unchanged.
 
-    Under ``torchrun`` each process makes every W-th of the missing shards, into one folder that all
+    Under ``torchrun`` each of W processes makes every W-th missing shard, in one folder that all
     can reach. The bytes are those of a single process (as far as a forward pass gives the same bits
-    there), and a stopped harvest goes on with any number of processes. Each packs the whole text.
+    there), and a stopped harvest can be resumed with any number of processes. Each process packs
+    the whole text.
 
     Raises UsageError for a site or context size that the model does not have; LlmWsaeError if the
     folder holds something else or is being written, the corpus is too small (what was harvested
     stays, and the same call with fewer tokens completes it), an activation is not finite, or the
-    disk is full (all whole shards stay).
+    disk is full (all complete shards stay).
     """
     out, processes = Path(out), join()
     sites = sorted(set(sites))
@@ -84,8 +84,8 @@ def harvest(
 def _check_size(
     out: Path, packer: Packer, corpus: Corpus, config: HarvestConfig, wanted: Manifest
 ) -> None:
-    """A text that is too small is best known before the first forward pass, and before a complete
-    store is opened again for more."""
+    """Raises LlmWsaeError for too little text, before the first forward pass and before a complete
+    store is reopened for more."""
     if (out / MANIFEST).is_file():
         found = Manifest.load(out)
         if not found.complete or found.num_contexts >= wanted.num_contexts:
@@ -94,18 +94,18 @@ def _check_size(
 
 
 def _begin(out: Path, wanted: Manifest) -> dict[str, tuple[int, int]] | None:
-    """Where the text goes on behind each whole shard; None if the store is complete."""
-    manifest, shards = begin_or_resume(out, wanted)  # refuses a folder that is not ours
+    """Where the text continues after each complete shard; None if the store is complete."""
+    manifest, shards = begin_or_resume(out, wanted)  # refuses a foreign folder
     remove_partials(out, TOKENS, RECORDS, *wanted.sites)
     return None if manifest.complete else {str(i): shard.next for i, shard in shards.items()}
 
 
 def _agreed(processes: Processes, manifest: Manifest) -> Manifest:
-    """The same manifest; raises LlmWsaeError unless all processes are at the same work."""
+    """Process 0's manifest; raises LlmWsaeError unless all processes have the same one."""
     first = Manifest(**processes.lead(lambda: asdict(manifest)))
     if clauses := first.differences(manifest):
         raise LlmWsaeError(
-            f"process 0 and process {processes.rank} are at different harvests "
+            f"process 0 and process {processes.rank} run different harvests "
             f"({'; '.join(clauses)}); start all with the same command on machines of one kind"
         )
     return manifest
@@ -158,12 +158,13 @@ def kept_rows(
 
 
 class ActivationStream:
-    """Rows of one site straight from the model, as an ActivationSource: nothing goes to disk.
+    """Rows of one site directly from the model, as an ActivationSource; nothing goes to disk.
 
-    The corpus is read again and again. ``buffer_tokens`` of it at a time are turned into rows and
+    The corpus is read repeatedly. ``buffer_tokens`` of it at a time are turned into rows and
     shuffled; while they are trained on, the next buffer is computed in the background, so do not
-    use the model for anything else meanwhile. Rows are shuffled within a buffer only: the larger
-    it is, the better they mix. Going on at a later batch costs tokenising up to it, no forward.
+    use the model for anything else meanwhile. Rows are shuffled only within a buffer: the larger it
+    is, the better they mix. Resuming at a later batch costs tokenising up to it, but no forward
+    passes.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class ActivationStream:
         return self._statistics
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that tell these rows, in this order, from others."""
+        """JSON values that identify these rows in this order."""
         return {
             "kind": "stream",
             "site": str(self.site),
@@ -258,8 +259,8 @@ class ActivationStream:
             bad = int((~torch.isfinite(rows)).any(1).sum())
             raise LlmWsaeError(
                 f"{bad} of {len(rows)} rows of {self.site} from document "
-                f"{contexts.first.document} of {self._corpus.name} on are NaN or infinite; try the "
-                "model in float32"
+                f"{contexts.first.document} of {self._corpus.name} on are NaN or infinite; "
+                "load the model in float32"
             )
         return rows
 

@@ -1,4 +1,4 @@
-"""The record beside every result: which command made it, how it was set, with which versions."""
+"""The record stored with every result: the command that made it, its settings, the versions."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package; ours has none in a checkout that was not installed."""
+    """The installed version of a package; a checkout that was not installed has none."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -36,7 +36,7 @@ def version_of(package: str) -> str:
 
 
 def command_line() -> str:
-    """The command that this process runs; empty in any program but ours."""
+    """The command that this process runs; empty in any other program."""
     program = Path(sys.argv[0])
     as_module = program.name == "__main__.py" and program.parent.name == "llm_wsae"
     ours = program.name == "llm-wsae" or as_module
@@ -44,12 +44,12 @@ def command_line() -> str:
 
 
 def write_record(path: Path, command: str, config: dict[str, Any]) -> None:
-    """Write ``{command, config, versions}`` as JSON. Raises LlmWsaeError as any write does."""
+    """Write ``{command, config, versions}`` as JSON. Raises as ``write_json`` does."""
     write_json(path, {"command": command, "config": plain(config), "versions": versions()})
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, paths and tuples as JSON has them; a number that does not exist is null."""
+    """The value in JSON's types: dataclasses as objects, NaN and infinity as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(dataclasses.asdict(value))
     if isinstance(value, dict):

@@ -1,10 +1,10 @@
-"""Rows of cells as a table, for a terminal or for a page. The first row is the head."""
+"""Rows of cells as a table, for a terminal or in Markdown. The first row is the header."""
 
 from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns two spaces apart, the first ``left`` ones flush left, with a rule under the head."""
+    """Columns two spaces apart, the first ``left`` ones left-aligned, a rule under the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -18,7 +18,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The same in Markdown."""
+    """The same table in Markdown."""
     head, *body = rows
     rule = ["---" if i < left else "--:" for i in range(len(head))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))

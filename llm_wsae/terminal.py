@@ -1,8 +1,8 @@
-"""Text from elsewhere, shown as text: what a corpus holds cannot command a terminal.
+"""Foreign text made safe to print: what a corpus holds cannot control the terminal.
 
-Control characters (escape sequences move the cursor, change titles, answer for the user), marks
-that turn the direction of writing around, and everything else that has no picture of its own are
-shown as Python writes them: ``\\n``, ``\\x1b``, ``\\u202e``.
+Control characters (escape sequences move the cursor, change titles, type for the user), marks that
+reverse the direction of writing, and everything else that is not printable are shown as Python
+escapes: ``\\n``, ``\\x1b``, ``\\u202e``.
 """
 
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    """The text on one line, with escapes for what cannot be printed."""
+    """The text on one line, with escapes for what is not printable."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
 def printable_json(value: Any) -> str:
-    """The value as JSON on one line; what cannot be printed is escaped, which JSON reads back."""
+    """The value as JSON on one line; unprintable characters are JSON escapes."""
     text = json.dumps(value, ensure_ascii=False)
     if text.isprintable():
         return text

@@ -13,7 +13,7 @@ from test_harvesting import CONFIG, LENGTHS, SITES, after, files
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.manifest import RECORDS, Manifest, whole_shards
+from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards
 from llm_wsae.data.verify import verify_store
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.harvesting import harvest
@@ -68,7 +68,7 @@ def record(out, shard):
 
 
 def whole(out):
-    return sorted(whole_shards(out, Manifest.load(out)))
+    return sorted(complete_shards(out, Manifest.load(out)))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -141,7 +141,7 @@ def test_a_damaged_record_is_named(corpus, tmp_path):
         alone(corpus, out, after(20, crash))
     path = record(out, 1)
     path.write_text(path.read_text().replace('"contexts": 28', '"contexts": 27'))
-    with pytest.raises(LlmWsaeError, match=r"00001\.json is damaged: its checksum does not fit"):
+    with pytest.raises(LlmWsaeError, match=r"00001\.json is damaged: its checksum does not match"):
         alone(corpus, out)
     path.unlink()
     assert "28 of 250 contexts" in verify_store(out)[0]
@@ -167,7 +167,7 @@ def test_a_request_that_cannot_be_ends_all(corpus, tmp_path):
 def test_different_requests_are_not_one_harvest(corpus, tmp_path):
     outcomes = run(2, of_own_dtype, corpus, tmp_path / "s")
     assert len(set(outcomes)) == 1
-    assert "process 0 and process 1 are at different harvests (its dtype is" in outcomes[0]
+    assert "process 0 and process 1 run different harvests (its dtype is" in outcomes[0]
 
 
 def of_own_dtype(corpus, out):
@@ -178,8 +178,8 @@ def of_own_dtype(corpus, out):
 
 def test_a_corpus_that_ends_early_can_still_be_completed(corpus, tmp_path):
     outcomes = run(2, make, corpus, tmp_path / "s", replace(CONFIG, tokens=100_000))
-    assert len(set(outcomes)) == 1 and "or ask for" in outcomes[0]
-    tokens = int(outcomes[0].split("or ask for ")[1].split()[0])
+    assert len(set(outcomes)) == 1 and "or request" in outcomes[0]
+    tokens = int(outcomes[0].split("or request ")[1].split()[0])
     run(2, make, corpus, tmp_path / "s", replace(CONFIG, tokens=tokens))
     config = replace(CONFIG, tokens=tokens)
     alone(corpus, tmp_path / "t", config=config)

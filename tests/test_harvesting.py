@@ -16,7 +16,7 @@ from tiny import tiny_model, write_jsonl
 
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.manifest import Manifest, save_record, whole_shards
+from llm_wsae.data.manifest import Manifest, complete_shards, save_record
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.data.store import ActivationStore
@@ -173,7 +173,9 @@ def test_a_complete_store_is_left_alone_and_a_larger_one_is_grown(
     harvest(stop_after(0), corpus, SITES, out, replace(CONFIG, tokens=999))
     assert "is already complete" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    with pytest.raises(LlmWsaeError, match="already holds 1,008 tokens, more than the 504 asked"):
+    with pytest.raises(
+        LlmWsaeError, match="already holds 1,008 tokens, more than the 504 requested"
+    ):
         harvest(model, corpus, SITES, out, replace(CONFIG, tokens=500))
     assert ActivationStore.open(out).num_rows > 0
     harvest(model, corpus, SITES, out, CONFIG)
@@ -229,7 +231,7 @@ def test_shards_are_counted_and_not_spelt(tmp_path, model, corpus):
     (record, *_), manifest.complete, manifest.shards = manifest.shards, False, []
     for index in (100_000, 99_999, 100_001, 3):
         save_record(tmp_path / "x", index, record)
-    assert list(whole_shards(tmp_path / "x", manifest)) == [3, 99_999, 100_000, 100_001]
+    assert list(complete_shards(tmp_path / "x", manifest)) == [3, 99_999, 100_000, 100_001]
 
 
 def test_a_corpus_that_is_too_small_costs_nothing(model, corpus, tmp_path):
@@ -243,7 +245,7 @@ def test_a_corpus_that_is_too_small_costs_nothing(model, corpus, tmp_path):
         harvest(model, corpus, SITES, tmp_path / "s", config)
     assert not (tmp_path / "s").exists()
     there = sum(1 for _ in Packer.for_model(model, CONFIG).contexts(corpus)) * 12
-    assert f"ask for {there} tokens" in str(caught.value)
+    assert f"request {there} tokens" in str(caught.value)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
@@ -252,7 +254,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", refuse)
     with (
-        pytest.raises(LlmWsaeError, match="choose a folder on a file system that has locks"),
+        pytest.raises(LlmWsaeError, match="choose a folder on a file system that supports locks"),
         folder_lock(tmp_path, "activation store"),
     ):
         pass
@@ -272,7 +274,7 @@ def test_a_corpus_that_ends_early_can_still_be_completed(model, text, tmp_path):
     corpus.num_bytes = None  # as with a streamed dataset
     out = tmp_path / "s"
     there = sum(1 for _ in Packer.for_model(model, CONFIG).contexts(corpus)) * 12
-    with pytest.raises(LlmWsaeError, match=f"or ask for {there} tokens"):
+    with pytest.raises(LlmWsaeError, match=f"or request {there} tokens"):
         harvest(model, corpus, SITES, out, replace(CONFIG, tokens=100_000))
     store = harvest(model, corpus, SITES, out, replace(CONFIG, tokens=there))
     assert store.manifest.num_contexts * 12 == there and verify_store(out) == []
@@ -298,7 +300,7 @@ def test_rows_that_are_not_finite_name_site_shard_and_number(model, corpus, tmp_
     with pytest.raises(LlmWsaeError, match=message):
         harvest(broken, corpus, SITES, tmp_path / "s", CONFIG)
     manifest = Manifest.load(tmp_path / "s")
-    assert list(whole_shards(tmp_path / "s", manifest)) == [0] and not manifest.complete
+    assert list(complete_shards(tmp_path / "s", manifest)) == [0] and not manifest.complete
     assert [p for p in verify_store(tmp_path / "s") if "not complete" not in p] == []
 
 
@@ -317,7 +319,7 @@ def test_a_full_disk_is_one_sentence_and_whole_shards_stay(model, corpus, unbrok
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert not list(tmp_path.rglob("*.partial"))
-    assert list(whole_shards(tmp_path / "s", Manifest.load(tmp_path / "s"))) == [0]
+    assert list(complete_shards(tmp_path / "s", Manifest.load(tmp_path / "s"))) == [0]
     assert all("not complete" in problem for problem in verify_store(tmp_path / "s"))
     harvest(model, corpus, SITES, tmp_path / "s", CONFIG)
     assert files(tmp_path / "s") == files(unbroken.folder)

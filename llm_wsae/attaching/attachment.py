@@ -4,20 +4,20 @@
         attached.edit(dictionary.site, Steer(latent=123, strength=8.0))
         ids = model.generate(ids, max_new_tokens=40)
 
-While the block is open, the stream x at the dictionary's site is taken apart, x = x̂ + error with
-x̂ = latents · W_dec + b_dec, the latents are edited, and the stream is put together again, with the
-error or without it. With the error only the difference that the edits make is added to x, so that a
-model with a dictionary and no edit computes the very numbers of the model alone.
+While the block is open, the stream x at the dictionary's site is split, x = x̂ + error with
+x̂ = latents · W_dec + b_dec, the latents are edited, and the stream is recombined, with or without
+the error. With the error, only the difference that the edits make is added to x, so that a model
+with a dictionary and no edit computes exactly the numbers of the model alone.
 
-Not every position is touched. A dictionary knows nothing of the rows that its training left out, so
-these keep the stream as it is, as they do in ``evaluate``: massive activations, padding, and the
-first positions of a context; with ``keep``, those that it names. They have no latents.
+Not every position is changed. A dictionary has not learned the rows that its training excluded, so
+they keep the model's stream, as in ``evaluate``: massive activations, padding, and the first
+positions of a context; with ``keep``, the positions that it excludes. They have no latents.
 
-Nested blocks are allowed. At one site the inner one sees the stream that the outer one leaves.
+Blocks can be nested. At the same site, the inner one sees the stream that the outer one leaves.
 
-In a bridge the latents have a name too, ``<site>.hook_sae_acts_post`` as in SAELens, for
+In a bridge the latents also have a name, ``<site>.hook_sae_acts_post`` as in SAELens, for
 ``run_with_cache``, ``run_with_hooks`` and ``add_hook``: all latents [contexts, positions, d_sae],
-edits included, and what a hook makes of them is what the model goes on with.
+edits included. The model continues with what a hook makes of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,8 +40,8 @@ class Attached:
     """The dictionaries at their sites; what ``attach`` gives.
 
     Attributes: ``error``, whether what the dictionaries miss is added back; ``keep`` [contexts,
-    positions], which positions may be changed (None: as training did; positions behind its end may
-    always be). Both can be set between forward passes.
+    positions], which positions may be changed (None: as in training; positions after its end
+    always may). Both can be set between forward passes.
     """
 
     def __init__(self, splices: dict[Site, Splice], error: bool, keep: Tensor | None):
@@ -51,18 +51,18 @@ class Attached:
 
     @property
     def sites(self) -> list[Site]:
-        """Where dictionaries are attached, in the order of a forward pass."""
+        """The sites with a dictionary, in the order of a forward pass."""
         return list(self._splices)
 
     def edit(self, site: Site | str, *edits: Edit | Function) -> None:
         """Add edits at a site; they act in the order in which they were added.
 
         An edit is ``Ablate``, ``Clamp``, ``Scale``, ``Steer``, or a function of all latents
-        [contexts, positions, d_sae] that returns new ones, or None if it only looks or changes
+        [contexts, positions, d_sae] that returns new ones, or None if it only reads them or changes
         them in place.
 
-        Raises UsageError where no dictionary is attached, it has no such latent, or positions are
-        negative.
+        Raises UsageError if no dictionary is attached there, it has no such latent, or positions
+        are negative.
         """
         splice = self._splice(site)
         for edit in edits:
@@ -70,7 +70,7 @@ class Attached:
         splice.edits += edits
 
     def clear(self, site: Site | str | None = None) -> None:
-        """Forget the edits at a site, or all."""
+        """Remove the edits at a site, or at all sites."""
         for splice in self._splices.values() if site is None else [self._splice(site)]:
             splice.edits.clear()
 
@@ -104,23 +104,23 @@ def attach(
     error: bool = True,
     keep: Bool[Tensor, "contexts positions"] | None = None,
 ) -> Iterator[Attached]:
-    """Put dictionaries into a model for the length of a ``with`` block.
+    """Attach dictionaries to a model for the duration of a ``with`` block.
 
-    ``model`` is a TransformerBridge (its weights as they were loaded, neither folded nor centred),
-    a causal language model of transformers, or a LanguageModel. When the block ends, also by an
-    error, the model is as it was. Generation works in all of them, with a cache or without. (The
-    cache of TransformerLens 3.9 and 4.3 does not work with transformers 5.24 in most
-    architectures, whether anything is attached or not: generate with ``use_past_kv_cache=False``.)
+    ``model`` is a TransformerBridge (its weights as loaded, neither folded nor centred), a causal
+    language model of transformers, or a LanguageModel. When the block ends, also by an error, the
+    model is as before. Generation works with all of them, with or without a cache. (The cache of
+    TransformerLens 3.9 and 4.3 does not work with transformers 5.24 in most architectures, whether
+    or not anything is attached: generate with ``use_past_kv_cache=False``.)
 
-    ``error`` adds back what the dictionaries miss; without it the model goes on with the
-    reconstruction, and its cross-entropy is what ``evaluate`` reports if ``keep`` are the kept
-    positions of the text. ``keep`` None leaves out, for each dictionary, as many positions at the
-    beginning of a context as its training did (one where that is not known), and takes special
-    tokens further on for text.
+    ``error`` adds back what the dictionaries miss. Without it the model continues with the
+    reconstruction, and its cross-entropy is what ``evaluate`` reports if ``keep`` is the mask of
+    the text's kept positions. With ``keep`` None, each dictionary skips as many positions at the
+    beginning of a context as its training did (one if that is not known), and treats later special
+    tokens as text.
 
     Raises UsageError for another kind of model, for two dictionaries at one site (nest two blocks
-    instead), or for one that does not fit the model; LlmWsaeError if an architecture admits no
-    replacement between attention and MLP.
+    instead), or for one that does not fit the model; LlmWsaeError if an architecture does not allow
+    a replacement between attention and MLP.
     """
     target = target_of(model)
     chosen = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)

@@ -1,7 +1,7 @@
-"""What can be done to chosen latents while a model runs: four words for the usual things.
+"""Edits of chosen latents while a model runs: ablate, clamp, scale, steer.
 
-An edit maps a latent's activations to new ones, token by token. What that does to the stream
-follows from the decoder: for every unit that a latent gains, one more of its decoder row is added.
+An edit maps a latent's activations to new ones, token by token. Its effect on the stream follows
+from the decoder: for every unit that a latent gains, its decoder row is added once.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 Latents = SupportsIndex | Iterable[SupportsIndex]
-"""A number, also one of numpy or torch, or several."""
+"""A number (also of numpy or torch), or several."""
 Function = Callable[[Tensor], Tensor | None]
-"""Sees all latents [contexts, positions, d_sae]; what it returns takes their place."""
+"""Receives all latents [contexts, positions, d_sae]; what it returns replaces them."""
 
 
 @runtime_checkable
@@ -31,13 +31,13 @@ class Edit(Protocol):
 
 @dataclass(frozen=True)
 class Ablate:
-    """Silence latents: their activations become 0."""
+    """Set the activations of latents to 0."""
 
     latent: Latents
-    """One latent or several, each of which counts once."""
+    """One latent or several; duplicates count once."""
     positions: slice | None = None
     """Positions of the token ids, generated ones included, counted from the first:
-    ``slice(ids.shape[1], None)`` is what is generated behind ``ids``. None: all."""
+    ``slice(ids.shape[1], None)`` is what is generated after ``ids``. None: all."""
 
     def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
         """0."""
@@ -46,10 +46,10 @@ class Ablate:
 
 @dataclass(frozen=True)
 class Clamp:
-    """Hold latents at a value, whether they fire or not."""
+    """Set latents to a value, whether or not they fire."""
 
     latent: Latents
-    """One latent or several, each of which counts once."""
+    """One latent or several; duplicates count once."""
     value: float
     """Their activation."""
     positions: slice | None = None
@@ -65,29 +65,29 @@ class Scale:
     """Multiply the activations of latents."""
 
     latent: Latents
-    """One latent or several, each of which counts once."""
+    """One latent or several; duplicates count once."""
     factor: float
-    """By how much."""
+    """The factor."""
     positions: slice | None = None
     """Positions of the token ids, as in ``Ablate``."""
 
     def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
-        """Factor times as much."""
+        """The activations times the factor."""
         return values * self.factor
 
 
 @dataclass(frozen=True)
 class Steer:
-    """Push the stream along latents' decoder directions: their activations grow by a constant."""
+    """Move the stream along latents' decoder directions: adds a constant to their activations."""
 
     latent: Latents
-    """One latent or several, each of which counts once."""
+    """One latent or several; duplicates count once."""
     strength: float
-    """In units of the latent's activation: ``strength`` decoder rows are added; negative pushes
-    away."""
+    """In units of the latent's activation: ``strength`` times the decoder row is added; negative
+    values move the other way."""
     positions: slice | None = None
     """Positions of the token ids, as in ``Ablate``."""
 
     def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
-        """The strength more."""
+        """The activations plus the strength."""
         return values + self.strength

@@ -17,27 +17,27 @@ from llm_wsae.sparse.codes import Codes
 
 
 class Splice:
-    """What stands at a site while a model runs."""
+    """A dictionary with its edits, at a site of a running model."""
 
     def __init__(self, dictionary: Dictionary):
         self.dictionary = dictionary
         self.edits: list[Edit | Function] = []
         self.codes: Codes | None = None
-        """Of the last forward pass, edited [contexts, positions, slots]; no value where the stream
-        was left alone."""
+        """Those of the last forward pass, edited [contexts, positions, slots]; all 0 where the
+        stream was not changed."""
         self.point: Any = None
-        """A bridge's hook point for the latents, the last to see and change them."""
+        """A bridge's hook point for the latents, which sees and changes them last."""
         self._first = PackConfig.remembered(dictionary.info.store.get("packing")).drop_positions
 
     def check(self, edit: Edit | Function) -> None:
-        """Raises UsageError if the dictionary has no such latent, or positions are counted from
-        the end, which moves while a model generates."""
+        """Raises UsageError if the dictionary has no such latent, or if positions are counted from
+        the end, which moves during generation."""
         if isinstance(edit, Edit):
             taken = edit.positions or slice(None)
             if any(bound is not None and bound < 0 for bound in (taken.start, taken.stop)):
                 raise UsageError(
                     f"positions are counted from the first token, so {taken.start}:{taken.stop} "
-                    "cannot be; give numbers from 0 on"
+                    "is impossible; give numbers from 0 on"
                 )
             for latent in _latents(edit):
                 if not 0 <= latent < self.dictionary.d_sae:
@@ -53,8 +53,8 @@ class Splice:
         keep: Bool[Tensor, "kept_contexts kept_positions"] | None,
         error: bool,
     ) -> Float[Tensor, "contexts positions d_in"] | None:
-        """The stream to go on with; None leaves it as it is."""
-        if self.dictionary.W_enc.device != hidden.device:  # blocks may lie on several
+        """The stream to continue with; None leaves it unchanged."""
+        if self.dictionary.W_enc.device != hidden.device:  # blocks may be on several devices
             self.dictionary = copy.deepcopy(self.dictionary).to(hidden.device)
         rows = self._rows(hidden, call, keep)
         x = hidden[rows]
@@ -83,7 +83,7 @@ class Splice:
 
     @torch.no_grad()
     def _rows(self, hidden: Tensor, call: Call, keep: Tensor | None) -> Tensor:
-        """Which rows are explained, a mask [contexts, positions]."""
+        """Mask of the rows that are explained [contexts, positions]."""
         if hidden.ndim != 3:
             raise LlmWsaeError(
                 f"the stream at {self.dictionary.site} is a tensor of shape "
@@ -111,12 +111,12 @@ class Splice:
         return rows
 
     def _edited(self, codes: Codes, edit: Edit, where: Tensor) -> tuple[Codes, Tensor]:
-        """The codes after an edit of some latents, and by how much that moves the rows."""
+        """The codes after an edit of some latents, and the change of the rows that it makes."""
         latents = torch.tensor(_latents(edit), dtype=torch.long, device=codes.indices.device)
         column = latents.new_full((self.dictionary.d_sae,), len(latents))
         column[latents] = torch.arange(len(latents), device=latents.device)
         slot = column[codes.indices]
-        # one column more, for all the other latents
+        # the last column is for all other latents
         before = codes.values.new_zeros(len(codes.values), len(latents) + 1)
         before = before.scatter_add(1, slot, codes.values)[:, :-1]
         after = torch.where(where[:, None], edit.change(before), before)
@@ -128,7 +128,7 @@ class Splice:
         return new, (after - before) @ self.dictionary.W_dec[latents]
 
     def _mapped(self, codes: Codes, function: Function, rows: Tensor) -> tuple[Codes, Tensor]:
-        """The codes after a function of all latents, and by how much that moves the rows."""
+        """The codes after a function of all latents, and the change of the rows that it makes."""
         before = codes.values.new_zeros(len(codes.values), self.dictionary.d_sae)
         before = before.scatter_add(1, codes.indices, codes.values)
         shown = before.new_zeros(*rows.shape, self.dictionary.d_sae)
@@ -141,7 +141,7 @@ class Splice:
                 f"a function of latents {list(shown.shape)} returned {list(found.shape)}"
             )
         after = found[rows]
-        if found is shown and torch.equal(after, before):  # it only looked
+        if found is shown and torch.equal(after, before):  # it only read them
             return codes, before.new_zeros(())
         width = max(1, int((after != 0).sum(1).max())) if len(after) else 1
         indices = after.detach().abs().topk(width, dim=1).indices
@@ -157,14 +157,14 @@ def _latents(edit: Edit) -> list[int]:
 
 
 def _within(positions: Tensor, wanted: slice | None, total: int) -> Tensor:
-    """Which positions a slice of ``total`` takes."""
+    """Mask of the positions that a slice of ``total`` selects."""
     taken = torch.zeros(total, dtype=torch.bool, device=positions.device)
     taken[slice(None) if wanted is None else wanted] = True
     return taken[positions]
 
 
 def _spread(codes: Codes, rows: Tensor) -> Codes:
-    """The codes of rows at their places [contexts, positions, slots], 0 elsewhere."""
+    """The codes of ``rows`` placed in [contexts, positions, slots], 0 elsewhere."""
     width = codes.indices.shape[1]
     indices = codes.indices.new_zeros(*rows.shape, width)
     indices[rows] = codes.indices

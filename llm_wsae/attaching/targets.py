@@ -1,11 +1,11 @@
-"""The models that dictionaries can be attached to, as one thing.
+"""A common interface to the models that dictionaries can be attached to.
 
-A plain transformers model and a ``LanguageModel`` are hooked at the ends of their own blocks, a
-TransformerLens bridge at its own hook points. The module that holds the blocks tells how many
-tokens lie in the cache already and which tokens are padding.
+A plain transformers model and a ``LanguageModel`` are hooked at the ends of their blocks, a
+TransformerLens bridge at its hook points. The arguments of the module that holds the blocks show
+how many tokens are in the cache already and which tokens are padding.
 
-A bridge's users read and change activations by name. So that they can do it with latents, a bridge
-gets one more hook point for each dictionary, under the name that SAELens gives it:
+A bridge's users read and change activations by name. So that this works for latents too, a bridge
+gets one more hook point for each dictionary, under its SAELens name:
 ``blocks.9.hook_resid_post.hook_sae_acts_post``.
 """
 
@@ -30,9 +30,9 @@ class Call(NamedTuple):
     """What one forward pass was called with."""
 
     cached: int
-    """Positions that an earlier forward pass has read."""
+    """Number of positions that earlier forward passes have read."""
     attention_mask: Tensor | None
-    """[contexts, positions], 0 for padding, the cached positions included; None if there is no
+    """[contexts, positions], 0 for padding, including the cached positions; None without
     padding."""
 
 
@@ -47,11 +47,11 @@ class Target:
     check_site: Callable[[Site], None]
     """Raises UsageError if the model has no such site."""
     visiting: Callable[[Mapping[Site, Visit]], AbstractContextManager[None]]
-    """A context in which every forward shows the visits the stream at their sites and goes on with
-    what they return."""
+    """A context in which every forward pass gives the visits the stream at their sites and
+    continues with what they return."""
     naming: Callable[[Sequence[Site]], AbstractContextManager[Mapping[Site, Any]]]
-    """A context in which a bridge has a hook point for the latents at each of the sites; it yields
-    them. Other models have no hook points."""
+    """A context in which a bridge has a hook point for the latents at each site, which it yields;
+    other models have none."""
 
 
 def target_of(model: Any) -> Target:
@@ -62,7 +62,7 @@ def target_of(model: Any) -> Target:
     if isinstance(model, TransformerBridge):
         return _bridge(model)
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
-        # The model as it is: neither copied nor frozen, its hooks are to be this very model's.
+        # Neither copied nor frozen: this very model must be hooked.
         model = LanguageModel(model, None, type(model).__name__)
     if not isinstance(model, LanguageModel):
         raise UsageError(
@@ -82,7 +82,7 @@ def target_of(model: Any) -> Target:
 
 @contextmanager
 def watching(decoder: nn.Module) -> Iterator[list[Call]]:
-    """While open, the list that it yields holds the present forward pass' call."""
+    """While open, the only entry of the list that it yields is the current forward pass's call."""
     from transformers import Cache
 
     calls = [Call(0, None)]
@@ -101,9 +101,9 @@ def watching(decoder: nn.Module) -> Iterator[list[Call]]:
 
 
 def _padding(mask: Any, cached: int) -> Tensor | None:
-    """Which tokens are text [contexts, positions], from what a decoder may be given: that, or what
-    each position attends to [contexts, 1, queries, keys] (or one of that for each kind of
-    attention), the last of which attends to all text."""
+    """Which tokens are text [contexts, positions], from either form of mask that a decoder takes:
+    that, or what each position attends to [contexts, 1, queries, keys] (perhaps one for each kind
+    of attention), of which the last position attends to all text."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
@@ -111,7 +111,7 @@ def _padding(mask: Any, cached: int) -> Tensor | None:
     if mask.ndim == 2:
         return mask
     seen = mask[:, 0, -1, : cached + mask.shape[2]]
-    return seen if seen.dtype == torch.bool else seen == 0  # else it is added to the scores
+    return seen if seen.dtype == torch.bool else seen == 0  # else it is added to scores
 
 
 def _bridge(bridge: Any) -> Target:
@@ -151,10 +151,11 @@ def _bridge(bridge: Any) -> Target:
 
 @contextmanager
 def _named_points(bridge: Any, sites: Sequence[Site]) -> Iterator[Mapping[Site, Any]]:
-    """Hook points for latents where the bridge looks for them; one of the same name steps aside.
+    """Hook points for latents where the bridge looks for them; one of the same name is set aside.
 
-    TransformerLens 4 looks in its list, to which it offers no way to add; 3.9 follows the name that
-    ``add_hook`` is given along attributes. So the site's own point has this one, not as a module.
+    TransformerLens 4 looks in its registry, to which nothing can be added officially; 3.9 follows
+    the name given to ``add_hook`` along attributes, so the point is also an attribute of the site's
+    own point (but not a submodule).
     """
     from transformer_lens.hook_points import HookPoint
 
@@ -182,8 +183,8 @@ def _holder(hf_model: nn.Module, path: str) -> nn.Module:
 
 
 def _add_hook(hooks: ExitStack, point: Any, visit: Visit) -> None:
-    """Hook one of TransformerLens' hook points, past ``reset_hooks``, and take away that very hook
-    at the end."""
+    """Hook one of TransformerLens' hook points so that ``reset_hooks`` spares the hook, and remove
+    exactly this hook at the end."""
     point.add_hook(lambda tensor, hook: visit(tensor), is_permanent=True)
     handle = point.fwd_hooks[-1]
 

@@ -1,5 +1,4 @@
-"""What can be set about packing and harvesting. Needs neither torch nor numpy, so that asking for
-help stays fast."""
+"""Settings of packing and harvesting. Needs neither torch nor numpy, so that --help stays fast."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ class PackConfig:
     one_document_per_context: bool = False
     """One document per context, cut off or padded, instead of documents packed end to end."""
     drop_positions: int = 1
-    """First positions of a context that give no row: the very first holds massive activations."""
+    """First positions of a context that give no row: the first one holds massive activations."""
     drop_special: bool = True
     """Special tokens (such as the separator between documents) give no row."""
 
@@ -29,35 +28,35 @@ class PackConfig:
             )
         if not 0 <= self.drop_positions < self.context_size:
             raise UsageError(
-                f"cannot leave out the first {self.drop_positions} of {self.context_size} "
-                "positions; give a number from 0 to one less than the context size"
+                f"cannot drop the first {self.drop_positions} of {self.context_size} positions; "
+                "give a number from 0 to one less than the context size"
             )
 
     @classmethod
     def remembered(cls, packing: Any) -> "PackConfig":
-        """From a dictionary's file; what is unknown, or of another type, is the default."""
+        """From a dictionary's file; unknown keys and values of another type are ignored."""
         given = packing if isinstance(packing, dict) else {}
         own = {name: field.default for name, field in PackConfig.__dataclass_fields__.items()}
         fits = {n: v for n, v in given.items() if n in own and type(v) is type(own[n])}
         return cls(**fits)
 
     def packing(self) -> dict[str, Any]:
-        """The settings that decide what the rows are, for a manifest."""
+        """The settings that determine the rows, for a manifest."""
         return {name: getattr(self, name) for name in PackConfig.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
 class HarvestConfig(PackConfig):
-    """How many tokens to read, how, and in which form their activations are stored."""
+    """How many tokens to read, how, and in which format to store their activations."""
 
     tokens: int = 1_000_000
-    """Tokens fed to the model, rounded up to whole contexts. Positions that give no row count."""
+    """Tokens fed to the model, rounded up to whole contexts; dropped positions count too."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format on disk; auto is the model's own (float32 for a float16 model)."""
     batch_tokens: int = 4096
     """Tokens per forward pass, rounded down to whole contexts, at least one."""
     shard_tokens: int = 32_768
-    """Tokens per shard, rounded up to whole forward passes: what a killed run loses at most."""
+    """Tokens per shard, rounded up to whole forward passes: the most that a killed run loses."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +68,7 @@ class HarvestConfig(PackConfig):
 
     @property
     def num_contexts(self) -> int:
-        """Contexts to harvest in all."""
+        """Total number of contexts to harvest."""
         return -(-self.tokens // self.context_size)
 
     @property
@@ -91,10 +90,10 @@ class StreamConfig(PackConfig):
     batch_tokens: int = 4096
     """Tokens per forward pass, rounded down to whole contexts, at least one."""
     buffer_tokens: int = 1 << 17
-    """Tokens whose rows are shuffled among each other, rounded down to whole forward passes; two
-    buffers are in memory at a time."""
+    """Tokens whose rows are shuffled together, rounded down to whole forward passes; two buffers
+    are in memory at a time."""
     statistics_tokens: int = 1 << 17
-    """Tokens from the beginning of the corpus whose rows the statistics are taken of."""
+    """Tokens at the beginning of the corpus from whose rows the statistics are computed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,5 +108,5 @@ class StreamConfig(PackConfig):
 
     @property
     def batches_per_buffer(self) -> int:
-        """Forward passes whose rows are shuffled among each other."""
+        """Forward passes whose rows are shuffled together."""
         return max(1, self.buffer_tokens // (self.contexts_per_batch * self.context_size))

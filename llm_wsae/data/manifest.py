@@ -1,10 +1,10 @@
-"""The manifest of an activation store: what the rows are, and which shards are whole.
+"""The manifest of an activation store: what the rows are, and which shards are complete.
 
-While a harvest goes on, the manifest says what is being made, and each shard that is whole has a
-small record of its own beside it, so that several processes can end shards in any order; a shard
-without a record does not exist. At the end the records go into the manifest. It holds nothing that
-differs between two runs over the same data (no times, no paths of a machine), so that a run that
-was killed and went on ends with the same bytes as an unbroken one.
+During a harvest the manifest says what is being made, and each complete shard has a small record
+file of its own, so that several processes can finish shards in any order; a shard without a record
+does not exist. At the end the records are moved into the manifest. It holds nothing that differs
+between two runs over the same data (no times, no machine's paths), so that a run that was killed
+and resumed ends with the same bytes as an uninterrupted one.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ STATISTICS = "statistics.safetensors"
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be."""
+    """Size and checksum that a file must have."""
 
     bytes: int
-    """Its size."""
+    """Size in bytes."""
     sha256: str
-    """Its checksum, in hex."""
+    """SHA-256 in hex."""
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One whole shard."""
+    """One complete shard."""
 
     contexts: int
     """Number of contexts."""
@@ -46,14 +46,14 @@ class ShardRecord:
     first: tuple[int, int]
     """Document and offset at which its first context begins."""
     next: tuple[int, int]
-    """Document and offset at which the shard behind it begins."""
+    """Document and offset at which the next shard begins."""
     files: dict[str, FileRecord]
-    """Its files, by path below the store."""
+    """Its files, by path within the store."""
 
 
 @dataclass
 class Manifest:
-    """Everything about a store but the rows; the fields are the keys of ``manifest.json``."""
+    """Everything about a store except its rows; the fields are the keys of ``manifest.json``."""
 
     package_version: str
     """Version of this package that began the store."""
@@ -68,21 +68,21 @@ class Manifest:
     d_in: int
     """Width of the rows."""
     packing: dict[str, Any]
-    """How documents became contexts and which positions were left out: ``PackConfig``."""
+    """How documents became contexts and which positions were dropped: ``PackConfig``."""
     bos_token_id: int | None
-    """Token before each context, None if there is none."""
+    """Token at the beginning of each context, None if there is none."""
     contexts_per_batch: int
     """Contexts per forward pass; it can change the last bits of the rows."""
     contexts_per_shard: int
-    """Contexts in each shard but the last."""
+    """Contexts in each shard except the last."""
     num_contexts: int
-    """Contexts asked for."""
+    """Contexts requested."""
     complete: bool = False
-    """Whether all of them are there, with the statistics of all rows."""
+    """Whether all contexts and the statistics of all rows have been written."""
     statistics: dict[str, FileRecord] = field(default_factory=dict)
-    """The files with the statistics of all rows of each site, by path below the store."""
+    """The files with the statistics of all rows of each site, by path within the store."""
     shards: list[ShardRecord] = field(default_factory=list)
-    """The shards, the first ones of an incomplete store; see ``whole_shards``."""
+    """The shards; of an incomplete store only some, see ``complete_shards``."""
 
     @property
     def context_size(self) -> int:
@@ -100,19 +100,19 @@ class Manifest:
         return -(-self.num_contexts // self.contexts_per_shard)
 
     def shard_contexts(self, index: int) -> int:
-        """How many contexts the shard of that number must hold; 0 or less behind the last."""
+        """Number of contexts in the shard of that index; 0 or less after the last."""
         done = index * self.contexts_per_shard
         return min(self.contexts_per_shard, self.num_contexts - done)
 
     def all_files(self) -> dict[str, FileRecord]:
-        """Every file of the store, by path below it."""
+        """Every file of the store, by path within it."""
         files = dict(self.statistics)
         for shard in self.shards:
             files |= shard.files
         return files
 
     def differences(self, other: "Manifest") -> list[str]:
-        """Clauses that say in what another harvest would differ from this one."""
+        """Clauses that say how another harvest differs from this one."""
         clauses = []
         for name in ("model", "corpus", "packing"):
             mine, others = getattr(self, name), getattr(other, name)
@@ -157,21 +157,21 @@ class Manifest:
             )
         checksum = value.pop("sha256", None)
         if checksum != _digest({"format": FORMAT, "format_version": FORMAT_VERSION, **value}):
-            raise LlmWsaeError(f"{path} is damaged: its checksum does not fit; harvest again")
+            raise LlmWsaeError(f"{path} is damaged: its checksum does not match; harvest again")
         value["statistics"] = _records(value["statistics"])
         value["shards"] = [_shard_record(shard) for shard in value["shards"]]
         return cls(**value)
 
 
 def save_record(folder: Path, index: int, record: ShardRecord) -> None:
-    """Say that a shard of a store is whole, with a checksum over the record itself."""
+    """Record that a shard of a store is complete, with a checksum over the record itself."""
     value = asdict(record)
     write_json(folder / RECORDS / f"{index:05d}.json", {**value, "sha256": _digest(value)})
 
 
-def whole_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
-    """The whole shards of a store by number: those of its manifest, and while the store is not
-    complete those that have a record.
+def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
+    """The complete shards of a store by index: those in its manifest and, while the store is not
+    complete, those that have a record.
 
     Raises LlmWsaeError if a record is damaged.
     """
@@ -179,19 +179,19 @@ def whole_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
     if manifest.complete:
         return found
     paths = (folder / RECORDS).glob("[0-9]*.json")
-    for path in sorted(paths, key=lambda path: int(path.stem)):  # the names grow after 99999
+    for path in sorted(paths, key=lambda path: int(path.stem)):  # names get longer after 99999
         value = read_json(path, "record of a shard")
         checksum = value.pop("sha256", None) if isinstance(value, dict) else None
         if checksum is None or checksum != _digest(value):
             raise LlmWsaeError(
-                f"{path} is damaged: its checksum does not fit; delete it to make the shard again"
+                f"{path} is damaged: its checksum does not match; delete it to rebuild the shard"
             )
         found[int(path.stem)] = _shard_record(value)
     return found
 
 
 def shard_paths(index: int, sites: list[str]) -> dict[str, tuple[str, str]]:
-    """By site, the paths below the store of a shard's activations and of their statistics."""
+    """By site, the paths within the store of a shard's activations and their statistics."""
     return {
         site: (f"{site}/{index:05d}.safetensors", f"{site}/{index:05d}.{STATISTICS}")
         for site in sites
@@ -199,7 +199,7 @@ def shard_paths(index: int, sites: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def tokens_path(index: int) -> str:
-    """Path below the store of a shard's token ids and keep-mask."""
+    """Path within the store of a shard's token ids and keep-mask."""
     return f"{TOKENS}/{index:05d}.safetensors"
 
 
@@ -213,7 +213,7 @@ def _records(files: dict[str, Any]) -> dict[str, FileRecord]:
 
 
 def _shown(value: Any) -> str:
-    """A value for a sentence; a checksum by its beginning."""
+    """A value as shown in a sentence; a checksum shortened."""
     is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value)
     return f"'{value[:8]}…'" if is_digest else repr(value)
 

@@ -1,10 +1,10 @@
-"""From documents to contexts: packed runs of token ids whose every position leads back to its text.
+"""From documents to contexts: packed token ids, every position of which leads back to its text.
 
 The tokens of all documents, each followed by the tokenizer's end-of-sequence token, form one long
-stream that is cut into pieces of equal length; each piece becomes a context behind a
-beginning-of-sequence token. A place in the stream is a cursor (document, offset in it), and packing
-that starts at a cursor gives exactly the contexts that packing from the beginning gives there, so
-that a stopped run goes on where it was. All work on tokens is vectorised.
+stream, which is cut into pieces of equal length. Each piece, after a beginning-of-sequence token,
+is a context. A place in the stream is a cursor (document, offset in it). Packing from a cursor
+gives exactly the contexts that packing from the beginning gives there, so that a stopped run can
+resume where it was. All work on tokens is vectorised.
 """
 
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from llm_wsae.data.corpus import Corpus, Document
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 NO_DOCUMENT = -1
-# Texts are tokenised many at a time, which is fast; few at first, so that the model need not wait.
+# Texts are tokenised in batches, which is fast; the first ones are small, so that work can begin.
 _DOCUMENTS_AT_ONCE = 64
 _CHARACTERS_AT_FIRST, _CHARACTERS_AT_ONCE = 1 << 14, 1 << 19
 
 
 class Cursor(NamedTuple):
-    """A place in the token stream of a corpus: of the next token, or where one would be."""
+    """A place in the token stream of a corpus: where the next token is, or would be."""
 
     document: int
     """Number of the document in the corpus."""
     offset: int
-    """Number of the token in the document; behind the last one stands the separator."""
+    """Number of the token in the document; the separator follows the last one."""
 
 
 BEGINNING = Cursor(0, 0)
@@ -55,19 +55,19 @@ class Contexts(NamedTuple):
     document: Int32[np.ndarray, "contexts positions"]
     offset: Int32[np.ndarray, "contexts positions"]
     first: Cursor
-    """Where the first of them begins."""
+    """Where the first context begins."""
     next: Cursor
-    """Where the one behind them begins."""
+    """Where the next context begins."""
     headers: dict[int, dict[str, Any]]
     """Name and labels of every document in them."""
 
     def each(self) -> Iterator[Context]:
-        """One context after the other."""
+        """The contexts one by one."""
         return map(Context._make, zip(*self[:4], strict=True))
 
 
 class _Stream(NamedTuple):
-    """A run of tokens of the stream, flat; a separator is the token behind its document's last."""
+    """A run of tokens of the stream, flat; a separator is the token after its document's last."""
 
     ids: np.ndarray
     document: np.ndarray
@@ -84,9 +84,9 @@ class Packer:
     def __init__(
         self, tokenizer: Any, bos_token_id: int | None, vocab_size: int, config: PackConfig
     ):
-        """``vocab_size`` is the number of embeddings of the model; ids beyond it are an error."""
+        """``vocab_size`` is the model's number of embeddings; larger ids are an error."""
         if tokenizer is None:
-            raise LlmWsaeError("text cannot be read without a tokenizer; hand one over")
+            raise LlmWsaeError("text cannot be read without a tokenizer; pass one with the model")
         self._tokenizer = tokenizer
         self._bos = bos_token_id if config.prepend_bos else None
         self._separator = tokenizer.eos_token_id
@@ -127,9 +127,9 @@ class Packer:
 
         The last block may be smaller. Ends with the corpus, or after ``limit`` contexts.
 
-        Tokens at the end of the corpus that fill no whole context are left out (unless each
-        document has its own context). Raises LlmWsaeError if the tokenizer gives an id that the
-        model does not have, or the corpus cannot be read.
+        Tokens at the end of the corpus that do not fill a context are dropped (unless each document
+        has its own context). Raises LlmWsaeError if the tokenizer returns an id that the model does
+        not have, or the corpus cannot be read.
         """
         pack = self._one_each if self._config.one_document_per_context else self._packed
         return pack(corpus, _sizes(block_size, limit), start)
@@ -188,7 +188,7 @@ class Packer:
     def _padded(self, row: _Stream) -> _Stream:
         """The first tokens of a document without separator, padded to the size of a context.
 
-        The padding stands on the right, where causal attention never sees it.
+        The padding is on the right, where causal attention never sees it.
         """
         row = row.cut(0, self.content_size)
         lack = self.content_size - len(row.ids)
@@ -216,19 +216,19 @@ class Packer:
             [document.text for document in documents],
             add_special_tokens=False,
             return_attention_mask=False,
-            verbose=False,  # documents are longer than the model's context, and may be
+            verbose=False,  # documents may be longer than the model's context
         )["input_ids"]
         ids = [np.asarray(tokens, dtype=np.int32) for tokens in encoded]
         for document, tokens in zip(documents, ids, strict=True):
             if len(tokens) and int(tokens.max()) >= self._vocab_size:
                 raise LlmWsaeError(
-                    f"the tokenizer gives id {int(tokens.max())} in document {document.name!r}, "
-                    f"but the model has {self._vocab_size} embeddings; they do not belong together"
+                    f"the tokenizer returns id {int(tokens.max())} in document {document.name!r}, "
+                    f"but the model has {self._vocab_size} embeddings; give its own tokenizer"
                 )
         return ids
 
     def _stream(self, document: Document, ids: np.ndarray, start: Cursor) -> _Stream:
-        """A document's part of the stream, from the cursor on if it lies within the document."""
+        """A document's part of the stream, from the cursor on if that is within the document."""
         length = len(ids)
         packed = not self._config.one_document_per_context
         if packed and self._separator is not None:
@@ -262,7 +262,7 @@ class Packer:
         keep = np.ones(ids.shape, dtype=bool)
         keep[:, : self._config.drop_positions] = False
         if self._config.one_document_per_context:
-            keep &= ~separator  # there is none but the padding
+            keep &= ~separator  # the only separators are padding
         if self._config.drop_special:
             keep &= ~(separator | np.isin(ids, self._special))
         present = np.unique(document[document >= 0]).tolist()
@@ -272,7 +272,7 @@ class Packer:
 
 
 def _sizes(size: int, total: int | None) -> Iterator[int]:
-    """``size`` again and again, ending with what is left of ``total``."""
+    """``size`` repeatedly, ending with the rest of ``total``."""
     while total is None or total > 0:
         yield size if total is None else min(size, total)
         total = None if total is None else total - size

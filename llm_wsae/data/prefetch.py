@@ -1,4 +1,4 @@
-"""Computing the next things while one is used: one background thread, a bounded number ahead."""
+"""Computing the next items while one is used: one background thread, a bounded number ahead."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,9 +12,9 @@ _END = object()
 def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
     """The same items, up to ``depth`` of them computed ahead in one background thread.
 
-    Nothing starts before the first item is asked for. An error of the computation is raised where
-    its item would have been. Closing or dropping the iterator ends the thread after the item that
-    it is working on; the source is closed then too.
+    Nothing starts before the first item is requested. An error of the computation is raised in
+    place of its item. Closing or dropping the iterator ends the thread after its current item and
+    closes the source.
     """
     source = iter(items)
     ahead: deque[Future] = deque()
@@ -28,7 +28,7 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
                 return
             ahead.append(pool.submit(next, source, _END))
             yield item
-            del item  # or one more than promised stays in memory
+            del item  # otherwise one more than promised stays in memory
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         close = getattr(source, "close", None)

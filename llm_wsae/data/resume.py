@@ -1,8 +1,8 @@
-"""What of a store is there and what is missing, and the contexts of the missing shards.
+"""Which shards of a store exist and which are missing, and the contexts of the missing ones.
 
-A shard is a function of its number alone. So whoever makes one needs to know nothing of the others,
-except that to know where a shard begins means to have packed the text before it, or to have the
-record of a shard before it.
+A shard is a function of its index alone, so a process can make it without knowing the others. Only
+where it begins in the text has to be found: by packing the text before it, or from the record of an
+earlier shard.
 """
 
 import bisect
@@ -18,20 +18,20 @@ from llm_wsae.data.manifest import (
     TOKENS,
     Manifest,
     ShardRecord,
-    whole_shards,
+    complete_shards,
 )
 from llm_wsae.data.packing import BEGINNING, Contexts, Cursor, Packer
 from llm_wsae.errors import LlmWsaeError
 
-_BYTES_PER_TOKEN = 8  # no ordinary text has more
+_BYTES_PER_TOKEN = 8  # ordinary text has fewer
 
 
 def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int, ShardRecord]]:
-    """The manifest to go on from, and the whole shards by number.
+    """The manifest to resume from, and the complete shards by index.
 
-    The manifest is the folder's own, or ``wanted``, written into an empty folder. More tokens than
-    before may be asked for, since a shard depends on its number alone; a last shard that was
-    shorter is then made again. Call it under the folder's lock.
+    The manifest is the folder's, or ``wanted``, written to an empty folder. More tokens than before
+    may be requested, since a shard depends on its index alone; a last shard that was shorter is
+    then rebuilt. Call this under the folder's lock.
 
     Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
     """
@@ -48,19 +48,19 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
     if clauses := found.differences(wanted):
         raise LlmWsaeError(
             f"{folder} holds another harvest ({'; '.join(clauses)}); choose another folder, or "
-            "the same settings to go on with it"
+            "use the same settings to resume it"
         )
-    shards = whole_shards(folder, found)
+    shards = complete_shards(folder, found)
     per_shard = found.contexts_per_shard
     reached = max((i * per_shard + shard.contexts for i, shard in shards.items()), default=0)
     if reached > wanted.num_contexts:
         raise LlmWsaeError(
             f"{folder} already holds {reached * found.context_size:,} tokens, more than the "
-            f"{wanted.num_contexts * found.context_size:,} asked for; choose another folder, or "
-            "ask for at least as many"
+            f"{wanted.num_contexts * found.context_size:,} requested; choose another folder, or "
+            "request at least as many"
         )
     if found.complete:
-        # A process killed at the very end may have left the records that its manifest holds.
+        # A process killed at the very end may have left records that its manifest holds already.
         shutil.rmtree(folder / RECORDS, ignore_errors=True)
         if found.num_contexts == wanted.num_contexts:
             return found, shards
@@ -80,16 +80,16 @@ def shard_batches(
     following: Mapping[int, Cursor],
     shards: Sequence[int],
 ) -> Iterator[tuple[int, Contexts]]:
-    """The contexts of some shards, ascending, a forward pass at a time: (shard, contexts).
+    """The contexts of the given shards (ascending), one forward pass at a time: (shard, contexts).
 
-    ``following`` tells, for the shards that were whole before, where the text goes on behind them;
-    what lies between the shards is packed and passed over. Raises LlmWsaeError if the corpus ends
+    ``following`` says, for shards that were already complete, where the text continues after them;
+    what lies between the given shards is packed and skipped. Raises LlmWsaeError if the corpus ends
     before the last of them.
     """
     per_shard = manifest.contexts_per_shard
     beginnings = {0: BEGINNING} | {i + 1: cursor for i, cursor in following.items()}
     known = sorted(beginnings)
-    at = -1  # the context that the stream stands before
+    at = -1  # the next context of the stream
     stream: Iterator[Contexts] = iter(())
     for shard in shards:
         nearest = known[bisect.bisect_right(known, shard) - 1]
@@ -108,9 +108,9 @@ def shard_batches(
 
 
 def check_size(packer: Packer, corpus: Corpus, config: HarvestConfig) -> None:
-    """Raises LlmWsaeError, before any work, if a small corpus is smaller than asked.
+    """Raises LlmWsaeError, before any work, if a small corpus has less text than requested.
 
-    A large one, or one of unknown size, is not read twice; that it ends is seen when it ends.
+    A large corpus, or one of unknown size, is not read twice: its end is noticed when it comes.
     """
     wanted = config.num_contexts
     if corpus.num_bytes is None or corpus.num_bytes > config.tokens * _BYTES_PER_TOKEN:
@@ -126,13 +126,13 @@ def too_small(corpus: Corpus, found: int, wanted: int, context_size: int) -> Llm
     found, wanted = found * context_size, wanted * context_size
     return LlmWsaeError(
         f"the {part}corpus {corpus.name} fills contexts of {context_size} with {found:,} tokens, "
-        f"fewer than the {wanted:,} asked for; give more text"
-        + (f" or ask for {found} tokens" if found else " or shorten the contexts")
+        f"fewer than the {wanted:,} requested; give more text"
+        + (f" or request {found} tokens" if found else " or shorten the contexts")
     )
 
 
 def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, ShardRecord]) -> None:
-    """Delete what a killed run wrote but never recorded, and what is to be made again."""
+    """Delete what a killed run wrote but never recorded, and what must be rebuilt."""
     listed = {folder / path for shard in whole.values() for path in shard.files}
     for name in (TOKENS, *manifest.sites):
         for path in (folder / name).glob("*.safetensors"):

@@ -1,8 +1,8 @@
-"""Reading runs of rows out of a store's shards, straight into memory that the caller holds.
+"""Reading runs of rows from a store's shards directly into the caller's memory.
 
-The rows of a shard lie in its file as one block, so a run of them is one read at an offset. Mapping
-the file would do as well, but the pages that the mapping touches count as the process' memory, and
-a damaged file would end it by a signal.
+The rows of a shard are one block in its file, so a run of them is one read at an offset. Mapping
+the file would work too, but its pages would count as the process's memory, and a damaged file would
+end the process with a signal.
 """
 
 import bisect
@@ -51,7 +51,7 @@ class RowReader:
                 bad = int((~torch.isfinite(piece)).any(1).sum())
                 raise LlmWsaeError(
                     f"{bad} rows of {self._paths[shard]} between row {first} and "
-                    f"{first + rows - 1} are NaN or infinite; `llm-wsae verify` tells whether the "
+                    f"{first + rows - 1} are NaN or infinite; `llm-wsae verify` shows whether the "
                     "store is damaged"
                 )
             done += rows
@@ -89,7 +89,7 @@ class RowReader:
             raise LlmWsaeError(f"cannot read {path}: {error.strerror}") from error
 
     def _data_offset(self, shard: int, handle: int) -> int:
-        """Where the rows begin in a shard's file, if its header fits."""
+        """Where the rows begin in a shard's file, if its header matches the manifest."""
         rows = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
         length = int.from_bytes(os.pread(handle, 8, 0), "little")
         try:
@@ -99,7 +99,7 @@ class RowReader:
             if fits and dtype is not None and getattr(torch, dtype) == self.dtype:
                 return 8 + length + entry["data_offsets"][0]
         except (ValueError, KeyError, TypeError):
-            pass  # the one sentence below says it all
+            pass  # the sentence below covers all of it
         raise LlmWsaeError(
             f"{self._paths[shard]} does not hold the {rows} rows that the manifest promises; "
             "`llm-wsae verify` lists the damage"

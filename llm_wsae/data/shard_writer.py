@@ -1,8 +1,8 @@
 """Writing an activation store, shard by shard, while the next rows are being computed.
 
-A shard is a fixed number of contexts and a function of its number alone. Its files are written,
-synced and hashed first; then comes its record. So a process killed at any instant leaves whole
-shards and at most some files that nothing refers to, which the next run overwrites or removes.
+A shard is a fixed number of contexts and a function of its index alone. Its files are written,
+synced and hashed first, its record last. So a process killed at any instant leaves complete shards
+and perhaps some files that nothing refers to, which the next run overwrites or removes.
 """
 
 import shutil
@@ -21,10 +21,10 @@ from llm_wsae.data.manifest import (
     FileRecord,
     Manifest,
     ShardRecord,
+    complete_shards,
     save_record,
     shard_paths,
     tokens_path,
-    whole_shards,
 )
 from llm_wsae.data.packing import Contexts
 from llm_wsae.data.tokens_file import save_contexts
@@ -32,7 +32,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_tensors, save_tensors, sha256
 from llm_wsae.statistics.moments import Statistics
 
-SHARD_SAMPLE_ROWS = 1024  # a shard's share of the sample; the whole store's is larger
+SHARD_SAMPLE_ROWS = 1024  # sampled per shard; the sample of the whole store is larger
 _BATCHES_AHEAD = 2
 
 
@@ -43,14 +43,14 @@ class StoreWriter:
         """Write shards of the store that the manifest describes."""
         self._folder = folder
         self._manifest = manifest
-        # One core for the writer (the setting is the thread's own): were its operations spread over
-        # all cores, each would wait for the forward pass, and the forward pass for it.
+        # One core for the writer (a setting of its thread): if its operations were spread over all
+        # cores, they would wait for the forward pass, and the forward pass for them.
         self._pool = ThreadPoolExecutor(1, "store-writer", lambda: torch.set_num_threads(1))
         self._running: deque[Future] = deque()
         self._broken = False
         self._contexts: list[Contexts] = []
-        # One buffer a site for the rows of a shard, used again for the next: fresh memory of this
-        # size costs more than all the copying into it.
+        # One buffer per site for the rows of a shard, reused for the next: fresh memory of this
+        # size costs more than copying into it.
         shape = (manifest.contexts_per_shard * manifest.context_size, manifest.d_in)
         dtype = getattr(torch, manifest.dtype)
         self._rows = {site: torch.empty(shape, dtype=dtype) for site in manifest.sites}
@@ -66,9 +66,9 @@ class StoreWriter:
     def add(
         self, shard: int, contexts: Contexts, rows: Mapping[str, Float[Tensor, "rows d_in"]]
     ) -> None:
-        """Take the next batch of a shard: its contexts, and by site the rows of kept positions.
+        """Add the next batch of a shard: its contexts and, by site, the rows of kept positions.
 
-        A shard is whole with its last batch, and must be before one of another comes. The work is
+        A shard is complete with its last batch; the next shard must not begin before. The work is
         done in the background, at most a few batches behind; its errors are raised by a later call.
         Raises LlmWsaeError if a row is not finite or the disk is full; nothing of that shard is
         written then.
@@ -76,7 +76,7 @@ class StoreWriter:
         self._submit(lambda: self._add(shard, contexts, rows))
 
     def wait(self) -> None:
-        """Wait until all that was added is written."""
+        """Wait until everything added is written."""
         while self._running:
             self._running.popleft().result()
 
@@ -86,7 +86,7 @@ class StoreWriter:
         self._running.append(self._pool.submit(self._unless_broken, work))
 
     def _unless_broken(self, work: Callable[[], None]) -> None:
-        # Batches that were waiting when one failed must not complete its shard without it.
+        # After a failure, the batches still waiting must not complete the shard without it.
         if not self._broken:
             self._broken = True
             work()
@@ -102,8 +102,8 @@ class StoreWriter:
                 self._statistics_of(site).update(new, positions)
             except LlmWsaeError as error:
                 raise LlmWsaeError(
-                    f"{site}, shard {index:05d}: {error}; the shards before it are whole, and a "
-                    "model in float32 may do better (--model-dtype float32)"
+                    f"{site}, shard {index:05d}: {error}; the shards before it are complete; the "
+                    "model may do better in float32 (--model-dtype float32)"
                 ) from error
         self._num_rows = added.stop
         if sum(len(c.ids) for c in self._contexts) == self._manifest.shard_contexts(index):
@@ -137,8 +137,8 @@ class StoreWriter:
 
 
 def finish_store(folder: Path, manifest: Manifest) -> None:
-    """Complete a store all of whose shards are whole: the statistics of all rows, the manifest."""
-    shards = whole_shards(folder, manifest)
+    """Finish a store that has all its shards: write the statistics of all rows and the manifest."""
+    shards = complete_shards(folder, manifest)
     assert list(shards) == list(range(manifest.num_shards))
     manifest.shards = list(shards.values())
     for site in manifest.sites:

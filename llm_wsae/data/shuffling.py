@@ -1,18 +1,17 @@
-"""Shuffled batches out of a sequence of rows that is far larger than memory.
+"""Shuffled batches from a sequence of rows that is far larger than memory.
 
-Training wants rows in random order; a disk wants to be read in long runs. So the store is seen as
+Training needs rows in random order; a disk is fast in long runs. So the store is divided into
 chunks of 1024 consecutive rows. In each epoch the chunks are put in a random order, as many as fit
-in ``window_bytes`` are read together, and the rows of such a window are shuffled among each other.
-The windows of all epochs, one after the other, are one endless sequence of rows, and batch number b
-is rows b·B to (b+1)·B − 1 of it. Everything random is drawn from (seed, epoch, window), so to go on
-at a batch means to compute which window it lies in and read that one.
+into ``window_bytes`` are read together, and the rows of such a window are shuffled. The windows of
+all epochs form one endless sequence of rows, and batch number b is rows b·B to (b+1)·B − 1 of it.
+All randomness is drawn from (seed, epoch, window), so resuming at a batch means computing which
+window it begins in and reading that one.
 
-At most three windows are in memory: the one that is cut into batches, and while it lasts the next
-one is read and shuffled.
+At most three windows are in memory: one is cut into batches while the next is read and shuffled.
 
-Processes that share the rows of each batch read a run of every chunk each. Together they have the
-batch of one process, and each has about as many rows of it as the others: a window's rows fall into
-batches by chance.
+Processes that share the rows of each batch each read a run of every chunk. Together they have the
+batch of a single process, and each has about as many of its rows as the others: a window's rows
+fall into batches by chance.
 """
 
 from collections.abc import Iterable, Iterator
@@ -53,7 +52,7 @@ class ActivationSource(Protocol):
         """Statistics of the rows."""
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that tell these rows from others."""
+        """JSON values that identify these rows."""
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.data.manifest import STATISTICS, Manifest, tokens_path, whole_shards
+from llm_wsae.data.manifest import STATISTICS, Manifest, complete_shards, tokens_path
 from llm_wsae.data.packing import Contexts
 from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
@@ -66,15 +66,15 @@ class ActivationStore:
     def open(cls, folder: Path | str) -> "ActivationStore":
         """Open a store.
 
-        Raises LlmWsaeError if there is none, it is of another format, or its harvest did not end.
+        Raises LlmWsaeError if there is none, it has another format, or its harvest is unfinished.
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
         if not manifest.complete:
-            there = sum(shard.contexts for shard in whole_shards(folder, manifest).values())
+            there = sum(shard.contexts for shard in complete_shards(folder, manifest).values())
             raise LlmWsaeError(
                 f"the store {folder} is not complete: {there} of {manifest.num_contexts} contexts "
-                "are there; run its harvest again to go on"
+                "are there; run its harvest again to resume it"
             )
         return cls(folder, manifest)
 
@@ -111,7 +111,7 @@ class ActivationStore:
         return rows
 
     def source(self, site: Site, window_bytes: int = WINDOW_BYTES) -> "StoreSource":
-        """One site as what a trainer reads (an ActivationSource)."""
+        """One site as a trainer reads it (an ActivationSource)."""
         return StoreSource(self, site, window_bytes)
 
     def contexts(self, shard: int) -> Contexts:
@@ -142,13 +142,13 @@ class ActivationStore:
         return Located(*torch.from_numpy(found), torch.from_numpy(ids))
 
     def document(self, row: int) -> dict[str, Any]:
-        """Name and labels of the document that a row comes from; empty if from none."""
+        """Name and labels of the document that a row comes from; empty if there is none."""
         shard = int(np.searchsorted(self._row_ends, row, side="right"))
         number = int(self.locate(torch.tensor([row])).document)
         return self._tokens_of(shard).headers.get(number, {})
 
     def identity(self, site: Site) -> dict[str, Any]:
-        """JSON values that tell a site's rows from any others."""
+        """JSON values that identify a site's rows."""
         files = {
             path: record.sha256
             for path, record in self.manifest.all_files().items()
@@ -178,7 +178,7 @@ class ActivationStore:
         contexts = load_contexts(self.folder / tokens_path(shard), record.first, record.next)
         if int(contexts.keep.sum()) != record.rows:
             raise LlmWsaeError(
-                f"{self.folder / tokens_path(shard)} does not keep the {record.rows} rows of its "
+                f"{self.folder / tokens_path(shard)} does not match the {record.rows} rows of its "
                 "shard; `llm-wsae verify` lists the damage"
             )
         return contexts

@@ -1,4 +1,4 @@
-"""The token side of a shard: ids, keep-mask and where each token stands in its document."""
+"""The token file of a shard: ids, keep-mask, and each token's place in its document."""
 
 import json
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ def save_contexts(path: Path, batches: Sequence[Contexts]) -> None:
     headers: dict[int, dict[str, Any]] = {}
     for batch in batches:
         headers |= batch.headers
-    # One string, because safetensors keeps several in an order that differs between runs.
+    # One string: the order in which safetensors writes several differs between runs.
     text = json.dumps({str(index): headers[index] for index in sorted(headers)})
     save_tensors(path, tensors, metadata={"documents": text})
 
 
 def load_contexts(path: Path, first: tuple[int, int], following: tuple[int, int]) -> Contexts:
-    """Read such a file; the cursors are the manifest's.
+    """Read such a file; the cursors come from the manifest.
 
     Raises LlmWsaeError if it is missing or damaged.
     """

@@ -4,28 +4,28 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llm_wsae.data.manifest import FileRecord, Manifest, tokens_path, whole_shards
+from llm_wsae.data.manifest import FileRecord, Manifest, complete_shards, tokens_path
 from llm_wsae.data.tokens_file import load_contexts
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import sha256
 
 
 def verify_store(folder: Path | str) -> list[str]:
-    """Read a store once and return a sentence for each thing that is wrong with it.
+    """Read a store once and return one sentence for each fault.
 
-    Finds missing, truncated and changed files, and a keep-mask that does not fit the rows. Files
-    are read piece by piece, so memory does not depend on the size of the store. Raises LlmWsaeError
-    if there is no store, or its manifest itself is damaged.
+    Finds missing, truncated and changed files, and keep-masks that do not match the rows. Files are
+    read piece by piece, so memory use does not depend on the size of the store. Raises LlmWsaeError
+    if there is no store or its manifest is damaged.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
-    shards = whole_shards(folder, manifest)
+    shards = complete_shards(folder, manifest)
     problems = []
     if not manifest.complete:
         there = sum(shard.contexts for shard in shards.values())
         problems.append(
             f"the harvest is not complete: {there} of {manifest.num_contexts} "
-            "contexts are there; run it again to go on"
+            "contexts are there; run the same harvest again to resume it"
         )
     files = {**manifest.statistics, **{p: f for s in shards.values() for p, f in s.files.items()}}
     size = sum(record.bytes for record in files.values())
@@ -40,7 +40,7 @@ def verify_store(folder: Path | str) -> list[str]:
         try:
             contexts = load_contexts(path, shard.first, shard.next)
         except LlmWsaeError:
-            continue  # its checksum was wrong, which is said above
+            continue  # its wrong checksum was reported above
         kept = int(contexts.keep.sum())
         if (len(contexts.ids), kept) != (shard.contexts, shard.rows):
             problems.append(
@@ -60,4 +60,4 @@ def _check_file(path: Path, record: FileRecord) -> str | None:
         changed = sha256(path) != record.sha256
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    return f"{path} is damaged: its checksum does not fit" if changed else None
+    return f"{path} is damaged: its checksum does not match" if changed else None

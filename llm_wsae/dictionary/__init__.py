@@ -1,1 +1,1 @@
-"""Dictionaries: the module, its sparsity, its files, its place on the Hub."""
+"""Dictionaries: the module, its sparsity, its folder on disk, its repository on the Hub."""

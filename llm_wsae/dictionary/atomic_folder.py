@@ -1,4 +1,4 @@
-"""A dictionary's folder takes the place of another one whole, or not at all."""
+"""Replacing a folder by another one atomically: completely, or not at all."""
 
 import glob
 import os
@@ -13,64 +13,64 @@ from llm_wsae.errors import LlmWsaeError
 
 @contextmanager
 def replacing(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
-    """A name for a new folder, which takes the place of ``folder`` when the block ends well.
+    """The path of a new folder, which replaces ``folder`` if the block succeeds.
 
-    What a killed writer left beside the name is cleared up first; then ``check`` may refuse. Raises
-    what it raises, and LlmWsaeError if a folder cannot be renamed. What was there is then as it
-    was.
+    First the leftovers of killed writers are removed; then ``check`` may refuse the replacement.
+    Raises what ``check`` raises, and LlmWsaeError if a folder cannot be renamed. After an error the
+    old folder is unchanged.
     """
     folder = Path(os.path.abspath(folder))
     _clear_up(folder)
     check(folder)
-    whole = _beside(folder, "new")
+    new = _temporary(folder, "new")
     try:
-        yield whole
-        _swap(whole, folder)
+        yield new
+        _swap(new, folder)
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def not_there(folder: Path) -> LlmWsaeError:
-    """What to say of a folder that should be a dictionary's; a kill may have left it beside."""
-    left = _older(folder)
-    way_out = f"; a writer was killed there, so rename {left} to it" if left else ""
+    """The error for a missing dictionary folder; a killed writer may have left it renamed."""
+    left = _left_aside(folder)
+    way_out = f"; a writer was killed there: rename {left} to it" if left else ""
     return LlmWsaeError(
         f"{folder} is not a folder, so no dictionary can be loaded from it{way_out}"
     )
 
 
-def _older(folder: Path) -> Path | None:
-    """Where a writer that was killed between two renames left what had been ``folder``."""
-    left = sorted(_siblings(folder, "old"))
+def _left_aside(folder: Path) -> Path | None:
+    """Where a writer that was killed between two renames left the old ``folder``."""
+    left = sorted(_leftovers(folder, "old"))
     return left[-1] if left else None
 
 
-def _beside(folder: Path, what: str) -> Path:
-    """Where this process keeps the ``new`` folder and the ``old`` one for a while."""
+def _temporary(folder: Path, what: str) -> Path:
+    """The temporary path of this process for the ``new`` or the ``old`` folder."""
     return folder.with_name(f".{folder.name}.{os.getpid()}.{what}")
 
 
-def _siblings(folder: Path, what: str) -> Iterator[Path]:
-    """The same of writers that live no more."""
+def _leftovers(folder: Path, what: str) -> Iterator[Path]:
+    """Such paths left by processes that have ended."""
     name = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.{what}", re.ASCII)
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.{what}"):
         found = name.fullmatch(path.name)
-        if found is not None and not _lives(int(found[1])):
+        if found is not None and not _is_running(int(found[1])):
             yield path
 
 
 def _clear_up(folder: Path) -> None:
-    """Give a folder back its name if a kill left it as the old one, and delete other remains."""
-    left = _older(folder)
+    """Restore a folder that a killed writer left renamed, and delete other leftovers."""
+    left = _left_aside(folder)
     if left is not None and not os.path.lexists(folder):
-        with _as_refusal(folder):
+        with _as_write_error(folder):
             os.rename(left, folder)
-    for path in [*_siblings(folder, "new"), *_siblings(folder, "old")]:
+    for path in [*_leftovers(folder, "new"), *_leftovers(folder, "old")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _lives(process: int) -> bool:
-    """Whether another process of that number lives on this machine."""
+def _is_running(process: int) -> bool:
+    """Whether another process of that id is running on this machine."""
     if process == os.getpid():
         return False
     try:
@@ -82,19 +82,19 @@ def _lives(process: int) -> bool:
     return True
 
 
-def _swap(whole: Path, folder: Path) -> None:
-    """Rename ``whole`` to ``folder``; an older folder steps aside and is deleted afterwards.
+def _swap(new: Path, folder: Path) -> None:
+    """Rename ``new`` to ``folder``; an old folder is moved aside and deleted afterwards.
 
-    A kill between the two renames leaves both whole beside the name.
+    A kill between the two renames leaves both folders intact under their temporary names.
     """
-    old = _beside(folder, "old")
-    with _as_refusal(folder):
+    old = _temporary(folder, "old")
+    with _as_write_error(folder):
         if not folder.exists():
-            os.rename(whole, folder)
+            os.rename(new, folder)
             return
         os.rename(folder, old)
         try:
-            os.rename(whole, folder)
+            os.rename(new, folder)
         except OSError:
             os.rename(old, folder)
             raise
@@ -102,7 +102,7 @@ def _swap(whole: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _as_refusal(folder: Path) -> Iterator[None]:
+def _as_write_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -2,8 +2,8 @@
 
     latents = sparsity(x · W_enc + b_enc)        x̂ = latents · W_dec + b_dec
 
-Centring and scaling of the inputs are folded into the four tensors before they come here, so
-encoding never subtracts ``b_dec`` and a user hands in the model's own activations.
+Centring and scaling of the inputs were folded into the four tensors, so encoding never subtracts
+``b_dec`` and takes the model's activations as they are.
 """
 
 import tempfile
@@ -29,15 +29,15 @@ _TILE_ROWS = 1024  # rows encoded at once, so that rows × d_sae is never held f
 class Dictionary(nn.Module):
     """A sparse autoencoder of ``d_in`` dimensions and ``d_sae`` latents, float32, frozen.
 
-    ``info`` says how it was made; ``extras`` holds what SAELens has no place for: the loss weights
-    ``gamma`` [d_in] and statistics of the training rows (``mean``, ``variance``,
-    ``robust_variance``, each [d_in]), on the CPU. Parameters do not require gradients until
+    ``info`` says how it was made. ``extras`` holds, on the CPU, what SAELens has no place for: the
+    loss weights ``gamma`` [d_in] and statistics of the training rows (``mean``, ``variance``,
+    ``robust_variance``, each [d_in]). Parameters do not require gradients until
     ``requires_grad_()`` is called; gradients with respect to the input always flow. ``threshold``
     belongs to JumpReLU: a latent is active where its pre-activation exceeds it.
 
-    Raises UsageError when the tensors' shapes do not fit each other or the sparsity, when there is
-    a threshold without JumpReLU or the other way round, or when ``info.site`` is not the name of a
-    site.
+    Raises UsageError if the tensors' shapes fit neither each other nor the sparsity, if there is a
+    threshold without JumpReLU or JumpReLU without a threshold, or if ``info.site`` is not the name
+    of a site.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Dictionary(nn.Module):
 
         An older dictionary there is replaced; any other folder is refused. With bfloat16 or
         float16 the file is half as large and the weights are rounded once: measure the reloaded
-        dictionary, not this one. Raises LlmWsaeError (see ``files.write_folder``).
+        dictionary, not this one. Raises as ``folder.write_folder`` does.
         """
         write_folder(
             Path(folder),
@@ -162,11 +162,11 @@ class Dictionary(nn.Module):
         site: str | None = None,
         device: torch.device | str = "cpu",
     ) -> "Dictionary":
-        """Read a dictionary folder, ours or another tool's (SAELens, sparsify, dictionary_learning,
-        Gemma Scope).
+        """Read a dictionary folder, of this package or of another tool (SAELens, sparsify,
+        dictionary_learning, Gemma Scope).
 
-        ``site`` is for a foreign folder that does not say where its dictionary belongs. Raises
-        LlmWsaeError (see ``files.read_folder`` and ``formats.reading.read``).
+        ``site`` is for a foreign folder that does not say which site its dictionary belongs to.
+        Raises as ``formats.reading.read`` does.
         """
         content = reading.read(Path(folder), site)
         new = cls(
@@ -187,17 +187,17 @@ class Dictionary(nn.Module):
         site: str | None = None,
         device: torch.device | str = "cpu",
     ) -> "Dictionary":
-        """Read a dictionary from a repository on the Hub, through its cache (also offline).
+        """Read a dictionary from a repository on the Hub, through the local cache (also offline).
 
-        ``sae_id`` is its folder, ``<site>/<name>`` for one of ours; None takes the only one. Raises
-        as ``hub.fetch`` and ``load`` do.
+        ``sae_id`` is its folder, ``<site>/<name>`` for one pushed by this package; None takes the
+        only one. Raises as ``hub.transfer.fetch`` and ``load`` do.
         """
         from llm_wsae.dictionary.hub.transfer import fetch
 
         return cls.load(fetch(repo_id, sae_id, revision=revision), site=site, device=device)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """``save``, under the name that the Hub's libraries share."""
+        """``save``, under the name that libraries of the Hub share."""
         self.save(folder)
 
     def push_to_hub(
@@ -208,7 +208,8 @@ class Dictionary(nn.Module):
         revision: str | None = None,
         license: str | None = None,
     ) -> str:
-        """Put it into a repository on the Hub; the address of the commit. See ``hub.push``."""
+        """Push it to a repository on the Hub and return the commit's address; see
+        ``hub.transfer.push``."""
         from llm_wsae.dictionary.hub.transfer import push
 
         with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +223,7 @@ class Dictionary(nn.Module):
             ).url
 
     def extra_repr(self) -> str:
-        """What a user sees on printing the dictionary."""
+        """What ``print`` shows of the dictionary."""
         return (
             f"{self.info.name!r} at {self.site}: {self.d_in} dimensions, {self.d_sae} latents, "
             f"{self.sparsity}, rule={self.info.rule} alpha={self.info.alpha:g}"
@@ -235,8 +236,8 @@ class Dictionary(nn.Module):
                 f"dimensions ({self.site})"
             )
         rows = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
-        # A NaN would come out as some k latents: the selection must never see one. One pass over
-        # the rows is nothing beside the encoder's product.
+        # The selection must never see a NaN: it would come out as some k latents. This one pass
+        # over the rows costs nothing compared with the encoder's product.
         finite = torch.isfinite(rows).all(1)
         if not bool(finite.all()):
             raise LlmWsaeError(

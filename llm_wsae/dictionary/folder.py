@@ -1,13 +1,13 @@
-"""The dictionary folder: what SAELens reads, and beside it what it does not know.
+"""The dictionary folder: two files that SAELens reads, and two for what SAELens does not know.
 
     cfg.json                  SAELens ≥ 6 configuration
     sae_weights.safetensors   W_enc, W_dec, b_enc, b_dec, and threshold for JumpReLU
-    wsae.json                 how it was made (``DictionaryInfo``), format version
-    wsae.safetensors          gamma [d_in] (later perhaps [d_in, d_in]), statistics of the rows
+    wsae.json                 how it was made (``DictionaryInfo``), format version, checksums
+    wsae.safetensors          gamma [d_in] or [d_in, d_in], statistics of the rows
 
-The folder is written whole under a temporary name and renamed, so there is never half a dictionary
-under its name. Reading trusts nothing: names, shapes and dtypes come from the files' headers and
-are compared with ``cfg.json`` before a single tensor is allocated.
+The folder is written under a temporary name and renamed, so half a dictionary is never found under
+its name. Reading trusts nothing: names, shapes and dtypes in the files' headers are compared with
+``cfg.json`` before a single tensor is allocated.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ _OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
 _LARGEST_SIZE = 2**31
 _STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _EXTRAS_DTYPES = {"F64", *_STORED_DTYPES.values()}
-# The version whose layout cfg.json follows. Below 6, SAELens would rewrite the configuration.
+# The version whose layout cfg.json follows: SAELens rewrites configurations of versions below 6.
 _SAELENS_LAYOUT = "6.0.0"
 
 
@@ -67,9 +67,9 @@ class Content:
 def saelens_config(
     d_in: int, d_sae: int, sparsity: Sparsity, info: DictionaryInfo
 ) -> dict[str, Any]:
-    """The ``cfg.json`` that makes SAELens ≥ 6 compute what ``Dictionary`` computes.
+    """The ``cfg.json`` with which SAELens ≥ 6 computes what ``Dictionary`` computes.
 
-    The dtype is that of the computation, float32, whatever the file's: SAELens converts on load.
+    Its dtype is that of the computation, float32, whatever the file's: SAELens converts on load.
     """
     return {
         "architecture": sparsity.architecture,
@@ -103,50 +103,50 @@ def write_folder(
     extras: dict[str, Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a dictionary folder, all or nothing, its matrices in ``dtype``.
+    """Write a dictionary folder atomically, its matrices in ``dtype``.
 
     Raises UsageError for a dtype that cannot be stored; LlmWsaeError if a weight is NaN or infinite
-    (after rounding), if ``folder`` is something other than a dictionary or holds files that are not
-    the dictionary's, or if it cannot be written. What was there is then as it was.
+    after rounding, if ``folder`` is not a dictionary or holds other files as well, or if it cannot
+    be written. What was there is then unchanged.
     """
     if dtype not in _STORED_DTYPES:
         raise UsageError(
             f"a dictionary cannot be saved as {dtype}; choose float32, bfloat16 or float16"
         )
     d_in, d_sae = weights["W_enc"].shape
-    # Vectors stay exact: they are small, and b_enc and threshold move the selection of every row.
+    # Vectors stay exact: they are small, and b_enc and threshold affect every row's selection.
     stored = {key: w.detach().to(dtype if w.ndim == 2 else w.dtype) for key, w in weights.items()}
     for tensors in (stored, extras):
         check_finite(tensors, f"the dictionary for {folder}")
-    with replacing(folder, _check_replaceable) as whole:
-        save_tensors(whole / WEIGHTS, stored)
-        save_tensors(whole / EXTRAS, extras)
-        write_json(whole / CFG, saelens_config(d_in, d_sae, sparsity, info))
+    with replacing(folder, _check_replaceable) as new:
+        save_tensors(new / WEIGHTS, stored)
+        save_tensors(new / EXTRAS, extras)
+        write_json(new / CFG, saelens_config(d_in, d_sae, sparsity, info))
         write_json(
-            whole / INFO,
+            new / INFO,
             {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
                 "package_version": version_of("llm-wsae"),
-                "sha256": {name: sha256(whole / name) for name in (WEIGHTS, EXTRAS)},
+                "sha256": {name: sha256(new / name) for name in (WEIGHTS, EXTRAS)},
                 **info.to_dict(),
             },
         )
 
 
 def copy_folder(source: Path, folder: Path) -> None:
-    """Copy a dictionary folder byte for byte, all or nothing; an older dictionary is replaced.
+    """Copy a dictionary folder byte for byte, atomically; an older dictionary is replaced.
 
-    Raises LlmWsaeError as ``write_folder`` does, and leaves what was there as it was.
+    Raises LlmWsaeError as ``write_folder`` does; what was there is then unchanged.
     """
-    with replacing(folder, _check_replaceable) as whole:
+    with replacing(folder, _check_replaceable) as new:
         for name in sorted(_OWN_FILES):
             path = source / name
-            write_atomic(whole / name, lambda partial, path=path: shutil.copyfile(path, partial))
+            write_atomic(new / name, lambda partial, path=path: shutil.copyfile(path, partial))
 
 
 def is_dictionary(folder: Path) -> bool:
-    """Whether the folder says that it is a dictionary of this package."""
+    """Whether the folder is marked as a dictionary of this package."""
     try:
         header = read_json(Path(folder) / INFO, "dictionary's information")
     except LlmWsaeError:
@@ -155,21 +155,21 @@ def is_dictionary(folder: Path) -> bool:
 
 
 def read_folder(folder: Path) -> Content:
-    """Read a dictionary folder.
+    """Read a dictionary folder of this package.
 
     Raises LlmWsaeError, naming file and fault, if it is missing, foreign, of a newer format,
     truncated, changed since it was saved, inconsistent, of an unknown architecture, or holds NaN or
     infinite numbers.
     """
     stored = _stored(folder)
-    # In memory of their own: the file's pages would change, or be gone, with the file.
+    # Copied out of the mapped file, whose pages would change or vanish with it.
     weights = {key: w.to(torch.float32, copy=True) for key, w in stored.weights.items()}
     extras = {key: tensor.clone() for key, tensor in stored.extras.items()}
     return dataclasses.replace(stored, weights=weights, extras=extras)
 
 
 def check_folder(folder: Path) -> DictionaryInfo:
-    """Make sure that ``read_folder`` would succeed, in no more memory than the files take.
+    """Check that ``read_folder`` would succeed, in no more memory than the files take.
 
     Raises LlmWsaeError as ``read_folder`` does.
     """
@@ -177,13 +177,13 @@ def check_folder(folder: Path) -> DictionaryInfo:
 
 
 def _stored(folder: Path) -> Content:
-    """The folder's content with the weights in the file's own dtype (pages of the mapped file)."""
+    """The folder's content, its weights in the file's dtype (pages of the mapped file)."""
     if not folder.is_dir():
         raise not_there(folder)
     missing = sorted(name for name in _OWN_FILES if not (folder / name).is_file())
     if missing:
         raise LlmWsaeError(
-            f"{folder} is not a whole dictionary folder of this package: it lacks "
+            f"{folder} is not a complete dictionary folder of this package: it lacks "
             f"{' and '.join(missing)}"
         )
     info = _read_info(folder / INFO)
@@ -198,7 +198,7 @@ def _stored(folder: Path) -> Content:
 
 
 def _check_digests(folder: Path) -> None:
-    """The files of tensors must have the bytes that were saved: their headers say nothing of it."""
+    """The tensor files must hold the bytes that were saved, which their headers cannot show."""
     saved = read_json(folder / INFO, "dictionary's information").get("sha256")
     digests = saved if isinstance(saved, dict) else {}
     changed = [n for n in (WEIGHTS, EXTRAS) if digests.get(n) != sha256(folder / n)]
@@ -206,7 +206,7 @@ def _check_digests(folder: Path) -> None:
         raise LlmWsaeError(
             f"in {folder}, {' and '.join(changed)} changed since it was saved (by the checksums in "
             f"{INFO}); fetch it again, or, if SAELens was meant to write there, remove {INFO} and "
-            f"{EXTRAS} and load it as a dictionary of SAELens"
+            f"{EXTRAS} to load it as a SAELens dictionary"
         )
 
 
@@ -232,7 +232,7 @@ def _read_info(path: Path) -> DictionaryInfo:
 def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
     cfg = read_json(path, "dictionary's configuration")
     if not isinstance(cfg, dict):
-        raise LlmWsaeError(f"{path} is not a dictionary's configuration: it should be an object")
+        raise LlmWsaeError(f"{path} is not a dictionary's configuration: it must be an object")
     try:
         sparsity = sparsity_from_settings(cfg)
     except LlmWsaeError as error:
@@ -240,7 +240,7 @@ def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
     sizes = [cfg.get("d_in"), cfg.get("d_sae")]
     if not all(type(size) is int and 0 < size < _LARGEST_SIZE for size in sizes):
         raise LlmWsaeError(f"{path} gives d_in = {shown(sizes[0])} and d_sae = {shown(sizes[1])}")
-    # Whatever these say otherwise would change what the weights mean.
+    # Any other value of these keys would change what the weights mean.
     expected = saelens_config(*sizes, sparsity, info)
     for key in expected.keys() - {"metadata", "dtype", "device"}:
         if cfg.get(key) != expected[key]:
@@ -256,13 +256,13 @@ def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Only nothing, an empty folder or a dictionary and nothing else may be replaced."""
+    """Raises LlmWsaeError unless the folder is missing, empty, or a dictionary and nothing else."""
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
         raise LlmWsaeError(f"{folder} is not a folder, so no dictionary can be saved there")
     if is_dictionary(folder):
-        remove_partials(folder)  # of a kill while its measurements were written
+        remove_partials(folder)  # left by a kill while its measurements were written
     names = {entry.name for entry in folder.iterdir()}
     if not names:
         return

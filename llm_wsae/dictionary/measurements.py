@@ -1,4 +1,4 @@
-"""What was measured of a dictionary after its training is kept in its folder and goes with it."""
+"""Measurements made after training are kept in the dictionary's folder and travel with it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +10,8 @@ from llm_wsae.files import read_json, write_json
 
 
 def check_keeps_measurements(folder: Path) -> None:
-    """Raise UsageError if a folder is not to be written into: other tools' files are left alone,
-    and so are links, behind which the Hub's cache lies."""
+    """Raises UsageError for a folder that must not be written to: other tools' files are left
+    alone, and so are links, which lead into the Hub's cache."""
     if not is_dictionary(folder):
         raise UsageError(
             f"{folder} was not saved by this package, so measurements cannot be kept in it"
@@ -24,11 +24,11 @@ def check_keeps_measurements(folder: Path) -> None:
 
 
 def keep_measurements(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put groups of measurements (``fidelity``, ``monosemanticity``), JSON-able, into the metrics
-    of a dictionary's folder, in the place of older ones of the same group.
+    """Store groups of measurements (``fidelity``, ``monosemanticity``; JSON values) in the metrics
+    of a dictionary's folder, replacing older ones of the same group.
 
     Raises UsageError as ``check_keeps_measurements`` does, and LlmWsaeError if the file cannot be
-    read or written; it is then as it was.
+    read or written; it is then unchanged.
     """
     check_keeps_measurements(folder)
     info = read_json(folder / INFO, "dictionary's information")

@@ -1,8 +1,8 @@
-"""Our own pretrained dictionaries, by name.
+"""The project's pretrained dictionaries, by name.
 
-They live in ``checkpoints/`` of this project's repository, ``<model>/<site>/<dictionary>``, with
-their index in its README.md. They are too large for a package, so an installed one has none: there
-they are read from a clone that one works in, or from a repository on the Hub that one names.
+They are in ``checkpoints/`` of the project's repository, ``<model>/<site>/<dictionary>``, listed in
+its README.md. They are too large for an installed package: there they are read from a clone that
+contains the current folder, or from a repository on the Hub.
 """
 
 from pathlib import Path
@@ -26,24 +26,24 @@ def load_pretrained(
 ) -> Dictionary:
     """Open a pretrained dictionary: ``smollm2-135m/blocks.9.hook_resid_post/uniform-k32``.
 
-    Without ``repo_id`` from ``checkpoints/`` of the clone of llm-wsae that the package runs in (an
-    editable installation) or that the current folder lies in; nothing is fetched. With it, from a
-    repository on the Hub that the dictionaries of this model were pushed to: there the model's name
-    falls away.
+    Without ``repo_id``, it is read from ``checkpoints/`` of the clone of llm-wsae that the package
+    runs from (an editable installation) or that contains the current folder; nothing is downloaded.
+    With ``repo_id``, it is read from a repository on the Hub that holds the dictionaries of this
+    model; there the model's name is dropped.
 
-    Raises UsageError for a name that is not there, LlmWsaeError if there is no clone, and as
+    Raises UsageError for an unknown name, LlmWsaeError if there is no clone, and as
     ``Dictionary.load`` and ``Dictionary.from_pretrained`` do.
     """
     if repo_id is not None:
         sae_id = name.partition("/")[2] or name
         return Dictionary.from_pretrained(repo_id, sae_id, revision=revision, device=device)
     if revision is not None:
-        raise UsageError("a revision is one of a repository on the Hub; name it with repo_id")
+        raise UsageError("a revision needs a repository on the Hub; name it with repo_id")
     known = _known()
     if not known:
         raise LlmWsaeError(
-            f"there are no pretrained dictionaries here: they are in {_FOLDER}/ of llm-wsae's own "
-            "repository and not in the installed package; work in a clone of it, or name a "
+            f"there are no pretrained dictionaries here: they are in {_FOLDER}/ of llm-wsae's "
+            "repository, not in the installed package; work in a clone of it, or name a "
             "repository on the Hub that holds them with repo_id"
         )
     if name not in known:
@@ -52,10 +52,10 @@ def load_pretrained(
 
 
 def _known() -> dict[str, Path]:
-    """The folders of the pretrained dictionaries by name, of the nearest clone that has any."""
+    """The folders of the pretrained dictionaries by name, from the nearest clone that has any."""
     here = Path.cwd()
     for clone in (_PACKAGE.parent, here, *here.parents):
-        # Any project may have a folder of that name: ours stands beside the package's own.
+        # Any project may have a folder of that name: this one's is next to the package's.
         if not (clone / _PACKAGE.name / "__init__.py").is_file():
             continue
         root = clone / _FOLDER

@@ -1,8 +1,8 @@
-"""How a dictionary turns pre-activations into sparse latents: one small frozen class a kind.
+"""How a dictionary turns pre-activations into sparse latents: one small frozen class per kind.
 
-Every kind does the same one thing, ``select``, and knows under which architecture name and with
-which keys SAELens ≥ 6 writes it into ``cfg.json``, so that both sides read the same file. A new
-kind is a new class in ``SPARSITIES``.
+Each kind has one task, ``select``, and knows the architecture name and the keys under which SAELens
+≥ 6 writes it to ``cfg.json``, so that both packages read the same file. To add a kind, add a class
+to ``SPARSITIES``.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from llm_wsae.sparse.operations import select_topk
 
 @runtime_checkable
 class Sparsity(Protocol):
-    """What a dictionary needs from its kind of sparsity."""
+    """What a dictionary needs of its kind of sparsity."""
 
     architecture: ClassVar[str]
     """Name of the kind in SAELens' ``cfg.json``."""
@@ -32,7 +32,7 @@ class Sparsity(Protocol):
     ) -> Codes:
         """The active latents of every row, from its pre-activations; all values ≥ 0.
 
-        ``threshold`` is there if and only if ``has_threshold``.
+        ``threshold`` is given if and only if ``has_threshold``.
         """
         ...
 
@@ -41,7 +41,7 @@ class Sparsity(Protocol):
         ...
 
     def check(self, d_sae: int) -> None:
-        """Raise UsageError if a dictionary of ``d_sae`` latents cannot have this sparsity."""
+        """Raises UsageError if a dictionary of ``d_sae`` latents cannot have this sparsity."""
         ...
 
 
@@ -50,7 +50,7 @@ class TopK:
     """The k largest pre-activations of a row are active, through a ReLU (Gao et al. 2024)."""
 
     k: int
-    """Active latents in a row, at most."""
+    """Active latents per row, at most."""
 
     architecture: ClassVar[str] = "topk"
     has_threshold: ClassVar[bool] = False
@@ -62,16 +62,16 @@ class TopK:
     def select(
         self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
     ) -> Codes:
-        """The k largest pre-activations, negative ones set to 0: exactly k slots a row."""
+        """The k largest pre-activations, negative ones set to 0: exactly k slots per row."""
         best = select_topk(pre, self.k)
         return Codes(best.indices, best.values.relu())
 
     def settings(self) -> dict[str, Any]:
-        """Keys of ``cfg.json``: k, and that decoder norms play no part in the selection."""
+        """Keys of ``cfg.json``: k, and that decoder norms do not affect the selection."""
         return {"k": self.k, "rescale_acts_by_decoder_norm": False}
 
     def check(self, d_sae: int) -> None:
-        """Raise UsageError if k exceeds ``d_sae``."""
+        """Raises UsageError if k exceeds ``d_sae``."""
         if self.k > d_sae:
             raise UsageError(
                 f"k = {self.k} active latents is more than the dictionary's {d_sae} latents; "
@@ -81,7 +81,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class ReLU:
-    """Every positive pre-activation is active; training keeps them few by an L1 penalty."""
+    """Every positive pre-activation is active; an L1 penalty in training keeps them few."""
 
     architecture: ClassVar[str] = "standard"
     has_threshold: ClassVar[bool] = False
@@ -89,7 +89,7 @@ class ReLU:
     def select(
         self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
     ) -> Codes:
-        """All positive pre-activations; as many slots as the fullest row needs (at least 1)."""
+        """All positive pre-activations; as many slots as the fullest row needs, at least 1."""
         return _positive(pre)
 
     def settings(self) -> dict[str, Any]:
@@ -97,15 +97,15 @@ class ReLU:
         return {}
 
     def check(self, d_sae: int) -> None:
-        """Any width will do."""
+        """Accepts any width."""
 
 
 @dataclass(frozen=True)
 class JumpReLU:
     """Pre-activations above their latent's threshold are active (Rajamanoharan et al. 2024).
 
-    JumpReLU learns the thresholds; BatchTopK and Matryoshka, whose selection looks at a whole batch
-    while they train, encode by one threshold for all latents afterwards.
+    JumpReLU learns the thresholds. BatchTopK and Matryoshka, which select over a whole batch in
+    training, encode with one threshold for all latents afterwards.
     """
 
     architecture: ClassVar[str] = "jumprelu"
@@ -114,7 +114,7 @@ class JumpReLU:
     def select(
         self, pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"] | None = None
     ) -> Codes:
-        """Positive pre-activations above the threshold; slots as the fullest row needs."""
+        """Positive pre-activations above the threshold; as many slots as the fullest row needs."""
         assert threshold is not None
         return _positive(torch.where(pre > threshold, pre, 0.0))
 
@@ -123,7 +123,7 @@ class JumpReLU:
         return {}
 
     def check(self, d_sae: int) -> None:
-        """Any width will do."""
+        """Accepts any width."""
 
 
 SPARSITIES: dict[str, type[TopK] | type[ReLU] | type[JumpReLU]] = {
@@ -134,7 +134,7 @@ SPARSITIES: dict[str, type[TopK] | type[ReLU] | type[JumpReLU]] = {
 def sparsity_from_settings(cfg: Mapping[str, Any]) -> Sparsity:
     """The sparsity that a SAELens ``cfg.json`` describes.
 
-    Raises LlmWsaeError for an unknown architecture (the known ones are named) or a bad k.
+    Raises LlmWsaeError for an unknown architecture (listing the known ones) or an impossible k.
     """
     name = str(cfg.get("architecture"))
     if name not in SPARSITIES:
@@ -152,7 +152,7 @@ def sparsity_from_settings(cfg: Mapping[str, Any]) -> Sparsity:
 
 
 def to_dense(codes: Codes, d_sae: int) -> Float[Tensor, "batch d_sae"]:
-    """The codes as one dense row of latents each."""
+    """The codes as dense rows of latents."""
     dense = torch.zeros(
         len(codes.indices), d_sae, dtype=codes.values.dtype, device=codes.values.device
     )
@@ -160,7 +160,7 @@ def to_dense(codes: Codes, d_sae: int) -> Float[Tensor, "batch d_sae"]:
 
 
 def _positive(pre: Tensor) -> Codes:
-    """All positive entries, in as many slots as the fullest row needs (at least 1)."""
+    """All positive entries, in as many slots as the fullest row needs, at least 1."""
     width = max(1, int((pre > 0).sum(1).max())) if len(pre) else 1
     best = select_topk(pre, width)
     return Codes(best.indices, best.values.relu())

@@ -1,9 +1,9 @@
-"""Where some latents of a dictionary fire in an activation store; no model is needed.
+"""Where given latents of a dictionary fire in an activation store; no model is needed.
 
 One pass over the rows. A latent's pre-activation costs one column of the encoder, so it is computed
-for every row, and the rows where it is largest are candidates. Whether a candidate fires can depend
-on all the other latents (TopK), so the whole dictionary encodes the candidates, best first, until
-enough contexts are found, and evenly spread rows, from which the density is estimated.
+for every row, and the rows where it is largest are candidates. Whether a candidate fires may depend
+on all other latents (TopK). So the complete dictionary encodes the candidates, best first, until
+enough contexts are found. It also encodes evenly spread rows, from which the density is estimated.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 
 CANDIDATES = 4096
-"""Rows per latent that are encoded at most in search of its top contexts."""
+"""The most rows per latent that are encoded in search of its top contexts."""
 SAMPLE_ROWS = 1 << 15
-"""Rows that the density is estimated from, at least (or all there are)."""
+"""The fewest rows that the density is estimated from (or all rows of a smaller store)."""
 _ROWS_AT_ONCE = 1 << 14
 _LOOK_AT = 64
 
@@ -31,17 +31,17 @@ class Firing:
     """What one latent does in a store."""
 
     density: float
-    """Share of the rows looked at on which it fires."""
+    """Fraction of the rows looked at on which it fires."""
     rows_looked_at: int
-    """Rows spread evenly over the store, massive activations left out."""
+    """Number of rows, evenly spread over the store, without massive activations."""
     mean_activation: float | None
-    """Where it fires, on those rows; None if it never does."""
+    """Mean over those rows on which it fires; None if it never does."""
     rows: list[int]
-    """Rows of its largest activations, each of another context, in falling order."""
+    """Rows of its largest activations, each in a different context, in descending order."""
     values: list[float]
-    """Its activations there."""
+    """Its activations on these rows."""
     searched_all: bool
-    """False if its candidates ran out before there were contexts enough: others may exist."""
+    """False if its candidates ran out before enough contexts were found: more may exist."""
 
 
 def firings(
@@ -54,7 +54,7 @@ def firings(
     """
     check_store(store, dictionary)
     site = dictionary.site
-    source = store.source(site)  # a site that the store has not is a sentence there
+    source = store.source(site)  # raises if the store lacks the site
     reader = RowReader(store.folder, store.manifest, str(source.site))
     search = _Search(dictionary, latents, max(1, store.num_rows // SAMPLE_ROWS))
     starts = range(0, store.num_rows, _ROWS_AT_ONCE)
@@ -88,7 +88,7 @@ def check_store(store: ActivationStore, dictionary: Dictionary) -> None:
 
 
 class _Search:
-    """What one pass over the rows finds out."""
+    """What one pass over the rows collects."""
 
     def __init__(self, dictionary: Dictionary, latents: Tensor, stride: int):
         self._dictionary = dictionary
@@ -98,13 +98,13 @@ class _Search:
         self._column = latents.new_full((dictionary.d_sae,), len(latents))
         self._column[latents] = torch.arange(len(latents))
         self.looked_at = 0
-        self.count = torch.zeros(len(latents) + 1)  # one more, for all other latents
+        self.count = torch.zeros(len(latents) + 1)  # the last entry is for all other latents
         self.total = torch.zeros(len(latents) + 1)
         self.best: Float[Tensor, "candidates latents"] = torch.empty(0, len(latents))
         self.row: Int[Tensor, "candidates latents"] = torch.empty(0, len(latents), dtype=torch.long)
 
     def look(self, start: int, x: Tensor) -> None:
-        """Look at consecutive rows, the first of that number."""
+        """Look at consecutive rows, the first of which has the number ``start``."""
         usable = _usable(self._dictionary, x)
         pre = torch.addmm(self._bias, x, self._encoder)
         pre = pre.where(usable[:, None] & (pre > 0), -torch.inf)
@@ -162,7 +162,7 @@ def _firing(
 
 
 def _usable(dictionary: Dictionary, x: Tensor) -> Tensor:
-    """Which rows are no massive activations."""
+    """Which rows are not massive activations."""
     threshold = dictionary.info.massive_threshold
     if threshold is None:
         return torch.ones(len(x), dtype=torch.bool)

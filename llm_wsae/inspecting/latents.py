@@ -1,4 +1,4 @@
-"""Everything about single latents: what a person looks at to guess what they stand for."""
+"""Single latents: what a person looks at to guess what they represent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ class Word:
     id: int
     token: str
     logit: float
-    """What the latent's direction adds to its logit, less the mean (see ``Readout.logits``)."""
+    """What the latent's direction adds to the token's logit, minus the mean over tokens (see
+    ``Readout.logits``)."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Written:
     share: float
     """Of the squared length of its decoder direction."""
     gamma: float | None
-    """The loss weight γ of the dimension in training (the length of its column if γ is a matrix);
-    None where it is not known."""
+    """The loss weight γ of the dimension in training (the norm of its column if γ is a matrix);
+    None if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,15 @@ class Latent:
 
     latent: int
     neighbours: list[Neighbour]
-    """By falling cosine."""
+    """By descending cosine."""
     dimensions: list[Written]
-    """By falling share."""
+    """By descending share."""
     effective_dimensions: float
     """(Σw²)²/Σw⁴ over all decoder weights w: how many dimensions it writes to."""
     promotes: list[Word] | None
-    """Tokens by falling logit; None without a model."""
+    """Tokens by descending logit; None without a model."""
     suppresses: list[Word] | None
-    """Tokens by rising logit; None without a model."""
+    """Tokens by ascending logit; None without a model."""
     firing: Firing | None
     """None without a store."""
     examples: list[Example]
@@ -186,7 +187,7 @@ def _examples(store: ActivationStore, vocabulary: Vocabulary, firing: Firing) ->
         shard, place = divmod(context, store.manifest.contexts_per_shard)
         contexts = store.contexts(shard)
         first, stop = max(0, at - _BEFORE), min(store.context_size, at + _AFTER + 1)
-        own = contexts.document[place] == contexts.document[place, at]  # not of a neighbour
+        own = contexts.document[place] == contexts.document[place, at]
         while not own[first]:
             first += 1
         while not own[stop - 1]:

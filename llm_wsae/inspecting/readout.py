@@ -1,4 +1,4 @@
-"""What a direction of the residual stream says in the model's vocabulary, and tokens as text."""
+"""What a direction of the residual stream means in the model's vocabulary, and tokens as text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.module_paths import get_module
 
 _WORDS_AT_ONCE = 1 << 14
-_LOST = "�"  # what decoding makes of part of a character
+_LOST = "�"  # what decoding returns for part of a character
 _SPACE = "▁"  # SentencePiece's, which decoding drops in front of a lone token
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A run of text with one of its tokens taken out."""
+    """A run of text split at one of its tokens."""
 
     before: str
     token: str
@@ -26,13 +26,13 @@ class Marked:
 
 
 class Vocabulary:
-    """Token ids as text; without a tokenizer as numbers."""
+    """Token ids as text, or as numbers without a tokenizer."""
 
     def __init__(self, tokenizer: Any | None):
         self._tokenizer = tokenizer
 
     def text(self, token: int) -> str:
-        """A token alone, its leading space included."""
+        """A single token, including its leading space."""
         if self._tokenizer is None:
             return f"<{token}>"
         name = self._tokenizer.convert_ids_to_tokens(token)
@@ -48,7 +48,7 @@ class Vocabulary:
         if self._tokenizer is None:
             parts = (ids[:at], ids[at : at + 1], ids[at + 1 :])
             return Marked(*("".join(map(self.text, part)) for part in parts))
-        # A tokenizer may decode a token otherwise than alone, so runs of growing length are.
+        # In context a token may decode differently than alone, so growing runs are decoded.
         before, within, whole = (
             self._tokenizer.decode(list(ids[:stop])) for stop in (at, at + 1, len(ids))
         )
@@ -60,7 +60,7 @@ class Vocabulary:
 
 
 class Readout:
-    """From the stream to the vocabulary: the final norm and the unembedding."""
+    """From the stream to the vocabulary: final norm and unembedding."""
 
     def __init__(self, model: LanguageModel):
         path = model.paths.ln_final
@@ -74,11 +74,11 @@ class Readout:
     def logits(
         self, directions: Float[Tensor, "latents d_model"]
     ) -> Float[Tensor, "latents words"]:
-        """What each direction adds to the logits of all tokens, less its mean over them.
+        """What each direction adds to the logits of all tokens, minus the mean over tokens.
 
-        The direction goes through the final norm alone, at a root mean square of 1 (without the
-        norm's bias): the real norm divides by the length of the whole stream, which scales all
-        tokens alike. Blocks between the site and the end are passed over (the "logit lens").
+        Only the direction goes through the final norm, at a root mean square of 1 (without the
+        norm's bias): the real norm divides by the length of the complete stream, which scales all
+        tokens equally. Blocks between the site and the end are skipped (the "logit lens").
         """
         x = directions.to(self._device, torch.float32)
         x = (x / x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)).to(self._dtype)

@@ -1,4 +1,4 @@
-"""Which latents fire on a sentence of one's own."""
+"""Which latents fire on a given text."""
 
 from dataclasses import dataclass
 
@@ -23,22 +23,22 @@ class Active:
 
 @dataclass(frozen=True)
 class Token:
-    """One token of the sentence."""
+    """One token of the text."""
 
     id: int
     token: str
     latents: list[Active]
-    """All that fire, by falling activation; none where training left the position out."""
+    """All that fire, by descending activation; none at positions excluded from training."""
 
 
 def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> list[Token]:
-    """The tokens of a text, behind the model's BOS if the dictionary was trained with it.
+    """The tokens of a text, after the model's BOS if the dictionary was trained with it.
 
     Raises UsageError for a text without tokens, one that is too long for the model, or a model that
-    the dictionary does not fit; LlmWsaeError for a model without a tokenizer.
+    does not fit the dictionary; LlmWsaeError for a model without a tokenizer.
     """
     if model.tokenizer is None:
-        raise LlmWsaeError("a text cannot be read without a tokenizer; hand one over")
+        raise LlmWsaeError("a text cannot be read without a tokenizer; pass one with the model")
     model.check_site(dictionary.site)
     check_width(model, dictionary)
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -74,7 +74,7 @@ def check_width(model: LanguageModel, dictionary: Dictionary) -> None:
 def _explained(
     model: LanguageModel, dictionary: Dictionary, ids: Tensor, hidden: Tensor
 ) -> Bool[Tensor, " positions"]:
-    """The positions that are of the kind that the dictionary was trained on."""
+    """The positions of the kind that the dictionary was trained on."""
     packing = PackConfig.remembered(dictionary.info.store.get("packing"))
     keep = torch.arange(len(ids)) >= packing.drop_positions
     if packing.drop_special:

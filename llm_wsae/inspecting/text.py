@@ -1,4 +1,4 @@
-"""What was found out about latents and about a sentence, as text for a terminal."""
+"""What ``inspect`` found about latents and a text, formatted for a terminal."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from llm_wsae.inspecting.sentence import Token
 from llm_wsae.terminal import printable
 
 _LEFT, _RIGHT = 56, 32  # characters shown on either side of the marked token
-_STRONGEST = 5  # latents shown for each token of a sentence
+_STRONGEST = 5  # latents shown for each token of a text
 
 
 def latents_text(dictionary: Dictionary, latents: Sequence[Latent]) -> str:
@@ -20,7 +20,7 @@ def sentence_text(tokens: Sequence[Token], latents: Sequence[int]) -> str:
     """Each token with its strongest latents, then where each of ``latents`` fires."""
     names = [f"«{printable(token.token)}»" for token in tokens]
     width = max(map(len, names))
-    lines = ["latents that fire, and how much"]
+    lines = ["latents that fire, with their activations"]
     for name, token in zip(names, tokens, strict=True):
         shown = [f"{one.latent} {one.activation:.2f}" for one in token.latents[:_STRONGEST]]
         more = len(token.latents) - len(shown)
@@ -44,7 +44,7 @@ def _latent(dictionary: Dictionary, latent: Latent) -> str:
         share, looked = 100 * firing.density, firing.rows_looked_at
         mean = firing.mean_activation
         lines.append(
-            f"density     {share:.3g} % of {looked:,} rows spread over the store"
+            f"density     {share:.3g} % of {looked:,} rows, evenly spread over the store"
             + ("" if mean is None else f"; {mean:.2f} on average where it fires")
         )
     if latent.promotes is not None and latent.suppresses is not None:
@@ -53,7 +53,7 @@ def _latent(dictionary: Dictionary, latent: Latent) -> str:
     near = " · ".join(f"{n.latent} {n.cosine:.2f}" for n in latent.neighbours)
     lines.append(f"nearest     {near}  (latent, cosine)")
     total = dictionary.d_in
-    lines.append(f"writes to   {latent.effective_dimensions:.1f} of {total} dimensions effectively")
+    lines.append(f"writes to   effectively {latent.effective_dimensions:.1f} of {total} dimensions")
     lines.append(f"            {'dimension':>9}{'decoder':>10}{'share %':>10}{'weight γ':>10}")
     for d in latent.dimensions:
         gamma = "—" if d.gamma is None else f"{d.gamma:.3f}"
@@ -71,9 +71,9 @@ def _words(words: Sequence[Word]) -> str:
 
 def _contexts(searched_all: bool, examples: Sequence[Example]) -> list[str]:
     if not examples:
-        where = "in this store" if searched_all else "on the rows where it comes nearest to it"
+        where = "in this store" if searched_all else "on the rows where it comes closest to firing"
         return [f"contexts    none: it does not fire {where}"]
-    lines = ["contexts    where it fires most, one of each context"]
+    lines = ["contexts    its largest activations, one per context"]
     for example in examples:
         text = example.text
         before, token, after = map(printable, (text.before, text.token, text.after))

@@ -1,1 +1,1 @@
-"""The language model: sites, forward passes up to a site, splicing."""
+"""The language model: its sites, forward passes to a site and on from it, its fingerprint."""

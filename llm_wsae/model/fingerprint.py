@@ -1,10 +1,9 @@
-"""What a model is, in a few JSON values: enough to recognise another one.
+"""A model's fingerprint: a hash that tells it from any other model.
 
-A manifest must tell the model that made a store from its neighbours (another size, another
-fine-tune, another revision) without hashing gigabytes, and must give the same answer wherever the
-file lies, on any device and in any float format. So it hashes the name, the shape and a spread
-sample of every parameter, rounded to bfloat16, and the settings that change what the weights
-compute.
+A manifest must distinguish the model that made a store from similar ones (another size, fine-tune
+or revision) without hashing gigabytes, and the answer must not depend on where the file is, on the
+device or on the float format. So the hash covers the name, the shape and a spread sample of every
+parameter, rounded to bfloat16, and the settings that change what the weights compute.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from torch import Tensor
 from llm_wsae.model.module_paths import text_config
 
 SAMPLES_PER_PARAMETER = 64
-# Settings that act beside the weights; a model has those of its own architecture.
+# Settings that change the computation; each architecture has some of them.
 _SETTINGS = (
     "num_attention_heads",
     "num_key_value_heads",
@@ -33,7 +32,7 @@ _SETTINGS = (
 
 
 def fingerprint(hf_model: Any) -> str:
-    """Hex SHA-256 over parameter names, shapes, samples and the settings beside them."""
+    """Hex SHA-256 over the parameters' names, shapes and samples, and the settings."""
     config = text_config(hf_model)
     settings = {key: getattr(config, key, None) for key in _SETTINGS}
     shapes = [[name, list(p.shape)] for name, p in hf_model.named_parameters()]
@@ -44,7 +43,7 @@ def fingerprint(hf_model: Any) -> str:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """Up to SAMPLES_PER_PARAMETER values spread over a parameter, [samples] in bfloat16."""
+    """Up to SAMPLES_PER_PARAMETER values spread over a parameter [samples], in bfloat16."""
     flat = parameter.detach().reshape(-1)
     stride = max(1, flat.numel() // SAMPLES_PER_PARAMETER)
     return flat[::stride][:SAMPLES_PER_PARAMETER].to(torch.bfloat16)

@@ -1,10 +1,10 @@
 """How much the model's predictions depend on each direction of the residual stream at a site.
 
-The Fisher information of the next-token distribution, F = E[g gᵀ], g = ∂ log p(y | x) / ∂h with y
-drawn from the model itself: for a small change δ of the activation the predictions move by
-½ δᵀFδ (KL divergence, second order). One backward pass per context is enough, because with labels
-drawn independently the gradients of different predictions have no covariance:
-E[(Σ_t g_t)(Σ_t g_t)ᵀ] = Σ_t E[g_t g_tᵀ], summed over all predictions behind the position.
+The Fisher information of the next-token distribution: F = E[g gᵀ], g = ∂ log p(y | x) / ∂h, with y
+drawn from the model itself. A small change δ of the activation moves the predictions by ½ δᵀFδ (KL
+divergence, second order). One backward pass per context is enough: with independently drawn labels
+the gradients of different predictions are uncorrelated, E[(Σ_t g_t)(Σ_t g_t)ᵀ] = Σ_t E[g_t g_tᵀ],
+summed over all predictions after the position.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
-_TOKENS_AT_ONCE = 1024  # their float32 logits and two more of that size are in memory
+_TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
 
 
 def fisher_information(
@@ -31,10 +31,10 @@ def fisher_information(
 ) -> Float[Tensor, "d_model d_model"]:
     """Mean of g gᵀ over the kept positions of the contexts, float64 on the CPU.
 
-    ``contexts`` gives token ids with a mask of the positions that count, some contexts at a time;
-    about 40 k tokens settle it for a model of 576 dimensions. ``seed`` draws the labels.
+    ``contexts`` yields token ids with a mask of the positions that count, some contexts at a time;
+    about 40 k tokens are enough for a model of 576 dimensions. ``seed`` determines the labels.
 
-    Raises UsageError for a site that the model lacks, LlmWsaeError if there is no position or a
+    Raises UsageError for a site that the model lacks, LlmWsaeError if no position is kept or a
     gradient is not finite.
     """
     model.check_site(site)
@@ -48,11 +48,11 @@ def fisher_information(
             total += (gradients.T @ gradients).double().cpu()
             count += len(gradients)
     if count == 0:
-        raise LlmWsaeError("there is no text to measure the model's sensitivity on")
+        raise LlmWsaeError("there is no text on which to measure the model's sensitivity")
     if not bool(torch.isfinite(total).all()):
         raise LlmWsaeError(
-            f"the gradients of {model.name} at {site} are not finite; try the "
-            "model in float32 (--model-dtype float32)"
+            f"the gradients of {model.name} at {site} are not finite; load the model in float32 "
+            "(--model-dtype float32)"
         )
     return total / count
 

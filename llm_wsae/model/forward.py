@@ -1,19 +1,19 @@
-"""Forward passes through the model's own modules: record at sites, stop early, go on from a site.
+"""Forward passes through the model's own modules: record at sites, stop early, resume at a site.
 
-The model runs as transformers wrote it (its own attention kernels, masks and position handling); we
-only hook the ends of its blocks. Every hook and patch is undone when the call ends, also by an
+The model runs as transformers wrote it (its attention kernels, masks and position handling); only
+the ends of its blocks are hooked. Every hook and patch is removed when the call ends, also after an
 error.
 
-Stopping: the hook at the last wanted site raises a private exception, so nothing behind it is
+Stopping: the hook at the last wanted site raises a private exception, so nothing after it is
 computed.
 
-Going on from a site: the embeddings are computed as usual (they are a lookup, and the model derives
-masks and positions beside them), the blocks before the site pass their input through untouched, and
-the wanted activations enter at the site. ``mid`` needs care: the stream between attention and MLP
-is read twice, by the norm before the MLP and by the residual branch around it. Replacing only the
-norm's input, which is what a TransformerLens hook on ``ln2.hook_in`` does, leaves the clean
-activation in the residual branch. Here the activation enters as the *block's* input while the
-attention is made to contribute zero, so that the block's own code computes new + mlp(ln2(new)).
+Resuming at a site: the embeddings are computed as usual (they are a lookup, and the model derives
+masks and positions with them), the blocks before the site pass their input through unchanged, and
+the given activations enter at the site. ``mid`` needs care: the stream between attention and MLP is
+read twice, by the norm before the MLP and by the residual branch around it. Replacing only the
+norm's input, as a TransformerLens hook on ``ln2.hook_in`` does, leaves the original activation in
+the residual branch. Here the activation enters as the *block's* input while the attention is made
+to contribute zero, so that the block's own code computes new + mlp(ln2(new)).
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.parallel_map import parallel_map
 from llm_wsae.model.site import Site
 
-_TOKENS_TOGETHER = 1024  # of a forward on a CPU core: what it makes of them stays in cache
+_TOKENS_TOGETHER = 1024  # per forward on a CPU core: their activations stay in its cache
 
 Visit = Callable[[Tensor], Tensor | None]
-"""Is shown the stream at a site [contexts, positions, d_model]; what it returns takes its place."""
+"""Receives the stream at a site [contexts, positions, d_model]; what it returns replaces it."""
 
 
 class _StopForward(Exception):
-    """Raised by the hook at the last site; never leaves this module."""
+    """Raised by the hook at the last site; caught in this module."""
 
 
 class Blocks:
-    """The transformer blocks of a Hugging Face model, with what it takes to reach their sites."""
+    """The transformer blocks of a Hugging Face model, and access to their sites."""
 
     def __init__(
         self, hf_model: nn.Module, blocks: nn.ModuleList, mid: str | None, attn: str | None
@@ -56,20 +56,21 @@ class Blocks:
         return len(self._blocks)
 
     def has_mid(self, block: int) -> bool:
-        """Whether this block has a ``hook_resid_mid``: the norm behind it, the attention before
+        """Whether this block has a ``hook_resid_mid``: an attention before it and a norm after
         it."""
         paths = (self._mid, self._attn)
         return all(path is not None and self._part(block, path) is not None for path in paths)
 
     def run(self, ids: Tensor, **options: Any) -> Any:
-        """One plain forward of ``ids [contexts, positions]``; the model's output object."""
+        """One plain forward pass of ``ids [contexts, positions]``; the model's output object."""
         return self._hf_model(input_ids=ids, use_cache=False, return_dict=True, **options)
 
     def record(self, ids: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """The activations at ``sites``; nothing behind the last is computed.
+        """The activations at ``sites``; nothing after the last site is computed.
 
-        On a CPU the contexts go through the model side by side, a few at a time. Their rows are the
-        same: no row knows of another context. Visits see the whole.
+        On a CPU the contexts go through the model in parallel, a few per core. The rows are the
+        same, since no row depends on another context. While visits are open, all contexts go
+        through together.
         """
         parts = [ids]
         if ids.device.type == "cpu" and not self._visitors:
@@ -90,10 +91,10 @@ class Blocks:
     def recording(
         self, sites: Sequence[Site], stop: bool = False
     ) -> Iterator[dict[int, dict[Site, Tensor]]]:
-        """While open, forwards write the activations at ``sites`` into the dictionary it yields,
-        by the thread that they run in (``threading.get_ident``).
+        """While open, forward passes write the activations at ``sites`` into the dict it yields,
+        keyed by the thread that they run in (``threading.get_ident``).
 
-        With ``stop``, a forward ends at the last of them, by a private exception.
+        With ``stop``, a forward pass ends at the last of them, by a private exception.
         """
         recorded: dict[int, dict[Site, Tensor]] = defaultdict(dict)
         last = max(sites)
@@ -104,11 +105,11 @@ class Blocks:
 
     @contextlib.contextmanager
     def visiting(self, visits: Mapping[Site, Visit]) -> Iterator[None]:
-        """While open, forwards show each visit the stream at its site and go on with what it
-        returns, or with the stream as it was where that is None.
+        """While open, forward passes give each visit the stream at its site and continue with what
+        it returns, or with the unchanged stream if that is None.
 
         At ``mid`` the stream is overwritten in place, since the block reads it twice. Raises
-        LlmWsaeError if that would reach only one of the two.
+        LlmWsaeError if that would reach only one of the two readers.
         """
         for site in visits:
             if site.point == "mid":
@@ -129,8 +130,8 @@ class Blocks:
                 self._visitors -= 1
 
     def check_overwriting(self, site: Site) -> None:
-        """Make sure, on two tokens, that a block's residual branch reads the very memory that the
-        norm behind ``mid`` does. Raises LlmWsaeError if it does not.
+        """Check, on two tokens, that a block's residual branch reads the same memory as the norm
+        after ``mid``. Raises LlmWsaeError if it does not.
         """
         outputs: list[Tensor] = []
         block, norm = self._blocks[site.block], self._part(site.block, self._mid)
@@ -139,7 +140,7 @@ class Blocks:
             hidden = _hidden_of(args, kwargs)
             clean = hidden.clone()
             hidden.add_(1 + hidden.abs().mean())
-            return clean  # so that the norm sees no difference
+            return clean  # the norm sees no difference
 
         ids = torch.zeros(1, 2, dtype=torch.long, device=next(self._hf_model.parameters()).device)
         with contextlib.ExitStack() as hooks, torch.no_grad():
@@ -156,7 +157,7 @@ class Blocks:
 
     @contextlib.contextmanager
     def entering(self, site: Site, hidden: Tensor) -> Iterator[None]:
-        """While open, forwards skip everything before ``site`` and go on from ``hidden`` there."""
+        """While open, forward passes skip all before ``site`` and resume from ``hidden``."""
         self._learn_forms()
         with contextlib.ExitStack() as patches:
             for block in self._blocks[: site.block]:
@@ -182,7 +183,7 @@ class Blocks:
     def _hook(
         self, hooks: contextlib.ExitStack, site: Site, record: Callable[[Tensor], None]
     ) -> None:
-        """Call ``record`` with the stream at ``site`` on every forward."""
+        """Call ``record`` with the stream at ``site`` in every forward pass."""
         block = self._blocks[site.block]
         if site.point == "post":
             handle = block.register_forward_hook(lambda _, args, output: record(_first(output)))
@@ -192,9 +193,9 @@ class Blocks:
             _pre_hook(hooks, module, lambda args, kwargs: record(_hidden_of(args, kwargs)))
 
     def _learn_forms(self) -> None:
-        """Note once whether blocks and attentions return a tensor (0) or a tuple (of how many).
+        """Find out once whether blocks and attentions return a tensor (0) or a tuple (its length).
 
-        It differs between architectures, and a skipped module must return what its caller unpacks.
+        Architectures differ, and a skipped module must return what its caller unpacks.
         """
         if self._forms:
             return
@@ -213,7 +214,7 @@ class Blocks:
     def _returning(
         self, module: nn.Module, value: Callable[[tuple, dict], Tensor]
     ) -> Callable[..., Any]:
-        """A forward that computes nothing and returns ``value`` in the form the module has."""
+        """A forward that computes nothing and returns ``value`` in the module's form."""
         form = self._forms[module]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -224,7 +225,7 @@ class Blocks:
 
 
 def overwriting(visit: Visit) -> Visit:
-    """The visit, with what it returns written over the stream that it was shown."""
+    """The visit, with its result written over the stream that it received."""
 
     def visit_in_place(hidden: Tensor) -> None:
         new = visit(hidden)
@@ -239,7 +240,7 @@ def _shown(visit: Visit) -> Callable[[tuple, dict], Tensor | None]:
 
 
 def _replacing(visit: Visit) -> Callable[..., Any]:
-    """A forward hook that shows a visit the stream among a block's outputs."""
+    """A forward hook that gives a visit the stream among a block's outputs."""
 
     def hook(_: nn.Module, args: tuple, output: Any) -> Any:
         new = visit(_first(output))
@@ -262,13 +263,13 @@ def _recorder(
 
 
 def _same_as(hidden: Tensor, site: Site) -> Callable[[tuple, dict], None]:
-    """A guard: what reaches the MLP's norm must be the activation we let in, nothing added."""
+    """A guard: the MLP's norm must receive exactly the activation that entered."""
 
     def check(args: tuple, kwargs: dict) -> None:
         if not torch.equal(_hidden_of(args, kwargs), hidden):
             raise LlmWsaeError(
                 f"this architecture changes the stream inside the block before {site}, so an "
-                "activation cannot be put there; use hook_resid_pre or hook_resid_post"
+                "activation cannot be placed there; use hook_resid_pre or hook_resid_post"
             )
 
     return check
@@ -286,8 +287,7 @@ def _first(output: Any) -> Tensor:
 def _pre_hook(
     hooks: contextlib.ExitStack, module: nn.Module, visit: Callable[[tuple, dict], Tensor | None]
 ) -> None:
-    """Show ``visit`` the module's inputs before it runs; a tensor it returns replaces the
-    stream."""
+    """Give ``visit`` the module's inputs before it runs; a returned tensor replaces the stream."""
 
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         new = visit(args, kwargs)
@@ -299,7 +299,7 @@ def _pre_hook(
 
 
 def _patch(patches: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give one module another ``forward`` and restore exactly what was there."""
+    """Replace a module's ``forward``, to be restored exactly when the stack closes."""
     before = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[method-assign]
 

@@ -1,10 +1,9 @@
 """The language model whose residual stream is explained.
 
-One class answers what the rest of the package asks of a model: its activations at sites, its
-logits, what it predicts when something else stands at a site, its embeddings, and who it is. Names
-and meanings are TransformerLens'; the forward passes are the model's own, which for harvesting is
-as fast as a bare Hugging Face forward cut off at the site, and returns the very numbers of
-``hidden_states``.
+One class gives the rest of the package what it needs of a model: activations at sites, logits,
+logits with the activation at a site replaced, embeddings, identity. Names and meanings are
+TransformerLens'. The forward passes are the model's own: harvesting is as fast as a bare Hugging
+Face forward that stops at the site, and returns exactly the numbers of ``hidden_states``.
 """
 
 import functools
@@ -30,12 +29,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class LanguageModel:
-    """A causal language model of transformers, frozen and in eval mode. Not safe across threads.
+    """A causal language model of transformers, frozen and in eval mode. Not thread-safe.
 
-    Attributes: ``hf_model`` and ``tokenizer`` as transformers has them; ``name`` (Hub id, or the
-    bare name of a file or folder), ``revision`` (commit hash or None), ``device``, ``dtype``;
-    ``num_blocks``, ``d_model``; ``max_context`` (tokens the model can read, None if unlimited);
-    ``bos_token_id`` (None if the model has none); ``paths`` (where its modules are).
+    Attributes: ``hf_model`` and ``tokenizer`` of transformers; ``name`` (Hub id, or the bare name
+    of a file or folder), ``revision`` (commit hash or None), ``device``, ``dtype``; ``num_blocks``,
+    ``d_model``; ``max_context`` (tokens the model can read, None if unlimited); ``bos_token_id``
+    (None if the model has none); ``paths`` (where its modules are).
     """
 
     def __init__(self, hf_model: Any, tokenizer: Any, name: str, revision: str | None = None):
@@ -54,7 +53,7 @@ class LanguageModel:
         self.num_blocks = len(self._blocks)
         self.d_model: int = config.hidden_size
         self.max_context: int | None = getattr(config, "max_position_embeddings", None)
-        # The tokenizer knows; configurations often name a BOS that was never used in training.
+        # Ask the tokenizer: configurations often name a BOS that was never used in training.
         source = config if tokenizer is None else tokenizer
         self.bos_token_id: int | None = source.bos_token_id
 
@@ -83,8 +82,8 @@ class LanguageModel:
     def from_live(cls, hf_model: Any, tokenizer: Any, name: str | None = None) -> "LanguageModel":
         """Take a live transformers model and its tokenizer (None if only token ids will be used).
 
-        The model stays as it is, also its training mode and gradients: we work on a copy of its
-        structure that shares the weights.
+        The model is not changed, nor are its training mode and gradients: this works on a copy of
+        its structure that shares the weights.
 
         Raises UsageError if it is not a causal language model of transformers.
         """
@@ -101,20 +100,20 @@ class LanguageModel:
         """Raises UsageError if the model has no such site."""
         site.check(self.num_blocks)
         if site.point == "mid" and not self._blocks.has_mid(site.block):
-            why = self.paths.why_no_mid or "this block has no MLP of its own behind its attention"
+            why = self.paths.why_no_mid or "this block has no separate MLP after its attention"
             raise UsageError(f"{self.name} has no {site}: {why}")
 
-    # no_grad rather than inference_mode: equally fast here, and callers may then change the rows in
-    # place or take gradients from them.
+    # no_grad rather than inference_mode: just as fast here, and callers may then change the rows in
+    # place or differentiate from them on.
     @torch.no_grad()
     def activations(
         self, ids: Integer[Tensor, "contexts positions"], sites: Sequence[Site]
     ) -> dict[Site, Float[Tensor, "contexts positions d_model"]]:
-        """The residual stream at each site, in the model's dtype; nothing behind the last is
+        """The residual stream at each site, in the model's dtype; nothing after the last site is
         computed.
 
-        On a CPU contexts are shared out among the cores: hooks of one's own on ``hf_model`` see a
-        few contexts at a time, in several threads. Those of ``visiting`` see all at once.
+        On a CPU the contexts are divided among the cores: a caller's own hooks on ``hf_model`` see
+        a few contexts at a time, in several threads; those of ``visiting`` see all at once.
 
         Raises UsageError for a site that the model lacks or contexts that it cannot read.
         """
@@ -135,7 +134,7 @@ class LanguageModel:
     ) -> tuple[
         Float[Tensor, "contexts positions vocab"], Float[Tensor, "contexts positions d_model"]
     ]:
-        """Next-token logits and the residual stream at one site, of one forward pass."""
+        """Next-token logits and the residual stream at one site, from one forward pass."""
         ids = self._checked(ids, (site,))
         with self._blocks.recording((site,)) as recorded:
             logits = self._blocks.run(ids).logits
@@ -147,25 +146,25 @@ class LanguageModel:
         site: Site,
         hidden: Float[Tensor, "contexts positions d_model"],
     ) -> Float[Tensor, "contexts positions vocab"]:
-        """Logits when ``hidden`` stands at ``site``: only the blocks behind it are computed.
+        """Logits with ``hidden`` as the stream at ``site``; only the blocks after it are computed.
 
         ``ids`` still gives positions and mask. At ``mid`` the block's output becomes
-        hidden + mlp(norm(hidden)); a TransformerLens hook there replaces the norm's input only.
-        Differentiable in ``hidden``; wrap in ``torch.no_grad`` when that is not wanted.
+        hidden + mlp(norm(hidden)); a TransformerLens hook there replaces only the norm's input.
+        Differentiable in ``hidden``; wrap the call in ``torch.no_grad`` if that is not needed.
 
-        Raises UsageError for a site that the model lacks, LlmWsaeError if the architecture admits
-        no activation between attention and MLP.
+        Raises UsageError for a site that the model lacks, LlmWsaeError if the architecture does not
+        allow an activation between attention and MLP.
         """
         ids = self._checked(ids, (site,))
         with self._blocks.entering(site, hidden.to(self.device, self.dtype)):
             return self._blocks.run(ids).logits
 
     def visiting(self, visits: Mapping[Site, Visit]) -> AbstractContextManager[None]:
-        """While open, every forward shows each visit the stream at its site [contexts, positions,
-        d_model] and goes on with what it returns, or with the stream as it was if that is None.
+        """While open, every forward pass gives each visit the stream at its site [contexts,
+        positions, d_model] and continues with what it returns, or unchanged if that is None.
 
-        Raises UsageError for a site that the model lacks, LlmWsaeError if the architecture admits
-        no replacement between attention and MLP.
+        Raises UsageError for a site that the model lacks, LlmWsaeError if the architecture does not
+        allow a replacement between attention and MLP.
         """
         for site in visits:
             self.check_site(site)
@@ -182,7 +181,7 @@ class LanguageModel:
         return self.hf_model.get_output_embeddings().weight.detach().T
 
     def bridge(self) -> Any:
-        """TransformerLens' TransformerBridge of this model, built at the first call.
+        """TransformerLens' TransformerBridge of this model, built by the first call.
 
         It shares the weights: hook and read it freely, but do not fold or process its weights.
 
@@ -194,13 +193,13 @@ class LanguageModel:
     @functools.cached_property
     def _bridge(self) -> Any:
         if self.tokenizer is None:
-            raise LlmWsaeError(f"TransformerLens needs a tokenizer; hand one over with {self.name}")
+            raise LlmWsaeError(f"TransformerLens needs a tokenizer; pass one with {self.name}")
         if not self.paths.from_transformer_lens:
             raise LlmWsaeError(f"TransformerLens does not support {type(self.hf_model).__name__}")
         return boot_bridge(self.hf_model, self.tokenizer, self.name, self.device)
 
     def identity(self) -> dict[str, str | int | None]:
-        """What a manifest keeps of the model; ``weights_sha256`` and ``dtype`` decide sameness."""
+        """What a manifest records of the model; ``weights_sha256`` and ``dtype`` identify it."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -216,7 +215,7 @@ class LanguageModel:
         return fingerprint(self.hf_model)
 
     def _checked(self, ids: Tensor, sites: Sequence[Site]) -> Tensor:
-        """The ids as the model takes them, once the request is known to make sense."""
+        """The ids as the model takes them, after checking the request."""
         for site in sites:
             self.check_site(site)
         if self.max_context is not None and ids.shape[1] > self.max_context:
@@ -228,9 +227,9 @@ class LanguageModel:
 
     def _stream(self, hidden: Tensor, ids: Tensor, site: Site) -> Tensor:
         if hidden.shape != (*ids.shape, self.d_model):
-            beyond = "; take its hook_resid_pre or _post" if site.point == "mid" else ""
+            way_out = "; use its hook_resid_pre or _post" if site.point == "mid" else ""
             raise LlmWsaeError(
                 f"{self.name} keeps a tensor of shape {tuple(hidden.shape)} at {site}, not one "
-                f"vector of {self.d_model} per token, which is not supported{beyond}"
+                f"vector of {self.d_model} per token, which is not supported{way_out}"
             )
         return hidden

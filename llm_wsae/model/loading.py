@@ -1,8 +1,8 @@
 """Finding and loading a causal language model: Hub id, local folder or ``.gguf`` file.
 
-transformers does the loading; this module decides what a name means, keeps the noise away, and
-turns what can go wrong into one sentence. Local files are loaded with ``local_files_only``, so that
-nobody waits for a network that the work does not need, without touching the process's environment.
+transformers does the loading. This module decides what a name means, suppresses the noise, and
+turns every failure into one sentence. Local files are loaded with ``local_files_only``, so that no
+one waits for a network that is not needed, and without changing the process's environment.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model as transformers gives it, and what to call it."""
+    """A model of transformers and its name."""
 
     hf_model: Any
     """The Hugging Face causal language model, on the CPU."""
     tokenizer: Any
     """Its tokenizer."""
     name: str
-    """Hub id, or the bare name of the file or folder: it must not depend on where that lies."""
+    """Hub id, or the bare name of the file or folder, independent of its location."""
     revision: str | None
     """Commit hash on the Hub; None for local files."""
 
@@ -44,14 +44,14 @@ class Loaded:
 def load_model(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
     """Load model and tokenizer by Hub id, local folder or ``.gguf`` file.
 
-    Raises UsageError if the name leads to no causal language model, LlmWsaeError if it cannot be
-    fetched or read.
+    Raises UsageError if the name does not lead to a causal language model, LlmWsaeError if the
+    model cannot be downloaded or read.
     """
     path = Path(model).expanduser()
     if path.suffix == ".gguf" or path.is_dir():
         if revision is not None:
             raise UsageError(
-                f"{model} is a local model, which has no revision; leave revision {revision!r} out"
+                f"{model} is a local model, which has no revision; omit revision {revision!r}"
             )
         source, options, commit = _local_source(model, path)
         name = path.resolve().name
@@ -63,14 +63,14 @@ def load_model(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
     else:
         source, options, commit = hub_source(model, revision)
         name = model
-    options["trust_remote_code"] = False  # else transformers would ask on the terminal
+    options["trust_remote_code"] = False  # otherwise transformers asks on the terminal
     weights = _dense_weights() if "gguf_file" in options else {}
     try:
         with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
             hf_model, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, **options, **weights
             )
-            _check_whole(model, report)
+            _check_complete(model, report)
             _check_causal(model, hf_model)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -78,29 +78,29 @@ def load_model(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
     return Loaded(hf_model=hf_model, tokenizer=tokenizer, name=name, revision=commit)
 
 
-def _check_whole(model: str, report: dict[str, Any]) -> None:
-    """transformers fills what the weights lack with random numbers, and only warns."""
+def _check_complete(model: str, report: dict[str, Any]) -> None:
+    """Raises LlmWsaeError for missing weights, which transformers fills with random numbers."""
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise LlmWsaeError(
-            f"the weights of {model} are not whole: {missing[0]}{more} missing; fetch the model "
-            "again, or give one whose weights fit its config.json"
+            f"the weights of {model} are incomplete: {missing[0]}{more} missing; download it "
+            "again, or give a model whose weights fit its config.json"
         )
 
 
 def _check_causal(model: str, hf_model: Any) -> None:
-    """The encoders, too, have a class with a head, in which every token sees those behind it."""
+    """Raises UsageError for encoders, which also have a class with a head over the vocabulary."""
     if hf_model.config.is_encoder_decoder:
         raise UsageError(f"{model} is an encoder-decoder model; a decoder-only one is needed")
     looks = {getattr(module, "is_causal", None) for module in hf_model.modules()} - {None}
-    if looks == {False}:  # an image tower's alone would not tell
+    if looks == {False}:  # one False alone may be an image tower's
         raise UsageError(
-            f"{model} is an encoder, whose tokens see the ones behind them, so it predicts no next "
+            f"{model} is an encoder, in which tokens attend to later ones, so it predicts no next "
             "token; a decoder-only model is needed"
         )
 
 
-# What from_pretrained is called with: source, options; and the commit on the Hub, if it is there.
+# The arguments of from_pretrained: source and options; and the commit, if it is on the Hub.
 _Source = tuple[str, dict[str, Any], str | None]
 
 
@@ -114,10 +114,10 @@ def _local_source(model: str, path: Path) -> _Source:
 
 
 def hub_source(model: str, revision: str | None) -> _Source:
-    """A Hub id with its commit; without a network, with what the local cache holds.
+    """A Hub id with its commit; without a network, the commit in the local cache (None if none is).
 
-    One request decides: transformers would try for every file, a minute in all, before it turned to
-    the cache.
+    One request decides: transformers would try for every file, a minute in all, before it used the
+    cache. Raises LlmWsaeError as ``load_model`` does.
     """
     options: dict[str, Any] = {"revision": revision, "local_files_only": False}
     try:
@@ -136,7 +136,7 @@ def _check_folder(model: str, path: Path) -> None:
         return
     files = sorted(file.name for file in path.glob("*.gguf"))
     raise UsageError(
-        f"the folder {model} holds no config.json, so it is not a model's; "
+        f"the folder {model} holds no config.json, so it is not a model; "
         + (f"give its file {path / files[0]}" if files else "give one with config.json and weights")
     )
 
@@ -155,10 +155,9 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _dense_weights() -> dict[str, Any]:
-    """Ask for ordinary dense Linear modules where transformers can keep GGUF weights packed.
+    """Request ordinary dense Linear modules where transformers can keep GGUF weights packed.
 
-    Packed weights are multiplied in float32 by a downloaded kernel: slower, and not what bf16 is
-    for.
+    Packed weights are multiplied in float32 by a downloaded kernel, which is slower than bfloat16.
     """
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
@@ -166,11 +165,11 @@ def _dense_weights() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """While open, a .gguf file is parsed once and its tensors' names are listed once.
+    """While open, a .gguf file is parsed once and its tensor names are listed once.
 
-    transformers has the file parsed three times, slow Python over every word of the vocabulary, and
-    the same list of names made for every module of the model: most of the time that loading a
-    small model takes.
+    transformers parses the file three times, in slow Python over every word of the vocabulary, and
+    builds the same list of names for every module. For a small model that is most of the loading
+    time.
     """
     if importlib.util.find_spec("gguf") is None:
         yield
@@ -189,9 +188,9 @@ def _gguf_read_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet(progress_bars: bool) -> Iterator[None]:
-    """transformers without its warnings and, for local files, without its bars.
+    """Silence transformers' warnings and, for local files, its progress bars.
 
-    Downloads keep their bars: they are what a user waits for.
+    Downloads keep their bars: the user waits for them.
     """
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
@@ -202,7 +201,7 @@ def quiet(progress_bars: bool) -> Iterator[None]:
         with warnings.catch_warnings(), contextlib.ExitStack() as silence:
             warnings.simplefilter("ignore")
             if not progress_bars:
-                # transformers draws one of its bars (GGUF) past its own switch.
+                # transformers draws one bar (GGUF) regardless of its own switch.
                 silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
@@ -212,7 +211,7 @@ def quiet(progress_bars: bool) -> Iterator[None]:
 
 
 def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeError:
-    """The one sentence for what transformers reports in a paragraph."""
+    """One sentence for what transformers reports in a paragraph."""
     chain = _chain(error)
     text = " ".join(str(error).split())
     if any(isinstance(e, hub_errors.GatedRepoError) for e in chain):
@@ -241,8 +240,8 @@ def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeErr
         )
     if isinstance(error, ValueError) and "custom code" in text:
         return UsageError(
-            f"{model} brings its own model code, which is not run; load it yourself and hand the "
-            "live model over in Python"
+            f"{model} comes with its own model code, which is not run; load it yourself and pass "
+            "the live model in Python"
         )
     if isinstance(error, ImportError):
         return LlmWsaeError(f"loading {model} needs a package that is not installed: {text}")
@@ -251,7 +250,7 @@ def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeErr
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """An error and the errors it came from."""
+    """An error and its causes."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)

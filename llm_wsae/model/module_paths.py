@@ -1,10 +1,10 @@
-"""Where a model keeps its parts: TransformerLens' map of the architecture, read without booting it.
+"""Where a model's modules are: TransformerLens' map of the architecture, read without booting it.
 
 TransformerLens describes every architecture it supports by an adapter: which module is the list of
-blocks, which the final norm, and which module's input is what it calls ``hook_resid_mid``. We take
-those answers, so that a site means here exactly what it means there, and run the model's own
-modules. An architecture it does not know still has an obvious list of blocks; then only
-``hook_resid_mid``, which needs knowledge of the block's inside, is unavailable.
+blocks, which the final norm, and which module's input is its ``hook_resid_mid``. These answers are
+used here, so that a site means exactly what it means there, while the model's own modules run. An
+architecture it does not know still has an obvious list of blocks; only ``hook_resid_mid``, which
+needs knowledge of a block's inside, is then unavailable.
 """
 
 import warnings
@@ -23,30 +23,30 @@ class ModulePaths:
     blocks: str
     """The ModuleList of transformer blocks."""
     mid: str | None
-    """Inside a block: the module whose input is ``hook_resid_mid``; None where that has no
-    meaning."""
+    """Inside a block: the module whose input is ``hook_resid_mid``; None if there is no such
+    point."""
     attention: str | None
-    """Inside a block: the module whose output makes ``mid`` out of ``pre``; None with ``mid``."""
+    """Inside a block: the module that turns ``pre`` into ``mid``; None if ``mid`` is None."""
     ln_final: str | None
     """The norm between the last block and the unembedding; None if unknown."""
     why_no_mid: str = ""
-    """The reason why ``mid`` is None, as the end of a sentence."""
+    """Why ``mid`` is None, as the end of a sentence."""
     from_transformer_lens: bool = True
-    """False where TransformerLens does not know the architecture."""
+    """False if TransformerLens does not know the architecture."""
 
 
 def find_paths(hf_model: nn.Module) -> ModulePaths:
     """The module paths of a Hugging Face causal language model.
 
-    Raises LlmWsaeError if TransformerLens does not know the architecture and no list of modules is
-    as long as the configuration says the model is deep.
+    Raises LlmWsaeError if TransformerLens does not know the architecture and no single list of
+    modules has the length that the configuration gives as the model's depth.
     """
     known = _transformer_lens_paths(hf_model)
     return known if known is not None else _guessed_paths(hf_model)
 
 
 def text_config(hf_model: Any) -> Any:
-    """The configuration of the language model proper (multimodal models nest it)."""
+    """The configuration of the language model itself (multimodal models nest it)."""
     return hf_model.config.get_text_config(decoder=True)
 
 
@@ -61,7 +61,7 @@ def get_module(root: nn.Module, path: str) -> nn.Module | None:
 def _transformer_lens_paths(hf_model: Any) -> ModulePaths | None:
     adapter = _adapter(hf_model)
     blocks = adapter.component_mapping.get("blocks") if adapter is not None else None
-    # An adapter can describe a class of the same name from other code: believe only what is there.
+    # The adapter may describe a class of the same name from other code: check that its paths exist.
     if blocks is None or not isinstance(get_module(hf_model, blocks.name), nn.ModuleList):
         return None
     aliases = blocks.hook_aliases
@@ -70,7 +70,7 @@ def _transformer_lens_paths(hf_model: Any) -> ModulePaths | None:
     ln_final = adapter.component_mapping.get("ln_final")
     mid = attention = None
     why = "its blocks run attention and MLP in parallel, so there is no stream between them"
-    # TransformerLens points the name at the input of a part of the block: "ln2.hook_in".
+    # TransformerLens maps the name to the input of a submodule of the block: "ln2.hook_in".
     part, _, end = str(aliases.get("hook_resid_mid", "")).rpartition(".")
     if part in blocks.submodules and end == "hook_in" and "attn" in blocks.submodules:
         mid, attention = blocks.submodules[part].name, blocks.submodules["attn"].name
@@ -106,7 +106,7 @@ def _adapter(hf_model: Any) -> Any | None:
 
 
 def _guessed_paths(hf_model: Any) -> ModulePaths:
-    """The one list of modules that is as long as the model is deep."""
+    """The only list of modules as long as the model's depth."""
     depth = getattr(text_config(hf_model), "num_hidden_layers", None)
     lists = [
         path
@@ -116,8 +116,8 @@ def _guessed_paths(hf_model: Any) -> ModulePaths:
     if len(lists) != 1:
         found = ", ".join(lists) if lists else "none"
         raise LlmWsaeError(
-            f"cannot tell where {type(hf_model).__name__} keeps its transformer blocks: "
-            f"TransformerLens does not know this architecture and the module lists of length "
+            f"cannot find the transformer blocks of {type(hf_model).__name__}: "
+            "TransformerLens does not know this architecture, and the module lists of length "
             f"{depth} are: {found}; use a model that TransformerLens supports"
         )
     return ModulePaths(

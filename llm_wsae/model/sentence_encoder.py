@@ -22,8 +22,8 @@ from llm_wsae.hardware import choose_device, fast_dtype
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.loading import hub_source, quiet
 
-_BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would not stay in a processor's cache
-_LONGEST = 256  # tokens of a text that are read; sentence encoders are trained on no more
+_BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would overflow the caches
+_LONGEST = 256  # tokens read of a text; sentence encoders are trained on no more
 
 
 class SentenceEncoder:
@@ -33,7 +33,7 @@ class SentenceEncoder:
     """
 
     def __init__(self, hf_model: Any, tokenizer: Any, name: str):
-        """Wrap an encoder of transformers and its tokenizer; use ``load`` to find one by name."""
+        """Wrap an encoder of transformers and its tokenizer; ``load`` finds one by name."""
         self._model = hf_model.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self.name = name
@@ -81,7 +81,7 @@ class SentenceEncoder:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
-        """One unit vector per text, float32 on the CPU. Shows a bar on stderr if it takes long."""
+        """One unit vector per text, float32 on the CPU; shows a progress bar if it takes long."""
         out = torch.empty(len(texts), self.width)
         # Texts of similar length together, so that there is little padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

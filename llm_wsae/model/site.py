@@ -1,9 +1,9 @@
-"""A site: one point of the residual stream, under the name TransformerLens gives it.
+"""A site: one point of the residual stream, under its TransformerLens name.
 
-``blocks.9.hook_resid_post`` is the stream behind block 9, ``_pre`` the stream before it and
-``_mid`` the stream between its attention and its MLP. Names arrive as text (flags, manifests,
-dictionary configurations); everything inside works with ``Site``, so that a misspelt name is caught
-once, here. Nothing in this module needs torch.
+``blocks.9.hook_resid_post`` is the stream after block 9, ``_pre`` the stream before it and ``_mid``
+the stream between its attention and its MLP. Names arrive as text (flags, manifests, dictionary
+configurations); the package works with ``Site``, so that a misspelt name is caught here, once.
+Nothing in this module needs torch.
 """
 
 import functools
@@ -14,24 +14,24 @@ from typing import Literal, get_args
 from llm_wsae.errors import UsageError, nearest, shown
 
 Point = Literal["pre", "mid", "post"]
-POINTS: tuple[Point, ...] = get_args(Point)  # in the order in which a forward pass reaches them
+POINTS: tuple[Point, ...] = get_args(Point)  # in the order of a forward pass
 
 
 @functools.total_ordering
 @dataclass(frozen=True)
 class Site:
-    """One point of the residual stream; sorts in the order in which a forward pass reaches it."""
+    """One point of the residual stream; sites sort in the order of a forward pass."""
 
     block: int
     """Index of the transformer block, from 0."""
     point: Point
-    """``pre`` before the block, ``mid`` between attention and MLP, ``post`` behind the block."""
+    """``pre`` before the block, ``mid`` between attention and MLP, ``post`` after the block."""
 
     @classmethod
     def parse(cls, name: str) -> "Site":
         """The site of a TransformerLens name such as ``blocks.9.hook_resid_post``.
 
-        Raises UsageError, offering the nearest right name, if it is not one.
+        Raises UsageError, suggesting the nearest valid name, if it is not one.
         """
         match = re.fullmatch(r"blocks\.(\d{1,6})\.hook_resid_(pre|mid|post)", name, re.ASCII)
         if match:

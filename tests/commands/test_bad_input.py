@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_wsae.commands import parser
 from llm_wsae.data.hub_dataset import HubDataset
-from llm_wsae.data.manifest import Manifest, whole_shards
+from llm_wsae.data.manifest import Manifest, complete_shards
 from llm_wsae.files import folder_lock
 
 SIZE = ("--context-size", 16)
@@ -125,7 +125,7 @@ MISTAKES = {
     "corpus too small": (
         1,
         (*HARVESTING, "--tokens", 90_000),
-        ["train part of the corpus text.jsonl", "16,944 tokens", "90,000 asked for"],
+        ["train part of the corpus text.jsonl", "16,944 tokens", "90,000 requested"],
     ),
     "held-out text too short": (
         1,
@@ -295,7 +295,7 @@ def test_a_store_of_another_model_or_form(refused):
     refused(1, *HARVESTING, "--out", "store", "--dtype", "bfloat16",
             said=["its dtype is 'float32', not 'bfloat16'"])  # fmt: skip
     refused(1, *harvest, "--context-size", 8, said=["packing context_size is 16, not 8"])
-    refused(1, *harvest, "--tokens", 100, said=["already holds 5,008 tokens", "112 asked for"])
+    refused(1, *harvest, "--tokens", 100, said=["already holds 5,008 tokens", "112 requested"])
 
 
 def test_a_training_with_other_settings(refused):
@@ -351,7 +351,7 @@ def test_a_connection_that_breaks(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(HubDataset, "_load", lambda self: Rows(range(70)))
     refused(1, *harvest, said=["dataset owner/texts broke off near document 69",
                                "Server disconnected", "same command again to resume"])  # fmt: skip
-    assert whole_shards(tmp_path / "store", Manifest.load(tmp_path / "store"))
+    assert complete_shards(tmp_path / "store", Manifest.load(tmp_path / "store"))
     monkeypatch.setattr(HubDataset, "_load", lambda self: Rows(range(400)))
     works(*harvest)
     whole = tmp_path / "whole"
@@ -363,7 +363,7 @@ def test_activations_that_are_not_finite(refused, tmp_path):
     out = tmp_path / "store"
     refused(1, *HARVESTING, "--model", "broken", "--out", out,
             said=[f"{SITE}, shard 00000: 469 of 469 rows hold NaN or infinite"])  # fmt: skip
-    assert whole_shards(out, Manifest.load(out)) == {} and not list(out.rglob("*.safetensors"))
+    assert complete_shards(out, Manifest.load(out)) == {} and not list(out.rglob("*.safetensors"))
 
 
 def test_a_store_that_holds_nan(refused, world, tmp_path):
@@ -411,7 +411,7 @@ def damaged(store: Path) -> dict[str, str]:
     short.write_bytes(short.read_bytes()[:-64])
     gone.unlink()
     return {
-        str(flipped): "is damaged: its checksum does not fit",
+        str(flipped): "is damaged: its checksum does not match",
         str(short): "is truncated",
         str(gone): "is missing",
     }

@@ -161,7 +161,7 @@ def test_tokenizer_of_another_model_is_refused():
 def test_settings_that_cannot_be():
     with pytest.raises(UsageError, match="a context of 1 tokens is too short"):
         PackConfig(context_size=1)
-    with pytest.raises(UsageError, match="leave out the first 8 of 8"):
+    with pytest.raises(UsageError, match="drop the first 8 of 8"):
         PackConfig(context_size=8, drop_positions=8)
     with pytest.raises(UsageError, match="tokens is 0"):
         HarvestConfig(tokens=0)

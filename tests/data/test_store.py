@@ -152,7 +152,7 @@ def test_verify_names_every_flipped_byte(store):
         at = len(content) * 2 // 3
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         (problem,) = verify_store(store.folder)
-        assert problem == f"{path} is damaged: its checksum does not fit"
+        assert problem == f"{path} is damaged: its checksum does not match"
         path.write_bytes(content)
     path = store.folder / MANIFEST
     path.write_text(path.read_text().replace('"context_size": 12', '"context_size": 13'))

@@ -135,7 +135,7 @@ def test_what_a_killed_writer_left_is_cleared_up(folder):
     old, new = (folder.with_name(f".plain.{ended.pid}.{what}") for what in ("old", "new"))
     folder.rename(old)
     make(seed=3).save(new)
-    with pytest.raises(LlmWsaeError, match=rf"a writer was killed there, so rename {old} to it"):
+    with pytest.raises(LlmWsaeError, match=rf"a writer was killed there: rename {old} to it"):
         Dictionary.load(folder)
     theirs = folder.with_name(f".plain.{os.getppid()}.new")  # of a process that lives
     theirs.mkdir()

@@ -51,7 +51,7 @@ def test_in_a_clone_that_one_works_in(clone, monkeypatch):
 
 
 def test_an_installed_package_says_where_they_are(clone, monkeypatch):
-    said = r"in checkpoints/ of llm-wsae's own repository .* work in a clone of it, or name a"
+    said = r"in checkpoints/ of llm-wsae's repository, .* work in a clone of it, or name a"
     with pytest.raises(LlmWsaeError, match=said):
         load_pretrained(NAME)
     shutil.rmtree(clone / "llm_wsae")  # somebody else's folder of that name

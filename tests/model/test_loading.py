@@ -67,9 +67,9 @@ def test_folders_that_hold_no_causal_model(tmp_path):
         assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
     refused(UsageError, "is a local model, which has no revision", revision="main")
-    refused(UsageError, "holds no config.json, so it is not a model's; give one with")
+    refused(UsageError, "holds no config.json, so it is not a model; give one with")
     (tmp_path / "tiny.gguf").touch()
-    refused(UsageError, f"holds no config.json, so it is not a model's; give its file {tmp_path}")
+    refused(UsageError, f"holds no config.json, so it is not a model; give its file {tmp_path}")
     (tmp_path / "tiny.gguf").unlink()
     transformers.ViTConfig().save_pretrained(tmp_path)
     refused(UsageError, "is not a causal language model (its configuration is ViTConfig)")
@@ -87,7 +87,7 @@ def test_weights_that_are_not_whole(tmp_path):
     whole = load_file(file)
     lost = sorted(name for name in whole if ".layers.1.mlp." in name)
     save_file({k: v for k, v in whole.items() if k not in lost}, file, {"format": "pt"})
-    with pytest.raises(LlmWsaeError, match=f"not whole: {lost[0]} and 2 more missing"):
+    with pytest.raises(LlmWsaeError, match=f"are incomplete: {lost[0]} and 2 more missing"):
         LanguageModel.load(str(tmp_path))
     save_file(whole | {lost[0]: torch.zeros(3, 3)}, file, {"format": "pt"})
     with pytest.raises(LlmWsaeError, match="cannot be loaded as a causal") as caught:
@@ -103,7 +103,9 @@ def test_encoders_predict_no_next_token(tmp_path):
     config = transformers.BertConfig(**sizes)
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
     tiny_tokenizer().save_pretrained(tmp_path / "bert")
-    with pytest.raises(UsageError, match="bert is an encoder, whose tokens see the ones behind"):
+    with pytest.raises(
+        UsageError, match="bert is an encoder, in which tokens attend to later ones"
+    ):
         LanguageModel.load(str(tmp_path / "bert"))
     config.is_decoder = True
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "decoder")

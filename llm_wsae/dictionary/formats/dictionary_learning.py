@@ -1,16 +1,16 @@
 """saprmarks' dictionary_learning: ``config.json`` and ``ae.pt``, which is a pickle.
 
-A pickle can run code, so it is opened only through torch's ``weights_only`` loader, which knows
-tensors and containers and nothing else, and the user is told. Before that the archive around it is
-looked at: its records must lie in it as they are (a compressed one could unfold without end), be
-no larger than ``config.json`` announces and have the checksums that stand beside them. The file is
-mapped, not read, so a record that claims more than it has cannot make anybody read beyond it; it is
-found afterwards by its size.
+A pickle can run code, so it is opened only with torch's ``weights_only`` loader, which accepts
+nothing but tensors and containers, and the user is told. Before that, the archive around it is
+checked: its records must be stored uncompressed (a compressed one could expand without end), be no
+larger than ``config.json`` announces, and match the checksums stored with them. The file is mapped,
+not read, so a record that claims more than it has cannot cause a read beyond it; its size gives it
+away afterwards.
 
-Their classes, by ``dict_class``: AutoEncoder subtracts its bias from the input and is used with
+The classes, by ``dict_class``: AutoEncoder subtracts its bias from the input and is used with
 decoder columns of unit norm, AutoEncoderNew does neither; AutoEncoderTopK; GatedAutoEncoder;
-BatchTopKSAE and MatryoshkaBatchTopKSAE encode by one threshold, JumpReluAutoEncoder by one for each
-latent and without subtracting its bias.
+BatchTopKSAE and MatryoshkaBatchTopKSAE encode with one threshold; JumpReluAutoEncoder has one per
+latent and does not subtract its bias.
 """
 
 import math
@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
-# Only the name of the exception: torch's loader raises it, and nothing here unpickles.
+# Only the exception, which torch's loader raises; nothing here unpickles.
 from pickle import UnpicklingError
 from typing import Any
 
@@ -42,13 +42,13 @@ from llm_wsae.dictionary.tensor_checks import check_finite
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
-_PIECE = 1 << 20  # bytes read together
-_LARGEST_PICKLE = 1 << 20  # bytes of what is not a tensor: names and shapes
+_PIECE = 1 << 20  # bytes read at once
+_LARGEST_PICKLE = 1 << 20  # bytes of everything except tensors: names and shapes
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _POINT = re.compile(r"resid_(pre|mid|post)")
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 _ROWS = ("W_enc", "W_dec", "b_enc", "b_dec")
-# What each class holds, and what SAELens calls its kind.
+# Each class: SAELens' name for its kind, and the tensors it holds.
 _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "AutoEncoder": ("standard", (*_LINEAR, "bias")),
     "AutoEncoderNew": ("standard", (*_LINEAR, "decoder.bias")),
@@ -61,11 +61,11 @@ _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "MatryoshkaBatchTopKSAE": ("jumprelu", (*_ROWS, "threshold")),
     "JumpReluAutoEncoder": ("jumprelu", (*_ROWS, "threshold")),
 }
-_ASIDE = {"k", "threshold", "group_sizes"}  # may be there without a part in encoding
+_UNUSED = {"k", "threshold", "group_sizes"}  # may be there but have no part in encoding
 
 
 def announce(config: Mapping[str, Any], place: PurePath) -> Announced:
-    """What ``config.json`` says; ``place`` does not matter."""
+    """What ``config.json`` says; ``place`` is not used."""
     trainer, buffer = mapping(config.get("trainer")), mapping(config.get("buffer"))
     kind, _ = _CLASSES.get(text(trainer.get("dict_class")) or "", (None, ()))
     return Announced(
@@ -88,7 +88,7 @@ def read(folder: Path, config: Mapping[str, Any], announced: Announced) -> Weigh
     name = str(mapping(config.get("trainer")).get("dict_class"))
     if name not in _CLASSES:
         raise LlmWsaeError(
-            f"{path} has the dict_class {shown(name)}, which is not one that this package reads; "
+            f"{path} has the dict_class {shown(name)}, which this package does not read; "
             f"{nearest(name, _CLASSES)}"
         )
     rows = mapping(config.get("buffer")).get("io", "out")
@@ -122,13 +122,13 @@ def read(folder: Path, config: Mapping[str, Any], announced: Announced) -> Weigh
 
 
 def _unit_rows(W_dec: Tensor) -> bool:
-    """Their own test: as good as normalised is left as it is."""
+    """The other tool's own test, by which it leaves nearly normalised rows as they are."""
     norms = W_dec.norm(dim=1)
     return torch.allclose(norms, torch.ones_like(norms))
 
 
 def _site(trainer: Mapping[str, Any]) -> str | None:
-    """They name a block and a module of it; a block alone may mean any of its parts."""
+    """The block and module that they name; a block alone may mean any of its parts."""
     block, module = integer(trainer.get("layer")), text(trainer.get("submodule_name"))
     if block is None or module is None:
         return None
@@ -150,8 +150,8 @@ def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict
     found = _opened(path, records)
     if missing := sorted(set(wanted) - set(found)):
         raise LlmWsaeError(f"{path} lacks the tensors {', '.join(missing)}")
-    if strange := sorted(set(found) - set(wanted) - _ASIDE):
-        raise LlmWsaeError(f"{path} holds {', '.join(map(repr, strange))}, which do not belong")
+    if strange := sorted(set(found) - set(wanted) - _UNUSED):
+        raise LlmWsaeError(f"{path} holds unexpected tensors {', '.join(map(repr, strange))}")
     for name in wanted:
         tensor, shape = found[name], shapes.get(name, (d_sae,))
         scalar_threshold = name == "threshold" and tensor.ndim == 0
@@ -162,7 +162,7 @@ def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict
             )
         if tensor.dtype not in _FLOATS:
             raise LlmWsaeError(f"{path}: {name} is stored as {tensor.dtype}")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number that stands for many
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # one stored number expanded to many
             raise LlmWsaeError(f"{path}: {name} is not stored in full")
     tensors = {name: found[name] for name in wanted}
     check_finite(tensors, str(path))
@@ -170,7 +170,7 @@ def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict
 
 
 def _records(path: Path, largest: int) -> list[int]:
-    """Sizes in bytes of the archive's tensor records, whose checksums are right."""
+    """Sizes in bytes of the archive's tensor records, after checking their checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -188,8 +188,8 @@ def _records(path: Path, largest: int) -> list[int]:
 
 
 def _check_record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """Read a record piece by piece; the archive raises where its checksum is another."""
-    if entry.CRC == 0:  # torch can be told to leave checksums out
+    """Read a record piece by piece; the archive raises if its checksum differs."""
+    if entry.CRC == 0:  # torch can be told to omit checksums
         return
     with archive.open(entry) as record:
         while record.read(_PIECE):
@@ -227,7 +227,7 @@ def _opened(path: Path, records: list[int]) -> dict[str, Tensor]:
         raise LlmWsaeError(f"{path} is not a dictionary: it should hold tensors by name")
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found.values()}
     if sorted(s.nbytes() for s in storages.values() if s.nbytes()) != sorted(filter(None, records)):
-        raise LlmWsaeError(f"{path} is damaged: its tensors are not of the sizes of its records")
+        raise LlmWsaeError(f"{path} is damaged: its tensors do not have the sizes of its records")
     return found
 
 

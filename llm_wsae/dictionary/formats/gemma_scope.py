@@ -1,10 +1,9 @@
 """Gemma Scope: ``params.npz`` with W_enc, W_dec, b_enc, b_dec and threshold (Lieberum et al. 2024).
 
-JumpReLU without centring, so nothing is folded. There is no configuration: sizes are those of the
-arrays, and model and site stand in the path, ``gemma-scope-2b-pt-res/layer_20/width_16k/…``. The
-archive's headers are read first; arrays of Python objects, which would be pickles, are refused with
-every other dtype that is not floating point, and so is an archive that would unfold into much more
-than it is.
+JumpReLU without centring, so nothing is folded. There is no configuration: the arrays give the
+sizes, the path gives model and site (``gemma-scope-2b-pt-res/layer_20/width_16k/…``). The archive's
+headers are read first. Arrays of Python objects, which would be pickles, are refused, as is every
+other dtype that is not floating point, and an archive that would expand to far more than its size.
 """
 
 import math
@@ -25,28 +24,28 @@ from llm_wsae.errors import LlmWsaeError
 WEIGHTS = "params.npz"
 _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _LARGEST_HEADER = 10_000  # bytes of an array's description
-_ENCRYPTED = 0x1  # flag of an entry
+_ENCRYPTED = 0x1  # flag of an archive entry
 _HEADER = re.compile(
     r"\{'descr': '([^']+)', 'fortran_order': (True|False), 'shape': \(((?:\d+, ?)*\d*)\), \} *\n",
     re.ASCII,
 )
 _FLOAT = re.compile(r"[<>=|]f[248]")  # "|O" would be pickled objects
-_UNFOLDING = 20  # times the compressed size: weights are noise and hardly compress at all
+_MOST_EXPANSION = 20  # times the compressed size: weights are noise and hardly compress
 _RELEASE = re.compile(r".*gemma-scope-(\d+b-(?:pt|it))-(\w+)")
 _LAYER = re.compile(r"layer_(\d+)", re.ASCII)
 _WIDTH = re.compile(r"width_([1-9]\d{0,3})(k|m)", re.ASCII)
-_POINTS = {"res": "hook_resid_post", "att": "attn.hook_z"}  # of a release; the others are MLPs
+_POINTS = {"res": "hook_resid_post", "att": "attn.hook_z"}  # by release; the others are MLPs
 _KIBI = {"k": 1 << 10, "m": 1 << 20}
 
 
 class _Array(NamedTuple):
-    """One array of the archive, known by its header."""
+    """One array of the archive, as its header describes it."""
 
     entry: zipfile.ZipInfo
     shape: tuple[int, ...]
     fortran: bool
     dtype: str
-    """In numpy's words: ``<f4``."""
+    """In numpy's notation: ``<f4``."""
 
 
 def announce(config: Mapping[str, Any], place: PurePath) -> Announced:
@@ -68,7 +67,7 @@ def announce(config: Mapping[str, Any], place: PurePath) -> Announced:
 
 
 def read(folder: Path, config: Mapping[str, Any], announced: Announced) -> Weights:
-    """The tensors as they are. Raises LlmWsaeError, naming file and fault."""
+    """The tensors, unchanged. Raises LlmWsaeError, naming file and fault."""
     path = folder / WEIGHTS
     if "embedding" in folder.absolute().parts:
         raise LlmWsaeError(
@@ -81,19 +80,19 @@ def read(folder: Path, config: Mapping[str, Any], announced: Announced) -> Weigh
     except (
         zipfile.BadZipFile,
         zlib.error,
-        NotImplementedError,  # a way of compressing that Python does not know
+        NotImplementedError,  # a compression that Python does not know
         EOFError,
         OSError,
         ValueError,
     ) as error:
-        raise LlmWsaeError(f"{path} is not a whole archive of arrays: {error}") from error
+        raise LlmWsaeError(f"{path} is not a complete archive of arrays: {error}") from error
     check_finite(tensors, str(path))
     tensors["threshold"] = not_negative(tensors["threshold"])
     return Weights(tensors, announced.sparsity(path, "jumprelu", tensors["b_enc"].shape[0]))
 
 
 def _power_of_two(size: int) -> int:
-    """The width behind its short name: 65k is 65,536 = 2¹⁶, a little less than 65 · 1024."""
+    """The width that a short name stands for: 65k is 65,536 = 2¹⁶, less than 65 · 1024."""
     return 1 << (size.bit_length() - 1)
 
 
@@ -112,20 +111,20 @@ def _headers(path: Path, archive: zipfile.ZipFile) -> dict[str, _Array]:
         if not _FLOAT.fullmatch(dtype):
             raise LlmWsaeError(f"{path}: {name} is stored as {dtype!r}, not as floating point")
         if entry.file_size != start + math.prod(shape) * int(dtype[2:]):
-            raise LlmWsaeError(f"{path}: {name} is not as long as its shape {list(shape)} asks for")
-        if entry.file_size > _UNFOLDING * min(entry.compress_size, path.stat().st_size):
+            raise LlmWsaeError(f"{path}: {name} has not the length of its shape {list(shape)}")
+        if entry.file_size > _MOST_EXPANSION * min(entry.compress_size, path.stat().st_size):
             raise LlmWsaeError(
-                f"{path}: {name} unfolds into far more than it is, so it is not read"
+                f"{path}: {name} would expand to far more than its size, so it is not read"
             )
         found[name] = _Array(entry, shape, fortran, dtype)
     return found
 
 
 def _header(member: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, str]:
-    """Shape, order and dtype of an array, as numpy writes them; anything else is a ValueError."""
+    """Shape, order and dtype of an array, as numpy writes them. Raises ValueError otherwise."""
     start = member.read(8)
     if start[:6] != b"\x93NUMPY" or start[6:] not in (b"\1\0", b"\2\0"):
-        raise ValueError("a member is not an array of numpy's format")
+        raise ValueError("a member is not an array in numpy's format")
     length = int.from_bytes(member.read(2 if start[6] == 1 else 4), "little")
     words = member.read(min(length, _LARGEST_HEADER)).decode("latin-1")
     match = _HEADER.fullmatch(words)
@@ -136,10 +135,10 @@ def _header(member: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, str]:
 
 
 def _checked(path: Path, arrays: dict[str, _Array]) -> dict[str, _Array]:
-    """The arrays, whose shapes must fit each other."""
+    """The arrays, after checking that their shapes fit each other."""
     sizes = arrays["W_enc"].shape
     if len(sizes) != 2 or 0 in sizes:
-        raise LlmWsaeError(f"{path}: W_enc has the shape {list(sizes)}, which is no matrix")
+        raise LlmWsaeError(f"{path}: W_enc has the shape {list(sizes)}, which is not a matrix")
     d_in, d_sae = sizes
     shapes = {"W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
     for name, shape in shapes.items():
@@ -158,7 +157,7 @@ def _tensor(path: Path, archive: zipfile.ZipFile, array: _Array) -> torch.Tensor
         filled = 0
         while filled < len(data) and (got := member.readinto(memoryview(data)[filled:])):
             filled += got
-        if filled < len(data) or member.read(1):  # the last read also compares the checksum
+        if filled < len(data) or member.read(1):  # the last read also checks the checksum
             raise LlmWsaeError(f"{path} is truncated")
     values = np.frombuffer(data, array.dtype).reshape(
         array.shape, order="F" if array.fortran else "C"

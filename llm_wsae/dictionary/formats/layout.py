@@ -1,8 +1,8 @@
-"""What all foreign layouts share: what a file announces, which names are sites, how things fold.
+"""What a foreign layout is, and what the readers share: site names and folding.
 
-A layout is one module with a ``LAYOUT``. Its ``announce`` turns the tool's own configuration into
-``Announced`` without believing any of it (listings of other people's repositories show it too);
-its ``read`` holds that against the tensors, whose names and sizes are known before one is made.
+A layout is one module with a ``LAYOUT``. Its ``announce`` turns the tool's configuration into
+``Announced`` without believing any of it (listings of other people's repositories show it too). Its
+``read`` compares that with the tensors, whose names and sizes are known before any is allocated.
 """
 
 import re
@@ -18,13 +18,13 @@ from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError
 
 STORED_DTYPES = {"F64", "F32", "BF16", "F16"}
-_COLUMNS = 4096  # of an encoder that are held in float64 together
+_COLUMNS = 4096  # of an encoder, converted to float64 at once
 _LARGEST_SIZE = 2**31
 _BLOCK = re.compile(r"(?:.+\.)?(?:layers|layer|h|blocks)\.(\d+)", re.ASCII)
 
 
 class Weights(NamedTuple):
-    """A dictionary's tensors under our names, float32, and what makes its latents sparse."""
+    """A dictionary's tensors under this package's names, float32, and its kind of sparsity."""
 
     tensors: dict[str, Tensor]
     sparsity: Sparsity
@@ -32,16 +32,16 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Announced:
-    """What the configuration of a foreign dictionary says, in our words; None where it does not."""
+    """What a foreign dictionary's configuration says; None where it says nothing."""
 
     architecture: str | None = None
-    """Name of the architecture, as SAELens calls it where SAELens knows it."""
+    """Name of the architecture, SAELens' if it has one."""
     d_in: int | None = None
     """Dimensions."""
     d_sae: int | None = None
     """Latents."""
     k: int | None = None
-    """Active latents in a row."""
+    """Active latents per row."""
     site: str | None = None
     """Where its rows come from, in TransformerLens names."""
     model: str | None = None
@@ -49,13 +49,13 @@ class Announced:
     corpus: str | None = None
     """Name of the text."""
     context_size: int | None = None
-    """Tokens in a context."""
+    """Tokens per context."""
     prepend_bos: bool | None = None
     """Whether each context began with the BOS token."""
     centred_stream: bool = False
-    """Whether every row of the stream it was trained on had mean 0 over dimensions."""
+    """Whether every row of the training stream had mean 0 over dimensions."""
     rule: str = "uniform"
-    """Rule of the loss weights, if our plugin trained it."""
+    """Rule of the loss weights, if this package's SAELens plugin trained it."""
     alpha: float = 0.0
     """Exponent of that rule."""
 
@@ -82,10 +82,10 @@ class Announced:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tool lays a dictionary into files."""
+    """How one tool stores a dictionary in files."""
 
     name: str
-    """The tool, for errors and listings."""
+    """The tool's name, for errors and listings."""
     config: str | None
     """Its JSON file; None if it has none."""
     weights: str
@@ -93,11 +93,11 @@ class Layout:
     announce: Callable[[Mapping[str, Any], PurePath], Announced]
     """What the JSON file and the folder's path say."""
     read: Callable[[Path, Mapping[str, Any], Announced], Weights]
-    """The tensors of a folder. Raises LlmWsaeError in one sentence for whatever is wrong."""
+    """The tensors of a folder. Raises LlmWsaeError, in one sentence, for whatever is wrong."""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Its files, small before large."""
+        """Its files, small ones first."""
         return (self.weights,) if self.config is None else (self.config, self.weights)
 
     def __str__(self) -> str:
@@ -105,16 +105,16 @@ class Layout:
 
 
 def site_of(name: str | None) -> str | None:
-    """A site for the output of a whole transformer block (``h.9``, ``model.layers.9``).
+    """The site of a whole transformer block's output (``h.9``, ``model.layers.9``).
 
-    Names of TransformerLens' and names of anything else come back as they are.
+    Any other name, such as one of TransformerLens', is returned unchanged.
     """
     match = _BLOCK.fullmatch(name or "")
     return f"blocks.{match[1]}.hook_resid_post" if match else name
 
 
 def tensor_names(path: Path) -> set[str]:
-    """Names in a safetensors file, from its header. Raises LlmWsaeError if it cannot be read."""
+    """The names in a safetensors file's header. Raises LlmWsaeError if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -125,15 +125,14 @@ def tensor_names(path: Path) -> set[str]:
 
 
 def own_copy(tensor: Tensor) -> Tensor:
-    """The tensor as float32 in memory of its own: what is read lies on the file, which its tool
-    may write again."""
+    """A float32 copy: the tensor that was read is mapped from its file, which may be rewritten."""
     return tensor.to(torch.float32, copy=True)
 
 
 def without_input_bias(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
     """The encoder bias that makes x·W_enc + b equal (x − b_dec)·W_enc + b_enc. [d_sae]
 
-    In float64: means of the residual stream can be far larger than what varies around them.
+    In float64: means of the residual stream can be far larger than the variation around them.
     """
     shift = [b_dec.double() @ columns.double() for columns in W_enc.split(_COLUMNS, dim=1)]
     return (b_enc.double() - torch.cat(shift)).float()
@@ -142,9 +141,9 @@ def without_input_bias(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
 def with_decoder_norms(
     W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents measured in the units of what they write: norms of decoder rows go to the encoder.
+    """Decoder rows scaled to norm 1, their norms moved into the encoder.
 
-    Returns encoder, its bias, the decoder and the norms [d_sae]. A row of zeros stays one.
+    Returns encoder, encoder bias, decoder and the norms [d_sae]. A row of zeros stays zero.
     """
     norms = W_dec.float().norm(dim=1)
     rows = torch.where(norms > 0, norms, 1.0)
@@ -154,11 +153,12 @@ def with_decoder_norms(
 def gated_as_jumprelu(
     W_enc: Tensor, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A gated encoder is a JumpReLU one (Rajamanoharan et al. 2024, gated SAEs, appendix E).
+    """A gated encoder is a JumpReLU encoder (Rajamanoharan et al. 2024, gated SAEs, appendix E).
 
     1[x·W + b_gate > 0] · ReLU(x·W·eʳ + b_mag): with p = x·W·eʳ + b_mag the gate opens where
-    p > b_mag − eʳ·b_gate. Returns encoder, bias and threshold. (Like any threshold this one can
-    round the other way in the last digit, the more so the smaller eʳ is beside b_mag.)
+    p > b_mag − eʳ·b_gate. Returns encoder, bias and threshold. (As with any threshold, a value
+    within rounding of it may fall on the other side, the more so the smaller eʳ is compared with
+    b_mag.)
     """
     stretch = r_mag.double().exp()
     threshold = b_mag.double() - stretch * b_gate.double()
@@ -166,5 +166,5 @@ def gated_as_jumprelu(
 
 
 def not_negative(threshold: Tensor) -> Tensor:
-    """Every tool has a ReLU behind or before its threshold, so a negative one means 0."""
+    """The threshold, at least 0: every tool applies a ReLU too, so a negative one means 0."""
     return threshold.float().clamp(min=0)

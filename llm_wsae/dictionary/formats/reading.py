@@ -1,7 +1,7 @@
-"""Which tool wrote a folder, and its dictionary in our words.
+"""Reading a dictionary folder, whichever tool wrote it.
 
-The names of the files tell the layouts apart, here and in a repository's listing. A folder that
-says of itself that it is ours is read by ``files.read_folder`` and nothing else.
+File names identify the layout, here and in a repository's listing. A folder in this package's own
+layout is read by ``folder.read_folder`` and nothing else.
 """
 
 from collections.abc import Collection
@@ -22,12 +22,12 @@ LAYOUTS = (saelens.LAYOUT, sparsify.LAYOUT, dictionary_learning.LAYOUT, gemma_sc
 
 
 def is_own(names: Collection[str]) -> bool:
-    """Whether files of these names are a dictionary of this package, or what is left of one."""
+    """Whether files of these names are a dictionary of this package, or part of one."""
     return INFO in names or EXTRAS in names
 
 
 def layout_of(names: Collection[str]) -> Layout | None:
-    """The foreign layout that a folder with files of these names has, if it has one."""
+    """The foreign layout of a folder with files of these names, if it has one."""
     if is_own(names):
         return None
     return next((layout for layout in LAYOUTS if set(layout.files) <= set(names)), None)
@@ -36,9 +36,9 @@ def layout_of(names: Collection[str]) -> Layout | None:
 def read(folder: Path, site: str | None = None) -> Content:
     """The dictionary in a folder, whichever tool wrote it.
 
-    ``site`` says where it belongs when its files and the folder's name do not. Raises UsageError if
-    they say something else, LlmWsaeError if the folder has no known layout or is not read by its
-    reader, and when its site is none of ours.
+    ``site`` gives its site if neither its files nor the folder's name do. Raises UsageError if they
+    name another site, LlmWsaeError if the folder has no known layout, its reader refuses it, or it
+    does not belong to the residual stream.
     """
     if not folder.is_dir():
         raise not_there(folder)
@@ -54,7 +54,7 @@ def read(folder: Path, site: str | None = None) -> Content:
 
 
 def info_of(layout: Layout, announced: Announced, site: str, name: str) -> DictionaryInfo:
-    """What there is to remember of a foreign dictionary."""
+    """What is recorded about a foreign dictionary."""
     return DictionaryInfo(
         site=site,
         name=name or "dictionary",
@@ -92,7 +92,7 @@ def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
         ) from None
     site = _agreed(folder, announced.site, site)
     weights = layout.read(folder, config, announced)
-    check_finite(weights.tensors, f"{folder}, once folded")
+    check_finite(weights.tensors, f"{folder}, after folding")
     info = info_of(layout, announced, site, place.name)
     return Content(weights.tensors, weights.sparsity, info, {})
 
@@ -112,6 +112,6 @@ def _unknown(folder: Path, names: Collection[str]) -> LlmWsaeError:
             )
     shown = ", ".join(sorted(names)[:4]) or "nothing"
     return LlmWsaeError(
-        f"{folder} holds {shown} and no dictionary that can be read: known are our own (cfg.json, "
-        f"sae_weights.safetensors, wsae.json and wsae.safetensors), {known}"
+        f"{folder} holds {shown} and no dictionary that can be read: known layouts are llm-wsae "
+        f"(cfg.json, sae_weights.safetensors, wsae.json and wsae.safetensors), {known}"
     )

@@ -1,13 +1,13 @@
 """SAELens: ``cfg.json`` and ``sae_weights.safetensors``, version 6 and the versions before it.
 
-Before 6 everything stood side by side in ``cfg.json``, some of it under other names, TopK was an
-activation function of the ``standard`` architecture, and a ``scaling_factor`` may multiply the
-latents before the decoder. A training checkpoint is read like a dictionary: BatchTopK's running
-threshold becomes one of every latent, as SAELens itself makes of it at the end.
+Before version 6, ``cfg.json`` was flat and some keys had other names, TopK was an activation
+function of the ``standard`` architecture, and a ``scaling_factor`` could multiply the latents
+before the decoder. A training checkpoint is read like a dictionary: BatchTopK's running threshold
+becomes the threshold of every latent, as in SAELens' own export.
 
-What is normalised row by row (layer_norm, constant_norm_rescale) is no affine map, so it cannot be
-folded and is refused, and so is whitening, which SAELens folds itself when a training ends. One
-scale for all rows (expected_average_only_in) is folded where the folder says how large it is, in a
+Normalisation row by row (layer_norm, constant_norm_rescale) is not an affine map, so it cannot be
+folded and is refused. So is whitening, which SAELens folds itself when a training ends. One scale
+for all rows (expected_average_only_in) is folded if the folder says how large it is, in a
 checkpoint's ``activation_scaler.json``, and refused otherwise.
 """
 
@@ -39,9 +39,9 @@ from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.files import read_json
 
 OURS = "llm_wsae"
-"""Key of the metadata under which our SAELens plugin writes rule and α."""
+"""Key of the metadata under which this package's SAELens plugin writes rule and α."""
 PREFIX = "wsae_"
-"""What our plugin's architectures begin with; they are SAELens' own in all but the loss."""
+"""Prefix of the plugin's architectures, which are SAELens' own except for the loss."""
 _SCALER = "activation_scaler.json"
 _FACTORS = ("scaling_factor", "finetuning_scaling_factor")
 _BATCH = ("batchtopk", "matryoshka_batchtopk")
@@ -50,7 +50,7 @@ _SCALED = "expected_average_only_in"
 
 
 def announce(cfg: Mapping[str, Any], place: PurePath) -> Announced:
-    """What ``cfg.json`` says; ``place`` does not matter."""
+    """What ``cfg.json`` says; ``place`` is not used."""
     about = mapping(cfg.get("metadata")) or cfg
     ours = mapping(about.get(OURS))
     bos = about.get("prepend_bos")
@@ -71,7 +71,7 @@ def announce(cfg: Mapping[str, Any], place: PurePath) -> Announced:
 
 
 def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
-    """The tensors with centring (of the stream too), scaling, decoder norms and gates folded in.
+    """The tensors with centring (also of the stream), scaling, decoder norms and gates folded in.
 
     Raises LlmWsaeError, naming file and fault.
     """
@@ -82,7 +82,7 @@ def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
     rescaled = _flag(path, cfg, "rescale_acts_by_decoder_norm", False)
     _check_activation(path, cfg)
     scale = _scale(folder, cfg)
-    # The selection among pre-activations, which k belongs to, is not that of BatchTopK's inference.
+    # k belongs to TopK's selection; in inference BatchTopK selects by a threshold.
     name = kind if kind in ("standard", "topk") else "jumprelu"
     sparsity = announced.sparsity(path, name, d_sae)
     w = _tensors(folder / WEIGHTS, kind, d_in, d_sae)
@@ -110,12 +110,12 @@ def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
 
 
 def _centred_stream(cfg: Mapping[str, Any]) -> bool:
-    """Whether the model's weights had been centred, so that its stream was; its other treatments
-    leave the stream as it is.
+    """Whether the stream was centred because the model's writing weights were. (TransformerLens'
+    other processing of weights leaves the stream unchanged.)
 
-    When SAELens still said ``hook_point`` it did not say so, but had every model treated that can
-    be: GPT-2, and not those with RMSNorm. (It adds this to the configurations of its dictionaries
-    of GPT-2 itself: SAELens' pull request 279.)
+    Configurations with ``hook_point`` do not say so, but SAELens then processed every model that
+    allows it: GPT-2, and not those with RMSNorm. (For its own GPT-2 dictionaries it adds this to
+    the configuration: SAELens' pull request 279.)
     """
     about = mapping(cfg.get("metadata")) or cfg
     loaded = about.get("model_from_pretrained_kwargs")
@@ -141,8 +141,8 @@ def _activation(cfg: Mapping[str, Any]) -> Any:
 def _kind(path: Path, architecture: str | None) -> str:
     if architecture not in _KINDS:
         raise LlmWsaeError(
-            f"{path}: SAELens' architecture {shown(architecture)} is not one that this package "
-            f"reads; {nearest(str(architecture), _KINDS)}"
+            f"{path}: this package does not read SAELens' architecture {shown(architecture)}; "
+            f"{nearest(str(architecture), _KINDS)}"
         )
     return architecture
 
@@ -161,9 +161,7 @@ def _check_activation(path: Path, cfg: Mapping[str, Any]) -> None:
             "can be read"
         )
     if _activation(cfg) == "relu" and mapping(cfg.get("activation_fn_kwargs")).get("k") is not None:
-        raise LlmWsaeError(
-            f"{path} has a k for its activation function, but does not say that this is topk"
-        )
+        raise LlmWsaeError(f"{path} has a k for its activation function, but does not name topk")
     if cfg.get("reshape_activations", "none") != "none":
         raise LlmWsaeError(
             f"{path} has reshape_activations = {shown(cfg['reshape_activations'])}, which belongs "
@@ -172,7 +170,7 @@ def _check_activation(path: Path, cfg: Mapping[str, Any]) -> None:
 
 
 def _scale(folder: Path, cfg: Mapping[str, Any]) -> float:
-    """What rows are multiplied by before the encoder."""
+    """The factor of the rows before the encoder."""
     how = cfg.get("normalize_activations")
     how = {None: "none", False: "none", True: _SCALED}.get(how, how) if _plain(how) else how
     path = folder / _SCALER
@@ -185,21 +183,21 @@ def _scale(folder: Path, cfg: Mapping[str, Any]) -> float:
         return 1.0
     if how != _SCALED:
         raise LlmWsaeError(
-            f"{folder / CFG} has normalize_activations = {shown(how)}, which is not folded into a "
-            "dictionary's weights here; SAELens folds what can be folded when a training ends"
+            f"{folder / CFG} has normalize_activations = {shown(how)}, which this package cannot "
+            "fold into the weights; SAELens folds what can be folded when a training ends"
         )
     scale = number(scaler.get("scaling_factor"))
     if scale is None or scale <= 0 or scaler.get("has_whitening"):
         raise LlmWsaeError(
             f"{folder / CFG} has normalize_activations = {_SCALED!r}, but the folder does not say "
-            "what the activations were multiplied by; call fold_activation_norm_scaling_factor "
-            "in SAELens and save it again"
+            "by which factor; call fold_activation_norm_scaling_factor in SAELens and save it "
+            "again"
         )
     return scale
 
 
 def _plain(value: Any) -> bool:
-    """Whether it can be looked up: JSON's lists and objects cannot."""
+    """Whether it can be a key of a dict, as lists and objects cannot."""
     return value is None or isinstance(value, bool | str)
 
 
@@ -219,17 +217,17 @@ def _tensors(path: Path, kind: str, d_in: int, d_sae: int) -> dict[str, Tensor]:
 
 
 def _factor(folder: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The factor of the latents before the decoder, where the configuration agrees to it."""
+    """The factor of the latents before the decoder, if the configuration confirms it."""
     factor = next((tensors[name] for name in _FACTORS if name in tensors), None)
     wanted = bool(cfg.get("finetuning_scaling_factor"))
     if wanted and factor is None:
         raise LlmWsaeError(
-            f"{folder / WEIGHTS} lacks the scaling factor of the latents that {CFG} speaks of"
+            f"{folder / WEIGHTS} lacks the scaling factor of the latents that {CFG} mentions"
         )
     if factor is None or wanted or torch.equal(factor, torch.ones_like(factor)):
         return factor
     raise LlmWsaeError(
-        f"{folder / WEIGHTS} holds a scaling factor of the latents that {CFG} does not know of"
+        f"{folder / WEIGHTS} holds a scaling factor of the latents that {CFG} does not mention"
     )
 
 

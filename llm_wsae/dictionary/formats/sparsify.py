@@ -1,9 +1,9 @@
-"""EleutherAI sparsify (once ``sae``): ``cfg.json`` and ``sae.safetensors``, in a folder per module.
+"""EleutherAI's sparsify (formerly ``sae``): ``cfg.json`` and ``sae.safetensors`` per module.
 
-A linear encoder of x − b_dec, TopK of its ReLU, a decoder whose rows are latents. The folder has
-the name of the module whose output it explains (``layers.9``, ``gpt_neox.layers.9``, ``h.9``).
-Transcoders, skip connections, the groupmax activation and signed latents compute something else
-and are refused.
+A linear encoder of x − b_dec, TopK of its ReLU, a decoder whose rows are latents. The folder is
+named for the module whose output it explains (``layers.9``, ``gpt_neox.layers.9``, ``h.9``).
+Transcoders, skip connections, the groupmax activation and signed latents compute something else and
+are refused.
 """
 
 import re
@@ -51,13 +51,13 @@ def read(folder: Path, cfg: Mapping[str, Any], announced: Announced) -> Weights:
     for name in _UNLIKE:
         if cfg.get(name):
             raise LlmWsaeError(
-                f"{path} has {name} = {shown(cfg[name])}, so it is not a sparse autoencoder that "
-                "this package can represent"
+                f"{path} has {name} = {shown(cfg[name])}, so this package cannot represent it as "
+                "a sparse autoencoder"
             )
     if cfg.get("activation", "topk") != "topk":
         raise LlmWsaeError(
-            f"{path} has activation = {shown(cfg['activation'])}, but of sparsify's only topk "
-            "can be represented"
+            f"{path} has activation = {shown(cfg['activation'])}, but only sparsify's topk can be "
+            "represented"
         )
     d_in, d_sae = announced.sizes(path)
     sparsity = announced.sparsity(path, "topk", d_sae)

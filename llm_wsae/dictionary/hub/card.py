@@ -1,8 +1,8 @@
 """The card of a repository of dictionaries (README.md), written from what was measured.
 
-Between two marks everything is ours and written anew with each push, from the JSON files of all
-dictionaries in the repository; what a user wrote around them, and metadata of theirs, stays. Texts
-that come out of files (names of models, corpora, arms) are escaped: they cannot become markup.
+Each push rewrites everything between two marks from the JSON files of all dictionaries in the
+repository. What a user wrote around the marks, and the user's metadata, stays. Text from files
+(names of models, corpora, arms) is escaped, so that it cannot become markup.
 """
 
 import json
@@ -39,9 +39,9 @@ TAGS = (
     "saelens",
     "transformer-lens",
 )
-_METRICS = ("explained_variance", "ce_recovered", "kl", "l0")  # of the fidelity, for the Hub
-_RENAMED = {"seed": "seed of the batches"}  # what another row of the table is called
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # as tokens are, not hf_hub_download
+_METRICS = ("explained_variance", "ce_recovered", "kl", "l0")  # the Hub indexes them
+_RENAMED = {"seed": "seed of the batches"}  # "seed" is the row of the initial weights
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # a token, not hf_hub_download
 
 
 def card(
@@ -53,11 +53,11 @@ def card(
     license: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """The whole README.md.
+    """The complete README.md.
 
-    ``figures`` names the dictionaries that have a weights figure beside them, ``old`` is the card
-    that is there, ``revision`` the branch it is for. Raises LlmWsaeError when the metadata of
-    ``old`` cannot be read.
+    ``figures`` names the dictionaries whose folders hold a figure of the weights, ``old`` is the
+    existing card, ``revision`` the branch. Raises LlmWsaeError if the metadata of ``old`` cannot be
+    read.
     """
     parsed = _parse(repo_id, old)
     metadata = CardData(**_merge(parsed.data.to_dict(), _metadata(repo_id, dictionaries, license)))
@@ -73,7 +73,7 @@ def card(
 
 
 def _metadata(repo_id: str, dictionaries: Sequence[Facts], license: str | None) -> dict[str, Any]:
-    """What the Hub indexes; a key whose value is not known is left out."""
+    """What the Hub indexes; ``_merge`` omits keys without a value."""
     measured = [d for d in dictionaries if d.metric("fvu") is not None]
     models = dict.fromkeys(d.hub_model for d in dictionaries if d.hub_model)
     datasets = dict.fromkeys(name for d in dictionaries for name in d.hub_datasets)
@@ -108,7 +108,7 @@ def _result(d: Facts) -> dict[str, Any]:
 
 
 def _merge(old: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Ours, and of the old metadata what we do not write; tags and model index are united."""
+    """The old metadata, updated; tags and model index are united."""
     merged = {**old, **{key: value for key, value in ours.items() if value not in (None, [])}}
     tags = old.get("tags")
     theirs = [tag for tag in (tags if isinstance(tags, list) else []) if isinstance(tag, str)]
@@ -166,7 +166,7 @@ def _body(
 
 
 def _trained(dictionaries: Sequence[Facts]) -> str:
-    """With what, where that is the same for all."""
+    """The tool that trained them, if it is the same for all."""
     tools = {text(d.info.training.get("trained with")) or LIBRARY for d in dictionaries}
     return f", trained with {escape(tools.pop())}" if len(tools) == 1 else ""
 
@@ -199,7 +199,7 @@ llm-wsae pull {repo_id} {shlex.quote(d.sae_id)}{flag} --out dictionaries
 
 
 def making(d: Facts, figure: str | None) -> list[str]:
-    """How a dictionary was made: its weights' figure (a path from the card), command, settings."""
+    """How a dictionary was made: the figure of its weights (a path), the command, the settings."""
     info, training = d.info, d.info.training
     rows = [
         ("model", d.model, text(info.model.get("revision"))),

@@ -1,7 +1,7 @@
-"""What is known of a dictionary from its two JSON files alone: no tensor is read.
+"""What a dictionary's two JSON files say about it; no tensor is read.
 
-A repository's card and listing show other people's files too, so every value is looked at before
-it is believed: what has not the expected type is not there.
+A repository's card and listing show other people's files too, so a value that does not have the
+expected type counts as missing.
 """
 
 import re
@@ -18,7 +18,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.+=-]+")
 
 @dataclass(frozen=True)
 class Facts:
-    """One dictionary, as a card or a table shows it. None where its files do not say."""
+    """One dictionary, as a card or a table shows it. None where its files say nothing."""
 
     sae_id: str
     """Its folder in a repository."""
@@ -27,11 +27,11 @@ class Facts:
     d_sae: int | None
     """Latents."""
     sparsity: str
-    """Kind of sparsity in words: ``TopK, k = 32``."""
+    """The kind of sparsity as text: ``TopK, k = 32``."""
     k: int | None
-    """Active latents per token, where the kind fixes them."""
+    """Active latents per token, if the kind fixes their number."""
     info: DictionaryInfo
-    """How it was made; its dicts hold only values of JSON."""
+    """How it was made; its dicts hold only JSON values."""
     package_version: str | None
     """Version of this package that saved it."""
 
@@ -55,7 +55,7 @@ class Facts:
 
     @property
     def measured_on(self) -> str | None:
-        """Name of the text that its fidelity was measured on, where that is another one."""
+        """Name of the text that its fidelity was measured on, if it is not the training text."""
         found = text(mapping(self.info.metrics.get("fidelity")).get("corpus"))
         return None if found == self.corpus else found
 
@@ -66,7 +66,7 @@ class Facts:
 
     @property
     def hub_datasets(self) -> list[str]:
-        """The Hub datasets among the corpus' parts: only their names have an owner."""
+        """The Hub datasets among the corpus' parts: those whose names have an owner."""
         parts = [part.split(":")[0] for part in (self.corpus or "").split("+")]
         return [part for part in parts if re.fullmatch(r"[\w.-]+/[\w.-]+", part)]
 
@@ -102,6 +102,6 @@ def facts(sae_id: str, cfg: Mapping[str, Any], info: Mapping[str, Any]) -> Facts
 
 
 def folder_name(info: DictionaryInfo) -> str:
-    """``<site>/<name>``: the dictionary's folder in a repository, of harmless characters."""
+    """``<site>/<name>``: the dictionary's folder in a repository, in harmless characters."""
     name = _UNSAFE.sub("-", info.name).strip("-.") or "dictionary"
     return f"{info.site}/{name}"

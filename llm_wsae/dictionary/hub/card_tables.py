@@ -1,4 +1,4 @@
-"""The tables of a card, in Markdown, and the escaping of every text that comes from a file."""
+"""The tables of a card, in Markdown, and the escaping of text that comes from files."""
 
 import re
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ _MEASURES = {
     "eligible_share": "share of the latents that fire in enough contexts to be scored",
     "purity": "share of the most frequent token among the contexts that excite a latent most "
     "(control: among random contexts)",
-    "coherence": "mean cosine of their meanings, less that of random ones",
-    "detection": "chance that another context in which the latent fires resembles them more than "
-    "one in which it is silent (0.5: they have nothing in common)",
+    "coherence": "mean cosine of their meanings minus that of random contexts",
+    "detection": "probability that another context in which the latent fires resembles them more "
+    "than one in which it is silent (0.5: they have nothing in common)",
     "detection_without_tokens": "the same without contexts that share a token with them",
     "probe_1": "area under the ROC curve of known concepts from the best latent (control: from the "
     "best dimension)",
@@ -27,7 +27,7 @@ _MEASURES = {
 
 
 def escape(value: str) -> str:
-    """A text as text: one line, no Markdown, no HTML, not endlessly long."""
+    """The text escaped: one line, no Markdown, no HTML, of limited length."""
     line = " ".join(value.split())
     line = "".join(c for c in line if c.isprintable())
     line = line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
@@ -36,12 +36,12 @@ def escape(value: str) -> str:
 
 
 def is_plain(d: Facts) -> bool:
-    """Whether it was trained without weights, so that α means nothing."""
+    """Whether it was trained without weights, so that α has no meaning."""
     return d.info.rule == "uniform"
 
 
 def dictionaries_table(dictionaries: Sequence[Facts]) -> str:
-    """What each dictionary is and what it keeps of the model."""
+    """What each dictionary is and how faithful it is to the model."""
     header = ["dictionary", "dimensions → latents", "sparsity", "rule", "α"]
     header += ["FVU", "CE recovered", "KL", "L0", "dead %", "dense %"]
     return markdown([header, *map(_row, dictionaries)], left=4)
@@ -64,16 +64,16 @@ def _row(d: Facts) -> list[str]:
 
 
 def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
-    """What the columns mean, and what was measured on how much text, with its baselines."""
+    """What the columns mean, and the measured cross-entropies with their baselines."""
     measured = [d for d in dictionaries if d.metric("fvu") is not None]
     if not measured:
-        return ["Their fidelity was not measured; `llm-wsae evaluate --keep` does it."]
+        return ["Their fidelity was not measured; `llm-wsae evaluate --keep` measures it."]
     notes = [
         "FVU: fraction of the activations' variance that the reconstruction misses. CE recovered: "
-        "share of the model's next-token ability that is left when it computes on with the "
-        "reconstruction (1 is all of it, 0 as bad as zeros in its place), with its 95 % interval. "
-        "KL: how far the predictions move by that, in nats. L0: latents active on a token. Dead: "
-        "latents that never fired on this text; dense: on more than a tenth of the tokens."
+        "share of the model's next-token ability that remains when it continues from the "
+        "reconstruction (1: all of it; 0: no better than zeros in its place), with its 95 % "
+        "interval. KL: how far that moves the predictions, in nats. L0: active latents per token. "
+        "Dead: latents that never fired on this text; dense: on more than a tenth of the tokens."
     ]
     rows = []
     for d in measured:
@@ -88,7 +88,7 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
 
 
 def _massive_notes(measured: Sequence[Facts]) -> list[str]:
-    """What was left out of the figures, where anything was."""
+    """What was excluded from the measurements, if anything was."""
     told = [
         f"`{d.sae_id}` {d.metric('massive_rows'):,.0f}, with them its FVU is "
         f"{_figure(d.metric('fvu_with_massive'), 3)}"
@@ -98,18 +98,18 @@ def _massive_notes(measured: Sequence[Facts]) -> list[str]:
     if not told:
         return []
     return [
-        "Tokens with massive activations are left out and keep the model's own activation: "
+        "Tokens with massive activations are excluded and keep the model's own activation: "
         + "; ".join(told)
         + "."
     ]
 
 
 def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
-    """Every dictionary's monosemanticity: what the measures mean, and a table with one column for
+    """Every dictionary's monosemanticity: what the measures mean, and a table with a column for
     each, the control in brackets.
 
-    A measure is a number, or an object with ``value`` and perhaps ``interval`` and ``control``.
-    Empty when no dictionary has one.
+    A measure is a number, or an object with ``value`` and optionally ``interval`` and ``control``.
+    Empty if no dictionary has one.
     """
     scores = {d.sae_id: mapping(d.info.metrics.get("monosemanticity")) for d in dictionaries}
     cells = {

@@ -1,4 +1,4 @@
-"""The figure of a dictionary's loss weights: γ of every dimension, and where the loss then lies."""
+"""The figure of a dictionary's loss weights: γ of every dimension, and which carry the loss."""
 
 import io
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ _DPI = 110
 
 
 def weights_figure(extras: Mapping[str, Tensor], title: str) -> bytes | None:
-    """A PNG, from a dictionary's ``gamma`` [d_in] and ``robust_variance`` (or ``variance``) [d_in].
+    """A PNG from a dictionary's ``gamma`` [d_in] and ``robust_variance`` (or ``variance``) [d_in].
 
-    Left the weights against the variance, right the cumulative share of the weighted variance
-    γ²·var that the dimensions carry, with the number of effective dimensions (Σw)²/Σw². None when
-    these tensors are not there, or γ is a matrix.
+    Left: the weights against the variance. Right: the cumulative share of the weighted variance
+    γ²·var that the dimensions carry, with the number of effective dimensions (Σw)²/Σw². None if
+    these tensors are missing or γ is a matrix.
     """
     gamma = extras.get("gamma")
     variance = extras.get("robust_variance", extras.get("variance"))
