@@ -9,6 +9,7 @@ time that the same is measured.
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,27 +59,36 @@ def measure_inputs(
     that does not exist; LlmWsaeError for a model that did not make the store.
     """
     needs = {Rule.of(rule).need for rule in rules}
-    found: dict[str, Tensor | None] = {}
-    statistics = store.statistics(site)
+    inputs = RuleInputs(store.statistics(site))
     if "dictionary" in needs and dictionary is not None:
-        found["decoder"], found["energy"] = used_decoder(dictionary, site, statistics)
-    for need in sorted(needs & {"fisher", "coherence"}):
-        kept = _StoredMeasurement(store, site, need, config)
-        found[need] = kept.read()
-        if found[need] is None and model is not None:
-            store.check_model(model.identity())
-            found[need] = _measure(need, model, store, site, config)
-            kept.write(found[need])
-    return RuleInputs(statistics, **found)
+        decoder, energy = used_decoder(dictionary, site, inputs.statistics)
+        inputs = replace(inputs, decoder=decoder, energy=energy)
+    for need in ("coherence", "fisher"):
+        if need in needs:
+            inputs = replace(inputs, **{need: _kept_or_measured(need, store, site, model, config)})
+    return inputs
 
 
-def _measure(
-    need: str, model: LanguageModel, store: ActivationStore, site: Site, config: RuleInputConfig
-) -> Tensor:
+def _kept_or_measured(
+    need: str,
+    store: ActivationStore,
+    site: Site,
+    model: LanguageModel | None,
+    config: RuleInputConfig,
+) -> Tensor | None:
+    """The measurement kept in the store, or made with the model and then kept; else None."""
+    kept = _StoredMeasurement(store, site, need, config)
+    found = kept.read()
+    if found is not None or model is None:
+        return found
+    store.check_model(model.identity())
     if need == "fisher":
-        return fisher_of(model, store, site, config)
-    encoder = SentenceEncoder.load(config.encoder, device=model.device.type)
-    return coherence_of(store, site, model.tokenizer, encoder, config)
+        measured = fisher_of(model, store, site, config)
+    else:
+        encoder = SentenceEncoder.load(config.encoder, device=model.device.type)
+        measured = coherence_of(store, site, model.tokenizer, encoder, config)
+    kept.write(measured)
+    return measured
 
 
 class _StoredMeasurement:
@@ -181,11 +191,11 @@ def coherence_of(
     statistics = store.statistics(site)
     mean, massive = statistics.usual_sample.mean(0), statistics.massive_threshold
     pieces = zip(*_pieces(store, config.semantic_tokens, _CONTEXTS_AT_ONCE), strict=True)
-    *columns, first_rows = map(torch.cat, pieces)
-    text = HeldoutText(*columns, headers={})
+    ids, keep, document, offset, first_rows = map(torch.cat, pieces)
+    text = HeldoutText(ids, keep, document, offset, headers={})
     extreme, where = [], []
     for context in tqdm(range(text.num_contexts), desc="extremes", unit="ctx", delay=2):
-        start, stop = text.first_row[context].item(), text.first_row[context + 1].item()
+        start, stop = int(text.first_row[context]), int(text.first_row[context + 1])
         first = int(first_rows[context])
         if start == stop:
             continue

@@ -60,7 +60,7 @@ class _Weighted:
                 f"of {', '.join(_AFFINE)}, not {cfg.normalize_activations}"
             )
         weights = read_weights(cfg.weights_file, cfg.d_in)
-        super().__init__(cfg, use_error_term)
+        super().__init__(cfg, use_error_term)  # type: ignore[call-arg]
         cfg.metadata[OURS] = {"rule": weights.rule.name, "alpha": weights.alpha}
         device = "cpu" if cfg.device == "meta" else cfg.device  # SAELens loads by way of meta
         self.register_buffer("gamma", weights.gamma.to(device), persistent=False)  # type: ignore
