@@ -63,9 +63,12 @@ def measure_inputs(
     if "dictionary" in needs and dictionary is not None:
         decoder, energy = used_decoder(dictionary, site, inputs.statistics)
         inputs = replace(inputs, decoder=decoder, energy=energy)
-    for need in ("coherence", "fisher"):
-        if need in needs:
-            inputs = replace(inputs, **{need: _kept_or_measured(need, store, site, model, config)})
+    if "coherence" in needs:
+        found = _kept_or_measured("coherence", store, site, model, config)
+        inputs = replace(inputs, coherence=found)
+    if "fisher" in needs:
+        found = _kept_or_measured("fisher", store, site, model, config)
+        inputs = replace(inputs, fisher=found)
     return inputs
 
 

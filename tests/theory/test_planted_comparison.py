@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llm_wsae.statistics.multiple_testing import holm
 from llm_wsae.theory.comparison import summarise_arms
 from llm_wsae.theory.rules import ARMS, SHOWN
 
@@ -70,9 +69,3 @@ def test_a_small_difference_in_one_arm_of_many_is_no_finding():
     raw = [stats.ttest_1samp([u["arms"][a]["l_gt"] - 0.5 for u in units], 0).pvalue for a in SHOWN]
     assert min(raw) < 0.05  # some arm looks like something
     assert {s.verdict for s in found.values()} == {"–"}
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert holm([]) == []

@@ -1,5 +1,4 @@
 import math
-from itertools import combinations
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from llm_wsae.evaluation.monosemanticity.latents.purity import token_purity
 from llm_wsae.evaluation.monosemanticity.latents.scores import LatentScorer
 from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import WindowEmbeddings
 from llm_wsae.sparse.codes import Codes
-from llm_wsae.statistics.coherence import coherence, coherence_of_strangers
 
 
 def by_pairs(positive, negative):
@@ -46,22 +44,6 @@ def test_purity_and_entropy_by_hand():
     expected = [-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)), 0, math.log2(3)]
     assert found.entropy[:3].tolist() == pytest.approx(expected, abs=1e-12)
     assert found.purity[3].isnan() and found.entropy[3].isnan()
-
-
-def test_coherence_is_the_mean_cosine_of_all_pairs():
-    x = normalize(torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)), dim=2)
-    for found, vectors in zip(coherence(x), x, strict=True):
-        pairs = [float(a @ b) for a, b in combinations(vectors, 2)]
-        assert float(found) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
-
-
-def test_strangers_are_pairs_of_different_contexts():
-    x = normalize(torch.randn(6, 7, generator=torch.Generator().manual_seed(0)), dim=1)
-    context = torch.tensor([4, 4, 2, 7, 7, 7])
-    pairs = [float(x[i] @ x[j]) for i, j in combinations(range(6), 2) if context[i] != context[j]]
-    found = coherence_of_strangers(x, context)
-    assert found == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
-    assert math.isnan(coherence_of_strangers(x[:2], context[:2]))
 
 
 def test_detection_by_hand():
