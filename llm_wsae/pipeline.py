@@ -1,6 +1,6 @@
 """The whole job in one call: harvest → weigh → train → evaluate → save, into one folder.
 
-Every stage finds what an earlier, interrupted call left and goes on there.
+The same call after an interruption resumes it: finished stages are read back.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class SiteResult:
     folder: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """Where it lies and what was measured, JSON-able."""
+        """The folder and what was measured, JSON-able."""
         return {
             "folder": str(self.folder),
             "profile": self.profile,
@@ -61,7 +61,7 @@ class SiteResult:
         }
 
     def text(self) -> str:
-        """The table for people and the paths of what was written."""
+        """The table for people, and the paths of what was written."""
         paths = {
             "figures": ["profile.png", "fidelity.png"],
             "numbers": ["profile.json", "report.json", LOG],
@@ -93,13 +93,14 @@ def run(
     train_config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
     evaluate_config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
 ) -> dict[Site, SiteResult]:
-    """Train a plain and weighted dictionaries on a model's activations and measure them.
+    """Train a plain and weighted dictionaries on a model's activations, and measure them.
 
     ``out`` receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
     folder per arm, ``report.json`` and ``fidelity.png``. The training part of the corpus is
-    harvested, its held-out part evaluated.
+    harvested; its held-out part is used for the evaluation. ``rules`` × ``alphas`` × (``ks`` ×
+    ``architectures`` and ``l1s``) × ``init_seeds`` are the arms.
 
-    Raises as its stages do; a request that cannot be met is refused before the harvest.
+    Raises what its stages raise; a request that cannot be met is refused before the harvest.
     """
     sites = list(dict.fromkeys(sites))
     parsed = [Rule.parse(rule) for rule in rules]
@@ -148,7 +149,7 @@ def _check_rows(harvesting: HarvestConfig, training: TrainConfig) -> None:
 
 
 def _check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: HarvestConfig) -> None:
-    """A longer harvest would leave the dictionaries that are there without their store."""
+    """Refuse a longer harvest: the dictionaries already there belong to the shorter one."""
     trained = [site for site in sites if (out / str(site) / FINISHED).exists()]
     if trained and (out / STORE / MANIFEST).is_file():
         manifest = Manifest.load(out / STORE)
@@ -168,7 +169,7 @@ def _weigh(
     alphas: Sequence[float],
     config: WeightConfig,
 ) -> tuple[dict[str, Any], list[LossWeights]]:
-    """The site's profile, written and printed, and the weights that it shows."""
+    """The weights of a site, and its profile, which is also written and printed."""
     weights = choose_weights(inputs, rules, alphas, config=config)
     facts = profile(inputs.statistics, weights)
     write_json(folder / "profile.json", facts)
@@ -178,7 +179,7 @@ def _weigh(
 
 
 def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:
-    """Leave each dictionary's measurements in its own folder, so that they travel with it."""
+    """Store each dictionary's measurements in its own folder, so that they travel with it."""
     summaries = report.summaries()
     for name, dictionary in dictionaries.items():
         found = {"fidelity": summaries[name]}

@@ -27,7 +27,8 @@ RENAMED: dict[str, dict[str, str]] = {
 
 def in_new_spelling(command: str, words: list[str]) -> list[str]:
     """The words of a command as they are spelt now."""
-    new, used = [], {}
+    new: list[str] = []
+    used: dict[str, str] = {}
     for word in words:
         option, equals, value = word.partition("=")
         name = RENAMED.get(command, {}).get(option.replace("_", "-"))

@@ -73,10 +73,11 @@ def run(
 
 def _evaluate_again(dictionary: Path, model: ModelOptions, corpus: CorpusOptions, out: Path) -> str:
     """The command that measures the dictionary on more text, as one would type it."""
-    words = ["llm-wsae", "evaluate", dictionary, "--model", model.model, "--corpus", corpus.corpus]
-    words += ["--tokens", 100_000, "--out", out / "report-100k.json"]
+    words = ["llm-wsae", "evaluate", str(dictionary)]
+    words += ["--model", model.model, "--corpus", corpus.corpus]
+    words += ["--tokens", "100000", "--out", str(out / "report-100k.json")]
     given = {"--text-column": corpus.text_column, "--revision": model.revision}
     given |= {"--device": model.device if model.device != "auto" else None}
     given |= {"--model-dtype": model.model_dtype if model.model_dtype != "auto" else None}
     words += [word for option, value in given.items() if value for word in (option, value)]
-    return shlex.join(map(str, words))
+    return shlex.join(words)
