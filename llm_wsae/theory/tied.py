@@ -18,8 +18,8 @@ from torch import Tensor
 
 from llm_wsae.theory.superposition import Planted
 
-# Training on real models uses ε = 1e-15. Here that moves the steepest weights only: on the ten seeds
-# of digon-0.7 negentropy raises L_GT by 52.0 % instead of 46.8 %, and seven other arms change by less
+# Training on real models uses ε = 1e-15. Here that moves the steepest weights only: on ten seeds of
+# digon-0.7 negentropy raises L_GT by 52.0 % instead of 46.8 %, and seven other arms change by less
 # than half a point. No verdict changes.
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 _DECAY = 0.3  # share of the steps, at the end, over which the learning rate decays to 0
