@@ -29,7 +29,7 @@ def train(
         store: Activation store.
         site: One of the store's sites.
         out: Folder that receives one dictionary folder per combination.
-        weights: Weights file, as one more rule: weigh's, or a vector or matrix of your own.
+        weights: Weights file, as one more rule: weigh's, or a custom vector or matrix.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.training.grid import make_arms
