@@ -66,7 +66,7 @@ class SharedSource(ActivationSource, Protocol):
 
 
 class Share:
-    """Some of a run of rows, in its order. Its length and its slices are those of the whole run."""
+    """Some rows of a run, in its order; length and slices are those of the complete run."""
 
     def __init__(self, size: int, places: np.ndarray, rows: Tensor):
         """``places``: where in the run the rows are, ascending."""
@@ -129,7 +129,7 @@ def cut(
 ) -> Iterator[Float[Tensor, "rows d_in"]]:
     """The rows of all blocks, one after the other, in batches of exactly ``batch_size``.
 
-    The first ``skip`` rows, fewer than the first block's, are left out.
+    The first ``skip`` rows, fewer than the first block has, are skipped.
     """
     parts: list[Tensor] = []
     lack, at = batch_size, skip
@@ -144,7 +144,7 @@ def cut(
                 yield parts[0] if len(parts) == 1 else torch.cat(parts)
                 parts, lack = [], batch_size
         at = 0
-        del block  # it may go while the next one is waited for
+        del block  # so that it is freed while the next one is loaded
 
 
 def shuffle(rows: Tensor, *seed: int) -> Tensor:
@@ -154,7 +154,7 @@ def shuffle(rows: Tensor, *seed: int) -> Tensor:
 
 
 def _windows(num_rows: int, per_window: int, seed: int, epoch: int) -> Iterator[Window]:
-    """The windows of an epoch and of all behind it."""
+    """The windows of an epoch and of all later ones."""
     num_chunks = -(-num_rows // CHUNK_ROWS)
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(num_chunks)
