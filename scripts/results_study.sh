@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs (or finishes) the study of weights at two sites of SmolLM2-135M and writes its section of
-# RESULTS.md. What scripts/results holds is not measured again; options are results_study.py's.
+# Runs or resumes the study of weights at two sites of SmolLM2-135M and writes its part of
+# docs/results.md. What the archives in scripts/results hold is not measured again. Options are
+# those of results_study.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

@@ -8,15 +8,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from llm_wsae.files import write_atomic
+from llm_wsae.drawing import BLUE, GREY, INK, ORANGE, VERMILLION, save, tidy
 from llm_wsae.theory.comparison import VERDICTS
 from llm_wsae.theory.report import SCORING, TheoryReport
 from llm_wsae.theory.rules import ARMS, PERMUTED, PLAIN, SHOWN
 
-_COLOURS = dict(zip(VERDICTS, ("#00798c", "#edae49", "#d1495b", "#9aa5b1"), strict=True))
-_PERMUTED_COLOUR = "#444444"
-_LINES = ("#444444", "#d1495b", "#00798c", "#edae49")
-_DPI = 130
+_COLOURS = dict(zip(VERDICTS, (BLUE, ORANGE, VERMILLION, GREY), strict=True))
+_LINES = (INK, VERMILLION, BLUE, ORANGE)
 _COLUMNS = 4
 
 
@@ -39,7 +37,7 @@ def plot_correlations(report: TheoryReport, path: Path) -> None:
     axis.set_yticks(range(len(SCORING)), SCORING)
     figure.suptitle("Rank correlation with the\ntrue monosemanticity of dimensions", fontsize=11)
     figure.colorbar(image, ax=axis, shrink=0.8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_changes(report: TheoryReport, path: Path) -> None:
@@ -61,15 +59,16 @@ def plot_changes(report: TheoryReport, path: Path) -> None:
             for control in ARMS[arm].controls:
                 if ARMS[control].control == PERMUTED:
                     at = report.arms[name][control].change.mean
-                    axis.plot(at, place, "x", ms=5, color=_PERMUTED_COLOUR)
-        axis.axvline(0, color="#444444", lw=0.8)
+                    axis.plot(at, place, "x", ms=5, color=INK)
+        axis.axvline(0, color=INK, lw=0.8)
         axis.set_title(f"{name} (plain {report.arms[name][PLAIN].l_gt:.3f})", fontsize=10)
         axis.set(xlabel="change of L_GT in %")
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis, grid="x")
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    axes[0, 0].set_yticks(range(len(arms)), arms, fontsize=8)
+    axes[0, 0].set_yticks(range(len(arms)), arms)
+    for axis in axes[:, 0]:
+        axis.tick_params(axis="y", labelsize=8)
     axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
     figure.suptitle(
         "Loss on the true features relative to plain (lower is better), 95 % intervals over seeds"
@@ -81,9 +80,9 @@ def plot_changes(report: TheoryReport, path: Path) -> None:
         for verdict, label in zip(VERDICTS, labels, strict=True)
     ]
     label = "the same weights on the wrong dimensions"
-    handles.append(Line2D([], [], marker="x", ls="", color=_PERMUTED_COLOUR, label=label))
+    handles.append(Line2D([], [], marker="x", ls="", color=INK, label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(2, columns), frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_closed_form(facts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -93,21 +92,18 @@ def plot_closed_form(facts: Mapping[str, Mapping[str, Any]], path: Path) -> None
         "shrunk": "share of active features that shrink",
         "vanished": "share of active features that vanish",
     }
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axis, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for axis, (key, label) in zip(axes, panels.items(), strict=True):
         for (name, one), colour in zip(facts.items(), _LINES, strict=False):
             sparsity = [point["sparsity"] for point in one["by_sparsity"]]
             values = [point[key] for point in one["by_sparsity"]]
             axis.plot(sparsity, values, "o-", ms=3, color=colour, label=name)
         axis.set(xlabel="sparsity S", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
         if key == "relative_error":
             axis.set_yscale("log")
-            axis.legend(frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle("What the closed form r = ReLU(W_pᵀ W_p x) loses")
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_atomic(Path(path), lambda partial: figure.savefig(partial, format="png", dpi=_DPI))
+    save(figure, path)

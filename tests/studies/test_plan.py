@@ -77,17 +77,14 @@ def test_what_knows_nothing_needs_no_control_and_plain_is_plain_once(inputs):
     assert len(set(names)) == len(names) == 2 * 5
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
+def test_bad_requests():
+    for wrong, said in (
         ({"seeds": (0,)}, "at least 2 different values of seeds, not 0"),
         ({"seeds": (3, 3)}, "at least 2 different values of seeds"),
         ({"curve": (32,)}, "at least 2 different values of curve"),
         ({"seeds": (0, -1)}, "a seed must not be negative, but one is -1"),
         ({"rules": ()}, "at least one of its rules"),
         ({"ks": ()}, "at least one of its ks"),
-    ],
-)
-def test_bad_requests(wrong, said):
-    with pytest.raises(UsageError, match=said):
-        StudyConfig(**wrong)
+    ):
+        with pytest.raises(UsageError, match=said):
+            StudyConfig(**wrong)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llm_wsae.drawing import BLUE, GREY, tidy
+
 _DPI = 110
 
 
@@ -28,7 +30,7 @@ def weights_figure(extras: Mapping[str, Tensor], title: str) -> bytes | None:
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(variance, gamma, ".", ms=3, color="#00798c")
+    left.plot(variance, gamma, ".", ms=3, color=BLUE)
     left.set(
         xscale="log",
         yscale="log",
@@ -37,8 +39,8 @@ def weights_figure(extras: Mapping[str, Tensor], title: str) -> bytes | None:
     )
     rank = torch.arange(1, len(gamma) + 1)
     for part, colour, label in (
-        (variance.clamp(min=0), "#9aa5b1", "without weights"),
-        (share, "#00798c", "with γ"),
+        (variance.clamp(min=0), GREY, "without weights"),
+        (share, BLUE, "with γ"),
     ):
         part = part / part.sum()
         effective = float(1 / (part**2).sum())
@@ -52,7 +54,9 @@ def weights_figure(extras: Mapping[str, Tensor], title: str) -> bytes | None:
         xlabel=f"dimensions, by falling share (of {len(gamma)})",
         ylabel="share of the loss carried",
     )
-    right.legend(frameon=False, loc="upper left", fontsize="small")
+    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize="small")
+    for axis in (left, right):
+        tidy(axis)
     figure.suptitle(title, fontsize="medium", parse_math=False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
