@@ -6,7 +6,7 @@ Figures are drawn on bare ``Figure`` objects: no window system and no global sta
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from llm_wsae.files import write_atomic
 
@@ -27,7 +27,7 @@ INK, GREY, LIGHT = "#333333", "#80868f", "#c6cad0"
 _DPI = 130
 
 
-def tidy(axis: Axes, grid: str = "both") -> None:
+def tidy(axis: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
     """A light grid behind the data, and no frame at the top and on the right."""
     axis.grid(axis=grid, color=LIGHT, alpha=0.5, lw=0.6)
     axis.set_axisbelow(True)

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llm_wsae.studies.curve import Curve, Value
-from llm_wsae.studies.inference import Estimate, adjusted, estimates
+from llm_wsae.studies.inference import Estimate, Name, adjusted, estimates
 from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.results import DECIDING, FAMILY, MEASURES, Result
 from llm_wsae.studies.verdict import CONTROL, ONE_SEED, OUTSIDE, UNMEASURED, verdict_of
@@ -149,7 +149,7 @@ def _against_controls(
     found = {}
     for label, group in groups.items():
         control = group[0].control
-        if control in groups:
+        if control is not None and control in groups:
             shared = set(comparable[label]) & set(comparable[control])
             own, other = (
                 [r for r in groups[one] if r.point.k in shared] for one in (label, control)
@@ -192,9 +192,11 @@ def _beside(
     return dict(found)
 
 
-def _by_measure(beside: Mapping, apart: Collection = ()) -> dict:
+def _by_measure(
+    beside: Mapping[Name, Mapping[str, Mapping[int, Value]]], apart: Collection[Name] = ()
+) -> dict[Name, dict[str, Estimate]]:
     """Label → measure → estimate, from label → measure → seed → difference."""
-    found = {label: {} for label in beside}
+    found: dict[Name, dict[str, Estimate]] = {label: {} for label in beside}
     for measure in dict.fromkeys(name for own in beside.values() for name in own):
         of_measure = {label: own[measure] for label, own in beside.items() if measure in own}
         for label, estimate in estimates(of_measure, apart).items():

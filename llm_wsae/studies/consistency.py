@@ -43,9 +43,9 @@ def measure(path: Path, kept: Mapping[tuple[str, int], Mapping[int, Path]]) -> A
         for key, folders in kept.items()
         if len(folders) > 1 and not (key in found and set(folders) <= set(found[key].seeds))
     }
-    for key, folders in tqdm(new.items(), desc="seeds", unit="kind", disable=not new):
+    for (label, k), folders in tqdm(new.items(), desc="seeds", unit="kind", disable=not new):
         decoders = [Dictionary.load(folder).W_dec.detach() for folder in folders.values()]
-        found[key] = Agreement(*key, tuple(folders), pw_mcc(decoders))
+        found[label, k] = Agreement(label, k, tuple(folders), pw_mcc(decoders))
         write_json(path, [asdict(one) for one in found.values()])
     return found
 

@@ -32,10 +32,11 @@ class Value:
         """Σ weight · value of independent dictionaries, over the items that all of them have."""
         terms = list(terms)
         items = None
-        if all(value.items is not None for _, value in terms):
-            shared = set.intersection(*(set(value.items) for _, value in terms))
-            names = [name for name in terms[0][1].items if name in shared]
-            items = {name: sum(w * value.items[name] for w, value in terms) for name in names}
+        parts = [(w, value.items) for w, value in terms if value.items is not None]
+        if len(parts) == len(terms):
+            shared = set.intersection(*(set(own) for _, own in parts))
+            names = [name for name in parts[0][1] if name in shared]
+            items = {name: sum(w * own[name] for w, own in parts) for name in names}
         return cls(
             math.fsum(w * value.mean for w, value in terms),
             math.fsum(w * w * value.variance for w, value in terms),

@@ -149,8 +149,8 @@ def plot_differences(
         Line2D([], [], color=GREY, marker="D", mfc="none", ls="", label="its control"),
     ]
     if against_itself:
-        words = "a plain dictionary against the curve of the others"
-        handles.append(Line2D([], [], color=GREY, marker="x", ls="", label=words))
+        name = "a plain dictionary against the curve of the others"
+        handles.append(Line2D([], [], color=GREY, marker="x", ls="", label=name))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save(figure, path)
 

@@ -124,10 +124,11 @@ def _tested(mean: float, squared: float, degrees: float, by_seed: dict[int, floa
 
 def _concept_part(values: Sequence[Value]) -> tuple[float, float] | None:
     """Squared error added by the choice of concepts, and its degrees of freedom."""
-    if any(value.items is None for value in values):
+    items = [value.items for value in values if value.items is not None]
+    if len(items) < len(values):
         return None
-    names = [name for name in values[0].items if all(name in value.items for value in values)]
-    table = np.array([[value.items[name] for name in names] for value in values])
+    names = [name for name in items[0] if all(name in own for own in items)]
+    table = np.array([[own[name] for name in names] for own in items])
     seeds, concepts = table.shape
     if concepts < 2:
         return None
