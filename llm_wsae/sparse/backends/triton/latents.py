@@ -94,7 +94,7 @@ def further_sums_kernel(
         begin = tl.load(occurrences.bounds + latent) + number * occurrences.span
         end = tl.minimum(begin + occurrences.span, tl.load(occurrences.bounds + latent + 1))
         exact: tl.constexpr = pieces.encoder.dtype.element_ty
-        encoder, decoder, bias = _occurrence_sums(
+        encoder, decoder, bias = _sums_between(
             occurrences, begin, end, columns, exact, SLOTS, BLOCK
         )
         tl.store(pieces.encoder + piece * occurrences.d_in + columns, encoder, mask=inside)
