@@ -217,9 +217,9 @@ class Several(Processes):
 
     def _report(self, error: BaseException) -> None:
         """Leave this error for the others, if it is the first of this piece of work."""
-        known = isinstance(error, LlmWsaeError)
-        sentence = str(error) if known else f"process {self.rank} ended: {error!r}"
-        code = error.exit_code if known else LlmWsaeError.exit_code
+        sentence, code = f"process {self.rank} ended: {error!r}", LlmWsaeError.exit_code
+        if isinstance(error, LlmWsaeError):
+            sentence, code = str(error), error.exit_code
         try:
             value = json.dumps({"sentence": sentence, "exit_code": code})
             self._store.compare_set(self._key("error"), "", value)

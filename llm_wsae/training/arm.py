@@ -9,6 +9,7 @@ from torch import Tensor
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import UsageError
 from llm_wsae.hardware import exact_dtype
+from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.training.architecture import Architecture
 from llm_wsae.training.architectures import find_architecture
 from llm_wsae.training.auxk import DeadFinder, auxk_gradients
@@ -196,6 +197,7 @@ class Arm:
         dead = self._finder.find(self.last_fired, rows_seen, dead_after)
         residual, strategy = step.residual, self._strategy
         more = auxk_gradients(self.parameters, batch, residual, dead, self.gamma, aux, strategy)
+        assert isinstance(step.by_weights, SparseGradients)
         return step._replace(by_weights=step.by_weights._replace(more=more))
 
     def _record(self, step: Step, batch: Batch) -> None:

@@ -46,9 +46,10 @@ def save_checkpoint(
     parts: dict[str, Tensor | Rows] = {}
     for arm in arms:
         for name, value in arm.state().items():
+            part: Tensor | Rows = value
             if group.strategy.latent_parts > 1 and _per_latent(name, value.shape):
-                value = Rows(value, arm.own_latents.start, arm.d_sae)
-            parts[f"{arm.config.name}/{name}"] = value
+                part = Rows(value, arm.own_latents.start, arm.d_sae)
+            parts[f"{arm.config.name}/{name}"] = part
     if group.strategy.latent_parts > 1:
         save_rows(folder / CHECKPOINT, parts, metadata, group.processes)
     elif group.processes.leads:

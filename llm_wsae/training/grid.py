@@ -1,6 +1,7 @@
 """The arms of a training from what a user asks for: rules × α × sparsity × seeds."""
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 from llm_wsae.errors import UsageError
 from llm_wsae.training.architectures import find_architecture
@@ -25,11 +26,10 @@ def make_arms(
         architectures = (*architectures, "relu")
     elif "relu" in architectures and not l1s:
         raise UsageError("the architecture relu needs at least one L1 coefficient (--l1)")
-    return [
-        ArmConfig(w, init_seed=seed, architecture=name, **{setting: level})
-        for seed in init_seeds
-        for w in weights
-        for name in architectures
-        for setting in (find_architecture(name).setting,)
-        for level in {"k": ks, "l1": l1s}[setting]
-    ]
+    arms = []
+    for seed, w, name in product(init_seeds, weights, architectures):
+        if find_architecture(name).setting == "k":
+            arms += [ArmConfig(w, k=k, init_seed=seed, architecture=name) for k in ks]
+        else:
+            arms += [ArmConfig(w, l1=l1, init_seed=seed, architecture=name) for l1 in l1s]
+    return arms

@@ -91,7 +91,7 @@ def in_spaces(batch: Batch, spaces: Iterable[Space | None]) -> Iterator[Batch]:
     """The batch in each of the spaces, one after the other."""
     entered: dict[Space | None, Batch] = {None: batch}
     for space in spaces:
-        if space not in entered:
+        if space is not None and space not in entered:
             entered[space] = space.enter(batch)
         yield entered[space]
 

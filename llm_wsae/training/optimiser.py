@@ -50,8 +50,8 @@ class Optimiser:
         if isinstance(by_weights, SparseGradients):
             by_bias = sparse_adam(by_weights, rows, *moments, *now, self._encoder_fast)
         else:
-            *by_rows, by_bias = by_weights
-            adam_rows(rows, tuple(by_rows), *moments, *now, self._encoder_fast)
+            by_encoder, by_decoder, by_bias = by_weights
+            adam_rows(rows, (by_encoder, by_decoder), *moments, *now, self._encoder_fast)
         by_biases = (by_bias, by_decoder_bias)
         for vectors in zip(
             self._parameters[2:], by_biases, self._means[2:], self._squares[2:], strict=True

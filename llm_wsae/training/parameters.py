@@ -76,7 +76,9 @@ class Step(NamedTuple):
     @property
     def gradients(self) -> Parameters:
         """All of them, summed if they have not been."""
-        return Parameters(*self.summed().by_weights, self.by_decoder_bias)
+        by_weights = self.summed().by_weights
+        assert not isinstance(by_weights, SparseGradients)
+        return Parameters(*by_weights, self.by_decoder_bias)
 
 
 def initial_parameters(

@@ -179,9 +179,9 @@ def sparse_adam(
     place = torch.full((d_sae,), -1, dtype=torch.int32)
     more: tuple[Tensor | None, Tensor | None] = (None, None)
     if gradients.more is not None:
-        latents, *more_rows, more_bias = gradients.more
+        latents, by_encoder, by_decoder, more_bias = gradients.more
         place = gradients.more.places(d_sae, torch.int32)
-        more = tuple(part.contiguous() for part in more_rows)
+        more = (by_encoder.contiguous(), by_decoder.contiguous())
     with _rounded_encoder(rows[0], encoder_fast) as fast:
         _call(
             f"sparse_adam_{_NAMES[gradients.x.dtype]}",

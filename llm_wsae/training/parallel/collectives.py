@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -51,7 +52,7 @@ class Collectives:
         with self._explained():
             work.wait()
 
-    def _reduce(self, tensor: Tensor, operation: distributed.ReduceOp) -> Tensor:
+    def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
         assert tensor.is_contiguous()
         with self._explained():
             distributed.all_reduce(tensor, operation)

@@ -54,7 +54,7 @@ def save_rows(
     try:
         write(path)
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(path, error) or error from error
 
 
 def _layout(
@@ -89,6 +89,6 @@ def _write(
             ready = part.tensor.detach().cpu().contiguous()
             row_bytes = ready[0].nbytes if part.first else 0
             file.seek(places[name] + part.first * row_bytes)
-            file.write(ready.reshape(-1).view(torch.uint8).numpy())
+            file.write(ready.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

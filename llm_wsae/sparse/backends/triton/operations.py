@@ -110,10 +110,10 @@ def encode_batch_topk(
     if kept is not None:
         ranks = torch.arange(slots, device=x.device)
         best.values.masked_fill_(ranks >= k * kept.sum(), 0)
-    places, order = torch.cat(places)[best.indices].sort()
+    ordered, order = torch.cat(places)[best.indices].sort()
     starts = torch.arange(batch + 1, device=x.device) * d_sae
     return RaggedCodes(
-        places % d_sae, best.values[order].to(_exact(x)), torch.searchsorted(places, starts)
+        ordered % d_sae, best.values[order].to(_exact(x)), torch.searchsorted(ordered, starts)
     )
 
 
@@ -178,7 +178,7 @@ def weight_gradients(gradients: SparseGradients, d_sae: int) -> Gradients:
     out = _empty_sums(d_sae, d_in, exact, device)
     grid = (d_sae, _blocks(d_in))
     _run(latent_sums_kernel, grid, *_by_latent(gradients, d_sae), out, **_tile_of(d_in))
-    return tuple(out)
+    return out.encoder, out.decoder, out.bias
 
 
 def sparse_adam(
