@@ -6,6 +6,9 @@ statistics of its store (``Statistics.massive_threshold``), and the dictionary r
 threshold. Measurements use that record, so that they leave out what training left out. For
 dictionaries without one (made by other tools) the median norm of the evaluated text takes its
 place.
+
+``inspecting`` and ``attaching`` see a few rows at a time and cannot measure a median: they use the
+record alone, and where there is none, no row counts as massive.
 """
 
 from collections.abc import Iterable, Mapping
