@@ -39,8 +39,8 @@ class LoadOptions:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Device to compute on."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the model. auto: that of the store, where one is given; else bfloat16 where
-    the hardware is fast at it."""
+    """Number format of the model.
+    auto: that of the store, if any; otherwise bfloat16 where the hardware is fast at it."""
 
     def load(self, model: str, store: "ActivationStore | None" = None) -> "LanguageModel":
         """Load a model, and say so on stderr."""

@@ -33,8 +33,7 @@ class StudyOptions(RuleOptions):
     seeds: tuple[int, ...] = StudyConfig.seeds
     """Seeds, each of initial weights, order of the rows, and controls at once."""
     architecture: ArchitectureName = StudyConfig.architecture
-    """Architecture of all dictionaries: topk has k active latents on every token, the others k on
-    average."""
+    """Architecture: topk has k active latents on every token, the others k on average."""
     keep_dictionaries: bool = StudyConfig.keep_dictionaries
     """Keep the dictionaries; otherwise each is deleted as soon as it is measured."""
 

@@ -48,8 +48,8 @@ class TheoryConfig:
     experiments: tuple[str, ...] = tuple(EXPERIMENTS)
     """Names of the experiments."""
     seeds: tuple[int, ...] = tuple(range(10))
-    """Seeds of each experiment: data, initial weights and rows depend on the seed, and all arms
-    share them. Five seeds have been seen to mislead."""
+    """Seeds of each experiment: of the data, initial weights and rows, which all arms share.
+    Five seeds have been seen to mislead."""
     steps: int = 2000
     """Steps of each dictionary."""
     batch_size: int = 256
@@ -57,8 +57,7 @@ class TheoryConfig:
     spare_latents: int = 10
     """Latents of a dictionary beyond the number of true features."""
     rows: int = 8192
-    """Rows that rules are computed from, and number of fresh rows that dictionaries are measured
-    on."""
+    """Rows that rules are computed from, and fresh rows that dictionaries are measured on."""
     workers: int = 0
     """Experiments computed in parallel, each on one core; 0 takes every core."""
 

@@ -34,8 +34,8 @@ class TrainConfig:
     aux_coefficient: float = 1 / 32
     """Weight of the AuxK loss that revives dead latents (Gao et al. 2024); 0 turns it off."""
     dead_after: int | None = None
-    """Rows without firing, at least a batch, after which a latent counts as dead; default: a tenth
-    of the rows, at most 10 M."""
+    """Rows without firing, at least a batch, after which a latent counts as dead.
+    The default is a tenth of the rows, at most 10 million."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints."""
     log_every: int = 10
@@ -45,11 +45,11 @@ class TrainConfig:
     device: str = "auto"
     """Device to compute on: cuda, mps, cpu or auto."""
     shard: Shard = "rows"
-    """What is distributed over several processes: the rows of each batch, or the latents, for a
-    dictionary that does not fit one device."""
+    """What is distributed over several processes: the rows of each batch, or the latents.
+    Latents are for a dictionary that does not fit one device."""
     dtype: str = "auto"
-    """Number format of the matrix products, bfloat16 or float32; auto takes the one
-    that the hardware is fast at. Weights and optimiser state are always float32."""
+    """Number format of the matrix products: bfloat16, float32, or auto for the faster one.
+    Weights and optimiser state are always float32."""
     tracker: str = "none"
     """Where the log also goes: none, tensorboard or wandb (each an extra of this package)."""
 

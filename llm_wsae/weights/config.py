@@ -15,14 +15,13 @@ class WeightConfig:
     """Settings of loss weights, for any rule."""
 
     place: Place = "loss"
-    """Where Γ acts: on the reconstruction error alone, or as the space in which the dictionary is
-    trained, which is folded back at the end."""
+    """Where Γ acts: in the loss (on the reconstruction error alone), or as a space to train in.
+    The space is folded back at the end."""
     form: Form = "auto"
-    """One weight for each dimension (diagonal) or a full matrix Γ, for rules that have one. auto:
-    the matrix in the space and for rules with nothing else, otherwise the diagonal."""
+    """One weight for each dimension (diagonal) or a full matrix Γ, for rules that have one.
+    auto: the matrix in the space and for rules with nothing else, otherwise the diagonal."""
     clip: float | None = None
-    """Keep the weights (of a matrix: its eigenvalues) within a factor of their median; default:
-    no limit."""
+    """Keep the weights (of a matrix: its eigenvalues) within this factor of their median."""
     anneal: float = 0.0
     """Share of the steps over which γ moves to 1, from the first step; 0 keeps γ throughout."""
     draw: int = 0
@@ -47,8 +46,8 @@ class RuleInputConfig:
     """How much is measured for rules that need more than the statistics."""
 
     sensitivity_tokens: int = 40_000
-    """Tokens of the store, spread over it, on whose predictions the model's sensitivity is
-    measured: a forward and a backward pass each."""
+    """Tokens of the store, spread over it, on which the model's sensitivity is measured.
+    Each costs a forward and a backward pass."""
     semantic_tokens: int = 200_000
     """Tokens of the store, spread over it, among which each dimension's extreme rows are sought."""
     top: int = 10

@@ -19,11 +19,11 @@ class MonosemanticConfig:
     top: int = 10
     """Top activating contexts of a latent."""
     sample: int = 10
-    """Contexts of a latent, sampled evenly over the quantiles of its activation. A latent is
-    eligible when it fires in at least top + sample contexts."""
+    """Contexts of a latent, sampled evenly over the quantiles of its activation.
+    A latent is eligible when it fires in at least top + sample contexts."""
     silent: int = 1000
-    """Random windows, shared by all latents. Those where a latent is silent are the negatives that
-    its own contexts are distinguished from."""
+    """Random windows, shared by all latents.
+    Those where a latent is silent are the negatives for its own contexts."""
     before: int = 10
     """Tokens of a window before its centre."""
     after: int = 5
