@@ -14,6 +14,7 @@ from llm_wsae.cli import COMMANDS, main
 
 PAGES = ROOT / "docs/commands"
 _WIDTH = "79"  # narrow enough for the parser to draw one column
+_LONGEST_DEFAULT = 45  # characters in the last column
 # Which command's page has the options under a prefix.
 _EXPLAINED = {"harvest": "harvest", "train": "train", "evaluate": "evaluate", "score": "evaluate"}
 
@@ -83,7 +84,14 @@ def _row(option: str, meaning: str) -> str:
     default = default.removesuffix(")").removeprefix("default:").strip()
     cell = "" if default in ("None", "False", "") else f"`{default}`"
     cell = "**required**" if default == "required" else cell
-    return f"| `{option}` | {meaning} | {cell} |".replace("{None}|", "").replace("``", "`")
+    if len(cell) > _LONGEST_DEFAULT:
+        meaning, cell = f"{meaning} Default: {cell}.", ""
+    flag, brace, choices = option.partition(" {")
+    if brace:  # the values that it takes would make the column wide
+        choices, _, more = choices.partition("}")
+        values = ", ".join(f"`{choice}`" for choice in choices.split(","))
+        option, meaning = flag + more, f"{meaning} {'Some' if more else 'One'} of {values}."
+    return f"| `{option}` | {meaning} | {cell} |".replace("``", "`")
 
 
 def _value(name: str) -> str:

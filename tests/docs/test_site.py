@@ -140,3 +140,30 @@ def test_every_command_has_a_page_with_its_options(monkeypatch):
             f"the options of {command} have changed: python scripts/update_docs.py"
         )
         assert "|---|---|---|" in found
+
+
+def test_the_messages_of_the_page_of_errors_are_those_of_the_package():
+    source = "\n".join(
+        path.read_text(encoding="utf-8") for path in sorted((ROOT / "llm_wsae").rglob("*.py"))
+    )
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings that go on in the next line
+    source = re.sub(r"\{[^{}]*\}", "…", source)
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    messages = re.findall(r"\*\*`(.+?)`\*\*", page)
+    assert len(messages) > 25
+    missing = [
+        message
+        for message in messages
+        for part in message.split("…")
+        if part.strip() and part.strip() not in source
+    ]
+    assert missing == []
+
+
+def test_the_files_named_on_the_pages_are_there():
+    for path in [README, *PAGES, ROOT / "checkpoints/README.md"]:
+        named = re.findall(
+            r"`((?:llm_wsae|tests|scripts|docs)/[\w/.-]+)`", path.read_text(encoding="utf-8")
+        )
+        missing = [name for name in named if not (ROOT / name).exists()]
+        assert missing == [], path
