@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.pretrained import load_pretrained
     from llm_wsae.errors import LlmWsaeError, UsageError
-    from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+    from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
     from llm_wsae.evaluation.fidelity.evaluator import evaluate
-    from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
     from llm_wsae.harvesting import ActivationStream, harvest
     from llm_wsae.inspecting.inspection import inspect
     from llm_wsae.model.language_model import LanguageModel
@@ -63,8 +62,8 @@ _HOMES = {
     "Steer": "attaching.edits",
     "Codes": "sparse.codes",
     "inspect": "inspecting.inspection",
-    "EvaluateConfig": "evaluation.fidelity.config",
-    "MonosemanticConfig": "evaluation.monosemanticity.config",
+    "EvaluateConfig": "evaluation.config",
+    "MonosemanticConfig": "evaluation.config",
     "LlmWsaeError": "errors",
     "UsageError": "errors",
     "harvest": "harvesting",

@@ -11,15 +11,14 @@ from importlib.metadata import version
 from typing import Any
 
 from llm_wsae import processes
-from llm_wsae.commands.common import Result
 from llm_wsae.commands.evaluate import evaluate
 from llm_wsae.commands.harvest import harvest
 from llm_wsae.commands.inspect import inspect
 from llm_wsae.commands.list import list_repository
-from llm_wsae.commands.parser import parse
+from llm_wsae.commands.options import Result
+from llm_wsae.commands.parser import in_new_spelling, parse
 from llm_wsae.commands.pull import pull
 from llm_wsae.commands.push import push
-from llm_wsae.commands.renamed import in_new_spelling
 from llm_wsae.commands.run import run
 from llm_wsae.commands.study import study
 from llm_wsae.commands.theory import theory

@@ -17,9 +17,9 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.measurements import keep_measurements
+from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError
-from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.contexts import take_contexts
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.fidelity.report import Report

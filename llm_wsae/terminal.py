@@ -1,11 +1,12 @@
-"""Foreign text made safe to print: what a corpus holds cannot control the terminal.
+"""What goes to a terminal: foreign text made safe to print, and rows of cells as a table.
 
-Control characters (escape sequences move the cursor, change titles, type for the user), marks that
-reverse the direction of writing, and everything else that is not printable are shown as Python
-escapes: ``\\n``, ``\\x1b``, ``\\u202e``.
+What a corpus holds cannot control the terminal. Control characters (escape sequences move the
+cursor, change titles, type for the user), marks that reverse the direction of writing, and
+everything else that is not printable are shown as Python escapes: ``\\n``, ``\\x1b``, ``\\u202e``.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -26,3 +27,24 @@ def printable_json(value: Any) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns two spaces apart, the first ``left`` ones left-aligned, a rule under the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    rule = "  ".join("─" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The same table in Markdown."""
+    head, *body = rows
+    rule = ["---" if i < left else "--:" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from llm_wsae.sparse.operations import encode_topk
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.tables import markdown
+from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.config import default_learning_rate
 from llm_wsae.training.normaliser import Normaliser

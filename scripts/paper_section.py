@@ -8,7 +8,7 @@ from study_claims import ANNEALED, ANNEALING, FOLDER, SITES, Study
 from llm_wsae.studies.report_tables import estimate_text
 from llm_wsae.studies.results import DECIDING
 from llm_wsae.studies.verdict import BETTER
-from llm_wsae.tables import markdown
+from llm_wsae.terminal import markdown
 
 _PLANTED = FOLDER / "planted.jsonl.gz"
 _TESTS = "`tests/theory/test_closed_form.py`"

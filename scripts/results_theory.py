@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import IMAGES, README, RESULTS, write_section
 from results_archive import pack, unpack
 
-from llm_wsae.tables import markdown
+from llm_wsae.terminal import markdown
 from llm_wsae.theory.comparison import BETTER, NO_BETTER_THAN_CONTROL, WORSE, ArmSummary
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
 from llm_wsae.theory.experiments import FIGURES, run_theory

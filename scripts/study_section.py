@@ -25,7 +25,7 @@ from llm_wsae.studies.comparison import Compared
 from llm_wsae.studies.report import CURVE, DIFFERENCES, StudyReport
 from llm_wsae.studies.report_tables import estimate_text
 from llm_wsae.studies.results import DECIDING, Result
-from llm_wsae.tables import markdown
+from llm_wsae.terminal import markdown
 
 
 def figure(block: int, name: str) -> str:

@@ -27,7 +27,6 @@ FLOORS = (
     "processes",
     "provenance",
     "terminal",
-    "tables",
     "sparse",
     "model",
     "statistics",

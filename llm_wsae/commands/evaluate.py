@@ -6,7 +6,6 @@ from typing import Annotated
 
 import tyro
 
-from llm_wsae.commands.common import Result
 from llm_wsae.commands.options import (
     CorpusOptions,
     Flag,
@@ -14,10 +13,11 @@ from llm_wsae.commands.options import (
     ModelOptions,
     Part,
     Prefixed,
+    Result,
     ScoreOptionsOfEvaluate,
 )
 from llm_wsae.errors import UsageError
-from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain, versions
 
@@ -45,11 +45,11 @@ def evaluate(
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.dictionary.measurements import check_keeps_measurements, keep_measurements
+    from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements
     from llm_wsae.evaluation.checks import common_packing, notes_on_text
     from llm_wsae.evaluation.fidelity.evaluator import evaluate as measure
-    from llm_wsae.evaluation.monosemanticity.card_numbers import card_numbers
     from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
+    from llm_wsae.evaluation.monosemanticity.report import card_numbers
 
     dictionaries = tuple(dict.fromkeys(dictionaries))
     _check(dictionaries, out, part, keep)

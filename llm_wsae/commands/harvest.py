@@ -3,8 +3,15 @@
 import time
 from pathlib import Path
 
-from llm_wsae.commands.common import Result, cost, sites_of
-from llm_wsae.commands.options import CorpusOptions, Flat, ModelOptions, Part
+from llm_wsae.commands.options import (
+    CorpusOptions,
+    Flat,
+    ModelOptions,
+    Part,
+    Result,
+    cost,
+    sites_of,
+)
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from llm_wsae.commands.common import Result
-from llm_wsae.commands.options import Flat, LoadOptions
+from llm_wsae.commands.options import Flat, LoadOptions, Result
 
 
 def inspect(

@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from llm_wsae.commands.common import Result
-from llm_wsae.commands.options import RepoId
+from llm_wsae.commands.options import RepoId, Result
 from llm_wsae.terminal import printable
 
 if TYPE_CHECKING:

@@ -2,19 +2,24 @@
 
 A command takes a group as one parameter. ``Flat`` puts its options on the command itself
 (``--revision``), ``Prefixed`` under the parameter's name (``--train.batch-size``). The groups of
-settings are the package's own configurations, with short spellings added here.
+settings are the package's own configurations, with short spellings added here. Below them is what
+commands share beyond their options: the type of a result, checks of names, the cost.
 """
 
+import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import UsageError
-from llm_wsae.evaluation.fidelity.config import EvaluateConfig
-from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
+from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
+from llm_wsae.model.site import Site
+from llm_wsae.processes import leads
+from llm_wsae.terminal import printable
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 
 if TYPE_CHECKING:
@@ -44,7 +49,7 @@ class LoadOptions:
 
     def load(self, model: str, store: "ActivationStore | None" = None) -> "LanguageModel":
         """Load a model, and say so on stderr."""
-        from llm_wsae.commands.common import note
+        from llm_wsae.commands.options import note
         from llm_wsae.model.language_model import LanguageModel
 
         note(f"loading {model}")
@@ -151,3 +156,28 @@ class ScoreOptionsOfEvaluate(ScoreOptions):
 
     bootstraps: tyro.conf.Suppress[int] = MonosemanticConfig.bootstraps
     seed: tyro.conf.Suppress[int] = MonosemanticConfig.seed
+
+
+Result = tuple[dict[str, Any], str]  # the JSON object, the text for people
+
+
+def note(text: str) -> None:
+    """One line on stderr, however many processes there are."""
+    if leads():
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def sites_of(names: tuple[str, ...]) -> list[Site]:
+    """The sites of their names. Raises UsageError if there is none or one is misspelt."""
+    if not names:
+        raise UsageError("name at least one site, e.g. --site blocks.8.hook_resid_post")
+    return [Site.parse(name) for name in names]
+
+
+def cost(started: float) -> str:
+    """Time since ``started`` (a ``time.monotonic``) and peak memory, in words."""
+    from llm_wsae.hardware import peak_memory_bytes
+
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    peak = peak_memory_bytes() / 2**30
+    return f"took {minutes} min {seconds:02} s, peak memory {peak:.1f} GiB"

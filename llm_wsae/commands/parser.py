@@ -2,7 +2,8 @@
 
 The parser (tyro) draws its complaints in a box of several lines. Its hook for errors tells them
 apart, so each becomes one sentence here. The hook is private to tyro: where a release has none, or
-a complaint that is unknown here, the box is shown as it is.
+a complaint that is unknown here, the box is shown as it is. Old spellings of options (``RENAMED``)
+still work, and stderr says what they are called now.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from llm_wsae.commands.common import Result
+from llm_wsae.commands.options import Result, note
 from llm_wsae.errors import UsageError, nearest
 
 _on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
@@ -85,3 +86,42 @@ def _name(argument: Any) -> str:
     if argument.is_positional():
         return str(argument.lowered.metavar)
     return str(argument.lowered.name_or_flags[-1])
+
+
+RENAMED: dict[str, dict[str, str]] = {
+    "run": {
+        "--seeds": "--init-seeds",
+        "--context-size": "--harvest.context-size",
+        "--expansion": "--train.expansion",
+        "--train-tokens": "--train.tokens",
+    },
+    "train": {"--seeds": "--init-seeds", "--seed": "--shuffle-seed"},
+    "evaluate": {
+        "--monosemantic-tokens": "--score.tokens",
+        "--encoder": "--score.encoder",
+        "--labels": "--score.labels",
+    },
+    "study": {
+        "--expansion": "--train.expansion",
+        "--train-tokens": "--train.tokens",
+        "--score-tokens": "--score.tokens",
+        "--encoder": "--score.encoder",
+        "--labels": "--score.labels",
+    },
+}
+
+
+def in_new_spelling(command: str, words: list[str]) -> list[str]:
+    """The words of a command as they are spelt now."""
+    new: list[str] = []
+    used: dict[str, str] = {}
+    for word in words:
+        option, equals, value = word.partition("=")
+        name = RENAMED.get(command, {}).get(option.replace("_", "-"))
+        if name is not None:
+            used[option] = name
+        new.append(word if name is None else f"{name}{equals}{value}")
+    if used:
+        pairs = ", ".join(f"{old} is now {name}" for old, name in used.items())
+        note(f"deprecated: {pairs}")
+    return new

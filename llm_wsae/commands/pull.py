@@ -5,8 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from llm_wsae.commands.common import Result
-from llm_wsae.commands.options import RepoId
+from llm_wsae.commands.options import RepoId, Result
 from llm_wsae.provenance import write_record
 from llm_wsae.terminal import printable
 

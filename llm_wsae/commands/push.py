@@ -5,8 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from llm_wsae.commands.common import Result
-from llm_wsae.commands.options import Flag
+from llm_wsae.commands.options import Flag, Result
 from llm_wsae.errors import UsageError
 
 

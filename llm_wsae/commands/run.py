@@ -4,7 +4,6 @@ import shlex
 import time
 from pathlib import Path
 
-from llm_wsae.commands.common import Result, cost, sites_of
 from llm_wsae.commands.options import (
     CorpusOptions,
     EvaluateOptions,
@@ -13,7 +12,10 @@ from llm_wsae.commands.options import (
     HarvestOptions,
     ModelOptions,
     Prefixed,
+    Result,
     TrainOptions,
+    cost,
+    sites_of,
 )
 from llm_wsae.provenance import write_record
 from llm_wsae.weights.config import WeightConfig

@@ -4,17 +4,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_wsae.commands.common import Result, cost
 from llm_wsae.commands.options import (
     CorpusOptions,
     EvaluateOptions,
     Flat,
     ModelOptions,
     Prefixed,
+    Result,
     RuleOptions,
     ScoreOptions,
     Store,
     TrainOptions,
+    cost,
 )
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site

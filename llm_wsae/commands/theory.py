@@ -3,8 +3,7 @@
 import time
 from pathlib import Path
 
-from llm_wsae.commands.common import Result, cost
-from llm_wsae.commands.options import Flat
+from llm_wsae.commands.options import Flat, Result, cost
 from llm_wsae.theory.config import TheoryConfig
 
 

@@ -3,8 +3,7 @@
 import time
 from pathlib import Path
 
-from llm_wsae.commands.common import Result, cost
-from llm_wsae.commands.options import Flat, GridOptions, Store
+from llm_wsae.commands.options import Flat, GridOptions, Result, Store, cost
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record

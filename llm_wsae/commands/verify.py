@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from llm_wsae.commands.common import Result
+from llm_wsae.commands.options import Result
 from llm_wsae.errors import LlmWsaeError
 
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from llm_wsae.commands.common import Result
-from llm_wsae.commands.options import Flat, LoadOptions, Store
+from llm_wsae.commands.options import Flat, LoadOptions, Result, Store
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.provenance import write_record

@@ -7,15 +7,19 @@ gives exactly the contexts that packing from the beginning gives there, so that 
 resume where it was. All work on tokens is vectorised.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int32
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus, Document
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import load_tensors, save_tensors
 
 NO_DOCUMENT = -1
 # Texts are tokenised in batches, which is fast; the first ones are small, so that work can begin.
@@ -280,3 +284,35 @@ def _sizes(size: int, total: int | None) -> Iterator[int]:
 
 def _joined(parts: list[_Stream]) -> _Stream:
     return _Stream(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+_FIELDS = ("ids", "keep", "document", "offset")
+
+
+def save_contexts(path: Path, batches: Sequence[Contexts]) -> None:
+    """Write consecutive batches of contexts as one file."""
+    tensors = {
+        name: torch.from_numpy(np.concatenate([getattr(batch, name) for batch in batches]))
+        for name in _FIELDS
+    }
+    headers: dict[int, dict[str, Any]] = {}
+    for batch in batches:
+        headers |= batch.headers
+    # One string: the order in which safetensors writes several differs between runs.
+    text = json.dumps({str(index): headers[index] for index in sorted(headers)})
+    save_tensors(path, tensors, metadata={"documents": text})
+
+
+def load_contexts(path: Path, first: tuple[int, int], following: tuple[int, int]) -> Contexts:
+    """Read such a file; the cursors come from the manifest.
+
+    Raises LlmWsaeError if it is missing or damaged.
+    """
+    tensors, metadata = load_tensors(path, "tokens of a shard")
+    try:
+        headers = json.loads(metadata["documents"])
+        arrays = [tensors[name].numpy() for name in _FIELDS]
+    except (KeyError, ValueError) as error:
+        raise LlmWsaeError(f"{path} is not the tokens of a shard: {error}") from error
+    numbered = {int(index): header for index, header in headers.items()}
+    return Contexts(*arrays, Cursor(*first), Cursor(*following), numbered)

@@ -26,8 +26,7 @@ from llm_wsae.data.manifest import (
     shard_paths,
     tokens_path,
 )
-from llm_wsae.data.packing import Contexts
-from llm_wsae.data.tokens_file import save_contexts
+from llm_wsae.data.packing import Contexts, save_contexts
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_tensors, save_tensors, sha256
 from llm_wsae.statistics.moments import Statistics

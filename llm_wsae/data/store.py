@@ -22,10 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.data.manifest import STATISTICS, Manifest, complete_shards, tokens_path
-from llm_wsae.data.packing import Contexts
+from llm_wsae.data.packing import Contexts, load_contexts
 from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
-from llm_wsae.data.tokens_file import load_contexts
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.files import load_tensors
 from llm_wsae.model.site import Site

@@ -5,7 +5,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llm_wsae.data.manifest import FileRecord, Manifest, complete_shards, tokens_path
-from llm_wsae.data.tokens_file import load_contexts
+from llm_wsae.data.packing import load_contexts
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import sha256
 

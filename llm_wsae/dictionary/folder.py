@@ -13,6 +13,7 @@ its name. Reading trusts nothing: names, shapes and dtypes in the files' headers
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 
 from llm_wsae.dictionary.atomic_folder import not_there, replacing
+from llm_wsae.dictionary.checks import check_finite, read_tensors
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
-from llm_wsae.dictionary.tensor_checks import check_finite, read_tensors
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.files import (
     read_json,
@@ -273,3 +274,31 @@ def _check_replaceable(folder: Path) -> None:
             f"{folder} is not just a dictionary (it holds {found}), so it is left alone; "
             "save into another folder"
         )
+
+
+def check_keeps_measurements(folder: Path) -> None:
+    """Raises UsageError for a folder that must not be written to: other tools' files are left
+    alone, and so are links, which lead into the Hub's cache."""
+    if not is_dictionary(folder):
+        raise UsageError(
+            f"{folder} was not saved by this package, so measurements cannot be kept in it"
+        )
+    if (folder / INFO).is_symlink():
+        raise UsageError(
+            f"{folder / INFO} is only a link, so measurements are not kept there; copy the "
+            "dictionary first, e.g. with llm-wsae pull"
+        )
+
+
+def keep_measurements(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Store groups of measurements (``fidelity``, ``monosemanticity``; JSON values) in the metrics
+    of a dictionary's folder, replacing older ones of the same group.
+
+    Raises UsageError as ``check_keeps_measurements`` does, and LlmWsaeError if the file cannot be
+    read or written; it is then unchanged.
+    """
+    check_keeps_measurements(folder)
+    info = read_json(folder / INFO, "dictionary's information")
+    metrics = info.get("metrics")
+    old = metrics if isinstance(metrics, dict) else {}
+    write_json(folder / INFO, {**info, "metrics": {**old, **found}})

@@ -23,7 +23,7 @@ from llm_wsae.studies.report_tables import (
 )
 from llm_wsae.studies.results import DECIDING, MEASURES, Result
 from llm_wsae.studies.verdict import ONE_SEED, OUTSIDE, UNMEASURED, VERDICTS
-from llm_wsae.tables import aligned, markdown
+from llm_wsae.terminal import aligned, markdown
 
 REPORT, MARKDOWN, CURVE, DIFFERENCES = "report.json", "report.md", "curve.png", "differences.png"
 _HOW_TO_READ = (

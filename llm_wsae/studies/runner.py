@@ -14,9 +14,8 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
-from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import Encoder
 from llm_wsae.files import folder_lock, remove_partials, write_json

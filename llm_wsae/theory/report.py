@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llm_wsae.provenance import plain
-from llm_wsae.tables import aligned, markdown
+from llm_wsae.terminal import aligned, markdown
 from llm_wsae.theory.comparison import (
     BETTER,
     NO_BETTER_THAN_CONTROL,

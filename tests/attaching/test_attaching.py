@@ -15,7 +15,7 @@ from llm_wsae.attaching.attachment import attach
 from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
 from llm_wsae.data.packing import Context
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
 from llm_wsae.model.language_model import LanguageModel

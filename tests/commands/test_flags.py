@@ -7,8 +7,7 @@
 from pathlib import Path
 
 from llm_wsae.cli import COMMANDS
-from llm_wsae.commands.parser import options_of
-from llm_wsae.commands.renamed import RENAMED
+from llm_wsae.commands.parser import RENAMED, options_of
 
 
 def flags() -> str:

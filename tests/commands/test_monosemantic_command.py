@@ -8,7 +8,7 @@ from command_line import call, content, works
 from tiny_encoder import save_encoder
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.measurements import keep_measurements
+from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError
 
 NAMES = ("uniform-k4", "variance-a0.5-k4")

@@ -7,8 +7,7 @@ import sys
 from command_line import TRAIN, call, content, works
 
 from llm_wsae.cli import COMMANDS
-from llm_wsae.commands.parser import parse
-from llm_wsae.commands.renamed import in_new_spelling
+from llm_wsae.commands.parser import in_new_spelling, parse
 
 NEEDED = {
     "run": "--model m --corpus c --site s",

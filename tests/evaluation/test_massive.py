@@ -10,10 +10,9 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.evaluation.activation_cache import ActivationCache
-from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.massive import massive_thresholds
-from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.model.site import Site
 

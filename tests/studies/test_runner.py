@@ -17,9 +17,8 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation.fidelity.config import EvaluateConfig
+from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
-from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.seed_consistency import pw_mcc
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.language_model import LanguageModel

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_wsae.dictionary.checks import check_finite, integer, mapping, text
 from llm_wsae.dictionary.formats.layout import (
     Announced,
     Layout,
@@ -37,8 +38,6 @@ from llm_wsae.dictionary.formats.layout import (
     with_decoder_norms,
     without_input_bias,
 )
-from llm_wsae.dictionary.json_values import integer, mapping, text
-from llm_wsae.dictionary.tensor_checks import check_finite
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from llm_wsae.dictionary.checks import check_finite
 from llm_wsae.dictionary.formats.layout import Announced, Layout, Weights, not_negative
-from llm_wsae.dictionary.tensor_checks import check_finite
 from llm_wsae.errors import LlmWsaeError
 
 WEIGHTS = "params.npz"

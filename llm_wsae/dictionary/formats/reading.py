@@ -9,11 +9,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from llm_wsae.dictionary.atomic_folder import not_there
+from llm_wsae.dictionary.checks import check_finite
 from llm_wsae.dictionary.folder import EXTRAS, INFO, Content, read_folder
 from llm_wsae.dictionary.formats import dictionary_learning, gemma_scope, saelens, sparsify
 from llm_wsae.dictionary.formats.layout import Announced, Layout
 from llm_wsae.dictionary.info import CENTRED, DictionaryInfo
-from llm_wsae.dictionary.tensor_checks import check_finite
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import read_json
 from llm_wsae.model.site import Site

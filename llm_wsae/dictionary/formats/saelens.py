@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_wsae.dictionary.checks import integer, mapping, number, read_tensors, text
 from llm_wsae.dictionary.folder import CFG, WEIGHTS
 from llm_wsae.dictionary.formats.layout import (
     STORED_DTYPES,
@@ -33,8 +34,6 @@ from llm_wsae.dictionary.formats.layout import (
     without_input_bias,
 )
 from llm_wsae.dictionary.info import CENTRED
-from llm_wsae.dictionary.json_values import integer, mapping, number, text
-from llm_wsae.dictionary.tensor_checks import read_tensors
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.files import read_json
 

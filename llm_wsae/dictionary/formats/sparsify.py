@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from llm_wsae.dictionary.checks import integer, read_tensors
 from llm_wsae.dictionary.folder import CFG
 from llm_wsae.dictionary.formats.layout import (
     STORED_DTYPES,
@@ -21,8 +22,6 @@ from llm_wsae.dictionary.formats.layout import (
     site_of,
     without_input_bias,
 )
-from llm_wsae.dictionary.json_values import integer
-from llm_wsae.dictionary.tensor_checks import read_tensors
 from llm_wsae.errors import LlmWsaeError, shown
 
 WEIGHTS = "sae.safetensors"

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import RepoCard
 from huggingface_hub.repocard_data import CardData
 
+from llm_wsae.dictionary.checks import mapping, text
 from llm_wsae.dictionary.hub.card_data import Facts
 from llm_wsae.dictionary.hub.card_tables import (
     dictionaries_table,
@@ -23,9 +24,8 @@ from llm_wsae.dictionary.hub.card_tables import (
     is_plain,
     monosemanticity_section,
 )
-from llm_wsae.dictionary.json_values import mapping, text
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.tables import markdown
+from llm_wsae.terminal import markdown
 
 BEGIN = "<!-- llm-wsae push writes everything from here … -->"
 END = "<!-- … to here -->"

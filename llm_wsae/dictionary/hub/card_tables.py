@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 
+from llm_wsae.dictionary.checks import mapping, number, pair
 from llm_wsae.dictionary.hub.card_data import Facts
-from llm_wsae.dictionary.json_values import mapping, number, pair
-from llm_wsae.tables import markdown
+from llm_wsae.terminal import markdown
 
 _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")

@@ -25,11 +25,10 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.activation_cache import ActivationCache
 from llm_wsae.evaluation.bootstrap import Bootstrap
 from llm_wsae.evaluation.checks import check_fit, notes_on_weights
+from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.baselines import Baselines, Key, read_baselines
-from llm_wsae.evaluation.fidelity.clean_logits import clean_logits
-from llm_wsae.evaluation.fidelity.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.contexts import Context, batches_of, take_contexts
-from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
+from llm_wsae.evaluation.fidelity.next_token import clean_logits, next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
 from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.evaluation.fidelity.summary import fidelity_of

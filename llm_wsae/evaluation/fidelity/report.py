@@ -7,7 +7,7 @@ from typing import Any
 from llm_wsae.evaluation.bootstrap import Interval
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
-from llm_wsae.tables import aligned
+from llm_wsae.terminal import aligned
 
 _PER_ITEM = ("fvu_per_dimension", "latent_density")  # long lists
 COLUMNS = {

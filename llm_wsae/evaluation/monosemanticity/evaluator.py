@@ -26,6 +26,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.checks import check_fit, common_packing, notes_on_weights
+from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
 from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
 from llm_wsae.evaluation.massive import massive_thresholds
@@ -35,8 +36,10 @@ from llm_wsae.evaluation.monosemanticity.averages import (
     summarise_concepts,
     summarise_site,
 )
-from llm_wsae.evaluation.monosemanticity.concepts.concepts import halves_of_documents
-from llm_wsae.evaluation.monosemanticity.concepts.document_concepts import document_concepts
+from llm_wsae.evaluation.monosemanticity.concepts.concepts import (
+    document_concepts,
+    halves_of_documents,
+)
 from llm_wsae.evaluation.monosemanticity.concepts.scores import (
     LatentTables,
     ProbedConcepts,
@@ -44,17 +47,16 @@ from llm_wsae.evaluation.monosemanticity.concepts.scores import (
     probe_latents,
     probe_site,
 )
-from llm_wsae.evaluation.monosemanticity.concepts.token_concepts import (
-    folded_tokens,
-    token_concepts,
-)
-from llm_wsae.evaluation.monosemanticity.concepts.units import (
+from llm_wsae.evaluation.monosemanticity.concepts.tables import (
     NO_UNIT,
     Units,
     units_of_documents,
     units_of_tokens,
 )
-from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
+from llm_wsae.evaluation.monosemanticity.concepts.token_concepts import (
+    folded_tokens,
+    token_concepts,
+)
 from llm_wsae.evaluation.monosemanticity.latents.scores import LatentScorer
 from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import (
     Encoder,

@@ -12,8 +12,13 @@ from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.heldout import ContextBatch, HeldoutActivations
-from llm_wsae.evaluation.monosemanticity.concepts.tables import DenseTable, SparseTable, Table
-from llm_wsae.evaluation.monosemanticity.concepts.units import NO_UNIT, Units
+from llm_wsae.evaluation.monosemanticity.concepts.tables import (
+    NO_UNIT,
+    DenseTable,
+    SparseTable,
+    Table,
+    Units,
+)
 from llm_wsae.evaluation.monosemanticity.latents.firings import FiringCollector, Firings
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes

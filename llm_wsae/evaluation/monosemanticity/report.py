@@ -10,7 +10,7 @@ from llm_wsae.evaluation.monosemanticity.averages import ConceptSummary, Mean
 from llm_wsae.evaluation.monosemanticity.latents.scores import SCORES
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
-from llm_wsae.tables import aligned
+from llm_wsae.terminal import aligned
 
 COLUMNS = {
     "eligible %": "latents that fire in enough contexts to be scored; the next four columns are "
@@ -136,3 +136,29 @@ def _cells(scores: DictionaryScores) -> list[str]:
         shown(concepts["selectivity"], interval=True),
         f"{100 * scores.dense_share:.1f}",
     ]
+
+
+_OF_LATENTS = ("purity", "coherence", "detection", "detection_without_tokens")
+_OF_CONCEPTS = {"probe_1": "best_1", "probe_5": "best_5", "selectivity": "selectivity"}
+
+
+def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
+    """The numbers of one dictionary, JSON-able: ``value`` with its 95 % ``interval`` and, where
+    there is one, its ``control``: the purity of random contexts, or probes on the best
+    dimensions."""
+    scores = report.dictionaries[name]
+    dimensions = report.sites[scores.site]["means"]
+    controls = {"purity": report.chance["purity"]}
+    controls |= {key: dimensions[key] for key in _OF_CONCEPTS.values() if key in dimensions}
+
+    def entry(key: str, mean: Mean) -> dict[str, Any]:
+        control = {"control": controls[key]} if key in controls else {}
+        return {"value": mean.mean, "interval": mean.interval, **control}
+
+    return plain(
+        {
+            "eligible_share": scores.eligible_share,
+            **{key: entry(key, scores.latents[key]) for key in _OF_LATENTS},
+            **{name: entry(key, scores.concepts.means[key]) for name, key in _OF_CONCEPTS.items()},
+        }
+    )

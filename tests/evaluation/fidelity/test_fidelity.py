@@ -14,8 +14,8 @@ from llm_wsae.dictionary.sparsity import ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.bootstrap import Bootstrap
 from llm_wsae.evaluation.checks import notes_on_text
+from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity import next_token
-from llm_wsae.evaluation.fidelity.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums

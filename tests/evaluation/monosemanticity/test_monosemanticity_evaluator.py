@@ -22,7 +22,7 @@ from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation import activation_cache
-from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
+from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator, monosemanticity
 
 CONFIG = MonosemanticConfig(

@@ -17,7 +17,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
 from llm_wsae.evaluation.massive import massive_thresholds
-from llm_wsae.evaluation.monosemanticity.concepts.units import units_of_documents, units_of_tokens
+from llm_wsae.evaluation.monosemanticity.concepts.tables import units_of_documents, units_of_tokens
 from llm_wsae.evaluation.monosemanticity.latents.firings import FiringCollector
 from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
 from llm_wsae.model.site import Site

@@ -1,18 +1,22 @@
 """Concepts whose truth is known: labels that latents can be tested against.
 
 A concept says yes or no about every unit it applies to. Concepts of tokens are computed from the
-text (``token_concepts``), concepts of documents come from their labels (``document_concepts``). A
-concept is kept when both halves of the documents hold enough examples and counterexamples: a probe
-that was trained on one half is tested on the other, so no document is on both sides.
+text (``token_concepts.py``), concepts of documents come from the labels that their corpus gives
+them (``document_concepts`` below). A concept is kept when both halves of the documents hold enough
+examples and counterexamples: a probe that was trained on one half is tested on the other, so no
+document is on both sides.
 """
 
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from llm_wsae.errors import UsageError, nearest
 from llm_wsae.evaluation.heldout import HeldoutText
 
 MIN_UNITS = 20  # examples, and counterexamples, of a concept in each half
@@ -83,3 +87,76 @@ def halves_of_documents(text: HeldoutText, seed: int) -> dict[int, bool]:
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(2, ((len(ordered) + 1) // 2,), generator=generator).tolist()
     return {number: (i + first[i // 2]) % 2 == 0 for i, number in enumerate(ordered)}
+
+
+_MIN_DOCUMENTS = 2  # with examples, and with counterexamples, in each half
+_MAX_VALUES = 6  # numbers with more values are cut into thirds
+
+
+def document_concepts(
+    headers: Mapping[int, dict[str, Any]],
+    document: Int[Tensor, " units"],
+    half: Bool[Tensor, " units"],
+    wanted: tuple[str, ...] = (),
+) -> Concepts:
+    """One concept for each value of each label, of units that belong to documents.
+
+    A label with two values is one concept; numbers with more than six values are cut into thirds of
+    the documents. Raises UsageError for a wanted label that no document has.
+    """
+    present = document.unique().tolist()
+    labels = {n: headers[n]["labels"] for n in present if n in headers}
+    columns = sorted({key for own in labels.values() for key in own})
+    for name in wanted:
+        if name not in columns:
+            raise UsageError(f"no document has a label {name!r}; {nearest(name, columns)}")
+    names: list[str] = []
+    families: list[str] = []
+    positive: list[Tensor] = []
+    applies: list[Tensor] = []
+    for column in dict.fromkeys(wanted) or columns:
+        values = {number: own[column] for number, own in labels.items() if column in own}
+        for name, having in _divided(column, values):
+            names.append(name)
+            families.append(column)
+            positive.append(torch.isin(document, torch.tensor(sorted(having))))
+            applies.append(torch.isin(document, torch.tensor(sorted(values))))
+    empty = torch.zeros(len(document), 0, dtype=torch.bool)
+    concepts = Concepts(
+        names,
+        families,
+        torch.stack(positive, 1) if names else empty,
+        torch.stack(applies, 1) if names else empty,
+        half,
+    )
+    return with_enough(concepts, document, _MIN_DOCUMENTS)
+
+
+def _divided(column: str, values: dict[int, Any]) -> list[tuple[str, set[int]]]:
+    """The concepts of one label, each with its documents."""
+    distinct = sorted(set(values.values()), key=lambda value: (str(type(value)), value))
+    numeric = all(type(value) in (int, float) for value in distinct)
+    if numeric and len(distinct) > _MAX_VALUES:
+        ordered = sorted(values.values())
+        # Above the smallest value, or nothing would lie below the cut.
+        above = next(value for value in ordered if value > ordered[0])
+        cuts = sorted({float(max(ordered[i * len(ordered) // 3], above)) for i in (1, 2)})
+        edges = [float("-inf"), *cuts, float("inf")]
+        if len(cuts) == 1:  # two parts make one concept
+            edges = edges[:2]
+        return [
+            (_third(column, low, high), {n for n, v in values.items() if low <= v < high})
+            for low, high in pairwise(edges)
+        ]
+    if len(distinct) == 2:
+        distinct = distinct[:1]
+    return [
+        (f"{column}={value}", {number for number, own in values.items() if own == value})
+        for value in distinct
+    ]
+
+
+def _third(column: str, low: float, high: float) -> str:
+    if low == float("-inf"):
+        return f"{column}<{high:g}"
+    return f"{column}>={low:g}" if high == float("inf") else f"{low:g}<={column}<{high:g}"

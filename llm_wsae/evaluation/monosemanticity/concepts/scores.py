@@ -29,8 +29,7 @@ from llm_wsae.evaluation.monosemanticity.concepts.selectivity import (
     falls,
     selectivity,
 )
-from llm_wsae.evaluation.monosemanticity.concepts.tables import DenseTable, Table
-from llm_wsae.evaluation.monosemanticity.concepts.units import Units
+from llm_wsae.evaluation.monosemanticity.concepts.tables import DenseTable, Table, Units
 
 HALVES = 2
 

@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from llm_wsae.evaluation.config import FEWEST_NEGATIVE, FEWEST_POSITIVE
 from llm_wsae.evaluation.monosemanticity.auroc import auroc
-from llm_wsae.evaluation.monosemanticity.config import FEWEST_NEGATIVE, FEWEST_POSITIVE
 
 
 class Detection(NamedTuple):

@@ -7,22 +7,23 @@ left out.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.latents.detection import detection
 from llm_wsae.evaluation.monosemanticity.latents.firings import (
+    NO_ROW,
     Examples,
     FiringCollector,
     Firings,
     quantile_sample,
     silent_windows,
 )
-from llm_wsae.evaluation.monosemanticity.latents.purity import token_purity
 from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import WindowEmbeddings
 from llm_wsae.statistics.coherence import coherence, coherence_of_strangers
 
@@ -133,3 +134,26 @@ class LatentScorer:
             "detection": detected.auroc,
             "detection_without_tokens": detected.without_tokens,
         }
+
+
+class Purity(NamedTuple):
+    """How far the tokens of each latent's examples agree; NaN for a latent without examples."""
+
+    purity: Float[Tensor, " latents"]
+    """Share of the most frequent token."""
+    entropy: Float[Tensor, " latents"]
+    """Entropy of the tokens' frequencies, in bits; at most log2 of the number of examples."""
+
+
+def token_purity(rows: Int[Tensor, "latents examples"], token: Int[Tensor, " rows"]) -> Purity:
+    """Purity of the ``token`` at each latent's rows; a row of -1 is no example."""
+    there = rows != NO_ROW
+    found = token[rows.clamp(min=0)]
+    same = (found[:, :, None] == found[:, None, :]) & there[:, None, :]  # [latents, each, others]
+    alike = same.sum(2).double()
+    number = there.sum(1).double()
+    share = alike / number[:, None]
+    # A token of frequency f appears in f·number examples, so this mean is Σ f log2(1/f).
+    surprise = torch.where(there, -share.log2(), 0.0).sum(1) / number
+    purity = torch.where(there, share, 0.0).amax(1)
+    return Purity(purity.where(number > 0, torch.nan), surprise)

@@ -23,8 +23,7 @@ from llm_wsae.evaluation.monosemanticity.concepts.selectivity import (
     falls,
     selectivity,
 )
-from llm_wsae.evaluation.monosemanticity.concepts.tables import DenseTable, SparseTable
-from llm_wsae.evaluation.monosemanticity.concepts.units import Units
+from llm_wsae.evaluation.monosemanticity.concepts.tables import DenseTable, SparseTable, Units
 
 UNITS, D_IN, D_SAE = 400, 6, 30
 

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.auroc import auroc
-from llm_wsae.evaluation.monosemanticity.config import MonosemanticConfig
 from llm_wsae.evaluation.monosemanticity.latents.detection import detection
-from llm_wsae.evaluation.monosemanticity.latents.purity import token_purity
-from llm_wsae.evaluation.monosemanticity.latents.scores import LatentScorer
+from llm_wsae.evaluation.monosemanticity.latents.scores import LatentScorer, token_purity
 from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import WindowEmbeddings
 from llm_wsae.sparse.codes import Codes
 
