@@ -80,5 +80,5 @@ def test_a_study_is_resumed_and_nothing_is_measured_again(old, monkeypatch):
     )["verdicts"]  # fmt: skip
     result = works("study", "store", *STUDY, "--out", "study", "--json")
     assert content(old / "study/results") == before and len(before) == 8
-    assert "train" not in result.err
+    assert "arms:" not in result.err
     assert result.json["verdicts"].keys() == verdicts.keys()

@@ -49,7 +49,6 @@ class LoadOptions:
 
     def load(self, model: str, store: "ActivationStore | None" = None) -> "LanguageModel":
         """Load a model, and say so on stderr."""
-        from llm_wsae.commands.options import note
         from llm_wsae.model.language_model import LanguageModel
 
         note(f"loading {model}")
