@@ -37,7 +37,9 @@ class PackConfig:
         """From a dictionary's file; unknown keys and values of another type are ignored."""
         given = packing if isinstance(packing, dict) else {}
         own = {name: field.default for name, field in PackConfig.__dataclass_fields__.items()}
-        fits = {n: v for n, v in given.items() if n in own and type(v) is type(own[n])}
+        fits: dict[str, Any] = {
+            n: v for n, v in given.items() if n in own and type(v) is type(own[n])
+        }
         return cls(**fits)
 
     def packing(self) -> dict[str, Any]:

