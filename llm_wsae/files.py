@@ -21,7 +21,7 @@ PARTIAL_SUFFIX = ".partial"
 _PARTIALS = re.compile(rf"\..+\.\d+{re.escape(PARTIAL_SUFFIX)}|\.tmp\w{{6}}", re.ASCII)
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file next to ``path``, sync it and rename it to ``path``.
 
     Raises LlmWsaeError if the disk is full or the folder cannot be written; nothing is left behind

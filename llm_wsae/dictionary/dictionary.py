@@ -40,6 +40,8 @@ class Dictionary(nn.Module):
     of a site.
     """
 
+    threshold: nn.Parameter | None
+
     def __init__(
         self,
         *,

@@ -11,12 +11,13 @@ its name. Reading trusts nothing: names, shapes and dtypes in the files' headers
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def copy_folder(source: Path, folder: Path) -> None:
     with replacing(folder, _check_replaceable) as new:
         for name in sorted(_OWN_FILES):
             path = source / name
-            write_atomic(new / name, lambda partial, path=path: shutil.copyfile(path, partial))
+            write_atomic(new / name, functools.partial(shutil.copyfile, path))
 
 
 def is_dictionary(folder: Path) -> bool:
@@ -238,11 +239,11 @@ def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
         sparsity = sparsity_from_settings(cfg)
     except LlmWsaeError as error:
         raise LlmWsaeError(f"{path}: {error}") from None
-    sizes = [cfg.get("d_in"), cfg.get("d_sae")]
-    if not all(type(size) is int and 0 < size < _LARGEST_SIZE for size in sizes):
-        raise LlmWsaeError(f"{path} gives d_in = {shown(sizes[0])} and d_sae = {shown(sizes[1])}")
+    d_in, d_sae = cfg.get("d_in"), cfg.get("d_sae")
+    if not (_is_size(d_in) and _is_size(d_sae)):
+        raise LlmWsaeError(f"{path} gives d_in = {shown(d_in)} and d_sae = {shown(d_sae)}")
     # Any other value of these keys would change what the weights mean.
-    expected = saelens_config(*sizes, sparsity, info)
+    expected = saelens_config(d_in, d_sae, sparsity, info)
     for key in expected.keys() - {"metadata", "dtype", "device"}:
         if cfg.get(key) != expected[key]:
             raise LlmWsaeError(
@@ -250,10 +251,14 @@ def _read_cfg(path: Path, info: DictionaryInfo) -> tuple[int, int, Sparsity]:
                 f"always saved with {expected[key]!r}"
             )
     try:
-        sparsity.check(sizes[1])
+        sparsity.check(d_sae)
     except UsageError as error:
         raise LlmWsaeError(f"{path} contradicts itself: {error}") from None
-    return sizes[0], sizes[1], sparsity
+    return d_in, d_sae, sparsity
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 < value < _LARGEST_SIZE
 
 
 def _check_replaceable(folder: Path) -> None:

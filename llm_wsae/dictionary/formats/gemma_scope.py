@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ def _headers(path: Path, archive: zipfile.ZipFile) -> dict[str, _Array]:
     return found
 
 
-def _header(member: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, str]:
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, str]:
     """Shape, order and dtype of an array, as numpy writes them. Raises ValueError otherwise."""
     start = member.read(8)
     if start[:6] != b"\x93NUMPY" or start[6:] not in (b"\1\0", b"\2\0"):
@@ -153,6 +153,7 @@ def _checked(path: Path, arrays: dict[str, _Array]) -> dict[str, _Array]:
 def _tensor(path: Path, archive: zipfile.ZipFile, array: _Array) -> torch.Tensor:
     with archive.open(array.entry) as member:
         _header(member)
+        assert isinstance(member, zipfile.ZipExtFile)  # for readinto
         data = bytearray(math.prod(array.shape) * int(array.dtype[2:]))
         filled = 0
         while filled < len(data) and (got := member.readinto(memoryview(data)[filled:])):

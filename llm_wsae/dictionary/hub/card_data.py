@@ -85,10 +85,11 @@ def facts(sae_id: str, cfg: Mapping[str, Any], info: Mapping[str, Any]) -> Facts
         seed=integer(info.get("seed")),
         context_size=integer(info.get("context_size")),
         massive_threshold=number(info.get("massive_threshold")),
-        **{
-            name: dict(mapping(info.get(name)))
-            for name in ("model", "corpus", "store", "training", "metrics")
-        },
+        model=dict(mapping(info.get("model"))),
+        corpus=dict(mapping(info.get("corpus"))),
+        store=dict(mapping(info.get("store"))),
+        training=dict(mapping(info.get("training"))),
+        metrics=dict(mapping(info.get("metrics"))),
     )
     return Facts(
         sae_id=sae_id,
