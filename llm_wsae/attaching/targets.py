@@ -117,7 +117,7 @@ def _padding(mask: Any, cached: int) -> Tensor | None:
 def _bridge(bridge: Any) -> Target:
     hf_model = bridge.original_model
     paths = find_paths(hf_model)
-    blocks = Blocks(hf_model, get_module(hf_model, paths.blocks), paths.mid, paths.attention)
+    blocks = Blocks(hf_model, paths)
     points = bridge.hook_dict
     name = str(bridge.cfg.model_name or type(hf_model).__name__)
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.model.module_paths import ModulePaths, get_module
 from llm_wsae.model.parallel_map import parallel_map
 from llm_wsae.model.site import Site
 
@@ -42,13 +43,13 @@ class _StopForward(Exception):
 class Blocks:
     """The transformer blocks of a Hugging Face model, and access to their sites."""
 
-    def __init__(
-        self, hf_model: nn.Module, blocks: nn.ModuleList, mid: str | None, attn: str | None
-    ):
+    def __init__(self, hf_model: nn.Module, paths: ModulePaths):
+        blocks = get_module(hf_model, paths.blocks)
+        assert isinstance(blocks, nn.ModuleList)
         self._hf_model = hf_model
         self._blocks = blocks
-        self._mid = mid
-        self._attn = attn
+        self._mid = paths.mid
+        self._attn = paths.attention
         self._forms: dict[nn.Module, int] = {}
         self._visitors = 0
 
@@ -58,8 +59,8 @@ class Blocks:
     def has_mid(self, block: int) -> bool:
         """Whether this block has a ``hook_resid_mid``: an attention before it and a norm after
         it."""
-        paths = (self._mid, self._attn)
-        return all(path is not None and self._part(block, path) is not None for path in paths)
+        paths, module = (self._mid, self._attn), self._blocks[block]
+        return all(path is not None and get_module(module, path) is not None for path in paths)
 
     def run(self, ids: Tensor, **options: Any) -> Any:
         """One plain forward pass of ``ids [contexts, positions]``; the model's output object."""
@@ -174,11 +175,10 @@ class Blocks:
                 _pre_hook(patches, self._part(site.block, self._mid), _same_as(hidden, site))
             yield
 
-    def _part(self, block: int, path: str) -> nn.Module | None:
-        try:
-            return self._blocks[block].get_submodule(path)
-        except AttributeError:
-            return None
+    def _part(self, block: int, path: str | None) -> nn.Module:
+        """A part of a block that has a ``mid``."""
+        assert path is not None
+        return self._blocks[block].get_submodule(path)
 
     def _hook(
         self, hooks: contextlib.ExitStack, site: Site, record: Callable[[Tensor], None]
@@ -199,7 +199,7 @@ class Blocks:
         """
         if self._forms:
             return
-        attentions = [self._part(i, self._attn) for i in range(len(self))] if self._attn else []
+        attentions = [get_module(block, self._attn) for block in self._blocks] if self._attn else []
         with contextlib.ExitStack() as hooks, torch.no_grad():
             for module in [*self._blocks, *filter(None, attentions)]:
                 handle = module.register_forward_hook(

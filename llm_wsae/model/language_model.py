@@ -21,7 +21,7 @@ from llm_wsae.hardware import choose_device, fast_dtype
 from llm_wsae.model.fingerprint import fingerprint
 from llm_wsae.model.forward import Blocks, Visit
 from llm_wsae.model.loading import load_model
-from llm_wsae.model.module_paths import find_paths, get_module, text_config
+from llm_wsae.model.module_paths import find_paths, text_config
 from llm_wsae.model.site import Site
 from llm_wsae.model.weight_sharing import boot_bridge, share_weights
 
@@ -47,9 +47,7 @@ class LanguageModel:
         self.revision = revision
         self.device: torch.device = hf_model.device
         self.dtype: torch.dtype = hf_model.dtype
-        self._blocks = Blocks(
-            hf_model, get_module(hf_model, self.paths.blocks), self.paths.mid, self.paths.attention
-        )
+        self._blocks = Blocks(hf_model, self.paths)
         self.num_blocks = len(self._blocks)
         self.d_model: int = config.hidden_size
         self.max_context: int | None = getattr(config, "max_position_embeddings", None)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub as hub
 import torch
@@ -67,9 +67,11 @@ def load_model(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
     weights = _dense_weights() if "gguf_file" in options else {}
     try:
         with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
-            hf_model, report = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, **options, **weights
             )
+            # its annotations do not know that loading info makes it a pair
+            hf_model, report = cast(tuple[Any, dict[str, Any]], loaded)
             _check_complete(model, report)
             _check_causal(model, hf_model)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)

@@ -60,14 +60,15 @@ def get_module(root: nn.Module, path: str) -> nn.Module | None:
 
 def _transformer_lens_paths(hf_model: Any) -> ModulePaths | None:
     adapter = _adapter(hf_model)
-    blocks = adapter.component_mapping.get("blocks") if adapter is not None else None
+    modules = adapter.component_mapping if adapter is not None else {}
+    blocks = modules.get("blocks")
     # The adapter may describe a class of the same name from other code: check that its paths exist.
     if blocks is None or not isinstance(get_module(hf_model, blocks.name), nn.ModuleList):
         return None
     aliases = blocks.hook_aliases
     if (aliases.get("hook_resid_pre"), aliases.get("hook_resid_post")) != ("hook_in", "hook_out"):
         return None
-    ln_final = adapter.component_mapping.get("ln_final")
+    ln_final = modules.get("ln_final")
     mid = attention = None
     why = "its blocks run attention and MLP in parallel, so there is no stream between them"
     # TransformerLens maps the name to the input of a submodule of the block: "ln2.hook_in".
