@@ -5,7 +5,7 @@ next step needs, such as a running threshold.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -69,8 +69,8 @@ class Architecture(ABC):
         The encoder may be rounded to the number format of ``batch.x_fast``.
         """
 
-    def follow(self, observed: Any, learning_rate: float) -> None:  # noqa: B027 - optional
-        """Take in what a step observed (``Step.observed``), once it counts."""
+    def follow(self, observed: Tensor, learning_rate: float) -> None:  # noqa: B027 - optional
+        """Take in what a step observed (``Step.observed``, if anything), once it counts."""
 
     def thresholds(self) -> Float[Tensor, " latents"] | None:
         """The finished dictionary's thresholds in normalised units, None if it has none."""

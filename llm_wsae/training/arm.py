@@ -159,7 +159,8 @@ class Arm:
             self.last_fired.masked_fill_(step.firings > 0, rows_seen)
             # before the optimiser: it may ask the device for a number, which the optimiser's work
             # then hides
-            self.architecture.follow(step.observed, learning_rate)
+            if step.observed is not None:
+                self.architecture.follow(step.observed, learning_rate)
             self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
             self._record(step, batch)
 
