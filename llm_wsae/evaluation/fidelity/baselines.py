@@ -42,7 +42,7 @@ def read_baselines(
 
     Raises LlmWsaeError if an activation is not finite.
     """
-    totals: dict[Site, Tensor | float] = dict.fromkeys(thresholds, 0.0)
+    totals = dict.fromkeys(thresholds, torch.zeros(()))
     counts = dict.fromkeys(thresholds, 0)
     batches = tqdm(activations.batches, desc="evaluate: means", unit="batch")
     for number, (_, keep) in enumerate(batches if thresholds else ()):

@@ -14,8 +14,11 @@ from llm_wsae.errors import LlmWsaeError
 class Context(Protocol):
     """What is read of a context: token ids and which positions are kept, both [positions]."""
 
-    ids: np.ndarray | Tensor
-    keep: np.ndarray | Tensor
+    @property
+    def ids(self) -> np.ndarray | Tensor: ...
+
+    @property
+    def keep(self) -> np.ndarray | Tensor: ...
 
 
 def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:

@@ -91,8 +91,8 @@ class FidelityEvaluator:
             for number, (ids, keep) in enumerate(self._cache.batches):
                 activations = self._cache.at(number, list(sites))
                 clean = clean_logits(self._model, self._cache, number, max(sites), activations)
-                losses = _evaluate_batch(sites, self._model, ids, keep, activations, clean)
-                for key, numbers in losses:
+                measured = _evaluate_batch(sites, self._model, ids, keep, activations, clean)
+                for key, numbers in measured:
                     columns[key].append(numbers)
                 bar.update(len(ids))
         for site, state in sites.items():
@@ -100,7 +100,7 @@ class FidelityEvaluator:
             columns |= state.baselines.columns
         losses = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
         bootstrap = Bootstrap(self._num_contexts, self._config.bootstraps, self._config.seed)
-        measured = {
+        summaries = {
             name: fidelity_of(name, site, sums, state.baselines, losses, bootstrap)
             for site, state in sites.items()
             for name, sums in state.sums.items()
@@ -110,7 +110,7 @@ class FidelityEvaluator:
             config=asdict(self._config),
             num_contexts=self._num_contexts,
             num_scored=int(losses["scored",].sum()),
-            dictionaries={name: measured[name] for name in dictionaries},
+            dictionaries={name: summaries[name] for name in dictionaries},
             notes=_notes(dictionaries, self._model, self._num_contexts),
         )
 
