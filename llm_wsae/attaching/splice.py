@@ -150,10 +150,11 @@ class Splice:
 
 def _latents(edit: Edit) -> list[int]:
     """The latents of an edit, each once."""
+    latent: Any = edit.latent  # one or several: arrays are both types, so only trying tells
     try:
-        return [operator.index(edit.latent)]
+        return [operator.index(latent)]
     except TypeError:
-        return list(dict.fromkeys(map(operator.index, edit.latent)))
+        return list(dict.fromkeys(map(operator.index, latent)))
 
 
 def _within(positions: Tensor, wanted: slice | None, total: int) -> Tensor:

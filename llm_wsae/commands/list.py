@@ -33,9 +33,19 @@ def list_repository(
 
 
 def _json(d: "Facts") -> dict[str, Any]:
-    facts = {"sae_id": d.sae_id, "site": d.info.site, "d_in": d.d_in, "d_sae": d.d_sae}
-    facts |= {"sparsity": d.sparsity, "k": d.k, "rule": d.info.rule, "alpha": d.info.alpha}
-    return {**facts, "model": d.model, "corpus": d.corpus, "metrics": d.info.metrics}
+    return {
+        "sae_id": d.sae_id,
+        "site": d.info.site,
+        "d_in": d.d_in,
+        "d_sae": d.d_sae,
+        "sparsity": d.sparsity,
+        "k": d.k,
+        "rule": d.info.rule,
+        "alpha": d.info.alpha,
+        "model": d.model,
+        "corpus": d.corpus,
+        "metrics": d.info.metrics,
+    }
 
 
 def _digits(value: float | None, width: int) -> str:

@@ -1,7 +1,7 @@
 """The command that puts dictionaries on the Hub."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -39,7 +39,7 @@ def push(
         revision=revision,
         license=license,
     )
-    facts = {"repo_id": repo_id, "url": done.url, "commit": done.commit}
+    facts: dict[str, Any] = {"repo_id": repo_id, "url": done.url, "commit": done.commit}
     facts |= {"dictionaries": done.sae_ids, "changed": done.changed}
     if not done.changed:
         return facts, f"already up to date: {done.url}"

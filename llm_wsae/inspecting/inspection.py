@@ -65,10 +65,11 @@ def inspect(
         if not isinstance(store, ActivationStore):
             store = ActivationStore.open(store)
         check_store(store, dictionary)
-    loaded, no_model = model, None
-    if not isinstance(loaded, LanguageModel):
+    if not isinstance(model, LanguageModel):
         required = model is not None or text is not None
         loaded, no_model = _load(dictionary, model, revision, device, dtype, required)
+    else:
+        loaded, no_model = model, None
     if loaded is not None:
         _check_model(loaded, dictionary)
     views = look_at(

@@ -69,7 +69,8 @@ def train_tied(
         check()
         x = rows * scale[:, None].float()  # arms, batch, n_p
         now = _annealed(gamma, annealed, step / schedule.steps, schedule.anneal)[:, None].float()
-        parts = zip(*(t.split(_IN_CACHE) for t in (w, x, now.square())), strict=True)
+        size = _IN_CACHE
+        parts = zip(w.split(size), x.split(size), now.square().split(size), strict=True)
         gradient = torch.cat([tied_gradient(*part, k=schedule.k) for part in parts])
         first.mul_(_BETA1).add_(gradient, alpha=1 - _BETA1)
         second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
