@@ -301,12 +301,12 @@ def _pre_hook(
 def _patch(patches: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
     """Replace a module's ``forward``, to be restored exactly when the stack closes."""
     before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
     def restore() -> None:
         if before is None:
             del module.forward
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
     patches.callback(restore)

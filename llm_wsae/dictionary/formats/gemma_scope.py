@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ def _headers(path: Path, archive: zipfile.ZipFile) -> dict[str, _Array]:
         name = entry.filename.removesuffix(".npy")
         if entry.flag_bits & _ENCRYPTED:
             raise LlmWsaeError(f"{path} is encrypted")
-        with archive.open(entry) as member:
+        with _open(archive, entry) as member:
             shape, fortran, dtype = _header(member)
             start = member.tell()
         if not _FLOAT.fullmatch(dtype):
@@ -120,7 +120,13 @@ def _headers(path: Path, archive: zipfile.ZipFile) -> dict[str, _Array]:
     return found
 
 
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, str]:
+def _open(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> zipfile.ZipExtFile:
+    member = archive.open(entry)
+    assert isinstance(member, zipfile.ZipExtFile)  # which is no IO[bytes], whatever typeshed says
+    return member
+
+
+def _header(member: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, str]:
     """Shape, order and dtype of an array, as numpy writes them. Raises ValueError otherwise."""
     start = member.read(8)
     if start[:6] != b"\x93NUMPY" or start[6:] not in (b"\1\0", b"\2\0"):
@@ -151,9 +157,8 @@ def _checked(path: Path, arrays: dict[str, _Array]) -> dict[str, _Array]:
 
 
 def _tensor(path: Path, archive: zipfile.ZipFile, array: _Array) -> torch.Tensor:
-    with archive.open(array.entry) as member:
+    with _open(archive, array.entry) as member:
         _header(member)
-        assert isinstance(member, zipfile.ZipExtFile)  # for readinto
         data = bytearray(math.prod(array.shape) * int(array.dtype[2:]))
         filled = 0
         while filled < len(data) and (got := member.readinto(memoryview(data)[filled:])):
