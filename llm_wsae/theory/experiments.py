@@ -21,10 +21,9 @@ from llm_wsae.theory.config import EXPERIMENTS, Experiment, TheoryConfig
 from llm_wsae.theory.figures import plot_changes, plot_closed_form, plot_correlations
 from llm_wsae.theory.jobs import Check, Unit, finish
 from llm_wsae.theory.positions import BOUND, MIXTURES, SPARSITIES, closed_form_facts
-from llm_wsae.theory.random_streams import Stream, generator, number
 from llm_wsae.theory.reader import coherence, fisher
 from llm_wsae.theory.recovery import Recovery, measure
-from llm_wsae.theory.regimes import REGIMES
+from llm_wsae.theory.regimes import REGIMES, Stream, generator, number
 from llm_wsae.theory.report import TheoryReport, summarise
 from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, score, weights
 from llm_wsae.theory.superposition import Planted

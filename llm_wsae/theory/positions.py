@@ -14,8 +14,7 @@ from llm_wsae.theory.closed_form import (
     sparsity_for_error,
     truth_loss,
 )
-from llm_wsae.theory.random_streams import Stream, generator
-from llm_wsae.theory.regimes import REGIMES
+from llm_wsae.theory.regimes import REGIMES, Stream, generator
 from llm_wsae.theory.superposition import features_from_uniform
 from llm_wsae.weights import scores
 
