@@ -1,7 +1,11 @@
+"""Held-out text, and one definition of its massive rows for fidelity and for monosemanticity."""
+
+import dataclasses
 import json
 
 import pytest
 import torch
+from planted_model import SITE, WordMeanings, one_latent_a_word, planted_model, planted_text
 from tiny import tiny_model, words
 
 from llm_wsae.data.config import PackConfig
@@ -9,7 +13,12 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation import activation_cache
+from llm_wsae.evaluation.activation_cache import ActivationCache
+from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
+from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
+from llm_wsae.evaluation.massive import massive_thresholds
+from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.model.site import Site
 
 SIZE = 16  # positions of a context; 15 of them are rows, less the separators
@@ -106,3 +115,45 @@ def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, monkeyp
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
     assert activations.cache.holds(sites) == bool(room)
     assert [batch.rows.start for batch in batches] == text.first_row[:-1:3].tolist()
+
+
+AT = Site.parse(SITE)
+
+
+def recording(threshold: float | None):
+    dictionary = one_latent_a_word()
+    dictionary.info = dataclasses.replace(dictionary.info, massive_threshold=threshold)
+    return dictionary
+
+
+def test_the_smallest_recorded_threshold_counts_and_the_text_is_measured_without_any():
+    model = planted_model()
+    ids = torch.randint(5, 20, (6, 8), generator=torch.Generator().manual_seed(0))
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    keep[:, 0] = False
+    cache = ActivationCache(model, list(zip(ids.split(4), keep.split(4), strict=True)))
+
+    def threshold(*recorded):
+        return massive_thresholds({AT: [recording(r) for r in recorded]}, cache)[AT]
+
+    assert threshold(7.0, None, 5.0) == 5.0
+    assert not cache.holds([AT])  # a recorded threshold costs no forward pass
+    norms = model.activations(ids, [AT])[AT][keep].norm(dim=1)
+    assert threshold(None, None) == pytest.approx(10 * float(norms.median()), rel=1e-6)
+
+
+def test_fidelity_and_monosemanticity_leave_out_the_same_rows(tmp_path):
+    """Rows have norm 1, and one word in forty has norm 100."""
+    model = planted_model(massive=3)
+    corpus = Corpus.open(str(planted_text(tmp_path / "text.jsonl")), "all")
+    packing = PackConfig(context_size=16)
+    config = MonosemanticConfig(tokens=600, bootstraps=10, top=2, sample=3, silent=20)
+    evaluator = MonosemanticityEvaluator(model, corpus, packing, config, WordMeanings())
+    for threshold, share in ((None, 1 / 40), (50.0, 1 / 40), (200.0, 0.0)):
+        named = {"words": recording(threshold)}
+        contexts = Packer.for_model(model, packing).contexts(corpus)
+        report = evaluate(named, model, contexts, EvaluateConfig(tokens=600, bootstraps=10))
+        for found in (report.dictionaries["words"], evaluator.score(named).dictionaries["words"]):
+            rows = found.rows + found.massive_rows
+            assert found.massive_rows / rows == pytest.approx(share, abs=0.02), found
+            assert (found.massive_rows == 0) == (share == 0)

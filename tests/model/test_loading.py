@@ -1,4 +1,5 @@
-"""Loading by name: what a name means, and one sentence for each way in which it leads nowhere."""
+"""Loading by name: what a model's or a site's name means, and one sentence for each way in which it
+leads nowhere."""
 
 import contextlib
 import importlib.util
@@ -10,6 +11,8 @@ import torch
 import transformers
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import httpx
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, tiny_tokenizer
 from tiny_families import tiny_hf_model
@@ -17,7 +20,7 @@ from tiny_families import tiny_hf_model
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.loading import _explained
-from llm_wsae.model.site import Site
+from llm_wsae.model.site import POINTS, Site
 
 
 def test_a_local_folder_loads_without_touching_the_network(tmp_path, monkeypatch):
@@ -185,3 +188,41 @@ def test_the_embedded_model_is_llama_and_fast_where_it_can_be(capfd):
     difference = (rows - cache[str(site)]).float().norm() / rows.float().norm()
     assert difference < 0.02
     assert torch.equal(model.logits(ids), logits)
+
+
+sites = st.builds(Site, st.integers(0, 200), st.sampled_from(POINTS))
+
+
+@given(sites)
+def test_name_round_trip(site):
+    assert Site.parse(str(site)) == site
+
+
+def test_order_is_the_order_of_the_forward_pass():
+    names = [f"blocks.{b}.hook_resid_{p}" for b in (0, 1, 10) for p in ("pre", "mid", "post")]
+    parsed = [Site.parse(name) for name in names]
+    assert sorted(reversed(parsed)) == parsed
+    assert max(parsed) == Site(10, "post")
+
+
+MISSPELT = [
+    ("blocks.9.hook_resid_pots", "'blocks.9.hook_resid_post'"),
+    ("block.12.hook_resid_mid", "'blocks.12.hook_resid_mid'"),
+    ("blocks.9.resid_pre", "'blocks.9.hook_resid_pre'"),
+    ("blocks.-1.hook_resid_post", "'blocks.1.hook_resid_post'"),
+    ("nonsense", "'blocks.0.hook_resid_pre'"),
+    ("", "'blocks.0.hook_resid_pre'"),
+]
+
+
+def test_misspelt_names_offer_the_nearest():
+    for name, offered in MISSPELT:
+        with pytest.raises(UsageError, match="is not a site") as caught:
+            Site.parse(name)
+        assert offered in str(caught.value)
+
+
+def test_check_names_the_range():
+    Site(11, "post").check(12)
+    with pytest.raises(UsageError, match=r"12 blocks, blocks\.0\.hook_resid_pre to blocks\.11"):
+        Site(12, "pre").check(12)

@@ -1,13 +1,41 @@
-"""Loss weights: their names, what rows count under them, and their file."""
+"""Loss weights: their settings, their names, what rows count under them, and their file."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from llm_wsae.errors import LlmWsaeError
-from llm_wsae.weights.config import WeightConfig
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import OWN, RULES, Rule
+
+
+def test_weight_settings_that_cannot_be():
+    for settings, sentence in [
+        ({"clip": 0.5}, "clip must be a factor of at least 1, not 0.5"),
+        ({"clip": float("nan")}, "clip must be a factor"),
+        ({"anneal": 1.5}, "a share of the steps"),
+        ({"anneal": -0.1}, "a share of the steps"),
+        ({"anneal": 0.5, "place": "space"}, "only weights in the loss can be annealed"),
+        ({"draw": -1}, "draw must not be negative"),
+    ]:
+        with pytest.raises(UsageError, match=sentence):
+            WeightConfig(**settings)
+    WeightConfig(place="space", clip=1.0, anneal=0.0, draw=0)
+    WeightConfig(anneal=1.0)
+
+
+def test_measurements_of_too_little():
+    for settings, sentence in [
+        ({"top": 1}, "top is 1, but must be at least 2"),
+        ({"before": -1}, "before is -1, but must be at least 0"),
+        ({"after": -1}, "after is -1"),
+        ({"sensitivity_tokens": 0}, "sensitivity-tokens is 0, but must be at least 1"),
+        ({"semantic_tokens": 0}, "semantic-tokens is 0"),
+    ]:
+        with pytest.raises(UsageError, match=sentence):
+            RuleInputConfig(**settings)
+    RuleInputConfig(sensitivity_tokens=1, semantic_tokens=1, top=2, before=0, after=0)
 
 
 def test_names_and_labels():

@@ -1,16 +1,20 @@
-"""Push, pull and list with the real client against a Hub of our own: what arrives, what a second
-call does. Failures are in test_hub_errors.py, unsafe repositories in test_hub_safety.py."""
+"""Push, pull and list with the real client against a local Hub: what arrives, what a second call
+does, how much memory it takes. Failures are in test_hub_errors.py, unsafe repositories in
+test_hub_safety.py."""
 
 import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from command_line import call, content, works
 from hub_checks import REPO, head, sentence
 from huggingface_hub import HfApi
+from places import SCRIPTS
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -321,3 +325,15 @@ def test_commands_that_cannot_be(hub, plain, weighted, login):
         assert result.code == 1 and "Traceback" in result.err
         assert "hf_wrongsecret" not in result.err
         assert "llm-wsae: the Hub does not accept your token" in result.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_a_round_trip_takes_no_more_memory_than_the_file():
+    """At 33 MB; the number for 151 MB is the script's own. Half the folder is left for buffers."""
+    command = [sys.executable, SCRIPTS / "bench_hub.py", "--shape", "512x8064"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "The bytes that came back are the same." in done.stdout
+    shares = dict(re.findall(r"^\| (push|pull) \| \d+ \| ([\d.]+) \|", done.stdout, re.MULTILINE))
+    assert sorted(shares) == ["pull", "push"]
+    assert all(0.5 < float(share) <= 1.5 for share in shares.values()), shares

@@ -1,11 +1,20 @@
-"""Every architecture learns, resumes, is saved and read back; on planted data of known answer."""
+"""Every architecture learns, resumes, is saved and read back, on planted data of known answer.
+
+Adding one touches one file and its test: the diff in the docs is applied and run.
+"""
 
 import importlib.util
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from combinations import over
+from places import ROOT
 from planted_source import ARCHITECTURES, CONFIG, CPU, NAMES, Planted, arms_for
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -14,6 +23,7 @@ from torch import Tensor
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.architectures.matryoshka import group_bounds
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.export import folded
@@ -212,3 +222,36 @@ def test_impossible_k(architecture):
         with pytest.raises(UsageError, match=said):
             Arm(ArmConfig(gamma, k=k, architecture=architecture), 16, 64, CPU)
     Arm(ArmConfig(gamma, k=64, architecture=architecture), 16, 64, CPU)
+
+
+PAGE = ROOT / "docs/adding-an-architecture.md"
+ADDED = "llm_wsae/training/architectures/annealed_topk.py"
+ITS_TEST = "tests/training/architectures/test_annealed_topk.py"
+
+
+def test_the_folder_is_the_registry():
+    assert {"topk", "batch-topk", "matryoshka", "jumprelu", "relu"} <= set(architecture_names())
+    for name in architecture_names():
+        assert find_architecture(name).name == name
+
+
+def test_the_diff_in_the_docs_adds_an_architecture(tmp_path):
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE) == [ADDED, ITS_TEST]
+    for folder in ("llm_wsae", "tests/helpers"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    for file in ("pyproject.toml", "tests/conftest.py"):
+        shutil.copy(ROOT / file, tmp_path / file)
+
+    def run(*words, **more):
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        more = {"capture_output": True, "text": True, "env": environment, **more}
+        done = subprocess.run(words, cwd=tmp_path, **more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("git", "apply", "-", input=diff)
+    run(sys.executable, "-m", "ruff", "check", "--select", "E,F,I,UP,B", ADDED, ITS_TEST)
+    assert "2 passed" in run(sys.executable, "-m", "pytest", "-o", "addopts=", ITS_TEST)
+    assert "annealed-topk" in run(sys.executable, "-m", "llm_wsae", "train", "--help")

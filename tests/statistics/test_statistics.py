@@ -1,11 +1,19 @@
+"""Moments against scipy, coherence of texts against brute force, Holm's correction by hand."""
+
+import math
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.statistics.coherence import beyond_chance, coherence, coherence_of_strangers
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
+from llm_wsae.statistics.multiple_testing import holm
 
 
 def rows_of(n, d=5, seed=0, dtype=torch.float64):
@@ -157,3 +165,43 @@ def test_robust_covariance_is_that_of_the_clipped_sample():
     torch.testing.assert_close(first.diagonal(), s.robust_variance, rtol=1e-12, atol=0)
     s.update(10 * rows_of(3000, 4), positions_of(3000))
     assert s.robust_covariance.trace() > 2 * first.trace()  # nothing old is kept
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random unit vectors."""
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_coherence_is_the_mean_cosine_of_all_pairs():
+    x = draw(3, 5, 7)
+    for found, vectors in zip(coherence(x), x, strict=True):
+        pairs = [float(a @ b) for a, b in combinations(vectors, 2)]
+        assert float(found) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+
+
+def test_strangers_are_pairs_of_different_contexts():
+    x, context = draw(6, 7), torch.tensor([4, 4, 2, 7, 7, 7])
+    pairs = [float(x[i] @ x[j]) for i, j in combinations(range(6), 2) if context[i] != context[j]]
+    found = coherence_of_strangers(x, context)
+    assert found == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    assert math.isnan(coherence_of_strangers(x[:2], context[:2]))
+
+
+def test_beyond_chance_subtracts_the_strangers_and_has_a_floor():
+    strangers, context = draw(200, 16), torch.arange(200)
+    alike = draw(1, 16, seed=1).expand(4, 16)
+    chosen = torch.stack([alike, draw(4, 16, seed=2)])
+    generator = torch.Generator().manual_seed(3)
+    found = beyond_chance(chosen, strangers, context, generator)
+    chance = coherence_of_strangers(strangers, context)
+    assert found.dtype == torch.float64
+    assert float(found[0]) == pytest.approx(1 - chance, abs=1e-6)
+    opposite = torch.stack([alike[0], -alike[0]]).repeat(2, 1)[None]  # less alike than chance
+    floor = beyond_chance(opposite, strangers, context, torch.Generator().manual_seed(3))
+    assert 0 < float(floor) < 0.2 and float(found[1]) >= float(floor)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
