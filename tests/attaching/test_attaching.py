@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from attach_targets import SITE, both, dictionary, families, hooks_of, logits, place, sites_of
-from looping import looped
+from looping import over
 from small_dictionaries import make_dictionary
-from tiny import VOCAB
-from tiny_families import WITH_MID, tiny_hf_model
+from tiny import VOCAB, WITH_MID, tiny_hf_model
 
 from llm_wsae.attaching.attachment import attach
 from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
@@ -80,7 +79,7 @@ def contexts_of(model):
 
 @families("gpt2", "llama", "neox")
 @both
-@looped("point", ["pre", "mid", "post"])
+@over(point=["pre", "mid", "post"])
 def test_cross_entropy_is_what_evaluate_reports(model, backend, point):
     if point == "mid" and not model.paths.mid:
         return  # parallel blocks have none
@@ -144,8 +143,8 @@ def edited_by_hand(dense, name, latents):
 
 @families("gpt2", "llama")
 @both
-@looped("name", EDITS)
-@looped("error", [True, False])
+@over(name=EDITS)
+@over(error=[True, False])
 def test_edits(model, backend, ids, name, error):
     target, one = place(model, backend), dictionary()
     hidden = model.activations(ids, [one.site])[one.site]
@@ -347,7 +346,7 @@ def test_a_live_model_is_hooked_itself_and_stays_as_it_is(ids):
             assert torch.equal(hf_model(ids).logits, clean)  # that is another model
 
 
-@looped("point", ["pre", "mid", "post"])
+@over(point=["pre", "mid", "post"])
 def test_gradients_flow_through_the_reconstruction(ids, point):
     model = LanguageModel.from_live(tiny_hf_model("llama"), None)
     one = dictionary(f"blocks.1.hook_resid_{point}")

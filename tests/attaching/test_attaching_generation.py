@@ -3,8 +3,8 @@
 import pytest
 import torch
 from attach_targets import SITE, both, dictionary, families, logits, place
-from looping import looped
-from tiny_families import tiny_hf_model
+from looping import over
+from tiny import tiny_hf_model
 
 from llm_wsae.attaching.attachment import attach
 from llm_wsae.attaching.edits import Steer
@@ -63,7 +63,7 @@ def test_positions_are_counted_from_the_first_token():
 
 @families("gpt2", "llama", "neox")
 @both
-@looped("where", [None, slice(6), slice(6, None)])
+@over(where=[None, slice(6), slice(6, None)])
 def test_steering_while_generating(model, backend, ids, where):
     """With a cache, without one, and token by token by hand: the same text."""
     target, one, ids = place(model, backend), dictionary(), ids[:, :6]

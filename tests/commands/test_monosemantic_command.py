@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from command_line import call, content, works
-from tiny_encoder import save_encoder
+from tiny import save_encoder
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements

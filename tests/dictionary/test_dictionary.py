@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from looping import looped
+from looping import over
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
@@ -53,7 +53,7 @@ def by_hand(dictionary, x):
     return latents, latents @ dictionary.W_dec.double() + dictionary.b_dec.double()
 
 
-@looped("sparsity", EXAMPLES)
+@over(sparsity=EXAMPLES)
 def test_encode_and_decode_equal_the_definition(sparsity):
     for shape in ((), (1,), (9,), (3, 4), (2, 3, 4), (0,), (2500,)):
         check_shape(make(sparsity), shape)
@@ -96,7 +96,7 @@ def test_encoding_never_subtracts_the_decoder_bias():
     assert torch.equal(dictionary.encode(rows(9)), before)
 
 
-@looped("sparsity", EXAMPLES)
+@over(sparsity=EXAMPLES)
 def test_gradient_reaches_the_input_and_not_the_weights(sparsity):
     dictionary, x = make(sparsity), rows(4).requires_grad_()
     latents = dictionary.encode(x.detach())
@@ -162,7 +162,7 @@ def test_k_larger_than_the_dictionary():
         make(TopK(81))
 
 
-@looped("sparsity", EXAMPLES)
+@over(sparsity=EXAMPLES)
 def test_module_moves_and_copies(sparsity):
     dictionary = make(sparsity)
     double = copy.deepcopy(dictionary).double()

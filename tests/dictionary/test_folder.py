@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from looping import looped
+from looping import over
 from safetensors.torch import load_file, save_file
 
 from llm_wsae import files
@@ -68,7 +68,7 @@ def edit_weights(folder, **changes):
     save_file({name: t for name, t in tensors.items() if t is not None}, path)
 
 
-@looped("sparsity", [TopK(5), ReLU(), JumpReLU()])
+@over(sparsity=[TopK(5), ReLU(), JumpReLU()])
 def test_round_trip_is_exact(tmp_path, sparsity):
     shutil.rmtree(tmp_path / "a", ignore_errors=True)
     saved = make(sparsity)
@@ -90,7 +90,7 @@ def test_round_trip_is_exact(tmp_path, sparsity):
         assert loaded.extras[name].dtype == tensor.dtype
 
 
-@looped("dtype", [torch.bfloat16, torch.float16])
+@over(dtype=[torch.bfloat16, torch.float16])
 def test_half_precision_files_round_the_matrices_once(tmp_path, folder, dtype):
     saved = make(JumpReLU())
     saved.save(tmp_path / "half", dtype=dtype)
@@ -306,7 +306,7 @@ def test_side_tensors_that_do_not_fit(folder):
             Dictionary.load(folder)
 
 
-@looped("name", ["sae_weights.safetensors", "wsae.safetensors"])
+@over(name=["sae_weights.safetensors", "wsae.safetensors"])
 def test_truncated_and_foreign_tensor_files(folder, name):
     whole = (folder / name).read_bytes()
     pickle = b"\x80\x04\x95" + b"x" * 100
@@ -350,8 +350,8 @@ def test_configuration_has_the_keys_saelens_reads(folder):
     importlib.util.find_spec("sae_lens") is None,
     reason="sae-lens is not installed here (it needs transformer-lens < 4, so its own environment)",
 )
-@looped("dtype", [torch.float32, torch.bfloat16])
-@looped("sparsity", [TopK(5), ReLU(), JumpReLU()])
+@over(dtype=[torch.float32, torch.bfloat16])
+@over(sparsity=[TopK(5), ReLU(), JumpReLU()])
 def test_saelens_loads_it_unchanged_and_computes_the_same(tmp_path, sparsity, dtype):
     from sae_lens import SAE
 

@@ -13,8 +13,7 @@ from command_line import works
 from documents import ROOT, Block, blocks
 from foreign_folders import gemma_scope
 from safetensors.torch import save_file
-from tiny import tiny_tokenizer, write_jsonl
-from tiny_families import tiny_hf_model
+from tiny import tiny_hf_model, tiny_tokenizer, write_jsonl
 
 from llm_wsae.cli import COMMANDS
 from llm_wsae.commands.parser import parse

@@ -4,15 +4,14 @@ import functools
 
 import pytest
 import torch
-from looping import looped
+from looping import looped, over
 from small_dictionaries import make_dictionary
-from tiny import tiny_tokenizer
-from tiny_families import BLOCKS, KNOWN, WIDTH, tiny_hf_model
+from tiny import BLOCKS, KNOWN, WIDTH, tiny_hf_model, tiny_tokenizer
 
 from llm_wsae.model.language_model import LanguageModel
 
 SITE = "blocks.1.hook_resid_post"
-both = looped("backend", ("transformers", "bridge"))
+both = over(backend=("transformers", "bridge"))
 
 
 def families(*names):

@@ -3,26 +3,51 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
+Test = Callable[..., None]
 
-def looped(name: str, cases: Iterable[Any], make: Callable[[Any], Any] = lambda case: case) -> Any:
-    """Run the test with ``name`` set to ``make(case)`` for each case; a failure names its case."""
-    cases = list(cases)
 
-    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+def over(**axes: Iterable[Any]) -> Callable[[Test], Test]:
+    """Run a test for every combination of the axes' values, as one item.
+
+    The other parameters of the test are fixtures. A failure says which combination it was.
+    """
+    combinations = list(product(*axes.values()))
+    assert combinations, "there is nothing to test"
+
+    def decorate(test: Test) -> Test:
         @functools.wraps(test)
-        def run(**fixtures: Any) -> None:
-            for case in cases:
+        def every(**fixtures: Any) -> None:
+            for values in combinations:
+                chosen = dict(zip(axes, values, strict=True))
                 try:
-                    test(**{name: make(case)}, **fixtures)
+                    test(**fixtures, **chosen)
                 except BaseException as error:
-                    error.add_note(f"{name}: {case!r}")
+                    error.add_note(f"with {chosen}")
                     raise
 
-        parameters = inspect.signature(test).parameters
-        others = [parameter for other, parameter in parameters.items() if other != name]
-        run.__signature__ = inspect.Signature(others)  # the fixtures that pytest gives
-        return run
+        every.__signature__ = inspect.Signature(  # the fixtures that pytest gives
+            [
+                parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+                for name, parameter in inspect.signature(test).parameters.items()
+                if name not in axes
+            ]
+        )
+        return every
+
+    return decorate
+
+
+def looped(name: str, cases: Iterable[Any], make: Callable[[Any], Any]) -> Callable[[Test], Test]:
+    """Run a test with ``name`` set to ``make(case)`` for each case; nothing is made before."""
+
+    def decorate(test: Test) -> Test:
+        @functools.wraps(test)
+        def made(**given: Any) -> None:
+            test(**given | {name: make(given[name])})
+
+        return over(**{name: cases})(made)
 
     return decorate

@@ -14,10 +14,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from places import ROOT
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["several_imports"])
+_FORKS.set_forkserver_preload(["tiny", "llm_wsae.harvesting", "llm_wsae.training.trainer"])
 _SECONDS = 300
 
 
@@ -86,6 +87,7 @@ def _rank(rank: int, size: int, port: int, answer: Any, work: Callable, args: tu
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    torch.set_num_threads(1)
     from llm_wsae import processes
     from llm_wsae.errors import LlmWsaeError
 

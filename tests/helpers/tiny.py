@@ -1,11 +1,22 @@
-"""A tiny language model, its tokenizer and text for it: in process, random, always the same."""
+"""Random tiny models, always the same, and their words.
+
+A language model with its tokenizer and text, one of each architecture that sites are tested on, and
+a sentence encoder.
+"""
 
 import json
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from llm_wsae.model.language_model import LanguageModel
 
@@ -49,3 +60,67 @@ def write_jsonl(path: Path, lengths: list[int]) -> Path:
     rows = [{"text": words(i, n), "number": i} for i, n in enumerate(lengths)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+BLOCKS, WIDTH = 4, 32
+FAMILIES = ("gpt2", "llama", "neox", "neox-sequential", "gemma2", "unknown")
+KNOWN = FAMILIES[:-1]
+WITH_MID = ("gpt2", "llama", "neox-sequential", "gemma2")
+
+
+def tiny_hf_model(family: str, seed: int = 0):
+    """A random model large enough in its weights that blocks do something to the stream."""
+    torch.manual_seed(seed)
+    t = transformers
+    neox = dict(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    llama = dict(neox, num_key_value_heads=2)
+    config, model_class = {
+        "gpt2": lambda: (
+            t.GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=BLOCKS, n_head=4, n_positions=32),
+            t.GPT2LMHeadModel,
+        ),
+        "llama": lambda: (t.LlamaConfig(**llama), t.LlamaForCausalLM),
+        "neox": lambda: (t.GPTNeoXConfig(**neox), t.GPTNeoXForCausalLM),
+        "neox-sequential": lambda: (
+            t.GPTNeoXConfig(**neox, use_parallel_residual=False),
+            t.GPTNeoXForCausalLM,
+        ),
+        "gemma2": lambda: (t.Gemma2Config(**llama, head_dim=8), t.Gemma2ForCausalLM),
+        "unknown": lambda: (t.BioGptConfig(**neox), t.BioGptForCausalLM),
+    }[family]()
+    hf_model = model_class(config)
+    with torch.no_grad():
+        for parameter in hf_model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return hf_model
+
+
+def tiny_encoder() -> tuple[BertModel, PreTrainedTokenizerFast]:
+    torch.manual_seed(0)
+    vocab = {f"w{i}": i for i in range(50)} | {"<pad>": 50}
+    config = BertConfig(
+        vocab_size=len(vocab),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=300,
+    )
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    return BertModel(config).eval(), fast
+
+
+def save_encoder(folder: Path) -> Path:
+    for part in tiny_encoder():
+        part.save_pretrained(folder)
+    return folder

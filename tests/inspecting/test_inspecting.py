@@ -4,10 +4,19 @@ import json
 
 import pytest
 import torch
-from looping import looped
+from looping import over
 from small_dictionaries import make_dictionary
-from tiny import BOS, EOS, VOCAB, WORDS, tiny_model, tiny_tokenizer, write_jsonl
-from tiny_families import WIDTH, tiny_hf_model
+from tiny import (
+    BOS,
+    EOS,
+    VOCAB,
+    WIDTH,
+    WORDS,
+    tiny_hf_model,
+    tiny_model,
+    tiny_tokenizer,
+    write_jsonl,
+)
 
 import llm_wsae.inspecting.firings as firings_module
 from llm_wsae.data.config import HarvestConfig
@@ -67,8 +76,8 @@ def all_latents(store, dictionary):
     return dictionary.encode(rows) * usable[:, None], usable
 
 
-@looped("kind", SPARSITIES)
-@looped("share", [1.0, 0.8])
+@over(kind=SPARSITIES)
+@over(share=[1.0, 0.8])
 def test_density_and_top_contexts_are_those_of_all_rows(store, model, kind, share, monkeypatch):
     monkeypatch.setattr(firings_module, "_ROWS_AT_ONCE", 700)
     monkeypatch.setattr(firings_module, "_LOOK_AT", 5)
@@ -193,7 +202,7 @@ def test_neighbours_and_dimensions(model):
     assert look_at(one, [9], top=1)[0].dimensions[0].gamma is None
 
 
-@looped("family", ["gpt2", "llama", "gemma2", "neox", "unknown"])
+@over(family=["gpt2", "llama", "gemma2", "neox", "unknown"])
 def test_promoted_tokens_are_those_whose_logits_grow(family):
     """Far out along a direction, the stream is nothing but that direction."""
     live = LanguageModel.from_live(tiny_hf_model(family), None)

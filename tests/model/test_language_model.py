@@ -5,9 +5,8 @@ import json
 
 import pytest
 import torch
-from looping import looped
-from tiny import BOS, VOCAB, tiny_tokenizer
-from tiny_families import BLOCKS, FAMILIES, KNOWN, WIDTH, WITH_MID, tiny_hf_model
+from looping import looped, over
+from tiny import BLOCKS, BOS, FAMILIES, KNOWN, VOCAB, WIDTH, WITH_MID, tiny_hf_model, tiny_tokenizer
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model import forward
@@ -58,7 +57,7 @@ def test_rows_equal_hidden_states(model, ids):
 
 
 @all_families()
-@looped("together", [1, 22])
+@over(together=[1, 22])
 def test_rows_are_the_same_however_contexts_are_shared_out(model, ids, together, monkeypatch):
     """A context alone, or two and one, on one core each."""
     monkeypatch.setattr(forward, "_TOKENS_TOGETHER", together)
@@ -113,7 +112,7 @@ def test_no_mid_without_a_stream_between_attention_and_mlp(model, ids):
 
 
 @all_families()
-@looped("point", ["pre", "post"])
+@over(point=["pre", "post"])
 def test_later_blocks_never_run(model, ids, point):
     ran = []
     handles = [
@@ -185,7 +184,7 @@ def test_resume_with_the_clean_activation_changes_nothing(model, ids):
 
 
 @all_families(*KNOWN)
-@looped("point", ["pre", "post"])
+@over(point=["pre", "post"])
 def test_resume_equals_the_bridge_with_a_replaced_stream(model, ids, point):
     for block in (0, 2, BLOCKS - 1):
         site = Site(block, point)
@@ -263,7 +262,7 @@ def test_embeddings_are_transformer_lens(model):
     assert torch.equal(model.W_U, model.bridge().W_U)
 
 
-@looped("family", KNOWN)
+@over(family=KNOWN)
 def test_the_bridge_shares_weights_and_leaves_the_model_alone(family, ids):
     model = LanguageModel.from_live(tiny_hf_model(family), tiny_tokenizer())
     modules = {name: type(m) for name, m in model.hf_model.named_modules()}

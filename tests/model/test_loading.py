@@ -14,8 +14,7 @@ from huggingface_hub.utils import httpx
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB, tiny_tokenizer
-from tiny_families import tiny_hf_model
+from tiny import VOCAB, tiny_hf_model, tiny_tokenizer
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.language_model import LanguageModel

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from looping import looped
+from looping import over
 
 from llm_wsae.model.parallel_map import parallel_map
 
@@ -17,7 +17,7 @@ def cores(request):
     torch.set_num_threads(before)
 
 
-@looped("pieces", [0, 1, 2, 7])
+@over(pieces=[0, 1, 2, 7])
 def test_results_come_in_order_and_cores_are_shared_out(cores, pieces):
     def work(piece):
         return piece, torch.get_num_threads(), threading.get_ident()

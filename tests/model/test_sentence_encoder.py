@@ -3,8 +3,7 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_model
-from tiny_encoder import save_encoder, tiny_encoder
+from tiny import save_encoder, tiny_encoder, tiny_model
 from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError, UsageError

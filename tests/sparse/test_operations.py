@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from combinations import over
+from looping import over
 from sparse_cases import D_IN, ENCODINGS, SUMS, Sums, cast, integers, random, whole
 
 from llm_wsae.sparse import operations

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from command_line import content
-from hub_checks import REPO, head, sentence
+from hub_fixtures import REPO, head, sentence
 from hub_server import READER, STRANGER
 from huggingface_hub import HfApi, constants
 from small_dictionaries import SITE, make_dictionary

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from command_line import call, content, works
-from hub_checks import REPO, head, sentence
+from hub_fixtures import REPO, head, sentence
 from huggingface_hub import HfApi
 from places import SCRIPTS
 from small_dictionaries import SITE, make_dictionary

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from combinations import over
+from looping import over
 from sparse_cases import ENCODINGS, SUMS, cast, integers, needs_compiler, random
 
 from llm_wsae.errors import UsageError

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from combinations import over
+from looping import over
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_wsae.hardware import DeferredScalar

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from architecture_cases import (
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_cases import (
     CPU,
     D_IN,
     D_SAE,
@@ -15,8 +17,6 @@ from architecture_cases import (
     step_of,
     take_step,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_wsae.sparse.backends.reference import EPSILON, dense
 from llm_wsae.sparse.codes import ragged

@@ -13,12 +13,12 @@ import sys
 
 import pytest
 import torch
-from combinations import over
+from looping import over
 from places import ROOT
-from planted_source import ARCHITECTURES, CONFIG, CPU, NAMES, Planted, arms_for
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from training_cases import ARCHITECTURES, CONFIG, CPU, NAMES, Planted, arms_for
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU

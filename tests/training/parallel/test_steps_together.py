@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from architecture_cases import BATCH, D_SAE, STEPS, problem, step_of
 from several import run
 from sparse_cases import of_all
+from training_cases import BATCH, D_SAE, STEPS, problem, step_of
 
 from llm_wsae.processes import join
 from llm_wsae.training.auxk import DeadLatents, auxk_gradients

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from command_line import PAIR, TRAIN, content, make_world
-from planted_source import ARCHITECTURES, CONFIG, Planted
 from several import ROOT, launched, run, torchrun
+from training_cases import ARCHITECTURES, CONFIG, Planted
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError

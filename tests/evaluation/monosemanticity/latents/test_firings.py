@@ -1,7 +1,6 @@
 import pytest
 import torch
-from firing_cases import D_SAE, SAMPLE, TOP, collected, dense, random_codes
-from heldout_cases import make_text
+from heldout_cases import D_SAE, SAMPLE, TOP, collected, dense, make_text, random_codes
 
 from llm_wsae.evaluation.monosemanticity.latents.firings import (
     FiringCollector,

@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from firing_cases import collected, random_codes
-from heldout_cases import Spelling, WordCounts, make_text
+from heldout_cases import Spelling, WordCounts, collected, make_text, random_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
