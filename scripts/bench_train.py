@@ -32,8 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_workers import PEERS, Worker, WorkerFailed
-from benchmarks import machine, write_benchmark
+from benchmarks import PEERS, Worker, WorkerFailed, machine, write_benchmark
 from tqdm import tqdm
 
 from llm_wsae.data.store import ActivationStore
@@ -69,7 +68,8 @@ class Contestant:
     """One row of the table."""
 
     name: str
-    script: str
+    step: str
+    """Key of STEPS in peers/steps.py."""
     variant: str = ""
     peer: str | None = None
     """Key of PEERS; None runs in this environment."""
@@ -98,22 +98,17 @@ OURS, MATMUL, ADAM = "llm_wsae", "encoder product", "Adam"
 def contestants(peers: list[str], arms: int) -> list[Contestant]:
     """Everybody who takes part, ours first, the floor's two parts last."""
     known = {
-        "sparsify": Contestant("eai-sparsify", "step_sparsify.py", "", "sparsify"),
-        "saelens": Contestant("SAELens autocast", "step_saelens.py", "autocast", "saelens"),
-        "saelens-float32": Contestant("SAELens", "step_saelens.py", "float32", "saelens"),
+        "sparsify": Contestant("eai-sparsify", "sparsify", "", "sparsify"),
+        "saelens": Contestant("SAELens autocast", "saelens", "autocast", "saelens"),
+        "saelens-float32": Contestant("SAELens", "saelens", "float32", "saelens"),
         "dictionary_learning": Contestant(
-            "dictionary_learning", "step_dictionary_learning.py", "", "dictionary_learning"
+            "dictionary_learning", "dictionary_learning", "", "dictionary_learning"
         ),
     }
-    ours = [Contestant(OURS, "step_ours.py", "1")]
+    ours = [Contestant(OURS, "ours", "1")]
     if arms > 1:
-        ours.append(
-            Contestant(f"{OURS}, {arms} arms (per arm)", "step_ours.py", str(arms), None, arms)
-        )
-    floor = [
-        Contestant(MATMUL, "step_floor.py", "matmul"),
-        Contestant(ADAM, "step_floor.py", "adam"),
-    ]
+        ours.append(Contestant(f"{OURS}, {arms} arms (per arm)", "ours", str(arms), None, arms))
+    floor = [Contestant(MATMUL, "matmul"), Contestant(ADAM, "adam")]
     return ours + [known[name] for name in peers] + floor
 
 
@@ -130,7 +125,7 @@ def run(
 
     def take_turn(contestant: Contestant) -> None:
         worker = workers.get(contestant.name) or Worker(
-            contestant.peer, contestant.script, job | {"variant": contestant.variant}, threads
+            contestant.peer, contestant.step, job | {"variant": contestant.variant}, threads
         )
         workers[contestant.name] = worker
         contestant.about = worker.facts["about"]

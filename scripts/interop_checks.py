@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench_workers import peer_python
+from benchmarks import PEER_SCRIPTS, ROOT, peer_python
 from safetensors.torch import load_file
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 
-ROOT = Path(__file__).parents[1]
-PEERS = Path(__file__).parent / "peers"
 TOLERANCE = 1e-5
 
 
@@ -30,7 +28,7 @@ def peer(name: str, script: str, out: Path, **environment: str) -> str:
     """Run a script in a tool's environment; the tool's versions in words."""
     out.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [peer_python(name), PEERS / script, out],
+        [peer_python(name), PEER_SCRIPTS / script, out],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),

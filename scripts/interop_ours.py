@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_workers import peer_python
-from interop_checks import ROOT, TOLERANCE, Part, compare, difference, peer
+from benchmarks import ROOT, peer_python
+from interop_checks import TOLERANCE, Part, compare, difference, peer
 from safetensors.torch import save_file
 
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -22,12 +22,12 @@ D_IN, D_SAE, K, SITE = 48, 384, 8, "blocks.1.hook_resid_post"
 SCOPE, SCOPE_ID = "user/gemma-scope-2b-pt-res", "layer_3/width_4k/average_l0_71"
 SCOPE_SIZES = (2304, 4096)  # SAELens' reader knows them from the names
 _TESTS = (
-    "test_language_model.py",
-    "test_attaching.py",
-    "test_attaching_generation.py",
-    "test_dictionary_files.py",
-    "test_architectures_learn.py",
-    "test_saelens_plugin.py",
+    "model/test_language_model.py",
+    "attaching/test_attaching.py",
+    "attaching/test_attaching_generation.py",
+    "dictionary/test_folder.py",
+    "training/architectures/test_architectures_learn.py",
+    "saelens/test_saelens_plugin.py",
 )
 
 

@@ -27,13 +27,12 @@ from benchmarks import machine, write_benchmark
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-import step_floor
-import step_ours
+import steps
 from worker import Job
 
 from llm_wsae.hardware import fast_dtype
 from llm_wsae.sparse import operations
-from llm_wsae.sparse.backends import cpu
+from llm_wsae.sparse.backends import cpu, pytorch
 from llm_wsae.training import arm
 
 OPERATIONS = (
@@ -51,7 +50,7 @@ PRODUCT = "encoder product, inside it"
 def clocks() -> Iterator[dict[str, float]]:
     """Seconds spent in each operation since the block began, by name."""
     spent: dict[str, float] = defaultdict(float)
-    module = compiled if cpu.available() else plain
+    module = cpu if cpu.available() else pytorch
     before = {(module, name): getattr(module, name) for name in OPERATIONS}
     before[torch, "mm"] = torch.mm
     before[arm, AUXK] = arm.auxk_gradients
@@ -111,11 +110,8 @@ def main() -> None:
     rows = torch.randn(args.batch, args.shape.d_in, generator=torch.Generator().manual_seed(0))
     what = {"batch": args.batch, "threads": args.threads, "dead": args.dead}
     job = Job("", variant="1", **what, **vars(args.shape))
-    ours = step_ours.make(job, rows)
-    floor = {
-        part: step_floor.make(Job(**{**vars(job), "variant": part}), rows).step
-        for part in ("matmul", "adam")
-    }
+    ours = steps.ours(job, rows)
+    floor = {"matmul": steps.matmul(job, rows).step, "adam": steps.adam(job, rows).step}
     if args.dead:
         floor["products"] = products(job)
     found = []

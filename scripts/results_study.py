@@ -15,10 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import paper_section
 import torch
 from benchmarks import IMAGES, RESULTS, embedded_model, write_section
-from finding_figure import plot_finding
+from findings import paper_section, plot_finding
 from results_archive import pack, unpack
 from study_claims import (
     ANNEALING,
@@ -238,7 +237,7 @@ def write() -> None:
         plot_differences(report.compared, report.against_itself, site, differences)
     plot_finding(SITES, IMAGES / "finding.png")
     write_section("study", section(), RESULTS)
-    write_section("paper", paper_section.section(studies), RESULTS)
+    write_section("paper", paper_section(studies), RESULTS)
     write_section("study table", study_table(studies), RESULTS)
 
 

@@ -1,18 +1,25 @@
-"""Writes the tables of options in docs/commands, from what ``llm-wsae COMMAND --help`` shows.
+"""Writes the generated parts of the docs and the README.
 
-python scripts/update_docs.py
+    python scripts/update_docs.py               # tables of options in docs/commands, from --help
+    bash scripts/quickstart.sh && python scripts/update_docs.py quickstart
+
+``quickstart`` writes the table of that run into the README and its figures into docs/images.
 """
 
+import argparse
 import contextlib
 import io
+import json
 import os
 import re
+import shutil
 
-from benchmarks import ROOT, write_section
+from benchmarks import IMAGES, README, ROOT, write_section
 
 from llm_wsae.cli import COMMANDS, main
 
 PAGES = ROOT / "docs/commands"
+QUICKSTART = ROOT / "runs/quickstart/blocks.9.hook_resid_post"
 _WIDTH = "79"  # narrow enough for the parser to draw one column
 _LONGEST_DEFAULT = 45  # characters in the last column
 # Which command's page has the options under a prefix.
@@ -104,6 +111,43 @@ def _flags(name: str) -> list[str]:
     return [part.partition(" ")[0] for part in name.split(", ")]
 
 
-if __name__ == "__main__":
+def update_options() -> None:
+    """The tables of all commands."""
     for command in COMMANDS:
         write_section("options", options(command), PAGES / f"{command}.md")
+
+
+def update_quickstart() -> None:
+    """The table and the figures of the quickstart's run."""
+    report = json.loads((QUICKSTART / "report.json").read_text(encoding="utf-8"))
+    profile = json.loads((QUICKSTART / "profile.json").read_text(encoding="utf-8"))
+    effective = {w["name"]: w["effective_dimensions"] for w in profile["weights"]}
+    lines = [
+        "| dictionary | effective dimensions of its loss | FVU | CE recovered [95 %] | KL | L0 |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, arm in report["dictionaries"].items():
+        low, high = arm["ce_recovered_interval"]
+        lines.append(
+            f"| `{name}` | {effective[name.rsplit('-k', 1)[0]]:.1f} of {profile['dimensions']} "
+            f"| {arm['fvu']:.3f} | {arm['ce_recovered']:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {arm['kl']:.3f} | {arm['l0']:.0f} |"
+        )
+    first = next(iter(report["dictionaries"].values()))
+    lines += [
+        "",
+        f"SmolLM2-135M-Instruct (4-bit file, computed in bfloat16), State of the Union addresses, "
+        f"block 9, {profile['rows']:,} rows, 8 × width, one seed, measured on {first['rows']:,} "
+        "held-out tokens. The intervals are over contexts, not over seeds.",
+    ]
+    write_section("quickstart table", "\n".join(lines), README)
+    for name in ("profile.png", "fidelity.png"):
+        shutil.copy(QUICKSTART / name, IMAGES / name)
+
+
+PARTS = {"options": update_options, "quickstart": update_quickstart}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=PARTS, default="options")
+    PARTS[parser.parse_args().part]()

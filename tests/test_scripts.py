@@ -106,11 +106,11 @@ def test_the_section_of_the_study_is_that_of_the_measurements(monkeypatch):
 
 def test_what_is_said_of_the_paper_is_that_of_the_measurements(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import paper_section
+    import findings
     import study_claims
 
     studies = study_claims.Study.read_all(study_claims.FOLDER)
-    agree(written("paper"), paper_section.section(studies))
+    agree(written("paper"), findings.paper_section(studies))
 
 
 def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):

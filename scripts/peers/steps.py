@@ -1,0 +1,173 @@
+"""The training steps that bench_train.py compares: ours, the peers', and the floor's two parts.
+
+Each runs in an environment of its own, so each imports its tool itself.
+"""
+
+import sys
+from collections.abc import Callable
+from itertools import count
+
+import torch
+from torch import Tensor
+from worker import Job, Trainer, seconds_of, serve, state_of
+
+DEAD_AFTER = 10_000_000  # rows, as in the peers: within a benchmark nobody's latents die
+LONG = 1_000_000  # steps of a training that this is the beginning of
+LEARNING_RATE = 3e-4
+AUXK_ALPHA = 1 / 32  # of Gao et al. 2024; sparsify's default is 0
+TILES = (512, 1024, None)  # rows; None: all at once
+
+
+def ours(job: Job, rows: Tensor) -> Trainer:
+    """From raw rows on: normalise the batch, then one step of every arm.
+
+    The variant is the number of arms. They differ in seed and share the batch, as in a training.
+    """
+    from llm_wsae.hardware import fast_dtype
+    from llm_wsae.statistics.moments import Statistics
+    from llm_wsae.training.arm import Arm, ArmConfig
+    from llm_wsae.training.config import TrainConfig, default_learning_rate
+    from llm_wsae.training.normaliser import Normaliser
+    from llm_wsae.weights.choosing import weights_from_rule
+
+    device = torch.device(job.device)
+    fast = fast_dtype(device)
+    statistics = Statistics(job.d_in, 1).update(rows, torch.zeros(len(rows), dtype=torch.int64))
+    normaliser = Normaliser(statistics, device, fast)
+    weights = weights_from_rule("variance", 0.5, statistics)
+    arms = [
+        Arm(ArmConfig(weights, k=job.k, init_seed=seed), job.d_in, job.d_sae, device)
+        for seed in range(int(job.variant))
+    ]
+    learning_rate, rows_seen = default_learning_rate(job.d_sae), 0
+
+    def step(x: Tensor) -> None:
+        nonlocal rows_seen
+        rows_seen += len(x)
+        batch = normaliser.batch(x)
+        for arm in arms:
+            arm.last_fired[: job.dead] = rows_seen - 2 * DEAD_AFTER
+            arm.step(batch, rows_seen, learning_rate, TrainConfig.aux_coefficient, DEAD_AFTER)
+
+    def state() -> list[Tensor]:
+        return [tensor for arm in arms for tensor in arm.state().values()]
+
+    return Trainer(step, state, str(fast).removeprefix("torch."))
+
+
+def sparsify(job: Job, rows: Tensor) -> Trainer:
+    """eai-sparsify: the operations of its Trainer's loop around one SparseCoder, with Adam."""
+    from sparsify import SparseCoder
+    from sparsify.config import SparseCoderConfig
+
+    config = SparseCoderConfig(num_latents=job.d_sae, k=job.k)
+    coder = SparseCoder(job.d_in, config, device=job.device)
+    optimiser = torch.optim.Adam(coder.parameters(), lr=2e-4 / (job.d_sae / 2**14) ** 0.5)
+    dead = torch.arange(job.d_sae, device=job.device) < job.dead if job.dead else None
+
+    def step(x: Tensor) -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        out = coder(x, dead_mask=dead)
+        (out.fvu + AUXK_ALPHA * out.auxk_loss).backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    about = "bfloat16, Triton" if job.device == "cuda" else "float32, its only mode on a CPU"
+    return Trainer(step, lambda: state_of(optimiser), about)
+
+
+def saelens(job: Job, rows: Tensor) -> Trainer:
+    """SAELens' SAETrainer with a TopKTrainingSAE. Variants: autocast (bfloat16), float32."""
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(d_in=job.d_in, d_sae=job.d_sae, k=job.k, device=job.device)
+    )
+    config = SAETrainerConfig(
+        total_training_samples=LONG * job.batch,
+        train_batch_size_samples=job.batch,
+        lr=LEARNING_RATE,
+        lr_end=LEARNING_RATE,
+        device=job.device,
+        autocast=job.variant == "autocast",
+    )
+    trainer = SAETrainer(config, sae, iter(()))
+
+    def step(x: Tensor) -> None:
+        trainer.n_forward_passes_since_fired[: job.dead] = config.dead_feature_window + 1
+        trainer.step(x)
+        trainer.n_training_steps += 1
+
+    about = "bfloat16" if job.variant == "autocast" else "float32"
+    return Trainer(step, lambda: state_of(trainer.optimizer), about)
+
+
+def dictionary_learning(job: Job, rows: Tensor) -> Trainer:
+    """dictionary_learning's TopKTrainer.update."""
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    trainer = TopKTrainer(
+        steps=LONG,
+        activation_dim=job.d_in,
+        dict_size=job.d_sae,
+        k=job.k,
+        layer=0,
+        lm_name="benchmark",
+        device=job.device,
+    )
+    numbers = count(1)  # step 0 would also look for the geometric median of the rows
+
+    def step(x: Tensor) -> None:
+        trainer.num_tokens_since_fired[: job.dead] = trainer.dead_feature_threshold
+        trainer.update(next(numbers), x)
+
+    return Trainer(step, lambda: state_of(trainer.optimizer), "float32")
+
+
+def matmul(job: Job, rows: Tensor) -> Trainer:
+    """The encoder's product, in whichever number format and tiling is the fastest here."""
+    ways = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for tile in TILES:
+            name = f"{str(dtype).removeprefix('torch.')}, {tile or 'all'} rows at a time"
+            ways[name] = _product(job, dtype, tile or job.batch)
+    x = rows[: job.batch].to(job.device)
+    fastest = min(ways, key=lambda name: min(seconds_of(ways[name], x) for _ in range(3)))
+    return Trainer(ways[fastest], lambda: [], fastest)
+
+
+def _product(job: Job, dtype: torch.dtype, tile: int) -> Callable[[Tensor], None]:
+    encoder = torch.randn(job.d_sae, job.d_in).to(job.device, dtype)
+    out = torch.empty(tile, job.d_sae, dtype=dtype, device=job.device)
+
+    def step(x: Tensor) -> None:
+        for part in x.to(dtype).split(tile):
+            torch.mm(part, encoder.T, out=out[: len(part)])
+
+    return step
+
+
+def adam(job: Job, rows: Tensor) -> Trainer:
+    """Fused Adam over the parameters."""
+    shapes = (job.d_sae, job.d_in), (job.d_sae, job.d_in), (job.d_sae,), (job.d_in,)
+    parameters = [torch.nn.Parameter(torch.randn(shape, device=job.device)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimiser = torch.optim.Adam(parameters, fused=True)
+    return Trainer(lambda x: optimiser.step(), lambda: state_of(optimiser), "float32, fused")
+
+
+STEPS = {  # how to make a trainer, and the distribution whose version the benchmark shows
+    "ours": (ours, None),
+    "sparsify": (sparsify, "eai-sparsify"),
+    "saelens": (saelens, "sae-lens"),
+    "dictionary_learning": (dictionary_learning, "dictionary-learning"),
+    "matmul": (matmul, None),
+    "adam": (adam, None),
+}
+
+if __name__ == "__main__":
+    serve(*STEPS[sys.argv[3]])
