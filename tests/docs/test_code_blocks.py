@@ -10,8 +10,8 @@ import types
 import pytest
 import torch
 from command_line import works
-from documents import ROOT, Block, blocks
 from foreign_folders import gemma_scope
+from places import ROOT, Block, blocks
 from safetensors.torch import save_file
 from tiny import tiny_hf_model, tiny_tokenizer, write_jsonl
 

@@ -11,8 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from documents import DOCS, PAGES, README, blocks, prose_words
-from places import ROOT, SCRIPTS
+from places import DOCS, PAGES, README, ROOT, SCRIPTS, blocks, prose_words
 
 import llm_wsae
 from llm_wsae.cli import COMMANDS
