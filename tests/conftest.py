@@ -1,10 +1,12 @@
 """Shared fixtures; shapes and types of the package's annotations are checked while tests run."""
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -12,3 +14,19 @@ from jaxtyping import install_import_hook
 torch.set_num_threads(1)
 
 install_import_hook("llm_wsae", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def made_world(tmp_path_factory):
+    """A model, a text, a store and two dictionaries, made once for all tests of the commands.
+
+    To be read only; ``world`` is a copy that a file of tests may add to.
+    """
+    from command_line import make_world
+
+    return make_world(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def world(made_world, tmp_path_factory):
+    return shutil.copytree(made_world, tmp_path_factory.mktemp("world"), dirs_exist_ok=True)
