@@ -200,7 +200,13 @@ class Several(Processes):
             with _reachable():
                 if ready():
                     return
-            self._check()
+            try:
+                self._check()
+            except LlmWsaeError:
+                with _reachable():
+                    if ready():  # the other process got past this exchange before it failed
+                        return
+                raise
             if time.monotonic() - polled >= _BEAT_SECONDS:
                 polled = time.monotonic()
                 for rank in range(self.size):

@@ -1,6 +1,7 @@
 """How processes of one run keep together: who does what, and how an error reaches all."""
 
 import os
+import time
 from datetime import timedelta
 
 import pytest
@@ -51,6 +52,31 @@ def test_an_error_reaches_all_with_its_exit_code_and_is_said_once():
     expected = [["UsageError", "no UsageError"], ["LlmWsaeError", "no LlmWsaeError"], 0]
     assert [caught for caught, _ in outcomes] == [expected, expected]
     assert sorted(speaks for _, speaks in outcomes) == [False, True]
+
+
+def fails_just_past_a_meeting():
+    """Rank 0 fails between rank 1's look whether all have met and its look for errors."""
+    all_of_us = join()
+    if all_of_us.rank == 1:
+        check = all_of_us._check
+
+        def check_late():
+            time.sleep(0.5)
+            check()
+
+        all_of_us._check = check_late
+    try:
+        with all_of_us.together():
+            if all_of_us.rank == 0:
+                time.sleep(0.2)  # until the other one waits
+            all_of_us.meet()
+            raise UsageError(f"of {all_of_us.rank}")
+    except LlmWsaeError as error:
+        return str(error)
+
+
+def test_an_error_after_a_meeting_is_not_that_of_the_meeting():
+    assert run(2, fails_just_past_a_meeting) == ["of 0", "of 1"]
 
 
 def test_one_process_needs_nothing(tmp_path, monkeypatch):
