@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm_wsae.files import folder_lock, remove_partials, write_json, write_text
 from llm_wsae.provenance import versions
+from llm_wsae.sparse.backends.reference import EPSILON
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.theory.config import EXPERIMENTS, Experiment, TheoryConfig
 from llm_wsae.theory.figures import plot_changes, plot_closed_form, plot_correlations
@@ -160,6 +161,8 @@ def _planted_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit
         "batch_size": config.batch_size,
         "spare_latents": config.spare_latents,
         "rows": config.rows,
+        "epsilon": EPSILON,
+        "annealed_over": Schedule.anneal,
         "arms": list(ARMS),
         "rules": list(RULES),
     }

@@ -64,7 +64,7 @@ class Arm:
     alpha: float = 1.0
     """γ = s^α."""
     annealed: bool = False
-    """Whether γ moves to 1 between 40 and 70 % of the training."""
+    """Whether γ goes to 1 over the first 60 % of the steps (``Schedule.anneal``)."""
     space: bool = False
     """Whether the dictionary is trained with the plain loss in the space x' = Γx_p, which is folded
     back afterwards."""

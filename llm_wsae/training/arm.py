@@ -19,7 +19,7 @@ from llm_wsae.training.optimiser import Optimiser
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Step, initial_parameters
 from llm_wsae.weights.config import WeightConfig
-from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.loss_weights import LossWeights, annealed
 
 _ERROR_ROWS = 512  # of a batch, transformed back from a space to estimate the true error
 
@@ -170,10 +170,7 @@ class Arm:
         Σγ²·var falls a little below Σvar on the way and returns to it at the end.
         """
         if share := self.config.weights.config.anneal:
-            full = self._full_gamma
-            one = torch.ones(len(full), dtype=full.dtype, device=full.device)
-            one = one if full.ndim == 1 else one.diag()
-            self.gamma = torch.lerp(full, one, min(1.0, done / share))
+            self.gamma = annealed(self._full_gamma, done, share)
 
     def evaluate(self, batch: Batch) -> Step:
         """Loss and gradients on a batch, changing nothing."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -115,3 +116,12 @@ class LossWeights:
         if rule == OWN and own_config is not None:
             config = own_config
         return cls(gamma.float(), rule, alpha, config)
+
+
+def annealed(gamma: Gamma, done: float, share: float) -> Gamma:
+    """γ (or Γ) after the share ``done`` of all steps, on its linear way to 1 (or I).
+
+    It starts moving at the first step and arrives when ``done`` reaches ``share``.
+    """
+    one = torch.ones(len(gamma), dtype=gamma.dtype, device=gamma.device)
+    return torch.lerp(gamma, one if gamma.ndim == 1 else one.diag(), min(1.0, done / share))
