@@ -39,8 +39,8 @@ def paper_section(studies: Mapping[str, Study]) -> str:
             "Why the variance is no proxy: a dimension that holds more features of equal strength "
             "varies more, so in mixtures variance ranks dimensions backwards, and in a residual "
             "stream the largest variances belong to few dimensions that are large in every row, or "
-            "on few tokens of massive activations. The loss then hangs on one or two dimensions, "
-            "whatever they mean.",
+            "on few tokens of massive activations. The loss is then dominated by one or two "
+            "dimensions, whatever they mean.",
             "Not repeated: the paper's own model, Pythia-160M, at every layer; dictionaries of 32 "
             "× width; its score of interpretability, for which a language model judges (3.8 "
             "points gained on average there); its vision models.",
@@ -112,7 +112,7 @@ def _truth(planted: Mapping[str, dict]) -> list[str]:
     return [
         "weights by monosemanticity recover more of the true features",
         f"in {best} of {len(planted['arms'])} at best",
-        "Better than plain and every control, and worse than plain, in so many of "
+        "Better than plain and every control, and worse than plain, in that many of "
         f"{len(planted['arms'])} planted experiments: {', '.join(words)}.",
     ]
 

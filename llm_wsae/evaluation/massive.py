@@ -1,9 +1,9 @@
 """Which rows are massive activations: the one definition that every measurement uses.
 
 A row is massive when its norm exceeds ten median norms. A few such rows would dominate every mean
-and every list of top contexts, so training leaves them out: it takes the median from the
+and every list of top contexts, so training omits them: it takes the median from the
 statistics of its store (``Statistics.massive_threshold``), and the dictionary records the
-threshold. Measurements use that record, so that they leave out what training left out. For
+threshold. Measurements use that record, so that they omit what training omitted. For
 dictionaries without one (made by other tools) the median norm of the evaluated text takes its
 place.
 

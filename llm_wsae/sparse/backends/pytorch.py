@@ -85,7 +85,7 @@ def largest_of_batch(
 ) -> RaggedCodes:
     """The ``wanted`` largest positive entries of all tiles, where ``above`` finds a tile's.
 
-    Once so many are held, the smallest of them bounds what later tiles may add, so the candidates
+    Once that many are held, the smallest of them bounds what later tiles may add, so the candidates
     stay few. The bound starts below the guess; if that was too high still, lower, and then at 0.
     """
     for start in dict.fromkeys(max(0.0, share * guess) for share in (0.9, 0.5, 0.0)):
