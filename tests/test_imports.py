@@ -39,6 +39,7 @@ FLOORS = (
     "dictionary",
     "attaching",
     "inspecting",
+    "planting",
     "harvesting",
     "training",
     "saelens",

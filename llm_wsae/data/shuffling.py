@@ -24,7 +24,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.data.prefetch import prefetch
-from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
@@ -32,6 +31,17 @@ from llm_wsae.statistics.moments import Statistics
 CHUNK_ROWS = 1024
 WINDOW_BYTES = 256 << 20
 _BATCHES_AHEAD = 4
+
+
+class Rows(Protocol):
+    """Rows that can be read in runs: those of a store, or what is made of them as they are read."""
+
+    num_rows: int
+    row_bytes: int
+    dtype: torch.dtype
+
+    def read(self, start: int, out: Tensor) -> object:
+        """Fill ``out [rows, d_in]``, contiguous and of that dtype, with rows from ``start``."""
 
 
 @runtime_checkable
@@ -93,7 +103,7 @@ class Window(NamedTuple):
 
 
 def shuffled_batches(
-    reader: RowReader,
+    reader: Rows,
     batch_size: int,
     seed: int,
     start: int = 0,
@@ -166,7 +176,7 @@ def _windows(num_rows: int, per_window: int, seed: int, epoch: int) -> Iterator[
 
 
 def _load(
-    reader: RowReader, window: Window, seed: int, part: tuple[int, int] = (0, 1)
+    reader: Rows, window: Window, seed: int, part: tuple[int, int] = (0, 1)
 ) -> Tensor | Share:
     """The rows of a window, or a part of them, read in the order of the file and shuffled."""
     number, parts = part

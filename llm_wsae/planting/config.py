@@ -1,0 +1,42 @@
+"""Which features are planted. Free of torch, for the command line."""
+
+from dataclasses import dataclass
+
+from llm_wsae.errors import UsageError
+
+
+@dataclass(frozen=True)
+class PlantConfig:
+    """Features to plant: the same number in every stratum of directions at every strength."""
+
+    seed: int = 0
+    """Seed of the directions, of how often features fire, and of when."""
+    per_cell: int = 16
+    """Features of each stratum at each strength."""
+    strengths: tuple[float, ...] = (0.12, 0.2, 0.35)
+    """Mean strengths, in median norms of the centred rows."""
+    rarest: float = 3e-4
+    """Smallest probability that a feature fires on a row; probabilities are log-uniform."""
+    commonest: float = 1e-2
+    """Largest probability that a feature fires on a row."""
+    token_share: float = 0.25
+    """Share of the features that fire on one token only, on half of its occurrences at random."""
+    heldout_share: float = 0.15
+    """Share of the store's rows, its last ones, that are not trained on: recovery is measured
+    there."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0 or self.per_cell < 1:
+            raise UsageError("the plants' seed must be at least 0 and per-cell at least 1")
+        if not self.strengths or not all(0 < strength <= 1 for strength in self.strengths):
+            raise UsageError(
+                "a plant's strength must be above 0 and at most 1, the median norm of the rows: a "
+                f"stronger one would drown the stream; not {', '.join(map(str, self.strengths))}"
+            )
+        if not 0 < self.rarest <= self.commonest < 1:
+            raise UsageError(
+                f"plants fire with probabilities from {self.rarest:g} to {self.commonest:g}; these "
+                "must rise and lie between 0 and 1"
+            )
+        if not 0 <= self.token_share <= 1 or not 0 < self.heldout_share < 1:
+            raise UsageError("token-share must be from 0 to 1, heldout-share between 0 and 1")

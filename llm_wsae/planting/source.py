@@ -1,0 +1,187 @@
+"""A store's rows with features planted into them as they are read.
+
+Nothing is written. Which plants fire on a row, and how strongly, is drawn from the plants' seed and
+the number of the row's chunk, so every reader sees the same rows: a resumed training, another
+process, the measurement afterwards.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.shuffling import CHUNK_ROWS, WINDOW_BYTES, shuffled_batches
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import UsageError
+from llm_wsae.model.site import Site
+from llm_wsae.planting.config import PlantConfig
+from llm_wsae.planting.plants import Plants, make_plants
+from llm_wsae.statistics.moments import Statistics
+
+SPREAD = 0.25  # a firing's strength is uniform within this share of the plant's mean strength
+_READ_ROWS = 8 * CHUNK_ROWS
+
+
+class Firings(NamedTuple):
+    """Which plants fire in a run of rows: one entry for each firing, by row."""
+
+    row: Int[np.ndarray, " firings"]
+    """Number of the row in the run, ascending."""
+    plant: Int[np.ndarray, " firings"]
+    """Number of the plant."""
+    strength: Float[np.ndarray, " firings"]
+    """How strongly it fires, in the units of the rows."""
+
+
+class PlantedSource:
+    """One site of a store with plants in its rows, as an ActivationSource.
+
+    The last rows of the store are held out of the batches and of the statistics; ``heldout`` gives
+    them with the truth.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        site: Site,
+        config: PlantConfig = PlantConfig(),  # noqa: B008 - frozen
+        dictionary: Dictionary | None = None,
+        window_bytes: int = WINDOW_BYTES,
+    ):
+        """Raises as ``make_plants`` does, and UsageError if the store has too few rows to hold two
+        chunks of them out."""
+        self.store, self.site, self.d_in = store, site, store.d_in
+        chunks = store.num_rows // CHUNK_ROWS
+        heldout = max(2, round(chunks * config.heldout_share))
+        if chunks - heldout < 1:
+            raise UsageError(
+                f"the store has {store.num_rows:,} rows; to plant features and hold some rows out "
+                f"it needs at least {3 * CHUNK_ROWS:,}"
+            )
+        self.num_rows: int | None = (chunks - heldout) * CHUNK_ROWS
+        self._tokens = _token_of_every_row(store)
+        counts = dict(Counter(self._tokens[: self.num_rows].tolist()))
+        self.plants = make_plants(store.statistics(site), counts, config, dictionary)
+        self._window_bytes = window_bytes
+        self._statistics: Statistics | None = None
+
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """Endless shuffled batches of the rows that are not held out, float32."""
+        return self.batches_of_part(batch_size, seed, start, (0, 1))
+
+    def batches_of_part(
+        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """The same batches; of each, only the rows of ``part`` (its number, of how many)."""
+        reader = PlantedReader(self._reader(), self.plants, self._tokens, self.num_rows)
+        return shuffled_batches(reader, batch_size, seed, start, self._window_bytes, part)
+
+    def statistics(self) -> Statistics:
+        """The statistics of the planted rows that are not held out: one pass, the first time."""
+        if self._statistics is None:
+            self._statistics = self._measured()
+        return self._statistics
+
+    def _measured(self) -> Statistics:
+        assert self.num_rows is not None
+        reader = PlantedReader(self._reader(), self.plants, self._tokens, self.num_rows)
+        positions = _position_of_every_row(self.store)
+        found = Statistics(self.d_in, self.store.context_size)
+        starts = range(0, self.num_rows, _READ_ROWS)
+        for start in tqdm(starts, desc="plant", unit="run", delay=2, leave=False):
+            stop = min(start + _READ_ROWS, self.num_rows)
+            rows = torch.empty(stop - start, self.d_in)
+            reader.read(start, rows)
+            found.update(rows, positions[start:stop])
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that identify these rows in this order."""
+        return {
+            **self.store.identity(self.site),
+            "window_bytes": self._window_bytes,
+            "num_rows": self.num_rows,
+            "planted": self.plants.identity(),
+        }
+
+    def heldout(self) -> Iterator[tuple[Float[Tensor, "rows d_in"], Firings]]:
+        """The held-out rows, planted, with what fires in them; in the order of the text."""
+        assert self.num_rows is not None
+        reader = PlantedReader(self._reader(), self.plants, self._tokens)
+        for start in range(self.num_rows, reader.num_rows, CHUNK_ROWS):
+            rows = torch.empty(min(CHUNK_ROWS, reader.num_rows - start), self.d_in)
+            yield rows, reader.read(start, rows)
+
+    def _reader(self) -> RowReader:
+        return RowReader(self.store.folder, self.store.manifest, str(self.site))
+
+
+class PlantedReader:
+    """Reads runs of rows and adds the plants' firings; otherwise as ``RowReader``."""
+
+    def __init__(
+        self, reader: RowReader, plants: Plants, tokens: np.ndarray, stop: int | None = None
+    ):
+        """``tokens``: the token id of every row; ``stop``: where the rows end, if earlier."""
+        self._reader, self._plants, self._tokens = reader, plants, tokens
+        self._directions = plants.directions.numpy()
+        self.num_rows = reader.num_rows if stop is None else stop
+        self.dtype = torch.float32  # bfloat16 would round a weak plant away on a large coordinate
+        self.row_bytes = plants.directions.shape[1] * self.dtype.itemsize
+
+    def read(self, start: int, out: Float[Tensor, "rows d_in"]) -> Firings:
+        """Fill ``out`` with planted rows from ``start``, and return what was planted.
+
+        Raises as ``RowReader.read`` does.
+        """
+        stored = torch.empty(out.shape, dtype=self._reader.dtype)
+        self._reader.read(start, stored)
+        out.copy_(stored)
+        found = self.firings(start, start + len(out))
+        planted = torch.from_numpy(
+            found.strength.astype(np.float32)[:, None] * self._directions[found.plant]
+        )
+        out.index_add_(0, torch.from_numpy(found.row), planted)
+        return found
+
+    def firings(self, start: int, stop: int) -> Firings:
+        """What fires in the rows from ``start`` up to ``stop``."""
+        pieces = []
+        for chunk in range(start // CHUNK_ROWS, -(-stop // CHUNK_ROWS)):
+            row, plant, strength = self._of_chunk(chunk)
+            row = row + chunk * CHUNK_ROWS
+            here = slice(*np.searchsorted(row, (start, stop)))
+            pieces.append((row[here] - start, plant[here], strength[here]))
+        return Firings(*(np.concatenate(part) for part in zip(*pieces, strict=True)))
+
+    def _of_chunk(self, chunk: int) -> Firings:
+        """What fires in a chunk of consecutive rows, all drawn at once."""
+        plants = self._plants
+        draw = np.random.default_rng((plants.seed, 1, chunk))
+        tokens = self._tokens[chunk * CHUNK_ROWS : (chunk + 1) * CHUNK_ROWS]
+        tied = plants.token.numpy() >= 0
+        uniform = draw.random((CHUNK_ROWS, len(plants)), dtype=np.float32)[: len(tokens)]
+        fires = uniform < plants.probability.numpy().astype(np.float32)
+        fires[:, tied] &= tokens[:, None] == plants.token.numpy()[tied]
+        row, plant = np.nonzero(fires)
+        varied = 1 + SPREAD * draw.uniform(-1, 1, len(row))
+        return Firings(row, plant, plants.strength.numpy()[plant] * varied)
+
+
+def _token_of_every_row(store: ActivationStore) -> Int[np.ndarray, " rows"]:
+    shards = (store.contexts(shard) for shard in range(len(store.manifest.shards)))
+    return np.concatenate([contexts.ids[contexts.keep] for contexts in shards])
+
+
+def _position_of_every_row(store: ActivationStore) -> Int[Tensor, " rows"]:
+    shards = (store.contexts(shard) for shard in range(len(store.manifest.shards)))
+    return torch.from_numpy(np.concatenate([np.nonzero(c.keep)[1] for c in shards]))
