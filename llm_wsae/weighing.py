@@ -1,4 +1,5 @@
-"""Measures what weight rules need beyond the statistics: Fisher information, coherence, a decoder.
+"""Measures what weight rules need beyond the statistics: covariance, Fisher information, coherence,
+a decoder.
 
 Everything is measured on the text of an activation store, which holds the token ids behind every
 row, so that rules see what the dictionaries will be trained on. What took minutes is kept in the
@@ -30,6 +31,7 @@ from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.rules import Rule
@@ -40,6 +42,7 @@ _SETTINGS = {
     "coherence": ("semantic_tokens", "top", "before", "after", "encoder", "seed"),
 }
 _CONTEXTS_AT_ONCE = 8
+_ROWS_AT_ONCE = 16_384
 
 
 def measure_inputs(
@@ -63,6 +66,8 @@ def measure_inputs(
     if "dictionary" in needs and dictionary is not None:
         decoder, energy = used_decoder(dictionary, site, inputs.statistics)
         inputs = replace(inputs, decoder=decoder, energy=energy)
+    if "second_moment" in needs:
+        inputs = replace(inputs, second_moment=second_moment_of(store, site))
     if "coherence" in needs:
         found = _kept_or_measured("coherence", store, site, model, config)
         inputs = replace(inputs, coherence=found)
@@ -94,16 +99,42 @@ def _kept_or_measured(
     return measured
 
 
+def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
+    """The covariance sums of all usual rows of a site: one pass over the store, then kept in it."""
+    kept = _StoredMeasurement(store, site, "second_moment")
+    tensors = kept.read_tensors()
+    if tensors is not None and tensors.keys() == {"count", "mean", "scatter"}:
+        return SecondMoment.from_tensors(tensors)
+    threshold = store.statistics(site).massive_threshold
+    found = SecondMoment(store.d_in)
+    starts = range(0, store.num_rows, _ROWS_AT_ONCE)
+    for start in tqdm(starts, desc="covariance", unit="run", delay=2, leave=False):
+        rows = store.rows(site, start, min(start + _ROWS_AT_ONCE, store.num_rows)).float()
+        found.update(rows[rows.norm(dim=1) <= threshold])
+    kept.write_tensors(found.to_tensors())
+    return found
+
+
 class _StoredMeasurement:
     """A measurement in the store's folder, valid only for the same rows and settings."""
 
-    def __init__(self, store: ActivationStore, site: Site, need: str, config: RuleInputConfig):
+    def __init__(
+        self,
+        store: ActivationStore,
+        site: Site,
+        need: str,
+        config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
+    ):
         self._need = need
         self._path = store.folder / FOLDER / f"{site}.{need}.safetensors"
-        settings = {name: getattr(config, name) for name in _SETTINGS[need]}
+        settings = {name: getattr(config, name) for name in _SETTINGS.get(need, ())}
         self._header = {"rows": store.identity(site)["sha256"], **settings}
 
     def read(self) -> Tensor | None:
+        tensors = self.read_tensors()
+        return None if tensors is None else tensors.get(self._need)
+
+    def read_tensors(self) -> dict[str, Tensor] | None:
         if not self._path.exists():
             return None
         try:
@@ -114,11 +145,14 @@ class _StoredMeasurement:
             same = _settings(json.loads(metadata["llm_wsae"])) == _settings(self._header)
         except (KeyError, ValueError):
             return None
-        return tensors.get(self._need) if same else None
+        return tensors if same else None
 
     def write(self, measured: Tensor) -> None:
+        self.write_tensors({self._need: measured})
+
+    def write_tensors(self, tensors: dict[str, Tensor]) -> None:
         try:
-            save_tensors(self._path, {self._need: measured}, {"llm_wsae": json.dumps(self._header)})
+            save_tensors(self._path, tensors, {"llm_wsae": json.dumps(self._header)})
         except LlmWsaeError as error:  # a read-only store
             tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
 

@@ -20,6 +20,7 @@ from llm_wsae.harvesting import harvest
 from llm_wsae.model.encoder_names import ENCODER_PACKAGE
 from llm_wsae.model.fisher import fisher_information
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.second_moment import shrunk
 from llm_wsae.weighing import coherence_of, fisher_of, measure_inputs, used_decoder
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import RULES
@@ -184,6 +185,25 @@ def test_what_was_measured_is_kept(model, tmp_path, store):
     assert verify_store(folder) == []
     with pytest.raises(LlmWsaeError, match="was made by tiny"):
         measure_inputs(["sensitivity"], copy, SITE, model=tiny_model(seed=1), config=other)
+
+
+def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store):
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    copy = ActivationStore.open(folder)
+    rows = copy.rows(SITE, 0, copy.num_rows).double()
+    rows = rows[rows.norm(dim=1) <= copy.statistics(SITE).massive_threshold]
+    found = measure_inputs(["permuted:whitening"], copy, SITE)
+    assert found.second_moment.count == len(rows)
+    expected = shrunk(torch.cov(rows.T, correction=0), len(rows))
+    torch.testing.assert_close(found.covariance, expected, rtol=1e-5, atol=1e-7)
+    (path,) = (folder / "evidence").iterdir()
+    kept = path.read_bytes()
+    again = measure_inputs(["whitening"], copy, SITE)
+    assert torch.equal(again.covariance, found.covariance) and path.read_bytes() == kept
+    path.write_bytes(kept[:-9])  # damaged: measured again
+    assert torch.equal(measure_inputs(["whitening"], copy, SITE).covariance, found.covariance)
+    assert path.read_bytes() == kept and verify_store(folder) == []
+    assert measure_inputs(["variance"], copy, SITE).second_moment is None
 
 
 def test_a_measurement_is_good_under_both_names_of_the_encoder(model, tmp_path, store, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 from llm_wsae.commands.options import (
     CorpusOptions,
     EvaluateOptions,
+    Flag,
     Flat,
     ModelOptions,
     Prefixed,
@@ -19,6 +20,7 @@ from llm_wsae.commands.options import (
 )
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
+from llm_wsae.planting.config import PlantConfig
 from llm_wsae.provenance import write_record
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.training.config import ArchitectureName
@@ -37,8 +39,10 @@ class StudyOptions(RuleOptions):
     """Architecture: topk has k active latents on every token, the others k on average."""
     keep_dictionaries: bool = StudyConfig.keep_dictionaries
     """Keep the dictionaries; otherwise each is deleted as soon as it is measured."""
+    plant: Flag = False
+    """Plant known features into the rows, and measure how much of them is recovered."""
 
-    def config(self) -> StudyConfig:
+    def config(self, planted: PlantConfig) -> StudyConfig:
         """The study that is asked for."""
         return StudyConfig(
             self.rule,
@@ -48,6 +52,7 @@ class StudyOptions(RuleOptions):
             self.seeds,
             self.architecture,
             self.keep_dictionaries,
+            planted if self.plant else None,
         )
 
 
@@ -63,6 +68,7 @@ def study(
     train: Prefixed[TrainOptions] = TrainOptions(),  # noqa: B008 - frozen
     evaluate: Prefixed[EvaluateOptions] = EvaluateOptions(),  # noqa: B008 - frozen
     score: Prefixed[ScoreOptions] = ScoreOptions(),  # noqa: B008 - frozen
+    planted: Prefixed[PlantConfig] = PlantConfig(),  # noqa: B008 - frozen
 ) -> Result:
     """Do weights help? Compare rules and their controls with plain dictionaries over several k.
 
@@ -81,7 +87,7 @@ def study(
     from llm_wsae.weights.rules import Rule
 
     started = time.monotonic()
-    config, training = compare.config(), train.with_model_on(model.device)
+    config, training = compare.config(planted), train.with_model_on(model.device)
     for name in compare.rule:
         if Rule.parse(name).need == "dictionary" and dictionary is None:
             raise UsageError(

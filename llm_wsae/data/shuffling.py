@@ -33,6 +33,7 @@ WINDOW_BYTES = 256 << 20
 _BATCHES_AHEAD = 4
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Rows that can be read in runs: those of a store, or what is made of them as they are read."""
 

@@ -24,6 +24,7 @@ from llm_wsae.model.site import Site
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.planting.plants import Plants, make_plants
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
 
 SPREAD = 0.25  # a firing's strength is uniform within this share of the plant's mean strength
 _READ_ROWS = 8 * CHUNK_ROWS
@@ -70,7 +71,7 @@ class PlantedSource:
         counts = dict(Counter(self._tokens[: self.num_rows].tolist()))
         self.plants = make_plants(store.statistics(site), counts, config, dictionary)
         self._window_bytes = window_bytes
-        self._statistics: Statistics | None = None
+        self._measured: tuple[Statistics, SecondMoment] | None = None
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0
@@ -87,22 +88,30 @@ class PlantedSource:
 
     def statistics(self) -> Statistics:
         """The statistics of the planted rows that are not held out: one pass, the first time."""
-        if self._statistics is None:
-            self._statistics = self._measured()
-        return self._statistics
+        return self._measure()[0]
 
-    def _measured(self) -> Statistics:
+    def second_moment(self) -> SecondMoment:
+        """The covariance sums of the same rows, from the same pass, without massive rows."""
+        return self._measure()[1]
+
+    def _measure(self) -> tuple[Statistics, SecondMoment]:
         assert self.num_rows is not None
+        if self._measured is not None:
+            return self._measured
         reader = PlantedReader(self._reader(), self.plants, self._tokens, self.num_rows)
         positions = _position_of_every_row(self.store)
         found = Statistics(self.d_in, self.store.context_size)
+        moment = SecondMoment(self.d_in)
+        threshold = self.store.statistics(self.site).massive_threshold
         starts = range(0, self.num_rows, _READ_ROWS)
         for start in tqdm(starts, desc="plant", unit="run", delay=2, leave=False):
             stop = min(start + _READ_ROWS, self.num_rows)
             rows = torch.empty(stop - start, self.d_in)
             reader.read(start, rows)
             found.update(rows, positions[start:stop])
-        return found
+            moment.update(rows[rows.norm(dim=1) <= threshold])
+        self._measured = found, moment
+        return self._measured
 
     def identity(self) -> dict[str, Any]:
         """JSON values that identify these rows in this order."""

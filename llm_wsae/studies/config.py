@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from llm_wsae.errors import UsageError
+from llm_wsae.planting.config import PlantConfig
 from llm_wsae.training.config import ArchitectureName
 
 
@@ -25,6 +26,8 @@ class StudyConfig:
     keep_dictionaries: bool = True
     """Keep every dictionary, in float32 (21 MB at 576 → 4608); otherwise each is deleted once its
     scores are written."""
+    plant: PlantConfig | None = None
+    """Features to plant into the rows of every training; their recovery is then measured too."""
 
     def __post_init__(self) -> None:
         for name in ("curve", "seeds"):

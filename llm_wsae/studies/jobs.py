@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.store import StoreSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.files import read_json, write_json
-from llm_wsae.model.site import Site
+from llm_wsae.planting.recovery import PlantRecovery, measure_recovery
+from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.folder import DICTIONARIES, RESULTS, TRAINING
@@ -42,15 +43,14 @@ class StudyJobs:
 
     def __init__(
         self,
-        store: ActivationStore,
-        site: Site,
+        source: StoreSource | PlantedSource,
         out: Path,
         config: StudyConfig,
         training: TrainConfig,
         fidelity: FidelityEvaluator,
         device: torch.device,
     ):
-        self.store, self.site, self.out, self.device = store, site, out, device
+        self.source, self.out, self.device = source, out, device
         self.config, self.training, self.fidelity = config, training, fidelity
 
     def missing(self, arms: Sequence[PlannedArm]) -> list[PlannedArm]:
@@ -100,7 +100,7 @@ class StudyJobs:
         folder = self._group_folder(names)
         write_json(folder / _GROUP, names)
         config = replace(self.training, shuffle_seed=seed)
-        train(self.store.source(self.site), [p.arm for p in group], config, folder)
+        train(self.source, [p.arm for p in group], config, folder)
         self._collect()
 
     def _collect(self) -> None:
@@ -135,7 +135,7 @@ class StudyJobs:
 
     def _at_once(self) -> int:
         """How many arms fit into the memory of one pass."""
-        weights = 2 * self.training.expansion * self.store.d_in**2
+        weights = 2 * self.training.expansion * self.source.d_in**2
         return max(1, _PASS_BYTES // (_BYTES_A_WEIGHT * weights))
 
     def _measure(
@@ -151,11 +151,18 @@ class StudyJobs:
         for planned in group:
             name = planned.arm.name
             scores = monosemanticity.score({name: loaded[name]}).dictionaries[name]
-            record = record_of(planned, found[name], scores, self.device)
+            planted = self._recovery(loaded[name])
+            record = record_of(planned, found[name], scores, planted, self.device)
             write_json(self._result(planned), record)
             if not self.config.keep_dictionaries:
                 shutil.rmtree(self._dictionary(planned))
             bar.update()
+
+    def _recovery(self, dictionary: Dictionary) -> PlantRecovery | None:
+        """How much of the planted features it recovers, if any were planted."""
+        if not isinstance(self.source, PlantedSource):
+            return None
+        return measure_recovery(dictionary, self.source)
 
     def _load(self, planned: PlannedArm) -> Dictionary:
         dictionary = Dictionary.load(self._dictionary(planned))

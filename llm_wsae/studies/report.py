@@ -20,8 +20,11 @@ from llm_wsae.studies.report_tables import (
     difference_rows,
     estimate_text,
     family_rows,
+    planted_difference_rows,
+    planted_rows,
+    strata_rows,
 )
-from llm_wsae.studies.results import DECIDING, MEASURES, Result
+from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
 from llm_wsae.studies.verdict import ONE_SEED, OUTSIDE, UNMEASURED, VERDICTS
 from llm_wsae.terminal import aligned, markdown
 
@@ -42,6 +45,10 @@ _IS_IT_FINE = (
     "quarter of that value."
 )
 _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family of concepts."
+_PLANTED = (
+    "Known features were planted into the rows that were trained on. Each is judged by its best "
+    "latent, on rows that no dictionary was trained on."
+)
 _PW_MCC = (
     "PW-MCC: how similar the decoders of different seeds are, latents matched one to one, for the "
     "dictionaries that were kept."
@@ -63,6 +70,8 @@ class StudyReport:
     at_equal_density: list[Compared]
     """The same at an equal number of active latents that are not dense: how often latents fire
     affects every measure too."""
+    at_equal_fvu: list[Compared]
+    """The same at equal FVU."""
     against_itself: dict[int, dict[str, Estimate]]
     """By k: the plain curve compared with the curve of its other points."""
     agreements: Agreements
@@ -85,6 +94,7 @@ class StudyReport:
             compare(ordered),
             _compare_at_equal(ordered, lambda result: result.kl),
             _compare_at_equal(ordered, lambda result: result.density),
+            _compare_at_equal(ordered, lambda result: result.fvu),
             curve_against_itself(ordered),
             agreements or {},
         )
@@ -99,10 +109,11 @@ class StudyReport:
                 "compared": {one.label: one for one in self.compared},
                 "at_equal_kl": {one.label: one for one in self.at_equal_kl},
                 "at_equal_density": {one.label: one for one in self.at_equal_density},
+                "at_equal_fvu": {one.label: one for one in self.at_equal_fvu},
                 "curve_against_itself": self.against_itself,
                 "consistency": list(self.agreements.values()),
                 "dictionaries": {result.name: result for result in self.results},
-                "measures": MEASURES,
+                "measures": MEASURES | PLANTED,
                 "basis": self.basis,
                 "versions": versions(),
             }
@@ -127,6 +138,8 @@ class StudyReport:
         if self.against_itself:
             parts += ["each plain k against the line between its neighbours"]
             parts += [aligned(curve_rows(self.against_itself))]
+        if self._has_plants:
+            parts += ["recovery of planted features", aligned(planted_rows(self.results))]
         return "\n\n".join([*parts, *self.sentences()])
 
     def markdown(self) -> str:
@@ -138,6 +151,8 @@ class StudyReport:
         parts += [f"![Differences at equal CE]({DIFFERENCES})", _HOW_TO_READ]
         parts += ["## Differences from the plain curve at equal CE"]
         parts += [markdown(self._differences(everything=True))]
+        if self._has_plants:
+            parts += self._planted_section()
         if any(one.against_control for one in self.compared):
             parts += ["## Differences from the control, each at its own CE"]
             parts += [markdown(control_rows(self.compared))]
@@ -150,6 +165,25 @@ class StudyReport:
         if self.agreements:
             parts += [_PW_MCC]
         return "\n\n".join(parts) + "\n"
+
+    @property
+    def _has_plants(self) -> bool:
+        return any(result.planted is not None for result in self.results)
+
+    def _planted_section(self) -> list[str]:
+        measures = "\n".join(f"- {m.title}: {m.meaning}" for m in PLANTED.values())
+        at_equal = {"CE": self.compared, "KL": self.at_equal_kl, "FVU": self.at_equal_fvu}
+        return [
+            "## Planted features",
+            _PLANTED,
+            markdown(planted_rows(self.results)),
+            measures,
+            "Differences from the plain curve:",
+            markdown(planted_difference_rows(at_equal)),
+            "Mean F1 by kind of direction, and by strength in median norms of the rows:",
+            markdown(strata_rows(self.results, "by_stratum")),
+            markdown(strata_rows(self.results, "by_strength")),
+        ]
 
     def _differences(self, everything: bool = False) -> Rows:
         return difference_rows(self.compared, self.at_equal_kl, self.at_equal_density, everything)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from llm_wsae.studies.comparison import Compared
 from llm_wsae.studies.consistency import Agreements
 from llm_wsae.studies.inference import Estimate
-from llm_wsae.studies.results import DECIDING, MEASURES, Result
+from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
 
 Rows = list[list[str]]
 _SHOWN = ("detection", "no_token", "purity", "coherence", "selectivity", "probe_1", "probe_5")
@@ -69,6 +69,47 @@ def control_rows(compared: Sequence[Compared]) -> Rows:
             cells = [estimate_text(one.against_control.get(measure)) for measure in MEASURES]
             rows.append([one.label, one.control or "", *cells])
     return rows
+
+
+def planted_rows(results: Sequence[Result]) -> Rows:
+    """What every label and k recovers of the planted features, means over seeds."""
+    rows = [["weights", "k", "seeds", *(m.title for m in PLANTED.values()), "L_GT"]]
+    for (label, k), own in _with_plants(results).items():
+        l_gt = sum(r.planted["l_gt"] for r in own if r.planted) / len(own)
+        cells = [_mean(own, measure) for measure in PLANTED]
+        rows.append([label, str(k), str(len(own)), *cells, f"{l_gt:.4f}"])
+    return rows
+
+
+def strata_rows(results: Sequence[Result], key: str) -> Rows:
+    """Mean F1 by group of planted features; ``key`` is "by_stratum" or "by_strength"."""
+    groups = _with_plants(results)
+    names = list(dict.fromkeys(n for own in groups.values() for n in (own[0].planted or {})[key]))
+    rows = [["weights", "k", *names]]
+    for (label, k), own in groups.items():
+        means = [sum((r.planted or {})[key][name]["f1"] for r in own) / len(own) for name in names]
+        rows.append([label, str(k), *(f"{mean:.3f}" for mean in means)])
+    return rows
+
+
+def planted_difference_rows(at_equal: Mapping[str, Sequence[Compared]]) -> Rows:
+    """Differences in recovery from the plain curve; ``at_equal`` are comparisons by what is equal
+    in them."""
+    names = ("planted_recovered", "planted_f1")
+    heads = [f"{PLANTED[m].title}, equal {what}" for what in at_equal for m in names]
+    rows = [["weights", *heads]]
+    for several in zip(*at_equal.values(), strict=True):
+        cells = [estimate_text(one.effects.get(measure)) for one in several for measure in names]
+        rows.append([several[0].label, *cells])
+    return rows
+
+
+def _with_plants(results: Sequence[Result]) -> dict[tuple[str, int], list[Result]]:
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in results:
+        if result.planted is not None:
+            groups.setdefault((result.label, result.point.k), []).append(result)
+    return groups
 
 
 def curve_rows(against_itself: Mapping[int, Mapping[str, Estimate]]) -> Rows:

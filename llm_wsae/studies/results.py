@@ -14,6 +14,7 @@ from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
 from llm_wsae.files import read_json
 from llm_wsae.hardware import processor_name
+from llm_wsae.planting.recovery import PlantRecovery
 from llm_wsae.provenance import plain, versions
 from llm_wsae.studies.curve import Point, Value
 from llm_wsae.studies.plan import PlannedArm
@@ -25,7 +26,7 @@ class Measure:
 
     title: str
     meaning: str
-    source: Literal["latents", "concepts", "share"]
+    source: Literal["latents", "concepts", "share", "plants"]
     key: str
     dense: bool = False
     """Whether latents that fire on more than 10 % of the tokens are included."""
@@ -102,6 +103,36 @@ MEASURES = {
     ),
 }
 DECIDING = tuple(name for name, measure in MEASURES.items() if measure.decides)
+PLANTED: dict[str, Measure] = {
+    "planted_recovered": Measure(
+        "recovered",
+        "share of the planted features with a latent whose firing matches theirs (F1 of at least "
+        "0.8)",
+        "plants",
+        "recovered",
+    ),
+    "planted_f1": Measure("F1", "mean F1 of a planted feature's best latent", "plants", "f1"),
+    "planted_cosine": Measure(
+        "cosine",
+        "mean cosine of a planted feature and the decoder row of its best latent",
+        "plants",
+        "cosine",
+    ),
+    "planted_slope": Measure(
+        "slope",
+        "answer of the best latent over the planted strength, where both fire; below 1 the feature "
+        "is shrunk",
+        "plants",
+        "slope",
+    ),
+    "planted_vanished": Measure(
+        "vanished",
+        "share of a planted feature's firings on which its best latent is silent",
+        "plants",
+        "vanished",
+    ),
+}
+"""Measures of a study with planted features, in addition."""
 FAMILY = "selectivity of "  # in addition to the measures: a family's mean, without an interval
 
 
@@ -123,6 +154,8 @@ class Result:
     """Latents active per token, dense ones not counted."""
     processor: str
     """The processor it was measured on."""
+    planted: dict[str, Any] | None = None
+    """What it recovers of planted features (``PlantRecovery.to_dict``), if any were planted."""
 
     @property
     def is_claim(self) -> bool:
@@ -131,7 +164,11 @@ class Result:
 
 
 def record_of(
-    planned: PlannedArm, fidelity: Fidelity, scores: DictionaryScores, device: torch.device
+    planned: PlannedArm,
+    fidelity: Fidelity,
+    scores: DictionaryScores,
+    planted: PlantRecovery | None,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Contents of a dictionary's result file, JSON-able. ``device`` is where it was measured."""
     arm, latents = planned.arm, scores.per_latent
@@ -153,6 +190,7 @@ def record_of(
                 "all": {name: _over_latents(v) for name, v in latents.items()},
                 "not_dense": {name: _over_latents(v[usual]) for name, v in latents.items()},
             },
+            **({} if planted is None else {"planted": planted.to_dict()}),
         }
     )
 
@@ -180,7 +218,7 @@ def _result(record: dict[str, Any]) -> Result:
             k=record["k"],
             seed=record["seed"],
             increase=fidelity["ce_spliced"] - fidelity["ce_clean"],
-            values=_values(record["latents"], scores),
+            values=_values(record["latents"], scores) | _of_plants(record.get("planted")),
         ),
         ce_recovered=fidelity["ce_recovered"],
         fvu=fidelity["fvu"],
@@ -188,6 +226,7 @@ def _result(record: dict[str, Any]) -> Result:
         shares={key: scores[key] for key in ("eligible_share", "dense_share", "dead_share", "l0")},
         density=density["mean"] * density["n"] if density["n"] else 0.0,
         processor=record["measured_on"]["processor"],
+        planted=record.get("planted"),
     )
 
 
@@ -217,6 +256,18 @@ def _values(latents: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, 
     for family, means in scores["concepts_not_dense"]["families"].items():
         if means["selectivity"] is not None:
             found[FAMILY + family] = Value(means["selectivity"])
+    return found
+
+
+def _of_plants(planted: Mapping[str, Any] | None) -> dict[str, Value]:
+    if planted is None:
+        return {}
+    found = {}
+    for name, measure in PLANTED.items():
+        column = planted["plants"][measure.key]
+        items = {str(plant): value for plant, value in enumerate(column) if value is not None}
+        if items:
+            found[name] = Value(sum(items.values()) / len(items), 0.0, items)
     return found
 
 

@@ -6,13 +6,13 @@ correction for multiple tests.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.store import ActivationStore, StoreSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
@@ -22,6 +22,7 @@ from llm_wsae.files import folder_lock, remove_partials, write_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
 from llm_wsae.studies import consistency
 from llm_wsae.studies.config import StudyConfig
@@ -95,6 +96,13 @@ def study(
     inputs = measure_inputs(
         config.rules, store, site, model=model, dictionary=dictionary, config=measure
     )
+    source: StoreSource | PlantedSource = store.source(site)
+    if config.plant is not None:
+        source = PlantedSource(store, site, config.plant)
+        # weights are chosen for the rows that are trained on
+        inputs = replace(
+            inputs, statistics=source.statistics(), second_moment=source.second_moment()
+        )
     arms = plan(inputs, config, weigh)
     for planned in arms:
         planned.arm.check(training.expansion * store.d_in)
@@ -108,13 +116,14 @@ def study(
             | {"architecture": config.architecture},
             "fidelity": asdict(fidelity),
             "scoring": asdict(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
+            **({"planted": asdict(config.plant)} if config.plant is not None else {}),
         }
     )
     out = Path(out)
     with folder_lock(out, "study"):
         remove_partials(out, RESULTS)
         check_basis(out, basis)
-        jobs = StudyJobs(store, site, out, config, training, fidelity_evaluator, model.device)
+        jobs = StudyJobs(source, out, config, training, fidelity_evaluator, model.device)
         missing, monosemanticity = jobs.missing(arms), None
         if missing:
             # Before any training: it may find that the text is too short or a label is unknown.

@@ -9,9 +9,11 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 
-Need = Literal["dictionary", "fisher", "coherence"]
+Need = Literal["dictionary", "fisher", "coherence", "second_moment"]
 """What a rule may need in addition to the statistics."""
 
 
@@ -28,6 +30,26 @@ class RuleInputs:
     """Fisher information of the model's next-token distribution at the site."""
     coherence: Float[Tensor, " d_in"] | None = None
     """How alike the texts are that move a dimension most, beyond chance; > 0."""
+    second_moment: SecondMoment | None = None
+    """Sums over all rows, behind ``covariance``."""
+
+    @property
+    def covariance(self) -> Float[Tensor, "d_in d_in"]:
+        """The covariance of the usual rows: of all, or of the row sample if all were not measured
+        (a stream cannot be read twice). Shrunk in either case, float64.
+
+        Raises LlmWsaeError if there are fewer rows than dimensions.
+        """
+        d_in, sample = self.statistics.d_in, self.statistics.usual_sample
+        rows = len(sample) if self.second_moment is None else self.second_moment.count
+        if rows <= d_in:
+            raise LlmWsaeError(
+                f"{rows} rows are too few for the covariance of {d_in} dimensions; harvest at "
+                f"least {10 * d_in:,}"
+            )
+        if self.second_moment is not None:
+            return self.second_moment.covariance()
+        return shrunk(self.statistics.robust_covariance, rows)
 
     @classmethod
     def of(cls, measured: "RuleInputs | Statistics") -> "RuleInputs":
@@ -36,4 +58,6 @@ class RuleInputs:
 
     def has(self, need: Need) -> bool:
         """Whether that was measured."""
+        if need == "second_moment":  # the row sample does instead
+            return True
         return getattr(self, "decoder" if need == "dictionary" else need) is not None

@@ -31,6 +31,7 @@ _BRINGS: dict[Need, tuple[str, str]] = {
     "dictionary": ("a first dictionary", "--dictionary DICT"),
     "fisher": ("the model", "--model M"),
     "coherence": ("the model's tokenizer", "--model M"),
+    "second_moment": ("all rows of a store", "STORE"),
 }
 
 
@@ -229,7 +230,7 @@ RULES: dict[str, Rule] = {
         Rule("participation", score_rules.participation, need="dictionary"),
         Rule("gap", score_rules.gap, need="dictionary"),
         Rule("sensitivity", score_rules.sensitivity, matrix_rules.sensitivity, need="fisher"),
-        Rule("whitening", matrix_fn=matrix_rules.whitening),
+        Rule("whitening", matrix_fn=matrix_rules.whitening, need="second_moment"),
         Rule("semantic", score_rules.semantic, need="coherence"),
         Rule("leading-sensitivity", matrix_fn=matrix_rules.leading_sensitivity, need="fisher"),
         Rule("token-norm", token_score_fn=formulae.token_norm),

@@ -14,6 +14,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.coherence import beyond_chance, coherence, coherence_of_strangers
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 from llm_wsae.statistics.multiple_testing import holm
+from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 
 
 def rows_of(n, d=5, seed=0, dtype=torch.float64):
@@ -205,3 +206,43 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
+
+
+def test_second_moment_is_that_of_float64_and_merges_exactly():
+    """Rows like those of a language model: a huge mean, one dimension with nearly all variance."""
+    draw = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-2, 3, 40, dtype=torch.float64)
+    mixing = torch.linalg.qr(torch.randn(40, 40, generator=draw, dtype=torch.float64))[0]
+    rows = torch.randn(30_000, 40, generator=draw, dtype=torch.float64) * scale @ mixing
+    rows = (rows + 300 * mixing[3]).float()
+    exact = torch.cov(rows.double().T, correction=0)
+    whole = SecondMoment(40).update(rows)
+    parts = [SecondMoment(40).update(part) for part in rows.split([7, 11_000, 18_993])]
+    merged = SecondMoment(40).merge(parts[2]).merge(parts[0]).merge(parts[1])
+    for found in (whole, merged, SecondMoment.from_tensors(whole.to_tensors())):
+        assert found.count == 30_000
+        torch.testing.assert_close(found.mean, rows.double().mean(0))
+        own = found._scatter / found.count
+        error = (own - exact).abs() / (exact.diag()[:, None] * exact.diag()).sqrt()
+        assert float(error.max()) < 1e-6
+    with pytest.raises(LlmWsaeError, match="NaN or infinite"):
+        whole.update(torch.full((3, 40), torch.nan))
+
+
+def test_shrinkage_helps_where_rows_are_few_and_vanishes_where_they_are_many():
+    draw = torch.Generator().manual_seed(1)
+    scale = torch.logspace(-0.5, 0.5, 60, dtype=torch.float64)
+    rows = torch.randn(40_000, 60, generator=draw, dtype=torch.float64) * scale
+    truth = scale.square().diag()
+
+    def error(covariance):
+        return float((covariance - truth).square().sum())
+
+    few = torch.cov(rows[:90].T, correction=0)
+    assert error(shrunk(few, 90)) < 0.9 * error(few)
+    # between the sample's own and the multiple of I of the same trace, which it keeps
+    assert float(shrunk(few, 90).trace()) == pytest.approx(float(few.trace()))
+    many = torch.cov(rows.T, correction=0)
+    torch.testing.assert_close(shrunk(many, 40_000), many, rtol=0.02, atol=2e-3)
+    same = torch.eye(60, dtype=torch.float64)
+    assert torch.equal(shrunk(same, 10), same)

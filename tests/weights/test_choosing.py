@@ -81,7 +81,7 @@ def test_powers_of_a_matrix(inputs):
 
 def test_half_whitening_leaves_half_of_the_covariance(inputs):
     half = weights_from_rule("whitening", 0.5, inputs, SPACE).gamma.double()
-    sigma = inputs.statistics.robust_covariance
+    sigma = inputs.covariance
     root = half @ sigma @ half  # ∝ Σ^½
     torch.testing.assert_close(
         (root @ root) / (root @ root).trace(), sigma / sigma.trace(), rtol=1e-4, atol=1e-5

@@ -49,8 +49,8 @@ def test_what_a_rule_knows():
         "sensitivity": (True, True, False, False, "fisher"),
         "permuted:sensitivity": (True, True, False, True, "fisher"),
         "rotated:sensitivity": (False, True, False, True, "fisher"),
-        "whitening": (False, True, False, False, None),
-        "rotated:whitening": (False, True, False, True, None),
+        "whitening": (False, True, False, False, "second_moment"),
+        "rotated:whitening": (False, True, False, True, "second_moment"),
         "token-norm": (False, False, True, False, None),
         "permuted:token-norm": (False, False, True, True, None),
     }

