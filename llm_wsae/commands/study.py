@@ -39,10 +39,8 @@ class StudyOptions(RuleOptions):
     """Architecture: topk has k active latents on every token, the others k on average."""
     keep_dictionaries: bool = StudyConfig.keep_dictionaries
     """Keep the dictionaries; otherwise each is deleted as soon as it is measured."""
-    plant: Flag = False
-    """Plant known features into the rows, and measure how much of them is recovered."""
 
-    def config(self, planted: PlantConfig) -> StudyConfig:
+    def config(self, planted: PlantConfig | None) -> StudyConfig:
         """The study that is asked for."""
         return StudyConfig(
             self.rule,
@@ -52,7 +50,7 @@ class StudyOptions(RuleOptions):
             self.seeds,
             self.architecture,
             self.keep_dictionaries,
-            planted if self.plant else None,
+            planted,
         )
 
 
@@ -63,6 +61,7 @@ def study(
     site: str,
     out: Path,
     dictionary: Path | None = None,
+    plant: Flag = False,
     compare: Flat[StudyOptions] = StudyOptions(rule=("variance",)),
     weigh: Flat[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
     train: Prefixed[TrainOptions] = TrainOptions(),  # noqa: B008 - frozen
@@ -80,6 +79,7 @@ def study(
         site: One of the store's sites.
         out: Folder of the study.
         dictionary: First dictionary of the site, for the rules participation and gap.
+        plant: Plant known features into the rows, and measure how much of them is recovered.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
@@ -87,7 +87,7 @@ def study(
     from llm_wsae.weights.rules import Rule
 
     started = time.monotonic()
-    config, training = compare.config(planted), train.with_model_on(model.device)
+    config, training = compare.config(planted if plant else None), train.with_model_on(model.device)
     for name in compare.rule:
         if Rule.parse(name).need == "dictionary" and dictionary is None:
             raise UsageError(

@@ -47,8 +47,9 @@ def read_basis(folder: Path) -> dict[str, Any]:
     try:
         scoring = basis["scoring"]
         scoring["encoder"] = canonical_encoder(scoring["encoder"])
-        # studies made before there was a choice of architecture are TopK's
-        return basis | {"training": {"architecture": "topk"} | basis["training"]}
+        # studies made before there was a choice of architecture are TopK's, and without plants
+        training = {"architecture": "topk"} | basis["training"]
+        return {"planted": {}} | basis | {"training": training}
     except (KeyError, TypeError) as error:
         raise LlmWsaeError(
             f"{path} is not the description of a study; choose another folder"

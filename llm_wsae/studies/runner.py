@@ -116,7 +116,7 @@ def study(
             | {"architecture": config.architecture},
             "fidelity": asdict(fidelity),
             "scoring": asdict(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
-            **({"planted": asdict(config.plant)} if config.plant is not None else {}),
+            "planted": {} if config.plant is None else asdict(config.plant),
         }
     )
     out = Path(out)

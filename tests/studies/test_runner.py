@@ -24,8 +24,10 @@ from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
+from llm_wsae.planting.config import PlantConfig
 from llm_wsae.studies import consistency, jobs, runner
 from llm_wsae.studies.config import StudyConfig
+from llm_wsae.studies.results import MEASURES, PLANTED
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
 
@@ -293,6 +295,37 @@ def test_a_study_of_another_architecture(study, trained, tmp_path):
     )
     assert few < many
     assert "jumprelu" in (tmp_path / "out" / "report.md").read_text().splitlines()[0]
+
+
+def test_planted_features_are_trained_on_and_their_recovery_reported(whole, study, tmp_path):
+    plants = PlantConfig(per_cell=1, strengths=(0.5, 1.0), rarest=0.01, commonest=0.05)
+    out, config = tmp_path / "out", replace(CONFIG, plant=plants)
+    report = study(out, config)
+    assert {r.name for r in report.results} == set(NAMES)
+    for result in report.results:
+        planted = result.planted
+        assert set(planted["by_stratum"]) >= {"quiet dimension", "random", "triangle"}
+        assert len(planted["plants"]["f1"]) == 14
+        assert planted["recovered"] == pytest.approx(
+            sum(f1 >= 0.8 for f1 in planted["plants"]["f1"]) / 14
+        )
+        loaded = Dictionary.load(out / "dictionaries" / result.name)
+        assert loaded.info.store["planted"]["plants"] == 14
+    other = {r.name: r.fvu for r in whole[1].results}
+    assert all(other[r.name] != r.fvu for r in report.results)  # trained on other rows
+    page = (out / "report.md").read_text()
+    assert "## Planted features" in page and "quiet dimension" in page
+    effects = report.to_dict()["at_equal_fvu"]["variance-a-0.25"].get("effects", {})
+    assert set(effects) <= set(MEASURES | PLANTED)
+    before = content(out)
+    assert study(out, config).to_dict()["verdicts"] == report.to_dict()["verdicts"]
+    with pytest.raises(LlmWsaeError, match="other settings of planted"):
+        study(out)
+    with pytest.raises(LlmWsaeError, match=r"other settings of planted \(seed\)"):
+        study(out, replace(config, plant=replace(plants, seed=1)))
+    assert content(out) == before
+    assert all(r.planted is None for r in whole[1].results)
+    assert "Planted" not in (whole[0] / "report.md").read_text()
 
 
 def test_a_begun_training_that_nobody_needs_is_cleared_away(whole, study, tmp_path):
