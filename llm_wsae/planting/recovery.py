@@ -41,6 +41,8 @@ class PlantRecovery:
     l_gt: float
     """min over one scale c of Σ_j E(x_j − c·z_j)² / Σ_j E x_j²: what is missing of the plants when
     each is read from its latent."""
+    dead: float
+    """Share of the latents that fire on none of the held-out rows."""
 
     @property
     def recovered(self) -> Float[Tensor, " plants"]:
@@ -67,6 +69,7 @@ class PlantRecovery:
         return {
             **self.means(),
             "l_gt": self.l_gt,
+            "dead": self.dead,
             "by_stratum": self.by(lambda plant: plants.stratum[plant]),
             "by_strength": self.by(lambda plant: f"{plants.relative_strength[plant]:g}"),
             "plants": {
@@ -96,7 +99,8 @@ def measure_recovery(
         halves[number % 2].add(Codes(codes.indices.cpu(), codes.values.cpu()), truth[kept])
     best = halves[0].best()
     decoder = dictionary.W_dec.detach().cpu().double()[best]
-    return _measured(plants, halves[1], best, decoder)
+    silent = float((halves[0].active + halves[1].active == 0).double().mean())
+    return _measured(plants, halves[1], best, decoder, silent)
 
 
 class _Half:
@@ -106,14 +110,14 @@ class _Half:
         self.num_latents = latents
         self._together = torch.zeros(plants, latents)
         self._fires = torch.zeros(plants)
-        self._active = torch.zeros(latents)
+        self.active = torch.zeros(latents)
         self.pieces: list[tuple[Codes, Tensor]] = []
 
     def add(self, codes: Codes, truth: Float[Tensor, "rows plants"]) -> None:
         """Add rows: their codes, and the strength of every plant."""
         self.pieces.append((codes, truth.to_sparse()))
         on = codes.values > 0
-        self._active += torch.bincount(codes.indices[on], minlength=self.num_latents)
+        self.active += torch.bincount(codes.indices[on], minlength=self.num_latents)
         row, plant = truth.nonzero(as_tuple=True)
         self._fires += torch.bincount(plant, minlength=len(self._fires))
         cells = (plant[:, None] * self.num_latents + codes.indices[row])[on[row]]
@@ -121,11 +125,13 @@ class _Half:
 
     def best(self) -> Int[Tensor, " plants"]:
         """The latent of largest F1 for every plant."""
-        total = self._fires[:, None] + self._active
+        total = self._fires[:, None] + self.active
         return (2 * self._together / total.clamp(min=1)).argmax(1)
 
 
-def _measured(plants: Plants, half: _Half, best: Tensor, decoder: Tensor) -> PlantRecovery:
+def _measured(
+    plants: Plants, half: _Half, best: Tensor, decoder: Tensor, dead: float
+) -> PlantRecovery:
     along = (decoder * plants.directions.double()).sum(1)
     length = decoder.norm(dim=1)
     sums: dict[str, Tensor] = {}
@@ -155,6 +161,7 @@ def _measured(plants: Plants, half: _Half, best: Tensor, decoder: Tensor) -> Pla
         slope=torch.where(both > 0, sums["answer"] * along / sums["together"], none),
         vanished=torch.where(fires > 0, 1 - both / fires, none),
         l_gt=float(1 - explained),
+        dead=dead,
     )
 
 

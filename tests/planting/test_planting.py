@@ -217,7 +217,7 @@ def test_a_dictionary_that_knows_the_features_recovers_them_and_half_the_gain_is
     shrunk = measure_recovery(perfect(few, gain=0.5, bias=0.2), few)
     torch.testing.assert_close(shrunk.slope, found.slope / 2, rtol=0.02, atol=0)
     assert shrunk.l_gt == pytest.approx(found.l_gt, abs=0.01)  # which fits one scale
-    assert found.l_gt < 0.1
+    assert found.l_gt < 0.1 and found.dead == pytest.approx(5 / (5 + 2 + NATURAL))
     facts = found.to_dict()
     assert facts["recovered"] == 1.0 and list(facts["by_stratum"]) == ["quiet dimension", "random"]
     assert facts["by_strength"] == {"1": found.means()}
