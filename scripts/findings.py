@@ -6,7 +6,18 @@ from pathlib import Path
 import results_archive
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from study_claims import ANNEALED, ANNEALING, CONFIRMATION, FOLDER, FOUND, JUMPRELU, SITES, K, Study
+from study_claims import (
+    ANNEALED,
+    ANNEALING,
+    CONFIRMATION,
+    FOLDER,
+    FOUND,
+    JUMPRELU,
+    SITES,
+    WEIGHTS,
+    K,
+    Study,
+)
 
 from llm_wsae.drawing import BLUE, INK, ORANGE, save, tidy
 from llm_wsae.model.site import Site
@@ -151,9 +162,9 @@ def _real(label: str, studies: Mapping[str, Study]) -> list[str]:
 
 
 _ROWS = (
-    ("the paper's rule: variance, α = ½", "variance-a0.5", FOLDER),
-    ("its mild inverse: variance, α = −¼", "variance-a-0.25", FOLDER),
-    ("random weights", "random-a0.5", FOLDER),
+    ("the paper's rule: variance, α = ½", "variance-a0.5", WEIGHTS),
+    ("its mild inverse: variance, α = −¼", "variance-a-0.25", WEIGHTS),
+    ("random weights", "random-a0.5", WEIGHTS),
     ("sensitivity space, α = ¼ *", FOUND, CONFIRMATION.folder),
     ("the same, JumpReLU *", FOUND, JUMPRELU.folder),
     ("participation, annealed *", ANNEALED, ANNEALING.folder),

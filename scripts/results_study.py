@@ -22,12 +22,12 @@ from results_archive import pack, unpack
 from study_claims import (
     ANNEALING,
     CONFIRMATION,
-    FOLDER,
     JUMPRELU,
     PROFILE,
     SITES,
     TIMING,
     TWELVE,
+    WEIGHTS,
     K,
     Study,
     archive_of,
@@ -68,7 +68,7 @@ class Step:
     curve: tuple[int, ...] = (16, 24, 32, 48, 64)
     """Of plain dictionaries; it must reach as low as the weights cost cross-entropy."""
     weigh: WeightConfig = field(default_factory=WeightConfig)
-    folder: Path = FOLDER
+    folder: Path = WEIGHTS
     """That holds the folders of the sites."""
     architecture: ArchitectureName = "topk"
     keep: bool = False
@@ -158,10 +158,10 @@ def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) ->
         keep_dictionaries=step.keep,
     )
     first = Dictionary.load(Path(str(FIRST).format(site=site)))
-    archive = archive_of(step.folder, str(site))
-    out = RUNS / step.folder.relative_to(FOLDER) / str(site)
-    if archive.exists() and not out.exists():
-        unpack(archive, out)
+    archive, root = archive_of(step.folder), RUNS / step.folder.name
+    if archive.exists() and not root.exists():
+        unpack(archive, root)
+    out = root / str(site)
     _remember_profile(out / PROFILE, site, step, config, store, model, first)
     started, before = time.monotonic(), _num_results(out)
     run_study(model, store, site, CORPUS, out, config, weigh=step.weigh, dictionary=first)
@@ -169,7 +169,7 @@ def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) ->
     if made:
         seconds = round(time.monotonic() - started)
         _remember_time(out, {"dictionaries": made, "seconds": seconds}, model.device)
-    pack(out, archive)
+    pack(root, archive)
 
 
 def _num_results(out: Path) -> int:
@@ -229,7 +229,7 @@ def main() -> None:
 
 def write() -> None:
     """Write the sections and figures, from the archives."""
-    studies = Study.read_all(FOLDER)
+    studies = Study.read_all(WEIGHTS)
     for site, study in studies.items():
         report, block = study.report, Site.parse(site).block
         curve, differences = (RESULTS.parent / figure(block, n) for n in (CURVE, DIFFERENCES))

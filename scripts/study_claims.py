@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from results_archive import read, unpack
+from results_archive import unpack
 
+from llm_wsae.files import read_json
 from llm_wsae.studies.comparison import Compared
 from llm_wsae.studies.folder import read_report
 from llm_wsae.studies.plan import PLAIN
@@ -19,14 +20,15 @@ from llm_wsae.studies.results import Result
 from llm_wsae.studies.verdict import BETTER
 
 FOLDER = Path(__file__).parent / "results"
+WEIGHTS = FOLDER / "weights"
 SITES = ("blocks.9.hook_resid_post", "blocks.20.hook_resid_post")
 PROFILE, TIMING = "profile.json", "timing.json"
 K = 32
 
 
-def archive_of(folder: Path, site: str) -> Path:
-    """The archive of a site's study, in the folder of one kind of study."""
-    return folder / f"{site}.jsonl.gz"
+def archive_of(folder: Path) -> Path:
+    """The archive of a kind of study, whose folder has one of each site."""
+    return folder.with_suffix(".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,14 @@ class Study:
     @classmethod
     @cache
     def read_all(cls, folder: Path) -> "dict[str, Study]":
-        """By site, from the archives of the sites in a folder."""
+        """By site, from the archive of a folder of studies."""
         found = {}
-        for site in SITES:
-            archive = archive_of(folder, site)
-            if archive.exists():
-                with tempfile.TemporaryDirectory() as unpacked:
-                    unpack(archive, Path(unpacked))
-                    report = read_report(Path(unpacked))
-                found[site] = cls(report, read(archive)[PROFILE])
+        with tempfile.TemporaryDirectory() as unpacked:
+            unpack(archive_of(folder), Path(unpacked))
+            for site in SITES:
+                own = Path(unpacked) / site
+                if own.exists():
+                    found[site] = cls(read_report(own), read_json(own / PROFILE, "profile"))
         return found
 
     def with_seeds_of(self, other: "Study", label: str) -> "Study":

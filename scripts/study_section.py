@@ -9,11 +9,11 @@ from study_claims import (
     ANNEALING,
     CLAIMS,
     CONFIRMATION,
-    FOLDER,
     FOUND,
     JUMPRELU,
     ON_ALL_SEEDS,
     TWELVE,
+    WEIGHTS,
     Apart,
     Claim,
     Study,
@@ -186,7 +186,7 @@ def _together(
 
 def section() -> str:
     """The section of docs/results.md, from the archives."""
-    studies = Study.read_all(FOLDER)
+    studies = Study.read_all(WEIGHTS)
     again = Study.read_all(CONFIRMATION.folder)
     jumprelu, annealed, twelve = (
         Study.read_all(apart.folder) for apart in (JUMPRELU, ANNEALING, TWELVE)

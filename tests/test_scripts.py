@@ -100,7 +100,7 @@ def test_the_section_of_the_study_is_that_of_the_measurements(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_study
 
-    assert results_study.Study.read_all(results_study.FOLDER)
+    assert results_study.Study.read_all(results_study.WEIGHTS)
     agree(written("study"), results_study.section())
 
 
@@ -109,7 +109,7 @@ def test_what_is_said_of_the_paper_is_that_of_the_measurements(monkeypatch):
     import findings
     import study_claims
 
-    studies = study_claims.Study.read_all(study_claims.FOLDER)
+    studies = study_claims.Study.read_all(study_claims.WEIGHTS)
     agree(written("paper"), findings.paper_section(studies))
 
 
@@ -133,7 +133,7 @@ def test_every_rule_of_the_study_is_measured_at_every_site(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_study
 
-    studies = results_study.Study.read_all(results_study.FOLDER)
+    studies = results_study.Study.read_all(results_study.WEIGHTS)
     assert tuple(studies) == results_study.SITES
     for study in studies.values():
         assert {result.rule for result in study.report.results} >= set(RULES)
@@ -148,7 +148,7 @@ def test_the_finding_was_tried_again_on_fresh_seeds_alone(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_study
 
-    studies = results_study.Study.read_all(results_study.FOLDER)
+    studies = results_study.Study.read_all(results_study.WEIGHTS)
     again = results_study.Study.read_all(results_study.CONFIRMATION.folder)
     assert tuple(again) == results_study.SITES
     for site, study in again.items():
