@@ -95,10 +95,10 @@ def write_pages() -> None:
     known = {folder: _facts(folder) for folder in folders}
     for folder, own in known.items():
         figure = weights_figure(load_tensors(folder / EXTRAS, "side tensors")[0], own.sae_id)
-        assert figure is not None
-        (folder / FIGURE).write_bytes(figure)
+        if figure is not None:
+            (folder / FIGURE).write_bytes(figure)
         beside = [d for d in known.values() if d.info.site == own.info.site]
-        write_text(folder / "README.md", _card(own, beside))
+        write_text(folder / "README.md", _card(own, beside, None if figure is None else FIGURE))
     everything = list(known.values())
     index = INDEX.format(
         rows=everything[0].info.store["num_rows"],
@@ -120,7 +120,7 @@ def _facts(folder: Path) -> Facts:
     return facts(name, cfg, read_json(folder / INFO, "dictionary's information"))
 
 
-def _card(own: Facts, beside: list[Facts]) -> str:
+def _card(own: Facts, beside: list[Facts], figure: str | None) -> str:
     weighted = f"errors weighted by γ = score^{own.info.alpha:g}, score: {own.info.rule}"
     return CARD.format(
         name=own.sae_id,
@@ -131,7 +131,7 @@ def _card(own: Facts, beside: list[Facts]) -> str:
         sparsity=own.sparsity,
         weights="plain" if own.info.rule == "uniform" else weighted,
         tables=_tables(beside),
-        making="\n\n".join(making(own, FIGURE)),
+        making="\n\n".join(making(own, figure)),
     )
 
 

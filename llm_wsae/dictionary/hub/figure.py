@@ -16,11 +16,13 @@ def weights_figure(extras: Mapping[str, Tensor], title: str) -> bytes | None:
 
     Left: the weights against the variance. Right: the cumulative share of the weighted variance
     γ²·var that the dimensions carry, with the number of effective dimensions (Σw)²/Σw². None if
-    these tensors are missing or γ is a matrix.
+    these tensors are missing, γ is a matrix, or all weights are alike: a flat line says nothing.
     """
     gamma = extras.get("gamma")
     variance = extras.get("robust_variance", extras.get("variance"))
     if gamma is None or variance is None or gamma.ndim != 1 or gamma.shape != variance.shape:
+        return None
+    if bool((gamma == gamma[0]).all()):
         return None
     gamma, variance = gamma.double(), variance.double()
     share = (gamma**2 * variance).clamp(min=0)

@@ -4,6 +4,7 @@ texts from files that cannot become anything but text."""
 import re
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -251,6 +252,8 @@ def test_the_weights_figure():
     assert weights_figure({}, "t") is None
     assert weights_figure({**extras, "gamma": extras["gamma"].diag()}, "t") is None
     assert weights_figure({**extras, "gamma": 0 * extras["gamma"]}, "t") is None
+    plain = torch.ones_like(extras["gamma"])
+    assert weights_figure({**extras, "gamma": plain}, "t") is None
 
 
 def test_folder_names_are_harmless():
