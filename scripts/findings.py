@@ -41,11 +41,11 @@ def paper_section(studies: Mapping[str, Study]) -> str:
     rows += [_measured()]
     return "\n\n".join(
         [
-            "## What replicates of the paper",
+            "## What of the paper replicates",
             "Cui et al., ICLR 2026 ([arXiv 2506.15963](https://arxiv.org/abs/2506.15963)), claim "
             "by claim. Theorems are known here from their statements, and are checked for a tied "
             "ReLU dictionary without a penalty. Where a number is not said to come from a test, it "
-            "is from the sections below.",
+            "is from the sections above.",
             markdown(rows, left=3),
             "Why the variance is no proxy: a dimension that holds more features of equal strength "
             "varies more, so in mixtures variance ranks dimensions backwards, and in a residual "

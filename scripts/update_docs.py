@@ -21,7 +21,7 @@ from llm_wsae.cli import COMMANDS, main
 PAGES = ROOT / "docs/commands"
 QUICKSTART = ROOT / "runs/quickstart/blocks.9.hook_resid_post"
 _WIDTH = "79"  # narrow enough for the parser to draw one column
-_LONGEST_DEFAULT = 45  # characters in the last column
+_LONGEST_DEFAULT = 30  # characters in the last column
 # Which command's page has the options under a prefix.
 _EXPLAINED = {"harvest": "harvest", "train": "train", "evaluate": "evaluate", "score": "evaluate"}
 
@@ -29,7 +29,8 @@ _EXPLAINED = {"harvest": "harvest", "train": "train", "evaluate": "evaluate", "s
 def options(command: str) -> str:
     """The options of a command, a table for each group of them."""
     groups = [(title, rows) for title, rows in _groups(_help(command)) if rows]
-    return "\n\n".join(_table(command, title, rows) for title, rows in groups)
+    tables = "\n\n".join(_table(command, title, rows) for title, rows in groups)
+    return tables.removeprefix("**Options**\n\n")  # the section's own title
 
 
 def _help(command: str) -> list[str]:
@@ -88,6 +89,7 @@ def _table(command: str, title: str, rows: list[tuple[str, str]]) -> str:
 def _row(option: str, meaning: str) -> str:
     """A row of the table; the parser appends the default to the meaning."""
     meaning, _, default = meaning.rpartition(" (")
+    meaning = re.sub(r"\S*<\S+>", r"`\g<0>`", meaning)  # else it would be a tag of HTML
     default = default.removesuffix(")").removeprefix("default:").strip()
     cell = "" if default in ("None", "False", "") else f"`{default}`"
     cell = "**required**" if default == "required" else cell

@@ -72,7 +72,8 @@ class CorpusOptions:
     """The text."""
 
     corpus: str
-    """Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, or text package; a+b."""
+    """Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, or text package;
+    several are joined by +."""
     text_column: str | None = None
     """Column that holds the text, if that is not clear."""
 

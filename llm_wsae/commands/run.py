@@ -38,7 +38,7 @@ def run(
 
     Args:
         site: Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post.
-        out: Folder that receives everything; by default runs/NAME, of a model owner/NAME.
+        out: Folder that receives everything; by default runs/NAME for a model owner/NAME.
     """
     from llm_wsae.pipeline import run as run_all
 
