@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCAB, tiny_hf_model, tiny_tokenizer
 
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.hardware import choose_device, exact_dtype, fast_dtype
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.loading import _explained
 from llm_wsae.model.site import POINTS, Site
@@ -59,6 +60,22 @@ def test_names_that_lead_nowhere():
             LanguageModel.load(spec, **options)
         assert type(caught.value) is error, spec
         assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_best_device_is_chosen_and_each_process_has_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for half, fast in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda half=half, **_: half)
+        assert fast_dtype(torch.device("cuda")) == fast
+    assert choose_device("auto") == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda:1") and choose_device("cpu").type == "cpu"
+    with pytest.raises(UsageError, match=r"no device 'cuda:2' .* has cuda, cpu \(2 of them\)"):
+        choose_device("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_device("auto") == torch.device("cuda", 1)
+    assert fast_dtype(torch.device("mps")) == exact_dtype(torch.device("mps")) == torch.float32
+    assert exact_dtype(torch.device("cuda")) == torch.float64
 
 
 def test_folders_that_hold_no_causal_model(tmp_path):

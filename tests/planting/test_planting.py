@@ -305,6 +305,10 @@ def test_what_cannot_be_planted_is_refused_in_a_sentence(store, tmp_path):
     ):
         with pytest.raises(UsageError):
             PlantConfig(**wrong)
+    few = ActivationStore.open(store.folder)
+    few.num_rows = 3 * CHUNK_ROWS - 1
+    with pytest.raises(UsageError, match=r"has 3,071 rows; .* needs at least 3,072"):
+        PlantedSource(few, SITE, CONFIG)
     flat = write_store(tmp_path / "flat", scale=0.0)
     with pytest.raises(LlmWsaeError, match="rows that do not vary"):
         make_plants(flat.statistics(SITE), {1: 1})

@@ -247,13 +247,18 @@ def test_impossible_settings_are_refused(tmp_path):
     with pytest.raises(UsageError, match="300 rows are fewer than one batch"):
         train(source, arms_for(source), TrainConfig(batch_size=512), tmp_path)
     for name, value in {
-        "batch_size": 0, "learning_rate": -0.01, "dead_after": 0, "dtype": "int8"
+        "batch_size": 0, "learning_rate": -0.01, "dead_after": 0, "dtype": "int8",
+        "tracker": "paper", "shuffle_seed": -1,
     }.items():  # fmt: skip
         with pytest.raises(UsageError, match=f"{name} must be"):
             TrainConfig(**{name: value})
     for rate in (0.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="learning_rate must be a number above 0"):
             TrainConfig(learning_rate=rate)
+    with pytest.raises(UsageError, match="warmup and decay are shares of the steps"):
+        TrainConfig(warmup=0.6, decay=0.5)
+    with pytest.raises(UsageError, match=r"tokens \(9\) must be at least one batch"):
+        TrainConfig(tokens=9)
     assert not list(tmp_path.glob("*.safetensors"))
 
 

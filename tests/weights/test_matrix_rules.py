@@ -29,6 +29,12 @@ def inputs():
     return RuleInputs(statistics, fisher=half @ half.T)
 
 
+def test_too_few_rows_are_not_whitened():
+    rows = torch.randn(6, 6)
+    with pytest.raises(LlmWsaeError, match="6 rows are too few for the covariance of 6 dimensions"):
+        whitening(RuleInputs.of(Statistics(6, 4).update(rows, torch.zeros(6, dtype=torch.long))))
+
+
 def test_whitening_makes_the_covariance_the_identity(inputs):
     s, sigma = whitening(inputs), inputs.covariance
     torch.testing.assert_close(s @ sigma @ s, torch.eye(D, dtype=torch.float64))
