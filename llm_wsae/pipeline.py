@@ -6,8 +6,9 @@ The same call after an interruption resumes it: finished stages are read back.
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.contexts import take_contexts
-from llm_wsae.evaluation.fidelity.evaluator import evaluate
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
 from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.files import write_json
 from llm_wsae.harvesting import harvest
@@ -32,6 +33,7 @@ from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.grid import make_arms
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import FINISHED, train
+from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
 from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
@@ -41,6 +43,8 @@ from llm_wsae.weights.profile import profile, profile_text
 from llm_wsae.weights.rules import RULES, Rule
 
 STORE = "store"
+TRIAL_K = 32  # of the trials behind an automatic α, where no k is asked for
+Alphas = Sequence[float | Literal["auto"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +85,8 @@ def run(
     sites: Sequence[Site],
     out: Path,
     *,
-    rules: Sequence[str] = ("uniform", "variance"),
-    alphas: Sequence[float] = (0.5, -0.25),
+    rules: Sequence[str] = ("uniform", "variance", "whitening"),
+    alphas: Alphas = (0.5,),
     ks: Sequence[int] = (32,),
     l1s: Sequence[float] = (),
     architectures: Sequence[ArchitectureName] = ("topk",),
@@ -98,7 +102,9 @@ def run(
     ``out`` receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
     folder per arm, ``report.json`` and ``fidelity.png``. The training part of the corpus is
     harvested; its held-out part is used for the evaluation. ``rules`` × ``alphas`` × (``ks`` ×
-    ``architectures`` and ``l1s``) × ``init_seeds`` are the arms.
+    ``architectures`` and ``l1s``) × ``init_seeds`` are the arms. With ``"auto"`` among the alphas,
+    whitening's is chosen by short trainings (``tuning.choose_alpha``), and the numbers are for the
+    other rules.
 
     Raises what its stages raise; a request that cannot be met is refused before the harvest.
     """
@@ -108,17 +114,21 @@ def run(
         if rule.need == "dictionary":  # there is none yet
             raise rule.missing_input()
         rule.form(weight_config)
+    _check_alphas(parsed, alphas)
     plain = LossWeights(torch.ones(model.d_model), RULES["uniform"])
     for arm in make_arms([plain], ks, l1s, architectures=architectures):
         arm.check(train_config.expansion * model.d_model)
     _check_rows(harvest_config, train_config)
     _check_not_trained_on_less(out, sites, harvest_config)
-    heldout = take_contexts(  # before hours of work are built on too little text
+    contexts = iter(
         Packer.for_model(model, harvest_config).contexts(
             Corpus.open(corpus, "heldout", text_column=text_column)
-        ),
-        evaluate_config.tokens,
+        )
     )
+    # before hours of work are built on too little text
+    heldout = take_contexts(contexts, evaluate_config.tokens)
+    # α is chosen on other text than it is judged by
+    trial = take_contexts(contexts, TRIAL_TOKENS) if "auto" in alphas else []
     _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
     training_text = Corpus.open(corpus, "train", text_column=text_column)
     store = harvest(model, training_text, sites, out / STORE, harvest_config)
@@ -127,7 +137,21 @@ def run(
         folder = out / str(site)
         _say(2, "weigh", f"profile of {site}")
         inputs = measure_inputs(parsed, store, site, model=model)
-        facts, weights = _weigh(inputs, site, folder, parsed, alphas, weight_config)
+        choice = None
+        if "auto" in alphas:
+            trials = replace(evaluate_config, tokens=TRIAL_TOKENS)
+            choice = choose_alpha(
+                inputs,
+                store.source(site),
+                FidelityEvaluator(model, trial, trials),
+                folder,
+                k=ks[0] if ks else TRIAL_K,
+                training=train_config,
+                config=weight_config,
+            )
+            tqdm.write(choice.text(), file=sys.stderr)
+        weights = _weights(inputs, parsed, alphas, choice, weight_config)
+        facts = _profile(inputs, site, folder, weights)
         arms = make_arms(weights, ks, l1s, init_seeds, architectures)
         _say(3, "train", f"{len(arms)} dictionaries in one pass")
         dictionaries = train(store.source(site), arms, train_config, folder)
@@ -138,6 +162,39 @@ def run(
         plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
         results[site] = SiteResult(facts, dictionaries, report, folder)
     return results
+
+
+def _check_alphas(rules: Sequence[Rule], alphas: Alphas) -> None:
+    numbers = [alpha for alpha in alphas if alpha != "auto"]
+    if "auto" in alphas and not any(rule.in_space for rule in rules):
+        raise UsageError(
+            "an alpha of auto is chosen for whitening, which is not among the rules; add it, or "
+            "give numbers"
+        )
+    others = [r.name for r in rules if not r.is_plain and not ("auto" in alphas and r.in_space)]
+    if others and not numbers:
+        raise UsageError(
+            f"the rule {others[0]!r} needs an alpha that is a number, next to auto for whitening: "
+            "--alpha auto 0.5"
+        )
+
+
+def _weights(
+    inputs: RuleInputs,
+    rules: Sequence[Rule],
+    alphas: Alphas,
+    choice: AlphaChoice | None,
+    config: WeightConfig,
+) -> list[LossWeights]:
+    """The weights of a site: whitening's by the choice, if there was one."""
+    numbers = [float(alpha) for alpha in alphas if alpha != "auto"]
+    found: dict[str, LossWeights] = {}
+    for rule in rules:
+        own = numbers
+        if choice is not None and rule.in_space:
+            own = [] if choice.alpha is None else [choice.alpha]
+        found |= {w.name: w for w in choose_weights(inputs, [rule], own, config=config)}
+    return list(found.values())
 
 
 def _check_rows(harvesting: HarvestConfig, training: TrainConfig) -> None:
@@ -161,21 +218,15 @@ def _check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: Har
             )
 
 
-def _weigh(
-    inputs: RuleInputs,
-    site: Site,
-    folder: Path,
-    rules: Sequence[Rule],
-    alphas: Sequence[float],
-    config: WeightConfig,
-) -> tuple[dict[str, Any], list[LossWeights]]:
-    """The weights of a site, and its profile, which is also written and printed."""
-    weights = choose_weights(inputs, rules, alphas, config=config)
+def _profile(
+    inputs: RuleInputs, site: Site, folder: Path, weights: Sequence[LossWeights]
+) -> dict[str, Any]:
+    """The profile of a site, which is also written and printed."""
     facts = profile(inputs.statistics, weights)
     write_json(folder / "profile.json", facts)
     plot_profile(inputs.statistics, weights, str(site), folder / "profile.png")
     tqdm.write(profile_text(facts), file=sys.stderr)
-    return facts, weights
+    return facts
 
 
 def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:

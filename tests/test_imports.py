@@ -47,6 +47,7 @@ FLOORS = (
     "evaluation",
     "weighing",
     "plots",
+    "tuning",
     "pipeline",
     "studies",
     "commands",

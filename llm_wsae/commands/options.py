@@ -102,6 +102,16 @@ class GridOptions(RuleOptions):
     """Seeds of the initial weights."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoGridOptions(GridOptions):
+    """Which dictionaries to train: one for every combination."""
+
+    rule: tuple[str, ...] = ("uniform", "variance", "whitening")
+    alpha: tuple[Literal["auto"] | float, ...] = (0.5,)  # type: ignore[assignment]
+    """Exponents of the weights γ = score^α, for every rule except uniform.
+    auto: whitening's is chosen by short trainings, and the numbers are for the other rules."""
+
+
 class _Prefixed:
     """Settings under a prefix: what is wrong with them is said of that prefix."""
 

@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 
 from llm_wsae.commands.options import (
+    AutoGridOptions,
     CorpusOptions,
     EvaluateOptions,
     Flat,
-    GridOptions,
     HarvestOptions,
     ModelOptions,
     Prefixed,
@@ -26,7 +26,7 @@ def run(
     corpus: Flat[CorpusOptions],
     site: tuple[str, ...],
     out: Path | None = None,
-    grid: Flat[GridOptions] = GridOptions(rule=("uniform", "variance")),  # noqa: B008 - frozen
+    grid: Flat[AutoGridOptions] = AutoGridOptions(),  # noqa: B008 - frozen
     weigh: Flat[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
     harvest: Prefixed[HarvestOptions] = HarvestOptions(),  # noqa: B008 - frozen
     train: Prefixed[TrainOptions] = TrainOptions(),  # noqa: B008 - frozen

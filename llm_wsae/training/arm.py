@@ -18,7 +18,7 @@ from llm_wsae.training.normaliser import Space, Spaces
 from llm_wsae.training.optimiser import Optimiser
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Step, initial_parameters
-from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.config import IN_LOSS
 from llm_wsae.weights.loss_weights import LossWeights, annealed
 
 _ERROR_ROWS = 512  # of a batch, transformed back from a space to estimate the true error
@@ -87,7 +87,7 @@ class ArmConfig:
             "alpha": self.weights.alpha,
             # a matrix comes from a decomposition, whose last digits depend on the machine
             "gamma_sum": float(f"{total:.6g}") if gamma.ndim == 2 else total,
-            "weights": None if config == WeightConfig() else asdict(config),
+            "weights": None if config == IN_LOSS else asdict(config),
             "k": self.k,
             "l1": self.l1,
             "seed": self.init_seed,

@@ -65,8 +65,7 @@ def weights_from_rule(
     measured; LlmWsaeError when every score is 0 or a space has directions of nearly no weight.
     """
     rule, inputs = Rule.of(rule), RuleInputs.of(inputs)
-    if rule.is_plain:
-        config = WeightConfig()
+    config = rule.settings(config)
     form = rule.form(config)
     if form == "tokens":
         return _weights_of_tokens(rule, alpha, inputs.statistics, config)

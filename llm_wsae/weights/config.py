@@ -6,7 +6,7 @@ from typing import Literal
 from llm_wsae.errors import UsageError
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER
 
-Place = Literal["loss", "space"]
+Place = Literal["auto", "loss", "space"]
 Form = Literal["auto", "diagonal", "matrix"]
 
 
@@ -14,9 +14,9 @@ Form = Literal["auto", "diagonal", "matrix"]
 class WeightConfig:
     """Settings of loss weights, for any rule."""
 
-    place: Place = "loss"
-    """Where Γ acts: in the loss (on the reconstruction error alone), or as a space to train in.
-    The space is folded back at the end."""
+    place: Place = "auto"
+    """Where Γ acts: in the loss (on the reconstruction error alone), or as a space to train in,
+    which is folded back at the end. auto: the space for whitening, the loss for other rules."""
     form: Form = "auto"
     """One weight for each dimension (diagonal) or a full matrix Γ, for rules that have one.
     auto: the matrix in the space and for rules with nothing else, otherwise the diagonal."""
@@ -39,6 +39,10 @@ class WeightConfig:
                 "only weights in the loss can be annealed: a dictionary cannot follow a "
                 "space that moves; set anneal to 0 or place to loss"
             )
+
+
+IN_LOSS = WeightConfig(place="loss")
+"""The settings of weights that are neither clipped, annealed nor drawn, in the loss."""
 
 
 @dataclass(frozen=True)

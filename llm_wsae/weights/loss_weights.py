@@ -5,7 +5,7 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import load_tensors, save_tensors
-from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.rules import OWN, Rule
 
 Gamma = Float[Tensor, " d_in"] | Float[Tensor, "d_in d_in"]
@@ -31,7 +31,7 @@ class LossWeights:
     """The rule that made them."""
     alpha: float = 1.0
     """Exponent α of γ = s^α; 1 for custom weights."""
-    config: WeightConfig = field(default_factory=WeightConfig)
+    config: WeightConfig = IN_LOSS
     """Where they act, and how they were made from the scores."""
 
     @property
@@ -110,11 +110,12 @@ class LossWeights:
             name, alpha = header.get("rule", OWN.name), float(header.get("alpha", 1.0))
             rule = OWN if name == OWN.name else Rule.parse(name)
             known = {field.name for field in dataclasses.fields(WeightConfig)}
-            config = WeightConfig(**{key: header[key] for key in known & header.keys()})
+            settings = {key: header[key] for key in known & header.keys()}
+            config = rule.settings(WeightConfig(**{"place": "loss"} | settings))
         except (AttributeError, TypeError, ValueError, UsageError) as error:
             raise LlmWsaeError(f"{path} does not say how its weights were made: {error}") from error
         if rule == OWN and own_config is not None:
-            config = own_config
+            config = rule.settings(own_config)
         return cls(gamma.float(), rule, alpha, config)
 
 

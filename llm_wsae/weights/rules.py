@@ -20,7 +20,7 @@ from torch import Tensor
 from llm_wsae.errors import UsageError, nearest
 from llm_wsae.weights import matrix_rules, score_rules
 from llm_wsae.weights import scores as formulae
-from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.inputs import Need, RuleInputs
 
 Control = Literal["permuted", "rotated"]
@@ -52,6 +52,8 @@ class Rule:
     """What must be measured in addition to the statistics."""
     random: bool = False
     """Whether the scores are random themselves."""
+    in_space: bool = False
+    """Whether its weights are a space to train in, unless the settings say otherwise."""
     control: Control | None = None
     """What the rule controls for, if it is a control."""
 
@@ -117,15 +119,27 @@ class Rule:
         """Whether it is ``uniform``, which gives the plain dictionary whatever the settings."""
         return self.name == "uniform"
 
+    def settings(self, config: WeightConfig) -> WeightConfig:
+        """The settings with the place that ``auto`` stands for; of ``uniform``, no settings at all.
+
+        Raises UsageError for weights that would be annealed in a space.
+        """
+        if self.is_plain:
+            return IN_LOSS
+        if config.place != "auto":
+            return config
+        return replace(config, place="space" if self.in_space else "loss")
+
     def form(self, config: WeightConfig) -> RuleForm:
         """What the weights are under these settings: one per dimension, a matrix, one per token.
 
         Raises UsageError if the rule does not have the form, or ignores a setting that is set.
         """
+        config = self.settings(config)
         if self.is_plain:
             return "diagonal"
         if self.weighs_tokens:
-            if replace(config, draw=0) != WeightConfig():
+            if replace(config, draw=0) != IN_LOSS:
                 raise UsageError(
                     f"the rule {self.name!r} weighs tokens, in the loss and throughout: leave "
                     "place, form, clip and anneal at their defaults"
@@ -230,7 +244,7 @@ RULES: dict[str, Rule] = {
         Rule("participation", score_rules.participation, need="dictionary"),
         Rule("gap", score_rules.gap, need="dictionary"),
         Rule("sensitivity", score_rules.sensitivity, matrix_rules.sensitivity, need="fisher"),
-        Rule("whitening", matrix_fn=matrix_rules.whitening, need="second_moment"),
+        Rule("whitening", matrix_fn=matrix_rules.whitening, need="second_moment", in_space=True),
         Rule("semantic", score_rules.semantic, need="coherence"),
         Rule("leading-sensitivity", matrix_fn=matrix_rules.leading_sensitivity, need="fisher"),
         Rule("token-norm", token_score_fn=formulae.token_norm),

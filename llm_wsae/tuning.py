@@ -1,0 +1,116 @@
+"""How far to whiten a site: chosen by short trainings, judged by the model's own predictions.
+
+Whitening that is too weak leaves the loss to a few loud directions; whitening that is too strong
+spends latents on noise. Where between the two the best power lies differs from model to model, and
+at some sites none is better than a plain dictionary. A label-free criterion that is cheap enough to
+ask is the KL divergence of the model's predictions when it computes with the reconstruction of a
+dictionary that saw a part of the rows.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.data.shuffling import ActivationSource
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
+from llm_wsae.files import read_json, write_json
+from llm_wsae.provenance import plain
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.trainer import train
+from llm_wsae.weights.choosing import weights_from_rule
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.rules import Rule
+
+CANDIDATES = (0.25, 0.5, 0.75, 1.0)
+TRIAL_ROWS = 300_000
+"""Rows of each trial training: about 40 seconds for all five on two cores."""
+TRIAL_TOKENS = 3_000
+"""Held-out tokens on which the trials are judged."""
+LEAST_GAIN = 0.05
+"""Share by which KL must fall below that of the plain trial; less is not worth other weights."""
+CHOICE = "alpha.json"
+_TRIALS = "alpha"
+
+
+@dataclass(frozen=True)
+class AlphaChoice:
+    """What the trials of a site found."""
+
+    k: int
+    rows: int
+    """Rows of each trial training."""
+    kl: dict[str, float]
+    """KL of each trial in nats, by exponent; ``0`` is the plain dictionary."""
+    alpha: float | None
+    """The exponent of lowest KL; None if it is not at least 5 % below the plain one."""
+
+    def text(self) -> str:
+        """One line for people."""
+        found = ", ".join(f"{alpha}: {kl:.3f}" for alpha, kl in self.kl.items())
+        chosen = "none is worth it" if self.alpha is None else f"chosen: {self.alpha:g}"
+        return f"whitening, KL of short trainings by α ({found}); {chosen}"
+
+
+def choose_alpha(
+    inputs: RuleInputs,
+    source: ActivationSource,
+    evaluator: FidelityEvaluator,
+    folder: Path,
+    *,
+    k: int,
+    training: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
+    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
+    candidates: Sequence[float] = CANDIDATES,
+) -> AlphaChoice:
+    """Train a plain dictionary and one for each candidate on a part of the rows; take the least KL.
+
+    ``config`` says where the whitening acts; by default it is a space to train in.
+
+    The choice is kept in ``folder`` and read from there the next time; the trial dictionaries are
+    deleted. Raises as ``train`` and ``FidelityEvaluator.evaluate`` do, and LlmWsaeError if the
+    folder holds the choice of other trials.
+    """
+    rule = Rule.parse("whitening")
+    tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
+    short = replace(training, tokens=tokens)
+    asked = plain(
+        {
+            "source": source.identity(),
+            "k": k,
+            "candidates": list(candidates),
+            "weights": asdict(rule.settings(config)),
+            "training": {"expansion": short.expansion, "tokens": tokens, "batch": short.batch_size},
+        }
+    )
+    if (folder / CHOICE).exists():
+        return _read(folder / CHOICE, asked)
+    uniform = weights_from_rule("uniform", 1.0, inputs)
+    arms = {"0": ArmConfig(uniform, k)}
+    for alpha in candidates:
+        arms[f"{alpha:g}"] = ArmConfig(weights_from_rule(rule, alpha, inputs, config), k)
+    trained = train(source, list(arms.values()), short, folder / _TRIALS)
+    found = evaluator.evaluate(trained).dictionaries
+    kl = {alpha: found[arm.name].kl for alpha, arm in arms.items()}
+    best = min(kl, key=lambda alpha: kl[alpha])
+    worth_it = kl[best] < (1 - LEAST_GAIN) * kl["0"]
+    choice = AlphaChoice(k, tokens, kl, float(best) if worth_it else None)
+    write_json(folder / CHOICE, {"asked": asked, "choice": asdict(choice)})
+    shutil.rmtree(folder / _TRIALS)
+    return choice
+
+
+def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:
+    found = read_json(path, "choice of an exponent")
+    try:
+        if found["asked"] != asked:
+            raise LlmWsaeError(
+                f"{path} was chosen for other rows or settings; choose another folder, or delete it"
+            )
+        return AlphaChoice(**found["choice"])
+    except (KeyError, TypeError) as error:
+        raise LlmWsaeError(f"{path} is not the choice of an exponent; delete it") from error
