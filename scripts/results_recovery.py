@@ -47,7 +47,7 @@ ARCHIVE = Path(__file__).parent / "results/recovery.jsonl.gz"
 K = 32
 CURVE = (24, 32, 48, 64, 96)
 SEEDS = (0, 1, 2)
-SPACE, LOSS = WeightConfig(place="space"), WeightConfig()
+SPACE, LOSS = WeightConfig(place="space"), WeightConfig(place="loss")
 ARMS: tuple[tuple[str, float, WeightConfig], ...] = (
     ("whitening", 0.25, SPACE),
     ("whitening", 0.5, SPACE),
