@@ -106,7 +106,8 @@ def _row(option: str, meaning: str) -> str:
 def _value(name: str) -> str:
     """What an option takes: ``[INT [INT ...]]`` becomes ``INT …``."""
     value = name.partition(", ")[0].partition(" ")[2].removeprefix("{None}|")
-    return re.sub(r"^\[(.+?) \[.*\]\]$", r"\1 …", value).replace("|", "\\|")
+    value = re.sub(r"^\[(.+?) \[.*\]\]$", r"\1 …", value)
+    return re.sub(r"\{(\w+)\}\|", r"\1|", value).replace("|", "\\|")  # one word, or a number
 
 
 def _flags(name: str) -> list[str]:
