@@ -97,7 +97,7 @@ def choose_alpha(
     found = evaluator.evaluate(trained).dictionaries
     kl = {alpha: found[arm.name].kl for alpha, arm in arms.items()}
     best = min(kl, key=lambda alpha: kl[alpha])
-    worth_it = kl[best] < (1 - LEAST_GAIN) * kl["0"]
+    worth_it = best != "0" and kl[best] < (1 - LEAST_GAIN) * kl["0"]
     choice = AlphaChoice(k, tokens, kl, float(best) if worth_it else None)
     write_json(folder / CHOICE, {"asked": asked, "choice": asdict(choice)})
     shutil.rmtree(folder / _TRIALS)

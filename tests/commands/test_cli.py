@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import llm_wsae.cli
 import llm_wsae.pipeline
+import llm_wsae.tuning
 from llm_wsae.cli import COMMANDS
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -268,7 +269,7 @@ def test_verify_knows_every_layout_that_is_read(tmp_path):
 def test_run_leaves_everything_in_one_folder(ran):
     out, result = ran
     here = out / SITE
-    arms = ["uniform-k4", "variance-a0.5-k4", "variance-a-0.25-k4"]
+    arms = ["uniform-k4", "variance-a0.5-k4", "whitening-a0.5-space-k4"]
     names = {"profile.json", "profile.png", "report.json", "fidelity.png", "log.jsonl"}
     assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
     assert is_figure(here / "profile.png") and is_figure(here / "fidelity.png")
@@ -278,7 +279,7 @@ def test_run_leaves_everything_in_one_folder(ran):
         assert metrics["fidelity"]["fvu"] == report[name]["fvu"] < 1
         assert re.search(rf"^{name} +{report[name]['fvu']:.3f} ", result.out, re.MULTILINE)
         assert str(here / name) in result.out
-    check_record(out / "run.json", "run", model="model", k=[4], alpha=[0.5, -0.25])
+    check_record(out / "run.json", "run", model="model", k=[4], alpha=[0.5])
     stages = re.findall(r"^\[(\d)/4\] (\w+)", result.err, re.MULTILINE)
     assert stages == [("1", "harvest"), ("2", "weigh"), ("3", "train"), ("4", "evaluate")]
     for name in names:
@@ -317,12 +318,48 @@ def test_run_again_does_nothing_twice(ran, model_and_corpus):
         assert f"{numbers['fvu']:.3f}" in first.out and name in first.out
 
 
+@pytest.mark.parametrize("gain", [-9.0, 0.99])
+def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
+    model_and_corpus, tmp_path, monkeypatch, gain
+):
+    monkeypatch.setattr(llm_wsae.pipeline, "TRIAL_TOKENS", 300)
+    monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 4096)
+    monkeypatch.setattr(llm_wsae.tuning, "LEAST_GAIN", gain)
+    asked = (*model_and_corpus, *RUN, "--alpha", "auto", 0.5, "--out", tmp_path / "out")
+    result = works("run", *asked)
+    here = tmp_path / "out" / SITE
+    choice = json.loads((here / "alpha.json").read_text())["choice"]
+    assert list(choice["kl"]) == ["0", "0.25", "0.5", "0.75", "1"] and choice["rows"] == 4096
+    best = min(choice["kl"], key=choice["kl"].get)
+    if gain > 0 or best == "0":
+        assert choice["alpha"] is None and "none is worth it" in result.err
+    else:
+        assert choice["alpha"] == float(best) and f"chosen: {best}" in result.err
+    arms = {path.parent.name for path in here.glob("*/wsae.json")}
+    whitened = set() if choice["alpha"] is None else {f"whitening-a{best}-space-k4"}
+    assert arms == {"uniform-k4", "variance-a0.5-k4"} | whitened
+    assert not (here / "alpha").exists()
+    before = content(tmp_path / "out")
+    assert "train 5 arms" in result.err and "train 5 arms" not in works("run", *asked).err
+    assert content(tmp_path / "out") == before
+    (here / "alpha.json").write_text("{}")
+    again = call("run", *asked)
+    assert again.code == 1 and "is not the choice of an exponent; delete it" in again.err
+
+
 def test_run_refuses_before_the_harvest_what_cannot_be(ran, model_and_corpus, tmp_path):
     out, _ = ran
     before = content(out)
     more = call("run", *model_and_corpus, *RUN, "--tokens", 9000, "--out", out)
     assert more.code == 2 and "trained on 5,008 tokens; choose another folder" in more.err
     assert content(out) == before and "harvest" not in more.err
+    for words, said in {
+        ("--alpha", "auto"): "the rule 'variance' needs an alpha that is a number",
+        ("--alpha", "auto", 1, "--rule", "variance"): "whitening, which is not among the rules",
+        ("--alpha",): "the rule 'variance' needs an alpha that is a number",
+    }.items():
+        wrong = call("run", *model_and_corpus, *RUN, *words, "--out", tmp_path / "x")
+        assert wrong.code == 2 and said in wrong.err
     few = call("run", *model_and_corpus, *RUN, "--tokens", 2000, "--out", tmp_path / "x")
     assert few.code == 2 and "2,000 tokens are less than one batch of 2,048" in few.err
     assert not (tmp_path / "x").exists()
