@@ -113,9 +113,9 @@ def shuffled_batches(
 ) -> Iterator[Float[Tensor, "rows d_in"]]:
     """Endless shuffled batches of all rows of a reader, from batch number ``start`` on.
 
-    Of part (number, of so many) the batches hold its rows only; those of all parts, together, are
-    the batches of the one part (0, 1). Raises UsageError if the numbers make no sense or there are
-    no rows; reading errors come with the batch that they would have been in.
+    Of ``part`` (its number, of how many) the batches hold only its rows; those of all parts,
+    together, are the batches of the one part (0, 1). Raises UsageError if the numbers make no sense
+    or there are no rows; reading errors come with the batch that they would have been in.
     """
     if batch_size < 1 or start < 0:
         raise UsageError(

@@ -1,8 +1,8 @@
 """The sparse operations on the CPU, in C++ (``kernels/``): float32, and bfloat16 for products.
 
-The encoder's product is torch's, which knows the hardware's matrix units. It is made transposed, a
-block of latents by a tile of rows, and looked through while it is in cache. Everything else is one
-pass over the rows or latents concerned.
+The encoder's product is torch's, which uses the hardware's matrix units. It is computed transposed,
+a block of latents by a tile of rows, and searched while it is in cache. Everything else is one pass
+over the rows or latents concerned.
 """
 
 import ctypes
@@ -31,14 +31,14 @@ select_topk = pytorch.select_topk
 firing_counts = pytorch.firing_counts
 
 _TILE_ROWS = 1024  # each tile reads the whole encoder
-_BLOCK_BYTES = 1 << 22  # of the product that is looked through at once: it stays in cache
+_BLOCK_BYTES = 1 << 22  # of the product that is searched at once: it stays in cache
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_FEW = 128  # candidates that fit a row at first
+_FEW = 128  # initial capacity of a row's list of candidates
 _LARGEST_SHARE = 8  # of the latents a candidate list can hold: beyond d_sae / 8, torch sorts
 
 
 def available() -> bool:
-    """Whether there is a library, which is built now if it has not been."""
+    """Whether the compiled library can be used; it is built on the first call."""
     return library() is not None
 
 
@@ -228,7 +228,7 @@ def adam_rows(
 
 @contextmanager
 def _rounded_encoder(encoder: Tensor, fast: Tensor | None) -> Iterator[Tensor | None]:
-    """What the kernel within the block writes the new encoder to, if it knows the dtype."""
+    """Where the kernel called in the block writes the new encoder, if it supports the dtype."""
     in_kernel = fast is not None and fast.dtype == torch.bfloat16
     yield fast if in_kernel else None
     if fast is not None and not in_kernel:
@@ -242,7 +242,7 @@ def _adam(step: int, learning_rate: float) -> tuple[float, ...]:
 
 
 class _Lists:
-    """Room for the candidates of a tile's rows."""
+    """The lists of candidates of a tile's rows."""
 
     def __init__(self, capacity: int):
         self.counts = torch.empty(_TILE_ROWS, dtype=torch.int32)
@@ -294,7 +294,7 @@ def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _floats(*shape: int) -> Tensor:
-    """Memory as the kernels write it, whatever torch's default dtype is."""
+    """Uninitialised float32 memory, whatever torch's default dtype is."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
