@@ -11,8 +11,8 @@ All tools train on the same rows with the same shape, number of threads and vers
 in a process of its own (scripts/peers/), in which no latent dies; with ``--dead`` that many are
 dead in every step, and every tool has its AuxK loss for them. In each round every worker takes a
 turn: one untimed step, then some timed ones, while the others sleep; the next round begins one
-worker later, so that a busy machine is busy for all of them. A ratio is the median over rounds of the ratio
-within a round.
+worker later, so that a busy machine is busy for all of them. A ratio is the median over rounds of
+the ratio within a round.
 
 The floor is what no TopK step can do without: the encoder's matrix product in the fastest number
 format, and fused Adam over all parameters; AuxK's products are not in it. Memory is what a step
