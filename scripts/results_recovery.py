@@ -1,6 +1,6 @@
 """Which weights recover features planted into a real stream, and what they cost in fidelity.
 
-    bash scripts/results_recovery.sh
+    bash scripts/reproduce.sh recovery
 
 Two models, one site each. Every dictionary is trained on rows into which 336 known directions are
 planted, and judged twice: by what it recovers of them on rows that no dictionary was trained on,

@@ -1,6 +1,6 @@
 """The study of weights on a real model, for docs/results.md: run or resume it, then write its part.
 
-    bash scripts/results_study.sh [--steps paper …] [--sites blocks.9.hook_resid_post …]
+    bash scripts/reproduce.sh study [--steps paper …] [--sites blocks.9.hook_resid_post …]
 
 Archives in ``scripts/results/`` hold what was measured. A step unpacks the archive of a site into
 ``runs/studies/``, trains and measures only what is missing there, as ``llm-wsae study`` does, and

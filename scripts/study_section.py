@@ -193,7 +193,7 @@ def section() -> str:
     )
     parts = [
         "## A real model: do weights make latents more monosemantic?",
-        "`bash scripts/results_study.sh`: SmolLM2-135M-Instruct on Wikipedia summaries and State "
+        "`bash scripts/reproduce.sh study`: SmolLM2-135M-Instruct on Wikipedia summaries and State "
         "of the Union addresses; TopK dictionaries of 8 × width, k = 32, one pass over a million "
         "tokens; cross-entropy on 50,000 and monosemanticity on 100,000 held-out tokens. How to "
         "read the tables:",

