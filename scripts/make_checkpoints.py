@@ -46,8 +46,8 @@ the same mixture. There is one seed each, so a difference is one between two run
 methods. Whether weights help is a question for `llm-wsae study`; `docs/results.md` has its answers
 so far.
 
-`bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of this
-repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is under
+`bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of
+this repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is under
 Apache-2.0.
 """
 CARD = """# {name}

@@ -19,11 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks import README, RESULTS, write_section
+from benchmarks import IMAGES, README, RESULTS, write_section
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from results_archive import pack, unpack
 
 from llm_wsae import Corpus, HarvestConfig, LanguageModel, Site, TrainConfig, harvest, train
 from llm_wsae.data.packing import Packer
+from llm_wsae.drawing import BLUE, INK, VERMILLION, save, tidy
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.files import write_json
@@ -367,6 +370,63 @@ def tables(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield markdown(rows)
 
 
+_ROWS = (
+    ("the paper's rule: variance, α = ½", f"variance-a0.5-k{K}"),
+    ("its inverse in the loss, α = −¼", f"variance-a-0.25-k{K}"),
+    ("the same, α = −½", f"variance-a-0.5-k{K}"),
+    ("  on the wrong dimensions (control)", f"permuted-variance-a-0.5-k{K}"),
+    ("α = −½ as a space", f"variance-a-0.5-space-k{K}"),
+    ("whitened space, a quarter of the way", f"whitening-a0.25-space-k{K}"),
+    ("halfway", f"whitening-a0.5-space-k{K}"),
+    ("  with random directions (control)", f"rotated-whitening-a0.5-space-k{K}"),
+    ("all the way", f"whitening-a1-space-k{K}"),
+    ("all the way, in the loss", f"whitening-a1-k{K}"),
+)
+_MARKS = (("o", BLUE, -0.13), ("s", VERMILLION, 0.13))  # of the models
+
+
+def plot_recovery(path: Path) -> None:
+    """What each weighting changes at the same k, with its 95 % interval, for both models."""
+    figure = Figure(figsize=(11, 4.9), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    handles = []
+    for (key, where), (marker, colour, shift) in zip(PLACES.items(), _MARKS, strict=True):
+        records = read(key)
+        if not records:
+            continue
+        style: dict[str, Any] = {"fmt": marker, "color": colour, "ms": 6, "elinewidth": 1.6}
+        for axis, measure in zip(axes, ("kl", "recovered"), strict=True):
+            found = differences(records, measure)
+            for row, (_, label) in enumerate(_ROWS):
+                if label not in found:
+                    continue
+                value, *ends = (
+                    100 * (np.exp(x) - 1 if measure == "kl" else x)
+                    for x in (found[label].difference, *found[label].interval)
+                )
+                error = [[value - ends[0]], [ends[1] - value]]
+                axis.errorbar(value, row + shift, xerr=error, **style)
+        handles.append(Line2D([], [], marker=marker, color=colour, ls="", label=where.model))
+    for axis, title in zip(
+        axes,
+        (
+            "KL of the model's predictions, per cent\n(left of 0: more faithful)",
+            "planted features recovered, points\n(right of 0: more)",
+        ),
+        strict=True,
+    ):
+        axis.axvline(0, color=INK, lw=1)
+        axis.set_title(title, fontsize=11)
+        axis.tick_params(axis="y", length=0)
+        tidy(axis, grid="x")
+    axes[0].set_xlim(right=110)  # the paper's rule lies beyond
+    axes[0].set_yticks(range(len(_ROWS)), [name for name, _ in _ROWS])
+    axes[0].set_ylim(len(_ROWS) - 0.5, -0.5)
+    figure.suptitle(f"Weighted dictionaries beside plain ones of the same k = {K}")
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    save(figure, path)
+
+
 def section() -> str:
     """The part of docs/results.md."""
     parts = []
@@ -403,6 +463,7 @@ def main() -> None:
         if getattr(asked, key):
             measure(key, where, getattr(asked, key), asked.seeds)
             pack(RUN, ARCHIVE)
+    plot_recovery(IMAGES / "recovery.png")
     write_section("recovery", section(), RESULTS)
 
 
