@@ -47,8 +47,8 @@ methods. Whether weights help is a question for `llm-wsae study`; `docs/results.
 so far.
 
 `bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of
-this repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is under
-Apache-2.0.
+this repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is
+under Apache-2.0.
 """
 CARD = """# {name}
 
