@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.model.site import Site
     from llm_wsae.pipeline import run
+    from llm_wsae.planting.config import PlantConfig
+    from llm_wsae.planting.recovery import measure_recovery
+    from llm_wsae.planting.source import PlantedSource
     from llm_wsae.sparse.codes import Codes
     from llm_wsae.statistics.moments import Statistics
     from llm_wsae.studies.runner import study
@@ -70,6 +73,9 @@ _HOMES = {
     "train": "training.trainer",
     "evaluate": "evaluation.fidelity.evaluator",
     "run": "pipeline",
+    "PlantConfig": "planting.config",
+    "PlantedSource": "planting.source",
+    "measure_recovery": "planting.recovery",
     "study": "studies.runner",
 }
 
@@ -89,6 +95,8 @@ __all__ = [
     "LlmWsaeError",
     "LossWeights",
     "MonosemanticConfig",
+    "PlantConfig",
+    "PlantedSource",
     "Rule",
     "Scale",
     "Site",
@@ -105,6 +113,7 @@ __all__ = [
     "inspect",
     "load_pretrained",
     "make_arms",
+    "measure_recovery",
     "run",
     "study",
     "train",

@@ -144,6 +144,18 @@ def test_a_training_without_a_store(world):
     assert (world / "runs/streamed/uniform-k32/wsae.json").is_file()
 
 
+def test_planted_features_in_python(world, capsys):
+    text = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 8000, "--context-size", 16)
+    works("harvest", *text, "--site", "blocks.1.hook_resid_post", "--out", "runs/store")
+    few = 'PlantedSource(store, site, __import__("llm_wsae").PlantConfig(per_cell=2))'
+    names = run(
+        block("docs/commands/study.md", "measure_recovery"),
+        **{"PlantedSource(store, site)": few, "TrainConfig()": "TrainConfig(batch_size=256)"},
+    )
+    assert list(names["dictionaries"]) == ["uniform-k32", "variance-a-0.5-k32"]
+    assert capsys.readouterr().out.count("'recovered': ") == 2
+
+
 def test_the_pretrained_dictionary_opens(monkeypatch):
     monkeypatch.chdir(ROOT)
     for page in ("docs/getting-started.md", "checkpoints/README.md"):
