@@ -217,7 +217,7 @@ def test_saelens_runner_is_called_with_weights_of_ours(world, monkeypatch):
 def test_every_python_block_is_run_by_a_test():
     tested = (ROOT / "tests/docs/test_code_blocks.py").read_text(encoding="utf-8")
     pages = {"README.md": 1, "docs/getting-started.md": 3, "docs/running-model.md": 1,
-             "docs/formats.md": 3}  # fmt: skip
+             "docs/formats.md": 3, "docs/commands/study.md": 1}  # fmt: skip
     found = [b for b in blocks("python") if b.page != "docs/adding-an-architecture.md"]
     assert {p: sum(b.page == p for b in found) for p in {b.page for b in found}} == pages
     assert tested.count('block("') >= sum(pages.values())

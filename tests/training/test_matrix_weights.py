@@ -245,15 +245,15 @@ def test_own_matrix_that_is_no_space(inputs):
         own_weights(LossWeights(nearly, config=SPACE), inputs)
 
 
-D_IN, D_SAE, BATCH, K = 12, 40, 300, 4
+LOSS_D_IN, LOSS_D_SAE, LOSS_BATCH, LOSS_K = 12, 40, 300, 4
 STEPS = ("topk", "batch-topk", "matryoshka", "jumprelu", "relu, dense", "relu, sparse")
 
 
 def step_of(name, parameters, batch, gamma):
     kind = find_architecture(name.split(",")[0])
-    made = kind(0.01 if kind.setting == "l1" else K, D_SAE)
+    made = kind(0.01 if kind.setting == "l1" else LOSS_K, LOSS_D_SAE)
     if name == "jumprelu":
-        made.log_threshold = torch.full((D_SAE,), -1.0).to(parameters.decoder)
+        made.log_threshold = torch.full((LOSS_D_SAE,), -1.0).to(parameters.decoder)
     if name == "relu, sparse":
         return made.sparse_step(parameters, batch, gamma)
     return made.step(parameters, batch, gamma)
@@ -261,14 +261,14 @@ def step_of(name, parameters, batch, gamma):
 
 def problem(dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    start = initial_parameters(D_IN, D_SAE, seed, torch.device("cpu"), torch.float64)
+    start = initial_parameters(LOSS_D_IN, LOSS_D_SAE, seed, torch.device("cpu"), torch.float64)
     noise = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in start]
     parameters = Parameters(*((p + 0.05 * n).to(dtype) for p, n in zip(start, noise, strict=True)))
-    x = torch.randn(BATCH, D_IN, generator=generator, dtype=torch.float64)
-    mask = (torch.rand(BATCH, generator=generator) > 0.1).to(dtype)
+    x = torch.randn(LOSS_BATCH, LOSS_D_IN, generator=generator, dtype=torch.float64)
+    mask = (torch.rand(LOSS_BATCH, generator=generator) > 0.1).to(dtype)
     x = x.to(dtype) * mask[:, None]
-    gamma = torch.rand(D_IN, generator=generator, dtype=torch.float64).to(dtype) * 2
-    matrix = torch.randn(D_IN, D_IN, generator=generator, dtype=torch.float64).to(dtype)
+    gamma = torch.rand(LOSS_D_IN, generator=generator, dtype=torch.float64).to(dtype) * 2
+    matrix = torch.randn(LOSS_D_IN, LOSS_D_IN, generator=generator, dtype=torch.float64).to(dtype)
     return parameters, Batch(x, x, mask), gamma, matrix
 
 
@@ -291,27 +291,27 @@ def test_the_error_and_its_gradient():
     _, batch, _, matrix = problem(torch.float64)
     residual = (batch.x * 0.3).requires_grad_()
     loss, gradient = weighted_error(residual.detach(), batch.mask, matrix, batch.num_rows)
-    expected = (residual @ matrix.T).square().sum() / (batch.mask.sum() * D_IN)
+    expected = (residual @ matrix.T).square().sum() / (batch.mask.sum() * LOSS_D_IN)
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-12)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, residual)[0])
 
 
 def test_topk_gradients_equal_autograd():
     parameters, batch, _, matrix = problem(torch.float64)
-    found = TopK(K, D_SAE).step(parameters, batch, matrix)
+    found = TopK(LOSS_K, LOSS_D_SAE).step(parameters, batch, matrix)
     leaves = Parameters(*(p.clone().requires_grad_() for p in parameters))
     pre = batch.x @ leaves.encoder.T + leaves.encoder_bias
-    top = pre.topk(K, dim=1)
+    top = pre.topk(LOSS_K, dim=1)
     codes = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
     error = (codes @ leaves.decoder + leaves.decoder_bias - batch.x) * batch.mask[:, None]
-    loss = (error @ matrix.T).square().sum() / (batch.mask.sum() * D_IN)
+    loss = (error @ matrix.T).square().sum() / (batch.mask.sum() * LOSS_D_IN)
     assert float(found.loss) == pytest.approx(float(loss.detach()), rel=1e-12)
     assert distance(found.gradients, torch.autograd.grad(loss, leaves)) < 1e-12
 
 
 def test_auxk_uses_the_same_metric():
     parameters, batch, gamma, matrix = problem(torch.float64)
-    residual = TopK(K, D_SAE).step(parameters, batch, matrix).residual
+    residual = TopK(LOSS_K, LOSS_D_SAE).step(parameters, batch, matrix).residual
     dead = torch.tensor([3, 5, 8])
     found = DeadLatents(dead)
     gradients = [

@@ -89,7 +89,7 @@ def test_a_restored_optimiser_goes_on_with_the_same_bits():
         assert torch.equal(second.state()[name], tensor), name
 
 
-D_IN, D_SAE, BATCH, K = 16, 16384, 2048, 4
+WIDE_D_IN, WIDE_D_SAE, WIDE_BATCH, WIDE_K = 16, 16384, 2048, 4
 CPU = torch.device("cpu")
 COMPILED = pytest.param("cpu", marks=needs_compiler)
 ARCHITECTURES = ["topk", "batch-topk", "jumprelu", "matryoshka"]
@@ -120,11 +120,11 @@ def id_of(tensor):
 
 def make(architecture, fast):
     config = ArmConfig(
-        LossWeights(torch.ones(D_IN), RULES["uniform"]), K, architecture=architecture
+        LossWeights(torch.ones(WIDE_D_IN), RULES["uniform"]), WIDE_K, architecture=architecture
     )
-    arm = Arm(config, D_IN, D_SAE, CPU)
-    x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0))
-    return arm, Batch(x, x.to(fast), torch.ones(BATCH))
+    arm = Arm(config, WIDE_D_IN, WIDE_D_SAE, CPU)
+    x = torch.randn(WIDE_BATCH, WIDE_D_IN, generator=torch.Generator().manual_seed(0))
+    return arm, Batch(x, x.to(fast), torch.ones(WIDE_BATCH))
 
 
 @pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16], ids=str)
@@ -132,24 +132,24 @@ def make(architecture, fast):
 @pytest.mark.parametrize("name", ["pytorch", COMPILED, "reference"])
 def test_no_step_makes_a_dense_batch(name, architecture, fast):
     arm, batch = make(architecture, fast)
-    arm.step(batch, BATCH, 1e-3, 0.0, 10**9)  # BatchTopK does not yet know its threshold
+    arm.step(batch, WIDE_BATCH, 1e-3, 0.0, 10**9)  # BatchTopK does not yet know its threshold
     with using(name), Sizes() as sizes:
-        arm.step(batch, 2 * BATCH, 1e-3, 0.0, 10**9)
+        arm.step(batch, 2 * WIDE_BATCH, 1e-3, 0.0, 10**9)
     if name == "reference":
-        assert sizes.largest >= BATCH * D_SAE  # which is how one that does would be seen
+        assert sizes.largest >= WIDE_BATCH * WIDE_D_SAE  # which is how one that does would be seen
     else:
-        assert sizes.largest < BATCH * D_SAE
+        assert sizes.largest < WIDE_BATCH * WIDE_D_SAE
 
 
 @pytest.mark.parametrize("name", ["pytorch", COMPILED])
 def test_nor_does_one_that_revives_the_dead(name):
     """Nearly all are dead: still tiles of rows, and no second copy of the gradients."""
     arm, batch = make("topk", torch.bfloat16)
-    arm.step(batch, BATCH, 1e-3, 0.0, 10**9)
+    arm.step(batch, WIDE_BATCH, 1e-3, 0.0, 10**9)
     with using(name), Sizes() as sizes:
-        arm.step(batch, 2 * BATCH, 1e-3, 1 / 32, BATCH // 2)
-    assert int(arm.dead(2 * BATCH, BATCH // 2).sum()) > D_SAE // 2
-    assert sizes.largest <= BATCH * D_SAE // 4
+        arm.step(batch, 2 * WIDE_BATCH, 1e-3, 1 / 32, WIDE_BATCH // 2)
+    assert int(arm.dead(2 * WIDE_BATCH, WIDE_BATCH // 2).sum()) > WIDE_D_SAE // 2
+    assert sizes.largest <= WIDE_BATCH * WIDE_D_SAE // 4
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -158,8 +158,8 @@ def test_gradients_are_never_held(name, architecture):
     """Those of all latents are as large as the weights: one is made when Adam comes to it. And the
     encoder's rounded copy is made once."""
     arm, batch = make(architecture, torch.bfloat16)
-    arm.step(batch, BATCH, 1e-3, 1 / 32, 10**9)
+    arm.step(batch, WIDE_BATCH, 1e-3, 1 / 32, 10**9)
     with using(name), Sizes() as sizes:
-        arm.step(batch, 2 * BATCH, 1e-3, 1 / 32, 10**9)
-    held = (D_SAE, D_IN) in sizes.made
+        arm.step(batch, 2 * WIDE_BATCH, 1e-3, 1 / 32, 10**9)
+    held = (WIDE_D_SAE, WIDE_D_IN) in sizes.made
     assert held == (name == "pytorch")  # which makes them all, and is how that would be seen

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.choosing import choose_weights, own_weights, weights_from_rule
-from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_share import loss_share, stretching
 from llm_wsae.weights.loss_weights import LossWeights
@@ -58,7 +58,7 @@ def test_uniform_is_chosen_once_and_own_weights_come_last(inputs):
     )
     names = ["uniform", "variance-a0.5-space", "variance-a-0.25-space", "own"]
     assert [weights.name for weights in found] == names
-    assert found[0].config == WeightConfig() and found[0].alpha == 1.0
+    assert found[0].config == IN_LOSS and found[0].alpha == 1.0
     again = choose_weights(inputs, ["variance"], [0.0, 0.5], LossWeights(own.gamma, config=SPACE))
     assert [weights.name for weights in again] == ["uniform", "variance-a0.5", "own-space"]
 

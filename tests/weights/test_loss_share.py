@@ -6,7 +6,7 @@ import torch
 from llm_wsae.plots import plot_fidelity, plot_profile
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.choosing import weights_from_rule
-from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.loss_share import (
     collapse_warning,
     effective_dimensions,
@@ -111,7 +111,7 @@ def test_the_profile_counts_massive_rows_and_warns_of_the_collapse():
 
 def test_a_matrix_has_directions():
     statistics = site_statistics()
-    weights = [weights_from_rule("whitening", alpha, statistics) for alpha in (0.01, 1.0)]
+    weights = [weights_from_rule("whitening", alpha, statistics, IN_LOSS) for alpha in (0.01, 1.0)]
     facts = profile(statistics, weights)
     faint, full = facts["weights"]
     assert faint["form"] == full["form"] == "matrix" and full["place"] == "loss"

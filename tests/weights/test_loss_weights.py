@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.weights.config import RuleInputConfig, WeightConfig
+from llm_wsae.weights.config import IN_LOSS, RuleInputConfig, WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import OWN, RULES, Rule
 
@@ -104,10 +104,10 @@ def test_settings_are_given_for_custom_weights_only(tmp_path):
     path, config = tmp_path / "w.safetensors", WeightConfig(place="space")
     save_file({"anything": torch.ones(4)}, path)
     own = LossWeights.load(path)
-    assert (own.rule, own.alpha, own.config) == (OWN, 1.0, WeightConfig())
+    assert (own.rule, own.alpha, own.config) == (OWN, 1.0, IN_LOSS)
     assert LossWeights.load(path, config).config == config
     LossWeights(torch.ones(4), RULES["variance"], 0.5).save(path)
-    assert LossWeights.load(path, config).config == WeightConfig()
+    assert LossWeights.load(path, config).config == IN_LOSS
 
 
 def test_bad_files_are_refused(tmp_path):
