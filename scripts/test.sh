@@ -9,4 +9,5 @@ make_environment .venv-test test
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check --quiet .
 .venv-test/bin/mypy --no-error-summary
-exec .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+exec .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+  --no-loadscope-reorder "$@"

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -13,7 +14,27 @@ from jaxtyping import install_import_hook
 # The models here are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
 
+HERE = Path(__file__).parent
+
 install_import_hook("llm_wsae", "beartype.beartype")
+
+
+SLOWEST = (
+    "sparse/backends/test_triton.py",
+    "training/architectures/test_architectures_learn.py",
+    "test_harvest_together.py",
+    "training/parallel/test_train_together.py",
+    "test_scripts.py",
+)
+"""Files that take a minute or more: first, so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        path = item.path.relative_to(HERE).as_posix()
+        return SLOWEST.index(path) if path in SLOWEST else len(SLOWEST)
+
+    items.sort(key=place)  # stable: the order is otherwise kept
 
 
 @pytest.fixture(scope="session")
