@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,15 +136,17 @@ def test_saelens_encodes_the_same(trained, name):
 
 
 def test_a_terminated_training_resumes_bit_for_bit(trained, tmp_path):
-    source, out, _ = trained
-    arms = arms_for(source)
-    with pytest.raises(Interrupted, match="stopped after step 324 of 600"):
-        train(Planted(massive=True, stop_after=323), arms, CONFIG, tmp_path)
-    train(source, arms, CONFIG, tmp_path)
+    source, _, _ = trained
+    arms, config = arms_for(source), replace(CONFIG, tokens=256 * 100, log_every=20)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(source, arms, config, whole)
+    with pytest.raises(Interrupted, match="stopped after step 54 of 100"):
+        train(Planted(massive=True, stop_after=53), arms, config, broken)
+    train(source, arms, config, broken)
     for name in NAMES:
         file = f"{name}/sae_weights.safetensors"
-        assert (tmp_path / file).read_bytes() == (out / file).read_bytes(), name
-    ours, theirs = ((p / "log.jsonl").read_text().splitlines() for p in (tmp_path, out))
+        assert (broken / file).read_bytes() == (whole / file).read_bytes(), name
+    ours, theirs = ((p / "log.jsonl").read_text().splitlines() for p in (broken, whole))
     for one, other in zip(ours, theirs, strict=True):
         assert json.loads(one)["arms"] == json.loads(other)["arms"]
 
@@ -179,9 +182,9 @@ def test_dead_latents_are_counted_and_revived_where_others_crowd_them_out(name):
         arm.parameters.encoder[:48] *= 0.02  # too faint to be selected
         if name == "uniform-relu-l0.1":
             arm.parameters.encoder_bias[:48] = -1
-        for step, rows in zip(range(400), source.batches(256, 0), strict=False):
+        for step, rows in zip(range(200), source.batches(256, 0), strict=False):
             arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, aux, 2000)
-    dead, revived = (float(a.dead(400 * 256, 2000)[:48].double().mean()) for a in arms.values())
+    dead, revived = (float(a.dead(200 * 256, 2000)[:48].double().mean()) for a in arms.values())
     assert dead > 0.8
     if config.kind.revives_dead:
         assert revived < 0.8 * dead
