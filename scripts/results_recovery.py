@@ -24,7 +24,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from results_archive import pack, unpack
 
-from llm_wsae import Corpus, HarvestConfig, LanguageModel, Site, TrainConfig, harvest, train
+from llm_wsae import (
+    Corpus,
+    Dictionary,
+    HarvestConfig,
+    LanguageModel,
+    Site,
+    TrainConfig,
+    harvest,
+    train,
+)
 from llm_wsae.data.packing import Packer
 from llm_wsae.drawing import BLUE, INK, VERMILLION, save, tidy
 from llm_wsae.evaluation.config import EvaluateConfig
@@ -48,7 +57,7 @@ ROWS = 1_000_000
 RUN = README.parent / "runs/recovery"
 ARCHIVE = Path(__file__).parent / "results/recovery.jsonl.gz"
 K = 32
-CURVE = (24, 32, 48, 64, 96)
+CURVE = (16, 24, 32, 48, 64, 96)
 SEEDS = (0, 1, 2)
 SPACE, LOSS = WeightConfig(place="space"), WeightConfig(place="loss")
 ARMS: tuple[tuple[str, float, WeightConfig], ...] = (
@@ -81,6 +90,7 @@ class Where:
 
 
 OMITTED = (
+    "uniform-k16",
     "uniform-k24",
     "uniform-k96",
     f"whitening-a0.25-space-k{K}",
@@ -241,13 +251,11 @@ def measure(key: str, where: Where, path: str, seeds: Sequence[int]) -> None:
         missing = [name for name in names if not _result(key, name).exists()]
         if not missing:
             continue
-        found = train(
-            source,
-            arms,
-            TrainConfig(tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600),
-            folder / f"seed{seed}",
-        )
-        found = {name: found[name] for name in missing}
+        new = [arm for arm in arms if arm.name in missing and not _trained(folder, arm.name)]
+        if new:
+            config = TrainConfig(tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600)
+            train(source, new, config, folder / f"seed{seed}-{len(new)}")
+        found = {name: Dictionary.load(_trained(folder, name)[0]) for name in missing}
         fidelity = evaluator.evaluate(found).dictionaries
         for name, dictionary in found.items():
             record = {
@@ -260,6 +268,10 @@ def measure(key: str, where: Where, path: str, seeds: Sequence[int]) -> None:
             }
             write_json(_result(key, name), plain(record))
         print(f"{key}: seed {seed} measured", flush=True)
+
+
+def _trained(folder: Path, name: str) -> list[Path]:
+    return [path.parent for path in folder.glob(f"seed*/{name}/wsae.json")]
 
 
 def _result(key: str, name: str) -> Path:
