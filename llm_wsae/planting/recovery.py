@@ -81,15 +81,9 @@ class PlantRecovery:
         }
 
 
-def measure_recovery(
-    dictionary: Dictionary, source: PlantedSource, massive_threshold: float | None = None
-) -> PlantRecovery:
-    """Compare a dictionary with a source's plants on its held-out rows.
-
-    Massive rows, above ``massive_threshold`` (the source's own by default), are ignored.
-    """
-    threshold = massive_threshold or source.statistics().massive_threshold
-    plants = source.plants
+def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantRecovery:
+    """Compare a dictionary with a source's plants on its held-out rows, massive ones ignored."""
+    plants, threshold = source.plants, source.statistics().massive_threshold
     halves = [_Half(len(plants), dictionary.d_sae), _Half(len(plants), dictionary.d_sae)]
     for number, (rows, firings) in enumerate(source.heldout()):
         kept = rows.norm(dim=1) <= threshold
