@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from llm_wsae.drawing import BLUE, GREY, INK, LIGHT, PALETTE, legend_beside, save, tidy
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.weights.loss_share import effective_dimensions, loss_share, stretching
+from llm_wsae.weights.loss_share import effective_dimensions, loss_share
 from llm_wsae.weights.loss_weights import LossWeights
 
 
@@ -19,10 +19,11 @@ def plot_profile(
     """Variance of every dimension, the weights γ, and the share of the loss that each then carries.
 
     The upper two panels order dimensions by falling winsorised variance. A matrix has no weight per
-    dimension: its singular values are drawn as a line, the largest first.
+    dimension: a line shows by how much it stretches the principal directions, ordered alike.
     """
     robust = statistics.robust_variance
     order = robust.argsort(descending=True)
+    principal = torch.linalg.eigh(statistics.robust_covariance).eigenvectors.flip(1)
     rank = torch.arange(1, statistics.d_in + 1)
     figure = Figure(figsize=(11, 9), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
@@ -32,7 +33,9 @@ def plot_profile(
     for number, w in enumerate(weights):
         colour = INK if w.name == "uniform" else PALETTE[number % len(PALETTE)]
         if w.is_matrix:
-            middle.plot(rank, stretching(w), color=colour, label=f"{w.name}\n(singular values)")
+            stretched = (w.gamma.double() @ principal).norm(dim=0)
+            label = f"{w.name}\n(principal directions)"
+            middle.plot(rank, stretched, color=colour, label=label)
         else:
             middle.plot(rank, w.gamma[order], ".", ms=3, color=colour, label=w.name)
         cumulative = loss_share(w, statistics).sort(descending=True).values.cumsum(0)
