@@ -7,7 +7,8 @@ planted, and judged twice: by what it recovers of them on rows that no dictionar
 and by the cross-entropy and KL of the model on clean held-out text.
 
 ``EXPECTED`` was written down, from a pilot with other plants and other seeds, before the first of
-these dictionaries was trained. Every arm has three seeds; arms named better get two more.
+these dictionaries was trained. Every arm has three seeds. Plain dictionaries of k = 16 were added
+to SmolLM2's afterwards, so that one weighting could be compared at equal KL.
 """
 
 import argparse
