@@ -8,7 +8,6 @@ dictionary that saw a part of the rows.
 """
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.files import read_json, write_json
 from llm_wsae.provenance import plain
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.training.trainer import train
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
@@ -65,9 +64,9 @@ def choose_alpha(
     k: int,
     training: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
     config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
-    candidates: Sequence[float] = CANDIDATES,
 ) -> AlphaChoice:
-    """Train a plain dictionary and one for each candidate on a part of the rows; take the least KL.
+    """Train a plain TopK dictionary and one for each candidate on a part of the rows, and take the
+    exponent of least KL.
 
     ``config`` says where the whitening acts; by default it is a space to train in.
 
@@ -82,16 +81,16 @@ def choose_alpha(
         {
             "source": source.identity(),
             "k": k,
-            "candidates": list(candidates),
+            "candidates": CANDIDATES,
             "weights": asdict(rule.settings(config)),
-            "training": {"expansion": short.expansion, "tokens": tokens, "batch": short.batch_size},
+            "training": {name: v for name, v in asdict(short).items() if name not in PROCEDURAL},
         }
     )
     if (folder / CHOICE).exists():
         return _read(folder / CHOICE, asked)
     uniform = weights_from_rule("uniform", 1.0, inputs)
     arms = {"0": ArmConfig(uniform, k)}
-    for alpha in candidates:
+    for alpha in CANDIDATES:
         arms[f"{alpha:g}"] = ArmConfig(weights_from_rule(rule, alpha, inputs, config), k)
     trained = train(source, list(arms.values()), short, folder / _TRIALS)
     found = evaluator.evaluate(trained).dictionaries

@@ -29,6 +29,7 @@ from llm_wsae.model.fisher import fisher_information
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
+from llm_wsae.planting.source import PlantedSource
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
@@ -53,27 +54,30 @@ def measure_inputs(
     model: LanguageModel | None = None,
     dictionary: Dictionary | None = None,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
+    planted: PlantedSource | None = None,
 ) -> RuleInputs:
     """The statistics of a site, and what the rules need in addition.
 
+    Statistics and covariance are those of ``planted``, if features are planted into the rows.
     Fisher information and coherence are read from the store if they are kept there, or else
     measured if a ``model`` is given. What cannot be measured without a model or dictionary is
     omitted: the rule will name it. Raises UsageError for a dictionary of another site or an encoder
     that does not exist; LlmWsaeError for a model that did not make the store.
     """
     needs = {Rule.of(rule).need for rule in rules}
-    inputs = RuleInputs(store.statistics(site))
+    inputs = RuleInputs(store.statistics(site) if planted is None else planted.statistics())
     if "dictionary" in needs and dictionary is not None:
         decoder, energy = used_decoder(dictionary, site, inputs.statistics)
         inputs = replace(inputs, decoder=decoder, energy=energy)
     if "second_moment" in needs:
-        inputs = replace(inputs, second_moment=second_moment_of(store, site))
+        moment = second_moment_of(store, site) if planted is None else planted.second_moment()
+        inputs = replace(inputs, second_moment=moment)
     if "coherence" in needs:
-        found = _kept_or_measured("coherence", store, site, model, config)
-        inputs = replace(inputs, coherence=found)
+        coherence = _kept_or_measured("coherence", store, site, model, config)
+        inputs = replace(inputs, coherence=coherence)
     if "fisher" in needs:
-        found = _kept_or_measured("fisher", store, site, model, config)
-        inputs = replace(inputs, fisher=found)
+        fisher = _kept_or_measured("fisher", store, site, model, config)
+        inputs = replace(inputs, fisher=fisher)
     return inputs
 
 

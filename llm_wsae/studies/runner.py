@@ -6,13 +6,13 @@ correction for multiple tests.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.store import ActivationStore, StoreSource
+from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
@@ -39,12 +39,11 @@ from llm_wsae.studies.jobs import StudyJobs
 from llm_wsae.studies.plan import plan
 from llm_wsae.studies.report import StudyReport
 from llm_wsae.studies.results import Result
-from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
-# Settings that change how a training proceeds, not what comes out; and the seed, each arm's own.
-_HOW = ("device", "shard", "checkpoint_seconds", "log_every", "tracker", "shuffle_seed")
+_HOW = (*PROCEDURAL, "shuffle_seed")  # each arm has a seed of its own
 
 
 def study(
@@ -93,16 +92,16 @@ def study(
     fidelity_evaluator = FidelityEvaluator(
         model, Packer.for_model(model, packing).contexts(heldout), fidelity
     )
+    planted = None if config.plant is None else PlantedSource(store, site, config.plant)
     inputs = measure_inputs(
-        config.rules, store, site, model=model, dictionary=dictionary, config=measure
+        config.rules,
+        store,
+        site,
+        model=model,
+        dictionary=dictionary,
+        config=measure,
+        planted=planted,  # weights are chosen for the rows that are trained on
     )
-    source: StoreSource | PlantedSource = store.source(site)
-    if config.plant is not None:
-        source = PlantedSource(store, site, config.plant)
-        # weights are chosen for the rows that are trained on
-        inputs = replace(
-            inputs, statistics=source.statistics(), second_moment=source.second_moment()
-        )
     arms = plan(inputs, config, weigh)
     for planned in arms:
         planned.arm.check(training.expansion * store.d_in)
@@ -123,6 +122,7 @@ def study(
     with folder_lock(out, "study"):
         remove_partials(out, RESULTS)
         check_basis(out, basis)
+        source = store.source(site) if planted is None else planted
         jobs = StudyJobs(source, out, config, training, fidelity_evaluator, model.device)
         missing, monosemanticity = jobs.missing(arms), None
         if missing:

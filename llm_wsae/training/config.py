@@ -15,6 +15,10 @@ Shard = Literal["rows", "latents"]
 """What is distributed over the processes of one training."""
 
 
+PROCEDURAL = ("device", "shard", "checkpoint_seconds", "log_every", "tracker")
+"""Settings that change how a training proceeds, not what comes out."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings shared by all arms of one training."""

@@ -342,6 +342,9 @@ def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
     before = content(tmp_path / "out")
     assert "train 5 arms" in result.err and "train 5 arms" not in works("run", *asked).err
     assert content(tmp_path / "out") == before
+    other = call("run", *asked, "--train.learning-rate", 0.01)
+    assert other.code == 1 and "was chosen for other rows or settings" in other.err
+    assert content(tmp_path / "out") == before
     (here / "alpha.json").write_text("{}")
     again = call("run", *asked)
     assert again.code == 1 and "is not the choice of an exponent; delete it" in again.err

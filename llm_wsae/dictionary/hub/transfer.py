@@ -225,7 +225,7 @@ def _branch(api: Any, repo_id: str, revision: str | None, head: str, new: bool) 
     api.create_branch(repo_id, branch=revision, revision=head)
     try:
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C too: no branch must be left
         with contextlib.suppress(Exception):
             api.delete_branch(repo_id, branch=revision)
         raise
