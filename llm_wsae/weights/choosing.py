@@ -61,9 +61,12 @@ def weights_from_rule(
     A score of 0 gives the weight 0 for α > 0, and for α < 0 that of the smallest positive score. A
     constant dimension carries no loss whatever its weight; it gets the smallest of the others.
 
-    Raises UsageError for an unknown rule, a form that it does not have, or an input that was not
-    measured; LlmWsaeError when every score is 0 or a space has directions of nearly no weight.
+    Raises UsageError for an unknown rule, a form that it does not have, an α that is not finite, or
+    an input that was not measured; LlmWsaeError when every score is 0 or a space has directions of
+    nearly no weight.
     """
+    if not math.isfinite(alpha):
+        raise UsageError(f"the exponent α must be a finite number, not {alpha:g}")
     rule, inputs = Rule.of(rule), RuleInputs.of(inputs)
     config = rule.settings(config)
     form = rule.form(config)

@@ -103,6 +103,16 @@ def test_the_form_follows_the_settings(inputs):
         weights_from_rule("variance", 0.5, inputs, MATRIX)
 
 
+def test_powers_that_are_no_numbers_or_lead_into_no_space_are_refused(inputs):
+    for alpha in (float("nan"), float("inf")):
+        for rule in ("variance", "whitening"):
+            with pytest.raises(UsageError, match=f"must be a finite number, not {alpha}"):
+                weights_from_rule(rule, alpha, inputs)
+    for alpha in (1e6, -1e6):
+        with pytest.raises(LlmWsaeError, match="no space to train in; lower α or set clip"):
+            weights_from_rule("whitening", alpha, inputs)
+
+
 def test_variance_rule_is_the_papers(statistics):
     scale = torch.tensor([0.5, 1.0, 2.0, 4.0])
     gamma = weights_from_rule("variance", 0.5, statistics).gamma
