@@ -111,10 +111,12 @@ def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
         return SecondMoment.from_tensors(tensors)
     threshold = store.statistics(site).massive_threshold
     found = SecondMoment(store.d_in)
-    starts = range(0, store.num_rows, _ROWS_AT_ONCE)
-    for start in tqdm(starts, desc="covariance", unit="run", delay=2, leave=False):
-        rows = store.rows(site, start, min(start + _ROWS_AT_ONCE, store.num_rows)).float()
-        found.update(rows[rows.norm(dim=1) <= threshold])
+    total = store.num_rows
+    with tqdm(total=total, desc="covariance", unit="row", unit_scale=True, leave=False) as bar:
+        for start in range(0, total, _ROWS_AT_ONCE):
+            rows = store.rows(site, start, min(start + _ROWS_AT_ONCE, total)).float()
+            found.update(rows[rows.norm(dim=1) <= threshold])
+            bar.update(len(rows))
     kept.write_tensors(found.to_tensors())
     return found
 

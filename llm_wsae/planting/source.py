@@ -103,13 +103,15 @@ class PlantedSource:
         found = Statistics(self.d_in, self.store.context_size)
         moment = SecondMoment(self.d_in)
         threshold = self.store.statistics(self.site).massive_threshold
-        starts = range(0, self.num_rows, _READ_ROWS)
-        for start in tqdm(starts, desc="plant", unit="run", delay=2, leave=False):
-            stop = min(start + _READ_ROWS, self.num_rows)
-            rows = torch.empty(stop - start, self.d_in)
-            reader.read(start, rows)
-            found.update(rows, positions[start:stop])
-            moment.update(rows[rows.norm(dim=1) <= threshold])
+        total = self.num_rows
+        with tqdm(total=total, desc="plant", unit="row", unit_scale=True, leave=False) as bar:
+            for start in range(0, total, _READ_ROWS):
+                stop = min(start + _READ_ROWS, total)
+                rows = torch.empty(stop - start, self.d_in)
+                reader.read(start, rows)
+                found.update(rows, positions[start:stop])
+                moment.update(rows[rows.norm(dim=1) <= threshold])
+                bar.update(len(rows))
         self._measured = found, moment
         return self._measured
 
