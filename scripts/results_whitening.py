@@ -1,0 +1,457 @@
+"""How far the finding about whitening reaches, and what it rests on.
+
+    bash scripts/reproduce.sh whitening
+
+- ``rate``: do plain dictionaries only need another learning rate?
+- ``length``: does the gain outlive a short training?
+- ``kind``: does it hold for BatchTopK and JumpReLU?
+- ``dose``: does a single loud dimension make plain dictionaries worse? The dimension of most
+  variance of SmolLM2's stream is scaled up before a dictionary sees it, and scaled back behind it,
+  so that the model itself is untouched.
+- ``form``: weights in the loss find more features than the same weights as a space. A dictionary
+  of either kind is trained with decoder rows of unit length as the other kind measures length.
+
+The sites, plants, texts and judges are those of ``results_recovery.py``, and so are the
+dictionaries that these are compared with. ``EXPECTED`` was written down before the first of these
+dictionaries was trained.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import results_recovery as recovery
+import torch
+from benchmarks import README, RESULTS, write_section
+from results_archive import pack, unpack
+from results_recovery import LOSS, PLACES, SEEDS, SPACE, K, Opened, label_of, text_of
+
+from llm_wsae import TrainConfig, train
+from llm_wsae.files import write_json
+from llm_wsae.planting.recovery import measure_recovery
+from llm_wsae.provenance import plain
+from llm_wsae.studies.curve import Value
+from llm_wsae.studies.inference import Estimate, estimates
+from llm_wsae.terminal import markdown
+from llm_wsae.training import trainer
+from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.config import default_learning_rate
+from llm_wsae.weights.choosing import own_weights, weights_from_rule
+from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_share import effective_dimensions
+from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.matrix_rules import spectrum
+
+RUN = README.parent / "runs/whitening"
+ARCHIVE = Path(__file__).parent / "results/whitening.jsonl.gz"
+HALF = ("whitening", 0.5, SPACE)
+INVERSE = ("variance", -0.5, LOSS)
+DOSES = (0.2, 0.45, 0.7)
+"""Shares of the variance that the loudest dimension is scaled to."""
+RATES = (0.5, 2.0)
+LENGTHS = (2_000_000, 4_000_000)
+KINDS = ("batch-topk", "jumprelu")
+EXPERIMENTS = {
+    "form": ("smollm2",),
+    "dose": ("smollm2",),
+    "rate": ("gemma", "smollm2"),
+    "length": ("gemma",),
+    "kind": ("gemma", "smollm2"),
+}
+"""Where each is made."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What was expected of an experiment, and a function that says what came out."""
+
+    experiment: str
+    place: str
+    words: str
+    found: Callable[["Found"], tuple[bool, str]]
+
+
+class Found:
+    """The means over seeds of an experiment at a site, by setting and label."""
+
+    def __init__(self, records: Sequence[dict[str, Any]]):
+        self._records = records
+
+    def mean(self, setting: str, label: str, measure: str) -> float:
+        chosen = [
+            r["numbers"][measure]
+            for r in self._records
+            if (r["setting"], r["label"]) == (setting, label)
+        ]
+        return float(np.mean(chosen))
+
+    def change(self, setting: str, label: str, measure: str) -> float:
+        """Relative to plain under the same setting."""
+        plain_one = self.mean(setting, PLAIN, measure)
+        return self.mean(setting, label, measure) / plain_one - 1
+
+    def best(self, label: str, measure: str) -> float:
+        """Over the settings."""
+        settings = {r["setting"] for r in self._records if r["label"] == label}
+        return min(self.mean(setting, label, measure) for setting in settings)
+
+
+PLAIN, WHITENED, INVERTED = f"uniform-k{K}", f"whitening-a0.5-space-k{K}", f"variance-a-0.5-k{K}"
+INVERTED_SPACE = f"variance-a-0.5-space-k{K}"
+
+
+def changed(
+    setting: str, low: float, high: float, label: str = WHITENED, measure: str = "kl"
+) -> Callable[[Found], tuple[bool, str]]:
+    def found(of: Found) -> tuple[bool, str]:
+        share = of.change(setting, label, measure)
+        return low <= share <= high, f"{100 * share:+.0f} %"
+
+    return found
+
+
+def changed_at_best(low: float, high: float) -> Callable[[Found], tuple[bool, str]]:
+    def found(of: Found) -> tuple[bool, str]:
+        share = of.best(WHITENED, "kl") / of.best(PLAIN, "kl") - 1
+        return low <= share <= high, f"{100 * share:+.0f} %"
+
+    return found
+
+
+def nearer(label: str, to: str, than: str) -> Callable[[Found], tuple[bool, str]]:
+    """What one form recovers is nearer to what a second recovers than to what a third does."""
+
+    def found(of: Found) -> tuple[bool, str]:
+        own, near, far = (of.mean("", one, "recovered") for one in (label, to, than))
+        return abs(own - near) < abs(own - far), f"{own:.3f}; {near:.3f} and {far:.3f}"
+
+    return found
+
+
+LOSS_STRETCHED, SPACE_UNSTRETCHED = f"{INVERTED}-stretched", f"{INVERTED_SPACE}-unstretched"
+EXPECTED = (
+    Expectation(
+        "form",
+        "smollm2",
+        "in the space, with unit decoder rows in the model's units: recovers as in the loss",
+        nearer(SPACE_UNSTRETCHED, INVERTED, INVERTED_SPACE),
+    ),
+    Expectation(
+        "form",
+        "smollm2",
+        "in the loss, with unit decoder rows after stretching: recovers as in the space",
+        nearer(LOSS_STRETCHED, INVERTED_SPACE, INVERTED),
+    ),
+    Expectation(
+        "dose",
+        "smollm2",
+        "one dimension with 45 % of the variance: whitened KL at least 10 % below plain",
+        changed("45 %", -1, -0.1),
+    ),
+    Expectation(
+        "dose",
+        "smollm2",
+        "one dimension with 70 % of the variance: whitened KL at least 20 % below plain",
+        changed("70 %", -1, -0.2),
+    ),
+    Expectation(
+        "rate",
+        "gemma",
+        "each at its best of three rates: whitened KL at least 20 % below plain",
+        changed_at_best(-1, -0.2),
+    ),
+    Expectation(
+        "rate",
+        "smollm2",
+        "each at its best of three rates: whitened KL within 8 % of plain",
+        changed_at_best(-0.08, 0.08),
+    ),
+    Expectation(
+        "length",
+        "gemma",
+        "four million rows: whitened KL 10 to 30 % below plain",
+        changed("4,000,000 rows", -0.3, -0.1),
+    ),
+    *(
+        Expectation(
+            "kind",
+            "gemma",
+            f"{kind}: whitened KL at least 15 % below plain",
+            changed(kind, -1, -0.15),
+        )
+        for kind in KINDS
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One dictionary of an experiment."""
+
+    setting: str
+    """What distinguishes it from dictionaries of the same label, for people."""
+    label: str
+    arm: ArmConfig
+    training: dict[str, Any] = field(default_factory=dict)
+    """Settings of the training that are not the usual ones; others with the same, under the same
+    setting, are trained beside it."""
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+def trials(experiment: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
+    """All dictionaries of a seed."""
+
+    def arm(rule: str, alpha: float, config: Any = LOSS, **how: Any) -> ArmConfig:
+        weights = weights_from_rule(rule, alpha, inputs, config)
+        return ArmConfig(weights, **{"k": K, "init_seed": seed} | how)
+
+    if experiment == "form":
+        yield Trial("", LOSS_STRETCHED, arm(*INVERSE))
+        yield Trial("", SPACE_UNSTRETCHED, arm("variance", -0.5, SPACE))
+    if experiment == "dose":
+        for share in DOSES:
+            for label, weights in scaled(inputs, share):
+                dimensions = effective_dimensions(weights, inputs.statistics)
+                facts = {"effective_dimensions": dimensions}
+                yield Trial(
+                    f"{share:.0%}".replace("%", " %"),
+                    label,
+                    ArmConfig(weights, K, init_seed=seed),
+                    facts=facts,
+                )
+    if experiment == "rate":
+        usual = default_learning_rate(8 * inputs.statistics.d_in)
+        for factor in RATES:
+            for one in (("uniform", 1.0, LOSS), HALF, INVERSE):
+                own = arm(*one)
+                rate = {"learning_rate": factor * usual}
+                yield Trial(f"rate × {factor:g}", label_of(own), own, rate)
+    if experiment == "length":
+        for rows in LENGTHS:
+            for one in (("uniform", 1.0, LOSS), HALF):
+                own = arm(*one)
+                yield Trial(f"{rows:,} rows", label_of(own), own, {"tokens": rows})
+    if experiment == "kind":
+        for kind in KINDS:
+            for one in (("uniform", 1.0, LOSS), HALF):
+                yield Trial(kind, label_of(arm(*one)), arm(*one, architecture=kind))
+
+
+def scaled(inputs: RuleInputs, share: float) -> Iterator[tuple[str, LossWeights]]:
+    """Plain and halfway whitened dictionaries of a stream whose loudest dimension is scaled up to
+    ``share`` of the variance: spaces D and (DΣD)^(−¼)·D of the stream as it is."""
+    variance = inputs.statistics.robust_variance
+    loudest = int(variance.argmax())
+    others = float(variance.sum() - variance[loudest])
+    factors = torch.ones(len(variance), dtype=torch.float64)
+    factors[loudest] = (share / (1 - share) * others / float(variance[loudest])) ** 0.5
+    values, vectors = spectrum(factors[:, None] * inputs.covariance * factors)
+    whitened = (vectors * values ** (-1 / 4)) @ vectors.T * factors
+    uniform = LossWeights(factors.float(), config=SPACE)
+    half = replace(weights_from_rule(*HALF[:2], inputs, SPACE), gamma=whitened.float())
+    yield PLAIN, own_weights(uniform, inputs)
+    yield WHITENED, own_weights(half, inputs)
+
+
+class OtherLength(Arm):
+    """An arm in the loss whose decoder rows d have ‖Γd‖ = 1, or one in a space Γ with ‖Γ⁻¹d‖ = 1.
+
+    γ is diagonal. The k largest latents are then chosen as an arm of the other kind does; the
+    error that is minimised, what the encoder sees and Adam's coordinates remain.
+    """
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self._metric = self._full_gamma if self.space is None else 1 / self._full_gamma
+        self._rescale()
+        decoder = self.parameters.decoder
+        self.parameters.encoder.copy_(decoder / decoder.square().sum(1, keepdim=True))
+
+    def _rescale(self) -> None:
+        decoder = self.parameters.decoder
+        decoder /= (decoder * self._metric).norm(dim=1, keepdim=True)
+
+    def step(self, *given: Any, **named: Any) -> None:
+        super().step(*given, **named)
+        self._rescale()
+
+
+def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> None:
+    """Train and measure what has no result yet."""
+    opened = recovery.open_site(PLACES[place], path)
+    for seed in seeds:
+        groups: dict[str, list[Trial]] = {}
+        for trial in trials(experiment, opened.inputs, seed):
+            if not _result(experiment, place, trial, seed).exists():
+                groups.setdefault(trial.setting, []).append(trial)
+        for setting, own in groups.items():
+            _train_and_judge(experiment, place, opened, own, seed)
+            print(f"{experiment}, {place}: {setting} seed {seed} measured", flush=True)
+
+
+def _train_and_judge(
+    experiment: str, place: str, opened: Opened, own: Sequence[Trial], seed: int
+) -> None:
+    config = TrainConfig(
+        **{"tokens": recovery.ROWS, "shuffle_seed": seed, "checkpoint_seconds": 600}
+        | own[0].training
+    )
+    folder = RUN / "trained" / f"{experiment}-{place}" / _name(own[0].setting) / f"s{seed}"
+    with torch.no_grad():
+        trainer.Arm = OtherLength if experiment == "form" else Arm  # type: ignore[misc]
+        dictionaries = train(opened.source, [trial.arm for trial in own], config, folder)
+        trainer.Arm = Arm  # type: ignore[misc]
+    fidelity = opened.evaluator.evaluate(dictionaries).dictionaries
+    for trial in own:
+        planted = measure_recovery(dictionaries[trial.arm.name], opened.source).to_dict()
+        whole = {"fidelity": fidelity[trial.arm.name].summary(), "planted": planted}
+        record = {
+            "experiment": experiment,
+            "place": place,
+            "setting": trial.setting,
+            "label": trial.label,
+            "seed": seed,
+            "k": K,
+            "facts": trial.facts,
+            "numbers": {**recovery.numbers(whole), "l0": whole["fidelity"]["l0"]},
+            "by_stratum": {s: one["f1"] for s, one in planted["by_stratum"].items()},
+            "recovered": planted["plants"]["recovered"],
+        }
+        write_json(_result(experiment, place, trial, seed), plain(record))
+
+
+def _name(setting: str) -> str:
+    return setting.replace(" ", "").replace("%", "").replace(",", "") or "one"
+
+
+def _result(experiment: str, place: str, trial: Trial, seed: int) -> Path:
+    name = f"{experiment}.{place}.{_name(trial.setting)}.{trial.label}.s{seed}.json"
+    return RUN / "results" / name
+
+
+def read(experiment: str, place: str) -> list[dict[str, Any]]:
+    """The measured dictionaries of an experiment, with those of the usual settings."""
+    usual = {"form": "", "dose": "as it is", "rate": "rate × 1", "length": "1,000,000 rows"}
+    found = RUN.glob(f"results/{experiment}.{place}.*.json")
+    records = [json.loads(path.read_text()) for path in sorted(found)]
+    labels = {record["label"] for record in records} | {PLAIN}
+    if experiment == "form":
+        labels |= {INVERTED, INVERTED_SPACE}
+    for record in recovery.read(place):
+        if record["label"] in labels and records and experiment != "kind":
+            own = {name: record[name] for name in ("label", "seed", "k")}
+            planted = record["planted"]
+            own |= {"numbers": recovery.numbers(record), "setting": usual[experiment]}
+            own["numbers"]["l0"] = record["fidelity"]["l0"]
+            own["recovered"] = planted["plants"]["recovered"]
+            own["by_stratum"] = {s: one["f1"] for s, one in planted["by_stratum"].items()}
+            records.insert(0, own)
+    return records
+
+
+def changes(records: Sequence[dict[str, Any]], measure: str) -> dict[str, Estimate]:
+    """``setting/label`` → difference from plain of the same setting, seed by seed."""
+    found: dict[str, dict[int, Value]] = {}
+    plain_ones = {(r["setting"], r["seed"]): r for r in records if r["label"] == PLAIN}
+    for record in records:
+        beside = plain_ones.get((record["setting"], record["seed"]))
+        if record["label"] == PLAIN or beside is None:
+            continue
+        terms = [(1.0, _value(record, measure)), (-1.0, _value(beside, measure))]
+        name = f"{record['setting']}/{record['label']}"
+        found.setdefault(name, {})[record["seed"]] = Value.mixture(terms)
+    return estimates({name: own for name, own in found.items() if len(own) > 1})
+
+
+def _value(record: dict[str, Any], measure: str) -> Value:
+    if measure == "kl":
+        return Value(np.log(record["numbers"]["kl"]))
+    items = {str(n): value for n, value in enumerate(record["recovered"]) if value is not None}
+    return Value(sum(items.values()) / len(items), 0.0, items)
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Every dictionary of an experiment, means over seeds."""
+    kl, recovered = changes(records, "kl"), changes(records, "recovered")
+    names = list(dict.fromkeys((r["setting"], r["label"]) for r in records))
+    of = Found(records)
+    shown = ("kl", "ce", "fvu", "l0", "dead", "recovered", "f1", "vanished")
+    rows = [["setting", "dictionary", "KL", "CE recovered", "FVU", "L0", "dead %", "recovered",
+             "F1", "vanished", "KL beside plain", "recovered beside plain"]]  # fmt: skip
+    for setting, label in names:
+        own = {measure: of.mean(setting, label, measure) for measure in shown}
+        name = f"{setting}/{label}"
+        facts = next(r.get("facts") or {} for r in records if r["setting"] == setting)
+        note = f", {facts['effective_dimensions']:.1f} effective dimensions" if facts else ""
+        rows.append(
+            [
+                setting + note or "–",
+                f"`{label}`",
+                *(f"{own[measure]:.3f}" for measure in shown[:3]),
+                f"{own['l0']:.1f}",
+                f"{100 * own['dead']:.0f}",
+                *(f"{own[measure]:.3f}" for measure in shown[5:]),
+                text_of(kl.get(name), per_cent=True),
+                text_of(recovered.get(name)),
+            ]
+        )
+    return markdown(rows)
+
+
+def section() -> str:
+    """The part of docs/results.md."""
+    parts = []
+    outcomes = [["experiment", "site", "expected before the first dictionary", "measured", ""]]
+    for experiment, places in EXPERIMENTS.items():
+        for place in places:
+            records = read(experiment, place)
+            if not records:
+                continue
+            seeds = len({record["seed"] for record in records})
+            parts += [f"### {TITLES[experiment]}: {PLACES[place].title}", f"{seeds} seeds."]
+            parts += [table(records)]
+            for one in EXPECTED:
+                if (one.experiment, one.place) == (experiment, place):
+                    met, measured = one.found(Found(records))
+                    answer = "yes" if met else "**no**"
+                    title = PLACES[place].title
+                    outcomes.append([experiment, title, one.words, measured, answer])
+    return "\n\n".join([*parts, "### Expected of these", markdown(outcomes)])
+
+
+TITLES = {
+    "form": "In the loss, in the space, and between",
+    "dose": "One loud dimension",
+    "rate": "Other learning rates",
+    "length": "Longer trainings",
+    "kind": "Other architectures",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for key in recovery.MODELS:
+        parser.add_argument(f"--{key}", help="the model, if something is to be measured")
+    every = list(EXPERIMENTS)
+    parser.add_argument("--experiments", nargs="+", choices=every, default=every)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    asked = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if ARCHIVE.exists():
+        unpack(ARCHIVE, RUN)
+    if recovery.ARCHIVE.exists():
+        unpack(recovery.ARCHIVE, recovery.RUN)
+    for experiment in asked.experiments:
+        for place in EXPERIMENTS[experiment]:
+            if path := getattr(asked, PLACES[place].model_key):
+                measure(experiment, place, path, asked.seeds)
+                pack(RUN, ARCHIVE)
+    write_section("whitening", section(), RESULTS)
+
+
+if __name__ == "__main__":
+    main()
