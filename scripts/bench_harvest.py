@@ -10,9 +10,13 @@ Ways to the same rows of one site, at each context size, tokens per second:
     bridge    TransformerLens: run_with_cache of the one hook, stopped behind its block
 
 All read the same batches, of 4,096 tokens; bare and bridge also in small ones, which suit a CPU's
-caches better: ours takes its batches apart by itself. Each repeat times all ways one after the
-other, in turning order, so that a busy machine is busy for all of them; a ratio is the median over
-repeats of the ratio within a repeat. The bridge reads fewer tokens, for it is slow.
+caches better: ours takes its batches apart by itself. The bridge is slow and reads fewer.
+
+``--covariance`` times instead what whitening adds: the second moment of all rows, beside one
+float32 product XᵀX, at three widths.
+
+Each repeat times all ways one after the other, in turning order, so that a busy machine is busy for
+all of them; a ratio is the median over repeats of the ratio within a repeat.
 """
 
 import argparse
@@ -32,6 +36,7 @@ from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.model.weight_sharing import share_weights
+from llm_wsae.statistics.second_moment import SecondMoment
 
 WAYS = (
     "bare: the Hugging Face model cut off behind the site's block. forward: our forward alone. "
@@ -115,6 +120,36 @@ def measure(
     return speeds
 
 
+WIDTHS = (576, 2048, 4096)
+
+
+def covariance(repeats: int) -> list[str]:
+    """The section on the second moment."""
+    rows = 16_384
+    lines = [
+        "| dimensions | second moment, s per million rows | XᵀX in float32 | ratio |",
+        "|--:|--:|--:|--:|",
+    ]
+    for width in WIDTHS:
+        x = torch.randn(rows, width)
+        moment = SecondMoment(width)
+
+        def product(x: torch.Tensor = x) -> None:
+            for chunk in x.split(4096):
+                chunk.T @ chunk
+
+        timed = {
+            "moment": (rows, partial(moment.update, x)),
+            "product": (rows, product),
+        }
+        speeds = measure(timed, repeats)
+        ours, floor = (1e6 / statistics.median(speeds[name]) for name in timed)
+        lines.append(
+            f"| {width} | {ours:.1f} | {floor:.1f} | {ratio(speeds, 'product', 'moment'):.2f} |"
+        )
+    return lines
+
+
 def ratio(speeds: dict[str, list[float]], above: str, below: str) -> float:
     """Median over repeats of one way's speed over another's."""
     pairs = zip(speeds[above], speeds[below], strict=True)
@@ -129,10 +164,18 @@ def main() -> None:
     parser.add_argument("--context-sizes", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--tokens", type=int, default=65_536, help="per way and repeat")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--covariance", action="store_true", help="time the second moment instead")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
 
     busy = machine(torch.get_num_threads())
+    if args.covariance:
+        lines = ["## Covariance", "", *covariance(args.repeats), "", f"{busy}. Medians of "]
+        lines[-1] += f"{args.repeats} repeats on 16,384 rows."
+        print("\n".join(lines))
+        if args.write:
+            write_benchmark("harvest covariance", "\n".join(lines))
+        return
     site = Site.parse(args.site)
     model = LanguageModel.load(args.model or embedded_model())
     corpus = Corpus.open(args.corpus)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Linter, formatter, type checker, and every test that this machine can run, in an environment of
-# their own, a file to a core. Arguments go to pytest.
+# their own. Some tests wait for processes that they start, so there is one more worker than cores.
+# Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -9,5 +10,5 @@ make_environment .venv-test test
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check --quiet .
 .venv-test/bin/mypy --no-error-summary
-exec .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+exec .venv-test/bin/python -m pytest -n $(($(nproc) + 1)) --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder "$@"

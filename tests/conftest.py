@@ -6,13 +6,12 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# The models here are tiny: more threads would only wait for each other, also in the processes that
+# tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 from jaxtyping import install_import_hook
-
-# The models here are tiny: more threads would only wait for each other.
-torch.set_num_threads(1)
 
 HERE = Path(__file__).parent
 

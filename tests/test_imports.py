@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from looping import over
 from places import ROOT
 
 import llm_wsae
@@ -91,7 +92,7 @@ def ours(module: str) -> list[tuple[int, str]]:
     return [(line, "llm_wsae.__init__" if m == "llm_wsae" else m) for line, m in found]
 
 
-@pytest.mark.parametrize("module", TREES)
+@over(module=TREES)
 def test_imports_only_go_down(module):
     upward = [
         f"line {line} imports {other}"
@@ -138,10 +139,10 @@ def test_the_reader_of_imports_sees_them_all(monkeypatch):
         test_imports_make_no_circle()
     monkeypatch.setitem(TREES, "llm_wsae.data.store", ast.parse("import llm_wsae.training.arm"))
     with pytest.raises(AssertionError, match=r"llm_wsae\.data\.store: line 1 imports"):
-        test_imports_only_go_down("llm_wsae.data.store")
+        test_imports_only_go_down()
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
+@over(path=FILES)
 def test_files_are_short_and_say_what_they_are_for(path):
     lines = path.read_text(encoding="utf-8").count("\n")
     assert lines <= LONGEST_FILE, f"{path} has {lines} lines: it is two files"
@@ -155,7 +156,7 @@ def names_caught(handler: ast.ExceptHandler) -> set[str]:
     return {ast.unparse(one) for one in caught}
 
 
-@pytest.mark.parametrize("module", TREES)
+@over(module=TREES)
 def test_no_error_is_swallowed_unnamed(module):
     """``except BaseException`` may tidy up, but must raise again."""
     for node in ast.walk(TREES[module]):
@@ -170,7 +171,7 @@ def test_no_error_is_swallowed_unnamed(module):
 OPENS_A_PICKLE = "llm_wsae.dictionary.formats.dictionary_learning"  # another tool's only format
 
 
-@pytest.mark.parametrize("module", TREES)
+@over(module=TREES)
 def test_nothing_is_pickled(module):
     tree = TREES[module]
     calls = {ast.unparse(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}

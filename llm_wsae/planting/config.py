@@ -21,6 +21,9 @@ class PlantConfig:
     """Largest probability that a feature fires on a row."""
     token_share: float = 0.25
     """Share of the features that fire on one token only, on half of its occurrences at random."""
+    dictionary: str | None = None
+    """Folder of a dictionary of the site, better of another seed than those that are compared:
+    some of its decoder rows are planted too."""
     heldout_share: float = 0.15
     """Share of the store's rows, its last ones, that are not trained on: recovery is measured
     there."""

@@ -7,6 +7,7 @@ process, the measurement afterwards.
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,11 +54,10 @@ class PlantedSource:
         store: ActivationStore,
         site: Site,
         config: PlantConfig = PlantConfig(),  # noqa: B008 - frozen
-        dictionary: Dictionary | None = None,
         window_bytes: int = WINDOW_BYTES,
     ):
-        """Raises as ``make_plants`` does, and UsageError if the store has too few rows to hold two
-        chunks of them out."""
+        """Raises as ``make_plants`` and ``Dictionary.load`` do, and UsageError if the store has too
+        few rows to hold two chunks of them out, or the dictionary another width."""
         self.store, self.site, self.d_in = store, site, store.d_in
         chunks = store.num_rows // CHUNK_ROWS
         heldout = max(2, round(chunks * config.heldout_share))
@@ -69,7 +69,8 @@ class PlantedSource:
         self.num_rows: int | None = (chunks - heldout) * CHUNK_ROWS
         self._tokens = _token_of_every_row(store)
         counts = dict(Counter(self._tokens[: self.num_rows].tolist()))
-        self.plants = make_plants(store.statistics(site), counts, config, dictionary)
+        rows_of = None if config.dictionary is None else self._dictionary(Path(config.dictionary))
+        self.plants = make_plants(store.statistics(site), counts, config, rows_of)
         self._window_bytes = window_bytes
         self._measured: tuple[Statistics, SecondMoment] | None = None
 
@@ -131,6 +132,15 @@ class PlantedSource:
         for start in range(self.num_rows, reader.num_rows, CHUNK_ROWS):
             rows = torch.empty(min(CHUNK_ROWS, reader.num_rows - start), self.d_in)
             yield rows, reader.read(start, rows)
+
+    def _dictionary(self, folder: Path) -> Dictionary:
+        dictionary = Dictionary.load(folder)
+        if dictionary.d_in != self.d_in:
+            raise UsageError(
+                f"the dictionary in {folder} is for {dictionary.d_in} dimensions, so its decoder "
+                f"rows cannot be planted into the {self.d_in} of {self.site}"
+            )
+        return dictionary
 
     def _reader(self) -> RowReader:
         return RowReader(self.store.folder, self.store.manifest, str(self.site))

@@ -22,6 +22,7 @@ from llm_wsae.files import folder_lock, remove_partials, write_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.planting.config import PlantConfig
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
 from llm_wsae.studies import consistency
@@ -115,7 +116,7 @@ def study(
             | {"architecture": config.architecture},
             "fidelity": asdict(fidelity),
             "scoring": asdict(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
-            "planted": {} if config.plant is None else asdict(config.plant),
+            "planted": _plants(config.plant),
         }
     )
     out = Path(out)
@@ -134,6 +135,12 @@ def study(
         report = read_report(out)
         report.write(out)
     return report
+
+
+def _plants(config: PlantConfig | None) -> dict[str, Any]:
+    """What a study's description says of its plants; settings that are not made are not named."""
+    settings = {} if config is None else asdict(config)
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _kept(out: Path, results: Sequence[Result]) -> dict[tuple[str, int], dict[int, Path]]:

@@ -25,6 +25,7 @@ from llm_wsae.weights.loss_weights import Gamma, LossWeights
 from llm_wsae.weights.matrix_rules import spectrum
 from llm_wsae.weights.rules import Rule
 
+_LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)  # less than it is 0, or nearly, in float32
 MAX_CONDITION = 1e5  # of a space: beyond it the way there and back is too inexact in float32
 
 
@@ -61,9 +62,9 @@ def weights_from_rule(
     A score of 0 gives the weight 0 for α > 0, and for α < 0 that of the smallest positive score. A
     constant dimension carries no loss whatever its weight; it gets the smallest of the others.
 
-    Raises UsageError for an unknown rule, a form that it does not have, an α that is not finite, or
-    an input that was not measured; LlmWsaeError when every score is 0 or a space has directions of
-    nearly no weight.
+    Raises UsageError for an unknown rule, a form that it does not have, an α that is not finite or
+    so large that weights vanish, or an input that was not measured; LlmWsaeError when every score
+    is 0 or a space has directions of nearly no weight.
     """
     if not math.isfinite(alpha):
         raise UsageError(f"the exponent α must be a finite number, not {alpha:g}")
@@ -145,14 +146,21 @@ def _power_of_scores(
 
 
 def _powers(scores: Tensor, alpha: float, clip: float | None) -> Tensor:
-    """scores^α up to a factor, for any real α without overflow, clipped around their median."""
+    """scores^α up to a factor, clipped around their median."""
     if alpha <= 0:
         scores = scores.clamp(min=float(scores[scores > 0].min()))
     log = alpha * scores.clamp(min=0).log()  # −∞ is the weight 0
     if clip is not None:
         middle = float(log[log.isfinite()].median())
         log = log.clamp(middle - math.log(clip), middle + math.log(clip))
-    return (log - log.max()).exp()
+    log = log - log.max()
+    vanished = int((log.isfinite() & (log < _LEAST_LOG)).sum())
+    if vanished:
+        raise UsageError(
+            f"α = {alpha:g} is so far from 0 that the weights vanish on {vanished} of {len(log)} "
+            "dimensions; choose one nearer to 0, or set clip"
+        )
+    return log.exp()
 
 
 def _normalised(gamma: Gamma, statistics: Statistics) -> Gamma:

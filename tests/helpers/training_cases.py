@@ -96,7 +96,7 @@ def take_step(
 ARCHITECTURES = ("topk", "batch-topk", "matryoshka", "jumprelu")
 NAMES = ("uniform-k2", *(f"uniform-{a}-k2" for a in ARCHITECTURES[1:]), "uniform-relu-l0.1")
 CONFIG = TrainConfig(
-    expansion=4, tokens=256 * 600, batch_size=256, learning_rate=1e-2, log_every=100,
+    expansion=4, tokens=256 * 400, batch_size=256, learning_rate=1e-2, log_every=100,
     device="cpu", dtype="float32",
 )  # fmt: skip
 

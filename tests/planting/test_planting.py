@@ -280,14 +280,22 @@ def test_a_plant_that_never_fires_has_no_f1(few):
     assert found.to_dict()["plants"]["f1"][1] is None and found.means()["recovered"] == 1.0
 
 
-def test_decoder_rows_of_another_dictionary_are_a_stratum(store, few):
+def test_decoder_rows_of_another_dictionary_are_a_stratum(store, few, tmp_path):
     other = perfect(few, bias=0.3)
-    source = PlantedSource(store, SITE, replace(CONFIG, per_cell=1), other)
+    other.save(tmp_path / "other")
+    config = replace(CONFIG, dictionary=str(tmp_path / "other"))
+    source = PlantedSource(store, SITE, replace(config, per_cell=1))
     rows = torch.tensor([name == "decoder row" for name in source.plants.stratum])
     cosines = source.plants.directions[rows] @ torch.nn.functional.normalize(other.W_dec, dim=1).T
     torch.testing.assert_close(cosines.amax(1), torch.ones(2))
     with pytest.raises(UsageError, match=r"\d+ latents of .* fire .* too few to plant 12"):
-        PlantedSource(store, SITE, replace(CONFIG, per_cell=6), other)
+        PlantedSource(store, SITE, replace(config, per_cell=6))
+    parts = {"W_enc": other.W_enc[1:], "W_dec": other.W_dec[:, 1:], "b_dec": other.b_dec[1:]}
+    Dictionary(**parts, b_enc=other.b_enc, sparsity=other.sparsity, info=other.info).save(
+        tmp_path / "narrow"
+    )
+    with pytest.raises(UsageError, match="is for 23 dimensions, so its decoder rows cannot"):
+        PlantedSource(store, SITE, replace(config, dictionary=str(tmp_path / "narrow")))
 
 
 def test_what_cannot_be_planted_is_refused_in_a_sentence(store, tmp_path):

@@ -182,9 +182,9 @@ def test_dead_latents_are_counted_and_revived_where_others_crowd_them_out(name):
         arm.parameters.encoder[:48] *= 0.02  # too faint to be selected
         if name == "uniform-relu-l0.1":
             arm.parameters.encoder_bias[:48] = -1
-        for step, rows in zip(range(200), source.batches(256, 0), strict=False):
+        for step, rows in zip(range(120), source.batches(256, 0), strict=False):
             arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, aux, 2000)
-    dead, revived = (float(a.dead(200 * 256, 2000)[:48].double().mean()) for a in arms.values())
+    dead, revived = (float(a.dead(120 * 256, 2000)[:48].double().mean()) for a in arms.values())
     assert dead > 0.8
     if config.kind.revives_dead:
         assert revived < 0.8 * dead
