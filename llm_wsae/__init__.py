@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llm_wsae.inspecting.inspection import inspect
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.model.site import Site
+    from llm_wsae.pages.dashboard import dashboard
     from llm_wsae.pipeline import run
     from llm_wsae.planting.config import PlantConfig
     from llm_wsae.planting.recovery import measure_recovery
@@ -65,6 +66,7 @@ _HOMES = {
     "Steer": "attaching.edits",
     "Codes": "sparse.codes",
     "inspect": "inspecting.inspection",
+    "dashboard": "pages.dashboard",
     "EvaluateConfig": "evaluation.config",
     "MonosemanticConfig": "evaluation.config",
     "LlmWsaeError": "errors",
@@ -108,6 +110,7 @@ __all__ = [
     "__version__",
     "attach",
     "choose_weights",
+    "dashboard",
     "evaluate",
     "harvest",
     "inspect",

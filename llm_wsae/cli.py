@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from llm_wsae import processes
+from llm_wsae.commands.dashboard import dashboard
 from llm_wsae.commands.evaluate import evaluate
 from llm_wsae.commands.harvest import harvest
 from llm_wsae.commands.inspect import inspect
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "train": train,
     "evaluate": evaluate,
     "inspect": inspect,
+    "dashboard": dashboard,
     "study": study,
     "theory": theory,
     "push": push,

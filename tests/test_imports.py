@@ -40,6 +40,7 @@ FLOORS = (
     "dictionary",
     "attaching",
     "inspecting",
+    "pages",
     "planting",
     "harvesting",
     "training",

@@ -1,0 +1,46 @@
+"""The command that writes the page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from llm_wsae.commands.options import Flat, LoadOptions, Result
+from llm_wsae.errors import UsageError
+
+
+def dashboard(
+    dictionaries: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DICT…")],
+    store: Path,
+    model: str,
+    out: Path,
+    prompt: tuple[str, ...] = (),
+    top: int = 10,
+    bands: int = 10,
+    rows: int | None = None,
+    loading: Flat[LoadOptions] = LoadOptions(),  # noqa: B008 - frozen
+) -> Result:
+    """Write one HTML file that shows what dictionaries found, alone and side by side.
+
+    Args:
+        dictionaries: Dictionary folders, all of one site.
+        store: Activation store of the site.
+        model: The model that the store came from.
+        out: HTML file to write. It needs no network and no other file.
+        prompt: Sentences whose latents are shown token by token.
+        top: Strongest contexts shown of each latent.
+        bands: Further contexts, one from each of that many bands of its activation.
+        rows: Look at the first rows of the store only; the default is all.
+    """
+    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.pages.dashboard import dashboard as write
+
+    if out.suffix not in (".html", ".htm"):
+        raise UsageError(f"the page is an HTML file, so --out cannot be {out}")
+    opened = ActivationStore.open(store)
+    language_model = loading.load(model, opened)
+    page = write(
+        dictionaries, opened, language_model, out, prompts=prompt, top=top, bands=bands, rows=rows
+    )
+    facts = {"page": page.path, "megabytes": page.megabytes}
+    return facts, f"page  {page.path}  ({page.megabytes:.1f} MB; open it in a browser)"

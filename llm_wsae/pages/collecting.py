@@ -1,0 +1,297 @@
+"""Where every latent of several dictionaries fires in a store: one pass over the rows.
+
+What is kept does not grow with the rows, except for 4 bytes a row and dictionary: of each latent
+its largest activations, each of another context, and a random sample of the others, from which the
+examples of the quantile bands come. The rows are read a second time, without being encoded, for
+the activations around the examples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae.data.packing import NO_DOCUMENT
+from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.inspecting.firings import check_store
+
+ROWS_AT_ONCE = 1 << 14
+BINS_PER_OCTAVE, OCTAVES = 2, 6  # of the histograms, below and above the median activation
+SAMPLE = 5  # firings sampled for each band
+_SPARE = 2  # top firings kept in case two of a latent's are of one context, read in two pieces
+_SLACK = 1e-5  # relative, between two float32 ways to the same pre-activation
+
+
+@dataclass
+class Firings:
+    """What the latents of one dictionary do in a store. Rows are numbers in the store, −1 where
+    there are not as many."""
+
+    rows_seen: int
+    """Rows without massive activations."""
+    count: Int[Tensor, " d_sae"]
+    """Rows on which each latent fires."""
+    total: Float[Tensor, " d_sae"]
+    """Sum of its activations."""
+    histogram: Int[Tensor, "d_sae bins"]
+    """Its activations by size, in bins of half an octave."""
+    first_edge: float
+    """Lower edge of the second bin; the first and the last bin are open."""
+    row: Int[Tensor, "d_sae examples"]
+    """Its top rows, then one row of each band of its activations, the strongest first."""
+    value: Float[Tensor, "d_sae examples"]
+    """Its activations on those rows."""
+
+
+def collect(
+    store: ActivationStore,
+    dictionaries: Mapping[str, Dictionary],
+    top: int,
+    bands: int,
+    most_rows: int | None = None,
+) -> tuple[dict[str, Firings], dict[str, Float[Tensor, " rows"]]]:
+    """What every dictionary's latents do, and the smallest active value of every row by dictionary
+    (infinite where nothing is explained: on massive rows).
+
+    Raises LlmWsaeError if the store's rows cannot be a dictionary's, or cannot be read.
+    """
+    (site,) = {dictionary.site for dictionary in dictionaries.values()}
+    for dictionary in dictionaries.values():
+        check_store(store, dictionary)
+    store.source(site)  # raises if the store lacks the site
+    reader = RowReader(store.folder, store.manifest, str(site))
+    num_rows = min(store.num_rows, most_rows or store.num_rows)
+    context = torch.from_numpy(context_of_every_row(store)[:num_rows])
+    collectors = {
+        name: _Collector(dictionary, context, top, bands)
+        for name, dictionary in dictionaries.items()
+    }
+    with tqdm(total=num_rows, desc="dashboard", unit="row", unit_scale=True) as bar:
+        for start in range(0, num_rows, ROWS_AT_ONCE):
+            stop = min(start + ROWS_AT_ONCE, num_rows)
+            rows = torch.empty(stop - start, store.d_in, dtype=reader.dtype)
+            reader.read(start, rows)
+            for collector in collectors.values():
+                collector.look(start, rows.float())
+            bar.update(stop - start)
+    found = {name: collector.firings() for name, collector in collectors.items()}
+    return found, {name: collector.floor for name, collector in collectors.items()}
+
+
+def context_of_every_row(store: ActivationStore) -> Int[np.ndarray, " rows"]:
+    """Number of the context that each row comes from."""
+    parts = []
+    for shard in range(len(store.manifest.shards)):
+        own = np.nonzero(store.contexts(shard).keep)[0]
+        parts.append(own + shard * store.manifest.contexts_per_shard)
+    return np.concatenate(parts).astype(np.int32)
+
+
+class _Collector:
+    """What one pass over the rows collects of one dictionary."""
+
+    def __init__(self, dictionary: Dictionary, context: Tensor, top: int, bands: int):
+        self._dictionary, self._context = dictionary, context
+        self._top, self._bands = top, bands
+        d_sae = dictionary.d_sae
+        self.rows_seen = 0
+        self.count = torch.zeros(d_sae, dtype=torch.int64)
+        self.total = torch.zeros(d_sae, dtype=torch.float64)
+        self.bins = 2 * OCTAVES * BINS_PER_OCTAVE
+        self.histogram = torch.zeros(d_sae, self.bins, dtype=torch.int64)
+        self.middle: float | None = None
+        self.floor = torch.full((len(context),), torch.inf)
+        self.best = _Kept(d_sae, top + _SPARE)
+        self.sample = _Kept(d_sae, bands * SAMPLE)
+
+    def look(self, start: int, x: Tensor) -> None:
+        """Look at consecutive rows, the first of which has the number ``start``."""
+        threshold = self._dictionary.info.massive_threshold
+        usable = torch.arange(len(x))
+        if threshold is not None:
+            usable = torch.where(x.norm(dim=1) <= threshold)[0]
+        codes = self._dictionary.encode_sparse(x[usable])
+        active = codes.values > 0
+        self.floor[start + usable] = codes.values.where(active, torch.inf).amin(1)
+        self.rows_seen += len(usable)
+        latent, value = codes.indices[active], codes.values[active]
+        place = usable[:, None].expand_as(active)[active]
+        if len(latent) == 0:
+            return
+        self.count += torch.bincount(latent, minlength=len(self.count))
+        self.total.index_add_(0, latent, value.double())
+        if self.middle is None:
+            self.middle = float(value.median())
+        octave = (value / self.middle).log2().add(OCTAVES).mul(BINS_PER_OCTAVE)
+        cell = latent * self.bins + octave.long().clamp(0, self.bins - 1)
+        self.histogram.view(-1).add_(torch.bincount(cell, minlength=self.histogram.numel()))
+        row = place + start
+        strongest = _strongest_of_each(latent, self._context[row].long(), value)
+        self.best.add(latent[strongest], value[strongest], value[strongest], row[strongest])
+        draw = torch.Generator().manual_seed(start)
+        self.sample.add(latent, torch.rand(len(value), generator=draw), value, row)
+
+    def firings(self) -> Firings:
+        """What was found."""
+        row, value = self._without_repeated_contexts()
+        bands_row, bands_value = self._of_bands()
+        octaves = OCTAVES - 1 / BINS_PER_OCTAVE
+        return Firings(
+            self.rows_seen,
+            self.count,
+            self.total.float(),
+            self.histogram,
+            (self.middle or 1.0) * 2**-octaves,
+            torch.cat([row, bands_row], 1),
+            torch.cat([value, bands_value], 1),
+        )
+
+    def _without_repeated_contexts(self) -> tuple[Tensor, Tensor]:
+        row, value = self.best.row, self.best.value
+        context = self._context[row.clamp(min=0)].where(row >= 0, -1)
+        earlier = torch.tril(context[:, :, None] == context[:, None, :], diagonal=-1).any(2)
+        first = (row >= 0) & ~earlier
+        order = (~first).int().argsort(dim=1, stable=True)[:, : self._top]
+        row, value, first = (one.gather(1, order) for one in (row, value, first))
+        return row.where(first, -1), value.where(first, 0)
+
+    def _of_bands(self) -> tuple[Tensor, Tensor]:
+        """One sampled firing from the middle of each band, the strongest band first."""
+        order = self.sample.value.where(self.sample.row >= 0, -1).argsort(dim=1, descending=True)
+        there = (self.sample.row >= 0).sum(1, keepdim=True)
+        middle = (torch.arange(self._bands) + 0.5) / self._bands * there
+        order = order.gather(1, middle.long().clamp(max=order.shape[1] - 1))
+        row, value = self.sample.row.gather(1, order), self.sample.value.gather(1, order)
+        enough = there >= self._bands
+        return row.where(enough, -1), value.where(enough, 0)
+
+
+class _Kept:
+    """The firings of each latent that rank highest by some score."""
+
+    def __init__(self, d_sae: int, size: int):
+        self._score = torch.full((d_sae, size), -torch.inf)
+        self.value = torch.zeros(d_sae, size)
+        self.row = torch.full((d_sae, size), -1, dtype=torch.int64)
+
+    def add(self, latent: Tensor, score: Tensor, value: Tensor, row: Tensor) -> None:
+        """Let firings compete for the places of their latents."""
+        d_sae, size = self._score.shape
+        order = torch.from_numpy(np.lexsort((-score.numpy(), latent.numpy())))
+        latent = latent[order]
+        starts = torch.bincount(latent, minlength=d_sae).cumsum(0).roll(1)
+        starts[0] = 0
+        rank = torch.arange(len(latent)) - starts[latent]
+        among = rank < size
+        order, latent, rank = order[among], latent[among], rank[among]
+        new = (
+            torch.full((d_sae, size), -torch.inf),
+            torch.zeros(d_sae, size),
+            torch.full((d_sae, size), -1, dtype=torch.int64),
+        )
+        for table, column in zip(new, (score, value, row), strict=True):
+            table[latent, rank] = column[order].to(table.dtype)
+        both = [
+            torch.cat(pair, 1)
+            for pair in zip((self._score, self.value, self.row), new, strict=True)
+        ]
+        self._score, best = both[0].topk(size, dim=1)
+        self.value, self.row = both[1].gather(1, best), both[2].gather(1, best)
+
+
+def _strongest_of_each(latent: Tensor, context: Tensor, value: Tensor) -> Tensor:
+    """For each latent and context, which firing is its strongest."""
+    keys = (-value.numpy(), context.numpy(), latent.numpy())
+    order = np.lexsort(keys)
+    one, other = latent.numpy()[order], context.numpy()[order]
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = (one[1:] != one[:-1]) | (other[1:] != other[:-1])
+    return torch.from_numpy(order[first])
+
+
+@dataclass
+class Windows:
+    """The text around examples. Arrays [examples of all latents, positions]."""
+
+    ids: Int[np.ndarray, "examples positions"]
+    """Token ids; −1 where the text begins later or ends earlier."""
+    activation: Float[np.ndarray, "examples positions"]
+    """The latent's activations."""
+    document: Sequence[str]
+    """Name of each example's document, empty if it has none."""
+
+
+def windows(
+    store: ActivationStore,
+    dictionary: Dictionary,
+    firings: Firings,
+    floor: Float[Tensor, " rows"],
+    before: int,
+    after: int,
+) -> Windows:
+    """``before`` and ``after`` tokens around every example, with the latent's activations there.
+
+    A latent's activation is its own pre-activation wherever the row's selection reaches as low.
+    """
+    d_sae, per_latent = firings.row.shape
+    around = np.arange(-before, after + 1)
+    ids = np.full((d_sae * per_latent, len(around)), -1, dtype=np.int32)
+    activation = np.zeros(ids.shape, dtype=np.float32)
+    document = np.full(len(ids), NO_DOCUMENT)
+    names = {NO_DOCUMENT: ""}
+    row, context = firings.row.flatten().numpy(), context_of_every_row(store)
+    wanted = np.flatnonzero(row >= 0)
+    wanted = wanted[np.argsort(row[wanted], kind="stable")]
+    edges = np.flatnonzero(np.diff(context[row[wanted]], prepend=-1, append=-1))
+    runs = list(pairwise(edges.tolist()))
+    reader = RowReader(store.folder, store.manifest, str(dictionary.site))
+    for first, stop in tqdm(runs, desc="contexts", unit="ctx", unit_scale=True, leave=False):
+        own = wanted[first:stop]
+        number = int(context[row[own[0]]])
+        shard, place = divmod(number, store.manifest.contexts_per_shard)
+        contexts = store.contexts(shard)
+        kept = np.flatnonzero(contexts.keep[place])
+        start = int(np.searchsorted(context, number))
+        x = torch.empty(len(kept), store.d_in, dtype=reader.dtype)
+        reader.read(start, x)
+        latents = torch.from_numpy(own // per_latent)
+        values = np.zeros((len(own), store.context_size), dtype=np.float32)
+        reach = torch.full((len(kept),), torch.inf)
+        reach[: len(floor) - start] = floor[start : start + len(kept)]  # the last may be cut short
+        values[:, kept] = _activations(dictionary, x.float(), latents, reach).T
+        at = kept[row[own] - start]
+        position = at[:, None] + around
+        inside = (position >= 0) & (position < store.context_size)
+        position = position.clip(0, store.context_size - 1)
+        theirs = contexts.document[place]
+        inside &= theirs[position] == theirs[at][:, None]
+        ids[own] = np.where(inside, contexts.ids[place][position], -1)
+        activation[own] = np.where(inside, np.take_along_axis(values, position, 1), 0)
+        document[own] = theirs[at]
+        for one in np.unique(theirs[at]).tolist():
+            names[one] = contexts.headers.get(one, {}).get("name") or ""
+    return Windows(ids, activation, [names[one] for one in document.tolist()])
+
+
+def _activations(
+    dictionary: Dictionary,
+    x: Float[Tensor, "rows d_in"],
+    latents: Int[Tensor, " some"],
+    floor: Float[Tensor, " rows"],
+) -> Float[np.ndarray, "rows some"]:
+    """Some latents' activations on rows whose smallest active values are known."""
+    pre = torch.addmm(dictionary.b_enc[latents], x, dictionary.W_enc[:, latents])
+    if isinstance(dictionary.sparsity, TopK):
+        active = pre >= floor[:, None] * (1 - _SLACK)
+    else:
+        lowest = torch.zeros(()) if dictionary.threshold is None else dictionary.threshold[latents]
+        active = (pre > lowest) & floor[:, None].isfinite()
+    return pre.where(active & (pre > 0), 0).numpy()

@@ -1,0 +1,160 @@
+"""``dashboard``: one HTML file that shows what dictionaries found. It opens without a network."""
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import write_text
+from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.inspecting.sentence import check_width, read_sentence
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.pages.collecting import collect
+from llm_wsae.pages.payload import Latents, Words, facts, nearest, packed, prompt_facts, table
+from llm_wsae.terminal import printable
+
+_HERE = Path(__file__).parent
+_MOST_MEGABYTES = 60
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """A page that was written; a notebook shows it inline."""
+
+    path: Path
+    megabytes: float
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.path.read_text(encoding="utf-8"), quote=True)
+        return f'<iframe srcdoc="{page}" style="width:100%;height:720px;border:0"></iframe>'
+
+
+def dashboard(
+    dictionaries: Sequence[Dictionary | Path | str],
+    store: ActivationStore | Path | str,
+    model: LanguageModel | str,
+    out: Path | str,
+    *,
+    prompts: Sequence[str] = (),
+    top: int = 10,
+    bands: int = 10,
+    rows: int | None = None,
+) -> Dashboard:
+    """Write one HTML file that shows what dictionaries of a site found in a store.
+
+    ``dictionaries`` and ``store`` may be opened or given by their folders, ``model`` is a
+    LanguageModel or whatever ``LanguageModel.load`` takes. ``top`` contexts and one of each of
+    ``bands`` quantile bands of the activation are shown for every latent; ``prompts`` are sentences
+    whose latents are shown token by token; ``rows`` limits how many rows of the store are looked
+    at. The store is read twice and encoded once; memory is about 1 kB for each latent and example,
+    and 4 bytes for each row and dictionary.
+
+    Raises UsageError for dictionaries of different sites or none, or a page that would be larger
+    than 60 MB; LlmWsaeError for a folder, store or model that cannot be read or does not fit.
+    """
+    out = Path(out)
+    named = _named(dictionaries)
+    store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
+    model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
+    store.check_model(model.identity())
+    for dictionary in named.values():
+        check_width(model, dictionary)
+    if min(top, bands, 1 if rows is None else rows) < 1:
+        raise UsageError("top, bands and rows must be at least 1")
+    words = Words(Vocabulary(model.tokenizer))
+    sentences = [
+        {name: read_sentence(model, dictionary, text) for name, dictionary in named.items()}
+        for text in prompts
+    ]
+    found, floors = collect(store, named, top, bands, rows)
+    readout, parts = Readout(model), []
+    names = list(named)
+    partners = {
+        name: (None if len(names) == 1 else names[1] if name == names[0] else names[0])
+        for name in names
+    }
+    shown: list[dict[str, Any]] = []
+    for number, (name, dictionary) in enumerate(named.items()):
+        own, other = found[name], partners[name]
+        beside = None
+        if other is not None:
+            beside = nearest(dictionary.W_dec, named[other].W_dec, 1, same=False)
+        latents = Latents(dictionary, store, own, floors[name], words, readout)
+        chunks = list(latents.chunks())
+        parts += [(f"chunk-{number}-{i}", chunk) for i, chunk in enumerate(chunks)]
+        parts.append((f"table-{number}", packed(table(dictionary, own, beside))))
+        parts.append((f"search-{number}", packed(latents.search)))
+        partner = None if other is None else names.index(other)
+        shown.append(facts(dictionary, name, own) | {"partner": partner})
+    about = {
+        "dictionaries": shown,
+        "top": top,
+        "prompts": [prompt_facts(one, words) for one in sentences],
+        "corpus": printable(str(store.manifest.corpus.get("name", ""))),
+    }
+    parts.append(("words", packed(words.texts)))
+    page = _page(about, parts)
+    megabytes = len(page.encode()) / 1e6
+    if megabytes > _MOST_MEGABYTES:
+        raise UsageError(
+            f"the page would be {megabytes:.0f} MB large, more than {_MOST_MEGABYTES}; ask for "
+            "fewer dictionaries, or for fewer examples with --top and --bands"
+        )
+    write_text(out, page)
+    return Dashboard(out, megabytes)
+
+
+def _named(dictionaries: Sequence[Dictionary | Path | str]) -> dict[str, Dictionary]:
+    """The dictionaries by names that tell them apart."""
+    if not dictionaries:
+        raise UsageError("name at least one dictionary")
+    named: dict[str, Dictionary] = {}
+    for one in dictionaries:
+        dictionary = one if isinstance(one, Dictionary) else Dictionary.load(one)
+        name = dictionary.info.name if isinstance(one, Dictionary) else Path(one).name
+        number = sum(known == name or known.startswith(f"{name} (") for known in named)
+        named[f"{name} ({number + 1})" if number else name] = dictionary
+    sites = {dictionary.info.site for dictionary in named.values()}
+    if len(sites) > 1:
+        raise UsageError(
+            f"a page shows dictionaries of one site, but these are of {' and '.join(sorted(sites))}"
+        )
+    return named
+
+
+def _page(about: dict[str, Any], parts: Sequence[tuple[str, str]]) -> str:
+    """The file: everything inline, and a policy that forbids every request."""
+    style, script, frame = (_text(f"page.{kind}") for kind in ("css", "js", "html"))
+    data = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
+    blocks = [f'<script type="application/json" id="about">{data}</script>']
+    blocks += [f'<script type="text/plain" id="{name}">{text}</script>' for name, text in parts]
+    policy = (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    for place, content in (
+        ("policy", policy),
+        ("style", style),
+        ("data", "\n".join(blocks)),
+        ("script", script),
+    ):
+        frame = frame.replace(f"@@{place}@@", content, 1)
+    return frame
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _text(name: str) -> str:
+    try:
+        return (_HERE / name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise LlmWsaeError(f"this installation lacks {_HERE / name}; install it again") from error

@@ -1,0 +1,237 @@
+"""What the page knows of a dictionary, as JSON: facts, one table of all latents, and the latents
+themselves in chunks that the browser unpacks one by one.
+"""
+
+import base64
+import gzip
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.pages.collecting import Firings, Windows, windows
+from llm_wsae.terminal import printable
+
+CHUNK = 64
+"""Latents that are unpacked together."""
+BEFORE, AFTER = 20, 8
+"""Tokens shown around an example."""
+_NEIGHBOURS, _WORDS, _DIMENSIONS = 5, 8, 6
+_SHADES = 9
+_LONGEST = 80  # characters of a token that are shown
+_ROWS_AT_ONCE = 1024
+_LOGITS_AT_ONCE = 4 * CHUNK
+
+
+class Words:
+    """The tokens that a page shows, each once."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._vocabulary = vocabulary
+        self._numbers: dict[int, int] = {}
+        self.texts: list[str] = []
+
+    def number(self, token: int) -> int:
+        """The place of a token in the page's list."""
+        if token not in self._numbers:
+            self._numbers[token] = len(self.texts)
+            self.texts.append(shown(self._vocabulary.text(token)))
+        return self._numbers[token]
+
+    def numbers(self, tokens: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The places of many tokens; −1 stays."""
+        found, where = np.unique(tokens, return_inverse=True)
+        places = [-1 if token < 0 else self.number(token) for token in found.tolist()]
+        return np.array(places, dtype=np.int32)[where].reshape(tokens.shape)
+
+
+def shown(text: str) -> str:
+    """A token as the page shows it: harmless, on one line and not too long."""
+    text = printable(text.replace("\n", "↵").replace("\t", "→"))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def nearest(
+    ours: Float[Tensor, "d_sae d_in"], theirs: Float[Tensor, "other d_in"], count: int, same: bool
+) -> tuple[Int[Tensor, "d_sae count"], Float[Tensor, "d_sae count"]]:
+    """For each latent, the ``count`` others whose decoder rows have the largest cosine with its
+    own; not itself, if both are the ``same`` dictionary."""
+    normal = torch.nn.functional.normalize(theirs, dim=1)
+    indices, cosines = [], []
+    for start in range(0, len(ours), _ROWS_AT_ONCE):
+        part = torch.nn.functional.normalize(ours[start : start + _ROWS_AT_ONCE], dim=1)
+        cosine = part @ normal.T
+        if same:
+            rows = torch.arange(len(part))
+            cosine[rows, rows + start] = -torch.inf
+        best = cosine.topk(min(count, cosine.shape[1] - same), dim=1)
+        indices.append(best.indices)
+        cosines.append(best.values)
+    return torch.cat(indices), torch.cat(cosines)
+
+
+def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
+    """What the overview says of a dictionary."""
+    info, fidelity = dictionary.info, dictionary.info.metrics.get("fidelity", {})
+    weights = "none" if info.rule == "uniform" else f"{info.rule}, α = {info.alpha:g}"
+    if info.weights.get("place") == "space":
+        weights += ", as a space to train in"
+    return {
+        "name": printable(name),
+        "facts": [
+            ["model", printable(str(info.model.get("name", "not known")))],
+            ["site", printable(info.site)],
+            ["weights", printable(weights)],
+            ["sparsity", printable(str(dictionary.sparsity))],
+            ["latents", f"{dictionary.d_sae:,} of {dictionary.d_in} dimensions"],
+            ["rows seen here", f"{found.rows_seen:,}"],
+            ["active latents a row", f"{float(found.count.sum()) / max(found.rows_seen, 1):.1f}"],
+            ["silent here", f"{int((found.count == 0).sum()):,}"],
+            *(
+                [title, f"{fidelity[key]:.{digits}f}"]
+                for key, title, digits in (
+                    ("fvu", "FVU, held out", 3),
+                    ("ce_recovered", "CE recovered, held out", 3),
+                    ("kl", "KL, held out", 3),
+                )
+                if isinstance(fidelity.get(key), (int, float))
+            ),
+        ],
+        "rows": found.rows_seen,
+        "d_sae": dictionary.d_sae,
+        "firstEdge": found.first_edge,
+    }
+
+
+def table(
+    dictionary: Dictionary, found: Firings, partner: tuple[Tensor, Tensor] | None
+) -> dict[str, list[float]]:
+    """Measures of all latents, column by column."""
+    squares = dictionary.W_dec.double().square()
+    effective = squares.sum(1) ** 2 / squares.square().sum(1).clamp(min=1e-300)
+    likeness = nearest(dictionary.W_dec, dictionary.W_dec, 1, same=True)[1][:, 0]
+    columns = {
+        "density": found.count / max(found.rows_seen, 1),
+        "mean": found.total / found.count.clamp(min=1),
+        "largest": found.value[:, 0],
+        "dimensions": effective,
+        "nearest": likeness,
+    }
+    if partner is not None:
+        columns["partner"], columns["likeness"] = partner[0][:, 0].double(), partner[1][:, 0]
+    return {name: _rounded(column) for name, column in columns.items()}
+
+
+class Latents:
+    """The latents of one dictionary, chunk by chunk."""
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        store: ActivationStore,
+        found: Firings,
+        floor: Float[Tensor, " rows"],
+        words: Words,
+        readout: Readout | None,
+    ):
+        self._dictionary, self._found, self._words = dictionary, found, words
+        self._readout, self._logits = readout, None
+        self._neighbours = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, same=True)
+        self._windows: Windows = windows(store, dictionary, found, floor, BEFORE, AFTER)
+        self._tokens = words.numbers(self._windows.ids)
+        largest = found.value.amax(1).clamp(min=1e-30).repeat_interleave(found.row.shape[1]).numpy()
+        shades = np.ceil(self._windows.activation / largest[:, None] * _SHADES)
+        self._shades = shades.clip(0, _SHADES).astype(np.uint8)
+        self.search: list[str] = []
+        """Of each latent: the tokens that it fires on most, and those that it promotes."""
+
+    def chunks(self) -> Iterator[str]:
+        """Packed lists of latents; ``search`` grows with them."""
+        for start in range(0, self._dictionary.d_sae, CHUNK):
+            if start % _LOGITS_AT_ONCE == 0 and self._readout is not None:
+                rows = self._dictionary.W_dec[start : start + _LOGITS_AT_ONCE]
+                self._logits = self._readout.logits(rows)
+            stop = min(start + CHUNK, self._dictionary.d_sae)
+            yield packed([self._latent(latent) for latent in range(start, stop)])
+
+    def _latent(self, latent: int) -> dict[str, Any]:
+        examples, firing = [], []
+        per_latent = self._found.row.shape[1]
+        values = _rounded(self._found.value[latent])
+        for number in torch.where(self._found.row[latent] >= 0)[0].tolist():
+            place = latent * per_latent + number
+            there = np.flatnonzero(self._tokens[place] >= 0)  # a run around the centre
+            first, stop = int(there[0]), int(there[-1]) + 1
+            tokens = self._tokens[place, first:stop].tolist()
+            shades = self._shades[place, first:stop].tolist()
+            document = shown(self._windows.document[place])
+            examples.append([number, values[number], document, BEFORE - first, tokens, shades])
+            firing.append(self._words.texts[tokens[BEFORE - first]].strip())
+        new: dict[str, Any] = {
+            "examples": examples,
+            "histogram": self._found.histogram[latent].tolist(),
+            "neighbours": _pairs(self._neighbours[0][latent], self._neighbours[1][latent]),
+            "dimensions": self._written(latent),
+        }
+        promoted: list[str] = []
+        if self._logits is not None:
+            logits = self._logits[latent % _LOGITS_AT_ONCE]
+            for key, largest in (("promotes", True), ("suppresses", False)):
+                best = logits.topk(min(_WORDS, len(logits)), largest=largest)
+                ids = [self._words.number(token) for token in best.indices.tolist()]
+                new[key] = [[i, v] for i, v in zip(ids, _rounded(best.values), strict=True)]
+            promoted = [self._words.texts[i].strip() for i, _ in new["promotes"][:3]]
+        self.search.append(" ".join([*dict.fromkeys(firing[:6]), "›", *dict.fromkeys(promoted)]))
+        return new
+
+    def _written(self, latent: int) -> list[list[Any]]:
+        row = self._dictionary.W_dec[latent]
+        gamma = self._dictionary.extras.get("gamma")
+        if gamma is not None and gamma.ndim == 2:
+            gamma = gamma.norm(dim=0)
+        share = row.square() / row.square().sum().clamp(min=1e-30)
+        best = share.topk(min(_DIMENSIONS, len(row)))
+        return [
+            [i, _rounded(row[i]), _rounded(share[i]), None if gamma is None else _rounded(gamma[i])]
+            for i in best.indices.tolist()
+        ]
+
+
+def _pairs(indices: Tensor, values: Tensor) -> list[list[Any]]:
+    return [[i, v] for i, v in zip(indices.tolist(), _rounded(values), strict=True)]
+
+
+def _rounded(values: Tensor) -> Any:
+    """Four significant digits are enough to look at."""
+    if values.ndim == 0:
+        return float(f"{float(values):.4g}")
+    return [float(f"{value:.4g}") for value in values.tolist()]
+
+
+def packed(value: Any) -> str:
+    """JSON, gzipped, base64."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+
+
+def prompt_facts(
+    sentences: Mapping[str, Sequence[Any]], words: Words
+) -> dict[str, list[tuple[int, list[tuple[int, float]]]]]:
+    """The tokens of sentences, by dictionary, with the latents that fire on them."""
+    return {
+        name: [
+            (
+                words.number(token.id),
+                [(one.latent, float(f"{one.activation:.4g}")) for one in token.latents[:12]],
+            )
+            for token in tokens
+        ]
+        for name, tokens in sentences.items()
+    }

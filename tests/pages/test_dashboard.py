@@ -1,0 +1,273 @@
+"""The page: what is collected is what a slow look finds, and a browser can use it."""
+
+import base64
+import gzip
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from command_line import SITE, call, works
+
+from llm_wsae import dashboard
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import JumpReLU
+from llm_wsae.errors import UsageError
+from llm_wsae.inspecting.readout import Vocabulary
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.pages import collecting
+from llm_wsae.pages.collecting import collect, context_of_every_row, windows
+from llm_wsae.pages.payload import Words, shown
+
+PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
+TOP, BANDS = 3, 2
+
+
+@pytest.fixture(scope="module")
+def store(world):
+    return ActivationStore.open(world / "store")
+
+
+def of_kind(world, kind: str) -> Dictionary:
+    """The plain dictionary, as it is or with thresholds in the place of k."""
+    one = Dictionary.load(world / PLAIN)
+    if kind == "topk":
+        return one
+    parts = {name: getattr(one, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "info")}
+    return Dictionary(**parts, sparsity=JumpReLU(), threshold=torch.full((one.d_sae,), 0.4))
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeypatch):
+    monkeypatch.setattr(collecting, "ROWS_AT_ONCE", 700)  # pieces that end within contexts
+    dictionary = of_kind(world, kind)
+    rows = store.rows(Site.parse(SITE), 0, store.num_rows).float()
+    dense = dictionary.encode(rows)
+    context = torch.from_numpy(context_of_every_row(store)).long()
+    found, floors = collect(store, {"one": dictionary}, TOP, BANDS)
+    one, floor = found["one"], floors["one"]
+    assert one.rows_seen == len(rows)
+    assert torch.equal(one.count, (dense > 0).sum(0))
+    torch.testing.assert_close(one.total, dense.sum(0))
+    assert torch.equal(one.histogram.sum(1), one.count)
+    smallest = dense.where(dense > 0, torch.inf).amin(1)
+    torch.testing.assert_close(floor, smallest)
+    for latent in range(dictionary.d_sae):
+        best = {}
+        for row in dense[:, latent].argsort(descending=True).tolist():
+            if dense[row, latent] > 0:
+                best.setdefault(int(context[row]), row)
+        wanted = list(best.values())[:TOP]
+        values = one.value[latent, : len(wanted)]
+        torch.testing.assert_close(values, dense[wanted, latent])
+        assert (one.row[latent, len(wanted) : TOP] == -1).all()
+        bands = one.row[latent, TOP:]
+        if (bands >= 0).all():
+            torch.testing.assert_close(one.value[latent, TOP:], dense[bands, latent])
+            assert one.value[latent, TOP] >= one.value[latent, TOP + 1]
+        else:
+            assert one.count[latent] < BANDS
+    shown_texts = windows(store, dictionary, one, floor, before=2, after=1)
+    where = store.locate(one.row.flatten().clamp(min=0))
+    for example, row in enumerate(one.row.flatten().tolist()):
+        ids, activations = shown_texts.ids[example], shown_texts.activation[example]
+        if row < 0:
+            assert (ids == -1).all() and not activations.any()
+            continue
+        latent, at = example // one.row.shape[1], int(where.position[example])
+        assert ids[2] == where.ids[example, at]
+        assert activations[2] == pytest.approx(float(dense[row, latent]), rel=1e-4)
+        if row + 1 < len(rows) and context[row + 1] == context[row] and ids[3] >= 0:
+            assert activations[3] == pytest.approx(float(dense[row + 1, latent]), abs=1e-4)
+
+
+def unpacked(page: str, name: str):
+    text = re.search(rf'id="{name}">([^<]*)<', page)[1]
+    return json.loads(gzip.decompress(base64.b64decode(text)))
+
+
+@pytest.fixture(scope="module")
+def page(world):
+    out = world / "page.html"
+    result = works(
+        "dashboard", world / PLAIN, world / WEIGHTED, "--store", world / "store",
+        "--model", world / "model", "--out", out, "--prompt", "one two three", "--top", TOP,
+        "--bands", BANDS, "--json",
+    )  # fmt: skip
+    assert result.json["page"] == str(out)
+    return out
+
+
+def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page):
+    text = page.read_text()
+    about = json.loads(re.search(r'id="about">(.*?)</script>', text)[1])
+    assert [one["name"] for one in about["dictionaries"]] == ["uniform-k4", "variance-a0.5-k4"]
+    assert [one["partner"] for one in about["dictionaries"]] == [1, 0]
+    first, second = (Dictionary.load(world / name) for name in (PLAIN, WEIGHTED))
+    cosine = (
+        torch.nn.functional.normalize(first.W_dec, dim=1)
+        @ torch.nn.functional.normalize(second.W_dec, dim=1).T
+    )
+    columns = unpacked(text, "table-0")
+    assert columns["partner"] == cosine.argmax(1).tolist()
+    assert columns["likeness"] == pytest.approx(cosine.amax(1).tolist(), rel=1e-3)
+    latents = unpacked(text, "chunk-0-0")
+    assert len(latents) == min(64, first.d_sae) == len(unpacked(text, "search-0"))
+    assert len(latents[0]["promotes"]) == len(latents[0]["suppresses"])
+    words = unpacked(text, "words")
+    number, value, _, centre, tokens, shades = latents[
+        int(torch.tensor(columns["density"]).argmax())
+    ]["examples"][0]
+    assert number == 0 and value > 0 and shades[centre] == 9 and len(words[tokens[centre]])
+    (prompt,) = about["prompts"]
+    assert set(prompt) == {"uniform-k4", "variance-a0.5-k4"}
+
+
+def test_text_of_a_corpus_is_harmless():
+    assert shown("a\u202eb\u200bc\x00") == r"a\u202eb\u200bc\x00"
+    assert shown("\n\t") == "↵→" and len(shown("x" * 10_000)) == 81
+    words = Words(Vocabulary(None))
+    assert words.number(7) == words.number(7) == 0 and words.texts == ["<7>"]
+
+
+def test_a_notebook_shows_it_inline(world, store):
+    model = LanguageModel.load(str(world / "model"))
+    made = dashboard([Dictionary.load(world / PLAIN)], store, model, world / "own.html")
+    assert made._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
+    assert "Side by side" in (world / "own.html").read_text()  # the script knows it, unused
+
+
+def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path):
+    ask = ("--store", world / "store", "--model", world / "model", "--out")
+    for words, said in (
+        (("dashboard", *ask, tmp_path / "p.html"), "name at least one dictionary"),
+        (("dashboard", world / PLAIN, *ask, tmp_path / "p.txt"), "so --out cannot be"),
+        (("dashboard", world / "nowhere", *ask, tmp_path / "p.html"), "nowhere"),
+        (("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--top", 0), "at least 1"),
+        (("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--prompt", ""), "text is empty"),
+    ):
+        result = call(*words)
+        assert result.code in (1, 2) and said in result.err and result.out == ""
+    other = Dictionary.load(world / PLAIN)
+    other.info = replace(other.info, site="blocks.0.hook_resid_post")
+    with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
+        dashboard([world / PLAIN, other], world / "store", "unused", tmp_path / "p.html")
+    assert not list(tmp_path.iterdir())
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def tab(browser, page):
+    """The page, opened; whatever it complains of or asks for is an error."""
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    wrong: list[str] = []
+    tab.on("console", lambda message: wrong.append(message.text))
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith("file:") else None)
+    tab.goto(f"file://{page}")
+    tab.wait_for_selector("main h1")
+    yield tab
+    assert wrong == []
+    tab.close()
+
+
+def test_a_browser_shows_searches_sorts_and_follows(tab, page):
+    tab.click("text=its latents >> nth=0")
+    tab.wait_for_selector("article h2")
+    rows = tab.locator(".row[role=option]")
+    densities = [float(t) for t in tab.locator(".row[role=option] :nth-child(3)").all_inner_texts()]
+    assert densities == sorted(densities, reverse=True) and rows.count() > 10
+    tab.keyboard.press("/")
+    tab.keyboard.type("#5")
+    assert rows.count() >= 1 and any(t.startswith("5\n") for t in rows.all_inner_texts())
+    tab.locator("#search").fill("no such token")
+    assert rows.count() == 0 and "0 of 64" in tab.locator("[role=status]").inner_text()
+    tab.locator("#search").fill("")
+    first = tab.locator("article h1").inner_text()
+    tab.keyboard.press("Escape")
+    tab.locator("body").press("j")
+    tab.wait_for_function(
+        "was => document.querySelector('article h1').innerText !== was", arg=first
+    )
+    tab.click("text=Side by side")
+    tab.wait_for_selector("text=Its partner in variance-a0.5-k4")
+    likeness = [float(t) for t in tab.locator(".row[role=option] :nth-child(3)").all_inner_texts()]
+    assert likeness == sorted(likeness)
+    tab.click("article p a")
+    tab.wait_for_selector("text=variance-a0.5-k4 beside uniform-k4")
+    assert "#compare/d1/L" in tab.url
+
+
+def test_a_latent_has_an_address_and_a_prompt_its_latents(tab, page):
+    tab.goto(f"file://{page}#L7")
+    tab.reload()
+    tab.wait_for_selector("text=Latent 7")
+    tab.click("text=Prompts")
+    tab.wait_for_selector("text=Sentences, as uniform-k4 sees them")
+    assert tab.locator(".card tr").count() >= 1
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window_in_light_or_dark(tab, page, width):
+    tab.set_viewport_size({"width": width, "height": 900})
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        for view in ("overview", "latents", "compare", "prompts"):
+            tab.goto(f"file://{page}#{view}/d0")
+            tab.reload()
+            tab.wait_for_selector("main h1")
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_hostile_text_does_nothing(browser, world, page, tmp_path):
+    """Tokens that would end the script, reverse the line or fill the window."""
+    bad = ["</script><img src=x onerror=alert(1)>", "\u202eabc", "y" * 10_000]
+
+    class Hostile:
+        name_or_path = "hostile"
+
+        def convert_ids_to_tokens(self, token):
+            return bad[token % 3]
+
+        def decode(self, ids):
+            return bad[ids[0] % 3]
+
+    from llm_wsae.pages import dashboard as module
+
+    model = LanguageModel.load(str(world / "model"))
+    ordinary = module.Vocabulary
+    module.Vocabulary = lambda tokenizer: ordinary(Hostile())
+    try:
+        dashboard([world / PLAIN], world / "store", model, tmp_path / "bad.html")
+    finally:
+        module.Vocabulary = ordinary
+    tab, wrong = browser.new_page(), []
+    tab.on("dialog", lambda dialog: wrong.append("dialog"))
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith("file:") else None)
+    tab.goto(f"file://{tmp_path / 'bad.html'}#L1")
+    tab.wait_for_selector("article .context")
+    assert tab.locator("img").count() == 0 and "<img src=x" in tab.locator("article").inner_text()
+    assert wrong == [] and tab.evaluate("document.documentElement.scrollWidth") <= 1280
+    tab.close()
