@@ -70,6 +70,8 @@ def run(
     again = _evaluate_again(first.folder / next(iter(first.dictionaries)), model, corpus, out)
     lines = [f"\n{result.text()}\n" for result in results.values()]
     lines += [cost(started), f"next: measure on more of the held-out text, e.g.\n  {again}"]
+    page = _page(first.folder, list(first.dictionaries), model, out)
+    lines += [f"look at the dictionaries of {next(iter(results))} in a browser:\n  {page}"]
     return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)
 
 
@@ -78,8 +80,20 @@ def _evaluate_again(dictionary: Path, model: ModelOptions, corpus: CorpusOptions
     words = ["llm-wsae", "evaluate", str(dictionary)]
     words += ["--model", model.model, "--corpus", corpus.corpus]
     words += ["--tokens", "100000", "--out", str(out / "report-100k.json")]
-    given = {"--text-column": corpus.text_column, "--revision": model.revision}
+    words += ["--text-column", corpus.text_column] if corpus.text_column else []
+    return shlex.join(words + _loading(model))
+
+
+def _page(folder: Path, names: list[str], model: ModelOptions, out: Path) -> str:
+    """The command that shows a site's dictionaries, as one would type it."""
+    words = ["llm-wsae", "dashboard", *(str(folder / name) for name in names)]
+    words += ["--store", str(out / "store"), "--model", model.model, "--rows", "100000"]
+    return shlex.join([*words, "--out", str(out / "page.html"), *_loading(model)])
+
+
+def _loading(model: ModelOptions) -> list[str]:
+    """The options of how a model is loaded, as far as they were given."""
+    given = {"--revision": model.revision}
     given |= {"--device": model.device if model.device != "auto" else None}
     given |= {"--model-dtype": model.model_dtype if model.model_dtype != "auto" else None}
-    words += [word for option, value in given.items() if value for word in (option, value)]
-    return shlex.join(words)
+    return [word for option, value in given.items() if value for word in (option, value)]

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +27,8 @@ from llm_wsae.inspecting.firings import check_store
 ROWS_AT_ONCE = 1 << 14
 BINS_PER_OCTAVE, OCTAVES = 2, 6  # of the histograms, below and above the median activation
 SAMPLE = 5  # firings sampled for each band
+TOGETHER_ROWS = 1 << 15  # evenly spread, on which latents that fire together are counted
+NEIGHBOURS = 5
 _SPARE = 2  # top firings kept in case two of a latent's are of one context, read in two pieces
 _SLACK = 1e-5  # relative, between two float32 ways to the same pre-activation
 
@@ -49,6 +52,10 @@ class Firings:
     """Its top rows, then one row of each band of its activations, the strongest first."""
     value: Float[Tensor, "d_sae examples"]
     """Its activations on those rows."""
+    together: Int[Tensor, "d_sae neighbours"]
+    """The latents that fire together with it most often, the most first."""
+    overlap: Float[Tensor, "d_sae neighbours"]
+    """Of the rows on which either fires, those on which both do; 0 where there is no neighbour."""
 
 
 def collect(
@@ -111,6 +118,8 @@ class _Collector:
         self.floor = torch.full((len(context),), torch.inf)
         self.best = _Kept(d_sae, top + _SPARE)
         self.sample = _Kept(d_sae, bands * SAMPLE)
+        self._stride = max(1, len(context) // TOGETHER_ROWS)
+        self._pairs: list[Tensor] = []
 
     def look(self, start: int, x: Tensor) -> None:
         """Look at consecutive rows, the first of which has the number ``start``."""
@@ -134,6 +143,8 @@ class _Collector:
         cell = latent * self.bins + octave.long().clamp(0, self.bins - 1)
         self.histogram.view(-1).add_(torch.bincount(cell, minlength=self.histogram.numel()))
         row = place + start
+        sampled = row % self._stride == 0
+        self._pairs.append(torch.stack([row[sampled] // self._stride, latent[sampled]]))
         strongest = _strongest_of_each(latent, self._context[row].long(), value)
         self.best.add(latent[strongest], value[strongest], value[strongest], row[strongest])
         draw = torch.Generator().manual_seed(start)
@@ -152,7 +163,27 @@ class _Collector:
             (self.middle or 1.0) * 2**-octaves,
             torch.cat([row, bands_row], 1),
             torch.cat([value, bands_value], 1),
+            *self._together(),
         )
+
+    def _together(self) -> tuple[Tensor, Tensor]:
+        d_sae = len(self.count)
+        rows, latents = torch.cat([torch.empty(2, 0, dtype=torch.long), *self._pairs], 1).numpy()
+        shape = (int(rows.max(initial=0)) + 1, d_sae)
+        fires = csr_matrix((np.ones(len(rows), dtype=np.float32), (rows, latents)), shape=shape)
+        often = np.asarray(fires.sum(0)).ravel()
+        both = (fires.T @ fires).tocsr()
+        together = torch.zeros(d_sae, NEIGHBOURS, dtype=torch.long)
+        overlap = torch.zeros(d_sae, NEIGHBOURS)
+        for latent in range(d_sae):
+            own = slice(both.indptr[latent], both.indptr[latent + 1])
+            others, count = both.indices[own], both.data[own]
+            share = count / (often[latent] + often[others] - count)
+            share[others == latent] = 0
+            best = np.argsort(-share, kind="stable")[:NEIGHBOURS]
+            together[latent, : len(best)] = torch.from_numpy(others[best].astype(np.int64))
+            overlap[latent, : len(best)] = torch.from_numpy(share[best])
+        return together, overlap
 
     def _without_repeated_contexts(self) -> tuple[Tensor, Tensor]:
         row, value = self.best.row, self.best.value

@@ -320,10 +320,16 @@ async function latentPanel(i, columns) {
     el("p", { class: "soft" }, `fires on ${three(100 * density)} % of the rows · mean activation `
       + `${three(columns.mean[i])} · largest ${three(columns.largest[i])} · writes to `
       + `${three(columns.dimensions[i])} effective dimensions`),
-    histogram(one.histogram),
+    el("div", { class: "bar" }, histogram(one.histogram, "activations, rows on a log scale",
+      [4, 12, 20].map(b => [b, three(own().firstEdge * 2 ** ((b - 1) / 2))])),
+      one.logits && histogram(one.logits[2], "effect on logits, tokens on a log scale",
+        [[0, three(one.logits[0])], [24, three(one.logits[1])]])),
     el("div", { class: "columns" }, words("promotes", one.promotes), words("suppresses", one.suppresses),
       el("section", {}, el("h2", {}, "nearest latents"), el("table", {}, ...one.neighbours.map(([n, c]) =>
         el("tr", {}, el("td", {}, link(n), ` ${search[n]}`), el("td", { class: "number" }, c.toFixed(2)))))),
+      one.together.length ? el("section", {}, el("h2", {}, "fires together with"), el("table", {},
+        ...one.together.map(([n, share]) => el("tr", {}, el("td", {}, link(n), ` ${search[n]}`),
+          el("td", { class: "number", title: "of the rows on which either fires" }, `${three(100 * share)} %`))))) : null,
       el("section", {}, el("h2", {}, "writes to dimension"), el("table", {}, ...one.dimensions.map(
         ([dim, w, share, gamma]) => el("tr", { title: `weight ${three(w)}` }, el("td", {}, String(dim)),
           el("td", { class: "number" }, `${three(100 * share)} %`),
@@ -334,7 +340,7 @@ async function latentPanel(i, columns) {
   ];
 }
 
-function histogram(counts) {
+function histogram(counts, title, edges) {
   const most = Math.max(...counts, 1), ns = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(ns, "svg");
   const make = (name, attributes, text) => {
@@ -344,15 +350,15 @@ function histogram(counts) {
     svg.append(node);
   };
   svg.setAttribute("viewBox", "0 0 300 62"); svg.setAttribute("width", "300");
-  svg.setAttribute("role", "img"); svg.setAttribute("aria-label", "histogram of activations");
+  svg.setAttribute("role", "img"); svg.setAttribute("aria-label", title);
   const width = 300 / counts.length;
   counts.forEach((c, b) => {
     const height = c ? 1 + 45 * Math.log1p(c) / Math.log1p(most) : 0;
     make("rect", { x: b * width, y: 48 - height, width: width - 1, height });
   });
-  const edge = b => three(own().firstEdge * 2 ** ((b - 1) / 2));
-  [4, 12, 20].forEach(b => make("text", { x: b * width, y: 60, "text-anchor": "middle" }, edge(b)));
-  make("text", { x: 0, y: 10 }, "activation, rows on a log scale");
+  edges.forEach(([b, text]) => make("text", { x: b * width, y: 60,
+    "text-anchor": b === 0 ? "start" : b === counts.length ? "end" : "middle" }, text));
+  make("text", { x: 0, y: 10 }, title);
   return svg;
 }
 

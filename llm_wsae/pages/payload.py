@@ -142,7 +142,8 @@ class Latents:
         readout: Readout | None,
     ):
         self._dictionary, self._found, self._words = dictionary, found, words
-        self._readout, self._logits = readout, None
+        self._readout = readout
+        self._logits: Tensor | None = None
         self._neighbours = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, same=True)
         self._windows: Windows = windows(store, dictionary, found, floor, BEFORE, AFTER)
         self._tokens = words.numbers(self._windows.ids)
@@ -178,6 +179,11 @@ class Latents:
             "examples": examples,
             "histogram": self._found.histogram[latent].tolist(),
             "neighbours": _pairs(self._neighbours[0][latent], self._neighbours[1][latent]),
+            "together": [
+                pair
+                for pair in _pairs(self._found.together[latent], self._found.overlap[latent])
+                if pair[1] > 0
+            ],
             "dimensions": self._written(latent),
         }
         promoted: list[str] = []
@@ -187,6 +193,7 @@ class Latents:
                 best = logits.topk(min(_WORDS, len(logits)), largest=largest)
                 ids = [self._words.number(token) for token in best.indices.tolist()]
                 new[key] = [[i, v] for i, v in zip(ids, _rounded(best.values), strict=True)]
+            new["logits"] = _histogram(logits)
             promoted = [self._words.texts[i].strip() for i, _ in new["promotes"][:3]]
         self.search.append(" ".join([*dict.fromkeys(firing[:6]), "›", *dict.fromkeys(promoted)]))
         return new
@@ -202,6 +209,13 @@ class Latents:
             [i, _rounded(row[i]), _rounded(share[i]), None if gamma is None else _rounded(gamma[i])]
             for i in best.indices.tolist()
         ]
+
+
+def _histogram(logits: Float[Tensor, " words"]) -> list[float | list[int]]:
+    """Smallest and largest logit, and how many lie in each of equal bins between."""
+    low, high = float(logits.min()), float(logits.max())
+    counts = torch.histc(logits, bins=24, min=low, max=high)
+    return [_rounded(logits.min()), _rounded(logits.max()), counts.long().tolist()]
 
 
 def _pairs(indices: Tensor, values: Tensor) -> list[list[Any]]:

@@ -8,6 +8,7 @@ correction for multiple tests.
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus

@@ -54,6 +54,12 @@ def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeyp
     assert torch.equal(one.count, (dense > 0).sum(0))
     torch.testing.assert_close(one.total, dense.sum(0))
     assert torch.equal(one.histogram.sum(1), one.count)
+    fires = (dense > 0).float()
+    both = fires.T @ fires
+    either = fires.sum(0)[:, None] + fires.sum(0) - both
+    overlap = (both / either.clamp(min=1)).fill_diagonal_(0)
+    torch.testing.assert_close(one.overlap, overlap.topk(5, dim=1).values)
+    torch.testing.assert_close(overlap.gather(1, one.together), one.overlap)
     smallest = dense.where(dense > 0, torch.inf).amin(1)
     torch.testing.assert_close(floor, smallest)
     for latent in range(dictionary.d_sae):
