@@ -131,8 +131,8 @@ PLACES = {
     "smollm2": Where("smollm2", 9, (_LATER,)),
     "gemma": Where("gemma", 9, (*_FEWER, "uniform-k24", f"whitening-a0.25-space-k{K}", _LATER)),
     "smollm2-20": Where("smollm2", 20, _FEWEST),
-    "gemma-5": Where("gemma", 5, (*_FEWEST, "uniform-k24", _LATER)),
-    "gemma-14": Where("gemma", 14, (*_FEWEST, "uniform-k24", _LATER)),
+    "gemma-5": Where("gemma", 5, (*_FEWEST, "uniform-k24", "uniform-k48", _LATER)),
+    "gemma-14": Where("gemma", 14, (*_FEWEST, "uniform-k24", "uniform-k48", _LATER)),
 }
 Means = dict[str, dict[str, float]]
 """Arm → measure → mean over seeds."""

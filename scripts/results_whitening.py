@@ -50,7 +50,7 @@ RUN = README.parent / "runs/whitening"
 ARCHIVE = Path(__file__).parent / "results/whitening.jsonl.gz"
 HALF = ("whitening", 0.5, SPACE)
 INVERSE = ("variance", -0.5, LOSS)
-DOSES = (0.2, 0.45, 0.7)
+DOSES = (0.45, 0.7)
 """Shares of the variance that the loudest dimension is scaled to."""
 RATES = (0.5, 2.0)
 LENGTHS = (2_000_000, 4_000_000)

@@ -21,8 +21,15 @@ Function = Callable[[Tensor], Tensor | None]
 class Edit(Protocol):
     """A change of some latents at some positions."""
 
-    latent: Latents
-    positions: slice | None
+    @property
+    def latent(self) -> Latents:
+        """One latent or several."""
+        ...
+
+    @property
+    def positions(self) -> slice | None:
+        """Positions of the token ids that it is restricted to."""
+        ...
 
     def change(self, values: Float[Tensor, "rows latents"]) -> Float[Tensor, "rows latents"]:
         """The new activations of the edit's latents."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from llm_wsae.commands.options import Flat, LoadOptions, Result
+from llm_wsae.commands.options import Flag, Flat, LoadOptions, Result, note
 from llm_wsae.errors import UsageError
 
 
@@ -18,6 +18,8 @@ def dashboard(
     top: int = 10,
     bands: int = 10,
     rows: int | None = None,
+    live: Flag = False,
+    port: int = 0,
     loading: Flat[LoadOptions] = LoadOptions(),  # noqa: B008 - frozen
 ) -> Result:
     """Write one HTML file that shows what dictionaries found, alone and side by side.
@@ -31,16 +33,33 @@ def dashboard(
         top: Strongest contexts shown of each latent.
         bands: Further contexts, one from each of that many bands of its activation.
         rows: Look at the first rows of the store only; the default is all.
+        live: Then serve the page on this machine, to type sentences and to steer the model.
+        port: Port to serve it on; 0 takes a free one.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.pages.dashboard import dashboard as write
+    from llm_wsae.pages.dashboard import named_dictionaries
+    from llm_wsae.pages.live import serve
 
     if out.suffix not in (".html", ".htm"):
         raise UsageError(f"the page is an HTML file, so --out cannot be {out}")
+    if port and not live:
+        raise UsageError("--port is for --live; add that")
+    named = named_dictionaries(dictionaries)
     opened = ActivationStore.open(store)
     language_model = loading.load(model, opened)
     page = write(
-        dictionaries, opened, language_model, out, prompts=prompt, top=top, bands=bands, rows=rows
+        named,
+        opened,
+        language_model,
+        out,
+        prompts=prompt,
+        top=top,
+        bands=bands,
+        rows=rows,
+        live=live,
     )
+    if live:
+        serve(out, language_model, named, port, lambda address: note(f"open {address}"))
     facts = {"page": page.path, "megabytes": page.megabytes}
     return facts, f"page  {page.path}  ({page.megabytes:.1f} MB; open it in a browser)"

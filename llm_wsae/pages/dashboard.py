@@ -4,7 +4,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Dashboard:
 
 
 def dashboard(
-    dictionaries: Sequence[Dictionary | Path | str],
+    dictionaries: Sequence[Dictionary | Path | str] | Mapping[str, Dictionary],
     store: ActivationStore | Path | str,
     model: LanguageModel | str,
     out: Path | str,
@@ -46,21 +46,23 @@ def dashboard(
     top: int = 10,
     bands: int = 10,
     rows: int | None = None,
+    live: bool = False,
 ) -> Dashboard:
     """Write one HTML file that shows what dictionaries of a site found in a store.
 
-    ``dictionaries`` and ``store`` may be opened or given by their folders, ``model`` is a
-    LanguageModel or whatever ``LanguageModel.load`` takes. ``top`` contexts and one of each of
-    ``bands`` quantile bands of the activation are shown for every latent; ``prompts`` are sentences
-    whose latents are shown token by token; ``rows`` limits how many rows of the store are looked
-    at. The store is read twice and encoded once; memory is about 1 kB for each latent and example,
-    and 4 bytes for each row and dictionary.
+    ``dictionaries`` (a list, or by the names to show) and ``store`` may be opened or given by their
+    folders, ``model`` is a LanguageModel or whatever ``LanguageModel.load`` takes. ``top`` contexts
+    and one of each of ``bands`` quantile bands of the activation are shown for every latent;
+    ``prompts`` are sentences whose latents are shown token by token; ``rows`` limits how many rows
+    of the store are looked at. ``live`` adds the panels that ask a server (``live.serve``). The
+    store is read twice and encoded once; memory is about 1 kB for each latent and example, and 4
+    bytes for each row and dictionary.
 
     Raises UsageError for dictionaries of different sites or none, or a page that would be larger
     than 60 MB; LlmWsaeError for a folder, store or model that cannot be read or does not fit.
     """
     out = Path(out)
-    named = _named(dictionaries)
+    named = named_dictionaries(dictionaries)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     store.check_model(model.identity())
@@ -97,10 +99,11 @@ def dashboard(
         "dictionaries": shown,
         "top": top,
         "prompts": [prompt_facts(one, words) for one in sentences],
+        "live": live,
         "corpus": printable(str(store.manifest.corpus.get("name", ""))),
     }
     parts.append(("words", packed(words.texts)))
-    page = _page(about, parts)
+    page = _page(about, parts, live)
     megabytes = len(page.encode()) / 1e6
     if megabytes > _MOST_MEGABYTES:
         raise UsageError(
@@ -111,12 +114,18 @@ def dashboard(
     return Dashboard(out, megabytes)
 
 
-def _named(dictionaries: Sequence[Dictionary | Path | str]) -> dict[str, Dictionary]:
-    """The dictionaries by names that tell them apart."""
+def named_dictionaries(
+    dictionaries: Sequence[Dictionary | Path | str] | Mapping[str, Dictionary],
+) -> dict[str, Dictionary]:
+    """The dictionaries by names that tell them apart.
+
+    Raises UsageError if there is none or they are of several sites; LlmWsaeError for a folder that
+    holds none.
+    """
     if not dictionaries:
         raise UsageError("name at least one dictionary")
-    named: dict[str, Dictionary] = {}
-    for one in dictionaries:
+    named = dict(dictionaries) if isinstance(dictionaries, Mapping) else {}
+    for one in () if isinstance(dictionaries, Mapping) else dictionaries:
         dictionary = one if isinstance(one, Dictionary) else Dictionary.load(one)
         name = dictionary.info.name if isinstance(one, Dictionary) else Path(one).name
         number = sum(known == name or known.startswith(f"{name} (") for known in named)
@@ -129,15 +138,16 @@ def _named(dictionaries: Sequence[Dictionary | Path | str]) -> dict[str, Diction
     return named
 
 
-def _page(about: dict[str, Any], parts: Sequence[tuple[str, str]]) -> str:
-    """The file: everything inline, and a policy that forbids every request."""
+def _page(about: dict[str, Any], parts: Sequence[tuple[str, str]], live: bool) -> str:
+    """The file: everything inline, and a policy that forbids every request, or every one but those
+    to its own server."""
     style, script, frame = (_text(f"page.{kind}") for kind in ("css", "js", "html"))
     data = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
     blocks = [f'<script type="application/json" id="about">{data}</script>']
     blocks += [f'<script type="text/plain" id="{name}">{text}</script>' for name, text in parts]
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"connect-src '{'self' if live else 'none'}'; base-uri 'none'; form-action 'none'"
     )
     for place, content in (
         ("policy", policy),

@@ -9,6 +9,7 @@ const state = { view: "overview", d: 0, latent: null, query: "", sort: "density"
 const VIEWS = [["overview", "Overview"], ["latents", "Latents"]];
 if (about.dictionaries.length > 1) VIEWS.push(["compare", "Side by side"]);
 if (about.prompts.length) VIEWS.push(["prompts", "Prompts"]);
+if (about.live && location.protocol === "http:") VIEWS.push(["live", "Live"]);
 const MEASURES = { density: "density", mean: "mean activation", largest: "largest activation",
   nearest: "cosine of nearest latent", dimensions: "effective dimensions",
   likeness: "likeness of partner", number: "number" };
@@ -72,7 +73,7 @@ async function draw() {
     select.append(el("option", { value: i }, one.name)));
   select.value = state.d;
   state.words = await unpack("words");
-  const show = { overview, latents, compare: latents, prompts }[state.view];
+  const show = { overview, latents, compare: latents, prompts, live }[state.view];
   await show();
 }
 
@@ -364,33 +365,83 @@ function histogram(counts, title, edges) {
 
 // --- prompts -------------------------------------------------------------------------------------------
 
+function sentence(tokens, search) {
+  const shown = el("div"), line = el("div", { class: "context" });
+  const spans = tokens.map(([text, active], p) => {
+    const node = token(text, 0, false, active.length ? null : "not explained");
+    node.tabIndex = 0; node.style.cursor = "pointer";
+    node.onclick = node.onfocus = () => pick(p);
+    return node;
+  });
+  function pick(p) {
+    spans.forEach((s, q) => s.classList.toggle("centre", q === p));
+    shown.replaceChildren(el("table", {}, ...tokens[p][1].map(([i, v]) => {
+      const row = el("tr", {}, el("td", {}, link(i, state.d, "latents"), ` ${search[i]}`),
+        el("td", { class: "number" }, three(v)));
+      row.onmouseenter = () => tokens.forEach(([, active], q) => {
+        const there = active.find(([n]) => n === i);
+        spans[q].style.background = there ? `rgba(var(--warm), ${Math.min(there[1] / v, 1) * .75})` : "";
+      });
+      return row;
+    })));
+  }
+  line.append(...spans);
+  const last = tokens.map(([, a]) => a.length > 0).lastIndexOf(true);
+  if (last >= 0) pick(last);
+  return el("section", { class: "card" }, line, shown);
+}
+
+async function ask(question) {
+  const reply = await fetch("ask", { method: "POST", headers: { "content-type": "application/json" },
+    body: JSON.stringify({ dictionary: state.d, ...question }) });
+  const answer = await reply.json().catch(() => ({ error: "the server did not answer" }));
+  if (answer.error) throw new Error(answer.error);
+  return answer;
+}
+
+async function live() {
+  const search = await unpack(`search-${state.d}`);
+  state.text ??= "The state of our Union is";
+  const text = el("textarea", { rows: 3, maxlength: 2000, "aria-label": "text" });
+  text.value = state.text;
+  text.oninput = () => { state.text = text.value; };
+  const latent = el("input", { type: "number", min: 0, max: own().d_sae - 1, value: state.latent ?? 0,
+    "aria-label": "latent" });
+  const name = el("span", { class: "soft" });
+  latent.oninput = () => { name.textContent = search[latent.value] ?? "no such latent"; };
+  latent.oninput();
+  const strength = el("input", { type: "range", min: -100, max: 100, value: 30, "aria-label": "strength" });
+  const dial = el("output", {}, strength.value);
+  strength.oninput = () => { dial.textContent = strength.value; };
+  const count = el("select", { "aria-label": "tokens" }, ...[20, 40, 60].map(n => el("option", { value: n }, n)));
+  const shown = el("div", { role: "status" }), written = el("div", { role: "status" });
+  const during = (where, work) => async () => {
+    where.replaceChildren(el("p", { class: "soft" }, "…"));
+    try { where.replaceChildren(...await work()); }
+    catch (error) { where.replaceChildren(el("p", {}, error.message)); }
+  };
+  const read = during(shown, async () => [sentence((await ask({ text: text.value })).tokens, search)]);
+  const write = during(written, async () => {
+    const it = await ask({ text: text.value, latent: +latent.value, strength: +strength.value, tokens: +count.value });
+    return [el("div", { class: "cards" },
+      el("section", { class: "card" }, el("h2", {}, "as it is"), el("p", { class: "token" }, text.value + it.before)),
+      el("section", { class: "card" }, el("h2", {}, `latent ${latent.value} turned by ${strength.value}`),
+        el("p", { class: "token" }, text.value + it.after))),
+      el("p", { class: "soft" }, it.change === 0 ? "The edit changed no logit."
+        : `The edit changed a logit of the last token by up to ${three(it.change)}.`)];
+  });
+  main.replaceChildren(el("h1", {}, `Ask the model, with ${own().name}`), text,
+    el("div", { class: "bar" }, el("button", { type: "button", id: "read", onclick: read }, "show its latents")), shown,
+    el("h2", {}, "Turn a latent up or down, and read what the model writes"),
+    el("div", { class: "bar" }, el("label", { class: "field" }, "latent", latent), name,
+      el("label", { class: "field" }, "strength", strength, dial), el("label", { class: "field" }, "tokens", count),
+      el("button", { type: "button", id: "write", onclick: write }, "write")), written);
+}
+
 async function prompts() {
   const search = await unpack(`search-${state.d}`);
-  const parts = about.prompts.map(prompt => {
-    const tokens = prompt[own().name], shown = el("div"), line = el("div", { class: "context" });
-    const spans = tokens.map(([t, active], p) => {
-      const node = token(state.words[t], 0, false, active.length ? null : "not explained");
-      node.tabIndex = 0; node.style.cursor = "pointer";
-      node.onclick = node.onfocus = () => pick(p);
-      return node;
-    });
-    function pick(p) {
-      spans.forEach((s, q) => s.classList.toggle("centre", q === p));
-      shown.replaceChildren(el("table", {}, ...tokens[p][1].map(([i, v]) => {
-        const row = el("tr", {}, el("td", {}, link(i, state.d, "latents"), ` ${search[i]}`),
-          el("td", { class: "number" }, three(v)));
-        row.onmouseenter = () => tokens.forEach(([, active], q) => {
-          const there = active.find(([n]) => n === i);
-          spans[q].style.background = there ? `rgba(var(--warm), ${Math.min(there[1] / v, 1) * .75})` : "";
-        });
-        return row;
-      })));
-    }
-    line.append(...spans);
-    const last = tokens.map(([, a]) => a.length > 0).lastIndexOf(true);
-    if (last >= 0) pick(last);
-    return el("section", { class: "card" }, line, shown);
-  });
+  const parts = about.prompts.map(prompt =>
+    sentence(prompt[own().name].map(([t, active]) => [state.words[t], active]), search));
   main.replaceChildren(el("h1", {}, `Sentences, as ${own().name} sees them`), el("p", { class: "soft" },
     "Choose a token to see the latents that fire on it; point at a latent to see where else it fires."), ...parts);
 }

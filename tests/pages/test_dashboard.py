@@ -5,13 +5,16 @@ import gzip
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from command_line import SITE, call, works
 
-from llm_wsae import dashboard
+from llm_wsae import dashboard, inspect
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU
@@ -21,6 +24,8 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages import collecting
 from llm_wsae.pages.collecting import collect, context_of_every_row, windows
+from llm_wsae.pages.dashboard import named_dictionaries
+from llm_wsae.pages.live import Session, application
 from llm_wsae.pages.payload import Words, shown
 
 PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
@@ -277,3 +282,92 @@ def test_hostile_text_does_nothing(browser, world, page, tmp_path):
     assert tab.locator("img").count() == 0 and "<img src=x" in tab.locator("article").inner_text()
     assert wrong == [] and tab.evaluate("document.documentElement.scrollWidth") <= 1280
     tab.close()
+
+
+# --- the live page ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def session(world):
+    model = LanguageModel.load(str(world / "model"))
+    return Session(model, named_dictionaries([world / PLAIN, world / WEIGHTED]))
+
+
+@pytest.fixture(scope="module")
+def client(session):
+    pytest.importorskip("starlette", reason="the extra page is not installed")
+    from starlette.testclient import TestClient
+
+    return TestClient(application("the page", session, "secret", 8123), "http://127.0.0.1:8123")
+
+
+def test_only_this_machine_with_the_token_is_answered(client):
+    assert client.get("/secret/").text == "the page"
+    question = {"text": "w1 w2", "dictionary": 0}
+    assert client.post("/secret/ask", json=question).status_code == 200
+    refused = (
+        client.get("/wrong/"),
+        client.get("/secret/", headers={"host": "evil.example"}),
+        client.post("/wrong/ask", json=question),
+        client.post("/secret/ask", json=question, headers={"origin": "http://evil.example"}),
+        client.post("/secret/ask", json=question, headers={"host": "evil.example"}),
+        client.get("/"),
+    )
+    assert [reply.status_code for reply in refused] == [404] * 6
+    plain_text = {"content-type": "text/plain"}  # what another page may post without asking
+    assert client.post("/secret/ask", content="{}", headers=plain_text).status_code == 415
+    assert client.post("/secret/ask", json={"text": "x" * 20_000}).status_code == 413
+    assert "access-control-allow-origin" not in client.get("/secret/").headers
+
+
+def test_questions_are_answered_or_refused_in_a_sentence(client, world):
+    found = client.post("/secret/ask", json={"text": "w1 w2 w3", "dictionary": 1}).json()["tokens"]
+    one = inspect(world / WEIGHTED, text="w1 w2 w3", model=str(world / "model"))
+    assert [[a.latent for a in t.latents] for t in one.tokens] == [
+        [latent for latent, _ in active] for _, active in found
+    ]
+    steer = {"text": "w1 w2 w3", "dictionary": 0, "latent": 5, "strength": 50.0, "tokens": 5}
+    changed = client.post("/secret/ask", json=steer).json()
+    assert changed["change"] > 0
+    same = client.post("/secret/ask", json=steer | {"strength": 0}).json()
+    assert same["before"] == same["after"] == changed["before"] and same["change"] < 1e-3
+    for wrong, said in (
+        ({"text": ""}, "1 to 2000 characters"),
+        ({"dictionary": 2}, "no such dictionary"),
+        ({"latent": 64}, "there is no latent 64"),
+        ({"strength": "much"}, "a strength is a number"),
+        ({"tokens": 1000}, "from 1 to 60 tokens"),
+    ):
+        reply = client.post("/secret/ask", json=steer | wrong)
+        assert reply.status_code == 400 and said in reply.json()["error"]
+    assert (
+        client.post(
+            "/secret/ask", content="[", headers={"content-type": "application/json"}
+        ).status_code
+        == 400
+    )
+
+
+def test_a_browser_asks_the_model(browser, world, tmp_path):
+    """Over the real server, in a process of its own."""
+    command = [
+        sys.executable, "-m", "llm_wsae", "dashboard", world / PLAIN, "--store", world / "store",
+        "--model", world / "model", "--out", tmp_path / "live.html", "--live",
+    ]  # fmt: skip
+    server = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    try:
+        address = next(line.split()[1] for line in server.stderr if line.startswith("open http"))
+        tab, wrong = browser.new_page(), []
+        tab.on("console", lambda message: wrong.append(message.text))
+        tab.on("request", lambda r: None if r.url.startswith(address) else wrong.append(r.url))
+        tab.goto(f"{address}#live/d0")
+        tab.locator("textarea").fill("w1 w2 w3")
+        tab.click("#read")
+        tab.wait_for_selector(".card .context")
+        tab.click("#write")
+        tab.wait_for_selector("text=turned by 30")
+        assert wrong == []
+        tab.close()
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) in (0, 130)

@@ -697,7 +697,7 @@ if not INTERPRETED:
         pair = (encoder.float(), encoder.float())
         triton.adam_rows(pair, pair, pair, pair, 1, 0.01, encoder)
         more = SubsetGradients(torch.arange(5000), *pair, bias.float())
-        for some in (None, more):
+        for some in (None, more) if dtype == torch.bfloat16 else (more,):  # float32 is slow
             gradients = SparseGradients(codes, x, x, codes.values, some)
             triton.sparse_adam(gradients, pair, pair, pair, 1, 0.01, encoder)
         modules = (adam, latents, rows, select)

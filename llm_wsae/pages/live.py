@@ -1,0 +1,162 @@
+"""The page, served on this machine alone, with the model behind it: sentences and steering.
+
+The server listens on 127.0.0.1. Its address holds a random token, a request must name this host and
+port (so that no other site's name can be pointed here), and a request that a page of another origin
+makes is refused. The model answers one request at a time.
+"""
+
+import json
+import secrets
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_wsae.attaching.attachment import attach
+from llm_wsae.attaching.edits import Steer
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.inspecting.sentence import read_sentence
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.pages.payload import shown
+
+LONGEST_TEXT, MOST_NEW_TOKENS, LARGEST_REQUEST = 2000, 60, 16_000
+
+
+class Session:
+    """What the page may ask of the model."""
+
+    def __init__(self, model: LanguageModel, dictionaries: Mapping[str, Dictionary]):
+        self._model = model
+        self._dictionaries = list(dictionaries.values())
+        self._busy = threading.Lock()
+
+    def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Raises UsageError for a request that makes no sense."""
+        text, number = asked.get("text"), asked.get("dictionary")
+        if not isinstance(text, str) or not 0 < len(text) <= LONGEST_TEXT:
+            raise UsageError(f"a text has 1 to {LONGEST_TEXT} characters")
+        if not isinstance(number, int) or not 0 <= number < len(self._dictionaries):
+            raise UsageError("there is no such dictionary")
+        dictionary = self._dictionaries[number]
+        with self._busy, torch.no_grad():
+            if asked.get("latent") is None:
+                return {"tokens": self._tokens(dictionary, text)}
+            return self._steered(dictionary, text, asked)
+
+    def _tokens(self, dictionary: Dictionary, text: str) -> list[Any]:
+        return [
+            [shown(one.token), [[a.latent, float(f"{a.activation:.4g}")] for a in one.latents[:12]]]
+            for one in read_sentence(self._model, dictionary, text)
+        ]
+
+    def _steered(self, dictionary: Dictionary, text: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """What the model writes after a text without and with a latent turned up, and by how much
+        the edit changed the logits of the text's last token."""
+        latent, strength, count = (asked.get(key) for key in ("latent", "strength", "tokens"))
+        if not isinstance(latent, int) or not 0 <= latent < dictionary.d_sae:
+            raise UsageError(f"there is no latent {latent!r}")
+        if not isinstance(strength, (int, float)) or not abs(strength) <= 1e6:
+            raise UsageError("a strength is a number")
+        if not isinstance(count, int) or not 1 <= count <= MOST_NEW_TOKENS:
+            raise UsageError(f"from 1 to {MOST_NEW_TOKENS} tokens can be written")
+        tokenizer, model = self._model.tokenizer, self._model.hf_model
+        ids = tokenizer(text, return_tensors="pt").input_ids.to(self._model.device)
+        if not ids.shape[1]:
+            raise UsageError("the text is empty; give a sentence")
+
+        def write() -> tuple[str, torch.Tensor]:
+            logits = model(ids).logits[0, -1].float()
+            new = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+            )
+            return tokenizer.decode(new[0, ids.shape[1] :]), logits
+
+        before, clean = write()
+        with attach(self._model, dictionary) as attached:
+            attached.edit(dictionary.site, Steer(latent=latent, strength=float(strength)))
+            after, steered = write()
+        change = float((steered - clean).abs().max())
+        return {"before": before, "after": after, "change": float(f"{change:.4g}")}
+
+
+def application(page: str, session: Session, token: str, port: int) -> Any:
+    """The ASGI application. Everything but the page and its questions is refused."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+
+    hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
+
+    async def show(request: Request) -> Response:
+        return HTMLResponse(page)
+
+    async def ask(request: Request) -> Response:
+        if request.headers.get("content-type") != "application/json":
+            return PlainTextResponse("questions are JSON", 415)
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > LARGEST_REQUEST:
+                return PlainTextResponse("too long", 413)
+        try:
+            asked = json.loads(body)
+            if not isinstance(asked, dict):
+                raise UsageError("a question is a JSON object")
+            return JSONResponse(await run_in_threadpool(session.answer, asked))
+        except (ValueError, LlmWsaeError) as error:
+            return JSONResponse({"error": shown(str(error))}, 400)
+
+    def guarded(
+        endpoint: Callable[[Request], Awaitable[Response]],
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def checked(request: Request) -> Response:
+            host, origin = request.headers.get("host"), request.headers.get("origin")
+            known = secrets.compare_digest(request.path_params["token"].encode(), token.encode())
+            if host not in hosts or not known or (origin and origin != f"http://{host}"):
+                return PlainTextResponse("not found", 404)
+            return await endpoint(request)
+
+        return checked
+
+    return Starlette(
+        routes=[
+            Route("/{token}/", guarded(show), methods=["GET"]),
+            Route("/{token}/ask", guarded(ask), methods=["POST"]),
+        ]
+    )
+
+
+def serve(
+    page: Path,
+    model: LanguageModel,
+    dictionaries: Mapping[str, Dictionary],
+    port: int,
+    announce: Callable[[str], None],
+) -> None:
+    """Serve a page until the process is interrupted; ``announce`` is told its address.
+
+    Port 0 takes a free one. Raises UsageError if the extra ``page`` is not installed, LlmWsaeError
+    if the port is taken.
+    """
+    import socket
+
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise UsageError("--live needs a server: pip install 'llm-wsae[page]'") from error
+    listening = socket.socket()
+    try:
+        listening.bind(("127.0.0.1", port))
+    except OSError as error:
+        listening.close()
+        raise LlmWsaeError(f"port {port} cannot be used: {error.strerror}; name another") from error
+    port, token = listening.getsockname()[1], secrets.token_urlsafe(16)
+    made = application(page.read_text(encoding="utf-8"), Session(model, dictionaries), token, port)
+    announce(f"http://127.0.0.1:{port}/{token}/")
+    server = uvicorn.Server(uvicorn.Config(made, log_level="error", timeout_keep_alive=5))
+    server.run(sockets=[listening])
