@@ -37,7 +37,7 @@ PEERS = {  # folder of the environment, distributions, module
 # The page of docs/benchmarks on which a section stands, by the first word of the section's name.
 _PAGES = {
     "bench_train": "training-step.md",
-    "profile_step": "training-profile.md",
+    "profile_step": "training-quality.md",
     "quality": "training-quality.md",
     "gradients": "training-quality.md",
     "harvest": "harvest.md",

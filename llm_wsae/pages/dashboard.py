@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from llm_wsae.pages.collecting import collect
 from llm_wsae.pages.payload import Latents, Words, facts, nearest, packed, prompt_facts, table
 from llm_wsae.terminal import printable
 
-_HERE = Path(__file__).parent
 _MOST_MEGABYTES = 60
 
 
@@ -141,7 +141,9 @@ def named_dictionaries(
 def _page(about: dict[str, Any], parts: Sequence[tuple[str, str]], live: bool) -> str:
     """The file: everything inline, and a policy that forbids every request, or every one but those
     to its own server."""
-    style, script, frame = (_text(f"page.{kind}") for kind in ("css", "js", "html"))
+    frame = _frame()
+    (style,) = re.findall(r"<style>(.*?)</style>", frame, re.DOTALL)
+    (script,) = re.findall(r"<script>(.*?)</script>", frame, re.DOTALL)
     data = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
     blocks = [f'<script type="application/json" id="about">{data}</script>']
     blocks += [f'<script type="text/plain" id="{name}">{text}</script>' for name, text in parts]
@@ -149,22 +151,16 @@ def _page(about: dict[str, Any], parts: Sequence[tuple[str, str]], live: bool) -
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         f"connect-src '{'self' if live else 'none'}'; base-uri 'none'; form-action 'none'"
     )
-    for place, content in (
-        ("policy", policy),
-        ("style", style),
-        ("data", "\n".join(blocks)),
-        ("script", script),
-    ):
-        frame = frame.replace(f"@@{place}@@", content, 1)
-    return frame
+    return frame.replace("@@policy@@", policy, 1).replace("@@data@@", "\n".join(blocks), 1)
 
 
 def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _text(name: str) -> str:
+def _frame() -> str:
+    path = Path(__file__).parent / "page.html"
     try:
-        return (_HERE / name).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise LlmWsaeError(f"this installation lacks {_HERE / name}; install it again") from error
+        raise LlmWsaeError(f"this installation lacks {path}; install it again") from error

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import BLOCKS, BOS, FAMILIES, KNOWN, VOCAB, WIDTH, WITH_MID, tiny_hf_m
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model import forward
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.parallel_map import parallel_map
 from llm_wsae.model.site import Site
 
 THREADS = torch.get_num_threads()
@@ -330,3 +332,54 @@ def test_identity_recognises_a_model_wherever_it_lies(tmp_path):
     other_eps.config.rms_norm_eps = 1e-3
     others = {digest(other_eps), digest(tiny_hf_model("llama", 1)), digest(tiny_hf_model("neox"))}
     assert len(others | {saved["a"]["weights_sha256"]}) == 4
+
+
+# --- cores shared out ---
+
+
+@pytest.fixture(params=[1, 2, 5])
+def cores(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@over(pieces=[0, 1, 2, 7])
+def test_results_come_in_order_and_cores_are_shared_out(cores, pieces):
+    def work(piece):
+        return piece, torch.get_num_threads(), threading.get_ident()
+
+    found = parallel_map(work, range(pieces))
+    assert [piece for piece, _, _ in found] == list(range(pieces))
+    workers = max(1, min(cores, pieces))
+    assert all(share == cores // workers for _, share, _ in found)
+    if workers == 1:
+        assert all(thread == threading.get_ident() for _, _, thread in found)
+    assert torch.get_num_threads() == cores
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [cores]
+
+
+def test_pieces_run_at_the_same_time():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    meeting = threading.Barrier(2, timeout=60)
+    try:
+        parallel_map(lambda piece: meeting.wait(), [0, 1])  # alone it would wait in vain
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_comes_out_and_cores_are_given_back(cores):
+    def work(piece):
+        if piece == 3:
+            raise ValueError("piece 3")
+        return piece
+
+    with pytest.raises(ValueError, match="piece 3"):
+        parallel_map(work, range(5))
+    assert torch.get_num_threads() == cores

@@ -1,4 +1,4 @@
-"""The weighted classes for SAELens, as far as they come without it (with it: interop.sh)."""
+"""The weighted classes for SAELens, as far as they come without it (with it: interop.py)."""
 
 import ast
 import importlib.util
