@@ -2,7 +2,7 @@
 
     bash scripts/reproduce.sh recovery
 
-Two models, five sites. Every dictionary is trained on rows into which 336 known directions are
+Two models, three sites. Every dictionary is trained on rows into which 336 known directions are
 planted, and judged twice: by what it recovers of them on rows that no dictionary was trained on,
 and by the cross-entropy and KL of the model on clean held-out text.
 
@@ -131,8 +131,6 @@ PLACES = {
     "smollm2": Where("smollm2", 9, (_LATER,)),
     "gemma": Where("gemma", 9, (*_FEWER, "uniform-k24", f"whitening-a0.25-space-k{K}", _LATER)),
     "smollm2-20": Where("smollm2", 20, _FEWEST),
-    "gemma-5": Where("gemma", 5, (*_FEWEST, "uniform-k24", "uniform-k48", _LATER)),
-    "gemma-14": Where("gemma", 14, (*_FEWEST, "uniform-k24", "uniform-k48", _LATER)),
 }
 Means = dict[str, dict[str, float]]
 """Arm → measure → mean over seeds."""
@@ -245,19 +243,9 @@ EXPECTED = (
         "halfway whitened space: KL within 8 % of plain",
         change(_HALF, "kl", -0.08, 0.08),
     ),
-    Expectation(
-        "gemma-5",
-        "halfway whitened space: KL at least 10 % lower than plain at the same k",
-        change(_HALF, "kl", -1, -0.1),
-    ),
-    Expectation(
-        "gemma-14",
-        "halfway whitened space: KL at least 10 % lower than plain at the same k",
-        change(_HALF, "kl", -1, -0.1),
-    ),
     *(
         Expectation(place, words, found)
-        for place in ("smollm2-20", "gemma-5", "gemma-14")
+        for place in ("smollm2-20",)
         for words, found in (
             (
                 "its rotated control: KL no lower than plain",

@@ -9,9 +9,10 @@
   variance of SmolLM2's stream is scaled up before a dictionary sees it, and scaled back behind it,
   so that the model itself is untouched.
 - ``form``: weights in the loss find more features than the same weights as a space. A dictionary
-  of either kind is trained with decoder rows of unit length as the other kind measures length.
-- ``units``: what came of that, a space with decoder rows of unit length in the model's units, for
-  whitening and on both models. This was not planned before ``form`` was measured.
+  of either kind is trained with decoder rows of unit length as the other kind measures length; the
+  space with lengths of the model became the place ``mixed``.
+- ``units``: that place for whitening, and on both models. It was not planned before ``form`` was
+  measured.
 
 The sites, plants, texts and judges are those of ``results_recovery.py``, and so are the
 dictionaries that these are compared with. ``EXPECTED`` was written down before the first of these
@@ -43,6 +44,7 @@ from llm_wsae.training import trainer
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.config import default_learning_rate
 from llm_wsae.weights.choosing import own_weights, weights_from_rule
+from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_share import effective_dimensions
 from llm_wsae.weights.loss_weights import LossWeights
@@ -50,6 +52,7 @@ from llm_wsae.weights.matrix_rules import spectrum
 
 RUN = README.parent / "runs/whitening"
 ARCHIVE = Path(__file__).parent / "results/whitening.jsonl.gz"
+MIXED = WeightConfig(place="mixed")
 HALF = ("whitening", 0.5, SPACE)
 INVERSE = ("variance", -0.5, LOSS)
 DOSES = (0.45, 0.7)
@@ -135,44 +138,44 @@ def nearer(label: str, to: str, than: str) -> Callable[[Found], tuple[bool, str]
     return found
 
 
-UNSTRETCHED = f"{WHITENED}-unstretched"
-LOSS_STRETCHED, SPACE_UNSTRETCHED = f"{INVERTED}-stretched", f"{INVERTED_SPACE}-unstretched"
+MIXED_HALF = f"whitening-a0.5-mixed-k{K}"
+STRETCHED, MIXED_INVERSE = f"{INVERTED}-stretched", f"variance-a-0.5-mixed-k{K}"
 EXPECTED = (
     Expectation(
         "form",
         "smollm2",
-        "in the space, with unit decoder rows in the model's units: recovers as in the loss",
-        nearer(SPACE_UNSTRETCHED, INVERTED, INVERTED_SPACE),
+        "in the space, lengths in the model's units (mixed): recovers as in the loss",
+        nearer(MIXED_INVERSE, INVERTED, INVERTED_SPACE),
     ),
     Expectation(
         "form",
         "smollm2",
-        "in the loss, with unit decoder rows after stretching: recovers as in the space",
-        nearer(LOSS_STRETCHED, INVERTED_SPACE, INVERTED),
+        "in the loss, lengths after stretching: recovers as in the space",
+        nearer(STRETCHED, INVERTED_SPACE, INVERTED),
     ),
     Expectation(
         "units",
         "smollm2",
-        "halfway whitened, unit rows in the model's units: at least 30 % more recovered than plain",
-        changed("", 0.3, 99, UNSTRETCHED, "recovered"),
+        "halfway whitened, mixed: at least 30 % more recovered than plain",
+        changed("", 0.3, 99, MIXED_HALF, "recovered"),
     ),
     Expectation(
         "units",
         "smollm2",
         "the same: KL at most 5 % above plain",
-        changed("", -1, 0.05, UNSTRETCHED),
+        changed("", -1, 0.05, MIXED_HALF),
     ),
     Expectation(
         "units",
         "gemma",
         "the same: KL at least 20 % below plain",
-        changed("", -1, -0.2, UNSTRETCHED),
+        changed("", -1, -0.2, MIXED_HALF),
     ),
     Expectation(
         "units",
         "gemma",
         "the same: at least 80 % more recovered than plain",
-        changed("", 0.8, 99, UNSTRETCHED, "recovered"),
+        changed("", 0.8, 99, MIXED_HALF, "recovered"),
     ),
     Expectation(
         "dose",
@@ -230,7 +233,7 @@ class Trial:
     facts: dict[str, float] = field(default_factory=dict)
 
 
-def trials(experiment: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
+def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
     """All dictionaries of a seed."""
 
     def arm(rule: str, alpha: float, config: Any = LOSS, **how: Any) -> ArmConfig:
@@ -238,13 +241,14 @@ def trials(experiment: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
         return ArmConfig(weights, **{"k": K, "init_seed": seed} | how)
 
     if experiment == "form":
-        yield Trial("", LOSS_STRETCHED, arm(*INVERSE))
-        yield Trial("", SPACE_UNSTRETCHED, arm("variance", -0.5, SPACE))
+        yield Trial("", STRETCHED, arm(*INVERSE))
+        yield Trial("", MIXED_INVERSE, arm("variance", -0.5, MIXED))
     if experiment == "units":
         for alpha in (0.25, 0.5):
-            own = arm("whitening", alpha, SPACE)
-            yield Trial("", f"{label_of(own)}-unstretched", own)
-        yield Trial("", SPACE_UNSTRETCHED, arm("variance", -0.5, SPACE))
+            own = arm("whitening", alpha, MIXED)
+            yield Trial("", label_of(own), own)
+        if place not in EXPERIMENTS["form"]:
+            yield Trial("", MIXED_INVERSE, arm("variance", -0.5, MIXED))
     if experiment == "dose":
         for share in DOSES:
             for label, weights in scaled(inputs, share):
@@ -290,27 +294,28 @@ def scaled(inputs: RuleInputs, share: float) -> Iterator[tuple[str, LossWeights]
     yield WHITENED, own_weights(half, inputs)
 
 
-class OtherLength(Arm):
-    """An arm in the loss whose decoder rows d have ‖Γd‖ = 1, or one in a space Γ with ‖Γ⁻¹d‖ = 1.
+class Stretched(Arm):
+    """An arm whose decoder rows d have ‖Γd‖ = 1, if its weights are in the loss. Γ is diagonal.
 
-    The k largest latents are then chosen as an arm of the other kind does; the error that is
+    The k largest latents are then chosen as an arm in the space chooses them; the error that is
     minimised, what the encoder sees and Adam's coordinates remain.
     """
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
-        self._rescale()
-        decoder = self.parameters.decoder
-        self.parameters.encoder.copy_(decoder / decoder.square().sum(1, keepdim=True))
+        if self.space is None:
+            self._rescale()
+            decoder = self.parameters.decoder
+            self.parameters.encoder.copy_(decoder / decoder.square().sum(1, keepdim=True))
 
     def _rescale(self) -> None:
         decoder = self.parameters.decoder
-        rows = decoder * self._full_gamma if self.space is None else self.space.leave(decoder)
-        decoder /= rows.norm(dim=1, keepdim=True)
+        decoder /= (decoder * self.gamma).norm(dim=1, keepdim=True)
 
     def step(self, *given: Any, **named: Any) -> None:
         super().step(*given, **named)
-        self._rescale()
+        if self.space is None:
+            self._rescale()
 
 
 def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> None:
@@ -318,7 +323,7 @@ def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> Non
     opened = recovery.open_site(PLACES[place], path)
     for seed in seeds:
         groups: dict[str, list[Trial]] = {}
-        for trial in trials(experiment, opened.inputs, seed):
+        for trial in trials(experiment, place, opened.inputs, seed):
             if not _result(experiment, place, trial, seed).exists():
                 groups.setdefault(trial.setting, []).append(trial)
         for setting, own in groups.items():
@@ -335,7 +340,7 @@ def _train_and_judge(
     )
     folder = RUN / "trained" / f"{experiment}-{place}" / _name(own[0].setting) / f"s{seed}"
     with torch.no_grad():
-        trainer.Arm = OtherLength if experiment in ("form", "units") else Arm  # type: ignore[misc]
+        trainer.Arm = Stretched if experiment == "form" else Arm  # type: ignore[misc]
         dictionaries = train(opened.source, [trial.arm for trial in own], config, folder)
         trainer.Arm = Arm  # type: ignore[misc]
     fidelity = opened.evaluator.evaluate(dictionaries).dictionaries
@@ -466,7 +471,7 @@ def section() -> str:
 
 TITLES = {
     "form": "In the loss, in the space, and between",
-    "units": "A space with decoder rows of unit length in the model's units",
+    "units": "A space with lengths in the model's units",
     "dose": "One loud dimension",
     "rate": "Other learning rates",
     "length": "Longer trainings",

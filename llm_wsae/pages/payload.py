@@ -81,8 +81,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
     """What the overview says of a dictionary."""
     info, fidelity = dictionary.info, dictionary.info.metrics.get("fidelity", {})
     weights = "none" if info.rule == "uniform" else f"{info.rule}, α = {info.alpha:g}"
-    if info.weights.get("place") == "space":
-        weights += ", as a space to train in"
+    weights += {"space": ", as a space", "mixed": ", mixed"}.get(str(info.weights.get("place")), "")
     return {
         "name": printable(name),
         "facts": [

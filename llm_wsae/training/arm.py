@@ -133,6 +133,11 @@ class Arm:
         """The latents that are here: all, unless other processes hold some."""
         self._strategy = strategy
         self.parameters = initial_parameters(d_in, d_sae, config.init_seed, device, own=own)
+        if config.weights.config.place == "mixed":
+            self._give_rows_their_length(torch.float32)
+            # so that a latent reads its own direction with slope 1, as it does elsewhere
+            squares = self.parameters.decoder.square().sum(1, keepdim=True)
+            self.parameters.encoder.copy_(self.parameters.decoder / squares)
         self.architecture = config.kind(config.level, d_sae, device, strategy)
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
@@ -162,6 +167,8 @@ class Arm:
             if step.observed is not None:
                 self.architecture.follow(step.observed, learning_rate)
             self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
+            if self.config.weights.config.place == "mixed":
+                self._give_rows_their_length(batch.x_fast.dtype)
             self._record(step, batch)
 
     def anneal(self, done: float) -> None:
@@ -177,6 +184,13 @@ class Arm:
         encoder = self._optimiser.encoder(batch.x_fast.dtype)
         parameters = self.parameters._replace(encoder=encoder)  # in the products' number format
         return self.architecture.step(parameters, self._weighed(batch), self.gamma)
+
+    def _give_rows_their_length(self, fast: torch.dtype) -> None:
+        """Scale decoder rows, which the optimiser leaves at length 1 in the space, to length 1 in
+        the model's units."""
+        assert self.space is not None
+        decoder = self.parameters.decoder
+        decoder /= self.space.lengths_outside(decoder, fast)
 
     def _weighed(self, batch: Batch) -> Batch:
         """The batch with how much its rows count under the arm's weights, if that is not set."""

@@ -52,7 +52,7 @@ def dictionary_of(
         },
     )
     threshold = arm.architecture.thresholds()
-    space = weights.gamma if weights.config.place == "space" else None
+    space = weights.gamma if weights.config.in_space else None
     return Dictionary(
         **folded(arm.parameters, normaliser.mean, normaliser.scale, threshold, space),
         sparsity=arm.architecture.sparsity,
@@ -80,8 +80,9 @@ def folded(
     b_enc ← scale·b_enc − mean·W_enc, b_dec ← scale·b_dec + mean, threshold ← scale·threshold.
 
     In a space Γ it sees x' = Γ(x − mean)/scale, so W_enc ← Γᵀ W_enc first, W_dec ← W_dec Γ⁻ᵀ and
-    b_dec ← b_dec Γ⁻ᵀ. Codes stay those of the training, so decoder rows have unit norm in the space
-    only: rescaling them here would change which latents are the largest.
+    b_dec ← b_dec Γ⁻ᵀ. Codes stay those of the training: rescaling decoder rows here would change
+    which latents are the largest. So they have unit norm where the training kept them so, in the
+    space or, of mixed weights, in the model's units.
     """
     encoder, decoder, encoder_bias, decoder_bias = (p.detach().cpu().double() for p in parameters)
     mean = mean.cpu().double()

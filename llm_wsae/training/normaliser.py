@@ -54,7 +54,7 @@ class Space:
     """Where an arm is trained: x′ = Γx of normalised rows x, and the way back."""
 
     def __init__(self, gamma: Gamma, device: torch.device):
-        """``gamma`` must be invertible, as weights with the place "space" are."""
+        """``gamma`` must be invertible, as weights that act as a space are."""
         self.gamma = gamma.to(device, torch.float32)
         self._inverse = inverse(gamma).to(device, torch.float32)
 
@@ -66,6 +66,17 @@ class Space:
     def leave(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """Rows of this space, or differences of them, as normalised rows again."""
         return _transform(rows, self._inverse)
+
+    def lengths_outside(
+        self, rows: Float[Tensor, "rows d_in"], fast: torch.dtype
+    ) -> Float[Tensor, "rows 1"]:
+        """The lengths that rows of this space have as normalised rows; a product with a matrix is
+        made in the number format ``fast``."""
+        if self._inverse.ndim == 1:
+            left = rows * self._inverse
+        else:
+            left = (rows.to(fast) @ self._inverse.to(fast).T).float()
+        return torch.linalg.vector_norm(left, dim=1, keepdim=True)
 
 
 class Spaces:

@@ -6,7 +6,7 @@ from typing import Literal
 from llm_wsae.errors import UsageError
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER
 
-Place = Literal["auto", "loss", "space"]
+Place = Literal["auto", "loss", "space", "mixed"]
 Form = Literal["auto", "diagonal", "matrix"]
 
 
@@ -16,7 +16,8 @@ class WeightConfig:
 
     place: Place = "auto"
     """Where Γ acts: in the loss (on the reconstruction error alone), or as a space to train in,
-    which is folded back at the end. auto: the space for whitening, the loss for other rules."""
+    which is folded back at the end. mixed: as a space, but latents compete for their places with
+    their length in the model's units. auto: the space for whitening, the loss for other rules."""
     form: Form = "auto"
     """One weight for each dimension (diagonal) or a full matrix Γ, for rules that have one.
     auto: the matrix in the space and for rules with nothing else, otherwise the diagonal."""
@@ -34,11 +35,16 @@ class WeightConfig:
             raise UsageError(f"anneal is a share of the steps, from 0 to 1, not {self.anneal:g}")
         if self.draw < 0:
             raise UsageError(f"draw must not be negative, but is {self.draw}")
-        if self.anneal and self.place == "space":
+        if self.anneal and self.in_space:
             raise UsageError(
                 "only weights in the loss can be annealed: a dictionary cannot follow a "
                 "space that moves; set anneal to 0 or place to loss"
             )
+
+    @property
+    def in_space(self) -> bool:
+        """Whether Γ is a space to train in."""
+        return self.place in ("space", "mixed")
 
 
 IN_LOSS = WeightConfig(place="loss")

@@ -56,8 +56,8 @@ class LossWeights:
             parts.append(f"c{config.clip:g}")
         if config.anneal:
             parts.append(f"n{config.anneal:g}")
-        if config.place == "space":
-            parts.append("space")
+        if config.in_space:
+            parts.append(config.place)
         return "-".join(parts)
 
     @property

@@ -145,7 +145,7 @@ class Rule:
                     "place, form, clip and anneal at their defaults"
                 )
             return "tokens"
-        prefers_matrix = self.has_matrix and (config.place == "space" or not self.has_scores)
+        prefers_matrix = self.has_matrix and (config.in_space or not self.has_scores)
         if config.form == "matrix" or (config.form == "auto" and prefers_matrix):
             self._check_matrix()
             return "matrix"
