@@ -50,7 +50,7 @@ from llm_wsae.studies.curve import Curve, Point, Value
 from llm_wsae.studies.inference import Estimate, estimates
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.tuning import TRIAL_TOKENS, choose_alpha
+from llm_wsae.tuning import LEAST_GAIN, TRIAL_TOKENS, choose_alpha
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
@@ -522,6 +522,41 @@ def plot_recovery(path: Path) -> None:
     save(figure, path)
 
 
+def choices() -> str:
+    """What ``--alpha auto`` chooses at each site, and what that costs beside the best that was
+    trained in full."""
+    rows = [["site", "effective dimensions of the plain loss", "KL of the trials, by α", "chosen",
+             "KL of the choice", "best", "regret"]]  # fmt: skip
+    for key, where in PLACES.items():
+        path = RUN / key / "site.json"
+        if not path.exists():
+            continue
+        known = json.loads(path.read_text())
+        trials = {float(alpha): kl for alpha, kl in known["auto"]["kl"].items()}
+        alpha = min(trials, key=lambda one: trials[one])
+        if trials[alpha] > (1 - LEAST_GAIN) * trials[0.0]:
+            alpha = 0.0
+        means = means_of(read(key))
+        of_alpha = {
+            one: means[label]["kl"]
+            for one in trials
+            if (label := f"whitening-a{one:g}-space-k{K}" if one else f"uniform-k{K}") in means
+        }
+        best = min(of_alpha, key=lambda one: of_alpha[one])
+        rows.append(
+            [
+                where.title,
+                f"{known['effective_dimensions']:.0f}",
+                ", ".join(f"{one:g}: {kl:.3f}" for one, kl in trials.items()),
+                f"{alpha:g}" if alpha else "none",
+                f"{of_alpha[alpha]:.3f}",
+                f"{best:g}: {of_alpha[best]:.3f}",
+                f"{100 * (of_alpha[alpha] / of_alpha[best] - 1):.0f} %",
+            ]
+        )
+    return markdown(rows)
+
+
 def section() -> str:
     """The part of docs/results.md."""
     parts = []
@@ -542,7 +577,8 @@ def section() -> str:
             if one.place == key:
                 met, measured = one.found(means)
                 outcomes.append([where.title, one.words, measured, "yes" if met else "**no**"])
-    return "\n\n".join([*parts, "### Expected and found", markdown(outcomes)])
+    chosen = ["### What `--alpha auto` chooses", choices()]
+    return "\n\n".join([*parts, *chosen, "### Expected and found", markdown(outcomes)])
 
 
 def main() -> None:
