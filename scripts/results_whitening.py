@@ -244,7 +244,7 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
         yield Trial("", STRETCHED, arm(*INVERSE))
         yield Trial("", MIXED_INVERSE, arm("variance", -0.5, MIXED))
     if experiment == "units":
-        for alpha in (0.25, 0.5):
+        for alpha in (0.25, 0.5) if place == "smollm2" else (0.5,):
             own = arm("whitening", alpha, MIXED)
             yield Trial("", label_of(own), own)
         if place not in EXPERIMENTS["form"]:
