@@ -7,9 +7,10 @@ planted, and judged twice: by what it recovers of them on rows that no dictionar
 and by the cross-entropy and KL of the model on clean held-out text.
 
 ``EXPECTED`` was written down before the first dictionary of a site was trained: for block 9 from a
-pilot with other plants and other seeds, for the other sites from block 9. Every arm has three
-seeds. Plain dictionaries of k = 16 were added to SmolLM2's block 9 afterwards, so that one
-weighting could be compared at equal KL.
+pilot with other plants and other seeds, for the other site from block 9. Every arm has three
+seeds. Two kinds of dictionaries were added to block 9 afterwards: plain ones of k = 16, so that one
+weighting could be compared at equal KL, and those of the place ``mixed``, once
+``results_whitening.py`` had found it; their expectations were written down between the two.
 """
 
 import argparse
@@ -66,6 +67,7 @@ K = 32
 CURVE = (16, 24, 32, 48, 64, 96)
 SEEDS = (0, 1, 2)
 SPACE, LOSS = WeightConfig(place="space"), WeightConfig(place="loss")
+MIXED = WeightConfig(place="mixed")
 ARMS: tuple[tuple[str, float, WeightConfig], ...] = (
     ("whitening", 0.25, SPACE),
     ("whitening", 0.5, SPACE),
@@ -75,6 +77,9 @@ ARMS: tuple[tuple[str, float, WeightConfig], ...] = (
     ("variance", -0.25, LOSS),
     ("variance", -0.5, LOSS),
     ("variance", -0.5, SPACE),
+    ("whitening", 0.25, MIXED),
+    ("whitening", 0.5, MIXED),
+    ("variance", -0.5, MIXED),
     ("rotated:whitening", 0.5, SPACE),
     ("permuted:variance", -0.5, LOSS),
     ("variance", 0.5, LOSS),
@@ -119,17 +124,23 @@ MODELS = {
     "smollm2": Model("SmolLM2-135M", 2_400_000, 1 / 16, 6000),
     "gemma": Model("Gemma 3 270M", 1_200_000, 1 / 8, 3000),
 }
+_MIXED = tuple(
+    f"{weights}-mixed-k{K}" for weights in ("whitening-a0.25", "whitening-a0.5", "variance-a-0.5")
+)
 _LATER = f"whitening-a0.75-space-k{K}"
 _FEWER = ("uniform-k16", "uniform-k96", f"whitening-a1-k{K}", f"variance-a-0.25-k{K}")
 _FEWEST = (
     *_FEWER,
+    *_MIXED,
     f"variance-a-0.5-space-k{K}",
     f"permuted-variance-a-0.5-k{K}",
     f"variance-a0.5-k{K}",
 )
 PLACES = {
     "smollm2": Where("smollm2", 9, (_LATER,)),
-    "gemma": Where("gemma", 9, (*_FEWER, "uniform-k24", f"whitening-a0.25-space-k{K}", _LATER)),
+    "gemma": Where(
+        "gemma", 9, (*_FEWER, "uniform-k24", f"whitening-a0.25-space-k{K}", _MIXED[0], _LATER)
+    ),
     "smollm2-20": Where("smollm2", 20, _FEWEST),
 }
 Means = dict[str, dict[str, float]]
@@ -176,6 +187,7 @@ def at_most(arm: str, measure: str, bound: float) -> Callable[[Means], tuple[boo
 
 _HALF = f"whitening-a0.5-space-k{K}"
 _INVERSE, _PERMUTED = f"variance-a-0.5-k{K}", f"permuted-variance-a-0.5-k{K}"
+_MIXED_HALF = f"whitening-a0.5-mixed-k{K}"
 _PAPER, _ROTATED = f"variance-a0.5-k{K}", f"rotated-whitening-a0.5-space-k{K}"
 EXPECTED = (
     Expectation(
@@ -237,6 +249,26 @@ EXPECTED = (
         "gemma",
         "the paper's variance, α = ½: recovers at most .03",
         at_most(_PAPER, "recovered", 0.03),
+    ),
+    Expectation(
+        "smollm2",
+        "halfway whitened, mixed: at least 30 % more of the plants recovered",
+        change(_MIXED_HALF, "recovered", 0.3, 99),
+    ),
+    Expectation(
+        "smollm2",
+        "the same: KL at most 5 % above plain",
+        change(_MIXED_HALF, "kl", -1, 0.05),
+    ),
+    Expectation(
+        "gemma",
+        "halfway whitened, mixed: KL at least 20 % lower than plain at the same k",
+        change(_MIXED_HALF, "kl", -1, -0.2),
+    ),
+    Expectation(
+        "gemma",
+        "the same: at least 80 % more of the plants recovered",
+        change(_MIXED_HALF, "recovered", 0.8, 99),
     ),
     Expectation(
         "smollm2-20",
@@ -468,6 +500,9 @@ _ROWS = (
     ("inverse variance as a space, α = −½", f"variance-a-0.5-space-k{K}"),
     ("whitened space, α = ¼", f"whitening-a0.25-space-k{K}"),
     ("whitened space, α = ½ (halfway)", f"whitening-a0.5-space-k{K}"),
+    ("whitened, mixed, α = ¼", f"whitening-a0.25-mixed-k{K}"),
+    ("whitened, mixed, α = ½", f"whitening-a0.5-mixed-k{K}"),
+    ("inverse variance, mixed, α = −½", f"variance-a-0.5-mixed-k{K}"),
     ("control: random directions, α = ½", f"rotated-whitening-a0.5-space-k{K}"),
     ("whitened space, α = 1 (fully)", f"whitening-a1-space-k{K}"),
     ("whitened in the loss, α = 1", f"whitening-a1-k{K}"),
@@ -478,7 +513,7 @@ _MARKS = {"smollm2": ("o", BLUE, -0.13), "gemma": ("s", VERMILLION, 0.13)}
 
 def plot_recovery(path: Path) -> None:
     """What each weighting changes at the same k, with its 95 % interval, for both models."""
-    figure = Figure(figsize=(11, 4.9), layout="constrained")
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     handles = []
     for key, (marker, colour, shift) in _MARKS.items():

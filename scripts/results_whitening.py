@@ -9,10 +9,9 @@
   variance of SmolLM2's stream is scaled up before a dictionary sees it, and scaled back behind it,
   so that the model itself is untouched.
 - ``form``: weights in the loss find more features than the same weights as a space. A dictionary
-  of either kind is trained with decoder rows of unit length as the other kind measures length; the
-  space with lengths of the model became the place ``mixed``.
-- ``units``: that place for whitening, and on both models. It was not planned before ``form`` was
-  measured.
+  of either kind is trained with decoder rows of unit length as the other kind measures length. The
+  space with lengths of the model became the place ``mixed``, and is among the dictionaries of
+  ``results_recovery.py``.
 
 The sites, plants, texts and judges are those of ``results_recovery.py``, and so are the
 dictionaries that these are compared with. ``EXPECTED`` was written down before the first of these
@@ -44,7 +43,6 @@ from llm_wsae.training import trainer
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.config import default_learning_rate
 from llm_wsae.weights.choosing import own_weights, weights_from_rule
-from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_share import effective_dimensions
 from llm_wsae.weights.loss_weights import LossWeights
@@ -52,7 +50,6 @@ from llm_wsae.weights.matrix_rules import spectrum
 
 RUN = README.parent / "runs/whitening"
 ARCHIVE = Path(__file__).parent / "results/whitening.jsonl.gz"
-MIXED = WeightConfig(place="mixed")
 HALF = ("whitening", 0.5, SPACE)
 INVERSE = ("variance", -0.5, LOSS)
 DOSES = (0.45, 0.7)
@@ -62,7 +59,6 @@ LENGTHS = (2_000_000, 4_000_000)
 KINDS = ("batch-topk", "jumprelu")
 EXPERIMENTS = {
     "form": ("smollm2",),
-    "units": ("smollm2", "gemma"),
     "dose": ("smollm2",),
     "rate": ("gemma", "smollm2"),
     "length": ("gemma",),
@@ -138,7 +134,6 @@ def nearer(label: str, to: str, than: str) -> Callable[[Found], tuple[bool, str]
     return found
 
 
-MIXED_HALF = f"whitening-a0.5-mixed-k{K}"
 STRETCHED, MIXED_INVERSE = f"{INVERTED}-stretched", f"variance-a-0.5-mixed-k{K}"
 EXPECTED = (
     Expectation(
@@ -152,30 +147,6 @@ EXPECTED = (
         "smollm2",
         "in the loss, lengths after stretching: recovers as in the space",
         nearer(STRETCHED, INVERTED_SPACE, INVERTED),
-    ),
-    Expectation(
-        "units",
-        "smollm2",
-        "halfway whitened, mixed: at least 30 % more recovered than plain",
-        changed("", 0.3, 99, MIXED_HALF, "recovered"),
-    ),
-    Expectation(
-        "units",
-        "smollm2",
-        "the same: KL at most 5 % above plain",
-        changed("", -1, 0.05, MIXED_HALF),
-    ),
-    Expectation(
-        "units",
-        "gemma",
-        "the same: KL at least 20 % below plain",
-        changed("", -1, -0.2, MIXED_HALF),
-    ),
-    Expectation(
-        "units",
-        "gemma",
-        "the same: at least 80 % more recovered than plain",
-        changed("", 0.8, 99, MIXED_HALF, "recovered"),
     ),
     Expectation(
         "dose",
@@ -233,7 +204,7 @@ class Trial:
     facts: dict[str, float] = field(default_factory=dict)
 
 
-def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
+def trials(experiment: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
     """All dictionaries of a seed."""
 
     def arm(rule: str, alpha: float, config: Any = LOSS, **how: Any) -> ArmConfig:
@@ -242,13 +213,6 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
 
     if experiment == "form":
         yield Trial("", STRETCHED, arm(*INVERSE))
-        yield Trial("", MIXED_INVERSE, arm("variance", -0.5, MIXED))
-    if experiment == "units":
-        for alpha in (0.25, 0.5) if place == "smollm2" else (0.5,):
-            own = arm("whitening", alpha, MIXED)
-            yield Trial("", label_of(own), own)
-        if place not in EXPERIMENTS["form"]:
-            yield Trial("", MIXED_INVERSE, arm("variance", -0.5, MIXED))
     if experiment == "dose":
         for share in DOSES:
             for label, weights in scaled(inputs, share):
@@ -323,7 +287,7 @@ def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> Non
     opened = recovery.open_site(PLACES[place], path)
     for seed in seeds:
         groups: dict[str, list[Trial]] = {}
-        for trial in trials(experiment, place, opened.inputs, seed):
+        for trial in trials(experiment, opened.inputs, seed):
             if not _result(experiment, place, trial, seed).exists():
                 groups.setdefault(trial.setting, []).append(trial)
         for setting, own in groups.items():
@@ -375,7 +339,6 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
     """The measured dictionaries of an experiment, with those of the usual settings."""
     usual = {
         "form": "",
-        "units": "",
         "dose": "as it is",
         "rate": "rate × 1",
         "length": "1,000,000 rows",
@@ -383,10 +346,8 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
     found = RUN.glob(f"results/{experiment}.{place}.*.json")
     records = [json.loads(path.read_text()) for path in sorted(found)]
     labels = {record["label"] for record in records} | {PLAIN}
-    if experiment in ("form", "units"):
-        labels |= {INVERTED, INVERTED_SPACE}
-    if experiment == "units":
-        labels |= {WHITENED}
+    if experiment == "form":
+        labels |= {INVERTED, INVERTED_SPACE, MIXED_INVERSE}
     for record in recovery.read(place):
         if record["label"] in labels and records and experiment != "kind":
             own = {name: record[name] for name in ("label", "seed", "k")}
@@ -471,7 +432,6 @@ def section() -> str:
 
 TITLES = {
     "form": "In the loss, in the space, and between",
-    "units": "A space with lengths in the model's units",
     "dose": "One loud dimension",
     "rate": "Other learning rates",
     "length": "Longer trainings",
