@@ -128,6 +128,18 @@ def test_the_section_of_recovery_is_that_of_the_measurements(monkeypatch, tmp_pa
         assert set(map(len, seeds.values())) == {3} and seeds.keys().isdisjoint(where.omitted)
 
 
+def test_the_section_on_whitening_is_that_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_archive
+    import results_recovery
+    import results_whitening
+
+    for script in (results_recovery, results_whitening):
+        results_archive.unpack(script.ARCHIVE, tmp_path / script.__name__)
+        monkeypatch.setattr(script, "RUN", tmp_path / script.__name__)
+    agree(written("whitening"), results_whitening.section())
+
+
 def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_archive
