@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import ROOT, write_section
-from interop_checks import Part, peer, read_all
-from interop_ours import ours_in_saelens, plugin, saebench, tests
+from interop_checks import Part, ours_in_saelens, peer, plugin, read_all, saebench, tests
 
 REPORTS = ROOT / "docs/interop"
 READ, WRITTEN = "read.md", "written.md"

@@ -1,17 +1,23 @@
-"""What the parts of interop.py share: tools in their environments, differences, tables."""
+"""What the parts of interop.py share: tools in their environments, differences, tables. Below it,
+dictionaries and weights of ours in the real tools.
+"""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from benchmarks import PEER_SCRIPTS, ROOT, peer_python
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
 from llm_wsae.errors import LlmWsaeError
 
 TOLERANCE = 1e-5
@@ -85,3 +91,215 @@ def read_all(out: Path, refused: set[str]) -> Part:
         lines.append(f"| `{name}` | {cells} |{'' if ok else ' **NO** |'}")
         every = every and ok
     return Part("\n".join(lines), every and len(lines) > 2)
+
+
+# --- ours in the real tools ---
+
+D_IN, D_SAE, K, SITE = 48, 384, 8, "blocks.1.hook_resid_post"
+SCOPE, SCOPE_ID = "user/gemma-scope-2b-pt-res", "layer_3/width_4k/average_l0_71"
+SCOPE_SIZES = (2304, 4096)  # SAELens' reader knows them from the names
+_TESTS = (
+    "model/test_language_model.py",
+    "attaching/test_attaching.py",
+    "dictionary/test_folder.py",
+    "training/architectures/test_architectures_learn.py",
+    "saelens/test_saelens_plugin.py",
+)
+
+
+def make(sparsity: Sparsity, seed: int) -> Dictionary:
+    """A dictionary of ours with random directions."""
+    torch.manual_seed(seed)
+    W_dec = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN))
+    return Dictionary(
+        W_enc=W_dec.T * 0.5,
+        W_dec=W_dec,
+        b_enc=torch.randn(D_SAE) / 4 - 0.5,
+        b_dec=torch.randn(D_IN) / 4,
+        threshold=torch.rand(D_SAE) if sparsity.has_threshold else None,
+        sparsity=sparsity,
+        info=DictionaryInfo(
+            site=SITE,
+            name=sparsity.architecture,
+            context_size=128,
+            prepend_bos=True,
+            model={"name": "tiny"},
+            corpus={"name": "words"},
+        ),
+        extras={"gamma": torch.ones(D_IN)},
+    )
+
+
+def ours_saved(out: Path) -> dict[str, Path]:
+    """Folders of ours by name: each kind of sparsity, and one with matrices in bfloat16."""
+    kinds = {"topk": TopK(K), "standard": ReLU(), "jumprelu": JumpReLU(), "topk-bfloat16": TopK(K)}
+    folders = {}
+    for seed, (name, sparsity) in enumerate(kinds.items()):
+        folders[name] = out / "ours" / name
+        dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+        dictionary = make(sparsity, seed)
+        dictionary.info = DictionaryInfo(**{**dictionary.info.to_dict(), "name": name})
+        dictionary.save(folders[name], dtype=dtype)
+        x = torch.randn(300, D_IN) * 2 + torch.randn(D_IN)
+        save_file({"x": x}, out / f"{name}.rows.safetensors")
+    return folders
+
+
+def gemma_scope(folder: Path) -> None:
+    """``params.npz`` as it is published: by numpy, five arrays, float32."""
+    d_in, d_sae = SCOPE_SIZES
+    draw = np.random.default_rng(0)
+    arrays = {
+        "W_enc": draw.standard_normal((d_in, d_sae), np.float32) * 0.05,
+        "W_dec": draw.standard_normal((d_sae, d_in), np.float32) * 0.05,
+        "b_enc": draw.standard_normal(d_sae, np.float32),
+        "b_dec": draw.standard_normal(d_in, np.float32),
+        "threshold": 8 + np.abs(draw.standard_normal(d_sae, np.float32)),
+    }
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{name: a.astype(np.float32) for name, a in arrays.items()})
+
+
+def ours_in_saelens(out: Path) -> Part:
+    """Ours from disk and from a Hub, and Gemma Scope's file read by both."""
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+    from hub_server import WRITER, HubServer
+
+    out.mkdir(parents=True)
+    folders, repo = ours_saved(out), "user/ours"
+    scope = out / SCOPE.split("/")[1] / SCOPE_ID
+    gemma_scope(scope)
+    save_file({"x": torch.randn(50, SCOPE_SIZES[0]) * 2}, out / "gemma.rows.safetensors")
+    job = {
+        "disk": {name: str(folder) for name, folder in folders.items()},
+        "hub": {name: [repo, f"{SITE}/{name}"] for name in folders},
+        "scope": {"gemma": [SCOPE, SCOPE_ID]},
+    }
+    (out / "job.json").write_text(json.dumps(job))
+    with HubServer(out / "hub") as hub:
+        environment = hub.environment(out / "home", WRITER) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        push = [sys.executable, "-m", "llm_wsae", "push", *folders.values(), repo]
+        subprocess.run(push, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE)
+        hub.create(SCOPE)
+        hub.store.put(SCOPE, f"{SCOPE_ID}/params.npz", (scope / "params.npz").read_bytes())
+        version = peer("saelens", "load_saelens.py", out, **environment)
+    places = {f"{how}-{name}": folder for how in job for name, folder in folders.items()}
+    places["scope-gemma"] = scope
+    lines = ["| loaded by SAELens | architecture | active | latents | reconstruction |",
+             "|---|---|--:|--:|--:|"]  # fmt: skip
+    every = True
+    for name, folder in places.items():
+        expected = out / f"{name}.expected.safetensors"
+        if expected.exists():
+            cells, ok = compare(Dictionary.load(folder), expected)
+            lines.append(f"| `{name}` | {cells} |{'' if ok else ' **NO** |'}")
+            every = every and ok
+    text = f"""## Here → SAELens
+
+{version}. `disk`: `SAE.load_from_disk` of a folder of ours; `hub`: `llm-wsae push` to a server that
+speaks the Hub's protocol, then `SAE.from_pretrained`; `scope`: a file in Gemma Scope's layout, read
+from that server by SAELens' own reader and from disk by ours.
+
+""" + "\n".join(lines)
+    return Part(text, every and len(lines) == 2 + 2 * len(folders) + 1)
+
+
+def saebench(out: Path) -> Part:
+    """SAEBench's core evaluation, which must find the same through either object."""
+    out.mkdir(parents=True)
+    folders = {name: str(folder) for name, folder in ours_saved(out).items()}
+    (out / "job.json").write_text(json.dumps(folders))
+    version = peer("saebench", "core_saebench.py", out)
+    results = json.loads((out / "results.json").read_text())
+    lines, every = ["| | " + " | ".join(results) + " |", "|---|" + "--:|" * len(results)], True
+    metrics = flat(next(iter(results.values()))["ours"]["metrics"])
+    for metric in metrics:
+        cells = []
+        for found in results.values():
+            a, b = (flat(found[how]["metrics"])[metric] for how in ("ours", "SAELens"))
+            ok = abs(a - b) <= 10 * TOLERANCE * (1 + abs(b))
+            every = every and ok
+            cells.append(f"{a:.5g} / {b:.5g}{'' if ok else ' **NO**'}")
+        lines.append(f"| {metric} | {' | '.join(cells)} |")
+    by_latent = 0.0
+    for found in results.values():
+        for name, values in found["SAELens"]["latents"].items():
+            a, b = (torch.tensor(v).nan_to_num() for v in (found["ours"]["latents"][name], values))
+            by_latent = max(by_latent, difference(a, b))
+    every = every and by_latent <= 10 * TOLERANCE
+    text = f"""## Here → SAEBench
+
+{version}. `run_evals` of its core evaluation on a random model and random tokens: this package's
+`Dictionary` behind SAEBench's `BaseSAE` / the same folder loaded by SAELens. The numbers it finds
+for each latent differ by {by_latent:.1e} at most.
+
+""" + "\n".join(lines)
+    return Part(text, every)
+
+
+def tests(out: Path) -> Part:
+    """Our own tests of what depends on TransformerLens or SAELens, in SAELens' environment."""
+    python = peer_python("saelens")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-e", f"{ROOT}[test]"], check=True)
+    run = [python, "-m", "pytest", "-o", "addopts=", *(ROOT / "tests" / name for name in _TESTS)]
+    done = subprocess.run(run, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines, ok = done.stdout.strip().splitlines(), done.returncode == 0
+    if not ok:
+        print("\n".join(lines[-40:]), file=sys.stderr)
+    found = ", ".join(re.findall(r"\d+ (?:passed|failed|skipped|error)", lines[-1]))
+    look = "from importlib.metadata import version; print(version('transformer-lens'))"
+    version = subprocess.run([python, "-c", look], stdout=subprocess.PIPE, text=True, check=True)
+    verdict = "" if ok else " **NO**"
+    text = f"""## Our tests beside SAELens
+
+{", ".join(f"`{name}`" for name in _TESTS)}
+in SAELens' environment, with transformer-lens {version.stdout.strip()}: {found}.{verdict}
+All tests run with TransformerLens 4 too, beside which SAELens cannot be installed."""
+    return Part(text, ok)
+
+
+def flat(groups: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Metrics without their groups and counts."""
+    return {k: v for name, group in groups.items() if name != "token_stats"
+            for k, v in group.items()}  # fmt: skip
+
+
+def plugin(out: Path) -> Part:
+    """SAELens' runner with weights of ours."""
+    version = peer("saelens", "train_saelens.py", out)
+    facts: dict[str, Any] = json.loads((out / "facts.json").read_text())
+    lines = ["| saved by the runner | read as | active | latents | reconstruction | rule |",
+             "|---|---|--:|--:|--:|---|"]  # fmt: skip
+    every = bool(facts["ones_equal_plain"])
+    for name in facts["losses"]:
+        dictionary = Dictionary.load(out / name)
+        cells, ok = compare(dictionary, out / f"{name}.expected.safetensors")
+        info = Dictionary.load(facts["checkpoints"][name]).info
+        ok = ok and (info.rule, info.alpha) == (dictionary.info.rule, dictionary.info.alpha)
+        ok = ok and dictionary.info.rule == "variance"
+        every = every and ok
+        rule = f"{dictionary.info.rule}, α = {dictionary.info.alpha:g}"
+        lines.append(f"| `{name}` | {cells} | {rule} |{'' if ok else ' **NO** |'}")
+    losses = []
+    for name, (loss, weighted, unweighted) in facts["losses"].items():
+        every = every and abs(loss - weighted) <= TOLERANCE * weighted
+        losses.append(
+            f"`{name}`: the loss is {loss:.6f}, ‖Γ(x − x̂)‖² of the same codes {weighted:.6f}, "
+            f"‖x − x̂‖² {unweighted:.6f}."
+        )
+    plain, weighted = facts["unexplained"]["plain"], facts["unexplained"]["topk"]
+    every = every and weighted[0] < plain[0] and weighted[1] > plain[1]
+    text = f"""## The weighted training class in SAELens' runner
+
+{version}; 150 steps of `LanguageModelSAETrainingRunner` on a random model, weights of √1.9 for the
+first half of the dimensions and √0.1 for the second.
+
+- {chr(10).join(losses).replace(chr(10), chr(10) + "- ")}
+- Unexplained variance of the first and the second half: {weighted[0]:.3f} and {weighted[1]:.3f},
+  trained plainly {plain[0]:.3f} and {plain[1]:.3f}.
+- With weights of 1 every parameter {"equals" if facts["ones_equal_plain"] else "DIFFERS FROM"} that
+  of SAELens' own class, bit for bit.
+
+""" + "\n".join(lines)
+    return Part(text, every)
