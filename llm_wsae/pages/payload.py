@@ -89,7 +89,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
             ["site", printable(info.site)],
             ["weights", printable(weights)],
             ["sparsity", printable(str(dictionary.sparsity))],
-            ["latents", f"{dictionary.d_sae:,} of {dictionary.d_in} dimensions"],
+            ["latents", f"{dictionary.d_sae:,}, in {dictionary.d_in} dimensions"],
             ["rows seen here", f"{found.rows_seen:,}"],
             ["active latents a row", f"{float(found.count.sum()) / max(found.rows_seen, 1):.1f}"],
             ["silent here", f"{int((found.count == 0).sum()):,}"],
