@@ -294,13 +294,15 @@ def test_run_has_a_folder_for_every_model(model_and_corpus, tmp_path, monkeypatc
     assert Dictionary.load(here / "uniform-k4").info.site == SITE
 
 
-def test_run_proposes_a_command_that_works(ran, tmp_path):
+def test_run_proposes_commands_that_work(ran, tmp_path):
     _, result = ran
-    program, *words = shlex.split(result.out.splitlines()[-1])
-    assert program == "llm-wsae"
-    words[words.index("--tokens") + 1] = "100"
-    words[words.index("--out") + 1] = str(tmp_path / "report.json")
-    assert "uniform-k4" in works(*words).out
+    lines = [line.strip() for line in result.out.splitlines()]
+    measure, look = (shlex.split(line)[1:] for line in lines if line.startswith("llm-wsae "))
+    measure[measure.index("--tokens") + 1] = "100"
+    measure[measure.index("--out") + 1] = str(tmp_path / "report.json")
+    assert "uniform-k4" in works(*measure).out
+    look[look.index("--out") + 1] = str(tmp_path / "page.html")
+    assert "open it in a browser" in works(*look).out
 
 
 def test_run_again_does_nothing_twice(ran, model_and_corpus):
