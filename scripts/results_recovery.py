@@ -81,6 +81,7 @@ ARMS: tuple[tuple[str, float, WeightConfig], ...] = (
     ("whitening", 0.5, MIXED),
     ("variance", -0.5, MIXED),
     ("rotated:whitening", 0.5, SPACE),
+    ("rotated:whitening", 0.5, MIXED),
     ("permuted:variance", -0.5, LOSS),
     ("variance", 0.5, LOSS),
 )
@@ -127,11 +128,13 @@ MODELS = {
 _MIXED = tuple(
     f"{weights}-mixed-k{K}" for weights in ("whitening-a0.25", "whitening-a0.5", "variance-a-0.5")
 )
+_MIXED_CONTROL = f"rotated-whitening-a0.5-mixed-k{K}"
 _LATER = f"whitening-a0.75-space-k{K}"
 _FEWER = ("uniform-k16", "uniform-k96", f"whitening-a1-k{K}", f"variance-a-0.25-k{K}")
 _FEWEST = (
     *_FEWER,
     *_MIXED,
+    _MIXED_CONTROL,
     f"variance-a-0.5-space-k{K}",
     f"permuted-variance-a-0.5-k{K}",
     f"variance-a0.5-k{K}",
@@ -139,7 +142,9 @@ _FEWEST = (
 PLACES = {
     "smollm2": Where("smollm2", 9, (_LATER,)),
     "gemma": Where(
-        "gemma", 9, (*_FEWER, "uniform-k24", f"whitening-a0.25-space-k{K}", _MIXED[0], _LATER)
+        "gemma",
+        9,
+        (*_FEWER, "uniform-k24", f"whitening-a0.25-space-k{K}", _MIXED[0], _MIXED_CONTROL, _LATER),
     ),
     "smollm2-20": Where("smollm2", 20, _FEWEST),
 }
@@ -259,6 +264,11 @@ EXPECTED = (
         "smollm2",
         "the same: KL at most 5 % above plain",
         change(_MIXED_HALF, "kl", -1, 0.05),
+    ),
+    Expectation(
+        "smollm2",
+        "its rotated control, mixed: at most 10 % more of the plants recovered",
+        change(_MIXED_CONTROL, "recovered", -1, 0.1),
     ),
     Expectation(
         "gemma",
@@ -504,6 +514,7 @@ _ROWS = (
     ("whitened, mixed, α = ½", f"whitening-a0.5-mixed-k{K}"),
     ("inverse variance, mixed, α = −½", f"variance-a-0.5-mixed-k{K}"),
     ("control: random directions, α = ½", f"rotated-whitening-a0.5-space-k{K}"),
+    ("control: random directions, mixed, α = ½", f"rotated-whitening-a0.5-mixed-k{K}"),
     ("whitened space, α = 1 (fully)", f"whitening-a1-space-k{K}"),
     ("whitened in the loss, α = 1", f"whitening-a1-k{K}"),
 )
