@@ -121,6 +121,10 @@ def measure(
 
 
 WIDTHS = (576, 2048, 4096)
+MOMENT = (
+    "Second moment: count, mean and covariance sums of all rows in float64, which whitening needs; "
+    "beside it one float32 product of the same rows, its floor."
+)
 
 
 def covariance(repeats: int) -> list[str]:
@@ -170,7 +174,15 @@ def main() -> None:
 
     busy = machine(torch.get_num_threads())
     if args.covariance:
-        lines = ["## Covariance", "", *covariance(args.repeats), "", f"{busy}. Medians of "]
+        lines = [
+            "## Covariance",
+            "",
+            *covariance(args.repeats),
+            "",
+            MOMENT,
+            "",
+            f"{busy}. Medians of ",
+        ]
         lines[-1] += f"{args.repeats} repeats on 16,384 rows."
         print("\n".join(lines))
         if args.write:

@@ -285,19 +285,15 @@ EXPECTED = (
         "halfway whitened space: KL within 8 % of plain",
         change(_HALF, "kl", -0.08, 0.08),
     ),
-    *(
-        Expectation(place, words, found)
-        for place in ("smollm2-20",)
-        for words, found in (
-            (
-                "its rotated control: KL no lower than plain",
-                change(_ROTATED, "kl", 0, 99),
-            ),
-            (
-                "inverse variance in the loss, α = −½: at least 30 % more of the plants recovered",
-                change(_INVERSE, "recovered", 0.3, 99),
-            ),
-        )
+    Expectation(
+        "smollm2-20",
+        "its rotated control: KL no lower than plain",
+        change(_ROTATED, "kl", 0, 99),
+    ),
+    Expectation(
+        "smollm2-20",
+        "inverse variance in the loss, α = −½: at least 30 % more of the plants recovered",
+        change(_INVERSE, "recovered", 0.3, 99),
     ),
 )
 

@@ -39,12 +39,13 @@ def dashboard(
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.pages.dashboard import dashboard as write
     from llm_wsae.pages.dashboard import named_dictionaries
-    from llm_wsae.pages.live import serve
+    from llm_wsae.pages.live import listen, serve
 
     if out.suffix not in (".html", ".htm"):
         raise UsageError(f"the page is an HTML file, so --out cannot be {out}")
     if port and not live:
         raise UsageError("--port is for --live; add that")
+    listening = listen(port) if live else None  # refused before the work
     named = named_dictionaries(dictionaries)
     opened = ActivationStore.open(store)
     language_model = loading.load(model, opened)
@@ -59,7 +60,7 @@ def dashboard(
         rows=rows,
         live=live,
     )
-    if live:
-        serve(out, language_model, named, port, lambda address: note(f"open {address}"))
+    if listening is not None:
+        serve(out, language_model, named, listening, lambda address: note(f"open {address}"))
     facts = {"page": page.path, "megabytes": page.megabytes}
     return facts, f"page  {page.path}  ({page.megabytes:.1f} MB; open it in a browser)"

@@ -9,7 +9,7 @@ enough contexts are found. It also encodes evenly spread rows, from which the de
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -105,7 +105,7 @@ class _Search:
 
     def look(self, start: int, x: Tensor) -> None:
         """Look at consecutive rows, the first of which has the number ``start``."""
-        usable = _usable(self._dictionary, x)
+        usable = not_massive(self._dictionary, x)
         pre = torch.addmm(self._bias, x, self._encoder)
         pre = pre.where(usable[:, None] & (pre > 0), -torch.inf)
         best, place = pre.topk(min(CANDIDATES, len(pre)), dim=0)
@@ -161,7 +161,7 @@ def _firing(
     )
 
 
-def _usable(dictionary: Dictionary, x: Tensor) -> Tensor:
+def not_massive(dictionary: Dictionary, x: Float[Tensor, "rows d_in"]) -> Bool[Tensor, " rows"]:
     """Which rows are not massive activations."""
     threshold = dictionary.info.massive_threshold
     if threshold is None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.data.store import ActivationStore
@@ -103,9 +104,8 @@ def look_at(
         return []
     found = None if store is None else firings(store, dictionary, numbers, top)
     vocabulary = vocabulary or Vocabulary(None)
-    neighbours, written = _neighbours(dictionary, numbers, top), _written(dictionary, numbers, top)
-    squares = dictionary.W_dec[numbers].double().square()
-    effective = (squares.sum(1) ** 2 / squares.square().sum(1).clamp(min=1e-300)).tolist()
+    neighbours, writes = _neighbours(dictionary, numbers, top), written(dictionary, numbers, top)
+    effective = dimensions_written(dictionary.W_dec[numbers]).tolist()
     logits = None if readout is None else readout.logits(dictionary.W_dec[numbers])
     views = []
     for place, latent in enumerate(numbers.tolist()):
@@ -115,7 +115,7 @@ def look_at(
             Latent(
                 latent=latent,
                 neighbours=neighbours[place],
-                dimensions=written[place],
+                dimensions=writes[place],
                 effective_dimensions=effective[place],
                 promotes=None if line is None else _words(line, vocabulary, top, True),
                 suppresses=None if line is None else _words(line, vocabulary, top, False),
@@ -153,7 +153,16 @@ def _neighbours(dictionary: Dictionary, latents: Tensor, top: int) -> list[list[
     ]
 
 
-def _written(dictionary: Dictionary, latents: Tensor, top: int) -> list[list[Written]]:
+def dimensions_written(decoder: Float[Tensor, "rows d_in"]) -> Float[Tensor, " rows"]:
+    """(Σw²)²/Σw⁴ over the weights w of each row (float64)."""
+    squares = decoder.double().square()
+    return squares.sum(1) ** 2 / squares.square().sum(1).clamp(min=1e-300)
+
+
+def written(
+    dictionary: Dictionary, latents: Int[Tensor, " latents"], top: int
+) -> list[list[Written]]:
+    """The ``top`` dimensions that each latent writes to, by descending share."""
     gamma = dictionary.extras.get("gamma")
     if gamma is not None and gamma.ndim == 2:
         gamma = gamma.norm(dim=0)

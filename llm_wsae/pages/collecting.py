@@ -22,7 +22,7 @@ from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.inspecting.firings import check_store
+from llm_wsae.inspecting.firings import check_store, not_massive
 
 ROWS_AT_ONCE = 1 << 14
 BINS_PER_OCTAVE, OCTAVES = 2, 6  # of the histograms, below and above the median activation
@@ -123,10 +123,7 @@ class _Collector:
 
     def look(self, start: int, x: Tensor) -> None:
         """Look at consecutive rows, the first of which has the number ``start``."""
-        threshold = self._dictionary.info.massive_threshold
-        usable = torch.arange(len(x))
-        if threshold is not None:
-            usable = torch.where(x.norm(dim=1) <= threshold)[0]
+        usable = torch.where(not_massive(self._dictionary, x))[0]
         codes = self._dictionary.encode_sparse(x[usable])
         active = codes.values > 0
         self.floor[start + usable] = codes.values.where(active, torch.inf).amin(1)

@@ -91,7 +91,9 @@ def dashboard(
         latents = Latents(dictionary, store, own, floors[name], words, readout)
         chunks = list(latents.chunks())
         parts += [(f"chunk-{number}-{i}", chunk) for i, chunk in enumerate(chunks)]
-        parts.append((f"table-{number}", packed(table(dictionary, own, beside))))
+        parts.append(
+            (f"table-{number}", packed(table(dictionary, own, latents.neighbours[1][:, 0], beside)))
+        )
         parts.append((f"search-{number}", packed(latents.search)))
         partner = None if other is None else names.index(other)
         shown.append(facts(dictionary, name, own) | {"partner": partner})

@@ -5,10 +5,13 @@ port (so that no other site's name can be pointed here), and a request that a pa
 makes is refused. The model answers one request at a time.
 """
 
+import contextlib
 import json
 import secrets
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -131,32 +134,36 @@ def application(page: str, session: Session, token: str, port: int) -> Any:
     )
 
 
+def listen(port: int) -> socket.socket:
+    """A port of this machine alone, taken before the page is built; 0 takes a free one.
+
+    Raises UsageError if the extra ``page`` is not installed, LlmWsaeError if the port is taken.
+    """
+    if find_spec("uvicorn") is None or find_spec("starlette") is None:
+        raise UsageError("--live needs a server: pip install 'llm-wsae[page]'")
+    listening = socket.socket()
+    try:
+        listening.bind(("127.0.0.1", port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise LlmWsaeError(f"port {port} cannot be used ({error}); name another") from error
+    return listening
+
+
 def serve(
     page: Path,
     model: LanguageModel,
     dictionaries: Mapping[str, Dictionary],
-    port: int,
+    listening: socket.socket,
     announce: Callable[[str], None],
 ) -> None:
-    """Serve a page until the process is interrupted; ``announce`` is told its address.
+    """Serve a page until the process is interrupted; ``announce`` is told its address."""
+    import uvicorn
 
-    Port 0 takes a free one. Raises UsageError if the extra ``page`` is not installed, LlmWsaeError
-    if the port is taken.
-    """
-    import socket
-
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise UsageError("--live needs a server: pip install 'llm-wsae[page]'") from error
-    listening = socket.socket()
-    try:
-        listening.bind(("127.0.0.1", port))
-    except OSError as error:
-        listening.close()
-        raise LlmWsaeError(f"port {port} cannot be used: {error.strerror}; name another") from error
     port, token = listening.getsockname()[1], secrets.token_urlsafe(16)
-    made = application(page.read_text(encoding="utf-8"), Session(model, dictionaries), token, port)
+    session = Session(model, dictionaries)
+    made = application(page.read_text(encoding="utf-8"), session, token, port)
     announce(f"http://127.0.0.1:{port}/{token}/")
     server = uvicorn.Server(uvicorn.Config(made, log_level="error", timeout_keep_alive=5))
-    server.run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):  # which is how it ends
+        server.run(sockets=[listening])

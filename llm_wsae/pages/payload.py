@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.inspecting.latents import dimensions_written, written
 from llm_wsae.inspecting.readout import Readout, Vocabulary
 from llm_wsae.pages.collecting import Firings, Windows, windows
 from llm_wsae.terminal import printable
@@ -103,25 +104,24 @@ def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
                 if isinstance(fidelity.get(key), (int, float))
             ),
         ],
-        "rows": found.rows_seen,
         "d_sae": dictionary.d_sae,
         "firstEdge": found.first_edge,
     }
 
 
 def table(
-    dictionary: Dictionary, found: Firings, partner: tuple[Tensor, Tensor] | None
+    dictionary: Dictionary,
+    found: Firings,
+    cosine: Float[Tensor, " d_sae"],
+    partner: tuple[Tensor, Tensor] | None,
 ) -> dict[str, list[float]]:
-    """Measures of all latents, column by column."""
-    squares = dictionary.W_dec.double().square()
-    effective = squares.sum(1) ** 2 / squares.square().sum(1).clamp(min=1e-300)
-    likeness = nearest(dictionary.W_dec, dictionary.W_dec, 1, same=True)[1][:, 0]
+    """Measures of all latents, column by column; ``cosine`` is that of the nearest latent."""
     columns = {
         "density": found.count / max(found.rows_seen, 1),
         "mean": found.total / found.count.clamp(min=1),
         "largest": found.value[:, 0],
-        "dimensions": effective,
-        "nearest": likeness,
+        "dimensions": dimensions_written(dictionary.W_dec),
+        "nearest": cosine,
     }
     if partner is not None:
         columns["partner"], columns["likeness"] = partner[0][:, 0].double(), partner[1][:, 0]
@@ -143,7 +143,13 @@ class Latents:
         self._dictionary, self._found, self._words = dictionary, found, words
         self._readout = readout
         self._logits: Tensor | None = None
-        self._neighbours = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, same=True)
+        self.neighbours = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, same=True)
+        """Numbers and cosines of the latents nearest to each."""
+        every = torch.arange(dictionary.d_sae)
+        self._written = [
+            [[one.dimension, *map(_short, (one.decoder, one.share, one.gamma))] for one in own]
+            for own in written(dictionary, every, _DIMENSIONS)
+        ]
         self._windows: Windows = windows(store, dictionary, found, floor, BEFORE, AFTER)
         self._tokens = words.numbers(self._windows.ids)
         largest = found.value.amax(1).clamp(min=1e-30).repeat_interleave(found.row.shape[1]).numpy()
@@ -177,13 +183,13 @@ class Latents:
         new: dict[str, Any] = {
             "examples": examples,
             "histogram": self._found.histogram[latent].tolist(),
-            "neighbours": _pairs(self._neighbours[0][latent], self._neighbours[1][latent]),
+            "neighbours": _pairs(self.neighbours[0][latent], self.neighbours[1][latent]),
             "together": [
                 pair
                 for pair in _pairs(self._found.together[latent], self._found.overlap[latent])
                 if pair[1] > 0
             ],
-            "dimensions": self._written(latent),
+            "dimensions": self._written[latent],
         }
         promoted: list[str] = []
         if self._logits is not None:
@@ -196,18 +202,6 @@ class Latents:
             promoted = [self._words.texts[i].strip() for i, _ in new["promotes"][:3]]
         self.search.append(" ".join([*dict.fromkeys(firing[:6]), "›", *dict.fromkeys(promoted)]))
         return new
-
-    def _written(self, latent: int) -> list[list[Any]]:
-        row = self._dictionary.W_dec[latent]
-        gamma = self._dictionary.extras.get("gamma")
-        if gamma is not None and gamma.ndim == 2:
-            gamma = gamma.norm(dim=0)
-        share = row.square() / row.square().sum().clamp(min=1e-30)
-        best = share.topk(min(_DIMENSIONS, len(row)))
-        return [
-            [i, _rounded(row[i]), _rounded(share[i]), None if gamma is None else _rounded(gamma[i])]
-            for i in best.indices.tolist()
-        ]
 
 
 def _histogram(logits: Float[Tensor, " words"]) -> list[float | list[int]]:
@@ -223,9 +217,11 @@ def _pairs(indices: Tensor, values: Tensor) -> list[list[Any]]:
 
 def _rounded(values: Tensor) -> Any:
     """Four significant digits are enough to look at."""
-    if values.ndim == 0:
-        return float(f"{float(values):.4g}")
-    return [float(f"{value:.4g}") for value in values.tolist()]
+    return _short(float(values)) if values.ndim == 0 else [_short(v) for v in values.tolist()]
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 def packed(value: Any) -> str:
@@ -236,13 +232,13 @@ def packed(value: Any) -> str:
 
 def prompt_facts(
     sentences: Mapping[str, Sequence[Any]], words: Words
-) -> dict[str, list[tuple[int, list[tuple[int, float]]]]]:
+) -> dict[str, list[tuple[int, list[tuple[int, float | None]]]]]:
     """The tokens of sentences, by dictionary, with the latents that fire on them."""
     return {
         name: [
             (
                 words.number(token.id),
-                [(one.latent, float(f"{one.activation:.4g}")) for one in token.latents[:12]],
+                [(one.latent, _short(one.activation)) for one in token.latents[:12]],
             )
             for token in tokens
         ]
