@@ -115,9 +115,9 @@ def pre_activations(kind, d_sae=D_SAE):
 PRE_ACTIVATIONS = ["random", "repeated", "negative", "zero", "infinite"]
 
 
-@over(dtype=FAST, case=each(PRE_ACTIVATIONS, [7, 1, D_SAE]))
-def test_selection_is_exact_and_ties_go_to_the_lowest_latents(device, triton, dtype, case):
-    kind, k = case
+@over(case=each(FAST, PRE_ACTIVATIONS, [7, 1, D_SAE]))
+def test_selection_is_exact_and_ties_go_to_the_lowest_latents(device, triton, case):
+    dtype, kind, k = case
     pre = pre_activations(kind).to(device, dtype)
     best = triton.select_topk(pre, k)
     expected = pre.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -157,8 +157,9 @@ def dense(codes, d_sae=D_SAE):
 LAYERS = ["random", "negative", "zero rows", "dead latents"]
 
 
-@over(dtype=FAST, kind=LAYERS, k=[7, D_SAE])
-def test_encode_topk(device, triton, dtype, kind, k):
+@over(case=each(FAST, LAYERS, [7, D_SAE]))
+def test_encode_topk(device, triton, case):
+    dtype, kind, k = case
     x, encoder, bias = layer(kind, device, dtype)
     codes = triton.encode_topk(x, encoder, bias, k)
     expected = reference.encode_topk(x, encoder, bias, k)
@@ -169,9 +170,10 @@ def test_encode_topk(device, triton, dtype, kind, k):
     assert all(len(set(row)) == k for row in codes.indices.tolist())
 
 
-@over(dtype=DTYPES, kind=LAYERS, highest=[0, 20])
-def test_encode_above(device, triton, dtype, kind, highest):
+@over(case=each(DTYPES, LAYERS, [0, 20]))
+def test_encode_above(device, triton, case):
     """With and without rows that have more entries than the room they get at first."""
+    dtype, kind, highest = case
     x, encoder, bias = layer(kind, device, dtype)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     threshold = (integers(D_SAE, seed=3).abs() * highest).to(device, exact)
@@ -197,9 +199,9 @@ def test_rows_without_room_are_told_and_have_it_the_next_time(device, triton):
     assert little.enough() and torch.equal(dense(codes), pre)
 
 
-@over(dtype=DTYPES, case=each(LAYERS, [7, 1, D_SAE]))
-def test_encode_batch_topk(device, triton, dtype, case):
-    kind, k = case
+@over(case=each(DTYPES, LAYERS, [7, 1, D_SAE]))
+def test_encode_batch_topk(device, triton, case):
+    dtype, kind, k = case
     x, encoder, bias = layer(kind, device, dtype)
     codes = triton.encode_batch_topk(x, encoder, bias, k, 0.0)
     expected = reference.encode_batch_topk(x, encoder, bias, k, 0.0)
@@ -214,8 +216,9 @@ def test_encode_batch_topk(device, triton, dtype, case):
     assert int((found > 0).sum()) == len(positive)
 
 
-@over(dtype=DTYPES, kind=LAYERS)
-def test_encode_batch_topk_of_some_rows(device, triton, dtype, kind):
+@over(case=each(DTYPES, LAYERS))
+def test_encode_batch_topk_of_some_rows(device, triton, case):
+    dtype, kind = case
     x, encoder, bias = layer(kind, device, dtype)
     kept = (torch.arange(BATCH) % 3 > 0).to(device)
     codes = triton.encode_batch_topk(x, encoder, bias, 5, 0.0, kept)
@@ -226,9 +229,9 @@ def test_encode_batch_topk_of_some_rows(device, triton, dtype, kind):
     assert kept[codes.rows()[positive]].all()
 
 
-@over(dtype=DTYPES, case=each(LAYERS, [7, 1, D_SAE], [True, False]))
-def test_encode_dead(device, dtype, case):
-    kind, k, masked = case
+@over(case=each(DTYPES, LAYERS, [7, 1, D_SAE], [True, False]))
+def test_encode_dead(device, case):
+    dtype, kind, k, masked = case
     from llm_wsae.sparse.backends.triton import operations as triton
 
     given = layer(kind, device, dtype)
@@ -418,8 +421,9 @@ def test_sparse_adam(device, triton, case):
         torch.testing.assert_close(copy, found[0][0].to(fast), rtol=nearness, atol=0)
 
 
-@over(fast=[torch.bfloat16, torch.float32, torch.float64], kind=CODES)
-def test_reconstruct(device, triton, kind, fast):
+@over(case=each([torch.bfloat16, torch.float32, torch.float64], CODES))
+def test_reconstruct(device, triton, case):
+    fast, kind = case
     dtype = torch.float64 if fast == torch.float64 else torch.float32
     codes = some_codes(kind, device, dtype)
     rows, columns = random(codes.num_rows, seed=7).relu(), random(D_IN, seed=8).relu()
@@ -445,8 +449,9 @@ def test_firing_counts(device, triton, kind):
     assert torch.equal(triton.firing_counts(codes, D_SAE), (dense(codes) > 0).float().sum(0))
 
 
-@over(fast=[torch.bfloat16, torch.float32, None], exact=EXACT, d_in=[D_IN, 37])
-def test_adam_rows(device, exact, fast, d_in):
+@over(case=each([torch.bfloat16, torch.float32, None], [*EXACT], [D_IN, 37]))
+def test_adam_rows(device, case):
+    fast, exact, d_in = case
     from llm_wsae.sparse.backends.triton import operations as triton
 
     shape = (9, d_in)
