@@ -1,6 +1,8 @@
 """Harvests by several processes: the bytes of one, whoever is killed; one sentence for an error."""
 
+import contextlib
 import functools
+import io
 import os
 import signal
 import time
@@ -12,6 +14,7 @@ from several import run, start, torchrun
 from test_harvesting import CONFIG, LENGTHS, SITES, after, files
 from tiny import tiny_model, write_jsonl
 
+from llm_wsae.cli import main
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards
 from llm_wsae.data.verify import verify_store
@@ -214,6 +217,12 @@ def both_wait(corpus, out, go):
     return make(corpus, out, CONFIG, os.environ["RANK"], 10, wait)
 
 
+def said(*words):
+    """Exit code of a command and what it says, in this process."""
+    with contextlib.redirect_stderr(io.StringIO()) as heard:
+        return main([*map(str, words)]), heard.getvalue()
+
+
 def test_the_command_under_torchrun(corpus, tmp_path):
     words = ("harvest", "--model", save_model(tmp_path / "model"), "--corpus", corpus, *HARVEST,
              "--dtype", "float32", "--tokens", "4000", "--out")  # fmt: skip
@@ -224,7 +233,7 @@ def test_the_command_under_torchrun(corpus, tmp_path):
     assert done.stderr.count("harvest:   0%") == 1 and "harvest: 100%" in done.stderr
     there, expected = content(tmp_path / "both"), content(tmp_path / "alone")
     assert there == expected
-    failed = torchrun(2, *words, tmp_path / "both", "--tokens", "3000")
-    assert failed.returncode == 1 and failed.stdout == ""
-    assert failed.stderr.count("llm-wsae: ") == 1
-    assert "llm-wsae: " + str(tmp_path / "both") + " already holds 4,000 tokens" in failed.stderr
+    refusals = run(2, said, *words, tmp_path / "both", "--tokens", "3000")
+    assert [code for code, _ in refusals] == [1, 1]
+    (sentence,) = (heard for _, heard in refusals if "llm-wsae: " in heard)
+    assert f"llm-wsae: {tmp_path / 'both'} already holds 4,000 tokens" in sentence

@@ -306,8 +306,9 @@ def some_codes(kind, device, exact):
     if kind == "none":
         slots = torch.zeros_like(slots)
     if kind == "dense latent":  # far more often active than the others
-        values = random(40, D_SAE).abs()
-        slots = random(40, D_SAE, seed=1) > 2
+        rows = 16 if INTERPRETED else 40
+        values = random(rows, D_SAE).abs()
+        slots = random(rows, D_SAE, seed=1) > 2
         slots[:, 11] = True
     offsets = torch.zeros(len(slots) + 1, dtype=torch.int64)
     offsets[1:] = slots.sum(1).cumsum(0)
