@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.provenance import plain
+from llm_wsae.terminal import printable
 
 
 def filled(
@@ -22,6 +24,9 @@ def filled(
     asks_server: bool = False,
 ) -> str:
     """A frame with its data: ``about`` as JSON, and further ``blocks`` of text by their ids.
+
+    Strings of ``about`` are made printable, since names of rules, texts and models may come from
+    others.
 
     The policy allows the frame's own style and script and nothing else, except requests to its own
     server if the page ``asks_server``. Raises LlmWsaeError if the installation lacks the frame.
@@ -33,10 +38,18 @@ def filled(
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         f"connect-src '{'self' if asks_server else 'none'}'; base-uri 'none'; form-action 'none'"
     )
-    data = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps(_harmless(plain(about)), ensure_ascii=False).replace("<", "\\u003c")
     parts = [f'<script type="application/json" id="about">{data}</script>']
     parts += [f'<script type="text/plain" id="{name}">{text}</script>' for name, text in blocks]
     return page.replace("@@policy@@", policy, 1).replace("@@data@@", "\n".join(parts), 1)
+
+
+def _harmless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _harmless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_harmless(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _digest(text: str) -> str:
