@@ -28,7 +28,7 @@ from llm_wsae.files import write_json
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.plots import plot_fidelity, plot_profile
+from llm_wsae.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.grid import make_arms
 from llm_wsae.training.log import LOG
@@ -42,7 +42,7 @@ from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile, profile_text
 from llm_wsae.weights.rules import RULES, Rule
 
-STORE = "store"
+STORE, PAGE = "store", "report.html"
 TRIAL_K = 32  # of the trials behind an automatic α, where no k is asked for
 Alphas = Sequence[float | Literal["auto"]]
 
@@ -67,6 +67,7 @@ class SiteResult:
     def text(self) -> str:
         """The table for people, and the paths of what was written."""
         paths = {
+            "page": [PAGE],
             "figures": ["profile.png", "fidelity.png"],
             "numbers": ["profile.json", "report.json", LOG],
             "dictionaries": list(self.dictionaries),
@@ -100,10 +101,11 @@ def run(
     """Train a plain and weighted dictionaries on a model's activations, and measure them.
 
     ``out`` receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
-    folder per arm, ``report.json`` and ``fidelity.png``. The training part of the corpus is
-    harvested; its held-out part is used for the evaluation. ``rules`` × ``alphas`` × (``ks`` ×
-    ``architectures`` and ``l1s``) × ``init_seeds`` are the arms. With ``"auto"`` among the alphas,
-    whitening's is chosen by short trainings (``tuning.choose_alpha``), and the numbers are for the
+    folder per arm, ``report.json``, ``fidelity.png``, and ``report.html``, which shows them. The
+    training part of the corpus is harvested; its held-out part is used for the evaluation.
+    ``rules`` × ``alphas`` × (``ks`` × ``architectures`` and ``l1s``) × ``init_seeds`` are the arms.
+    With ``"auto"`` among the alphas, whitening's is chosen by short trainings
+    (``tuning.choose_alpha``), and the numbers are for the
     other rules.
 
     Raises what its stages raise; a request that cannot be met is refused before the harvest.
@@ -160,6 +162,7 @@ def run(
         _save_metrics(folder, dictionaries, report)
         report.write(folder / "report.json")
         plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
+        write_page(report, arms, str(site), folder / PAGE)
         results[site] = SiteResult(facts, dictionaries, report, folder)
     return results
 

@@ -1,4 +1,4 @@
-"""The figures of a run: the profile of a site, and the fidelity of its dictionaries."""
+"""The figures of a run: the profile of a site, the fidelity of its dictionaries, and their page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,9 +8,23 @@ import torch
 from matplotlib.figure import Figure
 
 from llm_wsae.drawing import BLUE, GREY, INK, LIGHT, PALETTE, legend_beside, save, tidy
+from llm_wsae.evaluation.fidelity.report import OF_PAGE, FromPlain, Report
+from llm_wsae.files import write_text
+from llm_wsae.pages.frame import filled
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.training.arm import ArmConfig
 from llm_wsae.weights.loss_share import effective_dimensions, loss_share
 from llm_wsae.weights.loss_weights import LossWeights
+
+_TOGETHER = len(PALETTE) - 1  # weights in one panel, beside the plain ones
+_NO_VERDICT = (
+    "Intervals are 95 %, over the contexts of the held-out text: they do not say what another seed "
+    "would change. A verdict on weights needs seeds and controls: llm-wsae study."
+)
+_LEGEND = (
+    "A weighted dictionary less the plain one of the same k and seed, on the same contexts. Bars "
+    "are 95 % intervals, which FVU has none of; the scale is logarithmic far from 0."
+)
 
 
 def plot_profile(
@@ -18,38 +32,45 @@ def plot_profile(
 ) -> None:
     """Variance of every dimension, the weights γ, and the share of the loss that each then carries.
 
-    The upper two panels order dimensions by falling winsorised variance. A matrix has no weight per
-    dimension: a line shows by how much it stretches the principal directions, ordered alike.
+    Dimensions are ordered by falling winsorised variance, shares by falling share. A matrix has no
+    weight per dimension: a line shows by how much it stretches the principal directions, ordered
+    alike. More than a few weights are shown in several pairs of panels, the plain ones in each.
     """
     robust = statistics.robust_variance
     order = robust.argsort(descending=True)
     principal = torch.linalg.eigh(statistics.robust_covariance).eigenvectors.flip(1)
     rank = torch.arange(1, statistics.d_in + 1)
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True)
+    plain = [w for w in weights if w.name == "uniform"]
+    others = [w for w in weights if w.name != "uniform"]
+    groups = [others[i : i + _TOGETHER] for i in range(0, max(len(others), 1), _TOGETHER)]
+    num_panels = 1 + 2 * len(groups)
+    figure = Figure(figsize=(11, 3 * num_panels), layout="constrained")
+    top, *pairs = figure.subplots(num_panels, 1, sharex=True)
     top.plot(rank, statistics.variance[order], ".", ms=4, color=LIGHT, label="all rows")
     top.plot(rank, robust[order], color=INK, lw=1.5, label="winsorised")
     top.set(yscale="log", ylabel="variance")
-    for number, w in enumerate(weights):
-        colour = INK if w.name == "uniform" else PALETTE[number % len(PALETTE)]
-        if w.is_matrix:
-            stretched = (w.gamma.double() @ principal).norm(dim=0)
-            label = f"{w.name}\n(principal directions)"
-            middle.plot(rank, stretched, color=colour, label=label)
-        else:
-            middle.plot(rank, w.gamma[order], ".", ms=3, color=colour, label=w.name)
-        cumulative = loss_share(w, statistics).sort(descending=True).values.cumsum(0)
-        effective = effective_dimensions(w, statistics)
-        label = f"{w.name}\n{effective:.1f} effective dimensions"
-        bottom.plot(rank, cumulative, color=colour, lw=1.8, label=label)
-    middle.set(yscale="log", ylabel="weight γ")
-    bottom.set(
-        xscale="log",
-        ylim=(0, 1.02),
-        ylabel="share of the loss carried\nby the first dimensions",
-        xlabel="dimension, by falling winsorised variance (bottom panel: by falling share)",
+    for middle, bottom, group in zip(pairs[::2], pairs[1::2], groups, strict=True):
+        for w, colour in zip([*plain, *group], [INK] * len(plain) + [*PALETTE[1:]], strict=False):
+            if w.is_matrix:
+                stretched = (w.gamma.double() @ principal).norm(dim=0)
+                label = f"{w.name}\n(principal directions)"
+                middle.plot(rank, stretched, color=colour, label=label)
+            else:
+                middle.plot(rank, w.gamma[order], ".", ms=3, color=colour, label=w.name)
+            cumulative = loss_share(w, statistics).sort(descending=True).values.cumsum(0)
+            effective = effective_dimensions(w, statistics)
+            label = f"{w.name}\n{effective:.1f} effective dimensions"
+            bottom.plot(rank, cumulative, color=colour, lw=1.8, label=label)
+        middle.set(yscale="log", ylabel="weight γ")
+        bottom.set(
+            xscale="log",
+            ylim=(0, 1.02),
+            ylabel="share of the loss carried\nby the first dimensions",
+        )
+    pairs[-1].set_xlabel(
+        "dimension, by falling winsorised variance (share of the loss: by falling share)"
     )
-    for axis in (top, middle, bottom):
+    for axis in (top, *pairs):
         tidy(axis)
         legend_beside(axis)
     figure.suptitle(f"{site}: {statistics.d_in} dimensions")
@@ -92,3 +113,89 @@ def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) 
     axes[0].set_yticks(range(len(names)), names)
     figure.suptitle(f"{site}: what each dictionary keeps of the model, on held-out text")
     save(figure, path)
+
+
+def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path) -> None:
+    """The fidelity of a site's arms as ``pages/report.html``.
+
+    Raises LlmWsaeError if the page cannot be written.
+    """
+    plain_first = sorted(arms, key=lambda arm: not arm.weights.rule.is_plain)
+    found = {_series_of(arm): arm.weights.rule.is_plain for arm in plain_first}
+    series = [
+        {
+            "name": name,
+            "group": "plain" if is_plain else "weighted",
+            "colour": (number - 1) % len(PALETTE) if number else None,
+        }
+        for number, (name, is_plain) in enumerate(found.items())
+    ]
+    of_arm = {arm.name: list(found).index(_series_of(arm)) for arm in arms}
+    rows = [
+        {
+            "series": of_arm[name],
+            "name": name,
+            "word": _word(one),
+            "values": {
+                "kl": (one.kl, *one.kl_interval),
+                "ce_recovered": (one.ce_recovered, *one.ce_recovered_interval),
+                "fvu": (one.fvu,),
+            },
+        }
+        for name, one in report.from_plain.items()
+    ]
+    about = {
+        "title": f"Dictionaries of {site}",
+        "words": [_NO_VERDICT],
+        "facts": [("model", report.model["name"]), ("dictionaries", f"{len(arms)}")],
+        "verdicts": {},
+        "series": series,
+        "points": [
+            {
+                "series": of_arm[arm.name],
+                "control": False,
+                "name": arm.name,
+                "k": arm.level,
+                "values": {key: getattr(report.dictionaries[arm.name], key) for key in OF_PAGE},
+            }
+            for arm in arms
+        ],
+        "measures": OF_PAGE,
+        "curves": [{"title": "Fidelity", "across": "l0", "up": ["fvu", "ce_recovered", "kl"]}],
+        "legend": _LEGEND,
+        "forest": ["kl", "ce_recovered", "fvu"],
+        "differences": [{"equal": "k", "across": "l0", "rows": rows}] if rows else [],
+        "evidence": [
+            {"series": of_arm[name], "name": name, "text": _sentence(one)}
+            for name, one in report.from_plain.items()
+        ],
+        "tables": [
+            {
+                "title": "Fidelity on held-out text",
+                "words": " ".join(report.text_measured()),
+                "rows": report.rows(),
+            }
+        ],
+    }
+    write_text(path, filled("report.html", about))
+
+
+def _series_of(arm: ArmConfig) -> str:
+    """The weights of an arm, and its architecture if it is not TopK's: what its k-curve is of."""
+    kind = "" if arm.architecture == "topk" else f", {arm.architecture}"
+    return f"{arm.weights.name}{kind}"
+
+
+def _word(one: FromPlain) -> str:
+    low, high = one.kl_interval
+    return "higher KL" if low > 0 else "lower KL" if high < 0 else "KL level with plain"
+
+
+def _sentence(one: FromPlain) -> str:
+    ce, kl = (
+        f"[{low:+.4f}, {high:+.4f}]" for low, high in (one.ce_recovered_interval, one.kl_interval)
+    )
+    return (
+        f"{_word(one)}: {one.kl:+.4f} {kl} nats compared with {one.plain}; CE recovered "
+        f"{one.ce_recovered:+.4f} {ce}; FVU {one.fvu:+.4f}"
+    )

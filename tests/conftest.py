@@ -90,3 +90,20 @@ def made_world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def world(made_world, tmp_path_factory):
     return shutil.copytree(made_world, tmp_path_factory.mktemp("world"), dirs_exist_ok=True)
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven by playwright, for the pages."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -83,6 +83,7 @@ def study(
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.studies.report import MARKDOWN, PAGE, REPORT
     from llm_wsae.studies.runner import study as compare_all
     from llm_wsae.weights.rules import Rule
 
@@ -113,5 +114,7 @@ def study(
     asked = {"store": store, "model": model.model, "corpus": corpus.corpus, "site": site}
     asked |= {**vars(config), "dictionary": dictionary, "weigh": weigh, "train": training}
     write_record(out / "command.json", "study", asked | {"fidelity": evaluate, "score": score})
-    written = f"report  {out / 'report.md'}, with its figures and report.json in the same folder"
+    written = (
+        f"report  {out / PAGE}, to open in a browser; {MARKDOWN}, {REPORT} and figures beside it"
+    )
     return report.to_dict(), "\n".join([report.table(), "", written, cost(started)])

@@ -23,6 +23,24 @@ def check_fit(dictionaries: Mapping[str, Dictionary], model: LanguageModel, verb
             )
 
 
+def plain_beside(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
+    """Of each weighted dictionary, the plain one trained beside it, if it is there: with the same
+    rows, seed, sparsity and settings."""
+
+    def training(dictionary: Dictionary) -> tuple[Any, ...]:
+        info = dictionary.info
+        settings = {k: v for k, v in info.training.items() if k not in ("command", "versions")}
+        return info.site, info.seed, info.store, settings
+
+    found = {}
+    plain = [name for name, one in dictionaries.items() if one.info.rule == "uniform"]
+    for name, one in dictionaries.items():
+        beside = [p for p in plain if training(dictionaries[p]) == training(one)]
+        if beside and name not in plain:
+            found[name] = beside[0]
+    return found
+
+
 def common_packing(dictionaries: Mapping[str, Dictionary]) -> PackConfig:
     """How the contexts were packed that all dictionaries were trained on; the default where that is
     unknown. Held-out text is packed in the same way.

@@ -1,10 +1,6 @@
 """``dashboard``: one HTML file that shows what dictionaries found. It opens without a network."""
 
-import base64
-import hashlib
 import html
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +8,13 @@ from typing import Any
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import UsageError
 from llm_wsae.files import write_text
 from llm_wsae.inspecting.readout import Readout, Vocabulary
 from llm_wsae.inspecting.sentence import check_width, read_sentence
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.pages.collecting import collect
+from llm_wsae.pages.frame import filled
 from llm_wsae.pages.payload import Latents, Words, facts, nearest, packed, prompt_facts, table
 from llm_wsae.terminal import printable
 
@@ -105,7 +102,7 @@ def dashboard(
         "corpus": printable(str(store.manifest.corpus.get("name", ""))),
     }
     parts.append(("words", packed(words.texts)))
-    page = _page(about, parts, live)
+    page = filled("page.html", about, parts, asks_server=live)
     megabytes = len(page.encode()) / 1e6
     if megabytes > _MOST_MEGABYTES:
         raise UsageError(
@@ -138,31 +135,3 @@ def named_dictionaries(
             f"a page shows dictionaries of one site, but these are of {' and '.join(sorted(sites))}"
         )
     return named
-
-
-def _page(about: dict[str, Any], parts: Sequence[tuple[str, str]], live: bool) -> str:
-    """The file: everything inline, and a policy that forbids every request, or every one but those
-    to its own server."""
-    frame = _frame()
-    (style,) = re.findall(r"<style>(.*?)</style>", frame, re.DOTALL)
-    (script,) = re.findall(r"<script>(.*?)</script>", frame, re.DOTALL)
-    data = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
-    blocks = [f'<script type="application/json" id="about">{data}</script>']
-    blocks += [f'<script type="text/plain" id="{name}">{text}</script>' for name, text in parts]
-    policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-        f"connect-src '{'self' if live else 'none'}'; base-uri 'none'; form-action 'none'"
-    )
-    return frame.replace("@@policy@@", policy, 1).replace("@@data@@", "\n".join(blocks), 1)
-
-
-def _digest(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _frame() -> str:
-    path = Path(__file__).parent / "page.html"
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise LlmWsaeError(f"this installation lacks {path}; install it again") from error

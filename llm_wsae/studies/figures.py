@@ -1,7 +1,11 @@
-"""The figures of a study: every rule beside the plain curve, and all differences in one view."""
+"""The figures of a study: every rule beside the plain curve, and all differences in one view.
+
+Both are written as PNG, and given as numbers to the page that draws them (``pages/report.html``).
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,21 +13,38 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from llm_wsae.drawing import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PURPLE, VERMILLION, save, tidy
+from llm_wsae.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LIGHT,
+    ORANGE,
+    PALETTE,
+    PURPLE,
+    VERMILLION,
+    save,
+    tidy,
+)
+from llm_wsae.evaluation.fidelity.report import OF_PAGE
 from llm_wsae.studies.comparison import Compared
 from llm_wsae.studies.curve import LEAST_INCREASE
 from llm_wsae.studies.inference import Estimate
 from llm_wsae.studies.plan import PLAIN
-from llm_wsae.studies.results import DECIDING, MEASURES, Result
+from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
 from llm_wsae.studies.verdict import (
     BETTER,
+    CONTROL,
     MIXED,
     NO_BETTER_THAN_CONTROL,
     UNCONTROLLED,
+    VERDICTS,
     WORSE,
 )
 
 _FOREST = ("detection", "selectivity", "detection_all", "purity")
+_OF_PLANTS = ("planted_recovered", "planted_f1")
+_COSTS = {"CE": "ce_recovered", "KL": "kl", "density": "density", "FVU": "fvu"}
 _OF_VERDICT = {
     BETTER: BLUE,
     UNCONTROLLED: GREEN,
@@ -31,8 +52,20 @@ _OF_VERDICT = {
     MIXED: PURPLE,
     WORSE: VERMILLION,
 }
+_DENSITY = "latents active per token, dense ones not counted"
+_CONTROL = "drawn at random, so that no verdict is passed"
+_LEGEND = (
+    "Filled: the rule, in the colour of its verdict. Hollow: its control. Bars are 95 % intervals. "
+    "The scale is logarithmic far from 0. Rows of uniform compare a plain k with the line between "
+    "its neighbours: where that is not 0, the curve is too coarse for differences of its size."
+)
+_CURVES = (
+    "Large marks are means over seeds, small ones the seeds; controls are hollow. The line joins "
+    "plain dictionaries."
+)
 _LINEAR_WITHIN = 0.01  # differences beyond it are drawn on a logarithmic scale
 _ACROSS = 2  # rules in a row of the curve's panels
+_NEAR = 0.06  # of the logarithm of what is lost, where the names of two k would touch
 
 
 def plot_curve(
@@ -155,6 +188,105 @@ def plot_differences(
     save(figure, path)
 
 
+def figures_of_page(
+    results: Sequence[Result],
+    at_equal: Mapping[str, Sequence[Compared]],
+    against_itself: Mapping[int, Mapping[str, Estimate]],
+) -> dict[str, Any]:
+    """The same two figures as numbers, JSON-able; ``pages/report.html`` says what it expects.
+
+    ``at_equal`` are the comparisons by what is equal in them: "CE", and others.
+    """
+    shown = _in_rows(at_equal["CE"])
+    numbers = {one.label: number for number, one in enumerate(shown, 1)} | {PLAIN: 0}
+    owners = {one.control: numbers[one.label] for one in shown if one.control is not None}
+    planted = any(result.planted is not None for result in results)
+    judged = DECIDING + (_OF_PLANTS if planted else ())
+    forest = _FOREST + (_OF_PLANTS if planted else ())
+    measures = OF_PAGE | {"density": {"title": "L0 not dense", "meaning": _DENSITY, "scale": "log"}}
+    for name, one in (MEASURES | (PLANTED if planted else {})).items():
+        measures[name] = {"title": one.title, "meaning": one.meaning}
+    return {
+        "series": [{"name": PLAIN, "group": "plain"}, *map(_series, shown)],
+        "verdicts": VERDICTS | {CONTROL: _CONTROL},
+        "points": [
+            {
+                "series": owners.get(r.label, numbers.get(r.label)),
+                "control": r.label in owners,
+                "name": r.label,
+                "k": r.point.k,
+                "values": {"l0": r.shares["l0"]}
+                | {cost: getattr(r, cost) for cost in _COSTS.values()}
+                | {m: r.point.values[m].mean for m in judged if m in r.point.values},
+            }
+            for r in results
+        ],
+        "measures": measures,
+        "curves": [
+            {"title": "What k costs", "across": "l0", "up": ["fvu", "ce_recovered", "kl"]},
+            {"title": "Above the plain curve?", "words": _CURVES, "up": judged},
+        ],
+        "legend": _LEGEND,
+        "forest": forest,
+        "differences": [
+            {
+                "equal": what,
+                "across": _COSTS[what],
+                "rows": _forest_rows(shown, numbers, compared, forest)
+                + _plain_rows(against_itself if what == "CE" else {}, forest),
+            }
+            for what, compared in at_equal.items()
+        ],
+    }
+
+
+def _series(one: Compared) -> dict[str, Any]:
+    colour = _OF_VERDICT.get(one.verdict)
+    number = None if colour is None else PALETTE.index(colour)
+    return {"name": one.label, "control": one.control, "group": one.verdict, "colour": number}
+
+
+def _forest_rows(
+    shown: Sequence[Compared],
+    numbers: Mapping[str, int],
+    compared: Sequence[Compared],
+    forest: Sequence[str],
+) -> list[dict[str, Any]]:
+    found = {one.label: one for one in compared}
+    return [
+        {
+            "series": numbers[one.label],
+            "name": one.label,
+            "word": found[one.label].verdict,
+            "values": _differences(found[one.label].effects, forest),
+            "control": _differences(
+                found[one.control].effects if one.control in found else {}, forest
+            ),
+        }
+        for one in shown
+    ]
+
+
+def _plain_rows(
+    against_itself: Mapping[int, Mapping[str, Estimate]], forest: Sequence[str]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "series": 0,
+            "name": f"{PLAIN}, k = {k}",
+            "word": "against the curve of the others",
+            "values": _differences(found, forest),
+        }
+        for k, found in against_itself.items()
+    ]
+
+
+def _differences(
+    effects: Mapping[str, Estimate], measures: Sequence[str]
+) -> dict[str, tuple[float, ...]]:
+    return {m: (effects[m].difference, *effects[m].interval) for m in measures if m in effects}
+
+
 def _in_rows(compared: Sequence[Compared]) -> list[Compared]:
     """What has a row of its own: rules, and drawn weights that control none; the best first."""
     controls = {one.control for one in compared}
@@ -197,8 +329,12 @@ def _draw_plain(axis: Axes, plain: Sequence[Result], measure: str, name_ks: bool
     axis.plot(places, means, ".-", color=INK, lw=1.4, ms=4)
     if name_ks:
         above = axis.get_xaxis_transform()
+        names: dict[float, str] = {}  # k that cost nearly the same are named together
         for k, place in zip(ks, places, strict=True):
-            axis.text(place, 1.02, str(k), transform=above, ha="center", fontsize=7, color=GREY)
+            near = next((p for p in names if abs(np.log(p / place)) < _NEAR), None)
+            names[near or place] = f"{names[near]}, {k}" if near else str(k)
+        for place, name in names.items():
+            axis.text(place, 1.02, name, transform=above, ha="center", fontsize=7, color=GREY)
 
 
 def _draw_estimate(
@@ -217,7 +353,7 @@ def _lost_axis(axis: Axes) -> None:
     """Cross-entropy recovered, over the logarithm of what is lost; better to the right."""
     axis.set_xscale("log")
     axis.invert_xaxis()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda lost, _: f"{1 - lost:.4g}"))
 

@@ -5,7 +5,7 @@ training/               dictionaries in training, one group of one seed at a tim
 dictionaries/<name>/    trained dictionaries
 results/<name>.json     measured dictionaries; none is measured twice
 consistency.json        how alike the kept dictionaries of different seeds are
-report.json, report.md, curve.png, differences.png
+report.json, report.md, report.html, curve.png, differences.png
 """
 
 from collections.abc import Mapping

@@ -1,19 +1,21 @@
-"""The report of a study: verdicts, tables, JSON and figures."""
+"""The report of a study: verdicts, tables, JSON, figures, and a page of all of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llm_wsae.files import write_json, write_text
+from llm_wsae.pages.frame import filled
 from llm_wsae.provenance import plain, versions
 from llm_wsae.studies.comparison import Compared, compare, curve_against_itself
 from llm_wsae.studies.consistency import Agreements
-from llm_wsae.studies.figures import plot_curve, plot_differences
+from llm_wsae.studies.figures import figures_of_page, plot_curve, plot_differences
 from llm_wsae.studies.inference import Estimate
 from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.report_tables import (
     Rows,
+    Table,
     control_rows,
     curve_rows,
     dictionary_rows,
@@ -28,7 +30,8 @@ from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
 from llm_wsae.studies.verdict import ONE_SEED, OUTSIDE, UNMEASURED, VERDICTS
 from llm_wsae.terminal import aligned, markdown
 
-REPORT, MARKDOWN, CURVE, DIFFERENCES = "report.json", "report.md", "curve.png", "differences.png"
+REPORT, MARKDOWN, PAGE = "report.json", "report.md", "report.html"
+CURVE, DIFFERENCES = "curve.png", "differences.png"
 _HOW_TO_READ = (
     "A difference is a dictionary's value less that of the plain curve at the dictionary's own "
     "cross-entropy, seed by seed. Square brackets hold its 95 % interval over seeds and over "
@@ -44,6 +47,7 @@ _IS_IT_FINE = (
     "far from 0, lines cut corners, and only a curve with more k could support differences of a "
     "quarter of that value."
 )
+_QUESTION = "Is a dictionary with weights better than a plain one of the same fidelity?"
 _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family of concepts."
 _PLANTED = (
     "Known features were planted into the rows that were trained on. Each is judged by its best "
@@ -120,9 +124,10 @@ class StudyReport:
         )
 
     def write(self, out: Path) -> None:
-        """Write JSON, Markdown and figures. Raises LlmWsaeError if that is impossible."""
+        """Write JSON, Markdown, the page and figures. Raises LlmWsaeError if that is impossible."""
         write_json(out / REPORT, self.to_dict())
         write_text(out / MARKDOWN, self.markdown())
+        write_text(out / PAGE, self.page())
         plot_curve(self.results, self.compared, self.site, out / CURVE)
         plot_differences(self.compared, self.against_itself, self.site, out / DIFFERENCES)
 
@@ -143,47 +148,87 @@ class StudyReport:
         return "\n\n".join([*parts, *self.sentences()])
 
     def markdown(self) -> str:
-        """The same and more, as a page."""
-        architecture = self.basis["training"]["architecture"]
-        parts = [f"# Study of weights at {self.site}, {architecture}"]
+        """The same and more, as Markdown."""
+        parts = [f"# {self._title()}"]
         parts += [f"- {sentence}" for sentence in self.sentences()]
         parts += [f"![Every rule beside the plain curve]({CURVE})"]
-        parts += [f"![Differences at equal CE]({DIFFERENCES})", _HOW_TO_READ]
-        parts += ["## Differences from the plain curve at equal CE"]
-        parts += [markdown(self._differences(everything=True))]
-        if self._has_plants:
-            parts += self._planted_section()
-        if any(one.against_control for one in self.compared):
-            parts += ["## Differences from the control, each at its own CE"]
-            parts += [markdown(control_rows(self.compared))]
-        if self.against_itself:
-            parts += ["## Is the curve fine enough?", _IS_IT_FINE]
-            parts += [markdown(curve_rows(self.against_itself))]
-        parts += ["## Families of concepts", _FAMILIES, markdown(family_rows(self.compared))]
-        parts += ["## Dictionaries", markdown(dictionary_rows(self.results, self.agreements))]
-        parts += ["\n".join(f"- {m.title}: {m.meaning}" for m in MEASURES.values())]
-        if self.agreements:
-            parts += [_PW_MCC]
+        parts += [f"![Differences at equal CE]({DIFFERENCES})"]
+        for table in self._tables():
+            parts += [f"## {table.title}", *([table.words] if table.words else [])]
+            parts += [markdown(table.rows)]
+        measures = MEASURES | (PLANTED if self._has_plants else {})
+        parts += ["\n".join(f"- {m.title}: {m.meaning}" for m in measures.values())]
         return "\n\n".join(parts) + "\n"
+
+    def page(self) -> str:
+        """All of it as one HTML file that needs no network (``pages/report.html``)."""
+        at_equal = {"CE": self.compared, "KL": self.at_equal_kl}
+        at_equal |= {"density": self.at_equal_density, "FVU": self.at_equal_fvu}
+        figures = figures_of_page(self.results, at_equal, self.against_itself)
+        series = {one["name"]: number for number, one in enumerate(figures["series"])}
+        evidence = [
+            {"series": series[one.label], "name": one.label, "text": self._evidence(one)}
+            for one in self._claims()
+        ]
+        about = {
+            "title": self._title(),
+            "words": [_QUESTION],
+            "facts": self._facts(),
+            "evidence": evidence,
+            "tables": [asdict(table) for table in self._tables()],
+        }
+        return filled("report.html", figures | about)
+
+    def _title(self) -> str:
+        return f"Study of weights at {self.site}, {self.basis['training']['architecture']}"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What all dictionaries share, as far as it is known."""
+        rows, text = self.basis.get("rows", {}), self.basis.get("text", {})
+        seeds = sorted({result.point.seed for result in self.results})
+        return [
+            ("model", str(rows.get("model", {}).get("name", "not known"))),
+            ("text", str(text.get("name", "not known"))),
+            ("rows trained on", f"{rows.get('num_rows', 0):,}"),
+            ("dictionaries", f"{len(self.results)}, on seeds {', '.join(map(str, seeds))}"),
+        ]
 
     @property
     def _has_plants(self) -> bool:
         return any(result.planted is not None for result in self.results)
 
-    def _planted_section(self) -> list[str]:
-        measures = "\n".join(f"- {m.title}: {m.meaning}" for m in PLANTED.values())
+    def _tables(self) -> list[Table]:
+        """Those of the Markdown and of the page."""
         at_equal = {"CE": self.compared, "KL": self.at_equal_kl, "FVU": self.at_equal_fvu}
-        return [
-            "## Planted features",
-            _PLANTED,
-            markdown(planted_rows(self.results)),
-            measures,
-            "Differences from the plain curve:",
-            markdown(planted_difference_rows(at_equal)),
-            "Mean F1 by kind of direction, and by strength in median norms of the rows:",
-            markdown(strata_rows(self.results, "by_stratum")),
-            markdown(strata_rows(self.results, "by_strength")),
-        ]
+        results, compared = self.results, self.compared
+        title = "Differences from the plain curve at equal CE"
+        found = [Table(title, self._differences(everything=True), _HOW_TO_READ)]
+        if self._has_plants:
+            found += [
+                Table("Planted features", planted_rows(results), _PLANTED),
+                Table(
+                    "Planted features: differences from the plain curve",
+                    planted_difference_rows(at_equal),
+                ),
+                Table(
+                    "Planted features: mean F1 by kind of direction",
+                    strata_rows(results, "by_stratum"),
+                ),
+                Table(
+                    "Planted features: mean F1 by strength",
+                    strata_rows(results, "by_strength"),
+                    "Strengths are in median norms of the rows.",
+                ),
+            ]
+        if any(one.against_control for one in compared):
+            title = "Differences from the control, each at its own CE"
+            found += [Table(title, control_rows(compared))]
+        if self.against_itself:
+            rows = curve_rows(self.against_itself)
+            found += [Table("Is the curve fine enough?", rows, _IS_IT_FINE)]
+        found += [Table("Families of concepts", family_rows(compared), _FAMILIES)]
+        words = _PW_MCC if self.agreements else None
+        return [*found, Table("Dictionaries", dictionary_rows(results, self.agreements), words)]
 
     def _differences(self, everything: bool = False) -> Rows:
         return difference_rows(self.compared, self.at_equal_kl, self.at_equal_density, everything)
@@ -192,17 +237,18 @@ class StudyReport:
         return [one for one in self.compared if not one.is_control]
 
     def _sentence(self, one: Compared) -> str:
-        start = f"{one.label}: {VERDICTS[one.verdict]}"
+        return f"{one.label}: {VERDICTS[one.verdict]} ({self._evidence(one)})"
+
+    def _evidence(self, one: Compared) -> str:
+        """What a verdict rests on."""
         shown = one.ks or one.ce_recovered
         reached = ", ".join(f"{one.ce_recovered[k]:.4f}" for k in shown)
         if one.verdict in (UNMEASURED, ONE_SEED):
-            return f"{start} (CE recovered {reached})"
+            return f"CE recovered {reached}"
         if one.verdict == OUTSIDE:
             plain_ce = [r.ce_recovered for r in self.results if r.label == PLAIN]
-            return (
-                f"{start} ({reached} recovered; the curve goes from {min(plain_ce):.4f} to "
-                f"{max(plain_ce):.4f})"
-            )
+            curve = f"the curve goes from {min(plain_ce):.4f} to {max(plain_ce):.4f}"
+            return f"{reached} recovered; {curve}"
         numbers = []
         for measure in DECIDING:
             if measure in one.adjusted:
@@ -222,7 +268,7 @@ class StudyReport:
             same = "the same" if other.verdict == one.verdict else other.verdict
             numbers.append(f"at equal {what} {same}")
         numbers += [f"CE recovered {reached}", f"{len(one.seeds)} seeds"]
-        return f"{start} ({'; '.join(numbers)})"
+        return "; ".join(numbers)
 
 
 def _compare_at_equal(results: Sequence[Result], cost: Callable[[Result], float]) -> list[Compared]:

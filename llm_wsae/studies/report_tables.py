@@ -1,6 +1,7 @@
 """The tables of a study's report, as rows of cells; the first row is the head."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from llm_wsae.studies.comparison import Compared
 from llm_wsae.studies.consistency import Agreements
@@ -8,6 +9,18 @@ from llm_wsae.studies.inference import Estimate
 from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
 
 Rows = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table under its title."""
+
+    title: str
+    rows: Rows
+    words: str | None = None
+    """What to know before reading it."""
+
+
 _SHOWN = ("detection", "no_token", "purity", "coherence", "selectivity", "probe_1", "probe_5")
 _NONE = "–"
 

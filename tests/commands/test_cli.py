@@ -270,7 +270,8 @@ def test_run_leaves_everything_in_one_folder(ran):
     out, result = ran
     here = out / SITE
     arms = ["uniform-k4", "variance-a0.5-k4", "whitening-a0.5-space-k4"]
-    names = {"profile.json", "profile.png", "report.json", "fidelity.png", "log.jsonl"}
+    names = {"profile.json", "profile.png", "report.json", "report.html", "fidelity.png"}
+    names |= {"log.jsonl"}
     assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
     assert is_figure(here / "profile.png") and is_figure(here / "fidelity.png")
     report = json.loads((here / "report.json").read_text())["dictionaries"]

@@ -4,7 +4,6 @@ import base64
 import gzip
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -173,22 +172,6 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
     with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
         dashboard([world / PLAIN, other], world / "store", "unused", tmp_path / "p.html")
     assert not list(tmp_path.iterdir())
-
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_every_dictionary_is_trained_measured_and_reported(whole):
     assert len(report.sentences()) == 1
     assert report.sentences()[0].startswith("variance-a-0.25: ")
     assert not list((out / "training").iterdir())
-    for name in ("report.json", "report.md", "curve.png", "differences.png", "study.json"):
+    for name in ("report.json", "report.md", "report.html", "curve.png", "differences.png"):
         assert (out / name).stat().st_size > 100
 
 
@@ -411,7 +411,7 @@ def test_the_command(world, tmp_path, monkeypatch):
     again = works(*words)
     assert "train" not in again.err and again.out.splitlines()[0].startswith("weights ")
     assert any(line.startswith("variance-a-0.25: ") for line in again.out.splitlines())
-    assert f"report  {out / 'report.md'}" in again.out
+    assert f"report  {out / 'report.html'}" in again.out and "report.md" in again.out
 
 
 def test_bad_requests_are_one_sentence(world, tmp_path):

@@ -260,6 +260,9 @@ def test_the_figures_are_drawn(tmp_path):
     plot_profile(statistics, weights, "blocks.1.hook_resid_post", tmp_path / "profile.png")
     width, height = picture_size(tmp_path / "profile.png")
     assert width > 800 and height > 800
+    many = [weights_from_rule("variance", alpha / 10, statistics) for alpha in range(12)]
+    plot_profile(statistics, many, "blocks.1.hook_resid_post", tmp_path / "profile.png")
+    assert picture_size(tmp_path / "profile.png") == (width, height // 3 * 7)
     numbers = {
         "fvu": 0.2,
         "ce_recovered": 0.9,

@@ -24,14 +24,14 @@ from tqdm import tqdm
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.activation_cache import ActivationCache
 from llm_wsae.evaluation.bootstrap import Bootstrap
-from llm_wsae.evaluation.checks import check_fit, notes_on_weights
+from llm_wsae.evaluation.checks import check_fit, notes_on_weights, plain_beside
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.baselines import Baselines, Key, read_baselines
 from llm_wsae.evaluation.fidelity.contexts import Context, batches_of, take_contexts
 from llm_wsae.evaluation.fidelity.next_token import clean_logits, next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
 from llm_wsae.evaluation.fidelity.report import Report
-from llm_wsae.evaluation.fidelity.summary import fidelity_of
+from llm_wsae.evaluation.fidelity.summary import fidelity_of, from_plain
 from llm_wsae.evaluation.massive import massive_thresholds
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -111,6 +111,12 @@ class FidelityEvaluator:
             num_contexts=self._num_contexts,
             num_scored=int(losses["scored",].sum()),
             dictionaries={name: summaries[name] for name in dictionaries},
+            from_plain={
+                name: from_plain(
+                    summaries[name], summaries[plain], dictionaries[name].site, losses, bootstrap
+                )
+                for name, plain in plain_beside(dictionaries).items()
+            },
             notes=_notes(dictionaries, self._model, self._num_contexts),
         )
 

@@ -23,6 +23,18 @@ COLUMNS = {
     "cosine": "mean cosine between activation and reconstruction (1: perfect)",
 }
 
+OF_PAGE = {
+    key: {"title": title, "meaning": COLUMNS[title], "scale": scale, "lower": lower}
+    for key, title, scale, lower in (
+        ("l0", "L0", "log", False),
+        ("fvu", "FVU", "log", True),
+        ("ce_recovered", "CE recovered", "lost", False),
+        ("kl", "KL", "log", True),
+    )
+}
+"""Measures that ``pages/report.html`` draws, with the scales of their axes and whether lower is
+better."""
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -89,6 +101,24 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class FromPlain:
+    """A weighted dictionary's fidelity less that of the plain one trained beside it.
+
+    Both are measured on the same contexts, which are resampled together: the 95 % intervals cover
+    the choice of text, not that of the seed.
+    """
+
+    plain: str
+    """Name of the plain dictionary."""
+    fvu: float
+    ce_recovered: float
+    ce_recovered_interval: Interval
+    kl: float
+    """In nats."""
+    kl_interval: Interval
+
+
+@dataclass(frozen=True)
 class Report:
     """One evaluation of several dictionaries on the same text."""
 
@@ -100,6 +130,8 @@ class Report:
     num_scored: int
     """Positions whose next-token prediction was scored."""
     dictionaries: dict[str, Fidelity]
+    from_plain: dict[str, FromPlain] = field(default_factory=dict)
+    """Of each weighted dictionary that has a plain one beside it."""
     notes: list[str] = field(default_factory=list)
     """What a reader should know before relying on the numbers."""
 
@@ -115,19 +147,25 @@ class Report:
         """Write the JSON report. Raises LlmWsaeError if that is impossible."""
         write_json(path, self.to_dict())
 
-    def table(self) -> str:
-        """A table for people, with the meaning of each column below it."""
+    def rows(self) -> list[list[str]]:
+        """The numbers as cells; the first row is the head."""
         found = list(self.dictionaries.values())
         several = len({f.site for f in found}) > 1
         header = ["dictionary", *(["site"] if several else []), *COLUMNS]
-        rows = [[f.name, *([f.site] if several else []), *_cells(f)] for f in found]
-        text = [aligned([header, *rows], left=2 if several else 1), ""]
+        return [header, *([f.name, *([f.site] if several else []), *_cells(f)] for f in found)]
+
+    def table(self) -> str:
+        """A table for people, with the meaning of each column below it."""
+        rows = self.rows()
+        text = [aligned(rows, left=len(rows[0]) - len(COLUMNS)), ""]
         width = max(map(len, COLUMNS))
         text += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
-        text += ["", *self._context_lines(found)]
+        text += ["", *self.text_measured()]
         return "\n".join(text)
 
-    def _context_lines(self, found: list[Fidelity]) -> list[str]:
+    def text_measured(self) -> list[str]:
+        """Sentences on the text that was measured on, and what to know of it."""
+        found = list(self.dictionaries.values())
         lines = [
             f"{found[0].rows + found[0].massive_rows:,} tokens of held-out text in "
             f"{self.num_contexts:,} contexts; {self.num_scored:,} predictions scored."

@@ -8,7 +8,7 @@ import torch
 from llm_wsae.evaluation.bootstrap import Bootstrap
 from llm_wsae.evaluation.fidelity.baselines import Baselines, Key
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums, ratio
-from llm_wsae.evaluation.fidelity.report import Fidelity
+from llm_wsae.evaluation.fidelity.report import Fidelity, FromPlain
 from llm_wsae.model.site import Site
 
 Quantity = Callable[[Mapping[str, np.ndarray]], np.ndarray]
@@ -87,4 +87,28 @@ def fidelity_of(
         density_histogram={"log10_edges": edges, "counts": counts},
         fvu_per_dimension=(sums.error / deviation.where(deviation > 0, torch.nan)).tolist(),
         latent_density=sums.density.tolist(),
+    )
+
+
+def from_plain(
+    one: Fidelity,
+    plain: Fidelity,
+    site: Site,
+    losses: Mapping[Key, np.ndarray],
+    bootstrap: Bootstrap,
+) -> FromPlain:
+    """The difference of two dictionaries of a site, with intervals of the difference itself."""
+    used = {
+        "scored": losses["scored",],
+        "range": losses["ce", "zero", site] - losses["ce", "clean"],
+        "ce": losses["ce", "dictionary", plain.name] - losses["ce", "dictionary", one.name],
+        "kl": losses["kl", "dictionary", one.name] - losses["kl", "dictionary", plain.name],
+    }
+    return FromPlain(
+        plain=plain.name,
+        fvu=one.fvu - plain.fvu,
+        ce_recovered=one.ce_recovered - plain.ce_recovered,
+        ce_recovered_interval=bootstrap.interval(lambda t: t["ce"] / t["range"], used),
+        kl=one.kl - plain.kl,
+        kl_interval=bootstrap.interval(lambda t: t["kl"] / t["scored"], used),
     )

@@ -366,6 +366,35 @@ def test_report_is_json_and_a_table(model, contexts, tmp_path):
     assert "trained on other weights" in table and "contexts are few" in table
 
 
+def test_a_weighted_dictionary_is_compared_with_the_plain_one_beside_it(model, contexts):
+    made = {"training": {"k": 4}}
+    found = evaluate(
+        {
+            "plain": trained(**made),
+            "same": trained(**made, rule="variance"),
+            "empty": nothing(**made, rule="variance"),
+            "other seed": nothing(training={"k": 4}, seed=1, rule="variance"),
+            "other k": nothing(training={"k": 8}, rule="variance"),
+        },
+        model,
+        contexts,
+        CONFIG,
+    )
+    assert list(found.from_plain) == ["same", "empty"]
+    same, empty = found.from_plain.values()
+    assert same.plain == empty.plain == "plain"
+    assert same.kl_interval == same.ce_recovered_interval == (0, 0) and same.kl == same.fvu == 0
+    plain, other = found.dictionaries["plain"], found.dictionaries["empty"]
+    for measure in ("kl", "ce_recovered", "fvu"):
+        assert getattr(empty, measure) == getattr(other, measure) - getattr(plain, measure)
+    # zeros recover nothing in every resampling: what is left is the plain one's interval
+    low, high = plain.ce_recovered_interval
+    assert empty.ce_recovered_interval == pytest.approx((-high, -low))
+    assert empty.kl_interval[0] < empty.kl < empty.kl_interval[1]
+    alone = evaluate({"empty": nothing(**made, rule="variance")}, model, contexts, CONFIG)
+    assert alone.from_plain == {}
+
+
 def test_constant_rows_have_no_fvu():
     from llm_wsae.evaluation.fidelity.reconstruction import ratio
 

@@ -1,0 +1,257 @@
+"""The page of a study and of a run: it shows what was measured, and a browser can use it."""
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from study_cases import Made
+
+from llm_wsae import EvaluateConfig, choose_weights, evaluate, make_arms
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.pages.frame import filled
+from llm_wsae.plots import write_page
+from llm_wsae.studies.report import StudyReport
+from llm_wsae.studies.verdict import VERDICTS
+
+SITE = "blocks.1.hook_resid_post"
+BASIS = {"training": {"architecture": "topk"}, "text": {"name": "sotu"}}
+EFFECTS = {"variance": 0.03, "kurtosis": -0.03, "hoyer": 0.01, "gap": -0.01, "semantic": 0.0}
+
+
+def made_report(**names: str) -> StudyReport:
+    """Five rules with their controls, and one that cannot be compared; rules may be renamed."""
+    made = Made()
+    results = made.curve() + made.rule("negentropy", cost=9.0)
+    for name, effect in EFFECTS.items():
+        results += made.rule(name, effect=effect)
+    renamed = {f"{rule}-a0.5": name for rule, name in names.items()}
+    results = [replace(r, label=renamed.get(r.label, r.label)) for r in results]
+    basis = BASIS if not names else BASIS | {"text": {"name": names["variance"]}}
+    return StudyReport.of(SITE, basis, results)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return made_report()
+
+
+@pytest.fixture(scope="module")
+def page(report, tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "report.html"
+    path.write_text(report.page())
+    return path
+
+
+def about(page: str) -> dict:
+    return json.loads(re.search(r'id="about">(.*?)</script>', page)[1])
+
+
+def test_the_page_has_the_numbers_of_the_report(report, page):
+    found = about(page.read_text())
+    for at, compared in zip(
+        found["differences"],
+        (report.compared, report.at_equal_kl, report.at_equal_density, report.at_equal_fvu),
+        strict=True,
+    ):
+        of = {one.label: one for one in compared}
+        rows = [row for row in at["rows"] if row["series"]]
+        assert rows[0]["name"] == "variance-a0.5" and len(rows) == 6
+        for row in rows:
+            one = of[row["name"]]
+            control = of[f"permuted-{row['name']}"]
+            assert row["word"] == one.verdict
+            for shown, effects in ((row["values"], one.effects), (row["control"], control.effects)):
+                for measure, (difference, *interval) in shown.items():
+                    assert difference == effects[measure].difference
+                    assert tuple(interval) == effects[measure].interval
+            assert ("detection" in row["values"]) == bool(one.ks)
+    assert len(found["points"]) == len(report.results)
+    for point, result in zip(found["points"], report.results, strict=True):
+        assert point["values"]["kl"] == result.kl and point["k"] == result.point.k
+        assert point["control"] == (result.control is None and result.label != "uniform")
+    assert {one["name"]: one["text"] for one in found["evidence"]} == {
+        name: sentence.partition(" (")[2].removesuffix(")")
+        for name, sentence in (s.split(": ", 1) for s in report.sentences())
+    }
+
+
+def opened(browser, path, **how):
+    """A tab with a page; whatever it complains of or asks for is kept in ``wrong``."""
+    tab, wrong = browser.new_page(**how), []
+    tab.on("console", lambda message: wrong.append(message.text))
+    tab.on("dialog", lambda dialog: wrong.append("dialog"))
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith("file:") else None)
+    tab.goto(f"file://{path}")
+    return tab, wrong
+
+
+@pytest.fixture
+def tab(browser, page):
+    tab, wrong = opened(browser, page, viewport={"width": 1280, "height": 900})
+    yield tab
+    assert wrong == []
+    tab.close()
+
+
+def texts(tab, selector: str) -> list[str]:
+    return [text.strip() for text in tab.locator(selector).all_inner_texts()]
+
+
+def written(tab, number: int) -> list[str]:
+    """What stands in one of the panels: names, and numbers of its axes."""
+    return tab.locator(f"svg.plot >> nth={number}").locator("text").all_text_contents()
+
+
+def test_a_browser_shows_verdicts_and_figures(tab, report):
+    verdicts = texts(tab, ".verdict")
+    for one in report.compared:
+        if not one.is_control:
+            (line,) = (text for text in verdicts if one.label in text)
+            assert VERDICTS[one.verdict] in line
+    rows = texts(tab, ".forest tbody tr")
+    assert len(rows) == 6 + len(report.against_itself)
+    assert rows[0].splitlines()[0] == "variance-a0.5"
+    assert tab.locator(".forest tbody tr >> nth=0").locator(".dot").count() == 4
+    captions = texts(tab, "figcaption")
+    assert captions == ["FVU", "CE recovered", "KL", "detection", "selectivity"]
+    assert "CE recovered" in written(tab, 3) and "KL" not in written(tab, 3)
+    tab.select_option("#equal", "KL")
+    assert "KL" in written(tab, 3)
+    (kl,) = (one for one in report.at_equal_kl if one.label == "hoyer-a0.5")
+    cell = tab.locator(".forest tr", has_text="hoyer").locator("td >> nth=1")
+    assert float(cell.get_attribute("data-v")) == kl.effects["detection"].difference
+
+
+def test_tables_are_sorted_by_their_heads(tab):
+    """Numbers from the largest down, words from A, nothing at all last; and by the keyboard."""
+    dictionaries = tab.locator(".wide[aria-label=Dictionaries] table")
+
+    def column(head: str) -> list[str]:
+        heads = [text.strip() for text in dictionaries.locator("th").all_inner_texts()]
+        number = [text.split()[0] for text in heads].index(head) + 1
+        return dictionaries.locator(f"tbody td:nth-child({number})").all_inner_texts()
+
+    dictionaries.locator("th button", has_text="KL").click()
+    falling = [float(text) for text in column("KL")]
+    assert falling == sorted(falling, reverse=True) and len(set(falling)) > 3
+    dictionaries.locator("th button", has_text="KL").press("Enter")
+    assert [float(text) for text in column("KL")] == falling[::-1]
+    assert dictionaries.locator("th[aria-sort=ascending]").inner_text().startswith("KL")
+    dictionaries.locator("th button", has_text="weights").click()
+    assert column("weights") == sorted(column("weights"))
+    tab.locator(".forest th button", has_text="selectivity").click()
+    cells = tab.locator(".forest tbody td:nth-child(3)")
+    values = cells.evaluate_all("cells => cells.map(cell => cell.dataset.v)")
+    numbers = [float(value) for value in values if value is not None]
+    assert numbers == sorted(numbers, reverse=True) and values[-1] is None
+
+
+def test_rules_are_switched_off_and_on_everywhere(tab):
+    shown = ".forest tbody tr:visible, svg.plot > g[data-s]:visible, .wide tr[data-s]:visible"
+    everything = tab.locator(shown).count()
+    scale = written(tab, 0)
+    tab.uncheck("[aria-label='show negentropy-a0.5']")
+    assert 0 < tab.locator(shown).count() < everything
+    assert written(tab, 0) != scale  # the axes follow what is left
+    assert not any("negentropy" in row for row in texts(tab, ".wide tr:visible, .forest tr"))
+    tab.click("text=plain only")
+    assert {row.split("\n")[0].split()[0] for row in texts(tab, ".forest tbody tr")} == {"uniform,"}
+    tab.click("text=all on")
+    assert tab.locator(shown).count() == everything
+    tab.uncheck("[aria-label='show gap-a0.5']")
+    assert tab.locator("[aria-label='show worse']").evaluate("box => box.indeterminate")
+    tab.uncheck("[aria-label='show worse']")
+    assert not any("worse" in row for row in texts(tab, ".forest tr"))
+    tab.click("text=all on")
+    assert tab.locator(".forest .diamond:visible").count() > 0
+    tab.uncheck("#controls")
+    assert tab.locator(".forest .diamond:visible").count() == 0
+
+
+def test_a_rule_is_pointed_at_and_singled_out_everywhere(tab):
+    def highlighted() -> set[str]:
+        return set(tab.locator("[data-s].hot").evaluate_all("all => all.map(n => n.dataset.s)"))
+
+    tab.locator(".forest tr", has_text="kurtosis").locator("svg.strip >> nth=0").hover()
+    (number,) = highlighted()
+    for place in ("aside li", ".forest tr", "svg.plot > g", ".wide tr"):
+        assert tab.locator(f"{place}.hot").count() >= 1
+    assert tab.locator("#tip").inner_text().startswith("kurtosis-a0.5\ndetection −0.0")
+    tab.locator("h1").hover()
+    assert highlighted() == set() and tab.locator("#tip").is_hidden()
+    tab.locator("aside button", has_text="kurtosis").focus()
+    assert highlighted() == {number}
+    tab.keyboard.press("Enter")
+    tab.locator("h1").hover()
+    assert highlighted() == {number}
+    assert tab.locator("aside [aria-pressed=true]").inner_text() == "kurtosis-a0.5"
+    tab.keyboard.press("j")
+    assert len(highlighted()) == 1 and highlighted() != {number}
+    tab.keyboard.press("k")
+    assert highlighted() == {number}
+    tab.keyboard.press("Escape")
+    assert highlighted() == set()
+    tab.locator("svg.plot > g[data-s='1'] .mean >> nth=0").click()
+    assert tab.locator("aside [aria-pressed=true]").inner_text() == "variance-a0.5"
+
+
+def test_nothing_is_wider_than_the_window_in_light_or_dark(tab):
+    for width in (390, 1280):
+        tab.set_viewport_size({"width": width, "height": 900})
+        for scheme in ("light", "dark"):
+            tab.emulate_media(color_scheme=scheme)
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
+    tab.click("#theme")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_hostile_names_do_nothing(browser, tmp_path):
+    """Names that would end the script, reverse the line or fill the window."""
+    image = "</script><img src=x onerror=alert(1)>"
+    hostile = made_report(variance=image, kurtosis="\u202eabc", hoyer="y" * 300)
+    (tmp_path / "bad.html").write_text(hostile.page())
+    tab, wrong = opened(browser, tmp_path / "bad.html", viewport={"width": 390, "height": 900})
+    assert tab.locator("img").count() == 0
+    for place in ("dl.facts", ".verdict", ".forest", ".wide >> nth=0"):
+        assert any(image in text for text in texts(tab, place))
+    assert "\u202e" not in tab.content() and r"\u202eabc" in tab.locator(".forest").inner_text()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert wrong == []
+    tab.close()
+
+
+def test_numbers_that_do_not_exist_are_null():
+    assert about(filled("report.html", {"value": float("nan")})) == {"value": None}
+
+
+def test_the_page_of_a_run(browser, world, tmp_path):
+    """Every dictionary is compared with the plain one beside it, and no verdict is passed."""
+    names = ("uniform-k4", "variance-a0.5-k4")
+    dictionaries = {name: Dictionary.load(world / "trained" / name) for name in names}
+    model, site = LanguageModel.load(str(world / "model")), Site.parse(SITE)
+    store = ActivationStore.open(world / "store")
+    shard = store.contexts(0)
+    contexts = [
+        SimpleNamespace(ids=ids, keep=keep) for ids, keep in zip(shard.ids, shard.keep, strict=True)
+    ]
+    measured = evaluate(dictionaries, model, contexts, EvaluateConfig(tokens=400))
+    weights = choose_weights(store.statistics(site), ["uniform", "variance"], alphas=[0.5])
+    arms = make_arms(weights, ks=[4])
+    write_page(measured, arms, SITE, tmp_path / "report.html")
+    (row,) = about((tmp_path / "report.html").read_text())["differences"][0]["rows"]
+    plain, weighted = (measured.dictionaries[name] for name in names)
+    assert row["name"] == names[1]
+    assert row["values"]["kl"][0] == pytest.approx(weighted.kl - plain.kl)
+    tab, wrong = opened(browser, tmp_path / "report.html")
+    assert texts(tab, "figcaption") == ["FVU", "CE recovered", "KL"]
+    assert any(f"{weighted.kl - plain.kl:+.4f}" in text for text in texts(tab, ".evidence"))
+    assert tab.locator(".wide tbody tr").count() == 2 and wrong == []
+    tab.close()
