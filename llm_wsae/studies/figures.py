@@ -204,8 +204,10 @@ def figures_of_page(
     judged = DECIDING + (_OF_PLANTS if planted else ())
     forest = _FOREST + (_OF_PLANTS if planted else ())
     measures = OF_PAGE | {"density": {"title": "L0 not dense", "meaning": _DENSITY, "scale": "log"}}
-    for name, one in (MEASURES | (PLANTED if planted else {})).items():
+    for name, one in MEASURES.items():
         measures[name] = {"title": one.title, "meaning": one.meaning}
+    for name, one in PLANTED.items() if planted else ():
+        measures[name] = {"title": f"plants: {one.title}", "meaning": one.meaning}
     return {
         "series": [{"name": PLAIN, "group": "plain"}, *map(_series, shown)],
         "verdicts": VERDICTS | {CONTROL: _CONTROL},
