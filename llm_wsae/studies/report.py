@@ -19,12 +19,15 @@ from llm_wsae.studies.report_tables import (
     dictionary_rows,
     difference_rows,
     estimate_text,
+    explained_difference_rows,
+    explained_rows,
     family_rows,
     planted_difference_rows,
     planted_rows,
     strata_rows,
+    was_explained,
 )
-from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
+from llm_wsae.studies.results import DECIDING, EXPLAINED, MEASURES, PLANTED, Result
 from llm_wsae.studies.verdict import ONE_SEED, OUTSIDE, UNMEASURED, VERDICTS
 from llm_wsae.terminal import aligned, markdown
 
@@ -48,6 +51,10 @@ _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family o
 _PLANTED = (
     "Known features were planted into the rows that were trained on. Each is judged by its best "
     "latent, on rows that no dictionary was trained on."
+)
+_EXPLAINED = (
+    "A language model explained a sample of each dictionary's latents, as many from every tenth of "
+    "them by density, and had to recognise them by that in other documents."
 )
 _PW_MCC = (
     "PW-MCC: how similar the decoders of different seeds are, latents matched one to one, for the "
@@ -113,7 +120,7 @@ class StudyReport:
                 "curve_against_itself": self.against_itself,
                 "consistency": list(self.agreements.values()),
                 "dictionaries": {result.name: result for result in self.results},
-                "measures": MEASURES | PLANTED,
+                "measures": MEASURES | PLANTED | EXPLAINED,
                 "basis": self.basis,
                 "versions": versions(),
             }
@@ -140,6 +147,9 @@ class StudyReport:
             parts += [aligned(curve_rows(self.against_itself))]
         if self._has_plants:
             parts += ["recovery of planted features", aligned(planted_rows(self.results))]
+        if self._is_explained:
+            parts += ["explanations by a language model", aligned(explained_rows(self.results))]
+            parts += [aligned(explained_difference_rows(self._at_equal))]
         return "\n\n".join([*parts, *self.sentences()])
 
     def markdown(self) -> str:
@@ -153,6 +163,8 @@ class StudyReport:
         parts += [markdown(self._differences(everything=True))]
         if self._has_plants:
             parts += self._planted_section()
+        if self._is_explained:
+            parts += self._explained_section()
         if any(one.against_control for one in self.compared):
             parts += ["## Differences from the control, each at its own CE"]
             parts += [markdown(control_rows(self.compared))]
@@ -170,16 +182,33 @@ class StudyReport:
     def _has_plants(self) -> bool:
         return any(result.planted is not None for result in self.results)
 
+    @property
+    def _is_explained(self) -> bool:
+        return any(map(was_explained, self.results))
+
+    @property
+    def _at_equal(self) -> dict[str, list[Compared]]:
+        return {"CE": self.compared, "KL": self.at_equal_kl, "FVU": self.at_equal_fvu}
+
+    def _explained_section(self) -> list[str]:
+        return [
+            "## Explanations by a language model",
+            _EXPLAINED,
+            markdown(explained_rows(self.results)),
+            "\n".join(f"- {m.title}: {m.meaning}" for m in EXPLAINED.values()),
+            "Differences from the plain curve:",
+            markdown(explained_difference_rows(self._at_equal)),
+        ]
+
     def _planted_section(self) -> list[str]:
         measures = "\n".join(f"- {m.title}: {m.meaning}" for m in PLANTED.values())
-        at_equal = {"CE": self.compared, "KL": self.at_equal_kl, "FVU": self.at_equal_fvu}
         return [
             "## Planted features",
             _PLANTED,
             markdown(planted_rows(self.results)),
             measures,
             "Differences from the plain curve:",
-            markdown(planted_difference_rows(at_equal)),
+            markdown(planted_difference_rows(self._at_equal)),
             "Mean F1 by kind of direction, and by strength in median norms of the rows:",
             markdown(strata_rows(self.results, "by_stratum")),
             markdown(strata_rows(self.results, "by_strength")),
