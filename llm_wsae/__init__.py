@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from llm_wsae.errors import LlmWsaeError, UsageError
     from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
     from llm_wsae.evaluation.fidelity.evaluator import evaluate
+    from llm_wsae.explaining.explaining import explain
+    from llm_wsae.explaining.protocol import ExplainConfig
     from llm_wsae.harvesting import ActivationStream, harvest
     from llm_wsae.inspecting.inspection import inspect
     from llm_wsae.model.language_model import LanguageModel
@@ -67,6 +69,8 @@ _HOMES = {
     "Codes": "sparse.codes",
     "inspect": "inspecting.inspection",
     "dashboard": "pages.dashboard",
+    "explain": "explaining.explaining",
+    "ExplainConfig": "explaining.protocol",
     "EvaluateConfig": "evaluation.config",
     "MonosemanticConfig": "evaluation.config",
     "LlmWsaeError": "errors",
@@ -92,6 +96,7 @@ __all__ = [
     "Corpus",
     "Dictionary",
     "EvaluateConfig",
+    "ExplainConfig",
     "HarvestConfig",
     "LanguageModel",
     "LlmWsaeError",
@@ -112,6 +117,7 @@ __all__ = [
     "choose_weights",
     "dashboard",
     "evaluate",
+    "explain",
     "harvest",
     "inspect",
     "load_pretrained",

@@ -47,6 +47,7 @@ FLOORS = (
     "saelens",
     "theory",
     "evaluation",
+    "explaining",
     "weighing",
     "plots",
     "tuning",

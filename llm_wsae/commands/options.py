@@ -8,7 +8,7 @@ commands share beyond their options: the type of a result, checks of names, the 
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -17,6 +17,7 @@ import tyro
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
+from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
 from llm_wsae.terminal import printable
@@ -158,6 +159,30 @@ class ScoreOptions(_Prefixed, MonosemanticConfig):
     """How monosemanticity is measured."""
 
     prefix = "score"
+
+
+@dataclass(frozen=True)
+class ExplainOptions(_Prefixed, ExplainConfig):
+    """How a language model explains latents and judges the explanations."""
+
+    prefix = "explain"
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible endpoint; without one, nothing is explained.
+    Its key is read from LLM_WSAE_API_KEY, for OpenAI's also from OPENAI_API_KEY."""
+    explainer: str | None = None
+    """Name of the language model there."""
+    yes: bool = False
+    """Ask the questions, and pay for them; otherwise the price is printed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.endpoint is not None and not self.explainer:
+            raise UsageError("--explain.endpoint needs the name of a model: --explain.explainer")
+
+    @property
+    def config(self) -> ExplainConfig:
+        """What is asked, without whom."""
+        return ExplainConfig(**{one.name: getattr(self, one.name) for one in fields(ExplainConfig)})
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from llm_wsae.commands.options import (
     CorpusOptions,
     EvaluateOptions,
+    ExplainOptions,
     Flag,
     Flat,
     ModelOptions,
@@ -68,6 +69,7 @@ def study(
     evaluate: Prefixed[EvaluateOptions] = EvaluateOptions(),  # noqa: B008 - frozen
     score: Prefixed[ScoreOptions] = ScoreOptions(),  # noqa: B008 - frozen
     planted: Prefixed[PlantConfig] = PlantConfig(),  # noqa: B008 - frozen
+    explain: Prefixed[ExplainOptions] = ExplainOptions(),  # noqa: B008 - frozen
 ) -> Result:
     """Do weights help? Compare rules and their controls with plain dictionaries over several k.
 
@@ -83,6 +85,8 @@ def study(
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.explaining.endpoint import check_endpoint
+    from llm_wsae.explaining.explaining import price_of
     from llm_wsae.studies.report import MARKDOWN, PAGE, REPORT
     from llm_wsae.studies.runner import study as compare_all
     from llm_wsae.weights.rules import Rule
@@ -96,6 +100,14 @@ def study(
                 "plain one of this study"
             )
     place, opened = Site.parse(site), ActivationStore.open(store)
+    if explain.endpoint is not None:
+        check_endpoint(explain.endpoint)
+        width = training.expansion * opened.d_in
+        latents = width if explain.latents == "all" else min(explain.latents, width)
+        price = price_of(explain.config, latents * config.most_dictionaries)
+        if not explain.yes:
+            facts = {"price": price, "done": False}
+            return facts, f"{price}\nNothing was done; add --explain.yes True to go on."
     first = Dictionary.load(dictionary) if dictionary else None
     report = compare_all(
         model.load(model.model, opened),
@@ -110,10 +122,14 @@ def study(
         fidelity=evaluate,
         scoring=score,
         dictionary=first,
+        endpoint=explain.endpoint,
+        explainer=explain.explainer,
+        explaining=explain.config,
     )
     asked = {"store": store, "model": model.model, "corpus": corpus.corpus, "site": site}
     asked |= {**vars(config), "dictionary": dictionary, "weigh": weigh, "train": training}
-    write_record(out / "command.json", "study", asked | {"fidelity": evaluate, "score": score})
+    asked |= {"fidelity": evaluate, "score": score, "explain": explain}
+    write_record(out / "command.json", "study", asked)
     written = (
         f"report  {out / PAGE}, to open in a browser; {MARKDOWN}, {REPORT} and figures beside it"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,6 +58,19 @@ class Vocabulary:
             return Marked(before, within[len(before) :], whole[len(within) :])
         rest = self._tokenizer.decode(list(ids[at + 1 :]))
         return Marked(before, self.text(int(ids[at])), rest)
+
+    def pieces(self, ids: Sequence[int], cuts: Sequence[int]) -> list[str]:
+        """The text of some ids, cut in front of the tokens at the places ``cuts``."""
+        runs = [ids[first:stop] for first, stop in pairwise([0, *cuts, len(ids)])]
+        if self._tokenizer is None:
+            return ["".join(map(self.text, run)) for run in runs]
+        pieces, before = [], ""
+        for run, stop in zip(runs, [*cuts, len(ids)], strict=True):
+            grown = self._tokenizer.decode(list(ids[:stop])).rstrip(_LOST)
+            alone = not grown.startswith(before) or grown == before  # e.g. part of a character
+            pieces.append("".join(map(self.text, run)) if alone else grown[len(before) :])
+            before = grown
+        return pieces
 
 
 class Readout:

@@ -260,22 +260,24 @@ class Windows:
 def windows(
     store: ActivationStore,
     dictionary: Dictionary,
-    firings: Firings,
+    latents: Int[Tensor, " some"],
+    rows: Int[Tensor, "some each"],
     floor: Float[Tensor, " rows"],
     before: int,
     after: int,
 ) -> Windows:
-    """``before`` and ``after`` tokens around every example, with the latent's activations there.
+    """``before`` and ``after`` tokens around every example of some latents, with the latent's
+    activations there; ``rows`` are the examples (−1 for none), ``floor`` is that of ``collect``.
 
     A latent's activation is its own pre-activation wherever the row's selection reaches as low.
     """
-    d_sae, per_latent = firings.row.shape
+    per_latent = rows.shape[1]
     around = np.arange(-before, after + 1)
-    ids = np.full((d_sae * per_latent, len(around)), -1, dtype=np.int32)
+    ids = np.full((rows.numel(), len(around)), -1, dtype=np.int32)
     activation = np.zeros(ids.shape, dtype=np.float32)
     document = np.full(len(ids), NO_DOCUMENT)
     names = {NO_DOCUMENT: ""}
-    row, context = firings.row.flatten().numpy(), context_of_every_row(store)
+    row, context = rows.flatten().numpy(), context_of_every_row(store)
     wanted = np.flatnonzero(row >= 0)
     wanted = wanted[np.argsort(row[wanted], kind="stable")]
     edges = np.flatnonzero(np.diff(context[row[wanted]], prepend=-1, append=-1))
@@ -290,26 +292,26 @@ def windows(
         start = int(np.searchsorted(context, number))
         x = torch.empty(len(kept), store.d_in, dtype=reader.dtype)
         reader.read(start, x)
-        latents = torch.from_numpy(own // per_latent)
+        theirs = latents[torch.from_numpy(own // per_latent)]
         values = np.zeros((len(own), store.context_size), dtype=np.float32)
         reach = torch.full((len(kept),), torch.inf)
         reach[: len(floor) - start] = floor[start : start + len(kept)]  # the last may be cut short
-        values[:, kept] = _activations(dictionary, x.float(), latents, reach).T
+        values[:, kept] = activations_of(dictionary, x.float(), theirs, reach).T
         at = kept[row[own] - start]
         position = at[:, None] + around
         inside = (position >= 0) & (position < store.context_size)
         position = position.clip(0, store.context_size - 1)
-        theirs = contexts.document[place]
-        inside &= theirs[position] == theirs[at][:, None]
+        documents = contexts.document[place]
+        inside &= documents[position] == documents[at][:, None]
         ids[own] = np.where(inside, contexts.ids[place][position], -1)
         activation[own] = np.where(inside, np.take_along_axis(values, position, 1), 0)
-        document[own] = theirs[at]
-        for one in np.unique(theirs[at]).tolist():
+        document[own] = documents[at]
+        for one in np.unique(documents[at]).tolist():
             names[one] = contexts.headers.get(one, {}).get("name") or ""
     return Windows(ids, activation, [names[one] for one in document.tolist()])
 
 
-def _activations(
+def activations_of(
     dictionary: Dictionary,
     x: Float[Tensor, "rows d_in"],
     latents: Int[Tensor, " some"],

@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.errors import UsageError
 from llm_wsae.files import write_text
 from llm_wsae.inspecting.readout import Readout, Vocabulary
@@ -72,6 +73,7 @@ def dashboard(
         {name: read_sentence(model, dictionary, text) for name, dictionary in named.items()}
         for text in prompts
     ]
+    said = {n: read_explanations(d.folder) if d.folder else {} for n, d in named.items()}
     found, floors = collect(store, named, top, bands, rows)
     readout, parts = Readout(model), []
     names = list(named)
@@ -85,7 +87,7 @@ def dashboard(
         beside = None
         if other is not None:
             beside = nearest(dictionary.W_dec, named[other].W_dec, 1, same=False)
-        latents = Latents(dictionary, store, own, floors[name], words, readout)
+        latents = Latents(dictionary, store, own, floors[name], words, readout, said[name])
         chunks = list(latents.chunks())
         parts += [(f"chunk-{number}-{i}", chunk) for i, chunk in enumerate(chunks)]
         parts.append(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.explanations import Explanation
 from llm_wsae.inspecting.latents import dimensions_written, written
 from llm_wsae.inspecting.readout import Readout, Vocabulary
 from llm_wsae.pages.collecting import Firings, Windows, windows
@@ -139,9 +140,10 @@ class Latents:
         floor: Float[Tensor, " rows"],
         words: Words,
         readout: Readout | None,
+        explanations: Mapping[int, Explanation],
     ):
         self._dictionary, self._found, self._words = dictionary, found, words
-        self._readout = readout
+        self._readout, self._explanations = readout, explanations
         self._logits: Tensor | None = None
         self.neighbours = nearest(dictionary.W_dec, dictionary.W_dec, _NEIGHBOURS, same=True)
         """Numbers and cosines of the latents nearest to each."""
@@ -150,13 +152,14 @@ class Latents:
             [[one.dimension, *map(_short, (one.decoder, one.share, one.gamma))] for one in own]
             for own in written(dictionary, every, _DIMENSIONS)
         ]
-        self._windows: Windows = windows(store, dictionary, found, floor, BEFORE, AFTER)
+        self._windows: Windows = windows(store, dictionary, every, found.row, floor, BEFORE, AFTER)
         self._tokens = words.numbers(self._windows.ids)
         largest = found.value.amax(1).clamp(min=1e-30).repeat_interleave(found.row.shape[1]).numpy()
         shades = np.ceil(self._windows.activation / largest[:, None] * _SHADES)
         self._shades = shades.clip(0, _SHADES).astype(np.uint8)
         self.search: list[str] = []
-        """Of each latent: the tokens that it fires on most, and those that it promotes."""
+        """Of each latent: its explanation, the tokens that it fires on most, and those that it
+        promotes."""
 
     def chunks(self) -> Iterator[str]:
         """Packed lists of latents; ``search`` grows with them."""
@@ -200,8 +203,24 @@ class Latents:
                 new[key] = [[i, v] for i, v in zip(ids, _rounded(best.values), strict=True)]
             new["logits"] = _histogram(logits)
             promoted = [self._words.texts[i].strip() for i, _ in new["promotes"][:3]]
-        self.search.append(" ".join([*dict.fromkeys(firing[:6]), "›", *dict.fromkeys(promoted)]))
+        listed = [*dict.fromkeys(firing[:6]), "›", *dict.fromkeys(promoted)]
+        if (said := self._explanations.get(latent)) is not None:
+            new["explanation"] = _said(said)
+            listed = [printable(said.text), "·", *listed] if said.text else listed
+        self.search.append(" ".join(listed))
         return new
+
+
+def _said(said: Explanation) -> dict[str, Any]:
+    """What a language model said of a latent, and how well it recognised the latent by that."""
+    return {
+        "text": printable(said.text or ""),
+        "explainer": shown(said.explainer),
+        "scores": [
+            [shown(name), *map(_short, (score.value, *score.interval)), score.answered, score.asked]
+            for name, score in said.scores.items()
+        ],
+    }
 
 
 def _histogram(logits: Float[Tensor, " words"]) -> list[float | list[int]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from llm_wsae.studies.curve import Curve, Value
 from llm_wsae.studies.inference import Estimate, Name, adjusted, estimates
 from llm_wsae.studies.plan import PLAIN
-from llm_wsae.studies.results import DECIDING, FAMILY, MEASURES, PLANTED, Result
+from llm_wsae.studies.results import DECIDING, EXPLAINED, FAMILY, MEASURES, PLANTED, Result
 from llm_wsae.studies.verdict import CONTROL, ONE_SEED, OUTSIDE, UNMEASURED, verdict_of
 
 
@@ -65,7 +65,7 @@ def compare(results: Sequence[Result]) -> list[Compared]:
     # each of these contains the random draw of a control
     against = _by_measure(_against_controls(groups, comparable, curves), apart=groups.keys())
     corrected, of_control = (_adjusted(found, claims) for found in (effects, against))
-    found, known = [], MEASURES | PLANTED
+    found, known = [], MEASURES | PLANTED | EXPLAINED
     for label, group in groups.items():
         own, theirs = corrected.get(label, {}), of_control.get(label, {})
         verdict = verdict_of(effects[label], own, against.get(label, {}), theirs)

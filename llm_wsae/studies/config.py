@@ -42,3 +42,9 @@ class StudyConfig:
         for name in ("rules", "alphas", "ks"):
             if not getattr(self, name):
                 raise UsageError(f"a study needs at least one of its {name}")
+
+    @property
+    def most_dictionaries(self) -> int:
+        """How many dictionaries are compared, if every rule has weights and a control."""
+        weighted = 2 * len(self.rules) * len(self.alphas) * len(self.ks)
+        return len(set(self.seeds)) * (len(set(self.curve)) + weighted)

@@ -5,6 +5,8 @@ training/               dictionaries in training, one group of one seed at a tim
 dictionaries/<name>/    trained dictionaries
 results/<name>.json     measured dictionaries; none is measured twice
 consistency.json        how alike the kept dictionaries of different seeds are
+explained.json          what a language model makes of their latents, if it was asked
+answers/                its answers (``explaining.endpoint``)
 report.json, report.md, report.html, curve.png, differences.png
 """
 
@@ -17,14 +19,15 @@ from llm_wsae.files import read_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.studies import consistency
 from llm_wsae.studies.report import StudyReport
-from llm_wsae.studies.results import Result, read_result
+from llm_wsae.studies.results import Result, read_result, with_explained
 
-BASIS, TRAINING, DICTIONARIES, RESULTS, CONSISTENCY = (
+BASIS, TRAINING, DICTIONARIES, RESULTS, CONSISTENCY, EXPLAINED = (
     "study.json",
     "training",
     "dictionaries",
     "results",
     "consistency.json",
+    "explained.json",
 )
 
 
@@ -32,12 +35,28 @@ def read_report(folder: Path) -> StudyReport:
     """The report on a study, from its files. Raises LlmWsaeError if one of them is damaged."""
     basis = read_basis(folder)
     agreements = consistency.read(folder / CONSISTENCY)
-    return StudyReport.of(basis["rows"]["site"], basis, read_results(folder), agreements)
+    explained = read_explained(folder)
+    if explained:
+        basis["explained"] = explained["settings"]
+    results = with_explained(read_results(folder), explained.get("dictionaries", {}))
+    return StudyReport.of(basis["rows"]["site"], basis, results, agreements)
 
 
 def read_results(folder: Path) -> list[Result]:
     """Every measured dictionary, by name. Raises LlmWsaeError if a file is damaged."""
     return [read_result(path) for path in sorted((folder / RESULTS).glob("*.json"))]
+
+
+def read_explained(folder: Path) -> dict[str, Any]:
+    """``settings`` of the questions and the scores of ``dictionaries``; empty if nothing was asked.
+
+    Raises LlmWsaeError if the file is damaged.
+    """
+    path = folder / EXPLAINED
+    found = read_json(path, "explanations of a study") if path.exists() else {}
+    if found and not {"settings", "dictionaries"} <= set(found):
+        raise LlmWsaeError(f"{path} is not the explanations of a study; delete it to ask again")
+    return found
 
 
 def read_basis(folder: Path) -> dict[str, Any]:

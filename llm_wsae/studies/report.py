@@ -21,12 +21,15 @@ from llm_wsae.studies.report_tables import (
     dictionary_rows,
     difference_rows,
     estimate_text,
+    explained_difference_rows,
+    explained_rows,
     family_rows,
     planted_difference_rows,
     planted_rows,
     strata_rows,
+    was_explained,
 )
-from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
+from llm_wsae.studies.results import DECIDING, EXPLAINED, MEASURES, PLANTED, Result
 from llm_wsae.studies.verdict import ONE_SEED, OUTSIDE, UNMEASURED, VERDICTS
 from llm_wsae.terminal import aligned, markdown
 
@@ -52,6 +55,10 @@ _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family o
 _PLANTED = (
     "Known features were planted into the rows that were trained on. Each is judged by its best "
     "latent, on rows that no dictionary was trained on."
+)
+_EXPLAINED = (
+    "A language model explained a sample of each dictionary's latents, as many from every tenth of "
+    "them by density, and had to recognise them by that in other documents."
 )
 _PW_MCC = (
     "PW-MCC: how similar the decoders of different seeds are, latents matched one to one, for the "
@@ -117,7 +124,7 @@ class StudyReport:
                 "curve_against_itself": self.against_itself,
                 "consistency": list(self.agreements.values()),
                 "dictionaries": {result.name: result for result in self.results},
-                "measures": MEASURES | PLANTED,
+                "measures": MEASURES | PLANTED | EXPLAINED,
                 "basis": self.basis,
                 "versions": versions(),
             }
@@ -145,6 +152,9 @@ class StudyReport:
             parts += [aligned(curve_rows(self.against_itself))]
         if self._has_plants:
             parts += ["recovery of planted features", aligned(planted_rows(self.results))]
+        if self._is_explained:
+            parts += ["explanations by a language model", aligned(explained_rows(self.results))]
+            parts += [aligned(explained_difference_rows(self._at_equal))]
         return "\n\n".join([*parts, *self.sentences()])
 
     def markdown(self) -> str:
@@ -157,6 +167,7 @@ class StudyReport:
             parts += [f"## {table.title}", *([table.words] if table.words else [])]
             parts += [markdown(table.rows)]
         measures = MEASURES | (PLANTED if self._has_plants else {})
+        measures |= EXPLAINED if self._is_explained else {}
         parts += ["\n".join(f"- {m.title}: {m.meaning}" for m in measures.values())]
         return "\n\n".join(parts) + "\n"
 
@@ -197,9 +208,16 @@ class StudyReport:
     def _has_plants(self) -> bool:
         return any(result.planted is not None for result in self.results)
 
+    @property
+    def _is_explained(self) -> bool:
+        return any(map(was_explained, self.results))
+
+    @property
+    def _at_equal(self) -> dict[str, list[Compared]]:
+        return {"CE": self.compared, "KL": self.at_equal_kl, "FVU": self.at_equal_fvu}
+
     def _tables(self) -> list[Table]:
         """Those of the Markdown and of the page."""
-        at_equal = {"CE": self.compared, "KL": self.at_equal_kl, "FVU": self.at_equal_fvu}
         results, compared = self.results, self.compared
         title = "Differences from the plain curve at equal CE"
         found = [Table(title, self._differences(everything=True), _HOW_TO_READ)]
@@ -208,7 +226,7 @@ class StudyReport:
                 Table("Planted features", planted_rows(results), _PLANTED),
                 Table(
                     "Planted features: differences from the plain curve",
-                    planted_difference_rows(at_equal),
+                    planted_difference_rows(self._at_equal),
                 ),
                 Table(
                     "Planted features: mean F1 by kind of direction",
@@ -218,6 +236,15 @@ class StudyReport:
                     "Planted features: mean F1 by strength",
                     strata_rows(results, "by_strength"),
                     "Strengths are in median norms of the rows.",
+                ),
+            ]
+        if self._is_explained:
+            title = "Explanations by a language model"
+            found += [
+                Table(title, explained_rows(results), _EXPLAINED),
+                Table(
+                    f"{title}: differences from the plain curve",
+                    explained_difference_rows(self._at_equal),
                 ),
             ]
         if any(one.against_control for one in compared):

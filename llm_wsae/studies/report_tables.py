@@ -1,12 +1,12 @@
 """The tables of a study's report, as rows of cells; the first row is the head."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llm_wsae.studies.comparison import Compared
 from llm_wsae.studies.consistency import Agreements
 from llm_wsae.studies.inference import Estimate
-from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
+from llm_wsae.studies.results import DECIDING, EXPLAINED, MEASURES, PLANTED, Measure, Result
 
 Rows = list[list[str]]
 
@@ -109,19 +109,48 @@ def planted_difference_rows(at_equal: Mapping[str, Sequence[Compared]]) -> Rows:
     """Differences in recovery from the plain curve; ``at_equal`` are comparisons by what is equal
     in them."""
     names = ("planted_recovered", "planted_f1")
-    heads = [f"{PLANTED[m].title}, equal {what}" for what in at_equal for m in names]
+    return _at_equal_rows({name: PLANTED[name] for name in names}, at_equal)
+
+
+def explained_rows(results: Sequence[Result]) -> Rows:
+    """How well explanations fit the latents of every label and k, means over seeds."""
+    rows = [["weights", "k", "seeds", *(m.title for m in EXPLAINED.values())]]
+    for (label, k), own in _grouped(results, was_explained).items():
+        rows.append([label, str(k), str(len(own)), *(_mean(own, name) for name in EXPLAINED)])
+    return rows
+
+
+def explained_difference_rows(at_equal: Mapping[str, Sequence[Compared]]) -> Rows:
+    """Their differences from the plain curve; ``at_equal`` as in ``planted_difference_rows``."""
+    return _at_equal_rows(EXPLAINED, at_equal)
+
+
+def was_explained(result: Result) -> bool:
+    """Whether a language model explained some of its latents."""
+    return any(name in result.point.values for name in EXPLAINED)
+
+
+def _at_equal_rows(
+    measures: Mapping[str, Measure], at_equal: Mapping[str, Sequence[Compared]]
+) -> Rows:
+    heads = [f"{m.title}, equal {what}" for what in at_equal for m in measures.values()]
     rows = [["weights", *heads]]
     for several in zip(*at_equal.values(), strict=True):
-        cells = [estimate_text(one.effects.get(measure)) for one in several for measure in names]
+        cells = [estimate_text(one.effects.get(name)) for one in several for name in measures]
         rows.append([several[0].label, *cells])
     return rows
 
 
 def _with_plants(results: Sequence[Result]) -> dict[tuple[str, int], list[Result]]:
+    return _grouped(results, lambda result: result.planted is not None)
+
+
+def _grouped(
+    results: Sequence[Result], among: Callable[[Result], bool]
+) -> dict[tuple[str, int], list[Result]]:
     groups: dict[tuple[str, int], list[Result]] = {}
-    for result in results:
-        if result.planted is not None:
-            groups.setdefault((result.label, result.point.k), []).append(result)
+    for result in filter(among, results):
+        groups.setdefault((result.label, result.point.k), []).append(result)
     return groups
 
 

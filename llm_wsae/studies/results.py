@@ -1,7 +1,7 @@
 """What a study keeps of each dictionary: one JSON file, from which every report is made."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
 from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
+from llm_wsae.explaining.protocol import SCORES
 from llm_wsae.files import read_json
 from llm_wsae.hardware import processor_name
 from llm_wsae.planting.recovery import PlantRecovery
@@ -26,7 +27,7 @@ class Measure:
 
     title: str
     meaning: str
-    source: Literal["latents", "concepts", "share", "plants"]
+    source: Literal["latents", "concepts", "share", "plants", "explained"]
     key: str
     dense: bool = False
     """Whether latents that fire on more than 10 % of the tokens are included."""
@@ -133,6 +134,11 @@ PLANTED: dict[str, Measure] = {
     ),
 }
 """Measures of a study with planted features, in addition."""
+EXPLAINED: dict[str, Measure] = {
+    f"judged_{name}": Measure(f"{name} by a judge", meaning, "explained", name)
+    for name, meaning in SCORES.items()
+}
+"""Measures of a study whose latents were explained by a language model, in addition."""
 FAMILY = "selectivity of "  # in addition to the measures: a family's mean, without an interval
 
 
@@ -187,8 +193,8 @@ def record_of(
             "fidelity": fidelity.summary(),
             "scores": scores.to_dict(),
             "latents": {
-                "all": {name: _over_latents(v) for name, v in latents.items()},
-                "not_dense": {name: _over_latents(v[usual]) for name, v in latents.items()},
+                "all": {name: over_latents(v) for name, v in latents.items()},
+                "not_dense": {name: over_latents(v[usual]) for name, v in latents.items()},
             },
             **({} if planted is None else {"planted": planted.to_dict()}),
         }
@@ -230,7 +236,25 @@ def _result(record: dict[str, Any]) -> Result:
     )
 
 
-def _over_latents(values: Tensor) -> dict[str, float]:
+def with_explained(
+    results: Iterable[Result], explained: Mapping[str, Mapping[str, Any]]
+) -> list[Result]:
+    """The results with the scores of their latents' explanations, by name and score: ``mean`` and
+    ``variance`` as ``over_latents`` gives them."""
+    found = []
+    for result in results:
+        own = explained.get(result.name, {})
+        values = {
+            name: Value(own[measure.key]["mean"], own[measure.key]["variance"])
+            for name, measure in EXPLAINED.items()
+            if own.get(measure.key, {}).get("variance") is not None
+        }
+        point = replace(result.point, values={**result.point.values, **values})
+        found.append(replace(result, point=point))
+    return found
+
+
+def over_latents(values: Tensor) -> dict[str, float]:
     """Mean over the latents that have the score, the variance of that mean, and their number."""
     there = values[~values.isnan()].double()
     count = len(there)

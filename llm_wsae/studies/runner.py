@@ -15,10 +15,13 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import Encoder
+from llm_wsae.explaining.explaining import explain
+from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.files import folder_lock, remove_partials, write_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
@@ -32,19 +35,23 @@ from llm_wsae.studies.folder import (
     BASIS,
     CONSISTENCY,
     DICTIONARIES,
+    EXPLAINED,
     RESULTS,
     check_basis,
+    read_explained,
     read_report,
     read_results,
 )
 from llm_wsae.studies.jobs import StudyJobs
 from llm_wsae.studies.plan import plan
 from llm_wsae.studies.report import StudyReport
-from llm_wsae.studies.results import Result
+from llm_wsae.studies.results import Result, over_latents
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
+ANSWERS = "answers"
+_PROCEDURAL = ("parallel", "price_in", "price_out")  # settings of questions that change no answer
 _HOW = (*PROCEDURAL, "shuffle_seed")  # each arm has a seed of its own
 
 
@@ -64,6 +71,9 @@ def study(
     measure: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
     dictionary: Dictionary | None = None,
     encoder: Encoder | None = None,
+    endpoint: str | None = None,
+    explainer: str | None = None,
+    explaining: ExplainConfig = ExplainConfig(),  # noqa: B008 - frozen
 ) -> StudyReport:
     """Run, resume or extend a study of one site, and report on all of it.
 
@@ -82,6 +92,10 @@ def study(
         measure: Settings of the measurements that rules need.
         dictionary: A first dictionary of the site, for the rules that need one.
         encoder: Sentence encoder to use in place of ``scoring.encoder``.
+        endpoint: OpenAI-compatible endpoint at which a language model explains latents of every
+            dictionary that was kept, and judges the explanations (see ``explain``).
+        explainer: Name of that language model.
+        explaining: Which latents are explained, and from how many texts.
 
     Raises:
         UsageError: The request cannot be right (a rule that does not exist, k above d_sae, …).
@@ -89,6 +103,13 @@ def study(
             the store, or a stage fails.
     """
     store.check_model(model.identity())
+    if endpoint is not None and (config.plant or not config.keep_dictionaries):
+        raise UsageError(
+            "latents are explained of dictionaries that are kept, and not of planted rows, which "
+            "have no text; keep the dictionaries, or plant nothing"
+        )
+    if endpoint is not None and not explainer:
+        raise UsageError("name the language model that is to explain latents")
     heldout = Corpus.open(corpus, "heldout", text_column=text_column)
     packing = PackConfig(**store.manifest.packing)
     fidelity_evaluator = FidelityEvaluator(
@@ -124,6 +145,9 @@ def study(
     with folder_lock(out, "study"):
         remove_partials(out, RESULTS)
         check_basis(out, basis)
+        asked = plain({"endpoint": endpoint, "explainer": explainer, **asdict(explaining)})
+        if endpoint is not None:
+            _check_explained(out, asked)
         source = store.source(site) if planted is None else planted
         jobs = StudyJobs(source, out, config, training, fidelity_evaluator, model.device)
         missing, monosemanticity = jobs.missing(arms), None
@@ -133,9 +157,44 @@ def study(
             write_json(out / BASIS, basis)
         jobs.finish(missing, monosemanticity)
         consistency.measure(out / CONSISTENCY, _kept(out, read_results(out)))
+        if endpoint is not None:
+            _explain(out, asked, model, store, explaining, encoder)
         report = read_report(out)
         report.write(out)
     return report
+
+
+def _check_explained(out: Path, asked: dict[str, Any]) -> None:
+    """Raises LlmWsaeError if latents of the study were explained in another way."""
+    found = read_explained(out).get("settings", asked)
+    if any(found.get(key) != value for key, value in asked.items() if key not in _PROCEDURAL):
+        raise LlmWsaeError(
+            f"latents of the study in {out} were explained with other settings (see {EXPLAINED}), "
+            "so these cannot be compared with them; repeat those, or delete that file"
+        )
+
+
+def _explain(
+    out: Path,
+    asked: dict[str, Any],
+    model: LanguageModel,
+    store: ActivationStore,
+    config: ExplainConfig,
+    encoder: Encoder | None,
+) -> None:
+    """Have latents of every kept dictionary explained that has none yet; one after the other, so
+    that a stop costs one pass over the store."""
+    known = read_explained(out).get("dictionaries", {})
+    for result in read_results(out):
+        folder = out / DICTIONARIES / result.name
+        if result.name in known or not folder.exists():
+            continue
+        whom, place = (asked["endpoint"], asked["explainer"]), out / ANSWERS
+        named = {result.name: folder}
+        found = explain(named, store, model, *whom, place, config, encoder=encoder)
+        one = found.dictionaries[result.name]
+        known[result.name] = {name: over_latents(one.values(name)) for name in one.means}
+        write_json(out / EXPLAINED, plain({"settings": asked, "dictionaries": known}))
 
 
 def _plants(config: PlantConfig | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from command_line import SITE, call, works
 from llm_wsae import dashboard, inspect
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
 from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.readout import Vocabulary
@@ -81,7 +82,9 @@ def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeyp
             assert one.value[latent, TOP] >= one.value[latent, TOP + 1]
         else:
             assert one.count[latent] < BANDS
-    shown_texts = windows(store, dictionary, one, floor, before=2, after=1)
+    shown_texts = windows(
+        store, dictionary, torch.arange(dictionary.d_sae), one.row, floor, before=2, after=1
+    )
     where = store.locate(one.row.flatten().clamp(min=0))
     for example, row in enumerate(one.row.flatten().tolist()):
         ids, activations = shown_texts.ids[example], shown_texts.activation[example]
@@ -100,9 +103,14 @@ def unpacked(page: str, name: str):
     return json.loads(gzip.decompress(base64.b64decode(text)))
 
 
+LABEL = "names of </script><b>months</b>"
+
+
 @pytest.fixture(scope="module")
 def page(world):
     out = world / "page.html"
+    scores = {"detection": Score(0.75, (0.5, 1.0), 16, 15)}
+    keep_explanations(world / PLAIN, [Explanation(5, LABEL, "a model", scores)])
     result = works(
         "dashboard", world / PLAIN, world / WEIGHTED, "--store", world / "store",
         "--model", world / "model", "--out", out, "--prompt", "one two three", "--top", TOP,
@@ -135,6 +143,25 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page):
     assert number == 0 and value > 0 and shades[centre] == 9 and len(words[tokens[centre]])
     (prompt,) = about["prompts"]
     assert set(prompt) == {"uniform-k4", "variance-a0.5-k4"}
+
+
+def test_an_explanation_stands_before_the_tokens_and_in_the_latents_panel(browser, page, tab):
+    text = page.read_text()
+    assert [one.startswith(f"{LABEL} · ") for one in unpacked(text, "search-0")[:7]] == [
+        number == 5 for number in range(7)
+    ]
+    latents = unpacked(text, "chunk-0-0")
+    assert [number for number, one in enumerate(latents) if "explanation" in one] == [5]
+    assert not any("explanation" in one for one in unpacked(text, "chunk-1-0"))
+    tab.goto(f"file://{page}#latents/d0")
+    tab.reload()
+    tab.locator("#search").fill("MONTHS")
+    row = tab.locator(".row[role=option]")
+    assert row.count() == 1 and row.inner_text().startswith(f"5\n{LABEL} · ")
+    row.click()
+    tab.wait_for_selector("text=Explanation by a model")
+    said = tab.locator("article").inner_text()
+    assert LABEL in said and "detection 0.75 [0.50, 1.00], 15 of 16" in said
 
 
 def test_text_of_a_corpus_is_harmless():

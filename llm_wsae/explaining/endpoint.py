@@ -1,0 +1,293 @@
+"""A language model behind an OpenAI-compatible endpoint, asked at most once for each answer.
+
+Every answer is appended to a file as soon as it arrives, under the checksum of its question. An
+answer that is in the file is never asked for again, whatever stopped the run. The key comes from
+the environment and goes nowhere except into the header of the requests.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub.utils import httpx
+
+from llm_wsae.errors import LlmWsaeError, UsageError, shown
+from llm_wsae.explaining.protocol import Question
+from llm_wsae.files import folder_lock, write_error
+
+KEY, OPENAI_KEY, OPENAI = "LLM_WSAE_API_KEY", "OPENAI_API_KEY", "api.openai.com"
+ANSWERS = "answers.jsonl"
+TRIES = 6
+LONGEST_WAIT = 120.0
+"""Seconds; an endpoint that asks to wait longer ends the run."""
+_TIMEOUT = 300.0  # seconds without a byte; a large model on a small machine is slow
+_QUOTED = 200  # characters of what an endpoint says
+_IN_A_ROW = 3  # failed questions that end the run
+_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
+_HOPELESS = {  # what no other question would change
+    401: f"it refuses the key; set {KEY} (for {OPENAI}, {OPENAI_KEY} does too)",
+    402: "it asks for a payment",
+    403: f"it refuses access; check the account and {KEY}",
+    404: "there is no such model or address; an address usually ends in /v1",
+    405: "there is no such address; it usually ends in /v1",
+}
+
+
+@dataclass
+class Tally:
+    """What was asked in this run."""
+
+    asked: int = 0
+    """Questions that were answered by the endpoint."""
+    known: int = 0
+    """Questions whose answers were in the file already."""
+    failed: int = 0
+    """Questions without an answer, after all tries."""
+    tokens_in: int = 0
+    """Of the endpoint's answers in this run, as it counts them."""
+    tokens_out: int = 0
+    why: str = ""
+    """What the last failed question failed of."""
+
+
+class Endpoint:
+    """A language model to ask, from several threads at once; use it as a context manager.
+
+    Raises UsageError for an address or a key that cannot be used, LlmWsaeError if another run
+    holds the folder or its file cannot be read.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        explainer: str,
+        out: Path,
+        *,
+        answer_tokens: int = 500,
+        schema: bool = True,
+        timeout: float = _TIMEOUT,
+        wait: Callable[[float], object] | None = None,
+    ):
+        self.explainer, self.tally = explainer, Tally()
+        address, self._key = check_endpoint(address)
+        self._url = f"{address}/chat/completions"
+        self._answer_tokens, self._schema = answer_tokens, schema
+        self._path = Path(out) / ANSWERS
+        self._stopped, self._lock, self._in_a_row = threading.Event(), threading.Lock(), 0
+        self._wait = wait or self._stopped.wait
+        header = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        self._client = httpx.Client(headers=header, timeout=timeout)
+        self._held = ExitStack()
+
+    def __enter__(self) -> "Endpoint":
+        self._held.enter_context(folder_lock(self._path.parent, "answers"))
+        try:
+            self._known, cut_off = _read(self._path)
+            self._file = self._held.enter_context(open(self._path, "ab", buffering=0))
+            if cut_off:
+                self._file.write(b"\n")
+        except OSError as error:
+            self._held.close()
+            raise LlmWsaeError(f"{self._path} cannot be used: {error.strerror}") from error
+        self._held.enter_context(self._client)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def stop(self) -> None:
+        """Let the questions of all threads end soon, without an answer."""
+        self._stopped.set()
+
+    def ask(self, question: Question, about: str) -> str | None:
+        """The answer; None if there is none after all tries. ``about`` is noted beside it.
+
+        Raises LlmWsaeError where no other question would fare better, or several in a row failed.
+        """
+        body: dict[str, Any] = {
+            "model": self.explainer,
+            "messages": [
+                {"role": "system", "content": question.system},
+                {"role": "user", "content": question.user},
+            ],
+            "temperature": 0,
+            "max_tokens": self._answer_tokens,
+        }
+        if self._schema:
+            form = {"name": "answer", "strict": True, "schema": question.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        asked = json.dumps([self._url, body], sort_keys=True).encode()
+        digest = hashlib.sha256(asked).hexdigest()
+        with self._lock:
+            if digest in self._known:
+                self.tally.known += 1
+                return self._known[digest]
+        answer, why = self._answer(body)
+        with self._lock:
+            if answer is None:
+                self._failed(why)
+                return None
+            self._in_a_row = 0
+            return self._keep(digest, about, body["messages"], answer)
+
+    def _answer(self, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+        """The endpoint's reply, or None and why there is none."""
+        why = "the run was stopped"
+        for attempt in range(TRIES):
+            if self._stopped.is_set():
+                break
+            pause = 2.0**attempt
+            try:
+                reply = self._client.post(self._url, json=body)
+            except httpx.TimeoutException:
+                why = "it did not answer in time"
+            except httpx.HTTPError as error:
+                why = f"it cannot be reached ({self._safe(str(error) or type(error).__name__)})"
+                if isinstance(error, httpx.ConnectError) and not self.tally.asked:
+                    raise LlmWsaeError(f"{self._url} was not asked anything: {why}") from error
+            else:
+                if reply.status_code == 200:
+                    found = _content(reply)
+                    if found is not None:
+                        return found, ""
+                    why = "its reply is not one of chat/completions"
+                else:
+                    why = self._refusal(reply)
+                    if reply.status_code not in _PASSING:
+                        break
+                    pause = max(pause, self._retry_after(reply))
+            if attempt + 1 < TRIES:
+                self._wait(pause)
+        return None, why
+
+    def _refusal(self, reply: Any) -> str:
+        """What a reply without an answer says. Raises LlmWsaeError for a hopeless one."""
+        status = reply.status_code
+        if status in _HOPELESS:
+            raise LlmWsaeError(f"{self._url} answered with {status}: {_HOPELESS[status]}")
+        hint = "; --schema False does without response_format" if self._schema else ""
+        return f"it answered with {status}: {self._safe(reply.text)}{hint * (status in (400, 422))}"
+
+    def _retry_after(self, reply: Any) -> float:
+        """Seconds that the endpoint asks to wait. Raises LlmWsaeError for too many."""
+        seconds = _seconds(reply.headers.get("retry-after"))
+        if seconds > LONGEST_WAIT:
+            raise LlmWsaeError(
+                f"{self._url} asks to wait {seconds:.0f} seconds; run the same command again then: "
+                "what was answered is kept"
+            )
+        return seconds
+
+    def _safe(self, text: str) -> str:
+        """Foreign text, on one line, short and without the key."""
+        line = " ".join((text.replace(self._key, "…") if self._key else text).split())
+        return line if len(line) <= _QUOTED else f"{line[:_QUOTED]}…"
+
+    def _failed(self, why: str) -> None:
+        if self._stopped.is_set():
+            return
+        self.tally.failed += 1
+        self.tally.why = why
+        self._in_a_row += 1
+        if self._in_a_row == _IN_A_ROW:
+            raise LlmWsaeError(
+                f"{self._url} failed {_IN_A_ROW} questions in a row: {why}; run the same command "
+                "again to resume, what was answered is kept"
+            )
+
+    def _keep(
+        self, digest: str, about: str, messages: list[dict[str, str]], answer: dict[str, Any]
+    ) -> str:
+        content = answer["content"]
+        content = content.replace(self._key, "…") if self._key else content
+        usage = {key: answer[key] for key in ("tokens_in", "tokens_out")}
+        line = {"question": digest, "about": about, "answer": content, **usage}
+        try:
+            self._file.write(json.dumps({**line, "messages": messages}).encode() + b"\n")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise write_error(self._path, error) or error from error
+        self._known[digest] = content
+        self.tally.asked += 1
+        self.tally.tokens_in += usage["tokens_in"]
+        self.tally.tokens_out += usage["tokens_out"]
+        return content
+
+
+def check_endpoint(address: str) -> tuple[str, str]:
+    """The address without what is added to it, and the key for it, empty if there is none.
+
+    OpenAI's key goes to OpenAI alone. Raises UsageError if the address is not one of http(s) or
+    holds a password, a query or a fragment, or, without showing the key, if that cannot be one.
+    """
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UsageError(
+            f"{shown(address)} is not the address of an endpoint; it looks like "
+            f"https://{OPENAI}/v1 or http://127.0.0.1:8000/v1"
+        )
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UsageError(
+            "the endpoint's address must not hold a password, a query or a fragment; a key "
+            f"belongs into {KEY}"
+        )
+    names = (KEY, OPENAI_KEY) if parts.hostname == OPENAI else (KEY,)
+    found = ((name, os.environ.get(name, "").strip()) for name in names)
+    name, key = next((pair for pair in found if pair[1]), (KEY, ""))
+    if not all("!" <= character <= "~" for character in key):
+        raise UsageError(f"{name} does not hold a key: it has spaces or special characters in it")
+    return address.rstrip("/").removesuffix("/chat/completions"), key
+
+
+def _read(path: Path) -> tuple[dict[str, str], bool]:
+    """The answers in the file, by question, and whether a kill cut off its last line."""
+    known: dict[str, str] = {}
+    data = path.read_bytes() if path.exists() else b""
+    for line in data.splitlines():
+        try:
+            entry = json.loads(line)
+            known[entry["question"]] = str(entry["answer"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that was cut off
+    return known, bool(data) and not data.endswith(b"\n")
+
+
+def _content(reply: Any) -> dict[str, Any] | None:
+    """Text and token counts of a completion; None if it is none."""
+    try:
+        value = reply.json()
+        content = value["choices"][0]["message"]["content"]
+        usage = value.get("usage") or {}
+        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
+    if not isinstance(content, str | None):
+        return None
+    spent = [count if type(count) is int else 0 for count in counts]
+    return {"content": content or "", "tokens_in": spent[0], "tokens_out": spent[1]}
+
+
+def _seconds(value: str | None) -> float:
+    """Of a Retry-After header, which is a number or a date; 0 if it is neither."""
+    try:
+        return max(0.0, float(value or 0))
+    except ValueError:
+        pass
+    try:
+        date = parsedate_to_datetime(value or "")
+        return max(0.0, (date - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0
