@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from llm_wsae.dictionary.checks import mapping, number, pair
 from llm_wsae.dictionary.hub.card_data import Facts
+from llm_wsae.outside import mapping, number, pair
 from llm_wsae.terminal import markdown
 
 _LONGEST = 200  # characters of a foreign text
