@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import write_error, write_text
+from llm_wsae.outside import reason
 
 LOG = "log.jsonl"
 
@@ -15,7 +16,7 @@ LOG = "log.jsonl"
 class TrainingLog:
     """Appends to the folder's ``log.jsonl``, after removing lines of a lost run beyond ``step``.
 
-    Raises LlmWsaeError when the tracker's package is not installed.
+    Raises LlmWsaeError when the tracker is not installed or does not start.
     """
 
     def __init__(self, folder: Path, step: int, tracker: str = "none"):
@@ -76,3 +77,8 @@ def _tracker(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]],
         raise LlmWsaeError(
             f"the {name} tracker is not installed; run: pip install 'llm-wsae[{name}]'"
         ) from None
+    except Exception as error:  # of wandb's own classes, e.g. without a key
+        raise LlmWsaeError(
+            f"the {name} tracker cannot be started ({reason(error)}); log in (wandb login, or the "
+            "variable WANDB_API_KEY), set WANDB_MODE=offline, or train without a tracker"
+        ) from error
