@@ -24,6 +24,7 @@ from llm_wsae.model.loading import load_model
 from llm_wsae.model.module_paths import find_paths, text_config
 from llm_wsae.model.site import Site
 from llm_wsae.model.weight_sharing import boot_bridge, share_weights
+from llm_wsae.outside import parsing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,7 +75,11 @@ class LanguageModel:
             model, revision, fast_dtype(place) if dtype == "auto" else DTYPES[dtype]
         )
         hf_model = loaded.hf_model.to(place).eval().requires_grad_(False)
-        return cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)
+        with parsing(f"{model} can be loaded but not used"):  # e.g. for a damaged configuration
+            made = cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)
+            made.tokenizer(["a text"], add_special_tokens=False, verbose=False)
+            made.logits(torch.zeros(1, 2, dtype=torch.long))
+        return made
 
     @classmethod
     def from_live(cls, hf_model: Any, tokenizer: Any, name: str | None = None) -> "LanguageModel":
