@@ -20,7 +20,7 @@ from llm_wsae.data.shuffling import ActivationSource, SharedSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import read_json, remove_partials, write_json
-from llm_wsae.hardware import choose_device, fast_dtype
+from llm_wsae.hardware import check_memory, choose_device, fast_dtype
 from llm_wsae.processes import Processes, join
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.checkpoint import (
@@ -124,6 +124,14 @@ class _Training:
         d_sae = config.expansion * source.d_in
         for arm in arms:
             arm.check(d_sae)
+        # two matrices, each with its two moments, in float32
+        matrices = len(arms) * 6 * 4 * source.d_in * d_sae // group.strategy.latent_parts
+        check_memory(
+            matrices,
+            device,
+            f"training {len(arms)} dictionaries of {d_sae:,} latents",
+            "lower the expansion, or train fewer of them at once",
+        )
         fast = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         self.statistics = source.statistics()
         self.normaliser = Normaliser(self.statistics, device, fast, group.strategy)
