@@ -286,7 +286,7 @@ def test_files_that_cannot_receive_the_result(refused):
             said=["nothing is a folder"])  # fmt: skip
     refused(2, "evaluate", "trained/uniform-k4", *EVALUATING, "--out", "empty.txt/report.json",
             said=["--out cannot be empty.txt/report.json", "is not a folder"])  # fmt: skip
-    refused(1, *HARVESTING, "--out", "empty.txt", said=["cannot write into empty.txt"])
+    refused(2, *HARVESTING, "--out", "empty.txt", said=["name of a folder, but empty.txt is"])
     refused(1, *HARVESTING, "--out", "trained", said=["trained holds other files"])
 
 
