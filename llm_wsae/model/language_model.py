@@ -58,12 +58,19 @@ class LanguageModel:
 
     @classmethod
     def load(
-        cls, model: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        download: bool = True,
     ) -> "LanguageModel":
         """Load a model by Hub id, local folder or ``.gguf`` file.
 
         ``device``: auto (cuda, then mps, then cpu) or a torch device name. ``dtype``: auto
         (bfloat16 where the hardware is fast in it, else float32), float32, bfloat16 or float16.
+        Without ``download``, a model of the Hub is taken from the local cache or not at all.
 
         Raises UsageError for a name, revision, device or dtype that cannot be right, LlmWsaeError
         if the model cannot be fetched or read.
@@ -71,9 +78,8 @@ class LanguageModel:
         if dtype != "auto" and dtype not in DTYPES:
             raise UsageError(f"there is no dtype {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
         place = choose_device(device)
-        loaded = load_model(
-            model, revision, fast_dtype(place) if dtype == "auto" else DTYPES[dtype]
-        )
+        wanted = fast_dtype(place) if dtype == "auto" else DTYPES[dtype]
+        loaded = load_model(model, revision, wanted, download)
         hf_model = loaded.hf_model.to(place).eval().requires_grad_(False)
         with parsing(f"{model} can be loaded but not used"):  # e.g. for a damaged configuration
             made = cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)

@@ -48,8 +48,12 @@ class Loaded:
     """Commit hash on the Hub; None for local files."""
 
 
-def load_model(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
+def load_model(
+    model: str, revision: str | None, dtype: torch.dtype, download: bool = True
+) -> Loaded:
     """Load model and tokenizer by Hub id, local folder or ``.gguf`` file.
+
+    Without ``download``, a model of the Hub is read from the local cache.
 
     Raises UsageError if the name does not lead to a causal language model, LlmWsaeError if the
     model cannot be downloaded or read.
@@ -68,7 +72,7 @@ def load_model(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
             "file or a Hub id such as gpt2"
         )
     else:
-        source, options, commit = hub_source(model, revision)
+        source, options, commit = hub_source(model, revision, download)
         name = model
     options["trust_remote_code"] = False  # otherwise transformers asks on the terminal
     weights = _dense_weights() if "gguf_file" in options else {}
@@ -159,7 +163,7 @@ def _local_source(model: str, path: Path) -> _Source:
     return str(path.parent), options | {"gguf_file": path.name}, None
 
 
-def hub_source(model: str, revision: str | None) -> _Source:
+def hub_source(model: str, revision: str | None, download: bool = True) -> _Source:
     """A Hub id with its commit; without a network, the commit in the local cache (None if none is).
 
     One request decides: transformers would try for every file, a minute in all, before it used the
@@ -167,6 +171,8 @@ def hub_source(model: str, revision: str | None) -> _Source:
     """
     options: dict[str, Any] = {"revision": revision, "local_files_only": False}
     try:
+        if not download:
+            raise hub_errors.OfflineModeIsEnabled
         commit = hub.HfApi().model_info(model, revision=revision, timeout=10).sha
         return model, options, commit
     except (httpx.TransportError, hub_errors.OfflineModeIsEnabled):
