@@ -120,7 +120,7 @@ def write_folder(
     stored = {key: w.detach().to(dtype if w.ndim == 2 else w.dtype) for key, w in weights.items()}
     for tensors in (stored, extras):
         check_finite(tensors, f"the dictionary for {folder}")
-    with replacing(folder, _check_replaceable) as new:
+    with replacing(folder, check_replaceable) as new:
         save_tensors(new / WEIGHTS, stored)
         save_tensors(new / EXTRAS, extras)
         write_json(new / CFG, saelens_config(d_in, d_sae, sparsity, info))
@@ -141,7 +141,7 @@ def copy_folder(source: Path, folder: Path) -> None:
 
     Raises LlmWsaeError as ``write_folder`` does; what was there is then unchanged.
     """
-    with replacing(folder, _check_replaceable) as new:
+    with replacing(folder, check_replaceable) as new:
         for name in sorted(_OWN_FILES):
             path = source / name
             write_atomic(new / name, functools.partial(shutil.copyfile, path))
@@ -261,7 +261,7 @@ def _is_size(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 < value < _LARGEST_SIZE
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Raises LlmWsaeError unless the folder is missing, empty, or a dictionary and nothing else."""
     if not os.path.lexists(folder):
         return
