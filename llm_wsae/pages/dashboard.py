@@ -17,11 +17,15 @@ from llm_wsae.files import write_text
 from llm_wsae.inspecting.readout import Readout, Vocabulary
 from llm_wsae.inspecting.sentence import check_width, read_sentence
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.outputs import check_file
+from llm_wsae.outside import check_number
 from llm_wsae.pages.collecting import collect
 from llm_wsae.pages.payload import Latents, Words, facts, nearest, packed, prompt_facts, table
 from llm_wsae.terminal import printable
 
 _MOST_MEGABYTES = 60
+_MOST_EXAMPLES = 1000  # of one kind, for each latent
+_MARK = '<script type="application/json" id="about">'
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,16 @@ def dashboard(
     than 60 MB; LlmWsaeError for a folder, store or model that cannot be read or does not fit.
     """
     out = Path(out)
+    check_file(out, _is_page)
     named = named_dictionaries(dictionaries)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     store.check_model(model.identity())
     for dictionary in named.values():
         check_width(model, dictionary)
-    if min(top, bands, 1 if rows is None else rows) < 1:
-        raise UsageError("top, bands and rows must be at least 1")
+    for what, number in (("top", top), ("bands", bands)):
+        check_number(what, number, 1, _MOST_EXAMPLES)
+    check_number("rows", 1 if rows is None else rows, 1)
     words = Words(Vocabulary(model.tokenizer))
     sentences = [
         {name: read_sentence(model, dictionary, text) for name, dictionary in named.items()}
@@ -147,13 +153,17 @@ def _page(about: dict[str, Any], parts: Sequence[tuple[str, str]], live: bool) -
     (style,) = re.findall(r"<style>(.*?)</style>", frame, re.DOTALL)
     (script,) = re.findall(r"<script>(.*?)</script>", frame, re.DOTALL)
     data = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
-    blocks = [f'<script type="application/json" id="about">{data}</script>']
+    blocks = [f"{_MARK}{data}</script>"]
     blocks += [f'<script type="text/plain" id="{name}">{text}</script>' for name, text in parts]
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         f"connect-src '{'self' if live else 'none'}'; base-uri 'none'; form-action 'none'"
     )
     return frame.replace("@@policy@@", policy, 1).replace("@@data@@", "\n".join(blocks), 1)
+
+
+def _is_page(path: Path) -> bool:
+    return _MARK.encode() in path.read_bytes()
 
 
 def _digest(text: str) -> str:

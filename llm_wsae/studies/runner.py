@@ -23,6 +23,7 @@ from llm_wsae.files import folder_lock, remove_partials, write_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.outputs import check_folder
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
@@ -33,13 +34,14 @@ from llm_wsae.studies.folder import (
     CONSISTENCY,
     DICTIONARIES,
     RESULTS,
+    TRAINING,
     check_basis,
     read_report,
     read_results,
 )
 from llm_wsae.studies.jobs import StudyJobs
 from llm_wsae.studies.plan import plan
-from llm_wsae.studies.report import StudyReport
+from llm_wsae.studies.report import REPORT_FILES, StudyReport
 from llm_wsae.studies.results import Result
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.weighing import measure_inputs
@@ -88,6 +90,9 @@ def study(
         LlmWsaeError: The folder holds another study, the text is too short, the model did not make
             the store, or a stage fails.
     """
+    out = Path(out)
+    written = (*REPORT_FILES, CONSISTENCY, RESULTS, DICTIONARIES, TRAINING)
+    check_folder(out, written, is_ours=(out / BASIS).is_file())
     store.check_model(model.identity())
     heldout = Corpus.open(corpus, "heldout", text_column=text_column)
     packing = PackConfig(**store.manifest.packing)
@@ -120,7 +125,6 @@ def study(
             "planted": _plants(config.plant),
         }
     )
-    out = Path(out)
     with folder_lock(out, "study"):
         remove_partials(out, RESULTS)
         check_basis(out, basis)

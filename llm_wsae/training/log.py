@@ -8,19 +8,23 @@ from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import write_error, write_text
+from llm_wsae.outputs import check_file
 from llm_wsae.outside import reason
 
 LOG = "log.jsonl"
+_BEGINNING = b'{"step": '
 
 
 class TrainingLog:
     """Appends to the folder's ``log.jsonl``, after removing lines of a lost run beyond ``step``.
 
-    Raises LlmWsaeError when the tracker is not installed or does not start.
+    Raises LlmWsaeError for somebody else's ``log.jsonl``, and when the tracker is not installed or
+    does not start.
     """
 
     def __init__(self, folder: Path, step: int, tracker: str = "none"):
         self._path = folder / LOG
+        check_file(self._path, _is_log)
         old = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in old if _step_of(line) <= step]
         write_text(self._path, "".join(line + "\n" for line in kept))
@@ -41,6 +45,11 @@ class TrainingLog:
     def close(self) -> None:
         """Let the tracker finish sending."""
         self._end()
+
+
+def _is_log(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return _BEGINNING.startswith(file.read(len(_BEGINNING)))  # of a line perhaps half-written
 
 
 def _step_of(line: str) -> int:
