@@ -1,12 +1,16 @@
 """The command line: finds the command, parses its options, prints its result.
 
 Results go to stdout, progress and warnings to stderr. An error is one sentence and an exit code.
+``main`` is the net under every command: what the operating system refuses is said there too, with
+the path and a way out. Only a mistake of the package itself shows a traceback.
 """
 
+import contextlib
+import errno
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -27,7 +31,7 @@ from llm_wsae.commands.theory import theory
 from llm_wsae.commands.train import train
 from llm_wsae.commands.verify import verify
 from llm_wsae.commands.weigh import weigh
-from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.provenance import plain
 from llm_wsae.terminal import printable, printable_json
 
@@ -60,55 +64,118 @@ llm-wsae COMMAND --help   show the options of a command
 --debug                   show the traceback of an error
 --version                 print the version
 
-Exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 143 terminated."""
+Exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 141 nobody reads the output,
+143 terminated."""
+_NO_ACCESS = "ask its owner for access, or choose another"
+_FULL = "free some space, then run the same command again to resume"
+_WAYS_OUT = {
+    errno.EACCES: _NO_ACCESS,
+    errno.EPERM: _NO_ACCESS,
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "it is a link that leads back to itself; remove it",
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+_NO_MEMORY = "can't allocate memory"  # of a RuntimeError of torch
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; the exit code. Whatever a user or the system causes ends in a sentence."""
     words = list(sys.argv[1:] if argv is None else argv)
-    as_json, debug = "--json" in words, "--debug" in words
-    words = [word for word in words if word not in ("--json", "--debug")]
-    if not words or words[0] in ("-h", "--help"):
-        print(_usage(), file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
-    if words[0] == "--version":
-        print(f"llm-wsae {version('llm-wsae')}")
-        return 0
-    name, *words = words
     try:
-        command = COMMANDS.get(name)
-        if command is None:
-            raise UsageError(f"there is no command {name!r}; {nearest(name, COMMANDS)}")
-        if processes.count() > 1 and name not in TOGETHER:
-            raise UsageError(
-                f"llm-wsae {name} runs in one process, and only {' and '.join(TOGETHER)} in "
-                "several; start it without torchrun"
-            )
-        facts, text = parse(name, command, in_new_spelling(name, words))()
-        if processes.leads():
-            print(printable_json(plain(facts)) if as_json else text)
-        return 0
-    except LlmWsaeError as error:
-        if debug:
-            traceback.print_exc()
-        _say(str(error))
-        return error.exit_code
+        return _run([word for word in words if word != "--debug"])
     except KeyboardInterrupt:
         _say("interrupted; run the same command again to resume")
         return 128 + signal.SIGINT
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; not worth loading torch for
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        known = _explained(error)
+        if known is None:
             raise
-        reason = next(iter(str(error).splitlines()), "")
-        _say(f"the device ran out of memory ({reason}); ask for fewer or smaller dictionaries, "
-             "smaller batches or a smaller model, or compute with --device cpu")  # fmt: skip
-        return 1
+        if "--debug" in words:
+            traceback.print_exc()
+        _say(str(known))
+        return known.exit_code
+
+
+def _run(words: list[str]) -> int:
+    """Run one command and print its result; the exit code."""
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    if not words:
+        print(_usage(), file=sys.stderr)
+        return 2
+    if words[0] in ("-h", "--help", "--version"):
+        with _printing():
+            print(f"llm-wsae {version('llm-wsae')}" if words[0] == "--version" else _usage())
+        return 0
+    name, *words = words
+    command = COMMANDS.get(name)
+    if command is None:
+        raise UsageError(f"there is no command {name!r}; {nearest(name, COMMANDS)}")
+    if processes.count() > 1 and name not in TOGETHER:
+        raise UsageError(
+            f"llm-wsae {name} runs in one process, and only {' and '.join(TOGETHER)} in "
+            "several; start it without torchrun"
+        )
+    with _printing():  # help
+        prepared = parse(name, command, in_new_spelling(name, words))
+    facts, text = prepared()
+    if processes.leads():
+        with _printing():
+            print(printable_json(plain(facts)) if as_json else text)
+    return 0
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    """Print results, which is the end of the work."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LlmWsaeError(
+            f"the result cannot be printed ({error.strerror}); what the command wrote to files is "
+            "complete"
+        ) from error
+
+
+def _explained(error: Exception) -> LlmWsaeError | None:
+    """The error as a sentence of this package; None for a mistake of the package itself."""
+    said = next(iter(str(error).splitlines()), "")
+    if isinstance(error, LlmWsaeError):
+        return error
+    if isinstance(error, OSError):
+        places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        way_out = _WAYS_OUT.get(error.errno or 0, "check it, and run the same command again")
+        what = error.strerror or said or type(error).__name__
+        return LlmWsaeError(": ".join([*places, f"{what[:1].lower()}{what[1:]}; {way_out}"]))
+    if isinstance(error, UnicodeEncodeError):
+        return LlmWsaeError(
+            f"{shown(error.object)} cannot be written as {error.encoding}; rename it in UTF-8"
+        )
+    # Torch's class is known by its name: no command needs torch to say so.
+    on_device = type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in said
+    if isinstance(error, MemoryError) or on_device:
+        return LlmWsaeError(
+            f"the device ran out of memory ({said}); ask for fewer or smaller dictionaries, "
+            "smaller batches or a smaller model, or compute with --device cpu"
+        )
+    return None
 
 
 def _say(sentence: str) -> None:
     """Say on stderr what went wrong: once, however many processes it ends."""
     if processes.may_speak():
-        print(f"llm-wsae: {printable(sentence)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody listens
+            print(f"llm-wsae: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def _usage() -> str:
@@ -121,4 +188,6 @@ def _first_sentence(command: Callable[..., Any]) -> str:
 
 
 if __name__ == "__main__":  # how torchrun lines were written before python -m llm_wsae
-    sys.exit(main())
+    from llm_wsae.__main__ import main as start
+
+    sys.exit(start())

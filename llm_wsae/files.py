@@ -9,35 +9,38 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
 
 PARTIAL_SUFFIX = ".partial"
-# This package's, with the process id, and those that safetensors writes first.
-_PARTIALS = re.compile(rf"\..+\.\d+{re.escape(PARTIAL_SUFFIX)}|\.tmp\w{{6}}", re.ASCII)
+_PARTIALS = re.compile(rf"\..+\.\d+{re.escape(PARTIAL_SUFFIX)}", re.ASCII)  # with a process id
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file next to ``path``, sync it and rename it to ``path``.
 
+    The file has a temporary folder to itself: ``write`` may leave files of its own there when it is
+    killed (safetensors does), and any name that ``path`` can have fits.
+
     Raises LlmWsaeError if the disk is full or the folder cannot be written; nothing is left behind
     then, and the old file is unchanged.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    path, mine = Path(path), f".{os.getpid()}{PARTIAL_SUFFIX}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        _sync(partial)
-        os.replace(partial, path)
+        with tempfile.TemporaryDirectory(mine, ".write.", path.parent) as place:
+            partial = Path(place) / path.name
+            write(partial)
+            _sync(partial)
+            os.replace(partial, path)
         _sync(path.parent)
     except BaseException as error:
-        with suppress(OSError):  # e.g. if the folder's name is a file's
-            partial.unlink()
         refusal = write_error(path, error)
         if refusal is None:
             raise
@@ -156,13 +159,17 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
 
 
 def remove_partials(folder: Path, *below: str) -> None:
-    """Delete the partial files of killed writers in a folder and in the subfolders named ``below``.
+    """Delete what killed writers left half written in a folder and in the subfolders ``below``.
 
     Nothing else is touched. Call this only under the folder's lock.
     """
     for own in (Path(folder), *(Path(folder) / name for name in below)):
         for path in own.glob(".*"):
-            if _PARTIALS.fullmatch(path.name) and path.is_file():
+            if not _PARTIALS.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
 
 

@@ -1,5 +1,5 @@
-"""The device to use, its fast number format, the memory used so far, and numbers read without
-waiting for the device."""
+"""The device to use, its fast number format, its memory, and numbers read without waiting for the
+device."""
 
 import os
 import platform
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_wsae.errors import UsageError
+from llm_wsae.outside import from_environment
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -32,7 +33,8 @@ def choose_device(name: str = "auto") -> torch.device:
         count = f" ({torch.cuda.device_count()} of them)" if available["cuda"] else ""
         raise UsageError(f"there is no device {name!r} on this machine; it has {here}{count}")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        number = from_environment("LOCAL_RANK", 0, 1 << 16)
+        return torch.device("cuda", number % torch.cuda.device_count())
     return torch.device(name)
 
 
@@ -101,6 +103,20 @@ def processor_name(device: torch.device = torch.device("cpu")) -> str:  # noqa: 
         "AMX": amx,
     }
     return ", ".join([name, *(feature for feature, here in able.items() if here)])
+
+
+def check_memory(needed: int, device: torch.device, what: str, way_out: str) -> None:
+    """Raises UsageError if something needs more bytes than a device has at all, whoever uses them:
+    then no attempt is made to allocate them."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UsageError(
+            f"{what} would need {needed / 2**30:,.0f} GiB of memory, but {device} has "
+            f"{there / 2**30:,.0f}; {way_out}"
+        )
 
 
 def peak_memory_bytes() -> int:

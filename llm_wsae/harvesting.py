@@ -22,14 +22,22 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, RECORDS, TOKENS, Manifest
 from llm_wsae.data.packing import Contexts, Cursor, Packer
 from llm_wsae.data.prefetch import prefetch
-from llm_wsae.data.resume import begin_or_resume, check_size, shard_batches, too_small
+from llm_wsae.data.resume import (
+    begin_or_resume,
+    check_empty,
+    check_size,
+    shard_batches,
+    too_small,
+)
 from llm_wsae.data.shard_writer import StoreWriter, finish_store
 from llm_wsae.data.shuffling import cut, shuffle
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import remove_partials
+from llm_wsae.hardware import check_memory
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.outputs import check_room
 from llm_wsae.processes import Processes, join
 from llm_wsae.provenance import version_of
 from llm_wsae.statistics.moments import Statistics
@@ -84,12 +92,20 @@ def harvest(
 def _check_size(
     out: Path, packer: Packer, corpus: Corpus, config: HarvestConfig, wanted: Manifest
 ) -> None:
-    """Raises LlmWsaeError for too little text, before the first forward pass and before a complete
-    store is reopened for more."""
+    """Raises LlmWsaeError for too little text, UsageError for more than memory or disk could hold,
+    before the first forward pass and before a complete store is reopened for more."""
     if (out / MANIFEST).is_file():
         found = Manifest.load(out)
         if not found.complete or found.num_contexts >= wanted.num_contexts:
             return
+    else:
+        check_empty(out)
+    row = len(wanted.sites) * wanted.d_in * getattr(torch, wanted.dtype).itemsize
+    shard = wanted.contexts_per_shard * wanted.context_size * row
+    check_memory(shard, torch.device("cpu"), "a shard", "lower shard-tokens and batch-tokens")
+    if not config.one_document_per_context:  # which may give far fewer rows
+        kept = config.context_size - config.drop_positions
+        check_room(out, wanted.num_contexts * kept * row, "ask for fewer tokens")
     check_size(packer, corpus, config)
 
 

@@ -24,10 +24,12 @@ from typing import Any, TypeVar
 
 from llm_wsae import files
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.outside import from_environment
 
 T = TypeVar("T")
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_MOST = 1 << 16  # processes of one run
 _JOIN = timedelta(minutes=10)  # for all processes to arrive
 _POLL_SECONDS = 0.05
 _BEAT_SECONDS = 1.0
@@ -261,12 +263,13 @@ def count() -> int:
     """How many processes the launcher started; 1 without a launcher."""
     if any(name not in os.environ for name in _ENVIRONMENT):
         return 1
-    return int(os.environ["WORLD_SIZE"])
+    from_environment("MASTER_PORT", 0, 65535)
+    return from_environment("WORLD_SIZE", 1, _MOST)
 
 
 def leads() -> bool:
     """Whether this process is rank 0, without waiting for the others."""
-    return count() == 1 or int(os.environ["RANK"]) == 0
+    return count() == 1 or from_environment("RANK", 0, count() - 1) == 0
 
 
 @functools.cache
@@ -277,6 +280,7 @@ def join() -> Processes:
     """
     if count() == 1:
         return Processes()
+    from_environment("RANK", 0, count() - 1)
     from torch import distributed
 
     try:

@@ -158,7 +158,8 @@ def test_what_a_killed_writer_left_is_removed(model, corpus, unbroken, tmp_path)
     with pytest.raises(Stopped):
         harvest(stop_after(20), corpus, SITES, out, CONFIG)
     (out / "tokens" / ".00003.safetensors.77.partial").write_bytes(b"half")
-    (out / "tokens" / ".tmpAb12Cd").write_bytes(b"half")  # as safetensors leaves one
+    (out / "tokens" / ".write.x8k2.77.partial").mkdir()
+    (out / "tokens" / ".write.x8k2.77.partial" / ".tmpAb12Cd").write_bytes(b"half")  # safetensors'
     (out / "tokens" / "00099.safetensors").write_bytes(b"never listed")
     harvest(model, corpus, SITES, out, CONFIG)
     assert files(out) == files(unbroken.folder)
@@ -215,14 +216,14 @@ def test_other_files_and_a_second_process_are_refused(model, corpus, tmp_path):
 
 def test_only_what_is_its_own_is_cleared_up(model, corpus, tmp_path):
     harvest(model, corpus, SITES, tmp_path, CONFIG)
-    theirs = tmp_path / "theirs" / ".notes.5.partial"
-    theirs.parent.mkdir()
-    theirs.touch()
-    own = [tmp_path / ".manifest.json.5.partial", tmp_path / str(SITES[0]) / ".tmpABC123"]
-    for path in own:
+    theirs = [tmp_path / "theirs" / ".notes.5.partial", tmp_path / str(SITES[0]) / ".tmpABC123"]
+    theirs[0].parent.mkdir()
+    own = [tmp_path / ".manifest.json.5.partial", tmp_path / ".write.a_b1.5.partial"]
+    for path in (*theirs, own[0]):
         path.touch()
+    own[1].mkdir()
     harvest(model, corpus, SITES, tmp_path, CONFIG)
-    assert theirs.exists() and not any(path.exists() for path in own)
+    assert all(path.exists() for path in theirs) and not any(path.exists() for path in own)
 
 
 def test_shards_are_counted_and_not_spelt(tmp_path, model, corpus):

@@ -26,7 +26,9 @@ LONGEST_FILE = 400
 # From the cellar up. A module may import from its own floor (without a circle) and from below.
 FLOORS = (
     "errors",
+    "outside",
     "files",
+    "outputs",
     "drawing",
     "hardware",
     "processes",

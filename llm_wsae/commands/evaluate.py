@@ -19,6 +19,7 @@ from llm_wsae.commands.options import (
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.files import write_json
+from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.provenance import plain, versions
 
 
@@ -92,11 +93,7 @@ def _check(dictionaries: tuple[Path, ...], out: Path, part: Part, keep: bool) ->
     """Raises UsageError for a request that cannot be met."""
     if not dictionaries:
         raise UsageError("name at least one dictionary folder")
-    if out.is_dir():
-        raise UsageError(f"--out is the JSON report to write, but {out} is a folder")
-    there = next(parent for parent in out.absolute().parents if parent.exists())
-    if not there.is_dir():
-        raise UsageError(f"--out cannot be {out}: {there} is not a folder")
+    check_file(out, is_record_of("evaluate"))
     if keep and part != "heldout":
         raise UsageError("--keep stores what was measured on held-out text; omit --part")
 

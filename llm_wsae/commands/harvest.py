@@ -13,6 +13,7 @@ from llm_wsae.commands.options import (
     sites_of,
 )
 from llm_wsae.data.config import HarvestConfig
+from llm_wsae.outputs import check_folder
 from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record
 
@@ -38,6 +39,7 @@ def harvest(
     from llm_wsae.harvesting import harvest as harvest_into
 
     started, sites = time.monotonic(), sites_of(site)
+    check_folder(out)
     text = Corpus.open(corpus.corpus, part, text_column=corpus.text_column)
     loaded = model.load(model.model)
     store = harvest_into(loaded, text, sites, out, harvesting)

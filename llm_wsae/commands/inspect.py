@@ -24,7 +24,7 @@ def inspect(
         latent: Latents to look at.
         store: Activation store of the same model; adds density and top contexts.
         text: A sentence; shows which latents fire on it.
-        model: The model that the dictionary explains; may be omitted if it came from the Hub.
+        model: The model that the dictionary explains; may be omitted if the Hub's cache has it.
         top: Number of contexts, tokens, neighbours and dimensions to show.
     """
     from llm_wsae.dictionary.dictionary import Dictionary

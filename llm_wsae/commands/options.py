@@ -19,6 +19,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.model.site import Site
+from llm_wsae.outside import check_numbers
 from llm_wsae.processes import leads
 from llm_wsae.terminal import printable
 from llm_wsae.training.config import ArchitectureName, TrainConfig
@@ -89,6 +90,9 @@ class RuleOptions:
     """Exponents of the weights γ = score^α, for every rule except uniform."""
     k: tuple[int, ...] = (32,)
     """Active latents per token."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"k": 1})
 
 
 @dataclass(frozen=True, kw_only=True)

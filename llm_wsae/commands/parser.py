@@ -17,6 +17,7 @@ import tyro
 
 from llm_wsae.commands.options import Result, note
 from llm_wsae.errors import UsageError, nearest
+from llm_wsae.terminal import printable
 
 _on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
 
@@ -26,6 +27,8 @@ def parse(name: str, command: Callable[..., Result], words: list[str]) -> Callab
 
     Raises UsageError for bad ones, and SystemExit once help is printed.
     """
+    for before, word in zip([name, *words], words, strict=False):
+        _check_word(word, before)
 
     @functools.wraps(command)
     def prepared(*args: Any, **options: Any) -> Callable[[], Result]:
@@ -38,6 +41,22 @@ def parse(name: str, command: Callable[..., Result], words: list[str]) -> Callab
 
     with _on_parse_error(refuse):
         return tyro.cli(prepared, prog=f"llm-wsae {name}", args=words)
+
+
+def _check_word(word: str, before: str) -> None:
+    """Raises UsageError for a word that no option can mean: as a path, an empty one would be the
+    current folder, and one that is not UTF-8 could not be written into any record."""
+    option, equals, value = word.partition("=")
+    if not word or (equals and not value and option.startswith("-")):
+        option = option or (before if before.startswith("-") else "an argument")
+        raise UsageError(f"{option} is empty; leave it out, or name something (. is this folder)")
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{printable(word)} holds bytes that are not UTF-8; a file of such a name can be "
+            "renamed, or linked to"
+        ) from None
 
 
 def options_of(name: str, command: Callable[..., Result]) -> list[str]:

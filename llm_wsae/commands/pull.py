@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from llm_wsae.commands.options import RepoId, Result
+from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.provenance import write_record
 from llm_wsae.terminal import printable
 
@@ -25,10 +26,12 @@ def pull(
         out: Folder that receives <site>/<name>.
         revision: Branch, tag or commit.
     """
+    from llm_wsae.dictionary.hub.transfer import RECORD
     from llm_wsae.dictionary.hub.transfer import pull as pull_folders
 
+    check_file(out / RECORD, is_record_of("pull"))
     folders = pull_folders(repo_id, out, sae_id, revision=revision)
     asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
-    write_record(out / "pull.json", "pull", {**asked, "dictionaries": list(folders)})
+    write_record(out / RECORD, "pull", {**asked, "dictionaries": list(folders)})
     facts = {"repo_id": repo_id, "folders": {name: str(path) for name, path in folders.items()}}
     return facts, "\n".join(printable(str(path)) for path in folders.values())

@@ -17,8 +17,11 @@ from llm_wsae.commands.options import (
     cost,
     sites_of,
 )
+from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.provenance import write_record
 from llm_wsae.weights.config import WeightConfig
+
+RECORD = "run.json"
 
 
 def run(
@@ -44,6 +47,7 @@ def run(
 
     started, sites = time.monotonic(), sites_of(site)
     out = out or Path("runs") / Path(model.model).resolve().name.removesuffix(".gguf")
+    check_file(out / RECORD, is_record_of("run"))
     training = train.with_model_on(model.device)
     loaded = model.load(model.model)
     results = run_all(
@@ -65,7 +69,7 @@ def run(
     )
     asked = {"model": loaded.name, "corpus": corpus.corpus, "site": site, **vars(grid)}
     settings = {"harvest": harvest, "weigh": weigh, "train": training, "evaluate": evaluate}
-    write_record(out / "run.json", "run", {**asked, **settings})
+    write_record(out / RECORD, "run", {**asked, **settings})
     first = next(iter(results.values()))
     again = _evaluate_again(first.folder / next(iter(first.dictionaries)), model, corpus, out)
     lines = [f"\n{result.text()}\n" for result in results.values()]

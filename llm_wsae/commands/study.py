@@ -21,11 +21,14 @@ from llm_wsae.commands.options import (
 )
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
+from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.provenance import write_record
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.training.config import ArchitectureName
 from llm_wsae.weights.config import WeightConfig
+
+RECORD = "command.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,7 @@ def study(
     from llm_wsae.weights.rules import Rule
 
     started = time.monotonic()
+    check_file(out / RECORD, is_record_of("study"))
     config, training = compare.config(planted if plant else None), train.with_model_on(model.device)
     for name in compare.rule:
         if Rule.parse(name).need == "dictionary" and dictionary is None:
@@ -129,7 +133,7 @@ def study(
     asked = {"store": store, "model": model.model, "corpus": corpus.corpus, "site": site}
     asked |= {**vars(config), "dictionary": dictionary, "weigh": weigh, "train": training}
     asked |= {"fidelity": evaluate, "score": score, "explain": explain}
-    write_record(out / "command.json", "study", asked)
+    write_record(out / RECORD, "study", asked)
     written = (
         f"report  {out / PAGE}, to open in a browser; {MARKDOWN}, {REPORT} and figures beside it"
     )

@@ -5,10 +5,13 @@ from pathlib import Path
 
 from llm_wsae.commands.options import Flat, GridOptions, Result, Store, cost
 from llm_wsae.model.site import Site
+from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
+
+RECORD = "train.json"
 
 
 def train(
@@ -39,6 +42,7 @@ def train(
     from llm_wsae.weights.rules import Rule
 
     started = time.monotonic()
+    check_file(out / RECORD, is_record_of("train"))
     opened, place = ActivationStore.open(store), Site.parse(site)
     rules = [Rule.parse(name) for name in grid.rule]
     inputs = measure_inputs(rules, opened, place)  # only what weigh has measured of the store
@@ -48,7 +52,7 @@ def train(
     dictionaries = train_arms(opened.source(place), arms, training, out)
     if leads():
         asked = {"store": store, "site": site, "weights": weights, **vars(grid), **vars(training)}
-        write_record(out / "train.json", "train", {**asked, "weigh": weigh})
+        write_record(out / RECORD, "train", {**asked, "weigh": weigh})
     facts = {name: d.info.metrics["training"] for name, d in dictionaries.items()}
     width = max(32, *(len(name) + 2 for name in facts))
     lines = [f"{'dictionary':<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}"]

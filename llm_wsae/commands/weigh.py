@@ -5,6 +5,7 @@ from pathlib import Path
 from llm_wsae.commands.options import Flat, LoadOptions, Result, Store
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
+from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.provenance import write_record
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
@@ -37,11 +38,16 @@ def weigh(
     from llm_wsae.plots import plot_profile
     from llm_wsae.weighing import measure_inputs
     from llm_wsae.weights.choosing import choose_weights
+    from llm_wsae.weights.loss_weights import is_weights_file
     from llm_wsae.weights.profile import profile, profile_text
     from llm_wsae.weights.rules import Rule
 
     if out.suffix != ".safetensors":  # its neighbours .png and .json are written too
         raise UsageError(f"the weights go into a .safetensors file, so --out cannot be {out}")
+    figure, record = out.with_suffix(".png"), out.with_suffix(".json")
+    check_file(out, is_weights_file)
+    check_file(figure, lambda _: out.is_file())
+    check_file(record, is_record_of("weigh"))
     place, opened = Site.parse(site), ActivationStore.open(store)
     parsed = Rule.parse(rule)
     parsed.form(weights)  # refused before anything is measured
@@ -58,9 +64,8 @@ def weigh(
     chosen = choose_weights(inputs, ("uniform", parsed), (alpha,), config=weights)
     facts = profile(inputs.statistics, chosen)
     chosen[-1].save(out, {"site": site})
-    figure = out.with_suffix(".png")
     plot_profile(inputs.statistics, chosen, site, figure)
     asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, **vars(weights)}
     asked |= {"dictionary": dictionary, "model": model, **vars(measure)}
-    write_record(out.with_suffix(".json"), "weigh", asked)
+    write_record(record, "weigh", asked)
     return facts, f"{profile_text(facts)}\n\nweights  {out}\nfigure   {figure}"

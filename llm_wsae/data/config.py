@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llm_wsae.errors import UsageError
+from llm_wsae.outside import check_numbers
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PackConfig:
     """Special tokens (such as the separator between documents) give no row."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, {})
         if self.context_size < 2:
             raise UsageError(
                 f"a context of {self.context_size} tokens is too short; it needs at least 2"
@@ -62,9 +64,7 @@ class HarvestConfig(PackConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tokens", "batch_tokens", "shard_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_numbers(self, {"tokens": 1, "batch_tokens": 1, "shard_tokens": 1})
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise UsageError(f"a store cannot hold {self.dtype!r}; choose bfloat16 or float32")
 
@@ -99,9 +99,7 @@ class StreamConfig(PackConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_tokens", "buffer_tokens", "statistics_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_numbers(self, {"batch_tokens": 1, "buffer_tokens": 1, "statistics_tokens": 1})
 
     @property
     def contexts_per_batch(self) -> int:

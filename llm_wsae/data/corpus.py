@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from llm_wsae.data.hub_dataset import HUB_NAME, HubDataset
@@ -22,6 +21,7 @@ from llm_wsae.data.text_files import SUFFIXES, TextFiles
 from llm_wsae.data.text_packages import TEXT_PACKAGES, TextPackage
 from llm_wsae.data.text_source import RawDocument, TextSource
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.outside import integer, local_path, number
 
 PARTS = ("train", "heldout", "all")
 _LONGEST_LABEL = 100
@@ -128,13 +128,16 @@ class Corpus:
 
 def open_source(spec: str, text_column: str | None) -> TextSource:
     """The source of that name; see ``Corpus.open``."""
-    path = Path(spec).expanduser()
+    path = local_path(spec, "corpus")
     if spec in TEXT_PACKAGES:
         return TextPackage(spec)
     if path.exists():
         return TextFiles(path, text_column)
     if "+" in spec:
-        return _Mixture([open_source(part.strip(), text_column) for part in spec.split("+")])
+        parts = [part.strip() for part in spec.split("+")]
+        if not all(parts):
+            raise UsageError(f"the corpus {spec!r} has an empty part; name a text around each +")
+        return _Mixture([open_source(part, text_column) for part in parts])
     nested = spec.partition("@")[0].count("/") > 1
     if path.suffix in SUFFIXES or nested or spec[:1] in (".", "/", "~"):
         raise UsageError(f"there is no file or folder {spec}")
@@ -186,11 +189,10 @@ def _short(labels: dict[str, Any]) -> dict[str, Any]:
     """The labels that a store keeps: short strings, finite numbers and booleans."""
 
     def carried(value: Any) -> bool:
-        if isinstance(value, float):
-            return math.isfinite(value)
-        return isinstance(value, bool | int) or (
-            isinstance(value, str) and 0 < len(value) <= _LONGEST_LABEL
-        )
+        if isinstance(value, str):
+            return 0 < len(value) <= _LONGEST_LABEL
+        known = number(value) if isinstance(value, float) else integer(value)
+        return known is not None or isinstance(value, bool)
 
     kept = {str(key): value for key, value in labels.items() if carried(value)}
     return {

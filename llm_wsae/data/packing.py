@@ -97,6 +97,12 @@ class Packer:
         self._padding = self._separator if self._separator is not None else 0
         self._special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
         self._vocab_size = vocab_size
+        for what, token in (("beginning", self._bos), ("end", self._separator)):
+            if token is not None and not 0 <= token < vocab_size:
+                raise LlmWsaeError(
+                    f"the tokenizer marks the {what} of a text with the id {token}, but the model "
+                    f"has {vocab_size} embeddings; give its own tokenizer"
+                )
         self._config = config
         self.content_size = config.context_size - (self._bos is not None)
         """Positions of a context that text can fill."""

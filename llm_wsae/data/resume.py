@@ -36,12 +36,7 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
     Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
     """
     if not (folder / MANIFEST).is_file():
-        others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-        if others:
-            raise LlmWsaeError(
-                f"{folder} holds other files ({', '.join(sorted(others)[:3])}); choose another "
-                "folder for the activation store"
-            )
+        check_empty(folder)
         wanted.save(folder)
         return wanted, {}
     found = Manifest.load(folder)
@@ -71,6 +66,18 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
     found.save(folder)
     _remove_unlisted(folder, found, whole)
     return found, whole
+
+
+def check_empty(folder: Path) -> None:
+    """Raises LlmWsaeError if the folder of a new store holds anything that is not hidden."""
+    if not folder.is_dir():
+        return
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if others:
+        raise LlmWsaeError(
+            f"{folder} holds other files ({', '.join(sorted(others)[:3])}); choose another "
+            "folder for the activation store"
+        )
 
 
 def shard_batches(

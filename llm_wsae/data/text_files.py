@@ -6,7 +6,6 @@ held out and a book is never in memory as a whole. A shorter file is one documen
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from llm_wsae.data.text_source import RawDocument, text_column_of
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.outside import lines, parse_json, parsing
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SECTION_CHARACTERS = 8000
@@ -24,7 +24,7 @@ class TextFiles:
     """A file, or every text file below a folder, sorted by path."""
 
     def __init__(self, path: Path, text_column: str | None):
-        self.name = path.resolve().name
+        self.name = _utf8(path.resolve().name)
         self._text_column = text_column
         if path.is_dir():
             found = (p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
@@ -84,14 +84,11 @@ class TextFiles:
     def _json_lines(self, file: Path) -> Iterator[RawDocument]:
         name, column = self._relative(file), None
         with open(file, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(lines(stream, str(file)), 1):
                 if not line.strip():
                     continue
                 where = f"{file}, line {number}"
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:  # the latter: endless brackets
-                    raise LlmWsaeError(f"{where}: not JSON ({error})") from None
+                row = parse_json(line, where)
                 if not isinstance(row, dict):
                     raise LlmWsaeError(f"{where}: not a JSON object with a text column")
                 wanted = column or self._text_column or "text"
@@ -101,32 +98,51 @@ class TextFiles:
                 yield _row_document(f"{name}#{number}", row, column)
 
     def _parquet(self, file: Path) -> Iterator[RawDocument]:
-        from pyarrow import ArrowException, types
         from pyarrow.parquet import ParquetFile
 
         name = self._relative(file)
         number = 0
-        try:
-            with ParquetFile(file) as table:
-                # The schema decides: the first row of a nullable column may be empty.
-                row = {f.name: "" if types.is_string(f.type) or types.is_large_string(f.type)
-                       else None for f in table.schema_arrow}  # fmt: skip
-                column = text_column_of(row, self._text_column, str(file))
-                for batch in table.iter_batches(batch_size=256):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield _row_document(f"{name}#{number}", row, column)
-        except (ArrowException, OSError) as error:
-            raise LlmWsaeError(f"{file} is not a readable parquet file: {error}") from error
+        with parsing(f"{file} is not a readable parquet file"), ParquetFile(file) as table:
+            # The schema decides: the first row of a nullable column may be empty.
+            kinds = {f.name: f.type for f in table.schema_arrow}
+            row = {name: "" if _is_text(kind) else None for name, kind in kinds.items()}
+            column = text_column_of(row, self._text_column, str(file))
+            wanted = [name for name, kind in kinds.items() if name == column or _is_label(kind)]
+            for batch in table.iter_batches(batch_size=256, columns=wanted):
+                for row in batch.select(wanted).to_pylist():
+                    number += 1
+                    yield _row_document(f"{name}#{number}", row, column)
 
     def _relative(self, file: Path) -> str:
-        name = file.relative_to(self._root).as_posix()
-        return name.encode(errors="backslashreplace").decode()  # for names that are not UTF-8
+        return _utf8(file.relative_to(self._root).as_posix())
 
 
 def _row_document(name: str, row: dict[str, Any], column: str) -> RawDocument:
     labels = {key: value for key, value in row.items() if key != column}
     return RawDocument(name, row[column] or "", labels)
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a parquet column holds texts."""
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _is_label(kind: Any) -> bool:
+    """Whether a parquet column can be a label. The others are not read: Python cannot hold every
+    value of some, such as a year beyond 9999."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _is_label(kind.value_type)
+    simple = types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
+    return simple or _is_text(kind)
+
+
+def _utf8(name: str) -> str:
+    """A file's name as a store can keep it: Linux allows any bytes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _sections(file: Path) -> Iterator[str]:

@@ -1,52 +1,12 @@
-"""What others wrote is believed only where it has the expected type, shape and values.
+"""A dictionary's tensors, refused in a sentence where a name, shape, dtype or value is wrong."""
 
-Values from JSON become None where they are of another type; tensors of a dictionary are refused
-with a sentence where a name, shape, dtype or value is wrong.
-"""
-
-import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
-
-
-def number(value: Any) -> float | None:
-    """The value as a float if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # JSON's integers have no limit
-        return None
-
-
-def integer(value: Any) -> int | None:
-    """The value if it is an integer of at most 64 bits."""
-    return value if type(value) is int and abs(value) < 2**63 else None
-
-
-def text(value: Any) -> str | None:
-    """The value if it is a string that is not empty."""
-    return value if isinstance(value, str) and value else None
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """The value if it is a JSON object, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def pair(value: Any) -> tuple[float, float] | None:
-    """The value if it is a list of two finite numbers."""
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        return None
-    low, high = number(value[0]), number(value[1])
-    return None if low is None or high is None else (low, high)
-
+from llm_wsae.files import open_tensors
 
 _PIECE = 1 << 20  # numbers checked at once
 
@@ -64,33 +24,28 @@ def read_tensors(
     every shape [d_in] or [d_in, d_in]; None means no check. Raises LlmWsaeError, naming file and
     tensor, if they are not, or if a number is NaN or infinite.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if shapes is not None and names != set(shapes):
-                raise LlmWsaeError(f"{path} holds {sorted(names)} instead of {sorted(shapes)}")
-            for name in sorted(names):
-                piece = file.get_slice(name)
-                shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
-                if shapes is not None and shape != shapes[name]:
-                    raise LlmWsaeError(
-                        f"{path}: {name} has the shape {list(shape)}, but cfg.json asks for "
-                        f"{list(shapes[name])}"
-                    )
-                if d_in is not None and shape not in ((d_in,), (d_in, d_in)):
-                    raise LlmWsaeError(
-                        f"{path}: {name} has the shape {list(shape)}, but the dictionary has "
-                        f"{d_in} dimensions"
-                    )
-                if dtypes is not None and dtype not in dtypes:
-                    raise LlmWsaeError(
-                        f"{path}: {name} is stored as {dtype}, not as one of {sorted(dtypes)}"
-                    )
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
+    with open_tensors(path, what) as file:
+        names = set(file.keys())
+        if shapes is not None and names != set(shapes):
+            raise LlmWsaeError(f"{path} holds {sorted(names)} instead of {sorted(shapes)}")
+        for name in sorted(names):
+            piece = file.get_slice(name)
+            shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+            if shapes is not None and shape != shapes[name]:
+                raise LlmWsaeError(
+                    f"{path}: {name} has the shape {list(shape)}, but cfg.json asks for "
+                    f"{list(shapes[name])}"
+                )
+            if d_in is not None and shape not in ((d_in,), (d_in, d_in)):
+                raise LlmWsaeError(
+                    f"{path}: {name} has the shape {list(shape)}, but the dictionary has "
+                    f"{d_in} dimensions"
+                )
+            if dtypes is not None and dtype not in dtypes:
+                raise LlmWsaeError(
+                    f"{path}: {name} is stored as {dtype}, not as one of {sorted(dtypes)}"
+                )
+        tensors = {name: file.get_tensor(name) for name in names}
     check_finite(tensors, str(path))
     return tensors
 

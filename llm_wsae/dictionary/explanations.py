@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.dictionary.checks import integer, mapping, number, pair, text
 from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
     check_keeps_measurements,
@@ -19,6 +18,7 @@ from llm_wsae.dictionary.folder import (
 )
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import write_text
+from llm_wsae.outside import integer, mapping, number, pair, text
 
 FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1
 LONGEST = 400

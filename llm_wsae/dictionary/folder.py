@@ -122,7 +122,7 @@ def write_folder(
     stored = {key: w.detach().to(dtype if w.ndim == 2 else w.dtype) for key, w in weights.items()}
     for tensors in (stored, extras):
         check_finite(tensors, f"the dictionary for {folder}")
-    with replacing(folder, _check_replaceable) as new:
+    with replacing(folder, check_replaceable) as new:
         save_tensors(new / WEIGHTS, stored)
         save_tensors(new / EXTRAS, extras)
         write_json(new / CFG, saelens_config(d_in, d_sae, sparsity, info))
@@ -144,7 +144,7 @@ def copy_folder(source: Path, folder: Path) -> None:
 
     Raises LlmWsaeError as ``write_folder`` does; what was there is then unchanged.
     """
-    with replacing(folder, _check_replaceable) as new:
+    with replacing(folder, check_replaceable) as new:
         for name in sorted({*_OWN_FILES, EXPLANATIONS}):
             path = source / name
             if name in _OWN_FILES or path.is_file():
@@ -282,7 +282,7 @@ def _is_size(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 < value < _LARGEST_SIZE
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Raises LlmWsaeError unless the folder is missing, empty, or a dictionary and nothing else."""
     if not os.path.lexists(folder):
         return

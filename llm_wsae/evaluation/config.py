@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-from llm_wsae.errors import UsageError
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER
+from llm_wsae.outside import check_numbers
+
+MOST_BOOTSTRAPS = 100_000  # each is a row of numbers in memory, one for every context or latent
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,8 @@ class EvaluateConfig:
     """Seed of the resamplings."""
 
     def __post_init__(self):
-        for name, least in (("tokens", 1), ("batch_tokens", 1), ("bootstraps", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise UsageError(f"{flag} is {getattr(self, name)}, but must be at least {least}")
+        least = {"tokens": 1, "batch_tokens": 1, "bootstraps": 1, "seed": 0}
+        check_numbers(self, least, {"bootstraps": MOST_BOOTSTRAPS})
 
 
 FEWEST_POSITIVE, FEWEST_NEGATIVE = 3, 20  # windows; with fewer, a latent's detection is noise
@@ -67,9 +67,4 @@ class MonosemanticConfig:
         at_least = {"tokens": 1, "batch_tokens": 1, "seed": 0}
         at_least |= {"probe_tokens": 1, "bootstraps": 1, "top": 2, "before": 0, "after": 0}
         at_least |= {"sample": FEWEST_POSITIVE, "silent": max(FEWEST_NEGATIVE, self.top)}
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise UsageError(
-                    f"{name.replace('_', '-')} is {getattr(self, name)}, but must be at least "
-                    f"{least}"
-                )
+        check_numbers(self, at_least, {"bootstraps": MOST_BOOTSTRAPS})

@@ -13,6 +13,8 @@ from llm_wsae.inspecting.latents import Latent, check_latents, look_at
 from llm_wsae.inspecting.readout import Readout, Vocabulary
 from llm_wsae.inspecting.sentence import Token, check_width, read_sentence
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.outside import check_number
+from llm_wsae.outside import text as known_text
 from llm_wsae.terminal import printable
 
 
@@ -45,8 +47,9 @@ def inspect(
     ``dictionary`` and ``store`` may be opened or given by their folders. The store, which must
     come from the same model, adds density and top contexts. ``model`` is a LanguageModel or
     whatever ``LanguageModel.load`` takes; without it, the model that the dictionary names is
-    loaded if it came from the Hub. (If that fails and no ``text`` was given, the latents are
-    described without tokens.) ``revision``, ``device`` and ``dtype`` apply to a model that is
+    loaded if the Hub's local cache has it: a dictionary may come from anybody, so it makes nothing
+    be downloaded. (If that fails and no ``text`` was given, the latents are described without
+    tokens.) ``revision``, ``device`` and ``dtype`` apply to a model that is
     loaded here. ``top`` is the number of contexts, tokens, neighbours and dimensions to report.
 
     Raises UsageError if neither latents nor a text are given, for a latent that does not exist, or
@@ -56,8 +59,7 @@ def inspect(
         raise UsageError("there is nothing to inspect: name latents (--latent) or give a --text")
     if store is not None and not latents:
         raise UsageError("a store shows where latents fire, so name some with --latent")
-    if top < 1:
-        raise UsageError(f"top is {top}, but it must be at least 1")
+    check_number("top", top, 1)
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)
     numbers = check_latents(dictionary, latents).tolist()
@@ -98,27 +100,31 @@ def _load(
 
     Raises LlmWsaeError for that reason if a model is ``required``.
     """
-    known = dictionary.info.model
-    if name is None:
-        trained_on, commit = known.get("name"), known.get("revision")
-        if not isinstance(trained_on, str):
-            reason = "the dictionary does not say which model it was trained on"
-        elif not isinstance(commit, str):
-            reason = f"{printable(trained_on)}, the dictionary's model, did not come from the Hub"
-        else:
-            name, revision, reason = trained_on, revision or commit, ""
-        if name is None:
-            reason += "; name the model with --model"
-            if required:
-                raise UsageError(f"reading a text needs the model, but {reason}")
-            return None, reason
-    print(f"loading {printable(name)}", file=sys.stderr)
-    try:
+    if name is not None:
+        print(f"loading {printable(name)}", file=sys.stderr)
         return LanguageModel.load(name, revision=revision, device=device, dtype=dtype), None
-    except LlmWsaeError as error:
-        if required:
-            raise
-        return None, printable(str(error))
+    trained_on, commit = (
+        known_text(dictionary.info.model.get(key)) for key in ("name", "revision")
+    )
+    if trained_on is None:
+        reason = "the dictionary does not say which model it was trained on"
+    elif commit is None:
+        reason = f"{printable(trained_on)}, the dictionary's model, did not come from the Hub"
+    else:
+        try:
+            return LanguageModel.load(
+                trained_on,
+                revision=revision or commit,
+                device=device,
+                dtype=dtype,
+                download=False,
+            ), None
+        except LlmWsaeError as error:
+            reason = printable(str(error))
+    reason += "; name the model with --model"
+    if required:
+        raise UsageError(f"reading a text needs the model, but {reason}")
+    return None, reason
 
 
 def _check_model(model: LanguageModel, dictionary: Dictionary) -> None:

@@ -24,6 +24,7 @@ from llm_wsae.model.loading import load_model
 from llm_wsae.model.module_paths import find_paths, text_config
 from llm_wsae.model.site import Site
 from llm_wsae.model.weight_sharing import boot_bridge, share_weights
+from llm_wsae.outside import parsing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,12 +58,19 @@ class LanguageModel:
 
     @classmethod
     def load(
-        cls, model: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        download: bool = True,
     ) -> "LanguageModel":
         """Load a model by Hub id, local folder or ``.gguf`` file.
 
         ``device``: auto (cuda, then mps, then cpu) or a torch device name. ``dtype``: auto
         (bfloat16 where the hardware is fast in it, else float32), float32, bfloat16 or float16.
+        Without ``download``, a model of the Hub is taken from the local cache or not at all.
 
         Raises UsageError for a name, revision, device or dtype that cannot be right, LlmWsaeError
         if the model cannot be fetched or read.
@@ -70,11 +78,14 @@ class LanguageModel:
         if dtype != "auto" and dtype not in DTYPES:
             raise UsageError(f"there is no dtype {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
         place = choose_device(device)
-        loaded = load_model(
-            model, revision, fast_dtype(place) if dtype == "auto" else DTYPES[dtype]
-        )
+        wanted = fast_dtype(place) if dtype == "auto" else DTYPES[dtype]
+        loaded = load_model(model, revision, wanted, download)
         hf_model = loaded.hf_model.to(place).eval().requires_grad_(False)
-        return cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)
+        with parsing(f"{model} can be loaded but not used"):  # e.g. for a damaged configuration
+            made = cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)
+            made.tokenizer(["a text"], add_special_tokens=False, verbose=False)
+            made.logits(torch.zeros(1, 2, dtype=torch.long))
+        return made
 
     @classmethod
     def from_live(cls, hf_model: Any, tokenizer: Any, name: str | None = None) -> "LanguageModel":

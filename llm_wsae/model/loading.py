@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +22,16 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError, shown
+from llm_wsae.outside import local_path, parsing, reason
+
+_LARGEST = 2**31  # of any number in a configuration
+_PARTS = re.compile(r"layer|head|expert")  # what a model has one module for, each
+_MOST_PARTS = 10_000
+_KERNELS = ("_attn_implementation", "_experts_implementation")
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,17 @@ class Loaded:
     """Commit hash on the Hub; None for local files."""
 
 
-def load_model(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
+def load_model(
+    model: str, revision: str | None, dtype: torch.dtype, download: bool = True
+) -> Loaded:
     """Load model and tokenizer by Hub id, local folder or ``.gguf`` file.
+
+    Without ``download``, a model of the Hub is read from the local cache.
 
     Raises UsageError if the name does not lead to a causal language model, LlmWsaeError if the
     model cannot be downloaded or read.
     """
-    path = Path(model).expanduser()
+    path = local_path(model, "model")
     if path.suffix == ".gguf" or path.is_dir():
         if revision is not None:
             raise UsageError(
@@ -61,23 +72,60 @@ def load_model(model: str, revision: str | None, dtype: torch.dtype) -> Loaded:
             "file or a Hub id such as gpt2"
         )
     else:
-        source, options, commit = hub_source(model, revision)
+        source, options, commit = hub_source(model, revision, download)
         name = model
     options["trust_remote_code"] = False  # otherwise transformers asks on the terminal
     weights = _dense_weights() if "gguf_file" in options else {}
-    try:
-        with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, **options, **weights
-            )
-            # its annotations do not know that loading info makes it a pair
-            hf_model, report = cast(tuple[Any, dict[str, Any]], loaded)
-            _check_complete(model, report)
-            _check_causal(model, hf_model)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _explained(error, model, revision) from error
+    with parsing(f"{model} cannot be loaded as a causal language model"):
+        try:
+            with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
+                config = checked_config(source, options)
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    **options,
+                    **weights,
+                )
+                # its annotations do not know that loading info makes it a pair
+                hf_model, report = cast(tuple[Any, dict[str, Any]], loaded)
+                _check_complete(model, report)
+                _check_causal(model, hf_model)
+                tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            raise _explained(error, model, revision) from error
     return Loaded(hf_model=hf_model, tokenizer=tokenizer, name=name, revision=commit)
+
+
+def checked_config(source: str, options: dict[str, Any]) -> Any:
+    """The configuration of a model, before anything of the sizes in it is built.
+
+    Raises ValueError for sizes that no model has, and for a configuration that names code to
+    fetch: transformers would run an attention kernel from the Hub where it can.
+    """
+    config = AutoConfig.from_pretrained(source, **options)
+    for name, value in _entries(config.to_dict()):
+        most = _MOST_PARTS if _PARTS.search(name) else _LARGEST
+        if isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"its configuration has {name} = {shown(value)}, which is too large")
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for kernel in (getattr(part, name, None) for name in _KERNELS):
+            if kernel is not None and "/" in str(kernel):
+                raise ValueError(f"its configuration names code to fetch and run, {shown(kernel)}")
+    return config
+
+
+def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in a JSON object, however deep, with its name."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _entries(item, str(key))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _entries(item, name)
+    else:
+        yield name, value
 
 
 def _check_complete(model: str, report: dict[str, Any]) -> None:
@@ -115,7 +163,7 @@ def _local_source(model: str, path: Path) -> _Source:
     return str(path.parent), options | {"gguf_file": path.name}, None
 
 
-def hub_source(model: str, revision: str | None) -> _Source:
+def hub_source(model: str, revision: str | None, download: bool = True) -> _Source:
     """A Hub id with its commit; without a network, the commit in the local cache (None if none is).
 
     One request decides: transformers would try for every file, a minute in all, before it used the
@@ -123,6 +171,8 @@ def hub_source(model: str, revision: str | None) -> _Source:
     """
     options: dict[str, Any] = {"revision": revision, "local_files_only": False}
     try:
+        if not download:
+            raise hub_errors.OfflineModeIsEnabled
         commit = hub.HfApi().model_info(model, revision=revision, timeout=10).sha
         return model, options, commit
     except (httpx.TransportError, hub_errors.OfflineModeIsEnabled):
@@ -247,8 +297,7 @@ def _explained(error: Exception, model: str, revision: str | None) -> LlmWsaeErr
         )
     if isinstance(error, ImportError):
         return LlmWsaeError(f"loading {model} needs a package that is not installed: {text}")
-    sentence = text.split(". ")[0].rstrip(".")
-    return LlmWsaeError(f"{model} cannot be loaded as a causal language model: {sentence}")
+    return LlmWsaeError(f"{model} cannot be loaded as a causal language model: {reason(error)}")
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

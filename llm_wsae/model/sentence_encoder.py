@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.hardware import choose_device, fast_dtype
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
-from llm_wsae.model.loading import hub_source, quiet
+from llm_wsae.model.loading import checked_config, hub_source, quiet
+from llm_wsae.outside import local_path, parsing
 
 _BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would overflow the caches
 _LONGEST = 256  # tokens read of a text; sentence encoders are trained on no more
@@ -56,28 +56,25 @@ class SentenceEncoder:
         place = choose_device(device)
         where, local = _find(source)
         options = {"local_files_only": local, "trust_remote_code": False}
-        try:
+        with parsing(f"{source} is not a sentence encoder of transformers"):
             with quiet(progress_bars=not local):
                 hf_model = AutoModel.from_pretrained(
                     where,
+                    config=checked_config(where, options),
                     dtype=fast_dtype(place),
                     # plain attention is the faster one for texts of a few tokens
                     attn_implementation="eager",
                     **options,
                 )
                 tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).split("\n")[0]
-            raise UsageError(f"{source} is not a sentence encoder of transformers: {reason}") from (
-                error
-            )
-        if tokenizer.pad_token is None:
-            raise UsageError(
-                f"{source} is not a sentence encoder: its tokenizer has no padding; name another "
-                f"one, such as {DEFAULT_ENCODER}"
-            )
-        name = Path(source).name if Path(source).is_dir() else source
-        return cls(hf_model.to(place), tokenizer, name)
+            if tokenizer.pad_token is None:
+                raise UsageError(
+                    f"{source} is not a sentence encoder: its tokenizer has no padding; name "
+                    f"another one, such as {DEFAULT_ENCODER}"
+                )
+            made = cls(hf_model.to(place), tokenizer, _bare_name(source))
+            made._embed(["a text"])  # a damaged configuration may only show now
+        return made
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
@@ -100,10 +97,17 @@ class SentenceEncoder:
         return torch.nn.functional.normalize(total, dim=1).cpu()
 
 
+def _bare_name(source: str) -> str:
+    """A folder's own name; a Hub id as it is."""
+    path = local_path(source, "sentence encoder")
+    return path.name if path.is_dir() else source
+
+
 def _find(source: str) -> tuple[str, bool]:
     """Where transformers finds it, and whether only local files are to be read."""
-    if Path(source).is_dir():
-        return source, True
+    path = local_path(source, "sentence encoder")
+    if path.is_dir():
+        return str(path), True
     if source == ENCODER_PACKAGE:
         folder = _package_folder()
         if folder is None:

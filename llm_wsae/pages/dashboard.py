@@ -14,12 +14,15 @@ from llm_wsae.files import write_text
 from llm_wsae.inspecting.readout import Readout, Vocabulary
 from llm_wsae.inspecting.sentence import check_width, read_sentence
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.outputs import check_file
+from llm_wsae.outside import check_number
 from llm_wsae.pages.collecting import collect
-from llm_wsae.pages.frame import filled
+from llm_wsae.pages.frame import filled, is_page
 from llm_wsae.pages.payload import Latents, Words, facts, nearest, packed, prompt_facts, table
 from llm_wsae.terminal import printable
 
 _MOST_MEGABYTES = 60
+_MOST_EXAMPLES = 1000  # of one kind, for each latent
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,16 @@ def dashboard(
     than 60 MB; LlmWsaeError for a folder, store or model that cannot be read or does not fit.
     """
     out = Path(out)
+    check_file(out, is_page)
     named = named_dictionaries(dictionaries)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     store.check_model(model.identity())
     for dictionary in named.values():
         check_width(model, dictionary)
-    if min(top, bands, 1 if rows is None else rows) < 1:
-        raise UsageError("top, bands and rows must be at least 1")
+    for what, number in (("top", top), ("bands", bands)):
+        check_number(what, number, 1, _MOST_EXAMPLES)
+    check_number("rows", 1 if rows is None else rows, 1)
     words = Words(Vocabulary(model.tokenizer))
     sentences = [
         {name: read_sentence(model, dictionary, text) for name, dictionary in named.items()}

@@ -16,6 +16,8 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.provenance import plain
 from llm_wsae.terminal import printable
 
+_MARK = '<script type="application/json" id="about">'
+
 
 def filled(
     frame: str,
@@ -39,9 +41,14 @@ def filled(
         f"connect-src '{'self' if asks_server else 'none'}'; base-uri 'none'; form-action 'none'"
     )
     data = json.dumps(_harmless(plain(about)), ensure_ascii=False).replace("<", "\\u003c")
-    parts = [f'<script type="application/json" id="about">{data}</script>']
+    parts = [f"{_MARK}{data}</script>"]
     parts += [f'<script type="text/plain" id="{name}">{text}</script>' for name, text in blocks]
     return page.replace("@@policy@@", policy, 1).replace("@@data@@", "\n".join(parts), 1)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that was made here."""
+    return _MARK.encode() in path.read_bytes()
 
 
 def _harmless(value: Any) -> Any:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 from llm_wsae.errors import UsageError
+from llm_wsae.outside import check_numbers
+
+MOST_PER_CELL = 10_000
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,7 @@ class PlantConfig:
     there."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0 or self.per_cell < 1:
-            raise UsageError("the plants' seed must be at least 0 and per-cell at least 1")
+        check_numbers(self, {"seed": 0, "per_cell": 1}, {"per_cell": MOST_PER_CELL})
         if not self.strengths or not all(0 < strength <= 1 for strength in self.strengths):
             raise UsageError(
                 "a plant's strength must be above 0 and at most 1, the median norm of the rows: a "

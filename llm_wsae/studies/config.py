@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from llm_wsae.errors import UsageError
+from llm_wsae.outside import check_numbers
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.training.config import ArchitectureName
 
@@ -37,8 +38,7 @@ class StudyConfig:
                     f"{', '.join(map(str, getattr(self, name))) or 'none'}: fewer allow no "
                     "comparison at equal cross-entropy, and no interval"
                 )
-        if any(seed < 0 for seed in self.seeds):
-            raise UsageError(f"a seed must not be negative, but one is {min(self.seeds)}")
+        check_numbers(self, {"seeds": 0, "ks": 1, "curve": 1})
         for name in ("rules", "alphas", "ks"):
             if not getattr(self, name):
                 raise UsageError(f"a study needs at least one of its {name}")

@@ -33,8 +33,13 @@ from llm_wsae.studies.results import DECIDING, EXPLAINED, MEASURES, PLANTED, Res
 from llm_wsae.studies.verdict import ONE_SEED, OUTSIDE, UNMEASURED, VERDICTS
 from llm_wsae.terminal import aligned, markdown
 
-REPORT, MARKDOWN, PAGE = "report.json", "report.md", "report.html"
-CURVE, DIFFERENCES = "curve.png", "differences.png"
+REPORT_FILES = REPORT, MARKDOWN, PAGE, CURVE, DIFFERENCES = (
+    "report.json",
+    "report.md",
+    "report.html",
+    "curve.png",
+    "differences.png",
+)
 _HOW_TO_READ = (
     "A difference is a dictionary's value less that of the plain curve at the dictionary's own "
     "cross-entropy, seed by seed. Square brackets hold its 95 % interval over seeds and over "

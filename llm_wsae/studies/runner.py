@@ -26,6 +26,7 @@ from llm_wsae.files import folder_lock, remove_partials, write_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.outputs import check_folder
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
@@ -37,6 +38,7 @@ from llm_wsae.studies.folder import (
     DICTIONARIES,
     EXPLAINED,
     RESULTS,
+    TRAINING,
     check_basis,
     read_explained,
     read_report,
@@ -44,7 +46,7 @@ from llm_wsae.studies.folder import (
 )
 from llm_wsae.studies.jobs import StudyJobs
 from llm_wsae.studies.plan import plan
-from llm_wsae.studies.report import StudyReport
+from llm_wsae.studies.report import REPORT_FILES, StudyReport
 from llm_wsae.studies.results import Result, over_latents
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.weighing import measure_inputs
@@ -102,6 +104,9 @@ def study(
         LlmWsaeError: The folder holds another study, the text is too short, the model did not make
             the store, or a stage fails.
     """
+    out = Path(out)
+    written = (*REPORT_FILES, CONSISTENCY, RESULTS, DICTIONARIES, TRAINING)
+    check_folder(out, written, is_ours=(out / BASIS).is_file())
     store.check_model(model.identity())
     if endpoint is not None and (config.plant or not config.keep_dictionaries):
         raise UsageError(
@@ -141,7 +146,6 @@ def study(
             "planted": _plants(config.plant),
         }
     )
-    out = Path(out)
     with folder_lock(out, "study"):
         remove_partials(out, RESULTS)
         check_basis(out, basis)

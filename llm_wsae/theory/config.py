@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from llm_wsae.errors import UsageError, nearest
+from llm_wsae.outside import check_numbers
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,14 @@ class TheoryConfig:
             raise UsageError("a planted experiment is listed twice; name each one once")
         if not self.experiments:
             raise UsageError(f"name at least one planted experiment of {', '.join(EXPERIMENTS)}")
-        if len(set(self.seeds)) < max(2, len(self.seeds)) or min(self.seeds) < 0:
+        check_numbers(
+            self,
+            {"steps": 1, "batch_size": 1, "rows": 100, "spare_latents": 0}
+            | {"workers": 0, "seeds": 0},
+            {"batch_size": 10**6, "rows": 10**7, "spare_latents": 10**5, "workers": 10**4},
+        )
+        if len(set(self.seeds)) < max(2, len(self.seeds)):
             given = " ".join(map(str, self.seeds))
             raise UsageError(
-                f"seeds are {given or 'none'}; an interval needs at least two different ones, "
-                "none of them negative"
+                f"seeds are {given or 'none'}; an interval needs at least two different ones"
             )
-        for name, least in (("steps", 1), ("batch_size", 1), ("rows", 100)):
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise UsageError(f"{flag} is {getattr(self, name)}, but must be at least {least}")
-        for name in ("spare_latents", "workers"):
-            if getattr(self, name) < 0:
-                flag = name.replace("_", "-")
-                raise UsageError(f"{flag} is {getattr(self, name)}, but cannot be negative")

@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from llm_wsae.files import folder_lock, remove_partials, write_json, write_text
+from llm_wsae.outputs import check_folder
 from llm_wsae.provenance import versions
 from llm_wsae.sparse.backends.reference import EPSILON
 from llm_wsae.statistics.moments import Statistics
@@ -31,7 +32,7 @@ from llm_wsae.theory.superposition import Planted
 from llm_wsae.theory.tied import Schedule, encode_tied, train_tied
 from llm_wsae.weights.rules import Rule
 
-UNITS = "units"
+UNITS, JSON, MARKDOWN = "units", "theory.json", "theory.md"
 FIGURES = ("closed_form.png", "correlations.png", "changes.png")
 
 
@@ -45,6 +46,7 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
     is in use.
     """
     out = Path(out)
+    check_folder(out, (JSON, MARKDOWN, *FIGURES), is_ours=(out / UNITS).is_dir())
     with folder_lock(out, "planted experiments"):
         remove_partials(out, UNITS)
         planted = {
@@ -62,8 +64,8 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
             units[name].append(result)
         report = summarise(units, closed_form, config)
         facts = {"command": "theory", "versions": versions(), **report.to_dict()}
-        write_json(out / "theory.json", facts)
-        write_text(out / "theory.md", report.markdown())
+        write_json(out / JSON, facts)
+        write_text(out / MARKDOWN, report.markdown())
         plot_closed_form(closed_form, out / FIGURES[0])
         plot_correlations(report, out / FIGURES[1])
         plot_changes(report, out / FIGURES[2])

@@ -9,6 +9,7 @@ from torch import Tensor
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import UsageError
 from llm_wsae.hardware import exact_dtype
+from llm_wsae.outside import check_numbers
 from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.training.architecture import Architecture
 from llm_wsae.training.architectures import find_architecture
@@ -50,8 +51,7 @@ class ArmConfig:
             )
         if self.kind.setting == "l1" and self.k is not None:
             raise UsageError(f"the architecture {self.architecture} takes an L1 coefficient, not k")
-        if self.l1 < 0:
-            raise UsageError(f"an L1 coefficient must not be negative, but one is {self.l1:g}")
+        check_numbers(self, {"l1": 0})
 
     @property
     def kind(self) -> type[Architecture]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from llm_wsae.errors import UsageError
+from llm_wsae.outside import check_numbers
 from llm_wsae.training.architectures import architecture_names
 
 if TYPE_CHECKING:
@@ -58,22 +59,19 @@ class TrainConfig:
     """Where the log also goes: none, tensorboard or wandb (each an extra of this package)."""
 
     def __post_init__(self) -> None:
-        for name in ("expansion", "batch_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_numbers(
+            self,
+            {"checkpoint_seconds": 0, "shuffle_seed": 0, "warmup": 0, "decay": 0}
+            | dict.fromkeys(("expansion", "batch_size", "log_every", "dead_after"), 1),
+        )
         if self.tokens is not None and self.tokens < self.batch_size:
             raise UsageError(
                 f"tokens ({self.tokens}) must be at least one batch ({self.batch_size} rows)"
             )
-        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
+        if self.warmup + self.decay > 1:
             raise UsageError("warmup and decay are shares of the steps: ≥ 0, together at most 1")
-        rate = self.learning_rate
-        if rate is not None and not 0 < rate < float("inf"):
-            raise UsageError(f"learning_rate must be a number above 0, not {rate}")
-        if self.shuffle_seed < 0:
-            raise UsageError(f"shuffle_seed must be at least 0, not {self.shuffle_seed}")
-        if self.dead_after is not None and self.dead_after < 1:
-            raise UsageError(f"dead_after must be at least 1, not {self.dead_after}")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise UsageError(f"learning_rate must be a number above 0, not {self.learning_rate}")
         if self.shard not in ("rows", "latents"):
             raise UsageError(f"shard must be rows or latents, not {self.shard!r}")
         if self.dtype not in ("auto", "bfloat16", "float32"):

@@ -8,18 +8,23 @@ from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import write_error, write_text
+from llm_wsae.outputs import check_file
+from llm_wsae.outside import reason
 
 LOG = "log.jsonl"
+_BEGINNING = b'{"step": '
 
 
 class TrainingLog:
     """Appends to the folder's ``log.jsonl``, after removing lines of a lost run beyond ``step``.
 
-    Raises LlmWsaeError when the tracker's package is not installed.
+    Raises LlmWsaeError for somebody else's ``log.jsonl``, and when the tracker is not installed or
+    does not start.
     """
 
     def __init__(self, folder: Path, step: int, tracker: str = "none"):
         self._path = folder / LOG
+        check_file(self._path, _is_log)
         old = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in old if _step_of(line) <= step]
         write_text(self._path, "".join(line + "\n" for line in kept))
@@ -40,6 +45,11 @@ class TrainingLog:
     def close(self) -> None:
         """Let the tracker finish sending."""
         self._end()
+
+
+def _is_log(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return _BEGINNING.startswith(file.read(len(_BEGINNING)))  # of a line perhaps half-written
 
 
 def _step_of(line: str) -> int:
@@ -76,3 +86,8 @@ def _tracker(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]],
         raise LlmWsaeError(
             f"the {name} tracker is not installed; run: pip install 'llm-wsae[{name}]'"
         ) from None
+    except Exception as error:  # of wandb's own classes, e.g. without a key
+        raise LlmWsaeError(
+            f"the {name} tracker cannot be started ({reason(error)}); log in (wandb login, or the "
+            "variable WANDB_API_KEY), set WANDB_MODE=offline, or train without a tracker"
+        ) from error

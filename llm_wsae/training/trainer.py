@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.shuffling import ActivationSource, SharedSource
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import INFO, check_replaceable
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import read_json, remove_partials, write_json
-from llm_wsae.hardware import choose_device, fast_dtype
+from llm_wsae.hardware import check_memory, choose_device, fast_dtype
+from llm_wsae.outputs import check_folder
 from llm_wsae.processes import Processes, join
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.checkpoint import (
@@ -78,6 +81,7 @@ def train(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"the arms must be different, but {twice[0]} is listed twice")
     out, processes, device = Path(out), join(), choose_device(config.device)
+    _check_out(out)
     with processes.together():
         with process_group(processes, device, config.shard) as group:
             # before the lock: a refused request leaves no folder
@@ -88,6 +92,14 @@ def train(
                     training.run()
                     processes.lead(training.finish)
         return {name: Dictionary.load(out / name) for name in names}
+
+
+def _check_out(out: Path) -> None:
+    """Raises LlmWsaeError, before any folder is made, for one that holds something else."""
+    check_folder(out)
+    for name, what in ((MANIFEST, "an activation store"), (INFO, "a dictionary")):
+        if (out / name).is_file():
+            raise LlmWsaeError(f"{out} is {what}; choose another folder for the training")
 
 
 def _check_agreed(processes: Processes, mine: dict[str, Any], what: str) -> None:
@@ -124,6 +136,14 @@ class _Training:
         d_sae = config.expansion * source.d_in
         for arm in arms:
             arm.check(d_sae)
+        # two matrices, each with its two moments, in float32
+        matrices = len(arms) * 6 * 4 * source.d_in * d_sae // group.strategy.latent_parts
+        check_memory(
+            matrices,
+            device,
+            f"training {len(arms)} dictionaries of {d_sae:,} latents",
+            "lower the expansion, or train fewer of them at once",
+        )
         fast = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         self.statistics = source.statistics()
         self.normaliser = Normaliser(self.statistics, device, fast, group.strategy)
@@ -163,6 +183,9 @@ class _Training:
         return True
 
     def run(self) -> None:
+        if self.leads:
+            for arm in self.arms:  # rather than when all is trained
+                check_replaceable(self.out / arm.config.name)
         step, self.last_numbers = load_checkpoint(self.out, self.arms, self.identity)
         _check_agreed(self.group.processes, {"step": step}, "checkpoints")
         config, total = self.config, self.num_steps * self.config.batch_size

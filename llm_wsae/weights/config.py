@@ -5,6 +5,7 @@ from typing import Literal
 
 from llm_wsae.errors import UsageError
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER
+from llm_wsae.outside import check_numbers
 
 Place = Literal["auto", "loss", "space", "mixed"]
 Form = Literal["auto", "diagonal", "matrix"]
@@ -29,12 +30,11 @@ class WeightConfig:
     """Number of the random draw behind the rules random, permuted:RULE and rotated:RULE."""
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not self.clip >= 1:
+        check_numbers(self, {"draw": 0})
+        if self.clip is not None and self.clip < 1:
             raise UsageError(f"clip must be a factor of at least 1, not {self.clip:g}")
         if not 0 <= self.anneal <= 1:
             raise UsageError(f"anneal is a share of the steps, from 0 to 1, not {self.anneal:g}")
-        if self.draw < 0:
-            raise UsageError(f"draw must not be negative, but is {self.draw}")
         if self.anneal and self.in_space:
             raise UsageError(
                 "only weights in the loss can be annealed: a dictionary cannot follow a "
@@ -73,9 +73,4 @@ class RuleInputConfig:
 
     def __post_init__(self) -> None:
         at_least = {"sensitivity_tokens": 1, "semantic_tokens": 1, "top": 2}
-        for name, least in (at_least | {"before": 0, "after": 0}).items():
-            if getattr(self, name) < least:
-                raise UsageError(
-                    f"{name.replace('_', '-')} is {getattr(self, name)}, but must be at least "
-                    f"{least}"
-                )
+        check_numbers(self, at_least | {"before": 0, "after": 0, "seed": 0})

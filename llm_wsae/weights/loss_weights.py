@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import load_tensors, save_tensors
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import load_tensors, open_tensors, save_tensors
+from llm_wsae.outside import mapping, parse_json
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.rules import OWN, Rule
 
@@ -106,17 +107,27 @@ class LossWeights:
                 "they must be one floating-point number per dimension, or a square matrix"
             )
         try:
-            header = json.loads(metadata.get("llm_wsae", "{}"))
+            header = parse_json(metadata.get("llm_wsae", "{}"), "its header")
             name, alpha = header.get("rule", OWN.name), float(header.get("alpha", 1.0))
             rule = OWN if name == OWN.name else Rule.parse(name)
             known = {field.name for field in dataclasses.fields(WeightConfig)}
             settings = {key: header[key] for key in known & header.keys()}
             config = rule.settings(WeightConfig(**{"place": "loss"} | settings))
-        except (AttributeError, TypeError, ValueError, UsageError) as error:
+        except (AttributeError, TypeError, ValueError, LlmWsaeError) as error:
             raise LlmWsaeError(f"{path} does not say how its weights were made: {error}") from error
         if rule == OWN and own_config is not None:
             config = rule.settings(own_config)
         return cls(gamma.float(), rule, alpha, config)
+
+
+def is_weights_file(path: Path) -> bool:
+    """Whether ``LossWeights.save`` wrote a file."""
+    try:
+        with open_tensors(path, "weights file") as file:
+            header = (file.metadata() or {}).get("llm_wsae", "{}")
+        return "rule" in mapping(parse_json(header, str(path)))
+    except LlmWsaeError:
+        return False
 
 
 def annealed(gamma: Gamma, done: float, share: float) -> Gamma:

@@ -115,7 +115,11 @@ MISTAKES = {
     "corpus blank": (1, (*HARVESTING, "--corpus", "blank.txt"), ["blank.txt holds no text"]),
     "corpus binary": (1, (*HARVESTING, "--corpus", "image.txt"), ["image.txt is not UTF-8 text"]),
     "corpus with NUL": (1, (*HARVESTING, "--corpus", "program.txt"), ["it holds NUL bytes"]),
-    "corpus torn": (1, (*HARVESTING, "--corpus", "torn.jsonl"), ["torn.jsonl, line 2: not JSON"]),
+    "corpus torn": (
+        1,
+        (*HARVESTING, "--corpus", "torn.jsonl"),
+        ["line 2 is not readable JSON"],
+    ),
     "corpus missing": (2, (*HARVESTING, "--corpus", "no.txt"), ["no file or folder no.txt"]),
     "corpus not on the hub": (
         2,
@@ -133,11 +137,11 @@ MISTAKES = {
         ["holds 2,259 tokens", "90,000 tokens"],
     ),
     "context too long": (2, (*HARVESTING, "--context-size", 65), ["model, which reads at most 64"]),
-    "tokens": (2, (*HARVESTING, "--tokens", 0), ["tokens is 0; it must be at least 1"]),
+    "tokens": (2, (*HARVESTING, "--tokens", 0), ["tokens is 0, but must be at least 1"]),
     "seed of the rows": (
         2,
         (*TRAINING, "--shuffle-seed", -1),
-        ["shuffle_seed must be at least 0, not -1"],
+        ["shuffle-seed is -1, but must be at least 0"],
     ),
     "seed of an evaluation": (
         2,
@@ -153,7 +157,7 @@ MISTAKES = {
     "k in run": (2, (*RUNNING, "--k", 200), ["k = 200", "the dictionary's 128 latents"]),
     "k twice": (2, (*TRAINING, "--k", 4, 4), ["uniform-k4 is listed twice"]),
     "nothing to train": (2, (*TRAINING, "--rule"), ["there is nothing to train"]),
-    "l1": (2, (*TRAINING, "--k", 4, "--l1", -1), ["L1 coefficient", "-1"]),
+    "l1": (2, (*TRAINING, "--k", 4, "--l1", -1), ["l1 is -1.0, but must be at least 0"]),
     "batch": (2, (*TRAINING, "--batch-size", 9999), ["rows are fewer than one batch of 9999"]),
     "rule": (2, (*WEIGHING, "--rule", "varianc"), ["rule 'varianc'; did you mean 'variance'"]),
     "rule in train": (2, (*TRAINING, "--rule", "kurtoses"), ["did you mean 'kurtosis'"]),
@@ -282,7 +286,7 @@ def test_files_that_cannot_receive_the_result(refused):
             said=["nothing is a folder"])  # fmt: skip
     refused(2, "evaluate", "trained/uniform-k4", *EVALUATING, "--out", "empty.txt/report.json",
             said=["--out cannot be empty.txt/report.json", "is not a folder"])  # fmt: skip
-    refused(1, *HARVESTING, "--out", "empty.txt", said=["cannot write into empty.txt"])
+    refused(2, *HARVESTING, "--out", "empty.txt", said=["name of a folder, but empty.txt is"])
     refused(1, *HARVESTING, "--out", "trained", said=["trained holds other files"])
 
 

@@ -151,9 +151,11 @@ def test_contexts_one_by_one():
 
 
 def test_tokenizer_of_another_model_is_refused():
-    p = Packer(tiny_tokenizer(), BOS, 30, PackConfig(context_size=5))
-    with pytest.raises(LlmWsaeError, match="the model has 30 embeddings"):
+    p = Packer(tiny_tokenizer(bos=False, eos=False), None, 30, PackConfig(context_size=5))
+    with pytest.raises(LlmWsaeError, match=r"returns id .* the model has 30 embeddings"):
         list(p.blocks(Corpus(Listed(50)), 8))
+    with pytest.raises(LlmWsaeError, match="beginning of a text with the id 50, but the model"):
+        Packer(tiny_tokenizer(), BOS, 30, PackConfig(context_size=5))
     with pytest.raises(LlmWsaeError, match="without a tokenizer"):
         Packer(None, None, 30, PackConfig())
 

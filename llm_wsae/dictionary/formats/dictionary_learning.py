@@ -2,7 +2,8 @@
 
 A pickle can run code, so it is opened only with torch's ``weights_only`` loader, which accepts
 nothing but tensors and containers, and the user is told. Before that, the archive around it is
-checked: its records must be stored uncompressed (a compressed one could expand without end), be no
+checked. It must be laid out as torch.save does it, so that torch's reader sees what was checked.
+Its records must be uncompressed (a compressed one could expand without end), lie apart, be no
 larger than ``config.json`` announces, and match the checksums stored with them. The file is mapped,
 not read, so a record that claims more than it has cannot cause a read beyond it; its size gives it
 away afterwards.
@@ -14,20 +15,22 @@ latent and does not subtract its bias.
 """
 
 import math
+import os
 import re
+import struct
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 # Only the exception, which torch's loader raises; nothing here unpickles.
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.checks import check_finite, integer, mapping, text
+from llm_wsae.dictionary.checks import check_finite
 from llm_wsae.dictionary.formats.layout import (
     Announced,
     Layout,
@@ -39,10 +42,12 @@ from llm_wsae.dictionary.formats.layout import (
     without_input_bias,
 )
 from llm_wsae.errors import LlmWsaeError, nearest, shown
+from llm_wsae.outside import integer, mapping, text
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _PIECE = 1 << 20  # bytes read at once
 _LARGEST_PICKLE = 1 << 20  # bytes of everything except tensors: names and shapes
+_RECORD = re.compile(r"[\w./-]+", re.ASCII)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _POINT = re.compile(r"resid_(pre|mid|post)")
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
@@ -169,21 +174,81 @@ def _tensors(path: Path, wanted: tuple[str, ...], d_in: int, d_sae: int) -> dict
 
 
 def _records(path: Path, largest: int) -> list[int]:
-    """Sizes in bytes of the archive's tensor records, after checking their checksums."""
+    """Sizes in bytes of the archive's tensor records, after checking all of the archive."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+            _check_directory(file, archive.start_dir, len(entries))
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise LlmWsaeError(
                     f"{path} is compressed, which torch.save never does, so it is not read"
                 )
             if sum(entry.file_size for entry in entries) > largest + _LARGEST_PICKLE:
                 raise LlmWsaeError(f"{path} is larger than the dictionary that {CONFIG} describes")
+            _check_places(file, archive.start_dir, entries)
             for entry in entries:
                 _check_record(archive, entry)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile,
+        struct.error,
+        EOFError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
         raise LlmWsaeError(f"{path} is not a complete file of torch.save: {error}") from error
     return [entry.file_size for entry in entries if "/data/" in entry.filename]
+
+
+def _check_directory(file: IO[bytes], start: int, entries: int) -> None:
+    """The archive must end as torch.save ends one, without anything before, between or behind its
+    parts: elsewhere, torch's reader could find another directory than Python's.
+
+    Raises ValueError if it does not.
+    """
+    file.seek(0)
+    begins = file.read(4) == b"PK\3\4"  # or torch would take it for another format
+    end = file.seek(-22, os.SEEK_END)
+    signature, *disks, here, total, size, offset, comment = struct.unpack("<4s4H2LH", file.read(22))
+    plain = signature == b"PK\5\6" and not any(disks) and not comment and here == total
+    file.seek(max(0, end - 76))
+    longer, locator = file.read(56), file.read(20)
+    if locator[:4] == b"PK\6\7":
+        end -= 76
+        plain &= locator == struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+        plain &= longer[:12] == struct.pack("<4sQ", b"PK\6\6", 44)
+        *disks, here, total, size, offset = struct.unpack("<2L4Q", longer[16:])
+        plain &= not any(disks) and here == total
+    if not (begins and plain and (total, offset, offset + size) == (entries, start, end)):
+        raise ValueError("its directory is not where torch.save writes one")
+
+
+def _check_places(file: IO[bytes], stop: int, entries: Sequence[zipfile.ZipInfo]) -> None:
+    """Every record must have a name of its own and bytes of its own, before the directory.
+
+    Raises ValueError if one has not.
+    """
+    after = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        file.seek(entry.header_offset)
+        header = struct.unpack("<4s5H3L2H", file.read(30))
+        begin = entry.header_offset + 30 + sum(header[-2:])
+        longer = len(entry.extra) > 4 and entry.extra[:2] == b"\1\0"
+        sized = (
+            struct.unpack("<H", entry.extra[2:4]) == (len(entry.extra) - 4,) if longer else False
+        )
+        if (
+            header[0] != b"PK\3\4"
+            or entry.header_offset < after
+            or entry.compress_size != entry.file_size
+            or not _RECORD.fullmatch(entry.filename)
+            or (entry.extra and not sized)
+        ):
+            raise ValueError(f"its record {shown(entry.filename)} is not as torch.save writes one")
+        after = begin + entry.file_size
+    if after > stop or len({entry.filename.lower() for entry in entries}) < len(entries):
+        raise ValueError("its records are not apart")
 
 
 def _check_record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import open_tensors
 
 STORED_DTYPES = {"F64", "F32", "BF16", "F16"}
 _COLUMNS = 4096  # of an encoder, converted to float64 at once
@@ -115,13 +116,8 @@ def site_of(name: str | None) -> str | None:
 
 def tensor_names(path: Path) -> set[str]:
     """The names in a safetensors file's header. Raises LlmWsaeError if it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise LlmWsaeError(f"{path} is not a readable weights file: {error}") from error
+    with open_tensors(path, "weights file") as file:
+        return set(file.keys())
 
 
 def own_copy(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.checks import integer, mapping, number, read_tensors, text
+from llm_wsae.dictionary.checks import read_tensors
 from llm_wsae.dictionary.folder import CFG, WEIGHTS
 from llm_wsae.dictionary.formats.layout import (
     STORED_DTYPES,
@@ -36,6 +36,7 @@ from llm_wsae.dictionary.formats.layout import (
 from llm_wsae.dictionary.info import CENTRED
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.files import read_json
+from llm_wsae.outside import integer, mapping, number, text
 
 OURS = "llm_wsae"
 """Key of the metadata under which this package's SAELens plugin writes rule and α."""

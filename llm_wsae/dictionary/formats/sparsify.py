@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from llm_wsae.dictionary.checks import integer, read_tensors
+from llm_wsae.dictionary.checks import read_tensors
 from llm_wsae.dictionary.folder import CFG
 from llm_wsae.dictionary.formats.layout import (
     STORED_DTYPES,
@@ -23,6 +23,7 @@ from llm_wsae.dictionary.formats.layout import (
     without_input_bias,
 )
 from llm_wsae.errors import LlmWsaeError, shown
+from llm_wsae.outside import integer
 
 WEIGHTS = "sae.safetensors"
 _MODULE = re.compile(r"[\w.]+\.\d+(\.\w+)*", re.ASCII)

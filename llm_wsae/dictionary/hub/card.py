@@ -15,7 +15,6 @@ import yaml
 from huggingface_hub import RepoCard
 from huggingface_hub.repocard_data import CardData
 
-from llm_wsae.dictionary.checks import mapping, text
 from llm_wsae.dictionary.hub.card_data import Facts
 from llm_wsae.dictionary.hub.card_tables import (
     dictionaries_table,
@@ -26,6 +25,7 @@ from llm_wsae.dictionary.hub.card_tables import (
     monosemanticity_section,
 )
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.outside import mapping, text
 from llm_wsae.terminal import markdown
 
 BEGIN = "<!-- llm-wsae push writes everything from here … -->"

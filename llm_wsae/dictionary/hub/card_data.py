@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_wsae.dictionary.checks import integer, mapping, number, pair, text
 from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.outside import integer, mapping, number, pair, text
 
 _SITE = re.compile(r"[\w.]+", re.ASCII)
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.+=-]+")

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from llm_wsae.dictionary.checks import integer, mapping, number, pair, text
 from llm_wsae.dictionary.folder import EXPLANATIONS
 from llm_wsae.dictionary.hub.card_data import Facts
+from llm_wsae.outside import integer, mapping, number, pair, text
 from llm_wsae.terminal import markdown
 
 _LONGEST = 200  # characters of a foreign text

@@ -25,6 +25,7 @@ from llm_wsae.dictionary.folder import (
     INFO,
     WEIGHTS,
     check_folder,
+    check_replaceable,
     copy_folder,
     write_folder,
 )
@@ -45,6 +46,8 @@ from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.files import load_tensors, read_json
 from llm_wsae.model.site import Site
 
+RECORD = "pull.json"
+"""The record of the command, next to the dictionaries."""
 _LARGEST_CARD = 4 << 20
 _SHOWN_ID = re.compile(r"[A-Za-z0-9_.+=/-]+")  # folders that a card can show unescaped
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -131,21 +134,42 @@ def pull(
     Returns the folders by name.
 
     Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails, if a file is
-    damaged, unsafe or not what its checksum says, or if ``out`` cannot be written.
+    damaged, unsafe or not what its checksum says, if two dictionaries would be copied into one
+    place, or if ``out`` cannot be written.
     """
     repository = Repository.open(repo_id, revision)
-    folders = {}
-    for name in repository.wanted(sae_id):
+    folders = _places(repo_id, repository.wanted(sae_id), Path(out))
+    for name, folder in folders.items():
         source = repository.dictionary_folder(name)
-        place = repo_id.split("/")[-1] if name == "." else name
-        folders[name] = Path(out) / place
         if repository.layouts[name] is None:
             Site.parse(check_folder(source).site)
-            copy_folder(source, folders[name])
+            copy_folder(source, folder)
         else:
             read = reading.read(source)
-            write_folder(folders[name], read.weights, read.sparsity, read.info, read.extras)
+            write_folder(folder, read.weights, read.sparsity, read.info, read.extras)
     return folders
+
+
+def _places(repo_id: str, names: Sequence[str], out: Path) -> dict[str, Path]:
+    """Where each dictionary goes.
+
+    Raises LlmWsaeError, before anything is downloaded, if one would be in the place of another, or
+    of the record of the command, or a place holds something else.
+    """
+    places = {name: repo_id.split("/")[-1] if name == "." else name for name in names}
+    taken = {RECORD: f"the record {RECORD}"}
+    for name, place in sorted(places.items(), key=lambda item: item[1].count("/")):
+        path = PurePosixPath(place.casefold())  # some disks do not tell A from a
+        for above in (path, *path.parents):
+            if other := taken.get(str(above)):
+                raise LlmWsaeError(
+                    f"{name} of {repo_id} would be copied into the place of {other}; pull one "
+                    f"dictionary at a time, each into a folder of its own: llm-wsae pull {repo_id} "
+                    f"{name} --out …"
+                )
+        taken[str(path)] = name
+        check_replaceable(out / place)
+    return {name: out / place for name, place in places.items()}
 
 
 def fetch(repo_id: str, sae_id: str | None = None, *, revision: str | None = None) -> Path:

@@ -5,6 +5,9 @@ goes to the user's cache under a name made of everything that decides its conten
 beside it first, so that processes that build at once do not disturb each other. When it cannot be
 built, one sentence on stderr says why and the plain operations take over; so they do, in silence,
 when the environment has LLM_WSAE_NO_COMPILER=1.
+
+A library is code, so it is loaded only if nobody else can have written it, and if it is whole: its
+name also holds the digest of its content. One that is damaged is built again.
 """
 
 import ctypes
@@ -12,11 +15,15 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import write_atomic
 
 SOURCES = sorted((Path(__file__).parents[1] / "kernels").iterdir())
 _COMPILERS = ("g++", "clang++", "c++")
@@ -28,6 +35,8 @@ _MACHINE = (  # from the fastest to what every compiler takes
     (),
 )
 _LONGEST_SECONDS = 300  # of one compilation
+_WAY_OUT = "set XDG_CACHE_HOME to a folder of yours"
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class BuildFailed(Exception):
@@ -41,7 +50,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(cache_folder())))
-    except (BuildFailed, OSError, subprocess.SubprocessError) as error:
+    except (BuildFailed, LlmWsaeError, OSError, subprocess.SubprocessError) as error:
         print(
             f"llm_wsae: the fast CPU kernels could not be built ({error}), so training goes on "
             "with the slower ones of torch; LLM_WSAE_NO_COMPILER=1 silences this",
@@ -51,12 +60,13 @@ def library() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: $XDG_CACHE_HOME, else ~/.cache."""
+    """Where libraries are kept: $XDG_CACHE_HOME, if that is an absolute path, else ~/.cache."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        root = root if root.is_absolute() else Path.home() / ".cache"
     except RuntimeError as error:  # a user without a home
         raise BuildFailed(f"there is no folder to keep them in: {error}") from error
-    return Path(root) / "llm_wsae" / "kernels"
+    return root / "llm_wsae" / "kernels"
 
 
 def _built(folder: Path) -> Path:
@@ -67,14 +77,48 @@ def _built(folder: Path) -> Path:
     for part in (*sources, compiler.encode(), version, _processor().encode()):
         content.update(hashlib.sha256(part).digest())
     content.update(repr((_COMMON, _MACHINE)).encode())
-    target = folder / f"{content.hexdigest()[:32]}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as place:
-            fresh = Path(place) / "kernels.so"
-            _compile(compiler, fresh)
-            os.replace(fresh, target)
+    key = content.hexdigest()[:32]
+    for own in (folder.parent, folder):
+        own.mkdir(0o700, parents=True, exist_ok=True)
+    _check_private(folder)
+    for kept in folder.glob(f"{key}-*.so"):
+        if _is_intact(kept):
+            return kept
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as place:
+        fresh = Path(place) / "kernels.so"
+        _compile(compiler, fresh)
+        data = fresh.read_bytes()
+    target = folder / f"{key}-{_digest(data)}.so"
+    write_atomic(target, lambda partial: partial.write_bytes(data))
     return target
+
+
+def _is_intact(library: Path) -> bool:
+    """Whether this user built it and it is whole; one that is not would end the process."""
+    found = library.stat()
+    mine = found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE
+    return mine and library.stem.endswith(f"-{_digest(library.read_bytes())}")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _check_private(folder: Path) -> None:
+    """Raises BuildFailed if somebody else could put a library into the folder, and so run code.
+
+    A folder of one's own that others can write to is closed to them.
+    """
+    for own in (folder.parent, folder):
+        found = own.stat()
+        if found.st_uid != os.geteuid():
+            raise BuildFailed(f"{own} belongs to another user; {_WAY_OUT}")
+        if found.st_mode & _OTHERS_WRITE:
+            own.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS_WRITE)
+    root = folder.parents[1]
+    mode = root.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:  # whoever likes can rename what is in it
+        raise BuildFailed(f"everybody can write to {root}; {_WAY_OUT}")
 
 
 def _compiler() -> str:

@@ -1,0 +1,99 @@
+"""Where results will go, looked at before the work begins.
+
+A result must be writable there, and nothing of other people is replaced: a file that exists under
+its name must be empty, or an earlier result of the same kind. (Stores and dictionaries are guarded
+by the modules that write them.)
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import read_json, write_error
+from llm_wsae.outside import mapping
+
+
+def check_file(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Check that a file can be written to ``path``; ``is_ours`` judges one that is there.
+
+    Raises UsageError if the path is a folder or below a file; LlmWsaeError if the file is someone
+    else's or the folder cannot be written.
+    """
+    if _is_there(path):
+        if path.is_dir():
+            raise UsageError(f"--out is the name of a file to write, but {path} is a folder")
+        if not path.is_file() or not (path.stat().st_size == 0 or is_ours(path)):
+            raise LlmWsaeError(
+                f"{path} is there already and was not written by this command, so it is left "
+                "alone; choose another name, or move it away"
+            )
+    _check_writable(path, path.parent)
+
+
+def check_folder(path: Path, names: Sequence[str] = (), is_ours: bool = True) -> None:
+    """Check that files can be written into a folder, which may not exist yet. If it is not one of
+    ours, it must not hold one of the ``names`` that will be written.
+
+    Raises UsageError if the path is no folder; LlmWsaeError if it cannot be written or holds such a
+    file.
+    """
+    if _is_there(path) and not path.is_dir():
+        raise UsageError(f"--out is the name of a folder, but {path} is a file")
+    if there := [] if is_ours else [name for name in names if os.path.lexists(path / name)]:
+        raise LlmWsaeError(
+            f"{path} holds {there[0]}, which was not written by this command, so it is left alone; "
+            "choose another folder, or move it away"
+        )
+    _check_writable(path, path)
+
+
+def check_room(path: Path, needed: int, way_out: str) -> None:
+    """Raises UsageError if a path's disk is too small for so many bytes even when it is empty."""
+    total = shutil.disk_usage(_existing(path)).total
+    if 0 < total < needed:  # some file systems do not tell
+        raise UsageError(
+            f"{path} would need {needed / 2**30:,.0f} GiB, but its disk has {total / 2**30:,.0f}; "
+            f"{way_out}, or choose a folder on a larger disk"
+        )
+
+
+def is_record_of(command: str) -> Callable[[Path], bool]:
+    """What tells whether a file is the JSON record of that command."""
+
+    def is_ours(path: Path) -> bool:
+        try:
+            return mapping(read_json(path, "record")).get("command") == command
+        except LlmWsaeError:
+            return False
+
+    return is_ours
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # e.g. a name that is too long
+        raise write_error(path, error) or error from error
+    return True
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    """Write and delete a file in the folder, or in the first of those above it that exists."""
+    there = _existing(folder)
+    if not there.is_dir():
+        raise UsageError(f"--out cannot be {path}: {there} is not a folder")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise write_error(path, error) or error from error
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the first of the folders above it that exists."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if os.path.lexists(parent))

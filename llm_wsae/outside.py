@@ -1,0 +1,205 @@
+"""The gate for what comes from outside: JSON, YAML, paths, numbers of options, the environment.
+
+Whoever wrote it, it has the expected type and a size that can be worked with, or it is refused with
+a sentence. Typed readers (``number``, ``text``, …) give None for a value of another type: others'
+files are shown and believed as far as they make sense. Files of other formats have parsers of their
+own in the libraries that read them; ``parsing`` turns whatever those raise into a sentence.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import IO, Any
+
+from llm_wsae.errors import LlmWsaeError, UsageError, shown
+
+LARGEST_NUMBER = 10**15
+"""No count of tokens, rows, steps or latents is larger; sums and products of it still fit."""
+LARGEST_JSON = 1 << 29  # bytes; the manifest of a store of a hundred billion tokens has fewer
+_LONGEST_LINE = 1 << 26  # characters of one line of text
+_LARGEST_YAML = 1 << 20  # characters
+_MOST_VALUES = 10_000  # of a YAML block, every alias counted as what it stands for
+
+
+@contextmanager
+def parsing(what: str) -> Iterator[None]:
+    """Turn everything that a library raises about somebody's file into one sentence.
+
+    ``what`` begins the sentence ("model.gguf cannot be read"). Libraries raise whatever comes of a
+    damaged file, also errors of no class that could be named, so nothing is let through but
+    this package's own errors and the end of the program. Keep the block to the library's call.
+    """
+    try:
+        yield
+    except (LlmWsaeError, MemoryError):
+        raise
+    except Exception as error:
+        raise LlmWsaeError(f"{what}: {reason(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library written in Rust
+            raise
+        raise LlmWsaeError(f"{what}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one sentence without its full stop; its class if it says nothing."""
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    if isinstance(error, KeyError) or not text:
+        text = f"{type(error).__name__} {text}".rstrip()
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def parse_json(text: str | bytes, what: str) -> Any:
+    """The value that a JSON text stands for; ``what`` names it in the error.
+
+    Raises LlmWsaeError for anything that is not JSON: wrong characters, numbers without end,
+    brackets without end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise LlmWsaeError(f"{what} is not readable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise LlmWsaeError(f"{what} is not readable JSON: {reason(error)}") from None
+
+
+def parse_yaml(text: str, what: str) -> dict[str, Any]:
+    """The object that a YAML text describes, of plain values and names only.
+
+    Raises LlmWsaeError for anything else, also for a small text that would unfold to a large one.
+    """
+    if len(text) > _LARGEST_YAML:
+        raise LlmWsaeError(f"{what} is too large to be read")
+    import yaml  # only a push reads any
+
+    with parsing(f"{what} cannot be read"):
+        value = yaml.safe_load(text)
+        budget = [_MOST_VALUES]
+        value = {} if value is None else _plain_yaml(value, budget)
+    if not isinstance(value, dict):
+        raise LlmWsaeError(f"{what} cannot be read: it is not a list of names with values")
+    return value
+
+
+def _plain_yaml(value: Any, budget: list[int]) -> Any:
+    """The value without aliases; raises ValueError for what is no plain value or too much."""
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise ValueError("it holds too many values")
+    if isinstance(value, dict):
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("a name in it is not text")
+        return {name: _plain_yaml(item, budget) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain_yaml(item, budget) for item in value]
+    if value is None or isinstance(value, str | bool | int | float | date):
+        return value
+    raise ValueError(f"it holds {shown(value)}")
+
+
+def lines(file: IO[str], what: str) -> Iterator[str]:
+    """The lines of a text file. Raises LlmWsaeError, with its number, for one without an end."""
+    number = 1
+    while line := file.readline(_LONGEST_LINE):
+        if len(line) == _LONGEST_LINE and not line.endswith("\n"):
+            raise LlmWsaeError(f"{what}, line {number}: longer than {_LONGEST_LINE:,} characters")
+        yield line
+        number += 1
+
+
+def number(value: Any) -> float | None:
+    """The value as a float if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # JSON's integers have no limit
+        return None
+
+
+def integer(value: Any) -> int | None:
+    """The value if it is an integer of at most 64 bits."""
+    return value if type(value) is int and abs(value) < 2**63 else None
+
+
+def text(value: Any) -> str | None:
+    """The value if it is a string that is not empty."""
+    return value if isinstance(value, str) and value else None
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def pair(value: Any) -> tuple[float, float] | None:
+    """The value if it is a list of two finite numbers."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return None
+    low, high = number(value[0]), number(value[1])
+    return None if low is None or high is None else (low, high)
+
+
+def check_numbers(
+    settings: Any, least: Mapping[str, int], most: Mapping[str, int] | None = None
+) -> None:
+    """Check every number among the fields of a configuration, also within tuples.
+
+    A field must be at least what ``least`` says (other numbers may be negative) and at most what
+    ``most`` says, by default LARGEST_NUMBER; never NaN or infinite. Raises UsageError, naming field
+    and limit.
+    """
+    for field in dataclasses.fields(settings):
+        found = getattr(settings, field.name)
+        for value in found if isinstance(found, tuple) else (found,):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                low = least.get(field.name, -LARGEST_NUMBER)
+                high = (most or {}).get(field.name, LARGEST_NUMBER)
+                check_number(field.name.replace("_", "-"), value, low, high)
+
+
+def check_number(name: str, value: int | float, least: int, most: int = LARGEST_NUMBER) -> None:
+    """Raises UsageError, naming the number and the limit, unless least ≤ value ≤ most."""
+    if value < least:
+        raise UsageError(f"{name} is {shown(value)}, but must be at least {least:,}")
+    if not value <= most:  # NaN too
+        limit = f"at most {most:,}" if value > most else "a number"
+        raise UsageError(f"{name} is {shown(value)}, but must be {limit}")
+
+
+def from_environment(name: str, least: int, most: int) -> int:
+    """A whole number that a launcher put into the environment.
+
+    Raises UsageError, naming the variable, if it is not one from ``least`` to ``most``.
+    """
+    found = os.environ[name]
+    value = int(found) if re.fullmatch(r"\d{1,9}", found, re.ASCII) else None
+    if value is None or not least <= value <= most:
+        raise UsageError(
+            f"the environment variable {name} is {shown(found)}, but must be a whole number from "
+            f"{least} to {most}; start several processes with torchrun, or unset it"
+        )
+    return value
+
+
+def local_path(name: str, what: str) -> Path:
+    """The path of that name, ``~`` expanded; ``what`` names it in the error ("corpus").
+
+    Raises UsageError for an empty name, which would be the current folder, for the home of a user
+    that does not exist, and for a name that no file can have.
+    """
+    if not name.strip():
+        raise UsageError(f"the name of the {what} is empty; the current folder is called .")
+    if "\0" in name:
+        raise UsageError(f"{shown(name)} cannot be the name of a {what}")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        home = name.split("/")[0]
+        raise UsageError(f"{name} names no {what}: there is no home folder {home}") from None
