@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import platform
+import re
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from typing import Any
 
 from llm_wsae.files import write_json
 
+_PATH = re.compile(r"(^|[=+])(?:~[^/+]*|\.\.)?/(?:[^/+]*/)*([^/+]+)/?")  # also one of several texts
 _PACKAGES = (
     "llm-wsae",
     "torch",
@@ -36,11 +38,22 @@ def version_of(package: str) -> str:
 
 
 def command_line() -> str:
-    """The command that this process runs; empty in any other program."""
+    """The command that this process runs, ``portable``; empty in any other program."""
     program = Path(sys.argv[0])
     as_module = program.name == "__main__.py" and program.parent.name == "llm_wsae"
     ours = program.name == "llm-wsae" or as_module
-    return shlex.join(["llm-wsae", *sys.argv[1:]]) if ours else ""
+    return portable(shlex.join(["llm-wsae", *sys.argv[1:]])) if ours else ""
+
+
+def portable(command: str) -> str:
+    """A command without the folders of the machine that it ran on: of a path from the root, from a
+    home, or upwards, only the last name stays. For what leaves the machine, such as a card."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an open quote
+        words = command.split()
+    short = [_PATH.sub(r"\1\2", word) for word in words]
+    return command if short == words else shlex.join(short)
 
 
 def write_record(path: Path, command: str, config: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from llm_wsae.model.module_paths import find_paths, get_module
 from llm_wsae.model.site import Site
 
 LATENTS = "hook_sae_acts_post"
+_bearers: WeakKeyDictionary[Any, dict[tuple[int, str], list[Any]]] = WeakKeyDictionary()
+"""By bridge, all that bear a name of a hook point for latents, the last one on top; at the bottom
+what bore it before (None: nothing)."""
 
 
 class Call(NamedTuple):
@@ -151,7 +155,8 @@ def _bridge(bridge: Any) -> Target:
 
 @contextmanager
 def _named_points(bridge: Any, sites: Sequence[Site]) -> Iterator[Mapping[Site, Any]]:
-    """Hook points for latents where the bridge looks for them; one of the same name is set aside.
+    """Hook points for latents where the bridge looks for them. One of the same name is set aside;
+    blocks may close in any order.
 
     TransformerLens 4 looks in its registry, to which nothing can be added officially; 3.9 follows
     the name given to ``add_hook`` along attributes, so the point is also an attribute of the site's
@@ -164,16 +169,19 @@ def _named_points(bridge: Any, sites: Sequence[Site]) -> Iterator[Mapping[Site, 
     points = {site: HookPoint() for site in sites}
     for site, point in points.items():
         point.name = f"{site}.{LATENTS}"
-    before = [names.get(name) for names, name in places]
-    for (names, name), point in zip(places, [*points.values()] * 2, strict=True):
+    placed = list(zip(places, [*points.values()] * 2, strict=True))
+    bearers = _bearers.setdefault(bridge, {})
+    for (names, name), point in placed:
+        bearers.setdefault((id(names), name), [names.get(name)]).append(point)
         names[name] = point
     try:
         yield points
     finally:
-        for (names, name), old in zip(places, before, strict=True):
-            names.pop(name, None)
-            if old is not None:
-                names[name] = old
+        for (names, name), point in placed:
+            bearers[id(names), name].remove(point)
+            names[name] = bearers[id(names), name][-1]
+            if names[name] is None:
+                del names[name], bearers[id(names), name]
 
 
 def _holder(hf_model: nn.Module, path: str) -> nn.Module:

@@ -30,7 +30,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class LanguageModel:
-    """A causal language model of transformers, frozen and in eval mode. Not thread-safe.
+    """A causal language model of transformers, frozen and in eval mode.
+
+    Threads that call its methods at once wait for each other, since a forward pass puts hooks on
+    the modules. (Visits, while they are open, see the passes of all threads.)
 
     Attributes: ``hf_model`` and ``tokenizer`` of transformers; ``name`` (Hub id, or the bare name
     of a file or folder), ``revision`` (commit hash or None), ``device``, ``dtype``; ``num_blocks``,
@@ -49,6 +52,7 @@ class LanguageModel:
         self.device: torch.device = hf_model.device
         self.dtype: torch.dtype = hf_model.dtype
         self._blocks = Blocks(hf_model, self.paths)
+        self._one_pass = threading.RLock()
         self.num_blocks = len(self._blocks)
         self.d_model: int = config.hidden_size
         self.max_context: int | None = getattr(config, "max_position_embeddings", None)
@@ -127,7 +131,8 @@ class LanguageModel:
         Raises UsageError for a site that the model lacks or contexts that it cannot read.
         """
         ids = self._checked(ids, sites)
-        recorded = self._blocks.record(ids, sites)
+        with self._one_pass:
+            recorded = self._blocks.record(ids, sites)
         return {site: self._stream(recorded[site], ids, site) for site in sites}
 
     @torch.no_grad()
@@ -135,7 +140,9 @@ class LanguageModel:
         self, ids: Integer[Tensor, "contexts positions"]
     ) -> Float[Tensor, "contexts positions vocab"]:
         """Next-token logits, in the model's dtype."""
-        return self._blocks.run(self._checked(ids, ())).logits
+        ids = self._checked(ids, ())
+        with self._one_pass:
+            return self._blocks.run(ids).logits
 
     @torch.no_grad()
     def logits_and_activations(
@@ -145,7 +152,7 @@ class LanguageModel:
     ]:
         """Next-token logits and the residual stream at one site, from one forward pass."""
         ids = self._checked(ids, (site,))
-        with self._blocks.recording((site,)) as recorded:
+        with self._one_pass, self._blocks.recording((site,)) as recorded:
             logits = self._blocks.run(ids).logits
         return logits, self._stream(recorded[threading.get_ident()][site], ids, site)
 
@@ -165,7 +172,8 @@ class LanguageModel:
         allow an activation between attention and MLP.
         """
         ids = self._checked(ids, (site,))
-        with self._blocks.entering(site, hidden.to(self.device, self.dtype)):
+        hidden = hidden.to(self.device, self.dtype)
+        with self._one_pass, self._blocks.entering(site, hidden):
             return self._blocks.run(ids).logits
 
     def visiting(self, visits: Mapping[Site, Visit]) -> AbstractContextManager[None]:

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from huggingface_hub import RepoCard
-from huggingface_hub.repocard_data import CardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from llm_wsae.dictionary.hub.card_data import Facts
 from llm_wsae.dictionary.hub.card_tables import (
@@ -25,7 +24,8 @@ from llm_wsae.dictionary.hub.card_tables import (
     monosemanticity_section,
 )
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.outside import mapping, text
+from llm_wsae.outside import mapping, parse_yaml, text
+from llm_wsae.provenance import portable
 from llm_wsae.terminal import markdown
 
 BEGIN = "<!-- llm-wsae push writes everything from here … -->"
@@ -60,9 +60,8 @@ def card(
     existing card, ``revision`` the branch. Raises LlmWsaeError if the metadata of ``old`` cannot be
     read.
     """
-    parsed = _parse(repo_id, old)
-    metadata = CardData(**_merge(parsed.data.to_dict(), _metadata(repo_id, dictionaries, license)))
-    around = parsed.text
+    theirs, around = _parsed(repo_id, old)
+    metadata = _yaml(_merge(theirs, _metadata(repo_id, dictionaries, license)))
     ours = f"{BEGIN}\n\n{_body(repo_id, dictionaries, figures, revision)}\n\n{END}"
     if END in around.partition(BEGIN)[2]:
         before, rest = around.split(BEGIN, 1)
@@ -70,7 +69,7 @@ def card(
     else:
         parts = [around.strip("\n"), ours]
     whole = "\n\n".join(part for part in parts if part)
-    return _TOKEN.sub("…", f"---\n{metadata.to_yaml()}\n---\n\n{whole}\n")
+    return _TOKEN.sub("…", f"---\n{metadata}---\n\n{whole}\n")
 
 
 def _metadata(repo_id: str, dictionaries: Sequence[Facts], license: str | None) -> dict[str, Any]:
@@ -126,16 +125,23 @@ def _merge(old: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _parse(repo_id: str, old: str) -> RepoCard:
+def _parsed(repo_id: str, old: str) -> tuple[dict[str, Any], str]:
     """A card's metadata and text."""
+    found = REGEX_YAML_BLOCK.search(old)
+    if found is None:
+        return {}, old
     try:
-        # Without an empty block of metadata the client would warn that there is none.
-        return RepoCard(old if old.lstrip().startswith("---") else f"---\n---\n{old}")
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+        return parse_yaml(found[2], "its metadata"), old[found.end() :]
+    except LlmWsaeError as error:
         raise LlmWsaeError(
             f"the README.md of {repo_id} begins with metadata that cannot be read, so it is left "
-            "alone; fix it on the Hub and push again"
+            f"alone ({error}); fix it on the Hub and push again"
         ) from error
+
+
+def _yaml(metadata: dict[str, Any]) -> str:
+    stated = {name: value for name, value in metadata.items() if value is not None}
+    return yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
 
 
 def _body(
@@ -226,7 +232,8 @@ def making(d: Facts, figure: str | None) -> list[str]:
         listed["versions"] = escape(", ".join(f"{k} {v}" for k, v in versions.items()))
     parts = [markdown([["", ""], *map(list, listed.items())], left=2)]
     if command := text(training.get("command")):
-        parts = ["```bash\n" + command.replace("`", "'").replace("\n", " ") + "\n```", *parts]
+        command = portable(command).replace("`", "'").replace("\n", " ")
+        parts = [f"```bash\n{command}\n```", *parts]
     if figure is not None:
         parts = [f"![Loss weights of {escape(d.sae_id)}]({figure})", *parts]
     return parts
