@@ -7,6 +7,7 @@ the path and a way out. Only a mistake of the package itself shows a traceback.
 
 import contextlib
 import errno
+import runpy
 import signal
 import sys
 import traceback
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever reads the output has seen enough
         return 128 + signal.SIGPIPE
-    except Exception as error:
+    except (LlmWsaeError, OSError, UnicodeEncodeError, MemoryError, RuntimeError) as error:
         known = _explained(error)
         if known is None:
             raise
@@ -188,6 +189,4 @@ def _first_sentence(command: Callable[..., Any]) -> str:
 
 
 if __name__ == "__main__":  # how torchrun lines were written before python -m llm_wsae
-    from llm_wsae.__main__ import main as start
-
-    sys.exit(start())
+    runpy.run_module("llm_wsae", run_name="__main__")
