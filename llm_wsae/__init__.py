@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.model.site import Site
     from llm_wsae.pages.dashboard import dashboard
+    from llm_wsae.pages.neuronpedia import export_neuronpedia
     from llm_wsae.pipeline import run
     from llm_wsae.planting.config import PlantConfig
     from llm_wsae.planting.recovery import measure_recovery
@@ -67,6 +68,7 @@ _HOMES = {
     "Codes": "sparse.codes",
     "inspect": "inspecting.inspection",
     "dashboard": "pages.dashboard",
+    "export_neuronpedia": "pages.neuronpedia",
     "EvaluateConfig": "evaluation.config",
     "MonosemanticConfig": "evaluation.config",
     "LlmWsaeError": "errors",
@@ -112,6 +114,7 @@ __all__ = [
     "choose_weights",
     "dashboard",
     "evaluate",
+    "export_neuronpedia",
     "harvest",
     "inspect",
     "load_pretrained",

@@ -13,6 +13,7 @@ from typing import Any
 from llm_wsae import processes
 from llm_wsae.commands.dashboard import dashboard
 from llm_wsae.commands.evaluate import evaluate
+from llm_wsae.commands.export import export
 from llm_wsae.commands.harvest import harvest
 from llm_wsae.commands.inspect import inspect
 from llm_wsae.commands.list import list_repository
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "evaluate": evaluate,
     "inspect": inspect,
     "dashboard": dashboard,
+    "export": export,
     "study": study,
     "theory": theory,
     "push": push,
