@@ -178,6 +178,7 @@ def _write(
     store: ActivationStore, dictionary: Dictionary, num_rows: int, at_once: int, folder: Path
 ) -> None:
     """One pass over the rows."""
+    assert num_rows < 2**31  # what a firing has room for
     reader = RowReader(store.folder, store.manifest, str(dictionary.site))
     paths = [folder / f"{n}.firings" for n in range(-(-dictionary.d_sae // at_once))]
     for path in paths:

@@ -125,6 +125,7 @@ def export_neuronpedia(
         "dictionary": _digest(dictionary),
         "rows": store.identity(dictionary.site),
         "settings": settings,
+        "latents_in_a_file": LATENTS_AT_ONCE,
     }
     files = -(-dictionary.d_sae // LATENTS_AT_ONCE)
     with folder_lock(out, "export"):
@@ -248,7 +249,7 @@ class _Features:
         _, values = firings
         histogram = _histogram(torch.from_numpy(values)) if len(values) else ([], [])
         return {
-            "frac_nonzero": _rounded(len(values) / self._positions),
+            "frac_nonzero": round(len(values) / self._positions, _DECIMALS),
             "freq_hist_data_bar_values": histogram[0],
             "freq_hist_data_bar_heights": histogram[1],
         }
@@ -266,19 +267,19 @@ class _Features:
         rows = np.array([one.row for own in examples for one in own], dtype=np.int64)
         texts = self._contexts(np.unique(self._context[rows]))
         for own, (row, value) in zip(examples, firings, strict=True):
-            activations = []
+            activations, rounded = [], np.array(_rounded(value))
             for one in own:
                 ids, position, start = texts[int(self._context[one.row])]
                 inside = slice(*np.searchsorted(row, (start, start + len(position))))
                 values = np.zeros(len(ids))
-                values[position[row[inside] - start]] = value[inside]
+                values[position[row[inside] - start]] = rounded[inside]
                 activations.append(
                     {
-                        "bin_min": _rounded(one.lower),
-                        "bin_max": _rounded(one.upper),
-                        "bin_contains": _rounded(one.share),
+                        "bin_min": round(one.lower, _DECIMALS),
+                        "bin_max": round(one.upper, _DECIMALS),
+                        "bin_contains": round(one.share, _DECIMALS),
                         "tokens": [self._token(token) for token in ids[self._first :].tolist()],
-                        "values": _rounded(values[self._first :]),
+                        "values": values[self._first :].tolist(),
                         "qualifying_token_index": int(position[one.row - start]) - self._first,
                     }
                 )
@@ -350,6 +351,5 @@ def _histogram(values: Float[Tensor, " n"]) -> tuple[list[float], list[float]]:
     return _rounded(((edges[1:] + edges[:-1]) / 2).numpy()), heights.tolist()
 
 
-def _rounded(value: Any) -> Any:
-    """A number, or a list of those in an array."""
-    return np.round(np.asarray(value, dtype=np.float64), _DECIMALS).tolist()
+def _rounded(values: np.ndarray) -> list[float]:
+    return np.round(values.astype(np.float64), _DECIMALS).tolist()
