@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.model.site import Site
     from llm_wsae.pages.dashboard import dashboard
+    from llm_wsae.pages.neuronpedia import export_neuronpedia
     from llm_wsae.pipeline import run
     from llm_wsae.planting.config import PlantConfig
     from llm_wsae.planting.recovery import measure_recovery
@@ -71,6 +72,7 @@ _HOMES = {
     "dashboard": "pages.dashboard",
     "explain": "explaining.explaining",
     "ExplainConfig": "explaining.protocol",
+    "export_neuronpedia": "pages.neuronpedia",
     "EvaluateConfig": "evaluation.config",
     "MonosemanticConfig": "evaluation.config",
     "LlmWsaeError": "errors",
@@ -118,6 +120,7 @@ __all__ = [
     "dashboard",
     "evaluate",
     "explain",
+    "export_neuronpedia",
     "harvest",
     "inspect",
     "load_pretrained",

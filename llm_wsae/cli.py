@@ -19,6 +19,7 @@ from llm_wsae import processes
 from llm_wsae.commands.dashboard import dashboard
 from llm_wsae.commands.evaluate import evaluate
 from llm_wsae.commands.explain import explain
+from llm_wsae.commands.export import export
 from llm_wsae.commands.harvest import harvest
 from llm_wsae.commands.inspect import inspect
 from llm_wsae.commands.list import list_repository
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "inspect": inspect,
     "dashboard": dashboard,
     "explain": explain,
+    "export": export,
     "study": study,
     "theory": theory,
     "push": push,

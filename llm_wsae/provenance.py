@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.files import write_json
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import read_json, write_json
 
 _PATH = re.compile(r"(^|[=+])(?:~[^/+]*|\.\.)?/(?:[^/+]*/)*([^/+]+)/?")  # also one of several texts
 _PACKAGES = (
@@ -59,6 +60,41 @@ def portable(command: str) -> str:
 def write_record(path: Path, command: str, config: dict[str, Any]) -> None:
     """Write ``{command, config, versions}`` as JSON. Raises as ``write_json`` does."""
     write_json(path, {"command": command, "config": plain(config), "versions": versions()})
+
+
+def check_folder(folder: Path, record: str, what: str) -> None:
+    """Raises LlmWsaeError if a folder holds files, but not the ``record`` that makes it that of
+    ``what``."""
+    if (folder / record).is_file() or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise LlmWsaeError(f"{folder} is a file; choose a folder for the {what}")
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if others:
+        raise LlmWsaeError(
+            f"{folder} holds other files ({', '.join(others[:3])}); choose another folder for the "
+            f"{what}"
+        )
+
+
+def begin_or_resume(folder: Path, record: str, what: str, asked: dict[str, Any]) -> None:
+    """Record in an empty folder what is made there: the command, everything that decides the result
+    (``asked``) and the versions; or see that the same was asked before.
+
+    Raises LlmWsaeError if the folder holds something else. Call this under the folder's lock.
+    """
+    check_folder(folder, record, what)
+    asked = plain(asked)
+    if not (folder / record).is_file():
+        made = {"made": what, "command": command_line(), "asked": asked, "versions": versions()}
+        write_json(folder / record, made)
+        return
+    found = read_json(folder / record, f"record of the {what}")
+    if not isinstance(found, dict) or (found.get("made"), found.get("asked")) != (what, asked):
+        raise LlmWsaeError(
+            f"{folder} holds what another command made ({record} has other settings); choose "
+            f"another folder for the {what}, or use the same settings to resume it"
+        )
 
 
 def plain(value: Any) -> Any:

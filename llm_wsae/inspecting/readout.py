@@ -1,5 +1,7 @@
 """What a direction of the residual stream means in the model's vocabulary, and tokens as text."""
 
+import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -98,7 +100,42 @@ class Readout:
         x = (x / x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)).to(self._dtype)
         if self._norm is not None:
             x = self._norm(x) - self._norm(torch.zeros_like(x))
-        x = x.float()
+        return self._over_words(x.float())
+
+    @torch.no_grad()
+    def effects(
+        self, directions: Float[Tensor, "latents d_model"]
+    ) -> Float[Tensor, "latents words"]:
+        """What each direction, at length 1, adds to the logits if the final norm does not divide.
+
+        That is its product with TransformerLens' ``W_U`` after ``fold_ln`` and ``center_unembed``:
+        the numbers that SAEDashboard shows.
+        """
+        x = nn.functional.normalize(directions.to(self._device, torch.float32), dim=1)
+        scale, centres = self._folded
+        if centres:
+            x = x - x.mean(1, keepdim=True)
+        return self._over_words(x * scale)
+
+    @functools.cached_property
+    def _folded(self) -> tuple[Tensor, bool]:
+        """The weights of the final norm [d_model], and whether it subtracts a row's mean.
+
+        Norms keep them in different ways (Gemma's is 1 + weight), so they are found by what the
+        norm does to a row with mean 0 and variance 1, and to a constant one.
+        """
+        ones = torch.ones(1, len(self._W_U), device=self._device)
+        if self._norm is None:
+            return ones[0], False
+        signs = ones.clone()
+        signs[:, 1::2] = -1
+        norm = copy.deepcopy(self._norm).float()
+        nothing = norm(torch.zeros_like(ones))
+        scale = (norm(signs) - nothing) * signs
+        return scale[0], bool((norm(ones) - nothing).abs().max() < 1e-3 * scale.abs().max())
+
+    def _over_words(self, x: Tensor) -> Tensor:
+        """The logits of all tokens [latents, words], minus their mean."""
         parts = self._W_U[:, : self._words].split(_WORDS_AT_ONCE, dim=1)
         logits = torch.cat([x @ part.float() for part in parts], 1)
         return (logits - logits.mean(1, keepdim=True)).cpu()

@@ -1,0 +1,293 @@
+"""The export for Neuronpedia: every number against a direct computation in float64."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from command_line import SITE, call, content, works
+from tiny import WIDTH, WORDS, tiny_hf_model, tiny_tokenizer
+
+from llm_wsae import export_neuronpedia
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import JumpReLU
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.inspecting.readout import Readout
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.pages import firings_by_latent, neuronpedia
+from llm_wsae.pages.collecting import context_of_every_row
+
+PLAIN = "trained/uniform-k4"
+TOP, INTERVALS, PER_INTERVAL = 4, 3, 2
+SIZES = {"top": TOP, "intervals": INTERVALS, "per_interval": PER_INTERVAL}
+ATOL = 0.6e-5  # half of the fifth decimal
+NAMES = [*WORDS, "<s>", "</s>"]
+
+
+@pytest.fixture(scope="module")
+def store(world):
+    return ActivationStore.open(world / "store")
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    return LanguageModel.load(str(world / "model"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Several files, and tiles that end within contexts."""
+    monkeypatch.setattr(neuronpedia, "LATENTS_AT_ONCE", 24)
+    monkeypatch.setattr(firings_by_latent, "ROWS_AT_ONCE", 700)
+
+
+def dictionary_of(world, store, kind: str) -> Dictionary:
+    """The plain dictionary with rows of other lengths, and a latent that never fires; or one with
+    thresholds in the place of k, to which a twentieth of the rows are massive."""
+    one = Dictionary.load(world / PLAIN)
+    parts = {name: getattr(one, name).clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    parts["W_dec"] *= torch.linspace(0.5, 2, one.d_sae)[:, None]
+    parts["W_enc"] *= 100  # activations of some units, so that five decimals say much
+    parts["b_enc"] *= 100
+    parts["b_enc"][5] = -1e4
+    if kind == "topk":
+        info = replace(one.info, massive_threshold=None)
+        return Dictionary(**parts, info=info, sparsity=one.sparsity)
+    norms = store.rows(one.site, 0, store.num_rows).float().norm(dim=1)
+    info = replace(one.info, massive_threshold=float(norms.quantile(0.95)))
+    threshold = torch.full((one.d_sae,), 0.5)
+    return Dictionary(**parts, info=info, sparsity=JumpReLU(), threshold=threshold)
+
+
+def features_of(folder) -> list[dict]:
+    files = sorted(folder.glob("batch-*.json"), key=lambda path: int(path.stem[6:]))
+    return [one for path in files for one in json.loads(path.read_text())["features"]]
+
+
+def near(found, expected) -> None:
+    np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-5, atol=ATOL)
+
+
+def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centres and counts of 50 bins."""
+    counts, edges = np.histogram(values, bins=50)
+    return (edges[1:] + edges[:-1]) / 2, counts
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_every_number_is_that_of_a_direct_computation(world, store, model, kind, tmp_path):
+    dictionary = dictionary_of(world, store, kind)
+    done = export_neuronpedia(dictionary, store, model, tmp_path / "out", **SIZES)
+    assert (done.files, done.latents) == (3, 64)
+    features = features_of(done.path)
+    assert [one["feature_index"] for one in features] == list(range(64))
+
+    x = store.rows(Site.parse(SITE), 0, store.num_rows).float()
+    usable = x.norm(dim=1) <= (dictionary.info.massive_threshold or torch.inf)
+    assert usable.float().mean() == pytest.approx(1 if kind == "topk" else 0.95, abs=1e-3)
+    acts = dictionary.encode(x).where(usable[:, None], 0).double()
+    acts *= dictionary.W_dec.double().norm(dim=1)
+    x = x.double()
+    seen, seen_acts = x[usable].numpy(), acts[usable].numpy()
+    acts = acts.numpy()
+    assert 2 < (acts > 0).sum(1).mean() < 30 and (acts > 0).any(0).sum() > 50 and acts.max() > 1
+    with np.errstate(invalid="ignore"):
+        neurons = np.corrcoef(seen_acts.T, seen.T)[:64, 64:]
+        latents = np.corrcoef(acts.T)
+        cosine = np.divide(seen_acts.T @ seen, np.outer(
+            np.linalg.norm(seen_acts, axis=0), np.linalg.norm(seen, axis=0)))  # fmt: skip
+        together = acts.T @ acts / np.outer(*2 * [np.linalg.norm(acts, axis=0)])
+    np.fill_diagonal(latents, 0)
+    unit = torch.nn.functional.normalize(dictionary.W_dec.double(), dim=1)
+    hf = model.hf_model
+    logits = unit * hf.model.norm.weight.double() @ hf.lm_head.weight.double().T
+    logits = (logits - logits.mean(1, keepdim=True)).numpy()
+    unit = unit.numpy()
+    positions = store.manifest.num_contexts * store.context_size
+    for latent, one in enumerate(features):
+        own = acts[:, latent]
+        fires = own[own > 0]
+        near(one["frac_nonzero"], len(fires) / positions)
+        assert (one["n_prompts_total"], one["n_tokens_in_prompt"]) == (positions // 16, 16)
+        assert one["dataset"] == "text.jsonl" and one["vector"] == one["decoder_weights_dist"] == []
+        for prefix, values in (("freq", fires), ("logits", logits[latent])):
+            bars = one[f"{prefix}_hist_data_bar_values"], one[f"{prefix}_hist_data_bar_heights"]
+            if len(values) == 0:
+                assert latent == 5 and bars == ([], [])
+                continue
+            centres, counts = histogram(values)
+            near(bars[0], centres)
+            # A value at an edge may be on its other side in float32.
+            assert sum(bars[1]) == len(values) and np.abs(counts - bars[1]).sum() <= 4
+        order = np.argsort(logits[latent])
+        near(one["neg_values"], logits[latent][order[:10]])
+        near(one["pos_values"], logits[latent][order[:-11:-1]])
+        assert one["neg_str"] == [NAMES[i] for i in order[:10]]
+        assert one["pos_str"] == [NAMES[i] for i in order[:-11:-1]]
+        best = np.argsort(-unit[latent])[:3]
+        assert one["neuron_alignment_indices"] == best.tolist()
+        near(one["neuron_alignment_values"], unit[latent][best])
+        near(one["neuron_alignment_l1"], np.abs(unit[latent][best]) / np.abs(unit[latent]).sum())
+        for what, pearson, other in (
+            ("neurons", neurons, cosine), ("features", latents, together)
+        ):  # fmt: skip
+            found = one[f"correlated_{what}_indices"]
+            if len(fires) == 0:
+                assert one[f"correlated_{what}_pearson"] == [0, 0, 0]
+                continue
+            best = np.sort(np.nan_to_num(pearson[latent]))[:-4:-1]
+            near(one[f"correlated_{what}_pearson"], best)
+            near(np.nan_to_num(pearson[latent])[found], best)
+            near(one[f"correlated_{what}_l1"], other[latent][found])
+        check_activations(one, own, fires, positions, store)
+
+
+def check_activations(one, own, fires, positions, store) -> None:
+    """Groups, their contexts, and the latent's activation on every token of them."""
+    where = store.locate(torch.arange(len(own)))
+    context, position, ids = where.context.numpy(), where.position.numpy(), where.ids.numpy()
+    groups: dict[tuple, list[dict]] = {}
+    for shown in one["activations"]:
+        groups.setdefault((shown["bin_min"], shown["bin_max"]), []).append(shown)
+    if len(fires) == 0:
+        assert groups == {}
+        return
+    largest = fires.max()
+    ((low, high), top), *intervals = groups.items()
+    near((low, high), (-1, largest))
+    best = [own[context == c].max() for c in np.unique(context[own > 0])]
+    near([group["values"][group["qualifying_token_index"]] for group in top],
+         sorted(best, reverse=True)[:TOP])  # fmt: skip
+    assert len(groups) - 1 <= INTERVALS
+    assert [pair for pair, _ in intervals] == sorted((p for p, _ in intervals), reverse=True)
+    edges = np.linspace(0, largest, INTERVALS + 1)
+    for (low, high), group in intervals:
+        number = round(INTERVALS * low / largest)
+        near((low, high), edges[number : number + 2])
+        inside = (own > edges[number] * (1 - 1e-6)) & (own <= edges[number + 1] * (1 + 1e-6))
+        silent = positions - len(fires) if number == 0 else 0
+        assert group[0]["bin_contains"] == pytest.approx(
+            (inside.sum() + silent) / positions, abs=1.6 / positions
+        )
+        assert len(group) == min(PER_INTERVAL, len(np.unique(context[inside])))
+    for group in groups.values():
+        texts = []
+        for shown in group:
+            assert len(shown["tokens"]) == len(shown["values"]) == store.context_size - 1
+            value = shown["values"][shown["qualifying_token_index"]]
+            assert shown["bin_min"] - ATOL <= value <= shown["bin_max"] + ATOL
+            rows = np.flatnonzero(np.abs(own - value) < 2 * ATOL)
+            rows = rows[position[rows] - 1 == shown["qualifying_token_index"]]
+            row = next(row for row in rows if [NAMES[i] for i in ids[row, 1:]] == shown["tokens"])
+            expected = np.zeros(store.context_size)
+            same = context == context[row]
+            expected[position[same]] = own[same]
+            near(shown["values"], expected[1:])
+            texts.append(int(context[row]))
+        assert len(set(texts)) == len(texts)
+
+
+def test_a_sample_of_the_rows_when_too_many_latents_fire(world, store, model, monkeypatch,
+                                                         tmp_path):  # fmt: skip
+    monkeypatch.setattr(firings_by_latent, "MOST_CORRELATED", store.num_rows)  # of four times that
+    one = Dictionary.load(world / PLAIN)
+    export_neuronpedia(one, store, model, tmp_path / "out", **SIZES)
+    acts = one.encode(store.rows(one.site, 0, store.num_rows)[::4].float()).double().numpy()
+    with np.errstate(invalid="ignore"):
+        pearson = np.nan_to_num(np.corrcoef(acts.T))
+    np.fill_diagonal(pearson, 0)
+    for found, expected in zip(features_of(tmp_path / "out"), pearson, strict=True):
+        near(found["correlated_features_pearson"], np.sort(expected)[:-4:-1])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "neox"])
+def test_logits_are_those_of_folded_weights(family):
+    """Norms with and without a mean, with biases, with weights that are kept as weight − 1."""
+    hf = tiny_hf_model(family)
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(len(parameter)) / 3)
+    model = LanguageModel.from_live(hf, tiny_tokenizer())
+    weight = next(p for n, p in hf.named_parameters()
+                  if n in ("transformer.ln_f.weight", "model.norm.weight",
+                           "gpt_neox.final_layer_norm.weight")).detach().double()  # fmt: skip
+    directions = torch.randn(3, WIDTH) * 4
+    x = torch.nn.functional.normalize(directions.double(), dim=1)
+    if family == "gemma2":
+        x = x * (1 + weight)
+    else:
+        x = (x - x.mean(1, keepdim=True)) * weight
+    expected = x @ model.W_U.double()
+    expected -= expected.mean(1, keepdim=True)
+    found = Readout(model).effects(directions)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_resumes_and_ends_with_the_same_bytes(world, monkeypatch, tmp_path):
+    names = ("--model-id", "tiny", "--sae-set", "res-test", "--sae-id-suffix", "k4")
+    ask = ("export", world / PLAIN, "--store", world / "store", "--model", world / "model",
+           "--to", "neuronpedia", "--contexts", 100, "--top", 2, *names)  # fmt: skip
+    whole = works(*ask, "--out", tmp_path / "whole", "--json").json
+    assert whole == {"folder": str(tmp_path / "whole"), "files": 3, "latents": 64}
+    first = json.loads((tmp_path / "whole/batch-0.json").read_text())
+    assert {k: v for k, v in first.items() if k != "features"} == {
+        "model_id": "tiny", "layer": 1, "sae_set": "res-test", "sae_id_suffix": "k4"
+    }  # fmt: skip
+    assert first["features"][0]["n_prompts_total"] == 100
+    written = neuronpedia.write_text
+
+    def killed(path, text):
+        if path.name == "batch-1.json":
+            raise KeyboardInterrupt
+        written(path, text)
+
+    monkeypatch.setattr(neuronpedia, "write_text", killed)
+    assert call(*ask, "--out", tmp_path / "cut").code == 130
+    files = set(content(tmp_path / "cut"))
+    assert {"export.json", "batch-0.json"} <= files and "batch-1.json" not in files
+    monkeypatch.setattr(neuronpedia, "write_text", written)
+    monkeypatch.setattr(firings_by_latent, "_write", None)  # the rows are not read again
+    works(*ask, "--out", tmp_path / "cut")
+    files = content(tmp_path / "cut")
+    assert set(files) == {".lock", "export.json", *(f"batch-{i}.json" for i in range(3))}
+    for name in files.keys() - {"export.json"}:
+        assert files[name] == (tmp_path / "whole" / name).read_bytes()
+    other = call(*ask, "--top", 3, "--out", tmp_path / "cut")
+    assert other.code == 1 and "use the same settings to resume it" in other.err
+    assert content(tmp_path / "cut") == files
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(world, store, model, tmp_path):
+    ask = ("export", world / PLAIN, "--store", world / "store", "--model", world / "model",
+           "--to", "neuronpedia")  # fmt: skip
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    for words, said in (
+        ((*ask, "--out", mine), "holds other files (notes.txt)"),
+        ((*ask, "--out", mine / "notes.txt"), "is a file; choose a folder"),
+        ((*ask, "--out", tmp_path / "new", "--top", 0), "must be at least 1"),
+        ((*ask, "--out", tmp_path / "new", "--contexts", 0), "must be at least 1"),
+        ((*ask, "--out", tmp_path / "new", "--sae-set", "a/b"), "part of an address"),
+        ((*ask[:-1], "elsewhere", "--out", tmp_path / "new"), "neuronpedia"),
+        (("export", world / "nowhere", *ask[2:], "--out", tmp_path / "new"), "nowhere"),
+    ):
+        result = call(*words)
+        assert result.code in (1, 2) and said in result.err and result.out == "", words
+    one = Dictionary.load(world / PLAIN)
+    one.info = replace(one.info, site="blocks.0.hook_resid_post")
+    with pytest.raises(UsageError, match=r"has no blocks\.0\.hook_resid_post"):
+        export_neuronpedia(one, store, model, tmp_path / "new")
+    shutil.copytree(world / "store", tmp_path / "damaged")
+    shard = next((tmp_path / "damaged" / SITE).glob("0000?.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(LlmWsaeError, match=shard.name):
+        export_neuronpedia(world / PLAIN, tmp_path / "damaged", model, tmp_path / "half")
+    assert {p.name for p in (tmp_path / "half").iterdir()} == {".lock", "export.json"}
+    assert content(mine) == {"notes.txt": b"mine"} and not (tmp_path / "new").exists()
+    assert context_of_every_row(store)[-1] == store.manifest.num_contexts - 1
