@@ -209,7 +209,7 @@ def test_logits_are_those_of_folded_weights(family):
     """Norms with and without a mean, with biases, with weights that are kept as weight − 1."""
     hf = tiny_hf_model(family)
     with torch.no_grad():
-        for name, parameter in hf.named_parameters():
+        for parameter in hf.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(len(parameter)) / 3)
     model = LanguageModel.from_live(hf, tiny_tokenizer())
@@ -218,10 +218,7 @@ def test_logits_are_those_of_folded_weights(family):
                            "gpt_neox.final_layer_norm.weight")).detach().double()  # fmt: skip
     directions = torch.randn(3, WIDTH) * 4
     x = torch.nn.functional.normalize(directions.double(), dim=1)
-    if family == "gemma2":
-        x = x * (1 + weight)
-    else:
-        x = (x - x.mean(1, keepdim=True)) * weight
+    x = x * (1 + weight) if family == "gemma2" else (x - x.mean(1, keepdim=True)) * weight
     expected = x @ model.W_U.double()
     expected -= expected.mean(1, keepdim=True)
     found = Readout(model).effects(directions)
