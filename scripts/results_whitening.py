@@ -5,6 +5,8 @@
 - ``rate``: do plain dictionaries only need another learning rate?
 - ``length``: does the gain outlive a short training?
 - ``kind``: does it hold for BatchTopK and JumpReLU?
+- ``saelens``: what does the whitening of SAELens do on the same rows? It whitens all the way
+  (α = 1), in principal components.
 - ``dose``: does a single loud dimension make plain dictionaries worse? The dimension of most
   variance of SmolLM2's stream is scaled up before a dictionary sees it, and scaled back behind it,
   so that the model itself is untouched.
@@ -14,12 +16,13 @@
   ``results_recovery.py``.
 
 The sites, plants, texts and judges are those of ``results_recovery.py``, and so are the
-dictionaries that these are compared with. ``EXPECTED`` was written down before the first of these
-dictionaries was trained.
+dictionaries that these are compared with. ``EXPECTED`` was written down before the first dictionary
+of an experiment was trained.
 """
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,10 +32,11 @@ import numpy as np
 import results_recovery as recovery
 import torch
 from benchmarks import README, RESULTS, write_section
+from interop_checks import peer
 from results_archive import pack, unpack
-from results_recovery import LOSS, PLACES, SEEDS, SPACE, K, Opened, label_of, text_of
+from results_recovery import LOSS, MIXED, PLACES, SEEDS, SPACE, K, Opened, label_of, text_of
 
-from llm_wsae import TrainConfig, train
+from llm_wsae import Dictionary, TrainConfig, train
 from llm_wsae.files import write_json
 from llm_wsae.planting.recovery import measure_recovery
 from llm_wsae.provenance import plain
@@ -51,18 +55,20 @@ from llm_wsae.weights.matrix_rules import spectrum
 RUN = README.parent / "runs/whitening"
 ARCHIVE = Path(__file__).parent / "results/whitening.jsonl.gz"
 HALF = ("whitening", 0.5, SPACE)
+MIXED_HALF = ("whitening", 0.5, MIXED)
 INVERSE = ("variance", -0.5, LOSS)
 DOSES = (0.45, 0.7)
 """Shares of the variance that the loudest dimension is scaled to."""
 RATES = (0.5, 2.0)
-LENGTHS = (2_000_000, 4_000_000)
+LENGTHS = (4_000_000,)
 KINDS = ("batch-topk", "jumprelu")
 EXPERIMENTS = {
     "form": ("smollm2",),
     "dose": ("smollm2",),
     "rate": ("gemma", "smollm2"),
-    "length": ("gemma",),
+    "length": ("gemma", "smollm2"),
     "kind": ("gemma", "smollm2"),
+    "saelens": ("smollm2",),
 }
 """Where each is made."""
 
@@ -93,7 +99,8 @@ class Found:
 
     def change(self, setting: str, label: str, measure: str) -> float:
         """Relative to plain under the same setting."""
-        plain_one = self.mean(setting, PLAIN, measure)
+        beside = PLAIN_OF.get(label, PLAIN)
+        plain_one = self.mean(setting, beside, measure)
         return self.mean(setting, label, measure) / plain_one - 1
 
     def best(self, label: str, measure: str) -> float:
@@ -104,6 +111,7 @@ class Found:
 
 PLAIN, WHITENED, INVERTED = f"uniform-k{K}", f"whitening-a0.5-space-k{K}", f"variance-a-0.5-k{K}"
 INVERTED_SPACE = f"variance-a-0.5-space-k{K}"
+WHITENED_MIXED = f"whitening-a0.5-mixed-k{K}"
 
 
 def changed(
@@ -134,6 +142,13 @@ def nearer(label: str, to: str, than: str) -> Callable[[Found], tuple[bool, str]
     return found
 
 
+THEIRS = {
+    "saelens-plain": "expected_average_only_in",
+    "saelens-whitened": "covariance_whitening",
+}
+FULLY = f"whitening-a1-space-k{K}"
+PLAIN_OF = {"saelens-whitened": "saelens-plain"}
+"""Dictionaries that are not compared with the plain one of ours."""
 STRETCHED, MIXED_INVERSE = f"{INVERTED}-stretched", f"variance-a-0.5-mixed-k{K}"
 EXPECTED = (
     Expectation(
@@ -178,6 +193,42 @@ EXPECTED = (
         "four million rows: whitened KL 10 to 30 % below plain",
         changed("4,000,000 rows", -0.3, -0.1),
     ),
+    Expectation(
+        "length",
+        "gemma",
+        "the same, mixed: KL 5 to 25 % below plain",
+        changed("4,000,000 rows", -0.25, -0.05, WHITENED_MIXED),
+    ),
+    Expectation(
+        "length",
+        "gemma",
+        "the same, mixed: at least 50 % more of the plants recovered",
+        changed("4,000,000 rows", 0.5, 99, WHITENED_MIXED, "recovered"),
+    ),
+    Expectation(
+        "length",
+        "smollm2",
+        "four million rows, mixed: KL at most 5 % above plain",
+        changed("4,000,000 rows", -1, 0.05, WHITENED_MIXED),
+    ),
+    Expectation(
+        "length",
+        "smollm2",
+        "the same: at least 30 % more of the plants recovered",
+        changed("4,000,000 rows", 0.3, 99, WHITENED_MIXED, "recovered"),
+    ),
+    Expectation(
+        "saelens",
+        "smollm2",
+        "its whitening: KL 5 to 30 % above its plain dictionary, as α = 1 here",
+        changed("SAELens", 0.05, 0.3, "saelens-whitened", "kl"),
+    ),
+    Expectation(
+        "saelens",
+        "smollm2",
+        "the same: no more plants recovered than plain (+10 % at most)",
+        changed("SAELens", -1, 0.1, "saelens-whitened", "recovered"),
+    ),
     *(
         Expectation(
             "kind",
@@ -197,11 +248,12 @@ class Trial:
     setting: str
     """What distinguishes it from dictionaries of the same label, for people."""
     label: str
-    arm: ArmConfig
+    arm: ArmConfig | None = None
+    """Of a dictionary of ours."""
     training: dict[str, Any] = field(default_factory=dict)
     """Settings of the training that are not the usual ones; others with the same, under the same
     setting, are trained beside it."""
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def trials(experiment: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
@@ -233,7 +285,7 @@ def trials(experiment: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
                 yield Trial(f"rate × {factor:g}", label_of(own), own, rate)
     if experiment == "length":
         for rows in LENGTHS:
-            for one in (("uniform", 1.0, LOSS), HALF):
+            for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
                 own = arm(*one)
                 yield Trial(f"{rows:,} rows", label_of(own), own, {"tokens": rows})
     if experiment == "kind":
@@ -285,6 +337,8 @@ class Stretched(Arm):
 def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> None:
     """Train and measure what has no result yet."""
     opened = recovery.open_site(PLACES[place], path)
+    if experiment == "saelens":
+        return _measure_saelens(place, opened, seeds)
     for seed in seeds:
         groups: dict[str, list[Trial]] = {}
         for trial in trials(experiment, opened.inputs, seed):
@@ -307,10 +361,17 @@ def _train_and_judge(
         trainer.Arm = Stretched if experiment == "form" else Arm  # type: ignore[misc]
         dictionaries = train(opened.source, [trial.arm for trial in own], config, folder)
         trainer.Arm = Arm  # type: ignore[misc]
-    fidelity = opened.evaluator.evaluate(dictionaries).dictionaries
-    for trial in own:
-        planted = measure_recovery(dictionaries[trial.arm.name], opened.source).to_dict()
-        whole = {"fidelity": fidelity[trial.arm.name].summary(), "planted": planted}
+    judged = [(trial, dictionaries[trial.arm.name]) for trial in own]
+    _judge(experiment, place, opened, judged, seed)
+
+
+def _judge(
+    experiment: str, place: str, opened: Opened, own: Sequence[tuple[Trial, Dictionary]], seed: int
+) -> None:
+    fidelity = opened.evaluator.evaluate({t.label: d for t, d in own}).dictionaries
+    for trial, dictionary in own:
+        planted = measure_recovery(dictionary, opened.source).to_dict()
+        whole = {"fidelity": fidelity[trial.label].summary(), "planted": planted}
         record = {
             "experiment": experiment,
             "place": place,
@@ -324,6 +385,51 @@ def _train_and_judge(
             "recovered": planted["plants"]["recovered"],
         }
         write_json(_result(experiment, place, trial, seed), plain(record))
+
+
+def _measure_saelens(place: str, opened: Opened, seeds: Sequence[int]) -> None:
+    """SAELens trains on the rows that our dictionaries are trained on, without massive ones, which
+    it would not mask, by the learning rates of ours."""
+    statistics, how = opened.inputs.statistics, TrainConfig(tokens=recovery.ROWS)
+    d_in, d_sae = statistics.d_in, how.expansion * statistics.d_in
+    for seed in seeds:
+        trials = [Trial("SAELens", label) for label in THEIRS]
+        if all(_result("saelens", place, trial, seed).exists() for trial in trials):
+            continue
+        with tempfile.TemporaryDirectory(dir=RUN) as folder:
+            out = Path(folder).resolve()
+            count = 0
+            with (out / "rows.f32").open("wb") as file:
+                for rows in opened.source.batches(how.batch_size, seed):
+                    rows = rows[rows.norm(dim=1) <= statistics.massive_threshold]
+                    file.write(rows.float().numpy().tobytes())
+                    count += len(rows)
+                    if count >= recovery.ROWS:
+                        break
+            job = {
+                "rows": count,
+                "d_in": d_in,
+                "d_sae": d_sae,
+                "k": K,
+                "seed": seed,
+                "batch_size": how.batch_size,
+                "learning_rate": default_learning_rate(d_sae),
+                "warmup": how.warmup,
+                "decay": how.decay,
+            }
+            write_json(out / "job.json", job)
+            version = peer("saelens", "whiten_saelens.py", out)
+            trained = []
+            for trial in trials:
+                dictionary = Dictionary.load(out / THEIRS[trial.label])
+                dictionary.info = replace(
+                    dictionary.info,
+                    site=str(opened.source.site),
+                    massive_threshold=statistics.massive_threshold,
+                )
+                trained.append((replace(trial, facts={"version": version}), dictionary))
+            _judge("saelens", place, opened, trained, seed)
+        print(f"saelens, {place}: seed {seed} measured", flush=True)
 
 
 def _name(setting: str) -> str:
@@ -342,12 +448,15 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
         "dose": "as it is",
         "rate": "rate × 1",
         "length": "1,000,000 rows",
+        "saelens": "here",
     }
     found = RUN.glob(f"results/{experiment}.{place}.*.json")
     records = [json.loads(path.read_text()) for path in sorted(found)]
     labels = {record["label"] for record in records} | {PLAIN}
     if experiment == "form":
         labels |= {INVERTED, INVERTED_SPACE, MIXED_INVERSE}
+    if experiment == "saelens":
+        labels |= {FULLY, WHITENED, WHITENED_MIXED}
     for record in recovery.read(place):
         if record["label"] in labels and records and experiment != "kind":
             own = {name: record[name] for name in ("label", "seed", "k")}
@@ -363,10 +472,11 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
 def changes(records: Sequence[dict[str, Any]], measure: str) -> dict[str, Estimate]:
     """``setting/label`` → difference from plain of the same setting, seed by seed."""
     found: dict[str, dict[int, Value]] = {}
-    plain_ones = {(r["setting"], r["seed"]): r for r in records if r["label"] == PLAIN}
+    known = {(r["setting"], r["seed"], r["label"]): r for r in records}
     for record in records:
-        beside = plain_ones.get((record["setting"], record["seed"]))
-        if record["label"] == PLAIN or beside is None:
+        label = PLAIN_OF.get(record["label"], PLAIN)
+        beside = known.get((record["setting"], record["seed"], label))
+        if beside is record or beside is None:
             continue
         terms = [(1.0, _value(record, measure)), (-1.0, _value(beside, measure))]
         name = f"{record['setting']}/{record['label']}"
@@ -393,7 +503,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         own = {measure: of.mean(setting, label, measure) for measure in shown}
         name = f"{setting}/{label}"
         facts = next(r.get("facts") or {} for r in records if r["setting"] == setting)
-        note = f", {facts['effective_dimensions']:.1f} effective dimensions" if facts else ""
+        note = f", {facts['version']}" if "version" in facts else ""
+        if "effective_dimensions" in facts:
+            note = f", {facts['effective_dimensions']:.1f} effective dimensions"
         rows.append(
             [
                 setting + note or "–",
@@ -436,6 +548,7 @@ TITLES = {
     "rate": "Other learning rates",
     "length": "Longer trainings",
     "kind": "Other architectures",
+    "saelens": "The whitening of SAELens",
 }
 
 

@@ -22,6 +22,7 @@ from llm_wsae.dictionary.hub.card_tables import (
     fidelity_notes,
     is_plain,
     monosemanticity_section,
+    rule_words,
 )
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.outside import mapping, parse_yaml, text
@@ -156,8 +157,8 @@ def _body(
         f"{'dictionary' if len(dictionaries) == 1 else 'dictionaries'} that explain the residual "
         f"stream at {', '.join(sites)} as sparse sums of directions{_trained(dictionaries)}. A "
         "rule other than *uniform* weights the error of every dimension, or token, by γ = score^α "
-        f"(weighted sparse autoencoders, {PAPER}); *uniform* is the plain sparse autoencoder to "
-        "compare with.",
+        f"(weighted sparse autoencoders, {PAPER}), or trains in the space of the weights (*space*, "
+        "*mixed*); *uniform* is the plain sparse autoencoder to compare with.",
         "## Dictionaries",
         dictionaries_table(dictionaries),
         *fidelity_notes(dictionaries),
@@ -214,7 +215,7 @@ def making(d: Facts, figure: str | None) -> list[str]:
         ("model", d.model, text(info.model.get("revision"))),
         ("text", d.corpus, None),
         ("site", info.site, None),
-        ("rule", info.rule if is_plain(d) else f"{info.rule}, α = {info.alpha:g}", None),
+        ("rule", info.rule if is_plain(d) else f"{rule_words(d)}, α = {info.alpha:g}", None),
         ("context size", info.context_size, None),
         ("rows", info.store.get("num_rows"), None),
         ("seed", info.seed, None),

@@ -82,6 +82,7 @@ def facts(sae_id: str, cfg: Mapping[str, Any], info: Mapping[str, Any]) -> Facts
         name=text(info.get("name")) or "dictionary",
         rule=text(info.get("rule")) or "unknown",
         alpha=number(info.get("alpha")) or 0.0,
+        weights=dict(mapping(info.get("weights"))),
         seed=integer(info.get("seed")),
         context_size=integer(info.get("context_size")),
         massive_threshold=number(info.get("massive_threshold")),

@@ -42,6 +42,12 @@ def is_plain(d: Facts) -> bool:
     return d.info.rule == "uniform"
 
 
+def rule_words(d: Facts) -> str:
+    """The rule that made the weights, with the space where these are one."""
+    place = d.info.weights.get("place")
+    return d.info.rule + (f", {place}" if place in ("space", "mixed") else "")
+
+
 def dictionaries_table(dictionaries: Sequence[Facts]) -> str:
     """What each dictionary is and how faithful it is to the model."""
     header = ["dictionary", "dimensions → latents", "sparsity", "rule", "α"]
@@ -54,7 +60,7 @@ def _row(d: Facts) -> list[str]:
         f"`{d.sae_id}`",
         f"{_count(d.d_in)} → {_count(d.d_sae)}",
         escape(d.sparsity),
-        escape(d.info.rule),
+        escape(rule_words(d)),
         _NONE if is_plain(d) else f"{d.info.alpha:g}",
         with_interval(d.metric("fvu"), d.interval("fvu")),
         with_interval(d.metric("ce_recovered"), d.interval("ce_recovered")),
