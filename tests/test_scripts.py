@@ -125,7 +125,8 @@ def test_the_section_of_recovery_is_that_of_the_measurements(monkeypatch, tmp_pa
         seeds = {}
         for record in results_recovery.read(key):
             seeds.setdefault(record["label"], set()).add(record["seed"])
-        assert set(map(len, seeds.values())) == {3} and seeds.keys().isdisjoint(where.omitted)
+        assert set(map(len, seeds.values())) <= {3} and seeds.keys().isdisjoint(where.omitted)
+    assert len({record["label"] for record in results_recovery.read("smollm2")}) > 15
 
 
 def test_the_section_on_whitening_is_that_of_the_measurements(monkeypatch, tmp_path):
