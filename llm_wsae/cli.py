@@ -6,7 +6,6 @@ the path and a way out. Only a mistake of the package itself shows a traceback.
 """
 
 import contextlib
-import errno
 import runpy
 import signal
 import sys
@@ -34,6 +33,7 @@ from llm_wsae.commands.train import train
 from llm_wsae.commands.verify import verify
 from llm_wsae.commands.weigh import weigh
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
+from llm_wsae.files import way_out
 from llm_wsae.provenance import plain
 from llm_wsae.terminal import printable, printable_json
 
@@ -69,18 +69,6 @@ llm-wsae COMMAND --help   show the options of a command
 
 Exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 141 nobody reads the output,
 143 terminated."""
-_NO_ACCESS = "ask its owner for access, or choose another"
-_FULL = "free some space, then run the same command again to resume"
-_WAYS_OUT = {
-    errno.EACCES: _NO_ACCESS,
-    errno.EPERM: _NO_ACCESS,
-    errno.EROFS: "choose a folder that can be written",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "it is a link that leads back to itself; remove it",
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-}
 _NO_MEMORY = "can't allocate memory"  # of a RuntimeError of torch
 
 
@@ -157,9 +145,9 @@ def _explained(error: Exception) -> LlmWsaeError | None:
         return error
     if isinstance(error, OSError):
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        way_out = _WAYS_OUT.get(error.errno or 0, "check it, and run the same command again")
         what = error.strerror or said or type(error).__name__
-        return LlmWsaeError(": ".join([*places, f"{what[:1].lower()}{what[1:]}; {way_out}"]))
+        way = way_out(error, "check it, and run the same command again")
+        return LlmWsaeError(": ".join([*places, f"{what[:1].lower()}{what[1:]}; {way}"]))
     if isinstance(error, UnicodeEncodeError):
         return LlmWsaeError(
             f"{shown(error.object)} cannot be written as {error.encoding}; rename it in UTF-8"

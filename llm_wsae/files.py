@@ -4,6 +4,7 @@ Everything is written under a temporary name in the same folder, synced, then re
 process killed at any instant leaves either the old file or the new one.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +20,18 @@ from typing import Any
 from llm_wsae.errors import LlmWsaeError
 
 PARTIAL_SUFFIX = ".partial"
+_FULL = "free some space or choose another folder, then run the same command again to resume"
+_NO_ACCESS = "ask its owner for access, or choose another"
+_WAYS_OUT = {
+    errno.EACCES: _NO_ACCESS,
+    errno.EPERM: _NO_ACCESS,
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "it is a link that leads back to itself, so remove it",
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
 _PARTIALS = re.compile(rf"\..+\.\d+{re.escape(PARTIAL_SUFFIX)}", re.ASCII)  # with a process id
 
 
@@ -52,10 +65,12 @@ def write_error(path: Path, error: BaseException) -> LlmWsaeError | None:
     reason = _system_reason(error)
     if reason is None:
         return None
-    return LlmWsaeError(
-        f"cannot write {path}: {reason}; free some space or choose another folder, "
-        "then run the same command again to resume"
-    )
+    return LlmWsaeError(f"cannot write {path}: {reason}; {way_out(error, _FULL)}")
+
+
+def way_out(error: BaseException, otherwise: str) -> str:
+    """What to do about something that the operating system refused."""
+    return _WAYS_OUT.get(getattr(error, "errno", None), otherwise)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -135,7 +150,7 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / ".lock", "a+")  # noqa: SIM115 - held until the block ends
     except OSError as error:
-        raise LlmWsaeError(f"cannot write into {folder}: {error.strerror}") from error
+        raise write_error(folder, error) or error from error
 
     def hold(kind: int) -> None:
         try:

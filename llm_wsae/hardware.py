@@ -115,7 +115,7 @@ def check_memory(needed: int, device: torch.device, what: str, way_out: str) -> 
     if needed > there:
         raise UsageError(
             f"{what} would need {needed / 2**30:,.0f} GiB of memory, but {device} has "
-            f"{there / 2**30:,.0f}; {way_out}"
+            f"{there / 2**30:,.0f} in all; {way_out}"
         )
 
 

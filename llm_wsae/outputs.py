@@ -55,8 +55,8 @@ def check_room(path: Path, needed: int, way_out: str) -> None:
     total = shutil.disk_usage(_existing(path)).total
     if 0 < total < needed:  # some file systems do not tell
         raise UsageError(
-            f"{path} would need {needed / 2**30:,.0f} GiB, but its disk has {total / 2**30:,.0f}; "
-            f"{way_out}, or choose a folder on a larger disk"
+            f"{path} would need {needed / 2**30:,.0f} GiB, but its disk has {total / 2**30:,.0f} "
+            f"in all; {way_out}, or choose a folder on a larger disk"
         )
 
 

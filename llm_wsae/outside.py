@@ -49,7 +49,10 @@ def parsing(what: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What an error says, in one sentence without its full stop; its class if it says nothing."""
-    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    text = " ".join(text.split()).split(". ")[0].rstrip(".")
     if isinstance(error, KeyError) or not text:
         text = f"{type(error).__name__} {text}".rstrip()
     return text if len(text) <= 300 else f"{text[:300]}…"
@@ -195,7 +198,7 @@ def local_path(name: str, what: str) -> Path:
     that does not exist, and for a name that no file can have.
     """
     if not name.strip():
-        raise UsageError(f"the name of the {what} is empty; the current folder is called .")
+        raise UsageError(f"the name of the {what} is empty; this folder is called .")
     if "\0" in name:
         raise UsageError(f"{shown(name)} cannot be the name of a {what}")
     try:

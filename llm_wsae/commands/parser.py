@@ -49,7 +49,7 @@ def _check_word(word: str, before: str) -> None:
     option, equals, value = word.partition("=")
     if not word or (equals and not value and option.startswith("-")):
         option = option or (before if before.startswith("-") else "an argument")
-        raise UsageError(f"{option} is empty; leave it out, or name something (. is this folder)")
+        raise UsageError(f"{option} is empty; give it a value or omit it (this folder is .)")
     try:
         word.encode()
     except UnicodeEncodeError:

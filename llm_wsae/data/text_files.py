@@ -6,6 +6,7 @@ held out and a book is never in memory as a whole. A shorter file is one documen
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,8 +28,9 @@ class TextFiles:
         self.name = _utf8(path.resolve().name)
         self._text_column = text_column
         if path.is_dir():
-            found = (p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-            self._files = sorted(found)
+            found = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_raise)
+                     for name in names)  # fmt: skip
+            self._files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
             self._root = path
             if not self._files:
                 raise UsageError(f"the folder {path} holds no {', '.join(SUFFIXES)} file")
@@ -120,6 +122,11 @@ class TextFiles:
 def _row_document(name: str, row: dict[str, Any], column: str) -> RawDocument:
     labels = {key: value for key, value in row.items() if key != column}
     return RawDocument(name, row[column] or "", labels)
+
+
+def _raise(error: OSError) -> None:
+    """Of a folder that cannot be listed; otherwise its texts would be missing in silence."""
+    raise error
 
 
 def _is_text(kind: Any) -> bool:

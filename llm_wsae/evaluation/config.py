@@ -7,6 +7,8 @@ from llm_wsae.outside import check_numbers
 
 MOST_BOOTSTRAPS = 100_000  # each is a row of numbers in memory, one for every context or latent
 
+MOST_OF_A_LATENT = 10_000  # contexts, or tokens of one
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -67,4 +69,5 @@ class MonosemanticConfig:
         at_least = {"tokens": 1, "batch_tokens": 1, "seed": 0}
         at_least |= {"probe_tokens": 1, "bootstraps": 1, "top": 2, "before": 0, "after": 0}
         at_least |= {"sample": FEWEST_POSITIVE, "silent": max(FEWEST_NEGATIVE, self.top)}
-        check_numbers(self, at_least, {"bootstraps": MOST_BOOTSTRAPS})
+        most = dict.fromkeys(("top", "sample", "before", "after"), MOST_OF_A_LATENT)
+        check_numbers(self, at_least, most | {"bootstraps": MOST_BOOTSTRAPS})

@@ -8,7 +8,6 @@ from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import write_error, write_text
-from llm_wsae.outputs import check_file
 from llm_wsae.outside import reason
 
 LOG = "log.jsonl"
@@ -18,13 +17,11 @@ _BEGINNING = b'{"step": '
 class TrainingLog:
     """Appends to the folder's ``log.jsonl``, after removing lines of a lost run beyond ``step``.
 
-    Raises LlmWsaeError for somebody else's ``log.jsonl``, and when the tracker is not installed or
-    does not start.
+    Raises LlmWsaeError when the tracker is not installed or does not start.
     """
 
     def __init__(self, folder: Path, step: int, tracker: str = "none"):
         self._path = folder / LOG
-        check_file(self._path, _is_log)
         old = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in old if _step_of(line) <= step]
         write_text(self._path, "".join(line + "\n" for line in kept))
@@ -47,7 +44,8 @@ class TrainingLog:
         self._end()
 
 
-def _is_log(path: Path) -> bool:
+def is_log(path: Path) -> bool:
+    """Whether a file is a training log, or the beginning of one."""
     with open(path, "rb") as file:
         return _BEGINNING.startswith(file.read(len(_BEGINNING)))  # of a line perhaps half-written
 

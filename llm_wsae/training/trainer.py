@@ -23,7 +23,7 @@ from llm_wsae.dictionary.folder import INFO, check_replaceable
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import read_json, remove_partials, write_json
 from llm_wsae.hardware import check_memory, choose_device, fast_dtype
-from llm_wsae.outputs import check_folder
+from llm_wsae.outputs import check_file, check_folder
 from llm_wsae.processes import Processes, join
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.checkpoint import (
@@ -36,7 +36,7 @@ from llm_wsae.training.checkpoint import (
 )
 from llm_wsae.training.config import TrainConfig, default_learning_rate, learning_rate_factor
 from llm_wsae.training.export import dictionary_of
-from llm_wsae.training.log import TrainingLog
+from llm_wsae.training.log import LOG, TrainingLog, is_log
 from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
 from llm_wsae.training.parallel.group import CONTINUE, SAVE, STOP, ProcessGroup, process_group
 
@@ -97,6 +97,7 @@ def train(
 def _check_out(out: Path) -> None:
     """Raises LlmWsaeError, before any folder is made, for one that holds something else."""
     check_folder(out)
+    check_file(out / LOG, is_log)
     for name, what in ((MANIFEST, "an activation store"), (INFO, "a dictionary")):
         if (out / name).is_file():
             raise LlmWsaeError(f"{out} is {what}; choose another folder for the training")
@@ -141,7 +142,7 @@ class _Training:
         check_memory(
             matrices,
             device,
-            f"training {len(arms)} dictionaries of {d_sae:,} latents",
+            f"{len(arms)} × {d_sae:,} latents in training",
             "lower the expansion, or train fewer of them at once",
         )
         fast = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -73,4 +73,5 @@ class RuleInputConfig:
 
     def __post_init__(self) -> None:
         at_least = {"sensitivity_tokens": 1, "semantic_tokens": 1, "top": 2}
-        check_numbers(self, at_least | {"before": 0, "after": 0, "seed": 0})
+        most = dict.fromkeys(("top", "before", "after"), 10_000)
+        check_numbers(self, at_least | {"before": 0, "after": 0, "seed": 0}, most)
