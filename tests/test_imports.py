@@ -26,6 +26,7 @@ LONGEST_FILE = 400
 # From the cellar up. A module may import from its own floor (without a circle) and from below.
 FLOORS = (
     "errors",
+    "digests",
     "files",
     "drawing",
     "hardware",
@@ -52,6 +53,7 @@ FLOORS = (
     "tuning",
     "pipeline",
     "studies",
+    "verifying",
     "commands",
     "cli",
     "__main__",
