@@ -1,4 +1,4 @@
-"""Files that are complete or absent: atomic writes, checksums, a lock on a folder.
+"""Files that are complete or absent: atomic writes, proved reads, a lock on a folder.
 
 Everything is written under a temporary name in the same folder, synced, then renamed, so that a
 process killed at any instant leaves either the old file or the new one.
@@ -12,12 +12,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from llm_wsae import digests
 from llm_wsae.errors import LlmWsaeError
+
+AGAIN = "delete it and run the command that wrote it again"
+"""What to do about most damaged files."""
 
 PARTIAL_SUFFIX = ".partial"
 _FULL = "free some space or choose another folder, then run the same command again to resume"
@@ -70,7 +74,7 @@ def write_error(path: Path, error: BaseException) -> LlmWsaeError | None:
 
 def way_out(error: BaseException, otherwise: str) -> str:
     """What to do about something that the operating system refused."""
-    return _WAYS_OUT.get(getattr(error, "errno", None), otherwise)
+    return _WAYS_OUT.get(getattr(error, "errno", None) or 0, otherwise)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,32 +82,61 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda partial: _write_bytes(partial, text.encode()))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented, keys in the order given."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, key: str | None = digests.KEY) -> None:
+    """Write JSON atomically, an object with its own digest under ``key`` (``digests.json_text``).
+
+    None writes no digest: for a file whose keys are another tool's.
+    """
+    write_text(path, digests.json_text(value, key))
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file; ``what`` names it in the error ("store manifest").
+    """Read a JSON file of anybody; ``what`` names it in the error ("store manifest").
 
     Raises LlmWsaeError if the file is missing or is not JSON.
     """
-    try:
+    with _reading_json(path, what):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LlmWsaeError(f"there is no {path}; it should be the {what}") from None
-    except (ValueError, OSError, RecursionError) as error:  # the last: endless brackets
-        raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
+
+
+class Own(NamedTuple):
+    """What a file of this package holds, proved by its digest if it has one."""
+
+    content: Any
+    """The value of a JSON file without its digest; the facts in the header of a file of tensors."""
+    has_digest: bool
+    """A file without one is of the first version, or of another tool."""
+
+
+def own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = digests.KEY) -> Own:
+    """Read a JSON file that ``write_json`` wrote. ``way_out`` ends the error for damage.
+
+    Raises LlmWsaeError as ``read_json`` does, and if the digest is not that of the content.
+    """
+    with _reading_json(path, what, way_out):
+        return Own(*digests.check_json(Path(path).read_bytes().decode("utf-8"), key))
+
+
+def read_own_json(path: Path, what: str, way_out: str = AGAIN) -> Any:
+    """The content of ``own_json``."""
+    return own_json(path, what, way_out).content
 
 
 def save_tensors(
     path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically (tensors are made contiguous on the CPU)."""
-    from safetensors.torch import save_file
+    write_atomic(path, lambda partial: _save(partial, tensors, metadata))
 
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, lambda partial: save_file(ready, partial, metadata=metadata))
+
+def save_own_tensors(path: Path, tensors: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write a safetensors file atomically, with facts (JSON) and its own digest in its header."""
+
+    def write(partial: Path) -> None:
+        _save(partial, tensors, digests.blank_header(facts))
+        digests.fill_header(partial)
+
+    write_atomic(path, write)
 
 
 def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -112,14 +145,34 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]
     Raises LlmWsaeError if the file is missing, truncated or not safetensors.
     """
     with open_tensors(path, what) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return _all_tensors(file), file.metadata() or {}
+
+
+def load_own_tensors(
+    path: Path, what: str, way_out: str = AGAIN
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read all of a file that ``save_own_tensors`` wrote: (tensors, facts).
+
+    ``way_out`` ends the error for damage. Raises LlmWsaeError as ``load_tensors`` does, and if the
+    digest is not that of the file.
+    """
+    with open_tensors(path, what, way_out) as file:
+        own = own_facts(file, path, what, way_out)
+        return _all_tensors(file), own.content
+
+
+def own_facts(file: Any, path: Path, what: str, way_out: str = AGAIN) -> Own:
+    """The facts in the header of a file that ``open_tensors`` has opened, after a check of all of
+    its bytes. Raises as ``load_own_tensors`` does."""
+    with _reading_json(path, what, way_out):
+        return Own(*digests.check_header(Path(path), file.metadata() or {}))
 
 
 @contextmanager
-def open_tensors(path: Path, what: str) -> Iterator[Any]:
+def open_tensors(path: Path, what: str, way_out: str = "") -> Iterator[Any]:
     """A safetensors file as ``safe_open`` opens it, to read parts of it.
 
-    ``what`` names it in the error. Raises as ``load_tensors`` does.
+    ``what`` names it in the error, which ends with ``way_out``. Raises as ``load_tensors`` does.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -129,7 +182,7 @@ def open_tensors(path: Path, what: str) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise LlmWsaeError(f"{path} is not a readable {what}: {error}") from error
+        raise LlmWsaeError(f"{path} is not a readable {what}: {error}{_then(way_out)}") from error
 
 
 def sha256(path: Path) -> str:
@@ -186,6 +239,34 @@ def remove_partials(folder: Path, *below: str) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reading_json(path: Path, what: str, way_out: str = "") -> Iterator[None]:
+    """Errors of reading JSON, in a file or in a header, as ours."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise LlmWsaeError(f"there is no {path}; it should be the {what}") from None
+    except digests.Damaged as error:
+        raise LlmWsaeError(f"{path} is damaged: {error}{_then(way_out)}") from error
+    except (ValueError, OSError, RecursionError) as error:  # the last: endless brackets
+        raise LlmWsaeError(f"{path} is not a readable {what}: {error}{_then(way_out)}") from error
+
+
+def _then(way_out: str) -> str:
+    return f"; {way_out}" if way_out else ""
+
+
+def _save(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None) -> None:
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(ready, path, metadata=metadata)
+
+
+def _all_tensors(file: Any) -> dict[str, Any]:
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

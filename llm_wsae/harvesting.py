@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.manifest import MANIFEST, RECORDS, TOKENS, Manifest
+from llm_wsae.data.manifest import MANIFEST, RECORDS, Manifest
 from llm_wsae.data.packing import Contexts, Cursor, Packer
 from llm_wsae.data.prefetch import prefetch
 from llm_wsae.data.resume import (
@@ -29,6 +29,7 @@ from llm_wsae.data.resume import (
     shard_batches,
     too_small,
 )
+from llm_wsae.data.shard_record import TOKENS
 from llm_wsae.data.shard_writer import StoreWriter, finish_store
 from llm_wsae.data.shuffling import cut, shuffle
 from llm_wsae.data.store import ActivationStore

@@ -29,10 +29,11 @@ from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.plots import plot_fidelity, plot_profile, write_page
+from llm_wsae.training.checkpoint import FINISHED
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.grid import make_arms
 from llm_wsae.training.log import LOG
-from llm_wsae.training.trainer import FINISHED, train
+from llm_wsae.training.trainer import train
 from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
 from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.choosing import choose_weights

@@ -15,7 +15,7 @@ from typing import Any
 from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
-from llm_wsae.files import read_json, write_json
+from llm_wsae.files import read_own_json, write_json
 from llm_wsae.provenance import plain
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
@@ -105,7 +105,8 @@ def choose_alpha(
 
 
 def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:
-    found = read_json(path, "choice of an exponent")
+    way_out = "delete it to choose again"
+    found = read_own_json(path, "choice of an exponent", way_out)
     try:
         if found["asked"] != asked:
             raise LlmWsaeError(
@@ -113,4 +114,4 @@ def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:
             )
         return AlphaChoice(**found["choice"])
     except (KeyError, TypeError) as error:
-        raise LlmWsaeError(f"{path} is not the choice of an exponent; delete it") from error
+        raise LlmWsaeError(f"{path} is not the choice of an exponent; {way_out}") from error

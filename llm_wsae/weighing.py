@@ -7,7 +7,6 @@ store's folder ``evidence`` (its name on disk since the first version) and read 
 time that the same is measured.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -23,7 +22,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.heldout import HeldoutText
 from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import Encoder, WindowEmbeddings
-from llm_wsae.files import load_tensors, save_tensors
+from llm_wsae.files import load_own_tensors, save_own_tensors
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.fisher import fisher_information
 from llm_wsae.model.language_model import LanguageModel
@@ -144,21 +143,17 @@ class _StoredMeasurement:
         if not self._path.exists():
             return None
         try:
-            tensors, metadata = load_tensors(self._path, f"{self._need} of the store")
-        except LlmWsaeError:  # damaged: it is measured again
+            tensors, header = load_own_tensors(self._path, self._need)
+        except LlmWsaeError:  # damaged
             return None
-        try:
-            same = _settings(json.loads(metadata["llm_wsae"])) == _settings(self._header)
-        except (KeyError, ValueError):
-            return None
-        return tensors if same else None
+        return tensors if _settings(header) == _settings(self._header) else None
 
     def write(self, measured: Tensor) -> None:
         self.write_tensors({self._need: measured})
 
     def write_tensors(self, tensors: dict[str, Tensor]) -> None:
         try:
-            save_tensors(self._path, tensors, {"llm_wsae": json.dumps(self._header)})
+            save_own_tensors(self._path, tensors, self._header)
         except LlmWsaeError as error:  # a read-only store
             tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
 

@@ -16,7 +16,8 @@ the ratio within a round.
 
 The floor is what no TopK step can do without: the encoder's matrix product in the fastest number
 format, and fused Adam over all parameters; AuxK's products are not in it. Memory is what a step
-needs beyond the parameters and the optimiser's state.
+needs beyond the parameters and the optimiser's state. With a store it also says what comparing its
+rows with their checksums costs, which happens in a thread beside the steps.
 
 Peers' environments are made once, outside the repository: ~/.cache/llm_wsae/peers, or the folder
 named by LLM_WSAE_PEERS.
@@ -27,6 +28,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +37,8 @@ import torch
 from benchmarks import PEERS, Worker, WorkerFailed, machine, write_benchmark
 from tqdm import tqdm
 
+from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.shuffling import CHUNK_ROWS
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.hardware import choose_device
@@ -42,6 +46,7 @@ from llm_wsae.model.site import Site
 from llm_wsae.training.normaliser import Normaliser
 
 BATCHES = 4  # different batches of rows, used in turn
+PASSES = 5  # over a store, to see what reading it for the first time costs
 WARMUP_STEPS = 1  # untimed steps of a turn: the others have used the caches since the last one
 
 
@@ -202,6 +207,26 @@ def write_rows(path: Path, shape: Shape, batch: int, store: Path | None, site: s
     return words
 
 
+def proof_cost(store: Path, site: str, batch: int) -> float:
+    """Processor seconds of comparing a batch of rows with their checksums: what reading all rows
+    for the first time costs more than for the second, the median of some readers."""
+    opened = ActivationStore.open(store)
+    rows = torch.empty(CHUNK_ROWS, opened.d_in, dtype=getattr(torch, opened.manifest.dtype))
+    whole = opened.num_rows // CHUNK_ROWS * CHUNK_ROWS
+
+    def seconds(reader: RowReader) -> float:
+        before = time.process_time()
+        for start in range(0, whole, CHUNK_ROWS):
+            reader.read(start, rows)
+        return time.process_time() - before
+
+    more = []
+    for _ in range(PASSES):
+        reader = RowReader(opened.folder, opened.manifest, site)
+        more.append(seconds(reader) - seconds(reader))
+    return statistics.median(more) * batch / whole
+
+
 def table(everybody: list[Contestant], batch: int) -> str:
     """The results as a Markdown table."""
     by_name = {contestant.name: contestant for contestant in everybody}
@@ -307,6 +332,13 @@ def main() -> None:
             f"{about_machine}. Peers: {versions or 'none'}. "
             f"Rounds: {args.rounds}; timed steps in each: {args.steps}; {how}.\n"
         )
+        if args.store is not None:
+            seconds = proof_cost(args.store, args.site, args.batch)
+            step = quartiles(everybody[0].times)[0] * args.threads
+            text += (
+                "\nComparing rows with their checksums, in the first epoch only: "
+                f"{1000 * seconds:.2f} ms of processor time a step, {seconds / step:.2%} of ours.\n"
+            )
         print(f"\n{text}", flush=True)
         if args.write:
             rows = "random" if args.store is None else args.site

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import read_json, write_atomic, write_json
+from llm_wsae.files import read_own_json, write_atomic, write_json
 
 _KEPT = ("*.json", "*/*.json", "*/results/*.json")
 _REBUILT = ("report.json",)
@@ -25,7 +25,10 @@ def pack(folder: Path, archive: Path) -> None:
     """Write the JSON files of a folder into an archive; the same files give the same bytes."""
     files = sorted({path for pattern in _KEPT for path in folder.glob(pattern)})
     lines = [
-        {"file": str(path.relative_to(folder)), "content": read_json(path, "file of a study")}
+        {
+            "file": str(path.relative_to(folder)),
+            "content": read_own_json(path, "file of a study"),
+        }
         for path in files
         if path.name not in _REBUILT
     ]

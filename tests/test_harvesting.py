@@ -20,11 +20,11 @@ from llm_wsae.data.manifest import Manifest, complete_shards, save_record
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.verify import verify_store
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import folder_lock
 from llm_wsae.harvesting import ActivationStream, harvest, kept_rows
 from llm_wsae.model.site import Site
+from llm_wsae.verifying import verify_store
 
 SITES = [Site(0, "pre"), Site(1, "post")]
 CONFIG = HarvestConfig(context_size=12, tokens=3000, batch_tokens=48, shard_tokens=300)

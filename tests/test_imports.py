@@ -27,6 +27,7 @@ LONGEST_FILE = 400
 FLOORS = (
     "errors",
     "outside",
+    "digests",
     "files",
     "outputs",
     "drawing",
@@ -55,6 +56,7 @@ FLOORS = (
     "tuning",
     "pipeline",
     "studies",
+    "verifying",
     "commands",
     "cli",
     "__main__",

@@ -11,7 +11,6 @@ from tiny import tiny_model, write_jsonl
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.verify import verify_store
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
@@ -21,6 +20,7 @@ from llm_wsae.model.encoder_names import ENCODER_PACKAGE
 from llm_wsae.model.fisher import fisher_information
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.second_moment import shrunk
+from llm_wsae.verifying import verify_store
 from llm_wsae.weighing import coherence_of, fisher_of, measure_inputs, used_decoder
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import RULES

@@ -8,36 +8,33 @@ import tyro
 from llm_wsae.commands.options import Result
 from llm_wsae.errors import LlmWsaeError
 
+_NAMED = 3  # files without a digest that people are told of; --json names all
+
 
 def verify(
-    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")],
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")],
     site: str | None = None,
 ) -> Result:
-    """Check every byte of an activation store or a dictionary, and name what is damaged.
+    """Check every byte of what llm-wsae wrote, and name what is damaged and what to do.
 
     Args:
-        folder: Store or dictionary folder; also another tool's dictionary (without checksums).
+        path: Store, dictionary, folder of a training, study or run, or weights file; also another
+            tool's dictionary, which has no checksums.
         site: Site of a dictionary whose files do not name it.
     """
-    from llm_wsae.data.manifest import MANIFEST
-    from llm_wsae.data.verify import verify_store
-    from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.dictionary.folder import CFG, INFO
-    from llm_wsae.dictionary.formats.reading import layout_of
+    from llm_wsae import verifying
 
-    if not folder.is_dir():
-        raise LlmWsaeError(f"there is no folder {folder}")
-    names = {entry.name for entry in folder.iterdir()}
-    if MANIFEST in names:
-        kind, problems = "store", verify_store(folder)
-        if problems:
-            raise LlmWsaeError("; ".join(problems))
-    elif names & {CFG, INFO} or layout_of(names):
-        kind = "dictionary"
-        Dictionary.load(folder, site=site)
-    else:
-        raise LlmWsaeError(
-            f"{folder} is neither an activation store (with a {MANIFEST}) nor a dictionary (with "
-            f"a {CFG})"
-        )
-    return {"folder": str(folder), "kind": kind, "ok": True}, f"{folder}: {kind} is intact"
+    found = verifying.verify(path, site)
+    if found.problems:
+        raise LlmWsaeError("; ".join(found.problems))
+    below = path if path.is_dir() else path.parent
+    names = [str(file.relative_to(below)) for file in found.without_digest]
+    facts = {"folder": str(path), "kind": found.kind, "ok": True, "without_digest": names}
+    if not found.without_digest:
+        return facts, f"{path}: {found.kind} is intact"
+    shown = ", ".join(names[:_NAMED])
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return facts, (
+        f"{path}: {found.kind} can be read, but there is no checksum of {shown}{more}: another "
+        "tool or the first version of llm-wsae wrote that"
+    )

@@ -7,48 +7,36 @@ between two runs over the same data (no times, no machine's paths), so that a ru
 and resumed ends with the same bytes as an uninterrupted one.
 """
 
-import hashlib
-import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import read_json, write_json
+from llm_wsae.data.config import PackConfig
+from llm_wsae.data.shard_record import (
+    STATISTICS,
+    FileRecord,
+    Odd,
+    ShardRecord,
+    is_count,
+    record_of_shard,
+    records_of_files,
+    shard_paths,
+    want,
+    want_object,
+)
+from llm_wsae.errors import LlmWsaeError, UsageError, shown
+from llm_wsae.files import own_json, write_json
+from llm_wsae.model.site import Site
 
 MANIFEST = "manifest.json"
 FORMAT = "llm-wsae activation store"
 FORMAT_VERSION = 1
-TOKENS = "tokens"
 RECORDS = "shards"
-STATISTICS = "statistics.safetensors"
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size and checksum that a file must have."""
-
-    bytes: int
-    """Size in bytes."""
-    sha256: str
-    """SHA-256 in hex."""
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """One complete shard."""
-
-    contexts: int
-    """Number of contexts."""
-    rows: int
-    """Number of rows at each site."""
-    first: tuple[int, int]
-    """Document and offset at which its first context begins."""
-    next: tuple[int, int]
-    """Document and offset at which the next shard begins."""
-    files: dict[str, FileRecord]
-    """Its files, by path within the store."""
+BYTES_OF = {"bfloat16": 2, "float32": 4}
+"""Number formats of rows, and their bytes."""
+_WIDEST = 2**24  # rows, and contexts
+_LONGEST_HEADER = 1024  # bytes before the rows of a shard; it needs about 100
 
 
 @dataclass
@@ -133,7 +121,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write ``manifest.json`` with a checksum over itself."""
         value = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        write_json(folder / MANIFEST, {**value, "sha256": _digest(value)})
+        write_json(folder / MANIFEST, value)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -146,27 +134,25 @@ class Manifest:
             raise LlmWsaeError(f"there is no activation store {folder}")
         if not path.is_file():
             raise LlmWsaeError(f"{folder} is not an activation store: it has no {MANIFEST}")
-        value = read_json(path, "manifest of the activation store")
+        way_out = "restore it from a copy, or harvest into another folder"
+        value = _proved_json(path, "manifest of the activation store", way_out)
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
             raise LlmWsaeError(f"{path} is not the manifest of an activation store")
         version = value.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise LlmWsaeError(
-                f"{folder} has store format {version}; this version of llm-wsae reads format "
-                f"{FORMAT_VERSION} only"
+                f"{folder} has store format {shown(version)}; this version of llm-wsae reads "
+                f"format {FORMAT_VERSION} only"
             )
-        checksum = value.pop("sha256", None)
-        if checksum != _digest({"format": FORMAT, "format_version": FORMAT_VERSION, **value}):
-            raise LlmWsaeError(f"{path} is damaged: its checksum does not match; harvest again")
-        value["statistics"] = _records(value["statistics"])
-        value["shards"] = [_shard_record(shard) for shard in value["shards"]]
-        return cls(**value)
+        try:
+            return _manifest(value)
+        except Odd as odd:
+            raise LlmWsaeError(f"{path} cannot be a harvest's: {odd}; {way_out}") from None
 
 
 def save_record(folder: Path, index: int, record: ShardRecord) -> None:
     """Record that a shard of a store is complete, with a checksum over the record itself."""
-    value = asdict(record)
-    write_json(folder / RECORDS / f"{index:05d}.json", {**value, "sha256": _digest(value)})
+    write_json(folder / RECORDS / f"{index:05d}.json", asdict(record))
 
 
 def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
@@ -178,46 +164,91 @@ def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
     found = dict(enumerate(manifest.shards))
     if manifest.complete:
         return found
-    paths = (folder / RECORDS).glob("[0-9]*.json")
+    paths = [path for path in (folder / RECORDS).glob("*.json") if path.stem.isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.stem)):  # names get longer after 99999
-        value = read_json(path, "record of a shard")
-        checksum = value.pop("sha256", None) if isinstance(value, dict) else None
-        if checksum is None or checksum != _digest(value):
-            raise LlmWsaeError(
-                f"{path} is damaged: its checksum does not match; delete it to rebuild the shard"
-            )
-        found[int(path.stem)] = _shard_record(value)
+        way_out = "delete it to rebuild the shard"
+        value = _proved_json(path, "record of a shard", way_out)
+        try:
+            found[int(path.stem)] = _shard_record(manifest, int(path.stem), value)
+        except Odd as odd:
+            raise LlmWsaeError(f"{path} cannot be a shard's: {odd}; {way_out}") from None
     return found
 
 
-def shard_paths(index: int, sites: list[str]) -> dict[str, tuple[str, str]]:
-    """By site, the paths within the store of a shard's activations and their statistics."""
-    return {
-        site: (f"{site}/{index:05d}.safetensors", f"{site}/{index:05d}.{STATISTICS}")
-        for site in sites
-    }
+def _proved_json(path: Path, what: str, way_out: str) -> Any:
+    """A file that had a digest in every version."""
+    value, has_digest = own_json(path, what, way_out)
+    if not has_digest:
+        raise LlmWsaeError(f"{path} is damaged: it has no checksum; {way_out}")
+    return value
 
 
-def tokens_path(index: int) -> str:
-    """Path within the store of a shard's token ids and keep-mask."""
-    return f"{TOKENS}/{index:05d}.safetensors"
+def _manifest(value: dict[str, Any]) -> Manifest:
+    """A manifest from JSON. Raises Odd for a value that no harvest writes."""
+    want_object(value, {own.name for own in fields(Manifest)}, "content")
+    want(isinstance(value["package_version"], str), "package_version", value["package_version"])
+    want(value["dtype"] in list(BYTES_OF), "dtype", value["dtype"])
+    for part, names in (("model", ("name", "dtype", "weights_sha256")), ("corpus", ("name",))):
+        want(isinstance(value[part], dict), part, value[part])
+        for name in names:
+            found = value[part].get(name)
+            want(isinstance(found, str), f"{part} {name}", found)
+    for name in ("d_in", "contexts_per_batch", "contexts_per_shard", "num_contexts"):
+        want(is_count(value[name], 1), name, value[name])
+    want(value["d_in"] < _WIDEST, "d_in", value["d_in"])
+    bos = value["bos_token_id"]
+    want(bos is None or is_count(bos), "bos_token_id", bos)
+    want(type(value["complete"]) is bool, "complete", value["complete"])
+    _check_packing(value["packing"])
+    _check_sites(value["sites"])
+    want(isinstance(value["shards"], list), "shards", value["shards"])
+    manifest = Manifest(**value | {"shards": [], "statistics": {}})
+    paths = {f"{site}/{STATISTICS}" for site in manifest.sites} if manifest.complete else set()
+    manifest.statistics = records_of_files(value["statistics"], paths, "statistics")
+    manifest.shards = [
+        _shard_record(manifest, index, record) for index, record in enumerate(value["shards"])
+    ]
+    if manifest.complete:
+        want(len(manifest.shards) == manifest.num_shards, "num_contexts", manifest.num_contexts)
+        for index, shard in enumerate(manifest.shards):
+            wanted = manifest.shard_contexts(index)
+            want(shard.contexts == wanted, f"shard {index}'s contexts", shard.contexts)
+    return manifest
 
 
-def _shard_record(value: dict[str, Any]) -> ShardRecord:
-    first, following, files = tuple(value["first"]), tuple(value["next"]), value["files"]
-    return ShardRecord(value["contexts"], value["rows"], first, following, _records(files))
+def _shard_record(manifest: Manifest, index: int, value: Any) -> ShardRecord:
+    most, size = manifest.contexts_per_shard, manifest.context_size
+    record = record_of_shard(value, index, manifest.sites, most, size)
+    for path, _ in shard_paths(index, manifest.sites).values():
+        bytes_of_file = record.files[path].bytes
+        header = bytes_of_file - record.rows * manifest.d_in * BYTES_OF[manifest.dtype]
+        want(0 < header < _LONGEST_HEADER, f"{path} bytes", bytes_of_file)
+    return record
 
 
-def _records(files: dict[str, Any]) -> dict[str, FileRecord]:
-    return {name: FileRecord(**record) for name, record in files.items()}
+def _check_packing(packing: Any) -> None:
+    known = PackConfig.__dataclass_fields__
+    want_object(packing, set(known), "packing", set(known) - {"context_size"})
+    for name, value in packing.items():
+        want(type(value) is type(known[name].default), f"packing {name}", value)
+    try:
+        PackConfig(**packing)
+    except UsageError as error:
+        raise Odd(str(error)) from None
+    want(packing["context_size"] < _WIDEST, "packing context_size", packing["context_size"])
+
+
+def _check_sites(sites: Any) -> None:
+    want(isinstance(sites, list) and len(sites) > 0, "sites", sites)
+    for name in sites:
+        try:
+            fits = isinstance(name, str) and str(Site.parse(name)) == name
+        except UsageError:
+            fits = False
+        want(fits and sites.count(name) == 1, "site", name)
 
 
 def _shown(value: Any) -> str:
     """A value as shown in a sentence; a checksum shortened."""
     is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value)
     return f"'{value[:8]}…'" if is_digest else repr(value)
-
-
-def _digest(value: dict[str, Any]) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -8,19 +8,14 @@ earlier shard.
 import bisect
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.manifest import (
-    MANIFEST,
-    RECORDS,
-    TOKENS,
-    Manifest,
-    ShardRecord,
-    complete_shards,
-)
+from llm_wsae.data.manifest import MANIFEST, RECORDS, Manifest, complete_shards, save_record
 from llm_wsae.data.packing import BEGINNING, Contexts, Cursor, Packer
+from llm_wsae.data.shard_record import TOKENS, FileRecord, ShardRecord
 from llm_wsae.errors import LlmWsaeError
 
 _BYTES_PER_TOKEN = 8  # ordinary text has fewer
@@ -31,7 +26,8 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
 
     The manifest is the folder's, or ``wanted``, written to an empty folder. More tokens than before
     may be requested, since a shard depends on its index alone; a last shard that was shorter is
-    then rebuilt. Call this under the folder's lock.
+    then rebuilt. So is a shard of which a file is missing or has another size. Call this under the
+    folder's lock.
 
     Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
     """
@@ -46,6 +42,7 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
             "use the same settings to resume it"
         )
     shards = complete_shards(folder, found)
+    there = {i: shard for i, shard in shards.items() if _are_there(folder, shard.files)}
     per_shard = found.contexts_per_shard
     reached = max((i * per_shard + shard.contexts for i, shard in shards.items()), default=0)
     if reached > wanted.num_contexts:
@@ -57,11 +54,16 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
     if found.complete:
         # A process killed at the very end may have left records that its manifest holds already.
         shutil.rmtree(folder / RECORDS, ignore_errors=True)
-        if found.num_contexts == wanted.num_contexts:
+        intact = len(there) == len(shards) and _are_there(folder, found.statistics)
+        if intact and found.num_contexts == wanted.num_contexts:
             return found, shards
     found.num_contexts = wanted.num_contexts
-    whole = {i: shard for i, shard in shards.items() if shard.contexts == found.shard_contexts(i)}
-    found.shards = [shard for i, shard in enumerate(found.shards) if i in whole]
+    whole = {i: shard for i, shard in there.items() if shard.contexts == found.shard_contexts(i)}
+    first_lost = next(i for i in count() if i not in whole)
+    for i in range(first_lost, len(found.shards)):  # the manifest lists only those before
+        if i in whole:
+            save_record(folder, i, whole[i])
+    found.shards = [whole[i] for i in range(min(first_lost, len(found.shards)))]
     found.statistics, found.complete = {}, False
     found.save(folder)
     _remove_unlisted(folder, found, whole)
@@ -138,6 +140,16 @@ def too_small(corpus: Corpus, found: int, wanted: int, context_size: int) -> Llm
     )
 
 
+def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:
+    """Whether the files exist and have their sizes."""
+    sizes = {path: _size(folder / path) for path in files}
+    return sizes == {path: record.bytes for path, record in files.items()}
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
 def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, ShardRecord]) -> None:
     """Delete what a killed run wrote but never recorded, and what must be rebuilt."""
     listed = {folder / path for shard in whole.values() for path in shard.files}
@@ -146,5 +158,5 @@ def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, Shard
             if path not in listed:
                 path.unlink()
     for path in (folder / RECORDS).glob("*.json"):
-        if int(path.stem) not in whole:
+        if path.stem.isdecimal() and int(path.stem) not in whole:
             path.unlink()

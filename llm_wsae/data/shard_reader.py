@@ -3,6 +3,9 @@
 The rows of a shard are one block in its file, so a run of them is one read at an offset. Mapping
 the file would work too, but its pages would count as the process's memory, and a damaged file would
 end the process with a signal.
+
+Rows are compared with their checksums when a reader first reads them, a few at a time, so that a
+training never waits for a store to be checked and reads nothing twice.
 """
 
 import bisect
@@ -12,13 +15,16 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llm_wsae.data.manifest import Manifest, shard_paths
+from llm_wsae.data.manifest import Manifest
+from llm_wsae.data.shard_record import REPAIR, ROWS_PER_CHECK, shard_paths
+from llm_wsae.digests import crc32s
 from llm_wsae.errors import LlmWsaeError
 
-_SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F32": "float32"}
+_SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 _LONGEST_HEADER = 1 << 20
 
 
@@ -29,9 +35,10 @@ class RowReader:
         self._folder = folder
         self._d_in = manifest.d_in
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
-        self._paths = [
-            folder / shard_paths(index, [site])[site][0] for index in range(len(manifest.shards))
-        ]
+        self._records = manifest.shards
+        self._names = [shard_paths(index, [site])[site][0] for index in range(len(self._records))]
+        self._proved: dict[int, np.ndarray] = {}  # by shard: which of its rows' checksums match
+        self._checks: dict[int, np.ndarray] = {}  # by shard: those checksums
         self._ends = list(accumulate(shard.rows for shard in manifest.shards))
         self._offsets: dict[int, int] = {}
         self.num_rows = self._ends[-1] if self._ends else 0
@@ -40,20 +47,14 @@ class RowReader:
     def read(self, start: int, out: Tensor) -> None:
         """Fill ``out [rows, d_in]``, contiguous and of the store's dtype, with rows from ``start``.
 
-        Raises LlmWsaeError, naming the file, if it cannot be read or holds NaN or infinity.
+        Raises LlmWsaeError, naming the file, if it cannot be read or is not what was written.
         """
         assert out.is_contiguous() and out.dtype == self.dtype and out.shape[1] == self._d_in
         done = 0
         for shard, first, rows in self._pieces(start, len(out)):
             piece = out[done : done + rows]
             self._read_piece(shard, first, piece)
-            if not bool(torch.isfinite(piece.sum(dtype=torch.float64))):
-                bad = int((~torch.isfinite(piece)).any(1).sum())
-                raise LlmWsaeError(
-                    f"{bad} rows of {self._paths[shard]} between row {first} and "
-                    f"{first + rows - 1} are NaN or infinite; `llm-wsae verify` shows whether the "
-                    "store is damaged"
-                )
+            self._prove(shard, first, piece)
             done += rows
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
@@ -67,9 +68,43 @@ class RowReader:
                 yield shard, first, rows
             start, count, shard = start + rows, count - rows, shard + 1
 
+    def _prove(self, shard: int, first: int, piece: Tensor) -> None:
+        """Compare rows of a shard, which have just been read, with their checksums, unless they
+        have been compared before."""
+        if shard not in self._proved:
+            self._begin_to_prove(shard)
+        proved, stop = self._proved[shard], first + len(piece)
+        for number in range(first // ROWS_PER_CHECK, -(-stop // ROWS_PER_CHECK)):
+            if proved[number]:
+                continue
+            begin = number * ROWS_PER_CHECK
+            end = min(begin + ROWS_PER_CHECK, self._records[shard].rows)
+            rows = piece[max(begin - first, 0) : end - first]
+            if len(rows) < end - begin:  # its other rows are not asked for
+                rows = torch.empty(end - begin, self._d_in, dtype=self.dtype)
+                self._read_piece(shard, begin, rows)
+            if crc32s(bytes_of(rows), rows.nbytes) != [self._checks[shard][number]]:
+                raise LlmWsaeError(
+                    f"{self._path(shard)} is damaged: rows {begin} to {end - 1} are not those that "
+                    f"were written; {REPAIR}"
+                )
+            proved[number] = True
+
+    def _begin_to_prove(self, shard: int) -> None:
+        record, name = self._records[shard], self._names[shard]
+        checks = record.crc32s(name)
+        self._proved[shard] = np.zeros(-(-record.rows // ROWS_PER_CHECK), dtype=bool)
+        if checks is not None:
+            self._checks[shard] = checks
+        else:  # a shard of the first version has one checksum for all of its rows
+            record.files[name].check(self._path(shard))
+            self._proved[shard][:] = True
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / self._names[shard]
+
     def _read_piece(self, shard: int, first: int, piece: Tensor) -> None:
-        path = self._paths[shard]
-        buffer = piece.view(torch.uint8).numpy().data.cast("B")
+        path, buffer = self._path(shard), bytes_of(piece)
         try:
             handle = os.open(path, os.O_RDONLY)
             try:
@@ -79,9 +114,7 @@ class RowReader:
                 while buffer:
                     read = os.preadv(handle, [buffer], position)
                     if read == 0:
-                        raise LlmWsaeError(
-                            f"{path} is truncated; `llm-wsae verify` lists the damage"
-                        )
+                        raise LlmWsaeError(f"{path} is truncated; {REPAIR}")
                     buffer, position = buffer[read:], position + read
             finally:
                 os.close(handle)
@@ -89,18 +122,30 @@ class RowReader:
             raise LlmWsaeError(f"cannot read {path}: {error.strerror}") from error
 
     def _data_offset(self, shard: int, handle: int) -> int:
-        """Where the rows begin in a shard's file, if its header matches the manifest."""
-        rows = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
+        """Where the rows begin in a shard's file, if its size and header match the manifest."""
+        record, path = self._records[shard], self._path(shard)
+        size, wanted = os.fstat(handle).st_size, record.files[self._names[shard]].bytes
+        if size != wanted:
+            raise LlmWsaeError(
+                f"{path} is truncated or extended: {size} bytes instead of {wanted}; {REPAIR}"
+            )
         length = int.from_bytes(os.pread(handle, 8, 0), "little")
+        entry = {
+            "dtype": _SAFETENSORS_DTYPES[self.dtype],
+            "shape": [record.rows, self._d_in],
+            "data_offsets": [0, record.rows * self.row_bytes],
+        }
         try:
-            entry = json.loads(os.pread(handle, min(length, _LONGEST_HEADER), 8))["activations"]
-            fits = entry["shape"] == [rows, self._d_in]
-            dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-            if fits and dtype is not None and getattr(torch, dtype) == self.dtype:
-                return 8 + length + entry["data_offsets"][0]
-        except (ValueError, KeyError, TypeError):
-            pass  # the sentence below covers all of it
-        raise LlmWsaeError(
-            f"{self._paths[shard]} does not hold the {rows} rows that the manifest promises; "
-            "`llm-wsae verify` lists the damage"
-        )
+            header = json.loads(os.pread(handle, min(length, _LONGEST_HEADER), 8))
+        except (ValueError, RecursionError):
+            header = None
+        if header != {"activations": entry}:
+            raise LlmWsaeError(
+                f"{path} does not hold the {record.rows} rows that the manifest promises; {REPAIR}"
+            )
+        return 8 + length
+
+
+def bytes_of(rows: Tensor) -> memoryview:
+    """The memory of contiguous rows."""
+    return rows.flatten().view(torch.uint8).numpy().data

@@ -15,20 +15,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.data.manifest import (
-    RECORDS,
+from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards, save_record
+from llm_wsae.data.packing import Contexts, save_contexts
+from llm_wsae.data.shard_reader import bytes_of
+from llm_wsae.data.shard_record import (
+    ROWS_PER_CHECK,
     STATISTICS,
     FileRecord,
-    Manifest,
     ShardRecord,
-    complete_shards,
-    save_record,
+    packed,
     shard_paths,
     tokens_path,
 )
-from llm_wsae.data.packing import Contexts, save_contexts
+from llm_wsae.digests import crc32s
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import load_tensors, save_tensors, sha256
+from llm_wsae.files import load_tensors, save_tensors
 from llm_wsae.statistics.moments import Statistics
 
 SHARD_SAMPLE_ROWS = 1024  # sampled per shard; the sample of the whole store is larger
@@ -116,11 +117,13 @@ class StoreWriter:
         return self._statistics[site]
 
     def _write_shard(self, index: int) -> None:
-        files = [tokens_path(index)]
+        files, checks = [tokens_path(index)], {}
         save_contexts(self._folder / files[0], self._contexts)
         for site, (path, statistics_path) in shard_paths(index, self._manifest.sites).items():
             rows = self._rows[site][: self._num_rows]
             save_tensors(self._folder / path, {"activations": rows})
+            row_bytes = rows.shape[1] * rows.itemsize
+            checks[path] = packed(crc32s(bytes_of(rows), ROWS_PER_CHECK * row_bytes))
             statistics = self._statistics_of(site)
             save_tensors(self._folder / statistics_path, statistics.to_tensors())
             files += [path, statistics_path]
@@ -129,7 +132,8 @@ class StoreWriter:
             rows=self._num_rows,
             first=self._contexts[0].first,
             next=self._contexts[-1].next,
-            files={path: _file_record(self._folder / path) for path in files},
+            files={path: FileRecord.of(self._folder / path) for path in files},
+            row_checks=checks,
         )
         save_record(self._folder, index, record)
         self._contexts, self._statistics, self._num_rows = [], {}, 0
@@ -142,18 +146,14 @@ def finish_store(folder: Path, manifest: Manifest) -> None:
     manifest.shards = list(shards.values())
     for site in manifest.sites:
         merged = Statistics(manifest.d_in, manifest.context_size)
-        for index in shards:
-            tensors, _ = load_tensors(
-                folder / shard_paths(index, [site])[site][1], "statistics of a shard"
-            )
+        for index, shard in shards.items():
+            path = shard_paths(index, [site])[site][1]
+            shard.files[path].check(folder / path)
+            tensors, _ = load_tensors(folder / path, "statistics of a shard")
             merged.merge(Statistics.from_tensors(tensors))
         path = f"{site}/{STATISTICS}"
         save_tensors(folder / path, merged.to_tensors())
-        manifest.statistics[path] = _file_record(folder / path)
+        manifest.statistics[path] = FileRecord.of(folder / path)
     manifest.complete = True
     manifest.save(folder)
     shutil.rmtree(folder / RECORDS, ignore_errors=True)
-
-
-def _file_record(path: Path) -> FileRecord:
-    return FileRecord(path.stat().st_size, sha256(path))

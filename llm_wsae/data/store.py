@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.data.manifest import STATISTICS, Manifest, complete_shards, tokens_path
+from llm_wsae.data.manifest import Manifest, complete_shards
 from llm_wsae.data.packing import Contexts, load_contexts
 from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.shard_record import REPAIR, STATISTICS, tokens_path
 from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.files import load_tensors
@@ -95,9 +96,10 @@ class ActivationStore:
         return self.manifest.model.get("dtype", "auto") if wanted == "auto" else wanted
 
     def statistics(self, site: Site) -> Statistics:
-        """The statistics of all rows of a site."""
-        path = self.folder / self._name(site) / STATISTICS
-        tensors, _ = load_tensors(path, f"statistics of {site}")
+        """The statistics of all rows of a site. Raises LlmWsaeError if their file is damaged."""
+        name = f"{self._name(site)}/{STATISTICS}"
+        self.manifest.statistics[name].check(self.folder / name)
+        tensors, _ = load_tensors(self.folder / name, f"statistics of {site}")
         return Statistics.from_tensors(tensors)
 
     def rows(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
@@ -173,12 +175,12 @@ class ActivationStore:
         return str(site)
 
     def _load_tokens(self, shard: int) -> Contexts:
-        record = self.manifest.shards[shard]
-        contexts = load_contexts(self.folder / tokens_path(shard), record.first, record.next)
+        record, path = self.manifest.shards[shard], self.folder / tokens_path(shard)
+        record.files[tokens_path(shard)].check(path)
+        contexts = load_contexts(path, record.first, record.next)
         if int(contexts.keep.sum()) != record.rows:
             raise LlmWsaeError(
-                f"{self.folder / tokens_path(shard)} does not match the {record.rows} rows of its "
-                "shard; `llm-wsae verify` lists the damage"
+                f"{path} does not match the {record.rows} rows of its shard; {REPAIR}"
             )
         return contexts
 

@@ -4,11 +4,18 @@ import glob
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from llm_wsae.errors import LlmWsaeError
+
+T = TypeVar("T")
+
+_ATTEMPTS = 100
+_BETWEEN_RENAMES = 0.001  # seconds, far longer than they take
 
 
 @contextmanager
@@ -28,6 +35,43 @@ def replacing(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
         _swap(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def retry_if_replaced(folder: Path, read: Callable[[], T]) -> T:
+    """What ``read`` finds in a folder; once more if the folder was replaced meanwhile, so that
+    ``read`` found files of two folders, or none.
+
+    Raises what ``read`` raises, LlmWsaeError where that is an error of the operating system.
+    """
+    attempts = 0
+    while True:
+        before = _version(folder)
+        try:
+            return read()
+        except (LlmWsaeError, OSError) as error:
+            attempts += 1
+            replaced = before != _version(folder) or (before is None and _is_swapped(folder))
+            if replaced and attempts < _ATTEMPTS:
+                time.sleep(_BETWEEN_RENAMES)
+            elif isinstance(error, OSError):
+                raise LlmWsaeError(f"cannot read {folder}: {error}") from error
+            else:
+                raise
+
+
+def _version(folder: Path) -> tuple[int, int] | None:
+    """What differs between a folder and another one in its place; None if there is none."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
+def _is_swapped(folder: Path) -> bool:
+    """Whether a writer is between its two renames."""
+    writers = [process for _, process in _temporaries(folder, "old")]
+    return any(process == os.getpid() or _is_running(process) for process in writers)
 
 
 def not_there(folder: Path) -> LlmWsaeError:
@@ -50,13 +94,17 @@ def _temporary(folder: Path, what: str) -> Path:
     return folder.with_name(f".{folder.name}.{os.getpid()}.{what}")
 
 
-def _leftovers(folder: Path, what: str) -> Iterator[Path]:
-    """Such paths left by processes that have ended."""
+def _temporaries(folder: Path, what: str) -> Iterator[tuple[Path, int]]:
+    """Such paths of all processes, with the processes' numbers."""
     name = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.{what}", re.ASCII)
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.{what}"):
-        found = name.fullmatch(path.name)
-        if found is not None and not _is_running(int(found[1])):
-            yield path
+        if found := name.fullmatch(path.name):
+            yield path, int(found[1])
+
+
+def _leftovers(folder: Path, what: str) -> Iterator[Path]:
+    """Such paths left by processes that have ended."""
+    return (path for path, process in _temporaries(folder, what) if not _is_running(process))
 
 
 def _clear_up(folder: Path) -> None:

@@ -2,13 +2,15 @@
 
     cfg.json                  SAELens ≥ 6 configuration
     sae_weights.safetensors   W_enc, W_dec, b_enc, b_dec, and threshold for JumpReLU
-    wsae.json                 how it was made (``DictionaryInfo``), format version, checksums
+    wsae.json                 how it was made (``DictionaryInfo``), format version, checksums of
+                              the other three and of itself
     wsae.safetensors          gamma [d_in] or [d_in, d_in], statistics of the rows
     explanations.jsonl        what a language model said of its latents (``explanations``), if asked
 
 The folder is written under a temporary name and renamed, so half a dictionary is never found under
 its name. Reading trusts nothing: names, shapes and dtypes in the files' headers are compared with
-``cfg.json`` before a single tensor is allocated.
+``cfg.json`` before a single tensor is allocated, and every byte with its checksum. (Dictionaries of
+the first version have none for the two JSON files.)
 """
 
 import dataclasses
@@ -23,12 +25,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.atomic_folder import not_there, replacing
+from llm_wsae.dictionary.atomic_folder import not_there, replacing, retry_if_replaced
 from llm_wsae.dictionary.checks import check_finite, read_tensors
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.files import (
+    own_json,
     read_json,
     remove_partials,
     save_tensors,
@@ -48,7 +51,11 @@ CFG, WEIGHTS, INFO, EXTRAS = (
     "wsae.safetensors",
 )
 EXPLANATIONS = "explanations.jsonl"
+OWN_DIGEST = "own_sha256"
+"""Key in ``wsae.json`` of its own digest; those of the other files are under ``sha256``."""
 _OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
+_PROVED = (CFG, WEIGHTS, EXTRAS)
+_WAY_OUT = "restore the dictionary from a copy, train it again or pull it again"
 _LARGEST_SIZE = 2**31
 _STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _EXTRAS_DTYPES = {"F64", *_STORED_DTYPES.values()}
@@ -125,16 +132,17 @@ def write_folder(
     with replacing(folder, check_replaceable) as new:
         save_tensors(new / WEIGHTS, stored)
         save_tensors(new / EXTRAS, extras)
-        write_json(new / CFG, saelens_config(d_in, d_sae, sparsity, info))
+        write_json(new / CFG, saelens_config(d_in, d_sae, sparsity, info), key=None)
         write_json(
             new / INFO,
             {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
                 "package_version": version_of("llm-wsae"),
-                "sha256": {name: sha256(new / name) for name in (WEIGHTS, EXTRAS)},
+                "sha256": {name: sha256(new / name) for name in _PROVED},
                 **info.to_dict(),
             },
+            key=OWN_DIGEST,
         )
         _carry_explanations(folder, new)
 
@@ -196,7 +204,7 @@ def check_folder(folder: Path) -> DictionaryInfo:
 
     Raises LlmWsaeError as ``read_folder`` does.
     """
-    return _stored(folder).info
+    return retry_if_replaced(folder, lambda: _stored(folder)).info
 
 
 def _stored(folder: Path) -> Content:
@@ -209,34 +217,48 @@ def _stored(folder: Path) -> Content:
             f"{folder} is not a complete dictionary folder of this package: it lacks "
             f"{' and '.join(missing)}"
         )
-    info = _read_info(folder / INFO)
+    values = _read_info(folder)
+    info = _info_of(folder / INFO, values)
+    _check_digests(folder, values.get("sha256"))
     d_in, d_sae, sparsity = _read_cfg(folder / CFG, info)
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     if sparsity.has_threshold:
         shapes["threshold"] = (d_sae,)
     weights = read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
     extras = read_tensors(folder / EXTRAS, "side tensors", None, _EXTRAS_DTYPES, d_in)
-    _check_digests(folder)
     return Content(weights, sparsity, info, extras)
 
 
-def _check_digests(folder: Path) -> None:
-    """The tensor files must hold the bytes that were saved, which their headers cannot show."""
-    saved = read_json(folder / INFO, "dictionary's information").get("sha256")
+def files_without_digest(folder: Path) -> list[Path]:
+    """The files of a dictionary of this package that no digest covers, as in the first version."""
+    values, has_digest = own_json(folder / INFO, "dictionary's information", key=OWN_DIGEST)
+    names = [*([] if has_digest else [INFO]), *(set(_PROVED) - values["sha256"].keys())]
+    return [folder / name for name in sorted(names)]
+
+
+def _check_digests(folder: Path, saved: Any) -> None:
+    """The files must hold the bytes that were saved, which what they say cannot show."""
     digests = saved if isinstance(saved, dict) else {}
-    changed = [n for n in (WEIGHTS, EXTRAS) if digests.get(n) != sha256(folder / n)]
-    if changed:
+    first_version = digests.keys() == {WEIGHTS, EXTRAS}
+    names = (WEIGHTS, EXTRAS) if first_version else _PROVED
+    if changed := [name for name in names if digests.get(name) != sha256(folder / name)]:
         raise LlmWsaeError(
             f"in {folder}, {' and '.join(changed)} changed since it was saved (by the checksums in "
-            f"{INFO}); fetch it again, or, if SAELens was meant to write there, remove {INFO} and "
+            f"{INFO}); {_WAY_OUT}, or, if SAELens was meant to write there, remove {INFO} and "
             f"{EXTRAS} to load it as a SAELens dictionary"
         )
 
 
-def _read_info(path: Path) -> DictionaryInfo:
-    values = read_json(path, "dictionary's information")
+def _read_info(folder: Path) -> dict[str, Any]:
+    """The content of ``wsae.json``, proved."""
+    path = folder / INFO
+    values, _ = own_json(path, "dictionary's information", _WAY_OUT, key=OWN_DIGEST)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
+    return values
+
+
+def _info_of(path: Path, values: dict[str, Any]) -> DictionaryInfo:
     version = values.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise LlmWsaeError(
@@ -324,7 +346,7 @@ def keep_measurements(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> N
     read or written; it is then unchanged.
     """
     check_keeps_measurements(folder)
-    info = read_json(folder / INFO, "dictionary's information")
+    info = _read_info(folder)
     metrics = info.get("metrics")
     old = metrics if isinstance(metrics, dict) else {}
-    write_json(folder / INFO, {**info, "metrics": {**old, **found}})
+    write_json(folder / INFO, {**info, "metrics": {**old, **found}}, key=OWN_DIGEST)

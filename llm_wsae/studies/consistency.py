@@ -13,7 +13,7 @@ from tqdm import tqdm
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.monosemanticity.seed_consistency import pw_mcc
-from llm_wsae.files import read_json, write_json
+from llm_wsae.files import read_own_json, write_json
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def measure(path: Path, kept: Mapping[tuple[str, int], Mapping[int, Path]]) -> A
     for (label, k), folders in tqdm(new.items(), desc="seeds", unit="kind", disable=not new):
         decoders = [Dictionary.load(folder).W_dec.detach() for folder in folders.values()]
         found[label, k] = Agreement(label, k, tuple(folders), pw_mcc(decoders))
-        write_json(path, [asdict(one) for one in found.values()])
+        write_json(path, {"agreements": [asdict(one) for one in found.values()]})
     return found
 
 
@@ -54,14 +54,13 @@ def read(path: Path) -> Agreements:
     """What was measured; empty without a file. Raises LlmWsaeError if the file is damaged."""
     if not path.exists():
         return {}
+    way_out = "delete it to measure it again"
+    content = read_own_json(path, "consistency of a study", way_out)
     try:
-        found = [
-            Agreement(**one | {"seeds": tuple(one["seeds"])})
-            for one in read_json(path, "consistency of a study")
-        ]
+        listed = content if isinstance(content, list) else content["agreements"]  # first version
+        found = [Agreement(**one | {"seeds": tuple(one["seeds"])}) for one in listed]
         return {(one.label, one.k): one for one in found}
     except (KeyError, TypeError) as error:
         raise LlmWsaeError(
-            f"{path} is not the consistency of a study's seeds ({error!r}); delete it to "
-            "measure it again"
+            f"{path} is not the consistency of a study's seeds ({error!r}); {way_out}"
         ) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import read_json
+from llm_wsae.files import AGAIN, read_own_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.studies import consistency
 from llm_wsae.studies.report import StudyReport
@@ -53,7 +53,7 @@ def read_explained(folder: Path) -> dict[str, Any]:
     Raises LlmWsaeError if the file is damaged.
     """
     path = folder / EXPLAINED
-    found = read_json(path, "explanations of a study") if path.exists() else {}
+    found = read_own_json(path, "explanations of a study") if path.exists() else {}
     if found and not {"settings", "dictionaries"} <= set(found):
         raise LlmWsaeError(f"{path} is not the explanations of a study; delete it to ask again")
     return found
@@ -62,17 +62,15 @@ def read_explained(folder: Path) -> dict[str, Any]:
 def read_basis(folder: Path) -> dict[str, Any]:
     """What all dictionaries of a study share. Raises LlmWsaeError if the file is damaged."""
     path = folder / BASIS
-    basis = read_json(path, "description of a study")
+    basis = read_own_json(path, "description of a study")
     try:
         scoring = basis["scoring"]
         scoring["encoder"] = canonical_encoder(scoring["encoder"])
         # studies made before there was a choice of architecture are TopK's, and without plants
         training = {"architecture": "topk"} | basis["training"]
         return {"planted": {}} | basis | {"training": training}
-    except (KeyError, TypeError) as error:
-        raise LlmWsaeError(
-            f"{path} is not the description of a study; choose another folder"
-        ) from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise LlmWsaeError(f"{path} is not the description of a study; {AGAIN}") from error
 
 
 def check_basis(folder: Path, basis: Mapping[str, Any]) -> None:

@@ -20,18 +20,19 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-from llm_wsae.files import read_json, write_json
+from llm_wsae.files import read_own_json, write_json
 from llm_wsae.planting.recovery import PlantRecovery, measure_recovery
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.folder import DICTIONARIES, RESULTS, TRAINING
 from llm_wsae.studies.plan import PlannedArm
-from llm_wsae.studies.results import record_of
+from llm_wsae.studies.results import read_record, record_of
+from llm_wsae.training.checkpoint import FINISHED
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.trainer import FINISHED, train
+from llm_wsae.training.trainer import train
 
-_GROUP = "group.json"
+GROUP = "group.json"
 _PASS_BYTES = 1 << 30  # of parameters and optimiser state that are trained together
 _MEASURED_TOGETHER = 8  # share the pass without a dictionary; a stop costs at most some minutes
 _SAME_WEIGHTS = 1e-3  # relative: what rounding on another processor may change in γ
@@ -61,7 +62,7 @@ class StudyJobs:
             if not path.exists():
                 missing.append(planned)
                 continue
-            found = read_json(path, "result of a study").get("identity")
+            found = read_record(path).get("identity")
             if not _same_arm(found, plain(planned.arm.identity())):
                 raise LlmWsaeError(
                     f"{path} is the result of other weights with the same name (from another first "
@@ -98,7 +99,7 @@ class StudyJobs:
         (seed,) = {planned.arm.init_seed for planned in group}
         names = [planned.arm.name for planned in group]
         folder = self._group_folder(names)
-        write_json(folder / _GROUP, names)
+        write_json(folder / GROUP, {"dictionaries": names})
         config = replace(self.training, shuffle_seed=seed)
         train(self.source, [p.arm for p in group], config, folder)
         self._collect()
@@ -108,7 +109,7 @@ class StudyJobs:
         for folder in self._group_folders():
             if not (folder / FINISHED).exists():
                 continue
-            for name in read_json(folder / _GROUP, "list of a study's dictionaries"):
+            for name in _names_in(folder):
                 target = self.out / DICTIONARIES / name
                 target.parent.mkdir(exist_ok=True)
                 if (folder / name).exists() and not target.exists():
@@ -119,14 +120,14 @@ class StudyJobs:
         """Delete unfinished trainings whose dictionaries another command has measured since."""
         measured = {path.stem for path in (self.out / RESULTS).glob("*.json")}
         for folder in self._group_folders():
-            if measured.issuperset(read_json(folder / _GROUP, "list of a study's dictionaries")):
+            if measured.issuperset(_names_in(folder)):
                 shutil.rmtree(folder)
 
     def _groups(self, arms: list[PlannedArm]) -> Iterator[list[PlannedArm]]:
         """Arms to train in one pass: first the unfinished groups, then the others by seed."""
         by_name = {planned.arm.name: planned for planned in arms}
         for folder in self._group_folders():
-            names = read_json(folder / _GROUP, "list of a study's dictionaries")
+            names = _names_in(folder)
             if all(name in by_name for name in names):
                 yield [by_name.pop(name) for name in names]
         for seed in dict.fromkeys(planned.arm.init_seed for planned in by_name.values()):
@@ -185,7 +186,22 @@ class StudyJobs:
         return self.out / TRAINING / digest[:12]
 
     def _group_folders(self) -> list[Path]:
-        return sorted(path.parent for path in (self.out / TRAINING).glob(f"*/{_GROUP}"))
+        return sorted(path.parent for path in (self.out / TRAINING).glob(f"*/{GROUP}"))
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The dictionaries that are trained in a group's folder. Raises LlmWsaeError if its list is
+    damaged."""
+    way_out = f"delete {folder} to train its dictionaries again"
+    found = read_own_json(folder / GROUP, "list of a study's dictionaries", way_out)
+    names = found.get("dictionaries") if isinstance(found, dict) else found  # first version
+    if not isinstance(names, list) or not all(map(_is_folder_name, names)):
+        raise LlmWsaeError(f"{folder / GROUP} is not a list of dictionaries; {way_out}")
+    return names
+
+
+def _is_folder_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
 
 
 def _chunks(arms: Sequence[PlannedArm], size: int) -> Iterator[list[PlannedArm]]:

@@ -13,7 +13,7 @@ from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
 from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
 from llm_wsae.explaining.protocol import SCORES
-from llm_wsae.files import read_json
+from llm_wsae.files import read_own_json
 from llm_wsae.hardware import processor_name
 from llm_wsae.planting.recovery import PlantRecovery
 from llm_wsae.provenance import plain, versions
@@ -139,6 +139,7 @@ EXPLAINED: dict[str, Measure] = {
     for name, meaning in SCORES.items()
 }
 """Measures of a study whose latents were explained by a language model, in addition."""
+_WAY_OUT = "delete it to measure that dictionary again"
 FAMILY = "selectivity of "  # in addition to the measures: a family's mean, without an interval
 
 
@@ -203,13 +204,21 @@ def record_of(
 
 def read_result(path: Path) -> Result:
     """Read a dictionary's file. Raises LlmWsaeError if it is damaged."""
+    record = read_record(path)
     try:
-        return _result(read_json(path, "result of a study"))
+        return _result(record)
     except (KeyError, TypeError, AttributeError) as error:
         raise LlmWsaeError(
-            f"{path} is not a result of a study as this version writes it ({error!r}); delete it "
-            "to measure that dictionary again"
+            f"{path} is not a result of a study as this version writes it ({error!r}); {_WAY_OUT}"
         ) from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What ``record_of`` gave. Raises LlmWsaeError if the file is damaged."""
+    record = read_own_json(path, "result of a study", _WAY_OUT)
+    if not isinstance(record, dict):
+        raise LlmWsaeError(f"{path} is not a result of a study; {_WAY_OUT}")
+    return record
 
 
 def _result(record: dict[str, Any]) -> Result:

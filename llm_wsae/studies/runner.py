@@ -158,6 +158,7 @@ def study(
         if missing:
             # Before any training: it may find that the text is too short or a label is unknown.
             monosemanticity = MonosemanticityEvaluator(model, heldout, packing, scoring, encoder)
+        if missing or not (out / BASIS).exists():
             write_json(out / BASIS, basis)
         jobs.finish(missing, monosemanticity)
         consistency.measure(out / CONSISTENCY, _kept(out, read_results(out)))

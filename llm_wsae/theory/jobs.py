@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import read_json, write_json
+from llm_wsae.files import read_own_json, write_json
 from llm_wsae.provenance import plain
 
 Check = Callable[[], None]
@@ -75,9 +75,10 @@ def finish(units: Sequence[Unit], workers: int, label: str) -> list[dict[str, An
 
 
 def _read(unit: Unit) -> dict[str, Any]:
-    found = read_json(unit.path, "result of a planted experiment")
+    way_out = "delete it to compute it again"
+    found = read_own_json(unit.path, "result of a planted experiment", way_out)
     if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
-        raise LlmWsaeError(f"{unit.path} is not a result of planted experiments; delete it")
+        raise LlmWsaeError(f"{unit.path} is not a result of planted experiments; {way_out}")
     for key, wanted in plain(unit.identity).items():
         before = found["identity"].get(key)
         if before != wanted:

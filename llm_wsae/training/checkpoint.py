@@ -1,23 +1,31 @@
-"""The state of a training on disk: one safetensors file, replaced atomically.
+"""The state of a training on disk: one safetensors file, replaced atomically; in the end a record
+of the finished training takes its place.
 
 It records the settings it belongs to, so that a run with others is told what differs instead of
-resuming from a state that is not its own.
+resuming from a state that is not its own. It is read only if every byte is as it was written, and
+if its tensors are those of the arms.
 """
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import open_tensors, save_tensors
+from llm_wsae.digests import HEADER
+from llm_wsae.errors import LlmWsaeError, shown
+from llm_wsae.files import open_tensors, own_facts, read_own_json, save_own_tensors
+from llm_wsae.processes import Processes
 from llm_wsae.training.arm import Arm
+from llm_wsae.training.log import Written
 from llm_wsae.training.parallel.group import ProcessGroup
-from llm_wsae.training.parallel.sharded_checkpoint import Rows, save_rows
+from llm_wsae.training.parallel.sharded_checkpoint import DTYPES, Rows, save_rows
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, FINISHED = "checkpoint.safetensors", "training.json"
+WHAT = "training checkpoint"
+WAY_OUT = "delete it to start that training again"
 
 
 class Reached(NamedTuple):
@@ -27,6 +35,8 @@ class Reached(NamedTuple):
     """Steps done."""
     numbers: dict[str, dict[str, float]]
     """The numbers last logged for each arm."""
+    log: Written | None = None
+    """What the log held; None in processes that write none and in files of the first version."""
 
 
 def save_checkpoint(
@@ -41,8 +51,8 @@ def save_checkpoint(
     The file is the same however the training is distributed, so any number of processes can resume
     from it. Rank 0 writes it; where other processes hold latents, each writes its own part.
     """
-    header = {**reached._asdict(), "identity": identity}
-    metadata = {"llm_wsae": json.dumps(header)}
+    log = None if reached.log is None else reached.log._asdict()
+    header = {**reached._asdict(), "log": log, "identity": identity}
     parts: dict[str, Tensor | Rows] = {}
     for arm in arms:
         for name, value in arm.state().items():
@@ -51,42 +61,128 @@ def save_checkpoint(
                 part = Rows(value, arm.own_latents.start, arm.d_sae)
             parts[f"{arm.config.name}/{name}"] = part
     if group.strategy.latent_parts > 1:
-        save_rows(folder / CHECKPOINT, parts, metadata, group.processes)
+        save_rows(folder / CHECKPOINT, parts, header, group.processes)
     elif group.processes.leads:
-        save_tensors(folder / CHECKPOINT, parts, metadata)
+        save_own_tensors(folder / CHECKPOINT, parts, header)
 
 
-def load_checkpoint(folder: Path, arms: Sequence[Arm], identity: dict[str, Any]) -> Reached:
+def load_checkpoint(
+    folder: Path, arms: Sequence[Arm], identity: dict[str, Any], processes: Processes
+) -> Reached:
     """Restore the arms, or the latents that they hold, from the folder's checkpoint, if it has one.
 
-    Raises LlmWsaeError when the checkpoint belongs to other settings or is damaged.
+    All processes call this together; rank 0 checks the bytes for all. Raises LlmWsaeError when the
+    checkpoint belongs to other settings or is damaged.
     """
     path = folder / CHECKPOINT
     if not path.exists():
         return Reached(0, {})
-    with open_tensors(path, "training checkpoint") as file:
-        try:
-            header = json.loads((file.metadata() or {})["llm_wsae"])
+    with open_tensors(path, WHAT, WAY_OUT) as file:
+        header = processes.lead(lambda: own_facts(file, path, WHAT, WAY_OUT).content)
+        with _refused(path):
+            reached = _reached(header, identity["num_steps"])
             check_identity(folder, header["identity"], identity)
-            for arm in arms:
-                arm.load_state(_own_state(file, arm))
-            return Reached(int(header["step"]), header.get("numbers", {}))
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise LlmWsaeError(
-                f"{path} is not a checkpoint of this version ({error}); delete it to start over"
-            ) from error
+            _restore(file, arms)
+            return reached
+
+
+def load_just_saved(folder: Path, arm: Arm) -> None:
+    """Restore an arm that holds all latents from the checkpoint that this run has just saved."""
+    path = folder / CHECKPOINT
+    with open_tensors(path, WHAT) as file, _refused(path):
+        _restore(file, [arm])
+
+
+def log_at_checkpoint(folder: Path) -> Written | None:
+    """What the log held at the folder's checkpoint, the bytes of which are not checked here."""
+    path = folder / CHECKPOINT
+    with open_tensors(path, WHAT) as file, _refused(path):
+        return Written.from_json(json.loads(file.metadata()[HEADER]).get("log"))
+
+
+def read_finished(folder: Path) -> tuple[dict[str, Any], Written | None]:
+    """The settings of the finished training in a folder, and what its log held at the end (None in
+    folders of the first version).
+
+    Raises LlmWsaeError if its record is damaged.
+    """
+    path = folder / FINISHED
+    found = read_own_json(path, "training record", WAY_OUT)
+    with _refused(path):
+        log = Written.from_json(found.pop("log", None))
+        for name in ("rows", "arms"):
+            if not isinstance(found[name], dict):
+                raise ValueError(f"its {name} is {shown(found[name])}")
+        return found, log
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """What no training writes, as an error of ours."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise LlmWsaeError(
+            f"{path} is not what this version writes ({error}); {WAY_OUT}"
+        ) from error
+
+
+def _reached(header: dict[str, Any], num_steps: int) -> Reached:
+    """How far the training had come. Raises ValueError or KeyError for what no training writes."""
+    step, numbers = header["step"], header.get("numbers", {})
+    if type(step) is not int or not 0 <= step <= num_steps:
+        raise ValueError(f"its step is {shown(step)} of {num_steps}")
+    if not isinstance(header["identity"], dict):
+        raise ValueError("it does not say which settings it belongs to")
+    for found in numbers.values():
+        if not all(isinstance(number, float) for number in found.values()):
+            raise ValueError(f"its numbers are {shown(numbers)}")
+    return Reached(step, numbers, Written.from_json(header.get("log")))
+
+
+def _restore(file: Any, arms: Sequence[Arm]) -> None:
+    for arm in arms:
+        _check_tensors(file, arm)
+    for arm in arms:
+        arm.load_state(_own_state(file, arm))
+
+
+def _check_tensors(file: Any, arm: Arm) -> None:
+    """Raise ValueError unless the file has the arm's tensors, in their shapes.
+
+    It may have single numbers in addition: what an architecture remembers only after a while.
+    """
+    missing = arm.state()
+    for name in _names(file, arm):
+        piece = file.get_slice(f"{arm.config.name}/{name}")
+        shape, dtype = piece.get_shape(), piece.get_dtype()
+        wanted = missing.pop(name, None)
+        if wanted is None or wanted.ndim == 0:  # of any precision: mps has no float64
+            is_float = dtype.startswith("F")
+            fits = shape == [] and (wanted is None or is_float == wanted.is_floating_point())
+        else:
+            latents = arm.d_sae if _per_latent(name, wanted.shape) else len(wanted)
+            fits = shape == [latents, *wanted.shape[1:]] and dtype == DTYPES[wanted.dtype]
+        if not fits:
+            raise ValueError(f"its {arm.config.name}/{name} is {dtype} {shape}")
+    if missing:
+        raise ValueError(f"it lacks {arm.config.name}/{min(missing)}")
+
+
+def _names(file: Any, arm: Arm) -> list[str]:
+    prefix = f"{arm.config.name}/"
+    names = file.keys()
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def _own_state(file: Any, arm: Arm) -> dict[str, Tensor]:
-    prefix, own, found = f"{arm.config.name}/", arm.own_latents, {}
-    for name in file.keys():  # noqa: SIM118 - not a dict
-        if name.startswith(prefix):
-            short = name.removeprefix(prefix)
-            piece = file.get_slice(name)
-            if len(own) < arm.d_sae and _per_latent(short, piece.get_shape()):
-                found[short] = piece[own.start : own.stop]
-            else:
-                found[short] = file.get_tensor(name)
+    own, found = arm.own_latents, {}
+    for name in _names(file, arm):
+        piece = file.get_slice(f"{arm.config.name}/{name}")
+        if len(own) < arm.d_sae and _per_latent(name, piece.get_shape()):
+            found[name] = piece[own.start : own.stop]
+        else:
+            found[name] = file.get_tensor(f"{arm.config.name}/{name}")
     return found
 
 

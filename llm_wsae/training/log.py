@@ -4,39 +4,92 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import write_error, write_text
+from llm_wsae.errors import LlmWsaeError, shown
+from llm_wsae.files import write_atomic, write_error
 from llm_wsae.outside import reason
 
 LOG = "log.jsonl"
 _BEGINNING = b'{"step": '
 
 
+class Written(NamedTuple):
+    """What a log holds, for the checkpoint that belongs to it."""
+
+    length: int
+    """Bytes."""
+    sha256: str
+    """SHA-256 of them, in hex."""
+
+    @classmethod
+    def of(cls, data: bytes) -> "Written":
+        """What a log of that content holds."""
+        return cls(len(data), hashlib.sha256(data).hexdigest())
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Written | None":
+        """From a file; None if a file of the first version says nothing. Raises ValueError."""
+        if value is None:
+            return None
+        if not isinstance(value, dict) or value.keys() != set(cls._fields):
+            raise ValueError(f"its log is {shown(value)}")
+        if type(value["length"]) is not int or not isinstance(value["sha256"], str):
+            raise ValueError(f"its log is {shown(value)}")
+        return cls(**value)
+
+    def problem(self, path: Path, whole: bool = False) -> str | None:
+        """What is wrong with the beginning of the log at that path, or with the ``whole`` log; None
+        if nothing is."""
+        data = path.read_bytes()
+        if Written.of(data if whole else data[: self.length]) == self:
+            return None
+        return f"{path} is damaged: its checksum does not match; delete it to resume without it"
+
+
 class TrainingLog:
     """Appends to the folder's ``log.jsonl``, after removing lines of a lost run beyond ``step``.
 
-    Raises LlmWsaeError when the tracker is not installed or does not start.
+    ``written`` is what the log held at that step; without it, as in checkpoints of the first
+    version, lines are believed. Raises LlmWsaeError if they changed since, or when the tracker is
+    not installed or does not start.
     """
 
-    def __init__(self, folder: Path, step: int, tracker: str = "none"):
+    def __init__(
+        self, folder: Path, step: int, tracker: str = "none", written: Written | None = None
+    ):
         self._path = folder / LOG
-        old = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in old if _step_of(line) <= step]
-        write_text(self._path, "".join(line + "\n" for line in kept))
+        kept = b""
+        if self._path.exists():
+            kept = self._path.read_bytes()
+            if written is None:
+                kept = b"".join(line for line in kept.splitlines(True) if _step_of(line) <= step)
+            elif problem := written.problem(self._path):
+                raise LlmWsaeError(problem)
+            else:
+                kept = kept[: written.length]
+        write_atomic(self._path, lambda partial: partial.write_bytes(kept))
+        self._digest, self._length = hashlib.sha256(kept), len(kept)
         self._send, self._end = _tracker(tracker, folder)
+
+    @property
+    def written(self) -> Written:
+        """What this log holds now."""
+        return Written(self._length, self._digest.hexdigest())
 
     def write(
         self, step: int, rows: int, arms: dict[str, dict[str, float]], **speed: float
     ) -> None:
         """One line: the step, the rows seen, each arm's numbers, the speed."""
         record = {"step": step, "rows": rows, **speed, "arms": arms}
+        line = f"{json.dumps(record)}\n".encode()
         try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with open(self._path, "ab") as file:
+                file.write(line)
         except OSError as error:
             raise write_error(self._path, error) or error from error
+        self._digest.update(line)
+        self._length += len(line)
         self._send(step, {f"{arm}/{k}": v for arm, ks in arms.items() for k, v in ks.items()})
 
     def close(self) -> None:
@@ -50,11 +103,12 @@ def is_log(path: Path) -> bool:
         return _BEGINNING.startswith(file.read(len(_BEGINNING)))  # of a line perhaps half-written
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: bytes) -> int:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**62  # a killed process left the line half-written
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        step = None  # a killed process left the line half-written
+    return step if type(step) is int and line.endswith(b"\n") else 2**62
 
 
 def _tracker(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]], Any], Callable]:

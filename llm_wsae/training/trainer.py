@@ -21,26 +21,28 @@ from llm_wsae.data.shuffling import ActivationSource, SharedSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import INFO, check_replaceable
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import read_json, remove_partials, write_json
+from llm_wsae.files import remove_partials, write_json
 from llm_wsae.hardware import check_memory, choose_device, fast_dtype
 from llm_wsae.outputs import check_file, check_folder
 from llm_wsae.processes import Processes, join
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,
+    FINISHED,
     Reached,
     check_identity,
     differences,
     load_checkpoint,
+    load_just_saved,
+    read_finished,
     save_checkpoint,
 )
 from llm_wsae.training.config import TrainConfig, default_learning_rate, learning_rate_factor
 from llm_wsae.training.export import dictionary_of
-from llm_wsae.training.log import LOG, TrainingLog, is_log
+from llm_wsae.training.log import LOG, TrainingLog, Written, is_log
 from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
 from llm_wsae.training.parallel.group import CONTINUE, SAVE, STOP, ProcessGroup, process_group
 
-FINISHED = "training.json"
 MAX_DEAD_AFTER = 10_000_000
 
 
@@ -158,6 +160,7 @@ class _Training:
             for arm in arms
         ]
         self.last_numbers: dict[str, dict[str, float]] = {}
+        self.log: TrainingLog | None = None
         self.identity: dict[str, Any] = {
             "rows": source.identity(),
             "arms": {arm.name: arm.identity() for arm in arms},
@@ -179,7 +182,8 @@ class _Training:
         remove_partials(self.out)
         if not (self.out / FINISHED).exists():
             return False
-        check_identity(self.out, read_json(self.out / FINISHED, "training record"), self.identity)
+        found, _ = read_finished(self.out)
+        check_identity(self.out, found, self.identity)
         (self.out / CHECKPOINT).unlink(missing_ok=True)  # of a run killed at the very end
         return True
 
@@ -187,10 +191,13 @@ class _Training:
         if self.leads:
             for arm in self.arms:  # rather than when all is trained
                 check_replaceable(self.out / arm.config.name)
-        step, self.last_numbers = load_checkpoint(self.out, self.arms, self.identity)
-        _check_agreed(self.group.processes, {"step": step}, "checkpoints")
+        processes = self.group.processes
+        reached = load_checkpoint(self.out, self.arms, self.identity, processes)
+        step, self.last_numbers = reached.step, reached.numbers
+        _check_agreed(processes, {"step": step}, "checkpoints")
         config, total = self.config, self.num_steps * self.config.batch_size
-        log = TrainingLog(self.out, step, config.tracker) if self.leads else None
+        if self.leads:
+            self.log = TrainingLog(self.out, step, config.tracker, reached.log)
         batches = self._batches(step)
         bar = tqdm(
             total=total,
@@ -213,8 +220,8 @@ class _Training:
                     bar.update(config.batch_size)
                     if step % config.log_every == 0 or step == self.num_steps:
                         self._read_numbers(step)
-                        if log is not None:
-                            self._log(log, bar, step)
+                        if self.log is not None:
+                            self._log(self.log, bar, step)
                     wanted = agreed()
                     if wanted >= SAVE:
                         self._save(step)
@@ -227,8 +234,8 @@ class _Training:
             if self.group.strategy.latent_parts > 1:
                 self._save(step)  # from which rank 0 takes the latents of all
         finally:
-            if log is not None:
-                log.close()
+            if self.log is not None:
+                self.log.close()
             close = getattr(batches, "close", None)
             if close is not None:
                 close()  # ends the source's reading thread
@@ -250,9 +257,12 @@ class _Training:
         return SAVE if due and self.leads else CONTINUE
 
     def _save(self, step: int) -> None:
-        reached = Reached(step, self.last_numbers)
+        reached = Reached(step, self.last_numbers, self._logged())
         save_checkpoint(self.out, self.arms, reached, self.identity, self.group)
         self.saved_at = time.monotonic()
+
+    def _logged(self) -> Written | None:
+        return None if self.log is None else self.log.written
 
     def _step(self, step: int, rows: torch.Tensor) -> None:
         config = self.config
@@ -314,7 +324,9 @@ class _Training:
                     "train) and start again in another folder"
                 )
             dictionary.save(self.out / name)
-        write_json(self.out / FINISHED, self.identity)
+        logged = self._logged()
+        assert logged is not None
+        write_json(self.out / FINISHED, {**self.identity, "log": logged._asdict()})
         (self.out / CHECKPOINT).unlink(missing_ok=True)
 
     def _with_all_latents(self, arm: Arm) -> Arm:
@@ -322,7 +334,7 @@ class _Training:
         if len(arm.own_latents) == arm.d_sae:
             return arm
         complete = Arm(arm.config, self.source.d_in, arm.d_sae, torch.device("cpu"))
-        load_checkpoint(self.out, [complete], self.identity)
+        load_just_saved(self.out, complete)
         return complete
 
 

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import load_tensors, open_tensors, save_tensors
+from llm_wsae.files import load_own_tensors, open_tensors, save_own_tensors
 from llm_wsae.outside import mapping, parse_json
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.rules import OWN, Rule
@@ -80,21 +79,21 @@ class LossWeights:
         return (scores ** (2 * self.alpha)).where(mask > 0, 0)
 
     def save(self, path: Path, facts: dict[str, Any] | None = None) -> None:
-        """Write a safetensors file with γ or Γ; ``facts`` (JSON) go into its header.
+        """Write a safetensors file with γ or Γ; ``facts`` (JSON) go into its header, and a digest.
 
         Raises LlmWsaeError when the file cannot be written.
         """
         header = {"rule": self.rule.name, "alpha": self.alpha, **dataclasses.asdict(self.config)}
-        save_tensors(path, {"gamma": self.gamma}, {"llm_wsae": json.dumps(header | (facts or {}))})
+        save_own_tensors(path, {"gamma": self.gamma}, header | (facts or {}))
 
     @classmethod
     def load(cls, path: Path, own_config: WeightConfig | None = None) -> "LossWeights":
         """Read what ``save`` wrote, or any safetensors file with one vector or matrix in it.
 
         ``own_config`` are the settings of custom weights; those of a rule are in the file. Raises
-        LlmWsaeError when the file is not a weights file.
+        LlmWsaeError when the file is not a weights file, or not what was saved.
         """
-        tensors, metadata = load_tensors(path, "weights file")
+        tensors, header = load_own_tensors(path, "weights file")
         if "gamma" not in tensors and len(tensors) != 1:
             raise LlmWsaeError(
                 f"{path} holds the tensors {sorted(tensors)}; a weights file has one, 'gamma'"
@@ -107,7 +106,6 @@ class LossWeights:
                 "they must be one floating-point number per dimension, or a square matrix"
             )
         try:
-            header = parse_json(metadata.get("llm_wsae", "{}"), "its header")
             name, alpha = header.get("rule", OWN.name), float(header.get("alpha", 1.0))
             rule = OWN if name == OWN.name else Rule.parse(name)
             known = {field.name for field in dataclasses.fields(WeightConfig)}

@@ -219,7 +219,7 @@ MISTAKES = {
     "dictionary torn": (
         1,
         ("evaluate", "torn", *EVALUATING),
-        ["torn/sae_weights.safetensors is not a readable weights file"],
+        ["in torn, sae_weights.safetensors changed since it was saved", "restore the dictionary"],
     ),
     "dictionary incomplete": (1, ("evaluate", "half", *EVALUATING), ["half", "lacks cfg.json"]),
     "dictionary foreign": (
@@ -378,7 +378,17 @@ def test_a_store_that_holds_nan(refused, world, tmp_path):
     rows[5, 3], rows[6, 0], rows[6, 1] = torch.nan, torch.inf, torch.nan
     save_file({"activations": rows}, shard)
     before = content(store)
-    refused(1, "train", store, *TRAIN, "--k", 4, "--out", out, said=[f"2 rows of {shard}"])
+    refused(
+        1,
+        "train",
+        store,
+        *TRAIN,
+        "--k",
+        4,
+        "--out",
+        out,
+        said=[f"{shard} is damaged: rows 0 to 127"],
+    )
     assert content(store) == before and not (out / "uniform-k4").exists()
 
 
@@ -426,12 +436,14 @@ def test_verify_names_every_damaged_file(refused, world, tmp_path):
     shutil.copytree(world / "store", store)
     said = [f"{path} {problem}" for path, problem in damaged(store).items()]
     sentence = refused(1, "verify", store, said=said)
-    assert sentence.count(";") == 2
-    refused(1, "verify", "torn", said=["torn/sae_weights.safetensors is not a readable"])
+    assert sentence.count(";") == 3 and sentence.endswith(
+        "run the same harvest again, to rewrite that"
+    )
+    refused(1, "verify", "torn", said=["in torn, sae_weights.safetensors changed since it was"])
     refused(1, "verify", "half", said=["half", "lacks cfg.json"])
     refused(1, "verify", "foreign", said=["foreign holds cfg.json and no dictionary"])
-    refused(1, "verify", "nothing", said=["nothing is neither an activation store", "nor a dict"])
-    refused(1, "verify", "nowhere", said=["there is no folder nowhere"])
+    refused(1, "verify", "nothing", said=["nothing is not a store", "a training"])
+    refused(1, "verify", "nowhere", said=["there is no file or folder nowhere"])
 
 
 def test_debug_shows_where_it_happened(world, monkeypatch):

@@ -13,11 +13,13 @@ from places import ROOT
 from safetensors.torch import save_file
 
 from llm_wsae.data import shuffling as module
-from llm_wsae.data.manifest import Manifest, ShardRecord
+from llm_wsae.data.manifest import Manifest
 from llm_wsae.data.prefetch import prefetch
-from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.shard_reader import RowReader, bytes_of
+from llm_wsae.data.shard_record import ROWS_PER_CHECK, FileRecord, ShardRecord, packed
 from llm_wsae.data.shuffling import ActivationSource, SharedSource, cut, shuffled_batches
 from llm_wsae.data.store import ActivationStore, StoreSource
+from llm_wsae.digests import crc32s
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 
@@ -27,18 +29,29 @@ SITE = "blocks.0.hook_resid_post"
 def reader_of(folder, shard_rows, d_in=3, dtype="float32"):
     """A store's rows of site 0 that are numbered: row i is (i, i, …)."""
     (folder / SITE).mkdir(parents=True, exist_ok=True)
-    at = 0
+    at, checks = 0, []
     for index, rows in enumerate(shard_rows):
         numbers = torch.arange(at, at + rows, dtype=torch.float64)[:, None].expand(-1, d_in)
         tensor = numbers.to(getattr(torch, dtype)).contiguous()
-        save_file({"activations": tensor}, folder / SITE / f"{index:05d}.safetensors")
+        save_file({"activations": tensor}, folder / file_of(index))
+        checks.append(packed(crc32s(bytes_of(tensor), ROWS_PER_CHECK * d_in * tensor.itemsize)))
         at += rows
-    manifest = manifest_of(shard_rows, d_in, dtype)
+    manifest = manifest_of(folder, shard_rows, d_in, dtype, checks)
     return RowReader(folder, manifest, SITE), manifest
 
 
-def manifest_of(shard_rows, d_in, dtype):
-    shards = [ShardRecord(1, rows, (0, 0), (0, 0), {}) for rows in shard_rows]
+def file_of(index):
+    return f"{SITE}/{index:05d}.safetensors"
+
+
+def manifest_of(folder, shard_rows, d_in, dtype, checks=None):
+    """Without ``checks``, as the first version wrote it."""
+    shards = []
+    for index, rows in enumerate(shard_rows):
+        name = file_of(index)
+        files = {name: FileRecord.of(folder / name)}
+        own = {} if checks is None else {name: checks[index]}
+        shards.append(ShardRecord(1, rows, (0, 0), (0, 0), files, own))
     manifest = Manifest("", {}, {}, [SITE], dtype, d_in, {"context_size": 4}, None, 1, 1, 1)
     manifest.shards, manifest.complete = shards, True
     return manifest
@@ -161,7 +174,8 @@ from pathlib import Path
 from test_shuffling import SITE, RowReader, manifest_of
 from llm_wsae.data.shuffling import shuffled_batches
 from llm_wsae.hardware import peak_memory_bytes
-reader = RowReader(Path({str(tmp_path)!r}), manifest_of({shards}, 256, "float32"), SITE)
+folder = Path({str(tmp_path)!r})
+reader = RowReader(folder, manifest_of(folder, {shards}, 256, "float32"), SITE)
 small = shuffled_batches(reader, 4096, 0, window_bytes=1 << 20)
 next(small); small.close()
 before = peak_memory_bytes()

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from llm_wsae import files
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.folder import is_dictionary
+from llm_wsae.dictionary.folder import OWN_DIGEST, is_dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import own_json, sha256, write_json
 
 D_IN, D_SAE = 12, 80
 INFO = DictionaryInfo(
@@ -59,13 +60,24 @@ def content(folder):
 
 
 def edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    """With valid checksums."""
+    values, has_digest = own_json(path, "file", key=OWN_DIGEST)
+    write_json(path, {**values, **changes}, key=OWN_DIGEST if has_digest else None)
+    if path.name == "cfg.json":
+        renew_checksums(path.parent)
+
+
+def renew_checksums(folder):
+    info = folder / "wsae.json"
+    digests = json.loads(info.read_text())["sha256"]
+    edit_json(info, sha256={name: sha256(folder / name) for name in digests})
 
 
 def edit_weights(folder, **changes):
     path = folder / "sae_weights.safetensors"
     tensors = {**load_file(path), **changes}
     save_file({name: t for name, t in tensors.items() if t is not None}, path)
+    renew_checksums(folder)
 
 
 @over(sparsity=[TopK(5), ReLU(), JumpReLU()])
@@ -289,19 +301,24 @@ def test_thresholds_that_do_not_fit(folder):
             Dictionary.load(folder)
 
 
+def write_gamma(folder, gamma):
+    save_file({"gamma": gamma}, folder / "wsae.safetensors")
+    renew_checksums(folder)
+
+
 def test_side_tensors_that_do_not_fit(folder):
-    save_file({"gamma": torch.ones(D_IN + 1)}, folder / "wsae.safetensors")
+    write_gamma(folder, torch.ones(D_IN + 1))
     with pytest.raises(LlmWsaeError, match=r"gamma has the shape \[13\].*12 dimensions"):
         Dictionary.load(folder)
-    save_file({"gamma": torch.full((D_IN,), float("nan"))}, folder / "wsae.safetensors")
+    write_gamma(folder, torch.full((D_IN,), float("nan")))
     with pytest.raises(LlmWsaeError, match="gamma holds 12 NaN"):
         Dictionary.load(folder)
     for wrong in (torch.ones(()), torch.ones(D_IN, D_IN, D_IN)):
-        save_file({"gamma": wrong}, folder / "wsae.safetensors")
+        write_gamma(folder, wrong)
         with pytest.raises(LlmWsaeError, match=r"gamma has the shape \["):
             Dictionary.load(folder)
     for wrong in (torch.float8_e4m3fn, torch.bool, torch.int64):
-        save_file({"gamma": torch.ones(D_IN).to(wrong)}, folder / "wsae.safetensors")
+        write_gamma(folder, torch.ones(D_IN).to(wrong))
         with pytest.raises(LlmWsaeError, match="gamma is stored as"):
             Dictionary.load(folder)
 
@@ -323,6 +340,7 @@ def test_a_header_that_promises_terabytes_allocates_nothing(folder):
         {"W_enc": {"dtype": "F32", "shape": [D_IN, 2**40], "data_offsets": [0, size]}}
     ).encode()
     (folder / "sae_weights.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    renew_checksums(folder)
     with pytest.raises(LlmWsaeError, match="not a readable weights file"):
         Dictionary.load(folder)
 

@@ -34,8 +34,9 @@ def write_store(folder, scale=1.0):
     draw = np.random.default_rng(5)
     contexts_per_shard = 40
     packing = {"context_size": POSITIONS, "prepend_bos": False, "drop_positions": 0}
+    model = dict.fromkeys(("name", "dtype", "weights_sha256"), "")
     manifest = Manifest(
-        "", {}, {}, [str(SITE)], "float32", D_IN, packing, None, 40, 40, SHARDS * 40
+        "", model, {"name": ""}, [str(SITE)], "float32", D_IN, packing, None, 40, 40, SHARDS * 40
     )
     (folder / str(SITE)).mkdir(parents=True)
     (folder / "tokens").mkdir()

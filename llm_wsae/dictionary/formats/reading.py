@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path, PurePath
 from typing import Any
 
-from llm_wsae.dictionary.atomic_folder import not_there
+from llm_wsae.dictionary.atomic_folder import not_there, retry_if_replaced
 from llm_wsae.dictionary.checks import check_finite
 from llm_wsae.dictionary.folder import EXTRAS, INFO, Content, read_folder
 from llm_wsae.dictionary.formats import dictionary_learning, gemma_scope, saelens, sparsify
@@ -40,17 +40,7 @@ def read(folder: Path, site: str | None = None) -> Content:
     name another site, LlmWsaeError if the folder has no known layout, its reader refuses it, or it
     does not belong to the residual stream.
     """
-    if not folder.is_dir():
-        raise not_there(folder)
-    names = {entry.name for entry in folder.iterdir()}
-    if is_own(names):
-        content = read_folder(folder)
-        _agreed(folder, content.info.site, site)
-        return content
-    layout = layout_of(names)
-    if layout is None:
-        raise _unknown(folder, names)
-    return _read_foreign(folder, layout, site)
+    return retry_if_replaced(folder, lambda: _read(folder, site))
 
 
 def info_of(layout: Layout, announced: Announced, site: str, name: str) -> DictionaryInfo:
@@ -69,6 +59,20 @@ def info_of(layout: Layout, announced: Announced, site: str, name: str) -> Dicti
         corpus={"name": announced.corpus} if announced.corpus else {},
         training={"trained with": layout.name},
     )
+
+
+def _read(folder: Path, site: str | None) -> Content:
+    if not folder.is_dir():
+        raise not_there(folder)
+    names = {entry.name for entry in folder.iterdir()}
+    if is_own(names):
+        content = read_folder(folder)
+        _agreed(folder, content.info.site, site)
+        return content
+    layout = layout_of(names)
+    if layout is None:
+        raise _unknown(folder, names)
+    return _read_foreign(folder, layout, site)
 
 
 def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:

@@ -8,16 +8,18 @@ with all rows. Nothing is gathered: no process holds more than its part.
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from llm_wsae.digests import blank_header, fill_header
 from llm_wsae.files import write_atomic, write_error
 from llm_wsae.processes import Processes
 
-_DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
+DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
 _ALIGNED = 8  # bytes of the largest of them
 
 
@@ -32,21 +34,25 @@ class Rows(NamedTuple):
 
 
 def save_rows(
-    path: Path, parts: dict[str, Rows | Tensor], metadata: dict[str, str], processes: Processes
+    path: Path, parts: dict[str, Rows | Tensor], facts: Mapping[str, Any], processes: Processes
 ) -> None:
-    """Write the file atomically; rank 0 writes tensors that are not ``Rows``.
+    """Write the file atomically, as ``save_own_tensors`` does; rank 0 writes tensors that are not
+    ``Rows``, and its ``facts`` count.
 
     All processes must call this with the same names. Raises LlmWsaeError, in all of them, if one
     cannot write.
     """
-    header, places = _layout(parts, metadata)
+    header, places = _layout(parts, blank_header(facts))
 
     def write(partial: Path) -> None:
         if processes.leads:
             partial.write_bytes(header)
-        partial = Path(processes.lead(lambda: str(partial)))
-        _write(partial, parts, places, processes.leads)
+        common = Path(processes.lead(lambda: str(partial)))
+        begin = processes.lead(lambda: len(header))  # of rank 0
+        _write(common, parts, places, begin, processes.leads)
         processes.meet()
+        if processes.leads:
+            fill_header(partial)
 
     if processes.leads:
         write_atomic(path, write)
@@ -60,7 +66,7 @@ def save_rows(
 def _layout(
     parts: dict[str, Rows | Tensor], metadata: dict[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The header, and where each tensor begins in the file."""
+    """The header, and where each tensor begins after it."""
     entries, starts, at = {}, {}, 0
     tensors = {name: p.tensor if isinstance(p, Rows) else p for name, p in parts.items()}
     for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
@@ -69,16 +75,16 @@ def _layout(
         if isinstance(part, Rows):
             shape[0] = part.total
         end = at + math.prod(shape) * tensor.itemsize
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [at, end]}
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [at, end]}
         starts[name], at = at, end
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNED)
     header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + start for name, start in starts.items()}
+    return header, starts
 
 
 def _write(
-    path: Path, parts: dict[str, Rows | Tensor], places: dict[str, int], leads: bool
+    path: Path, parts: dict[str, Rows | Tensor], places: dict[str, int], begin: int, leads: bool
 ) -> None:
     with open(path, "r+b") as file:
         for name, part in parts.items():
@@ -88,7 +94,7 @@ def _write(
                 part = Rows(part, 0, 1)
             ready = part.tensor.detach().cpu().contiguous()
             row_bytes = ready[0].nbytes if part.first else 0
-            file.seek(places[name] + part.first * row_bytes)
+            file.seek(begin + places[name] + part.first * row_bytes)
             file.write(ready.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

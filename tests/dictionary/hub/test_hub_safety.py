@@ -1,5 +1,6 @@
 """Nothing unsafe comes in from a Hub: paths, sizes, kinds of files, checksums, nonsense."""
 
+import hashlib
 import json
 import struct
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from hub_server import WRITER, HubServer
 from safetensors.torch import load, save
 from small_dictionaries import SITE, make_dictionary
 
+from llm_wsae import digests
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
 from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
 from llm_wsae.errors import LlmWsaeError
 
@@ -47,9 +50,14 @@ def refused(hub, tmp_path):
 
 
 def edit(hub: HubServer, name: str, **changes) -> None:
-    """Change keys of one of the dictionary's JSON files on the Hub."""
-    values = json.loads(hub.store.content(REPO, f"{HERE}/{name}"))
-    hub.store.put(REPO, f"{HERE}/{name}", json.dumps({**values, **changes}).encode())
+    """Change keys of one of the dictionary's JSON files on the Hub, with valid checksums."""
+    text = hub.store.content(REPO, f"{HERE}/{name}").decode()
+    values, has_digest = digests.check_json(text, OWN_DIGEST)
+    data = digests.json_text({**values, **changes}, OWN_DIGEST if has_digest else None).encode()
+    hub.store.put(REPO, f"{HERE}/{name}", data)
+    if name == CFG:
+        info = json.loads(hub.store.content(REPO, f"{HERE}/{INFO}"))
+        edit(hub, INFO, sha256=info["sha256"] | {CFG: hashlib.sha256(data).hexdigest()})
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from training_cases import ARCHITECTURES, CONFIG, Planted
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import load_tensors
+from llm_wsae.files import load_own_tensors, load_tensors
 from llm_wsae.processes import join
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.grid import make_arms
@@ -267,7 +267,8 @@ def write(path, limit=None):
             name: Rows(t.tensor_split(2)[everyone.rank], everyone.rank * len(t) // 2, len(t))
             for name, t in PARTS.items()
         }
-        save_rows(path, parts | WHOLE, {"a": "ü"}, everyone)
+        facts = {"a": "ü", "rank": 10**everyone.rank - 1}  # of another length elsewhere
+        save_rows(path, parts | WHOLE, facts, everyone)
 
 
 PARTS = {
@@ -281,9 +282,9 @@ WHOLE = {"step": torch.tensor(3.0), "bias": torch.arange(5.0)}
 def test_a_file_that_several_write_is_that_of_one(tmp_path):
     path = tmp_path / "f.safetensors"
     assert run(2, write, path) == [None, None]
-    tensors, metadata = load_tensors(path, "file")
+    tensors, facts = load_own_tensors(path, "file")
     expected = PARTS | WHOLE
-    assert tensors.keys() == expected.keys() and metadata == {"a": "ü"}
+    assert tensors.keys() == expected.keys() and facts == {"a": "ü", "rank": 0}
     for name, tensor in expected.items():
         assert torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
 

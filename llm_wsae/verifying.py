@@ -1,0 +1,211 @@
+"""Checking every byte of what this package wrote: stores, dictionaries, trainings, studies, weights
+files.
+
+Every file is compared with its digest. A file that has none, of the first version or of another
+tool, is only read, and named in the answer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards
+from llm_wsae.data.packing import load_contexts
+from llm_wsae.data.shard_record import tokens_path
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import CFG, check_folder, files_without_digest, is_dictionary
+from llm_wsae.dictionary.formats.reading import is_own, layout_of
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
+from llm_wsae.studies import consistency
+from llm_wsae.studies.folder import BASIS, CONSISTENCY, read_basis, read_results
+from llm_wsae.studies.jobs import GROUP
+from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, log_at_checkpoint, read_finished
+from llm_wsae.training.log import LOG, Written
+from llm_wsae.weighing import FOLDER as MEASUREMENTS
+from llm_wsae.weights.loss_weights import LossWeights
+
+T = TypeVar("T")
+
+
+@dataclass
+class Found:
+    """What a check found."""
+
+    kind: str
+    """``store``, ``dictionary``, ``training``, ``study``, ``run`` or ``weights file``."""
+    problems: list[str] = field(default_factory=list)
+    """A sentence for each fault, with the way out."""
+    without_digest: list[Path] = field(default_factory=list)
+    """Files that have none."""
+    damaged: set[Path] = field(default_factory=set)
+    """Files that a problem names."""
+
+    def check(self, path: Path, work: Callable[[], T]) -> T | None:
+        """What the work gives; None if it fails, which is one more problem, of that path."""
+        try:
+            return work()
+        except LlmWsaeError as error:
+            self.problems.append(str(error))
+            self.damaged.add(path)
+            return None
+
+
+def verify(path: Path | str, site: str | None = None) -> Found:
+    """Check a folder, with the folders in it, or a weights file.
+
+    ``site`` is that of another tool's dictionary that does not name it. Raises LlmWsaeError if
+    there is nothing that this package knows.
+    """
+    path = Path(path)
+    if path.is_file():
+        found = Found("weights file")
+        _check_tensors(found, path)
+        if not found.problems:
+            found.check(path, lambda: LossWeights.load(path))
+        return found
+    if not path.is_dir():
+        raise LlmWsaeError(f"there is no file or folder {path}")
+    names = {entry.name for entry in path.iterdir()}
+    found = Found(_kind(path, names))
+    if found.kind == "dictionary":
+        _check_dictionary(found, path, names, site)
+    else:
+        _check_folder(found, path)
+    return found
+
+
+def _kind(folder: Path, names: set[str]) -> str:
+    if MANIFEST in names:
+        return "store"
+    if is_own(names) or CFG in names or layout_of(names):
+        return "dictionary"
+    if BASIS in names:
+        return "study"
+    if names & {FINISHED, CHECKPOINT}:
+        return "training"
+    if any((folder / name / MANIFEST).is_file() for name in names):
+        return "run"
+    raise LlmWsaeError(
+        f"{folder} is not a store (with a {MANIFEST}), a dictionary (with a {CFG}), a training "
+        f"(with a {FINISHED} or {CHECKPOINT}), a study (with a {BASIS}) or the folder of a run"
+    )
+
+
+def _check_folder(found: Found, folder: Path) -> None:
+    """Check the files in a folder and in the folders below, each for what it is."""
+    names = {entry.name for entry in folder.iterdir()}
+    if is_own(names):
+        _check_dictionary(found, folder, names, None)
+        return
+    if MANIFEST in names:
+        found.problems += found.check(folder, lambda: verify_store(folder)) or []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            of_store = MANIFEST in names and entry.name != MEASUREMENTS  # checked as listed there
+            if not of_store and not entry.name.startswith("."):
+                _check_folder(found, entry)
+        elif entry.suffix == ".json" and entry.name != MANIFEST:
+            _check_json(found, entry)
+        elif entry.suffix == ".safetensors":
+            _check_tensors(found, entry)
+    if names & {FINISHED, CHECKPOINT}:
+        _check_training(found, folder, names)
+    if BASIS in names and not any(path.is_relative_to(folder) for path in found.damaged):
+        found.check(folder, lambda: (read_basis(folder), read_results(folder)))
+        found.check(folder, lambda: consistency.read(folder / CONSISTENCY))
+
+
+def _check_json(found: Found, path: Path) -> None:
+    own = found.check(path, lambda: own_json(path, "record"))
+    if own is not None and not own.has_digest:
+        found.without_digest.append(path)
+
+
+def _check_tensors(found: Found, path: Path) -> None:
+    def read() -> Own:
+        with open_tensors(path, "file of tensors", AGAIN) as file:
+            return own_facts(file, path, "file of tensors")
+
+    own = found.check(path, read)
+    if own is not None and not own.has_digest:
+        found.without_digest.append(path)
+
+
+def _check_dictionary(found: Found, folder: Path, names: set[str], site: str | None) -> None:
+    if is_own(names) and site is None:
+        if found.check(folder, lambda: check_folder(folder)):
+            found.without_digest += files_without_digest(folder)
+    elif found.check(folder, lambda: Dictionary.load(folder, site=site)):
+        layout = layout_of(names)
+        found.without_digest += [folder / name for name in layout.files] if layout else []
+
+
+def _check_training(found: Found, folder: Path, names: set[str]) -> None:
+    """The log, and whether every dictionary of a finished training is there."""
+    written: Written | None = None
+    if FINISHED in names:
+        if folder / FINISHED in found.damaged:
+            return
+        finished = found.check(folder / FINISHED, lambda: read_finished(folder))
+        if finished is None:
+            return
+        settings, written = finished
+        for name in settings["arms"] if GROUP not in names else []:
+            if not is_dictionary(folder / name):
+                found.problems.append(
+                    f"{folder / name} is missing; delete {folder / FINISHED} and run the same "
+                    "command again"
+                )
+    elif folder / CHECKPOINT not in found.damaged:
+        written = found.check(folder / CHECKPOINT, lambda: log_at_checkpoint(folder))
+    if LOG not in names:
+        return
+    if written is None:
+        found.without_digest.append(folder / LOG)
+    elif problem := written.problem(folder / LOG, whole=FINISHED in names):
+        found.problems.append(problem)
+
+
+def verify_store(folder: Path | str) -> list[str]:
+    """Read a store once and return a sentence for each fault, and one for the way out.
+
+    Finds missing, truncated and changed files, and keep-masks that do not match the rows. Files are
+    read piece by piece, so memory use does not depend on the size of the store. Raises LlmWsaeError
+    if there is no store or its manifest is damaged.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    shards = complete_shards(folder, manifest)
+    problems, damage = [], []
+    if not manifest.complete:
+        there = sum(shard.contexts for shard in shards.values())
+        problems.append(
+            f"the harvest is not complete: {there} of {manifest.num_contexts} "
+            "contexts are there; run the same harvest again to resume it"
+        )
+    files = {**manifest.statistics, **{p: f for s in shards.values() for p, f in s.files.items()}}
+    size = sum(record.bytes for record in files.values())
+    with tqdm(total=size, desc="verify", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        for name, record in files.items():
+            if problem := record.problem(folder / name):
+                damage.append(problem)
+            bar.update(record.bytes)
+    for index, shard in shards.items():
+        path = folder / tokens_path(index)
+        try:
+            contexts = load_contexts(path, shard.first, shard.next)
+        except LlmWsaeError:
+            continue  # its wrong checksum was reported above
+        kept = int(contexts.keep.sum())
+        if (len(contexts.ids), kept) != (shard.contexts, shard.rows):
+            damage.append(
+                f"{path} holds {len(contexts.ids)} contexts with {kept} rows, but the manifest "
+                f"says {shard.contexts} with {shard.rows}"
+            )
+    if damage:
+        damage.append("delete what is damaged and run the same harvest again, to rewrite that")
+    return problems + damage
