@@ -23,7 +23,7 @@ from llm_wsae.weights.rules import OWN, RULES, Rule
 def test_weight_settings_that_cannot_be():
     for settings, sentence in [
         ({"clip": 0.5}, "clip must be a factor of at least 1, not 0.5"),
-        ({"clip": float("nan")}, "clip must be a factor"),
+        ({"clip": float("nan")}, "clip is nan, but must be a number"),
         ({"anneal": 1.5}, "a share of the steps"),
         ({"anneal": -0.1}, "a share of the steps"),
         ({"anneal": 0.5, "place": "space"}, "only weights in the loss can be annealed"),
