@@ -313,13 +313,13 @@ def windows(
         x = torch.empty(len(kept), store.d_in, dtype=reader.dtype)
         reader.read(start, x)
         latents = torch.from_numpy(own // per_latent)
-        centre = x[row[own] - start].float()
-        given = ((centre - mean) * dictionary.W_enc[:, latents].T).topk(sources, dim=1)
+        encoder = dictionary.W_enc[:, latents]
+        given = ((x[row[own] - start].float() - mean) * encoder.T).topk(sources, dim=1)
         source[own], part[own] = given.indices, given.values
         values = np.zeros((len(own), store.context_size), dtype=np.float32)
         reach = torch.full((len(kept),), torch.inf)
         reach[: len(floor) - start] = floor[start : start + len(kept)]  # the last may be cut short
-        values[:, kept] = _activations(dictionary, x.float(), latents, reach).T
+        values[:, kept] = _activations(dictionary, x.float(), encoder, latents, reach).T
         at = kept[row[own] - start]
         position = at[:, None] + around
         inside = (position >= 0) & (position < store.context_size)
@@ -337,11 +337,13 @@ def windows(
 def _activations(
     dictionary: Dictionary,
     x: Float[Tensor, "rows d_in"],
+    encoder: Float[Tensor, "d_in some"],
     latents: Int[Tensor, " some"],
     floor: Float[Tensor, " rows"],
 ) -> Float[np.ndarray, "rows some"]:
-    """Some latents' activations on rows whose smallest active values are known."""
-    pre = torch.addmm(dictionary.b_enc[latents], x, dictionary.W_enc[:, latents])
+    """Some latents' activations on rows whose smallest active values are known, from their columns
+    of the encoder."""
+    pre = torch.addmm(dictionary.b_enc[latents], x, encoder)
     if isinstance(dictionary.sparsity, TopK):
         active = pre >= floor[:, None] * (1 - _SLACK)
     else:
