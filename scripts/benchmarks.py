@@ -44,6 +44,7 @@ _PAGES = {
     "harvest": "harvest.md",
     "memory": "harvest.md",
     "hub": "harvest.md",
+    "page": "harvest.md",
 }
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The main job on a real model and real text, from nothing: an environment, the embedded materials
 # (SmolLM2-135M-Instruct and every State of the Union address), then harvest → weigh → train →
-# evaluate, and a page to look at. Arguments go to `llm-wsae run`, e.g. --tokens 300000 for a shorter
-# run, or --eval-tokens 50000 for narrower intervals.
+# evaluate, and a page to look at, which the output names first. Arguments go to `llm-wsae run`, e.g.
+# --tokens 300000 for a shorter run, or --eval-tokens 50000 for narrower intervals.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -10,8 +10,9 @@ make_environment .venv gguf
 model=$(embedded_model .venv)
 out=runs/quickstart site=blocks.9.hook_resid_post
 
-.venv/bin/llm-wsae run \
-  --model "$model" --corpus sotu --site "$site" --out "$out" --eval-tokens 25000 "$@"
+results=$(.venv/bin/llm-wsae run \
+  --model "$model" --corpus sotu --site "$site" --out "$out" --eval-tokens 25000 "$@")
+trap 'printf "\n%s\n" "$results"' EXIT  # below the page, and without one too
 dictionaries=("$out/$site"/*/wsae.json)
 .venv/bin/llm-wsae dashboard "${dictionaries[@]%/wsae.json}" --store "$out/store" \
   --model "$model" --rows 100000 --out "$out/page.html" \

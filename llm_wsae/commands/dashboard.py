@@ -18,6 +18,7 @@ def dashboard(
     top: int = 10,
     bands: int = 10,
     rows: int | None = None,
+    scores: Path | None = None,
     live: Flag = False,
     port: int = 0,
     loading: Flat[LoadOptions] = LoadOptions(),  # noqa: B008 - frozen
@@ -33,6 +34,7 @@ def dashboard(
         top: Strongest contexts shown of each latent.
         bands: Further contexts, one from each of that many bands of its activation.
         rows: Look at the first rows of the store only; the default is all.
+        scores: Report of `evaluate --monosemantic`, whose scores of latents become measures here.
         live: Then serve the page on this machine, to type sentences and to steer the model.
         port: Port to serve it on; 0 takes a free one.
     """
@@ -58,6 +60,7 @@ def dashboard(
         top=top,
         bands=bands,
         rows=rows,
+        scores=scores,
         live=live,
     )
     if listening is not None:

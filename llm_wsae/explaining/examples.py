@@ -218,7 +218,9 @@ class _Maker:
             x = torch.empty(stop - first, self._store.d_in, dtype=reader.dtype)
             reader.read(first, x)
             floor = self._floor[first:stop]
-            active[number] = activations_of(self._dictionary, x.float(), numbers, floor).any(0)
+            active[number] = activations_of(
+                self._dictionary, x.float(), self._dictionary.W_enc[:, numbers], numbers, floor
+            ).any(0)
         token = torch.from_numpy(around[:, WINDOW - 1]).long()
         return _Pool([self._text(one) for one in ids], ids, token, active)
 

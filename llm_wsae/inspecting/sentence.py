@@ -37,17 +37,9 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
     Raises UsageError for a text without tokens, one that is too long for the model, or a model that
     does not fit the dictionary; LlmWsaeError for a model without a tokenizer.
     """
-    if model.tokenizer is None:
-        raise LlmWsaeError("a text cannot be read without a tokenizer; pass one with the model")
     model.check_site(dictionary.site)
     check_width(model, dictionary)
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UsageError("the text holds bytes that are not UTF-8; give it in UTF-8")
-    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if not ids:
-        raise UsageError("the text is empty; give a sentence")
-    if dictionary.info.prepend_bos is not False and model.bos_token_id is not None:
-        ids = [model.bos_token_id, *ids]
+    ids = token_ids(model, dictionary, text)
     hidden = model.activations(torch.tensor([ids]), [dictionary.site])[dictionary.site][0].cpu()
     codes = dictionary.encode_sparse(hidden.float())
     explained = _explained(model, dictionary, torch.tensor(ids), hidden)
@@ -60,6 +52,24 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
         active.sort(key=lambda one: -one.activation)
         tokens.append(Token(token, vocabulary.text(token), active if inside else []))
     return tokens
+
+
+def token_ids(model: LanguageModel, dictionary: Dictionary, text: str) -> list[int]:
+    """The tokens of a text, after the model's BOS if the dictionary was trained with it.
+
+    Raises UsageError for a text without tokens or that is not Unicode, LlmWsaeError for a model
+    without a tokenizer.
+    """
+    if model.tokenizer is None:
+        raise LlmWsaeError("a text cannot be read without a tokenizer; pass one with the model")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError("the text holds bytes that are not UTF-8; give it in UTF-8")
+    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise UsageError("the text is empty; give a sentence")
+    if dictionary.info.prepend_bos is not False and model.bos_token_id is not None:
+        ids = [model.bos_token_id, *ids]
+    return ids
 
 
 def check_width(model: LanguageModel, dictionary: Dictionary) -> None:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +29,8 @@ BINS_PER_OCTAVE, OCTAVES = 2, 6  # of the histograms, below and above the median
 SAMPLE = 5  # firings sampled for each band
 TOGETHER_ROWS = 1 << 15  # evenly spread, on which latents that fire together are counted
 NEIGHBOURS = 5
+SOURCES = 3  # dimensions named as the source of an activation
+_LATENTS_AT_ONCE = 256  # whose firings together with all others are counted at once
 _SPARE = 2  # top firings kept in case two of a latent's are of one context, read in two pieces
 _SLACK = 1e-5  # relative, between two float32 ways to the same pre-activation
 
@@ -49,7 +51,8 @@ class Firings:
     first_edge: float
     """Lower edge of the second bin; the first and the last bin are open."""
     row: Int[Tensor, "d_sae examples"]
-    """Its top rows, then one row of each band of its activations, the strongest first."""
+    """Its top rows, then one row of each band of its activations, the strongest first; −1 where it
+    is a top row already."""
     value: Float[Tensor, "d_sae examples"]
     """Its activations on those rows."""
     together: Int[Tensor, "d_sae neighbours"]
@@ -141,9 +144,10 @@ class _Collector:
         self.histogram.view(-1).add_(torch.bincount(cell, minlength=self.histogram.numel()))
         row = place + start
         sampled = row % self._stride == 0
-        self._pairs.append(torch.stack([row[sampled] // self._stride, latent[sampled]]))
-        strongest = _strongest_of_each(latent, self._context[row].long(), value)
-        self.best.add(latent[strongest], value[strongest], value[strongest], row[strongest])
+        self._pairs.append(torch.stack([row[sampled] // self._stride, latent[sampled]]).int())
+        best = torch.where(self.best.contends(latent, value))[0]
+        best = best[_strongest_of_each(latent[best], self._context[row[best]], value[best])]
+        self.best.add(latent[best], value[best], value[best], row[best])
         draw = torch.Generator().manual_seed(start)
         self.sample.add(latent, torch.rand(len(value), generator=draw), value, row)
 
@@ -151,6 +155,8 @@ class _Collector:
         """What was found."""
         row, value = self._without_repeated_contexts()
         bands_row, bands_value = self._of_bands()
+        repeated = (bands_row[:, :, None] == row[:, None, :]).any(2)
+        bands_row, bands_value = bands_row.where(~repeated, -1), bands_value.where(~repeated, 0)
         octaves = OCTAVES - 1 / BINS_PER_OCTAVE
         return Firings(
             self.rows_seen,
@@ -165,22 +171,22 @@ class _Collector:
 
     def _together(self) -> tuple[Tensor, Tensor]:
         d_sae = len(self.count)
-        rows, latents = torch.cat([torch.empty(2, 0, dtype=torch.long), *self._pairs], 1).numpy()
+        nothing = torch.empty(2, 0, dtype=torch.int32)
+        rows, latents = torch.cat([nothing, *self._pairs], 1).numpy()
         shape = (int(rows.max(initial=0)) + 1, d_sae)
         fires = csr_matrix((np.ones(len(rows), dtype=np.float32), (rows, latents)), shape=shape)
-        often = np.asarray(fires.sum(0)).ravel()
-        both = (fires.T @ fires).tocsr()
-        together = torch.zeros(d_sae, NEIGHBOURS, dtype=torch.long)
-        overlap = torch.zeros(d_sae, NEIGHBOURS)
-        for latent in range(d_sae):
-            own = slice(both.indptr[latent], both.indptr[latent + 1])
-            others, count = both.indices[own], both.data[own]
-            share = count / (often[latent] + often[others] - count)
-            share[others == latent] = 0
-            best = np.argsort(-share, kind="stable")[:NEIGHBOURS]
-            together[latent, : len(best)] = torch.from_numpy(others[best].astype(np.int64))
-            overlap[latent, : len(best)] = torch.from_numpy(share[best])
-        return together, overlap
+        often = torch.from_numpy(np.asarray(fires.sum(0)).ravel())
+        by_latent = fires.T.tocsr()
+        found = []
+        for start in range(0, d_sae, _LATENTS_AT_ONCE):
+            part = by_latent[start : start + _LATENTS_AT_ONCE]
+            both = torch.from_numpy((part @ fires).toarray())
+            own = torch.arange(len(both))
+            either = often[start + own, None] + often - both
+            share = both / either.clamp(min=1)
+            share[own, start + own] = 0
+            found.append(share.topk(min(NEIGHBOURS, d_sae), dim=1))
+        return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
     def _without_repeated_contexts(self) -> tuple[Tensor, Tensor]:
         row, value = self.best.row, self.best.value
@@ -210,10 +216,17 @@ class _Kept:
         self.value = torch.zeros(d_sae, size)
         self.row = torch.full((d_sae, size), -1, dtype=torch.int64)
 
+    def contends(self, latent: Tensor, score: Tensor) -> Bool[Tensor, " firings"]:
+        """Which firings rank above the lowest that is kept of their latent: soon only a few."""
+        return score > self._score[:, -1][latent]
+
     def add(self, latent: Tensor, score: Tensor, value: Tensor, row: Tensor) -> None:
         """Let firings compete for the places of their latents."""
         d_sae, size = self._score.shape
-        order = torch.from_numpy(np.lexsort((-score.numpy(), latent.numpy())))
+        contends = self.contends(latent, score)
+        latent, score, value, row = (one[contends] for one in (latent, score, value, row))
+        order = score.argsort(descending=True)
+        order = order[latent[order].argsort(stable=True)]
         latent = latent[order]
         starts = torch.bincount(latent, minlength=d_sae).cumsum(0).roll(1)
         starts[0] = 0
@@ -237,12 +250,12 @@ class _Kept:
 
 def _strongest_of_each(latent: Tensor, context: Tensor, value: Tensor) -> Tensor:
     """For each latent and context, which firing is its strongest."""
-    keys = (-value.numpy(), context.numpy(), latent.numpy())
-    order = np.lexsort(keys)
-    one, other = latent.numpy()[order], context.numpy()[order]
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = (one[1:] != one[:-1]) | (other[1:] != other[:-1])
-    return torch.from_numpy(order[first])
+    order = value.argsort(descending=True)
+    pair = (latent[order] << 32) + context[order]
+    by_pair = pair.argsort(stable=True)
+    first = torch.ones(len(pair), dtype=torch.bool)
+    first[1:] = pair[by_pair].diff() != 0
+    return order[by_pair[first]]
 
 
 @dataclass
@@ -255,6 +268,10 @@ class Windows:
     """The latent's activations."""
     document: Sequence[str]
     """Name of each example's document, empty if it has none."""
+    source: Int[np.ndarray, "examples sources"]
+    """The dimensions that most of the activation at the centre comes from."""
+    part: Float[np.ndarray, "examples sources"]
+    """What they give: (x − mean)·W_enc of the one dimension."""
 
 
 def windows(
@@ -270,12 +287,17 @@ def windows(
     activations there; ``rows`` are the examples (−1 for none), ``floor`` is that of ``collect``.
 
     A latent's activation is its own pre-activation wherever the row's selection reaches as low.
+    Where it comes from is counted from the mean row of the store.
     """
     per_latent = rows.shape[1]
     around = np.arange(-before, after + 1)
     ids = np.full((rows.numel(), len(around)), -1, dtype=np.int32)
     activation = np.zeros(ids.shape, dtype=np.float32)
     document = np.full(len(ids), NO_DOCUMENT)
+    mean = store.statistics(dictionary.site).mean.float()
+    sources = min(SOURCES, dictionary.d_in)
+    source = np.zeros((len(ids), sources), dtype=np.int32)
+    part = np.zeros((len(ids), sources), dtype=np.float32)
     names = {NO_DOCUMENT: ""}
     row, context = rows.flatten().numpy(), context_of_every_row(store)
     wanted = np.flatnonzero(row >= 0)
@@ -293,10 +315,13 @@ def windows(
         x = torch.empty(len(kept), store.d_in, dtype=reader.dtype)
         reader.read(start, x)
         theirs = latents[torch.from_numpy(own // per_latent)]
+        encoder = dictionary.W_enc[:, theirs]
+        given = ((x[row[own] - start].float() - mean) * encoder.T).topk(sources, dim=1)
+        source[own], part[own] = given.indices, given.values
         values = np.zeros((len(own), store.context_size), dtype=np.float32)
         reach = torch.full((len(kept),), torch.inf)
         reach[: len(floor) - start] = floor[start : start + len(kept)]  # the last may be cut short
-        values[:, kept] = activations_of(dictionary, x.float(), theirs, reach).T
+        values[:, kept] = activations_of(dictionary, x.float(), encoder, theirs, reach).T
         at = kept[row[own] - start]
         position = at[:, None] + around
         inside = (position >= 0) & (position < store.context_size)
@@ -308,17 +333,19 @@ def windows(
         document[own] = documents[at]
         for one in np.unique(documents[at]).tolist():
             names[one] = contexts.headers.get(one, {}).get("name") or ""
-    return Windows(ids, activation, [names[one] for one in document.tolist()])
+    return Windows(ids, activation, [names[one] for one in document.tolist()], source, part)
 
 
 def activations_of(
     dictionary: Dictionary,
     x: Float[Tensor, "rows d_in"],
+    encoder: Float[Tensor, "d_in some"],
     latents: Int[Tensor, " some"],
     floor: Float[Tensor, " rows"],
 ) -> Float[np.ndarray, "rows some"]:
-    """Some latents' activations on rows whose smallest active values are known."""
-    pre = torch.addmm(dictionary.b_enc[latents], x, dictionary.W_enc[:, latents])
+    """Some latents' activations on rows whose smallest active values are known, from their columns
+    of the encoder."""
+    pre = torch.addmm(dictionary.b_enc[latents], x, encoder)
     if isinstance(dictionary.sparsity, TopK):
         active = pre >= floor[:, None] * (1 - _SLACK)
     else:

@@ -2,7 +2,7 @@
 
 The server listens on 127.0.0.1. Its address holds a random token, a request must name this host and
 port (so that no other site's name can be pointed here), and a request that a page of another origin
-makes is refused. The model answers one request at a time.
+makes is refused. The model answers one request at a time, and each within a limited time.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +22,12 @@ from llm_wsae.attaching.attachment import attach
 from llm_wsae.attaching.edits import Steer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.sentence import read_sentence
+from llm_wsae.inspecting.sentence import read_sentence, token_ids
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.pages.payload import shown
 
 LONGEST_TEXT, MOST_NEW_TOKENS, LARGEST_REQUEST = 2000, 60, 16_000
+SECONDS = 20.0  # for one text that the model writes, and to wait for the model
 
 
 class Session:
@@ -39,15 +41,24 @@ class Session:
     def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Raises UsageError for a request that makes no sense."""
         text, number = asked.get("text"), asked.get("dictionary")
-        if not isinstance(text, str) or not 0 < len(text) <= LONGEST_TEXT:
-            raise UsageError(f"a text has 1 to {LONGEST_TEXT} characters")
+        if not isinstance(text, str) or not text:
+            raise UsageError("there is no text; give a sentence")
+        if len(text) > LONGEST_TEXT:
+            raise UsageError(
+                f"the text has {len(text):,} characters, and at most {LONGEST_TEXT:,} are read here"
+            )
         if not isinstance(number, int) or not 0 <= number < len(self._dictionaries):
             raise UsageError("there is no such dictionary")
         dictionary = self._dictionaries[number]
-        with self._busy, torch.no_grad():
-            if asked.get("latent") is None:
-                return {"tokens": self._tokens(dictionary, text)}
-            return self._steered(dictionary, text, asked)
+        if not self._busy.acquire(timeout=2 * SECONDS):
+            raise UsageError("the model is busy with another question; ask again")
+        try:
+            with torch.no_grad():
+                if asked.get("latent") is None:
+                    return {"tokens": self._tokens(dictionary, text)}
+                return self._steered(dictionary, text, asked)
+        finally:
+            self._busy.release()
 
     def _tokens(self, dictionary: Dictionary, text: str) -> list[Any]:
         return [
@@ -56,8 +67,9 @@ class Session:
         ]
 
     def _steered(self, dictionary: Dictionary, text: str, asked: dict[str, Any]) -> dict[str, Any]:
-        """What the model writes after a text without and with a latent turned up, and by how much
-        the edit changed the logits of the text's last token."""
+        """What the model writes after a text without and with a latent turned up, whether either
+        was cut for want of time, and by how much the edit changed the logits of the text's last
+        token."""
         latent, strength, count = (asked.get(key) for key in ("latent", "strength", "tokens"))
         if not isinstance(latent, int) or not 0 <= latent < dictionary.d_sae:
             raise UsageError(f"there is no latent {latent!r}")
@@ -66,23 +78,32 @@ class Session:
         if not isinstance(count, int) or not 1 <= count <= MOST_NEW_TOKENS:
             raise UsageError(f"from 1 to {MOST_NEW_TOKENS} tokens can be written")
         tokenizer, model = self._model.tokenizer, self._model.hf_model
-        ids = tokenizer(text, return_tensors="pt").input_ids.to(self._model.device)
-        if not ids.shape[1]:
-            raise UsageError("the text is empty; give a sentence")
-
-        def write() -> tuple[str, torch.Tensor]:
-            logits = model(ids).logits[0, -1].float()
-            new = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+        ids = torch.tensor([token_ids(self._model, dictionary, text)], device=self._model.device)
+        longest = self._model.max_context
+        if longest is not None and ids.shape[1] + count > longest:
+            raise UsageError(
+                f"the text has {ids.shape[1]:,} tokens; with {count} more they are too many for "
+                f"{self._model.name}, which reads at most {longest:,}"
             )
-            return tokenizer.decode(new[0, ids.shape[1] :]), logits
 
-        before, clean = write()
+        def write() -> tuple[str, bool, torch.Tensor]:
+            logits, started = model(ids).logits[0, -1].float(), time.monotonic()
+            new = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                do_sample=False,
+                max_time=SECONDS,
+            )[0, ids.shape[1] :]
+            cut = len(new) < count and time.monotonic() - started > SECONDS
+            return tokenizer.decode(new), cut, logits
+
+        before, cut, clean = write()
         with attach(self._model, dictionary) as attached:
             attached.edit(dictionary.site, Steer(latent=latent, strength=float(strength)))
-            after, steered = write()
-        change = float((steered - clean).abs().max())
-        return {"before": before, "after": after, "change": float(f"{change:.4g}")}
+            after, cut_too, steered = write()
+        change = float(f"{float((steered - clean).abs().max()):.4g}")
+        return {"before": before, "after": after, "cut": cut or cut_too, "change": change}
 
 
 def application(page: str, session: Session, token: str, port: int) -> Any:
@@ -100,12 +121,12 @@ def application(page: str, session: Session, token: str, port: int) -> Any:
 
     async def ask(request: Request) -> Response:
         if request.headers.get("content-type") != "application/json":
-            return PlainTextResponse("questions are JSON", 415)
+            return JSONResponse({"error": "questions are JSON"}, 415)
         body = b""
         async for part in request.stream():
             body += part
             if len(body) > LARGEST_REQUEST:
-                return PlainTextResponse("too long", 413)
+                return JSONResponse({"error": f"at most {LONGEST_TEXT:,} characters are read"}, 413)
         try:
             asked = json.loads(body)
             if not isinstance(asked, dict):

@@ -5,6 +5,7 @@ themselves in chunks that the browser unpacks one by one.
 import base64
 import gzip
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation
+from llm_wsae.dictionary.hub.card_tables import MEASURES, score, with_interval
 from llm_wsae.inspecting.latents import dimensions_written, written
 from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.outside import mapping, number, pair
 from llm_wsae.pages.collecting import Firings, Windows, windows
 from llm_wsae.terminal import printable
 
@@ -26,10 +29,19 @@ CHUNK = 64
 BEFORE, AFTER = 20, 8
 """Tokens shown around an example."""
 _NEIGHBOURS, _WORDS, _DIMENSIONS = 5, 8, 6
-_SHADES = 9
+_SHADES = 99  # levels of an activation: two digits
 _LONGEST = 80  # characters of a token that are shown
 _ROWS_AT_ONCE = 1024
 _LOGITS_AT_ONCE = 4 * CHUNK
+DENSE = 0.1
+"""A latent that fires on a larger share of the rows is dense."""
+SCORES = ("detection", "detection_without_tokens", "purity", "coherence")
+"""Scores of latents that become measures of the page."""
+_FIDELITY = {
+    "fvu": ("FVU", "share of the variance of the activations that the reconstruction misses"),
+    "ce_recovered": ("CE recovered", "share of the model's next-token ability that is left"),
+    "kl": ("KL", "how far the predictions move, in nats"),
+}
 
 
 class Words:
@@ -49,9 +61,11 @@ class Words:
 
     def numbers(self, tokens: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The places of many tokens; −1 stays."""
-        found, where = np.unique(tokens, return_inverse=True)
-        places = [-1 if token < 0 else self.number(token) for token in found.tolist()]
-        return np.array(places, dtype=np.int32)[where].reshape(tokens.shape)
+        found = np.unique(tokens)
+        places = np.full(found.max(initial=0) + 2, -1, dtype=np.int32)  # the last is that of −1
+        for token in found[found >= 0].tolist():
+            places[token] = self.number(token)
+        return places[tokens]
 
 
 def shown(text: str) -> str:
@@ -80,31 +94,40 @@ def nearest(
 
 
 def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
-    """What the overview says of a dictionary."""
-    info, fidelity = dictionary.info, dictionary.info.metrics.get("fidelity", {})
+    """What the overview says of a dictionary: titles, and lines of name, value and meaning."""
+    info = dictionary.info
+    fidelity, scores = (mapping(info.metrics.get(name)) for name in ("fidelity", "monosemanticity"))
     weights = "none" if info.rule == "uniform" else f"{info.rule}, α = {info.alpha:g}"
     weights += {"space": ", as a space", "mixed": ", mixed"}.get(str(info.weights.get("place")), "")
+    alive = max(found.rows_seen, 1)
+    groups = {
+        "What it is": [
+            ("model", printable(str(info.model.get("name", "not known"))), ""),
+            ("site", printable(info.site), ""),
+            ("weights", printable(weights), ""),
+            ("sparsity", printable(str(dictionary.sparsity)), ""),
+            ("latents", f"{dictionary.d_sae:,}, in {dictionary.d_in} dimensions", ""),
+        ],
+        "On the rows of this page": [
+            ("rows", f"{found.rows_seen:,}", ""),
+            ("active latents a row", f"{float(found.count.sum()) / alive:.1f}", ""),
+            ("silent latents", f"{int((found.count == 0).sum()):,}", ""),
+            ("dense latents", f"{int((found.count > DENSE * alive).sum()):,}", "on > 10 % of rows"),
+        ],
+        "Fidelity on held-out text": [
+            (title, with_interval(value, pair(fidelity.get(f"{key}_interval"))), meaning)
+            for key, (title, meaning) in _FIDELITY.items()
+            if (value := number(fidelity.get(key))) is not None
+        ],
+        "Monosemanticity on held-out text": [
+            (printable(key.replace("_", " ")), text, MEASURES.get(key, ""))
+            for key, value in scores.items()
+            if (text := score(value))
+        ],
+    }
     return {
         "name": printable(name),
-        "facts": [
-            ["model", printable(str(info.model.get("name", "not known")))],
-            ["site", printable(info.site)],
-            ["weights", printable(weights)],
-            ["sparsity", printable(str(dictionary.sparsity))],
-            ["latents", f"{dictionary.d_sae:,}, in {dictionary.d_in} dimensions"],
-            ["rows seen here", f"{found.rows_seen:,}"],
-            ["active latents a row", f"{float(found.count.sum()) / max(found.rows_seen, 1):.1f}"],
-            ["silent here", f"{int((found.count == 0).sum()):,}"],
-            *(
-                [title, f"{fidelity[key]:.{digits}f}"]
-                for key, title, digits in (
-                    ("fvu", "FVU, held out", 3),
-                    ("ce_recovered", "CE recovered, held out", 3),
-                    ("kl", "KL, held out", 3),
-                )
-                if isinstance(fidelity.get(key), (int, float))
-            ),
-        ],
+        "facts": [[title, lines] for title, lines in groups.items() if lines],
         "d_sae": dictionary.d_sae,
         "firstEdge": found.first_edge,
     }
@@ -115,18 +138,38 @@ def table(
     found: Firings,
     cosine: Float[Tensor, " d_sae"],
     partner: tuple[Tensor, Tensor] | None,
-) -> dict[str, list[float]]:
+    scores: Mapping[str, Float[Tensor, " d_sae"]],
+) -> dict[str, list[float | None]]:
     """Measures of all latents, column by column; ``cosine`` is that of the nearest latent."""
+    first, second = principal_components(dictionary.W_dec).T
     columns = {
         "density": found.count / max(found.rows_seen, 1),
         "mean": found.total / found.count.clamp(min=1),
         "largest": found.value[:, 0],
         "dimensions": dimensions_written(dictionary.W_dec),
         "nearest": cosine,
+        "pca1": first,
+        "pca2": second,
+        **scores,
     }
     if partner is not None:
         columns["partner"], columns["likeness"] = partner[0][:, 0].double(), partner[1][:, 0]
     return {name: _rounded(column) for name, column in columns.items()}
+
+
+def principal_components(decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae 2"]:
+    """Where the decoder rows, at length 1, lie along the two directions in which they differ most.
+
+    The largest weight of each direction is positive, so that the same dictionary gives the same
+    picture.
+    """
+    rows = torch.nn.functional.normalize(decoder, dim=1)
+    with torch.random.fork_rng(devices=[]):  # the method starts from random directions
+        torch.manual_seed(0)
+        _, _, directions = torch.pca_lowrank(rows, q=min(6, *rows.shape), niter=4)
+    directions = directions[:, :2]
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return (rows - rows.mean(0)) @ (directions * largest.sign())
 
 
 class Latents:
@@ -174,14 +217,18 @@ class Latents:
         examples, firing = [], []
         per_latent = self._found.row.shape[1]
         values = _rounded(self._found.value[latent])
-        for number in torch.where(self._found.row[latent] >= 0)[0].tolist():
-            place = latent * per_latent + number
+        for rank in torch.where(self._found.row[latent] >= 0)[0].tolist():
+            place = latent * per_latent + rank
             there = np.flatnonzero(self._tokens[place] >= 0)  # a run around the centre
             first, stop = int(there[0]), int(there[-1]) + 1
             tokens = self._tokens[place, first:stop].tolist()
             shades = self._shades[place, first:stop].tolist()
             document = shown(self._windows.document[place])
-            examples.append([number, values[number], document, BEFORE - first, tokens, shades])
+            source = self._windows.source[place].tolist(), self._windows.part[place].tolist()
+            sources = [
+                [dimension, _short(part, 3)] for dimension, part in zip(*source, strict=True)
+            ]
+            examples.append([rank, values[rank], document, BEFORE - first, tokens, shades, sources])
             firing.append(self._words.texts[tokens[BEFORE - first]].strip())
         new: dict[str, Any] = {
             "examples": examples,
@@ -239,8 +286,8 @@ def _rounded(values: Tensor) -> Any:
     return _short(float(values)) if values.ndim == 0 else [_short(v) for v in values.tolist()]
 
 
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+def _short(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None or math.isnan(value) else float(f"{value:.{digits}g}")
 
 
 def packed(value: Any) -> str:

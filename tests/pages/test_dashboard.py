@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import SITE, call, works
+from small_dictionaries import make_dictionary
 
 from llm_wsae import dashboard, inspect
 from llm_wsae.data.store import ActivationStore
@@ -22,11 +24,11 @@ from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.readout import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.pages import collecting
-from llm_wsae.pages.collecting import collect, context_of_every_row, windows
+from llm_wsae.pages import collecting, live
+from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
 from llm_wsae.pages.dashboard import named_dictionaries
 from llm_wsae.pages.live import Session, application
-from llm_wsae.pages.payload import Words, shown
+from llm_wsae.pages.payload import Words, facts, principal_components, shown
 
 PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
 TOP, BANDS = 3, 2
@@ -56,6 +58,7 @@ def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeyp
     found, floors = collect(store, {"one": dictionary}, TOP, BANDS)
     one, floor = found["one"], floors["one"]
     assert one.rows_seen == len(rows)
+    contexts = context.tolist()
     assert torch.equal(one.count, (dense > 0).sum(0))
     torch.testing.assert_close(one.total, dense.sum(0))
     assert torch.equal(one.histogram.sum(1), one.count)
@@ -69,22 +72,23 @@ def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeyp
     torch.testing.assert_close(floor, smallest)
     for latent in range(dictionary.d_sae):
         best = {}
-        for row in dense[:, latent].argsort(descending=True).tolist():
-            if dense[row, latent] > 0:
-                best.setdefault(int(context[row]), row)
+        for row in dense[:, latent].argsort(descending=True)[: one.count[latent]].tolist():
+            best.setdefault(contexts[row], row)
         wanted = list(best.values())[:TOP]
         values = one.value[latent, : len(wanted)]
         torch.testing.assert_close(values, dense[wanted, latent])
         assert (one.row[latent, len(wanted) : TOP] == -1).all()
         bands = one.row[latent, TOP:]
-        if (bands >= 0).all():
-            torch.testing.assert_close(one.value[latent, TOP:], dense[bands, latent])
-            assert one.value[latent, TOP] >= one.value[latent, TOP + 1]
-        else:
-            assert one.count[latent] < BANDS
-    shown_texts = windows(
-        store, dictionary, torch.arange(dictionary.d_sae), one.row, floor, before=2, after=1
-    )
+        new = bands >= 0
+        assert not new.any() or one.count[latent] >= BANDS
+        torch.testing.assert_close(one.value[latent, TOP:][new], dense[bands[new], latent])
+        assert one.value[latent, TOP] >= one.value[latent, TOP + 1] or not new.all()
+        assert not set(bands[new].tolist()) & set(wanted)
+        if one.count[latent] > TOP + BANDS * SAMPLE and len(best) > TOP:
+            assert new.any()  # else every band would have drawn one of the strongest
+    mean = store.statistics(dictionary.site).mean.float()
+    every = torch.arange(dictionary.d_sae)
+    shown_texts = windows(store, dictionary, every, one.row, floor, before=2, after=1)
     where = store.locate(one.row.flatten().clamp(min=0))
     for example, row in enumerate(one.row.flatten().tolist()):
         ids, activations = shown_texts.ids[example], shown_texts.activation[example]
@@ -94,13 +98,21 @@ def test_what_is_collected_is_what_a_slow_look_finds(world, store, kind, monkeyp
         latent, at = example // one.row.shape[1], int(where.position[example])
         assert ids[2] == where.ids[example, at]
         assert activations[2] == pytest.approx(float(dense[row, latent]), rel=1e-4)
+        given = (rows[row] - mean) * dictionary.W_enc[:, latent]
+        assert shown_texts.part[example] == pytest.approx(given.topk(3).values.numpy(), abs=1e-4)
+        assert given[shown_texts.source[example]].numpy() == pytest.approx(
+            shown_texts.part[example], abs=1e-4
+        )
         if row + 1 < len(rows) and context[row + 1] == context[row] and ids[3] >= 0:
             assert activations[3] == pytest.approx(float(dense[row + 1, latent]), abs=1e-4)
 
 
 def unpacked(page: str, name: str):
     text = re.search(rf'id="{name}">([^<]*)<', page)[1]
-    return json.loads(gzip.decompress(base64.b64decode(text)))
+    return json.loads(gzip.decompress(base64.b64decode(text)), parse_constant=lambda _: 1 / 0)
+
+
+DETECTION = [None if i % 7 == 3 else (100 + i) / 200 for i in range(64)]
 
 
 LABEL = "names of </script><b>months</b>"
@@ -111,10 +123,13 @@ def page(world):
     out = world / "page.html"
     scores = {"detection": Score(0.75, (0.5, 1.0), 16, 15)}
     keep_explanations(world / PLAIN, [Explanation(5, LABEL, "a model", scores)])
+    per_latent = {"detection": DETECTION, "purity": [None] * 64, "density": [0.1] * 64}
+    report = {"dictionaries": {Path(PLAIN).name: {"per_latent": per_latent}}}
+    (world / "report.json").write_text(json.dumps({"monosemanticity": report}))
     result = works(
         "dashboard", world / PLAIN, world / WEIGHTED, "--store", world / "store",
         "--model", world / "model", "--out", out, "--prompt", "one two three", "--top", TOP,
-        "--bands", BANDS, "--json",
+        "--bands", BANDS, "--scores", world / "report.json", "--json",
     )  # fmt: skip
     assert result.json["page"] == str(out)
     return out
@@ -125,22 +140,27 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page):
     about = json.loads(re.search(r'id="about">(.*?)</script>', text)[1])
     assert [one["name"] for one in about["dictionaries"]] == ["uniform-k4", "variance-a0.5-k4"]
     assert [one["partner"] for one in about["dictionaries"]] == [1, 0]
+    lines = {
+        name: value for _, group in about["dictionaries"][1]["facts"] for name, value, _ in group
+    }
+    assert lines["weights"] == "variance, α = 0.5" and lines["active latents a row"] == "4.0"
     first, second = (Dictionary.load(world / name) for name in (PLAIN, WEIGHTED))
     cosine = (
         torch.nn.functional.normalize(first.W_dec, dim=1)
         @ torch.nn.functional.normalize(second.W_dec, dim=1).T
     )
     columns = unpacked(text, "table-0")
+    assert columns["detection"] == DETECTION and "detection" not in unpacked(text, "table-1")
     assert columns["partner"] == cosine.argmax(1).tolist()
     assert columns["likeness"] == pytest.approx(cosine.amax(1).tolist(), rel=1e-3)
     latents = unpacked(text, "chunk-0-0")
     assert len(latents) == min(64, first.d_sae) == len(unpacked(text, "search-0"))
     assert len(latents[0]["promotes"]) == len(latents[0]["suppresses"])
     words = unpacked(text, "words")
-    number, value, _, centre, tokens, shades = latents[
+    number, value, _, centre, tokens, shades, _ = latents[
         int(torch.tensor(columns["density"]).argmax())
     ]["examples"][0]
-    assert number == 0 and value > 0 and shades[centre] == 9 and len(words[tokens[centre]])
+    assert number == 0 and value > 0 and shades[centre] == 99 and len(words[tokens[centre]])
     (prompt,) = about["prompts"]
     assert set(prompt) == {"uniform-k4", "variance-a0.5-k4"}
 
@@ -164,6 +184,39 @@ def test_an_explanation_stands_before_the_tokens_and_in_the_latents_panel(browse
     assert LABEL in said and "detection 0.75 [0.50, 1.00], 15 of 16" in said
 
 
+def test_the_card_shows_what_was_measured():
+    metrics = {
+        "fidelity": {"fvu": 0.1234, "kl": 0.2, "kl_interval": [0.19, 0.21], "ce_recovered": "much"},
+        "monosemanticity": {"purity": {"value": 0.6, "interval": [0.5, 0.7], "control": 0.1}},
+    }
+    dictionary = make_dictionary(metrics=metrics)
+    number, none = torch.zeros(80, dtype=torch.long), torch.zeros(80, 0)
+    histogram, no_rows = torch.zeros(80, 24, dtype=torch.long), torch.zeros(80, 0, dtype=torch.long)
+    nothing = Firings(0, number, none.sum(1), histogram, 1.0, no_rows, none, no_rows, none)
+    groups = dict(facts(dictionary, "one", nothing)["facts"])
+    assert [line[:2] for line in groups["Fidelity on held-out text"]] == [
+        ("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]"),
+    ]  # fmt: skip
+    ((name, value, meaning),) = groups["Monosemanticity on held-out text"]
+    assert (name, value) == ("purity", "0.600 [0.500, 0.700] (control 0.100)")
+    assert "random contexts" in meaning
+    unmeasured = facts(make_dictionary(metrics={}), "one", nothing)["facts"]
+    assert [title for title, _ in unmeasured] == ["What it is", "On the rows of this page"]
+
+
+def test_principal_components_are_those_of_the_covariance():
+    decoder = torch.randn(300, 12, generator=torch.Generator().manual_seed(1))
+    decoder *= torch.linspace(3, 0.3, 12)
+    rows = torch.nn.functional.normalize(decoder, dim=1)
+    rows = rows - rows.mean(0)
+    directions = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -2:].flip(1)
+    wanted, found = rows @ directions, principal_components(decoder)
+    torch.testing.assert_close(found.abs(), wanted.abs(), atol=0.01, rtol=0)
+    state = torch.random.get_rng_state()
+    assert torch.equal(principal_components(decoder), found)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_text_of_a_corpus_is_harmless():
     assert shown("a\u202eb\u200bc\x00") == r"a\u202eb\u200bc\x00"
     assert shown("\n\t") == "↵→" and len(shown("x" * 10_000)) == 81
@@ -171,15 +224,10 @@ def test_text_of_a_corpus_is_harmless():
     assert words.number(7) == words.number(7) == 0 and words.texts == ["<7>"]
 
 
-def test_a_notebook_shows_it_inline(world, store):
-    model = LanguageModel.load(str(world / "model"))
-    made = dashboard([Dictionary.load(world / PLAIN)], store, model, world / "own.html")
-    assert made._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
-    assert "Side by side" in (world / "own.html").read_text()  # the script knows it, unused
-
-
 def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path):
     ask = ("--store", world / "store", "--model", world / "model", "--out")
+    report, scores = world / "other.json", {Path(PLAIN).name: {"per_latent": {"detection": [1]}}}
+    report.write_text(json.dumps({"monosemanticity": {"dictionaries": scores}}))
     for words, said in (
         (("dashboard", *ask, tmp_path / "p.html"), "name at least one dictionary"),
         (("dashboard", world / PLAIN, *ask, tmp_path / "p.txt"), "so --out cannot be"),
@@ -191,6 +239,14 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
         (("dashboard", world / "nowhere", *ask, tmp_path / "p.html"), "nowhere"),
         (("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--top", 0), "at least 1"),
         (("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--prompt", ""), "text is empty"),
+        (
+            ("dashboard", world / WEIGHTED, *ask, tmp_path / "p.html", "--scores", report),
+            f"holds no scores of latents of {Path(WEIGHTED).name}",
+        ),
+        (
+            ("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--scores", report),
+            "does not hold a detection of each of the 64 latents",
+        ),
     ):
         result = call(*words)
         assert result.code in (1, 2) and said in result.err and result.out == ""
@@ -204,29 +260,35 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
 @pytest.fixture
 def tab(browser, page):
     """The page, opened; whatever it complains of or asks for is an error."""
-    tab = browser.new_page(viewport={"width": 1280, "height": 900})
-    wrong: list[str] = []
-    tab.on("console", lambda message: wrong.append(message.text))
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith("file:") else None)
-    tab.goto(f"file://{page}")
+    address = f"file://{page}"
+    tab, wrong = watched(browser, address, viewport={"width": 1280, "height": 900})
+    tab.goto(address)
     tab.wait_for_selector("main h1")
     yield tab
     assert wrong == []
     tab.close()
 
 
-def test_a_browser_shows_searches_sorts_and_follows(tab, page):
-    tab.click("text=its latents >> nth=0")
+def listed(tab) -> list[int]:
+    """The latents that the list shows, from its top."""
+    return [int(t) for t in tab.locator(".row[role=option] :first-child").all_inner_texts()]
+
+
+def test_a_browser_shows_searches_and_follows(tab, page):
+    search = unpacked(page.read_text(), "search-0")
+    tab.click("text=list them")
     tab.wait_for_selector("article h2")
-    rows = tab.locator(".row[role=option]")
-    densities = [float(t) for t in tab.locator(".row[role=option] :nth-child(3)").all_inner_texts()]
-    assert densities == sorted(densities, reverse=True) and rows.count() > 10
+    assert len(listed(tab)) > 10
     tab.keyboard.press("/")
     tab.keyboard.type("#5")
-    assert rows.count() >= 1 and any(t.startswith("5\n") for t in rows.all_inner_texts())
+    assert 5 in listed(tab)
+    word = search[9].split()[0]
+    tab.locator("#search").fill(word.upper())
+    assert set(listed(tab)) <= {i for i, text in enumerate(search) if word in text} and listed(tab)
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector(f"text=Latent {listed(tab)[0]}")
     tab.locator("#search").fill("no such token")
-    assert rows.count() == 0 and "0 of 64" in tab.locator("[role=status]").inner_text()
+    assert listed(tab) == [] and "0 of 64" in tab.locator("[role=status]").inner_text()
     tab.locator("#search").fill("")
     first = tab.locator("article h1").inner_text()
     tab.keyboard.press("Escape")
@@ -243,13 +305,109 @@ def test_a_browser_shows_searches_sorts_and_follows(tab, page):
     assert "#compare/d1/L" in tab.url
 
 
-def test_a_latent_has_an_address_and_a_prompt_its_latents(tab, page):
+def test_the_list_is_sorted_and_filtered(tab, page):
+    columns = unpacked(page.read_text(), "table-0")
+    tab.click("text=Latents")
+    by_density = sorted(range(64), key=lambda i: (-columns["density"][i], i))
+    assert listed(tab) == by_density[: len(listed(tab))]
+    tab.select_option("[aria-label=sort]", "number")
+    assert listed(tab)[:5] == [0, 1, 2, 3, 4]
+    tab.click("text=least first")
+    assert listed(tab)[:5] == [63, 62, 61, 60, 59]
+    tab.select_option("[aria-label=sort]", "detection")
+    assert listed(tab)[:3] == [63, 62, 61]
+    tab.click("text=most first")
+    assert listed(tab)[:5] == [0, 1, 2, 4, 5]  # 3 has no score and comes last
+    kept = {
+        "all": set(range(64)),
+        "fires": {i for i in range(64) if columns["density"][i] > 0},
+        "silent": {i for i in range(64) if columns["density"][i] == 0},
+        "dense": {i for i in range(64) if columns["density"][i] > 0.1},
+        "alone": {i for i in range(64) if columns["likeness"][i] < 0.7},
+        "paired": {i for i in range(64) if columns["likeness"][i] >= 0.7},
+    }
+    assert 0 < len(kept["dense"]) < 64
+    for name, wanted in kept.items():
+        tab.select_option("[aria-label=show]", name)
+        assert f"{len(wanted)} of 64" in tab.locator("[role=status]").inner_text()
+        assert set(listed(tab)) <= wanted
+    tab.select_option("[aria-label=show]", "all")
+    # A bound that cuts: latents of a world this small all fire on more than a hundredth.
+    tab.evaluate("document.querySelector('[aria-label=\"density from\"]').options[1].value = 0.06")
+    tab.select_option("[aria-label='density from']", "0.06")
+    often = sum(density >= 0.06 for density in columns["density"])
+    assert f"{often} of 64" in tab.locator("[role=status]").inner_text() and 0 < often < 64
+
+
+def test_points_are_named_opened_and_selected(tab, page):
+    columns = unpacked(page.read_text(), "table-0")
+    assert tab.input_value("[aria-label=up]") == "detection"
+    tab.select_option("[aria-label=across]", "pca1")
+    tab.select_option("[aria-label=up]", "pca2")
+    tab.locator("canvas").scroll_into_view_if_needed()
+    box = tab.locator("canvas").bounding_box()
+    width, height = round(box["width"]) - 2, round(box["height"]) - 2  # of the border
+    x, y = columns["pca1"], columns["pca2"]
+
+    def place(i: int) -> tuple[float, float]:
+        across = (x[i] - min(x)) / (max(x) - min(x)) * (width - 66)
+        up = (y[i] - min(y)) / (max(y) - min(y)) * (height - 46)
+        return 54 + across, height - 34 - up
+
+    alive = [i for i in range(64) if columns["density"][i] > 0]
+    low, high = min(alive, key=lambda i: x[i]), max(alive, key=lambda i: x[i])
+    left, top = box["x"] + 1, box["y"] + 1
+    tab.mouse.move(left + place(high)[0], top + place(high)[1])
+    tab.wait_for_selector(f"text=latent {high}:")
+    middle = round((place(low)[0] + place(high)[0]) / 2)
+    tab.mouse.move(left + 10, top + 10)  # the corners are round
+    tab.mouse.down()
+    tab.mouse.move(left + middle, top + height - 10)
+    tab.mouse.up()
+    tab.wait_for_selector("text=selection ×")
+    inside = {i for i in alive if place(i)[0] <= middle}
+    assert set(listed(tab)) <= inside and 0 < len(inside) < len(alive)
+    assert f"{len(inside)} of 64" in tab.locator("[role=status]").inner_text()
+    tab.click("text=selection ×")
+    assert "64 of 64" in tab.locator("[role=status]").inner_text()
+    tab.click("text=Overview")
+    tab.locator("canvas").click(position={"x": place(low)[0], "y": place(low)[1]})
+    tab.wait_for_selector(f"text=Latent {low}")
+
+
+def test_a_latent_has_an_address_and_its_tokens_their_activations(tab, page):
     tab.goto(f"file://{page}#L7")
     tab.reload()
     tab.wait_for_selector("text=Latent 7")
+    examples = unpacked(page.read_text(), "chunk-0-0")[7]["examples"]
+    value, sources = examples[0][1], examples[0][6]
+    title = tab.locator("article .centre").first.get_attribute("title")
+    assert float(title.split(",")[0]) == pytest.approx(value, rel=0.01)
+    assert f"dimensions {sources[0][0]} (+{sources[0][1]}" in title
+    assert tab.locator("article h1 a").get_attribute("href") == "#latents/d0/L7"
+
+
+def test_a_prompt_shows_its_latents(tab):
     tab.click("text=Prompts")
     tab.wait_for_selector("text=Sentences, as uniform-k4 sees them")
     assert tab.locator(".card tr").count() >= 1
+    shaded = "[...document.querySelectorAll('.ink')].filter(n => n.style.background).length"
+    assert tab.evaluate(shaded) >= 1
+
+
+def test_the_view_asked_for_last_stays(tab):
+    clicks = "[...document.querySelectorAll('nav button')].forEach(button => button.click())"
+    for order in ("", ".reverse()"):
+        tab.evaluate(clicks.replace("]", f"]{order}", 1) + "; drawing")
+        shown = tab.locator("nav [aria-current=true]").inner_text()
+        heading = tab.locator("main h1").first.inner_text()
+        assert (shown, heading[:4]) == (("Overview", "What") if order else ("Prompts", "Sent"))
+
+
+def test_paper_is_white(tab):
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not tab.locator("header").is_visible() and tab.locator("main h1").is_visible()
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -264,42 +422,69 @@ def test_nothing_is_wider_than_the_window_in_light_or_dark(tab, page, width):
             assert tab.evaluate("document.documentElement.scrollWidth") <= width
             colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
             assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
+    tab.click("#theme")
+    colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert colour == "rgb(255, 255, 255)"
 
 
-def test_hostile_text_does_nothing(browser, world, page, tmp_path):
-    """Tokens that would end the script, reverse the line or fill the window."""
-    bad = ["</script><img src=x onerror=alert(1)>", "\u202eabc", "y" * 10_000]
+def test_hostile_text_does_nothing(browser, world, tmp_path, monkeypatch):
+    """Tokens that would end the script, reverse the line, hide, or fill the window; and a name."""
+    image = "</script><img src=x onerror=alert(1)>"
+    bad = [image, "\u202eabc", "a\u200b\u200d\ufeffb", "y" * 10_000]
 
     class Hostile:
         name_or_path = "hostile"
 
         def convert_ids_to_tokens(self, token):
-            return bad[token % 3]
+            return bad[token % 4]
 
         def decode(self, ids):
-            return bad[ids[0] % 3]
+            return bad[ids[0] % 4]
 
     from llm_wsae.pages import dashboard as module
 
+    model, ordinary = LanguageModel.load(str(world / "model")), module.Vocabulary
+    monkeypatch.setattr(module, "Vocabulary", lambda tokenizer: ordinary(Hostile()))
+    named, out = {image: Dictionary.load(world / PLAIN)}, tmp_path / "bad.html"
+    dashboard(named, world / "store", model, out, prompts=["w1 w2 w3"])
+    tab, wrong = watched(browser, f"file://{out}")
+    for view in ("overview", "latents/L1", "prompts"):
+        tab.goto(f"file://{out}#{view}")
+        tab.reload()
+        tab.wait_for_selector("main table")
+        text = tab.locator("main").inner_text()
+        assert "<img src=x" in text and tab.locator("img").count() == 0
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
+        if view == "latents/L1":
+            assert r"\u202eabc" in text and r"a\u200b\u200d\ufeffb" in text
+            assert "y" * 80 + "…" in text and "y" * 81 not in text
+            assert not set("\u202e\u200b\u200d\ufeff") & set(text)
+    assert wrong == []
+    tab.close()
+
+
+def test_a_notebook_shows_it_inline(browser, world, store, tmp_path):
+    """In a frame without an address of its own."""
     model = LanguageModel.load(str(world / "model"))
-    ordinary = module.Vocabulary
-    module.Vocabulary = lambda tokenizer: ordinary(Hostile())
-    try:
-        dashboard([world / PLAIN], world / "store", model, tmp_path / "bad.html")
-    finally:
-        module.Vocabulary = ordinary
-    tab, wrong = browser.new_page(), []
-    tab.on("dialog", lambda dialog: wrong.append("dialog"))
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith("file:") else None)
-    tab.goto(f"file://{tmp_path / 'bad.html'}#L1")
-    tab.wait_for_selector("article .context")
-    assert tab.locator("img").count() == 0 and "<img src=x" in tab.locator("article").inner_text()
-    assert wrong == [] and tab.evaluate("document.documentElement.scrollWidth") <= 1280
+    made = dashboard([Dictionary.load(world / PLAIN)], store, model, tmp_path / "own.html")
+    notebook = tmp_path / "notebook.html"
+    notebook.write_text(f"<!doctype html><meta charset='utf-8'>{made._repr_html_()}")
+    tab, wrong = watched(browser, f"file://{notebook}")
+    tab.goto(f"file://{notebook}")
+    frame = tab.frames[1]
+    frame.wait_for_selector("main canvas")
+    frame.click("text=list them")
+    frame.click("article .columns.wide a >> nth=0")
+    frame.click("article h1 a")
+    assert frame.locator("main h1").first.inner_text() == "Latents of uniform-k4"
+    assert [f.url for f in tab.frames] == [f"file://{notebook}", "about:srcdoc"] and wrong == []
     tab.close()
 
 
 # --- the live page ------------------------------------------------------------------------------
+
+
+AS_JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -344,23 +529,33 @@ def test_questions_are_answered_or_refused_in_a_sentence(client, world):
     steer = {"text": "w1 w2 w3", "dictionary": 0, "latent": 5, "strength": 50.0, "tokens": 5}
     changed = client.post("/secret/ask", json=steer).json()
     assert changed["change"] > 0
+    assert not changed["cut"]
     same = client.post("/secret/ask", json=steer | {"strength": 0}).json()
     assert same["before"] == same["after"] == changed["before"] and same["change"] < 1e-3
     for wrong, said in (
-        ({"text": ""}, "1 to 2000 characters"),
+        ({"text": ""}, "there is no text"),
+        ({"text": "w" * 2001}, "the text has 2,001 characters, and at most 2,000"),
+        ({"text": "\ud800"}, "not UTF-8"),
+        ({"text": "w1 " * 200}, "with 5 more they are too many"),
         ({"dictionary": 2}, "no such dictionary"),
         ({"latent": 64}, "there is no latent 64"),
         ({"strength": "much"}, "a strength is a number"),
         ({"tokens": 1000}, "from 1 to 60 tokens"),
     ):
-        reply = client.post("/secret/ask", json=steer | wrong)
+        asked = json.dumps(steer | wrong)
+        reply = client.post("/secret/ask", content=asked, headers=AS_JSON)
         assert reply.status_code == 400 and said in reply.json()["error"]
-    assert (
-        client.post(
-            "/secret/ask", content="[", headers={"content-type": "application/json"}
-        ).status_code
-        == 400
-    )
+    assert client.post("/secret/ask", content="[", headers=AS_JSON).status_code == 400
+
+
+def test_the_model_writes_and_waits_for_a_limited_time(client, session, monkeypatch):
+    monkeypatch.setattr(live, "SECONDS", 0.0)
+    steer = {"text": "w1 w2", "dictionary": 0, "latent": 5, "strength": 1.0, "tokens": 50}
+    answer = client.post("/secret/ask", json=steer).json()
+    assert answer["cut"] and len(answer["before"].split()) < 50
+    with session._busy:
+        reply = client.post("/secret/ask", json=steer)
+    assert reply.status_code == 400 and "busy" in reply.json()["error"]
 
 
 def test_a_browser_asks_the_model(browser, world, tmp_path):
@@ -372,15 +567,21 @@ def test_a_browser_asks_the_model(browser, world, tmp_path):
     server = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     try:
         address = next(line.split()[1] for line in server.stderr if line.startswith("open http"))
-        tab, wrong = browser.new_page(), []
-        tab.on("console", lambda message: wrong.append(message.text))
-        tab.on("request", lambda r: None if r.url.startswith(address) else wrong.append(r.url))
+        tab, wrong = watched(browser, address)
         tab.goto(f"{address}#live/d0")
-        tab.locator("textarea").fill("w1 w2 w3")
+        text = tab.locator("textarea")
+        text.fill("")
+        text.press_sequentially("w1 /jk w2")  # which are keys of the page elsewhere
+        assert text.input_value() == "w1 /jk w2"
         tab.click("#read")
         tab.wait_for_selector(".card .context")
         tab.click("#write")
         tab.wait_for_selector("text=turned by 30")
+        assert wrong == []
+        text.fill("w" * 30_000)
+        tab.click("#read")
+        tab.wait_for_selector("text=at most 2,000 characters are read")
+        assert len(wrong) == 1 and "413" in wrong.pop()  # the browser's own note
         assert wrong == []
         tab.close()
     finally:

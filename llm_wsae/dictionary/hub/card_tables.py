@@ -12,7 +12,7 @@ _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
 _JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
-_MEASURES = {
+MEASURES = {
     "eligible_share": "share of the latents that fire in enough contexts to be scored",
     "purity": "share of the most frequent token among the contexts that excite a latent most "
     "(control: among random contexts)",
@@ -121,7 +121,7 @@ def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
     """
     scores = {d.sae_id: mapping(d.info.metrics.get("monosemanticity")) for d in dictionaries}
     cells = {
-        sae_id: {name: cell for name, value in found.items() if (cell := _score(value))}
+        sae_id: {name: cell for name, value in found.items() if (cell := score(value))}
         for sae_id, found in scores.items()
     }
     names = list(dict.fromkeys(name for found in cells.values() for name in found))
@@ -133,7 +133,7 @@ def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
         if found
     ]
     spelt = {name: escape(name.replace("_", " ")) for name in names}
-    known = [f"{spelt[name]}: {_MEASURES[name]}" for name in names if name in _MEASURES]
+    known = [f"{spelt[name]}: {MEASURES[name]}" for name in names if name in MEASURES]
     intervals = "All on held-out text, without a language model as judge, with 95 % intervals. "
     notes = [intervals + "; ".join(known) + "."] if known else []
     return [*notes, markdown([["dictionary", *spelt.values()], *rows])]
@@ -153,7 +153,7 @@ def explanations_section(dictionaries: Sequence[Facts]) -> list[str]:
                 f"`{d.sae_id}`",
                 escape(text(found.get("explainer")) or _NONE),
                 f"{latents:,}",
-                *(_score(found.get(name)) or _NONE for name in _JUDGED),
+                *(score(found.get(name)) or _NONE for name in _JUDGED),
                 _count(unread) + (f" of {questions:,}" if questions else ""),
             ]
         )
@@ -177,7 +177,8 @@ def with_interval(value: float | None, interval: tuple[float, float] | None) -> 
     return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
-def _score(value: object) -> str:
+def score(value: object) -> str:
+    """A measure as text, with its interval and its control; empty if it is none."""
     found = mapping(value)
     number_here = number(found.get("value") if found else value)
     if number_here is None:

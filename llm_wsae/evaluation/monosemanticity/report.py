@@ -50,8 +50,7 @@ class DictionaryScores:
     concepts: ConceptSummary
     concepts_not_dense: ConceptSummary
     per_latent: dict[str, Tensor] = field(repr=False)
-    """Every score, and ``density``, of every latent [d_sae]; NaN where a latent has none. Not part
-    of the JSON."""
+    """Every score, and ``density``, of every latent [d_sae]; NaN where a latent has none."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, without the numbers per latent."""
@@ -81,8 +80,12 @@ class MonosemanticReport:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; a number that does not exist is null."""
-        found = {name: scores.to_dict() for name, scores in self.dictionaries.items()}
+        """JSON-able, the scores of every latent included; a number that does not exist is null."""
+        found = {
+            name: scores.to_dict()
+            | {"per_latent": {k: _rounded(v) for k, v in scores.per_latent.items()}}
+            for name, scores in self.dictionaries.items()
+        }
         return plain(vars(self) | {"dictionaries": found})
 
     def write(self, path: Path) -> None:
@@ -116,6 +119,10 @@ class MonosemanticReport:
                 f"{found['pw_mcc_alive']:.3f} over those that fired."
             )
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 5) for value in values.tolist()]
 
 
 def _cells(scores: DictionaryScores) -> list[str]:

@@ -252,7 +252,8 @@ def test_the_report_is_json_and_a_table(report, tmp_path):
         "mean": 1.0, "interval": [1.0, 1.0], "count": NUM_WORDS, "share": NUM_WORDS / WIDTH,
     }  # fmt: skip
     assert words["latents"]["detection_without_tokens"]["mean"] is None
-    assert "per_latent" not in words and written["config"]["top"] == 5
+    assert len(words["per_latent"]["density"]) == WIDTH and written["config"]["top"] == 5
+    assert words["per_latent"]["purity"] == [1.0] * NUM_WORDS + [None] * (WIDTH - NUM_WORDS)
     lines = report.table().splitlines()
     detection = report.dictionaries["four"].latents["detection"]
     (row,) = (line for line in lines if line.startswith("four "))
