@@ -82,6 +82,8 @@ class Dictionary(nn.Module):
         self.sparsity = sparsity
         self.info = info
         self.extras = {key: tensor.detach().cpu() for key, tensor in (extras or {}).items()}
+        self.folder: Path | None = None
+        """Where it was loaded from."""
 
     @property
     def d_in(self) -> int:
@@ -177,6 +179,7 @@ class Dictionary(nn.Module):
             info=content.info,
             extras=content.extras,
         )
+        new.folder = Path(folder)
         return new.to(device)
 
     @classmethod

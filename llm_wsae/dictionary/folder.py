@@ -1,9 +1,10 @@
-"""The dictionary folder: two files that SAELens reads, and two for what SAELens does not know.
+"""The dictionary folder: two files that SAELens reads, and others for what SAELens does not know.
 
     cfg.json                  SAELens ≥ 6 configuration
     sae_weights.safetensors   W_enc, W_dec, b_enc, b_dec, and threshold for JumpReLU
     wsae.json                 how it was made (``DictionaryInfo``), format version, checksums
     wsae.safetensors          gamma [d_in] or [d_in, d_in], statistics of the rows
+    explanations.jsonl        what a language model said of its latents (``explanations``), if asked
 
 The folder is written under a temporary name and renamed, so half a dictionary is never found under
 its name. Reading trusts nothing: names, shapes and dtypes in the files' headers are compared with
@@ -46,6 +47,7 @@ CFG, WEIGHTS, INFO, EXTRAS = (
     "wsae.json",
     "wsae.safetensors",
 )
+EXPLANATIONS = "explanations.jsonl"
 _OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
 _LARGEST_SIZE = 2**31
 _STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -134,6 +136,7 @@ def write_folder(
                 **info.to_dict(),
             },
         )
+        _carry_explanations(folder, new)
 
 
 def copy_folder(source: Path, folder: Path) -> None:
@@ -142,9 +145,27 @@ def copy_folder(source: Path, folder: Path) -> None:
     Raises LlmWsaeError as ``write_folder`` does; what was there is then unchanged.
     """
     with replacing(folder, _check_replaceable) as new:
-        for name in sorted(_OWN_FILES):
+        for name in sorted({*_OWN_FILES, EXPLANATIONS}):
             path = source / name
-            write_atomic(new / name, functools.partial(shutil.copyfile, path))
+            if name in _OWN_FILES or path.is_file():
+                write_atomic(new / name, functools.partial(shutil.copyfile, path))
+        _carry_explanations(folder, new)
+
+
+def _carry_explanations(old: Path, new: Path) -> None:
+    """What was said of a dictionary's latents stays when the same weights are saved again."""
+    there, here = old / EXPLANATIONS, new / EXPLANATIONS
+    if there.is_file() and not here.exists() and weights_checksum(old) == weights_checksum(new):
+        shutil.copyfile(there, here)
+
+
+def weights_checksum(folder: Path) -> Any:
+    """The SHA-256 of the weights that a dictionary's description holds; None if it holds none.
+
+    Raises LlmWsaeError if the description cannot be read.
+    """
+    saved = read_json(folder / INFO, "dictionary's information").get("sha256")
+    return saved.get(WEIGHTS) if isinstance(saved, dict) else None
 
 
 def is_dictionary(folder: Path) -> bool:
@@ -272,7 +293,7 @@ def _check_replaceable(folder: Path) -> None:
     names = {entry.name for entry in folder.iterdir()}
     if not names:
         return
-    strange = sorted(names - _OWN_FILES)
+    strange = sorted(names - _OWN_FILES - {EXPLANATIONS})
     if strange or not is_dictionary(folder):
         found = strange[0] if strange else "no sign that this package made it"
         raise LlmWsaeError(

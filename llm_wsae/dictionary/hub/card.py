@@ -20,6 +20,7 @@ from llm_wsae.dictionary.hub.card_data import Facts
 from llm_wsae.dictionary.hub.card_tables import (
     dictionaries_table,
     escape,
+    explanations_section,
     fidelity_notes,
     is_plain,
     monosemanticity_section,
@@ -157,6 +158,8 @@ def _body(
     ]
     if scores := monosemanticity_section(dictionaries):
         parts += ["## Monosemanticity", *scores]
+    if explained := explanations_section(dictionaries):
+        parts += ["## Explanations by a language model", *explained]
     parts += ["## How to use them", *_usage(repo_id, dictionaries[0], revision)]
     parts += ["## How they were made"]
     for d in dictionaries:

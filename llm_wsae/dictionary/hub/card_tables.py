@@ -3,13 +3,15 @@
 import re
 from collections.abc import Sequence
 
-from llm_wsae.dictionary.checks import mapping, number, pair
+from llm_wsae.dictionary.checks import integer, mapping, number, pair, text
+from llm_wsae.dictionary.folder import EXPLANATIONS
 from llm_wsae.dictionary.hub.card_data import Facts
 from llm_wsae.terminal import markdown
 
 _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
+_JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
 _MEASURES = {
     "eligible_share": "share of the latents that fire in enough contexts to be scored",
     "purity": "share of the most frequent token among the contexts that excite a latent most "
@@ -129,6 +131,37 @@ def monosemanticity_section(dictionaries: Sequence[Facts]) -> list[str]:
     intervals = "All on held-out text, without a language model as judge, with 95 % intervals. "
     notes = [intervals + "; ".join(known) + "."] if known else []
     return [*notes, markdown([["dictionary", *spelt.values()], *rows])]
+
+
+def explanations_section(dictionaries: Sequence[Facts]) -> list[str]:
+    """How well a language model explained every dictionary's latents; empty if it was not asked."""
+    rows = []
+    for d in dictionaries:
+        found = mapping(d.info.metrics.get("explanations"))
+        latents = integer(found.get("latents"))
+        if latents is None:
+            continue
+        unread, questions = (integer(found.get(key)) for key in ("unread", "questions"))
+        rows.append(
+            [
+                f"`{d.sae_id}`",
+                escape(text(found.get("explainer")) or _NONE),
+                f"{latents:,}",
+                *(_score(found.get(name)) or _NONE for name in _JUDGED),
+                _count(unread) + (f" of {questions:,}" if questions else ""),
+            ]
+        )
+    if not rows:
+        return []
+    header = ["dictionary", "explained and judged by", "latents", *_JUDGED, "answers not readable"]
+    return [
+        "Detection: does a text excite the latent, by its explanation? Fuzzing: are the marked "
+        "tokens those that excite it? Both are balanced accuracies (chance: 0.5) on documents that "
+        "the explainer did not see. Intruder: which of five texts does not excite it (accuracy "
+        "without an explanation; chance: 0.2). Means over a sample of latents, with 95 % intervals "
+        f"over them. The explanations are in `{EXPLANATIONS}`.",
+        markdown([header, *rows], left=2),
+    ]
 
 
 def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:

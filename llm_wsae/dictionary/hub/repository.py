@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llm_wsae.dictionary.checks import integer
-from llm_wsae.dictionary.folder import CFG, EXTRAS, INFO, WEIGHTS
+from llm_wsae.dictionary.folder import CFG, EXPLANATIONS, EXTRAS, INFO, WEIGHTS
 from llm_wsae.dictionary.formats.layout import Announced, Layout
 from llm_wsae.dictionary.formats.reading import layout_of
 from llm_wsae.dictionary.hub.errors import hub_errors, unreachable
@@ -25,6 +25,7 @@ from llm_wsae.files import read_json, sha256
 FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
 README = "README.md"
 _LARGEST_JSON = 16 << 20
+_LARGEST_EXPLANATIONS = 256 << 20  # a line of 1 kB for each of 2¹⁸ latents
 _HEADER = 1 << 20  # bytes of a safetensors header, far more than needed
 _MATRICES = 4  # of d_in × d_in numbers in the side tensors, at most
 _WIDEST = 1 << 15  # dimensions of a residual stream, where a layout does not announce them
@@ -156,6 +157,8 @@ class Repository:
                     f"{paths[name]} of {self._here} is not the file whose checksum its {INFO} "
                     "holds; ask whoever pushed it to push it again"
                 )
+        if (explanations := _inside(sae_id, EXPLANATIONS)) in self.files:
+            self.fetch(explanations, _LARGEST_EXPLANATIONS)
         return local.parent
 
     def fetch(self, path: str, limit: int) -> Path:

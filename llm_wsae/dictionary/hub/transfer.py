@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.dictionary.folder import (
     CFG,
+    EXPLANATIONS,
     EXTRAS,
     INFO,
+    WEIGHTS,
     check_folder,
     copy_folder,
     write_folder,
@@ -177,6 +180,7 @@ def _local_dictionaries(folders: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in map(Path, folders):
         sae_id = folder_name(check_folder(folder))
+        read_explanations(folder)  # raises for those of another dictionary
         if sae_id in found:
             raise UsageError(
                 f"{found[sae_id]} and {folder} are both named {sae_id}; push only one of them, or "
@@ -246,11 +250,15 @@ def _changed(
     """The files of a dictionary that the repository lacks or has differently; None for one that
     must be deleted."""
     changed: dict[str, Path | bytes | None] = {}
-    for name in FILES:
+    explained = (folder / EXPLANATIONS).is_file()
+    for name in (*FILES, EXPLANATIONS) if explained else FILES:
         path = f"{sae_id}/{name}"
         there = remote.get(path)
         if there is None or digest_of(folder / name, there) != there.digest:
             changed[path] = folder / name
+    older = f"{sae_id}/{EXPLANATIONS}"
+    if not explained and older in remote and f"{sae_id}/{WEIGHTS}" in changed:
+        changed[older] = None  # of the older weights
     # Redrawn only for new numbers: another version of the drawing library is no change.
     drawing = f"{sae_id}/{FIGURE}"
     if drawing not in remote or f"{sae_id}/{EXTRAS}" in changed:

@@ -1,0 +1,117 @@
+"""What a language model said about latents: ``explanations.jsonl`` beside a dictionary's weights.
+
+The first line names the weights by their checksum, so that labels are never shown beside another
+dictionary. One line for every explained latent follows. The file may come from the Hub: a value
+that does not have the expected type counts as missing, and a text is only ever shown escaped.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.dictionary.checks import integer, mapping, number, pair, text
+from llm_wsae.dictionary.folder import (
+    EXPLANATIONS,
+    check_keeps_measurements,
+    weights_checksum,
+)
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import write_text
+
+FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1
+LONGEST = 400
+"""Characters of an explanation."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well an explanation, or a latent's contexts alone, let a judge tell examples apart."""
+
+    value: float
+    """Balanced accuracy (chance: 0.5), or accuracy for ``intruder`` (chance: 0.2)."""
+    interval: tuple[float, float]
+    """95 %, over examples."""
+    asked: int
+    """Examples that were put to the judge."""
+    answered: int
+    """Those of them with an answer that could be read."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is known of one latent."""
+
+    latent: int
+    text: str | None
+    """The explanation; None if the explainer gave none that could be read."""
+    explainer: str
+    """Name of the language model."""
+    scores: Mapping[str, Score]
+    """``detection``, ``fuzzing`` and ``intruder``, those that were measured."""
+
+
+def read_explanations(folder: Path) -> dict[int, Explanation]:
+    """The explanations in a dictionary's folder, by latent; empty if it has none.
+
+    Raises LlmWsaeError if the file is damaged or belongs to another dictionary.
+    """
+    path = Path(folder) / EXPLANATIONS
+    if not path.is_file():
+        return {}
+    try:
+        head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    except (ValueError, OSError, RecursionError) as error:
+        raise LlmWsaeError(f"{path} cannot be read ({error}); delete it to go on without") from None
+    version = integer(mapping(head).get("format_version"))
+    if mapping(head).get("format") != FORMAT or version is None or version > FORMAT_VERSION:
+        raise LlmWsaeError(
+            f"{path} does not hold explanations as this version writes them; update llm-wsae, or "
+            "delete it to go on without"
+        )
+    if head.get("weights_sha256") != weights_checksum(folder):
+        raise LlmWsaeError(
+            f"{path} explains the latents of another dictionary; move it to where it belongs, or "
+            "delete it"
+        )
+    return {one.latent: one for line in lines if (one := _explanation(mapping(line))) is not None}
+
+
+def keep_explanations(folder: Path, found: Iterable[Explanation]) -> None:
+    """Store explanations in a dictionary's folder; older ones of other latents stay.
+
+    Raises UsageError for a folder that must not be written to, LlmWsaeError as
+    ``read_explanations`` does or if the file cannot be written; it is then unchanged.
+    """
+    check_keeps_measurements(folder)
+    known = read_explanations(folder) | {one.latent: one for one in found}
+    head = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "weights_sha256": weights_checksum(folder),
+    }
+    rows = [head, *(asdict(known[latent]) for latent in sorted(known))]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(Path(folder) / EXPLANATIONS, text)
+
+
+def _explanation(line: Mapping[str, Any]) -> Explanation | None:
+    latent, said = integer(line.get("latent")), text(line.get("text"))
+    if latent is None or latent < 0:
+        return None
+    scores = {name: _score(mapping(value)) for name, value in mapping(line.get("scores")).items()}
+    return Explanation(
+        latent,
+        said[:LONGEST] if said else None,
+        text(line.get("explainer")) or "not known",
+        {name: score for name, score in scores.items() if score is not None},
+    )
+
+
+def _score(value: Mapping[str, Any]) -> Score | None:
+    mean, interval = number(value.get("value")), pair(value.get("interval"))
+    asked, answered = integer(value.get("asked")), integer(value.get("answered"))
+    if mean is None or interval is None or asked is None or answered is None:
+        return None
+    return Score(mean, interval, asked, answered)
