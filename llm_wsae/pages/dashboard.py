@@ -66,7 +66,7 @@ def dashboard(
     than 60 MB; LlmWsaeError for a folder, store or model that cannot be read or does not fit.
     """
     out = Path(out)
-    check_file(out, _is_page)
+    check_file(out, is_page)
     named = named_dictionaries(dictionaries)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
@@ -162,7 +162,8 @@ def _page(about: dict[str, Any], parts: Sequence[tuple[str, str]], live: bool) -
     return frame.replace("@@policy@@", policy, 1).replace("@@data@@", "\n".join(blocks), 1)
 
 
-def _is_page(path: Path) -> bool:
+def is_page(path: Path) -> bool:
+    """Whether a file is such a page."""
     return _MARK.encode() in path.read_bytes()
 
 
