@@ -24,6 +24,7 @@ LARGEST_NUMBER = 10**15
 LARGEST_JSON = 1 << 29  # bytes; the manifest of a store of a hundred billion tokens has fewer
 _LONGEST_LINE = 1 << 26  # characters of one line of text
 _LARGEST_YAML = 1 << 20  # characters
+_MOST_BRACKETS = 1000  # of a YAML block: the time that nested ones take grows with their square
 _MOST_VALUES = 10_000  # of a YAML block, every alias counted as what it stands for
 
 
@@ -77,7 +78,7 @@ def parse_yaml(text: str, what: str) -> dict[str, Any]:
 
     Raises LlmWsaeError for anything else, also for a small text that would unfold to a large one.
     """
-    if len(text) > _LARGEST_YAML:
+    if len(text) > _LARGEST_YAML or text.count("[") + text.count("{") > _MOST_BRACKETS:
         raise LlmWsaeError(f"{what} is too large to be read")
     import yaml  # only a push reads any
 

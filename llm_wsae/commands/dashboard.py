@@ -7,6 +7,7 @@ import tyro
 
 from llm_wsae.commands.options import Flag, Flat, LoadOptions, Result, note
 from llm_wsae.errors import UsageError
+from llm_wsae.outputs import check_file
 
 
 def dashboard(
@@ -41,10 +42,12 @@ def dashboard(
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.pages.dashboard import dashboard as write
     from llm_wsae.pages.dashboard import named_dictionaries
+    from llm_wsae.pages.frame import is_page
     from llm_wsae.pages.live import listen, serve
 
     if out.suffix not in (".html", ".htm"):
         raise UsageError(f"the page is an HTML file, so --out cannot be {out}")
+    check_file(out, is_page)  # before the model is loaded
     if port and not live:
         raise UsageError("--port is for --live; add that")
     listening = listen(port) if live else None  # refused before the work

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.hardware import choose_device, fast_dtype
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.loading import checked_config, hub_source, quiet
-from llm_wsae.outside import local_path, parsing
+from llm_wsae.outside import local_path, parsing, reason
 
 _BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would overflow the caches
 _LONGEST = 256  # tokens read of a text; sentence encoders are trained on no more
@@ -56,17 +57,21 @@ class SentenceEncoder:
         place = choose_device(device)
         where, local = _find(source)
         options = {"local_files_only": local, "trust_remote_code": False}
-        with parsing(f"{source} is not a sentence encoder of transformers"):
-            with quiet(progress_bars=not local):
-                hf_model = AutoModel.from_pretrained(
-                    where,
-                    config=checked_config(where, options),
-                    dtype=fast_dtype(place),
-                    # plain attention is the faster one for texts of a few tokens
-                    attn_implementation="eager",
-                    **options,
-                )
-                tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        refusal = f"{source} is not a sentence encoder of transformers"
+        with parsing(refusal):
+            try:
+                with quiet(progress_bars=not local):
+                    hf_model = AutoModel.from_pretrained(
+                        where,
+                        config=checked_config(where, options),
+                        dtype=fast_dtype(place),
+                        # plain attention is the faster one for texts of a few tokens
+                        attn_implementation="eager",
+                        **options,
+                    )
+                    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise UsageError(f"{refusal}: {reason(error)}") from error
             if tokenizer.pad_token is None:
                 raise UsageError(
                     f"{source} is not a sentence encoder: its tokenizer has no padding; name "

@@ -3,6 +3,7 @@ disk as it was. Each kind of mistake once, through the command line; details are
 mistake is found."""
 
 import contextlib
+import os
 import resource
 import shutil
 import signal
@@ -76,9 +77,41 @@ EVALUATING = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 100)
 RUNNING = ("run", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, *SIZE)
 WEIGHING = ("weigh", "store", "--site", SITE)
 
+LONG = "x" * 300
 # name: (exit code, the command without --out, what the sentence holds)
 MISTAKES = {
     "command": (2, ("harvst",), ["no command 'harvst'", "did you mean 'harvest'?"]),
+    "empty corpus": (2, (*HARVESTING, "--corpus", ""), ["--corpus is empty", "omit it"]),
+    "empty model": (2, (*HARVESTING, "--model="), ["--model is empty"]),
+    "empty part": (
+        2,
+        (*HARVESTING, "--corpus", "text.jsonl+"),
+        ["'text.jsonl+' has an empty part"],
+    ),
+    "empty parts": (2, (*HARVESTING, "--corpus", "+"), ["'+' has an empty part"]),
+    "corpus of nobody": (
+        2,
+        (*HARVESTING, "--corpus", "~nosuchuser/x"),
+        ["home folder ~nosuchuser"],
+    ),
+    "model of nobody": (2, (*HARVESTING, "--model", "~nosuchuser/x"), ["home folder ~nosuchuser"]),
+    "long corpus": (1, (*HARVESTING, "--corpus", LONG), ["file name too long", "a shorter name"]),
+    "long model": (1, (*HARVESTING, "--model", f"./{LONG}"), ["file name too long"]),
+    "long store": (1, ("train", LONG, *TRAIN), ["file name too long"]),
+    "long dictionary": (1, ("evaluate", LONG, *EVALUATING), ["file name too long"]),
+    "bytes that are no name": (2, (*HARVESTING, "--corpus", "a\udcff"), ["not UTF-8", "a\\udcff"]),
+    "shard": (2, (*HARVESTING, "--shard-tokens", 10**15), ["a shard would need", "shard-tokens"]),
+    "number of tokens": (2, (*HARVESTING, "--tokens", 10**30), ["at most 1,000,000,000,000,000"]),
+    "disk": (2, (*HARVESTING, "--tokens", 10**15), ["but its disk has", "fewer tokens"]),
+    "expansion": (2, (*TRAINING, "--k", 4, "--expansion", 10**9), ["GiB of memory", "expansion"]),
+    "initial seed": (2, (*TRAINING, "--k", 4, "--init-seeds", 10**30), ["init-seeds", "at most"]),
+    "dead after": (2, (*TRAINING, "--k", 4, "--dead-after", 10**30), ["dead-after", "at most"]),
+    "no number": (2, (*TRAINING, "--checkpoint-seconds", "nan"), ["seconds is nan", "a number"]),
+    "bootstraps": (
+        2,
+        ("evaluate", "trained/uniform-k4", *EVALUATING, "--bootstraps", 10**12),
+        ["bootstraps is 1000000000000, but must be at most 100,000"],
+    ),
     "model on the hub": (
         1,
         ("harvest", "--model", "nosuch/model", "--corpus", "text.jsonl", *HARVEST),
@@ -288,6 +321,63 @@ def test_files_that_cannot_receive_the_result(refused):
             said=["--out cannot be empty.txt/report.json", "is not a folder"])  # fmt: skip
     refused(2, *HARVESTING, "--out", "empty.txt", said=["name of a folder, but empty.txt is"])
     refused(1, *HARVESTING, "--out", "trained", said=["trained holds other files"])
+
+
+def test_nothing_of_other_people_is_replaced(refused, world, tmp_path, subtests):
+    (world / "notes.json").write_text('{"command": "mine"}')
+    (world / "page.html").write_text("<p>mine")
+    (world / "mine").mkdir()
+    (world / "mine/log.jsonl").write_text("my log\n")
+    (world / "mine/report.md").write_text("my report")
+    left, page = "was not written by this command", ("dashboard", "trained/uniform-k4")
+    studying = ("study", "store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE)
+    for command, out, said in (
+        (
+            WEIGHING,
+            "model/model.safetensors",
+            f"model/model.safetensors is there already and {left}",
+        ),
+        (WEIGHING, "model/config.safetensors", f"model/config.json is there already and {left}"),
+        (("evaluate", "trained/uniform-k4", *EVALUATING), "notes.json", left),
+        ((*page, "--store", "store", "--model", "model"), "page.html", left),
+        ((*TRAINING, "--k", 4), "store", "store is an activation store"),
+        ((*TRAINING, "--k", 4), "trained/uniform-k4", "trained/uniform-k4 is a dictionary"),
+        ((*TRAINING, "--k", 4), "mine", "mine/log.jsonl is there already"),
+        (studying, "mine", "mine holds report.md"),
+    ):
+        with subtests.test(f"{command[0]} {out}"):
+            refused(1, *command, "--out", out, said=[said])
+
+
+def test_what_one_may_not_read_or_write(refused, world, tmp_path):
+    """Before the work. (Modules are imported first: nobody might not read them either.)"""
+    evaluating = ("evaluate", world / "trained/uniform-k4", *EVALUATING)
+    works("verify", world / "trained/uniform-k4")
+    assert call("evaluate", "nowhere", *EVALUATING, "--out", tmp_path / "x.json").code == 1
+    with nobody(world, tmp_path):
+        for command, said in (
+            (("verify", world / "trained/uniform-k4"), f"{world}/trained/uniform-k4: permission"),
+            ((*evaluating, "--out", tmp_path / "new.json"), f"cannot write {tmp_path}/new.json: P"),
+        ):
+            result = call(*command)
+            assert (result.code, result.out) == (1, "") and result.err.count("\n") == 1
+            assert said in result.err and "ask its owner for access" in result.err
+
+
+@contextlib.contextmanager
+def nobody(*folders: Path):
+    """Without access to some folders, also for the root of a container."""
+    for folder in folders:
+        folder.chmod(0o500 if os.geteuid() == 0 else 0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+        for folder in folders:
+            folder.chmod(0o700)
 
 
 def test_a_store_of_another_model_or_form(refused):

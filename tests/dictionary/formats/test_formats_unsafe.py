@@ -94,6 +94,53 @@ def test_a_pickle_as_torch_once_wrote_it_and_one_that_is_compressed(topk):
     refused(topk, "is compressed, which torch.save never does")
 
 
+def test_an_archive_that_two_readers_read_differently(topk, monkeypatch):
+    """Python finds a directory by its distance from the end, torch by its distance from the
+    beginning: a file may have one of each, and what torch unfolds is not what was checked."""
+    path = topk / "ae.pt"
+    plain = path.read_bytes()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch was given the file"))
+    sentence = "its directory is not where torch.save writes one"
+    path.write_bytes(seen_twice(topk))
+    refused(topk, sentence)
+    for data in (b"PK\3\4" + bytes(60) + plain, b"\x80\2" + plain, plain + b"PK\5\6" + bytes(18)):
+        path.write_bytes(data)
+        refused(topk, f"{sentence}|is not a complete file of torch.save")
+
+
+def seen_twice(folder: Path) -> bytes:
+    """An archive whose first directory is torch's, of a pickle that unfolds to 64 MB, and its last
+    Python's, of the same names uncompressed."""
+    path, members = folder / "ae.pt", records(folder / "ae.pt")
+    (pickle,) = (name for name in members if name.endswith("data.pkl"))
+    pack(
+        path, members | {pickle: b"\x80\2X\0\0\0\4" + bytes(64 << 20) + b"."}, zipfile.ZIP_DEFLATED
+    )
+    torchs = path.read_bytes()
+    pack(path, members)
+    pythons = path.read_bytes()
+    end = torchs.rindex(b"PK\5\6")
+    start = int.from_bytes(torchs[end + 16 : end + 20], "little")
+    own_end = pythons.rindex(b"PK\5\6")
+    size = own_end - int.from_bytes(pythons[own_end + 16 : own_end + 20], "little")
+    assert size == end - start
+    return torchs[:end] + pythons[:own_end] + torchs[end:]
+
+
+def test_records_that_lie_on_each_other_or_bear_one_name(topk):
+    path = topk / "ae.pt"
+    members = records(path)
+    (prefix,) = {name.split("/")[0] for name in members}
+    pack(path, members)
+    data = bytearray(path.read_bytes())
+    entries = [at for at in range(len(data)) if data[at : at + 4] == b"PK\1\2"]
+    data[entries[-1] + 42 : entries[-1] + 46] = data[entries[0] + 42 : entries[0] + 46]
+    path.write_bytes(data)
+    refused(topk, "is not as torch.save writes one|its records are not apart|differ")
+    pack(path, members | {f"{prefix}/DATA.PKL": b"."})
+    refused(topk, "its records are not apart")
+
+
 def test_an_archive_larger_than_its_dictionary(topk):
     members = records(topk / "ae.pt")
     (prefix,) = {name.split("/")[0] for name in members}

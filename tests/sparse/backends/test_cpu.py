@@ -248,6 +248,61 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
     assert not available and complaint.count("\n") == 1
 
 
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Not one, but it writes a file; how often it did."""
+    runs, program = tmp_path / "runs", tmp_path / "g++"
+    program.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] && exit\necho >> {runs}\n"
+        'for out; do :; done\necho machine code > "$out"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    return lambda: runs.read_text().count("\n")
+
+
+def test_a_library_that_is_damaged_or_not_ones_own_is_built_again(tmp_path, compiler):
+    folder = tmp_path / "llm_wsae" / "kernels"
+    library = build._built(folder)
+    assert build._built(folder) == library and compiler() == 1
+    assert library.read_text() == "machine code\n" and folder.stat().st_mode & 0o777 == 0o700
+
+    def half():
+        library.write_bytes(library.read_bytes()[:5])
+
+    def emptied():
+        library.write_bytes(b"")
+
+    def of_another():
+        os.chown(library, 65534, -1)
+
+    def open_to_all():
+        library.chmod(0o666)
+
+    damages = [half, emptied, open_to_all, *([of_another] if os.geteuid() == 0 else [])]
+    for built, damage in enumerate(damages, 2):
+        damage()
+        assert build._built(folder) == library and compiler() == built
+        assert library.read_text() == "machine code\n" and library.stat().st_uid == os.geteuid()
+
+
+def test_a_folder_that_others_can_write_to(tmp_path, compiler):
+    folder = tmp_path / "llm_wsae" / "kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    build._built(folder)
+    assert folder.stat().st_mode & 0o777 == 0o755  # closed, since it is this user's
+    tmp_path.chmod(0o777)
+    with pytest.raises(build.BuildFailed, match=r"everybody can write to .*; set XDG_CACHE_HOME"):
+        build._built(folder)
+    tmp_path.chmod(0o1777)  # as /tmp is
+    build._built(folder)
+    if os.geteuid() == 0:
+        os.chown(folder, 65534, -1)
+        with pytest.raises(build.BuildFailed, match="kernels belongs to another user"):
+            build._built(folder)
+
+
 def test_a_user_without_a_home_is_no_reason_to_stop(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))

@@ -1,0 +1,245 @@
+"""What comes from outside: read as what it is or refused in a sentence; where results go is looked
+at first; and the process is quiet whatever it is given and whenever it is interrupted."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from command_line import call
+from looping import over
+
+from llm_wsae import outside
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.outputs import check_file, check_folder, check_room, is_record_of
+from llm_wsae.outside import (
+    LARGEST_NUMBER,
+    check_numbers,
+    lines,
+    local_path,
+    parse_json,
+    parse_yaml,
+    parsing,
+)
+from llm_wsae.provenance import portable
+
+
+@over(text=["", "[" * 100_000, '{"a":' * 100_000, b'{"a": "\xff"}', "9" * 5000, "{}{}", "\x00"])
+def test_what_is_not_json(text):
+    with pytest.raises(LlmWsaeError, match=r"^the notes is not readable JSON: ") as error:
+        parse_json(text, "the notes")
+    assert "\n" not in str(error.value)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
+    for old, new in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@over(
+    text=["a: [", "- a\n- b", "1: 2", "[a]: 1", "a: !!python/object:os.system {}", "a: !!set {b}",
+          "a: &a [*a]", BOMB, "x: " + "[" * 900, "x: " + "{" * 9000, "a: 2026-99-99", "a: \x07",
+          "a" * (2 << 20)]
+)  # fmt: skip
+def test_what_is_not_yaml(text):
+    with pytest.raises(LlmWsaeError, match=r"^the card ") as error:
+        parse_yaml(text, "the card")
+    assert "\n" not in str(error.value)
+
+
+def test_yaml_is_read():
+    found = parse_yaml("a: &x [1, 2.5, yes]\nb: *x\nc: 2026-01-02\nd:\n", "the card")
+    assert found["a"] == found["b"] == [1, 2.5, True]
+    assert found["c"].year == 2026 and found["d"] is None
+    assert parse_yaml("", "the card") == {}
+
+
+@dataclass
+class Settings:
+    count: int | None = 3
+    share: float = 0.5
+    seeds: tuple[int, ...] = (0, 1)
+    on: bool = True
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"count": 1, "seeds": 0}, {"share": 1})
+
+
+def test_numbers_have_limits():
+    for given, said in (
+        ({"count": 0}, "count is 0, but must be at least 1"),
+        ({"count": 10**30}, "but must be at most 1,000,000,000,000,000"),
+        ({"share": float("nan")}, "share is nan, but must be a number"),
+        ({"share": float("inf")}, "share is inf, but must be at most 1"),
+        ({"share": -1e300}, "share is -1e.300, but must be at least"),
+        ({"seeds": (1, 2, -1)}, "seeds is -1, but must be at least 0"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            Settings(**given)
+    Settings(count=None, share=1.0, seeds=(LARGEST_NUMBER,))
+
+
+def test_whatever_a_library_raises():
+    class Panic(BaseException):
+        pass
+
+    Panic.__name__ = "PanicException"  # of libraries written in Rust, which tokenizers is
+    for error, said in (
+        (KeyError("model"), "the file cannot be read: KeyError 'model'"),
+        (ZeroDivisionError(), "the file cannot be read: ZeroDivisionError"),
+        (Panic("index out\nof range. More."), "the file cannot be read: index out of range"),
+        (
+            OSError(13, "Permission denied", "x/y"),
+            "the file cannot be read: x/y: Permission denied",
+        ),
+    ):
+        with pytest.raises(LlmWsaeError) as caught, parsing("the file cannot be read"):
+            raise error
+        assert str(caught.value) == said
+    for passed in (KeyboardInterrupt(), SystemExit(3), UsageError("ours")):
+        with pytest.raises(type(passed)), parsing("the file cannot be read"):
+            raise passed
+
+
+def test_a_line_without_an_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(outside, "_LONGEST_LINE", 8)
+    path = tmp_path / "t"
+    path.write_text("1234567\n\nab")
+    with open(path) as file:
+        assert list(lines(file, "t")) == ["1234567\n", "\n", "ab"]
+    path.write_text("12\n123456789")
+    with open(path) as file, pytest.raises(LlmWsaeError, match="t, line 2: longer than 8"):
+        list(lines(file, "t"))
+
+
+def test_names_of_files(tmp_path):
+    for name, said in (
+        ("", "the name of the corpus is empty"),
+        ("~nosuchuser/x", "there is no home folder ~nosuchuser"),
+        ("a\0b", "cannot be the name of a corpus"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            local_path(name, "corpus")
+    assert local_path("~/x", "corpus") == Path.home() / "x"
+
+
+def test_nothing_of_other_people_is_written_over(tmp_path):
+    record, mine = tmp_path / "record.json", is_record_of("evaluate")
+    for content in ('{"command": "evaluate"}', ""):
+        record.write_text(content)
+        check_file(record, mine)
+    for content in ('{"command": "weigh"}', '["evaluate"]', "my notes", "[" * 100_000):
+        record.write_text(content)
+        with pytest.raises(LlmWsaeError, match=r"record\.json is there already"):
+            check_file(record, mine)
+    with pytest.raises(LlmWsaeError, match="/dev/null is there already"):
+        check_file(Path("/dev/null"), lambda path: True)
+    check_folder(tmp_path, ["other.json"], is_ours=False)
+    check_folder(tmp_path, ["record.json"], is_ours=True)
+    with pytest.raises(LlmWsaeError, match=r"holds record\.json, which was not written by this"):
+        check_folder(tmp_path, ["record.json"], is_ours=False)
+    check_file(tmp_path / "new/folders/x.json", mine)
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    for path, said in (
+        (tmp_path / ("x" * 300), "File name too long; choose a shorter name"),
+        (Path("/proc/x.json"), "cannot write /proc/x.json"),
+    ):
+        with pytest.raises(LlmWsaeError, match=said):
+            check_file(path, lambda path: True)
+    with pytest.raises(UsageError, match=r"would need 9,313,226 GiB, but its disk has .* in all"):
+        check_room(tmp_path / "a/b", 10**16, "ask for less")
+
+
+def test_a_command_leaves_its_machine_without_its_folders():
+    for command, shown in (
+        ("llm-wsae train /home/me/store --out=/data/x/", "llm-wsae train store --out=x"),
+        (
+            "llm-wsae run --corpus ~/a.txt+../b.txt+own/er",
+            "llm-wsae run --corpus a.txt+b.txt+own/er",
+        ),
+        ("llm-wsae train 'runs/my store' --k 4", "llm-wsae train 'runs/my store' --k 4"),
+    ):
+        assert portable(command) == shown
+
+
+def test_variables_of_a_launcher(monkeypatch):
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in (("WORLD_SIZE", "x"), ("WORLD_SIZE", "-1"), ("WORLD_SIZE", "9" * 5000),
+                        ("MASTER_PORT", "70000")):  # fmt: skip
+        for variable, given in (launched | {name: value}).items():
+            monkeypatch.setenv(variable, given)
+        result = call("verify", "x")
+        assert (result.code, result.out) == (2, "") and "Traceback" not in result.err
+        assert f"llm-wsae: the environment variable {name} is" in result.err
+        assert len(result.err) < 300
+
+
+# The process
+
+
+@contextlib.contextmanager
+def output(stream):
+    with contextlib.redirect_stdout(stream):
+        yield
+    with contextlib.suppress(OSError):
+        stream.close()
+
+
+def test_an_output_that_takes_nothing(capsys):
+    from llm_wsae.cli import main
+
+    for words in (["--version"], ["--help"], ["verify", "--help"]):
+        with output(open("/dev/full", "w")):
+            assert main(words) == 1
+        assert "llm-wsae: the result cannot be printed (No space left" in capsys.readouterr().err
+        reading, writing = os.pipe()
+        os.close(reading)
+        with output(open(writing, "w")):
+            assert main(words) == 128 + signal.SIGPIPE
+        assert capsys.readouterr().err == ""
+
+
+INTERRUPTED = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
+ASKS = """
+import json, sys
+import llm_wsae.cli
+llm_wsae.cli.COMMANDS["verify"] = lambda: input("run it? ")
+from llm_wsae.__main__ import main
+sys.argv = ["llm-wsae", "verify"]
+try:
+    main()
+except EOFError:
+    print("γ")
+"""
+
+
+def process(*words, **environment):
+    return subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        input="yes\nyes\n",
+        env=os.environ | environment,
+    )
+
+
+def test_ctrl_c_while_modules_are_imported(tmp_path):
+    """The parser is the first that the command line imports of others."""
+    (tmp_path / "tyro.py").write_text(f"try:\n    {INTERRUPTED}finally:\n    1 / 0\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = process("-m", "llm_wsae", "--version", PYTHONPATH=path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_nothing_is_asked_and_every_character_is_shown():
+    """On a terminal that knows ASCII only."""
+    done = process("-c", ASKS, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout.strip()) == (0, "run it? \\u03b3"), done.stderr
