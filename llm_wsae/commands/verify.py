@@ -22,6 +22,7 @@ def verify(
     from llm_wsae.data.manifest import MANIFEST
     from llm_wsae.data.verify import verify_store
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.explanations import read_explanations
     from llm_wsae.dictionary.folder import CFG, INFO
     from llm_wsae.dictionary.formats.reading import layout_of
 
@@ -35,6 +36,8 @@ def verify(
     elif names & {CFG, INFO} or layout_of(names):
         kind = "dictionary"
         Dictionary.load(folder, site=site)
+        if INFO in names:
+            read_explanations(folder)
     else:
         raise LlmWsaeError(
             f"{folder} is neither an activation store (with a {MANIFEST}) nor a dictionary (with "
