@@ -16,6 +16,7 @@ from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards
 from llm_wsae.data.packing import load_contexts
 from llm_wsae.data.shard_record import tokens_path
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.dictionary.folder import CFG, check_folder, files_without_digest, is_dictionary
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
 from llm_wsae.errors import LlmWsaeError
@@ -139,6 +140,7 @@ def _check_dictionary(found: Found, folder: Path, names: set[str], site: str | N
     if is_own(names) and site is None:
         if found.check(folder, lambda: check_folder(folder)):
             found.without_digest += files_without_digest(folder)
+            found.check(folder, lambda: read_explanations(folder))
     elif found.check(folder, lambda: Dictionary.load(folder, site=site)):
         layout = layout_of(names)
         found.without_digest += [folder / name for name in layout.files] if layout else []

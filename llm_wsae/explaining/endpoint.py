@@ -80,6 +80,9 @@ class Endpoint:
         self.explainer, self.tally = explainer, Tally()
         address, self._key = check_endpoint(address)
         self._url = f"{address}/chat/completions"
+        # OpenAI's newer models refuse the older name, which all other servers know
+        openai = urlsplit(address).hostname == OPENAI
+        self._limit = "max_completion_tokens" if openai else "max_tokens"
         self._answer_tokens, self._schema = answer_tokens, schema
         self._path = Path(out) / ANSWERS
         self._stopped, self._lock, self._in_a_row = threading.Event(), threading.Lock(), 0
@@ -92,7 +95,7 @@ class Endpoint:
         self._held.enter_context(folder_lock(self._path.parent, "answers"))
         try:
             self._known, cut_off = _read(self._path)
-            self._file = self._held.enter_context(open(self._path, "ab", buffering=0))
+            self._file = self._held.enter_context(open(self._path, "ab"))
             if cut_off:
                 self._file.write(b"\n")
         except OSError as error:
@@ -120,10 +123,11 @@ class Endpoint:
                 {"role": "user", "content": question.user},
             ],
             "temperature": 0,
-            "max_tokens": self._answer_tokens,
+            self._limit: self._answer_tokens,
         }
         if self._schema:
-            form = {"name": "answer", "strict": True, "schema": question.schema}
+            # not "strict", for which each service has its own idea of what a schema may say
+            form = {"name": "answer", "schema": question.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": form}
         asked = json.dumps([self._url, body], sort_keys=True).encode()
         digest = hashlib.sha256(asked).hexdigest()
@@ -159,7 +163,7 @@ class Endpoint:
                     found = _content(reply)
                     if found is not None:
                         return found, ""
-                    why = "its reply is not one of chat/completions"
+                    why = f"its reply is not one of chat/completions: {self._safe(reply.text)}"
                 else:
                     why = self._refusal(reply)
                     if reply.status_code not in _PASSING:
@@ -213,6 +217,7 @@ class Endpoint:
         line = {"question": digest, "about": about, "answer": content, **usage}
         try:
             self._file.write(json.dumps({**line, "messages": messages}).encode() + b"\n")
+            self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise write_error(self._path, error) or error from error
@@ -231,8 +236,8 @@ def check_endpoint(address: str) -> tuple[str, str]:
     """
     try:
         parts = urlsplit(address)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
-    except ValueError:
+        usable = parts.scheme in ("http", "https") and bool(httpx.URL(address).host)
+    except (ValueError, httpx.InvalidURL):
         usable = False
     if not usable:
         raise UsageError(

