@@ -221,7 +221,7 @@ def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, m
     def full(path, *_):
         raise LlmWsaeError(f"cannot write {path}: no space left")
 
-    monkeypatch.setattr("llm_wsae.weighing.save_tensors", full)
+    monkeypatch.setattr("llm_wsae.weighing.save_own_tensors", full)
     config = RuleInputConfig(sensitivity_tokens=50)
     assert (
         measure_inputs(["sensitivity"], store, SITE, model=model, config=config).fisher is not None

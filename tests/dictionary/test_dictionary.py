@@ -308,7 +308,7 @@ def test_ours_open_offline():
     assert {"blocks.9.hook_resid_post", "blocks.20.hook_resid_post"} <= sites
     for site in sites:
         rules = {load_pretrained(n).info.rule for n in names if f"/{site}/" in n}
-        assert {"uniform", "variance"} <= rules
+        assert {"uniform", "whitening"} <= rules
     for name in names:
         found: Dictionary = load_pretrained(name)
         assert (found.d_in, found.d_sae) == (576, 4608) and found.info.site in name

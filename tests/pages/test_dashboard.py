@@ -238,7 +238,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
         ),
         (("dashboard", world / "nowhere", *ask, tmp_path / "p.html"), "nowhere"),
         (("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--top", 0), "at least 1"),
-        (("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--prompt", ""), "text is empty"),
+        (("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--prompt", ""), "t is empty"),
         (
             ("dashboard", world / WEIGHTED, *ask, tmp_path / "p.html", "--scores", report),
             f"holds no scores of latents of {Path(WEIGHTED).name}",
@@ -255,6 +255,16 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
     with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
         dashboard([world / PLAIN, other], world / "store", "unused", tmp_path / "p.html")
     assert not list(tmp_path.iterdir())
+
+
+def watched(browser, allowed: str, **options):
+    """A tab, and what it complains of or asks for outside the allowed address."""
+    tab, wrong = browser.new_page(**options), []
+    tab.on("console", lambda message: wrong.append(message.text))
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("dialog", lambda dialog: wrong.append("dialog"))
+    tab.on("request", lambda r: None if r.url.startswith(allowed) else wrong.append(r.url))
+    return tab, wrong
 
 
 @pytest.fixture

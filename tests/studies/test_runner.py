@@ -20,6 +20,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.monosemanticity.seed_consistency import pw_mcc
+from llm_wsae.files import read_own_json
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
@@ -264,7 +265,7 @@ def test_another_study_in_the_folder_is_refused(whole, study):
 
 def test_a_study_of_an_earlier_version_is_resumed(whole, study, trained, tmp_path):
     shutil.copytree(whole[0], tmp_path / "out")
-    basis = json.loads((tmp_path / "out" / "study.json").read_text())
+    basis = read_own_json(tmp_path / "out" / "study.json", "study")
     assert basis["training"].pop("architecture") == "topk"
     assert basis["scoring"]["encoder"] == DEFAULT_ENCODER
     basis["scoring"]["encoder"] = ENCODER_PACKAGE  # the same weights, as they were named then
@@ -361,7 +362,7 @@ def test_a_study_resumes_where_another_processor_rounds_differently(
     shutil.copytree(whole[0], out)
     assert "sha256" not in json.loads((out / "study.json").read_text())["rows"]
     path = out / "results/variance-a-0.25-k4.json"
-    record = json.loads(path.read_text())
+    record = read_own_json(path, "result")
     record["identity"]["gamma_sum"] *= 1.0001
     path.write_text(json.dumps(record))
     study(out)
@@ -372,7 +373,7 @@ def test_other_weights_under_the_same_name_are_refused(whole, study, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
     path = out / "results/variance-a-0.25-k4.json"
-    record = json.loads(path.read_text())
+    record = read_own_json(path, "result")
     record["identity"]["gamma_sum"] += 1
     path.write_text(json.dumps(record))
     with pytest.raises(LlmWsaeError, match="is the result of other weights with the same name"):
@@ -509,7 +510,7 @@ def test_plans_that_make_no_sense():
         ({"seeds": (0,)}, "at least 2 different values of seeds, not 0"),
         ({"seeds": (3, 3)}, "at least 2 different values of seeds"),
         ({"curve": (32,)}, "at least 2 different values of curve"),
-        ({"seeds": (0, -1)}, "a seed must not be negative, but one is -1"),
+        ({"seeds": (0, -1)}, "seeds is -1, but must be at least 0"),
         ({"rules": ()}, "at least one of its rules"),
         ({"ks": ()}, "at least one of its ks"),
     ):

@@ -198,7 +198,7 @@ def test_configurations_that_cannot_be():
         ({"seeds": (1,)}, "seeds are 1; .* at least two"),
         ({"seeds": ()}, "seeds are none"),
         ({"seeds": (1, 2, 1)}, "seeds are 1 2 1; .* different"),
-        ({"seeds": (1, -2)}, "none of them negative"),
+        ({"seeds": (1, -2)}, "seeds is -2, but must be at least 0"),
         ({"steps": 0}, "steps is 0"),
         ({"rows": 99}, "rows is 99, but must be at least 100"),
         ({"spare_latents": -1}, "spare-latents is -1"),

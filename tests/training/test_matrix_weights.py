@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import OWN_DIGEST
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
@@ -215,7 +216,7 @@ def test_what_a_dictionary_remembers(source, inputs, tmp_path):
     assert dictionary.info.rule == "rotated:sensitivity" and dictionary.info.alpha == 0.25
     assert WeightConfig(**dictionary.info.weights) == config
     old = json.loads((tmp_path / "out" / name / "wsae.json").read_text())
-    del old["weights"]
+    del old["weights"], old[OWN_DIGEST]
     (tmp_path / "out" / name / "wsae.json").write_text(json.dumps(old))
     assert Dictionary.load(tmp_path / "out" / name).info.weights == {}
 

@@ -253,10 +253,11 @@ def test_impossible_settings_are_refused(tmp_path):
         "batch_size": 0, "learning_rate": -0.01, "dead_after": 0, "dtype": "int8",
         "tracker": "paper", "shuffle_seed": -1,
     }.items():  # fmt: skip
-        with pytest.raises(UsageError, match=f"{name} must be"):
+        spelt = name.replace("_", "[-_]")
+        with pytest.raises(UsageError, match=f"{spelt} (is {value}, but )?must be"):
             TrainConfig(**{name: value})
     for rate in (0.0, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="learning_rate must be a number above 0"):
+        with pytest.raises(UsageError, match=r"learning[-_]rate .*must be (a number|at most)"):
             TrainConfig(learning_rate=rate)
     with pytest.raises(UsageError, match="warmup and decay are shares of the steps"):
         TrainConfig(warmup=0.6, decay=0.5)
@@ -275,7 +276,7 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path):
 
 def test_a_diverging_loss_stops_the_training(tmp_path):
     source = MemorySource()
-    config = TrainConfig(**{**vars(CONFIG), "learning_rate": 1e30})
+    config = TrainConfig(**{**vars(CONFIG), "learning_rate": 1e15})
     with pytest.raises(LlmWsaeError, match=r"the loss of uniform-k4 is \w+ at step \d+; lower"):
         train(source, arms_for(source, rules=("uniform",)), config, tmp_path)
 

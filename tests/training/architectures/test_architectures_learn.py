@@ -163,6 +163,7 @@ def test_trainings_from_before_there_were_architectures_go_on(trained, tmp_path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for arm in header["identity"]["arms"].values():
         assert arm.pop("architecture") is None
+    del header["sha256"]
     save_file(tensors, path, {"llm_wsae": json.dumps(header)})
     with pytest.raises(Interrupted, match="stopped after step 31 of"):
         train(Planted(stop_after=30), arms, CONFIG, tmp_path)
@@ -210,7 +211,7 @@ def test_relu_takes_l1_coefficients_and_the_others_k():
     assert only.identity()["architecture"] is None and only.settings()["architecture"] == "relu"
     for wrong, said in (
         (lambda: make_arms([gamma], (4,), architectures=("relu",)), "at least one L1 coefficient"),
-        (lambda: make_arms([gamma], (4,), (-1.0,)), "must not be negative, but one is -1"),
+        (lambda: make_arms([gamma], (4,), (-1.0,)), "l1 is -1.0, but must be at least 0"),
         (lambda: ArmConfig(gamma, 4, architecture="relu"), "takes an L1 coefficient, not k"),
         (lambda: ArmConfig(gamma, l1=0.1), "a topk arm needs k"),
     ):
