@@ -30,7 +30,8 @@ def _jaxtyped(function=None, *, typechecker):
     """In place of the decorator that the import hook gives every function."""
     if function is None:
         return lambda function: _jaxtyped(function, typechecker=typechecker)
-    if not inspect.isfunction(function):
+    # The parser of the command line asks for annotations, which a function so marked denies.
+    if not inspect.isfunction(function) or function.__module__.startswith("llm_wsae.commands"):
         return _decorate(function, typechecker=typechecker)
 
     def check_first_calls(signature):  # a stand-in that jaxtyping calls with the arguments

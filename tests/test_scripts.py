@@ -11,6 +11,7 @@ import pytest
 import torch
 from places import ROOT, SCRIPTS
 
+from llm_wsae.files import read_own_json
 from llm_wsae.theory import experiments
 from llm_wsae.theory.config import TheoryConfig
 from llm_wsae.weights.rules import RULES
@@ -151,7 +152,7 @@ def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.setattr(experiments, "run_unit", measured_already)
     report = experiments.run_theory(TheoryConfig(seeds=results_theory.SEEDS), tmp_path)
     agree(written("planted"), results_theory.section(report))
-    again = json.loads((tmp_path / "theory.json").read_text(encoding="utf-8"))
+    again = read_own_json(tmp_path / "theory.json", "report")
     texts = (json.dumps(one | {"versions": {}}) for one in (kept["theory.json"], again))
     agree(*texts)
 

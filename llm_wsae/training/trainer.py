@@ -99,7 +99,8 @@ def train(
 def _check_out(out: Path) -> None:
     """Raises LlmWsaeError, before any folder is made, for one that holds something else."""
     check_folder(out)
-    check_file(out / LOG, is_log)
+    ours = (out / CHECKPOINT).exists() or (out / FINISHED).exists()
+    check_file(out / LOG, lambda path: ours or is_log(path))  # if ours is damaged, that is said
     for name, what in ((MANIFEST, "an activation store"), (INFO, "a dictionary")):
         if (out / name).is_file():
             raise LlmWsaeError(f"{out} is {what}; choose another folder for the training")

@@ -293,7 +293,7 @@ def test_hard_texts_are_nearest_by_meaning_or_by_shared_tokens(world, store, mod
             words = {word for text in one.shown[:5] for word in text.plain.split()}
             for kind, own in shares.items():
                 own += [np.mean([w in words for w in t.split()]) for t in one.silent[kind]]
-        assert np.mean(shares["hard"]) > np.mean(shares["random"]) + 0.05
+        assert np.mean(shares["hard"]) > np.mean(shares["random"]) + 0.02
     assert all(0 <= one.detection <= 1 for one in chosen.latents)
     assert all(one.detection is None for one in by_tokens.latents)
 
