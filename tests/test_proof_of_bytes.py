@@ -522,7 +522,11 @@ def test_a_study_is_checked_file_by_file(old):  # noqa: F811
     agreements = json.loads((study / "consistency.json").read_text())
     write_json(study / "consistency.json", {"agreements": agreements})
     assert not verify(study).problems
-    for path in (study / "study.json", study / "consistency.json", *study.glob("results/u*-k2.json")):
+    for path in (
+        study / "study.json",
+        study / "consistency.json",
+        *study.glob("results/u*-k2.json"),
+    ):
         good = path.read_bytes()
         for data in some_bits(good, 4):
             path.write_bytes(data)

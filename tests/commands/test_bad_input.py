@@ -374,7 +374,17 @@ def test_a_store_that_holds_nan(refused, world, tmp_path):
     rows[5, 3], rows[6, 0], rows[6, 1] = torch.nan, torch.inf, torch.nan
     save_file({"activations": rows}, shard)
     before = content(store)
-    refused(1, "train", store, *TRAIN, "--k", 4, "--out", out, said=[f"{shard} is damaged: rows 0 to 127"])
+    refused(
+        1,
+        "train",
+        store,
+        *TRAIN,
+        "--k",
+        4,
+        "--out",
+        out,
+        said=[f"{shard} is damaged: rows 0 to 127"],
+    )
     assert content(store) == before and not (out / "uniform-k4").exists()
 
 
@@ -423,7 +433,7 @@ def test_verify_names_every_damaged_file(refused, world, tmp_path):
     said = [f"{path} {problem}" for path, problem in damaged(store).items()]
     sentence = refused(1, "verify", store, said=said)
     assert sentence.count(";") == 3 and sentence.endswith(
-        "run the same harvest again, to rewrite that"
+        "run the same harvest again, which rewrites those missing"
     )
     refused(1, "verify", "torn", said=["in torn, sae_weights.safetensors changed since it was"])
     refused(1, "verify", "half", said=["half", "lacks cfg.json"])
