@@ -209,5 +209,7 @@ def verify_store(folder: Path | str) -> list[str]:
                 f"says {shard.contexts} with {shard.rows}"
             )
     if damage:
-        damage.append("delete what is damaged and run the same harvest again, to rewrite that")
+        damage.append(
+            "delete the damaged files and run the same harvest again, which rewrites those missing"
+        )
     return problems + damage

@@ -527,7 +527,7 @@ def test_verify_names_every_damaged_file(refused, world, tmp_path):
     said = [f"{path} {problem}" for path, problem in damaged(store).items()]
     sentence = refused(1, "verify", store, said=said)
     assert sentence.count(";") == 3 and sentence.endswith(
-        "run the same harvest again, to rewrite that"
+        "run the same harvest again, which rewrites those missing"
     )
     refused(1, "verify", "torn", said=["in torn, sae_weights.safetensors changed since it was"])
     refused(1, "verify", "half", said=["half", "lacks cfg.json"])

@@ -153,7 +153,7 @@ def test_verify_names_every_flipped_byte(store):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         problem, way_out = verify_store(store.folder)
         assert problem == f"{path} is damaged: its checksum does not match"
-        assert way_out.startswith("delete what is damaged and run the same harvest again")
+        assert way_out.startswith("delete the damaged files and run the same harvest again")
         path.write_bytes(content)
     path = store.folder / MANIFEST
     path.write_text(path.read_text().replace('"context_size": 12', '"context_size": 13'))
