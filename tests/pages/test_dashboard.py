@@ -39,6 +39,11 @@ def store(world):
     return ActivationStore.open(world / "store")
 
 
+@pytest.fixture(scope="module")
+def model(world):
+    return LanguageModel.load(str(world / "model"))
+
+
 def of_kind(world, kind: str) -> Dictionary:
     """The plain dictionary, as it is or with thresholds in the place of k."""
     one = Dictionary.load(world / PLAIN)
@@ -279,6 +284,13 @@ def tab(browser, page):
     tab.close()
 
 
+def show(tab, view: str) -> None:
+    """Go to a view by its address, and wait until it is there."""
+    tab.evaluate("to => { location.hash = to; }", view)
+    tab.wait_for_function("to => state.view === to", arg=view.split("/")[0])
+    tab.evaluate("drawing")
+
+
 def listed(tab) -> list[int]:
     """The latents that the list shows, from its top."""
     return [int(t) for t in tab.locator(".row[role=option] :first-child").all_inner_texts()]
@@ -421,14 +433,12 @@ def test_paper_is_white(tab):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window_in_light_or_dark(tab, page, width):
+def test_nothing_is_wider_than_the_window_in_light_or_dark(tab, width):
     tab.set_viewport_size({"width": width, "height": 900})
     for scheme in ("light", "dark"):
         tab.emulate_media(color_scheme=scheme)
         for view in ("overview", "latents", "compare", "prompts"):
-            tab.goto(f"file://{page}#{view}/d0")
-            tab.reload()
-            tab.wait_for_selector("main h1")
+            show(tab, view)
             assert tab.evaluate("document.documentElement.scrollWidth") <= width
             colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
             assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
@@ -437,7 +447,7 @@ def test_nothing_is_wider_than_the_window_in_light_or_dark(tab, page, width):
     assert colour == "rgb(255, 255, 255)"
 
 
-def test_hostile_text_does_nothing(browser, world, tmp_path, monkeypatch):
+def test_hostile_text_does_nothing(browser, world, model, tmp_path, monkeypatch):
     """Tokens that would end the script, reverse the line, hide, or fill the window; and a name."""
     image = "</script><img src=x onerror=alert(1)>"
     bad = [image, "\u202eabc", "a\u200b\u200d\ufeffb", "y" * 10_000]
@@ -453,15 +463,14 @@ def test_hostile_text_does_nothing(browser, world, tmp_path, monkeypatch):
 
     from llm_wsae.pages import dashboard as module
 
-    model, ordinary = LanguageModel.load(str(world / "model")), module.Vocabulary
+    ordinary = module.Vocabulary
     monkeypatch.setattr(module, "Vocabulary", lambda tokenizer: ordinary(Hostile()))
     named, out = {image: Dictionary.load(world / PLAIN)}, tmp_path / "bad.html"
     dashboard(named, world / "store", model, out, prompts=["w1 w2 w3"])
     tab, wrong = watched(browser, f"file://{out}")
+    tab.goto(f"file://{out}")
     for view in ("overview", "latents/L1", "prompts"):
-        tab.goto(f"file://{out}#{view}")
-        tab.reload()
-        tab.wait_for_selector("main table")
+        show(tab, view)
         text = tab.locator("main").inner_text()
         assert "<img src=x" in text and tab.locator("img").count() == 0
         assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
@@ -473,9 +482,8 @@ def test_hostile_text_does_nothing(browser, world, tmp_path, monkeypatch):
     tab.close()
 
 
-def test_a_notebook_shows_it_inline(browser, world, store, tmp_path):
+def test_a_notebook_shows_it_inline(browser, world, store, model, tmp_path):
     """In a frame without an address of its own."""
-    model = LanguageModel.load(str(world / "model"))
     made = dashboard([Dictionary.load(world / PLAIN)], store, model, tmp_path / "own.html")
     notebook = tmp_path / "notebook.html"
     notebook.write_text(f"<!doctype html><meta charset='utf-8'>{made._repr_html_()}")
@@ -498,8 +506,7 @@ AS_JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def session(world):
-    model = LanguageModel.load(str(world / "model"))
+def session(world, model):
     return Session(model, named_dictionaries([world / PLAIN, world / WEIGHTED]))
 
 
