@@ -1,6 +1,7 @@
 """Dictionaries in a running model: what they compute, on both backends, and that nothing stays."""
 
 import functools
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny import VOCAB, WITH_MID, tiny_hf_model
 
 from llm_wsae.attaching.attachment import attach
 from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
+from llm_wsae.attaching.targets import LATENTS
 from llm_wsae.data.packing import Context
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
@@ -284,6 +286,20 @@ def test_transformer_lens_own_tools_work_inside(model, ids):
 
 
 @families("gpt2", "llama", "neox")
+def test_blocks_around_a_bridge_may_close_in_any_order(model, ids):
+    bridge = model.bridge()
+    before = set(bridge.hook_dict)
+    for order in permutations(range(3)):
+        blocks = [attach(bridge, dictionary(seed=seed)) for seed in range(3)]
+        for block in blocks:
+            block.__enter__()
+        for number in order:
+            assert len(set(bridge.hook_dict) - before) == 1
+            blocks[number].__exit__(None, None, None)
+        assert set(bridge.hook_dict) == before
+        assert LATENTS not in vars(bridge.hook_dict[SITE])
+
+
 def test_a_bridge_has_latents_by_name(model, ids):
     """As SAELens' users know them: cached, hooked for one run, hooked until reset."""
     bridge, one = model.bridge(), dictionary()

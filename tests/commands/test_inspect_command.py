@@ -142,6 +142,27 @@ def test_a_model_that_cannot_be_loaded_hides_the_tokens_only(inside, monkeypatch
         shutil.rmtree("changed")
 
 
+def test_a_dictionary_makes_no_model_be_downloaded(inside, monkeypatch):
+    """It may come from anybody, and name a model of any size."""
+    changed = Dictionary.load(PLAIN)
+    changed.info.model.update(name="some/model", revision="0" * 40)
+    changed.save("named")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub = "huggingface_hub.HfApi.model_info"
+    monkeypatch.setattr(hub, lambda *_, **__: asked.append(1) or 1 / 0)
+    try:
+        shown = works("inspect", "named", "--latent", 0).out
+        assert "tokens are not shown: 'some/model' is neither" in shown and "--model" in shown
+        assert call("inspect", "named", "--text", "w5").code == 2
+        assert not asked
+        with pytest.raises(ZeroDivisionError):  # the user says so
+            call("inspect", "named", "--text", "w5", "--model", "some/model")
+        assert asked
+    finally:
+        shutil.rmtree("named")
+
+
 def test_the_public_verb_takes_folders_or_opened_things(inside, dense, capsys):
     latent = int((dense > 0).sum(0).argmax())
     one, store = Dictionary.load(PLAIN), ActivationStore.open("store")

@@ -113,6 +113,32 @@ def test_unreadable_files_get_one_sentence(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value), (name, content)
 
 
+def test_columns_of_a_parquet_file_that_cannot_be_labels(tmp_path):
+    """Python has no year 16000, and no store has room for a list."""
+    years = pyarrow.array([15_000, 16_000], pyarrow.int64())
+    table = pyarrow.table({
+        "text": ["one", "two"],
+        "when": pyarrow.array([10**15, 10**15], pyarrow.timestamp("s")),
+        "year": years,
+        "kind": pyarrow.array(["a", "b"]).dictionary_encode(),
+        "all": [[1], [2]],
+        "of.whom": ["me", None],
+    })  # fmt: skip
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    first, second = Corpus.open(str(tmp_path / "a.parquet"), "all", text_column="text").documents()
+    assert (first.text, first.labels) == ("one", {"year": 15_000, "kind": "a", "of.whom": "me"})
+    assert (second.text, second.labels) == ("two", {"year": 16_000, "kind": "b"})
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    """A manifest could not hold it, which would show only after the first shard."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    for path in (folder, folder / "a.txt"):
+        json.dumps(Corpus.open(str(path), "all").identity(), ensure_ascii=False).encode()
+
+
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
     (tmp_path / "a.jsonl").write_text(r'{"text": "one \ud83d two", "who": "\udc00x"}' + "\n")
     (document,) = Corpus.open(str(tmp_path / "a.jsonl"), "all").documents()

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -42,6 +44,31 @@ def hooks_and_patches(model):
         (name, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
         for name, m in model.hf_model.named_modules()
     ]
+
+
+def test_several_threads_may_ask_at_once(ids, monkeypatch):
+    """Each has hooks of its own on the same modules."""
+    model = model_of("llama")
+    sites = [Site(0, "pre"), Site(1, "post"), Site(3, "post")]
+    hidden = [model.activations(ids, [site])[site] for site in sites]
+    with torch.no_grad():
+        logits = model.logits(ids)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def ask(number):
+        for _ in range(12):
+            rows = model.activations(ids, [sites[number]])[sites[number]]
+            assert torch.equal(rows, hidden[number])
+            with torch.no_grad():
+                assert torch.equal(model.resume(ids, sites[1], hidden[1]), logits)
+                assert torch.equal(model.logits_and_activations(ids, sites[1])[0], logits)
+
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(ask, range(3)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @all_families()

@@ -3,6 +3,7 @@ leads nowhere."""
 
 import contextlib
 import importlib.util
+import json
 import socket
 from pathlib import Path
 
@@ -114,6 +115,64 @@ def test_weights_that_are_not_whole(tmp_path):
     assert "\n" not in str(caught.value)
     save_file(whole, file, {"format": "pt"})
     LanguageModel.load(str(tmp_path))
+
+
+DAMAGES = {
+    "config.json": ({"num_hidden_layers": 10**9}, {"vocab_size": 10**30}, {"hidden_act": "x"},
+                    {"dtype": "x"}, {"num_attention_heads": 0}, {"architectures": 3},
+                    {"model_type": []}, {"rope_parameters": {"rope_type": None}},
+                    {"rms_norm_eps": 10**30}, {"head_dim": 0}, {"pad_token_id": 10**9},
+                    {"attention_bias": None}, {"attn_implementation": "someone/kernel"}),
+    "tokenizer_config.json": ({"tokenizer_class": 3}, {"eos_token": {}}, {"bos_token": []},
+                              {"model_max_length": "many"}),
+    "tokenizer.json": ({"model": None}, {"added_tokens": 3}),
+}  # fmt: skip
+
+
+def test_damaged_folders_are_refused_in_a_sentence(tmp_path):
+    """Whatever the parsers of others raise; and nothing of an impossible size is built."""
+    tiny_hf_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    def refused(path, content, what):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(LlmWsaeError) as caught:
+            LanguageModel.load(str(tmp_path))
+        assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value), what
+        path.write_bytes(before)
+
+    for name, changes in DAMAGES.items():
+        path = tmp_path / name
+        for content in (b"null", b"[]", path.read_bytes()[:40], b"[" * 100_000):
+            refused(path, content, (name, content[:9]))
+        whole = json.loads(path.read_text())
+        for change in changes:
+            refused(path, json.dumps(whole | change).encode(), change)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    pickled = tmp_path / "pytorch_model.bin"
+    torch.save(weights, pickled)
+    LanguageModel.load(str(tmp_path))
+    for content in (b"", b"\x80\2cposix\nsystem\n(S'true'\ntR.", pickled.read_bytes()[:-300]):
+        refused(pickled, content, content[:9])
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, monkeypatch):
+    """Nor is anybody asked whether it may be."""
+    tiny_hf_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "theirs.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    classes = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}
+    classes |= {"AutoTokenizer": ["theirs.T", None]}
+    for name, kind in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
+        path = tmp_path / name
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | {kind: "Theirs", "auto_map": classes}))
+        with pytest.raises(LlmWsaeError, match="comes with its own model code, which is not run"):
+            LanguageModel.load(str(tmp_path))
+        path.write_text(before)
 
 
 def test_encoders_predict_no_next_token(tmp_path):

@@ -79,6 +79,24 @@ def test_code_that_comes_with_an_encoder_is_never_run(tmp_path):
         SentenceEncoder.load(str(tmp_path), device="cpu")
 
 
+def test_a_damaged_encoder_is_refused_in_a_sentence(tmp_path):
+    save_encoder(tmp_path)
+    for name, change in (
+        ("config.json", {"num_hidden_layers": 10**9}),
+        ("config.json", {"hidden_act": None}),
+        ("config.json", {"layer_norm_eps": "x"}),
+        ("tokenizer_config.json", {"pad_token": 3}),
+        ("tokenizer_config.json", {"tokenizer_class": 3}),
+    ):
+        path = tmp_path / name
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | change))
+        with pytest.raises(LlmWsaeError, match="is not a sentence encoder") as caught:
+            SentenceEncoder.load(str(tmp_path), device="cpu")
+        assert "\n" not in str(caught.value)
+        path.write_text(before)
+
+
 def test_the_default_comes_from_the_hub_or_offline_from_the_package(monkeypatch, tmp_path):
     """The package is looked for only when the Hub can neither answer nor has a cached copy."""
     monkeypatch.setattr(sentence_encoder, "ENCODER_PACKAGE", "tiny_encoder_package")

@@ -410,6 +410,19 @@ def test_a_full_disk_is_a_sentence(tmp_path):
         log.write(7, 700, NUMBERS)
 
 
+def test_a_tracker_without_its_key(tmp_path, monkeypatch):
+    class UsageError(Exception):
+        """Wandb's, which is no error of Python's own."""
+
+    def init(**settings):
+        raise UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(LlmWsaeError, match=r"cannot be started \(No API key .*WANDB_API_KEY") as it:
+        TrainingLog(tmp_path, 0, "wandb")
+    assert "\n" not in str(it.value)
+
+
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_a_missing_tracker_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, tracker):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

@@ -118,12 +118,13 @@ def seen_twice(folder: Path) -> bytes:
     )
     torchs = path.read_bytes()
     pack(path, members)
-    pythons = path.read_bytes()
-    end = torchs.rindex(b"PK\5\6")
-    start = int.from_bytes(torchs[end + 16 : end + 20], "little")
-    own_end = pythons.rindex(b"PK\5\6")
-    size = own_end - int.from_bytes(pythons[own_end + 16 : own_end + 20], "little")
-    assert size == end - start
+    pythons = bytearray(path.read_bytes())
+    end, own_end = torchs.rindex(b"PK\5\6"), pythons.rindex(b"PK\5\6")
+    at = pythons.find(b"PK\1\2")
+    while at >= 0:  # Python adds the distance between the directory's place and the one it states
+        place = int.from_bytes(pythons[at + 42 : at + 46], "little") + end - own_end
+        pythons[at + 42 : at + 46] = place.to_bytes(4, "little")
+        at = pythons.find(b"PK\1\2", at + 1)
     return torchs[:end] + pythons[:own_end] + torchs[end:]
 
 

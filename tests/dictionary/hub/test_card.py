@@ -99,6 +99,25 @@ def test_what_is_not_known_is_not_claimed():
     assert cells(body, f"`{SITE}/plain-k4`")[5:] == ["—"] * 6
 
 
+def test_metadata_that_cannot_be_read_is_left_alone():
+    for odd in ("- a\n- b", "1: 2", "a: [", "tags: !!set {x}", "a: &a [*a]", "x: " + "[" * 9000):
+        with pytest.raises(LlmWsaeError, match="metadata that cannot be read, so it is left") as it:
+            card(REPO, [some()], set(), old=f"---\n{odd}\n---\nmine\n")
+        assert "\n" not in str(it.value)
+    kept = "ignore_metadata_errors: 1\nreleased: 2026-01-02\nmodel-index: x\ntags:\n  a: b"
+    metadata, body = parts(card(REPO, [some()], set(), old=f"---\n{kept}\n---\nmine\n"))
+    assert metadata["ignore_metadata_errors"] == 1 and metadata["released"].year == 2026
+    assert "sparse-autoencoder" in metadata["tags"] and "mine" in body
+    _, body = parts(card(REPO, [some()], set(), old="mine\n\n---\n\nalso mine: [\n\n---\n"))
+    assert "also mine: [" in body  # rules between paragraphs are no metadata
+
+
+def test_no_folder_of_the_machine_is_shown():
+    made = {"command": "llm-wsae train /home/me/secret/store --k 4 --out ~/runs/x"}
+    _, body = parts(card(REPO, [some(training=made)], set()))
+    assert "llm-wsae train store --k 4 --out x" in body and "secret" not in body
+
+
 def test_tables_hold_the_measured_numbers():
     plain = some("uniform-k4", rule="uniform", alpha=1.0)
     _, body = parts(card(REPO, [plain, some()], set()))

@@ -236,6 +236,25 @@ def test_a_pull_of_a_revision_gets_that_one(hub, plain, tmp_path):
     assert content(*again.values()) == content(plain)
 
 
+def test_a_pull_keeps_every_dictionary_or_says_which_it_cannot(hub, plain, weighted, tmp_path):
+    for repo, first, second, said in (
+        (REPO, "", "saes/", r"(\.|saes) of user/saes would be copied into the place of (\.|saes)"),
+        ("user/deep", "a/", "A/b/", "A/b of user/deep would be copied into the place of a;"),
+        ("user/odd", "pull.json/", "a/", r"pull\.json of user/odd .* the record pull\.json;"),
+    ):
+        hub.create(repo)
+        for place, source in ((first, plain), (second, weighted)):
+            for name, data in content(source).items():
+                hub.store.put(repo, f"{place}{name}", data)
+        with pytest.raises(LlmWsaeError, match=said) as error:
+            pull(repo, tmp_path / "out")
+        assert "pull one dictionary at a time" in sentence(error)
+        assert not (tmp_path / "out").exists() and not hub.count("GET", "/storage/")
+    for number, (name, one) in enumerate(((".", plain), ("saes", weighted))):
+        (folder,) = pull(REPO, tmp_path / str(number), name).values()
+        assert content(folder) == content(one)
+
+
 def test_a_pull_leaves_foreign_folders_alone(hub, plain, tmp_path):
     push([plain], REPO)
     place = tmp_path / "out" / SITE / "plain-k4"
