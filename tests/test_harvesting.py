@@ -231,7 +231,8 @@ def test_shards_are_counted_and_not_spelt(tmp_path, model, corpus):
     manifest = Manifest.load(harvest(model, corpus, SITES, tmp_path, CONFIG).folder)
     (record, *_), manifest.complete, manifest.shards = manifest.shards, False, []
     for index in (100_000, 99_999, 100_001, 3):
-        save_record(tmp_path / "x", index, replace(record, row_checks={}))
+        files = {name.replace("00000", f"{index:05}"): f for name, f in record.files.items()}
+        save_record(tmp_path / "x", index, replace(record, files=files, row_checks={}))
     assert list(complete_shards(tmp_path / "x", manifest)) == [3, 99_999, 100_000, 100_001]
 
 
