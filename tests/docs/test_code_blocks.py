@@ -89,8 +89,8 @@ def test_the_pages_of_the_commands_run(world, hub):
         "evaluate": "--tokens 300",
         "theory": "--steps 20 --rows 200",
     }
-    order = ["harvest", "train", "weigh", "evaluate", "inspect", "dashboard", "export", "verify", "run",
-             "push", "list", "pull", "theory"]  # fmt: skip
+    order = ["harvest", "train", "weigh", "evaluate", "inspect", "dashboard", "export", "verify",
+             "run", "push", "list", "pull", "theory"]  # fmt: skip
     lines = {name: [words for page, words in commands() if page == f"docs/commands/{name}.md"]
              for name in order}  # fmt: skip
     for name in order:
