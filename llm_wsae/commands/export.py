@@ -57,5 +57,6 @@ def export(
         sae_set=sae_set,
         sae_id_suffix=sae_id_suffix,
     )
-    facts = {"folder": done.path, "files": done.files, "latents": done.latents}
-    return facts, f"{done.latents:,} latents in {done.files} files  {done.path}"
+    facts = {name: getattr(done, name) for name in ("path", "files", "latents", "explained")}
+    explained = f", {done.explained:,} of them explained" if done.explained else ""
+    return facts, f"{done.latents:,} latents in {done.files} files{explained}: {done.path}"

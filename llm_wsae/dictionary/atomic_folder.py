@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import way_out
 
 T = TypeVar("T")
 
@@ -54,7 +55,10 @@ def retry_if_replaced(folder: Path, read: Callable[[], T]) -> T:
             if replaced and attempts < _ATTEMPTS:
                 time.sleep(_BETWEEN_RENAMES)
             elif isinstance(error, OSError):
-                raise LlmWsaeError(f"cannot read {folder}: {error}") from error
+                reason = (error.strerror or str(error)).lower()
+                raise LlmWsaeError(
+                    f"{folder}: {reason}; {way_out(error, 'check it, and try again')}"
+                ) from error
             else:
                 raise
 

@@ -5,24 +5,28 @@ dictionary. One line for every explained latent follows. The file may come from 
 that does not have the expected type counts as missing, and a text is only ever shown escaped.
 """
 
+import gzip
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.dictionary.atomic_folder import replacing
 from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
     check_keeps_measurements,
     weights_checksum,
 )
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import write_text
+from llm_wsae.files import write_atomic, write_text
 from llm_wsae.outside import integer, mapping, number, pair, text
 
 FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1
 LONGEST = 400
 """Characters of an explanation."""
+_NEURONPEDIA = "clkht01d40000jv08hvalcvly"  # the user to whom its own tools ascribe what they make
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,37 @@ def keep_explanations(folder: Path, found: Iterable[Explanation]) -> None:
     rows = [head, *(asdict(known[latent]) for latent in sorted(known))]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(Path(folder) / EXPLANATIONS, text)
+
+
+def write_for_neuronpedia(
+    folder: Path, said: Mapping[int, Explanation], model_id: str, source: str
+) -> None:
+    """Write ``batch-0.jsonl.gz``, rows of the explanations in Neuronpedia's database.
+
+    ``source`` is the name of the dictionary there. Raises LlmWsaeError if it cannot be written.
+    """
+    lines = []
+    for latent, one in said.items():
+        own = {"modelId": model_id, "layer": source, "index": str(latent), "description": one.text}
+        scores = "; ".join(f"{name} {score.value:.3f}" for name, score in one.scores.items())
+        row = {
+            "id": "c" + hashlib.sha256(json.dumps(own).encode()).hexdigest()[:24],
+            **own,
+            "authorId": _NEURONPEDIA,
+            "explanationModelName": one.explainer,
+            "notes": scores or None,
+        }
+        lines.append(json.dumps(row) + "\n")
+    packed = gzip.compress("".join(lines).encode(), mtime=0)
+    write_atomic(folder / "batch-0.jsonl.gz", lambda partial: partial.write_bytes(packed))
+
+
+def write_for_delphi(folder: Path, said: Mapping[int, Explanation], site: str) -> None:
+    """Write a file for each latent, as delphi keeps and reads explanations; a folder of them is
+    replaced. Raises LlmWsaeError if it cannot be written."""
+    with replacing(folder, lambda old: None) as new:
+        for latent, one in said.items():
+            write_text(new / f"{site}_latent{latent}.txt", json.dumps(one.text))
 
 
 def _explanation(line: Mapping[str, Any]) -> Explanation | None:

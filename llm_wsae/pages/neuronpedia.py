@@ -5,6 +5,8 @@ Neuronpedia imports.
       export.json             what was exported, with which settings and versions
       batch-0.json            latents 0 to 127
       batch-1.json            …
+      explanations/batch-0.jsonl.gz    what a language model said of them, for Neuronpedia,
+      delphi/explanations/…_latent7.txt    and as delphi keeps it; only if it was asked
 
 Every number means what it means in SAEDashboard 0.8, and has five decimals. Its words: a *prompt*
 is a context, a *feature* a latent, a *neuron* a dimension of the stream.
@@ -29,6 +31,12 @@ from tqdm import tqdm
 from llm_wsae import provenance
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.explanations import (
+    Explanation,
+    read_explanations,
+    write_for_delphi,
+    write_for_neuronpedia,
+)
 from llm_wsae.errors import UsageError, shown
 from llm_wsae.files import folder_lock, remove_partials, write_text
 from llm_wsae.inspecting.firings import check_store
@@ -53,6 +61,8 @@ class Export:
     path: Path
     files: int
     latents: int
+    explained: int
+    """Latents with an explanation."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,9 @@ def export_neuronpedia(
     ``model_id``/block-``sae_set``__``sae_id_suffix``; the model's and the dictionary's own names by
     default, without a suffix.
 
+    Explanations in the dictionary's folder (``explain``) are written too, in Neuronpedia's and in
+    delphi's form.
+
     Activations are in units of decoder rows of length 1. The store is read and encoded once; until
     the last file is written, all firings are in a folder in ``out``, 12 bytes each. In memory are
     two dictionaries, 4 bytes a row, at most 200 MB of firings and one file. An interrupted export
@@ -103,7 +116,10 @@ def export_neuronpedia(
     """
     out = Path(out)
     check_folder(out)
-    dictionary = dictionary if isinstance(dictionary, Dictionary) else Dictionary.load(dictionary)
+    explained: dict[int, Explanation] = {}
+    if not isinstance(dictionary, Dictionary):
+        explained = read_explanations(Path(dictionary))
+        dictionary = Dictionary.load(dictionary)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     check_store(store, dictionary)
     store.source(dictionary.site)  # raises if the store lacks the site
@@ -137,7 +153,13 @@ def export_neuronpedia(
             for number in tqdm(missing, desc="files", unit="file"):
                 write_text(_file(out, number), json.dumps(features.file(number)))
         shutil.rmtree(out / FIRINGS, ignore_errors=True)
-    return Export(out, files, dictionary.d_sae)
+        said = {n: one for n, one in explained.items() if one.text and n < dictionary.d_sae}
+        if said:
+            suffix = "" if sae_id_suffix is None else f"__{sae_id_suffix}"
+            source = f"{dictionary.site.block}-{settings.sae_set}{suffix}"
+            write_for_neuronpedia(out / "explanations", said, settings.model_id, source)
+            write_for_delphi(out / "delphi" / "explanations", said, str(dictionary.site))
+    return Export(out, files, dictionary.d_sae, len(said))
 
 
 def check_folder(out: Path) -> None:
@@ -344,10 +366,10 @@ def _logits(
         }
 
 
-def _histogram(values: Float[Tensor, " n"]) -> tuple[list[float], list[float]]:
+def _histogram(values: Float[Tensor, " n"]) -> tuple[list[float], list[int]]:
     """Centres of equal bins from the smallest to the largest value, and how many are in each."""
     edges = torch.linspace(float(values.min()), float(values.max()), _BINS + 1)
-    heights = torch.histc(values, bins=_BINS)
+    heights = torch.histc(values, bins=_BINS).long()
     return _rounded(((edges[1:] + edges[:-1]) / 2).numpy()), heights.tolist()
 
 

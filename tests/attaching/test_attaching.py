@@ -300,6 +300,7 @@ def test_blocks_around_a_bridge_may_close_in_any_order(model, ids):
         assert LATENTS not in vars(bridge.hook_dict[SITE])
 
 
+@families("gpt2", "llama", "neox")
 def test_a_bridge_has_latents_by_name(model, ids):
     """As SAELens' users know them: cached, hooked for one run, hooked until reset."""
     bridge, one = model.bridge(), dictionary()

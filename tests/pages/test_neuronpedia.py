@@ -1,5 +1,6 @@
 """The export for Neuronpedia: every number against a direct computation in float64."""
 
+import gzip
 import json
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ from tiny import WIDTH, WORDS, tiny_hf_model, tiny_tokenizer
 from llm_wsae import export_neuronpedia
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
 from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.readout import Readout
@@ -59,7 +61,7 @@ def dictionary_of(world, store, kind: str) -> Dictionary:
         return Dictionary(**parts, info=info, sparsity=one.sparsity)
     norms = store.rows(one.site, 0, store.num_rows).float().norm(dim=1)
     info = replace(one.info, massive_threshold=float(norms.quantile(0.95)))
-    threshold = torch.full((one.d_sae,), 0.5)
+    threshold = torch.full((one.d_sae,), 1.5)
     return Dictionary(**parts, info=info, sparsity=JumpReLU(), threshold=threshold)
 
 
@@ -69,7 +71,10 @@ def features_of(folder) -> list[dict]:
 
 
 def near(found, expected) -> None:
-    np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-5, atol=ATOL)
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    apart = np.abs(found - expected) - ATOL - 1e-5 * np.abs(expected)
+    assert not (apart > 0).any(), (found, expected)
 
 
 def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +235,7 @@ def test_the_command_resumes_and_ends_with_the_same_bytes(world, monkeypatch, tm
     ask = ("export", world / PLAIN, "--store", world / "store", "--model", world / "model",
            "--to", "neuronpedia", "--contexts", 100, "--top", 2, *names)  # fmt: skip
     whole = works(*ask, "--out", tmp_path / "whole", "--json").json
-    assert whole == {"folder": str(tmp_path / "whole"), "files": 3, "latents": 64}
+    assert whole == {"path": str(tmp_path / "whole"), "files": 3, "latents": 64, "explained": 0}
     first = json.loads((tmp_path / "whole/batch-0.json").read_text())
     assert {k: v for k, v in first.items() if k != "features"} == {
         "model_id": "tiny", "layer": 1, "sae_set": "res-test", "sae_id_suffix": "k4"
@@ -257,6 +262,29 @@ def test_the_command_resumes_and_ends_with_the_same_bytes(world, monkeypatch, tm
     other = call(*ask, "--top", 3, "--out", tmp_path / "cut")
     assert other.code == 1 and "use the same settings to resume it" in other.err
     assert content(tmp_path / "cut") == files
+
+
+def test_explanations_are_written_as_neuronpedia_and_delphi_keep_them(
+    world, store, model, tmp_path
+):
+    explained = tmp_path / "explained"
+    shutil.copytree(world / PLAIN, explained)
+    scores = {"detection": Score(0.8125, (0.7, 0.9), 40, 38)}
+    said = "the words «w1»\n& w2"
+    keep_explanations(explained, [Explanation(3, said, "judge", scores),
+                                  Explanation(4, None, "judge", {})])  # fmt: skip
+    done = export_neuronpedia(explained, store, model, tmp_path / "out", top=1, sae_set="s")
+    assert done.explained == 1
+    packed = (done.path / "explanations/batch-0.jsonl.gz").read_bytes()
+    (row,) = map(json.loads, gzip.decompress(packed).decode().splitlines())
+    assert len(row.pop("id")) == len(row.pop("authorId")) == 25
+    assert row == {"modelId": "model", "layer": "1-s", "index": "3", "description": said,
+                   "explanationModelName": "judge", "notes": "detection 0.812"}  # fmt: skip
+    (file,) = (done.path / "delphi/explanations").iterdir()
+    assert file.name == f"{SITE}_latent3.txt" and json.loads(file.read_text()) == said
+    again = export_neuronpedia(explained, store, model, tmp_path / "out", top=1, sae_set="s")
+    assert again == done
+    assert (done.path / "explanations/batch-0.jsonl.gz").read_bytes() == packed
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(world, store, model, tmp_path):
