@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from llm_wsae.sparse.codes import Codes
     from llm_wsae.statistics.moments import Statistics
     from llm_wsae.studies.runner import study
-    from llm_wsae.training.arm import ArmConfig
+    from llm_wsae.training.arm import ArmConfig, make_arms
     from llm_wsae.training.config import TrainConfig
-    from llm_wsae.training.grid import make_arms
     from llm_wsae.training.trainer import train
     from llm_wsae.weights.choosing import choose_weights, weights_from_rule
     from llm_wsae.weights.loss_weights import LossWeights
@@ -59,7 +58,7 @@ _HOMES = {
     "weights_from_rule": "weights.choosing",
     "TrainConfig": "training.config",
     "ArmConfig": "training.arm",
-    "make_arms": "training.grid",
+    "make_arms": "training.arm",
     "Dictionary": "dictionary.dictionary",
     "load_pretrained": "dictionary.pretrained",
     "attach": "attaching.attachment",

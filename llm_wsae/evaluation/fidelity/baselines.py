@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.activation_cache import ActivationCache
+from llm_wsae.evaluation.activations import ActivationCache
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, exact
 from llm_wsae.model.site import Site
 

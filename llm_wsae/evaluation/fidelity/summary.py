@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from llm_wsae.evaluation.bootstrap import Bootstrap
 from llm_wsae.evaluation.fidelity.baselines import Baselines, Key
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums, ratio
 from llm_wsae.evaluation.fidelity.report import Fidelity, FromPlain
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.uncertainty import Bootstrap
 
 Quantity = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
