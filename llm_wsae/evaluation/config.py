@@ -18,9 +18,8 @@ class EvaluateConfig:
     """Rows (kept positions) of held-out text to evaluate on.
     Below 50,000 the noise of CE recovered is as large as the differences between good
     dictionaries."""
-    batch_tokens: int = 1024
-    """Tokens in one forward pass (at least one context).
-    Up to three copies of their logits over the vocabulary are in memory."""
+    batch_tokens: int = 4096
+    """Tokens in one forward pass (at least one context)."""
     bootstraps: int = 1000
     """Resamplings of the contexts behind each 95 % interval."""
     seed: int = 0

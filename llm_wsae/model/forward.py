@@ -14,6 +14,9 @@ read twice, by the norm before the MLP and by the residual branch around it. Rep
 norm's input, as a TransformerLens hook on ``ln2.hook_in`` does, leaves the original activation in
 the residual branch. Here the activation enters as the *block's* input while the attention is made
 to contribute zero, so that the block's own code computes new + mlp(ln2(new)).
+
+All that follows the last block (norm, head, soft caps) treats every position by itself, so it may
+run on chosen rows only.
 """
 
 import contextlib
@@ -73,9 +76,6 @@ class Blocks:
         same, since no row depends on another context. While visits are open, all contexts go
         through together.
         """
-        parts = [ids]
-        if ids.device.type == "cpu" and not self._visitors:
-            parts = ids.split(max(1, _TOKENS_TOGETHER // max(1, ids.shape[1])))
 
         def forward(part: Tensor) -> dict[Site, Tensor]:
             with torch.no_grad(), contextlib.suppress(_StopForward):
@@ -83,10 +83,49 @@ class Blocks:
             return recorded.pop(threading.get_ident())
 
         with self.recording(sites, stop=True) as recorded:
-            found = parallel_map(forward, parts)
+            found = parallel_map(forward, ids.split(self._contexts_together(ids)))
         if len(found) == 1:
             return found[0]
         return {site: torch.cat([part[site] for part in found]) for site in sites}
+
+    def carry(self, ids: Tensor, start: Site, hidden: Tensor, end: Site) -> Tensor:
+        """The stream at ``end`` with ``hidden`` at ``start``; only what lies between is computed,
+        as by ``record``."""
+        given: dict[int, Tensor] = {}
+        size = self._contexts_together(ids)
+
+        def forward(part: tuple[Tensor, Tensor]) -> Tensor:
+            given[threading.get_ident()] = part[1]
+            with torch.no_grad(), contextlib.suppress(_StopForward):
+                self.run(part[0])
+            return recorded.pop(threading.get_ident())[end]
+
+        with (
+            self.entering(start, lambda: given[threading.get_ident()]),
+            self.recording((end,), stop=True) as recorded,
+        ):
+            parts = list(zip(ids.split(size), hidden.split(size), strict=True))
+            return torch.cat(parallel_map(forward, parts))
+
+    @contextlib.contextmanager
+    def unembedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """While open, the function that it yields gives the logits of rows [rows, d_model] of the
+        last block's output, in several threads if wanted."""
+        given: dict[int, Tensor] = {}
+
+        def logits(rows: Tensor) -> Tensor:
+            given[threading.get_ident()] = rows[:, None]
+            ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+            return self.run(ids).logits[:, 0]
+
+        with self.entering(Site(len(self) - 1, "post"), lambda: given[threading.get_ident()]):
+            yield logits
+
+    def _contexts_together(self, ids: Tensor) -> int:
+        """How many contexts go through the model in one forward pass."""
+        if ids.device.type != "cpu" or self._visitors:
+            return len(ids)
+        return max(1, _TOKENS_TOGETHER // max(1, ids.shape[1]))
 
     @contextlib.contextmanager
     def recording(
@@ -157,22 +196,23 @@ class Blocks:
             )
 
     @contextlib.contextmanager
-    def entering(self, site: Site, hidden: Tensor) -> Iterator[None]:
-        """While open, forward passes skip all before ``site`` and resume from ``hidden``."""
+    def entering(self, site: Site, given: Callable[[], Tensor]) -> Iterator[None]:
+        """While open, forward passes skip all before ``site`` and resume from what ``given``
+        returns in their thread."""
         self._learn_forms()
         with contextlib.ExitStack() as patches:
             for block in self._blocks[: site.block]:
                 _patch(patches, block, self._returning(block, _hidden_of))
             block = self._blocks[site.block]
             if site.point == "post":
-                _patch(patches, block, self._returning(block, lambda args, kwargs: hidden))
+                _patch(patches, block, self._returning(block, lambda args, kwargs: given()))
             else:
-                _pre_hook(patches, block, lambda args, kwargs: hidden)
+                _pre_hook(patches, block, lambda args, kwargs: given())
             if site.point == "mid":
                 attention = self._part(site.block, self._attn)
-                zeros = torch.zeros_like(hidden)
-                _patch(patches, attention, self._returning(attention, lambda args, kwargs: zeros))
-                _pre_hook(patches, self._part(site.block, self._mid), _same_as(hidden, site))
+                nothing = self._returning(attention, lambda args, kwargs: torch.zeros_like(given()))
+                _patch(patches, attention, nothing)
+                _pre_hook(patches, self._part(site.block, self._mid), _same_as(given, site))
             yield
 
     def _part(self, block: int, path: str | None) -> nn.Module:
@@ -262,11 +302,11 @@ def _recorder(
     return record
 
 
-def _same_as(hidden: Tensor, site: Site) -> Callable[[tuple, dict], None]:
+def _same_as(given: Callable[[], Tensor], site: Site) -> Callable[[tuple, dict], None]:
     """A guard: the MLP's norm must receive exactly the activation that entered."""
 
     def check(args: tuple, kwargs: dict) -> None:
-        if not torch.equal(_hidden_of(args, kwargs), hidden):
+        if not torch.equal(_hidden_of(args, kwargs), given()):
             raise LlmWsaeError(
                 f"this architecture changes the stream inside the block before {site}, so an "
                 "activation cannot be placed there; use hook_resid_pre or hook_resid_post"

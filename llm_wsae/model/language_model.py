@@ -15,8 +15,8 @@ import copy
 import functools
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -179,8 +179,36 @@ class LanguageModel:
         """
         ids = self._checked(ids, (site,))
         hidden = hidden.to(self.device, self.dtype)
-        with self._one_pass, self._blocks.entering(site, hidden):
+        with self._one_pass, self._blocks.entering(site, lambda: hidden):
             return self._blocks.run(ids).logits
+
+    @torch.no_grad()
+    def resume_to_end(
+        self,
+        ids: Integer[Tensor, "contexts positions"],
+        site: Site,
+        hidden: Float[Tensor, "contexts positions d_model"],
+    ) -> Float[Tensor, "contexts positions d_model"]:
+        """As ``resume``, up to the last block's output; ``unembedding`` makes logits of its rows.
+
+        On a CPU the contexts are divided among the cores, as by ``activations``.
+        """
+        ids = self._checked(ids, (site,))
+        hidden = hidden.to(self.device, self.dtype)
+        with self._one_pass:
+            return self._blocks.carry(ids, site, hidden, Site(self.num_blocks - 1, "post"))
+
+    @contextmanager
+    def unembedding(
+        self,
+    ) -> Iterator[Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, "rows vocab"]]]:
+        """While open, the function that it yields makes logits of rows of the last block's output,
+        in any thread: the model's own norm, head and soft caps.
+
+        Positions do not depend on each other there, so that only those that are wanted need logits.
+        """
+        with self._one_pass, self._blocks.unembedding() as logits:
+            yield logits
 
     def visiting(self, visits: Mapping[Site, Visit]) -> AbstractContextManager[None]:
         """While open, every forward pass gives each visit the stream at its site [contexts,

@@ -212,6 +212,19 @@ def test_resume_with_the_clean_activation_changes_nothing(model, ids):
             assert torch.equal(model.resume(ids, site, rows), expected), site
 
 
+@all_families()
+def test_logits_of_chosen_rows_are_those_of_resume(model, ids):
+    """Up to the last block in contexts of their own, after it in rows of their own."""
+    for site in (Site(0, "pre"), Site(2, "post"), Site(BLOCKS - 1, "post")):
+        new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(site.block))
+        expected = model.resume(ids, site, new).detach()
+        end = model.resume_to_end(ids, site, new)
+        with torch.no_grad(), model.unembedding() as logits:
+            found = logits(end.flatten(0, 1)[3:])
+        close = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(found, expected.flatten(0, 1)[3:], **close)
+
+
 @all_families(*KNOWN)
 @over(point=["pre", "post"])
 def test_resume_equals_the_bridge_with_a_replaced_stream(model, ids, point):

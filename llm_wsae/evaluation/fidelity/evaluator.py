@@ -32,7 +32,11 @@ from llm_wsae.evaluation.activations import (
 from llm_wsae.evaluation.checks import check_fit, notes_on_weights, plain_beside
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.baselines import Baselines, Key, read_baselines
-from llm_wsae.evaluation.fidelity.next_token import clean_logits, next_token_sums, scored_positions
+from llm_wsae.evaluation.fidelity.next_token import (
+    clean_stream,
+    next_token_sums,
+    scored_positions,
+)
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
 from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.evaluation.fidelity.summary import fidelity_of, from_plain
@@ -94,7 +98,7 @@ class FidelityEvaluator:
         with tqdm(total=self._num_contexts, desc="evaluate", unit="ctx") as bar:
             for number, (ids, keep) in enumerate(self._cache.batches):
                 activations = self._cache.at(number, list(sites))
-                clean = clean_logits(self._model, self._cache, number, max(sites), activations)
+                clean = clean_stream(self._model, self._cache, number, max(sites), activations)
                 measured = _evaluate_batch(sites, self._model, ids, keep, activations, clean)
                 for key, numbers in measured:
                     columns[key].append(numbers)
@@ -158,8 +162,8 @@ def _evaluate_batch(
     """Add a batch to all sums; yields, by key, the numbers per context that are resampled."""
     ids, keep = ids.to(model.device), keep.to(model.device)
     scored = scored_positions(keep)
-    yield ("scored",), scored.sum(1).cpu().double()
-    yield ("ce", "clean"), next_token_sums(clean, clean, ids, scored)[0]
+    variants: dict[tuple[str, str | Site], Tensor] = {}  # what the last block puts out
+    with_massive: dict[str, tuple[Tensor, Tensor]] = {}  # which contexts, and the same of them
     for site, state in sites.items():
         hidden, baselines = activations[site], state.baselines
         rows, massive = baselines.split(hidden, keep)
@@ -172,26 +176,32 @@ def _evaluate_batch(
             ):
                 spliced = hidden.clone()
                 spliced[rows] = value.to(hidden)
-                ce, kl = next_token_sums(model.resume(ids, site, spliced), clean, ids, scored)
-                baselines.columns["ce", name, site].append(ce)
-                baselines.columns["kl", name, site].append(kl)
+                variants[name, site] = model.resume_to_end(ids, site, spliced)
         for name, dictionary in state.dictionaries.items():
             sums, spliced = state.sums[name], hidden.clone()
             spliced[rows] = sums.update(dictionary, hidden[rows]).to(hidden.dtype)
-            ce, kl = next_token_sums(model.resume(ids, site, spliced), clean, ids, scored)
-            yield ("ce", "dictionary", name), ce
-            yield ("kl", "dictionary", name), kl
+            variants["dictionary", name] = model.resume_to_end(ids, site, spliced)
             affected = massive.any(1).nonzero()[:, 0]
             if len(affected):
                 spliced[massive] = sums.update_massive(dictionary, hidden[massive]).to(hidden.dtype)
-                ce = ce.clone()
-                ce[affected.cpu()], _ = next_token_sums(
-                    model.resume(ids[affected], site, spliced[affected]),
-                    clean[affected],
-                    ids[affected],
-                    scored[affected],
-                )
-            yield ("ce", "massive", name), ce
+                end = model.resume_to_end(ids[affected], site, spliced[affected])
+                with_massive[name] = affected, end
+    clean_ce, found = next_token_sums(model, clean, list(variants.values()), ids, scored)
+    yield ("scored",), scored.sum(1).cpu().double()
+    yield ("ce", "clean"), clean_ce
+    for (kind, of), (ce, kl) in zip(variants, found, strict=True):
+        if isinstance(of, Site):
+            sites[of].baselines.columns["ce", kind, of].append(ce)
+            sites[of].baselines.columns["kl", kind, of].append(kl)
+            continue
+        yield ("ce", kind, of), ce
+        yield ("kl", kind, of), kl
+        if of in with_massive:
+            affected, end = with_massive[of]
+            part = ids[affected], scored[affected]
+            ((other, _),) = next_token_sums(model, clean[affected], [end], *part)[1]
+            ce = ce.index_copy(0, affected.cpu(), other)
+        yield ("ce", "massive", of), ce
 
 
 def _notes(

@@ -1,10 +1,12 @@
-"""The model's predictions: clean logits, and their cross-entropy and KL divergence.
+"""The model's predictions with other activations at a site: cross-entropy and KL divergence.
 
-A batch of logits is large (1024 tokens over 49,152 words: 100 MB in bfloat16), and its float32
-softmax would take several times that. So positions are processed in chunks.
+The logits of a batch are large (4096 tokens over 262,144 words: 4 GB in float32), so they never
+exist. Up to the last block's output, the stream is small. From there on, a tile of rows at a time
+gets its logits: once those of the model itself, which give log p, and after them those of every
+variant. On a CPU each core has a tile of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,14 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.activations import ActivationCache
+from llm_wsae.model.forward import parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
-# Numbers in one float32 chunk of logits. 4 MB stay in a CPU's cache from one operation to the next,
-# which is about twice as fast as chunks of 64 MB.
+# Numbers in the logits of one tile: enough rows for a fast product, few enough for memory, which
+# holds two float32 tensors of that size for each core.
+_TILE_NUMBERS = 2**24
+# Numbers in one chunk of a tile. 4 MB stay in a CPU's cache from one operation to the next.
 _CHUNK_NUMBERS = 2**20
 
 
@@ -35,73 +40,101 @@ def scored_positions(
     return begun[:, :-1] & keep[:, 1:]
 
 
-@torch.no_grad()
 def next_token_sums(
-    logits: Float[Tensor, "contexts positions vocab"],
-    clean: Float[Tensor, "contexts positions vocab"],
+    model: LanguageModel,
+    clean: Float[Tensor, "contexts positions d_model"],
+    variants: Sequence[Float[Tensor, "contexts positions d_model"]],
     ids: Integer[Tensor, "contexts positions"],
     scored: Bool[Tensor, "contexts positions-1"],
-) -> tuple[Float[Tensor, " contexts"], Float[Tensor, " contexts"]]:
-    """Per context, Σ over scored positions of −log p(next token) and of KL(p_clean ‖ p), in nats.
+) -> tuple[Float[Tensor, " contexts"], list[tuple[Tensor, Tensor]]]:
+    """Per context, Σ over scored positions of −log p(next token), for the model itself; and for
+    each variant that and Σ KL(p_clean ‖ p), both [contexts], in nats.
 
-    Logits of any dtype are converted to float32; sums are float64, on the CPU.
+    ``clean`` and ``variants`` are outputs of the last block. Logits are converted to float32; sums
+    are float64, on the CPU.
     """
-    counts = F.pad(scored, (0, 1)).flatten()
-    target = ids.roll(-1, 1).flatten().long().where(counts, 0)  # other ids may have no logit
-    found = torch.zeros(2, len(target), dtype=torch.float32, device=logits.device)
-    size = max(1, _CHUNK_NUMBERS // logits.shape[2])
-    chunks = zip(
-        *(each.split(size) for each in (logits.flatten(0, 1), clean.flatten(0, 1), target)),
-        counts.cpu().split(size),
-        found.split(size, dim=1),
-        strict=True,
-    )
-    for own, reference, following, wanted, (entropies, divergences) in chunks:
-        if not wanted.any():
-            continue
-        own = own.log_softmax(1, dtype=torch.float32)
-        reference = reference.log_softmax(1, dtype=torch.float32)
-        torch.neg(own.gather(1, following[:, None])[:, 0], out=entropies)
-        probability = reference.exp()
-        torch.linalg.vecdot(probability, reference.sub_(own), out=divergences)
-    by_context = found.where(counts, 0).unflatten(1, ids.shape).cpu().double().sum(2)
-    return by_context[0], by_context[1]
+    where = F.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
+    streams = [stream.flatten(0, 1) for stream in (clean, *variants)]
+    target = ids.roll(-1, 1).flatten().long()
+    with model.unembedding() as logits:
+
+        def measure(rows: Tensor) -> Tensor:
+            with torch.no_grad():
+                return _measure_tile(logits, [s[rows] for s in streams], target[rows]).cpu()
+
+        tiles = where.split(_tile_rows(len(where), model)) if len(where) else ()
+        found = parallel_map(measure, tiles)
+    sums = torch.zeros(len(streams), 2, scored.shape[0], dtype=torch.float64)
+    if found:
+        numbers = torch.cat(found, 2).double()
+        sums.index_add_(2, where.cpu() // ids.shape[1], numbers)
+    (entropy, _), *others = sums.unbind(0)
+    return entropy, [tuple(one.unbind(0)) for one in others]
+
+
+def _tile_rows(rows: int, model: LanguageModel) -> int:
+    """Rows of a tile: tiles of equal size, and on a CPU as many for every core."""
+    most = max(1, _TILE_NUMBERS // model.W_U.shape[1])
+    together = torch.get_num_threads() if model.device.type == "cpu" else 1
+    tiles = -(-rows // (most * together)) * together
+    return -(-rows // tiles)
+
+
+def _measure_tile(
+    logits: Callable[[Tensor], Tensor],
+    streams: Sequence[Float[Tensor, "rows d_model"]],
+    target: Integer[Tensor, " rows"],
+) -> Float[Tensor, "streams 2 rows"]:
+    """−log p(target) and KL(p_first ‖ p) of every row in every stream."""
+    found = torch.zeros(len(streams), 2, len(target), dtype=torch.float32, device=target.device)
+    reference = logits(streams[0]).log_softmax(1, dtype=torch.float32)
+    torch.neg(reference.gather(1, target[:, None])[:, 0], out=found[0, 0])
+    size = max(1, _CHUNK_NUMBERS // reference.shape[1])
+    chunks = [slice(at, at + size) for at in range(0, len(target), size)]
+    probability = reference.exp() if len(streams) > 1 else reference
+    for stream, (entropies, divergences) in zip(streams[1:], found[1:], strict=True):
+        own = logits(stream)
+        for chunk in chunks:
+            log_q = own[chunk].log_softmax(1, dtype=torch.float32)
+            torch.neg(log_q.gather(1, target[chunk, None])[:, 0], out=entropies[chunk])
+            difference = torch.sub(reference[chunk], log_q, out=log_q)
+            torch.linalg.vecdot(probability[chunk], difference, out=divergences[chunk])
+    return found
 
 
 _SAME_LOGITS = 0.05  # relative; half precision in another order of operations is far below
 
 
-def clean_logits(
+def clean_stream(
     model: LanguageModel,
     cache: ActivationCache,
     number: int,
     last: Site,
     activations: Mapping[Site, Tensor],
-) -> Tensor:
-    """Logits [contexts, positions, vocab] of a batch, resumed from its activations at ``last``.
+) -> Float[Tensor, "contexts positions d_model"]:
+    """The last block's output for a batch, resumed from its activations at ``last``, and kept.
 
     Every variant is resumed in the same way, so a perfect reconstruction gives the same numbers.
-    The output of the last block is cached too. Raises LlmWsaeError for a model whose blocks pass on
-    more than the residual stream.
+    Raises LlmWsaeError for a model whose blocks pass on more than the residual stream.
     """
-    ids, end = cache.batches[number][0], Site(model.num_blocks - 1, "post")
+    end = Site(model.num_blocks - 1, "post")
     known = cache.kept(number, end)
     if known is not None:
-        return model.resume(ids, end, known)
-    seen: dict[Site, Tensor] = {}  # the last visit counts: a model's first one is a trial
-    with model.visiting({end: lambda hidden: seen.update({end: hidden})}):
-        logits = model.resume(ids, last, activations[last])
+        return known
+    ids = cache.batches[number][0]
+    stream = model.resume_to_end(ids, last, activations[last])
     if number == 0:
-        _check_clean(model, ids, last, logits)
-    if seen[end].dtype == model.dtype:  # a wider stream would be rounded on its way back
-        cache.keep(number, end, seen[end])
-    return logits
+        _check_clean(model, ids[:1], last, stream[0])
+    cache.keep(number, end, stream)
+    return stream
 
 
-def _check_clean(model: LanguageModel, ids: Tensor, site: Site, logits: Tensor) -> None:
+def _check_clean(model: LanguageModel, ids: Tensor, site: Site, stream: Tensor) -> None:
     """Raise LlmWsaeError if the model, resumed at the site, is not the model as it is."""
-    full = model.logits(ids).float()
-    if not (logits.float() - full).norm() <= _SAME_LOGITS * full.norm():
+    full = model.logits(ids)[0].float()
+    with torch.no_grad(), model.unembedding() as logits:
+        found = logits(stream).float()
+    if not (found - full).norm() <= _SAME_LOGITS * full.norm():
         raise LlmWsaeError(
             f"{model.name} makes other predictions when it is resumed at {site} from its own "
             "activations: its blocks pass on more than the residual stream, so its predictions "

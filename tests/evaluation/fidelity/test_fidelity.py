@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from dataclasses import replace
@@ -19,6 +20,7 @@ from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
 from llm_wsae.statistics.uncertainty import Bootstrap
 
 D, VOCAB, CONTEXTS, POSITIONS = 16, 53, 12, 10
@@ -279,29 +281,33 @@ def test_which_predictions_count():
     ]
 
 
-def test_chunks_do_not_change_the_sums(monkeypatch):
+def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch):
     draw = torch.Generator().manual_seed(0)
-    logits, clean = torch.randn(2, 3, 7, 11, generator=draw).mul(3).unbind(0)
-    ids = torch.randint(11, (3, 7), generator=draw)
+    clean, *variants = torch.randn(3, 3, 7, D, generator=draw).unbind(0)
+    ids = torch.randint(VOCAB, (3, 7), generator=draw)
     scored = torch.rand(3, 6, generator=draw) > 0.3
     scored[1] = False
-    whole = next_token_sums(logits, clean, ids, scored)
-    monkeypatch.setattr(next_token, "_CHUNK_NUMBERS", 25)
-    for a, b in zip(whole, next_token_sums(logits, clean, ids, scored), strict=True):
-        torch.testing.assert_close(a, b)
-    log_p, log_q = (z.double().log_softmax(2)[:, :-1] for z in (clean, logits))
-    ce = -log_q.gather(2, ids[:, 1:, None])[..., 0]
-    kl = (log_p.exp() * (log_p - log_q)).sum(2)
-    torch.testing.assert_close(whole[0], (ce * scored).sum(1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(whole[1], (kl * scored).sum(1), atol=1e-5, rtol=1e-5)
-
-
-def test_a_token_without_a_logit_is_no_target():
-    """A head may be narrower than the embedding; such tokens are special, hence not scored."""
-    logits = torch.randn(1, 3, 5)
-    ids, scored = torch.tensor([[1, 2, 7]]), torch.tensor([[True, False]])
-    entropy, _ = next_token_sums(logits, logits, ids, scored)
-    assert float(entropy) == pytest.approx(-float(logits[0, 0].log_softmax(0)[2]), rel=1e-5)
+    ids[1] = VOCAB + 5  # a head may be narrower than the embedding; such tokens are never scored
+    last = Site(2, "post")
+    exact = LanguageModel.from_live(copy.deepcopy(model.hf_model).double(), None, "exact")
+    log_p, *others = (
+        exact.resume(ids.clamp(max=VOCAB - 1), last, end.double()).log_softmax(2)[:, :-1]
+        for end in (clean, *variants)
+    )
+    target = ids[:, 1:, None].clamp(max=VOCAB - 1)
+    for tile, chunk in ((2**24, 2**20), (5 * VOCAB, 2 * VOCAB), (1, 1)):
+        monkeypatch.setattr(next_token, "_TILE_NUMBERS", tile)
+        monkeypatch.setattr(next_token, "_CHUNK_NUMBERS", chunk)
+        entropy, found = next_token_sums(model, clean, variants, ids, scored)
+        wanted = -(log_p.gather(2, target)[..., 0] * scored).sum(1)
+        torch.testing.assert_close(entropy, wanted, rtol=1e-5, atol=0)
+        for (ce, kl), log_q in zip(found, others, strict=True):
+            wanted = -(log_q.gather(2, target)[..., 0] * scored).sum(1)
+            torch.testing.assert_close(ce, wanted, rtol=1e-5, atol=0)
+            wanted = ((log_p.exp() * (log_p - log_q)).sum(2) * scored).sum(1)
+            torch.testing.assert_close(kl, wanted, rtol=1e-5, atol=0)
+    entropy, found = next_token_sums(model, clean, variants, ids, scored & False)
+    assert entropy.tolist() == [0, 0, 0] and len(found) == 2
 
 
 def test_variance_keeps_its_digits_far_from_zero():
