@@ -45,6 +45,7 @@ _PAGES = {
     "memory": "harvest.md",
     "hub": "harvest.md",
     "page": "harvest.md",
+    "evaluate": "harvest.md",
 }
 
 

@@ -19,9 +19,9 @@ from llm_wsae.model.forward import parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
-# Numbers in the logits of one tile: enough rows for a fast product, few enough for memory, which
-# holds two float32 tensors of that size for each core.
-_TILE_NUMBERS = 2**24
+# Rows of one tile: enough for a fast product. In memory are two float32 and one more tensor of their
+# logits, for each core.
+_TILE_ROWS = 96
 # Numbers in one chunk of a tile. 4 MB stay in a CPU's cache from one operation to the next.
 _CHUNK_NUMBERS = 2**20
 
@@ -62,7 +62,7 @@ def next_token_sums(
             with torch.no_grad():
                 return _measure_tile(logits, [s[rows] for s in streams], target[rows]).cpu()
 
-        tiles = where.split(_tile_rows(len(where), model)) if len(where) else ()
+        tiles = where.split(_tile_rows(len(where), model.device)) if len(where) else ()
         found = parallel_map(measure, tiles)
     sums = torch.zeros(len(streams), 2, scored.shape[0], dtype=torch.float64)
     if found:
@@ -72,11 +72,10 @@ def next_token_sums(
     return entropy, [tuple(one.unbind(0)) for one in others]
 
 
-def _tile_rows(rows: int, model: LanguageModel) -> int:
+def _tile_rows(rows: int, device: torch.device) -> int:
     """Rows of a tile: tiles of equal size, and on a CPU as many for every core."""
-    most = max(1, _TILE_NUMBERS // model.W_U.shape[1])
-    together = torch.get_num_threads() if model.device.type == "cpu" else 1
-    tiles = -(-rows // (most * together)) * together
+    together = torch.get_num_threads() if device.type == "cpu" else 1
+    tiles = -(-rows // (_TILE_ROWS * together)) * together
     return -(-rows // tiles)
 
 

@@ -295,8 +295,8 @@ def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch):
         for end in (clean, *variants)
     )
     target = ids[:, 1:, None].clamp(max=VOCAB - 1)
-    for tile, chunk in ((2**24, 2**20), (5 * VOCAB, 2 * VOCAB), (1, 1)):
-        monkeypatch.setattr(next_token, "_TILE_NUMBERS", tile)
+    for tile, chunk in ((96, 2**20), (5, 2 * VOCAB), (1, 1)):
+        monkeypatch.setattr(next_token, "_TILE_ROWS", tile)
         monkeypatch.setattr(next_token, "_CHUNK_NUMBERS", chunk)
         entropy, found = next_token_sums(model, clean, variants, ids, scored)
         wanted = -(log_p.gather(2, target)[..., 0] * scored).sum(1)

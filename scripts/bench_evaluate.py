@@ -1,0 +1,209 @@
+"""The speed of ``evaluate``'s spliced passes beside their floor, in one interleaved run.
+
+    python scripts/bench_evaluate.py                         # the embedded SmolLM2-135M
+    python scripts/bench_evaluate.py --model gemma.gguf
+    python scripts/bench_evaluate.py --beside ../older       # and another checkout of this package
+
+A variant is one dictionary in the place of a site's activations: the blocks behind the site, the
+unembedding, cross-entropy and KL. A text whose activations and baselines are known, as they are
+from the second dictionary of a study on, is measured with several dictionaries, and the time is
+divided by their number; so the model's own predictions are part of it.
+
+The floor is the bare matrix products of those passes, in the model's dtype: every weight behind the
+site and the unembedding, in the faster of two arrangements (all cores on one product, or each core
+on products of its own). The dictionary, attention scores, norms, softmax and sums are on top of it.
+
+Also the largest resident memory of the command ``evaluate``.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from bench_harvest import measure, ratio
+from bench_memory import peak_megabytes
+from benchmarks import embedded_model, machine, write_benchmark
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+
+CONTEXT, TOGETHER = 128, 1024  # tokens of a context, and rows of one product of the floor
+WORDS = (
+    "floor: the bare products of the passes, in the faster arrangement. evaluate: several "
+    "dictionaries on a text whose activations are known, seconds divided by their number. Tokens a "
+    "second and dictionary; ratios are medians within repeats, in brackets the lowest and highest."
+)
+
+
+def random_dictionary(model: LanguageModel, site: Site, seed: int) -> Dictionary:
+    """One of 8 × d latents, of which 32 fire."""
+    draw = torch.Generator().manual_seed(seed)
+    directions = torch.randn(8 * model.d_model, model.d_model, generator=draw)
+    directions /= directions.norm(dim=1, keepdim=True)
+    return Dictionary(
+        W_enc=directions.T.contiguous(),
+        W_dec=directions,
+        b_enc=torch.zeros(len(directions)),
+        b_dec=torch.zeros(model.d_model),
+        sparsity=TopK(32),
+        info=DictionaryInfo(site=str(site), name=str(seed)),
+    )
+
+
+def evaluation(model: LanguageModel, site: Site, tokens: int, variants: int) -> Callable[[], None]:
+    """Measures dictionaries on a text that was read before."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(model.W_E), (tokens // CONTEXT, CONTEXT), generator=draw)
+    keep = torch.ones(CONTEXT, dtype=torch.bool)
+    contexts = [SimpleNamespace(ids=one, keep=keep) for one in ids]
+    config = EvaluateConfig(tokens=ids.numel(), bootstraps=1)
+    evaluator = FidelityEvaluator(model, contexts, config)
+    dictionaries = {str(n): random_dictionary(model, site, n) for n in range(variants)}
+    evaluator.evaluate({"0": dictionaries["0"]})
+    return lambda: evaluator.evaluate(dictionaries)
+
+
+def products(model: LanguageModel, site: Site, tokens: int, variants: int) -> Callable[[], None]:
+    """The floor: rows times every weight behind the site, and the unembedding."""
+    blocks = model.hf_model.get_submodule(model.paths.blocks)[site.block + 1 :]
+    weights = [w for w in blocks.parameters() if w.ndim == 2] + [model.W_U.T]
+    rows = {w.shape[1]: torch.randn(TOGETHER, w.shape[1]).to(w.dtype) for w in weights}
+    times = variants * (tokens // TOGETHER)
+
+    def once(_: int) -> None:
+        with torch.no_grad():
+            for weight in weights:
+                rows[weight.shape[1]] @ weight.T
+
+    def together() -> None:
+        for number in range(times):
+            once(number)
+
+    def side_by_side() -> None:
+        from llm_wsae.model.forward import parallel_map
+
+        parallel_map(once, range(times))
+
+    return faster(together, side_by_side)
+
+
+def faster(*ways: Callable[[], None]) -> Callable[[], None]:
+    speeds = measure({str(n): (1, way) for n, way in enumerate(ways)}, 2)
+    return ways[max(range(len(ways)), key=lambda n: statistics.median(speeds[str(n)]))]
+
+
+class Other:
+    """The same evaluation by another checkout, in a process that does it whenever it is asked."""
+
+    def __init__(self, folder: str, words: list[str]):
+        environment = os.environ | {"PYTHONPATH": str(Path(folder).resolve())}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *words, "--worker"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._answer()
+
+    def __call__(self) -> None:
+        print("again", file=self._process.stdin, flush=True)
+        self._answer()
+
+    def _answer(self) -> None:
+        if self._process.stdout.readline() != "done\n":
+            sys.exit("the other checkout cannot evaluate")
+
+
+def work(go: Callable[[], None]) -> None:
+    """Evaluate once for each line that is read."""
+    print("done", flush=True)
+    for _ in sys.stdin:
+        go()
+        print("done", flush=True)
+
+
+def memory(model: str, site: Site, tokens: int) -> float:
+    """Of the command, with its defaults, on a random dictionary."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_dictionary(LanguageModel.load(model), site, 0).save(Path(folder) / "random")
+        gc.collect()
+        return peak_megabytes(
+            "evaluate", Path(folder) / "random", "--model", model, "--corpus", "sotu",
+            "--tokens", tokens, "--part", "all", "--out", Path(folder) / "report.json",
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=None, help="default: the embedded SmolLM2-135M")
+    parser.add_argument("--site", default="blocks.9.hook_resid_post")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--variants", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--beside", help="folder of another checkout of this package")
+    parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    busy, site = machine(torch.get_num_threads()), Site.parse(args.site)
+    path = args.model or embedded_model()
+    model = LanguageModel.load(path)
+    ours = evaluation(model, site, args.tokens, args.variants)
+    if args.worker:
+        return work(ours)
+    done = args.tokens * args.variants
+    ways = {
+        "floor": (done, products(model, site, args.tokens, args.variants)),
+        "evaluate": (done, ours),
+    }
+    if args.beside:
+        words = [f"--model={path}", f"--site={site}", f"--tokens={args.tokens}"]
+        ways["the other checkout"] = (
+            done,
+            Other(args.beside, [*words, f"--variants={args.variants}"]),
+        )
+    speeds = measure(ways, args.repeats)
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines = [
+        f"## Evaluation, {model.name}, {site}, {dtype} on {model.device}",
+        "",
+        "| | tokens/s and dictionary | of the floor |",
+        "|---|--:|--:|",
+    ]
+    for name, values in speeds.items():
+        share = [a / b for a, b in zip(values, speeds["floor"], strict=True)]
+        lines.append(
+            f"| {name} | {statistics.median(values):,.0f} [{min(values):,.0f}, "
+            f"{max(values):,.0f}] | {ratio(speeds, name, 'floor'):.2f} "
+            f"[{min(share):.2f}, {max(share):.2f}] |"
+        )
+    peak = memory(path, site, args.tokens)
+    lines += [
+        "",
+        f"{WORDS} The command `evaluate`, with its defaults, takes {peak:,.0f} MB.",
+        "",
+        f"{busy}. {args.repeats} repeats of {args.tokens:,} tokens and {args.variants} "
+        f"dictionaries in contexts of {CONTEXT}.",
+    ]
+    print("\n".join(lines))
+    if args.write:
+        write_benchmark(f"evaluate {model.name}", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
