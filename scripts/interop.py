@@ -26,9 +26,8 @@ from safetensors.torch import save_file
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.dictionary import Dictionary, load_pretrained
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.pretrained import load_pretrained
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
