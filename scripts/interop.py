@@ -40,7 +40,7 @@ READ, WRITTEN = "read.md", "written.md"
 
 def saelens(out: Path) -> Part:
     """All that SAELens writes."""
-    version = peer("saelens", "write_saelens.py", out)
+    version = peer("saelens", "in_saelens.py write", out)
     for other in out.glob("finished/*"):  # the way to what a checkpoint means, not a case
         if other.is_file():
             other.unlink()
