@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from llm_wsae.data.config import HarvestConfig, StreamConfig
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.store import ActivationStore
-    from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.dictionary.pretrained import load_pretrained
+    from llm_wsae.dictionary.dictionary import Dictionary, load_pretrained
     from llm_wsae.errors import LlmWsaeError, UsageError
     from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
     from llm_wsae.evaluation.fidelity.evaluator import evaluate
@@ -33,9 +32,8 @@ if TYPE_CHECKING:
     from llm_wsae.sparse.codes import Codes
     from llm_wsae.statistics.moments import Statistics
     from llm_wsae.studies.runner import study
-    from llm_wsae.training.arm import ArmConfig
+    from llm_wsae.training.arm import ArmConfig, make_arms
     from llm_wsae.training.config import TrainConfig
-    from llm_wsae.training.grid import make_arms
     from llm_wsae.training.trainer import train
     from llm_wsae.weights.choosing import choose_weights, weights_from_rule
     from llm_wsae.weights.loss_weights import LossWeights
@@ -59,9 +57,9 @@ _HOMES = {
     "weights_from_rule": "weights.choosing",
     "TrainConfig": "training.config",
     "ArmConfig": "training.arm",
-    "make_arms": "training.grid",
+    "make_arms": "training.arm",
     "Dictionary": "dictionary.dictionary",
-    "load_pretrained": "dictionary.pretrained",
+    "load_pretrained": "dictionary.dictionary",
     "attach": "attaching.attachment",
     "Ablate": "attaching.edits",
     "Clamp": "attaching.edits",

@@ -20,12 +20,10 @@ from llm_wsae.commands.evaluate import evaluate
 from llm_wsae.commands.explain import explain
 from llm_wsae.commands.export import export
 from llm_wsae.commands.harvest import harvest
+from llm_wsae.commands.hub import list_repository, pull, push
 from llm_wsae.commands.inspect import inspect
-from llm_wsae.commands.list import list_repository
 from llm_wsae.commands.options import Result
 from llm_wsae.commands.parser import in_new_spelling, parse
-from llm_wsae.commands.pull import pull
-from llm_wsae.commands.push import push
 from llm_wsae.commands.run import run
 from llm_wsae.commands.study import study
 from llm_wsae.commands.theory import theory

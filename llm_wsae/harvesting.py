@@ -21,7 +21,6 @@ from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, RECORDS, Manifest
 from llm_wsae.data.packing import Contexts, Cursor, Packer
-from llm_wsae.data.prefetch import prefetch
 from llm_wsae.data.resume import (
     begin_or_resume,
     check_empty,
@@ -42,6 +41,7 @@ from llm_wsae.outputs import check_room
 from llm_wsae.processes import Processes, join
 from llm_wsae.provenance import version_of
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.threads import prefetch
 
 _PACKED_AHEAD = 4
 

@@ -20,8 +20,8 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError
+from llm_wsae.evaluation.activations import take_contexts
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.contexts import take_contexts
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
 from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.files import write_json
@@ -29,9 +29,9 @@ from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.plots import plot_fidelity, plot_profile, write_page
+from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import FINISHED
 from llm_wsae.training.config import ArchitectureName, TrainConfig
-from llm_wsae.training.grid import make_arms
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import train
 from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha

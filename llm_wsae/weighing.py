@@ -5,6 +5,13 @@ Everything is measured on the text of an activation store, which holds the token
 row, so that rules see what the dictionaries will be trained on. What took minutes is kept in the
 store's folder ``evidence`` (its name on disk since the first version) and read from there the next
 time that the same is measured.
+
+The Fisher information of the next-token distribution says how much the model's predictions depend
+on each direction of the residual stream: F = E[g gᵀ], g = ∂ log p(y | x) / ∂h, with y drawn from
+the model itself. A small change δ of the activation moves the predictions by ½ δᵀFδ (KL divergence,
+second order). One backward pass per context is enough: with independently drawn labels the
+gradients of different predictions are uncorrelated, E[(Σ_t g_t)(Σ_t g_t)ᵀ] = Σ_t E[g_t g_tᵀ],
+summed over all predictions after the position.
 """
 
 import sys
@@ -13,7 +20,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,10 +29,9 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import Encoder, WindowEmbeddings
+from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder, WindowEmbeddings
 from llm_wsae.files import load_own_tensors, save_own_tensors
 from llm_wsae.model.encoder_names import canonical_encoder
-from llm_wsae.model.fisher import fisher_information
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
@@ -43,6 +50,7 @@ _SETTINGS = {
 }
 _CONTEXTS_AT_ONCE = 8
 _ROWS_AT_ONCE = 16_384
+_TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
 
 
 def measure_inputs(
@@ -291,3 +299,50 @@ def _pieces(store: ActivationStore, tokens: int, at_once: int) -> Iterator[_Piec
             )
             yield _Piece(ids, keep[batch], document, offset, first_row[batch])
         before = int(first_row[-1])
+
+
+def fisher_information(
+    model: LanguageModel,
+    contexts: Iterable[
+        tuple[Integer[Tensor, "contexts positions"], Bool[Tensor, "contexts positions"]]
+    ],
+    site: Site,
+    seed: int = 0,
+) -> Float[Tensor, "d_model d_model"]:
+    """Mean of g gᵀ over the kept positions of the contexts, float64 on the CPU.
+
+    ``contexts`` yields token ids with a mask of the positions that count, some contexts at a time;
+    about 40 k tokens are enough for a model of 576 dimensions. ``seed`` determines the labels.
+
+    Raises UsageError for a site that the model lacks, LlmWsaeError if no position is kept or a
+    gradient is not finite.
+    """
+    model.check_site(site)
+    total = torch.zeros(model.d_model, model.d_model, dtype=torch.float64)
+    count = 0
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    for ids, keep in contexts:
+        size = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+        for part, kept in zip(ids.split(size), keep.split(size), strict=True):
+            gradients = _gradients(model, part, site, generator)[kept.to(model.device)].float()
+            total += (gradients.T @ gradients).double().cpu()
+            count += len(gradients)
+    if count == 0:
+        raise LlmWsaeError("there is no text on which to measure the model's sensitivity")
+    if not bool(torch.isfinite(total).all()):
+        raise LlmWsaeError(
+            f"the gradients of {model.name} at {site} are not finite; load the model in float32 "
+            "(--model-dtype float32)"
+        )
+    return total / count
+
+
+def _gradients(
+    model: LanguageModel, ids: Tensor, site: Site, generator: torch.Generator
+) -> Float[Tensor, "contexts positions d_model"]:
+    """∂ Σ_t log p(y_t) / ∂h at every position, y drawn from the model's predictions."""
+    hidden = model.activations(ids, [site])[site].requires_grad_()
+    with torch.enable_grad():
+        logits = model.resume(ids, site, hidden).flatten(0, 1).float()
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        return torch.autograd.grad(-F.cross_entropy(logits, labels, reduction="sum"), hidden)[0]

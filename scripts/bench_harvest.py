@@ -33,9 +33,8 @@ from benchmarks import embedded_model, machine, write_benchmark
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.harvesting import harvest
-from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.language_model import LanguageModel, share_weights
 from llm_wsae.model.site import Site
-from llm_wsae.model.weight_sharing import share_weights
 from llm_wsae.statistics.second_moment import SecondMoment
 
 WAYS = (

@@ -21,9 +21,9 @@ from study_claims import (
 
 from llm_wsae.drawing import BLUE, INK, ORANGE, save, tidy
 from llm_wsae.model.site import Site
+from llm_wsae.studies.comparison import BETTER
 from llm_wsae.studies.report_tables import estimate_text
 from llm_wsae.studies.results import DECIDING
-from llm_wsae.studies.verdict import BETTER
 from llm_wsae.terminal import markdown
 
 _PLANTED = FOLDER / "planted.jsonl.gz"

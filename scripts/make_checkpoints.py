@@ -12,7 +12,7 @@ import torch
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import CFG, EXTRAS, INFO
-from llm_wsae.dictionary.hub.card import FIGURE, making
+from llm_wsae.dictionary.hub.card import FIGURE, making, weights_figure
 from llm_wsae.dictionary.hub.card_data import Facts, facts
 from llm_wsae.dictionary.hub.card_tables import (
     dictionaries_table,
@@ -20,7 +20,6 @@ from llm_wsae.dictionary.hub.card_tables import (
     monosemanticity_section,
     rule_words,
 )
-from llm_wsae.dictionary.hub.figure import weights_figure
 from llm_wsae.files import load_tensors, read_json, write_text
 from llm_wsae.model.site import Site
 

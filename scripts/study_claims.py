@@ -11,13 +11,12 @@ from typing import Any
 from results_archive import unpack
 
 from llm_wsae.files import read_json
-from llm_wsae.studies.comparison import Compared
+from llm_wsae.studies.comparison import BETTER, Compared
 from llm_wsae.studies.folder import read_report
 from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.report import StudyReport
 from llm_wsae.studies.report_tables import estimate_text
 from llm_wsae.studies.results import Result
-from llm_wsae.studies.verdict import BETTER
 
 FOLDER = Path(__file__).parent / "results"
 WEIGHTS = FOLDER / "weights"

@@ -33,6 +33,7 @@ FLOORS = (
     "drawing",
     "hardware",
     "processes",
+    "threads",
     "provenance",
     "terminal",
     "sparse",

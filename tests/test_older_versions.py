@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import SITE, content, works
-from heldout_cases import WordCounts
+from evaluation_cases import WordCounts
 from places import ROOT
 
 from llm_wsae import ActivationStore, Dictionary, LossWeights, Site

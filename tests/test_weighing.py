@@ -1,4 +1,5 @@
-"""RuleInputs against brute force, on the store of a tiny model."""
+"""RuleInputs against brute force, on the store of a tiny model; the Fisher information equals what
+its predictions do when the activation is moved."""
 
 import itertools
 import shutil
@@ -17,11 +18,16 @@ from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.encoder_names import ENCODER_PACKAGE
-from llm_wsae.model.fisher import fisher_information
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.second_moment import shrunk
 from llm_wsae.verifying import verify_store
-from llm_wsae.weighing import coherence_of, fisher_of, measure_inputs, used_decoder
+from llm_wsae.weighing import (
+    coherence_of,
+    fisher_information,
+    fisher_of,
+    measure_inputs,
+    used_decoder,
+)
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.rules import RULES
 
@@ -227,3 +233,65 @@ def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, m
         measure_inputs(["sensitivity"], store, SITE, model=model, config=config).fisher is not None
     )
     assert "the measurement is not kept: cannot write" in capsys.readouterr().err
+
+
+def random_contexts(model, number: int, positions: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, len(model.W_E), (number, positions), generator=generator)
+    keep = torch.ones(ids.shape, dtype=torch.bool)
+    keep[:, 0] = False
+    return ids, keep
+
+
+def exact_fisher(model, ids, keep, site):
+    """Σ over predictions and labels of p(y) g gᵀ, by one backward pass each."""
+    total = torch.zeros(model.d_model, model.d_model, dtype=torch.float64)
+    for context, kept in zip(ids, keep, strict=True):
+        hidden = model.activations(context[None], [site])[site].requires_grad_()
+        log_p = model.resume(context[None], site, hidden)[0].float().log_softmax(-1)
+        for row in log_p:
+            for label in range(len(row)):
+                (g,) = torch.autograd.grad(row[label], hidden, retain_graph=True)
+                g = g[0, kept].double()
+                total += float(row[label].detach().exp()) * g.T @ g
+    return total / int(keep.sum())
+
+
+@pytest.mark.parametrize("name", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_mid"])
+def test_fisher_equals_the_sum_over_all_labels(model, name):
+    """Labels are drawn, so the estimate is compared on many draws; its error falls as 1/√draws."""
+    site = Site.parse(name)
+    ids, keep = random_contexts(model, 1, 4)
+    want = exact_fisher(model, ids, keep, site)
+    draws = [(ids.repeat(3000, 1), keep.repeat(3000, 1))]
+    found = fisher_information(model, draws, site, seed=1)
+    assert (found - want).norm() < 0.05 * want.norm()
+    assert torch.equal(found, found.T) and torch.linalg.eigvalsh(found).min() > -1e-12
+
+
+def test_fisher_is_the_second_order_change_of_the_predictions(model):
+    """½ δᵀFδ is the KL divergence between the predictions before and after a small move δ."""
+    ids, keep = random_contexts(model, 1, 3)
+    hidden = model.activations(ids, [SITE])[SITE]
+    only_last = torch.zeros_like(keep)
+    only_last[0, -1] = True  # the last position decides one prediction only
+    fisher = fisher_information(
+        model, [(ids.repeat(4000, 1), only_last.repeat(4000, 1))], SITE, seed=2
+    )
+    generator = torch.Generator().manual_seed(3)
+    delta = 0.002 * torch.randn(model.d_model, generator=generator)
+    with torch.no_grad():
+        before = model.resume(ids, SITE, hidden)[0, -1].double().log_softmax(-1)
+        moved = hidden.clone()
+        moved[0, -1] += delta
+        after = model.resume(ids, SITE, moved)[0, -1].double().log_softmax(-1)
+    kl = float((before.exp() * (before - after)).sum())
+    assert kl == pytest.approx(float(0.5 * delta.double() @ fisher @ delta.double()), rel=0.1)
+
+
+def test_fisher_refuses_bad_requests(model):
+    ids, keep = random_contexts(model, 1, 4)
+    with pytest.raises(UsageError, match=r"blocks\.7"):
+        fisher_information(model, [(ids, keep)], Site.parse("blocks.7.hook_resid_post"))
+    with pytest.raises(LlmWsaeError, match="no text"):
+        fisher_information(model, [(ids, torch.zeros_like(keep))], SITE)

@@ -34,7 +34,7 @@ def train(
         weights: Weights file, as one more rule: weigh's, or a custom vector or matrix.
     """
     from llm_wsae.data.store import ActivationStore
-    from llm_wsae.training.grid import make_arms
+    from llm_wsae.training.arm import make_arms
     from llm_wsae.training.trainer import train as train_arms
     from llm_wsae.weighing import measure_inputs
     from llm_wsae.weights.choosing import choose_weights

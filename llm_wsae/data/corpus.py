@@ -17,9 +17,14 @@ from itertools import islice
 from typing import Any
 
 from llm_wsae.data.hub_dataset import HUB_NAME, HubDataset
-from llm_wsae.data.text_files import SUFFIXES, TextFiles
-from llm_wsae.data.text_packages import TEXT_PACKAGES, TextPackage
-from llm_wsae.data.text_source import RawDocument, TextSource
+from llm_wsae.data.text_sources import (
+    SUFFIXES,
+    TEXT_PACKAGES,
+    RawDocument,
+    TextFiles,
+    TextPackage,
+    TextSource,
+)
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.outside import integer, local_path, number
 
@@ -82,7 +87,7 @@ class Corpus:
         """Find a corpus by name.
 
         ``spec`` is a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of such files, an
-        installed text package (see ``text_packages``), or a Hub dataset (``name``, ``owner/name``
+        installed text package (see ``TEXT_PACKAGES``), or a Hub dataset (``name``, ``owner/name``
         or ``owner/name:config``, at its newest revision or with ``@revision``). Several of these
         joined by ``+`` take turns so that, until one ends, each gives about as much text as the
         others. ``part`` is ``train``, ``heldout`` or ``all``. ``text_column`` names the column that

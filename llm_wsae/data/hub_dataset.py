@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from llm_wsae.data.text_source import RawDocument, text_column_of
+from llm_wsae.data.text_sources import RawDocument, text_column_of
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?")

@@ -1,7 +1,7 @@
 """The held-out text that latents are scored on: its contexts, its rows and their activations.
 
 The token ids stay in memory (a few bytes a token), so that every row leads back to its text. The
-activations are computed one batch of contexts at a time and cached (``activation_cache``).
+activations are computed one batch of contexts at a time and cached (``ActivationCache``).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from llm_wsae.data.packing import NO_DOCUMENT, Contexts
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.activation_cache import ActivationCache
+from llm_wsae.evaluation.activations import ActivationCache
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 

@@ -19,8 +19,8 @@ from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.monosemanticity.latents.detection import detection
-from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import Encoder
+from llm_wsae.evaluation.monosemanticity.detection import detection
+from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
 from llm_wsae.explaining.protocol import (
     CLOSE,
     OPEN,

@@ -18,7 +18,7 @@ from llm_wsae.dictionary.explanations import (
 )
 from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import Encoder
+from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
 from llm_wsae.explaining.endpoint import Endpoint
 from llm_wsae.explaining.examples import choose
 from llm_wsae.explaining.protocol import (

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.module_paths import ModulePaths, get_module
-from llm_wsae.model.parallel_map import parallel_map
 from llm_wsae.model.site import Site
+from llm_wsae.threads import parallel_map
 
 _TOKENS_TOGETHER = 1024  # per forward on a CPU core: their activations stay in its cache
 

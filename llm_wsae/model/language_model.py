@@ -4,17 +4,24 @@ One class gives the rest of the package what it needs of a model: activations at
 logits with the activation at a site replaced, embeddings, identity. Names and meanings are
 TransformerLens'. The forward passes are the model's own: harvesting is as fast as a bare Hugging
 Face forward that stops at the site, and returns exactly the numbers of ``hidden_states``.
+
+TransformerLens' bridge rewires the model that it is given: it replaces submodules and forces eager
+attention. A live model that a caller passes in belongs to the caller. So both work on a copy of the
+module structure whose parameters occupy the same memory: there is no second set of weights, and
+what is done to one model's structure does not show in the other.
 """
 
+import copy
 import functools
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.hardware import choose_device, fast_dtype
@@ -23,7 +30,6 @@ from llm_wsae.model.forward import Blocks, Visit
 from llm_wsae.model.loading import load_model
 from llm_wsae.model.module_paths import find_paths, text_config
 from llm_wsae.model.site import Site
-from llm_wsae.model.weight_sharing import boot_bridge, share_weights
 from llm_wsae.outside import parsing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -250,3 +256,53 @@ class LanguageModel:
                 f"vector of {self.d_model} per token, which is not supported{way_out}"
             )
         return hidden
+
+
+def share_weights(hf_model: nn.Module) -> Any:
+    """A copy of the modules, configurations and buffers over the same parameter memory, frozen.
+
+    Changes that the owner makes to the weights in place (an optimiser step) show in the copy.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in hf_model.parameters():
+        # A parameter without gradient is shared as the object it is (quantised ones carry more
+        # than their memory); the others get a frozen twin over the same memory.
+        memo[id(parameter)] = (
+            nn.Parameter(parameter.detach(), requires_grad=False)
+            if parameter.requires_grad
+            else parameter
+        )
+    return copy.deepcopy(hf_model, memo).eval()
+
+
+def boot_bridge(hf_model: Any, tokenizer: Any, name: str, device: torch.device) -> Any:
+    """TransformerLens' TransformerBridge over a weight-sharing copy of ``hf_model``.
+
+    Needs no network and leaves model and tokenizer unchanged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformer_lens.model_bridge import TransformerBridge
+
+        shared = share_weights(hf_model)
+        # Models built in process, and some files, do not name the class of their architecture.
+        shared.config.architectures = [type(hf_model).__name__]
+        return TransformerBridge.boot_transformers(
+            name,
+            hf_model=shared,
+            tokenizer=_offline_tokenizer(tokenizer, name),
+            device=str(device),
+            dtype=hf_model.dtype,
+        )
+
+
+def _offline_tokenizer(tokenizer: Any, name: str) -> Any:
+    """A copy that TransformerLens will not fetch from the Hub again.
+
+    It reloads any tokenizer with a BOS from ``init_kwargs["name_or_path"]`` unless
+    ``add_bos_token`` is set. Whether the tokenizer really prepends a BOS it finds out by trying.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.init_kwargs.setdefault("name_or_path", name)
+    tokenizer.init_kwargs["add_bos_token"] = True
+    return tokenizer

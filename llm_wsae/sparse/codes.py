@@ -2,15 +2,26 @@
 
 ``Codes`` has the same number of slots in every row and is what users see. ``RaggedCodes`` is what
 the operations work on: rows may differ in length, as they do in ReLU, JumpReLU and BatchTopK.
+
+Where a threshold decides which latents are active, a GPU finds out how many there are, and waiting
+for that number before the step continues would leave it idle. So every row gets as many slots as
+the last rows suggest (``SlotCapacity``), the step continues, and whether they were enough is read
+while the device has other work. If they were not, the step is repeated with more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from llm_wsae.hardware import DeferredScalar
+
+T = TypeVar("T")
+_FEWEST = 64
+_SPARE = 1.25  # of what the longest row needed: the next batch's may need more
 
 
 class Codes(NamedTuple):
@@ -116,3 +127,40 @@ def joined(parts: Sequence[RaggedCodes]) -> RaggedCodes:
         torch.cat([part.values for part in parts]),
         torch.cat([parts[0].offsets[:1], *offsets]),
     )
+
+
+def keep_slots(codes: RaggedCodes, keep: Bool[Tensor, " active"]) -> RaggedCodes:
+    """The codes with only the slots for which ``keep`` is true."""
+    before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+    return RaggedCodes(codes.indices[keep], codes.values[keep], before[codes.offsets])
+
+
+class SlotCapacity:
+    """How many slots a row gets, and the report of how many it needed."""
+
+    def __init__(self) -> None:
+        self.slots = _FEWEST
+        self._longest: DeferredScalar | None = None
+
+    def report(self, counts: Int[Tensor, " rows"]) -> None:
+        """Take in how many entries the rows have, including those without a slot."""
+        self._longest = DeferredScalar(torch.nn.functional.pad(counts, (0, 1)).max())
+
+    def enough(self) -> bool:
+        """Whether all entries had a slot. If not, the next ones will, if they are as many."""
+        if self._longest is None:
+            return True
+        longest, self._longest = int(self._longest.read()), None
+        fits = longest <= self.slots
+        self.slots = max(_FEWEST, 1 << int(_SPARE * longest).bit_length())
+        return fits
+
+    def retry(self, compute: Callable[[], T], all_agree: Callable[[bool], bool]) -> T:
+        """What ``compute`` returns once all entries, in all processes, had a slot.
+
+        On a CPU nothing is ever reported: there every entry gets a slot at once.
+        """
+        while True:
+            result = compute()
+            if self._longest is None or all_agree(self.enough()):
+                return result

@@ -30,10 +30,10 @@ from llm_wsae.sparse.codes import (
     Codes,
     RaggedCodes,
     Reconstruction,
+    SlotCapacity,
     SparseGradients,
     SubsetGradients,
 )
-from llm_wsae.sparse.slot_capacity import SlotCapacity
 
 Name = Literal["reference", "pytorch", "cpu", "triton"]
 

@@ -1,1 +1,1 @@
-"""Statistics of rows, coherence of texts, and correction for several tests."""
+"""Statistics of rows, coherence of texts, and the uncertainty of results."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.monosemanticity.seed_consistency import pw_mcc
+from llm_wsae.evaluation.monosemanticity.evaluator import pw_mcc
 from llm_wsae.files import read_own_json, write_json
 
 

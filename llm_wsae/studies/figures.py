@@ -27,12 +27,7 @@ from llm_wsae.drawing import (
     tidy,
 )
 from llm_wsae.evaluation.fidelity.report import OF_PAGE
-from llm_wsae.studies.comparison import Compared
-from llm_wsae.studies.curve import LEAST_INCREASE
-from llm_wsae.studies.inference import Estimate
-from llm_wsae.studies.plan import PLAIN
-from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
-from llm_wsae.studies.verdict import (
+from llm_wsae.studies.comparison import (
     BETTER,
     CONTROL,
     MIXED,
@@ -40,7 +35,12 @@ from llm_wsae.studies.verdict import (
     UNCONTROLLED,
     VERDICTS,
     WORSE,
+    Compared,
 )
+from llm_wsae.studies.curve import LEAST_INCREASE
+from llm_wsae.studies.inference import Estimate
+from llm_wsae.studies.plan import PLAIN
+from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
 
 _FOREST = ("detection", "selectivity", "detection_all", "purity")
 _OF_PLANTS = ("planted_recovered", "planted_f1")

@@ -33,7 +33,7 @@ from typing import TypeVar
 import numpy as np
 from scipy import stats
 
-from llm_wsae.statistics.multiple_testing import holm
+from llm_wsae.statistics.uncertainty import holm
 from llm_wsae.studies.curve import Value
 
 LEVEL = 0.95

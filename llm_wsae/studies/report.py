@@ -8,7 +8,15 @@ from typing import Any
 from llm_wsae.files import write_json, write_text
 from llm_wsae.pages.frame import filled
 from llm_wsae.provenance import plain, versions
-from llm_wsae.studies.comparison import Compared, compare, curve_against_itself
+from llm_wsae.studies.comparison import (
+    ONE_SEED,
+    OUTSIDE,
+    UNMEASURED,
+    VERDICTS,
+    Compared,
+    compare,
+    curve_against_itself,
+)
 from llm_wsae.studies.consistency import Agreements
 from llm_wsae.studies.figures import figures_of_page, plot_curve, plot_differences
 from llm_wsae.studies.inference import Estimate
@@ -30,7 +38,6 @@ from llm_wsae.studies.report_tables import (
     was_explained,
 )
 from llm_wsae.studies.results import DECIDING, EXPLAINED, MEASURES, PLANTED, Result
-from llm_wsae.studies.verdict import ONE_SEED, OUTSIDE, UNMEASURED, VERDICTS
 from llm_wsae.terminal import aligned, markdown
 
 REPORT_FILES = REPORT, MARKDOWN, PAGE, CURVE, DIFFERENCES = (

@@ -19,7 +19,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import Encoder
+from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
 from llm_wsae.explaining.explaining import explain
 from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.files import folder_lock, remove_partials, write_json

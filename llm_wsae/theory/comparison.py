@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from llm_wsae.statistics.multiple_testing import holm
+from llm_wsae.statistics.uncertainty import holm
 from llm_wsae.theory.rules import ARMS, PLAIN, SHOWN
 
 LEVEL = 0.95

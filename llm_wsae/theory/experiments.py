@@ -1,7 +1,8 @@
 """The planted experiments: which weights help when the truth is known.
 
 One unit of work is one experiment on one seed: plant the data, compute every rule, train every arm
-(all arms in one batch of small matrix products), compare each dictionary with the truth.
+(all arms in one batch of small matrix products), compare each dictionary with the truth. What the
+closed form says about a mixture, from W_p alone and without any training, is a unit too.
 """
 
 from collections import defaultdict
@@ -19,21 +20,40 @@ from llm_wsae.outputs import check_folder
 from llm_wsae.provenance import versions
 from llm_wsae.sparse.backends.reference import EPSILON
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.theory.closed_form import (
+    check_assumptions,
+    gap_matrix,
+    loss_gap,
+    losses,
+    relative_error,
+    sae_loss,
+    sparsity_for_error,
+    truth_loss,
+)
 from llm_wsae.theory.config import EXPERIMENTS, Experiment, TheoryConfig
 from llm_wsae.theory.figures import plot_changes, plot_closed_form, plot_correlations
 from llm_wsae.theory.jobs import Check, Unit, finish
-from llm_wsae.theory.positions import BOUND, MIXTURES, SPARSITIES, closed_form_facts
-from llm_wsae.theory.reader import coherence, fisher
 from llm_wsae.theory.recovery import Recovery, measure
-from llm_wsae.theory.regimes import REGIMES, Stream, generator, number
 from llm_wsae.theory.report import TheoryReport, summarise
-from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, score, weights
-from llm_wsae.theory.superposition import Planted
+from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, coherence, fisher, score, weights
+from llm_wsae.theory.superposition import (
+    REGIMES,
+    Planted,
+    Stream,
+    features_from_uniform,
+    generator,
+    number,
+)
 from llm_wsae.theory.tied import Schedule, encode_tied, train_tied
+from llm_wsae.weights import scores
 from llm_wsae.weights.rules import Rule
 
 UNITS, JSON, MARKDOWN = "units", "theory.json", "theory.md"
 FIGURES = ("closed_form.png", "correlations.png", "changes.png")
+# Each mixture with the sparsity at which a toy model's W_p is trained; the other two ignore it.
+MIXTURES: dict[str, float] = {"digon": 0.5, "mixed": 0.5, "toy-40": 0.9, "toy-200": 0.95}
+SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+BOUND = 0.05  # of E‖x‖², for "the sparsity that is needed"
 
 
 def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
@@ -194,3 +214,50 @@ def _correlation(rule: Rule, known: Known) -> float | None:
     if bool((guess == guess[0]).all()) or bool((truth == truth[0]).all()):
         return None
     return float(spearmanr(truth.numpy(), guess.numpy()).statistic)
+
+
+def closed_form_facts(name: str, rows: int, seed: int) -> dict[str, Any]:
+    """For one of the ``MIXTURES``: whether the assumptions hold, what is lost at each sparsity, and
+    how much of the gap between the losses a diagonal Γ can close.
+
+    Features are uniform on (0, 1] with equal probability; W_p is that of the experiments with this
+    seed and sparsity. JSON-able.
+    """
+    mixing = REGIMES[name](MIXTURES[name], generator(seed, Stream.DATA)).mixing.double()
+    draw = generator(seed, Stream.SAMPLE)
+    n = mixing.shape[1]
+    assumed = check_assumptions(mixing)
+    gamma = scores.gap(mixing.T)
+    uniform = torch.rand(rows, n, generator=draw, dtype=torch.float64)
+    ones = torch.ones(n, dtype=torch.float64)
+    by_sparsity = []
+    for sparsity in SPARSITIES:
+        x = features_from_uniform(uniform, ones * (1 - sparsity), ones)
+        lost = losses(mixing, x)
+        by_sparsity.append(
+            {
+                "sparsity": sparsity,
+                "relative_error": float(relative_error(mixing, x)),
+                "sae_loss": float(sae_loss(mixing.T, x @ mixing.T)),
+                "truth_loss": float(truth_loss(mixing, x)),
+                "gap": float(loss_gap(mixing, x)),
+                "gap_weighted": float(loss_gap(mixing, x, gamma)),
+                "shrunk": float(lost.shrunk.nanmean()),
+                "vanished": float(lost.vanished.nanmean()),
+            }
+        )
+    return {
+        "n": n,
+        "n_p": len(mixing),
+        "assumptions_hold": assumed.hold,
+        "only_digons": assumed.only_digons,
+        "possible": assumed.possible,
+        "num_nonzero": assumed.num_nonzero,
+        "largest_interference": assumed.largest_interference,
+        "largest_norm_error": assumed.largest_norm_error,
+        "gap_norm": float(gap_matrix(mixing).norm()),
+        "gap_norm_weighted": float(gap_matrix(mixing, gamma).norm()),
+        "bound": BOUND,
+        "sparsity_needed": sparsity_for_error(mixing, BOUND, draw, rows),
+        "by_sparsity": by_sparsity,
+    }

@@ -20,8 +20,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_share import squares_and_weights, stretching
-from llm_wsae.weights.loss_weights import Gamma, LossWeights
+from llm_wsae.weights.loss_weights import Gamma, LossWeights, squares_and_weights, stretching
 from llm_wsae.weights.matrix_rules import spectrum
 from llm_wsae.weights.rules import Rule
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
-from llm_wsae.weights.loss_share import (
+from llm_wsae.weights.loss_weights import (
+    LossWeights,
     collapse_warning,
     effective_dimensions,
     loss_share,
     stretching,
 )
-from llm_wsae.weights.loss_weights import LossWeights
 
 _SHOWN = 5  # dimensions listed for each choice of weights
 

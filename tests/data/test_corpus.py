@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from llm_wsae.data.corpus import Corpus, is_heldout
-from llm_wsae.data.text_files import SECTION_CHARACTERS
+from llm_wsae.data.text_sources import SECTION_CHARACTERS
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 

@@ -9,7 +9,7 @@ from tiny import BOS, EOS, VOCAB, tiny_model, tiny_tokenizer, words
 from llm_wsae.data.config import HarvestConfig, PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Cursor, Packer
-from llm_wsae.data.text_source import RawDocument
+from llm_wsae.data.text_sources import RawDocument
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 

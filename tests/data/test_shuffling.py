@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from llm_wsae.data import shuffling as module
 from llm_wsae.data.manifest import Manifest
-from llm_wsae.data.prefetch import prefetch
 from llm_wsae.data.shard_reader import RowReader, bytes_of
 from llm_wsae.data.shard_record import ROWS_PER_CHECK, FileRecord, ShardRecord, packed
 from llm_wsae.data.shuffling import ActivationSource, SharedSource, cut, shuffled_batches
@@ -22,6 +21,7 @@ from llm_wsae.data.store import ActivationStore, StoreSource
 from llm_wsae.digests import crc32s
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
+from llm_wsae.threads import prefetch
 
 SITE = "blocks.0.hook_resid_post"
 

@@ -5,19 +5,18 @@ import json
 
 import pytest
 import torch
-from planted_model import SITE, WordMeanings, one_latent_a_word, planted_model, planted_text
+from evaluation_cases import SITE, WordMeanings, one_latent_a_word, planted_model, planted_text
 from tiny import tiny_model, words
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation import activation_cache
-from llm_wsae.evaluation.activation_cache import ActivationCache
+from llm_wsae.evaluation import activations as module
+from llm_wsae.evaluation.activations import ActivationCache, massive_thresholds
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
-from llm_wsae.evaluation.massive import massive_thresholds
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.model.site import Site
 
@@ -100,7 +99,7 @@ def test_rows_are_the_kept_positions(model, tmp_path):
 
 @pytest.mark.parametrize("room", [0, 1 << 30])
 def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, monkeypatch, room):
-    monkeypatch.setattr(activation_cache, "_CACHE_BYTES", room)
+    monkeypatch.setattr(module, "_CACHE_BYTES", room)
     text = take(model, tmp_path, [(40, {})] * 12, 300)
     sites = [Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.2.hook_resid_pre")]
     activations = HeldoutActivations(model, text, batch_tokens=3 * SIZE)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import SITE, call, content, works
-from heldout_cases import WordCounts
+from evaluation_cases import WordCounts
 from hub_fixtures import REPO
 from study_cases import Made
 from tiny import save_encoder

@@ -15,9 +15,8 @@ from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.architecture import Architecture
 from llm_wsae.training.architectures import find_architecture
-from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.arm import ArmConfig, make_arms
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.grid import make_arms
 from llm_wsae.training.normaliser import Normaliser
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, Step, initial_parameters

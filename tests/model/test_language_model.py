@@ -14,8 +14,8 @@ from tiny import BLOCKS, BOS, FAMILIES, KNOWN, VOCAB, WIDTH, WITH_MID, tiny_hf_m
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model import forward
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.parallel_map import parallel_map
 from llm_wsae.model.site import Site
+from llm_wsae.threads import parallel_map
 
 THREADS = torch.get_num_threads()
 

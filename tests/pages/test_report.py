@@ -15,8 +15,8 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.frame import filled
 from llm_wsae.plots import write_page
+from llm_wsae.studies.comparison import VERDICTS
 from llm_wsae.studies.report import StudyReport
-from llm_wsae.studies.verdict import VERDICTS
 
 SITE = "blocks.1.hook_resid_post"
 BASIS = {"training": {"architecture": "topk"}, "text": {"name": "sotu"}}

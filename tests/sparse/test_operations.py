@@ -11,12 +11,12 @@ from llm_wsae.sparse.backends.reference import EPSILON
 from llm_wsae.sparse.codes import (
     Codes,
     RaggedCodes,
+    SlotCapacity,
     SparseGradients,
     SubsetGradients,
     joined,
     ragged,
 )
-from llm_wsae.sparse.slot_capacity import SlotCapacity
 
 EXACT = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}

@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.coherence import beyond_chance, coherence, coherence_of_strangers
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
-from llm_wsae.statistics.multiple_testing import holm
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
+from llm_wsae.statistics.uncertainty import holm
 
 
 def rows_of(n, d=5, seed=0, dtype=torch.float64):

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from study_cases import KS, NATS, SEEDS, Made
 
 from llm_wsae.files import write_json
-from llm_wsae.studies import verdict as v
+from llm_wsae.studies import comparison as v
 from llm_wsae.studies.comparison import compare, curve_against_itself
 from llm_wsae.studies.report import StudyReport
 from llm_wsae.studies.results import MEASURES, read_result

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import SITE, call, content, make_world, works
-from heldout_cases import WordCounts
+from evaluation_cases import WordCounts
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
@@ -19,7 +19,7 @@ from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
-from llm_wsae.evaluation.monosemanticity.seed_consistency import pw_mcc
+from llm_wsae.evaluation.monosemanticity.evaluator import pw_mcc
 from llm_wsae.files import read_own_json
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.language_model import LanguageModel

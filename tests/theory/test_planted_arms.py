@@ -9,10 +9,9 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.theory import rules
 from llm_wsae.theory.comparison import summarise_arms
-from llm_wsae.theory.reader import coherence, fisher
 from llm_wsae.theory.recovery import measure
 from llm_wsae.theory.report import SCORING
-from llm_wsae.theory.rules import ARMS, RULES, SHOWN, Known, score, weights
+from llm_wsae.theory.rules import ARMS, RULES, SHOWN, Known, coherence, fisher, score, weights
 from llm_wsae.theory.superposition import digon_mixing, outliers, planted, rotated
 from llm_wsae.theory.tied import Schedule, encode_tied, tied_gradient, train_tied
 from llm_wsae.weights.rules import RULES as ALL_RULES

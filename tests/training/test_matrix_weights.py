@@ -14,11 +14,10 @@ from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.architectures import find_architecture
 from llm_wsae.training.architectures.topk import TopK
-from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.arm import Arm, ArmConfig, make_arms
 from llm_wsae.training.auxk import DeadLatents, auxk_gradients
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.export import folded
-from llm_wsae.training.grid import make_arms
 from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
 from llm_wsae.training.parameters import (
     Batch,

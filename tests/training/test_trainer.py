@@ -20,11 +20,10 @@ from llm_wsae.model.site import Site
 from llm_wsae.processes import Several
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training import trainer
-from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.arm import Arm, ArmConfig, make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig, learning_rate_factor
 from llm_wsae.training.export import folded
-from llm_wsae.training.grid import make_arms
 from llm_wsae.training.log import TrainingLog
 from llm_wsae.training.normaliser import Normaliser
 from llm_wsae.training.parallel import collectives

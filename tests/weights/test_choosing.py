@@ -10,8 +10,7 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.choosing import choose_weights, own_weights, weights_from_rule
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_share import loss_share, stretching
-from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.loss_weights import LossWeights, loss_share, stretching
 from llm_wsae.weights.rules import RULES, Rule
 
 SPACE, MATRIX = WeightConfig(place="space"), WeightConfig(form="matrix")

@@ -9,13 +9,13 @@ from llm_wsae.plots import plot_fidelity, plot_profile
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import IN_LOSS, RuleInputConfig, WeightConfig
-from llm_wsae.weights.loss_share import (
+from llm_wsae.weights.loss_weights import (
+    LossWeights,
     collapse_warning,
     effective_dimensions,
     loss_share,
     stretching,
 )
-from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile, profile_text
 from llm_wsae.weights.rules import OWN, RULES, Rule
 

@@ -30,10 +30,9 @@ from llm_wsae.dictionary.folder import (
     write_folder,
 )
 from llm_wsae.dictionary.formats import reading
-from llm_wsae.dictionary.hub.card import FIGURE, card
+from llm_wsae.dictionary.hub.card import FIGURE, card, weights_figure
 from llm_wsae.dictionary.hub.card_data import Facts, facts, folder_name
 from llm_wsae.dictionary.hub.errors import hub_errors
-from llm_wsae.dictionary.hub.figure import weights_figure
 from llm_wsae.dictionary.hub.repository import (
     FILES,
     README,

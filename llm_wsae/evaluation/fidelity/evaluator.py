@@ -4,12 +4,12 @@ The text is read twice. The first pass runs the model up to the last site and ta
 rows: mean ablation puts it in their place, and the variance is taken about it. The second pass runs
 the rest of the model from each site on: with the activations as they are, and with each variant in
 their place (zeros, the mean, every dictionary's reconstruction). Activations are cached
-(``activation_cache``), so the part of the model before a site runs once, and further dictionaries
+(``ActivationCache``), so the part of the model before a site runs once, and further dictionaries
 on the same text need neither the first pass nor the ablations again (``FidelityEvaluator``).
 
 Only the rows that training sees are replaced. First positions, special tokens and massive rows
-(``massive``) keep the model's own activations. Massive rows are counted, and where there are any,
-one more variant replaces them too.
+(``massive_thresholds``) keep the model's own activations. Massive rows are counted, and where there
+are any, one more variant replaces them too.
 """
 
 import copy
@@ -22,19 +22,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.evaluation.activation_cache import ActivationCache
-from llm_wsae.evaluation.bootstrap import Bootstrap
+from llm_wsae.evaluation.activations import (
+    ActivationCache,
+    Context,
+    batches_of,
+    massive_thresholds,
+    take_contexts,
+)
 from llm_wsae.evaluation.checks import check_fit, notes_on_weights, plain_beside
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.baselines import Baselines, Key, read_baselines
-from llm_wsae.evaluation.fidelity.contexts import Context, batches_of, take_contexts
 from llm_wsae.evaluation.fidelity.next_token import clean_logits, next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
 from llm_wsae.evaluation.fidelity.report import Report
-from llm_wsae.evaluation.fidelity.summary import fidelity_of, from_plain
-from llm_wsae.evaluation.massive import massive_thresholds
+from llm_wsae.evaluation.fidelity.summary import (
+    Baselines,
+    Key,
+    fidelity_of,
+    from_plain,
+    read_baselines,
+)
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.uncertainty import Bootstrap
 
 _FEW_CONTEXTS = 30  # with fewer, bootstrap intervals are too narrow
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.activation_cache import ActivationCache
+from llm_wsae.evaluation.activations import ActivationCache
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 

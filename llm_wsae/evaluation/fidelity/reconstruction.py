@@ -1,6 +1,6 @@
 """Streaming sums behind the reconstruction measures, in float64.
 
-Massive rows (``evaluation.massive``) are summed separately: a handful of them would dominate every
+Massive rows (``massive_thresholds``) are summed separately: a handful of them would dominate every
 mean, and training leaves them out. FVU is reported both without and with them.
 """
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.evaluation.bootstrap import Interval
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
+from llm_wsae.statistics.uncertainty import Interval
 from llm_wsae.terminal import aligned
 
 _PER_ITEM = ("fvu_per_dimension", "latent_density")  # long lists
@@ -40,7 +40,7 @@ better."""
 class Fidelity:
     """How faithfully one dictionary stands in for its site. Cross-entropies and KL are in nats.
 
-    Massive rows (``evaluation.massive``) count in no number and are not replaced, except where the
+    Massive rows (``massive_thresholds``) count in no number and are not replaced, except where the
     name says ``with_massive``.
     """
 

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llm_wsae.evaluation.bootstrap import Bootstrap, Interval
-from llm_wsae.evaluation.monosemanticity.concepts.probing import PROBE_SIZES
-from llm_wsae.evaluation.monosemanticity.concepts.scores import LatentProbes, SiteProbes
+from llm_wsae.evaluation.monosemanticity.concept_scores import LatentProbes, SiteProbes
+from llm_wsae.evaluation.monosemanticity.probing import PROBE_SIZES
+from llm_wsae.statistics.uncertainty import Bootstrap, Interval
 
 
 @dataclass(frozen=True)

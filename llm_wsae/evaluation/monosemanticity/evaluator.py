@@ -2,10 +2,11 @@
 
 Three kinds of evidence, which can disagree and are therefore reported together:
 
-- latents one by one (``latents``): do the tokens and texts on which a latent fires have something
-  in common?
-- concepts with known truth (``concepts``): does a latent stand for a concept, and for nothing else?
-- other seeds (``seed_consistency``): are the same latents found again?
+- latents one by one (``latent_scores``): do the tokens and texts on which a latent fires have
+  something in common?
+- concepts with known truth (``concept_scores``): does a latent stand for a concept, and for nothing
+  else?
+- other seeds (``pw_mcc``): are the same latents found again?
 
 A ``MonosemanticityEvaluator`` reads the text once: the forward pass, the embeddings of windows and
 the probes of the activations are shared by all dictionaries, together or one after the other.
@@ -14,60 +15,64 @@ the probes of the activations are shared by all dictionaries, together or one af
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.evaluation.activations import massive_thresholds
 from llm_wsae.evaluation.checks import check_fit, common_packing, notes_on_weights
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
 from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
-from llm_wsae.evaluation.massive import massive_thresholds
 from llm_wsae.evaluation.monosemanticity.averages import (
     ConceptSummary,
     latent_means,
     summarise_concepts,
     summarise_site,
 )
-from llm_wsae.evaluation.monosemanticity.concepts.concepts import (
-    document_concepts,
-    halves_of_documents,
-)
-from llm_wsae.evaluation.monosemanticity.concepts.scores import (
+from llm_wsae.evaluation.monosemanticity.concept_scores import (
     LatentTables,
     ProbedConcepts,
     SiteProbes,
     probe_latents,
     probe_site,
 )
-from llm_wsae.evaluation.monosemanticity.concepts.tables import (
+from llm_wsae.evaluation.monosemanticity.concepts import (
+    document_concepts,
+    halves_of_documents,
+)
+from llm_wsae.evaluation.monosemanticity.latent_scores import LatentScorer
+from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
+from llm_wsae.evaluation.monosemanticity.report import DictionaryScores, MonosemanticReport
+from llm_wsae.evaluation.monosemanticity.token_concepts import (
+    folded_tokens,
+    token_concepts,
+)
+from llm_wsae.evaluation.monosemanticity.unit_tables import (
     NO_UNIT,
     Units,
     units_of_documents,
     units_of_tokens,
 )
-from llm_wsae.evaluation.monosemanticity.concepts.token_concepts import (
-    folded_tokens,
-    token_concepts,
-)
-from llm_wsae.evaluation.monosemanticity.latents.scores import LatentScorer
-from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import (
+from llm_wsae.evaluation.monosemanticity.window_embeddings import (
     Encoder,
     WindowEmbeddings,
 )
-from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
-from llm_wsae.evaluation.monosemanticity.report import DictionaryScores, MonosemanticReport
-from llm_wsae.evaluation.monosemanticity.seed_consistency import pw_mcc
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
+
+_MOST_PAIRS = 2**27  # a gigabyte of cosines; with more, the matching takes hours too
 
 
 def monosemanticity(
@@ -293,3 +298,39 @@ def _notes(
         if label not in families:
             notes.append(f"the text holds too few documents of any value of the label {label}")
     return notes
+
+
+def matched_cosine(one: Float[Tensor, "d_one d_in"], other: Float[Tensor, "d_other d_in"]) -> float:
+    """Mean cosine of the rows, matched one to one; unmatched rows do not count. NaN without rows.
+
+    For more than 2²⁷ pairs (11,585 rows each), only that many pairs are used, with rows of ``one``
+    drawn at random: the mean is then slightly too high, because fewer rows compete.
+    """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
+    most = max(1, _MOST_PAIRS // max(1, len(other)))
+    if len(one) > most:
+        drawn = torch.randperm(len(one), generator=torch.Generator().manual_seed(0))[:most]
+        one = one[drawn.to(one.device)]
+    cosines = (normalize(one, dim=1) @ normalize(other, dim=1).T).cpu().double().numpy()
+    rows, columns = linear_sum_assignment(cosines, maximize=True)
+    return float(cosines[rows, columns].mean()) if len(rows) else float("nan")
+
+
+def pw_mcc(
+    decoders: Sequence[Float[Tensor, "_ d_in"]],
+    alive: Sequence[Bool[Tensor, " _"]] | None = None,
+) -> float:
+    """PW-MCC of decoders, over their ``alive`` latents only if given (dead latents match nothing).
+
+    PW-MCC is the pairwise mean correlation coefficient of Song et al. 2025 (arXiv 2505.20254): the
+    latents of two dictionaries are matched one to one so that the sum of the cosines of their
+    decoder rows is largest (the Hungarian method); the mean cosine is averaged over all pairs of
+    dictionaries. It is 1 for the same latents in any order.
+
+    NaN for fewer than two decoders.
+    """
+    if alive is not None:
+        decoders = [decoder[some] for decoder, some in zip(decoders, alive, strict=True)]
+    found = [matched_cosine(one, other) for one, other in combinations(decoders, 2)]
+    return sum(found) / len(found) if found else float("nan")

@@ -1,6 +1,6 @@
 """One pass over held-out text: what is kept of the activations and of each dictionary's latents.
 
-Massive rows (``evaluation.massive``) are left out: latents that fire on them would otherwise list
+Massive rows (``massive_thresholds``) are left out: latents that fire on them would otherwise list
 nothing else among their top contexts.
 """
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.heldout import ContextBatch, HeldoutActivations
-from llm_wsae.evaluation.monosemanticity.concepts.tables import (
+from llm_wsae.evaluation.monosemanticity.firings import FiringCollector, Firings
+from llm_wsae.evaluation.monosemanticity.unit_tables import (
     NO_UNIT,
     DenseTable,
     SparseTable,
     Table,
     Units,
 )
-from llm_wsae.evaluation.monosemanticity.latents.firings import FiringCollector, Firings
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from llm_wsae.evaluation.monosemanticity.averages import ConceptSummary, Mean
-from llm_wsae.evaluation.monosemanticity.latents.scores import SCORES
+from llm_wsae.evaluation.monosemanticity.latent_scores import SCORES
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
 from llm_wsae.terminal import aligned
@@ -45,7 +45,7 @@ class DictionaryScores:
     dense_share: float
     l0: float
     latents: dict[str, Mean]
-    """Means of the scores of ``latents.scores.SCORES`` over the eligible latents."""
+    """Means of the scores of ``latent_scores.SCORES`` over the eligible latents."""
     latents_not_dense: dict[str, Mean]
     concepts: ConceptSummary
     concepts_not_dense: ConceptSummary

@@ -21,11 +21,11 @@ from llm_wsae.sparse.codes import (
     Codes,
     RaggedCodes,
     Reconstruction,
+    SlotCapacity,
     SparseGradients,
     SubsetGradients,
     joined,
 )
-from llm_wsae.sparse.slot_capacity import SlotCapacity
 
 select_topk = pytorch.select_topk
 firing_counts = pytorch.firing_counts

@@ -14,8 +14,14 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from llm_wsae.sparse.backends.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
-from llm_wsae.sparse.codes import Codes, RaggedCodes, SparseGradients, SubsetGradients, joined
-from llm_wsae.sparse.slot_capacity import SlotCapacity
+from llm_wsae.sparse.codes import (
+    Codes,
+    RaggedCodes,
+    SlotCapacity,
+    SparseGradients,
+    SubsetGradients,
+    joined,
+)
 
 _TILE_ROWS = 512  # pre-activations of one tile stay in cache and batch × d_sae is never held
 _TILE_LATENTS = 2048

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.codes import Codes, RaggedCodes, SparseGradients, SubsetGradients
-from llm_wsae.sparse.slot_capacity import SlotCapacity
+from llm_wsae.sparse.codes import Codes, RaggedCodes, SlotCapacity, SparseGradients, SubsetGradients
 
 BETAS = (0.9, 0.999)
 """Of Adam, as in torch.optim.Adam."""

@@ -9,9 +9,7 @@ import torch
 from llm_wsae.processes import Processes, Several
 from llm_wsae.training.config import Shard
 from llm_wsae.training.parallel.collectives import Collectives, collectives
-from llm_wsae.training.parallel.data_parallel import DataParallel
-from llm_wsae.training.parallel.latent_parallel import LatentParallel
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
+from llm_wsae.training.parallel.strategy import SINGLE, DataParallel, LatentParallel, Strategy
 
 CONTINUE, SAVE, STOP = range(3)
 """What a process may want after a step; the largest one wins."""

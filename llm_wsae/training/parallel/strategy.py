@@ -2,8 +2,18 @@
 
 A step consists of sums over rows, over latents, or over both, and of selections of the largest
 latents of a row or of a batch. An architecture's step is written once: it names what each sum goes
-over, and the strategy knows which of them must cross processes. This file holds the ordinary case
-of one process, in which none must and all of this costs nothing.
+over, and the strategy knows which of them must cross processes.
+
+- ``Strategy``: the ordinary case of one process, in which none must and all of this costs nothing.
+- ``DataParallel``: every process has all latents and some rows of each batch. The batch is as
+  configured, whatever the number of processes. The loss is a mean over its unmasked rows, so every
+  process divides its sums by their number in the whole batch, and the gradients only need to be
+  added up. Then all processes take the same optimiser step.
+- ``LatentParallel``, for dictionaries that do not fit one device: every process holds a run of
+  latents, with their optimiser state and counters, and works on all rows of each batch. What
+  crosses processes is about as wide as the rows are: the largest values of each process, so that
+  the largest of all are known, and its share of the reconstruction. Everything else about a latent
+  happens where it is held.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +22,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from llm_wsae.errors import UsageError
 from llm_wsae.sparse import operations
-from llm_wsae.sparse.codes import Codes, RaggedCodes, ragged
+from llm_wsae.sparse.codes import Codes, RaggedCodes, keep_slots, ragged
+from llm_wsae.training.parallel.collectives import Collectives, largest_in_rows, largest_of_all
+
+_SMALL = 1 << 16  # numbers; smaller tensors share one reduction, since each has a fixed cost
+_MORE_OF_ROWS = 1.25  # rows are shuffled: every process has about its share of the largest
+_MORE_OF_LATENTS = 2.0  # some processes have more of the active latents than others
 
 
 class Strategy:
@@ -103,7 +119,104 @@ SINGLE = Strategy()
 """The strategy of one process."""
 
 
-def keep_slots(codes: RaggedCodes, keep: Bool[Tensor, " active"]) -> RaggedCodes:
-    """The codes with only the slots for which ``keep`` is true."""
-    before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-    return RaggedCodes(codes.indices[keep], codes.values[keep], before[codes.offsets])
+class DataParallel(Strategy):
+    """Each process has an equal part of the rows of a batch, up to chance."""
+
+    def __init__(self, collectives: Collectives):
+        self._collectives = collectives
+        self.row_part = (collectives.rank, collectives.size)
+
+    def sum_over_rows(self, part: Tensor) -> Tensor:
+        return self._collectives.sum_(part.clone())
+
+    def sum_over_rows_(self, parts: Sequence[Tensor]) -> None:
+        small = [part for part in parts if part.numel() < _SMALL]
+        for part in parts:
+            if part.numel() >= _SMALL:
+                self._collectives.sum_(part)
+        joint = self._collectives.sum_(torch.cat([part.flatten().double() for part in small]))
+        for part, summed in zip(small, joint.split([p.numel() for p in small]), strict=True):
+            part.copy_(summed.view_as(part))
+
+    def minimum(self, value: Tensor) -> Tensor:
+        return self._collectives.min_(value.clone())
+
+    def all_agree(self, yes: bool) -> bool:
+        return bool(self._collectives.min_(torch.tensor(int(yes))))
+
+    def batch_topk(
+        self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
+    ) -> RaggedCodes:
+        given = (self._collectives, encode, k, kept)
+        return largest_of_all(*given, rows_differ=True, first=_MORE_OF_ROWS * k)
+
+
+class LatentParallel(Strategy):
+    """Each process has a run of consecutive latents, all of equal length."""
+
+    def __init__(self, collectives: Collectives):
+        self._collectives = collectives
+        self.latent_parts = collectives.size
+
+    def own_latents(self, d_sae: int) -> range:
+        """Raises UsageError if the latents cannot be divided evenly."""
+        rank, size = self._collectives.rank, self._collectives.size
+        if d_sae % size:
+            raise UsageError(
+                f"{d_sae} latents cannot be divided evenly among {size} processes; "
+                "start a number of processes that divides them"
+            )
+        each = d_sae // size
+        return range(rank * each, (rank + 1) * each)
+
+    def own_groups(self, groups: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        own = self.own_latents(groups[-1][1])
+        inside = [[min(max(bound, own.start), own.stop) for bound in group] for group in groups]
+        return [(first - own.start, stop - own.start) for first, stop in inside]
+
+    def sum_over_latents(self, part: Tensor) -> Tensor:
+        return self._collectives.sum_(part.clone())
+
+    def minimum(self, value: Tensor) -> Tensor:
+        return self._collectives.min_(value.clone())
+
+    def all_agree(self, yes: bool) -> bool:
+        return bool(self._collectives.min_(torch.tensor(int(yes))))
+
+    def count_latents(self, number: int) -> int:
+        return int(self._collectives.sum_(torch.tensor(number)))
+
+    def topk(self, codes: Codes, k: int) -> RaggedCodes:
+        chosen = largest_in_rows(self._collectives, codes.values, k) & (codes.values > 0)
+        return keep_slots(ragged(codes), chosen.flatten())
+
+    def batch_topk(
+        self, encode: Callable[[int], RaggedCodes], k: int, kept: Bool[Tensor, " rows"]
+    ) -> RaggedCodes:
+        given = (self._collectives, encode, k, kept)
+        return largest_of_all(
+            *given, rows_differ=False, first=_MORE_OF_LATENTS * k / self.latent_parts
+        )
+
+    def encode_dead(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        encoder: Float[Tensor, "some d_in"],
+        bias: Float[Tensor, " some"],
+        dead: Bool[Tensor, " some"] | None,
+        k: int,
+    ) -> Float[Tensor, "rows some"]:
+        active = operations.encode_dead(x, encoder, bias, dead, k)
+        own = active.topk(min(k, len(encoder)), dim=1, sorted=False).values
+        own = torch.nn.functional.pad(own, (0, k - own.shape[1]))
+        everyone = torch.cat(self._collectives.gather(own), dim=1)
+        return active.mul_(active >= everyone.topk(k, dim=1).values[:, -1:])
+
+    def decode(
+        self,
+        codes: RaggedCodes,
+        decoder: Float[Tensor, "latents d_in"],
+        bias: Float[Tensor, " d_in"],
+    ) -> Float[Tensor, "batch d_in"]:
+        part = operations.decode(codes, decoder, torch.zeros_like(bias))
+        return self._collectives.sum_(part).add_(bias)

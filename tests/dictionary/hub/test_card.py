@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_dictionaries import FIDELITY, SITE, make_dictionary, make_info
 
-from llm_wsae.dictionary.hub.card import BEGIN, END, card
+from llm_wsae.dictionary.hub.card import BEGIN, END, card, weights_figure
 from llm_wsae.dictionary.hub.card_data import Facts, facts, folder_name
 from llm_wsae.dictionary.hub.card_tables import escape
-from llm_wsae.dictionary.hub.figure import weights_figure
 from llm_wsae.errors import LlmWsaeError
 
 REPO = "user/saes"

@@ -12,7 +12,6 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation.bootstrap import Bootstrap
 from llm_wsae.evaluation.checks import notes_on_text
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity import next_token
@@ -20,6 +19,7 @@ from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.statistics.uncertainty import Bootstrap
 
 D, VOCAB, CONTEXTS, POSITIONS = 16, 53, 12, 10
 SITE = "blocks.1.hook_resid_post"

@@ -19,11 +19,13 @@ from looping import over
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_wsae.hardware import DeferredScalar
-from llm_wsae.sparse import operations, slot_capacity
+from llm_wsae.sparse import codes as sparse_codes
+from llm_wsae.sparse import operations
 from llm_wsae.sparse.backends import reference
 from llm_wsae.sparse.codes import (
     Codes,
     RaggedCodes,
+    SlotCapacity,
     SparseGradients,
     SubsetGradients,
     joined,
@@ -85,7 +87,7 @@ def triton(request, monkeypatch):
     if request.param == "cut":
         for name, size in SMALL.items():
             monkeypatch.setattr(triton, name, size)
-        monkeypatch.setattr(slot_capacity, "_FEWEST", 16)
+        monkeypatch.setattr(sparse_codes, "_FEWEST", 16)
     return triton
 
 
@@ -188,7 +190,7 @@ def test_rows_without_room_are_told_and_have_it_the_next_time(device, triton):
     x, encoder, bias = layer("random", device, torch.float32)
     bias += 200  # all of them are active
     given = (x, encoder, bias, torch.zeros(D_SAE, device=device))
-    little = slot_capacity.SlotCapacity()
+    little = SlotCapacity()
     little.slots = 5
     codes = triton.encode_above(*given, little)
     assert not little.enough() and little.enough()  # a report is read once
@@ -543,7 +545,7 @@ def test_no_step_waits_for_the_device_or_holds_all_pre_activations(device, trito
     def steps():
         step(triton, x, encoder, bias, ragged(triton.encode_topk(x, encoder, bias, 3)))
         step(triton, x, encoder, bias, triton.encode_batch_topk(x, encoder, bias, 1, 0.0))
-        above = triton.encode_above(x, encoder, bias, threshold, slot_capacity.SlotCapacity())
+        above = triton.encode_above(x, encoder, bias, threshold, SlotCapacity())
         step(triton, x, encoder, bias, above)
         triton.encode_dead(x, encoder[:9], bias[:9], threshold[:9] > 0, 3)
 
@@ -692,7 +694,7 @@ if not INTERPRETED:
         for k in (1, 32):
             triton.encode_topk(x, encoder, bias, k)
         triton.encode_dead(x, encoder, bias, bias > 0, 32)
-        triton.encode_above(x, encoder, bias, bias.float(), slot_capacity.SlotCapacity())
+        triton.encode_above(x, encoder, bias, bias.float(), SlotCapacity())
         ones = torch.zeros(40 * 5000, dtype=torch.int64)
         codes = RaggedCodes(ones, ones.float(), torch.arange(41) * 5000)
         triton.decode(codes, encoder, encoder[0])

@@ -15,9 +15,7 @@ from training_cases import BATCH, D_SAE, STEPS, problem, step_of
 from llm_wsae.processes import join
 from llm_wsae.training.auxk import DeadLatents, auxk_gradients
 from llm_wsae.training.parallel.collectives import collectives
-from llm_wsae.training.parallel.data_parallel import DataParallel
-from llm_wsae.training.parallel.latent_parallel import LatentParallel
-from llm_wsae.training.parallel.strategy import SINGLE, Strategy
+from llm_wsae.training.parallel.strategy import SINGLE, DataParallel, LatentParallel, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, initial_parameters
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}

@@ -33,8 +33,7 @@ from llm_wsae.sparse.backends.triton.rows import (
     value_gradients_kernel,
 )
 from llm_wsae.sparse.backends.triton.select import above_kernel, activate_dead_kernel, select_kernel
-from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, SparseGradients
-from llm_wsae.sparse.slot_capacity import SlotCapacity
+from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, SlotCapacity, SparseGradients
 
 dead_gradients = pytorch.dead_gradients
 

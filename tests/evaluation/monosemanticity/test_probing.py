@@ -2,8 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-from llm_wsae.evaluation.monosemanticity.concepts.concepts import Concepts
-from llm_wsae.evaluation.monosemanticity.concepts.probing import (
+from llm_wsae.evaluation.monosemanticity.concept_scores import (
+    DenseProbeScores,
+    LatentTables,
+    ProbedConcepts,
+    falls,
+    probe_latents,
+    probe_site,
+    selectivity,
+)
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts
+from llm_wsae.evaluation.monosemanticity.probing import (
     RIDGE_DENSE,
     SelectedColumns,
     best_columns,
@@ -12,18 +21,7 @@ from llm_wsae.evaluation.monosemanticity.concepts.probing import (
     sparse_probes,
     splits,
 )
-from llm_wsae.evaluation.monosemanticity.concepts.scores import (
-    LatentTables,
-    ProbedConcepts,
-    probe_latents,
-    probe_site,
-)
-from llm_wsae.evaluation.monosemanticity.concepts.selectivity import (
-    DenseProbeScores,
-    falls,
-    selectivity,
-)
-from llm_wsae.evaluation.monosemanticity.concepts.tables import DenseTable, SparseTable, Units
+from llm_wsae.evaluation.monosemanticity.unit_tables import DenseTable, SparseTable, Units
 
 UNITS, D_IN, D_SAE = 400, 6, 30
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.concepts.concepts import Concepts, with_enough
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts, with_enough
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _CLOSERS = "\"'”’»)]}"

@@ -4,17 +4,25 @@ Concepts of tokens and concepts of documents are tested on different units, but 
 way and reported together: when a concept's latents are removed, the drops of all other concepts
 count, of both kinds. What does not depend on a dictionary (dense probes, the best raw dimensions)
 is computed once per site.
+
+Selectivity asks what is lost with a concept when its latents are removed. Their contributions
+(activation × decoder row) are subtracted from the activations. A monosemantic dictionary then loses
+that concept and no other: selectivity is the drop in accuracy of the concept's own dense probe,
+minus the mean drop of all other concepts' probes. The probes are those of the unchanged
+activations. They are linear, so they need not be applied again: their scores fall by activation ×
+(decoder row · probe direction). Accuracy is the mean over both classes at the probe's own
+threshold; the area under the ROC curve would hardly change where a probe is nearly perfect.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_wsae.evaluation.monosemanticity.concepts.concepts import Concepts
-from llm_wsae.evaluation.monosemanticity.concepts.probing import (
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts
+from llm_wsae.evaluation.monosemanticity.probing import (
     PROBE_SIZES,
     SelectedColumns,
     Split,
@@ -24,12 +32,7 @@ from llm_wsae.evaluation.monosemanticity.concepts.probing import (
     sparse_probes,
     splits,
 )
-from llm_wsae.evaluation.monosemanticity.concepts.selectivity import (
-    DenseProbeScores,
-    falls,
-    selectivity,
-)
-from llm_wsae.evaluation.monosemanticity.concepts.tables import DenseTable, Table, Units
+from llm_wsae.evaluation.monosemanticity.unit_tables import DenseTable, Table, Units
 
 HALVES = 2
 
@@ -195,3 +198,50 @@ def _mean_of_halves(of_halves: Iterable[Tensor]) -> Tensor:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class DenseProbeScores:
+    """The dense probes of one kind of units, and their scores of the test units.
+
+    ``table`` holds the latents on the same units.
+    """
+
+    table: Table
+    directions: Float[Tensor, "d_in concepts"]
+    split: Split
+    scores: Float[Tensor, "concepts items"]
+    """Above 0 where a probe predicts an example."""
+
+
+def falls(
+    removed: Int[Tensor, "sets count"],
+    decoder: Float[Tensor, "d_sae d_in"],
+    probed: DenseProbeScores,
+) -> Float[Tensor, "sets concepts"]:
+    """Drop in accuracy of every concept's probe when one of the sets of latents is removed.
+
+    -1 in a set stands for no latent.
+    """
+    taken = SelectedColumns.of(probed.table, removed)
+    # What an activation of 1 of each latent adds to each concept's score; 0 for "no latent".
+    share = torch.nn.functional.pad(
+        decoder[taken.columns].float() @ probed.directions, (0, 0, 0, 1)
+    )
+    before = probed.split.accuracy(probed.scores)
+    after = []
+    for place in taken.place:
+        active = taken.values[:, place][probed.split.items]  # [concepts, items, count]
+        lost = (active @ share[place].T[:, :, None])[:, :, 0]
+        after.append(probed.split.accuracy(probed.scores - lost))
+    empty = torch.zeros(0, len(before), dtype=torch.float64)
+    return before - (torch.stack(after) if after else empty)
+
+
+def selectivity(
+    falls: Float[Tensor, "concepts concepts"],
+) -> tuple[Float[Tensor, " concepts"], Float[Tensor, " concepts"]]:
+    """From the drop of concept j when concept i's latents are removed, [i, j]: the own drops, and
+    the others' mean (NaN if there is no other concept)."""
+    own = falls.diagonal()
+    return own, (falls.sum(1) - own) / (falls.shape[0] - 1)

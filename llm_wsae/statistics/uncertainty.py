@@ -1,11 +1,12 @@
-"""95 % intervals by resampling contexts, latents or concepts (percentile bootstrap, Efron 1979).
+"""How sure a result is: 95 % intervals, and p-values corrected for several tests at once.
 
+Intervals come from resampling contexts, latents or concepts (percentile bootstrap, Efron 1979).
 Tokens of one context share their text, so contexts are resampled, not tokens. All quantities of one
 resampling use the same contexts: clean, ablated and spliced losses rise and fall together, so the
 interval of their ratio is much narrower than their own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -36,3 +37,13 @@ class Bootstrap:
             values = quantity({name: self._times @ column for name, column in sums.items()})
         low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values after Holm's step-down adjustment (1979): reject those that are below the level."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [1.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted

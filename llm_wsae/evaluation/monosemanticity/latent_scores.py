@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.latents.detection import detection
-from llm_wsae.evaluation.monosemanticity.latents.firings import (
+from llm_wsae.evaluation.monosemanticity.detection import detection
+from llm_wsae.evaluation.monosemanticity.firings import (
     NO_ROW,
     Examples,
     FiringCollector,
@@ -24,7 +24,7 @@ from llm_wsae.evaluation.monosemanticity.latents.firings import (
     quantile_sample,
     silent_windows,
 )
-from llm_wsae.evaluation.monosemanticity.latents.window_embeddings import WindowEmbeddings
+from llm_wsae.evaluation.monosemanticity.window_embeddings import WindowEmbeddings
 from llm_wsae.statistics.coherence import coherence, coherence_of_strangers
 
 SCORES = {

@@ -1,0 +1,121 @@
+"""The three commands of the Hub: push dictionaries, pull them, list what a repository holds."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from llm_wsae.commands.options import Flag, RepoId, Result
+from llm_wsae.errors import UsageError
+from llm_wsae.outputs import check_file, is_record_of
+from llm_wsae.provenance import write_record
+from llm_wsae.terminal import printable
+
+if TYPE_CHECKING:
+    from llm_wsae.dictionary.hub.card_data import Facts
+
+
+def push(
+    dictionaries: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DICT… REPO_ID")
+    ],
+    private: Flag = False,
+    revision: str | None = None,
+    license: str | None = None,
+) -> Result:
+    """Upload dictionaries to a repository on the Hub, with a card; only changes are uploaded.
+
+    Args:
+        dictionaries: Dictionary folders, then the repository, user/name; created if necessary.
+        private: Create a private repository.
+        revision: Branch to push to; a new one starts from main.
+        license: Licence for the card, as the Hub names it, e.g. mit.
+    """
+    from llm_wsae.dictionary.folder import is_dictionary
+    from llm_wsae.dictionary.hub.transfer import push as push_folders
+
+    *folders, repo_id = dictionaries or ("",)
+    # The parser cannot take the last word apart itself.
+    if not folders or is_dictionary(Path(repo_id)):
+        raise UsageError("name dictionary folders and then the repository: DICT … user/name")
+    done = push_folders(
+        [Path(folder) for folder in folders],
+        repo_id,
+        private=private,
+        revision=revision,
+        license=license,
+    )
+    facts: dict[str, Any] = {"repo_id": repo_id, "url": done.url, "commit": done.commit}
+    facts |= {"dictionaries": done.sae_ids, "changed": done.changed}
+    if not done.changed:
+        return facts, f"already up to date: {done.url}"
+    return facts, "\n".join([*(f"  {path}" for path in done.changed), f"pushed to {done.url}"])
+
+
+def pull(
+    repo_id: RepoId,
+    sae_id: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[SAE_ID]")] = None,
+    *,
+    out: Path = Path("dictionaries"),
+    revision: str | None = None,
+) -> Result:
+    """Download dictionaries from a repository on the Hub, check them, and copy them into a folder.
+
+    Args:
+        repo_id: Repository, user/name.
+        sae_id: Dictionary in it, <site>/<name>; all of them by default.
+        out: Folder that receives <site>/<name>.
+        revision: Branch, tag or commit.
+    """
+    from llm_wsae.dictionary.hub.transfer import RECORD
+    from llm_wsae.dictionary.hub.transfer import pull as pull_folders
+
+    check_file(out / RECORD, is_record_of("pull"))
+    folders = pull_folders(repo_id, out, sae_id, revision=revision)
+    asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
+    write_record(out / RECORD, "pull", {**asked, "dictionaries": list(folders)})
+    facts = {"repo_id": repo_id, "folders": {name: str(path) for name, path in folders.items()}}
+    return facts, "\n".join(printable(str(path)) for path in folders.values())
+
+
+def list_repository(
+    repo_id: RepoId,
+    revision: str | None = None,
+) -> Result:
+    """List the dictionaries in a repository on the Hub, with their measurements.
+
+    Args:
+        repo_id: Repository, user/name.
+        revision: Branch, tag or commit.
+    """
+    from llm_wsae.dictionary.hub.transfer import list_dictionaries
+
+    found = list_dictionaries(repo_id, revision=revision)
+    width = max(len("dictionary"), *(len(d.sae_id) for d in found))
+    lines = [f"{'dictionary':<{width}}  {'size':>14}  {'sparsity':<16}{'FVU':>7}{'CE rec.':>9}"]
+    for d in found:
+        size = f"{d.d_in or '?'} → {d.d_sae or '?'}"
+        numbers = [_digits(d.metric("fvu"), 7), _digits(d.metric("ce_recovered"), 9)]
+        name, sparsity = printable(d.sae_id), printable(d.sparsity)
+        lines.append(f"{name:<{width}}  {size:>14}  {sparsity:<16}{''.join(numbers)}")
+    return {"repo_id": repo_id, "dictionaries": [_json(d) for d in found]}, "\n".join(lines)
+
+
+def _json(d: "Facts") -> dict[str, Any]:
+    return {
+        "sae_id": d.sae_id,
+        "site": d.info.site,
+        "d_in": d.d_in,
+        "d_sae": d.d_sae,
+        "sparsity": d.sparsity,
+        "k": d.k,
+        "rule": d.info.rule,
+        "alpha": d.info.alpha,
+        "model": d.model,
+        "corpus": d.corpus,
+        "metrics": d.info.metrics,
+    }
+
+
+def _digits(value: float | None, width: int) -> str:
+    return f"{'—' if value is None else f'{value:.3f}':>{width}}"

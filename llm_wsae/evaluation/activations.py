@@ -1,0 +1,143 @@
+"""What dictionaries are measured on: contexts, their activations, and which of those are massive.
+
+The activations are kept in memory up to a gigabyte. Several passes over the same text, and every
+further dictionary, then cost no further forward pass.
+
+A row is massive when its norm exceeds ten median norms. A few such rows would dominate every mean
+and every list of top contexts, so training omits them: it takes the median from the
+statistics of its store (``Statistics.massive_threshold``), and the dictionary records the
+threshold. Measurements use that record, so that they omit what training omitted. For
+dictionaries without one (made by other tools) the median norm of the evaluated text takes its
+place.
+
+``inspecting`` and ``attaching`` see a few rows at a time and cannot measure a median: they use the
+record alone, and where there is none, no row counts as massive.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import MASSIVE_RATIO
+
+_CACHE_BYTES = 1 << 30
+
+
+@runtime_checkable
+class Context(Protocol):
+    """What is read of a context: token ids and which positions are kept, both [positions]."""
+
+    @property
+    def ids(self) -> np.ndarray | Tensor: ...
+
+    @property
+    def keep(self) -> np.ndarray | Tensor: ...
+
+
+def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
+    """The first contexts, at least two, that hold ``tokens`` rows.
+
+    Raises LlmWsaeError if there are too few.
+    """
+    taken, rows = [], 0
+    for context in contexts:
+        taken.append(context)
+        rows += int(context.keep.sum())
+        if rows >= tokens and len(taken) >= 2:
+            break
+    if rows < tokens or len(taken) < 2:
+        raise LlmWsaeError(
+            f"the text to evaluate on holds {rows:,} tokens in {len(taken)} contexts, but "
+            f"{tokens:,} tokens in at least 2 contexts are needed; ask for fewer tokens or "
+            "provide more text"
+        )
+    return taken
+
+
+def batches_of(contexts: Sequence[Context], batch_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """The contexts as batches of (ids, keep), both [contexts, positions]; at least one context in
+    each."""
+    ids = [torch.as_tensor(context.ids).long() for context in contexts]
+    keep = [torch.as_tensor(context.keep).bool() for context in contexts]
+    size = max(1, batch_tokens // len(ids[0]))
+    return [
+        (torch.stack(ids[at : at + size]), torch.stack(keep[at : at + size]))
+        for at in range(0, len(ids), size)
+    ]
+
+
+class ActivationCache:
+    """Activations by site and batch of contexts, in the model's dtype and on its device."""
+
+    def __init__(self, model: LanguageModel, batches: Sequence[tuple[Tensor, Tensor]]):
+        """``batches`` are token ids and which positions give rows, both [contexts, positions]."""
+        self.batches = batches
+        self._model = model
+        self._bytes_left = _CACHE_BYTES
+        self._kept: dict[tuple[Site, int], Tensor] = {}
+        self._medians: dict[Site, float] = {}
+
+    def at(self, number: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Activations [contexts, positions, d_in] of batch ``number``; the model runs only for the
+        sites that are not kept."""
+        found = {site: self._kept[site, number] for site in sites if (site, number) in self._kept}
+        missing = [site for site in sites if site not in found]
+        if missing:
+            for site, hidden in self._model.activations(self.batches[number][0], missing).items():
+                found[site] = hidden
+                self.keep(number, site, hidden)
+        return found
+
+    def kept(self, number: int, site: Site) -> Tensor | None:
+        """The activations of a batch if they are in memory."""
+        return self._kept.get((site, number))
+
+    def keep(self, number: int, site: Site, hidden: Tensor) -> None:
+        """Keep activations if there is room for them."""
+        if hidden.nbytes <= self._bytes_left:
+            self._bytes_left -= hidden.nbytes
+            self._kept[site, number] = hidden
+
+    def holds(self, sites: Iterable[Site]) -> bool:
+        """Whether reading these sites again costs no forward pass."""
+        return all((site, n) in self._kept for site in sites for n in range(len(self.batches)))
+
+    def median_norms(self, sites: Sequence[Site]) -> dict[Site, float]:
+        """Median Euclidean norm of the rows at each site, over the whole text."""
+        norms: dict[Site, list[Tensor]] = {s: [] for s in sites if s not in self._medians}
+        numbers = range(len(self.batches)) if norms else ()
+        for number in tqdm(numbers, desc="norms", unit="batch", leave=False, disable=not norms):
+            _, keep = self.batches[number]
+            for site, hidden in self.at(number, list(norms)).items():
+                norms[site].append(hidden[keep.to(hidden.device)].float().norm(dim=1).cpu())
+        self._medians |= {site: float(torch.cat(parts).median()) for site, parts in norms.items()}
+        return {site: self._medians[site] for site in sites}
+
+
+def massive_thresholds(
+    by_site: Mapping[Site, Iterable[Dictionary]], activations: ActivationCache
+) -> dict[Site, float]:
+    """Norm above which a row is massive, for each site.
+
+    All dictionaries of a site share one threshold, the smallest that any of them records, so that
+    they are measured on the same rows.
+    """
+    recorded = {
+        site: [
+            d.info.massive_threshold for d in dictionaries if d.info.massive_threshold is not None
+        ]
+        for site, dictionaries in by_site.items()
+    }
+    medians = activations.median_norms([site for site, known in recorded.items() if not known])
+    return {
+        site: min(known) if known else MASSIVE_RATIO * medians[site]
+        for site, known in recorded.items()
+    }

@@ -1,1 +1,0 @@
-"""Concepts whose truth is known, and how well latents stand for them."""

@@ -1,1 +1,0 @@
-"""Latents one by one: where each fires, and what those places have in common."""

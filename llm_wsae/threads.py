@@ -1,0 +1,65 @@
+"""Work in threads: ``map`` over the cores, and the next items computed while one is used.
+
+A small model's forward pass is many small operations. Splitting each of them over all cores leaves
+cores waiting for each other after every one, and a batch's activations overflow the caches.
+Contexts do not depend on each other, so each core may as well take its own (``parallel_map``).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+_Piece = TypeVar("_Piece")
+_Result = TypeVar("_Result")
+_END = object()
+
+
+def parallel_map(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece]) -> list[_Result]:
+    """``work`` of every piece, in order.
+
+    The threads do not inherit modes of the caller such as ``no_grad``: ``work`` sets its own. The
+    first error among the pieces is raised once all have ended.
+    """
+    cores = torch.get_num_threads()
+    workers = min(cores, len(pieces))
+    if workers < 2:
+        return [work(piece) for piece in pieces]
+    share = cores // workers
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+        try:
+            return list(pool.map(work, pieces))
+        finally:
+            torch.set_num_threads(cores)  # later threads start with this value too
+
+
+Item = TypeVar("Item")
+
+
+def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """The same items, up to ``depth`` of them computed ahead in one background thread.
+
+    Nothing starts before the first item is requested. An error of the computation is raised in
+    place of its item. Closing or dropping the iterator ends the thread after its current item and
+    closes the source.
+    """
+    source = iter(items)
+    ahead: deque[Future] = deque()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    try:
+        for _ in range(depth):
+            ahead.append(pool.submit(next, source, _END))
+        while True:
+            item = ahead.popleft().result()
+            if item is _END:
+                return
+            ahead.append(pool.submit(next, source, _END))
+            yield item
+            del item  # otherwise one more than promised stays in memory
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        close = getattr(source, "close", None)
+        if close is not None:
+            close()
