@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from llm_wsae.data.config import HarvestConfig, StreamConfig
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.store import ActivationStore
-    from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.dictionary.pretrained import load_pretrained
+    from llm_wsae.dictionary.dictionary import Dictionary, load_pretrained
     from llm_wsae.errors import LlmWsaeError, UsageError
     from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
     from llm_wsae.evaluation.fidelity.evaluator import evaluate
@@ -60,7 +59,7 @@ _HOMES = {
     "ArmConfig": "training.arm",
     "make_arms": "training.arm",
     "Dictionary": "dictionary.dictionary",
-    "load_pretrained": "dictionary.pretrained",
+    "load_pretrained": "dictionary.dictionary",
     "attach": "attaching.attachment",
     "Ablate": "attaching.edits",
     "Clamp": "attaching.edits",

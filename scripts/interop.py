@@ -26,9 +26,8 @@ from safetensors.torch import save_file
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.dictionary import Dictionary, load_pretrained
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.pretrained import load_pretrained
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
@@ -41,7 +40,7 @@ READ, WRITTEN = "read.md", "written.md"
 
 def saelens(out: Path) -> Part:
     """All that SAELens writes."""
-    version = peer("saelens", "write_saelens.py", out)
+    version = peer("saelens", "in_saelens.py write", out)
     for other in out.glob("finished/*"):  # the way to what a checkpoint means, not a case
         if other.is_file():
             other.unlink()

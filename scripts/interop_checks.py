@@ -31,10 +31,11 @@ class Part(NamedTuple):
 
 
 def peer(name: str, script: str, out: Path, **environment: str) -> str:
-    """Run a script in a tool's environment; the tool's versions in words."""
+    """Run a script, perhaps with words after it, in a tool's environment; its versions in words."""
+    file, *words = script.split()
     out.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [peer_python(name), PEER_SCRIPTS / script, out],
+        [peer_python(name), PEER_SCRIPTS / file, out, *words],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -182,7 +183,7 @@ def ours_in_saelens(out: Path) -> Part:
         subprocess.run(push, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE)
         hub.create(SCOPE)
         hub.store.put(SCOPE, f"{SCOPE_ID}/params.npz", (scope / "params.npz").read_bytes())
-        version = peer("saelens", "load_saelens.py", out, **environment)
+        version = peer("saelens", "in_saelens.py load", out, **environment)
     places = {f"{how}-{name}": folder for how in job for name, folder in folders.items()}
     places["scope-gemma"] = scope
     lines = ["| loaded by SAELens | architecture | active | latents | reconstruction |",

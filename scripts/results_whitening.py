@@ -417,7 +417,7 @@ def _measure_saelens(place: str, opened: Opened, seeds: Sequence[int]) -> None:
                 "decay": how.decay,
             }
             write_json(out / "job.json", job)
-            version = peer("saelens", "whiten_saelens.py", out)
+            version = peer("saelens", "in_saelens.py whiten", out)
             trained = []
             for trial in trials:
                 dictionary = Dictionary.load(out / THEIRS[trial.label])

@@ -28,8 +28,7 @@ def inspect(
         top: Number of contexts, tokens, neighbours and dimensions to show.
     """
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.inspecting.inspection import inspect
-    from llm_wsae.inspecting.text import latents_text, sentence_text
+    from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
 
     opened = Dictionary.load(dictionary)
     found = inspect(

@@ -11,7 +11,7 @@ class Experiment:
     """Planted data of one kind, at one sparsity, and the learning rate of its dictionaries."""
 
     regime: str
-    """Name of the mixture (``regimes.REGIMES``)."""
+    """Name of the mixture (``superposition.REGIMES``)."""
     sparsity: float
     """Probability S that a feature is 0."""
     learning_rate: float

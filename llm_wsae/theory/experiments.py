@@ -34,10 +34,16 @@ from llm_wsae.theory.config import EXPERIMENTS, Experiment, TheoryConfig
 from llm_wsae.theory.figures import plot_changes, plot_closed_form, plot_correlations
 from llm_wsae.theory.jobs import Check, Unit, finish
 from llm_wsae.theory.recovery import Recovery, measure
-from llm_wsae.theory.regimes import REGIMES, Stream, generator, number
 from llm_wsae.theory.report import TheoryReport, summarise
 from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, coherence, fisher, score, weights
-from llm_wsae.theory.superposition import Planted, features_from_uniform
+from llm_wsae.theory.superposition import (
+    REGIMES,
+    Planted,
+    Stream,
+    features_from_uniform,
+    generator,
+    number,
+)
 from llm_wsae.theory.tied import Schedule, encode_tied, train_tied
 from llm_wsae.weights import scores
 from llm_wsae.weights.rules import Rule

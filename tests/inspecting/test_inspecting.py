@@ -26,10 +26,10 @@ from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.harvesting import harvest
 from llm_wsae.inspecting.firings import firings
+from llm_wsae.inspecting.inspection import latents_text, sentence_text
 from llm_wsae.inspecting.latents import check_latents, look_at
 from llm_wsae.inspecting.readout import Readout, Vocabulary
 from llm_wsae.inspecting.sentence import read_sentence
-from llm_wsae.inspecting.text import latents_text, sentence_text
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.terminal import printable, printable_json

@@ -322,6 +322,7 @@ def test_a_browser_shows_searches_and_follows(tab, page):
     tab.wait_for_selector("text=Its partner in variance-a0.5-k4")
     likeness = [float(t) for t in tab.locator(".row[role=option] :nth-child(3)").all_inner_texts()]
     assert likeness == sorted(likeness)
+    assert tab.locator(".row[role=option]").first.get_attribute("aria-selected") == "true"
     tab.click("article p a")
     tab.wait_for_selector("text=variance-a0.5-k4 beside uniform-k4")
     assert "#compare/d1/L" in tab.url

@@ -15,7 +15,7 @@ from command_line import call, content, works
 from matplotlib.image import imread
 
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.theory import experiments, jobs, regimes, rules
+from llm_wsae.theory import experiments, jobs, rules, superposition
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
 from llm_wsae.theory.experiments import FIGURES, run_theory, run_unit
 from llm_wsae.theory.jobs import Unit, finish
@@ -150,7 +150,7 @@ def test_an_error_in_a_unit_is_not_swallowed(tmp_path, monkeypatch):
     def broken(sparsity, generator):
         raise LlmWsaeError("no such mixture today")
 
-    monkeypatch.setitem(regimes.REGIMES, "digon", broken)
+    monkeypatch.setitem(superposition.REGIMES, "digon", broken)
     threads = torch.get_num_threads()
     with pytest.raises(LlmWsaeError, match="no such mixture today"):
         run_theory(SMALL, tmp_path)

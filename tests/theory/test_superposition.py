@@ -8,8 +8,10 @@ import torch
 
 from llm_wsae.theory.closed_form import check_assumptions, recovered
 from llm_wsae.theory.recovery import features_per_latent, matched_loss, measure
-from llm_wsae.theory.regimes import OUTLIER_DIMENSIONS, OUTLIER_FACTOR, REGIMES
 from llm_wsae.theory.superposition import (
+    OUTLIER_DIMENSIONS,
+    OUTLIER_FACTOR,
+    REGIMES,
     alone,
     digon_mixing,
     low_coherence,

@@ -31,7 +31,6 @@ from llm_wsae.evaluation.activations import (
 )
 from llm_wsae.evaluation.checks import check_fit, notes_on_weights, plain_beside
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.baselines import Baselines, Key, read_baselines
 from llm_wsae.evaluation.fidelity.next_token import (
     clean_stream,
     next_token_sums,
@@ -39,7 +38,13 @@ from llm_wsae.evaluation.fidelity.next_token import (
 )
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
 from llm_wsae.evaluation.fidelity.report import Report
-from llm_wsae.evaluation.fidelity.summary import fidelity_of, from_plain
+from llm_wsae.evaluation.fidelity.summary import (
+    Baselines,
+    Key,
+    fidelity_of,
+    from_plain,
+    read_baselines,
+)
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.uncertainty import Bootstrap

@@ -14,10 +14,9 @@ from llm_wsae.dictionary import sparsity
 from llm_wsae.hardware import exact_dtype
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
-from llm_wsae.training.architecture import CPU, Architecture
+from llm_wsae.training.architecture import CPU, Architecture, exact, sparse_step
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, Step
-from llm_wsae.training.sparse_backward import exact, sparse_step
 from llm_wsae.weights.loss_weights import Gamma
 
 _LAST_SHARE, _MOST_STEPS = 10, 100

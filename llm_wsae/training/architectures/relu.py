@@ -13,10 +13,9 @@ from llm_wsae.dictionary import sparsity
 from llm_wsae.hardware import DeferredScalar
 from llm_wsae.sparse.codes import SlotCapacity
 from llm_wsae.sparse.operations import encode_above
-from llm_wsae.training.architecture import CPU, Architecture
+from llm_wsae.training.architecture import CPU, Architecture, exact, sparse_step, without_masked
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, Step, weighted_error
-from llm_wsae.training.sparse_backward import exact, sparse_step, without_masked
 from llm_wsae.weights.loss_weights import Gamma
 
 _TILE_ROWS = 1024

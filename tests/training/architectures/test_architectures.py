@@ -21,6 +21,7 @@ from training_cases import (
 from llm_wsae.sparse.backends.reference import EPSILON, dense
 from llm_wsae.sparse.codes import ragged
 from llm_wsae.sparse.operations import encode_above, encode_topk
+from llm_wsae.training.architecture import exact
 from llm_wsae.training.architectures import find_architecture
 from llm_wsae.training.architectures.batch_topk import BatchTopK
 from llm_wsae.training.architectures.jumprelu import (
@@ -32,7 +33,6 @@ from llm_wsae.training.architectures.jumprelu import (
 )
 from llm_wsae.training.architectures.matryoshka import Matryoshka, group_bounds
 from llm_wsae.training.parameters import Batch, Parameters, initial_parameters
-from llm_wsae.training.sparse_backward import exact
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 GROUPS = [(0, 8), (8, 24), (24, 56), (56, 120), (120, 256)]
