@@ -270,7 +270,7 @@ def _said(said: Explanation) -> dict[str, Any]:
     }
 
 
-def _histogram(logits: Float[Tensor, " words"], bins: int = 24) -> list[float | None | list[int]]:
+def _histogram(logits: Float[Tensor, " words"], bins: int = 24) -> list[float | list[int] | None]:
     """Smallest and largest logit, and how many lie in each of equal bins between.
 
     By NumPy: for one row of a vocabulary torch takes longer to wake its threads than to count.

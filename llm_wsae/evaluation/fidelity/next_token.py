@@ -19,8 +19,8 @@ from llm_wsae.model.forward import parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
-# Rows of one tile: enough for a fast product. In memory are two float32 and one more tensor of their
-# logits, for each core.
+# Rows of one tile: enough for a fast product. In memory are their logits twice in float32 and once
+# in the model's dtype, for each core.
 _TILE_ROWS = 96
 # Numbers in one chunk of a tile. 4 MB stay in a CPU's cache from one operation to the next.
 _CHUNK_NUMBERS = 2**20
@@ -69,7 +69,7 @@ def next_token_sums(
         numbers = torch.cat(found, 2).double()
         sums.index_add_(2, where.cpu() // ids.shape[1], numbers)
     (entropy, _), *others = sums.unbind(0)
-    return entropy, [tuple(one.unbind(0)) for one in others]
+    return entropy, [(one[0], one[1]) for one in others]
 
 
 def _tile_rows(rows: int, device: torch.device) -> int:
