@@ -2,8 +2,10 @@
 
     python scripts/update_docs.py               # tables of options in docs/commands, from --help
     bash scripts/quickstart.sh && python scripts/update_docs.py quickstart
+    python scripts/update_docs.py pictures      # screenshots of the two pages, by Chromium
 
 ``quickstart`` writes the table of that run into the README and its figures into docs/images.
+``pictures`` shows what the page makes of the pretrained dictionaries, and the study's report.
 """
 
 import argparse
@@ -13,8 +15,10 @@ import json
 import os
 import re
 import shutil
+import tempfile
+from pathlib import Path
 
-from benchmarks import IMAGES, README, ROOT, write_section
+from benchmarks import IMAGES, README, ROOT, embedded_model, write_section
 
 from llm_wsae.cli import COMMANDS, main
 
@@ -148,7 +152,49 @@ def update_quickstart() -> None:
         shutil.copy(QUICKSTART / name, IMAGES / name)
 
 
-PARTS = {"options": update_options, "quickstart": update_quickstart}
+def update_pictures() -> None:
+    """A latent that only the whitened dictionary has, beside what plain has instead; and the
+    differences of the study's rules at block 9, one of them pointed at."""
+    from playwright.sync_api import sync_playwright
+    from study_claims import WEIGHTS, Study
+
+    site = "blocks.9.hook_resid_post"
+    trained = [str(path) for path in sorted((ROOT / "checkpoints/smollm2-135m" / site).iterdir())]
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        store, page, report = (Path(folder) / name for name in ("store", "page.html", "study.html"))
+        source = ["--model", embedded_model()]
+        how = ["--corpus", "sotu", "--site", site, "--tokens", "100000", "--out", str(store)]
+        assert main(["harvest", *source, *how]) == 0
+        assert (
+            main(["dashboard", *trained, *source, "--store", str(store), "--out", str(page)]) == 0
+        )
+        report.write_text(Study.read_all(WEIGHTS)[site].report.page(), encoding="utf-8")
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        tab = browser.new_page(viewport={"width": 1280, "height": 880})
+        tab.goto(f"{page.as_uri()}#compare/d1/L{SHOWN}")
+        tab.wait_for_selector("article h2")
+        tab.screenshot(path=IMAGES / "dashboard.png")
+        tab.set_viewport_size({"width": 1200, "height": 800})
+        tab.goto(report.as_uri())
+        tab.locator("h2", has_text="Differences").evaluate(
+            "head => scrollTo(0, head.getBoundingClientRect().top + scrollY - 60)"
+        )
+        tab.locator(".forest tr", has_text="participation-a0.5-n0.6").locator(
+            "svg >> nth=1"
+        ).hover()
+        tab.screenshot(path=IMAGES / "report.png")
+        browser.close()
+
+
+SHOWN = 3417
+"""In the whitened dictionary after block 9: "except", where a rule has exceptions."""
+PARTS = {
+    "options": update_options,
+    "quickstart": update_quickstart,
+    "pictures": update_pictures,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
