@@ -114,7 +114,7 @@ def peer_python(peer: str) -> Path:
 
 
 class Worker:
-    """A running worker process of bench_train.py; peers/worker.py says what it is asked."""
+    """A running worker process of bench_train.py; peers/steps.py says what it is asked."""
 
     def __init__(self, peer: str | None, step: str, job: dict, threads: int):
         python = peer_python(peer) if peer else sys.executable

@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import steps
-from worker import Job
+from steps import Job
 
 from llm_wsae.hardware import fast_dtype
 from llm_wsae.sparse import operations

@@ -13,6 +13,8 @@ what is done to one model's structure does not show in the other.
 
 import copy
 import functools
+import hashlib
+import json
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +27,6 @@ from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.hardware import choose_device, fast_dtype
-from llm_wsae.model.fingerprint import fingerprint
 from llm_wsae.model.forward import Blocks, Visit
 from llm_wsae.model.loading import load_model
 from llm_wsae.model.module_paths import find_paths, text_config
@@ -33,6 +34,20 @@ from llm_wsae.model.site import Site
 from llm_wsae.outside import parsing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLES_PER_PARAMETER = 64
+# Settings that change the computation; each architecture has some of them.
+_SETTINGS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_parameters",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "hidden_act",
+    "activation_function",
+    "sliding_window",
+    "use_parallel_residual",
+)
 
 
 class LanguageModel:
@@ -334,3 +349,29 @@ def _offline_tokenizer(tokenizer: Any, name: str) -> Any:
     tokenizer.init_kwargs.setdefault("name_or_path", name)
     tokenizer.init_kwargs["add_bos_token"] = True
     return tokenizer
+
+
+def fingerprint(hf_model: Any) -> str:
+    """A hash that tells a model from any other: SHA-256 over the parameters' names, shapes and
+    samples, and the settings.
+
+    A manifest must distinguish the model that made a store from similar ones (another size,
+    fine-tune or revision) without hashing gigabytes, and the answer must not depend on where the
+    file is, on the device or on the float format. So the hash covers the name, the shape and a
+    spread sample of every parameter, rounded to bfloat16, and the settings that change what the
+    weights compute.
+    """
+    config = text_config(hf_model)
+    settings = {key: getattr(config, key, None) for key in _SETTINGS}
+    shapes = [[name, list(p.shape)] for name, p in hf_model.named_parameters()]
+    digest = hashlib.sha256(json.dumps([settings, shapes], sort_keys=True, default=str).encode())
+    samples = torch.cat([_sample(p) for p in hf_model.parameters()]).cpu()
+    digest.update(samples.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Up to SAMPLES_PER_PARAMETER values spread over a parameter [samples], in bfloat16."""
+    flat = parameter.detach().reshape(-1)
+    stride = max(1, flat.numel() // SAMPLES_PER_PARAMETER)
+    return flat[::stride][:SAMPLES_PER_PARAMETER].to(torch.bfloat16)

@@ -671,7 +671,7 @@ if not INTERPRETED:
         from triton import runtime
         from triton.backends.compiler import GPUTarget
 
-        from llm_wsae.sparse.backends.triton import adam, latents, rows, select
+        from llm_wsae.sparse.backends.triton import adam, select, sums
         from llm_wsae.sparse.backends.triton import operations as triton
 
         card = SimpleNamespace(
@@ -708,7 +708,7 @@ if not INTERPRETED:
         for some in (None, more) if dtype == torch.bfloat16 else (more,):  # float32 is slow
             gradients = SparseGradients(codes, x, x, codes.values, some)
             triton.sparse_adam(gradients, pair, pair, pair, 1, 0.01, encoder)
-        modules = (adam, latents, rows, select)
+        modules = (adam, select, sums)
         kernels = {name for module in modules for name in vars(module)}
         assert compiled.keys() == {name for name in kernels if name.endswith("_kernel")}
         assert all(code["cubin"] for codes in compiled.values() for code in codes)

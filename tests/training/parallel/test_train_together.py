@@ -19,8 +19,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_own_tensors, load_tensors
 from llm_wsae.processes import join
 from llm_wsae.training.arm import make_arms
-from llm_wsae.training.checkpoint import CHECKPOINT
-from llm_wsae.training.parallel.sharded_checkpoint import Rows, save_rows
+from llm_wsae.training.checkpoint import CHECKPOINT, Rows, save_rows
 from llm_wsae.training.trainer import Interrupted, train
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig

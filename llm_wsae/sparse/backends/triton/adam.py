@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_wsae.sparse.backends import reference
-from llm_wsae.sparse.backends.triton.latents import latent_sums
+from llm_wsae.sparse.backends.triton.sums import latent_sums
 
 _KEEP_MEAN, _KEEP_SQUARE = (tl.constexpr(beta) for beta in reference.BETAS)
 _EPSILON = tl.constexpr(reference.EPSILON)

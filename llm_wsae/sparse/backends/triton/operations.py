@@ -21,18 +21,16 @@ from llm_wsae.sparse.backends.triton.adam import (
     adam_rows_kernel,
     sparse_adam_kernel,
 )
-from llm_wsae.sparse.backends.triton.latents import (
+from llm_wsae.sparse.backends.triton.select import above_kernel, activate_dead_kernel, select_kernel
+from llm_wsae.sparse.backends.triton.sums import (
     Occurrences,
     Sums,
+    decode_kernel,
     further_sums_kernel,
     latent_sums_kernel,
-)
-from llm_wsae.sparse.backends.triton.rows import (
-    decode_kernel,
     reconstruct_kernel,
     value_gradients_kernel,
 )
-from llm_wsae.sparse.backends.triton.select import above_kernel, activate_dead_kernel, select_kernel
 from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, SlotCapacity, SparseGradients
 
 dead_gradients = pytorch.dead_gradients
