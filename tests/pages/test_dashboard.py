@@ -331,6 +331,7 @@ def test_a_browser_shows_searches_and_follows(tab, page):
 def test_the_list_is_sorted_and_filtered(tab, page):
     columns = unpacked(page.read_text(), "table-0")
     tab.click("text=Latents")
+    tab.wait_for_selector(".row[role=option]")
     by_density = sorted(range(64), key=lambda i: (-columns["density"][i], i))
     assert listed(tab) == by_density[: len(listed(tab))]
     tab.select_option("[aria-label=sort]", "number")
