@@ -221,11 +221,17 @@ def main() -> None:
             cells += [f"{page.stat().st_size / 1e6:.1f}", f"{contexts_shown(page):,}"]
             lines.append([title, *cells, *in_browser(page, args.repeats)])
         few = store.num_rows // 4
-        peak = peak_megabytes(
-            "dashboard", TRAINED / PLAIN, "--store", store.folder, "--model", path,
-            "--top", TOP, "--bands", BANDS, "--out", folder / "few.html", "--rows", few,
-        )  # fmt: skip
-        fewer = f"On {few:,} rows the command for {plain.d_sae:,} latents takes {peak:,.0f} MB."
+        peaks = [
+            peak_megabytes(
+                "dashboard", TRAINED / PLAIN, "--store", store.folder, "--model", path,
+                "--top", TOP, "--bands", BANDS, "--out", folder / "few.html", "--rows", few,
+            )
+            for _ in range(args.repeats)
+        ]  # fmt: skip
+        fewer = (
+            f"On {few:,} rows the command for {plain.d_sae:,} latents takes "
+            f"{statistics.median(peaks):,.0f} MB [{min(peaks):,.0f}, {max(peaks):,.0f}]."
+        )
         speeds = build_speeds(store, model, plain, folder / "again.html", args.repeats)
         answered = asking(model, plain, folder / "0.html", args.repeats)
 

@@ -155,6 +155,7 @@ def update_quickstart() -> None:
 def update_pictures() -> None:
     """A latent that only the whitened dictionary has, beside what plain has instead; and the
     differences of the study's rules at block 9, one of them pointed at."""
+    from PIL import Image
     from playwright.sync_api import sync_playwright
     from study_claims import WEIGHTS, Study
 
@@ -186,6 +187,12 @@ def update_pictures() -> None:
         ).hover()
         tab.screenshot(path=IMAGES / "report.png")
         browser.close()
+    for name in (
+        "dashboard.png",
+        "report.png",
+    ):  # a few colours are enough, and a third of the size
+        picture = Image.open(IMAGES / name).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        picture.save(IMAGES / name, optimize=True)
 
 
 SHOWN = 3417
