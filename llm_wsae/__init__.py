@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llm_wsae.pages.dashboard import dashboard
     from llm_wsae.pages.neuronpedia import export_neuronpedia
     from llm_wsae.pipeline import run
+    from llm_wsae.planning.planning import plan
     from llm_wsae.planting.config import PlantConfig
     from llm_wsae.planting.recovery import measure_recovery
     from llm_wsae.planting.source import PlantedSource
@@ -79,6 +80,7 @@ _HOMES = {
     "train": "training.trainer",
     "evaluate": "evaluation.fidelity.evaluator",
     "run": "pipeline",
+    "plan": "planning.planning",
     "PlantConfig": "planting.config",
     "PlantedSource": "planting.source",
     "measure_recovery": "planting.recovery",
@@ -124,6 +126,7 @@ __all__ = [
     "load_pretrained",
     "make_arms",
     "measure_recovery",
+    "plan",
     "run",
     "study",
     "train",

@@ -24,6 +24,7 @@ from llm_wsae.commands.hub import list_repository, pull, push
 from llm_wsae.commands.inspect import inspect
 from llm_wsae.commands.options import Result
 from llm_wsae.commands.parser import in_new_spelling, parse
+from llm_wsae.commands.plan import plan
 from llm_wsae.commands.run import run
 from llm_wsae.commands.study import study
 from llm_wsae.commands.theory import theory
@@ -37,6 +38,7 @@ from llm_wsae.terminal import printable, printable_json
 
 COMMANDS: dict[str, Callable[..., Result]] = {
     "run": run,
+    "plan": plan,
     "harvest": harvest,
     "weigh": weigh,
     "train": train,

@@ -108,15 +108,19 @@ def processor_name(device: torch.device = torch.device("cpu")) -> str:  # noqa: 
 def check_memory(needed: int, device: torch.device, what: str, way_out: str) -> None:
     """Raises UsageError if something needs more bytes than a device has at all, whoever uses them:
     then no attempt is made to allocate them."""
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = memory_of(device)
     if needed > there:
         raise UsageError(
             f"{what} would need {needed / 2**30:,.0f} GiB of memory, but {device} has "
             f"{there / 2**30:,.0f} in all; {way_out}"
         )
+
+
+def memory_of(device: torch.device) -> int:
+    """All bytes of a device's memory, whoever uses them."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_bytes() -> int:

@@ -76,7 +76,7 @@ def harvest(
         for site in sites:
             model.check_site(site)
         packer = Packer.for_model(model, config)
-        manifest = _agreed(processes, _manifest(model, corpus, sites, config))
+        manifest = _agreed(processes, manifest_of(model, corpus.identity(), sites, config))
         processes.lead(lambda: _check_size(out, packer, corpus, config, manifest))
         with processes.folder_lock(out, "activation store"):
             following = processes.lead(lambda: _begin(out, manifest))
@@ -282,14 +282,15 @@ class ActivationStream:
         return rows
 
 
-def _manifest(
-    model: LanguageModel, corpus: Corpus, sites: Sequence[Site], config: HarvestConfig
+def manifest_of(
+    model: LanguageModel, corpus: dict[str, Any], sites: Sequence[Site], config: HarvestConfig
 ) -> Manifest:
+    """The manifest of a store before it has a shard; ``corpus`` is the text's identity."""
     auto = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
     return Manifest(
         package_version=version_of("llm-wsae"),
         model=model.identity(),
-        corpus=corpus.identity(),
+        corpus=corpus,
         sites=[str(site) for site in sites],
         dtype=auto if config.dtype == "auto" else config.dtype,
         d_in=model.d_model,

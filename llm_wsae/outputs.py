@@ -52,12 +52,17 @@ def check_folder(path: Path, names: Sequence[str] = (), is_ours: bool = True) ->
 
 def check_room(path: Path, needed: int, way_out: str) -> None:
     """Raises UsageError if a path's disk is too small for so many bytes even when it is empty."""
-    total = shutil.disk_usage(_existing(path)).total
+    total = shutil.disk_usage(existing(path)).total
     if 0 < total < needed:  # some file systems do not tell
         raise UsageError(
             f"{path} would need {needed / 2**30:,.0f} GiB, but its disk has {total / 2**30:,.0f} "
             f"in all; {way_out}, or choose a folder on a larger disk"
         )
+
+
+def free_space(path: Path) -> int:
+    """Bytes that are free on the disk of a path, which may not exist yet."""
+    return shutil.disk_usage(existing(path)).free
 
 
 def is_record_of(command: str) -> Callable[[Path], bool]:
@@ -84,7 +89,7 @@ def _is_there(path: Path) -> bool:
 
 def _check_writable(path: Path, folder: Path) -> None:
     """Write and delete a file in the folder, or in the first of those above it that exists."""
-    there = _existing(folder)
+    there = existing(folder)
     if not there.is_dir():
         raise UsageError(f"--out cannot be {path}: {there} is not a folder")
     try:
@@ -93,7 +98,7 @@ def _check_writable(path: Path, folder: Path) -> None:
         raise write_error(path, error) or error from error
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The path, or the first of the folders above it that exists."""
     path = path.absolute()
     return next(parent for parent in (path, *path.parents) if os.path.lexists(parent))

@@ -28,6 +28,7 @@ from llm_wsae.files import write_json
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.planning.planning import LEAST_TOKENS, check_rows, plan
 from llm_wsae.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import FINISHED
@@ -104,6 +105,7 @@ def run(
     ``out`` receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
     folder per arm, ``report.json``, ``fidelity.png``, and ``report.html``, which shows them. The
     training part of the corpus is harvested; its held-out part is used for the evaluation.
+    Before the harvest, a line or two on stderr say what the run takes (``plan``).
     ``rules`` × ``alphas`` × (``ks`` × ``architectures`` and ``l1s``) × ``init_seeds`` are the arms.
     With ``"auto"`` among the alphas, whitening's is chosen by short trainings
     (``tuning.choose_alpha``), and the numbers are for the
@@ -121,7 +123,7 @@ def run(
     plain = LossWeights(torch.ones(model.d_model), RULES["uniform"])
     for arm in make_arms([plain], ks, l1s, architectures=architectures):
         arm.check(train_config.expansion * model.d_model)
-    _check_rows(harvest_config, train_config)
+    check_rows(harvest_config, train_config)
     _check_not_trained_on_less(out, sites, harvest_config)
     contexts = iter(
         Packer.for_model(model, harvest_config).contexts(
@@ -132,6 +134,25 @@ def run(
     heldout = take_contexts(contexts, evaluate_config.tokens)
     # α is chosen on other text than it is judged by
     trial = take_contexts(contexts, TRIAL_TOKENS) if "auto" in alphas else []
+    if not (out / STORE / MANIFEST).is_file():  # or it was said when the run began
+        takes = plan(
+            model,
+            sites,
+            rules=rules,
+            alphas=alphas,
+            ks=ks,
+            l1s=l1s,
+            architectures=architectures,
+            init_seeds=init_seeds,
+            contexts=heldout,
+            out=out,
+            with_times=harvest_config.tokens >= LEAST_TOKENS,
+            harvest_config=harvest_config,
+            weight_config=weight_config,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+        )
+        tqdm.write(takes.text(), file=sys.stderr)
     _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
     training_text = Corpus.open(corpus, "train", text_column=text_column)
     store = harvest(model, training_text, sites, out / STORE, harvest_config)
@@ -199,14 +220,6 @@ def _weights(
             own = [] if choice.alpha is None else [choice.alpha]
         found |= {w.name: w for w in choose_weights(inputs, [rule], own, config=config)}
     return list(found.values())
-
-
-def _check_rows(harvesting: HarvestConfig, training: TrainConfig) -> None:
-    if training.tokens is None and harvesting.tokens < training.batch_size:
-        raise UsageError(
-            f"{harvesting.tokens:,} tokens are less than one batch of {training.batch_size:,}; "
-            "harvest more"
-        )
 
 
 def _check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: HarvestConfig) -> None:

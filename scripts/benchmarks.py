@@ -46,6 +46,7 @@ _PAGES = {
     "hub": "harvest.md",
     "page": "harvest.md",
     "evaluate": "harvest.md",
+    "plan": "harvest.md",
 }
 
 

@@ -55,6 +55,7 @@ FLOORS = (
     "weighing",
     "plots",
     "tuning",
+    "planning",
     "pipeline",
     "studies",
     "verifying",

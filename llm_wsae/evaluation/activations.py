@@ -28,7 +28,7 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import MASSIVE_RATIO
 
-_CACHE_BYTES = 1 << 30
+CACHE_BYTES = 1 << 30
 
 
 @runtime_checkable
@@ -81,7 +81,7 @@ class ActivationCache:
         """``batches`` are token ids and which positions give rows, both [contexts, positions]."""
         self.batches = batches
         self._model = model
-        self._bytes_left = _CACHE_BYTES
+        self._bytes_left = CACHE_BYTES
         self._kept: dict[tuple[Site, int], Tensor] = {}
         self._medians: dict[Site, float] = {}
 

@@ -87,7 +87,7 @@ def train(
     with processes.together():
         with process_group(processes, device, config.shard) as group:
             # before the lock: a refused request leaves no folder
-            training = _Training(source, arms, config, out, device, group)
+            training = Training(source, arms, config, out, device, group)
             _check_agreed(processes, {**training.identity, "shard": config.shard}, "settings")
             with processes.folder_lock(out, "training"):
                 if not processes.lead(training.is_finished):
@@ -116,7 +116,9 @@ def _check_agreed(processes: Processes, mine: dict[str, Any], what: str) -> None
     processes.meet()  # so that none continues and leaves files behind
 
 
-class _Training:
+class Training:
+    """Several arms on the batches of one source: what ``train`` runs, step by step."""
+
     def __init__(
         self,
         source: ActivationSource,
@@ -216,11 +218,11 @@ class _Training:
                 while step < self.num_steps and wanted < STOP:
                     rows = next(batches)
                     agreed = self.group.agree(lambda: self._want(stopped))
-                    self._step(step, rows)
+                    self.step(step, rows)
                     step += 1
                     bar.update(config.batch_size)
                     if step % config.log_every == 0 or step == self.num_steps:
-                        self._read_numbers(step)
+                        self.read_numbers(step)
                         if self.log is not None:
                             self._log(self.log, bar, step)
                     wanted = agreed()
@@ -265,7 +267,8 @@ class _Training:
     def _logged(self) -> Written | None:
         return None if self.log is None else self.log.written
 
-    def _step(self, step: int, rows: torch.Tensor) -> None:
+    def step(self, step: int, rows: torch.Tensor) -> None:
+        """Step number ``step`` of every arm, on a batch of rows."""
         config = self.config
         batch = self.normaliser.batch(rows)
         factor = learning_rate_factor(step, self.num_steps, config.warmup, config.decay)
@@ -280,7 +283,8 @@ class _Training:
                 self.dead_after,
             )
 
-    def _read_numbers(self, step: int) -> None:
+    def read_numbers(self, step: int) -> None:
+        """The numbers of every arm since the last call; waits until the device has them."""
         rows = step * self.config.batch_size
         variance = self.normaliser.variance / self.normaliser.scale**2
         self.last_numbers = {

@@ -99,7 +99,7 @@ def test_rows_are_the_kept_positions(model, tmp_path):
 
 @pytest.mark.parametrize("room", [0, 1 << 30])
 def test_activations_are_those_of_the_model_kept_or_not(model, tmp_path, monkeypatch, room):
-    monkeypatch.setattr(module, "_CACHE_BYTES", room)
+    monkeypatch.setattr(module, "CACHE_BYTES", room)
     text = take(model, tmp_path, [(40, {})] * 12, 300)
     sites = [Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.2.hook_resid_pre")]
     activations = HeldoutActivations(model, text, batch_tokens=3 * SIZE)

@@ -172,7 +172,7 @@ def test_together_or_one_by_one_in_one_pass_or_several(model, corpus, report, mo
     known = encoder.embedded
     evaluator.score(both())
     assert encoder.embedded == known  # every window once
-    monkeypatch.setattr(activations, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(activations, "CACHE_BYTES", 0)
     again = monosemanticity(both(), model, corpus, CONFIG, WordMeanings())
     for name in both():
         same(again.dictionaries[name], report.dictionaries[name])

@@ -1,0 +1,104 @@
+"""How large a run becomes on the disk and in memory: sums over what its stages keep."""
+
+from dataclasses import dataclass
+
+import torch
+
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.shard_writer import SHARD_SAMPLE_ROWS
+from llm_wsae.data.shuffling import WINDOW_BYTES
+from llm_wsae.evaluation.activations import CACHE_BYTES
+from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
+
+_FILE = 1024  # of a file's header, and of its entry in the manifest
+_TOKEN = 3 * 4 + 1  # id, document and offset, and whether it gives a row
+_WINDOWS = 3  # in memory: one is cut into batches while the next is read and shuffled
+_TRAINED = 2 * 3 * 4 + 2  # of a weight: both matrices with their moments, and the fast encoder
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All that the bytes of a run follow from."""
+
+    sites: int
+    rows: int
+    """At each site."""
+    d_in: int
+    d_sae: int
+    arms: int
+    row_item: int
+    """Bytes of a number in the store."""
+    model_item: int
+    """Bytes of a number in the model."""
+    model_bytes: int
+    batch_size: int
+    spaces: int
+    """Arms with a matrix Γ."""
+    moment: bool
+    """Whether the covariance of all rows is measured."""
+    harvest: HarvestConfig
+
+    @property
+    def matrix(self) -> int:
+        """Weights of an encoder, or of a decoder."""
+        return self.d_in * self.d_sae
+
+    def store(self) -> int:
+        """Rows, tokens, statistics, and what is measured for whitening."""
+        config = self.harvest
+        shards = -(-config.num_contexts // config.contexts_per_shard)
+        statistics = Statistics(self.d_in, config.context_size).to_tensors()
+        moments = sum(tensor.nbytes for tensor in statistics.values())
+        row = self.d_in * self.row_item
+        of_shard = min(SHARD_SAMPLE_ROWS, self.rows // shards)
+        sample = shards * of_shard + min(SAMPLE_ROWS, shards * of_shard)
+        site = self.rows * row + sample * (row + 8) + (shards + 1) * moments + 2 * shards * _FILE
+        site += 8 * self.d_in * (self.d_in + 1) if self.moment else 0
+        tokens = config.num_contexts * config.context_size * _TOKEN + shards * _FILE
+        return self.sites * site + tokens
+
+    def checkpoint(self) -> int:
+        """One checkpoint of all arms: weights with their moments, and when latents last fired."""
+        state = 3 * 4 * (2 * self.matrix + self.d_sae + self.d_in) + 8 * self.d_sae
+        return self.arms * state
+
+    def dictionaries(self) -> int:
+        """The folders of one site."""
+        weights = 2 * self.matrix + self.d_sae + self.d_in
+        gamma = self.arms * self.d_in + self.spaces * self.d_in * (self.d_in - 1)
+        return 4 * (self.arms * (weights + 3 * self.d_in) + gamma)
+
+    def disk(self) -> int:
+        """The most at a time: a checkpoint is replaced by a new one, and in the end by the
+        dictionaries."""
+        own, checkpoint = self.dictionaries(), self.checkpoint()
+        return self.store() + (self.sites - 1) * own + checkpoint + max(checkpoint, own)
+
+    def host(self, before: int, evaluated: int) -> int:
+        """The most in memory at a time where all is computed on the processor, and ``before`` is
+        what Python and the loaded model take."""
+        row = self.d_in * self.row_item
+        harvest = self.sites * row * self.harvest.contexts_per_shard * self.harvest.context_size
+        windows = _WINDOWS * min(WINDOW_BYTES, self.rows * row)
+        train = self._training() + max(windows, self._export())
+        return before + max(harvest, train, self._evaluation(evaluated))
+
+    def device(self, evaluated: int) -> int:
+        """The most in an accelerator's memory, the model included."""
+        return self.model_bytes + max(self._training(), self._evaluation(evaluated))
+
+    def _training(self) -> int:
+        return self.arms * _TRAINED * self.matrix + self.batch_size * self.d_sae * 4
+
+    def _export(self) -> int:
+        """The dictionaries beside their arms; one of them in float64."""
+        return self.arms * 2 * 4 * self.matrix + 2 * 8 * self.matrix
+
+    def _evaluation(self, rows: int) -> int:
+        kept = min(CACHE_BYTES, 2 * rows * self.d_in * self.model_item)
+        return kept + self.arms * 2 * 4 * self.matrix
+
+
+def parameters_bytes(model: torch.nn.Module) -> int:
+    """Of all parameters and buffers."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))

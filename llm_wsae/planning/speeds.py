@@ -1,0 +1,333 @@
+"""How fast the stages of a run go: measured here in a few seconds, or computed for an accelerator
+that is not here from its published numbers.
+
+The measurement runs the code of the stages itself, at the shapes that were asked for: forward
+passes with the store's writer behind them, steps of the trainer, an evaluation of the dictionaries
+that these steps leave. It draws nothing from torch's own generators and leaves the model as it was.
+"""
+
+import contextlib
+import io
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.packing import BEGINNING, Contexts
+from llm_wsae.data.shard_writer import StoreWriter
+from llm_wsae.data.shuffling import shuffled_batches
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.evaluation.activations import Context
+from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
+from llm_wsae.files import save_own_tensors
+from llm_wsae.hardware import choose_device, processor_name
+from llm_wsae.harvesting import kept_rows, manifest_of
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.processes import join
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.export import dictionary_of
+from llm_wsae.training.parallel.group import process_group
+from llm_wsae.training.trainer import Training
+from llm_wsae.weights.matrix_rules import spectrum
+
+SECONDS = 2.0
+"""For the forward passes, and again for the steps of the training."""
+_MOST_BATCHES = 8
+_WARM_UP, _FEWEST_STEPS, _MOST_STEPS = 2, 3, 50
+_EVALUATED = 2048  # tokens of the evaluation on a CPU, where more at a time are not faster
+_LARGEST_SPECTRUM = 1024  # dimensions; above, the time is taken to grow with their cube
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What one unit of each stage takes, in seconds, with all arms of the training."""
+
+    device: str
+    measured: bool
+    """Whether it was measured here; otherwise it follows from published numbers."""
+    token: float
+    """Harvest, for a token at all sites."""
+    moment: float
+    """Covariance, for a row."""
+    spectrum: float
+    """Its eigenvalues, for a site."""
+    row: float
+    """Training, for a row."""
+    export: float
+    """From trained arms to dictionaries, for a site."""
+    evaluated: dict[Site, float]
+    """Evaluation, for a row of each site."""
+    byte: float
+    """Writing to the disk, for a byte."""
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Published numbers of an accelerator."""
+
+    name: str
+    memory: int
+    """Bytes."""
+    flops: float
+    """Operations a second of dense products in bfloat16, without structured sparsity."""
+    bandwidth: float
+    """Bytes a second between memory and processor."""
+
+
+# NVIDIA's data sheets of each product; where they give only the number with sparsity, half of it.
+# The RTX 4090: NVIDIA Ada GPU Architecture white paper, appendix A, sums in float32.
+ACCELERATORS = {
+    "h200": Accelerator("NVIDIA H200 SXM", 141 * 10**9, 989e12, 4.8e12),
+    "h100": Accelerator("NVIDIA H100 SXM", 80 * 10**9, 989e12, 3.35e12),
+    "a100": Accelerator("NVIDIA A100 SXM 80 GB", 80 * 10**9, 312e12, 2.039e12),
+    "l40s": Accelerator("NVIDIA L40S", 48 * 10**9, 362e12, 864e9),
+    "l4": Accelerator("NVIDIA L4", 24 * 10**9, 121e12, 300e9),
+    "rtx4090": Accelerator("NVIDIA GeForce RTX 4090", 24 * 10**9, 165.2e12, 1008e9),
+}
+UTILISATION = 0.4
+"""Share of the published operations a second that products are taken to reach."""
+BANDWIDTH_REACHED = 0.6
+"""Share of the published bandwidth that everything else is taken to reach."""
+
+
+class _InMemory:
+    """Rows that are read as those of a store are."""
+
+    def __init__(self, rows: Tensor):
+        self.num_rows, self.row_bytes, self.dtype = len(rows), rows[0].nbytes, rows.dtype
+        self._rows = rows
+
+    def read(self, start: int, out: Tensor) -> None:
+        out.copy_(self._rows[start : start + len(out)])
+
+
+class _Sample:
+    """Some rows in memory as a trainer's source, shuffled as those of a store are."""
+
+    def __init__(self, rows: Tensor, site: Site, statistics: Statistics, identity: dict[str, Any]):
+        self.site, self.d_in = site, rows.shape[1]
+        self.num_rows: int | None = len(rows)
+        self._reader, self._statistics, self._identity = _InMemory(rows), statistics, identity
+
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[Float[Tensor, "batch d_in"]]:
+        return shuffled_batches(self._reader, batch_size, seed, start)
+
+    def statistics(self) -> Statistics:
+        return self._statistics
+
+    def identity(self) -> dict[str, Any]:
+        return self._identity
+
+
+def measure(
+    model: LanguageModel,
+    sites: Sequence[Site],
+    arms: Sequence[ArmConfig],
+    contexts: Sequence[Context],
+    place: Path,
+    harvest: HarvestConfig,
+    train: TrainConfig,
+    evaluate: EvaluateConfig,
+) -> Speeds:
+    """Measure every stage on some contexts; ``train.tokens`` is the number of rows of the training.
+
+    What is written goes into a temporary folder in ``place``. Raises as the stages do.
+    """
+    with TemporaryDirectory(prefix=".plan.", dir=place) as name:
+        folder = Path(name)
+        token, rows, positions = _harvest(model, sites, contexts, folder, harvest)
+        statistics = Statistics(model.d_model, harvest.context_size).update(rows, positions)
+        packing = {"packing": harvest.packing()}
+        identity = {"kind": "sample", "site": str(sites[-1]), "model": model.identity(), **packing}
+        sample = _Sample(rows, sites[-1], statistics, identity)
+        row, export, dictionaries = _train(sample, arms, train, folder)
+        return Speeds(
+            device=processor_name(model.device),
+            measured=True,
+            token=token,
+            moment=_moment(rows),
+            spectrum=_spectrum(model.d_model),
+            row=row,
+            export=export,
+            evaluated={
+                site: _evaluate(model, site, dictionaries, contexts, evaluate) for site in sites
+            },
+            byte=_write(rows, folder),
+        )
+
+
+def published(
+    accelerator: Accelerator,
+    model: LanguageModel,
+    sites: Sequence[Site],
+    arms: Sequence[ArmConfig],
+    place: Path,
+    context_size: int,
+    train: TrainConfig,
+) -> Speeds:
+    """The speeds of an accelerator that is not here, of plain TopK arms.
+
+    The host's part (statistics, covariance, writing) is measured on the processor that is here.
+    """
+    d, d_sae, batch = model.d_model, train.expansion * model.d_model, train.batch_size
+    operation = 1 / (accelerator.flops * UTILISATION)
+    moved = 1 / (accelerator.bandwidth * BANDWIDTH_REACHED)
+    blocks = model.hf_model.get_submodule(model.paths.blocks)
+    # a product, and what causal attention adds: half of all pairs, scores and their sums
+    of_block = [2 * sum(p.numel() for p in b.parameters()) + 2 * context_size * d for b in blocks]
+    before = {site: sum(of_block[: _blocks_before(site)]) for site in sites}
+    rest = {site: sum(of_block) - before[site] + 2 * model.W_U.numel() for site in sites}
+    product = 2 * d * d_sae
+    # Adam reads and writes a weight and two moments of both matrices, and the encoder's fast copy
+    adam = 2 * d * d_sae * 6 * 4 + d * d_sae * 2
+    latents = batch * d_sae * 2 * 2  # written, and read to find the largest
+    step = batch * product * operation + (adam + latents) * moved
+    rows = torch.randn(4096, d, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    began = time.perf_counter()
+    Statistics(d, context_size).update(rows, torch.arange(len(rows)) % context_size)
+    host = (time.perf_counter() - began) / len(rows) * len(sites)
+    with TemporaryDirectory(prefix=".plan.", dir=place) as name:
+        byte = _write(rows, Path(name))
+    return Speeds(
+        device=accelerator.name,
+        measured=False,
+        token=max(max(before.values()) * operation, host),
+        moment=_moment(rows),
+        spectrum=_spectrum(d),
+        row=len(arms) * step / batch,
+        export=0.0,
+        evaluated={
+            site: operation * (before[site] + (3 + len(arms)) * rest[site] + len(arms) * product)
+            for site in sites
+        },
+        byte=byte,
+    )
+
+
+def _blocks_before(site: Site) -> int:
+    return site.block + (site.point != "pre")
+
+
+def _harvest(
+    model: LanguageModel,
+    sites: Sequence[Site],
+    contexts: Sequence[Context],
+    folder: Path,
+    config: HarvestConfig,
+) -> tuple[float, Tensor, Tensor]:
+    """Seconds a token; rows of the last site, and the position of each in its context."""
+    size = config.contexts_per_batch
+    batches = [_joined(contexts[at : at + size]) for at in range(0, len(contexts), size)]
+    began = time.perf_counter()
+    kept_rows(model, batches[0], sites)  # also warms up
+    once = time.perf_counter() - began
+    most = min(_MOST_BATCHES, config.contexts_per_shard // size)
+    batches = batches[: max(1, min(most, int(SECONDS / once)))]
+    count = sum(len(batch.ids) for batch in batches)
+    manifest = replace(manifest_of(model, {}, sites, config), num_contexts=count)
+    found = []
+    with StoreWriter(folder / "store", manifest) as writer:
+        began = time.perf_counter()
+        for batch in batches:
+            rows = kept_rows(model, batch, sites)
+            writer.add(0, batch, {str(site): rows[site] for site in sites})
+            found.append(rows[sites[-1]])
+        writer.wait()
+        seconds = time.perf_counter() - began
+    positions = [torch.from_numpy(batch.keep).nonzero()[:, 1] for batch in batches]
+    dtype = getattr(torch, manifest.dtype)
+    tokens = count * config.context_size
+    return seconds / tokens, torch.cat(found).to(dtype), torch.cat(positions)
+
+
+def _joined(contexts: Sequence[Context]) -> Contexts:
+    """Contexts as a packer gives them. Which documents they come from does not matter here."""
+    ids = torch.stack([torch.as_tensor(context.ids) for context in contexts]).int()
+    keep = torch.stack([torch.as_tensor(context.keep) for context in contexts])
+    nowhere = torch.zeros_like(ids).numpy()
+    return Contexts(ids.numpy(), keep.numpy(), nowhere, nowhere, BEGINNING, BEGINNING, {})
+
+
+def _train(
+    sample: _Sample, arms: Sequence[ArmConfig], config: TrainConfig, folder: Path
+) -> tuple[float, float, dict[str, Dictionary]]:
+    """Seconds a row, seconds of the export, and the dictionaries."""
+    device = choose_device(config.device)
+    batches = sample.batches(config.batch_size, config.shuffle_seed)
+    with process_group(join(), device, config.shard) as group:
+        training = Training(sample, arms, config, folder / "training", device, group)
+        last = training.num_steps - 1
+        for number in range(_WARM_UP):
+            training.step(min(number, last), next(batches))
+        training.read_numbers(1)
+        began, steps = time.perf_counter(), 0
+        while steps < _FEWEST_STEPS or (
+            steps < _MOST_STEPS and time.perf_counter() - began < SECONDS
+        ):
+            training.step(min(_WARM_UP + steps, last), next(batches))
+            steps += 1
+        training.read_numbers(steps)
+        seconds = time.perf_counter() - began
+        batches.close()  # type: ignore[attr-defined]  # ends its reading thread
+        began = time.perf_counter()
+        dictionaries = {
+            arm.config.name: dictionary_of(
+                arm, sample, training.statistics, training.normaliser, {}, {}
+            )
+            for arm in training.arms
+        }
+        return seconds / steps / config.batch_size, time.perf_counter() - began, dictionaries
+
+
+def _evaluate(
+    model: LanguageModel,
+    site: Site,
+    dictionaries: dict[str, Dictionary],
+    contexts: Sequence[Context],
+    config: EvaluateConfig,
+) -> float:
+    """Seconds a row."""
+    for dictionary in dictionaries.values():  # they serve for every site
+        dictionary.info = replace(dictionary.info, site=str(site), massive_threshold=None)
+    tokens = min(config.batch_tokens, _EVALUATED if model.device.type == "cpu" else 1 << 30)
+    taken = contexts[: max(2, tokens // len(contexts[0].ids))]
+    rows = sum(int(context.keep.sum()) for context in taken)
+    began = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):  # its bars would be taken for the work's
+        evaluator = FidelityEvaluator(model, taken, replace(config, tokens=rows, bootstraps=1))
+        evaluator.evaluate(dictionaries)
+    return (time.perf_counter() - began) / rows
+
+
+def _moment(rows: Tensor) -> float:
+    began = time.perf_counter()
+    SecondMoment(rows.shape[1]).update(rows)
+    return (time.perf_counter() - began) / len(rows)
+
+
+def _spectrum(d_in: int) -> float:
+    size = min(d_in, _LARGEST_SPECTRUM)
+    draw = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    spectrum(draw @ draw.T)
+    return (time.perf_counter() - began) * (d_in / size) ** 3
+
+
+def _write(rows: Tensor, folder: Path) -> float:
+    began = time.perf_counter()
+    save_own_tensors(folder / "rows.safetensors", {"rows": rows}, {})
+    return (time.perf_counter() - began) / rows.nbytes
