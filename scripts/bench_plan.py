@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from benchmarks import embedded_model, machine, write_benchmark
 
-from llm_wsae import pipeline
+import llm_wsae.pipeline as pipeline
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer

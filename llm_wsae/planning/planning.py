@@ -33,7 +33,7 @@ from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import Rule
 
-LEAST_TOKENS = 300_000
+LEAST_TOKENS = 500_000
 """Of a run that measures before it begins; a shorter one is over before that would be worth it."""
 _SAMPLED = 8  # forward passes' worth of text that is looked at
 
