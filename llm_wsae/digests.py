@@ -1,9 +1,9 @@
 """Digests, by which a file shows that it still holds what was written.
 
 Every file that is read back is covered by one. A JSON object and a header of tensors end with their
-own digest; the files of a store and of a dictionary are listed, with theirs, in the JSON file
-beside them. A digest finds damage: a flipped bit, a torn write, an edit. It is no signature:
-whoever changes a file on purpose can compute its digest too.
+own digest, and so does each line of a file that grows; the files of a store and of a dictionary are
+listed, with theirs, in the JSON file beside them. A digest finds damage: a flipped bit, a torn
+write, an edit. It is no signature: whoever changes a file on purpose can compute its digest too.
 
 Files of the first version have no digest of their own, nor have those of other tools. So that
 damage cannot make a file look like one of them, a digest is known by its name or by its looks: one
@@ -15,7 +15,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,26 @@ def check_json(text: str, key: str = KEY) -> tuple[Any, bool]:
     Raises Damaged if the text, to the last space, is not what ``json_text`` gave; ValueError if it
     is not JSON.
     """
+    return _checked(text, key, _dumps)
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """An object as one line of JSON that ends with the digest of its other entries."""
+    assert KEY not in value
+    return _dumps_line({**value, KEY: _of_value(json.loads(_dumps_line(value)))})
+
+
+def check_line(text: str) -> tuple[Any, bool]:
+    """``check_json`` for what ``json_line`` gave, with its line's end or without."""
+    return _checked(text.removesuffix("\n") + "\n", KEY, _dumps_line)
+
+
+def _checked(text: str, key: str, dumps: Callable[[Any], str]) -> tuple[Any, bool]:
     value = json.loads(text)
     digest = _take_digest(value, key)
     if digest is None:
         return value, False
-    if digest != _of_value(value) or _dumps({**value, key: digest}) != text:
+    if digest != _of_value(value) or dumps({**value, key: digest}) != text:
         raise Damaged
     return value, True
 
@@ -71,6 +86,8 @@ def _take_digest(value: Any, key: str) -> str | None:
         return None
     last, found = next(reversed(value.items()))
     if last != key and not _looks_like_digest(found):
+        if key in value:
+            raise Damaged  # what is behind it was not written by us
         return None
     del value[last]
     return str(found) if last == key else ""
@@ -90,6 +107,10 @@ def _of_value(value: Any) -> str:
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _dumps_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 # --- Files of tensors

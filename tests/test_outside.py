@@ -18,6 +18,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outputs import check_file, check_folder, check_room, is_record_of
 from llm_wsae.outside import (
     LARGEST_NUMBER,
+    SHARE,
     check_numbers,
     lines,
     local_path,
@@ -63,11 +64,12 @@ def test_yaml_is_read():
 class Settings:
     count: int | None = 3
     share: float = 0.5
+    rate: float = -2.5
     seeds: tuple[int, ...] = (0, 1)
     on: bool = True
 
     def __post_init__(self) -> None:
-        check_numbers(self, {"count": 1, "seeds": 0}, {"share": 1})
+        check_numbers(self, count=1, share=SHARE)
 
 
 def test_numbers_have_limits():
@@ -76,8 +78,9 @@ def test_numbers_have_limits():
         ({"count": 10**30}, "but must be at most 1,000,000,000,000,000"),
         ({"share": float("nan")}, "share is nan, but must be a number"),
         ({"share": float("inf")}, "share is inf, but must be at most 1"),
-        ({"share": -1e300}, "share is -1e.300, but must be at least"),
+        ({"share": -1e300}, "share is -1e.300, but must be at least 0"),
         ({"seeds": (1, 2, -1)}, "seeds is -1, but must be at least 0"),
+        ({"rate": -1e300}, "rate is -1e.300, but must be at least -1,000,000,000,000,000"),
     ):
         with pytest.raises(UsageError, match=said):
             Settings(**given)
