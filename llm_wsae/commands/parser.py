@@ -85,7 +85,8 @@ def _sentence(event: Any, name: str, command: Callable[..., Result]) -> str | No
         case "BadValue" if event.reason == "too_few_values":
             return f"{_name(event.argument)} needs a value"
         case "InstantiationFailure" if event.argument is not None:
-            message = str(event.message)
+            *_, last = str(event.message).splitlines()  # of several types: that of the value
+            message = re.sub(r"^- <class '\w+'>: ", "", last)
             return f"{_name(event.argument)}: {message[:1].lower()}{message[1:]}"
     return None
 
