@@ -6,8 +6,8 @@ listed, with theirs, in the JSON file beside them. A digest finds damage: a flip
 write, an edit. It is no signature: whoever changes a file on purpose can compute its digest too.
 
 Files of the first version have no digest of their own, nor have those of other tools. So that
-damage cannot make a file look like one of them, a digest is known by its name or by its looks: one
-flipped bit cannot change both.
+damage cannot make a file look like one of them, a digest is known by its name or by what may be
+left of it: a flipped bit cannot change both, nor can the loss of a piece.
 """
 
 import hashlib
@@ -25,7 +25,8 @@ HEADER = "llm_wsae"
 """Key of the JSON object in the metadata of this package's safetensors files."""
 _DIGITS = 64
 _BLANK = "0" * _DIGITS
-_ENDS_WITH_DIGEST = re.compile(rf': "[0-9a-f]{{{_DIGITS}}}"\}}\Z')
+_LEFT = re.compile(r"[0-9a-f]{8}|\A[0-9a-f]*\Z")  # of a digest that has lost its name
+_ENDS_WITH_DIGEST = re.compile(r'[0-9a-f]{8}"\}\Z')
 _BLOCK = 4 << 20  # bytes with a CRC-32 of their own
 _LONGEST_HEADER = 100 << 20  # of a safetensors file, by its specification
 
@@ -85,19 +86,10 @@ def _take_digest(value: Any, key: str) -> str | None:
     if not isinstance(value, dict) or not value:
         return None
     last, found = next(reversed(value.items()))
-    if last != key and not _looks_like_digest(found):
-        if key in value:
-            raise Damaged  # what is behind it was not written by us
+    if last != key and key not in value and not (isinstance(found, str) and _LEFT.search(found)):
         return None
     del value[last]
-    return str(found) if last == key else ""
-
-
-def _looks_like_digest(value: Any) -> bool:
-    """Whether it is one, or one with a wrong digit."""
-    if not isinstance(value, str) or len(value) != _DIGITS:
-        return False
-    return sum(digit in "0123456789abcdef" for digit in value) >= _DIGITS - 1
+    return str(found) if last == key else ""  # nothing of ours is behind a digest
 
 
 def _of_value(value: Any) -> str:

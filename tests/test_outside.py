@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from command_line import call
@@ -25,6 +26,7 @@ from llm_wsae.outside import (
     parse_json,
     parse_yaml,
     parsing,
+    typed,
 )
 from llm_wsae.provenance import portable
 
@@ -85,6 +87,29 @@ def test_numbers_have_limits():
         with pytest.raises(UsageError, match=said):
             Settings(**given)
     Settings(count=None, share=1.0, seeds=(LARGEST_NUMBER,))
+
+
+@dataclass
+class Filled:
+    count: int
+    share: float | None
+    place: Literal["loss", "space"]
+    seeds: tuple[int, ...]
+    by_name: dict[str, float]
+
+
+def test_what_was_filled_from_json_has_the_declared_types():
+    good = {"count": 3, "share": None, "place": "loss", "seeds": (0, 1), "by_name": {"a": 1}}
+    assert typed(Filled(**good)).share is None and typed(Filled(**good | {"share": 2}))
+    for name, value in (
+        ("count", True), ("count", 3.0), ("count", 10**30), ("share", "x"), ("share", 1e999),
+        ("place", 1), ("place", "none"), ("seeds", [0]), ("seeds", (0, "1")),
+        ("by_name", {"a": ""}), ("by_name", []),
+    ):  # fmt: skip
+        made = Filled(**good)
+        setattr(made, name, value)
+        with pytest.raises(TypeError, match=f"its {name} is"):
+            typed(made)
 
 
 def test_whatever_a_library_raises():

@@ -1,8 +1,8 @@
 """What a language model said about latents: ``explanations.jsonl`` beside a dictionary's weights.
 
 The first line names the weights by their checksum, so that labels are never shown beside another
-dictionary, and holds the checksum of the other lines and its own (the first version had neither).
-One line for every explained latent follows. The file may come from the Hub: a value
+dictionary, and holds the checksum of the other lines and its own. One line for every explained
+latent follows. The file may come from the Hub: a value
 that does not have the expected type counts as missing, and a text is only ever shown escaped.
 """
 
@@ -70,10 +70,7 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
         return {}
     with _reading(path):
         first, _, rest = path.read_bytes().decode("utf-8").partition("\n")
-        head = json.loads(first)
-        has_digest = list(mapping(head))[-1:] != ["weights_sha256"]
-        if has_digest and isinstance(head, dict):
-            head, _ = digests.check_line(first)
+        head, has_digest = digests.check_line(first)
     version = integer(mapping(head).get("format_version"))
     if mapping(head).get("format") != FORMAT or version is None or version > FORMAT_VERSION:
         raise LlmWsaeError(
@@ -86,7 +83,7 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
             "delete it"
         )
     with _reading(path):
-        if has_digest and head.get("lines_sha256") != _sha256(rest):
+        if not has_digest or head.get("lines_sha256") != _sha256(rest):
             raise digests.Damaged
         lines = [json.loads(line) for line in rest.splitlines()]
     return {one.latent: one for line in lines if (one := _explanation(mapping(line))) is not None}

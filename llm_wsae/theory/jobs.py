@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.files import read_own_json, write_json
 from llm_wsae.outside import mapping
 from llm_wsae.provenance import plain
@@ -95,7 +95,8 @@ def _read(unit: Unit) -> dict[str, Any]:
         if before != wanted:
             raise LlmWsaeError(
                 f"{unit.path} was computed with another {key.replace('_', ' ')} "
-                f"({before}, now {wanted}); choose another folder, or delete that file"
+                f"({shown(before)}, now {shown(wanted)}); choose another folder, or delete that "
+                "file"
             )
     return result
 

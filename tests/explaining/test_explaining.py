@@ -14,6 +14,7 @@ import shutil
 import signal
 import threading
 from dataclasses import replace
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -655,13 +656,9 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
     other.save(folder)  # other weights
     assert read_explanations(folder) == {}
     dictionary.save(tmp_path / "third")
-    first_version = dict(list(json.loads(head).items())[:3])  # without checksums
-    lines = [
-        json.dumps(first_version),
-        '{"latent": -1}',
-        '{"latent": 3, "text": 7, "scores": {"detection": {}}}',
-    ]
-    (tmp_path / "third/explanations.jsonl").write_text("\n".join(lines))
+    lines = '{"latent": -1}\n{"latent": 3, "text": 7, "scores": {"detection": {}}}'
+    facts = {**digests.check_line(head)[0], "lines_sha256": sha256(lines.encode()).hexdigest()}
+    (tmp_path / "third/explanations.jsonl").write_text(digests.json_line(facts) + lines)
     assert read_explanations(tmp_path / "third") == {3: Explanation(3, None, "not known", {})}
 
 
