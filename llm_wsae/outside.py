@@ -27,6 +27,7 @@ LARGEST_NUMBER = 10**15
 SHARE = (0, 1)
 """The limits of a share or a probability."""
 LARGEST_JSON = 1 << 29  # bytes; the manifest of a store of a hundred billion tokens has fewer
+_REVISION = re.compile(r"\w[\w./+@-]{0,199}", re.ASCII)
 _LONGEST_LINE = 1 << 26  # characters of one line of text
 _LARGEST_YAML = 1 << 20  # characters
 _MOST_BRACKETS = 1000  # of a YAML block: the time that nested ones take grows with their square
@@ -234,6 +235,13 @@ def from_environment(name: str, least: int, most: int) -> int:
             f"{least} to {most}; start several processes with torchrun, or unset it"
         )
     return value
+
+
+def check_revision(name: str | None) -> None:
+    """Raises UsageError for what can be no branch, tag or commit. The Hub's client would take such
+    a name, which may come with a dictionary, for a path from its cache to anywhere."""
+    if name is not None and not (_REVISION.fullmatch(name) and ".." not in name):
+        raise UsageError(f"{shown(name)} cannot be a branch, tag or commit")
 
 
 def local_path(name: str, what: str) -> Path:

@@ -21,6 +21,7 @@ from llm_wsae.outside import (
     LARGEST_NUMBER,
     SHARE,
     check_numbers,
+    check_revision,
     lines,
     local_path,
     parse_json,
@@ -154,6 +155,15 @@ def test_names_of_files(tmp_path):
         with pytest.raises(UsageError, match=said):
             local_path(name, "corpus")
     assert local_path("~/x", "corpus") == Path.home() / "x"
+
+
+def test_revisions():
+    """Those of a dictionary's model come with the dictionary."""
+    for name in (None, "main", "v1.0", "refs/pr/1", "c0ffee" * 6, "user/branch-2"):
+        check_revision(name)
+    for name in ("/dev/zero", "../../x", "a/../../b", "", "-x", "a b", "x" * 300, "a\0"):
+        with pytest.raises(UsageError, match="cannot be a branch, tag or commit"):
+            check_revision(name)
 
 
 def test_nothing_of_other_people_is_written_over(tmp_path):

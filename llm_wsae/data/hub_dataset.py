@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_wsae.data.text_sources import RawDocument, text_column_of
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.outside import check_revision
 
 HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?")
 _STRINGS = ("string", "large_string")
@@ -29,6 +30,7 @@ class HubDataset:
         match = HUB_NAME.fullmatch(spec)
         assert match is not None
         self._id, self._config, self._asked = match.groups()
+        check_revision(self._asked)
         self._text_column = text_column
         self._revision = self._find_revision()
         self._rows = self._load()

@@ -107,7 +107,7 @@ def command_line(draw: random.Random) -> list[str]:
         if how == "option":
             words += [draw.choice(OPTIONS[name]), draw.choice(draw.choice((NUMBERS, VALUES)))]
         elif how == "value":
-            values = [at for at in range(1, len(words)) if not words[at].startswith("--")]
+            values = [at for at, word in enumerate(words) if not word.startswith("--")] or [0]
             at = draw.choice(values)
             words[at] = draw.choice(NUMBERS if words[at].isdecimal() else VALUES)
         else:
@@ -130,6 +130,7 @@ def in_a_fork(words: list[str]) -> tuple[int, str]:
     if child == 0:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         signal.alarm(SECONDS)
+        torch.set_num_threads(1)  # its pool is made anew, before several threads ask for it
         try:
             result = call(*words)
             found = [result.code, result.err]
@@ -161,20 +162,17 @@ NAMES = {"model", "store", "trained", "text.jsonl", "loop", "link", "fifo", "emp
 
 
 def tidy(world: Path, before: dict[str, bytes], fuzz: Fuzz, kind: str, case: object) -> None:
-    """Remove what is new; whatever else differs from before was changed, or lost."""
+    """Remove what is new; what was there before and differs is lost."""
     for new in set(os.listdir(world)) - NAMES:
         path = world / new
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     after = content(world)
-    if lost := [
-        name for name in before.keys() | after.keys() if after.get(name) != before.get(name)
-    ]:
+    for name in after.keys() - before.keys():  # in a folder that was named
+        (world / name).unlink()
+    if lost := [name for name, data in before.items() if after.get(name) != data]:
         fuzz.count(kind, "lost", case, lost)
         for name in lost:
-            if name in before:
-                (world / name).write_bytes(before[name])
-            else:
-                (world / name).unlink()
+            (world / name).write_bytes(before[name])
 
 
 def test_command_lines(places, monkeypatch, fuzz):
