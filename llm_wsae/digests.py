@@ -1,13 +1,13 @@
 """Digests, by which a file shows that it still holds what was written.
 
 Every file that is read back is covered by one. A JSON object and a header of tensors end with their
-own digest; the files of a store and of a dictionary are listed, with theirs, in the JSON file
-beside them. A digest finds damage: a flipped bit, a torn write, an edit. It is no signature:
-whoever changes a file on purpose can compute its digest too.
+own digest, and so does each line of a file that grows; the files of a store and of a dictionary are
+listed, with theirs, in the JSON file beside them. A digest finds damage: a flipped bit, a torn
+write, an edit. It is no signature: whoever changes a file on purpose can compute its digest too.
 
 Files of the first version have no digest of their own, nor have those of other tools. So that
-damage cannot make a file look like one of them, a digest is known by its name or by its looks: one
-flipped bit cannot change both.
+damage cannot make a file look like one of them, a digest is known by its name or by what may be
+left of it: a flipped bit cannot change both, nor can the loss of a piece.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ HEADER = "llm_wsae"
 """Key of the JSON object in the metadata of this package's safetensors files."""
 _DIGITS = 64
 _BLANK = "0" * _DIGITS
-_ENDS_WITH_DIGEST = re.compile(rf': "[0-9a-f]{{{_DIGITS}}}"\}}\Z')
+_LEFT = re.compile(r"[0-9a-f]{8}|\A[0-9a-f]*\Z")  # of a digest that has lost its name
+_ENDS_WITH_DIGEST = re.compile(r'[0-9a-f]{8}"\}\Z')
 _BLOCK = 4 << 20  # bytes with a CRC-32 of their own
 _LONGEST_HEADER = 100 << 20  # of a safetensors file, by its specification
 
@@ -56,11 +57,26 @@ def check_json(text: str, key: str = KEY) -> tuple[Any, bool]:
     Raises Damaged if the text, to the last space, is not what ``json_text`` gave; ValueError if it
     is not JSON.
     """
+    return _checked(text, key, _dumps)
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """An object as one line of JSON that ends with the digest of its other entries."""
+    assert KEY not in value
+    return _dumps_line({**value, KEY: _of_value(json.loads(_dumps_line(value)))})
+
+
+def check_line(text: str) -> tuple[Any, bool]:
+    """``check_json`` for what ``json_line`` gave, with its line's end or without."""
+    return _checked(text.removesuffix("\n") + "\n", KEY, _dumps_line)
+
+
+def _checked(text: str, key: str, dumps: Callable[[Any], str]) -> tuple[Any, bool]:
     value = json.loads(text)
     digest = _take_digest(value, key)
     if digest is None:
         return value, False
-    if digest != _of_value(value) or _dumps({**value, key: digest}) != text:
+    if digest != _of_value(value) or dumps({**value, key: digest}) != text:
         raise Damaged
     return value, True
 
@@ -70,17 +86,10 @@ def _take_digest(value: Any, key: str) -> str | None:
     if not isinstance(value, dict) or not value:
         return None
     last, found = next(reversed(value.items()))
-    if last != key and not _looks_like_digest(found):
+    if last != key and key not in value and not (isinstance(found, str) and _LEFT.search(found)):
         return None
     del value[last]
-    return str(found) if last == key else ""
-
-
-def _looks_like_digest(value: Any) -> bool:
-    """Whether it is one, or one with a wrong digit."""
-    if not isinstance(value, str) or len(value) != _DIGITS:
-        return False
-    return sum(digit in "0123456789abcdef" for digit in value) >= _DIGITS - 1
+    return str(found) if last == key else ""  # nothing of ours is behind a digest
 
 
 def _of_value(value: Any) -> str:
@@ -90,6 +99,10 @@ def _of_value(value: Any) -> str:
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _dumps_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 # --- Files of tensors

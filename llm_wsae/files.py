@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from llm_wsae import digests
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.outside import reason
 
 AGAIN = "delete it and run the command that wrote it again"
 """What to do about most damaged files."""
@@ -182,7 +183,9 @@ def open_tensors(path: Path, what: str, way_out: str = "") -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise LlmWsaeError(f"{path} is not a readable {what}: {error}{_then(way_out)}") from error
+        raise LlmWsaeError(
+            f"{path} is not a readable {what}: {reason(error)}{_then(way_out)}"
+        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -251,7 +254,9 @@ def _reading_json(path: Path, what: str, way_out: str = "") -> Iterator[None]:
     except digests.Damaged as error:
         raise LlmWsaeError(f"{path} is damaged: {error}{_then(way_out)}") from error
     except (ValueError, OSError, RecursionError) as error:  # the last: endless brackets
-        raise LlmWsaeError(f"{path} is not a readable {what}: {error}{_then(way_out)}") from error
+        raise LlmWsaeError(
+            f"{path} is not a readable {what}: {reason(error)}{_then(way_out)}"
+        ) from error
 
 
 def _then(way_out: str) -> str:

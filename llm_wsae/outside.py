@@ -15,13 +15,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import IO, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 
+T = TypeVar("T")
+
 LARGEST_NUMBER = 10**15
 """No count of tokens, rows, steps or latents is larger; sums and products of it still fit."""
+SHARE = (0, 1)
+"""The limits of a share or a probability."""
 LARGEST_JSON = 1 << 29  # bytes; the manifest of a store of a hundred billion tokens has fewer
+_REVISION = re.compile(r"\w[\w./+@-]{0,199}", re.ASCII)
 _LONGEST_LINE = 1 << 26  # characters of one line of text
 _LARGEST_YAML = 1 << 20  # characters
 _MOST_BRACKETS = 1000  # of a YAML block: the time that nested ones take grows with their square
@@ -150,26 +156,65 @@ def pair(value: Any) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
-def check_numbers(
-    settings: Any, least: Mapping[str, int], most: Mapping[str, int] | None = None
-) -> None:
+def typed(made: T) -> T:
+    """A dataclass that was filled from JSON, whose fields need not hold what they are declared to.
+
+    Raises TypeError, naming the field, unless they do, also within other dataclasses.
+    """
+    hints = get_type_hints(type(made))
+    for field in dataclasses.fields(made):  # type: ignore[arg-type]
+        value = getattr(made, field.name)
+        if not _fits(value, hints[field.name]):
+            raise TypeError(f"its {field.name} is {shown(value)}")
+    return made
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a declared type; a float may be a whole number."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return isinstance(value, str) and value in parts
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_fits(one, parts[0]) for one in value)
+    if kind in (dict, Mapping):
+        return isinstance(value, dict) and all(_fits(one, parts[1]) for one in value.values())
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, hint) and typed(value) is value  # type: ignore[arg-type]
+    if hint in (int, float):
+        return (integer if hint is int else number)(value) is not None
+    return type(value) is hint
+
+
+def check_numbers(settings: Any, **limits: int | tuple[int, int]) -> None:
     """Check every number among the fields of a configuration, also within tuples.
 
-    A field must be at least what ``least`` says (other numbers may be negative) and at most what
-    ``most`` says, by default LARGEST_NUMBER; never NaN or infinite. Raises UsageError, naming field
+    The limits of a field are what it must at least be, or that and what it must at most be; those
+    that are not given follow from its kind, as in ``check_number``. Raises UsageError, naming field
     and limit.
     """
     for field in dataclasses.fields(settings):
+        given = limits.get(field.name)
+        least_and_most = given if isinstance(given, tuple) else (given,)
         found = getattr(settings, field.name)
         for value in found if isinstance(found, tuple) else (found,):
             if isinstance(value, int | float) and not isinstance(value, bool):
-                low = least.get(field.name, -LARGEST_NUMBER)
-                high = (most or {}).get(field.name, LARGEST_NUMBER)
-                check_number(field.name.replace("_", "-"), value, low, high)
+                check_number(field.name.replace("_", "-"), value, *least_and_most)
 
 
-def check_number(name: str, value: int | float, least: int, most: int = LARGEST_NUMBER) -> None:
-    """Raises UsageError, naming the number and the limit, unless least ≤ value ≤ most."""
+def check_number(
+    name: str, value: int | float, least: int | None = None, most: int = LARGEST_NUMBER
+) -> None:
+    """Raises UsageError, naming the number and the limit, unless least ≤ value ≤ most.
+
+    A whole number is a count or a seed, so it is at least 0; any other is only of a size that can
+    be worked with. NaN is no number.
+    """
+    if least is None:
+        least = 0 if isinstance(value, int) else -LARGEST_NUMBER
     if value < least:
         raise UsageError(f"{name} is {shown(value)}, but must be at least {least:,}")
     if not value <= most:  # NaN too
@@ -190,6 +235,13 @@ def from_environment(name: str, least: int, most: int) -> int:
             f"{least} to {most}; start several processes with torchrun, or unset it"
         )
     return value
+
+
+def check_revision(name: str | None) -> None:
+    """Raises UsageError for what can be no branch, tag or commit. The Hub's client would take such
+    a name, which may come with a dictionary, for a path from its cache to anywhere."""
+    if name is not None and not (_REVISION.fullmatch(name) and ".." not in name):
+        raise UsageError(f"{shown(name)} cannot be a branch, tag or commit")
 
 
 def local_path(name: str, what: str) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import read_json, write_json
+from llm_wsae.files import read_own_json, write_json
 
 _PATH = re.compile(r"(^|[=+])(?:~[^/+]*|\.\.)?/(?:[^/+]*/)*([^/+]+)/?")  # also one of several texts
 _PACKAGES = (
@@ -89,7 +89,7 @@ def begin_or_resume(folder: Path, record: str, what: str, asked: dict[str, Any])
         made = {"made": what, "command": command_line(), "asked": asked, "versions": versions()}
         write_json(folder / record, made)
         return
-    found = read_json(folder / record, f"record of the {what}")
+    found = read_own_json(folder / record, f"record of the {what}")
     if not isinstance(found, dict) or (found.get("made"), found.get("asked")) != (what, asked):
         raise LlmWsaeError(
             f"{folder} holds what another command made ({record} has other settings); choose "

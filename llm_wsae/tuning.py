@@ -16,6 +16,7 @@ from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.files import read_own_json, write_json
+from llm_wsae.outside import typed
 from llm_wsae.provenance import plain
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
@@ -112,6 +113,6 @@ def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:
             raise LlmWsaeError(
                 f"{path} was chosen for other rows or settings; choose another folder, or delete it"
             )
-        return AlphaChoice(**found["choice"])
+        return typed(AlphaChoice(**found["choice"]))
     except (KeyError, TypeError) as error:
         raise LlmWsaeError(f"{path} is not the choice of an exponent; {way_out}") from error

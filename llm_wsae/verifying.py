@@ -1,10 +1,11 @@
-"""Checking every byte of what this package wrote: stores, dictionaries, trainings, studies, weights
-files.
+"""Checking every byte of what this package wrote: stores, dictionaries, trainings, studies, planted
+experiments, weights files.
 
 Every file is compared with its digest. A file that has none, of the first version or of another
 tool, is only read, and named in the answer.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,14 @@ from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
 from llm_wsae.studies import consistency
 from llm_wsae.studies.folder import BASIS, CONSISTENCY, read_basis, read_results
 from llm_wsae.studies.jobs import GROUP
+from llm_wsae.theory.jobs import REPORT, UNITS, read_result
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, log_at_checkpoint, read_finished
 from llm_wsae.training.log import LOG, Written
 from llm_wsae.weighing import FOLDER as MEASUREMENTS
 from llm_wsae.weights.loss_weights import LossWeights
 
 T = TypeVar("T")
+_SHORT = 1.0  # seconds of work that need no bar
 
 
 @dataclass
@@ -37,7 +40,10 @@ class Found:
     """What a check found."""
 
     kind: str
-    """``store``, ``dictionary``, ``training``, ``study``, ``run`` or ``weights file``."""
+    """``store``, ``dictionary``, ``training``, ``study``, ``theory``, ``run``, ``record`` or
+    ``weights file``."""
+    advance: Callable[[int], object] = field(default=lambda size: None, repr=False)
+    """Told the bytes of every file that was checked."""
     problems: list[str] = field(default_factory=list)
     """A sentence for each fault, with the way out."""
     without_digest: list[Path] = field(default_factory=list)
@@ -56,27 +62,44 @@ class Found:
 
 
 def verify(path: Path | str, site: str | None = None) -> Found:
-    """Check a folder, with the folders in it, or a weights file.
+    """Check a folder, with the folders in it, a weights file, or the JSON record of a command.
 
     ``site`` is that of another tool's dictionary that does not name it. Raises LlmWsaeError if
     there is nothing that this package knows.
     """
     path = Path(path)
     if path.is_file():
-        found = Found("weights file")
-        _check_tensors(found, path)
-        if not found.problems:
-            found.check(path, lambda: LossWeights.load(path))
-        return found
-    if not path.is_dir():
-        raise LlmWsaeError(f"there is no file or folder {path}")
-    names = {entry.name for entry in path.iterdir()}
-    found = Found(_kind(path, names))
-    if found.kind == "dictionary":
-        _check_dictionary(found, path, names, site)
+        names, kind = set(), "record" if path.suffix == ".json" else "weights file"
+    elif path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        kind = _kind(path, names)
     else:
-        _check_folder(found, path)
+        raise LlmWsaeError(f"there is no file or folder {path}")
+    with _progress(_size_of(path)) as bar:
+        found = Found(kind, advance=bar.update)
+        if kind == "weights file":
+            _check_tensors(found, path)
+            if not found.problems:
+                found.check(path, lambda: LossWeights.load(path))
+        elif kind == "record":
+            _check_json(found, path)
+        elif kind == "dictionary":
+            _check_dictionary(found, path, names, site)
+        else:
+            _check_folder(found, path)
     return found
+
+
+def _progress(size: int) -> tqdm:
+    return tqdm(
+        total=size, desc="verify", unit="B", unit_scale=True, dynamic_ncols=True, delay=_SHORT
+    )
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder and in those below."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _kind(folder: Path, names: set[str]) -> str:
@@ -88,11 +111,14 @@ def _kind(folder: Path, names: set[str]) -> str:
         return "study"
     if names & {FINISHED, CHECKPOINT}:
         return "training"
+    if REPORT in names or (folder / UNITS).is_dir():
+        return "theory"
     if any((folder / name / MANIFEST).is_file() for name in names):
         return "run"
     raise LlmWsaeError(
         f"{folder} is not a store (with a {MANIFEST}), a dictionary (with a {CFG}), a training "
-        f"(with a {FINISHED} or {CHECKPOINT}), a study (with a {BASIS}) or the folder of a run"
+        f"(with a {FINISHED} or {CHECKPOINT}), a study (with a {BASIS}), planted "
+        f"experiments (with a {REPORT}) or the folder of a run"
     )
 
 
@@ -103,7 +129,7 @@ def _check_folder(found: Found, folder: Path) -> None:
         _check_dictionary(found, folder, names, None)
         return
     if MANIFEST in names:
-        found.problems += found.check(folder, lambda: verify_store(folder)) or []
+        found.problems += found.check(folder, lambda: _check_store(folder, found.advance)) or []
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
             of_store = MANIFEST in names and entry.name != MEASUREMENTS  # checked as listed there
@@ -118,10 +144,19 @@ def _check_folder(found: Found, folder: Path) -> None:
     if BASIS in names and not any(path.is_relative_to(folder) for path in found.damaged):
         found.check(folder, lambda: (read_basis(folder), read_results(folder)))
         found.check(folder, lambda: consistency.read(folder / CONSISTENCY))
+    if UNITS in names:
+        for path in sorted((folder / UNITS).glob("*.json")):
+            if path not in found.damaged:
+                found.check(path, functools.partial(read_result, path))
 
 
 def _check_json(found: Found, path: Path) -> None:
     own = found.check(path, lambda: own_json(path, "record"))
+    _record(found, path, own)
+
+
+def _record(found: Found, path: Path, own: Own | None) -> None:
+    found.advance(_size_of(path))
     if own is not None and not own.has_digest:
         found.without_digest.append(path)
 
@@ -131,9 +166,7 @@ def _check_tensors(found: Found, path: Path) -> None:
         with open_tensors(path, "file of tensors", AGAIN) as file:
             return own_facts(file, path, "file of tensors")
 
-    own = found.check(path, read)
-    if own is not None and not own.has_digest:
-        found.without_digest.append(path)
+    _record(found, path, found.check(path, read))
 
 
 def _check_dictionary(found: Found, folder: Path, names: set[str], site: str | None) -> None:
@@ -144,6 +177,7 @@ def _check_dictionary(found: Found, folder: Path, names: set[str], site: str | N
     elif found.check(folder, lambda: Dictionary.load(folder, site=site)):
         layout = layout_of(names)
         found.without_digest += [folder / name for name in layout.files] if layout else []
+    found.advance(_size_of(folder))
 
 
 def _check_training(found: Found, folder: Path, names: set[str]) -> None:
@@ -180,6 +214,11 @@ def verify_store(folder: Path | str) -> list[str]:
     if there is no store or its manifest is damaged.
     """
     folder = Path(folder)
+    with _progress(_size_of(folder)) as bar:
+        return _check_store(folder, bar.update)
+
+
+def _check_store(folder: Path, advance: Callable[[int], object]) -> list[str]:
     manifest = Manifest.load(folder)
     shards = complete_shards(folder, manifest)
     problems, damage = [], []
@@ -190,12 +229,10 @@ def verify_store(folder: Path | str) -> list[str]:
             "contexts are there; run the same harvest again to resume it"
         )
     files = {**manifest.statistics, **{p: f for s in shards.values() for p, f in s.files.items()}}
-    size = sum(record.bytes for record in files.values())
-    with tqdm(total=size, desc="verify", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
-        for name, record in files.items():
-            if problem := record.problem(folder / name):
-                damage.append(problem)
-            bar.update(record.bytes)
+    for name, record in files.items():
+        if problem := record.problem(folder / name):
+            damage.append(problem)
+        advance(record.bytes)
     for index, shard in shards.items():
         path = folder / tokens_path(index)
         try:

@@ -6,6 +6,7 @@ ones thousands of times, and checking them all would take more than twice as lon
 
 import functools
 import inspect
+import json
 import os
 import shutil
 from pathlib import Path
@@ -57,6 +58,24 @@ def pytest_runtest_setup():
 
 jaxtyping.jaxtyped = _jaxtyped
 jaxtyping.install_import_hook("llm_wsae", "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz", type=int, default=1, metavar="N", help="fuzz with N times as many cases"
+    )
+
+
+@pytest.fixture
+def fuzz(request, record_property):
+    """Counts a fuzzer's cases; a case that goes wrong fails its test in the end."""
+    from fuzzing import Fuzz
+
+    made = Fuzz(request.config.getoption("--fuzz"))
+    yield made
+    for kind, counts in made.counts.items():
+        record_property(f"fuzz {kind}", json.dumps(counts))
+    made.end()
 
 
 SLOWEST = (

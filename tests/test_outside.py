@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from command_line import call
@@ -18,12 +19,15 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outputs import check_file, check_folder, check_room, is_record_of
 from llm_wsae.outside import (
     LARGEST_NUMBER,
+    SHARE,
     check_numbers,
+    check_revision,
     lines,
     local_path,
     parse_json,
     parse_yaml,
     parsing,
+    typed,
 )
 from llm_wsae.provenance import portable
 
@@ -63,11 +67,12 @@ def test_yaml_is_read():
 class Settings:
     count: int | None = 3
     share: float = 0.5
+    rate: float = -2.5
     seeds: tuple[int, ...] = (0, 1)
     on: bool = True
 
     def __post_init__(self) -> None:
-        check_numbers(self, {"count": 1, "seeds": 0}, {"share": 1})
+        check_numbers(self, count=1, share=SHARE)
 
 
 def test_numbers_have_limits():
@@ -76,12 +81,36 @@ def test_numbers_have_limits():
         ({"count": 10**30}, "but must be at most 1,000,000,000,000,000"),
         ({"share": float("nan")}, "share is nan, but must be a number"),
         ({"share": float("inf")}, "share is inf, but must be at most 1"),
-        ({"share": -1e300}, "share is -1e.300, but must be at least"),
+        ({"share": -1e300}, "share is -1e.300, but must be at least 0"),
         ({"seeds": (1, 2, -1)}, "seeds is -1, but must be at least 0"),
+        ({"rate": -1e300}, "rate is -1e.300, but must be at least -1,000,000,000,000,000"),
     ):
         with pytest.raises(UsageError, match=said):
             Settings(**given)
     Settings(count=None, share=1.0, seeds=(LARGEST_NUMBER,))
+
+
+@dataclass
+class Filled:
+    count: int
+    share: float | None
+    place: Literal["loss", "space"]
+    seeds: tuple[int, ...]
+    by_name: dict[str, float]
+
+
+def test_what_was_filled_from_json_has_the_declared_types():
+    good = {"count": 3, "share": None, "place": "loss", "seeds": (0, 1), "by_name": {"a": 1}}
+    assert typed(Filled(**good)).share is None and typed(Filled(**good | {"share": 2}))
+    for name, value in (
+        ("count", True), ("count", 3.0), ("count", 10**30), ("share", "x"), ("share", 1e999),
+        ("place", 1), ("place", "none"), ("seeds", [0]), ("seeds", (0, "1")),
+        ("by_name", {"a": ""}), ("by_name", []),
+    ):  # fmt: skip
+        made = Filled(**good)
+        setattr(made, name, value)
+        with pytest.raises(TypeError, match=f"its {name} is"):
+            typed(made)
 
 
 def test_whatever_a_library_raises():
@@ -126,6 +155,15 @@ def test_names_of_files(tmp_path):
         with pytest.raises(UsageError, match=said):
             local_path(name, "corpus")
     assert local_path("~/x", "corpus") == Path.home() / "x"
+
+
+def test_revisions():
+    """Those of a dictionary's model come with the dictionary."""
+    for name in (None, "main", "v1.0", "refs/pr/1", "c0ffee" * 6, "user/branch-2"):
+        check_revision(name)
+    for name in ("/dev/zero", "../../x", "a/../../b", "", "-x", "a b", "x" * 300, "a\0"):
+        with pytest.raises(UsageError, match="cannot be a branch, tag or commit"):
+            check_revision(name)
 
 
 def test_nothing_of_other_people_is_written_over(tmp_path):

@@ -92,7 +92,7 @@ class RuleOptions:
     """Active latents per token."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, {"k": 1})
+        check_numbers(self, k=1)
 
 
 @dataclass(frozen=True, kw_only=True)

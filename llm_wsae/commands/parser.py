@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from llm_wsae.commands.options import Result, note
-from llm_wsae.errors import UsageError, nearest
+from llm_wsae.errors import UsageError, nearest, shown
 from llm_wsae.terminal import printable
 
 _on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
@@ -45,7 +45,8 @@ def parse(name: str, command: Callable[..., Result], words: list[str]) -> Callab
 
 def _check_word(word: str, before: str) -> None:
     """Raises UsageError for a word that no option can mean: as a path, an empty one would be the
-    current folder, and one that is not UTF-8 could not be written into any record."""
+    current folder, and one that is not UTF-8 could not be written into any record; no file's name
+    holds a NUL."""
     option, equals, value = word.partition("=")
     if not word or (equals and not value and option.startswith("-")):
         option = option or (before if before.startswith("-") else "an argument")
@@ -57,6 +58,8 @@ def _check_word(word: str, before: str) -> None:
             f"{printable(word)} holds bytes that are not UTF-8; a file of such a name can be "
             "renamed, or linked to"
         ) from None
+    if "\0" in word:
+        raise UsageError(f"{shown(word)} holds a NUL character, which no name can")
 
 
 def options_of(name: str, command: Callable[..., Result]) -> list[str]:
@@ -85,7 +88,8 @@ def _sentence(event: Any, name: str, command: Callable[..., Result]) -> str | No
         case "BadValue" if event.reason == "too_few_values":
             return f"{_name(event.argument)} needs a value"
         case "InstantiationFailure" if event.argument is not None:
-            message = str(event.message)
+            *_, last = str(event.message).splitlines()  # of several types: that of the value
+            message = re.sub(r"^- <class '\w+'>: ", "", last)
             return f"{_name(event.argument)}: {message[:1].lower()}{message[1:]}"
     return None
 

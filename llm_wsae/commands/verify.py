@@ -18,8 +18,8 @@ def verify(
     """Check every byte of what llm-wsae wrote, and name what is damaged and what to do.
 
     Args:
-        path: Store, dictionary, folder of a training, study or run, or weights file; also another
-            tool's dictionary, which has no checksums.
+        path: Store, dictionary, folder of a training, study, run or theory, weights file, or
+            JSON record; also another tool's dictionary, which has no checksums.
         site: Site of a dictionary whose files do not name it.
     """
     from llm_wsae import verifying

@@ -23,7 +23,7 @@ class PackConfig:
     """Special tokens (such as the separator between documents) give no row."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, {})
+        check_numbers(self)
         if self.context_size < 2:
             raise UsageError(
                 f"a context of {self.context_size} tokens is too short; it needs at least 2"
@@ -64,7 +64,7 @@ class HarvestConfig(PackConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self, {"tokens": 1, "batch_tokens": 1, "shard_tokens": 1})
+        check_numbers(self, tokens=1, batch_tokens=1, shard_tokens=1)
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise UsageError(f"a store cannot hold {self.dtype!r}; choose bfloat16 or float32")
 
@@ -99,7 +99,7 @@ class StreamConfig(PackConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self, {"batch_tokens": 1, "buffer_tokens": 1, "statistics_tokens": 1})
+        check_numbers(self, batch_tokens=1, buffer_tokens=1, statistics_tokens=1)
 
     @property
     def contexts_per_batch(self) -> int:

@@ -6,8 +6,9 @@ from typing import Any
 
 from llm_wsae.data.text_sources import RawDocument, text_column_of
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.outside import check_revision
 
-HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?")
+HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?", re.ASCII)
 _STRINGS = ("string", "large_string")
 
 
@@ -29,6 +30,7 @@ class HubDataset:
         match = HUB_NAME.fullmatch(spec)
         assert match is not None
         self._id, self._config, self._asked = match.groups()
+        check_revision(self._asked)
         self._text_column = text_column
         self._revision = self._find_revision()
         self._rows = self._load()
@@ -37,6 +39,7 @@ class HubDataset:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import (
             HfHubHTTPError,
+            HFValidationError,
             OfflineModeIsEnabled,
             RevisionNotFoundError,
         )
@@ -48,6 +51,10 @@ class HubDataset:
             raise LlmWsaeError(
                 f"there is no file or text package {self._id!r}, and the Hub cannot be reached to "
                 "look for a dataset of that name; check the name and the network"
+            ) from error
+        except HFValidationError as error:
+            raise UsageError(
+                f"there is no file or text package {self._id!r}, and the Hub has no such names"
             ) from error
         except RevisionNotFoundError as error:
             raise UsageError(

@@ -1,18 +1,21 @@
 """What a language model said about latents: ``explanations.jsonl`` beside a dictionary's weights.
 
 The first line names the weights by their checksum, so that labels are never shown beside another
-dictionary. One line for every explained latent follows. The file may come from the Hub: a value
+dictionary, and holds the checksum of the other lines and its own. One line for every explained
+latent follows. The file may come from the Hub: a value
 that does not have the expected type counts as missing, and a text is only ever shown escaped.
 """
 
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_wsae import digests
 from llm_wsae.dictionary.atomic_folder import replacing
 from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
@@ -24,6 +27,7 @@ from llm_wsae.files import write_atomic, write_text
 from llm_wsae.outside import integer, mapping, number, pair, text
 
 FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1
+_WAY_OUT = "delete it to go on without"
 LONGEST = 400
 """Characters of an explanation."""
 _NEURONPEDIA = "clkht01d40000jv08hvalcvly"  # the user to whom its own tools ascribe what they make
@@ -64,21 +68,24 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
     path = Path(folder) / EXPLANATIONS
     if not path.is_file():
         return {}
-    try:
-        head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    except (ValueError, OSError, RecursionError) as error:
-        raise LlmWsaeError(f"{path} cannot be read ({error}); delete it to go on without") from None
+    with _reading(path):
+        first, _, rest = path.read_bytes().decode("utf-8").partition("\n")
+        head, has_digest = digests.check_line(first)
     version = integer(mapping(head).get("format_version"))
     if mapping(head).get("format") != FORMAT or version is None or version > FORMAT_VERSION:
         raise LlmWsaeError(
             f"{path} does not hold explanations as this version writes them; update llm-wsae, or "
-            "delete it to go on without"
+            f"{_WAY_OUT}"
         )
     if head.get("weights_sha256") != weights_checksum(folder):
         raise LlmWsaeError(
             f"{path} explains the latents of another dictionary; move it to where it belongs, or "
             "delete it"
         )
+    with _reading(path):
+        if not has_digest or head.get("lines_sha256") != _sha256(rest):
+            raise digests.Damaged
+        lines = [json.loads(line) for line in rest.splitlines()]
     return {one.latent: one for line in lines if (one := _explanation(mapping(line))) is not None}
 
 
@@ -90,14 +97,15 @@ def keep_explanations(folder: Path, found: Iterable[Explanation]) -> None:
     """
     check_keeps_measurements(folder)
     known = read_explanations(folder) | {one.latent: one for one in found}
+    rows = [asdict(known[latent]) for latent in sorted(known)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     head = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "weights_sha256": weights_checksum(folder),
+        "lines_sha256": _sha256(lines),
     }
-    rows = [head, *(asdict(known[latent]) for latent in sorted(known))]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(Path(folder) / EXPLANATIONS, text)
+    write_text(Path(folder) / EXPLANATIONS, digests.json_line(head) + lines)
 
 
 def write_for_neuronpedia(
@@ -129,6 +137,20 @@ def write_for_delphi(folder: Path, said: Mapping[int, Explanation], site: str) -
     with replacing(folder, lambda old: None) as new:
         for latent, one in said.items():
             write_text(new / f"{site}_latent{latent}.txt", json.dumps(one.text))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except digests.Damaged as error:
+        raise LlmWsaeError(f"{path} is damaged: {error}; {_WAY_OUT}") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise LlmWsaeError(f"{path} cannot be read ({error}); {_WAY_OUT}") from None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _explanation(line: Mapping[str, Any]) -> Explanation | None:

@@ -26,8 +26,7 @@ class EvaluateConfig:
     """Seed of the resamplings."""
 
     def __post_init__(self):
-        least = {"tokens": 1, "batch_tokens": 1, "bootstraps": 1, "seed": 0}
-        check_numbers(self, least, {"bootstraps": MOST_BOOTSTRAPS})
+        check_numbers(self, tokens=1, batch_tokens=1, bootstraps=(1, MOST_BOOTSTRAPS))
 
 
 FEWEST_POSITIVE, FEWEST_NEGATIVE = 3, 20  # windows; with fewer, a latent's detection is noise
@@ -65,8 +64,15 @@ class MonosemanticConfig:
     """Seed of everything drawn: samples, random windows, halves of the documents, resamplings."""
 
     def __post_init__(self):
-        at_least = {"tokens": 1, "batch_tokens": 1, "seed": 0}
-        at_least |= {"probe_tokens": 1, "bootstraps": 1, "top": 2, "before": 0, "after": 0}
-        at_least |= {"sample": FEWEST_POSITIVE, "silent": max(FEWEST_NEGATIVE, self.top)}
-        most = dict.fromkeys(("top", "sample", "before", "after"), MOST_OF_A_LATENT)
-        check_numbers(self, at_least, most | {"bootstraps": MOST_BOOTSTRAPS})
+        check_numbers(
+            self,
+            tokens=1,
+            batch_tokens=1,
+            probe_tokens=1,
+            top=(2, MOST_OF_A_LATENT),
+            sample=(FEWEST_POSITIVE, MOST_OF_A_LATENT),
+            silent=max(FEWEST_NEGATIVE, self.top),
+            before=(0, MOST_OF_A_LATENT),
+            after=(0, MOST_OF_A_LATENT),
+            bootstraps=(1, MOST_BOOTSTRAPS),
+        )

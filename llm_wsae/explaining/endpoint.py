@@ -1,8 +1,8 @@
 """A language model behind an OpenAI-compatible endpoint, asked at most once for each answer.
 
 Every answer is appended to a file as soon as it arrives, under the checksum of its question. An
-answer that is in the file is never asked for again, whatever stopped the run. The key comes from
-the environment and goes nowhere except into the header of the requests.
+answer that is in the file, undamaged, is never asked for again, whatever stopped the run. The key
+comes from the environment and goes nowhere except into the header of the requests.
 """
 
 import hashlib
@@ -20,9 +20,11 @@ from urllib.parse import urlsplit
 
 from huggingface_hub.utils import httpx
 
+from llm_wsae import digests
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.explaining.protocol import Question
 from llm_wsae.files import folder_lock, write_error
+from llm_wsae.outside import mapping
 
 KEY, OPENAI_KEY, OPENAI = "LLM_WSAE_API_KEY", "OPENAI_API_KEY", "api.openai.com"
 ANSWERS = "answers.jsonl"
@@ -216,7 +218,7 @@ class Endpoint:
         usage = {key: answer[key] for key in ("tokens_in", "tokens_out")}
         line = {"question": digest, "about": about, "answer": content, **usage}
         try:
-            self._file.write(json.dumps({**line, "messages": messages}).encode() + b"\n")
+            self._file.write(digests.json_line({**line, "messages": messages}).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -261,12 +263,14 @@ def _read(path: Path) -> tuple[dict[str, str], bool]:
     """The answers in the file, by question, and whether a kill cut off its last line."""
     known: dict[str, str] = {}
     data = path.read_bytes() if path.exists() else b""
-    for line in data.splitlines():
+    for line in data.split(b"\n"):
         try:
-            entry = json.loads(line)
-            known[entry["question"]] = str(entry["answer"])
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that was cut off
+            entry, has_digest = digests.check_line(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            continue  # damaged or cut off: it is asked again
+        question, answer = (mapping(entry).get(name) for name in ("question", "answer"))
+        if has_digest and isinstance(question, str) and isinstance(answer, str):
+            known[question] = answer
     return known, bool(data) and not data.endswith(b"\n")
 
 

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
-from llm_wsae.outside import local_path, parsing, reason
+from llm_wsae.outside import check_revision, local_path, parsing, reason
 
 _LARGEST = 2**31  # of any number in a configuration
 _PARTS = re.compile(r"layer|head|expert")  # what a model has one module for, each
@@ -169,6 +169,7 @@ def hub_source(model: str, revision: str | None, download: bool = True) -> _Sour
     One request decides: transformers would try for every file, a minute in all, before it used the
     cache. Raises LlmWsaeError as ``load_model`` does.
     """
+    check_revision(revision)
     options: dict[str, Any] = {"revision": revision, "local_files_only": False}
     try:
         if not download:

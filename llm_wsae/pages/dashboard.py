@@ -15,7 +15,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import read_json, write_text
+from llm_wsae.files import read_own_json, write_text
 from llm_wsae.inspecting.readout import Readout, Vocabulary
 from llm_wsae.inspecting.sentence import check_width, read_sentence
 from llm_wsae.model.language_model import LanguageModel
@@ -173,7 +173,7 @@ def read_scores(
 
     Raises LlmWsaeError for a file that cannot be read or is about other dictionaries.
     """
-    read = mapping(read_json(report, "report of evaluate --monosemantic"))
+    read = mapping(read_own_json(report, "report of evaluate --monosemantic"))
     theirs = mapping(mapping(read.get("monosemanticity")).get("dictionaries"))
     found: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in dictionaries if name in theirs]:

@@ -8,6 +8,7 @@ bfloat16.
 """
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +25,10 @@ from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.atomic_folder import replacing
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.files import load_tensors, save_tensors, write_error
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import load_own_tensors, save_own_tensors, sha256, write_error
 from llm_wsae.inspecting.firings import not_massive
+from llm_wsae.outside import mapping
 from llm_wsae.pages.collecting import ROWS_AT_ONCE
 
 MOST_CORRELATED = 1 << 23
@@ -45,8 +48,11 @@ class FiringsByLatent:
         file is missing or damaged."""
         self._folder, self._d_sae, self._at_once = folder, d_sae, at_once
         self._num_rows = num_rows
-        tensors, _ = load_tensors(folder / _SUMS, "sums of a pass over a store")
+        self._way_out = f"delete {folder} and run the same command again"
+        what = "sums of a pass over a store"
+        tensors, facts = load_own_tensors(folder / _SUMS, what, self._way_out)
         self._sums = {name: tensor.numpy() for name, tensor in tensors.items()}
+        self._digests = mapping(facts.get("firings"))
 
     @classmethod
     def of(
@@ -123,7 +129,11 @@ class FiringsByLatent:
         return self._folder / f"{number}.firings"
 
     def _read(self, number: int) -> np.ndarray:
-        return np.fromfile(self._path(number), dtype=_FIRING)
+        path = self._path(number)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self._digests.get(path.name):
+            raise LlmWsaeError(f"{path} is damaged: its checksum does not match; {self._way_out}")
+        return np.frombuffer(data, dtype=_FIRING)
 
 
 class Example(NamedTuple):
@@ -203,7 +213,8 @@ def _write(
             for path, first, stop in zip(paths, edges[:-1], edges[1:], strict=True):
                 _append(path, found[first:stop])
             bar.update(min(ROWS_AT_ONCE, num_rows - start))
-    save_tensors(folder / _SUMS, sums.tensors())
+    facts = {"firings": {path.name: sha256(path) for path in paths}}
+    save_own_tensors(folder / _SUMS, sums.tensors(), facts)
 
 
 class _Sums:

@@ -32,7 +32,7 @@ class PlantConfig:
     there."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, {"seed": 0, "per_cell": 1}, {"per_cell": MOST_PER_CELL})
+        check_numbers(self, per_cell=(1, MOST_PER_CELL))
         if not self.strengths or not all(0 < strength <= 1 for strength in self.strengths):
             raise UsageError(
                 "a plant's strength must be above 0 and at most 1, the median norm of the rows: a "

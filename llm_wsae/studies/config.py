@@ -38,7 +38,7 @@ class StudyConfig:
                     f"{', '.join(map(str, getattr(self, name))) or 'none'}: fewer allow no "
                     "comparison at equal cross-entropy, and no interval"
                 )
-        check_numbers(self, {"seeds": 0, "ks": 1, "curve": 1})
+        check_numbers(self, ks=1, curve=1)
         for name in ("rules", "alphas", "ks"):
             if not getattr(self, name):
                 raise UsageError(f"a study needs at least one of its {name}")

@@ -14,6 +14,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.monosemanticity.evaluator import pw_mcc
 from llm_wsae.files import read_own_json, write_json
+from llm_wsae.outside import typed
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read(path: Path) -> Agreements:
     content = read_own_json(path, "consistency of a study", way_out)
     try:
         listed = content if isinstance(content, list) else content["agreements"]  # first version
-        found = [Agreement(**one | {"seeds": tuple(one["seeds"])}) for one in listed]
+        found = [typed(Agreement(**one | {"seeds": tuple(one["seeds"])})) for one in listed]
         return {(one.label, one.k): one for one in found}
     except (KeyError, TypeError) as error:
         raise LlmWsaeError(

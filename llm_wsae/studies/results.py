@@ -15,6 +15,7 @@ from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
 from llm_wsae.explaining.protocol import SCORES
 from llm_wsae.files import read_own_json
 from llm_wsae.hardware import processor_name
+from llm_wsae.outside import typed
 from llm_wsae.planting.recovery import PlantRecovery
 from llm_wsae.provenance import plain, versions
 from llm_wsae.studies.curve import Point, Value
@@ -206,7 +207,7 @@ def read_result(path: Path) -> Result:
     """Read a dictionary's file. Raises LlmWsaeError if it is damaged."""
     record = read_record(path)
     try:
-        return _result(record)
+        return typed(_result(record))
     except (KeyError, TypeError, AttributeError) as error:
         raise LlmWsaeError(
             f"{path} is not a result of a study as this version writes it ({error!r}); {_WAY_OUT}"

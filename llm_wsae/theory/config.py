@@ -74,9 +74,11 @@ class TheoryConfig:
             raise UsageError(f"name at least one planted experiment of {', '.join(EXPERIMENTS)}")
         check_numbers(
             self,
-            {"steps": 1, "batch_size": 1, "rows": 100, "spare_latents": 0}
-            | {"workers": 0, "seeds": 0},
-            {"batch_size": 10**5, "rows": 10**6, "spare_latents": 10**5, "workers": 10**4},
+            steps=1,
+            batch_size=(1, 10**5),
+            rows=(100, 10**6),
+            spare_latents=(0, 10**5),
+            workers=(0, 10**4),
         )
         if len(set(self.seeds)) < max(2, len(self.seeds)):
             given = " ".join(map(str, self.seeds))

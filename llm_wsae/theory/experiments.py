@@ -32,7 +32,7 @@ from llm_wsae.theory.closed_form import (
 )
 from llm_wsae.theory.config import EXPERIMENTS, Experiment, TheoryConfig
 from llm_wsae.theory.figures import plot_changes, plot_closed_form, plot_correlations
-from llm_wsae.theory.jobs import Check, Unit, finish
+from llm_wsae.theory.jobs import REPORT, UNITS, Check, Unit, finish
 from llm_wsae.theory.recovery import Recovery, measure
 from llm_wsae.theory.report import TheoryReport, summarise
 from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, coherence, fisher, score, weights
@@ -48,7 +48,7 @@ from llm_wsae.theory.tied import Schedule, encode_tied, train_tied
 from llm_wsae.weights import scores
 from llm_wsae.weights.rules import Rule
 
-UNITS, JSON, MARKDOWN = "units", "theory.json", "theory.md"
+MARKDOWN = "theory.md"
 FIGURES = ("closed_form.png", "correlations.png", "changes.png")
 # Each mixture with the sparsity at which a toy model's W_p is trained; the other two ignore it.
 MIXTURES: dict[str, float] = {"digon": 0.5, "mixed": 0.5, "toy-40": 0.9, "toy-200": 0.95}
@@ -66,7 +66,7 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
     is in use.
     """
     out = Path(out)
-    check_folder(out, (JSON, MARKDOWN, *FIGURES), is_ours=(out / UNITS).is_dir())
+    check_folder(out, (REPORT, MARKDOWN, *FIGURES), is_ours=(out / UNITS).is_dir())
     with folder_lock(out, "planted experiments"):
         remove_partials(out, UNITS)
         planted = {
@@ -84,7 +84,7 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
             units[name].append(result)
         report = summarise(units, closed_form, config)
         facts = {"command": "theory", "versions": versions(), **report.to_dict()}
-        write_json(out / JSON, facts)
+        write_json(out / REPORT, facts)
         write_text(out / MARKDOWN, report.markdown())
         plot_closed_form(closed_form, out / FIGURES[0])
         plot_correlations(report, out / FIGURES[1])

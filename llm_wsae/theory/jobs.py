@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.files import read_own_json, write_json
+from llm_wsae.outside import mapping
 from llm_wsae.provenance import plain
 
+UNITS = "units"
+"""Folder of the units' files within that of the experiments."""
+REPORT = "theory.json"
+_WAY_OUT = "delete it to compute it again"
 Check = Callable[[], None]
 """Called by a unit now and then; raises when the run is being stopped."""
 
@@ -74,19 +79,26 @@ def finish(units: Sequence[Unit], workers: int, label: str) -> list[dict[str, An
     return [results[i] for i in range(len(units))]
 
 
+def read_result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The identity and the result in a unit's file. Raises LlmWsaeError if it is damaged."""
+    found = read_own_json(path, "result of a planted experiment", _WAY_OUT)
+    identity, result = (mapping(found).get(name) for name in ("identity", "result"))
+    if not isinstance(identity, dict) or not isinstance(result, dict):
+        raise LlmWsaeError(f"{path} is not a result of planted experiments; {_WAY_OUT}")
+    return identity, result
+
+
 def _read(unit: Unit) -> dict[str, Any]:
-    way_out = "delete it to compute it again"
-    found = read_own_json(unit.path, "result of a planted experiment", way_out)
-    if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
-        raise LlmWsaeError(f"{unit.path} is not a result of planted experiments; {way_out}")
+    identity, result = read_result(unit.path)
     for key, wanted in plain(unit.identity).items():
-        before = found["identity"].get(key)
+        before = identity.get(key)
         if before != wanted:
             raise LlmWsaeError(
                 f"{unit.path} was computed with another {key.replace('_', ' ')} "
-                f"({before}, now {wanted}); choose another folder, or delete that file"
+                f"({shown(before)}, now {shown(wanted)}); choose another folder, or delete that "
+                "file"
             )
-    return found["result"]
+    return result
 
 
 @contextmanager

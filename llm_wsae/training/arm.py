@@ -56,7 +56,7 @@ class ArmConfig:
             )
         if self.kind.setting == "l1" and self.k is not None:
             raise UsageError(f"the architecture {self.architecture} takes an L1 coefficient, not k")
-        check_numbers(self, {"l1": 0})
+        check_numbers(self, l1=0)
 
     @property
     def kind(self) -> type[Architecture]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from llm_wsae.errors import UsageError
-from llm_wsae.outside import check_numbers
+from llm_wsae.outside import SHARE, check_numbers
 from llm_wsae.training.architectures import architecture_names
 
 if TYPE_CHECKING:
@@ -61,15 +61,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_numbers(
             self,
-            {"checkpoint_seconds": 0, "shuffle_seed": 0, "warmup": 0, "decay": 0}
-            | dict.fromkeys(("expansion", "batch_size", "log_every", "dead_after"), 1),
+            expansion=1,
+            batch_size=1,
+            log_every=1,
+            dead_after=1,
+            checkpoint_seconds=0,
+            warmup=SHARE,
+            decay=SHARE,
         )
         if self.tokens is not None and self.tokens < self.batch_size:
             raise UsageError(
                 f"tokens ({self.tokens}) must be at least one batch ({self.batch_size} rows)"
             )
         if self.warmup + self.decay > 1:
-            raise UsageError("warmup and decay are shares of the steps: ≥ 0, together at most 1")
+            raise UsageError("warmup and decay are shares of the steps: together at most 1")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise UsageError(f"learning_rate must be a number above 0, not {self.learning_rate}")
         if self.shard not in ("rows", "latents"):

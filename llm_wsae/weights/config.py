@@ -30,7 +30,7 @@ class WeightConfig:
     """Number of the random draw behind the rules random, permuted:RULE and rotated:RULE."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, {"draw": 0})
+        check_numbers(self)
         if self.clip is not None and self.clip < 1:
             raise UsageError(f"clip must be a factor of at least 1, not {self.clip:g}")
         if not 0 <= self.anneal <= 1:
@@ -72,6 +72,11 @@ class RuleInputConfig:
     """Seed of the predicted tokens and the random texts."""
 
     def __post_init__(self) -> None:
-        at_least = {"sensitivity_tokens": 1, "semantic_tokens": 1, "top": 2}
-        most = dict.fromkeys(("top", "before", "after"), 10_000)
-        check_numbers(self, at_least | {"before": 0, "after": 0, "seed": 0}, most)
+        check_numbers(
+            self,
+            sensitivity_tokens=1,
+            semantic_tokens=1,
+            top=(2, 10_000),
+            before=(0, 10_000),
+            after=(0, 10_000),
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_own_tensors, open_tensors, save_own_tensors
-from llm_wsae.outside import mapping, parse_json
+from llm_wsae.outside import mapping, parse_json, reason, typed
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.rules import OWN, Rule
@@ -113,9 +113,11 @@ class LossWeights:
             rule = OWN if name == OWN.name else Rule.parse(name)
             known = {field.name for field in dataclasses.fields(WeightConfig)}
             settings = {key: header[key] for key in known & header.keys()}
-            config = rule.settings(WeightConfig(**{"place": "loss"} | settings))
+            config = rule.settings(typed(WeightConfig(**{"place": "loss"} | settings)))
         except (AttributeError, TypeError, ValueError, LlmWsaeError) as error:
-            raise LlmWsaeError(f"{path} does not say how its weights were made: {error}") from error
+            raise LlmWsaeError(
+                f"{path} does not say how its weights were made: {reason(error)}"
+            ) from error
         if rule == OWN and own_config is not None:
             config = rule.settings(own_config)
         return cls(gamma.float(), rule, alpha, config)

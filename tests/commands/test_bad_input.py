@@ -3,7 +3,6 @@ disk as it was. Each kind of mistake once, through the command line; details are
 mistake is found."""
 
 import contextlib
-import os
 import resource
 import shutil
 import signal
@@ -13,7 +12,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
-from command_line import HARVEST, SITE, TRAIN, call, content, save_model, works
+from command_line import HARVEST, SITE, TRAIN, call, content, nobody, save_model, works
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
@@ -362,22 +361,6 @@ def test_what_one_may_not_read_or_write(refused, world, tmp_path):
             result = call(*command)
             assert (result.code, result.out) == (1, "") and result.err.count("\n") == 1
             assert said in result.err and "ask its owner for access" in result.err
-
-
-@contextlib.contextmanager
-def nobody(*folders: Path):
-    """Without access to some folders, also for the root of a container."""
-    for folder in folders:
-        folder.chmod(0o500 if os.geteuid() == 0 else 0)
-    user = os.geteuid()
-    try:
-        if user == 0:
-            os.seteuid(65534)
-        yield
-    finally:
-        os.seteuid(user)
-        for folder in folders:
-            folder.chmod(0o700)
 
 
 def test_a_store_of_another_model_or_form(refused):

@@ -14,6 +14,7 @@ import shutil
 import signal
 import threading
 from dataclasses import replace
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from study_cases import Made
 from tiny import save_encoder
 
 import llm_wsae
-from llm_wsae import ExplainConfig, explain
+from llm_wsae import ExplainConfig, digests, explain
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (
@@ -646,16 +647,18 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
             use()
     assert not (tmp_path / "page.html").exists() and call("verify", tmp_path / "other").code == 1
     head = path.read_text().splitlines()[0]
-    newer = head.replace('version": 1', 'version": 2')
-    for damaged, said in ((newer, "update"), ("[]", "update"), ("{", "cannot"), ("", "cannot")):
+    newer = digests.json_line({**digests.check_line(head)[0], "format_version": 2})
+    for damaged, said in ((newer, "update"), ("[]", "update"), ("{", "cannot"), ("", "cannot"),
+                          (head.replace("1", "2", 1), "checksum")):  # fmt: skip
         path.write_text(damaged)
         with pytest.raises(LlmWsaeError, match=said):
             read_explanations(tmp_path / "other")
     other.save(folder)  # other weights
     assert read_explanations(folder) == {}
     dictionary.save(tmp_path / "third")
-    lines = [head, '{"latent": -1}', '{"latent": 3, "text": 7, "scores": {"detection": {}}}']
-    (tmp_path / "third/explanations.jsonl").write_text("\n".join(lines))
+    lines = '{"latent": -1}\n{"latent": 3, "text": 7, "scores": {"detection": {}}}'
+    facts = {**digests.check_line(head)[0], "lines_sha256": sha256(lines.encode()).hexdigest()}
+    (tmp_path / "third/explanations.jsonl").write_text(digests.json_line(facts) + lines)
     assert read_explanations(tmp_path / "third") == {3: Explanation(3, None, "not known", {})}
 
 

@@ -235,6 +235,14 @@ def test_tables_figures_and_json(tmp_path):
         *(f"closed-form-{name}-seed3" for name in ("digon", "mixed")),
     }
 
+    assert works("verify", out).out == f"{out}: theory is intact\n"
+    unit = out / "units/mixed-0.7-seed3.json"
+    whole = unit.read_bytes()
+    for data in (whole.replace(b"3", b"4", 1), b"[]", b"{}"):
+        unit.write_bytes(data)
+        assert call("verify", out).code == 1 and str(unit) in call("verify", out).err
+    unit.write_bytes(whole)
+
     before = content(out)
     again = works("theory", *WORDS, "--out", out)
     assert again.err == "" and content(out) == before  # no bar: nothing was computed

@@ -20,7 +20,7 @@ from llm_wsae.dictionary.formats.reading import layout_of
 from llm_wsae.dictionary.hub.errors import hub_errors, unreachable
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.files import read_json, sha256
-from llm_wsae.outside import integer
+from llm_wsae.outside import check_revision, integer
 
 FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
 README = "README.md"
@@ -70,6 +70,7 @@ class Repository:
         from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.utils import httpx
 
+        check_revision(revision)
         with hub_errors(repo_id, revision):
             try:
                 api = HfApi()

@@ -44,6 +44,7 @@ from llm_wsae.dictionary.hub.repository import (
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.files import load_tensors, read_json
 from llm_wsae.model.site import Site
+from llm_wsae.outside import check_revision
 
 RECORD = "pull.json"
 """The record of the command, next to the dictionaries."""
@@ -86,6 +87,7 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
+    check_revision(revision)
     local = _local_dictionaries(folders)
     api = HfApi()
     with hub_errors(repo_id, revision):

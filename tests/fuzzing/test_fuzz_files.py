@@ -1,0 +1,416 @@
+"""Damage to every kind of file that the program writes and later reads."""
+
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import SITE, works
+from fuzzing import blind, change, flipped, frozen, joined, parts, structured
+from places import ROOT
+from training_cases import CONFIG, Planted, arms_for
+
+from llm_wsae import digests, provenance, tuning
+from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards, save_record
+from llm_wsae.data.shard_reader import RowReader
+from llm_wsae.data.shard_record import FileRecord, tokens_path
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.explanations import (
+    Explanation,
+    Score,
+    keep_explanations,
+    read_explanations,
+)
+from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
+from llm_wsae.explaining import endpoint
+from llm_wsae.files import load_tensors, write_json
+from llm_wsae.model.site import Site
+from llm_wsae.pages.dashboard import read_scores
+from llm_wsae.pages.firings_by_latent import FiringsByLatent
+from llm_wsae.processes import Processes
+from llm_wsae.studies import consistency, jobs
+from llm_wsae.studies.folder import read_basis, read_explained
+from llm_wsae.studies.results import read_result
+from llm_wsae.theory.jobs import Unit, finish
+from llm_wsae.training.arm import Arm
+from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, load_checkpoint, read_finished
+from llm_wsae.training.log import LOG, TrainingLog
+from llm_wsae.training.trainer import Interrupted, train
+from llm_wsae.verifying import verify
+from llm_wsae.weighing import _StoredMeasurement
+from llm_wsae.weights.loss_weights import LossWeights
+
+PLACE = Site.parse(SITE)
+SHORT = CONFIG.__class__(**{**vars(CONFIG), "tokens": 256 * 60, "log_every": 10})
+USUAL = 30
+"""Random changes of each file, and half as many structured ones."""
+
+
+@dataclass
+class Kind:
+    """A kind of file: one of it, another one, and how the package reads it."""
+
+    path: Path
+    other: Path
+    read: Callable[[], Any]
+
+
+@pytest.fixture(autouse=True)
+def in_haste(monkeypatch):
+    """Thousands of files are written; none must outlive a loss of power."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module")
+def kinds(made_world, tmp_path_factory) -> dict[str, Kind]:
+    """One of every kind."""
+    folder = shutil.copytree(made_world, tmp_path_factory.mktemp("fuzzed") / "world")
+    return {
+        **of_dictionaries(folder),
+        **of_stores(folder),
+        **of_trainings(folder),
+        **of_studies(folder),
+        **of_others(folder),
+    }
+
+
+def of_dictionaries(folder: Path) -> dict[str, Kind]:
+    one, other = folder / "trained/uniform-k4", folder / "trained/variance-a0.5-k4"
+    for place in (one, other):
+        scores = {"detection": Score(0.75, (0.5, 0.9), 40, 38)}
+        said = [Explanation(latent, f"word {latent}", "a model", scores) for latent in (3, 5, 8)]
+        keep_explanations(place, said)
+
+    def read() -> Any:
+        found = Dictionary.load(one)
+        return found, found.sparsity, found.info, found.extras
+
+    names = ("cfg.json", "wsae.json", "sae_weights.safetensors", "wsae.safetensors")
+    kinds = {f"dictionary, {name}": Kind(one / name, other / name, read) for name in names}
+    name = "explanations.jsonl"
+    kinds["explanations"] = Kind(one / name, other / name, lambda: read_explanations(one))
+    return kinds
+
+
+def of_stores(folder: Path) -> dict[str, Kind]:
+    place, rows = folder / "store", folder / "store" / SITE
+    unfinished = shutil.copytree(place, folder / "unfinished")
+    manifest = Manifest.load(unfinished)
+    for index, record in enumerate(manifest.shards):
+        save_record(unfinished, index, record)
+    manifest.shards, manifest.statistics, manifest.complete = [], {}, False
+    manifest.save(unfinished)
+    store = ActivationStore.open(place)
+
+    def read_rows() -> torch.Tensor:
+        reader = RowReader(place, store.manifest, SITE)
+        found = torch.empty(store.num_rows, store.d_in, dtype=reader.dtype)
+        reader.read(0, found)
+        return found
+
+    def read_shards_statistics() -> Any:
+        path = rows / "00000.statistics.safetensors"
+        store.manifest.all_files()[f"{SITE}/{path.name}"].check(path)
+        return load_tensors(path, "statistics")
+
+    def read_shards() -> Any:
+        return complete_shards(unfinished, Manifest.load(unfinished))
+
+    return {
+        "store, manifest": Kind(
+            place / MANIFEST, unfinished / MANIFEST, lambda: Manifest.load(place)
+        ),
+        "store, record of a shard": Kind(
+            unfinished / "shards/00000.json", unfinished / "shards/00001.json", read_shards
+        ),
+        "store, rows and their header": Kind(
+            rows / "00000.safetensors", rows / "00002.safetensors", read_rows
+        ),
+        "store, tokens": Kind(
+            place / tokens_path(0),
+            place / tokens_path(1),
+            lambda: ActivationStore.open(place).contexts(0),
+        ),
+        "store, statistics": Kind(
+            rows / "statistics.safetensors",
+            rows / "00001.statistics.safetensors",
+            lambda: store.statistics(PLACE).to_tensors(),
+        ),
+        "store, statistics of a shard": Kind(
+            rows / "00000.statistics.safetensors",
+            rows / "00001.statistics.safetensors",
+            read_shards_statistics,
+        ),
+    }
+
+
+def of_trainings(folder: Path) -> dict[str, Kind]:
+    stopped, done = folder / "stopped", folder / "finished"
+    with pytest.raises(Interrupted):
+        train((source := Planted(stop_after=30)), arms_for(source)[:2], SHORT, stopped)
+    shutil.copytree(stopped, done)
+    train((source := Planted()), arms_for(source)[:2], SHORT, done)
+    read_checkpoint = checkpoint_reader(stopped)
+    written = read_checkpoint()[0].log
+
+    def read_log() -> bytes:
+        TrainingLog(stopped, 31, written=written)  # what a resumed training goes on from
+        return (stopped / LOG).read_bytes()
+
+    def read_record() -> Any:
+        found = read_finished(done)
+        if found[1] is not None and (problem := found[1].problem(done / LOG, whole=True)):
+            raise provenance.LlmWsaeError(problem)
+        return found
+
+    return {
+        "training, checkpoint": Kind(stopped / CHECKPOINT, stopped / CHECKPOINT, read_checkpoint),
+        "training, record": Kind(done / FINISHED, folder / "trained" / FINISHED, read_record),
+        "training, log": Kind(stopped / LOG, done / LOG, read_log),
+        "training, log of a finished one": Kind(done / LOG, stopped / LOG, read_record),
+    }
+
+
+def checkpoint_reader(stopped: Path) -> Callable[[], Any]:
+    """Restores fresh arms from the checkpoint: how far it had come, and their state."""
+    header = parts((stopped / CHECKPOINT).read_bytes())[0]["__metadata__"]["llm_wsae"]
+    identity = json.loads(header)["identity"]
+    configs = arms_for(Planted(2000))[:2]
+    fresh = [Arm(arm, 16, 64, torch.device("cpu")) for arm in configs]
+    start = [{name: t.clone() for name, t in arm.state().items()} for arm in fresh]
+
+    def read() -> Any:
+        for arm, state in zip(fresh, start, strict=True):
+            arm.load_state({name: tensor.clone() for name, tensor in state.items()})
+        reached = load_checkpoint(stopped, fresh, identity, Processes())
+        return reached, [arm.state() for arm in fresh]
+
+    return read
+
+
+def of_studies(folder: Path) -> dict[str, Kind]:
+    with tarfile.open(ROOT / "tests/fixtures/made-by-0.1.0.tar.xz") as archive:
+        archive.extractall(folder / "old", filter="data")
+    study = folder / "old/study"
+    results = sorted(study.glob("results/*.json"))
+    for path in (*results, study / "study.json"):
+        write_json(path, json.loads(path.read_text()))  # as this version does
+    agreements = {"agreements": json.loads((study / "consistency.json").read_text())}
+    write_json(study / "consistency.json", agreements)
+    scores = {"u-k2": {"detection": {"mean": 0.75, "interval": [0.5, 0.9], "latents": 12}}}
+    write_json(study / "explained.json", {"settings": {"seed": 0}, "dictionaries": scores})
+    group = study / "training/0123456789ab"
+    write_json(group / "group.json", {"dictionaries": ["uniform-k2", "variance-a0.5-k2"]})
+    choice = {"k": 4, "rows": 300, "kl": {"0": 0.5, "0.25": 0.25}, "alpha": 0.25}
+    write_json(study / "alpha.json", {"asked": {"k": 4}, "choice": choice})
+    basis = study / "study.json"
+
+    def read_of(read: Callable, path: Path, other: Path = basis, *more: Any) -> Kind:
+        return Kind(path, other, lambda: read(path, *more))
+
+    return {
+        "study, results": read_of(read_result, results[0], results[1]),
+        "study, description": Kind(basis, results[0], lambda: read_basis(study)),
+        "study, consistency": read_of(consistency.read, study / "consistency.json"),
+        "study, explanations": Kind(study / "explained.json", basis, lambda: read_explained(study)),
+        "study, group": Kind(group / "group.json", basis, lambda: jobs._names_in(group)),
+        "choice of an exponent": read_of(tuning._read, study / "alpha.json", basis, {"k": 4}),
+    }
+
+
+def of_others(folder: Path) -> dict[str, Kind]:
+    weights, store = folder / "weights.safetensors", ActivationStore.open(folder / "store")
+    other = folder / "variance.safetensors"
+    weigh = ("weigh", folder / "store", "--site", SITE, "--rule")
+    works(*weigh, "whitening", "--out", weights)
+    works(*weigh, "variance", "--out", other)
+    measured = _StoredMeasurement(store, PLACE, "second_moment")
+    unit = Unit(folder / "theory/units/a-seed0.json", {"seed": 0, "rows": 300}, lambda check: {})
+    write_json(unit.path, {"identity": unit.identity, "result": {"arms": {"a": [0.5, None]}}})
+    answers, known = folder / "answers.jsonl", {}
+    for number in range(4):
+        known[f"{number:064}"] = f"answer {number}"
+        line = {"question": f"{number:064}", "about": "x", "answer": f"answer {number}"}
+        with open(answers, "a") as file:
+            file.write(digests.json_line({**line, "tokens_in": 3, "messages": [{"a": "b"}]}))
+    dictionary = Dictionary.load(folder / "trained/uniform-k4")
+    firings = folder / "firings"
+    FiringsByLatent.of(store, dictionary, store.num_rows, 16, firings)
+    columns = {"detection": torch.linspace(0, 1, 64).tolist(), "purity": [None] * 64}
+    report = {"dictionaries": {"uniform-k4": {"per_latent": columns}}}
+    write_json(folder / "report.json", {"command": "evaluate", "monosemanticity": report})
+    record = folder / "export/export.json"
+    provenance.begin_or_resume(record.parent, record.name, "export", {"top": 20})
+
+    def read_measured() -> Any:
+        found = measured.read_tensors()
+        if found is None:
+            raise provenance.LlmWsaeError("it is measured again")
+        return found
+
+    def read_answers() -> Any:
+        found, _ = endpoint._read(answers)
+        if found.items() < known.items():
+            raise provenance.LlmWsaeError("the question is asked again")
+        return found
+
+    def read_firings() -> Any:
+        found = FiringsByLatent(firings, 64, 16, store.num_rows)
+        return [found.batch(number) for number in range(4)], found._sums
+
+    def read_scored() -> Any:
+        return read_scores(folder / "report.json", {"uniform-k4": dictionary})
+
+    def read_record() -> Any:
+        return provenance.begin_or_resume(record.parent, record.name, "export", {"top": 20})
+
+    return {
+        "weights file": Kind(weights, other, lambda: LossWeights.load(weights)),
+        "measurement kept in a store": Kind(measured._path, weights, read_measured),
+        "planted experiment": Kind(unit.path, record, lambda: finish([unit], 1, "x")),
+        "answers": Kind(answers, answers, read_answers),
+        "sums of firings": Kind(firings / "sums.safetensors", weights, read_firings),
+        "firings": Kind(firings / "0.firings", firings / "1.firings", read_firings),
+        "report with scores": Kind(folder / "report.json", record, read_scored),
+        "record of an export": Kind(record, folder / "report.json", read_record),
+    }
+
+
+def test_random_and_structured_damage(kinds, fuzz):
+    for name, kind in kinds.items():
+        good, other, whole = kind.path.read_bytes(), kind.other.read_bytes(), frozen(kind.read())
+        assert frozen(kind.read()) == whole
+        for number, draw in fuzz.cases(name, USUAL):
+            done, data = blind(good, draw, other)
+            tried(fuzz, name, kind, f"case {number} ({done})", data, whole)
+        if kind.path.suffix != ".firings":
+            for number, draw in fuzz.cases(f"{name}, structured", USUAL // 2):
+                done, data = structured(kind.path, good, draw)
+                tried(fuzz, name, kind, f"structured case {number} ({done})", data, whole)
+        kind.path.write_bytes(good)
+
+
+def tried(fuzz, name: str, kind: Kind, case: str, data: bytes, whole: Any) -> None:
+    if data != kind.other.read_bytes():  # a whole file, but of something else
+        kind.path.write_bytes(data)
+        fuzz.reads(name, case, kind.read, whole)
+
+
+def test_every_bit(kinds, fuzz):
+    """Of a dictionary's JSON files and of the header of a checkpoint: with ``--fuzz 10``, all."""
+    for name in ("dictionary, cfg.json", "dictionary, wsae.json", "training, checkpoint"):
+        kind = kinds[name]
+        good, whole = kind.path.read_bytes(), frozen(kind.read())
+        header = name == "training, checkpoint"
+        size = 8 + int.from_bytes(good[:8], "little") if header else len(good)
+        for bit in range(0, 8 * size, 1 if fuzz.times >= 10 else 40):
+            kind.path.write_bytes(flipped(good, bit))
+            fuzz.reads(f"{name}, every bit", f"bit {bit}", kind.read, whole)
+        kind.path.write_bytes(good)
+
+
+def test_odd_values_with_a_valid_checksum(kinds, fuzz):
+    """Whoever writes them: they are refused, or stand for what they say."""
+    for name, kind in kinds.items():
+        good = kind.path.read_bytes()
+        for number, draw in fuzz.cases(f"{name}, signed", USUAL // 2):
+            signed = sign(kind.path, good, draw)
+            if signed is None:
+                break
+            done, data = signed
+            kind.path.write_bytes(data)
+            undo = sign_cfg(kind.path, data)
+            fuzz.reads("odd values, valid checksum", f"{name} {number} ({done})", kind.read, None)
+            undo()
+        kind.path.write_bytes(good)
+
+
+def sign(path: Path, good: bytes, draw) -> tuple[str, bytes] | None:
+    """A file with one other value and the digest that belongs to it; None if it has none."""
+    if path.suffix == ".json":
+        key = OWN_DIGEST if path.name == INFO else digests.KEY
+        value, _ = digests.check_json(good.decode(), key)
+        done = change(value, draw)
+        if not isinstance(value, dict) or key in value:
+            return "nothing", good
+        return done, digests.json_text(value, None if path.name == CFG else key).encode()
+    if path.suffix == ".jsonl":
+        lines = good.decode().splitlines()
+        value, has_digest = digests.check_line(lines[0])
+        if not has_digest:
+            return None
+        done = change(value, draw)
+        first = digests.json_line(value) if digests.KEY not in value else lines[0] + "\n"
+        return done, (first + "\n".join(lines[1:]) + "\n").encode()
+    if path.suffix != ".safetensors" or b"llm_wsae" not in good[:20_000]:
+        return None
+    header, body = parts(good)
+    facts = json.loads(header["__metadata__"]["llm_wsae"])
+    del facts[digests.KEY]
+    done = change(facts if draw.random() < 0.7 else header, draw)
+    if digests.KEY in facts or not isinstance(header.get("__metadata__"), dict):
+        return "nothing", good
+    header["__metadata__"].update(digests.blank_header(facts))
+    path.write_bytes(joined(header, body))
+    digests.fill_header(path)
+    return done, path.read_bytes()
+
+
+def sign_cfg(path: Path, data: bytes) -> Callable[[], object]:
+    """Write the digest of another ``cfg.json`` where it belongs; undo it with what is given."""
+    info = path.parent / INFO
+    if path.name != CFG or not info.is_file():
+        return lambda: None
+    before = info.read_bytes()
+    value, _ = digests.check_json(before.decode(), OWN_DIGEST)
+    value["sha256"][CFG] = FileRecord.of(path).sha256
+    write_json(info, value, key=OWN_DIGEST)
+    return lambda: info.write_bytes(before)
+
+
+def test_verify_finds_what_random_damage_does(fuzz, made_world, tmp_path):
+    places = [shutil.copytree(made_world / name, tmp_path / name) for name in ("store", "trained")]
+    for place in places:
+        files = [
+            path for path in sorted(place.rglob("*")) if path.is_file() and path.stat().st_size
+        ]
+        for number, draw in fuzz.cases(f"verify {place.name}", USUAL):
+            path, other = draw.choice(files), draw.choice(files)
+            good = path.read_bytes()
+            done, data = blind(good, draw, other.read_bytes())
+            path.write_bytes(data)
+
+            def sees(place=place) -> None:
+                if problems := verify(place).problems:
+                    raise provenance.LlmWsaeError("; ".join(problems))
+
+            outcome = fuzz.reads("verify", f"{path.name} {number} ({done})", sees, None)
+            assert outcome == "refused" or data == good, f"{path.name} {number} ({done})"
+            path.write_bytes(good)
+
+
+def test_a_store_is_read_by_batches_too(made_world, fuzz, tmp_path):
+    """As a training reads it: shuffled, ahead, in another thread."""
+    place = shutil.copytree(made_world / "store", tmp_path / "store")
+
+    def read() -> Any:
+        source = ActivationStore.open(place).source(PLACE)
+        return torch.cat(list(islice(source.batches(512, seed=0), 9)))
+
+    whole = frozen(read())
+    files = sorted((place / SITE).glob("0000?.safetensors"))
+    for number, draw in fuzz.cases("store, batches", USUAL):
+        path, other = draw.choice(files), draw.choice(files)
+        good = path.read_bytes()
+        done, data = blind(good, draw, other.read_bytes())
+        path.write_bytes(data)
+        fuzz.reads("store, batches", f"{path.name} {number} ({done})", read, whole)
+        path.write_bytes(good)

@@ -1,0 +1,387 @@
+"""Command lines, places, models and repositories that nobody should have: each ends in a sentence,
+no code of theirs runs, and nothing of anybody's is changed."""
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import HARVEST, SITE, TRAIN, call, content, nobody
+from fuzzing import Fuzz, blind, change, frozen
+from hub_fixtures import REPO
+from hub_server import WRITER, HubServer
+from safetensors.torch import load_file
+from small_dictionaries import make_dictionary
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.theory import experiments
+
+SECONDS = 30
+"""The longest that a command line may take; what it takes is mostly much less."""
+MEMORY = 24 << 30  # bytes of addresses; torch alone takes several
+EVALUATE = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 60, "--bootstraps", 9)
+WORKING = {
+    "harvest": ("--model", "model", "--corpus", "text.jsonl", *HARVEST, "--tokens", 200),
+    "weigh": ("store", "--site", SITE, "--rule", "variance"),
+    "train": ("store", *TRAIN, "--k", 4, "--tokens", 512),
+    "evaluate": ("trained/uniform-k4", *EVALUATE),
+    "inspect": ("trained/uniform-k4", "--latent", 3),
+    "dashboard": ("trained/uniform-k4", "--store", "store", "--model", "model", "--rows", 40),
+    "export": ("trained/uniform-k4", "--to", "neuronpedia", "--store", "store", "--model", "model",
+               "--contexts", 4),
+    "run": ("--model", "model", "--corpus", "text.jsonl", "--site", SITE, "--context-size", 16,
+            "--tokens", 512, "--k", 4, "--train.batch-size", 128, "--evaluate.tokens", 60),
+    "study": ("store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, "--k", 4,
+              "--curve", 2, 3, "--seeds", 0, 1, "--train.tokens", 512, "--train.batch-size", 128),
+    "theory": ("--experiments", "mixed-0.7", "--seeds", 0, 1, "--steps", 3, "--rows", 100),
+    "explain": ("trained/uniform-k4", "--store", "store", "--model", "model",
+                "--endpoint", "http://127.0.0.1:9/v1", "--explainer", "x"),
+    "push": ("trained/uniform-k4", "user/saes"),
+    "pull": ("user/saes",),
+    "list": ("user/saes",),
+    "verify": ("store",),
+}  # fmt: skip
+WRITES = ("harvest", "weigh", "train", "evaluate", "dashboard", "export", "run", "study", "theory",
+          "explain", "pull")  # fmt: skip
+FLAGS = Path(__file__).parents[1] / "commands/flags.txt"
+OPTIONS = {
+    name: re.findall(r"--(?!live)[\w.-]+", rest)  # it would serve without an end
+    for name, rest in re.findall(r"^(\w+)\n(.*?)(?=^\w|\Z)", FLAGS.read_text(), re.M | re.S)
+}
+NUMBERS = ("0", "1", "2", "7", "64", "1000", "-1", "-64", "0.5", "1.5", "-0.25", "1e-9", "1e15",
+           "1000000", "4294967296", "1000000000000", "10" * 9, "9" * 5000, "nan", "inf", "-inf",
+           "1e400", "0x10", "1_000")  # fmt: skip
+VALUES = (
+    "", " ", "٣", "true", "None", "null", "[1,2]", "{}", ".", "~nosuch/x",
+    "/dev/null", "/dev/full", "/dev/zero", "/proc/self/mem", "/proc/1/environ", "x" * 300,
+    "a\nb", "a\x1b[2Jb", "‮gnp", "a\0b", "\udcff", "*", "$(id)", "`id`", "; id", "model", "store",
+    "trained", "trained/uniform-k4", "text.jsonl", "model/model.safetensors", "store/manifest.json",
+    "loop", "fifo", "empty", "nothing", "link", "binary", "text.jsonl+", "+", "user/saes", "gpt2",
+    "blocks.9.hook_resid_post", "blocks.1.hook_resid_mid", "blocks.-1.hook_resid_post", "uniform",
+    "whitening", "permuted:variance", "rotated:whitening", "cuda", "cuda:99", "meta", "float8",
+    "topk", "jumprelu", "http://[", "http://u:p@x/v1", "file:///etc/passwd", "main", "é" * 200,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(world) -> Path:
+    """The world of the commands, and things in it that are no files."""
+    torch.set_num_threads(1)  # no pool of threads that a fork would lose
+    (world / "loop").symlink_to("loop")
+    (world / "link").symlink_to("nowhere")
+    os.mkfifo(world / "fifo")
+    (world / "empty").touch()
+    (world / "nothing").mkdir()
+    world.chmod(0o777)  # so that nobody can read the rest and write beside it
+    for above in world.parents:
+        if above.stat().st_uid == os.geteuid() and "pytest" in str(above):
+            above.chmod(0o755)
+    (world / "binary").write_bytes(random.Random(0).randbytes(4000))
+    return world
+
+
+def output(name: str) -> list[str]:
+    """The words that say where a command writes."""
+    suffix = {"weigh": ".safetensors", "dashboard": ".html", "evaluate": ".json"}.get(name, "")
+    return ["--out", f"new{suffix}"] if name in WRITES else []
+
+
+def command_line(draw: random.Random) -> list[str]:
+    """A command that works, one or two words of which are other ones."""
+    name = draw.choice(list(WORKING))
+    words = [name, *map(str, WORKING[name])]
+    words += output(name)
+    for _ in range(draw.choice((1, 1, 2))):
+        how = draw.choice(("value", "value", "value", "option", "option", "word"))
+        if how == "option":
+            words += [draw.choice(OPTIONS[name]), draw.choice(draw.choice((NUMBERS, VALUES)))]
+        elif how == "value":
+            values = [at for at, word in enumerate(words) if not word.startswith("--")] or [0]
+            at = draw.choice(values)
+            words[at] = draw.choice(NUMBERS if words[at].isdecimal() else VALUES)
+        else:
+            _damage_words(words, draw)
+    return words
+
+
+def _damage_words(words: list[str], draw: random.Random) -> None:
+    at = draw.randrange(len(words))
+    letters = [chr(draw.randrange(1, 0x3000)) for _ in range(draw.randint(1, 12))]
+    word = draw.choice((words[at], draw.choice(VALUES), "-x", "--", "--=", "".join(letters)))
+    words[at : at + draw.randint(0, 1)] = [word] * draw.randint(0, 2)
+
+
+def in_a_fork(words: list[str]) -> tuple[int, str]:
+    """Exit code and errors of a command in a process of its own, which may not take long or
+    much memory: what it asks for is asked of the program, not of the machine."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        signal.alarm(SECONDS)
+        torch.set_num_threads(1)  # its pool is made anew, before several threads ask for it
+        try:
+            result = call(*words)
+            found = [result.code, result.err]
+        except BaseException as error:
+            found = [99, f"Traceback {type(error).__name__}: {error}"]
+        with open(writing, "w") as pipe:
+            json.dump(found, pipe)
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        found = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return (99, f"Traceback: it ended with {status}") if status else tuple(json.loads(found))
+
+
+def judge(fuzz: Fuzz, kind: str, case: object, words: list[str]) -> int:
+    """One sentence and an exit code, or a result. The exit code."""
+    code, err = in_a_fork(words)
+    said = [line for line in err.splitlines() if line.startswith("llm-wsae:")]
+    fits = code == 0 or (code in (1, 2) and len(said) == 1)
+    fine = fits and not any(sign in err for sign in ("Traceback", "<class '", "\x1b", "\0"))
+    outcome = ("harmless" if code == 0 else "refused") if fine else "traceback"
+    fuzz.count(kind, outcome, f"{case}: {words}"[:300], f"{code} {err[-300:]}" if not fine else "")
+    return code
+
+
+NAMES = {"model", "store", "trained", "text.jsonl", "loop", "link", "fifo", "empty", "nothing",
+         "binary", "closed"}  # fmt: skip
+
+
+def tidy(world: Path, before: dict[str, bytes], fuzz: Fuzz, kind: str, case: object) -> None:
+    """Remove what is new; what was there before and differs is lost."""
+    for new in set(os.listdir(world)) - NAMES:
+        path = world / new
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    after = content(world)
+    for name in after.keys() - before.keys():  # in a folder that was named
+        (world / name).unlink()
+    if lost := [name for name, data in before.items() if after.get(name) != data]:
+        fuzz.count(kind, "lost", case, lost)
+        for name in lost:
+            (world / name).write_bytes(before[name])
+
+
+def test_command_lines(places, monkeypatch, fuzz):
+    """400 of them with ``--fuzz 10``."""
+    monkeypatch.chdir(places)
+    monkeypatch.setattr(experiments, "MIXTURES", {"digon": 0.5})  # the others take seconds
+    before = content(places)
+    for number, draw in fuzz.cases("command line", 40):
+        judge(fuzz, "command line", number, command_line(draw))
+        tidy(places, before, fuzz, "command line", number)
+
+
+@contextlib.contextmanager
+def spoilt(path: Path, how: str) -> Iterator[None]:
+    """What a command reads, gone, of another kind or not for reading."""
+    aside = path.with_name("aside")
+    if how == "forbidden":
+        with nobody(path):
+            yield
+        return
+    path.rename(aside)
+    try:
+        if how == "folder":
+            path.mkdir()
+        elif how == "empty":
+            path.touch()
+        elif how == "loop":
+            path.symlink_to(path.name)
+        elif how == "fifo":
+            os.mkfifo(path)
+        yield
+    finally:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            path.unlink()
+        aside.rename(path)
+
+
+READS = ("text.jsonl", "model", "model/config.json", "model/model.safetensors",
+         "model/tokenizer.json", "store", "store/manifest.json", f"store/{SITE}",
+         f"store/{SITE}/00001.safetensors", f"store/{SITE}/statistics.safetensors",
+         "store/tokens/00000.safetensors", "trained", "trained/uniform-k4",
+         "trained/uniform-k4/cfg.json", "trained/uniform-k4/wsae.safetensors")  # fmt: skip
+WAYS = ("gone", "folder", "empty", "loop", "fifo", "forbidden")
+OUTS = ("empty/x", "nothing", "store", "model", "trained", "trained/uniform-k4", "text.jsonl",
+        "model/config.json", "/proc/x", "/dev/null", "/dev/full", "loop", "loop/x", "link", "fifo",
+        "x" * 300, "closed/x", "closed", ".", "/")  # fmt: skip
+
+
+def test_places(places, monkeypatch, fuzz):
+    """What is read is gone, of another kind or forbidden; what is written cannot be."""
+    monkeypatch.chdir(places)
+    monkeypatch.setattr(experiments, "MIXTURES", {"digon": 0.5})  # the others take seconds
+    for name in WORKING:  # modules are imported first: nobody might not read them either
+        call(name, "--help")
+    before, closed = content(places), places / "closed"
+    closed.mkdir()
+    cases = [(name, "read", path, how) for name in WORKING for path in READS for how in WAYS]
+    cases += [(name, "write", path, "") for name in WRITES for path in OUTS]
+    wanted = 40 * fuzz.times
+    if wanted < len(cases):
+        cases = random.Random(0).sample(cases, wanted)
+    for name, way, path, how in cases:
+        words = [name, *map(str, WORKING[name])]
+        if way == "read":
+            used = any(path.split("/")[0] == word.split("/")[0] for word in words)
+            if not used:
+                continue
+            with spoilt(places / path, how):
+                words += output(name)
+                judge(fuzz, "place that is read", f"{path} {how}", words)
+        else:
+            with nobody(closed):
+                words += ["--out", path]
+                judge(fuzz, "place that is written", path, words)
+        tidy(places, before, fuzz, f"place that is {'read' if how else 'written'}", (path, how))
+    closed.rmdir()
+
+
+# --- Models
+
+
+class Marked:
+    """A pickle that would leave a mark if it were loaded as one."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def test_odd_model_folders(made_world, tmp_path, monkeypatch, fuzz):
+    """Damaged, of impossible sizes, with code of their own: refused, or loaded as what they say."""
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    folder, mark = shutil.copytree(made_world / "model", tmp_path / "model"), tmp_path / "mark"
+    (folder / "theirs.py").write_text(f"open({str(mark)!r}, 'w')\nclass T: pass\n")
+    ids = torch.arange(48).view(3, 16)
+
+    def read():
+        found = LanguageModel.load(str(folder), dtype="float32")
+        with torch.no_grad():
+            return found.logits(ids)
+
+    whole = frozen(read())
+    code = {"auto_map": {name: "theirs.T" for name in
+            ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")}}  # fmt: skip
+    files = sorted(path for path in folder.iterdir() if path.suffix != ".py")
+    for number, draw in fuzz.cases("model folder", 40):
+        path = draw.choice(files)
+        good = path.read_bytes()
+        if path.suffix == ".json" and draw.random() < 0.7:
+            value = json.loads(good)
+            done = change(value, draw)
+            if draw.random() < 0.3 and isinstance(value, dict):
+                kinds = ({}, {"model_type": "theirs"}, {"tokenizer_class": "T"})
+                value |= code | draw.choice(kinds)
+            path.write_text(json.dumps(value))
+        else:
+            done, data = blind(good, draw, draw.choice(files).read_bytes())
+            path.write_bytes(data)
+        outcome = fuzz.reads("model folder", f"{path.name} {number} ({done})", read, None)
+        if mark.exists():
+            fuzz.count("model folder", "code", f"{path.name} {number} {outcome}")
+            mark.unlink()
+        path.write_bytes(good)
+    assert frozen(read()) == whole
+    pickles(folder, mark, fuzz, read)
+
+
+def pickles(folder: Path, mark: Path, fuzz: Fuzz, read) -> None:
+    """The same weights as a pickle, damaged, and pickles that do something."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(weights, path)
+    good, evil = path.read_bytes(), pickle.dumps(Marked(mark))
+    torch.save({**weights, "x": Marked(mark)}, folder / "evil")
+    packed = (folder / "evil").read_bytes()
+    for number, draw in fuzz.cases("pickled model", 10):
+        data = draw.choice((evil, packed, good))
+        done, data = blind(data, draw, evil) if draw.random() < 0.7 else ("as it is", data)
+        path.write_bytes(data)
+        fuzz.reads("pickled model", f"{number} ({done})", read, None)
+        if mark.exists():
+            fuzz.count("pickled model", "code", f"{number} ({done})")
+            mark.unlink()
+
+
+# --- Repositories
+
+
+PATHS = ("../evil", "/etc/evil", "a//b", "a\\..\\b", "c:x", "a\nb", "pull.json/cfg.json", "con",
+         f"{SITE}/plain-k4/x/cfg.json", f"{SITE}/PLAIN-K4/wsae.json", "." * 300)  # fmt: skip
+
+
+def test_hostile_repositories(tmp_path, monkeypatch, fuzz):
+    """Files damaged with checksums of the Hub that match, odd names, answers that no Hub gives."""
+    make_dictionary("plain-k4").save(tmp_path / "plain")
+    whole = frozen(Dictionary.load(tmp_path / "plain"))
+    files, out = content(tmp_path / "plain"), tmp_path / "out/of"
+    with HubServer(tmp_path / "hub") as hub:
+        hub.use(monkeypatch, tmp_path / "home", WRITER)
+        hub.create(REPO)
+        for name, data in files.items():
+            hub.store.put(REPO, f"{SITE}/plain-k4/{name}", data)
+        repository = hub.store.repositories[REPO]
+        good = repository.branches["main"]
+
+        def read():
+            list_dictionaries(REPO)
+            folders = pull(REPO, out)
+            return [frozen(Dictionary.load(folder)) for folder in folders.values()]
+
+        for number, draw in fuzz.cases("repository", 20):
+            shutil.rmtree(tmp_path / "home", ignore_errors=True)
+            done = spoil(hub, files, draw)
+            around = set(content(tmp_path)) - {p for p in content(tmp_path) if p.startswith("h")}
+            fuzz.reads("repository", f"{number} ({done})", read, None)
+            left = {p for p in content(tmp_path) if not p.startswith(("h", "out/of/"))}
+            if left != around:
+                fuzz.count("repository", "lost", f"{number} ({done})", left ^ around)
+            if out.exists():
+                for found in out.rglob("wsae.json"):
+                    assert frozen(Dictionary.load(found.parent)) == whole, (number, done)
+                shutil.rmtree(out)
+            repository.branches["main"] = good
+            hub.faults.clear()
+
+
+def spoil(hub: HubServer, files: dict[str, bytes], draw: random.Random) -> str:
+    """Do something to the repository or to the Hub's next answers; what."""
+    name = draw.choice(sorted(files))
+    place, how = f"{SITE}/plain-k4/{name}", draw.choice(("file", "file", "path", "answer"))
+    if how == "file":
+        done, data = blind(files[name], draw, draw.choice(sorted(files.values())))
+        hub.store.put(REPO, place, data)
+        return f"{name}: {done}"
+    if how == "path":
+        path = draw.choice(PATHS)
+        hub.store.put(REPO, path, files[name])
+        return f"{path!r}"
+    fault = draw.choice(("fail", "cut", "corrupt"))
+    pattern = draw.choice(("/api/models/user/saes$", "/tree/", "/resolve/", "/storage/", "."))
+    if fault == "fail":
+        hub.fail("GET", pattern, draw.choice((200, 204, 301, 400, 401, 404, 418, 429, 500)), 99)
+    elif fault == "cut":
+        hub.cut("GET", pattern, draw.randint(0, 900), draw.choice((1, 99)))
+    else:
+        hub.corrupt("GET", pattern, draw.choice((1, 99)))
+    return f"{fault} {pattern}"

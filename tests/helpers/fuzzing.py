@@ -1,0 +1,262 @@
+"""Fuzzing: damage that a seed decides, and what came of each case.
+
+A case is refused (in a sentence of ours), harmless (what was read is what the undamaged file
+gives), or a failure, which names the kind and the number of the case: the same number gives the
+same damage again.
+"""
+
+import dataclasses
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mutations import OTHER_VALUES, REMOVED
+
+from llm_wsae.cli import _explained
+
+OUTCOMES = ("tried", "refused", "harmless", "different", "traceback", "code", "lost")
+_SHOWN = 10  # failures in a message
+
+
+class Fuzz:
+    """The counts of a test, and its failures. ``times`` is that of ``--fuzz``."""
+
+    def __init__(self, times: int):
+        self.times = times
+        self.counts: dict[str, Counter[str]] = {}
+        self.failures: list[str] = []
+
+    def cases(self, kind: str, usual: int) -> Iterator[tuple[int, random.Random]]:
+        """Number and randomness of each case: ``usual`` ones, or ``--fuzz`` times as many."""
+        for number in range(usual * self.times):
+            yield number, random.Random(f"{kind} {number}")
+
+    def count(self, kind: str, outcome: str, case: object = "", why: object = "") -> None:
+        """Count a case. Any outcome but two fails the test."""
+        counts = self.counts.setdefault(kind, Counter())
+        counts["tried"] += 1
+        counts[outcome] += 1
+        if outcome not in ("refused", "harmless"):
+            self.failures.append(f"{kind}, {case}: {outcome} {why}"[:600])
+
+    def reads(self, kind: str, case: object, read: Callable[[], Any], good: Any) -> str:
+        """Read what was damaged, which must be refused or give what was there before. ``good`` is
+        that, ``frozen``; None accepts everything that can be read. The outcome."""
+        outcome, why = "harmless", ""
+        try:
+            found = read()
+            if good is not None and frozen(found) != good:
+                outcome = "different"
+        except Exception as error:
+            sentence = _explained(error)
+            outcome = "traceback" if sentence is None else "refused"
+            if sentence is None or "\n" in str(sentence):
+                outcome, why = "traceback", f"{type(error).__name__}: {error}"
+        self.count(kind, outcome, case, why)
+        return outcome
+
+    def end(self) -> None:
+        """Fail if a case did."""
+        if self.failures:
+            shown = "\n".join(self.failures[:_SHOWN])
+            pytest.fail(f"{len(self.failures)} failures:\n{shown}", pytrace=False)
+
+
+def frozen(value: Any) -> Any:
+    """A value that is equal to another one only if everything in both is, NaN and types too."""
+    if isinstance(value, torch.nn.Module):
+        return frozen(dict(value.state_dict()))
+    if isinstance(value, torch.Tensor):
+        whole = value.detach().cpu().contiguous().reshape(-1)
+        return str(value.dtype), tuple(value.shape), whole.view(torch.uint8).numpy().tobytes()
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, value.tobytes()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return type(value).__name__, tuple(frozen(getattr(value, f.name)) for f in fields)
+    if isinstance(value, Mapping):
+        return tuple(sorted((repr(key), frozen(one)) for key, one in value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(map(frozen, value))
+    return type(value).__name__, repr(value)
+
+
+# --- Damage without regard to what a file is
+
+
+def blind(data: bytes, draw: random.Random, other: bytes) -> tuple[str, bytes]:
+    """(what was done, the bytes): one to three times something that disks, transfers and editors
+    do. ``other`` is another file of the kind."""
+    done = []
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        name = draw.choice(list(_BLIND))
+        data = _BLIND[name](data, draw, other)
+        done.append(name)
+    return " and ".join(done), data
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    """The bytes with one bit turned."""
+    at = bit // 8
+    return data[:at] + bytes([data[at] ^ (1 << bit % 8)]) + data[at + 1 :]
+
+
+def _piece(data: bytes, draw: random.Random, longest: int = 200) -> tuple[int, int]:
+    """Begin and end of a piece of the bytes; often a small one."""
+    begin = draw.randint(0, len(data))
+    return begin, min(len(data), begin + draw.choice((1, 2, 8, draw.randint(1, longest))))
+
+
+def _flip(data: bytes, draw: random.Random, _: bytes) -> bytes:
+    return flipped(data, draw.randrange(8 * len(data))) if data else data
+
+
+def _put(data: bytes, draw: random.Random, new: bytes) -> bytes:
+    begin, end = _piece(data, draw)
+    return data[:begin] + new + data[end:]
+
+
+def _digit(data: bytes, draw: random.Random, _: bytes) -> bytes:
+    digits = [at for at, byte in enumerate(data[:20_000]) if chr(byte).isdigit()]
+    if not digits:
+        return data
+    at = draw.choice(digits)
+    return data[:at] + str(draw.randint(0, 9)).encode() + data[at + 1 :]
+
+
+def _swap(data: bytes, draw: random.Random, _: bytes) -> bytes:
+    a, b, c = sorted(draw.randint(0, len(data)) for _ in range(3))
+    return data[:a] + data[b:c] + data[a:b] + data[c:]
+
+
+_BLIND: dict[str, Callable[[bytes, random.Random, bytes], bytes]] = {
+    "a bit flipped": _flip,
+    "a digit changed": _digit,
+    "bytes changed": lambda data, draw, _: _put(data, draw, draw.randbytes(draw.randint(1, 9))),
+    "zeros": lambda data, draw, _: _put(data, draw, bytes(draw.randint(1, 600))),
+    "a piece lost": lambda data, draw, _: _put(data, draw, b""),
+    "the end lost": lambda data, draw, _: data[: draw.randint(0, len(data))],
+    "more at the end": lambda data, draw, _: data + draw.randbytes(draw.randint(1, 99)),
+    "spaces": lambda data, draw, _: _put(data, draw, b" " * draw.randint(1, 3)),
+    "pieces exchanged": _swap,
+    "a piece of another file": lambda data, draw, other: _put(
+        data, draw, other[slice(*_piece(other, draw))]
+    ),
+    "the end of another file": lambda data, draw, other: (
+        data[: (at := draw.randint(0, len(data)))] + other[at:]
+    ),
+    "another line ending": lambda data, draw, _: data.replace(b"\n", b"\r\n"),
+}
+
+
+# --- Damage by somebody who knows what a file is
+
+
+def structured(path: Path, data: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """(what was done, the bytes): one value of JSON, in a file, a line or a header, exchanged,
+    removed, renamed or repeated; or the header of tensors moved. Its digest stays as it was."""
+    if path.suffix == ".json":
+        value = json.loads(data)
+        done = change(value, draw)
+        return done, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    if path.suffix == ".jsonl":
+        lines = data.splitlines(keepends=True)
+        at = draw.randrange(len(lines))
+        how = draw.choice(("lost", "twice", "exchanged", "changed"))
+        if how == "changed":
+            value = json.loads(lines[at])
+            done = change(value, draw)
+            lines[at] = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+            return f"line {at}: {done}", b"".join(lines)
+        if how == "exchanged":
+            lines[0], lines[at] = lines[at], lines[0]
+        else:
+            lines[at : at + 1] = [lines[at]] * (0 if how == "lost" else 2)
+        return f"line {at} {how}", b"".join(lines)
+    assert path.suffix == ".safetensors"
+    header, body = parts(data)
+    facts = header.get("__metadata__", {}).get("llm_wsae")
+    if facts is not None and draw.random() < 0.5:
+        value = json.loads(facts)
+        done = change(value, draw)
+        header["__metadata__"]["llm_wsae"] = json.dumps(value)
+    else:
+        done = change(header, draw)
+        kept = header.get("__metadata__")
+        if facts is not None and not (isinstance(kept, dict) and "llm_wsae" in kept):
+            return "nothing", data  # without its digest it is another tool's file
+    return f"header: {done}", joined(header, body)
+
+
+def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and tensors of a safetensors file."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def joined(header: dict[str, Any], body: bytes) -> bytes:
+    """The file of them."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def change(value: Any, draw: random.Random) -> str:
+    """Change one value somewhere in JSON, in place; what was done."""
+    places = list(_places(value))
+    if not places:
+        return "nothing"
+    inner, key = draw.choice(places)
+    old = inner[key]
+    how = draw.choice(("other", "near", "removed", "renamed", "exchanged"))
+    if how == "removed":
+        del inner[key]
+        new: Any = REMOVED
+    elif how == "renamed" and isinstance(inner, dict):
+        new = draw.choice(("x", f"{key}x", str(key)[:-1], str(key).upper()))
+        inner[new] = inner.pop(key)
+    elif how == "exchanged":
+        other, its_key = draw.choice(places)
+        new = other[its_key] if its_key in _keys(other) else None
+        inner[key] = json.loads(json.dumps(new))  # no circle
+    elif how == "near":
+        new = inner[key] = _near(old, draw)
+    else:
+        new = inner[key] = draw.choice(OTHER_VALUES)
+    return f"{key!r} = {old!r:.40} became {new!r:.40}"
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    for key in _keys(value):
+        yield value, key
+        yield from _places(value[key])
+
+
+def _keys(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value)
+    return list(range(len(value))) if isinstance(value, list) else []
+
+
+def _near(old: Any, draw: random.Random) -> Any:
+    if isinstance(old, bool):
+        return not old
+    if isinstance(old, int):
+        return draw.choice((old + 1, old - 1, -old, 2 * old, float(old), str(old), [old]))
+    if isinstance(old, float):
+        return draw.choice((old * 1.0001, -old, int(old) if abs(old) < 1e9 else 0, old + 1))
+    if isinstance(old, str):
+        return draw.choice(
+            (old[:-1], old + " ", old.upper(), old[::-1], f"../{old}", "é", "\x1b[2J")
+        )
+    if isinstance(old, list):
+        return draw.choice((old[:-1], old[::-1], old + old, [*old, old]))
+    if isinstance(old, dict):
+        return draw.choice((list(old), {**old, "x": 1}, {}))
+    return draw.choice((0, "", "null"))
