@@ -44,9 +44,9 @@ _PAGES = {
     "harvest": "harvest.md",
     "memory": "harvest.md",
     "hub": "harvest.md",
-    "page": "harvest.md",
-    "evaluate": "harvest.md",
-    "plan": "harvest.md",
+    "page": "whole-job.md",
+    "evaluate": "whole-job.md",
+    "plan": "whole-job.md",
 }
 
 
