@@ -27,6 +27,8 @@ from llm_wsae.files import write_atomic, write_text
 from llm_wsae.outside import integer, mapping, number, pair, text
 
 FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1
+_LINES = "lines_sha256"
+_FIRST_HEAD = ["format", "format_version", "weights_sha256"]  # of files before there were checksums
 _WAY_OUT = "delete it to go on without"
 LONGEST = 400
 """Characters of an explanation."""
@@ -70,7 +72,10 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
         return {}
     with _reading(path):
         first, _, rest = path.read_bytes().decode("utf-8").partition("\n")
-        head, has_digest = digests.check_line(first)
+        head = json.loads(first)
+        with_checksums, proven = list(mapping(head)) != _FIRST_HEAD, False
+        if with_checksums:
+            head, proven = digests.check_line(first)
     version = integer(mapping(head).get("format_version"))
     if mapping(head).get("format") != FORMAT or version is None or version > FORMAT_VERSION:
         raise LlmWsaeError(
@@ -83,7 +88,7 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
             "delete it"
         )
     with _reading(path):
-        if not has_digest or head.get("lines_sha256") != _sha256(rest):
+        if with_checksums and not (proven and head.get(_LINES) == _sha256(rest)):
             raise digests.Damaged
         lines = [json.loads(line) for line in rest.splitlines()]
     return {one.latent: one for line in lines if (one := _explanation(mapping(line))) is not None}
@@ -103,7 +108,7 @@ def keep_explanations(folder: Path, found: Iterable[Explanation]) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "weights_sha256": weights_checksum(folder),
-        "lines_sha256": _sha256(lines),
+        _LINES: _sha256(lines),
     }
     write_text(Path(folder) / EXPLANATIONS, digests.json_line(head) + lines)
 

@@ -41,7 +41,7 @@ from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.dictionary.hub.transfer import pull, push
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
-from llm_wsae.explaining import examples, explaining, protocol
+from llm_wsae.explaining import endpoint, examples, explaining, protocol
 from llm_wsae.explaining.endpoint import ANSWERS, TRIES, Endpoint
 from llm_wsae.explaining.examples import choose, sample_by_density
 from llm_wsae.explaining.explaining import price_of
@@ -659,7 +659,17 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
     lines = '{"latent": -1}\n{"latent": 3, "text": 7, "scores": {"detection": {}}}'
     facts = {**digests.check_line(head)[0], "lines_sha256": sha256(lines.encode()).hexdigest()}
     (tmp_path / "third/explanations.jsonl").write_text(digests.json_line(facts) + lines)
-    assert read_explanations(tmp_path / "third") == {3: Explanation(3, None, "not known", {})}
+    path = tmp_path / "third/explanations.jsonl"
+    assert read_explanations(path.parent) == {3: Explanation(3, None, "not known", {})}
+    path.write_text(digests.json_line(facts) + lines.replace("7", "8"))
+    with pytest.raises(LlmWsaeError, match="checksum"):
+        read_explanations(path.parent)
+    del facts["lines_sha256"]  # as the first ones were written
+    path.write_text(json.dumps(facts) + "\n" + lines)
+    assert list(read_explanations(path.parent)) == [3]
+    path.write_text(digests.json_line(facts) + lines)
+    with pytest.raises(LlmWsaeError, match="checksum"):
+        read_explanations(path.parent)
 
 
 def test_explanations_go_to_the_hub_and_come_back(hub, plain, tmp_path):
@@ -767,6 +777,15 @@ def test_a_study_compares_rules_by_explanations_at_equal_cross_entropy():
     report = StudyReport.of(SITE, {"training": {"architecture": "topk"}}, found)
     assert "+0.0300 [" in report.table() and "+0.0300 [" in report.markdown()
     assert "by a judge" not in StudyReport.of(SITE, report.basis, results).table()
+
+
+def test_answers_from_before_there_were_checksums_are_not_paid_for_again(tmp_path):
+    line = {"question": "q", "about": {}, "answer": "a", "tokens_in": 1, "tokens_out": 1}
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({**line, "messages": []}) + "\n")
+    assert endpoint._read(path) == ({"q": "a"}, False)
+    path.write_text(digests.json_line({**line, "messages": []}).replace('"a"', '"b"'))
+    assert endpoint._read(path) == ({}, False)
 
 
 @pytest.mark.materials
