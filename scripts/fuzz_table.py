@@ -35,7 +35,7 @@ ROWS = {  # how kinds begin: what is shown of them, and what harmless means
     "explanations": ("explanations", SAME),
     "store, batches": ("stores, read as a training does", "the batches are the same"),
     "store": ("stores: manifest, records, rows, tokens, statistics", SAME),
-    "training": ("trainings: checkpoint, record, log", "the arms' state, the step and the log are"),
+    "training": ("trainings: checkpoint, record, log", "arms, step and log are the same"),
     "study|choice": ("studies: description, results, agreements, groups, α", SAME),
     "weights|measurement": ("weights files and kept measurements", SAME),
     "planted|report|record|sums|firings": ("planted results, reports, records, firings", SAME),

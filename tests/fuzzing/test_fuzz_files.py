@@ -311,7 +311,7 @@ def test_every_bit(kinds, fuzz):
         good, whole = kind.path.read_bytes(), frozen(kind.read())
         header = name == "training, checkpoint"
         size = 8 + int.from_bytes(good[:8], "little") if header else len(good)
-        for bit in range(0, 8 * size, 1 if fuzz.times >= 10 else 40):
+        for bit in range(0, 8 * size, 1 if fuzz.times >= 10 else 120):
             kind.path.write_bytes(flipped(good, bit))
             fuzz.reads(f"{name}, every bit", f"bit {bit}", kind.read, whole)
         kind.path.write_bytes(good)

@@ -26,7 +26,7 @@ from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import LlmWsaeError
 
 KILLED = 77
-USUAL = 4
+USUAL = 2
 """Moments of each command; with ``--fuzz 10`` all of them."""
 PLAIN, OTHER = "trained/uniform-k4", "trained/variance-a0.5-k4"
 HARVEST = ("harvest", "--model", "../model", "--corpus", "../text.jsonl", "--site", SITE,

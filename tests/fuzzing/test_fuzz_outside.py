@@ -176,7 +176,7 @@ def tidy(world: Path, before: dict[str, bytes], fuzz: Fuzz, kind: str, case: obj
 
 
 def test_command_lines(places, monkeypatch, fuzz):
-    """400 of them with ``--fuzz 10``."""
+    """Of every command; what works is repeated with other words."""
     monkeypatch.chdir(places)
     monkeypatch.setattr(experiments, "MIXTURES", {"digon": 0.5})  # the others take seconds
     before = content(places)
