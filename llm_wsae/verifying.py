@@ -87,6 +87,7 @@ def verify(path: Path | str, site: str | None = None) -> Found:
             _check_dictionary(found, path, names, site)
         else:
             _check_folder(found, path)
+        bar.update(bar.total - bar.n)  # figures, pages and logs are not counted one by one
     return found
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -266,6 +267,7 @@ def process(*words, **environment):
         text=True,
         input="yes\nyes\n",
         env=os.environ | environment,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # also under nohup
     )
 
 

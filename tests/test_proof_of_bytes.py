@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_older_versions import old  # noqa: F401 - a fixture
 from training_cases import CONFIG, Planted, arms_for
 
-from llm_wsae import digests
+from llm_wsae import digests, verifying
 from llm_wsae.data import shard_reader
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.shard_record import FileRecord
@@ -464,7 +464,7 @@ def test_a_manifest_that_no_harvest_writes_is_refused(world):
 # --- verify
 
 
-def test_verify_checks_every_file_that_is_written(world, stopped):
+def test_verify_checks_every_file_that_is_written(world, stopped, monkeypatch):
     resume(shutil.copytree(stopped, world / "finished"))
     shutil.copytree(stopped, world / "stopped")
     works("weigh", world / "store", "--site", SITE, "--rule", "whitening", "--out",
@@ -475,6 +475,9 @@ def test_verify_checks_every_file_that_is_written(world, stopped):
     for name, kind in kinds.items():
         place = world / name
         assert works("verify", place).out == f"{place}: {kind} is intact\n"
+        with monkeypatch.context() as long:
+            long.setattr(verifying, "_SHORT", 0)
+            assert "verify: 100%" in works("verify", place).err
         files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
         for path in files:
             if path.name == ".lock":
