@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import SITE, works
-from fuzzing import blind, change, flipped, frozen, joined, parts, structured
+from fuzzing import blind, flipped, frozen, parts, signed, structured
 from places import ROOT
 from training_cases import CONFIG, Planted, arms_for
 
@@ -322,46 +322,15 @@ def test_odd_values_with_a_valid_checksum(kinds, fuzz):
     for name, kind in kinds.items():
         good = kind.path.read_bytes()
         for number, draw in fuzz.cases(f"{name}, signed", USUAL // 2):
-            signed = sign(kind.path, good, draw)
-            if signed is None:
+            other = signed(kind.path, good, draw)
+            if other is None:
                 break
-            done, data = signed
+            done, data = other
             kind.path.write_bytes(data)
             undo = sign_cfg(kind.path, data)
             fuzz.reads("odd values, valid checksum", f"{name} {number} ({done})", kind.read, None)
             undo()
         kind.path.write_bytes(good)
-
-
-def sign(path: Path, good: bytes, draw) -> tuple[str, bytes] | None:
-    """A file with one other value and the digest that belongs to it; None if it has none."""
-    if path.suffix == ".json":
-        key = OWN_DIGEST if path.name == INFO else digests.KEY
-        value, _ = digests.check_json(good.decode(), key)
-        done = change(value, draw)
-        if not isinstance(value, dict) or key in value:
-            return "nothing", good
-        return done, digests.json_text(value, None if path.name == CFG else key).encode()
-    if path.suffix == ".jsonl":
-        lines = good.decode().splitlines()
-        value, has_digest = digests.check_line(lines[0])
-        if not has_digest:
-            return None
-        done = change(value, draw)
-        first = digests.json_line(value) if digests.KEY not in value else lines[0] + "\n"
-        return done, (first + "\n".join(lines[1:]) + "\n").encode()
-    if path.suffix != ".safetensors" or b"llm_wsae" not in good[:20_000]:
-        return None
-    header, body = parts(good)
-    facts = json.loads(header["__metadata__"]["llm_wsae"])
-    del facts[digests.KEY]
-    done = change(facts if draw.random() < 0.7 else header, draw)
-    if digests.KEY in facts or not isinstance(header.get("__metadata__"), dict):
-        return "nothing", good
-    header["__metadata__"].update(digests.blank_header(facts))
-    path.write_bytes(joined(header, body))
-    digests.fill_header(path)
-    return done, path.read_bytes()
 
 
 def sign_cfg(path: Path, data: bytes) -> Callable[[], object]:
