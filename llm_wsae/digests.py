@@ -118,8 +118,8 @@ def fill_header(path: Path) -> None:
     """Write a file's digest into its header, which ``blank_header`` made.
 
     It is the SHA-256 of the CRC-32s (big-endian) of the file's consecutive blocks of 4 MiB, its own
-    digits counted as zeros. While a checkpoint is written, its training stands: so the cheap
-    checksum, all cores, and the disk meanwhile. The file is synced but for the digest.
+    digits counted as zeros. Training waits while a checkpoint is written: hence a cheap checksum on
+    all cores, while the disk syncs. The digest itself, written last, is not synced here.
     """
     at = _place_of(path, _BLANK)
     with open(path, "r+b") as file, ThreadPoolExecutor(1) as pool:

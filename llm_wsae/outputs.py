@@ -51,7 +51,7 @@ def check_folder(path: Path, names: Sequence[str] = (), is_ours: bool = True) ->
 
 
 def check_room(path: Path, needed: int, way_out: str) -> None:
-    """Raises UsageError if a path's disk is too small for so many bytes even when it is empty."""
+    """Raises UsageError if ``needed`` bytes are more than the whole disk of a path could hold."""
     total = shutil.disk_usage(existing(path)).total
     if 0 < total < needed:  # some file systems do not tell
         raise UsageError(

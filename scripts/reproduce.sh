@@ -4,6 +4,7 @@
 #   study         the study of weights at two sites of SmolLM2-135M
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
 #   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
+#   explain       a small language model explains latents, behind llama.cpp's server (15 minutes)
 #   interop       our readers on what the real tools write, and the tools on ours (docs/interop)
 # What the archives in scripts/results hold is not measured again. Options after the name go to the
 # script behind it, e.g. `bash scripts/reproduce.sh study --steps paper`.
@@ -13,8 +14,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | recovery | whitening | interop) ;; *)
-  sed -n '2,9s/^# //p' "$0" >&2
+case $what in checkpoints | study | recovery | whitening | explain | interop) ;; *)
+  sed -n '2,10s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -48,5 +49,29 @@ recovery)
   ;;
 whitening)
   .venv/bin/python scripts/results_whitening.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
+  ;;
+explain)
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp
+  out=runs/explain
+  mkdir -p "$out/dictionaries"
+  cp -rn checkpoints/smollm2-135m/blocks.9.hook_resid_post/* "$out/dictionaries"  # labels go there
+  .venv/bin/llm-wsae harvest --model "$model" --corpus sotu --site blocks.9.hook_resid_post \
+    --tokens 100000 --out "$out/store"
+  .venv/bin/python - "$model" >"$out/server.log" 2>&1 <<'PY' &
+import signal, sys, xllamacpp
+
+settings = xllamacpp.CommonParams()
+settings.model.path, settings.n_ctx, settings.n_parallel = sys.argv[1], 8192, 1
+settings.port = 8123
+settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 2
+server = xllamacpp.Server(settings)
+print("ready", flush=True)
+signal.pause()
+PY
+  trap 'kill %1' EXIT
+  until grep -aq ready "$out/server.log"; do sleep 1; kill -0 %1; done
+  .venv/bin/llm-wsae explain "$out"/dictionaries/* --store "$out/store" --model "$model" \
+    --endpoint http://127.0.0.1:8123/v1 --explainer SmolLM2-135M-Instruct --latents 20 \
+    --parallel 1 --out "$out/answers" --yes "$@"
   ;;
 esac

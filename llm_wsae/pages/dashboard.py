@@ -75,7 +75,7 @@ def dashboard(
     of latents become measures here. ``live`` adds the panels that ask a server (``live.serve``).
 
     The rows are encoded in one pass, and those of contexts with examples are read once more. Memory
-    does not grow with the store but for 4 bytes a row, and 4 more for each dictionary.
+    grows with the store by only 4 bytes a row, and 4 more for each dictionary.
 
     Raises UsageError for dictionaries of different sites or none, or a page that would be larger
     than 60 MB; LlmWsaeError for a folder, store or model that cannot be read or does not fit.

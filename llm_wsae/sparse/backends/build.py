@@ -107,7 +107,7 @@ def _digest(data: bytes) -> str:
 def _check_private(folder: Path) -> None:
     """Raises BuildFailed if somebody else could put a library into the folder, and so run code.
 
-    A folder of one's own that others can write to is closed to them.
+    If the folder is our own but others can write to it, their permission is taken away.
     """
     for own in (folder.parent, folder):
         found = own.stat()
