@@ -69,7 +69,7 @@ print("ready", flush=True)
 signal.pause()
 PY
   trap 'kill %1' EXIT
-  until grep -aq ready "$out/server.log"; do sleep 1; kill -0 %1; done
+  until grep -aqs ready "$out/server.log"; do sleep 1; kill -0 %1; done
   .venv/bin/llm-wsae explain "$out"/dictionaries/* --store "$out/store" --model "$model" \
     --endpoint http://127.0.0.1:8123/v1 --explainer SmolLM2-135M-Instruct --latents 20 \
     --parallel 1 --out "$out/answers" --yes "$@"
