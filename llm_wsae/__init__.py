@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llm_wsae.evaluation.fidelity.evaluator import evaluate
     from llm_wsae.explaining.explaining import explain
     from llm_wsae.explaining.protocol import ExplainConfig
-    from llm_wsae.harvesting import ActivationStream, harvest
+    from llm_wsae.harvesting import harvest
     from llm_wsae.inspecting.inspection import inspect
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.model.site import Site
@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from llm_wsae.planting.source import PlantedSource
     from llm_wsae.sparse.codes import Codes
     from llm_wsae.statistics.moments import Statistics
+    from llm_wsae.streaming import ActivationStream, ActivationStreams
     from llm_wsae.studies.runner import study
     from llm_wsae.training.arm import ArmConfig, make_arms
     from llm_wsae.training.config import TrainConfig
-    from llm_wsae.training.trainer import train
+    from llm_wsae.training.trainer import train, train_sites
     from llm_wsae.weights.choosing import choose_weights, weights_from_rule
     from llm_wsae.weights.loss_weights import LossWeights
     from llm_wsae.weights.rules import RULES, Rule
@@ -49,7 +50,8 @@ _HOMES = {
     "HarvestConfig": "data.config",
     "ActivationStore": "data.store",
     "StreamConfig": "data.config",
-    "ActivationStream": "harvesting",
+    "ActivationStream": "streaming",
+    "ActivationStreams": "streaming",
     "Statistics": "statistics.moments",
     "RULES": "weights.rules",
     "Rule": "weights.rules",
@@ -78,6 +80,7 @@ _HOMES = {
     "UsageError": "errors",
     "harvest": "harvesting",
     "train": "training.trainer",
+    "train_sites": "training.trainer",
     "evaluate": "evaluation.fidelity.evaluator",
     "run": "pipeline",
     "plan": "planning.planning",
@@ -92,6 +95,7 @@ __all__ = [
     "Ablate",
     "ActivationStore",
     "ActivationStream",
+    "ActivationStreams",
     "ArmConfig",
     "Clamp",
     "Codes",
@@ -130,6 +134,7 @@ __all__ = [
     "run",
     "study",
     "train",
+    "train_sites",
     "weights_from_rule",
 ]
 

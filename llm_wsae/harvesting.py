@@ -1,14 +1,12 @@
-"""From text and a model to rows: into a store on disk, or as a stream directly into training.
+"""From text and a model to rows in a store on disk.
 
 The forward pass is the only expensive part, so everything else runs in parallel with it: one thread
 tokenises the next contexts ahead, another computes statistics and checksums and writes.
 """
 
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.data.config import HarvestConfig, StreamConfig
+from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, RECORDS, Manifest
 from llm_wsae.data.packing import Contexts, Cursor, Packer
@@ -26,11 +24,9 @@ from llm_wsae.data.resume import (
     check_empty,
     check_size,
     shard_batches,
-    too_small,
 )
 from llm_wsae.data.shard_record import TOKENS
 from llm_wsae.data.shard_writer import StoreWriter, finish_store
-from llm_wsae.data.shuffling import cut, shuffle
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import remove_partials
@@ -40,7 +36,6 @@ from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_room
 from llm_wsae.processes import Processes, join
 from llm_wsae.provenance import version_of
-from llm_wsae.statistics.moments import Statistics
 from llm_wsae.threads import prefetch
 
 _PACKED_AHEAD = 4
@@ -172,114 +167,6 @@ def kept_rows(
     activations = model.activations(torch.from_numpy(contexts.ids), sites)
     keep = torch.from_numpy(contexts.keep).to(model.device)
     return {site: activations[site][keep].cpu() for site in sites}
-
-
-class ActivationStream:
-    """Rows of one site directly from the model, as an ActivationSource; nothing goes to disk.
-
-    The corpus is read repeatedly. ``buffer_tokens`` of it at a time are turned into rows and
-    shuffled; while they are trained on, the next buffer is computed in the background, so do not
-    use the model for anything else meanwhile. Rows are shuffled only within a buffer: the larger it
-    is, the better they mix. Resuming at a later batch costs tokenising up to it, but no forward
-    passes.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        corpus: Corpus,
-        site: Site,
-        config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
-    ):
-        """Raises UsageError for a site or context size that the model does not have."""
-        model.check_site(site)
-        self.site = site
-        self.d_in = model.d_model
-        self.num_rows: int | None = None
-        self._model = model
-        self._corpus = corpus
-        self._config = config
-        self._packer = Packer.for_model(model, config)
-        self._statistics: Statistics | None = None
-        self._lock = threading.Lock()
-
-    def batches(
-        self, batch_size: int, seed: int, start: int = 0
-    ) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Endless shuffled batches from number ``start`` on, in the model's dtype.
-
-        Raises UsageError if the numbers make no sense; LlmWsaeError, with the batch concerned, if
-        the corpus fills no context or an activation is not finite.
-        """
-        if batch_size < 1 or start < 0:
-            raise UsageError(f"cannot begin at batch {start} of {batch_size} rows")
-        return cut(prefetch(self._buffers(seed, start * batch_size), depth=1), batch_size)
-
-    def statistics(self) -> Statistics:
-        """Statistics of the rows of the first ``statistics_tokens`` tokens."""
-        if self._statistics is None:
-            found = Statistics(self.d_in, self._config.context_size)
-            limit = max(1, self._config.statistics_tokens // self._config.context_size)
-            blocks = self._packer.blocks(self._corpus, self._config.contexts_per_batch, limit=limit)
-            with tqdm(
-                total=limit * self._config.context_size,
-                desc="statistics",
-                unit="tok",
-                unit_scale=True,
-                dynamic_ncols=True,
-            ) as bar:
-                for contexts in blocks:
-                    positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
-                    found.update(self._rows(contexts), positions)
-                    bar.update(contexts.ids.size)
-            self._statistics = found
-        return self._statistics
-
-    def identity(self) -> dict[str, Any]:
-        """JSON values that identify these rows in this order."""
-        return {
-            "kind": "stream",
-            "site": str(self.site),
-            "model": self._model.identity(),
-            "corpus": self._corpus.identity(),
-            "packing": self._config.packing(),
-            "contexts_per_batch": self._config.contexts_per_batch,
-            "batches_per_buffer": self._config.batches_per_buffer,
-            "statistics_tokens": self._config.statistics_tokens,
-        }
-
-    def _buffers(self, seed: int, skip: int) -> Iterator[Tensor]:
-        """Shuffled buffers without the first ``skip`` rows of the stream."""
-        blocks = self._endless_blocks()
-        number = 0
-        while True:
-            buffer = list(islice(blocks, self._config.batches_per_buffer))
-            rows = sum(int(contexts.keep.sum()) for contexts in buffer)
-            if skip < rows:
-                yield shuffle(torch.cat([self._rows(c) for c in buffer]), seed, number)[skip:]
-            skip = max(0, skip - rows)
-            number += 1
-
-    def _endless_blocks(self) -> Iterator[Contexts]:
-        while True:
-            rows = 0
-            for contexts in self._packer.blocks(self._corpus, self._config.contexts_per_batch):
-                rows += int(contexts.keep.sum())
-                yield contexts
-            if rows == 0:
-                raise too_small(self._corpus, 0, 1, self._config.context_size)
-
-    def _rows(self, contexts: Contexts) -> Tensor:
-        with self._lock:
-            rows = kept_rows(self._model, contexts, [self.site])[self.site]
-        if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
-            bad = int((~torch.isfinite(rows)).any(1).sum())
-            raise LlmWsaeError(
-                f"{bad} of {len(rows)} rows of {self.site} from document "
-                f"{contexts.first.document} of {self._corpus.name} on are NaN or infinite; "
-                "load the model in float32"
-            )
-        return rows
 
 
 def manifest_of(

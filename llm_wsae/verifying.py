@@ -32,6 +32,8 @@ from llm_wsae.weighing import FOLDER as MEASUREMENTS
 from llm_wsae.weights.loss_weights import LossWeights
 
 T = TypeVar("T")
+_OF_RUN = (MANIFEST, FINISHED, CHECKPOINT)
+"""Of the folders in that of a run: its store, or the training of a site."""
 _SHORT = 1.0  # seconds of work that need no bar
 
 
@@ -114,7 +116,7 @@ def _kind(folder: Path, names: set[str]) -> str:
         return "training"
     if REPORT in names or (folder / UNITS).is_dir():
         return "theory"
-    if any((folder / name / MANIFEST).is_file() for name in names):
+    if any((folder / name / own).is_file() for name in names for own in _OF_RUN):
         return "run"
     raise LlmWsaeError(
         f"{folder} is not a store (with a {MANIFEST}), a dictionary (with a {CFG}), a training "

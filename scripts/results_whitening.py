@@ -43,7 +43,7 @@ from llm_wsae.provenance import plain
 from llm_wsae.studies.curve import Value
 from llm_wsae.studies.inference import Estimate, estimates
 from llm_wsae.terminal import markdown
-from llm_wsae.training import trainer
+from llm_wsae.training import one_site
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.config import default_learning_rate
 from llm_wsae.weights.choosing import own_weights, weights_from_rule
@@ -357,9 +357,9 @@ def _train_and_judge(
     )
     folder = RUN / "trained" / f"{experiment}-{place}" / _name(own[0].setting) / f"s{seed}"
     with torch.no_grad():
-        trainer.Arm = Stretched if experiment == "form" else Arm  # type: ignore[misc]
+        one_site.Arm = Stretched if experiment == "form" else Arm  # type: ignore[misc]
         dictionaries = train(opened.source, [trial.arm for trial in own], config, folder)
-        trainer.Arm = Arm  # type: ignore[misc]
+        one_site.Arm = Arm  # type: ignore[misc]
     judged = [(trial, dictionaries[trial.arm.name]) for trial in own]
     _judge(experiment, place, opened, judged, seed)
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,19 @@ import torch
 from places import ROOT
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae.data.config import HarvestConfig, StreamConfig
+from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import Manifest, complete_shards, save_record
 from llm_wsae.data.packing import Packer
-from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import folder_lock
-from llm_wsae.harvesting import ActivationStream, harvest, kept_rows
+from llm_wsae.harvesting import harvest, kept_rows
 from llm_wsae.model.site import Site
 from llm_wsae.verifying import verify_store
 
 SITES = [Site(0, "pre"), Site(1, "post")]
 CONFIG = HarvestConfig(context_size=12, tokens=3000, batch_tokens=48, shard_tokens=300)
-STREAM = StreamConfig(context_size=12, batch_tokens=48, buffer_tokens=500, statistics_tokens=700)
 LENGTHS = [7 * i % 50 + 1 for i in range(200)]
 
 
@@ -350,51 +347,6 @@ def test_padding_does_not_change_the_rows(model, corpus):
         )
         at += length
     assert at == len(rows) and min(len(d.text.split()) for d in corpus.documents()) < 11
-
-
-def test_stream_gives_the_rows_of_the_corpus_shuffled(model, corpus):
-    stream = ActivationStream(model, corpus, SITES[1], STREAM)
-    assert isinstance(stream, ActivationSource) and stream.num_rows is None
-    blocks = list(Packer.for_model(model, CONFIG).blocks(corpus, 4))
-    assert len(blocks) % 10  # a buffer of ten mixes the end of the corpus with its beginning
-    rows = [kept_rows(model, block, SITES)[SITES[1]] for block in blocks]
-    rows, batches = cycle(rows), stream.batches(1, seed=0)
-    for _ in range(2 * len(blocks) // 10):
-        expected = torch.cat(list(islice(rows, 10)))
-        found = torch.cat(list(islice(batches, len(expected))))
-        assert not torch.equal(found, expected)
-        assert torch.equal(found[found[:, 0].argsort()], expected[expected[:, 0].argsort()])
-
-
-def test_stream_starting_later_is_dropping(model, corpus):
-    stream = ActivationStream(model, corpus, SITES[1], STREAM)
-    batches = list(islice(stream.batches(64, seed=3), 100))
-    for start in (1, 7, 40, 99):
-        assert torch.equal(batches[start], next(stream.batches(64, seed=3, start=start)))
-    assert not torch.equal(batches[0], next(stream.batches(64, seed=4)))
-
-
-def test_stream_statistics_and_identity(model, corpus):
-    stream = ActivationStream(model, corpus, SITES[1], STREAM)
-    blocks = Packer.for_model(model, CONFIG).blocks(corpus, 4, limit=58)
-    rows = torch.cat([kept_rows(model, b, SITES)[SITES[1]] for b in blocks])
-    assert stream.statistics().count == len(rows)
-    torch.testing.assert_close(stream.statistics().mean, rows.double().mean(0))
-    assert stream.identity() == ActivationStream(model, corpus, SITES[1], STREAM).identity()
-    other = replace(STREAM, buffer_tokens=1000)
-    assert stream.identity() != ActivationStream(model, corpus, SITES[1], other).identity()
-
-
-def test_stream_errors(model, corpus, tmp_path):
-    tiny = Corpus.open(str(write_jsonl(tmp_path / "a.jsonl", [3])), "all")
-    with pytest.raises(LlmWsaeError, match="fills contexts of 12 with 0 tokens"):
-        next(ActivationStream(model, tiny, SITES[1], STREAM).batches(5, 0))
-    with pytest.raises(UsageError, match="begin at batch -1"):
-        ActivationStream(model, corpus, SITES[1], STREAM).batches(5, 0, -1)
-    broken = tiny_model()
-    broken.hf_model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(LlmWsaeError, match=r"blocks\.1\.hook_resid_post from document 0 of text"):
-        next(ActivationStream(broken, corpus, SITES[1], STREAM).batches(5, 0))
 
 
 def test_memory_does_not_grow_with_the_number_of_tokens(text, tmp_path):

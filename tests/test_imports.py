@@ -47,6 +47,7 @@ FLOORS = (
     "pages",
     "planting",
     "harvesting",
+    "streaming",
     "training",
     "saelens",
     "theory",

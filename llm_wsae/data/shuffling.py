@@ -76,6 +76,21 @@ class SharedSource(ActivationSource, Protocol):
         """The same batches; of each, only the rows of ``part`` (its number, of how many)."""
 
 
+@runtime_checkable
+class JointSource(Protocol):
+    """The rows of several sites, read together."""
+
+    sites: list[Site]
+
+    def source(self, site: Site) -> ActivationSource:
+        """One of the sites by itself."""
+
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Endless batches, as those of ``SharedSource``, one for each site."""
+
+
 class Share:
     """Some rows of a run, in its order; length and slices are those of the complete run."""
 
@@ -194,12 +209,10 @@ def _load(
     seeds = (seed, window.epoch, window.number)
     if parts == 1:
         return shuffle(rows, *seeds)
-    return _shuffled_share(rows[:read], places[:read], window.size, seeds)
+    return shuffled_share(rows[:read], places[:read], window.size, seeds)
 
 
-def _shuffled_share(
-    rows: Tensor, places: np.ndarray, size: int, seeds: tuple[int, int, int]
-) -> Share:
+def shuffled_share(rows: Tensor, places: np.ndarray, size: int, seeds: tuple[int, ...]) -> Share:
     """Those rows, which are in some places of ``size`` rows, when all of them are shuffled."""
     held = np.full(size, -1)
     held[places] = np.arange(len(rows))

@@ -38,8 +38,8 @@ from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.export import dictionary_of
+from llm_wsae.training.one_site import Training
 from llm_wsae.training.parallel.group import process_group
-from llm_wsae.training.trainer import Training
 from llm_wsae.weights.matrix_rules import spectrum
 
 SECONDS = 2.0

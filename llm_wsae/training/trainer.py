@@ -1,49 +1,36 @@
 """Several dictionaries in one pass over the same batches.
 
 Reading and normalising a batch is shared, so each further arm costs only its own step, and the
-arms differ only in their configuration: same rows, same order, same schedule.
+arms differ only in their configuration: same rows, same order, same schedule. Several sites of a
+stream also share the forward pass; each of them is a ``Training`` of its own.
 """
 
-import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.manifest import MANIFEST
-from llm_wsae.data.shuffling import ActivationSource, SharedSource
+from llm_wsae.data.shuffling import ActivationSource, JointSource, SharedSource
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.folder import INFO, check_replaceable
+from llm_wsae.dictionary.folder import INFO
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import remove_partials, write_json
-from llm_wsae.hardware import check_memory, choose_device, fast_dtype
+from llm_wsae.hardware import choose_device
+from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_file, check_folder
 from llm_wsae.processes import Processes, join
-from llm_wsae.training.arm import Arm, ArmConfig
-from llm_wsae.training.checkpoint import (
-    CHECKPOINT,
-    FINISHED,
-    Reached,
-    check_identity,
-    differences,
-    load_checkpoint,
-    load_just_saved,
-    read_finished,
-    save_checkpoint,
-)
-from llm_wsae.training.config import TrainConfig, default_learning_rate, learning_rate_factor
-from llm_wsae.training.export import dictionary_of
-from llm_wsae.training.log import LOG, TrainingLog, Written, is_log
-from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, differences
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.log import LOG, is_log
+from llm_wsae.training.one_site import Training
 from llm_wsae.training.parallel.group import CONTINUE, SAVE, STOP, ProcessGroup, process_group
-
-MAX_DEAD_AFTER = 10_000_000
 
 
 class Interrupted(LlmWsaeError):
@@ -68,12 +55,94 @@ def train(
     Under ``torchrun`` all processes make the same call and train the same dictionaries together, up
     to the order in which numbers are added; ``config.shard`` says what is distributed. They need a
     folder that all can reach, and a run may be resumed with another number of processes. Of a
-    source that is not a store, each process reads all rows.
+    source that is not a ``SharedSource``, each process reads all rows.
 
     Returns the dictionaries by arm name. Raises UsageError for impossible settings, LlmWsaeError
     when ``out`` belongs to another training or is being written, and Interrupted after Ctrl-C or
-    SIGTERM.
+    SIGTERM. When the source fails, what was trained is saved first.
     """
+    out = Path(out)
+    job = _Job(source, arms, out)
+
+    def batches(start: int, part: tuple[int, int]) -> Iterator[tuple[Tensor, ...]]:
+        number, parts = part
+        wanted = (config.batch_size, config.shuffle_seed, start)
+        if isinstance(source, SharedSource):
+            own = source.batches_of_part(*wanted, part)
+        elif parts == 1:
+            own = source.batches(*wanted)
+        else:
+            own = (batch.tensor_split(parts)[number] for batch in source.batches(*wanted))
+        try:
+            for batch in own:
+                yield (batch,)
+        finally:
+            if (close := getattr(own, "close", None)) is not None:
+                close()  # ends the source's reading thread
+
+    return _train([job], batches, config, out)[0]
+
+
+def train_sites(
+    source: JointSource,
+    arms: Mapping[Site, Sequence[ArmConfig]],
+    config: TrainConfig,
+    out: Path,
+) -> dict[Site, dict[str, Dictionary]]:
+    """Train the arms of several sites in step, on rows that are computed together.
+
+    Each site has its own folder under ``out``, named after it, as ``train`` would fill it.
+    Everything else is as for ``train``.
+    """
+    jobs = [_Job(source.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
+    places = [source.sites.index(site) for site in arms]
+
+    def batches(start: int, part: tuple[int, int]) -> Iterator[tuple[Tensor, ...]]:
+        every = source.batches(config.batch_size, config.shuffle_seed, start, part)
+        return (tuple(rows[place] for place in places) for rows in every)
+
+    return dict(zip(arms, _train(jobs, batches, config, Path(out)), strict=True))
+
+
+class _Job(NamedTuple):
+    """What is asked of one site."""
+
+    source: ActivationSource
+    arms: Sequence[ArmConfig]
+    out: Path
+
+
+_Batches = Callable[[int, tuple[int, int]], Iterator[tuple[Tensor, ...]]]
+"""From (number of the first batch, part of the rows): of every batch, the rows of each site."""
+
+
+def _train(
+    jobs: Sequence[_Job], batches: _Batches, config: TrainConfig, out: Path
+) -> list[dict[str, Dictionary]]:
+    for job in jobs:
+        _check_arms(job.arms)
+        _check_out(job.out)
+    processes, device = join(), choose_device(config.device)
+    with processes.together():
+        with process_group(processes, device, config.shard) as group:
+            # before the lock: a refused request leaves no folder
+            trainings = [Training(*job[:2], config, job.out, device, group) for job in jobs]
+            for training in trainings:
+                settings = {**training.identity, "shard": config.shard}
+                _check_agreed(processes, settings, "settings")
+            with ExitStack() as locks:
+                for job in jobs:
+                    locks.enter_context(processes.folder_lock(job.out, "training"))
+                done = processes.lead(lambda: [t.is_finished() for t in trainings])
+                missing = {i: t for i, t in enumerate(trainings) if not done[i]}
+                if missing:
+                    _run(missing, batches, config, group, out)
+                    for training in missing.values():
+                        processes.lead(training.finish)
+        return [{arm.name: Dictionary.load(job.out / arm.name) for arm in job.arms} for job in jobs]
+
+
+def _check_arms(arms: Sequence[ArmConfig]) -> None:
     names = [arm.name for arm in arms]
     if not arms:
         raise UsageError(
@@ -82,18 +151,6 @@ def train(
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"the arms must be different, but {twice[0]} is listed twice")
-    out, processes, device = Path(out), join(), choose_device(config.device)
-    _check_out(out)
-    with processes.together():
-        with process_group(processes, device, config.shard) as group:
-            # before the lock: a refused request leaves no folder
-            training = Training(source, arms, config, out, device, group)
-            _check_agreed(processes, {**training.identity, "shard": config.shard}, "settings")
-            with processes.folder_lock(out, "training"):
-                if not processes.lead(training.is_finished):
-                    training.run()
-                    processes.lead(training.finish)
-        return {name: Dictionary.load(out / name) for name in names}
 
 
 def _check_out(out: Path) -> None:
@@ -116,231 +173,81 @@ def _check_agreed(processes: Processes, mine: dict[str, Any], what: str) -> None
     processes.meet()  # so that none continues and leaves files behind
 
 
-class Training:
-    """Several arms on the batches of one source: what ``train`` runs, step by step."""
+def _run(
+    numbered: Mapping[int, Training],
+    batches: _Batches,
+    config: TrainConfig,
+    group: ProcessGroup,
+    out: Path,
+) -> None:
+    """All steps of the sites with these numbers, from their checkpoints on. A site whose checkpoint
+    is newer than that of another waits for it."""
+    trainings = list(numbered.values())
+    for training in trainings:
+        training.begin()
+        _check_agreed(group.processes, {"step": training.reached}, "checkpoints")
+    step = began = min(training.reached for training in trainings)
+    num_steps, arms = trainings[0].num_steps, sum(len(training.arms) for training in trainings)
+    bar = tqdm(
+        total=num_steps * config.batch_size,
+        initial=step * config.batch_size,
+        desc=f"train {arms} arm{'s' * (arms > 1)}",
+        unit="tok",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=not group.processes.leads,
+    )
 
-    def __init__(
-        self,
-        source: ActivationSource,
-        arms: Sequence[ArmConfig],
-        config: TrainConfig,
-        out: Path,
-        device: torch.device,
-        group: ProcessGroup,
-    ):
-        self.source, self.config, self.out, self.group = source, config, out, group
-        self.leads = group.processes.leads
-        tokens = config.tokens if config.tokens is not None else source.num_rows
-        if tokens is None:
-            raise UsageError("a stream has no end: set the number of tokens to train on")
-        self.num_steps = tokens // config.batch_size
-        if self.num_steps == 0:
-            raise UsageError(
-                f"{tokens} rows are fewer than one batch of {config.batch_size}; "
-                "harvest more tokens or lower the batch size"
+    def save() -> None:
+        for training in trainings:
+            training.save()
+
+    rows_of_all = batches(step, group.strategy.row_part)
+    saved_at = time.monotonic()
+    try:
+        with _stop_signals() as stopped, bar:
+
+            def want() -> int:
+                if stopped:
+                    return STOP
+                due = time.monotonic() - saved_at > config.checkpoint_seconds
+                return SAVE if due and group.processes.leads else CONTINUE
+
+            wanted = CONTINUE
+            while step < num_steps and wanted < STOP:
+                try:
+                    rows = next(rows_of_all)
+                except LlmWsaeError as error:
+                    if step == began or group.processes.size > 1:
+                        raise
+                    save()
+                    raise LlmWsaeError(
+                        f"{error} (stopped after step {step} of {num_steps}, saved in {out}; the "
+                        "same command goes on from there)"
+                    ) from error
+                agreed = group.agree(want)
+                for number, training in numbered.items():
+                    if training.reached == step:
+                        training.advance(rows[number], bar)
+                step += 1
+                bar.update(config.batch_size)
+                wanted = agreed()
+                if wanted >= SAVE:
+                    save()
+                    saved_at = time.monotonic()
+        if step < num_steps:
+            raise Interrupted(
+                f"stopped after step {step} of {num_steps}, saved in {out}; "
+                "run the same command again to resume",
+                stopped[0] if stopped else signal.SIGTERM,  # that of another process
             )
-        d_sae = config.expansion * source.d_in
-        for arm in arms:
-            arm.check(d_sae)
-        # two matrices, each with its two moments, in float32
-        matrices = len(arms) * 6 * 4 * source.d_in * d_sae // group.strategy.latent_parts
-        check_memory(
-            matrices,
-            device,
-            f"{len(arms)} × {d_sae:,} latents in training",
-            "lower the expansion, or train fewer of them at once",
-        )
-        fast = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
-        self.statistics = source.statistics()
-        self.normaliser = Normaliser(self.statistics, device, fast, group.strategy)
-        self.learning_rate = config.learning_rate or default_learning_rate(d_sae)
-        rows = self.num_steps * config.batch_size
-        dead_after = config.dead_after or min(MAX_DEAD_AFTER, rows // 10)
-        self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
-        spaces = Spaces(device)
-        self.arms = [
-            Arm(arm, source.d_in, d_sae, device, spaces.of(arm.weights), group.strategy)
-            for arm in arms
-        ]
-        self.last_numbers: dict[str, dict[str, float]] = {}
-        self.log: TrainingLog | None = None
-        self.identity: dict[str, Any] = {
-            "rows": source.identity(),
-            "arms": {arm.name: arm.identity() for arm in arms},
-            "num_steps": self.num_steps,
-            "batch_size": config.batch_size,
-            "d_in": source.d_in,
-            "d_sae": d_sae,
-            "learning_rate": self.learning_rate,
-            "warmup": config.warmup,
-            "decay": config.decay,
-            "aux_coefficient": config.aux_coefficient,
-            "dead_after": self.dead_after,
-            "seed": config.shuffle_seed,
-            "dtype": str(fast).removeprefix("torch."),
-        }
-
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do. Raises LlmWsaeError if another training was done there."""
-        remove_partials(self.out)
-        if not (self.out / FINISHED).exists():
-            return False
-        found, _ = read_finished(self.out)
-        check_identity(self.out, found, self.identity)
-        (self.out / CHECKPOINT).unlink(missing_ok=True)  # of a run killed at the very end
-        return True
-
-    def run(self) -> None:
-        if self.leads:
-            for arm in self.arms:  # rather than when all is trained
-                check_replaceable(self.out / arm.config.name)
-        processes = self.group.processes
-        reached = load_checkpoint(self.out, self.arms, self.identity, processes)
-        step, self.last_numbers = reached.step, reached.numbers
-        _check_agreed(processes, {"step": step}, "checkpoints")
-        config, total = self.config, self.num_steps * self.config.batch_size
-        if self.leads:
-            self.log = TrainingLog(self.out, step, config.tracker, reached.log)
-        batches = self._batches(step)
-        bar = tqdm(
-            total=total,
-            initial=step * config.batch_size,
-            desc=f"train {len(self.arms)} arm{'s' * (len(self.arms) > 1)}",
-            unit="tok",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not self.leads,
-        )
-        self.saved_at = time.monotonic()
-        try:
-            with _stop_signals() as stopped, bar:
-                wanted = CONTINUE
-                while step < self.num_steps and wanted < STOP:
-                    rows = next(batches)
-                    agreed = self.group.agree(lambda: self._want(stopped))
-                    self.step(step, rows)
-                    step += 1
-                    bar.update(config.batch_size)
-                    if step % config.log_every == 0 or step == self.num_steps:
-                        self.read_numbers(step)
-                        if self.log is not None:
-                            self._log(self.log, bar, step)
-                    wanted = agreed()
-                    if wanted >= SAVE:
-                        self._save(step)
-            if step < self.num_steps:
-                raise Interrupted(
-                    f"stopped after step {step} of {self.num_steps}, saved in {self.out}; "
-                    "run the same command again to resume",
-                    stopped[0] if stopped else signal.SIGTERM,  # that of another process
-                )
-            if self.group.strategy.latent_parts > 1:
-                self._save(step)  # from which rank 0 takes the latents of all
-        finally:
-            if self.log is not None:
-                self.log.close()
-            close = getattr(batches, "close", None)
-            if close is not None:
-                close()  # ends the source's reading thread
-
-    def _batches(self, start: int) -> Iterator[torch.Tensor]:
-        """Of every batch from number ``start`` on, the rows of this process."""
-        wanted = (self.config.batch_size, self.config.shuffle_seed, start)
-        number, parts = self.group.strategy.row_part
-        if parts == 1:
-            return self.source.batches(*wanted)
-        if isinstance(self.source, SharedSource):
-            return self.source.batches_of_part(*wanted, (number, parts))
-        return (batch.tensor_split(parts)[number] for batch in self.source.batches(*wanted))
-
-    def _want(self, stopped: list[int]) -> int:
-        if stopped:
-            return STOP
-        due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds
-        return SAVE if due and self.leads else CONTINUE
-
-    def _save(self, step: int) -> None:
-        reached = Reached(step, self.last_numbers, self._logged())
-        save_checkpoint(self.out, self.arms, reached, self.identity, self.group)
-        self.saved_at = time.monotonic()
-
-    def _logged(self) -> Written | None:
-        return None if self.log is None else self.log.written
-
-    def step(self, step: int, rows: torch.Tensor) -> None:
-        """Step number ``step`` of every arm, on a batch of rows."""
-        config = self.config
-        batch = self.normaliser.batch(rows)
-        factor = learning_rate_factor(step, self.num_steps, config.warmup, config.decay)
-        own_batches = in_spaces(batch, [arm.space for arm in self.arms])
-        for arm, own in zip(self.arms, own_batches, strict=True):
-            arm.anneal(step / self.num_steps)
-            arm.step(
-                own,
-                (step + 1) * config.batch_size,
-                self.learning_rate * factor,
-                config.aux_coefficient,
-                self.dead_after,
-            )
-
-    def read_numbers(self, step: int) -> None:
-        """The numbers of every arm since the last call; waits until the device has them."""
-        rows = step * self.config.batch_size
-        variance = self.normaliser.variance / self.normaliser.scale**2
-        self.last_numbers = {
-            arm.config.name: arm.read_progress(rows, self.dead_after, variance) for arm in self.arms
-        }
-        for name, numbers in self.last_numbers.items():
-            if not math.isfinite(numbers["loss"]):
-                raise LlmWsaeError(
-                    f"the loss of {name} is {numbers['loss']} at step {step}; "
-                    "lower the learning rate (of llm-wsae train) and start again in another folder"
-                )
-
-    def _log(self, log: TrainingLog, bar: tqdm, step: int) -> None:
-        numbers, size = self.last_numbers, self.config.batch_size
-        speed = bar.format_dict["rate"] or 0.0
-        left = (self.num_steps - step) * size / speed if speed else 0.0
-        log.write(step, step * size, numbers, tokens_per_second=speed, seconds_left=left)
-        first = next(iter(numbers.values()))
-        bar.set_postfix_str(
-            f"loss {first['loss']:.3g} FVU {first['fvu']:.3f} L0 {first['l0']:.0f} "
-            f"dead {first['dead']:.1%}"
-            + (f" (first of {len(numbers)})" if len(numbers) > 1 else "")
-        )
-
-    def finish(self) -> None:
-        """Save the dictionaries, then the record that they are complete. Rank 0 does it."""
-        settings = {k: v for k, v in self.identity.items() if k not in ("rows", "arms")}
-        for arm in self.arms:
-            name = arm.config.name
-            dictionary = dictionary_of(
-                self._with_all_latents(arm),
-                self.source,
-                self.statistics,
-                self.normaliser,
-                self.last_numbers.get(name, {}),
-                settings,
-            )
-            if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):
-                # in latents that never fire, which the loss does not show
-                raise LlmWsaeError(
-                    f"{name} has weights that are not finite; lower the learning rate (of llm-wsae "
-                    "train) and start again in another folder"
-                )
-            dictionary.save(self.out / name)
-        logged = self._logged()
-        assert logged is not None
-        write_json(self.out / FINISHED, {**self.identity, "log": logged._asdict()})
-        (self.out / CHECKPOINT).unlink(missing_ok=True)
-
-    def _with_all_latents(self, arm: Arm) -> Arm:
-        """The arm with the latents of all processes, which have just saved them."""
-        if len(arm.own_latents) == arm.d_sae:
-            return arm
-        complete = Arm(arm.config, self.source.d_in, arm.d_sae, torch.device("cpu"))
-        load_just_saved(self.out, complete)
-        return complete
+        if group.strategy.latent_parts > 1:
+            save()  # from which rank 0 takes the latents of all
+    finally:
+        for training in trainings:
+            training.close()
+        if (close := getattr(rows_of_all, "close", None)) is not None:
+            close()  # ends the source's reading thread
 
 
 @contextmanager

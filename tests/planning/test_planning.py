@@ -22,7 +22,8 @@ from llm_wsae.planning.planning import plan
 from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.training.trainer import Interrupted, Training, train
+from llm_wsae.training.one_site import Training
+from llm_wsae.training.trainer import Interrupted, train
 from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.choosing import choose_weights
 

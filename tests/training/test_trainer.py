@@ -19,7 +19,7 @@ from llm_wsae.files import folder_lock, read_json
 from llm_wsae.model.site import Site
 from llm_wsae.processes import Several
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training import trainer
+from llm_wsae.training import one_site
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig, learning_rate_factor
@@ -205,7 +205,7 @@ def test_what_fired_a_step_ago_is_never_dead(tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     """Those of a latent that never fires do not show in the loss."""
-    source, made = MemorySource(600), trainer.dictionary_of
+    source, made = MemorySource(600), one_site.dictionary_of
 
     def spoilt(*given):
         dictionary = made(*given)
@@ -213,7 +213,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
             dictionary.W_dec[3, 0] = float("nan")
         return dictionary
 
-    monkeypatch.setattr(trainer, "dictionary_of", spoilt)
+    monkeypatch.setattr(one_site, "dictionary_of", spoilt)
     with pytest.raises(LlmWsaeError, match="uniform-k4 has weights that are not finite; lower"):
         train(source, arms_for(source), replace(CONFIG, tokens=None, batch_size=100), tmp_path)
     assert not list(tmp_path.rglob("cfg.json")) and not (tmp_path / FINISHED).exists()

@@ -1,0 +1,217 @@
+"""The training of one site, step by step: its arms, its checkpoint, its log, its dictionaries."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from llm_wsae.data.shuffling import ActivationSource
+from llm_wsae.dictionary.folder import check_replaceable
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import remove_partials, write_json
+from llm_wsae.hardware import check_memory, fast_dtype
+from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.checkpoint import (
+    CHECKPOINT,
+    FINISHED,
+    Reached,
+    check_identity,
+    load_checkpoint,
+    load_just_saved,
+    read_finished,
+    save_checkpoint,
+)
+from llm_wsae.training.config import TrainConfig, default_learning_rate, learning_rate_factor
+from llm_wsae.training.export import dictionary_of
+from llm_wsae.training.log import TrainingLog, Written
+from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
+from llm_wsae.training.parallel.group import ProcessGroup
+
+MAX_DEAD_AFTER = 10_000_000
+
+
+class Training:
+    """Several arms on the batches of one source."""
+
+    def __init__(
+        self,
+        source: ActivationSource,
+        arms: Sequence[ArmConfig],
+        config: TrainConfig,
+        out: Path,
+        device: torch.device,
+        group: ProcessGroup,
+    ):
+        self.source, self.config, self.out, self.group = source, config, out, group
+        self.leads = group.processes.leads
+        tokens = config.tokens if config.tokens is not None else source.num_rows
+        if tokens is None:
+            raise UsageError("a stream has no end: set the number of tokens to train on")
+        self.num_steps = tokens // config.batch_size
+        if self.num_steps == 0:
+            raise UsageError(
+                f"{tokens} rows are fewer than one batch of {config.batch_size}; "
+                "harvest more tokens or lower the batch size"
+            )
+        d_sae = config.expansion * source.d_in
+        for arm in arms:
+            arm.check(d_sae)
+        # two matrices, each with its two moments, in float32
+        matrices = len(arms) * 6 * 4 * source.d_in * d_sae // group.strategy.latent_parts
+        check_memory(
+            matrices,
+            device,
+            f"{len(arms)} × {d_sae:,} latents in training",
+            "lower the expansion, or train fewer of them at once",
+        )
+        fast = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+        self.statistics = source.statistics()
+        self.normaliser = Normaliser(self.statistics, device, fast, group.strategy)
+        self.learning_rate = config.learning_rate or default_learning_rate(d_sae)
+        rows = self.num_steps * config.batch_size
+        dead_after = config.dead_after or min(MAX_DEAD_AFTER, rows // 10)
+        self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
+        spaces = Spaces(device)
+        self.arms = [
+            Arm(arm, source.d_in, d_sae, device, spaces.of(arm.weights), group.strategy)
+            for arm in arms
+        ]
+        self.reached = 0
+        """Steps that are done."""
+        self.last_numbers: dict[str, dict[str, float]] = {}
+        self.log: TrainingLog | None = None
+        self.identity: dict[str, Any] = {
+            "rows": source.identity(),
+            "arms": {arm.name: arm.identity() for arm in arms},
+            "num_steps": self.num_steps,
+            "batch_size": config.batch_size,
+            "d_in": source.d_in,
+            "d_sae": d_sae,
+            "learning_rate": self.learning_rate,
+            "warmup": config.warmup,
+            "decay": config.decay,
+            "aux_coefficient": config.aux_coefficient,
+            "dead_after": self.dead_after,
+            "seed": config.shuffle_seed,
+            "dtype": str(fast).removeprefix("torch."),
+        }
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do. Raises LlmWsaeError if another training was done there."""
+        remove_partials(self.out)
+        if not (self.out / FINISHED).exists():
+            return False
+        found, _ = read_finished(self.out)
+        check_identity(self.out, found, self.identity)
+        (self.out / CHECKPOINT).unlink(missing_ok=True)  # of a run killed at the very end
+        return True
+
+    def begin(self) -> None:
+        """Take up the checkpoint, if there is one, and open the log."""
+        if self.leads:
+            for arm in self.arms:  # rather than when all is trained
+                check_replaceable(self.out / arm.config.name)
+        reached = load_checkpoint(self.out, self.arms, self.identity, self.group.processes)
+        self.reached, self.last_numbers = reached.step, reached.numbers
+        if self.leads:
+            self.log = TrainingLog(self.out, self.reached, self.config.tracker, reached.log)
+
+    def advance(self, rows: torch.Tensor, bar: tqdm) -> None:
+        """The next step, on a batch of rows; its numbers are logged when that is due."""
+        self.step(self.reached, rows)
+        self.reached += 1
+        if self.reached % self.config.log_every == 0 or self.reached == self.num_steps:
+            self.read_numbers(self.reached)
+            if self.log is not None:
+                self._log(self.log, bar)
+
+    def save(self) -> None:
+        """A checkpoint of the step that was reached."""
+        reached = Reached(self.reached, self.last_numbers, self._logged())
+        save_checkpoint(self.out, self.arms, reached, self.identity, self.group)
+
+    def close(self) -> None:
+        """Close the log."""
+        if self.log is not None:
+            self.log.close()
+
+    def _logged(self) -> Written | None:
+        return None if self.log is None else self.log.written
+
+    def step(self, step: int, rows: torch.Tensor) -> None:
+        """Step number ``step`` of every arm, on a batch of rows."""
+        config = self.config
+        batch = self.normaliser.batch(rows)
+        factor = learning_rate_factor(step, self.num_steps, config.warmup, config.decay)
+        own_batches = in_spaces(batch, [arm.space for arm in self.arms])
+        for arm, own in zip(self.arms, own_batches, strict=True):
+            arm.anneal(step / self.num_steps)
+            arm.step(
+                own,
+                (step + 1) * config.batch_size,
+                self.learning_rate * factor,
+                config.aux_coefficient,
+                self.dead_after,
+            )
+
+    def read_numbers(self, step: int) -> None:
+        """The numbers of every arm since the last call; waits until the device has them."""
+        rows = step * self.config.batch_size
+        variance = self.normaliser.variance / self.normaliser.scale**2
+        self.last_numbers = {
+            arm.config.name: arm.read_progress(rows, self.dead_after, variance) for arm in self.arms
+        }
+        for name, numbers in self.last_numbers.items():
+            if not math.isfinite(numbers["loss"]):
+                raise LlmWsaeError(
+                    f"the loss of {name} is {numbers['loss']} at step {step}; "
+                    "lower the learning rate (of llm-wsae train) and start again in another folder"
+                )
+
+    def _log(self, log: TrainingLog, bar: tqdm) -> None:
+        numbers, size, step = self.last_numbers, self.config.batch_size, self.reached
+        speed = bar.format_dict["rate"] or 0.0
+        left = (self.num_steps - step) * size / speed if speed else 0.0
+        log.write(step, step * size, numbers, tokens_per_second=speed, seconds_left=left)
+        first = next(iter(numbers.values()))
+        bar.set_postfix_str(
+            f"loss {first['loss']:.3g} FVU {first['fvu']:.3f} L0 {first['l0']:.0f} "
+            f"dead {first['dead']:.1%}"
+            + (f" (first of {len(numbers)})" if len(numbers) > 1 else "")
+        )
+
+    def finish(self) -> None:
+        """Save the dictionaries, then the record that they are complete. Rank 0 does it."""
+        settings = {k: v for k, v in self.identity.items() if k not in ("rows", "arms")}
+        for arm in self.arms:
+            name = arm.config.name
+            dictionary = dictionary_of(
+                self._with_all_latents(arm),
+                self.source,
+                self.statistics,
+                self.normaliser,
+                self.last_numbers.get(name, {}),
+                settings,
+            )
+            if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):
+                # in latents that never fire, which the loss does not show
+                raise LlmWsaeError(
+                    f"{name} has weights that are not finite; lower the learning rate (of llm-wsae "
+                    "train) and start again in another folder"
+                )
+            dictionary.save(self.out / name)
+        logged = self._logged()
+        assert logged is not None
+        write_json(self.out / FINISHED, {**self.identity, "log": logged._asdict()})
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+
+    def _with_all_latents(self, arm: Arm) -> Arm:
+        """The arm with the latents of all processes, which have just saved them."""
+        if len(arm.own_latents) == arm.d_sae:
+            return arm
+        complete = Arm(arm.config, self.source.d_in, arm.d_sae, torch.device("cpu"))
+        load_just_saved(self.out, complete)
+        return complete
