@@ -165,8 +165,8 @@ def kept_rows(
 ) -> dict[Site, Float[Tensor, "rows d_in"]]:
     """The rows of the kept positions at each site, on the CPU, in the model's dtype."""
     activations = model.activations(torch.from_numpy(contexts.ids), sites)
-    keep = torch.from_numpy(contexts.keep).to(model.device)
-    return {site: activations[site][keep].cpu() for site in sites}
+    keep = torch.from_numpy(contexts.keep)
+    return {site: activations[site][keep.to(activations[site].device)].cpu() for site in sites}
 
 
 def manifest_of(

@@ -1,5 +1,8 @@
 """The whole job in one call: harvest → weigh → train → evaluate → save, into one folder.
 
+A store keeps the rows on the disk. A stream computes them while they are trained on, once for all
+sites, and keeps none.
+
 The same call after an interruption resumes it: finished stages are read back.
 """
 
@@ -13,10 +16,11 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.packing import Packer
+from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError
@@ -30,13 +34,14 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.planning.planning import LEAST_TOKENS, check_rows, plan
 from llm_wsae.plots import plot_fidelity, plot_profile, write_page
+from llm_wsae.streaming import ActivationStreams
 from llm_wsae.training.arm import make_arms
-from llm_wsae.training.checkpoint import FINISHED
+from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.log import LOG
-from llm_wsae.training.trainer import train
+from llm_wsae.training.trainer import check_out, train, train_sites
 from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
-from llm_wsae.weighing import measure_inputs
+from llm_wsae.weighing import measure_inputs, measure_stream_inputs
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
@@ -96,6 +101,7 @@ def run(
     init_seeds: Sequence[int] = (0,),
     text_column: str | None = None,
     harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
+    stream_config: StreamConfig | None = None,
     weight_config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
     train_config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
     evaluate_config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
@@ -105,6 +111,9 @@ def run(
     ``out`` receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
     folder per arm, ``report.json``, ``fidelity.png``, and ``report.html``, which shows them. The
     training part of the corpus is harvested; its held-out part is used for the evaluation.
+    With a ``stream_config`` there is no store: all sites are trained in step, on the rows of as
+    many tokens as would have been harvested, or on ``train_config.tokens`` rows, and weights come
+    from the first tokens of the text.
     Before the harvest, a line or two on stderr say what the run takes (``plan``).
     ``rules`` × ``alphas`` × (``ks`` × ``architectures`` and ``l1s``) × ``init_seeds`` are the arms.
     With ``"auto"`` among the alphas, whitening's is chosen by short trainings
@@ -124,7 +133,13 @@ def run(
     for arm in make_arms([plain], ks, l1s, architectures=architectures):
         arm.check(train_config.expansion * model.d_model)
     check_rows(harvest_config, train_config)
-    _check_not_trained_on_less(out, sites, harvest_config)
+    if stream_config is None:
+        _check_not_trained_on_less(out, sites, harvest_config)
+    else:
+        check_out(out)
+    if stream_config is not None and train_config.tokens is None:
+        per_context = harvest_config.context_size - harvest_config.drop_positions
+        train_config = replace(train_config, tokens=harvest_config.num_contexts * per_context)
     contexts = iter(
         Packer.for_model(model, harvest_config).contexts(
             Corpus.open(corpus, "heldout", text_column=text_column)
@@ -134,7 +149,8 @@ def run(
     heldout = take_contexts(contexts, evaluate_config.tokens)
     # α is chosen on other text than it is judged by
     trial = take_contexts(contexts, TRIAL_TOKENS) if "auto" in alphas else []
-    if not (out / STORE / MANIFEST).is_file():  # or it was said when the run began
+    begun = any((out / str(site) / CHECKPOINT).exists() for site in sites)
+    if not begun and not (out / STORE / MANIFEST).is_file():  # or it was said when the run began
         takes = plan(
             model,
             sites,
@@ -148,44 +164,63 @@ def run(
             out=out,
             with_times=harvest_config.tokens >= LEAST_TOKENS,
             harvest_config=harvest_config,
+            stream_config=stream_config,
             weight_config=weight_config,
             train_config=train_config,
             evaluate_config=evaluate_config,
         )
         tqdm.write(takes.text(), file=sys.stderr)
-    _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
     training_text = Corpus.open(corpus, "train", text_column=text_column)
-    store = harvest(model, training_text, sites, out / STORE, harvest_config)
-    results = {}
+    rows: ActivationStore | ActivationStreams
+    if stream_config is None:
+        _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
+        rows = harvest(model, training_text, sites, out / STORE, harvest_config)
+    else:
+        _say(1, "harvest", f"none: {corpus} goes through {model.name} while it is trained on")
+        rows = ActivationStreams(model, training_text, sites, stream_config, out)
+    facts, arms = {}, {}
     for site in sites:
-        folder = out / str(site)
         _say(2, "weigh", f"profile of {site}")
-        inputs = measure_inputs(parsed, store, site, model=model)
+        inputs = (
+            measure_inputs(parsed, rows, site, model=model)
+            if isinstance(rows, ActivationStore)
+            else measure_stream_inputs(parsed, rows, site)
+        )
         choice = None
         if "auto" in alphas:
             trials = replace(evaluate_config, tokens=TRIAL_TOKENS)
             choice = choose_alpha(
                 inputs,
-                store.source(site),
+                rows.source(site),
                 FidelityEvaluator(model, trial, trials),
-                folder,
+                out / str(site),
                 k=ks[0] if ks else TRIAL_K,
                 training=train_config,
                 config=weight_config,
             )
             tqdm.write(choice.text(), file=sys.stderr)
         weights = _weights(inputs, parsed, alphas, choice, weight_config)
-        facts = _profile(inputs, site, folder, weights)
-        arms = make_arms(weights, ks, l1s, init_seeds, architectures)
-        _say(3, "train", f"{len(arms)} dictionaries in one pass")
-        dictionaries = train(store.source(site), arms, train_config, folder)
-        _say(4, "evaluate", f"on {evaluate_config.tokens:,} held-out tokens")
+        facts[site] = _profile(inputs, site, out / str(site), weights)
+        arms[site] = make_arms(weights, ks, l1s, init_seeds, architectures)
+    trained: dict[Site, dict[str, Dictionary]] = {}
+    if isinstance(rows, ActivationStore):
+        for site in sites:
+            _say(3, "train", f"{len(arms[site])} dictionaries of {site} in one pass")
+            trained[site] = train(rows.source(site), arms[site], train_config, out / str(site))
+    else:
+        number = sum(map(len, arms.values()))
+        _say(3, "train", f"{number} dictionaries of {len(sites)} sites in one pass")
+        trained = train_sites(rows, arms, train_config, out)
+    results = {}
+    for site, dictionaries in trained.items():
+        folder = out / str(site)
+        _say(4, "evaluate", f"{site} on {evaluate_config.tokens:,} held-out tokens")
         report = evaluate(dictionaries, model, heldout, evaluate_config)
         _save_metrics(folder, dictionaries, report)
         report.write(folder / "report.json")
         plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
-        write_page(report, arms, str(site), folder / PAGE)
-        results[site] = SiteResult(facts, dictionaries, report, folder)
+        write_page(report, arms[site], str(site), folder / PAGE)
+        results[site] = SiteResult(facts[site], dictionaries, report, folder)
     return results
 
 

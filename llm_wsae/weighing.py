@@ -39,6 +39,7 @@ from llm_wsae.planting.source import PlantedSource
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.streaming import ActivationStreams
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.rules import Rule
@@ -84,6 +85,38 @@ def measure_inputs(
         inputs = replace(inputs, coherence=coherence)
     if "fisher" in needs:
         fisher = _kept_or_measured("fisher", store, site, model, config)
+        inputs = replace(inputs, fisher=fisher)
+    return inputs
+
+
+def measure_stream_inputs(
+    rules: Iterable[Rule | str],
+    streams: ActivationStreams,
+    site: Site,
+    config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
+) -> RuleInputs:
+    """The same of a site of a stream, from its first tokens.
+
+    Raises UsageError for a rule that needs a dictionary, or the text behind rows, which a stream
+    does not keep.
+    """
+    parsed = [Rule.of(rule) for rule in rules]
+    needs = {rule.need for rule in parsed}
+    for rule in parsed:
+        if rule.need == "dictionary":
+            raise rule.missing_input()
+        if rule.need == "coherence":
+            raise UsageError(
+                f"the rule {rule.name!r} reads the text behind single rows, which a stream does "
+                "not keep; harvest a store"
+            )
+    inputs = RuleInputs(streams.statistics(site))
+    if "second_moment" in needs:
+        inputs = replace(inputs, second_moment=streams.second_moment(site))
+    if "fisher" in needs:
+        blocks = streams.first_contexts(config.sensitivity_tokens)
+        contexts = ((torch.from_numpy(b.ids).long(), torch.from_numpy(b.keep)) for b in blocks)
+        fisher = fisher_information(streams.model, contexts, site, config.seed)
         inputs = replace(inputs, fisher=fisher)
     return inputs
 

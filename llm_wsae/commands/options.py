@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining.protocol import ExplainConfig
@@ -33,6 +33,7 @@ Prefixed = Annotated[T, tyro.conf.FlagConversionOff]  # a yes or no is spelt out
 Flat = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # an option without a value: --private
 Store = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STORE")]
+OptionalStore = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[STORE]")]
 RepoId = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REPO_ID")]
 Part = Literal["train", "heldout", "all"]
 
@@ -43,8 +44,9 @@ class LoadOptions:
 
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Device to compute on."""
+    device: Literal["auto", "cuda", "mps", "cpu", "spread"] = "auto"
+    """Device to compute on.
+    spread: over all accelerators, then memory, then disk, for a model larger than a device."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model.
     auto: that of the store, if any; otherwise bfloat16 where the hardware is fast at it."""
@@ -78,6 +80,39 @@ class CorpusOptions:
     several are joined by +."""
     text_column: str | None = None
     """Column that holds the text, if that is not clear."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions(StreamConfig, LoadOptions):
+    """Instead of a store: a model and a text, whose rows are trained on as they are computed."""
+
+    model: str | None = None
+    """Hub id, local folder or .gguf file of a causal language model."""
+    corpus: str | None = None
+    """Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, or text package;
+    several are joined by +."""
+    text_column: str | None = None
+    """Column that holds the text, if that is not clear."""
+    device: tyro.conf.Suppress[str] = "auto"  # type: ignore[assignment]  # that of the training
+
+    def check_source(self, store: Path | None) -> None:
+        """Raises UsageError unless there is a store, or else both a model and a text."""
+        if store is None:
+            if self.model is None or self.corpus is None:
+                raise UsageError(
+                    "give a STORE to train on, or --model and --corpus to train without one"
+                )
+        elif self != StreamOptions():
+            own = next(f.name for f in fields(self) if getattr(self, f.name) != f.default)
+            raise UsageError(
+                f"--{own.replace('_', '-')} is for a training without a store; leave it or {store} "
+                "out"
+            )
+
+    @property
+    def config(self) -> StreamConfig:
+        """How rows are made, without from what."""
+        return StreamConfig(**{one.name: getattr(self, one.name) for one in fields(StreamConfig)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +182,8 @@ class TrainOptions(_Prefixed, TrainConfig):
 
     def with_model_on(self, device: str) -> TrainConfig:
         """The training next to a model on ``device``."""
-        return replace(self, device=device) if self.device == "auto" else self
+        fits = self.device == "auto" and device != "spread"
+        return replace(self, device=device) if fits else self
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm_wsae.commands.options import (
     AutoGridOptions,
     CorpusOptions,
     EvaluateOptions,
+    Flag,
     Flat,
     HarvestOptions,
     ModelOptions,
@@ -17,6 +19,8 @@ from llm_wsae.commands.options import (
     cost,
     sites_of,
 )
+from llm_wsae.data.config import StreamConfig
+from llm_wsae.errors import UsageError
 from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.provenance import write_record
 from llm_wsae.weights.config import WeightConfig
@@ -29,6 +33,9 @@ def run(
     corpus: Flat[CorpusOptions],
     site: tuple[str, ...],
     out: Path | None = None,
+    stream: Flag = False,
+    buffer_tokens: int = StreamConfig.buffer_tokens,
+    statistics_tokens: int = StreamConfig.statistics_tokens,
     grid: Flat[AutoGridOptions] = AutoGridOptions(),  # noqa: B008 - frozen
     weigh: Flat[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
     harvest: Prefixed[HarvestOptions] = HarvestOptions(),  # noqa: B008 - frozen
@@ -42,12 +49,16 @@ def run(
     Args:
         site: Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post.
         out: Folder that receives everything; by default runs/NAME for a model owner/NAME.
+        stream: Keep no rows on the disk; train on them as the model computes them.
+        buffer_tokens: With --stream: tokens whose rows are shuffled together.
+        statistics_tokens: With --stream: first tokens of the text, which weights are measured on.
     """
     from llm_wsae.pipeline import run as run_all
 
     started, sites = time.monotonic(), sites_of(site)
     out = out or Path("runs") / Path(model.model).resolve().name.removesuffix(".gguf")
     check_file(out / RECORD, is_record_of("run"))
+    streaming = _stream(stream, buffer_tokens, statistics_tokens, harvest)
     training = train.with_model_on(model.device)
     loaded = model.load(model.model)
     results = run_all(
@@ -63,20 +74,45 @@ def run(
         init_seeds=grid.init_seeds,
         text_column=corpus.text_column,
         harvest_config=harvest,
+        stream_config=streaming,
         weight_config=weigh,
         train_config=training,
         evaluate_config=evaluate,
     )
     asked = {"model": loaded.name, "corpus": corpus.corpus, "site": site, **vars(grid)}
     settings = {"harvest": harvest, "weigh": weigh, "train": training, "evaluate": evaluate}
+    settings |= {} if streaming is None else {"stream": streaming}
     write_record(out / RECORD, "run", {**asked, **settings})
     first = next(iter(results.values()))
     again = _evaluate_again(first.folder / next(iter(first.dictionaries)), model, corpus, out)
     lines = [f"\n{result.text()}\n" for result in results.values()]
     lines += [cost(started), f"next: measure on more of the held-out text, e.g.\n  {again}"]
-    page = _page(first.folder, list(first.dictionaries), model, out)
-    lines += [f"look at the dictionaries of {next(iter(results))} in a browser:\n  {page}"]
+    lines += [f"look at the dictionaries of {next(iter(results))} in a browser:"]
+    if streaming is not None:  # a page needs rows
+        lines += [f"  {_harvest(site, model, corpus, out)}"]
+    lines += [f"  {_page(first.folder, list(first.dictionaries), model, out)}"]
     return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)
+
+
+def _stream(
+    stream: bool, buffer_tokens: int, statistics_tokens: int, harvest: HarvestOptions
+) -> StreamConfig | None:
+    """How rows are streamed, if they are. Raises UsageError for settings of one without it."""
+    packing = {**harvest.packing(), "batch_tokens": harvest.batch_tokens}
+    config = StreamConfig(
+        **packing, buffer_tokens=buffer_tokens, statistics_tokens=statistics_tokens
+    )
+    if not stream and config != StreamConfig(**packing):
+        raise UsageError("--buffer-tokens and --statistics-tokens are for --stream; add it")
+    return config if stream else None
+
+
+def _harvest(site: Sequence[str], model: ModelOptions, corpus: CorpusOptions, out: Path) -> str:
+    """The command that harvests rows to look at, as one would type it."""
+    words = ["llm-wsae", "harvest", "--model", model.model, "--corpus", corpus.corpus]
+    words += ["--site", *site, "--tokens", "100000", "--out", str(out / "store")]
+    words += ["--text-column", corpus.text_column] if corpus.text_column else []
+    return shlex.join(words + _loading(model))
 
 
 def _evaluate_again(dictionary: Path, model: ModelOptions, corpus: CorpusOptions, out: Path) -> str:

@@ -1,10 +1,19 @@
 """The command that trains dictionaries."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from llm_wsae.commands.options import Flat, GridOptions, Result, Store, cost
-from llm_wsae.model.site import Site
+from llm_wsae.commands.options import (
+    Flat,
+    GridOptions,
+    OptionalStore,
+    Result,
+    StreamOptions,
+    cost,
+    sites_of,
+)
+from llm_wsae.errors import UsageError
 from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record
@@ -15,50 +24,93 @@ RECORD = "train.json"
 
 
 def train(
-    store: Store,
-    site: str,
+    *,
+    store: OptionalStore = None,
+    site: tuple[str, ...],
     out: Path,
     weights: Path | None = None,
     grid: Flat[GridOptions] = GridOptions(),  # noqa: B008 - frozen
     weigh: Flat[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
     training: Flat[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
+    stream: Flat[StreamOptions] = StreamOptions(),  # noqa: B008 - frozen
 ) -> Result:
-    """Train dictionaries on a store, all of them in one pass over its rows.
+    """Train dictionaries on a store, all of a site in one pass over its rows.
 
+    Without a store: on a model's activations as they are computed, all sites in one pass.
     Run it again to resume after an interruption.
 
     Args:
         store: Activation store.
-        site: One of the store's sites.
-        out: Folder that receives one dictionary folder per combination.
+        site: Sites, named as in TransformerLens: blocks.8.hook_resid_post.
+        out: Folder that receives one dictionary folder per combination; of several sites, one
+            folder per site with these.
         weights: Weights file, as one more rule: weigh's, or a custom vector or matrix.
     """
+    from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.store import ActivationStore
+    from llm_wsae.streaming import ActivationStreams
     from llm_wsae.training.arm import make_arms
-    from llm_wsae.training.trainer import train as train_arms
-    from llm_wsae.weighing import measure_inputs
+    from llm_wsae.training.trainer import check_out, train_sites
+    from llm_wsae.training.trainer import train as train_site
+    from llm_wsae.weighing import measure_inputs, measure_stream_inputs
     from llm_wsae.weights.choosing import choose_weights
     from llm_wsae.weights.loss_weights import LossWeights
     from llm_wsae.weights.rules import Rule
 
-    started = time.monotonic()
+    started, sites = time.monotonic(), list(dict.fromkeys(sites_of(site)))
     check_file(out / RECORD, is_record_of("train"))
-    opened, place = ActivationStore.open(store), Site.parse(site)
+    check_out(out)
+    stream.check_source(store)
     rules = [Rule.parse(name) for name in grid.rule]
-    inputs = measure_inputs(rules, opened, place)  # only what weigh has measured of the store
     own = LossWeights.load(weights, weigh) if weights else None
-    chosen = choose_weights(inputs, rules, grid.alpha, own, weigh)
-    arms = make_arms(chosen, grid.k, grid.l1, grid.init_seeds, grid.architecture)
-    dictionaries = train_arms(opened.source(place), arms, training, out)
+    rows: ActivationStore | ActivationStreams
+    if store is not None:  # only what weigh has measured of it
+        rows = ActivationStore.open(store)
+        measured = {place: measure_inputs(rules, rows, place) for place in sites}
+    else:
+        if training.tokens is None:
+            raise UsageError("a stream has no end: set --tokens, the number of rows to train on")
+        assert stream.model is not None and stream.corpus is not None
+        text = Corpus.open(stream.corpus, "train", text_column=stream.text_column)
+        model = replace(stream, device=training.device).load(stream.model)
+        rows = ActivationStreams(model, text, sites, stream.config, out)
+        measured = {place: measure_stream_inputs(rules, rows, place) for place in sites}
+    arms = {
+        place: make_arms(
+            choose_weights(inputs, rules, grid.alpha, own, weigh),
+            grid.k,
+            grid.l1,
+            grid.init_seeds,
+            grid.architecture,
+        )
+        for place, inputs in measured.items()
+    }
+    if len(sites) == 1 or isinstance(rows, ActivationStore):
+        folders = {place: out if len(sites) == 1 else out / str(place) for place in sites}
+        dictionaries = {
+            place: train_site(rows.source(place), arms[place], training, folder)
+            for place, folder in folders.items()
+        }
+    else:
+        dictionaries = train_sites(rows, arms, training, out)
     if leads():
         asked = {"store": store, "site": site, "weights": weights, **vars(grid), **vars(training)}
+        asked |= {} if store else {"stream": stream}
         write_record(out / RECORD, "train", {**asked, "weigh": weigh})
-    facts = {name: d.info.metrics["training"] for name, d in dictionaries.items()}
-    width = max(32, *(len(name) + 2 for name in facts))
-    lines = [f"{'dictionary':<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}"]
-    for name, numbers in facts.items():
-        lines.append(
-            f"{name:<{width}}{numbers['fvu']:>10.4f}{numbers['l0']:>8.1f}"
-            f"{100 * numbers['dead']:>8.1f}"
-        )
-    return facts, "\n".join([*lines, "", f"dictionaries in {out}", cost(started)])
+    facts = {
+        str(place): {name: d.info.metrics["training"] for name, d in of_site.items()}
+        for place, of_site in dictionaries.items()
+    }
+    width = max(32, *(len(name) + 2 for of_site in facts.values() for name in of_site))
+    lines: list[str] = []
+    for place, of_site in facts.items():
+        heading = "dictionary" if len(facts) == 1 else place
+        lines.append(f"{heading:<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}")
+        for name, numbers in of_site.items():
+            lines.append(
+                f"{name:<{width}}{numbers['fvu']:>10.4f}{numbers['l0']:>8.1f}"
+                f"{100 * numbers['dead']:>8.1f}"
+            )
+        lines.append("")
+    answer = next(iter(facts.values())) if len(facts) == 1 else facts
+    return answer, "\n".join([*lines, f"dictionaries in {out}", cost(started)])

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.model.module_paths import ModulePaths, get_module
 from llm_wsae.model.site import Site
+from llm_wsae.model.spread import device_of, is_spread
 from llm_wsae.threads import parallel_map
 
 _TOKENS_TOGETHER = 1024  # per forward on a CPU core: their activations stay in its cache
@@ -123,8 +124,8 @@ class Blocks:
 
     def _contexts_together(self, ids: Tensor) -> int:
         """How many contexts go through the model in one forward pass."""
-        if ids.device.type != "cpu" or self._visitors:
-            return len(ids)
+        if ids.device.type != "cpu" or self._visitors or is_spread(self._hf_model):
+            return len(ids)  # weights that are fetched for a pass serve one thread
         return max(1, _TOKENS_TOGETHER // max(1, ids.shape[1]))
 
     @contextlib.contextmanager
@@ -182,7 +183,7 @@ class Blocks:
             hidden.add_(1 + hidden.abs().mean())
             return clean  # the norm sees no difference
 
-        ids = torch.zeros(1, 2, dtype=torch.long, device=next(self._hf_model.parameters()).device)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(self._hf_model))
         with contextlib.ExitStack() as hooks, torch.no_grad():
             handle = block.register_forward_hook(lambda *call: outputs.append(_first(call[2])))
             hooks.callback(handle.remove)
@@ -248,7 +249,7 @@ class Blocks:
                     )
                 )
                 hooks.callback(handle.remove)
-            device = next(self._hf_model.parameters()).device
+            device = device_of(self._hf_model)
             self.run(torch.zeros(1, 2, dtype=torch.long, device=device))
 
     def _returning(

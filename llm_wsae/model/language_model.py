@@ -31,8 +31,10 @@ from llm_wsae.model.forward import Blocks, Visit
 from llm_wsae.model.loading import load_model
 from llm_wsae.model.module_paths import find_paths, text_config
 from llm_wsae.model.site import Site
+from llm_wsae.model.spread import device_of, is_spread, parameters, weight_of
 from llm_wsae.outside import parsing
 
+SPREAD = "spread"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLES_PER_PARAMETER = 64
 # Settings that change the computation; each architecture has some of them.
@@ -70,7 +72,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.revision = revision
-        self.device: torch.device = hf_model.device
+        self.device: torch.device = device_of(hf_model)
         self.dtype: torch.dtype = hf_model.dtype
         self._blocks = Blocks(hf_model, self.paths)
         self._one_pass = threading.RLock()
@@ -93,7 +95,8 @@ class LanguageModel:
     ) -> "LanguageModel":
         """Load a model by Hub id, local folder or ``.gguf`` file.
 
-        ``device``: auto (cuda, then mps, then cpu) or a torch device name. ``dtype``: auto
+        ``device``: auto (cuda, then mps, then cpu) or a torch device name; spread, for a model that
+        is larger than a device: over all accelerators, then memory, then disk. ``dtype``: auto
         (bfloat16 where the hardware is fast in it, else float32), float32, bfloat16 or float16.
         Without ``download``, a model of the Hub is taken from the local cache or not at all.
 
@@ -102,10 +105,11 @@ class LanguageModel:
         """
         if dtype != "auto" and dtype not in DTYPES:
             raise UsageError(f"there is no dtype {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
-        place = choose_device(device)
+        place = choose_device("auto" if device == SPREAD else device)
         wanted = fast_dtype(place) if dtype == "auto" else DTYPES[dtype]
-        loaded = load_model(model, revision, wanted, download)
-        hf_model = loaded.hf_model.to(place).eval().requires_grad_(False)
+        loaded = load_model(model, revision, wanted, download, spread=device == SPREAD)
+        hf_model = loaded.hf_model if device == SPREAD else loaded.hf_model.to(place)
+        hf_model.eval().requires_grad_(False)
         with parsing(f"{model} can be loaded but not used"):  # e.g. for a damaged configuration
             made = cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)
             made.tokenizer(["a text"], add_special_tokens=False, verbose=False)
@@ -117,9 +121,11 @@ class LanguageModel:
         """Take a live transformers model and its tokenizer (None if only token ids will be used).
 
         The model is not changed, nor are its training mode and gradients: this works on a copy of
-        its structure that shares the weights.
+        its structure that shares the weights. One that accelerate has spread over devices
+        (``device_map``) is used as it is, and must be in eval mode.
 
-        Raises UsageError if it is not a causal language model of transformers.
+        Raises UsageError if it is not a causal language model of transformers, or such a one in
+        training mode.
         """
         from transformers import PreTrainedModel
 
@@ -128,7 +134,13 @@ class LanguageModel:
                 f"{type(hf_model).__name__} is not a causal language model of transformers "
                 "(one with a head over the vocabulary)"
             )
-        return cls(share_weights(hf_model), tokenizer, name or type(hf_model).__name__)
+        if is_spread(hf_model):
+            if hf_model.training:
+                raise UsageError("the model is in training mode; call its eval() first")
+            shared = hf_model  # accelerate's hooks hold on to the modules, so they can't be copied
+        else:
+            shared = share_weights(hf_model)
+        return cls(shared, tokenizer, name or type(hf_model).__name__)
 
     def check_site(self, site: Site) -> None:
         """Raises UsageError if the model has no such site."""
@@ -239,12 +251,12 @@ class LanguageModel:
     @functools.cached_property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
         """The token embedding, TransformerLens' ``W_E``."""
-        return self.hf_model.get_input_embeddings().weight.detach()
+        return weight_of(self.hf_model.get_input_embeddings())
 
     @functools.cached_property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
         """The unembedding, TransformerLens' ``W_U`` (the final norm is not folded in)."""
-        return self.hf_model.get_output_embeddings().weight.detach().T
+        return weight_of(self.hf_model.get_output_embeddings()).T
 
     def bridge(self) -> Any:
         """TransformerLens' TransformerBridge of this model, built by the first call.
@@ -260,6 +272,10 @@ class LanguageModel:
     def _bridge(self) -> Any:
         if self.tokenizer is None:
             raise LlmWsaeError(f"TransformerLens needs a tokenizer; pass one with {self.name}")
+        if is_spread(self.hf_model):
+            raise LlmWsaeError(
+                f"{self.name} is spread over devices, which TransformerLens' bridge cannot be"
+            )
         if not self.paths.from_transformer_lens:
             raise LlmWsaeError(f"TransformerLens does not support {type(self.hf_model).__name__}")
         return boot_bridge(self.hf_model, self.tokenizer, self.name, self.device)
@@ -363,9 +379,10 @@ def fingerprint(hf_model: Any) -> str:
     """
     config = text_config(hf_model)
     settings = {key: getattr(config, key, None) for key in _SETTINGS}
-    shapes = [[name, list(p.shape)] for name, p in hf_model.named_parameters()]
+    found = [(name, list(p.shape), _sample(p).cpu()) for name, p in parameters(hf_model)]
+    shapes = [[name, shape] for name, shape, _ in found]
     digest = hashlib.sha256(json.dumps([settings, shapes], sort_keys=True, default=str).encode())
-    samples = torch.cat([_sample(p) for p in hf_model.parameters()]).cpu()
+    samples = torch.cat([sample for *_, sample in found])
     digest.update(samples.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 

@@ -5,11 +5,13 @@ turns every failure into one sentence. Local files are loaded with ``local_files
 one waits for a network that is not needed, and without changing the process's environment.
 """
 
+import atexit
 import contextlib
 import functools
 import importlib.util
 import io
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ class Loaded:
     """A model of transformers and its name."""
 
     hf_model: Any
-    """The Hugging Face causal language model, on the CPU."""
+    """The Hugging Face causal language model, on the CPU unless it is spread."""
     tokenizer: Any
     """Its tokenizer."""
     name: str
@@ -49,11 +51,16 @@ class Loaded:
 
 
 def load_model(
-    model: str, revision: str | None, dtype: torch.dtype, download: bool = True
+    model: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    download: bool = True,
+    spread: bool = False,
 ) -> Loaded:
     """Load model and tokenizer by Hub id, local folder or ``.gguf`` file.
 
-    Without ``download``, a model of the Hub is read from the local cache.
+    Without ``download``, a model of the Hub is read from the local cache. With ``spread``,
+    accelerate puts its parts on all accelerators, then in memory, then on the disk.
 
     Raises UsageError if the name does not lead to a causal language model, LlmWsaeError if the
     model cannot be downloaded or read.
@@ -76,6 +83,8 @@ def load_model(
         name = model
     options["trust_remote_code"] = False  # otherwise transformers asks on the terminal
     weights = _dense_weights() if "gguf_file" in options else {}
+    if spread:
+        weights |= {"device_map": "auto", "offload_folder": _offload_folder()}
     with parsing(f"{model} cannot be loaded as a causal language model"):
         try:
             with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
@@ -96,6 +105,14 @@ def load_model(
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise _explained(error, model, revision) from error
     return Loaded(hf_model=hf_model, tokenizer=tokenizer, name=name, revision=commit)
+
+
+@functools.cache
+def _offload_folder() -> str:
+    """For weights that fit neither into accelerators nor into memory, until the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="llm_wsae-offloaded-")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def checked_config(source: str, options: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.evaluation.activations import Context
@@ -55,6 +55,7 @@ def plan(
     out: Path = Path("runs"),
     with_times: bool = True,
     harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
+    stream_config: StreamConfig | None = None,
     weight_config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
     train_config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
     evaluate_config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
@@ -106,6 +107,7 @@ def plan(
         spaces=sum(arm.weights.is_matrix for arm in arms),
         moment=moment,
         harvest=harvest_config,
+        stream=stream_config,
     )
     device = choose_device(train_config.device)
     card = None if accelerator is None else ACCELERATORS[accelerator]
@@ -119,6 +121,8 @@ def plan(
     free = free_space(out) if card is None else None
     shortage = _shortage(sizes, free, place, needed, there, name, harvest_config.tokens)
     advice, why = _advice(sizes, free, trained)
+    if stream_config is not None:
+        advice, why = "stream", "no rows are kept; a later training runs the model again"
     seconds: dict[str, float] = {}
     times: Times = "not measured"
     if with_times and shortage is None:
@@ -245,9 +249,14 @@ def _seconds(
     checkpoints = int(steps / train.checkpoint_seconds) if train.checkpoint_seconds else 0
     saved = checkpoints * sizes.checkpoint() + sizes.dictionaries()
     of_rows = sum(speeds.evaluated.values())
-    found = {"harvest": config.num_contexts * config.context_size * speeds.token}
+    tokens, of_moment = config.num_contexts * config.context_size, sizes.rows
+    if sizes.stream is not None:
+        first = sizes.stream.statistics_tokens
+        of_moment = first * sizes.rows // tokens
+        tokens = tokens * train.tokens // sizes.rows + first * (1 + moment)
+    found = {"harvest": tokens * speeds.token}
     if moment:
-        found["weigh"] = sites * (sizes.rows * speeds.moment + speeds.spectrum)
+        found["weigh"] = sites * (of_moment * speeds.moment + speeds.spectrum)
     if auto:
         share = (1 + len(CANDIDATES)) / sizes.arms
         trials = sites * min(TRIAL_ROWS, train.tokens) * speeds.row + TRIAL_TOKENS * of_rows
@@ -278,12 +287,11 @@ def _shortage(
 
 def _advice(sizes: Sizes, free: int | None, trained: int) -> tuple[Advice, str]:
     """Whether rows should be kept on the disk or made while they are trained on, and why."""
-    store, times = in_bytes(sizes.store()), trained / sizes.rows * sizes.sites
+    store, times = in_bytes(sizes.store()), trained / sizes.rows
     if free is not None and sizes.disk() > free:
         return "stream", (
-            f"a store of {store} and the dictionaries do not fit into {in_bytes(free)}; a stream "
-            f"(ActivationStream, in Python) keeps no rows, and runs the model over {times:.2g} × "
-            "the tokens"
+            f"a store of {store} and the dictionaries do not fit into {in_bytes(free)}; "
+            f"llm-wsae run --stream keeps no rows, and runs the model over {times:.2g} × the tokens"
         )
     fits = f"it takes {store} of a disk" if free is None else f"its {store} fit on the disk"
     if times > 1:
@@ -292,6 +300,5 @@ def _advice(sizes: Sizes, free: int | None, trained: int) -> tuple[Advice, str]:
             f"{times:.2g} × the tokens"
         )
     return "store", (
-        f"{fits}; a stream would do for one pass at one site, but each later training would run "
-        "the model again"
+        f"{fits}; a stream would do for one pass, but each later training would run the model again"
     )

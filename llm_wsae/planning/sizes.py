@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.shard_writer import SHARD_SAMPLE_ROWS
 from llm_wsae.data.shuffling import WINDOW_BYTES
 from llm_wsae.evaluation.activations import CACHE_BYTES
@@ -37,6 +37,8 @@ class Sizes:
     moment: bool
     """Whether the covariance of all rows is measured."""
     harvest: HarvestConfig
+    stream: StreamConfig | None = None
+    """How rows are streamed, if they are not kept."""
 
     @property
     def matrix(self) -> int:
@@ -44,7 +46,13 @@ class Sizes:
         return self.d_in * self.d_sae
 
     def store(self) -> int:
-        """Rows, tokens, statistics, and what is measured for whitening."""
+        """Rows, tokens, statistics, and what is measured for whitening. A stream has only the last
+        two."""
+        if self.stream is not None:
+            tensors = Statistics(self.d_in, self.stream.context_size).to_tensors()
+            own = sum(tensor.nbytes for tensor in tensors.values())
+            own += SAMPLE_ROWS * self.d_in * 4 + 8 * self.d_in * (self.d_in + 1) * self.moment
+            return self.sites * own
         config = self.harvest
         shards = -(-config.num_contexts // config.contexts_per_shard)
         statistics = Statistics(self.d_in, config.context_size).to_tensors()
@@ -80,6 +88,9 @@ class Sizes:
         row = self.d_in * self.row_item
         harvest = self.sites * row * self.harvest.contexts_per_shard * self.harvest.context_size
         windows = _WINDOWS * min(WINDOW_BYTES, self.rows * row)
+        if self.stream is not None:
+            windows = 2 * self.sites * self.stream.buffer_tokens * self.d_in * self.model_item
+            harvest = 0
         train = self._training() + max(windows, self._export())
         return before + max(harvest, train, self._evaluation(evaluated))
 

@@ -121,7 +121,7 @@ def _train(
 ) -> list[dict[str, Dictionary]]:
     for job in jobs:
         _check_arms(job.arms)
-        _check_out(job.out)
+        check_out(job.out)
     processes, device = join(), choose_device(config.device)
     with processes.together():
         with process_group(processes, device, config.shard) as group:
@@ -153,7 +153,7 @@ def _check_arms(arms: Sequence[ArmConfig]) -> None:
         raise UsageError(f"the arms must be different, but {twice[0]} is listed twice")
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Raises LlmWsaeError, before any folder is made, for one that holds something else."""
     check_folder(out)
     ours = (out / CHECKPOINT).exists() or (out / FINISHED).exists()

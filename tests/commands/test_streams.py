@@ -1,0 +1,119 @@
+"""Training and whole runs without a store, and over several sites."""
+
+import json
+
+import pytest
+from command_line import SITE, TRAIN, call, content, works
+from several import torchrun
+from tiny import write_jsonl
+
+from llm_wsae.dictionary.dictionary import Dictionary
+
+SITES = ("blocks.0.hook_resid_post", SITE)
+PACKING = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
+           "--statistics-tokens", 2048)  # fmt: skip
+STREAM = (*PACKING, "--expansion", 4, "--batch-size", 256, "--dtype", "float32", "--tokens", 5120,
+          "--k", 4, "--rule", "uniform", "whitening", "sensitivity", "--alpha", 0.5)  # fmt: skip
+RUN = ("--harvest.context-size", 16, "--tokens", 5000, "--k", 4, "--eval-tokens", 500, "--stream",
+       "--train.batch-size", 256, "--buffer-tokens", 2048, "--statistics-tokens", 2048)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(made_world):
+    return made_world
+
+
+@pytest.fixture(scope="module")
+def model_and_corpus(world):
+    return ("--model", world / "model", "--corpus", world / "text.jsonl")
+
+
+def test_several_sites_of_a_stream(model_and_corpus, tmp_path):
+    given = ("train", *model_and_corpus, *STREAM)
+    result = works(*given, "--site", *SITES, "--out", tmp_path / "both", "--json")
+    assert result.json.keys() >= set(SITES)
+    names = {"uniform-k4", "whitening-a0.5-space-k4", "sensitivity-a0.5-k4"}
+    for site in SITES:
+        assert result.json[site].keys() == names
+        works(*given, "--site", site, "--out", tmp_path / site)
+        for name in names:
+            both = Dictionary.load(tmp_path / "both" / site / name)
+            alone = Dictionary.load(tmp_path / site / name)
+            assert both.W_dec.equal(alone.W_dec) and str(both.site) == site
+    kept = content(tmp_path / "both")
+    again = works(*given, "--site", *SITES, "--out", tmp_path / "both")
+    assert "statistics" not in again.err and again.out.count("train FVU") == 2
+    assert (
+        kept.items()
+        >= {
+            name: value
+            for name, value in content(tmp_path / "both").items()
+            if not name.endswith("train.json")
+        }.items()
+    )
+    assert not list((tmp_path / "both").rglob("manifest.json"))
+
+
+def test_a_run_without_a_store(model_and_corpus, tmp_path):
+    out = tmp_path / "out"
+    result = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)
+    assert not (out / "store").exists()
+    for site in SITES:
+        report = json.loads((out / site / "report.json").read_text())
+        assert len(report["dictionaries"]) == 3 and (out / site / "report.html").exists()
+        dictionary = Dictionary.load(out / site / "uniform-k4")
+        assert dictionary.info.store["kind"] == "stream"
+    harvest, page = (line.strip() for line in result.out.splitlines()[-2:])
+    assert harvest.startswith("llm-wsae harvest") and page.startswith("llm-wsae dashboard")
+    assert works("verify", out).out.endswith("run is intact\n")
+    again = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)
+    assert "statistics:" not in again.err and "train 6" not in again.err
+
+
+def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
+    out = ("--out", tmp_path / "out")
+    for words, sentence in (
+        (("train", "--site", SITE), "give a STORE to train on, or --model and --corpus"),
+        (("train", "--site", SITE, *model_and_corpus[:2]), "--model and --corpus"),
+        (("train", world / "store", "--site", SITE, *model_and_corpus), "--model is for a"),
+        (("train", world / "store", "--site", SITE, "--buffer-tokens", 9), "--buffer-tokens is"),
+        (("train", "--site", SITE, *model_and_corpus), "a stream has no end: set --tokens"),
+        (("train", "--site", SITE, "blocks.7.hook_resid_post", *model_and_corpus, *STREAM),
+         "the model has 3 blocks"),
+        (("train", "--site", SITE, *model_and_corpus, *STREAM, "--rule", "semantic"),
+         "which a stream does not keep; harvest a store"),
+        (("run", "--site", SITE, *model_and_corpus, "--buffer-tokens", 9), "are for --stream"),
+    ):  # fmt: skip
+        result = call(*words, *out)
+        assert result.code in (1, 2) and sentence in result.err, result.err
+        assert "Traceback" not in result.err and not (tmp_path / "out").exists()
+    for place in ("store", "trained/uniform-k4"):
+        before = content(world / place)
+        words = ("train", *model_and_corpus, *STREAM, "--site", SITE, "--out", world / place)
+        assert call(*words).code == 1 and content(world / place) == before
+
+
+def test_several_sites_of_a_store(world, model_and_corpus, tmp_path):
+    works("harvest", *model_and_corpus, *PACKING[:4], "--tokens", 3000, "--site", *SITES, "--out",
+          tmp_path / "store")  # fmt: skip
+    works("train", tmp_path / "store", *TRAIN[2:], "--site", *SITES, "--out", tmp_path / "t")
+    for site in SITES:
+        assert str(Dictionary.load(tmp_path / "t" / site / "uniform-k32").site) == site
+
+
+def test_two_processes_share_a_stream(model_and_corpus, tmp_path):
+    words = ("train", *model_and_corpus, *STREAM, "--site", *SITES)
+    works(*words, "--out", tmp_path / "one")
+    torchrun(2, *words, "--out", tmp_path / "two")
+    for site in SITES:
+        one, two = (
+            Dictionary.load(tmp_path / n / site / "uniform-k4").W_dec for n in ("one", "two")
+        )
+        assert float((one - two).abs().max()) < 1e-4
+
+
+def test_short_texts_are_read_again_and_it_is_said(world, tmp_path):
+    text = write_jsonl(tmp_path / "short.jsonl", [30] * 40)
+    result = works("train", "--model", world / "model", "--corpus", text, *STREAM, "--site", SITE,
+                   "--out", tmp_path / "t")  # fmt: skip
+    assert "short.jsonl ends after" in result.err and "it is read again" in result.err

@@ -1,0 +1,92 @@
+"""Models that accelerate has spread over memory and disk compute what they do on one device."""
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from tiny import tiny_hf_model, tiny_tokenizer, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.harvesting import harvest
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import POINTS, Site
+
+SITES = [Site(block, point) for block in range(3) for point in POINTS]
+IDS = torch.arange(40).view(4, -1)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def folder(request, tmp_path):
+    tiny_hf_model(request.param).eval().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def parts_of(hf_model):
+    """A device map: all blocks but the first on the disk, the others in memory."""
+    blocks = [name for name, module in hf_model.named_modules() if name.split(".")[-1].isdigit()]
+    trunk = blocks[0].rpartition(".")[0].rpartition(".")[0]
+    others = [f"{trunk}.{name}" for name, _ in hf_model.get_submodule(trunk).named_children()]
+    others = [name for name in others if not blocks[0].startswith(f"{name}.")]
+    return {
+        **dict.fromkeys([*others, *blocks, "lm_head"], "cpu"),
+        **dict.fromkeys(blocks[1:], "disk"),
+    }
+
+
+@pytest.fixture(params=["disk", "memory"])
+def spread(request, folder, tmp_path):
+    hf_model = AutoModelForCausalLM.from_pretrained(folder)
+    if request.param == "memory":
+        cpu_offload(hf_model, torch.device("cpu"))
+        return hf_model.eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, device_map=parts_of(hf_model), offload_folder=tmp_path / "offloaded"
+    )
+
+
+def test_rows_logits_and_identity_are_those_of_one_device(folder, spread):
+    model = LanguageModel.load(str(folder), device="cpu", dtype="float32")
+    apart = LanguageModel.from_live(spread, model.tokenizer, "model")
+    assert any(p.is_meta for p in spread.parameters())
+    assert apart.identity() == model.identity()
+    assert apart.device == torch.device("cpu")
+    sites = [site for site in SITES if site.point != "mid" or model._blocks.has_mid(site.block)]
+    expected, found = model.activations(IDS, sites), apart.activations(IDS, sites)
+    for site in sites:
+        torch.testing.assert_close(found[site], expected[site], rtol=1e-5, atol=1e-6)
+        again = apart.resume(IDS, site, found[site])
+        torch.testing.assert_close(again, model.logits(IDS), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(apart.logits(IDS), model.logits(IDS), rtol=1e-5, atol=1e-6)
+    assert torch.equal(apart.W_U, model.W_U) and torch.equal(apart.W_E, model.W_E)
+    assert any(p.is_meta for p in spread.parameters())  # nothing has stayed
+
+
+def test_a_harvest_has_the_same_bytes(folder, spread, tmp_path):
+    corpus = Corpus.open(str(write_jsonl(tmp_path / "text.jsonl", [30] * 60)))
+    config = HarvestConfig(context_size=12, tokens=600, batch_tokens=48, shard_tokens=300)
+    model = LanguageModel.load(str(folder), device="cpu", dtype="float32")
+    apart = LanguageModel.from_live(spread, model.tokenizer, "model")
+    one = harvest(model, corpus, SITES[-1:], tmp_path / "one", config)
+    many = harvest(apart, corpus, SITES[-1:], tmp_path / "many", config)
+    assert one.manifest.packing == many.manifest.packing
+    rows = [store.rows(SITES[-1], 0, store.num_rows) for store in (one, many)]
+    torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-6)
+    many.check_model(model.identity())
+
+
+def test_what_a_spread_model_cannot(spread):
+    model = LanguageModel.from_live(spread, tiny_tokenizer())
+    with pytest.raises(LlmWsaeError, match="is spread over devices"):
+        model.bridge()
+    with pytest.raises(UsageError, match="in training mode; call its eval"):
+        LanguageModel.from_live(spread.train(), None)
+
+
+def test_loading_by_name(folder):
+    model = LanguageModel.load(str(folder), device="spread", dtype="float32")
+    one = LanguageModel.load(str(folder), device="cpu", dtype="float32")
+    assert torch.equal(model.logits(IDS), one.logits(IDS))
+    assert model.identity() == one.identity()
