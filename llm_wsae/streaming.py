@@ -12,7 +12,8 @@ buffer. Together they have the batch of a single process.
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class ActivationStreams:
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[tuple[Float[Tensor, "rows d_in"], ...]]:
+    ) -> Generator[tuple[Float[Tensor, "rows d_in"], ...], None, None]:
         """Endless shuffled batches from number ``start`` on, one for each site, in the model's
         dtype; of ``part`` (its number, of how many) only its rows.
 
@@ -128,21 +129,22 @@ class ActivationStreams:
 
     def _batches(
         self, batch_size: int, seed: int, skip: int, part: tuple[int, int]
-    ) -> Iterator[tuple[Tensor, ...]]:
-        buffers = enumerate(self._buffers())
-        first = next(buffers)
-        while skip >= (size := _rows_in(first[1])):
-            skip, first = skip - size, next(buffers)
-
-        def shuffled() -> Iterator[Tensor | Share]:
-            for number, buffer in chain([first], buffers):
-                yield self._shuffled(buffer, (seed, number), part)
-
-        # A GPU computes the next buffer while this one is trained on. A CPU's cores have enough to
-        # do: there the two would only take turns, at a cost.
-        ahead = shuffled() if self.model.device.type == "cpu" else prefetch(shuffled(), depth=1)
-        for batch in cut(ahead, batch_size, skip):
-            yield tuple(part.contiguous() for part in batch.split(self.d_in, dim=1))
+    ) -> Generator[tuple[Tensor, ...], None, None]:
+        with closing(prefetch(self._endless_blocks(), _PACKED_AHEAD)) as blocks:
+            buffers = enumerate(self._buffers(blocks))
+            first = next(buffers)
+            while skip >= (size := _rows_in(first[1])):
+                skip, first = skip - size, next(buffers)
+            shuffled: Iterator[Tensor | Share] = (
+                self._shuffled(buffer, (seed, number), part)
+                for number, buffer in chain([first], buffers)
+            )
+            # A GPU computes the next buffer while this one is trained on. A CPU's cores have enough
+            # to do: there the two would only take turns, at a cost.
+            if self.model.device.type != "cpu":
+                shuffled = prefetch(shuffled, depth=1)
+            for batch in cut(shuffled, batch_size, skip):
+                yield tuple(part.contiguous() for part in batch.split(self.d_in, dim=1))
 
     def _shuffled(
         self, buffer: Sequence[Contexts], seeds: tuple[int, int], part: tuple[int, int]
@@ -159,8 +161,7 @@ class ActivationStreams:
         owner = np.repeat(np.arange(len(buffer)) % parts, sizes)
         return shuffled_share(beside, np.flatnonzero(owner == number), len(owner), seeds)
 
-    def _buffers(self) -> Iterator[list[Contexts]]:
-        blocks = prefetch(self._endless_blocks(), _PACKED_AHEAD)
+    def _buffers(self, blocks: Iterator[Contexts]) -> Iterator[list[Contexts]]:
         while True:
             yield list(islice(blocks, self.config.batches_per_buffer))
 
@@ -284,7 +285,7 @@ class ActivationStream:
         streams = self._streams
         if streams.sites != [self.site]:
             streams = ActivationStreams(streams.model, streams.corpus, [self.site], streams.config)
-        return (batch for (batch,) in streams.batches(batch_size, seed, start, part))
+        return _of_one(streams.batches(batch_size, seed, start, part))
 
     def statistics(self) -> Statistics:
         """Statistics of the rows of the first ``statistics_tokens`` tokens."""
@@ -293,6 +294,12 @@ class ActivationStream:
     def identity(self) -> dict[str, Any]:
         """JSON values that identify these rows in this order."""
         return self._streams.identity(self.site)
+
+
+def _of_one(batches: Generator[tuple[Tensor, ...], None, None]) -> Iterator[Tensor]:
+    with closing(batches):
+        for (batch,) in batches:
+            yield batch
 
 
 def _rows_in(buffer: Sequence[Contexts]) -> int:

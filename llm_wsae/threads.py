@@ -6,7 +6,7 @@ Contexts do not depend on each other, so each core may as well take its own (``p
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -38,7 +38,7 @@ def parallel_map(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece]) ->
 Item = TypeVar("Item")
 
 
-def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
     """The same items, up to ``depth`` of them computed ahead in one background thread.
 
     Nothing starts before the first item is requested. An error of the computation is raised in

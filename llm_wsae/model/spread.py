@@ -60,5 +60,5 @@ def fetched(module: nn.Module) -> Iterator[nn.Module]:
 def weight_of(module: nn.Module) -> Tensor:
     """The values of its weight, also where they are fetched for this alone."""
     with fetched(module):
-        weight = module.weight.detach()
+        weight: Tensor = module.get_parameter("weight").detach()
         return weight.clone() if hasattr(module, HOOK) else weight

@@ -8,7 +8,7 @@ stream also share the forward pass; each of them is a ``Training`` of its own.
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ def train(
     out = Path(out)
     job = _Job(source, arms, out)
 
-    def batches(start: int, part: tuple[int, int]) -> Iterator[tuple[Tensor, ...]]:
+    def batches(start: int, part: tuple[int, int]) -> Generator[tuple[Tensor, ...], None, None]:
         number, parts = part
         wanted = (config.batch_size, config.shuffle_seed, start)
         if isinstance(source, SharedSource):
@@ -73,12 +73,9 @@ def train(
             own = source.batches(*wanted)
         else:
             own = (batch.tensor_split(parts)[number] for batch in source.batches(*wanted))
-        try:
+        with _closing(own):
             for batch in own:
                 yield (batch,)
-        finally:
-            if (close := getattr(own, "close", None)) is not None:
-                close()  # ends the source's reading thread
 
     return _train([job], batches, config, out)[0]
 
@@ -97,9 +94,11 @@ def train_sites(
     jobs = [_Job(source.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
     places = [source.sites.index(site) for site in arms]
 
-    def batches(start: int, part: tuple[int, int]) -> Iterator[tuple[Tensor, ...]]:
+    def batches(start: int, part: tuple[int, int]) -> Generator[tuple[Tensor, ...], None, None]:
         every = source.batches(config.batch_size, config.shuffle_seed, start, part)
-        return (tuple(rows[place] for place in places) for rows in every)
+        with _closing(every):
+            for rows in every:
+                yield tuple(rows[place] for place in places)
 
     return dict(zip(arms, _train(jobs, batches, config, Path(out)), strict=True))
 
@@ -112,7 +111,7 @@ class _Job(NamedTuple):
     out: Path
 
 
-_Batches = Callable[[int, tuple[int, int]], Iterator[tuple[Tensor, ...]]]
+_Batches = Callable[[int, tuple[int, int]], Generator[tuple[Tensor, ...], None, None]]
 """From (number of the first batch, part of the rows): of every batch, the rows of each site."""
 
 
@@ -246,8 +245,17 @@ def _run(
     finally:
         for training in trainings:
             training.close()
-        if (close := getattr(rows_of_all, "close", None)) is not None:
-            close()  # ends the source's reading thread
+        rows_of_all.close()
+
+
+@contextmanager
+def _closing(batches: Iterator[Any]) -> Iterator[None]:
+    """End the thread that reads ahead of these batches, if there is one."""
+    try:
+        yield
+    finally:
+        if (close := getattr(batches, "close", None)) is not None:
+            close()
 
 
 @contextmanager
