@@ -46,6 +46,10 @@ ROWS = {  # how kinds begin: what is shown of them, and what harmless means
         "model folders, also with code",
         "it loads as what it says: there is no checksum",
     ),
+    "GGUF": (
+        "GGUF files",
+        "it loads, with the blocks and weights of the file: there is no checksum",
+    ),
     "pickled": ("pickled models, also with code", "it loads, and nothing in it ran"),
     "repository": ("repositories on the Hub", "what was pulled is the dictionary"),
     "command line": ("command lines", "the command did its work"),

@@ -58,7 +58,7 @@ def token_ids(model: LanguageModel, dictionary: Dictionary, text: str) -> list[i
     """The tokens of a text, after the model's BOS if the dictionary was trained with it.
 
     Raises UsageError for a text without tokens or that is not Unicode, LlmWsaeError for a model
-    without a tokenizer.
+    without a tokenizer or with that of another.
     """
     if model.tokenizer is None:
         raise LlmWsaeError("a text cannot be read without a tokenizer; pass one with the model")
@@ -69,6 +69,11 @@ def token_ids(model: LanguageModel, dictionary: Dictionary, text: str) -> list[i
         raise UsageError("the text is empty; give a sentence")
     if dictionary.info.prepend_bos is not False and model.bos_token_id is not None:
         ids = [model.bos_token_id, *ids]
+    if max(ids) >= len(model.W_E):
+        raise LlmWsaeError(
+            f"the tokenizer returns id {max(ids)}, but {model.name} has {len(model.W_E)} "
+            "embeddings; give its own tokenizer"
+        )
     return ids
 
 

@@ -7,6 +7,7 @@ one waits for a network that is not needed, and without changing the process's e
 
 import atexit
 import contextlib
+import copy
 import functools
 import importlib.util
 import io
@@ -28,7 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
-from llm_wsae.outside import check_revision, local_path, parsing, reason
+from llm_wsae.hardware import check_memory
+from llm_wsae.outside import check_revision, gguf_sizes, local_path, parsing, reason
 
 _LARGEST = 2**31  # of any number in a configuration
 _PARTS = re.compile(r"layer|head|expert")  # what a model has one module for, each
@@ -88,7 +90,10 @@ def load_model(
     with parsing(f"{model} cannot be loaded as a causal language model"):
         try:
             with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
+                stored = gguf_sizes(path) if "gguf_file" in options else None
                 config = checked_config(source, options)
+                if stored is not None:
+                    _check_stored(config, *stored, dtype)
                 loaded = AutoModelForCausalLM.from_pretrained(
                     source,
                     config=config,
@@ -143,6 +148,21 @@ def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _entries(item, name)
     else:
         yield name, value
+
+
+def _check_stored(config: Any, tensors: int, numbers: int, dtype: torch.dtype) -> None:
+    """Raises ValueError for a model with more weights than its file holds, UsageError for one that
+    no memory here can hold: transformers allocates them before it misses any."""
+    if (blocks := getattr(config, "num_hidden_layers", 0)) > tensors:
+        raise ValueError(f"it has {tensors:,} tensors, too few for {blocks:,} blocks")
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    wanted = sum(parameter.numel() for parameter in built.parameters())
+    if wanted > 2 * numbers:  # an embedding that is also the head may count twice
+        raise ValueError(
+            f"its configuration needs {wanted:,} numbers, but its tensors hold {numbers:,}"
+        )
+    check_memory(numbers * dtype.itemsize, torch.device("cpu"), "the model", "take a smaller one")
 
 
 def _check_complete(model: str, report: dict[str, Any]) -> None:

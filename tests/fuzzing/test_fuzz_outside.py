@@ -7,16 +7,14 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import HARVEST, SITE, TRAIN, call, content, nobody
-from fuzzing import Fuzz, blind, change, frozen
+from fuzzing import Fuzz, blind, change, frozen, in_a_fork
 from hub_fixtures import REPO
 from hub_server import WRITER, HubServer
 from safetensors.torch import load_file
@@ -27,8 +25,6 @@ from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.theory import experiments
 
-SECONDS = 30
-"""The longest that a command line may take; what it takes is mostly much less."""
 MEMORY = 24 << 30  # bytes of addresses; torch alone takes several
 EVALUATE = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 60, "--bootstraps", 9)
 WORKING = {
@@ -122,33 +118,13 @@ def _damage_words(words: list[str], draw: random.Random) -> None:
     words[at : at + draw.randint(0, 1)] = [word] * draw.randint(0, 2)
 
 
-def in_a_fork(words: list[str]) -> tuple[int, str]:
-    """Exit code and errors of a command in a process of its own, which may not take long or
-    much memory: what it asks for is asked of the program, not of the machine."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        signal.alarm(SECONDS)
-        torch.set_num_threads(1)  # its pool is made anew, before several threads ask for it
-        try:
-            result = call(*words)
-            found = [result.code, result.err]
-        except BaseException as error:
-            found = [99, f"Traceback {type(error).__name__}: {error}"]
-        with open(writing, "w") as pipe:
-            json.dump(found, pipe)
-        os._exit(0)
-    os.close(writing)
-    with open(reading) as pipe:
-        found = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return (99, f"Traceback: it ended with {status}") if status else tuple(json.loads(found))
-
-
 def judge(fuzz: Fuzz, kind: str, case: object, words: list[str]) -> int:
     """One sentence and an exit code, or a result. The exit code."""
-    code, err = in_a_fork(words)
+    try:
+        result = in_a_fork(lambda: call(*words), MEMORY)
+        code, err = result.code, result.err
+    except Exception as error:
+        code, err = 99, f"Traceback {type(error).__name__}: {error}"
     said = [line for line in err.splitlines() if line.startswith("llm-wsae:")]
     fits = code == 0 or (code in (1, 2) and len(said) == 1)
     fine = fits and not any(sign in err for sign in ("Traceback", "<class '", "\x1b", "\0"))

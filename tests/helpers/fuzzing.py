@@ -7,7 +7,11 @@ same damage again.
 
 import dataclasses
 import json
+import os
+import pickle
 import random
+import resource
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +28,8 @@ from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
 
 OUTCOMES = ("tried", "refused", "harmless", "different", "traceback", "code", "lost")
 _SHOWN = 10  # failures in a message
+SECONDS = 30
+"""The longest that a case in a process of its own may take; what it takes is mostly much less."""
 
 
 class Fuzz:
@@ -68,6 +74,37 @@ class Fuzz:
         if self.failures:
             shown = "\n".join(self.failures[:_SHOWN])
             pytest.fail(f"{len(self.failures)} failures:\n{shown}", pytrace=False)
+
+
+def in_a_fork(work: Callable[[], Any], memory: int) -> Any:
+    """What the work gives or raises in a process of its own, which may not take long nor have more
+    than ``memory`` bytes of addresses. Raises RuntimeError if the process ends otherwise."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+            signal.alarm(SECONDS)
+            torch.set_num_threads(1)  # its pool is made anew, before several threads ask for it
+            try:
+                found = work(), None
+            except Exception as error:
+                found = None, error
+            with open(writing, "wb") as pipe:
+                pickle.dump(found, pipe)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        found = pipe.read()
+    if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        raise RuntimeError(f"the process ended with {status}")
+    value, error = pickle.loads(found)
+    if error is not None:
+        raise error
+    return value
 
 
 def frozen(value: Any) -> Any:
