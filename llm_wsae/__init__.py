@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
     from llm_wsae.data.config import HarvestConfig, StreamConfig
     from llm_wsae.data.corpus import Corpus
+    from llm_wsae.data.merging import merge
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary, load_pretrained
     from llm_wsae.errors import LlmWsaeError, UsageError
@@ -79,6 +80,7 @@ _HOMES = {
     "LlmWsaeError": "errors",
     "UsageError": "errors",
     "harvest": "harvesting",
+    "merge": "data.merging",
     "train": "training.trainer",
     "train_sites": "training.trainer",
     "evaluate": "evaluation.fidelity.evaluator",
@@ -130,6 +132,7 @@ __all__ = [
     "load_pretrained",
     "make_arms",
     "measure_recovery",
+    "merge",
     "plan",
     "run",
     "study",

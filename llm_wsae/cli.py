@@ -22,6 +22,7 @@ from llm_wsae.commands.export import export
 from llm_wsae.commands.harvest import harvest
 from llm_wsae.commands.hub import list_repository, pull, push
 from llm_wsae.commands.inspect import inspect
+from llm_wsae.commands.merge import merge
 from llm_wsae.commands.options import Result
 from llm_wsae.commands.parser import in_new_spelling, parse
 from llm_wsae.commands.plan import plan
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "run": run,
     "plan": plan,
     "harvest": harvest,
+    "merge": merge,
     "weigh": weigh,
     "train": train,
     "evaluate": evaluate,

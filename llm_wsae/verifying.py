@@ -228,8 +228,8 @@ def _check_store(folder: Path, advance: Callable[[int], object]) -> list[str]:
     if not manifest.complete:
         there = sum(shard.contexts for shard in shards.values())
         problems.append(
-            f"the harvest is not complete: {there} of {manifest.num_contexts} "
-            "contexts are there; run the same harvest again to resume it"
+            f"the {manifest.made_by} is not complete: {there} of {manifest.num_contexts} "
+            f"contexts are there; run the same {manifest.made_by} again to resume it"
         )
     files = {**manifest.statistics, **{p: f for s in shards.values() for p, f in s.files.items()}}
     for name, record in files.items():
@@ -250,6 +250,7 @@ def _check_store(folder: Path, advance: Callable[[int], object]) -> list[str]:
             )
     if damage:
         damage.append(
-            "delete the damaged files and run the same harvest again, which rewrites those missing"
+            f"delete the damaged files and run the same {manifest.made_by} again, which rewrites "
+            "those missing"
         )
     return problems + damage

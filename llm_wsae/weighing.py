@@ -323,7 +323,7 @@ def _pieces(store: ActivationStore, tokens: int, at_once: int) -> Iterator[_Piec
         contexts = store.contexts(shard)
         keep = torch.from_numpy(contexts.keep)
         first_row = before + torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
-        first = shard * store.manifest.contexts_per_shard
+        first = store.first_context(shard)
         here = chosen[(chosen >= first) & (chosen < first + len(keep))] - first
         for batch in here.split(at_once):
             ids, document, offset = (

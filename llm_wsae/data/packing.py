@@ -69,6 +69,16 @@ class Contexts(NamedTuple):
         """The contexts one by one."""
         return map(Context._make, zip(*self[:4], strict=True))
 
+    def renumbered(self, before: int) -> "Contexts":
+        """The same with that many documents before them, all of which are counted."""
+        document = np.where(self.document >= 0, self.document + np.int32(before), NO_DOCUMENT)
+        return self._replace(
+            document=document.astype(np.int32),
+            first=Cursor(self.first.document + before, self.first.offset),
+            next=Cursor(self.next.document + before, self.next.offset),
+            headers={number + before: header for number, header in self.headers.items()},
+        )
+
 
 class _Stream(NamedTuple):
     """A run of tokens of the stream, flat; a separator is the token after its document's last."""

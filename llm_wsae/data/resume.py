@@ -22,7 +22,7 @@ _BYTES_PER_TOKEN = 8  # ordinary text has fewer
 
 
 def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int, ShardRecord]]:
-    """The manifest to resume from, and the complete shards by index.
+    """The manifest to resume from, and the complete shards by index; of a harvest or a merge.
 
     The manifest is the folder's, or ``wanted``, written to an empty folder. More tokens than before
     may be requested, since a shard depends on its index alone; a last shard that was shorter is
@@ -38,14 +38,14 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
     found = Manifest.load(folder)
     if clauses := found.differences(wanted):
         raise LlmWsaeError(
-            f"{folder} holds another harvest ({'; '.join(clauses)}); choose another folder, or "
-            "use the same settings to resume it"
+            f"{folder} holds another {found.made_by} ({'; '.join(clauses)}); choose another "
+            "folder, or use the same settings to resume it"
         )
     shards = complete_shards(folder, found)
     there = {i: shard for i, shard in shards.items() if _are_there(folder, shard.files)}
     per_shard = found.contexts_per_shard
     reached = max((i * per_shard + shard.contexts for i, shard in shards.items()), default=0)
-    if reached > wanted.num_contexts:
+    if not found.parts and reached > wanted.num_contexts:  # those of a merge are always the same
         raise LlmWsaeError(
             f"{folder} already holds {reached * found.context_size:,} tokens, more than the "
             f"{wanted.num_contexts * found.context_size:,} requested; choose another folder, or "
@@ -142,12 +142,7 @@ def too_small(corpus: Corpus, found: int, wanted: int, context_size: int) -> Llm
 
 def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:
     """Whether the files exist and have their sizes."""
-    sizes = {path: _size(folder / path) for path in files}
-    return sizes == {path: record.bytes for path, record in files.items()}
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    return all(record.has_size(folder / path) for path, record in files.items())
 
 
 def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, ShardRecord]) -> None:

@@ -18,7 +18,7 @@ TOKENS = "tokens"
 STATISTICS = "statistics.safetensors"
 ROWS_PER_CHECK = 128
 """Rows of a shard that share a CRC-32; the last of a shard may be fewer."""
-REPAIR = "delete it and run the same harvest again, which rewrites what is missing"
+REPAIR = "delete it and run the same harvest (or merge) again, which rewrites what is missing"
 _CRC = np.dtype("<u4")
 _LARGEST = 2**53  # count of anything
 
@@ -36,6 +36,10 @@ class FileRecord:
     def of(cls, path: Path) -> "FileRecord":
         """The record of a file as it is."""
         return cls(path.stat().st_size, sha256(path))
+
+    def has_size(self, path: Path) -> bool:
+        """Whether there is a file of that size; what it holds is not compared."""
+        return path.is_file() and path.stat().st_size == self.bytes
 
     def problem(self, path: Path) -> str | None:
         """What is wrong with the file at that path, in a sentence; None if nothing is."""
@@ -99,6 +103,12 @@ def tokens_path(index: int) -> str:
     return f"{TOKENS}/{index:05d}.safetensors"
 
 
+def all_paths(index: int, sites: list[str]) -> list[str]:
+    """Paths within the store of all files of a shard, always in the same order."""
+    pairs = shard_paths(index, sites).values()
+    return [tokens_path(index), *(path for pair in pairs for path in pair)]
+
+
 # --- From JSON
 
 
@@ -115,6 +125,11 @@ def want(fits: bool, name: str, value: Any) -> None:
 def is_count(value: Any, least: int = 0) -> bool:
     """Whether it is a whole number, at least that, of something that can be counted."""
     return type(value) is int and least <= value < _LARGEST
+
+
+def is_digest(value: Any) -> bool:
+    """Whether it is a SHA-256 in hex."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def want_object(value: Any, known: set[str], name: str, optional: set[str] | None = None) -> None:
@@ -141,7 +156,6 @@ def record_of_shard(
         fits = isinstance(cursor, list) and len(cursor) == 2 and all(map(is_count, cursor))
         want(fits, f"{what} {name}", cursor)
     pairs = shard_paths(index, sites).values()
-    paths = {tokens_path(index), *(path for pair in pairs for path in pair)}
     checks = value.get("row_checks", {})
     if checks != {}:
         want_object(checks, {path for path, _ in pairs}, f"{what} row_checks")
@@ -153,7 +167,7 @@ def record_of_shard(
         rows,
         tuple(value["first"]),
         tuple(value["next"]),
-        records_of_files(value["files"], paths, f"{what} files"),
+        records_of_files(value["files"], set(all_paths(index, sites)), f"{what} files"),
         checks,
     )
 
@@ -166,8 +180,7 @@ def records_of_files(value: Any, paths: set[str], name: str) -> dict[str, FileRe
         want_object(record, {"bytes", "sha256"}, path)
         size, digest = record["bytes"], record["sha256"]
         want(is_count(size), f"{path} bytes", size)
-        is_digest = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
-        want(bool(is_digest), f"{path} sha256", digest)
+        want(is_digest(digest), f"{path} sha256", digest)
         found[path] = FileRecord(size, digest)
     return found
 

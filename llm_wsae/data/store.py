@@ -8,6 +8,7 @@ blocks.9.hook_resid_post/
     statistics.safetensors         the statistics of all rows
 """
 
+import bisect
 import functools
 import hashlib
 import json
@@ -42,7 +43,8 @@ class Located(NamedTuple):
     position: Int[Tensor, " rows"]
     """Position in the context."""
     document: Int[Tensor, " rows"]
-    """Number of the document in the corpus; -1 for a token that belongs to none."""
+    """Number of the document in the corpus, in a merged store counted through all its parts; -1
+    for a token that belongs to none."""
     offset: Int[Tensor, " rows"]
     """Number of the token in its document."""
     ids: Int[Tensor, "rows positions"]
@@ -60,13 +62,15 @@ class ActivationStore:
         self.num_rows = manifest.num_rows
         self.context_size = manifest.context_size
         self._row_ends = list(accumulate(shard.rows for shard in manifest.shards))
+        self._context_ends = list(accumulate(shard.contexts for shard in manifest.shards))
+        self._documents_before = manifest.documents_before()
         self._tokens_of = functools.lru_cache(_SHARDS_OF_TOKENS_KEPT)(self._load_tokens)
 
     @classmethod
     def open(cls, folder: Path | str) -> "ActivationStore":
         """Open a store.
 
-        Raises LlmWsaeError if there is none, it has another format, or its harvest is unfinished.
+        Raises LlmWsaeError if there is none, it has another format, or it is unfinished.
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
@@ -74,7 +78,7 @@ class ActivationStore:
             there = sum(shard.contexts for shard in complete_shards(folder, manifest).values())
             raise LlmWsaeError(
                 f"the store {folder} is not complete: {there} of {manifest.num_contexts} contexts "
-                "are there; run its harvest again to resume it"
+                f"are there; run its {manifest.made_by} again to resume it"
             )
         return cls(folder, manifest)
 
@@ -119,6 +123,15 @@ class ActivationStore:
         """The contexts of one shard, with the names and labels of their documents."""
         return self._tokens_of(shard)
 
+    def first_context(self, shard: int) -> int:
+        """Number of the first context of a shard in the store."""
+        return self._context_ends[shard - 1] if shard else 0
+
+    def place_of_context(self, number: int) -> tuple[int, int]:
+        """The shard that a context is in, and its place there."""
+        shard = bisect.bisect_right(self._context_ends, number)
+        return shard, number - self.first_context(shard)
+
     def locate(self, rows: Int[Tensor, " rows"]) -> Located:
         """Where rows come from, by their numbers in the store.
 
@@ -135,7 +148,7 @@ class ActivationStore:
             first = self._row_ends[shard - 1] if shard else 0
             contexts = self._tokens_of(shard)
             context, position = (a[numbers[here] - first] for a in np.nonzero(contexts.keep))
-            found[0, here] = context + shard * self.manifest.contexts_per_shard
+            found[0, here] = context + self.first_context(shard)
             found[1, here] = position
             found[2, here] = contexts.document[context, position]
             found[3, here] = contexts.offset[context, position]
@@ -182,7 +195,8 @@ class ActivationStore:
             raise LlmWsaeError(
                 f"{path} does not match the {record.rows} rows of its shard; {REPAIR}"
             )
-        return contexts
+        before = self._documents_before[shard]
+        return contexts.renumbered(before) if before else contexts
 
 
 class StoreSource:

@@ -210,7 +210,7 @@ class _Maker:
         reader = RowReader(self._store.folder, self._store.manifest, str(self._dictionary.site))
         for number, (row, cut) in enumerate(zip(chosen.tolist(), cuts, strict=True)):
             context = int(rows.context[row])
-            shard, place = divmod(context, self._store.manifest.contexts_per_shard)
+            shard, place = self._store.place_of_context(context)
             kept = np.flatnonzero(self._store.contexts(shard).keep[place])
             start = int(np.searchsorted(rows.context, context))
             ends = kept[row - start] - (WINDOW - 1) + np.array([cut.start, cut.stop])

@@ -193,7 +193,7 @@ def _examples(store: ActivationStore, vocabulary: Vocabulary, firing: Firing) ->
     examples = []
     for number, (row, value) in enumerate(zip(firing.rows, firing.values, strict=True)):
         context, at = int(where.context[number]), int(where.position[number])
-        shard, place = divmod(context, store.manifest.contexts_per_shard)
+        shard, place = store.place_of_context(context)
         contexts = store.contexts(shard)
         first, stop = max(0, at - _BEFORE), min(store.context_size, at + _AFTER + 1)
         own = contexts.document[place] == contexts.document[place, at]

@@ -101,7 +101,7 @@ def context_of_every_row(store: ActivationStore) -> Int[np.ndarray, " rows"]:
     parts = []
     for shard in range(len(store.manifest.shards)):
         own = np.nonzero(store.contexts(shard).keep)[0]
-        parts.append(own + shard * store.manifest.contexts_per_shard)
+        parts.append(own + store.first_context(shard))
     return np.concatenate(parts).astype(np.int32)
 
 
@@ -308,7 +308,7 @@ def windows(
     for first, stop in tqdm(runs, desc="contexts", unit="ctx", unit_scale=True, leave=False):
         own = wanted[first:stop]
         number = int(context[row[own[0]]])
-        shard, place = divmod(number, store.manifest.contexts_per_shard)
+        shard, place = store.place_of_context(number)
         contexts = store.contexts(shard)
         kept = np.flatnonzero(contexts.keep[place])
         start = int(np.searchsorted(context, number))

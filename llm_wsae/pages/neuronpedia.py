@@ -310,10 +310,9 @@ class _Features:
     def _contexts(self, numbers: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray, int]]:
         """Of each context: its token ids, the positions that give rows, and its first row."""
         found = {}
-        shards, places = np.divmod(numbers, self._store.manifest.contexts_per_shard)
         starts = np.searchsorted(self._context, numbers)
-        every = (numbers.tolist(), shards.tolist(), places.tolist(), starts.tolist())
-        for number, shard, place, start in zip(*every, strict=True):
+        for number, start in zip(numbers.tolist(), starts.tolist(), strict=True):
+            shard, place = self._store.place_of_context(number)
             contexts = self._store.contexts(shard)
             found[number] = contexts.ids[place], np.flatnonzero(contexts.keep[place]), start
         return found

@@ -248,6 +248,9 @@ MISTAKES = {
         ("weigh", "nothing", "--site", SITE),
         ["nothing is not an activation store: it has no manifest.json"],
     ),
+    "merge of one": (2, ("merge", "store"), ["nothing to merge; name at least two stores"]),
+    "merge of one twice": (2, ("merge", "store", "./store"), ["store is listed twice"]),
+    "merge of no store": (1, ("merge", "store", "nothing"), ["nothing is not an activation store"]),
     "dictionary torn": (
         1,
         ("evaluate", "torn", *EVALUATING),

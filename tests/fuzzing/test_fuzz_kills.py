@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import SITE, content, works
+from command_line import SITE, content, harvest_more, works
 from fuzzing import frozen
 from hub_fixtures import REPO
 from hub_server import WRITER, HubServer
@@ -112,6 +112,12 @@ def scenarios(hub: HubServer) -> dict[str, Scenario]:
             Path("store", SITE, "00000.safetensors").read_bytes,
             files,
         ),
+        "merge": Scenario(
+            lambda: None,
+            done("merge", "../store", "../more", "--out", "merged"),
+            lambda: [content(Path("..", name)) for name in ("store", "more")],
+            files,
+        ),
         "train": Scenario(lambda: None, done(*TRAIN), lambda: None, trained),
         "save": Scenario(
             lambda: shutil.copytree(Path("..", PLAIN), "d"),
@@ -137,6 +143,7 @@ def test_kills(made_world, tmp_path, monkeypatch, fuzz):
     for name in ("model", "store", "trained"):
         shutil.copytree(made_world / name, tmp_path / name)
     shutil.copy(made_world / "text.jsonl", tmp_path)
+    harvest_more(tmp_path, tmp_path / "more")
     here = tmp_path / "case"
     with HubServer(tmp_path / "hub") as hub:
         hub.use(monkeypatch, tmp_path / "home", WRITER)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import HARVEST, SITE, TRAIN, call, content, nobody
+from command_line import HARVEST, SITE, TRAIN, call, content, harvest_more, nobody
 from fuzzing import Fuzz, blind, change, frozen, in_a_fork
 from hub_fixtures import REPO
 from hub_server import WRITER, HubServer
@@ -29,6 +29,7 @@ MEMORY = 24 << 30  # bytes of addresses; torch alone takes several
 EVALUATE = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 60, "--bootstraps", 9)
 WORKING = {
     "harvest": ("--model", "model", "--corpus", "text.jsonl", *HARVEST, "--tokens", 200),
+    "merge": ("store", "more"),
     "weigh": ("store", "--site", SITE, "--rule", "variance"),
     "train": ("store", *TRAIN, "--k", 4, "--tokens", 512),
     "evaluate": ("trained/uniform-k4", *EVALUATE),
@@ -48,8 +49,8 @@ WORKING = {
     "list": ("user/saes",),
     "verify": ("store",),
 }  # fmt: skip
-WRITES = ("harvest", "weigh", "train", "evaluate", "dashboard", "export", "run", "study", "theory",
-          "explain", "pull")  # fmt: skip
+WRITES = ("harvest", "merge", "weigh", "train", "evaluate", "dashboard", "export", "run", "study",
+          "theory", "explain", "pull")  # fmt: skip
 FLAGS = Path(__file__).parents[1] / "commands/flags.txt"
 OPTIONS = {
     name: re.findall(r"--(?!live)[\w.-]+", rest)  # it would serve without an end
@@ -74,6 +75,7 @@ VALUES = (
 def places(world) -> Path:
     """The world of the commands, and things in it that are no files."""
     torch.set_num_threads(1)  # no pool of threads that a fork would lose
+    harvest_more(world, world / "more")
     (world / "loop").symlink_to("loop")
     (world / "link").symlink_to("nowhere")
     os.mkfifo(world / "fifo")
@@ -133,8 +135,8 @@ def judge(fuzz: Fuzz, kind: str, case: object, words: list[str]) -> int:
     return code
 
 
-NAMES = {"model", "store", "trained", "text.jsonl", "loop", "link", "fifo", "empty", "nothing",
-         "binary", "closed"}  # fmt: skip
+NAMES = {"model", "store", "more", "more.jsonl", "trained", "text.jsonl", "loop", "link", "fifo",
+         "empty", "nothing", "binary", "closed"}  # fmt: skip
 
 
 def tidy(world: Path, before: dict[str, bytes], fuzz: Fuzz, kind: str, case: object) -> None:

@@ -88,6 +88,14 @@ def save_model(folder: Path, seed: int = 0, width: int = 16, broken: bool = Fals
     return folder
 
 
+def harvest_more(world: Path, out: Path) -> None:
+    """A store of another text that fits the one of the world."""
+    text = out.with_name("more.jsonl")
+    write_jsonl(text, [50] * 60)
+    works("harvest", "--model", world / "model", "--corpus", text, *HARVEST, "--tokens", 2000,
+          "--dtype", "float32", "--out", out)  # fmt: skip
+
+
 def make_world(folder: Path) -> Path:
     """``model``, ``text.jsonl``, and from them ``store`` and two dictionaries in ``trained``."""
     save_model(folder / "model")
