@@ -211,6 +211,30 @@ def test_a_reader_never_sees_two_dictionaries_mixed(world, monkeypatch):
         Dictionary.load(folder)
 
 
+def test_a_reader_does_not_meet_the_systems_own_errors(world, monkeypatch):
+    """A file goes while its folder is replaced, or cannot be read at all."""
+    folder, wanted = (
+        world / "trained/uniform-k4",
+        Dictionary.load(world / "trained/variance-a0.5-k4"),
+    )
+    digest, replacing = dictionary_folder.sha256, [wanted.save]
+
+    def gone(path):
+        if replacing:
+            replacing.pop()(folder)
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return digest(path)
+
+    def broken(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(dictionary_folder, "sha256", gone)
+    assert torch.equal(Dictionary.load(folder).W_enc, wanted.W_enc)
+    monkeypatch.setattr(dictionary_folder, "sha256", broken)
+    with pytest.raises(LlmWsaeError, match="uniform-k4: input/output error; check it, and try"):
+        Dictionary.load(folder)
+
+
 # --- Checkpoints and what belongs to them
 
 
