@@ -457,9 +457,13 @@ def manifest_changes(value):
             yield f"shards.0.{key}", other, value | {"shards": [changed, *value["shards"][1:]]}
     for text in ("save", "float16", "int8"):
         yield "dtype", text, value | {"dtype": text}
+    begun = value | {"complete": False, "shards": [], "statistics": {}}  # no file has its path yet
     for site in ("../../x", "blocks.1.hook_resid_post/", "blocks.01.hook_resid_post"):
-        yield "sites", site, value | {"sites": [site]}
-    yield "sites", "twice", value | {"sites": [SITE, SITE]}
+        for store in (value, begun):
+            yield "sites", site, store | {"sites": [site]}
+    yield "sites", "twice", begun | {"sites": [SITE, SITE]}
+    for name in ("d_in", "contexts_per_shard", "num_contexts"):
+        yield name, -1, begun | {name: -1}
     for name in ("../../etc/passwd", "/etc/passwd"):
         files = {name: next(iter(first["files"].values()))}
         changed = [first | {"files": files}, *value["shards"][1:]]
