@@ -224,7 +224,7 @@ def verify_store(folder: Path | str) -> list[str]:
 def _check_store(folder: Path, advance: Callable[[int], object]) -> list[str]:
     manifest = Manifest.load(folder)
     shards = complete_shards(folder, manifest)
-    problems, damage = [], []
+    problems, damage = [], {}
     if not manifest.complete:
         there = sum(shard.contexts for shard in shards.values())
         problems.append(
@@ -234,23 +234,23 @@ def _check_store(folder: Path, advance: Callable[[int], object]) -> list[str]:
     files = {**manifest.statistics, **{p: f for s in shards.values() for p, f in s.files.items()}}
     for name, record in files.items():
         if problem := record.problem(folder / name):
-            damage.append(problem)
+            damage[name] = problem
         advance(record.bytes)
     for index, shard in shards.items():
-        path = folder / tokens_path(index)
-        try:
-            contexts = load_contexts(path, shard.first, shard.next)
-        except LlmWsaeError:
-            continue  # its wrong checksum was reported above
+        name = tokens_path(index)
+        if name in damage:  # then anything may be in it
+            continue
+        contexts = load_contexts(folder / name, shard.first, shard.next)
         kept = int(contexts.keep.sum())
         if (len(contexts.ids), kept) != (shard.contexts, shard.rows):
-            damage.append(
-                f"{path} holds {len(contexts.ids)} contexts with {kept} rows, but the manifest "
-                f"says {shard.contexts} with {shard.rows}"
+            damage[name] = (
+                f"{folder / name} holds {len(contexts.ids)} contexts with {kept} rows, but the "
+                f"manifest says {shard.contexts} with {shard.rows}"
             )
+    problems += damage.values()
     if damage:
-        damage.append(
+        problems.append(
             f"delete the damaged files and run the same {manifest.made_by} again, which rewrites "
             "those missing"
         )
-    return problems + damage
+    return problems

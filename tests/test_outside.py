@@ -260,10 +260,11 @@ except EOFError:
 """
 
 
-def process(*words, **environment):
+def process(*words, stdout=subprocess.PIPE, **environment):
     return subprocess.run(
         [sys.executable, *words],
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         input="yes\nyes\n",
         env=os.environ | environment,
@@ -277,6 +278,14 @@ def test_ctrl_c_while_modules_are_imported(tmp_path):
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = process("-m", "llm_wsae", "--version", PYTHONPATH=path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_process_whose_output_takes_nothing():
+    """Python, too, writes what is left when it ends."""
+    with open("/dev/full", "w") as full:
+        done = process("-m", "llm_wsae", "--version", stdout=full, PYTHONUNBUFFERED="")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "the result cannot be printed (No space left" in done.stderr
 
 
 def test_nothing_is_asked_and_every_character_is_shown():

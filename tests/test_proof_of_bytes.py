@@ -211,6 +211,30 @@ def test_a_reader_never_sees_two_dictionaries_mixed(world, monkeypatch):
         Dictionary.load(folder)
 
 
+def test_a_reader_does_not_meet_the_systems_own_errors(world, monkeypatch):
+    """A file goes while its folder is replaced, or cannot be read at all."""
+    folder, wanted = (
+        world / "trained/uniform-k4",
+        Dictionary.load(world / "trained/variance-a0.5-k4"),
+    )
+    digest, replacing = dictionary_folder.sha256, [wanted.save]
+
+    def gone(path):
+        if replacing:
+            replacing.pop()(folder)
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return digest(path)
+
+    def broken(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(dictionary_folder, "sha256", gone)
+    assert torch.equal(Dictionary.load(folder).W_enc, wanted.W_enc)
+    monkeypatch.setattr(dictionary_folder, "sha256", broken)
+    with pytest.raises(LlmWsaeError, match="uniform-k4: input/output error; check it, and try"):
+        Dictionary.load(folder)
+
+
 # --- Checkpoints and what belongs to them
 
 
@@ -433,9 +457,13 @@ def manifest_changes(value):
             yield f"shards.0.{key}", other, value | {"shards": [changed, *value["shards"][1:]]}
     for text in ("save", "float16", "int8"):
         yield "dtype", text, value | {"dtype": text}
+    begun = value | {"complete": False, "shards": [], "statistics": {}}  # no file has its path yet
     for site in ("../../x", "blocks.1.hook_resid_post/", "blocks.01.hook_resid_post"):
-        yield "sites", site, value | {"sites": [site]}
-    yield "sites", "twice", value | {"sites": [SITE, SITE]}
+        for store in (value, begun):
+            yield "sites", site, store | {"sites": [site]}
+    yield "sites", "twice", begun | {"sites": [SITE, SITE]}
+    for name in ("d_in", "contexts_per_shard", "num_contexts"):
+        yield name, -1, begun | {name: -1}
     for name in ("../../etc/passwd", "/etc/passwd"):
         files = {name: next(iter(first["files"].values()))}
         changed = [first | {"files": files}, *value["shards"][1:]]

@@ -11,9 +11,10 @@ from llm_wsae.data import shard_writer
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, Manifest
+from llm_wsae.data.packing import load_contexts
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import load_tensors, read_own_json, write_json
+from llm_wsae.files import load_tensors, read_own_json, save_tensors, write_json
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.site import Site
 from llm_wsae.verifying import verify_store
@@ -161,6 +162,18 @@ def test_verify_names_every_flipped_byte(store):
         verify_store(store.folder)
 
 
+def test_verify_names_tokens_that_cannot_be_read(store):
+    """One bit of the length of the header, of a dtype, a shape or the number of a document."""
+    path = store.folder / "tokens" / "00000.safetensors"
+    content = path.read_bytes()
+    for before in (b"", b'"dtype":"', b'"shape":[', b'{\\"'):
+        at = content.index(before) + len(before)
+        for bit in range(8):
+            path.write_bytes(content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :])
+            problem, _ = verify_store(store.folder)
+            assert problem == f"{path} is damaged: its checksum does not match"
+
+
 def test_verify_names_truncated_and_missing_files(store):
     site = store.folder / str(SITES[0])
     content = (site / "00001.safetensors").read_bytes()
@@ -258,3 +271,12 @@ def test_documents_of_a_shard(made, corpus):
     present = tensors["document"][tensors["document"] >= 0].unique().tolist()
     assert [int(key) for key in headers] == present
     assert headers[str(present[0])] == next(corpus.documents(present[0])).header()
+
+
+def test_tokens_that_no_harvest_writes(made, tmp_path):
+    """Whatever their checksum says."""
+    tensors, _ = load_tensors(made.folder / "tokens/00001.safetensors", "tokens")
+    for documents in ("{", "[]", '{"x": {}}'):
+        save_tensors(tmp_path / "t", tensors, {"documents": documents})
+        with pytest.raises(LlmWsaeError, match="t is not the tokens of a shard"):
+            load_contexts(tmp_path / "t", (0, 0), (1, 0))

@@ -195,9 +195,10 @@ def test_encoders_predict_no_next_token(tmp_path):
 def test_gguf_files_that_cannot_be_read(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     path = tmp_path / "broken.gguf"
-    path.write_bytes(b"not gguf" * 99)
-    with pytest.raises(LlmWsaeError, match="cannot be loaded as a causal language model"):
-        LanguageModel.load(str(path))
+    for content in (b"", b"not gguf" * 99, b"GGUF\3" + bytes(12)):  # the last: cut in its header
+        path.write_bytes(content)
+        with pytest.raises(LlmWsaeError, match="cannot be loaded as a causal language model"):
+            LanguageModel.load(str(path))
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else found(name, *a)

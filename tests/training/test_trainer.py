@@ -349,8 +349,9 @@ def test_lines_of_a_lost_run_are_cut_off(tmp_path):
     for step in (10, 20, 30):
         log.write(step, 100 * step, NUMBERS, tokens_per_second=5.0)
     log.close()
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 4')  # a process killed in the middle of a line
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(b'7\n[7]\n{"step": "7"}\n{"step": NaN}\n{}\n\xff\n' + b"[" * 100_000 + b"\n")
+        file.write(b'{"step": 4')  # a process killed in the middle of a line
     log = TrainingLog(tmp_path, 20)
     assert steps(tmp_path) == [10, 20]
     log.write(30, 3000, NUMBERS)

@@ -286,6 +286,16 @@ def test_a_library_that_is_damaged_or_not_ones_own_is_built_again(tmp_path, comp
         assert library.read_text() == "machine code\n" and library.stat().st_uid == os.geteuid()
 
 
+def test_a_library_is_on_the_disk_before_it_has_its_name(tmp_path, compiler, monkeypatch):
+    """Or a loss of power could leave an empty one."""
+    folder, done = tmp_path / "llm_wsae" / "kernels", []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("renamed") or replace(*names))
+    library = build._built(folder)
+    assert done == [library.stat().st_ino, "renamed", folder.stat().st_ino]
+
+
 def test_a_folder_that_others_can_write_to(tmp_path, compiler):
     folder = tmp_path / "llm_wsae" / "kernels"
     folder.mkdir(parents=True)
