@@ -47,6 +47,8 @@ _PAGES = {
     "page": "whole-job.md",
     "evaluate": "whole-job.md",
     "plan": "whole-job.md",
+    "stream": "whole-job.md",
+    "long": "whole-job.md",
 }
 
 

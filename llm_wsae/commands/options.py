@@ -233,6 +233,19 @@ class ScoreOptionsOfEvaluate(ScoreOptions):
     seed: tyro.conf.Suppress[int] = MonosemanticConfig.seed
 
 
+def stream_config(
+    stream: bool, buffer_tokens: int, statistics_tokens: int, harvest: HarvestConfig
+) -> StreamConfig | None:
+    """How rows are streamed, if they are. Raises UsageError for settings of one without it."""
+    packing = {**harvest.packing(), "batch_tokens": harvest.batch_tokens}
+    config = StreamConfig(
+        **packing, buffer_tokens=buffer_tokens, statistics_tokens=statistics_tokens
+    )
+    if not stream and config != StreamConfig(**packing):
+        raise UsageError("--buffer-tokens and --statistics-tokens are for --stream; add it")
+    return config if stream else None
+
+
 Result = tuple[dict[str, Any], str]  # the JSON object, the text for people
 
 

@@ -10,6 +10,7 @@ import tyro
 from llm_wsae.commands.options import (
     AutoGridOptions,
     EvaluateOptions,
+    Flag,
     Flat,
     HarvestOptions,
     ModelOptions,
@@ -18,7 +19,9 @@ from llm_wsae.commands.options import (
     TrainOptions,
     cost,
     sites_of,
+    stream_config,
 )
+from llm_wsae.data.config import StreamConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
@@ -48,6 +51,9 @@ def plan(
     out: Path = Path("runs"),
     arms: int | None = None,
     price_per_hour: float | None = None,
+    stream: Flag = False,
+    buffer_tokens: int = StreamConfig.buffer_tokens,
+    statistics_tokens: int = StreamConfig.statistics_tokens,
     grid: Flat[AutoGridOptions] = AutoGridOptions(),  # noqa: B008 - frozen
     weigh: Flat[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
     harvest: Prefixed[HarvestOptions] = HarvestOptions(),  # noqa: B008 - frozen
@@ -65,6 +71,9 @@ def plan(
         out: Folder of the run, which shows the disk; it is not made.
         arms: Number of dictionaries trained side by side, instead of one for every combination.
         price_per_hour: What an hour costs, in any currency.
+        stream: Keep no rows on the disk; train on them as the model computes them.
+        buffer_tokens: With --stream: tokens whose rows are shuffled together.
+        statistics_tokens: With --stream: first tokens of the text, which weights are measured on.
     """
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.packing import Packer
@@ -98,6 +107,7 @@ def plan(
         price_per_hour=price_per_hour,
         out=out,
         harvest_config=harvest,
+        stream_config=stream_config(stream, buffer_tokens, statistics_tokens, harvest),
         weight_config=weigh,
         train_config=train.with_model_on(model.device),
         evaluate_config=evaluate,

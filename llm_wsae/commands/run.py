@@ -18,9 +18,9 @@ from llm_wsae.commands.options import (
     TrainOptions,
     cost,
     sites_of,
+    stream_config,
 )
 from llm_wsae.data.config import StreamConfig
-from llm_wsae.errors import UsageError
 from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.provenance import write_record
 from llm_wsae.weights.config import WeightConfig
@@ -58,7 +58,7 @@ def run(
     started, sites = time.monotonic(), sites_of(site)
     out = out or Path("runs") / Path(model.model).resolve().name.removesuffix(".gguf")
     check_file(out / RECORD, is_record_of("run"))
-    streaming = _stream(stream, buffer_tokens, statistics_tokens, harvest)
+    streaming = stream_config(stream, buffer_tokens, statistics_tokens, harvest)
     training = train.with_model_on(model.device)
     loaded = model.load(model.model)
     results = run_all(
@@ -92,19 +92,6 @@ def run(
         lines += [f"  {_harvest(site, model, corpus, out)}"]
     lines += [f"  {_page(first.folder, list(first.dictionaries), model, out)}"]
     return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)
-
-
-def _stream(
-    stream: bool, buffer_tokens: int, statistics_tokens: int, harvest: HarvestOptions
-) -> StreamConfig | None:
-    """How rows are streamed, if they are. Raises UsageError for settings of one without it."""
-    packing = {**harvest.packing(), "batch_tokens": harvest.batch_tokens}
-    config = StreamConfig(
-        **packing, buffer_tokens=buffer_tokens, statistics_tokens=statistics_tokens
-    )
-    if not stream and config != StreamConfig(**packing):
-        raise UsageError("--buffer-tokens and --statistics-tokens are for --stream; add it")
-    return config if stream else None
 
 
 def _harvest(site: Sequence[str], model: ModelOptions, corpus: CorpusOptions, out: Path) -> str:
