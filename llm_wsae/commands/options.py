@@ -45,8 +45,7 @@ class LoadOptions:
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
     device: Literal["auto", "cuda", "mps", "cpu", "spread"] = "auto"
-    """Device to compute on.
-    spread: over all accelerators, then memory, then disk, for a model larger than a device."""
+    """Device to compute on. spread: all of them, memory and disk."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model.
     auto: that of the store, if any; otherwise bfloat16 where the hardware is fast at it."""
