@@ -91,42 +91,45 @@ def ways(
     return {"forward": forward, "steps": steps, "stream": whole}
 
 
-def long_run(rows: int, words: list[str], folder: Path) -> list[str]:
+def long_run(tokens: int, words: list[str], site: str, folder: Path) -> list[str]:
     """The section on a long stream."""
     whole, broken = folder / "whole", folder / "broken"
+    words = [*words, "--site", site, "--tokens", str(tokens)]
+    asked = [sys.executable, "-m", "llm_wsae", "plan", *words, "--json"]
+    said = sum(json.loads(subprocess.check_output(asked))["seconds"].values())
     began = time.perf_counter()
-    process = _start(words, rows, whole)
+    process = _start(words, whole)
     memory: dict[int, float] = {}
     while process.poll() is None:
-        memory[_reached(whole)] = _resident(process.pid)
+        memory[_reached(whole / site)] = _resident(process.pid)
         time.sleep(1)
-    seconds = time.perf_counter() - began
-    early = [kept for reached, kept in memory.items() if rows // 10 <= reached < rows // 5]
-    late = [kept for reached, kept in memory.items() if reached >= rows * 9 // 10]
+    took = time.perf_counter() - began
+    early = [kept for reached, kept in memory.items() if tokens // 10 <= reached < tokens // 5]
+    late = [kept for reached, kept in memory.items() if reached >= tokens * 9 // 10]
     for share in (0.25, 0.5, 0.75):
-        process = _start(words, rows, broken)
-        while _reached(broken) < share * rows:
+        process = _start(words, broken)
+        while _reached(broken / site) < share * tokens:
             time.sleep(0.2)
         process.kill()
         process.wait()
-    code = _start(words, rows, broken).wait()
+    code = _start(words, broken).wait()
     same = code == 0 and _digests(whole) == _digests(broken)
     first, last = statistics.median(early), statistics.median(late)
     bytes_are = "**the same bytes**" if same else "OTHER BYTES"
     return [
-        f"## A stream of {rows:,} rows",
+        f"## A stream of {tokens:,} tokens",
         "",
-        f"{seconds / 60:.1f} minutes, {rows / seconds:,.0f} rows/s. Memory: {first:.2f} GB after "
-        f"{rows // 10:,} rows, {last:.2f} GB over the last tenth ({100 * (last / first - 1):+.1f} "
-        "%). Killed at a quarter, at half and at three quarters and started again each time, it "
-        f"leaves {bytes_are}.",
+        f"{took / 60:.1f} minutes with the evaluation, of which `plan` had said {said / 60:.1f}. "
+        f"Memory: {first:.2f} GB after {tokens // 10:,} rows, {last:.2f} GB over the last tenth "
+        f"({100 * (last / first - 1):+.1f} %). Killed at a quarter, at half and at three quarters "
+        f"and started again each time, it leaves {bytes_are}.",
         "",
-        f"`llm-wsae {' '.join(words)} --tokens {rows}`",
+        f"`llm-wsae run {' '.join(Path(word).name for word in words)}`",
     ]
 
 
-def _start(words: list[str], rows: int, out: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "llm_wsae", *words, "--tokens", str(rows), "--out", str(out)]
+def _start(words: list[str], out: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "llm_wsae", "run", *words, "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -167,10 +170,11 @@ def main() -> None:
 
     busy = machine(torch.get_num_threads())
     if args.long:
-        words = ["train", "--model", args.model or embedded_model(), "--corpus", args.corpus]
-        words += ["--site", *args.site, "--expansion", "4"]
+        words = ["--model", args.model or embedded_model(), "--corpus", args.corpus, "--stream"]
+        words += ["--rule", "uniform", "--train.expansion", "4", "--eval-tokens", "5000"]
         with tempfile.TemporaryDirectory() as folder:
-            lines = [*long_run(args.long, words, Path(folder)), "", f"{busy}."]
+            section = long_run(args.long, words, args.site[0], Path(folder))
+        lines = [*section, "", f"{busy}."]
         print("\n".join(lines))
         if args.write:
             write_benchmark("long stream", "\n".join(lines))
