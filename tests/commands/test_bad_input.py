@@ -290,7 +290,7 @@ IMPOSSIBLE = {
     "option and missing ones": (("harvest", "--sight", SITE), ["no option --sight", "'--site'"]),
     "argument": (("verify", "store", "store"), ["'store' is one argument too many"]),
     "no value": ((*TRAINING, "--out", "x", "--batch-size"), ["--batch-size needs a value"]),
-    "no place": (("train", "--site", SITE, "--out", "x"), ["missing STORE"]),
+    "no place": (("weigh", "--site", SITE, "--out", "x"), ["missing STORE"]),
     "not a number": ((*TRAINING, "--out", "x", "--k", "many"), ["--k", "'many'"]),
     "no folder": (("evaluate", *EVALUATING, "--out", "x"), ["dictionary folder"]),
     "architecture": (

@@ -9,7 +9,7 @@ import torch
 from command_line import call, save_model, works
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae.data.config import HarvestConfig
+from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -78,7 +78,7 @@ def test_rows_and_bytes_are_those_of_a_real_run(model, text, tmp_path, monkeypat
     source, out = store.source(SITES[0]), tmp_path / "trained"
 
     def stop_with_a_checkpoint(self, step):
-        self._save(step)
+        self.save()
         raise Interrupted("enough", 2)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -134,6 +134,20 @@ def test_trials_of_alpha_are_counted(model, fixed):
     assert found.seconds["choose α"] == pytest.approx(5 / 3 * trials)
 
 
+def test_a_stream_keeps_no_rows_and_reads_its_first_tokens_before(model, fixed):
+    stream = StreamConfig(context_size=32, buffer_tokens=4000, statistics_tokens=8000)
+    stored = plan(model, SITES, **SETTINGS)
+    found = plan(model, SITES, stream_config=stream, **SETTINGS)
+    assert found.advice == "stream" and found.store_bytes < stored.store_bytes / 5
+    assert found.disk_bytes == stored.disk_bytes - stored.store_bytes + found.store_bytes
+    tokens = 40_000 * found.trained_rows // found.rows + 2 * 8000  # whitening reads them twice
+    assert found.seconds["harvest"] == pytest.approx(
+        tokens / 40_000 * stored.seconds["harvest"], rel=1e-3
+    )
+    assert found.seconds["weigh"] < stored.seconds["weigh"]
+    assert found.seconds["train"] == stored.seconds["train"]
+
+
 def test_an_accelerator_is_computed_and_grows_with_arms(model, monkeypatch):
     monkeypatch.setattr(speeds, "_write", lambda rows, folder: 0.0)
     found = {
@@ -144,7 +158,7 @@ def test_an_accelerator_is_computed_and_grows_with_arms(model, monkeypatch):
     assert few.times == "estimated" and few.device == "NVIDIA H100 SXM"
     assert few.memory_there == 80 * 10**9 and many.arms == 12
     assert few.disk_free is None and "free" not in few.table()
-    assert few.why.startswith("it takes 26.") and "2 × the tokens" in few.why
+    assert few.why.startswith("it takes 26.") and "would do for one pass" in few.why
     one = 2 * few.trained_rows * _h100_row()
     assert few.seconds["train"] == pytest.approx(3 * one)
     assert many.seconds["train"] == pytest.approx(12 * one)
@@ -194,7 +208,7 @@ def test_what_does_not_fit_is_said(model, monkeypatch, fixed):
     monkeypatch.setattr(planning, "free_space", lambda path: needed.disk_bytes - 1)
     found = plan(model, SITES, **SETTINGS)
     assert found.seconds == {} and found.advice == "stream"
-    assert "ActivationStream" in found.why and "2 × the tokens" in found.why
+    assert "run --stream keeps no rows" in found.why and "0.99 × the tokens" in found.why
     with pytest.raises(LlmWsaeError, match=r"on the disk of .* \(about 39,9\d\d fit\)") as raised:
         found.check()
     assert raised.value.exit_code == 1
@@ -221,7 +235,7 @@ def test_requests_that_cannot_be_are_refused(model):
 def test_defaults_are_those_of_run():
     own, theirs = (inspect.signature(f).parameters for f in (plan, run))
     shared = own.keys() & theirs.keys() - {"model", "sites", "out"}
-    assert len(shared) == 10
+    assert len(shared) == 11
     assert all(own[name].default == theirs[name].default for name in shared)
 
 
