@@ -596,6 +596,7 @@ _ROWS = (
     ("inverse variance as a space, α = −½", f"variance-a-0.5-space-k{K}"),
     ("whitened space, α = ¼", f"whitening-a0.25-space-k{K}"),
     ("whitened space, α = ½ (halfway)", f"whitening-a0.5-space-k{K}"),
+    ("whitened space, α = ¾", f"whitening-a0.75-space-k{K}"),
     ("whitened, mixed, α = ¼", f"whitening-a0.25-mixed-k{K}"),
     ("whitened, mixed, α = ½", f"whitening-a0.5-mixed-k{K}"),
     ("inverse variance, mixed, α = −½", f"variance-a-0.5-mixed-k{K}"),
