@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from command_line import SITE, content, harvest_more, works
-from fuzzing import frozen
+from fuzzing import fork, frozen
 from hub_fixtures import REPO
 from hub_server import WRITER, HubServer
 from huggingface_hub import constants
@@ -201,7 +201,7 @@ def quietly(work: Callable[[], object]) -> str | None:
 def run(work: Callable[[], object], count: Path, last: int | None) -> int | None:
     """Do the work in a process that ends without a word at its moment ``last``; the number of its
     moments if it has none of that number."""
-    child = os.fork()
+    child = fork()
     if child == 0:
         torch.set_num_threads(1)  # its pool is made anew, before several threads ask for it
         reached = [0]

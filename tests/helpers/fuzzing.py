@@ -12,6 +12,7 @@ import pickle
 import random
 import resource
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from mutations import OTHER_VALUES, REMOVED
+from tqdm import tqdm
 
 from llm_wsae import digests
 from llm_wsae.cli import _explained
@@ -76,11 +78,20 @@ class Fuzz:
             pytest.fail(f"{len(self.failures)} failures:\n{shown}", pytrace=False)
 
 
+def fork() -> int:
+    """As ``os.fork``. The child's progress bars have a lock of their own: tqdm's is shared between
+    processes, and a child that is killed while it holds it would stop this one for ever."""
+    child = os.fork()
+    if child == 0:
+        tqdm.set_lock(threading.RLock())
+    return child
+
+
 def in_a_fork(work: Callable[[], Any], memory: int) -> Any:
     """What the work gives or raises in a process of its own, which may not take long nor have more
     than ``memory`` bytes of addresses. Raises RuntimeError if the process ends otherwise."""
     reading, writing = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         status = 1
         try:
