@@ -68,9 +68,9 @@ class ActivationStreams:
         self._second_moments: dict[Site, SecondMoment] = {}
         self._lock = threading.Lock()
 
-    def source(self, site: Site) -> "ActivationStream":
+    def source(self, site: Site) -> "StreamedSite":
         """One of the sites as an ActivationSource."""
-        return ActivationStream.of(self, site)
+        return StreamedSite(self, site)
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
@@ -241,31 +241,11 @@ class ActivationStreams:
                 save_own_tensors(self._path(site, what), one.to_tensors(), self.identity(site))
 
 
-class ActivationStream:
-    """One site of a stream, as an ActivationSource.
+class StreamedSite:
+    """One site of a stream, as an ActivationSource. Of several, its own batches leave the rows of
+    the others unused."""
 
-    While the rows of a buffer are trained on, a GPU computes the next one in the background: do not
-    use the model for anything else meanwhile.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        corpus: Corpus,
-        site: Site,
-        config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
-    ):
-        """Raises UsageError for a site or context size that the model does not have."""
-        self._set(ActivationStreams(model, corpus, [site], config), site)
-
-    @classmethod
-    def of(cls, streams: ActivationStreams, site: Site) -> "ActivationStream":
-        """One site of several; alone, it leaves the rows of the others unused."""
-        new = cls.__new__(cls)
-        new._set(streams, site)
-        return new
-
-    def _set(self, streams: ActivationStreams, site: Site) -> None:
+    def __init__(self, streams: ActivationStreams, site: Site):
         self._streams, self.site, self.d_in = streams, site, streams.d_in
         self.num_rows: int | None = None
 
@@ -294,6 +274,24 @@ class ActivationStream:
     def identity(self) -> dict[str, Any]:
         """JSON values that identify these rows in this order."""
         return self._streams.identity(self.site)
+
+
+class ActivationStream(StreamedSite):
+    """A stream of one site.
+
+    While the rows of a buffer are trained on, a GPU computes the next one in the background: do not
+    use the model for anything else meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        site: Site,
+        config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
+    ):
+        """Raises UsageError for a site or context size that the model does not have."""
+        super().__init__(ActivationStreams(model, corpus, [site], config), site)
 
 
 def _of_one(batches: Generator[tuple[Tensor, ...], None, None]) -> Iterator[Tensor]:

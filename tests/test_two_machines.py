@@ -63,6 +63,12 @@ def end(agent):
     return agent.returncode, said
 
 
+def unbroken(folder, words):
+    for agent in agents(folder, *words):
+        code, said = end(agent)
+        assert code == 0, said
+
+
 def killed_and_restarted(folder, words, begun):
     """Kill the second machine once ``begun()``; the first must end by itself; start both again."""
     first, second = agents(folder, *words)
@@ -77,9 +83,7 @@ def killed_and_restarted(folder, words, begun):
     code, said = end(first)
     assert code != 0 and "llm-wsae:" in said, said
     second.communicate()
-    for agent in agents(folder, *words):
-        code, said = end(agent)
-        assert code == 0, said
+    unbroken(folder, words)
 
 
 def test_a_training(world, tmp_path):
@@ -88,9 +92,12 @@ def test_a_training(world, tmp_path):
     out = tmp_path / "two"
     killed_and_restarted(tmp_path, (*words, "--out", out), (out / "checkpoint.safetensors").exists)
     works("verify", out)
-    works(*words, "--out", tmp_path / "one")
-    rows = [content(folder / "uniform-k4").keys() for folder in (tmp_path / "one", out)]
-    assert rows[0] == rows[1]
+    unbroken(tmp_path, (*words, "--out", tmp_path / "at once"))
+    weights = [
+        (folder / "uniform-k4/sae_weights.safetensors").read_bytes()
+        for folder in (tmp_path / "at once", out)
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_a_harvest(world, tmp_path):

@@ -64,7 +64,7 @@ def test_rows_logits_and_identity_are_those_of_one_device(folder, spread):
     assert any(p.is_meta for p in spread.parameters())  # nothing has stayed
 
 
-def test_a_harvest_has_the_same_bytes(folder, spread, tmp_path):
+def test_a_harvest_has_the_same_rows(folder, spread, tmp_path):
     corpus = Corpus.open(str(write_jsonl(tmp_path / "text.jsonl", [30] * 60)))
     config = HarvestConfig(context_size=12, tokens=600, batch_tokens=48, shard_tokens=300)
     model = LanguageModel.load(str(folder), device="cpu", dtype="float32")
