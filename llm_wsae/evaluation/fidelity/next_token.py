@@ -18,11 +18,13 @@ from llm_wsae.evaluation.activations import ActivationCache
 from llm_wsae.model.forward import parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.sparse.backends import cpu
 
-# Rows of one tile: enough for a fast product. In memory are their logits twice in float32 and once
-# in the model's dtype, for each core.
-_TILE_ROWS = 96
-# Numbers in one chunk of a tile. 4 MB stay in a CPU's cache from one operation to the next.
+# Rows of one tile: enough for a fast product. In memory are their logits by the model itself and by
+# one variant, for each core; where the kernel is missing also the former twice in float32.
+_TILE_ROWS = 192
+# Numbers in one chunk of a tile, where the kernel is missing. 4 MB stay in a CPU's cache from one
+# operation to the next.
 _CHUNK_NUMBERS = 2**20
 
 
@@ -50,8 +52,8 @@ def next_token_sums(
     """Per context, Σ over scored positions of −log p(next token), for the model itself; and for
     each variant that and Σ KL(p_clean ‖ p), both [contexts], in nats.
 
-    ``clean`` and ``variants`` are outputs of the last block. Logits are converted to float32; sums
-    are float64, on the CPU.
+    ``clean`` and ``variants`` are outputs of the last block. Exponentials are float32; sums are
+    float64, on the CPU.
     """
     where = F.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
     streams = [stream.flatten(0, 1) for stream in (clean, *variants)]
@@ -60,14 +62,14 @@ def next_token_sums(
 
         def measure(rows: Tensor) -> Tensor:
             with torch.no_grad():
-                return _measure_tile(logits, [s[rows] for s in streams], target[rows]).cpu()
+                found = _measure_tile(logits, [s[rows] for s in streams], target[rows])
+                return found.cpu().double()
 
         tiles = where.split(_tile_rows(len(where), model.device)) if len(where) else ()
         found = parallel_map(measure, tiles)
     sums = torch.zeros(len(streams), 2, scored.shape[0], dtype=torch.float64)
     if found:
-        numbers = torch.cat(found, 2).double()
-        sums.index_add_(2, where.cpu() // ids.shape[1], numbers)
+        sums.index_add_(2, where.cpu() // ids.shape[1], torch.cat(found, 2))
     (entropy, _), *others = sums.unbind(0)
     return entropy, [(one[0], one[1]) for one in others]
 
@@ -85,20 +87,61 @@ def _measure_tile(
     target: Integer[Tensor, " rows"],
 ) -> Float[Tensor, "streams 2 rows"]:
     """−log p(target) and KL(p_first ‖ p) of every row in every stream."""
-    found = torch.zeros(len(streams), 2, len(target), dtype=torch.float32, device=target.device)
-    reference = logits(streams[0]).log_softmax(1, dtype=torch.float32)
-    torch.neg(reference.gather(1, target[:, None])[:, 0], out=found[0, 0])
-    size = max(1, _CHUNK_NUMBERS // reference.shape[1])
+    clean = logits(streams[0])
+    sums = _compiled if cpu.supports(clean) else _in_torch
+    found, compared = sums(clean, target)
+    others = [compared(logits(stream)) for stream in streams[1:]]
+    return torch.stack([torch.stack([found, torch.zeros_like(found)]), *others])
+
+
+Compared = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "2 rows"]]
+
+
+def _compiled(
+    clean: Float[Tensor, "rows vocab"], target: Integer[Tensor, " rows"]
+) -> tuple[Float[Tensor, " rows"], Compared]:
+    """−log p(target), and a function that gives the same and KL(p ‖ q) of other logits.
+
+    With r and q the logits of p and q, KL = Σ p·(r − q) + log Σ exp q − log Σ exp r.
+    """
+
+    def log_sum(maxima: Tensor, sums: Tensor) -> Tensor:
+        return maxima.double() + sums.log()
+
+    def of_target(values: Tensor) -> Tensor:
+        return values.gather(1, target[:, None])[:, 0].double()
+
+    clean_maxima, clean_sums, _ = cpu.softmax_sums(clean)
+    clean_log_sum = log_sum(clean_maxima, clean_sums)
+
+    def compared(own: Tensor) -> Tensor:
+        maxima, sums, differences = cpu.softmax_sums(own, (clean, clean_maxima))
+        own_log_sum = log_sum(maxima, sums)
+        divergence = differences / clean_sums + own_log_sum - clean_log_sum
+        return torch.stack([own_log_sum - of_target(own), divergence])
+
+    return clean_log_sum - of_target(clean), compared
+
+
+def _in_torch(
+    clean: Float[Tensor, "rows vocab"], target: Integer[Tensor, " rows"]
+) -> tuple[Float[Tensor, " rows"], Compared]:
+    """The same in float32, by operations that every device has."""
+    log_p = clean.log_softmax(1, dtype=torch.float32)
+    p = log_p.exp()
+    size = max(1, _CHUNK_NUMBERS // clean.shape[1])
     chunks = [slice(at, at + size) for at in range(0, len(target), size)]
-    probability = reference.exp() if len(streams) > 1 else reference
-    for stream, (entropies, divergences) in zip(streams[1:], found[1:], strict=True):
-        own = logits(stream)
+
+    def compared(own: Tensor) -> Tensor:
+        found = log_p.new_empty(2, len(target))
         for chunk in chunks:
             log_q = own[chunk].log_softmax(1, dtype=torch.float32)
-            torch.neg(log_q.gather(1, target[chunk, None])[:, 0], out=entropies[chunk])
-            difference = torch.sub(reference[chunk], log_q, out=log_q)
-            torch.linalg.vecdot(probability[chunk], difference, out=divergences[chunk])
-    return found
+            torch.neg(log_q.gather(1, target[chunk, None])[:, 0], out=found[0, chunk])
+            difference = torch.sub(log_p[chunk], log_q, out=log_q)
+            torch.linalg.vecdot(p[chunk], difference, out=found[1, chunk])
+        return found
+
+    return -log_p.gather(1, target[:, None])[:, 0], compared
 
 
 _CHECKED_POSITIONS = 16  # the last ones, on which all others act

@@ -42,6 +42,11 @@ def available() -> bool:
     return library() is not None
 
 
+def supports(tensor: Tensor) -> bool:
+    """Whether the kernels take it."""
+    return tensor.device.type == "cpu" and tensor.dtype in _NAMES and available()
+
+
 def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
     """See ``operations``."""
     d_sae = len(encoder)
@@ -239,6 +244,23 @@ def _adam(step: int, learning_rate: float) -> tuple[float, ...]:
     """Adam's numbers, as the kernels take them."""
     step_size, root_scale = learning_rate / (1 - BETAS[0] ** step), 1 - BETAS[1] ** step
     return step_size, 1 / math.sqrt(root_scale), *BETAS, EPSILON, SMALLEST_NORM
+
+
+def softmax_sums(
+    logits: Tensor, clean: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row of logits [rows, vocab] its maximum m (float32) and Σ exp(logit − m) (float64).
+
+    With ``clean``, other logits of the same dtype and their maxima c, also
+    Σ exp(clean − c)·(clean − logit), float64; without it, the third result is uninitialised.
+    """
+    maxima, sums = _floats(len(logits)), torch.empty(2, len(logits), dtype=torch.float64)
+    other, other_maxima = (one.contiguous() for one in clean) if clean else (None, None)
+    _call(
+        f"softmax_sums_{_NAMES[logits.dtype]}",
+        logits.contiguous(), other, other_maxima, *logits.shape, maxima, *sums,
+    )  # fmt: skip
+    return maxima, sums[0], sums[1]
 
 
 class _Lists:

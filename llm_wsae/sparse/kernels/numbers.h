@@ -1,5 +1,5 @@
-// The number formats of the sparse operations on the CPU, for encode.cpp and sums.cpp, which
-// ../compiled.py has built when they are first needed.
+// The number formats of the sparse operations on the CPU, which
+// ../backends/build.py has built when they are first needed.
 //
 // Portable C++: loops over neighbouring numbers are left to the compiler to vectorise, and threads
 // split rows or latents so that no two add to the same number. Every result is therefore the same

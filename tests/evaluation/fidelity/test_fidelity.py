@@ -21,6 +21,7 @@ from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_posi
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.sparse.backends import cpu
 from llm_wsae.statistics.uncertainty import Bootstrap
 
 D, VOCAB, CONTEXTS, POSITIONS = 16, 53, 12, 10
@@ -281,7 +282,10 @@ def test_which_predictions_count():
     ]
 
 
-def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(cpu, "supports", lambda logits: False)
     draw = torch.Generator().manual_seed(0)
     clean, *variants = torch.randn(3, 3, 7, D, generator=draw).unbind(0)
     ids = torch.randint(VOCAB, (3, 7), generator=draw)
@@ -308,6 +312,29 @@ def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch):
             torch.testing.assert_close(kl, wanted, rtol=1e-5, atol=0)
     entropy, found = next_token_sums(model, clean, variants, ids, scored & False)
     assert entropy.tolist() == [0, 0, 0] and len(found) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_divergence_keeps_its_digits(dtype):
+    """Two models that hardly differ, over a vocabulary that does not fill whole vectors."""
+    if not cpu.available():
+        pytest.skip("no compiler: the operations of torch are tested above")
+    draw = torch.Generator().manual_seed(0)
+    clean = (4 * torch.randn(7, 5003, generator=draw)).to(dtype)
+    own = (clean.float() + 0.02 * torch.randn(clean.shape, generator=draw)).to(dtype)
+    target = torch.randint(5003, (7,), generator=draw)
+    entropy, compared = next_token._compiled(clean, target)
+    ce, kl = compared(own)
+    log_p, log_q = (one.double().log_softmax(1) for one in (clean, own))
+    of_target = (-one.gather(1, target[:, None])[:, 0] for one in (log_p, log_q))
+    for found, wanted in zip((entropy, ce), of_target, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    wanted = (log_p.exp() * (log_p - log_q)).sum(1)
+    assert float(wanted.max()) < 1e-3
+    torch.testing.assert_close(kl, wanted, rtol=1e-4, atol=2e-7)
+    assert float(compared(clean)[1].abs().max()) < 1e-6
+    own[3, 4000] = torch.nan
+    assert compared(own).isnan().tolist() == [[row == 3 for row in range(7)]] * 2
 
 
 def test_variance_keeps_its_digits_far_from_zero():

@@ -1,0 +1,103 @@
+// What cross-entropy and KL divergence need of rows of logits, each read while it is in cache.
+#include <algorithm>
+
+#include "numbers.h"
+
+namespace {
+
+constexpr int64_t kChunk = 256;  // summed in float32; chunks are added in float64
+
+// e^x for x ≤ 0 to a few units of the last place; NaN stays NaN. x = n·ln 2 + r with |r| ≤ ln 2 / 2,
+// and e^r by its series. Adding 1.5·2^23 rounds to a whole number and leaves it in the low bits.
+inline float exponential(float x) {
+  constexpr float kRound = 12582912.0f;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float sum = 1.0f / 5040;
+  sum = sum * r + 1.0f / 720;
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  return sum * from_bits(int32_t(uint32_t(to_bits(shifted)) << 23) + 0x3f800000);
+}
+
+template <class T>
+float largest(const T* row, int64_t count) {
+  float found = widen(row[0]);
+#pragma omp simd reduction(max : found)
+  for (int64_t i = 0; i < count; i++) found = std::max(found, widen(row[i]));
+  return found;
+}
+
+// Σ exp(row − shift).
+template <class T>
+double total(const T* row, int64_t count, float shift) {
+  double sum = 0;
+  for (int64_t begin = 0; begin < count; begin += kChunk) {
+    const int64_t end = std::min(begin + kChunk, count);
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; i++) part += exponential(widen(row[i]) - shift);
+    sum += part;
+  }
+  return sum;
+}
+
+// The same, and in `difference` Σ exp(clean − clean_shift)·(clean − row).
+template <class T>
+double total(const T* row, const T* clean, int64_t count, float shift, float clean_shift,
+             double& difference) {
+  double sum = 0;
+  difference = 0;
+  for (int64_t begin = 0; begin < count; begin += kChunk) {
+    const int64_t end = std::min(begin + kChunk, count);
+    float part = 0, apart = 0;
+#pragma omp simd reduction(+ : part, apart)
+    for (int64_t i = begin; i < end; i++) {
+      const float own = widen(row[i]), other = widen(clean[i]);
+      part += exponential(own - shift);
+      apart += exponential(other - clean_shift) * (other - own);
+    }
+    sum += part;
+    difference += apart;
+  }
+  return sum;
+}
+
+// Of every row of `logits` its maximum and Σ exp(logit − maximum), and in `differences`
+// Σ exp(clean − clean maximum)·(clean − logit). Without `clean`, no differences.
+template <class T>
+void softmax_sums(const T* logits, const T* clean, const float* clean_maxima, int64_t rows,
+                  int64_t vocab, float* maxima, double* sums, double* differences,
+                  int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T* const own = logits + row * vocab;
+    maxima[row] = largest(own, vocab);
+    sums[row] = clean ? total(own, clean + row * vocab, vocab, maxima[row], clean_maxima[row],
+                              differences[row])
+                      : total(own, vocab, maxima[row]);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void softmax_sums_float32(const float* logits, const float* clean, const float* clean_maxima,
+                          int64_t rows, int64_t vocab, float* maxima, double* sums,
+                          double* differences, int64_t threads) {
+  softmax_sums(logits, clean, clean_maxima, rows, vocab, maxima, sums, differences, threads);
+}
+
+void softmax_sums_bfloat16(const bfloat16* logits, const bfloat16* clean, const float* clean_maxima,
+                           int64_t rows, int64_t vocab, float* maxima, double* sums,
+                           double* differences, int64_t threads) {
+  softmax_sums(logits, clean, clean_maxima, rows, vocab, maxima, sums, differences, threads);
+}
+
+}  // extern "C"
