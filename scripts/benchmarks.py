@@ -49,6 +49,7 @@ _PAGES = {
     "plan": "whole-job.md",
     "stream": "whole-job.md",
     "long": "whole-job.md",
+    "study": "whole-job.md",
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_model, write_jsonl
 
+from llm_wsae import hardware
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
@@ -181,6 +182,19 @@ def test_what_was_trained_is_kept_when_the_text_fails(streams, tmp_path):
         train_sites(Broken(streams, 17), arms, TRAIN, tmp_path / "again")
     train_sites(streams, arms, TRAIN, tmp_path / "t")
     assert files(tmp_path / "t") == files(tmp_path / "whole")
+
+
+def test_the_memory_of_all_sites_is_asked_for_at_once(streams, tmp_path, monkeypatch):
+    arms = arms_of(streams)
+    first, *_ = (
+        len(own) * TRAIN.expansion * streams.source(s).d_in ** 2 for s, own in arms.items()
+    )
+    monkeypatch.setattr(hardware, "memory_of", lambda device: 24 * first)
+    with pytest.raises(UsageError, match="GiB of memory, but"):
+        train_sites(streams, arms, TRAIN, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+    site = next(iter(arms))
+    train(streams.source(site), arms[site], TRAIN, tmp_path / "one")
 
 
 def test_a_site_whose_checkpoint_is_newer_waits(streams, tmp_path):

@@ -12,7 +12,7 @@ from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.dictionary.folder import check_replaceable
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import remove_partials, write_json
-from llm_wsae.hardware import check_memory, fast_dtype
+from llm_wsae.hardware import fast_dtype
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,
@@ -59,14 +59,6 @@ class Training:
         d_sae = config.expansion * source.d_in
         for arm in arms:
             arm.check(d_sae)
-        # two matrices, each with its two moments, in float32
-        matrices = len(arms) * 6 * 4 * source.d_in * d_sae // group.strategy.latent_parts
-        check_memory(
-            matrices,
-            device,
-            f"{len(arms)} × {d_sae:,} latents in training",
-            "lower the expansion, or train fewer of them at once",
-        )
         fast = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         self.statistics = source.statistics()
         self.normaliser = Normaliser(self.statistics, device, fast, group.strategy)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from llm_wsae.data.shuffling import ActivationSource, JointSource, SharedSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import INFO
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.hardware import choose_device
+from llm_wsae.hardware import check_memory, choose_device
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_file, check_folder
 from llm_wsae.processes import Processes, join
@@ -125,6 +126,7 @@ def _train(
     with processes.together():
         with process_group(processes, device, config.shard) as group:
             # before the lock: a refused request leaves no folder
+            _check_memory(jobs, config, device, group)
             trainings = [Training(*job[:2], config, job.out, device, group) for job in jobs]
             for training in trainings:
                 settings = {**training.identity, "shard": config.shard}
@@ -150,6 +152,24 @@ def _check_arms(arms: Sequence[ArmConfig]) -> None:
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"the arms must be different, but {twice[0]} is listed twice")
+
+
+def _check_memory(
+    jobs: Sequence[_Job], config: TrainConfig, device: torch.device, group: ProcessGroup
+) -> None:
+    """Raises UsageError if the arms of all sites together need more memory than there is."""
+    numbers = 0
+    for source, arms, _ in jobs:
+        numbers += len(arms) * config.expansion * source.d_in**2
+    # two matrices, each with its two moments, in float32
+    needed = numbers * 6 * 4 // group.strategy.latent_parts
+    latents = sum(len(arms) * config.expansion * source.d_in for source, arms, _ in jobs)
+    check_memory(
+        needed,
+        device,
+        f"training {latents:,} latents",
+        "lower the expansion, or train fewer dictionaries at once",
+    )
 
 
 def check_out(out: Path) -> None:
