@@ -32,6 +32,9 @@ class Architecture(ABC):
     revives_dead: ClassVar[bool] = True
     """Whether dead latents get the AuxK loss. They need it where other latents crowd them out."""
 
+    is_tied: ClassVar[bool] = False
+    """Whether the encoder follows from the decoder (``tie``)."""
+
     def __init__(
         self,
         level: int | float,
@@ -74,6 +77,16 @@ class Architecture(ABC):
 
     def follow(self, observed: Tensor, learning_rate: float) -> None:  # noqa: B027 - optional
         """Take in what a step observed (``Step.observed``, if anything), once it counts."""
+
+    def through_tie(self, step: Step, parameters: Parameters) -> Step:
+        """If it is tied: the step with the gradients by what is learnt.
+
+        ``step`` has its sums over all rows; ``parameters`` are those it was taken at.
+        """
+        return step
+
+    def tie(self, parameters: Parameters) -> None:  # noqa: B027 - optional
+        """If it is tied: set the encoder and its bias from what is learnt, in place."""
 
     def thresholds(self) -> Float[Tensor, " latents"] | None:
         """The finished dictionary's thresholds in normalised units, None if it has none."""

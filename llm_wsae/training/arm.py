@@ -144,6 +144,7 @@ class Arm:
             squares = self.parameters.decoder.square().sum(1, keepdim=True)
             self.parameters.encoder.copy_(self.parameters.decoder / squares)
         self.architecture = config.kind(config.level, d_sae, device, strategy)
+        self.architecture.tie(self.parameters)
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
         self._optimiser = Optimiser(self.parameters)
@@ -166,6 +167,8 @@ class Arm:
                 step = step.summed()
                 own = (*step.by_weights, step.by_decoder_bias, step.firings, step.loss)
                 self._strategy.sum_over_rows_(own)
+            if self.architecture.is_tied:
+                step = self.architecture.through_tie(step, self.parameters)
             self.last_fired.masked_fill_(step.firings > 0, rows_seen)
             # before the optimiser: it may ask the device for a number, which the optimiser's work
             # then hides
@@ -174,6 +177,9 @@ class Arm:
             self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
             if self.config.weights.config.place == "mixed":
                 self._give_rows_their_length(batch.x_fast.dtype)
+            if self.architecture.is_tied:
+                self.architecture.tie(self.parameters)
+                self._optimiser.round_encoder()
             self._record(step, batch)
 
     def anneal(self, done: float) -> None:

@@ -34,6 +34,11 @@ class Optimiser:
             self._encoder_fast = encoder.to(dtype)
         return self._encoder_fast
 
+    def round_encoder(self) -> None:
+        """Take in that the encoder was changed by other means than a step."""
+        if self._encoder_fast is not None:
+            self._encoder_fast.copy_(self._parameters.encoder)
+
     def step(
         self,
         by_weights: SparseGradients | Gradients,

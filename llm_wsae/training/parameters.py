@@ -64,7 +64,7 @@ class Step(NamedTuple):
     firings: Float[Tensor, " d_sae"]
     """How many rows each latent fired in, masked rows not counted."""
     loss: Float[Tensor, ""]
-    observed: Float[Tensor, ""] | Float[Tensor, " d_sae"] | None = None
+    observed: Float[Tensor, "*d_sae"] | None = None
     """What the architecture remembers of this step, if anything (``Architecture.follow``)."""
 
     def summed(self) -> "Step":

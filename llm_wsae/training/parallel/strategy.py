@@ -72,6 +72,10 @@ class Strategy:
         """The minimum over all rows and latents, from the minimum over this process's."""
         return value
 
+    def largest_over_rows(self, values: Float[Tensor, " latents"]) -> Float[Tensor, " latents"]:
+        """The largest value of every latent, from the largest in this process's rows."""
+        return values
+
     def all_agree(self, yes: bool) -> bool:
         """Whether all processes say yes."""
         return yes
@@ -140,6 +144,9 @@ class DataParallel(Strategy):
 
     def minimum(self, value: Tensor) -> Tensor:
         return self._collectives.min_(value.clone())
+
+    def largest_over_rows(self, values: Float[Tensor, " latents"]) -> Float[Tensor, " latents"]:
+        return -self._collectives.min_(-values)
 
     def all_agree(self, yes: bool) -> bool:
         return bool(self._collectives.min_(torch.tensor(int(yes))))

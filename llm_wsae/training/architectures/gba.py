@@ -1,0 +1,199 @@
+"""Group bias adaptation (arXiv 2506.14002): thresholds are adapted to how often latents fire.
+
+A latent has a direction w of norm 1, with which it reads and writes, an amplitude a > 0, and a
+threshold θ ≥ 0 (the paper's bias is −θ): its value is a·w·(x − b_dec) where w·(x − b_dec) > θ. The
+loss has no penalty. Adam learns w, a and b_dec, and no gradient reaches θ. Instead the latents are
+in groups with target frequencies that fall geometrically, and from time to time, over the rows
+since the last time,
+
+    a latent above its target:  θ ← θ + ρ·r    r: by how much its largest reading exceeded θ
+    a latent that never fired:  θ ← θ − ρ·s    s: the mean of r over its group, where r > 0
+
+The encoder holds a·w and the threshold a·θ, so that decoder rows have norm 1, and the finished
+dictionary is a JumpReLU one.
+
+Where this differs from the paper: k sets the targets, instead of a range of them. Thresholds are
+adapted more often at first, after a two-hundredth of the steps so far, and only later after every
+50: with 50 from the start, a training of some hundred steps would end while half of all latents
+are active. a is learnt as its logarithm, which keeps it positive. The rows have one scale for all of
+them, their root mean square being √d_in, so the largest θ is √d_in instead of 1.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.dictionary import sparsity
+from llm_wsae.sparse.operations import encode_above
+from llm_wsae.training.architecture import CPU, exact, sparse_step, without_masked
+from llm_wsae.training.dense_start import DenseStart, dense_step
+from llm_wsae.training.optimiser import adam_vector
+from llm_wsae.training.parallel.strategy import SINGLE, Strategy
+from llm_wsae.training.parameters import Batch, Parameters, Step
+from llm_wsae.sparse.codes import SparseGradients
+from llm_wsae.weights.loss_weights import Gamma
+
+RATE = 0.01
+"""ρ, the paper's γ₊ and γ₋."""
+SILENT = 1e-6
+"""ε: the frequency below which a latent never fired."""
+EVERY, STEPS_EACH = 50, 200
+"""At most so many steps between two adaptations, and one more after each of so many steps."""
+
+
+class GBA(DenseStart):
+    """About k active latents on average, by a target frequency for each latent.
+
+    It remembers thresholds, amplitudes with their Adam, and what has fired since the last
+    adaptation.
+    """
+
+    name = "gba"
+    revives_dead = False
+    is_tied = True
+    num_groups = 10
+    span = 100.0
+    """The highest target frequency over the lowest."""
+
+    def __init__(
+        self,
+        level: int | float,
+        d_sae: int,
+        device: torch.device = CPU,
+        strategy: Strategy = SINGLE,
+    ):
+        super().__init__(level, d_sae, device, strategy)
+        # latents are drawn independently, so that groups by number are random groups
+        own = strategy.own_latents(d_sae)
+        self.group = torch.arange(own.start, own.stop, device=device) % self.num_groups
+        self.target = target_frequencies(self.k, d_sae, self.num_groups, self.span).to(device)
+        self.threshold = torch.zeros(len(own), dtype=torch.float32, device=device)
+        self.log_amplitude = torch.zeros_like(self.threshold)
+        self._mean, self._square = (torch.zeros_like(self.threshold) for _ in range(2))
+        self._frequency, self._excess = (torch.zeros_like(self.threshold) for _ in range(2))
+        self._steps = self._steps_since = 0
+
+    @property
+    def sparsity(self) -> sparsity.JumpReLU:
+        return sparsity.JumpReLU()
+
+    def thresholds(self) -> Float[Tensor, " latents"]:
+        return self.threshold * self.log_amplitude.exp()
+
+    def dense_step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+        """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients, as if encoder and
+        decoder were not tied."""
+        step, largest = dense_step(parameters, batch, gamma, self.strategy, self.thresholds())
+        return self._observed(step, largest, batch)
+
+    def sparse_step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+        """The same along the active latents only."""
+        fast = batch.x_fast.dtype
+        codes = encode_above(
+            batch.x_fast,
+            parameters.encoder.to(fast),
+            parameters.encoder_bias.to(fast),
+            self.thresholds(),
+            self._capacity,
+        )
+        codes = exact(without_masked(codes, batch), parameters, batch)
+        step = sparse_step(codes, parameters, batch, gamma, self.strategy)
+        largest = torch.zeros_like(step.firings)
+        largest.scatter_reduce_(0, codes.indices, codes.values.to(largest.dtype), "amax")
+        return self._observed(step, largest, batch)
+
+    def _observed(self, step: Step, largest: Float[Tensor, " latents"], batch: Batch) -> Step:
+        """The step with the share of rows in which each latent fired, and its r."""
+        frequency = self.strategy.sum_over_rows(step.firings) / batch.num_rows
+        largest = self.strategy.largest_over_rows(largest)
+        excess = (largest / self.log_amplitude.exp() - self.threshold).clamp(min=0)
+        return step._replace(observed=torch.stack([frequency, excess], dim=1))
+
+    def through_tie(self, step: Step, parameters: Parameters) -> Step:
+        """The gradients by w (in the place of the decoder's), b_dec and log a (observed)."""
+        encoder, decoder, _, decoder_bias = parameters
+        step = step.summed()
+        assert not isinstance(step.by_weights, SparseGradients) and step.observed is not None
+        by_encoder, by_decoder, by_bias = step.by_weights
+        by_encoder = torch.addr(by_encoder, by_bias, decoder_bias, alpha=-1)
+        by_decoder_bias = self.strategy.sum_over_latents(by_bias @ encoder)
+        by_decoder = torch.addcmul(by_decoder, by_encoder, self._slope(decoder)[:, None])
+        by_log_amplitude = (by_encoder * encoder).sum(1)
+        return step._replace(
+            by_weights=(by_encoder.zero_(), by_decoder, torch.zeros_like(by_bias)),
+            by_decoder_bias=step.by_decoder_bias - by_decoder_bias,
+            observed=torch.cat([step.observed, by_log_amplitude[:, None]], dim=1),
+        )
+
+    def tie(self, parameters: Parameters) -> None:
+        """The encoder reads along the decoder's rows, from b_dec, with the slope a."""
+        encoder, decoder, encoder_bias, decoder_bias = parameters
+        torch.mul(decoder, self._slope(decoder)[:, None], out=encoder)
+        torch.mv(encoder, decoder_bias, out=encoder_bias).neg_()
+        self.threshold.clamp_(max=decoder.shape[1] ** 0.5)
+
+    def _slope(self, decoder: Float[Tensor, "latents d_in"]) -> Float[Tensor, " latents"]:
+        """Encoder row over decoder row: a, unless weights give decoder rows another length."""
+        return self.log_amplitude.exp() / decoder.square().sum(1)
+
+    def follow(self, observed: Float[Tensor, "latents 3"], learning_rate: float) -> None:
+        """One step of Adam for log a; after enough steps, thresholds are adapted."""
+        frequency, excess, by_log_amplitude = observed.unbind(1)
+        self._steps += 1
+        moments = (self._mean, self._square)
+        adam_vector(self.log_amplitude, by_log_amplitude, *moments, self._steps, learning_rate)
+        active = self.strategy.sum_over_latents(frequency.sum())
+        super().follow(active / self.d_sae, learning_rate)
+        self._frequency += frequency
+        torch.maximum(self._excess, excess, out=self._excess)
+        self._steps_since += 1
+        if self._steps_since >= min(EVERY, 1 + self._steps // STEPS_EACH):
+            self._adapt()
+
+    def _adapt(self) -> None:
+        frequency, excess = self._frequency / self._steps_since, self._excess
+        sums = excess.new_zeros(self.num_groups, 2)
+        sums.index_add_(0, self.group, torch.stack([excess, (excess > 0).to(excess)], dim=1))
+        total, number = self.strategy.sum_over_latents(sums).unbind(1)
+        typical = total / number.clamp(min=1)
+        self.threshold += RATE * excess * (frequency > self.target[self.group])
+        self.threshold -= RATE * typical[self.group] * (frequency < SILENT)
+        self.threshold.clamp_(min=0)
+        self._frequency.zero_()
+        self._excess.zero_()
+        self._steps_since = 0
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {
+            "threshold": self.threshold,
+            "log_amplitude": self.log_amplitude,
+            "log_amplitude.exp_avg": self._mean,
+            "log_amplitude.exp_avg_sq": self._square,
+            "since.frequency": self._frequency,
+            "since.excess": self._excess,
+            "since.steps": torch.tensor(self._steps_since),
+            "gba.steps": torch.tensor(self._steps),
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        super().load_state(tensors)
+        self.threshold.copy_(tensors["threshold"])
+        self.log_amplitude.copy_(tensors["log_amplitude"])
+        self._mean.copy_(tensors["log_amplitude.exp_avg"])
+        self._square.copy_(tensors["log_amplitude.exp_avg_sq"])
+        self._frequency.copy_(tensors["since.frequency"])
+        self._excess.copy_(tensors["since.excess"])
+        self._steps_since = int(tensors["since.steps"])
+        self._steps = int(tensors["gba.steps"])
+
+
+def target_frequencies(
+    k: float, d_sae: int, num_groups: int, span: float
+) -> Float[Tensor, " groups"]:
+    """Falling geometrically, the first ``span`` times the last, and k·(1/d_sae) on average."""
+    falling = torch.logspace(0, -1, num_groups, base=span, dtype=torch.float64)
+    sizes = torch.bincount(torch.arange(d_sae) % num_groups, minlength=num_groups)
+    return (falling * k / (falling @ sizes.double())).float()
+
+
+ARCHITECTURE = GBA
