@@ -24,7 +24,10 @@ from llm_wsae.weights.choosing import choose_weights
 
 CPU = torch.device("cpu")
 D_IN, D_SAE, BATCH, K, L1 = 32, 256, 1300, 8, 0.02
-STEPS = ("topk", "batch-topk", "matryoshka", "jumprelu", "relu, dense", "relu, sparse")
+STEPS = (
+    *("topk", "batch-topk", "matryoshka", "jumprelu"),
+    *(f"{name}, {way}" for name in ("relu", "gba") for way in ("dense", "sparse")),
+)
 
 
 def problem(dtype: torch.dtype, weigh_rows: bool = False) -> tuple[Parameters, Batch, Tensor]:
@@ -61,12 +64,17 @@ def architecture(
     name: str, like: Tensor, k: int = K, strategy: Strategy = SINGLE, threshold: float = 1.0
 ) -> Architecture:
     """The architecture of a step, with a memory in the dtype of ``like``: JumpReLU's thresholds as
-    above, and BatchTopK's running threshold."""
+    above, BatchTopK's running threshold, and GBA's thresholds and amplitudes."""
     kind = find_architecture(name.split(",")[0])
     found = kind(L1 if kind.setting == "l1" else k, D_SAE, strategy=strategy)
     own = strategy.own_latents(D_SAE)
     if name == "jumprelu":
         found.log_threshold = log_threshold(like)[own.start : own.stop]
+    if name.startswith("gba"):
+        draws = torch.rand(2, D_SAE, generator=torch.Generator().manual_seed(6)).to(like.dtype)
+        found.threshold, found.log_amplitude = (2 * draws[0], draws[1] - 0.5)
+        found.threshold = found.threshold[own.start : own.stop]
+        found.log_amplitude = found.log_amplitude[own.start : own.stop]
     if name in ("batch-topk", "matryoshka"):
         found.running_threshold.fill_(threshold)
     return found
@@ -87,12 +95,12 @@ def step_of(
 def take_step(
     made: Architecture, name: str, parameters: Parameters, batch: Batch, gamma: Tensor
 ) -> Step:
-    """The step of an architecture; the name says which of the two of ReLU."""
-    way = {"relu, dense": "dense_step", "relu, sparse": "sparse_step"}.get(name, "step")
-    return getattr(made, way)(parameters, batch, gamma)
+    """The step of an architecture; the name says which of the two of one that begins dense."""
+    way = name.partition(", ")[2]
+    return getattr(made, f"{way}_step" if way else "step")(parameters, batch, gamma)
 
 
-ARCHITECTURES = ("topk", "batch-topk", "matryoshka", "jumprelu")
+ARCHITECTURES = ("topk", "batch-topk", "matryoshka", "jumprelu", "gba")
 NAMES = ("uniform-k2", *(f"uniform-{a}-k2" for a in ARCHITECTURES[1:]), "uniform-relu-l0.1")
 CONFIG = TrainConfig(
     expansion=4, tokens=256 * 400, batch_size=256, learning_rate=1e-2, log_every=100,

@@ -269,7 +269,10 @@ def test_own_matrix_that_is_no_space(inputs):
 
 
 LOSS_D_IN, LOSS_D_SAE, LOSS_BATCH, LOSS_K = 12, 40, 300, 4
-STEPS = ("topk", "batch-topk", "matryoshka", "jumprelu", "relu, dense", "relu, sparse")
+STEPS = (
+    *("topk", "batch-topk", "matryoshka", "jumprelu"),
+    *("relu, dense", "relu, sparse", "gba, dense", "gba, sparse"),
+)
 
 
 def step_of(name, parameters, batch, gamma):
@@ -277,7 +280,7 @@ def step_of(name, parameters, batch, gamma):
     made = kind(0.01 if kind.setting == "l1" else LOSS_K, LOSS_D_SAE)
     if name == "jumprelu":
         made.log_threshold = torch.full((LOSS_D_SAE,), -1.0).to(parameters.decoder)
-    if name == "relu, sparse":
+    if name.endswith(", sparse"):
         return made.sparse_step(parameters, batch, gamma)
     return made.step(parameters, batch, gamma)
 

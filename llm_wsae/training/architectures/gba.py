@@ -188,7 +188,7 @@ class GBA(DenseStart):
 
 
 def target_frequencies(
-    k: float, d_sae: int, num_groups: int, span: float
+    k: int, d_sae: int, num_groups: int, span: float
 ) -> Float[Tensor, " groups"]:
     """Falling geometrically, the first ``span`` times the last, and k·(1/d_sae) on average."""
     falling = torch.logspace(0, -1, num_groups, base=span, dtype=torch.float64)

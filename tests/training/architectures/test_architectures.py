@@ -71,13 +71,16 @@ def codes_of(parameters: Parameters, batch: Batch, name: str, k: int) -> Tensor:
     """1 where a latent is active, by the operations that the step itself encodes with."""
     fast = batch.x_fast.dtype
     inputs = (batch.x_fast, parameters.encoder.to(fast), parameters.encoder_bias.to(fast))
-    if name == "relu, dense":  # in the step's tiles: another shape may round otherwise
+    threshold = torch.zeros_like(parameters.encoder_bias)
+    if name.startswith("gba"):
+        threshold = architecture(name, batch.x).thresholds()
+    if name.endswith(", dense"):  # in the step's tiles: another shape may round otherwise
         tiles = [torch.addmm(inputs[2], rows, inputs[1].T) for rows in inputs[0].split(1024)]
-        return (torch.cat(tiles) > 0).double() * batch.mask.double()[:, None]
+        return (torch.cat(tiles) > threshold).double() * batch.mask.double()[:, None]
     if name == "topk":
         codes = ragged(encode_topk(*inputs, k))
-    elif name == "relu, sparse":
-        codes = encode_above(*inputs, torch.zeros_like(parameters.encoder_bias))
+    elif name.endswith(", sparse"):
+        codes = encode_above(*inputs, threshold)
     else:
         codes = BatchTopK(k, D_SAE).codes(parameters, batch)
     codes = exact(codes, parameters, batch)
@@ -156,13 +159,13 @@ def test_gradients_are_those_of_dense_autograd(name, weigh_rows):
         check_gradients(name, dtype, K, weigh_rows)
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if name != "relu, dense"])
+@pytest.mark.parametrize("name", [name for name in STEPS if not name.endswith("dense")])
 def test_bfloat16_picks_the_latents_and_does_not_round_their_values(name, monkeypatch):
     """Rounded values would make the encoder's gradient half as exact again."""
     parameters, batch, gamma = problem(torch.bfloat16)
     expected = autograd(parameters, batch, gamma, name, K)[1].encoder
     found = error(step_of(name, parameters, batch, gamma).gradients.encoder, expected)
-    for module in ("topk", "batch_topk", "matryoshka", "jumprelu", "relu"):
+    for module in ("topk", "batch_topk", "matryoshka", "jumprelu", "relu", "gba"):
         monkeypatch.setattr(
             f"llm_wsae.training.architectures.{module}.exact", lambda codes, *_: codes
         )
@@ -211,7 +214,7 @@ def test_a_batch_of_masked_rows_changes_nothing(name):
     assert not any(part.any() for part in step.gradients)
     assert not step.firings.any() and not step.residual.any()
     assert torch.isfinite(step.loss)
-    assert name == "jumprelu" or step.observed is None or float(step.observed) == 0
+    assert name == "jumprelu" or step.observed is None or not step.observed.any()
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -223,7 +226,7 @@ def test_weights_scale_the_errors_of_their_dimensions(name):
     assert step.gradients.decoder[:, 3:].any(0).all()
     plain = step_of(name, parameters, batch, torch.ones(D_IN))
     error_alone = float(plain.residual[batch.mask > 0].square().mean())
-    if name in ("topk", "batch-topk"):
+    if name in ("topk", "batch-topk", "gba, dense", "gba, sparse"):
         assert float(plain.loss) == pytest.approx(error_alone, rel=1e-5)
     else:  # penalties and inner prefixes come on top
         assert float(plain.loss) > error_alone * 1.0001
@@ -252,7 +255,7 @@ def test_batch_times_latents_is_never_held(name):
     batch = Batch(x, x, (x != 0).any(1).float())
     kind = find_architecture(name.split(",")[0])
     made = kind(L1 if kind.setting == "l1" else 2, d_sae)
-    if name == "relu, sparse":
+    if name.endswith(", sparse"):
         parameters.encoder_bias.fill_(-2.5)
     with Largest() as largest:
         take_step(made, name, parameters, batch, torch.ones(8))
