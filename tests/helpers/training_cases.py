@@ -72,9 +72,7 @@ def architecture(
         found.log_threshold = log_threshold(like)[own.start : own.stop]
     if name.startswith("gba"):
         draws = torch.rand(2, D_SAE, generator=torch.Generator().manual_seed(6)).to(like.dtype)
-        found.threshold, found.log_amplitude = (2 * draws[0], draws[1] - 0.5)
-        found.threshold = found.threshold[own.start : own.stop]
-        found.log_amplitude = found.log_amplitude[own.start : own.stop]
+        found.threshold, found.amplitude = (2 * draws[:, own.start : own.stop]).add(0.01)
     if name in ("batch-topk", "matryoshka"):
         found.running_threshold.fill_(threshold)
     return found

@@ -37,6 +37,9 @@ RATE = 0.01
 """ρ, the paper's γ₊ and γ₋."""
 SILENT = 1e-6
 """ε: the frequency below which a latent never fired."""
+AMPLITUDE = 0.01
+"""a at the start, and its least. From 1, half of all latents together reconstruct several times the
+row; shrinking that is what directions then learn, and they stay mixtures."""
 EVERY, STEPS_EACH = 50, 200
 """At most so many steps between two adaptations, and one more after each of so many steps."""
 
@@ -68,7 +71,7 @@ class GBA(DenseStart):
         self.group = torch.arange(own.start, own.stop, device=device) % self.num_groups
         self.target = target_frequencies(self.k, d_sae, self.num_groups, self.span).to(device)
         self.threshold = torch.zeros(len(own), dtype=torch.float32, device=device)
-        self.log_amplitude = torch.zeros_like(self.threshold)
+        self.amplitude = torch.full_like(self.threshold, AMPLITUDE)
         self._mean, self._square = (torch.zeros_like(self.threshold) for _ in range(2))
         self._frequency, self._excess = (torch.zeros_like(self.threshold) for _ in range(2))
         self._steps = self._steps_since = 0
@@ -78,7 +81,7 @@ class GBA(DenseStart):
         return sparsity.JumpReLU()
 
     def thresholds(self) -> Float[Tensor, " latents"]:
-        return self.threshold * self.log_amplitude.exp()
+        return self.threshold * self.amplitude
 
     def dense_step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients, as if encoder and
@@ -106,7 +109,7 @@ class GBA(DenseStart):
         """The step with the share of rows in which each latent fired, and its r."""
         frequency = self.strategy.sum_over_rows(step.firings) / batch.num_rows
         largest = self.strategy.largest_over_rows(largest)
-        excess = (largest / self.log_amplitude.exp() - self.threshold).clamp(min=0)
+        excess = (largest / self.amplitude - self.threshold).clamp(min=0)
         return step._replace(observed=torch.stack([frequency, excess], dim=1))
 
     def through_tie(self, step: Step, parameters: Parameters) -> Step:
@@ -118,11 +121,11 @@ class GBA(DenseStart):
         by_encoder = torch.addr(by_encoder, by_bias, decoder_bias, alpha=-1)
         by_decoder_bias = self.strategy.sum_over_latents(by_bias @ encoder)
         by_decoder = torch.addcmul(by_decoder, by_encoder, self._slope(decoder)[:, None])
-        by_log_amplitude = (by_encoder * encoder).sum(1)
+        by_amplitude = (by_encoder * encoder).sum(1) / self.amplitude
         return step._replace(
             by_weights=(by_encoder.zero_(), by_decoder, torch.zeros_like(by_bias)),
             by_decoder_bias=step.by_decoder_bias - by_decoder_bias,
-            observed=torch.cat([step.observed, by_log_amplitude[:, None]], dim=1),
+            observed=torch.cat([step.observed, by_amplitude[:, None]], dim=1),
         )
 
     def tie(self, parameters: Parameters) -> None:
@@ -134,14 +137,15 @@ class GBA(DenseStart):
 
     def _slope(self, decoder: Float[Tensor, "latents d_in"]) -> Float[Tensor, " latents"]:
         """Encoder row over decoder row: a, unless weights give decoder rows another length."""
-        return self.log_amplitude.exp() / decoder.square().sum(1)
+        return self.amplitude / decoder.square().sum(1)
 
     def follow(self, observed: Float[Tensor, "latents 3"], learning_rate: float) -> None:
         """One step of Adam for log a; after enough steps, thresholds are adapted."""
-        frequency, excess, by_log_amplitude = observed.unbind(1)
+        frequency, excess, by_amplitude = observed.unbind(1)
         self._steps += 1
         moments = (self._mean, self._square)
-        adam_vector(self.log_amplitude, by_log_amplitude, *moments, self._steps, learning_rate)
+        adam_vector(self.amplitude, by_amplitude, *moments, self._steps, learning_rate)
+        self.amplitude.clamp_(min=AMPLITUDE)
         active = self.strategy.sum_over_latents(frequency.sum())
         super().follow(active / self.d_sae, learning_rate)
         self._frequency += frequency
@@ -166,9 +170,9 @@ class GBA(DenseStart):
     def state(self) -> dict[str, Tensor]:
         return super().state() | {
             "threshold": self.threshold,
-            "log_amplitude": self.log_amplitude,
-            "log_amplitude.exp_avg": self._mean,
-            "log_amplitude.exp_avg_sq": self._square,
+            "amplitude": self.amplitude,
+            "amplitude.exp_avg": self._mean,
+            "amplitude.exp_avg_sq": self._square,
             "since.frequency": self._frequency,
             "since.excess": self._excess,
             "since.steps": torch.tensor(self._steps_since),
@@ -178,9 +182,9 @@ class GBA(DenseStart):
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         super().load_state(tensors)
         self.threshold.copy_(tensors["threshold"])
-        self.log_amplitude.copy_(tensors["log_amplitude"])
-        self._mean.copy_(tensors["log_amplitude.exp_avg"])
-        self._square.copy_(tensors["log_amplitude.exp_avg_sq"])
+        self.amplitude.copy_(tensors["amplitude"])
+        self._mean.copy_(tensors["amplitude.exp_avg"])
+        self._square.copy_(tensors["amplitude.exp_avg_sq"])
         self._frequency.copy_(tensors["since.frequency"])
         self._excess.copy_(tensors["since.excess"])
         self._steps_since = int(tensors["since.steps"])

@@ -56,9 +56,7 @@ class ReLU(DenseStart):
     def dense_step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
         """The step over all latents, a tile of rows at a time."""
         by_active = self._penalty_gradient(batch)
-        step, _ = dense_step(
-            parameters, batch, gamma, self.strategy, penalty_gradient=by_active
-        )
+        step, _ = dense_step(parameters, batch, gamma, self.strategy, penalty_gradient=by_active)
         return step._replace(observed=self._share_of(step.firings, batch))
 
     def _penalty_gradient(self, batch: Batch) -> Float[Tensor, ""]:

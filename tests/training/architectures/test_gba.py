@@ -5,7 +5,14 @@ import torch
 from training_cases import CPU, D_IN, D_SAE, K, architecture, problem, take_step
 
 from llm_wsae.sparse.backends.reference import EPSILON
-from llm_wsae.training.architectures.gba import EVERY, RATE, STEPS_EACH, GBA, target_frequencies
+from llm_wsae.training.architectures.gba import (
+    AMPLITUDE,
+    EVERY,
+    RATE,
+    STEPS_EACH,
+    GBA,
+    target_frequencies,
+)
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.parameters import Batch, Parameters
 from llm_wsae.weights.loss_weights import LossWeights
@@ -13,11 +20,11 @@ from llm_wsae.weights.loss_weights import LossWeights
 WAYS = ("gba, dense", "gba, sparse")
 
 
-def tied_loss(w, log_a, b_dec, threshold, x, mask, gamma):
+def tied_loss(w, a, b_dec, threshold, x, mask, gamma):
     """The paper's model in its own terms: tied, thresholds on the reading of a unit row."""
     reading = (x - b_dec) @ (w / w.norm(dim=1, keepdim=True).detach()).T
     active = (reading > threshold).double() * mask[:, None]
-    decoded = (reading * active * log_a.exp() / w.norm(dim=1).detach()) @ w + b_dec
+    decoded = (reading * active * a / w.norm(dim=1).detach()) @ w + b_dec
     error = ((decoded - x) * gamma * mask[:, None]).square().sum() / (mask.sum() * len(gamma))
     return error, active, reading
 
@@ -31,16 +38,16 @@ def test_gradients_through_the_tie_are_those_of_autograd(name):
     made.tie(parameters)
     step = made.through_tie(take_step(made, name, parameters, batch, gamma), parameters)
     w, b_dec = (p.clone().requires_grad_() for p in (parameters.decoder, parameters.decoder_bias))
-    log_a = made.log_amplitude.clone().requires_grad_()
+    a = made.amplitude.clone().requires_grad_()
     length = w.norm(dim=1).detach()
     loss, active, reading = tied_loss(
-        w, log_a, b_dec, made.threshold * length, batch.x, batch.mask, gamma
+        w, a, b_dec, made.threshold * length, batch.x, batch.mask, gamma
     )
     loss.backward()
     assert torch.equal(step.firings, active.sum(0))
     assert 0.02 < float(active.mean()) < 0.4
     expected = ((step.gradients.decoder, w), (step.by_decoder_bias, b_dec))
-    for found, leaf in (*expected, (step.observed[:, 2], log_a)):
+    for found, leaf in (*expected, (step.observed[:, 2], a)):
         assert float((found - leaf.grad).norm() / leaf.grad.norm()) < 1e-12
     frequency, excess = step.observed[:, 0], step.observed[:, 1]
     torch.testing.assert_close(frequency, active.sum(0) / batch.mask.sum())
@@ -53,31 +60,32 @@ def test_steps_of_an_arm_are_adams_on_the_tied_model():
     _, batch, gamma = problem(torch.float32)
     arm = Arm(ArmConfig(LossWeights(gamma), K, architecture="gba"), D_IN, D_SAE, CPU)
     w = arm.parameters.decoder.double().requires_grad_()
-    log_a = torch.zeros(D_SAE, dtype=torch.float64, requires_grad=True)
+    a = torch.full((D_SAE,), AMPLITUDE, dtype=torch.float64, requires_grad=True)
     b_dec = torch.zeros(D_IN, dtype=torch.float64, requires_grad=True)
-    theirs = torch.optim.Adam([w, log_a, b_dec], lr=1e-3, eps=EPSILON)
+    theirs = torch.optim.Adam([w, a, b_dec], lr=1e-3, eps=EPSILON)
     threshold = torch.zeros(D_SAE, dtype=torch.float64)
     target = target_frequencies(K, D_SAE, 10, GBA.span)[torch.arange(D_SAE) % 10]
     x, mask = batch.x.double(), batch.mask.double()
     for number in range(4):
         arm.step(batch, (number + 1) * len(x), 1e-3, 0.0, 10**9)
         theirs.zero_grad()
-        loss, active, reading = tied_loss(w, log_a, b_dec, threshold, x, mask, gamma.double())
+        loss, active, reading = tied_loss(w, a, b_dec, threshold, x, mask, gamma.double())
         loss.backward()
         theirs.step()
         with torch.no_grad():
             w /= w.norm(dim=1, keepdim=True)
+            a.clamp_(min=AMPLITUDE)
             excess = ((reading - threshold) * active).amax(0)
             threshold += RATE * excess * (active.sum(0) / mask.sum() > target)
     made, parameters = arm.architecture, arm.parameters
     for found, wanted in (
         (parameters.decoder, w),
         (parameters.decoder_bias, b_dec),
-        (made.log_amplitude, log_a),
+        (made.amplitude, a),
         (made.threshold, threshold),
-        (parameters.encoder, w * log_a.exp()[:, None]),
-        (parameters.encoder_bias, -log_a.exp() * (w @ b_dec)),
-        (made.thresholds(), threshold * log_a.exp()),
+        (parameters.encoder, w * a[:, None]),
+        (parameters.encoder_bias, -a * (w @ b_dec)),
+        (made.thresholds(), threshold * a),
     ):
         torch.testing.assert_close(found.double(), wanted.detach(), rtol=1e-3, atol=1e-4)
     arm.step(batch._replace(x_fast=batch.x.bfloat16()), 5 * len(x), 1e-3, 0.0, 10**9)
@@ -125,7 +133,9 @@ def test_targets_fall_geometrically_and_sum_to_k(d_sae):
     targets = target_frequencies(2, d_sae, 10, 100.0).double()
     sums = sum(float(targets[latent % 10]) for latent in range(d_sae))
     assert sums == pytest.approx(2, rel=1e-5)
-    torch.testing.assert_close(targets[1:] / targets[:-1], torch.full((9,), 100 ** (-1 / 9)).double())
+    torch.testing.assert_close(
+        targets[1:] / targets[:-1], torch.full((9,), 100 ** (-1 / 9)).double()
+    )
 
 
 def test_the_threshold_stays_below_the_length_of_rows():
