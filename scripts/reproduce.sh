@@ -4,6 +4,7 @@
 #   study         the study of weights at two sites of SmolLM2-135M
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
 #   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
+#   gba           group bias adaptation on planted data and beside the other architectures
 #   explain       a small language model explains latents, behind llama.cpp's server (15 minutes)
 #   interop       our readers on what the real tools write, and the tools on ours (docs/interop)
 # What the archives in scripts/results hold is not measured again. Options after the name go to the
@@ -14,8 +15,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | recovery | whitening | explain | interop) ;; *)
-  sed -n '2,10s/^# //p' "$0" >&2
+case $what in checkpoints | study | recovery | whitening | gba | explain | interop) ;; *)
+  sed -n '2,11s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -49,6 +50,10 @@ recovery)
   ;;
 whitening)
   .venv/bin/python scripts/results_whitening.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
+  ;;
+gba)
+  .venv/bin/python scripts/results_gba.py planted
+  .venv/bin/python scripts/results_gba.py model "$model" "$@"
   ;;
 explain)
   .venv/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp

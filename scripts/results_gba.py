@@ -210,7 +210,7 @@ def measure_model(path: str, folder: str | None, seeds: Sequence[int]) -> None:
         store = ActivationStore(folder)
     else:
         how, text = HarvestConfig(tokens=HARVESTED), Corpus.open(TEXT, "train")
-        store = harvest(model, text, [SITE], RUN / "store", how)
+        store = harvest(model, text, [SITE], RUN / "stores" / "smollm2", how)
     source = PlantedSource(store, SITE, PlantConfig(heldout_share=1 / 8))
     inputs = RuleInputs(source.statistics(), second_moment=source.second_moment())
     uniform = weights_from_rule("uniform", 1.0, inputs)

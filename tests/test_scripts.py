@@ -142,6 +142,16 @@ def test_the_section_on_whitening_is_that_of_the_measurements(monkeypatch, tmp_p
     agree(written("whitening"), results_whitening.section())
 
 
+def test_the_section_on_gba_is_that_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_archive
+    import results_gba
+
+    results_archive.unpack(results_gba.ARCHIVE, tmp_path)
+    monkeypatch.setattr(results_gba, "RUN", tmp_path)
+    agree(written("gba"), results_gba.section())
+
+
 def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_archive

@@ -81,8 +81,8 @@ def dense_step(
     threshold: float | Float[Tensor, " latents"] = 0.0,
     penalty_gradient: float | Float[Tensor, ""] = 0.0,
 ) -> tuple[Step, Float[Tensor, " latents"]]:
-    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) + ``penalty_gradient`` · Σ z, where z are the
-    pre-activations above their threshold (≥ 0), and its gradients, a tile of rows at a time.
+    """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) + ``penalty_gradient`` · Σ z, of the
+    pre-activations z above their threshold (≥ 0), and its gradients, a tile of rows at a time.
 
     Also returns every latent's largest value, 0 if it has none, among the rows that are here.
     """

@@ -12,11 +12,11 @@ since the last time,
 The encoder holds a·w and the threshold a·θ, so that decoder rows have norm 1, and the finished
 dictionary is a JumpReLU one.
 
-Where this differs from the paper: k sets the targets, instead of a range of them. Thresholds are
-adapted more often at first, after a two-hundredth of the steps so far, and only later after every
-50: with 50 from the start, a training of some hundred steps would end while half of all latents
-are active. a is learnt as its logarithm, which keeps it positive. The rows have one scale for all of
-them, their root mean square being √d_in, so the largest θ is √d_in instead of 1.
+Where this differs from the paper, which is known here from secondary sources only: k sets the
+targets, instead of a range of them. Thresholds are adapted more often at first, after a
+two-hundredth of the steps so far, and only later after every 50: with 50 from the start, a training
+of some hundred steps would end while half of all latents are active. All rows have one scale, by
+which their root mean square is √d_in, so the largest θ is √d_in instead of 1.
 """
 
 import torch
@@ -24,13 +24,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary import sparsity
+from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.sparse.operations import encode_above
 from llm_wsae.training.architecture import CPU, exact, sparse_step, without_masked
 from llm_wsae.training.dense_start import DenseStart, dense_step
 from llm_wsae.training.optimiser import adam_vector
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, Step
-from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.weights.loss_weights import Gamma
 
 RATE = 0.01

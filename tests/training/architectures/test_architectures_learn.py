@@ -52,9 +52,11 @@ def test_the_planted_directions_are_found(trained, name):
     closest = (decoder @ source.directions.T).amax(0)
     assert closest.mean() > 0.9
     # TopK gives every row two latents, be there none or five directions in it
-    assert fvu(dictionary, rows) < (0.1 if "batch" in name or "jump" in name else 0.25)
+    allowed = {"uniform-batch-topk-k2": 0.1, "uniform-jumprelu-k2": 0.1, "uniform-gba-k2": 0.4}
+    assert fvu(dictionary, rows) < allowed.get(name, 0.25)
     l0 = float((dictionary.encode(rows) > 0).sum(1).float().mean())
-    assert l0 == pytest.approx(2, rel=0.06) or ("relu-l0.1" in name and l0 < 9)
+    assert l0 == pytest.approx(2, rel=0.06) or ("relu-l0.1" in name and l0 < 9) or "gba" in name
+    assert "gba" not in name or 1 < l0 < 2.2  # no latent is raised to its target
     logged = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["arms"][name]
     assert logged["l0"] == pytest.approx(l0, rel=0.1)
     assert logged["fvu"] == pytest.approx(fvu(dictionary, rows), rel=0.15)
@@ -171,7 +173,7 @@ def test_trainings_from_before_there_were_architectures_go_on(trained, tmp_path)
         train(Planted(), other, CONFIG, tmp_path)
 
 
-@over(name=NAMES)
+@over(name=[name for name in NAMES if "gba" not in name])  # whose thresholds fall until they fire
 def test_dead_latents_are_counted_and_revived_where_others_crowd_them_out(name):
     source = Planted()
     (config,) = (arm for arm in arms_for(source) if arm.name == name)
