@@ -298,6 +298,45 @@ def kinds() -> dict[tuple[str, int], dict[str, float]]:
     }
 
 
+def model_outcomes(
+    means: dict[tuple[str, int], dict[str, float]], agreed: dict[tuple[str, int], dict[str, Any]]
+) -> Iterator[tuple[bool, str]]:
+    """Whether each of ``EXPECTED_MODEL`` came true, and the numbers.
+
+    Beside each GBA dictionary stands a line between those of another architecture, by log L0, or
+    the TopK dictionary of the nearest L0.
+    """
+    ours = [key for key in means if key[0] == "gba"]
+    gains = []
+    for other in ("topk", "batch-topk", "jumprelu"):
+        its = sorted((np.log(means[key]["l0"]), means[key]["ce_recovered"]) for key in means
+                     if key[0] == other)  # fmt: skip
+        for key in ours:
+            at = np.log(means[key]["l0"])
+            if its and its[0][0] <= at <= its[-1][0]:
+                gains.append(means[key]["ce_recovered"] - np.interp(at, *zip(*its, strict=True)))
+    yield bool(gains) and max(gains) < 0, ", ".join(f"{gain:+.4f}" for gain in gains)
+    beside = {
+        key: min(
+            (one for one in means if one[0] == "topk"),
+            key=lambda one: abs(np.log(means[one]["l0"] / means[key]["l0"])),
+        )
+        for key in ours
+    }
+    pairs = [
+        (agreed[key]["most_active"], agreed[other]["most_active"])
+        for key, other in beside.items()
+        if key in agreed and other in agreed
+    ]
+    yield bool(pairs) and all(a > b for a, b in pairs), _pairs(pairs)
+    pairs = [(means[key]["recovered"], means[other]["recovered"]) for key, other in beside.items()]
+    yield all(a > b for a, b in pairs), _pairs(pairs)
+
+
+def _pairs(pairs: Sequence[tuple[float, float]]) -> str:
+    return ", ".join(f"{a:.3f} and {b:.3f}" for a, b in pairs) or "not measured yet"
+
+
 def model_section() -> Iterator[str]:
     """The part on the language model, if anything was measured there."""
     means = kinds()
@@ -330,6 +369,8 @@ def model_section() -> Iterator[str]:
         f"{MOST_ACTIVE:.0%} that fire most."
     )
     yield markdown(rows)
+    if {architecture for architecture, _ in means} == KS.keys():
+        yield outcomes(EXPECTED_MODEL, model_outcomes(means, agreed))
 
 
 def section() -> str:
