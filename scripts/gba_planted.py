@@ -77,9 +77,21 @@ class Mixture:
         return {"n": self.n, "d_in": self.d_in, "sizes": list(self.sizes), "seed": self.seed}
 
     def recovered(self, decoder: Tensor) -> dict[str, float]:
-        """τ → the share of the features with a decoder row of at least that cosine."""
-        closest = (self.features @ _unit(decoder).T).amax(1)
-        return {str(tau): float((closest >= tau).float().mean()) for tau in TAUS}
+        """What decoder rows recover of the features."""
+        return recovered(self.features, decoder)
+
+
+def recovered(features: Tensor, decoder: Tensor) -> dict[str, float]:
+    """τ → the share of the features with a decoder row of at least that cosine."""
+    closest = (_unit(features) @ _unit(decoder).T).amax(1)
+    return {str(tau): float((closest >= tau).float().mean()) for tau in TAUS}
+
+
+def by_chance(d_in: int) -> dict[str, float]:
+    """What as many random directions as there are latents recover in the first experiment."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(n, d_in, generator=draw) for n in (4096, RESONANCE_LATENTS))
+    return recovered(*drawn)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ recovered all features at τ = .9, TopK of k = 20 and 30 a quarter and none of t
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from itertools import permutations
+from itertools import permutations, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,25 @@ def planted_outcomes() -> Iterator[tuple[bool, str]]:
     yield outside <= 0.1, f"{outside:.1%}"
     low, high = planted.RESONANCE_D
     curves = resonance()
+    if len(curves) < len(planted.RESONANCE_D) * len(planted.TAUS):
+        return
     tops = [max(curves[d, "0.9"].values()) for d in (high, low)]
     yield tops[0] >= 0.95 and tops[1] <= 0.5, f"{tops[0]:.1%} and {tops[1]:.1%}"
     wide = [sum(share >= 0.5 for share in curves[d, "0.8"].values()) for d in (high, low)]
     yield wide[0] > wide[1], f"{wide[0]} and {wide[1]} of {len(planted.RESONANCE_K)}"
     last = [curves[d, "0.9"][max(curves[d, "0.9"])] for d in (high, low)]
     yield max(last) <= 0.05, f"{last[0]:.1%} and {last[1]:.1%}"
+
+
+def resonance_table() -> str:
+    """Recovery by target frequency, a row for each d and τ."""
+    curves = resonance()
+    ratios = sorted({ratio for own in curves.values() for ratio in own})
+    rows = [["p / f", *(f"{ratio:.2g}" for ratio in ratios), "random latents"]]
+    for (d_in, tau), own in sorted(curves.items()):
+        shares = (*(own[ratio] for ratio in ratios), planted.by_chance(d_in)[tau])
+        rows.append([f"d = {d_in}, τ = {tau[1:]}", *(f"{share:.0%}" for share in shares)])
+    return markdown(rows)
 
 
 def mixture_table() -> str:
@@ -162,7 +175,7 @@ def plot_resonance(path: Path) -> None:
     axis, curves = figure.subplots(), resonance()
     for d_in, colour in zip(planted.RESONANCE_D, (VERMILLION, BLUE), strict=True):
         for tau, dashes in (("0.8", "--"), ("0.9", "-")):
-            own = curves[d_in, tau]
+            own = curves.get((d_in, tau), {})
             label = f"d = {d_in}, τ = {tau[1:]}"
             axis.plot(list(own), [100 * s for s in own.values()], dashes, color=colour, label=label)
     axis.set_xscale("log", base=2)
@@ -179,10 +192,11 @@ def planted_section() -> Iterator[str]:
     yield (
         f"A: n = {planted.RESONANCE_N} features, {planted.RESONANCE_S} in a row, "
         f"{planted.RESONANCE_LATENTS} latents with one target frequency p, "
-        f"{planted.RESONANCE_STEPS * planted.BATCH:,} rows, seeds "
-        f"{', '.join(map(str, planted.RESONANCE_SEEDS))}; d = 12 is below √n, d = 48 above."
+        f"{planted.RESONANCE_STEPS * planted.BATCH:,} rows, up to {len(planted.RESONANCE_SEEDS)} "
+        "seeds; d = 12 is below √n, d = 48 above."
     )
     yield "![Recovered features against the target frequency](images/gba-resonance.png)"
+    yield resonance_table()
     yield (
         f"B: n = {planted.MIXTURE_N} features in {planted.MIXTURE_D} dimensions, 3 in half of the "
         f"rows, 20 in the others; {planted.MIXTURE_LATENTS} latents, "
@@ -195,8 +209,8 @@ def planted_section() -> Iterator[str]:
 def outcomes(expected: Sequence[str], found: Iterator[tuple[bool, str]]) -> str:
     """The table of what was expected and what came out."""
     rows = [["expected before the run", "measured", ""]]
-    for words, (met, measured) in zip(expected, found, strict=True):
-        rows.append([words, measured, "yes" if met else "**no**"])
+    for words, (met, measured) in zip_longest(expected, found, fillvalue=(None, "not yet")):
+        rows.append([str(words), measured, {True: "yes", False: "**no**", None: ""}[met]])
     return markdown(rows)
 
 
