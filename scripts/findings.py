@@ -138,7 +138,7 @@ def _measured() -> list[str]:
         words.append(f"`{site}` {one.verdict}: {found}")
     return [
         "the principle itself: count the more monosemantic dimensions more",
-        "yes" if verdicts == {BETTER} else "in part",
+        "yes" if verdicts == {BETTER} else "in part" if BETTER in verdicts else "no",
         f"`{ANNEALED}`, what a first dictionary measures as weights that are moved to 1, on fresh "
         f"seeds: {'; '.join(words)}.",
     ]

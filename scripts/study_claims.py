@@ -248,8 +248,9 @@ ANNEALING = Apart(
     "Annealed weights, on fresh seeds",
     FOLDER / "confirmation-annealed",
     f"`{ANNEALED}` are weights by participation in a first dictionary, moved to 1 over the first "
-    "60 % of the training. On seeds 0 to 2 they were above the plain curve in selectivity, "
-    "+0.0218 [+0.0093, +0.0343] and +0.0148 [+0.0036, +0.0260], and below it in detection at "
+    "60 % of the training. On seeds 0 to 2 they were above the plain curve in selectivity, as it "
+    "was counted then (every concept once, most of them letters), +0.0218 [+0.0093, +0.0343] and "
+    "+0.0148 [+0.0036, +0.0260], and below it in detection at "
     "block 9, −0.0073 [−0.0104, −0.0041]. They were tried once more, alone, on seeds 5 to 9.",
     _ANNEALED_AGAIN,
 )

@@ -59,7 +59,7 @@ class MonosemanticConfig:
     labels: tuple[str, ...] = ()
     """Labels of documents to probe; by default all labels that divide the documents."""
     bootstraps: int = 1000
-    """Resamplings of latents, or of concepts, behind each 95 % interval."""
+    """Resamplings of latents behind each of their 95 % intervals."""
     seed: int = 0
     """Seed of everything drawn: samples, random windows, halves of the documents, resamplings."""
 

@@ -25,7 +25,7 @@ class Value:
     variance: float = 0.0
     """Of the mean, from its finite number of latents; 0 if it is not a mean over latents."""
     items: Mapping[str, float] | None = None
-    """The parts of a mean over concepts, by name."""
+    """The parts of a mean over families of concepts or over planted features, by name."""
 
     @classmethod
     def mixture(cls, terms: Iterable[tuple[float, "Value"]]) -> "Value":

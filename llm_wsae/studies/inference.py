@@ -1,4 +1,4 @@
-"""Is a difference more than chance? Intervals over seeds and over latents or concepts.
+"""Is a difference more than chance? Intervals over seeds and over latents or families of concepts.
 
 A difference is measured once per seed, and seeds are few: a percentile bootstrap over them is far
 too confident (resampling three seeds gives intervals that cover the truth in about 80 % of cases,
@@ -19,9 +19,12 @@ not 95 %). Instead the variance is decomposed as in an analysis of variance:
   thousands, would explain the difference. The wider interval and the larger p of the two count. (It
   treats the dictionaries of a difference as independent. They start alike, so this errs on the wide
   side.)
-* Over concepts. All dictionaries are probed for the same concepts, so their choice does not average
-  out over seeds: the variance of the concepts' mean differences beyond noise is added (two crossed
-  random effects, as in Clark 1973).
+* Over families of concepts. All dictionaries are probed for the same concepts, so their choice does
+  not average out over seeds. Nor are concepts independent: what happens to one first letter happens
+  to the others. So a mean is taken within each family, families count alike, and the variance of
+  their mean differences beyond noise is added (seeds and families as crossed random effects, Clark
+  1973, with one measurement in each cell). Planted features, which are drawn independently, enter
+  one by one in the same way.
 
 Differences of several rules and measures are then corrected together (``adjusted``).
 """
@@ -103,8 +106,8 @@ def _estimate(by_seed: Mapping[int, Value], pool: tuple[float, float] | None) ->
     mean = float(row.mean())
     pooled, degrees = pool or (0.0, len(row) - 1.0)
     parts = [(max(pooled, float(row.var(ddof=1))) / len(row), degrees)]
-    if concepts := _concept_part(values):
-        parts.append(concepts)
+    if items := _item_part(values):
+        parts.append(items)
     squared, degrees = _joined(parts)
     over_seeds = (squared, degrees)
     over_latents = (float(np.mean([value.variance for value in values])) / len(row), np.inf)
@@ -122,20 +125,21 @@ def _tested(mean: float, squared: float, degrees: float, by_seed: dict[int, floa
     return Estimate(mean, (mean - half, mean + half), p, error, degrees, by_seed)
 
 
-def _concept_part(values: Sequence[Value]) -> tuple[float, float] | None:
-    """Squared error added by the choice of concepts, and its degrees of freedom."""
+def _item_part(values: Sequence[Value]) -> tuple[float, float] | None:
+    """Squared error added by the choice of items that all seeds share (families of concepts,
+    planted features), and its degrees of freedom."""
     items = [value.items for value in values if value.items is not None]
     if len(items) < len(values):
         return None
     names = [name for name in items[0] if all(name in own for own in items)]
     table = np.array([[own[name] for name in names] for own in items])
-    seeds, concepts = table.shape
-    if concepts < 2:
+    seeds, count = table.shape
+    if count < 2:
         return None
     rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    noise = (rest**2).sum() / ((seeds - 1) * (concepts - 1))
-    squared = (table.mean(0).var(ddof=1) - noise / seeds) / concepts
-    return max(0.0, float(squared)), concepts - 1.0
+    noise = (rest**2).sum() / ((seeds - 1) * (count - 1))
+    squared = (table.mean(0).var(ddof=1) - noise / seeds) / count
+    return max(0.0, float(squared)), count - 1.0
 
 
 def _joined(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -21,7 +21,8 @@ class Table:
     """What to know before reading it."""
 
 
-_SHOWN = ("detection", "no_token", "purity", "coherence", "selectivity", "probe_1", "probe_5")
+_SHOWN = ("detection", "no_token", "purity", "coherence", "selectivity", "selectivity_letters",
+          "probe_1", "probe_5")  # fmt: skip
 _NONE = "–"
 
 

@@ -12,6 +12,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
 from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
+from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
 from llm_wsae.explaining.protocol import SCORES
 from llm_wsae.files import read_own_json
 from llm_wsae.hardware import processor_name
@@ -36,6 +37,9 @@ class Measure:
     """Whether the verdict depends on it."""
     unscored: float | None = None
     """Value of a latent that fires too rarely to be scored; None excludes it from the mean."""
+    family: str | None = None
+    """Of concepts: the only family that counts, concept by concept. None: all families, each
+    counted once, whatever its number of concepts."""
 
 
 MEASURES = {
@@ -50,10 +54,17 @@ MEASURES = {
     "selectivity": Measure(
         "selectivity",
         "how much more the probe of a concept loses than those of the other concepts when its 5 "
-        "best latents are removed",
+        "best latents are removed; mean over families of concepts, of which first letters are one",
         "concepts",
         "selectivity",
         decides=True,
+    ),
+    "selectivity_letters": Measure(
+        "selectivity, letters",
+        "selectivity of first letters of words alone, mean over letters",
+        "concepts",
+        "selectivity",
+        family=LETTER,
     ),
     "detection_all": Measure(
         "detection, all latents",
@@ -282,15 +293,23 @@ def _values(latents: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, 
             if one["variance"] is not None:
                 found[name] = _with_unscored(measure, one, scores["d_sae"])
         else:
-            summary = scores["concepts" if measure.dense else "concepts_not_dense"]
-            concepts = {c: n[measure.key] for c, n in summary["concepts"].items()}
-            concepts = {c: value for c, value in concepts.items() if value is not None}
-            if concepts:
-                found[name] = Value(sum(concepts.values()) / len(concepts), 0.0, concepts)
+            items = _items(measure, scores["concepts" if measure.dense else "concepts_not_dense"])
+            if items:
+                found[name] = Value(sum(items.values()) / len(items), 0.0, items)
     for family, means in scores["concepts_not_dense"]["families"].items():
         if means["selectivity"] is not None:
             found[FAMILY + family] = Value(means["selectivity"])
     return found
+
+
+def _items(measure: Measure, summary: Mapping[str, Any]) -> dict[str, float]:
+    """What a measure of concepts is the mean of: families, or the concepts of one of them."""
+    parts = summary["families"]
+    if measure.family is not None:
+        named = f"{measure.family} "
+        parts = {c: numbers for c, numbers in summary["concepts"].items() if c.startswith(named)}
+    items = {part: numbers[measure.key] for part, numbers in parts.items()}
+    return {part: value for part, value in items.items() if value is not None}
 
 
 def _of_plants(planted: Mapping[str, Any] | None) -> dict[str, Value]:

@@ -8,7 +8,7 @@ from llm_wsae.studies.results import FAMILY, MEASURES, Result
 
 KS = (16, 24, 32, 48, 64)
 SEEDS = (0, 1, 2)
-CONCEPTS = 24
+FAMILIES = 9
 NATS = 0.3  # that a plain dictionary of k = 1 would cost; it falls as 1/k
 
 
@@ -18,7 +18,7 @@ class Made:
     def __init__(self, seed: int = 0, noise: float = 0.002):
         self._draw = np.random.default_rng(seed)
         self._noise = noise
-        self._concepts = self._draw.normal(0, 0.02, CONCEPTS)
+        self._families = self._draw.normal(0, 0.02, FAMILIES)
 
     def one(self, label, rule, control, k, seed, cost=1.0, effect=0.0, selective=None) -> Result:
         """``cost`` multiplies the cross-entropy that it costs; ``effect`` is on every measure,
@@ -30,11 +30,11 @@ class Made:
             for name in MEASURES
         }
         shift = effect if selective is None else selective
-        for name in ("selectivity", "selectivity_dense"):
-            of_concepts = level + shift + self._concepts + self._draw.normal(0, self._noise)
-            of_concepts = of_concepts + self._draw.normal(0, self._noise, CONCEPTS)
-            items = {f"concept {i}": float(v) for i, v in enumerate(of_concepts)}
-            values[name] = Value(float(of_concepts.mean()), 0.0, items)
+        for name in ("selectivity", "selectivity_dense", "selectivity_letters"):
+            of_families = level + shift + self._families + self._draw.normal(0, self._noise)
+            of_families = of_families + self._draw.normal(0, self._noise, FAMILIES)
+            items = {f"family {i}": float(v) for i, v in enumerate(of_families)}
+            values[name] = Value(float(of_families.mean()), 0.0, items)
         values[FAMILY + "letters"] = Value(level + shift)
         return Result(
             name=f"{label}-k{k}-s{seed}",

@@ -30,12 +30,12 @@ def over_latents(draw, arms=4, seeds=SEEDS, effects=(), shared=0.7, own=1.0, lat
     }
 
 
-def over_concepts(draw, arms=4, seeds=SEEDS, concepts=40, of_concept=3.0, noise=3.0):
-    """Differences that vary from concept to concept, the same way on all seeds, about 0."""
+def over_families(draw, arms=4, seeds=SEEDS, families=9, of_family=3.0, noise=3.0):
+    """Differences that vary from family to family, the same way on all seeds, about 0."""
     found = {}
     for arm in range(arms):
-        common = draw.normal(0, of_concept, concepts)
-        rows = common + draw.normal(0, 1, (seeds, 1)) + draw.normal(0, noise, (seeds, concepts))
+        common = draw.normal(0, of_family, families)
+        rows = common + draw.normal(0, 1, (seeds, 1)) + draw.normal(0, noise, (seeds, families))
         found[arm] = {seed: of_items(row) for seed, row in enumerate(rows)}
     return found
 
@@ -53,8 +53,8 @@ def false_alarms(make, repetitions=600) -> float:
 def test_without_an_effect_none_is_found_in_95_of_100():
     for seeds in (2, 3, 5):
         of_latents = false_alarms(lambda draw, n=seeds: over_latents(draw, seeds=n))
-        of_concepts = false_alarms(lambda draw, n=seeds: over_concepts(draw, seeds=n), 300)
-        assert 0.01 < of_latents < 0.06 and 0.01 < of_concepts < 0.07, seeds
+        of_families = false_alarms(lambda draw, n=seeds: over_families(draw, seeds=n), 300)
+        assert 0.01 < of_latents < 0.06 and 0.01 < of_families < 0.07, seeds
 
 
 def test_a_bootstrap_over_three_seeds_would_be_too_sure():
@@ -69,12 +69,12 @@ def test_a_bootstrap_over_three_seeds_would_be_too_sure():
     assert misses / 400 > 0.15
 
 
-def test_concepts_that_differ_alike_on_every_seed_do_not_count_as_many():
-    """With the concepts' part left out, their choice would pass for an effect."""
+def test_families_that_differ_alike_on_every_seed_do_not_count_as_many():
+    """With the families' part left out, their choice would pass for an effect."""
     draw = np.random.default_rng(0)
     found = {True: 0, False: 0}
     for _ in range(200):
-        differences = over_concepts(draw, of_concept=6.0, noise=0.5)
+        differences = over_families(draw, of_family=3.0, noise=0.5)
         bare = {
             arm: {seed: Value(value.mean) for seed, value in by_seed.items()}
             for arm, by_seed in differences.items()

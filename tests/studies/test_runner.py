@@ -20,7 +20,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.monosemanticity.evaluator import pw_mcc
-from llm_wsae.files import read_own_json
+from llm_wsae.files import read_own_json, write_json
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
@@ -30,6 +30,7 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.studies import consistency, jobs, runner
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.plan import plan
+from llm_wsae.studies.results import read_result
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
@@ -110,6 +111,25 @@ def test_every_dictionary_is_trained_measured_and_reported(whole):
     assert not list((out / "training").iterdir())
     for name in ("report.json", "report.md", "report.html", "curve.png", "differences.png"):
         assert (out / name).stat().st_size > 100
+
+
+def test_families_of_concepts_count_once(whole, tmp_path):
+    out, _ = whole
+    record = read_own_json(out / "results/uniform-k4.json", "result")
+    del record["sha256"]
+    scores = {"best_1": 0.5, "best_5": 0.5}
+    of = {"letter a": 0.1, "letter b": 0.3, "digit": 0.0, "capital": None}
+    families = {"letter": 0.2, "digit": 0.0, "capital": None}
+    record["scores"]["concepts_not_dense"] = {
+        part: {name: {"selectivity": value, **scores} for name, value in own.items()}
+        for part, own in (("concepts", of), ("families", families))
+    }
+    write_json(tmp_path / "result.json", record)
+    values = read_result(tmp_path / "result.json").point.values
+    assert values["selectivity"].mean == pytest.approx(0.1)
+    assert values["selectivity"].items == {"letter": 0.2, "digit": 0.0}
+    assert values["selectivity_letters"].mean == pytest.approx(0.2)
+    assert values["selectivity_letters"].items == {"letter a": 0.1, "letter b": 0.3}
 
 
 def test_seeds_are_compared(whole, study, tmp_path):

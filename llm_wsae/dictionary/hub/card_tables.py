@@ -24,7 +24,7 @@ MEASURES = {
     "best dimension)",
     "probe_5": "from the best five",
     "selectivity": "how much more a concept's own probe loses than those of others when its best "
-    "five latents are removed",
+    "five latents are removed; mean over families of concepts",
 }
 
 

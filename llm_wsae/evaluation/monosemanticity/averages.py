@@ -1,15 +1,23 @@
-"""Means over latents and over concepts, with 95 % intervals."""
+"""Means over latents and over concepts, with 95 % intervals.
 
+Concepts come in families of very different size (first letters of words are two thirds of them),
+and what happens to one letter happens to the others. So a mean over concepts is the mean of its
+families' means, and its interval is a t-interval over families: they are the sample.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from scipy import stats
 from torch import Tensor
 
 from llm_wsae.evaluation.monosemanticity.concept_scores import LatentProbes, SiteProbes
 from llm_wsae.evaluation.monosemanticity.probing import PROBE_SIZES
-from llm_wsae.statistics.uncertainty import Bootstrap, Interval
+from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,7 @@ class Mean:
 
     mean: float
     interval: Interval
-    """Its 95 % interval, by resampling them."""
+    """Its 95 % interval: by resampling latents, or over families of concepts."""
     count: int
     share: float
     """``count`` as a share of all latents, or of all concepts."""
@@ -29,7 +37,8 @@ class ConceptSummary:
     """Scores of a dictionary on concepts, averaged and one by one."""
 
     means: dict[str, Mean]
-    """``best_1``, ``best_2``, ``best_5``: area under the ROC curve of sparse probes;
+    """Every family counted once. ``best_1``, ``best_2``, ``best_5``: area under the ROC curve of
+    sparse probes;
     ``selectivity``, ``own_fall``, ``others_fall``: drops in the dense probes' accuracy;
     ``density`` of the removed latents."""
     families: dict[str, dict[str, float]]
@@ -59,6 +68,29 @@ def mean_of(values: Float[Tensor, " items"], bootstrap: Bootstrap, total: int) -
     )
 
 
+def mean_of_families(values: Float[Tensor, " concepts"], families: Sequence[str]) -> Mean:
+    """Mean over families of the mean of their concepts that are not NaN.
+
+    The interval is Student's over the families; over the concepts where there is one family only,
+    NaN where there is one concept.
+    """
+    there = ~values.isnan()
+    known = [family for family, one in zip(families, there.tolist(), strict=True) if one]
+    parts = values[there].double().numpy()
+    if len(set(known)) > 1:
+        parts = np.array([_of_family(parts, known, family) for family in dict.fromkeys(known)])
+    if not len(parts):
+        return Mean(float("nan"), (float("nan"), float("nan")), 0, 0.0)
+    mean, half = float(parts.mean()), float("nan")
+    if len(parts) > 1:
+        half = float(stats.t.ppf((1 + LEVEL) / 2, len(parts) - 1) * stats.sem(parts))
+    return Mean(mean, (mean - half, mean + half), len(known), len(known) / len(values))
+
+
+def _of_family(values: np.ndarray, families: Sequence[str], family: str) -> float:
+    return float(values[np.array([one == family for one in families])].mean())
+
+
 def latent_means(
     scores: dict[str, Float[Tensor, " d_sae"]],
     eligible: Bool[Tensor, " d_sae"],
@@ -72,9 +104,9 @@ def latent_means(
 
 
 def summarise_concepts(
-    names: list[str], families: list[str], probes: LatentProbes, resamplings: int, seed: int
+    names: list[str], families: list[str], probes: LatentProbes
 ) -> ConceptSummary:
-    """Means over all concepts and over each family."""
+    """Means over all families and over each of them."""
     columns = {f"best_{size}": probes.sparse[size] for size in PROBE_SIZES}
     columns |= {
         "selectivity": probes.selectivity,
@@ -82,9 +114,8 @@ def summarise_concepts(
         "others_fall": probes.others_fall,
         "density": probes.density,
     }
-    bootstrap = Bootstrap(max(len(names), 1), resamplings, seed)
     return ConceptSummary(
-        {name: mean_of(values, bootstrap, len(names)) for name, values in columns.items()},
+        {name: mean_of_families(values, families) for name, values in columns.items()},
         _family_means(families, columns),
         _by_concept(names, columns),
     )
@@ -95,7 +126,7 @@ def summarise_site(names: list[str], families: list[str], probes: SiteProbes) ->
     columns = {"dense": probes.dense, "accuracy": probes.accuracy}
     columns |= {f"best_{size}": probes.raw[size] for size in PROBE_SIZES}
     return {
-        "means": {name: float(values.mean()) for name, values in columns.items()},
+        "means": {name: mean_of_families(v, families).mean for name, v in columns.items()},
         "families": _family_means(families, columns),
         "concepts": _by_concept(names, columns),
     }

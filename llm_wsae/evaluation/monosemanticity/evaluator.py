@@ -177,7 +177,7 @@ class MonosemanticityEvaluator:
 
         def concepts(allowed: Tensor) -> ConceptSummary:
             probes = probe_latents(self._concepts, site_probes, latents, allowed)
-            return summarise_concepts(*_names(self._concepts), probes, *draws)
+            return summarise_concepts(*_names(self._concepts), probes)
 
         with_all = concepts(torch.ones_like(dense))
         return DictionaryScores(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llm_wsae.evaluation.monosemanticity.averages import ConceptSummary, Mean
 from llm_wsae.evaluation.monosemanticity.latent_scores import SCORES
+from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
 from llm_wsae.terminal import aligned
@@ -20,11 +21,12 @@ COLUMNS = {
     "detection": SCORES["detection"] + "; with its 95 % interval over latents",
     "no token": SCORES["detection_without_tokens"] + " (share of all latents that have this score)",
     "probe 1": "area under the ROC curve when a concept is predicted from its best latent, mean "
-    "over concepts (0.5: chance; 1: perfect)",
+    "over families of concepts (0.5: chance; 1: perfect)",
     "probe 5": "the same from the best five latents",
     "selective": "drop in accuracy of a concept's dense probe when its best five latents are "
-    "removed, minus the mean drop of the other concepts' probes; with its 95 % interval over "
-    "concepts (higher is better)",
+    "removed, minus the mean drop of the other concepts' probes; mean over families of concepts, "
+    "with its 95 % interval over them (higher is better)",
+    "letters": "the same over first letters of words alone, one of those families",
     "dense %": "latents that fire on more than 10 % of the tokens",
 }
 
@@ -108,8 +110,8 @@ class MonosemanticReport:
             means = found["means"]
             lines.append(
                 f"{site}: area under the ROC curve of probes on the activations themselves, mean "
-                f"over {len(found['concepts'])} concepts: {means['dense']:.3f} from all "
-                f"dimensions, {means['best_1']:.3f} from the best dimension, "
+                f"over families of {len(found['concepts'])} concepts: {means['dense']:.3f} from "
+                f"all dimensions, {means['best_1']:.3f} from the best dimension, "
                 f"{means['best_5']:.3f} from the best five."
             )
         for group, found in self.consistency.items():
@@ -141,8 +143,14 @@ def _cells(scores: DictionaryScores) -> list[str]:
         shown(concepts["best_1"]),
         shown(concepts["best_5"]),
         shown(concepts["selectivity"], interval=True),
+        _letters(scores),
         f"{100 * scores.dense_share:.1f}",
     ]
+
+
+def _letters(scores: DictionaryScores) -> str:
+    letters = scores.concepts.families.get(LETTER)
+    return f"{letters['selectivity']:.3f}" if letters else "–"
 
 
 _OF_LATENTS = ("purity", "coherence", "detection", "detection_without_tokens")

@@ -15,6 +15,8 @@ from torch import Tensor
 from llm_wsae.evaluation.heldout import HeldoutText
 from llm_wsae.evaluation.monosemanticity.concepts import Concepts, with_enough
 
+LETTER = "letter"
+"""Family of the first letters of words; the names of its concepts begin with it."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _CLOSERS = "\"'”’»)]}"
 _OPENERS = "\"'“‘«([{-–—*"
@@ -93,7 +95,7 @@ def token_concepts(
     at = place[text.cell[rows]]
     begins, wordlike, everywhere = found["begins"], facts.wordlike, torch.ones_like(linked)
     columns = {
-        **{(f"letter {x}", "letter"): (facts.letter == i, begins) for i, x in enumerate(_LETTERS)},
+        **{(f"{LETTER} {x}", LETTER): (facts.letter == i, begins) for i, x in enumerate(_LETTERS)},
         ("capital", "capital"): (facts.capital, begins),
         ("digit", "digit"): (facts.digit, everywhere),
         ("sentence start", "sentence start"): (found["first"], begins),

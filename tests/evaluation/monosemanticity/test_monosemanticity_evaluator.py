@@ -21,6 +21,7 @@ from evaluation_cases import (
     planted_model,
     planted_text,
 )
+from scipy import stats
 from torch.nn.functional import normalize
 
 from llm_wsae.data.config import PackConfig
@@ -32,6 +33,7 @@ from llm_wsae.evaluation.activations import massive_thresholds
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
 from llm_wsae.evaluation.monosemanticity import evaluator
+from llm_wsae.evaluation.monosemanticity.averages import mean_of_families
 from llm_wsae.evaluation.monosemanticity.evaluator import (
     MonosemanticityEvaluator,
     matched_cosine,
@@ -133,10 +135,25 @@ def test_words_are_removed_one_by_one_but_four_go_together(report):
     # Without its four latents, a letter's rows are 0, and its examples look like all others.
     assert words.concepts["letter a"]["own_fall"] == pytest.approx(0.5, abs=0.02)
     assert abs(words.concepts["letter a"]["others_fall"]) < 0.05
-    assert words.means["selectivity"].interval[0] > four.means["selectivity"].interval[1]
+    assert words.families["letter"]["selectivity"] > four.families["letter"]["selectivity"] + 0.3
     assert words.means["selectivity"].count == 13
-    own = [one["own_fall"] for one in words.concepts.values()]
-    assert words.means["own_fall"].mean == pytest.approx(sum(own) / 13)
+    own = [one["own_fall"] for one in words.families.values()]
+    assert len(own) == 4  # ten letters count once together
+    assert words.means["own_fall"].mean == pytest.approx(sum(own) / 4)
+    expected = stats.ttest_1samp(own, 0.0).confidence_interval()
+    assert words.means["own_fall"].interval == pytest.approx(tuple(expected))
+
+
+def test_a_mean_over_families_counts_each_once():
+    values = torch.tensor([1.0, 3.0, math.nan, 10.0], dtype=torch.float64)
+    mean = mean_of_families(values, ["a", "a", "a", "b"])
+    assert (mean.mean, mean.count, mean.share) == (6.0, 3, 0.75)
+    alone = mean_of_families(values[:3], ["a"] * 3)
+    expected = stats.ttest_1samp([1.0, 3.0], 0.0).confidence_interval()
+    assert alone.mean == 2.0 and alone.interval == pytest.approx(tuple(expected))
+    single = mean_of_families(values[:1], ["a"])
+    assert single.mean == 1.0 and math.isnan(single.interval[0])
+    assert math.isnan(mean_of_families(values[2:3], ["a"]).mean)
 
 
 def test_dense_latents_are_left_out_where_it_says_so(model, corpus):
