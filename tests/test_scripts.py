@@ -194,3 +194,14 @@ def test_the_finding_was_tried_again_on_fresh_seeds_alone(monkeypatch):
         (one,) = [compared for compared in study.report.compared if not compared.is_control]
         assert len(one.seeds) >= 5
         assert not set(one.seeds) & set(studies[site].compared(one.label).seeds)
+
+
+def test_a_study_without_an_effect_seldom_calls_a_rule_better(monkeypatch):
+    """A small version of the table in docs/results.md; a real effect is found."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from simulate_verdict import Design, Spreads, rate
+
+    assert rate(Spreads(), Design(arms=2, looks=(3, 5)), 40) <= 0.1
+    assert rate(Spreads(), Design(arms=1, looks=(5,), effect=0.03), 20) <= 0.1  # as its control
+    alone = Design(arms=1, looks=(5,), effect=0.03, of_control=0.0)
+    assert rate(Spreads(), alone, 10) >= 0.8

@@ -3,7 +3,8 @@
 A rule is compared at its dictionaries' own cross-entropy, seed by seed, over all its k. Two
 measures decide the verdict, detection of latents and selectivity of concepts, both without latents
 that fire on more than a tenth of the tokens: those raise either measure, whatever they stand for.
-Holm's correction covers all rules of the study and both measures. Better also has to mean better
+Holm's correction covers all rules of the study and both measures, after each p was raised by what
+its number of seeds may spend (``stopping``). Better also has to mean better
 than the rule's control, corrected in the same way, because weights that know nothing of the
 dimensions may help as well.
 
@@ -19,6 +20,7 @@ from llm_wsae.studies.curve import Curve, Value
 from llm_wsae.studies.inference import LEVEL, Estimate, Name, adjusted, estimates
 from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.results import DECIDING, EXPLAINED, FAMILY, MEASURES, PLANTED, Result
+from llm_wsae.studies.stopping import spent
 
 BETTER = "better"
 NO_BETTER_THAN_CONTROL = "no better than its control"
@@ -88,7 +90,8 @@ class Compared:
     families: dict[str, float]
     """Difference in selectivity, by family of concepts."""
     adjusted: dict[str, float]
-    """p of the deciding measures, after Holm's correction; none for a control."""
+    """p of the deciding measures, corrected for looks and for everything tried; none for a
+    control."""
     verdict: str
 
     @property
@@ -206,10 +209,10 @@ def _against_controls(
 def _adjusted(
     found: Mapping[str, Mapping[str, Estimate]], claims: Iterable[str]
 ) -> dict[str, dict[str, float]]:
-    """Label → deciding measure → p after Holm's correction over all of both."""
+    """Label → deciding measure → p after what its look spends, and Holm's correction over all."""
     corrected: dict[str, dict[str, float]] = defaultdict(dict)
     tests = {
-        (label, measure): found[label][measure].p
+        (label, measure): spent(found[label][measure].p, len(found[label][measure].by_seed))
         for label in claims
         for measure in DECIDING
         if measure in found.get(label, {})

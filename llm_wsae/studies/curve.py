@@ -26,6 +26,8 @@ class Value:
     """Of the mean, from its finite number of latents; 0 if it is not a mean over latents."""
     items: Mapping[str, float] | None = None
     """The parts of a mean over families of concepts or over planted features, by name."""
+    resampled: tuple[float, ...] | None = None
+    """The mean on resamplings of the text's documents, the same ones for all dictionaries."""
 
     @classmethod
     def mixture(cls, terms: Iterable[tuple[float, "Value"]]) -> "Value":
@@ -37,10 +39,15 @@ class Value:
             shared = set.intersection(*(set(own) for _, own in parts))
             names = [name for name in parts[0][1] if name in shared]
             items = {name: sum(w * own[name] for w, own in parts) for name in names}
+        drawn = [(w, value.resampled) for w, value in terms if value.resampled is not None]
+        resampled = None
+        if len(drawn) == len(terms):
+            resampled = tuple(np.sum([w * np.array(own) for w, own in drawn], 0).tolist())
         return cls(
             math.fsum(w * value.mean for w, value in terms),
             math.fsum(w * w * value.variance for w, value in terms),
             items,
+            resampled,
         )
 
 

@@ -26,6 +26,11 @@ not 95 %). Instead the variance is decomposed as in an analysis of variance:
   1973, with one measurement in each cell). Planted features, which are drawn independently, enter
   one by one in the same way.
 
+* Over documents. All dictionaries are scored on the same text, so which documents it holds does not
+  average out over seeds either. Where means are known on resamplings of the documents (bootstrap,
+  Efron 1979; the same resamplings for all dictionaries), the variance over them that seeds have in
+  common is added to both tests.
+
 Differences of several rules and measures are then corrected together (``adjusted``).
 """
 
@@ -34,7 +39,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from llm_wsae.statistics.uncertainty import holm
 from llm_wsae.studies.curve import Value
@@ -108,9 +113,11 @@ def _estimate(by_seed: Mapping[int, Value], pool: tuple[float, float] | None) ->
     parts = [(max(pooled, float(row.var(ddof=1))) / len(row), degrees)]
     if items := _item_part(values):
         parts.append(items)
-    squared, degrees = _joined(parts)
-    over_seeds = (squared, degrees)
-    over_latents = (float(np.mean([value.variance for value in values])) / len(row), np.inf)
+    of_latents = [(float(np.mean([value.variance for value in values])) / len(row), np.inf)]
+    if documents := _document_part(values):
+        parts.append(documents)
+        of_latents.append(documents)
+    over_seeds, over_latents = _joined(parts), _joined(of_latents)
     tests = [_tested(mean, *one, _means(by_seed)) for one in (over_seeds, over_latents)]
     wider = max(tests, key=lambda test: test.interval[1] - test.interval[0])
     return replace(wider, p=max(test.p for test in tests))
@@ -119,9 +126,9 @@ def _estimate(by_seed: Mapping[int, Value], pool: tuple[float, float] | None) ->
 def _tested(mean: float, squared: float, degrees: float, by_seed: dict[int, float]) -> Estimate:
     """The t-test of a mean with that squared error."""
     error = float(np.sqrt(squared))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, degrees)) * error
+    half = float(special.stdtrit(degrees, (1 + LEVEL) / 2)) * error
     certain = 0.0 if mean else 1.0
-    p = 2 * float(stats.t.sf(abs(mean) / error, degrees)) if error > 0 else certain
+    p = 2 * float(special.stdtr(degrees, -abs(mean) / error)) if error > 0 else certain
     return Estimate(mean, (mean - half, mean + half), p, error, degrees, by_seed)
 
 
@@ -140,6 +147,19 @@ def _item_part(values: Sequence[Value]) -> tuple[float, float] | None:
     noise = (rest**2).sum() / ((seeds - 1) * (count - 1))
     squared = (table.mean(0).var(ddof=1) - noise / seeds) / count
     return max(0.0, float(squared)), count - 1.0
+
+
+def _document_part(values: Sequence[Value]) -> tuple[float, float] | None:
+    """Squared error added by the choice of documents that all seeds share, and its degrees of
+    freedom."""
+    drawn = [value.resampled for value in values if value.resampled is not None]
+    if len(drawn) < len(values):
+        return None
+    table = np.array(drawn)  # [seeds, resamplings]
+    of_mean = table.mean(0).var(ddof=1)
+    # What each seed's text adds to that seed alone is in the spread over seeds already.
+    alone = (table.var(1, ddof=1).mean() - of_mean) / (len(table) - 1)
+    return max(0.0, float(of_mean - alone)), table.shape[1] - 1.0
 
 
 def _joined(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:

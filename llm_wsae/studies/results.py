@@ -1,6 +1,6 @@
 """What a study keeps of each dictionary: one JSON file, from which every report is made."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -208,6 +208,11 @@ def record_of(
             "latents": {
                 "all": {name: over_latents(v) for name, v in latents.items()},
                 "not_dense": {name: over_latents(v[usual]) for name, v in latents.items()},
+                # of detection alone; the same resamplings of the documents for all dictionaries
+                "resampled": {
+                    "all": scores.resampled.nanmean(0).tolist(),
+                    "not_dense": scores.resampled[usual].nanmean(0).tolist(),
+                },
             },
             **({} if planted is None else {"planted": planted.to_dict()}),
         }
@@ -289,9 +294,12 @@ def _values(latents: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, 
         if measure.source == "share":
             found[name] = Value(scores[measure.key])
         elif measure.source == "latents":
-            one = latents["all" if measure.dense else "not_dense"][measure.key]
+            which = "all" if measure.dense else "not_dense"
+            one = latents[which][measure.key]
             if one["variance"] is not None:
-                found[name] = _with_unscored(measure, one, scores["d_sae"])
+                resampled = latents.get("resampled", {}).get(which)  # missing in older results
+                drawn = resampled if measure.key == "detection" else None
+                found[name] = _with_unscored(measure, one, scores["d_sae"], drawn)
         else:
             items = _items(measure, scores["concepts" if measure.dense else "concepts_not_dense"])
             if items:
@@ -324,10 +332,13 @@ def _of_plants(planted: Mapping[str, Any] | None) -> dict[str, Value]:
     return found
 
 
-def _with_unscored(measure: Measure, scored: Mapping[str, float], d_sae: int) -> Value:
+def _with_unscored(
+    measure: Measure, scored: Mapping[str, float], d_sae: int, resampled: Sequence[float] | None
+) -> Value:
     """The mean over all latents, those without a score counted as ``measure.unscored``."""
-    if measure.unscored is None:
-        return Value(scored["mean"], scored["variance"])
-    share = scored["n"] / d_sae
-    mean = measure.unscored + share * (scored["mean"] - measure.unscored)
-    return Value(mean, share**2 * scored["variance"])
+    share, rest = 1.0, 0.0
+    if measure.unscored is not None:
+        share = scored["n"] / d_sae
+        rest = (1 - share) * measure.unscored
+    drawn = None if resampled is None else tuple(rest + share * value for value in resampled)
+    return Value(rest + share * scored["mean"], share**2 * scored["variance"], resampled=drawn)

@@ -10,6 +10,7 @@ from scipy import stats
 
 from llm_wsae.studies.curve import Curve, Point, Value
 from llm_wsae.studies.inference import adjusted, estimates, pooled_variance
+from llm_wsae.studies.stopping import SPENT, spent
 
 SEEDS = 3
 
@@ -82,6 +83,32 @@ def test_families_that_differ_alike_on_every_seed_do_not_count_as_many():
         found[True] += estimates(differences)[0].p < 0.05
         found[False] += estimates(bare)[0].p < 0.05
     assert found[True] < 16 and found[False] > 25
+
+
+def test_documents_that_all_seeds_share_do_not_average_out():
+    """Every seed is scored on one text, so seeds agree on what its documents do."""
+    draw = np.random.default_rng(0)
+    found = {True: 0, False: 0}
+    for _ in range(200):
+        document, seeds = draw.normal(0, 2.0), draw.normal(0, 1.0, 3)
+        drawn = draw.normal(0, 2.0, 100)
+        for known in found:
+            made = {
+                seed: Value(document + v, resampled=tuple(drawn + v) if known else None)
+                for seed, v in enumerate(seeds)
+            }
+            found[known] += estimates({"a": made})["a"].p < 0.05
+    assert found[True] < 16 and found[False] > 30
+    one = Value(1.0, resampled=(0.0, 2.0))
+    mixed = Value.mixture([(1.0, one), (-0.5, Value(2.0, resampled=(1.0, 3.0)))])
+    assert mixed.resampled == (-0.5, 0.5)
+    assert Value.mixture([(1.0, one), (1.0, Value(1.0))]).resampled is None
+
+
+def test_looks_spend_five_per_cent_together():
+    assert sum(SPENT.values()) == pytest.approx(0.05)
+    assert spent(0.009, 3) == pytest.approx(0.05) and spent(0.5, 2) == 1
+    assert spent(0.02, 9) == spent(0.02, 5) < 0.05 < spent(0.02, 3)
 
 
 def test_a_planted_difference_is_found_and_its_interval_holds_it():

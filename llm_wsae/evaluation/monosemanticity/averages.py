@@ -5,14 +5,15 @@ and what happens to one letter happens to the others. So a mean over concepts is
 families' means, and its interval is a t-interval over families: they are the sample.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from llm_wsae.evaluation.monosemanticity.concept_scores import LatentProbes, SiteProbes
@@ -83,7 +84,8 @@ def mean_of_families(values: Float[Tensor, " concepts"], families: Sequence[str]
         return Mean(float("nan"), (float("nan"), float("nan")), 0, 0.0)
     mean, half = float(parts.mean()), float("nan")
     if len(parts) > 1:
-        half = float(stats.t.ppf((1 + LEVEL) / 2, len(parts) - 1) * stats.sem(parts))
+        error = float(parts.std(ddof=1)) / math.sqrt(len(parts))
+        half = float(special.stdtrit(len(parts) - 1, (1 + LEVEL) / 2)) * error
     return Mean(mean, (mean - half, mean + half), len(known), len(known) / len(values))
 
 
@@ -94,13 +96,26 @@ def _of_family(values: np.ndarray, families: Sequence[str], family: str) -> floa
 def latent_means(
     scores: dict[str, Float[Tensor, " d_sae"]],
     eligible: Bool[Tensor, " d_sae"],
+    resampled: Float[Tensor, "d_sae documents"],
     resamplings: int,
     seed: int,
 ) -> dict[str, Mean]:
-    """Means of every score over the eligible latents."""
+    """Means of every score over the eligible latents.
+
+    The interval of detection also covers the choice of documents: ``resampled`` is each latent's
+    detection on resamplings of them.
+    """
     bootstrap = Bootstrap(max(int(eligible.sum()), 1), resamplings, seed)
     total = len(eligible)
-    return {name: mean_of(values[eligible], bootstrap, total) for name, values in scores.items()}
+    found = {name: mean_of(values[eligible], bootstrap, total) for name, values in scores.items()}
+    one = found["detection"]
+    values = scores["detection"][eligible]
+    values = values[~values.isnan()]
+    of_documents = resampled[eligible].nanmean(0).var() if len(values) else torch.tensor(torch.nan)
+    squared = float(of_documents + values.var() / len(values)) if len(values) > 1 else math.nan
+    half = float(special.ndtri((1 + LEVEL) / 2)) * math.sqrt(squared)
+    found["detection"] = replace(one, interval=(one.mean - half, one.mean + half))
+    return found
 
 
 def summarise_concepts(

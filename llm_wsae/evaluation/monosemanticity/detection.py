@@ -5,8 +5,14 @@ tested on other contexts: those sampled over all quantiles of the latent's activ
 random windows where the latent is silent. The score is the area under the ROC curve of the
 similarity to the centroid: 0.5 for a latent whose contexts have nothing in common.
 
-Contexts on both sides may come from the same documents. Where these are few and long, a latent that
-fires in one document is detected by that document's subject, whatever it stands for there.
+Subjects and genres could pass for meaning. So documents that hold a top context are left out on
+both sides, or a latent that fires in one document would be detected by that document's subject,
+whatever it stands for there; and a context is compared only with those of its own genre, or a
+latent that prefers speeches to articles would be detected by their style (``Documents``).
+
+Which documents a text holds is chance. Detection is therefore also computed on resamplings of them
+(bootstrap, Efron 1979), the same for all latents and dictionaries; a context counts as often as its
+document was drawn. The centroid is taken as given.
 
 A latent for one word is detected by that word. What remains without it is measured separately: all
 windows, on both sides, whose centre is a token of the top contexts are left out.
@@ -42,12 +48,27 @@ def auroc(
     return wins / (positive_counts.sum(1) * negative_counts.sum(1))
 
 
+class Documents(NamedTuple):
+    """Where windows come from."""
+
+    top: Int[Tensor, "latents top"]
+    """Documents of the top windows; so below."""
+    sample: Int[Tensor, "latents sample"]
+    random: Int[Tensor, " windows"]
+    genre: Int[Tensor, " documents"]
+    """A number for the genre of every document."""
+    drawn: Float[Tensor, "resamplings documents"]
+    """How often each resampling holds each document."""
+
+
 class Detection(NamedTuple):
     """Areas under the ROC curve; NaN for a latent with too few windows."""
 
     auroc: Float[Tensor, " latents"]
     without_tokens: Float[Tensor, " latents"]
     """The same without windows whose centre is a token of the top contexts."""
+    resampled: Float[Tensor, "latents resamplings"] | None = None
+    """``auroc`` on every resampling of the documents, if they are known."""
 
 
 def detection(
@@ -58,21 +79,69 @@ def detection(
     tokens: tuple[
         Int[Tensor, "latents top"], Int[Tensor, "latents sample"], Int[Tensor, " windows"]
     ],
+    documents: Documents | None = None,
 ) -> Detection:
     """Detection of latents from the unit embeddings of their windows.
 
     ``silent`` marks the random windows that are a latent's negatives; ``tokens`` are the centre
-    tokens of the top, sample and random windows.
+    tokens of the top, sample and random windows. Without ``documents``, all windows count and are
+    compared with each other.
     """
     centroid = normalize(top.sum(1), dim=1)
     of_top, of_sample, of_random = tokens
     scores = (sample @ centroid[:, :, None])[:, :, 0], centroid @ random.T
     every = torch.ones_like(of_sample, dtype=torch.bool)
     strange = ~(of_sample[:, :, None] == of_top[:, None, :]).any(2)
-    return Detection(
-        _where_enough(*scores, every, silent),
-        _where_enough(*scores, strange, silent & ~_any_of(of_random, of_top)),
+    unlike = ~_any_of(of_random, of_top)
+    if documents is None:
+        return Detection(
+            _where_enough(*scores, every, silent),
+            _where_enough(*scores, strange, silent & unlike),
+        )
+    every = ~(documents.sample[:, :, None] == documents.top[:, None, :]).any(2)
+    silent = silent & ~_any_of(documents.random, documents.top)
+    genre = documents.genre[documents.sample][:, :, None] == documents.genre[documents.random]
+    wins = _wins(*scores)
+    auroc, without = (
+        _of_pairs(wins, genre & (positive[:, :, None] & negative[:, None, :]))
+        for positive, negative in ((every, silent), (every & strange, silent & unlike))
     )
+    pairs = genre & (every[:, :, None] & silent[:, None, :])
+    resampled = _resampled(wins, pairs, documents).where(~auroc.isnan()[:, None], torch.nan)
+    return Detection(auroc, without, resampled)
+
+
+def _wins(
+    positive: Float[Tensor, "latents p"], negative: Float[Tensor, "latents n"]
+) -> Float[Tensor, "latents p n"]:
+    """1 where a positive window scores above a negative one, ½ where they tie."""
+    one, other = positive[:, :, None], negative[:, None, :]
+    return (one > other).float() + (one == other).float() / 2
+
+
+def _of_pairs(
+    wins: Float[Tensor, "latents p n"], pairs: Bool[Tensor, "latents p n"]
+) -> Float[Tensor, " latents"]:
+    """Share of the marked pairs that are won; NaN where too few windows take part."""
+    enough = pairs.any(2).sum(1) >= FEWEST_POSITIVE
+    enough &= pairs.any(1).sum(1) >= FEWEST_NEGATIVE
+    won = (wins * pairs).double().sum((1, 2)) / pairs.double().sum((1, 2))
+    return won.where(enough, torch.nan)
+
+
+def _resampled(
+    wins: Float[Tensor, "latents p n"],
+    pairs: Bool[Tensor, "latents p n"],
+    documents: Documents,
+) -> Float[Tensor, "latents resamplings"]:
+    """The share of won pairs, each counted as often as both of its documents were drawn."""
+    drawn = documents.drawn.T  # [documents, resamplings]
+    of_negative, of_positive = drawn[documents.random], drawn[documents.sample]
+
+    def counted(marked: Tensor) -> Tensor:
+        return ((marked @ of_negative) * of_positive).double().sum(1)
+
+    return counted(wins * pairs) / counted(pairs.float())
 
 
 def _any_of(

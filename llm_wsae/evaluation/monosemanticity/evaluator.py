@@ -51,7 +51,7 @@ from llm_wsae.evaluation.monosemanticity.concepts import (
     document_concepts,
     halves_of_documents,
 )
-from llm_wsae.evaluation.monosemanticity.latent_scores import LatentScorer
+from llm_wsae.evaluation.monosemanticity.latent_scores import RESAMPLED, LatentScorer
 from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores, MonosemanticReport
 from llm_wsae.evaluation.monosemanticity.token_concepts import (
@@ -171,6 +171,7 @@ class MonosemanticityEvaluator:
         dense = density > DENSE_DENSITY
         eligible = self._scorer.eligible(firings)
         scores = self._scorer.scores(firings)
+        resampled = scores.pop(RESAMPLED)
         decoder = dictionary.W_dec.detach().cpu()
         latents = LatentTables.of(self._concepts, recorder.tables(), decoder, density)
         draws = (config.bootstraps, config.seed)
@@ -190,11 +191,12 @@ class MonosemanticityEvaluator:
             dead_share=float((firings.counts == 0).double().mean()),
             dense_share=float(dense.double().mean()),
             l0=float(density.sum()),
-            latents=latent_means(scores, eligible, *draws),
-            latents_not_dense=latent_means(scores, eligible & ~dense, *draws),
+            latents=latent_means(scores, eligible, resampled, *draws),
+            latents_not_dense=latent_means(scores, eligible & ~dense, resampled, *draws),
             concepts=with_all,
             concepts_not_dense=concepts(~dense) if bool(dense.any()) else with_all,
             per_latent={**scores, "density": density},
+            resampled=resampled,
         )
 
     def _report(

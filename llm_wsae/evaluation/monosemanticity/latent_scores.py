@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_wsae.evaluation.config import MonosemanticConfig
 from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.detection import detection
+from llm_wsae.evaluation.monosemanticity.detection import Documents, detection
 from llm_wsae.evaluation.monosemanticity.firings import (
     NO_ROW,
     Examples,
@@ -36,10 +36,14 @@ SCORES = {
     "that of random contexts (0: nothing in common)",
     "coherence_sampled": "the same for the sampled contexts",
     "detection": "probability that a context where the latent fires is closer to the centroid of "
-    "its top contexts than one where it is silent (0.5: chance; 1: perfect)",
+    "its top contexts than one of the same genre where it is silent, both from other documents "
+    "than those of the top contexts (0.5: chance; 1: perfect)",
     "detection_without_tokens": "the same without contexts whose token is one of the top contexts'",
 }
-_LATENTS_AT_ONCE = 512  # whose embeddings are in memory together
+RESAMPLED = "detection_resampled"
+"""Detection of every latent on resamplings of the documents, beside its scores."""
+_RESAMPLINGS = 100
+_LATENTS_AT_ONCE = 256  # whose embeddings, and pairs of windows, are in memory together
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ class LatentScorer:
         return {"purity": float(found.purity.mean()), "entropy": float(found.entropy.mean())}
 
     def scores(self, firings: Firings) -> dict[str, Float[Tensor, " d_sae"]]:
-        """Every score of ``SCORES`` for all latents; NaN where a latent has none."""
+        """Every score of ``SCORES`` for all latents, and ``RESAMPLED`` [d_sae, resamplings]; NaN
+        where a latent has none."""
         latents = self.eligible(firings).nonzero()[:, 0]
         top = firings.top
         sample = quantile_sample(firings, self.text, self.config.sample)
@@ -103,12 +108,16 @@ class LatentScorer:
         strangers = coherence_of_strangers(random, self.text.context[self.random])
         nothing = torch.full((len(firings.counts),), torch.nan, dtype=torch.float64)
         found = {name: nothing.clone() for name in SCORES}
+        found[RESAMPLED] = nothing[:, None].repeat(1, _RESAMPLINGS)
+        genre, drawn = self._documents()
         for some in latents.split(_LATENTS_AT_ONCE):
             part = self._scores_of(
                 Examples(*(t[some] for t in top)),
                 Examples(*(t[some] for t in sample)),
                 silent[some],
                 random,
+                genre,
+                drawn,
             )
             for name, values in part.items():
                 found[name][some] = values.double()
@@ -117,11 +126,20 @@ class LatentScorer:
         return found
 
     def _scores_of(
-        self, top: Examples, sample: Examples, silent: Tensor, random: Tensor
+        self,
+        top: Examples,
+        sample: Examples,
+        silent: Tensor,
+        random: Tensor,
+        genre: Tensor,
+        drawn: Tensor,
     ) -> dict[str, Tensor]:
         of_top, of_sample = self.embeddings.of(top.rows), self.embeddings.of(sample.rows)
         tokens = (self.token[top.rows], self.token[sample.rows], self.token[self.random])
-        detected = detection(of_top, of_sample, random, silent, tokens)
+        places = (self.text.document_of[rows] for rows in (top.rows, sample.rows, self.random))
+        documents = Documents(*places, genre, drawn)
+        detected = detection(of_top, of_sample, random, silent, tokens, documents)
+        assert detected.resampled is not None
         purity = token_purity(top.rows, self.token)
         sampled = token_purity(sample.rows, self.token)
         return {
@@ -133,7 +151,28 @@ class LatentScorer:
             "coherence_sampled": coherence(of_sample),
             "detection": detected.auroc,
             "detection_without_tokens": detected.without_tokens,
+            RESAMPLED: detected.resampled,
         }
+
+    def _documents(
+        self,
+    ) -> tuple[Int[Tensor, " documents"], Float[Tensor, "resamplings documents"]]:
+        """The genre of every document, and how often each resampling holds it. Documents of one
+        genre have the same labels, whatever their values: so do the parts of a joined corpus."""
+        count = int(self.text.document_of.max()) + 1
+        kinds: dict[tuple[str, ...], int] = {}
+        genre = torch.zeros(count, dtype=torch.long)
+        for number, header in self.text.headers.items():
+            if number < count:
+                kind = tuple(sorted(header["labels"]))
+                genre[number] = kinds.setdefault(kind, len(kinds))
+        present = self.text.document_of.unique()
+        present = present[present >= 0]
+        generator = torch.Generator().manual_seed(self.config.seed)
+        chosen = torch.randint(len(present), (_RESAMPLINGS, len(present)), generator=generator)
+        drawn = torch.zeros(_RESAMPLINGS, count)
+        drawn.scatter_add_(1, present[chosen], torch.ones(chosen.shape))
+        return genre, drawn
 
 
 class Purity(NamedTuple):

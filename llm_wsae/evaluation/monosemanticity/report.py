@@ -18,7 +18,7 @@ COLUMNS = {
     "means over them",
     "purity": SCORES["purity"],
     "coherence": SCORES["coherence"],
-    "detection": SCORES["detection"] + "; with its 95 % interval over latents",
+    "detection": SCORES["detection"] + "; with its 95 % interval over latents and documents",
     "no token": SCORES["detection_without_tokens"] + " (share of all latents that have this score)",
     "probe 1": "area under the ROC curve when a concept is predicted from its best latent, mean "
     "over families of concepts (0.5: chance; 1: perfect)",
@@ -53,10 +53,13 @@ class DictionaryScores:
     concepts_not_dense: ConceptSummary
     per_latent: dict[str, Tensor] = field(repr=False)
     """Every score, and ``density``, of every latent [d_sae]; NaN where a latent has none."""
+    resampled: Tensor = field(repr=False)
+    """Detection of every latent [d_sae, resamplings] on resamplings of the text's documents, the
+    same for all dictionaries."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, without the numbers per latent."""
-        return plain({k: v for k, v in vars(self).items() if k != "per_latent"})
+        return plain({k: v for k, v in vars(self).items() if k not in ("per_latent", "resampled")})
 
 
 @dataclass(frozen=True)

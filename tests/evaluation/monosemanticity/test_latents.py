@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from llm_wsae.evaluation.config import MonosemanticConfig
-from llm_wsae.evaluation.monosemanticity.detection import auroc, detection
+from llm_wsae.evaluation.monosemanticity.detection import Documents, auroc, detection
 from llm_wsae.evaluation.monosemanticity.firings import (
     FiringCollector,
     quantile_sample,
@@ -232,8 +232,39 @@ def fired(text, codes, d_sae, one):
     )
 
 
+def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
+    draw = torch.Generator().manual_seed(0)
+    top, sample, random = (
+        normalize(torch.randn(*shape, 6, generator=draw), dim=-1)
+        for shape in ((1, 4), (1, 9), (300,))
+    )
+    silent = torch.rand(1, 300, generator=draw) > 0.2
+    tokens = tuple(torch.arange(n).view(shape) for n, shape in ((4, (1, 4)), (9, (1, 9))))
+    places = [torch.randint(20, shape, generator=draw) for shape in ((1, 4), (1, 9), (300,))]
+    places[1][0, :5] = torch.arange(5) + 14
+    places[0][0] = torch.tensor([0, 1, 2, 15])
+    genre = torch.arange(20) % 2
+    drawn = torch.randint(3, (7, 20), generator=draw).float()
+    drawn[0] = 1  # the text as it is
+    found = detection(
+        top, sample, random, silent, (*tokens, torch.full((300,), 99)),
+        Documents(*places, genre, drawn),
+    )  # fmt: skip
+    centroid, left_out = top[0].mean(0), set(places[0][0].tolist())
+    won, every = torch.zeros(7), torch.zeros(7)
+    for x, one in zip(sample[0], places[1][0].tolist(), strict=True):
+        for y, other, s in zip(random, places[2].tolist(), silent[0], strict=True):
+            if s and not {one, other} & left_out and genre[one] == genre[other]:
+                times = drawn[:, one] * drawn[:, other]
+                won += times * float(x @ centroid > y @ centroid)
+                every += times
+    assert torch.allclose(found.resampled[0].float(), won / every, atol=1e-5)
+    assert float(found.auroc[0]) == pytest.approx(float(won[0] / every[0]), abs=1e-5)
+    assert float(every[0]) < 9 * 100
+
+
 def test_token_detectors_are_pure_coherent_and_detected():
-    text = make_text(contexts=120)
+    text = make_text(contexts=120, documents=120)
     codes = Codes(text.token[:, None], torch.rand(text.num_rows, 1) + 0.5)
     one = scorer(text)
     firings = fired(text, codes, 40, one)
