@@ -201,7 +201,8 @@ def section() -> str:
         "- A *difference* is a dictionary's value less that of the plain k-curve at the "
         "dictionary's own cross-entropy, without latents that fire on more than 10 % of the "
         "tokens. Its interval is over seeds and over latents or families of concepts; p and "
-        "verdicts are corrected for everything tried at the site.\n"
+        "verdicts are corrected for looks at three and five seeds and for everything tried at the "
+        "site.\n"
         "- *Selectivity* is averaged within each of nine families of concepts first, and every "
         "family counts once. *Letters*: the 23 first letters of words alone, one of the nine.\n"
         "- The *control* of a rule has the same weights on permuted dimensions or tokens, or the "
@@ -215,6 +216,9 @@ def section() -> str:
         "- A rule is *selective* if its selectivity is at least .004 above the plain curve, with "
         "an interval above 0 there and relative to its control, if it costs at most .003 of the "
         "cross-entropy at the same k, and if no family of concepts falls by more than .01.",
+        "Detection was measured before it was restricted to contexts of one genre from other "
+        "documents than those of the top contexts, and its intervals do not cover the choice of "
+        "documents: the archives hold neither. It stands here as it was.",
         "Three things were corrected after most dictionaries had been trained. Selectivity counted "
         "34 concepts once each, and its intervals took them for independent, although 23 are first "
         "letters of words, which rise and fall together: families count once each now. The "

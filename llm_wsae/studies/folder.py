@@ -68,7 +68,9 @@ def read_basis(folder: Path) -> dict[str, Any]:
         scoring["encoder"] = canonical_encoder(scoring["encoder"])
         # studies made before there was a choice of architecture are TopK's, and without plants
         training = {"architecture": "topk"} | basis["training"]
-        return {"planted": {}} | basis | {"training": training}
+        # and detection was over all genres and documents
+        old = {"planted": {}, "measures": {"detection": 1}}
+        return old | basis | {"training": training}
     except (AttributeError, KeyError, TypeError) as error:
         raise LlmWsaeError(f"{path} is not the description of a study; {AGAIN}") from error
 

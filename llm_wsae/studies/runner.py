@@ -53,6 +53,7 @@ from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
 ANSWERS = "answers"
+_MEASURES = {"measures": {"detection": 2}}  # its definition; other numbers cannot stand beside it
 _PROCEDURAL = ("parallel", "price_in", "price_out")  # settings of questions that change no answer
 _HOW = (*PROCEDURAL, "shuffle_seed")  # each arm has a seed of its own
 
@@ -156,10 +157,11 @@ def study(
         jobs = StudyJobs(source, out, config, training, fidelity_evaluator, model.device)
         missing, monosemanticity = jobs.missing(arms), None
         if missing:
+            check_basis(out, _MEASURES)
             # Before any training: it may find that the text is too short or a label is unknown.
             monosemanticity = MonosemanticityEvaluator(model, heldout, packing, scoring, encoder)
         if missing or not (out / BASIS).exists():
-            write_json(out / BASIS, basis)
+            write_json(out / BASIS, basis | _MEASURES)
         jobs.finish(missing, monosemanticity)
         consistency.measure(out / CONSISTENCY, _kept(out, read_results(out)))
         if endpoint is not None:

@@ -289,11 +289,15 @@ def test_a_study_of_an_earlier_version_is_resumed(whole, study, trained, tmp_pat
     shutil.copytree(whole[0], tmp_path / "out")
     basis = read_own_json(tmp_path / "out" / "study.json", "study")
     assert basis["training"].pop("architecture") == "topk"
+    assert basis.pop("measures") == {"detection": 2}
     assert basis["scoring"]["encoder"] == DEFAULT_ENCODER
     basis["scoring"]["encoder"] = ENCODER_PACKAGE  # the same weights, as they were named then
     (tmp_path / "out" / "study.json").write_text(json.dumps(basis))
     report = study(tmp_path / "out")
     assert trained == [] and report.to_dict()["verdicts"] == whole[1].to_dict()["verdicts"]
+    with pytest.raises(LlmWsaeError, match=r"other settings of measures \(detection\)"):
+        study(tmp_path / "out", replace(CONFIG, seeds=(0, 1, 2)))
+    assert trained == []
 
 
 def test_a_damaged_description_is_named(whole, study, tmp_path):
