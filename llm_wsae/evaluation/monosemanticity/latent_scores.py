@@ -136,8 +136,10 @@ class LatentScorer:
     ) -> dict[str, Tensor]:
         of_top, of_sample = self.embeddings.of(top.rows), self.embeddings.of(sample.rows)
         tokens = (self.token[top.rows], self.token[sample.rows], self.token[self.random])
-        places = (self.text.document_of[rows] for rows in (top.rows, sample.rows, self.random))
-        documents = Documents(*places, genre, drawn)
+        of_row = self.text.document_of
+        documents = Documents(
+            of_row[top.rows], of_row[sample.rows], of_row[self.random], genre, drawn
+        )
         detected = detection(of_top, of_sample, random, silent, tokens, documents)
         assert detected.resampled is not None
         purity = token_purity(top.rows, self.token)
