@@ -26,9 +26,12 @@ MEASURES = ("recovered", "f1", "cosine", "slope", "vanished")
 
 @dataclass(frozen=True)
 class PlantRecovery:
-    """One dictionary compared with the plants; all tensors [plants], float64."""
+    """One dictionary compared with the plants; all tensors [plants], float64 unless said
+    otherwise."""
 
     plants: Plants
+    latent: Int[Tensor, " plants"]
+    """Number of the latent that is each plant's best (int64)."""
     f1: Float[Tensor, " plants"]
     """2·both / (plant fires + latent fires), over rows; NaN for a plant that does not fire."""
     cosine: Float[Tensor, " plants"]
@@ -150,6 +153,7 @@ def _measured(
     explained = product.square() / power.clamp(min=1e-300) / sums["truth"].sum().clamp(min=1e-300)
     return PlantRecovery(
         plants=plants,
+        latent=best,
         f1=torch.where(fires > 0, 2 * both / (fires + sums["active"]), none),
         cosine=along / length.clamp(min=1e-300),
         slope=torch.where(both > 0, sums["answer"] * along / sums["together"], none),

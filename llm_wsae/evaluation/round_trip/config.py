@@ -1,0 +1,22 @@
+"""Settings of the recovery report. Free of torch, for the command line."""
+
+from dataclasses import dataclass
+
+from llm_wsae.outside import check_numbers
+
+MOST_INJECTIONS = 100_000  # rows, each of which is encoded once for every latent
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """Settings of ``recover``."""
+
+    rows: int = 50_000
+    """Rows of the store that are read, its last ones; massive rows are ignored."""
+    injections: int = 64
+    """Rows, evenly spread over those read, into which every latent is injected."""
+    seed: int = 0
+    """Seed of the thinned codes and of the frozen random dictionary."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, rows=1, injections=(1, MOST_INJECTIONS))

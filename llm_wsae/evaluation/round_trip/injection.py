@@ -1,0 +1,53 @@
+"""What the encoder makes of a latent's own direction, added to rows where the latent is silent."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import to_dense
+
+_LATENTS_AT_ONCE = 64
+
+
+class Injection(NamedTuple):
+    """What came of it; all tensors [d_sae], NaN for a latent that was not injected."""
+
+    rows: Int[Tensor, " d_sae"]
+    """Rows that each latent was injected into: those of the sample where it is silent."""
+    missed: Float[Tensor, " d_sae"]
+    """Share of them on which the latent stays silent (float64)."""
+    answer: Float[Tensor, " d_sae"]
+    """Mean of its activation over the injected strength, where it answers (float64): the slope.
+    Below 1 it answers too weakly."""
+
+
+def inject(
+    dictionary: Dictionary,
+    x: Float[Tensor, "rows d_in"],
+    strength: Float[Tensor, " d_sae"],
+) -> Injection:
+    """Encode x + strength_j · w_j for every latent j and every row where j is silent.
+
+    ``strength`` is NaN for latents that are not injected. Pre-activations are linear in the row, so
+    each row is encoded once and each direction once; only the selection is repeated.
+    """
+    pre = torch.addmm(dictionary.b_enc, x, dictionary.W_enc)
+    silent = to_dense(dictionary.encode_sparse(x), dictionary.d_sae) == 0
+    rows = torch.zeros(dictionary.d_sae, dtype=torch.int64)
+    missed, answer = torch.full((2, dictionary.d_sae), torch.nan, dtype=torch.float64)
+    wanted = (silent.any(0).cpu() & ~strength.isnan()).nonzero()[:, 0]
+    for latents in wanted.split(_LATENTS_AT_ONCE):
+        scale = strength[latents].to(x)[:, None]
+        change = scale * (dictionary.W_dec[latents] @ dictionary.W_enc)
+        for latent, added in zip(latents.tolist(), change, strict=True):
+            with_it = pre[silent[:, latent]] + added
+            codes = dictionary.sparsity.select(with_it, dictionary.threshold)
+            value = (codes.values * (codes.indices == latent)).sum(1).cpu().double()
+            answers = value > 0
+            rows[latent] = len(value)
+            missed[latent] = 1 - answers.double().mean()
+            answer[latent] = value[answers].mean() / strength[latent]  # NaN if there is none
+    return Injection(rows, missed, answer)

