@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from llm_wsae.errors import LlmWsaeError, UsageError
     from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
     from llm_wsae.evaluation.fidelity.evaluator import evaluate
+    from llm_wsae.evaluation.round_trip.config import RecoverConfig
+    from llm_wsae.evaluation.round_trip.recovering import recover
     from llm_wsae.explaining.explaining import explain
     from llm_wsae.explaining.protocol import ExplainConfig
     from llm_wsae.harvesting import harvest
@@ -77,6 +79,8 @@ _HOMES = {
     "export_neuronpedia": "pages.neuronpedia",
     "EvaluateConfig": "evaluation.config",
     "MonosemanticConfig": "evaluation.config",
+    "recover": "evaluation.round_trip.recovering",
+    "RecoverConfig": "evaluation.round_trip.config",
     "LlmWsaeError": "errors",
     "UsageError": "errors",
     "harvest": "harvesting",
@@ -112,6 +116,7 @@ __all__ = [
     "MonosemanticConfig",
     "PlantConfig",
     "PlantedSource",
+    "RecoverConfig",
     "Rule",
     "Scale",
     "Site",
@@ -134,6 +139,7 @@ __all__ = [
     "measure_recovery",
     "merge",
     "plan",
+    "recover",
     "run",
     "study",
     "train",

@@ -15,6 +15,7 @@ from llm_wsae.commands.options import (
     Prefixed,
     Result,
     ScoreOptionsOfEvaluate,
+    names_of,
 )
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
@@ -52,13 +53,13 @@ def evaluate(
     from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
     from llm_wsae.evaluation.monosemanticity.report import card_numbers
 
-    dictionaries = tuple(dict.fromkeys(dictionaries))
-    _check(dictionaries, out, part, keep)
+    folders = names_of(dictionaries)
+    _check(out, part, keep)
     if not monosemantic:
         _check_no_scores_asked(score)
-    for folder in dictionaries if keep else ():
+    for folder in folders.values() if keep else ():
         check_keeps_measurements(folder)
-    loaded = {_label(path, dictionaries): Dictionary.load(path) for path in dictionaries}
+    loaded = {name: Dictionary.load(path) for name, path in folders.items()}
     packing = common_packing(loaded)
     text = Corpus.open(corpus.corpus, part, text_column=corpus.text_column)
     seen = notes_on_text(loaded, text.identity())
@@ -82,17 +83,15 @@ def evaluate(
         tables.append(scores.table())
         for name in loaded:
             found[name]["monosemanticity"] = card_numbers(scores, name)
-    asked = {"dictionaries": dictionaries, "corpus": corpus.corpus, "part": part}
+    asked = {"dictionaries": list(folders.values()), "corpus": corpus.corpus, "part": part}
     write_json(out, {"command": "evaluate", **plain(asked), "versions": versions(), **facts})
-    for name, folder in zip(loaded, dictionaries, strict=True) if keep else ():
+    for name, folder in folders.items() if keep else ():
         keep_measurements(folder, found[name])
     return facts, "\n\n".join([*tables, f"report  {out}"])
 
 
-def _check(dictionaries: tuple[Path, ...], out: Path, part: Part, keep: bool) -> None:
+def _check(out: Path, part: Part, keep: bool) -> None:
     """Raises UsageError for a request that cannot be met."""
-    if not dictionaries:
-        raise UsageError("name at least one dictionary folder")
     check_file(out, is_record_of("evaluate"))
     if keep and part != "heldout":
         raise UsageError("--keep stores what was measured on held-out text; omit --part")
@@ -107,8 +106,3 @@ def _check_no_scores_asked(score: ScoreOptionsOfEvaluate) -> None:
     ]
     if given:
         raise UsageError(f"{' and '.join(given)}: only with --monosemantic; add that")
-
-
-def _label(path: Path, paths: tuple[Path, ...]) -> str:
-    """The folder's name, or its whole path if others have the same name."""
-    return path.name if sum(p.name == path.name for p in paths) == 1 else str(path)

@@ -254,6 +254,16 @@ def note(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
+def names_of(folders: tuple[Path, ...]) -> dict[str, Path]:
+    """Dictionary folders by the names to show: those of the folders, or whole paths where several
+    have the same name. Raises UsageError if there is none."""
+    if not folders:
+        raise UsageError("name at least one dictionary folder")
+    different = dict.fromkeys(folders)
+    names = [path.name for path in different]
+    return {path.name if names.count(path.name) == 1 else str(path): path for path in different}
+
+
 def sites_of(names: tuple[str, ...]) -> list[Site]:
     """The sites of their names. Raises UsageError if there is none or one is misspelt."""
     if not names:

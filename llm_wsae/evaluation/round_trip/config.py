@@ -14,7 +14,8 @@ class RecoverConfig:
     rows: int = 50_000
     """Rows of the store that are read, its last ones; massive rows are ignored."""
     injections: int = 64
-    """Rows, evenly spread over those read, into which every latent is injected."""
+    """Rows, evenly spread over those read, into which every latent is injected where it is silent,
+    each time with another of its own strengths."""
     seed: int = 0
     """Seed of the thinned codes and of the frozen random dictionary."""
 

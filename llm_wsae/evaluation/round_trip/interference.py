@@ -1,8 +1,8 @@
 """Which other latents take most from each latent in the round trip.
 
-On the way back, latent i adds z_i · ⟨w_i, e_j⟩ to the pre-activation of latent j, with w_i a decoder
-row and e_j an encoder column: the off-diagonal part of W_pᵀW_p in theorem 1. Where it is negative,
-i takes from j.
+On the way back, latent i adds z_i · ⟨w_i, e_j⟩ to the pre-activation of latent j, with w_i a
+decoder row and e_j an encoder column: the off-diagonal part of W_pᵀW_p in theorem 1. Where it is
+negative, i takes from j.
 """
 
 import numpy as np

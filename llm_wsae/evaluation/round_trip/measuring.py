@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -21,7 +21,6 @@ from llm_wsae.evaluation.round_trip.injection import Injection, inject
 from llm_wsae.evaluation.round_trip.interference import takers
 from llm_wsae.evaluation.round_trip.refit import refit
 from llm_wsae.evaluation.round_trip.sums import RoundTripSums
-from llm_wsae.inspecting.firings import not_massive
 from llm_wsae.sparse.codes import Codes
 
 KEPT = (1.0, 0.75, 0.5, 0.25, 0.1)
@@ -82,9 +81,9 @@ def measure_round_trip(
     num_rows: int,
     config: RecoverConfig = RecoverConfig(),  # noqa: B008 - frozen
 ) -> RoundTrip:
-    """Measure a dictionary on ``num_rows`` rows, given in batches; massive ones are ignored.
+    """Measure a dictionary on at most ``num_rows`` rows, given in batches without massive ones.
 
-    Raises LlmWsaeError if no row is left or no latent fires on any; UsageError for rows of another
+    Raises LlmWsaeError if there is no row or no latent fires on any; UsageError for rows of another
     width.
     """
     every = _Collector(dictionary, num_rows, config)
@@ -103,7 +102,6 @@ class _Collector:
         self._is_sampled = torch.zeros(num_rows, dtype=torch.bool)
         self._is_sampled[wanted] = True
         self._draw = torch.Generator().manual_seed(config.seed)
-        self._rows_before = 0
         self._sampled: list[Tensor] = []
         self._sums = RoundTripSums(d_sae)
         self._thinned = {p: RoundTripSums(d_sae) for p in KEPT}
@@ -115,15 +113,11 @@ class _Collector:
     def look(self, number: int, batch: Tensor) -> None:
         """Take in a batch of rows, the ``number``-th."""
         dictionary = self._dictionary
-        batch = batch.to(dictionary.W_enc)
-        usable = not_massive(dictionary, batch)
-        stop = self._rows_before + len(batch)
-        sampled = self._is_sampled[self._rows_before : stop].to(usable.device)
-        self._rows_before = stop
-        self._sampled.append(batch[usable & sampled])
-        x = batch[usable]
+        x = batch.to(dictionary.W_enc)
         if len(x) == 0:
             return
+        before = self._sums.rows
+        self._sampled.append(x[self._is_sampled[before : before + len(x)].to(x.device)])
         z = dictionary.encode_sparse(x)
         decoded = dictionary.decode(z)
         r = dictionary.encode_sparse(decoded)
@@ -159,8 +153,10 @@ class _Collector:
                 f"no latent of {self._dictionary.info.name} fires on {self._sums.rows:,} rows; "
                 "name a store of the model that it was trained on"
             )
-        codes = _stacked(self._codes)
-        strength = _medians(codes)
+        codes = csr_matrix(vstack(self._codes))
+        sampled = torch.cat(self._sampled)
+        order = torch.randperm(len(sampled), generator=self._draw)
+        injected = strengths(codes, len(sampled))[:, order]
         total = torch.from_numpy(np.asarray(codes.sum(0, dtype=np.float64)).ravel())
         latents, taken = takers(self._dictionary, codes)
         return RoundTrip(
@@ -169,8 +165,8 @@ class _Collector:
                 CurvePoint(s.l0, s.vanished_share, s.mean_shrunk, s.false_per_row)
                 for s in self._thinned.values()
             ],
-            strength=strength,
-            injection=inject(self._dictionary, torch.cat(self._sampled), strength),
+            strength=strengths(codes, 1)[:, 0],
+            injection=inject(self._dictionary, sampled, injected),
             refit=torch.where(total > 0, self._refit / total, torch.nan),
             refit_share=self._refit_by_z / self._z_by_z,
             takers=latents,
@@ -189,19 +185,19 @@ def _csr(codes: Codes, d_sae: int) -> csr_matrix:
     return csr_matrix((value, (row, column)), shape=(len(used), d_sae))
 
 
-def _stacked(parts: list[csr_matrix]) -> csr_matrix:
-    from scipy.sparse import vstack
+def strengths(codes: csr_matrix, count: int) -> Float[Tensor, "d_sae count"]:
+    """``count`` activations of every latent, ascending: one from the middle of each of as many
+    equal parts of its firings, so that one alone is the median. NaN for a latent that never fires.
 
-    return csr_matrix(vstack(parts, format="csr"))
-
-
-def _medians(codes: csr_matrix) -> Float[Tensor, " d_sae"]:
-    """The median of every column's entries, the lower one of two; NaN for an empty column."""
+    ``codes`` [rows, d_sae] holds the activations.
+    """
     by_latent = codes.tocsc()
-    counts = np.diff(by_latent.indptr)
-    column = np.repeat(np.arange(len(counts)), counts)
-    ordered = by_latent.data[np.lexsort((by_latent.data, column))]
-    found = np.full(len(counts), np.nan)
+    first, counts = by_latent.indptr[:-1], np.diff(by_latent.indptr)
+    latent = np.repeat(np.arange(len(counts)), counts)
+    ordered = by_latent.data[np.lexsort((by_latent.data, latent))]
+    middle = (np.arange(count) + 0.5) / count
+    found = np.full((len(counts), count), np.nan)
     fires = counts > 0
-    found[fires] = ordered[by_latent.indptr[:-1][fires] + (counts[fires] - 1) // 2]
+    place = first[fires, None] + (middle * counts[fires, None]).astype(np.int64)
+    found[fires] = ordered[place]
     return torch.from_numpy(found)
