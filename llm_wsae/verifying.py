@@ -22,6 +22,7 @@ from llm_wsae.dictionary.folder import CFG, check_folder, files_without_digest, 
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
+from llm_wsae.pages.latent_measures import RECOVERY
 from llm_wsae.studies import consistency
 from llm_wsae.studies.folder import BASIS, CONSISTENCY, read_basis, read_results
 from llm_wsae.studies.jobs import GROUP
@@ -42,8 +43,8 @@ class Found:
     """What a check found."""
 
     kind: str
-    """``store``, ``dictionary``, ``training``, ``study``, ``theory``, ``run``, ``record`` or
-    ``weights file``."""
+    """``store``, ``dictionary``, ``training``, ``study``, ``theory``, ``run``, ``recovery report``,
+    ``record`` or ``weights file``."""
     advance: Callable[[int], object] = field(default=lambda size: None, repr=False)
     """Told the bytes of every file that was checked."""
     problems: list[str] = field(default_factory=list)
@@ -118,10 +119,12 @@ def _kind(folder: Path, names: set[str]) -> str:
         return "theory"
     if any((folder / name / own).is_file() for name in names for own in _OF_RUN):
         return "run"
+    if RECOVERY in names:
+        return "recovery report"
     raise LlmWsaeError(
         f"{folder} is not a store (with a {MANIFEST}), a dictionary (with a {CFG}), a training "
         f"(with a {FINISHED} or {CHECKPOINT}), a study (with a {BASIS}), planted "
-        f"experiments (with a {REPORT}) or the folder of a run"
+        f"experiments (with a {REPORT}), a recovery report ({RECOVERY}) or the folder of a run"
     )
 
 

@@ -29,19 +29,20 @@ def recover(
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.evaluation.round_trip.figure import plot_recovery
     from llm_wsae.evaluation.round_trip.recovering import recover as measure_all
-    from llm_wsae.evaluation.round_trip.report import COMMAND, FIGURE, FILE
+    from llm_wsae.evaluation.round_trip.report import FIGURE
+    from llm_wsae.pages.latent_measures import RECOVER, RECOVERY
 
     if out is not None:  # before the work
-        is_ours = is_record_of(COMMAND)
-        check_file(out / FILE, is_ours)
-        check_file(out / FIGURE, lambda _: is_ours(out / FILE))
+        is_ours = is_record_of(RECOVER)
+        check_file(out / RECOVERY, is_ours)
+        check_file(out / FIGURE, lambda _: is_ours(out / RECOVERY))
     names = names_of(dictionaries)
     opened = ActivationStore.open(store)
     loaded = {name: Dictionary.load(path, site=site) for name, path in names.items()}
     report = measure_all(loaded, opened, measure)
     text = [report.table()]
     if out is not None:
-        report.write(out / FILE)
+        report.write(out / RECOVERY)
         plot_recovery(report, out / FIGURE)
-        text.append(f"report  {out / FILE}\nfigure  {out / FIGURE}")
+        text.append(f"report  {out / RECOVERY}\nfigure  {out / FIGURE}")
     return report.to_dict(), "\n\n".join(text)

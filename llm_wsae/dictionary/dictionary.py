@@ -7,6 +7,7 @@ Centring and scaling of the inputs were folded into the four tensors, so encodin
 project by name.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,10 @@ class Dictionary(nn.Module):
     def site(self) -> Site:
         """The point of the residual stream whose rows it encodes."""
         return Site.parse(self.info.site)
+
+    def decoder_digest(self) -> str:
+        """SHA-256 of the decoder's float32 numbers: what tells that a report is about it."""
+        return hashlib.sha256(self.W_dec.detach().cpu().numpy().tobytes()).hexdigest()
 
     def encode_sparse(self, x: Float[Tensor, "*rows d_in"]) -> Codes:
         """The active latents of every row: indices and values ``[*rows, k]``.

@@ -1,31 +1,26 @@
 """``dashboard``: one HTML file that shows what dictionaries found. It opens without a network."""
 
 import html
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
-from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import read_own_json, write_text
+from llm_wsae.errors import UsageError
+from llm_wsae.files import write_text
 from llm_wsae.inspecting.readout import Readout, Vocabulary
 from llm_wsae.inspecting.sentence import check_width, read_sentence
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outputs import check_file
-from llm_wsae.outside import check_number, mapping, number
+from llm_wsae.outside import check_number
 from llm_wsae.pages.collecting import collect
 from llm_wsae.pages.frame import filled, is_page
+from llm_wsae.pages.latent_measures import read_recovery, read_scores
 from llm_wsae.pages.payload import (
     DENSE,
-    SCORES,
     Latents,
     Words,
     facts,
@@ -63,6 +58,7 @@ def dashboard(
     bands: int = 10,
     rows: int | None = None,
     scores: Path | str | None = None,
+    recovery: Path | str | None = None,
     live: bool = False,
 ) -> Dashboard:
     """Write one HTML file that shows what dictionaries of a site found in a store.
@@ -71,8 +67,10 @@ def dashboard(
     folders, ``model`` is a LanguageModel or whatever ``LanguageModel.load`` takes. ``top`` contexts
     and one of each of ``bands`` quantile bands of the activation are shown for every latent;
     ``prompts`` are sentences whose latents are shown token by token; ``rows`` limits how many rows
-    of the store are looked at. ``scores`` is a report of ``evaluate --monosemantic``, whose scores
-    of latents become measures here. ``live`` adds the panels that ask a server (``live.serve``).
+    of the store are looked at. ``scores`` is a report of ``evaluate --monosemantic``, ``recovery``
+    one of ``recover``; what they say of latents becomes measures here. A recovery.json beside a
+    dictionary's folder that is about it is found. ``live`` adds the panels that ask a server
+    (``live.serve``).
 
     The rows are encoded in one pass, and those of contexts with examples are read once more. Memory
     grows with the store by only 4 bytes a row, and 4 more for each dictionary.
@@ -92,6 +90,7 @@ def dashboard(
         check_number(what, count, 1, _MOST_EXAMPLES)
     check_number("rows", 1 if rows is None else rows, 1)
     scored = {} if scores is None else read_scores(Path(scores), named)
+    recovered = read_recovery(None if recovery is None else Path(recovery), named)
     words = Words(Vocabulary(model.tokenizer))
     sentences = [
         {name: read_sentence(model, dictionary, text) for name, dictionary in named.items()}
@@ -115,7 +114,8 @@ def dashboard(
         chunks = list(latents.chunks())
         parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(chunks)]
         cosine = latents.neighbours[1][:, 0]
-        columns = table(dictionary, own, cosine, beside, scored.get(name, {}))
+        measures = {**scored.get(name, {}), **recovered.get(name, {})}
+        columns = table(dictionary, own, cosine, beside, measures)
         parts.append((f"table-{index}", packed(columns)))
         parts.append((f"search-{index}", packed(latents.search)))
         partner = None if other is None else names.index(other)
@@ -163,35 +163,3 @@ def named_dictionaries(
             f"a page shows dictionaries of one site, but these are of {' and '.join(sorted(sites))}"
         )
     return named
-
-
-def read_scores(
-    report: Path, dictionaries: Mapping[str, Dictionary]
-) -> dict[str, dict[str, Float[Tensor, " d_sae"]]]:
-    """The scores of latents that ``evaluate --monosemantic`` found, by dictionary; NaN where a
-    latent has none.
-
-    Raises LlmWsaeError for a file that cannot be read or is about other dictionaries.
-    """
-    read = mapping(read_own_json(report, "report of evaluate --monosemantic"))
-    theirs = mapping(mapping(read.get("monosemanticity")).get("dictionaries"))
-    found: dict[str, dict[str, Tensor]] = {}
-    for name in [name for name in dictionaries if name in theirs]:
-        columns = mapping(mapping(theirs[name]).get("per_latent"))
-        d_sae = dictionaries[name].d_sae
-        for key in [key for key in SCORES if key in columns]:
-            column = columns[key]
-            if not isinstance(column, list) or len(column) != d_sae:
-                raise LlmWsaeError(
-                    f"{report} does not hold a {key} of each of the {d_sae:,} latents of {name}; "
-                    "it was made with another dictionary of that name"
-                )
-            values = [number(value) for value in column]
-            numbers = [math.nan if value is None else value for value in values]
-            found.setdefault(name, {})[key] = torch.tensor(numbers)
-    if not found:
-        raise LlmWsaeError(
-            f"{report} holds no scores of latents of {' or '.join(dictionaries)}; "
-            "`llm-wsae evaluate --monosemantic` writes them"
-        )
-    return found

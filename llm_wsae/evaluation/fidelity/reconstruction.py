@@ -7,10 +7,11 @@ mean, and training leaves them out. FVU is reported both without and with them.
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.evaluation.round_trip.sums import RoundTripSums
 
 DENSE_DENSITY = 0.1  # a latent is dense when it fires on more than this share of rows
 HISTOGRAM_LOW, HISTOGRAM_STEP = -7.0, 0.25  # log10 of the density
@@ -49,7 +50,7 @@ class ReconstructionSums:
         self.massive_error = torch.zeros(d_in, dtype=torch.float64)
         self.cosine = 0.0
         self.l2_ratio = 0.0
-        self.firings = torch.zeros(d_sae, dtype=torch.int64)
+        self.round_trip = RoundTripSums(d_sae)
 
     @torch.no_grad()
     def update(
@@ -65,8 +66,7 @@ class ReconstructionSums:
         # The bound only guards the quotient of an all-zero row.
         self.cosine += float(((x * y).sum(1) / (norm_x * norm_y).clamp(min=1e-300)).sum())
         self.l2_ratio += float((norm_y / norm_x.clamp(min=1e-300)).sum())
-        active = codes.indices[codes.values > 0].cpu()
-        self.firings += torch.bincount(active, minlength=len(self.firings))
+        self.round_trip.update(codes, dictionary.encode_sparse(reconstruction))
         return reconstruction
 
     @torch.no_grad()
@@ -77,6 +77,11 @@ class ReconstructionSums:
         reconstruction = dictionary(rows)
         self.massive_error += (exact(rows) - exact(reconstruction)).square().sum(0)
         return reconstruction
+
+    @property
+    def firings(self) -> Int[Tensor, " d_sae"]:
+        """Rows on which each latent fires."""
+        return self.round_trip.fires
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:

@@ -21,6 +21,9 @@ COLUMNS = {
     "dead %": "latents that never fire on this text",
     "dense %": "latents that fire on more than 10 % of the tokens",
     "cosine": "mean cosine between activation and reconstruction (1: perfect)",
+    "vanished %": "firings that are gone when the reconstruction is encoded again",
+    "shrunk %": "strength that the other firings lose on that way (below 0: they grow)",
+    "false": "latents per token that appear on that way",
 }
 
 OF_PAGE = {
@@ -64,6 +67,13 @@ class Fidelity:
     dead_share: float
     dense_share: float
     """Share of latents that fire on more than 10 % of the rows."""
+    vanished: float
+    """Of all firings z, the share that is gone when the reconstruction is encoded again, r = 0
+    (``round_trip.sums``)."""
+    shrunk: float
+    """Mean of (z − r)/z over the others."""
+    false_latents: float
+    """Latents per row with r > 0 and z = 0."""
     ce_clean: float
     """Cross-entropy of the model itself, per scored position (``next_token.scored_positions``)."""
     ce_spliced: float
@@ -190,4 +200,7 @@ def _cells(f: Fidelity) -> list[str]:
         f"{100 * f.dead_share:.1f}",
         f"{100 * f.dense_share:.1f}",
         f"{f.cosine:.3f}",
+        f"{100 * f.vanished:.1f}",
+        f"{100 * f.shrunk:+.1f}",
+        f"{f.false_latents:.2f}",
     ]

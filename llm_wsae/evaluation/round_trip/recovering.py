@@ -1,6 +1,5 @@
 """``recover``: the recovery report of dictionaries, on the last rows of a store."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
@@ -87,16 +86,11 @@ def _recovered(
     beside = frozen_random(dictionary, mean, trained.sums.l0, config.seed)
     return Recovered(
         site=dictionary.info.site,
-        sha256=decoder_digest(dictionary),
+        sha256=dictionary.decoder_digest(),
         trained=RecoveryNumbers.of(trained),
         random=RecoveryNumbers.of(measure_round_trip(beside, batches(), rows, config)),
         per_latent=per_latent(trained),
     )
-
-
-def decoder_digest(dictionary: Dictionary) -> str:
-    """SHA-256 of the decoder's float32 numbers."""
-    return hashlib.sha256(dictionary.W_dec.detach().cpu().numpy().tobytes()).hexdigest()
 
 
 def _notes(dictionaries: Mapping[str, Dictionary], store: ActivationStore) -> list[str]:

@@ -5,18 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.round_trip.measuring import CurvePoint, RoundTrip
-from llm_wsae.files import read_own_json, write_json
-from llm_wsae.outside import mapping, number
+from llm_wsae.files import write_json
+from llm_wsae.pages.latent_measures import RECOVER
 from llm_wsae.provenance import plain, versions
 from llm_wsae.terminal import aligned
 
-FILE, FIGURE = "recovery.json", "recovery.png"
-COMMAND = "recover"
+FIGURE = "recovery.png"
 COLUMNS = {
     "L0": "mean number of active latents per token",
     "vanished %": "firings that are gone after the codes are decoded and encoded again",
@@ -31,8 +28,6 @@ COLUMNS = {
     "gap": "error of the round trip in the dimensions less that in the latents, over the energy of "
     "the codes (theorem 4; below 0: the loss on the dimensions does not see it)",
 }
-PER_LATENT = ("vanished", "shrunk", "false", "missed")
-"""What a page shows of every latent."""
 _DIGITS = 6
 
 
@@ -140,7 +135,7 @@ class RecoveryReport:
 
     def write(self, path: Path) -> None:
         """Write the JSON report. Raises LlmWsaeError if that is impossible."""
-        write_json(path, {"command": COMMAND, "versions": versions(), **self.to_dict()})
+        write_json(path, {"command": RECOVER, "versions": versions(), **self.to_dict()})
 
     def table(self) -> str:
         """A table for people, with the meaning of each column below it."""
@@ -173,36 +168,6 @@ def per_latent(found: RoundTrip) -> dict[str, list[Any]]:
             for latents, shares in pairs
         ],
     }
-
-
-def read_recovery(
-    path: Path, sizes: dict[str, int], digests: dict[str, str]
-) -> dict[str, dict[str, Tensor]]:
-    """What a report says of every latent, by dictionary; NaN where it says nothing.
-
-    ``sizes`` and ``digests`` tell the dictionaries' numbers of latents and the digests of their
-    decoders by name. Those that the report does not know are left out.
-
-    Raises LlmWsaeError for a file that cannot be read, or is about another dictionary of that name.
-    """
-    read = mapping(read_own_json(path, "recovery report"))
-    theirs = mapping(read.get("dictionaries"))
-    found: dict[str, dict[str, Tensor]] = {}
-    for name in [name for name in sizes if name in theirs]:
-        one = mapping(theirs[name])
-        columns = mapping(one.get("per_latent"))
-        lists = [columns.get(key) for key in PER_LATENT]
-        fits = all(isinstance(c, list) and len(c) == sizes[name] for c in lists)
-        if one.get("sha256") != digests[name] or not fits:
-            raise LlmWsaeError(
-                f"{path} is about another dictionary with the name {name}; run llm-wsae {COMMAND} "
-                "for this one"
-            )
-        found[name] = {
-            key: torch.tensor([math.nan if (n := number(v)) is None else n for v in column or ()])
-            for key, column in zip(PER_LATENT, lists, strict=True)
-        }
-    return found
 
 
 def _median(values: Tensor) -> float:

@@ -349,7 +349,7 @@ def test_variance_keeps_its_digits_far_from_zero():
 def test_densities_and_their_histogram():
     made = ReconstructionSums(2, 5)
     made.count = 1000
-    made.firings = torch.tensor([0, 1, 10, 150, 1000])
+    made.round_trip.fires = torch.tensor([0, 1, 10, 150, 1000])
     assert made.l0 == pytest.approx(1.161)
     assert made.dead_share == 0.2 and made.dense_share == 0.4
     edges, counts = made.histogram()
