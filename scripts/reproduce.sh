@@ -3,6 +3,7 @@
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   study         the study of weights at two sites of SmolLM2-135M
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
+#   round-trip    whether the recovery report finds what is known of planted features
 #   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
 #   gba           group bias adaptation on planted data and beside the other architectures
 #   explain       a small language model explains latents, behind llama.cpp's server (15 minutes)
@@ -15,8 +16,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | recovery | whitening | gba | explain | interop) ;; *)
-  sed -n '2,11s/^# //p' "$0" >&2
+case $what in checkpoints | study | recovery | round-trip | whitening | gba | explain | interop) ;; *)
+  sed -n '2,12s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -47,6 +48,9 @@ study)
   ;;
 recovery)
   .venv/bin/python scripts/results_recovery.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
+  ;;
+round-trip)
+  .venv/bin/python scripts/results_round_trip.py --smollm2 "$model" "$@"
   ;;
 whitening)
   .venv/bin/python scripts/results_whitening.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"

@@ -130,6 +130,18 @@ def test_the_section_of_recovery_is_that_of_the_measurements(monkeypatch, tmp_pa
     assert len({record["label"] for record in results_recovery.read("smollm2")}) > 15
 
 
+def test_the_tables_of_the_recovery_report_are_those_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_archive
+    import results_round_trip
+
+    results_archive.unpack(results_round_trip.ARCHIVE, tmp_path / "results")
+    monkeypatch.setattr(results_round_trip, "RUN", tmp_path)
+    page = results_round_trip.PAGE.read_text(encoding="utf-8")
+    found = page.partition("<!-- begin round trip -->")[2].partition("<!-- end round trip -->")[0]
+    agree(found.strip(), results_round_trip.section())
+
+
 def test_the_section_on_whitening_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_archive

@@ -150,6 +150,8 @@ def by_hand(model, contexts, one: Dictionary, threshold: float) -> dict:
                     scored += name == "clean"
     y, latents = one(x), one.encode(x)
     density = (latents > 0).double().mean(0)
+    again = one.encode(y)
+    fires, both = latents > 0, (latents > 0) & (again > 0)
     ce = {n: v / scored for n, v in ce.items()}
     return {
         "rows": len(x),
@@ -163,6 +165,9 @@ def by_hand(model, contexts, one: Dictionary, threshold: float) -> dict:
         "l0": float((latents > 0).sum(1).double().mean()),
         "dead_share": float((density == 0).double().mean()),
         "dense_share": float((density > 0.1).double().mean()),
+        "vanished": float(1 - both.sum() / fires.sum()),
+        "shrunk": float((1 - again / latents)[both].mean()),
+        "false_latents": float(((again > 0) & ~fires).sum()) / len(x),
         "ce_clean": ce["clean"],
         "ce_spliced": ce["spliced"],
         "ce_zero_ablated": ce["zero"],
@@ -393,7 +398,17 @@ def test_report_is_json_and_a_table(model, contexts, tmp_path):
     low, high = found.ce_recovered_interval
     assert f"{found.ce_recovered:.3f} [{low:.3f}, {high:.3f}]" in lines[2]
     assert len({len(line) for line in lines[2:4]}) == 1
-    for column in ("FVU", "CE recovered", "KL", "L0", "dead %", "dense %", "cosine"):
+    for column in (
+        "FVU",
+        "CE recovered",
+        "KL",
+        "L0",
+        "dead %",
+        "dense %",
+        "cosine",
+        "vanished %",
+        "false",
+    ):
         assert column in lines[0]
         assert any(line.startswith(column) for line in lines[4:]), column
     assert "trained on other weights" in table and "contexts are few" in table
