@@ -101,8 +101,8 @@ def test_the_pages_of_the_commands_run(world, hub):
         "theory": "--steps 20 --rows 200",
     }
     write_jsonl(world / "articles.jsonl", [60] * 300)
-    order = ["harvest", "merge", "train", "weigh", "evaluate", "inspect", "dashboard", "export",
-             "verify", "run", "push", "list", "pull", "theory"]  # fmt: skip
+    order = ["harvest", "merge", "train", "weigh", "evaluate", "recover", "inspect",
+             "dashboard", "export", "verify", "run", "push", "list", "pull", "theory"]  # fmt: skip
     lines = {name: [words for page, words in commands() if page == f"docs/commands/{name}.md"]
              for name in order}  # fmt: skip
     for name in order:
