@@ -33,7 +33,8 @@ def plot_recovery(report: RecoveryReport, path: Path) -> None:
             _curve(axis, one.random, key, scale, GREY, None, "--")
             _curve(axis, one.trained, key, scale, colours[name], name, "-")
         axis.plot([], [], "--", color=GREY, label="frozen random")
-        axis.set(xscale="log", xlabel="latents kept on a token", ylabel=label)
+        axis.set(xlabel="latents kept on a token", ylabel=label)
+        axis.set_xlim(left=0)
         tidy(axis)
     for axis, (key, label, scale, is_ratio) in zip(below, _LATENTS, strict=True):
         for name, one in report.dictionaries.items():
