@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from llm_wsae.outside import check_numbers
 
-MOST_INJECTIONS = 100_000  # rows, each of which is encoded once for every latent
+MOST_INJECTIONS = 4096  # rows, among which latents are selected anew for every latent
 
 
 @dataclass(frozen=True)

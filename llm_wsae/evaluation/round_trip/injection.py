@@ -5,11 +5,13 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import to_dense
 
 _LATENTS_AT_ONCE = 64
+_SHORT = 1.0  # seconds of work that need no bar
 
 
 class Injection(NamedTuple):
@@ -40,7 +42,8 @@ def inject(
     rows = torch.zeros(dictionary.d_sae, dtype=torch.int64)
     missed, answer = torch.full((2, dictionary.d_sae), torch.nan, dtype=torch.float64)
     wanted = (silent.any(0).cpu() & ~strength.isnan().any(1)).nonzero()[:, 0]
-    for latents in wanted.split(_LATENTS_AT_ONCE):
+    groups = wanted.split(_LATENTS_AT_ONCE)
+    for latents in tqdm(groups, desc="inject", unit="64 latents", leave=False, delay=_SHORT):
         directions = dictionary.W_dec[latents] @ dictionary.W_enc
         for latent, direction in zip(latents.tolist(), directions, strict=True):
             where = silent[:, latent]

@@ -77,7 +77,7 @@ class RoundTrip:
 @torch.no_grad()
 def measure_round_trip(
     dictionary: Dictionary,
-    batches: Iterable[Float[Tensor, "batch d_in"]],
+    batches: Iterable[Float[Tensor, "_ d_in"]],
     num_rows: int,
     config: RecoverConfig = RecoverConfig(),  # noqa: B008 - frozen
 ) -> RoundTrip:

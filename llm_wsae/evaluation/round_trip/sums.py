@@ -12,6 +12,7 @@ from torch import Tensor
 from llm_wsae.dictionary.sparsity import to_dense
 from llm_wsae.sparse.codes import Codes
 
+_ROWS_AT_ONCE = 256  # made dense to compare them
 MOSTLY = 0.5  # a latent vanishes mostly if it does on at least half of its firings
 
 
@@ -28,6 +29,17 @@ class RoundTripSums:
 
     def update(self, z: Codes, r: Codes) -> None:
         """Add the codes of some rows, and what the round trip makes of them."""
+        size = _ROWS_AT_ONCE
+        parts = (
+            z.indices.split(size),
+            z.values.split(size),
+            r.indices.split(size),
+            r.values.split(size),
+        )
+        for z_indices, z_values, r_indices, r_values in zip(*parts, strict=True):
+            self._add(Codes(z_indices, z_values), Codes(r_indices, r_values))
+
+    def _add(self, z: Codes, r: Codes) -> None:
         d_sae = len(self.fires)
         fires = z.values > 0
         latent, before = z.indices[fires].cpu(), z.values[fires].cpu().double()

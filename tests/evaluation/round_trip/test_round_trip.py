@@ -15,6 +15,8 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.round_trip import sums
+from llm_wsae.evaluation.round_trip.injection import inject
 from llm_wsae.evaluation.round_trip.measuring import KEPT, measure_round_trip
 from llm_wsae.evaluation.round_trip.random_dictionary import frozen_random
 from llm_wsae.model.site import Site
@@ -64,7 +66,8 @@ class Slow:
 
 
 @pytest.mark.parametrize("kind", ["topk", "relu", "jumprelu"])
-def test_every_number_is_that_of_a_slow_look(kind):
+def test_every_number_is_that_of_a_slow_look(kind, monkeypatch):
+    monkeypatch.setattr(sums, "_ROWS_AT_ONCE", 30)
     one = of_kind(kind)
     slow = Slow(one)
     x = 2 * torch.randn(ROWS, D_IN, generator=torch.Generator().manual_seed(5))
@@ -137,8 +140,6 @@ def test_every_number_is_that_of_a_slow_look(kind):
 
 @pytest.mark.parametrize("kind", ["topk", "relu", "jumprelu"])
 def test_an_injection_is_a_row_with_the_direction_added(kind):
-    from llm_wsae.evaluation.round_trip.injection import inject
-
     one, draw = of_kind(kind), torch.Generator().manual_seed(6)
     slow, x = Slow(one), torch.randn(30, D_IN, generator=draw)
     strength = 3 * torch.rand(D_SAE, 30, generator=draw)
