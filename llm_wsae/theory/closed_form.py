@@ -30,9 +30,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import UsageError
+from llm_wsae.theory.optimum import Weights, gap_matrix, weighted
 from llm_wsae.theory.superposition import features_from_uniform
-
-Weights = Float[Tensor, "n_p"] | Float[Tensor, "n_p n_p"]  # γ, or the whole matrix Γ
 
 _TOLERANCE = 1e-6
 _SPARSEST = 0.9999
@@ -69,20 +68,12 @@ def sae_loss(
     """L_SAE = E‖x_p − W_mᵀ ReLU(W_m x_p)‖² of a tied dictionary W_m; with weights the weighted
     L_WSAE = E‖Γ(x_p − x̂_p)‖²."""
     error = x_p - (x_p @ dictionary.T).relu() @ dictionary
-    return _weighted(error, weights).square().sum(1).mean()
+    return weighted(error, weights).square().sum(1).mean()
 
 
 def truth_loss(mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]) -> Float[Tensor, ""]:
     """L_GT = E‖x − r‖², the loss on the true features at W_m = (W_p, 0)ᵀ."""
     return (x - recovered(mixing, x)).square().sum(1).mean()
-
-
-def gap_matrix(
-    mixing: Float[Tensor, "n_p n"], weights: Weights | None = None
-) -> Float[Tensor, "n n"]:
-    """W_pᵀ ΓᵀΓ W_p − I (theorem 5; theorem 4 without weights): 0 would close the gap."""
-    seen = _weighted(mixing.T, weights)
-    return seen @ seen.T - torch.eye(mixing.shape[1], dtype=mixing.dtype)
 
 
 def loss_gap(
@@ -246,9 +237,3 @@ def _connected(linked: Tensor, names: list[int]) -> tuple[tuple[int, ...], ...]:
                 border += linked[one].nonzero()[:, 0].tolist()
         groups.append(tuple(sorted(names[i] for i in group)))
     return tuple(groups)
-
-
-def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return rows
-    return rows * weights if weights.ndim == 1 else rows @ weights.T

@@ -3,7 +3,7 @@
 A difference is an arm's L_GT minus the plain arm's on the same seed. An arm is better only if it
 passes two comparisons: with the plain arm, after Holm's correction over the arms of the experiment,
 and with each control on the same schedule, because almost any disturbance helps a training that is
-stuck in a local optimum. Permuted weights are compared like all others, but no claim is made about
+stuck in a local optimum. Matched controls are compared like all others, but no claim is made about
 them, so the correction does not count them.
 """
 
@@ -44,11 +44,15 @@ class ArmSummary:
 
     l_gt: float
     change: Change
+    l_gt_one_scale: float
+    """L_GT with one scale for all features (``recovery.Recovery``)."""
+    change_one_scale: Change
+    """Its change, in per cent of the plain arm's."""
     wins: int
     """Seeds on which L_GT is lower than plain."""
     p_holm: float
     """P-value of the paired t-test, adjusted for the arms of the experiment (Holm 1979); not
-    adjusted for permuted weights."""
+    adjusted for matched controls."""
     against: dict[str, Change]
     """Change relative to each of its controls, by name; empty for a control."""
     mmcs: float
@@ -56,6 +60,10 @@ class ArmSummary:
     recovered: float
     features_per_latent: float
     fvu: float
+    absorbed: float | None
+    """None where no feature has a parent, or no child is ever active."""
+    merged: float | None
+    """None where no features are related."""
     verdict: str
     """One of ``VERDICTS``."""
 
@@ -67,8 +75,7 @@ def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
         for arm, measures in units[0]["arms"].items()
     }
     plain_loss = values[PLAIN]["l_gt"]
-    percent = 100 / plain_loss.mean()
-    differences = {arm: (v["l_gt"] - plain_loss) * percent for arm, v in values.items()}
+    differences = {arm: _per_cent(v["l_gt"], plain_loss) for arm, v in values.items()}
     p_values = {arm: _p_value(differences[arm]) for arm in values}
     adjusted = dict(zip(SHOWN, holm([p_values[arm] for arm in SHOWN]), strict=True))
     found = {}
@@ -82,6 +89,10 @@ def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
         found[arm] = ArmSummary(
             l_gt=float(v["l_gt"].mean()),
             change=change,
+            l_gt_one_scale=float(v["l_gt_one_scale"].mean()),
+            change_one_scale=_change(
+                _per_cent(v["l_gt_one_scale"], values[PLAIN]["l_gt_one_scale"])
+            ),
             wins=int((differences[arm] < 0).sum()),
             p_holm=p,
             against=against,
@@ -90,9 +101,20 @@ def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
             recovered=float(v["recovered"].mean()),
             features_per_latent=float(v["features_per_latent"].mean()),
             fvu=float(v["fvu"].mean()),
+            absorbed=_mean_if_measured(v["absorbed"]),
+            merged=_mean_if_measured(v["merged"]),
             verdict=_verdict(change, p, against),
         )
     return found
+
+
+def _per_cent(values: np.ndarray, plain: np.ndarray) -> np.ndarray:
+    return (values - plain) * (100 / plain.mean())
+
+
+def _mean_if_measured(values: np.ndarray) -> float | None:
+    mean = float(values.mean())  # None is NaN here
+    return None if math.isnan(mean) else mean
 
 
 def _p_value(differences: np.ndarray) -> float:

@@ -24,7 +24,7 @@ class Experiment:
 
 # The middle rate is the default. 0.001 is Adam's usual rate and leaves dictionaries unfinished;
 # 0.04 gives the best plain dictionaries at S = 0.5.
-EXPERIMENTS: dict[str, Experiment] = {
+_STANDARD: dict[str, Experiment] = {
     "digon-0.5": Experiment("digon", 0.5, 0.01, "the closed form's own position, dense"),
     "digon-0.7": Experiment("digon", 0.7, 0.01, "the same, sparser"),
     "mixed-0.5": Experiment("mixed", 0.5, 0.01, "dense mixture: local optima"),
@@ -40,13 +40,21 @@ EXPERIMENTS: dict[str, Experiment] = {
     "toy-40-0.9": Experiment("toy-40", 0.9, 0.01, "trained superposition, 40 in 20"),
     "toy-200-0.95": Experiment("toy-200", 0.95, 0.01, "trained superposition, 200 in 20"),
 }
+_RELATED: dict[str, Experiment] = {
+    "hierarchy-0.9": Experiment("hierarchy", 0.9, 0.01, "8 parents, 2 children each"),
+    "hierarchy-off-0.9": Experiment("hierarchy-off", 0.9, 0.01, "the same rates, independent"),
+    "correlated-0.9": Experiment("correlated", 0.9, 0.01, "groups of 4, copula ρ = 0.8"),
+    "correlated-off-0.9": Experiment("correlated-off", 0.9, 0.01, "the same groups, independent"),
+}
+EXPERIMENTS: dict[str, Experiment] = _STANDARD | _RELATED
+"""Those that run by default, then related features, each with a twin of independent ones."""
 
 
 @dataclass(frozen=True)
 class TheoryConfig:
     """Settings of the planted experiments."""
 
-    experiments: tuple[str, ...] = tuple(EXPERIMENTS)
+    experiments: tuple[str, ...] = tuple(_STANDARD)
     """Names of the experiments."""
     seeds: tuple[int, ...] = tuple(range(10))
     """Seeds of each experiment: of the data, initial weights and rows, which all arms share.

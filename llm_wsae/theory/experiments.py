@@ -20,6 +20,7 @@ from llm_wsae.outputs import check_folder
 from llm_wsae.provenance import versions
 from llm_wsae.sparse.backends.reference import EPSILON
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.theory.closed_form import (
     check_assumptions,
     gap_matrix,
@@ -112,6 +113,7 @@ def run_unit(
     statistics.update(sample, torch.zeros(len(sample), dtype=torch.int64))
     known = Known(
         statistics,
+        second_moment=SecondMoment(len(data.mixing)).update(sample),
         fisher=fisher(data, sample),
         coherence=coherence(data, seen, generator(seed, Stream.STRANGERS)),
         truth=data,
@@ -122,7 +124,7 @@ def run_unit(
 
     early = [name for name, arm in ARMS.items() if not arm.needs_dictionary]
     recovered, dictionaries = train(early, known)
-    first = dictionaries[early.index(PLAIN)]
+    first = dictionaries[PLAIN]
     energy = encode_tied(first, sample, k).square().mean(0)
     used = energy > 0  # dead latents still have their initial directions
     known = replace(known, decoder=first[used], energy=energy[used])
@@ -152,25 +154,41 @@ class _Trainer:
     seed: int
     check: Check
 
-    def __call__(self, names: list[str], known: Known) -> tuple[dict[str, Recovery], Tensor]:
+    def __call__(
+        self, names: list[str], known: Known
+    ) -> tuple[dict[str, Recovery], dict[str, Tensor]]:
+        """What each arm recovers, and its dictionary as it was trained."""
+        found, dictionaries = {}, {}
+        for is_matrix in (False, True):
+            alike = [name for name in names if ARMS[name].is_matrix == is_matrix]
+            if alike:
+                some, w = self._train(alike, known)
+                found |= some
+                dictionaries |= dict(zip(alike, w, strict=True))
+        return found, dictionaries
+
+    def _train(self, names: list[str], known: Known) -> tuple[dict[str, Recovery], Tensor]:
+        """Arms whose weights have one form; no matrix is a space."""
         arms = [ARMS[name] for name in names]
         gamma = torch.stack([weights(arm, known) for arm in arms])
-        as_space = torch.tensor([arm.space for arm in arms])[:, None]
-        factors = torch.where(as_space, gamma, 1.0)
+        factors = torch.ones(len(arms), len(self.data.mixing))
+        for place, arm in enumerate(arms):
+            if arm.space:
+                factors[place], gamma[place] = gamma[place].clone(), 1.0
         w = train_tied(
             self.data,
-            torch.where(as_space, 1.0, gamma),
+            gamma,
             torch.tensor([arm.annealed for arm in arms]),
             factors,
             self.schedule,
             number(self.seed, Stream.TRAIN),
             self.check,
         )
-        observed = self.data.observe(self.x)
+        observed, relations = self.data.observe(self.x), self.data.relations()
         found = {}
         for name, one, factor in zip(names, w, factors, strict=True):
             codes = encode_tied(one, observed * factor, self.schedule.k)
-            found[name] = measure(one / factor, codes, self.data.mixing, self.x)
+            found[name] = measure(one / factor, codes, self.data.mixing, self.x, relations)
         return found, w
 
 

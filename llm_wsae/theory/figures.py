@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from llm_wsae.drawing import BLUE, GREY, INK, ORANGE, VERMILLION, save, tidy
 from llm_wsae.theory.comparison import VERDICTS
 from llm_wsae.theory.report import SCORING, TheoryReport
-from llm_wsae.theory.rules import ARMS, PERMUTED, PLAIN, SHOWN
+from llm_wsae.theory.rules import ARMS, MATCHED, PLAIN, SHOWN
 
 _COLOURS = dict(zip(VERDICTS, (BLUE, ORANGE, VERMILLION, GREY), strict=True))
 _LINES = (INK, VERMILLION, BLUE, ORANGE)
@@ -57,7 +57,7 @@ def plot_changes(report: TheoryReport, path: Path) -> None:
             colour = _COLOURS[one.verdict]
             axis.errorbar(mean, place, xerr=error, fmt="o", ms=4, color=colour, capsize=2)
             for control in ARMS[arm].controls:
-                if ARMS[control].control == PERMUTED:
+                if ARMS[control].control == MATCHED:
                     at = report.arms[name][control].change.mean
                     axis.plot(at, place, "x", ms=5, color=INK)
         axis.axvline(0, color=INK, lw=0.8)
@@ -79,7 +79,7 @@ def plot_changes(report: TheoryReport, path: Path) -> None:
         Line2D([], [], marker="o", color=_COLOURS[verdict], label=label)
         for verdict, label in zip(VERDICTS, labels, strict=True)
     ]
-    label = "the same weights on the wrong dimensions"
+    label = "the same weights on the wrong dimensions (a matrix: random directions)"
     handles.append(Line2D([], [], marker="x", ls="", color=INK, label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(2, columns), frameon=False)
     save(figure, path)

@@ -1,9 +1,10 @@
 """The rules and arms of the planted experiments.
 
 The rules are those of ``weights.rules`` that score dimensions, given what they would see of a
-language model: observed rows, for some a first dictionary, for some the model itself. Two oracles
+language model: observed rows, for some a first dictionary, for some the model itself. Three oracles
 know the truth. An arm is a rule with an exponent and a way to use the weights. Each has two
-controls, used in the same way: its own weights on the wrong dimensions, and random weights.
+controls, used in the same way: its own weights on the wrong dimensions (a matrix: the same spectrum
+in random directions), and random weights.
 
 Planted data has neither a language model nor a text, but it has what they stand for: a row's true
 features are what its text is about, and the model that superposition is a toy of (Elhage et al.
@@ -21,12 +22,14 @@ from torch.nn.functional import normalize
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.theory.superposition import Planted
-from llm_wsae.weights import rules, scores
+from llm_wsae.theory.optimum import optimal_weights
+from llm_wsae.weights import matrix_rules, rules, scores
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.rules import Rule
 
-RANDOM, PERMUTED = CONTROLS = ("random", "permuted")
+RANDOM, MATCHED = CONTROLS = ("random", "matched")
+"""Kinds of control; the matched one has the arm's own weights, in the wrong places."""
 _OFF = 1e-4  # a feature read as less is off; in a rotated basis, rounding alone gives about 1e-7
 
 
@@ -49,6 +52,12 @@ def _gap_true(known: RuleInputs) -> Float[Tensor, " n_p"]:
     return scores.gap(cast(Known, known).truth.mixing.T)
 
 
+def _optimum_true(known: RuleInputs) -> Float[Tensor, "n_p n_p"]:
+    """The Γ that minimises it over all matrices, with the true W_p."""
+    return optimal_weights(cast(Known, known).truth.mixing)
+
+
+_OPTIMUM = Rule("optimum-true", matrix_fn=_optimum_true)
 _ORACLES = (
     Rule("participation-true", _participation_true),
     Rule("gap-true", _gap_true),
@@ -84,14 +93,24 @@ class Arm:
         return f"{self.rule.name}{exponent}{'-annealed' if self.annealed else ''}"
 
     @property
-    def control(self) -> str | None:
-        """Which kind of control the arm is; None if it is none."""
-        return RANDOM if self.rule.random else self.rule.control
+    def is_matrix(self) -> bool:
+        """Whether its weights are a matrix Γ."""
+        return not self.rule.has_scores
 
     @property
-    def permuted(self) -> "Arm":
-        """The control with the same weights, used in the same way, on the wrong dimensions."""
-        return replace(self, rule=self.rule.as_control("permuted"))
+    def control(self) -> str | None:
+        """Which of the ``CONTROLS`` the arm is; None if it is none."""
+        if self.rule.random:
+            return RANDOM
+        return None if self.rule.control is None else MATCHED
+
+    @property
+    def matched(self) -> "Arm":
+        """The control with the same weights, used in the same way, on the wrong dimensions; a
+        matrix has the same spectrum in random directions."""
+        return replace(
+            self, rule=self.rule.as_control("rotated" if self.is_matrix else "permuted")
+        )
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -99,7 +118,7 @@ class Arm:
         if self.control or self.rule.is_plain:
             return ()
         random = replace(self, rule=RULES[RANDOM], alpha=1.0)
-        return tuple(_NAMES[arm] for arm in (random, self.permuted) if arm in _NAMES)
+        return tuple(_NAMES[arm] for arm in (random, self.matched) if arm in _NAMES)
 
     @property
     def needs_dictionary(self) -> bool:
@@ -109,30 +128,39 @@ class Arm:
 
 def _arms() -> dict[str, Arm]:
     variance = RULES["variance"]
-    tried = [Arm(variance, -0.25), Arm(variance, 0.5), Arm(RULES["robust-variance"], 0.5)]
+    tried = [Arm(variance, alpha) for alpha in (-0.5, -0.25, 0.5)]
+    tried.append(Arm(RULES["robust-variance"], 0.5))
     tried += [Arm(RULES[rule]) for rule in ("variance", "kurtosis", "negentropy")]
     for rule in (RULES["hoyer"], RULES["participation"], RULES["gap"], *_ORACLES):
         tried += [Arm(rule), Arm(rule, annealed=True)]
+    whitening = rules.RULES["whitening"]
+    tried += [Arm(whitening), Arm(whitening, annealed=True), Arm(_OPTIMUM)]
     named = {"standardised": Arm(variance, -0.5, space=True)}
     named |= {arm.name: arm for arm in tried}
     controls = {arm.name: arm for arm in (Arm(RULES[RANDOM]), Arm(RULES[RANDOM], annealed=True))}
-    controls |= {f"{PERMUTED}:{name}": arm.permuted for name, arm in named.items()}
+    for name, arm in named.items():
+        controls[f"{arm.matched.rule.control}:{name}"] = arm.matched
     return {PLAIN: Arm(RULES[PLAIN_RULE])} | named | controls
 
 
 PLAIN, PLAIN_RULE = "plain", "uniform"
 ARMS: dict[str, Arm] = _arms()
 _NAMES = {arm: name for name, arm in ARMS.items()}
-SHOWN = tuple(name for name, arm in ARMS.items() if name != PLAIN and arm.control != PERMUTED)
-"""The arms of tables and figures without room for every arm's permuted weights."""
+SHOWN = tuple(name for name, arm in ARMS.items() if name != PLAIN and arm.control != MATCHED)
+"""The arms of tables and figures without room for every arm's matched control."""
 
 
-def weights(arm: Arm, known: Known) -> Float[Tensor, " n_p"]:
-    """The arm's weights γ = s^α, scaled so that the largest is 1. A score of 0 gives weight 0 for a
-    positive α and the largest finite weight for a negative one.
+def weights(arm: Arm, known: Known) -> Float[Tensor, " n_p"] | Float[Tensor, "n_p n_p"]:
+    """The arm's weights γ = s^α, scaled so that the largest is 1; of a matrix Γ = S^α, the largest
+    eigenvalue. A score of 0 gives weight 0 for a positive α and the largest finite weight for a
+    negative one.
 
     Raises LlmWsaeError if all scores are 0.
     """
+    if arm.is_matrix:
+        values, vectors = matrix_rules.spectrum(arm.rule.matrix(known, known.draw))
+        powers = values**arm.alpha
+        return ((vectors * powers / powers.max()) @ vectors.T).float()
     s = score(arm.rule, known)
     if float(s.max()) == 0:
         raise LlmWsaeError(f"the rule {arm.rule.name} scores every dimension 0; take more rows")

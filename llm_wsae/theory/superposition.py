@@ -13,6 +13,11 @@ loss:
   share dimensions.
 
 Frequencies and amplitudes can differ by feature, and a few dimensions can be made outliers.
+Features are independent, except in a ``Hierarchy``, where children need their parent, and
+``Correlated`` groups. Each has a twin with the same frequencies and relations but independent
+features (``hierarchy-off``, ``correlated-off``), so that what the relation does can be told from
+what its frequencies do.
+
 ``REGIMES`` has these kinds of data by name; a seed has a random stream for each thing drawn.
 """
 
@@ -32,7 +37,19 @@ _COHERENCE_STEPS, _COHERENCE_POWER = 500, 8
 # One dimension of each kind: with a lone feature, with a digon, with many features.
 OUTLIER_DIMENSIONS = (0, 9, 15)
 OUTLIER_FACTOR = 20.0
+FAMILIES = 8  # of a parent and two children each
+GROUP_SIZE, CORRELATION = 4, 0.8
 _STREAMS_PER_SEED = 8  # so that no two seeds share a stream
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Which features belong together."""
+
+    group: Int[Tensor, " n"]
+    """Number of each feature's group; a feature without relatives is alone in its own."""
+    parent: Int[Tensor, " n"] | None = None
+    """Number of each feature's parent, −1 for none; None where no feature has one."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,67 @@ class Planted:
     def observe(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n_p"]:
         """What a dictionary sees of true features: x_p = W_p x."""
         return x @ self.mixing.T
+
+    def relations(self) -> Relations | None:
+        """Which features belong together; None if none do."""
+        return None
+
+
+@dataclass(frozen=True)
+class Hierarchy(Planted):
+    """Features of which some are children: never active without their parent (one level deep).
+
+    ``probability`` is that of a feature alone, so a child's given its parent is p_child/p_parent.
+    A dictionary can save an active latent by writing the parent into its children's latents:
+    absorption (Chanin et al. 2024, arXiv 2409.14507).
+    """
+
+    parent: Int[Tensor, " n"]
+    """Number of each feature's parent, −1 for none."""
+    gated: bool = True
+    """Whether children need their parent; else all are independent, at the same frequencies."""
+
+    def features(self, rows: int, generator: torch.Generator) -> Float[Tensor, "rows n"]:
+        """Draw true features x."""
+        if not self.gated:
+            return super().features(rows, generator)
+        uniform = torch.rand(rows, self.num_features, generator=generator, dtype=self.mixing.dtype)
+        is_child = self.parent >= 0
+        needed = torch.where(is_child, self.probability[self.parent], 1.0)
+        x = features_from_uniform(uniform, self.probability / needed, self.amplitude)
+        return torch.where(is_child & (x[:, self.parent] == 0), 0.0, x)
+
+    def relations(self) -> Relations:
+        """A parent and its children are a group."""
+        own = torch.arange(self.num_features)
+        return Relations(torch.where(self.parent >= 0, self.parent, own), self.parent)
+
+
+@dataclass(frozen=True)
+class Correlated(Planted):
+    """Features whose groups tend to be active, and strong, together: a Gaussian copula.
+
+    Feature j has the uniform number Φ(√ρ·g + √(1 − ρ)·e_j), g standard normal and shared by its
+    group, so each feature alone is what it would be without a group.
+    """
+
+    group: Int[Tensor, " n"]
+    """Number of each feature's group, below n."""
+    correlation: float
+    """ρ, the correlation of the normal numbers behind two features of a group, in [0, 1]."""
+
+    def features(self, rows: int, generator: torch.Generator) -> Float[Tensor, "rows n"]:
+        """Draw true features x."""
+        size, dtype = (rows, self.num_features), self.mixing.dtype
+        shared = torch.randn(size, generator=generator, dtype=dtype)[:, self.group]
+        own = torch.randn(size, generator=generator, dtype=dtype)
+        normal = self.correlation**0.5 * shared + (1 - self.correlation) ** 0.5 * own
+        uniform = torch.special.ndtr(normal)
+        return features_from_uniform(uniform, self.probability, self.amplitude)
+
+    def relations(self) -> Relations:
+        """The groups."""
+        return Relations(self.group)
 
 
 def features_from_uniform(
@@ -190,6 +268,28 @@ def toy_model(
     return mixing.detach()
 
 
+def hierarchy(data: Planted, generator: torch.Generator, gated: bool = True) -> Hierarchy:
+    """``FAMILIES`` parents with two children each, drawn at random; the other features are alone.
+
+    A parent is twice as frequent as its features were (at most always on), so that its children,
+    each active in half of its rows or more, keep their frequency.
+    """
+    n = data.num_features
+    members = torch.randperm(n, generator=generator)[: 3 * FAMILIES].view(FAMILIES, 3)
+    parent = torch.full((n,), -1)
+    parent[members[:, 1:]] = members[:, :1].expand(-1, 2)
+    common = more_frequent(data, members[:, 0], 2.0)
+    return Hierarchy(data.mixing, common.probability, data.amplitude, parent, gated)
+
+
+def correlated(data: Planted, generator: torch.Generator, correlation: float) -> Correlated:
+    """Groups of ``GROUP_SIZE`` features drawn at random, correlated with ``correlation``."""
+    order = torch.randperm(data.num_features, generator=generator)
+    group = torch.empty_like(order)
+    group[order] = torch.arange(data.num_features) // GROUP_SIZE
+    return Correlated(data.mixing, data.probability, data.amplitude, group, correlation)
+
+
 Regime = Callable[[float, torch.Generator], Planted]
 
 
@@ -219,6 +319,20 @@ def _outliers(sparsity: float, generator: torch.Generator) -> Planted:
     return outliers(_mixed(sparsity, generator), OUTLIER_DIMENSIONS, OUTLIER_FACTOR)
 
 
+def _hierarchy(gated: bool) -> Regime:
+    def build(sparsity: float, generator: torch.Generator) -> Planted:
+        return hierarchy(_mixed(sparsity, generator), generator, gated)
+
+    return build
+
+
+def _correlated(correlation: float) -> Regime:
+    def build(sparsity: float, generator: torch.Generator) -> Planted:
+        return correlated(_mixed(sparsity, generator), generator, correlation)
+
+    return build
+
+
 def _toy(n: int) -> Regime:
     def build(sparsity: float, generator: torch.Generator) -> Planted:
         return planted(toy_model(n, NUM_OBSERVED, sparsity, generator), sparsity)
@@ -233,6 +347,10 @@ REGIMES: dict[str, Regime] = {
     "frequent": _frequent,
     "strong": _strong,
     "outliers": _outliers,
+    "hierarchy": _hierarchy(gated=True),
+    "hierarchy-off": _hierarchy(gated=False),
+    "correlated": _correlated(CORRELATION),
+    "correlated-off": _correlated(0.0),
     "toy-40": _toy(40),
     "toy-200": _toy(200),
 }

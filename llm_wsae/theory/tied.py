@@ -44,7 +44,7 @@ class Schedule:
 
 def train_tied(
     data: Planted,
-    gamma: Float[Tensor, "arms n_p"],
+    gamma: Float[Tensor, "arms n_p"] | Float[Tensor, "arms n_p n_p"],
     is_annealed: Bool[Tensor, " arms"],
     scale: Float[Tensor, "arms n_p"],
     schedule: Schedule,
@@ -53,24 +53,25 @@ def train_tied(
 ) -> Float[Tensor, "arms latents n_p"]:
     """W of every arm, trained on ‖Γ(x − x̂)‖² in the space of ``scale`` · x_p.
 
-    ``is_annealed`` marks the arms whose γ goes to 1. The result of an arm does not depend on the
-    other arms, except for rounding in the batched products. ``check`` is called before every step
-    and may raise, which ends the training.
+    ``gamma`` holds weights of dimensions, or the matrices Γ. ``is_annealed`` marks the arms whose γ
+    goes to 1. The result of an arm does not depend on the other arms, except for rounding in the
+    batched products. ``check`` is called before every step and may raise, which ends the training.
     """
-    num_arms, n_p = gamma.shape
+    num_arms, n_p = gamma.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(schedule.num_latents, n_p, generator=generator)
     w = (start / start.norm(dim=1, keepdim=True)).expand(num_arms, -1, -1).contiguous()
     first, second = torch.zeros_like(w), torch.zeros_like(w)
     beta1, beta2 = BETAS
-    now, moving = gamma[:, None].float().clone(), is_annealed.nonzero()[:, 0].tolist()
+    now, moving = gamma.float().clone(), is_annealed.nonzero()[:, 0].tolist()
     for step, rows in enumerate(_batches(data, generator, schedule)):
         check()
         x = rows * scale[:, None].float()  # arms, batch, n_p
         for arm in moving:
-            now[arm, 0] = annealed(gamma[arm], step / schedule.steps, schedule.anneal)
+            now[arm] = annealed(gamma[arm], step / schedule.steps, schedule.anneal)
+        squared = now.square()[:, None] if now.ndim == 2 else now.transpose(1, 2) @ now
         size = _IN_CACHE
-        parts = zip(w.split(size), x.split(size), now.square().split(size), strict=True)
+        parts = zip(w.split(size), x.split(size), squared.split(size), strict=True)
         gradient = torch.cat([tied_gradient(*part, k=schedule.k) for part in parts])
         first.mul_(beta1).add_(gradient, alpha=1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -91,12 +92,17 @@ def encode_tied(
 def tied_gradient(
     w: Float[Tensor, "arms latents n_p"],
     x: Float[Tensor, "arms rows n_p"],
-    gamma_squared: Float[Tensor, "arms 1 n_p"],
+    gamma_squared: Float[Tensor, "arms 1 n_p"] | Float[Tensor, "arms n_p n_p"],
     k: int,
 ) -> Float[Tensor, "arms latents n_p"]:
-    """Gradient of the mean ‖Γ(x − Wᵀz)‖² over rows, z = TopK(ReLU(W x)), through both uses of W."""
+    """Gradient of the mean ‖Γ(x − Wᵀz)‖² over rows, z = TopK(ReLU(W x)), through both uses of W.
+
+    ``gamma_squared`` is γ², or ΓᵀΓ.
+    """
     z = _keep_largest(torch.bmm(x, w.transpose(1, 2)), k)
-    error = torch.baddbmm(x, z, w, beta=-1).mul_(gamma_squared)
+    error = torch.baddbmm(x, z, w, beta=-1)
+    is_matrix = gamma_squared.shape[1] > 1
+    error = torch.bmm(error, gamma_squared) if is_matrix else error.mul_(gamma_squared)
     through = torch.bmm(error, w.transpose(1, 2))
     through = torch.ops.aten.threshold_backward(through, z, 0.0)  # 0 where z is
     gradient = torch.bmm(z.transpose(1, 2), error)
