@@ -11,152 +11,32 @@ are compared with the measurements, whether they hold or not.
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import IMAGES, README, RESULTS, write_section
 from results_archive import pack, unpack
+from theory_claims import (
+    CLAIMS,
+    CONDITION_CLAIMS,
+    RELATED_CLAIMS,
+    SCALE_CLAIMS,
+    TOY_CLAIMS,
+    WHITENING_CLAIMS,
+    Claim,
+    PointClaim,
+)
 
 from llm_wsae.terminal import markdown
-from llm_wsae.theory.comparison import BETTER, NO_BETTER_THAN_CONTROL, WORSE, ArmSummary
+from llm_wsae.theory.comparison import BETTER, NO_BETTER_THAN_CONTROL, WORSE, change_text
 from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
 from llm_wsae.theory.experiments import FIGURES, run_theory
-from llm_wsae.theory.report import TheoryReport, change_text
+from llm_wsae.theory.report import TheoryReport
 from llm_wsae.theory.rules import ARMS, PLAIN, SHOWN
 
 SEEDS = tuple(range(200, 210))
 ARCHIVE = Path(__file__).parent / "results/planted.jsonl.gz"
 RUN = README.parent / "runs/planted"
-
-
-@dataclass(frozen=True)
-class Demand:
-    """One expectation about an arm: in words, whether it is met, and what was measured."""
-
-    words: str
-    met: Callable[[ArmSummary, int], bool]
-    """Of the arm and the number of seeds."""
-    measured: Callable[[ArmSummary, int], str]
-
-
-def at_most(per_cent: float) -> Demand:
-    """L_GT changes by at most ``per_cent``."""
-    return Demand(
-        f"L_GT ≤ {per_cent:+g} %",
-        lambda arm, _: arm.change.mean <= per_cent,
-        lambda arm, _: change_text(arm.change),
-    )
-
-
-def at_least(per_cent: float) -> Demand:
-    """L_GT changes by at least ``per_cent``."""
-    return Demand(
-        f"L_GT ≥ {per_cent:+g} %",
-        lambda arm, _: arm.change.mean >= per_cent,
-        lambda arm, _: change_text(arm.change),
-    )
-
-
-def lower_on(tenths: int) -> Demand:
-    """L_GT is lower than plain on at least this many tenths of the seeds."""
-    return Demand(
-        f"lower on {tenths} of 10 seeds",
-        lambda arm, num_seeds: 10 * arm.wins >= tenths * num_seeds,
-        lambda arm, num_seeds: f"{arm.wins} of {num_seeds}",
-    )
-
-
-def mmcs_gain(gain: float) -> Demand:
-    """MMCS rises by at least ``gain``."""
-    return Demand(
-        f"MMCS ≥ {gain:+g}",
-        lambda arm, _: arm.mmcs_change >= gain,
-        lambda arm, _: f"{arm.mmcs_change:+.3f}",
-    )
-
-
-def ahead_of(control: str, points: float) -> Demand:
-    """A control on the same schedule is at least ``points`` behind."""
-    return Demand(
-        f"`{control}` ≥ {points:g} points behind",
-        lambda arm, _: arm.against[control].mean <= -points,
-        lambda arm, _: f"difference {change_text(arm.against[control])}",
-    )
-
-
-def one_scale_at_most(per_cent: float) -> Demand:
-    """L_GT with one global scale changes by at most ``per_cent``."""
-    return Demand(
-        f"L_GT, one scale ≤ {per_cent:+g} %",
-        lambda arm, _: arm.change_one_scale.mean <= per_cent,
-        lambda arm, _: change_text(arm.change_one_scale),
-    )
-
-
-def scales_cost(low: float, high: float) -> Demand:
-    """L_GT with one global scale is between ``low`` and ``high`` above that with fitted scales."""
-    return Demand(
-        f"one scale costs {low:g} to {high:g}",
-        lambda arm, _: low <= arm.l_gt_one_scale - arm.l_gt <= high,
-        lambda arm, _: f"{arm.l_gt_one_scale - arm.l_gt:.3f}",
-    )
-
-
-def share(measure: str, low: float, high: float) -> Demand:
-    """``absorbed`` or ``merged`` is between ``low`` and ``high``."""
-    return Demand(
-        f"{measure} {low:g} to {high:g}",
-        lambda arm, _: low <= getattr(arm, measure) <= high,
-        lambda arm, _: f"{getattr(arm, measure):.3f}",
-    )
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What an arm was expected to do, and in which experiments."""
-
-    arm: str
-    experiments: tuple[str, ...]
-    """The same data at several learning rates."""
-    demands: tuple[Demand, ...]
-
-
-DENSE = ("mixed-0.5", "mixed-0.5-slow", "mixed-0.5-fast")
-SPARSER = ("mixed-0.7", "mixed-0.7-slow")
-CLAIMS = (
-    Claim(
-        "participation-true-annealed",
-        DENSE,
-        (at_most(-8), lower_on(8), mmcs_gain(0.05), ahead_of("random-annealed", 5)),
-    ),
-    Claim("gap-true", SPARSER, (at_most(-1), lower_on(7))),
-    Claim("hoyer", SPARSER, (at_most(-1), lower_on(6))),
-    Claim("variance", SPARSER, (at_least(0),)),
-    Claim("variance-a0.5", ("outliers-0.7",), (at_least(30),)),
-    Claim("standardised", ("outliers-0.7",), (at_most(-25),)),
-)
-# After one trial of seed 0 with 300 steps, before any of ``SEEDS``.
-WHITENING_CLAIMS = (
-    Claim("whitening", ("outliers-0.7",), (at_most(-20), one_scale_at_most(-20))),
-    Claim("whitening", ("mixed-0.7",), (at_most(-3), lower_on(8))),
-    Claim("whitening", ("mixed-0.9", "hierarchy-0.9", "correlated-0.9"), (at_least(2),)),
-    Claim("whitening", ("digon-0.7", "mixed-0.5-fast"), (at_least(1),)),
-    Claim("standardised", ("outliers-0.7",), (one_scale_at_most(-25),)),
-)
-SCALE_CLAIMS = (
-    Claim(PLAIN, ("mixed-0.7", "mixed-0.9", "toy-200-0.95"), (scales_cost(0, 0.06),)),
-    Claim(PLAIN, ("outliers-0.7",), (scales_cost(0.15, 1),)),
-)
-RELATED_CLAIMS = (
-    Claim(PLAIN, ("hierarchy-0.9",), (share("absorbed", 0.10, 1), share("merged", 0, 0.1))),
-    Claim(PLAIN, ("hierarchy-off-0.9",), (share("absorbed", -0.08, 0.08),)),
-    Claim(PLAIN, ("correlated-0.9",), (share("merged", 0.5, 1),)),
-    Claim(PLAIN, ("correlated-off-0.9",), (share("merged", 0, 0.1),)),
-    # Weights see second moments only: they neither absorb less nor merge less.
-    Claim("whitening", ("hierarchy-0.9",), (share("absorbed", 0.10, 1),)),
-    Claim("whitening", ("correlated-0.9",), (share("merged", 0.5, 1),)),
-)
 
 
 def claim_table(report: TheoryReport, claims: Sequence[Claim] = CLAIMS) -> str:
@@ -172,6 +52,26 @@ def claim_table(report: TheoryReport, claims: Sequence[Claim] = CLAIMS) -> str:
                 measured = demand.measured(arm, num_seeds)
                 rows.append([f"`{claim.arm}`", name, rate, demand.words, measured, met])
     return markdown(rows, left=4)
+
+
+def point_claim_table(report: TheoryReport, claims: Sequence[PointClaim]) -> str:
+    """Every claim at each of its points."""
+    rows = [["sweep", "point", "expected", "measured [95 %]", "holds"]]
+    for claim in claims:
+        for point in claim.points:
+            found = report.sweeps[claim.sweep][point]
+            if claim.measure in found.changes:
+                one, what, form = (
+                    found.changes[claim.measure],
+                    f"L_GT by `{claim.measure}` %",
+                    "+.1f",
+                )
+            else:
+                one, what, form = found.measures[PLAIN][claim.measure], claim.measure, ".2f"
+            met = "yes" if claim.low <= one.mean <= claim.high else "**no**"
+            words = f"{what} {claim.low:g} to {claim.high:g}"
+            rows.append([claim.sweep, point, words, change_text(one, form), met])
+    return markdown(rows, left=3)
 
 
 def verdict_table(report: TheoryReport) -> str:

@@ -18,10 +18,10 @@ def theory(
     Args:
         out: Folder that receives the report, figures, and one file per experiment and seed.
     """
-    from llm_wsae.theory.experiments import FIGURES, run_theory
+    from llm_wsae.theory.experiments import figures, run_theory
 
     started = time.monotonic()
     report = run_theory(planted, out)
     lines = [report.table(), "", f"report   {out / 'theory.md'}, and theory.json next to it"]
-    lines += [f"figure   {out / name}" for name in FIGURES]
+    lines += [f"figure   {out / name}" for name in figures(report)]
     return report.to_dict(), "\n".join([*lines, "", cost(started)])

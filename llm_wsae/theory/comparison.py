@@ -108,6 +108,12 @@ def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
     return found
 
 
+def change_text(change: Change, form: str = "+.1f") -> str:
+    """``-1.3 [-3.1, +0.4]``."""
+    low, high = change.interval
+    return f"{change.mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
 def _per_cent(values: np.ndarray, plain: np.ndarray) -> np.ndarray:
     return (values - plain) * (100 / plain.mean())
 

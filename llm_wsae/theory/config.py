@@ -1,6 +1,6 @@
 """The planted experiments and their settings, free of torch: the command line imports them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llm_wsae.errors import UsageError, nearest
 from llm_wsae.outside import check_numbers
@@ -51,11 +51,111 @@ EXPERIMENTS: dict[str, Experiment] = _STANDARD | _RELATED
 
 
 @dataclass(frozen=True)
+class Point:
+    """One setting of a sweep."""
+
+    regime: str
+    """Name of the mixture (``superposition.REGIMES``)."""
+    sparsity: float
+    """Probability S that a feature is 0."""
+    latents: int
+    k: int
+    """Latents kept in a row; 0: all positive ones, a ReLU."""
+
+    @property
+    def activation(self) -> str:
+        """``ReLU`` or ``TopK 5``."""
+        return f"TopK {self.k}" if self.k else "ReLU"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Dictionaries of few arms at many settings."""
+
+    why: str
+    """What it shows."""
+    points: dict[str, Point]
+    """By label."""
+    arms: tuple[str, ...]
+    """Names of the arms (``rules.ARMS``), plain first."""
+
+    @property
+    def lines(self) -> dict[str, list[str]]:
+        """Labels of the points, by activation if the sweep has every sparsity with both kinds."""
+        limited = [label for label, point in self.points.items() if point.k]
+        rest = [label for label, point in self.points.items() if not point.k]
+        if len(limited) == len(rest):
+            return {"ReLU": rest, "TopK": limited}
+        return {"": list(self.points)}
+
+
+PAPERS_SIZES = (200, 20, 200)
+"""n, n_p and n_m of the toy experiment of Cui et al. 2026."""
+SWEPT = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
+"""Sparsities S of the toy experiment."""
+_MOST_ACTIVE = 10  # half of n_p: beyond that TopK limits little
+
+
+def _by_sparsity(regime: str) -> dict[str, Point]:
+    """ReLU and TopK at every sparsity; k is half the mean number of active features, in limits."""
+    n, _, latents = PAPERS_SIZES
+    points = {}
+    for sparsity in SWEPT:
+        k = min(_MOST_ACTIVE, max(1, round(n * (1 - sparsity) / 2)))
+        for kept in (0, k):
+            point = Point(regime, sparsity, latents, kept)
+            points[f"{'topk' if kept else 'relu'}-{sparsity:g}"] = point
+    return points
+
+
+def _ablations(regime: str, n: int) -> dict[str, Point]:
+    """All three conditions met, then each of them given up, a little and more."""
+    met = Point(regime, 0.99, n, 1)
+    points = {"met": met}
+    for sparsity in (0.9, 0.7, 0.5):  # k is half the mean number of active features, as elsewhere
+        k = round(n * (1 - sparsity) / 2)
+        points[f"sparsity-{sparsity:g}"] = replace(met, sparsity=sparsity, k=k)
+    points["sparsity-0.7-k-1"] = replace(met, sparsity=0.7)
+    for k in (2, 4, 10, 0):
+        points[f"k-{k}" if k else "relu"] = replace(met, k=k)
+    for share in (1.5, 0.75, 0.5):
+        points[f"latents-{share:g}"] = replace(met, latents=int(share * n))
+    return points
+
+
+SWEEPS: dict[str, Sweep] = {
+    "toy-claim": Sweep(
+        "the paper's toy experiment; W_p of a toy model trained at each S",
+        _by_sparsity("toy-200"),
+        ("plain", "variance-a0.5", "variance", "participation-true", "whitening"),
+    ),
+    "toy-claim-fixed": Sweep(
+        "the same at a W_p that does not change with S: unit columns of low coherence",
+        _by_sparsity("crowd-200"),
+        ("plain", "variance-a0.5", "variance", "participation-true", "whitening"),
+    ),
+    "conditions-digons": Sweep(
+        "the paper's three conditions, one given up at a time; 20 rotated digons",
+        _ablations("digons-40", 40),
+        ("plain", "variance-a0.5", "whitening"),
+    ),
+    "conditions-crowd": Sweep(
+        "the same where n > 2 n_p: 60 unit columns of low coherence",
+        _ablations("crowd-60", 60),
+        ("plain", "variance-a0.5", "whitening"),
+    ),
+}
+"""Named like experiments; none runs by default."""
+
+
+@dataclass(frozen=True)
 class TheoryConfig:
     """Settings of the planted experiments."""
 
     experiments: tuple[str, ...] = tuple(_STANDARD)
-    """Names of the experiments."""
+    """Names of the experiments and sweeps. Related features (``hierarchy-0.9``, ``correlated-0.9``
+    and their twins ``…-off-0.9``) and the sweeps (``toy-claim``, ``toy-claim-fixed``,
+    ``conditions-digons``, ``conditions-crowd``) run only if they are named."""
     seeds: tuple[int, ...] = tuple(range(10))
     """Seeds of each experiment: of the data, initial weights and rows, which all arms share.
     Five seeds have been seen to mislead."""
@@ -71,15 +171,14 @@ class TheoryConfig:
     """Experiments computed in parallel, each on one core; 0 takes every core."""
 
     def __post_init__(self) -> None:
+        known = [*EXPERIMENTS, *SWEEPS]
         for name in self.experiments:
-            if name not in EXPERIMENTS:
-                raise UsageError(
-                    f"there is no planted experiment {name!r}; {nearest(name, EXPERIMENTS)}"
-                )
+            if name not in known:
+                raise UsageError(f"there is no planted experiment {name!r}; {nearest(name, known)}")
         if len(set(self.experiments)) != len(self.experiments):
             raise UsageError("a planted experiment is listed twice; name each one once")
         if not self.experiments:
-            raise UsageError(f"name at least one planted experiment of {', '.join(EXPERIMENTS)}")
+            raise UsageError(f"name at least one planted experiment of {', '.join(known)}")
         check_numbers(
             self,
             steps=1,

@@ -6,7 +6,8 @@ closed form says about a mixture, from W_p alone and without any training, is a 
 """
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from llm_wsae.provenance import versions
 from llm_wsae.sparse.backends.reference import EPSILON
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.theory.arm_trainer import ArmTrainer
 from llm_wsae.theory.closed_form import (
     check_assumptions,
-    gap_matrix,
     loss_gap,
     losses,
     relative_error,
@@ -31,66 +32,106 @@ from llm_wsae.theory.closed_form import (
     sparsity_for_error,
     truth_loss,
 )
-from llm_wsae.theory.config import EXPERIMENTS, Experiment, TheoryConfig
-from llm_wsae.theory.figures import plot_changes, plot_closed_form, plot_correlations
+from llm_wsae.theory.config import EXPERIMENTS, SWEEPS, Experiment, TheoryConfig
+from llm_wsae.theory.figures import (
+    plot_changes,
+    plot_closed_form,
+    plot_correlations,
+)
 from llm_wsae.theory.jobs import REPORT, UNITS, Check, Unit, finish
-from llm_wsae.theory.recovery import Recovery, measure
+from llm_wsae.theory.optimum import best_scalar, gap_norms, optimal_weights
 from llm_wsae.theory.report import TheoryReport, summarise
-from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, coherence, fisher, score, weights
+from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, coherence, fisher, score
 from llm_wsae.theory.superposition import (
     REGIMES,
-    Planted,
     Stream,
     features_from_uniform,
     generator,
     number,
 )
-from llm_wsae.theory.tied import Schedule, encode_tied, train_tied
+from llm_wsae.theory.sweep_figures import plot_sweep
+from llm_wsae.theory.sweeps import LEARNING_RATE, run_point
+from llm_wsae.theory.tied import Schedule, encode_tied
 from llm_wsae.weights import scores
 from llm_wsae.weights.rules import Rule
 
 MARKDOWN = "theory.md"
 FIGURES = ("closed_form.png", "correlations.png", "changes.png")
+SWEEP_FIGURES = {name: f"{name.replace('-', '_')}.png" for name in SWEEPS}
 # Each mixture with the sparsity at which a toy model's W_p is trained; the other two ignore it.
 MIXTURES: dict[str, float] = {"digon": 0.5, "mixed": 0.5, "toy-40": 0.9, "toy-200": 0.95}
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+GAP_WEIGHTS = ("gap", "variance-a-0.5", "variance-a0.5", "variance")  # beside the optimum
 BOUND = 0.05  # of E‖x‖², for "the sparsity that is needed"
 
 
 def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
     """Run (or finish) the planted experiments and write report and figures into ``out``.
 
-    Written: ``theory.json``, ``theory.md``, the ``FIGURES``, and under ``units/`` one file for the
-    closed form of each mixture and for each experiment and seed; existing ones are not recomputed.
+    Written: ``theory.json``, ``theory.md``, the ``figures`` of the report, and under ``units/`` one
+    file for the closed form of each mixture and for each seed of each experiment and each point of
+    a sweep; existing ones are not recomputed.
 
     Raises LlmWsaeError when the folder holds units of another configuration, cannot be written, or
     is in use.
     """
     out = Path(out)
-    check_folder(out, (REPORT, MARKDOWN, *FIGURES), is_ours=(out / UNITS).is_dir())
+    names = (REPORT, MARKDOWN, *FIGURES, *SWEEP_FIGURES.values())
+    check_folder(out, names, is_ours=(out / UNITS).is_dir())
     with folder_lock(out, "planted experiments"):
         remove_partials(out, UNITS)
+        closed = {name: _closed_form_unit(name, config, out) for name in MIXTURES}
         planted = {
             (name, seed): _planted_unit(name, seed, config, out)
             for name in config.experiments
+            if name in EXPERIMENTS
             for seed in config.seeds
         }
-        closed = {name: _closed_form_unit(name, config, out) for name in MIXTURES}
-        results = finish(
-            [*closed.values(), *planted.values()], config.workers, "planted experiments"
+        swept = {
+            (name, label, seed): _sweep_unit(name, label, seed, config, out)
+            for name in config.experiments
+            if name in SWEEPS
+            for label in SWEEPS[name].points
+            for seed in config.seeds
+        }
+        todo = {**closed, **planted, **swept}
+        results = finish(list(todo.values()), config.workers, "planted experiments")
+        found = dict(zip(todo, results, strict=True))
+        report = summarise(
+            closed_form={name: found[name] for name in closed},
+            units=_by_all_but_seed({key: found[key] for key in planted}),
+            sweep_units=_by_all_but_seed({key: found[key] for key in swept}),
+            config=config,
         )
-        closed_form = dict(zip(closed, results, strict=False))
-        units = defaultdict(list)
-        for (name, _), result in zip(planted, results[len(closed) :], strict=True):
-            units[name].append(result)
-        report = summarise(units, closed_form, config)
         facts = {"command": "theory", "versions": versions(), **report.to_dict()}
         write_json(out / REPORT, facts)
         write_text(out / MARKDOWN, report.markdown())
-        plot_closed_form(closed_form, out / FIGURES[0])
-        plot_correlations(report, out / FIGURES[1])
-        plot_changes(report, out / FIGURES[2])
+        for name, plot in _plots(report).items():
+            plot(out / name)
     return report
+
+
+def figures(report: TheoryReport) -> tuple[str, ...]:
+    """File names of the figures that belong to a report."""
+    return tuple(_plots(report))
+
+
+def _plots(report: TheoryReport) -> dict[str, Callable[[Path], None]]:
+    plots = {FIGURES[0]: partial(plot_closed_form, report.closed_form)}
+    if report.arms:
+        plots[FIGURES[1]] = partial(plot_correlations, report)
+        plots[FIGURES[2]] = partial(plot_changes, report)
+    for name, points in report.sweeps.items():
+        plots[SWEEP_FIGURES[name]] = partial(plot_sweep, SWEEPS[name], points)
+    return plots
+
+
+def _by_all_but_seed(results: Mapping[tuple[Any, ...], Any]) -> dict[Any, list[Any]]:
+    """Results by the rest of their key, alone or as a tuple, in the seeds' order."""
+    found = defaultdict(list)
+    for (*rest, _), result in results.items():
+        found[rest[0] if len(rest) == 1 else tuple(rest)].append(result)
+    return dict(found)
 
 
 def run_unit(
@@ -120,7 +161,7 @@ def run_unit(
         draw=number(seed, Stream.CONTROL),
     )
     x = data.features(config.rows, generator(seed, Stream.TEST))
-    train = _Trainer(data, schedule, x, seed, check)
+    train = ArmTrainer(data, schedule, x, seed, check)
 
     early = [name for name, arm in ARMS.items() if not arm.needs_dictionary]
     recovered, dictionaries = train(early, known)
@@ -143,55 +184,6 @@ def run_unit(
     }
 
 
-@dataclass(frozen=True)
-class _Trainer:
-    """Trains and measures the arms of one unit."""
-
-    data: Planted
-    schedule: Schedule
-    x: Tensor
-    """Fresh true features to measure on, rows × n."""
-    seed: int
-    check: Check
-
-    def __call__(
-        self, names: list[str], known: Known
-    ) -> tuple[dict[str, Recovery], dict[str, Tensor]]:
-        """What each arm recovers, and its dictionary as it was trained."""
-        found, dictionaries = {}, {}
-        for is_matrix in (False, True):
-            alike = [name for name in names if ARMS[name].is_matrix == is_matrix]
-            if alike:
-                some, w = self._train(alike, known)
-                found |= some
-                dictionaries |= dict(zip(alike, w, strict=True))
-        return found, dictionaries
-
-    def _train(self, names: list[str], known: Known) -> tuple[dict[str, Recovery], Tensor]:
-        """Arms whose weights have one form; no matrix is a space."""
-        arms = [ARMS[name] for name in names]
-        gamma = torch.stack([weights(arm, known) for arm in arms])
-        factors = torch.ones(len(arms), len(self.data.mixing))
-        for place, arm in enumerate(arms):
-            if arm.space:
-                factors[place], gamma[place] = gamma[place].clone(), 1.0
-        w = train_tied(
-            self.data,
-            gamma,
-            torch.tensor([arm.annealed for arm in arms]),
-            factors,
-            self.schedule,
-            number(self.seed, Stream.TRAIN),
-            self.check,
-        )
-        observed, relations = self.data.observe(self.x), self.data.relations()
-        found = {}
-        for name, one, factor in zip(names, w, factors, strict=True):
-            codes = encode_tied(one, observed * factor, self.schedule.k)
-            found[name] = measure(one / factor, codes, self.data.mixing, self.x, relations)
-        return found, w
-
-
 def _planted_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit:
     experiment = EXPERIMENTS[name]
     identity = {
@@ -210,6 +202,23 @@ def _planted_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit
     return Unit(out / UNITS / f"{name}-seed{seed}.json", identity, compute)
 
 
+def _sweep_unit(name: str, label: str, seed: int, config: TheoryConfig, out: Path) -> Unit:
+    sweep = SWEEPS[name]
+    point = sweep.points[label]
+    identity = {
+        "point": point,
+        "seed": seed,
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "rows": config.rows,
+        "learning_rate": LEARNING_RATE,
+        "epsilon": EPSILON,
+        "arms": sweep.arms,
+    }
+    compute = partial(run_point, point, sweep.arms, seed, config)
+    return Unit(out / UNITS / f"{name}-{label}-seed{seed}.json", identity, compute)
+
+
 def _closed_form_unit(name: str, config: TheoryConfig, out: Path) -> Unit:
     seed = config.seeds[0]
     identity = {
@@ -218,6 +227,7 @@ def _closed_form_unit(name: str, config: TheoryConfig, out: Path) -> Unit:
         "mixture_sparsity": MIXTURES[name],
         "bound": BOUND,
         "sparsities": SPARSITIES,
+        "gap_weights": GAP_WEIGHTS,
     }
     return Unit(
         out / UNITS / f"closed-form-{name}-seed{seed}.json",
@@ -234,6 +244,19 @@ def _correlation(rule: Rule, known: Known) -> float | None:
     return float(spearmanr(truth.numpy(), guess.numpy()).statistic)
 
 
+def gap_weights(mixing: Tensor) -> dict[str, Tensor]:
+    """The diagonal weights γ whose ‖W_pᵀΓ²W_p − I‖ is shown, by the names of their arms.
+
+    For features of equal variance, σ_i² = Σ_j W_ij²; a dimension that no feature reaches has
+    weight 0.
+    """
+    variance = mixing.square().sum(1)
+    reached = variance > 0
+    inverse = torch.where(reached, torch.where(reached, variance, 1.0).rsqrt(), 0.0)
+    found = (scores.gap(mixing.T), inverse, variance.sqrt(), variance)
+    return dict(zip(GAP_WEIGHTS, found, strict=True))
+
+
 def closed_form_facts(name: str, rows: int, seed: int) -> dict[str, Any]:
     """For one of the ``MIXTURES``: whether the assumptions hold, what is lost at each sparsity, and
     how much of the gap between the losses a diagonal Γ can close.
@@ -245,7 +268,8 @@ def closed_form_facts(name: str, rows: int, seed: int) -> dict[str, Any]:
     draw = generator(seed, Stream.SAMPLE)
     n = mixing.shape[1]
     assumed = check_assumptions(mixing)
-    gamma = scores.gap(mixing.T)
+    gamma, optimum = scores.gap(mixing.T), optimal_weights(mixing)
+    scalar = best_scalar(mixing) * torch.ones(len(mixing), dtype=torch.float64)
     uniform = torch.rand(rows, n, generator=draw, dtype=torch.float64)
     ones = torch.ones(n, dtype=torch.float64)
     by_sparsity = []
@@ -260,6 +284,8 @@ def closed_form_facts(name: str, rows: int, seed: int) -> dict[str, Any]:
                 "truth_loss": float(truth_loss(mixing, x)),
                 "gap": float(loss_gap(mixing, x)),
                 "gap_weighted": float(loss_gap(mixing, x, gamma)),
+                "gap_best_scalar": float(loss_gap(mixing, x, scalar)),
+                "gap_whitening": float(loss_gap(mixing, x, optimum)),
                 "shrunk": float(lost.shrunk.nanmean()),
                 "vanished": float(lost.vanished.nanmean()),
             }
@@ -273,8 +299,7 @@ def closed_form_facts(name: str, rows: int, seed: int) -> dict[str, Any]:
         "num_nonzero": assumed.num_nonzero,
         "largest_interference": assumed.largest_interference,
         "largest_norm_error": assumed.largest_norm_error,
-        "gap_norm": float(gap_matrix(mixing).norm()),
-        "gap_norm_weighted": float(gap_matrix(mixing, gamma).norm()),
+        "gap_norms": gap_norms(mixing, gap_weights(mixing)),
         "bound": BOUND,
         "sparsity_needed": sparsity_for_error(mixing, BOUND, draw, rows),
         "by_sparsity": by_sparsity,

@@ -54,19 +54,24 @@ def least_gap_norm(mixing: Float[Tensor, "n_p n"]) -> float:
     return (mixing.shape[1] - int(_spectrum(mixing)[2].sum())) ** 0.5
 
 
-def best_scaled_gap_norm(
-    mixing: Float[Tensor, "n_p n"], weights: Weights | None = None
-) -> float:
-    """min_c ‖c·G − I‖_F, G = W_pᵀΓ²W_p: the norm at the best scale of the weights, which is
-    c = tr G/‖G‖_F², and leaves √(n − (tr G)²/‖G‖_F²). Without weights: the best scalar Γ.
+def best_scalar(mixing: Float[Tensor, "n_p n"], weights: Weights | None = None) -> float:
+    """The factor c ≥ 0 for which cΓ minimises ‖c²G − I‖_F, G = W_pᵀΓ²W_p: c² = tr G/‖G‖_F².
 
-    √n where G = 0. A loss is the same at any scale of its weights, so this compares weights.
+    Without weights the best multiple of I. 0 where G = 0.
     """
-    n = mixing.shape[1]
-    gram = gap_matrix(mixing.double(), weights) + torch.eye(n, dtype=torch.float64)
+    gram = _gram(mixing, weights)
     square = float(gram.square().sum())
-    explained = float(gram.trace()) ** 2 / square if square > 0 else 0.0
-    return max(0.0, n - explained) ** 0.5
+    return float(gram.trace() / square) ** 0.5 if square > 0 else 0.0
+
+
+def best_scaled_gap_norm(mixing: Float[Tensor, "n_p n"], weights: Weights | None = None) -> float:
+    """‖c²G − I‖_F at the best scale of the weights (``best_scalar``): √(n − (tr G)²/‖G‖_F²).
+
+    A loss has the same minimum at any scale of its weights, so this compares weights.
+    """
+    scale = best_scalar(mixing, weights)
+    gram = _gram(mixing, weights)
+    return float((scale**2 * gram - torch.eye(len(gram), dtype=torch.float64)).norm())
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,15 @@ def gap_norms(mixing: Float[Tensor, "n_p n"], weights: dict[str, Weights]) -> Ga
     return GapNorms(
         none=float(gap_matrix(mixing).norm()),
         best_scalar=best_scaled_gap_norm(mixing),
-        weights={name: best_scaled_gap_norm(mixing, w.double()) for name, w in weights.items()},
+        weights={name: best_scaled_gap_norm(mixing, w) for name, w in weights.items()},
         whitening=float(gap_matrix(mixing, optimal_weights(mixing)).norm()),
         bound=least_gap_norm(mixing),
     )
+
+
+def _gram(mixing: Tensor, weights: Weights | None) -> Tensor:
+    seen = weighted(mixing.double().T, None if weights is None else weights.double())
+    return seen @ seen.T
 
 
 def _spectrum(mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:

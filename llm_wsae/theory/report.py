@@ -14,16 +14,17 @@ from llm_wsae.theory.comparison import (
     WORSE,
     ArmSummary,
     Change,
+    change_text,
     summarise_arms,
 )
-from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
+from llm_wsae.theory.config import EXPERIMENTS, SWEEPS, TheoryConfig
 from llm_wsae.theory.rules import ARMS, CONTROLS, PLAIN, PLAIN_RULE, RULES, SHOWN
+from llm_wsae.theory.sweeps import PointSummary, Titled, summarise_point, sweep_table
 
 SCORING = tuple(rule for rule in RULES if rule != PLAIN_RULE)
 """The rules that give dimensions different scores."""
 _GAP_AT = 0.7  # sparsity S
 _COLUMNS = 5  # experiments in one table, so that it fits a terminal
-Titled = tuple[str, list[list[str]]]  # a table: its title, and its rows with the header first
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class TheoryReport:
     """The smallest and the largest ρ over seeds."""
     arms: dict[str, dict[str, ArmSummary]]
     """By experiment and arm."""
+    sweeps: dict[str, dict[str, PointSummary]]
+    """By sweep and point."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -53,18 +56,26 @@ class TheoryReport:
                 "correlations": self.correlations,
                 "correlation_ranges": self.correlation_ranges,
                 "arms": self.arms,
+                "sweeps": {
+                    name: {"settings": SWEEPS[name].points, "points": points}
+                    for name, points in self.sweeps.items()
+                },
             }
         )
 
     def table(self) -> str:
-        """For a terminal: closed form, rank correlations, changes of L_GT, experiments."""
+        """For a terminal: closed form, gap, rank correlations, changes of L_GT, related features,
+        sweeps, experiments."""
         names = list(self.arms)
         parts = [names[i : i + _COLUMNS] for i in range(0, len(names), _COLUMNS)]
         tables = [
             self.closed_form_table(),
+            self.gap_table(),
             *(self.correlation_table(part) for part in parts),
             *(self.change_table(part) for part in parts),
-            self.experiment_table(),
+            *self.related_tables(),
+            *self.sweep_tables(),
+            *([self.experiment_table()] if names else []),
         ]
         return "\n\n".join(
             f"{title}\n\n{aligned(rows, left=_left(rows))}" for title, rows in tables
@@ -73,12 +84,15 @@ class TheoryReport:
     def markdown(self) -> str:
         """The same tables in Markdown, and one with every measure for each experiment."""
         names = list(self.arms)
-        tables = (
-            self.closed_form_table(),
-            self.experiment_table(),
-            self.correlation_table(names),
-            self.change_table(names),
-        )
+        tables = [self.closed_form_table(), self.gap_table()]
+        if names:
+            tables += [
+                self.experiment_table(),
+                self.correlation_table(names),
+                self.change_table(names),
+                self.change_table(names, one_scale=True),
+            ]
+        tables += [*self.related_tables(), *self.sweep_tables()]
         parts = ["# Planted experiments"]
         for title, rows in tables:
             parts += [title, markdown(rows, left=_left(rows))]
@@ -87,13 +101,14 @@ class TheoryReport:
         return "\n\n".join(parts) + "\n"
 
     def closed_form_table(self) -> Titled:
-        """For each mixture: the assumptions, the sparsity needed, and what Γ does to the gap."""
+        """For each mixture: the assumptions, the sparsity needed, and the losses' gap."""
         head = ["W_p", "n", "n_p", "assumption holds", "interference", "norm error"]
-        head += ["S for 5 % error", "‖W_pᵀW_p − I‖", "… with Γ", f"gap at S = {_GAP_AT}"]
-        rows = [[*head, "… with Γ"]]
+        head += ["S for 5 % error", f"gap at S = {_GAP_AT}", "best scalar", "best γ"]
+        rows = [[*head, "whitening"]]
         for name, one in self.closed_form.items():
             needed = one["sparsity_needed"]
             (at,) = (point for point in one["by_sparsity"] if point["sparsity"] == _GAP_AT)
+            gaps = ("gap", "gap_best_scalar", "gap_weighted", "gap_whitening")
             rows.append(
                 [
                     name,
@@ -103,17 +118,29 @@ class TheoryReport:
                     f"{one['largest_interference']:.3f}",
                     f"{one['largest_norm_error']:.3f}",
                     "never" if needed is None else f"{needed:.3f}",
-                    f"{one['gap_norm']:.2f}",
-                    f"{one['gap_norm_weighted']:.2f}",
-                    f"{at['gap']:+.3f}",
-                    f"{at['gap_weighted']:+.3f}",
+                    *(f"{at[key]:+.3f}" for key in gaps),
                 ]
             )
-        title = (
+        return (
             "Closed form: does W_p meet the assumption of theorem 1 (interference ≤ 0, unit "
-            "columns)?\n"
-            "The gap L_SAE − L_GT, plain and with the Γ that minimises ‖W_pᵀΓ²W_p − I‖ "
-            "(theorems 4, 5; 0: no gap)"
+            "columns)?\nThe gap L_WSAE − L_GT (theorems 4, 5), plain and with the Γ of each kind "
+            "that minimises ‖W_pᵀΓ²W_p − I‖",
+            rows,
+        )
+
+    def gap_table(self) -> Titled:
+        """For each mixture: the norm of the gap's matrix with weights, and what limits it."""
+        names = list(next(iter(self.closed_form.values()))["gap_norms"]["weights"])
+        rows = [["W_p", "none", "best scalar", *names, "whitening", "bound"]]
+        for name, one in self.closed_form.items():
+            norms = one["gap_norms"]
+            shown = [norms["none"], norms["best_scalar"], *norms["weights"].values()]
+            shown += [norms["whitening"], norms["bound"]]
+            rows.append([name, *(f"{norm:.2f}" for norm in shown)])
+        title = (
+            "Theorem 5: ‖W_pᵀΓ²W_p − I‖ without weights, with the best multiple of I, and with "
+            "each rule's weights at their best scale;\n"
+            "whitening is the optimum over all Γ, Γ² = (W_pW_pᵀ)⁺, and the bound √(n − rank W_p)"
         )
         return title, rows
 
@@ -133,19 +160,58 @@ class TheoryReport:
         title = "Rank correlation of each rule with the true monosemanticity 1/PR (1: same order)"
         return title, rows
 
-    def change_table(self, names: Sequence[str]) -> Titled:
-        """Arms × experiments."""
+    def change_table(self, names: Sequence[str], one_scale: bool = False) -> Titled:
+        """Arms × experiments: change of L_GT, or of L_GT with one scale for all features."""
         rows = [["arm", *names]]
-        rows.append([PLAIN, *(f"{self.arms[name][PLAIN].l_gt:.3f}" for name in names)])
+        plain_arms = [self.arms[name][PLAIN] for name in names]
+        rows.append([PLAIN, *(f"{arm.l_gt:.3f}" for arm in plain_arms)])
+        rows.append([f"{PLAIN}, one scale", *(f"{arm.l_gt_one_scale:.3f}" for arm in plain_arms)])
+        if one_scale:
+            del rows[1]
+            for arm in SHOWN:
+                changes = (self.arms[name][arm].change_one_scale for name in names)
+                rows.append([arm, *(_certain(change) for change in changes)])
+            return (
+                "The same with one scale for all features in place of one for each: change of L_GT "
+                "in %; in brackets if the 95 % interval (of a single comparison) holds 0.",
+                rows,
+            )
         for arm in SHOWN:
             rows.append([arm, *(_cell(self.arms[name][arm]) for name in names)])
         return (
             "Change of L_GT relative to plain in % (negative is better), and on how many of "
-            f"{len(self.config.seeds)} seeds it is lower; first line: L_GT of plain.\n"
+            f"{len(self.config.seeds)} seeds it is lower; first lines: L_GT of plain with a scale "
+            "for each feature, as everywhere, and with one for all.\n"
             "* better than plain and than every control, ~ better than plain only, "
             "! worse than plain (Holm's correction over arms)",
             rows,
         )
+
+    def related_tables(self) -> list[Titled]:
+        """Absorption and merging by arm, if there are experiments with related features."""
+        names = [name for name, arms in self.arms.items() if arms[PLAIN].merged is not None]
+        if not names:
+            return []
+        measured = [
+            (name, measure)
+            for name in names
+            for measure in ("absorbed", "merged")
+            if getattr(self.arms[name][PLAIN], measure) is not None
+        ]
+        rows = [["arm", *(f"{name}: {measure}" for name, measure in measured)]]
+        for arm in (PLAIN, *SHOWN):
+            shares = (getattr(self.arms[name][arm], measure) for name, measure in measured)
+            rows.append([arm, *(f"{share:+.3f}" for share in shares)])
+        title = (
+            "Related features. absorbed: how much more often the parent's latent is silent when "
+            "a child is active;\nmerged: share of related features whose latent is also that of "
+            "a relative"
+        )
+        return [(title, rows)]
+
+    def sweep_tables(self) -> list[Titled]:
+        """One table for each sweep."""
+        return [sweep_table(name, points) for name, points in self.sweeps.items()]
 
     def _describe(self, name: str) -> str:
         e, facts = EXPERIMENTS[name], self.facts[name]
@@ -156,7 +222,18 @@ class TheoryReport:
 
     def _details(self, name: str) -> list[list[str]]:
         against = [f"minus {control} %" for control in CONTROLS]
-        head = ["arm", "L_GT", "change %", "wins", *against, "MMCS", "change", "recovered"]
+        head = [
+            "arm",
+            "L_GT",
+            "change %",
+            "one scale",
+            "change %",
+            "wins",
+            *against,
+            "MMCS",
+            "change",
+            "recovered",
+        ]
         rows = [[*head, "features/latent", "FVU", "verdict"]]
         for arm, s in self.arms[name].items():
             rows.append(
@@ -164,6 +241,8 @@ class TheoryReport:
                     arm,
                     f"{s.l_gt:.3f}",
                     change_text(s.change),
+                    f"{s.l_gt_one_scale:.3f}",
+                    change_text(s.change_one_scale),
                     f"{s.wins}/{len(self.config.seeds)}",
                     *_by_control(s.against),
                     f"{s.mmcs:.3f}",
@@ -179,16 +258,20 @@ class TheoryReport:
 
 def summarise(
     units: Mapping[str, Sequence[Mapping[str, Any]]],
+    sweep_units: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
     closed_form: dict[str, dict[str, Any]],
     config: TheoryConfig,
 ) -> TheoryReport:
-    """Summarise the results of every experiment's seeds."""
+    """Summarise the results of the seeds of every experiment and of every point of a sweep."""
     correlations, ranges = {}, {}
     for name, seeds in units.items():
         found = {rule: [u["correlations"][rule] for u in seeds] for rule in RULES}
         known = {r: [v for v in values if v is not None] for r, values in found.items()}
         correlations[name] = {r: float(np.mean(v)) if v else None for r, v in known.items()}
         ranges[name] = {r: (min(v), max(v)) if v else None for r, v in known.items()}
+    sweeps: dict[str, dict[str, PointSummary]] = {}
+    for (name, label), seeds in sweep_units.items():
+        sweeps.setdefault(name, {})[label] = summarise_point(seeds)
     return TheoryReport(
         config=config,
         closed_form=closed_form,
@@ -196,12 +279,8 @@ def summarise(
         correlations=correlations,
         correlation_ranges=ranges,
         arms={name: summarise_arms(seeds) for name, seeds in units.items()},
+        sweeps=sweeps,
     )
-
-
-def change_text(change: Change) -> str:
-    """``-1.3 [-3.1, +0.4]``."""
-    return f"{change.mean:+.1f} [{change.interval[0]:+.1f}, {change.interval[1]:+.1f}]"
 
 
 def _by_control(against: Mapping[str, Change]) -> list[str]:
@@ -213,6 +292,11 @@ def _by_control(against: Mapping[str, Change]) -> list[str]:
 def _left(rows: Sequence[Sequence[str]]) -> int:
     """How many columns are text: both of a list of names and meanings."""
     return 2 if len(rows[0]) == 2 else 1
+
+
+def _certain(change: Change) -> str:
+    text = f"{change.mean:+.1f}"
+    return text if change.interval[0] * change.interval[1] > 0 else f"({text})"
 
 
 def _cell(s: ArmSummary) -> str:

@@ -21,8 +21,8 @@ from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
-from llm_wsae.theory.superposition import Planted
 from llm_wsae.theory.optimum import optimal_weights
+from llm_wsae.theory.superposition import Planted
 from llm_wsae.weights import matrix_rules, rules, scores
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import RuleInputs
@@ -108,9 +108,7 @@ class Arm:
     def matched(self) -> "Arm":
         """The control with the same weights, used in the same way, on the wrong dimensions; a
         matrix has the same spectrum in random directions."""
-        return replace(
-            self, rule=self.rule.as_control("rotated" if self.is_matrix else "permuted")
-        )
+        return replace(self, rule=self.rule.as_control("rotated" if self.is_matrix else "permuted"))
 
     @property
     def controls(self) -> tuple[str, ...]:

@@ -333,6 +333,17 @@ def _correlated(correlation: float) -> Regime:
     return build
 
 
+def _digons(sparsity: float, generator: torch.Generator) -> Planted:
+    return rotated(planted(digon_mixing(0, NUM_OBSERVED), sparsity), generator)
+
+
+def _crowd(n: int) -> Regime:
+    def build(sparsity: float, generator: torch.Generator) -> Planted:
+        return planted(low_coherence(NUM_OBSERVED, n, generator), sparsity)
+
+    return build
+
+
 def _toy(n: int) -> Regime:
     def build(sparsity: float, generator: torch.Generator) -> Planted:
         return planted(toy_model(n, NUM_OBSERVED, sparsity, generator), sparsity)
@@ -351,6 +362,9 @@ REGIMES: dict[str, Regime] = {
     "hierarchy-off": _hierarchy(gated=False),
     "correlated": _correlated(CORRELATION),
     "correlated-off": _correlated(0.0),
+    "digons-40": _digons,
+    "crowd-60": _crowd(60),
+    "crowd-200": _crowd(200),
     "toy-40": _toy(40),
     "toy-200": _toy(200),
 }
