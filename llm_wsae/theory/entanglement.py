@@ -25,15 +25,17 @@ def absorbed(
     its children), z the code of the parent's latent; NaN if no child is ever active.
 
     Feature absorption as Chanin et al. 2024 (arXiv 2409.14507) describe it: the child's latent
-    stands for the parent too, and the parent's latent has a hole where the child is.
+    stands for the parent too, and the parent's latent has a hole where the child is. So the
+    parent's latent is found on the rows without a child of it.
     """
-    best = correlations(codes, x).argmax(0)
     active = x > 0
     differences = []
     for p in parent[parent >= 0].unique().tolist():
         children = (parent == p).nonzero()[:, 0]
-        silent = (codes[:, best[p]] == 0).double()
-        alone = active[:, p] & ~active[:, children].any(1)
+        childless = ~active[:, children].any(1)
+        best = int(correlations(codes[childless], x[childless, p : p + 1]).argmax())
+        silent = (codes[:, best] == 0).double()
+        alone = active[:, p] & childless
         differences += [silent[active[:, p] & active[:, c]].mean() - silent[alone].mean()
                         for c in children.tolist()]  # fmt: skip
     return float(torch.stack(differences).nanmean()) if differences else float("nan")

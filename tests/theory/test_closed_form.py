@@ -11,7 +11,6 @@ from llm_wsae.errors import UsageError
 from llm_wsae.theory.closed_form import (
     check_assumptions,
     closed_form_dictionary,
-    gap_matrix,
     interference,
     loss_gap,
     losses,
@@ -20,6 +19,14 @@ from llm_wsae.theory.closed_form import (
     sae_loss,
     sparsity_for_error,
     truth_loss,
+)
+from llm_wsae.theory.optimum import (
+    best_scalar,
+    best_scaled_gap_norm,
+    gap_matrix,
+    gap_norms,
+    least_gap_norm,
+    optimal_weights,
 )
 from llm_wsae.theory.superposition import digon_mixing, low_coherence, planted
 from llm_wsae.weights import scores
@@ -272,6 +279,95 @@ def test_the_weights_of_the_gap_rule_make_the_gaps_matrix_as_small_as_any():
     for seed in range(5):
         moved = gamma * (1 + 0.1 * normal(6, seed=seed))
         assert float(gap_matrix(mixing, moved).norm()) > best
+
+
+def test_in_digons_the_optimum_is_inverse_variance():
+    """Lone features keep weight 1, a pair gets γ² = ½. One number does most of it, and the paper's
+    rule is worse than one number: n − (tr G)²/‖G‖² with G = γ²(1, −1; −1, 1) for each pair."""
+    mixing = digon_mixing(10, 10).double()
+    variance = mixing.square().sum(1)
+    found = gap_norms(mixing, {"half": variance.sqrt(), "paper": variance, "gap": variance**-0.5})
+    assert found.none == pytest.approx(20**0.5)
+    assert found.best_scalar == pytest.approx((30 - 30**2 / 50) ** 0.5)
+    assert found.weights["half"] == pytest.approx((30 - 50**2 / 170) ** 0.5)
+    assert found.weights["paper"] == pytest.approx((30 - 90**2 / 650) ** 0.5)
+    assert found.weights["gap"] == found.whitening == pytest.approx(10**0.5) == found.bound
+    torch.testing.assert_close(optimal_weights(mixing), torch.diag(variance**-0.5))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 9), st.booleans())
+def test_no_weights_beat_the_optimum_of_theorem_5(seed, n_p, n, deficient):
+    """Over matrices: none drawn at random, none near the optimum, and none that descent finds."""
+    mixing = normal(n_p, n, seed=seed)
+    if deficient:
+        mixing[-1] = mixing[0]
+    best = float(gap_matrix(mixing, optimal_weights(mixing)).norm())
+    assert best == pytest.approx(least_gap_norm(mixing), abs=1e-6)
+    assert best == pytest.approx(max(0, n - torch.linalg.matrix_rank(mixing).item()) ** 0.5, abs=1e-6)
+    optimum = optimal_weights(mixing)
+    for draw in range(10):
+        noise = normal(n_p, n_p, seed=seed + draw + 1)
+        for gamma in (noise, optimum + 0.01 * noise, optimum + noise):
+            assert float(gap_matrix(mixing, gamma).norm()) >= best - 1e-9
+            assert best_scaled_gap_norm(mixing, gamma) >= best - 1e-9
+    free = normal(n_p, n_p, seed=seed + 99).requires_grad_()
+    optimiser = torch.optim.Adam([free], lr=0.03)
+    start = float(gap_matrix(mixing, free.detach()).norm())
+    for _ in range(150):
+        optimiser.zero_grad()
+        gap_matrix(mixing, free).square().sum().backward()
+        optimiser.step()
+    end = float(gap_matrix(mixing, free.detach()).norm())
+    assert best - 1e-9 <= end <= start + 1e-9
+
+
+def test_descent_over_all_matrices_ends_at_the_optimum():
+    mixing = normal(4, 9, seed=3)
+    free = torch.eye(4, dtype=torch.float64).requires_grad_()
+    optimiser = torch.optim.LBFGS([free], max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = gap_matrix(mixing, free).square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    torch.testing.assert_close(
+        free.detach().T @ free.detach(), torch.linalg.inv(mixing @ mixing.T), rtol=1e-4, atol=1e-5
+    )
+    assert float(gap_matrix(mixing, free.detach()).norm()) == pytest.approx(5**0.5, rel=1e-6)
+
+
+def test_for_equal_independent_features_the_optimum_whitens():
+    mixing = normal(3, 7, seed=8)
+    x = features(mixing, 0.5, 20_000)
+    covariance = torch.cov((x @ mixing.T).T)
+    gamma = optimal_weights(mixing)
+    white = gamma @ covariance @ gamma.T
+    off = white / white.diagonal().mean() - torch.eye(3, dtype=torch.float64)
+    assert float(off.abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("weights", [None, "diagonal", "matrix"])
+def test_the_best_scale_is_the_best(weights):
+    mixing = normal(3, 6, seed=1)
+    gamma = {None: torch.eye(3).double(), "diagonal": normal(3, seed=2).abs(),
+             "matrix": normal(3, 3, seed=2)}[weights]  # fmt: skip
+    given = None if weights is None else gamma
+    scale, best = best_scalar(mixing, given), best_scaled_gap_norm(mixing, given)
+    assert float(gap_matrix(mixing, scale * gamma).norm()) == pytest.approx(best)
+    for factor in (0.9, 0.99, 1.01, 1.1):
+        assert float(gap_matrix(mixing, factor * scale * gamma).norm()) > best
+    assert best_scaled_gap_norm(mixing, 7 * gamma) == pytest.approx(best)
+
+
+def test_weights_that_see_nothing_and_a_mixture_of_nothing():
+    assert best_scalar(EXAMPLE, torch.zeros(2).double()) == 0
+    assert best_scaled_gap_norm(EXAMPLE, torch.zeros(2).double()) == pytest.approx(3**0.5)
+    with pytest.raises(UsageError, match="W_p is 0"):
+        optimal_weights(torch.zeros(2, 3))
 
 
 # The assumptions.

@@ -1,5 +1,7 @@
 """The planted experiments' arms: rules, tied TopK dictionaries, paired statistics, verdicts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from scipy import stats
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.theory import rules
 from llm_wsae.theory.comparison import summarise_arms
 from llm_wsae.theory.recovery import measure
@@ -27,6 +30,7 @@ def known(sparsity: float = 0.7) -> Known:
         energy=torch.ones(4),
         fisher=fisher(data, rows),
         coherence=coherence(data, x, torch.Generator().manual_seed(1)),
+        second_moment=SecondMoment(3).update(rows),
         truth=data,
         draw=1,
     )
@@ -88,10 +92,28 @@ def test_weights_have_maximum_one_and_any_exponent():
     e = known()
     for name, arm in ARMS.items():
         found = weights(arm, e)
-        assert float(found.max()) == pytest.approx(1) and float(found.min()) >= 0, name
+        values = torch.linalg.eigvalsh(found) if arm.is_matrix else found
+        assert float(values.max()) == pytest.approx(1) and float(values.min()) >= 0, name
     plain, inverse = weights(ARMS["variance"], e), weights(ARMS["variance-a-0.25"], e)
     torch.testing.assert_close(inverse, (plain / plain.min()) ** -0.25)
     assert weights(ARMS["plain"], e).tolist() == [1, 1, 1]
+
+
+def test_whitening_and_the_optimum_of_the_true_mixture():
+    """Two lone features, one digon: γ = 1/σ, here on the axes. The sample comes near it."""
+    e = known()
+    wanted = torch.diag(torch.tensor([1, 1, 0.5**0.5]))
+    torch.testing.assert_close(weights(ARMS["optimum-true"], e), wanted)
+    torch.testing.assert_close(weights(ARMS["whitening"], e), wanted, rtol=0, atol=0.03)
+    assert ARMS["whitening"].controls == ("random", "rotated:whitening")
+    assert not ARMS["whitening"].space  # the theorem's optimum is a loss
+    turned = replace(e, truth=rotated(e.truth, torch.Generator().manual_seed(2)))
+    found = weights(ARMS["optimum-true"], turned)
+    gram = turned.truth.mixing.T @ found @ found @ turned.truth.mixing
+    torch.testing.assert_close(
+        gram, torch.block_diag(torch.eye(2), 0.5 * torch.tensor([[1.0, -1], [-1, 1]])),
+        rtol=0, atol=1e-5,
+    )  # fmt: skip
 
 
 def test_no_dimension_scores_anything(monkeypatch):
@@ -120,15 +142,18 @@ def test_controls_use_their_weights_in_the_same_way():
     assert ARMS["standardised"].controls == ("permuted:standardised",)
     e = known()
     for name, arm in ARMS.items():
-        is_control = name.startswith(("plain", "random", "permuted"))
+        is_control = name.startswith(("plain", "random", "permuted", "rotated"))
         assert (arm.controls == ()) == is_control, name
         for control in arm.controls:
             assert ARMS[control].annealed == arm.annealed
         if not is_control:  # as far apart as the arm's, and dealt out to other dimensions
-            own = ARMS[f"permuted:{name}"]
+            own = ARMS[f"{'rotated' if arm.is_matrix else 'permuted'}:{name}"]
             assert own.space == arm.space and own.controls == ()
-            spread = weights(own, e).sort().values
-            torch.testing.assert_close(spread, weights(arm, e).sort().values)
+            spread, wanted = (
+                torch.linalg.eigvalsh(found) if arm.is_matrix else found.sort().values
+                for found in (weights(own, e), weights(arm, e))
+            )
+            torch.testing.assert_close(spread, wanted)
 
 
 DATA = planted(digon_mixing(3, 2), 0.7)  # n = 7, n_p = 5
@@ -143,17 +168,20 @@ def trained(gamma: torch.Tensor, annealed: list[bool], scale=None, steps: int = 
     return train_tied(DATA, gamma, torch.tensor(annealed), scale, schedule(steps), seed=3)
 
 
+@pytest.mark.parametrize("is_matrix", [False, True])
 @pytest.mark.parametrize("k", [1, 3, 10])
-def test_the_gradient_is_autograds(k):
+def test_the_gradient_is_autograds(k, is_matrix):
     g = torch.Generator().manual_seed(0)
     w = torch.randn(3, 10, 5, generator=g).requires_grad_()
     x = torch.randn(3, 50, 5, generator=g)
-    gamma = torch.rand(3, 1, 5, generator=g)
+    gamma = torch.randn(3, 5, 5, generator=g) if is_matrix else torch.rand(3, 1, 5, generator=g)
     pre = torch.bmm(x, w.transpose(1, 2)).relu()
     kept = torch.zeros_like(pre).scatter(-1, pre.topk(k, -1).indices, 1.0)
-    loss = ((x - torch.bmm(pre * kept, w)) * gamma).square().sum(2).mean(1).sum()
-    loss.backward()
-    found = tied_gradient(w.detach(), x, gamma.square(), k)
+    error = x - torch.bmm(pre * kept, w)
+    seen = torch.bmm(error, gamma.mT) if is_matrix else error * gamma
+    seen.square().sum(2).mean(1).sum().backward()
+    squared = torch.bmm(gamma.mT, gamma) if is_matrix else gamma.square()
+    found = tied_gradient(w.detach(), x, squared, k)
     torch.testing.assert_close(found, w.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -172,6 +200,13 @@ def test_an_arm_does_not_depend_on_its_neighbours():
     alone = trained(gamma[5:6], [False])
     torch.testing.assert_close(together[5], alone[0], rtol=1e-3, atol=1e-4)
     assert (together[5] - together[4]).abs().max() > 0.01
+
+
+def test_a_diagonal_matrix_trains_as_its_weights_do():
+    gamma = torch.rand(3, 5, generator=torch.Generator().manual_seed(4))
+    annealed = [False, True, True]
+    as_matrix = trained(gamma.diag_embed(), annealed, torch.ones(3, 5))
+    torch.testing.assert_close(as_matrix, trained(gamma, annealed), rtol=1e-3, atol=1e-4)
 
 
 def test_arms_of_a_seed_start_and_see_the_same():
@@ -220,8 +255,15 @@ def test_sparse_digons_are_learned():
 def unit(**losses: float) -> dict:
     """One seed, all arms at 0.5 except those named (``-`` written as ``_``)."""
     measures = {"mmcs": 0.7, "recovered": 0.5, "features_per_latent": 2.0, "fvu": 0.1}
+    measures |= {"absorbed": None, "merged": 0.25}
     named = {name.replace("_", "-"): loss for name, loss in losses.items()}
-    return {"arms": {arm: {"l_gt": named.get(arm, 0.5), **measures} for arm in ARMS}}
+    found = {arm: named.get(arm, 0.5) for arm in ARMS}
+    return {
+        "arms": {
+            arm: {"l_gt": loss, "l_gt_one_scale": 2 * loss, **measures}
+            for arm, loss in found.items()
+        }
+    }
 
 
 def seeds(count: int = 10, noise: float = 0.001, draw: int = 0, **changes: float) -> list[dict]:
@@ -245,6 +287,8 @@ def test_differences_are_paired_and_in_per_cent_of_plain():
     assert found.change.mean == pytest.approx(differences.mean()) and found.wins == 2
     low, high = stats.t.interval(0.95, 2, loc=differences.mean(), scale=stats.sem(differences))
     assert found.change.interval == pytest.approx((low, high))
+    assert found.change_one_scale == found.change and found.l_gt_one_scale == 2 * found.l_gt
+    assert found.absorbed is None and found.merged == 0.25
     # nothing else differs: no other arm to correct for but by number
     p = stats.ttest_1samp(differences, 0).pvalue
     assert found.p_holm == pytest.approx(min(1, p * len(SHOWN)))
@@ -273,7 +317,7 @@ def test_verdicts_need_the_controls():
 
 def test_a_small_difference_in_one_arm_of_many_is_no_finding():
     nothing = {arm.replace("-", "_"): 0.0 for arm in SHOWN}
-    units = seeds(noise=0.02, draw=5, **nothing)
+    units = seeds(noise=0.02, draw=7, **nothing)
     found = summarise_arms(units)
     raw = [stats.ttest_1samp([u["arms"][a]["l_gt"] - 0.5 for u in units], 0).pvalue for a in SHOWN]
     assert min(raw) < 0.05  # some arm looks like something

@@ -13,11 +13,12 @@ import pytest
 import torch
 from command_line import call, content, works
 from matplotlib.image import imread
+from scipy import stats
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.theory import experiments, jobs, rules, superposition
-from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
-from llm_wsae.theory.experiments import FIGURES, run_theory, run_unit
+from llm_wsae.theory.config import EXPERIMENTS, SWEEPS, Point, Sweep, TheoryConfig
+from llm_wsae.theory.experiments import FIGURES, figures, run_theory, run_unit
 from llm_wsae.theory.jobs import Unit, finish
 from llm_wsae.theory.report import SCORING
 from llm_wsae.theory.rules import ARMS, RULES, SHOWN, score
@@ -96,17 +97,45 @@ def test_a_run_writes_tables_and_figures(tmp_path):
     for point in written["closed_form"]["mixed"]["by_sparsity"]:
         assert point["gap"] == pytest.approx(point["sae_loss"] - point["truth_loss"], abs=1e-10)
     # 10 digons, each an off-diagonal −1 twice; the best γ² of (1, −1; −1, 1) is ½, which leaves 1
-    assert written["closed_form"]["digon"]["gap_norm"] == pytest.approx(20**0.5)
-    assert written["closed_form"]["digon"]["gap_norm_weighted"] == pytest.approx(10**0.5)
+    norms = written["closed_form"]["digon"]["gap_norms"]
+    assert norms["none"] == pytest.approx(20**0.5) and norms["best_scalar"] == pytest.approx(12**0.5)
+    assert norms["weights"]["gap"] == pytest.approx(10**0.5)
+    assert norms["whitening"] == pytest.approx(10**0.5) == norms["bound"]
+    for name, found in written["closed_form"].items():
+        norms = found["gap_norms"]
+        assert norms["none"] >= norms["best_scalar"] >= norms["whitening"] >= norms["bound"] - 1e-9
+        assert min(norms["weights"].values()) == norms["weights"]["gap"], name
+        for point in found["by_sparsity"]:
+            assert {"gap", "gap_best_scalar", "gap_weighted", "gap_whitening"} <= set(point)
     table, markdown = report.table(), (tmp_path / "theory.md").read_text()
     for text in (table, markdown):
         for word in ("plain", *SHOWN, *SCORING, *SMALL.experiments):
             assert word in text
+    assert "plain, one scale" in table and "One scale" not in table
     plain = report.arms["digon-0.5"]["plain"]
+    assert plain.l_gt <= plain.l_gt_one_scale <= 1 and plain.change_one_scale.mean == 0
+    outlier = report.arms["outliers-0.7"]["plain"]  # columns of W_p 20 times as long as others
+    assert outlier.l_gt_one_scale > outlier.l_gt + 0.01
     assert plain.change.mean == 0 and plain.wins == 0 and plain.verdict == "–"
     units = [json.loads(p.read_text()) for p in sorted((tmp_path / "units").glob("digon*"))]
     mean = np.mean([u["result"]["arms"]["hoyer"]["l_gt"] for u in units])
     assert report.arms["digon-0.5"]["hoyer"].l_gt == pytest.approx(mean)
+
+
+def test_related_features_are_measured_beside_independent_ones(tmp_path):
+    names = ("hierarchy-0.9", "hierarchy-off-0.9", "correlated-0.9")
+    report = run_theory(dataclasses.replace(SMALL, experiments=names), tmp_path)
+    ((title, rows),) = report.related_tables()
+    assert "absorbed" in title
+    assert rows[0] == [
+        "arm", "hierarchy-0.9: absorbed", "hierarchy-0.9: merged", "hierarchy-off-0.9: absorbed",
+        "hierarchy-off-0.9: merged", "correlated-0.9: merged",
+    ]  # fmt: skip
+    assert [row[0] for row in rows[1:]] == ["plain", *SHOWN]
+    for arm in report.arms["correlated-0.9"].values():
+        assert arm.absorbed is None and 0 <= arm.merged <= 1
+    for arm in report.arms["hierarchy-0.9"].values():
+        assert -1 <= arm.absorbed <= 1
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
@@ -211,6 +240,49 @@ def test_configurations_that_cannot_be():
     ):
         with pytest.raises(UsageError, match=message):
             TheoryConfig(**wrong)
+
+
+FEW = {"met": Point("digons-40", 0.99, 40, 1), "relu": Point("digons-40", 0.99, 40, 0)}
+
+
+def test_a_sweep_is_measured_at_every_point(tmp_path, monkeypatch):
+    sweep = Sweep("two points", FEW, ("plain", "whitening"))
+    monkeypatch.setitem(SWEEPS, "conditions-digons", sweep)
+    config = TheoryConfig(
+        experiments=("conditions-digons",), seeds=(0, 1), steps=300, batch_size=128, rows=2000
+    )
+    report = run_theory(config, tmp_path)
+    assert not report.arms and list(report.sweeps["conditions-digons"]) == ["met", "relu"]
+    met, relu = (point.measures["plain"] for point in report.sweeps["conditions-digons"].values())
+    assert met["recovered"].mean > 0.7 > 0.1 > relu["recovered"].mean
+    assert met["features_per_latent"].mean < 1.2 < 4 < relu["features_per_latent"].mean
+    units = [json.loads(p.read_text()) for p in sorted((tmp_path / "units").glob("*-met-*"))]
+    found = [unit["result"]["arms"]["plain"]["l_gt"] for unit in units]
+    assert met["l_gt"].mean == pytest.approx(np.mean(found)) and len(found) == 2
+    low, high = stats.t.interval(0.95, 1, loc=np.mean(found), scale=stats.sem(found))
+    assert met["l_gt"].interval == pytest.approx((low, high))
+    whitened = [unit["result"]["arms"]["whitening"]["l_gt"] for unit in units]
+    change = 100 * (np.mean(whitened) / np.mean(found) - 1)
+    assert report.sweeps["conditions-digons"]["met"].changes["whitening"].mean == pytest.approx(
+        change
+    )
+    assert "two points" in report.table() and "two points" in report.markdown()
+    assert figures(report) == ("closed_form.png", "conditions_digons.png")
+    assert all((tmp_path / name).exists() for name in figures(report))
+    written = json.loads((tmp_path / "theory.json").read_text())["sweeps"]["conditions-digons"]
+    assert written["settings"]["relu"]["k"] == 0 and set(written["points"]) == {"met", "relu"}
+
+
+def test_every_sweep_names_what_exists():
+    for sweep in SWEEPS.values():
+        assert sweep.arms[0] == "plain" and set(sweep.arms) <= set(ARMS)
+        for point in sweep.points.values():
+            assert point.regime in superposition.REGIMES and 0 <= point.k < point.latents
+        # a sweep's units have neither a first dictionary nor a model
+        assert not any(ARMS[arm].needs_dictionary for arm in sweep.arms)
+    claim = SWEEPS["toy-claim"]
+    assert set(claim.lines) == {"ReLU", "TopK"} and len(claim.points) == 16
+    assert {point.latents for point in claim.points.values()} == {200}
 
 
 WORDS = ("--experiments", "mixed-0.7", "digon-0.5", "--seeds", 3, 5, "--steps", 20,

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from llm_wsae.theory.closed_form import check_assumptions, recovered
-from llm_wsae.theory.recovery import features_per_latent, matched_loss, measure
+from llm_wsae.theory.entanglement import absorbed, merged
+from llm_wsae.theory.recovery import features_per_latent, matched_losses, measure
 from llm_wsae.theory.superposition import (
     OUTLIER_DIMENSIONS,
     OUTLIER_FACTOR,
     REGIMES,
+    Relations,
     alone,
     digon_mixing,
     low_coherence,
@@ -166,12 +168,12 @@ def test_scale_and_spare_latents_do_not_count_against_a_dictionary():
 
 def test_a_feature_without_a_latent_is_missed_whole():
     x = torch.tensor([[1.0, 0, 0], [0, 2.0, 0], [0, 0, 3.0]])
-    assert matched_loss(x[:, :2], x) == pytest.approx(9 / 14)
+    assert matched_losses(x[:, :2], x)[0] == pytest.approx(9 / 14)
     # One latent for two features can serve one of them: x = (1, 0), (0, 2), z = 1, 2.
     both = torch.tensor([[1.0, 0], [0, 2.0]])
     z = torch.tensor([[1.0], [2.0]])
     # best for the second: ⟨x₂, z⟩²/‖z‖² = 16/5 of 5
-    assert matched_loss(z, both) == pytest.approx(1 - 16 / 25)
+    assert matched_losses(z, both)[0] == pytest.approx(1 - 16 / 25)
 
 
 def test_the_matching_is_the_best_of_all():
@@ -188,7 +190,105 @@ def test_the_matching_is_the_best_of_all():
         )
         for chosen in permutations(range(5), 4)
     ) / float(x.square().sum())
-    assert matched_loss(codes, x) == pytest.approx(best, abs=1e-5)
+    assert matched_losses(codes, x)[0] == pytest.approx(best, abs=1e-5)
+
+
+def test_one_scale_for_all_counts_relative_strength():
+    """Latents of half and twice a feature are a perfect match each, and not together: at scale c
+    (1 − c/2)² + (1 − 2c)² is least at c = (½ + 2)/(¼ + 4)."""
+    x = torch.tensor([[1.0, 0], [0, 1]])
+    assert matched_losses(3 * x, x) == pytest.approx((0, 0))
+    fitted, one = matched_losses(x * torch.tensor([0.5, 2]), x)
+    assert fitted == pytest.approx(0)
+    assert one == pytest.approx(1 - (2.5**2 / 4.25) / 2)
+    nothing = matched_losses(torch.zeros(2, 3), x)
+    assert nothing == (1, 1)
+
+
+def test_one_scale_is_the_best_of_all_matchings_and_scales():
+    g = torch.Generator().manual_seed(2)
+    x, codes = torch.rand(50, 4, generator=g), 3 * torch.rand(50, 5, generator=g)
+    product, power = x.T @ codes, codes.square().sum(0)
+    best = 0.0
+    for chosen in permutations(range(5), 4):  # with fewer pairs too: a pair may be left out
+        a = torch.stack([product[j, i] for j, i in enumerate(chosen)])
+        b = power[list(chosen)]
+        for used in range(1, 16):
+            keep = torch.tensor([bool(used >> j & 1) for j in range(4)])
+            best = max(best, float(a[keep].sum() ** 2 / b[keep].sum()))
+    fitted, one = matched_losses(codes, x)
+    assert one == pytest.approx(1 - best / float(x.square().sum()), abs=1e-5)
+    assert fitted <= one
+
+
+def test_children_need_their_parent_and_keep_their_frequency():
+    data = REGIMES["hierarchy"](0.9, generator(1))
+    relations = data.relations()
+    children = (relations.parent >= 0).nonzero()[:, 0]
+    assert len(children) == 16 and len(relations.parent[children].unique()) == 8
+    x = data.features(100_000, generator(2))
+    active = x > 0
+    assert not bool((active[:, children] & ~active[:, relations.parent[children]]).any())
+    assert active.float().mean(0).tolist() == pytest.approx(data.probability.tolist(), abs=0.01)
+    assert data.probability[children].tolist() == pytest.approx([0.1] * 16)
+    assert data.probability[relations.parent[children]].tolist() == pytest.approx([0.2] * 16)
+    sizes = relations.group.bincount(minlength=38)
+    assert sorted(sizes[sizes > 0].tolist()) == [1] * 14 + [3] * 8
+    off = REGIMES["hierarchy-off"](0.9, generator(1))
+    assert off.relations().parent.tolist() == relations.parent.tolist()
+    loose = off.features(100_000, generator(2)) > 0
+    assert loose.float().mean(0).tolist() == pytest.approx(data.probability.tolist(), abs=0.01)
+    together = loose[:, children] & loose[:, relations.parent[children]]
+    assert together.float().mean(0).tolist() == pytest.approx([0.02] * 16, abs=0.005)
+
+
+def test_groups_are_active_together_and_features_alone_are_as_ever():
+    data = REGIMES["correlated"](0.9, generator(1))
+    group = data.relations().group
+    assert data.relations().parent is None
+    assert sorted(group.bincount().tolist()) == [2] + [4] * 9
+    x = data.features(100_000, generator(2))
+    active = (x > 0).double()
+    assert active.mean(0).tolist() == pytest.approx([0.1] * 38, abs=0.01)
+    assert float(x[x > 0].mean()) == pytest.approx(0.5, abs=0.01)
+    together = active.T @ active / len(x)
+    same = (group == group[:, None]) & ~torch.eye(38, dtype=torch.bool)
+    # P(both normal numbers in the lower tenth) at correlation 0.8, and of independent ones
+    assert float(together[same].mean()) == pytest.approx(0.0548, abs=0.003)
+    assert float(together[~same & ~torch.eye(38, dtype=torch.bool)].mean()) == pytest.approx(
+        0.01, abs=0.001
+    )
+    off = REGIMES["correlated-off"](0.9, generator(1)).features(100_000, generator(2)) > 0
+    off_together = off.double().T @ off.double() / len(off)
+    assert float(off_together[same].mean()) == pytest.approx(0.01, abs=0.001)
+
+
+def test_absorption_is_a_hole_where_the_child_is():
+    parent = torch.tensor([-1, 0, -1])
+    x = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]])
+    assert absorbed(x, x, parent) == 0
+    hole = x.clone()
+    hole[2:4, 0] = 0
+    assert absorbed(hole, x, parent) == 1
+    hole[2, 0] = 1
+    assert absorbed(hole, x, parent) == 0.5
+    # A latent of both is the parent's wherever the parent is: merged, not absorbed.
+    assert absorbed(x[:, :1] + x[:, 1:2], x, parent) == 0
+    never = x.clone()
+    never[:, 1] = 0
+    assert math.isnan(absorbed(never, never, parent))
+
+
+def test_merged_features_share_a_latent():
+    _, x = features()
+    group = torch.tensor([0, 0, 1, 2])
+    assert merged(x, x, group) == 0
+    together = torch.cat([x[:, :1] + x[:, 1:2], x[:, 2:]], 1)
+    assert merged(together, x, group) == 1
+    stranger = torch.cat([x[:, :1] + x[:, 2:3], x[:, 1:2], x[:, 3:]], 1)
+    assert merged(stranger, x, group) == 0  # a latent shared with no relative
+    found = measure(torch.zeros(4, 3), x, features()[0], x, Relations(group))
+    assert found.merged == 0 and found.absorbed is None
 
 
 def test_directions_count_with_their_sign():
