@@ -149,7 +149,7 @@ RELATED_CLAIMS = (
 )
 
 _FIXED_RELU = tuple(f"relu-{s:g}" for s in SWEPT)
-SPARSEST, DENSEST = ("0.99", "0.999"), ("0", "0.5", "0.7")
+SPARSEST, DENSEST = ("0.99", "0.999"), ("0.5", "0.7")
 # From the theory, before any run of these sweeps. ReLU: with 2 n_p latents (Q, −Q)ᵀ of any
 # orthogonal Q is exact, so sparsity should not help. TopK with k = 1 has no such way out.
 TOY_CLAIMS = (

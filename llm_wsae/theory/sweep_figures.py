@@ -17,7 +17,7 @@ _MEASURES = {
     "l_gt": "L_GT, a scale for each feature",
 }
 _COLOURS = (VERMILLION, BLUE)
-_ARMS = {"variance-a0.5": (INK, "s"), "variance": (ORANGE, "^"), "whitening": (BLUE, "o")}
+_ARMS = {"variance-a0.5": (ORANGE, "s"), "whitening": (BLUE, "o")}
 _SIDE = 0.16  # by which points of different lines are moved apart
 
 

@@ -281,7 +281,7 @@ def test_every_sweep_names_what_exists():
         # a sweep's units have neither a first dictionary nor a model
         assert not any(ARMS[arm].needs_dictionary for arm in sweep.arms)
     claim = SWEEPS["toy-claim"]
-    assert set(claim.lines) == {"ReLU", "TopK"} and len(claim.points) == 16
+    assert set(claim.lines) == {"ReLU", "TopK"} and len(claim.points) == 12
     assert {point.latents for point in claim.points.values()} == {200}
 
 
