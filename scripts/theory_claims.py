@@ -85,8 +85,8 @@ def share(measure: str, low: float, high: float) -> Demand:
     """``absorbed`` or ``merged`` is between ``low`` and ``high``."""
     return Demand(
         f"{measure} {low:g} to {high:g}",
-        lambda arm, _: low <= getattr(arm, measure) <= high,
-        lambda arm, _: f"{getattr(arm, measure):.3f}",
+        lambda arm, _: low <= getattr(arm, measure).mean <= high,
+        lambda arm, _: change_text(getattr(arm, measure), "+.3f"),
     )
 
 

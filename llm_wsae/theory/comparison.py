@@ -31,7 +31,7 @@ BETTER, NO_BETTER_THAN_CONTROL, WORSE, NO_DIFFERENCE = VERDICTS = (
 
 @dataclass(frozen=True)
 class Change:
-    """A change of L_GT."""
+    """A mean over seeds, of a change or of a measure, and its 95 % interval (t)."""
 
     mean: float
     interval: tuple[float, float]
@@ -60,10 +60,10 @@ class ArmSummary:
     recovered: float
     features_per_latent: float
     fvu: float
-    absorbed: float | None
-    """None where no feature has a parent, or no child is ever active."""
-    merged: float | None
-    """None where no features are related."""
+    absorbed: Change | None
+    """Its mean; None where no feature has a parent, or no child is ever active."""
+    merged: Change | None
+    """Its mean; None where no features are related."""
     verdict: str
     """One of ``VERDICTS``."""
 
@@ -80,9 +80,9 @@ def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
     adjusted = dict(zip(SHOWN, holm([p_values[arm] for arm in SHOWN]), strict=True))
     found = {}
     for arm, v in values.items():
-        change = _change(differences[arm])
+        change = mean_over_seeds(differences[arm])
         against = {
-            control: _change(differences[arm] - differences[control])
+            control: mean_over_seeds(differences[arm] - differences[control])
             for control in ARMS[arm].controls
         }
         p = adjusted.get(arm, p_values[arm])
@@ -90,7 +90,7 @@ def summarise_arms(units: Sequence[Mapping[str, Any]]) -> dict[str, ArmSummary]:
             l_gt=float(v["l_gt"].mean()),
             change=change,
             l_gt_one_scale=float(v["l_gt_one_scale"].mean()),
-            change_one_scale=_change(
+            change_one_scale=mean_over_seeds(
                 _per_cent(v["l_gt_one_scale"], values[PLAIN]["l_gt_one_scale"])
             ),
             wins=int((differences[arm] < 0).sum()),
@@ -118,9 +118,9 @@ def _per_cent(values: np.ndarray, plain: np.ndarray) -> np.ndarray:
     return (values - plain) * (100 / plain.mean())
 
 
-def _mean_if_measured(values: np.ndarray) -> float | None:
-    mean = float(values.mean())  # None is NaN here
-    return None if math.isnan(mean) else mean
+def _mean_if_measured(values: np.ndarray) -> Change | None:
+    mean = mean_over_seeds(values)  # None is NaN here
+    return None if math.isnan(mean.mean) else mean
 
 
 def _p_value(differences: np.ndarray) -> float:
@@ -130,9 +130,10 @@ def _p_value(differences: np.ndarray) -> float:
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-def _change(differences: np.ndarray) -> Change:
-    n, mean = len(differences), float(differences.mean())
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+def mean_over_seeds(values: np.ndarray) -> Change:
+    """The mean of one value for each seed, and its interval."""
+    n, mean = len(values), float(values.mean())
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
     return Change(mean, (mean - half, mean + half))
 
 

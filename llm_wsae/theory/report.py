@@ -24,6 +24,7 @@ from llm_wsae.theory.sweeps import PointSummary, Titled, summarise_point, sweep_
 SCORING = tuple(rule for rule in RULES if rule != PLAIN_RULE)
 """The rules that give dimensions different scores."""
 _GAP_AT = 0.7  # sparsity S
+_ONE_SCALE = f"{PLAIN}, one scale"
 _COLUMNS = 5  # experiments in one table, so that it fits a terminal
 
 
@@ -90,7 +91,7 @@ class TheoryReport:
                 self.experiment_table(),
                 self.correlation_table(names),
                 self.change_table(names),
-                self.change_table(names, one_scale=True),
+                self.one_scale_table(names),
             ]
         tables += [*self.related_tables(), *self.sweep_tables()]
         parts = ["# Planted experiments"]
@@ -160,30 +161,35 @@ class TheoryReport:
         title = "Rank correlation of each rule with the true monosemanticity 1/PR (1: same order)"
         return title, rows
 
-    def change_table(self, names: Sequence[str], one_scale: bool = False) -> Titled:
-        """Arms × experiments: change of L_GT, or of L_GT with one scale for all features."""
-        rows = [["arm", *names]]
+    def change_table(self, names: Sequence[str]) -> Titled:
+        """Arms × experiments: change of L_GT."""
         plain_arms = [self.arms[name][PLAIN] for name in names]
+        rows = [["arm", *names]]
         rows.append([PLAIN, *(f"{arm.l_gt:.3f}" for arm in plain_arms)])
-        rows.append([f"{PLAIN}, one scale", *(f"{arm.l_gt_one_scale:.3f}" for arm in plain_arms)])
-        if one_scale:
-            del rows[1]
-            for arm in SHOWN:
-                changes = (self.arms[name][arm].change_one_scale for name in names)
-                rows.append([arm, *(_certain(change) for change in changes)])
-            return (
-                "The same with one scale for all features in place of one for each: change of L_GT "
-                "in %; in brackets if the 95 % interval (of a single comparison) holds 0.",
-                rows,
-            )
+        rows.append([_ONE_SCALE, *(f"{arm.l_gt_one_scale:.3f}" for arm in plain_arms)])
         for arm in SHOWN:
             rows.append([arm, *(_cell(self.arms[name][arm]) for name in names)])
         return (
             "Change of L_GT relative to plain in % (negative is better), and on how many of "
-            f"{len(self.config.seeds)} seeds it is lower; first lines: L_GT of plain with a scale "
-            "for each feature, as everywhere, and with one for all.\n"
+            f"{len(self.config.seeds)} seeds it is lower.\n"
+            "First lines: L_GT of plain with a scale for each feature, which is what changes, and "
+            "with one scale for all.\n"
             "* better than plain and than every control, ~ better than plain only, "
             "! worse than plain (Holm's correction over arms)",
+            rows,
+        )
+
+    def one_scale_table(self, names: Sequence[str]) -> Titled:
+        """Arms × experiments: change of L_GT with one scale for all features."""
+        plain_arms = (self.arms[name][PLAIN] for name in names)
+        rows = [["arm", *names]]
+        rows.append([_ONE_SCALE, *(f"{arm.l_gt_one_scale:.3f}" for arm in plain_arms)])
+        for arm in SHOWN:
+            changes = (self.arms[name][arm].change_one_scale for name in names)
+            rows.append([arm, *(_certain(change) for change in changes)])
+        return (
+            "The same with one scale for all features: change of L_GT in %; in brackets if its "
+            "95 % interval, not corrected for the number of arms, holds 0.",
             rows,
         )
 
@@ -201,11 +207,11 @@ class TheoryReport:
         rows = [["arm", *(f"{name}: {measure}" for name, measure in measured)]]
         for arm in (PLAIN, *SHOWN):
             shares = (getattr(self.arms[name][arm], measure) for name, measure in measured)
-            rows.append([arm, *(f"{share:+.3f}" for share in shares)])
+            rows.append([arm, *(_with_margin(share) for share in shares)])
         title = (
-            "Related features. absorbed: how much more often the parent's latent is silent when "
-            "a child is active;\nmerged: share of related features whose latent is also that of "
-            "a relative"
+            "Related features, mean ± half of the 95 % interval. absorbed: how much more often the "
+            "parent's latent is silent\nwhen a child is active; merged: share of related features "
+            "whose latent is also that of a relative"
         )
         return [(title, rows)]
 
@@ -222,19 +228,9 @@ class TheoryReport:
 
     def _details(self, name: str) -> list[list[str]]:
         against = [f"minus {control} %" for control in CONTROLS]
-        head = [
-            "arm",
-            "L_GT",
-            "change %",
-            "one scale",
-            "change %",
-            "wins",
-            *against,
-            "MMCS",
-            "change",
-            "recovered",
-        ]
-        rows = [[*head, "features/latent", "FVU", "verdict"]]
+        head = ["arm", "L_GT", "change %", "one scale", "change %", "wins", *against]
+        head += ["MMCS", "change", "recovered", "features/latent", "FVU"]
+        rows = [[*head, "verdict"]]
         for arm, s in self.arms[name].items():
             rows.append(
                 [
@@ -292,6 +288,10 @@ def _by_control(against: Mapping[str, Change]) -> list[str]:
 def _left(rows: Sequence[Sequence[str]]) -> int:
     """How many columns are text: both of a list of names and meanings."""
     return 2 if len(rows[0]) == 2 else 1
+
+
+def _with_margin(change: Change) -> str:
+    return f"{change.mean:+.3f} ± {(change.interval[1] - change.interval[0]) / 2:.3f}"
 
 
 def _certain(change: Change) -> str:

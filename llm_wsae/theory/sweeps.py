@@ -4,19 +4,17 @@ A unit of work is one point of a sweep on one seed. The paper's toy experiment a
 conditions are such sweeps (``config.SWEEPS``).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.theory.arm_trainer import ArmTrainer
-from llm_wsae.theory.comparison import LEVEL, Change, change_text
+from llm_wsae.theory.comparison import Change, change_text, mean_over_seeds
 from llm_wsae.theory.config import SWEEPS, Point, TheoryConfig
 from llm_wsae.theory.jobs import Check
 from llm_wsae.theory.rules import PLAIN, Known
@@ -91,9 +89,11 @@ def summarise_point(units: Sequence[Mapping[str, Any]]) -> PointSummary:
     plain, arms = values(PLAIN, "l_gt"), list(units[0]["arms"])
     return PointSummary(
         represented=float(np.mean([unit["facts"]["represented"] for unit in units])),
-        measures={a: {m: _mean(values(a, m)) for m in MEASURES} for a in arms},
+        measures={a: {m: mean_over_seeds(values(a, m)) for m in MEASURES} for a in arms},
         changes={
-            a: _mean((values(a, "l_gt") - plain) * (100 / plain.mean())) for a in arms if a != PLAIN
+            a: mean_over_seeds((values(a, "l_gt") - plain) * (100 / plain.mean()))
+            for a in arms
+            if a != PLAIN
         },
     )
 
@@ -126,10 +126,3 @@ def sweep_table(name: str, points: Mapping[str, PointSummary]) -> Titled:
         "features whose column is longer than ½"
     )
     return title, rows
-
-
-def _mean(values: np.ndarray) -> Change:
-    mean = float(values.mean())
-    spread = float(values.std(ddof=1)) / math.sqrt(len(values))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread
-    return Change(mean, (mean - half, mean + half))

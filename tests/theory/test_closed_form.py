@@ -304,7 +304,9 @@ def test_no_weights_beat_the_optimum_of_theorem_5(seed, n_p, n, deficient):
         mixing[-1] = mixing[0]
     best = float(gap_matrix(mixing, optimal_weights(mixing)).norm())
     assert best == pytest.approx(least_gap_norm(mixing), abs=1e-6)
-    assert best == pytest.approx(max(0, n - torch.linalg.matrix_rank(mixing).item()) ** 0.5, abs=1e-6)
+    assert best == pytest.approx(
+        max(0, n - torch.linalg.matrix_rank(mixing).item()) ** 0.5, abs=1e-6
+    )
     optimum = optimal_weights(mixing)
     for draw in range(10):
         noise = normal(n_p, n_p, seed=seed + draw + 1)

@@ -288,7 +288,7 @@ def test_differences_are_paired_and_in_per_cent_of_plain():
     low, high = stats.t.interval(0.95, 2, loc=differences.mean(), scale=stats.sem(differences))
     assert found.change.interval == pytest.approx((low, high))
     assert found.change_one_scale == found.change and found.l_gt_one_scale == 2 * found.l_gt
-    assert found.absorbed is None and found.merged == 0.25
+    assert found.absorbed is None and found.merged.mean == 0.25
     # nothing else differs: no other arm to correct for but by number
     p = stats.ttest_1samp(differences, 0).pvalue
     assert found.p_holm == pytest.approx(min(1, p * len(SHOWN)))
