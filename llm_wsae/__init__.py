@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from llm_wsae.statistics.moments import Statistics
     from llm_wsae.streaming import ActivationStream, ActivationStreams
     from llm_wsae.studies.runner import study
+    from llm_wsae.theory.optimum import gap_norms, least_gap_weights
     from llm_wsae.training.arm import ArmConfig, make_arms
     from llm_wsae.training.config import TrainConfig
     from llm_wsae.training.trainer import train, train_sites
@@ -94,6 +95,8 @@ _HOMES = {
     "PlantedSource": "planting.source",
     "measure_recovery": "planting.recovery",
     "study": "studies.runner",
+    "gap_norms": "theory.optimum",
+    "least_gap_weights": "theory.optimum",
 }
 
 __all__ = [
@@ -132,8 +135,10 @@ __all__ = [
     "evaluate",
     "explain",
     "export_neuronpedia",
+    "gap_norms",
     "harvest",
     "inspect",
+    "least_gap_weights",
     "load_pretrained",
     "make_arms",
     "measure_recovery",

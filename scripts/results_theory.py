@@ -1,17 +1,20 @@
-"""The planted experiments for docs/results.md: run (or finish) them, write section and figures.
+"""The planted experiments and sweeps for docs/results.md: run (or finish) them, write section and
+figures.
 
     python scripts/results_theory.py
 
-Results in the archive ``results/planted.jsonl.gz`` are not computed again; to do so, delete the
-archive and ``runs/planted``. ``llm-wsae theory`` runs the same experiments with other seeds.
+Results in the archives ``results/planted.jsonl.gz`` and ``results/planted-sweeps.jsonl.gz`` are not
+computed again; to do so, delete the archive and its folder in ``runs``. ``llm-wsae theory`` runs
+the same experiments with other seeds.
 
-Nothing was chosen on these seeds. The expectations from smaller trials are listed as ``CLAIMS`` and
-are compared with the measurements, whether they hold or not.
+Nothing was chosen on these seeds. What was expected is in ``theory_claims.py``, and is compared
+with the measurements, whether it holds or not.
 """
 
 import argparse
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import IMAGES, README, RESULTS, write_section
@@ -29,14 +32,17 @@ from theory_claims import (
 
 from llm_wsae.terminal import markdown
 from llm_wsae.theory.comparison import BETTER, NO_BETTER_THAN_CONTROL, WORSE, change_text
-from llm_wsae.theory.config import EXPERIMENTS, TheoryConfig
-from llm_wsae.theory.experiments import FIGURES, run_theory
+from llm_wsae.theory.config import EXPERIMENTS, SWEEPS, TheoryConfig
+from llm_wsae.theory.experiments import FIGURES, SWEEP_FIGURES, run_theory
 from llm_wsae.theory.report import TheoryReport
 from llm_wsae.theory.rules import ARMS, PLAIN, SHOWN
 
-SEEDS = tuple(range(200, 210))
+SEEDS, SWEEP_SEEDS = tuple(range(200, 210)), tuple(range(200, 205))
 ARCHIVE = Path(__file__).parent / "results/planted.jsonl.gz"
-RUN = README.parent / "runs/planted"
+SWEEP_ARCHIVE = ARCHIVE.with_name("planted-sweeps.jsonl.gz")
+RUN, SWEEP_RUN = README.parent / "runs/planted", README.parent / "runs/planted-sweeps"
+CONFIG = TheoryConfig(experiments=tuple(EXPERIMENTS), seeds=SEEDS)
+SWEEP_CONFIG = TheoryConfig(experiments=tuple(SWEEPS), seeds=SWEEP_SEEDS)
 
 
 def claim_table(report: TheoryReport, claims: Sequence[Claim] = CLAIMS) -> str:
@@ -91,18 +97,17 @@ def verdict_table(report: TheoryReport) -> str:
     return markdown(rows)
 
 
-def section(report: TheoryReport) -> str:
+def titled(table: tuple[str, list[list[str]]]) -> str:
+    """A table under its title."""
+    title, rows = table
+    return f"{title}\n\n{markdown(rows, left=2 if len(rows[0]) == 2 else 1)}"
+
+
+def section(report: TheoryReport, swept: TheoryReport) -> str:
     """The planted section of docs/results.md."""
     config, names = report.config, list(report.arms)
-    closed, experiments, correlations, changes = (
-        f"{title}\n\n{markdown(rows, left=2 if len(rows[0]) == 2 else 1)}"
-        for title, rows in (
-            report.closed_form_table(),
-            report.experiment_table(),
-            report.correlation_table(names),
-            report.change_table(names),
-        )
-    )
+    sweeps = dict(zip(swept.sweeps, map(titled, swept.sweep_tables()), strict=True))
+    few = len(swept.config.seeds)
     parts = [
         "## Planted data: what weights do where the true features are known",
         f"`python scripts/results_theory.py`, or `llm-wsae theory` with other seeds: "
@@ -110,27 +115,57 @@ def section(report: TheoryReport) -> str:
         f"dictionaries, {config.steps:,} steps of {config.batch_size} rows, "
         f"{len(ARMS)} arms, which share the data, the initial weights and the rows of each seed. "
         "L_GT is the share of the true features' energy that is missing when each feature is "
-        "matched to one latent (lower is better). A change is in per cent of the plain arm's mean; "
+        "matched to one latent at its best scale (lower is better); *with one scale*, all pairs "
+        "share one. A change is in per cent of the plain arm's mean; "
         "its interval is a paired t over seeds. S is the probability that a feature is 0, n the "
         "number of features, n_p the number of dimensions, W_p the matrix that mixes features into "
         "dimensions. A dimension's true monosemanticity is 1 / PR, where PR is the participation "
         "ratio of the features in it. MMCS is the mean over features of the largest cosine with a "
         "decoder row. A *digon* is two features on one dimension with opposite signs. Rules named "
         "`-true` know W_p; *annealed* weights go to 1 over the first 60 % of the steps; "
-        "*standardised* is `variance` with α = −½ as the training space.",
+        "*standardised* is `variance` with α = −½ as the training space; `whitening` has α = 1 and "
+        "acts in the loss, and `optimum-true` is what it estimates (theorem 5).",
         "### What was expected, and what holds",
         "The mean, not its interval, is compared with the expectation. The expectations about "
         "`participation-true-annealed` were stated for weights that go to 1 between 40 and 70 % of "
         "the steps. With that schedule, and Adam's ε at 1e-8, it changed L_GT by −13.8 % in "
         "mixed-0.5, −1.9 % in mixed-0.5-slow and −8.5 % in mixed-0.5-fast.",
         claim_table(report),
+        "### Theorem 5: how far weights can close the gap",
+        titled(report.gap_table()),
+        "Where the rows of W_p have one length, and in W_p as training makes it, one number "
+        "reaches the bound: there is nothing left for weights. In mixtures most of what the best "
+        "weights gain, one number gains too, and the paper's rule is worse than that number.",
+        "Whitening in the loss, theorem 5's own optimum at full power, as it was expected and as "
+        "it was found:",
+        claim_table(report, WHITENING_CLAIMS),
         "### Which weights help",
         "Each arm is compared with the plain arm, after Holm's correction over all arms of an "
         "experiment, and then with its controls, used in the same way: its own weights on the "
-        "wrong dimensions, and random weights.",
+        "wrong dimensions (a matrix: the same eigenvalues in random directions), and random "
+        "weights.",
         verdict_table(report),
         f"![Change of L_GT of every arm in every experiment](images/planted_{FIGURES[2]})",
-        changes,
+        titled(report.change_table(names)),
+        titled(report.one_scale_table(names)),
+        claim_table(report, SCALE_CLAIMS),
+        "### Features that belong together",
+        "In `hierarchy-0.9` eight parents have two children each, which fire only if their parent "
+        "does; in `correlated-0.9` groups of four are correlated (a Gaussian copula, ρ = 0.8). "
+        "Their `-off` twins have the same frequencies and independent features.",
+        claim_table(report, RELATED_CLAIMS),
+        *map(titled, report.related_tables()),
+        "### The paper's toy experiment",
+        f"n = 200 features, n_p = 20 dimensions, n_m = 200 latents, {few} seeds, learning rate "
+        "0.01. The claim is that dictionaries become monosemantic as S goes to 1, and that weights "
+        "help before that.",
+        point_claim_table(swept, TOY_CLAIMS),
+        *_with_figures(sweeps, "toy-claim"),
+        "### The three conditions of the paper's first version",
+        "They are extreme sparsity of the features, sparse activation of the dictionary, and "
+        f"enough latents. One at a time is given up, {few} seeds.",
+        point_claim_table(swept, CONDITION_CLAIMS),
+        *_with_figures(sweeps, "conditions"),
         "### Which rules find the truth",
         "Two rules need a language model. Here `sensitivity` uses one that outputs the true "
         "features, x̂_j = ReLU(w_jᵀx_p / ‖w_j‖²), which is the toy model's own output where columns "
@@ -138,14 +173,24 @@ def section(report: TheoryReport) -> str:
         "compare their texts. `leading-sensitivity` and `whitening` are matrices without a score "
         "for each dimension, `token-norm` weights rows, and `uniform` scores all dimensions alike.",
         f"![Rank correlation of rules with the truth](images/planted_{FIGURES[1]})",
-        correlations,
+        titled(report.correlation_table(names)),
         "### The closed form",
         f"![What the closed form loses, by sparsity](images/planted_{FIGURES[0]})",
-        closed,
+        titled(report.closed_form_table()),
         "### The experiments",
-        experiments,
+        titled(report.experiment_table()),
     ]
     return "\n\n".join(parts)
+
+
+def _with_figures(sweeps: dict[str, str], start: str) -> list[str]:
+    """Figure and table of every sweep whose name starts so."""
+    parts = []
+    for name, table in sweeps.items():
+        if name.startswith(start):
+            why = SWEEPS[name].why
+            parts += [f"![{why}](images/planted_{SWEEP_FIGURES[name]})", table]
+    return parts
 
 
 def main() -> None:
@@ -153,16 +198,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=0, help="0: one on every core")
     workers = parser.parse_args().workers
-    if ARCHIVE.exists() and not RUN.exists():
-        unpack(ARCHIVE, RUN)
-    config = TheoryConfig(experiments=tuple(EXPERIMENTS), seeds=SEEDS, workers=workers)
-    report = run_theory(config, RUN)
-    pack(RUN, ARCHIVE)
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for figure in FIGURES:
-        shutil.copy(RUN / figure, IMAGES / f"planted_{figure}")
-    write_section("planted", section(report), RESULTS)
-    print(claim_table(report))
+    reports = []
+    for config, run, archive in (
+        (CONFIG, RUN, ARCHIVE),
+        (SWEEP_CONFIG, SWEEP_RUN, SWEEP_ARCHIVE),
+    ):
+        if archive.exists() and not run.exists():
+            unpack(archive, run)
+        reports.append(run_theory(replace(config, workers=workers), run))
+        pack(run, archive)
+    for name in FIGURES:
+        shutil.copy(RUN / name, IMAGES / f"planted_{name}")
+    for name in SWEEP_FIGURES.values():
+        shutil.copy(SWEEP_RUN / name, IMAGES / f"planted_{name}")
+    write_section("planted", section(*reports), RESULTS)
+    print(claim_table(reports[0]))
 
 
 if __name__ == "__main__":

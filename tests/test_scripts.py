@@ -13,7 +13,6 @@ from places import ROOT, SCRIPTS
 
 from llm_wsae.files import read_own_json
 from llm_wsae.theory import experiments
-from llm_wsae.theory.config import TheoryConfig
 from llm_wsae.weights.rules import RULES
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -169,14 +168,19 @@ def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
     import results_archive
     import results_theory
 
-    kept = results_archive.read(results_theory.ARCHIVE)
-    results_archive.unpack(results_theory.ARCHIVE, tmp_path)
     monkeypatch.setattr(experiments, "run_unit", measured_already)
-    report = experiments.run_theory(TheoryConfig(seeds=results_theory.SEEDS), tmp_path)
-    agree(written("planted"), results_theory.section(report))
-    again = read_own_json(tmp_path / "theory.json", "report")
-    texts = (json.dumps(one | {"versions": {}}) for one in (kept["theory.json"], again))
-    agree(*texts)
+    monkeypatch.setattr(experiments, "run_point", measured_already)
+    reports = []
+    for config, archive in (
+        (results_theory.CONFIG, results_theory.ARCHIVE),
+        (results_theory.SWEEP_CONFIG, results_theory.SWEEP_ARCHIVE),
+    ):
+        kept, folder = results_archive.read(archive), tmp_path / archive.name
+        results_archive.unpack(archive, folder)
+        reports.append(experiments.run_theory(config, folder))
+        again = read_own_json(folder / "theory.json", "report")
+        agree(*(json.dumps(one | {"versions": {}}) for one in (kept["theory.json"], again)))
+    agree(written("planted"), results_theory.section(*reports))
 
 
 def test_every_rule_of_the_study_is_measured_at_every_site(monkeypatch):

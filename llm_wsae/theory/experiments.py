@@ -39,7 +39,7 @@ from llm_wsae.theory.figures import (
     plot_correlations,
 )
 from llm_wsae.theory.jobs import REPORT, UNITS, Check, Unit, finish
-from llm_wsae.theory.optimum import best_scalar, gap_norms, optimal_weights
+from llm_wsae.theory.optimum import best_scalar, gap_norms, least_gap_weights
 from llm_wsae.theory.report import TheoryReport, summarise
 from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, coherence, fisher, score
 from llm_wsae.theory.superposition import (
@@ -268,7 +268,7 @@ def closed_form_facts(name: str, rows: int, seed: int) -> dict[str, Any]:
     draw = generator(seed, Stream.SAMPLE)
     n = mixing.shape[1]
     assumed = check_assumptions(mixing)
-    gamma, optimum = scores.gap(mixing.T), optimal_weights(mixing)
+    gamma, optimum = scores.gap(mixing.T), least_gap_weights(mixing)
     scalar = best_scalar(mixing) * torch.ones(len(mixing), dtype=torch.float64)
     uniform = torch.rand(rows, n, generator=draw, dtype=torch.float64)
     ones = torch.ones(n, dtype=torch.float64)

@@ -33,7 +33,7 @@ def gap_matrix(
     return seen @ seen.T - torch.eye(mixing.shape[1], dtype=mixing.dtype)
 
 
-def optimal_weights(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n_p n_p"]:
+def least_gap_weights(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n_p n_p"]:
     """Γ* = (W_p W_pᵀ)^(+½), theorem 5's optimum: Γ*² = (W_p W_pᵀ)⁺ minimises ‖W_pᵀΓ²W_p − I‖_F.
 
     W_pᵀΓ²W_p is positive semidefinite with rank ≤ r = rank W_p, so its distance from I is at least
@@ -50,7 +50,7 @@ def optimal_weights(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n_p n_p"]:
 
 
 def least_gap_norm(mixing: Float[Tensor, "n_p n"]) -> float:
-    """√(n − rank W_p), the smallest ‖W_pᵀΓ²W_p − I‖_F of all Γ (``optimal_weights``)."""
+    """√(n − rank W_p), the smallest ‖W_pᵀΓ²W_p − I‖_F of all Γ (``least_gap_weights``)."""
     return (mixing.shape[1] - int(_spectrum(mixing)[2].sum())) ** 0.5
 
 
@@ -85,7 +85,7 @@ class GapNorms:
     weights: dict[str, float]
     """By name of the weights: at their best scale."""
     whitening: float
-    """Γ², the pseudo-inverse of W_p W_pᵀ (``optimal_weights``)."""
+    """Γ², the pseudo-inverse of W_p W_pᵀ (``least_gap_weights``)."""
     bound: float
     """√(n − rank W_p); no Γ is below."""
 
@@ -100,7 +100,7 @@ def gap_norms(mixing: Float[Tensor, "n_p n"], weights: dict[str, Weights]) -> Ga
         none=float(gap_matrix(mixing).norm()),
         best_scalar=best_scaled_gap_norm(mixing),
         weights={name: best_scaled_gap_norm(mixing, w) for name, w in weights.items()},
-        whitening=float(gap_matrix(mixing, optimal_weights(mixing)).norm()),
+        whitening=float(gap_matrix(mixing, least_gap_weights(mixing)).norm()),
         bound=least_gap_norm(mixing),
     )
 

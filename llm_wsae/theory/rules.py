@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
-from llm_wsae.theory.optimum import optimal_weights
+from llm_wsae.theory.optimum import least_gap_weights
 from llm_wsae.theory.superposition import Planted
 from llm_wsae.weights import matrix_rules, rules, scores
 from llm_wsae.weights.config import RuleInputConfig
@@ -54,7 +54,7 @@ def _gap_true(known: RuleInputs) -> Float[Tensor, " n_p"]:
 
 def _optimum_true(known: RuleInputs) -> Float[Tensor, "n_p n_p"]:
     """The Γ that minimises it over all matrices, with the true W_p."""
-    return optimal_weights(cast(Known, known).truth.mixing)
+    return least_gap_weights(cast(Known, known).truth.mixing)
 
 
 _OPTIMUM = Rule("optimum-true", matrix_fn=_optimum_true)

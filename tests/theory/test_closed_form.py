@@ -26,7 +26,7 @@ from llm_wsae.theory.optimum import (
     gap_matrix,
     gap_norms,
     least_gap_norm,
-    optimal_weights,
+    least_gap_weights,
 )
 from llm_wsae.theory.superposition import digon_mixing, low_coherence, planted
 from llm_wsae.weights import scores
@@ -292,7 +292,7 @@ def test_in_digons_the_optimum_is_inverse_variance():
     assert found.weights["half"] == pytest.approx((30 - 50**2 / 170) ** 0.5)
     assert found.weights["paper"] == pytest.approx((30 - 90**2 / 650) ** 0.5)
     assert found.weights["gap"] == found.whitening == pytest.approx(10**0.5) == found.bound
-    torch.testing.assert_close(optimal_weights(mixing), torch.diag(variance**-0.5))
+    torch.testing.assert_close(least_gap_weights(mixing), torch.diag(variance**-0.5))
 
 
 @settings(deadline=None, max_examples=25)
@@ -302,12 +302,12 @@ def test_no_weights_beat_the_optimum_of_theorem_5(seed, n_p, n, deficient):
     mixing = normal(n_p, n, seed=seed)
     if deficient:
         mixing[-1] = mixing[0]
-    best = float(gap_matrix(mixing, optimal_weights(mixing)).norm())
+    best = float(gap_matrix(mixing, least_gap_weights(mixing)).norm())
     assert best == pytest.approx(least_gap_norm(mixing), abs=1e-6)
     assert best == pytest.approx(
         max(0, n - torch.linalg.matrix_rank(mixing).item()) ** 0.5, abs=1e-6
     )
-    optimum = optimal_weights(mixing)
+    optimum = least_gap_weights(mixing)
     for draw in range(10):
         noise = normal(n_p, n_p, seed=seed + draw + 1)
         for gamma in (noise, optimum + 0.01 * noise, optimum + noise):
@@ -346,7 +346,7 @@ def test_for_equal_independent_features_the_optimum_whitens():
     mixing = normal(3, 7, seed=8)
     x = features(mixing, 0.5, 20_000)
     covariance = torch.cov((x @ mixing.T).T)
-    gamma = optimal_weights(mixing)
+    gamma = least_gap_weights(mixing)
     white = gamma @ covariance @ gamma.T
     off = white / white.diagonal().mean() - torch.eye(3, dtype=torch.float64)
     assert float(off.abs().max()) < 0.05
@@ -369,7 +369,7 @@ def test_weights_that_see_nothing_and_a_mixture_of_nothing():
     assert best_scalar(EXAMPLE, torch.zeros(2).double()) == 0
     assert best_scaled_gap_norm(EXAMPLE, torch.zeros(2).double()) == pytest.approx(3**0.5)
     with pytest.raises(UsageError, match="W_p is 0"):
-        optimal_weights(torch.zeros(2, 3))
+        least_gap_weights(torch.zeros(2, 3))
 
 
 # The assumptions.
