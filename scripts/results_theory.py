@@ -37,7 +37,7 @@ from llm_wsae.theory.experiments import FIGURES, SWEEP_FIGURES, run_theory
 from llm_wsae.theory.report import TheoryReport
 from llm_wsae.theory.rules import ARMS, PLAIN, SHOWN
 
-SEEDS, SWEEP_SEEDS = tuple(range(200, 210)), tuple(range(200, 205))
+SEEDS, SWEEP_SEEDS = tuple(range(200, 205)), tuple(range(200, 203))
 ARCHIVE = Path(__file__).parent / "results/planted.jsonl.gz"
 SWEEP_ARCHIVE = ARCHIVE.with_name("planted-sweeps.jsonl.gz")
 RUN, SWEEP_RUN = README.parent / "runs/planted", README.parent / "runs/planted-sweeps"
