@@ -28,7 +28,8 @@ class ArmTrainer:
         self, names: list[str], known: Known
     ) -> tuple[dict[str, Recovery], dict[str, Tensor]]:
         """What each arm recovers, and its dictionary as it was trained."""
-        found, dictionaries = {}, {}
+        found: dict[str, Recovery] = {}
+        dictionaries: dict[str, Tensor] = {}
         for is_matrix in (False, True):
             alike = [name for name in names if ARMS[name].is_matrix == is_matrix]
             if alike:

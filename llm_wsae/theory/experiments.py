@@ -5,8 +5,7 @@ One unit of work is one experiment on one seed: plant the data, compute every ru
 closed form says about a mixture, from W_p alone and without any training, is a unit too.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -80,27 +79,28 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
     check_folder(out, names, is_ours=(out / UNITS).is_dir())
     with folder_lock(out, "planted experiments"):
         remove_partials(out, UNITS)
-        closed = {name: _closed_form_unit(name, config, out) for name in MIXTURES}
-        planted = {
-            (name, seed): _planted_unit(name, seed, config, out)
-            for name in config.experiments
-            if name in EXPERIMENTS
-            for seed in config.seeds
-        }
-        swept = {
-            (name, label, seed): _sweep_unit(name, label, seed, config, out)
+        planted = [name for name in config.experiments if name in EXPERIMENTS]
+        points = [
+            (name, label)
             for name in config.experiments
             if name in SWEEPS
             for label in SWEEPS[name].points
-            for seed in config.seeds
+        ]
+        units: dict[tuple[str | int, ...], Unit] = {
+            (name,): _closed_form_unit(name, config, out) for name in MIXTURES
         }
-        todo = {**closed, **planted, **swept}
-        results = finish(list(todo.values()), config.workers, "planted experiments")
-        found = dict(zip(todo, results, strict=True))
+        for name in planted:
+            for seed in config.seeds:
+                units[name, seed] = _planted_unit(name, seed, config, out)
+        for name, label in points:
+            for seed in config.seeds:
+                units[name, label, seed] = _sweep_unit(name, label, seed, config, out)
+        results = finish(list(units.values()), config.workers, "planted experiments")
+        found = dict(zip(units, results, strict=True))
         report = summarise(
-            closed_form={name: found[name] for name in closed},
-            units=_by_all_but_seed({key: found[key] for key in planted}),
-            sweep_units=_by_all_but_seed({key: found[key] for key in swept}),
+            closed_form={name: found[name,] for name in MIXTURES},
+            units={name: [found[name, seed] for seed in config.seeds] for name in planted},
+            sweep_units={at: [found[*at, seed] for seed in config.seeds] for at in points},
             config=config,
         )
         facts = {"command": "theory", "versions": versions(), **report.to_dict()}
@@ -117,21 +117,14 @@ def figures(report: TheoryReport) -> tuple[str, ...]:
 
 
 def _plots(report: TheoryReport) -> dict[str, Callable[[Path], None]]:
-    plots = {FIGURES[0]: partial(plot_closed_form, report.closed_form)}
+    plots: dict[str, Callable[[Path], None]] = {}
+    plots[FIGURES[0]] = partial(plot_closed_form, report.closed_form)
     if report.arms:
         plots[FIGURES[1]] = partial(plot_correlations, report)
         plots[FIGURES[2]] = partial(plot_changes, report)
     for name, points in report.sweeps.items():
         plots[SWEEP_FIGURES[name]] = partial(plot_sweep, SWEEPS[name], points)
     return plots
-
-
-def _by_all_but_seed(results: Mapping[tuple[Any, ...], Any]) -> dict[Any, list[Any]]:
-    """Results by the rest of their key, alone or as a tuple, in the seeds' order."""
-    found = defaultdict(list)
-    for (*rest, _), result in results.items():
-        found[rest[0] if len(rest) == 1 else tuple(rest)].append(result)
-    return dict(found)
 
 
 def run_unit(

@@ -34,7 +34,7 @@ def gap_matrix(
 
 
 def least_gap_weights(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n_p n_p"]:
-    """Γ* = (W_p W_pᵀ)^(+½), theorem 5's optimum: Γ*² = (W_p W_pᵀ)⁺ minimises ‖W_pᵀΓ²W_p − I‖_F.
+    """Theorem 5's optimum: the Γ* with Γ*² = (W_p W_pᵀ)⁺, which minimises ‖W_pᵀΓ²W_p − I‖_F.
 
     W_pᵀΓ²W_p is positive semidefinite with rank ≤ r = rank W_p, so its distance from I is at least
     √(n − r) (Eckart & Young 1936). At Γ* it is W_p⁺W_p, the projection on the row space of W_p, at
