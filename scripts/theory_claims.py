@@ -135,7 +135,7 @@ WHITENING_CLAIMS = (
     Claim("standardised", ("outliers-0.7",), (one_scale_at_most(-25),)),
 )
 SCALE_CLAIMS = (
-    Claim(PLAIN, ("mixed-0.7", "mixed-0.9", "toy-200-0.95"), (scales_cost(0, 0.06),)),
+    Claim(PLAIN, ("mixed-0.7", "mixed-0.9"), (scales_cost(0, 0.06),)),
     Claim(PLAIN, ("outliers-0.7",), (scales_cost(0.15, 1),)),
 )
 RELATED_CLAIMS = (

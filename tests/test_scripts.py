@@ -173,7 +173,7 @@ def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
     reports = []
     for config, archive in (
         (results_theory.CONFIG, results_theory.ARCHIVE),
-        (results_theory.SWEEP_CONFIG, results_theory.SWEEP_ARCHIVE),
+        (results_theory.NAMED_CONFIG, results_theory.NAMED_ARCHIVE),
     ):
         kept, folder = results_archive.read(archive), tmp_path / archive.name
         results_archive.unpack(archive, folder)

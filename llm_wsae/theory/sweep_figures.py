@@ -59,7 +59,7 @@ def plot_sweep(sweep: Sweep, points: Mapping[str, PointSummary], path: Path) -> 
                 axis.errorbar(x + shift, one.mean, yerr=error, fmt=marker, ms=4, color=colour,
                               capsize=2, label=arm if x == 0 else None)  # fmt: skip
         axis.axhline(0, color=INK, lw=0.8)
-        axis.set_title(f"change of L_GT by weights in %{', ' if line else ''}{line}", fontsize=10)
+        axis.set_title(f"change of L_GT in %{', ' if line else ''}{line}", fontsize=10)
         axis.legend(frameon=False, fontsize=8)
         _name_points(axis, ticks, len(lines) > 1)
     figure.suptitle(sweep.why)
@@ -67,7 +67,11 @@ def plot_sweep(sweep: Sweep, points: Mapping[str, PointSummary], path: Path) -> 
 
 
 def _name_points(axis: Axes, ticks: list[str], are_sparsities: bool) -> None:
-    axis.set_xticks(range(len(ticks)), ticks, rotation=0 if are_sparsities else 60, fontsize=8)
+    axis.set_xticks(range(len(ticks)), ticks, fontsize=8)
     if are_sparsities:
         axis.set_xlabel("sparsity S")
+    else:
+        axis.tick_params(axis="x", rotation=60)
+        for label in axis.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
     tidy(axis)
