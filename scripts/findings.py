@@ -27,7 +27,7 @@ from llm_wsae.studies.report_tables import estimate_text
 from llm_wsae.studies.results import DECIDING
 from llm_wsae.terminal import markdown
 
-_PLANTED = FOLDER / "planted.jsonl.gz"
+_PLANTED, _NAMED = FOLDER / "planted.jsonl.gz", FOLDER / "planted-named.jsonl.gz"
 _TESTS = "`tests/theory/test_closed_form.py`"
 _PROXY = "variance"
 _STUDIED = ("variance-a0.5", "variance-a1")
@@ -35,9 +35,10 @@ _STUDIED = ("variance-a0.5", "variance-a1")
 
 def paper_section(studies: Mapping[str, Study]) -> str:
     """The section of docs/results.md, from the planted experiments and the studies of the sites."""
-    planted = results_archive.read(_PLANTED)["theory.json"]
+    planted, named = (results_archive.read(path)["theory.json"] for path in (_PLANTED, _NAMED))
     rows = [["claim of the paper", "replicates", "what is found here"]]
-    rows += [*_theorems(planted["closed_form"]), _proxy(planted), _truth(planted)]
+    rows += [*_theorems(planted["closed_form"]), *_sweeps(named["sweeps"])]
+    rows += [_proxy(planted), _truth(planted)]
     rows += [_real(label, studies) for label in _STUDIED]
     rows += [_measured()]
     return "\n\n".join(
@@ -96,6 +97,48 @@ def _theorems(closed: Mapping[str, dict]) -> list[list[str]]:
             f"Identities to 1e-10. The best γ takes ‖W_pᵀΓ²W_p − I‖ from {_norms(digon)} in "
             f"digons, from {_norms(toy)} in `toy-200`, and no Γ takes it further. That changes "
             f"what the loss says of a dictionary; what training finds is another matter. {_TESTS}",
+        ],
+    ]
+
+
+def _sweeps(sweeps: Mapping[str, dict]) -> list[list[str]]:
+    """The toy experiment by sparsity, and the three conditions."""
+
+    def plain(sweep: str, point: str, measure: str) -> float:
+        return sweeps[sweep]["points"][point]["measures"]["plain"][measure]["mean"]
+
+    def both(point: str) -> str:
+        found = (plain(f"conditions-{at}", point, "recovered") for at in ("digons", "crowd"))
+        return " and ".join(f"{share:.2f}" for share in found)
+
+    features = {
+        kind: [
+            plain(sweep, f"{kind}-{s:g}", "features_per_latent")
+            for sweep in ("toy-claim", "toy-claim-fixed")
+            for s in (0.5, 0.999)
+        ]
+        for kind in ("relu", "topk")
+    }
+    words = {
+        kind: f"from {a:.0f} to {b:.1f}, and from {c:.0f} to {d:.1f} where W_p is fixed"
+        for kind, (a, b, c, d) in features.items()
+    }
+    return [
+        [
+            "the toy experiment (n = 200, n_p = 20, n_m = 200): dictionaries become monosemantic "
+            "as S goes to 1",
+            "with TopK only",
+            f"Features a latent from S = 0.5 to 0.999: TopK {words['topk']}; ReLU "
+            f"{words['relu']}, and no feature is recovered at any S.",
+        ],
+        [
+            "three conditions: extreme sparsity, sparse activation, enough latents",
+            "the last two",
+            f"Share of features recovered in 20 digons and of 60 crowded features: all three met "
+            f"{both('met')}; S = 0.9 instead of 0.99 {both('sparsity-0.9')}; k = 10 instead of 1 "
+            f"{both('k-10')}; ReLU {both('relu')}; half as many latents as features "
+            f"{both('latents-0.5')}. Sparsity need not be extreme, but S = 0.5 is too little: "
+            f"{both('sparsity-0.5')}.",
         ],
     ]
 
