@@ -151,6 +151,7 @@ class Tied(Arm):
     def step(self, *given: Any) -> None:
         super().step(*given)
         self._tie()
+        self._optimiser.round_encoder()
 
 
 class NormFree:
@@ -374,11 +375,11 @@ class Place:
     """Of fidelity."""
 
 
-def measure(key: str, path: str | None) -> None:
+def measure(key: str, path: str | None, ideas: Sequence[Idea]) -> None:
     """Train and measure what has no result yet."""
     opened = None
     for seed in SEEDS[key]:
-        if all(_result(key, idea, seed).exists() for idea in IDEAS):
+        if all(_result(key, idea, seed).exists() for idea in ideas):
             continue
         if key == PLANTED:
             source = PlantedRows(seed)
@@ -387,12 +388,12 @@ def measure(key: str, path: str | None) -> None:
             place = Place(source, inputs, replace(how, shuffle_seed=seed), k=8)
         else:
             opened = opened or recovery.open_site(recovery.PLACES[key], path)
-            how = TrainConfig(tokens=recovery.ROWS, shuffle_seed=seed, dtype="float32")
+            how = TrainConfig(tokens=recovery.ROWS, shuffle_seed=seed)
             place = Place(opened.source, opened.inputs, how, recovery.K, opened.evaluator)
         statistics = place.inputs.statistics
         Remembering.variance = statistics.robust_variance / statistics.robust_variance.mean()
         Remembering.dimensions = []
-        for idea in IDEAS:
+        for idea in ideas:
             result = _result(key, idea, seed)
             if not result.exists() or idea.change is Participating:
                 write_json(result, plain(_measured(key, place, idea, seed)))
@@ -519,13 +520,15 @@ def main() -> None:
     for key in MODELS:
         parser.add_argument(f"--{key}", help="the model, if it is to be measured")
     parser.add_argument("--places", nargs="+", choices=SEEDS, default=list(SEEDS))
+    names = [idea.name for idea in IDEAS]
+    parser.add_argument("--ideas", nargs="+", choices=names, default=names)
     asked = parser.parse_args()
     if ARCHIVE.exists():
         unpack(ARCHIVE, RUN)
     for key in asked.places:
         path = getattr(asked, key, None)
         if key == PLANTED or path:
-            measure(key, path)
+            measure(key, path, [idea for idea in IDEAS if idea.name in asked.ideas])
             pack(RUN, ARCHIVE)
     write_section("rules", "\n\n".join(tables()), RESULTS)
 
