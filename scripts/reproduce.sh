@@ -6,6 +6,7 @@
 #   round-trip    whether the recovery report finds what is known of planted features
 #   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
 #   gba           group bias adaptation on planted data and beside the other architectures
+#   rules         four further ideas beside whitening, with the controls that would refute them
 #   explain       a small language model explains latents, behind llama.cpp's server (15 minutes)
 #   interop       our readers on what the real tools write, and the tools on ours (docs/interop)
 # What the archives in scripts/results hold is not measured again. Options after the name go to the
@@ -16,8 +17,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | recovery | round-trip | whitening | gba | explain | interop) ;; *)
-  sed -n '2,12s/^# //p' "$0" >&2
+case $what in checkpoints | study | recovery | round-trip | whitening | gba | rules | explain | interop) ;; *)
+  sed -n '2,13s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -58,6 +59,9 @@ whitening)
 gba)
   .venv/bin/python scripts/results_gba.py planted
   .venv/bin/python scripts/results_gba.py model "$model" "$@"
+  ;;
+rules)
+  .venv/bin/python scripts/results_rules.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
 explain)
   .venv/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp

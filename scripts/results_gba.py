@@ -182,7 +182,7 @@ def plot_resonance(path: Path) -> None:
     axis.set_xlabel("target frequency over the features' frequency, p / f")
     axis.set_ylabel("features recovered, %")
     axis.set_ylim(-3, 103)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     tidy(axis)
     save(figure, path)
 
@@ -221,7 +221,7 @@ def measure_model(path: str, folder: str | None, seeds: Sequence[int]) -> None:
     """Train and measure what is missing, seed by seed, so that early ends leave whole seeds."""
     model = LanguageModel.load(path)
     if folder:
-        store = ActivationStore(folder)
+        store = ActivationStore.open(Path(folder))
     else:
         how, text = HarvestConfig(tokens=HARVESTED), Corpus.open(TEXT, "train")
         store = harvest(model, text, [SITE], RUN / "stores" / "smollm2", how)

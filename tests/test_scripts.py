@@ -163,6 +163,16 @@ def test_the_section_on_gba_is_that_of_the_measurements(monkeypatch, tmp_path):
     agree(written("gba"), results_gba.section())
 
 
+def test_the_section_on_further_ideas_is_that_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_archive
+    import results_rules
+
+    results_archive.unpack(results_rules.ARCHIVE, tmp_path)
+    monkeypatch.setattr(results_rules, "RUN", tmp_path)
+    agree(written("rules"), "\n\n".join(results_rules.tables()))
+
+
 def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_archive
