@@ -529,6 +529,13 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return markdown(rows)
 
 
+def seeds_of(records: Sequence[dict[str, Any]]) -> str:
+    """How many seeds the dictionaries of an experiment have, in words."""
+    names = [(r["setting"], r["label"]) for r in records]
+    fewest, most = (number({names.count(name) for name in names}) for number in (min, max))
+    return f"{fewest} seeds." if fewest == most else f"{fewest} to {most} seeds."
+
+
 def section() -> str:
     """The part of docs/results.md."""
     parts = []
@@ -538,8 +545,7 @@ def section() -> str:
             records = read(experiment, place)
             if not records:
                 continue
-            seeds = len({record["seed"] for record in records})
-            parts += [f"### {TITLES[experiment]}: {PLACES[place].title}", f"{seeds} seeds."]
+            parts += [f"### {TITLES[experiment]}: {PLACES[place].title}", seeds_of(records)]
             parts += [table(records)]
             for one in EXPECTED:
                 if (one.experiment, one.place) == (experiment, place):
