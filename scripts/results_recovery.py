@@ -500,6 +500,8 @@ def measure(key: str, path: str, seeds: Sequence[int]) -> None:
             }
             write_json(_result(key, name), plain(record))
         print(f"{key}: seed {seed} measured", flush=True)
+    if (folder / "site.json").exists():
+        return
     choice = choose_alpha(opened.inputs, opened.source, opened.judge, folder, k=K)
     dimensions = effective_dimensions(
         weights_from_rule("uniform", 1.0, opened.inputs), opened.inputs.statistics
