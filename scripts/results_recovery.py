@@ -148,7 +148,6 @@ BETTER = (
 _FEWEST = (
     *_FEWER,
     _BEYOND,
-    f"whitening-a0.75-space-k{K}",
     _MIXED[0],
     _MIXED[2],
     f"variance-a-0.5-space-k{K}",
