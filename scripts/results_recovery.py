@@ -12,8 +12,8 @@ seeds. Plain dictionaries of k = 16 were added to block 9 afterwards, so that on
 compared at equal KL, and to both sites of SmolLM2 those of the place ``mixed``, once
 ``results_whitening.py`` had found it; their expectations were written down between the two. The
 powers ¼ and ¾ and the rotated control of ``mixed`` were added to Gemma's block 9 with those of its
-other two sites, to measure the regret of ``--alpha auto``. Two more seeds of the arms in ``BETTER``,
-and α = 2 (and ¾ for SmolLM2), were added last.
+other two sites, to measure the regret of ``--alpha auto``. Two more seeds of the arms in
+``BETTER``, and α = 2 (and ¾ for SmolLM2), were added last.
 """
 
 import argparse
