@@ -23,6 +23,7 @@ from llm_wsae.sparse.backends import cpu
 # Rows of one tile: enough for a fast product. In memory are their logits by the model itself and by
 # one variant, for each core; where the kernel is missing also the former twice in float32.
 _TILE_ROWS = 192
+_TILE_NUMBERS = 2**24  # and fewer rows for a large vocabulary: 32 MB in half precision
 # Numbers in one chunk of a tile, where the kernel is missing. 4 MB stay in a CPU's cache from one
 # operation to the next.
 _CHUNK_NUMBERS = 2**20
@@ -65,7 +66,8 @@ def next_token_sums(
                 found = _measure_tile(logits, [s[rows] for s in streams], target[rows])
                 return found.cpu().double()
 
-        tiles = where.split(_tile_rows(len(where), model.device)) if len(where) else ()
+        size = _tile_rows(len(where), len(model.W_E), model.device)
+        tiles = where.split(size) if len(where) else ()
         found = parallel_map(measure, tiles)
     sums = torch.zeros(len(streams), 2, scored.shape[0], dtype=torch.float64)
     if found:
@@ -74,11 +76,12 @@ def next_token_sums(
     return entropy, [(one[0], one[1]) for one in others]
 
 
-def _tile_rows(rows: int, device: torch.device) -> int:
+def _tile_rows(rows: int, vocab: int, device: torch.device) -> int:
     """Rows of a tile: tiles of equal size, and on a CPU as many for every core."""
     together = torch.get_num_threads() if device.type == "cpu" else 1
-    tiles = -(-rows // (_TILE_ROWS * together)) * together
-    return -(-rows // tiles)
+    most = max(1, min(_TILE_ROWS, _TILE_NUMBERS // vocab))
+    tiles = -(-rows // (most * together)) * together
+    return -(-rows // max(1, tiles)) or 1
 
 
 def _measure_tile(
