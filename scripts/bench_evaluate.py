@@ -162,6 +162,8 @@ def main() -> None:
 
     busy, site = machine(torch.get_num_threads()), Site.parse(args.site)
     path = args.model or embedded_model()
+    # first of all: a new process begins with the peak of the one that starts it
+    peak = 0 if args.worker else memory(path, site, args.tokens)
     model = LanguageModel.load(path)
     ours = evaluation(model, site, args.tokens, args.variants)
     if args.worker:
@@ -192,7 +194,6 @@ def main() -> None:
             f"{max(values):,.0f}] | {ratio(speeds, name, 'floor'):.2f} "
             f"[{min(share):.2f}, {max(share):.2f}] |"
         )
-    peak = memory(path, site, args.tokens)
     lines += [
         "",
         f"{WORDS} The command `evaluate`, with its defaults, takes {peak:,.0f} MB.",
