@@ -395,6 +395,7 @@ def measure(key: str, path: str | None, ideas: Sequence[Idea]) -> None:
         Remembering.dimensions = []
         for idea in ideas:
             result = _result(key, idea, seed)
+            # the control of participation needs to know its effective dimensions
             if not result.exists() or idea.change is Participating:
                 write_json(result, plain(_measured(key, place, idea, seed)))
         print(f"{key}: seed {seed} measured", flush=True)

@@ -130,7 +130,7 @@ SWEEPS: dict[str, Sweep] = {
         ("plain", "variance-a0.5", "whitening"),
     ),
     "toy-claim-fixed": Sweep(
-        "the same at a W_p that does not change with S: unit columns of low coherence",
+        "the paper's toy experiment; one W_p at every S: unit columns of low coherence",
         _by_sparsity("crowd-200"),
         ("plain", "variance-a0.5", "whitening"),
     ),
@@ -140,7 +140,7 @@ SWEEPS: dict[str, Sweep] = {
         ("plain", "variance-a0.5", "whitening"),
     ),
     "conditions-crowd": Sweep(
-        "the same where n > 2 n_p: 60 unit columns of low coherence",
+        "the paper's three conditions where n > 2 n_p: 60 unit columns of low coherence",
         _ablations("crowd-60", 60),
         ("plain", "variance-a0.5", "whitening"),
     ),

@@ -66,8 +66,9 @@ def next_token_sums(
                 found = _measure_tile(logits, [s[rows] for s in streams], target[rows])
                 return found.cpu().double()
 
-        size = _tile_rows(len(where), len(model.W_E), model.device)
-        tiles = where.split(size) if len(where) else ()
+        tiles = (
+            where.split(_tile_rows(len(where), len(model.W_E), model.device)) if len(where) else ()
+        )
         found = parallel_map(measure, tiles)
     sums = torch.zeros(len(streams), 2, scored.shape[0], dtype=torch.float64)
     if found:
@@ -81,7 +82,7 @@ def _tile_rows(rows: int, vocab: int, device: torch.device) -> int:
     together = torch.get_num_threads() if device.type == "cpu" else 1
     most = max(1, min(_TILE_ROWS, _TILE_NUMBERS // vocab))
     tiles = -(-rows // (most * together)) * together
-    return -(-rows // max(1, tiles)) or 1
+    return -(-rows // tiles)
 
 
 def _measure_tile(

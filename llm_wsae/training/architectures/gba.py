@@ -41,7 +41,8 @@ AMPLITUDE = 0.01
 """a at the start, and its least. From 1, half of all latents together reconstruct several times the
 row; shrinking that is what directions then learn, and they stay mixtures."""
 EVERY, STEPS_EACH = 50, 200
-"""At most so many steps between two adaptations, and one more after each of so many steps."""
+"""Thresholds are first adapted in every step. After every 200 steps the interval grows by one step,
+up to 50."""
 
 
 class GBA(DenseStart):
