@@ -2,8 +2,11 @@
 
     bash scripts/reproduce.sh whitening
 
-- ``rate``: do plain dictionaries only need another learning rate?
+- ``rate``: do plain dictionaries only need another learning rate? ``every-rate`` asks the same of
+  every other arm of ``results_recovery.py``, with one seed: it chooses between three rates, and a
+  rate moves more than a seed does.
 - ``length``: does the gain outlive a short training?
+- ``latents``: what do judges without a ground truth say of the dictionaries of two million rows?
 - ``kind``: does it hold for BatchTopK and JumpReLU?
 - ``saelens``: what does the whitening of SAELens do on the same rows? It whitens all the way
   (α = 1), in principal components.
@@ -31,10 +34,22 @@ from typing import Any
 import numpy as np
 import results_recovery as recovery
 import torch
+import whitening_latents
 from benchmarks import README, RESULTS, write_section
 from interop_checks import peer
 from results_archive import pack, unpack
-from results_recovery import LOSS, MIXED, PLACES, SEEDS, SPACE, K, Opened, label_of, text_of
+from results_recovery import (
+    LOSS,
+    MIXED,
+    PLACES,
+    SEEDS,
+    SPACE,
+    K,
+    Opened,
+    label_of,
+    outcome,
+    text_of,
+)
 
 from llm_wsae import Dictionary, TrainConfig, train
 from llm_wsae.files import write_json
@@ -59,13 +74,17 @@ INVERSE = ("variance", -0.5, LOSS)
 DOSES = (0.45, 0.7)
 """Shares of the variance that the loudest dimension is scaled to."""
 RATES = (0.5, 2.0)
-LENGTHS = (4_000_000,)
+TWO_MILLION = 2_000_000
+LENGTHS = (500_000, TWO_MILLION, 4_000_000)
+"""At both blocks 9; elsewhere two million rows."""
 KINDS = ("batch-topk", "jumprelu")
 EXPERIMENTS = {
     "form": ("smollm2",),
     "dose": ("smollm2",),
     "rate": ("gemma", "smollm2"),
-    "length": ("gemma", "smollm2"),
+    "every-rate": ("gemma", "smollm2"),
+    "length": tuple(PLACES),
+    "latents": tuple(PLACES),
     "kind": ("gemma", "smollm2"),
     "saelens": ("smollm2",),
 }
@@ -94,6 +113,8 @@ class Found:
             for r in self._records
             if (r["setting"], r["label"]) == (setting, label)
         ]
+        if not chosen:
+            raise KeyError(setting, label)
         return float(np.mean(chosen))
 
     def change(self, setting: str, label: str, measure: str) -> float:
@@ -102,10 +123,18 @@ class Found:
         plain_one = self.mean(setting, beside, measure)
         return self.mean(setting, label, measure) / plain_one - 1
 
-    def best(self, label: str, measure: str) -> float:
-        """Over the settings."""
+    def best(self, label: str) -> str:
+        """The setting that keeps most of the model's cross-entropy."""
         settings = {r["setting"] for r in self._records if r["label"] == label}
-        return min(self.mean(setting, label, measure) for setting in settings)
+        return max(settings, key=lambda setting: self.mean(setting, label, "ce"))
+
+    def at_best(self, label: str, measure: str) -> float:
+        """Under that setting."""
+        return self.mean(self.best(label), label, measure)
+
+    def change_at_best(self, label: str, measure: str) -> float:
+        """Relative to plain, each at its best."""
+        return self.at_best(label, measure) / self.at_best(PLAIN, measure) - 1
 
 
 PLAIN, WHITENED, INVERTED = f"uniform-k{K}", f"whitening-a0.5-space-k{K}", f"variance-a-0.5-k{K}"
@@ -123,9 +152,11 @@ def changed(
     return found
 
 
-def changed_at_best(low: float, high: float) -> Callable[[Found], tuple[bool, str]]:
+def changed_at_best(
+    low: float, high: float, label: str = WHITENED, measure: str = "kl"
+) -> Callable[[Found], tuple[bool, str]]:
     def found(of: Found) -> tuple[bool, str]:
-        share = of.best(WHITENED, "kl") / of.best(PLAIN, "kl") - 1
+        share = of.change_at_best(label, measure)
         return low <= share <= high, f"{100 * share:+.0f} %"
 
     return found
@@ -229,6 +260,59 @@ EXPECTED = (
         changed("SAELens", -1, 0.1, "saelens-whitened", "recovered"),
     ),
     *(
+        Expectation("every-rate", place, words, found)
+        for place, least in (("gemma", 0.5), ("smollm2", 0.3))
+        for words, found in (
+            (
+                "halfway whitened, mixed, each at its best rate: at least "
+                f"{100 * least:.0f} % more of the plants recovered",
+                changed_at_best(least, 99, WHITENED_MIXED, "recovered"),
+            ),
+            (
+                "rotated whitening, mixed, each at its best rate: at most 10 % more",
+                changed_at_best(-1, 0.1, f"rotated-{WHITENED_MIXED}", "recovered"),
+            ),
+            (
+                "permuted inverse variance, each at its best rate: at most 10 % more",
+                changed_at_best(-1, 0.1, f"permuted-{INVERTED}", "recovered"),
+            ),
+            (
+                "the paper's variance, α = ½, each at its best rate: at most a quarter of plain's",
+                changed_at_best(-1, -0.75, f"variance-a0.5-k{K}", "recovered"),
+            ),
+        )
+    ),
+    *(
+        Expectation(
+            "length",
+            place,
+            f"two million rows: whitened KL {words}",
+            changed("2,000,000 rows", low, high),
+        )
+        for place, words, low, high in (
+            ("gemma", "at least 20 % below plain", -1, -0.2),
+            ("gemma-5", "at least 30 % below plain", -1, -0.3),
+            ("gemma-14", "at least 20 % below plain", -1, -0.2),
+            ("smollm2", "within 8 % of plain", -0.08, 0.08),
+            ("smollm2-20", "within 8 % of plain", -0.08, 0.08),
+        )
+    ),
+    *(
+        Expectation(
+            "length",
+            place,
+            f"the same, mixed: at least {100 * least:.0f} % more of the plants recovered",
+            changed("2,000,000 rows", least, 99, WHITENED_MIXED, "recovered"),
+        )
+        for place, least in (
+            ("gemma", 0.5),
+            ("gemma-5", 0.4),
+            ("gemma-14", 0.5),
+            ("smollm2", 0.4),
+            ("smollm2-20", 0.4),
+        )
+    ),
+    *(
         Expectation(
             "kind",
             "gemma",
@@ -264,7 +348,7 @@ class Trial:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def trials(experiment: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
+def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
     """All dictionaries of a seed."""
 
     def arm(rule: str, alpha: float, config: Any = LOSS, **how: Any) -> ArmConfig:
@@ -291,8 +375,15 @@ def trials(experiment: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
                 own = arm(*one)
                 rate = {"learning_rate": factor * usual}
                 yield Trial(f"rate × {factor:g}", label_of(own), own, rate)
+    if experiment == "every-rate" and seed == SEEDS[0]:
+        usual = default_learning_rate(8 * inputs.statistics.d_in)
+        for factor in RATES:
+            for own in recovery.arms_of(inputs, seed):
+                label = label_of(own)
+                if own.k == K and label not in (PLAIN, WHITENED, INVERTED, *PLACES[place].omitted):
+                    yield Trial(f"rate × {factor:g}", label, own, {"learning_rate": factor * usual})
     if experiment == "length":
-        for rows in LENGTHS:
+        for rows in LENGTHS if PLACES[place].block == 9 else (TWO_MILLION,):
             for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
                 own = arm(*one)
                 yield Trial(f"{rows:,} rows", label_of(own), own, {"tokens": rows})
@@ -344,12 +435,14 @@ class Stretched(Arm):
 
 def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> None:
     """Train and measure what has no result yet."""
+    if experiment == "latents":
+        return _judge_latents(place, path, seeds)
     opened = recovery.open_site(PLACES[place], path)
     if experiment == "saelens":
         return _measure_saelens(place, opened, seeds)
     for seed in seeds:
         groups: dict[str, list[Trial]] = {}
-        for trial in trials(experiment, opened.inputs, seed):
+        for trial in trials(experiment, place, opened.inputs, seed):
             if not _result(experiment, place, trial, seed).exists():
                 groups.setdefault(trial.setting, []).append(trial)
         for setting, own in groups.items():
@@ -393,6 +486,27 @@ def _judge(
             "recovered": planted["plants"]["recovered"],
         }
         write_json(_result(experiment, place, trial, seed), plain(record))
+
+
+def _judge_latents(place: str, path: str, seeds: Sequence[int]) -> None:
+    """If the dictionaries of two million rows are still there, all of them."""
+    trained = RUN / "trained" / f"length-{place}" / _name(f"{TWO_MILLION:,} rows")
+    folders = {
+        label: {
+            seed: config.parent
+            for seed in seeds
+            for config in trained.glob(f"s{seed}/{label}*/wsae.json")
+        }
+        for label in (PLAIN, WHITENED, WHITENED_MIXED)
+    }
+    if _latents(place).exists() or {len(own) for own in folders.values()} != {len(seeds)}:
+        print(f"latents, {place}: measured already, or without its dictionaries", flush=True)
+    else:
+        whitening_latents.judge(_latents(place), path, folders)
+
+
+def _latents(place: str) -> Path:
+    return RUN / "latents" / f"{place}.json"
 
 
 def _measure_saelens(place: str, opened: Opened, seeds: Sequence[int]) -> None:
@@ -455,11 +569,16 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
         "form": "",
         "dose": "as it is",
         "rate": "rate × 1",
+        "every-rate": "rate × 1",
         "length": "1,000,000 rows",
         "saelens": "here",
     }
     found = RUN.glob(f"results/{experiment}.{place}.*.json")
     records = [json.loads(path.read_text()) for path in sorted(found)]
+    if experiment == "every-rate" and records:
+        records += [r for r in read("rate", place) if r["setting"] != usual["rate"]]
+    if experiment == "length":
+        records.sort(key=lambda r: int(_name(r["setting"]).removesuffix("rows")))
     labels = {record["label"] for record in records} | {PLAIN}
     if experiment == "form":
         labels |= {INVERTED, INVERTED_SPACE, MIXED_INVERSE}
@@ -474,6 +593,8 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
             own["recovered"] = planted["plants"]["recovered"]
             own["by_stratum"] = {s: one["f1"] for s, one in planted["by_stratum"].items()}
             records.insert(0, own)
+    if experiment == "every-rate":
+        return [record for record in records if record["seed"] == SEEDS[0]]
     return records
 
 
@@ -529,11 +650,36 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return markdown(rows)
 
 
+def rates_table(records: Sequence[dict[str, Any]]) -> str:
+    """Every set of weights at the rate that keeps most cross-entropy, beside plain at its own."""
+    of = Found(records)
+    settings = ("rate × 0.5", "rate × 1", "rate × 2")
+    rows = [["dictionary", *(f"CE recovered, {one}" for one in settings), "best", "KL there",
+             "beside plain", "recovered there", "beside plain"]]  # fmt: skip
+    for label in sorted({r["label"] for r in records}, key=lambda one: (one != PLAIN, one)):
+        changes = (of.change_at_best(label, measure) for measure in ("kl", "recovered"))
+        beside = ["–", "–"] if label == PLAIN else [f"{100 * share:+.0f} %" for share in changes]
+        rows.append(
+            [
+                f"`{label}`",
+                *(f"{of.mean(setting, label, 'ce'):.3f}" for setting in settings),
+                of.best(label).removeprefix("rate "),
+                f"{of.at_best(label, 'kl'):.3f}",
+                beside[0],
+                f"{of.at_best(label, 'recovered'):.3f}",
+                beside[1],
+            ]
+        )
+    return markdown(rows)
+
+
 def seeds_of(records: Sequence[dict[str, Any]]) -> str:
     """How many seeds the dictionaries of an experiment have, in words."""
     names = [(r["setting"], r["label"]) for r in records]
     fewest, most = (number({names.count(name) for name in names}) for number in (min, max))
-    return f"{fewest} seeds." if fewest == most else f"{fewest} to {most} seeds."
+    if fewest < most:
+        return f"{fewest} to {most} seeds."
+    return "One seed." if most == 1 else f"{most} seeds."
 
 
 def section() -> str:
@@ -546,21 +692,35 @@ def section() -> str:
             if not records:
                 continue
             parts += [f"### {TITLES[experiment]}: {PLACES[place].title}", seeds_of(records)]
-            parts += [table(records)]
+            parts += [rates_table(records) if experiment == "every-rate" else table(records)]
             for one in EXPECTED:
                 if (one.experiment, one.place) == (experiment, place):
-                    met, measured = one.found(Found(records))
-                    answer = "yes" if met else "**no**"
-                    title = PLACES[place].title
-                    outcomes.append([experiment, title, one.words, measured, answer])
+                    came_out = outcome(one.found, Found(records))
+                    outcomes.append([experiment, PLACES[place].title, one.words, *came_out])
+    parts += latents_section(outcomes)
     return "\n\n".join([*parts, "### Expected of these", markdown(outcomes)])
+
+
+def latents_section(outcomes: list[list[str]]) -> Iterator[str]:
+    """Tables of the latents at each site; what was expected of them goes to the ``outcomes``."""
+    for place, where in PLACES.items():
+        latents = whitening_latents.read(_latents(place))
+        if not latents:
+            continue
+        yield f"### {TITLES['latents']}: {where.title}"
+        yield whitening_latents.table(latents, PLAIN)
+        for of, words, found in whitening_latents.expected(WHITENED, WHITENED_MIXED, PLAIN):
+            if of == place:
+                outcomes.append(["latents", where.title, words, *outcome(found, latents)])
 
 
 TITLES = {
     "form": "In the loss, in the space, and between",
     "dose": "One loud dimension",
     "rate": "Other learning rates",
-    "length": "Longer trainings",
+    "every-rate": "Every set of weights at its best of three learning rates",
+    "length": "Shorter and longer trainings",
+    "latents": "The latents of two million rows, without a ground truth",
     "kind": "Other architectures",
     "saelens": "The whitening of SAELens",
 }
@@ -572,6 +732,7 @@ def main() -> None:
         parser.add_argument(f"--{key}", help="the model, if something is to be measured")
     every = list(EXPERIMENTS)
     parser.add_argument("--experiments", nargs="+", choices=every, default=every)
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     asked = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -581,7 +742,8 @@ def main() -> None:
         unpack(recovery.ARCHIVE, recovery.RUN)
     for experiment in asked.experiments:
         for place in EXPERIMENTS[experiment]:
-            if path := getattr(asked, PLACES[place].model_key):
+            path = getattr(asked, PLACES[place].model_key)
+            if path and place in asked.places:
                 measure(experiment, place, path, asked.seeds)
                 pack(RUN, ARCHIVE)
     write_section("whitening", section(), RESULTS)

@@ -1,0 +1,161 @@
+"""The dictionaries of two million rows of results_whitening.py, judged without a ground truth.
+
+Do two seeds find the same latents, and can it be told from their contexts when they fire?
+Agreement is the mean cosine of decoder rows that are matched one to one (PW-MCC), over pairs of
+seeds. Detection is that of ``llm-wsae evaluate --monosemantic``, without dense latents: over those
+that fire often enough to be scored, and over all, where the others count as chance, because weights
+change which can be scored.
+
+``EXPECTED`` was written down before the first of these dictionaries was trained.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results_recovery import PLACES, TEXT, text_of
+
+from llm_wsae import Corpus, Dictionary, HarvestConfig, LanguageModel
+from llm_wsae.evaluation.config import MonosemanticConfig
+from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
+from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator, matched_cosine
+from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
+from llm_wsae.files import read_own_json, write_json
+from llm_wsae.provenance import plain
+from llm_wsae.studies.curve import Value
+from llm_wsae.studies.inference import estimates
+from llm_wsae.terminal import markdown
+
+TOKENS = 50_000
+CHANCE = 0.5
+MEASURES = {"scored": "detection", "all": "detection, all latents"}
+Latents = dict[str, Any]
+"""``scores``: label → seed → measure → its parts; ``agreement``: label → pair of seeds → cosine."""
+
+
+def judge(path: Path, model_path: str, folders: Mapping[str, Mapping[int, Path]]) -> None:
+    """Score the dictionaries in ``folders``, by label and seed, and write it to ``path``."""
+    model = LanguageModel.load(model_path)
+    text, config = Corpus.open(TEXT, "heldout"), MonosemanticConfig(tokens=TOKENS)
+    evaluator = MonosemanticityEvaluator(model, text, HarvestConfig(), config)
+    scores: dict[str, dict[str, Any]] = {}
+    agreement: dict[str, dict[str, float]] = {}
+    for label, by_seed in folders.items():
+        dictionaries = {seed: Dictionary.load(folder) for seed, folder in by_seed.items()}
+        found = evaluator.score({str(seed): one for seed, one in dictionaries.items()})
+        scores[label] = {seed: _parts(one) for seed, one in found.dictionaries.items()}
+        agreement[label] = {
+            f"{one} and {other}": matched_cosine(
+                *(dictionaries[seed].W_dec.detach() for seed in (one, other))
+            )
+            for one, other in combinations(by_seed, 2)
+        }
+    write_json(path, plain({"scores": scores, "agreement": agreement}))
+
+
+def _parts(scores: DictionaryScores) -> dict[str, Any]:
+    """What an interval needs of a dictionary's detection: mean, variance, documents resampled."""
+    usual = scores.per_latent["density"] <= DENSE_DENSITY
+    values, resampled = scores.per_latent["detection"][usual], scores.resampled[usual]
+    known = ~values.isnan()
+    cases = {
+        "scored": (values[known], resampled[known]),
+        "all": (values.nan_to_num(CHANCE), resampled.nan_to_num(CHANCE)),
+    }
+    return {
+        name: {
+            "mean": own.double().mean(),
+            "variance": own.double().var() / len(own),
+            "resampled": drawn.double().nanmean(0),
+        }
+        for name, (own, drawn) in cases.items()
+    } | {"share": known.double().mean(), "dense": 1 - usual.double().mean()}
+
+
+def read(path: Path) -> Latents:
+    """What ``judge`` wrote; nothing if it was not called."""
+    return read_own_json(path, "scores of latents") if path.exists() else {}
+
+
+def means_of(latents: Latents, label: str) -> dict[str, float]:
+    """Means over the seeds, or over their pairs."""
+    own = latents["scores"][label].values()
+    return {
+        **{name: float(np.mean([one[name]["mean"] for one in own])) for name in MEASURES},
+        **{name: float(np.mean([one[name] for one in own])) for name in ("share", "dense")},
+        "agreement": float(np.mean(list(latents["agreement"][label].values()))),
+    }
+
+
+def table(latents: Latents, plain_label: str) -> str:
+    """A row for each label, plain first."""
+    found = {}
+    for measure in MEASURES:
+        values = {
+            label: {
+                int(seed): Value(
+                    one[measure]["mean"],
+                    one[measure]["variance"],
+                    resampled=tuple(one[measure]["resampled"]),
+                )
+                for seed, one in own.items()
+            }
+            for label, own in latents["scores"].items()
+        }
+        found[measure] = estimates(
+            {
+                label: {
+                    seed: Value.mixture([(1.0, one), (-1.0, values[plain_label][seed])])
+                    for seed, one in own.items()
+                }
+                for label, own in values.items()
+                if label != plain_label
+            }
+        )
+    rows = [["dictionary", "agreement of seeds", "its range", "scored %", "dense %"]]
+    rows[0] += [cell for title in MEASURES.values() for cell in (title, "beside plain")]
+    for label in sorted(latents["scores"], key=lambda one: (one != plain_label, one)):
+        means, pairs = means_of(latents, label), latents["agreement"][label].values()
+        rows.append(
+            [
+                f"`{label}`",
+                f"{means['agreement']:.3f}",
+                f"{min(pairs):.3f} to {max(pairs):.3f}",
+                f"{100 * means['share']:.0f}",
+                f"{100 * means['dense']:.1f}",
+            ]
+        )
+        for measure in MEASURES:
+            rows[-1] += [f"{means[measure]:.3f}", text_of(found[measure].get(label))]
+    return markdown(rows)
+
+
+def differs(
+    label: str, plain_label: str, measure: str, low: float, high: float
+) -> Callable[[Latents], tuple[bool, str]]:
+    """The mean differs from that of plain dictionaries by something between low and high."""
+
+    def found(latents: Latents) -> tuple[bool, str]:
+        own, its = (means_of(latents, one)[measure] for one in (label, plain_label))
+        return low <= own - its <= high, f"{own - its:+.3f}"
+
+    return found
+
+
+def expected(space: str, mixed: str, plain_label: str) -> Iterator[tuple[str, str, Any]]:
+    """Site, words, and what says whether it came out."""
+    for place in PLACES:
+        gemma = PLACES[place].model_key == "gemma"
+        least, words = (0.0, "no lower than plain") if gemma else (-0.01, "within .01 of plain")
+        yield (
+            place,
+            f"halfway whitened: detection over all latents {words}",
+            differs(space, plain_label, "all", least, 1.0 if gemma else 0.01),
+        )
+        yield (
+            place,
+            "halfway whitened, mixed: seeds agree no less than plain (−.01 at most)",
+            differs(mixed, plain_label, "agreement", -0.01, 1.0),
+        )
