@@ -588,21 +588,29 @@ def means_of(records: Sequence[dict[str, Any]]) -> Means:
     }
 
 
-def value_of(record: dict[str, Any], measure: str) -> Value:
-    """A measure of one dictionary; of the plants, with its parts."""
+def value_of(record: dict[str, Any], measure: str, stratum: str | None = None) -> Value:
+    """A measure of one dictionary; of the plants, or of a stratum of them, with its parts."""
     if measure not in ("recovered", "f1"):
         return Value(
             np.log(numbers(record)[measure]) if measure == "kl" else numbers(record)[measure]
         )
-    column = record["planted"]["plants"][measure]
-    items = {str(plant): value for plant, value in enumerate(column) if value is not None}
+    column, strata = record["planted"]["plants"][measure], list(record["planted"]["by_stratum"])
+    items = {  # the plants of a stratum follow one another, and all strata have as many
+        str(plant): value
+        for plant, value in enumerate(column)
+        if value is not None and stratum in (None, strata[plant * len(strata) // len(column)])
+    }
     return Value(sum(items.values()) / len(items), 0.0, items)
 
 
 def differences(
-    records: Sequence[dict[str, Any]], measure: str, equal: str | None = None
+    records: Sequence[dict[str, Any]],
+    measure: str,
+    equal: str | None = None,
+    stratum: str | None = None,
 ) -> dict[str, Estimate]:
-    """Label → difference from plain, seed by seed: at the same k, or at equal ``equal``."""
+    """Label → difference from plain, seed by seed: at the same k, or at equal ``equal``; of all
+    plants or of a stratum of them."""
     plain_ones = [r for r in records if r["label"].startswith("uniform")]
     found: dict[str, dict[int, Value]] = {}
     for record in records:
@@ -613,10 +621,11 @@ def differences(
             same_seed = [r for r in same_seed if r["k"] == record["k"]]
             if not same_seed:
                 continue
-            terms = [(1.0, value_of(record, measure)), (-1.0, value_of(same_seed[0], measure))]
+            pair = ((1.0, record), (-1.0, same_seed[0]))
+            terms = [(sign, value_of(one, measure, stratum)) for sign, one in pair]
             found.setdefault(record["label"], {})[record["seed"]] = Value.mixture(terms)
             continue
-        points = [_point(r, measure, equal) for r in (*same_seed, record)]
+        points = [_point(r, measure, equal, stratum) for r in (*same_seed, record)]
         curve = Curve(points[:-1])
         if points[-1] in curve:
             beside = curve.beside([(1.0, points[-1])], measure)
@@ -625,10 +634,9 @@ def differences(
     return estimates({label: own for label, own in found.items() if len(own) >= len(SEEDS)})
 
 
-def _point(record: dict[str, Any], measure: str, equal: str) -> Point:
-    return Point(
-        record["k"], record["seed"], numbers(record)[equal], {measure: value_of(record, measure)}
-    )
+def _point(record: dict[str, Any], measure: str, equal: str, stratum: str | None) -> Point:
+    value = value_of(record, measure, stratum)
+    return Point(record["k"], record["seed"], numbers(record)[equal], {measure: value})
 
 
 def text_of(estimate: Estimate | None, per_cent: bool = False) -> str:
@@ -668,6 +676,23 @@ def tables(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         own = [r["planted"]["by_stratum"] for r in records if r["label"] == label]
         rows.append([f"`{label}`", *(f"{np.mean([o[s]['f1'] for o in own]):.2f}" for s in strata)])
     yield markdown(rows)
+    for equal in ("kl", "fvu"):
+        columns = [differences(records, "recovered", equal, stratum) for stratum in strata]
+        rows = [[f"recovered, equal {equal.upper()}", *strata]]
+        for label in means:
+            if any(label in column for column in columns):
+                rows.append([f"`{label}`", *(_sure(column.get(label)) for column in columns)])
+        if len(rows) > 1:
+            yield markdown(rows)
+
+
+def _sure(estimate: Estimate | None) -> str:
+    """A difference, in bold if its interval excludes 0."""
+    if estimate is None:
+        return "–"
+    low, high = estimate.interval
+    text = f"{estimate.difference:+.2f}"
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 _ROWS = (
