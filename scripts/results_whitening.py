@@ -8,6 +8,9 @@
 - ``length``: does the gain outlive a short training?
 - ``latents``: what do judges without a ground truth say of the dictionaries of two million rows?
 - ``kind``: does it hold for BatchTopK and JumpReLU?
+- ``baselines``: what is recovered without learning it, by dictionaries of which one half stays
+  random (Korznikov et al. 2026, arXiv 2602.14111), by the dimensions of the stream, and by its
+  principal components?
 - ``saelens``: what does the whitening of SAELens do on the same rows? It whitens all the way
   (α = 1), in principal components.
 - ``dose``: does a single loud dimension make plain dictionaries worse? The dimension of most
@@ -19,14 +22,14 @@
   ``results_recovery.py``.
 
 The sites, plants, texts and judges are those of ``results_recovery.py``, and so are the
-dictionaries that these are compared with. ``EXPECTED`` was written down before the first dictionary
-of an experiment was trained.
+dictionaries that these are compared with. ``whitening_expected.py`` was written before the first
+dictionary of an experiment was trained.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ import torch
 import whitening_latents
 from benchmarks import README, RESULTS, write_section
 from interop_checks import peer
+from raw_baselines import principal_components, raw_dimensions
 from results_archive import pack, unpack
 from results_recovery import (
     LOSS,
@@ -49,6 +53,20 @@ from results_recovery import (
     label_of,
     outcome,
     text_of,
+)
+from whitening_expected import (
+    EXPECTED,
+    FULLY,
+    INVERTED,
+    INVERTED_SPACE,
+    KINDS,
+    MIXED_INVERSE,
+    PLAIN,
+    PLAIN_OF,
+    STRETCHED,
+    WHITENED,
+    WHITENED_MIXED,
+    Found,
 )
 
 from llm_wsae import Dictionary, TrainConfig, train
@@ -77,7 +95,8 @@ RATES = (0.5, 2.0)
 TWO_MILLION = 2_000_000
 LENGTHS = (500_000, TWO_MILLION, 4_000_000)
 """At both blocks 9; elsewhere two million rows."""
-KINDS = ("batch-topk", "jumprelu")
+FROZEN = ("frozen-decoder", "frozen-encoder")
+RAW = {"dimensions": raw_dimensions, "principal-components": principal_components}
 EXPERIMENTS = {
     "form": ("smollm2",),
     "dose": ("smollm2",),
@@ -86,251 +105,15 @@ EXPERIMENTS = {
     "length": tuple(PLACES),
     "latents": tuple(PLACES),
     "kind": ("gemma", "smollm2"),
+    "baselines": ("gemma", "smollm2"),
     "saelens": ("smollm2",),
 }
 """Where each is made."""
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What was expected of an experiment, and a function that says what came out."""
-
-    experiment: str
-    place: str
-    words: str
-    found: Callable[["Found"], tuple[bool, str]]
-
-
-class Found:
-    """The means over seeds of an experiment at a site, by setting and label."""
-
-    def __init__(self, records: Sequence[dict[str, Any]]):
-        self._records = records
-
-    def mean(self, setting: str, label: str, measure: str) -> float:
-        chosen = [
-            r["numbers"][measure]
-            for r in self._records
-            if (r["setting"], r["label"]) == (setting, label)
-        ]
-        if not chosen:
-            raise KeyError(setting, label)
-        return float(np.mean(chosen))
-
-    def change(self, setting: str, label: str, measure: str) -> float:
-        """Relative to plain under the same setting."""
-        beside = PLAIN_OF.get(label, PLAIN)
-        plain_one = self.mean(setting, beside, measure)
-        return self.mean(setting, label, measure) / plain_one - 1
-
-    def best(self, label: str) -> str:
-        """The setting that keeps most of the model's cross-entropy."""
-        settings = {r["setting"] for r in self._records if r["label"] == label}
-        return max(settings, key=lambda setting: self.mean(setting, label, "ce"))
-
-    def at_best(self, label: str, measure: str) -> float:
-        """Under that setting."""
-        return self.mean(self.best(label), label, measure)
-
-    def change_at_best(self, label: str, measure: str) -> float:
-        """Relative to plain, each at its best."""
-        return self.at_best(label, measure) / self.at_best(PLAIN, measure) - 1
-
-
-PLAIN, WHITENED, INVERTED = f"uniform-k{K}", f"whitening-a0.5-space-k{K}", f"variance-a-0.5-k{K}"
-INVERTED_SPACE = f"variance-a-0.5-space-k{K}"
-WHITENED_MIXED = f"whitening-a0.5-mixed-k{K}"
-
-
-def changed(
-    setting: str, low: float, high: float, label: str = WHITENED, measure: str = "kl"
-) -> Callable[[Found], tuple[bool, str]]:
-    def found(of: Found) -> tuple[bool, str]:
-        share = of.change(setting, label, measure)
-        return low <= share <= high, f"{100 * share:+.0f} %"
-
-    return found
-
-
-def changed_at_best(
-    low: float, high: float, label: str = WHITENED, measure: str = "kl"
-) -> Callable[[Found], tuple[bool, str]]:
-    def found(of: Found) -> tuple[bool, str]:
-        share = of.change_at_best(label, measure)
-        return low <= share <= high, f"{100 * share:+.0f} %"
-
-    return found
-
-
-def nearer(label: str, to: str, than: str) -> Callable[[Found], tuple[bool, str]]:
-    """What one form recovers is nearer to what a second recovers than to what a third does."""
-
-    def found(of: Found) -> tuple[bool, str]:
-        own, near, far = (of.mean("", one, "recovered") for one in (label, to, than))
-        return abs(own - near) < abs(own - far), f"{own:.3f}; {near:.3f} and {far:.3f}"
-
-    return found
-
-
 THEIRS = {
     "saelens-plain": "expected_average_only_in",
     "saelens-whitened": "covariance_whitening",
 }
-FULLY = f"whitening-a1-space-k{K}"
-PLAIN_OF = {"saelens-whitened": "saelens-plain"}
-"""Dictionaries that are not compared with the plain one of ours."""
-STRETCHED, MIXED_INVERSE = f"{INVERTED}-stretched", f"variance-a-0.5-mixed-k{K}"
-EXPECTED = (
-    Expectation(
-        "form",
-        "smollm2",
-        "in the space, lengths in the model's units (mixed): recovers as in the loss",
-        nearer(MIXED_INVERSE, INVERTED, INVERTED_SPACE),
-    ),
-    Expectation(
-        "form",
-        "smollm2",
-        "in the loss, lengths after stretching: recovers as in the space",
-        nearer(STRETCHED, INVERTED_SPACE, INVERTED),
-    ),
-    Expectation(
-        "dose",
-        "smollm2",
-        "one dimension with 45 % of the variance: whitened KL at least 10 % below plain",
-        changed("45 %", -1, -0.1),
-    ),
-    Expectation(
-        "dose",
-        "smollm2",
-        "one dimension with 70 % of the variance: whitened KL at least 20 % below plain",
-        changed("70 %", -1, -0.2),
-    ),
-    Expectation(
-        "rate",
-        "gemma",
-        "each at its best of three rates: whitened KL at least 20 % below plain",
-        changed_at_best(-1, -0.2),
-    ),
-    Expectation(
-        "rate",
-        "smollm2",
-        "each at its best of three rates: whitened KL within 8 % of plain",
-        changed_at_best(-0.08, 0.08),
-    ),
-    Expectation(
-        "length",
-        "gemma",
-        "four million rows: whitened KL 10 to 30 % below plain",
-        changed("4,000,000 rows", -0.3, -0.1),
-    ),
-    Expectation(
-        "length",
-        "gemma",
-        "the same, mixed: KL 5 to 25 % below plain",
-        changed("4,000,000 rows", -0.25, -0.05, WHITENED_MIXED),
-    ),
-    Expectation(
-        "length",
-        "gemma",
-        "the same, mixed: at least 50 % more of the plants recovered",
-        changed("4,000,000 rows", 0.5, 99, WHITENED_MIXED, "recovered"),
-    ),
-    Expectation(
-        "length",
-        "smollm2",
-        "four million rows, mixed: KL at most 5 % above plain",
-        changed("4,000,000 rows", -1, 0.05, WHITENED_MIXED),
-    ),
-    Expectation(
-        "length",
-        "smollm2",
-        "the same: at least 30 % more of the plants recovered",
-        changed("4,000,000 rows", 0.3, 99, WHITENED_MIXED, "recovered"),
-    ),
-    Expectation(
-        "saelens",
-        "smollm2",
-        "its whitening: KL 5 to 30 % above its plain dictionary, as α = 1 here",
-        changed("SAELens", 0.05, 0.3, "saelens-whitened", "kl"),
-    ),
-    Expectation(
-        "saelens",
-        "smollm2",
-        "the same: no more plants recovered than plain (+10 % at most)",
-        changed("SAELens", -1, 0.1, "saelens-whitened", "recovered"),
-    ),
-    *(
-        Expectation("every-rate", place, words, found)
-        for place, least in (("gemma", 0.5), ("smollm2", 0.3))
-        for words, found in (
-            (
-                "halfway whitened, mixed, each at its best rate: at least "
-                f"{100 * least:.0f} % more of the plants recovered",
-                changed_at_best(least, 99, WHITENED_MIXED, "recovered"),
-            ),
-            (
-                "rotated whitening, mixed, each at its best rate: at most 10 % more",
-                changed_at_best(-1, 0.1, f"rotated-{WHITENED_MIXED}", "recovered"),
-            ),
-            (
-                "permuted inverse variance, each at its best rate: at most 10 % more",
-                changed_at_best(-1, 0.1, f"permuted-{INVERTED}", "recovered"),
-            ),
-            (
-                "the paper's variance, α = ½, each at its best rate: at most a quarter of plain's",
-                changed_at_best(-1, -0.75, f"variance-a0.5-k{K}", "recovered"),
-            ),
-        )
-    ),
-    *(
-        Expectation(
-            "length",
-            place,
-            f"two million rows: whitened KL {words}",
-            changed("2,000,000 rows", low, high),
-        )
-        for place, words, low, high in (
-            ("gemma", "at least 20 % below plain", -1, -0.2),
-            ("gemma-5", "at least 30 % below plain", -1, -0.3),
-            ("gemma-14", "at least 20 % below plain", -1, -0.2),
-            ("smollm2", "within 8 % of plain", -0.08, 0.08),
-            ("smollm2-20", "within 8 % of plain", -0.08, 0.08),
-        )
-    ),
-    *(
-        Expectation(
-            "length",
-            place,
-            f"the same, mixed: at least {100 * least:.0f} % more of the plants recovered",
-            changed("2,000,000 rows", least, 99, WHITENED_MIXED, "recovered"),
-        )
-        for place, least in (
-            ("gemma", 0.5),
-            ("gemma-5", 0.4),
-            ("gemma-14", 0.5),
-            ("smollm2", 0.4),
-            ("smollm2-20", 0.4),
-        )
-    ),
-    *(
-        Expectation(
-            "kind",
-            "gemma",
-            f"{kind}: whitened KL at least 15 % below plain",
-            changed(kind, -1, -0.15),
-        )
-        for kind in KINDS
-    ),
-    *(
-        Expectation(
-            "kind",
-            "smollm2",
-            f"{kind}: whitened KL within 8 % of plain",
-            changed(kind, -0.08, 0.08),
-        )
-        for kind in KINDS
-    ),
-)
+"""Dictionaries of SAELens: how it normalises the rows."""
 
 
 @dataclass(frozen=True)
@@ -387,6 +170,10 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
             for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
                 own = arm(*one)
                 yield Trial(f"{rows:,} rows", label_of(own), own, {"tokens": rows})
+    if experiment == "baselines":
+        for kind in FROZEN:
+            own = arm("uniform", 1.0, architecture=kind)
+            yield Trial("", f"uniform-{kind}-k{K}", own)
     if experiment == "kind":
         for kind in KINDS:
             for one in (("uniform", 1.0, LOSS), HALF):
@@ -448,6 +235,12 @@ def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> Non
         for setting, own in groups.items():
             _train_and_judge(experiment, place, opened, own, seed)
             print(f"{experiment}, {place}: {setting} seed {seed} measured", flush=True)
+    if experiment == "baselines":
+        site, seed = opened.source.site, SEEDS[0]
+        raw = [
+            (Trial("", f"{name}-k{K}"), make(opened.inputs, site, K)) for name, make in RAW.items()
+        ]
+        _judge(experiment, place, opened, raw, seed)
 
 
 def _train_and_judge(
@@ -567,6 +360,7 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
     """The measured dictionaries of an experiment, with those of the usual settings."""
     usual = {
         "form": "",
+        "baselines": "",
         "dose": "as it is",
         "rate": "rate × 1",
         "every-rate": "rate × 1",
@@ -582,6 +376,8 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
     labels = {record["label"] for record in records} | {PLAIN}
     if experiment == "form":
         labels |= {INVERTED, INVERTED_SPACE, MIXED_INVERSE}
+    if experiment == "baselines":
+        labels |= {WHITENED_MIXED}
     if experiment == "saelens":
         labels |= {FULLY, WHITENED, WHITENED_MIXED}
     for record in recovery.read(place):
@@ -650,6 +446,17 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return markdown(rows)
 
 
+def strata_table(records: Sequence[dict[str, Any]]) -> str:
+    """What is recovered of the plants along each kind of direction."""
+    strata = list(records[0]["by_stratum"])
+    rows = [["recovered", *strata]]
+    of = Found(records)
+    for label in dict.fromkeys(record["label"] for record in records):
+        shares = (of.recovered(label, stratum) for stratum in strata)
+        rows.append([f"`{label}`", *(f"{share:.2f}" for share in shares)])
+    return markdown(rows)
+
+
 def rates_table(records: Sequence[dict[str, Any]]) -> str:
     """Every set of weights at the rate that keeps most cross-entropy, beside plain at its own."""
     of = Found(records)
@@ -693,6 +500,8 @@ def section() -> str:
                 continue
             parts += [f"### {TITLES[experiment]}: {PLACES[place].title}", seeds_of(records)]
             parts += [rates_table(records) if experiment == "every-rate" else table(records)]
+            if experiment == "baselines":
+                parts += [strata_table(records)]
             for one in EXPECTED:
                 if (one.experiment, one.place) == (experiment, place):
                     came_out = outcome(one.found, Found(records))
@@ -722,6 +531,7 @@ TITLES = {
     "length": "Shorter and longer trainings",
     "latents": "The latents of two million rows, without a ground truth",
     "kind": "Other architectures",
+    "baselines": "What is recovered without learning it",
     "saelens": "The whitening of SAELens",
 }
 

@@ -134,7 +134,8 @@ class GridOptions(RuleOptions):
     """Which dictionaries to train: one for every combination."""
 
     architecture: tuple[ArchitectureName, ...] = ("topk",)
-    """Architectures: topk has k active latents on every token, others k on average, gba fewer."""
+    """Architectures: topk has k active latents on every token, others k on average, gba fewer;
+    frozen ones are baselines that leave one half random."""
     l1: tuple[float, ...] = ()
     """L1 coefficients, each of a ReLU dictionary, which ignores k."""
     init_seeds: tuple[int, ...] = (0,)

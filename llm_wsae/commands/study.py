@@ -40,7 +40,8 @@ class StudyOptions(RuleOptions):
     seeds: tuple[int, ...] = StudyConfig.seeds
     """Seeds, each of initial weights, order of the rows, and controls at once."""
     architecture: ArchitectureName = StudyConfig.architecture
-    """Architecture: topk has k active latents on every token, others k on average, gba fewer."""
+    """Architecture: topk has k active latents on every token, others k on average, gba fewer;
+    frozen ones are baselines that leave one half random."""
     keep_dictionaries: bool = StudyConfig.keep_dictionaries
     """Keep the dictionaries; otherwise each is deleted as soon as it is measured."""
 

@@ -33,7 +33,7 @@ class Architecture(ABC):
     """Whether dead latents get the AuxK loss. They need it where other latents crowd them out."""
 
     is_tied: ClassVar[bool] = False
-    """Whether the encoder follows from the decoder (``tie``)."""
+    """Whether something of the parameters is not learnt but set after each step (``tie``)."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Architecture(ABC):
         return step
 
     def tie(self, parameters: Parameters) -> None:  # noqa: B027 - optional
-        """If it is tied: set the encoder and its bias from what is learnt, in place."""
+        """If it is tied: set what is not learnt, in place. Called before the first step, too."""
 
     def thresholds(self) -> Float[Tensor, " latents"] | None:
         """The finished dictionary's thresholds in normalised units, None if it has none."""

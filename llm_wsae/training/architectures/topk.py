@@ -21,8 +21,9 @@ class TopK(Architecture):
         return f"k{level}"
 
     @classmethod
-    def recorded_name(cls) -> None:
+    def recorded_name(cls) -> str | None:
         """The first checkpoints did not name their architecture, and still resume."""
+        return None
 
     @property
     def sparsity(self) -> sparsity.TopK:

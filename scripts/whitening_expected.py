@@ -1,0 +1,303 @@
+"""What was expected of each experiment of results_whitening.py, written down before its first
+dictionary was trained, and what says whether it came out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from results_recovery import K
+
+KINDS = ("batch-topk", "jumprelu")
+PLAIN, WHITENED, INVERTED = f"uniform-k{K}", f"whitening-a0.5-space-k{K}", f"variance-a-0.5-k{K}"
+INVERTED_SPACE = f"variance-a-0.5-space-k{K}"
+WHITENED_MIXED = f"whitening-a0.5-mixed-k{K}"
+FULLY = f"whitening-a1-space-k{K}"
+PLAIN_OF = {"saelens-whitened": "saelens-plain"}
+"""Dictionaries that are not compared with the plain one of ours."""
+STRETCHED, MIXED_INVERSE = f"{INVERTED}-stretched", f"variance-a-0.5-mixed-k{K}"
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What was expected of an experiment, and a function that says what came out."""
+
+    experiment: str
+    place: str
+    words: str
+    found: Callable[["Found"], tuple[bool, str]]
+
+
+class Found:
+    """The means over seeds of an experiment at a site, by setting and label."""
+
+    def __init__(self, records: Sequence[dict[str, Any]]):
+        self._records = records
+
+    def mean(self, setting: str, label: str, measure: str) -> float:
+        chosen = [
+            r["numbers"][measure]
+            for r in self._records
+            if (r["setting"], r["label"]) == (setting, label)
+        ]
+        if not chosen:
+            raise KeyError(setting, label)
+        return float(np.mean(chosen))
+
+    def change(self, setting: str, label: str, measure: str) -> float:
+        """Relative to plain under the same setting."""
+        beside = PLAIN_OF.get(label, PLAIN)
+        plain_one = self.mean(setting, beside, measure)
+        return self.mean(setting, label, measure) / plain_one - 1
+
+    def recovered(self, label: str, stratum: str) -> float:
+        """Share of the plants of a stratum; strata follow one another, all of the same size."""
+        own = [r for r in self._records if r["label"] == label]
+        if not own:
+            raise KeyError(label)
+        strata = list(own[0]["by_stratum"])
+        parts = np.array([r["recovered"] for r in own], dtype=float).reshape(
+            len(own), len(strata), -1
+        )
+        return float(np.nanmean(parts[:, strata.index(stratum)]))
+
+    def best(self, label: str) -> str:
+        """The setting that keeps most of the model's cross-entropy."""
+        settings = {r["setting"] for r in self._records if r["label"] == label}
+        return max(settings, key=lambda setting: self.mean(setting, label, "ce"))
+
+    def at_best(self, label: str, measure: str) -> float:
+        """Under that setting."""
+        return self.mean(self.best(label), label, measure)
+
+    def change_at_best(self, label: str, measure: str) -> float:
+        """Relative to plain, each at its best."""
+        return self.at_best(label, measure) / self.at_best(PLAIN, measure) - 1
+
+
+def changed(
+    setting: str, low: float, high: float, label: str = WHITENED, measure: str = "kl"
+) -> Callable[[Found], tuple[bool, str]]:
+    def found(of: Found) -> tuple[bool, str]:
+        share = of.change(setting, label, measure)
+        return low <= share <= high, f"{100 * share:+.0f} %"
+
+    return found
+
+
+def changed_at_best(
+    low: float, high: float, label: str = WHITENED, measure: str = "kl"
+) -> Callable[[Found], tuple[bool, str]]:
+    def found(of: Found) -> tuple[bool, str]:
+        share = of.change_at_best(label, measure)
+        return low <= share <= high, f"{100 * share:+.0f} %"
+
+    return found
+
+
+def stratum(name: str, kind: str, low: float, high: float) -> Callable[[Found], tuple[bool, str]]:
+    """What a baseline recovers of the plants along one kind of direction."""
+
+    def found(of: Found) -> tuple[bool, str]:
+        share = of.recovered(f"{name}-k{K}", kind)
+        return low <= share <= high, f"{share:.2f}"
+
+    return found
+
+
+def nearer(label: str, to: str, than: str) -> Callable[[Found], tuple[bool, str]]:
+    """What one form recovers is nearer to what a second recovers than to what a third does."""
+
+    def found(of: Found) -> tuple[bool, str]:
+        own, near, far = (of.mean("", one, "recovered") for one in (label, to, than))
+        return abs(own - near) < abs(own - far), f"{own:.3f}; {near:.3f} and {far:.3f}"
+
+    return found
+
+
+EXPECTED = (
+    Expectation(
+        "form",
+        "smollm2",
+        "in the space, lengths in the model's units (mixed): recovers as in the loss",
+        nearer(MIXED_INVERSE, INVERTED, INVERTED_SPACE),
+    ),
+    Expectation(
+        "form",
+        "smollm2",
+        "in the loss, lengths after stretching: recovers as in the space",
+        nearer(STRETCHED, INVERTED_SPACE, INVERTED),
+    ),
+    Expectation(
+        "dose",
+        "smollm2",
+        "one dimension with 45 % of the variance: whitened KL at least 10 % below plain",
+        changed("45 %", -1, -0.1),
+    ),
+    Expectation(
+        "dose",
+        "smollm2",
+        "one dimension with 70 % of the variance: whitened KL at least 20 % below plain",
+        changed("70 %", -1, -0.2),
+    ),
+    Expectation(
+        "rate",
+        "gemma",
+        "each at its best of three rates: whitened KL at least 20 % below plain",
+        changed_at_best(-1, -0.2),
+    ),
+    Expectation(
+        "rate",
+        "smollm2",
+        "each at its best of three rates: whitened KL within 8 % of plain",
+        changed_at_best(-0.08, 0.08),
+    ),
+    Expectation(
+        "length",
+        "gemma",
+        "four million rows: whitened KL 10 to 30 % below plain",
+        changed("4,000,000 rows", -0.3, -0.1),
+    ),
+    Expectation(
+        "length",
+        "gemma",
+        "the same, mixed: KL 5 to 25 % below plain",
+        changed("4,000,000 rows", -0.25, -0.05, WHITENED_MIXED),
+    ),
+    Expectation(
+        "length",
+        "gemma",
+        "the same, mixed: at least 50 % more of the plants recovered",
+        changed("4,000,000 rows", 0.5, 99, WHITENED_MIXED, "recovered"),
+    ),
+    Expectation(
+        "length",
+        "smollm2",
+        "four million rows, mixed: KL at most 5 % above plain",
+        changed("4,000,000 rows", -1, 0.05, WHITENED_MIXED),
+    ),
+    Expectation(
+        "length",
+        "smollm2",
+        "the same: at least 30 % more of the plants recovered",
+        changed("4,000,000 rows", 0.3, 99, WHITENED_MIXED, "recovered"),
+    ),
+    Expectation(
+        "saelens",
+        "smollm2",
+        "its whitening: KL 5 to 30 % above its plain dictionary, as α = 1 here",
+        changed("SAELens", 0.05, 0.3, "saelens-whitened", "kl"),
+    ),
+    Expectation(
+        "saelens",
+        "smollm2",
+        "the same: no more plants recovered than plain (+10 % at most)",
+        changed("SAELens", -1, 0.1, "saelens-whitened", "recovered"),
+    ),
+    *(
+        Expectation("baselines", place, words, found)
+        for place in ("gemma", "smollm2")
+        for words, found in (
+            (
+                "frozen decoder: at most a quarter of what plain recovers",
+                changed("", -1, -0.75, f"uniform-frozen-decoder-k{K}", "recovered"),
+            ),
+            (
+                "frozen decoder: KL at least 50 % above plain",
+                changed("", 0.5, 99, f"uniform-frozen-decoder-k{K}"),
+            ),
+            (
+                "frozen encoder: at most a tenth of what plain recovers",
+                changed("", -1, -0.9, f"uniform-frozen-encoder-k{K}", "recovered"),
+            ),
+            (
+                "frozen encoder: KL at least twice plain's",
+                changed("", 1, 99, f"uniform-frozen-encoder-k{K}"),
+            ),
+            (
+                "dimensions: at least half of the plants along quiet dimensions",
+                stratum("dimensions", "quiet dimension", 0.5, 1),
+            ),
+            (
+                "dimensions: at most 2 % of the plants in random directions",
+                stratum("dimensions", "random", 0, 0.02),
+            ),
+            (
+                "principal components: at least half of the plants along quiet components",
+                stratum("principal-components", "quiet component", 0.5, 1),
+            ),
+        )
+    ),
+    *(
+        Expectation("every-rate", place, words, found)
+        for place, least in (("gemma", 0.5), ("smollm2", 0.3))
+        for words, found in (
+            (
+                "halfway whitened, mixed, each at its best rate: at least "
+                f"{100 * least:.0f} % more of the plants recovered",
+                changed_at_best(least, 99, WHITENED_MIXED, "recovered"),
+            ),
+            (
+                "rotated whitening, mixed, each at its best rate: at most 10 % more",
+                changed_at_best(-1, 0.1, f"rotated-{WHITENED_MIXED}", "recovered"),
+            ),
+            (
+                "permuted inverse variance, each at its best rate: at most 10 % more",
+                changed_at_best(-1, 0.1, f"permuted-{INVERTED}", "recovered"),
+            ),
+            (
+                "the paper's variance, α = ½, each at its best rate: at most a quarter of plain's",
+                changed_at_best(-1, -0.75, f"variance-a0.5-k{K}", "recovered"),
+            ),
+        )
+    ),
+    *(
+        Expectation(
+            "length",
+            place,
+            f"two million rows: whitened KL {words}",
+            changed("2,000,000 rows", low, high),
+        )
+        for place, words, low, high in (
+            ("gemma", "at least 20 % below plain", -1, -0.2),
+            ("gemma-5", "at least 30 % below plain", -1, -0.3),
+            ("gemma-14", "at least 20 % below plain", -1, -0.2),
+            ("smollm2", "within 8 % of plain", -0.08, 0.08),
+            ("smollm2-20", "within 8 % of plain", -0.08, 0.08),
+        )
+    ),
+    *(
+        Expectation(
+            "length",
+            place,
+            f"the same, mixed: at least {100 * least:.0f} % more of the plants recovered",
+            changed("2,000,000 rows", least, 99, WHITENED_MIXED, "recovered"),
+        )
+        for place, least in (
+            ("gemma", 0.5),
+            ("gemma-5", 0.4),
+            ("gemma-14", 0.5),
+            ("smollm2", 0.4),
+            ("smollm2-20", 0.4),
+        )
+    ),
+    *(
+        Expectation(
+            "kind",
+            "gemma",
+            f"{kind}: whitened KL at least 15 % below plain",
+            changed(kind, -1, -0.15),
+        )
+        for kind in KINDS
+    ),
+    *(
+        Expectation(
+            "kind",
+            "smollm2",
+            f"{kind}: whitened KL within 8 % of plain",
+            changed(kind, -0.08, 0.08),
+        )
+        for kind in KINDS
+    ),
+)
