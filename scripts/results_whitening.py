@@ -170,6 +170,9 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
             for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
                 own = arm(*one)
                 yield Trial(f"{rows:,} rows", label_of(own), own, {"tokens": rows})
+        if PLACES[place].block == 9:
+            own = arm(f"rotated:{MIXED_HALF[0]}", MIXED_HALF[1], replace(MIXED, draw=seed))
+            yield Trial(f"{TWO_MILLION:,} rows", label_of(own), own, {"tokens": TWO_MILLION})
     if experiment == "baselines":
         for kind in FROZEN:
             own = arm("uniform", 1.0, architecture=kind)
@@ -284,18 +287,19 @@ def _judge(
 def _judge_latents(place: str, path: str, seeds: Sequence[int]) -> None:
     """If the dictionaries of two million rows are still there, all of them."""
     trained = RUN / "trained" / f"length-{place}" / _name(f"{TWO_MILLION:,} rows")
+    labels = {r["label"] for r in read("length", place) if r["setting"] == f"{TWO_MILLION:,} rows"}
     folders = {
         label: {
             seed: config.parent
             for seed in seeds
-            for config in trained.glob(f"s{seed}/{label}*/wsae.json")
+            for config in trained.glob(f"s{seed}/{label.removesuffix(f'-k{K}')}*-k{K}*/wsae.json")
         }
-        for label in (PLAIN, WHITENED, WHITENED_MIXED)
+        for label in labels
     }
     if _latents(place).exists() or {len(own) for own in folders.values()} != {len(seeds)}:
         print(f"latents, {place}: measured already, or without its dictionaries", flush=True)
     else:
-        whitening_latents.judge(_latents(place), path, folders)
+        whitening_latents.judge(_latents(place), path, folders, PLAIN)
 
 
 def _latents(place: str) -> Path:

@@ -4,18 +4,23 @@ Do two seeds find the same latents, and can it be told from their contexts when 
 Agreement is the mean cosine of decoder rows that are matched one to one (PW-MCC), over pairs of
 seeds. Detection is that of ``llm-wsae evaluate --monosemantic``, without dense latents: over those
 that fire often enough to be scored, and over all, where the others count as chance, because weights
-change which can be scored.
+change which can be scored. A latent is *new* if its decoder row has a cosine below .7 with every row of two
+plain dictionaries of other seeds, and it is detected at least as well as the median latent of
+theirs: does a further, weighted dictionary show what a further plain one would not?
 
-``EXPECTED`` was written down before the first of these dictionaries was trained.
+What ``expected`` gives was written down before the first of these dictionaries was trained.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from results_recovery import PLACES, TEXT, text_of
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from llm_wsae import Corpus, Dictionary, HarvestConfig, LanguageModel
 from llm_wsae.evaluation.config import MonosemanticConfig
@@ -30,35 +35,59 @@ from llm_wsae.terminal import markdown
 
 TOKENS = 50_000
 CHANCE = 0.5
+NEW = 0.7
+"""A largest cosine below it is that of another latent."""
 MEASURES = {"scored": "detection", "all": "detection, all latents"}
 Latents = dict[str, Any]
 """``scores``: label → seed → measure → its parts; ``agreement``: label → pair of seeds → cosine."""
 
 
-def judge(path: Path, model_path: str, folders: Mapping[str, Mapping[int, Path]]) -> None:
+def judge(
+    path: Path, model_path: str, folders: Mapping[str, Mapping[int, Path]], plain_label: str
+) -> None:
     """Score the dictionaries in ``folders``, by label and seed, and write it to ``path``."""
     model = LanguageModel.load(model_path)
     text, config = Corpus.open(TEXT, "heldout"), MonosemanticConfig(tokens=TOKENS)
     evaluator = MonosemanticityEvaluator(model, text, HarvestConfig(), config)
     scores: dict[str, dict[str, Any]] = {}
     agreement: dict[str, dict[str, float]] = {}
-    for label, by_seed in folders.items():
-        dictionaries = {seed: Dictionary.load(folder) for seed, folder in by_seed.items()}
+    beside: dict[int, tuple[Tensor, Tensor]] = {}
+    for label in sorted(folders, key=lambda one: one != plain_label):
+        dictionaries = {seed: Dictionary.load(folder) for seed, folder in folders[label].items()}
+        rows = {seed: normalize(one.W_dec.detach(), dim=1) for seed, one in dictionaries.items()}
         found = evaluator.score({str(seed): one for seed, one in dictionaries.items()})
-        scores[label] = {seed: _parts(one) for seed, one in found.dictionaries.items()}
+        detection = {int(s): _detection(one) for s, one in found.dictionaries.items()}
+        beside = beside or {seed: (own, detection[seed]) for seed, own in rows.items()}
+        scores[label] = {
+            str(seed): _parts(found.dictionaries[str(seed)])
+            | {"new": _new(own, detection[seed], [b for s, b in beside.items() if s != seed])}
+            for seed, own in rows.items()
+        }
         agreement[label] = {
-            f"{one} and {other}": matched_cosine(
-                *(dictionaries[seed].W_dec.detach() for seed in (one, other))
-            )
-            for one, other in combinations(by_seed, 2)
+            f"{one} and {other}": matched_cosine(rows[one], rows[other])
+            for one, other in combinations(rows, 2)
         }
     write_json(path, plain({"scores": scores, "agreement": agreement}))
+
+
+def _detection(scores: DictionaryScores) -> Tensor:
+    """Of every latent; NaN for those that are dense or fire too seldom."""
+    usual = scores.per_latent["density"] <= DENSE_DENSITY
+    return scores.per_latent["detection"].where(usual, torch.nan)
+
+
+def _new(rows: Tensor, detection: Tensor, beside: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Share of latents that are unlike all those ``beside`` and detected as well as their median.
+    Each of these is given as its rows, of length 1, and their detection."""
+    nearest = torch.stack([(rows @ others.T).amax(1) for others, _ in beside]).amax(0)
+    median = torch.cat([scores for _, scores in beside]).nanmedian()
+    return float(((nearest < NEW) & (detection >= median)).double().mean())
 
 
 def _parts(scores: DictionaryScores) -> dict[str, Any]:
     """What an interval needs of a dictionary's detection: mean, variance, documents resampled."""
     usual = scores.per_latent["density"] <= DENSE_DENSITY
-    values, resampled = scores.per_latent["detection"][usual], scores.resampled[usual]
+    values, resampled = _detection(scores)[usual], scores.resampled[usual]
     known = ~values.isnan()
     cases = {
         "scored": (values[known], resampled[known]),
@@ -84,7 +113,7 @@ def means_of(latents: Latents, label: str) -> dict[str, float]:
     own = latents["scores"][label].values()
     return {
         **{name: float(np.mean([one[name]["mean"] for one in own])) for name in MEASURES},
-        **{name: float(np.mean([one[name] for one in own])) for name in ("share", "dense")},
+        **{name: float(np.mean([one[name] for one in own])) for name in ("share", "dense", "new")},
         "agreement": float(np.mean(list(latents["agreement"][label].values()))),
     }
 
@@ -114,7 +143,7 @@ def table(latents: Latents, plain_label: str) -> str:
                 if label != plain_label
             }
         )
-    rows = [["dictionary", "agreement of seeds", "its range", "scored %", "dense %"]]
+    rows = [["dictionary", "agreement of seeds", "its range", "new %", "scored %", "dense %"]]
     rows[0] += [cell for title in MEASURES.values() for cell in (title, "beside plain")]
     for label in sorted(latents["scores"], key=lambda one: (one != plain_label, one)):
         means, pairs = means_of(latents, label), latents["agreement"][label].values()
@@ -123,6 +152,7 @@ def table(latents: Latents, plain_label: str) -> str:
                 f"`{label}`",
                 f"{means['agreement']:.3f}",
                 f"{min(pairs):.3f} to {max(pairs):.3f}",
+                f"{100 * means['new']:.1f}",
                 f"{100 * means['share']:.0f}",
                 f"{100 * means['dense']:.1f}",
             ]
@@ -144,6 +174,18 @@ def differs(
     return found
 
 
+def more(
+    label: str, plain_label: str, measure: str, low: float, high: float
+) -> Callable[[Latents], tuple[bool, str]]:
+    """The mean is something between low and high times that of plain dictionaries."""
+
+    def found(latents: Latents) -> tuple[bool, str]:
+        own, its = (means_of(latents, one)[measure] for one in (label, plain_label))
+        return low <= own / its <= high, f"{own / its:.2f} times"
+
+    return found
+
+
 def expected(space: str, mixed: str, plain_label: str) -> Iterator[tuple[str, str, Any]]:
     """Site, words, and what says whether it came out."""
     for place in PLACES:
@@ -159,3 +201,14 @@ def expected(space: str, mixed: str, plain_label: str) -> Iterator[tuple[str, st
             "halfway whitened, mixed: seeds agree no less than plain (−.01 at most)",
             differs(mixed, plain_label, "agreement", -0.01, 1.0),
         )
+        yield (
+            place,
+            "halfway whitened, mixed: at least 1.5 times as many new latents as a plain one has",
+            more(mixed, plain_label, "new", 1.5, 99),
+        )
+        if PLACES[place].block == 9:
+            yield (
+                place,
+                "rotated whitening, mixed: at most 1.2 times as many new latents as plain",
+                more(f"rotated-{mixed}", plain_label, "new", 0, 1.2),
+            )
