@@ -4,9 +4,9 @@ Do two seeds find the same latents, and can it be told from their contexts when 
 Agreement is the mean cosine of decoder rows that are matched one to one (PW-MCC), over pairs of
 seeds. Detection is that of ``llm-wsae evaluate --monosemantic``, without dense latents: over those
 that fire often enough to be scored, and over all, where the others count as chance, because weights
-change which can be scored. A latent is *new* if its decoder row has a cosine below .7 with every row of two
-plain dictionaries of other seeds, and it is detected at least as well as the median latent of
-theirs: does a further, weighted dictionary show what a further plain one would not?
+change which can be scored. A latent is *new* if its decoder row has a cosine below .7 with every
+row of two plain dictionaries of other seeds, and it is detected at least as well as the median
+latent of theirs: does a further, weighted dictionary show what a further plain one would not?
 
 What ``expected`` gives was written down before the first of these dictionaries was trained.
 """
@@ -95,12 +95,12 @@ def _parts(scores: DictionaryScores) -> dict[str, Any]:
     }
     return {
         name: {
-            "mean": own.double().mean(),
-            "variance": own.double().var() / len(own),
-            "resampled": drawn.double().nanmean(0),
+            "mean": float(own.double().mean()),
+            "variance": float(own.double().var() / len(own)),
+            "resampled": drawn.double().nanmean(0).tolist(),
         }
         for name, (own, drawn) in cases.items()
-    } | {"share": known.double().mean(), "dense": 1 - usual.double().mean()}
+    } | {"share": float(known.double().mean()), "dense": float(1 - usual.double().mean())}
 
 
 def read(path: Path) -> Latents:
