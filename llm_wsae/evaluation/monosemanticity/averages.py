@@ -41,7 +41,8 @@ class ConceptSummary:
     """Every family counted once. ``best_1``, ``best_2``, ``best_5``: area under the ROC curve of
     sparse probes;
     ``selectivity``, ``own_fall``, ``others_fall``: drops in the dense probes' accuracy;
-    ``density`` of the removed latents."""
+    ``density`` of the removed latents; of first letters alone, over letters, ``missed`` and
+    ``absorbed``."""
     families: dict[str, dict[str, float]]
     """The same means within each family."""
     concepts: dict[str, dict[str, float]]
@@ -128,6 +129,8 @@ def summarise_concepts(
         "own_fall": probes.own_fall,
         "others_fall": probes.others_fall,
         "density": probes.density,
+        "missed": probes.missed,
+        "absorbed": probes.absorbed,
     }
     return ConceptSummary(
         {name: mean_of_families(values, families) for name, values in columns.items()},

@@ -14,13 +14,14 @@ activations. They are linear, so they need not be applied again: their scores fa
 threshold; the area under the ROC curve would hardly change where a probe is nearly perfect.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llm_wsae.evaluation.monosemanticity.absorption import absorption, main_latents
 from llm_wsae.evaluation.monosemanticity.concepts import Concepts
 from llm_wsae.evaluation.monosemanticity.probing import (
     PROBE_SIZES,
@@ -32,7 +33,13 @@ from llm_wsae.evaluation.monosemanticity.probing import (
     sparse_probes,
     splits,
 )
-from llm_wsae.evaluation.monosemanticity.unit_tables import DenseTable, Table, Units
+from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
+from llm_wsae.evaluation.monosemanticity.unit_tables import (
+    DenseTable,
+    SparseTable,
+    Table,
+    Units,
+)
 
 HALVES = 2
 
@@ -103,6 +110,11 @@ class LatentProbes:
     """Mean drop of the other concepts' dense probes."""
     density: Float[Tensor, " concepts"]
     """Mean density of the removed latents."""
+    missed: Float[Tensor, " concepts"]
+    """Share of the examples on which the concept's main latents are silent (``absorption``); NaN
+    unless the concept is a first letter."""
+    absorbed: Float[Tensor, " concepts"]
+    """Share on which, in addition, one other latent speaks for the letter."""
 
     @property
     def selectivity(self) -> Float[Tensor, " concepts"]:
@@ -161,7 +173,38 @@ def probe_latents(
         total.append(torch.cat(found, 1) if found else torch.zeros(0, 0, dtype=torch.float64))
     own, others = selectivity(_mean_of_halves(total))
     sparse = _sparse(concepts, latents.tables, latents.correlations, allowed)
-    return LatentProbes(sparse, own, others, _mean_of_halves(densities))
+    missed, absorbed = _absorption(concepts, site, latents, allowed, sparse)
+    return LatentProbes(sparse, own, others, _mean_of_halves(densities), missed, absorbed)
+
+
+def _absorption(
+    concepts: Sequence[ProbedConcepts],
+    site: SiteProbes,
+    latents: LatentTables,
+    allowed: Tensor,
+    sparse: Mapping[int, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """What is missed and absorbed of every concept, mean of both halves; NaN where it is not
+    asked: of concepts that are not letters."""
+    sides: list[list[Tensor]] = [[], []]
+    start = 0
+    for kind, (table, asked) in enumerate(zip(latents.tables, concepts, strict=True)):
+        names = asked.concepts.families
+        area = {size: values[start : start + len(names)] for size, values in sparse.items()}
+        start += len(names)
+        letters = torch.tensor([family == LETTER for family in names])
+        found = torch.full((HALVES, 2, len(names)), torch.nan, dtype=torch.float64)
+        if isinstance(table, SparseTable) and bool(letters.any()):
+            for half, split in enumerate(asked.splits):
+                main = main_latents(latents.correlations[kind][half], area, allowed)
+                own = split.of(letters)
+                directions = site.directions[kind][half][:, letters]
+                scores = site.scores[kind][half][letters]
+                parts = absorption(main[letters], table, latents.decoder, directions, scores, own)
+                found[half][:, letters] = torch.stack(parts)
+        for side, values in zip(sides, _mean_of_halves(found), strict=True):
+            side.append(values)
+    return _joined(sides[0]), _joined(sides[1])
 
 
 def _correlations(

@@ -43,6 +43,11 @@ class Split:
     """Whether the item counts: concepts have different numbers of test units."""
     num_examples: int
 
+    def of(self, concepts: Bool[Tensor, " concepts"]) -> "Split":
+        """Of some of the concepts."""
+        training = (self.positive[:, concepts], self.negative[:, concepts])
+        return Split(*training, self.items[concepts], self.counts[concepts], self.num_examples)
+
     def test(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
         """The area under the ROC curve of every concept's scores."""
         n = self.num_examples

@@ -27,6 +27,9 @@ COLUMNS = {
     "removed, minus the mean drop of the other concepts' probes; mean over families of concepts, "
     "with its 95 % interval over them (higher is better)",
     "letters": "the same over first letters of words alone, one of those families",
+    "absorbed %": "words whose first letter the activations show, while its latents are silent and "
+    "one other latent speaks for it; mean over letters, with its 95 % interval over them (lower is "
+    "better)",
     "dense %": "latents that fire on more than 10 % of the tokens",
 }
 
@@ -147,6 +150,7 @@ def _cells(scores: DictionaryScores) -> list[str]:
         shown(concepts["best_5"]),
         shown(concepts["selectivity"], interval=True),
         _letters(scores),
+        _absorbed(concepts["absorbed"]),
         f"{100 * scores.dense_share:.1f}",
     ]
 
@@ -154,6 +158,13 @@ def _cells(scores: DictionaryScores) -> list[str]:
 def _letters(scores: DictionaryScores) -> str:
     letters = scores.concepts.families.get(LETTER)
     return f"{letters['selectivity']:.3f}" if letters else "–"
+
+
+def _absorbed(mean: Mean) -> str:
+    if not mean.count:
+        return "–"
+    low, high = mean.interval
+    return f"{100 * mean.mean:.1f} [{100 * max(low, 0):.1f}, {100 * high:.1f}]"
 
 
 _OF_LATENTS = ("purity", "coherence", "detection", "detection_without_tokens")

@@ -51,7 +51,8 @@ class DenseTable:
 
 
 class SparseTable:
-    """A table of mostly zeros, stored as its entries; no cell appears twice."""
+    """A table of mostly zeros, stored as its entries (``units``, ``columns``, ``values``); no cell
+    appears twice."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class SparseTable:
         shape: tuple[int, int],
     ):
         """``shape`` is (units, columns)."""
-        self._unit, self._column, self._value, self._shape = unit, column, value, shape
+        self.units, self.columns, self.values, self._shape = unit, column, value, shape
         self._matrix = self._transposed(value)
         self._squares = self._transposed(value.square())
 
@@ -78,14 +79,19 @@ class SparseTable:
         units, total = self._shape
         place = torch.full((total,), -1)
         place[columns] = torch.arange(len(columns))
-        at = place[self._column]
+        at = place[self.columns]
         wanted = at >= 0
         dense = torch.zeros(units, len(columns))
-        dense[self._unit[wanted], at[wanted]] = self._value[wanted]
+        dense[self.units[wanted], at[wanted]] = self.values[wanted]
         return dense
 
+    @property
+    def num_units(self) -> int:
+        """How many units it has, those without an entry included."""
+        return self._shape[0]
+
     def _transposed(self, value: Tensor) -> Tensor:
-        indices = torch.stack([self._column, self._unit])
+        indices = torch.stack([self.columns, self.units])
         return torch.sparse_coo_tensor(
             indices, value, self._shape[::-1], check_invariants=False
         ).coalesce()
