@@ -40,7 +40,7 @@ from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import check_out, train, train_sites
-from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
+from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha, settings_of_trials
 from llm_wsae.weighing import measure_inputs, measure_stream_inputs
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
@@ -226,12 +226,16 @@ def run(
 
 def _check_alphas(rules: Sequence[Rule], alphas: Alphas) -> None:
     numbers = [alpha for alpha in alphas if alpha != "auto"]
-    if "auto" in alphas and not any(rule.in_space for rule in rules):
+    if "auto" in alphas and not any(rule.has_automatic_alpha for rule in rules):
         raise UsageError(
             "an alpha of auto is chosen for whitening, which is not among the rules; add it, or "
             "give numbers"
         )
-    others = [r.name for r in rules if not r.is_plain and not ("auto" in alphas and r.in_space)]
+    others = [
+        rule.name
+        for rule in rules
+        if not rule.is_plain and not ("auto" in alphas and rule.has_automatic_alpha)
+    ]
     if others and not numbers:
         raise UsageError(
             f"the rule {others[0]!r} needs an alpha that is a number, next to auto for whitening: "
@@ -250,10 +254,11 @@ def _weights(
     numbers = [float(alpha) for alpha in alphas if alpha != "auto"]
     found: dict[str, LossWeights] = {}
     for rule in rules:
-        own = numbers
-        if choice is not None and rule.in_space:
+        own, settings = numbers, config
+        if choice is not None and rule.has_automatic_alpha:
             own = [] if choice.alpha is None else [choice.alpha]
-        found |= {w.name: w for w in choose_weights(inputs, [rule], own, config=config)}
+            settings = settings_of_trials(config)
+        found |= {w.name: w for w in choose_weights(inputs, [rule], own, config=settings)}
     return list(found.values())
 
 

@@ -57,6 +57,12 @@ class AlphaChoice:
         return f"whitening, KL of short trainings by α ({found}); {chosen}"
 
 
+def settings_of_trials(config: WeightConfig) -> WeightConfig:
+    """The settings under which an exponent is chosen and then used: weights that are chosen by KL
+    act where they lower it most, as a space, unless ``config`` says otherwise."""
+    return replace(config, place="space") if config.place == "auto" else config
+
+
 def choose_alpha(
     inputs: RuleInputs,
     source: ActivationSource,
@@ -76,7 +82,7 @@ def choose_alpha(
     deleted. Raises as ``train`` and ``FidelityEvaluator.evaluate`` do, and LlmWsaeError if the
     folder holds the choice of other trials.
     """
-    rule = Rule.parse("whitening")
+    rule, config = Rule.parse("whitening"), settings_of_trials(config)
     tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
     short = replace(training, tokens=tokens)
     asked = plain(

@@ -52,8 +52,8 @@ class Rule:
     """What must be measured in addition to the statistics."""
     random: bool = False
     """Whether the scores are random themselves."""
-    in_space: bool = False
-    """Whether its weights are a space to train in, unless the settings say otherwise."""
+    place: Literal["loss", "mixed"] = "loss"
+    """Where its weights act, unless the settings say otherwise."""
     control: Control | None = None
     """What the rule controls for, if it is a control."""
 
@@ -119,6 +119,11 @@ class Rule:
         """Whether it is ``uniform``, which gives the plain dictionary whatever the settings."""
         return self.name == "uniform"
 
+    @property
+    def has_automatic_alpha(self) -> bool:
+        """Whether its exponent can be left to short trainings: that of whitening can."""
+        return self.base == "whitening"
+
     def settings(self, config: WeightConfig) -> WeightConfig:
         """The settings with the place that ``auto`` stands for; of ``uniform``, no settings at all.
 
@@ -128,7 +133,7 @@ class Rule:
             return IN_LOSS
         if config.place != "auto":
             return config
-        return replace(config, place="space" if self.in_space else "loss")
+        return replace(config, place=self.place)
 
     def form(self, config: WeightConfig) -> RuleForm:
         """What the weights are under these settings: one per dimension, a matrix, one per token.
@@ -244,7 +249,7 @@ RULES: dict[str, Rule] = {
         Rule("participation", score_rules.participation, need="dictionary"),
         Rule("gap", score_rules.gap, need="dictionary"),
         Rule("sensitivity", score_rules.sensitivity, matrix_rules.sensitivity, need="fisher"),
-        Rule("whitening", matrix_fn=matrix_rules.whitening, need="second_moment", in_space=True),
+        Rule("whitening", matrix_fn=matrix_rules.whitening, need="second_moment", place="mixed"),
         Rule("semantic", score_rules.semantic, need="coherence"),
         Rule("leading-sensitivity", matrix_fn=matrix_rules.leading_sensitivity, need="fisher"),
         Rule("token-norm", token_score_fn=formulae.token_norm),

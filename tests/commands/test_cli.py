@@ -312,7 +312,7 @@ def test_verify_knows_every_layout_that_is_read(tmp_path):
 def test_run_leaves_everything_in_one_folder(ran):
     out, result = ran
     here = out / SITE
-    arms = ["uniform-k4", "variance-a0.5-k4", "whitening-a0.5-space-k4"]
+    arms = ["uniform-k4", "variance-a0.5-k4", "whitening-a0.5-mixed-k4"]
     names = {"profile.json", "profile.png", "report.json", "report.html", "fidelity.png"}
     names |= {"log.jsonl"}
     assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
