@@ -7,6 +7,7 @@
 #   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
 #   gba           group bias adaptation on planted data and beside the other architectures
 #   rules         four further ideas beside whitening, with the controls that would refute them
+#   probes        sae-probes, another project's benchmark, on the dictionaries in checkpoints/
 #   explain       a small language model explains latents, behind llama.cpp's server (15 minutes)
 #   interop       our readers on what the real tools write, and the tools on ours (docs/interop)
 # What the archives in scripts/results hold is not measured again. Options after the name go to the
@@ -17,8 +18,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | recovery | round-trip | whitening | gba | rules | explain | interop) ;; *)
-  sed -n '2,13s/^# //p' "$0" >&2
+case $what in checkpoints | study | recovery | round-trip | whitening | gba | rules | probes | explain | interop) ;; *)
+  sed -n '2,14s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -62,6 +63,9 @@ gba)
   ;;
 rules)
   .venv/bin/python scripts/results_rules.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
+  ;;
+probes)
+  .venv/bin/python scripts/results_probes.py --model "$model" "$@"
   ;;
 explain)
   .venv/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp

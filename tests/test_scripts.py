@@ -156,6 +156,16 @@ def test_the_section_on_whitening_is_that_of_the_measurements(monkeypatch, tmp_p
     agree(written("whitening"), results_whitening.section())
 
 
+def test_the_section_on_probes_is_that_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_archive
+    import results_probes
+
+    results_archive.unpack(results_probes.ARCHIVE, tmp_path)
+    monkeypatch.setattr(results_probes, "RUN", tmp_path)
+    agree(written("probes"), results_probes.section())
+
+
 def test_the_section_on_gba_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_archive

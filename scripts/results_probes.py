@@ -1,0 +1,176 @@
+"""What another project's benchmark says of the dictionaries: sae-probes.
+
+    bash scripts/reproduce.sh probes [FOLDER …]
+
+sae-probes (Kantamneni et al. 2025, arXiv 2502.16681) has 113 datasets of short texts with a label
+yes or no. A probe sees the activations of a dictionary's latents at the last token of a text, of
+the k latents that differ most between the labels, and predicts the label. Which datasets are taken
+is decided by what they cost: those with the shortest texts. Its texts and probes are its own; only
+the model's activations come from here, because its own way to the model leads to a server.
+
+By default the dictionaries are those of ``checkpoints/``. ``EXPECTED`` was written down before the
+first probe.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks import README, RESULTS, ROOT, embedded_model, write_section
+from interop_checks import peer
+from results_archive import pack, unpack
+from safetensors.torch import save_file
+from scipy import stats
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae import Dictionary, LanguageModel, Site
+from llm_wsae.files import read_own_json, write_json
+from llm_wsae.terminal import markdown
+
+RUN = README.parent / "runs/probes"
+ARCHIVE = Path(__file__).parent / "results/probes.jsonl.gz"
+DATASETS, KS = 40, (1, 16)
+MOST_TOKENS, TOKENS_AT_ONCE = 1024, 8192
+EXPECTED = (
+    "the whitened dictionary's mean area is within .02 of plain's, from 1 latent and from 16, at "
+    "both sites"
+)
+"""Before the first probe: most of these labels are about topics and facts, which are loud."""
+CLOSE = 0.02
+
+
+def activations(model: LanguageModel, texts: list[str], sites: list[Site]) -> dict[Site, Tensor]:
+    """The residual stream at the last token of each text, [texts, d_model] float32, tokenized as
+    sae-probes does: of long texts, the last tokens."""
+    ids = [model.tokenizer(text)["input_ids"][-MOST_TOKENS:] for text in texts]
+    found = {site: torch.zeros(len(texts), model.d_model) for site in sites}
+    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+    start = 0
+    with tqdm(total=len(ids), leave=False) as bar:
+        while start < len(order):
+            count = max(1, TOKENS_AT_ONCE // len(ids[order[start]]))
+            batch = order[start : start + count]
+            longest = len(ids[batch[-1]])
+            # what stands behind the last token does not reach it
+            padded = torch.tensor([ids[n] + ids[n][-1:] * (longest - len(ids[n])) for n in batch])
+            last = torch.tensor([len(ids[number]) - 1 for number in batch])
+            for site, rows in model.activations(padded, sites).items():
+                found[site][batch] = rows[torch.arange(len(batch)), last].float()
+            start += count
+            bar.update(len(batch))
+    return found
+
+
+def measure(model_path: str, folders: dict[str, Path]) -> None:
+    """Probe the dictionaries, by name, that have no result yet."""
+    folders = {name: one for name, one in folders.items() if not _result(name).exists()}
+    if not folders:
+        return
+    model = LanguageModel.load(model_path)
+    site_of = {name: Dictionary.load(folder).site for name, folder in folders.items()}
+    sites = sorted(set(site_of.values()))
+    with tempfile.TemporaryDirectory() as made:
+        out = Path(made).resolve()
+        job = {
+            "datasets": DATASETS,
+            "ks": KS,
+            "dictionaries": {
+                name: {"folder": str(folder.resolve()), "site": str(site_of[name])}
+                for name, folder in folders.items()
+            },
+        }
+        write_json(out / "job.json", job)
+        peer("sae-probes", "in_sae_probes.py prompts", out)
+        prompts: dict[str, list[str]] = json.loads((out / "prompts.json").read_text())
+        (out / "activations").mkdir()
+        for name, texts in tqdm(prompts.items(), desc="activations", unit="dataset"):
+            rows = activations(model, texts, sites)
+            tensors = {str(site): own for site, own in rows.items()}
+            save_file(tensors, out / f"activations/{name}.safetensors")
+        versions = peer("sae-probes", "in_sae_probes.py probe", out)
+        areas = json.loads((out / "areas.json").read_text())
+    for name, site in site_of.items():
+        found = {
+            "name": name,
+            "site": str(site),
+            "versions": versions,
+            "areas": areas[name],
+            "activations": {data: own["0"] for data, own in areas[str(site)].items()},
+        }
+        write_json(_result(name), found)
+
+
+def _result(name: str) -> Path:
+    return RUN / "results" / f"{name.replace('/', '.')}.json"
+
+
+def read() -> list[dict[str, Any]]:
+    """What was measured, by name."""
+    paths = sorted((RUN / "results").glob("*.json"))
+    return [read_own_json(path, "probes of a dictionary") for path in paths]
+
+
+def difference(own: dict[str, Any], other: dict[str, Any], k: int) -> tuple[float, float, float]:
+    """The mean over datasets of own − other, with its 95 % interval (Student's)."""
+    apart = [values[str(k)] - other["areas"][data][str(k)] for data, values in own["areas"].items()]
+    mean, error = float(np.mean(apart)), float(stats.sem(apart))
+    half = float(stats.t.ppf(0.975, len(apart) - 1)) * error
+    return mean, mean - half, mean + half
+
+
+def section() -> str:
+    """The part of docs/results.md."""
+    found = read()
+    rows = [["dictionary", *(f"{k} latent{'s' if k > 1 else ''}" for k in KS),
+             *(f"beside plain, {k}" for k in KS), "all dimensions of the stream"]]  # fmt: skip
+    largest = 0.0
+    for own in found:
+        plain = next(r for r in found if r["site"] == own["site"] and "uniform" in r["name"])
+        beside = []
+        for k in KS:
+            mean, low, high = difference(own, plain, k)
+            largest = max(largest, abs(mean))
+            beside.append("–" if own is plain else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+        means = (np.mean([a[str(k)] for a in own["areas"].values()]) for k in KS)
+        ceiling = np.mean(list(own["activations"].values()))
+        rows.append([f"`{own['name']}`", *(f"{m:.3f}" for m in means), *beside, f"{ceiling:.3f}"])
+    met = "yes" if largest <= CLOSE else "**no**"
+    return "\n\n".join(
+        [
+            f"{found[0]['versions']}; {len(found[0]['areas'])} datasets. Area under the ROC curve, "
+            "mean over datasets; intervals are over datasets.",
+            markdown(rows),
+            f"Expected before the first probe: {EXPECTED}. The largest difference is "
+            f"{largest:.3f}: {met}.",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", type=Path, help="by default those in checkpoints/")
+    parser.add_argument("--model", help="path of the model; by default the embedded one")
+    asked = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if ARCHIVE.exists():
+        unpack(ARCHIVE, RUN)
+    folders = asked.folders or list(_checkpoints())
+    measure(asked.model or embedded_model(), {"/".join(f.parts[-2:]): f for f in folders})
+    pack(RUN, ARCHIVE)
+    write_section("probes", section(), RESULTS)
+
+
+def _checkpoints() -> Iterator[Path]:
+    for path in sorted((ROOT / "checkpoints").glob("*/*/*/wsae.json")):
+        yield path.parent
+
+
+if __name__ == "__main__":
+    sys.exit(main())
