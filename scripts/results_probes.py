@@ -53,18 +53,16 @@ def activations(model: LanguageModel, texts: list[str], sites: list[Site]) -> di
     found = {site: torch.zeros(len(texts), model.d_model) for site in sites}
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
     start = 0
-    with tqdm(total=len(ids), leave=False) as bar:
-        while start < len(order):
-            count = max(1, TOKENS_AT_ONCE // len(ids[order[start]]))
-            batch = order[start : start + count]
-            longest = len(ids[batch[-1]])
-            # what stands behind the last token does not reach it
-            padded = torch.tensor([ids[n] + ids[n][-1:] * (longest - len(ids[n])) for n in batch])
-            last = torch.tensor([len(ids[number]) - 1 for number in batch])
-            for site, rows in model.activations(padded, sites).items():
-                found[site][batch] = rows[torch.arange(len(batch)), last].float()
-            start += count
-            bar.update(len(batch))
+    while start < len(order):
+        count = max(1, TOKENS_AT_ONCE // len(ids[order[start]]))
+        batch = order[start : start + count]
+        longest = len(ids[batch[-1]])
+        # what stands behind the last token does not reach it
+        padded = torch.tensor([ids[n] + ids[n][-1:] * (longest - len(ids[n])) for n in batch])
+        last = torch.tensor([len(ids[number]) - 1 for number in batch])
+        for site, rows in model.activations(padded, sites).items():
+            found[site][batch] = rows[torch.arange(len(batch)), last].float()
+        start += count
     return found
 
 
