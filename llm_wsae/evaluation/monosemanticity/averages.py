@@ -41,8 +41,8 @@ class ConceptSummary:
     """Every family counted once. ``best_1``, ``best_2``, ``best_5``: area under the ROC curve of
     sparse probes;
     ``selectivity``, ``own_fall``, ``others_fall``: drops in the dense probes' accuracy;
-    ``density`` of the removed latents; of first letters alone, over letters, ``missed`` and
-    ``absorbed``."""
+    ``spill``, what others lose at a matched own drop; ``density`` of the removed latents; of first
+    letters alone, over letters, ``missed`` and ``absorbed``."""
     families: dict[str, dict[str, float]]
     """The same means within each family."""
     concepts: dict[str, dict[str, float]]
@@ -129,6 +129,7 @@ def summarise_concepts(
         "own_fall": probes.own_fall,
         "others_fall": probes.others_fall,
         "density": probes.density,
+        "spill": probes.spill,
         "missed": probes.missed,
         "absorbed": probes.absorbed,
     }
@@ -156,7 +157,7 @@ def _family_means(
     found = {}
     for family in dict.fromkeys(families):
         mine = torch.tensor([one == family for one in families])
-        found[family] = {name: float(values[mine].mean()) for name, values in columns.items()}
+        found[family] = {name: float(values[mine].nanmean()) for name, values in columns.items()}
     return found
 
 

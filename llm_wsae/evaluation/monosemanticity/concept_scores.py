@@ -4,21 +4,13 @@ Concepts of tokens and concepts of documents are tested on different units, but 
 way and reported together: when a concept's latents are removed, the drops of all other concepts
 count, of both kinds. What does not depend on a dictionary (dense probes, the best raw dimensions)
 is computed once per site.
-
-Selectivity asks what is lost with a concept when its latents are removed. Their contributions
-(activation × decoder row) are subtracted from the activations. A monosemantic dictionary then loses
-that concept and no other: selectivity is the drop in accuracy of the concept's own dense probe,
-minus the mean drop of all other concepts' probes. The probes are those of the unchanged
-activations. They are linear, so they need not be applied again: their scores fall by activation ×
-(decoder row · probe direction). Accuracy is the mean over both classes at the probe's own
-threshold; the area under the ROC curve would hardly change where a probe is nearly perfect.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.evaluation.monosemanticity.absorption import absorption, main_latents
@@ -32,6 +24,12 @@ from llm_wsae.evaluation.monosemanticity.probing import (
     dense_probes,
     sparse_probes,
     splits,
+)
+from llm_wsae.evaluation.monosemanticity.removal import (
+    DenseProbeScores,
+    falls,
+    selectivity,
+    spill,
 )
 from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
 from llm_wsae.evaluation.monosemanticity.unit_tables import (
@@ -115,6 +113,9 @@ class LatentProbes:
     unless the concept is a first letter."""
     absorbed: Float[Tensor, " concepts"]
     """Share on which, in addition, one other latent speaks for the letter."""
+    spill: Float[Tensor, " concepts"]
+    """Mean drop of the other concepts that are hit hardest, at the matched own drop; NaN for a
+    concept whose own drop does not reach that far."""
 
     @property
     def selectivity(self) -> Float[Tensor, " concepts"]:
@@ -150,7 +151,8 @@ def probe_latents(
     allowed: Bool[Tensor, " d_sae"],
 ) -> LatentProbes:
     """Sparse probing and selectivity with the ``allowed`` latents."""
-    total, densities = [], []
+    total: dict[int, list[Tensor]] = {size: [] for size in PROBE_SIZES}
+    densities = []
     for half in range(HALVES):
         # Only latents that fire for the concept: removing others would strengthen it.
         removed = [
@@ -160,21 +162,22 @@ def probe_latents(
         sets = torch.cat(removed) if removed else torch.zeros(0, PROBE_SIZES[-1], dtype=torch.long)
         there = sets >= 0
         densities.append((latents.density[sets] * there).sum(1) / there.sum(1).clamp(min=1))
-        found = [
-            falls(
-                sets,
-                latents.decoder,
-                DenseProbeScores(
-                    table, site.directions[kind][half], asked.splits[half], site.scores[kind][half]
-                ),
+        probed = [
+            DenseProbeScores(
+                table, site.directions[kind][half], asked.splits[half], site.scores[kind][half]
             )
             for kind, (table, asked) in enumerate(zip(latents.tables, concepts, strict=True))
         ]
-        total.append(torch.cat(found, 1) if found else torch.zeros(0, 0, dtype=torch.float64))
-    own, others = selectivity(_mean_of_halves(total))
+        for size in PROBE_SIZES:
+            found = [falls(sets[:, :size], latents.decoder, one) for one in probed]
+            empty = torch.zeros(0, 0, dtype=torch.float64)
+            total[size].append(torch.cat(found, 1) if found else empty)
+    by_size = {size: _mean_of_halves(of_halves) for size, of_halves in total.items()}
+    own, others = selectivity(by_size[PROBE_SIZES[-1]])
     sparse = _sparse(concepts, latents.tables, latents.correlations, allowed)
     missed, absorbed = _absorption(concepts, site, latents, allowed, sparse)
-    return LatentProbes(sparse, own, others, _mean_of_halves(densities), missed, absorbed)
+    density = _mean_of_halves(densities)
+    return LatentProbes(sparse, own, others, density, missed, absorbed, spill(by_size))
 
 
 def _absorption(
@@ -241,50 +244,3 @@ def _mean_of_halves(of_halves: Iterable[Tensor]) -> Tensor:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class DenseProbeScores:
-    """The dense probes of one kind of units, and their scores of the test units.
-
-    ``table`` holds the latents on the same units.
-    """
-
-    table: Table
-    directions: Float[Tensor, "d_in concepts"]
-    split: Split
-    scores: Float[Tensor, "concepts items"]
-    """Above 0 where a probe predicts an example."""
-
-
-def falls(
-    removed: Int[Tensor, "sets count"],
-    decoder: Float[Tensor, "d_sae d_in"],
-    probed: DenseProbeScores,
-) -> Float[Tensor, "sets concepts"]:
-    """Drop in accuracy of every concept's probe when one of the sets of latents is removed.
-
-    -1 in a set stands for no latent.
-    """
-    taken = SelectedColumns.of(probed.table, removed)
-    # What an activation of 1 of each latent adds to each concept's score; 0 for "no latent".
-    share = torch.nn.functional.pad(
-        decoder[taken.columns].float() @ probed.directions, (0, 0, 0, 1)
-    )
-    before = probed.split.accuracy(probed.scores)
-    after = []
-    for place in taken.place:
-        active = taken.values[:, place][probed.split.items]  # [concepts, items, count]
-        lost = (active @ share[place].T[:, :, None])[:, :, 0]
-        after.append(probed.split.accuracy(probed.scores - lost))
-    empty = torch.zeros(0, len(before), dtype=torch.float64)
-    return before - (torch.stack(after) if after else empty)
-
-
-def selectivity(
-    falls: Float[Tensor, "concepts concepts"],
-) -> tuple[Float[Tensor, " concepts"], Float[Tensor, " concepts"]]:
-    """From the drop of concept j when concept i's latents are removed, [i, j]: the own drops, and
-    the others' mean (NaN if there is no other concept)."""
-    own = falls.diagonal()
-    return own, (falls.sum(1) - own) / (falls.shape[0] - 1)

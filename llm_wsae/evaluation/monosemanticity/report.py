@@ -27,6 +27,8 @@ COLUMNS = {
     "removed, minus the mean drop of the other concepts' probes; mean over families of concepts, "
     "with its 95 % interval over them (higher is better)",
     "letters": "the same over first letters of words alone, one of those families",
+    "spill": "drop in accuracy of the five other concepts' probes that are hit hardest, when the "
+    "own has dropped by 0.05; mean over families, with its 95 % interval (lower is better)",
     "absorbed %": "words whose first letter the activations show, while its latents are silent and "
     "one other latent speaks for it; mean over letters, with its 95 % interval over them (lower is "
     "better)",
@@ -150,6 +152,7 @@ def _cells(scores: DictionaryScores) -> list[str]:
         shown(concepts["best_5"]),
         shown(concepts["selectivity"], interval=True),
         _letters(scores),
+        shown(concepts["spill"], interval=True),
         _absorbed(concepts["absorbed"]),
         f"{100 * scores.dense_share:.1f}",
     ]

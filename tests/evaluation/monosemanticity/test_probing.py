@@ -3,13 +3,10 @@ import pytest
 import torch
 
 from llm_wsae.evaluation.monosemanticity.concept_scores import (
-    DenseProbeScores,
     LatentTables,
     ProbedConcepts,
-    falls,
     probe_latents,
     probe_site,
-    selectivity,
 )
 from llm_wsae.evaluation.monosemanticity.concepts import Concepts
 from llm_wsae.evaluation.monosemanticity.probing import (
@@ -20,6 +17,12 @@ from llm_wsae.evaluation.monosemanticity.probing import (
     dense_probes,
     sparse_probes,
     splits,
+)
+from llm_wsae.evaluation.monosemanticity.removal import (
+    DenseProbeScores,
+    falls,
+    selectivity,
+    spill,
 )
 from llm_wsae.evaluation.monosemanticity.unit_tables import DenseTable, SparseTable, Units
 
@@ -207,3 +210,27 @@ def test_no_concept_gives_empty_scores():
     latents = LatentTables.of([], [], torch.zeros(D_SAE, D_IN), torch.zeros(D_SAE))
     found = probe_latents([], site, latents, every)
     assert len(site.dense) == len(found.selectivity) == len(found.sparse[5]) == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "hit", "expected"),
+    [
+        ((0.03, 0.07, 0.50), (0.01, 0.03, 0.9), 0.02),  # half-way between one latent and two
+        ((0.10, 0.20, 0.50), (0.04, 0.90, 0.9), 0.02),  # half-way between none and one
+        ((0.01, 0.02, 0.05), (0.00, 0.01, 0.02), 0.02),  # with the last
+        ((0.00, 0.01, 0.04), (0.00, 0.00, 0.9), None),  # never
+    ],
+)
+def test_spill_is_read_off_at_the_same_own_drop(own, hit, expected):
+    """Of the first concept, beside five that are hit and one that gains."""
+    by_size = {}
+    for size, own_drop, others in zip((1, 2, 5), own, hit, strict=True):
+        by_size[size] = torch.full((7, 7), others, dtype=torch.float64)
+        by_size[size][0, 0], by_size[size][0, 6] = own_drop, -1
+    found = spill(by_size)[0]
+    assert bool(found.isnan()) if expected is None else float(found) == pytest.approx(expected)
+
+
+def test_spill_needs_five_others():
+    by_size = {size: torch.full((5, 5), 0.1, dtype=torch.float64) for size in (1, 2, 5)}
+    assert bool(spill(by_size).isnan().all())
