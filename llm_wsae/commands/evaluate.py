@@ -31,6 +31,7 @@ def evaluate(
     out: Path,
     part: Part = "heldout",
     monosemantic: Flag = False,
+    baselines: Flag = False,
     keep: Flag = False,
     fidelity: Flat[EvaluateConfig] = EvaluateConfig(),  # noqa: B008 - frozen
     score: Prefixed[ScoreOptionsOfEvaluate] = ScoreOptionsOfEvaluate(),  # noqa: B008 - frozen
@@ -42,12 +43,16 @@ def evaluate(
         out: JSON report to write.
         part: Which documents to read: those for training, those held out, or all.
         monosemantic: Also measure how monosemantic the latents are, with a sentence encoder.
+        baselines: Also measure what learnt nothing: the dimensions themselves, and a random
+            dictionary.
         keep: Also store the results in the dictionaries' own folders, for their cards.
     """
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements
+    from llm_wsae.evaluation.activations import take_contexts
+    from llm_wsae.evaluation.baselines import baselines_of
     from llm_wsae.evaluation.checks import common_packing, notes_on_text
     from llm_wsae.evaluation.fidelity.evaluator import evaluate as measure
     from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
@@ -71,14 +76,16 @@ def evaluate(
     if monosemantic:  # before the long work: it reads its text and finds its encoder
         score = replace(score, bootstraps=fidelity.bootstraps, seed=fidelity.seed)
         scorer = MonosemanticityEvaluator(language_model, text, packing, score)
-    report = measure(loaded, language_model, contexts, fidelity)
+    taken = take_contexts(contexts, fidelity.tokens)
+    measured = loaded | (baselines_of(loaded, language_model, taken) if baselines else {})
+    report = measure(measured, language_model, taken, fidelity)
     report.notes.extend(seen)
     facts, tables = report.to_dict(), [report.table()]
     found = {
         name: {"fidelity": {"corpus": text.name, **own}} for name, own in report.summaries().items()
     }
     if scorer is not None:
-        scores = scorer.score(loaded)
+        scores = scorer.score(measured)
         facts["monosemanticity"] = scores.to_dict()
         tables.append(scores.table())
         for name in loaded:

@@ -268,6 +268,20 @@ def test_latents_are_scored_beside_fidelity(words, tmp_path, world):
     assert unchanged == before  # nothing is kept unless asked
 
 
+def test_what_learnt_nothing_has_rows_of_its_own(words, tmp_path):
+    before = {name: content(tmp_path / name) for name in NAMES}
+    more = ("--baselines", "--monosemantic", "--score.tokens", 1500, "--keep", "--json")
+    words[words.index("all")] = "heldout"
+    found = works(*words, *more).json
+    rows = [*NAMES, "raw dimensions", "frozen random"]
+    assert list(found["dictionaries"]) == rows
+    assert list(found["monosemanticity"]["dictionaries"]) == rows
+    k = found["dictionaries"][NAMES[0]]["l0"]
+    for name in rows[2:]:
+        assert found["dictionaries"][name]["l0"] == pytest.approx(k, rel=0.2)
+    assert {name for name in NAMES if content(tmp_path / name) != before[name]} == set(NAMES)
+
+
 def test_results_are_kept_with_the_dictionaries(words, tmp_path, world):
     words[words.index("all")] = "heldout"
     before = {name: content(tmp_path / name) for name in NAMES}

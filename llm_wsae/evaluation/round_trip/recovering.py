@@ -12,9 +12,9 @@ from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
+from llm_wsae.evaluation.baselines import frozen_random
 from llm_wsae.evaluation.round_trip.config import RecoverConfig
 from llm_wsae.evaluation.round_trip.measuring import measure_round_trip
-from llm_wsae.evaluation.round_trip.random_dictionary import frozen_random
 from llm_wsae.evaluation.round_trip.report import (
     Recovered,
     RecoveryNumbers,

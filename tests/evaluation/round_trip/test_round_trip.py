@@ -15,10 +15,10 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.baselines import frozen_random
 from llm_wsae.evaluation.round_trip import sums
 from llm_wsae.evaluation.round_trip.injection import inject
 from llm_wsae.evaluation.round_trip.measuring import KEPT, measure_round_trip
-from llm_wsae.evaluation.round_trip.random_dictionary import frozen_random
 from llm_wsae.model.site import Site
 from llm_wsae.theory.closed_form import closed_form_dictionary, gap_matrix, loss_gap
 from llm_wsae.theory.superposition import digon_mixing, planted

@@ -1,0 +1,98 @@
+"""Dictionaries that learnt nothing, beside which the numbers of trained ones are read.
+
+Measures of interpretability are high for random dictionaries, too (Korznikov et al. 2026, arXiv
+2602.14111). Two more baselines, in which one half is trained, are architectures: ``frozen-decoder``
+and ``frozen-encoder``.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.evaluation.activations import Context, batches_of
+from llm_wsae.model.language_model import LanguageModel
+
+_ROWS = 8192  # on which means, deviations and numbers of active latents are measured
+_BATCH_TOKENS = 4096
+_SEED = 0
+
+
+def frozen_random(
+    like: Dictionary, mean: Float[Tensor, " d_in"], l0: float, seed: int
+) -> Dictionary:
+    """A dictionary of the same shape with random unit decoder rows, its encoder their transpose,
+    centred at ``mean``, with as many active latents in a row as ``l0``, rounded."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randn(like.d_sae, like.d_in, generator=draw)
+    decoder = normalize(rows, dim=1)
+    info = _info(like, "frozen random")
+    return _of(info, decoder, decoder, mean, l0).to(like.W_enc.device)
+
+
+def signed_axes(
+    info: DictionaryInfo,
+    axes: Float[Tensor, "d_in d_in"],
+    deviation: Float[Tensor, " d_in"],
+    mean: Float[Tensor, " d_in"],
+    l0: float,
+) -> Dictionary:
+    """A dictionary with two latents for each of the orthonormal ``axes``, one for either sign.
+
+    A latent is the row's distance from the ``mean`` in standard deviations along its axis, if that
+    is among the ``l0`` largest. The dimensions of the activations are the axes of the identity.
+    """
+    signed = torch.cat([axes, -axes]).double()
+    scale = torch.cat([deviation, deviation]).double()[:, None].clamp(min=1e-6)
+    return _of(info, signed / scale, signed * scale, mean, l0)
+
+
+def _of(
+    info: DictionaryInfo, encoder: Tensor, decoder: Tensor, mean: Tensor, l0: float
+) -> Dictionary:
+    """``encoder`` and ``decoder`` have a row for each latent."""
+    mean = mean.to("cpu", encoder.dtype)
+    return Dictionary(
+        W_enc=encoder.T.float().contiguous(),
+        W_dec=decoder.float(),
+        b_enc=-(encoder @ mean).float(),
+        b_dec=mean.float(),
+        sparsity=TopK(min(max(1, round(l0)), len(decoder))),
+        info=info,
+    )
+
+
+def _info(like: Dictionary, name: str) -> DictionaryInfo:
+    threshold = like.info.massive_threshold
+    return DictionaryInfo(like.info.site, name, massive_threshold=threshold)
+
+
+@torch.no_grad()
+def baselines_of(
+    dictionaries: Mapping[str, Dictionary], model: LanguageModel, contexts: Sequence[Context]
+) -> dict[str, Dictionary]:
+    """The dimensions and a random dictionary for each site, as sparse as the site's first one."""
+    sites = sorted({one.site for one in dictionaries.values()})
+    size = max(1, _ROWS // len(contexts[0].ids))
+    batches = batches_of(contexts[:size], _BATCH_TOKENS)
+    found: dict[str, Dictionary] = {}
+    for site in sites:
+        like = next(one for one in dictionaries.values() if one.site == site)
+        limit = like.info.massive_threshold or torch.inf
+        read = [model.activations(ids, [site])[site][keep].float() for ids, keep in batches]
+        rows = torch.cat(read)
+        rows = rows[rows.norm(dim=1) <= limit].cpu()
+        mean, deviation = rows.double().mean(0), rows.double().std(0)
+        codes = like.encode_sparse(rows.to(like.W_enc.device))
+        l0 = float((codes.values > 0).sum() / len(rows))
+        where = "" if len(sites) == 1 else f", {site}"
+        axes = torch.eye(like.d_in, dtype=torch.float64)
+        raw = signed_axes(_info(like, "raw dimensions"), axes, deviation, mean, l0)
+        found[f"raw dimensions{where}"] = raw.to(like.W_enc.device)
+        found[f"frozen random{where}"] = frozen_random(like, mean, l0, _SEED)
+    return found
