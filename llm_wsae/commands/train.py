@@ -61,6 +61,13 @@ def train(
     check_file(out / RECORD, is_record_of("train"))
     check_out(out)
     stream.check_source(store)
+    model_device = training.device
+    if model_device == "spread":
+        if store is not None:
+            raise UsageError(
+                "--device spread is for the model of a training without a store; leave it out"
+            )
+        training = replace(training, device="auto")
     rules = [Rule.parse(name) for name in grid.rule]
     own = LossWeights.load(weights, weigh) if weights else None
     rows: ActivationStore | ActivationStreams
@@ -72,7 +79,7 @@ def train(
             raise UsageError("a stream has no end: set --tokens, the number of rows to train on")
         assert stream.model is not None and stream.corpus is not None
         text = Corpus.open(stream.corpus, "train", text_column=stream.text_column)
-        model = replace(stream, device=training.device).load(stream.model)
+        model = replace(stream, device=model_device).load(stream.model)
         rows = ActivationStreams(model, text, sites, stream.config, out)
         measured = {place: measure_stream_inputs(rules, rows, place) for place in sites}
     arms = {

@@ -48,7 +48,9 @@ class TrainConfig:
     shuffle_seed: int = 0
     """Seed of the order of the rows, which all arms share."""
     device: str = "auto"
-    """Device to compute on: cuda, mps, cpu or auto."""
+    """Device to compute on: cuda, mps, cpu or auto.
+    The command train, without a store, also takes spread: for its model, over all devices, memory
+    and disk."""
     shard: Shard = "rows"
     """What is distributed over several processes: the rows of each batch, or the latents.
     Latents are for a dictionary that does not fit one device."""

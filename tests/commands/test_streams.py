@@ -54,6 +54,16 @@ def test_several_sites_of_a_stream(model_and_corpus, tmp_path):
     assert not list((tmp_path / "both").rglob("manifest.json"))
 
 
+def test_a_spread_model_streams(model_and_corpus, tmp_path):
+    """Where there is one device it has all of the model, and the dictionaries are the same."""
+    given = ("train", *model_and_corpus, *STREAM, "--site", SITE)
+    works(*given, "--device", "cpu", "--out", tmp_path / "one")
+    works(*given, "--device", "spread", "--out", tmp_path / "spread")
+    for name in ("uniform-k4", "sensitivity-a0.5-k4"):
+        one, spread = (Dictionary.load(tmp_path / out / name) for out in ("one", "spread"))
+        assert one.W_dec.equal(spread.W_dec)
+
+
 def test_a_run_without_a_store(model_and_corpus, tmp_path):
     out = tmp_path / "out"
     result = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)
@@ -77,6 +87,7 @@ def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
         (("train", "--site", SITE, *model_and_corpus[:2]), "--model and --corpus"),
         (("train", world / "store", "--site", SITE, *model_and_corpus), "--model is for a"),
         (("train", world / "store", "--site", SITE, "--buffer-tokens", 9), "--buffer-tokens is"),
+        (("train", world / "store", "--site", SITE, "--device", "spread"), "is for the model of"),
         (("train", "--site", SITE, *model_and_corpus), "a stream has no end: set --tokens"),
         (("train", "--site", SITE, "blocks.7.hook_resid_post", *model_and_corpus, *STREAM),
          "the model has 3 blocks"),
