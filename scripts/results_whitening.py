@@ -3,8 +3,8 @@
     bash scripts/reproduce.sh whitening
 
 - ``rate``: do plain dictionaries only need another learning rate? ``every-rate`` asks the same of
-  every other arm of ``results_recovery.py``, with one seed: it chooses between three rates, and a
-  rate moves more than a seed does.
+  every other arm of ``results_recovery.py``, with one seed, at twice the rate: at half of it, all
+  three arms of ``rate`` keep less of the cross-entropy, by .2 to 1 points, on either model.
 - ``length``: does the gain outlive a short training?
 - ``latents``: what do judges without a ground truth say of the dictionaries of two million rows?
 - ``kind``: does it hold for BatchTopK and JumpReLU?
@@ -160,7 +160,7 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
                 yield Trial(f"rate × {factor:g}", label_of(own), own, rate)
     if experiment == "every-rate" and seed == SEEDS[0]:
         usual = default_learning_rate(8 * inputs.statistics.d_in)
-        for factor in RATES:
+        for factor in RATES[1:]:
             for own in recovery.arms_of(inputs, seed):
                 label = label_of(own)
                 if own.k == K and label not in (PLAIN, WHITENED, INVERTED, *PLACES[place].omitted):
@@ -170,7 +170,7 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
             for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
                 own = arm(*one)
                 yield Trial(f"{rows:,} rows", label_of(own), own, {"tokens": rows})
-        if PLACES[place].block == 9:
+        if place == "smollm2":  # a control of its latents
             own = arm(f"rotated:{MIXED_HALF[0]}", MIXED_HALF[1], replace(MIXED, draw=seed))
             yield Trial(f"{TWO_MILLION:,} rows", label_of(own), own, {"tokens": TWO_MILLION})
     if experiment == "baselines":
@@ -375,8 +375,6 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
     records = [json.loads(path.read_text()) for path in sorted(found)]
     if experiment == "every-rate" and records:
         records += [r for r in read("rate", place) if r["setting"] != usual["rate"]]
-    if experiment == "length":
-        records.sort(key=lambda r: int(_name(r["setting"]).removesuffix("rows")))
     labels = {record["label"] for record in records} | {PLAIN}
     if experiment == "form":
         labels |= {INVERTED, INVERTED_SPACE, MIXED_INVERSE}
@@ -394,7 +392,9 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
             own["by_stratum"] = {s: one["f1"] for s, one in planted["by_stratum"].items()}
             records.insert(0, own)
     if experiment == "every-rate":
-        return [record for record in records if record["seed"] == SEEDS[0]]
+        return [r for r in records if r["seed"] == SEEDS[0] and r["setting"] != "rate × 0.5"]
+    if experiment == "length":
+        records.sort(key=lambda r: int(_name(r["setting"]).removesuffix("rows")))
     return records
 
 
@@ -464,7 +464,7 @@ def strata_table(records: Sequence[dict[str, Any]]) -> str:
 def rates_table(records: Sequence[dict[str, Any]]) -> str:
     """Every set of weights at the rate that keeps most cross-entropy, beside plain at its own."""
     of = Found(records)
-    settings = ("rate × 0.5", "rate × 1", "rate × 2")
+    settings = ("rate × 1", "rate × 2")
     rows = [["dictionary", *(f"CE recovered, {one}" for one in settings), "best", "KL there",
              "beside plain", "recovered there", "beside plain"]]  # fmt: skip
     for label in sorted({r["label"] for r in records}, key=lambda one: (one != PLAIN, one)):
@@ -531,7 +531,7 @@ TITLES = {
     "form": "In the loss, in the space, and between",
     "dose": "One loud dimension",
     "rate": "Other learning rates",
-    "every-rate": "Every set of weights at its best of three learning rates",
+    "every-rate": "Every set of weights at the better of two learning rates",
     "length": "Shorter and longer trainings",
     "latents": "The latents of two million rows, without a ground truth",
     "kind": "Other architectures",

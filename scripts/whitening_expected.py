@@ -234,20 +234,20 @@ EXPECTED = (
         for place, least in (("gemma", 0.5), ("smollm2", 0.3))
         for words, found in (
             (
-                "halfway whitened, mixed, each at its best rate: at least "
+                "halfway whitened, mixed, each at its better rate: at least "
                 f"{100 * least:.0f} % more of the plants recovered",
                 changed_at_best(least, 99, WHITENED_MIXED, "recovered"),
             ),
             (
-                "rotated whitening, mixed, each at its best rate: at most 10 % more",
+                "rotated whitening, mixed, each at its better rate: at most 10 % more",
                 changed_at_best(-1, 0.1, f"rotated-{WHITENED_MIXED}", "recovered"),
             ),
             (
-                "permuted inverse variance, each at its best rate: at most 10 % more",
+                "permuted inverse variance, each at its better rate: at most 10 % more",
                 changed_at_best(-1, 0.1, f"permuted-{INVERTED}", "recovered"),
             ),
             (
-                "the paper's variance, α = ½, each at its best rate: at most a quarter of plain's",
+                "the paper's variance, α = ½, each at its better rate: at most a quarter of plain's",
                 changed_at_best(-1, -0.75, f"variance-a0.5-k{K}", "recovered"),
             ),
         )

@@ -206,7 +206,7 @@ def expected(space: str, mixed: str, plain_label: str) -> Iterator[tuple[str, st
             "halfway whitened, mixed: at least 1.5 times as many new latents as a plain one has",
             more(mixed, plain_label, "new", 1.5, 99),
         )
-        if PLACES[place].block == 9:
+        if place == "smollm2":
             yield (
                 place,
                 "rotated whitening, mixed: at most 1.2 times as many new latents as plain",
