@@ -4,7 +4,7 @@
 
 - ``rate``: do plain dictionaries only need another learning rate? ``every-rate`` asks the same of
   every other arm of ``results_recovery.py``, with one seed, at twice the rate: at half of it, all
-  three arms of ``rate`` keep less of the cross-entropy, by .2 to 1 points, on either model.
+  three arms of ``rate`` keep less of the cross-entropy, by .3 to 1 points, on either model.
 - ``length``: does the gain outlive a short training?
 - ``latents``: what do judges without a ground truth say of the dictionaries of two million rows?
 - ``kind``: does it hold for BatchTopK and JumpReLU?

@@ -247,7 +247,7 @@ EXPECTED = (
                 changed_at_best(-1, 0.1, f"permuted-{INVERTED}", "recovered"),
             ),
             (
-                "the paper's variance, α = ½, each at its better rate: at most a quarter of plain's",
+                "the paper's variance, each at its better rate: at most a quarter of plain's",
                 changed_at_best(-1, -0.75, f"variance-a0.5-k{K}", "recovered"),
             ),
         )
