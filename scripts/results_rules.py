@@ -387,7 +387,7 @@ def measure(key: str, path: str | None, ideas: Sequence[Idea]) -> None:
             how = TrainConfig(tokens=600_000, batch_size=1024, device="cpu", dtype="float32")
             place = Place(source, inputs, replace(how, shuffle_seed=seed), k=8)
         else:
-            opened = opened or recovery.open_site(recovery.PLACES[key], path)
+            opened = opened or recovery.open_site(key, path)
             how = TrainConfig(tokens=recovery.ROWS, shuffle_seed=seed)
             place = Place(opened.source, opened.inputs, how, recovery.K, opened.evaluator)
         statistics = place.inputs.statistics

@@ -161,10 +161,9 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
     if experiment == "every-rate" and seed == SEEDS[0]:
         usual = default_learning_rate(8 * inputs.statistics.d_in)
         for factor in RATES[1:]:
-            for own in recovery.arms_of(inputs, seed):
-                label = label_of(own)
-                if own.k == K and label not in (PLAIN, WHITENED, INVERTED, *PLACES[place].omitted):
-                    yield Trial(f"rate × {factor:g}", label, own, {"learning_rate": factor * usual})
+            for own in recovery.arms_of(inputs, seed, lambda label: _has_other_rate(place, label)):
+                rate = {"learning_rate": factor * usual}
+                yield Trial(f"rate × {factor:g}", label_of(own), own, rate)
     if experiment == "length":
         for rows in LENGTHS if PLACES[place].block == 9 else (TWO_MILLION,):
             for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
@@ -181,6 +180,13 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
         for kind in KINDS:
             for one in (("uniform", 1.0, LOSS), HALF):
                 yield Trial(kind, label_of(arm(*one)), arm(*one, architecture=kind))
+
+
+def _has_other_rate(place: str, label: str) -> bool:
+    """Whether it is made at a place, has the usual k, and is none of the arms of ``rate``."""
+    of_rate = (PLAIN, WHITENED, INVERTED)
+    made = recovery.is_made(place, label, SEEDS[0])
+    return made and label not in of_rate and label.endswith(f"-k{K}")
 
 
 def scaled(inputs: RuleInputs, share: float) -> Iterator[tuple[str, LossWeights]]:
@@ -227,7 +233,7 @@ def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> Non
     """Train and measure what has no result yet."""
     if experiment == "latents":
         return _judge_latents(place, path, seeds)
-    opened = recovery.open_site(PLACES[place], path)
+    opened = recovery.open_site(place, path, sensitivity=experiment == "every-rate")
     if experiment == "saelens":
         return _measure_saelens(place, opened, seeds)
     for seed in seeds:
