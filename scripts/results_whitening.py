@@ -38,8 +38,9 @@ import numpy as np
 import results_recovery as recovery
 import torch
 import whitening_latents
-from benchmarks import README, RESULTS, write_section
+from benchmarks import IMAGES, README, RESULTS, write_section
 from interop_checks import peer
+from matplotlib.figure import Figure
 from raw_baselines import principal_components, raw_dimensions
 from results_archive import pack, unpack
 from results_recovery import (
@@ -70,6 +71,7 @@ from whitening_expected import (
 )
 
 from llm_wsae import Dictionary, TrainConfig, train
+from llm_wsae.drawing import BLUE, INK, VERMILLION, save, tidy
 from llm_wsae.files import write_json
 from llm_wsae.planting.recovery import measure_recovery
 from llm_wsae.provenance import plain
@@ -533,6 +535,40 @@ def latents_section(outcomes: list[list[str]]) -> Iterator[str]:
                 outcomes.append(["latents", where.title, words, *outcome(found, latents)])
 
 
+_LINES = {
+    PLAIN: ("plain", INK, "o"),
+    WHITENED: ("halfway whitened, space", BLUE, "s"),
+    WHITENED_MIXED: ("halfway whitened, mixed", VERMILLION, "D"),
+}
+
+
+def plot_lengths(path: Path) -> None:
+    """KL and recovered plants against the rows of the training, at both blocks 9."""
+    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True)
+    for column, place in enumerate(("smollm2", "gemma")):
+        of = Found(read("length", place))
+        for row, measure in enumerate(("recovered", "kl")):
+            axis = grid[row, column]
+            for label, (name, colour, marker) in _LINES.items():
+                rows = sorted((*LENGTHS, recovery.ROWS))
+                values = [of.mean(f"{count:,} rows", label, measure) for count in rows]
+                axis.plot(rows, values, color=colour, marker=marker, lw=1.8, label=name)
+            axis.set_xscale("log")
+            axis.set_xticks(rows, [f"{count / 1e6:g} M" for count in rows])
+            axis.minorticks_off()
+            axis.set_ylim(bottom=0)
+            tidy(axis, grid="y")
+        grid[0, column].set_title(PLACES[place].title, fontsize=11)
+        grid[1, column].set_xlabel("rows that each dictionary was trained on")
+    grid[0, 0].set_ylabel("share of plants recovered")
+    grid[1, 0].set_ylabel("KL, nats")
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle("Does the gain outlive a short training?")
+    save(figure, path)
+
+
 TITLES = {
     "form": "In the loss, in the space, and between",
     "dose": "One loud dimension",
@@ -566,6 +602,7 @@ def main() -> None:
             if path and place in asked.places:
                 measure(experiment, place, path, asked.seeds)
                 pack(RUN, ARCHIVE)
+    plot_lengths(IMAGES / "learning_curve.png")
     write_section("whitening", section(), RESULTS)
 
 
