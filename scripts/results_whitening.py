@@ -323,8 +323,8 @@ def _measure_saelens(place: str, opened: Opened, seeds: Sequence[int]) -> None:
         trials = [Trial("SAELens", label) for label in THEIRS]
         if all(_result("saelens", place, trial, seed).exists() for trial in trials):
             continue
-        with tempfile.TemporaryDirectory(dir=RUN) as folder:
-            out = Path(folder).resolve()
+        with tempfile.TemporaryDirectory(dir=RUN) as made:
+            out = Path(made).resolve()
             count = 0
             with (out / "rows.f32").open("wb") as file:
                 for rows in opened.source.batches(how.batch_size, seed):
@@ -348,10 +348,10 @@ def _measure_saelens(place: str, opened: Opened, seeds: Sequence[int]) -> None:
             version = peer("saelens", "in_saelens.py whiten", out)
             trained = []
             for trial in trials:
-                dictionary = Dictionary.load(out / THEIRS[trial.label])
+                folder = out / THEIRS[trial.label]
+                dictionary = Dictionary.load(folder, site=str(opened.source.site))
                 dictionary.info = replace(
                     dictionary.info,
-                    site=str(opened.source.site),
                     massive_threshold=statistics.massive_threshold,
                 )
                 trained.append((replace(trial, facts={"version": version}), dictionary))
