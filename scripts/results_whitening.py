@@ -93,7 +93,9 @@ MIXED_HALF = ("whitening", 0.5, MIXED)
 INVERSE = ("variance", -0.5, LOSS)
 DOSES = (0.45, 0.7)
 """Shares of the variance that the loudest dimension is scaled to."""
-RATES = (0.5, 2.0)
+RATES = (0.5, 2.0, 4.0)
+"""Four times the rate was added last, with one seed and the place mixed, after the plain dictionary
+of SAELens had recovered twice as many plants as ours: there was no expectation."""
 TWO_MILLION = 2_000_000
 LENGTHS = (500_000, TWO_MILLION, 4_000_000)
 """At both blocks 9; elsewhere two million rows."""
@@ -156,13 +158,14 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
     if experiment == "rate":
         usual = default_learning_rate(8 * inputs.statistics.d_in)
         for factor in RATES:
-            for one in (("uniform", 1.0, LOSS), HALF, INVERSE):
+            more = (MIXED_HALF,) if factor == RATES[-1] else ()
+            for one in (("uniform", 1.0, LOSS), HALF, INVERSE, *more):
                 own = arm(*one)
                 rate = {"learning_rate": factor * usual}
                 yield Trial(f"rate × {factor:g}", label_of(own), own, rate)
     if experiment == "every-rate" and seed == SEEDS[0]:
         usual = default_learning_rate(8 * inputs.statistics.d_in)
-        for factor in RATES[1:]:
+        for factor in RATES[1:2]:
             for own in recovery.arms_of(inputs, seed, lambda label: _has_other_rate(place, label)):
                 rate = {"learning_rate": factor * usual}
                 yield Trial(f"rate × {factor:g}", label_of(own), own, rate)
