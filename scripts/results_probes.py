@@ -36,7 +36,7 @@ from llm_wsae.terminal import markdown
 
 RUN = README.parent / "runs/probes"
 ARCHIVE = Path(__file__).parent / "results/probes.jsonl.gz"
-DATASETS, KS = 40, (1, 16)
+DATASETS, KS = 24, (1, 16)
 MOST_TOKENS, TOKENS_AT_ONCE = 1024, 8192
 EXPECTED = (
     "the whitened dictionary's mean area is within .02 of plain's, from 1 latent and from 16, at "
