@@ -13,13 +13,13 @@ def raw_dimensions(inputs: RuleInputs, site: Site, k: int) -> Dictionary:
     """The dimensions of the activations."""
     deviation = inputs.statistics.robust_variance.sqrt()
     axes = torch.eye(len(deviation), dtype=torch.float64)
-    return signed_axes(_info(inputs, site), axes, deviation, _mean(inputs), k)
+    return signed_axes(_info(inputs, site), axes, deviation, _mean(inputs), float(k))
 
 
 def principal_components(inputs: RuleInputs, site: Site, k: int) -> Dictionary:
     """The eigenvectors of their covariance."""
     values, vectors = spectrum(inputs.covariance)
-    return signed_axes(_info(inputs, site), vectors.T, values.sqrt(), _mean(inputs), k)
+    return signed_axes(_info(inputs, site), vectors.T, values.sqrt(), _mean(inputs), float(k))
 
 
 def _info(inputs: RuleInputs, site: Site) -> DictionaryInfo:

@@ -184,6 +184,7 @@ def serve(
     port, token = listening.getsockname()[1], secrets.token_urlsafe(16)
     session = Session(model, dictionaries)
     made = application(page.read_text(encoding="utf-8"), session, token, port)
+    listening.listen()  # who follows the address at once waits, and is not refused
     announce(f"http://127.0.0.1:{port}/{token}/")
     server = uvicorn.Server(uvicorn.Config(made, log_level="error", timeout_keep_alive=5))
     with contextlib.suppress(KeyboardInterrupt):  # which is how it ends

@@ -22,7 +22,7 @@ def test_all_axes_together_are_the_row(rotated):
     if rotated:
         axes = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=torch.manual_seed(1))).Q
     mean, deviation = x.mean(0), ((x - x.mean(0)) @ axes.T).std(0)
-    every = signed_axes(INFO, axes, deviation, mean, D_IN)
+    every = signed_axes(INFO, axes, deviation, mean, float(D_IN))
     torch.testing.assert_close(every(x), x, rtol=1e-4, atol=1e-4)
     latents = every.encode(x)
     # either sign has a latent, and at most one of the two is active
