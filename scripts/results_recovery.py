@@ -19,7 +19,7 @@ the model's sensitivity, random weights, and the permuted matrix of whitening.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -708,8 +708,9 @@ def tables(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         columns = [differences(records, "recovered", equal, stratum) for stratum in strata]
         rows = [[f"recovered, equal {equal.upper()}", *strata]]
         for label in means:
-            if any(label in column for column in columns):
-                rows.append([f"`{label}`", *(_sure(column.get(label)) for column in columns)])
+            cells = [_sure(column.get(label)) for column in columns]
+            if any("*" in cell for cell in cells):
+                rows.append([f"`{label}`", *cells])
         if len(rows) > 1:
             yield markdown(rows)
 
@@ -828,10 +829,15 @@ def outcome(found: Callable[[Any], tuple[bool, str]], of: Any) -> list[str]:
     return [measured, "yes" if met else "**no**"]
 
 
+def expected(asked: Iterable[tuple[str, Callable[[Any], tuple[bool, str]], Any]]) -> list[str]:
+    """A table of what was expected and what came out; none if nothing was."""
+    rows = [[words, *outcome(found, of)] for words, found, of in asked]
+    return [markdown([["expected beforehand", "measured", ""], *rows])] if rows else []
+
+
 def section() -> str:
     """The part of docs/results.md."""
     parts = []
-    outcomes = [["site", "expected before the first dictionary", "measured", ""]]
     for key, where in PLACES.items():
         records = read(key)
         if not records:
@@ -845,11 +851,8 @@ def section() -> str:
             f"{where.model.eval_tokens:,} held-out tokens."
         ]
         parts += tables(records)
-        for one in EXPECTED:
-            if one.place == key:
-                outcomes.append([where.title, one.words, *outcome(one.found, means)])
-    chosen = ["### What `--alpha auto` chooses", choices()]
-    return "\n\n".join([*parts, *chosen, "### Expected and found", markdown(outcomes)])
+        parts += expected((one.words, one.found, means) for one in EXPECTED if one.place == key)
+    return "\n\n".join([*parts, "### What `--alpha auto` chooses", choices()])
 
 
 def main() -> None:

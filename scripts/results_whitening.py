@@ -52,7 +52,6 @@ from results_recovery import (
     K,
     Opened,
     label_of,
-    outcome,
     text_of,
 )
 from whitening_expected import (
@@ -436,9 +435,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     kl, recovered = changes(records, "kl"), changes(records, "recovered")
     names = list(dict.fromkeys((r["setting"], r["label"]) for r in records))
     of = Found(records)
-    shown = ("kl", "ce", "fvu", "l0", "dead", "recovered", "f1", "vanished")
+    shown = ("kl", "ce", "fvu", "l0", "dead", "recovered", "f1")
     rows = [["setting", "dictionary", "KL", "CE recovered", "FVU", "L0", "dead %", "recovered",
-             "F1", "vanished", "KL beside plain", "recovered beside plain"]]  # fmt: skip
+             "F1", "KL beside plain", "recovered beside plain"]]  # fmt: skip
     for setting, label in names:
         own = {measure: of.mean(setting, label, measure) for measure in shown}
         name = f"{setting}/{label}"
@@ -500,14 +499,13 @@ def seeds_of(records: Sequence[dict[str, Any]]) -> str:
     names = [(r["setting"], r["label"]) for r in records]
     fewest, most = (number({names.count(name) for name in names}) for number in (min, max))
     if fewest < most:
-        return f"{fewest} to {most} seeds."
+        return f"{fewest}–{most} seeds."
     return "One seed." if most == 1 else f"{most} seeds."
 
 
 def section() -> str:
     """The part of docs/results.md."""
     parts = []
-    outcomes = [["experiment", "site", "expected before the first dictionary", "measured", ""]]
     for experiment, places in EXPERIMENTS.items():
         for place in places:
             records = read(experiment, place)
@@ -517,25 +515,24 @@ def section() -> str:
             parts += [rates_table(records) if experiment == "every-rate" else table(records)]
             if experiment == "baselines":
                 parts += [strata_table(records)]
-            for one in EXPECTED:
-                if (one.experiment, one.place) == (experiment, place):
-                    came_out = outcome(one.found, Found(records))
-                    outcomes.append([experiment, PLACES[place].title, one.words, *came_out])
-    parts += latents_section(outcomes)
-    return "\n\n".join([*parts, "### Expected of these", markdown(outcomes)])
+            parts += recovery.expected(
+                (one.words, one.found, Found(records))
+                for one in EXPECTED
+                if (one.experiment, one.place) == (experiment, place)
+            )
+    return "\n\n".join([*parts, *latents_section()])
 
 
-def latents_section(outcomes: list[list[str]]) -> Iterator[str]:
-    """Tables of the latents at each site; what was expected of them goes to the ``outcomes``."""
+def latents_section() -> Iterator[str]:
+    """The tables of the latents at each site."""
     for place, where in PLACES.items():
         latents = whitening_latents.read(_latents(place))
         if not latents:
             continue
         yield f"### {TITLES['latents']}: {where.title}"
         yield whitening_latents.table(latents, PLAIN)
-        for of, words, found in whitening_latents.expected(WHITENED, WHITENED_MIXED, PLAIN):
-            if of == place:
-                outcomes.append(["latents", where.title, words, *outcome(found, latents)])
+        asked = whitening_latents.expected(WHITENED, WHITENED_MIXED, PLAIN)
+        yield from recovery.expected((words, f, latents) for of, words, f in asked if of == place)
 
 
 _LINES = {

@@ -65,7 +65,7 @@ def train(
     if model_device == "spread":
         if store is not None:
             raise UsageError(
-                "--device spread is for the model of a training without a store; leave it out"
+                "--device spread needs a training that runs the model; with a store, leave it out"
             )
         training = replace(training, device="auto")
     rules = [Rule.parse(name) for name in grid.rule]

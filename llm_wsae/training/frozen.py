@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from llm_wsae.training.architectures.topk import TopK
+from llm_wsae.training.architectures.topk import LargestOfRow
 from llm_wsae.training.parameters import Parameters
 
 
-class Frozen(TopK):
+class Frozen(LargestOfRow):
     """The biases and the other half learn."""
 
     half: ClassVar[Literal["encoder", "decoder"]]
@@ -21,14 +21,6 @@ class Frozen(TopK):
     def __init__(self, *settings: Any, **more: Any):
         super().__init__(*settings, **more)
         self._drawn: Tensor | None = None
-
-    @classmethod
-    def label(cls, level: int | float) -> str:
-        return f"{cls.name}-k{level}"
-
-    @classmethod
-    def recorded_name(cls) -> str | None:
-        return cls.name
 
     def tie(self, parameters: Parameters) -> None:
         """Undo what a step did to the half; the first call, before all steps, remembers it."""

@@ -11,19 +11,8 @@ from llm_wsae.training.parameters import Batch, Parameters, Step
 from llm_wsae.weights.loss_weights import Gamma
 
 
-class TopK(Architecture):
+class LargestOfRow(Architecture):
     """Exactly k active latents in every row, or fewer if fewer are positive."""
-
-    name = "topk"
-
-    @classmethod
-    def label(cls, level: int | float) -> str:
-        return f"k{level}"
-
-    @classmethod
-    def recorded_name(cls) -> str | None:
-        """The first checkpoints did not name their architecture, and still resume."""
-        return None
 
     @property
     def sparsity(self) -> sparsity.TopK:
@@ -37,6 +26,20 @@ class TopK(Architecture):
         unmasked = codes._replace(values=codes.values * batch.mask[:, None])
         active = exact(self.strategy.topk(unmasked, self.k), parameters, batch)
         return sparse_step(active, parameters, batch, gamma, self.strategy)
+
+
+class TopK(LargestOfRow):
+    """Of the architectures that choose the largest latents of a row, the one in which all learn."""
+
+    name = "topk"
+
+    @classmethod
+    def label(cls, level: int | float) -> str:
+        return f"k{level}"
+
+    @classmethod
+    def recorded_name(cls) -> None:
+        """The first checkpoints did not name their architecture, and still resume."""
 
 
 ARCHITECTURE = TopK
