@@ -17,6 +17,7 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.activations import Context, batches_of
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.statistics.moments import MASSIVE_RATIO
 
 _ROWS = 8192  # on which means, deviations and numbers of active latents are measured
 _BATCH_TOKENS = 4096
@@ -80,13 +81,14 @@ def baselines_of(
     sites = sorted({one.site for one in dictionaries.values()})
     size = max(1, _ROWS // len(contexts[0].ids))
     batches = batches_of(contexts[:size], _BATCH_TOKENS)
+    read = [(model.activations(ids, sites), keep) for ids, keep in batches]
     found: dict[str, Dictionary] = {}
     for site in sites:
         like = next(one for one in dictionaries.values() if one.site == site)
-        limit = like.info.massive_threshold or torch.inf
-        read = [model.activations(ids, [site])[site][keep].float() for ids, keep in batches]
-        rows = torch.cat(read)
-        rows = rows[rows.norm(dim=1) <= limit].cpu()
+        parts = [hidden[site][keep.to(hidden[site].device)] for hidden, keep in read]
+        rows = torch.cat(parts).float().cpu()
+        norms, threshold = rows.norm(dim=1), like.info.massive_threshold
+        rows = rows[norms <= (MASSIVE_RATIO * norms.median() if threshold is None else threshold)]
         mean, deviation = rows.double().mean(0), rows.double().std(0)
         codes = like.encode_sparse(rows.to(like.W_enc.device))
         l0 = float((codes.values > 0).sum() / len(rows))
