@@ -21,7 +21,7 @@ from llm_wsae.hardware import processor_name
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ROOT / "docs/results.md"
+RESULTS = ROOT / "docs/results"
 IMAGES = ROOT / "docs/images"
 BENCHMARKS = ROOT / "docs/benchmarks"
 PEER_SCRIPTS = Path(__file__).parent / "peers"
@@ -37,7 +37,7 @@ PEERS = {  # folder of the environment, distributions, module
     "saelens3": ("saelens3", "sae-lens>=3,<4 pyarrow<20", "sae_lens"),
 }
 # The page of docs/benchmarks on which a section stands, by the first word of the section's name.
-_PAGES = {
+_BENCHMARK_PAGES = {
     "bench_train": "training-step.md",
     "profile_step": "training-quality.md",
     "quality": "training-quality.md",
@@ -51,6 +51,19 @@ _PAGES = {
     "stream": "whole-job.md",
     "long": "whole-job.md",
     "study": "whole-job.md",
+}
+# The page of docs/results on which a section stands.
+RESULT_PAGES = {
+    "study table": "index.md",
+    "paper": "index.md",
+    "verdicts": "index.md",
+    "recovery": "planted-features.md",
+    "whitening": "whitening.md",
+    "planted": "planted-data.md",
+    "study": "monosemanticity.md",
+    "probes": "monosemanticity.md",
+    "gba": "new-ideas.md",
+    "rules": "new-ideas.md",
 }
 
 
@@ -76,8 +89,13 @@ def write_benchmark(name: str, text: str, device: torch.device = CPU) -> None:
     """A section of docs/benchmarks; what was measured on another processor stays next to it."""
     processor = processor_name(device)
     title, _, rest = text.partition("\n")
-    page = BENCHMARKS / _PAGES[name.split()[0]]
+    page = BENCHMARKS / _BENCHMARK_PAGES[name.split()[0]]
     write_section(f"{name} on {processor}", f"{title}, on {processor}\n{rest}", page)
+
+
+def write_result(name: str, text: str) -> None:
+    """A section of docs/results."""
+    write_section(name, text, RESULTS / RESULT_PAGES[name])
 
 
 def write_section(name: str, text: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What docs/results.md says of the paper's claims, and the figure of the main finding."""
+"""What docs/results says of the paper's claims, and the figure of the main finding."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ _STUDIED = ("variance-a0.5", "variance-a1")
 
 
 def paper_section(studies: Mapping[str, Study]) -> str:
-    """The section of docs/results.md, from the planted experiments and the studies of the sites."""
+    """The section of docs/results, from the planted experiments and the studies of the sites."""
     planted, named = (results_archive.read(path)["theory.json"] for path in (_PLANTED, _NAMED))
     rows = [["claim of the paper", "replicates", "what is found here"]]
     rows += [*_theorems(planted["closed_form"]), *_sweeps(named["sweeps"])]
@@ -47,7 +47,8 @@ def paper_section(studies: Mapping[str, Study]) -> str:
             "Cui et al., ICLR 2026 ([arXiv 2506.15963](https://arxiv.org/abs/2506.15963)), claim "
             "by claim. Theorems are known here from their statements, and are checked for a tied "
             "ReLU dictionary without a penalty. Where a number is not said to come from a test, it "
-            "is from the sections above.",
+            "is from the tables on [planted data](planted-data.md) and on "
+            "[monosemanticity](monosemanticity.md).",
             markdown(rows, left=3),
             "Why the variance is no proxy: a dimension that holds more features of equal strength "
             "varies more, so in mixtures variance ranks dimensions backwards, and in a residual "

@@ -7,7 +7,7 @@
 (``gba_planted.py``). ``model`` trains GBA, TopK, BatchTopK and JumpReLU dictionaries on block 9 of
 SmolLM2-135M with features planted into its stream, and measures fidelity, what is recovered of the
 plants, and whether seeds find the same latents. Both resume, and write the section of
-docs/results.md from what is there.
+docs/results from what is there.
 
 ``EXPECTED`` was written down before the runs. For B of the planted data there was a pilot of one
 mixture, with other seeds, on which thresholds, amplitudes and the learning rate were chosen: GBA
@@ -24,7 +24,7 @@ from typing import Any
 import gba_planted as planted
 import numpy as np
 import torch
-from benchmarks import IMAGES, README, RESULTS, write_section
+from benchmarks import IMAGES, README, write_result
 from matplotlib.figure import Figure
 from results_archive import pack, unpack
 
@@ -195,7 +195,7 @@ def planted_section() -> Iterator[str]:
         f"{planted.RESONANCE_STEPS * planted.BATCH:,} rows, up to {len(planted.RESONANCE_SEEDS)} "
         "seeds; d = 12 is below √n, d = 48 above."
     )
-    yield "![Recovered features against the target frequency](images/gba-resonance.png)"
+    yield "![Recovered features against the target frequency](../images/gba-resonance.png)"
     yield resonance_table()
     yield (
         f"B: n = {planted.MIXTURE_N} features in {planted.MIXTURE_D} dimensions, 3 in half of the "
@@ -388,7 +388,7 @@ def model_section() -> Iterator[str]:
 
 
 def section() -> str:
-    """The part of docs/results.md."""
+    """The part of docs/results."""
     return "\n\n".join([*planted_section(), *model_section()])
 
 
@@ -411,7 +411,7 @@ def main() -> None:
         measure_model(asked.model, asked.store, asked.seeds)
     pack(RUN, ARCHIVE)
     plot_resonance(IMAGES / "gba-resonance.png")
-    write_section("gba", section(), RESULTS)
+    write_result("gba", section())
 
 
 if __name__ == "__main__":

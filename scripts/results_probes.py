@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks import README, RESULTS, ROOT, embedded_model, write_section
+from benchmarks import README, ROOT, embedded_model, write_result
 from interop_checks import peer
 from results_archive import pack, unpack
 from safetensors.torch import save_file
@@ -124,7 +124,7 @@ def difference(own: dict[str, Any], other: dict[str, Any], k: int) -> tuple[floa
 
 
 def section() -> str:
-    """The part of docs/results.md."""
+    """The part of docs/results."""
     found = read()
     rows = [["dictionary", *(f"{k} latent{'s' if k > 1 else ''}" for k in KS),
              *(f"beside plain, {k}" for k in KS), "all dimensions of the stream"]]  # fmt: skip
@@ -162,7 +162,7 @@ def main() -> None:
     folders = asked.folders or list(_checkpoints())
     measure(asked.model or embedded_model(), {"/".join(f.parts[-2:]): f for f in folders})
     pack(RUN, ARCHIVE)
-    write_section("probes", section(), RESULTS)
+    write_result("probes", section())
 
 
 def _checkpoints() -> Iterator[Path]:

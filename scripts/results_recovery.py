@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks import IMAGES, README, RESULTS, write_section
+from benchmarks import IMAGES, README, write_result
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from results_archive import pack, unpack
@@ -836,7 +836,7 @@ def expected(asked: Iterable[tuple[str, Callable[[Any], tuple[bool, str]], Any]]
 
 
 def section() -> str:
-    """The part of docs/results.md."""
+    """The part of docs/results."""
     parts = []
     for key, where in PLACES.items():
         records = read(key)
@@ -870,7 +870,7 @@ def main() -> None:
             measure(key, path, asked.seeds)
             pack(RUN, ARCHIVE)
     plot_recovery(IMAGES / "recovery.png")
-    write_section("recovery", section(), RESULTS)
+    write_result("recovery", section())
 
 
 if __name__ == "__main__":

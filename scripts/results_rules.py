@@ -32,7 +32,7 @@ from unittest import mock
 import numpy as np
 import results_recovery as recovery
 import torch
-from benchmarks import README, RESULTS, write_section
+from benchmarks import README, write_result
 from results_archive import pack, unpack
 from torch import Tensor
 
@@ -531,7 +531,7 @@ def main() -> None:
         if key == PLANTED or path:
             measure(key, path, [idea for idea in IDEAS if idea.name in asked.ideas])
             pack(RUN, ARCHIVE)
-    write_section("rules", "\n\n".join(tables()), RESULTS)
+    write_result("rules", "\n\n".join(tables()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The study of weights on a real model, for docs/results.md: run or resume it, then write its part.
+"""The study of weights on a real model, for docs/results: run or resume it, then write its part.
 
     bash scripts/reproduce.sh study [--steps paper …] [--sites blocks.9.hook_resid_post …]
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import IMAGES, RESULTS, embedded_model, write_section
+from benchmarks import IMAGES, embedded_model, write_result
 from findings import paper_section, plot_finding
 from results_archive import pack, unpack
 from study_claims import (
@@ -43,7 +43,7 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.figures import plot_curve, plot_differences
-from llm_wsae.studies.folder import RESULTS as RESULTS_OF_STUDY
+from llm_wsae.studies.folder import RESULTS
 from llm_wsae.studies.plan import plan
 from llm_wsae.studies.report import CURVE, DIFFERENCES
 from llm_wsae.studies.runner import study as run_study
@@ -173,7 +173,7 @@ def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) ->
 
 
 def _num_results(out: Path) -> int:
-    return len(list((out / RESULTS_OF_STUDY).glob("*.json")))
+    return len(list((out / RESULTS).glob("*.json")))
 
 
 def _remember_time(out: Path, took: dict[str, Any], device: torch.device) -> None:
@@ -232,13 +232,13 @@ def write() -> None:
     studies = Study.read_all(WEIGHTS)
     for site, study in studies.items():
         report, block = study.report, Site.parse(site).block
-        curve, differences = (RESULTS.parent / figure(block, n) for n in (CURVE, DIFFERENCES))
+        curve, differences = (IMAGES / figure(block, n) for n in (CURVE, DIFFERENCES))
         plot_curve(report.results, report.compared, site, curve)
         plot_differences(report.compared, report.against_itself, site, differences)
     plot_finding(SITES, IMAGES / "finding.png")
-    write_section("study", section(), RESULTS)
-    write_section("paper", paper_section(studies), RESULTS)
-    write_section("study table", study_table(studies), RESULTS)
+    write_result("study", section())
+    write_result("paper", paper_section(studies))
+    write_result("study table", study_table(studies))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The planted experiments and sweeps for docs/results.md: run (or finish) them, write section and
+"""The planted experiments and sweeps for docs/results: run (or finish) them, write section and
 figures.
 
     python scripts/results_theory.py
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import IMAGES, README, RESULTS, write_section
+from benchmarks import IMAGES, README, write_result
 from results_archive import pack, unpack
 from theory_claims import (
     CLAIMS,
@@ -107,7 +107,7 @@ def titled(table: tuple[str, list[list[str]]]) -> str:
 
 
 def section(report: TheoryReport, named: TheoryReport) -> str:
-    """The planted section of docs/results.md, from the experiments that run by default and those
+    """The planted section of docs/results, from the experiments that run by default and those
     that run if they are named."""
     config, names, reports = report.config, list(report.arms), (report, named)
     sweeps = dict(zip(named.sweeps, map(titled, named.sweep_tables()), strict=True))
@@ -149,7 +149,7 @@ def section(report: TheoryReport, named: TheoryReport) -> str:
         "wrong dimensions (a matrix: the same eigenvalues in random directions), and random "
         "weights.",
         verdict_table(report),
-        f"![Change of L_GT of every arm in every experiment](images/planted_{FIGURES[2]})",
+        f"![Change of L_GT of every arm in every experiment](../images/planted_{FIGURES[2]})",
         titled(report.change_table(names)),
         titled(report.one_scale_table(names)),
         claim_table(reports, SCALE_CLAIMS),
@@ -188,10 +188,10 @@ def section(report: TheoryReport, named: TheoryReport) -> str:
         "have norm 1; `semantic` compares rows by their true features, as a perfect encoder would "
         "compare their texts. `leading-sensitivity` and `whitening` are matrices without a score "
         "for each dimension, `token-norm` weights rows, and `uniform` scores all dimensions alike.",
-        f"![Rank correlation of rules with the truth](images/planted_{FIGURES[1]})",
+        f"![Rank correlation of rules with the truth](../images/planted_{FIGURES[1]})",
         titled(report.correlation_table(names)),
         "### The closed form",
-        f"![What the closed form loses, by sparsity](images/planted_{FIGURES[0]})",
+        f"![What the closed form loses, by sparsity](../images/planted_{FIGURES[0]})",
         titled(report.closed_form_table()),
         "### The experiments",
         titled(report.experiment_table()),
@@ -206,7 +206,7 @@ def _with_figures(sweeps: dict[str, str], start: str) -> list[str]:
     for name, table in sweeps.items():
         if name.startswith(start):
             why = SWEEPS[name].why
-            parts += [f"![{why}](images/planted_{SWEEP_FIGURES[name]})", table]
+            parts += [f"![{why}](../images/planted_{SWEEP_FIGURES[name]})", table]
     return parts
 
 
@@ -229,7 +229,7 @@ def main() -> None:
         shutil.copy(RUN / name, IMAGES / f"planted_{name}")
     for name in SWEEP_FIGURES.values():
         shutil.copy(NAMED_RUN / name, IMAGES / f"planted_{name}")
-    write_section("planted", section(*reports), RESULTS)
+    write_result("planted", section(*reports))
     print(claim_table(reports))
 
 

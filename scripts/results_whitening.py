@@ -38,7 +38,7 @@ import numpy as np
 import results_recovery as recovery
 import torch
 import whitening_latents
-from benchmarks import IMAGES, README, RESULTS, write_section
+from benchmarks import IMAGES, README, write_result
 from interop_checks import peer
 from matplotlib.figure import Figure
 from raw_baselines import principal_components, raw_dimensions
@@ -504,7 +504,7 @@ def seeds_of(records: Sequence[dict[str, Any]]) -> str:
 
 
 def section() -> str:
-    """The part of docs/results.md."""
+    """The part of docs/results."""
     parts = []
     for experiment, places in EXPERIMENTS.items():
         for place in places:
@@ -603,7 +603,7 @@ def main() -> None:
                 measure(experiment, place, path, asked.seeds)
                 pack(RUN, ARCHIVE)
     plot_lengths(IMAGES / "learning_curve.png")
-    write_section("whitening", section(), RESULTS)
+    write_result("whitening", section())
 
 
 if __name__ == "__main__":

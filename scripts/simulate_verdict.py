@@ -6,8 +6,8 @@ Studies are made up, with no effect anywhere, and go through ``compare`` as real
 k-curve, rules with their controls, both deciding measures, Holm's correction, the shares of the
 looks, and the comparison with the control. What is random is what is random in a real study: seeds,
 latents, families of concepts (the same on all seeds of an arm) and documents (the same on all
-seeds). How much each varies is estimated from the archive of the study in docs/results.md, but for
-documents, which it does not hold. Writes a table into docs/results.md.
+seeds). How much each varies is estimated from the archive of the study in docs/results, but for
+documents, which it does not hold. Writes a table into docs/results.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from benchmarks import RESULTS, write_section
+from benchmarks import write_result
 from study_claims import WEIGHTS, Study
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ class Spreads:
     """Of one family's selectivity, from seed to seed."""
     document: float = 0.004
     """Of an arm's effect on detection through the choice of documents, the same on all seeds. Of
-    the study in docs/results.md it is not known: this is twice the spread over seeds."""
+    the study in docs/results it is not known: this is twice the spread over seeds."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ SEEDS = {"3 seeds": (3,), "5 seeds": (5,), "3, then 5": (3, 5)}
 
 
 def section(repetitions: int) -> str:
-    """The table of docs/results.md."""
+    """The table of docs/results."""
     spreads = {"between families .015": Spreads(), "as in the archive": estimated()}
     rows = [["spreads", "study", *SEEDS]]
     kinds = [(name, words) for name in spreads for words in DESIGNS]
@@ -198,4 +198,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=300)
     asked = parser.parse_args()
-    write_section("verdicts", section(asked.repetitions), RESULTS)
+    write_result("verdicts", section(asked.repetitions))

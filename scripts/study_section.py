@@ -1,4 +1,4 @@
-"""What docs/results.md says of the study of weights on a real model, from the archives."""
+"""What docs/results says of the study of weights on a real model, from the archives."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -29,8 +29,8 @@ from llm_wsae.terminal import markdown
 
 
 def figure(block: int, name: str) -> str:
-    """Where a figure of a site's study lies, as docs/results.md links to it."""
-    return f"images/study_block_{block}_{name}"
+    """A figure of a site's study, by its name in docs/images."""
+    return f"study_block_{block}_{name}"
 
 
 def claim_table(claims: Iterable[Claim], studies: Mapping[str, Study]) -> str:
@@ -57,9 +57,9 @@ def site_section(site: str, study: Study) -> str:
         f"{study.profile['variance_max_over_median']:.0f}, "
         f"{study.profile['robust_variance_max_over_median']:.0f} winsorised; massive activations: "
         f"{massive['rows']} rows ({massive['share']:.3%}).",
-        f"![Differences from the plain curve at {site}]({figure(block, DIFFERENCES)})",
+        f"![Differences from the plain curve at {site}](../images/{figure(block, DIFFERENCES)})",
         _verdicts(study.report),
-        f"![Every rule next to the plain curve at {site}]({figure(block, CURVE)})",
+        f"![Every rule next to the plain curve at {site}](../images/{figure(block, CURVE)})",
         "Means over seeds; controls are in the archive.",
         _table(study),
     ]
@@ -186,7 +186,7 @@ def _together(
 
 
 def section() -> str:
-    """The section of docs/results.md, from the archives."""
+    """The section of docs/results, from the archives."""
     studies = Study.read_all(WEIGHTS)
     again = Study.read_all(CONFIRMATION.folder)
     jumprelu, annealed, twelve = (

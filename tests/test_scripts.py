@@ -1,4 +1,4 @@
-"""Scripts run and import what exists; docs/results.md says what the archives say."""
+"""Scripts run and import what exists; docs/results says what the archives say."""
 
 import ast
 import importlib
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from places import ROOT, SCRIPTS
+from places import SCRIPTS
 
 from llm_wsae.files import read_own_json
 from llm_wsae.theory import experiments
@@ -65,6 +65,20 @@ def test_a_section_is_replaced_and_the_rest_is_kept(tmp_path, monkeypatch):
     assert re.findall(r"<!-- begin (\w) -->", path.read_text()) == ["a", "b"]
 
 
+def test_every_section_of_the_results_is_on_its_page_alone(monkeypatch):
+    """A page that had been given another's section would keep old numbers for ever."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmarks import RESULT_PAGES, RESULTS
+
+    marker = re.compile(r"^<!-- begin (.+) -->$", re.MULTILINE)
+    found = [
+        (name, path.name)
+        for path in RESULTS.glob("*.md")
+        for name in marker.findall(path.read_text(encoding="utf-8"))
+    ]
+    assert sorted(found) == sorted(RESULT_PAGES.items())
+
+
 def test_scripts_import_names_that_exist():
     """Most scripts run for minutes and rarely; a name that has moved must not wait for that."""
     for script in sorted(SCRIPTS.rglob("*.py")):
@@ -80,8 +94,10 @@ NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e-?\d+)?")
 
 
 def written(name: str) -> str:
-    """A section of docs/results.md."""
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    """A section of docs/results, from the page where its script writes it."""
+    from benchmarks import RESULT_PAGES, RESULTS
+
+    text = (RESULTS / RESULT_PAGES[name]).read_text(encoding="utf-8")
     return text.partition(f"<!-- begin {name} -->")[2].partition(f"<!-- end {name} -->")[0].strip()
 
 
@@ -236,7 +252,7 @@ def test_the_finding_was_tried_again_on_fresh_seeds_alone(monkeypatch):
 
 
 def test_a_study_without_an_effect_seldom_calls_a_rule_better(monkeypatch):
-    """A small version of the table in docs/results.md; a real effect is found."""
+    """A small version of the table in docs/results; a real effect is found."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from simulate_verdict import Design, Spreads, rate
 
