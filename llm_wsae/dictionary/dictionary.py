@@ -25,7 +25,6 @@ from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes, ragged
 from llm_wsae.sparse.operations import decode as decode_codes
 
-_TILE_ROWS = 1024  # rows encoded at once, so that rows × d_sae is never held for sparse codes
 _FOLDER = "checkpoints"
 _PACKAGE = Path(__file__).parents[1]
 
@@ -113,22 +112,13 @@ class Dictionary(nn.Module):
 
         Raises UsageError for rows of another width, LlmWsaeError for NaN or infinite rows.
         """
-        rows = self._rows(x)
-        if len(rows) == 0:
-            tiles = [self._select(rows)]
-        else:
-            tiles = [self._select(tile) for tile in rows.split(_TILE_ROWS)]
-        width = max(tile.indices.shape[1] for tile in tiles)  # differs unless k is fixed
-        indices = torch.cat([_widen(tile.indices, width) for tile in tiles])
-        values = torch.cat([_widen(tile.values, width) for tile in tiles])
-        return Codes(
-            indices.view(*x.shape[:-1], width),
-            values.view(*x.shape[:-1], width),
-        )
+        codes = self._codes(x)
+        shape = (*x.shape[:-1], codes.indices.shape[1])
+        return Codes(codes.indices.view(shape), codes.values.view(shape))
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """All latents of every row, dense. Raises as ``encode_sparse`` does."""
-        dense = to_dense(self._select(self._rows(x)), self.d_sae)
+        dense = to_dense(self._codes(x), self.d_sae)
         return dense.view(*x.shape[:-1], self.d_sae)
 
     def decode(self, latents: Float[Tensor, "*rows d_sae"] | Codes) -> Float[Tensor, "*rows d_in"]:
@@ -258,16 +248,12 @@ class Dictionary(nn.Module):
             )
         return rows
 
-    def _select(self, rows: Tensor) -> Codes:
-        return self.sparsity.select(torch.addmm(self.b_enc, rows, self.W_enc), self.threshold)
+    def _codes(self, x: Tensor) -> Codes:
+        return self.sparsity.encode(self._rows(x), self.W_enc.T, self.b_enc, self.threshold)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().float().contiguous(), requires_grad=False)
-
-
-def _widen(tensor: Tensor, width: int) -> Tensor:
-    return nn.functional.pad(tensor, (0, width - tensor.shape[1]))
 
 
 def load_pretrained(

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
-from llm_wsae.sparse.codes import Codes
-from llm_wsae.sparse.operations import select_topk
+from llm_wsae.sparse.codes import Codes, padded
+from llm_wsae.sparse.operations import encode_above, encode_topk, select_topk
 
 
 @runtime_checkable
@@ -34,6 +34,16 @@ class Sparsity(Protocol):
 
         ``threshold`` is given if and only if ``has_threshold``.
         """
+        ...
+
+    def encode(
+        self,
+        rows: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        threshold: Float[Tensor, " d_sae"] | None = None,
+    ) -> Codes:
+        """``select`` of rows · encoderᵀ + bias, of which only a part ever exists."""
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -66,6 +76,16 @@ class TopK:
         best = select_topk(pre, self.k)
         return Codes(best.indices, best.values.relu())
 
+    def encode(
+        self,
+        rows: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        threshold: Float[Tensor, " d_sae"] | None = None,
+    ) -> Codes:
+        """See ``Sparsity.encode``."""
+        return encode_topk(rows, encoder, bias, self.k)
+
     def settings(self) -> dict[str, Any]:
         """Keys of ``cfg.json``: k, and that decoder norms do not affect the selection."""
         return {"k": self.k, "rescale_acts_by_decoder_norm": False}
@@ -92,6 +112,16 @@ class ReLU:
         """All positive pre-activations; as many slots as the fullest row needs, at least 1."""
         return _positive(pre)
 
+    def encode(
+        self,
+        rows: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        threshold: Float[Tensor, " d_sae"] | None = None,
+    ) -> Codes:
+        """See ``Sparsity.encode``."""
+        return padded(encode_above(rows, encoder, bias, torch.zeros_like(bias)))
+
     def settings(self) -> dict[str, Any]:
         """Keys of ``cfg.json``: none."""
         return {}
@@ -117,6 +147,17 @@ class JumpReLU:
         """Positive pre-activations above the threshold; as many slots as the fullest row needs."""
         assert threshold is not None
         return _positive(torch.where(pre > threshold, pre, 0.0))
+
+    def encode(
+        self,
+        rows: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        threshold: Float[Tensor, " d_sae"] | None = None,
+    ) -> Codes:
+        """See ``Sparsity.encode``."""
+        assert threshold is not None
+        return padded(encode_above(rows, encoder, bias, threshold.clamp(min=0)))
 
     def settings(self) -> dict[str, Any]:
         """Keys of ``cfg.json``: none."""

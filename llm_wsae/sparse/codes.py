@@ -118,6 +118,19 @@ def ragged(codes: Codes) -> RaggedCodes:
     return RaggedCodes(codes.indices.reshape(-1), codes.values.reshape(-1), offsets)
 
 
+def padded(codes: RaggedCodes) -> Codes:
+    """The same codes with as many slots in every row as the fullest needs, at least 1."""
+    counts = codes.offsets.diff()
+    width = max(1, int(counts.max())) if len(counts) else 1
+    rows = codes.rows()
+    slots = torch.arange(len(rows), device=rows.device) - codes.offsets[rows]
+    shape = (len(counts), width)
+    return Codes(
+        codes.indices.new_zeros(shape).index_put((rows, slots), codes.indices),
+        codes.values.new_zeros(shape).index_put((rows, slots), codes.values),
+    )
+
+
 def joined(parts: Sequence[RaggedCodes]) -> RaggedCodes:
     """The rows of all parts, one part after the other."""
     starts = accumulate((len(part.indices) for part in parts[:-1]), initial=0)

@@ -214,6 +214,19 @@ def test_jumprelu_keeps_what_is_above_its_latents_threshold():
     )
 
 
+def test_encoding_selects_as_from_all_pre_activations():
+    dictionary = make(JumpReLU())
+    dictionary.threshold[:40] = -1.0  # as files of other tools may hold; what is below 0 is silent
+    x = rows(70)
+    pre = torch.addmm(dictionary.b_enc, x, dictionary.W_enc)
+    for sparsity in (TopK(5), ReLU(), JumpReLU()):
+        threshold = dictionary.threshold if sparsity.has_threshold else None
+        codes = sparsity.encode(x, dictionary.W_enc.T, dictionary.b_enc, threshold)
+        expected = to_dense(sparsity.select(pre, threshold), D_SAE)
+        assert int((codes.values < 0).sum()) == 0
+        torch.testing.assert_close(to_dense(codes, D_SAE), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_unused_slots_leave_other_latents_alone():
     codes = Codes(torch.tensor([[0, 0, 3]]), torch.tensor([[2.0, 0.0, 0.0]]))
     assert to_dense(codes, 4).tolist() == [[2, 0, 0, 0]]

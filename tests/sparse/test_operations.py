@@ -15,6 +15,7 @@ from llm_wsae.sparse.codes import (
     SparseGradients,
     SubsetGradients,
     joined,
+    padded,
     ragged,
 )
 
@@ -401,6 +402,10 @@ def test_codes_end_to_end():
     assert both.offsets.tolist() == [0, 0, 3, 3, 5, 7, 9, 9, 12, 12]
     assert both.rows().tolist() == [1, 1, 1, 3, 3, 4, 4, 5, 5, 7, 7, 7]
     assert both.num_rows == 9
+    assert padded(uneven).indices.tolist() == [[0, 0, 0], [0, 1, 2], [0, 0, 0]]
+    assert padded(uneven).values.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
+    empty = RaggedCodes(torch.arange(0), torch.ones(0), torch.zeros(1, dtype=torch.int64))
+    assert padded(empty).indices.shape == (0, 1)
 
 
 def test_rows_get_slots_by_what_the_last_ones_needed():

@@ -6,10 +6,9 @@ codes as the true features. A latent *vanishes* where z > 0 and r = 0, *shrinks*
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.dictionary.sparsity import to_dense
 from llm_wsae.sparse.codes import Codes
 
 _ROWS_AT_ONCE = 256  # made dense to compare them
@@ -26,6 +25,8 @@ class RoundTripSums:
         self.survives = torch.zeros(d_sae, dtype=torch.int64)
         self.alarms = torch.zeros(d_sae, dtype=torch.int64)
         self.lost = torch.zeros(d_sae, dtype=torch.float64)
+        self._dense: Tensor | None = None
+        """Zeros between calls; filling it anew for every few rows would cost more than the rest."""
 
     def update(self, z: Codes, r: Codes) -> None:
         """Add the codes of some rows, and what the round trip makes of them."""
@@ -43,14 +44,25 @@ class RoundTripSums:
         d_sae = len(self.fires)
         fires = z.values > 0
         latent, before = z.indices[fires].cpu(), z.values[fires].cpu().double()
-        after = to_dense(r, d_sae).gather(1, z.indices)[fires].cpu().double()
-        is_false = (r.values > 0) & (to_dense(z, d_sae).gather(1, r.indices) == 0)
+        after = self._at(r, z.indices)[fires].cpu().double()
+        is_false = (r.values > 0) & (self._at(z, r.indices) == 0)
         both = after > 0
         self.rows += len(z.values)
         self.fires += torch.bincount(latent, minlength=d_sae)
         self.survives += torch.bincount(latent[both], minlength=d_sae)
         self.alarms += torch.bincount(r.indices[is_false].cpu(), minlength=d_sae)
         self.lost.index_add_(0, latent[both], 1 - after[both] / before[both])
+
+    def _at(self, codes: Codes, latents: Int[Tensor, "rows k"]) -> Float[Tensor, "rows k"]:
+        """The values that the codes give to these latents of each row, 0 where they do not name
+        them."""
+        if self._dense is None or self._dense.device != codes.values.device:
+            self._dense = codes.values.new_zeros(_ROWS_AT_ONCE, len(self.fires))
+        dense = self._dense[: len(codes.values)]
+        dense.scatter_add_(1, codes.indices, codes.values)  # unused slots add 0
+        found = dense.gather(1, latents)
+        dense.scatter_(1, codes.indices, 0.0)
+        return found
 
     @property
     def vanished(self) -> Float[Tensor, " d_sae"]:
