@@ -32,6 +32,10 @@ class Architecture(ABC):
     revives_dead: ClassVar[bool] = True
     """Whether dead latents get the AuxK loss. They need it where other latents crowd them out."""
 
+    has_free_lengths: ClassVar[bool] = False
+    """Whether it can train decoder rows of free lengths: latents are weak at first, so it must
+    choose the largest of them, not those above a threshold."""
+
     is_tied: ClassVar[bool] = False
     """Whether something of the parameters is not learnt but set after each step (``tie``)."""
 

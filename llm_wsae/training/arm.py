@@ -19,7 +19,8 @@ from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.training.architecture import Architecture
 from llm_wsae.training.architectures import find_architecture
 from llm_wsae.training.auxk import DeadFinder, auxk_gradients
-from llm_wsae.training.config import ArchitectureName
+from llm_wsae.training.config import ArchitectureName, Lengths
+from llm_wsae.training.free_lengths import FreeLengths
 from llm_wsae.training.normaliser import Space, Spaces
 from llm_wsae.training.optimiser import Optimiser
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
@@ -121,8 +122,10 @@ class Arm:
         device: torch.device,
         space: Space | None = None,
         strategy: Strategy = SINGLE,
+        lengths: Lengths = "unit",
     ):
-        """``space`` may be shared with other arms."""
+        """``space`` may be shared with other arms. Raises UsageError if the architecture has no
+        free lengths."""
         config.check(d_sae)
         self.config = config
         self.space = space or Spaces(device).of(config.weights)
@@ -138,7 +141,8 @@ class Arm:
         """The latents that are here: all, unless other processes hold some."""
         self._strategy = strategy
         self.parameters = initial_parameters(d_in, d_sae, config.init_seed, device, own=own)
-        if config.weights.config.place == "mixed":
+        is_mixed = config.weights.config.place == "mixed"
+        if is_mixed:
             self._give_rows_their_length(torch.float32)
             # so that a latent reads its own direction with slope 1, as it does elsewhere
             squares = self.parameters.decoder.square().sum(1, keepdim=True)
@@ -147,7 +151,18 @@ class Arm:
         self.architecture.tie(self.parameters)
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
-        self._optimiser = Optimiser(self.parameters)
+        if lengths == "free" and not self.architecture.has_free_lengths:
+            raise UsageError(
+                f"the architecture {config.architecture} has no free lengths: topk, batch-topk and "
+                "matryoshka have"
+            )
+        if lengths == "free":
+            self._optimiser: Optimiser = FreeLengths(
+                self.parameters, self.space if is_mixed else None
+            )
+        else:
+            self._optimiser = Optimiser(self.parameters)
+        self._scales_rows = is_mixed and lengths == "unit"
         self.progress = self._no_progress()
 
     def step(
@@ -175,7 +190,7 @@ class Arm:
             if step.observed is not None:
                 self.architecture.follow(step.observed, learning_rate)
             self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
-            if self.config.weights.config.place == "mixed":
+            if self._scales_rows:
                 self._give_rows_their_length(batch.x_fast.dtype)
             if self.architecture.is_tied:
                 self.architecture.tie(self.parameters)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch
+from llm_wsae.training.parameters import Batch, squared
 from llm_wsae.weights.loss_weights import Gamma, LossWeights
 
 
@@ -72,11 +72,15 @@ class Space:
     ) -> Float[Tensor, "rows 1"]:
         """The lengths that rows of this space have as normalised rows; a product with a matrix is
         made in the number format ``fast``."""
-        if self._inverse.ndim == 1:
-            left = rows * self._inverse
-        else:
-            left = (rows.to(fast) @ self._inverse.to(fast).T).float()
-        return torch.linalg.vector_norm(left, dim=1, keepdim=True)
+        return torch.linalg.vector_norm(
+            _fast_product(rows, self._inverse, fast), dim=1, keepdim=True
+        )
+
+    def gradients_of_lengths(
+        self, rows: Float[Tensor, "rows d_in"], fast: torch.dtype
+    ) -> Float[Tensor, "rows d_in"]:
+        """Of ``lengths_outside``, by rows of the length 1 outside."""
+        return _fast_product(rows, squared(self._inverse), fast)
 
 
 class Spaces:
@@ -111,6 +115,13 @@ def inverse(gamma: Gamma) -> Gamma:
     """1/γ or Γ⁻¹, float64 on the CPU."""
     gamma = gamma.cpu().double()
     return 1 / gamma if gamma.ndim == 1 else torch.linalg.inv(gamma)
+
+
+def _fast_product(rows: Tensor, gamma: Tensor, fast: torch.dtype) -> Tensor:
+    """As ``_transform``; a matrix product in the number format ``fast``."""
+    if gamma.ndim == 1:
+        return rows * gamma
+    return (rows.to(fast) @ gamma.to(fast).T).float()
 
 
 def _transform(rows: Tensor, gamma: Tensor) -> Tensor:

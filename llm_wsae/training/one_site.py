@@ -68,7 +68,15 @@ class Training:
         self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
         spaces = Spaces(device)
         self.arms = [
-            Arm(arm, source.d_in, d_sae, device, spaces.of(arm.weights), group.strategy)
+            Arm(
+                arm,
+                source.d_in,
+                d_sae,
+                device,
+                spaces.of(arm.weights),
+                group.strategy,
+                config.lengths,
+            )
             for arm in arms
         ]
         self.reached = 0
@@ -90,6 +98,8 @@ class Training:
             "seed": config.shuffle_seed,
             "dtype": str(fast).removeprefix("torch."),
         }
+        if config.lengths != "unit":  # which the first checkpoints do not name
+            self.identity["lengths"] = config.lengths
 
     def is_finished(self) -> bool:
         """Whether nothing is left to do. Raises LlmWsaeError if another training was done there."""
@@ -204,6 +214,7 @@ class Training:
         """The arm with the latents of all processes, which have just saved them."""
         if len(arm.own_latents) == arm.d_sae:
             return arm
-        complete = Arm(arm.config, self.source.d_in, arm.d_sae, torch.device("cpu"))
+        cpu, how = torch.device("cpu"), self.config.lengths
+        complete = Arm(arm.config, self.source.d_in, arm.d_sae, cpu, lengths=how)
         load_just_saved(self.out, complete)
         return complete

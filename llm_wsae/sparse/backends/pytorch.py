@@ -219,15 +219,29 @@ def adam_rows(
 ) -> None:
     """See ``operations``."""
     encoder, decoder = rows
-    before = [torch.tensor(step - 1.0, device=row.device) for row in rows]
+    adam_tensors(rows, gradients, means, squares, step, learning_rate)
+    decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=SMALLEST_NORM)
+    if encoder_fast is not None:
+        encoder_fast.copy_(encoder)
+
+
+def adam_tensors(
+    tensors: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    step: int,
+    learning_rate: float,
+) -> None:
+    """One step of Adam over tensors of any shape, in place; ``step`` counts from 1."""
     adam(
-        list(rows),
+        list(tensors),
         list(gradients),
         list(means),
         list(squares),
         [],
-        before,
-        fused=encoder.device.type in ("cpu", "cuda"),
+        [torch.tensor(step - 1.0, device=one.device) for one in tensors],
+        fused=tensors[0].device.type in ("cpu", "cuda"),
         amsgrad=False,
         beta1=BETAS[0],
         beta2=BETAS[1],
@@ -236,9 +250,6 @@ def adam_rows(
         eps=EPSILON,
         maximize=False,
     )
-    decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=SMALLEST_NORM)
-    if encoder_fast is not None:
-        encoder_fast.copy_(encoder)
 
 
 def _bags(

@@ -31,6 +31,7 @@ class BatchTopK(Architecture):
     """
 
     name = "batch-topk"
+    has_free_lengths = True
 
     def __init__(
         self,

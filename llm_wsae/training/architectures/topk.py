@@ -32,6 +32,7 @@ class TopK(LargestOfRow):
     """Of the architectures that choose the largest latents of a row, the one in which all learn."""
 
     name = "topk"
+    has_free_lengths = True
 
     @classmethod
     def label(cls, level: int | float) -> str:
