@@ -1,8 +1,7 @@
 """Rules with a matrix: each gives a symmetric positive S [d_in, d_in], and Γ = S^α.
 
 A diagonal Γ can only stretch the axes that the model happens to have; a matrix can stretch any
-direction. The control ``rotated`` stretches random directions by the same factors; ``permuted``
-exchanges the dimensions, which keeps the spectrum too.
+direction. The control ``rotated`` stretches random directions by the same factors.
 """
 
 import torch
@@ -63,14 +62,6 @@ def rotated(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_i
     q, r = torch.linalg.qr(gaussian)
     q = q * r.diagonal().sign()  # else QR's convention makes the rotation not uniform
     return (q * values) @ q.T
-
-
-def permuted(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_in d_in"]:
-    """The matrix with its dimensions exchanged: the same values, and the same directions except for
-    the names of the axes."""
-    generator = torch.Generator().manual_seed(draw)
-    order = torch.randperm(len(matrix), generator=generator)
-    return matrix[order][:, order]
 
 
 def spectrum(

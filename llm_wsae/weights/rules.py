@@ -5,8 +5,9 @@ weights γ = s^α. Most rules give one score per dimension (``score_rules.py``),
 (``matrix_rules.py``), one a score per token. A new rule is a function in one of those files and a
 line in ``RULES``, nothing else.
 
-Two prefixes make a control of a rule: ``permuted:RULE`` gives its scores to other dimensions, and
-``rotated:RULE`` gives its matrix random eigenvectors.
+Prefixes make a control of a rule: ``permuted:RULE`` gives its scores to other dimensions,
+``deciles:RULE`` to others of nearly the same variance, and ``rotated:RULE`` gives its matrix random
+eigenvectors.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.errors import UsageError, nearest
@@ -23,7 +24,7 @@ from llm_wsae.weights import scores as formulae
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.inputs import Need, RuleInputs
 
-Control = Literal["permuted", "rotated"]
+Control = Literal["permuted", "deciles", "rotated"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 RuleForm = Literal["diagonal", "matrix", "tokens"]
 
@@ -80,12 +81,18 @@ class Rule:
         return rule if isinstance(rule, Rule) else cls.parse(rule)
 
     def as_control(self, control: Control) -> "Rule":
-        """The control of this rule. Raises UsageError for the rotation of what has no matrix."""
+        """The control of this rule. Raises UsageError for the rotation of what has no matrix, and
+        for deciles of what weighs tokens."""
         found = replace(self, control=control)
         if control == "rotated" and not self.has_matrix:
             raise UsageError(
                 f"{found.name!r} is not possible: only rules with a matrix can be rotated "
                 f"({_with_matrix()})"
+            )
+        if control == "deciles" and self.weighs_tokens:
+            raise UsageError(
+                f"{found.name!r} is not possible: deciles are of dimensions, and {self.name!r} "
+                "weighs tokens; its control is permuted"
             )
         return found
 
@@ -177,7 +184,7 @@ class Rule:
         self._check_inputs(inputs)
         assert self.score_fn is not None
         found = self.score_fn(inputs, draw) if self.random else self.score_fn(inputs)
-        return formulae.permuted(found, draw) if self.control == "permuted" else found
+        return found if self.control is None else found[self._order(inputs, draw)]
 
     def matrix(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, "d_in d_in"]:
         """The symmetric positive matrix (float64); ``draw`` is the number of the random draw.
@@ -190,7 +197,16 @@ class Rule:
         found = self.matrix_fn(inputs)
         if self.control == "rotated":
             return matrix_rules.rotated(found, draw)
-        return matrix_rules.permuted(found, draw) if self.control == "permuted" else found
+        if self.control is None:
+            return found
+        order = self._order(inputs, draw)  # the same values and directions, on other axes
+        return found[order][:, order]
+
+    def _order(self, inputs: RuleInputs, draw: int) -> Int[Tensor, " d_in"]:
+        """Of the dimensions: a control gives each the score of the one in its place."""
+        if self.control == "deciles":
+            return formulae.order_within_deciles(inputs.statistics.robust_variance, draw)
+        return formulae.random_order(inputs.statistics.d_in, draw)
 
     def token_scores(
         self, rows: Float[Tensor, "rows d_in"], mask: Float[Tensor, " rows"], draw: int = 0

@@ -11,7 +11,7 @@ Massive rows distort the moments: pass rows without them (``Statistics.usual_sam
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # Hyvärinen's constants for the non-quadratic functions u·exp(−u²/2) and exp(−u²/2).
@@ -117,11 +117,20 @@ def random_scores(d_in: int, seed: int) -> Float[Tensor, " d_in"]:
     return 1 - torch.rand(d_in, generator=generator, dtype=torch.float64)
 
 
-def permuted(scores: Float[Tensor, " d_in"], seed: int) -> Float[Tensor, " d_in"]:
-    """The same scores on other dimensions: the control with a rule's spread but not its choice of
+def random_order(d_in: int, seed: int) -> Int[Tensor, " d_in"]:
+    """An order of the dimensions: the control with a rule's spread but not its choice of
     dimensions."""
+    return torch.randperm(d_in, generator=torch.Generator().manual_seed(seed))
+
+
+def order_within_deciles(variance: Float[Tensor, " d_in"], seed: int) -> Int[Tensor, " d_in"]:
+    """The same, but only dimensions of one tenth of all by variance change places: the loss then
+    rests on about as many effective dimensions as the rule's."""
     generator = torch.Generator().manual_seed(seed)
-    return scores[torch.randperm(len(scores), generator=generator).to(scores.device)]
+    order = torch.empty(len(variance), dtype=torch.int64)
+    for decile in variance.argsort(stable=True).tensor_split(10):
+        order[decile] = decile[torch.randperm(len(decile), generator=generator)]
+    return order
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

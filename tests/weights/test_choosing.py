@@ -14,7 +14,13 @@ from llm_wsae.weights.loss_weights import LossWeights, loss_share, stretching
 from llm_wsae.weights.rules import RULES, Rule
 
 SPACE, MATRIX = WeightConfig(place="space"), WeightConfig(form="matrix")
-CONTROLS = ("permuted:variance", "rotated:sensitivity", "rotated:whitening", "permuted:whitening")
+CONTROLS = (
+    "permuted:variance",
+    "deciles:variance",
+    "rotated:sensitivity",
+    "rotated:whitening",
+    "permuted:whitening",
+)
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,12 +5,13 @@ import torch
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_weights import effective_dimensions
 from llm_wsae.weights.matrix_rules import (
     EIGENVALUE_FLOOR,
     leading_sensitivity,
-    permuted,
     rotated,
     sensitivity,
     spectrum,
@@ -38,6 +39,7 @@ def inputs():
 
 def test_a_parsed_rule_names_itself():
     every = [*RULES, *(f"permuted:{name}" for name in RULES)]
+    every += [f"deciles:{name}" for name, rule in RULES.items() if not rule.weighs_tokens]
     every += [f"rotated:{name}" for name, rule in RULES.items() if rule.has_matrix]
     for text in every:
         rule = Rule.parse(text)
@@ -54,6 +56,7 @@ def test_what_a_rule_knows():
         "permuted:variance": (True, False, False, True, None),
         "random": (True, False, False, True, None),
         "permuted:gap": (True, False, False, True, "dictionary"),
+        "deciles:gap": (True, False, False, True, "dictionary"),
         "semantic": (True, False, False, False, "coherence"),
         "sensitivity": (True, True, False, False, "fisher"),
         "permuted:sensitivity": (True, True, False, True, "fisher"),
@@ -77,6 +80,7 @@ def test_texts_that_name_no_rule():
         "permuted:permuted:variance": "no weight rule",
         ":variance": "no weight rule ':variance'; did you mean 'variance'",
         "permuted:": "no weight rule 'permuted:'",
+        "deciles:token-norm": "deciles are of dimensions, and 'token-norm' weighs tokens",
         "": "no weight rule ''; known are 'uniform', 'variance'",
         "own": "no weight rule 'own'",
         "rotated:hoyer": r"only rules with a matrix can be rotated \(sensitivity, whitening, lead",
@@ -177,6 +181,22 @@ def test_controls_know_nothing_but_the_rule(inputs):
         assert torch.allclose(*values) == same
 
 
+def test_deciles_keep_what_the_loss_rests_on():
+    """The variance falls over three decades; permuted weights move the loss elsewhere."""
+    rows = torch.randn(4000, 200, generator=torch.Generator().manual_seed(0))
+    rows *= torch.logspace(0, -1.5, 200)
+    inputs = RuleInputs(Statistics(200, 100).update(rows, torch.arange(4000) % 100))
+
+    def dimensions(text, draw):
+        weights = weights_from_rule(text, -0.5, inputs, WeightConfig(draw=draw))
+        return effective_dimensions(weights, inputs.statistics)
+
+    own = dimensions("variance", 0)
+    for draw in range(5):
+        assert dimensions("deciles:variance", draw) == pytest.approx(own, rel=0.1)
+        assert dimensions("permuted:variance", draw) < own / 2
+
+
 def test_a_permuted_token_gets_the_score_of_another_unmasked_one():
     x = torch.tensor([1.0, 0.0, 2.0, 3.0, 0.0, 4.0])[:, None].expand(6, 4)
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
@@ -263,7 +283,7 @@ def test_rotations_are_uniform():
 
 
 def test_permuted_deals_out_rows_and_columns(of_matrices):
-    control = permuted(of_matrices.fisher, 3)
+    control = Rule.parse("permuted:sensitivity").matrix(of_matrices, 3)
     order = torch.randperm(D, generator=torch.Generator().manual_seed(3))
     for i in range(D):
         for j in range(D):

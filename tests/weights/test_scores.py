@@ -16,8 +16,9 @@ from llm_wsae.weights.scores import (
     hoyer,
     kurtosis,
     negentropy,
+    order_within_deciles,
     participation,
-    permuted,
+    random_order,
     random_scores,
 )
 
@@ -117,10 +118,16 @@ def test_gap_gives_zero_where_any_weight_would_hurt():
 
 
 def test_controls():
-    scores = torch.arange(1.0, 21.0, dtype=torch.float64)
-    moved = permuted(scores, 3)
-    assert moved.tolist() != scores.tolist() and sorted(moved.tolist()) == scores.tolist()
-    assert permuted(scores, 3).tolist() == moved.tolist() != permuted(scores, 4).tolist()
+    order = random_order(20, 3)
+    assert order.tolist() != list(range(20)) == sorted(order.tolist())
+    assert random_order(20, 3).tolist() == order.tolist() != random_order(20, 4).tolist()
+    variance = torch.arange(40.0)[random_order(40, 0)]
+    order = order_within_deciles(variance, 1)
+    assert order.tolist() != list(range(40)) == sorted(order.tolist())
+    deciles = (variance // 4).long()
+    assert torch.equal(deciles[order], deciles)
+    assert order.tolist() == order_within_deciles(variance, 1).tolist()
+    assert order.tolist() != order_within_deciles(variance, 2).tolist()
     drawn = random_scores(5000, 1)
     assert drawn.min() > 0 and drawn.max() <= 1
     assert float(drawn.mean()) == pytest.approx(0.5, abs=0.02)
