@@ -86,6 +86,18 @@ class SparseGradients(NamedTuple):
     """What else some latents get."""
 
 
+class RawRows(NamedTuple):
+    """What leads to the raw rows v and e of latents whose rows are v/L and L·e (see
+    ``training.free_lengths``)."""
+
+    lengths: Float[Tensor, " d_sae"]
+    """L, updated in place."""
+    bias: Float[Tensor, " d_sae"]
+    """The encoder's bias, L times a raw one; it is only read."""
+    along: Float[Tensor, "d_sae d_in"] | None = None
+    """Gradient of L by v, where L is not the norm of v; None is v/L."""
+
+
 class Reconstruction(NamedTuple):
     """What a step needs to know about its reconstruction."""
 

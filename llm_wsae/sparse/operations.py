@@ -26,9 +26,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.sparse.backends import cpu, pytorch, reference
+from llm_wsae.sparse.backends.reference import Gradients
 from llm_wsae.sparse.codes import (
     Codes,
     RaggedCodes,
+    RawRows,
     Reconstruction,
     SlotCapacity,
     SparseGradients,
@@ -229,19 +231,26 @@ def sparse_adam(
     step: int,
     learning_rate: float,
     encoder_fast: Float[Tensor, "d_sae d_in"] | None,
+    raw: RawRows | None = None,
 ) -> Float[Tensor, " d_sae"]:
-    """``adam_rows`` with the gradients of ``weight_gradients``; returns that by the encoder's bias.
+    """``adam_rows`` with the gradients of ``weight_gradients``, or ``adam_raw_rows`` if there are
+    raw ones; returns the gradient by the encoder's bias.
 
     An implementation may sum a latent's gradients where they are used and never hold all of them.
     """
     state = (*rows, *means, *squares)
     implementation = _for_sums(gradients.codes.values, gradients.by_value, *state)
     given = (means, squares, step, learning_rate, encoder_fast)
-    if hasattr(implementation, "sparse_adam"):
+    if raw is None and hasattr(implementation, "sparse_adam"):
         return implementation.sparse_adam(gradients, rows, *given)
-    *by_rows, by_bias = weight_gradients(gradients, len(rows[0]))
-    implementation.adam_rows(rows, tuple(by_rows), *given)
-    return by_bias
+    if raw is not None and implementation is cpu:
+        return cpu.sparse_adam(gradients, rows, *given, raw)
+    sums = weight_gradients(gradients, len(rows[0]))
+    if raw is None:
+        implementation.adam_rows(rows, sums[:2], *given)
+    else:
+        adam_raw_rows(rows, sums, *given, raw)
+    return sums[2]
 
 
 def adam_rows(
@@ -262,6 +271,24 @@ def adam_rows(
     """
     implementation = _for_sums(*rows, *gradients, *means, *squares)
     implementation.adam_rows(rows, gradients, means, squares, step, learning_rate, encoder_fast)
+
+
+def adam_raw_rows(
+    rows: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    gradients: Gradients,
+    means: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    squares: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Float[Tensor, "d_sae d_in"] | None,
+    raw: RawRows,
+) -> None:
+    """``adam_rows`` by which the raw rows v and e move, and with them L and the rows v/L and L·e.
+
+    ``gradients`` are by encoder, decoder and encoder bias, as they are seen; the bias does not
+    move. The new L is the norm of v. Of plain torch on every device.
+    """
+    pytorch.adam_raw_rows(rows, gradients, means, squares, step, learning_rate, encoder_fast, raw)
 
 
 def _for_products(*tensors: Tensor) -> ModuleType:

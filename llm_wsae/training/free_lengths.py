@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.sparse.backends.pytorch import adam_tensors
-from llm_wsae.sparse.backends.reference import SMALLEST_NORM, Gradients
-from llm_wsae.sparse.codes import SparseGradients
-from llm_wsae.sparse.operations import weight_gradients
+from llm_wsae.sparse.backends.reference import Gradients
+from llm_wsae.sparse.codes import RawRows, SparseGradients
+from llm_wsae.sparse.operations import adam_raw_rows, sparse_adam
 from llm_wsae.training.normaliser import Space
 from llm_wsae.training.optimiser import Optimiser
 from llm_wsae.training.parameters import Parameters
@@ -41,43 +40,26 @@ class FreeLengths(Optimiser):
     ) -> None:
         """See ``Optimiser.step``. Decoder rows get the length 1, outside the space if one is
         given."""
-        encoder, decoder, bias, _ = self._parameters
-        if isinstance(by_weights, SparseGradients):
-            by_weights = weight_gradients(by_weights, len(decoder))
-        gradients = self._by_raw(Parameters(*by_weights, by_decoder_bias))
-        length = self._lengths
-        decoder.mul_(length[:, None])
-        encoder.div_(length[:, None])
-        bias.div_(length)
         self._steps += 1
-        state = (self._means, self._squares, self._steps)
-        adam_tensors(self._parameters, gradients, *state, learning_rate)
-        length.copy_(self._measured(decoder)).clamp_(min=SMALLEST_NORM)
-        decoder.div_(length[:, None])
-        encoder.mul_(length[:, None])
-        bias.mul_(length)
-        self.round_encoder()
-
-    def _by_raw(self, gradients: Parameters) -> Parameters:
-        """The gradients by v, e and b, from those by what is seen."""
         encoder, decoder, bias, _ = self._parameters
-        by_encoder, by_decoder, by_bias, by_decoder_bias = gradients
-        length = self._lengths
-        along = decoder  # the gradient of L by v
-        if self._space is not None:
-            along = self._space.gradients_of_lengths(decoder, self._fast)
-        by_length = (by_encoder * encoder).sum(1) + by_bias * bias - (by_decoder * decoder).sum(1)
-        return Parameters(
-            by_encoder * length[:, None],
-            torch.addcmul(by_decoder, by_length[:, None], along).div_(length[:, None]),
-            by_bias * length,
-            by_decoder_bias,
-        )
-
-    def _measured(self, rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae"]:
-        if self._space is None:
-            return torch.linalg.vector_norm(rows, dim=1)
-        return self._space.lengths_outside(rows, self._fast)[:, 0]
+        space, fast, before = self._space, self._fast, self._lengths.clone()
+        along = None if space is None else space.gradients_of_lengths(decoder, fast)
+        moments, now = (self._means[:2], self._squares[:2]), (self._steps, learning_rate)
+        given = (*moments, *now, self._encoder_fast, RawRows(self._lengths, bias, along))
+        if isinstance(by_weights, SparseGradients):
+            by_bias = sparse_adam(by_weights, (encoder, decoder), *given)
+        else:
+            by_bias = by_weights[2]
+            adam_raw_rows((encoder, decoder), by_weights, *given)
+        if space is not None:
+            outside = space.lengths_outside(decoder, fast)
+            decoder.div_(outside)
+            encoder.mul_(outside)
+            self._lengths.mul_(outside[:, 0])
+            self.round_encoder()
+        bias.div_(before)
+        self._move_biases(by_bias * before, by_decoder_bias, learning_rate)
+        bias.mul_(self._lengths)
 
     @property
     def _fast(self) -> torch.dtype:

@@ -57,11 +57,19 @@ class Optimiser:
         else:
             by_encoder, by_decoder, by_bias = by_weights
             adam_rows(rows, (by_encoder, by_decoder), *moments, *now, self._encoder_fast)
+        self._move_biases(by_bias, by_decoder_bias, learning_rate)
+
+    def _move_biases(
+        self,
+        by_bias: Float[Tensor, " d_sae"],
+        by_decoder_bias: Float[Tensor, " d_in"],
+        learning_rate: float,
+    ) -> None:
         by_biases = (by_bias, by_decoder_bias)
         for vectors in zip(
             self._parameters[2:], by_biases, self._means[2:], self._squares[2:], strict=True
         ):
-            adam_vector(*vectors, *now)
+            adam_vector(*vectors, self._steps, learning_rate)
 
     def state(self) -> dict[str, Tensor]:
         """The moments and the number of steps, named as in torch.optim.Adam."""

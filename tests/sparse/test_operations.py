@@ -11,6 +11,7 @@ from llm_wsae.sparse.backends.reference import EPSILON
 from llm_wsae.sparse.codes import (
     Codes,
     RaggedCodes,
+    RawRows,
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
@@ -329,6 +330,42 @@ def test_sparse_adam(name, exact, more, fast):
     for one, other in zip(sum(found, ()), sum(expected, ()), strict=True):
         assert_close(one, other, exact)
     assert copy is None or torch.equal(copy, found[0][0].to(fast))
+
+
+@over(along=[False, True], fast=[torch.bfloat16, None], more=[False, True], name=SUMS)
+def test_sparse_adam_of_raw_rows(name, exact, more, fast, along):
+    """The same as with dense sums, in float64; test_free_lengths.py compares that with autograd."""
+    case = SUMS[name]
+    gradients = gradients_of(case, 1, more)
+    d_sae, width = case.decoder.shape
+    draw = torch.Generator().manual_seed(0)
+    unit = torch.nn.functional.normalize(case.decoder, dim=1)
+    start = (
+        *(case.decoder.flip(0), unit, *(case.decoder * 0.1,) * 2, *(case.decoder**2 + 1,) * 2),
+        torch.rand(d_sae, generator=draw, dtype=torch.float64) + 0.1,
+        torch.randn(d_sae, generator=draw, dtype=torch.float64),
+        torch.randn(d_sae, width, generator=draw, dtype=torch.float64),
+    )
+    expected, found = (
+        [part.to(dtype, copy=True) for part in start] for dtype in (torch.float64, exact)
+    )
+
+    def arguments(parts, copy):
+        raw = RawRows(*parts[6:8], parts[8] if along else None)
+        pairs = [tuple(parts[i : i + 2]) for i in (0, 2, 4)]
+        return pairs[0], (*pairs[1:], 3, 0.01, copy, raw)
+
+    copy = None if fast is None else torch.zeros(d_sae, width, dtype=fast)
+    with operations.using("reference"):
+        sums = operations.weight_gradients(gradients, d_sae)
+    rows, given = arguments(expected, None)
+    operations.adam_raw_rows(rows, sums, *given)
+    rows, given = arguments(found, copy)
+    by_bias = operations.sparse_adam(narrowed(gradients, exact), rows, *given)
+    assert_close(by_bias, sums[2], exact)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, exact)
+    assert copy is None or torch.equal(copy, found[0].to(fast))
 
 
 @over(name=SUMS)

@@ -22,6 +22,7 @@ from llm_wsae.sparse.backends.reference import BETAS, EPSILON, SMALLEST_NORM, Gr
 from llm_wsae.sparse.codes import (
     Codes,
     RaggedCodes,
+    RawRows,
     Reconstruction,
     SlotCapacity,
     SparseGradients,
@@ -177,6 +178,7 @@ def sparse_adam(
     step: int,
     learning_rate: float,
     encoder_fast: Tensor | None,
+    raw: RawRows | None = None,
 ) -> Tensor:
     """See ``operations``. A latent's gradients stay in cache, so that all of them are never held.
 
@@ -184,18 +186,17 @@ def sparse_adam(
     """
     d_sae, by_bias = len(rows[0]), _floats(len(rows[0]))
     place = torch.full((d_sae,), -1, dtype=torch.int32)
-    more: tuple[Tensor | None, Tensor | None] = (None, None)
+    more: tuple[Tensor | None, ...] = (None, None, None)
     if gradients.more is not None:
-        latents, by_encoder, by_decoder, more_bias = gradients.more
         place = gradients.more.places(d_sae, torch.int32)
-        more = (by_encoder.contiguous(), by_decoder.contiguous())
+        more = tuple(part.contiguous() for part in gradients.more[1:])
     with _rounded_encoder(rows[0], encoder_fast) as fast:
         _call(
             f"sparse_adam_{_NAMES[gradients.x.dtype]}",
             *_by_latent(gradients, d_sae), place, *more, by_bias, *rows, *means, *squares, fast,
-            *_adam(step, learning_rate),
+            *(raw or (None, None, None)), *_adam(step, learning_rate),
         )  # fmt: skip
-    return by_bias if gradients.more is None else by_bias.index_add_(0, latents, more_bias)
+    return by_bias
 
 
 def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Tensor | int, ...]:

@@ -17,6 +17,7 @@ from llm_wsae.sparse.backends.reference import BETAS, EPSILON, SMALLEST_NORM, Gr
 from llm_wsae.sparse.codes import (
     Codes,
     RaggedCodes,
+    RawRows,
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
@@ -219,13 +220,39 @@ def adam_rows(
 ) -> None:
     """See ``operations``."""
     encoder, decoder = rows
-    adam_tensors(rows, gradients, means, squares, step, learning_rate)
+    _adam(rows, gradients, means, squares, step, learning_rate)
     decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_(min=SMALLEST_NORM)
     if encoder_fast is not None:
         encoder_fast.copy_(encoder)
 
 
-def adam_tensors(
+def adam_raw_rows(
+    rows: tuple[Tensor, Tensor],
+    gradients: Gradients,
+    means: tuple[Tensor, Tensor],
+    squares: tuple[Tensor, Tensor],
+    step: int,
+    learning_rate: float,
+    encoder_fast: Tensor | None,
+    raw: RawRows,
+) -> None:
+    """See ``operations``."""
+    (encoder, decoder), (by_encoder, by_decoder, by_bias) = rows, gradients
+    length = raw.lengths[:, None]
+    by_length = (by_encoder * encoder).sum(1) + by_bias * raw.bias - (by_decoder * decoder).sum(1)
+    along = decoder if raw.along is None else raw.along
+    by_raw = torch.addcmul(by_decoder, by_length[:, None], along).div_(length)
+    encoder.div_(length)
+    decoder.mul_(length)
+    _adam(rows, (by_encoder * length, by_raw), means, squares, step, learning_rate)
+    torch.linalg.vector_norm(decoder, dim=1, out=raw.lengths).clamp_(min=SMALLEST_NORM)
+    encoder.mul_(length)
+    decoder.div_(length)
+    if encoder_fast is not None:
+        encoder_fast.copy_(encoder)
+
+
+def _adam(
     tensors: Sequence[Tensor],
     gradients: Sequence[Tensor],
     means: Sequence[Tensor],
@@ -233,7 +260,7 @@ def adam_tensors(
     step: int,
     learning_rate: float,
 ) -> None:
-    """One step of Adam over tensors of any shape, in place; ``step`` counts from 1."""
+    """One step of Adam over tensors, in place; ``step`` counts from 1."""
     adam(
         list(tensors),
         list(gradients),

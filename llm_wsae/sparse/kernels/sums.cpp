@@ -154,10 +154,14 @@ struct Occurrences {
 };
 
 // Adam over a latent's rows, the decoder's then divided by its norm; the encoder's also goes to
-// `fast` unless that is null.
+// `fast` unless that is null. With `lengths`, what is moved are the raw rows length · decoder and
+// encoder / length, and the new length is the raw decoder's; `along` is the length's gradient by
+// that row, null if it is the decoder's own.
 struct Adam {
   float *encoder, *decoder, *encoder_mean, *decoder_mean, *encoder_square, *decoder_square;
   bfloat16* fast;
+  float* lengths;
+  const float *bias, *along;
   int64_t width;
   float step_size, root_scale, keep_square, new_mean, new_square, epsilon, smallest_norm;
 
@@ -165,6 +169,43 @@ struct Adam {
     mean += (gradient - mean) * new_mean;
     square = square * keep_square + gradient * gradient * new_square;
     return parameter - step_size * mean / (std::sqrt(square) * root_scale + epsilon);
+  }
+
+  void move_raw(int64_t latent, const float* __restrict by_encoder,
+                const float* __restrict by_decoder, float by_bias) const {
+    const int64_t begin = latent * width;
+    float* __restrict in = encoder + begin;
+    float* out = decoder + begin;
+    const float* slope = along ? along + begin : out;
+    const float length = lengths[latent];
+    float by_length = by_bias * bias[latent];
+#pragma omp simd reduction(+ : by_length)
+    for (int64_t i = 0; i < width; i++) by_length += by_encoder[i] * in[i] - by_decoder[i] * out[i];
+    float norm = 0;
+    {
+      float* __restrict mean = decoder_mean + begin;
+      float* __restrict square = decoder_square + begin;
+#pragma omp simd reduction(+ : norm)
+      for (int64_t i = 0; i < width; i++) {
+        const float gradient = (by_decoder[i] + by_length * slope[i]) / length;
+        out[i] = moved(out[i] * length, gradient, mean[i], square[i]);
+        norm += out[i] * out[i];
+      }
+    }
+    const float now = std::max(std::sqrt(norm), smallest_norm);
+    lengths[latent] = now;
+    float* __restrict mean = encoder_mean + begin;
+    float* __restrict square = encoder_square + begin;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) {
+      out[i] /= now;
+      in[i] = now * moved(in[i] / length, by_encoder[i] * length, mean[i], square[i]);
+    }
+    if (fast) {
+      bfloat16* __restrict copy = fast + begin;
+#pragma omp simd
+      for (int64_t i = 0; i < width; i++) narrow(in[i], copy[i]);
+    }
   }
 
   void move(int64_t latent, const float* __restrict by_encoder,
@@ -212,10 +253,12 @@ void weight_gradients(const Occurrences<T>& occurrences, float* by_encoder, floa
 }
 
 // Each latent's gradients go straight into Adam, and never to memory. `place` tells which of the
-// latents begin with a row of `more_encoder` and `more_decoder`, and which row; -1 begins with 0.
+// latents begin with a row of `more_encoder`, `more_decoder` and `more_bias`, and which row; -1
+// begins with 0.
 template <class T>
 void sparse_adam(const Occurrences<T>& occurrences, const int32_t* place, const float* more_encoder,
-                const float* more_decoder, float* by_bias, const Adam& adam, int64_t threads) {
+                const float* more_decoder, const float* more_bias, float* by_bias,
+                const Adam& adam, int64_t threads) {
   const int64_t d_sae = occurrences.d_sae, width = occurrences.width;
 #pragma omp parallel num_threads(int(threads))
   {
@@ -230,7 +273,11 @@ void sparse_adam(const Occurrences<T>& occurrences, const int32_t* place, const 
         std::copy_n(more_decoder + place[latent] * width, width, by_decoder.begin());
       }
       by_bias[latent] = occurrences.add(latent, by_encoder.data(), by_decoder.data());
-      adam.move(latent, by_encoder.data(), by_decoder.data());
+      if (place[latent] >= 0) by_bias[latent] += more_bias[place[latent]];
+      if (adam.lengths)
+        adam.move_raw(latent, by_encoder.data(), by_decoder.data(), by_bias[latent]);
+      else
+        adam.move(latent, by_encoder.data(), by_decoder.data());
     }
   }
 }
@@ -276,17 +323,20 @@ void decode(const int64_t* indices, const float* values, const int64_t* offsets,
       const int64_t* bounds, const int32_t* slots, const int32_t* rows, const T* x,                \
       const T* output_gradient, const float* by_value, const float* values, int64_t batch,         \
       int64_t d_sae, int64_t width, const int32_t* place, const float* more_encoder,               \
-      const float* more_decoder, float* by_bias, float* encoder, float* decoder,                   \
+      const float* more_decoder, const float* more_bias, float* by_bias, float* encoder,           \
+      float* decoder,                                                                              \
       float* encoder_mean, float* decoder_mean, float* encoder_square, float* decoder_square,      \
-      bfloat16* fast, double step_size, double root_scale, double keep_mean, double keep_square,   \
-      double epsilon, double smallest_norm, int64_t threads) {                                     \
+      bfloat16* fast, float* lengths, const float* bias, const float* along, double step_size,     \
+      double root_scale, double keep_mean, double keep_square, double epsilon,                     \
+      double smallest_norm, int64_t threads) {                                                     \
     const Occurrences<T> occurrences{bounds,   slots,  rows,  x,     output_gradient,              \
                                      by_value, values, batch, d_sae, width};                       \
     const Adam adam{encoder, decoder, encoder_mean, decoder_mean, encoder_square, decoder_square,  \
-                    fast, width, float(step_size), float(root_scale), float(keep_square),          \
+                    fast, lengths, bias, along, width, float(step_size), float(root_scale),        \
+                    float(keep_square),                                                            \
                     float(1 - keep_mean), float(1 - keep_square), float(epsilon),                  \
                     float(smallest_norm)};                                                         \
-    sparse_adam(occurrences, place, more_encoder, more_decoder, by_bias, adam, threads);            \
+    sparse_adam(occurrences, place, more_encoder, more_decoder, more_bias, by_bias, adam, threads); \
   }
 ROWS(float, float32)
 ROWS(bfloat16, bfloat16)
@@ -321,7 +371,8 @@ void adam_rows(const float* by_encoder, const float* by_decoder, int64_t d_sae, 
                double root_scale, double keep_mean, double keep_square, double epsilon,
                double smallest_norm, int64_t threads) {
   const Adam adam{encoder, decoder, encoder_mean, decoder_mean, encoder_square, decoder_square,
-                  fast, width, float(step_size), float(root_scale), float(keep_square),
+                  fast, nullptr, nullptr, nullptr, width, float(step_size), float(root_scale),
+                  float(keep_square),
                   float(1 - keep_mean), float(1 - keep_square), float(epsilon),
                   float(smallest_norm)};
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
