@@ -91,7 +91,7 @@ def choose_alpha(
             "k": k,
             "candidates": CANDIDATES,
             "weights": asdict(rule.settings(config)),
-            "training": {name: v for name, v in asdict(short).items() if name not in PROCEDURAL},
+            "training": _recorded(short),
         }
     )
     if (folder / CHOICE).exists():
@@ -109,6 +109,12 @@ def choose_alpha(
     write_json(folder / CHOICE, {"asked": asked, "choice": asdict(choice)})
     shutil.rmtree(folder / _TRIALS)
     return choice
+
+
+def _recorded(training: TrainConfig) -> dict[str, Any]:
+    """Settings that count. The first choices, made with unit lengths, do not say so."""
+    left_out = {*PROCEDURAL, *(["lengths"] if training.lengths == "unit" else [])}
+    return {name: value for name, value in asdict(training).items() if name not in left_out}
 
 
 def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:

@@ -111,6 +111,7 @@ def measure(
     weights = choose_weights(source.statistics(), ("uniform",), (1.0,))[0]
     configs = [ArmConfig(weights, k=k, init_seed=source.seed, architecture=a) for a, k in arms]
     config = TrainConfig(
+        lengths="unit",
         expansion=latents // source.d_in,
         tokens=steps * BATCH,
         batch_size=BATCH,

@@ -236,7 +236,7 @@ def measure_model(path: str, folder: str | None, seeds: Sequence[int]) -> None:
             arms = [ArmConfig(uniform, k=k, init_seed=seed, architecture=architecture) for k in ks]
             if all(_result(arm).exists() for arm in arms):
                 continue
-            config = TrainConfig(tokens=ROWS, batch_size=BATCH, shuffle_seed=seed)
+            config = TrainConfig(tokens=ROWS, batch_size=BATCH, shuffle_seed=seed, lengths="unit")
             made = train(source, arms, config, RUN / "dictionaries" / f"{architecture}-s{seed}")
             fidelity = evaluator.evaluate(made).dictionaries
             for arm in arms:

@@ -553,7 +553,9 @@ def measure(key: str, path: str, seeds: Sequence[int]) -> None:
             continue
         new = [arm for arm in arms if arm.name in missing and not _trained(folder, arm.name)]
         if new:
-            config = TrainConfig(tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600)
+            config = TrainConfig(
+                tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600, lengths="unit"
+            )
             train(opened.source, new, config, folder / f"seed{seed}-{len(new)}")
         found = {name: Dictionary.load(_trained(folder, name)[0]) for name in missing}
         fidelity = opened.evaluator.evaluate(found).dictionaries

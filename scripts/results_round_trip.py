@@ -203,7 +203,7 @@ def stream(seed: int, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         ),
     ]
     folder, massive = RUN / f"seed{seed}", inputs.statistics.massive_threshold
-    train(source, arms, TrainConfig(tokens=TRAINED, shuffle_seed=seed), folder)
+    train(source, arms, TrainConfig(tokens=TRAINED, shuffle_seed=seed, lengths="unit"), folder)
     config = RecoverConfig(rows=ROWS, injections=STREAM_INJECTIONS)
     for arm in arms:
         dictionary = Dictionary.load(folder / arm.name)

@@ -384,11 +384,13 @@ def measure(key: str, path: str | None, ideas: Sequence[Idea]) -> None:
         if key == PLANTED:
             source = PlantedRows(seed)
             inputs = RuleInputs(source.statistics(), second_moment=source.second_moment())
-            how = TrainConfig(tokens=600_000, batch_size=1024, device="cpu", dtype="float32")
+            how = TrainConfig(
+                tokens=600_000, batch_size=1024, device="cpu", dtype="float32", lengths="unit"
+            )
             place = Place(source, inputs, replace(how, shuffle_seed=seed), k=8)
         else:
             opened = opened or recovery.open_site(key, path)
-            how = TrainConfig(tokens=recovery.ROWS, shuffle_seed=seed)
+            how = TrainConfig(tokens=recovery.ROWS, shuffle_seed=seed, lengths="unit")
             place = Place(opened.source, opened.inputs, how, recovery.K, opened.evaluator)
         statistics = place.inputs.statistics
         Remembering.variance = statistics.robust_variance / statistics.robust_variance.mean()

@@ -47,7 +47,7 @@ from llm_wsae.studies.folder import RESULTS
 from llm_wsae.studies.plan import plan
 from llm_wsae.studies.report import CURVE, DIFFERENCES
 from llm_wsae.studies.runner import study as run_study
-from llm_wsae.training.config import ArchitectureName
+from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
@@ -164,7 +164,10 @@ def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) ->
     out = root / str(site)
     _remember_profile(out / PROFILE, site, step, config, store, model, first)
     started, before = time.monotonic(), _num_results(out)
-    run_study(model, store, site, CORPUS, out, config, weigh=step.weigh, dictionary=first)
+    how = TrainConfig(lengths="unit")
+    run_study(
+        model, store, site, CORPUS, out, config, training=how, weigh=step.weigh, dictionary=first
+    )
     made = _num_results(out) - before
     if made:
         seconds = round(time.monotonic() - started)

@@ -66,8 +66,9 @@ def read_basis(folder: Path) -> dict[str, Any]:
     try:
         scoring = basis["scoring"]
         scoring["encoder"] = canonical_encoder(scoring["encoder"])
-        # studies made before there was a choice of architecture are TopK's, and without plants
-        training = {"architecture": "topk"} | basis["training"]
+        # studies made before there was a choice of architecture are TopK's, and without plants;
+        # their decoder rows had unit length
+        training = {"architecture": "topk", "lengths": "unit"} | basis["training"]
         # and detection was over all genres and documents
         old = {"planted": {}, "measures": {"detection": 1}}
         return old | basis | {"training": training}

@@ -63,11 +63,12 @@ class StudyJobs:
                 missing.append(planned)
                 continue
             found = read_record(path).get("identity")
-            if not _same_arm(found, plain(planned.arm.identity())):
+            if not _same_arm(found, plain(planned.arm.identity(self.training.lengths))):
                 raise LlmWsaeError(
                     f"{path} is the result of other weights with the same name (from another first "
-                    "dictionary, or measured on other rows); choose another folder, or delete "
-                    "that file"
+                    "dictionary, or measured on other rows) or of decoder rows of other lengths "
+                    "(those of earlier versions are --train.lengths unit); choose another folder, "
+                    "or delete that file"
                 )
         return missing
 
@@ -153,7 +154,9 @@ class StudyJobs:
             name = planned.arm.name
             scores = monosemanticity.score({name: loaded[name]}).dictionaries[name]
             planted = self._recovery(loaded[name])
-            record = record_of(planned, found[name], scores, planted, self.device)
+            record = record_of(
+                planned, self.training.lengths, found[name], scores, planted, self.device
+            )
             write_json(self._result(planned), record)
             if not self.config.keep_dictionaries:
                 shutil.rmtree(self._dictionary(planned))

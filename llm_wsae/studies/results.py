@@ -21,6 +21,7 @@ from llm_wsae.planting.recovery import PlantRecovery
 from llm_wsae.provenance import plain, versions
 from llm_wsae.studies.curve import Point, Value
 from llm_wsae.studies.plan import PlannedArm
+from llm_wsae.training.config import Lengths
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,14 @@ class Result:
 
 def record_of(
     planned: PlannedArm,
+    lengths: Lengths,
     fidelity: Fidelity,
     scores: DictionaryScores,
     planted: PlantRecovery | None,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Contents of a dictionary's result file, JSON-able. ``device`` is where it was measured."""
+    """Contents of a dictionary's result file, JSON-able. ``lengths`` were asked of the training;
+    ``device`` is where it was measured."""
     arm, latents = planned.arm, scores.per_latent
     usual = latents["density"] <= DENSE_DENSITY
     return plain(
@@ -201,7 +204,7 @@ def record_of(
             "alpha": arm.weights.alpha,
             "k": arm.k,
             "seed": arm.init_seed,
-            "identity": arm.identity(),
+            "identity": arm.identity(lengths),
             "measured_on": {"processor": processor_name(device), **versions()},
             "fidelity": fidelity.summary(),
             "scores": scores.to_dict(),

@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,16 +79,27 @@ class ArmConfig:
         """The architecture and its k or L1 coefficient, for the dictionary's record."""
         return {"architecture": self.architecture, self.kind.setting: self.level}
 
+    def lengths(self, asked: Lengths) -> Literal["free", "unit"]:
+        """Those of the decoder rows in training. Raises UsageError if they cannot be free."""
+        if asked == "free" and not self.kind.has_free_lengths:
+            raise UsageError(
+                f"the architecture {self.architecture} has no free lengths: topk, batch-topk and "
+                "matryoshka have"
+            )
+        return "free" if asked != "unit" and self.kind.has_free_lengths else "unit"
+
     def check(self, d_sae: int) -> None:
         """Raise UsageError if a dictionary of ``d_sae`` latents cannot have k active ones."""
         if self.k is not None:
             TopK(self.k).check(d_sae)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, lengths: Lengths = "auto") -> dict[str, Any]:
         """What a checkpoint must agree on, as JSON."""
         gamma, config = self.weights.gamma.double(), self.weights.config
         total = float(gamma.sum())
-        return {
+        # the first checkpoints, of unit length, do not say so
+        free = {"lengths": "free"} if self.lengths(lengths) == "free" else {}
+        return free | {
             "rule": self.weights.rule.name,
             "alpha": self.weights.alpha,
             # a matrix comes from a decomposition, whose last digits depend on the machine
@@ -122,7 +133,7 @@ class Arm:
         device: torch.device,
         space: Space | None = None,
         strategy: Strategy = SINGLE,
-        lengths: Lengths = "unit",
+        lengths: Lengths = "auto",
     ):
         """``space`` may be shared with other arms. Raises UsageError if the architecture has no
         free lengths."""
@@ -151,18 +162,13 @@ class Arm:
         self.architecture.tie(self.parameters)
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
-        if lengths == "free" and not self.architecture.has_free_lengths:
-            raise UsageError(
-                f"the architecture {config.architecture} has no free lengths: topk, batch-topk and "
-                "matryoshka have"
-            )
-        if lengths == "free":
-            self._optimiser: Optimiser = FreeLengths(
-                self.parameters, self.space if is_mixed else None
-            )
-        else:
-            self._optimiser = Optimiser(self.parameters)
-        self._scales_rows = is_mixed and lengths == "unit"
+        self.lengths = config.lengths(lengths)
+        self._optimiser = (
+            FreeLengths(self.parameters, self.space if is_mixed else None)
+            if self.lengths == "free"
+            else Optimiser(self.parameters)
+        )
+        self._scales_rows = is_mixed and self.lengths == "unit"
         self.progress = self._no_progress()
 
     def step(

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 else:
     ArchitectureName = Literal[architecture_names()]
 
-Lengths = Literal["unit", "free"]
-"""Of decoder rows, while they are trained: 1, or any (``free_lengths``)."""
+Lengths = Literal["auto", "free", "unit"]
+"""Of decoder rows, while they are trained: any (``free_lengths``), or 1."""
 Shard = Literal["rows", "latents"]
 """What is distributed over the processes of one training."""
 
@@ -34,9 +34,9 @@ class TrainConfig:
     """Rows per step."""
     learning_rate: float | None = None
     """Peak learning rate of Adam; the default is 3e-3 · √(4608 / d_sae), at most 4e-3."""
-    lengths: Lengths = "unit"
-    """Lengths of decoder rows in training: unit, or free, as SAELens trains them.
-    The finished rows have length 1."""
+    lengths: Lengths = "auto"
+    """Lengths of decoder rows in training; finished ones have length 1.
+    auto: free for topk, batch-topk and matryoshka."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises from 0."""
     decay: float = 0.5
@@ -84,8 +84,8 @@ class TrainConfig:
             raise UsageError("warmup and decay are shares of the steps: together at most 1")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise UsageError(f"learning_rate must be a number above 0, not {self.learning_rate}")
-        if self.lengths not in ("unit", "free"):
-            raise UsageError(f"lengths must be unit or free, not {self.lengths!r}")
+        if self.lengths not in ("auto", "free", "unit"):
+            raise UsageError(f"lengths must be auto, free or unit, not {self.lengths!r}")
         if self.shard not in ("rows", "latents"):
             raise UsageError(f"shard must be rows or latents, not {self.shard!r}")
         if self.dtype not in ("auto", "bfloat16", "float32"):

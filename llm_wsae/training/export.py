@@ -47,6 +47,7 @@ def dictionary_of(
         training={
             **settings,
             **arm.config.settings(),
+            "lengths": arm.lengths,
             "command": command_line(),
             "versions": versions(),
         },

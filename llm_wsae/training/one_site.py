@@ -85,7 +85,7 @@ class Training:
         self.log: TrainingLog | None = None
         self.identity: dict[str, Any] = {
             "rows": source.identity(),
-            "arms": {arm.name: arm.identity() for arm in arms},
+            "arms": {arm.name: arm.identity(config.lengths) for arm in arms},
             "num_steps": self.num_steps,
             "batch_size": config.batch_size,
             "d_in": source.d_in,
@@ -98,8 +98,6 @@ class Training:
             "seed": config.shuffle_seed,
             "dtype": str(fast).removeprefix("torch."),
         }
-        if config.lengths != "unit":  # which the first checkpoints do not name
-            self.identity["lengths"] = config.lengths
 
     def is_finished(self) -> bool:
         """Whether nothing is left to do. Raises LlmWsaeError if another training was done there."""

@@ -196,7 +196,7 @@ def test_mixed_latents_have_length_one_in_the_model(rule, alpha, source, inputs,
     for dictionary in (space, mixed):  # each is a dictionary, and they are not the same
         assert (rows - dictionary(rows)).square().sum() < (rows - rows.mean(0)).square().sum() / 2
     assert not torch.equal(space.encode(rows) > 0, mixed.encode(rows) > 0)
-    arm = Arm(ArmConfig(weights[1], 3), D_IN, 40, CPU)
+    arm = Arm(ArmConfig(weights[1], 3), D_IN, 40, CPU, lengths="unit")
     reads = (arm.parameters.encoder * arm.parameters.decoder).sum(1)
     torch.testing.assert_close(reads, torch.ones(40))  # its own direction with slope 1
     lengths = arm.space.leave(arm.parameters.decoder).norm(dim=1)
