@@ -36,6 +36,7 @@ LEAST_GAIN = 0.02
 SmolLM2 trials saw a gain of 4 and 3 % where full trainings had 5 %.)"""
 CHOICE = "alpha.json"
 _TRIALS = "alpha"
+_AGAIN = "delete it to choose again"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def choose_alpha(
     folder holds the choice of other trials.
     """
     rule, config = Rule.parse("whitening"), settings_of_trials(config)
+    if training.lengths == "auto" and _has_unit_lengths(folder / CHOICE):
+        training = replace(training, lengths="unit")
     tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
     short = replace(training, tokens=tokens)
     asked = plain(
@@ -117,9 +120,16 @@ def _recorded(training: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(training).items() if name not in left_out}
 
 
+def _has_unit_lengths(path: Path) -> bool:
+    """Whether there is a choice that was made with decoder rows of length 1."""
+    if not path.exists():
+        return False
+    asked = read_own_json(path, "choice of an exponent", _AGAIN).get("asked", {})
+    return isinstance(asked, dict) and "lengths" not in asked.get("training", {})
+
+
 def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:
-    way_out = "delete it to choose again"
-    found = read_own_json(path, "choice of an exponent", way_out)
+    found = read_own_json(path, "choice of an exponent", _AGAIN)
     try:
         if found["asked"] != asked:
             raise LlmWsaeError(
@@ -127,4 +137,4 @@ def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:
             )
         return typed(AlphaChoice(**found["choice"]))
     except (KeyError, TypeError) as error:
-        raise LlmWsaeError(f"{path} is not the choice of an exponent; {way_out}") from error
+        raise LlmWsaeError(f"{path} is not the choice of an exponent; {_AGAIN}") from error

@@ -76,6 +76,12 @@ def read_basis(folder: Path) -> dict[str, Any]:
         raise LlmWsaeError(f"{path} is not the description of a study; {AGAIN}") from error
 
 
+def has_unit_lengths(folder: Path) -> bool:
+    """Whether it holds a study whose decoder rows have length 1, as those of earlier versions have.
+    Raises as ``read_basis`` does."""
+    return (folder / BASIS).exists() and read_basis(folder)["training"]["lengths"] == "unit"
+
+
 def check_basis(folder: Path, basis: Mapping[str, Any]) -> None:
     """Raise LlmWsaeError if the folder holds a study with other settings."""
     if not (folder / BASIS).exists():

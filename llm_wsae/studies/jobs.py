@@ -66,9 +66,8 @@ class StudyJobs:
             if not _same_arm(found, plain(planned.arm.identity(self.training.lengths))):
                 raise LlmWsaeError(
                     f"{path} is the result of other weights with the same name (from another first "
-                    "dictionary, or measured on other rows) or of decoder rows of other lengths "
-                    "(those of earlier versions are --train.lengths unit); choose another folder, "
-                    "or delete that file"
+                    "dictionary, or measured on other rows); choose another folder, or delete "
+                    "that file"
                 )
         return missing
 

@@ -6,7 +6,7 @@ correction for multiple tests.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from llm_wsae.studies.folder import (
     RESULTS,
     TRAINING,
     check_basis,
+    has_unit_lengths,
     read_explained,
     read_report,
     read_results,
@@ -134,6 +135,8 @@ def study(
     arms = plan(inputs, config, weigh)
     for planned in arms:
         planned.arm.check(training.expansion * store.d_in)
+    if training.lengths == "auto" and has_unit_lengths(out):
+        training = replace(training, lengths="unit")  # it goes on as it was begun
     rows = store.identity(site)
     del rows["sha256"]  # another processor rounds the same rows differently: still the same study
     basis = plain(

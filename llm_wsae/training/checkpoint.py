@@ -195,6 +195,21 @@ def log_at_checkpoint(folder: Path) -> Written | None:
         return Written.from_json(json.loads(file.metadata()[HEADER]).get("log"))
 
 
+def began_with_unit_lengths(folder: Path) -> bool:
+    """Whether the folder holds a training whose decoder rows all have length 1, as those of earlier
+    versions have. The bytes of a checkpoint are not checked here."""
+    path = folder / FINISHED
+    if path.exists():
+        arms = read_finished(folder)[0]["arms"]
+    elif (path := folder / CHECKPOINT).exists():
+        with open_tensors(path, WHAT, WAY_OUT) as file, _refused(path):
+            arms = json.loads(file.metadata()[HEADER])["identity"]["arms"]
+    else:
+        return False
+    with _refused(path):
+        return all("lengths" not in arm for arm in arms.values())
+
+
 def read_finished(folder: Path) -> tuple[dict[str, Any], Written | None]:
     """The settings of the finished training in a folder, and what its log held at the end (None in
     folders of the first version).

@@ -18,6 +18,7 @@ from llm_wsae.training.checkpoint import (
     CHECKPOINT,
     FINISHED,
     Reached,
+    began_with_unit_lengths,
     check_identity,
     load_checkpoint,
     load_just_saved,
@@ -66,6 +67,9 @@ class Training:
         rows = self.num_steps * config.batch_size
         dead_after = config.dead_after or min(MAX_DEAD_AFTER, rows // 10)
         self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
+        self.lengths = config.lengths
+        if self.lengths == "auto" and group.processes.lead(lambda: began_with_unit_lengths(out)):
+            self.lengths = "unit"  # it goes on as it was begun
         spaces = Spaces(device)
         self.arms = [
             Arm(
@@ -75,7 +79,7 @@ class Training:
                 device,
                 spaces.of(arm.weights),
                 group.strategy,
-                config.lengths,
+                self.lengths,
             )
             for arm in arms
         ]
@@ -85,7 +89,7 @@ class Training:
         self.log: TrainingLog | None = None
         self.identity: dict[str, Any] = {
             "rows": source.identity(),
-            "arms": {arm.name: arm.identity(config.lengths) for arm in arms},
+            "arms": {arm.name: arm.identity(self.lengths) for arm in arms},
             "num_steps": self.num_steps,
             "batch_size": config.batch_size,
             "d_in": source.d_in,
@@ -212,7 +216,7 @@ class Training:
         """The arm with the latents of all processes, which have just saved them."""
         if len(arm.own_latents) == arm.d_sae:
             return arm
-        cpu, how = torch.device("cpu"), self.config.lengths
-        complete = Arm(arm.config, self.source.d_in, arm.d_sae, cpu, lengths=how)
+        cpu, d_sae = torch.device("cpu"), arm.d_sae
+        complete = Arm(arm.config, self.source.d_in, d_sae, cpu, lengths=self.lengths)
         load_just_saved(self.out, complete)
         return complete

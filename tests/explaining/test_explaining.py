@@ -128,9 +128,11 @@ def judge():
 
 @pytest.fixture(scope="module", autouse=True)
 def few_texts():
-    """Fewer random texts, so that choosing is quick."""
+    """Fewer random texts, so that choosing is quick; more of neighbours, which in so small a
+    vocabulary are mostly active together."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(examples, "POOL", 60)
+        patch.setattr(examples, "_CANDIDATES", 12)
         yield
 
 

@@ -267,7 +267,7 @@ def _adam(
         list(means),
         list(squares),
         [],
-        [torch.tensor(step - 1.0, device=one.device) for one in tensors],
+        [torch.full((), step - 1.0, device=one.device) for one in tensors],
         fused=tensors[0].device.type in ("cpu", "cuda"),
         amsgrad=False,
         beta1=BETAS[0],
