@@ -103,7 +103,5 @@ def make_world(folder: Path) -> Path:
     works("harvest", "--model", folder / "model", "--corpus", folder / "text.jsonl", *HARVEST,
           "--dtype", "float32", "--out", folder / "store")  # fmt: skip
     few = ("--lengths", "unit")  # some ten steps: free lengths would not have grown yet
-    works(
-        "train", folder / "store", *TRAIN, *PAIR, "--k", 4, *few, "--out", folder / "trained"
-    )
+    works("train", folder / "store", *TRAIN, *PAIR, "--k", 4, *few, "--out", folder / "trained")
     return folder

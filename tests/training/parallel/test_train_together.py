@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from command_line import PAIR, TRAIN, content, make_world
+from command_line import PAIR, TRAIN, content, make_world, works
 from several import ROOT, launched, run, torchrun
 from training_cases import ARCHITECTURES, CONFIG, Planted
 
@@ -224,8 +224,10 @@ def world(tmp_path_factory):
 
 def test_the_command_under_torchrun(world, tmp_path):
     """From a store, of which each process reads its rows only."""
-    out, alone = tmp_path / "out", world / "trained"
-    done = torchrun(2, "train", world / "store", *TRAIN, *PAIR, "--k", 4, "--out", out, "--json")
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    words = ("train", world / "store", *TRAIN, *PAIR, "--k", 4)
+    works(*words, "--out", alone)
+    done = torchrun(2, *words, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("uniform-k4") == 1 and "train 2 arms: 100%" in done.stderr
     assert done.stderr.count("train 2 arms:   0%") == 1
