@@ -44,7 +44,8 @@ dictionary = load_pretrained("{first}")
 
 The files are in bfloat16. Everything above was measured on these files, on held-out documents of
 the same mixture. There is one seed each, so a difference is one between two runs, not between two
-methods. What whitening changes, over seeds and on two models, is in `docs/which-weights.md`.
+methods. What whitening changes, over seeds and on two models, is in `docs/which-weights.md`. In
+training, decoder rows had length 1 (`--lengths unit`).
 
 `bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of
 this repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is
