@@ -203,7 +203,7 @@ def began_with_unit_lengths(folder: Path) -> bool:
         arms = read_finished(folder)[0]["arms"]
     elif (path := folder / CHECKPOINT).exists():
         with open_tensors(path, WHAT, WAY_OUT) as file, _refused(path):
-            arms = json.loads(file.metadata()[HEADER])["identity"]["arms"]
+            arms = _identity(json.loads(file.metadata()[HEADER]))["arms"]
     else:
         return False
     with _refused(path):
@@ -242,12 +242,19 @@ def _reached(header: dict[str, Any], num_steps: int) -> Reached:
     step, numbers = header["step"], header.get("numbers", {})
     if type(step) is not int or not 0 <= step <= num_steps:
         raise ValueError(f"its step is {shown(step)} of {num_steps}")
-    if not isinstance(header["identity"], dict):
-        raise ValueError("it does not say which settings it belongs to")
+    _identity(header)
     for found in numbers.values():
         if not all(isinstance(number, float) for number in found.values()):
             raise ValueError(f"its numbers are {shown(numbers)}")
     return Reached(step, numbers, Written.from_json(header.get("log")))
+
+
+def _identity(header: dict[str, Any]) -> dict[str, Any]:
+    """The settings it belongs to. Raises ValueError if it names none."""
+    found = header["identity"]
+    if not isinstance(found, dict):
+        raise ValueError("it does not say which settings it belongs to")
+    return found
 
 
 def _restore(file: Any, arms: Sequence[Arm]) -> None:
