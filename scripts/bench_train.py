@@ -110,7 +110,7 @@ def contestants(peers: list[str], arms: int) -> list[Contestant]:
             "dictionary_learning", "dictionary_learning", "", "dictionary_learning"
         ),
     }
-    ours = [Contestant(OURS, "ours", "1")]
+    ours = [Contestant(OURS, "ours", "1"), Contestant(f"{OURS}, rows of length 1", "ours", "unit")]
     if arms > 1:
         ours.append(Contestant(f"{OURS}, {arms} arms (per arm)", "ours", str(arms), None, arms))
     floor = [Contestant(MATMUL, "matmul"), Contestant(ADAM, "adam")]

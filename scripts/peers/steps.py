@@ -177,7 +177,8 @@ class _OnGpu:
 def ours(job: Job, rows: Tensor) -> Trainer:
     """From raw rows on: normalise the batch, then one step of every arm.
 
-    The variant is the number of arms. They differ in seed and share the batch, as in a training.
+    The variant is the number of arms, which differ in seed and share the batch, as in a training;
+    or ``unit``, one whose decoder rows have length 1.
     """
     from llm_wsae.hardware import fast_dtype
     from llm_wsae.statistics.moments import Statistics
@@ -191,9 +192,10 @@ def ours(job: Job, rows: Tensor) -> Trainer:
     statistics = Statistics(job.d_in, 1).update(rows, torch.zeros(len(rows), dtype=torch.int64))
     normaliser = Normaliser(statistics, device, fast)
     weights = weights_from_rule("variance", 0.5, statistics)
+    number, lengths = (1, "unit") if job.variant == "unit" else (int(job.variant), "auto")
     arms = [
-        Arm(ArmConfig(weights, k=job.k, init_seed=seed), job.d_in, job.d_sae, device)
-        for seed in range(int(job.variant))
+        Arm(ArmConfig(weights, job.k, init_seed=seed), job.d_in, job.d_sae, device, lengths=lengths)
+        for seed in range(number)
     ]
     learning_rate, rows_seen = default_learning_rate(job.d_sae), 0
 
