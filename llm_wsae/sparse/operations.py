@@ -241,10 +241,8 @@ def sparse_adam(
     state = (*rows, *means, *squares)
     implementation = _for_sums(gradients.codes.values, gradients.by_value, *state)
     given = (means, squares, step, learning_rate, encoder_fast)
-    if raw is None and hasattr(implementation, "sparse_adam"):
-        return implementation.sparse_adam(gradients, rows, *given)
-    if raw is not None and implementation is cpu:
-        return cpu.sparse_adam(gradients, rows, *given, raw)
+    if hasattr(implementation, "sparse_adam"):
+        return implementation.sparse_adam(gradients, rows, *given, raw)
     sums = weight_gradients(gradients, len(rows[0]))
     if raw is None:
         implementation.adam_rows(rows, sums[:2], *given)

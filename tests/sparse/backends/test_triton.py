@@ -25,6 +25,7 @@ from llm_wsae.sparse.backends import reference
 from llm_wsae.sparse.codes import (
     Codes,
     RaggedCodes,
+    RawRows,
     SlotCapacity,
     SparseGradients,
     SubsetGradients,
@@ -424,6 +425,36 @@ def test_sparse_adam(device, triton, case):
         torch.testing.assert_close(copy, found[0][0].to(fast), rtol=nearness, atol=0)
 
 
+@over(case=each([(one, torch.float32) for one in CODES], [False, True], [False, True]))
+def test_sparse_adam_of_raw_rows(device, triton, case):
+    (kind, dtype), more, along = case
+    gradients = some_gradients(kind, device, dtype, more)
+    drawn = [random(D_SAE, D_IN, seed=seed) for seed in range(4)]
+    drawn[1] = torch.nn.functional.normalize(drawn[1], dim=1)
+    drawn += [one**2 + 1 for one in drawn[2:]]
+    vectors = [random(D_SAE, seed=5).abs() + 0.1, random(D_SAE, seed=6)]
+    sides = [random(D_SAE, D_IN, seed=7)] if along else []
+    found, wanted = (
+        [one.to(device, kind, copy=True) for one in (*drawn, *vectors, *sides)]
+        for kind in (torch.float32, torch.float64)
+    )
+
+    def parts(of):
+        encoder, decoder, mean, other_mean, square, other_square, *raw = of
+        moments = ((mean, other_mean), (square, other_square))
+        return (encoder, decoder), moments, RawRows(*raw)
+
+    rows, moments, raw = parts(found)
+    by_bias = triton.sparse_adam(gradients, rows, *moments, 3, 0.01, None, raw)
+    with using("reference"):
+        sums = operations.weight_gradients(widened(gradients), D_SAE)
+    rows, moments, raw = parts(wanted)
+    operations.adam_raw_rows(rows, sums, *moments, 3, 0.01, None, raw)
+    close(by_bias, sums[2])
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other)
+
+
 @over(case=each([torch.bfloat16, torch.float32, torch.float64], CODES))
 def test_reconstruct(device, triton, case):
     fast, kind = case
@@ -707,7 +738,8 @@ if not INTERPRETED:
         more = SubsetGradients(torch.arange(5000), *pair, bias.float())
         for some in (None, more) if dtype == torch.bfloat16 else (more,):  # float32 is slow
             gradients = SparseGradients(codes, x, x, codes.values, some)
-            triton.sparse_adam(gradients, pair, pair, pair, 1, 0.01, encoder)
+            for raw in (None, RawRows(bias.float(), bias.float(), None if some else pair[0])):
+                triton.sparse_adam(gradients, pair, pair, pair, 1, 0.01, encoder, raw)
         modules = (adam, select, sums)
         kernels = {name for module in modules for name in vars(module)}
         assert compiled.keys() == {name for name in kernels if name.endswith("_kernel")}

@@ -41,6 +41,8 @@ class More(NamedTuple):
     """[some, d_in]"""
     decoder: Tensor
     """[some, d_in]"""
+    bias: Tensor
+    """[some]"""
 
 
 class Rate(NamedTuple):
@@ -54,16 +56,52 @@ class Rate(NamedTuple):
 
 @triton.jit
 @no_type_check
-def _adam_row(row_ptr, mean_ptr, square_ptr, gradient, at, inside, rate):
-    """Moments updated in place; the new row, not stored yet."""
+def _adam_row(row_ptr, mean_ptr, square_ptr, gradient, at, inside, rate, scale):
+    """Moments updated in place; the new row, of one that is ``scale`` times what is stored; not
+    stored yet."""
     mean = tl.load(mean_ptr + at, mask=inside, other=0)
     square = tl.load(square_ptr + at, mask=inside, other=0)
     mean += (gradient - mean) * (1 - _KEEP_MEAN)
     square = square * _KEEP_SQUARE + gradient * gradient * (1 - _KEEP_SQUARE)
     tl.store(mean_ptr + at, mean, mask=inside)
     tl.store(square_ptr + at, square, mask=inside)
-    row = tl.load(row_ptr + at, mask=inside, other=0)
+    row = scale * tl.load(row_ptr + at, mask=inside, other=0)
     return row - rate.step_size * mean / (tl.sqrt(square * rate.square_scale) + _EPSILON)
+
+
+@triton.jit
+@no_type_check
+def _store_encoder(state, row, at, inside):
+    tl.store(state.encoder + at, row, mask=inside)
+    if state.encoder_fast is not None:
+        fast = row.to(tl.float32).to(state.encoder_fast.dtype.element_ty)
+        tl.store(state.encoder_fast + at, fast, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _adam_raw_latent(state, raw, by_encoder, by_decoder, by_bias, latent, at, inside, rate):
+    """The same over the raw rows length · decoder and encoder / length, which leave the decoder's
+    at norm 1; the new length is the raw one's."""
+    length = tl.load(raw.lengths + latent)
+    encoder = tl.load(state.encoder + at, mask=inside, other=0)
+    decoder = tl.load(state.decoder + at, mask=inside, other=0)
+    along = decoder
+    if raw.along is not None:
+        along = tl.load(raw.along + at, mask=inside, other=0)
+    by_length = by_bias * tl.load(raw.bias + latent)
+    by_length += tl.sum(by_encoder * encoder - by_decoder * decoder, 0)
+    gradient = (by_decoder + by_length * along) / length
+    row = _adam_row(
+        state.decoder, state.decoder_mean, state.decoder_square, gradient, at, inside, rate, length
+    )
+    now = tl.maximum(tl.sqrt(tl.sum(row * row, 0)), _SMALLEST_NORM)
+    tl.store(state.decoder + at, row / now, mask=inside)
+    tl.store(raw.lengths + latent, now)
+    gradient = by_encoder * length
+    mean, square = state.encoder_mean, state.encoder_square
+    row = _adam_row(state.encoder, mean, square, gradient, at, inside, rate, 1 / length)
+    _store_encoder(state, now * row, at, inside)
 
 
 @triton.jit
@@ -71,14 +109,11 @@ def _adam_row(row_ptr, mean_ptr, square_ptr, gradient, at, inside, rate):
 def _adam_latent(state, by_encoder, by_decoder, at, inside, rate):
     """Adam over a latent's two rows, the decoder's to norm 1, and a copy of the encoder's."""
     row = _adam_row(
-        state.encoder, state.encoder_mean, state.encoder_square, by_encoder, at, inside, rate
+        state.encoder, state.encoder_mean, state.encoder_square, by_encoder, at, inside, rate, 1.0
     )
-    tl.store(state.encoder + at, row, mask=inside)
-    if state.encoder_fast is not None:
-        fast = row.to(tl.float32).to(state.encoder_fast.dtype.element_ty)
-        tl.store(state.encoder_fast + at, fast, mask=inside)
+    _store_encoder(state, row, at, inside)
     row = _adam_row(
-        state.decoder, state.decoder_mean, state.decoder_square, by_decoder, at, inside, rate
+        state.decoder, state.decoder_mean, state.decoder_square, by_decoder, at, inside, rate, 1.0
     )
     norm = tl.sqrt(tl.sum(row * row, 0))
     tl.store(state.decoder + at, row / tl.maximum(norm, _SMALLEST_NORM), mask=inside)
@@ -104,6 +139,7 @@ def sparse_adam_kernel(
     more,  # or None
     by_bias_ptr,  # [d_sae]
     state,
+    raw,  # or None
     rate,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -115,11 +151,16 @@ def sparse_adam_kernel(
     by_encoder, by_decoder, by_bias = latent_sums(
         occurrences, pieces, latent, columns, SLOTS, BLOCK
     )
-    tl.store(by_bias_ptr + latent, by_bias)
     if more is not None:
         place = tl.load(more.place + latent)
         if place >= 0:
             begun = place * occurrences.d_in + columns
             by_encoder += tl.load(more.encoder + begun, mask=inside, other=0)
             by_decoder += tl.load(more.decoder + begun, mask=inside, other=0)
-    _adam_latent(state, by_encoder, by_decoder, latent * occurrences.d_in + columns, inside, rate)
+            by_bias += tl.load(more.bias + place)
+    tl.store(by_bias_ptr + latent, by_bias)
+    at = latent * occurrences.d_in + columns
+    if raw is None:
+        _adam_latent(state, by_encoder, by_decoder, at, inside, rate)
+    else:
+        _adam_raw_latent(state, raw, by_encoder, by_decoder, by_bias, latent, at, inside, rate)

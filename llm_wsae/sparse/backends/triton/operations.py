@@ -31,7 +31,14 @@ from llm_wsae.sparse.backends.triton.sums import (
     reconstruct_kernel,
     value_gradients_kernel,
 )
-from llm_wsae.sparse.codes import Codes, RaggedCodes, Reconstruction, SlotCapacity, SparseGradients
+from llm_wsae.sparse.codes import (
+    Codes,
+    RaggedCodes,
+    RawRows,
+    Reconstruction,
+    SlotCapacity,
+    SparseGradients,
+)
 
 dead_gradients = pytorch.dead_gradients
 
@@ -186,20 +193,21 @@ def sparse_adam(
     step: int,
     learning_rate: float,
     encoder_fast: Tensor | None,
+    raw: RawRows | None = None,
 ) -> Tensor:
     """See ``operations``. A latent's gradients never leave the program that sums them."""
     d_sae, d_in = rows[0].shape
     by_bias = torch.empty_like(rows[0][:, 0], memory_format=torch.contiguous_format)
     more = None
     if gradients.more is not None:
-        latents, *some_rows, some_bias = gradients.more
         places = gradients.more.places(d_sae, torch.int64)
-        more = More(places, *(part.contiguous() for part in some_rows))
+        more = More(places, *(part.contiguous() for part in gradients.more[1:]))
     state = State(*rows, *means, *squares, encoder_fast)
-    arguments = (*_by_latent(gradients, d_sae), more, by_bias, state, _rate(step, learning_rate))
+    grouped, rate = _by_latent(gradients, d_sae), _rate(step, learning_rate)
+    arguments = (*grouped, more, by_bias, state, raw, rate)
     whole = _whole_rows(d_in)
     _run(sparse_adam_kernel, (d_sae,), *arguments, SLOTS=_slots_beside(d_in), **whole)
-    return by_bias if more is None else by_bias.index_add_(0, latents, some_bias)
+    return by_bias
 
 
 def _by_latent(gradients: SparseGradients, d_sae: int) -> tuple[Occurrences, Sums]:
