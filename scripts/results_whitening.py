@@ -20,6 +20,11 @@
   of either kind is trained with decoder rows of unit length as the other kind measures length. The
   space with lengths of the model became the place ``mixed``, and is among the dictionaries of
   ``results_recovery.py``.
+- ``lengths``: are plain dictionaries trained well enough? SAELens' recover twice as many plants.
+  Dictionaries are trained with decoder rows of free lengths, as it does, and at up to four times
+  the rate. A pilot with seed 0 on SmolLM2 found that of what SAELens does otherwise the lengths
+  matter, and not how long rows are at first (1, .1 or .03), how strong latents are at first (a
+  tenth, a hundredth), nor other rates for the decoder or the encoder alone.
 
 The sites, plants, texts and judges are those of ``results_recovery.py``, and so are the
 dictionaries that these are compared with. ``whitening_expected.py`` was written before the first
@@ -31,6 +36,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +116,10 @@ EXPERIMENTS = {
     "kind": ("gemma", "smollm2"),
     "baselines": ("gemma", "smollm2"),
     "saelens": ("smollm2",),
+    "lengths": ("smollm2", "gemma"),
 }
 """Where each is made."""
+FREE = "free lengths"
 THEIRS = {
     "saelens-plain": "expected_average_only_in",
     "saelens-whitened": "covariance_whitening",
@@ -168,6 +176,18 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
             for own in recovery.arms_of(inputs, seed, lambda label: _has_other_rate(place, label)):
                 rate = {"learning_rate": factor * usual}
                 yield Trial(f"rate × {factor:g}", label_of(own), own, rate)
+    if experiment == "lengths":
+        usual = default_learning_rate(8 * inputs.statistics.d_in)
+        for lengths, factor in product(("", f"{FREE}, "), (1, 2, 4)):
+            setting = f"{lengths}rate × {factor}"
+            for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
+                own = arm(*one)
+                rate: dict[str, Any] = {"learning_rate": factor * usual}
+                if lengths:
+                    rate["lengths"] = "free"
+                trial = Trial(setting, label_of(own), own, rate)
+                if lengths or (factor > 1 and not _known_rate(place, trial, seed)):
+                    yield trial
     if experiment == "length":
         for rows in LENGTHS if PLACES[place].block == 9 else (TWO_MILLION,):
             for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
@@ -184,6 +204,11 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
         for kind in KINDS:
             for one in (("uniform", 1.0, LOSS), HALF):
                 yield Trial(kind, label_of(arm(*one)), arm(*one, architecture=kind))
+
+
+def _known_rate(place: str, trial: Trial, seed: int) -> bool:
+    """Whether another experiment has it."""
+    return any(_result(name, place, trial, seed).exists() for name in ("rate", "every-rate"))
 
 
 def _has_other_rate(place: str, label: str) -> bool:
@@ -380,11 +405,16 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
         "every-rate": "rate × 1",
         "length": "1,000,000 rows",
         "saelens": "here",
+        "lengths": "rate × 1",
     }
     found = RUN.glob(f"results/{experiment}.{place}.*.json")
     records = [json.loads(path.read_text()) for path in sorted(found)]
     if experiment == "every-rate" and records:
         records += [r for r in read("rate", place) if r["setting"] != usual["rate"]]
+    if experiment == "lengths" and records:
+        others = [*read("rate", place), *read("every-rate", place)]
+        others = [r for r in others if r["setting"] in ("rate × 2", "rate × 4")]
+        records += [r for r in _once(others) if r["label"] in (PLAIN, WHITENED, WHITENED_MIXED)]
     labels = {record["label"] for record in records} | {PLAIN}
     if experiment == "form":
         labels |= {INVERTED, INVERTED_SPACE, MIXED_INVERSE}
@@ -406,6 +436,11 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
     if experiment == "length":
         records.sort(key=lambda r: int(_name(r["setting"]).removesuffix("rows")))
     return records
+
+
+def _once(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    known = {(r["setting"], r["label"], r["seed"]): r for r in records}
+    return list(known.values())
 
 
 def changes(records: Sequence[dict[str, Any]], measure: str) -> dict[str, Estimate]:
@@ -579,6 +614,7 @@ TITLES = {
     "kind": "Other architectures",
     "baselines": "What is recovered without learning it",
     "saelens": "The whitening of SAELens",
+    "lengths": "Is the plain dictionary trained well enough",
 }
 
 

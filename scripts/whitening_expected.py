@@ -16,6 +16,7 @@ WHITENED_MIXED = f"whitening-a0.5-mixed-k{K}"
 FULLY = f"whitening-a1-space-k{K}"
 PLAIN_OF = {"saelens-whitened": "saelens-plain"}
 """Dictionaries that are not compared with the plain one of ours."""
+FREE_TWICE = "free lengths, rate × 2"
 STRETCHED, MIXED_INVERSE = f"{INVERTED}-stretched", f"variance-a-0.5-mixed-k{K}"
 
 
@@ -92,6 +93,18 @@ def changed_at_best(
     def found(of: Found) -> tuple[bool, str]:
         share = of.change_at_best(label, measure)
         return low <= share <= high, f"{100 * share:+.0f} %"
+
+    return found
+
+
+def plain_beside_usual(
+    measure: str, low: float, high: float
+) -> Callable[[Found], tuple[bool, str]]:
+    """The plain dictionary of free lengths at twice the rate, beside the usual plain one."""
+
+    def found(of: Found) -> tuple[bool, str]:
+        own, usual = of.mean(FREE_TWICE, PLAIN, measure), of.mean("rate × 1", PLAIN, measure)
+        return low <= own / usual - 1 <= high, f"{100 * (own / usual - 1):+.0f} %"
 
     return found
 
@@ -299,5 +312,34 @@ EXPECTED = (
             changed(kind, -0.08, 0.08),
         )
         for kind in KINDS
+    ),
+    *(
+        Expectation("lengths", place, words, found)
+        for place, more, lead, most, kl in (
+            ("smollm2", 0.5, 0.05, 0.4, 0.0),
+            ("gemma", 0.3, 0.2, 99, -0.05),
+        )
+        for words, found in (
+            (
+                "free lengths at twice the rate: plain recovers at least "
+                f"{100 * more:.0f} % more than usual plain",
+                plain_beside_usual("recovered", more, 99),
+            ),
+            (
+                "the same: KL at most 3 % higher",
+                plain_beside_usual("kl", -1, 0.03),
+            ),
+            (
+                "the same: mixed recovers at least "
+                f"{100 * lead:.0f} {'' if most > 1 else f'and at most {100 * most:.0f} '}% more "
+                "than plain",
+                changed(FREE_TWICE, lead, most, WHITENED_MIXED, "recovered"),
+            ),
+            (
+                f"the same: KL of mixed {'' if not kl else f'at least {-100 * kl:.0f} % '}below "
+                "plain's",
+                changed(FREE_TWICE, -1, kl, WHITENED_MIXED),
+            ),
+        )
     ),
 )
