@@ -47,6 +47,7 @@ import whitening_latents
 from benchmarks import IMAGES, README, write_result
 from interop_checks import peer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from raw_baselines import principal_components, raw_dimensions
 from results_archive import pack, unpack
 from results_recovery import (
@@ -62,6 +63,7 @@ from results_recovery import (
 )
 from whitening_expected import (
     EXPECTED,
+    FREE_TWICE,
     FULLY,
     INVERTED,
     INVERTED_SPACE,
@@ -188,6 +190,9 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
                 trial = Trial(setting, label_of(own), own, rate)
                 if lengths or (factor > 1 and not _known_rate(place, trial, seed)):
                     yield trial
+            if setting == FREE_TWICE:
+                own = arm(f"rotated:{MIXED_HALF[0]}", MIXED_HALF[1], replace(MIXED, draw=seed))
+                yield Trial(setting, label_of(own), own, rate)
     if experiment == "length":
         for rows in LENGTHS if PLACES[place].block == 9 else (TWO_MILLION,):
             for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
@@ -604,6 +609,55 @@ def plot_lengths(path: Path) -> None:
     save(figure, path)
 
 
+_THEIRS_SHOWN = {"saelens-plain": (INK, "plain"), "saelens-whitened": (BLUE, "whitened, α = 1")}
+
+
+def plot_trade(path: Path) -> None:
+    """Recovered plants against KL: what other rates and free lengths change, with and without
+    weights."""
+    figure = Figure(figsize=(10.5, 5.4), layout="constrained")
+    for axis, place in zip(figure.subplots(1, 2), EXPERIMENTS["lengths"], strict=True):
+        of, records = Found(read("lengths", place)), read("saelens", place)
+        for label, (_, colour, marker) in _LINES.items():
+            for lengths, fill in (("", "none"), (f"{FREE}, ", colour)):
+                settings = [f"{lengths}rate × {factor}" for factor in (1, 2, 4)]
+                kl, recovered = (
+                    [of.mean(setting, label, measure) for setting in settings]
+                    for measure in ("kl", "recovered")
+                )
+                style: dict[str, Any] = {"color": colour, "marker": marker, "lw": 1.4}
+                axis.plot(kl, recovered, "-" if lengths else "--", mfc=fill, **style)
+                for factor, *at in zip((1, 2, 4), kl, recovered, strict=True):
+                    near = {"textcoords": "offset points", "xytext": (5, 3)}
+                    axis.annotate(f"×{factor}", at, color=colour, fontsize=8, **near)
+        for label, (colour, name) in _THEIRS_SHOWN.items():
+            own = [r["numbers"] for r in records if r["label"] == label]
+            if own:
+                at = [np.mean([one[measure] for one in own]) for measure in ("kl", "recovered")]
+                axis.plot(*at, "*", color=colour, ms=13)
+                near = {"textcoords": "offset points", "xytext": (8, -3)}
+                axis.annotate(f"SAELens, {name}", at, color=colour, fontsize=9, **near)
+        axis.set_title(PLACES[place].title, fontsize=11)
+        axis.set_xlabel("KL, nats (left: more faithful)")
+        axis.set_ylabel("share of plants recovered")
+        axis.set_ylim(bottom=0)
+        tidy(axis)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, label=name)
+        for name, colour, marker in _LINES.values()
+    ]
+    handles += [
+        Line2D([], [], color=INK, ls=style, marker="o", mfc=fill, label=name)
+        for style, fill, name in (
+            ("--", "none", "rows of length 1"),
+            ("-", INK, "rows of free lengths"),
+        )
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle("Faster training and free lengths, at 1, 2 and 4 times the usual rate")
+    save(figure, path)
+
+
 TITLES = {
     "form": "In the loss, in the space, and between",
     "dose": "One loud dimension",
@@ -639,6 +693,7 @@ def main() -> None:
                 measure(experiment, place, path, asked.seeds)
                 pack(RUN, ARCHIVE)
     plot_lengths(IMAGES / "learning_curve.png")
+    plot_trade(IMAGES / "free_lengths.png")
     write_result("whitening", section())
 
 

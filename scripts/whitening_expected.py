@@ -340,6 +340,10 @@ EXPECTED = (
                 "plain's",
                 changed(FREE_TWICE, -1, kl, WHITENED_MIXED),
             ),
+            (
+                "its rotated control: at most 10 % more of the plants recovered than plain",
+                changed(FREE_TWICE, -1, 0.1, f"rotated-{WHITENED_MIXED}", "recovered"),
+            ),
         )
     ),
 )
