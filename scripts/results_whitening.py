@@ -119,6 +119,7 @@ EXPERIMENTS = {
     "baselines": ("gemma", "smollm2"),
     "saelens": ("smollm2",),
     "lengths": ("smollm2", "gemma"),
+    "lengths-long": ("smollm2", "gemma"),
 }
 """Where each is made."""
 FREE = "free lengths"
@@ -193,6 +194,17 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
             if setting == FREE_TWICE:
                 own = arm(f"rotated:{MIXED_HALF[0]}", MIXED_HALF[1], replace(MIXED, draw=seed))
                 yield Trial(setting, label_of(own), own, rate)
+    if experiment == "lengths-long":
+        usual = default_learning_rate(8 * inputs.statistics.d_in)
+        for factor in (1, 2):
+            for one in (("uniform", 1.0, LOSS), MIXED_HALF):
+                own = arm(*one)
+                training = {
+                    "learning_rate": factor * usual,
+                    "lengths": "free",
+                    "tokens": LENGTHS[-1],
+                }
+                yield Trial(f"{FREE}, rate × {factor}", label_of(own), own, training)
     if experiment == "length":
         for rows in LENGTHS if PLACES[place].block == 9 else (TWO_MILLION,):
             for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
@@ -411,6 +423,7 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
         "length": "1,000,000 rows",
         "saelens": "here",
         "lengths": "rate × 1",
+        "lengths-long": "",
     }
     found = RUN.glob(f"results/{experiment}.{place}.*.json")
     records = [json.loads(path.read_text()) for path in sorted(found)]
@@ -420,6 +433,11 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
         others = [*read("rate", place), *read("every-rate", place)]
         others = [r for r in others if r["setting"] in ("rate × 2", "rate × 4")]
         records += [r for r in _once(others) if r["label"] in (PLAIN, WHITENED, WHITENED_MIXED)]
+    if experiment == "lengths-long" and records:
+        seeds = {r["seed"] for r in records}
+        long = [r for r in read("length", place) if r["setting"] == f"{LENGTHS[-1]:,} rows"]
+        records += [{**r, "setting": "rate × 1"} for r in long if r["seed"] in seeds]
+        return records
     labels = {record["label"] for record in records} | {PLAIN}
     if experiment == "form":
         labels |= {INVERTED, INVERTED_SPACE, MIXED_INVERSE}
@@ -669,6 +687,7 @@ TITLES = {
     "baselines": "What is recovered without learning it",
     "saelens": "The whitening of SAELens",
     "lengths": "Is the plain dictionary trained well enough",
+    "lengths-long": "The same after four million rows",
 }
 
 
