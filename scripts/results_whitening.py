@@ -87,6 +87,7 @@ from llm_wsae.studies.inference import Estimate, estimates
 from llm_wsae.terminal import markdown
 from llm_wsae.training import one_site
 from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.checkpoint import FINISHED
 from llm_wsae.training.config import default_learning_rate
 from llm_wsae.weights.choosing import own_weights, weights_from_rule
 from llm_wsae.weights.inputs import RuleInputs
@@ -307,6 +308,8 @@ def _train_and_judge(
         | own[0].training
     )
     folder = RUN / "trained" / f"{experiment}-{place}" / _name(own[0].setting) / f"s{seed}"
+    if (folder / FINISHED).exists():  # others of that setting were trained before
+        folder = folder.with_name(f"{folder.name}-more")
     with torch.no_grad():
         one_site.Arm = Stretched if experiment == "form" else Arm  # type: ignore[misc]
         dictionaries = train(opened.source, [trial.arm for trial in own], config, folder)
