@@ -304,7 +304,8 @@ def _train_and_judge(
     experiment: str, place: str, opened: Opened, own: Sequence[Trial], seed: int
 ) -> None:
     config = TrainConfig(
-        **{"tokens": recovery.ROWS, "shuffle_seed": seed, "checkpoint_seconds": 600}
+        **{"tokens": recovery.ROWS, "lengths": "unit", "shuffle_seed": seed}
+        | {"checkpoint_seconds": 600}
         | own[0].training
     )
     folder = RUN / "trained" / f"{experiment}-{place}" / _name(own[0].setting) / f"s{seed}"
@@ -657,7 +658,7 @@ def plot_trade(path: Path) -> None:
             if own:
                 at = [np.mean([one[measure] for one in own]) for measure in ("kl", "recovered")]
                 axis.plot(*at, "*", color=colour, ms=13)
-                near = {"textcoords": "offset points", "xytext": (8, -3)}
+                near = {"textcoords": "offset points", "xytext": (-8, -3), "ha": "right"}
                 axis.annotate(f"SAELens, {name}", at, color=colour, fontsize=9, **near)
         axis.set_title(PLACES[place].title, fontsize=11)
         axis.set_xlabel("KL, nats (left: more faithful)")
