@@ -461,6 +461,8 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
             records.insert(0, own)
     if experiment == "every-rate":
         return [r for r in records if r["seed"] == SEEDS[0] and r["setting"] != "rate × 0.5"]
+    if experiment == "lengths":
+        records.sort(key=lambda r: (r["setting"].startswith(FREE), r["setting"], r["label"]))
     if experiment == "length":
         records.sort(key=lambda r: int(_name(r["setting"]).removesuffix("rows")))
     return records
