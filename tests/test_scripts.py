@@ -32,8 +32,8 @@ def bench_train(device: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("device", ["cpu", CARD])
 def test_the_table_of_the_training_step(device):
-    """Ours, rows of length 1, four arms and the floor: each has a time above 0, and the floor's is that of
-    its parts."""
+    """Ours, rows of length 1, four arms and the floor: each row has a time above 0, and the floor's
+    is the sum of its parts."""
     done = bench_train(device)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:3] for line in done.stdout.splitlines() if line.startswith("| ")]
