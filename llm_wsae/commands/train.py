@@ -65,7 +65,8 @@ def train(
     if model_device == "spread":
         if store is not None:
             raise UsageError(
-                "--device spread needs a training that runs the model; with a store, leave it out"
+                "--device spread is for training without a store, where the model runs; "
+                "leave it out"
             )
         training = replace(training, device="auto")
     rules = [Rule.parse(name) for name in grid.rule]
