@@ -59,6 +59,7 @@ RESULT_PAGES = {
     "verdicts": "index.md",
     "recovery": "planted-features.md",
     "whitening": "whitening.md",
+    "free-lengths": "free-lengths.md",
     "planted": "planted-data.md",
     "study": "monosemanticity.md",
     "probes": "monosemanticity.md",
