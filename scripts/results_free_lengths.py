@@ -196,9 +196,7 @@ def measure(key: str, path: str, seeds: Sequence[int], parts: Sequence[str]) -> 
         missing = [arm for arm in arms if not _result(key, arm).exists()]
         if not missing:
             continue
-        config = TrainConfig(
-            tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600, lengths="free"
-        )
+        config = TrainConfig(tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600, lengths="free")
         folder = RUN / "trained" / key / f"s{seed}-{'-'.join(parts)}"
         dictionaries = train(opened.source, missing, config, folder)
         _judge(key, opened, missing, dictionaries, seed)
