@@ -22,7 +22,7 @@ from typing import Any
 
 import results_recovery as recovery
 import torch
-from benchmarks import README, write_result
+from benchmarks import IMAGES, README, write_result
 from results_archive import pack, unpack
 from results_recovery import (
     LOSS,
@@ -267,6 +267,21 @@ def _regret(
     return float(chosen), full[float(chosen)] / min(full.values()) - 1, full, trials
 
 
+_ROWS = (
+    ("whitened halfway, mixed (the default)", _MIXED),
+    ("whitened halfway, space", _SPACE),
+    ("inverse variance, mixed, α = −½", _INVERSE),
+    ("control: random directions, mixed", _ROTATED),
+)
+
+
+def plot(path: Path) -> None:
+    """What each weighting changes at each site."""
+    records_of = {key: found for key in recovery.MARKS if (found := read(key))}
+    title = f"Weighted dictionaries beside plain ones of the same k = {K}, two million rows"
+    recovery.plot_changes(path, _ROWS, records_of, title, 6)
+
+
 def choices() -> str:
     """What ``--alpha auto`` chooses for the place mixed, and what that costs."""
     rows = [["site", "KL of the trials, by α", "chosen", "KL after two million rows, by α",
@@ -319,6 +334,7 @@ def main() -> None:
         if path := getattr(asked, PLACES[key].model_key):
             measure(key, path, asked.seeds, asked.parts)
             pack(RUN, ARCHIVE)
+    plot(IMAGES / "which_weights.png")
     write_result("free-lengths", section())
 
 

@@ -748,22 +748,33 @@ _ROWS = (
     ("control: random weights in the loss", _RANDOM),
 )
 _FARTHEST = 140  # per cent of KL that is shown; the paper's rule lies beyond
-_MARKS = {"smollm2": ("o", BLUE, -0.13), "gemma": ("s", VERMILLION, 0.13)}
+MARKS = {
+    "smollm2": ("o", BLUE),
+    "smollm2-20": ("D", BLUE),
+    "gemma-5": ("^", VERMILLION),
+    "gemma": ("s", VERMILLION),
+    "gemma-14": ("v", VERMILLION),
+}
 
 
-def plot_recovery(path: Path) -> None:
-    """What each weighting changes at the same k, with its 95 % interval, for both models."""
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
+def plot_changes(
+    path: Path,
+    rows: Sequence[tuple[str, str]],
+    records_of: dict[str, list[dict[str, Any]]],
+    title: str,
+    height: float,
+) -> None:
+    """What each weighting changes at the same k, with its 95 % interval, at some of the sites."""
+    figure = Figure(figsize=(11, height), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    handles = []
-    for key, (marker, colour, shift) in _MARKS.items():
-        records, where = read(key), PLACES[key]
-        if not records:
-            continue
+    handles, beyond = [], False
+    shifts = np.linspace(-0.5, 0.5, len(records_of) + 2)[1:-1] * 0.8
+    for (key, records), shift in zip(records_of.items(), shifts, strict=True):
+        (marker, colour), where = MARKS[key], PLACES[key]
         style: dict[str, Any] = {"fmt": marker, "color": colour, "ms": 6, "elinewidth": 1.6}
         for axis, measure in zip(axes, ("kl", "recovered"), strict=True):
             found = differences(records, measure)
-            for row, (_, label) in enumerate(_ROWS):
+            for row, (_, label) in enumerate(rows):
                 if label not in found:
                     continue
                 value, *ends = (
@@ -771,13 +782,13 @@ def plot_recovery(path: Path) -> None:
                     for x in (found[label].difference, *found[label].interval)
                 )
                 if measure == "kl" and value > _FARTHEST:
-                    place = (_FARTHEST, row + shift)
+                    place, beyond = (_FARTHEST, row + shift), True
                     axis.annotate(f"{value:+.0f} % →", place, ha="right", va="center", color=colour)
                     continue
                 error = [[value - ends[0]], [ends[1] - value]]
                 axis.errorbar(value, row + shift, xerr=error, **style)
-        handles.append(Line2D([], [], marker=marker, color=colour, ls="", label=where.model.name))
-    for axis, title in zip(
+        handles.append(Line2D([], [], marker=marker, color=colour, ls="", label=where.title))
+    for axis, words in zip(
         axes,
         (
             "KL of the model's predictions, per cent\n(left of 0: more faithful)",
@@ -786,15 +797,23 @@ def plot_recovery(path: Path) -> None:
         strict=True,
     ):
         axis.axvline(0, color=INK, lw=1)
-        axis.set_title(title, fontsize=11)
+        axis.set_title(words, fontsize=11)
         axis.tick_params(axis="y", length=0)
         tidy(axis, grid="x")
-    axes[0].set_xlim(right=_FARTHEST)
-    axes[0].set_yticks(range(len(_ROWS)), [name for name, _ in _ROWS])
-    axes[0].set_ylim(len(_ROWS) - 0.5, -0.5)
-    figure.suptitle(f"Weighted dictionaries beside plain ones of the same k = {K}")
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    if beyond:
+        axes[0].set_xlim(right=_FARTHEST)
+    axes[0].set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.suptitle(title)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     save(figure, path)
+
+
+def plot_recovery(path: Path) -> None:
+    """The changes at both blocks 9."""
+    records_of = {key: found for key in ("smollm2", "gemma") if (found := read(key))}
+    title = f"Weighted dictionaries beside plain ones of the same k = {K}, decoder rows of length 1"
+    plot_changes(path, _ROWS, records_of, title, 5.6)
 
 
 def choices() -> str:
