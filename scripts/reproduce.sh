@@ -2,6 +2,7 @@
 # Repeats what a claim in the docs rests on, or resumes it:
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   study         the study of weights at two sites of SmolLM2-135M
+#   free-lengths  which weights pay at five sites of two models, as dictionaries are trained today
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
 #   round-trip    whether the recovery report finds what is known of planted features
 #   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
@@ -18,8 +19,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | recovery | round-trip | whitening | gba | rules | probes | explain | interop) ;; *)
-  sed -n '2,14s/^# //p' "$0" >&2
+case $what in checkpoints | study | free-lengths | recovery | round-trip | whitening | gba | rules | probes | explain | interop) ;; *)
+  sed -n '2,15s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -47,6 +48,9 @@ study)
   .venv/bin/llm-wsae harvest --model "$model" --corpus "$corpus" --site $sites \
     --tokens 1000000 --out runs/study/store
   .venv/bin/python scripts/results_study.py "$@"
+  ;;
+free-lengths)
+  .venv/bin/python scripts/results_free_lengths.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
 recovery)
   .venv/bin/python scripts/results_recovery.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"

@@ -72,7 +72,6 @@ LAST: tuple[Weights, ...] = (
     ("variance", -0.5, LOSS, K),
     ("variance", 0.5, LOSS, K),
     ("uniform", 1.0, LOSS, 24),
-    ("uniform", 1.0, LOSS, 64),
 )
 PARTS = {"everywhere": EVERYWHERE, "powers": POWERS, "last": LAST}
 _MIXED = f"whitening-a0.5-mixed-k{K}"

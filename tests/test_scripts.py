@@ -129,6 +129,20 @@ def test_what_is_said_of_the_paper_is_that_of_the_measurements(monkeypatch):
     agree(written("paper"), findings.paper_section(studies))
 
 
+def test_the_section_of_free_lengths_is_that_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_archive
+    import results_free_lengths
+
+    results_archive.unpack(results_free_lengths.ARCHIVE, tmp_path)
+    monkeypatch.setattr(results_free_lengths, "RUN", tmp_path)
+    agree(written("free-lengths"), results_free_lengths.section())
+    for key in results_free_lengths.PLACES:
+        records = results_free_lengths.read(key)
+        labels = {record["label"] for record in records}
+        assert len(records) == len(labels) * len(results_free_lengths.SEEDS) > 0
+
+
 def test_the_section_of_recovery_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_archive
