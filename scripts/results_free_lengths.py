@@ -40,10 +40,8 @@ from results_recovery import (
     label_of,
 )
 
-from llm_wsae import Dictionary, TrainConfig, train
+from llm_wsae import TrainConfig, train
 from llm_wsae.files import write_json
-from llm_wsae.planting.recovery import measure_recovery
-from llm_wsae.provenance import plain
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.tuning import LEAST_GAIN, choose_alpha
@@ -192,37 +190,17 @@ def measure(key: str, path: str, seeds: Sequence[int], parts: Sequence[str]) -> 
             drawn = replace(config, draw=seed) if rule.startswith("rotated") else config
             weights = weights_from_rule(rule, alpha, opened.inputs, drawn)
             arms.append(ArmConfig(weights, k=k, init_seed=seed))
-        missing = [arm for arm in arms if not _result(key, arm).exists()]
+        missing = [arm for arm in arms if not _result(key, arm.name).exists()]
         if not missing:
             continue
         config = TrainConfig(tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600, lengths="free")
         folder = RUN / "trained" / key / f"s{seed}-{'-'.join(parts)}"
         dictionaries = train(opened.source, missing, config, folder)
-        _judge(key, opened, missing, dictionaries, seed)
+        for record in recovery.judge(opened, missing, dictionaries, seed):
+            write_json(_result(key, record["name"]), record)
         print(f"{key}: {', '.join(parts)}, seed {seed} measured", flush=True)
     for place in ("mixed", "space"):
         _choose(key, opened, place)
-
-
-def _judge(
-    key: str,
-    opened: Opened,
-    arms: Sequence[ArmConfig],
-    dictionaries: dict[str, Dictionary],
-    seed: int,
-) -> None:
-    named = {arm.name: dictionaries[arm.name] for arm in arms}
-    fidelity = opened.evaluator.evaluate(named).dictionaries
-    for arm in arms:
-        record = {
-            "name": arm.name,
-            "label": label_of(arm),
-            "seed": seed,
-            "k": arm.k,
-            "fidelity": fidelity[arm.name].summary(),
-            "planted": measure_recovery(named[arm.name], opened.source).to_dict(),
-        }
-        write_json(_result(key, arm), plain(record))
 
 
 def _choose(key: str, opened: Opened, place: str) -> None:
@@ -240,8 +218,8 @@ def _choose(key: str, opened: Opened, place: str) -> None:
         write_json(kept, asdict(choice))
 
 
-def _result(key: str, arm: ArmConfig) -> Path:
-    return RUN / "results" / f"{key}.{arm.name}.json"
+def _result(key: str, name: str) -> Path:
+    return RUN / "results" / f"{key}.{name}.json"
 
 
 def read(key: str) -> list[dict[str, Any]]:

@@ -547,28 +547,18 @@ def measure(key: str, path: str, seeds: Sequence[int]) -> None:
     opened = open_site(key, path, sensitivity=is_made(key, _SENSITIVITY, SEEDS[0]))
     for seed in seeds:
         arms = arms_of(opened.inputs, seed, lambda label: is_made(key, label, seed))  # noqa: B023
-        names = {arm.name: label_of(arm) for arm in arms}
-        missing = [name for name in names if not _result(key, name).exists()]
+        missing = [arm for arm in arms if not _result(key, arm.name).exists()]
         if not missing:
             continue
-        new = [arm for arm in arms if arm.name in missing and not _trained(folder, arm.name)]
+        new = [arm for arm in missing if not _trained(folder, arm.name)]
         if new:
             config = TrainConfig(
                 tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600, lengths="unit"
             )
             train(opened.source, new, config, folder / f"seed{seed}-{len(new)}")
-        found = {name: Dictionary.load(_trained(folder, name)[0]) for name in missing}
-        fidelity = opened.evaluator.evaluate(found).dictionaries
-        for name, dictionary in found.items():
-            record = {
-                "name": name,
-                "label": names[name],
-                "seed": seed,
-                "k": next(arm.k for arm in arms if arm.name == name),
-                "fidelity": fidelity[name].summary(),
-                "planted": measure_recovery(dictionary, opened.source).to_dict(),
-            }
-            write_json(_result(key, name), plain(record))
+        found = {arm.name: Dictionary.load(_trained(folder, arm.name)[0]) for arm in missing}
+        for record in judge(opened, missing, found, seed):
+            write_json(_result(key, record["name"]), record)
         print(f"{key}: seed {seed} measured", flush=True)
     if (folder / "site.json").exists():
         return
@@ -577,6 +567,24 @@ def measure(key: str, path: str, seeds: Sequence[int]) -> None:
         weights_from_rule("uniform", 1.0, opened.inputs), opened.inputs.statistics
     )
     write_json(folder / "site.json", {"effective_dimensions": dimensions, "auto": asdict(choice)})
+
+
+def judge(
+    opened: Opened, arms: Sequence[ArmConfig], dictionaries: dict[str, Dictionary], seed: int
+) -> Iterator[dict[str, Any]]:
+    """What is kept of each dictionary of a seed: its fidelity, and what it recovers."""
+    named = {arm.name: dictionaries[arm.name] for arm in arms}
+    fidelity = opened.evaluator.evaluate(named).dictionaries
+    for arm in arms:
+        record = {
+            "name": arm.name,
+            "label": label_of(arm),
+            "seed": seed,
+            "k": arm.k,
+            "fidelity": fidelity[arm.name].summary(),
+            "planted": measure_recovery(named[arm.name], opened.source).to_dict(),
+        }
+        yield plain(record)
 
 
 def _trained(folder: Path, name: str) -> list[Path]:
