@@ -32,12 +32,10 @@ from results_recovery import (
     SPACE,
     Expectation,
     K,
-    Opened,
     above,
     at_most,
     below,
     change,
-    label_of,
 )
 
 from llm_wsae import TrainConfig, train
@@ -186,36 +184,27 @@ def measure(key: str, path: str, seeds: Sequence[int], parts: Sequence[str]) -> 
     opened = recovery.open_site(key, path)
     for seed in seeds:
         arms = []
-        for rule, alpha, config, k in asked:
-            drawn = replace(config, draw=seed) if rule.startswith("rotated") else config
+        for rule, alpha, place, k in asked:
+            drawn = replace(place, draw=seed) if rule.startswith("rotated") else place
             weights = weights_from_rule(rule, alpha, opened.inputs, drawn)
             arms.append(ArmConfig(weights, k=k, init_seed=seed))
         missing = [arm for arm in arms if not _result(key, arm.name).exists()]
         if not missing:
             continue
-        config = TrainConfig(tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600, lengths="free")
+        how = TrainConfig(tokens=ROWS, shuffle_seed=seed, checkpoint_seconds=600, lengths="free")
         folder = RUN / "trained" / key / f"s{seed}-{'-'.join(parts)}"
-        dictionaries = train(opened.source, missing, config, folder)
+        dictionaries = train(opened.source, arms, how, folder)
         for record in recovery.judge(opened, missing, dictionaries, seed):
             write_json(_result(key, record["name"]), record)
         print(f"{key}: {', '.join(parts)}, seed {seed} measured", flush=True)
-    for place in ("mixed", "space"):
-        _choose(key, opened, place)
-
-
-def _choose(key: str, opened: Opened, place: str) -> None:
-    """What ``--alpha auto`` chooses there."""
-    kept = RUN / key / f"auto-{place}.json"
-    if not kept.exists():
-        choice = choose_alpha(
-            opened.inputs,
-            opened.source,
-            opened.judge,
-            RUN / "trained" / key / f"auto-{place}",
-            k=K,
-            config=WeightConfig(place=place),
-        )
-        write_json(kept, asdict(choice))
+    for config in (MIXED, SPACE):
+        kept = RUN / key / f"auto-{config.place}.json"
+        if not kept.exists():  # what `--alpha auto` chooses there
+            folder = RUN / "trained" / key / f"auto-{config.place}"
+            choice = choose_alpha(
+                opened.inputs, opened.source, opened.judge, folder, k=K, config=config
+            )
+            write_json(kept, asdict(choice))
 
 
 def _result(key: str, name: str) -> Path:
