@@ -24,7 +24,7 @@ from llm_wsae.cli import COMMANDS, main
 
 PAGES = ROOT / "docs/commands"
 QUICKSTART = ROOT / "runs/quickstart/blocks.9.hook_resid_post"
-_WIDTH = "79"  # narrow enough for the parser to draw one column
+_WIDTH = "120"  # narrow enough for the parser to draw one column
 _LONGEST_DEFAULT = 30  # characters in the last column
 # Which command's page has the options under a prefix.
 _EXPLAINED = {"harvest": "harvest", "train": "train", "evaluate": "evaluate", "score": "evaluate"}
