@@ -19,7 +19,6 @@ from llm_wsae.commands.options import (
     TrainOptions,
     cost,
 )
-from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.planting.config import PlantConfig
@@ -84,7 +83,8 @@ def study(
         store: Activation store.
         site: One of the store's sites.
         out: Folder of the study.
-        dictionary: First dictionary of the site, for the rules participation and gap.
+        dictionary: First dictionary of the site, for the rules participation and gap. Without it,
+            one is trained for each seed.
         plant: Plant known features into the rows, and measure how much of them is recovered.
     """
     from llm_wsae.data.store import ActivationStore
@@ -93,17 +93,10 @@ def study(
     from llm_wsae.explaining.explaining import price_of
     from llm_wsae.studies.report import MARKDOWN, PAGE, REPORT
     from llm_wsae.studies.runner import study as compare_all
-    from llm_wsae.weights.rules import Rule
 
     started = time.monotonic()
     check_file(out / RECORD, is_record_of("study"))
     config, training = compare.config(planted if plant else None), train.with_model_on(model.device)
-    for name in compare.rule:
-        if Rule.parse(name).need == "dictionary" and dictionary is None:
-            raise UsageError(
-                f"the rule {name!r} needs a first dictionary: name one with --dictionary, e.g. a "
-                "plain one of this study"
-            )
     place, opened = Site.parse(site), ActivationStore.open(store)
     if explain.endpoint is not None:
         check_endpoint(explain.endpoint)

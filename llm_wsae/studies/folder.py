@@ -1,6 +1,7 @@
 """The folder of a study: the names of its files, and the report that they give.
 
 study.json              what all its dictionaries share; a command with other settings is refused
+first/                  plain dictionaries of which some rules take their weights, one of each seed
 training/               dictionaries in training, one group of one seed at a time
 dictionaries/<name>/    trained dictionaries
 results/<name>.json     measured dictionaries; none is measured twice
@@ -21,8 +22,9 @@ from llm_wsae.studies import consistency
 from llm_wsae.studies.report import StudyReport
 from llm_wsae.studies.results import Result, read_result, with_explained
 
-BASIS, TRAINING, DICTIONARIES, RESULTS, CONSISTENCY, EXPLAINED = (
+BASIS, FIRST, TRAINING, DICTIONARIES, RESULTS, CONSISTENCY, EXPLAINED = (
     "study.json",
+    "first",
     "training",
     "dictionaries",
     "results",

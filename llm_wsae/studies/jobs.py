@@ -25,6 +25,7 @@ from llm_wsae.planting.recovery import PlantRecovery, measure_recovery
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
 from llm_wsae.studies.config import StudyConfig
+from llm_wsae.studies.first import on_share
 from llm_wsae.studies.folder import DICTIONARIES, RESULTS, TRAINING
 from llm_wsae.studies.plan import PlannedArm
 from llm_wsae.studies.results import read_record, record_of
@@ -63,7 +64,7 @@ class StudyJobs:
                 missing.append(planned)
                 continue
             found = read_record(path).get("identity")
-            if not _same_arm(found, plain(planned.arm.identity(self.training.lengths))):
+            if not _same_arm(found, plain(planned.identity(self.training.lengths))):
                 raise LlmWsaeError(
                     f"{path} is the result of other weights with the same name (from another first "
                     "dictionary, or measured on other rows); choose another folder, or delete "
@@ -96,11 +97,11 @@ class StudyJobs:
                 self._measure(some, monosemanticity, bar)
 
     def _train(self, group: Sequence[PlannedArm]) -> None:
-        (seed,) = {planned.arm.init_seed for planned in group}
+        ((seed, share),) = {_pass_of(planned) for planned in group}
         names = [planned.arm.name for planned in group]
         folder = self._group_folder(names)
         write_json(folder / GROUP, {"dictionaries": names})
-        config = replace(self.training, shuffle_seed=seed)
+        config = replace(on_share(self.training, self.source, share), shuffle_seed=seed)
         train(self.source, [p.arm for p in group], config, folder)
         self._collect()
 
@@ -124,14 +125,15 @@ class StudyJobs:
                 shutil.rmtree(folder)
 
     def _groups(self, arms: list[PlannedArm]) -> Iterator[list[PlannedArm]]:
-        """Arms to train in one pass: first the unfinished groups, then the others by seed."""
+        """Arms to train in one pass: first the unfinished groups, then the others by seed and
+        number of rows."""
         by_name = {planned.arm.name: planned for planned in arms}
         for folder in self._group_folders():
             names = _names_in(folder)
             if all(name in by_name for name in names):
                 yield [by_name.pop(name) for name in names]
-        for seed in dict.fromkeys(planned.arm.init_seed for planned in by_name.values()):
-            own = [planned for planned in by_name.values() if planned.arm.init_seed == seed]
+        for one in dict.fromkeys(map(_pass_of, by_name.values())):
+            own = [planned for planned in by_name.values() if _pass_of(planned) == one]
             yield from _chunks(own, self._at_once())
 
     def _at_once(self) -> int:
@@ -189,6 +191,11 @@ class StudyJobs:
 
     def _group_folders(self) -> list[Path]:
         return sorted(path.parent for path in (self.out / TRAINING).glob(f"*/{GROUP}"))
+
+
+def _pass_of(planned: PlannedArm) -> tuple[int, float]:
+    """What dictionaries that are trained together share: their seed, and the share of the rows."""
+    return planned.arm.init_seed, planned.share
 
 
 def _names_in(folder: Path) -> list[str]:

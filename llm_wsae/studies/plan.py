@@ -1,11 +1,14 @@
 """The dictionaries of a study: the plain curve, the rules' arms, and a control for each of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llm_wsae.errors import UsageError
 from llm_wsae.studies.config import StudyConfig
+from llm_wsae.studies.first import SHARE
 from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.config import Lengths
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
@@ -24,13 +27,26 @@ class PlannedArm:
     """Name of its weights without the random draw, shared with other k and seeds."""
     control: str | None
     """Label of its control."""
+    share: float = 1.0
+    """Of the rows: less if a first dictionary was trained on the others."""
+
+    def identity(self, lengths: Lengths) -> dict[str, Any]:
+        """What its result must agree on, as JSON."""
+        own = self.arm.identity(lengths)
+        return own if self.share == 1 else own | {"share": self.share}
 
 
-def plan(inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig) -> list[PlannedArm]:
+def plan(
+    inputs: RuleInputs,
+    config: StudyConfig,
+    weigh: WeightConfig,
+    first: Mapping[int, RuleInputs] | None = None,
+) -> list[PlannedArm]:
     """All dictionaries, seed by seed, the plain ones first.
 
-    Random weights (controls, ``random``) are drawn again for every seed. Raises UsageError if
-    ``weigh`` fixes the draw; otherwise as ``weights_from_rule`` does.
+    Random weights (controls, ``random``) are drawn again for every seed. ``first`` has, by seed,
+    the inputs of rules that need a first dictionary, if the study has trained one for each. Raises
+    UsageError if ``weigh`` fixes the draw; otherwise as ``weights_from_rule`` does.
     """
     if weigh.draw:
         raise UsageError(
@@ -38,35 +54,40 @@ def plan(inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig) -> list[P
         )
     arms: dict[str, PlannedArm] = {}
 
-    def add(weights: LossWeights, control: str | None, ks: Sequence[int], seed: int) -> None:
+    def add(
+        weights: LossWeights, control: str | None, ks: Sequence[int], seed: int, share: float = 1.0
+    ) -> None:
         for k in ks:
             arm = ArmConfig(weights, k, init_seed=seed, architecture=config.architecture)
             # an arm that was already named as a rule stays one
-            arms.setdefault(arm.name, PlannedArm(arm, weights.label, control))
+            arms.setdefault(arm.name, PlannedArm(arm, weights.label, control, share))
 
     for seed in dict.fromkeys(config.seeds):
         add(weights_from_rule(PLAIN, 1.0, inputs), None, config.curve, seed)
-        for weights, control in _weights(inputs, config, weigh, seed):
-            add(weights, control, config.ks, seed)
+        for rule in map(Rule.parse, config.rules):
+            own, share = inputs, 1.0
+            if first is not None and rule.need == "dictionary":
+                own, share = first[seed], SHARE
+            for weights, control in _weights(rule, own, config, weigh, seed):
+                add(weights, control, config.ks, seed, share)
     return list(arms.values())
 
 
 def _weights(
-    inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig, seed: int
+    rule: Rule, inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig, seed: int
 ) -> Iterator[tuple[LossWeights, str | None]]:
     """Weights and the label of their control, and each control itself."""
-    for rule in map(Rule.parse, config.rules):
-        matched = rule.matched_control(weigh)
-        for alpha in config.alphas:
-            weights = _drawn(rule, alpha, inputs, weigh, seed)
-            if weights.label == PLAIN:
-                continue
-            if matched is None:
-                yield weights, None
-                continue
-            control = _drawn(matched, alpha, inputs, weigh, seed)
-            yield weights, control.label
-            yield control, None
+    matched = rule.matched_control(weigh)
+    for alpha in config.alphas:
+        weights = _drawn(rule, alpha, inputs, weigh, seed)
+        if weights.label == PLAIN:
+            continue
+        if matched is None:
+            yield weights, None
+            continue
+        control = _drawn(matched, alpha, inputs, weigh, seed)
+        yield weights, control.label
+        yield control, None
 
 
 def _drawn(

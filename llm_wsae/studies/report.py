@@ -62,6 +62,10 @@ _IS_IT_FINE = (
     "far from 0, lines cut corners, and only a curve with more k could support differences of a "
     "quarter of that value."
 )
+_AFTER_FIRST = (
+    "{} and their controls were trained on half of the rows, with weights of a first dictionary of "
+    "the same seed that was trained on half as well: as many rows in all as for a plain one."
+)
 _QUESTION = "Is a dictionary with weights better than a plain one of the same fidelity?"
 _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family of concepts."
 _PLANTED = (
@@ -232,7 +236,7 @@ class StudyReport:
         """Those of the Markdown and of the page."""
         results, compared = self.results, self.compared
         title = "Differences from the plain curve at equal CE"
-        found = [Table(title, self._differences(everything=True), _HOW_TO_READ)]
+        found = [Table(title, self._differences(everything=True), self._how_to_read())]
         if self._has_plants:
             found += [
                 Table("Planted features", planted_rows(results), _PLANTED),
@@ -268,6 +272,12 @@ class StudyReport:
         found += [Table("Families of concepts", family_rows(compared), _FAMILIES)]
         words = _PW_MCC if self.agreements else None
         return [*found, Table("Dictionaries", dictionary_rows(results, self.agreements), words)]
+
+    def _how_to_read(self) -> str:
+        halved = sorted({r.label for r in self.results if r.share < 1 and r.is_claim})
+        if not halved:
+            return _HOW_TO_READ
+        return f"{_HOW_TO_READ} {_AFTER_FIRST.format(', '.join(halved))}"
 
     def _differences(self, everything: bool = False) -> Rows:
         return difference_rows(self.compared, self.at_equal_kl, self.at_equal_density, everything)

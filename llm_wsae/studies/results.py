@@ -176,6 +176,8 @@ class Result:
     """The processor it was measured on."""
     planted: dict[str, Any] | None = None
     """What it recovers of planted features (``PlantRecovery.to_dict``), if any were planted."""
+    share: float = 1.0
+    """Of the rows: less if a first dictionary was trained on the others."""
 
     @property
     def is_claim(self) -> bool:
@@ -204,7 +206,7 @@ def record_of(
             "alpha": arm.weights.alpha,
             "k": arm.k,
             "seed": arm.init_seed,
-            "identity": arm.identity(lengths),
+            "identity": planned.identity(lengths),
             "measured_on": {"processor": processor_name(device), **versions()},
             "fidelity": fidelity.summary(),
             "scores": scores.to_dict(),
@@ -262,6 +264,7 @@ def _result(record: dict[str, Any]) -> Result:
         density=density["mean"] * density["n"] if density["n"] else 0.0,
         processor=record["measured_on"]["processor"],
         planted=record.get("planted"),
+        share=record.get("identity", {}).get("share", 1.0),
     )
 
 

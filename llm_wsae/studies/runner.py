@@ -5,7 +5,7 @@ the study. The report always covers everything that was tried in its folder, and
 correction for multiple tests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
 from llm_wsae.studies import consistency
 from llm_wsae.studies.config import StudyConfig
+from llm_wsae.studies.first import after_first, need_first
 from llm_wsae.studies.folder import (
     BASIS,
     CONSISTENCY,
     DICTIONARIES,
     EXPLAINED,
+    FIRST,
     RESULTS,
     TRAINING,
     check_basis,
@@ -46,12 +48,13 @@ from llm_wsae.studies.folder import (
     read_results,
 )
 from llm_wsae.studies.jobs import StudyJobs
-from llm_wsae.studies.plan import plan
+from llm_wsae.studies.plan import PlannedArm, plan
 from llm_wsae.studies.report import REPORT_FILES, StudyReport
 from llm_wsae.studies.results import Result, over_latents
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
+from llm_wsae.weights.inputs import RuleInputs
 
 ANSWERS = "answers"
 _MEASURES = {"measures": {"detection": 2}}  # its definition; other numbers cannot stand beside it
@@ -94,7 +97,8 @@ def study(
         fidelity: Settings of the fidelity measurement.
         scoring: Settings of the monosemanticity measurement.
         measure: Settings of the measurements that rules need.
-        dictionary: A first dictionary of the site, for the rules that need one.
+        dictionary: A first dictionary of the site, for the rules that need one. Without it, the
+            study trains one for each seed, and both share the rows (``studies.first``).
         encoder: Sentence encoder to use in place of ``scoring.encoder``.
         endpoint: OpenAI-compatible endpoint at which a language model explains latents of every
             dictionary that was kept, and judges the explanations (see ``explain``).
@@ -107,7 +111,7 @@ def study(
             the store, or a stage fails.
     """
     out = Path(out)
-    written = (*REPORT_FILES, CONSISTENCY, RESULTS, DICTIONARIES, TRAINING)
+    written = (*REPORT_FILES, CONSISTENCY, RESULTS, FIRST, DICTIONARIES, TRAINING)
     check_folder(out, written, is_ours=(out / BASIS).is_file())
     store.check_model(model.identity())
     if endpoint is not None and (config.plant or not config.keep_dictionaries):
@@ -132,9 +136,9 @@ def study(
         config=measure,
         planted=planted,  # weights are chosen for the rows that are trained on
     )
-    arms = plan(inputs, config, weigh)
-    for planned in arms:
-        planned.arm.check(training.expansion * store.d_in)
+    trains_first = dictionary is None and bool(need_first(config.rules))
+    if not trains_first:
+        arms = _planned(inputs, config, weigh, training)
     if training.lengths == "auto" and has_unit_lengths(out):
         training = replace(training, lengths="unit")  # it goes on as it was begun
     rows = store.identity(site)
@@ -157,6 +161,9 @@ def study(
         if endpoint is not None:
             _check_explained(out, asked)
         source = store.source(site) if planted is None else planted
+        if trains_first:
+            first = after_first(source, site, inputs, out / FIRST, config, training)
+            arms = _planned(inputs, config, weigh, training, first)
         jobs = StudyJobs(source, out, config, training, fidelity_evaluator, model.device)
         missing, monosemanticity = jobs.missing(arms), None
         if missing:
@@ -172,6 +179,20 @@ def study(
         report = read_report(out)
         report.write(out)
     return report
+
+
+def _planned(
+    inputs: RuleInputs,
+    config: StudyConfig,
+    weigh: WeightConfig,
+    training: TrainConfig,
+    first: Mapping[int, RuleInputs] | None = None,
+) -> list[PlannedArm]:
+    """As ``plan``. Raises UsageError for an arm that does not fit the dictionaries' width."""
+    arms = plan(inputs, config, weigh, first)
+    for planned in arms:
+        planned.arm.check(training.expansion * inputs.statistics.d_in)
+    return arms
 
 
 def _check_explained(out: Path, asked: dict[str, Any]) -> None:

@@ -114,6 +114,42 @@ def test_every_dictionary_is_trained_measured_and_reported(whole):
         assert (out / name).stat().st_size > 100
 
 
+def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(
+    study, trained, tmp_path
+):
+    """Its own first dictionary for each seed, which is counted."""
+    out, config = tmp_path / "out", replace(CONFIG, rules=("gap",), alphas=(0.5,))
+    report = study(out, config)
+    steps = {
+        str(path.parent.relative_to(out)): Dictionary.load(path.parent).info.training["num_steps"]
+        for path in out.rglob("wsae.json")
+    }
+    of_plain = steps["dictionaries/uniform-k4"]
+    assert set(steps.values()) == {of_plain, of_plain // 2}
+    assert {name for name, count in steps.items() if count < of_plain} == {
+        "first/s0/uniform-k4-s1000",
+        "first/s1/uniform-k4-s1001",
+        "dictionaries/gap-a0.5-k4",
+        "dictionaries/gap-a0.5-k4-s1",
+        "dictionaries/permuted-gap-a0.5-k4",
+        "dictionaries/permuted-gap-a0.5-d1-k4-s1",
+    }
+    gammas = [
+        Dictionary.load(out / f"dictionaries/gap-a0.5-k4{seed}").extras["gamma"]
+        for seed in ("", "-s1")
+    ]
+    assert not torch.equal(*gammas)
+    said = "gap-a0.5 and their controls were trained on half of the rows"
+    assert said in report.markdown() and said in report.page()
+    assert {r.share for r in report.results if r.label == "uniform"} == {1.0}
+
+    trained.clear()
+    assert study(out, config).to_dict() == report.to_dict() and not trained
+    given = Dictionary.load(out / "first/s0/uniform-k4-s1000")
+    with pytest.raises(LlmWsaeError, match="another first dictionary"):
+        study(out, config, dictionary=given)
+
+
 def test_families_of_concepts_count_once(whole, tmp_path):
     out, _ = whole
     record = read_own_json(out / "results/uniform-k4.json", "result")
@@ -444,7 +480,6 @@ def test_the_command(world, tmp_path, monkeypatch):
 def test_bad_requests_are_one_sentence(world, tmp_path):
     for changes, code, said in (
         (("--rule", "varianse"), 2, "there is no weight rule 'varianse'"),
-        (("--rule", "gap"), 2, "the rule 'gap' needs a first dictionary: name one with"),
         (("--seeds", 0), 2, "at least 2 different values of seeds"),
         (("--curve", 4), 2, "at least 2 different values of curve"),
         (("--eval-tokens", 10**7), 1, "ask for fewer tokens"),

@@ -1,0 +1,63 @@
+"""First dictionaries: rules like ``participation`` and ``gap`` take their weights from one.
+
+Unless one is given, a study trains a plain one for each seed, so that no accident of one dictionary
+stands behind all of them. It gets half of the rows, and so do the dictionaries that are trained
+with its weights, and their controls: a rule costs as many rows as a plain dictionary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from llm_wsae.data.store import StoreSource
+from llm_wsae.model.site import Site
+from llm_wsae.planting.source import PlantedSource
+from llm_wsae.studies.config import StudyConfig
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.trainer import train
+from llm_wsae.weighing import used_decoder
+from llm_wsae.weights.choosing import weights_from_rule
+from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.rules import Rule
+
+SHARE = 0.5
+"""Of the rows of a plain dictionary: for a first one, and again for what is trained after it."""
+_OTHER = 1000  # seeds of their own: another start and another order of the rows
+
+
+def need_first(rules: Iterable[str]) -> list[str]:
+    """The rules that take their weights from a first dictionary."""
+    return [name for name in rules if Rule.parse(name).need == "dictionary"]
+
+
+def after_first(
+    source: StoreSource | PlantedSource,
+    site: Site,
+    inputs: RuleInputs,
+    folder: Path,
+    config: StudyConfig,
+    training: TrainConfig,
+) -> dict[int, RuleInputs]:
+    """By seed, the inputs with the decoder of its first dictionary, which is trained if it is not
+    there. Raises as ``train`` and ``ArmConfig.check`` do."""
+    found = {}
+    uniform = weights_from_rule("uniform", 1.0, inputs)
+    half = on_share(training, source, SHARE)
+    for seed in dict.fromkeys(config.seeds):
+        arm = ArmConfig(uniform, config.ks[0], init_seed=seed + _OTHER)
+        arm.check(training.expansion * source.d_in)
+        shuffled = replace(half, shuffle_seed=seed + _OTHER)
+        first = train(source, [arm], shuffled, folder / f"s{seed}")[arm.name]
+        decoder, energy = used_decoder(first, site, inputs.statistics)
+        found[seed] = replace(inputs, decoder=decoder, energy=energy)
+    return found
+
+
+def on_share(
+    training: TrainConfig, source: StoreSource | PlantedSource, share: float
+) -> TrainConfig:
+    """The settings for a share of the rows. Raises UsageError if that is less than a batch."""
+    if share == 1:
+        return training
+    return replace(training, tokens=int(share * (training.tokens or source.num_rows or 0)))
