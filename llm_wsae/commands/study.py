@@ -25,7 +25,7 @@ from llm_wsae.planting.config import PlantConfig
 from llm_wsae.provenance import write_record
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.training.config import ArchitectureName
-from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.config import DiagonalControl, WeightConfig
 
 RECORD = "command.json"
 
@@ -41,6 +41,9 @@ class StudyOptions(RuleOptions):
     architecture: ArchitectureName = StudyConfig.architecture
     """Architecture: topk has k active latents on every token, others k on average, gba fewer;
     frozen ones are baselines that leave one half random."""
+    control: DiagonalControl = StudyConfig.control
+    """Control of rules with one weight per dimension: exchanged among all dimensions, or those of
+    nearly the same variance."""
     keep_dictionaries: bool = StudyConfig.keep_dictionaries
     """Keep the dictionaries; otherwise each is deleted as soon as it is measured."""
 
@@ -55,6 +58,7 @@ class StudyOptions(RuleOptions):
             self.architecture,
             self.keep_dictionaries,
             planted,
+            self.control,
         )
 
 

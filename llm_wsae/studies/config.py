@@ -1,11 +1,13 @@
 """What a study compares. Free of torch, for the command line."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from llm_wsae.errors import UsageError
 from llm_wsae.outside import check_numbers
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.training.config import ArchitectureName
+from llm_wsae.weights.config import DiagonalControl
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class StudyConfig:
     """Rules × α × k × seeds, and the plain curve they are compared with."""
 
     rules: tuple[str, ...] = ("variance",)
-    """Weight rules. Each brings its control: permuted weights, or randomly rotated directions."""
+    """Weight rules. Each brings its control."""
     alphas: tuple[float, ...] = (0.5, -0.25)
     """Exponents of the weights γ = score^α."""
     ks: tuple[int, ...] = (32,)
@@ -29,6 +31,10 @@ class StudyConfig:
     scores are written."""
     plant: PlantConfig | None = None
     """Features to plant into the rows of every training; their recovery is then measured too."""
+    control: DiagonalControl = "permuted"
+    """Control of rules with one weight per dimension: the same weights exchanged among all
+    dimensions, or among those of nearly the same variance (deciles), so that the loss has about as
+    many effective dimensions. Other rules have one control."""
 
     def __post_init__(self) -> None:
         for name in ("curve", "seeds"):
@@ -39,6 +45,9 @@ class StudyConfig:
                     "comparison at equal cross-entropy, and no interval"
                 )
         check_numbers(self, ks=1, curve=1)
+        if self.control not in get_args(DiagonalControl):
+            known = " or ".join(get_args(DiagonalControl))
+            raise UsageError(f"control must be {known}, not {self.control!r}")
         for name in ("rules", "alphas", "ks"):
             if not getattr(self, name):
                 raise UsageError(f"a study needs at least one of its {name}")

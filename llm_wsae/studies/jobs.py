@@ -56,15 +56,23 @@ class StudyJobs:
         self.config, self.training, self.fidelity = config, training, fidelity
 
     def missing(self, arms: Sequence[PlannedArm]) -> list[PlannedArm]:
-        """Arms that have no result yet. Raises LlmWsaeError for a result of other weights."""
+        """Arms that have no result yet. Raises LlmWsaeError for a result of other weights, or one
+        that is compared with another control."""
         missing = []
         for planned in arms:
             path = self._result(planned)
             if not path.exists():
                 missing.append(planned)
                 continue
-            found = read_record(path).get("identity")
-            if not _same_arm(found, plain(planned.identity(self.training.lengths))):
+            record = read_record(path)
+            if record.get("control") != planned.control:
+                raise LlmWsaeError(
+                    f"{path} is compared with the control {record.get('control')}, not "
+                    f"{planned.control}; choose another folder, or the control it has"
+                )
+            if not _same_arm(
+                record.get("identity"), plain(planned.identity(self.training.lengths))
+            ):
                 raise LlmWsaeError(
                     f"{path} is the result of other weights with the same name (from another first "
                     "dictionary, or measured on other rows); choose another folder, or delete "

@@ -77,7 +77,7 @@ def _weights(
     rule: Rule, inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig, seed: int
 ) -> Iterator[tuple[LossWeights, str | None]]:
     """Weights and the label of their control, and each control itself."""
-    matched = rule.matched_control(weigh)
+    matched = rule.matched_control(weigh, config.control)
     for alpha in config.alphas:
         weights = _drawn(rule, alpha, inputs, weigh, seed)
         if weights.label == PLAIN:

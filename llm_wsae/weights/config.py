@@ -9,6 +9,7 @@ from llm_wsae.outside import check_numbers
 
 Place = Literal["auto", "loss", "space", "mixed"]
 Form = Literal["auto", "diagonal", "matrix"]
+DiagonalControl = Literal["permuted", "deciles"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from llm_wsae.errors import UsageError, nearest
 from llm_wsae.weights import matrix_rules, score_rules
 from llm_wsae.weights import scores as formulae
-from llm_wsae.weights.config import IN_LOSS, WeightConfig
+from llm_wsae.weights.config import IN_LOSS, DiagonalControl, WeightConfig
 from llm_wsae.weights.inputs import Need, RuleInputs
 
 Control = Literal["permuted", "deciles", "rotated"]
@@ -164,16 +164,20 @@ class Rule:
         self._check_scores()
         return "diagonal"
 
-    def matched_control(self, config: WeightConfig) -> "Rule | None":
+    def matched_control(
+        self, config: WeightConfig, control: DiagonalControl = "permuted"
+    ) -> "Rule | None":
         """The rule that gives the same weights to other dimensions or tokens, or the same spectrum
         to other directions; None for ``uniform`` and for what is random already.
 
-        The loss may be dominated by another number of dimensions, which no control can match.
-        Raises as ``form`` does.
+        Of dimensions, ``control`` says which others: with those of nearly the same variance
+        (``deciles``) about as many dimensions dominate the loss. Raises as ``form`` does.
         """
         if self.is_plain or self.is_drawn:
             return None
-        return self.as_control("rotated" if self.form(config) == "matrix" else "permuted")
+        if self.form(config) == "matrix":
+            return self.as_control("rotated")
+        return self.as_control("permuted" if self.weighs_tokens else control)
 
     def scores(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, " d_in"]:
         """The score of every dimension (float64, ≥ 0); ``draw`` is the number of the random draw.

@@ -547,6 +547,15 @@ def test_a_matrix_is_controlled_by_random_directions(inputs):
     assert len(rotated) == 2 and not torch.allclose(*rotated, atol=0.1)
 
 
+def test_a_control_can_stay_within_deciles_of_variance(inputs, study, whole):
+    config = StudyConfig(("variance",), (0.5,), (4,), (2, 4), (0, 1), control="deciles")
+    planned = plan(inputs, config, WeightConfig())
+    controls = {p.label: p.control for p in planned if p.control}
+    assert controls == {"variance-a0.5": "deciles-variance-a0.5"}
+    with pytest.raises(LlmWsaeError, match=r"the control permuted-.*, not deciles-"):
+        study(whole[0], replace(CONFIG, control="deciles"))
+
+
 def test_all_dictionaries_are_of_one_architecture(inputs):
     config = StudyConfig(("variance",), (0.5,), (4,), (2, 4), (0, 1), "jumprelu")
     planned = plan(inputs, config, WeightConfig())

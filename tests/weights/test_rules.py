@@ -148,6 +148,10 @@ def test_every_claim_has_a_control_of_the_same_form():
     ]:
         found = Rule.parse(text).matched_control(config)
         assert (found and found.name) == control, (text, config)
+        within = Rule.parse(text).matched_control(config, "deciles")
+        of_dimensions = control in ("permuted:variance", "permuted:sensitivity")
+        expected = control.replace("permuted", "deciles") if of_dimensions else control
+        assert (within and within.name) == expected, (text, config)
 
 
 def test_every_rule_gives_what_it_says(inputs):
