@@ -40,7 +40,7 @@ from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import check_out, train, train_sites
-from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha, settings_of_trials
+from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
 from llm_wsae.weighing import measure_inputs, measure_stream_inputs
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
@@ -254,11 +254,10 @@ def _weights(
     numbers = [float(alpha) for alpha in alphas if alpha != "auto"]
     found: dict[str, LossWeights] = {}
     for rule in rules:
-        own, settings = numbers, config
+        own = numbers
         if choice is not None and rule.has_automatic_alpha:
             own = [] if choice.alpha is None else [choice.alpha]
-            settings = settings_of_trials(config)
-        found |= {w.name: w for w in choose_weights(inputs, [rule], own, config=settings)}
+        found |= {w.name: w for w in choose_weights(inputs, [rule], own, config=config)}
     return list(found.values())
 
 

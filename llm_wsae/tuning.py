@@ -58,12 +58,6 @@ class AlphaChoice:
         return f"whitening, KL of short trainings by α ({found}); {chosen}"
 
 
-def settings_of_trials(config: WeightConfig) -> WeightConfig:
-    """The settings under which an exponent is chosen and then used: weights that are chosen by KL
-    act where they lower it most, as a space, unless ``config`` says otherwise."""
-    return replace(config, place="space") if config.place == "auto" else config
-
-
 def choose_alpha(
     inputs: RuleInputs,
     source: ActivationSource,
@@ -77,13 +71,13 @@ def choose_alpha(
     """Train a plain TopK dictionary and one for each candidate on a part of the rows, and take the
     exponent of least KL.
 
-    ``config`` says where the whitening acts; by default it is a space to train in.
+    ``config`` says where the whitening acts.
 
     The choice is kept in ``folder`` and read from there the next time; the trial dictionaries are
     deleted. Raises as ``train`` and ``FidelityEvaluator.evaluate`` do, and LlmWsaeError if the
     folder holds the choice of other trials.
     """
-    rule, config = Rule.parse("whitening"), settings_of_trials(config)
+    rule = Rule.parse("whitening")
     if training.lengths == "auto" and _has_unit_lengths(folder / CHOICE):
         training = replace(training, lengths="unit")
     tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
@@ -132,6 +126,12 @@ def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:
     found = read_own_json(path, "choice of an exponent", _AGAIN)
     try:
         if found["asked"] != asked:
+            place = found["asked"]["weights"]["place"]
+            if place != asked["weights"]["place"]:  # the first choices were all for a space
+                raise LlmWsaeError(
+                    f"{path} was chosen for the place {place}; go on with --place {place}, choose "
+                    "another folder, or delete it"
+                )
             raise LlmWsaeError(
                 f"{path} was chosen for other rows or settings; choose another folder, or delete it"
             )

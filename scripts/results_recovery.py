@@ -562,7 +562,8 @@ def measure(key: str, path: str, seeds: Sequence[int]) -> None:
         print(f"{key}: seed {seed} measured", flush=True)
     if (folder / "site.json").exists():
         return
-    choice = choose_alpha(opened.inputs, opened.source, opened.judge, folder, k=K)
+    how = {"training": TrainConfig(lengths="unit"), "config": SPACE}
+    choice = choose_alpha(opened.inputs, opened.source, opened.judge, folder, k=K, **how)
     dimensions = effective_dimensions(
         weights_from_rule("uniform", 1.0, opened.inputs), opened.inputs.statistics
     )

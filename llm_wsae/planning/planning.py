@@ -28,7 +28,7 @@ from llm_wsae.planning.sizes import Sizes, parameters_bytes
 from llm_wsae.planning.speeds import ACCELERATORS, Speeds, measure, published
 from llm_wsae.training.arm import ArmConfig, make_arms
 from llm_wsae.training.config import ArchitectureName, TrainConfig
-from llm_wsae.tuning import CANDIDATES, TRIAL_ROWS, TRIAL_TOKENS, settings_of_trials
+from llm_wsae.tuning import CANDIDATES, TRIAL_ROWS, TRIAL_TOKENS
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import Rule
@@ -210,14 +210,14 @@ def _stand_ins(
     do not matter, except that arms which do not share a space must not seem to."""
     found: dict[str, LossWeights] = {}
     for rule in rules:
-        own, settings = [float(alpha) for alpha in alphas if alpha != "auto"], config
+        own = [float(alpha) for alpha in alphas if alpha != "auto"]
         if "auto" in alphas and rule.has_automatic_alpha:
-            own, settings = [CANDIDATES[0]], settings_of_trials(config)
+            own = [CANDIDATES[0]]
         for alpha in (1.0,) if rule.is_plain else own:
-            matrix = rule.form(settings) == "matrix"
+            matrix = rule.form(config) == "matrix"
             gamma = torch.eye(d_in) if matrix else torch.ones(d_in)
             gamma *= 1 + len(found) / 1000
-            weights = LossWeights(gamma, rule, alpha, rule.settings(settings))
+            weights = LossWeights(gamma, rule, alpha, rule.settings(config))
             found.setdefault(weights.name, weights)
     return list(found.values())
 

@@ -382,7 +382,7 @@ def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
     else:
         assert choice["alpha"] == float(best) and f"chosen: {best}" in result.err
     arms = {path.parent.name for path in here.glob("*/wsae.json")}
-    whitened = set() if choice["alpha"] is None else {f"whitening-a{best}-space-k4"}
+    whitened = set() if choice["alpha"] is None else {f"whitening-a{best}-mixed-k4"}
     assert arms == {"uniform-k4", "variance-a0.5-k4"} | whitened
     assert not (here / "alpha").exists()
     before = content(tmp_path / "out")
@@ -390,6 +390,8 @@ def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
     assert content(tmp_path / "out") == before
     other = call("run", *asked, "--train.learning-rate", 0.01)
     assert other.code == 1 and "was chosen for other rows or settings" in other.err
+    other = call("run", *asked, "--place", "space")
+    assert other.code == 1 and "was chosen for the place mixed; go on with --place m" in other.err
     assert content(tmp_path / "out") == before
     (here / "alpha.json").write_text("{}")
     again = call("run", *asked)
