@@ -39,8 +39,8 @@ from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.log import LOG
-from llm_wsae.training.trainer import check_out, train, train_sites
-from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
+from llm_wsae.training.trainer import check_arms, check_out, train, train_sites
+from llm_wsae.tuning import CHOICE, TRIAL_TOKENS, AlphaChoice, choose_alpha
 from llm_wsae.weighing import measure_inputs, measure_stream_inputs
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
@@ -130,7 +130,9 @@ def run(
         rule.form(weight_config)
     _check_alphas(parsed, alphas)
     plain = LossWeights(torch.ones(model.d_model), RULES["uniform"])
-    for arm in make_arms([plain], ks, l1s, architectures=architectures):
+    asked = make_arms([plain] if parsed else [], ks, l1s, init_seeds, architectures)
+    check_arms(asked)
+    for arm in asked:
         arm.check(train_config.expansion * model.d_model)
     check_rows(harvest_config, train_config)
     if stream_config is None:
@@ -149,8 +151,8 @@ def run(
     heldout = take_contexts(contexts, evaluate_config.tokens)
     # α is chosen on other text than it is judged by
     trial = take_contexts(contexts, TRIAL_TOKENS) if "auto" in alphas else []
-    begun = any((out / str(site) / CHECKPOINT).exists() for site in sites)
-    if not begun and not (out / STORE / MANIFEST).is_file():  # or it was said when the run began
+    begun = _begun(out, sites) or (out / STORE / MANIFEST).is_file()
+    if not begun:  # or it was said when the run began
         takes = plan(
             model,
             sites,
@@ -258,17 +260,25 @@ def _weights(
         if choice is not None and rule.has_automatic_alpha:
             own = [] if choice.alpha is None else [choice.alpha]
         found |= {w.name: w for w in choose_weights(inputs, [rule], own, config=config)}
+    if not found:  # whitening alone, and it is not worth it
+        found = {w.name: w for w in choose_weights(inputs, [RULES["uniform"]], [])}
     return list(found.values())
 
 
+def _begun(out: Path, sites: Sequence[Site]) -> list[Site]:
+    """The sites of which something was trained, or the exponent was chosen."""
+    left = (CHECKPOINT, FINISHED, CHOICE)
+    return [site for site in sites if any((out / str(site) / name).exists() for name in left)]
+
+
 def _check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: HarvestConfig) -> None:
-    """Refuse a longer harvest: the dictionaries already there belong to the shorter one."""
-    trained = [site for site in sites if (out / str(site) / FINISHED).exists()]
+    """Refuse a longer harvest: what was trained belongs to the shorter one."""
+    trained = _begun(out, sites)
     if trained and (out / STORE / MANIFEST).is_file():
         manifest = Manifest.load(out / STORE)
         if harvesting.num_contexts > manifest.num_contexts:
             raise UsageError(
-                f"{out} holds dictionaries of {trained[0]} that were trained on "
+                f"{out} holds a training of {trained[0]} on "
                 f"{manifest.num_contexts * manifest.context_size:,} tokens; choose another folder "
                 "for more"
             )

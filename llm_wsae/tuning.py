@@ -81,7 +81,7 @@ def choose_alpha(
     if training.lengths == "auto" and _has_unit_lengths(folder / CHOICE):
         training = replace(training, lengths="unit")
     tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
-    short = replace(training, tokens=tokens)
+    short = replace(training, tokens=tokens, tracker="none")
     asked = plain(
         {
             "source": source.identity(),
@@ -92,7 +92,9 @@ def choose_alpha(
         }
     )
     if (folder / CHOICE).exists():
-        return _read(folder / CHOICE, asked)
+        choice = _read(folder / CHOICE, asked)
+        shutil.rmtree(folder / _TRIALS, ignore_errors=True)  # if it was killed before it did that
+        return choice
     uniform = weights_from_rule("uniform", 1.0, inputs)
     arms = {"0": ArmConfig(uniform, k)}
     for alpha in CANDIDATES:

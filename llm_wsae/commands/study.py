@@ -50,15 +50,15 @@ class StudyOptions(RuleOptions):
     def config(self, planted: PlantConfig | None) -> StudyConfig:
         """The study that is asked for."""
         return StudyConfig(
-            self.rule,
-            self.alpha,
-            self.k,
-            self.curve,
-            self.seeds,
-            self.architecture,
-            self.keep_dictionaries,
-            planted,
-            self.control,
+            rules=self.rule,
+            alphas=self.alpha,
+            ks=self.k,
+            curve=self.curve,
+            seeds=self.seeds,
+            architecture=self.architecture,
+            keep_dictionaries=self.keep_dictionaries,
+            plant=planted,
+            control=self.control,
         )
 
 

@@ -29,7 +29,7 @@ def read_weights(path: str, d_in: int) -> LossWeights:
     negative = not weights.is_matrix and bool((gamma < 0).any())
     if negative or not bool(torch.isfinite(gamma).all()) or not bool(gamma.any()):
         raise LlmWsaeError(f"{path} has weights that are not finite, negative or all zero")
-    if weights.config.place != "loss":
+    if weights.config.in_space:
         raise UsageError(
             f"{path} is for training in a weighted space, but SAELens trains on the rows as they "
             "are; make the weights with place loss"

@@ -45,6 +45,11 @@ class StudyConfig:
                     "comparison at equal cross-entropy, and no interval"
                 )
         check_numbers(self, ks=1, curve=1)
+        if self.architecture == "relu":
+            raise UsageError(
+                "a study compares dictionaries by k, which relu does not have; choose another "
+                "architecture"
+            )
         if self.control not in get_args(DiagonalControl):
             known = " or ".join(get_args(DiagonalControl))
             raise UsageError(f"control must be {known}, not {self.control!r}")

@@ -9,11 +9,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from llm_wsae.data.store import StoreSource
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import INFO
 from llm_wsae.model.site import Site
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.checkpoint import FINISHED
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
 from llm_wsae.weighing import used_decoder
@@ -26,9 +31,17 @@ SHARE = 0.5
 _OTHER = 1000  # seeds of their own: another start and another order of the rows
 
 
-def need_first(rules: Iterable[str]) -> list[str]:
-    """The rules that take their weights from a first dictionary."""
-    return [name for name in rules if Rule.parse(name).need == "dictionary"]
+def needs_first(rules: Iterable[str]) -> bool:
+    """Whether one of the rules takes its weights from a first dictionary."""
+    return any(Rule.parse(name).need == "dictionary" for name in rules)
+
+
+def stand_ins(inputs: RuleInputs, config: StudyConfig) -> dict[int, RuleInputs]:
+    """By seed, the inputs with a decoder of no consequence: what cannot be asked of the rules is
+    found before a first dictionary is trained."""
+    width = inputs.statistics.d_in
+    one = replace(inputs, decoder=torch.eye(width), energy=torch.ones(width, dtype=torch.float64))
+    return dict.fromkeys(config.seeds, one)
 
 
 def after_first(
@@ -39,16 +52,22 @@ def after_first(
     config: StudyConfig,
     training: TrainConfig,
 ) -> dict[int, RuleInputs]:
-    """By seed, the inputs with the decoder of its first dictionary, which is trained if it is not
-    there. Raises as ``train`` and ``ArmConfig.check`` do."""
+    """By seed, the inputs with the decoder of its first dictionary.
+
+    It is trained with the first k that was asked for, unless the study has one of that seed
+    already. Raises as ``train`` does.
+    """
     found = {}
     uniform = weights_from_rule("uniform", 1.0, inputs)
     half = on_share(training, source, SHARE)
     for seed in dict.fromkeys(config.seeds):
-        arm = ArmConfig(uniform, config.ks[0], init_seed=seed + _OTHER)
-        arm.check(training.expansion * source.d_in)
-        shuffled = replace(half, shuffle_seed=seed + _OTHER)
-        first = train(source, [arm], shuffled, folder / f"s{seed}")[arm.name]
+        own = folder / f"s{seed}"
+        if (own / FINISHED).exists():
+            (first,) = [Dictionary.load(path.parent) for path in own.glob(f"*/{INFO}")]
+        else:
+            arm = ArmConfig(uniform, config.ks[0], init_seed=seed + _OTHER)
+            shuffled = replace(half, shuffle_seed=seed + _OTHER)
+            first = train(source, [arm], shuffled, own)[arm.name]
         decoder, energy = used_decoder(first, site, inputs.statistics)
         found[seed] = replace(inputs, decoder=decoder, energy=energy)
     return found

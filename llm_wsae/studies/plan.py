@@ -59,7 +59,6 @@ def plan(
     ) -> None:
         for k in ks:
             arm = ArmConfig(weights, k, init_seed=seed, architecture=config.architecture)
-            # an arm that was already named as a rule stays one
             arms.setdefault(arm.name, PlannedArm(arm, weights.label, control, share))
 
     for seed in dict.fromkeys(config.seeds):

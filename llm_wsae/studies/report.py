@@ -50,11 +50,12 @@ REPORT_FILES = REPORT, MARKDOWN, PAGE, CURVE, DIFFERENCES = (
 _HOW_TO_READ = (
     "A difference is a dictionary's value less that of the plain curve at the dictionary's own "
     "cross-entropy, seed by seed. Square brackets hold its 95 % interval over seeds and over "
-    "latents or families of concepts. Latents that fire on more than 10 % of the tokens are "
-    "excluded unless a column says otherwise. The last columns compare at equal KL, or at equal "
-    "density (latents active per token, dense ones not counted), instead of equal cross-entropy. "
+    "latents or families of concepts, for detection also over documents. Latents that fire on more "
+    "than 10 % of the tokens are excluded unless a column says otherwise. The last columns compare "
+    "at equal KL, or at equal density (latents active per token, dense ones not counted), instead "
+    "of equal cross-entropy. "
     "The p of the two deciding measures are corrected together over all rules of the study "
-    "(Holm). The text is one sample: no interval covers what another text would change."
+    "(Holm). The text is one sample: no other interval covers what another text would change."
 )
 _IS_IT_FINE = (
     "Plain dictionaries of one k, compared with the line between their neighbours on the curve. "

@@ -7,6 +7,7 @@ correction for multiple tests.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
 from llm_wsae.studies import consistency
 from llm_wsae.studies.config import StudyConfig
-from llm_wsae.studies.first import after_first, need_first
+from llm_wsae.studies.first import after_first, needs_first, stand_ins
 from llm_wsae.studies.folder import (
     BASIS,
     CONSISTENCY,
@@ -111,7 +112,7 @@ def study(
             the store, or a stage fails.
     """
     out = Path(out)
-    written = (*REPORT_FILES, CONSISTENCY, RESULTS, FIRST, DICTIONARIES, TRAINING)
+    written = (*REPORT_FILES, CONSISTENCY, RESULTS, DICTIONARIES, TRAINING)
     check_folder(out, written, is_ours=(out / BASIS).is_file())
     store.check_model(model.identity())
     if endpoint is not None and (config.plant or not config.keep_dictionaries):
@@ -136,9 +137,9 @@ def study(
         config=measure,
         planted=planted,  # weights are chosen for the rows that are trained on
     )
-    trains_first = dictionary is None and bool(need_first(config.rules))
-    if not trains_first:
-        arms = _planned(inputs, config, weigh, training)
+    trains_first = dictionary is None and needs_first(config.rules)
+    first = stand_ins(inputs, config) if trains_first else None
+    arms = _planned(inputs, config, weigh, training, first)
     if training.lengths == "auto" and has_unit_lengths(out):
         training = replace(training, lengths="unit")  # it goes on as it was begun
     rows = store.identity(site)
@@ -161,17 +162,19 @@ def study(
         if endpoint is not None:
             _check_explained(out, asked)
         source = store.source(site) if planted is None else planted
+        jobs = StudyJobs(source, out, config, training, fidelity_evaluator, model.device)
+        judge = partial(MonosemanticityEvaluator, model, heldout, packing, scoring, encoder)
+        monosemanticity = None
+        if not (out / BASIS).exists():
+            monosemanticity = judge()  # the text may be too short: that is found before any work
+            write_json(out / BASIS, basis | _MEASURES)
         if trains_first:
             first = after_first(source, site, inputs, out / FIRST, config, training)
             arms = _planned(inputs, config, weigh, training, first)
-        jobs = StudyJobs(source, out, config, training, fidelity_evaluator, model.device)
-        missing, monosemanticity = jobs.missing(arms), None
-        if missing:
+        missing = jobs.missing(arms)
+        if missing and monosemanticity is None:
             check_basis(out, _MEASURES)
-            # Before any training: it may find that the text is too short or a label is unknown.
-            monosemanticity = MonosemanticityEvaluator(model, heldout, packing, scoring, encoder)
-        if missing or not (out / BASIS).exists():
-            write_json(out / BASIS, basis | _MEASURES)
+            monosemanticity = judge()
         jobs.finish(missing, monosemanticity)
         consistency.measure(out / CONSISTENCY, _kept(out, read_results(out)))
         if endpoint is not None:

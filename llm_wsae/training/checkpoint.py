@@ -175,8 +175,8 @@ def load_checkpoint(
     with open_tensors(path, WHAT, WAY_OUT) as file:
         header = processes.lead(lambda: own_facts(file, path, WHAT, WAY_OUT).content)
         with _refused(path):
-            reached = _reached(header, identity["num_steps"])
             check_identity(folder, header["identity"], identity)
+            reached = _reached(header, identity["num_steps"])
             _restore(file, arms)
             return reached
 

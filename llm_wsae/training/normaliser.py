@@ -93,7 +93,7 @@ class Spaces:
 
     def of(self, weights: LossWeights) -> Space | None:
         """The space that an arm of these weights is trained in, None for the plain one."""
-        if weights.config.place == "loss":
+        if not weights.config.in_space:
             return None
         for space in self._known:
             if torch.equal(space.gamma, weights.gamma.to(space.gamma)):

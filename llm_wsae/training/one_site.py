@@ -177,7 +177,8 @@ class Training:
 
     def _log(self, log: TrainingLog, bar: tqdm) -> None:
         numbers, size, step = self.last_numbers, self.config.batch_size, self.reached
-        speed = bar.format_dict["rate"] or 0.0
+        done, elapsed = step * size - bar.initial, bar.format_dict["elapsed"]
+        speed = done / elapsed if elapsed else 0.0
         left = (self.num_steps - step) * size / speed if speed else 0.0
         log.write(step, step * size, numbers, tokens_per_second=speed, seconds_left=left)
         first = next(iter(numbers.values()))

@@ -120,7 +120,7 @@ def _train(
     jobs: Sequence[_Job], batches: _Batches, config: TrainConfig, out: Path
 ) -> list[dict[str, Dictionary]]:
     for job in jobs:
-        _check_arms(job.arms)
+        check_arms(job.arms)
         check_out(job.out)
     processes, device = join(), choose_device(config.device)
     with processes.together():
@@ -143,7 +143,8 @@ def _train(
         return [{arm.name: Dictionary.load(job.out / arm.name) for arm in job.arms} for job in jobs]
 
 
-def _check_arms(arms: Sequence[ArmConfig]) -> None:
+def check_arms(arms: Sequence[ArmConfig]) -> None:
+    """Raise UsageError if there are none, or two of the same name."""
     names = [arm.name for arm in arms]
     if not arms:
         raise UsageError(

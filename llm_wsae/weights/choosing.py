@@ -178,7 +178,7 @@ def _weighted_variance(gamma: Gamma, statistics: Statistics) -> float:
 
 def _check_space(weights: LossWeights) -> None:
     """Raise LlmWsaeError for a space that Γ⁻¹ cannot lead back from."""
-    if weights.config.place == "loss":
+    if not weights.config.in_space:
         return
     stretch = stretching(weights)
     if not float(stretch.min()) * MAX_CONDITION > float(stretch.max()):

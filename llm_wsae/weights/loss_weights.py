@@ -37,6 +37,9 @@ class LossWeights:
     config: WeightConfig = IN_LOSS
     """Where they act, and how they were made from the scores."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", self.rule.settings(self.config))  # no place is auto
+
     @property
     def name(self) -> str:
         """Short name of the weights, e.g. ``variance-a0.5``; if all are one, ``uniform``."""

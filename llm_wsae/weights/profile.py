@@ -70,7 +70,7 @@ def _weights_profile(weights: LossWeights, statistics: Statistics) -> dict[str, 
 def profile_text(facts: dict[str, Any]) -> str:
     """The profile for people: a few lines, a table of the weights, and any warnings."""
     massive = facts["massive"]
-    width = max(24, *(len(weights["name"]) + 2 for weights in facts["weights"]))
+    width = max([24, *(len(weights["name"]) + 2 for weights in facts["weights"])])
     lines = [
         f"{facts['rows']:,} rows of {facts['dimensions']} dimensions, "
         f"median norm {facts['median_norm']:.1f}",

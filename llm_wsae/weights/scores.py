@@ -97,7 +97,7 @@ def gap(decoder: Float[Tensor, "latents d_in"]) -> Float[Tensor, " d_in"]:
     b_i = ‖w_i‖², so the cost does not depend on the number of latents. A
     dimension may get exactly 0. Float64.
     """
-    from scipy.optimize import nnls  # imported here: nothing else needs scipy
+    from scipy.optimize import nnls  # imported here: it is slow to import
 
     w = decoder.double()
     gram = (w.T @ w).square()

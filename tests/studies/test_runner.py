@@ -28,7 +28,7 @@ from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.studies import consistency, jobs, runner
+from llm_wsae.studies import consistency, first, jobs, runner
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.plan import plan
 from llm_wsae.studies.results import read_result
@@ -145,9 +145,36 @@ def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(
 
     trained.clear()
     assert study(out, config).to_dict() == report.to_dict() and not trained
+    more = study(out, replace(config, ks=(8, 4)))  # their first dictionaries are there
+    assert {r.point.k for r in more.results if r.label == "gap-a0.5"} == {4, 8}
+    assert len(list((out / "first").glob("*/*/wsae.json"))) == 2
     given = Dictionary.load(out / "first/s0/uniform-k4-s1000")
     with pytest.raises(LlmWsaeError, match="another first dictionary"):
         study(out, config, dictionary=given)
+
+
+def test_a_study_that_was_stopped_at_a_first_dictionary_goes_on(study, tmp_path, monkeypatch):
+    out, config = tmp_path / "out", replace(CONFIG, rules=("gap",), alphas=(0.5,))
+    original = first.train
+    for wrong, said in (
+        ({"config": replace(config, ks=(65,))}, "k = 65 active latents is more"),
+        ({"weigh": WeightConfig(draw=1)}, "draw is 1"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            study(out, **{"config": config} | wrong)
+        assert not out.exists()
+
+    def stopped(source, arms, config, out):
+        if arms[0].init_seed > 1000:
+            raise KeyboardInterrupt
+        return original(source, arms, config, out)
+
+    monkeypatch.setattr(first, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        study(out, config)
+    assert [path.name for path in (out / "first").iterdir()] == ["s0"]
+    monkeypatch.setattr(first, "train", original)
+    assert len(study(out, config).results) == 10
 
 
 def test_families_of_concepts_count_once(whole, tmp_path):
@@ -583,6 +610,7 @@ def test_plans_that_make_no_sense():
         ({"seeds": (0, -1)}, "seeds is -1, but must be at least 0"),
         ({"rules": ()}, "at least one of its rules"),
         ({"ks": ()}, "at least one of its ks"),
+        ({"architecture": "relu"}, "by k, which relu does not have"),
     ):
         with pytest.raises(UsageError, match=said):
             StudyConfig(**wrong)

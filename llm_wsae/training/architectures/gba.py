@@ -114,7 +114,7 @@ class GBA(DenseStart):
         return step._replace(observed=torch.stack([frequency, excess], dim=1))
 
     def through_tie(self, step: Step, parameters: Parameters) -> Step:
-        """The gradients by w (in the place of the decoder's), b_dec and log a (observed)."""
+        """The gradients by w (in the place of the decoder's), b_dec and a (observed)."""
         encoder, decoder, _, decoder_bias = parameters
         step = step.summed()
         assert not isinstance(step.by_weights, SparseGradients) and step.observed is not None
@@ -141,7 +141,7 @@ class GBA(DenseStart):
         return self.amplitude / decoder.square().sum(1)
 
     def follow(self, observed: Float[Tensor, "latents 3"], learning_rate: float) -> None:
-        """One step of Adam for log a; after enough steps, thresholds are adapted."""
+        """One step of Adam for a; after enough steps, thresholds are adapted."""
         frequency, excess, by_amplitude = observed.unbind(1)
         self._steps += 1
         moments = (self._mean, self._square)
