@@ -175,7 +175,7 @@ def load_checkpoint(
     with open_tensors(path, WHAT, WAY_OUT) as file:
         header = processes.lead(lambda: own_facts(file, path, WHAT, WAY_OUT).content)
         with _refused(path):
-            check_identity(folder, header["identity"], identity)
+            check_identity(folder, _identity(header), identity)
             reached = _reached(header, identity["num_steps"])
             _restore(file, arms)
             return reached

@@ -4,6 +4,7 @@ does. Bad input is in test_bad_input.py."""
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -364,6 +365,18 @@ def test_run_again_does_nothing_twice(ran, model_and_corpus):
         assert f"{numbers['fvu']:.3f}" in first.out and name in first.out
 
 
+def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(
+    model_and_corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(llm_wsae.pipeline, "TRIAL_TOKENS", 300)
+    monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 4096)
+    monkeypatch.setattr(llm_wsae.tuning, "LEAST_GAIN", 0.99)
+    asked = (*model_and_corpus, *RUN, "--rule", "whitening", "--alpha", "auto")
+    works("run", *asked, "--out", tmp_path / "out")
+    arms = [path.parent.name for path in (tmp_path / "out" / SITE).glob("*/wsae.json")]
+    assert arms == ["uniform-k4"]
+
+
 @pytest.mark.parametrize("gain", [-9.0, 0.99])
 def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
     model_and_corpus, tmp_path, monkeypatch, gain
@@ -402,12 +415,23 @@ def test_run_refuses_before_the_harvest_what_cannot_be(ran, model_and_corpus, tm
     out, _ = ran
     before = content(out)
     more = call("run", *model_and_corpus, *RUN, "--tokens", 9000, "--out", out)
-    assert more.code == 2 and "trained on 5,008 tokens; choose another folder" in more.err
+    assert more.code == 2 and "on 5,008 tokens; choose another folder for more" in more.err
     assert content(out) == before and "harvest" not in more.err
+    begun = tmp_path / "begun"
+    shutil.copytree(out, begun)  # a training that was stopped, or a choice of α, counts as much
+    for name in ("checkpoint.safetensors", "alpha.json"):
+        (begun / SITE / "training.json").unlink(missing_ok=True)
+        (begun / SITE / name).touch()
+        more = call("run", *model_and_corpus, *RUN, "--tokens", 9000, "--out", begun)
+        assert more.code == 2 and "holds a training of blocks" in more.err
+        (begun / SITE / name).unlink()
     for words, said in {
         ("--alpha", "auto"): "the rule 'variance' needs an alpha that is a number",
         ("--alpha", "auto", 1, "--rule", "variance"): "whitening, which is not among the rules",
         ("--alpha",): "the rule 'variance' needs an alpha that is a number",
+        ("--rule",): "there is nothing to train",
+        ("--k",): "there is nothing to train",
+        ("--init-seeds",): "there is nothing to train",
     }.items():
         wrong = call("run", *model_and_corpus, *RUN, *words, "--out", tmp_path / "x")
         assert wrong.code == 2 and said in wrong.err

@@ -117,7 +117,8 @@ def test_the_log_tells_what_happened(trained):
         if name.endswith("k4"):
             assert numbers[-1]["l0"] == pytest.approx(4, abs=0.5)
         assert dictionary.info.metrics["training"] == numbers[-1]
-    assert lines[-1]["tokens_per_second"] > 0 and lines[-1]["seconds_left"] == 0
+    assert all(line["tokens_per_second"] > 0 for line in lines)
+    assert lines[0]["seconds_left"] > 0 and lines[-1]["seconds_left"] == 0
 
 
 def test_logged_fvu_is_that_of_the_saved_dictionary(trained):
@@ -141,6 +142,9 @@ def test_a_terminated_training_resumes_bit_for_bit(trained, tmp_path):
         train(MemorySource(stop_after=23), arms, CONFIG, tmp_path)
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    shorter = replace(CONFIG, tokens=20 * CONFIG.batch_size)  # it has come farther already
+    with pytest.raises(LlmWsaeError, match=r"other settings .*num_steps"):
+        train(source, arms, shorter, tmp_path)
     train(source, arms, CONFIG, tmp_path)
     for name in (a.name for a in arms):
         file = "sae_weights.safetensors"

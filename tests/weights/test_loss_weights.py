@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.plots import plot_fidelity, plot_profile
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.training.normaliser import Spaces
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import IN_LOSS, RuleInputConfig, WeightConfig
 from llm_wsae.weights.loss_weights import (
@@ -73,6 +74,15 @@ def test_names_and_labels():
         assert weights.label == name.removesuffix("-d1").removesuffix("-d2")
     assert LossWeights(vector).name == LossWeights(matrix).name == "own"
     assert LossWeights(vector, config=WeightConfig("space", clip=2.0)).name == "own-c2-space"
+
+
+def test_no_weights_have_the_place_auto():
+    """In Python too, where nothing has resolved it."""
+    for rule, place in (("own", "loss"), ("variance", "loss"), ("whitening", "mixed")):
+        parsed = OWN if rule == "own" else RULES[rule]
+        weights = LossWeights(torch.ones(3), parsed, config=WeightConfig())
+        assert weights.config.place == place
+        assert (Spaces(torch.device("cpu")).of(weights) is None) == (place == "loss")
 
 
 def test_only_weights_of_tokens_weigh_rows():
