@@ -55,7 +55,7 @@ def train(
     from llm_wsae.weighing import measure_inputs, measure_stream_inputs
     from llm_wsae.weights.choosing import choose_weights
     from llm_wsae.weights.loss_weights import LossWeights
-    from llm_wsae.weights.rules import Rule
+    from llm_wsae.weights.rules import OWN, Rule
 
     started, sites = time.monotonic(), list(dict.fromkeys(sites_of(site)))
     check_file(out / RECORD, is_record_of("train"))
@@ -71,6 +71,12 @@ def train(
         training = replace(training, device="auto")
     rules = [Rule.parse(name) for name in grid.rule]
     own = LossWeights.load(weights, weigh) if weights else None
+    if own is not None and own.rule != OWN and weigh != WeightConfig():
+        if own.rule.settings(weigh) != own.config:
+            raise UsageError(
+                f"{weights} holds weights of a rule, with settings of their own (place "
+                f"{own.config.place}); leave --place and the like out, or make it anew with weigh"
+            )
     rows: ActivationStore | ActivationStreams
     if store is not None:  # only what weigh has measured of it
         rows = ActivationStore.open(store)

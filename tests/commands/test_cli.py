@@ -210,6 +210,11 @@ def test_train(world, tmp_path):
         assert numbers["l0"] <= 4 if "-k4" in name else numbers["l0"] > 4
     gamma = Dictionary.load(out / "own-k4").extras["gamma"]
     torch.testing.assert_close(gamma / gamma[0], own, rtol=1e-5, atol=0)
+    made = tmp_path / "made.safetensors"
+    works("weigh", world / "store", "--site", SITE, "--rule", "variance", "--out", made)
+    wrong = call("train", world / "store", *TRAIN, "--k", 4, "--weights", made, "--place", "space",
+                 "--out", tmp_path / "x")  # fmt: skip
+    assert wrong.code == 2 and "weights of a rule, with settings of their own" in wrong.err
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == rows // 256 and sorted(log[-1]["arms"]) == sorted(names)
     assert log[-1]["arms"]["uniform-k4"]["fvu"] == result.json["uniform-k4"]["fvu"]
