@@ -71,12 +71,12 @@ def train(
         training = replace(training, device="auto")
     rules = [Rule.parse(name) for name in grid.rule]
     own = LossWeights.load(weights, weigh) if weights else None
-    if own is not None and own.rule != OWN and weigh != WeightConfig():
-        if own.rule.settings(weigh) != own.config:
-            raise UsageError(
-                f"{weights} holds weights of a rule, with settings of their own (place "
-                f"{own.config.place}); leave --place and the like out, or make it anew with weigh"
-            )
+    of_rule = own is not None and own.rule != OWN
+    if own and of_rule and weigh != WeightConfig() and own.rule.settings(weigh) != own.config:
+        raise UsageError(
+            f"{weights} holds weights of a rule, with settings of their own (place "
+            f"{own.config.place}); leave --place and the like out, or make it anew with weigh"
+        )
     rows: ActivationStore | ActivationStreams
     if store is not None:  # only what weigh has measured of it
         rows = ActivationStore.open(store)

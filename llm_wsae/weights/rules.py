@@ -10,7 +10,7 @@ Prefixes make a control of a rule: ``permuted:RULE`` gives its scores to other d
 eigenvectors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -28,11 +28,10 @@ Control = Literal["permuted", "deciles", "rotated"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 RuleForm = Literal["diagonal", "matrix", "tokens"]
 
-_BRINGS: dict[Need, tuple[str, str]] = {
+_BRINGS: dict[Need, tuple[str, str]] = {  # the covariance of a sample is always there
     "dictionary": ("a first dictionary", "--dictionary DICT"),
     "fisher": ("the model", "--model M"),
     "coherence": ("the model's tokenizer", "--model M"),
-    "second_moment": ("all rows of a store", "STORE"),
 }
 
 
@@ -59,20 +58,19 @@ class Rule:
     """What the rule controls for, if it is a control."""
 
     @classmethod
-    def parse(cls, text: str, rules: "Mapping[str, Rule] | None" = None) -> "Rule":
+    def parse(cls, text: str) -> "Rule":
         """The rule that a text names: ``variance``, ``permuted:variance``, ``rotated:whitening``.
 
-        ``rules`` are the base rules by name, ``RULES`` by default. Raises UsageError, with the
-        nearest names, for an unknown rule or a control that the rule cannot have.
+        Raises UsageError, with the nearest names, for an unknown rule or a control that the rule
+        cannot have.
         """
-        rules = RULES if rules is None else rules
-        if text in rules:
-            return rules[text]
+        if text in RULES:
+            return RULES[text]
         for control in CONTROLS:
             base = text.removeprefix(f"{control}:")
-            if base != text and base in rules:
-                return rules[base].as_control(control)
-        known = [*rules, *(f"{control}:{name}" for control in CONTROLS for name in rules)]
+            if base != text and base in RULES:
+                return RULES[base].as_control(control)
+        known = [*RULES, *(f"{control}:{name}" for control in CONTROLS for name in RULES)]
         raise UsageError(f"there is no weight rule {text!r}; {nearest(text, known)}")
 
     @classmethod

@@ -90,13 +90,6 @@ def test_texts_that_name_no_rule():
             Rule.parse(text)
 
 
-def test_a_table_of_other_rules_can_be_parsed():
-    truth = Rule("truth", lambda inputs: torch.ones(3))
-    assert Rule.parse("permuted:truth", {"truth": truth}) == truth.as_control("permuted")
-    with pytest.raises(UsageError, match="did you mean 'truth'"):
-        Rule.parse("trth", {"truth": truth})
-
-
 def test_the_form_follows_the_settings():
     space, diagonal = WeightConfig(place="space"), WeightConfig("space", form="diagonal")
     for text, config, form in [
