@@ -17,7 +17,7 @@ from llm_wsae.hardware import exact_dtype
 from llm_wsae.outside import check_numbers
 from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.training.architecture import Architecture
-from llm_wsae.training.architectures import find_architecture
+from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.auxk import DeadFinder, auxk_gradients
 from llm_wsae.training.config import ArchitectureName, Lengths
 from llm_wsae.training.free_lengths import FreeLengths
@@ -82,9 +82,10 @@ class ArmConfig:
     def lengths(self, asked: Lengths) -> Literal["free", "unit"]:
         """Those of the decoder rows in training. Raises UsageError if they cannot be free."""
         if asked == "free" and not self.kind.has_free_lengths:
+            free = [n for n in architecture_names() if find_architecture(n).has_free_lengths]
             raise UsageError(
-                f"the architecture {self.architecture} has no free lengths: topk, batch-topk and "
-                "matryoshka have"
+                f"the architecture {self.architecture} has no free lengths; these have: "
+                f"{', '.join(free)}"
             )
         return "free" if asked != "unit" and self.kind.has_free_lengths else "unit"
 
@@ -308,13 +309,15 @@ def make_arms(
 ) -> list[ArmConfig]:
     """Every combination of weights, architectures, their sparsities and seeds.
 
-    ``ks`` are for every architecture except ``relu``, which takes ``l1s`` and need not be listed
-    when there are some. Raises UsageError for ``relu`` without L1 coefficients, or a negative one.
+    ``ks`` are for every architecture except those that take ``l1s``; of these ``relu`` need not be
+    listed when there are some. Raises UsageError for such an architecture without L1 coefficients,
+    or a negative one.
     """
-    if l1s and "relu" not in architectures:
+    with_l1 = [name for name in architectures if find_architecture(name).setting == "l1"]
+    if l1s and not with_l1:
         architectures = (*architectures, "relu")
-    elif "relu" in architectures and not l1s:
-        raise UsageError("the architecture relu needs at least one L1 coefficient (--l1)")
+    elif with_l1 and not l1s:
+        raise UsageError(f"the architecture {with_l1[0]} needs at least one L1 coefficient (--l1)")
     arms = []
     for seed, w, name in product(init_seeds, weights, architectures):
         if find_architecture(name).setting == "k":
