@@ -59,8 +59,8 @@ from llm_wsae.weights.inputs import RuleInputs
 
 ANSWERS = "answers"
 _MEASURES = {"measures": {"detection": 2}}  # its definition; other numbers cannot stand beside it
-_PROCEDURAL = ("parallel", "price_in", "price_out")  # settings of questions that change no answer
-_HOW = (*PROCEDURAL, "shuffle_seed")  # each arm has a seed of its own
+_OF_QUESTIONS = ("parallel", "price_in", "price_out")  # settings of questions that change no answer
+_OF_TRAINING = (*PROCEDURAL, "shuffle_seed")  # each arm has a seed of its own
 
 
 def study(
@@ -148,7 +148,7 @@ def study(
         {
             "rows": rows,
             "text": heldout.identity(),
-            "training": {k: v for k, v in asdict(training).items() if k not in _HOW}
+            "training": {k: v for k, v in asdict(training).items() if k not in _OF_TRAINING}
             | {"architecture": config.architecture},
             "fidelity": asdict(fidelity),
             "scoring": asdict(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
@@ -201,7 +201,7 @@ def _planned(
 def _check_explained(out: Path, asked: dict[str, Any]) -> None:
     """Raises LlmWsaeError if latents of the study were explained in another way."""
     found = read_explained(out).get("settings", asked)
-    if any(found.get(key) != value for key, value in asked.items() if key not in _PROCEDURAL):
+    if any(found.get(key) != value for key, value in asked.items() if key not in _OF_QUESTIONS):
         raise LlmWsaeError(
             f"latents of the study in {out} were explained with other settings (see {EXPLAINED}), "
             "so these cannot be compared with them; repeat those, or delete that file"
