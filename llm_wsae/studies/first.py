@@ -62,8 +62,9 @@ def after_first(
     half = on_share(training, source, SHARE)
     for seed in dict.fromkeys(config.seeds):
         own = folder / f"s{seed}"
-        if (own / FINISHED).exists():
-            (first,) = [Dictionary.load(path.parent) for path in own.glob(f"*/{INFO}")]
+        known = sorted(own.glob(f"*/{INFO}")) if (own / FINISHED).exists() else []
+        if known:
+            first = Dictionary.load(known[0].parent)
         else:
             arm = ArmConfig(uniform, config.ks[0], init_seed=seed + _OTHER)
             shuffled = replace(half, shuffle_seed=seed + _OTHER)
