@@ -105,7 +105,5 @@ def test_what_chooses_the_largest_learns_with_them(name, tmp_path):
 def test_what_has_no_free_lengths_says_so(tmp_path):
     source = MemorySource()
     arms = arms_for(source, ("uniform",), (4,), architectures=("gba",))
-    with pytest.raises(
-        UsageError, match="these have: batch-topk, matryoshka, topk"
-    ):
+    with pytest.raises(UsageError, match="these have: batch-topk, matryoshka, topk"):
         train(source, arms, FREE, tmp_path)
