@@ -51,9 +51,8 @@ RUN = README.parent / "runs/free-lengths"
 ARCHIVE = Path(__file__).parent / "results/free-lengths.jsonl.gz"
 Weights = tuple[str, float, WeightConfig, int]
 """Rule, α, place and k."""
-PLAIN: Weights = ("uniform", 1.0, LOSS, K)
 EVERYWHERE: tuple[Weights, ...] = (
-    PLAIN,
+    ("uniform", 1.0, LOSS, K),
     ("whitening", 0.5, MIXED, K),
     ("whitening", 0.5, SPACE, K),
     ("rotated:whitening", 0.5, MIXED, K),
@@ -86,7 +85,7 @@ def regret_at_most(key: str, bound: float) -> Callable[[recovery.Means], tuple[b
     best that was trained in full."""
 
     def found(means: recovery.Means) -> tuple[bool, str]:
-        share = _regret(key, "mixed", means)[1]
+        share = _regret(key, means)[1]
         return share <= bound, f"{100 * share:.0f} %"
 
     return found
@@ -200,18 +199,17 @@ def measure(key: str, path: str, seeds: Sequence[int], parts: Sequence[str]) -> 
         for record in recovery.judge(opened, missing, dictionaries, seed):
             write_json(_result(key, record["name"]), record)
         print(f"{key}: {', '.join(here)}, seed {seed} measured", flush=True)
-    for config in (MIXED, SPACE):
-        kept = RUN / key / f"auto-{config.place}.json"
-        if not kept.exists():  # what `--alpha auto` chooses there
-            folder = RUN / "trained" / key / f"auto-{config.place}"
-            choice = choose_alpha(
-                opened.inputs, opened.source, opened.judge, folder, k=K, config=config
-            )
-            write_json(kept, asdict(choice))
+    if not _choice(key).exists():  # of `--alpha auto`
+        given, folder = (opened.inputs, opened.source, opened.judge), RUN / "trained" / key
+        write_json(_choice(key), asdict(choose_alpha(*given, folder, k=K, config=MIXED)))
 
 
 def _result(key: str, name: str) -> Path:
     return RUN / "results" / f"{key}.{name}.json"
+
+
+def _choice(key: str) -> Path:
+    return RUN / key / "auto-mixed.json"
 
 
 def read(key: str) -> list[dict[str, Any]]:
@@ -220,18 +218,17 @@ def read(key: str) -> list[dict[str, Any]]:
 
 
 def _regret(
-    key: str, place: str, means: recovery.Means
+    key: str, means: recovery.Means
 ) -> tuple[float, float, dict[float, float], dict[str, float]]:
     """The chosen power, 0 for none; by how much its KL is above that of the best one, as a share;
     the KL of every power that was trained in full; and of every trial."""
-    kept = RUN / key / f"auto-{place}.json"
-    if not kept.exists():
-        raise KeyError(kept)
-    trials: dict[str, float] = json.loads(kept.read_text())["kl"]
+    if not _choice(key).exists():
+        raise KeyError(key)
+    trials: dict[str, float] = json.loads(_choice(key).read_text())["kl"]
     chosen = min(trials, key=lambda one: trials[one])
     if trials[chosen] > (1 - LEAST_GAIN) * trials["0"]:
         chosen = "0"
-    labels = {float(a): f"whitening-a{a}-{place}-k{K}" for a in trials} | {0.0: f"uniform-k{K}"}
+    labels = {float(a): f"whitening-a{a}-mixed-k{K}" for a in trials} | {0.0: f"uniform-k{K}"}
     full = {alpha: means[label]["kl"] for alpha, label in labels.items() if label in means}
     return float(chosen), full[float(chosen)] / min(full.values()) - 1, full, trials
 
@@ -257,7 +254,7 @@ def choices() -> str:
              "regret"]]  # fmt: skip
     for key, where in PLACES.items():
         try:
-            chosen, share, full, trials = _regret(key, "mixed", recovery.means_of(read(key)))
+            chosen, share, full, trials = _regret(key, recovery.means_of(read(key)))
         except KeyError:  # it was not trained in full
             continue
         rows.append(

@@ -55,7 +55,7 @@ def train(
     from llm_wsae.weighing import measure_inputs, measure_stream_inputs
     from llm_wsae.weights.choosing import choose_weights
     from llm_wsae.weights.loss_weights import LossWeights
-    from llm_wsae.weights.rules import OWN, Rule
+    from llm_wsae.weights.rules import Rule
 
     started, sites = time.monotonic(), list(dict.fromkeys(sites_of(site)))
     check_file(out / RECORD, is_record_of("train"))
@@ -65,18 +65,12 @@ def train(
     if model_device == "spread":
         if store is not None:
             raise UsageError(
-                "--device spread is for training without a store, where the model runs; "
-                "leave it out"
+                "--device spread spreads a model over devices, but training on a store runs no "
+                "model; drop --device spread"
             )
         training = replace(training, device="auto")
     rules = [Rule.parse(name) for name in grid.rule]
     own = LossWeights.load(weights, weigh) if weights else None
-    of_rule = own is not None and own.rule != OWN
-    if own and of_rule and weigh != WeightConfig() and own.rule.settings(weigh) != own.config:
-        raise UsageError(
-            f"{weights} holds weights of a rule, with settings of their own (place "
-            f"{own.config.place}); leave --place and the like out, or make it anew with weigh"
-        )
     rows: ActivationStore | ActivationStreams
     if store is not None:  # only what weigh has measured of it
         rows = ActivationStore.open(store)

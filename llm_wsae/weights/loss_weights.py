@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import load_own_tensors, open_tensors, save_own_tensors
 from llm_wsae.outside import mapping, parse_json, reason, typed
 from llm_wsae.statistics.moments import Statistics
@@ -96,8 +96,9 @@ class LossWeights:
     def load(cls, path: Path, own_config: WeightConfig | None = None) -> "LossWeights":
         """Read what ``save`` wrote, or any safetensors file with one vector or matrix in it.
 
-        ``own_config`` are the settings of custom weights; those of a rule are in the file. Raises
-        LlmWsaeError when the file is not a weights file, or not what was saved.
+        ``own_config`` are the settings of custom weights; those of a rule are in the file, and
+        others are refused. Raises UsageError for these, LlmWsaeError when the file is not a weights
+        file, or not what was saved.
         """
         tensors, header = load_own_tensors(path, "weights file")
         if "gamma" not in tensors and len(tensors) != 1:
@@ -121,8 +122,15 @@ class LossWeights:
             raise LlmWsaeError(
                 f"{path} does not say how its weights were made: {reason(error)}"
             ) from error
-        if rule == OWN and own_config is not None:
-            config = rule.settings(own_config)
+        if own_config is not None and own_config != WeightConfig():
+            asked = rule.settings(own_config)
+            if rule != OWN and asked != config:
+                raise UsageError(
+                    f"{path} holds weights that the rule {rule.name} made for the place "
+                    f"{config.place}, and cannot take other settings; drop --place and similar "
+                    "options, or make the file again with llm-wsae weigh"
+                )
+            config = asked
         return cls(gamma.float(), rule, alpha, config)
 
 

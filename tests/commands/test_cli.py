@@ -214,7 +214,7 @@ def test_train(world, tmp_path):
     works("weigh", world / "store", "--site", SITE, "--rule", "variance", "--out", made)
     wrong = call("train", world / "store", *TRAIN, "--k", 4, "--weights", made, "--place", "space",
                  "--out", tmp_path / "x")  # fmt: skip
-    assert wrong.code == 2 and "weights of a rule, with settings of their own" in wrong.err
+    assert wrong.code == 2 and "the rule variance made for the place loss" in wrong.err
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == rows // 256 and sorted(log[-1]["arms"]) == sorted(names)
     assert log[-1]["arms"]["uniform-k4"]["fvu"] == result.json["uniform-k4"]["fvu"]

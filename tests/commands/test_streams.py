@@ -88,7 +88,7 @@ def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
         (("train", world / "store", "--site", SITE, *model_and_corpus), "--model is for a"),
         (("train", world / "store", "--site", SITE, "--buffer-tokens", 9), "--buffer-tokens is"),
         (("train", world / "store", "--site", SITE, "--device", "spread"),
-         "--device spread is for training without a store, where the model runs; leave it out"),
+         "training on a store runs no model; drop --device spread"),
         (("train", "--site", SITE, *model_and_corpus), "a stream has no end: set --tokens"),
         (("train", "--site", SITE, "blocks.7.hook_resid_post", *model_and_corpus, *STREAM),
          "the model has 3 blocks"),

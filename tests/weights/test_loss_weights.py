@@ -127,7 +127,10 @@ def test_settings_are_given_for_custom_weights_only(tmp_path):
     assert (own.rule, own.alpha, own.config) == (OWN, 1.0, IN_LOSS)
     assert LossWeights.load(path, config).config == config
     LossWeights(torch.ones(4), RULES["variance"], 0.5).save(path)
-    assert LossWeights.load(path, config).config == IN_LOSS
+    for same in (WeightConfig(), IN_LOSS):
+        assert LossWeights.load(path, same).config == IN_LOSS
+    with pytest.raises(UsageError, match=r"variance made for the place loss.*drop --place"):
+        LossWeights.load(path, config)
 
 
 def test_bad_files_are_refused(tmp_path):
