@@ -8,9 +8,9 @@ trainings make the lead of whitened ones smaller. So the weights that mattered t
 once more, with free lengths and two million rows: at all five sites, on the same plants and texts,
 by the same judges, with the controls.
 
-``EXPECTED`` was written down before the first of these dictionaries was trained; blocks 9 had been
-measured with free lengths before, plain and halfway whitened, after one million rows (three seeds)
-and four (one seed).
+What was expected was written down before the first of these dictionaries was trained. Plain and
+halfway whitened ones with free lengths had then been measured after blocks 9, with one million rows
+(three seeds) and four (one seed).
 """
 
 import argparse
@@ -20,25 +20,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import free_lengths_expected as expected
 import results_recovery as recovery
 import torch
 import whitening_latents
 from benchmarks import IMAGES, README, write_result
 from results_archive import pack, unpack
-from results_recovery import (
-    LOSS,
-    MIXED,
-    PLACES,
-    SEEDS,
-    SPACE,
-    Expectation,
-    K,
-    above,
-    at_most,
-    below,
-    change,
-)
+from results_recovery import LOSS, MIXED, PLACES, SEEDS, SPACE, Expectation, K
 
 from llm_wsae import TrainConfig, train
 from llm_wsae.files import write_json
@@ -120,16 +108,6 @@ told; what comes after it was added to the table of results that the first four 
 have six seeds because the last three are also judged without a ground truth."""
 JUDGED = (3, 4, 5)
 """Seeds at blocks 9 whose latents are judged without a ground truth."""
-_MIXED = f"whitening-a0.5-mixed-k{K}"
-_WEAKER, _STRONGER = f"whitening-a0.25-mixed-k{K}", f"whitening-a0.75-mixed-k{K}"
-_SPACE = f"whitening-a0.5-space-k{K}"
-_PLAIN, _ROTATED = f"uniform-k{K}", f"rotated-{_MIXED}"
-_INVERSE = f"variance-a-0.5-mixed-k{K}"
-_PERMUTED, _PERMUTED_INVERSE = f"permuted-{_MIXED}", f"permuted-{_INVERSE}"
-_RANDOM, _SENSITIVITY = f"random-a1-mixed-k{K}", f"sensitivity-matrix-a0.25-space-k{K}"
-_IN_LOSS = f"variance-a-0.5-k{K}"
-_GEMMA = ("gemma", "gemma-5", "gemma-14")
-_SMOLLM2 = ("smollm2", "smollm2-20")
 
 
 def regret_at_most(key: str, bound: float) -> Callable[[recovery.Means], tuple[bool, str]]:
@@ -143,245 +121,14 @@ def regret_at_most(key: str, bound: float) -> Callable[[recovery.Means], tuple[b
     return found
 
 
-def _range(low: float, high: float) -> str:
-    words = f"at least {100 * low:+.0f} %" if low > -1 else ""
-    return f"{words}{' and ' if words and high < 9 else ''}" + (
-        f"at most {100 * high:+.0f} %" if high < 9 else ""
+REGRET = tuple(
+    Expectation(
+        place,
+        "the power that short trainings choose, mixed: KL at most 5 % above the best one's",
+        regret_at_most(place, 0.05),
     )
-
-
-def at_equal_kl(arm: str, low: float, high: float) -> Callable[[recovery.Means], tuple[bool, str]]:
-    """It recovers so much more of the plants than plain dictionaries would at its KL."""
-
-    def found(means: recovery.Means) -> tuple[bool, str]:
-        curve = sorted((own["kl"], own["recovered"]) for name, own in means.items()
-                       if name.startswith("uniform"))  # fmt: skip
-        at, (kls, recovered) = means[arm]["kl"], zip(*curve, strict=True)
-        if not kls[0] <= at <= kls[-1]:
-            raise KeyError(arm)
-        more = means[arm]["recovered"] - float(np.interp(np.log(at), np.log(kls), recovered))
-        return low <= more <= high, f"{more:+.3f}"
-
-    return found
-
-
-EXPECTED = (
-    *(
-        Expectation(place, words, found)
-        for place in _SMOLLM2
-        for words, found in (
-            (
-                "halfway whitened, mixed: more of the plants recovered than plain, by 40 % at most",
-                change(_MIXED, "recovered", 0, 0.4),
-            ),
-            ("the same: KL within 5 % of plain", change(_MIXED, "kl", -0.05, 0.05)),
-            ("halfway whitened space: KL within 5 % of plain", change(_SPACE, "kl", -0.05, 0.05)),
-            (
-                "the same: no more plants recovered than plain (+5 % at most)",
-                change(_SPACE, "recovered", -1, 0.05),
-            ),
-            (
-                "inverse variance, mixed: at least 10 % more of the plants recovered",
-                change(_INVERSE, "recovered", 0.1, 99),
-            ),
-            (
-                "the same: KL at least 5 % above plain",
-                change(_INVERSE, "kl", 0.05, 99),
-            ),
-            (
-                "whitened, mixed, α = ¼: KL no higher than at α = ½",
-                below(_WEAKER, "kl", _MIXED),
-            ),
-        )
-    ),
-    *(
-        Expectation(place, words, found)
-        for place in _GEMMA
-        for words, found in (
-            (
-                "halfway whitened, mixed: at least 30 % more of the plants recovered than plain",
-                change(_MIXED, "recovered", 0.3, 99),
-            ),
-            ("the same: KL 2 to 30 % below plain", change(_MIXED, "kl", -0.3, -0.02)),
-            (
-                "halfway whitened space: KL at least 15 % below plain",
-                change(_SPACE, "kl", -1, -0.15),
-            ),
-            (
-                "the same: at least 15 % more of the plants recovered",
-                change(_SPACE, "recovered", 0.15, 99),
-            ),
-            (
-                "inverse variance, mixed: at least 30 % more of the plants recovered",
-                change(_INVERSE, "recovered", 0.3, 99),
-            ),
-            (
-                "whitened, mixed, α = ¾: more of the plants recovered than at α = ½",
-                above(_STRONGER, "recovered", _MIXED),
-            ),
-        )
-    ),
-    *(
-        Expectation(place, words, found)
-        for place in PLACES
-        for words, found in (
-            (
-                "rotated control of mixed: at most 10 % more of the plants recovered than plain",
-                change(_ROTATED, "recovered", -1, 0.1),
-            ),
-            ("the same: KL no lower than plain", change(_ROTATED, "kl", 0, 99)),
-            (
-                "the power that short trainings choose, mixed: KL at most 5 % above the best one's",
-                regret_at_most(place, 0.05),
-            ),
-        )
-    ),
-    *(
-        Expectation(place, words, found)
-        for place, sensitivity_kl, sensitivity_plants in (
-            ("smollm2", (-0.08, 0.02), (-0.15, 0.15)),
-            ("gemma", (-1.0, -0.15), (0.2, 99.0)),
-        )
-        for words, found in (
-            *(
-                expectation
-                for arm, name in (
-                    (_PERMUTED_INVERSE, "permuted inverse variance, mixed"),
-                    (_PERMUTED, "permuted whitening, mixed"),
-                    (_RANDOM, "random weights, mixed"),
-                )
-                for expectation in (
-                    (
-                        f"{name}: at most 10 % more of the plants recovered than plain",
-                        change(arm, "recovered", -1, 0.1),
-                    ),
-                    ("the same: KL no lower than plain (−2 %)", change(arm, "kl", -0.02, 99)),
-                )
-            ),
-            (
-                "the model's sensitivity as a space, α = ¼: KL relative to plain "
-                + _range(*sensitivity_kl),
-                change(_SENSITIVITY, "kl", *sensitivity_kl),
-            ),
-            (
-                f"the same: recovered plants relative to plain {_range(*sensitivity_plants)}",
-                change(_SENSITIVITY, "recovered", *sensitivity_plants),
-            ),
-            (
-                "inverse variance, mixed: at least .02 more of the plants than plain of equal KL",
-                at_equal_kl(_INVERSE, 0.02, 1),
-            ),
-        )
-    ),
-    *(
-        Expectation(place, words, found)
-        for place in ("gemma", "smollm2")
-        for words, found in (
-            (
-                "the paper's variance, α = ½: recovers at most .03",
-                at_most(f"variance-a0.5-k{K}", "recovered", 0.03),
-            ),
-            (
-                "inverse variance in the loss: recovers less than mixed",
-                below(_IN_LOSS, "recovered", _INVERSE),
-            ),
-        )
-    ),
+    for place in PLACES
 )
-
-
-Settings = dict[str, recovery.Means]
-"""Setting → means; the usual setting is the empty text."""
-RATES = ("rate × 0.5", "", "rate × 2")
-
-
-def best_rate(settings: Settings, arm: str) -> str:
-    """The setting whose rate keeps most of the cross-entropy, of those that the arm was made at."""
-    made = [rate for rate in RATES if arm in settings.get(rate, {})]
-    return max(made, key=lambda rate: settings[rate][arm]["ce"])
-
-
-def at_best_rates(
-    arm: str, measure: str, low: float, high: float
-) -> Callable[[Settings], tuple[bool, str]]:
-    """Relative to plain, each at the rate that keeps most of its cross-entropy."""
-
-    def found(settings: Settings) -> tuple[bool, str]:
-        own, its = (settings[best_rate(settings, one)][one][measure] for one in (arm, _PLAIN))
-        return low <= own / its - 1 <= high, f"{100 * (own / its - 1):+.0f} %"
-
-    return found
-
-
-def in_setting(
-    setting: str, arm: str, measure: str, low: float, high: float
-) -> Callable[[Settings], tuple[bool, str]]:
-    """Relative to plain of the same setting."""
-
-    def found(settings: Settings) -> tuple[bool, str]:
-        return change(arm, measure, low, high)(settings[setting])
-
-    return found
-
-
-EXPECTED_OF_RATES = (
-    (
-        "smollm2",
-        "halfway whitened, mixed, and plain, each at the rate with most CE recovered: "
-        "recovered plants −10 to +25 %",
-        at_best_rates(_MIXED, "recovered", -0.1, 0.25),
-    ),
-    ("smollm2", "the same: KL within 5 %", at_best_rates(_MIXED, "kl", -0.05, 0.05)),
-    (
-        "smollm2",
-        "inverse variance, mixed, in the same way: at least 8 % more of the plants",
-        at_best_rates(_INVERSE, "recovered", 0.08, 99),
-    ),
-    (
-        "gemma",
-        "halfway whitened, mixed, and plain, each at the rate with most CE recovered: "
-        "at least 20 % more of the plants",
-        at_best_rates(_MIXED, "recovered", 0.2, 99),
-    ),
-    ("gemma", "the same: KL 2 to 25 % lower", at_best_rates(_MIXED, "kl", -0.25, -0.02)),
-    (
-        "gemma",
-        "inverse variance, mixed, in the same way: at least 40 % more of the plants",
-        at_best_rates(_INVERSE, "recovered", 0.4, 99),
-    ),
-)
-EXPECTED_OF_BATCH_TOPK = (
-    (
-        "smollm2",
-        "halfway whitened, mixed, beside plain: recovered plants −10 to +30 %",
-        in_setting("batch-topk", _MIXED, "recovered", -0.1, 0.3),
-    ),
-    ("smollm2", "the same: KL within 6 %", in_setting("batch-topk", _MIXED, "kl", -0.06, 0.06)),
-    (
-        "gemma",
-        "halfway whitened, mixed, beside plain: at least 25 % more of the plants",
-        in_setting("batch-topk", _MIXED, "recovered", 0.25, 99),
-    ),
-    ("gemma", "the same: KL 2 to 45 % lower", in_setting("batch-topk", _MIXED, "kl", -0.45, -0.02)),
-)
-
-
-def _expected_of_latents() -> Iterator[tuple[str, str, Any]]:
-    for place, least in (("smollm2", -0.015), ("gemma", 0.0)):
-        for arm, name in ((_MIXED, "halfway whitened, mixed"), (_INVERSE, "inverse variance")):
-            yield (
-                place,
-                f"{name}: detection over all latents at least plain's {least:+g}".replace("-", "−"),
-                whitening_latents.differs(arm, _PLAIN, "all", least, 1.0),
-            )
-            yield (
-                place,
-                f"{name}: seeds agree no less than plain (−.01 at most)",
-                whitening_latents.differs(arm, _PLAIN, "agreement", -0.01, 1.0),
-            )
-
-
-EXPECTED_OF_LATENTS = tuple(_expected_of_latents())
 
 
 def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[str]) -> None:
@@ -412,7 +159,7 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
                 write_json(_result(key, record["name"], part.setting), record)
             print(f"{key}: {name}, seed {seed} measured", flush=True)
     if (folders := _judged(key)) and not _latents(key).exists():
-        whitening_latents.judge(_latents(key), path, folders, _PLAIN)
+        whitening_latents.judge(_latents(key), path, folders, expected.PLAIN)
     if not _choice(key).exists():  # of `--alpha auto`
         given, folder = (opened.inputs, opened.source, opened.judge), RUN / "trained" / key
         write_json(_choice(key), asdict(choose_alpha(*given, folder, k=K, config=MIXED)))
@@ -434,7 +181,7 @@ def _judged(key: str) -> dict[str, dict[int, Path]]:
     if key not in BLOCKS_9:
         return {}
     found: dict[str, dict[int, Path]] = {}
-    for label in (_PLAIN, _MIXED, _INVERSE):
+    for label in (expected.PLAIN, expected.HALFWAY, expected.INVERSE):
         for seed in JUDGED:
             for path in (RUN / "trained" / key).glob(f"seeds-*/s{seed}-*/{label}-s{seed}"):
                 found.setdefault(label, {})[seed] = path
@@ -480,10 +227,10 @@ def _regret(
 
 
 _ROWS = (
-    ("whitened halfway, mixed (the default)", _MIXED),
-    ("whitened halfway, space", _SPACE),
-    ("inverse variance, mixed, α = −½", _INVERSE),
-    ("control: random directions, mixed", _ROTATED),
+    ("whitened halfway, mixed (the default)", expected.HALFWAY),
+    ("whitened halfway, space", expected.HALFWAY_SPACE),
+    ("inverse variance, mixed, α = −½", expected.INVERSE),
+    ("control: random directions, mixed", expected.ROTATED),
 )
 
 
@@ -515,6 +262,63 @@ def choices() -> str:
     return markdown(rows)
 
 
+def rates(key: str) -> Iterator[str]:
+    """Dictionaries at other learning rates, beside plain ones at theirs."""
+    found = {
+        rate: [record for record in read(key, rate) if record["seed"] in SEEDS]
+        for rate in expected.RATES
+    }
+    if not found[expected.RATES[0]]:
+        return
+    settings = {rate: recovery.means_of(records) for rate, records in found.items()}
+    best = {
+        label: expected.best_rate(settings, label)
+        for label in settings[""]
+        if all(label in means for means in settings.values())
+    }
+    chosen = [r for rate, own in found.items() for r in own if best.get(r["label"]) == rate]
+    beside = [recovery.differences(chosen, measure) for measure in ("kl", "recovered")]
+    names = [rate or "rate × 1" for rate in expected.RATES]
+    rows = [["dictionary", "seeds", *(f"{measure}, {name}" for measure in ("KL", "recovered")
+            for name in names), "most CE at", "KL, each at its best", "recovered"]]  # fmt: skip
+    for label, rate in best.items():
+        means = [settings[one][label] for one in expected.RATES]
+        rows.append(
+            [
+                f"`{label}`",
+                str(len({r["seed"] for r in found[expected.RATES[0]] if r["label"] == label})),
+                *(f"{own[measure]:.3f}" for measure in ("kl", "recovered") for own in means),
+                (rate or "rate × 1").removeprefix("rate "),
+                recovery.text_of(beside[0].get(label), per_cent=True),
+                recovery.text_of(beside[1].get(label)),
+            ]
+        )
+    yield f"### Other learning rates: {PLACES[key].title}"
+    yield markdown(rows)
+    yield from _outcome(expected.OF_RATES, key, settings)
+
+
+def batch_topk(key: str) -> Iterator[str]:
+    """The other architecture that has free lengths."""
+    if records := read(key, "batch-topk"):
+        yield f"### BatchTopK: {PLACES[key].title}"
+        yield from recovery.tables(records)
+        yield from _outcome(expected.OF_BATCH_TOPK, key, {"batch-topk": recovery.means_of(records)})
+
+
+def latents(key: str) -> Iterator[str]:
+    """Agreement between seeds and detection."""
+    if scores := whitening_latents.read(_latents(key)):
+        yield f"### Latents without a ground truth: {PLACES[key].title}"
+        yield f"Seeds {', '.join(map(str, JUDGED))}."
+        yield whitening_latents.table(scores, expected.PLAIN)
+        yield from _outcome(expected.OF_LATENTS, key, scores)
+
+
+def _outcome(asked: Sequence[tuple[str, str, Any]], key: str, of: Any) -> list[str]:
+    return recovery.expected((words, found, of) for place, words, found in asked if place == key)
+
+
 def section() -> str:
     """The part of docs/results."""
     parts = []
@@ -526,8 +330,12 @@ def section() -> str:
         parts += [f"### {where.title}"]
         parts += [f"{len(records)} dictionaries, seeds {', '.join(map(str, seeds))}."]
         parts += recovery.tables(records)
-        means = recovery.means_of(records)
-        parts += recovery.expected((e.words, e.found, means) for e in EXPECTED if e.place == key)
+        # Expectations are of three seeds, which all arms have.
+        means = recovery.means_of([record for record in records if record["seed"] in SEEDS])
+        asked = [(one.place, one.words, one.found) for one in (*expected.EXPECTED, *REGRET)]
+        parts += _outcome(asked, key, means)
+    for of in (rates, batch_topk, latents):
+        parts += [part for key in BLOCKS_9 for part in of(key)]
     return "\n\n".join([*parts, "### What `--alpha auto` chooses, mixed", choices()])
 
 

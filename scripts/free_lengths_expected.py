@@ -1,0 +1,268 @@
+"""What was expected of the dictionaries of results_free_lengths.py, and what says if it came out.
+
+All was written down before the first of the dictionaries that it is about was trained: of
+``EXPECTED`` the controls of random and permuted weights, the model's sensitivity and equal KL,
+``OF_RATES``, ``OF_BATCH_TOPK`` and ``OF_LATENTS`` once the rest was known.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import whitening_latents
+from results_recovery import PLACES, Expectation, K, Means, above, at_most, below, change
+
+HALFWAY = f"whitening-a0.5-mixed-k{K}"
+_WEAKER, _STRONGER = f"whitening-a0.25-mixed-k{K}", f"whitening-a0.75-mixed-k{K}"
+HALFWAY_SPACE = f"whitening-a0.5-space-k{K}"
+PLAIN, ROTATED = f"uniform-k{K}", f"rotated-{HALFWAY}"
+INVERSE = f"variance-a-0.5-mixed-k{K}"
+_PERMUTED, _PERMUTED_INVERSE = f"permuted-{HALFWAY}", f"permuted-{INVERSE}"
+_RANDOM, _SENSITIVITY = f"random-a1-mixed-k{K}", f"sensitivity-matrix-a0.25-space-k{K}"
+_IN_LOSS = f"variance-a-0.5-k{K}"
+_GEMMA = ("gemma", "gemma-5", "gemma-14")
+_SMOLLM2 = ("smollm2", "smollm2-20")
+
+
+def _range(low: float, high: float) -> str:
+    words = f"at least {100 * low:+.0f} %" if low > -1 else ""
+    return f"{words}{' and ' if words and high < 9 else ''}" + (
+        f"at most {100 * high:+.0f} %" if high < 9 else ""
+    )
+
+
+def at_equal_kl(arm: str, low: float, high: float) -> Callable[[Means], tuple[bool, str]]:
+    """It recovers so much more of the plants than plain dictionaries would at its KL."""
+
+    def found(means: Means) -> tuple[bool, str]:
+        curve = sorted((own["kl"], own["recovered"]) for name, own in means.items()
+                       if name.startswith("uniform"))  # fmt: skip
+        at, (kls, recovered) = means[arm]["kl"], zip(*curve, strict=True)
+        if not kls[0] <= at <= kls[-1]:
+            raise KeyError(arm)
+        more = means[arm]["recovered"] - float(np.interp(np.log(at), np.log(kls), recovered))
+        return low <= more <= high, f"{more:+.3f}"
+
+    return found
+
+
+EXPECTED = (
+    *(
+        Expectation(place, words, found)
+        for place in _SMOLLM2
+        for words, found in (
+            (
+                "halfway whitened, mixed: more of the plants recovered than plain, by 40 % at most",
+                change(HALFWAY, "recovered", 0, 0.4),
+            ),
+            ("the same: KL within 5 % of plain", change(HALFWAY, "kl", -0.05, 0.05)),
+            (
+                "halfway whitened space: KL within 5 % of plain",
+                change(HALFWAY_SPACE, "kl", -0.05, 0.05),
+            ),
+            (
+                "the same: no more plants recovered than plain (+5 % at most)",
+                change(HALFWAY_SPACE, "recovered", -1, 0.05),
+            ),
+            (
+                "inverse variance, mixed: at least 10 % more of the plants recovered",
+                change(INVERSE, "recovered", 0.1, 99),
+            ),
+            (
+                "the same: KL at least 5 % above plain",
+                change(INVERSE, "kl", 0.05, 99),
+            ),
+            (
+                "whitened, mixed, α = ¼: KL no higher than at α = ½",
+                below(_WEAKER, "kl", HALFWAY),
+            ),
+        )
+    ),
+    *(
+        Expectation(place, words, found)
+        for place in _GEMMA
+        for words, found in (
+            (
+                "halfway whitened, mixed: at least 30 % more of the plants recovered than plain",
+                change(HALFWAY, "recovered", 0.3, 99),
+            ),
+            ("the same: KL 2 to 30 % below plain", change(HALFWAY, "kl", -0.3, -0.02)),
+            (
+                "halfway whitened space: KL at least 15 % below plain",
+                change(HALFWAY_SPACE, "kl", -1, -0.15),
+            ),
+            (
+                "the same: at least 15 % more of the plants recovered",
+                change(HALFWAY_SPACE, "recovered", 0.15, 99),
+            ),
+            (
+                "inverse variance, mixed: at least 30 % more of the plants recovered",
+                change(INVERSE, "recovered", 0.3, 99),
+            ),
+            (
+                "whitened, mixed, α = ¾: more of the plants recovered than at α = ½",
+                above(_STRONGER, "recovered", HALFWAY),
+            ),
+        )
+    ),
+    *(
+        Expectation(place, words, found)
+        for place in PLACES
+        for words, found in (
+            (
+                "rotated control of mixed: at most 10 % more of the plants recovered than plain",
+                change(ROTATED, "recovered", -1, 0.1),
+            ),
+            ("the same: KL no lower than plain", change(ROTATED, "kl", 0, 99)),
+        )
+    ),
+    *(
+        Expectation(place, words, found)
+        for place, sensitivity_kl, sensitivity_plants in (
+            ("smollm2", (-0.08, 0.02), (-0.15, 0.15)),
+            ("gemma", (-1.0, -0.15), (0.2, 99.0)),
+        )
+        for words, found in (
+            *(
+                expectation
+                for arm, name in (
+                    (_PERMUTED_INVERSE, "permuted inverse variance, mixed"),
+                    (_PERMUTED, "permuted whitening, mixed"),
+                    (_RANDOM, "random weights, mixed"),
+                )
+                for expectation in (
+                    (
+                        f"{name}: at most 10 % more of the plants recovered than plain",
+                        change(arm, "recovered", -1, 0.1),
+                    ),
+                    ("the same: KL no lower than plain (−2 %)", change(arm, "kl", -0.02, 99)),
+                )
+            ),
+            (
+                "the model's sensitivity as a space, α = ¼: KL relative to plain "
+                + _range(*sensitivity_kl),
+                change(_SENSITIVITY, "kl", *sensitivity_kl),
+            ),
+            (
+                f"the same: recovered plants relative to plain {_range(*sensitivity_plants)}",
+                change(_SENSITIVITY, "recovered", *sensitivity_plants),
+            ),
+            (
+                "inverse variance, mixed: at least .02 more of the plants than plain of equal KL",
+                at_equal_kl(INVERSE, 0.02, 1),
+            ),
+        )
+    ),
+    *(
+        Expectation(place, words, found)
+        for place in ("gemma", "smollm2")
+        for words, found in (
+            (
+                "the paper's variance, α = ½: recovers at most .03",
+                at_most(f"variance-a0.5-k{K}", "recovered", 0.03),
+            ),
+            (
+                "inverse variance in the loss: recovers less than mixed",
+                below(_IN_LOSS, "recovered", INVERSE),
+            ),
+        )
+    ),
+)
+
+
+Settings = dict[str, Means]
+"""Setting → means; the usual setting is the empty text."""
+RATES = ("rate × 0.5", "", "rate × 2")
+
+
+def best_rate(settings: Settings, arm: str) -> str:
+    """The setting whose rate keeps most of the cross-entropy, of those that the arm was made at."""
+    made = [rate for rate in RATES if arm in settings.get(rate, {})]
+    return max(made, key=lambda rate: settings[rate][arm]["ce"])
+
+
+def at_best_rates(
+    arm: str, measure: str, low: float, high: float
+) -> Callable[[Settings], tuple[bool, str]]:
+    """Relative to plain, each at the rate that keeps most of its cross-entropy."""
+
+    def found(settings: Settings) -> tuple[bool, str]:
+        own, its = (settings[best_rate(settings, one)][one][measure] for one in (arm, PLAIN))
+        return low <= own / its - 1 <= high, f"{100 * (own / its - 1):+.0f} %"
+
+    return found
+
+
+def in_setting(
+    setting: str, arm: str, measure: str, low: float, high: float
+) -> Callable[[Settings], tuple[bool, str]]:
+    """Relative to plain of the same setting."""
+
+    def found(settings: Settings) -> tuple[bool, str]:
+        return change(arm, measure, low, high)(settings[setting])
+
+    return found
+
+
+OF_RATES = (
+    (
+        "smollm2",
+        "halfway whitened, mixed, and plain, each at the rate with most CE recovered: "
+        "recovered plants −10 to +25 %",
+        at_best_rates(HALFWAY, "recovered", -0.1, 0.25),
+    ),
+    ("smollm2", "the same: KL within 5 %", at_best_rates(HALFWAY, "kl", -0.05, 0.05)),
+    (
+        "smollm2",
+        "inverse variance, mixed, in the same way: at least 8 % more of the plants",
+        at_best_rates(INVERSE, "recovered", 0.08, 99),
+    ),
+    (
+        "gemma",
+        "halfway whitened, mixed, and plain, each at the rate with most CE recovered: "
+        "at least 20 % more of the plants",
+        at_best_rates(HALFWAY, "recovered", 0.2, 99),
+    ),
+    ("gemma", "the same: KL 2 to 25 % lower", at_best_rates(HALFWAY, "kl", -0.25, -0.02)),
+    (
+        "gemma",
+        "inverse variance, mixed, in the same way: at least 40 % more of the plants",
+        at_best_rates(INVERSE, "recovered", 0.4, 99),
+    ),
+)
+OF_BATCH_TOPK = (
+    (
+        "smollm2",
+        "halfway whitened, mixed, beside plain: recovered plants −10 to +30 %",
+        in_setting("batch-topk", HALFWAY, "recovered", -0.1, 0.3),
+    ),
+    ("smollm2", "the same: KL within 6 %", in_setting("batch-topk", HALFWAY, "kl", -0.06, 0.06)),
+    (
+        "gemma",
+        "halfway whitened, mixed, beside plain: at least 25 % more of the plants",
+        in_setting("batch-topk", HALFWAY, "recovered", 0.25, 99),
+    ),
+    (
+        "gemma",
+        "the same: KL 2 to 45 % lower",
+        in_setting("batch-topk", HALFWAY, "kl", -0.45, -0.02),
+    ),
+)
+
+
+def _of_latents() -> Iterator[tuple[str, str, Any]]:
+    for place, least in (("smollm2", -0.015), ("gemma", 0.0)):
+        for arm, name in ((HALFWAY, "halfway whitened, mixed"), (INVERSE, "inverse variance")):
+            yield (
+                place,
+                f"{name}: detection over all latents at least plain's {least:+g}".replace("-", "−"),
+                whitening_latents.differs(arm, PLAIN, "all", least, 1.0),
+            )
+            yield (
+                place,
+                f"{name}: seeds agree no less than plain (−.01 at most)",
+                whitening_latents.differs(arm, PLAIN, "agreement", -0.01, 1.0),
+            )
+
+
+OF_LATENTS = tuple(_of_latents())
