@@ -26,7 +26,7 @@ from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.activations import take_contexts
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.files import write_json
 from llm_wsae.harvesting import harvest
@@ -114,7 +114,7 @@ def run(
     With a ``stream_config`` there is no store: all sites are trained in step, on the rows of as
     many tokens as would have been harvested, or on ``train_config.tokens`` rows, and weights come
     from the first tokens of the text.
-    Before the harvest, a line or two on stderr say what the run takes (``plan``).
+    Before the harvest, a few lines on stderr say what the run takes (``plan``).
     ``rules`` × ``alphas`` × (``ks`` × ``architectures`` and ``l1s``) × ``init_seeds`` are the arms.
     With ``"auto"`` among the alphas, whitening's is chosen by short trainings
     (``tuning.choose_alpha``), and the numbers are for the
@@ -213,11 +213,12 @@ def run(
         number = sum(map(len, arms.values()))
         _say(3, "train", f"{number} dictionaries of {len(sites)} sites in one pass")
         trained = train_sites(rows, arms, train_config, out)
+    evaluator = FidelityEvaluator(model, heldout, evaluate_config)  # reads the text once
     results = {}
     for site, dictionaries in trained.items():
         folder = out / str(site)
         _say(4, "evaluate", f"{site} on {evaluate_config.tokens:,} held-out tokens")
-        report = evaluate(dictionaries, model, heldout, evaluate_config)
+        report = evaluator.evaluate(dictionaries)
         _save_metrics(folder, dictionaries, report)
         report.write(folder / "report.json")
         plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")

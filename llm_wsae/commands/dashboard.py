@@ -33,7 +33,7 @@ def dashboard(
         model: The model that the store came from.
         out: HTML file to write. It needs no network and no other file.
         prompt: Sentences whose latents are shown token by token.
-        top: Strongest contexts shown of each latent.
+        top: Strongest contexts shown for each latent.
         bands: Further contexts, one from each of that many bands of its activation.
         rows: Look at the first rows of the store only; the default is all.
         scores: Report of `evaluate --monosemantic`, whose scores of latents become measures here.

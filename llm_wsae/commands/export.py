@@ -31,7 +31,7 @@ def export(
         model: The model that the store came from.
         to: Whose files to write.
         out: Folder to write them into.
-        top: Strongest contexts shown of each latent.
+        top: Strongest contexts shown for each latent.
         intervals: Intervals of equal size between 0 and a latent's largest activation.
         per_interval: Random contexts shown from each of them.
         contexts: Look at the first contexts of the store only; the default is all.

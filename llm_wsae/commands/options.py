@@ -75,7 +75,7 @@ class CorpusOptions:
     """The text."""
 
     corpus: str
-    """Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, or text package;
+    """Hub dataset (name:config@revision), .txt/.jsonl/.parquet file or folder, or text package;
     several are joined by +."""
     text_column: str | None = None
     """Column that holds the text, if that is not clear."""
@@ -88,7 +88,7 @@ class StreamOptions(StreamConfig, LoadOptions):
     model: str | None = None
     """Hub id, local folder or .gguf file of a causal language model."""
     corpus: str | None = None
-    """Hub dataset (name@revision), .txt/.jsonl/.parquet file or folder, or text package;
+    """Hub dataset (name:config@revision), .txt/.jsonl/.parquet file or folder, or text package;
     several are joined by +."""
     text_column: str | None = None
     """Column that holds the text, if that is not clear."""
@@ -134,12 +134,13 @@ class GridOptions(RuleOptions):
     """Which dictionaries to train: one for every combination."""
 
     architecture: tuple[ArchitectureName, ...] = ("topk",)
-    """Architectures: topk has k active latents on every token, others k on average, gba fewer;
-    frozen ones are baselines that leave one half random."""
+    """Architectures: topk has k active latents on every token, batch-topk, matryoshka and jumprelu
+    k on average, gba fewer, relu as many as its L1 leaves. The frozen ones are topk baselines that
+    leave one half random."""
     l1: tuple[float, ...] = ()
     """L1 coefficients, each of a ReLU dictionary, which ignores k."""
     init_seeds: tuple[int, ...] = (0,)
-    """Seeds of the initial weights."""
+    """Seeds of the initial parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ def plan(
         site: Residual-stream sites, named as in TransformerLens: blocks.8.hook_resid_post.
         corpus: Text to measure on; without it, random tokens.
         text_column: Column that holds the text, if that is not clear.
-        out: Folder of the run, which shows the disk; it is not made.
+        out: Folder of the run, whose disk is checked; it is not made.
         arms: Number of dictionaries trained side by side, instead of one for every combination.
         price_per_hour: What an hour costs, in any currency.
         stream: Keep no rows on the disk; train on them as the model computes them.

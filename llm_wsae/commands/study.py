@@ -37,10 +37,10 @@ class StudyOptions(RuleOptions):
     curve: tuple[int, ...] = StudyConfig.curve
     """Active latents per token of the plain dictionaries; they should reach beyond k."""
     seeds: tuple[int, ...] = StudyConfig.seeds
-    """Seeds, each of initial weights, order of the rows, and controls at once."""
+    """Seeds, each of initial parameters, order of the rows, and controls at once."""
     architecture: ArchitectureName = StudyConfig.architecture
-    """Architecture: topk has k active latents on every token, others k on average, gba fewer;
-    frozen ones are baselines that leave one half random."""
+    """Architecture: topk has k active latents on every token, others k on average, gba fewer; the
+    frozen ones are topk baselines that leave one half random."""
     control: DiagonalControl = StudyConfig.control
     """Control of rules with one weight per dimension: exchanged among all dimensions, or those of
     nearly the same variance."""

@@ -105,7 +105,7 @@ class Plan:
         return "" if self.disk_free is None else f" of {in_bytes(self.disk_free)} free"
 
     def text(self) -> str:
-        """A line or two, for the beginning of a run."""
+        """A few lines, for the beginning of a run."""
         lines = [
             f"takes up to {in_bytes(self.disk_bytes)} of disk{self._free()}, "
             f"and {in_bytes(self.memory_bytes)} of memory (of {in_bytes(self.memory_there)})"
@@ -113,6 +113,7 @@ class Plan:
         if self.seconds:
             stages = ", ".join(f"{stage} {in_time(s)}" for stage, s in self.seconds.items())
             lines.append(f"takes about {in_time(self.total_seconds)} ({stages}; {self.times})")
+        lines.append(f"{self.advice}: {self.why}")
         if self.shortage is not None:
             lines.append(f"warning: {self.shortage}")
         return "\n".join(lines)

@@ -47,7 +47,7 @@ MEASURES = {
     "detection": Measure(
         "detection",
         "probability that a sampled context of a latent is more similar to its top contexts than "
-        "a context in which it is silent",
+        "one of the same genre in which it is silent, all from different documents",
         "latents",
         "detection",
         decides=True,
@@ -65,6 +65,21 @@ MEASURES = {
         "selectivity of first letters of words alone, mean over letters",
         "concepts",
         "selectivity",
+        family=LETTER,
+    ),
+    "spill": Measure(
+        "spill",
+        "drop in accuracy of the five other concepts' probes that are hit hardest, where removing "
+        "latents has cost the concept's own probe 5 points: lower is better",
+        "concepts",
+        "spill",
+    ),
+    "absorbed": Measure(
+        "absorbed",
+        "share of words whose first letter the activations show, while its latents are silent and "
+        "one other speaks for it; mean over letters: lower is better",
+        "concepts",
+        "absorbed",
         family=LETTER,
     ),
     "detection_all": Measure(
@@ -322,7 +337,7 @@ def _items(measure: Measure, summary: Mapping[str, Any]) -> dict[str, float]:
     if measure.family is not None:
         named = f"{measure.family} "
         parts = {c: numbers for c, numbers in summary["concepts"].items() if c.startswith(named)}
-    items = {part: numbers[measure.key] for part, numbers in parts.items()}
+    items = {part: numbers.get(measure.key) for part, numbers in parts.items()}  # older: fewer
     return {part: value for part, value in items.items() if value is not None}
 
 

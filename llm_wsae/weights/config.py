@@ -28,7 +28,7 @@ class WeightConfig:
     anneal: float = 0.0
     """Share of the steps over which γ moves to 1, from the first step; 0 keeps γ throughout."""
     draw: int = 0
-    """Number of the draw behind the rule random and controls."""
+    """Random seed of the rule random and of controls."""
 
     def __post_init__(self) -> None:
         check_numbers(self)

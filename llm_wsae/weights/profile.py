@@ -77,7 +77,7 @@ def profile_text(facts: dict[str, Any]) -> str:
         f"variance, largest over median dimension: {facts['variance_max_over_median']:.0f} "
         f"(winsorised: {facts['robust_variance_max_over_median']:.0f}); "
         f"median excess kurtosis {facts['excess_kurtosis_median']:.1f}",
-        f"massive activations (norm > {massive['threshold']:.0f}, {MASSIVE_RATIO:g} medians): "
+        f"massive activations (norm > {massive['threshold']:.0f}, ~{MASSIVE_RATIO:g} medians): "
         f"{massive['rows']} rows, {massive['share']:.3%}{_where(massive['positions'])}",
         "",
         f"{'weights':<{width}}{'effective dims':>15}{'γ from':>10}{'to':>9}   largest loss shares",
