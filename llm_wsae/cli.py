@@ -153,9 +153,8 @@ def _explained(error: Exception) -> LlmWsaeError | None:
         way = way_out(error, "check it, and run the same command again")
         return LlmWsaeError(": ".join([*places, f"{what[:1].lower()}{what[1:]}; {way}"]))
     if isinstance(error, UnicodeEncodeError):
-        return LlmWsaeError(
-            f"{shown(error.object)} cannot be written as {error.encoding}; rename it in UTF-8"
-        )
+        what = "a secret" if error.object.startswith("Bearer") else shown(error.object)
+        return LlmWsaeError(f"{what} cannot be written as {error.encoding}; rename it in UTF-8")
     # Torch's class is known by its name: no command needs torch to say so.
     on_device = type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in said
     if isinstance(error, MemoryError) or on_device:

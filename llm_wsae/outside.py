@@ -45,6 +45,28 @@ _GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12:
 _GGUF_UINT32, _GGUF_TEXT, _GGUF_LIST = 4, 8, 9
 
 
+def check_token() -> None:
+    """Raises LlmWsaeError for a Hub token that cannot be sent; the client's error would show it."""
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    if not (token.isascii() and token.isprintable()):
+        raise LlmWsaeError(
+            "your token holds characters that no token has; log in (`hf auth login`, or the "
+            "variable HF_TOKEN)"
+        )
+
+
+def hub_is_unreachable(error: BaseException) -> bool:
+    """Whether the Hub could not be asked at all, so that the cache may answer instead."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError | OfflineModeIsEnabled)
+
+
 @contextmanager
 def parsing(what: str) -> Iterator[None]:
     """Turn everything that a library raises about somebody's file into one sentence.

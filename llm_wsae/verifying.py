@@ -20,6 +20,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.dictionary.folder import CFG, check_folder, files_without_digest, is_dictionary
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
+from llm_wsae.dictionary.hub.transfer import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
 from llm_wsae.pages.latent_measures import RECOVERY
@@ -119,12 +120,15 @@ def _kind(folder: Path, names: set[str]) -> str:
         return "theory"
     if any((folder / name / own).is_file() for name in names for own in _OF_RUN):
         return "run"
+    if PULLED in names:
+        return "folder of pulled dictionaries"
     if RECOVERY in names:
         return "recovery report"
     raise LlmWsaeError(
         f"{folder} is not a store (with a {MANIFEST}), a dictionary (with a {CFG}), a training "
         f"(with a {FINISHED} or {CHECKPOINT}), a study (with a {BASIS}), planted "
-        f"experiments (with a {REPORT}), a recovery report ({RECOVERY}) or the folder of a run"
+        f"experiments (with a {REPORT}), a recovery report ({RECOVERY}), pulled dictionaries (with "
+        f"a {PULLED}) or the folder of a run"
     )
 
 

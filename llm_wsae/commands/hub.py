@@ -7,8 +7,6 @@ import tyro
 
 from llm_wsae.commands.options import Flag, RepoId, Result
 from llm_wsae.errors import UsageError
-from llm_wsae.outputs import check_file, is_record_of
-from llm_wsae.provenance import write_record
 from llm_wsae.terminal import printable
 
 if TYPE_CHECKING:
@@ -67,13 +65,9 @@ def pull(
         out: Folder that receives <site>/<name>.
         revision: Branch, tag or commit.
     """
-    from llm_wsae.dictionary.hub.transfer import RECORD
     from llm_wsae.dictionary.hub.transfer import pull as pull_folders
 
-    check_file(out / RECORD, is_record_of("pull"))
     folders = pull_folders(repo_id, out, sae_id, revision=revision)
-    asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
-    write_record(out / RECORD, "pull", {**asked, "dictionaries": list(folders)})
     facts = {"repo_id": repo_id, "folders": {name: str(path) for name, path in folders.items()}}
     return facts, "\n".join(printable(str(path)) for path in folders.values())
 

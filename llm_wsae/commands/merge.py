@@ -9,6 +9,7 @@ import tyro
 from llm_wsae.commands.options import Flag, Result, cost, note
 from llm_wsae.outputs import check_folder
 from llm_wsae.provenance import write_record
+from llm_wsae.terminal import printable
 
 
 def merge(
@@ -46,6 +47,8 @@ def merge(
     massive = {str(s): merged.statistics(s).massive_count for s in merged.sites}
     facts = {"store": str(out), "rows": merged.num_rows, "d_in": merged.d_in, "massive": massive}
     lines = [f"{merged.num_rows:,} rows of {merged.d_in} dimensions at each site in {out}"]
-    lines += [f"  {part['rows']:,} from {part['corpus']} ({part['part']})" for part in parts]
+    lines += [
+        printable(f"  {part['rows']:,} from {part['corpus']} ({part['part']})") for part in parts
+    ]
     lines += [f"  {s}: {count:,} massive activations" for s, count in massive.items()]
     return {**facts, "parts": parts}, "\n".join([*lines, cost(started)])

@@ -6,7 +6,7 @@ from typing import Any
 
 from llm_wsae.data.text_sources import RawDocument, text_column_of
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.outside import check_revision
+from llm_wsae.outside import check_revision, check_token
 
 HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?", re.ASCII)
 _STRINGS = ("string", "large_string")
@@ -45,6 +45,7 @@ class HubDataset:
         )
         from huggingface_hub.utils import httpx
 
+        check_token()
         try:
             return HfApi().dataset_info(self._id, revision=self._asked).sha
         except httpx.TransportError as error:

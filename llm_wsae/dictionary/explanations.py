@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,16 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
 
 
 def keep_explanations(folder: Path, found: Iterable[Explanation]) -> None:
-    """Store explanations in a dictionary's folder; older ones of other latents stay.
+    """Store explanations in a dictionary's folder; older ones of other latents stay, as does what
+    newer ones lack (``_joined``).
 
     Raises UsageError for a folder that must not be written to, LlmWsaeError as
     ``read_explanations`` does or if the file cannot be written; it is then unchanged.
     """
     check_keeps_measurements(folder)
-    known = read_explanations(folder) | {one.latent: one for one in found}
+    known = read_explanations(folder)
+    for one in found:
+        known[one.latent] = _joined(known.get(one.latent), one)
     rows = [asdict(known[latent]) for latent in sorted(known)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     head = {
@@ -111,6 +114,15 @@ def keep_explanations(folder: Path, found: Iterable[Explanation]) -> None:
         _LINES: _sha256(lines),
     }
     write_text(Path(folder) / EXPLANATIONS, digests.json_line(head) + lines)
+
+
+def _joined(old: Explanation | None, new: Explanation) -> Explanation:
+    """The newer of two, with what it lacks: it has no text if only other scores were asked for."""
+    if old is None or old.explainer != new.explainer:
+        return new if old is None or new.text is not None else old
+    if new.text is None or new.text == old.text:
+        return replace(old, scores={**old.scores, **new.scores})
+    return new
 
 
 def write_for_neuronpedia(

@@ -8,6 +8,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import CENTRED
 from llm_wsae.errors import UsageError
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.outside import number
 
 
 def check_fit(dictionaries: Mapping[str, Dictionary], model: LanguageModel, verb: str) -> None:
@@ -74,7 +75,7 @@ def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, A
             continue
         if trained.get("part") not in (None, "train"):
             why = f"on all of {corpus['name']}"
-        elif trained.get("heldout_fraction", 1.0) < corpus["heldout_fraction"]:
+        elif (number(trained.get("heldout_fraction", 1.0)) or 0) < corpus["heldout_fraction"]:
             why = f"with less of {corpus['name']} held out"
         elif trained.get("fingerprint", corpus["fingerprint"]) != corpus["fingerprint"]:
             why = f"on another version of {corpus['name']}"

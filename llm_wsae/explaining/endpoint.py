@@ -34,6 +34,7 @@ LONGEST_WAIT = 120.0
 _TIMEOUT = 300.0  # seconds without a byte; a large model on a small machine is slow
 _QUOTED = 200  # characters of what an endpoint says
 _IN_A_ROW = 3  # failed questions that end the run
+_OF_THE_QUESTION = {400, 413, 422}  # its length, or a filter of its words
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
 _HOPELESS = {  # what no other question would change
     401: f"it refuses the key; set {KEY} (for {OPENAI}, {OPENAI_KEY} does too)",
@@ -137,17 +138,17 @@ class Endpoint:
             if digest in self._known:
                 self.tally.known += 1
                 return self._known[digest]
-        answer, why = self._answer(body)
+        answer, why, status = self._answer(body)
         with self._lock:
             if answer is None:
-                self._failed(why)
+                self._failed(why, status)
                 return None
             self._in_a_row = 0
             return self._keep(digest, about, body["messages"], answer)
 
-    def _answer(self, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-        """The endpoint's reply, or None and why there is none."""
-        why = "the run was stopped"
+    def _answer(self, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str, int]:
+        """The endpoint's reply, or None and why there is none; and the last status, or 0."""
+        why, status = "the run was stopped", 0
         for attempt in range(TRIES):
             if self._stopped.is_set():
                 break
@@ -161,19 +162,20 @@ class Endpoint:
                 if isinstance(error, httpx.ConnectError) and not self.tally.asked:
                     raise LlmWsaeError(f"{self._url} was not asked anything: {why}") from error
             else:
-                if reply.status_code == 200:
+                status = reply.status_code
+                if status == 200:
                     found = _content(reply)
                     if found is not None:
-                        return found, ""
+                        return found, "", status
                     why = f"its reply is not one of chat/completions: {self._safe(reply.text)}"
                 else:
                     why = self._refusal(reply)
-                    if reply.status_code not in _PASSING:
+                    if status not in _PASSING:
                         break
                     pause = max(pause, self._retry_after(reply))
             if attempt + 1 < TRIES:
                 self._wait(pause)
-        return None, why
+        return None, why, status
 
     def _refusal(self, reply: Any) -> str:
         """What a reply without an answer says. Raises LlmWsaeError for a hopeless one."""
@@ -198,11 +200,13 @@ class Endpoint:
         line = " ".join((text.replace(self._key, "…") if self._key else text).split())
         return line if len(line) <= _QUOTED else f"{line[:_QUOTED]}…"
 
-    def _failed(self, why: str) -> None:
+    def _failed(self, why: str, status: int) -> None:
         if self._stopped.is_set():
             return
         self.tally.failed += 1
         self.tally.why = why
+        if status in _OF_THE_QUESTION and self.tally.asked + self.tally.known:
+            return  # others were answered, and it would be refused again in the next run
         self._in_a_row += 1
         if self._in_a_row == _IN_A_ROW:
             raise LlmWsaeError(
@@ -213,7 +217,7 @@ class Endpoint:
     def _keep(
         self, digest: str, about: str, messages: list[dict[str, str]], answer: dict[str, Any]
     ) -> str:
-        content = answer["content"]
+        content = answer["content"].encode(errors="replace").decode()  # half a character
         content = content.replace(self._key, "…") if self._key else content
         usage = {key: answer[key] for key in ("tokens_in", "tokens_out")}
         line = {"question": digest, "about": about, "answer": content, **usage}

@@ -41,6 +41,10 @@ _CANDIDATES = 4  # texts of neighbours for each that is wanted: in some the late
 _STRATA = 10
 
 
+class NothingToExplain(LlmWsaeError):
+    """No latent of a dictionary is active in enough documents."""
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The latents of one dictionary that are asked about."""
@@ -87,7 +91,8 @@ def choose(
     """Choose latents and their texts. Without an ``encoder``, texts are alike that share rare
     tokens.
 
-    Raises LlmWsaeError if the store does not fit the dictionary, or no latent has enough texts.
+    Raises LlmWsaeError if the store does not fit the dictionary, NothingToExplain if no latent has
+    enough texts.
     """
     top, bands = 2 * config.examples, 3 * max(config.examples, config.positives)
     found, floors = collect(store, {"": dictionary}, top, bands)
@@ -104,7 +109,7 @@ def choose(
                 _spread(judged, config.positives),
             )
     if not texts:
-        raise LlmWsaeError(
+        raise NothingToExplain(
             f"no latent of {dictionary.info.name} is active in enough documents of "
             f"{store.folder}: {config.examples} texts are needed to explain one, and "
             f"{config.positives} from other documents to judge it; use a larger store, or fewer "

@@ -31,15 +31,16 @@ from llm_wsae.explaining.protocol import (
     examine,
 )
 from llm_wsae.explaining.report import DictionaryExplained, Explained
-from llm_wsae.files import write_json
+from llm_wsae.files import read_json, write_json
 from llm_wsae.inspecting.readout import Vocabulary
 from llm_wsae.inspecting.sentence import check_width
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
+from llm_wsae.outputs import check_file
+from llm_wsae.outside import mapping
 from llm_wsae.provenance import command_line, plain, versions
 
 REPORT = "report.json"
-_BOOTSTRAPS = 1000
 _CHARACTERS = 4  # of a token, about
 
 
@@ -119,6 +120,7 @@ def explain(
             enough documents, or the endpoint refuses or fails.
     """
     folders = check_folders(dictionaries)
+    check_file(Path(out) / REPORT, _is_report)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     model = model if isinstance(model, LanguageModel) else LanguageModel.load(model)
     store.check_model(model.identity())
@@ -150,6 +152,14 @@ def explain(
     record = {"command": command_line(), **settings, "versions": versions()}
     write_json(Path(out) / REPORT, record | result.to_dict())
     return result
+
+
+def _is_report(path: Path) -> bool:
+    """Whether ``explain`` wrote the file."""
+    try:
+        return {"endpoint", "explainer"} <= mapping(read_json(path, "report")).keys()
+    except LlmWsaeError:
+        return False
 
 
 def check_folders(

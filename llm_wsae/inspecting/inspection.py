@@ -80,6 +80,8 @@ def inspect(
         loaded, no_model = model, None
     if loaded is not None:
         _check_model(loaded, dictionary)
+        if store is not None:
+            _check_same_model(store, loaded)
     views = look_at(
         dictionary,
         numbers,
@@ -92,6 +94,15 @@ def inspect(
     if text is not None and loaded is not None:
         tokens = read_sentence(loaded, dictionary, text)
     return Inspection(views, tokens, no_model)
+
+
+def _check_same_model(store: ActivationStore, model: LanguageModel) -> None:
+    """Raises LlmWsaeError if another model made the store: its tokens would be misread."""
+    if store.manifest.model.get("weights_sha256") != model.identity()["weights_sha256"]:
+        raise LlmWsaeError(
+            f"the store {store.folder} was made by {store.manifest.model.get('name')}, not by "
+            f"{model.name} (other weights); give that model, or a store of this one"
+        )
 
 
 def _load(

@@ -31,7 +31,15 @@ from transformers.utils import logging as transformers_logging
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.hardware import check_memory
-from llm_wsae.outside import check_revision, gguf_sizes, local_path, parsing, reason
+from llm_wsae.outside import (
+    check_revision,
+    check_token,
+    gguf_sizes,
+    hub_is_unreachable,
+    local_path,
+    parsing,
+    reason,
+)
 
 _ROWS_AT_ONCE = 16_384  # of a tensor that is dequantised
 _LARGEST = 2**31  # of any number in a configuration
@@ -209,18 +217,24 @@ def hub_source(model: str, revision: str | None, download: bool = True) -> _Sour
     cache. Raises LlmWsaeError as ``load_model`` does.
     """
     check_revision(revision)
+    check_token()
     options: dict[str, Any] = {"revision": revision, "local_files_only": False}
     try:
         if not download:
             raise hub_errors.OfflineModeIsEnabled
         commit = hub.HfApi().model_info(model, revision=revision, timeout=10).sha
         return model, options, commit
-    except (httpx.TransportError, hub_errors.OfflineModeIsEnabled):
+    except (
+        httpx.TransportError,
+        hub_errors.OfflineModeIsEnabled,
+        hub_errors.HfHubHTTPError,
+        hub_errors.HFValidationError,
+    ) as error:
+        if not hub_is_unreachable(error):
+            raise _explained(error, model, revision) from error
         cached = hub.try_to_load_from_cache(model, "config.json", revision=revision)
         commit = Path(cached).parent.name if isinstance(cached, str) else None
         return model, options | {"local_files_only": True}, commit
-    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError) as error:
-        raise _explained(error, model, revision) from error
 
 
 def _check_folder(model: str, path: Path) -> None:

@@ -23,6 +23,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.inspecting.firings import check_store, not_massive
+from llm_wsae.outside import mapping
 
 ROWS_AT_ONCE = 1 << 14
 BINS_PER_OCTAVE, OCTAVES = 2, 6  # of the histograms, below and above the median activation
@@ -332,7 +333,7 @@ def windows(
         activation[own] = np.where(inside, np.take_along_axis(values, position, 1), 0)
         document[own] = documents[at]
         for one in np.unique(documents[at]).tolist():
-            names[one] = contexts.headers.get(one, {}).get("name") or ""
+            names[one] = mapping(contexts.headers.get(one)).get("name") or ""
     return Windows(ids, activation, [names[one] for one in document.tolist()], source, part)
 
 

@@ -1,6 +1,7 @@
 """``dashboard``: one HTML file that shows what dictionaries found. It opens without a network."""
 
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +156,8 @@ def named_dictionaries(
     for one in () if isinstance(dictionaries, Mapping) else dictionaries:
         dictionary = one if isinstance(one, Dictionary) else Dictionary.load(one)
         name = dictionary.info.name if isinstance(one, Dictionary) else Path(one).name
-        number = sum(known == name or known.startswith(f"{name} (") for known in named)
-        named[f"{name} ({number + 1})" if number else name] = dictionary
+        same = (f"{name} ({number})" for number in itertools.count(2))
+        named[next(one for one in itertools.chain([name], same) if one not in named)] = dictionary
     sites = {dictionary.info.site for dictionary in named.values()}
     if len(sites) > 1:
         raise UsageError(

@@ -37,7 +37,9 @@ def read_scores(
     found: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in dictionaries if name in theirs]:
         columns = mapping(mapping(theirs[name]).get("per_latent"))
-        d_sae = dictionaries[name].d_sae
+        d_sae, digest = dictionaries[name].d_sae, mapping(theirs[name]).get("sha256")
+        if digest is not None and digest != dictionaries[name].decoder_digest():  # older: no digest
+            raise LlmWsaeError(f"{report} is about another dictionary of the name {name}")
         for key in [key for key in SCORES if key in columns]:
             column = columns[key]
             if not isinstance(column, list) or len(column) != d_sae:

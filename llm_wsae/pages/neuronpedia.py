@@ -116,10 +116,11 @@ def export_neuronpedia(
     """
     out = Path(out)
     check_folder(out)
-    explained: dict[int, Explanation] = {}
     if not isinstance(dictionary, Dictionary):
-        explained = read_explanations(Path(dictionary))
         dictionary = Dictionary.load(dictionary)
+    explained: dict[int, Explanation] = {}
+    if dictionary.folder is not None:
+        explained = read_explanations(dictionary.folder)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     check_store(store, dictionary)
     store.source(dictionary.site)  # raises if the store lacks the site

@@ -5,11 +5,14 @@ the study. The report always covers everything that was tried in its folder, and
 correction for multiple tests.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
@@ -21,6 +24,7 @@ from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
+from llm_wsae.explaining.examples import NothingToExplain
 from llm_wsae.explaining.explaining import explain
 from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.files import folder_lock, remove_partials, write_json
@@ -177,10 +181,12 @@ def study(
             monosemanticity = judge()
         jobs.finish(missing, monosemanticity)
         consistency.measure(out / CONSISTENCY, _kept(out, read_results(out)))
-        if endpoint is not None:
-            _explain(out, asked, model, store, explaining, encoder)
         report = read_report(out)
         report.write(out)
+        if endpoint is not None:
+            _explain(out, asked, model, store, explaining, encoder)
+            report = read_report(out)
+            report.write(out)
     return report
 
 
@@ -225,9 +231,14 @@ def _explain(
             continue
         whom, place = (asked["endpoint"], asked["explainer"]), out / ANSWERS
         named = {result.name: folder}
-        found = explain(named, store, model, *whom, place, config, encoder=encoder)
-        one = found.dictionaries[result.name]
-        known[result.name] = {name: over_latents(one.values(name)) for name in one.means}
+        try:
+            found = explain(named, store, model, *whom, place, config, encoder=encoder)
+        except NothingToExplain as error:
+            tqdm.write(f"{result.name} is left out: {error}", file=sys.stderr)
+            known[result.name] = {}
+        else:
+            one = found.dictionaries[result.name]
+            known[result.name] = {name: over_latents(one.values(name)) for name in one.means}
         write_json(out / EXPLAINED, plain({"settings": asked, "dictionaries": known}))
 
 

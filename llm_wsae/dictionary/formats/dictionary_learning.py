@@ -43,6 +43,7 @@ from llm_wsae.dictionary.formats.layout import (
 )
 from llm_wsae.errors import LlmWsaeError, nearest, shown
 from llm_wsae.outside import integer, mapping, text
+from llm_wsae.terminal import printable
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _PIECE = 1 << 20  # bytes read at once
@@ -262,8 +263,8 @@ def _check_record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
 
 def _opened(path: Path, records: list[int]) -> dict[str, Tensor]:
     print(
-        f"llm-wsae: {path} is a pickle; only tensors are taken from it (torch's weights_only "
-        "loader), nothing in it is run",
+        f"llm-wsae: {printable(str(path))} is a pickle; only tensors are taken from it (torch's "
+        "weights_only loader), nothing in it is run",
         file=sys.stderr,
     )
     try:

@@ -95,6 +95,8 @@ class Layout:
     """What the JSON file and the folder's path say."""
     read: Callable[[Path, Mapping[str, Any], Announced], Weights]
     """The tensors of a folder. Raises LlmWsaeError, in one sentence, for whatever is wrong."""
+    optional: tuple[str, ...] = ()
+    """Small files that are read too where they exist."""
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -231,4 +231,4 @@ def _factor(folder: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor])
     )
 
 
-LAYOUT = Layout("SAELens", CFG, WEIGHTS, announce, read)
+LAYOUT = Layout("SAELens", CFG, WEIGHTS, announce, read, optional=(_SCALER,))

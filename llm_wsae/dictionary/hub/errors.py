@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.outside import check_token
 
 _LOGIN = "(`hf auth login`, or the variable HF_TOKEN)"
 _TOKEN = re.compile(r"\bhf_\w+|Bearer\s+\S+")
@@ -34,13 +35,9 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     Raises UsageError when a name is wrong (repository, revision), LlmWsaeError for everything else:
     no access, no network, a failing server, a full disk.
     """
-    from huggingface_hub import get_token
     from huggingface_hub.utils import httpx
 
-    token = get_token() or ""
-    if not (token.isascii() and token.isprintable()):
-        # It cannot be sent, and the client's error would show it.
-        raise LlmWsaeError(f"your token holds characters that no token has; log in {_LOGIN}")
+    check_token()
     try:
         yield
     except LlmWsaeError:
@@ -50,16 +47,6 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         if known is None:
             raise
         raise known from error
-
-
-def unreachable(error: BaseException) -> bool:
-    """Whether the Hub could not be asked at all, so that the cache may answer instead."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.utils import httpx
-
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError | OfflineModeIsEnabled)
 
 
 def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWsaeError | None:

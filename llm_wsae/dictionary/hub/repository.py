@@ -17,10 +17,10 @@ from typing import Any
 from llm_wsae.dictionary.folder import CFG, EXPLANATIONS, EXTRAS, INFO, WEIGHTS
 from llm_wsae.dictionary.formats.layout import Announced, Layout
 from llm_wsae.dictionary.formats.reading import layout_of
-from llm_wsae.dictionary.hub.errors import hub_errors, unreachable
+from llm_wsae.dictionary.hub.errors import hub_errors
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.files import read_json, sha256
-from llm_wsae.outside import check_revision, integer
+from llm_wsae.outside import check_revision, hub_is_unreachable, integer
 
 FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
 README = "README.md"
@@ -79,7 +79,7 @@ class Repository:
                 return cls(repo_id, revision, found.sha, remote_files(repo_id, found.sha), None)
             except (httpx.HTTPError, OfflineModeIsEnabled) as error:
                 cached = _cached(repo_id, revision)
-                if cached is None or not unreachable(error):
+                if cached is None or not hub_is_unreachable(error):
                     raise
                 return cached
 
@@ -136,6 +136,9 @@ class Repository:
         layout = self.layouts[sae_id]
         if layout is not None:
             announced = self.announced(sae_id, layout)
+            for path in (_inside(sae_id, name) for name in layout.optional):
+                if path in self.files:
+                    self.fetch(path, _LARGEST_JSON)
             limit = _largest_weights(
                 min(announced.d_in or _WIDEST, _WIDEST),
                 min(announced.d_sae or _MOST_LATENTS, _MOST_LATENTS),

@@ -184,6 +184,7 @@ class MonosemanticityEvaluator:
         return DictionaryScores(
             name=name,
             site=str(dictionary.site),
+            sha256=dictionary.decoder_digest(),
             d_sae=dictionary.d_sae,
             rows=firings.num_rows,
             massive_rows=self._scorer.text.num_rows - firings.num_rows,

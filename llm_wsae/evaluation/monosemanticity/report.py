@@ -43,6 +43,8 @@ class DictionaryScores:
 
     name: str
     site: str
+    sha256: str
+    """``decoder_digest`` of the dictionary."""
     d_sae: int
     rows: int
     massive_rows: int
