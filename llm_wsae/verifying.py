@@ -20,7 +20,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.dictionary.folder import CFG, check_folder, files_without_digest, is_dictionary
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
-from llm_wsae.dictionary.hub.transfer import RECORD as PULLED
+from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
 from llm_wsae.pages.latent_measures import RECOVERY

@@ -53,7 +53,8 @@ def status(key: str) -> int:
 
 def client(folder: Path, tiny: Path, out: Path) -> None:
     """Push and pull; prints one JSON object a line."""
-    from llm_wsae.dictionary.hub.transfer import pull, push
+    from llm_wsae.dictionary.hub.pulling import pull
+    from llm_wsae.dictionary.hub.pushing import push
 
     push([tiny], f"{REPO}-tiny")
     pull(f"{REPO}-tiny", out / "tiny")

@@ -193,9 +193,9 @@ class Dictionary(nn.Module):
         """Read a dictionary from a repository on the Hub, through the local cache (also offline).
 
         ``sae_id`` is its folder, ``<site>/<name>`` for one pushed by this package; None takes the
-        only one. Raises as ``hub.transfer.fetch`` and ``load`` do.
+        only one. Raises as ``hub.pulling.fetch`` and ``load`` do.
         """
-        from llm_wsae.dictionary.hub.transfer import fetch
+        from llm_wsae.dictionary.hub.pulling import fetch
 
         return cls.load(fetch(repo_id, sae_id, revision=revision), site=site, device=device)
 
@@ -212,8 +212,8 @@ class Dictionary(nn.Module):
         license: str | None = None,
     ) -> str:
         """Push it to a repository on the Hub and return the commit's address; see
-        ``hub.transfer.push``."""
-        from llm_wsae.dictionary.hub.transfer import push
+        ``hub.pushing.push``."""
+        from llm_wsae.dictionary.hub.pushing import push
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / "dictionary")

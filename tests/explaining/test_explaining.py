@@ -38,7 +38,8 @@ from llm_wsae.dictionary.explanations import (
     read_explanations,
 )
 from llm_wsae.dictionary.folder import keep_measurements
-from llm_wsae.dictionary.hub.transfer import pull, push
+from llm_wsae.dictionary.hub.pulling import pull
+from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint, examples, explaining, protocol
@@ -47,6 +48,7 @@ from llm_wsae.explaining.examples import choose, sample_by_density
 from llm_wsae.explaining.explaining import price_of
 from llm_wsae.explaining.protocol import Question, Trial
 from llm_wsae.explaining.report import rank_correlation, score_of
+from llm_wsae.files import write_json
 from llm_wsae.inspecting.readout import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -363,6 +365,10 @@ def test_a_judge_that_knows_the_truth_is_right_about_everything(
     assert all(body["temperature"] == 0 for body in perfect.bodies)
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["dictionaries"]["uniform-k4"]["means"]["fuzzing"]["mean"] == 1
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/report.json").write_text('{"mine": 1}')
+    with pytest.raises(LlmWsaeError, match="was not written by this command"):
+        explain(*ask[:5], tmp_path / "theirs", CONFIG, encoder=WordCounts())
     again = explain(*ask, encoder=WordCounts())
     assert again.tally.asked == 0 and again.tally.known == len(perfect.bodies) == one.questions
     assert again.dictionaries == found.dictionaries and "54 were answered before" in again.table()
@@ -449,6 +455,12 @@ def test_hopeless_faults_end_the_run(judge, tmp_path, monkeypatch):
         with pytest.raises(LlmWsaeError, match="failed 3 questions in a row: it answered") as error:
             endpoint.ask(QUESTION, "3")
     assert SECRET not in str(error.value)
+    filtered = judge(lambda number, body: "fine" if number == 1 else (400, "filtered", {}))
+    with Endpoint(filtered.address, "m", tmp_path / "filtered") as endpoint:
+        said = [endpoint.ask(replace(QUESTION, user=str(n)), "") for n in range(6)]
+    assert said == ["fine", *[None] * 5] and endpoint.tally.failed == 5
+    half = judge(lambda number, body: "half a \ud83d character")
+    assert one_answer(half, tmp_path / "half")[0] == "half a ? character"
     gone = judge(lambda number, body: "")
     gone.close()
     with pytest.raises(LlmWsaeError, match="was not asked anything: it cannot be reached"):
@@ -632,6 +644,17 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
     found = read_explanations(folder)
     assert {n: one.text for n, one in found.items()} == {2: "two again", 5: "five", 9: "nine"}
     assert found[5] == said_of(5, "five")
+    # A later run that asked for less, or got no answer, takes nothing away.
+    intruder = {"intruder": Score(0.25, (0.0, 0.5), 8, 8)}
+    keep_explanations(folder, [Explanation(5, None, "a model", intruder),
+                               Explanation(9, None, "another", intruder)])  # fmt: skip
+    now = read_explanations(folder)
+    assert now[5] == replace(found[5], scores=found[5].scores | intruder) and now[9] == found[9]
+    keep_explanations(folder, [replace(now[5], scores={"fuzzing": intruder["intruder"]})])
+    assert set(read_explanations(folder)[5].scores) == {"detection", "intruder", "fuzzing"}
+    keep_explanations(folder, [said_of(5, "otherwise")])
+    assert read_explanations(folder)[5] == said_of(5, "otherwise")
+    found = read_explanations(folder)
     dictionary.info = replace(dictionary.info, metrics={})
     dictionary.save(folder)  # the same weights
     assert read_explanations(folder) == found
@@ -697,6 +720,10 @@ def test_explanations_go_to_the_hub_and_come_back(hub, plain, tmp_path):
     assert path not in hub.store.repositories[REPO].files()
 
 
+def nothing(*_, **__):
+    raise examples.NothingToExplain("no latent is active in enough documents")
+
+
 def test_a_study_explains_every_kept_dictionary_once(
     world, store, model, judge, tmp_path, monkeypatch
 ):
@@ -744,6 +771,15 @@ def test_a_study_explains_every_kept_dictionary_once(
     assert "detection by a judge" in report.table()
     assert "## Explanations by a language model" in (tmp_path / "report.md").read_text()
     assert study(**judged).table() == report.table() and len(asked.bodies) == questions
+    explained_json = tmp_path / "explained.json"
+    known = json.loads(explained_json.read_text())
+    fewer = {name: own for name, own in known["dictionaries"].items() if name != "uniform-k2"}
+    write_json(explained_json, {"settings": known["settings"], "dictionaries": fewer})
+    with monkeypatch.context() as patch:  # one has nothing to explain: the others count
+        patch.setattr(runner, "explain", nothing)
+        report = study(**judged)
+    judged_now = [r.name for r in report.results if "judged_detection" in r.point.values]
+    assert judged_now == kept[1:]
     with pytest.raises(LlmWsaeError, match="were explained with other settings"):
         study(**judged | {"explainer": "another"})
     with pytest.raises(UsageError, match="name the language model"):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from small_dictionaries import make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull
+from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.theory import experiments
 

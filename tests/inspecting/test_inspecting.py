@@ -26,7 +26,7 @@ from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.harvesting import harvest
 from llm_wsae.inspecting.firings import firings
-from llm_wsae.inspecting.inspection import latents_text, sentence_text
+from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
 from llm_wsae.inspecting.latents import check_latents, look_at
 from llm_wsae.inspecting.readout import Readout, Vocabulary
 from llm_wsae.inspecting.sentence import read_sentence
@@ -295,6 +295,9 @@ def test_bad_requests_are_sentences(store, model):
         strange = dictionary_for(model, weights={})
         strange.info.model["name"], strange.info.model["weights_sha256"] = "big", "0" * 64
         firings(store, strange, torch.tensor([0]), 1)
+    other = tiny_model(seed=1)  # as wide, but of other weights
+    with pytest.raises(LlmWsaeError, match=r"was made by tiny, not by tiny \(other weights\)"):
+        inspect(dictionary_for(model, weights={}), latents=(1,), store=store, model=other)
     with pytest.raises(UsageError, match="the text is empty"):
         read_sentence(model, one, "")
     with pytest.raises(UsageError, match="contexts of 101 tokens are too long"):

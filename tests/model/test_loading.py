@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, tiny_hf_model, tiny_tokenizer
 
+from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.hardware import choose_device, exact_dtype, fast_dtype
 from llm_wsae.model.language_model import LanguageModel
@@ -232,15 +233,29 @@ def test_a_hub_model_is_known_by_its_commit_also_without_a_network(tmp_path, mon
     (cache / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
-    def unreachable(*args, **kwargs):
-        raise httpx.ConnectError("no route")
+    failed = httpx.Response(503, request=httpx.Request("GET", "https://example.org"))
+    for error in (
+        hub.HfHubHTTPError("503", response=failed),
+        httpx.ConnectError("no route"),  # last: of the other errors, below, too
+    ):
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
-    model = LanguageModel.load("org/tiny")
-    assert (model.name, model.revision) == ("org/tiny", commit)
+        def unreachable(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+        model = LanguageModel.load("org/tiny")
+        assert (model.name, model.revision) == ("org/tiny", commit)
     assert LanguageModel.load("org/tiny", revision=commit).identity() == model.identity()
     with pytest.raises(LlmWsaeError, match="the Hub cannot be reached"):
         LanguageModel.load("org/tiny", revision="v2")
+
+
+@pytest.mark.parametrize("asked", ["model", "corpus"])
+def test_a_token_that_cannot_be_sent_is_not_shown(asked, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "\u201chf_secret\u201d")  # pasted with quotation marks
+    with pytest.raises(LlmWsaeError, match="characters that no token has") as error:
+        LanguageModel.load("org/tiny") if asked == "model" else Corpus.open("owner/name")
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.materials

@@ -1,6 +1,7 @@
 """The page: what is collected is what a slow look finds, and a browser can use it."""
 
 import base64
+import copy
 import gzip
 import json
 import re
@@ -288,11 +289,24 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
     ):
         result = call(*words)
         assert result.code in (1, 2) and said in result.err and result.out == ""
+    scores[Path(PLAIN).name]["sha256"] = "0" * 64
+    report.write_text(json.dumps({"monosemanticity": {"dictionaries": scores}}))
+    result = call("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--scores", report)
+    assert result.code == 1 and "is about another dictionary of the name" in result.err
     other = Dictionary.load(world / PLAIN)
+    other.info = replace(other.info, name="a (2)")
+    both = [other, replaced_name(other, "a"), replaced_name(other, "a")]
+    assert list(named_dictionaries(both)) == ["a (2)", "a", "a (3)"]
     other.info = replace(other.info, site="blocks.0.hook_resid_post")
     with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
         dashboard([world / PLAIN, other], world / "store", "unused", tmp_path / "p.html")
     assert not list(tmp_path.iterdir())
+
+
+def replaced_name(dictionary: Dictionary, name: str) -> Dictionary:
+    other = copy.copy(dictionary)
+    other.info = replace(dictionary.info, name=name)
+    return other
 
 
 def watched(browser, allowed: str, **options):

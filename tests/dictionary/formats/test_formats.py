@@ -27,7 +27,8 @@ from small_dictionaries import make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.formats.reading import layout_of
-from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
+from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
+from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 

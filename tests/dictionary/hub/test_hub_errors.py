@@ -12,7 +12,8 @@ from huggingface_hub import HfApi, constants
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.hub.transfer import pull, push
+from llm_wsae.dictionary.hub.pulling import pull
+from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 pytest_plugins = ("hub_fixtures",)

@@ -14,7 +14,8 @@ from small_dictionaries import SITE, make_dictionary
 from llm_wsae import digests
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
-from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
+from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
+from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError
 
 REPO = "user/saes"

@@ -12,15 +12,18 @@ import sys
 import pytest
 import torch
 from command_line import call, content, works
+from foreign_folders import saelens_checkpoint
 from hub_fixtures import REPO, head, sentence
 from huggingface_hub import HfApi
 from places import SCRIPTS
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.folder import EXTRAS, INFO, WEIGHTS
+from llm_wsae.dictionary.explanations import Explanation, keep_explanations, read_explanations
+from llm_wsae.dictionary.folder import EXTRAS, INFO, WEIGHTS, check_folder, keep_measurements
 from llm_wsae.dictionary.hub.card import BEGIN, END
-from llm_wsae.dictionary.hub.transfer import list_dictionaries, pull, push
+from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
+from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError, UsageError
 
 pytest_plugins = ("hub_fixtures",)
@@ -263,6 +266,46 @@ def test_a_pull_leaves_foreign_folders_alone(hub, plain, tmp_path):
     with pytest.raises(LlmWsaeError, match=r"is not just a dictionary \(it holds notes.txt\)"):
         pull(REPO, tmp_path / "out")
     assert content(tmp_path / "out") == {f"{SITE}/plain-k4/notes.txt": b"mine"}
+
+
+def test_a_pull_replaces_only_what_was_pulled_from_there(hub, plain, weighted, tmp_path):
+    push([plain], REPO)
+    out = tmp_path / "out"
+    place = out / SITE / "plain-k4"
+    make_dictionary("plain-k4", seed=9).save(place)  # trained here
+    before = content(out)
+    with pytest.raises(LlmWsaeError, match=r"was not pulled from user/saes, so it is left alone"):
+        pull(REPO, out)
+    assert content(out) == before
+    shutil.rmtree(place)
+    pull(REPO, out)
+    hub.create("user/others")
+    for name, data in content(weighted).items():
+        hub.store.put("user/others", f"{SITE}/plain-k4/{name}", data)
+    with pytest.raises(LlmWsaeError, match="was not pulled from user/others"):
+        pull("user/others", out)
+    # Of the same weights, what is known here stays, and what the Hub knows more is added.
+    keep_measurements(place, {"fidelity": {"kl": 0.25}})
+    keep_explanations(place, [Explanation(1, "mine", "m", {})])
+    keep_measurements(plain, {"fidelity": {"kl": 0.5}, "monosemanticity": {"l0": 4.0}})
+    keep_explanations(plain, [Explanation(1, "yours", "m", {}), Explanation(2, "new", "m", {})])
+    push([plain], REPO)
+    pull(REPO, out)
+    metrics = check_folder(place).metrics
+    assert metrics["fidelity"] == {"kl": 0.25} and metrics["monosemanticity"] == {"l0": 4.0}
+    said = read_explanations(place)
+    assert {latent: one.text for latent, one in said.items()} == {1: "mine", 2: "new"}
+    assert works("verify", out).out
+
+
+def test_a_checkpoint_of_saelens_has_its_scale_on_the_hub_too(hub, tmp_path):
+    saelens_checkpoint(tmp_path / "theirs")
+    hub.create(REPO)
+    for name, data in content(tmp_path / "theirs").items():
+        hub.store.put(REPO, f"one/{name}", data)
+    local = Dictionary.load(tmp_path / "theirs")
+    (folder,) = pull(REPO, tmp_path / "out").values()
+    assert torch.equal(Dictionary.load(folder).W_enc, local.W_enc)
 
 
 def test_a_cut_download_goes_on_where_it_broke(hub, tmp_path):
