@@ -224,7 +224,7 @@ def hub_source(model: str, revision: str | None, download: bool = True) -> _Sour
             raise hub_errors.OfflineModeIsEnabled
         commit = hub.HfApi().model_info(model, revision=revision, timeout=10).sha
         return model, options, commit
-    except (httpx.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.HFValidationError) as error:
+    except (httpx.HTTPError, hub_errors.OfflineModeIsEnabled, ValueError) as error:
         if not hub_is_unreachable(error):
             raise _explained(error, model, revision) from error
         cached = hub.try_to_load_from_cache(model, "config.json", revision=revision)

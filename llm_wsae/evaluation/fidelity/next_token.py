@@ -3,7 +3,8 @@
 The logits of a batch are large (4096 tokens over 262,144 words: 4 GB in float32), so they never
 exist. Up to the last block's output, the stream is small. From there on, a tile of rows at a time
 gets its logits: once those of the model itself, which give log p, and after them those of every
-variant. On a CPU each core has a tile of its own.
+variant. On a CPU each core has a tile of its own. (Liger's fused kernels of cross-entropy and
+divergence are for GPUs and make gradients, which nobody needs here.)
 """
 
 from collections.abc import Callable, Mapping, Sequence

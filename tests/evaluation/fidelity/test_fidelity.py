@@ -27,6 +27,8 @@ from llm_wsae.statistics.uncertainty import Bootstrap
 D, VOCAB, CONTEXTS, POSITIONS = 16, 53, 12, 10
 SITE = "blocks.1.hook_resid_post"
 CONFIG = EvaluateConfig(tokens=80, batch_tokens=40, bootstraps=200)
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+CARD = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
 
 
 @pytest.fixture(scope="module")
@@ -287,8 +289,9 @@ def test_which_predictions_count():
     ]
 
 
+@pytest.mark.parametrize("device", ["cpu", CARD])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch, compiled):
+def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch, compiled, device):
     if not compiled:
         monkeypatch.setattr(cpu, "supports", lambda logits: False)
     draw = torch.Generator().manual_seed(0)
@@ -304,10 +307,12 @@ def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch, compile
         for end in (clean, *variants)
     )
     target = ids[:, 1:, None].clamp(max=VOCAB - 1)
+    here = LanguageModel.from_live(copy.deepcopy(model.hf_model).to(device), None, "here")
+    asked = (clean.to(device), [one.to(device) for one in variants], ids.to(device))
     for tile, chunk in ((96, 2**20), (5, 2 * VOCAB), (1, 1)):
         monkeypatch.setattr(next_token, "_TILE_ROWS", tile)
         monkeypatch.setattr(next_token, "_CHUNK_NUMBERS", chunk)
-        entropy, found = next_token_sums(model, clean, variants, ids, scored)
+        entropy, found = next_token_sums(here, *asked, scored.to(device))
         wanted = -(log_p.gather(2, target)[..., 0] * scored).sum(1)
         torch.testing.assert_close(entropy, wanted, rtol=1e-5, atol=0)
         for (ce, kl), log_q in zip(found, others, strict=True):
@@ -315,7 +320,7 @@ def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch, compile
             torch.testing.assert_close(ce, wanted, rtol=1e-5, atol=0)
             wanted = ((log_p.exp() * (log_p - log_q)).sum(2) * scored).sum(1)
             torch.testing.assert_close(kl, wanted, rtol=1e-5, atol=0)
-    entropy, found = next_token_sums(model, clean, variants, ids, scored & False)
+    entropy, found = next_token_sums(here, *asked, scored.to(device) & False)
     assert entropy.tolist() == [0, 0, 0] and len(found) == 2
 
 
