@@ -187,9 +187,9 @@ def section(repetitions: int) -> str:
             f"(whose standard error is {error:.1f} points). Seeds, latents, families of concepts "
             "and documents are random; families and documents do not average out over seeds. In "
             f"the archive the spread between families is {archive.family:.3f}, and that of one "
-            f"family over seeds {archive.cell:.3f}; that of documents is not known, and taken to be "
-            "twice the spread over seeds. Columns are the seeds at which a study is looked at, until "
-            "some rule is better.",
+            f"family over seeds {archive.cell:.3f}; that of documents is not known, and taken to "
+            "be twice the spread over seeds. Columns are the seeds at which a study is looked at, "
+            "until some rule is better.",
             markdown(rows, left=2),
         ]
     )
