@@ -85,7 +85,7 @@ def collect(
         name: _Collector(dictionary, context, top, bands)
         for name, dictionary in dictionaries.items()
     }
-    with tqdm(total=num_rows, desc="dashboard", unit="row", unit_scale=True) as bar:
+    with tqdm(total=num_rows, desc="encode", unit="row", unit_scale=True) as bar:
         for start in range(0, num_rows, ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, num_rows)
             rows = torch.empty(stop - start, store.d_in, dtype=reader.dtype)
