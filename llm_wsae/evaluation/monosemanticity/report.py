@@ -173,7 +173,9 @@ def _absorbed(mean: Mean) -> str:
 
 
 _OF_LATENTS = ("purity", "coherence", "detection", "detection_without_tokens")
-_OF_CONCEPTS = {"probe_1": "best_1", "probe_5": "best_5", "selectivity": "selectivity"}
+_OF_CONCEPTS = {"probe_1": "best_1", "probe_5": "best_5"} | {
+    key: key for key in ("selectivity", "spill", "absorbed")
+}
 
 
 def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
