@@ -153,8 +153,11 @@ def _explained(error: Exception) -> LlmWsaeError | None:
         way = way_out(error, "check it, and run the same command again")
         return LlmWsaeError(": ".join([*places, f"{what[:1].lower()}{what[1:]}; {way}"]))
     if isinstance(error, UnicodeEncodeError):
-        what = "a secret" if error.object.startswith("Bearer") else shown(error.object)
-        return LlmWsaeError(f"{what} cannot be written as {error.encoding}; rename it in UTF-8")
+        if error.object.startswith("Bearer"):  # never to be shown
+            return LlmWsaeError("a token or key holds characters that cannot be sent; check it")
+        return LlmWsaeError(
+            f"{shown(error.object)} cannot be written as {error.encoding}; rename it in UTF-8"
+        )
     # Torch's class is known by its name: no command needs torch to say so.
     on_device = type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in said
     if isinstance(error, MemoryError) or on_device:

@@ -26,7 +26,7 @@ from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.activations import take_contexts
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
 from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.files import write_json
 from llm_wsae.harvesting import harvest
@@ -213,12 +213,11 @@ def run(
         number = sum(map(len, arms.values()))
         _say(3, "train", f"{number} dictionaries of {len(sites)} sites in one pass")
         trained = train_sites(rows, arms, train_config, out)
-    evaluator = FidelityEvaluator(model, heldout, evaluate_config)  # reads the text once
     results = {}
     for site, dictionaries in trained.items():
         folder = out / str(site)
         _say(4, "evaluate", f"{site} on {evaluate_config.tokens:,} held-out tokens")
-        report = evaluator.evaluate(dictionaries)
+        report = evaluate(dictionaries, model, heldout, evaluate_config)
         _save_metrics(folder, dictionaries, report)
         report.write(folder / "report.json")
         plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")

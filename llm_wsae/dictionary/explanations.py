@@ -118,11 +118,13 @@ def keep_explanations(folder: Path, found: Iterable[Explanation]) -> None:
 
 def _joined(old: Explanation | None, new: Explanation) -> Explanation:
     """The newer of two, with what it lacks: it has no text if only other scores were asked for."""
-    if old is None or old.explainer != new.explainer:
-        return new if old is None or new.text is not None else old
-    if new.text is None or new.text == old.text:
-        return replace(old, scores={**old.scores, **new.scores})
-    return new
+    if old is None:
+        return new
+    if old.explainer != new.explainer:
+        return old if new.text is None and old.text is not None else new
+    if old.text is not None and new.text is not None and old.text != new.text:
+        return new
+    return replace(new, text=new.text or old.text, scores={**old.scores, **new.scores})
 
 
 def write_for_neuronpedia(

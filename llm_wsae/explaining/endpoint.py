@@ -34,6 +34,7 @@ LONGEST_WAIT = 120.0
 _TIMEOUT = 300.0  # seconds without a byte; a large model on a small machine is slow
 _QUOTED = 200  # characters of what an endpoint says
 _IN_A_ROW = 3  # failed questions that end the run
+_REFUSED_IN_A_ROW = 20  # such questions, if each was refused for what it says
 _OF_THE_QUESTION = {400, 413, 422}  # its length, or a filter of its words
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
 _HOPELESS = {  # what no other question would change
@@ -205,13 +206,13 @@ class Endpoint:
             return
         self.tally.failed += 1
         self.tally.why = why
-        if status in _OF_THE_QUESTION and self.tally.asked + self.tally.known:
-            return  # others were answered, and it would be refused again in the next run
         self._in_a_row += 1
-        if self._in_a_row == _IN_A_ROW:
+        # A few that are refused whenever they are asked must not end every further run.
+        refused = status in _OF_THE_QUESTION and self.tally.asked + self.tally.known
+        if self._in_a_row >= (_REFUSED_IN_A_ROW if refused else _IN_A_ROW):
             raise LlmWsaeError(
-                f"{self._url} failed {_IN_A_ROW} questions in a row: {why}; run the same command "
-                "again to resume, what was answered is kept"
+                f"{self._url} failed {self._in_a_row} questions in a row: {why}; run the same "
+                "command again to resume, what was answered is kept"
             )
 
     def _keep(

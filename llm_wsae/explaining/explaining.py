@@ -145,7 +145,8 @@ def explain(
                 folder, dictionary.d_sae, chosen.eligible, alike, explainer, examined, config.seed
             )
             keep_explanations(folder, one.latents)
-            keep_measurements(folder, {"explanations": one.card_numbers()})
+            if found := one.card_numbers(dictionary.info.metrics.get("explanations")):
+                keep_measurements(folder, {"explanations": found})
             done[name] = one
     result = Explained(done, asked.tally, Path(out))
     settings = plain({"endpoint": endpoint, "explainer": explainer, "config": config})

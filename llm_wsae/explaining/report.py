@@ -17,6 +17,7 @@ from llm_wsae.dictionary.explanations import Explanation, Score
 from llm_wsae.evaluation.monosemanticity.averages import Mean, mean_of
 from llm_wsae.explaining.endpoint import ANSWERS, Tally
 from llm_wsae.explaining.protocol import SCORES, Examined, Trial
+from llm_wsae.outside import mapping
 from llm_wsae.provenance import plain
 from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval
 from llm_wsae.terminal import aligned
@@ -110,8 +111,9 @@ class DictionaryExplained:
         own = (one.scores.get(score) for one in self.latents)
         return _tensor([None if one is None else one.value for one in own])
 
-    def card_numbers(self) -> dict[str, Any]:
-        """What the dictionary's description keeps of it, JSON-able."""
+    def card_numbers(self, older: Any = None) -> dict[str, Any]:
+        """What the dictionary's description keeps of it, JSON-able, with the scores of an ``older``
+        run by the same explainer that were not asked for now; empty if nothing was scored."""
         numbers: dict[str, Any] = {
             "explainer": self.latents[0].explainer,
             "latents": len(self.latents),
@@ -119,10 +121,17 @@ class DictionaryExplained:
             "unread": self.unread,
             "failed": self.failed,
         }
-        for name, mean in self.means.items():
-            if mean.count:
-                numbers[name] = {"value": mean.mean, "interval": mean.interval}
-        return plain(numbers)
+        scores = {
+            name: {"value": mean.mean, "interval": mean.interval}
+            for name, mean in self.means.items()
+            if mean.count
+        }
+        if not scores:
+            return {}
+        known = mapping(older)
+        same = known if known.get("explainer") == numbers["explainer"] else {}
+        kept = {name: same[name] for name in SCORES if name in same}
+        return plain({**numbers, **kept, **scores})
 
     def notes(self) -> list[str]:
         """What the table has no columns for."""

@@ -39,7 +39,10 @@ def read_scores(
         columns = mapping(mapping(theirs[name]).get("per_latent"))
         d_sae, digest = dictionaries[name].d_sae, mapping(theirs[name]).get("sha256")
         if digest is not None and digest != dictionaries[name].decoder_digest():  # older: no digest
-            raise LlmWsaeError(f"{report} is about another dictionary of the name {name}")
+            raise LlmWsaeError(
+                f"{report} is about another dictionary named {name}; run `llm-wsae evaluate "
+                "--monosemantic` on this one"
+            )
         for key in [key for key in SCORES if key in columns]:
             column = columns[key]
             if not isinstance(column, list) or len(column) != d_sae:

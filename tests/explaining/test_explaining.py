@@ -457,8 +457,10 @@ def test_hopeless_faults_end_the_run(judge, tmp_path, monkeypatch):
     assert SECRET not in str(error.value)
     filtered = judge(lambda number, body: "fine" if number == 1 else (400, "filtered", {}))
     with Endpoint(filtered.address, "m", tmp_path / "filtered") as endpoint:
-        said = [endpoint.ask(replace(QUESTION, user=str(n)), "") for n in range(6)]
-    assert said == ["fine", *[None] * 5] and endpoint.tally.failed == 5
+        said = [endpoint.ask(replace(QUESTION, user=str(n)), "") for n in range(20)]
+        assert said == ["fine", *[None] * 19] and endpoint.tally.failed == 19
+        with pytest.raises(LlmWsaeError, match="failed 20 questions in a row"):
+            endpoint.ask(replace(QUESTION, user="21"), "")
     half = judge(lambda number, body: "half a \ud83d character")
     assert one_answer(half, tmp_path / "half")[0] == "half a ? character"
     gone = judge(lambda number, body: "")
@@ -652,6 +654,9 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
     assert now[5] == replace(found[5], scores=found[5].scores | intruder) and now[9] == found[9]
     keep_explanations(folder, [replace(now[5], scores={"fuzzing": intruder["intruder"]})])
     assert set(read_explanations(folder)[5].scores) == {"detection", "intruder", "fuzzing"}
+    keep_explanations(folder, [Explanation(7, None, "a model", intruder)])
+    keep_explanations(folder, [said_of(7, "seven")])
+    assert set(read_explanations(folder)[7].scores) == {"detection", "intruder"}
     keep_explanations(folder, [said_of(5, "otherwise")])
     assert read_explanations(folder)[5] == said_of(5, "otherwise")
     found = read_explanations(folder)

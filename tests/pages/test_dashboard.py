@@ -292,7 +292,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
     scores[Path(PLAIN).name]["sha256"] = "0" * 64
     report.write_text(json.dumps({"monosemanticity": {"dictionaries": scores}}))
     result = call("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--scores", report)
-    assert result.code == 1 and "is about another dictionary of the name" in result.err
+    assert result.code == 1 and "is about another dictionary named" in result.err
     other = Dictionary.load(world / PLAIN)
     other.info = replace(other.info, name="a (2)")
     both = [other, replaced_name(other, "a"), replaced_name(other, "a")]

@@ -5,8 +5,11 @@ user's folder. A dictionary of the user's own is never replaced.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
@@ -17,14 +20,13 @@ from llm_wsae.dictionary.folder import (
     copy_folder,
     is_dictionary,
     keep_measurements,
-    weights_checksum,
     write_folder,
 )
 from llm_wsae.dictionary.formats import reading
 from llm_wsae.dictionary.hub.card_data import Facts, facts
-from llm_wsae.dictionary.hub.repository import Repository
+from llm_wsae.dictionary.hub.repository import Repository, inside
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.files import read_json
+from llm_wsae.files import folder_lock, read_json
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.outside import mapping
@@ -41,55 +43,90 @@ def pull(
 
     (One at the top level of its repository goes to ``out/<repository>``.) Each is downloaded and
     checked completely before it is copied; a foreign one is converted to this package's layout. An
-    older one that was pulled from the same repository is replaced in one step; if only what was
-    said or measured of it is new, that is added. Anything else there is left alone. ``pull.json``
-    in ``out`` keeps which repository each came from. Returns the folders by name.
+    older one, as it was pulled from the same repository, is replaced in one step. If nothing but
+    what was said or measured of it is new, that is added. Anything else there is left alone.
+    ``pull.json`` in ``out`` keeps where each came from. Returns the folders by name.
 
     Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails, if a file is
     damaged, unsafe or not what its checksum says, if two dictionaries would be copied into one
-    place, or if ``out`` cannot be written.
+    place, or if ``out`` cannot be written or holds another dictionary there.
     """
     out = Path(out)
     check_file(out / RECORD, is_record_of("pull"))
     repository = Repository.open(repo_id, revision)
-    pulled = _pulled(out)
-    places = _places(repo_id, repository.wanted(sae_id), out, pulled)
-    folders = {name: out / place for name, place in places.items()}
-    for name, folder in folders.items():
-        source = repository.dictionary_folder(name)
-        if repository.layouts[name] is not None:
-            read = reading.read(source)
-            write_folder(folder, read.weights, read.sparsity, read.info, read.extras)
-        else:
-            Site.parse(check_folder(source).site)
-            if _is_the_same(source, folder):
-                _add_what_is_new(source, folder)
-            else:
-                copy_folder(source, folder)
-        pulled[places[name]] = repo_id
-        asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
+    places = _places(repository, repository.wanted(sae_id), out)
+    asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
+
+    def record(place: str, sha256: Any) -> None:
+        pulled = {**_pulled(out), place: {"repo_id": repo_id, "sha256": sha256}}
         write_record(out / RECORD, "pull", {**asked, "pulled": pulled})
-    return folders
+
+    with folder_lock(out, "pulled dictionaries"):
+        for name, place in places.items():
+            with _own_layout(repository, name) as source:
+                folder, digests = out / place, _digests(source)
+                _check_ours(folder, _pulled(out).get(place), repo_id, digests)
+                if is_dictionary(folder) and _digests(folder) == digests and _is_intact(folder):
+                    _add_what_is_new(source, folder)
+                else:
+                    record(place, None)  # if this is the last that it does, it may go on
+                    copy_folder(source, folder)
+                record(place, digests)
+    return {name: out / place for name, place in places.items()}
 
 
-def _pulled(out: Path) -> dict[str, str]:
-    """Which repository each dictionary in a folder was pulled from, by its place there."""
+@contextmanager
+def _own_layout(repository: Repository, name: str) -> Iterator[Path]:
+    """The folder of a dictionary in the cache; a foreign one is converted, into another folder."""
+    source = repository.dictionary_folder(name)
+    if repository.layouts[name] is None:
+        Site.parse(check_folder(source).site)
+        yield source
+        return
+    read = reading.read(source)
+    with tempfile.TemporaryDirectory() as place:
+        converted = Path(place) / "converted"
+        write_folder(converted, read.weights, read.sparsity, read.info, read.extras)
+        yield converted
+
+
+def _pulled(out: Path) -> dict[str, Any]:
+    """What is recorded of every dictionary that was pulled into a folder, by its place there."""
     if not (out / RECORD).is_file():
         return {}
     config = mapping(mapping(read_json(out / RECORD, "record")).get("config"))
-    repo_id, names = config.get("repo_id"), config.get("dictionaries")
+    repo_id, names = str(config.get("repo_id")), config.get("dictionaries")
     if isinstance(names, list):  # of an older version: those of the last pull
-        return {_place(str(repo_id), str(name)): str(repo_id) for name in names}
-    return {place: str(source) for place, source in mapping(config.get("pulled")).items()}
+        return {_place(repo_id, str(name)): {"repo_id": repo_id} for name in names}
+    return dict(mapping(config.get("pulled")))
 
 
-def _is_the_same(source: Path, folder: Path) -> bool:
-    """Whether a folder holds a dictionary of the same weights, undamaged."""
+def _digests(folder: Path) -> Any:
+    """The SHA-256 of a dictionary's files, as its description holds them."""
+    return read_json(folder / INFO, "dictionary's information").get("sha256")
+
+
+def _check_ours(folder: Path, recorded: Any, repo_id: str, digests: Any) -> None:
+    """Raises LlmWsaeError for a dictionary that is neither that of these digests nor as it was
+    pulled from the repository; an older record, or one of a pull that broke off, has no digests to
+    tell that by."""
+    if not is_dictionary(folder):
+        return
+    here, known = _digests(folder), mapping(recorded)
+    ours = known.get("repo_id") == repo_id and known.get("sha256") in (None, here)
+    if not ours and here != digests:
+        raise LlmWsaeError(
+            f"{folder} holds a dictionary that was not pulled from {repo_id}, or was saved again "
+            "since, so it is left alone; choose another --out"
+        )
+
+
+def _is_intact(folder: Path) -> bool:
     try:
         check_folder(folder)
     except LlmWsaeError:
         return False
-    return bool(weights_checksum(source) == weights_checksum(folder))
+    return True
 
 
 def _add_what_is_new(source: Path, folder: Path) -> None:
@@ -107,14 +144,13 @@ def _place(repo_id: str, name: str) -> str:
     return repo_id.split("/")[-1] if name == "." else name
 
 
-def _places(
-    repo_id: str, names: Sequence[str], out: Path, pulled: Mapping[str, str]
-) -> dict[str, str]:
+def _places(repository: Repository, names: Sequence[str], out: Path) -> dict[str, str]:
     """Where each dictionary goes, below ``out``.
 
     Raises LlmWsaeError, before anything is downloaded, if one would be in the place of another, or
     of the record of the command, or a place holds something that was not pulled from there.
     """
+    repo_id, pulled = repository.repo_id, _pulled(out)
     places = {name: _place(repo_id, name) for name in names}
     taken = {RECORD: f"the record {RECORD}"}
     for name, place in sorted(places.items(), key=lambda item: item[1].count("/")):
@@ -128,11 +164,9 @@ def _places(
                 )
         taken[str(path)] = name
         check_replaceable(out / place)
-        if is_dictionary(out / place) and pulled.get(place) != repo_id:
-            raise LlmWsaeError(
-                f"{out / place} holds a dictionary that was not pulled from {repo_id}, so it is "
-                "left alone; choose another --out"
-            )
+        own = repository.layouts[name] is None
+        digests = repository.read_json(inside(name, INFO)).get("sha256") if own else None
+        _check_ours(out / place, pulled.get(place), repo_id, digests)
     return places
 
 

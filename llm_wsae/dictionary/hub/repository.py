@@ -124,7 +124,7 @@ class Repository:
 
     def announced(self, sae_id: str, layout: Layout) -> Announced:
         """What a foreign dictionary's configuration and path say. Raises as ``fetch`` does."""
-        config = self.read_json(_inside(sae_id, layout.config)) if layout.config else {}
+        config = self.read_json(inside(sae_id, layout.config)) if layout.config else {}
         return layout.announce(config, PurePosixPath(self.repo_id, sae_id))
 
     def dictionary_folder(self, sae_id: str) -> Path:
@@ -136,15 +136,15 @@ class Repository:
         layout = self.layouts[sae_id]
         if layout is not None:
             announced = self.announced(sae_id, layout)
-            for path in (_inside(sae_id, name) for name in layout.optional):
+            for path in (inside(sae_id, name) for name in layout.optional):
                 if path in self.files:
                     self.fetch(path, _LARGEST_JSON)
             limit = _largest_weights(
                 min(announced.d_in or _WIDEST, _WIDEST),
                 min(announced.d_sae or _MOST_LATENTS, _MOST_LATENTS),
             )
-            return self.fetch(_inside(sae_id, layout.weights), limit).parent
-        paths = {name: _inside(sae_id, name) for name in FILES}
+            return self.fetch(inside(sae_id, layout.weights), limit).parent
+        paths = {name: inside(sae_id, name) for name in FILES}
         if missing := [name for name, path in paths.items() if path not in self.files]:
             raise LlmWsaeError(
                 f"{sae_id} of {self._here} is not a complete dictionary of this package: it lacks "
@@ -161,7 +161,7 @@ class Repository:
                     f"{paths[name]} of {self._here} is not the file whose checksum its {INFO} "
                     "holds; ask whoever pushed it to push it again"
                 )
-        if (explanations := _inside(sae_id, EXPLANATIONS)) in self.files:
+        if (explanations := inside(sae_id, EXPLANATIONS)) in self.files:
             self.fetch(explanations, _LARGEST_EXPLANATIONS)
         return local.parent
 
@@ -254,7 +254,7 @@ def digest_of(local: Path, remote: RemoteFile) -> str | None:
     return sha256(local) if len(remote.digest) == 64 else git_hash(local.read_bytes())
 
 
-def _inside(sae_id: str, name: str) -> str:
+def inside(sae_id: str, name: str) -> str:
     return str(PurePosixPath(sae_id) / name)
 
 

@@ -21,6 +21,7 @@ from small_dictionaries import SITE, make_dictionary
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import EXTRAS, INFO, WEIGHTS, check_folder, keep_measurements
+from llm_wsae.dictionary.hub import pulling
 from llm_wsae.dictionary.hub.card import BEGIN, END
 from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
 from llm_wsae.dictionary.hub.pushing import push
@@ -268,7 +269,14 @@ def test_a_pull_leaves_foreign_folders_alone(hub, plain, tmp_path):
     assert content(tmp_path / "out") == {f"{SITE}/plain-k4/notes.txt": b"mine"}
 
 
-def test_a_pull_replaces_only_what_was_pulled_from_there(hub, plain, weighted, tmp_path):
+def stopped(source, folder):
+    shutil.copytree(source, folder)
+    raise KeyboardInterrupt
+
+
+def test_a_pull_replaces_only_what_was_pulled_from_there(
+    hub, plain, weighted, tmp_path, monkeypatch
+):
     push([plain], REPO)
     out = tmp_path / "out"
     place = out / SITE / "plain-k4"
@@ -284,6 +292,16 @@ def test_a_pull_replaces_only_what_was_pulled_from_there(hub, plain, weighted, t
         hub.store.put("user/others", f"{SITE}/plain-k4/{name}", data)
     with pytest.raises(LlmWsaeError, match="was not pulled from user/others"):
         pull("user/others", out)
+    # Saved again since, it is one's own.
+    make_dictionary("plain-k4", seed=9).save(place)
+    with pytest.raises(LlmWsaeError, match="or was saved again since"):
+        pull(REPO, out)
+    shutil.rmtree(out)
+    with monkeypatch.context() as patch:  # a kill before the record is complete
+        patch.setattr(pulling, "copy_folder", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pull(REPO, out)
+    pull(REPO, out)
     # Of the same weights, what is known here stays, and what the Hub knows more is added.
     keep_measurements(place, {"fidelity": {"kl": 0.25}})
     keep_explanations(place, [Explanation(1, "mine", "m", {})])
@@ -306,6 +324,9 @@ def test_a_checkpoint_of_saelens_has_its_scale_on_the_hub_too(hub, tmp_path):
     local = Dictionary.load(tmp_path / "theirs")
     (folder,) = pull(REPO, tmp_path / "out").values()
     assert torch.equal(Dictionary.load(folder).W_enc, local.W_enc)
+    keep_measurements(folder, {"fidelity": {"kl": 0.25}})
+    pull(REPO, tmp_path / "out")  # converted again, to the same
+    assert check_folder(folder).metrics["fidelity"] == {"kl": 0.25}
 
 
 def test_a_cut_download_goes_on_where_it_broke(hub, tmp_path):
