@@ -61,17 +61,16 @@ def pull(
         pulled = {**_pulled(out), place: {"repo_id": repo_id, "sha256": sha256}}
         write_record(out / RECORD, "pull", {**asked, "pulled": pulled})
 
-    with folder_lock(out, "pulled dictionaries"):
-        for name, place in places.items():
-            with _own_layout(repository, name) as source:
-                folder, digests = out / place, _digests(source)
-                _check_ours(folder, _pulled(out).get(place), repo_id, digests)
-                if is_dictionary(folder) and _digests(folder) == digests and _is_intact(folder):
-                    _add_what_is_new(source, folder)
-                else:
-                    record(place, None)  # if this is the last that it does, it may go on
-                    copy_folder(source, folder)
-                record(place, digests)
+    for name, place in places.items():
+        with _own_layout(repository, name) as source, folder_lock(out, "pulled dictionaries"):
+            folder, digests = out / place, _digests(source)
+            _check_ours(folder, _pulled(out).get(place), repo_id, digests)
+            if is_dictionary(folder) and _digests(folder) == digests and _is_intact(folder):
+                _add_what_is_new(source, folder)
+            else:
+                record(place, None)  # if this is the last that it does, it may go on
+                copy_folder(source, folder)
+            record(place, digests)
     return {name: out / place for name, place in places.items()}
 
 

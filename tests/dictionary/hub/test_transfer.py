@@ -282,7 +282,7 @@ def test_a_pull_replaces_only_what_was_pulled_from_there(
     place = out / SITE / "plain-k4"
     make_dictionary("plain-k4", seed=9).save(place)  # trained here
     before = content(out)
-    with pytest.raises(LlmWsaeError, match=r"was not pulled from user/saes, so it is left alone"):
+    with pytest.raises(LlmWsaeError, match="was not pulled from user/saes, or was saved"):
         pull(REPO, out)
     assert content(out) == before
     shutil.rmtree(place)
