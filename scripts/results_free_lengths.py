@@ -103,11 +103,13 @@ PARTS = {
     "batch-topk": Part(
         (PLAIN, HALFWAY, IN_LOSS), BLOCKS_9, setting="batch-topk", architecture="batch-topk"
     ),
+    "latents": Part((), BLOCKS_9, ()),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
 inverse variance in the loss had turned out, after block 9 of SmolLM2, to recover more than mixed.
-Blocks 9 have six seeds because the last three are also judged without a ground truth."""
+Blocks 9 have six seeds because the last three are also judged without a ground truth, by
+``latents``."""
 JUDGED = (3, 4, 5)
 """Seeds at blocks 9 whose latents are judged without a ground truth."""
 
@@ -160,7 +162,7 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
             for record in recovery.judge(opened, missing, dictionaries, seed):
                 write_json(_result(key, record["name"], part.setting), record)
             print(f"{key}: {name}, seed {seed} measured", flush=True)
-    if (folders := _judged(key)) and not _latents(key).exists():
+    if "latents" in here and (folders := _judged(key)) and not _latents(key).exists():
         whitening_latents.judge(_latents(key), path, folders, expected.PLAIN)
     if not _choice(key).exists():  # of `--alpha auto`
         given, folder = (opened.inputs, opened.source, opened.judge), RUN / "trained" / key
