@@ -182,6 +182,14 @@ EXPECTED = (
         for place in _SMOLLM2
     ),
     *(
+        Expectation(
+            place,
+            "whitened in the loss, one seed: α = ¾ recovers more than α = ¼",
+            above(f"whitening-a0.75-k{K}", "recovered", f"whitening-a0.25-k{K}"),
+        )
+        for place in PLACES
+    ),
+    *(
         Expectation(place, words, found)
         for place in _GEMMA
         for words, found in (

@@ -103,6 +103,9 @@ PARTS = {
     "batch-topk": Part(
         (PLAIN, HALFWAY, IN_LOSS), BLOCKS_9, setting="batch-topk", architecture="batch-topk"
     ),
+    "loss-powers": Part(
+        tuple(("whitening", alpha, LOSS, K) for alpha in (0.25, 0.75, 1.0)), seeds=(0,)
+    ),
     "latents": Part((), BLOCKS_9, ()),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
@@ -114,12 +117,14 @@ JUDGED = (3, 4, 5)
 """Seeds at blocks 9 whose latents are judged without a ground truth."""
 
 
-def regret_at_most(key: str, bound: float) -> Callable[[recovery.Means], tuple[bool, str]]:
-    """The dictionary that short trainings choose, mixed, has at most that much more KL than the
-    best that was trained in full."""
+def regret_at_most(
+    key: str, place: str, bound: float
+) -> Callable[[recovery.Means], tuple[bool, str]]:
+    """The dictionary that short trainings choose for a place has at most that much more KL than
+    the best that was trained in full."""
 
     def found(means: recovery.Means) -> tuple[bool, str]:
-        share = _regret(key, means)[1]
+        share = _regret(key, place, means)[1]
         return share <= bound, f"{100 * share:.0f} %"
 
     return found
@@ -127,11 +132,12 @@ def regret_at_most(key: str, bound: float) -> Callable[[recovery.Means], tuple[b
 
 REGRET = tuple(
     Expectation(
-        place,
-        "the power that short trainings choose, mixed: KL at most 5 % above the best one's",
-        regret_at_most(place, 0.05),
+        key,
+        f"the power that short trainings choose, {words}: KL at most 5 % above the best one's",
+        regret_at_most(key, place, 0.05),
     )
-    for place in PLACES
+    for place, words in (("mixed", "mixed"), ("loss", "in the loss"))
+    for key in PLACES
 )
 
 
@@ -164,9 +170,11 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
             print(f"{key}: {name}, seed {seed} measured", flush=True)
     if "latents" in here and (folders := _judged(key)) and not _latents(key).exists():
         whitening_latents.judge(_latents(key), path, folders, expected.PLAIN)
-    if not _choice(key).exists():  # of `--alpha auto`
-        given, folder = (opened.inputs, opened.source, opened.judge), RUN / "trained" / key
-        write_json(_choice(key), asdict(choose_alpha(*given, folder, k=K, config=MIXED)))
+    for config in (MIXED, LOSS):  # of `--alpha auto`
+        if not _choice(key, config.place).exists():
+            given, folder = (opened.inputs, opened.source, opened.judge), RUN / "trained" / key
+            chosen = choose_alpha(*given, folder / config.place, k=K, config=config)
+            write_json(_choice(key, config.place), asdict(chosen))
 
 
 def arms_of(part: Part, inputs: RuleInputs, seed: int) -> list[ArmConfig]:
@@ -206,8 +214,8 @@ def _result(key: str, name: str, setting: str = "") -> Path:
     return _results(setting) / f"{key}.{name}.json"
 
 
-def _choice(key: str) -> Path:
-    return RUN / key / "auto-mixed.json"
+def _choice(key: str, place: str) -> Path:
+    return RUN / key / f"auto-{place}.json"
 
 
 def read(key: str, setting: str = "") -> list[dict[str, Any]]:
@@ -216,17 +224,18 @@ def read(key: str, setting: str = "") -> list[dict[str, Any]]:
 
 
 def _regret(
-    key: str, means: recovery.Means
+    key: str, place: str, means: recovery.Means
 ) -> tuple[float, float, dict[float, float], dict[str, float]]:
     """The chosen power, 0 for none; by how much its KL is above that of the best one, as a share;
     the KL of every power that was trained in full; and of every trial."""
-    if not _choice(key).exists():
+    if not _choice(key, place).exists():
         raise KeyError(key)
-    trials: dict[str, float] = json.loads(_choice(key).read_text())["kl"]
+    trials: dict[str, float] = json.loads(_choice(key, place).read_text())["kl"]
     chosen = min(trials, key=lambda one: trials[one])
     if trials[chosen] > (1 - LEAST_GAIN) * trials["0"]:
         chosen = "0"
-    labels = {float(a): f"whitening-a{a}-mixed-k{K}" for a in trials} | {0.0: f"uniform-k{K}"}
+    where = "" if place == "loss" else f"-{place}"
+    labels = {float(a): f"whitening-a{a}{where}-k{K}" for a in trials} | {0.0: f"uniform-k{K}"}
     full = {alpha: means[label]["kl"] for alpha, label in labels.items() if label in means}
     return float(chosen), full[float(chosen)] / min(full.values()) - 1, full, trials
 
@@ -246,13 +255,14 @@ def plot(path: Path) -> None:
     recovery.plot_changes(path, _ROWS, records_of, title, 5.2)
 
 
-def choices() -> str:
-    """What ``--alpha auto`` chooses for the place mixed, and what that costs."""
+def choices(place: str, seeds: Sequence[int]) -> str:
+    """What ``--alpha auto`` chooses for a place, and what that costs, by dictionaries of seeds."""
     rows = [["site", "KL of the trials, by α", "chosen", "KL after two million rows, by α",
              "regret"]]  # fmt: skip
     for key, where in PLACES.items():
+        means = recovery.means_of([record for record in read(key) if record["seed"] in seeds])
         try:
-            chosen, share, full, trials = _regret(key, recovery.means_of(read(key)))
+            chosen, share, full, trials = _regret(key, place, means)
         except KeyError:  # it was not trained in full
             continue
         rows.append(
@@ -341,7 +351,9 @@ def section() -> str:
         parts += _outcome(asked, key, means)
     for of in (rates, batch_topk, latents):
         parts += [part for key in BLOCKS_9 for part in of(key)]
-    return "\n\n".join([*parts, "### What `--alpha auto` chooses, mixed", choices()])
+    parts += ["### What `--alpha auto` chooses, mixed", choices("mixed", SEEDS)]
+    parts += ["### What `--alpha auto` chooses in the loss, one seed", choices("loss", SEEDS[:1])]
+    return "\n\n".join(parts)
 
 
 def main() -> None:
