@@ -19,7 +19,7 @@ class WeightConfig:
     place: Place = "auto"
     """Where Γ acts: in the loss (on the reconstruction error alone), or as a space to train in,
     which is folded back at the end. mixed: as a space, but latents compete for their places with
-    their length in the model's units. auto: mixed for whitening, the loss for other rules."""
+    their length in the model's units. auto: the loss, unless a weights file was made otherwise."""
     form: Form = "auto"
     """One weight for each dimension (diagonal) or a full matrix Γ, for rules that have one.
     auto: the matrix in the space and for rules with nothing else, otherwise the diagonal."""

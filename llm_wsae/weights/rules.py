@@ -52,8 +52,6 @@ class Rule:
     """What must be measured in addition to the statistics."""
     random: bool = False
     """Whether the scores are random themselves."""
-    place: Literal["loss", "mixed"] = "loss"
-    """Where its weights act, unless the settings say otherwise."""
     control: Control | None = None
     """What the rule controls for, if it is a control."""
 
@@ -136,9 +134,7 @@ class Rule:
         """
         if self.is_plain:
             return IN_LOSS
-        if config.place != "auto":
-            return config
-        return replace(config, place=self.place)
+        return replace(config, place="loss") if config.place == "auto" else config
 
     def form(self, config: WeightConfig) -> RuleForm:
         """What the weights are under these settings: one per dimension, a matrix, one per token.
@@ -267,7 +263,7 @@ RULES: dict[str, Rule] = {
         Rule("participation", score_rules.participation, need="dictionary"),
         Rule("gap", score_rules.gap, need="dictionary"),
         Rule("sensitivity", score_rules.sensitivity, matrix_rules.sensitivity, need="fisher"),
-        Rule("whitening", matrix_fn=matrix_rules.whitening, need="second_moment", place="mixed"),
+        Rule("whitening", matrix_fn=matrix_rules.whitening, need="second_moment"),
         Rule("semantic", score_rules.semantic, need="coherence"),
         Rule("leading-sensitivity", matrix_fn=matrix_rules.leading_sensitivity, need="fisher"),
         Rule("token-norm", token_score_fn=formulae.token_norm),

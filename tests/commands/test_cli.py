@@ -318,7 +318,7 @@ def test_verify_knows_every_layout_that_is_read(tmp_path):
 def test_run_leaves_everything_in_one_folder(ran):
     out, result = ran
     here = out / SITE
-    arms = ["uniform-k4", "variance-a0.5-k4", "whitening-a0.5-mixed-k4"]
+    arms = ["uniform-k4", "variance-a0.5-k4", "whitening-a0.5-k4"]
     names = {"profile.json", "profile.png", "report.json", "report.html", "fidelity.png"}
     names |= {"log.jsonl"}
     assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
@@ -400,7 +400,7 @@ def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
     else:
         assert choice["alpha"] == float(best) and f"chosen: {best}" in result.err
     arms = {path.parent.name for path in here.glob("*/wsae.json")}
-    whitened = set() if choice["alpha"] is None else {f"whitening-a{best}-mixed-k4"}
+    whitened = set() if choice["alpha"] is None else {f"whitening-a{best}-k4"}
     assert arms == {"uniform-k4", "variance-a0.5-k4"} | whitened
     assert not (here / "alpha").exists()
     before = content(tmp_path / "out")
@@ -409,7 +409,7 @@ def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
     other = call("run", *asked, "--train.learning-rate", 0.01)
     assert other.code == 1 and "was chosen for other rows or settings" in other.err
     other = call("run", *asked, "--place", "space")
-    assert other.code == 1 and "was chosen for the place mixed; go on with --place m" in other.err
+    assert other.code == 1 and "was chosen for the place loss; go on with --place l" in other.err
     assert content(tmp_path / "out") == before
     (here / "alpha.json").write_text("{}")
     again = call("run", *asked)

@@ -32,7 +32,7 @@ def test_several_sites_of_a_stream(model_and_corpus, tmp_path):
     given = ("train", *model_and_corpus, *STREAM)
     result = works(*given, "--site", *SITES, "--out", tmp_path / "both", "--json")
     assert result.json.keys() >= set(SITES)
-    names = {"uniform-k4", "whitening-a0.5-mixed-k4", "sensitivity-a0.5-k4"}
+    names = {"uniform-k4", "whitening-a0.5-k4", "sensitivity-a0.5-k4"}
     for site in SITES:
         assert result.json[site].keys() == names
         works(*given, "--site", site, "--out", tmp_path / site)

@@ -127,13 +127,13 @@ def test_the_pages_of_the_commands_run(world, hub):
 
 def test_gpt2_from_end_to_end(world, hub):
     names = run(block("docs/getting-started.md", "Steer("))
-    assert list(names["dictionaries"]) == ["uniform-k32", "whitening-a0.5-mixed-k32"]
+    assert list(names["dictionaries"]) == ["uniform-k32", "whitening-a0.5-k32"]
     assert names["codes"].values.shape == (10, 32)
     assert float(names["codes"].values.max()) > 0
-    pushed, pulled = names["dictionaries"]["whitening-a0.5-mixed-k32"], names["wsae"]
+    pushed, pulled = names["dictionaries"]["whitening-a0.5-k32"], names["wsae"]
     assert torch.equal(pushed.W_dec, pulled.W_dec) and pulled.info.rule == "whitening"
     card = hub.store.content("user/gpt2-wsae", "README.md").decode()
-    assert "`blocks.1.hook_resid_post/whitening-a0.5-mixed-k32`" in card
+    assert "`blocks.1.hook_resid_post/whitening-a0.5-k32`" in card
 
     # As the page says: latent 123 is 20 more active on every token but the first.
     model, ids, written = names["model"], names["ids"], names["written"]
@@ -152,7 +152,7 @@ def test_the_readmes_ten_lines(world, capsys):
     found = block("README.md", "encode_sparse")
     assert len([line for line in found.code.splitlines() if line]) <= 11
     names = run(found)
-    assert list(names["dictionaries"]) == ["uniform-k32", "whitening-a0.5-mixed-k32"]
+    assert list(names["dictionaries"]) == ["uniform-k32", "whitening-a0.5-k32"]
     assert "tensor(" in capsys.readouterr().out
 
 

@@ -78,7 +78,7 @@ def test_names_and_labels():
 
 def test_no_weights_have_the_place_auto():
     """In Python too, where nothing has resolved it."""
-    for rule, place in (("own", "loss"), ("variance", "loss"), ("whitening", "mixed")):
+    for rule, place in (("own", "loss"), ("variance", "loss"), ("whitening", "loss")):
         parsed = OWN if rule == "own" else RULES[rule]
         weights = LossWeights(torch.ones(3), parsed, config=WeightConfig())
         assert weights.config.place == place
