@@ -117,7 +117,7 @@ def test_powers_that_are_no_numbers_or_lead_into_no_space_are_refused(inputs):
             with pytest.raises(UsageError, match=r"weights vanish on 3 of 4 dimensions; choose"):
                 weights_from_rule(rule, alpha, inputs)
     with pytest.raises(LlmWsaeError, match="no space to train in; lower α or set clip"):
-        weights_from_rule("whitening", 9.0, inputs)
+        weights_from_rule("whitening", 9.0, inputs, SPACE)
 
 
 def test_variance_rule_is_the_papers(statistics):
