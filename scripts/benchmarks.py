@@ -60,6 +60,7 @@ RESULT_PAGES = {
     "recovery": "planted-features.md",
     "whitening": "whitening.md",
     "free-lengths": "free-lengths.md",
+    "free-lengths-others": "free-lengths-sites.md",
     "planted": "planted-data.md",
     "study": "monosemanticity.md",
     "probes": "monosemanticity.md",

@@ -19,7 +19,7 @@ HALFWAY_SPACE = f"whitening-a0.5-space-k{K}"
 PLAIN, ROTATED = f"uniform-k{K}", f"rotated-{HALFWAY}"
 INVERSE = f"variance-a-0.5-mixed-k{K}"
 _PERMUTED, _PERMUTED_INVERSE = f"permuted-{HALFWAY}", f"permuted-{INVERSE}"
-_RANDOM, _SENSITIVITY = f"random-a1-mixed-k{K}", f"sensitivity-matrix-a0.25-space-k{K}"
+_RANDOM, SENSITIVITY = f"random-a1-mixed-k{K}", f"sensitivity-matrix-a0.25-space-k{K}"
 IN_LOSS, HALFWAY_IN_LOSS = f"variance-a-0.5-k{K}", f"whitening-a0.5-k{K}"
 PERMUTED_IN_LOSS = f"permuted-variance-a-0.5-k{K}"
 _GEMMA = ("gemma", "gemma-5", "gemma-14")
@@ -143,11 +143,11 @@ EXPECTED = (
             (
                 "the model's sensitivity as a space, α = ¼: KL relative to plain "
                 + _range(*sensitivity_kl),
-                change(_SENSITIVITY, "kl", *sensitivity_kl),
+                change(SENSITIVITY, "kl", *sensitivity_kl),
             ),
             (
                 f"the same: recovered plants relative to plain {_range(*sensitivity_plants)}",
-                change(_SENSITIVITY, "recovered", *sensitivity_plants),
+                change(SENSITIVITY, "recovered", *sensitivity_plants),
             ),
             (
                 "inverse variance, mixed: at least .02 more of the plants than plain of equal KL",

@@ -79,7 +79,6 @@ PARTS = {
         (
             ("permuted:variance", -0.5, MIXED, K),
             ("permuted:whitening", 0.5, MIXED, K),
-            ("random", 1.0, MIXED, K),
             ("sensitivity", 0.25, SPACE, K),
             IN_LOSS,
             ("uniform", 1.0, LOSS, 24),
@@ -88,6 +87,7 @@ PARTS = {
         BLOCKS_9,
         sensitivity=True,
     ),
+    "random": Part((("random", 1.0, MIXED, K),), BLOCKS_9, setting="random"),
     "loss": Part((("whitening", 0.5, LOSS, K), ("permuted:variance", -0.5, LOSS, K)), BLOCKS_9),
     "loss-others": Part((IN_LOSS, ("whitening", 0.5, LOSS, K)), OTHERS),
     "seeds": Part((PLAIN, HALFWAY, INVERSE, IN_LOSS), BLOCKS_9, (3, 4, 5)),
@@ -111,8 +111,9 @@ PARTS = {
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
 inverse variance in the loss had turned out, after block 9 of SmolLM2, to recover more than mixed.
-Blocks 9 have six seeds because the last three are also judged without a ground truth, by
-``latents``."""
+``random`` is apart because two of its six dictionaries diverged, and the spread over seeds is taken
+to be that of all dictionaries of a site. Blocks 9 have six seeds because the last three are also
+judged without a ground truth, by ``latents``."""
 JUDGED = (3, 4, 5)
 """Seeds at blocks 9 whose latents are judged without a ground truth."""
 
@@ -241,10 +242,14 @@ def _regret(
 
 
 _ROWS = (
-    ("whitened halfway, mixed (the default)", expected.HALFWAY),
+    ("whitened halfway, in the loss (the default)", expected.HALFWAY_IN_LOSS),
+    ("whitened halfway, mixed", expected.HALFWAY),
     ("whitened halfway, space", expected.HALFWAY_SPACE),
+    ("inverse variance in the loss, α = −½", expected.IN_LOSS),
     ("inverse variance, mixed, α = −½", expected.INVERSE),
+    ("the model's sensitivity, space, α = ¼", expected.SENSITIVITY),
     ("control: random directions, mixed", expected.ROTATED),
+    ("control: inverse variance permuted, in the loss", expected.PERMUTED_IN_LOSS),
 )
 
 
@@ -252,7 +257,7 @@ def plot(path: Path) -> None:
     """What each weighting changes at each site."""
     records_of = {key: found for key in recovery.MARKS if (found := read(key))}
     title = f"Weighted dictionaries beside plain ones of the same k = {K}, two million rows"
-    recovery.plot_changes(path, _ROWS, records_of, title, 5.2)
+    recovery.plot_changes(path, _ROWS, records_of, title, 8)
 
 
 def choices(place: str, seeds: Sequence[int]) -> str:
@@ -334,25 +339,44 @@ def _outcome(asked: Sequence[tuple[str, str, Any]], key: str, of: Any) -> list[s
     return recovery.expected((words, found, of) for place, words, found in asked if place == key)
 
 
+def of_random_weights(key: str) -> str:
+    """What came of random weights, seed by seed: too far apart for a mean."""
+    found = [recovery.numbers(record) for record in read(key, "random")]
+    pairs = "; ".join(f"{own['kl']:.3f} and {own['recovered']:.3f}" for own in found)
+    return f"Random weights (`random`, mixed), KL and recovered, by seed: {pairs}." if found else ""
+
+
+def at_site(key: str) -> Iterator[str]:
+    """The tables of a site."""
+    records = read(key)
+    if not records:
+        return
+    seeds = sorted({record["seed"] for record in records})
+    yield f"### {PLACES[key].title}"
+    yield f"{len(records)} dictionaries, seeds {', '.join(map(str, seeds))}."
+    yield from recovery.tables(records)
+    if found := of_random_weights(key):
+        yield found
+    # Expectations are of three seeds, which nearly all arms have.
+    records += read(key, "random")
+    means = recovery.means_of([record for record in records if record["seed"] in SEEDS])
+    asked = [(one.place, one.words, one.found) for one in (*expected.EXPECTED, *REGRET)]
+    yield from _outcome(asked, key, means)
+
+
 def section() -> str:
-    """The part of docs/results."""
-    parts = []
-    for key, where in PLACES.items():
-        records = read(key)
-        if not records:
-            continue
-        seeds = sorted({record["seed"] for record in records})
-        parts += [f"### {where.title}"]
-        parts += [f"{len(records)} dictionaries, seeds {', '.join(map(str, seeds))}."]
-        parts += recovery.tables(records)
-        # Expectations are of three seeds, which all arms have.
-        means = recovery.means_of([record for record in records if record["seed"] in SEEDS])
-        asked = [(one.place, one.words, one.found) for one in (*expected.EXPECTED, *REGRET)]
-        parts += _outcome(asked, key, means)
+    """The part of docs/results on blocks 9."""
+    parts = [part for key in BLOCKS_9 for part in at_site(key)]
     for of in (rates, batch_topk, latents):
         parts += [part for key in BLOCKS_9 for part in of(key)]
-    parts += ["### What `--alpha auto` chooses, mixed", choices("mixed", SEEDS)]
+    return "\n\n".join(parts)
+
+
+def section_of_others() -> str:
+    """The part of docs/results on the other sites, and on what is chosen at all of them."""
+    parts = [part for key in OTHERS for part in at_site(key)]
     parts += ["### What `--alpha auto` chooses in the loss, one seed", choices("loss", SEEDS[:1])]
+    parts += ["### What it chooses with `--place mixed`", choices("mixed", SEEDS)]
     return "\n\n".join(parts)
 
 
@@ -373,6 +397,7 @@ def main() -> None:
             pack(RUN, ARCHIVE)
     plot(IMAGES / "which_weights.png")
     write_result("free-lengths", section())
+    write_result("free-lengths-others", section_of_others())
 
 
 if __name__ == "__main__":

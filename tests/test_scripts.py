@@ -137,6 +137,7 @@ def test_the_section_of_free_lengths_is_that_of_the_measurements(monkeypatch, tm
     results_archive.unpack(results_free_lengths.ARCHIVE, tmp_path)
     monkeypatch.setattr(results_free_lengths, "RUN", tmp_path)
     agree(written("free-lengths"), results_free_lengths.section())
+    agree(written("free-lengths-others"), results_free_lengths.section_of_others())
     for name, part in results_free_lengths.PARTS.items():
         for key in part.places:
             records = results_free_lengths.read(key, part.setting)
