@@ -156,6 +156,20 @@ EXPECTED = (
         )
     ),
     *(
+        Expectation(place, words, found)
+        for place in ("gemma", "smollm2")
+        for words, found in (
+            (
+                "rotated control of whitening in the loss: at most 10 % more of the plants",
+                change(f"rotated-{HALFWAY_IN_LOSS}", "recovered", -1, 0.1),
+            ),
+            (
+                "the same: KL no lower than plain (−2 %)",
+                change(f"rotated-{HALFWAY_IN_LOSS}", "kl", -0.02, 99),
+            ),
+        )
+    ),
+    *(
         Expectation(
             place,
             "permuted inverse variance in the loss: at most 10 % more of the plants than plain",

@@ -89,6 +89,7 @@ PARTS = {
     ),
     "random": Part((("random", 1.0, MIXED, K),), BLOCKS_9, setting="random"),
     "loss": Part((("whitening", 0.5, LOSS, K), ("permuted:variance", -0.5, LOSS, K)), BLOCKS_9),
+    "loss-rotated": Part((("rotated:whitening", 0.5, LOSS, K),), BLOCKS_9),
     "loss-others": Part((IN_LOSS, ("whitening", 0.5, LOSS, K)), OTHERS),
     "seeds": Part((PLAIN, HALFWAY, INVERSE, IN_LOSS), BLOCKS_9, (3, 4, 5)),
     "seeds-others": Part((PLAIN, HALFWAY, INVERSE, IN_LOSS), OTHERS, (3, 4)),
