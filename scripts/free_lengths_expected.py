@@ -1,16 +1,13 @@
 """What was expected of the dictionaries of results_free_lengths.py, and what says if it came out.
 
-All was written down before the first of the dictionaries that it is about was trained: of
-``EXPECTED`` the controls of random and permuted weights, the model's sensitivity and equal KL once
-the rest was known; what is said of weights in the loss, ``OF_RATES``, ``OF_BATCH_TOPK`` and
-``OF_LATENTS`` once inverse variance in the loss was known after block 9 of SmolLM2.
+All was written down before the first of the dictionaries that it is about was trained: the controls
+of random and permuted weights, the model's sensitivity and equal KL once the rest was known; what
+is said of weights in the loss once inverse variance there was known after block 9 of SmolLM2.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-import whitening_latents
 from results_recovery import PLACES, Expectation, K, Means, above, at_most, below, change
 
 HALFWAY = f"whitening-a0.5-mixed-k{K}"
@@ -233,105 +230,3 @@ EXPECTED = (
         )
     ),
 )
-
-
-Settings = dict[str, Means]
-"""Setting → means; the usual setting is the empty text."""
-RATES = ("rate × 0.5", "", "rate × 2")
-
-
-def best_rate(settings: Settings, arm: str) -> str:
-    """The setting whose rate keeps most of the cross-entropy, of those that the arm was made at."""
-    made = [rate for rate in RATES if arm in settings.get(rate, {})]
-    return max(made, key=lambda rate: settings[rate][arm]["ce"])
-
-
-def at_best_rates(
-    arm: str, measure: str, low: float, high: float
-) -> Callable[[Settings], tuple[bool, str]]:
-    """Relative to plain, each at the rate that keeps most of its cross-entropy."""
-
-    def found(settings: Settings) -> tuple[bool, str]:
-        own, its = (settings[best_rate(settings, one)][one][measure] for one in (arm, PLAIN))
-        return low <= own / its - 1 <= high, f"{100 * (own / its - 1):+.0f} %"
-
-    return found
-
-
-def in_setting(
-    setting: str, arm: str, measure: str, low: float, high: float
-) -> Callable[[Settings], tuple[bool, str]]:
-    """Relative to plain of the same setting."""
-
-    def found(settings: Settings) -> tuple[bool, str]:
-        return change(arm, measure, low, high)(settings[setting])
-
-    return found
-
-
-OF_RATES = (
-    (
-        "smollm2",
-        "halfway whitened, mixed, and plain, each at the rate with most CE recovered: "
-        "recovered plants −10 to +25 %",
-        at_best_rates(HALFWAY, "recovered", -0.1, 0.25),
-    ),
-    ("smollm2", "the same: KL within 5 %", at_best_rates(HALFWAY, "kl", -0.05, 0.05)),
-    (
-        "smollm2",
-        "inverse variance in the loss, in the same way: at least 15 % more of the plants",
-        at_best_rates(IN_LOSS, "recovered", 0.15, 99),
-    ),
-    (
-        "gemma",
-        "halfway whitened, mixed, and plain, each at the rate with most CE recovered: "
-        "at least 20 % more of the plants",
-        at_best_rates(HALFWAY, "recovered", 0.2, 99),
-    ),
-    ("gemma", "the same: KL 2 to 25 % lower", at_best_rates(HALFWAY, "kl", -0.25, -0.02)),
-    (
-        "gemma",
-        "inverse variance in the loss, in the same way: at least 30 % more of the plants",
-        at_best_rates(IN_LOSS, "recovered", 0.3, 99),
-    ),
-)
-OF_BATCH_TOPK = (
-    (
-        "smollm2",
-        "halfway whitened, mixed, beside plain: recovered plants −10 to +30 %",
-        in_setting("batch-topk", HALFWAY, "recovered", -0.1, 0.3),
-    ),
-    ("smollm2", "the same: KL within 6 %", in_setting("batch-topk", HALFWAY, "kl", -0.06, 0.06)),
-    (
-        "gemma",
-        "halfway whitened, mixed, beside plain: at least 25 % more of the plants",
-        in_setting("batch-topk", HALFWAY, "recovered", 0.25, 99),
-    ),
-    (
-        "gemma",
-        "the same: KL 2 to 45 % lower",
-        in_setting("batch-topk", HALFWAY, "kl", -0.45, -0.02),
-    ),
-)
-
-
-def _of_latents() -> Iterator[tuple[str, str, Any]]:
-    for place, least in (("smollm2", -0.015), ("gemma", 0.0)):
-        for arm, name in (
-            (HALFWAY, "halfway whitened, mixed"),
-            (INVERSE, "inverse variance, mixed"),
-            (IN_LOSS, "inverse variance in the loss"),
-        ):
-            yield (
-                place,
-                f"{name}: detection over all latents at least plain's {least:+g}".replace("-", "−"),
-                whitening_latents.differs(arm, PLAIN, "all", least, 1.0),
-            )
-            yield (
-                place,
-                f"{name}: seeds agree no less than plain (−.01 at most)",
-                whitening_latents.differs(arm, PLAIN, "agreement", -0.01, 1.0),
-            )
-
-
-OF_LATENTS = tuple(_of_latents())

@@ -23,7 +23,6 @@ from typing import Any
 import free_lengths_expected as expected
 import results_recovery as recovery
 import torch
-import whitening_latents
 from benchmarks import IMAGES, README, write_result
 from results_archive import pack, unpack
 from results_recovery import LOSS, MIXED, PLACES, SEEDS, SPACE, Expectation, K
@@ -32,7 +31,6 @@ from llm_wsae import TrainConfig, train
 from llm_wsae.files import write_json
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.config import default_learning_rate
 from llm_wsae.tuning import LEAST_GAIN, choose_alpha
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
@@ -60,10 +58,7 @@ class Part:
     places: tuple[str, ...] = tuple(PLACES)
     seeds: tuple[int, ...] = tuple(SEEDS)
     setting: str = ""
-    """How they differ from all others of the same weights, for people."""
-    rate: float = 1.0
-    """How many times the usual learning rate."""
-    architecture: str = "topk"
+    """Not empty for what is kept apart, in a folder of that name."""
     sensitivity: bool = False
     """Whether a rule needs the model's sensitivity."""
 
@@ -91,32 +86,16 @@ PARTS = {
     "loss": Part((("whitening", 0.5, LOSS, K), ("permuted:variance", -0.5, LOSS, K)), BLOCKS_9),
     "loss-rotated": Part((("rotated:whitening", 0.5, LOSS, K),), BLOCKS_9),
     "loss-others": Part((IN_LOSS, ("whitening", 0.5, LOSS, K)), OTHERS),
-    "seeds": Part((PLAIN, HALFWAY, INVERSE, IN_LOSS), BLOCKS_9, (3, 4, 5)),
-    "seeds-others": Part((PLAIN, HALFWAY, INVERSE, IN_LOSS), OTHERS, (3, 4)),
-    **{
-        f"{name}-rate{more}": Part(weights, BLOCKS_9, seeds, f"rate × {factor:g}", factor)
-        for name, factor in (("half", 0.5), ("twice", 2.0))
-        for more, weights, seeds in (
-            ("", (PLAIN, HALFWAY, IN_LOSS), (0,)),
-            ("-seeds", (PLAIN, HALFWAY, IN_LOSS), (1, 2)),
-        )
-    },
-    "batch-topk": Part(
-        (PLAIN, HALFWAY, IN_LOSS), BLOCKS_9, setting="batch-topk", architecture="batch-topk"
-    ),
+    "seeds": Part((PLAIN, HALFWAY, INVERSE, IN_LOSS), ("smollm2",), (3, 4, 5)),
     "loss-powers": Part(
         tuple(("whitening", alpha, LOSS, K) for alpha in (0.25, 0.75, 1.0)), seeds=(0,)
     ),
-    "latents": Part((), BLOCKS_9, ()),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
 inverse variance in the loss had turned out, after block 9 of SmolLM2, to recover more than mixed.
 ``random`` is apart because two of its six dictionaries diverged, and the spread over seeds is taken
-to be that of all dictionaries of a site. Blocks 9 have six seeds because the last three are also
-judged without a ground truth, by ``latents``."""
-JUDGED = (3, 4, 5)
-"""Seeds at blocks 9 whose latents are judged without a ground truth."""
+to be that of all dictionaries of a site."""
 
 
 def regret_at_most(
@@ -160,7 +139,6 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
                 continue
             how = TrainConfig(
                 tokens=ROWS,
-                learning_rate=part.rate * default_learning_rate(8 * opened.inputs.statistics.d_in),
                 shuffle_seed=seed,
                 checkpoint_seconds=600,
                 lengths="free",
@@ -170,8 +148,6 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
             for record in recovery.judge(opened, missing, dictionaries, seed):
                 write_json(_result(key, record["name"], part.setting), record)
             print(f"{key}: {name}, seed {seed} measured", flush=True)
-    if "latents" in here and (folders := _judged(key)) and not _latents(key).exists():
-        whitening_latents.judge(_latents(key), path, folders, expected.PLAIN)
     for config in (MIXED, LOSS):  # of `--alpha auto`
         if not _choice(key, config.place).exists():
             given, folder = (opened.inputs, opened.source, opened.judge), RUN / "trained" / key
@@ -185,31 +161,12 @@ def arms_of(part: Part, inputs: RuleInputs, seed: int) -> list[ArmConfig]:
     for rule, alpha, place, k in part.weights:
         drawn = replace(place, draw=seed) if Rule.parse(rule).is_drawn else place
         weights = weights_from_rule(rule, alpha, inputs, drawn)
-        arms.append(ArmConfig(weights, k=k, init_seed=seed, architecture=part.architecture))
+        arms.append(ArmConfig(weights, k=k, init_seed=seed))
     return arms
 
 
-def _judged(key: str) -> dict[str, dict[int, Path]]:
-    """Label → seed → folder of the dictionaries that are judged without a ground truth, if they
-    were trained here."""
-    if key not in BLOCKS_9:
-        return {}
-    found: dict[str, dict[int, Path]] = {}
-    labels = (expected.PLAIN, expected.HALFWAY, expected.INVERSE, expected.IN_LOSS)
-    for label in labels:
-        for seed in JUDGED:
-            for path in (RUN / "trained" / key).glob(f"seeds/s{seed}-*/{label}-s{seed}"):
-                found.setdefault(label, {})[seed] = path
-    complete = len(found) == len(labels) and all(len(own) == len(JUDGED) for own in found.values())
-    return found if complete else {}
-
-
-def _latents(key: str) -> Path:
-    return RUN / key / "latents.json"
-
-
 def _results(setting: str = "") -> Path:
-    return RUN / setting.replace(" × ", "-") / "results"
+    return RUN / setting / "results"
 
 
 def _result(key: str, name: str, setting: str = "") -> Path:
@@ -283,59 +240,6 @@ def choices(place: str, seeds: Sequence[int]) -> str:
     return markdown(rows)
 
 
-def rates(key: str) -> Iterator[str]:
-    """Dictionaries at other learning rates, beside plain ones at theirs."""
-    found = {
-        rate: [record for record in read(key, rate) if record["seed"] in SEEDS]
-        for rate in expected.RATES
-    }
-    if not found[expected.RATES[0]]:
-        return
-    settings = {rate: recovery.means_of(records) for rate, records in found.items()}
-    best = {
-        label: expected.best_rate(settings, label)
-        for label in settings[""]
-        if all(label in means for means in settings.values())
-    }
-    chosen = [r for rate, own in found.items() for r in own if best.get(r["label"]) == rate]
-    beside = [recovery.differences(chosen, measure) for measure in ("kl", "recovered")]
-    names = [rate or "rate × 1" for rate in expected.RATES]
-    rows = [["dictionary", "seeds", *(f"{measure}, {name}" for measure in ("KL", "recovered")
-            for name in names), "most CE at", "KL, each at its best", "recovered"]]  # fmt: skip
-    for label, rate in best.items():
-        means = [settings[one][label] for one in expected.RATES]
-        rows.append(
-            [
-                f"`{label}`",
-                str(len({r["seed"] for r in found[expected.RATES[0]] if r["label"] == label})),
-                *(f"{own[measure]:.3f}" for measure in ("kl", "recovered") for own in means),
-                (rate or "rate × 1").removeprefix("rate "),
-                recovery.text_of(beside[0].get(label), per_cent=True),
-                recovery.text_of(beside[1].get(label)),
-            ]
-        )
-    yield f"### Other learning rates: {PLACES[key].title}"
-    yield markdown(rows)
-    yield from _outcome(expected.OF_RATES, key, settings)
-
-
-def batch_topk(key: str) -> Iterator[str]:
-    """The other architecture that has free lengths."""
-    if records := read(key, "batch-topk"):
-        yield f"### BatchTopK: {PLACES[key].title}"
-        yield from recovery.tables(records)
-        yield from _outcome(expected.OF_BATCH_TOPK, key, {"batch-topk": recovery.means_of(records)})
-
-
-def latents(key: str) -> Iterator[str]:
-    """Agreement between seeds and detection."""
-    if scores := whitening_latents.read(_latents(key)):
-        yield f"### Latents without a ground truth: {PLACES[key].title}"
-        yield f"Seeds {', '.join(map(str, JUDGED))}."
-        yield whitening_latents.table(scores, expected.PLAIN)
-        yield from _outcome(expected.OF_LATENTS, key, scores)
-
-
 def _outcome(asked: Sequence[tuple[str, str, Any]], key: str, of: Any) -> list[str]:
     return recovery.expected((words, found, of) for place, words, found in asked if place == key)
 
@@ -367,10 +271,7 @@ def at_site(key: str) -> Iterator[str]:
 
 def section() -> str:
     """The part of docs/results on blocks 9."""
-    parts = [part for key in BLOCKS_9 for part in at_site(key)]
-    for of in (rates, batch_topk, latents):
-        parts += [part for key in BLOCKS_9 for part in of(key)]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for key in BLOCKS_9 for part in at_site(key))
 
 
 def section_of_others() -> str:
