@@ -206,8 +206,8 @@ _ROWS = (
     ("inverse variance in the loss, α = −½", expected.IN_LOSS),
     ("inverse variance, mixed, α = −½", expected.INVERSE),
     ("the model's sensitivity, space, α = ¼", expected.SENSITIVITY),
+    ("control: random directions, in the loss", f"rotated-{expected.HALFWAY_IN_LOSS}"),
     ("control: random directions, mixed", expected.ROTATED),
-    ("control: inverse variance permuted, in the loss", expected.PERMUTED_IN_LOSS),
 )
 
 
