@@ -95,14 +95,19 @@ def scenarios(hub: HubServer) -> dict[str, Scenario]:
         repository = hub.store.repositories[REPO]
         return {name: hub.store.content(REPO, name) for name in repository.files()}
 
-    def begin_repository(first: str) -> None:
+    def begin_repository(first: Path) -> None:
         shutil.rmtree(home, ignore_errors=True)  # the client's cache
         hub.store.repositories.pop(REPO, None)
-        works("push", f"../{first}", REPO)
+        works("push", first, REPO)
 
     def begin_pull() -> None:
-        begin_repository(PLAIN)
-        shutil.copytree(Path("..", OTHER), place)
+        """An older one of the same name was pulled before."""
+        older = Path("older", place.name)
+        shutil.copytree(Path("..", OTHER), older)
+        begin_repository(older)
+        works("pull", REPO, "--out", "out")
+        works("push", f"../{PLAIN}", REPO)
+        shutil.rmtree(home)
 
     return {
         "harvest": Scenario(lambda: None, done(*HARVEST, "--tokens", 600), lambda: None, files),
@@ -126,7 +131,7 @@ def scenarios(hub: HubServer) -> dict[str, Scenario]:
             files,
         ),
         "push": Scenario(
-            lambda: begin_repository(OTHER),
+            lambda: begin_repository(Path("..", OTHER)),
             done("push", f"../{PLAIN}", REPO),
             lambda: {name: data for name, data in pushed().items() if "/variance" in name},
             pushed,
