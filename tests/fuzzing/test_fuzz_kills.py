@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,10 @@ def scenarios(hub: HubServer) -> dict[str, Scenario]:
 
     def begin_pull() -> None:
         """An older one of the same name was pulled before."""
-        older = Path("older", place.name)
-        shutil.copytree(Path("..", OTHER), older)
-        begin_repository(older)
+        older = Dictionary.load(Path("..", OTHER))
+        older.info = replace(older.info, name=place.name)
+        older.save("older")
+        begin_repository(Path("older"))
         works("pull", REPO, "--out", "out")
         works("push", f"../{PLAIN}", REPO)
         shutil.rmtree(home)
