@@ -28,7 +28,7 @@ def replacing(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     old folder is unchanged.
     """
     folder = Path(os.path.abspath(folder))
-    _clear_up(folder)
+    clear_up(folder)
     check(folder)
     new = _temporary(folder, "new")
     try:
@@ -111,7 +111,7 @@ def _leftovers(folder: Path, what: str) -> Iterator[Path]:
     return (path for path, process in _temporaries(folder, what) if not _is_running(process))
 
 
-def _clear_up(folder: Path) -> None:
+def clear_up(folder: Path) -> None:
     """Restore a folder that a killed writer left renamed, and delete other leftovers."""
     left = _left_aside(folder)
     if left is not None and not os.path.lexists(folder):

@@ -28,6 +28,7 @@ class Made:
         values = {
             name: Value(level + effect + self._draw.normal(0, self._noise), 1e-8)
             for name in MEASURES
+            if name not in ("spill", "absorbed")  # as in older results
         }
         shift = effect if selective is None else selective
         for name in ("selectivity", "selectivity_dense", "selectivity_letters"):

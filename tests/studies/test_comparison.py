@@ -75,7 +75,7 @@ def test_more_rules_ask_for_more():
     """What passes alone need not pass among many that were tried: the least p of 7 × 2 counts 14
     times, and a look at three seeds may spend .009 of the .05."""
     made = Made()
-    results = made.curve() + made.rule(effect=0.013)
+    results = made.curve() + made.rule(effect=0.009)
     results += [r for i in range(6) for r in made.rule(f"rule{i}")]
     one = compare(results)[0]
     measure = min(one.adjusted, key=lambda measure: one.effects[measure].p)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from llm_wsae.dictionary.atomic_folder import clear_up
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
     CFG,
@@ -64,6 +65,7 @@ def pull(
     for name, place in places.items():
         with _own_layout(repository, name) as source, folder_lock(out, "pulled dictionaries"):
             folder, digests = out / place, _digests(source)
+            clear_up(folder)
             _check_ours(folder, _pulled(out).get(place), repo_id, digests)
             if is_dictionary(folder) and _digests(folder) == digests and _is_intact(folder):
                 _add_what_is_new(source, folder)
