@@ -13,7 +13,7 @@ from places import SCRIPTS
 
 from llm_wsae.files import read_own_json
 from llm_wsae.theory import experiments
-from llm_wsae.weights.rules import RULES
+from llm_wsae.weights.rules import RULES, Rule
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 CARD = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
@@ -133,6 +133,7 @@ def test_the_section_of_free_lengths_is_that_of_the_measurements(monkeypatch, tm
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_archive
     import results_free_lengths
+    import results_recovery
 
     results_archive.unpack(results_free_lengths.ARCHIVE, tmp_path)
     monkeypatch.setattr(results_free_lengths, "RUN", tmp_path)
@@ -140,9 +141,15 @@ def test_the_section_of_free_lengths_is_that_of_the_measurements(monkeypatch, tm
     agree(written("free-lengths-others"), results_free_lengths.section_of_others())
     for name, part in results_free_lengths.PARTS.items():
         for key in part.places:
-            records = results_free_lengths.read(key, part.setting)
-            of_part = [r for r in records if r["seed"] in part.seeds]
-            assert len(of_part) >= len(part.weights) * len(part.seeds), (name, key)
+            measured = {
+                (record["label"], record["seed"])
+                for record in results_free_lengths.read(key, part.setting)
+            }
+            for rule, alpha, place, k in part.weights:
+                usual = results_recovery._label(Rule.parse(rule), alpha, place)
+                label = usual.removesuffix(f"-k{results_recovery.K}") + f"-k{k}"
+                missing = {(label, seed) for seed in part.seeds} - measured
+                assert not missing, (name, key)
 
 
 def test_the_section_of_recovery_is_that_of_the_measurements(monkeypatch, tmp_path):

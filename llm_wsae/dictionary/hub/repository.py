@@ -255,6 +255,7 @@ def digest_of(local: Path, remote: RemoteFile) -> str | None:
 
 
 def inside(sae_id: str, name: str) -> str:
+    """The path in a repository of a dictionary's file; "." is the repository itself."""
     return str(PurePosixPath(sae_id) / name)
 
 
