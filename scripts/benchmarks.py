@@ -61,6 +61,7 @@ RESULT_PAGES = {
     "whitening": "whitening.md",
     "free-lengths": "free-lengths.md",
     "free-lengths-others": "free-lengths-sites.md",
+    "free-lengths-settings": "free-lengths-settings.md",
     "planted": "planted-data.md",
     "study": "monosemanticity.md",
     "probes": "monosemanticity.md",

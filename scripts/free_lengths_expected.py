@@ -2,12 +2,15 @@
 
 All was written down before the first of the dictionaries that it is about was trained: the controls
 of random and permuted weights, the model's sensitivity and equal KL once the rest was known; what
-is said of weights in the loss once inverse variance there was known after block 9 of SmolLM2.
+is said of weights in the loss once inverse variance there was known after block 9 of SmolLM2;
+``OF_SETTINGS`` and ``OF_LATENTS`` once whitening in the loss was the default.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import whitening_latents
 from results_recovery import PLACES, Expectation, K, Means, above, at_most, below, change
 
 HALFWAY = f"whitening-a0.5-mixed-k{K}"
@@ -230,3 +233,92 @@ EXPECTED = (
         )
     ),
 )
+
+
+Settings = dict[str, Means]
+"""Setting → means; the usual setting is the empty text."""
+RATES = ("half-rate", "", "twice-rate")
+
+
+def best_rate(settings: Settings, arm: str) -> str:
+    """The setting whose rate keeps most of the cross-entropy."""
+    return max(RATES, key=lambda rate: settings[rate][arm]["ce"])
+
+
+def at_best_rates(measure: str, low: float, high: float) -> Callable[[Settings], tuple[bool, str]]:
+    """The default relative to plain, each at the rate that keeps most of its cross-entropy."""
+
+    def found(settings: Settings) -> tuple[bool, str]:
+        rates = [best_rate(settings, arm) for arm in (HALFWAY_IN_LOSS, PLAIN)]
+        own, its = settings[rates[0]][HALFWAY_IN_LOSS][measure], settings[rates[1]][PLAIN][measure]
+        names = " and ".join(rate or "usual rate" for rate in rates)
+        return low <= own / its - 1 <= high, f"{100 * (own / its - 1):+.0f} % ({names})"
+
+    return found
+
+
+def in_setting(
+    setting: str, measure: str, low: float, high: float
+) -> Callable[[Settings], tuple[bool, str]]:
+    """The default relative to plain of the same setting."""
+    return lambda settings: change(HALFWAY_IN_LOSS, measure, low, high)(settings[setting])
+
+
+def gains_less(setting: str, other: str) -> Callable[[Settings], tuple[bool, str]]:
+    """In recovered plants, relative to plain, the default gains less than in another setting."""
+
+    def found(settings: Settings) -> tuple[bool, str]:
+        own, its = (
+            settings[one][HALFWAY_IN_LOSS]["recovered"] / settings[one][PLAIN]["recovered"] - 1
+            for one in (setting, other)
+        )
+        return own < its, f"{100 * own:+.0f} % and {100 * its:+.0f} %"
+
+    return found
+
+
+def _of_settings() -> Iterator[tuple[str, str, Any]]:
+    for place, plants, kl in (("smollm2", 0.1, (-0.05, 0.06)), ("gemma", 0.2, (-0.2, 0.05))):
+        yield (
+            place,
+            "whitened and plain, each at the rate with most CE recovered: recovered plants "
+            + _range(plants, 99),
+            at_best_rates("recovered", plants, 99),
+        )
+        yield (place, f"the same: KL {_range(*kl)}", at_best_rates("kl", *kl))
+        for setting, words, least in (
+            ("batch-topk", "BatchTopK", plants),
+            ("half-million", "half a million rows, one seed", plants),
+            ("four-million", "four million rows", plants / 2),
+        ):
+            yield (
+                place,
+                f"{words}: recovered plants {_range(least, 99)}",
+                in_setting(setting, "recovered", least, 99),
+            )
+            yield (place, f"{words}: KL {_range(*kl)}", in_setting(setting, "kl", *kl))
+        yield (
+            place,
+            "after four million rows the gain in plants is a smaller share than after two",
+            gains_less("four-million", ""),
+        )
+
+
+OF_SETTINGS = tuple(_of_settings())
+
+
+def _of_latents() -> Iterator[tuple[str, str, Any]]:
+    for place, least in (("smollm2", -0.015), ("gemma", 0.0)):
+        yield (
+            place,
+            f"whitened: detection over all latents at least plain's {least:+g}".replace("-", "−"),
+            whitening_latents.differs(HALFWAY_IN_LOSS, PLAIN, "all", least, 1.0),
+        )
+        yield (
+            place,
+            "whitened: seeds agree no less than plain (−.01 at most)",
+            whitening_latents.differs(HALFWAY_IN_LOSS, PLAIN, "agreement", -0.01, 1.0),
+        )
+
+
+OF_LATENTS = tuple(_of_latents())

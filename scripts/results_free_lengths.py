@@ -15,7 +15,7 @@ halfway whitened ones with free lengths had then been measured after blocks 9, w
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,18 @@ from typing import Any
 import free_lengths_expected as expected
 import results_recovery as recovery
 import torch
+import whitening_latents
 from benchmarks import IMAGES, README, write_result
 from results_archive import pack, unpack
 from results_recovery import LOSS, MIXED, PLACES, SEEDS, SPACE, Expectation, K
 
 from llm_wsae import TrainConfig, train
+from llm_wsae.dictionary.folder import INFO
 from llm_wsae.files import write_json
+from llm_wsae.studies.inference import estimates
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.config import ArchitectureName, default_learning_rate
 from llm_wsae.tuning import LEAST_GAIN, choose_alpha
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
@@ -46,8 +50,11 @@ PLAIN: Weights = ("uniform", 1.0, LOSS, K)
 HALFWAY: Weights = ("whitening", 0.5, MIXED, K)
 HALFWAY_SPACE: Weights = ("whitening", 0.5, SPACE, K)
 INVERSE: Weights = ("variance", -0.5, MIXED, K)
+HALFWAY_IN_LOSS: Weights = ("whitening", 0.5, LOSS, K)
 IN_LOSS: Weights = ("variance", -0.5, LOSS, K)
 BLOCKS_9, OTHERS = ("smollm2", "gemma"), ("smollm2-20", "gemma-5", "gemma-14")
+PAIR = (PLAIN, HALFWAY_IN_LOSS)
+"""What is compared in other settings."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,14 @@ class Part:
     seeds: tuple[int, ...] = tuple(SEEDS)
     setting: str = ""
     """Not empty for what is kept apart, in a folder of that name."""
+    rows: int = ROWS
+    rate: float = 1.0
+    """How many times the usual learning rate."""
+    architecture: ArchitectureName = "topk"
     sensitivity: bool = False
     """Whether a rule needs the model's sensitivity."""
+    judged: bool = False
+    """Whether the latents are judged without a ground truth, too."""
 
 
 PARTS = {
@@ -83,19 +96,38 @@ PARTS = {
         sensitivity=True,
     ),
     "random": Part((("random", 1.0, MIXED, K),), BLOCKS_9, setting="random"),
-    "loss": Part((("whitening", 0.5, LOSS, K), ("permuted:variance", -0.5, LOSS, K)), BLOCKS_9),
+    "loss": Part((HALFWAY_IN_LOSS, ("permuted:variance", -0.5, LOSS, K)), BLOCKS_9),
     "loss-rotated": Part((("rotated:whitening", 0.5, LOSS, K),), BLOCKS_9),
-    "loss-others": Part((IN_LOSS, ("whitening", 0.5, LOSS, K)), OTHERS),
+    "loss-others": Part((IN_LOSS, HALFWAY_IN_LOSS), OTHERS),
     "seeds": Part((PLAIN, HALFWAY, INVERSE, IN_LOSS), ("smollm2",), (3, 4, 5)),
     "loss-powers": Part(
         tuple(("whitening", alpha, LOSS, K) for alpha in (0.25, 0.75, 1.0)), seeds=(0,)
     ),
+    "judged": Part(PAIR, BLOCKS_9, (3, 4, 5), judged=True),
+    "more-seeds": Part(PAIR, OTHERS, (3, 4)),
+    "half-rate": Part(PAIR, BLOCKS_9, setting="half-rate", rate=0.5),
+    "twice-rate": Part(PAIR, BLOCKS_9, setting="twice-rate", rate=2.0),
+    "batch-topk": Part(PAIR, BLOCKS_9, setting="batch-topk", architecture="batch-topk"),
+    "half-million": Part(PAIR, BLOCKS_9, (0,), setting="half-million", rows=500_000),
+    "one-million": Part(PAIR, BLOCKS_9, (0,), setting="one-million", rows=1_000_000),
+    "four-million": Part(PAIR, BLOCKS_9, setting="four-million", rows=4_000_000),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
 inverse variance in the loss had turned out, after block 9 of SmolLM2, to recover more than mixed.
 ``random`` is apart because two of its six dictionaries diverged, and the spread over seeds is taken
-to be that of all dictionaries of a site."""
+to be that of all dictionaries of a site. What comes after ``loss-powers`` was decided on when
+whitening in the loss had become the default."""
+SETTINGS = {
+    "half-million": "half a million rows",
+    "one-million": "one million rows",
+    "": "the usual: TopK, two million rows",
+    "four-million": "four million rows",
+    "half-rate": "learning rate × ½",
+    "twice-rate": "learning rate × 2",
+    "batch-topk": "BatchTopK",
+}
+"""In which plain dictionaries and the default were compared, in words."""
 
 
 def regret_at_most(
@@ -134,11 +166,13 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
                 arm
                 for arm in arms_of(part, opened.inputs, seed)
                 if not _result(key, arm.name, part.setting).exists()
+                or (part.judged and not _latents(key).exists())
             ]
             if not missing:
                 continue
             how = TrainConfig(
-                tokens=ROWS,
+                tokens=part.rows,
+                learning_rate=part.rate * default_learning_rate(8 * opened.inputs.statistics.d_in),
                 shuffle_seed=seed,
                 checkpoint_seconds=600,
                 lengths="free",
@@ -148,6 +182,9 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
             for record in recovery.judge(opened, missing, dictionaries, seed):
                 write_json(_result(key, record["name"], part.setting), record)
             print(f"{key}: {name}, seed {seed} measured", flush=True)
+        if part.judged and not _latents(key).exists():
+            folders = (RUN / "trained" / key / name).glob(f"s*/*/{INFO}")
+            whitening_latents.judge(_latents(key), path, _by_label(folders), expected.PLAIN)
     for config in (MIXED, LOSS):  # of `--alpha auto`
         if not _choice(key, config.place).exists():
             given, folder = (opened.inputs, opened.source, opened.judge), RUN / "trained" / key
@@ -161,8 +198,21 @@ def arms_of(part: Part, inputs: RuleInputs, seed: int) -> list[ArmConfig]:
     for rule, alpha, place, k in part.weights:
         drawn = replace(place, draw=seed) if Rule.parse(rule).is_drawn else place
         weights = weights_from_rule(rule, alpha, inputs, drawn)
-        arms.append(ArmConfig(weights, k=k, init_seed=seed))
+        arms.append(ArmConfig(weights, k=k, init_seed=seed, architecture=part.architecture))
     return arms
+
+
+def _by_label(infos: Iterable[Path]) -> dict[str, dict[int, Path]]:
+    """Label → seed → folder, of trained dictionaries that are named by their information."""
+    found: dict[str, dict[int, Path]] = {}
+    for info in infos:
+        label, seed = info.parent.name.rsplit("-s", 1)
+        found.setdefault(label, {})[int(seed)] = info.parent
+    return found
+
+
+def _latents(key: str) -> Path:
+    return RUN / key / "latents.json"
 
 
 def _results(setting: str = "") -> Path:
@@ -269,6 +319,64 @@ def at_site(key: str) -> Iterator[str]:
     yield from _outcome(asked, key, means)
 
 
+def in_settings(key: str) -> Iterator[str]:
+    """Plain dictionaries beside the default, trained otherwise."""
+    records = {
+        setting: [
+            record
+            for record in read(key, setting)
+            if record["label"] in (expected.PLAIN, expected.HALFWAY_IN_LOSS)
+        ]
+        for setting in SETTINGS
+    }
+    if not any(own for setting, own in records.items() if setting):
+        return
+    pairs = {
+        measure: {
+            setting: recovery.at_same_k(own, measure).get(expected.HALFWAY_IN_LOSS, {})
+            for setting, own in records.items()
+        }
+        for measure in ("kl", "recovered")
+    }
+    beside = {
+        measure: estimates({s: own for s, own in of.items() if len(own) >= len(SEEDS)})
+        for measure, of in pairs.items()
+    }
+    rows = [["setting", "seeds", "KL, plain", "whitened", "change", "recovered, plain", "whitened",
+             "difference"]]  # fmt: skip
+    settings: expected.Settings = {}
+    for setting, words in SETTINGS.items():
+        if not records[setting]:
+            continue
+        both = pairs["kl"][setting].keys()
+        means = recovery.means_of([r for r in records[setting] if r["seed"] in both])
+        settings[setting] = means
+        cells = []
+        for measure in ("kl", "recovered"):
+            cells += [f"{means[label][measure]:.3f}" for label in means]
+            cells.append(recovery.text_of(beside[measure].get(setting), per_cent=measure == "kl"))
+        rows.append([words, str(len(both)), *cells])
+    yield f"### Trained otherwise: {PLACES[key].title}"
+    yield markdown(rows)
+    yield from _outcome(expected.OF_SETTINGS, key, settings)
+
+
+def latents(key: str) -> Iterator[str]:
+    """Detection, and the agreement of seeds."""
+    if found := whitening_latents.read(_latents(key)):
+        yield f"### Latents without a ground truth: {PLACES[key].title}"
+        yield f"Seeds {', '.join(map(str, PARTS['judged'].seeds))}."
+        yield whitening_latents.table(found, expected.PLAIN)
+        yield from _outcome(expected.OF_LATENTS, key, found)
+
+
+def section_of_settings() -> str:
+    """The part of docs/results on other settings, and on latents."""
+    return "\n\n".join(
+        part for of in (in_settings, latents) for key in BLOCKS_9 for part in of(key)
+    )
+
+
 def section() -> str:
     """The part of docs/results on blocks 9."""
     return "\n\n".join(part for key in BLOCKS_9 for part in at_site(key))
@@ -300,6 +408,7 @@ def main() -> None:
     plot(IMAGES / "which_weights.png")
     write_result("free-lengths", section())
     write_result("free-lengths-others", section_of_others())
+    write_result("free-lengths-settings", section_of_settings())
 
 
 if __name__ == "__main__":

@@ -642,6 +642,42 @@ def value_of(record: dict[str, Any], measure: str, stratum: str | None = None) -
     return Value(sum(items.values()) / len(items), 0.0, items)
 
 
+def at_same_k(
+    records: Sequence[dict[str, Any]], measure: str, stratum: str | None = None
+) -> dict[str, dict[int, Value]]:
+    """Label → seed → difference from the plain dictionary of the same seed and k."""
+    plain_ones = {(r["seed"], r["k"]): r for r in records if r["label"].startswith("uniform")}
+    found: dict[str, dict[int, Value]] = {}
+    for record in records:
+        beside = plain_ones.get((record["seed"], record["k"]))
+        if beside is None or record["label"].startswith("uniform"):
+            continue
+        terms = [
+            (sign, value_of(one, measure, stratum)) for sign, one in ((1.0, record), (-1.0, beside))
+        ]
+        found.setdefault(record["label"], {})[record["seed"]] = Value.mixture(terms)
+    return found
+
+
+def _at_equal(
+    records: Sequence[dict[str, Any]], measure: str, equal: str, stratum: str | None
+) -> dict[str, dict[int, Value]]:
+    """The same beside the curve of plain dictionaries, where that has as much of ``equal``."""
+    plain_ones = [r for r in records if r["label"].startswith("uniform")]
+    found: dict[str, dict[int, Value]] = {}
+    for record in records:
+        if record["label"].startswith("uniform"):
+            continue
+        same_seed = [r for r in plain_ones if r["seed"] == record["seed"]]
+        points = [_point(r, measure, equal, stratum) for r in (*same_seed, record)]
+        curve = Curve(points[:-1])
+        if points[-1] in curve:
+            beside = curve.beside([(1.0, points[-1])], measure)
+            if beside is not None:
+                found.setdefault(record["label"], {})[record["seed"]] = beside
+    return found
+
+
 def differences(
     records: Sequence[dict[str, Any]],
     measure: str,
@@ -650,26 +686,10 @@ def differences(
 ) -> dict[str, Estimate]:
     """Label → difference from plain, seed by seed: at the same k, or at equal ``equal``; of all
     plants or of a stratum of them."""
-    plain_ones = [r for r in records if r["label"].startswith("uniform")]
-    found: dict[str, dict[int, Value]] = {}
-    for record in records:
-        if record["label"].startswith("uniform"):
-            continue
-        same_seed = [r for r in plain_ones if r["seed"] == record["seed"]]
-        if equal is None:
-            same_seed = [r for r in same_seed if r["k"] == record["k"]]
-            if not same_seed:
-                continue
-            pair = ((1.0, record), (-1.0, same_seed[0]))
-            terms = [(sign, value_of(one, measure, stratum)) for sign, one in pair]
-            found.setdefault(record["label"], {})[record["seed"]] = Value.mixture(terms)
-            continue
-        points = [_point(r, measure, equal, stratum) for r in (*same_seed, record)]
-        curve = Curve(points[:-1])
-        if points[-1] in curve:
-            beside = curve.beside([(1.0, points[-1])], measure)
-            if beside is not None:
-                found.setdefault(record["label"], {})[record["seed"]] = beside
+    if equal is None:
+        found = at_same_k(records, measure, stratum)
+    else:
+        found = _at_equal(records, measure, equal, stratum)
     return estimates({label: own for label, own in found.items() if len(own) >= len(SEEDS)})
 
 
