@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from llm_wsae.training.arm import ArmConfig, make_arms
     from llm_wsae.training.config import TrainConfig
     from llm_wsae.training.trainer import train, train_sites
+    from llm_wsae.weighing import measure_inputs
     from llm_wsae.weights.choosing import choose_weights, weights_from_rule
     from llm_wsae.weights.loss_weights import LossWeights
     from llm_wsae.weights.rules import RULES, Rule
@@ -60,6 +61,7 @@ _HOMES = {
     "RULES": "weights.rules",
     "Rule": "weights.rules",
     "LossWeights": "weights.loss_weights",
+    "measure_inputs": "weighing",
     "choose_weights": "weights.choosing",
     "weights_from_rule": "weights.choosing",
     "TrainConfig": "training.config",
@@ -141,6 +143,7 @@ __all__ = [
     "least_gap_weights",
     "load_pretrained",
     "make_arms",
+    "measure_inputs",
     "measure_recovery",
     "merge",
     "plan",

@@ -120,7 +120,7 @@ class RuleOptions:
 
     rule: tuple[str, ...] = ("uniform",)
     """Weight rules; uniform is the plain dictionary."""
-    alpha: tuple[float, ...] = (0.5, -0.25)
+    alpha: tuple[float, ...] = (0.5,)
     """Exponents of the weights γ = score^α, for every rule except uniform."""
     k: tuple[int, ...] = (32,)
     """Active latents per token."""

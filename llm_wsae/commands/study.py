@@ -70,7 +70,7 @@ def study(
     out: Path,
     dictionary: Path | None = None,
     plant: Flag = False,
-    compare: Flat[StudyOptions] = StudyOptions(rule=("variance",)),
+    compare: Flat[StudyOptions] = StudyOptions(rule=StudyConfig.rules),
     weigh: Flat[WeightConfig] = WeightConfig(),  # noqa: B008 - frozen
     train: Prefixed[TrainOptions] = TrainOptions(),  # noqa: B008 - frozen
     evaluate: Prefixed[EvaluateOptions] = EvaluateOptions(),  # noqa: B008 - frozen

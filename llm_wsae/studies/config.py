@@ -14,9 +14,9 @@ from llm_wsae.weights.config import DiagonalControl
 class StudyConfig:
     """Rules × α × k × seeds, and the plain curve they are compared with."""
 
-    rules: tuple[str, ...] = ("variance",)
+    rules: tuple[str, ...] = ("variance", "whitening")
     """Weight rules. Each brings its control."""
-    alphas: tuple[float, ...] = (0.5, -0.25)
+    alphas: tuple[float, ...] = (0.5,)
     """Exponents of the weights γ = score^α."""
     ks: tuple[int, ...] = (32,)
     """Active latents per token of the weighted dictionaries."""

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.activations import (
     ActivationCache,
@@ -29,7 +31,13 @@ from llm_wsae.evaluation.activations import (
     massive_thresholds,
     take_contexts,
 )
-from llm_wsae.evaluation.checks import check_fit, notes_on_weights, plain_beside
+from llm_wsae.evaluation.checks import (
+    check_fit,
+    common_packing,
+    notes_on_text,
+    notes_on_weights,
+    plain_beside,
+)
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.next_token import (
     clean_stream,
@@ -56,17 +64,23 @@ _FEW_CONTEXTS = 30  # with fewer, bootstrap intervals are too narrow
 def evaluate(
     dictionaries: Mapping[str, Dictionary],
     model: LanguageModel,
-    contexts: Iterable[Context],
-    config: EvaluateConfig,
+    text: Corpus | Iterable[Context],
+    config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
 ) -> Report:
-    """Measure every dictionary, by name, on the first ``config.tokens`` rows of ``contexts``.
+    """Measure every dictionary, by name, on the first ``config.tokens`` rows of ``text``.
 
-    Dictionaries may belong to several sites; all see the same text. Raises UsageError if there is
-    no dictionary or one does not fit the model, LlmWsaeError if the text is too short or an
-    activation is not finite.
+    A corpus, best opened as ``Corpus.open(name, part="heldout")``, is packed into contexts as the
+    dictionaries' training text was. Dictionaries may belong to several sites; all see the same
+    text. Raises UsageError if there is no dictionary or one does not fit the model, LlmWsaeError if
+    the text is too short or an activation is not finite.
     """
     check_fit(dictionaries, model, "evaluate")
-    return FidelityEvaluator(model, contexts, config).evaluate(dictionaries)
+    if not isinstance(text, Corpus):
+        return FidelityEvaluator(model, text, config).evaluate(dictionaries)
+    contexts = Packer.for_model(model, common_packing(dictionaries)).contexts(text)
+    report = FidelityEvaluator(model, contexts, config).evaluate(dictionaries)
+    report.notes.extend(notes_on_text(dictionaries, text.identity()))
+    return report
 
 
 @dataclass
