@@ -156,3 +156,20 @@ def test_fidelity_and_monosemanticity_leave_out_the_same_rows(tmp_path):
             rows = found.rows + found.massive_rows
             assert found.massive_rows / rows == pytest.approx(share, abs=0.02), found
             assert (found.massive_rows == 0) == (share == 0)
+
+
+def test_a_corpus_is_packed_as_the_training_text_was(tmp_path):
+    model, path = planted_model(), str(planted_text(tmp_path / "text.jsonl"))
+    corpus = Corpus.open(path, "heldout", heldout_fraction=0.5)
+    packing = PackConfig(context_size=16)
+    seen = {"name": corpus.identity()["name"], "part": "train", "heldout_fraction": 0.1}
+    one = recording(None)
+    one.info = dataclasses.replace(one.info, store={"packing": packing.packing()}, corpus=seen)
+    config = EvaluateConfig(tokens=200, bootstraps=10)
+    contexts = Packer.for_model(model, packing).contexts(corpus)
+    expected = evaluate({"one": one}, model, contexts, config)
+    found = evaluate({"one": one}, model, corpus, config)
+    assert found.summaries() == expected.summaries()
+    assert found.num_contexts == expected.num_contexts > 13  # of 15 kept positions each
+    assert len(found.notes) == len(expected.notes) + 1
+    assert "with less of" in found.notes[-1]
