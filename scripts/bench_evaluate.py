@@ -17,15 +17,19 @@ Also the largest resident memory of the command ``evaluate``.
 """
 
 import argparse
+import contextlib
 import gc
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from bench_harvest import measure, ratio
@@ -36,7 +40,9 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity import evaluator
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
+from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
@@ -70,10 +76,10 @@ def evaluation(model: LanguageModel, site: Site, tokens: int, variants: int) -> 
     keep = torch.ones(CONTEXT, dtype=torch.bool)
     contexts = [SimpleNamespace(ids=one, keep=keep) for one in ids]
     config = EvaluateConfig(tokens=ids.numel(), bootstraps=1)
-    evaluator = FidelityEvaluator(model, contexts, config)
+    known = FidelityEvaluator(model, contexts, config)
     dictionaries = {str(n): random_dictionary(model, site, n) for n in range(variants)}
-    evaluator.evaluate({"0": dictionaries["0"]})
-    return lambda: evaluator.evaluate(dictionaries)
+    known.evaluate({"0": dictionaries["0"]})
+    return lambda: known.evaluate(dictionaries)
 
 
 def products(model: LanguageModel, site: Site, tokens: int, variants: int) -> Callable[[], None]:
@@ -103,6 +109,36 @@ def products(model: LanguageModel, site: Site, tokens: int, variants: int) -> Ca
 def faster(*ways: Callable[[], None]) -> Callable[[], None]:
     speeds = measure({str(n): (1, way) for n, way in enumerate(ways)}, 2)
     return ways[max(range(len(ways)), key=lambda n: statistics.median(speeds[str(n)]))]
+
+
+_PARTS = {
+    "blocks behind the site": (LanguageModel, "resume_to_end"),
+    "logits, cross-entropy and KL": (evaluator, "next_token_sums"),
+    "dictionary and its round trip": (ReconstructionSums, "update"),
+}
+
+
+def shares(go: Callable[[], None]) -> str:
+    """Which shares of an evaluation's time its parts take."""
+    spent: dict[str, float] = dict.fromkeys(_PARTS, 0.0)
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - begun
+
+        return wrapper
+
+    with contextlib.ExitStack() as patches:
+        for name, (owner, call) in _PARTS.items():
+            patches.enter_context(patch.object(owner, call, timed(name, getattr(owner, call))))
+        begun = time.perf_counter()
+        go()
+        whole = time.perf_counter() - begun
+    return ", ".join(f"{name} {seconds / whole:.2f}" for name, seconds in spent.items())
 
 
 class Other:
@@ -196,7 +232,8 @@ def main() -> None:
         )
     lines += [
         "",
-        f"{WORDS} The command `evaluate`, with its defaults, takes {peak:,.0f} MB.",
+        f"{WORDS} Of the time of `evaluate`: {shares(ours)}. The command, with its defaults, takes "
+        f"{peak:,.0f} MB.",
         "",
         f"{busy}. {args.repeats} repeats of {args.tokens:,} tokens and {args.variants} "
         f"dictionaries in contexts of {CONTEXT}.",

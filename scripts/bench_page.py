@@ -48,7 +48,7 @@ from llm_wsae.pages.dashboard import dashboard
 from llm_wsae.pages.live import listen, serve
 
 TRAINED = ROOT / "checkpoints/smollm2-135m" / SITE
-PLAIN, WEIGHTED = "uniform-k32", "whitening-a0.5-mixed-k32"
+PLAIN, WEIGHTED = "uniform-k32", "whitening-a0.5-k32"
 WIDE = 24_576
 TOP, BANDS = 10, 10
 WORDS = ("the", "gov", "congress", "war", "tax", "1", "#12", "e", "ing", "peace trea")
