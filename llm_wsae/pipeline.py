@@ -149,7 +149,7 @@ def run(
     )
     # before hours of work are built on too little text
     heldout = take_contexts(contexts, evaluate_config.tokens)
-    # α is chosen on other text than it is judged by
+    # α is chosen on other text than that by which it is judged here
     trial = take_contexts(contexts, TRIAL_TOKENS) if "auto" in alphas else []
     begun = _begun(out, sites) or (out / STORE / MANIFEST).is_file()
     if not begun:  # or it was said when the run began

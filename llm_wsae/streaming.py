@@ -13,7 +13,7 @@ buffer. Together they have the batch of a single process.
 import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,8 @@ class ActivationStreams:
     def _batches(
         self, batch_size: int, seed: int, skip: int, part: tuple[int, int]
     ) -> Generator[tuple[Tensor, ...], None, None]:
-        with closing(prefetch(self._endless_blocks(), _PACKED_AHEAD)) as blocks:
+        with ExitStack() as threads:
+            blocks = threads.enter_context(closing(prefetch(self._endless_blocks(), _PACKED_AHEAD)))
             buffers = enumerate(self._buffers(blocks))
             first = next(buffers)
             while skip >= (size := _rows_in(first[1])):
@@ -139,12 +140,17 @@ class ActivationStreams:
                 self._shuffled(buffer, (seed, number), part)
                 for number, buffer in chain([first], buffers)
             )
-            # A GPU computes the next buffer while this one is trained on. A CPU's cores have enough
-            # to do: there the two would only take turns, at a cost.
-            if self.model.device.type != "cpu":
-                shuffled = prefetch(shuffled, depth=1)
+            if self._computes_ahead:
+                # closed before the blocks that it reads
+                shuffled = threads.enter_context(closing(prefetch(shuffled, depth=1)))
             for batch in cut(shuffled, batch_size, skip):
                 yield tuple(part.contiguous() for part in batch.split(self.d_in, dim=1))
+
+    @property
+    def _computes_ahead(self) -> bool:
+        """A GPU computes the next buffer while this one is trained on. A CPU's cores have enough to
+        do: there the two would only take turns, at a cost."""
+        return self.model.device.type != "cpu"
 
     def _shuffled(
         self, buffer: Sequence[Contexts], seeds: tuple[int, int], part: tuple[int, int]

@@ -11,7 +11,7 @@ on each direction of the residual stream: F = E[g gᵀ], g = ∂ log p(y | x) / 
 the model itself. A small change δ of the activation moves the predictions by ½ δᵀFδ (KL divergence,
 second order). One backward pass per context is enough: with independently drawn labels the
 gradients of different predictions are uncorrelated, E[(Σ_t g_t)(Σ_t g_t)ᵀ] = Σ_t E[g_t g_tᵀ],
-summed over all predictions after the position.
+summed over all predictions from the position to the end of its text.
 """
 
 import sys
@@ -357,7 +357,8 @@ def fisher_information(
     for ids, keep in contexts:
         size = max(1, _TOKENS_AT_ONCE // ids.shape[1])
         for part, kept in zip(ids.split(size), keep.split(size), strict=True):
-            gradients = _gradients(model, part, site, generator)[kept.to(model.device)].float()
+            kept = kept.to(model.device)
+            gradients = _gradients(model, part, kept, site, generator)[kept].float()
             total += (gradients.T @ gradients).double().cpu()
             count += len(gradients)
     if count == 0:
@@ -371,11 +372,14 @@ def fisher_information(
 
 
 def _gradients(
-    model: LanguageModel, ids: Tensor, site: Site, generator: torch.Generator
+    model: LanguageModel, ids: Tensor, keep: Tensor, site: Site, generator: torch.Generator
 ) -> Float[Tensor, "contexts positions d_model"]:
-    """∂ Σ_t log p(y_t) / ∂h at every position, y drawn from the model's predictions."""
+    """∂ Σ_t log p(y_t) / ∂h at every position, y drawn from the model's predictions; t runs to the
+    last position that is kept, so that nothing is predicted from padding."""
+    scored = keep.flip(1).cumsum(1).flip(1) > 0
     hidden = model.activations(ids, [site])[site].requires_grad_()
     with torch.enable_grad():
         logits = model.resume(ids, site, hidden).flatten(0, 1).float()
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-        return torch.autograd.grad(-F.cross_entropy(logits, labels, reduction="sum"), hidden)[0]
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return torch.autograd.grad(-losses[scored.flatten()].sum(), hidden)[0]

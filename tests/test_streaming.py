@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import threading
 from dataclasses import replace
 from itertools import cycle, islice
 
@@ -142,6 +143,29 @@ def test_the_covariance_is_that_of_the_same_rows(streams, model, corpus):
     assert found.count == len(rows) == streams.statistics(SITES[1]).count
     expected = torch.cov(rows.double().T, correction=0)
     torch.testing.assert_close(found._scatter / found.count, expected, rtol=1e-5, atol=1e-7)
+    before = found.to_tensors()
+    for name, value in found.update(rows[:0]).to_tensors().items():  # of contexts without a row
+        assert torch.equal(value, before[name])
+
+
+def test_batches_that_are_computed_ahead_end_while_the_text_is_awaited(streams, monkeypatch):
+    """As on a GPU, where a thread waits for the text when the last batch is taken."""
+    blocks, waits, goes_on = streams._endless_blocks(), threading.Event(), threading.Event()
+
+    def slow():
+        for number, block in enumerate(blocks):
+            if number == 20:
+                waits.set()
+                goes_on.wait(5)
+            yield block
+
+    monkeypatch.setattr(streams, "_endless_blocks", slow)
+    monkeypatch.setattr(ActivationStreams, "_computes_ahead", True)
+    batches = streams.batches(8, seed=0)
+    next(batches)
+    assert waits.wait(5)
+    threading.Timer(0.2, goes_on.set).start()
+    batches.close()
 
 
 def test_sites_in_step_are_trained_as_alone(streams, model, corpus, tmp_path):

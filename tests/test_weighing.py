@@ -269,6 +269,16 @@ def test_fisher_equals_the_sum_over_all_labels(model, name):
     assert torch.equal(found, found.T) and torch.linalg.eigvalsh(found).min() > -1e-12
 
 
+def test_fisher_does_not_depend_on_padding(model):
+    ids, keep = random_contexts(model, 8, 4)
+    keep = torch.nn.functional.pad(keep, (0, 6))
+    found = [
+        fisher_information(model, [(torch.nn.functional.pad(ids, (0, 6), value=pad), keep)], SITE)
+        for pad in (0, 7)
+    ]
+    assert torch.equal(*found)
+
+
 def test_fisher_is_the_second_order_change_of_the_predictions(model):
     """½ δᵀFδ is the KL divergence between the predictions before and after a small move δ."""
     ids, keep = random_contexts(model, 1, 3)

@@ -23,7 +23,10 @@ class SecondMoment:
         self._scatter = torch.zeros(d_in, d_in, dtype=torch.float64)
 
     def update(self, rows: Float[Tensor, "rows d_in"]) -> "SecondMoment":
-        """Add rows. Returns self. Raises LlmWsaeError when they hold NaN or infinity."""
+        """Add rows, if there are any. Returns self. Raises LlmWsaeError when they hold NaN or
+        infinity."""
+        if not len(rows):  # which split would turn into one empty chunk
+            return self
         for chunk in rows.split(_CHUNK_ROWS):
             # Products of a chunk in float32, about its own mean, err by 1e-7 of the product of two
             # standard deviations, and chunks err independently; sums over chunks are exact.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment, shrunk
+from llm_wsae.statistics.second_moment import SecondMoment
 
 Need = Literal["dictionary", "fisher", "coherence", "second_moment"]
 """What a rule may need in addition to the statistics."""
@@ -35,21 +35,18 @@ class RuleInputs:
 
     @property
     def covariance(self) -> Float[Tensor, "d_in d_in"]:
-        """The covariance of the usual rows: of all, or of the row sample if all were not measured
-        (a stream cannot be read twice). Shrunk in either case, float64.
+        """The covariance of all usual rows, shrunk, float64.
 
         Raises LlmWsaeError if there are fewer rows than dimensions.
         """
-        d_in, sample = self.statistics.d_in, self.statistics.usual_sample
-        rows = len(sample) if self.second_moment is None else self.second_moment.count
+        assert self.second_moment is not None
+        d_in, rows = self.statistics.d_in, self.second_moment.count
         if rows <= d_in:
             raise LlmWsaeError(
                 f"{rows} rows are too few for the covariance of {d_in} dimensions; harvest at "
                 f"least {10 * d_in:,}"
             )
-        if self.second_moment is not None:
-            return self.second_moment.covariance()
-        return shrunk(self.statistics.robust_covariance, rows)
+        return self.second_moment.covariance()
 
     @classmethod
     def of(cls, measured: "RuleInputs | Statistics") -> "RuleInputs":
@@ -58,6 +55,4 @@ class RuleInputs:
 
     def has(self, need: Need) -> bool:
         """Whether that was measured."""
-        if need == "second_moment":  # the row sample does instead
-            return True
         return getattr(self, "decoder" if need == "dictionary" else need) is not None

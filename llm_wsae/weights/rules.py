@@ -28,10 +28,11 @@ Control = Literal["permuted", "deciles", "rotated"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 RuleForm = Literal["diagonal", "matrix", "tokens"]
 
-_BRINGS: dict[Need, tuple[str, str]] = {  # the covariance of a sample is always there
+_BRINGS: dict[Need, tuple[str, str]] = {
     "dictionary": ("a first dictionary", "--dictionary DICT"),
     "fisher": ("the model", "--model M"),
     "coherence": ("the model's tokenizer", "--model M"),
+    "second_moment": ("the covariance of all rows", ""),
 }
 
 
@@ -227,6 +228,11 @@ class Rule:
         """The error for a rule whose ``need`` was not measured: what it is, and what brings it."""
         assert self.need is not None
         what, option = _BRINGS[self.need]
+        if not option:  # all commands measure it
+            return UsageError(
+                f"the rule {self.name!r} needs {what}, not their statistics alone: give it what "
+                f"llm_wsae.measure_inputs([{self.name!r}], store, site) returns"
+            )
         return UsageError(
             f"the rule {self.name!r} needs {what}: make its weights with llm-wsae weigh {option}, "
             "and train on that file with --weights"

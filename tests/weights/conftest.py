@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covariances import second_moment
 
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.inputs import RuleInputs
@@ -24,4 +25,5 @@ def inputs(statistics):
         energy=torch.rand(12, generator=generator),
         fisher=half @ half.T,
         coherence=torch.rand(4, generator=generator, dtype=torch.float64),
+        second_moment=second_moment(statistics),
     )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covariances import second_moment
 from safetensors.torch import save_file
 
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -10,6 +11,7 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.normaliser import Spaces
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import IN_LOSS, RuleInputConfig, WeightConfig
+from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_weights import (
     LossWeights,
     collapse_warning,
@@ -207,7 +209,8 @@ def test_the_warning(statistics):
         warning = collapse_warning(weights_from_rule(rule, alpha, found), found)
         assert "dominated by 1." in warning and "of 100 dimensions (1." in warning
         assert "dimension 7 alone carries" in warning and sentence in warning
-    matrix = collapse_warning(weights_from_rule("whitening", -1.0, found), found)
+    inputs = RuleInputs(found, second_moment=second_moment(found))
+    matrix = collapse_warning(weights_from_rule("whitening", -1.0, inputs), found)
     assert "dominated by 1.0 of 100 directions (1.0%; one direction alone carries 100%)" in matrix
 
 
@@ -250,7 +253,8 @@ def test_the_profile_counts_massive_rows_and_warns_of_the_collapse():
 
 def test_a_matrix_has_directions():
     statistics = site_statistics()
-    weights = [weights_from_rule("whitening", alpha, statistics, IN_LOSS) for alpha in (0.01, 1.0)]
+    inputs = RuleInputs(statistics, second_moment=second_moment(statistics))
+    weights = [weights_from_rule("whitening", alpha, inputs, IN_LOSS) for alpha in (0.01, 1.0)]
     facts = profile(statistics, weights)
     faint, full = facts["weights"]
     assert faint["form"] == full["form"] == "matrix" and full["place"] == "loss"
@@ -269,7 +273,8 @@ def picture_size(path):
 def test_the_figures_are_drawn(tmp_path):
     statistics = site_statistics()
     weights = [weights_from_rule("variance", a, statistics) for a in (0.5, -0.25)]
-    weights.append(weights_from_rule("whitening", 0.5, statistics))
+    inputs = RuleInputs(statistics, second_moment=second_moment(statistics))
+    weights.append(weights_from_rule("whitening", 0.5, inputs))
     plot_profile(statistics, weights, "blocks.1.hook_resid_post", tmp_path / "profile.png")
     width, height = picture_size(tmp_path / "profile.png")
     assert width > 800 and height > 800
