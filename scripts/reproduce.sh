@@ -38,7 +38,7 @@ case $what in
 checkpoints)
   .venv/bin/llm-wsae run --model "$model" --corpus "$corpus" --site $sites \
     --rule uniform whitening --alpha 0.5 --tokens "${TOKENS:-2400000}" \
-    --train.tokens "${ROWS:-4000000}" --out runs/checkpoints
+    --train.tokens "${ROWS:-4000000}" --eval-tokens 5000 --out runs/checkpoints
   .venv/bin/python scripts/make_checkpoints.py copy
   .venv/bin/llm-wsae evaluate checkpoints/smollm2-135m/*/*/ --model "$model" --corpus "$corpus" \
     --tokens 50000 --monosemantic --keep --out runs/checkpoints/report.json
