@@ -83,6 +83,7 @@ def test_rows_are_the_stores_plus_what_is_said_to_be_planted(store, source):
     planted = truth.float() @ source.plants.directions
     torch.testing.assert_close(rows, natural + planted, atol=1e-6, rtol=1e-5)
     assert isinstance(source, ActivationSource) and isinstance(source, SharedSource)
+    assert source.prepends_bos is False
 
 
 def test_plants_fire_as_often_and_as_strongly_as_they_should(source):
