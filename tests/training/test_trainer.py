@@ -235,6 +235,16 @@ def test_a_process_group_must_reach_every_device(monkeypatch, backends):
         pass
 
 
+def test_processes_that_share_gpus_need_their_numbers(monkeypatch):
+    """As of ``srun`` alone, which sets no LOCAL_RANK; refused before any other is waited for."""
+    monkeypatch.setattr(collectives.distributed, "is_initialized", lambda: False)
+    connected = collectives.collectives(object.__new__(Several), torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"without LOCAL_RANK, .*torchrun, or set LOCAL_RANK to"):
+        connected.__enter__()
+    for device in ("cpu", "cuda:0", "cuda:3"):
+        collectives._check_numbered(torch.device(device))
+
+
 def test_a_folder_in_use_is_refused(trained, tmp_path):
     source = trained[0]
     with (
