@@ -128,10 +128,15 @@ def _tracker(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]],
             return write, writer.close
         import wandb
 
-        # One folder is one run, also when it is resumed.
+        # One folder is one run, also when it is resumed, and beside those of other sites.
         number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         run = wandb.init(
-            project="llm-wsae", name=folder.name, dir=str(folder), id=number, resume="allow"
+            project="llm-wsae",
+            name=folder.name,
+            dir=str(folder),
+            id=number,
+            resume="allow",
+            reinit="create_new",
         )
         return (lambda step, numbers: run.log(numbers, step=step)), run.finish
     except ImportError:

@@ -419,6 +419,40 @@ def test_a_folder_is_one_run_of_wandb(tmp_path, monkeypatch):
     assert sent[1] == sent[3] == "finished"
 
 
+def test_folders_are_runs_of_wandb_side_by_side(tmp_path, monkeypatch):
+    """As of several sites that are streamed: without reinit, wandb's init returns the first run."""
+    runs = []
+
+    class Run:
+        def __init__(self):
+            self.sent = []
+
+        def log(self, numbers, step):
+            self.sent.append(numbers)
+
+        def finish(self):
+            self.sent.append("finished")
+
+    def init(reinit="return_previous", **settings):
+        if not (runs and reinit == "return_previous"):
+            runs.append(Run())
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    sites = [tmp_path / "blocks.0.hook_resid_post", tmp_path / "blocks.1.hook_resid_post"]
+    for site in sites:
+        site.mkdir()
+    logs = [TrainingLog(site, 0, "wandb") for site in sites]
+    for number, log in enumerate(logs):
+        log.write(7, 700, {"uniform-k4": {"loss": float(number)}})
+    for log in logs:
+        log.close()
+    assert [run.sent for run in runs] == [
+        [{"uniform-k4/loss": 0.0}, "finished"],
+        [{"uniform-k4/loss": 1.0}, "finished"],
+    ]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_a_sentence(tmp_path):
     log = TrainingLog(tmp_path, 0)
