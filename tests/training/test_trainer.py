@@ -377,8 +377,9 @@ def test_a_tracker_gets_the_same_numbers(tmp_path, monkeypatch):
     written = []
 
     class Writer:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             assert folder == str(tmp_path)
+            written.append(purge_step)
 
         def add_scalar(self, name, value, step):
             written.append((name, value, step))
@@ -392,7 +393,10 @@ def test_a_tracker_gets_the_same_numbers(tmp_path, monkeypatch):
     log = TrainingLog(tmp_path, 0, "tensorboard")
     log.write(7, 700, NUMBERS)
     log.close()
-    assert written == [("uniform-k4/loss", 0.5, 7), ("uniform-k4/fvu", 0.4, 7), "closed"]
+    numbers = [("uniform-k4/loss", 0.5, 7), ("uniform-k4/fvu", 0.4, 7), "closed"]
+    assert written == [1, *numbers]
+    TrainingLog(tmp_path, 7, "tensorboard").close()  # resumed: what was written later is hidden
+    assert written[4:] == [8, "closed"]
 
 
 def test_a_folder_is_one_run_of_wandb(tmp_path, monkeypatch):
