@@ -99,6 +99,7 @@ def look_at(
 
     Raises UsageError for a latent that the dictionary does not have, and as ``firings`` does.
     """
+    dictionary = dictionary.on_cpu()  # as the rows of a store are
     numbers = check_latents(dictionary, latents)
     if len(numbers) == 0:
         return []

@@ -41,7 +41,7 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
     check_width(model, dictionary)
     ids = token_ids(model, dictionary, text)
     hidden = model.activations(torch.tensor([ids]), [dictionary.site])[dictionary.site][0].cpu()
-    codes = dictionary.encode_sparse(hidden.float())
+    codes = dictionary.encode_sparse(hidden.float().to(dictionary.W_enc.device))
     explained = _explained(model, dictionary, torch.tensor(ids), hidden)
     vocabulary = Vocabulary(model.tokenizer)
     tokens = []

@@ -145,7 +145,7 @@ def dashboard(
 def named_dictionaries(
     dictionaries: Sequence[Dictionary | Path | str] | Mapping[str, Dictionary],
 ) -> dict[str, Dictionary]:
-    """The dictionaries by names that tell them apart.
+    """The dictionaries by names that tell them apart, on the CPU as the rows of a store are.
 
     Raises UsageError if there is none or they are of several sites; LlmWsaeError for a folder that
     holds none.
@@ -163,4 +163,4 @@ def named_dictionaries(
         raise UsageError(
             f"a page shows dictionaries of one site, but these are of {' and '.join(sorted(sites))}"
         )
-    return named
+    return {name: dictionary.on_cpu() for name, dictionary in named.items()}

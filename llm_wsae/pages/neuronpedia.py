@@ -118,6 +118,7 @@ def export_neuronpedia(
     check_folder(out)
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)
+    dictionary = dictionary.on_cpu()  # as the rows of a store are
     explained: dict[int, Explanation] = {}
     if dictionary.folder is not None:
         explained = read_explanations(dictionary.folder)
