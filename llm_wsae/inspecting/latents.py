@@ -11,7 +11,8 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.firings import Firing, firings
-from llm_wsae.inspecting.readout import Marked, Readout, Vocabulary
+from llm_wsae.inspecting.readout import Readout
+from llm_wsae.inspecting.vocabulary import Marked, Vocabulary
 
 _BEFORE, _AFTER = 24, 12  # tokens shown around the marked one
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from llm_wsae.data.config import PackConfig
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.readout import Vocabulary
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 
 

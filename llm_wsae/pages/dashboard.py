@@ -12,8 +12,9 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.errors import UsageError
 from llm_wsae.files import write_text
-from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import check_width, read_sentence
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outputs import check_file
 from llm_wsae.outside import check_number

@@ -40,8 +40,9 @@ from llm_wsae.dictionary.explanations import (
 from llm_wsae.errors import UsageError, shown
 from llm_wsae.files import folder_lock, remove_partials, write_text
 from llm_wsae.inspecting.firings import check_store
-from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import check_width
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.pages.collecting import context_of_every_row
 from llm_wsae.pages.firings_by_latent import FiringsByLatent, choose

@@ -28,8 +28,9 @@ from llm_wsae.harvesting import harvest
 from llm_wsae.inspecting.firings import firings
 from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
 from llm_wsae.inspecting.latents import check_latents, look_at
-from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import read_sentence
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.dashboard import named_dictionaries
