@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.finishing import finish_store
 from llm_wsae.data.manifest import MANIFEST, RECORDS, Manifest
 from llm_wsae.data.packing import Contexts, Cursor, Packer
 from llm_wsae.data.resume import (
@@ -26,7 +27,7 @@ from llm_wsae.data.resume import (
     shard_batches,
 )
 from llm_wsae.data.shard_record import TOKENS
-from llm_wsae.data.shard_writer import StoreWriter, finish_store
+from llm_wsae.data.shard_writer import StoreWriter
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import remove_partials

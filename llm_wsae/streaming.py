@@ -254,6 +254,8 @@ class StreamedSite:
     def __init__(self, streams: ActivationStreams, site: Site):
         self._streams, self.site, self.d_in = streams, site, streams.d_in
         self.num_rows: int | None = None
+        has_bos = streams.model.bos_token_id is not None
+        self.prepends_bos = streams.config.prepend_bos and has_bos
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0

@@ -153,7 +153,7 @@ def update_quickstart() -> None:
 
 
 def update_pictures() -> None:
-    """A latent that only the whitened dictionary has, beside what plain has instead; and the
+    """Latents of the whitened dictionary beside their nearest in the plain one; and the
     differences of the study's rules at block 9, one of them pointed at."""
     from PIL import Image
     from playwright.sync_api import sync_playwright

@@ -1,6 +1,7 @@
 """Rows that go from the model straight into training."""
 
 import hashlib
+import json
 import shutil
 import threading
 from dataclasses import replace
@@ -11,12 +12,13 @@ import torch
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae import hardware
-from llm_wsae.data.config import StreamConfig
+from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.shuffling import ActivationSource, JointSource, SharedSource
+from llm_wsae.dictionary.folder import check_folder
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.harvesting import kept_rows
+from llm_wsae.harvesting import harvest, kept_rows
 from llm_wsae.model.site import Site
 from llm_wsae.streaming import ActivationStream, ActivationStreams
 from llm_wsae.training.arm import make_arms
@@ -265,3 +267,22 @@ def test_it_says_when_the_text_is_read_again(streams, capsys):
     list(islice(streams.batches(512, seed=0), 40))
     said = capsys.readouterr().err
     assert said.count("it is read again") == 1 and "text.jsonl ends after 4,534 rows" in said
+
+
+def test_a_dictionary_says_whether_its_contexts_began_with_a_bos(corpus, tmp_path):
+    """Not every tokenizer has one, and packing only asks for it."""
+    few = replace(TRAIN, tokens=64)
+    for bos, asked, expected in ((True, True, True), (True, False, False), (False, True, False)):
+        model, folder = tiny_model(bos=bos), tmp_path / f"{bos} {asked}"
+        packing = {"context_size": 12, "batch_tokens": 48, "prepend_bos": asked}
+        config = HarvestConfig(**packing, tokens=500, shard_tokens=300)
+        store = harvest(model, corpus, SITES[1:], folder / "store", config)
+        stream = ActivationStream(model, corpus, SITES[1], replace(STREAM, prepend_bos=asked))
+        for kind, source in (("stored", store.source(SITES[1])), ("streamed", stream)):
+            arms = make_arms(choose_weights(source.statistics(), ("uniform",), (1.0,)), (4,))
+            train(source, arms, few, folder / kind)
+            info = check_folder(folder / kind / "uniform-k4")
+            assert info.prepend_bos is expected, (kind, bos, asked)
+            assert info.store["packing"]["prepend_bos"] is asked  # identities stay as they were
+            cfg = json.loads((folder / kind / "uniform-k4" / "cfg.json").read_text())
+            assert cfg["metadata"]["prepend_bos"] is expected

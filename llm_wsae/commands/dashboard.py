@@ -38,7 +38,7 @@ def dashboard(
         rows: Look at the first rows of the store only; the default is all.
         scores: Report of `evaluate --monosemantic`, whose scores of latents become measures here.
         recovery: Report of `recover`; by default the recovery.json beside the dictionaries.
-        live: Then serve the page on this machine, to type sentences and to steer the model.
+        live: Also serve the page on this machine, to type sentences and steer the model.
         port: Port to serve it on; 0 takes a free one.
     """
     from llm_wsae.data.store import ActivationStore

@@ -42,8 +42,8 @@ class StudyOptions(RuleOptions):
     """Architecture: topk has k active latents on every token, others k on average, gba fewer; the
     frozen ones are topk baselines that leave one half random."""
     control: DiagonalControl = StudyConfig.control
-    """Control of rules with one weight per dimension: exchanged among all dimensions, or those of
-    nearly the same variance."""
+    """Control of rules with one weight per dimension. permuted: exchanged among all dimensions;
+    deciles: among dimensions of nearly the same variance."""
     keep_dictionaries: bool = StudyConfig.keep_dictionaries
     """Keep the dictionaries; otherwise each is deleted as soon as it is measured."""
 

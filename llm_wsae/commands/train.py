@@ -44,7 +44,7 @@ def train(
         site: Sites, named as in TransformerLens: blocks.8.hook_resid_post.
         out: Folder that receives one dictionary folder per combination; of several sites, one
             folder per site with these.
-        weights: Weights file, as one more rule: weigh's, or a custom vector or matrix.
+        weights: Weights file, as one more rule: weigh's of this site, or a custom vector or matrix.
     """
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.store import ActivationStore
@@ -70,7 +70,7 @@ def train(
             )
         training = replace(training, device="auto")
     rules = [Rule.parse(name) for name in grid.rule]
-    own = LossWeights.load(weights, weigh) if weights else None
+    own = LossWeights.load(weights, weigh, sites) if weights else None
     rows: ActivationStore | ActivationStreams
     if store is not None:  # only what weigh has measured of it
         rows = ActivationStore.open(store)

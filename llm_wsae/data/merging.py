@@ -23,11 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from llm_wsae.data.config import PackConfig
+from llm_wsae.data.finishing import finish_store
 from llm_wsae.data.manifest import MANIFEST, RECORDS, Manifest, Part, save_record
 from llm_wsae.data.packing import NO_DOCUMENT
 from llm_wsae.data.resume import begin_or_resume, check_empty
 from llm_wsae.data.shard_record import REPAIR, TOKENS, FileRecord, ShardRecord, all_paths
-from llm_wsae.data.shard_writer import finish_store
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import folder_lock, remove_partials, sha256, write_atomic

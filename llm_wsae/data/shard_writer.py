@@ -5,7 +5,6 @@ synced and hashed first, its record last. So a process killed at any instant lea
 and perhaps some files that nothing refers to, which the next run overwrites or removes.
 """
 
-import shutil
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,12 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards, save_record
+from llm_wsae.data.manifest import Manifest, save_record
 from llm_wsae.data.packing import Contexts, save_contexts
 from llm_wsae.data.shard_reader import bytes_of
 from llm_wsae.data.shard_record import (
     ROWS_PER_CHECK,
-    STATISTICS,
     FileRecord,
     ShardRecord,
     packed,
@@ -29,7 +27,7 @@ from llm_wsae.data.shard_record import (
 )
 from llm_wsae.digests import crc32s
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import load_tensors, save_tensors
+from llm_wsae.files import save_tensors
 from llm_wsae.statistics.moments import Statistics
 
 SHARD_SAMPLE_ROWS = 1024  # sampled per shard; the sample of the whole store is larger
@@ -137,23 +135,3 @@ class StoreWriter:
         )
         save_record(self._folder, index, record)
         self._contexts, self._statistics, self._num_rows = [], {}, 0
-
-
-def finish_store(folder: Path, manifest: Manifest) -> None:
-    """Finish a store that has all its shards: write the statistics of all rows and the manifest."""
-    shards = complete_shards(folder, manifest)
-    assert list(shards) == list(range(manifest.num_shards))
-    manifest.shards = list(shards.values())
-    for site in manifest.sites:
-        merged = Statistics(manifest.d_in, manifest.context_size)
-        for index, shard in shards.items():
-            path = shard_paths(index, [site])[site][1]
-            shard.files[path].check(folder / path)
-            tensors, _ = load_tensors(folder / path, "statistics of a shard")
-            merged.merge(Statistics.from_tensors(tensors))
-        path = f"{site}/{STATISTICS}"
-        save_tensors(folder / path, merged.to_tensors())
-        manifest.statistics[path] = FileRecord.of(folder / path)
-    manifest.complete = True
-    manifest.save(folder)
-    shutil.rmtree(folder / RECORDS, ignore_errors=True)

@@ -207,6 +207,7 @@ class StoreSource:
         self.site = site
         self.d_in = store.d_in
         self.num_rows: int | None = store.num_rows
+        self.prepends_bos = store.manifest.bos_token_id is not None
         self._window_bytes = window_bytes
         self._identity = store.identity(site)
 

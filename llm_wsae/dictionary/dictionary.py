@@ -107,6 +107,15 @@ class Dictionary(nn.Module):
         """SHA-256 of the decoder's float32 numbers: what tells that a report is about it."""
         return hashlib.sha256(self.W_dec.detach().cpu().numpy().tobytes()).hexdigest()
 
+    def on_cpu(self) -> "Dictionary":
+        """This dictionary if it is on the CPU, otherwise a copy of it there."""
+        if self.W_enc.device.type == "cpu":
+            return self
+        tensors = {name: parameter.cpu() for name, parameter in self.named_parameters()}
+        copied = Dictionary(**tensors, sparsity=self.sparsity, info=self.info, extras=self.extras)
+        copied.folder = self.folder
+        return copied
+
     def encode_sparse(self, x: Float[Tensor, "*rows d_in"]) -> Codes:
         """The active latents of every row: indices and values ``[*rows, k]``.
 

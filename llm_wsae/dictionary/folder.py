@@ -148,23 +148,25 @@ def write_folder(
 
 
 def copy_folder(source: Path, folder: Path) -> None:
-    """Copy a dictionary folder byte for byte, atomically; an older dictionary is replaced.
+    """Copy a dictionary folder byte for byte, atomically; an older dictionary is replaced. What was
+    said of the latents there stays if the weights are the same.
 
     Raises LlmWsaeError as ``write_folder`` does; what was there is then unchanged.
     """
     with replacing(folder, check_replaceable) as new:
-        for name in sorted({*_OWN_FILES, EXPLANATIONS}):
-            path = source / name
-            if name in _OWN_FILES or path.is_file():
-                write_atomic(new / name, functools.partial(shutil.copyfile, path))
+        for name in sorted(_OWN_FILES):
+            write_atomic(new / name, functools.partial(shutil.copyfile, source / name))
         _carry_explanations(folder, new)
+        said = source / EXPLANATIONS
+        if said.is_file() and not (new / EXPLANATIONS).exists():
+            write_atomic(new / EXPLANATIONS, functools.partial(shutil.copyfile, said))
 
 
 def _carry_explanations(old: Path, new: Path) -> None:
     """What was said of a dictionary's latents stays when the same weights are saved again."""
-    there, here = old / EXPLANATIONS, new / EXPLANATIONS
-    if there.is_file() and not here.exists() and weights_checksum(old) == weights_checksum(new):
-        shutil.copyfile(there, here)
+    there = old / EXPLANATIONS
+    if there.is_file() and weights_checksum(old) == weights_checksum(new):
+        shutil.copyfile(there, new / EXPLANATIONS)
 
 
 def weights_checksum(folder: Path) -> Any:

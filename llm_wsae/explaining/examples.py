@@ -30,7 +30,7 @@ from llm_wsae.explaining.protocol import (
     Text,
     harmless,
 )
-from llm_wsae.inspecting.readout import Vocabulary
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.pages.collecting import activations_of, collect, context_of_every_row, windows
 from llm_wsae.pages.payload import nearest
 

@@ -32,8 +32,8 @@ from llm_wsae.explaining.protocol import (
 )
 from llm_wsae.explaining.report import DictionaryExplained, Explained
 from llm_wsae.files import read_json, write_json
-from llm_wsae.inspecting.readout import Vocabulary
 from llm_wsae.inspecting.sentence import check_width
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.outputs import check_file

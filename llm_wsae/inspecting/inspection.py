@@ -13,8 +13,9 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.firings import check_store
 from llm_wsae.inspecting.latents import Example, Latent, Word, check_latents, look_at
-from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import Token, check_width, read_sentence
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import check_number
 from llm_wsae.outside import text as known_text

@@ -11,7 +11,8 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.firings import Firing, firings
-from llm_wsae.inspecting.readout import Marked, Readout, Vocabulary
+from llm_wsae.inspecting.readout import Readout
+from llm_wsae.inspecting.vocabulary import Marked, Vocabulary
 
 _BEFORE, _AFTER = 24, 12  # tokens shown around the marked one
 
@@ -99,6 +100,7 @@ def look_at(
 
     Raises UsageError for a latent that the dictionary does not have, and as ``firings`` does.
     """
+    dictionary = dictionary.on_cpu()  # as the rows of a store are
     numbers = check_latents(dictionary, latents)
     if len(numbers) == 0:
         return []

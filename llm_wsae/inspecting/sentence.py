@@ -9,7 +9,7 @@ from torch import Tensor
 from llm_wsae.data.config import PackConfig
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.inspecting.readout import Vocabulary
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 
 
@@ -41,7 +41,7 @@ def read_sentence(model: LanguageModel, dictionary: Dictionary, text: str) -> li
     check_width(model, dictionary)
     ids = token_ids(model, dictionary, text)
     hidden = model.activations(torch.tensor([ids]), [dictionary.site])[dictionary.site][0].cpu()
-    codes = dictionary.encode_sparse(hidden.float())
+    codes = dictionary.encode_sparse(hidden.float().to(dictionary.W_enc.device))
     explained = _explained(model, dictionary, torch.tensor(ids), hidden)
     vocabulary = Vocabulary(model.tokenizer)
     tokens = []

@@ -12,8 +12,9 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.errors import UsageError
 from llm_wsae.files import write_text
-from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import check_width, read_sentence
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outputs import check_file
 from llm_wsae.outside import check_number
@@ -145,7 +146,7 @@ def dashboard(
 def named_dictionaries(
     dictionaries: Sequence[Dictionary | Path | str] | Mapping[str, Dictionary],
 ) -> dict[str, Dictionary]:
-    """The dictionaries by names that tell them apart.
+    """The dictionaries by names that tell them apart, on the CPU as the rows of a store are.
 
     Raises UsageError if there is none or they are of several sites; LlmWsaeError for a folder that
     holds none.
@@ -163,4 +164,4 @@ def named_dictionaries(
         raise UsageError(
             f"a page shows dictionaries of one site, but these are of {' and '.join(sorted(sites))}"
         )
-    return named
+    return {name: dictionary.on_cpu() for name, dictionary in named.items()}

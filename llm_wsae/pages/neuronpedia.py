@@ -40,8 +40,9 @@ from llm_wsae.dictionary.explanations import (
 from llm_wsae.errors import UsageError, shown
 from llm_wsae.files import folder_lock, remove_partials, write_text
 from llm_wsae.inspecting.firings import check_store
-from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import check_width
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.pages.collecting import context_of_every_row
 from llm_wsae.pages.firings_by_latent import FiringsByLatent, choose
@@ -118,6 +119,7 @@ def export_neuronpedia(
     check_folder(out)
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)
+    dictionary = dictionary.on_cpu()  # as the rows of a store are
     explained: dict[int, Explanation] = {}
     if dictionary.folder is not None:
         explained = read_explanations(dictionary.folder)

@@ -19,7 +19,8 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation
 from llm_wsae.dictionary.hub.card_tables import MEASURES, score, with_interval
 from llm_wsae.inspecting.latents import dimensions_written, written
-from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.inspecting.readout import Readout
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.outside import mapping, number, pair
 from llm_wsae.pages.collecting import Firings, Windows, windows
 from llm_wsae.terminal import printable

@@ -59,6 +59,7 @@ class PlantedSource:
         """Raises as ``make_plants`` and ``Dictionary.load`` do, and UsageError if the store has too
         few rows to hold two chunks of them out, or the dictionary another width."""
         self.store, self.site, self.d_in = store, site, store.d_in
+        self.prepends_bos = store.manifest.bos_token_id is not None
         chunks = store.num_rows // CHUNK_ROWS
         heldout = max(2, round(chunks * config.heldout_share))
         if chunks - heldout < 1:

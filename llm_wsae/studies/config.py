@@ -32,9 +32,9 @@ class StudyConfig:
     plant: PlantConfig | None = None
     """Features to plant into the rows of every training; their recovery is then measured too."""
     control: DiagonalControl = "permuted"
-    """Control of rules with one weight per dimension: the same weights exchanged among all
-    dimensions, or among those of nearly the same variance (deciles), so that the loss has about as
-    many effective dimensions. Other rules have one control."""
+    """Control of rules with one weight per dimension. permuted: the same weights are exchanged
+    among all dimensions; deciles: among dimensions of nearly the same variance, so that the loss
+    has about as many effective dimensions. Other rules have one control."""
 
     def __post_init__(self) -> None:
         for name in ("curve", "seeds"):

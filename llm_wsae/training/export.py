@@ -30,6 +30,7 @@ def dictionary_of(
     ``numbers`` were last logged for it; ``settings`` are those of the training.
     """
     weights, provenance = arm.config.weights, source.identity()
+    packing = provenance.get("packing", {})
     info = DictionaryInfo(
         site=str(source.site),
         name=arm.config.name,
@@ -38,7 +39,8 @@ def dictionary_of(
         weights=dataclasses.asdict(weights.config),
         seed=arm.config.init_seed,
         context_size=statistics.context_size,
-        prepend_bos=provenance.get("packing", {}).get("prepend_bos"),
+        # Packing asks for a BOS, which not every tokenizer has; sources of others say no more.
+        prepend_bos=getattr(source, "prepends_bos", packing.get("prepend_bos")),
         massive_threshold=statistics.massive_threshold,
         model=provenance.get("model", {}),
         corpus=provenance.get("corpus", {}),

@@ -70,7 +70,7 @@ class TrainingLog:
                 kept = kept[: written.length]
         write_atomic(self._path, lambda partial: partial.write_bytes(kept))
         self._digest, self._length = hashlib.sha256(kept), len(kept)
-        self._send, self._end = _tracker(tracker, folder)
+        self._send, self._end = _tracker(tracker, folder, step + 1)
 
     @property
     def written(self) -> Written:
@@ -111,15 +111,18 @@ def _step_of(line: bytes) -> int:
     return step if type(step) is int and line.endswith(b"\n") else 2**62
 
 
-def _tracker(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]], Any], Callable]:
-    """A function that sends a step's numbers, and one that ends the sending."""
+def _tracker(
+    name: str, folder: Path, first: int
+) -> tuple[Callable[[int, dict[str, float]], Any], Callable]:
+    """A function that sends a step's numbers, the first at step ``first`` or later, and one that
+    ends the sending."""
     if name == "none":
         return (lambda step, numbers: None), (lambda: None)
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(folder))
+            writer = SummaryWriter(str(folder), purge_step=first)  # hides those of a lost run
 
             def write(step: int, numbers: dict[str, float]) -> None:
                 for key, value in numbers.items():
@@ -128,10 +131,15 @@ def _tracker(name: str, folder: Path) -> tuple[Callable[[int, dict[str, float]],
             return write, writer.close
         import wandb
 
-        # One folder is one run, also when it is resumed.
+        # One folder is one run, also when it is resumed, and beside those of other sites.
         number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         run = wandb.init(
-            project="llm-wsae", name=folder.name, dir=str(folder), id=number, resume="allow"
+            project="llm-wsae",
+            name=folder.name,
+            dir=str(folder),
+            id=number,
+            resume="allow",
+            reinit="create_new",
         )
         return (lambda step, numbers: run.log(numbers, step=step)), run.finish
     except ImportError:

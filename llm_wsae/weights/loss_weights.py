@@ -5,6 +5,7 @@ them; a weights file keeps them. Where few dimensions dominate the loss, there i
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.files import load_own_tensors, open_tensors, save_own_tensors
+from llm_wsae.model.site import Site
 from llm_wsae.outside import mapping, parse_json, reason, typed
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import IN_LOSS, WeightConfig
@@ -93,14 +95,24 @@ class LossWeights:
         save_own_tensors(path, {"gamma": self.gamma}, header | (facts or {}))
 
     @classmethod
-    def load(cls, path: Path, own_config: WeightConfig | None = None) -> "LossWeights":
+    def load(
+        cls, path: Path, own_config: WeightConfig | None = None, sites: Iterable[Site] = ()
+    ) -> "LossWeights":
         """Read what ``save`` wrote, or any safetensors file with one vector or matrix in it.
 
         ``own_config`` are the settings of custom weights; those of a rule are in the file, and
-        others are refused. Raises UsageError for these, LlmWsaeError when the file is not a weights
-        file, or not what was saved.
+        others are refused. ``sites`` are those to be weighted; a file that does not say whose
+        weights it holds fits all of them. Raises UsageError for other settings or another site,
+        LlmWsaeError when the file is not a weights file, or not what was saved.
         """
         tensors, header = load_own_tensors(path, "weights file")
+        made_for = header.get("site")
+        for site in sites:  # one width fits all sites of a model, so nothing else would show it
+            if isinstance(made_for, str) and made_for != str(site):
+                raise UsageError(
+                    f"{path} holds the weights of {shown(made_for)}, not of {site}; make a file "
+                    f"with llm-wsae weigh --site {site}, and train each site with its own"
+                )
         if "gamma" not in tensors and len(tensors) != 1:
             raise LlmWsaeError(
                 f"{path} holds the tensors {sorted(tensors)}; a weights file has one, 'gamma'"

@@ -20,8 +20,10 @@ from llm_wsae.commands import parser
 from llm_wsae.data.hub_dataset import HubDataset
 from llm_wsae.data.manifest import Manifest, complete_shards
 from llm_wsae.files import folder_lock
+from llm_wsae.weights.loss_weights import LossWeights
 
 SIZE = ("--context-size", 16)
+OTHER_SITE = SITE.replace("post", "mid")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,7 @@ def world(world):
     save_file({"gamma": torch.ones(9)}, folder / "short.safetensors")
     save_file({"gamma": torch.full((16,), torch.nan)}, folder / "nan.safetensors")
     (folder / "notes.safetensors").write_text("my notes")
+    LossWeights(torch.ones(16)).save(folder / "theirs.safetensors", {"site": OTHER_SITE})
     shutil.copytree(folder / "trained/uniform-k4", folder / "torn")
     torn = folder / "torn/sae_weights.safetensors"
     torn.write_bytes(torn.read_bytes()[:-40])
@@ -223,6 +226,16 @@ MISTAKES = {
     ),
     "rule in run": (2, (*RUNNING, "--rule", "varience"), ["did you mean 'variance'"]),
     "weights of another site": (
+        2,
+        (*TRAINING, "--k", 4, "--weights", "theirs.safetensors"),
+        [f"holds the weights of '{OTHER_SITE}', not of {SITE}", f"llm-wsae weigh --site {SITE}"],
+    ),
+    "weights of one of two sites": (
+        2,
+        ("train", "store", "--site", OTHER_SITE, SITE, "--weights", "theirs.safetensors"),
+        [f"holds the weights of '{OTHER_SITE}', not of {SITE}"],
+    ),
+    "weights of another width": (
         1,
         (*TRAINING, "--k", 4, "--weights", "short.safetensors"),
         ["for 9 dimensions, but the site has 16", "llm-wsae weigh"],

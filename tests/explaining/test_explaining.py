@@ -49,7 +49,7 @@ from llm_wsae.explaining.explaining import price_of
 from llm_wsae.explaining.protocol import Question, Trial
 from llm_wsae.explaining.report import rank_correlation, score_of
 from llm_wsae.files import write_json
-from llm_wsae.inspecting.readout import Vocabulary
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.studies import runner

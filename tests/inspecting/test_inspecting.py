@@ -28,13 +28,17 @@ from llm_wsae.harvesting import harvest
 from llm_wsae.inspecting.firings import firings
 from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
 from llm_wsae.inspecting.latents import check_latents, look_at
-from llm_wsae.inspecting.readout import Readout, Vocabulary
+from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import read_sentence
+from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.pages.dashboard import named_dictionaries
 from llm_wsae.terminal import printable, printable_json
 
 SITE = Site.parse("blocks.1.hook_resid_post")
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+CARD = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
 SPARSITIES = {"topk": TopK(4), "relu": ReLU(), "jumprelu": JumpReLU()}
 
 
@@ -237,6 +241,34 @@ def test_words_are_the_best_and_the_worst_tokens(model):
     assert [w.token for w in view.promotes if w.id < 50] == [
         WORDS[w.id] for w in view.promotes if w.id < 50
     ]
+
+
+@pytest.mark.parametrize("device", ["cpu", CARD])
+@over(kind=SPARSITIES)
+def test_a_dictionary_may_be_on_another_device_than_the_rows(store, model, kind, device):
+    one, moved = dictionary_for(model, kind), dictionary_for(model, kind).to(device)
+    latents = (all_latents(store, one)[0] > 0).sum(0).argsort(descending=True)[:3].tolist()
+    expected, found = (
+        inspect(each, latents, store=store, model=model, text="w5 w17 w30", top=4)
+        for each in (one, moved)
+    )
+    assert found.latents == expected.latents and found.latents[0].firing.density > 0
+    assert found.tokens is not None and expected.tokens is not None
+    for token, other in zip(found.tokens, expected.tokens, strict=True):
+        assert [a.latent for a in token.latents] == [a.latent for a in other.latents]
+        assert [a.activation for a in token.latents] == pytest.approx(
+            [a.activation for a in other.latents], rel=1e-2
+        )
+    assert moved.W_enc.device.type == device  # it is left where it was
+    assert (moved.on_cpu() is moved) == (device == "cpu")
+
+
+def test_latents_are_looked_at_on_the_cpu(store, model, monkeypatch):
+    """Where there is no GPU, the device without numbers takes its place: any use of it fails."""
+    one, elsewhere = dictionary_for(model), dictionary_for(model).to("meta")
+    monkeypatch.setattr(Dictionary, "on_cpu", lambda _: one)
+    assert look_at(elsewhere, [5, 9], store=store) == look_at(one, [5, 9], store=store)
+    assert named_dictionaries([elsewhere]) == {"plain-k4": one}
 
 
 def test_embeddings_that_no_token_uses_are_not_shown():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from small_dictionaries import make_info
 
+from llm_wsae.data.finishing import finish_store
 from llm_wsae.data.manifest import Manifest
 from llm_wsae.data.packing import Contexts
-from llm_wsae.data.shard_writer import StoreWriter, finish_store
+from llm_wsae.data.shard_writer import StoreWriter
 from llm_wsae.data.shuffling import CHUNK_ROWS, ActivationSource, SharedSource
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -83,6 +84,7 @@ def test_rows_are_the_stores_plus_what_is_said_to_be_planted(store, source):
     planted = truth.float() @ source.plants.directions
     torch.testing.assert_close(rows, natural + planted, atol=1e-6, rtol=1e-5)
     assert isinstance(source, ActivationSource) and isinstance(source, SharedSource)
+    assert source.prepends_bos is False
 
 
 def test_plants_fire_as_often_and_as_strongly_as_they_should(source):

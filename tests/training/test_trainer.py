@@ -235,6 +235,16 @@ def test_a_process_group_must_reach_every_device(monkeypatch, backends):
         pass
 
 
+def test_processes_that_share_gpus_need_their_numbers(monkeypatch):
+    """As of ``srun`` alone, which sets no LOCAL_RANK; refused before any other is waited for."""
+    monkeypatch.setattr(collectives.distributed, "is_initialized", lambda: False)
+    connected = collectives.collectives(object.__new__(Several), torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"without LOCAL_RANK, .*torchrun, or set LOCAL_RANK to"):
+        connected.__enter__()
+    for device in ("cpu", "cuda:0", "cuda:3"):
+        collectives._check_numbered(torch.device(device))
+
+
 def test_a_folder_in_use_is_refused(trained, tmp_path):
     source = trained[0]
     with (
@@ -367,8 +377,9 @@ def test_a_tracker_gets_the_same_numbers(tmp_path, monkeypatch):
     written = []
 
     class Writer:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             assert folder == str(tmp_path)
+            written.append(purge_step)
 
         def add_scalar(self, name, value, step):
             written.append((name, value, step))
@@ -382,7 +393,10 @@ def test_a_tracker_gets_the_same_numbers(tmp_path, monkeypatch):
     log = TrainingLog(tmp_path, 0, "tensorboard")
     log.write(7, 700, NUMBERS)
     log.close()
-    assert written == [("uniform-k4/loss", 0.5, 7), ("uniform-k4/fvu", 0.4, 7), "closed"]
+    numbers = [("uniform-k4/loss", 0.5, 7), ("uniform-k4/fvu", 0.4, 7), "closed"]
+    assert written == [1, *numbers]
+    TrainingLog(tmp_path, 7, "tensorboard").close()  # resumed: what was written later is hidden
+    assert written[4:] == [8, "closed"]
 
 
 def test_a_folder_is_one_run_of_wandb(tmp_path, monkeypatch):
@@ -407,6 +421,40 @@ def test_a_folder_is_one_run_of_wandb(tmp_path, monkeypatch):
     assert started[0] == started[1] and started[0]["id"] and started[0]["resume"] == "allow"
     assert sent[0] == (7, {"uniform-k4/loss": 0.5, "uniform-k4/fvu": 0.4})
     assert sent[1] == sent[3] == "finished"
+
+
+def test_folders_are_runs_of_wandb_side_by_side(tmp_path, monkeypatch):
+    """As of several sites that are streamed: without reinit, wandb's init returns the first run."""
+    runs = []
+
+    class Run:
+        def __init__(self):
+            self.sent = []
+
+        def log(self, numbers, step):
+            self.sent.append(numbers)
+
+        def finish(self):
+            self.sent.append("finished")
+
+    def init(reinit="return_previous", **settings):
+        if not (runs and reinit == "return_previous"):
+            runs.append(Run())
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    sites = [tmp_path / "blocks.0.hook_resid_post", tmp_path / "blocks.1.hook_resid_post"]
+    for site in sites:
+        site.mkdir()
+    logs = [TrainingLog(site, 0, "wandb") for site in sites]
+    for number, log in enumerate(logs):
+        log.write(7, 700, {"uniform-k4": {"loss": float(number)}})
+    for log in logs:
+        log.close()
+    assert [run.sent for run in runs] == [
+        [{"uniform-k4/loss": 0.0}, "finished"],
+        [{"uniform-k4/loss": 1.0}, "finished"],
+    ]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -6,6 +6,7 @@ from covariances import second_moment
 from safetensors.torch import save_file
 
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.model.site import Site
 from llm_wsae.plots import plot_fidelity, plot_profile
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.normaliser import Spaces
@@ -133,6 +134,19 @@ def test_settings_are_given_for_custom_weights_only(tmp_path):
         assert LossWeights.load(path, same).config == IN_LOSS
     with pytest.raises(UsageError, match=r"variance made for the place loss.*drop --place"):
         LossWeights.load(path, config)
+
+
+def test_a_file_is_for_the_site_that_it_names(tmp_path):
+    path, here, there = tmp_path / "w.safetensors", Site(1, "post"), Site(2, "post")
+    gamma = torch.tensor([1.0, 2.0])
+    save_file({"anything": gamma}, path)
+    assert torch.equal(LossWeights.load(path, sites=[here, there]).gamma, gamma)
+    for facts, fitting in (({}, [here, there]), ({"site": str(here)}, [here])):
+        LossWeights(gamma).save(path, facts)
+        assert torch.equal(LossWeights.load(path, sites=fitting).gamma, gamma)
+    for sites in ([there], [here, there]):
+        with pytest.raises(UsageError, match=rf"weights of '{here}', not of {there}; make a file"):
+            LossWeights.load(path, sites=sites)
 
 
 def test_bad_files_are_refused(tmp_path):

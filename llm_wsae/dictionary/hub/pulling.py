@@ -1,7 +1,8 @@
 """Dictionaries are read from the Hugging Face Hub: copied into a folder, opened, listed.
 
 A pull downloads into the client's cache, checks everything there, and only then copies into the
-user's folder. A dictionary of the user's own is never replaced.
+user's folder. A dictionary of the user's own is never replaced, and what was said of its latents
+here, which may have been paid for, is never lost.
 """
 
 import dataclasses
@@ -15,19 +16,22 @@ from llm_wsae.dictionary.atomic_folder import clear_up
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
     CFG,
+    EXPLANATIONS,
     INFO,
+    WEIGHTS,
     check_folder,
     check_replaceable,
     copy_folder,
     is_dictionary,
     keep_measurements,
+    weights_checksum,
     write_folder,
 )
 from llm_wsae.dictionary.formats import reading
 from llm_wsae.dictionary.hub.card_data import Facts, facts
 from llm_wsae.dictionary.hub.repository import Repository, inside
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.files import folder_lock, read_json
+from llm_wsae.files import folder_lock, read_json, sha256
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.outside import mapping
@@ -44,13 +48,15 @@ def pull(
 
     (One at the top level of its repository goes to ``out/<repository>``.) Each is downloaded and
     checked completely before it is copied; a foreign one is converted to this package's layout. An
-    older one, as it was pulled from the same repository, is replaced in one step. If nothing but
-    what was said or measured of it is new, that is added. Anything else there is left alone.
-    ``pull.json`` in ``out`` keeps where each came from. Returns the folders by name.
+    older one, as it was pulled from the same repository, is replaced in one step, with what was
+    measured of it. If nothing but what was said or measured of it is new, that is added. Anything
+    else there is left alone. ``pull.json`` in ``out`` keeps where each came from. Returns the
+    folders by name.
 
     Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails, if a file is
     damaged, unsafe or not what its checksum says, if two dictionaries would be copied into one
-    place, or if ``out`` cannot be written or holds another dictionary there.
+    place, or if ``out`` cannot be written or holds another dictionary there, or explanations of
+    older weights that were made here.
     """
     out = Path(out)
     check_file(out / RECORD, is_record_of("pull"))
@@ -58,21 +64,24 @@ def pull(
     places = _places(repository, repository.wanted(sae_id), out)
     asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
 
-    def record(place: str, sha256: Any) -> None:
-        pulled = {**_pulled(out), place: {"repo_id": repo_id, "sha256": sha256}}
-        write_record(out / RECORD, "pull", {**asked, "pulled": pulled})
+    def record(place: str, digests: Any, said: Any) -> None:
+        own = {"repo_id": repo_id, "sha256": digests, "explanations_sha256": said}
+        write_record(out / RECORD, "pull", {**asked, "pulled": {**_pulled(out), place: own}})
 
     for name, place in places.items():
         with _own_layout(repository, name) as source, folder_lock(out, "pulled dictionaries"):
             folder, digests = out / place, _digests(source)
             clear_up(folder)
-            _check_ours(folder, _pulled(out).get(place), repo_id, digests)
-            if is_dictionary(folder) and _digests(folder) == digests and _is_intact(folder):
-                _add_what_is_new(source, folder)
-            else:
-                record(place, None)  # if this is the last that it does, it may go on
+            recorded = _pulled(out).get(place)
+            _check_ours(folder, recorded, repo_id, digests)
+            _check_explanations(folder, recorded, weights_checksum(source))
+            known = mapping(recorded).get("explanations_sha256")
+            none_made_here = _explanations(folder) in (None, known, _explanations(source))
+            if not (is_dictionary(folder) and _digests(folder) == digests and _is_intact(folder)):
+                record(place, None, known)  # if this is the last that it does, it may go on
                 copy_folder(source, folder)
-            record(place, digests)
+            _add_what_is_new(source, folder)
+            record(place, digests, _explanations(folder) if none_made_here else known)
     return {name: out / place for name, place in places.items()}
 
 
@@ -122,6 +131,24 @@ def _check_ours(folder: Path, recorded: Any, repo_id: str, digests: Any) -> None
         )
 
 
+def _explanations(folder: Path) -> str | None:
+    """The SHA-256 of what was said of a dictionary's latents, if anything was."""
+    path = folder / EXPLANATIONS
+    return sha256(path) if path.is_file() else None
+
+
+def _check_explanations(folder: Path, recorded: Any, weights: Any) -> None:
+    """Raises LlmWsaeError if a dictionary of other weights would be replaced, and with it
+    explanations that no pull brought: they may have been paid for, unlike measurements."""
+    if not is_dictionary(folder) or weights_checksum(folder) == weights:
+        return
+    if _explanations(folder) not in (None, mapping(recorded).get("explanations_sha256")):
+        raise LlmWsaeError(
+            f"{folder / EXPLANATIONS} explains the weights that were pulled before, and the "
+            "repository has others now; move it away to replace them, or choose another --out"
+        )
+
+
 def _is_intact(folder: Path) -> bool:
     try:
         check_folder(folder)
@@ -168,6 +195,8 @@ def _places(repository: Repository, names: Sequence[str], out: Path) -> dict[str
         own = repository.layouts[name] is None
         digests = repository.read_json(inside(name, INFO)).get("sha256") if own else None
         _check_ours(out / place, pulled.get(place), repo_id, digests)
+        if own:  # of a foreign one it is known when it is converted
+            _check_explanations(out / place, pulled.get(place), mapping(digests).get(WEIGHTS))
     return places
 
 

@@ -77,7 +77,7 @@ class Collectives:
 def collectives(processes: Several, device: torch.device) -> Iterator[Collectives]:
     """Connect all processes for tensors on ``device``, until the block ends or fails.
 
-    Raises UsageError for a device whose tensors cannot be exchanged.
+    Raises UsageError for a device whose tensors cannot be exchanged, or a GPU without a number.
     """
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"several processes can train on cuda or cpu, not on {device.type}")
@@ -90,6 +90,7 @@ def collectives(processes: Several, device: torch.device) -> Iterator[Collective
                 )
         yield Collectives(processes)
         return
+    _check_numbered(device)
     processes.meet()  # the backend does not wait long for late processes
     backend = "gloo"
     if device.type == "cuda":
@@ -111,6 +112,15 @@ def collectives(processes: Several, device: torch.device) -> Iterator[Collective
         yield Collectives(processes)
     finally:
         distributed.destroy_process_group()  # wakes processes that still wait for this one
+
+
+def _check_numbered(device: torch.device) -> None:
+    """Raises UsageError if nothing says which of the machine's GPUs is this process's own."""
+    if device.type == "cuda" and device.index is None:
+        raise UsageError(
+            "several processes were started without LOCAL_RANK, which says which GPU each of them "
+            "takes; start them with torchrun, or set LOCAL_RANK to their numbers on each machine"
+        )
 
 
 def largest_in_rows(

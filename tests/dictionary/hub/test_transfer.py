@@ -16,6 +16,7 @@ from foreign_folders import saelens_checkpoint
 from hub_fixtures import REPO, head, sentence
 from huggingface_hub import HfApi
 from places import SCRIPTS
+from safetensors.torch import load_file, save_file
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -316,6 +317,52 @@ def test_a_pull_replaces_only_what_was_pulled_from_there(
     assert works("verify", out).out
 
 
+def test_explanations_made_here_are_not_replaced_with_the_weights(hub, plain, tmp_path):
+    """They may have been paid for; those that a pull brought have newer ones in their place."""
+    out = tmp_path / "out"
+    place = out / SITE / "plain-k4"
+
+    def made(seed: int, *latents: int) -> None:
+        make_dictionary("plain-k4", seed=seed).save(plain)
+        keep_explanations(plain, [Explanation(latent, "theirs", "m", {}) for latent in latents])
+        push([plain], REPO)
+
+    def said() -> dict[int, str | None]:
+        return {latent: one.text for latent, one in read_explanations(place).items()}
+
+    made(1)
+    pull(REPO, out)
+    made(1, 1)  # added to the folder
+    pull(REPO, out)
+    assert said() == {1: "theirs"}
+    made(2, 2)
+    pull(REPO, out)
+    assert said() == {2: "theirs"} and content(place) == content(plain)
+
+    keep_explanations(place, [Explanation(3, "mine", "m", {})])
+    made(2, 2, 4)  # the same weights: what is new is added, and mine stay mine
+    pull(REPO, out)
+    assert said() == {2: "theirs", 3: "mine", 4: "theirs"}
+    dictionary = Dictionary.load(plain)
+    dictionary.extras = {"gamma": torch.ones(dictionary.d_in)}
+    dictionary.save(plain)  # of the same weights, but replaced
+    keep_explanations(plain, [Explanation(5, "theirs", "m", {})])
+    push([plain], REPO)
+    pull(REPO, out)
+    assert said() == {2: "theirs", 3: "mine", 4: "theirs", 5: "theirs"}
+    assert Dictionary.load(place).extras["gamma"].tolist() == [1.0] * dictionary.d_in
+
+    made(6, 1)
+    before = content(out)
+    with pytest.raises(LlmWsaeError, match="explains the weights that were pulled before") as error:
+        pull(REPO, out)
+    assert f"{place / 'explanations.jsonl'} explains" in sentence(error)
+    assert "move it away" in sentence(error) and content(out) == before
+    shutil.move(place / "explanations.jsonl", tmp_path / "mine.jsonl")
+    pull(REPO, out)
+    assert said() == {1: "theirs"} and content(place) == content(plain)
+
+
 def test_a_checkpoint_of_saelens_has_its_scale_on_the_hub_too(hub, tmp_path):
     saelens_checkpoint(tmp_path / "theirs")
     hub.create(REPO)
@@ -327,6 +374,14 @@ def test_a_checkpoint_of_saelens_has_its_scale_on_the_hub_too(hub, tmp_path):
     keep_measurements(folder, {"fidelity": {"kl": 0.25}})
     pull(REPO, tmp_path / "out")  # converted again, to the same
     assert check_folder(folder).metrics["fidelity"] == {"kl": 0.25}
+    keep_explanations(folder, [Explanation(1, "mine", "m", {})])
+    before = content(tmp_path / "out")
+    path = tmp_path / "theirs" / WEIGHTS
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    hub.store.put(REPO, f"one/{WEIGHTS}", path.read_bytes())
+    with pytest.raises(LlmWsaeError, match="explains the weights that were pulled before"):
+        pull(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == before
 
 
 def test_a_cut_download_goes_on_where_it_broke(hub, tmp_path):
