@@ -14,7 +14,7 @@ from llm_wsae.weights.config import DiagonalControl
 class StudyConfig:
     """Rules × α × k × seeds, and the plain curve they are compared with."""
 
-    rules: tuple[str, ...] = ("variance", "whitening")
+    rules: tuple[str, ...] = ("variance",)
     """Weight rules. Each brings its control."""
     alphas: tuple[float, ...] = (0.5,)
     """Exponents of the weights γ = score^α."""
