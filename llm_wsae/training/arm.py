@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from llm_wsae.training.free_lengths import FreeLengths
 from llm_wsae.training.normaliser import Space, Spaces
 from llm_wsae.training.optimiser import Optimiser
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch, Step, initial_parameters
+from llm_wsae.training.parameters import Batch, Parameters, Step, initial_parameters
 from llm_wsae.weights.config import IN_LOSS
 from llm_wsae.weights.loss_weights import LossWeights, annealed
 
@@ -123,6 +123,13 @@ class Progress:
     rows: Tensor
 
 
+class Learnt(NamedTuple):
+    """What an arm's dictionary is made of."""
+
+    parameters: Parameters
+    architecture: Architecture
+
+
 class Arm:
     """Parameters, optimiser state and counters of one arm on a device."""
 
@@ -171,6 +178,11 @@ class Arm:
         )
         self._scales_rows = is_mixed and self.lengths == "unit"
         self.progress = self._no_progress()
+
+    @property
+    def learnt(self) -> Learnt:
+        """Of the latents that are here."""
+        return Learnt(self.parameters, self.architecture)
 
     def step(
         self, batch: Batch, rows_seen: int, learning_rate: float, aux: float, dead_after: int

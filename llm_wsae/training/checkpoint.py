@@ -33,9 +33,10 @@ from llm_wsae.files import (
     write_error,
 )
 from llm_wsae.processes import Processes
-from llm_wsae.training.arm import Arm
+from llm_wsae.training.arm import Arm, Learnt
 from llm_wsae.training.log import Written
 from llm_wsae.training.parallel.group import ProcessGroup
+from llm_wsae.training.parameters import Parameters
 
 DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
 _ALIGNED = 8  # bytes of the largest of them
@@ -181,11 +182,23 @@ def load_checkpoint(
             return reached
 
 
-def load_just_saved(folder: Path, arm: Arm) -> None:
-    """Restore an arm that holds all latents from the checkpoint that this run has just saved."""
-    path = folder / CHECKPOINT
+def load_learnt(folder: Path, arm: Arm) -> Learnt:
+    """What an arm learnt, with the latents of all processes, from the checkpoint that this run has
+    just saved.
+
+    Only what a dictionary is made of is read: the optimiser's moments are twice as large as the
+    weights, and such dictionaries fill memory as it is.
+    """
+    path, config = folder / CHECKPOINT, arm.config
+    architecture = config.kind(config.level, arm.d_sae)
     with open_tensors(path, WHAT) as file, _refused(path):
-        _restore(file, [arm])
+
+        def read(name: str) -> Tensor:
+            return file.get_tensor(f"{config.name}/{name}")
+
+        parameters = Parameters(*map(read, Parameters._fields))
+        architecture.load_state({name: read(name) for name in arm.architecture.state()})
+    return Learnt(parameters, architecture)
 
 
 def log_at_checkpoint(folder: Path) -> Written | None:
