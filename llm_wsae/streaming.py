@@ -54,7 +54,7 @@ class ActivationStreams:
         config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
         folder: Path | None = None,
     ):
-        """``folder``: where the statistics are kept, so that a training that is resumed, also
+        """``folder``: where what is measured is kept, so that a training that is resumed, also
         elsewhere, has the same. Raises UsageError for a site or context size that the model does
         not have."""
         for site in sites:
@@ -94,7 +94,8 @@ class ActivationStreams:
                 for one, own in rows.items():
                     new[one].update(own, positions)
             self._statistics = new
-            self._keep("statistics", new)
+            for one, found in new.items():
+                self.keep(one, "statistics", found.to_tensors())
         return self._statistics[site]
 
     def second_moment(self, site: Site) -> SecondMoment:
@@ -106,13 +107,38 @@ class ActivationStreams:
                 for one, own in rows.items():
                     new[one].update(own[own.float().norm(dim=1) <= threshold[one]])
             self._second_moments = new
-            self._keep("second_moment", new)
+            for one, found in new.items():
+                self.keep(one, "second_moment", found.to_tensors())
         return self._second_moments[site]
 
     def first_contexts(self, tokens: int) -> Iterator[Contexts]:
         """The contexts of about the first ``tokens`` tokens, a forward pass at a time."""
         limit = max(1, tokens // self.config.context_size)
         return self._packer.blocks(self.corpus, self.config.contexts_per_batch, limit=limit)
+
+    def kept(
+        self, site: Site, what: str, settings: dict[str, Any] | None = None
+    ) -> dict[str, Tensor] | None:
+        """What is kept of a measurement of a site, if it is of these rows, with these settings.
+
+        Raises LlmWsaeError if it is damaged.
+        """
+        if self._folder is None or not (path := self._path(site, what)).exists():
+            return None
+        tensors, facts = load_own_tensors(path, f"{what} of {site}")
+        return tensors if facts == plain(self.identity(site) | (settings or {})) else None
+
+    def keep(
+        self,
+        site: Site,
+        what: str,
+        tensors: dict[str, Tensor],
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Keep a measurement of a site, if there is a folder for it."""
+        if self._folder is not None and leads():
+            facts = self.identity(site) | (settings or {})
+            save_own_tensors(self._path(site, what), tensors, facts)
 
     def identity(self, site: Site) -> dict[str, Any]:
         """JSON values that identify a site's rows in this order."""
@@ -213,32 +239,18 @@ class ActivationStreams:
 
     def _read(self) -> bool:
         """Take the statistics that are kept, if they are of these rows at every site."""
-        if self._folder is None:
-            return False
         statistics, moments = {}, {}
         for site in self.sites:
-            for what in ("statistics", "second_moment"):
-                path = self._path(site, what)
-                if not path.exists():
-                    continue
-                tensors, facts = load_own_tensors(path, f"{what} of {site}")
-                if facts != plain(self.identity(site)):
-                    continue
-                if what == "statistics":
-                    statistics[site] = Statistics.from_tensors(tensors)
-                else:
-                    moments[site] = SecondMoment.from_tensors(tensors)
+            if (tensors := self.kept(site, "statistics")) is not None:
+                statistics[site] = Statistics.from_tensors(tensors)
+            if (tensors := self.kept(site, "second_moment")) is not None:
+                moments[site] = SecondMoment.from_tensors(tensors)
         if statistics.keys() != set(self.sites):
             return False
         self._statistics = statistics
         if moments.keys() == set(self.sites):
             self._second_moments = moments
         return True
-
-    def _keep(self, what: str, found: dict[Site, Any]) -> None:
-        if self._folder is not None and leads():
-            for site, one in found.items():
-                save_own_tensors(self._path(site, what), one.to_tensors(), self.identity(site))
 
 
 class StreamedSite:

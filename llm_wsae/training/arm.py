@@ -103,7 +103,8 @@ class ArmConfig:
         return free | {
             "rule": self.weights.rule.name,
             "alpha": self.weights.alpha,
-            # a matrix comes from a decomposition, whose last digits depend on the machine
+            # a matrix comes from a decomposition, whose last digits depend on the machine; those of
+            # a vector may, too: a comparison allows for it
             "gamma_sum": float(f"{total:.6g}") if gamma.ndim == 2 else total,
             "weights": None if config == IN_LOSS else asdict(config),
             "k": self.k,
