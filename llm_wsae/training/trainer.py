@@ -31,6 +31,7 @@ from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, differences
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.log import LOG, is_log
 from llm_wsae.training.one_site import Training
+from llm_wsae.training.optimiser import PAIR_BYTES
 from llm_wsae.training.parallel.group import CONTINUE, SAVE, STOP, ProcessGroup, process_group
 
 
@@ -162,8 +163,7 @@ def _check_memory(
     numbers = 0
     for source, arms, _ in jobs:
         numbers += len(arms) * config.expansion * source.d_in**2
-    # two matrices, each with its two moments, in float32
-    needed = numbers * 6 * 4 // group.strategy.latent_parts
+    needed = numbers * PAIR_BYTES // group.strategy.latent_parts
     latents = sum(len(arms) * config.expansion * source.d_in for source, arms, _ in jobs)
     check_memory(
         needed,
