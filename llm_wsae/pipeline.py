@@ -36,7 +36,7 @@ from llm_wsae.planning.planning import LEAST_TOKENS, check_rows, plan
 from llm_wsae.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.streaming import ActivationStreams
 from llm_wsae.training.arm import make_arms
-from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
+from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, check_same_rows
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import check_arms, check_out, train, train_sites
@@ -131,9 +131,7 @@ def run(
     _check_alphas(parsed, alphas)
     plain = LossWeights(torch.ones(model.d_model), RULES["uniform"])
     asked = make_arms([plain] if parsed else [], ks, l1s, init_seeds, architectures)
-    check_arms(asked)
-    for arm in asked:
-        arm.check(train_config.expansion * model.d_model)
+    check_arms(asked, model.d_model, train_config)
     check_rows(harvest_config, train_config)
     if stream_config is None:
         _check_not_trained_on_less(out, sites, harvest_config)
@@ -180,6 +178,8 @@ def run(
     else:
         _say(1, "harvest", f"none: {corpus} goes through {model.name} while it is trained on")
         rows = ActivationStreams(model, training_text, sites, stream_config, out)
+        for site in sites:
+            check_same_rows(out / str(site), rows.identity(site))
     facts, arms = {}, {}
     for site in sites:
         _say(2, "weigh", f"profile of {site}")

@@ -209,19 +209,29 @@ def log_at_checkpoint(folder: Path) -> Written | None:
         return Written.from_json(json.loads(file.metadata()[HEADER]).get("log"))
 
 
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """The settings of the training in a folder, finished or not; None if there is none. The bytes
+    of a checkpoint are not checked here."""
+    if (folder / FINISHED).exists():
+        return read_finished(folder)[0]
+    if not (path := folder / CHECKPOINT).exists():
+        return None
+    with open_tensors(path, WHAT, WAY_OUT) as file, _refused(path):
+        return _complete(_identity(json.loads(file.metadata()[HEADER])))
+
+
 def began_with_unit_lengths(folder: Path) -> bool:
     """Whether the folder holds a training whose decoder rows all have length 1, as those of earlier
-    versions have. The bytes of a checkpoint are not checked here."""
-    path = folder / FINISHED
-    if path.exists():
-        arms = read_finished(folder)[0]["arms"]
-    elif (path := folder / CHECKPOINT).exists():
-        with open_tensors(path, WHAT, WAY_OUT) as file, _refused(path):
-            arms = _identity(json.loads(file.metadata()[HEADER]))["arms"]
-    else:
-        return False
-    with _refused(path):
-        return all("lengths" not in arm for arm in arms.values())
+    versions have."""
+    found = recorded(folder)
+    return found is not None and all("lengths" not in arm for arm in found["arms"].values())
+
+
+def check_same_rows(folder: Path, rows: dict[str, Any]) -> None:
+    """Raise LlmWsaeError, before anything is measured, if the folder holds a training on other
+    rows."""
+    if (found := recorded(folder)) is not None:
+        check_identity(folder, {"rows": found["rows"]}, {"rows": rows})
 
 
 def read_finished(folder: Path) -> tuple[dict[str, Any], Written | None]:
@@ -234,10 +244,7 @@ def read_finished(folder: Path) -> tuple[dict[str, Any], Written | None]:
     found = read_own_json(path, "training record", WAY_OUT)
     with _refused(path):
         log = Written.from_json(found.pop("log", None))
-        for name in ("rows", "arms"):
-            if not isinstance(found[name], dict):
-                raise ValueError(f"its {name} is {shown(found[name])}")
-        return found, log
+        return _complete(found), log
 
 
 @contextmanager
@@ -268,6 +275,14 @@ def _identity(header: dict[str, Any]) -> dict[str, Any]:
     found = header["identity"]
     if not isinstance(found, dict):
         raise ValueError("it does not say which settings it belongs to")
+    return found
+
+
+def _complete(found: dict[str, Any]) -> dict[str, Any]:
+    """The same settings. Raises ValueError or KeyError unless they say what was trained on what."""
+    for own in (found["rows"], found["arms"], *found["arms"].values()):
+        if not isinstance(own, dict):
+            raise ValueError(f"its rows or arms are {shown(own)}")
     return found
 
 

@@ -121,7 +121,7 @@ def _train(
     jobs: Sequence[_Job], batches: _Batches, config: TrainConfig, out: Path
 ) -> list[dict[str, Dictionary]]:
     for job in jobs:
-        check_arms(job.arms)
+        check_arms(job.arms, job.source.d_in, config)
         check_out(job.out)
     processes, device = join(), choose_device(config.device)
     with processes.together():
@@ -144,8 +144,11 @@ def _train(
         return [{arm.name: Dictionary.load(job.out / arm.name) for arm in job.arms} for job in jobs]
 
 
-def check_arms(arms: Sequence[ArmConfig]) -> None:
-    """Raise UsageError if there are none, or two of the same name."""
+def check_arms(arms: Sequence[ArmConfig], d_in: int, config: TrainConfig) -> None:
+    """Raise UsageError if there are none, two of the same name, or one that cannot be trained so.
+
+    No weights are looked at, so this can be asked before they are measured.
+    """
     names = [arm.name for arm in arms]
     if not arms:
         raise UsageError(
@@ -154,6 +157,9 @@ def check_arms(arms: Sequence[ArmConfig]) -> None:
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"the arms must be different, but {twice[0]} is listed twice")
+    for arm in arms:
+        arm.check(config.expansion * d_in)
+        arm.lengths(config.lengths)
 
 
 def _check_memory(

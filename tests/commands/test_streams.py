@@ -94,6 +94,10 @@ def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
          "the model has 3 blocks"),
         (("train", "--site", SITE, *model_and_corpus, *STREAM, "--rule", "semantic"),
          "which a stream does not keep; harvest a store"),
+        (("train", "--site", SITE, *model_and_corpus, *STREAM, "--k", 100_000),
+         "k = 100000 active latents is more than the dictionary's 64 latents"),
+        (("train", "--site", SITE, *model_and_corpus, *STREAM, "--rule", "uniform", "--lengths",
+          "free", "--architecture", "jumprelu"), "jumprelu has no free lengths"),
         (("run", "--site", SITE, *model_and_corpus, "--buffer-tokens", 9), "are for --stream"),
     ):  # fmt: skip
         result = call(*words, *out)
@@ -103,6 +107,19 @@ def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
         before = content(world / place)
         words = ("train", *model_and_corpus, *STREAM, "--site", SITE, "--out", world / place)
         assert call(*words).code == 1 and content(world / place) == before
+
+
+def test_a_folder_of_other_rows_is_refused_before_they_are_measured(model_and_corpus, tmp_path):
+    few = (*STREAM, "--tokens", 512, "--rule", "uniform", "--site", *SITES)
+    train = ("train", *model_and_corpus, *few, "--out", tmp_path / "t")
+    run = ("run", *model_and_corpus, *RUN, "--rule", "uniform", "--train.tokens", 512, "--site",
+           SITE, "--out", tmp_path / "r")  # fmt: skip
+    for words, other in ((train, ("--context-size", 8)), (run, ("--harvest.context-size", 8))):
+        works(*words)
+        before = content(words[-1])
+        refused = call(*words, *other)
+        assert refused.code == 1 and "rows packing context_size: 16 there, 8 asked" in refused.err
+        assert "statistics" not in refused.err and content(words[-1]) == before
 
 
 def test_several_sites_of_a_store(world, model_and_corpus, tmp_path):
