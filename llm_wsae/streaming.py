@@ -86,13 +86,18 @@ class ActivationStreams:
         return self._batches(batch_size, seed, start * batch_size, part)
 
     def statistics(self, site: Site) -> Statistics:
-        """Statistics of the rows of the first ``statistics_tokens`` tokens."""
+        """Statistics of the rows of the first ``statistics_tokens`` tokens.
+
+        Raises LlmWsaeError, before they are kept, if the corpus fills no context.
+        """
         if not self._statistics and not self._read():
             new = {one: Statistics(self.d_in, self.config.context_size) for one in self.sites}
             for contexts, rows in self._first_rows("statistics"):
                 positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
                 for one, own in rows.items():
                     new[one].update(own, positions)
+            if not any(found.count for found in new.values()):
+                raise too_small(self.corpus, 0, 1, self.config.context_size)
             self._statistics = new
             for one, found in new.items():
                 self.keep(one, "statistics", found.to_tensors())

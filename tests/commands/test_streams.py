@@ -103,6 +103,10 @@ def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
         result = call(*words, *out)
         assert result.code in (1, 2) and sentence in result.err, result.err
         assert "Traceback" not in result.err and not (tmp_path / "out").exists()
+    tiny = write_jsonl(tmp_path / "tiny.jsonl", [3])
+    result = call("train", *model_and_corpus[:2], "--corpus", tiny, *STREAM, "--site", SITE, *out)
+    assert result.code == 1 and not (tmp_path / "out").exists()
+    assert "corpus tiny.jsonl fills contexts of 16 with 0 tokens" in result.err
     for place in ("store", "trained/uniform-k4"):
         before = content(world / place)
         words = ("train", *model_and_corpus, *STREAM, "--site", SITE, "--out", world / place)
