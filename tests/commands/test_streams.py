@@ -8,6 +8,7 @@ from several import torchrun
 from tiny import write_jsonl
 
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.files import read_own_json, save_own_tensors
 
 SITES = ("blocks.0.hook_resid_post", SITE)
 PACKING = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
@@ -78,6 +79,18 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
     assert works("verify", out).out.endswith("run is intact\n")
     again = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)
     assert "statistics:" not in again.err and "train 6" not in again.err
+    before, stored = content(out), [word for word in RUN[:-4] if word != "--stream"]
+    record, stopped = out / SITES[0] / "training.json", out / SITES[0] / "checkpoint.safetensors"
+    identity = read_own_json(record, "record")
+    identity.pop("log")
+    for is_finished in (True, False):
+        if not is_finished:
+            record.unlink()
+            save_own_tensors(stopped, {}, {"identity": identity})
+            before = content(out)
+        refused = call("run", *model_and_corpus, *stored, "--site", *SITES, "--out", out)
+        assert refused.code == 2 and content(out) == before and "harvest:" not in refused.err
+        assert f"training of {SITES[0]} on a stream: add --stream to go on" in refused.err
 
 
 def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
