@@ -141,7 +141,20 @@ def _train(
                     _run(missing, batches, config, group, out)
                     for training in missing.values():
                         processes.lead(training.finish)
-        return [{arm.name: Dictionary.load(job.out / arm.name) for arm in job.arms} for job in jobs]
+        return [{arm.name: _load(job.out / arm.name) for arm in job.arms} for job in jobs]
+
+
+def _load(folder: Path) -> Dictionary:
+    """The dictionary of a finished training. Raises LlmWsaeError if it is not there any more."""
+    try:
+        return Dictionary.load(folder)
+    except LlmWsaeError as error:
+        if folder.is_dir():
+            raise
+        raise LlmWsaeError(
+            f"{error}; to train it again, delete {folder.parent / FINISHED} and run the same "
+            "command again"
+        ) from error
 
 
 def check_arms(arms: Sequence[ArmConfig], d_in: int, config: TrainConfig) -> None:
