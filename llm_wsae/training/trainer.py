@@ -61,7 +61,8 @@ def train(
 
     Returns the dictionaries by arm name. Raises UsageError for impossible settings, LlmWsaeError
     when ``out`` belongs to another training or is being written, and Interrupted after Ctrl-C or
-    SIGTERM. When the source fails, what was trained is saved first.
+    SIGTERM. When the source fails, what was trained is saved first, unless there are several
+    processes: their last checkpoint is what the same call resumes from.
     """
     out = Path(out)
     job = _Job(source, arms, out)
