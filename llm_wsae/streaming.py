@@ -11,7 +11,6 @@ buffer. Together they have the batch of a single process.
 """
 
 import sys
-import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import chain, islice
@@ -66,7 +65,6 @@ class ActivationStreams:
         self._folder = folder
         self._statistics: dict[Site, Statistics] = {}
         self._second_moments: dict[Site, SecondMoment] = {}
-        self._lock = threading.Lock()
 
     def source(self, site: Site) -> "StreamedSite":
         """One of the sites as an ActivationSource."""
@@ -226,8 +224,7 @@ class ActivationStreams:
                 bar.update(contexts.ids.size)
 
     def _rows(self, contexts: Contexts) -> dict[Site, Tensor]:
-        with self._lock:
-            rows = kept_rows(self.model, contexts, self.sites)
+        rows = kept_rows(self.model, contexts, self.sites)
         for site, own in rows.items():
             if not bool(torch.isfinite(own.sum(dtype=torch.float64))):
                 bad = int((~torch.isfinite(own)).any(1).sum())
