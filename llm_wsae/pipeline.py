@@ -36,7 +36,7 @@ from llm_wsae.planning.planning import LEAST_TOKENS, check_rows, plan
 from llm_wsae.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.streaming import ActivationStreams
 from llm_wsae.training.arm import make_arms
-from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
+from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, check_same_rows, recorded
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import check_arms, check_out, train, train_sites
@@ -131,14 +131,13 @@ def run(
     _check_alphas(parsed, alphas)
     plain = LossWeights(torch.ones(model.d_model), RULES["uniform"])
     asked = make_arms([plain] if parsed else [], ks, l1s, init_seeds, architectures)
-    check_arms(asked)
-    for arm in asked:
-        arm.check(train_config.expansion * model.d_model)
+    check_arms(asked, model.d_model, train_config)
     check_rows(harvest_config, train_config)
     if stream_config is None:
         _check_not_trained_on_less(out, sites, harvest_config)
     else:
         check_out(out)
+    _check_trained_alike(out, sites, stream_config is not None)
     if stream_config is not None and train_config.tokens is None:
         per_context = harvest_config.context_size - harvest_config.drop_positions
         train_config = replace(train_config, tokens=harvest_config.num_contexts * per_context)
@@ -180,6 +179,8 @@ def run(
     else:
         _say(1, "harvest", f"none: {corpus} goes through {model.name} while it is trained on")
         rows = ActivationStreams(model, training_text, sites, stream_config, out)
+        for site in sites:
+            check_same_rows(out / str(site), rows.identity(site))
     facts, arms = {}, {}
     for site in sites:
         _say(2, "weigh", f"profile of {site}")
@@ -281,6 +282,19 @@ def _check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: Har
                 f"{out} holds a training of {trained[0]} on "
                 f"{manifest.num_contexts * manifest.context_size:,} tokens; choose another folder "
                 "for more"
+            )
+
+
+def _check_trained_alike(out: Path, sites: Sequence[Site], streamed: bool) -> None:
+    """Refuse, before hours of harvesting, to go on from a store with what was streamed, and the
+    other way round."""
+    for site in sites:
+        found = recorded(out / str(site))
+        if found is not None and (found["rows"].get("kind") == "stream") != streamed:
+            how = "a store: leave --stream out" if streamed else "a stream: add --stream"
+            raise UsageError(
+                f"{out} holds a training of {site} on {how} to go on with it, or choose another "
+                "folder"
             )
 
 

@@ -11,7 +11,6 @@ buffer. Together they have the batch of a single process.
 """
 
 import sys
-import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain, islice
@@ -54,7 +53,7 @@ class ActivationStreams:
         config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
         folder: Path | None = None,
     ):
-        """``folder``: where the statistics are kept, so that a training that is resumed, also
+        """``folder``: where what is measured is kept, so that a training that is resumed, also
         elsewhere, has the same. Raises UsageError for a site or context size that the model does
         not have."""
         for site in sites:
@@ -66,7 +65,6 @@ class ActivationStreams:
         self._folder = folder
         self._statistics: dict[Site, Statistics] = {}
         self._second_moments: dict[Site, SecondMoment] = {}
-        self._lock = threading.Lock()
 
     def source(self, site: Site) -> "StreamedSite":
         """One of the sites as an ActivationSource."""
@@ -86,15 +84,21 @@ class ActivationStreams:
         return self._batches(batch_size, seed, start * batch_size, part)
 
     def statistics(self, site: Site) -> Statistics:
-        """Statistics of the rows of the first ``statistics_tokens`` tokens."""
+        """Statistics of the rows of the first ``statistics_tokens`` tokens.
+
+        Raises LlmWsaeError, before they are kept, if the corpus fills no context.
+        """
         if not self._statistics and not self._read():
             new = {one: Statistics(self.d_in, self.config.context_size) for one in self.sites}
             for contexts, rows in self._first_rows("statistics"):
                 positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
                 for one, own in rows.items():
                     new[one].update(own, positions)
+            if not any(found.count for found in new.values()):
+                raise too_small(self.corpus, 0, 1, self.config.context_size)
             self._statistics = new
-            self._keep("statistics", new)
+            for one, found in new.items():
+                self.keep(one, "statistics", found.to_tensors())
         return self._statistics[site]
 
     def second_moment(self, site: Site) -> SecondMoment:
@@ -106,13 +110,38 @@ class ActivationStreams:
                 for one, own in rows.items():
                     new[one].update(own[own.float().norm(dim=1) <= threshold[one]])
             self._second_moments = new
-            self._keep("second_moment", new)
+            for one, found in new.items():
+                self.keep(one, "second_moment", found.to_tensors())
         return self._second_moments[site]
 
     def first_contexts(self, tokens: int) -> Iterator[Contexts]:
         """The contexts of about the first ``tokens`` tokens, a forward pass at a time."""
         limit = max(1, tokens // self.config.context_size)
         return self._packer.blocks(self.corpus, self.config.contexts_per_batch, limit=limit)
+
+    def kept(
+        self, site: Site, what: str, settings: dict[str, Any] | None = None
+    ) -> dict[str, Tensor] | None:
+        """What is kept of a measurement of a site, if it is of these rows, with these settings.
+
+        Raises LlmWsaeError if it is damaged.
+        """
+        if self._folder is None or not (path := self._path(site, what)).exists():
+            return None
+        tensors, facts = load_own_tensors(path, f"{what} of {site}")
+        return tensors if facts == plain(self.identity(site) | (settings or {})) else None
+
+    def keep(
+        self,
+        site: Site,
+        what: str,
+        tensors: dict[str, Tensor],
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Keep a measurement of a site, if there is a folder for it."""
+        if self._folder is not None and leads():
+            facts = self.identity(site) | (settings or {})
+            save_own_tensors(self._path(site, what), tensors, facts)
 
     def identity(self, site: Site) -> dict[str, Any]:
         """JSON values that identify a site's rows in this order."""
@@ -201,8 +230,7 @@ class ActivationStreams:
                 bar.update(contexts.ids.size)
 
     def _rows(self, contexts: Contexts) -> dict[Site, Tensor]:
-        with self._lock:
-            rows = kept_rows(self.model, contexts, self.sites)
+        rows = kept_rows(self.model, contexts, self.sites)
         for site, own in rows.items():
             if not bool(torch.isfinite(own.sum(dtype=torch.float64))):
                 bad = int((~torch.isfinite(own)).any(1).sum())
@@ -219,32 +247,18 @@ class ActivationStreams:
 
     def _read(self) -> bool:
         """Take the statistics that are kept, if they are of these rows at every site."""
-        if self._folder is None:
-            return False
         statistics, moments = {}, {}
         for site in self.sites:
-            for what in ("statistics", "second_moment"):
-                path = self._path(site, what)
-                if not path.exists():
-                    continue
-                tensors, facts = load_own_tensors(path, f"{what} of {site}")
-                if facts != plain(self.identity(site)):
-                    continue
-                if what == "statistics":
-                    statistics[site] = Statistics.from_tensors(tensors)
-                else:
-                    moments[site] = SecondMoment.from_tensors(tensors)
+            if (tensors := self.kept(site, "statistics")) is not None:
+                statistics[site] = Statistics.from_tensors(tensors)
+            if (tensors := self.kept(site, "second_moment")) is not None:
+                moments[site] = SecondMoment.from_tensors(tensors)
         if statistics.keys() != set(self.sites):
             return False
         self._statistics = statistics
         if moments.keys() == set(self.sites):
             self._second_moments = moments
         return True
-
-    def _keep(self, what: str, found: dict[Site, Any]) -> None:
-        if self._folder is not None and leads():
-            for site, one in found.items():
-                save_own_tensors(self._path(site, what), one.to_tensors(), self.identity(site))
 
 
 class StreamedSite:

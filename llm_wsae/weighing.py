@@ -4,7 +4,7 @@ a decoder.
 Everything is measured on the text of an activation store, which holds the token ids behind every
 row, so that rules see what the dictionaries will be trained on. What took minutes is kept in the
 store's folder ``evidence`` (its name on disk since the first version) and read from there the next
-time that the same is measured.
+time that the same is measured; what is measured of a stream is kept in the training's folder.
 
 The Fisher information of the next-token distribution says how much the model's predictions depend
 on each direction of the residual stream: F = E[g gᵀ], g = ∂ log p(y | x) / ∂h, with y drawn from
@@ -114,10 +114,14 @@ def measure_stream_inputs(
     if "second_moment" in needs:
         inputs = replace(inputs, second_moment=streams.second_moment(site))
     if "fisher" in needs:
-        blocks = streams.first_contexts(config.sensitivity_tokens)
-        contexts = ((torch.from_numpy(b.ids).long(), torch.from_numpy(b.keep)) for b in blocks)
-        fisher = fisher_information(streams.model, contexts, site, config.seed)
-        inputs = replace(inputs, fisher=fisher)
+        settings = {name: getattr(config, name) for name in _SETTINGS["fisher"]}
+        kept = streams.kept(site, "fisher", settings)
+        if kept is None:
+            blocks = streams.first_contexts(config.sensitivity_tokens)
+            contexts = ((torch.from_numpy(b.ids).long(), torch.from_numpy(b.keep)) for b in blocks)
+            kept = {"fisher": fisher_information(streams.model, contexts, site, config.seed)}
+            streams.keep(site, "fisher", kept, settings)
+        inputs = replace(inputs, fisher=kept["fisher"])
     return inputs
 
 

@@ -26,7 +26,9 @@ from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train, train_sites
 from llm_wsae.verifying import verify
+from llm_wsae.weighing import measure_stream_inputs
 from llm_wsae.weights.choosing import choose_weights
+from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import RuleInputs
 
 SITES = [Site(0, "pre"), Site(1, "post")]
@@ -261,6 +263,37 @@ def test_statistics_are_kept_and_read_back(model, corpus, tmp_path):
     path.write_bytes(path.read_bytes()[:-8] + bytes(8))
     with pytest.raises(LlmWsaeError, match="statistics"):
         ActivationStreams(model, corpus, SITES, STREAM, tmp_path).statistics(SITES[0])
+
+
+def test_sensitivity_is_measured_once_and_its_last_digits_do_not_matter(model, corpus, tmp_path):
+    """Another GPU sums in another order: what was measured is kept, and folders in which it was not
+    go on all the same."""
+    few, sites = RuleInputConfig(sensitivity_tokens=300), SITES[1:]
+
+    def measured(model, config=few, folder=tmp_path / "t"):
+        streams = ActivationStreams(model, corpus, sites, STREAM, folder)
+        return streams, measure_stream_inputs(["sensitivity"], streams, SITES[1], config)
+
+    streams, inputs = measured(model)
+    other = tiny_model(seed=1)
+    other.identity = model.identity  # if it computed anything, that would be something else
+    assert torch.equal(measured(other)[1].fisher, inputs.fisher)
+    for settings in (replace(few, seed=1), replace(few, sensitivity_tokens=600)):
+        assert not torch.allclose(
+            measured(model, settings, tmp_path / "o")[1].fisher, inputs.fisher
+        )
+    arms = make_arms(choose_weights(inputs, ("sensitivity",), (0.5,)), (4,))
+    with pytest.raises(LlmWsaeError, match="connection"):
+        train_sites(Broken(streams, 17), {SITES[1]: arms}, TRAIN, tmp_path / "t")
+    for factor, is_same in ((1 + 1e-3, False), (1 + 1e-6, True)):
+        weights = replace(arms[0].weights, gamma=arms[0].weights.gamma * factor)
+        nearly = {SITES[1]: [replace(arms[0], weights=weights)]}
+        if is_same:
+            train_sites(streams, nearly, TRAIN, tmp_path / "t")
+            continue
+        with pytest.raises(LlmWsaeError, match=r"other settings .*gamma_sum"):
+            train_sites(streams, nearly, TRAIN, tmp_path / "t")
+    assert (tmp_path / "t" / str(SITES[1]) / FINISHED).exists()
 
 
 def test_it_says_when_the_text_is_read_again(streams, capsys):

@@ -46,16 +46,19 @@ def train(
             folder per site with these.
         weights: Weights file, as one more rule: weigh's of this site, or a custom vector or matrix.
     """
+    import torch
+
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.streaming import ActivationStreams
     from llm_wsae.training.arm import make_arms
-    from llm_wsae.training.trainer import check_out, train_sites
+    from llm_wsae.training.checkpoint import check_same_rows
+    from llm_wsae.training.trainer import check_arms, check_out, train_sites
     from llm_wsae.training.trainer import train as train_site
     from llm_wsae.weighing import measure_inputs, measure_stream_inputs
     from llm_wsae.weights.choosing import choose_weights
     from llm_wsae.weights.loss_weights import LossWeights
-    from llm_wsae.weights.rules import Rule
+    from llm_wsae.weights.rules import RULES, Rule
 
     started, sites = time.monotonic(), list(dict.fromkeys(sites_of(site)))
     check_file(out / RECORD, is_record_of("train"))
@@ -71,10 +74,10 @@ def train(
         training = replace(training, device="auto")
     rules = [Rule.parse(name) for name in grid.rule]
     own = LossWeights.load(weights, weigh, sites) if weights else None
+    folders = {place: out if len(sites) == 1 else out / str(place) for place in sites}
     rows: ActivationStore | ActivationStreams
     if store is not None:  # only what weigh has measured of it
         rows = ActivationStore.open(store)
-        measured = {place: measure_inputs(rules, rows, place) for place in sites}
     else:
         if training.tokens is None:
             raise UsageError("a stream has no end: set --tokens, the number of rows to train on")
@@ -82,19 +85,24 @@ def train(
         text = Corpus.open(stream.corpus, "train", text_column=stream.text_column)
         model = replace(stream, device=model_device).load(stream.model)
         rows = ActivationStreams(model, text, sites, stream.config, out)
-        measured = {place: measure_stream_inputs(rules, rows, place) for place in sites}
+    kinds = (grid.k, grid.l1, grid.init_seeds, grid.architecture)
+    # before minutes of measuring: whether such arms can be trained, on these rows, there
+    plain = LossWeights(torch.ones(rows.d_in), RULES["uniform"])
+    check_arms(make_arms([plain] if rules or own else [], *kinds), rows.d_in, training)
+    for own_site, folder in folders.items():
+        check_out(folder)
+        check_same_rows(folder, rows.source(own_site).identity())
+    measured = {
+        place: measure_inputs(rules, rows, place)
+        if isinstance(rows, ActivationStore)
+        else measure_stream_inputs(rules, rows, place)
+        for place in sites
+    }
     arms = {
-        place: make_arms(
-            choose_weights(inputs, rules, grid.alpha, own, weigh),
-            grid.k,
-            grid.l1,
-            grid.init_seeds,
-            grid.architecture,
-        )
+        place: make_arms(choose_weights(inputs, rules, grid.alpha, own, weigh), *kinds)
         for place, inputs in measured.items()
     }
     if len(sites) == 1 or isinstance(rows, ActivationStore):
-        folders = {place: out if len(sites) == 1 else out / str(place) for place in sites}
         dictionaries = {
             place: train_site(rows.source(place), arms[place], training, folder)
             for place, folder in folders.items()

@@ -246,7 +246,8 @@ def _seconds(
     assert train.tokens is not None
     sites, config = sizes.sites, sizes.harvest
     steps = train.tokens * speeds.row
-    checkpoints = int(steps / train.checkpoint_seconds) if train.checkpoint_seconds else 0
+    seconds = sizes.together * steps  # that all sites take in turn, or together
+    checkpoints = int(seconds / train.checkpoint_seconds) if train.checkpoint_seconds else 0
     saved = checkpoints * sizes.checkpoint() + sizes.dictionaries()
     of_rows = sum(speeds.evaluated.values())
     tokens, of_moment = config.num_contexts * config.context_size, sizes.rows

@@ -9,11 +9,12 @@ from llm_wsae.data.shard_writer import SHARD_SAMPLE_ROWS
 from llm_wsae.data.shuffling import WINDOW_BYTES
 from llm_wsae.evaluation.activations import CACHE_BYTES
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
+from llm_wsae.training.optimiser import PAIR_BYTES
 
 _FILE = 1024  # of a file's header, and of its entry in the manifest
 _TOKEN = 3 * 4 + 1  # id, document and offset, and whether it gives a row
 _WINDOWS = 3  # in memory: one is cut into batches while the next is read and shuffled
-_TRAINED = 2 * 3 * 4 + 2  # of a weight: both matrices with their moments, and the fast encoder
+_TRAINED = PAIR_BYTES + 2  # and the encoder in the number format of the products
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Sizes:
     """How rows are streamed, if they are not kept."""
 
     @property
+    def together(self) -> int:
+        """Sites whose arms are trained at once: of a stream all, of a store one after the other."""
+        return 1 if self.stream is None else self.sites
+
+    @property
     def matrix(self) -> int:
         """Weights of an encoder, or of a decoder."""
         return self.d_in * self.d_sae
@@ -66,8 +72,10 @@ class Sizes:
         return self.sites * site + tokens
 
     def checkpoint(self) -> int:
-        """One checkpoint of all arms: weights with their moments, and when latents last fired."""
-        state = 3 * 4 * (2 * self.matrix + self.d_sae + self.d_in) + 8 * self.d_sae
+        """One checkpoint of all arms of a site: weights with their moments, and when latents last
+        fired."""
+        state = PAIR_BYTES * self.matrix + PAIR_BYTES // 2 * (self.d_sae + self.d_in)
+        state += 8 * self.d_sae
         return self.arms * state
 
     def dictionaries(self) -> int:
@@ -78,9 +86,10 @@ class Sizes:
 
     def disk(self) -> int:
         """The most at a time: a checkpoint is replaced by a new one, and in the end by the
-        dictionaries."""
+        dictionaries. Beside it lie those of the other sites, or their dictionaries."""
         own, checkpoint = self.dictionaries(), self.checkpoint()
-        return self.store() + (self.sites - 1) * own + checkpoint + max(checkpoint, own)
+        other = own if self.together == 1 else max(checkpoint, own)
+        return self.store() + (self.sites - 1) * other + checkpoint + max(checkpoint, own)
 
     def host(self, before: int, evaluated: int) -> int:
         """The most in memory at a time where all is computed on the processor, and ``before`` is
@@ -99,11 +108,12 @@ class Sizes:
         return self.model_bytes + max(self._training(), self._evaluation(evaluated))
 
     def _training(self) -> int:
-        return self.arms * _TRAINED * self.matrix + self.batch_size * self.d_sae * 4
+        weights = self.together * self.arms * _TRAINED * self.matrix
+        return weights + self.batch_size * self.d_sae * 4
 
     def _export(self) -> int:
         """The dictionaries beside their arms; one of them in float64."""
-        return self.arms * 2 * 4 * self.matrix + 2 * 8 * self.matrix
+        return self.together * self.arms * 2 * 4 * self.matrix + 2 * 8 * self.matrix
 
     def _evaluation(self, rows: int) -> int:
         kept = min(CACHE_BYTES, 2 * rows * self.d_in * self.model_item)

@@ -73,10 +73,11 @@ class Architecture(ABC):
         """The sparsity of the finished dictionary, which must not look at the batch."""
 
     @abstractmethod
-    def step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The loss on a batch and its gradients; changes nothing.
 
-        The encoder may be rounded to the number format of ``batch.x_fast``.
+        ``metric`` is γ², or ΓᵀΓ of a matrix (``parameters.squared``). The encoder may be rounded to
+        the number format of ``batch.x_fast``.
         """
 
     def follow(self, observed: Tensor, learning_rate: float) -> None:  # noqa: B027 - optional
@@ -109,7 +110,7 @@ def sparse_step(
     codes: RaggedCodes,
     parameters: Parameters,
     batch: Batch,
-    gamma: Gamma,
+    metric: Gamma,
     strategy: Strategy,
     penalty_gradient: float | Float[Tensor, ""] = 0.0,
 ) -> Step:
@@ -119,7 +120,7 @@ def sparse_step(
     include the penalty. The weights' gradients sum rows in the number format of the products.
     """
     encoder, decoder, _, decoder_bias = parameters
-    weights = error_weights(batch.num_rows, gamma)
+    weights = error_weights(batch.num_rows, metric)
     if weights.ndim == 1 and strategy.latent_parts == 1:
         found = reconstruct(
             codes, decoder, decoder_bias, batch.x, batch.mask, weights, batch.x_fast.dtype

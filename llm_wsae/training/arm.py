@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from llm_wsae.training.free_lengths import FreeLengths
 from llm_wsae.training.normaliser import Space, Spaces
 from llm_wsae.training.optimiser import Optimiser
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch, Step, initial_parameters
+from llm_wsae.training.parameters import Batch, Parameters, Step, initial_parameters, squared
 from llm_wsae.weights.config import IN_LOSS
 from llm_wsae.weights.loss_weights import LossWeights, annealed
 
@@ -103,7 +103,8 @@ class ArmConfig:
         return free | {
             "rule": self.weights.rule.name,
             "alpha": self.weights.alpha,
-            # a matrix comes from a decomposition, whose last digits depend on the machine
+            # a matrix comes from a decomposition, whose last digits depend on the machine; those of
+            # a vector may, too: a comparison allows for it
             "gamma_sum": float(f"{total:.6g}") if gamma.ndim == 2 else total,
             "weights": None if config == IN_LOSS else asdict(config),
             "k": self.k,
@@ -121,6 +122,13 @@ class Progress:
     squared_error: Tensor
     firings: Tensor
     rows: Tensor
+
+
+class Learnt(NamedTuple):
+    """What an arm's dictionary is made of."""
+
+    parameters: Parameters
+    architecture: Architecture
 
 
 class Arm:
@@ -148,6 +156,7 @@ class Arm:
             if self.space is None
             else torch.ones(d_in, dtype=torch.float32, device=device)
         )
+        self.metric = squared(self.gamma)
         self.d_sae, own = d_sae, strategy.own_latents(d_sae)
         self.own_latents = own
         """The latents that are here: all, unless other processes hold some."""
@@ -171,6 +180,11 @@ class Arm:
         )
         self._scales_rows = is_mixed and self.lengths == "unit"
         self.progress = self._no_progress()
+
+    @property
+    def learnt(self) -> Learnt:
+        """Of the latents that are here."""
+        return Learnt(self.parameters, self.architecture)
 
     def step(
         self, batch: Batch, rows_seen: int, learning_rate: float, aux: float, dead_after: int
@@ -211,12 +225,13 @@ class Arm:
         """
         if share := self.config.weights.config.anneal:
             self.gamma = annealed(self._full_gamma, done, share)
+            self.metric = squared(self.gamma)
 
     def evaluate(self, batch: Batch) -> Step:
         """Loss and gradients on a batch, changing nothing."""
         encoder = self._optimiser.encoder(batch.x_fast.dtype)
         parameters = self.parameters._replace(encoder=encoder)  # in the products' number format
-        return self.architecture.step(parameters, self._weighed(batch), self.gamma)
+        return self.architecture.step(parameters, self._weighed(batch), self.metric)
 
     def _give_rows_their_length(self, fast: torch.dtype) -> None:
         """Scale decoder rows, which the optimiser leaves at length 1 in the space, to length 1 in
@@ -241,7 +256,7 @@ class Arm:
         """The step with AuxK's gradients added."""
         dead = self._finder.find(self.last_fired, rows_seen, dead_after)
         residual, strategy = step.residual, self._strategy
-        more = auxk_gradients(self.parameters, batch, residual, dead, self.gamma, aux, strategy)
+        more = auxk_gradients(self.parameters, batch, residual, dead, self.metric, aux, strategy)
         assert isinstance(step.by_weights, SparseGradients)
         return step._replace(by_weights=step.by_weights._replace(more=more))
 

@@ -19,7 +19,7 @@ from llm_wsae.hardware import DeferredScalar
 from llm_wsae.sparse.codes import SubsetGradients
 from llm_wsae.sparse.operations import dead_gradients
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch, Parameters, squared, times
+from llm_wsae.training.parameters import Batch, Parameters, times
 from llm_wsae.weights.loss_weights import Gamma
 
 _TILE_BYTES = 16 * 2**20  # of a tile's rows × dead latents, which are held twice
@@ -80,12 +80,12 @@ def auxk_gradients(
     batch: Batch,
     residual: Float[Tensor, "batch d_in"],
     latents: DeadLatents,
-    gamma: Gamma,
+    metric: Gamma,
     coefficient: float,
     strategy: Strategy = SINGLE,
 ) -> SubsetGradients | None:
     """Gradients of coefficient · ‖Γ(e − ê)‖² / ‖Γe‖² by the weights of ``latents``; None if no
-    latent is dead.
+    latent is dead. ``metric`` is what ``parameters.squared`` gives of Γ.
 
     e = x − x̂ is a constant here, and ê has no bias: b_dec is already part of x̂. In each row the
     d_in / 2 dead latents with the largest pre-activations take part, or more where they tie.
@@ -98,7 +98,6 @@ def auxk_gradients(
     k_aux = min(num_dead, max(1, batch.x.shape[1] // 2))
     size = min(_MOST_ROWS, max(_FEWEST_ROWS, _TILE_BYTES // (num_dead * fast.itemsize)))
     tiles = [slice(start, start + size) for start in range(0, len(residual), size)]
-    metric = squared(gamma)
     unexplained = residual.new_zeros(())
     for rows in tiles:
         errors = (times(residual[rows], metric) * residual[rows]).sum(1)

@@ -33,12 +33,14 @@ from llm_wsae.files import (
     write_error,
 )
 from llm_wsae.processes import Processes
-from llm_wsae.training.arm import Arm
+from llm_wsae.training.arm import Arm, Learnt
 from llm_wsae.training.log import Written
 from llm_wsae.training.parallel.group import ProcessGroup
+from llm_wsae.training.parameters import Parameters
 
 DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
 _ALIGNED = 8  # bytes of the largest of them
+_SAME_WEIGHTS = 1e-5  # relative: the sum of a matrix is recorded with six digits
 WHAT = "training checkpoint"
 WAY_OUT = "delete it to start that training again"
 
@@ -181,11 +183,23 @@ def load_checkpoint(
             return reached
 
 
-def load_just_saved(folder: Path, arm: Arm) -> None:
-    """Restore an arm that holds all latents from the checkpoint that this run has just saved."""
-    path = folder / CHECKPOINT
+def load_learnt(folder: Path, arm: Arm) -> Learnt:
+    """What an arm learnt, with the latents of all processes, from the checkpoint that this run has
+    just saved.
+
+    Only what a dictionary is made of is read: the optimiser's moments are twice as large as the
+    weights, and such dictionaries fill memory as it is.
+    """
+    path, config = folder / CHECKPOINT, arm.config
+    architecture = config.kind(config.level, arm.d_sae)
     with open_tensors(path, WHAT) as file, _refused(path):
-        _restore(file, [arm])
+
+        def read(name: str) -> Tensor:
+            return file.get_tensor(f"{config.name}/{name}")
+
+        parameters = Parameters(*map(read, Parameters._fields))
+        architecture.load_state({name: read(name) for name in arm.architecture.state()})
+    return Learnt(parameters, architecture)
 
 
 def log_at_checkpoint(folder: Path) -> Written | None:
@@ -195,19 +209,29 @@ def log_at_checkpoint(folder: Path) -> Written | None:
         return Written.from_json(json.loads(file.metadata()[HEADER]).get("log"))
 
 
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """The settings of the training in a folder, finished or not; None if there is none. The bytes
+    of a checkpoint are not checked here."""
+    if (folder / FINISHED).exists():
+        return read_finished(folder)[0]
+    if not (path := folder / CHECKPOINT).exists():
+        return None
+    with open_tensors(path, WHAT, WAY_OUT) as file, _refused(path):
+        return _complete(_identity(json.loads(file.metadata()[HEADER])))
+
+
 def began_with_unit_lengths(folder: Path) -> bool:
     """Whether the folder holds a training whose decoder rows all have length 1, as those of earlier
-    versions have. The bytes of a checkpoint are not checked here."""
-    path = folder / FINISHED
-    if path.exists():
-        arms = read_finished(folder)[0]["arms"]
-    elif (path := folder / CHECKPOINT).exists():
-        with open_tensors(path, WHAT, WAY_OUT) as file, _refused(path):
-            arms = _identity(json.loads(file.metadata()[HEADER]))["arms"]
-    else:
-        return False
-    with _refused(path):
-        return all("lengths" not in arm for arm in arms.values())
+    versions have."""
+    found = recorded(folder)
+    return found is not None and all("lengths" not in arm for arm in found["arms"].values())
+
+
+def check_same_rows(folder: Path, rows: dict[str, Any]) -> None:
+    """Raise LlmWsaeError, before anything is measured, if the folder holds a training on other
+    rows."""
+    if (found := recorded(folder)) is not None:
+        check_identity(folder, {"rows": found["rows"]}, {"rows": rows})
 
 
 def read_finished(folder: Path) -> tuple[dict[str, Any], Written | None]:
@@ -220,10 +244,7 @@ def read_finished(folder: Path) -> tuple[dict[str, Any], Written | None]:
     found = read_own_json(path, "training record", WAY_OUT)
     with _refused(path):
         log = Written.from_json(found.pop("log", None))
-        for name in ("rows", "arms"):
-            if not isinstance(found[name], dict):
-                raise ValueError(f"its {name} is {shown(found[name])}")
-        return found, log
+        return _complete(found), log
 
 
 @contextmanager
@@ -254,6 +275,14 @@ def _identity(header: dict[str, Any]) -> dict[str, Any]:
     found = header["identity"]
     if not isinstance(found, dict):
         raise ValueError("it does not say which settings it belongs to")
+    return found
+
+
+def _complete(found: dict[str, Any]) -> dict[str, Any]:
+    """The same settings. Raises ValueError or KeyError unless they say what was trained on what."""
+    for own in (found["rows"], found["arms"], *found["arms"].values()):
+        if not isinstance(own, dict):
+            raise ValueError(f"its rows or arms are {shown(own)}")
     return found
 
 
@@ -318,7 +347,8 @@ def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """How two settings differ, in words; empty if they are the same."""
+    """How two settings differ, in words; empty if they are the same, up to the last digits of
+    weights, which depend on the machine."""
     wanted = json.loads(json.dumps(wanted))  # as it looks after a round trip
     return "; ".join(_differences(found, wanted))
 
@@ -326,7 +356,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 def _differences(found: dict[str, Any], wanted: dict[str, Any], under: str = "") -> Iterator[str]:
     for name in sorted(found.keys() | wanted.keys()):
         there, asked = found.get(name), wanted.get(name)
-        if there == asked:
+        if there == asked or (name == "gamma_sum" and _alike(there, asked)):
             continue
         if isinstance(there, dict) and isinstance(asked, dict):
             yield from _differences(there, asked, f"{under}{name} ")
@@ -336,6 +366,11 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], under: str = "")
             yield f"{under}{name} is asked for, but not there"
         else:
             yield f"{under}{name}: {_short(there)} there, {_short(asked)} asked for"
+
+
+def _alike(there: Any, asked: Any) -> bool:
+    both = isinstance(there, float) and isinstance(asked, float)
+    return both and math.isclose(there, asked, rel_tol=_SAME_WEIGHTS)
 
 
 def _short(value: Any) -> str:

@@ -38,21 +38,21 @@ class DenseStart(Architecture):
         self._active_share: DeferredScalar | None = None
         self._capacity = SlotCapacity()
 
-    def step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The dense step or the sparse one, whichever is the faster."""
         share = self.active_share()
         if share is None or share >= _FEW:
-            return self.dense_step(parameters, batch, gamma)
+            return self.dense_step(parameters, batch, metric)
         return self._capacity.retry(
-            lambda: self.sparse_step(parameters, batch, gamma), self.strategy.all_agree
+            lambda: self.sparse_step(parameters, batch, metric), self.strategy.all_agree
         )
 
     @abstractmethod
-    def dense_step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def dense_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The step over all latents."""
 
     @abstractmethod
-    def sparse_step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def sparse_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The step along the active latents only, correct if there were slots enough."""
 
     def active_share(self) -> float | None:
@@ -76,7 +76,7 @@ class DenseStart(Architecture):
 def dense_step(
     parameters: Parameters,
     batch: Batch,
-    gamma: Gamma,
+    metric: Gamma,
     strategy: Strategy,
     threshold: float | Float[Tensor, " latents"] = 0.0,
     penalty_gradient: float | Float[Tensor, ""] = 0.0,
@@ -107,7 +107,7 @@ def dense_step(
         decoded = strategy.sum_over_latents((latents @ decoder_fast).to(x.dtype))
         residual[rows] = decoded.add_(decoder_bias).sub_(x).mul_(mask[:, None])
         tile_loss, by_output = weighted_error(
-            residual[rows], batch.counted[rows], gamma, batch.num_rows
+            residual[rows], batch.counted[rows], metric, batch.num_rows
         )
         loss += tile_loss + by_active * strategy.sum_over_latents(latents.sum(dtype=x.dtype))
         by_output_fast = by_output.to(fast)

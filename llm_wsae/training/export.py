@@ -11,7 +11,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.provenance import command_line, versions
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.training.arm import Arm
+from llm_wsae.training.arm import Arm, Learnt
 from llm_wsae.training.normaliser import Normaliser, inverse
 from llm_wsae.training.parameters import Parameters
 from llm_wsae.weights.loss_weights import Gamma
@@ -24,11 +24,14 @@ def dictionary_of(
     normaliser: Normaliser,
     numbers: dict[str, float],
     settings: dict[str, Any],
+    learnt: Learnt | None = None,
 ) -> Dictionary:
-    """The dictionary in the model's own units, from an arm that holds all latents.
+    """The dictionary in the model's own units, of an arm.
 
-    ``numbers`` were last logged for it; ``settings`` are those of the training.
+    ``numbers`` were last logged for it; ``settings`` are those of the training; ``learnt`` is what
+    it learnt with all latents, if it does not hold all.
     """
+    parameters, architecture = arm.learnt if learnt is None else learnt
     weights, provenance = arm.config.weights, source.identity()
     packing = provenance.get("packing", {})
     info = DictionaryInfo(
@@ -54,11 +57,11 @@ def dictionary_of(
             "versions": versions(),
         },
     )
-    threshold = arm.architecture.thresholds()
+    threshold = architecture.thresholds()
     space = weights.gamma if weights.config.in_space else None
     return Dictionary(
-        **folded(arm.parameters, normaliser.mean, normaliser.scale, threshold, space),
-        sparsity=arm.architecture.sparsity,
+        **folded(parameters, normaliser.mean, normaliser.scale, threshold, space),
+        sparsity=architecture.sparsity,
         info=info,
         extras={
             "gamma": weights.gamma,

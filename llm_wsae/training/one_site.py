@@ -13,7 +13,7 @@ from llm_wsae.dictionary.folder import check_replaceable
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import remove_partials, write_json
 from llm_wsae.hardware import fast_dtype
-from llm_wsae.training.arm import Arm, ArmConfig
+from llm_wsae.training.arm import Arm, ArmConfig, Learnt
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,
     FINISHED,
@@ -21,7 +21,7 @@ from llm_wsae.training.checkpoint import (
     began_with_unit_lengths,
     check_identity,
     load_checkpoint,
-    load_just_saved,
+    load_learnt,
     read_finished,
     save_checkpoint,
 )
@@ -194,12 +194,13 @@ class Training:
         for arm in self.arms:
             name = arm.config.name
             dictionary = dictionary_of(
-                self._with_all_latents(arm),
+                arm,
                 self.source,
                 self.statistics,
                 self.normaliser,
                 self.last_numbers.get(name, {}),
                 settings,
+                self._learnt(arm),
             )
             if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):
                 # in latents that never fire, which the loss does not show
@@ -213,11 +214,7 @@ class Training:
         write_json(self.out / FINISHED, {**self.identity, "log": logged._asdict()})
         (self.out / CHECKPOINT).unlink(missing_ok=True)
 
-    def _with_all_latents(self, arm: Arm) -> Arm:
-        """The arm with the latents of all processes, which have just saved them."""
-        if len(arm.own_latents) == arm.d_sae:
-            return arm
-        cpu, d_sae = torch.device("cpu"), arm.d_sae
-        complete = Arm(arm.config, self.source.d_in, d_sae, cpu, lengths=self.lengths)
-        load_just_saved(self.out, complete)
-        return complete
+    def _learnt(self, arm: Arm) -> Learnt:
+        """With the latents of all processes, which have just saved them."""
+        whole = len(arm.own_latents) == arm.d_sae
+        return arm.learnt if whole else load_learnt(self.out, arm)

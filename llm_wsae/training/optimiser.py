@@ -14,6 +14,9 @@ from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.sparse.operations import adam_rows, sparse_adam
 from llm_wsae.training.parameters import Parameters
 
+PAIR_BYTES = 2 * 3 * 4
+"""Of a weight of the encoder and one of the decoder: each in float32, with its two moments."""
+
 
 class Optimiser:
     """Adam with betas (0.9, 0.999) and its moments, float32."""

@@ -131,24 +131,25 @@ def times(residual: Float[Tensor, "*rows d_in"], metric: Gamma) -> Float[Tensor,
     return residual * metric if metric.ndim == 1 else residual @ metric
 
 
-def error_weights(num_rows: Float[Tensor, ""], gamma: Gamma) -> Gamma:
+def error_weights(num_rows: Float[Tensor, ""], metric: Gamma) -> Gamma:
     """What the residual is multiplied by (see ``times``) in the gradient of ``weighted_error``."""
-    return squared(gamma) * (2 / (num_rows * len(gamma)))
+    return metric * (2 / (num_rows * len(metric)))
 
 
 def weighted_error(
     residual: Float[Tensor, "rows d_in"],
     counted: Float[Tensor, " rows"],
-    gamma: Gamma,
+    metric: Gamma,
     num_rows: Float[Tensor, ""],
 ) -> tuple[Tensor, Tensor]:
     """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual.
 
+    ``metric`` is what ``squared`` gives of Γ: of a matrix it is dear, and the same at every step.
     ``counted`` is how much each row counts (``Batch.counted``); ``num_rows`` is the number of
     unmasked rows in the batch, of which these may be a part.
 
     The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, and a matrix only
     mixes them, so every sparse path after it stays as it is.
     """
-    gradient = times(residual, error_weights(num_rows, gamma)) * counted[:, None]
+    gradient = times(residual, error_weights(num_rows, metric)) * counted[:, None]
     return (gradient * residual).sum() / 2, gradient

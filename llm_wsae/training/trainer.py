@@ -31,6 +31,7 @@ from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, differences
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.log import LOG, is_log
 from llm_wsae.training.one_site import Training
+from llm_wsae.training.optimiser import PAIR_BYTES
 from llm_wsae.training.parallel.group import CONTINUE, SAVE, STOP, ProcessGroup, process_group
 
 
@@ -60,7 +61,8 @@ def train(
 
     Returns the dictionaries by arm name. Raises UsageError for impossible settings, LlmWsaeError
     when ``out`` belongs to another training or is being written, and Interrupted after Ctrl-C or
-    SIGTERM. When the source fails, what was trained is saved first.
+    SIGTERM. When the source fails, what was trained is saved first, unless there are several
+    processes: their last checkpoint is what the same call resumes from.
     """
     out = Path(out)
     job = _Job(source, arms, out)
@@ -120,7 +122,7 @@ def _train(
     jobs: Sequence[_Job], batches: _Batches, config: TrainConfig, out: Path
 ) -> list[dict[str, Dictionary]]:
     for job in jobs:
-        check_arms(job.arms)
+        check_arms(job.arms, job.source.d_in, config)
         check_out(job.out)
     processes, device = join(), choose_device(config.device)
     with processes.together():
@@ -140,11 +142,27 @@ def _train(
                     _run(missing, batches, config, group, out)
                     for training in missing.values():
                         processes.lead(training.finish)
-        return [{arm.name: Dictionary.load(job.out / arm.name) for arm in job.arms} for job in jobs]
+        return [{arm.name: _load(job.out / arm.name) for arm in job.arms} for job in jobs]
 
 
-def check_arms(arms: Sequence[ArmConfig]) -> None:
-    """Raise UsageError if there are none, or two of the same name."""
+def _load(folder: Path) -> Dictionary:
+    """The dictionary of a finished training. Raises LlmWsaeError if it is not there any more."""
+    try:
+        return Dictionary.load(folder)
+    except LlmWsaeError as error:
+        if folder.is_dir():
+            raise
+        raise LlmWsaeError(
+            f"{error}; to train it again, delete {folder.parent / FINISHED} and run the same "
+            "command again"
+        ) from error
+
+
+def check_arms(arms: Sequence[ArmConfig], d_in: int, config: TrainConfig) -> None:
+    """Raise UsageError if there are none, two of the same name, or one that cannot be trained so.
+
+    No weights are looked at, so this can be asked before they are measured.
+    """
     names = [arm.name for arm in arms]
     if not arms:
         raise UsageError(
@@ -153,6 +171,9 @@ def check_arms(arms: Sequence[ArmConfig]) -> None:
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"the arms must be different, but {twice[0]} is listed twice")
+    for arm in arms:
+        arm.check(config.expansion * d_in)
+        arm.lengths(config.lengths)
 
 
 def _check_memory(
@@ -162,8 +183,7 @@ def _check_memory(
     numbers = 0
     for source, arms, _ in jobs:
         numbers += len(arms) * config.expansion * source.d_in**2
-    # two matrices, each with its two moments, in float32
-    needed = numbers * 6 * 4 // group.strategy.latent_parts
+    needed = numbers * PAIR_BYTES // group.strategy.latent_parts
     latents = sum(len(arms) * config.expansion * source.d_in for source, arms, _ in jobs)
     check_memory(
         needed,

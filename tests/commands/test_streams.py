@@ -8,6 +8,7 @@ from several import torchrun
 from tiny import write_jsonl
 
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.files import read_own_json, save_own_tensors
 
 SITES = ("blocks.0.hook_resid_post", SITE)
 PACKING = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
@@ -78,6 +79,18 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
     assert works("verify", out).out.endswith("run is intact\n")
     again = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)
     assert "statistics:" not in again.err and "train 6" not in again.err
+    before, stored = content(out), [word for word in RUN[:-4] if word != "--stream"]
+    record, stopped = out / SITES[0] / "training.json", out / SITES[0] / "checkpoint.safetensors"
+    identity = read_own_json(record, "record")
+    identity.pop("log")
+    for is_finished in (True, False):
+        if not is_finished:
+            record.unlink()
+            save_own_tensors(stopped, {}, {"identity": identity})
+            before = content(out)
+        refused = call("run", *model_and_corpus, *stored, "--site", *SITES, "--out", out)
+        assert refused.code == 2 and content(out) == before and "harvest:" not in refused.err
+        assert f"training of {SITES[0]} on a stream: add --stream to go on" in refused.err
 
 
 def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
@@ -94,15 +107,36 @@ def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
          "the model has 3 blocks"),
         (("train", "--site", SITE, *model_and_corpus, *STREAM, "--rule", "semantic"),
          "which a stream does not keep; harvest a store"),
+        (("train", "--site", SITE, *model_and_corpus, *STREAM, "--k", 100_000),
+         "k = 100000 active latents is more than the dictionary's 64 latents"),
+        (("train", "--site", SITE, *model_and_corpus, *STREAM, "--rule", "uniform", "--lengths",
+          "free", "--architecture", "jumprelu"), "jumprelu has no free lengths"),
         (("run", "--site", SITE, *model_and_corpus, "--buffer-tokens", 9), "are for --stream"),
     ):  # fmt: skip
         result = call(*words, *out)
         assert result.code in (1, 2) and sentence in result.err, result.err
         assert "Traceback" not in result.err and not (tmp_path / "out").exists()
+    tiny = write_jsonl(tmp_path / "tiny.jsonl", [3])
+    result = call("train", *model_and_corpus[:2], "--corpus", tiny, *STREAM, "--site", SITE, *out)
+    assert result.code == 1 and not (tmp_path / "out").exists()
+    assert "corpus tiny.jsonl fills contexts of 16 with 0 tokens" in result.err
     for place in ("store", "trained/uniform-k4"):
         before = content(world / place)
         words = ("train", *model_and_corpus, *STREAM, "--site", SITE, "--out", world / place)
         assert call(*words).code == 1 and content(world / place) == before
+
+
+def test_a_folder_of_other_rows_is_refused_before_they_are_measured(model_and_corpus, tmp_path):
+    few = (*STREAM, "--tokens", 512, "--rule", "uniform", "--site", *SITES)
+    train = ("train", *model_and_corpus, *few, "--out", tmp_path / "t")
+    run = ("run", *model_and_corpus, *RUN, "--rule", "uniform", "--train.tokens", 512, "--site",
+           SITE, "--out", tmp_path / "r")  # fmt: skip
+    for words, other in ((train, ("--context-size", 8)), (run, ("--harvest.context-size", 8))):
+        works(*words)
+        before = content(words[-1])
+        refused = call(*words, *other)
+        assert refused.code == 1 and "rows packing context_size: 16 there, 8 asked" in refused.err
+        assert "statistics" not in refused.err and content(words[-1]) == before
 
 
 def test_several_sites_of_a_store(world, model_and_corpus, tmp_path):

@@ -19,7 +19,7 @@ from llm_wsae.training.arm import ArmConfig, make_arms
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.normaliser import Normaliser
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch, Parameters, Step, initial_parameters
+from llm_wsae.training.parameters import Batch, Parameters, Step, initial_parameters, squared
 from llm_wsae.weights.choosing import choose_weights
 
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def take_step(
 ) -> Step:
     """The step of an architecture; the name says which of the two of one that begins dense."""
     way = name.partition(", ")[2]
-    return getattr(made, f"{way}_step" if way else "step")(parameters, batch, gamma)
+    return getattr(made, f"{way}_step" if way else "step")(parameters, batch, squared(gamma))
 
 
 ARCHITECTURES = ("topk", "batch-topk", "matryoshka", "jumprelu", "gba")

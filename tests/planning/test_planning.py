@@ -19,12 +19,13 @@ from llm_wsae.model.site import Site
 from llm_wsae.pipeline import run
 from llm_wsae.planning import planning, speeds
 from llm_wsae.planning.planning import plan
+from llm_wsae.streaming import ActivationStreams
 from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.one_site import Training
-from llm_wsae.training.trainer import Interrupted, train
-from llm_wsae.weighing import measure_inputs
+from llm_wsae.training.trainer import Interrupted, train, train_sites
+from llm_wsae.weighing import measure_inputs, measure_stream_inputs
 from llm_wsae.weights.choosing import choose_weights
 
 SITES = [Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.1.hook_resid_post")]
@@ -139,13 +140,58 @@ def test_a_stream_keeps_no_rows_and_reads_its_first_tokens_before(model, fixed):
     stored = plan(model, SITES, **SETTINGS)
     found = plan(model, SITES, stream_config=stream, **SETTINGS)
     assert found.advice == "stream" and found.store_bytes < stored.store_bytes / 5
-    assert found.disk_bytes == stored.disk_bytes - stored.store_bytes + found.store_bytes
+    own, one = found.dictionary_bytes // 2, found.checkpoint_bytes  # the one is larger
+    assert found.disk_bytes == found.store_bytes + 3 * one
+    assert stored.disk_bytes == stored.store_bytes + own + 2 * one
     tokens = 40_000 * found.trained_rows // found.rows + 2 * 8000  # whitening reads them twice
     assert found.seconds["harvest"] == pytest.approx(
         tokens / 40_000 * stored.seconds["harvest"], rel=1e-3
     )
     assert found.seconds["weigh"] < stored.seconds["weigh"]
     assert found.seconds["train"] == stored.seconds["train"]
+
+
+def test_all_sites_of_a_stream_are_trained_at_once(model, text, tmp_path, monkeypatch, fixed):
+    """In memory, on the disk, and in the time that checkpoints take."""
+    stream = StreamConfig(context_size=32, batch_tokens=2048, buffer_tokens=4096)
+    found, alone, stored = (
+        plan(model, sites, stream_config=config, **SETTINGS, accelerator="h100", with_times=False)
+        for sites, config in ((SITES, stream), (SITES[:1], stream), (SITES, None))
+    )
+    arms_bytes, dictionaries_bytes = 3 * 26 * 64 * 1024, 3 * 8 * 64 * 1024
+    assert found.memory_bytes - alone.memory_bytes == arms_bytes
+    assert alone.memory_bytes == stored.memory_bytes
+    monkeypatch.setattr(planning, "peak_memory_bytes", lambda: 2**30)
+    here, one = (
+        plan(model, sites, stream_config=stream, **SETTINGS).memory_bytes
+        for sites in (SITES, SITES[:1])
+    )
+    assert here - one == arms_bytes + dictionaries_bytes  # which are more than the rows
+    saved = replace(TRAIN, checkpoint_seconds=0.1)  # 0.384 s of steps at a site
+    times = [
+        plan(model, SITES, stream_config=stream, **SETTINGS | {"train_config": config})
+        .seconds["train"] for config in (TRAIN, saved)
+    ]  # fmt: skip
+    assert times[1] - times[0] == pytest.approx(7 * 2 * found.checkpoint_bytes * 1e-9)
+
+    streams = ActivationStreams(model, Corpus.open(str(text), "train"), SITES, stream)
+    inputs = measure_stream_inputs(["whitening"], streams, SITES[0])
+    weights = choose_weights(inputs, ["uniform", "variance", "whitening"], [0.5])
+    arms = {site: make_arms(weights, [32]) for site in SITES}
+
+    def stop_with_checkpoints(training, *given):
+        for one in trainings:
+            one.save()
+        raise Interrupted("enough", 2)
+
+    trainings = []
+    begin = Training.begin
+    monkeypatch.setattr(Training, "begin", lambda own: (begin(own), trainings.append(own)))
+    monkeypatch.setattr(Training, "advance", stop_with_checkpoints)
+    with pytest.raises(Interrupted):
+        train_sites(streams, arms, replace(TRAIN, tokens=5120), tmp_path)
+    files = [path.stat().st_size for path in tmp_path.rglob(CHECKPOINT)]
+    assert sum(files) == pytest.approx(2 * found.checkpoint_bytes, rel=0.03) and len(files) == 2
 
 
 def test_an_accelerator_is_computed_and_grows_with_arms(model, monkeypatch):

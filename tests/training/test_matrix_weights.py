@@ -1,11 +1,13 @@
 """A matrix Γ: as a space to train in, folded back at the end, and in the loss."""
 
+import itertools
 import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import OWN_DIGEST
@@ -235,6 +237,7 @@ def test_annealing_ends_at_one(form, source, inputs):
     one = torch.ones(D_IN) if form == "diagonal" else torch.eye(D_IN)
     arm.anneal(0.0)
     assert torch.equal(arm.gamma, weights.gamma)
+    first = arm.metric
     arm.anneal(0.125)
     torch.testing.assert_close(arm.gamma, 0.75 * weights.gamma + 0.25 * one)
     for done in (0.5, 0.75, 1.0):
@@ -245,6 +248,7 @@ def test_annealing_ends_at_one(form, source, inputs):
         arm.anneal(done)
         gamma = arm.gamma.double()
         gamma = gamma.diag() if form == "diagonal" else gamma
+        assert torch.equal(arm.metric, squared(arm.gamma)) and not torch.equal(arm.metric, first)
         share = float((gamma @ variance @ gamma.T).trace() / variance.trace())
         assert 0.5 < share < 1.01
 
@@ -259,6 +263,34 @@ def test_an_annealed_training_is_neither_of_its_ends(source, inputs, tmp_path):
     assert annealed.info.name == "variance-a0.5-n0.5-k4"
     assert not torch.allclose(annealed.W_dec, always.W_dec, atol=1e-3)
     assert not torch.allclose(annealed.W_dec, plain.W_dec, atol=1e-3)
+
+
+class Squares(TorchDispatchMode):
+    """Counts products of two matrices of D_IN × D_IN."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        shapes = [tuple(one.shape) for one in args if isinstance(one, torch.Tensor)]
+        self.count += func is torch.ops.aten.mm.default and shapes == [(D_IN, D_IN)] * 2
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_matrix_is_squared_once(source):
+    matrix = torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(1))
+    for anneal, expected in ((0.0, 1), (0.5, 4)):
+        with Squares() as squares:
+            weights = LossWeights(matrix, config=WeightConfig(anneal=anneal))
+            arm = Arm(ArmConfig(weights, k=4), D_IN, 3 * D_IN, CPU)
+            normaliser = Normaliser(source.statistics(), CPU, torch.float32)
+            batches = itertools.islice(source.batches(5 * D_IN, 0), 3)
+            for step, rows in enumerate(batches):
+                arm.anneal(step / 10)
+                arm.last_fired -= 10_000  # all are dead, so that AuxK has work to do
+                arm.step(normaliser.batch(rows), step + 1, 1e-3, 1 / 32, 100)
+        assert squares.count == expected, anneal
 
 
 def test_own_matrix_that_is_no_space(inputs):
@@ -276,13 +308,14 @@ STEPS = (
 
 
 def step_of(name, parameters, batch, gamma):
+    metric = squared(gamma)
     kind = find_architecture(name.split(",")[0])
     made = kind(0.01 if kind.setting == "l1" else LOSS_K, LOSS_D_SAE)
     if name == "jumprelu":
         made.log_threshold = torch.full((LOSS_D_SAE,), -1.0).to(parameters.decoder)
     if name.endswith(", sparse"):
-        return made.sparse_step(parameters, batch, gamma)
-    return made.step(parameters, batch, gamma)
+        return made.sparse_step(parameters, batch, metric)
+    return made.step(parameters, batch, metric)
 
 
 def problem(dtype, seed=0):
@@ -316,7 +349,7 @@ def test_a_diagonal_matrix_is_its_diagonal(name):
 def test_the_error_and_its_gradient():
     _, batch, _, matrix = problem(torch.float64)
     residual = (batch.x * 0.3).requires_grad_()
-    loss, gradient = weighted_error(residual.detach(), batch.mask, matrix, batch.num_rows)
+    loss, gradient = weighted_error(residual.detach(), batch.mask, squared(matrix), batch.num_rows)
     expected = (residual @ matrix.T).square().sum() / (batch.mask.sum() * LOSS_D_IN)
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-12)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, residual)[0])
@@ -324,7 +357,7 @@ def test_the_error_and_its_gradient():
 
 def test_topk_gradients_equal_autograd():
     parameters, batch, _, matrix = problem(torch.float64)
-    found = TopK(LOSS_K, LOSS_D_SAE).step(parameters, batch, matrix)
+    found = TopK(LOSS_K, LOSS_D_SAE).step(parameters, batch, squared(matrix))
     leaves = Parameters(*(p.clone().requires_grad_() for p in parameters))
     pre = batch.x @ leaves.encoder.T + leaves.encoder_bias
     top = pre.topk(LOSS_K, dim=1)
@@ -337,12 +370,12 @@ def test_topk_gradients_equal_autograd():
 
 def test_auxk_uses_the_same_metric():
     parameters, batch, gamma, matrix = problem(torch.float64)
-    residual = TopK(LOSS_K, LOSS_D_SAE).step(parameters, batch, matrix).residual
+    residual = TopK(LOSS_K, LOSS_D_SAE).step(parameters, batch, squared(matrix)).residual
     dead = torch.tensor([3, 5, 8])
     found = DeadLatents(dead)
     gradients = [
-        auxk_gradients(parameters, batch, residual, found, metric, 0.5)
-        for metric in (gamma, gamma.diag(), matrix)
+        auxk_gradients(parameters, batch, residual, found, squared(weights), 0.5)
+        for weights in (gamma, gamma.diag(), matrix)
     ]
     assert all(torch.equal(one.latents, dead) for one in gradients)
     assert distance(gradients[1][1:], gradients[0][1:]) < 1e-12

@@ -18,7 +18,7 @@ from llm_wsae.training.architectures.topk import TopK
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.auxk import DeadFinder, DeadLatents, auxk_gradients
 from llm_wsae.training.optimiser import Optimiser
-from llm_wsae.training.parameters import Batch, Parameters, initial_parameters
+from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, squared
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import RULES, Rule
 
@@ -55,8 +55,9 @@ def test_relu_goes_sparse_when_few_latents_are_active(monkeypatch):
     """The two ways agree to the precision of float32, and the number of active latents decides."""
     parameters, batch, gamma = problem(torch.float32)
     relu = ReLU(L1, D_SAE)
-    dense = relu.dense_step(parameters, batch, gamma)
-    sparse = relu.sparse_step(parameters, batch, gamma)
+    metric = squared(gamma)
+    dense = relu.dense_step(parameters, batch, metric)
+    sparse = relu.sparse_step(parameters, batch, metric)
     assert relative_error(sparse.gradients, dense.gradients) < 1e-5
     assert float(sparse.loss) == pytest.approx(float(dense.loss), rel=1e-5)
     assert torch.equal(sparse.firings, dense.firings)
@@ -64,10 +65,10 @@ def test_relu_goes_sparse_when_few_latents_are_active(monkeypatch):
 
     monkeypatch.setattr(relu, "dense_step", lambda *_: dense)
     monkeypatch.setattr(relu, "sparse_step", lambda *_: sparse)
-    assert relu.step(parameters, batch, gamma) is dense
+    assert relu.step(parameters, batch, metric) is dense
     for share, expected in ((0.02, dense), (0.01, sparse)):
         relu.follow(torch.tensor(share), 0.1)
-        assert relu.step(parameters, batch, gamma) is expected
+        assert relu.step(parameters, batch, metric) is expected
     for one in (dense, sparse):
         share = float(one.firings.sum() / (batch.mask.sum() * D_SAE))
         assert float(one.observed) == pytest.approx(share)
@@ -128,9 +129,9 @@ def check_auxk(dtype, num_dead, weigh_rows):
     if weigh_rows:
         draws = torch.rand(BATCH, generator=torch.Generator().manual_seed(2)).to(batch.mask)
         batch = batch._replace(row_weights=3 * draws * batch.mask)
-    residual = TopK(K, D_SAE).step(parameters, batch, gamma).residual
+    residual = TopK(K, D_SAE).step(parameters, batch, squared(gamma)).residual
     dead = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:num_dead]
-    more = auxk_gradients(parameters, batch, residual, DeadLatents(dead), gamma, 0.5)
+    more = auxk_gradients(parameters, batch, residual, DeadLatents(dead), squared(gamma), 0.5)
     gradients = of_all(more, parameters)
 
     leaves = Parameters(*(p.double().clone().requires_grad_() for p in parameters))
@@ -158,12 +159,15 @@ def check_auxk(dtype, num_dead, weigh_rows):
 def test_auxk_with_latents_that_only_may_be_dead():
     """A mask over more latents gives the gradients of the dead ones."""
     parameters, batch, gamma = problem(torch.float64)
-    residual = TopK(K, D_SAE).step(parameters, batch, gamma).residual
+    residual = TopK(K, D_SAE).step(parameters, batch, squared(gamma)).residual
     some = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:60]
     for num_dead in (0, 1, D_IN // 2, 40):
         is_dead = torch.arange(60) % 60 < num_dead
         masked, alone = (
-            of_all(auxk_gradients(parameters, batch, residual, latents, gamma, 0.5), parameters)
+            of_all(
+                auxk_gradients(parameters, batch, residual, latents, squared(gamma), 0.5),
+                parameters,
+            )
             for latents in (DeadLatents(some, is_dead), DeadLatents(some[is_dead]))
         )
         for one, other in zip(masked, alone, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,19 @@ def test_a_finished_training_is_read_back_and_other_settings_are_refused(trained
         train(source, arms_for(source, l1s=(0.02,)), other, out)
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     (out / ".tmp").rmdir()
+
+
+def test_the_way_out_of_a_lost_dictionary_leads_out(trained, tmp_path):
+    source, out, dictionaries = trained
+    arms = arms_for(source)
+    shutil.copytree(out, tmp_path / "t")
+    shutil.rmtree(tmp_path / "t" / "uniform-k4")
+    record = tmp_path / "t" / FINISHED
+    with pytest.raises(LlmWsaeError, match=rf"uniform-k4 is not a .*; .*delete {record} and run"):
+        train(source, arms_for(source, l1s=(0.02,)), CONFIG, tmp_path / "t")
+    record.unlink()
+    again = train(source, arms, CONFIG, tmp_path / "t")
+    assert torch.equal(again["uniform-k4"].W_enc, dictionaries["uniform-k4"].W_enc)
 
 
 def test_what_fired_a_step_ago_is_never_dead(tmp_path):

@@ -48,11 +48,11 @@ class BatchTopK(Architecture):
     def sparsity(self) -> sparsity.JumpReLU:
         return sparsity.JumpReLU()
 
-    def step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
         codes = self.codes(parameters, batch)
         active = exact(codes, parameters, batch)
-        step = sparse_step(active, parameters, batch, gamma, self.strategy)
+        step = sparse_step(active, parameters, batch, metric, self.strategy)
         return step._replace(observed=self.smallest_value(codes))
 
     def codes(self, parameters: Parameters, batch: Batch) -> RaggedCodes:

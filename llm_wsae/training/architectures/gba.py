@@ -84,13 +84,13 @@ class GBA(DenseStart):
     def thresholds(self) -> Float[Tensor, " latents"]:
         return self.threshold * self.amplitude
 
-    def dense_step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def dense_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients, as if encoder and
         decoder were not tied."""
-        step, largest = dense_step(parameters, batch, gamma, self.strategy, self.thresholds())
+        step, largest = dense_step(parameters, batch, metric, self.strategy, self.thresholds())
         return self._observed(step, largest, batch)
 
-    def sparse_step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def sparse_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The same along the active latents only."""
         fast = batch.x_fast.dtype
         codes = encode_above(
@@ -101,7 +101,7 @@ class GBA(DenseStart):
             self._capacity,
         )
         codes = exact(without_masked(codes, batch), parameters, batch)
-        step = sparse_step(codes, parameters, batch, gamma, self.strategy)
+        step = sparse_step(codes, parameters, batch, metric, self.strategy)
         largest = torch.zeros_like(step.firings)
         largest.scatter_reduce_(0, codes.indices, codes.values.to(largest.dtype), "amax")
         return self._observed(step, largest, batch)

@@ -70,16 +70,16 @@ class JumpReLU(Architecture):
     def sparsity(self) -> sparsity.JumpReLU:
         return sparsity.JumpReLU()
 
-    def step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) + λ(L0/k − 1)² and its gradients.
 
         A pre-activation that is not positive is in no window, however small θ.
         """
         return self._capacity.retry(
-            lambda: self._step(parameters, batch, gamma), self.strategy.all_agree
+            lambda: self._step(parameters, batch, metric), self.strategy.all_agree
         )
 
-    def _step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def _step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """``step``, correct if there were slots enough."""
         encoder, decoder, encoder_bias, decoder_bias = parameters
         k, strategy, fast = self.k, self.strategy, batch.x_fast.dtype
@@ -99,7 +99,7 @@ class JumpReLU(Architecture):
 
         decoded, num_rows = strategy.decode(codes, decoder, decoder_bias), batch.num_rows
         residual = decoded.sub_(batch.x).mul_(batch.mask[:, None])
-        loss, output_gradient = weighted_error(residual, batch.counted, gamma, num_rows)
+        loss, output_gradient = weighted_error(residual, batch.counted, metric, num_rows)
         by_near = value_gradients(near, decoder, output_gradient)
         gradients = SparseGradients(codes, batch.x_fast, output_gradient.to(fast), by_near * active)
 

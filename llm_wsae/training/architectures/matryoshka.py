@@ -32,7 +32,7 @@ class Matryoshka(BatchTopK):
     name = "matryoshka"
     prefixes: Sequence[float] = PREFIXES
 
-    def step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss Σ_prefixes ‖Γ(x − x̂_prefix)‖² (means over rows and dimensions) and its gradients.
 
         The residual is that of the whole dictionary.
@@ -54,7 +54,7 @@ class Matryoshka(BatchTopK):
         residual, loss = residuals[-1].clone(), batch.x.new_zeros(())
         from_outer = torch.zeros_like(residual)
         for prefix in reversed(residuals.unbind()):  # overwritten by its gradient and outer ones'
-            prefix_loss, by_prefix = weighted_error(prefix, batch.counted, gamma, batch.num_rows)
+            prefix_loss, by_prefix = weighted_error(prefix, batch.counted, metric, batch.num_rows)
             loss += prefix_loss
             from_outer = torch.add(by_prefix, from_outer, out=prefix)
         by_decoder_bias, by_output = from_outer.sum(0), residuals.flatten(0, 1)

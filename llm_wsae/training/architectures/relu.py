@@ -36,7 +36,7 @@ class ReLU(DenseStart):
     def sparsity(self) -> sparsity.ReLU:
         return sparsity.ReLU()
 
-    def sparse_step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def sparse_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The step along the active latents only, correct if there were slots enough."""
         fast = batch.x_fast.dtype
         codes = encode_above(
@@ -48,15 +48,15 @@ class ReLU(DenseStart):
         )
         codes = exact(without_masked(codes, batch), parameters, batch)
         by_active = self._penalty_gradient(batch)
-        step = sparse_step(codes, parameters, batch, gamma, self.strategy, by_active)
+        step = sparse_step(codes, parameters, batch, metric, self.strategy, by_active)
         penalty = by_active * self.strategy.sum_over_latents(codes.values.sum())
         share = self._share_of(step.firings, batch)
         return step._replace(loss=step.loss + penalty, observed=share)
 
-    def dense_step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def dense_step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """The step over all latents, a tile of rows at a time."""
         by_active = self._penalty_gradient(batch)
-        step, _ = dense_step(parameters, batch, gamma, self.strategy, penalty_gradient=by_active)
+        step, _ = dense_step(parameters, batch, metric, self.strategy, penalty_gradient=by_active)
         return step._replace(observed=self._share_of(step.firings, batch))
 
     def _penalty_gradient(self, batch: Batch) -> Float[Tensor, ""]:

@@ -18,14 +18,14 @@ class LargestOfRow(Architecture):
     def sparsity(self) -> sparsity.TopK:
         return sparsity.TopK(self.k)
 
-    def step(self, parameters: Parameters, batch: Batch, gamma: Gamma) -> Step:
+    def step(self, parameters: Parameters, batch: Batch, metric: Gamma) -> Step:
         """Loss ‖Γ(x − x̂)‖² (mean over rows and dimensions) and its gradients."""
         fast = batch.x_fast.dtype
         encoder, bias = parameters.encoder.to(fast), parameters.encoder_bias.to(fast)
         codes = encode_topk(batch.x_fast, encoder, bias, min(self.k, len(encoder)))
         unmasked = codes._replace(values=codes.values * batch.mask[:, None])
         active = exact(self.strategy.topk(unmasked, self.k), parameters, batch)
-        return sparse_step(active, parameters, batch, gamma, self.strategy)
+        return sparse_step(active, parameters, batch, metric, self.strategy)
 
 
 class TopK(LargestOfRow):

@@ -32,7 +32,7 @@ from llm_wsae.training.architectures.jumprelu import (
     initial_threshold,
 )
 from llm_wsae.training.architectures.matryoshka import Matryoshka, group_bounds
-from llm_wsae.training.parameters import Batch, Parameters, initial_parameters
+from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, squared
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 GROUPS = [(0, 8), (8, 24), (24, 56), (56, 120), (120, 256)]
@@ -275,7 +275,7 @@ def test_batch_topk_takes_the_largest_of_the_whole_batch():
     assert per_row.min() < K < per_row.max()
     for threshold in (0.0, 0.5, 100.0):
         made = architecture("batch-topk", batch.x, threshold=threshold)
-        step = made.step(parameters, batch, gamma)
+        step = made.step(parameters, batch, squared(gamma))
         assert torch.equal(step.firings.long(), (kept >= smallest).sum(0))
         assert float(step.observed) == pytest.approx(float(smallest), rel=1e-12)
 
@@ -301,7 +301,7 @@ def test_matryoshka_of_one_prefix_is_batch_topk():
     parameters, batch, gamma = problem(torch.float64)
     plain, nested = BatchTopK(K, D_SAE), Matryoshka(K, D_SAE)
     nested.prefixes = (1.0,)
-    plain, nested = (made.step(parameters, batch, gamma) for made in (plain, nested))
+    plain, nested = (made.step(parameters, batch, squared(gamma)) for made in (plain, nested))
     for found, expected in zip(nested.gradients, plain.gradients, strict=True):
         assert error(found, expected) < 1e-12
     assert float(nested.loss) == pytest.approx(float(plain.loss), rel=1e-12)

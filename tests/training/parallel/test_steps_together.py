@@ -16,7 +16,7 @@ from llm_wsae.processes import join
 from llm_wsae.training.auxk import DeadLatents, auxk_gradients
 from llm_wsae.training.parallel.collectives import collectives
 from llm_wsae.training.parallel.strategy import SINGLE, DataParallel, LatentParallel, Strategy
-from llm_wsae.training.parameters import Batch, Parameters, initial_parameters
+from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, squared
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Of sums that were added up in another order; in bfloat16 many values tie for the last place among
@@ -70,7 +70,7 @@ def numbers(strategy: Strategy, name: str, dtype: torch.dtype, matrix: bool) -> 
     own = strategy.own_latents(D_SAE)
     step = step_of(name, parameters, batch, gamma, strategy=strategy)
     dead = DeadLatents(torch.tensor([i - own.start for i in DEAD if i in own], dtype=torch.int64))
-    more = auxk_gradients(parameters, batch, step.residual, dead, gamma, 0.5, strategy)
+    more = auxk_gradients(parameters, batch, step.residual, dead, squared(gamma), 0.5, strategy)
     revived = of_all(more, parameters)
     gradients = step.gradients
     strategy.sum_over_rows_([*gradients, step.firings, step.loss, *revived])

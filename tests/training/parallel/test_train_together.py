@@ -6,7 +6,9 @@ import resource
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from training_cases import ARCHITECTURES, CONFIG, Planted
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import load_own_tensors, load_tensors
+from llm_wsae.files import load_own_tensors, load_tensors, open_tensors
 from llm_wsae.processes import join
-from llm_wsae.training.arm import make_arms
-from llm_wsae.training.checkpoint import CHECKPOINT, Rows, save_rows
+from llm_wsae.training import checkpoint
+from llm_wsae.training.arm import Arm, make_arms
+from llm_wsae.training.checkpoint import CHECKPOINT, Rows, load_learnt, save_rows
 from llm_wsae.training.trainer import Interrupted, train
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
@@ -212,6 +215,38 @@ def test_requests_that_cannot_be(tmp_path):
 
 def of_own_rate(out):
     return make(out, replace(SHORT, learning_rate=[0.1, 0.2][int(os.environ["RANK"])]), FEW)
+
+
+def test_a_dictionary_of_many_processes_is_made_without_the_moments(tmp_path, monkeypatch):
+    """They are twice as large as the weights, of which rank 0 then holds all."""
+    with pytest.raises(Interrupted):
+        make(tmp_path, SHORT, ALL, "alone", terminate)
+    kept, _ = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
+    read = {}
+
+    @contextmanager
+    def watched(*given):
+        with open_tensors(*given) as file:
+
+            def get_tensor(name):
+                read[name] = file.get_tensor(name)
+                return read[name]
+
+            yield SimpleNamespace(get_tensor=get_tensor)
+
+    monkeypatch.setattr(checkpoint, "open_tensors", watched)
+    for config in arms():
+        arm, name = Arm(config, 16, 64, torch.device("cpu")), config.name
+        own = {key.removeprefix(f"{name}/"): t for key, t in kept.items() if key.startswith(name)}
+        arm.load_state(own)
+        read.clear()
+        parameters, architecture = load_learnt(tmp_path, arm)
+        for key, expected in arm.parameters._asdict().items():
+            assert torch.equal(getattr(parameters, key), expected), (name, key)
+        if (thresholds := arm.architecture.thresholds()) is not None:
+            assert torch.equal(architecture.thresholds(), thresholds), name
+        matrices = [key for key, tensor in read.items() if tensor.shape == (64, 16)]
+        assert matrices == [f"{name}/encoder", f"{name}/decoder"]
 
 
 # --- The command
