@@ -62,6 +62,7 @@ RESULT_PAGES = {
     "free-lengths": "free-lengths.md",
     "free-lengths-others": "free-lengths-sites.md",
     "free-lengths-settings": "free-lengths-settings.md",
+    "clean-rows": "free-lengths-settings.md",
     "planted": "planted-data.md",
     "study": "monosemanticity.md",
     "probes": "monosemanticity.md",

@@ -1,0 +1,210 @@
+"""What free lengths, and halfway whitening, cost in fidelity where nothing is planted.
+
+    bash scripts/reproduce.sh clean-rows
+
+Everything that ``results_free_lengths.py`` says is of dictionaries that were trained on rows with
+planted features. Here plain dictionaries and those that are whitened halfway in the loss see the
+rows as they are, one million and four, with free lengths and with length 1, three seeds each. They
+are judged by KL and FVU alone: nothing is known of their features.
+
+``EXPECTED`` was written down after one pair of plain dictionaries at one site (SmolLM2, block 9,
+four million rows): there free lengths had cost 5 % of KL, and whitening 7 %.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import results_recovery as recovery
+import torch
+from benchmarks import README, write_result
+from results_archive import pack, unpack
+from results_recovery import PLACES, SEEDS, TEXT, K
+
+from llm_wsae import (
+    Corpus,
+    EvaluateConfig,
+    HarvestConfig,
+    LanguageModel,
+    TrainConfig,
+    choose_weights,
+    harvest,
+    make_arms,
+    measure_inputs,
+    train,
+)
+from llm_wsae.data.packing import Packer
+from llm_wsae.evaluation.activations import take_contexts
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
+from llm_wsae.files import write_json
+from llm_wsae.provenance import plain
+from llm_wsae.studies.curve import Value
+from llm_wsae.studies.inference import Estimate, estimates
+from llm_wsae.terminal import markdown
+
+RUN = README.parent / "runs/clean-rows"
+ARCHIVE = Path(__file__).parent / "results/clean-rows.jsonl.gz"
+WHERE = {"smollm2": 20_000, "gemma": 6_000}
+"""Sites, all after blocks 9, and the held-out tokens of their evaluation."""
+ROWS = {1_000_000: "1 M", 4_000_000: "4 M"}
+LENGTHS = ("free", "unit")
+PLAIN, WHITENED = f"uniform-k{K}", f"whitening-a0.5-k{K}"
+Key = tuple[int, str, str]
+"""Rows, lengths, dictionary."""
+EXPECTED = (
+    ("smollm2", (4_000_000, "free", PLAIN), (4_000_000, "unit", PLAIN), 2, 8),
+    ("smollm2", (1_000_000, "free", PLAIN), (1_000_000, "unit", PLAIN), -10, 0),
+    ("smollm2", (4_000_000, "free", WHITENED), (4_000_000, "free", PLAIN), 3, 10),
+    ("smollm2", (1_000_000, "free", WHITENED), (1_000_000, "free", PLAIN), -2, 5),
+    ("gemma", (4_000_000, "free", PLAIN), (4_000_000, "unit", PLAIN), -10, 5),
+    ("gemma", (4_000_000, "free", WHITENED), (4_000_000, "free", PLAIN), -5, 12),
+    ("gemma", (1_000_000, "free", WHITENED), (1_000_000, "free", PLAIN), -25, -5),
+)
+"""Site, what, beside what, and between which per cent of KL the difference was expected."""
+
+
+def measure(key: str, path: str, seeds: Sequence[int]) -> None:
+    """Harvest, train and measure what has no result yet."""
+    where = PLACES[key]
+    missing = [
+        (rows, lengths, seed)
+        for seed in seeds
+        for rows in ROWS
+        for lengths in LENGTHS
+        if not _result(key, rows, lengths, seed).exists()
+    ]
+    if not missing:
+        return
+    model = LanguageModel.load(path)
+    sites = [one.site for one in PLACES.values() if one.model_key == where.model_key]
+    how = HarvestConfig(tokens=where.model.harvested)
+    folder = recovery.RUN / "stores" / where.model_key
+    store = harvest(model, Corpus.open(TEXT, "train"), sites, folder, how)
+    inputs = measure_inputs(["whitening"], store, where.site)
+    weights = choose_weights(inputs, ["uniform", "whitening"], [0.5])
+    contexts = Packer.for_model(model, how).contexts(Corpus.open(TEXT, "heldout"))
+    config = EvaluateConfig(tokens=WHERE[key], bootstraps=100)
+    evaluator = FidelityEvaluator(model, take_contexts(contexts, WHERE[key]), config)
+    for rows, lengths, seed in missing:
+        training = TrainConfig(
+            tokens=rows, lengths=lengths, shuffle_seed=seed, checkpoint_seconds=600
+        )
+        arms = make_arms(weights, [K], init_seeds=(seed,))
+        out = RUN / "trained" / f"{key}-{rows}-{lengths}-s{seed}"
+        trained = train(store.source(where.site), arms, training, out)
+        found = evaluator.evaluate(trained).summaries()
+        named = {name.removesuffix(f"-s{seed}"): plain(own) for name, own in found.items()}
+        write_json(_result(key, rows, lengths, seed), named)
+        print(f"{key}: {rows:,} rows, lengths {lengths}, seed {seed} measured", flush=True)
+
+
+def _result(key: str, rows: int, lengths: str, seed: int) -> Path:
+    return RUN / "results" / f"{key}.{rows}-{lengths}-s{seed}.json"
+
+
+def read(key: str) -> dict[Key, dict[int, dict[str, Any]]]:
+    """What was measured of a site, by dictionary and seed."""
+    found: dict[Key, dict[int, dict[str, Any]]] = {}
+    for path in sorted((RUN / "results").glob(f"{key}.*.json")):
+        rows, lengths, seed = path.stem.partition(".")[2].split("-")
+        for name, own in json.loads(path.read_text()).items():
+            if name != "sha256":
+                of_seed = found.setdefault((int(rows), lengths, name), {})
+                of_seed[int(seed.removeprefix("s"))] = own
+    return found
+
+
+def beside(
+    found: dict[Key, dict[int, dict[str, Any]]], pairs: dict[Key, Key]
+) -> dict[Key, Estimate]:
+    """The difference of log KL of each from another, seed by seed."""
+    differences = {
+        one: {
+            seed: Value(_log_kl(found[one][seed]) - _log_kl(found[other][seed]))
+            for seed in found[one].keys() & found[other].keys()
+        }
+        for one, other in pairs.items()
+        if one in found and other in found
+    }
+    return estimates({one: own for one, own in differences.items() if len(own) >= len(SEEDS)})
+
+
+def _log_kl(fidelity: dict[str, Any]) -> float:
+    return float(torch.tensor(fidelity["kl"], dtype=torch.float64).log())
+
+
+def at_site(key: str) -> Iterator[str]:
+    """The table of a site, and what was expected of it."""
+    found = read(key)
+    if not found:
+        return
+    of_lengths = beside(found, {k: (k[0], "unit", k[2]) for k in found if k[1] == "free"})
+    of_weights = beside(found, {k: (*k[:2], PLAIN) for k in found if k[2] == WHITENED})
+    rows = [["rows", "lengths", "dictionary", "seeds", "KL", "CE recovered", "FVU", "dead %",
+             "KL, free beside length 1", "KL, whitened beside plain"]]  # fmt: skip
+    for one in sorted(found, key=lambda k: (k[0], k[1] != "unit", k[2])):
+        own = list(found[one].values())
+
+        def mean(measure: str, own: list[dict[str, Any]] = own) -> float:
+            return sum(fidelity[measure] for fidelity in own) / len(own)
+
+        rows.append(
+            [
+                ROWS[one[0]],
+                "1" if one[1] == "unit" else "free",
+                f"`{one[2]}`",
+                str(len(own)),
+                *(f"{mean(measure):.3f}" for measure in ("kl", "ce_recovered", "fvu")),
+                f"{100 * mean('dead_share'):.1f}",
+                *(recovery.text_of(e.get(one), per_cent=True) for e in (of_lengths, of_weights)),
+            ]
+        )
+    yield f"### As they are: {PLACES[key].title}"
+    yield markdown(rows)
+    yield from recovery.expected(
+        (_words(one, other, low, high), _between(one, other, low, high), found)
+        for place, one, other, low, high in EXPECTED
+        if place == key
+    )
+
+
+def _words(one: Key, other: Key, low: float, high: float) -> str:
+    what = "whitened beside plain" if one[2] == WHITENED else "plain, free beside length 1"
+    return f"{ROWS[one[0]]} rows, {what}: KL {low:+g} to {high:+g} %".replace("-", "−")
+
+
+def _between(one: Key, other: Key, low: float, high: float) -> Any:
+    def result(found: dict[Key, dict[int, dict[str, Any]]]) -> tuple[bool, str]:
+        kls = [[own["kl"] for own in found[key].values()] for key in (one, other)]
+        means = [sum(own) / len(own) for own in kls]
+        change = 100 * (means[0] / means[1] - 1)
+        return low <= change <= high, f"{change:+.1f} %"
+
+    return result
+
+
+def section() -> str:
+    """The part of docs/results."""
+    return "\n\n".join(part for key in WHERE for part in at_site(key))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for key in WHERE:
+        parser.add_argument(f"--{key}", help="the model, if it is to be measured")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    asked = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if ARCHIVE.exists():
+        unpack(ARCHIVE, RUN)
+    for key in WHERE:
+        if path := getattr(asked, key):
+            measure(key, path, asked.seeds)
+            pack(RUN, ARCHIVE)
+    write_result("clean-rows", section())
+
+
+if __name__ == "__main__":
+    main()
