@@ -3,8 +3,8 @@
 The logits of a batch are large (4096 tokens over 262,144 words: 4 GB in float32), so they never
 exist. Up to the last block's output, the stream is small. From there on, a tile of rows at a time
 gets its logits: once those of the model itself, which give log p, and after them those of every
-variant. On a CPU each core has a tile of its own. (Liger's fused kernels of cross-entropy and
-divergence are for GPUs and make gradients, which nobody needs here.)
+variant. On a CPU each core has a tile of its own; elsewhere there is one at a time. (Liger's fused
+kernels of cross-entropy and divergence are for GPUs and make gradients, which nobody needs here.)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -67,10 +67,9 @@ def next_token_sums(
                 found = _measure_tile(logits, [s[rows] for s in streams], target[rows])
                 return found.cpu().double()
 
-        tiles = (
-            where.split(_tile_rows(len(where), len(model.W_E), model.device)) if len(where) else ()
-        )
-        found = parallel_map(measure, tiles)
+        together = torch.get_num_threads() if model.side_by_side else 1
+        tiles = where.split(_tile_rows(len(where), len(model.W_E), together)) if len(where) else ()
+        found = parallel_map(measure, tiles) if together > 1 else [measure(t) for t in tiles]
     sums = torch.zeros(len(streams), 2, scored.shape[0], dtype=torch.float64)
     if found:
         sums.index_add_(2, where.cpu() // ids.shape[1], torch.cat(found, 2))
@@ -78,9 +77,8 @@ def next_token_sums(
     return entropy, [(one[0], one[1]) for one in others]
 
 
-def _tile_rows(rows: int, vocab: int, device: torch.device) -> int:
-    """Rows of a tile: tiles of equal size, and on a CPU as many for every core."""
-    together = torch.get_num_threads() if device.type == "cpu" else 1
+def _tile_rows(rows: int, vocab: int, together: int) -> int:
+    """Rows of a tile: tiles of equal size, and as many for each of the cores that work together."""
     most = max(1, min(_TILE_ROWS, _TILE_NUMBERS // vocab))
     tiles = -(-rows // (most * together)) * together
     return -(-rows // tiles)
