@@ -55,7 +55,7 @@ def next_token_sums(
     each variant that and Σ KL(p_clean ‖ p), both [contexts], in nats.
 
     ``clean`` and ``variants`` are outputs of the last block. Exponentials are float32; sums are
-    float64, on the CPU.
+    float64, on the CPU. Raises LlmWsaeError if a prediction of the model itself is NaN.
     """
     where = F.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
     streams = [stream.flatten(0, 1) for stream in (clean, *variants)]
@@ -74,6 +74,8 @@ def next_token_sums(
     if found:
         sums.index_add_(2, where.cpu() // ids.shape[1], torch.cat(found, 2))
     (entropy, _), *others = sums.unbind(0)
+    if bool(entropy.isnan().any()):
+        raise _not_numbers(model)
     return entropy, [(one[0], one[1]) for one in others]
 
 
@@ -161,7 +163,8 @@ def clean_stream(
     """The last block's output for a batch, resumed from its activations at ``last``, and kept.
 
     Every variant is resumed in the same way, so a perfect reconstruction gives the same numbers.
-    Raises LlmWsaeError for a model whose blocks pass on more than the residual stream.
+    Raises LlmWsaeError for a model whose blocks pass on more than the residual stream, or whose
+    predictions are NaN.
     """
     end = Site(model.num_blocks - 1, "post")
     known = cache.kept(number, end)
@@ -180,9 +183,18 @@ def _check_clean(model: LanguageModel, ids: Tensor, site: Site, stream: Tensor) 
     full = model.logits(ids)[0, -_CHECKED_POSITIONS:].float()
     with torch.no_grad(), model.unembedding() as logits:
         found = logits(stream[-_CHECKED_POSITIONS:]).float()
+    if bool(full.isnan().any()):
+        raise _not_numbers(model)
     if not (found - full).norm() <= _SAME_LOGITS * full.norm():
         raise LlmWsaeError(
             f"{model.name} makes other predictions when it is resumed at {site} from its own "
             "activations: its blocks pass on more than the residual stream, so its predictions "
             "cannot be used to evaluate dictionaries there"
         )
+
+
+def _not_numbers(model: LanguageModel) -> LlmWsaeError:
+    return LlmWsaeError(
+        f"predictions of {model.name} are NaN: it overflows behind the sites; try the model in "
+        "float32 (--model-dtype float32)"
+    )

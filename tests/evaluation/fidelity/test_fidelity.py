@@ -484,6 +484,23 @@ def test_activations_that_are_not_finite(model, contexts):
             weight[int(contexts[0].ids[2])] = before
 
 
+def test_predictions_that_are_not_numbers(contexts):
+    """Found at once or later on; where nothing is scored, they do not matter."""
+    model = fresh_model()
+    ids = torch.tensor(np.stack([c.ids for c in contexts]))
+    clean = torch.randn(*ids.shape, D, generator=torch.Generator().manual_seed(0))
+    clean[3, 4] = torch.nan
+    scored = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
+    with pytest.raises(LlmWsaeError, match=r"^predictions of tiny are NaN.*--model-dtype float32"):
+        next_token_sums(model, clean, [], ids, scored)
+    scored[3, 4] = False
+    assert next_token_sums(model, clean, [], ids, scored)[0].min() > 1
+    with torch.no_grad():
+        model.hf_model.model.layers[2].mlp.down_proj.weight[0] = torch.nan  # behind the site
+    with pytest.raises(LlmWsaeError, match=r"^predictions of tiny are NaN.*--model-dtype float32"):
+        evaluate({"a": identity()}, model, contexts, CONFIG)
+
+
 def test_a_cache_without_room_for_the_last_stream_holds_nothing_else(contexts):
     """Least of all what the model's first resumed forward, a trial of two tokens, leaves there."""
     known = {"k2": identity(sparsity=TopK(2))}
