@@ -107,7 +107,8 @@ def _compiled(
 ) -> tuple[Float[Tensor, " rows"], Compared]:
     """−log p(target), and a function that gives the same and KL(p ‖ q) of other logits.
 
-    With r and q the logits of p and q, KL = Σ p·(r − q) + log Σ exp q − log Σ exp r.
+    With r and q the logits of p and q, KL = Σ p·(r − q) + log Σ exp q − log Σ exp r. Tokens that a
+    model excludes (r = −∞) add nothing; those that it excludes only now (q = −∞) make KL infinite.
     """
 
     def log_sum(maxima: Tensor, sums: Tensor) -> Tensor:
@@ -133,7 +134,8 @@ def _in_torch(
 ) -> tuple[Float[Tensor, " rows"], Compared]:
     """The same in float32, by operations that every device has."""
     log_p = clean.log_softmax(1, dtype=torch.float32)
-    p = log_p.exp()
+    excluded = log_p.isneginf()
+    p = log_p.exp().clamp_(min=torch.finfo(torch.float32).tiny)  # of other tokens p·∞ is ∞, not NaN
     size = max(1, _CHUNK_NUMBERS // clean.shape[1])
     chunks = [slice(at, at + size) for at in range(0, len(target), size)]
 
@@ -142,7 +144,7 @@ def _in_torch(
         for chunk in chunks:
             log_q = own[chunk].log_softmax(1, dtype=torch.float32)
             torch.neg(log_q.gather(1, target[chunk, None])[:, 0], out=found[0, chunk])
-            difference = torch.sub(log_p[chunk], log_q, out=log_q)
+            difference = torch.sub(log_p[chunk], log_q, out=log_q).masked_fill_(excluded[chunk], 0)
             torch.linalg.vecdot(p[chunk], difference, out=found[1, chunk])
         return found
 
@@ -185,7 +187,8 @@ def _check_clean(model: LanguageModel, ids: Tensor, site: Site, stream: Tensor) 
         found = logits(stream[-_CHECKED_POSITIONS:]).float()
     if bool(full.isnan().any()):
         raise _not_numbers(model)
-    if not (found - full).norm() <= _SAME_LOGITS * full.norm():
+    difference = (found - full).where(found != full, 0)  # a token that is excluded has −∞ in both
+    if not difference.norm() <= _SAME_LOGITS * full[full.isfinite()].norm():
         raise LlmWsaeError(
             f"{model.name} makes other predictions when it is resumed at {site} from its own "
             "activations: its blocks pass on more than the residual stream, so its predictions "

@@ -347,6 +347,28 @@ def test_a_small_divergence_keeps_its_digits(dtype):
     assert compared(own).isnan().tolist() == [[row == 3 for row in range(7)]] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_a_model_excludes(dtype):
+    """Row by row: by both, by the clean one, by the other one; an unlikely one by the other one."""
+    draw = torch.Generator().manual_seed(0)
+    clean, own = (torch.randn(4, 5003, generator=draw).to(dtype) for _ in range(2))
+    clean[:2, 7:300] = own[0, 7:300] = own[2, 1000] = own[3, 1001] = -torch.inf
+    clean[3, 1001] = -500
+    target = torch.full((4,), 3)
+    log_p, log_q = (one.double().log_softmax(1) for one in (clean, own))
+    terms = log_p.exp() * (log_p - log_q)
+    wanted = terms.where(~clean.isneginf(), 0).sum(1)
+    wanted[3] = torch.inf  # p = e^-508, which even the terms in float64 may lose
+    assert wanted.isfinite().tolist() == [True, True, False, False]
+    for sums in (next_token._in_torch, next_token._compiled)[: 1 + cpu.available()]:
+        entropy, compared = sums(clean, target)
+        ce, kl = compared(own)
+        torch.testing.assert_close(kl.double(), wanted, rtol=1e-5, atol=0)
+        torch.testing.assert_close(entropy.double(), -log_p[:, 3], rtol=1e-5, atol=0)
+        torch.testing.assert_close(ce.double(), -log_q[:, 3], rtol=1e-5, atol=0)
+        assert compared(clean)[1].abs().max() < 1e-6
+
+
 def test_variance_keeps_its_digits_far_from_zero():
     rows = 1e6 + torch.randn(500, 3, generator=torch.Generator().manual_seed(0)).double()
     moments, rest = Moments(rows[0]), Moments(rows[0])
@@ -499,6 +521,18 @@ def test_predictions_that_are_not_numbers(contexts):
         model.hf_model.model.layers[2].mlp.down_proj.weight[0] = torch.nan  # behind the site
     with pytest.raises(LlmWsaeError, match=r"^predictions of tiny are NaN.*--model-dtype float32"):
         evaluate({"a": identity()}, model, contexts, CONFIG)
+
+
+def test_a_model_that_excludes_tokens_is_the_same_when_it_is_resumed(contexts):
+    model = fresh_model()
+    never = max({*range(VOCAB)} - {int(i) for c in contexts for i in c.ids})
+
+    def exclude(_module, _inputs, logits):
+        logits[..., never] = -torch.inf
+
+    model.hf_model.lm_head.register_forward_hook(exclude)
+    found = evaluate({"a": identity()}, model, contexts, CONFIG).dictionaries["a"]
+    assert 0.1 < found.ce_clean < 5 and found.ce_spliced == pytest.approx(found.ce_clean, abs=1e-6)
 
 
 def test_a_cache_without_room_for_the_last_stream_holds_nothing_else(contexts):
