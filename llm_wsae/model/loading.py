@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -221,6 +221,7 @@ def hub_source(model: str, revision: str | None, download: bool = True) -> _Sour
     options: dict[str, Any] = {"revision": revision, "local_files_only": False}
     try:
         if not download:
+            validate_repo_id(model)  # as the request would
             raise hub_errors.OfflineModeIsEnabled
         commit = hub.HfApi().model_info(model, revision=revision, timeout=10).sha
         return model, options, commit

@@ -48,6 +48,8 @@ NOWHERE = [
     ("./no/such/folder", {}, UsageError, "there is no model at ./no/such/folder"),
     ("no-such.gguf", {}, UsageError, "there is no file no-such.gguf"),
     ("two words!", {}, UsageError, "there is no model 'two words!'"),
+    ("two words!", {"download": False}, UsageError, "there is no model 'two words!'"),
+    ("nobody/no-such-model", {"download": False}, LlmWsaeError, "the Hub cannot be reached"),
     ("nobody/no-such-model", {}, LlmWsaeError, "the Hub cannot be reached"),
     ("gpt2", {"dtype": "float23"}, UsageError, "did you mean 'float32'"),
     ("gpt2", {"device": "abacus"}, UsageError, "there is no device 'abacus'"),
