@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionS
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.backends import cpu
+from llm_wsae.statistics import uncertainty
 from llm_wsae.statistics.uncertainty import Bootstrap
 
 D, VOCAB, CONTEXTS, POSITIONS = 16, 53, 12, 10
@@ -404,6 +406,27 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     sums = {"a": loss + 5, "b": loss}
     paired = bootstrap.interval(lambda t: t["a"] - t["b"], sums)
     assert paired == pytest.approx((300.0, 300.0))
+
+
+def test_resamplings_in_blocks_are_those_of_one_draw(monkeypatch):
+    items, count = 5000, 2000
+    columns = {"a": np.arange(items) % 7.0, "b": np.ones(items)}
+
+    def quantity(totals):
+        return totals["a"] / totals["b"]
+
+    whole = Bootstrap(items, count, 3)
+    times = np.random.default_rng(3).multinomial(items, np.full(items, 1 / items), size=count)
+    values = (times @ columns["a"]) / items
+    expected = whole.interval(quantity, columns)
+    assert expected == tuple(np.quantile(values, [0.025, 0.975]))
+    monkeypatch.setattr(uncertainty, "_BLOCK", 30 * items + 1)
+    tracemalloc.start()
+    found = Bootstrap(items, count, 3).interval(quantity, columns)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert peak < 2 * items * count  # bytes; the numbers of one draw alone are 8
 
 
 def test_report_is_json_and_a_table(model, contexts, tmp_path):
