@@ -65,12 +65,13 @@ def evaluate(
     for folder in folders.values() if keep else ():
         check_keeps_measurements(folder)
     loaded = {name: Dictionary.load(path) for name, path in folders.items()}
-    packing = common_packing(loaded)
+    common_packing(loaded)  # raises before a model is loaded
     text = Corpus.open(corpus.corpus, part, text_column=corpus.text_column)
     seen = notes_on_text(loaded, text.identity())
     if keep and seen:
         raise UsageError(f"{seen[0]}, so no result counts as held out; omit --keep")
     language_model = model.load(model.model)
+    packing = common_packing(loaded, language_model.max_context)
     contexts = Packer.for_model(language_model, packing).contexts(text)
     scorer = None
     if monosemantic:  # before the long work: it reads its text and finds its encoder

@@ -6,6 +6,7 @@ settings are the package's own configurations, with short spellings added here. 
 commands share beyond their options: the type of a result, checks of names, the cost.
 """
 
+import os
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -262,8 +263,11 @@ def names_of(folders: tuple[Path, ...]) -> dict[str, Path]:
     if not folders:
         raise UsageError("name at least one dictionary folder")
     different = dict.fromkeys(folders)
-    names = [path.name for path in different]
-    return {path.name if names.count(path.name) == 1 else str(path): path for path in different}
+    names = [os.path.basename(os.path.abspath(path)) for path in different]  # also of . and ..
+    return {
+        name if names.count(name) == 1 else str(path): path
+        for name, path in zip(names, different, strict=True)
+    }
 
 
 def sites_of(names: tuple[str, ...]) -> list[Site]:

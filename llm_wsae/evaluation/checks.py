@@ -42,9 +42,16 @@ def plain_beside(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
     return found
 
 
-def common_packing(dictionaries: Mapping[str, Dictionary]) -> PackConfig:
-    """How the contexts were packed that all dictionaries were trained on; the default where that is
-    unknown. Held-out text is packed in the same way.
+def common_packing(
+    dictionaries: Mapping[str, Dictionary], max_context: int | None = None
+) -> PackConfig:
+    """How the contexts were packed that all dictionaries were trained on. Held-out text is packed
+    in the same way.
+
+    Dictionaries of other tools record at most the size of their contexts and whether these began
+    with BOS. Where all are such, the text has the shortest of their contexts, so that none sees a
+    position it was not trained on, with BOS if one had it, else the default; and never longer ones
+    than ``max_context``, which is the model's.
 
     Raises UsageError when they were trained on differently packed contexts.
     """
@@ -58,7 +65,16 @@ def common_packing(dictionaries: Mapping[str, Dictionary]) -> PackConfig:
         raise UsageError(
             f"{names} were trained on differently packed contexts; evaluate them one by one"
         )
-    return next(iter(found), PackConfig())
+    if found:
+        return next(iter(found))
+    infos = [dictionary.info for dictionary in dictionaries.values()]
+    sizes = [i.context_size for i in infos if i.context_size is not None and i.context_size > 1]
+    begun = [i.prepend_bos for i in infos if i.prepend_bos is not None]
+    shortest = min(sizes, default=PackConfig.context_size)
+    return PackConfig(
+        context_size=shortest if max_context is None else min(shortest, max_context),
+        prepend_bos=any(begun) if begun else PackConfig.prepend_bos,
+    )
 
 
 def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, Any]) -> list[str]:

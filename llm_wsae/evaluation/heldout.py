@@ -67,7 +67,8 @@ class HeldoutText:
     def take(
         cls, blocks: Iterable[Contexts], tokens: int, labels: Sequence[str] = ()
     ) -> "HeldoutText":
-        """Choose ``tokens`` rows from many documents, among the first five times as many rows.
+        """Choose ``tokens`` rows from many documents, among the first five times as many rows, and
+        at least two contexts.
 
         The first context of every document comes first, then the second of each, and so on:
         concepts of documents need many documents, and a few long ones would fill the text. Where
@@ -81,11 +82,12 @@ class HeldoutText:
         named = [n for n, own in labels_of.items() if (set(own) & set(labels) if labels else own)]
         labelled = torch.isin(owner, torch.tensor(named, dtype=torch.int64))
         available = [int(rows[mine].sum()) for mine in (labelled, ~labelled)]
-        if sum(available) < tokens or len(ids) < 2:
+        filled = rows > 0
+        if sum(available) < tokens or int(filled.sum()) < 2:
             raise LlmWsaeError(
-                f"the held-out text has {sum(available):,} tokens in {len(ids)} contexts, but "
-                f"{tokens:,} in at least 2 contexts are needed; ask for fewer tokens or provide "
-                "more text"
+                f"the held-out text has {sum(available):,} tokens in {int(filled.sum())} contexts, "
+                f"but {tokens:,} in at least 2 contexts are needed; ask for fewer tokens or "
+                "provide more text"
             )
         theirs = min(available[0], max(tokens // 2, tokens - available[1]))
         order = torch.argsort(_turn(owner), stable=True)
@@ -94,6 +96,8 @@ class HeldoutText:
             of_mine = order[mine[order]]
             before = rows[of_mine].cumsum(0) - rows[of_mine]
             chosen[of_mine[before < quota]] = True
+        if int((chosen & filled).sum()) < 2:  # so few tokens that one context holds them
+            chosen[order[(filled & ~chosen)[order]][0]] = True
         present = set(document[chosen].unique().tolist())
         return cls(
             ids[chosen],

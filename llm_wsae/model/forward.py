@@ -111,7 +111,7 @@ class Blocks:
     @contextlib.contextmanager
     def unembedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """While open, the function that it yields gives the logits of rows [rows, d_model] of the
-        last block's output, in several threads if wanted."""
+        last block's output, in several threads at once if ``side_by_side``."""
         given: dict[int, Tensor] = {}
 
         def logits(rows: Tensor) -> Tensor:
@@ -122,10 +122,22 @@ class Blocks:
         with self.entering(Site(len(self) - 1, "post"), lambda: given[threading.get_ident()]):
             yield logits
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether forward passes may run in several threads at once.
+
+        Not on a GPU, whose memory they would fill together; not while visits are open, which see
+        all contexts; not if the model is spread: weights that are fetched for a pass serve one
+        thread.
+        """
+        if self._visitors or is_spread(self._hf_model):
+            return False
+        return device_of(self._hf_model).type == "cpu"
+
     def _contexts_together(self, ids: Tensor) -> int:
         """How many contexts go through the model in one forward pass."""
-        if ids.device.type != "cpu" or self._visitors or is_spread(self._hf_model):
-            return len(ids)  # weights that are fetched for a pass serve one thread
+        if not self.side_by_side:
+            return len(ids)
         return max(1, _TOKENS_TOGETHER // max(1, ids.shape[1]))
 
     @contextlib.contextmanager
@@ -211,8 +223,7 @@ class Blocks:
                 _pre_hook(patches, block, lambda args, kwargs: given())
             if site.point == "mid":
                 attention = self._part(site.block, self._attn)
-                nothing = self._returning(attention, lambda args, kwargs: torch.zeros_like(given()))
-                _patch(patches, attention, nothing)
+                _patch(patches, attention, self._returning(attention, _zeros_like(given)))
                 _pre_hook(patches, self._part(site.block, self._mid), _same_as(given, site))
             yield
 
@@ -303,11 +314,21 @@ def _recorder(
     return record
 
 
+def _zeros_like(given: Callable[[], Tensor]) -> Callable[[tuple, dict], Tensor]:
+    """Zeros in the place of an attention's output, on the device that it computes on."""
+
+    def zeros(args: tuple, kwargs: dict) -> Tensor:
+        return torch.zeros_like(given(), device=_hidden_of(args, kwargs).device)
+
+    return zeros
+
+
 def _same_as(given: Callable[[], Tensor], site: Site) -> Callable[[tuple, dict], None]:
     """A guard: the MLP's norm must receive exactly the activation that entered."""
 
     def check(args: tuple, kwargs: dict) -> None:
-        if not torch.equal(_hidden_of(args, kwargs), given()):
+        hidden = _hidden_of(args, kwargs)
+        if not torch.equal(hidden, given().to(hidden.device)):
             raise LlmWsaeError(
                 f"this architecture changes the stream inside the block before {site}, so an "
                 "activation cannot be placed there; use hook_resid_pre or hook_resid_post"

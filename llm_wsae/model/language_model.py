@@ -223,19 +223,25 @@ class LanguageModel:
         ids = self._checked(ids, (site,))
         hidden = hidden.to(self.device, self.dtype)
         with self._one_pass:
-            return self._blocks.carry(ids, site, hidden, Site(self.num_blocks - 1, "post"))
+            end = self._blocks.carry(ids, site, hidden, Site(self.num_blocks - 1, "post"))
+        return end.to(ids.device)
 
     @contextmanager
     def unembedding(
         self,
     ) -> Iterator[Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, "rows vocab"]]]:
         """While open, the function that it yields makes logits of rows of the last block's output,
-        in any thread: the model's own norm, head and soft caps.
+        in any thread if ``side_by_side``: the model's own norm, head and soft caps.
 
         Positions do not depend on each other there, so that only those that are wanted need logits.
         """
         with self._one_pass, self._blocks.unembedding() as logits:
             yield logits
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether it may compute in several threads at once: on one CPU, with no visit open."""
+        return self._blocks.side_by_side
 
     def visiting(self, visits: Mapping[Site, Visit]) -> AbstractContextManager[None]:
         """While open, every forward pass gives each visit the stream at its site [contexts,
@@ -314,7 +320,7 @@ class LanguageModel:
                 f"{self.name} keeps a tensor of shape {tuple(hidden.shape)} at {site}, not one "
                 f"vector of {self.d_model} per token, which is not supported{way_out}"
             )
-        return hidden
+        return hidden.to(ids.device)  # where a model is spread, each block has its own
 
 
 def share_weights(hf_model: nn.Module) -> Any:

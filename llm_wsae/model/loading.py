@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -43,8 +43,8 @@ from llm_wsae.outside import (
 
 _ROWS_AT_ONCE = 16_384  # of a tensor that is dequantised
 _LARGEST = 2**31  # of any number in a configuration
-_PARTS = re.compile(r"layer|head|expert")  # what a model has one module for, each
-_MOST_PARTS = 10_000
+# How many parts a model may have; sizes, such as vocab_size_per_layer_input, do not count any.
+_MOST = {re.compile("(layer|head)s?$"): 10_000, re.compile("experts?$"): 2**16}
 _KERNELS = ("_attn_implementation", "_experts_implementation")
 
 
@@ -138,7 +138,7 @@ def checked_config(source: str, options: dict[str, Any]) -> Any:
     """
     config = AutoConfig.from_pretrained(source, **options)
     for name, value in _entries(config.to_dict()):
-        most = _MOST_PARTS if _PARTS.search(name) else _LARGEST
+        most = next((m for part, m in _MOST.items() if part.search(name)), _LARGEST)
         if isinstance(value, int) and abs(value) > most:
             raise ValueError(f"its configuration has {name} = {shown(value)}, which is too large")
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
@@ -221,6 +221,7 @@ def hub_source(model: str, revision: str | None, download: bool = True) -> _Sour
     options: dict[str, Any] = {"revision": revision, "local_files_only": False}
     try:
         if not download:
+            validate_repo_id(model)  # as the request would
             raise hub_errors.OfflineModeIsEnabled
         commit = hub.HfApi().model_info(model, revision=revision, timeout=10).sha
         return model, options, commit

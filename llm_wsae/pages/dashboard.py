@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,11 @@ def named_dictionaries(
     named = dict(dictionaries) if isinstance(dictionaries, Mapping) else {}
     for one in () if isinstance(dictionaries, Mapping) else dictionaries:
         dictionary = one if isinstance(one, Dictionary) else Dictionary.load(one)
-        name = dictionary.info.name if isinstance(one, Dictionary) else Path(one).name
+        name = (
+            dictionary.info.name
+            if isinstance(one, Dictionary)
+            else os.path.basename(os.path.abspath(one))  # also of . and ..
+        )
         same = (f"{name} ({number})" for number in itertools.count(2))
         named[next(one for one in itertools.chain([name], same) if one not in named)] = dictionary
     sites = {dictionary.info.site for dictionary in named.values()}

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 LEVEL = 0.95
+# Numbers drawn at once, 8 bytes each; enough that 1000 resamplings of 30,000 items are one block.
+_BLOCK = 2**25
 Interval = tuple[float, float]
 
 
@@ -20,8 +22,13 @@ class Bootstrap:
     def __init__(self, num_items: int, resamplings: int, seed: int):
         draw = np.random.default_rng(seed)
         share = np.full(num_items, 1 / num_items)
-        # How often each item was drawn: [resamplings, items].
-        self._times = draw.multinomial(num_items, share, size=resamplings).astype(np.float64)
+        rows = max(1, _BLOCK // num_items)
+        # How often each item was drawn: [resamplings, items], a block of resamplings at a time.
+        # A byte holds it: that an item is drawn 256 times has a probability of 10^-500.
+        self._times = [
+            draw.multinomial(num_items, share, size=min(rows, resamplings - at)).astype(np.uint8)
+            for at in range(0, resamplings, rows)
+        ]
 
     def interval(
         self,
@@ -34,9 +41,18 @@ class Bootstrap:
         one per resampling. Resamplings where it is not defined (0/0) are ignored.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
-            values = quantity({name: self._times @ column for name, column in sums.items()})
+            values = quantity(self._totals(sums))
         low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return float(low), float(high)
+
+    def _totals(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found: dict[str, list[np.ndarray]] = {name: [] for name in sums}
+        for block in self._times:
+            times = block.astype(np.float64)
+            for name, column in sums.items():
+                found[name].append(times @ column)
+            del times  # before the next block is made
+        return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

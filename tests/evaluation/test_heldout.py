@@ -76,6 +76,14 @@ def test_labelled_documents_have_half_of_the_rows_as_far_as_they_go(model, tmp_p
     assert share(many, {"kind"}) == pytest.approx(0.3, abs=0.03)
 
 
+def test_a_few_tokens_are_taken_from_two_contexts(model, tmp_path):
+    """One holds them, but what compares contexts would not be defined."""
+    for tokens, documents in ((5, [{}, {}]), (1, [{}, {"kind": "a"}]), (5, [{}, {"kind": "a"}])):
+        text = take(model, tmp_path, [(40, own) for own in documents], tokens)
+        assert text.num_contexts == 2 and bool((text.keep.sum(1) > 10).all())
+        assert text.owner.tolist() == [0, 1]  # still a document each
+
+
 def test_too_little_text_is_said_in_a_sentence(model, tmp_path):
     with pytest.raises(LlmWsaeError, match=r"has \d+ tokens in \d+ contexts, but 10,000 in"):
         take(model, tmp_path, [(60, {})] * 5, 10_000)

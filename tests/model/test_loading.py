@@ -21,7 +21,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.hardware import choose_device, exact_dtype, fast_dtype
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.loading import _explained
+from llm_wsae.model.loading import _explained, checked_config
 from llm_wsae.model.site import POINTS, Site
 
 
@@ -48,6 +48,8 @@ NOWHERE = [
     ("./no/such/folder", {}, UsageError, "there is no model at ./no/such/folder"),
     ("no-such.gguf", {}, UsageError, "there is no file no-such.gguf"),
     ("two words!", {}, UsageError, "there is no model 'two words!'"),
+    ("two words!", {"download": False}, UsageError, "there is no model 'two words!'"),
+    ("nobody/no-such-model", {"download": False}, LlmWsaeError, "the Hub cannot be reached"),
     ("nobody/no-such-model", {}, LlmWsaeError, "the Hub cannot be reached"),
     ("gpt2", {"dtype": "float23"}, UsageError, "did you mean 'float32'"),
     ("gpt2", {"device": "abacus"}, UsageError, "there is no device 'abacus'"),
@@ -157,6 +159,30 @@ def test_damaged_folders_are_refused_in_a_sentence(tmp_path):
     LanguageModel.load(str(tmp_path))
     for content in (b"", b"\x80\2cposix\nsystem\n(S'true'\ntR.", pickled.read_bytes()[:-300]):
         refused(pickled, content, content[:9])
+
+
+def test_only_numbers_of_parts_are_held_to_those_that_models_have(tmp_path):
+    def sizes(config, **changes):
+        config.save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return checked_config(str(tmp_path), {})
+
+    t = transformers
+    assert sizes(t.Gemma4TextConfig()).vocab_size_per_layer_input == 262_144
+    assert sizes(t.DogeConfig()).num_experts == 16_384
+    qwen = t.Qwen2MoeConfig(shared_expert_intermediate_size=20_480)  # as the 57B-A14B has
+    assert sizes(qwen).shared_expert_intermediate_size == 20_480
+    for config, name, number in (
+        (t.GPT2Config(), "n_layer", 10_001),
+        (qwen, "num_attention_heads", 10**6),
+        (qwen, "num_experts", 2**16 + 1),
+        (t.DogeConfig(), "shared_expert_intermediate_size", 2**31 + 1),
+        (t.LlamaConfig(), "num_hidden_layers", 10**9),
+        (t.BertConfig(), "num_hidden_layers", 10**9),
+    ):
+        with pytest.raises(ValueError, match=f"has {name} = {number}, which is too large"):
+            sizes(config, **{name: number})
 
 
 def test_code_that_comes_with_a_model_is_never_run(tmp_path, monkeypatch):

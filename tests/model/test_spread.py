@@ -3,13 +3,16 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny import tiny_hf_model, tiny_tokenizer, write_jsonl
+from tiny import VOCAB, WIDTH, tiny_hf_model, tiny_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.fidelity import next_token
+from llm_wsae.evaluation.fidelity.next_token import next_token_sums
 from llm_wsae.harvesting import harvest
+from llm_wsae.model.forward import _zeros_like
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import POINTS, Site
 
@@ -75,6 +78,40 @@ def test_a_harvest_has_the_same_rows(folder, spread, tmp_path):
     rows = [store.rows(SITES[-1], 0, store.num_rows) for store in (one, many)]
     torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-6)
     many.check_model(model.identity())
+
+
+def test_fidelity_is_that_of_one_device(folder, spread, monkeypatch):
+    monkeypatch.setattr(next_token, "_TILE_ROWS", 2)  # enough tiles that threads would meet
+    model = LanguageModel.load(str(folder), device="cpu", dtype="float32")
+    apart = LanguageModel.from_live(spread, model.tokenizer, "model")
+    assert model.side_by_side and not apart.side_by_side
+    ids = torch.arange(160).view(16, -1) % VOCAB
+    clean, other = (
+        torch.randn(16, 10, WIDTH, generator=torch.manual_seed(seed)) for seed in (0, 1)
+    )
+    scored = torch.ones(16, 9, dtype=torch.bool)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        expected, found = (next_token_sums(m, clean, [other], ids, scored) for m in (model, apart))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].min() > 10 and found[1][0][1].min() > 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_activations_come_to_the_device_of_the_ids(folder, monkeypatch):
+    """Where blocks are on several devices, each gives its own; here that of the ids is a mere
+    name."""
+    model = LanguageModel.load(str(folder), device="cpu", dtype="float32")
+    site, rows = SITES[-1], torch.zeros(*IDS.shape, WIDTH)
+    model.device = torch.device("meta")
+    monkeypatch.setattr(model._blocks, "record", lambda ids, sites: dict.fromkeys(sites, rows))
+    monkeypatch.setattr(model._blocks, "carry", lambda *call: rows)
+    assert model.activations(IDS, [site])[site].is_meta
+    assert model.resume_to_end(IDS, site, rows).is_meta
+    zeros = _zeros_like(lambda: rows)((rows[..., :1].to("meta"),), {})  # an attention's, elsewhere
+    assert zeros.is_meta and zeros.shape == rows.shape
 
 
 def test_what_a_spread_model_cannot(spread):

@@ -77,7 +77,8 @@ def evaluate(
     check_fit(dictionaries, model, "evaluate")
     if not isinstance(text, Corpus):
         return FidelityEvaluator(model, text, config).evaluate(dictionaries)
-    contexts = Packer.for_model(model, common_packing(dictionaries)).contexts(text)
+    packing = common_packing(dictionaries, model.max_context)
+    contexts = Packer.for_model(model, packing).contexts(text)
     report = FidelityEvaluator(model, contexts, config).evaluate(dictionaries)
     report.notes.extend(notes_on_text(dictionaries, text.identity()))
     return report

@@ -3,8 +3,8 @@
 The logits of a batch are large (4096 tokens over 262,144 words: 4 GB in float32), so they never
 exist. Up to the last block's output, the stream is small. From there on, a tile of rows at a time
 gets its logits: once those of the model itself, which give log p, and after them those of every
-variant. On a CPU each core has a tile of its own. (Liger's fused kernels of cross-entropy and
-divergence are for GPUs and make gradients, which nobody needs here.)
+variant. On a CPU each core has a tile of its own; elsewhere there is one at a time. (Liger's fused
+kernels of cross-entropy and divergence are for GPUs and make gradients, which nobody needs here.)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +55,7 @@ def next_token_sums(
     each variant that and Σ KL(p_clean ‖ p), both [contexts], in nats.
 
     ``clean`` and ``variants`` are outputs of the last block. Exponentials are float32; sums are
-    float64, on the CPU.
+    float64, on the CPU. Raises LlmWsaeError if a prediction of the model itself is NaN.
     """
     where = F.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
     streams = [stream.flatten(0, 1) for stream in (clean, *variants)]
@@ -67,20 +67,20 @@ def next_token_sums(
                 found = _measure_tile(logits, [s[rows] for s in streams], target[rows])
                 return found.cpu().double()
 
-        tiles = (
-            where.split(_tile_rows(len(where), len(model.W_E), model.device)) if len(where) else ()
-        )
-        found = parallel_map(measure, tiles)
+        together = torch.get_num_threads() if model.side_by_side else 1
+        tiles = where.split(_tile_rows(len(where), len(model.W_E), together)) if len(where) else ()
+        found = parallel_map(measure, tiles) if together > 1 else [measure(t) for t in tiles]
     sums = torch.zeros(len(streams), 2, scored.shape[0], dtype=torch.float64)
     if found:
         sums.index_add_(2, where.cpu() // ids.shape[1], torch.cat(found, 2))
     (entropy, _), *others = sums.unbind(0)
+    if bool(entropy.isnan().any()):
+        raise _not_numbers(model)
     return entropy, [(one[0], one[1]) for one in others]
 
 
-def _tile_rows(rows: int, vocab: int, device: torch.device) -> int:
-    """Rows of a tile: tiles of equal size, and on a CPU as many for every core."""
-    together = torch.get_num_threads() if device.type == "cpu" else 1
+def _tile_rows(rows: int, vocab: int, together: int) -> int:
+    """Rows of a tile: tiles of equal size, and as many for each of the cores that work together."""
     most = max(1, min(_TILE_ROWS, _TILE_NUMBERS // vocab))
     tiles = -(-rows // (most * together)) * together
     return -(-rows // tiles)
@@ -107,7 +107,8 @@ def _compiled(
 ) -> tuple[Float[Tensor, " rows"], Compared]:
     """−log p(target), and a function that gives the same and KL(p ‖ q) of other logits.
 
-    With r and q the logits of p and q, KL = Σ p·(r − q) + log Σ exp q − log Σ exp r.
+    With r and q the logits of p and q, KL = Σ p·(r − q) + log Σ exp q − log Σ exp r. Tokens that a
+    model excludes (r = −∞) add nothing; those that it excludes only now (q = −∞) make KL infinite.
     """
 
     def log_sum(maxima: Tensor, sums: Tensor) -> Tensor:
@@ -133,7 +134,8 @@ def _in_torch(
 ) -> tuple[Float[Tensor, " rows"], Compared]:
     """The same in float32, by operations that every device has."""
     log_p = clean.log_softmax(1, dtype=torch.float32)
-    p = log_p.exp()
+    excluded = log_p.isneginf()
+    p = log_p.exp().clamp_(min=torch.finfo(torch.float32).tiny)  # of other tokens p·∞ is ∞, not NaN
     size = max(1, _CHUNK_NUMBERS // clean.shape[1])
     chunks = [slice(at, at + size) for at in range(0, len(target), size)]
 
@@ -142,7 +144,7 @@ def _in_torch(
         for chunk in chunks:
             log_q = own[chunk].log_softmax(1, dtype=torch.float32)
             torch.neg(log_q.gather(1, target[chunk, None])[:, 0], out=found[0, chunk])
-            difference = torch.sub(log_p[chunk], log_q, out=log_q)
+            difference = torch.sub(log_p[chunk], log_q, out=log_q).masked_fill_(excluded[chunk], 0)
             torch.linalg.vecdot(p[chunk], difference, out=found[1, chunk])
         return found
 
@@ -163,7 +165,8 @@ def clean_stream(
     """The last block's output for a batch, resumed from its activations at ``last``, and kept.
 
     Every variant is resumed in the same way, so a perfect reconstruction gives the same numbers.
-    Raises LlmWsaeError for a model whose blocks pass on more than the residual stream.
+    Raises LlmWsaeError for a model whose blocks pass on more than the residual stream, or whose
+    predictions are NaN.
     """
     end = Site(model.num_blocks - 1, "post")
     known = cache.kept(number, end)
@@ -182,9 +185,19 @@ def _check_clean(model: LanguageModel, ids: Tensor, site: Site, stream: Tensor) 
     full = model.logits(ids)[0, -_CHECKED_POSITIONS:].float()
     with torch.no_grad(), model.unembedding() as logits:
         found = logits(stream[-_CHECKED_POSITIONS:]).float()
-    if not (found - full).norm() <= _SAME_LOGITS * full.norm():
+    if bool(full.isnan().any()):
+        raise _not_numbers(model)
+    difference = (found - full).where(found != full, 0)  # a token that is excluded has −∞ in both
+    if not difference.norm() <= _SAME_LOGITS * full[full.isfinite()].norm():
         raise LlmWsaeError(
             f"{model.name} makes other predictions when it is resumed at {site} from its own "
             "activations: its blocks pass on more than the residual stream, so its predictions "
             "cannot be used to evaluate dictionaries there"
         )
+
+
+def _not_numbers(model: LanguageModel) -> LlmWsaeError:
+    return LlmWsaeError(
+        f"predictions of {model.name} are NaN: it overflows behind the sites; try the model in "
+        "float32 (--model-dtype float32)"
+    )

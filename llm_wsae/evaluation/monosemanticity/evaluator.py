@@ -91,7 +91,7 @@ def monosemanticity(
     text is too short.
     """
     check_fit(dictionaries, model, "score")
-    packing = common_packing(dictionaries)
+    packing = common_packing(dictionaries, model.max_context)
     return MonosemanticityEvaluator(model, corpus, packing, config, encoder).score(dictionaries)
 
 

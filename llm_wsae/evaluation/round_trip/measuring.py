@@ -100,7 +100,8 @@ class _Collector:
         d_sae = dictionary.d_sae
         wanted = torch.linspace(0, num_rows - 1, min(num_rows, config.injections)).round().long()
         self._is_sampled = torch.zeros(num_rows, dtype=torch.bool)
-        self._is_sampled[wanted] = True
+        # float32 has no place for every row beyond 2^24, and may round the last one up
+        self._is_sampled[wanted.clamp(max=num_rows - 1)] = True
         self._draw = torch.Generator().manual_seed(config.seed)
         self._sampled: list[Tensor] = []
         self._sums = RoundTripSums(d_sae)

@@ -255,7 +255,8 @@ def softmax_sums(
     """Of every row of logits [rows, vocab] its maximum m (float32) and Σ exp(logit − m) (float64).
 
     With ``clean``, other logits of the same dtype and their maxima c, also
-    Σ exp(clean − c)·(clean − logit), float64; without it, the third result is uninitialised.
+    Σ exp(clean − c)·(clean − logit) where clean is not −∞, float64; without it, the third result is
+    uninitialised.
     """
     maxima, sums = _floats(len(logits)), torch.empty(2, len(logits), dtype=torch.float64)
     other, other_maxima = (one.contiguous() for one in clean) if clean else (None, None)

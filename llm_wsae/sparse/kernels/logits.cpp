@@ -1,11 +1,13 @@
 // What cross-entropy and KL divergence need of rows of logits, each read while it is in cache.
 #include <algorithm>
+#include <limits>
 
 #include "numbers.h"
 
 namespace {
 
 constexpr int64_t kChunk = 256;  // summed in float32; chunks are added in float64
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // e^x for x ≤ 0 to a few units of the last place; NaN stays NaN. x = n·ln 2 + r with |r| ≤ ln 2 / 2,
 // and e^r by its series. Adding 1.5·2^23 rounds to a whole number and leaves it in the low bits.
@@ -47,7 +49,8 @@ double total(const T* row, int64_t count, float shift) {
   return sum;
 }
 
-// The same, and in `difference` Σ exp(clean − clean_shift)·(clean − row).
+// The same, and in `difference` Σ exp(clean − clean_shift)·(clean − row) without tokens that `clean`
+// excludes by −∞: their probability is 0.
 template <class T>
 double total(const T* row, const T* clean, int64_t count, float shift, float clean_shift,
              double& difference) {
@@ -60,7 +63,8 @@ double total(const T* row, const T* clean, int64_t count, float shift, float cle
     for (int64_t i = begin; i < end; i++) {
       const float own = widen(row[i]), other = widen(clean[i]);
       part += exponential(own - shift);
-      apart += exponential(other - clean_shift) * (other - own);
+      const float apart_here = other == -kInfinity ? 0.0f : other - own;
+      apart += exponential(other - clean_shift) * apart_here;
     }
     sum += part;
     difference += apart;
@@ -69,7 +73,7 @@ double total(const T* row, const T* clean, int64_t count, float shift, float cle
 }
 
 // Of every row of `logits` its maximum and Σ exp(logit − maximum), and in `differences`
-// Σ exp(clean − clean maximum)·(clean − logit). Without `clean`, no differences.
+// Σ exp(clean − clean maximum)·(clean − logit), where clean is not −∞. Without `clean`, no differences.
 template <class T>
 void softmax_sums(const T* logits, const T* clean, const float* clean_maxima, int64_t rows,
                   int64_t vocab, float* maxima, double* sums, double* differences,

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionS
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.backends import cpu
+from llm_wsae.statistics import uncertainty
 from llm_wsae.statistics.uncertainty import Bootstrap
 
 D, VOCAB, CONTEXTS, POSITIONS = 16, 53, 12, 10
@@ -347,6 +349,28 @@ def test_a_small_divergence_keeps_its_digits(dtype):
     assert compared(own).isnan().tolist() == [[row == 3 for row in range(7)]] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_a_model_excludes(dtype):
+    """Row by row: by both, by the clean one, by the other one; an unlikely one by the other one."""
+    draw = torch.Generator().manual_seed(0)
+    clean, own = (torch.randn(4, 5003, generator=draw).to(dtype) for _ in range(2))
+    clean[:2, 7:300] = own[0, 7:300] = own[2, 1000] = own[3, 1001] = -torch.inf
+    clean[3, 1001] = -500
+    target = torch.full((4,), 3)
+    log_p, log_q = (one.double().log_softmax(1) for one in (clean, own))
+    terms = log_p.exp() * (log_p - log_q)
+    wanted = terms.where(~clean.isneginf(), 0).sum(1)
+    wanted[3] = torch.inf  # p = e^-508, which even the terms in float64 may lose
+    assert wanted.isfinite().tolist() == [True, True, False, False]
+    for sums in (next_token._in_torch, next_token._compiled)[: 1 + cpu.available()]:
+        entropy, compared = sums(clean, target)
+        ce, kl = compared(own)
+        torch.testing.assert_close(kl.double(), wanted, rtol=1e-5, atol=0)
+        torch.testing.assert_close(entropy.double(), -log_p[:, 3], rtol=1e-5, atol=0)
+        torch.testing.assert_close(ce.double(), -log_q[:, 3], rtol=1e-5, atol=0)
+        assert compared(clean)[1].abs().max() < 1e-6
+
+
 def test_variance_keeps_its_digits_far_from_zero():
     rows = 1e6 + torch.randn(500, 3, generator=torch.Generator().manual_seed(0)).double()
     moments, rest = Moments(rows[0]), Moments(rows[0])
@@ -382,6 +406,27 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     sums = {"a": loss + 5, "b": loss}
     paired = bootstrap.interval(lambda t: t["a"] - t["b"], sums)
     assert paired == pytest.approx((300.0, 300.0))
+
+
+def test_resamplings_in_blocks_are_those_of_one_draw(monkeypatch):
+    items, count = 5000, 2000
+    columns = {"a": np.arange(items) % 7.0, "b": np.ones(items)}
+
+    def quantity(totals):
+        return totals["a"] / totals["b"]
+
+    whole = Bootstrap(items, count, 3)
+    times = np.random.default_rng(3).multinomial(items, np.full(items, 1 / items), size=count)
+    values = (times @ columns["a"]) / items
+    expected = whole.interval(quantity, columns)
+    assert expected == tuple(np.quantile(values, [0.025, 0.975]))
+    monkeypatch.setattr(uncertainty, "_BLOCK", 30 * items + 1)
+    tracemalloc.start()
+    found = Bootstrap(items, count, 3).interval(quantity, columns)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert peak < 2 * items * count  # bytes; the numbers of one draw alone are 8
 
 
 def test_report_is_json_and_a_table(model, contexts, tmp_path):
@@ -482,6 +527,35 @@ def test_activations_that_are_not_finite(model, contexts):
     finally:
         with torch.no_grad():
             weight[int(contexts[0].ids[2])] = before
+
+
+def test_predictions_that_are_not_numbers(contexts):
+    """Found at once or later on; where nothing is scored, they do not matter."""
+    model = fresh_model()
+    ids = torch.tensor(np.stack([c.ids for c in contexts]))
+    clean = torch.randn(*ids.shape, D, generator=torch.Generator().manual_seed(0))
+    clean[3, 4] = torch.nan
+    scored = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
+    with pytest.raises(LlmWsaeError, match=r"^predictions of tiny are NaN.*--model-dtype float32"):
+        next_token_sums(model, clean, [], ids, scored)
+    scored[3, 4] = False
+    assert next_token_sums(model, clean, [], ids, scored)[0].min() > 1
+    with torch.no_grad():
+        model.hf_model.model.layers[2].mlp.down_proj.weight[0] = torch.nan  # behind the site
+    with pytest.raises(LlmWsaeError, match=r"^predictions of tiny are NaN.*--model-dtype float32"):
+        evaluate({"a": identity()}, model, contexts, CONFIG)
+
+
+def test_a_model_that_excludes_tokens_is_the_same_when_it_is_resumed(contexts):
+    model = fresh_model()
+    never = max({*range(VOCAB)} - {int(i) for c in contexts for i in c.ids})
+
+    def exclude(_module, _inputs, logits):
+        logits[..., never] = -torch.inf
+
+    model.hf_model.lm_head.register_forward_hook(exclude)
+    found = evaluate({"a": identity()}, model, contexts, CONFIG).dictionaries["a"]
+    assert 0.1 < found.ce_clean < 5 and found.ce_spliced == pytest.approx(found.ce_clean, abs=1e-6)
 
 
 def test_a_cache_without_room_for_the_last_stream_holds_nothing_else(contexts):

@@ -18,7 +18,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.baselines import frozen_random
 from llm_wsae.evaluation.round_trip import sums
 from llm_wsae.evaluation.round_trip.injection import inject
-from llm_wsae.evaluation.round_trip.measuring import KEPT, measure_round_trip
+from llm_wsae.evaluation.round_trip.measuring import KEPT, _Collector, measure_round_trip
 from llm_wsae.model.site import Site
 from llm_wsae.theory.closed_form import closed_form_dictionary, gap_matrix, loss_gap
 from llm_wsae.theory.superposition import digon_mixing, planted
@@ -290,3 +290,12 @@ def test_a_damaged_report_is_noticed(world, report, tmp_path):
     path.write_text(text.replace('"l0"', '"L0"', 1))
     assert call("verify", tmp_path).code == 1
     assert np.isfinite(report[1]["dictionaries"]["uniform-k4"]["trained"]["gap"])
+
+
+def test_the_rows_of_injections_are_spread_over_however_many_there_are():
+    for rows in (1, 2, 7, 240, 20_000_000, 33_554_440):  # float32 rounds the last two up
+        at = _Collector(of_kind("topk"), rows, CONFIG)._is_sampled.nonzero()[:, 0]
+        assert len(at) == min(rows, 40)
+        assert np.abs(at.numpy() - np.linspace(0, rows - 1, len(at))).max() <= max(
+            0.5, rows * 2**-23
+        )
