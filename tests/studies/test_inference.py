@@ -186,6 +186,33 @@ def test_more_seeds_of_one_arm_are_pooled_with_the_fewer_of_the_others():
     assert np.mean(alarms[True]) < 0.06 and np.mean(alarms[False]) < 0.06
 
 
+def test_the_pool_is_right_whichever_seeds_the_arms_have():
+    """A study is extended by rules on seeds of their own: mean variance and its degrees of freedom
+    (a mean square's variance is 2/degrees of its own mean's square) as they are."""
+    draw = np.random.default_rng(0)
+    designs = (
+        ((0, 1, 2), (0, 1, 2)),
+        ((0, 1, 2), (3, 4, 5)),
+        ((0, 1, 2), (3, 4, 5), (6, 7, 8)),
+        ((0, 1), (2, 3)),
+        ((0, 1, 2), (2, 3, 4)),
+        ((0, 1, 2), (0, 1, 2), (3, 4, 5)),
+        ((0, 1, 2, 3, 4), (0, 1)),
+    )
+    for shared, design in itertools.product((0.0, 0.5, 0.9), designs):
+        of_seed = draw.normal(0, shared**0.5, (2000, 9))
+        own = draw.normal(0, (1 - shared) ** 0.5, (2000, 9, len(design)))
+        pools = np.array(
+            [
+                pooled_variance([{s: c[s] + e[s, a] for s in has} for a, has in enumerate(design)])
+                for c, e in zip(of_seed, own, strict=True)
+            ]
+        )
+        variance, degrees = pools.mean(0)
+        assert variance == pytest.approx(1, abs=0.08), (shared, design)
+        assert degrees == pytest.approx(2 / pools[:, 0].var(), rel=0.25), (shared, design)
+
+
 def test_an_arm_apart_spreads_as_it_does_and_disturbs_nobody():
     """A control whose draws differ more than anything else does."""
     draw = np.random.default_rng(0)
