@@ -162,7 +162,10 @@ def _document_part(values: Sequence[Value]) -> tuple[float, float] | None:
     drawn = [value.resampled for value in values if value.resampled is not None]
     if len(drawn) < len(values):
         return None
-    table = np.array(drawn)  # [seeds, resamplings]
+    table = np.array(drawn, dtype=float)  # [seeds, resamplings]
+    table = table[:, ~np.isnan(table).any(0)]
+    if table.shape[1] < 2:
+        return None
     of_mean = table.mean(0).var(ddof=1)
     # What each seed's text adds to that seed alone is in the spread over seeds already.
     alone = (table.var(1, ddof=1).mean() - of_mean) / (len(table) - 1)

@@ -102,7 +102,26 @@ def test_documents_that_all_seeds_share_do_not_average_out():
     one = Value(1.0, resampled=(0.0, 2.0))
     mixed = Value.mixture([(1.0, one), (-0.5, Value(2.0, resampled=(1.0, 3.0)))])
     assert mixed.resampled == (-0.5, 0.5)
+    gap = Value.mixture([(1.0, one), (-0.5, Value(2.0, resampled=(None, 3.0)))]).resampled
+    assert gap == pytest.approx((np.nan, 0.5), nan_ok=True)
     assert Value.mixture([(1.0, one), (1.0, Value(1.0))]).resampled is None
+
+
+def test_resamplings_without_any_scored_document_are_left_out_for_all_seeds():
+    draw = np.random.default_rng(0)
+    drawn = draw.normal(0, 2.0, (3, 100)) + draw.normal(0, 2.0, 100)
+    gaps = drawn.copy()
+    gaps[0, :10] = gaps[2, 5:20] = np.nan
+
+    def found(table):
+        return estimates(
+            {"a": {s: Value(0.5 + s, resampled=tuple(v)) for s, v in enumerate(table)}}
+        )
+
+    assert found(gaps) == found(drawn[:, 20:]) != found(drawn)
+    gaps[1, 21:] = np.nan  # of one resampling there is no variance
+    bare = estimates({"a": {s: Value(0.5 + s) for s in range(3)}})
+    assert found(gaps) == bare
 
 
 def test_looks_spend_five_per_cent_together():

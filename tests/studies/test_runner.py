@@ -255,6 +255,22 @@ def test_what_is_written_is_what_was_measured(whole, study, world):
             assert expected == pytest.approx((high - low) / 3.92, rel=1e-3)
 
 
+def test_resamplings_without_any_scored_document_are_read(whole, tmp_path):
+    """Of few documents a resampling may lack those that all scored latents depend on."""
+    out, _ = whole
+    path = tmp_path / "one.json"
+    record = read_own_json(out / "results" / "uniform-k4.json", "result")
+    latents = record["latents"]
+    latents["not_dense"]["detection"] = {"mean": 0.7, "variance": 0.01, "n": 8}
+    latents["resampled"]["not_dense"] = [0.6, None, 0.8]
+    write_json(path, record)
+    values = read_result(path).point.values
+    assert values["detection"].resampled == pytest.approx((0.6, None, 0.8))
+    share = 8 / record["scores"]["d_sae"]  # the others count as chance
+    low, high = (share * v + (1 - share) / 2 for v in (0.6, 0.8))
+    assert values["detection_all"].resampled == pytest.approx((low, None, high))
+
+
 def test_a_finished_study_is_only_read(whole, study, trained, monkeypatch):
     out, _ = whole
     before = content(out)
