@@ -148,6 +148,8 @@ def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(
     more = study(out, replace(config, ks=(8, 4)))  # their first dictionaries are there
     assert {r.point.k for r in more.results if r.label == "gap-a0.5"} == {4, 8}
     assert len(list((out / "first").glob("*/*/wsae.json"))) == 2
+    study(out, replace(config, ks=(8,), seeds=(2, 3)))  # of one label, so after the same k
+    assert [path.parent.name for path in out.glob("first/s2/*/wsae.json")] == ["uniform-k4-s1002"]
     given = Dictionary.load(out / "first/s0/uniform-k4-s1000")
     with pytest.raises(LlmWsaeError, match="another first dictionary"):
         study(out, config, dictionary=given)
