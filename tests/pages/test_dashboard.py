@@ -25,7 +25,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.pages import collecting, live
+from llm_wsae.pages import collecting, live, size
 from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
 from llm_wsae.pages.dashboard import named_dictionaries
 from llm_wsae.pages.live import Session, application
@@ -301,6 +301,29 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
     with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
         dashboard([world / PLAIN, other], world / "store", "unused", tmp_path / "p.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_that_is_sure_to_be_too_large_is_refused_before_rows_are_read(
+    world, store, model, tmp_path, monkeypatch
+):
+    assert size.most_megabytes([4608], 20) == pytest.approx(10.2, rel=0.05)  # as was measured
+    assert size.what_fits([4608] * 3) == (3, 10)
+    assert size.what_fits([16_384] * 3) == (3, 4)
+    assert size.what_fits([32_768] * 3) == (2, 3)
+    assert size.what_fits([10**6]) == (1, 1)
+    for latents in ([9216] * 3, [16_384] * 3, [32_768] * 3, [131_072] * 3):
+        number, examples = size.what_fits(latents)
+        assert size.most_megabytes(latents[:number], 2 * examples) <= 60 and number > 0
+    monkeypatch.setattr("llm_wsae.pages.dashboard.MOST_MEGABYTES", 0.05)
+    dictionary, out = Dictionary.load(world / PLAIN), tmp_path / "large.html"
+    said = r"the page would be 0 MB large, more than 0\.05; ask for fewer dictionaries"
+    with pytest.raises(UsageError, match=said):  # found when it is written
+        dashboard([dictionary], store, model, out, top=1, bands=1)
+    monkeypatch.setattr("llm_wsae.pages.dashboard.collect", lambda *_: 1 / 0)
+    with pytest.raises(UsageError, match=said):
+        dashboard([dictionary], store, model, out)
+    with pytest.raises(ZeroDivisionError):  # 20 rows fire 80 latents: that may fit
+        dashboard([dictionary], store, model, out, rows=20)
 
 
 def replaced_name(dictionary: Dictionary, name: str) -> Dictionary:
