@@ -787,6 +787,8 @@ def test_a_study_explains_every_kept_dictionary_once(
     assert judged_now == kept[1:]
     with pytest.raises(LlmWsaeError, match="were explained with other settings"):
         study(**judged | {"explainer": "another"})
+    moved = study(**judged | {"endpoint": "http://127.0.0.1:9/v1"})  # has nothing left to ask
+    assert moved.table() == report.table()
     with pytest.raises(UsageError, match="name the language model"):
         study(endpoint=asked.address)
     words = ("study", world / "store", "--model", world / "model", "--corpus",
