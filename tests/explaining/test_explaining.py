@@ -796,7 +796,7 @@ def test_a_study_explains_every_kept_dictionary_once(
     said = works(*words, "--explain.endpoint", asked.address, "--explain.explainer", "m",
                  "--explain.latents", 10).out  # fmt: skip
     assert "add --explain.yes True to go on" in said and not (tmp_path / "new").exists()
-    dictionaries = 3 * (5 + 2 * 2)
+    dictionaries = 3 * (5 + 2)  # seeds; the curve, a rule and its control
     assert said.startswith(f"at most {dictionaries * 10 * 12:,} questions")
 
 
