@@ -97,7 +97,7 @@ def dashboard(
     recovered = read_recovery(None if recovery is None else Path(recovery), named)
     words = Words(Vocabulary(model.tokenizer))
     sentences = [
-        {name: read_sentence(model, dictionary, text) for name, dictionary in named.items()}
+        [read_sentence(model, dictionary, text) for dictionary in named.values()]
         for text in prompts
     ]
     said = {n: read_explanations(d.folder) if d.folder else {} for n, d in named.items()}
