@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llm_wsae.commands.options import (
@@ -90,7 +90,8 @@ def run(
     lines += [f"look at the dictionaries of {next(iter(results))} in a browser:"]
     if streaming is not None:  # a page needs rows
         lines += [f"  {_harvest(site, model, corpus, out)}"]
-    lines += [f"  {_page(first.folder, list(first.dictionaries), model, out)}"]
+    latents = {name: one.d_sae for name, one in first.dictionaries.items()}
+    lines += [f"  {_page(first.folder, latents, model, out)}"]
     return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)
 
 
@@ -111,10 +112,17 @@ def _evaluate_again(dictionary: Path, model: ModelOptions, corpus: CorpusOptions
     return shlex.join(words + _loading(model))
 
 
-def _page(folder: Path, names: list[str], model: ModelOptions, out: Path) -> str:
-    """The command that shows a site's dictionaries, as one would type it."""
+def _page(folder: Path, latents: Mapping[str, int], model: ModelOptions, out: Path) -> str:
+    """The command that shows a site's dictionaries, as one would type it: as many, with as many
+    examples, as a page has room for. ``latents`` are their numbers of latents, by name."""
+    from llm_wsae.pages.size import EXAMPLES, what_fits
+
+    number, examples = what_fits(list(latents.values()))
+    names = list(latents)[:number]
     words = ["llm-wsae", "dashboard", *(str(folder / name) for name in names)]
     words += ["--store", str(out / "store"), "--model", model.model, "--rows", "100000"]
+    if examples < EXAMPLES:
+        words += ["--top", str(examples), "--bands", str(examples)]
     return shlex.join([*words, "--out", str(out / "page.html"), *_loading(model)])
 
 

@@ -32,9 +32,10 @@ from llm_wsae.pages.payload import (
     prompt_facts,
     table,
 )
+from llm_wsae.pages.size import EXAMPLES, MOST_MEGABYTES, most_megabytes
 from llm_wsae.terminal import printable
 
-_MOST_MEGABYTES = 60
+_RARE = 1.5  # times the limit: latents that fire rarely have fewer examples, so a page may be less
 _MOST_EXAMPLES = 1000  # of one kind, for each latent
 
 
@@ -57,8 +58,8 @@ def dashboard(
     out: Path | str,
     *,
     prompts: Sequence[str] = (),
-    top: int = 10,
-    bands: int = 10,
+    top: int = EXAMPLES,
+    bands: int = EXAMPLES,
     rows: int | None = None,
     scores: Path | str | None = None,
     recovery: Path | str | None = None,
@@ -92,11 +93,12 @@ def dashboard(
     for what, count in (("top", top), ("bands", bands)):
         check_number(what, count, 1, _MOST_EXAMPLES)
     check_number("rows", 1 if rows is None else rows, 1)
+    _check_size(named, top + bands, min(store.num_rows, rows or store.num_rows))
     scored = {} if scores is None else read_scores(Path(scores), named)
     recovered = read_recovery(None if recovery is None else Path(recovery), named)
     words = Words(Vocabulary(model.tokenizer))
     sentences = [
-        {name: read_sentence(model, dictionary, text) for name, dictionary in named.items()}
+        [read_sentence(model, dictionary, text) for dictionary in named.values()]
         for text in prompts
     ]
     said = {n: read_explanations(d.folder) if d.folder else {} for n, d in named.items()}
@@ -135,13 +137,26 @@ def dashboard(
     parts.append(("words", packed(words.texts)))
     page = filled("page.html", about, parts, asks_server=live)
     megabytes = len(page.encode()) / 1e6
-    if megabytes > _MOST_MEGABYTES:
-        raise UsageError(
-            f"the page would be {megabytes:.0f} MB large, more than {_MOST_MEGABYTES}; ask for "
-            "fewer dictionaries, or for fewer examples with --top and --bands"
-        )
+    if megabytes > MOST_MEGABYTES:
+        raise _too_large(megabytes)
     write_text(out, page)
     return Dashboard(out, megabytes)
+
+
+def _check_size(named: Mapping[str, Dictionary], examples: int, rows: int) -> None:
+    """Raises UsageError if the page is sure to be too large, before its rows are read."""
+    latents = [one.d_sae for one in named.values()]
+    firings = [rows * getattr(one.sparsity, "k", one.d_sae) for one in named.values()]
+    megabytes = most_megabytes(latents, examples, firings)
+    if megabytes > _RARE * MOST_MEGABYTES:
+        raise _too_large(megabytes)
+
+
+def _too_large(megabytes: float) -> UsageError:
+    return UsageError(
+        f"the page would be {megabytes:.0f} MB large, more than {MOST_MEGABYTES}; ask for "
+        "fewer dictionaries, or for fewer examples with --top and --bands"
+    )
 
 
 def named_dictionaries(

@@ -303,16 +303,16 @@ def packed(value: Any) -> str:
 
 
 def prompt_facts(
-    sentences: Mapping[str, Sequence[Any]], words: Words
-) -> dict[str, list[tuple[int, list[tuple[int, float | None]]]]]:
-    """The tokens of sentences, by dictionary, with the latents that fire on them."""
-    return {
-        name: [
+    sentences: Sequence[Sequence[Any]], words: Words
+) -> list[list[tuple[int, list[tuple[int, float | None]]]]]:
+    """The tokens of a sentence as each dictionary sees them, with the latents that fire on them."""
+    return [
+        [
             (
                 words.number(token.id),
                 [(one.latent, _short(one.activation)) for one in token.latents[:12]],
             )
             for token in tokens
         ]
-        for name, tokens in sentences.items()
-    }
+        for tokens in sentences
+    ]

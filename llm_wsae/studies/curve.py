@@ -26,8 +26,9 @@ class Value:
     """Of the mean, from its finite number of latents; 0 if it is not a mean over latents."""
     items: Mapping[str, float] | None = None
     """The parts of a mean over families of concepts or over planted features, by name."""
-    resampled: tuple[float, ...] | None = None
-    """The mean on resamplings of the text's documents, the same ones for all dictionaries."""
+    resampled: tuple[float | None, ...] | None = None
+    """The mean on resamplings of the text's documents, the same ones for all dictionaries; None, or
+    NaN in a mixture, on one that lacks the documents of every latent."""
 
     @classmethod
     def mixture(cls, terms: Iterable[tuple[float, "Value"]]) -> "Value":
@@ -42,7 +43,8 @@ class Value:
         drawn = [(w, value.resampled) for w, value in terms if value.resampled is not None]
         resampled = None
         if len(drawn) == len(terms):
-            resampled = tuple(np.sum([w * np.array(own) for w, own in drawn], 0).tolist())
+            rows = [w * np.array(own, dtype=float) for w, own in drawn]  # None becomes NaN
+            resampled = tuple(np.sum(rows, 0).tolist())
         return cls(
             math.fsum(w * value.mean for w, value in terms),
             math.fsum(w * w * value.variance for w, value in terms),

@@ -54,10 +54,11 @@ def after_first(
 ) -> dict[int, RuleInputs]:
     """By seed, the inputs with the decoder of its first dictionary.
 
-    It is trained with the first k that was asked for, unless the study has one of that seed
-    already. Raises as ``train`` does.
+    Where the study has none of that seed yet, it is trained: with the k of the others that it has,
+    or else the first k that was asked for. Raises as ``train`` does.
     """
     found = {}
+    k = _k_so_far(folder) or config.ks[0]
     uniform = weights_from_rule("uniform", 1.0, inputs)
     half = on_share(training, source, SHARE)
     for seed in dict.fromkeys(config.seeds):
@@ -66,12 +67,21 @@ def after_first(
         if known:
             first = Dictionary.load(known[0].parent)
         else:
-            arm = ArmConfig(uniform, config.ks[0], init_seed=seed + _OTHER)
+            arm = ArmConfig(uniform, k, init_seed=seed + _OTHER)
             shuffled = replace(half, shuffle_seed=seed + _OTHER)
             first = train(source, [arm], shuffled, own)[arm.name]
         decoder, energy = used_decoder(first, site, inputs.statistics)
         found[seed] = replace(inputs, decoder=decoder, energy=energy)
     return found
+
+
+def _k_so_far(folder: Path) -> int | None:
+    """The k of the first dictionaries that are there. What is trained with weights from them has
+    one label, so they are to be alike, whatever k a command that adds seeds asks for."""
+    for path in sorted(folder.glob(f"*/*/{INFO}")):
+        if (path.parents[1] / FINISHED).exists():
+            return Dictionary.load(path.parent).info.training.get("k")
+    return None
 
 
 def on_share(

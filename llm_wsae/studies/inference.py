@@ -6,9 +6,11 @@ not 95 %). Instead the variance is decomposed as in an analysis of variance:
 
 * Over seeds. Three numbers say little about their variance, so it is pooled over the arms. Arms
   share the plain dictionaries they are compared with, hence also part of their error, which more
-  arms do not average away. The pool therefore has two parts: what a seed's arms have in common,
-  with S − 1 degrees of freedom, and what is each arm's own, with (U − 1)(S − 1). They are combined
-  by Satterthwaite's approximation (1946). An arm whose own spread exceeds the pool's keeps its own.
+  arms do not average away. So the pool, the mean of the arms' variances, has fewer degrees of
+  freedom than all arms together, by the part of the variance that a seed's arms have in common
+  (Satterthwaite's approximation, 1946): S − 1 if all of it is, U(S − 1) if none is and every arm
+  has S seeds; in between they follow from the products of the arms' deviations on the seeds that
+  two of them share. An arm whose own spread exceeds the pool's keeps its own.
   (If its true spread is three times that of the others, three seeds still err in about 11 % of
   cases instead of 5, five seeds in 10 %.) Weights that are drawn again for every seed spread by
   their draw, each kind differently: they, and differences from them, stay out of the pool and use
@@ -34,6 +36,7 @@ not 95 %). Instead the variance is decomposed as in an analysis of variance:
 Differences of several rules and measures are then corrected together (``adjusted``).
 """
 
+import itertools
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -79,20 +82,24 @@ def estimates(
 
 def pooled_variance(arms: Sequence[Mapping[int, float]]) -> tuple[float, float]:
     """Variance over seeds of one arm's difference, and its degrees of freedom, from the differences
-    by seed of several arms. Not every arm needs every seed."""
-    centred = [{seed: v - np.mean(list(own.values())) for seed, v in own.items()} for own in arms]
-    of_seed = {
-        seed: np.array([own[seed] for own in centred if seed in own])
-        for seed in {seed for own in arms for seed in own}
-    }
-    common = sum(float(values.mean()) ** 2 for values in of_seed.values())
-    degrees = len(of_seed) - 1.0
-    parts = [(common / degrees, degrees)]
-    if own_degrees := sum(len(own) - 1.0 for own in arms) - degrees:
-        own = sum(float(((values - values.mean()) ** 2).sum()) for values in of_seed.values())
-        not_in_common = float(np.mean([1 - 1 / len(values) for values in of_seed.values()]))
-        parts.append((own / own_degrees * not_in_common, own_degrees))
-    return _joined(parts)
+    by seed of several arms. Arms may have all, some or none of their seeds in common."""
+    centred = [
+        {seed: value - float(np.mean(list(own.values()))) for seed, value in own.items()}
+        for own in arms
+    ]
+    degrees = sum(len(own) - 1.0 for own in centred)
+    variance = sum(value**2 for own in centred for value in own.values()) / degrees
+    # What a seed's arms have in common adds to the products of two arms' deviations, each shared
+    # seed as often as centring leaves it. In this many degrees of freedom arms repeat each other.
+    products, repeated = 0.0, 0.0
+    for one, other in itertools.permutations(centred, 2):
+        shared = one.keys() & other.keys()
+        products += sum(one[seed] * other[seed] for seed in shared)
+        share = len(shared) / len(one), len(shared) / len(other)
+        repeated += len(shared) - share[0] - share[1] + share[0] * share[1]
+    common = products / repeated if repeated else 0.0
+    correlation = min(abs(common) / variance, 1.0) if variance else 1.0
+    return variance, degrees / (1 + correlation**2 * repeated / degrees)
 
 
 def adjusted(p_values: Mapping[Name, float]) -> dict[Name, float]:
@@ -155,7 +162,10 @@ def _document_part(values: Sequence[Value]) -> tuple[float, float] | None:
     drawn = [value.resampled for value in values if value.resampled is not None]
     if len(drawn) < len(values):
         return None
-    table = np.array(drawn)  # [seeds, resamplings]
+    table = np.array(drawn, dtype=float)  # [seeds, resamplings]
+    table = table[:, ~np.isnan(table).any(0)]
+    if table.shape[1] < 2:
+        return None
     of_mean = table.mean(0).var(ddof=1)
     # What each seed's text adds to that seed alone is in the spread over seeds already.
     alone = (table.var(1, ddof=1).mean() - of_mean) / (len(table) - 1)

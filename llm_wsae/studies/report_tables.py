@@ -89,9 +89,9 @@ def planted_rows(results: Sequence[Result]) -> Rows:
     """What every label and k recovers of the planted features, means over seeds."""
     rows = [["weights", "k", "seeds", *(m.title for m in PLANTED.values()), "L_GT"]]
     for (label, k), own in _with_plants(results).items():
-        l_gt = sum(r.planted["l_gt"] for r in own if r.planted) / len(own)
         cells = [_mean(own, measure) for measure in PLANTED]
-        rows.append([label, str(k), str(len(own)), *cells, f"{l_gt:.4f}"])
+        cells.append(_mean_text([(r.planted or {})["l_gt"] for r in own], 4))
+        rows.append([label, str(k), str(len(own)), *cells])
     return rows
 
 
@@ -101,8 +101,8 @@ def strata_rows(results: Sequence[Result], key: str) -> Rows:
     names = list(dict.fromkeys(n for own in groups.values() for n in (own[0].planted or {})[key]))
     rows = [["weights", "k", *names]]
     for (label, k), own in groups.items():
-        means = [sum((r.planted or {})[key][name]["f1"] for r in own) / len(own) for name in names]
-        rows.append([label, str(k), *(f"{mean:.3f}" for mean in means)])
+        of_seeds = [[(r.planted or {})[key][name]["f1"] for r in own] for name in names]
+        rows.append([label, str(k), *(_mean_text(f1, 3) for f1 in of_seeds)])
     return rows
 
 
@@ -188,5 +188,10 @@ def agreement_text(agreements: Agreements, label: str, k: int) -> str:
 
 
 def _mean(own: Sequence[Result], measure: str) -> str:
-    values = [r.point.values[measure].mean for r in own if measure in r.point.values]
-    return f"{sum(values) / len(values):.4f}" if values else _NONE
+    return _mean_text([r.point.values[measure].mean for r in own if measure in r.point.values], 4)
+
+
+def _mean_text(values: Sequence[float | None], digits: int) -> str:
+    """Of those that are known: a plant that does not fire in the measured rows has none."""
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.{digits}f}" if known else _NONE

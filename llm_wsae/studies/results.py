@@ -228,7 +228,8 @@ def record_of(
             "latents": {
                 "all": {name: over_latents(v) for name, v in latents.items()},
                 "not_dense": {name: over_latents(v[usual]) for name, v in latents.items()},
-                # of detection alone; the same resamplings of the documents for all dictionaries
+                # of detection alone; the same resamplings of the documents for all dictionaries,
+                # null where one lacks the documents of every latent
                 "resampled": {
                     "all": scores.resampled.nanmean(0).tolist(),
                     "not_dense": scores.resampled[usual].nanmean(0).tolist(),
@@ -354,12 +355,17 @@ def _of_plants(planted: Mapping[str, Any] | None) -> dict[str, Value]:
 
 
 def _with_unscored(
-    measure: Measure, scored: Mapping[str, float], d_sae: int, resampled: Sequence[float] | None
+    measure: Measure,
+    scored: Mapping[str, float],
+    d_sae: int,
+    resampled: Sequence[float | None] | None,
 ) -> Value:
     """The mean over all latents, those without a score counted as ``measure.unscored``."""
     share, rest = 1.0, 0.0
     if measure.unscored is not None:
         share = scored["n"] / d_sae
         rest = (1 - share) * measure.unscored
-    drawn = None if resampled is None else tuple(rest + share * value for value in resampled)
+    drawn = None
+    if resampled is not None:
+        drawn = tuple(None if value is None else rest + share * value for value in resampled)
     return Value(rest + share * scored["mean"], share**2 * scored["variance"], resampled=drawn)

@@ -63,7 +63,8 @@ from llm_wsae.weights.inputs import RuleInputs
 
 ANSWERS = "answers"
 _MEASURES = {"measures": {"detection": 2}}  # its definition; other numbers cannot stand beside it
-_OF_QUESTIONS = ("parallel", "price_in", "price_out")  # settings of questions that change no answer
+# Settings of questions that change no answer; the same model may be served at another address.
+_OF_QUESTIONS = ("endpoint", "parallel", "price_in", "price_out")
 _OF_TRAINING = (*PROCEDURAL, "shuffle_seed")  # each arm has a seed of its own
 
 

@@ -29,7 +29,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.errors import UsageError
 from llm_wsae.theory.optimum import Weights, gap_matrix, weighted
 from llm_wsae.theory.superposition import features_from_uniform
 
@@ -41,16 +40,6 @@ _BISECTIONS = 40
 def interference(mixing: Float[Tensor, "n_p n"]) -> Float[Tensor, "n n"]:
     """W_pᵀ W_p: off the diagonal, how strongly feature j appears as feature i."""
     return mixing.T @ mixing
-
-
-def closed_form_dictionary(
-    mixing: Float[Tensor, "n_p n"], num_latents: int
-) -> Float[Tensor, "latents n_p"]:
-    """W_m* = (W_p, 0)ᵀ (theorem 1). Raises UsageError if there are fewer latents than features."""
-    n_p, n = mixing.shape
-    if num_latents < n:
-        raise UsageError(f"{num_latents} latents cannot hold {n} features; give at least {n}")
-    return torch.cat([mixing.T, mixing.new_zeros(num_latents - n, n_p)])
 
 
 def recovered(
@@ -128,28 +117,18 @@ def _error_of_single_features(mixing: Float[Tensor, "n_p n"]) -> float:
 
 @dataclass(frozen=True)
 class Losses:
-    """What the closed form loses of the true features, by feature and by dimension."""
+    """What the closed form loses of the true features, by feature."""
 
     shrunk: Float[Tensor, " n"]
     """Of the rows where the feature is active, the share on which 0 < r < x."""
     vanished: Float[Tensor, " n"]
     """Of the rows where the feature is active, the share on which r = 0."""
-    strength_lost: Float[Tensor, " n"]
-    """Mean of (x − r)/x where the feature is active."""
-    dimension_shrunk: Float[Tensor, " n_p"]
-    """Σ_j W_ij² E(x_j² where 0 < r_j < x_j) / Σ_j W_ij² E x_j²: of the energy that features
-    bring to dimension i, the share that belongs to shrunk ones."""
-    dimension_vanished: Float[Tensor, " n_p"]
-    """The same of those that vanished, r_j = 0."""
-    dimension_lost: Float[Tensor, " n_p"]
-    """Σ_j W_ij² E(x_j − r_j)² / Σ_j W_ij² E x_j²: of the energy that features bring to dimension i,
-    the share that is not recovered."""
 
 
 def losses(mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]) -> Losses:
     """Feature shrinking and feature vanishing (Cui et al. 2026, §3.2) on given true features.
 
-    A feature that is never active, or a dimension that no feature reaches, has NaN.
+    A feature that is never active has NaN.
     """
     r = recovered(mixing, x)
     active = x > 0
@@ -157,20 +136,7 @@ def losses(mixing: Float[Tensor, "n_p n"], x: Float[Tensor, "rows n"]) -> Losses
     # A relative margin: rounding must not count as shrinking where recovery is exact.
     shrunk = active & (r > 0) & (r < x * (1 - _TOLERANCE))
     vanished = active & (r == 0)
-    lost = torch.where(active, (x - r) / torch.where(active, x, 1.0), 0.0)
-    energy = x.square()
-
-    def of_dimensions(part: Float[Tensor, "rows n"]) -> Float[Tensor, " n_p"]:
-        return (mixing.square() @ part.mean(0)) / (mixing.square() @ energy.mean(0))
-
-    return Losses(
-        shrunk=shrunk.sum(0) / count,
-        vanished=vanished.sum(0) / count,
-        strength_lost=lost.sum(0) / count,
-        dimension_shrunk=of_dimensions(energy * shrunk),
-        dimension_vanished=of_dimensions(energy * vanished),
-        dimension_lost=of_dimensions((x - r).square()),
-    )
+    return Losses(shrunk=shrunk.sum(0) / count, vanished=vanished.sum(0) / count)
 
 
 @dataclass(frozen=True)

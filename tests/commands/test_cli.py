@@ -22,6 +22,8 @@ import llm_wsae.cli
 import llm_wsae.pipeline
 import llm_wsae.tuning
 from llm_wsae.cli import COMMANDS
+from llm_wsae.commands.options import ModelOptions
+from llm_wsae.commands.run import _page
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.model.site import Site
@@ -353,6 +355,19 @@ def test_run_proposes_commands_that_work(ran, tmp_path):
     assert "uniform-k4" in works(*measure).out
     look[look.index("--out") + 1] = str(tmp_path / "page.html")
     assert "open it in a browser" in works(*look).out
+
+
+def test_the_page_that_run_proposes_has_room_for_its_dictionaries(tmp_path):
+    model, names = (
+        ModelOptions(model="a/model"),
+        ("uniform-k32", "variance-a0.5-k32", "whitening-k32"),
+    )
+    for d_sae, count, options in ((4608, 3, []), (16_384, 3, ["4", "4"]), (32_768, 2, ["3", "3"])):
+        words = shlex.split(_page(tmp_path, dict.fromkeys(names, d_sae), model, tmp_path))
+        assert words[2 : 2 + count] == [str(tmp_path / name) for name in names[:count]]
+        assert words[2 + count] == "--store"
+        given = [words[i + 1] for i, word in enumerate(words) if word in ("--top", "--bands")]
+        assert given == options
 
 
 def test_run_again_does_nothing_twice(ran, model_and_corpus):

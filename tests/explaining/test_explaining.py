@@ -787,6 +787,8 @@ def test_a_study_explains_every_kept_dictionary_once(
     assert judged_now == kept[1:]
     with pytest.raises(LlmWsaeError, match="were explained with other settings"):
         study(**judged | {"explainer": "another"})
+    moved = study(**judged | {"endpoint": "http://127.0.0.1:9/v1"})  # has nothing left to ask
+    assert moved.table() == report.table()
     with pytest.raises(UsageError, match="name the language model"):
         study(endpoint=asked.address)
     words = ("study", world / "store", "--model", world / "model", "--corpus",
@@ -794,7 +796,7 @@ def test_a_study_explains_every_kept_dictionary_once(
     said = works(*words, "--explain.endpoint", asked.address, "--explain.explainer", "m",
                  "--explain.latents", 10).out  # fmt: skip
     assert "add --explain.yes True to go on" in said and not (tmp_path / "new").exists()
-    dictionaries = 3 * (5 + 2 * 2)
+    dictionaries = 3 * (5 + 2)  # seeds; the curve, a rule and its control
     assert said.startswith(f"at most {dictionaries * 10 * 12:,} questions")
 
 

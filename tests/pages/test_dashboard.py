@@ -22,10 +22,11 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
 from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import UsageError
+from llm_wsae.inspecting.sentence import read_sentence
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.pages import collecting, live
+from llm_wsae.pages import collecting, live, size
 from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
 from llm_wsae.pages.dashboard import named_dictionaries
 from llm_wsae.pages.live import Session, application
@@ -142,7 +143,7 @@ def page(world):
     return out
 
 
-def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page):
+def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page, model):
     text = page.read_text()
     about = json.loads(re.search(r'id="about">(.*?)</script>', text)[1])
     assert [one["name"] for one in about["dictionaries"]] == ["uniform-k4", "variance-a0.5-k4"]
@@ -169,7 +170,11 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page):
     ]["examples"][0]
     assert number == 0 and value > 0 and shades[centre] == 99 and len(words[tokens[centre]])
     (prompt,) = about["prompts"]
-    assert set(prompt) == {"uniform-k4", "variance-a0.5-k4"}
+    for found, dictionary in zip(prompt, (first, second), strict=True):
+        wanted = read_sentence(model, dictionary, "one two three")
+        assert [[latent for latent, _ in active] for _, active in found] == [
+            [one.latent for one in token.latents[:12]] for token in wanted
+        ]
 
 
 def test_an_explanation_stands_before_the_tokens_and_in_the_latents_panel(browser, page, tab):
@@ -301,6 +306,29 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
     with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
         dashboard([world / PLAIN, other], world / "store", "unused", tmp_path / "p.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_that_is_sure_to_be_too_large_is_refused_before_rows_are_read(
+    world, store, model, tmp_path, monkeypatch
+):
+    assert size.most_megabytes([4608], 20) == pytest.approx(10.2, rel=0.05)  # as was measured
+    assert size.what_fits([4608] * 3) == (3, 10)
+    assert size.what_fits([16_384] * 3) == (3, 4)
+    assert size.what_fits([32_768] * 3) == (2, 3)
+    assert size.what_fits([10**6]) == (1, 1)
+    for latents in ([9216] * 3, [16_384] * 3, [32_768] * 3, [131_072] * 3):
+        number, examples = size.what_fits(latents)
+        assert size.most_megabytes(latents[:number], 2 * examples) <= 60 and number > 0
+    monkeypatch.setattr("llm_wsae.pages.dashboard.MOST_MEGABYTES", 0.05)
+    dictionary, out = Dictionary.load(world / PLAIN), tmp_path / "large.html"
+    said = r"the page would be 0 MB large, more than 0\.05; ask for fewer dictionaries"
+    with pytest.raises(UsageError, match=said):  # found when it is written
+        dashboard([dictionary], store, model, out, top=1, bands=1)
+    monkeypatch.setattr("llm_wsae.pages.dashboard.collect", lambda *_: 1 / 0)
+    with pytest.raises(UsageError, match=said):
+        dashboard([dictionary], store, model, out)
+    with pytest.raises(ZeroDivisionError):  # 20 rows fire 80 latents: that may fit
+        dashboard([dictionary], store, model, out, rows=20)
 
 
 def replaced_name(dictionary: Dictionary, name: str) -> Dictionary:
@@ -497,7 +525,8 @@ def test_nothing_is_wider_than_the_window_in_light_or_dark(tab, width):
 
 
 def test_hostile_text_does_nothing(browser, world, model, tmp_path, monkeypatch):
-    """Tokens that would end the script, reverse the line, hide, or fill the window; and a name."""
+    """Tokens that would end the script, reverse the line, hide, or fill the window; and a name that
+    would do the first two."""
     image = "</script><img src=x onerror=alert(1)>"
     bad = [image, "\u202eabc", "a\u200b\u200d\ufeffb", "y" * 10_000]
 
@@ -514,7 +543,7 @@ def test_hostile_text_does_nothing(browser, world, model, tmp_path, monkeypatch)
 
     ordinary = module.Vocabulary
     monkeypatch.setattr(module, "Vocabulary", lambda tokenizer: ordinary(Hostile()))
-    named, out = {image: Dictionary.load(world / PLAIN)}, tmp_path / "bad.html"
+    named, out = {f"{image}\u202e": Dictionary.load(world / PLAIN)}, tmp_path / "bad.html"
     dashboard(named, world / "store", model, out, prompts=["w1 w2 w3"])
     tab, wrong = watched(browser, f"file://{out}")
     tab.goto(f"file://{out}")
@@ -643,6 +672,9 @@ def test_a_browser_asks_the_model(browser, world, tmp_path):
         tab.wait_for_selector(".card .context")
         tab.click("#write")
         tab.wait_for_selector("text=turned by 30")
+        for number, is_there in (("", False), ("64", False), ("63", True)):
+            tab.fill("[aria-label=latent]", number)
+            assert tab.is_enabled("#write") == is_there
         assert wrong == []
         text.fill("w" * 30_000)
         tab.click("#read")

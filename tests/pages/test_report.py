@@ -197,6 +197,14 @@ def test_a_rule_is_pointed_at_and_singled_out_everywhere(tab):
     assert highlighted() == {number}
     tab.keyboard.press("Escape")
     assert highlighted() == set()
+    every = tab.evaluate("about.series.length")
+    for key, number in (
+        ("k", every - 1),
+        ("j", 0),
+    ):  # nothing is chosen: from the end, or the start
+        tab.keyboard.press(key)
+        assert highlighted() == {str(number)}
+        tab.keyboard.press("Escape")
     tab.locator("svg.plot > g[data-s='1'] .mean >> nth=0").click()
     assert tab.locator("aside [aria-pressed=true]").inner_text() == "variance-a0.5"
 

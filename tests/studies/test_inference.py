@@ -102,7 +102,26 @@ def test_documents_that_all_seeds_share_do_not_average_out():
     one = Value(1.0, resampled=(0.0, 2.0))
     mixed = Value.mixture([(1.0, one), (-0.5, Value(2.0, resampled=(1.0, 3.0)))])
     assert mixed.resampled == (-0.5, 0.5)
+    gap = Value.mixture([(1.0, one), (-0.5, Value(2.0, resampled=(None, 3.0)))]).resampled
+    assert gap == pytest.approx((np.nan, 0.5), nan_ok=True)
     assert Value.mixture([(1.0, one), (1.0, Value(1.0))]).resampled is None
+
+
+def test_resamplings_without_any_scored_document_are_left_out_for_all_seeds():
+    draw = np.random.default_rng(0)
+    drawn = draw.normal(0, 2.0, (3, 100)) + draw.normal(0, 2.0, 100)
+    gaps = drawn.copy()
+    gaps[0, :10] = gaps[2, 5:20] = np.nan
+
+    def found(table):
+        return estimates(
+            {"a": {s: Value(0.5 + s, resampled=tuple(v)) for s, v in enumerate(table)}}
+        )
+
+    assert found(gaps) == found(drawn[:, 20:]) != found(drawn)
+    gaps[1, 21:] = np.nan  # of one resampling there is no variance
+    bare = estimates({"a": {s: Value(0.5 + s) for s in range(3)}})
+    assert found(gaps) == bare
 
 
 def test_looks_spend_five_per_cent_together():
@@ -184,6 +203,33 @@ def test_more_seeds_of_one_arm_are_pooled_with_the_fewer_of_the_others():
             alarms[arm == 0].append(estimate.p < 0.05)
     assert np.mean(pools) == pytest.approx(0.7**2 + 1, rel=0.1)
     assert np.mean(alarms[True]) < 0.06 and np.mean(alarms[False]) < 0.06
+
+
+def test_the_pool_is_right_whichever_seeds_the_arms_have():
+    """A study is extended by rules on seeds of their own: mean variance and its degrees of freedom
+    (a mean square's variance is 2/degrees of its own mean's square) as they are."""
+    draw = np.random.default_rng(0)
+    designs = (
+        ((0, 1, 2), (0, 1, 2)),
+        ((0, 1, 2), (3, 4, 5)),
+        ((0, 1, 2), (3, 4, 5), (6, 7, 8)),
+        ((0, 1), (2, 3)),
+        ((0, 1, 2), (2, 3, 4)),
+        ((0, 1, 2), (0, 1, 2), (3, 4, 5)),
+        ((0, 1, 2, 3, 4), (0, 1)),
+    )
+    for shared, design in itertools.product((0.0, 0.5, 0.9), designs):
+        of_seed = draw.normal(0, shared**0.5, (2000, 9))
+        own = draw.normal(0, (1 - shared) ** 0.5, (2000, 9, len(design)))
+        pools = np.array(
+            [
+                pooled_variance([{s: c[s] + e[s, a] for s in has} for a, has in enumerate(design)])
+                for c, e in zip(of_seed, own, strict=True)
+            ]
+        )
+        variance, degrees = pools.mean(0)
+        assert variance == pytest.approx(1, abs=0.08), (shared, design)
+        assert degrees == pytest.approx(2 / pools[:, 0].var(), rel=0.25), (shared, design)
 
 
 def test_an_arm_apart_spreads_as_it_does_and_disturbs_nobody():

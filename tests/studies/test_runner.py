@@ -30,7 +30,9 @@ from llm_wsae.planting.config import PlantConfig
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.studies import consistency, first, jobs, runner
 from llm_wsae.studies.config import StudyConfig
+from llm_wsae.studies.folder import read_report
 from llm_wsae.studies.plan import plan
+from llm_wsae.studies.report_tables import planted_rows, strata_rows
 from llm_wsae.studies.results import read_result
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
@@ -148,6 +150,8 @@ def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(
     more = study(out, replace(config, ks=(8, 4)))  # their first dictionaries are there
     assert {r.point.k for r in more.results if r.label == "gap-a0.5"} == {4, 8}
     assert len(list((out / "first").glob("*/*/wsae.json"))) == 2
+    study(out, replace(config, ks=(8,), seeds=(2, 3)))  # of one label, so after the same k
+    assert [path.parent.name for path in out.glob("first/s2/*/wsae.json")] == ["uniform-k4-s1002"]
     given = Dictionary.load(out / "first/s0/uniform-k4-s1000")
     with pytest.raises(LlmWsaeError, match="another first dictionary"):
         study(out, config, dictionary=given)
@@ -253,6 +257,22 @@ def test_what_is_written_is_what_was_measured(whole, study, world):
             of_documents = numbers.variance(value.resampled)
             expected = (value.variance + of_documents) ** 0.5
             assert expected == pytest.approx((high - low) / 3.92, rel=1e-3)
+
+
+def test_resamplings_without_any_scored_document_are_read(whole, tmp_path):
+    """Of few documents a resampling may lack those that all scored latents depend on."""
+    out, _ = whole
+    path = tmp_path / "one.json"
+    record = read_own_json(out / "results" / "uniform-k4.json", "result")
+    latents = record["latents"]
+    latents["not_dense"]["detection"] = {"mean": 0.7, "variance": 0.01, "n": 8}
+    latents["resampled"]["not_dense"] = [0.6, None, 0.8]
+    write_json(path, record)
+    values = read_result(path).point.values
+    assert values["detection"].resampled == pytest.approx((0.6, None, 0.8))
+    share = 8 / record["scores"]["d_sae"]  # the others count as chance
+    low, high = (share * v + (1 - share) / 2 for v in (0.6, 0.8))
+    assert values["detection_all"].resampled == pytest.approx((low, None, high))
 
 
 def test_a_finished_study_is_only_read(whole, study, trained, monkeypatch):
@@ -411,8 +431,22 @@ def test_planted_features_are_trained_on_and_their_recovery_reported(whole, stud
     table = page.split("## Planted features")[1].splitlines()
     row = next(line for line in table if line.startswith("| uniform | 4"))
     assert row.split(" | ")[4] == f"{mean:.4f}"
-    before = content(out)
+    for path in (out / "results").glob("*.json"):  # of rare plants none may fire where it counts
+        record = read_own_json(path, "result")
+        record["planted"]["by_stratum"]["random"]["f1"] = None
+        if record["name"] != "uniform-k4":
+            record["planted"]["by_stratum"]["triangle"]["f1"] = None
+        record["planted"]["l_gt"] = None
+        write_json(path, record)
+    names, *rows = strata_rows(read_report(out).results, "by_stratum")
+    assert {row[names.index("random")] for row in rows} == {"–"}
+    (row,) = (row for row in rows if row[:2] == ["uniform", "4"])
+    (own,) = (r for r in report.results if r.name == "uniform-k4")
+    f1 = own.planted["by_stratum"]["triangle"]["f1"]
+    assert row[names.index("triangle")] == f"{f1:.3f}"
+    assert {row[-1] for row in planted_rows(read_report(out).results)[1:]} == {"–"}  # L_GT
     assert study(out, config).to_dict()["verdicts"] == report.to_dict()["verdicts"]
+    before = content(out)
     with pytest.raises(LlmWsaeError, match="other settings of planted"):
         study(out)
     with pytest.raises(LlmWsaeError, match=r"other settings of planted \(seed\)"):

@@ -112,8 +112,10 @@ def latent_means(
     one = found["detection"]
     values = scores["detection"][eligible]
     values = values[~values.isnan()]
-    of_documents = resampled[eligible].nanmean(0).var() if len(values) else torch.tensor(torch.nan)
-    squared = float(of_documents + values.var() / len(values)) if len(values) > 1 else math.nan
+    drawn = resampled[eligible].nanmean(0)
+    drawn = drawn[~drawn.isnan()]  # one may lack the documents of every latent
+    known = len(values) > 1 and len(drawn) > 1
+    squared = float(drawn.var() + values.var() / len(values)) if known else math.nan
     half = float(special.ndtri((1 + LEVEL) / 2)) * math.sqrt(squared)
     found["detection"] = replace(one, interval=(one.mean - half, one.mean + half))
     return found

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from llm_wsae.evaluation.config import MonosemanticConfig
+from llm_wsae.evaluation.monosemanticity.averages import latent_means
 from llm_wsae.evaluation.monosemanticity.detection import Documents, auroc, detection
 from llm_wsae.evaluation.monosemanticity.firings import (
     FiringCollector,
@@ -261,6 +262,21 @@ def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
     assert torch.allclose(found.resampled[0].float(), won / every, atol=1e-5)
     assert float(found.auroc[0]) == pytest.approx(float(won[0] / every[0]), abs=1e-5)
     assert float(every[0]) < 9 * 100
+
+
+def test_a_resampling_without_any_scored_document_widens_nothing():
+    """Its mean detection is no number; the interval is that of the others."""
+    detected = torch.tensor([0.6, 0.8, 0.7])
+    drawn = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)).double()
+    gaps = torch.cat([drawn, torch.full((3, 5), torch.nan)], 1)
+    every = torch.ones(3, dtype=torch.bool)
+    (low, high), same = (
+        latent_means({"detection": detected}, every, table, 100, 0)["detection"].interval
+        for table in (gaps, drawn)
+    )
+    squared = drawn.mean(0).var() + detected.var() / 3
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(float(squared)), rel=1e-4)
+    assert (low, high) == same
 
 
 def test_token_detectors_are_pure_coherent_and_detected():

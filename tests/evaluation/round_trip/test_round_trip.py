@@ -20,7 +20,7 @@ from llm_wsae.evaluation.round_trip import sums
 from llm_wsae.evaluation.round_trip.injection import inject
 from llm_wsae.evaluation.round_trip.measuring import KEPT, _Collector, measure_round_trip
 from llm_wsae.model.site import Site
-from llm_wsae.theory.closed_form import closed_form_dictionary, gap_matrix, loss_gap
+from llm_wsae.theory.closed_form import gap_matrix, loss_gap
 from llm_wsae.theory.superposition import digon_mixing, planted
 
 PLAIN = "trained/uniform-k4"
@@ -176,7 +176,7 @@ def test_the_closed_form_is_where_theory_says_it_is():
     mixing = digon_mixing(2, 3)
     data = planted(mixing, 0.5)
     x = data.features(4000, torch.Generator().manual_seed(2))
-    rows = closed_form_dictionary(mixing, data.num_features)
+    rows = mixing.T
     one = Dictionary(
         W_enc=rows.T,
         W_dec=rows,
