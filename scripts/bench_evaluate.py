@@ -36,11 +36,11 @@ from bench_harvest import measure, ratio
 from bench_memory import peak_megabytes
 from benchmarks import embedded_model, machine, write_benchmark
 
+import llm_wsae.evaluation.fidelity.evaluator as fidelity
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity import evaluator
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
 from llm_wsae.model.language_model import LanguageModel
@@ -113,7 +113,7 @@ def faster(*ways: Callable[[], None]) -> Callable[[], None]:
 
 _PARTS = {
     "blocks behind the site": (LanguageModel, "resume_to_end"),
-    "logits, cross-entropy and KL": (evaluator, "next_token_sums"),
+    "logits, cross-entropy and KL": (fidelity, "next_token_sums"),
     "dictionary and its round trip": (ReconstructionSums, "update"),
 }
 

@@ -37,6 +37,7 @@ SMALLER = {
     '"HuggingFaceFW/fineweb:sample-10BT"': '"text.jsonl"',
     "blocks.8.": "blocks.1.",
     "tokens=1_000_000)": "tokens=8000, context_size=16)",
+    "tokens=50_000)": "tokens=300)",
     "TrainConfig(tokens=8000, context_size=16)": "TrainConfig(tokens=8000)",
     "max_new_tokens=30": "max_new_tokens=20, eos_token_id=None",
 }
