@@ -3,14 +3,13 @@
 All was written down before the first of the dictionaries that it is about was trained: the controls
 of random and permuted weights, the model's sensitivity and equal KL once the rest was known; what
 is said of weights in the loss once inverse variance there was known after block 9 of SmolLM2;
-``OF_SETTINGS`` and ``OF_LATENTS`` once whitening in the loss was the default.
+``OF_SETTINGS`` once whitening in the loss was the default.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import whitening_latents
 from results_recovery import PLACES, Expectation, K, Means, above, at_most, below, change
 
 HALFWAY = f"whitening-a0.5-mixed-k{K}"
@@ -237,7 +236,9 @@ EXPECTED = (
 
 Settings = dict[str, Means]
 """Setting → means; the usual setting is the empty text."""
-RATES = ("half-rate", "", "twice-rate")
+USUAL_RATE = "usual rate"
+RATES = ("half-rate", USUAL_RATE, "twice-rate")
+"""Of one seed."""
 
 
 def best_rate(settings: Settings, arm: str) -> str:
@@ -251,7 +252,7 @@ def at_best_rates(measure: str, low: float, high: float) -> Callable[[Settings],
     def found(settings: Settings) -> tuple[bool, str]:
         rates = [best_rate(settings, arm) for arm in (HALFWAY_IN_LOSS, PLAIN)]
         own, its = settings[rates[0]][HALFWAY_IN_LOSS][measure], settings[rates[1]][PLAIN][measure]
-        names = " and ".join(rate or "usual rate" for rate in rates)
+        names = " and ".join(rates)
         return low <= own / its - 1 <= high, f"{100 * (own / its - 1):+.0f} % ({names})"
 
     return found
@@ -288,7 +289,6 @@ def _of_settings() -> Iterator[tuple[str, str, Any]]:
         yield (place, f"the same: KL {_range(*kl)}", at_best_rates("kl", *kl))
         for setting, words, least in (
             ("batch-topk", "BatchTopK", plants),
-            ("half-million", "half a million rows, one seed", plants),
             ("four-million", "four million rows", plants / 2),
         ):
             yield (
@@ -305,20 +305,3 @@ def _of_settings() -> Iterator[tuple[str, str, Any]]:
 
 
 OF_SETTINGS = tuple(_of_settings())
-
-
-def _of_latents() -> Iterator[tuple[str, str, Any]]:
-    for place, least in (("smollm2", -0.015), ("gemma", 0.0)):
-        yield (
-            place,
-            f"whitened: detection over all latents at least plain's {least:+g}".replace("-", "−"),
-            whitening_latents.differs(HALFWAY_IN_LOSS, PLAIN, "all", least, 1.0),
-        )
-        yield (
-            place,
-            "whitened: seeds agree no less than plain (−.01 at most)",
-            whitening_latents.differs(HALFWAY_IN_LOSS, PLAIN, "agreement", -0.01, 1.0),
-        )
-
-
-OF_LATENTS = tuple(_of_latents())

@@ -15,7 +15,8 @@ halfway whitened ones with free lengths had then been measured after blocks 9, w
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,14 @@ from typing import Any
 import free_lengths_expected as expected
 import results_recovery as recovery
 import torch
-import whitening_latents
 from benchmarks import IMAGES, README, write_result
 from results_archive import pack, unpack
 from results_recovery import LOSS, MIXED, PLACES, SEEDS, SPACE, Expectation, K
 
 from llm_wsae import TrainConfig, train
-from llm_wsae.dictionary.folder import INFO
 from llm_wsae.files import write_json
-from llm_wsae.studies.inference import estimates
+from llm_wsae.studies.curve import Value
+from llm_wsae.studies.inference import Estimate, estimates
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import ArchitectureName, default_learning_rate
@@ -72,8 +72,6 @@ class Part:
     architecture: ArchitectureName = "topk"
     sensitivity: bool = False
     """Whether a rule needs the model's sensitivity."""
-    judged: bool = False
-    """Whether the latents are judged without a ground truth, too."""
 
 
 PARTS = {
@@ -103,14 +101,11 @@ PARTS = {
     "loss-powers": Part(
         tuple(("whitening", alpha, LOSS, K) for alpha in (0.25, 0.75, 1.0)), seeds=(0,)
     ),
-    "judged": Part(PAIR, BLOCKS_9, (3, 4, 5), judged=True),
-    "more-seeds": Part(PAIR, OTHERS, (3, 4)),
-    "half-rate": Part(PAIR, BLOCKS_9, setting="half-rate", rate=0.5),
-    "twice-rate": Part(PAIR, BLOCKS_9, setting="twice-rate", rate=2.0),
-    "batch-topk": Part(PAIR, BLOCKS_9, setting="batch-topk", architecture="batch-topk"),
-    "half-million": Part(PAIR, BLOCKS_9, (0,), setting="half-million", rows=500_000),
-    "one-million": Part(PAIR, BLOCKS_9, (0,), setting="one-million", rows=1_000_000),
-    "four-million": Part(PAIR, BLOCKS_9, setting="four-million", rows=4_000_000),
+    "half-rate": Part(PAIR, BLOCKS_9, (0,), setting="half-rate", rate=0.5),
+    "twice-rate": Part(PAIR, BLOCKS_9, (0,), setting="twice-rate", rate=2.0),
+    "batch-topk": Part(PAIR, BLOCKS_9, (0,), setting="batch-topk", architecture="batch-topk"),
+    "four-million": Part(PAIR, ("smollm2",), setting="four-million", rows=4_000_000),
+    "four-million-gemma": Part(PAIR, ("gemma",), (0,), setting="four-million", rows=4_000_000),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -119,8 +114,6 @@ inverse variance in the loss had turned out, after block 9 of SmolLM2, to recove
 to be that of all dictionaries of a site. What comes after ``loss-powers`` was decided on when
 whitening in the loss had become the default."""
 SETTINGS = {
-    "half-million": "half a million rows",
-    "one-million": "one million rows",
     "": "the usual: TopK, two million rows",
     "four-million": "four million rows",
     "half-rate": "learning rate × ½",
@@ -166,7 +159,6 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
                 arm
                 for arm in arms_of(part, opened.inputs, seed)
                 if not _result(key, arm.name, part.setting).exists()
-                or (part.judged and not _latents(key).exists())
             ]
             if not missing:
                 continue
@@ -182,9 +174,6 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
             for record in recovery.judge(opened, missing, dictionaries, seed):
                 write_json(_result(key, record["name"], part.setting), record)
             print(f"{key}: {name}, seed {seed} measured", flush=True)
-        if part.judged and not _latents(key).exists():
-            folders = (RUN / "trained" / key / name).glob(f"s*/*/{INFO}")
-            whitening_latents.judge(_latents(key), path, _by_label(folders), expected.PLAIN)
     for config in (MIXED, LOSS):  # of `--alpha auto`
         if not _choice(key, config.place).exists():
             given, folder = (opened.inputs, opened.source, opened.judge), RUN / "trained" / key
@@ -200,19 +189,6 @@ def arms_of(part: Part, inputs: RuleInputs, seed: int) -> list[ArmConfig]:
         weights = weights_from_rule(rule, alpha, inputs, drawn)
         arms.append(ArmConfig(weights, k=k, init_seed=seed, architecture=part.architecture))
     return arms
-
-
-def _by_label(infos: Iterable[Path]) -> dict[str, dict[int, Path]]:
-    """Label → seed → folder, of trained dictionaries that are named by their information."""
-    found: dict[str, dict[int, Path]] = {}
-    for info in infos:
-        label, seed = info.parent.name.rsplit("-s", 1)
-        found.setdefault(label, {})[int(seed)] = info.parent
-    return found
-
-
-def _latents(key: str) -> Path:
-    return RUN / key / "latents.json"
 
 
 def _results(setting: str = "") -> Path:
@@ -351,30 +327,32 @@ def in_settings(key: str) -> Iterator[str]:
         both = pairs["kl"][setting].keys()
         means = recovery.means_of([r for r in records[setting] if r["seed"] in both])
         settings[setting] = means
+        if not setting:  # of the seed that the other rates have
+            first = [r for r in records[setting] if r["seed"] == SEEDS[0]]
+            settings[expected.USUAL_RATE] = recovery.means_of(first)
         cells = []
         for measure in ("kl", "recovered"):
             cells += [f"{means[label][measure]:.3f}" for label in means]
-            cells.append(recovery.text_of(beside[measure].get(setting), per_cent=measure == "kl"))
+            cells.append(
+                _difference(beside[measure].get(setting), pairs[measure][setting], measure)
+            )
         rows.append([words, str(len(both)), *cells])
     yield f"### Trained otherwise: {PLACES[key].title}"
     yield markdown(rows)
     yield from _outcome(expected.OF_SETTINGS, key, settings)
 
 
-def latents(key: str) -> Iterator[str]:
-    """Detection, and the agreement of seeds."""
-    if found := whitening_latents.read(_latents(key)):
-        yield f"### Latents without a ground truth: {PLACES[key].title}"
-        yield f"Seeds {', '.join(map(str, PARTS['judged'].seeds))}."
-        yield whitening_latents.table(found, expected.PLAIN)
-        yield from _outcome(expected.OF_LATENTS, key, found)
+def _difference(estimate: Estimate | None, of_seeds: dict[int, Value], measure: str) -> str:
+    """With its interval if there are seeds enough."""
+    if estimate is not None:
+        return recovery.text_of(estimate, per_cent=measure == "kl")
+    mean = sum(value.mean for value in of_seeds.values()) / len(of_seeds)
+    return f"{100 * math.expm1(mean):+.0f} %" if measure == "kl" else f"{mean:+.3f}"
 
 
 def section_of_settings() -> str:
-    """The part of docs/results on other settings, and on latents."""
-    return "\n\n".join(
-        part for of in (in_settings, latents) for key in BLOCKS_9 for part in of(key)
-    )
+    """The part of docs/results on other settings."""
+    return "\n\n".join(part for key in BLOCKS_9 for part in in_settings(key))
 
 
 def section() -> str:

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from covariances import second_moment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -188,6 +190,7 @@ def test_every_architecture_trains_in_a_space(architecture, source, inputs, tmp_
 @pytest.mark.parametrize(("rule", "alpha"), [("variance", -0.5), ("whitening", 0.5)])
 def test_mixed_latents_have_length_one_in_the_model(rule, alpha, source, inputs, tmp_path):
     """A diagonal and a matrix: the error is that of the space, the lengths are the model's."""
+    inputs = replace(inputs, second_moment=second_moment(inputs.statistics))
     weights = [weights_from_rule(rule, alpha, inputs, WeightConfig(place=p)) for p in PLACES]
     assert weights[1].name == f"{rule}-a{alpha}-mixed"
     space, mixed = train(source, make_arms(weights, [3]), CONFIG, tmp_path).values()
