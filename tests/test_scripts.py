@@ -153,6 +153,16 @@ def test_the_section_of_free_lengths_is_that_of_the_measurements(monkeypatch, tm
                 assert not missing, (name, key)
 
 
+def test_the_section_of_clean_rows_is_that_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_archive
+    import results_clean_rows
+
+    results_archive.unpack(results_clean_rows.ARCHIVE, tmp_path)
+    monkeypatch.setattr(results_clean_rows, "RUN", tmp_path)
+    agree(written("clean-rows"), results_clean_rows.section())
+
+
 def test_the_section_of_recovery_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_archive
