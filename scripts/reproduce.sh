@@ -54,7 +54,7 @@ free-lengths)
   .venv/bin/python scripts/results_free_lengths.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
 clean-rows)
-  .venv/bin/python scripts/results_clean_rows.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
+  .venv/bin/python scripts/results_clean_rows.py --smollm2 "$model" "$@"
   ;;
 recovery)
   .venv/bin/python scripts/results_recovery.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
