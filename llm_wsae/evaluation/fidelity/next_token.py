@@ -24,7 +24,7 @@ from llm_wsae.sparse.backends import cpu
 # Rows of one tile: enough for a fast product. In memory are their logits by the model itself and by
 # one variant, for each core; where the kernel is missing also the former twice in float32.
 _TILE_ROWS = 192
-_TILE_NUMBERS = 2**24  # and fewer rows for a large vocabulary: 32 MB in half precision
+_TILE_NUMBERS = 2**25  # and fewer rows for a large vocabulary: 64 MB in half precision
 # Numbers in one chunk of a tile, where the kernel is missing. 4 MB stay in a CPU's cache from one
 # operation to the next.
 _CHUNK_NUMBERS = 2**20
