@@ -46,7 +46,8 @@ The files are in bfloat16. Everything above was measured on these files, on held
 the same mixture. There is one seed each, so a difference is one between two runs, not between two
 methods. What whitening changes, over seeds and on two models, is in `docs/which-weights.md`. After
 so many rows, dictionaries with decoder rows of length 1 (`--lengths unit`) keep a little more of
-the model, and recover fewer known features (`docs/results/free-lengths-settings.md`).
+the model (`docs/results/free-lengths-settings.md`), and recover fewer known features
+(`docs/results/whitening.md`).
 
 `bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of
 this repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is
