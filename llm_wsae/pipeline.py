@@ -291,7 +291,7 @@ def _check_trained_alike(out: Path, sites: Sequence[Site], streamed: bool) -> No
     for site in sites:
         found = recorded(out / str(site))
         if found is not None and (found["rows"].get("kind") == "stream") != streamed:
-            how = "a store: leave --stream out" if streamed else "a stream: add --stream"
+            how = "a store; omit --stream" if streamed else "a stream; add --stream"
             raise UsageError(
                 f"{out} holds a training of {site} on {how} to go on with it, or choose another "
                 "folder"
