@@ -3,7 +3,7 @@
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   study         the study of weights at two sites of SmolLM2-135M
 #   free-lengths  which weights pay at five sites of two models, as dictionaries are trained today
-#   clean-rows    what free lengths and whitening cost in fidelity where nothing is planted
+#   clean-rows    the same without plants: fidelity, and whether latents agree and are detected
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
 #   round-trip    whether the recovery report finds what is known of planted features
 #   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
@@ -54,7 +54,7 @@ free-lengths)
   .venv/bin/python scripts/results_free_lengths.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
 clean-rows)
-  .venv/bin/python scripts/results_clean_rows.py --smollm2 "$model" "$@"
+  .venv/bin/python scripts/results_clean_rows.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
 recovery)
   .venv/bin/python scripts/results_recovery.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"

@@ -4,11 +4,13 @@
 
 Everything that ``results_free_lengths.py`` says is of dictionaries that were trained on rows with
 planted features. Here plain dictionaries and those that are whitened halfway in the loss see the
-rows as they are, one million and four, with free lengths and with length 1, three seeds each. They
-are judged by KL and FVU alone: nothing is known of their features.
+rows as they are, one million and four, with free lengths and with length 1, three seeds each.
+Nothing is known of their features, so they are judged by KL and FVU; and those of four million rows
+and free lengths by whether seeds agree, and whether latents are detected (``whitening_latents``).
 
-``EXPECTED`` was written down after one pair of plain dictionaries at one site (SmolLM2, block 9,
-four million rows): there free lengths had cost 5 % of KL, and whitening 7 %.
+``EXPECTED`` was written down, of SmolLM2, after one pair of plain dictionaries (four million rows):
+there free lengths had cost 5 % of KL, and whitening 7 %; of Gemma and of the latents when SmolLM2
+was known.
 """
 
 import argparse
@@ -19,12 +21,14 @@ from typing import Any
 
 import results_recovery as recovery
 import torch
+import whitening_latents as latents
 from benchmarks import README, write_result
 from results_archive import pack, unpack
 from results_recovery import PLACES, SEEDS, TEXT, K
 
 from llm_wsae import (
     Corpus,
+    Dictionary,
     EvaluateConfig,
     HarvestConfig,
     LanguageModel,
@@ -43,13 +47,16 @@ from llm_wsae.provenance import plain
 from llm_wsae.studies.curve import Value
 from llm_wsae.studies.inference import Estimate, estimates
 from llm_wsae.terminal import markdown
+from llm_wsae.training.config import Lengths
 
 RUN = README.parent / "runs/clean-rows"
 ARCHIVE = Path(__file__).parent / "results/clean-rows.jsonl.gz"
-WHERE = {"smollm2": 20_000}
+WHERE = {"smollm2": 20_000, "gemma": 10_000}
 """Sites, and the held-out tokens of their evaluation."""
 ROWS = {1_000_000: "1 M", 4_000_000: "4 M"}
-LENGTHS = ("free", "unit")
+LENGTHS: tuple[Lengths, ...] = ("free", "unit")
+JUDGED: tuple[int, Lengths] = (4_000_000, "free")
+"""Rows and lengths of the dictionaries whose latents are judged."""
 PLAIN, WHITENED = f"uniform-k{K}", f"whitening-a0.5-k{K}"
 Key = tuple[int, str, str]
 """Rows, lengths, dictionary."""
@@ -58,8 +65,38 @@ EXPECTED = (
     ("smollm2", (1_000_000, "free", PLAIN), (1_000_000, "unit", PLAIN), -10, 0),
     ("smollm2", (4_000_000, "free", WHITENED), (4_000_000, "free", PLAIN), 3, 10),
     ("smollm2", (1_000_000, "free", WHITENED), (1_000_000, "free", PLAIN), -2, 5),
+    ("gemma", (4_000_000, "free", PLAIN), (4_000_000, "unit", PLAIN), -5, 6),
+    ("gemma", (1_000_000, "free", PLAIN), (1_000_000, "unit", PLAIN), -15, 0),
+    ("gemma", (4_000_000, "free", WHITENED), (4_000_000, "free", PLAIN), -10, 5),
+    ("gemma", (1_000_000, "free", WHITENED), (1_000_000, "free", PLAIN), -20, 3),
 )
 """Site, what, beside what, and between which per cent of KL the difference was expected."""
+EXPECTED_OF_LATENTS = (
+    (
+        "smollm2",
+        "whitened: detection over all latents within .01 of plain",
+        latents.differs(WHITENED, PLAIN, "all", -0.01, 0.01),
+    ),
+    (
+        "gemma",
+        "whitened: detection over all latents no lower than plain",
+        latents.differs(WHITENED, PLAIN, "all", 0.0, 1.0),
+    ),
+    *(
+        (key, words, found)
+        for key in WHERE
+        for words, found in (
+            (
+                "whitened: seeds agree no less than plain (−.01 at most)",
+                latents.differs(WHITENED, PLAIN, "agreement", -0.01, 1.0),
+            ),
+            (
+                "whitened: .8 to 1.3 times as many new latents as a plain one has",
+                latents.more(WHITENED, PLAIN, "new", 0.8, 1.3),
+            ),
+        )
+    ),
+)
 
 
 def measure(key: str, path: str, seeds: Sequence[int]) -> None:
@@ -72,7 +109,9 @@ def measure(key: str, path: str, seeds: Sequence[int]) -> None:
         for lengths in LENGTHS
         if not _result(key, rows, lengths, seed).exists()
     ]
-    if not missing:
+    # what was trained elsewhere is trained again before its latents are judged
+    again = not _latents(key).exists() and set(seeds) >= set(SEEDS)
+    if not missing and not again:
         return
     model = LanguageModel.load(path)
     sites = [one.site for one in PLACES.values() if one.model_key == where.model_key]
@@ -84,17 +123,35 @@ def measure(key: str, path: str, seeds: Sequence[int]) -> None:
     contexts = Packer.for_model(model, how).contexts(Corpus.open(TEXT, "heldout"))
     config = EvaluateConfig(tokens=WHERE[key], bootstraps=100)
     evaluator = FidelityEvaluator(model, take_contexts(contexts, WHERE[key]), config)
-    for rows, lengths, seed in missing:
+
+    def made(rows: int, lengths: Lengths, seed: int) -> tuple[Path, dict[str, Dictionary]]:
         training = TrainConfig(
             tokens=rows, lengths=lengths, shuffle_seed=seed, checkpoint_seconds=600
         )
         arms = make_arms(weights, [K], init_seeds=(seed,))
         out = RUN / "trained" / f"{key}-{rows}-{lengths}-s{seed}"
-        trained = train(store.source(where.site), arms, training, out)
+        return out, train(store.source(where.site), arms, training, out)
+
+    for rows, lengths, seed in missing:
+        trained = made(rows, lengths, seed)[1]
         found = evaluator.evaluate(trained).summaries()
         named = {name.removesuffix(f"-s{seed}"): plain(own) for name, own in found.items()}
         write_json(_result(key, rows, lengths, seed), named)
         print(f"{key}: {rows:,} rows, lengths {lengths}, seed {seed} measured", flush=True)
+    if again:
+        folders = {seed: made(*JUDGED, seed)[0] for seed in SEEDS}
+        of_labels = {
+            label: {
+                seed: folder / (f"{label}-s{seed}" if seed else label)
+                for seed, folder in folders.items()
+            }
+            for label in (PLAIN, WHITENED)
+        }
+        latents.judge(_latents(key), path, of_labels, PLAIN)
+
+
+def _latents(key: str) -> Path:
+    return RUN / f"{key}-latents.json"
 
 
 def _result(key: str, rows: int, lengths: str, seed: int) -> Path:
@@ -165,6 +222,14 @@ def at_site(key: str) -> Iterator[str]:
         for place, one, other, low, high in EXPECTED
         if place == key
     )
+    if judged := latents.read(_latents(key)):
+        yield "Latents of four million rows and free lengths:"
+        yield latents.table(judged, PLAIN)
+        yield from recovery.expected(
+            (words, outcome, judged)
+            for place, words, outcome in EXPECTED_OF_LATENTS
+            if place == key
+        )
 
 
 def _words(one: Key, other: Key, low: float, high: float) -> str:
