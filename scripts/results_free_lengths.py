@@ -123,7 +123,7 @@ SETTINGS = {
     "half-rate": "learning rate × ½",
     "twice-rate": "learning rate × 2",
     "batch-topk": "BatchTopK",
-    "jumprelu": "JumpReLU",
+    "jumprelu": "JumpReLU (rows of length 1)",
 }
 """In which plain dictionaries and the default were compared, in words."""
 
@@ -172,7 +172,7 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
                 learning_rate=part.rate * default_learning_rate(8 * opened.inputs.statistics.d_in),
                 shuffle_seed=seed,
                 checkpoint_seconds=600,
-                lengths="free",
+                lengths="auto",  # free, but of JumpReLU
             )
             folder = RUN / "trained" / key / name / f"s{seed}-{len(missing)}"
             dictionaries = train(opened.source, missing, how, folder)
