@@ -2,6 +2,7 @@
 # Repeats what a claim in the docs rests on, or resumes it:
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   study         the study of weights at two sites of SmolLM2-135M
+#   study-today   the same for three rules, as dictionaries are trained today
 #   free-lengths  which weights pay at five sites of two models, as dictionaries are trained today
 #   clean-rows    the same without plants: fidelity, and whether latents agree and are detected
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
@@ -20,8 +21,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | free-lengths | clean-rows | recovery | round-trip | whitening | gba | rules | probes | explain | interop) ;; *)
-  sed -n '2,16s/^# //p' "$0" >&2
+case $what in checkpoints | study | study-today | free-lengths | clean-rows | recovery | round-trip | whitening | gba | rules | probes | explain | interop) ;; *)
+  sed -n '2,17s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -49,6 +50,12 @@ study)
   .venv/bin/llm-wsae harvest --model "$model" --corpus "$corpus" --site $sites \
     --tokens 1000000 --out runs/study/store
   .venv/bin/python scripts/results_study.py "$@"
+  ;;
+study-today)
+  .venv/bin/llm-wsae harvest --model "$model" --corpus "$corpus" --site $sites \
+    --tokens 2400000 --out runs/study/store-today
+  .venv/bin/python scripts/results_study.py --store runs/study/store-today --sites ${sites% *} \
+    --steps today today-inverse today-participation "$@"
   ;;
 free-lengths)
   .venv/bin/python scripts/results_free_lengths.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"

@@ -1,6 +1,7 @@
 """The study of weights on a real model, for docs/results: run or resume it, then write its part.
 
     bash scripts/reproduce.sh study [--steps paper …] [--sites blocks.9.hook_resid_post …]
+    bash scripts/reproduce.sh study-today
 
 Archives in ``scripts/results/`` hold what was measured. A step unpacks the archive of a site into
 ``runs/studies/``, trains and measures only what is missing there, as ``llm-wsae study`` does, and
@@ -26,6 +27,7 @@ from study_claims import (
     PROFILE,
     SITES,
     TIMING,
+    TODAY,
     TWELVE,
     WEIGHTS,
     K,
@@ -49,7 +51,7 @@ from llm_wsae.studies.report import CURVE, DIFFERENCES
 from llm_wsae.studies.runner import study as run_study
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.weighing import measure_inputs
-from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.config import DiagonalControl, WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile
 
@@ -73,9 +75,23 @@ class Step:
     architecture: ArchitectureName = "topk"
     keep: bool = False
     """Whether its dictionaries are kept: then it is told how alike those of its seeds are."""
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(lengths="unit"))
+    control: DiagonalControl = "permuted"
+    own_first: bool = False
+    """Whether rules take their weights from a first dictionary of each seed, which is trained on
+    half of its rows, not from the plain one in ``checkpoints/``."""
 
 
 IN_SPACE = WeightConfig(place="space")
+_AS_TODAY = Step(
+    (),
+    (),
+    curve=(24, 32, 48),
+    folder=TODAY.folder,
+    keep=True,
+    training=TrainConfig(tokens=2_000_000),
+    control="deciles",
+)
 STEPS = {  # the first ones matter most
     "hypothesis": Step(("sensitivity",), (0.25,), weigh=IN_SPACE),
     "inverse": Step(("variance",), (-0.25,)),
@@ -139,6 +155,18 @@ STEPS = {  # the first ones matter most
         keep=True,
     ),
 }
+AS_TODAY = {
+    "today": replace(_AS_TODAY, rules=("whitening",), alphas=(0.5,)),
+    "today-inverse": replace(_AS_TODAY, rules=("variance",), alphas=(-0.5,)),
+    "today-participation": replace(
+        _AS_TODAY,
+        rules=("participation",),
+        alphas=(0.5,),
+        weigh=WeightConfig(anneal=0.6),
+        own_first=True,
+    ),
+}
+"""Of more rows than the others, so of another store."""
 # Every plain curve has five k on two seeds at least.
 STEPS |= {
     f"{name}-curve": replace(STEPS[name], seeds=STEPS[name].seeds[:2], curve=Step.curve)
@@ -156,17 +184,25 @@ def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) ->
         step.seeds,
         step.architecture,
         keep_dictionaries=step.keep,
+        control=step.control,
     )
-    first = Dictionary.load(Path(str(FIRST).format(site=site)))
+    first = None if step.own_first else Dictionary.load(Path(str(FIRST).format(site=site)))
     archive, root = archive_of(step.folder), RUNS / step.folder.name
     if archive.exists() and not root.exists():
         unpack(archive, root)
     out = root / str(site)
     _remember_profile(out / PROFILE, site, step, config, store, model, first)
     started, before = time.monotonic(), _num_results(out)
-    how = TrainConfig(lengths="unit")
     run_study(
-        model, store, site, CORPUS, out, config, training=how, weigh=step.weigh, dictionary=first
+        model,
+        store,
+        site,
+        CORPUS,
+        out,
+        config,
+        weigh=step.weigh,
+        training=step.training,
+        dictionary=first,
     )
     made = _num_results(out) - before
     if made:
@@ -192,12 +228,14 @@ def _remember_profile(
     config: StudyConfig,
     store: ActivationStore,
     model: LanguageModel,
-    first: Dictionary,
+    first: Dictionary | None,
 ) -> None:
-    """What the site's rows are like and where the loss of all weights lies: it needs the store."""
-    inputs = measure_inputs(step.rules, store, site, model=model, dictionary=first)
+    """What the site's rows are like and where the loss of all weights lies, but of those from a
+    first dictionary of each seed, which is not there yet: it needs the store."""
+    rules = () if first is None else step.rules
+    inputs = measure_inputs(rules, store, site, model=model, dictionary=first)
     weights: dict[str, dict[str, LossWeights]] = {}  # by label and, where they are drawn, draw
-    for planned in plan(inputs, config, step.weigh):
+    for planned in plan(inputs, config, step.weigh) if rules else ():
         weights.setdefault(planned.label, {})[planned.arm.weights.name] = planned.arm.weights
     facts = profile(store.statistics(site), [w for own in weights.values() for w in own.values()])
     of_draw = {found["name"]: found for found in facts.pop("weights")}
@@ -219,14 +257,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("runs/study/store"))
     parser.add_argument("--sites", nargs="+", choices=SITES, default=SITES)
-    parser.add_argument("--steps", nargs="*", choices=list(STEPS), default=list(STEPS))
+    steps = STEPS | AS_TODAY
+    parser.add_argument("--steps", nargs="*", choices=list(steps), default=list(STEPS))
     asked = parser.parse_args()
     if asked.steps:
         store, model = ActivationStore.open(asked.store), LanguageModel.load(embedded_model())
         for name in asked.steps:
             for site in asked.sites:
                 print(f"{name} at {site}", file=sys.stderr)
-                run(Site.parse(site), STEPS[name], store, model)
+                run(Site.parse(site), steps[name], store, model)
     write()
 
 

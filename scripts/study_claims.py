@@ -270,4 +270,46 @@ TWELVE = Apart(
         for label in (ANNEALED, GAP_ANNEALED)
     ),
 )
-APART = (CONFIRMATION, JUMPRELU, ANNEALING, TWELVE)
+WHITENED, INVERSE = "whitening-a0.5", "variance-a-0.5"
+
+
+def _within(label: str, measure: str, low: float, high: float) -> Claim:
+    """Its difference from the plain curve, after block 9, lies between two numbers."""
+
+    def check(study: Study) -> Answer:
+        one = study.compared(label)
+        if one is None or measure not in one.effects:
+            return "not comparable", False
+        return estimate_text(one.effects[measure]), low <= one.effects[measure].difference <= high
+
+    return Claim(label, SITES[:1], f"{measure} {low:+g} to {high:+g}".replace("-", "−"), check)
+
+
+def _costs_at_most(label: str, most: float) -> Claim:
+    def check(study: Study) -> Answer:
+        ce = study.same_k(label, lambda r: r.ce_recovered)
+        return f"CE {ce:+.4f}", ce >= -most
+
+    words = f"costs at most {most:g} of the cross-entropy at the same k"
+    return Claim(label, SITES[:1], words, check)
+
+
+TODAY = Apart(
+    "As dictionaries are trained today",
+    FOLDER / "today",
+    "All other dictionaries on this page had decoder rows of length 1 and one million rows. These "
+    "have free lengths and two million, plain k = 24, 32 and 48, after block 9. Controls of "
+    "diagonal weights are permuted within deciles of variance, so that the loss has about as many "
+    "effective dimensions. `participation` takes its weights from a first dictionary of each seed, "
+    "which is trained on half of its rows.",
+    (
+        _costs_at_most(WHITENED, 0.003),
+        _within(WHITENED, "detection", -0.02, 0.002),
+        _within(WHITENED, "detection_all", -0.01, 0.015),
+        _within(WHITENED, "selectivity", -0.02, 0.02),
+        _costs_at_most(INVERSE, 0.005),
+        _within(INVERSE, "detection", -0.04, -0.005),
+        Claim(ANNEALED, SITES[:1], "selective by .008", _selective(ANNEALED, 0.008)),
+        _within(ANNEALED, "detection", -0.015, 0.002),
+    ),
+)

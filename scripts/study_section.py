@@ -12,6 +12,7 @@ from study_claims import (
     FOUND,
     JUMPRELU,
     ON_ALL_SEEDS,
+    TODAY,
     TWELVE,
     WEIGHTS,
     Apart,
@@ -189,8 +190,8 @@ def section() -> str:
     """The section of docs/results, from the archives."""
     studies = Study.read_all(WEIGHTS)
     again = Study.read_all(CONFIRMATION.folder)
-    jumprelu, annealed, twelve = (
-        Study.read_all(apart.folder) for apart in (JUMPRELU, ANNEALING, TWELVE)
+    jumprelu, annealed, twelve, today = (
+        Study.read_all(apart.folder) for apart in (JUMPRELU, ANNEALING, TWELVE, TODAY)
     )
     parts = [
         "## A real model: do weights make latents more monosemantic?",
@@ -257,6 +258,7 @@ def section() -> str:
             annealed,
             twelve,
         ),
+        apart_section(TODAY, today),
         *(site_section(site, study) for site, study in studies.items()),
     ]
     return "\n\n".join(parts)
