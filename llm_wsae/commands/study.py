@@ -104,7 +104,7 @@ def study(
     place, opened = Site.parse(site), ActivationStore.open(store)
     if explain.endpoint is not None:
         check_endpoint(explain.endpoint)
-        width = training.expansion * opened.d_in
+        width = max(training.expansion, 2) * opened.d_in  # each raw dimension has two latents
         latents = width if explain.latents == "all" else min(explain.latents, width)
         price = price_of(explain.config, latents * config.most_dictionaries)
         if not explain.yes:

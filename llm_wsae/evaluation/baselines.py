@@ -17,7 +17,7 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.activations import Context, batches_of
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.statistics.moments import MASSIVE_RATIO
+from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
 
 _ROWS = 8192  # on which means, deviations and numbers of active latents are measured
 _BATCH_TOKENS = 4096
@@ -34,6 +34,13 @@ def frozen_random(
     decoder = normalize(rows, dim=1)
     info = _info(like, "frozen random")
     return _of(info, decoder, decoder, mean, l0).to(like.W_enc.device)
+
+
+def raw_dimensions(info: DictionaryInfo, statistics: Statistics, l0: float) -> Dictionary:
+    """The dimensions of the activations as ``signed_axes``; ``statistics`` are of their rows."""
+    deviation, mean = statistics.robust_variance.sqrt(), statistics.usual_sample.mean(0)
+    axes = torch.eye(len(deviation), dtype=torch.float64)
+    return signed_axes(info, axes, deviation, mean, l0)
 
 
 def signed_axes(

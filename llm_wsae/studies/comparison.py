@@ -101,7 +101,8 @@ class Compared:
 
 
 def compare(results: Sequence[Result]) -> list[Compared]:
-    """Every label except the plain one, in the order of the results, with its verdict."""
+    """Every label except the plain one and baselines, in the order of the results, with its
+    verdict."""
     curves, groups = _curves(results), _groups(results)
     comparable = {label: _comparable(group, curves) for label, group in groups.items()}
     beside = {
@@ -171,7 +172,7 @@ def _curves(results: Iterable[Result]) -> dict[int, Curve]:
 def _groups(results: Iterable[Result]) -> dict[str, list[Result]]:
     groups = defaultdict(list)
     for result in results:
-        if result.label != PLAIN:
+        if result.label != PLAIN and not result.is_baseline:
             groups[result.label].append(result)
     return dict(groups)
 

@@ -19,7 +19,7 @@ class StudyConfig:
     alphas: tuple[float, ...] = (0.5,)
     """Exponents of the weights γ = score^α."""
     ks: tuple[int, ...] = (32,)
-    """Active latents per token of the weighted dictionaries."""
+    """Active latents per token of the weighted dictionaries. The first is the baselines', too."""
     curve: tuple[int, ...] = (16, 24, 32, 48, 64)
     """Active latents per token of the plain dictionaries: the k-curve."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -59,6 +59,7 @@ class StudyConfig:
 
     @property
     def most_dictionaries(self) -> int:
-        """How many dictionaries are compared, if every rule has weights and a control."""
+        """How many dictionaries are measured, if every rule has weights and a control."""
         weighted = 2 * len(self.rules) * len(self.alphas) * len(self.ks)
-        return len(set(self.seeds)) * (len(set(self.curve)) + weighted)
+        of_seed = len(set(self.curve)) + weighted + 2  # 2 with a frozen half
+        return len(set(self.seeds)) * of_seed + 1  # the raw dimensions

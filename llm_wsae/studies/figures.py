@@ -222,6 +222,7 @@ def figures_of_page(
                 | {m: r.point.values[m].mean for m in judged if m in r.point.values},
             }
             for r in results
+            if not r.is_baseline
         ],
         "measures": measures,
         "curves": [

@@ -3,7 +3,7 @@
 study.json              what all its dictionaries share; a command with other settings is refused
 first/                  plain dictionaries of which some rules take their weights, one of each seed
 training/               dictionaries in training, one group of one seed at a time
-dictionaries/<name>/    trained dictionaries
+dictionaries/<name>/    trained dictionaries, and the raw dimensions
 results/<name>.json     measured dictionaries; none is measured twice
 consistency.json        how alike the kept dictionaries of different seeds are
 explained.json          what a language model makes of their latents, if it was asked

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from llm_wsae.data.store import StoreSource
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.files import read_own_json, write_json
@@ -27,10 +29,11 @@ from llm_wsae.provenance import plain
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.first import on_share
 from llm_wsae.studies.folder import DICTIONARIES, RESULTS, TRAINING
-from llm_wsae.studies.plan import PlannedArm
+from llm_wsae.studies.plan import RAW, PlannedArm
 from llm_wsae.studies.results import read_record, record_of
 from llm_wsae.training.checkpoint import FINISHED
 from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.export import origin_of
 from llm_wsae.training.trainer import train
 
 GROUP = "group.json"
@@ -86,15 +89,18 @@ class StudyJobs:
         """Train and measure what is missing; the evaluator may be None if nothing is."""
         self._collect()
         self._discard_measured()
+        for planned in missing:
+            if planned.label == RAW and not self._dictionary(planned).exists():
+                self._save_raw(planned)
         bar = tqdm(
             total=2 * len(missing), desc="study", unit="step", smoothing=0, disable=not missing
         )
         with bar:
-            there = {p.arm.name for p in missing if self._dictionary(p).exists()}
+            there = {p.name for p in missing if self._dictionary(p).exists()}
             bar.update(len(there))
-            waiting = [p for p in missing if p.arm.name in there]  # trained but not measured
+            waiting = [p for p in missing if p.name in there]  # trained but not measured
             together = min(self._at_once(), _MEASURED_TOGETHER)
-            for group in self._groups([p for p in missing if p.arm.name not in there]):
+            for group in self._groups([p for p in missing if p.name not in there]):
                 while len(waiting) >= together:
                     self._measure(waiting[:together], monosemanticity, bar)
                     del waiting[:together]
@@ -106,12 +112,18 @@ class StudyJobs:
 
     def _train(self, group: Sequence[PlannedArm]) -> None:
         ((seed, share),) = {_pass_of(planned) for planned in group}
-        names = [planned.arm.name for planned in group]
+        names = [planned.name for planned in group]
         folder = self._group_folder(names)
         write_json(folder / GROUP, {"dictionaries": names})
         config = replace(on_share(self.training, self.source, share), shuffle_seed=seed)
         train(self.source, [p.arm for p in group], config, folder)
         self._collect()
+
+    def _save_raw(self, planned: PlannedArm) -> None:
+        """Save the raw dimensions, which are not trained, in the place of a trained dictionary."""
+        statistics = self.source.statistics()
+        info = DictionaryInfo(name=planned.name, **origin_of(self.source, statistics))
+        raw_dimensions(info, statistics, float(planned.arm.level)).save(self._dictionary(planned))
 
     def _collect(self) -> None:
         """Move finished dictionaries out of the groups in which they were trained."""
@@ -135,7 +147,7 @@ class StudyJobs:
     def _groups(self, arms: list[PlannedArm]) -> Iterator[list[PlannedArm]]:
         """Arms to train in one pass: first the unfinished groups, then the others by seed and
         number of rows."""
-        by_name = {planned.arm.name: planned for planned in arms}
+        by_name = {planned.name: planned for planned in arms}
         for folder in self._group_folders():
             names = _names_in(folder)
             if all(name in by_name for name in names):
@@ -157,10 +169,10 @@ class StudyJobs:
     ) -> None:
         """Measure in one pass, and write a result for each."""
         assert monosemanticity is not None
-        loaded = {planned.arm.name: self._load(planned) for planned in group}
+        loaded = {planned.name: self._load(planned) for planned in group}
         found = self.fidelity.evaluate(loaded).dictionaries
         for planned in group:
-            name = planned.arm.name
+            name = planned.name
             scores = monosemanticity.score({name: loaded[name]}).dictionaries[name]
             planted = self._recovery(loaded[name])
             record = record_of(
@@ -179,6 +191,8 @@ class StudyJobs:
 
     def _load(self, planned: PlannedArm) -> Dictionary:
         dictionary = Dictionary.load(self._dictionary(planned))
+        if planned.label == RAW:
+            return dictionary
         gamma, own = dictionary.extras["gamma"], planned.arm.weights.gamma
         if gamma.shape != own.shape or (gamma - own).norm() > _SAME_WEIGHTS * own.norm():
             raise LlmWsaeError(
@@ -188,10 +202,10 @@ class StudyJobs:
         return dictionary
 
     def _result(self, planned: PlannedArm) -> Path:
-        return self.out / RESULTS / f"{planned.arm.name}.json"
+        return self.out / RESULTS / f"{planned.name}.json"
 
     def _dictionary(self, planned: PlannedArm) -> Path:
-        return self.out / DICTIONARIES / planned.arm.name
+        return self.out / DICTIONARIES / planned.name
 
     def _group_folder(self, names: Sequence[str]) -> Path:
         digest = hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()

@@ -1,4 +1,9 @@
-"""The dictionaries of a study: the plain curve, the rules' arms, and a control for each of them."""
+"""The dictionaries of a study: the plain curve, the rules' arms, and a control for each of them.
+
+Beside them stand baselines, on which no curve, verdict or correction depends. They learn nothing,
+or one half only, and may still look interpretable (Korznikov et al. 2026, arXiv 2602.14111): where
+they come close to the others, a measure says little of what was learnt.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +13,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.first import SHARE
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.config import Lengths
+from llm_wsae.training.config import ArchitectureName, Lengths
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
@@ -16,6 +21,14 @@ from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import Rule
 
 PLAIN = "uniform"
+RAW = "topk baseline: raw dimensions"
+FROZEN: dict[ArchitectureName, str] = {
+    "frozen-decoder": "topk baseline: frozen decoder",
+    "frozen-encoder": "topk baseline: frozen encoder",
+}
+"""Labels of the baselines of which one half is trained, by their architecture."""
+BASELINES = (RAW, *FROZEN.values())
+"""Labels of all baselines."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,11 @@ class PlannedArm:
     """Label of its control."""
     share: float = 1.0
     """Of the rows: less if a first dictionary was trained on the others."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder and of its result."""
+        return f"raw-dimensions-k{self.arm.k}" if self.label == RAW else self.arm.name
 
     def identity(self, lengths: Lengths) -> dict[str, Any]:
         """What its result must agree on, as JSON."""
@@ -70,6 +88,22 @@ def plan(
             for weights, control in _weights(rule, own, config, weigh, seed):
                 add(weights, control, config.ks, seed, share)
     return list(arms.values())
+
+
+def baselines(inputs: RuleInputs, config: StudyConfig) -> list[PlannedArm]:
+    """The raw dimensions, once, and for each seed a dictionary with a frozen decoder and one with a
+    frozen encoder: all TopK, at the first k that was asked for, beside the rules' own.
+
+    An architecture that all dictionaries of the study have is no baseline of it.
+    """
+    weights, k = weights_from_rule(PLAIN, 1.0, inputs), config.ks[0]
+    found = [PlannedArm(ArmConfig(weights, k), RAW, None)]
+    for seed in dict.fromkeys(config.seeds):
+        for name, label in FROZEN.items():
+            if name != config.architecture:
+                arm = ArmConfig(weights, k, init_seed=seed, architecture=name)
+                found.append(PlannedArm(arm, label, None))
+    return found
 
 
 def _weights(

@@ -77,6 +77,12 @@ _EXPLAINED = (
     "A language model explained a sample of each dictionary's latents, as many from every tenth of "
     "them by density, and had to recognise them by that in other documents."
 )
+_BASELINES = (
+    "Baselines are TopK dictionaries that learnt nothing, or only one half: the dimensions "
+    "themselves, and a decoder or an encoder that stays random (arXiv 2602.14111). Where they come "
+    "close to the others, a measure says little of what was learnt. No curve, verdict or "
+    "correction depends on them."
+)
 _PW_MCC = (
     "PW-MCC: how similar the decoders of different seeds are, latents matched one to one, for the "
     "dictionaries that were kept."
@@ -213,12 +219,16 @@ class StudyReport:
     def _facts(self) -> list[tuple[str, str]]:
         """What all dictionaries share, as far as it is known."""
         rows, text = self.basis.get("rows", {}), self.basis.get("text", {})
-        seeds = sorted({result.point.seed for result in self.results})
+        own = [result for result in self.results if not result.is_baseline]
+        seeds = sorted({result.point.seed for result in own})
+        made = f"{len(own)}, on seeds {', '.join(map(str, seeds))}"
+        if beside := len(self.results) - len(own):
+            made += f", and {beside} baselines"
         return [
             ("model", str(rows.get("model", {}).get("name", "not known"))),
             ("text", str(text.get("name", "not known"))),
             ("rows trained on", f"{rows.get('num_rows', 0):,}"),
-            ("dictionaries", f"{len(self.results)}, on seeds {', '.join(map(str, seeds))}"),
+            ("dictionaries", made),
         ]
 
     @property
@@ -271,7 +281,8 @@ class StudyReport:
             rows = curve_rows(self.against_itself)
             found += [Table("Is the curve fine enough?", rows, _IS_IT_FINE)]
         found += [Table("Families of concepts", family_rows(compared), _FAMILIES)]
-        words = _PW_MCC if self.agreements else None
+        known = (_BASELINES, any(r.is_baseline for r in results)), (_PW_MCC, self.agreements)
+        words = " ".join(words for words, there in known if there) or None
         return [*found, Table("Dictionaries", dictionary_rows(results, self.agreements), words)]
 
     def _how_to_read(self) -> str:
@@ -327,12 +338,14 @@ def _compare_at_equal(results: Sequence[Result], cost: Callable[[Result], float]
 
 
 def _ordered(results: Sequence[Result]) -> list[Result]:
-    """The plain curve first, then each rule followed by its control; by k and seed."""
+    """The plain curve first, then each rule followed by its control, then baselines; by k and
+    seed."""
     owner = {r.control: r.label for r in results if r.control is not None}
 
     def place(result: Result) -> tuple:
         label = result.label
         rule = owner.get(label, label)
-        return label != PLAIN, rule, label != rule, label, result.point.k, result.point.seed
+        first = result.is_baseline, label != PLAIN
+        return *first, rule, label != rule, label, result.point.k, result.point.seed
 
     return sorted(results, key=place)

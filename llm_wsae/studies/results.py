@@ -20,7 +20,7 @@ from llm_wsae.outside import typed
 from llm_wsae.planting.recovery import PlantRecovery
 from llm_wsae.provenance import plain, versions
 from llm_wsae.studies.curve import Point, Value
-from llm_wsae.studies.plan import PlannedArm
+from llm_wsae.studies.plan import BASELINES, PlannedArm
 from llm_wsae.training.config import Lengths
 
 
@@ -199,6 +199,11 @@ class Result:
         """Whether its weights have a control: plain ones and random ones have none."""
         return self.control is not None
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it learnt nothing, or one half only: it is shown, and compared with nothing."""
+        return self.label in BASELINES
+
 
 def record_of(
     planned: PlannedArm,
@@ -214,7 +219,7 @@ def record_of(
     usual = latents["density"] <= DENSE_DENSITY
     return plain(
         {
-            "name": arm.name,
+            "name": planned.name,
             "label": planned.label,
             "control": planned.control,
             "rule": arm.weights.rule.name,

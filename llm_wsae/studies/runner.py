@@ -2,7 +2,7 @@
 
 Stopped at any instant, the same command resumes it. A command with other rules, k or seeds adds to
 the study. The report always covers everything that was tried in its folder, and so does the
-correction for multiple tests.
+correction for multiple tests. Baselines (``plan``) that the folder lacks are added to it, too.
 """
 
 import sys
@@ -48,12 +48,13 @@ from llm_wsae.studies.folder import (
     TRAINING,
     check_basis,
     has_unit_lengths,
+    read_basis,
     read_explained,
     read_report,
     read_results,
 )
 from llm_wsae.studies.jobs import StudyJobs
-from llm_wsae.studies.plan import PlannedArm, plan
+from llm_wsae.studies.plan import PlannedArm, baselines, plan
 from llm_wsae.studies.report import REPORT_FILES, StudyReport
 from llm_wsae.studies.results import Result, over_latents
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
@@ -167,7 +168,10 @@ def study(
         if endpoint is not None:
             _check_explained(out, asked)
         source = store.source(site) if planted is None else planted
-        jobs = StudyJobs(source, out, config, training, fidelity_evaluator, model.device)
+        # the same to these arms, and no demand on the frozen ones beside them
+        lengths = "auto" if training.lengths == "free" else training.lengths
+        how = replace(training, lengths=lengths)
+        jobs = StudyJobs(source, out, config, how, fidelity_evaluator, model.device)
         judge = partial(MonosemanticityEvaluator, model, heldout, packing, scoring, encoder)
         monosemanticity = None
         if not (out / BASIS).exists():
@@ -176,6 +180,8 @@ def study(
         if trains_first:
             first = after_first(source, site, inputs, out / FIRST, config, training)
             arms = _planned(inputs, config, weigh, training, first)
+        if _MEASURES["measures"] == read_basis(out)["measures"]:  # older ones are only reported on
+            arms += baselines(inputs, config)
         missing = jobs.missing(arms)
         if missing and monosemanticity is None:
             check_basis(out, _MEASURES)
@@ -198,10 +204,12 @@ def _planned(
     training: TrainConfig,
     first: Mapping[int, RuleInputs] | None = None,
 ) -> list[PlannedArm]:
-    """As ``plan``. Raises UsageError for an arm that does not fit the dictionaries' width."""
+    """As ``plan``. Raises UsageError for an arm that does not fit the dictionaries' width, or that
+    cannot be trained with the lengths that are asked for."""
     arms = plan(inputs, config, weigh, first)
     for planned in arms:
         planned.arm.check(training.expansion * inputs.statistics.d_in)
+        planned.arm.lengths(training.lengths)
     return arms
 
 

@@ -32,22 +32,14 @@ def dictionary_of(
     it learnt with all latents, if it does not hold all.
     """
     parameters, architecture = arm.learnt if learnt is None else learnt
-    weights, provenance = arm.config.weights, source.identity()
-    packing = provenance.get("packing", {})
+    weights = arm.config.weights
     info = DictionaryInfo(
-        site=str(source.site),
         name=arm.config.name,
         rule=weights.rule.name,
         alpha=weights.alpha,
         weights=dataclasses.asdict(weights.config),
         seed=arm.config.init_seed,
-        context_size=statistics.context_size,
-        # Packing asks for a BOS, which not every tokenizer has; sources of others say no more.
-        prepend_bos=getattr(source, "prepends_bos", packing.get("prepend_bos")),
-        massive_threshold=statistics.massive_threshold,
-        model=provenance.get("model", {}),
-        corpus=provenance.get("corpus", {}),
-        store=provenance,
+        **origin_of(source, statistics),
         metrics={"training": numbers},
         training={
             **settings,
@@ -70,6 +62,22 @@ def dictionary_of(
             "robust_variance": statistics.robust_variance.float(),
         },
     )
+
+
+def origin_of(source: ActivationSource, statistics: Statistics) -> dict[str, Any]:
+    """What the info of a dictionary says of the rows it was made from."""
+    provenance = source.identity()
+    packing = provenance.get("packing", {})
+    return {
+        "site": str(source.site),
+        "context_size": statistics.context_size,
+        # Packing asks for a BOS, which not every tokenizer has; sources of others say no more.
+        "prepend_bos": getattr(source, "prepends_bos", packing.get("prepend_bos")),
+        "massive_threshold": statistics.massive_threshold,
+        "model": provenance.get("model", {}),
+        "corpus": provenance.get("corpus", {}),
+        "store": provenance,
+    }
 
 
 def folded(

@@ -757,14 +757,14 @@ def test_a_study_explains_every_kept_dictionary_once(
         return runner.study(model, store, place, text, tmp_path, config, **settings | more)
 
     assert not [r for r in study().results if "judged_detection" in r.point.values]
-    kept = ["uniform-k2", "uniform-k4", "variance-a-0.25-k3"]
+    kept = ["raw-dimensions-k3", "uniform-k2", "uniform-k4", "variance-a-0.25-k3"]
     for folder in (tmp_path / "dictionaries").iterdir():
         if folder.name not in kept:
             shutil.rmtree(folder)
     judged = {"endpoint": asked.address, "explainer": "m"}
     report = study(**judged)
     questions = len(asked.bodies)
-    assert 3 * 3 * 4 < questions <= 3 * 3 * 5
+    assert 4 * 3 * 4 < questions <= 4 * 3 * 5
     explained = {r.name: r.point.values for r in report.results}
     explained = {name: v for name, v in explained.items() if "judged_detection" in v}
     assert sorted(explained) == kept
@@ -774,7 +774,8 @@ def test_a_study_explains_every_kept_dictionary_once(
         assert values["judged_detection"].mean == pytest.approx(np.mean(scores))
         assert values["judged_detection"].variance == pytest.approx(np.var(scores, ddof=1) / 3)
     assert "detection by a judge" in report.table()
-    assert "## Explanations by a language model" in (tmp_path / "report.md").read_text()
+    table = (tmp_path / "report.md").read_text().split("## Explanations by a language model")[1]
+    assert "| topk baseline: raw dimensions | 3 |" in table
     assert study(**judged).table() == report.table() and len(asked.bodies) == questions
     explained_json = tmp_path / "explained.json"
     known = json.loads(explained_json.read_text())
@@ -784,7 +785,7 @@ def test_a_study_explains_every_kept_dictionary_once(
         patch.setattr(runner, "explain", nothing)
         report = study(**judged)
     judged_now = [r.name for r in report.results if "judged_detection" in r.point.values]
-    assert judged_now == kept[1:]
+    assert sorted(judged_now) == [name for name in kept if name != "uniform-k2"]
     with pytest.raises(LlmWsaeError, match="were explained with other settings"):
         study(**judged | {"explainer": "another"})
     moved = study(**judged | {"endpoint": "http://127.0.0.1:9/v1"})  # has nothing left to ask
@@ -796,8 +797,13 @@ def test_a_study_explains_every_kept_dictionary_once(
     said = works(*words, "--explain.endpoint", asked.address, "--explain.explainer", "m",
                  "--explain.latents", 10).out  # fmt: skip
     assert "add --explain.yes True to go on" in said and not (tmp_path / "new").exists()
-    dictionaries = 3 * (5 + 2)  # seeds; the curve, a rule and its control
+    # seeds; the curve, a rule and its control, two frozen ones; the raw dimensions
+    dictionaries = 3 * (5 + 2 + 2) + 1
     assert said.startswith(f"at most {dictionaries * 10 * 12:,} questions")
+    said = works(*words, "--explain.endpoint", asked.address, "--explain.explainer", "m",
+                 "--explain.latents", "all", "--train.expansion", 1).out  # fmt: skip
+    width = 2 * store.d_in  # of the raw dimensions
+    assert said.startswith(f"at most {dictionaries * width * 12:,} questions")
 
 
 def test_a_study_compares_rules_by_explanations_at_equal_cross_entropy():

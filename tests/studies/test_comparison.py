@@ -12,6 +12,8 @@ from study_cases import KS, NATS, SEEDS, Made
 from llm_wsae.files import write_json
 from llm_wsae.studies import comparison as v
 from llm_wsae.studies.comparison import compare, curve_against_itself
+from llm_wsae.studies.figures import figures_of_page
+from llm_wsae.studies.plan import BASELINES
 from llm_wsae.studies.report import StudyReport
 from llm_wsae.studies.results import MEASURES, read_result
 
@@ -189,6 +191,35 @@ def test_a_control_that_its_draws_throw_about_does_not_blur_the_rules():
         for results in (quiet + variance, both)
     ]
     assert intervals[0] == pytest.approx(intervals[1])
+
+
+def test_baselines_move_nothing():
+    """However far they lie from the others."""
+    made = Made()
+    results = made.curve() + made.rule(effect=0.01) + made.rule("kurtosis")
+    beside = [
+        made.one(label, "uniform", None, k, seed, effect=effect)
+        for effect, label in enumerate(BASELINES, 1)
+        for k in KS
+        for seed in (*SEEDS, 9)
+    ]
+    without, report = (
+        StudyReport.of("blocks.1.hook_resid_post", BASIS, own)
+        for own in (results, beside + results)
+    )
+    assert report.results[-len(beside) :] == sorted(
+        beside, key=lambda r: (r.label, r.point.k, r.point.seed)
+    )
+    for part in ("compared", "at_equal_kl", "at_equal_density", "at_equal_fvu", "against_itself"):
+        assert getattr(report, part) == getattr(without, part)
+    assert report.sentences() == without.sentences()
+    figures = [
+        figures_of_page(one.results, {"CE": one.compared}, one.against_itself)
+        for one in (without, report)
+    ]
+    assert figures[0] == figures[1]
+    assert "60 baselines" in report.page() and "baseline" not in without.page()
+    assert report.page().count("on seeds 0, 1, 2,") == 1
 
 
 def test_the_curve_against_itself():

@@ -31,7 +31,7 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.studies import consistency, first, jobs, runner
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.folder import read_report
-from llm_wsae.studies.plan import plan
+from llm_wsae.studies.plan import baselines, plan
 from llm_wsae.studies.report_tables import planted_rows, strata_rows
 from llm_wsae.studies.results import read_result
 from llm_wsae.training.config import TrainConfig
@@ -57,6 +57,12 @@ NAMES = [
         (f"permuted-variance-a-0.25{draw}", 4),
     )
 ]
+FROZEN = [f"uniform-frozen-{half}-k4{s}" for s in ("", "-s1") for half in ("decoder", "encoder")]
+RAW = "raw-dimensions-k4"
+ALL = [*NAMES, *FROZEN, RAW]
+RAW_LABEL, *FROZEN_LABELS = (
+    f"topk baseline: {what}" for what in ("raw dimensions", "frozen decoder", "frozen encoder")
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +110,8 @@ def results(out: Path) -> dict[str, bytes]:
 
 def test_every_dictionary_is_trained_measured_and_reported(whole):
     out, report = whole
-    assert sorted(results(out)) == sorted(f"{name}.json" for name in NAMES)
-    assert sorted(p.name for p in (out / "dictionaries").iterdir()) == sorted(NAMES)
+    assert sorted(results(out)) == sorted(f"{name}.json" for name in ALL)
+    assert sorted(p.name for p in (out / "dictionaries").iterdir()) == sorted(ALL)
     assert [r.name for r in report.results if r.label == "uniform"] == [
         "uniform-k2", "uniform-k2-s1", "uniform-k4", "uniform-k4-s1", "uniform-k8", "uniform-k8-s1"
     ]  # fmt: skip
@@ -125,6 +131,7 @@ def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(
     steps = {
         str(path.parent.relative_to(out)): Dictionary.load(path.parent).info.training["num_steps"]
         for path in out.rglob("wsae.json")
+        if path.parent.name != RAW
     }
     of_plain = steps["dictionaries/uniform-k4"]
     assert set(steps.values()) == {of_plain, of_plain // 2}
@@ -178,7 +185,95 @@ def test_a_study_that_was_stopped_at_a_first_dictionary_goes_on(study, tmp_path,
         study(out, config)
     assert [path.name for path in (out / "first").iterdir()] == ["s0"]
     monkeypatch.setattr(first, "train", original)
-    assert len(study(out, config).results) == 10
+    assert len(study(out, config).results) == len(ALL)
+
+
+def cells(table: str, label: str) -> list[list[str]]:
+    """The rows of a Markdown table that begin with a label."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return [row for row in rows if row[0].strip() == label]
+
+
+def test_what_learnt_nothing_stands_beside_the_others(whole, world, study):
+    """On every seed, measured alike, and nothing is compared with it."""
+    out, report = whole
+    beside = {r.name: r for r in report.results if r.is_baseline}
+    assert list(beside) == [r.name for r in report.results][-5:]  # below the others
+    assert sorted(beside) == sorted([RAW, *FROZEN])
+    assert {r.point.seed for r in beside.values() if r.name != RAW} == {0, 1}
+    page = (out / "report.md").read_text()
+    for table in (page.split("## Dictionaries")[1], page):
+        for label, count in ((RAW_LABEL, 1), (FROZEN_LABELS[0], 2), (FROZEN_LABELS[1], 2)):
+            (row,) = cells(table, label)  # so in no table of differences
+            own = [r for r in beside.values() if r.label == label]
+            assert row[1:3] == ["4", str(count)]
+            assert row[5] == f"{sum(r.ce_recovered for r in own) / count:.4f}"
+    assert "a measure says little of what was learnt" in page
+    assert RAW_LABEL in report.table() and RAW_LABEL in report.page()
+    assert "10, on seeds 0, 1, and 5 baselines" in report.page()
+    found = json.loads((out / "report.json").read_text())
+    assert set(found["verdicts"]) == {"variance-a-0.25"} and set(beside) < set(
+        found["dictionaries"]
+    )
+
+    raw = Dictionary.load(out / "dictionaries" / RAW)
+    statistics = ActivationStore.open(world / "store").statistics(PLACE)
+    spread = statistics.robust_variance.sqrt().float()
+    torch.testing.assert_close(raw.W_dec, torch.cat([spread.diag(), -spread.diag()]))
+    plain = Dictionary.load(out / "dictionaries/uniform-k4")
+    assert raw.sparsity == plain.sparsity and raw.info.store == plain.info.store
+    assert raw.info.massive_threshold == plain.info.massive_threshold
+    text = Corpus.open(str(world / "text.jsonl"), "heldout")
+    contexts = Packer.for_model(study.model, PackConfig(context_size=16)).contexts(text)
+    (again,) = evaluate(
+        {RAW: raw}, study.model, contexts, SETTINGS["fidelity"]
+    ).dictionaries.values()
+    assert beside[RAW].fvu == pytest.approx(again.fvu)
+
+
+def test_a_study_without_baselines_is_given_them(whole, study, trained, tmp_path):
+    """Unless it was measured as an earlier version did, so that nothing can be added."""
+    names = [RAW, *FROZEN]
+    for measures in ({"detection": 2}, {"detection": 1}):
+        trained.clear()
+        out = tmp_path / str(measures["detection"])
+        shutil.copytree(whole[0], out)
+        for name in names:
+            (out / "results" / f"{name}.json").unlink()
+            shutil.rmtree(out / "dictionaries" / name)
+        (out / "consistency.json").unlink()
+        basis = read_own_json(out / "study.json", "study") | {"measures": measures}
+        (out / "study.json").write_text(json.dumps(basis))
+        bare = read_report(out)
+        assert not any(r.is_baseline for r in bare.results)
+        assert "baseline" not in bare.table() + bare.markdown() + bare.page()
+        before = results(out)
+        report = study(out)
+        if measures == {"detection": 1}:
+            assert trained == [] and results(out) == before
+            assert "baseline" not in report.table()
+        else:
+            assert sorted(name for call in trained for name in call) == sorted(FROZEN)
+            assert results(out) == results(whole[0])
+            assert report.to_dict()["compared"] == bare.to_dict()["compared"]
+
+
+def test_free_lengths_are_asked_only_of_what_can_have_them(study, tmp_path):
+    """A frozen half has none, and stands beside dictionaries that have."""
+    free = replace(SETTINGS["training"], lengths="free")
+    config = replace(CONFIG, curve=(2, 8))
+    out = tmp_path / "out"
+    study(out, config, training=free)
+    lengths = {
+        name: Dictionary.load(out / "dictionaries" / name).info.training["lengths"]
+        for name in ("uniform-k2", *FROZEN)
+    }
+    assert lengths == dict.fromkeys(FROZEN, "unit") | {"uniform-k2": "free"}
+    with pytest.raises(LlmWsaeError, match=r"other settings of training \(lengths\)"):
+        study(out, config)
+    with pytest.raises(UsageError, match="jumprelu has no free lengths"):
+        study(tmp_path / "other", replace(config, architecture="jumprelu"), training=free)
+    assert not (tmp_path / "other").exists()
 
 
 def test_families_of_concepts_count_once(whole, tmp_path):
@@ -202,7 +297,7 @@ def test_families_of_concepts_count_once(whole, tmp_path):
 def test_seeds_are_compared(whole, study, tmp_path):
     """Of the dictionaries that are there, once."""
     out, report = whole
-    kinds = {(r.label, r.point.k) for r in report.results}
+    kinds = {(r.label, r.point.k) for r in report.results if r.name != RAW}  # it has no seeds
     assert set(report.agreements) == kinds
     one = report.agreements["uniform", 4]
     decoders = [Dictionary.load(out / "dictionaries" / f"uniform-k4{s}").W_dec for s in ("", "-s1")]
@@ -309,7 +404,7 @@ def test_a_study_resumes_where_it_stopped(whole, study, trained, monkeypatch, tm
                 study(out)
     study(out)
     tried = [name for call in trained for name in call]
-    assert sorted(set(tried)) == sorted(NAMES) and len(tried) == len(NAMES)
+    assert sorted(tried) == sorted(NAMES + FROZEN)
     assert all(len(call) in (2, 3) for call in trained)
     assert results(out) == results(unbroken)
 
@@ -340,9 +435,10 @@ def test_a_group_that_was_begun_is_resumed(study, trained, monkeypatch, tmp_path
             study(out)
     assert original is jobs.train
     study(out, replace(CONFIG, alphas=(-0.25, 0.5)))
-    assert trained[0] == NAMES[:5]
+    begun = {*NAMES[:5], *FROZEN[:2]}
+    assert set(trained[0]) == begun
     assert sorted(name for call in trained[1:] for name in call if "a0.5" not in name) == sorted(
-        NAMES[5:]
+        {*NAMES, *FROZEN} - begun
     )
 
 
@@ -398,7 +494,7 @@ def test_a_study_of_another_architecture(study, trained, tmp_path):
         "uniform-jumprelu-k2", "uniform-jumprelu-k8", "variance-a-0.25-jumprelu-k4"
     )]  # fmt: skip
     made = {name for group in trained for name in group}
-    assert made.issuperset(names) and len(made) == 8
+    assert made.issuperset(names) and made.issuperset(FROZEN) and len(made) == 8 + len(FROZEN)
     loaded = Dictionary.load(tmp_path / "out" / "dictionaries" / names[-1])
     assert isinstance(loaded.sparsity, JumpReLU)
     few, many = (
@@ -413,7 +509,7 @@ def test_planted_features_are_trained_on_and_their_recovery_reported(whole, stud
     plants = PlantConfig(per_cell=1, strengths=(0.5, 1.0), rarest=0.01, commonest=0.05)
     out, config = tmp_path / "out", replace(CONFIG, plant=plants)
     report = study(out, config)
-    assert {r.name for r in report.results} == set(NAMES)
+    assert {r.name for r in report.results} == set(ALL)
     for result in report.results:
         planted = result.planted
         assert set(planted["by_stratum"]) >= {"quiet dimension", "random", "triangle"}
@@ -424,10 +520,16 @@ def test_planted_features_are_trained_on_and_their_recovery_reported(whole, stud
         loaded = Dictionary.load(out / "dictionaries" / result.name)
         assert loaded.info.store["planted"]["plants"] == 14
     other = {r.name: r.fvu for r in whole[1].results}
-    assert all(other[r.name] != r.fvu for r in report.results)  # trained on other rows
+    # trained on other rows, of which the raw dimensions take their statistics
+    assert all(other[r.name] != r.fvu for r in report.results)
     page = (out / "report.md").read_text()
     assert "## Planted features" in page and "quiet dimension" in page
     mean = sum(r.planted["f1"] for r in report.results if r.name.startswith("uniform-k4")) / 2
+    for title in ("", ": mean F1 by kind of direction", ": mean F1 by strength"):
+        table = page.split(f"## Planted features{title}\n")[1].split("\n## ")[0]
+        for label in (RAW_LABEL, *FROZEN_LABELS):
+            assert len(cells(table, label)) == 1, (title, label)
+    assert cells(page.split("differences from the plain curve")[1].split("## ")[0], RAW_LABEL) == []
     table = page.split("## Planted features")[1].splitlines()
     row = next(line for line in table if line.startswith("| uniform | 4"))
     assert row.split(" | ")[4] == f"{mean:.4f}"
@@ -467,7 +569,7 @@ def test_a_begun_training_that_nobody_needs_is_cleared_away(whole, study, tmp_pa
     assert not group.exists()
     before = content(out / "dictionaries")
     study(out, replace(CONFIG, keep_dictionaries=False))
-    assert len(list((out / "dictionaries").iterdir())) == len(NAMES)
+    assert len(list((out / "dictionaries").iterdir())) == len(ALL)
     assert content(out / "dictionaries") == before
 
 
@@ -528,7 +630,7 @@ def test_the_command(world, tmp_path, monkeypatch):
              world / "text.jsonl", *COMMAND, "--out", out)  # fmt: skip
     result = works(*words, "--json")
     assert list(result.json["verdicts"]) == ["variance-a-0.25"]
-    assert len(result.json["dictionaries"]) == 8
+    assert len(result.json["dictionaries"]) == 8 + 5  # baselines
     assert "study: 100%" in result.err
     record = json.loads((out / "command.json").read_text())
     assert record["command"] == "study" and record["config"]["curve"] == [2, 8]
@@ -623,6 +725,29 @@ def test_all_dictionaries_are_of_one_architecture(inputs):
     assert {p.arm.architecture for p in planned} == {"jumprelu"} and len(planned) == 2 * 4
     assert planned[2].arm.name == "variance-a0.5-jumprelu-k4"
     assert planned[2].control == planned[3].label == "permuted-variance-a0.5"
+
+
+def test_baselines_are_topk_at_the_first_k_on_every_seed(inputs):
+    config = StudyConfig(("variance",), (0.5,), (4, 2), (2, 4), (3, 5))
+    for architecture in ("topk", "jumprelu", "frozen-decoder"):
+        found = baselines(inputs, replace(config, architecture=architecture))
+        wanted = {("raw-dimensions-k4", RAW_LABEL)}
+        wanted |= {
+            (f"uniform-frozen-{half}-k4-s{seed}", f"topk baseline: frozen {half}")
+            for seed in (3, 5)
+            for half in ("decoder", "encoder")
+            if architecture != f"frozen-{half}"  # the plain curve is
+        }
+        assert {(p.name, p.label) for p in found} == wanted and len(found) == len(wanted)
+        assert all(p.control is None and p.share == 1 for p in found)
+        assert (
+            len({p.name for p in found} & {p.name for p in plan(inputs, config, WeightConfig())})
+            == 0
+        )
+    assert config.most_dictionaries == 2 * (2 + 2 * 2 + 2) + 1
+    assert config.most_dictionaries == len(
+        plan(inputs, config, WeightConfig()) + baselines(inputs, config)
+    )
 
 
 def test_what_knows_nothing_needs_no_control_and_plain_is_plain_once(inputs):
