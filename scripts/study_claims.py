@@ -226,6 +226,8 @@ class Apart:
     words: str
     """Why it was made, and of what; written before it was run."""
     claims: tuple[Claim, ...] = FOUND_AGAIN
+    has_values: bool = False
+    """Whether the values of its dictionaries are shown, of baselines too."""
 
 
 CONFIRMATION = Apart(
@@ -312,4 +314,5 @@ TODAY = Apart(
         Claim(ANNEALED, SITES[:1], "selective by .008", _selective(ANNEALED, 0.008)),
         _within(ANNEALED, "detection", -0.015, 0.002),
     ),
+    has_values=True,
 )

@@ -124,6 +124,8 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
     for site, study in studies.items():
         dictionaries = f"{len(study.report.results)} dictionaries"
         parts += [f"`{site}`, {dictionaries}:", _verdicts(study.report)]
+        if apart.has_values:
+            parts += ["Means over seeds; baselines learnt nothing, or one half.", _table(study)]
         if study.report.agreements:
             parts += [f"How similar the seeds' decoders are:\n\n{_consistency(study)}"]
     return "\n\n".join(parts)
