@@ -7,10 +7,15 @@ from command_line import SITE, TRAIN, call, content, works
 from several import torchrun
 from tiny import write_jsonl
 
+import llm_wsae.pipeline
+import llm_wsae.tuning
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.evaluation.fidelity import evaluator
 from llm_wsae.files import read_own_json, save_own_tensors
+from llm_wsae.model.site import Site
 
 SITES = ("blocks.0.hook_resid_post", SITE)
+END = Site(2, "post")
 PACKING = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
            "--statistics-tokens", 2048)  # fmt: skip
 STREAM = (*PACKING, "--expansion", 4, "--batch-size", 256, "--dtype", "float32", "--tokens", 5120,
@@ -91,6 +96,35 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
         refused = call("run", *model_and_corpus, *stored, "--site", *SITES, "--out", out)
         assert refused.code == 2 and content(out) == before and "harvest:" not in refused.err
         assert f"training of {SITES[0]} on a stream; add --stream to go on" in refused.err
+
+
+def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
+    """With the files of a run of each site alone, and one pass over each of two texts: that on
+    which α is chosen, and that which is reported on."""
+    monkeypatch.setattr(llm_wsae.pipeline, "TRIAL_TOKENS", 300)
+    monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 1024)
+    passes, clean_stream = [], evaluator.clean_stream
+
+    def counted(model, cache, number, last, activations):
+        passes.append((len(cache.batches), number, cache.kept(number, END) is None))
+        return clean_stream(model, cache, number, last, activations)
+
+    monkeypatch.setattr(evaluator, "clean_stream", counted)
+    asked = ("run", "--model", world / "model", "--corpus", world / "text.jsonl", *RUN, "--rule",
+             "uniform", "whitening", "--alpha", "auto", "--evaluate.batch-tokens", 64)  # fmt: skip
+    works(*asked, "--site", *SITES, "--out", tmp_path / "both")
+    trial, heldout = sorted({batches for batches, _, _ in passes})
+    resumed = [(batches, number) for batches, number, is_new in passes if is_new]
+    assert trial < heldout and sorted(resumed) == [
+        (batches, number) for batches in (trial, heldout) for number in range(batches)
+    ]
+    assert len(passes) == 2 * trial + heldout
+    for site in SITES:
+        works(*asked, "--site", site, "--out", tmp_path / site)
+        both, alone = (content(tmp_path / run / site) for run in ("both", site))
+        assert both.keys() == alone.keys() >= {"alpha.json", "report.json", "report.html"}
+        different = {name for name in both if both[name] != alone[name]}
+        assert different <= {"log.jsonl", "training.json"}, different  # which hold times
 
 
 def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
