@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from llm_wsae import processes
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, Manifest
@@ -121,8 +122,14 @@ def run(
     (``tuning.choose_alpha``), and the numbers are for the
     other rules.
 
-    Raises what its stages raise; a request that cannot be met is refused before the harvest.
+    Raises what its stages raise; a request that cannot be met is refused before the harvest, and so
+    are several processes (``torchrun``).
     """
+    if processes.count() > 1:
+        raise UsageError(
+            "a run has one process; in several, harvest and train (on a stream with train_sites), "
+            "and evaluate in one"
+        )
     sites = list(dict.fromkeys(sites))
     parsed = [Rule.parse(rule) for rule in rules]
     for rule in parsed:

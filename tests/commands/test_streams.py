@@ -4,14 +4,17 @@ import json
 
 import pytest
 from command_line import SITE, TRAIN, call, content, works
+from several import run as in_several
 from several import torchrun
 from tiny import write_jsonl
 
 import llm_wsae.pipeline
 import llm_wsae.tuning
+from llm_wsae.data.config import StreamConfig
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.fidelity import evaluator
 from llm_wsae.files import read_own_json, save_own_tensors
+from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
 SITES = ("blocks.0.hook_resid_post", SITE)
@@ -190,6 +193,31 @@ def test_two_processes_share_a_stream(model_and_corpus, tmp_path):
             Dictionary.load(tmp_path / n / site / "uniform-k4").W_dec for n in ("one", "two")
         )
         assert float((one - two).abs().max()) < 1e-4
+
+
+def test_a_run_in_several_processes_is_refused_at_once(world, model_and_corpus, tmp_path):
+    """And names the commands that do its work in several."""
+    out = tmp_path / "out"
+    ended = torchrun(2, "run", *model_and_corpus, *RUN, "--site", SITE, "--out", out)
+    assert ended.returncode != 0 and ended.stdout == "" and not out.exists()
+    assert ended.stderr.count("llm-wsae: ") == 1
+    assert (
+        "llm-wsae: llm-wsae run runs in one process, and only harvest and train in several; start "
+        "it without torchrun, or train in several with llm-wsae train (on a stream with --model "
+        "and --corpus), and evaluate in one\n"
+    ) in ended.stderr
+    outcomes = in_several(2, run_in_python, world / "model", world / "text.jsonl", out)
+    assert outcomes == 2 * [
+        "UsageError: a run has one process; in several, harvest and train (on a stream with "
+        "train_sites), and evaluate in one"
+    ]
+    assert not out.exists()
+
+
+def run_in_python(model, text, out):
+    config = StreamConfig(context_size=16, buffer_tokens=2048, statistics_tokens=2048)
+    loaded = LanguageModel.load(str(model))
+    llm_wsae.pipeline.run(loaded, str(text), [END], out, stream_config=config)
 
 
 def test_short_texts_are_read_again_and_it_is_said(world, tmp_path):
