@@ -124,9 +124,13 @@ class FidelityEvaluator:
         sites = list(dictionaries)
         for count in sites_together(copied, memory_of(self._model.device)):
             now, sites = sites[:count], sites[count:]
-            measured = self._read_text({site: dictionaries[site] for site in now})
-            reports |= {site: self._report(dictionaries[site], *measured) for site in now}
+            reports |= self._reports({site: dictionaries[site] for site in now})
         return reports
+
+    def _reports(self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]) -> dict[Site, Report]:
+        """From one pass, whose copies of the dictionaries are gone when this returns."""
+        measured = self._read_text(dictionaries)
+        return {site: self._report(own, *measured) for site, own in dictionaries.items()}
 
     def _copied_bytes(self, dictionary: Dictionary) -> int:
         is_there = dictionary.W_enc.device == self._model.device
