@@ -27,7 +27,7 @@ from llm_wsae.commands.options import Result
 from llm_wsae.commands.parser import in_new_spelling, parse
 from llm_wsae.commands.plan import plan
 from llm_wsae.commands.recover import recover
-from llm_wsae.commands.run import run
+from llm_wsae.commands.run import IN_SEVERAL, run
 from llm_wsae.commands.study import study
 from llm_wsae.commands.theory import theory
 from llm_wsae.commands.train import train
@@ -114,7 +114,7 @@ def _run(words: list[str]) -> int:
     if processes.count() > 1 and name not in TOGETHER:
         raise UsageError(
             f"llm-wsae {name} runs in one process, and only {' and '.join(TOGETHER)} in "
-            "several; start it without torchrun"
+            f"several; start it without torchrun{IN_SEVERAL if name == 'run' else ''}"
         )
     with _printing():  # help
         prepared = parse(name, command, in_new_spelling(name, words))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from llm_wsae import processes
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, Manifest
@@ -26,7 +27,7 @@ from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.activations import take_contexts
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.files import write_json
 from llm_wsae.harvesting import harvest
@@ -110,7 +111,8 @@ def run(
 
     ``out`` receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
     folder per arm, ``report.json``, ``fidelity.png``, and ``report.html``, which shows them. The
-    training part of the corpus is harvested; its held-out part is used for the evaluation.
+    training part of the corpus is harvested; its held-out part is used for the evaluation, which
+    reads it once for all sites and then writes their reports.
     With a ``stream_config`` there is no store: all sites are trained in step, on the rows of as
     many tokens as would have been harvested, or on ``train_config.tokens`` rows, and weights come
     from the first tokens of the text.
@@ -120,8 +122,14 @@ def run(
     (``tuning.choose_alpha``), and the numbers are for the
     other rules.
 
-    Raises what its stages raise; a request that cannot be met is refused before the harvest.
+    Raises what its stages raise; a request that cannot be met is refused before the harvest, and so
+    are several processes (``torchrun``).
     """
+    if processes.count() > 1:
+        raise UsageError(
+            "a run has one process; in several, harvest and train (on a stream with train_sites), "
+            "and evaluate in one"
+        )
     sites = list(dict.fromkeys(sites))
     parsed = [Rule.parse(rule) for rule in rules]
     for rule in parsed:
@@ -182,6 +190,9 @@ def run(
         for site in sites:
             check_same_rows(out / str(site), rows.identity(site))
     facts, arms = {}, {}
+    judge = None
+    if trial:
+        judge = FidelityEvaluator(model, trial, replace(evaluate_config, tokens=TRIAL_TOKENS))
     for site in sites:
         _say(2, "weigh", f"profile of {site}")
         inputs = (
@@ -190,12 +201,11 @@ def run(
             else measure_stream_inputs(parsed, rows, site)
         )
         choice = None
-        if "auto" in alphas:
-            trials = replace(evaluate_config, tokens=TRIAL_TOKENS)
+        if judge is not None:
             choice = choose_alpha(
                 inputs,
                 rows.source(site),
-                FidelityEvaluator(model, trial, trials),
+                judge,
                 out / str(site),
                 k=ks[0] if ks else TRIAL_K,
                 training=train_config,
@@ -205,6 +215,7 @@ def run(
         weights = _weights(inputs, parsed, alphas, choice, weight_config)
         facts[site] = _profile(inputs, site, out / str(site), weights)
         arms[site] = make_arms(weights, ks, l1s, init_seeds, architectures)
+    judge = None  # and with it the activations that it keeps
     trained: dict[Site, dict[str, Dictionary]] = {}
     if isinstance(rows, ActivationStore):
         for site in sites:
@@ -214,11 +225,12 @@ def run(
         number = sum(map(len, arms.values()))
         _say(3, "train", f"{number} dictionaries of {len(sites)} sites in one pass")
         trained = train_sites(rows, arms, train_config, out)
+    places = ", ".join(map(str, sites))
+    _say(4, "evaluate", f"{places} on {evaluate_config.tokens:,} held-out tokens")
+    reports = FidelityEvaluator(model, heldout, evaluate_config).evaluate_sites(trained)
     results = {}
     for site, dictionaries in trained.items():
-        folder = out / str(site)
-        _say(4, "evaluate", f"{site} on {evaluate_config.tokens:,} held-out tokens")
-        report = evaluate(dictionaries, model, heldout, evaluate_config)
+        folder, report = out / str(site), reports[site]
         _save_metrics(folder, dictionaries, report)
         report.write(folder / "report.json")
         plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")

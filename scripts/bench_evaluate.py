@@ -36,7 +36,6 @@ from bench_harvest import measure, ratio
 from bench_memory import peak_megabytes
 from benchmarks import embedded_model, machine, write_benchmark
 
-import llm_wsae.evaluation.fidelity.evaluator as fidelity
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
@@ -111,16 +110,16 @@ def faster(*ways: Callable[[], None]) -> Callable[[], None]:
     return ways[max(range(len(ways)), key=lambda n: statistics.median(speeds[str(n)]))]
 
 
-_PARTS = {
-    "blocks behind the site": (LanguageModel, "resume_to_end"),
-    "logits, cross-entropy and KL": (fidelity, "next_token_sums"),
-    "dictionary and its round trip": (ReconstructionSums, "update"),
-}
-
-
 def shares(go: Callable[[], None]) -> str:
     """Which shares of an evaluation's time its parts take."""
-    spent: dict[str, float] = dict.fromkeys(_PARTS, 0.0)
+    from llm_wsae.evaluation.fidelity import splicing  # which an older checkout lacks
+
+    parts = {
+        "blocks behind the site": (LanguageModel, "resume_to_end"),
+        "logits, cross-entropy and KL": (splicing, "next_token_sums"),
+        "dictionary and its round trip": (ReconstructionSums, "update"),
+    }
+    spent: dict[str, float] = dict.fromkeys(parts, 0.0)
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -133,7 +132,7 @@ def shares(go: Callable[[], None]) -> str:
         return wrapper
 
     with contextlib.ExitStack() as patches:
-        for name, (owner, call) in _PARTS.items():
+        for name, (owner, call) in parts.items():
             patches.enter_context(patch.object(owner, call, timed(name, getattr(owner, call))))
         begun = time.perf_counter()
         go()

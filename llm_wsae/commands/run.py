@@ -26,6 +26,11 @@ from llm_wsae.provenance import write_record
 from llm_wsae.weights.config import WeightConfig
 
 RECORD = "run.json"
+IN_SEVERAL = (
+    ", or train in several with llm-wsae train (on a stream with --model and --corpus), and "
+    "evaluate in one"
+)
+"""What to do instead, where several processes were started."""
 
 
 def run(

@@ -56,8 +56,8 @@ def merge(stores: Sequence[Path | str], out: Path | str, link: bool = False) -> 
     every store but the last fills its last shard, all of it is equal to the last bit.
 
     Raises UsageError for fewer than two stores, or one that is named twice; LlmWsaeError if a store
-    is unfinished or damaged, does not fit the first or holds the same text as another, the disk is
-    too small, or the folder holds something else.
+    is unfinished or damaged, does not fit the first, is of another part of its corpus or holds the
+    same text as another, the disk is too small, or the folder holds something else.
     """
     out = Path(out)
     folders = [Path(folder) for folder in stores]
@@ -70,6 +70,7 @@ def merge(stores: Sequence[Path | str], out: Path | str, link: bool = False) -> 
         for path, record in store.manifest.all_files().items():
             if not record.has_size(store.folder / path):
                 record.check(store.folder / path)  # says what is wrong
+    _check_parts(opened)
     _check_texts(opened)
     manifest = _manifest_of(opened)
     sources = [(s, index) for s in opened for index in range(len(s.manifest.shards))]
@@ -129,6 +130,21 @@ def _in_common(manifest: Manifest) -> Manifest:
     )
 
 
+def _check_parts(stores: Sequence[ActivationStore]) -> None:
+    """Raises LlmWsaeError unless all stores are of one part of their corpora: what was held out of
+    one must not be trained on with the others. A store that does not say its part fits any."""
+    known = [(store, part) for store in stores if (part := store.manifest.corpus.get("part"))]
+    for store, part in known:
+        first, expected = known[0]
+        if part != expected:
+            raise LlmWsaeError(
+                f"{store.folder} holds the {part} part of {store.manifest.corpus['name']}, but "
+                f"{first.folder} the {expected} part of {first.manifest.corpus['name']}, and what "
+                f"is held out of a text must stay apart; harvest one again with --part {expected}, "
+                "or all with --part all to keep nothing apart"
+            )
+
+
 # --- The same text
 
 
@@ -160,7 +176,7 @@ def _check_texts(stores: Sequence[ActivationStore]) -> None:
 def _same_text(one: ActivationStore, other: ActivationStore, what: str) -> LlmWsaeError:
     return LlmWsaeError(
         f"{one.folder} and {other.folder} hold the same text ({what}), whose rows would count "
-        "twice; harvest another text, or another part of it, for one of them"
+        "twice; harvest another text for one of them"
     )
 
 
@@ -215,7 +231,8 @@ def _corpus_of(corpora: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All texts as one corpus, named as ``Corpus.open`` names it: ``a+b``.
 
     Documents are held out by their names, which are unchanged. So the held-out part of ``a+b`` is
-    held out of the merged store too if it was of each; otherwise its part is ``all``.
+    held out of the merged store too if it was of each; where a store does not say its part, that
+    of all is ``all``.
     """
 
     def joined(key: str) -> str:

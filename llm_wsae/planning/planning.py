@@ -113,9 +113,9 @@ def plan(
     card = None if accelerator is None else ACCELERATORS[accelerator]
     there = memory_of(device) if card is None else card.memory
     if card is None and device.type != "cuda":
-        needed = sizes.host(peak, evaluate_config.tokens)
+        needed = sizes.host(peak, evaluate_config)
     else:
-        needed = sizes.device(evaluate_config.tokens)
+        needed = sizes.device(evaluate_config, there)
     name = str(device) if card is None else card.name
     place = existing(out)
     free = free_space(out) if card is None else None
@@ -249,7 +249,6 @@ def _seconds(
     seconds = sizes.together * steps  # that all sites take in turn, or together
     checkpoints = int(seconds / train.checkpoint_seconds) if train.checkpoint_seconds else 0
     saved = checkpoints * sizes.checkpoint() + sizes.dictionaries()
-    of_rows = sum(speeds.evaluated.values())
     tokens, of_moment = config.num_contexts * config.context_size, sizes.rows
     if sizes.stream is not None:
         first = sizes.stream.statistics_tokens
@@ -260,10 +259,12 @@ def _seconds(
         found["weigh"] = sites * (of_moment * speeds.moment + speeds.spectrum)
     if auto:
         share = (1 + len(CANDIDATES)) / sizes.arms
-        trials = sites * min(TRIAL_ROWS, train.tokens) * speeds.row + TRIAL_TOKENS * of_rows
+        trials = (
+            sites * min(TRIAL_ROWS, train.tokens) * speeds.row + TRIAL_TOKENS * speeds.evaluated
+        )
         found["choose α"] = share * trials
     found["train"] = sites * (steps + speeds.export + saved * speeds.byte)
-    found["evaluate"] = evaluate.tokens * of_rows
+    found["evaluate"] = evaluate.tokens * speeds.evaluated
     return found
 
 

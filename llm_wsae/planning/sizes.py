@@ -8,6 +8,9 @@ from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.shard_writer import SHARD_SAMPLE_ROWS
 from llm_wsae.data.shuffling import WINDOW_BYTES
 from llm_wsae.evaluation.activations import CACHE_BYTES
+from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.evaluator import sites_together
+from llm_wsae.evaluation.fidelity.splicing import HELD_BYTES
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 from llm_wsae.training.optimiser import PAIR_BYTES
 
@@ -91,7 +94,7 @@ class Sizes:
         other = own if self.together == 1 else max(checkpoint, own)
         return self.store() + (self.sites - 1) * other + checkpoint + max(checkpoint, own)
 
-    def host(self, before: int, evaluated: int) -> int:
+    def host(self, before: int, evaluate: EvaluateConfig) -> int:
         """The most in memory at a time where all is computed on the processor, and ``before`` is
         what Python and the loaded model take."""
         row = self.d_in * self.row_item
@@ -100,24 +103,37 @@ class Sizes:
         if self.stream is not None:
             windows = 2 * self.sites * self.stream.buffer_tokens * self.d_in * self.model_item
             harvest = 0
-        train = self._training() + max(windows, self._export())
-        return before + max(harvest, train, self._evaluation(evaluated))
+        trained = (self.sites - self.together) * self._loaded  # of the sites before the last
+        train = trained + self._training() + max(windows, self._export())
+        evaluation = self._evaluation(evaluate, self.sites)
+        return before + max(harvest, train, evaluation)
 
-    def device(self, evaluated: int) -> int:
-        """The most in an accelerator's memory, the model included."""
-        return self.model_bytes + max(self._training(), self._evaluation(evaluated))
+    def device(self, evaluate: EvaluateConfig, memory: int) -> int:
+        """The most in an accelerator's memory, of ``memory`` bytes, the model included."""
+        at_once = max(sites_together([self._loaded] * self.sites, memory))
+        return self.model_bytes + max(self._training(), self._evaluation(evaluate, at_once))
 
     def _training(self) -> int:
         weights = self.together * self.arms * _TRAINED * self.matrix
         return weights + self.batch_size * self.d_sae * 4
 
+    @property
+    def _loaded(self) -> int:
+        """The dictionaries of a site in memory."""
+        return self.arms * 2 * 4 * self.matrix
+
     def _export(self) -> int:
         """The dictionaries beside their arms; one of them in float64."""
-        return self.together * self.arms * 2 * 4 * self.matrix + 2 * 8 * self.matrix
+        return self.together * self._loaded + 2 * 8 * self.matrix
 
-    def _evaluation(self, rows: int) -> int:
-        kept = min(CACHE_BYTES, 2 * rows * self.d_in * self.model_item)
-        return kept + self.arms * 2 * 4 * self.matrix
+    def _evaluation(self, config: EvaluateConfig, sites: int) -> int:
+        """The dictionaries of so many sites, the text's activations there and at the end of the
+        model, and the latter for each variant of a batch: every dictionary, zeros and the mean."""
+        row = self.d_in * self.model_item
+        kept = min(CACHE_BYTES, (self.sites + 1) * config.tokens * row)
+        of_batch = min(config.batch_tokens, config.tokens) * row
+        held = min(HELD_BYTES + of_batch, sites * (self.arms + 2) * of_batch)
+        return kept + sites * self._loaded + held
 
 
 def parameters_bytes(model: torch.nn.Module) -> int:

@@ -7,9 +7,10 @@ that these steps leave. It draws nothing from torch's own generators and leaves 
 """
 
 import contextlib
+import copy
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,8 +68,8 @@ class Speeds:
     """Training, for a row."""
     export: float
     """From trained arms to dictionaries, for a site."""
-    evaluated: dict[Site, float]
-    """Evaluation, for a row of each site."""
+    evaluated: float
+    """Evaluation, for a row at all sites."""
     byte: float
     """Writing to the disk, for a byte."""
 
@@ -163,9 +164,7 @@ def measure(
             spectrum=_spectrum(model.d_model),
             row=row,
             export=export,
-            evaluated={
-                site: _evaluate(model, site, dictionaries, contexts, evaluate) for site in sites
-            },
+            evaluated=_evaluate(model, sites, dictionaries, contexts, evaluate),
             byte=_write(rows, folder),
         )
 
@@ -191,7 +190,11 @@ def published(
     of_block = [2 * sum(p.numel() for p in b.parameters()) + 2 * context_size * d for b in blocks]
     before = {site: sum(of_block[: _blocks_before(site)]) for site in sites}
     rest = {site: sum(of_block) - before[site] + 2 * model.W_U.numel() for site in sites}
+    last = max(sites)
+    # the model itself once; behind each site zeros, the mean and every dictionary
+    evaluated = before[last] + rest[last]
     product = 2 * d * d_sae
+    evaluated += sum((2 + len(arms)) * rest[site] + len(arms) * product for site in sites)
     # Adam reads and writes a weight and two moments of both matrices, and the encoder's fast copy
     adam = 2 * d * d_sae * 6 * 4 + d * d_sae * 2
     latents = batch * d_sae * 2 * 2  # written, and read to find the largest
@@ -210,10 +213,7 @@ def published(
         spectrum=_spectrum(d),
         row=len(arms) * step / batch,
         export=0.0,
-        evaluated={
-            site: operation * (before[site] + (3 + len(arms)) * rest[site] + len(arms) * product)
-            for site in sites
-        },
+        evaluated=operation * evaluated,
         byte=byte,
     )
 
@@ -295,22 +295,31 @@ def _train(
 
 def _evaluate(
     model: LanguageModel,
-    site: Site,
-    dictionaries: dict[str, Dictionary],
+    sites: Sequence[Site],
+    dictionaries: Mapping[str, Dictionary],
     contexts: Sequence[Context],
     config: EvaluateConfig,
 ) -> float:
-    """Seconds a row."""
-    for dictionary in dictionaries.values():  # they serve for every site
-        dictionary.info = replace(dictionary.info, site=str(site), massive_threshold=None)
+    """Seconds a row, at all sites."""
     tokens = min(config.batch_tokens, _EVALUATED if model.device.type == "cpu" else 1 << 30)
     taken = contexts[: max(2, tokens // len(contexts[0].ids))]
     rows = sum(int(context.keep.sum()) for context in taken)
+    of_sites = {
+        site: {name: _moved(dictionary, site) for name, dictionary in dictionaries.items()}
+        for site in sites
+    }
     began = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):  # its bars would be taken for the work's
         evaluator = FidelityEvaluator(model, taken, replace(config, tokens=rows, bootstraps=1))
-        evaluator.evaluate(dictionaries)
+        evaluator.evaluate_sites(of_sites)
     return (time.perf_counter() - began) / rows
+
+
+def _moved(dictionary: Dictionary, site: Site) -> Dictionary:
+    """The dictionary as one of another site, with the same weights in memory."""
+    other = copy.copy(dictionary)
+    other.info = replace(other.info, site=str(site), massive_threshold=None)
+    return other
 
 
 def _moment(rows: Tensor) -> float:

@@ -4,13 +4,21 @@ import json
 
 import pytest
 from command_line import SITE, TRAIN, call, content, works
+from several import run as in_several
 from several import torchrun
 from tiny import write_jsonl
 
+import llm_wsae.pipeline
+import llm_wsae.tuning
+from llm_wsae.data.config import StreamConfig
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.evaluation.fidelity import evaluator
 from llm_wsae.files import read_own_json, save_own_tensors
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
 
 SITES = ("blocks.0.hook_resid_post", SITE)
+END = Site(2, "post")
 PACKING = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
            "--statistics-tokens", 2048)  # fmt: skip
 STREAM = (*PACKING, "--expansion", 4, "--batch-size", 256, "--dtype", "float32", "--tokens", 5120,
@@ -93,6 +101,35 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
         assert f"training of {SITES[0]} on a stream; add --stream to go on" in refused.err
 
 
+def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
+    """With the files of a run of each site alone, and one pass over each of two texts: that on
+    which α is chosen, and that which is reported on."""
+    monkeypatch.setattr(llm_wsae.pipeline, "TRIAL_TOKENS", 300)
+    monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 1024)
+    passes, clean_stream = [], evaluator.clean_stream
+
+    def counted(model, cache, number, last, activations):
+        passes.append((len(cache.batches), number, cache.kept(number, END) is None))
+        return clean_stream(model, cache, number, last, activations)
+
+    monkeypatch.setattr(evaluator, "clean_stream", counted)
+    asked = ("run", "--model", world / "model", "--corpus", world / "text.jsonl", *RUN, "--rule",
+             "uniform", "whitening", "--alpha", "auto", "--evaluate.batch-tokens", 64)  # fmt: skip
+    works(*asked, "--site", *SITES, "--out", tmp_path / "both")
+    trial, heldout = sorted({batches for batches, _, _ in passes})
+    resumed = [(batches, number) for batches, number, is_new in passes if is_new]
+    assert trial < heldout and sorted(resumed) == [
+        (batches, number) for batches in (trial, heldout) for number in range(batches)
+    ]
+    assert len(passes) == 2 * trial + heldout
+    for site in SITES:
+        works(*asked, "--site", site, "--out", tmp_path / site)
+        both, alone = (content(tmp_path / run / site) for run in ("both", site))
+        assert both.keys() == alone.keys() >= {"alpha.json", "report.json", "report.html"}
+        different = {name for name in both if both[name] != alone[name]}
+        assert different <= {"log.jsonl", "training.json"}, different  # which hold times
+
+
 def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
     out = ("--out", tmp_path / "out")
     for words, sentence in (
@@ -156,6 +193,31 @@ def test_two_processes_share_a_stream(model_and_corpus, tmp_path):
             Dictionary.load(tmp_path / n / site / "uniform-k4").W_dec for n in ("one", "two")
         )
         assert float((one - two).abs().max()) < 1e-4
+
+
+def test_a_run_in_several_processes_is_refused_at_once(world, model_and_corpus, tmp_path):
+    """And names the commands that do its work in several."""
+    out = tmp_path / "out"
+    ended = torchrun(2, "run", *model_and_corpus, *RUN, "--site", SITE, "--out", out)
+    assert ended.returncode != 0 and ended.stdout == "" and not out.exists()
+    assert ended.stderr.count("llm-wsae: ") == 1
+    assert (
+        "llm-wsae: llm-wsae run runs in one process, and only harvest and train in several; start "
+        "it without torchrun, or train in several with llm-wsae train (on a stream with --model "
+        "and --corpus), and evaluate in one\n"
+    ) in ended.stderr
+    outcomes = in_several(2, run_in_python, world / "model", world / "text.jsonl", out)
+    assert outcomes == 2 * [
+        "UsageError: a run has one process; in several, harvest and train (on a stream with "
+        "train_sites), and evaluate in one"
+    ]
+    assert not out.exists()
+
+
+def run_in_python(model, text, out):
+    config = StreamConfig(context_size=16, buffer_tokens=2048, statistics_tokens=2048)
+    loaded = LanguageModel.load(str(model))
+    llm_wsae.pipeline.run(loaded, str(text), [END], out, stream_config=config)
 
 
 def test_short_texts_are_read_again_and_it_is_said(world, tmp_path):

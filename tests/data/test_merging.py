@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -18,7 +19,7 @@ from tiny import tiny_model, words
 
 from llm_wsae.data import merging
 from llm_wsae.data.config import HarvestConfig
-from llm_wsae.data.corpus import Corpus, is_heldout
+from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.merging import merge
 from llm_wsae.data.store import ActivationStore
@@ -230,17 +231,41 @@ def test_what_is_held_out_of_each_text_is_held_out_of_the_store(model, merged, t
     assert len(heldout) > 20 and len(names) > 100 and not names & heldout
     assert together.name == merged.manifest.corpus["name"]
     assert together.identity()["fingerprint"] == merged.manifest.corpus["fingerprint"]
-    # the two parts of one text are all of it
-    parts = [
-        harvest(model, Corpus.open(str(texts / "a.jsonl"), part), SITES, tmp_path / part,
-                replace(CONFIG, tokens=240)).folder
-        for part in ("train", "heldout")
-    ]  # fmt: skip
-    both = merge(parts, tmp_path / "both")
-    assert both.manifest.corpus == Corpus.open(str(texts / "a.jsonl"), "all").identity()
-    found = {d["name"] for s in range(len(both.manifest.shards))
-             for d in both.contexts(s).headers.values()}  # fmt: skip
-    assert {is_heldout(name, 0.1) for name in found} == {False, True}
+
+
+def test_stores_of_different_parts_are_refused(model, stores, texts, tmp_path):
+    """Also of different texts: what is held out of one would be trained on with the other."""
+
+    def harvested(name, part):
+        corpus = Corpus.open(str(texts / f"{name}.jsonl"), part)
+        config = replace(CONFIG, tokens=240)
+        return harvest(model, corpus, SITES, tmp_path / f"{name}-{part}", config).folder
+
+    heldout, everything = harvested("a", "heldout"), harvested("c", "all")
+    for given, sentence in (
+        ([stores[0], heldout], f"{heldout} holds the heldout part of a.jsonl, but {stores[0]} the "
+         "train part of a.jsonl, and what is held out of a text must stay apart; harvest one again "
+         "with --part train, or all with --part all to keep nothing apart"),
+        ([heldout, stores[1]], f"{stores[1]} holds the train part of b.jsonl, but {heldout} the "),
+        ([*stores[:2], everything], f"{everything} holds the all part of c.jsonl, but {stores[0]}"),
+    ):  # fmt: skip
+        with pytest.raises(LlmWsaeError, match=re.escape(sentence)):
+            merge(given, tmp_path / "s")
+        assert not (tmp_path / "s").exists()
+    both = merge([heldout, harvested("b", "heldout")], tmp_path / "both")
+    assert both.manifest.corpus["part"] == "heldout"
+    with pytest.raises(LlmWsaeError, match=r"holds the heldout part of a\.jsonl\+b\.jsonl, but"):
+        merge([stores[2], both.folder], tmp_path / "s")
+
+
+def test_a_store_that_does_not_say_its_part_fits_any(stores, tmp_path):
+    silent = shutil.copytree(stores[0], tmp_path / "silent")
+    manifest = Manifest.load(silent)
+    del manifest.corpus["part"]
+    manifest.save(silent)
+    merged = merge([silent, *stores[1:]], tmp_path / "s")
+    assert merged.manifest.corpus["part"] == "all"  # for all that is known
+    assert [part.corpus.get("part") for part in merged.manifest.parts] == [None, "train", "train"]
 
 
 def test_a_store_that_does_not_fit_is_refused_by_the_setting(model, stores, texts, tmp_path):

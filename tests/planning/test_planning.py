@@ -17,7 +17,7 @@ from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.site import Site
 from llm_wsae.pipeline import run
-from llm_wsae.planning import planning, speeds
+from llm_wsae.planning import planning, sizes, speeds
 from llm_wsae.planning.planning import plan
 from llm_wsae.streaming import ActivationStreams
 from llm_wsae.training.arm import make_arms
@@ -53,7 +53,7 @@ def fixed(monkeypatch):
     known = dict(zip(SITES, (1e-3, 2e-3), strict=True))
 
     def measure(model, sites, *settings):
-        evaluated = {site: known[site] for site in sites}
+        evaluated = sum(known[site] for site in sites)
         return speeds.Speeds("here", True, 1e-4, 1e-6, 0.5, 1e-5, 0.25, evaluated, 1e-9)
 
     monkeypatch.setattr(planning, "measure", measure)
@@ -194,6 +194,42 @@ def test_all_sites_of_a_stream_are_trained_at_once(model, text, tmp_path, monkey
     assert sum(files) == pytest.approx(2 * found.checkpoint_bytes, rel=0.03) and len(files) == 2
 
 
+def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch):
+    """Where the training takes less: of the dictionaries of all sites at once, the activations at
+    these sites and at the model's end, and the model's end for each variant of a batch."""
+    small = replace(TRAIN, expansion=2, batch_size=64)
+    wide = EvaluateConfig(tokens=100_000, batch_tokens=8192)
+    settings = {**SETTINGS, "train_config": small, "evaluate_config": wide}
+    monkeypatch.setattr(planning, "peak_memory_bytes", lambda: 2**30)
+    row, own = 64 * 4, 3 * 8 * 64 * 128  # the dictionaries of a site
+
+    def expected(sites, together):
+        held = together * (3 + 2) * 8192 * row
+        return (sites + 1) * 100_000 * row + together * own + held
+
+    def planned(sites, **more):
+        return plan(model, SITES[:sites], with_times=False, **settings, **more).memory_bytes
+
+    weights = planning.parameters_bytes(model.hf_model)
+    for sites in (1, 2):
+        assert planned(sites) == 2**30 + expected(sites, sites)
+        assert planned(sites, accelerator="h100") == weights + expected(sites, sites)
+    card = replace(speeds.ACCELERATORS["h100"], memory=8 * own - 1)  # room for those of one site
+    monkeypatch.setitem(speeds.ACCELERATORS, "h100", card)
+    assert planned(2, accelerator="h100") == weights + expected(2, 1)
+    monkeypatch.setattr(sizes, "HELD_BYTES", 8192 * row)  # and that of the last variant
+    assert planned(2) == 2**30 + expected(2, 2) - 10 * 8192 * row + 2 * 8192 * row
+
+
+def test_dictionaries_of_earlier_sites_stay_in_memory(model, monkeypatch):
+    monkeypatch.setattr(planning, "peak_memory_bytes", lambda: 2**30)
+    two, one = (
+        plan(model, sites, with_times=False, **SETTINGS).memory_bytes
+        for sites in (SITES, SITES[:1])
+    )
+    assert two - one == 3 * 8 * 64 * 1024
+
+
 def test_an_accelerator_is_computed_and_grows_with_arms(model, monkeypatch):
     monkeypatch.setattr(speeds, "_write", lambda rows, folder: 0.0)
     found = {
@@ -229,8 +265,11 @@ def test_the_speed_of_an_accelerator_by_hand(model, tmp_path):
     block = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64  # attention, MLP, norms
     passed = 2 * block + 2 * 32 * 64
     rest = 2 * passed + 2 * 64 * 52
-    one = passed + 5 * rest + 2 * 2 * 64 * 1024
-    assert found.evaluated[SITES[0]] == pytest.approx(one / (0.4 * 989e12))
+    last = rest - passed  # behind the second site
+    dictionaries = 2 * 2 * 2 * 64 * 1024
+    # the model itself once, up to the last site and on; zeros, the mean and two dictionaries
+    every = (2 * passed + last) + 4 * rest + 4 * last + dictionaries
+    assert found.evaluated == pytest.approx(every / (0.4 * 989e12))
 
 
 def test_measuring_leaves_everything_as_it_was(model, text, tmp_path, monkeypatch):

@@ -14,9 +14,10 @@ are any, one more variant replaces them too.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -39,13 +40,10 @@ from llm_wsae.evaluation.checks import (
     plain_beside,
 )
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity.next_token import (
-    clean_stream,
-    next_token_sums,
-    scored_positions,
-)
+from llm_wsae.evaluation.fidelity.next_token import check_resumable, clean_stream
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
 from llm_wsae.evaluation.fidelity.report import Report
+from llm_wsae.evaluation.fidelity.splicing import SiteState, splice_batch
 from llm_wsae.evaluation.fidelity.summary import (
     Baselines,
     Key,
@@ -53,6 +51,7 @@ from llm_wsae.evaluation.fidelity.summary import (
     from_plain,
     read_baselines,
 )
+from llm_wsae.hardware import memory_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.uncertainty import Bootstrap
@@ -84,17 +83,6 @@ def evaluate(
     return report
 
 
-@dataclass
-class _SiteState:
-    """A site's dictionaries, their sums so far, and the site's baselines."""
-
-    dictionaries: dict[str, Dictionary]
-    sums: dict[str, ReconstructionSums]
-    baselines: Baselines
-    is_new: bool
-    """Whether the ablation losses are measured in this pass."""
-
-
 class FidelityEvaluator:
     """A text on which dictionaries are measured, together or one after the other.
 
@@ -108,37 +96,99 @@ class FidelityEvaluator:
         self._num_contexts = len(taken)
         self._cache = ActivationCache(model, batches_of(taken, config.batch_tokens))
         self._baselines: dict[tuple[Site, float], Baselines] = {}
+        self._resumable: set[Site] = set()
 
     @torch.no_grad()
     def evaluate(self, dictionaries: Mapping[str, Dictionary]) -> Report:
         """Measure every dictionary, by name. Raises as the function ``evaluate`` does."""
         check_fit(dictionaries, self._model, "evaluate")
+        by_site: dict[Site, dict[str, Dictionary]] = defaultdict(dict)
+        for name, dictionary in dictionaries.items():
+            by_site[dictionary.site][name] = dictionary
+        return self._report(dictionaries, *self._read_text(by_site))
+
+    @torch.no_grad()
+    def evaluate_sites(
+        self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]
+    ) -> dict[Site, Report]:
+        """A report for each site, the same as of its dictionaries alone, from one pass over the
+        text for all sites. Sites may use the same names.
+
+        Of dictionaries that must be copied to an accelerator, as many sites share a pass as have
+        room there (``sites_together``). Raises as ``evaluate`` does.
+        """
+        for own in dictionaries.values():
+            check_fit(own, self._model, "evaluate")
+        copied = [sum(map(self._copied_bytes, own.values())) for own in dictionaries.values()]
+        reports: dict[Site, Report] = {}
+        sites = list(dictionaries)
+        for count in sites_together(copied, memory_of(self._model.device)):
+            now, sites = sites[:count], sites[count:]
+            reports |= self._reports({site: dictionaries[site] for site in now})
+        return reports
+
+    def _reports(self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]) -> dict[Site, Report]:
+        """From one pass, whose copies of the dictionaries are gone when this returns."""
+        measured = self._read_text(dictionaries)
+        return {site: self._report(own, *measured) for site, own in dictionaries.items()}
+
+    def _copied_bytes(self, dictionary: Dictionary) -> int:
+        is_there = dictionary.W_enc.device == self._model.device
+        return 0 if is_there else dictionary.W_enc.nbytes + dictionary.W_dec.nbytes
+
+    def _read_text(
+        self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]
+    ) -> tuple[dict[Site, SiteState], dict[Key, np.ndarray]]:
+        """All sums, and columns of one number per context."""
         sites = self._sites(dictionaries)
         columns: dict[Key, list[Tensor]] = defaultdict(list)
         with tqdm(total=self._num_contexts, desc="evaluate", unit="ctx") as bar:
             for number, (ids, keep) in enumerate(self._cache.batches):
                 activations = self._cache.at(number, list(sites))
                 clean = clean_stream(self._model, self._cache, number, max(sites), activations)
-                measured = _evaluate_batch(sites, self._model, ids, keep, activations, clean)
+                if number == 0:
+                    self._check_resumable(ids[:1], activations)
+                measured = splice_batch(sites, self._model, ids, keep, activations, clean)
                 for key, numbers in measured:
                     columns[key].append(numbers)
                 bar.update(len(ids))
         for site, state in sites.items():
             self._baselines[site, state.baselines.threshold] = state.baselines
             columns |= state.baselines.columns
-        losses = {key: torch.cat(parts).numpy() for key, parts in columns.items()}
+        return sites, {key: torch.cat(parts).numpy() for key, parts in columns.items()}
+
+    def _check_resumable(self, ids: Tensor, activations: Mapping[Site, Tensor]) -> None:
+        """Check on one context that the model makes its own predictions when it is resumed at each
+        site. Where the text's predictions are resumed, at the last one, says nothing of the
+        others."""
+        if new := activations.keys() - self._resumable:
+            check_resumable(self._model, ids, {site: activations[site][:1] for site in new})
+            self._resumable |= new
+
+    def _report(
+        self,
+        dictionaries: Mapping[str, Dictionary],
+        sites: Mapping[Site, SiteState],
+        losses: Mapping[Key, np.ndarray],
+    ) -> Report:
         bootstrap = Bootstrap(self._num_contexts, self._config.bootstraps, self._config.seed)
         summaries = {
-            name: fidelity_of(name, site, sums, state.baselines, losses, bootstrap)
-            for site, state in sites.items()
-            for name, sums in state.sums.items()
+            name: fidelity_of(
+                name,
+                one.site,
+                sites[one.site].sums[name],
+                sites[one.site].baselines,
+                losses,
+                bootstrap,
+            )
+            for name, one in dictionaries.items()
         }
         return Report(
             model=self._model.identity(),
             config=asdict(self._config),
             num_contexts=self._num_contexts,
             num_scored=int(losses["scored",].sum()),
-            dictionaries={name: summaries[name] for name in dictionaries},
+            dictionaries=summaries,
             from_plain={
                 name: from_plain(
                     summaries[name], summaries[plain], dictionaries[name].site, losses, bootstrap
@@ -148,20 +198,21 @@ class FidelityEvaluator:
             notes=_notes(dictionaries, self._model, self._num_contexts),
         )
 
-    def _sites(self, dictionaries: Mapping[str, Dictionary]) -> dict[Site, _SiteState]:
+    def _sites(
+        self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]
+    ) -> dict[Site, SiteState]:
         """The dictionaries by site, on the model's device, with baselines whose mean is known."""
-        by_site: dict[Site, dict[str, Dictionary]] = defaultdict(dict)
-        for name, dictionary in dictionaries.items():
-            if dictionary.W_enc.device != self._model.device:
-                dictionary = copy.deepcopy(dictionary).to(self._model.device)
-            by_site[dictionary.site][name] = dictionary
+        by_site = {
+            site: {name: self._on_device(one) for name, one in own.items()}
+            for site, own in dictionaries.items()
+        }
         thresholds = massive_thresholds(
             {site: own.values() for site, own in by_site.items()}, self._cache
         )
         unknown = {s: at for s, at in thresholds.items() if (s, at) not in self._baselines}
         new = read_baselines(unknown, self._cache)
         return {
-            site: _SiteState(
+            site: SiteState(
                 dictionaries=own,
                 sums={name: ReconstructionSums(d.d_in, d.d_sae) for name, d in own.items()},
                 baselines=new[site] if site in new else self._baselines[site, thresholds[site]],
@@ -170,58 +221,24 @@ class FidelityEvaluator:
             for site, own in by_site.items()
         }
 
+    def _on_device(self, dictionary: Dictionary) -> Dictionary:
+        if dictionary.W_enc.device == self._model.device:
+            return dictionary
+        return copy.deepcopy(dictionary).to(self._model.device)
 
-def _evaluate_batch(
-    sites: dict[Site, _SiteState],
-    model: LanguageModel,
-    ids: Tensor,
-    keep: Tensor,
-    activations: Mapping[Site, Tensor],
-    clean: Tensor,
-) -> Iterator[tuple[Key, Tensor]]:
-    """Add a batch to all sums; yields, by key, the numbers per context that are resampled."""
-    ids, keep = ids.to(model.device), keep.to(model.device)
-    scored = scored_positions(keep)
-    variants: dict[tuple[str, str | Site], Tensor] = {}  # what the last block puts out
-    with_massive: dict[str, tuple[Tensor, Tensor]] = {}  # which contexts, and the same of them
-    for site, state in sites.items():
-        hidden, baselines = activations[site], state.baselines
-        rows, massive = baselines.split(hidden, keep)
-        if state.is_new:
-            baselines.rows.update(hidden[rows])
-            baselines.massive.update(hidden[massive])
-            for name, value in (
-                ("zero", torch.zeros_like(baselines.mean)),
-                ("mean", baselines.mean),
-            ):
-                spliced = hidden.clone()
-                spliced[rows] = value.to(hidden)
-                variants[name, site] = model.resume_to_end(ids, site, spliced)
-        for name, dictionary in state.dictionaries.items():
-            sums, spliced = state.sums[name], hidden.clone()
-            spliced[rows] = sums.update(dictionary, hidden[rows]).to(hidden.dtype)
-            variants["dictionary", name] = model.resume_to_end(ids, site, spliced)
-            affected = massive.any(1).nonzero()[:, 0]
-            if len(affected):
-                spliced[massive] = sums.update_massive(dictionary, hidden[massive]).to(hidden.dtype)
-                end = model.resume_to_end(ids[affected], site, spliced[affected])
-                with_massive[name] = affected, end
-    clean_ce, found = next_token_sums(model, clean, list(variants.values()), ids, scored)
-    yield ("scored",), scored.sum(1).cpu().double()
-    yield ("ce", "clean"), clean_ce
-    for (kind, of), (ce, kl) in zip(variants, found, strict=True):
-        if isinstance(of, Site):
-            sites[of].baselines.columns["ce", kind, of].append(ce)
-            sites[of].baselines.columns["kl", kind, of].append(kl)
-            continue
-        yield ("ce", kind, of), ce
-        yield ("kl", kind, of), kl
-        if of in with_massive:
-            affected, end = with_massive[of]
-            part = ids[affected], scored[affected]
-            ((other, _),) = next_token_sums(model, clean[affected], [end], *part)[1]
-            ce = ce.index_copy(0, affected.cpu(), other)
-        yield ("ce", "massive", of), ce
+
+def sites_together(copied: Sequence[int], memory: int) -> list[int]:
+    """How many sites, in their order, are measured in each pass over a text: as many as have their
+    dictionaries, of ``copied`` bytes at each site, in a quarter of the device's memory, and at
+    least one."""
+    counts, left = [0], memory // 4
+    for size in copied:
+        if counts[-1] and size > left:
+            counts.append(0)
+            left = memory // 4
+        counts[-1] += 1
+        left -= size
+    return counts
 
 
 def _notes(

@@ -165,8 +165,6 @@ def clean_stream(
     """The last block's output for a batch, resumed from its activations at ``last``, and kept.
 
     Every variant is resumed in the same way, so a perfect reconstruction gives the same numbers.
-    Raises LlmWsaeError for a model whose blocks pass on more than the residual stream, or whose
-    predictions are NaN.
     """
     end = Site(model.num_blocks - 1, "post")
     known = cache.kept(number, end)
@@ -174,26 +172,32 @@ def clean_stream(
         return known
     ids = cache.batches[number][0]
     stream = model.resume_to_end(ids, last, activations[last])
-    if number == 0:
-        _check_clean(model, ids[:1], last, stream[0])
     cache.keep(number, end, stream)
     return stream
 
 
-def _check_clean(model: LanguageModel, ids: Tensor, site: Site, stream: Tensor) -> None:
-    """Raise LlmWsaeError if the model, resumed at the site, is not the model as it is."""
+def check_resumable(
+    model: LanguageModel,
+    ids: Integer[Tensor, "1 positions"],
+    activations: Mapping[Site, Float[Tensor, "1 positions d_model"]],
+) -> None:
+    """Raise LlmWsaeError for a model that, resumed from its own activations at one of the sites, is
+    not the model as it is, since its blocks pass on more than the residual stream; or whose
+    predictions are NaN."""
     full = model.logits(ids)[0, -_CHECKED_POSITIONS:].float()
-    with torch.no_grad(), model.unembedding() as logits:
-        found = logits(stream[-_CHECKED_POSITIONS:]).float()
     if bool(full.isnan().any()):
         raise _not_numbers(model)
-    difference = (found - full).where(found != full, 0)  # a token that is excluded has −∞ in both
-    if not difference.norm() <= _SAME_LOGITS * full[full.isfinite()].norm():
-        raise LlmWsaeError(
-            f"{model.name} makes other predictions when it is resumed at {site} from its own "
-            "activations: its blocks pass on more than the residual stream, so its predictions "
-            "cannot be used to evaluate dictionaries there"
-        )
+    for site, hidden in sorted(activations.items(), reverse=True):
+        stream = model.resume_to_end(ids, site, hidden)[0]
+        with torch.no_grad(), model.unembedding() as logits:
+            found = logits(stream[-_CHECKED_POSITIONS:]).float()
+        difference = (found - full).where(found != full, 0)  # an excluded token has −∞ in both
+        if not difference.norm() <= _SAME_LOGITS * full[full.isfinite()].norm():
+            raise LlmWsaeError(
+                f"{model.name} makes other predictions when it is resumed at {site} from its own "
+                "activations: its blocks pass on more than the residual stream, so its predictions "
+                "cannot be used to evaluate dictionaries there"
+            )
 
 
 def _not_numbers(model: LanguageModel) -> LlmWsaeError:

@@ -18,7 +18,7 @@ from llm_wsae.model.site import Site
 from llm_wsae.statistics.uncertainty import Bootstrap
 
 # What a column of numbers, one per context, holds: ("scored",), ("ce", "clean"),
-# ("kl", "zero", site), …
+# ("kl", "zero", site), ("ce", "dictionary", site, name), …
 Key = tuple[str | Site, ...]
 Quantity = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
@@ -89,11 +89,11 @@ def fidelity_of(
     used = {
         "scored": losses["scored",],
         "clean": losses["ce", "clean"],
-        "spliced": losses["ce", "dictionary", name],
-        "massive": losses["ce", "massive", name],
+        "spliced": losses["ce", "dictionary", site, name],
+        "massive": losses["ce", "massive", site, name],
         "zero": losses["ce", "zero", site],
         "mean": losses["ce", "mean", site],
-        "kl": losses["kl", "dictionary", name],
+        "kl": losses["kl", "dictionary", site, name],
         "kl zero": losses["kl", "zero", site],
         "kl mean": losses["kl", "mean", site],
     }
@@ -164,11 +164,15 @@ def from_plain(
     bootstrap: Bootstrap,
 ) -> FromPlain:
     """The difference of two dictionaries of a site, with intervals of the difference itself."""
+    own, of_plain = (
+        {kind: losses[kind, "dictionary", site, it.name] for kind in ("ce", "kl")}
+        for it in (one, plain)
+    )
     used = {
         "scored": losses["scored",],
         "range": losses["ce", "zero", site] - losses["ce", "clean"],
-        "ce": losses["ce", "dictionary", plain.name] - losses["ce", "dictionary", one.name],
-        "kl": losses["kl", "dictionary", one.name] - losses["kl", "dictionary", plain.name],
+        "ce": of_plain["ce"] - own["ce"],
+        "kl": own["kl"] - of_plain["kl"],
     }
     return FromPlain(
         plain=plain.name,

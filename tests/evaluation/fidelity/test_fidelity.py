@@ -16,8 +16,9 @@ from llm_wsae.dictionary.sparsity import ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.checks import notes_on_text
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.evaluation.fidelity import next_token
-from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate
+from llm_wsae.evaluation.fidelity import evaluator as evaluator_module
+from llm_wsae.evaluation.fidelity import next_token, splicing
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate, sites_together
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
 from llm_wsae.model.language_model import LanguageModel
@@ -601,32 +602,109 @@ def test_blocks_that_pass_on_more_than_the_stream_are_refused(contexts, monkeypa
         evaluate({"k2": identity(sparsity=TopK(2))}, made, contexts, CONFIG)
 
 
+def counted(monkeypatch, owner, name):
+    """The calls of a function from now on."""
+    calls, original = [], getattr(owner, name)
+
+    def count(*given):
+        calls.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(owner, name, count)
+    return calls
+
+
 def test_what_depends_on_the_text_alone_is_measured_once(model, contexts, monkeypatch):
     """Dictionaries one after the other get the numbers of all at once, also when a pass between
     them was broken off, and zeros and the mean are put in once for each threshold."""
     known = {f"k{k}": identity(sparsity=TopK(k)) for k in (2, 4)}
     other = identity(sparsity=TopK(3), massive_threshold=1e6)
     together = evaluate(known, model, contexts, CONFIG).dictionaries
-    resumed, original = [], model.resume
-
-    def resume(*given):
-        resumed.append(given)
-        return original(*given)
-
-    monkeypatch.setattr(model, "resume", resume)
     evaluator = FidelityEvaluator(model, contexts, CONFIG)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
             ReconstructionSums, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         evaluator.evaluate(known)
-    counts = []
+    resumed, counts = counted(monkeypatch, model, "resume_to_end"), []
     for name in known:
         resumed.clear()
         assert evaluator.evaluate({name: known[name]}).dictionaries[name] == together[name]
         counts.append(len(resumed))
-    batches = counts[1] // 2  # clean, and the dictionary's
-    assert counts == [4 * batches, 2 * batches]
+    batches = len(evaluator._cache.batches)
+    # the model's own predictions (those of the first batch are known), zeros, the mean; the
+    # dictionary's
+    assert batches > 1 and counts == [4 * batches - 1, batches]
     resumed.clear()
     evaluator.evaluate({"other": other})
-    assert len(resumed) == 4 * batches
+    assert len(resumed) == 3 * batches
+
+
+def of_two_sites(model, contexts):
+    """Dictionaries of the same names, a weighted one beside the plain one, with massive rows at the
+    first site; and notes on those of the second."""
+    early, late = Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.2.hook_resid_mid")
+    ids = torch.stack([torch.as_tensor(context.ids) for context in contexts])
+    threshold = float(model.activations(ids, [early])[early].norm(dim=2).quantile(0.9))
+    first = {"site": str(early), "massive_threshold": threshold}
+    other = {"weights_sha256": "other"}
+    second = {"site": str(late), "massive_threshold": 1e9, "model": other}
+    return {
+        late: {"plain": trained(1, **second), "weighted": trained(2, rule="variance", **second)},
+        early: {"plain": trained(3, **first), "weighted": nothing(rule="variance", **first)},
+    }
+
+
+@pytest.mark.parametrize("held", [1 << 29, 2000, 1])
+def test_sites_in_one_pass_have_the_reports_of_each_alone(model, contexts, monkeypatch, held):
+    known = of_two_sites(model, contexts)
+    alone = {site: evaluate(own, model, contexts, CONFIG) for site, own in known.items()}
+    monkeypatch.setattr(splicing, "HELD_BYTES", held)
+    passed = counted(monkeypatch, model, "activations")
+    resumed = counted(monkeypatch, model, "resume_to_end")
+    measured = counted(monkeypatch, splicing, "next_token_sums")
+    evaluator = FidelityEvaluator(model, contexts, CONFIG)
+    found = evaluator.evaluate_sites(known)
+    assert list(found) == list(known)
+    for site, report in found.items():
+        assert json.dumps(report.to_dict()) == json.dumps(alone[site].to_dict())
+        assert report.from_plain.keys() == {"weighted"}
+    batches = len(evaluator._cache.batches)
+    affected = len(resumed) - (batches + 2 + 8 * batches)  # once more with massive rows replaced
+    assert 0 < affected <= 2 * batches
+    # the model itself up to the last site, from there to its end, and on one context at each site
+    assert len(passed) == batches
+    groups = {1 << 29: 1, 1: 8}
+    if held in groups:
+        assert len(measured) == groups[held] * batches + affected
+    else:
+        assert batches < len(measured) - affected < 8 * batches
+
+
+def test_sites_whose_dictionaries_do_not_fit_on_the_device_take_turns(model, contexts, monkeypatch):
+    known = of_two_sites(model, contexts)
+    together = FidelityEvaluator(model, contexts, CONFIG).evaluate_sites(known)
+    monkeypatch.setattr(FidelityEvaluator, "_copied_bytes", lambda own, one: 100)
+    passes = counted(monkeypatch, FidelityEvaluator, "_read_text")
+    for memory, expected in ((1600, [2]), (1599, [1, 1]), (8, [1, 1])):
+        passes.clear()
+        monkeypatch.setattr(evaluator_module, "memory_of", lambda device, size=memory: size)
+        found = FidelityEvaluator(model, contexts, CONFIG).evaluate_sites(known)
+        assert [len(dictionaries) for _, dictionaries in passes] == expected
+        assert [r.to_dict() for r in found.values()] == [r.to_dict() for r in together.values()]
+    assert sites_together([3, 3, 5, 2, 9, 1, 1], 28) == [2, 2, 1, 2]
+    assert sites_together([0, 0, 0], 1) == [3]
+
+
+def test_each_site_is_checked_not_only_the_last(contexts, monkeypatch):
+    """At the end of the last block every model makes its own predictions."""
+    made, last = fresh_model(), "blocks.2.hook_resid_post"
+    resume = made.resume_to_end
+    monkeypatch.setattr(
+        made, "resume_to_end", lambda ids, site, hidden: resume(ids.flip(1), site, 3 * hidden)
+        if site.block == 0 else resume(ids, site, hidden)
+    )  # fmt: skip
+    evaluate({"late": identity(site=last)}, made, contexts, CONFIG)
+    both = {"early": identity(site="blocks.0.hook_resid_post"), "late": identity(site=last)}
+    with pytest.raises(LlmWsaeError, match=r"resumed at blocks\.0\..*more than the residual str"):
+        evaluate(both, made, contexts, CONFIG)
