@@ -39,6 +39,7 @@ from study_section import figure, section, study_table
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.files import read_json, write_json
 from llm_wsae.hardware import processor_name
 from llm_wsae.model.language_model import LanguageModel
@@ -76,6 +77,7 @@ class Step:
     keep: bool = False
     """Whether its dictionaries are kept: then it is told how alike those of its seeds are."""
     training: TrainConfig = field(default_factory=lambda: TrainConfig(lengths="unit"))
+    fidelity: EvaluateConfig = field(default_factory=EvaluateConfig)
     control: DiagonalControl = "permuted"
     own_first: bool = False
     """Whether rules take their weights from a first dictionary of each seed, which is trained on
@@ -90,6 +92,7 @@ _AS_TODAY = Step(
     folder=TODAY.folder,
     keep=True,
     training=TrainConfig(tokens=2_000_000),
+    fidelity=EvaluateConfig(tokens=20_000),
     control="deciles",
 )
 STEPS = {  # the first ones matter most
@@ -202,6 +205,7 @@ def run(site: Site, step: Step, store: ActivationStore, model: LanguageModel) ->
         config,
         weigh=step.weigh,
         training=step.training,
+        fidelity=step.fidelity,
         dictionary=first,
     )
     made = _num_results(out) - before
