@@ -10,7 +10,8 @@
   ¼ and 4. Control: codes shuffled within each latent.
 - ``tied``: the encoder is the decoder behind Σ^(−p), so that a latent answers its own direction
   with slope 1 and everything else least: theorem 5's filter, which a loss cannot reach. Controls:
-  no whitening (p = 0), and random directions.
+  no whitening (p = 0), and random directions. ``learnt slope``: the same filter, but each latent
+  learns how steep it is.
 - ``norm``: BatchTopK picks by pre-activations of rows divided by their norm to the power β, so that
   long rows don't take the latents of short ones. Control: norms of other rows.
 
@@ -135,18 +136,24 @@ class ErrorWeighted(Remembering):
 
 
 class Tied(Arm):
-    """The encoder is the decoder times a matrix, with slope 1 along each latent's own direction."""
+    """The encoder is the decoder times a matrix, with slope 1 along each latent's own direction, or
+    one that is learnt."""
 
     matrix: ClassVar[Tensor]
+    learns_slope: ClassVar[bool] = False
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
         self._tie()
 
     def _tie(self) -> None:
-        decoder = self.parameters.decoder
+        decoder, encoder = self.parameters.decoder, self.parameters.encoder
         filters = decoder @ self.matrix
-        self.parameters.encoder.copy_(filters / (filters * decoder).sum(1, keepdim=True))
+        filters /= (filters * decoder).sum(1, keepdim=True)
+        if self.learns_slope:  # the part of the optimiser's step that leaves the filter as it is
+            along = (encoder * filters).sum(1, keepdim=True)
+            filters *= along / filters.square().sum(1, keepdim=True)
+        encoder.copy_(filters)
 
     def step(self, *given: Any) -> None:
         super().step(*given)
@@ -223,6 +230,14 @@ IDEAS = (
         change=NormFree,
         settings=(("beta", 1.0), ("permuted", True)),
     ),
+    *(
+        Idea(name, change=Tied, settings=(("learns_slope", True),), power=power)
+        for name, power in (
+            ("learnt slope, p = 1", 1.0),
+            ("learnt slope, p = 1/2", 0.5),
+            ("learnt slope: p = 0", 0.0),
+        )
+    ),
 )
 """In this order: a control may need to know what became of the idea before it."""
 BESIDE = {
@@ -230,6 +245,8 @@ BESIDE = {
     "error": ("error: shuffled",),
     "tied, p = 1/2": ("tied: p = 0", "tied: random directions"),
     "tied, p = 1": ("tied: p = 0", "tied: random directions"),
+    "learnt slope, p = 1": ("learnt slope: p = 0",),
+    "learnt slope, p = 1/2": ("learnt slope: p = 0",),
     "norm, β = 1/2": ("batch-topk", "norm: other rows"),
     "norm, β = 1": ("batch-topk", "norm: other rows"),
 }
@@ -252,6 +269,11 @@ EXPECTED: tuple[tuple[str, str, str, float, float], ...] = (
         for model in MODELS
         for idea in ("participation", "error", "tied, p = 1/2", "norm, β = 1")
     ),
+    # after one seed of it on planted data and after block 9 of SmolLM2
+    (PLANTED, "learnt slope, p = 1", WHITENED, 1, 99),
+    (PLANTED, "learnt slope, p = 1", "tied, p = 1", -1, 0),
+    ("smollm2", "learnt slope, p = 1", WHITENED, 0.2, 99),
+    ("smollm2", "learnt slope, p = 1", "learnt slope: p = 0", 0.2, 99),
 )
 
 
