@@ -63,26 +63,27 @@ def main() -> None:
             for name, checkout in checkouts.items():
                 shutil.rmtree(folders[name] / "results")
                 seconds[name].append(command(checkout, *study, "--out", folders[name]))
-        dictionaries = len(list((folders["this checkout"] / "dictionaries").iterdir()))
-    first = statistics.median(seconds["this checkout"])
+        measured = {  # an older checkout has no baselines
+            name: len(list((folder / "dictionaries").iterdir())) for name, folder in folders.items()
+        }
+    of_each = {name: statistics.median(own) / measured[name] for name, own in seconds.items()}
     lines = [
         f"## A study outside training, SmolLM2-135M, {SITE}",
         "",
-        "| | seconds, whole command | a dictionary | of the other |",
-        "|---|--:|--:|--:|",
+        "| | seconds, whole command | dictionaries | a dictionary | of the other |",
+        "|---|--:|--:|--:|--:|",
     ]
     for name, own in seconds.items():
-        median = statistics.median(own)
-        share = "" if name == "this checkout" else f"{first / median:.2f}"
+        share = "" if name == "this checkout" else f"{of_each['this checkout'] / of_each[name]:.2f}"
         lines.append(
-            f"| {name} | {median:.0f} [{min(own):.0f}, {max(own):.0f}] "
-            f"| {median / dictionaries:.1f} | {share} |"
+            f"| {name} | {statistics.median(own):.0f} [{min(own):.0f}, {max(own):.0f}] "
+            f"| {measured[name]} | {of_each[name]:.1f} | {share} |"
         )
     lines += [
         "",
-        f"{dictionaries} dictionaries, all trained before; medians of {asked.repeats} repeats, in "
-        "brackets the lowest and highest. *of the other*: this checkout's time, as a share. "
-        f"{busy}.",
+        f"All dictionaries were trained before; medians of {asked.repeats} repeats, in brackets "
+        "the lowest and highest. *of the other*: this checkout's time for a dictionary, as a "
+        f"share. {' '.join(more) or 'Default settings'}. {busy}.",
     ]
     print("\n".join(lines))
     if asked.write:
