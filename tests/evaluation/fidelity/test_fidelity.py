@@ -22,6 +22,7 @@ from llm_wsae.evaluation.fidelity import next_token, splicing
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate, sites_together
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
+from llm_wsae.hardware import free_memory, memory_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.backends import cpu
@@ -705,6 +706,15 @@ def test_sites_whose_dictionaries_do_not_fit_on_the_device_take_turns(model, con
     assert sites_together([0, 0, 0], 1, 1) == [3]
     with pytest.raises(UsageError, match="there is no dictionary to evaluate; name at least one"):
         FidelityEvaluator(model, contexts, CONFIG).evaluate_sites({})
+
+
+def test_memory_that_torch_keeps_for_tensors_to_come_is_free(monkeypatch):
+    card = torch.device("cuda")
+    for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 50),
+                        ("memory_allocated", 20)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert free_memory(card) == 130
+    assert free_memory(torch.device("cpu")) == memory_of(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("held", [8, 1])
