@@ -8,7 +8,7 @@ The same call after an interruption resumes it: finished stages are read back.
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
-from llm_wsae.errors import UsageError
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.activations import take_contexts
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
@@ -112,7 +112,8 @@ def run(
     ``out`` receives ``store/`` and, per site, ``profile.json``, ``profile.png``, one dictionary
     folder per arm, ``report.json``, ``fidelity.png``, and ``report.html``, which shows them. The
     training part of the corpus is harvested; its held-out part is used for the evaluation, which
-    reads it once for all sites and then writes their reports.
+    reads it once for all sites and then writes their reports. If one of several sites cannot be
+    evaluated, the others' reports are written before its error is raised.
     With a ``stream_config`` there is no store: all sites are trained in step, on the rows of as
     many tokens as would have been harvested, or on ``train_config.tokens`` rows, and weights come
     from the first tokens of the text.
@@ -190,9 +191,6 @@ def run(
         for site in sites:
             check_same_rows(out / str(site), rows.identity(site))
     facts, arms = {}, {}
-    judge = None
-    if trial:
-        judge = FidelityEvaluator(model, trial, replace(evaluate_config, tokens=TRIAL_TOKENS))
     for site in sites:
         _say(2, "weigh", f"profile of {site}")
         inputs = (
@@ -201,11 +199,12 @@ def run(
             else measure_stream_inputs(parsed, rows, site)
         )
         choice = None
-        if judge is not None:
+        if trial:
+            trials = replace(evaluate_config, tokens=TRIAL_TOKENS)
             choice = choose_alpha(
                 inputs,
                 rows.source(site),
-                judge,
+                FidelityEvaluator(model, trial, trials),
                 out / str(site),
                 k=ks[0] if ks else TRIAL_K,
                 training=train_config,
@@ -215,7 +214,6 @@ def run(
         weights = _weights(inputs, parsed, alphas, choice, weight_config)
         facts[site] = _profile(inputs, site, out / str(site), weights)
         arms[site] = make_arms(weights, ks, l1s, init_seeds, architectures)
-    judge = None  # and with it the activations that it keeps
     trained: dict[Site, dict[str, Dictionary]] = {}
     if isinstance(rows, ActivationStore):
         for site in sites:
@@ -227,10 +225,9 @@ def run(
         trained = train_sites(rows, arms, train_config, out)
     places = ", ".join(map(str, sites))
     _say(4, "evaluate", f"{places} on {evaluate_config.tokens:,} held-out tokens")
-    reports = FidelityEvaluator(model, heldout, evaluate_config).evaluate_sites(trained)
     results = {}
-    for site, dictionaries in trained.items():
-        folder, report = out / str(site), reports[site]
+    for site, report in _reports(FidelityEvaluator(model, heldout, evaluate_config), trained):
+        folder, dictionaries = out / str(site), trained[site]
         _save_metrics(folder, dictionaries, report)
         report.write(folder / "report.json")
         plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
@@ -319,6 +316,28 @@ def _profile(
     plot_profile(inputs.statistics, weights, str(site), folder / "profile.png")
     tqdm.write(profile_text(facts), file=sys.stderr)
     return facts
+
+
+def _reports(
+    evaluator: FidelityEvaluator, trained: Mapping[Site, Mapping[str, Dictionary]]
+) -> Iterator[tuple[Site, Report]]:
+    """The report of each site, from one pass for all. Where that fails, the sites are evaluated one
+    by one, and what is raised in the end is the first error of these."""
+    failure = None
+    try:
+        yield from evaluator.evaluate_sites(trained).items()
+        return
+    except LlmWsaeError as error:
+        if len(trained) == 1:
+            raise
+        tqdm.write(f"{error}; the sites are evaluated one by one", file=sys.stderr)
+    for site, dictionaries in trained.items():
+        try:
+            yield site, evaluator.evaluate(dictionaries)
+        except LlmWsaeError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from llm_wsae.commands.options import Flag, Result, cost, note
+from llm_wsae.commands.options import Flag, Result, cost
 from llm_wsae.outputs import check_folder
 from llm_wsae.provenance import write_record
 from llm_wsae.terminal import printable
@@ -42,17 +42,11 @@ def merge(
         }
         for part in merged.manifest.parts
     ]
-    if len({part["part"] for part in parts}) > 1:
-        note(
-            f"not every store says which part of its corpus it is, so {out} may hold text that was "
-            "held out; measure its dictionaries on other text"
-        )
     massive = {str(s): merged.statistics(s).massive_count for s in merged.sites}
     facts = {"store": str(out), "rows": merged.num_rows, "d_in": merged.d_in, "massive": massive}
     lines = [f"{merged.num_rows:,} rows of {merged.d_in} dimensions at each site in {out}"]
     lines += [
-        printable(f"  {part['rows']:,} from {part['corpus']} ({part['part'] or 'part not known'})")
-        for part in parts
+        printable(f"  {part['rows']:,} from {part['corpus']} ({part['part']})") for part in parts
     ]
     lines += [f"  {s}: {count:,} massive activations" for s, count in massive.items()]
     return {**facts, "parts": parts}, "\n".join([*lines, cost(started)])

@@ -132,16 +132,17 @@ def _in_common(manifest: Manifest) -> Manifest:
 
 def _check_parts(stores: Sequence[ActivationStore]) -> None:
     """Raises LlmWsaeError unless all stores are of one part of their corpora: what was held out of
-    one must not be trained on with the others. A store that does not say its part fits any."""
-    known = [(store, part) for store in stores if (part := store.manifest.corpus.get("part"))]
-    for store, part in known:
-        first, expected = known[0]
-        if part != expected:
+    one must not be trained on with the others."""
+    corpora = [store.manifest.corpus for store in stores]
+    parts = [corpus.get("part") for corpus in corpora]
+    for store, corpus, part in zip(stores, corpora, parts, strict=True):
+        if part != parts[0]:
             raise LlmWsaeError(
-                f"{store.folder} holds the {part} part of {store.manifest.corpus['name']}, but "
-                f"{first.folder} the {expected} part of {first.manifest.corpus['name']}, and what "
-                f"is held out of a text must stay apart; harvest one again with --part {expected}, "
-                "or all with --part all to keep nothing apart"
+                f"{store.folder} holds the {part} part of {corpus['name']}, but "
+                f"{stores[0].folder} the {parts[0]} part of {corpora[0]['name']}, and what is held "
+                "out of a text must stay apart; harvest one again with --part "
+                f"{'train' if 'train' in parts else 'heldout'}, or all with --part all to keep "
+                "nothing apart"
             )
 
 
@@ -231,8 +232,7 @@ def _corpus_of(corpora: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All texts as one corpus, named as ``Corpus.open`` names it: ``a+b``.
 
     Documents are held out by their names, which are unchanged. So the held-out part of ``a+b`` is
-    held out of the merged store too if it was of each; where a store does not say its part, that
-    of all is ``all``.
+    held out of the merged store too if it was of each; otherwise its part is ``all``.
     """
 
     def joined(key: str) -> str:

@@ -110,7 +110,8 @@ class Sizes:
 
     def device(self, evaluate: EvaluateConfig, memory: int) -> int:
         """The most in an accelerator's memory, of ``memory`` bytes, the model included."""
-        at_once = max(sites_together([self._loaded] * self.sites, memory))
+        free = memory - self.model_bytes
+        at_once = max(sites_together([self._loaded] * self.sites, memory, free))
         return self.model_bytes + max(self._training(), self._evaluation(evaluate, at_once))
 
     def _training(self) -> int:
@@ -128,11 +129,12 @@ class Sizes:
 
     def _evaluation(self, config: EvaluateConfig, sites: int) -> int:
         """The dictionaries of so many sites, the text's activations there and at the end of the
-        model, and the latter for each variant of a batch: every dictionary, zeros and the mean."""
+        model, and the latter for each variant of a batch: zeros, the mean, and every dictionary
+        twice, since massive rows may be replaced too."""
         row = self.d_in * self.model_item
         kept = min(CACHE_BYTES, (self.sites + 1) * config.tokens * row)
         of_batch = min(config.batch_tokens, config.tokens) * row
-        held = min(HELD_BYTES + of_batch, sites * (self.arms + 2) * of_batch)
+        held = min(HELD_BYTES + 2 * of_batch, sites * (2 * self.arms + 2) * of_batch)
         return kept + sites * self._loaded + held
 
 

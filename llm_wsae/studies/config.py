@@ -19,7 +19,8 @@ class StudyConfig:
     alphas: tuple[float, ...] = (0.5,)
     """Exponents of the weights γ = score^α."""
     ks: tuple[int, ...] = (32,)
-    """Active latents per token of the weighted dictionaries. The first is the baselines', too."""
+    """Active latents per token of the weighted dictionaries. The first is the baselines', too, of a
+    study that has none yet."""
     curve: tuple[int, ...] = (16, 24, 32, 48, 64)
     """Active latents per token of the plain dictionaries: the k-curve."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -19,6 +19,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, read_own_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.studies import consistency
+from llm_wsae.studies.plan import RAW_NAME
 from llm_wsae.studies.report import StudyReport
 from llm_wsae.studies.results import Result, read_result, with_explained
 
@@ -76,6 +77,15 @@ def read_basis(folder: Path) -> dict[str, Any]:
         return old | basis | {"training": training}
     except (AttributeError, KeyError, TypeError) as error:
         raise LlmWsaeError(f"{path} is not the description of a study; {AGAIN}") from error
+
+
+def k_of_baselines(folder: Path) -> int | None:
+    """The k of the baselines that are there, finished or begun: the raw dimensions are saved before
+    the others are trained. The least, should there be several."""
+    places = (f"{RESULTS}/{RAW_NAME}*.json", f"{DICTIONARIES}/{RAW_NAME}*")
+    names = [path.name for place in places for path in folder.glob(place)]
+    ks = [name.removeprefix(RAW_NAME).removesuffix(".json") for name in names]
+    return min((int(k) for k in ks if k.isdecimal()), default=None)
 
 
 def has_unit_lengths(folder: Path) -> bool:

@@ -122,7 +122,8 @@ class StudyJobs:
     def _save_raw(self, planned: PlannedArm) -> None:
         """Save the raw dimensions, which are not trained, in the place of a trained dictionary."""
         statistics = self.source.statistics()
-        info = DictionaryInfo(name=planned.name, **origin_of(self.source, statistics))
+        origin = origin_of(self.source, statistics)
+        info = DictionaryInfo(name=planned.name, rule="raw dimensions", **origin)
         raw_dimensions(info, statistics, float(planned.arm.level)).save(self._dictionary(planned))
 
     def _collect(self) -> None:

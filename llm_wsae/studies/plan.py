@@ -22,6 +22,8 @@ from llm_wsae.weights.rules import Rule
 
 PLAIN = "uniform"
 RAW = "topk baseline: raw dimensions"
+RAW_NAME = "raw-dimensions-k"
+"""Of its folder and of its result, without the k."""
 FROZEN: dict[ArchitectureName, str] = {
     "frozen-decoder": "topk baseline: frozen decoder",
     "frozen-encoder": "topk baseline: frozen encoder",
@@ -46,7 +48,7 @@ class PlannedArm:
     @property
     def name(self) -> str:
         """Of its folder and of its result."""
-        return f"raw-dimensions-k{self.arm.k}" if self.label == RAW else self.arm.name
+        return f"{RAW_NAME}{self.arm.k}" if self.label == RAW else self.arm.name
 
     def identity(self, lengths: Lengths) -> dict[str, Any]:
         """What its result must agree on, as JSON."""
@@ -90,15 +92,16 @@ def plan(
     return list(arms.values())
 
 
-def baselines(inputs: RuleInputs, config: StudyConfig) -> list[PlannedArm]:
+def baselines(inputs: RuleInputs, config: StudyConfig, k: int, d_sae: int) -> list[PlannedArm]:
     """The raw dimensions, once, and for each seed a dictionary with a frozen decoder and one with a
-    frozen encoder: all TopK, at the first k that was asked for, beside the rules' own.
+    frozen encoder: all TopK, with ``k`` active latents.
 
-    An architecture that all dictionaries of the study have is no baseline of it.
+    An architecture that all dictionaries of the study have is no baseline of it, and there is none
+    with a frozen half if k is more than its ``d_sae`` latents.
     """
-    weights, k = weights_from_rule(PLAIN, 1.0, inputs), config.ks[0]
+    weights = weights_from_rule(PLAIN, 1.0, inputs)
     found = [PlannedArm(ArmConfig(weights, k), RAW, None)]
-    for seed in dict.fromkeys(config.seeds):
+    for seed in dict.fromkeys(config.seeds if k <= d_sae else ()):
         for name, label in FROZEN.items():
             if name != config.architecture:
                 arm = ArmConfig(weights, k, init_seed=seed, architecture=name)

@@ -2,7 +2,8 @@
 
 Stopped at any instant, the same command resumes it. A command with other rules, k or seeds adds to
 the study. The report always covers everything that was tried in its folder, and so does the
-correction for multiple tests. Baselines (``plan``) that the folder lacks are added to it, too.
+correction for multiple tests. Baselines (``plan``) that the folder lacks are added to it, too, all
+with one k: the first k of the command that added the first ones.
 """
 
 import sys
@@ -48,6 +49,7 @@ from llm_wsae.studies.folder import (
     TRAINING,
     check_basis,
     has_unit_lengths,
+    k_of_baselines,
     read_basis,
     read_explained,
     read_report,
@@ -168,9 +170,7 @@ def study(
         if endpoint is not None:
             _check_explained(out, asked)
         source = store.source(site) if planted is None else planted
-        # the same to these arms, and no demand on the frozen ones beside them
-        lengths = "auto" if training.lengths == "free" else training.lengths
-        how = replace(training, lengths=lengths)
+        how = _for_frozen_too(training)
         jobs = StudyJobs(source, out, config, how, fidelity_evaluator, model.device)
         judge = partial(MonosemanticityEvaluator, model, heldout, packing, scoring, encoder)
         monosemanticity = None
@@ -180,8 +180,9 @@ def study(
         if trains_first:
             first = after_first(source, site, inputs, out / FIRST, config, training)
             arms = _planned(inputs, config, weigh, training, first)
-        if _MEASURES["measures"] == read_basis(out)["measures"]:  # older ones are only reported on
-            arms += baselines(inputs, config)
+        if _can_be_added_to(out):
+            k = k_of_baselines(out) or config.ks[0]
+            arms += baselines(inputs, config, k, _d_sae(inputs, training))
         missing = jobs.missing(arms)
         if missing and monosemanticity is None:
             check_basis(out, _MEASURES)
@@ -208,9 +209,24 @@ def _planned(
     cannot be trained with the lengths that are asked for."""
     arms = plan(inputs, config, weigh, first)
     for planned in arms:
-        planned.arm.check(training.expansion * inputs.statistics.d_in)
+        planned.arm.check(_d_sae(inputs, training))
         planned.arm.lengths(training.lengths)
     return arms
+
+
+def _d_sae(inputs: RuleInputs, training: TrainConfig) -> int:
+    return training.expansion * inputs.statistics.d_in
+
+
+def _for_frozen_too(training: TrainConfig) -> TrainConfig:
+    """The same for arms that can have the lengths that are asked for, and without a demand on the
+    frozen ones beside them, which cannot have free ones."""
+    return replace(training, lengths="auto") if training.lengths == "free" else training
+
+
+def _can_be_added_to(out: Path) -> bool:
+    """Studies whose measures had another definition are only reported on."""
+    return bool(read_basis(out)["measures"] == _MEASURES["measures"])
 
 
 def _check_explained(out: Path, asked: dict[str, Any]) -> None:

@@ -24,7 +24,6 @@ import llm_wsae.tuning
 from llm_wsae.cli import COMMANDS
 from llm_wsae.commands.options import ModelOptions
 from llm_wsae.commands.run import _page
-from llm_wsae.data.manifest import Manifest
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.model.site import Site
@@ -152,13 +151,6 @@ def test_merge(world, model_and_corpus, tmp_path):
     refused = call("merge", more, heldout, "--link", "--out", tmp_path / "both")
     assert refused.code == 1 and not (tmp_path / "both").exists()
     assert f"{heldout} holds the heldout part of text.jsonl, but {more} the train" in refused.err
-
-    manifest = Manifest.load(heldout)
-    del manifest.corpus["part"]
-    manifest.save(heldout)
-    both = works("merge", more, heldout, "--link", "--out", tmp_path / "both")
-    assert f"{tmp_path / 'both'} may hold text that was held out" in both.err
-    assert "from text.jsonl (part not known)" in both.out
 
 
 def test_weigh(world, tmp_path):

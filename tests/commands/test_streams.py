@@ -12,7 +12,8 @@ import llm_wsae.pipeline
 import llm_wsae.tuning
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.evaluation.fidelity import evaluator
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.evaluation.fidelity import evaluator, summary
 from llm_wsae.files import read_own_json, save_own_tensors
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
@@ -102,8 +103,7 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
 
 
 def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
-    """With the files of a run of each site alone, and one pass over each of two texts: that on
-    which α is chosen, and that which is reported on."""
+    """With the files of a run of each site alone."""
     monkeypatch.setattr(llm_wsae.pipeline, "TRIAL_TOKENS", 300)
     monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 1024)
     passes, clean_stream = [], evaluator.clean_stream
@@ -117,10 +117,8 @@ def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
              "uniform", "whitening", "--alpha", "auto", "--evaluate.batch-tokens", 64)  # fmt: skip
     works(*asked, "--site", *SITES, "--out", tmp_path / "both")
     trial, heldout = sorted({batches for batches, _, _ in passes})
-    resumed = [(batches, number) for batches, number, is_new in passes if is_new]
-    assert trial < heldout and sorted(resumed) == [
-        (batches, number) for batches in (trial, heldout) for number in range(batches)
-    ]
+    resumed = [number for batches, number, is_new in passes if is_new and batches == heldout]
+    assert trial < heldout and resumed == list(range(heldout))
     assert len(passes) == 2 * trial + heldout
     for site in SITES:
         works(*asked, "--site", site, "--out", tmp_path / site)
@@ -128,6 +126,31 @@ def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
         assert both.keys() == alone.keys() >= {"alpha.json", "report.json", "report.html"}
         different = {name for name in both if both[name] != alone[name]}
         assert different <= {"log.jsonl", "training.json"}, different  # which hold times
+
+
+def test_a_site_that_cannot_be_evaluated_does_not_cost_the_others_their_reports(
+    world, tmp_path, monkeypatch
+):
+    check = summary._check_finite
+
+    def broken(hidden, keep, site):
+        if str(site) == SITES[0]:
+            raise LlmWsaeError(f"activations of the model at {site} are NaN")
+        check(hidden, keep, site)
+
+    asked = ("run", "--model", world / "model", "--corpus", world / "text.jsonl", *RUN, "--rule",
+             "uniform", "--out", tmp_path / "out", "--site")  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(summary, "_check_finite", broken)
+        failed = call(*asked, *SITES)
+    assert failed.code == 1 and failed.out == ""
+    assert failed.err.splitlines()[-1].endswith(f"activations of the model at {SITES[0]} are NaN")
+    assert "are NaN; the sites are evaluated one by one\n" in failed.err
+    report, page = (tmp_path / "out" / SITES[1] / name for name in ("report.json", "report.html"))
+    found = report.read_bytes()
+    assert page.exists() and not (tmp_path / "out" / SITES[0] / "report.json").exists()
+    works(*asked, *SITES)
+    assert report.read_bytes() == found and (tmp_path / "out" / SITES[0] / "report.html").exists()
 
 
 def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):

@@ -242,12 +242,20 @@ def test_stores_of_different_parts_are_refused(model, stores, texts, tmp_path):
         return harvest(model, corpus, SITES, tmp_path / f"{name}-{part}", config).folder
 
     heldout, everything = harvested("a", "heldout"), harvested("c", "all")
+    silent = shutil.copytree(stores[0], tmp_path / "silent")
+    manifest = Manifest.load(silent)
+    del manifest.corpus["part"]  # every harvest says it
+    manifest.save(silent)
     for given, sentence in (
         ([stores[0], heldout], f"{heldout} holds the heldout part of a.jsonl, but {stores[0]} the "
          "train part of a.jsonl, and what is held out of a text must stay apart; harvest one again "
          "with --part train, or all with --part all to keep nothing apart"),
-        ([heldout, stores[1]], f"{stores[1]} holds the train part of b.jsonl, but {heldout} the "),
+        ([heldout, stores[1]], f"{stores[1]} holds the train part of b.jsonl, but {heldout} the "
+         "heldout part of a.jsonl, and what is held out of a text must stay apart; harvest one "
+         "again with --part train, or"),
         ([*stores[:2], everything], f"{everything} holds the all part of c.jsonl, but {stores[0]}"),
+        ([everything, heldout], "harvest one again with --part heldout, or all with --part all"),
+        ([silent, stores[1]], f"holds the train part of b.jsonl, but {silent} the None part of a."),
     ):  # fmt: skip
         with pytest.raises(LlmWsaeError, match=re.escape(sentence)):
             merge(given, tmp_path / "s")
@@ -256,16 +264,6 @@ def test_stores_of_different_parts_are_refused(model, stores, texts, tmp_path):
     assert both.manifest.corpus["part"] == "heldout"
     with pytest.raises(LlmWsaeError, match=r"holds the heldout part of a\.jsonl\+b\.jsonl, but"):
         merge([stores[2], both.folder], tmp_path / "s")
-
-
-def test_a_store_that_does_not_say_its_part_fits_any(stores, tmp_path):
-    silent = shutil.copytree(stores[0], tmp_path / "silent")
-    manifest = Manifest.load(silent)
-    del manifest.corpus["part"]
-    manifest.save(silent)
-    merged = merge([silent, *stores[1:]], tmp_path / "s")
-    assert merged.manifest.corpus["part"] == "all"  # for all that is known
-    assert [part.corpus.get("part") for part in merged.manifest.parts] == [None, "train", "train"]
 
 
 def test_a_store_that_does_not_fit_is_refused_by_the_setting(model, stores, texts, tmp_path):

@@ -204,7 +204,7 @@ def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch):
     row, own = 64 * 4, 3 * 8 * 64 * 128  # the dictionaries of a site
 
     def expected(sites, together):
-        held = together * (3 + 2) * 8192 * row
+        held = together * (2 * 3 + 2) * 8192 * row
         return (sites + 1) * 100_000 * row + together * own + held
 
     def planned(sites, **more):
@@ -217,8 +217,14 @@ def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch):
     card = replace(speeds.ACCELERATORS["h100"], memory=8 * own - 1)  # room for those of one site
     monkeypatch.setitem(speeds.ACCELERATORS, "h100", card)
     assert planned(2, accelerator="h100") == weights + expected(2, 1)
-    monkeypatch.setattr(sizes, "HELD_BYTES", 8192 * row)  # and that of the last variant
-    assert planned(2) == 2**30 + expected(2, 2) - 10 * 8192 * row + 2 * 8192 * row
+    card = replace(card, memory=weights + 4 * own - 1)  # nor beside the model, in half of the rest
+    monkeypatch.setitem(speeds.ACCELERATORS, "h100", card)
+    monkeypatch.setattr(sizes, "sites_together", lambda *given: asked.append(given) or [1, 1])
+    asked = []
+    assert planned(2, accelerator="h100") == weights + expected(2, 1)
+    assert asked == [([own, own], card.memory, card.memory - weights)]
+    monkeypatch.setattr(sizes, "HELD_BYTES", 8192 * row)  # and that of the last dictionary
+    assert planned(2) == 2**30 + expected(2, 2) - 16 * 8192 * row + 3 * 8192 * row
 
 
 def test_dictionaries_of_earlier_sites_stay_in_memory(model, monkeypatch):

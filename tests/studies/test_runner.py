@@ -222,6 +222,7 @@ def test_what_learnt_nothing_stands_beside_the_others(whole, world, study):
     torch.testing.assert_close(raw.W_dec, torch.cat([spread.diag(), -spread.diag()]))
     plain = Dictionary.load(out / "dictionaries/uniform-k4")
     assert raw.sparsity == plain.sparsity and raw.info.store == plain.info.store
+    assert raw.info.rule == "raw dimensions" and plain.info.rule == "uniform"
     assert raw.info.massive_threshold == plain.info.massive_threshold
     text = Corpus.open(str(world / "text.jsonl"), "heldout")
     contexts = Packer.for_model(study.model, PackConfig(context_size=16)).contexts(text)
@@ -440,6 +441,41 @@ def test_a_group_that_was_begun_is_resumed(study, trained, monkeypatch, tmp_path
     assert sorted(name for call in trained[1:] for name in call if "a0.5" not in name) == sorted(
         {*NAMES, *FROZEN} - begun
     )
+
+
+def test_all_baselines_have_the_k_of_the_first(study, trained, monkeypatch, tmp_path):
+    """Whatever comes first in a later command: a group that was begun goes on, and no other k
+    begins on the seeds that are added."""
+    out = tmp_path / "out"
+
+    def stop(source, arms, config, folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            study(out)
+    (group,) = out.glob("training/*/group.json")
+    begun = json.loads(group.read_text())["dictionaries"]
+    other = replace(CONFIG, ks=(8, 4), keep_dictionaries=False)
+    study(out, other)
+    assert trained[0] == begun and set(FROZEN[:2]) < set(begun)
+    assert not list((out / "dictionaries").iterdir())
+    report = study(out, replace(other, seeds=(1, 2)))
+    assert {r.point.k for r in report.results if r.label == "variance-a-0.25"} == {4, 8}
+    assert {(r.label, r.point.k, r.point.seed) for r in report.results if r.is_baseline} == {
+        (RAW_LABEL, 4, 0), *((label, 4, seed) for label in FROZEN_LABELS for seed in (0, 1, 2))
+    }  # fmt: skip
+
+
+def test_baselines_that_would_not_fit_are_left_out(study, trained, tmp_path):
+    """Where nothing else of the study has their k."""
+    config = replace(CONFIG, rules=("uniform",), ks=(128,), curve=(2, 8))
+    report = study(tmp_path / "out", config)
+    assert [r.name for r in report.results if r.is_baseline] == ["raw-dimensions-k128"]
+    assert sorted(name for call in trained for name in call) == [
+        "uniform-k2", "uniform-k2-s1", "uniform-k8", "uniform-k8-s1"
+    ]  # fmt: skip
 
 
 def test_dictionaries_need_not_be_kept(study, trained, tmp_path):
@@ -727,10 +763,10 @@ def test_all_dictionaries_are_of_one_architecture(inputs):
     assert planned[2].control == planned[3].label == "permuted-variance-a0.5"
 
 
-def test_baselines_are_topk_at_the_first_k_on_every_seed(inputs):
+def test_baselines_are_topk_with_one_k_on_every_seed(inputs):
     config = StudyConfig(("variance",), (0.5,), (4, 2), (2, 4), (3, 5))
     for architecture in ("topk", "jumprelu", "frozen-decoder"):
-        found = baselines(inputs, replace(config, architecture=architecture))
+        found = baselines(inputs, replace(config, architecture=architecture), 4, 16)
         wanted = {("raw-dimensions-k4", RAW_LABEL)}
         wanted |= {
             (f"uniform-frozen-{half}-k4-s{seed}", f"topk baseline: frozen {half}")
@@ -746,8 +782,10 @@ def test_baselines_are_topk_at_the_first_k_on_every_seed(inputs):
         )
     assert config.most_dictionaries == 2 * (2 + 2 * 2 + 2) + 1
     assert config.most_dictionaries == len(
-        plan(inputs, config, WeightConfig()) + baselines(inputs, config)
+        plan(inputs, config, WeightConfig()) + baselines(inputs, config, 4, 16)
     )
+    assert [p.label for p in baselines(inputs, config, 16, 16)] == [RAW_LABEL, *2 * FROZEN_LABELS]
+    assert [p.label for p in baselines(inputs, config, 17, 16)] == [RAW_LABEL]
 
 
 def test_what_knows_nothing_needs_no_control_and_plain_is_plain_once(inputs):

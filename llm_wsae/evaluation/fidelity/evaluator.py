@@ -51,7 +51,7 @@ from llm_wsae.evaluation.fidelity.summary import (
     from_plain,
     read_baselines,
 )
-from llm_wsae.hardware import memory_of
+from llm_wsae.hardware import free_memory, memory_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.uncertainty import Bootstrap
@@ -117,20 +117,18 @@ class FidelityEvaluator:
         Of dictionaries that must be copied to an accelerator, as many sites share a pass as have
         room there (``sites_together``). Raises as ``evaluate`` does.
         """
-        for own in dictionaries.values():
+        for own in dictionaries.values() or [{}]:
             check_fit(own, self._model, "evaluate")
         copied = [sum(map(self._copied_bytes, own.values())) for own in dictionaries.values()]
+        device = self._model.device
         reports: dict[Site, Report] = {}
         sites = list(dictionaries)
-        for count in sites_together(copied, memory_of(self._model.device)):
+        for count in sites_together(copied, memory_of(device), free_memory(device)):
             now, sites = sites[:count], sites[count:]
-            reports |= self._reports({site: dictionaries[site] for site in now})
+            measured = self._read_text({site: dictionaries[site] for site in now})
+            reports |= {site: self._report(dictionaries[site], *measured) for site in now}
+            del measured  # and with it the copies of the dictionaries
         return reports
-
-    def _reports(self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]) -> dict[Site, Report]:
-        """From one pass, whose copies of the dictionaries are gone when this returns."""
-        measured = self._read_text(dictionaries)
-        return {site: self._report(own, *measured) for site, own in dictionaries.items()}
 
     def _copied_bytes(self, dictionary: Dictionary) -> int:
         is_there = dictionary.W_enc.device == self._model.device
@@ -145,9 +143,9 @@ class FidelityEvaluator:
         with tqdm(total=self._num_contexts, desc="evaluate", unit="ctx") as bar:
             for number, (ids, keep) in enumerate(self._cache.batches):
                 activations = self._cache.at(number, list(sites))
-                clean = clean_stream(self._model, self._cache, number, max(sites), activations)
                 if number == 0:
                     self._check_resumable(ids[:1], activations)
+                clean = clean_stream(self._model, self._cache, number, max(sites), activations)
                 measured = splice_batch(sites, self._model, ids, keep, activations, clean)
                 for key, numbers in measured:
                     columns[key].append(numbers)
@@ -227,15 +225,16 @@ class FidelityEvaluator:
         return copy.deepcopy(dictionary).to(self._model.device)
 
 
-def sites_together(copied: Sequence[int], memory: int) -> list[int]:
+def sites_together(copied: Sequence[int], memory: int, free: int) -> list[int]:
     """How many sites, in their order, are measured in each pass over a text: as many as have their
-    dictionaries, of ``copied`` bytes at each site, in a quarter of the device's memory, and at
-    least one."""
-    counts, left = [0], memory // 4
+    dictionaries, of ``copied`` bytes at each site, in a quarter of the device's memory and in half
+    of what is free of it, and at least one."""
+    room = min(memory // 4, free // 2)
+    counts, left = [0], room
     for size in copied:
         if counts[-1] and size > left:
             counts.append(0)
-            left = memory // 4
+            left = room
         counts[-1] += 1
         left -= size
     return counts

@@ -7,7 +7,7 @@ are computed once for all that are kept.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,14 +37,15 @@ class SiteState:
 class _Variant(NamedTuple):
     """A batch with something in the place of a site's activations."""
 
-    key: Key
-    """("zero", site), ("mean", site), or ("dictionary", site, name)."""
+    kind: Literal["zero", "mean", "dictionary"]
+    site: Site
     end: Tensor
     """What the last block puts out."""
-    affected: Tensor | None = None
-    """Which contexts have massive rows, if there are any."""
-    massive: Tensor | None = None
-    """What the last block puts out for these if their massive rows are replaced too."""
+    name: str = ""
+    """Of the dictionary."""
+    with_massive: tuple[Tensor, Tensor] | None = None
+    """Which contexts have massive rows, if there are any, and what the last block puts out for
+    these if their massive rows are replaced too."""
 
 
 def splice_batch(
@@ -62,25 +63,27 @@ def splice_batch(
     variants = _variants(sites, model, ids, keep, activations)
     # the logits of the model itself serve all variants that are in memory together
     for number, some in enumerate(_some_at_a_time(variants)):
-        ends = [variant.end for variant in some]
-        clean_ce, found = next_token_sums(model, clean, ends, ids, scored)
+        clean_ce, found = next_token_sums(model, clean, [one.end for one in some], ids, scored)
         if number == 0:
             yield ("ce", "clean"), clean_ce
         for variant, (ce, kl) in zip(some, found, strict=True):
-            kind, site, *name = variant.key
+            kind, site, name = variant.kind, variant.site, variant.name
             if kind != "dictionary":
-                assert isinstance(site, Site)
-                sites[site].baselines.columns["ce", *variant.key].append(ce)
-                sites[site].baselines.columns["kl", *variant.key].append(kl)
+                columns = sites[site].baselines.columns
+                columns["ce", kind, site].append(ce)
+                columns["kl", kind, site].append(kl)
                 continue
-            yield ("ce", *variant.key), ce
-            yield ("kl", *variant.key), kl
-            if variant.affected is not None and variant.massive is not None:
-                affected = variant.affected
-                part = [variant.massive], ids[affected], scored[affected]
-                ((other, _),) = next_token_sums(model, clean[affected], *part)[1]
+            yield ("ce", kind, site, name), ce
+            yield ("kl", kind, site, name), kl
+            if variant.with_massive is not None:
+                affected = variant.with_massive[0]
+                part = ids[affected], scored[affected]
+                _, ((other, _),) = next_token_sums(
+                    model, clean[affected], [variant.with_massive[1]], *part
+                )
                 ce = ce.index_copy(0, affected.cpu(), other)
-            yield ("ce", "massive", site, *name), ce
+            yield ("ce", "massive", site, name), ce
+        del variant  # so that the next ones take the place of these in memory
 
 
 def _variants(
@@ -97,34 +100,40 @@ def _variants(
         if state.is_new:
             baselines.rows.update(hidden[rows])
             baselines.massive.update(hidden[massive])
-            for kind, value in (
-                ("zero", torch.zeros_like(baselines.mean)),
-                ("mean", baselines.mean),
-            ):
+            ablations: dict[Literal["zero", "mean"], Tensor] = {
+                "zero": torch.zeros_like(baselines.mean),
+                "mean": baselines.mean,
+            }
+            for kind, value in ablations.items():
                 spliced = hidden.clone()
                 spliced[rows] = value.to(hidden)
-                yield _Variant((kind, site), model.resume_to_end(ids, site, spliced))
+                yield _Variant(kind, site, model.resume_to_end(ids, site, spliced))
         affected = massive.any(1).nonzero()[:, 0]
         for name, dictionary in state.dictionaries.items():
             sums, spliced = state.sums[name], hidden.clone()
             spliced[rows] = sums.update(dictionary, hidden[rows]).to(hidden.dtype)
-            variant = _Variant(("dictionary", site, name), model.resume_to_end(ids, site, spliced))
+            variant = _Variant("dictionary", site, model.resume_to_end(ids, site, spliced), name)
             if len(affected):
                 spliced[massive] = sums.update_massive(dictionary, hidden[massive]).to(hidden.dtype)
-                end = model.resume_to_end(ids[affected], site, spliced[affected])
-                variant = variant._replace(affected=affected, massive=end)
+                part = ids[affected], site, spliced[affected]
+                variant = variant._replace(with_massive=(affected, model.resume_to_end(*part)))
             yield variant
+            del variant
 
 
 def _some_at_a_time(variants: Iterable[_Variant]) -> Iterator[list[_Variant]]:
-    """The variants in lists of ``HELD_BYTES`` or little more, each at least one."""
+    """The variants in lists of ``HELD_BYTES`` or little more, each at least one; a list is emptied
+    when the next one is asked for."""
     held: list[_Variant] = []
     size = 0
     for variant in variants:
         held.append(variant)
-        size += variant.end.nbytes + (0 if variant.massive is None else variant.massive.nbytes)
+        size += variant.end.nbytes
+        size += 0 if variant.with_massive is None else variant.with_massive[1].nbytes
+        del variant
         if size >= HELD_BYTES:
             yield held
-            held, size = [], 0
+            held.clear()
+            size = 0
     if held:
         yield held

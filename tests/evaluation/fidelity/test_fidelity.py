@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import tracemalloc
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from llm_wsae.evaluation.fidelity import next_token, splicing
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate, sites_together
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
+from llm_wsae.hardware import free_memory, memory_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.backends import cpu
@@ -686,25 +688,82 @@ def test_sites_whose_dictionaries_do_not_fit_on_the_device_take_turns(model, con
     together = FidelityEvaluator(model, contexts, CONFIG).evaluate_sites(known)
     monkeypatch.setattr(FidelityEvaluator, "_copied_bytes", lambda own, one: 100)
     passes = counted(monkeypatch, FidelityEvaluator, "_read_text")
-    for memory, expected in ((1600, [2]), (1599, [1, 1]), (8, [1, 1])):
+    for memory, free, expected in (
+        (1600, 1600, [2]),
+        (1599, 1599, [1, 1]),
+        (8, 8, [1, 1]),
+        (1600, 800, [2]),
+        (1600, 799, [1, 1]),  # the model, too, is there
+    ):
         passes.clear()
         monkeypatch.setattr(evaluator_module, "memory_of", lambda device, size=memory: size)
+        monkeypatch.setattr(evaluator_module, "free_memory", lambda device, size=free: size)
         found = FidelityEvaluator(model, contexts, CONFIG).evaluate_sites(known)
         assert [len(dictionaries) for _, dictionaries in passes] == expected
         assert [r.to_dict() for r in found.values()] == [r.to_dict() for r in together.values()]
-    assert sites_together([3, 3, 5, 2, 9, 1, 1], 28) == [2, 2, 1, 2]
-    assert sites_together([0, 0, 0], 1) == [3]
+    assert sites_together([3, 3, 5, 2, 9, 1, 1], 28, 28) == [2, 2, 1, 2]
+    assert sites_together([3, 3, 5, 2, 9, 1, 1], 40, 14) == [2, 2, 1, 2]
+    assert sites_together([0, 0, 0], 1, 1) == [3]
+    with pytest.raises(UsageError, match="there is no dictionary to evaluate; name at least one"):
+        FidelityEvaluator(model, contexts, CONFIG).evaluate_sites({})
 
 
-def test_each_site_is_checked_not_only_the_last(contexts, monkeypatch):
-    """At the end of the last block every model makes its own predictions."""
-    made, last = fresh_model(), "blocks.2.hook_resid_post"
-    resume = made.resume_to_end
+def test_memory_that_torch_keeps_for_tensors_to_come_is_free(monkeypatch):
+    card = torch.device("cuda")
+    for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 50),
+                        ("memory_allocated", 20)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert free_memory(card) == 130
+    assert free_memory(torch.device("cpu")) == memory_of(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("held", [8, 1])
+def test_no_more_variants_are_in_memory_than_are_held_together(contexts, monkeypatch, held):
+    """Those of one list are gone before the next is filled, also where massive rows add some."""
+    made, batch = fresh_model(), 4 * POSITIONS * D * 4  # bytes of the last block's output
+    alive, most, resume = {}, [0], made.resume_to_end
+
+    def counted_bytes(*given):
+        end = resume(*given)
+        alive[id(end)] = end.nbytes
+        weakref.finalize(end, alive.pop, id(end))
+        most[0] = max(most[0], sum(alive.values()))
+        return end
+
+    def sums(model, clean, variants, ids, scored):
+        """The type checker of the tests keeps what the real ones are given for a while."""
+        first, *others = torch.rand(1 + len(variants), 2, len(ids), dtype=torch.float64)
+        return first[0], [tuple(other) for other in others]
+
+    monkeypatch.setattr(splicing, "HELD_BYTES", held * batch)
+    monkeypatch.setattr(splicing, "next_token_sums", sums)
+    monkeypatch.setattr(evaluator_module, "check_resumable", lambda *_: None)
+    monkeypatch.setattr(made, "resume_to_end", counted_bytes)
+    known = of_two_sites(made, contexts)
+    known = {
+        site: {f"{name} {n}": one for name, one in own.items() for n in range(10)}
+        for site, own in known.items()
+    }
+    FidelityEvaluator(made, contexts, replace(CONFIG, tokens=33)).evaluate_sites(known)
+    of_model = batch
+    assert held * batch < most[0] - of_model <= (held + 1) * batch  # the last adds up to two
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_each_site_is_checked_not_only_the_last(contexts, monkeypatch, broken):
+    """At the end of the last block every model makes its own predictions. What was resumed from
+    the other site says nothing afterwards."""
+    made, resume = fresh_model(), LanguageModel.resume_to_end
     monkeypatch.setattr(
-        made, "resume_to_end", lambda ids, site, hidden: resume(ids.flip(1), site, 3 * hidden)
-        if site.block == 0 else resume(ids, site, hidden)
+        made, "resume_to_end", lambda ids, site, hidden: resume(made, ids.flip(1), site, 3 * hidden)
+        if site.block == broken else resume(made, ids, site, hidden)
     )  # fmt: skip
-    evaluate({"late": identity(site=last)}, made, contexts, CONFIG)
-    both = {"early": identity(site="blocks.0.hook_resid_post"), "late": identity(site=last)}
-    with pytest.raises(LlmWsaeError, match=r"resumed at blocks\.0\..*more than the residual str"):
-        evaluate(both, made, contexts, CONFIG)
+    places = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
+    places[broken] = f"blocks.{broken}.hook_resid_post"
+    both = {place: identity(site=place) for place in places}
+    sound = {place: one for place, one in both.items() if one.site.block != broken}
+    alone = evaluate(sound, made, contexts, CONFIG)
+    evaluator = FidelityEvaluator(made, contexts, CONFIG)
+    with pytest.raises(LlmWsaeError, match=rf"resumed at blocks\.{broken}\..*more than the res"):
+        evaluator.evaluate(both)
+    assert evaluator.evaluate(sound).to_dict() == alone.to_dict()
