@@ -88,7 +88,7 @@ IN_SPACE = WeightConfig(place="space")
 _AS_TODAY = Step(
     (),
     (),
-    curve=(24, 32, 48),
+    curve=(16, 24, 32, 48),
     folder=TODAY.folder,
     keep=True,
     training=TrainConfig(tokens=2_000_000),
