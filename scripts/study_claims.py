@@ -302,9 +302,9 @@ TODAY = Apart(
     "All other dictionaries on this page had decoder rows of length 1 and one million rows. These "
     "have free lengths and two million, after block 9, and cross-entropy on 20,000 tokens. Plain k "
     "were to be 24, 32 and 48; 16 was added when weighted dictionaries turned out to lie below the "
-    "cross-entropy of 24. Controls of diagonal weights are permuted within deciles of variance, so that the loss has about as many "
-    "effective dimensions. `participation` takes its weights from a first dictionary of each seed, "
-    "which is trained on half of its rows.",
+    "cross-entropy of 24. Controls of diagonal weights are permuted within deciles of variance, so "
+    "that the loss has about as many effective dimensions. `participation` takes its weights from "
+    "a first dictionary of each seed, which is trained on half of its rows.",
     (
         _costs_at_most(WHITENED, 0.003),
         _within(WHITENED, "detection", -0.02, 0.002),
