@@ -103,12 +103,11 @@ PARTS = {
     ),
     "half-rate": Part(PAIR, BLOCKS_9, (0,), setting="half-rate", rate=0.5),
     "twice-rate": Part(PAIR, BLOCKS_9, (0,), setting="twice-rate", rate=2.0),
-    "batch-topk": Part(PAIR, BLOCKS_9, setting="batch-topk", architecture="batch-topk"),
+    "batch-topk": Part(PAIR, BLOCKS_9, (0,), setting="batch-topk", architecture="batch-topk"),
     "jumprelu": Part(PAIR, BLOCKS_9, setting="jumprelu", architecture="jumprelu"),
     "four-million": Part(PAIR, ("smollm2",), setting="four-million", rows=4_000_000),
-    "four-million-gemma": Part(PAIR, ("gemma",), setting="four-million", rows=4_000_000),
-    "fresh-default": Part((HALFWAY_IN_LOSS,), ("smollm2",), expected.FRESH),
-    "fresh": Part(PAIR, ("gemma", *OTHERS), expected.FRESH),
+    "four-million-gemma": Part(PAIR, ("gemma",), (0,), setting="four-million", rows=4_000_000),
+    "fresh": Part((HALFWAY_IN_LOSS,), ("smollm2",), expected.FRESH),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -116,7 +115,7 @@ inverse variance in the loss had turned out, after block 9 of SmolLM2, to recove
 ``random`` is apart because two of its six dictionaries diverged, and the spread over seeds is taken
 to be that of all dictionaries of a site. What comes after ``loss-powers`` was decided on when
 whitening in the loss had become the default; ``fresh`` so that five seeds stand behind what is
-called better."""
+called better there."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "four-million": "four million rows",
