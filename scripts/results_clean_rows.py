@@ -55,7 +55,11 @@ ARCHIVE = Path(__file__).parent / "results/clean-rows.jsonl.gz"
 WHERE = {"smollm2": 20_000, "gemma": 10_000}
 """Sites, and the held-out tokens of their evaluation."""
 ROWS = {1_000_000: "1 M", 4_000_000: "4 M"}
-LENGTHS: tuple[Lengths, ...] = ("free", "unit")
+TRAINED: dict[str, dict[tuple[int, Lengths], Sequence[int]]] = {
+    "smollm2": {(rows, lengths): SEEDS for rows in ROWS for lengths in ("free", "unit")},
+    "gemma": {(1_000_000, "free"): SEEDS, (1_000_000, "unit"): SEEDS, (4_000_000, "free"): (0,)},
+}
+"""Seeds of the pairs of dictionaries of a site, by rows and lengths."""
 JUDGED: dict[str, tuple[int, Lengths]] = {"gemma": (1_000_000, "free")}
 """Rows and lengths of the dictionaries of a site whose latents are judged."""
 PLAIN, WHITENED = f"uniform-k{K}", f"whitening-a0.5-k{K}"
@@ -91,20 +95,17 @@ EXPECTED_OF_LATENTS = (
 )
 
 
-def measure(
-    key: str, path: str, seeds: Sequence[int], many: Sequence[int], kinds: Sequence[Lengths]
-) -> None:
+def measure(key: str, path: str) -> None:
     """Harvest, train and measure what has no result yet."""
     where = PLACES[key]
     missing = [
         (rows, lengths, seed)
+        for (rows, lengths), seeds in TRAINED[key].items()
         for seed in seeds
-        for rows in many
-        for lengths in kinds
         if not _result(key, rows, lengths, seed).exists()
     ]
     # what was trained elsewhere is trained again before its latents are judged
-    again = key in JUDGED and not _latents(key).exists() and set(seeds) >= set(SEEDS)
+    again = key in JUDGED and not _latents(key).exists()
     if not missing and not again:
         return
     model = LanguageModel.load(path)
@@ -250,16 +251,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for key in WHERE:
         parser.add_argument(f"--{key}", help="the model, if it is to be measured")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--rows", type=int, nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=LENGTHS)
     asked = parser.parse_args()
     torch.set_grad_enabled(False)
     if ARCHIVE.exists():
         unpack(ARCHIVE, RUN)
     for key in WHERE:
         if path := getattr(asked, key):
-            measure(key, path, asked.seeds, asked.rows, asked.lengths)
+            measure(key, path)
             pack(RUN, ARCHIVE)
     write_result("clean-rows", section())
 

@@ -161,6 +161,11 @@ def test_the_section_of_clean_rows_is_that_of_the_measurements(monkeypatch, tmp_
     results_archive.unpack(results_clean_rows.ARCHIVE, tmp_path)
     monkeypatch.setattr(results_clean_rows, "RUN", tmp_path)
     agree(written("clean-rows"), results_clean_rows.section())
+    for key, trained in results_clean_rows.TRAINED.items():
+        found = results_clean_rows.read(key)
+        for (rows, lengths), seeds in trained.items():
+            for name in (results_clean_rows.PLAIN, results_clean_rows.WHITENED):
+                assert found[rows, lengths, name].keys() == set(seeds), (key, rows, lengths)
 
 
 def test_the_section_of_recovery_is_that_of_the_measurements(monkeypatch, tmp_path):

@@ -128,9 +128,9 @@ class Sizes:
         return self.together * self._loaded + 2 * 8 * self.matrix
 
     def _evaluation(self, config: EvaluateConfig, sites: int) -> int:
-        """The dictionaries of so many sites, the text's activations there and at the end of the
-        model, and the latter for each variant of a batch: zeros, the mean, and every dictionary
-        twice, since massive rows may be replaced too."""
+        """What ``sites`` evaluated together take: their dictionaries; the activations of the text,
+        at the sites and after the last block; and those after the last block once for each variant
+        of a batch (zeros, the mean, and every dictionary twice: massive rows may be replaced)."""
         row = self.d_in * self.model_item
         kept = min(CACHE_BYTES, (self.sites + 1) * config.tokens * row)
         of_batch = min(config.batch_tokens, config.tokens) * row

@@ -423,9 +423,8 @@ def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, traine
     ]  # fmt: skip
 
 
-def test_a_group_that_was_begun_is_resumed(study, trained, monkeypatch, tmp_path):
-    """Also when more is asked for meanwhile, which would make other groups."""
-    out, original = tmp_path / "out", jobs.train
+def stopped_in_training(study, out, monkeypatch):
+    """A study that is interrupted when its first group begins."""
 
     def stop(source, arms, config, folder):
         raise KeyboardInterrupt
@@ -434,7 +433,12 @@ def test_a_group_that_was_begun_is_resumed(study, trained, monkeypatch, tmp_path
         patch.setattr(jobs, "train", stop)
         with pytest.raises(KeyboardInterrupt):
             study(out)
-    assert original is jobs.train
+
+
+def test_a_group_that_was_begun_is_resumed(study, trained, monkeypatch, tmp_path):
+    """Also when more is asked for meanwhile, which would make other groups."""
+    out = tmp_path / "out"
+    stopped_in_training(study, out, monkeypatch)
     study(out, replace(CONFIG, alphas=(-0.25, 0.5)))
     begun = {*NAMES[:5], *FROZEN[:2]}
     assert set(trained[0]) == begun
@@ -447,14 +451,7 @@ def test_all_baselines_have_the_k_of_the_first(study, trained, monkeypatch, tmp_
     """Whatever comes first in a later command: a group that was begun goes on, and no other k
     begins on the seeds that are added."""
     out = tmp_path / "out"
-
-    def stop(source, arms, config, folder):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs, "train", stop)
-        with pytest.raises(KeyboardInterrupt):
-            study(out)
+    stopped_in_training(study, out, monkeypatch)
     (group,) = out.glob("training/*/group.json")
     begun = json.loads(group.read_text())["dictionaries"]
     other = replace(CONFIG, ks=(8, 4), keep_dictionaries=False)
