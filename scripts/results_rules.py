@@ -274,6 +274,17 @@ EXPECTED: tuple[tuple[str, str, str, float, float], ...] = (
     (PLANTED, "learnt slope, p = 1", "tied, p = 1", -1, 0),
     ("smollm2", "learnt slope, p = 1", WHITENED, 0.2, 99),
     ("smollm2", "learnt slope, p = 1", "learnt slope: p = 0", 0.2, 99),
+    # after that
+    ("gemma", "learnt slope, p = 1", WHITENED, -1, 0),
+    ("gemma", "learnt slope, p = 1", "learnt slope: p = 0", 0.2, 99),
+    *(
+        (model, idea, control, -0.1, 0.1)
+        for model in MODELS
+        for idea, control in (
+            ("participation", "participation: variance"),
+            ("error", "error: shuffled"),
+        )
+    ),
 )
 
 
