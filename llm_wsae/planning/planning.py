@@ -73,56 +73,44 @@ def plan(
     """
     peak = peak_memory_bytes()  # before anything is measured
     sites = sorted(set(sites))
-    if not sites:
-        raise UsageError("there is no site to plan for; name at least one")
-    for site in sites:
-        model.check_site(site)
-    if accelerator is not None and accelerator not in ACCELERATORS:
-        hint = nearest(accelerator, ACCELERATORS)
-        raise UsageError(f"there are no published numbers of {accelerator!r} here; {hint}")
+    _check_asked(model, sites, accelerator)
     check_rows(harvest_config, train_config)
     sample = _sample(model, contexts, harvest_config)
     parsed = [Rule.parse(rule) for rule in rules]
     weights = _stand_ins(parsed, alphas, model.d_model, weight_config)
     arms = _counted(make_arms(weights, ks, l1s, init_seeds, architectures), num_arms)
-    d_sae = train_config.expansion * model.d_model
     for arm in arms:
-        arm.check(d_sae)
+        arm.check(train_config.expansion * model.d_model)
     kept = sum(int(context.keep.sum()) for context in sample) / len(sample)
     rows = round(harvest_config.num_contexts * kept)
     steps = max(1, (train_config.tokens or rows) // train_config.batch_size)
-    trained = steps * train_config.batch_size
-    train_config = replace(train_config, tokens=trained)
-    moment = any(rule.need == "second_moment" for rule in parsed)
+    train_config = replace(train_config, tokens=steps * train_config.batch_size)
     sizes = Sizes(
         sites=len(sites),
         rows=rows,
         d_in=model.d_model,
-        d_sae=d_sae,
+        d_sae=train_config.expansion * model.d_model,
         arms=len(arms),
         row_item=getattr(torch, manifest_of(model, {}, sites, harvest_config).dtype).itemsize,
         model_item=model.dtype.itemsize,
         model_bytes=parameters_bytes(model.hf_model),
         batch_size=train_config.batch_size,
         spaces=sum(arm.weights.is_matrix for arm in arms),
-        moment=moment,
+        moment=any(rule.need == "second_moment" for rule in parsed),
         harvest=harvest_config,
         stream=stream_config,
     )
     device = choose_device(train_config.device)
     card = None if accelerator is None else ACCELERATORS[accelerator]
-    there = memory_of(device) if card is None else card.memory
+    name, there = (str(device), memory_of(device)) if card is None else (card.name, card.memory)
     if card is None and device.type != "cuda":
         needed = sizes.host(peak, evaluate_config)
     else:
         needed = sizes.device(evaluate_config, there)
-    name = str(device) if card is None else card.name
     place = existing(out)
     free = free_space(out) if card is None else None
     shortage = _shortage(sizes, free, place, needed, there, name, harvest_config.tokens)
-    advice, why = _advice(sizes, free, trained)
-    if stream_config is not None:
-        advice, why = "stream", "no rows are kept; a later training runs the model again"
+    advice, why = _advice(sizes, free, steps * train_config.batch_size)
     seconds: dict[str, float] = {}
     times: Times = "not measured"
     if with_times and shortage is None:
@@ -132,8 +120,7 @@ def plan(
         else:
             size = harvest_config.context_size
             speeds = published(card, model, sites, arms, place, size, train_config)
-        auto = "auto" in alphas
-        seconds = _seconds(speeds, sizes, train_config, evaluate_config, moment, auto)
+        seconds = _seconds(speeds, sizes, train_config, evaluate_config, "auto" in alphas)
         name, times = speeds.device, "measured" if speeds.measured else "estimated"
     needs = {rule.need: rule.name for rule in parsed if rule.need in ("fisher", "coherence")}
     return Plan(
@@ -142,11 +129,11 @@ def plan(
         device=name,
         tokens=harvest_config.num_contexts * harvest_config.context_size,
         rows=rows,
-        trained_rows=trained,
+        trained_rows=steps * train_config.batch_size,
         evaluated_rows=evaluate_config.tokens,
         arms=len(arms),
-        d_in=model.d_model,
-        d_sae=d_sae,
+        d_in=sizes.d_in,
+        d_sae=sizes.d_sae,
         store_bytes=sizes.store(),
         checkpoint_bytes=sizes.checkpoint(),
         dictionary_bytes=sizes.dictionaries() * len(sites),
@@ -162,6 +149,17 @@ def plan(
         shortage=shortage,
         notes=[f"not counted: what the rule {rule!r} measures" for rule in needs.values()],
     )
+
+
+def _check_asked(model: LanguageModel, sites: Sequence[Site], accelerator: str | None) -> None:
+    """Raises UsageError for no site, one that the model lacks, or an unknown accelerator."""
+    if not sites:
+        raise UsageError("there is no site to plan for; name at least one")
+    for site in sites:
+        model.check_site(site)
+    if accelerator is not None and accelerator not in ACCELERATORS:
+        hint = nearest(accelerator, ACCELERATORS)
+        raise UsageError(f"there are no published numbers of {accelerator!r} here; {hint}")
 
 
 def check_rows(harvesting: HarvestConfig, training: TrainConfig) -> None:
@@ -239,10 +237,9 @@ def _seconds(
     sizes: Sizes,
     train: TrainConfig,
     evaluate: EvaluateConfig,
-    moment: bool,
     auto: bool,
 ) -> dict[str, float]:
-    """The times of all stages over all sites."""
+    """The times of all stages over all sites; with ``auto`` that of choosing α."""
     assert train.tokens is not None
     sites, config = sizes.sites, sizes.harvest
     steps = train.tokens * speeds.row
@@ -253,9 +250,9 @@ def _seconds(
     if sizes.stream is not None:
         first = sizes.stream.statistics_tokens
         of_moment = first * sizes.rows // tokens
-        tokens = tokens * train.tokens // sizes.rows + first * (1 + moment)
+        tokens = tokens * train.tokens // sizes.rows + first * (1 + sizes.moment)
     found = {"harvest": tokens * speeds.token}
-    if moment:
+    if sizes.moment:
         found["weigh"] = sites * (of_moment * speeds.moment + speeds.spectrum)
     if auto:
         share = (1 + len(CANDIDATES)) / sizes.arms
@@ -289,6 +286,8 @@ def _shortage(
 
 def _advice(sizes: Sizes, free: int | None, trained: int) -> tuple[Advice, str]:
     """Whether rows should be kept on the disk or made while they are trained on, and why."""
+    if sizes.stream is not None:
+        return "stream", "no rows are kept; a later training runs the model again"
     store, times = in_bytes(sizes.store()), trained / sizes.rows
     if free is not None and sizes.disk() > free:
         return "stream", (
