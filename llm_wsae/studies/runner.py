@@ -123,13 +123,8 @@ def study(
     written = (*REPORT_FILES, CONSISTENCY, RESULTS, DICTIONARIES, TRAINING)
     check_folder(out, written, is_ours=(out / BASIS).is_file())
     store.check_model(model.identity())
-    if endpoint is not None and (config.plant or not config.keep_dictionaries):
-        raise UsageError(
-            "latents are explained of dictionaries that are kept, and not of planted rows, which "
-            "have no text; keep the dictionaries, or plant nothing"
-        )
-    if endpoint is not None and not explainer:
-        raise UsageError("name the language model that is to explain latents")
+    if endpoint is not None:
+        _check_explainable(config, explainer)
     heldout = Corpus.open(corpus, "heldout", text_column=text_column)
     packing = PackConfig(**store.manifest.packing)
     fidelity_evaluator = FidelityEvaluator(
@@ -150,19 +145,7 @@ def study(
     arms = _planned(inputs, config, weigh, training, first)
     if training.lengths == "auto" and has_unit_lengths(out):
         training = replace(training, lengths="unit")  # it goes on as it was begun
-    rows = store.identity(site)
-    del rows["sha256"]  # another processor rounds the same rows differently: still the same study
-    basis = plain(
-        {
-            "rows": rows,
-            "text": heldout.identity(),
-            "training": {k: v for k, v in asdict(training).items() if k not in _OF_TRAINING}
-            | {"architecture": config.architecture},
-            "fidelity": asdict(fidelity),
-            "scoring": asdict(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
-            "planted": _plants(config.plant),
-        }
-    )
+    basis = _basis(store.identity(site), heldout, config, training, fidelity, scoring)
     with folder_lock(out, "study"):
         remove_partials(out, RESULTS)
         check_basis(out, basis)
@@ -196,6 +179,42 @@ def study(
             report = read_report(out)
             report.write(out)
     return report
+
+
+def _check_explainable(config: StudyConfig, explainer: str | None) -> None:
+    """Raises UsageError where no language model can explain latents of the study."""
+    if config.plant or not config.keep_dictionaries:
+        raise UsageError(
+            "latents are explained of dictionaries that are kept, and not of planted rows, which "
+            "have no text; keep the dictionaries, or plant nothing"
+        )
+    if not explainer:
+        raise UsageError("name the language model that is to explain latents")
+
+
+def _basis(
+    rows: dict[str, Any],
+    heldout: Corpus,
+    config: StudyConfig,
+    training: TrainConfig,
+    fidelity: EvaluateConfig,
+    scoring: MonosemanticConfig,
+) -> dict[str, Any]:
+    """What all results of a study have in common; ``rows`` identify those of the store."""
+    # another processor rounds the same rows differently: still the same study
+    rows = {name: value for name, value in rows.items() if name != "sha256"}
+    of_training = {k: v for k, v in asdict(training).items() if k not in _OF_TRAINING}
+    basis: dict[str, Any] = plain(
+        {
+            "rows": rows,
+            "text": heldout.identity(),
+            "training": of_training | {"architecture": config.architecture},
+            "fidelity": asdict(fidelity),
+            "scoring": asdict(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
+            "planted": _plants(config.plant),
+        }
+    )
+    return basis
 
 
 def _planned(
