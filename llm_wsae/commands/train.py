@@ -1,6 +1,7 @@
 """The command that trains dictionaries."""
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,16 +118,19 @@ def train(
         str(place): {name: d.info.metrics["training"] for name, d in of_site.items()}
         for place, of_site in dictionaries.items()
     }
+    answer = next(iter(facts.values())) if len(facts) == 1 else facts
+    return answer, "\n".join([*_tables(facts), f"dictionaries in {out}", cost(started)])
+
+
+def _tables(facts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
+    """The lines of one table for each site: what training measured of every dictionary."""
     width = max(32, *(len(name) + 2 for of_site in facts.values() for name in of_site))
-    lines: list[str] = []
     for place, of_site in facts.items():
         heading = "dictionary" if len(facts) == 1 else place
-        lines.append(f"{heading:<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}")
+        yield f"{heading:<{width}}{'train FVU':>10}{'L0':>8}{'dead %':>8}"
         for name, numbers in of_site.items():
-            lines.append(
+            yield (
                 f"{name:<{width}}{numbers['fvu']:>10.4f}{numbers['l0']:>8.1f}"
                 f"{100 * numbers['dead']:>8.1f}"
             )
-        lines.append("")
-    answer = next(iter(facts.values())) if len(facts) == 1 else facts
-    return answer, "\n".join([*lines, f"dictionaries in {out}", cost(started)])
+        yield ""
