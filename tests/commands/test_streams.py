@@ -29,7 +29,7 @@ PACKING = ("--context-size", 16, "--batch-tokens", 512, "--buffer-tokens", 2048,
 STREAM = (*PACKING, "--expansion", 4, "--batch-size", 256, "--dtype", "float32", "--tokens", 5120,
           "--k", 4, "--rule", "uniform", "whitening", "sensitivity", "--alpha", 0.5)  # fmt: skip
 STORED = ("--harvest.context-size", 16, "--tokens", 5000, "--k", 4, "--eval-tokens", 500,
-          "--train.batch-size", 256)  # fmt: skip
+          "--train.batch-size", 256, "--train.dtype", "float32")  # fmt: skip
 RUN = (*STORED, "--stream", "--buffer-tokens", 2048, "--statistics-tokens", 2048)
 
 
@@ -328,7 +328,7 @@ def profile_fails():
 
 
 def evaluation_fails():
-    evaluator.FidelityEvaluator.evaluate_sites = fail
+    llm_wsae.pipeline._reports = fail
 
 
 @pytest.mark.parametrize("what", [plan_fails, judging_fails, profile_fails, evaluation_fails])
@@ -351,7 +351,7 @@ def dies_in_training():
 
 
 def dies_before_the_evaluation():
-    evaluator.FidelityEvaluator.evaluate_sites = die
+    llm_wsae.pipeline._reports = die
 
 
 @pytest.mark.parametrize("rank, what", [("1", dies_in_training), ("0", dies_before_the_evaluation)])
