@@ -27,7 +27,7 @@ from llm_wsae.commands.options import Result
 from llm_wsae.commands.parser import in_new_spelling, parse
 from llm_wsae.commands.plan import plan
 from llm_wsae.commands.recover import recover
-from llm_wsae.commands.run import IN_SEVERAL, run
+from llm_wsae.commands.run import run
 from llm_wsae.commands.study import study
 from llm_wsae.commands.theory import theory
 from llm_wsae.commands.train import train
@@ -59,7 +59,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "verify": verify,
 }
 
-TOGETHER = ("harvest", "train")  # what several processes do as one
+TOGETHER = ("run", "harvest", "train")  # what several processes do as one
 _USAGE = """usage: llm-wsae COMMAND … [--json] [--debug]
 
 Weighted sparse autoencoders for the residual streams of real language models.
@@ -113,8 +113,8 @@ def _run(words: list[str]) -> int:
         raise UsageError(f"there is no command {name!r}; {nearest(name, COMMANDS)}")
     if processes.count() > 1 and name not in TOGETHER:
         raise UsageError(
-            f"llm-wsae {name} runs in one process, and only {' and '.join(TOGETHER)} in "
-            f"several; start it without torchrun{IN_SEVERAL if name == 'run' else ''}"
+            f"llm-wsae {name} runs in one process, and only {', '.join(TOGETHER[:-1])} and "
+            f"{TOGETHER[-1]} in several; start it without torchrun"
         )
     with _printing():  # help
         prepared = parse(name, command, in_new_spelling(name, words))

@@ -10,13 +10,13 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from llm_wsae import processes
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, Manifest
@@ -35,6 +35,7 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.planning.planning import LEAST_TOKENS, check_rows, plan
 from llm_wsae.plots import plot_fidelity, plot_profile, write_page
+from llm_wsae.processes import join, leads
 from llm_wsae.streaming import ActivationStreams
 from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, check_same_rows, recorded
@@ -123,63 +124,68 @@ def run(
     (``tuning.choose_alpha``), and the numbers are for the
     other rules.
 
-    Raises what its stages raise; a request that cannot be met is refused before the harvest, and so
-    are several processes (``torchrun``).
+    Under ``torchrun`` all processes make the same call. They harvest and train together, as
+    ``harvest`` and ``train`` say; rank 0 alone says what the run takes, which is what it would take
+    in one process, judges the trials of an exponent, evaluates and writes. The others wait for it
+    and return ``{}``.
+
+    Raises what its stages raise; a request that cannot be met is refused before the harvest.
     """
-    if processes.count() > 1:
-        raise UsageError(
-            "a run has one process; in several, harvest and train (on a stream with train_sites), "
-            "and evaluate in one"
-        )
     sites = list(dict.fromkeys(sites))
-    parsed = [Rule.parse(rule) for rule in rules]
-    for rule in parsed:
-        if rule.need == "dictionary":  # there is none yet
-            raise rule.missing_input()
-        rule.form(weight_config)
-    _check_alphas(parsed, alphas)
-    plain = LossWeights(torch.ones(model.d_model), RULES["uniform"])
-    asked = make_arms([plain] if parsed else [], ks, l1s, init_seeds, architectures)
-    check_arms(asked, model.d_model, train_config)
-    check_rows(harvest_config, train_config)
-    if stream_config is None:
-        _check_not_trained_on_less(out, sites, harvest_config)
-    else:
-        check_out(out)
-    _check_trained_alike(out, sites, stream_config is not None)
-    if stream_config is not None and train_config.tokens is None:
-        per_context = harvest_config.context_size - harvest_config.drop_positions
-        train_config = replace(train_config, tokens=harvest_config.num_contexts * per_context)
-    contexts = iter(
-        Packer.for_model(model, harvest_config).contexts(
-            Corpus.open(corpus, "heldout", text_column=text_column)
+    processes = join()
+    with processes.together():  # no process looks at the folder when another has begun to write
+        parsed = [Rule.parse(rule) for rule in rules]
+        for rule in parsed:
+            if rule.need == "dictionary":  # there is none yet
+                raise rule.missing_input()
+            rule.form(weight_config)
+        _check_alphas(parsed, alphas)
+        plain = LossWeights(torch.ones(model.d_model), RULES["uniform"])
+        asked = make_arms([plain] if parsed else [], ks, l1s, init_seeds, architectures)
+        check_arms(asked, model.d_model, train_config)
+        check_rows(harvest_config, train_config)
+        if stream_config is None:
+            _check_not_trained_on_less(out, sites, harvest_config)
+        else:
+            check_out(out)
+        _check_trained_alike(out, sites, stream_config is not None)
+        if stream_config is not None and train_config.tokens is None:
+            per_context = harvest_config.context_size - harvest_config.drop_positions
+            train_config = replace(train_config, tokens=harvest_config.num_contexts * per_context)
+        contexts = iter(
+            Packer.for_model(model, harvest_config).contexts(
+                Corpus.open(corpus, "heldout", text_column=text_column)
+            )
         )
-    )
-    # before hours of work are built on too little text
-    heldout = take_contexts(contexts, evaluate_config.tokens)
-    # α is chosen on other text than that by which it is judged here
-    trial = take_contexts(contexts, TRIAL_TOKENS) if "auto" in alphas else []
-    begun = _begun(out, sites) or (out / STORE / MANIFEST).is_file()
-    if not begun:  # or it was said when the run began
-        takes = plan(
-            model,
-            sites,
-            rules=rules,
-            alphas=alphas,
-            ks=ks,
-            l1s=l1s,
-            architectures=architectures,
-            init_seeds=init_seeds,
-            contexts=heldout,
-            out=out,
-            with_times=harvest_config.tokens >= LEAST_TOKENS,
-            harvest_config=harvest_config,
-            stream_config=stream_config,
-            weight_config=weight_config,
-            train_config=train_config,
-            evaluate_config=evaluate_config,
-        )
-        tqdm.write(takes.text(), file=sys.stderr)
+        # before hours of work are built on too little text
+        heldout = take_contexts(contexts, evaluate_config.tokens)
+        # α is chosen on other text than that by which it is judged here
+        trial = take_contexts(contexts, TRIAL_TOKENS) if "auto" in alphas else []
+
+        def announce() -> None:
+            if _begun(out, sites) or (out / STORE / MANIFEST).is_file():
+                return  # it was said when the run began
+            takes = plan(
+                model,
+                sites,
+                rules=rules,
+                alphas=alphas,
+                ks=ks,
+                l1s=l1s,
+                architectures=architectures,
+                init_seeds=init_seeds,
+                contexts=heldout,
+                out=out,
+                with_times=harvest_config.tokens >= LEAST_TOKENS,
+                harvest_config=harvest_config,
+                stream_config=stream_config,
+                weight_config=weight_config,
+                train_config=train_config,
+                evaluate_config=evaluate_config,
+            )
+            tqdm.write(takes.text(), file=sys.stderr)
+
+        processes.lead(announce)
     training_text = Corpus.open(corpus, "train", text_column=text_column)
     rows: ActivationStore | ActivationStreams
     if stream_config is None:
@@ -210,9 +216,12 @@ def run(
                 training=train_config,
                 config=weight_config,
             )
-            tqdm.write(choice.text(), file=sys.stderr)
+            if processes.leads:
+                tqdm.write(choice.text(), file=sys.stderr)
         weights = _weights(inputs, parsed, alphas, choice, weight_config)
-        facts[site] = _profile(inputs, site, out / str(site), weights)
+        shown = partial(_profile, inputs, site, out / str(site), weights)
+        with processes.together():
+            facts[site] = processes.lead(shown)
         arms[site] = make_arms(weights, ks, l1s, init_seeds, architectures)
     trained: dict[Site, dict[str, Dictionary]] = {}
     if isinstance(rows, ActivationStore):
@@ -225,14 +234,17 @@ def run(
         trained = train_sites(rows, arms, train_config, out)
     places = ", ".join(map(str, sites))
     _say(4, "evaluate", f"{places} on {evaluate_config.tokens:,} held-out tokens")
-    results = {}
-    for site, report in _reports(FidelityEvaluator(model, heldout, evaluate_config), trained):
-        folder, dictionaries = out / str(site), trained[site]
-        _save_metrics(folder, dictionaries, report)
-        report.write(folder / "report.json")
-        plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
-        write_page(report, arms[site], str(site), folder / PAGE)
-        results[site] = SiteResult(facts[site], dictionaries, report, folder)
+    results: dict[Site, SiteResult] = {}
+    with processes.together():
+        if processes.leads:
+            evaluator = FidelityEvaluator(model, heldout, evaluate_config)
+            for site, report in _reports(evaluator, trained):
+                folder, dictionaries = out / str(site), trained[site]
+                _save_metrics(folder, dictionaries, report)
+                report.write(folder / "report.json")
+                plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
+                write_page(report, arms[site], str(site), folder / PAGE)
+                results[site] = SiteResult(facts[site], dictionaries, report, folder)
     return results
 
 
@@ -351,4 +363,5 @@ def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: 
 
 
 def _say(number: int, stage: str, what: str) -> None:
-    tqdm.write(f"[{number}/4] {stage}: {what}", file=sys.stderr)
+    if leads():
+        tqdm.write(f"[{number}/4] {stage}: {what}", file=sys.stderr)

@@ -17,6 +17,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.files import read_own_json, write_json
 from llm_wsae.outside import typed
+from llm_wsae.processes import join
 from llm_wsae.provenance import plain
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
@@ -74,40 +75,56 @@ def choose_alpha(
     ``config`` says where the whitening acts.
 
     The choice is kept in ``folder`` and read from there the next time; the trial dictionaries are
-    deleted. Raises as ``train`` and ``FidelityEvaluator.evaluate`` do, and LlmWsaeError if the
-    folder holds the choice of other trials.
+    deleted. Under ``torchrun`` all processes make the same call: they train together, rank 0
+    judges, and all return the same choice. Raises as ``train`` and ``FidelityEvaluator.evaluate``
+    do, and LlmWsaeError if the folder holds the choice of other trials.
     """
-    rule = Rule.parse("whitening")
-    if training.lengths == "auto" and _has_unit_lengths(folder / CHOICE):
-        training = replace(training, lengths="unit")
-    tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
-    short = replace(training, tokens=tokens, tracker="none")
-    asked = plain(
-        {
-            "source": source.identity(),
-            "k": k,
-            "candidates": CANDIDATES,
-            "weights": asdict(rule.settings(config)),
-            "training": _recorded(short),
-        }
-    )
-    if (folder / CHOICE).exists():
-        choice = _read(folder / CHOICE, asked)
-        shutil.rmtree(folder / _TRIALS, ignore_errors=True)  # if it was killed before it did that
-        return choice
+    rule, processes = Rule.parse("whitening"), join()
+    with processes.together():
+        kept = folder / CHOICE
+        if training.lengths == "auto" and processes.lead(lambda: _has_unit_lengths(kept)):
+            training = replace(training, lengths="unit")
+        tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
+        short = replace(training, tokens=tokens, tracker="none")
+        asked = plain(
+            {
+                "source": source.identity(),
+                "k": k,
+                "candidates": CANDIDATES,
+                "weights": asdict(rule.settings(config)),
+                "training": _recorded(short),
+            }
+        )
+        found = processes.lead(lambda: _kept(folder, asked))
+    if found is not None:
+        return AlphaChoice(**found)
     uniform = weights_from_rule("uniform", 1.0, inputs)
     arms = {"0": ArmConfig(uniform, k)}
     for alpha in CANDIDATES:
         arms[f"{alpha:g}"] = ArmConfig(weights_from_rule(rule, alpha, inputs, config), k)
     trained = train(source, list(arms.values()), short, folder / _TRIALS)
-    found = evaluator.evaluate(trained).dictionaries
-    kl = {alpha: found[arm.name].kl for alpha, arm in arms.items()}
-    best = min(kl, key=lambda alpha: kl[alpha])
-    worth_it = best != "0" and kl[best] < (1 - LEAST_GAIN) * kl["0"]
-    choice = AlphaChoice(k, tokens, kl, float(best) if worth_it else None)
-    write_json(folder / CHOICE, {"asked": asked, "choice": asdict(choice)})
-    shutil.rmtree(folder / _TRIALS)
-    return choice
+
+    def judge() -> dict[str, Any]:
+        found = evaluator.evaluate(trained).dictionaries
+        kl = {alpha: found[arm.name].kl for alpha, arm in arms.items()}
+        best = min(kl, key=lambda alpha: kl[alpha])
+        worth_it = best != "0" and kl[best] < (1 - LEAST_GAIN) * kl["0"]
+        choice = asdict(AlphaChoice(k, tokens, kl, float(best) if worth_it else None))
+        write_json(folder / CHOICE, {"asked": asked, "choice": choice})
+        shutil.rmtree(folder / _TRIALS)
+        return choice
+
+    with processes.together():
+        return AlphaChoice(**processes.lead(judge))
+
+
+def _kept(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The choice that the folder holds, if it does."""
+    if not (folder / CHOICE).exists():
+        return None
+    choice = _read(folder / CHOICE, asked)
+    shutil.rmtree(folder / _TRIALS, ignore_errors=True)  # if it was killed before it did that
+    return asdict(choice)
 
 
 def _recorded(training: TrainConfig) -> dict[str, Any]:

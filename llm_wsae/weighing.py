@@ -36,6 +36,7 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.planting.source import PlantedSource
+from llm_wsae.processes import join, leads
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
@@ -69,23 +70,30 @@ def measure_inputs(
     Statistics and covariance are those of ``planted``, if features are planted into the rows.
     Fisher information and coherence are read from the store if they are kept there, or else
     measured if a ``model`` is given. What cannot be measured without a model or dictionary is
-    omitted: the rule will name it. Raises UsageError for a dictionary of another site or an encoder
-    that does not exist; LlmWsaeError for a model that did not make the store.
+    omitted: the rule will name it. Under ``torchrun`` all processes make the same call; rank 0 goes
+    first. Raises UsageError for a dictionary of another site or an encoder that does not exist;
+    LlmWsaeError for a model that did not make the store.
     """
     needs = {Rule.of(rule).need for rule in rules}
-    inputs = RuleInputs(store.statistics(site) if planted is None else planted.statistics())
-    if "dictionary" in needs and dictionary is not None:
-        decoder, energy = used_decoder(dictionary, site, inputs.statistics)
-        inputs = replace(inputs, decoder=decoder, energy=energy)
-    if "second_moment" in needs:
-        moment = second_moment_of(store, site) if planted is None else planted.second_moment()
-        inputs = replace(inputs, second_moment=moment)
-    if "coherence" in needs:
-        coherence = _kept_or_measured("coherence", store, site, model, config)
-        inputs = replace(inputs, coherence=coherence)
-    if "fisher" in needs:
-        fisher = _kept_or_measured("fisher", store, site, model, config)
-        inputs = replace(inputs, fisher=fisher)
+    processes = join()
+    with processes.together():
+        if not processes.leads:
+            processes.meet()  # rank 0 has measured, and kept what the others read
+        inputs = RuleInputs(store.statistics(site) if planted is None else planted.statistics())
+        if "dictionary" in needs and dictionary is not None:
+            decoder, energy = used_decoder(dictionary, site, inputs.statistics)
+            inputs = replace(inputs, decoder=decoder, energy=energy)
+        if "second_moment" in needs:
+            moment = second_moment_of(store, site) if planted is None else planted.second_moment()
+            inputs = replace(inputs, second_moment=moment)
+        if "coherence" in needs:
+            coherence = _kept_or_measured("coherence", store, site, model, config)
+            inputs = replace(inputs, coherence=coherence)
+        if "fisher" in needs:
+            fisher = _kept_or_measured("fisher", store, site, model, config)
+            inputs = replace(inputs, fisher=fisher)
+        if processes.leads:
+            processes.meet()
     return inputs
 
 
@@ -197,6 +205,8 @@ class _StoredMeasurement:
         self.write_tensors({self._need: measured})
 
     def write_tensors(self, tensors: dict[str, Tensor]) -> None:
+        if not leads():  # rank 0 could not keep them either
+            return
         try:
             save_own_tensors(self._path, tensors, self._header)
         except LlmWsaeError as error:  # a read-only store

@@ -1,14 +1,17 @@
 """RuleInputs against brute force, on the store of a tiny model; the Fisher information equals what
 its predictions do when the activation is moved."""
 
+import io
 import itertools
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from several import run
 from tiny import tiny_model, write_jsonl
 
+from llm_wsae import weighing
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.store import ActivationStore
@@ -210,6 +213,32 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store)
     assert torch.equal(measure_inputs(["whitening"], copy, SITE).covariance, found.covariance)
     assert path.read_bytes() == kept and verify_store(folder) == []
     assert measure_inputs(["variance"], copy, SITE).second_moment is None
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_rank_0_of_several_processes_measures_for_all(tmp_path, store, is_full):
+    """If it cannot keep what it measured, each measures for itself, and that is said once."""
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    (first, said, covariance), (others, nothing, same) = run(2, measured, folder, is_full)
+    assert first > 0 and others == (first if is_full else 0)
+    assert same == covariance and nothing == ""
+    assert said.count("the measurement is not kept: the disk is full") == is_full
+    assert (folder / "evidence").exists() == (not is_full)
+
+
+def measured(folder, is_full):
+    """One process's part: how often it reads rows, what it says, the covariance."""
+    reads, rows, said = [], ActivationStore.rows, io.StringIO()
+    ActivationStore.rows = lambda *given: reads.append(1) or rows(*given)
+    if is_full:
+        weighing.save_own_tensors = full
+    weighing.tqdm.write = lambda sentence, file: said.write(sentence)
+    inputs = measure_inputs(["whitening"], ActivationStore.open(folder), SITE)
+    return len(reads), said.getvalue(), inputs.covariance.tolist()
+
+
+def full(*given):
+    raise LlmWsaeError("the disk is full")
 
 
 def test_a_measurement_is_good_under_both_names_of_the_encoder(model, tmp_path, store, monkeypatch):

@@ -22,15 +22,11 @@ from llm_wsae.commands.options import (
 )
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.outputs import check_file, is_record_of
+from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record
 from llm_wsae.weights.config import WeightConfig
 
 RECORD = "run.json"
-IN_SEVERAL = (
-    ", or train in several with llm-wsae train (on a stream with --model and --corpus), and "
-    "evaluate in one"
-)
-"""What to do instead, where several processes were started."""
 
 
 def run(
@@ -84,6 +80,8 @@ def run(
         train_config=training,
         evaluate_config=evaluate,
     )
+    if not leads():  # rank 0 has the results
+        return {}, ""
     asked = {"model": loaded.name, "corpus": corpus.corpus, "site": site, **vars(grid)}
     settings = {"harvest": harvest, "weigh": weigh, "train": training, "evaluate": evaluate}
     settings |= {} if streaming is None else {"stream": streaming}

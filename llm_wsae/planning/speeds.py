@@ -33,14 +33,14 @@ from llm_wsae.hardware import choose_device, processor_name
 from llm_wsae.harvesting import kept_rows, manifest_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.processes import join
+from llm_wsae.processes import Processes
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.export import dictionary_of
 from llm_wsae.training.one_site import Training
-from llm_wsae.training.parallel.group import process_group
+from llm_wsae.training.parallel.group import ProcessGroup
 from llm_wsae.weights.matrix_rules import spectrum
 
 SECONDS = 2.0
@@ -268,29 +268,27 @@ def _train(
     """Seconds a row, seconds of the export, and the dictionaries."""
     device = choose_device(config.device)
     batches = sample.batches(config.batch_size, config.shuffle_seed)
-    with process_group(join(), device, config.shard) as group:
-        training = Training(sample, arms, config, folder / "training", device, group)
-        last = training.num_steps - 1
-        for number in range(_WARM_UP):
-            training.step(min(number, last), next(batches))
-        training.read_numbers(1)
-        began, steps = time.perf_counter(), 0
-        while steps < _FEWEST_STEPS or (
-            steps < _MOST_STEPS and time.perf_counter() - began < SECONDS
-        ):
-            training.step(min(_WARM_UP + steps, last), next(batches))
-            steps += 1
-        training.read_numbers(steps)
-        seconds = time.perf_counter() - began
-        batches.close()  # type: ignore[attr-defined]  # ends its reading thread
-        began = time.perf_counter()
-        dictionaries = {
-            arm.config.name: dictionary_of(
-                arm, sample, training.statistics, training.normaliser, {}, {}
-            )
-            for arm in training.arms
-        }
-        return seconds / steps / config.batch_size, time.perf_counter() - began, dictionaries
+    alone = ProcessGroup(Processes())  # also where rank 0 measures and others wait for it
+    training = Training(sample, arms, config, folder / "training", device, alone)
+    last = training.num_steps - 1
+    for number in range(_WARM_UP):
+        training.step(min(number, last), next(batches))
+    training.read_numbers(1)
+    began, steps = time.perf_counter(), 0
+    while steps < _FEWEST_STEPS or (steps < _MOST_STEPS and time.perf_counter() - began < SECONDS):
+        training.step(min(_WARM_UP + steps, last), next(batches))
+        steps += 1
+    training.read_numbers(steps)
+    seconds = time.perf_counter() - began
+    batches.close()  # type: ignore[attr-defined]  # ends its reading thread
+    began = time.perf_counter()
+    dictionaries = {
+        arm.config.name: dictionary_of(
+            arm, sample, training.statistics, training.normaliser, {}, {}
+        )
+        for arm in training.arms
+    }
+    return seconds / steps / config.batch_size, time.perf_counter() - began, dictionaries
 
 
 def _evaluate(

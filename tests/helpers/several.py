@@ -18,7 +18,7 @@ import torch
 from places import ROOT
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tiny", "llm_wsae.harvesting", "llm_wsae.training.trainer"])
+_FORKS.set_forkserver_preload(["command_line", "llm_wsae.pipeline"])
 _SECONDS = 300
 
 
