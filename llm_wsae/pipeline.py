@@ -12,20 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.manifest import MANIFEST, Manifest
+from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
-from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation.activations import take_contexts
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.evaluation.activations import Context, take_contexts
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
@@ -36,13 +36,22 @@ from llm_wsae.model.site import Site
 from llm_wsae.planning.planning import LEAST_TOKENS, check_rows, plan
 from llm_wsae.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.processes import join, leads
+from llm_wsae.run_checks import (
+    STORE,
+    Alphas,
+    begun,
+    check_alphas,
+    check_not_trained_on_less,
+    check_trained_alike,
+)
+from llm_wsae.statistics.moments import Statistics
 from llm_wsae.streaming import ActivationStreams
-from llm_wsae.training.arm import make_arms
-from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, check_same_rows, recorded
+from llm_wsae.training.arm import ArmConfig, make_arms
+from llm_wsae.training.checkpoint import check_same_rows
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import check_arms, check_out, train, train_sites
-from llm_wsae.tuning import CHOICE, TRIAL_TOKENS, AlphaChoice, choose_alpha
+from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
 from llm_wsae.weighing import measure_inputs, measure_stream_inputs
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
@@ -51,9 +60,8 @@ from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile, profile_text
 from llm_wsae.weights.rules import RULES, Rule
 
-STORE, PAGE = "store", "report.html"
+PAGE = "report.html"
 TRIAL_K = 32  # of the trials behind an automatic α, where no k is asked for
-Alphas = Sequence[float | Literal["auto"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,140 +139,202 @@ def run(
 
     Raises what its stages raise; a request that cannot be met is refused before the harvest.
     """
-    sites = list(dict.fromkeys(sites))
+    if stream_config is not None and train_config.tokens is None:
+        per_context = harvest_config.context_size - harvest_config.drop_positions
+        train_config = replace(train_config, tokens=harvest_config.num_contexts * per_context)
     processes = join()
     with processes.together():  # no process looks at the folder when another has begun to write
-        parsed = [Rule.parse(rule) for rule in rules]
-        for rule in parsed:
+        asked = _Run(
+            model=model,
+            corpus=corpus,
+            text_column=text_column,
+            sites=list(dict.fromkeys(sites)),
+            out=out,
+            rules=[Rule.parse(rule) for rule in rules],
+            alphas=alphas,
+            ks=ks,
+            l1s=l1s,
+            architectures=architectures,
+            init_seeds=init_seeds,
+            harvesting=harvest_config,
+            stream=stream_config,
+            weighing=weight_config,
+            training=train_config,
+            evaluating=evaluate_config,
+        )
+        asked.check()
+        # before hours of work are built on too little text
+        heldout, trial = asked.texts()
+        processes.lead(partial(asked.announce, heldout))
+    rows = asked.rows()
+    weighed = {site: asked.weigh(rows, site, trial) for site in asked.sites}
+    trained = asked.train(rows, {site: one.arms for site, one in weighed.items()})
+    with processes.together():
+        return asked.finish(weighed, trained, heldout) if processes.leads else {}
+
+
+class _Weighed(NamedTuple):
+    """What was measured of a site, and the dictionaries that are to be trained there."""
+
+    statistics: Statistics
+    profile: dict[str, Any]
+    weights: list[LossWeights]
+    arms: list[ArmConfig]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a run was asked for; its methods are the stages."""
+
+    model: LanguageModel
+    corpus: str
+    text_column: str | None
+    sites: list[Site]
+    out: Path
+    rules: list[Rule]
+    alphas: Alphas
+    ks: Sequence[int]
+    l1s: Sequence[float]
+    architectures: Sequence[ArchitectureName]
+    init_seeds: Sequence[int]
+    harvesting: HarvestConfig
+    stream: StreamConfig | None
+    weighing: WeightConfig
+    training: TrainConfig
+    evaluating: EvaluateConfig
+
+    def check(self) -> None:
+        """Refuse what cannot be, and to go on in a folder with what is of other rows."""
+        for rule in self.rules:
             if rule.need == "dictionary":  # there is none yet
                 raise rule.missing_input()
-            rule.form(weight_config)
-        _check_alphas(parsed, alphas)
-        plain = LossWeights(torch.ones(model.d_model), RULES["uniform"])
-        asked = make_arms([plain] if parsed else [], ks, l1s, init_seeds, architectures)
-        check_arms(asked, model.d_model, train_config)
-        check_rows(harvest_config, train_config)
-        if stream_config is None:
-            _check_not_trained_on_less(out, sites, harvest_config)
+            rule.form(self.weighing)
+        check_alphas(self.rules, self.alphas)
+        plain = LossWeights(torch.ones(self.model.d_model), RULES["uniform"])
+        check_arms(self._arms([plain] if self.rules else []), self.model.d_model, self.training)
+        check_rows(self.harvesting, self.training)
+        if self.stream is None:
+            check_not_trained_on_less(self.out, self.sites, self.harvesting)
         else:
-            check_out(out)
-        _check_trained_alike(out, sites, stream_config is not None)
-        if stream_config is not None and train_config.tokens is None:
-            per_context = harvest_config.context_size - harvest_config.drop_positions
-            train_config = replace(train_config, tokens=harvest_config.num_contexts * per_context)
-        contexts = iter(
-            Packer.for_model(model, harvest_config).contexts(
-                Corpus.open(corpus, "heldout", text_column=text_column)
-            )
+            check_out(self.out)
+        check_trained_alike(self.out, self.sites, self.stream is not None)
+
+    def texts(self) -> tuple[list[Context], list[Context]]:
+        """The held-out text, and other text on which α is chosen, if it is."""
+        heldout = Corpus.open(self.corpus, "heldout", text_column=self.text_column)
+        contexts = iter(Packer.for_model(self.model, self.harvesting).contexts(heldout))
+        own = take_contexts(contexts, self.evaluating.tokens)
+        return own, take_contexts(contexts, TRIAL_TOKENS) if "auto" in self.alphas else []
+
+    def announce(self, heldout: Sequence[Context]) -> None:
+        """Say what the run takes, when it begins."""
+        if begun(self.out, self.sites) or (self.out / STORE / MANIFEST).is_file():
+            return
+        takes = plan(
+            self.model,
+            self.sites,
+            rules=[rule.name for rule in self.rules],
+            alphas=self.alphas,
+            ks=self.ks,
+            l1s=self.l1s,
+            architectures=self.architectures,
+            init_seeds=self.init_seeds,
+            contexts=heldout,
+            out=self.out,
+            with_times=self.harvesting.tokens >= LEAST_TOKENS,
+            harvest_config=self.harvesting,
+            stream_config=self.stream,
+            weight_config=self.weighing,
+            train_config=self.training,
+            evaluate_config=self.evaluating,
         )
-        # before hours of work are built on too little text
-        heldout = take_contexts(contexts, evaluate_config.tokens)
-        # α is chosen on other text than that by which it is judged here
-        trial = take_contexts(contexts, TRIAL_TOKENS) if "auto" in alphas else []
+        tqdm.write(takes.text(), file=sys.stderr)
 
-        def announce() -> None:
-            if _begun(out, sites) or (out / STORE / MANIFEST).is_file():
-                return  # it was said when the run began
-            takes = plan(
-                model,
-                sites,
-                rules=rules,
-                alphas=alphas,
-                ks=ks,
-                l1s=l1s,
-                architectures=architectures,
-                init_seeds=init_seeds,
-                contexts=heldout,
-                out=out,
-                with_times=harvest_config.tokens >= LEAST_TOKENS,
-                harvest_config=harvest_config,
-                stream_config=stream_config,
-                weight_config=weight_config,
-                train_config=train_config,
-                evaluate_config=evaluate_config,
-            )
-            tqdm.write(takes.text(), file=sys.stderr)
+    def rows(self) -> ActivationStore | ActivationStreams:
+        """Harvest, or prepare the stream."""
+        text = Corpus.open(self.corpus, "train", text_column=self.text_column)
+        name = self.model.name
+        if self.stream is None:
+            tokens = f"{self.harvesting.tokens:,} tokens"
+            _say(1, "harvest", f"{tokens} of {self.corpus} through {name}")
+            return harvest(self.model, text, self.sites, self.out / STORE, self.harvesting)
+        _say(1, "harvest", f"none: {self.corpus} goes through {name} while it is trained on")
+        streams = ActivationStreams(self.model, text, self.sites, self.stream, self.out)
+        for site in self.sites:
+            check_same_rows(self.out / str(site), streams.identity(site))
+        return streams
 
-        processes.lead(announce)
-    training_text = Corpus.open(corpus, "train", text_column=text_column)
-    rows: ActivationStore | ActivationStreams
-    if stream_config is None:
-        _say(1, "harvest", f"{harvest_config.tokens:,} tokens of {corpus} through {model.name}")
-        rows = harvest(model, training_text, sites, out / STORE, harvest_config)
-    else:
-        _say(1, "harvest", f"none: {corpus} goes through {model.name} while it is trained on")
-        rows = ActivationStreams(model, training_text, sites, stream_config, out)
-        for site in sites:
-            check_same_rows(out / str(site), rows.identity(site))
-    facts, arms = {}, {}
-    for site in sites:
+    def weigh(
+        self, rows: ActivationStore | ActivationStreams, site: Site, trial: list[Context]
+    ) -> _Weighed:
+        """Measure a site, choose its weights, and show its profile."""
         _say(2, "weigh", f"profile of {site}")
         inputs = (
-            measure_inputs(parsed, rows, site, model=model)
+            measure_inputs(self.rules, rows, site, model=self.model)
             if isinstance(rows, ActivationStore)
-            else measure_stream_inputs(parsed, rows, site)
+            else measure_stream_inputs(self.rules, rows, site)
         )
         choice = None
         if trial:
-            trials = replace(evaluate_config, tokens=TRIAL_TOKENS)
+            trials = replace(self.evaluating, tokens=TRIAL_TOKENS)
             choice = choose_alpha(
                 inputs,
                 rows.source(site),
-                FidelityEvaluator(model, trial, trials),
-                out / str(site),
-                k=ks[0] if ks else TRIAL_K,
-                training=train_config,
-                config=weight_config,
+                FidelityEvaluator(self.model, trial, trials),
+                self.out / str(site),
+                k=self.ks[0] if self.ks else TRIAL_K,
+                training=self.training,
+                config=self.weighing,
             )
-            if processes.leads:
-                tqdm.write(choice.text(), file=sys.stderr)
-        weights = _weights(inputs, parsed, alphas, choice, weight_config)
-        shown = partial(_profile, inputs, site, out / str(site), weights)
-        with processes.together():
-            facts[site] = processes.lead(shown)
-        arms[site] = make_arms(weights, ks, l1s, init_seeds, architectures)
-    trained: dict[Site, dict[str, Dictionary]] = {}
-    if isinstance(rows, ActivationStore):
-        for site in sites:
-            _say(3, "train", f"{len(arms[site])} dictionaries of {site} in one pass")
-            trained[site] = train(rows.source(site), arms[site], train_config, out / str(site))
-    else:
-        number = sum(map(len, arms.values()))
-        _say(3, "train", f"{number} dictionaries of {len(sites)} sites in one pass")
-        trained = train_sites(rows, arms, train_config, out)
-    places = ", ".join(map(str, sites))
-    _say(4, "evaluate", f"{places} on {evaluate_config.tokens:,} held-out tokens")
-    results: dict[Site, SiteResult] = {}
-    with processes.together():
-        if processes.leads:
-            evaluator = FidelityEvaluator(model, heldout, evaluate_config)
-            for site, report in _reports(evaluator, trained):
-                folder, dictionaries = out / str(site), trained[site]
-                _save_metrics(folder, dictionaries, report)
-                report.write(folder / "report.json")
-                plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
-                write_page(report, arms[site], str(site), folder / PAGE)
-                results[site] = SiteResult(facts[site], dictionaries, report, folder)
-    return results
+            _write(choice.text())
+        weights = _weights(inputs, self.rules, self.alphas, choice, self.weighing)
+        facts = profile(inputs.statistics, weights)
+        _write(profile_text(facts))
+        return _Weighed(inputs.statistics, facts, weights, self._arms(weights))
 
+    def train(
+        self,
+        rows: ActivationStore | ActivationStreams,
+        arms: Mapping[Site, Sequence[ArmConfig]],
+    ) -> dict[Site, dict[str, Dictionary]]:
+        """All dictionaries of a site in one pass over its rows; of a stream, those of all sites."""
+        if isinstance(rows, ActivationStreams):
+            number = sum(map(len, arms.values()))
+            _say(3, "train", f"{number} dictionaries of {len(arms)} sites in one pass")
+            return train_sites(rows, arms, self.training, self.out)
+        trained = {}
+        for site, own in arms.items():
+            _say(3, "train", f"{len(own)} dictionaries of {site} in one pass")
+            trained[site] = train(rows.source(site), own, self.training, self.out / str(site))
+        return trained
 
-def _check_alphas(rules: Sequence[Rule], alphas: Alphas) -> None:
-    numbers = [alpha for alpha in alphas if alpha != "auto"]
-    if "auto" in alphas and not any(rule.has_automatic_alpha for rule in rules):
-        raise UsageError(
-            "an alpha of auto is chosen for whitening, which is not among the rules; add it, or "
-            "give numbers"
-        )
-    others = [
-        rule.name
-        for rule in rules
-        if not rule.is_plain and not ("auto" in alphas and rule.has_automatic_alpha)
-    ]
-    if others and not numbers:
-        raise UsageError(
-            f"the rule {others[0]!r} needs an alpha that is a number, next to auto for whitening: "
-            "--alpha auto 0.5"
-        )
+    def finish(
+        self,
+        weighed: Mapping[Site, _Weighed],
+        trained: Mapping[Site, dict[str, Dictionary]],
+        heldout: Sequence[Context],
+    ) -> dict[Site, SiteResult]:
+        """Evaluate, and write everything that is not a dictionary: not before, so that a run which
+        is refused leaves what a folder says of the dictionaries that are there."""
+        for site, one in weighed.items():
+            folder = self.out / str(site)
+            write_json(folder / "profile.json", one.profile)
+            plot_profile(one.statistics, one.weights, str(site), folder / "profile.png")
+        places = ", ".join(map(str, self.sites))
+        _say(4, "evaluate", f"{places} on {self.evaluating.tokens:,} held-out tokens")
+        results: dict[Site, SiteResult] = {}
+        evaluator = FidelityEvaluator(self.model, heldout, self.evaluating)
+        for site, report in _reports(evaluator, trained):
+            folder, dictionaries = self.out / str(site), trained[site]
+            _save_metrics(folder, dictionaries, report)
+            report.write(folder / "report.json")
+            plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
+            write_page(report, weighed[site].arms, str(site), folder / PAGE)
+            results[site] = SiteResult(weighed[site].profile, dictionaries, report, folder)
+        return results
+
+    def _arms(self, weights: Sequence[LossWeights]) -> list[ArmConfig]:
+        return make_arms(weights, self.ks, self.l1s, self.init_seeds, self.architectures)
 
 
 def _weights(
@@ -285,49 +355,6 @@ def _weights(
     if not found:  # whitening alone, and it is not worth it
         found = {w.name: w for w in choose_weights(inputs, [RULES["uniform"]], [])}
     return list(found.values())
-
-
-def _begun(out: Path, sites: Sequence[Site]) -> list[Site]:
-    """The sites of which something was trained, or the exponent was chosen."""
-    left = (CHECKPOINT, FINISHED, CHOICE)
-    return [site for site in sites if any((out / str(site) / name).exists() for name in left)]
-
-
-def _check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: HarvestConfig) -> None:
-    """Refuse a longer harvest: what was trained belongs to the shorter one."""
-    trained = _begun(out, sites)
-    if trained and (out / STORE / MANIFEST).is_file():
-        manifest = Manifest.load(out / STORE)
-        if harvesting.num_contexts > manifest.num_contexts:
-            raise UsageError(
-                f"{out} holds a training of {trained[0]} on "
-                f"{manifest.num_contexts * manifest.context_size:,} tokens; choose another folder "
-                "for more"
-            )
-
-
-def _check_trained_alike(out: Path, sites: Sequence[Site], streamed: bool) -> None:
-    """Refuse, before hours of harvesting, to go on from a store with what was streamed, and the
-    other way round."""
-    for site in sites:
-        found = recorded(out / str(site))
-        if found is not None and (found["rows"].get("kind") == "stream") != streamed:
-            how = "a store; omit --stream" if streamed else "a stream; add --stream"
-            raise UsageError(
-                f"{out} holds a training of {site} on {how} to go on with it, or choose another "
-                "folder"
-            )
-
-
-def _profile(
-    inputs: RuleInputs, site: Site, folder: Path, weights: Sequence[LossWeights]
-) -> dict[str, Any]:
-    """The profile of a site, which is also written and printed."""
-    facts = profile(inputs.statistics, weights)
-    write_json(folder / "profile.json", facts)
-    plot_profile(inputs.statistics, weights, str(site), folder / "profile.png")
-    tqdm.write(profile_text(facts), file=sys.stderr)
-    return facts
 
 
 def _reports(
@@ -363,5 +390,9 @@ def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: 
 
 
 def _say(number: int, stage: str, what: str) -> None:
+    _write(f"[{number}/4] {stage}: {what}")
+
+
+def _write(text: str) -> None:
     if leads():
-        tqdm.write(f"[{number}/4] {stage}: {what}", file=sys.stderr)
+        tqdm.write(text, file=sys.stderr)

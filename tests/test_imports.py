@@ -57,6 +57,7 @@ FLOORS = (
     "plots",
     "tuning",
     "planning",
+    "run_checks",
     "pipeline",
     "studies",
     "verifying",

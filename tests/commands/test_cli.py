@@ -480,6 +480,16 @@ def test_run_goes_on_after_an_interruption(ran, model_and_corpus, tmp_path, monk
         assert content(out / SITE / name) == content(whole / SITE / name)
 
 
+def test_a_refused_run_leaves_what_the_folder_says_of_its_dictionaries(
+    ran, model_and_corpus, tmp_path
+):
+    out = shutil.copytree(ran[0], tmp_path / "out")
+    before = content(out / SITE)
+    refused = call("run", *model_and_corpus, *RUN, "--rule", "kurtosis", "--out", out)
+    assert refused.code == 1 and "holds a training with other settings" in refused.err
+    assert content(out / SITE) == before
+
+
 def test_json_in_a_process_of_its_own(world):
     found = subprocess.run(
         [sys.executable, "-m", "llm_wsae", "verify", world / "store", "--json"],
