@@ -52,7 +52,7 @@ from llm_wsae.terminal import markdown
 from llm_wsae.training import one_site
 from llm_wsae.training.architectures.batch_topk import BatchTopK
 from llm_wsae.training.arm import Arm, ArmConfig
-from llm_wsae.training.parameters import Batch, Parameters, Step
+from llm_wsae.training.parameters import Batch, Parameters, Step, squared
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
@@ -85,11 +85,15 @@ class Remembering(Arm):
         self._codes: RaggedCodes = step.by_weights.codes
         return step
 
+    def _use(self, gamma: Tensor) -> None:
+        self.gamma, self.metric = gamma, squared(gamma)
+
     def _set_gamma(self, gamma: Tensor) -> None:
         """γ that leaves the weighted variance as it is."""
         gamma = gamma.double()
         share = gamma.square() * self.variance
         self._full_gamma = (gamma * (self.variance.sum() / share.sum()).sqrt()).float()
+        self._use(self._full_gamma)
         self.dimensions.append(float(share.sum().square() / share.square().sum()))
 
 
@@ -106,7 +110,7 @@ class Participating(Remembering):
             self._set_gamma(participation(self.parameters.decoder, self._energy).sqrt())
 
     def anneal(self, done: float) -> None:
-        self.gamma = annealed(self._full_gamma, done, ANNEAL)
+        self._use(annealed(self._full_gamma, done, ANNEAL))
 
 
 class ErrorWeighted(Remembering):
@@ -132,7 +136,6 @@ class ErrorWeighted(Remembering):
             q = (missing @ decoder).double().square().mean(0)
             excess = missing.double().square().sum(1).mean() - q.sum()
             self._set_gamma((1 + excess / q.square().sum() * q).clamp(0.25, 4).sqrt())
-            self.gamma = self._full_gamma
 
 
 class Tied(Arm):
