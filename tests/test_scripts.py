@@ -239,6 +239,12 @@ def test_the_section_on_further_ideas_is_that_of_the_measurements(monkeypatch, t
     results_archive.unpack(results_rules.ARCHIVE, tmp_path)
     monkeypatch.setattr(results_rules, "RUN", tmp_path)
     agree(written("rules"), "\n\n".join(results_rules.tables()))
+    # an idea that changes nothing would be measured as the dictionary that it should change
+    for key in results_rules.SEEDS:
+        numbers = {}
+        for record in results_rules.read(key):
+            own = (record["seed"], record["f1"], record["fvu"])
+            assert numbers.setdefault(own, record["idea"]) == record["idea"]
 
 
 def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
