@@ -54,6 +54,21 @@ def test_large_offset_loses_nothing():
     torch.testing.assert_close(s.variance, x.var(0, correction=0), rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_dimension_has_no_variance(dtype):
+    """0.1 is not the rounded mean of 512 times 0.1, nor of 300 and then 411 times."""
+    x = rows_of(1700, 3, dtype=dtype)
+    x[:, 1] = 0.1
+    first, second, third = (
+        Statistics(3, 32).update(part, positions_of(len(part))) for part in x.split([300, 411, 989])
+    )
+    for s in (first.merge(second).merge(third), Statistics(3, 32).update(x, positions_of(1700))):
+        assert float(s.variance[1]) == 0 and float(s.skewness[1]) == 0
+        assert float(s.excess_kurtosis[1]) == -3
+        torch.testing.assert_close(s.variance[::2], x[:, ::2].double().var(0, correction=0))
+    assert Statistics(3, 32).variance.tolist() == [0, 0, 0]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=6))
 def test_merging_parts_equals_one_pass(sizes):
