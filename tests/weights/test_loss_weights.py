@@ -42,6 +42,7 @@ def test_weight_settings_that_cannot_be():
 def test_measurements_of_too_little():
     for settings, sentence in [
         ({"top": 1}, "top is 1, but must be at least 2"),
+        ({"top": 501}, "top is 501, but must be at most 500"),
         ({"before": -1}, "before is -1, but must be at least 0"),
         ({"after": -1}, "after is -1"),
         ({"sensitivity_tokens": 0}, "sensitivity-tokens is 0, but must be at least 1"),
