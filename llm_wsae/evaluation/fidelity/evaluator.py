@@ -69,9 +69,10 @@ def evaluate(
     """Measure every dictionary, by name, on the first ``config.tokens`` rows of ``text``.
 
     A corpus, best opened as ``Corpus.open(name, part="heldout")``, is packed into contexts as the
-    dictionaries' training text was. Dictionaries may belong to several sites; all see the same
-    text. Raises UsageError if there is no dictionary or one does not fit the model, LlmWsaeError if
-    the text is too short or an activation is not finite.
+    dictionaries' training text was; contexts must all have one length. Dictionaries may belong to
+    several sites; all see the same text. Raises UsageError if there is no dictionary, one does not
+    fit the model, or contexts differ in length; LlmWsaeError if the text is too short or an
+    activation is not finite.
     """
     check_fit(dictionaries, model, "evaluate")
     if not isinstance(text, Corpus):
@@ -90,7 +91,7 @@ class FidelityEvaluator:
     """
 
     def __init__(self, model: LanguageModel, contexts: Iterable[Context], config: EvaluateConfig):
-        """Raises LlmWsaeError if the text is too short."""
+        """Raises as ``take_contexts`` does."""
         self._model, self._config = model, config
         taken = take_contexts(contexts, config.tokens)
         self._num_contexts = len(taken)

@@ -510,6 +510,9 @@ def test_bad_requests(model, contexts):
     with pytest.raises(LlmWsaeError, match="in at least 2 contexts"):
         evaluate({"a": identity()}, model, contexts[:1], EvaluateConfig(tokens=5))
     assert evaluate({"a": identity()}, model, contexts, EvaluateConfig(tokens=5)).num_contexts == 2
+    cut = SimpleNamespace(ids=contexts[1].ids[:7], keep=contexts[1].keep[:7])
+    with pytest.raises(UsageError, match="contexts of 10 and of 7 tokens; pack or pad them"):
+        evaluate({"a": identity()}, model, [contexts[0], cut], EvaluateConfig(tokens=12))
     with pytest.raises(UsageError, match="the model has 3 blocks"):
         evaluate({"a": identity(site="blocks.3.hook_resid_post")}, model, contexts, CONFIG)
     narrow = dictionary(torch.zeros(D - 1, 20), torch.zeros(20, D - 1))
