@@ -159,6 +159,20 @@ def test_a_constant_dimension_stays_finite_under_negative_alpha():
         weights_from_rule("variance", 1.0, constant)
 
 
+def test_rows_that_vary_in_a_few_only_are_no_fault_of_alpha():
+    x = torch.ones(2000, 3)
+    x[7] = torch.tensor([1.5, 1.0, 0.5])
+    s = Statistics(3, 8).update(x, torch.arange(2000) % 8)
+    for make in (
+        lambda: weights_from_rule("uniform", 1.0, s),
+        lambda: weights_from_rule("variance", 0.5, s),
+        lambda: own_weights(LossWeights(torch.ones(3)), s),
+        lambda: own_weights(LossWeights(torch.eye(3)), s),
+    ):
+        with pytest.raises(LlmWsaeError, match="apart from a few, the rows do not vary"):
+            make()
+
+
 @pytest.mark.parametrize("rule", ["token-norm", "permuted:token-norm"])
 def test_weights_of_tokens_are_normalised(rule, statistics, tmp_path):
     """Σ_t γ_t²‖x_t‖² = Σ_t ‖x_t‖² over the usual rows; dimensions all count alike."""
