@@ -68,6 +68,19 @@ def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
     return taken
 
 
+def check_scored(contexts: Iterable[Context]) -> None:
+    """Raise UsageError if no prediction of the text can be scored.
+
+    Those count that predict a row after the first one of their context
+    (``next_token.scored_positions``).
+    """
+    if all(int(context.keep.sum()) < 2 for context in contexts):
+        raise UsageError(
+            "no context of the text to evaluate on has two rows, so no prediction can be scored; "
+            "train on rows with a larger context-size or a smaller drop-positions"
+        )
+
+
 def batches_of(contexts: Sequence[Context], batch_tokens: int) -> list[tuple[Tensor, Tensor]]:
     """The contexts as batches of (ids, keep), both [contexts, positions]; at least one context in
     each."""
