@@ -80,7 +80,7 @@ def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) 
     """FVU, CE recovered (with its 95 % interval) and KL of every arm, side by side.
 
     ``arms`` maps an arm's name to its ``fvu``, ``ce_recovered``, ``ce_recovered_interval``, ``kl``
-    and ``kl_interval``.
+    and ``kl_interval``. What is None is not drawn.
     """
     panels = (
         ("fvu", "FVU (lower is better)", None),
@@ -93,7 +93,10 @@ def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) 
     for axis, (key, label, interval) in zip(axes, panels, strict=True):
         for row, name in enumerate(names):
             value = arms[name][key]
-            low, high = arms[name][interval] if interval else (value, value)
+            if value is None:
+                continue
+            ends = arms[name][interval] if interval else (value, value)
+            low, high = (value if end is None else end for end in ends)
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
             colour = INK if name.startswith("uniform") else BLUE
             axis.errorbar(value, row, xerr=error, fmt="o", color=colour, capsize=4)

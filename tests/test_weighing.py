@@ -134,8 +134,8 @@ def test_coherence_of_the_extreme_texts(model, store):
     assert 0 < float(chance.mean()) < 0.2  # 4 of 50 words: chance is about 4/50
     assert float((wanted - chance.mean())[~above].max()) <= float(found.min()) + 2e-3
     for tokens, way_out in ((10**6, "harvest more tokens"), (50, "raise --semantic-tokens")):
-        with pytest.raises(LlmWsaeError, match=f"compare the texts of 2000 of them; {way_out}"):
-            config = RuleInputConfig(top=2000, semantic_tokens=tokens)
+        with pytest.raises(LlmWsaeError, match=f"compare the texts of 500 of them; {way_out}"):
+            config = RuleInputConfig(top=500, semantic_tokens=tokens)
             coherence_of(store, SITE, model.tokenizer, BagOfWords(), config)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import MASSIVE_RATIO
@@ -45,11 +45,17 @@ class Context(Protocol):
 def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
     """The first contexts, at least two, that hold ``tokens`` rows.
 
-    Raises LlmWsaeError if there are too few.
+    Raises LlmWsaeError if there are too few, UsageError if they have different lengths.
     """
-    taken, rows = [], 0
+    taken: list[Context] = []
+    rows = 0
     for context in contexts:
         taken.append(context)
+        if len(context.ids) != len(taken[0].ids):
+            raise UsageError(
+                f"the text to evaluate on has contexts of {len(taken[0].ids):,} and of "
+                f"{len(context.ids):,} tokens; pack or pad them to one length"
+            )
         rows += int(context.keep.sum())
         if rows >= tokens and len(taken) >= 2:
             break
@@ -60,6 +66,19 @@ def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
             "provide more text"
         )
     return taken
+
+
+def check_scored(contexts: Iterable[Context]) -> None:
+    """Raise UsageError if no prediction of the text can be scored.
+
+    Those count that predict a row after the first one of their context
+    (``next_token.scored_positions``).
+    """
+    if all(int(context.keep.sum()) < 2 for context in contexts):
+        raise UsageError(
+            "no context of the text to evaluate on has two rows, so no prediction can be scored; "
+            "train on rows with a larger context-size or a smaller drop-positions"
+        )
 
 
 def batches_of(contexts: Sequence[Context], batch_tokens: int) -> list[tuple[Tensor, Tensor]]:

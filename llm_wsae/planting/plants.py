@@ -70,8 +70,8 @@ def make_plants(
     """Draw plants for a site, from the statistics of its rows before planting.
 
     ``token_counts`` says how many rows each token id has. The decoder rows of ``dictionary`` are a
-    further stratum. Raises UsageError if the site has too few dimensions or the dictionary too few
-    latents for that many plants; LlmWsaeError if the rows do not vary.
+    further stratum. Raises UsageError if the site has too few dimensions, the dictionary too few
+    latents or the rows too few tokens for that many plants; LlmWsaeError if the rows do not vary.
     """
     draw = np.random.default_rng((config.seed, 0))
     usual = statistics.usual_sample.double()
@@ -88,6 +88,11 @@ def make_plants(
     token = np.full(count, -1)
     tied = np.flatnonzero(_in_every_cell(config, len(strata)))
     ids = np.array(sorted(token_counts), dtype=np.int64)
+    if len(tied) > len(ids):
+        raise UsageError(
+            f"the rows have {len(ids):,} different tokens, too few to tie each of {len(tied):,} "
+            "features to one of its own; lower token-share or per-cell"
+        )
     share = np.array([token_counts[i] for i in ids.tolist()]) / max(1, sum(token_counts.values()))
     for plant in tied.tolist():
         nearest = int(np.abs(np.log(share * ON_TOKEN / probability[plant])).argmin())

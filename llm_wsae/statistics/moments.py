@@ -160,8 +160,10 @@ class Statistics:
 
     @property
     def variance(self) -> Float[Tensor, " d_in"]:
-        """Variance of every dimension over all rows, massive ones included (float64)."""
-        return self._m2 / max(self.count, 1)
+        """Variance of every dimension over all rows, massive ones included; 0 for a constant
+        dimension (float64)."""
+        # The mean of equal numbers is rounded, so their sums of squares are not quite 0.
+        return torch.where(self.maximum > self.minimum, self._m2 / max(self.count, 1), 0.0)
 
     @property
     def skewness(self) -> Float[Tensor, " d_in"]:

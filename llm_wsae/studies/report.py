@@ -38,6 +38,7 @@ from llm_wsae.studies.report_tables import (
     was_explained,
 )
 from llm_wsae.studies.results import DECIDING, EXPLAINED, MEASURES, PLANTED, Result
+from llm_wsae.studies.stopping import SPENT
 from llm_wsae.terminal import aligned, markdown
 
 REPORT_FILES = REPORT, MARKDOWN, PAGE, CURVE, DIFFERENCES = (
@@ -82,6 +83,10 @@ _BASELINES = (
     "themselves, and a decoder or an encoder that stays random (arXiv 2602.14111). Where they come "
     "close to the others, a measure says little of what was learnt. No curve, verdict or "
     "correction depends on them."
+)
+_MANY_SEEDS = (
+    "This study has {} seeds. The verdict's 5 % cover looks at two to five seeds; of more seeds "
+    "only if they were all decided on beforehand."
 )
 _PW_MCC = (
     "PW-MCC: how similar the decoders of different seeds are, latents matched one to one, for the "
@@ -162,8 +167,8 @@ class StudyReport:
         plot_differences(self.compared, self.against_itself, self.site, out / DIFFERENCES)
 
     def sentences(self) -> list[str]:
-        """One line for each rule: the verdict and what it rests on."""
-        return [self._sentence(one) for one in self._claims()]
+        """One line for each rule: the verdict and what it rests on; and what to know of them."""
+        return [*map(self._sentence, self._claims()), *self._notes()]
 
     def table(self) -> str:
         """For the terminal."""
@@ -206,7 +211,7 @@ class StudyReport:
         ]
         about = {
             "title": self._title(),
-            "words": [_QUESTION],
+            "words": [_QUESTION, *self._notes()],
             "facts": self._facts(),
             "evidence": evidence,
             "tables": [asdict(table) for table in self._tables()],
@@ -296,6 +301,11 @@ class StudyReport:
 
     def _claims(self) -> list[Compared]:
         return [one for one in self.compared if not one.is_control]
+
+    def _notes(self) -> list[str]:
+        """What to know before relying on the verdicts."""
+        seeds = max((len(one.seeds) for one in self._claims()), default=0)
+        return [_MANY_SEEDS.format(seeds)] if seeds > max(SPENT) else []
 
     def _sentence(self, one: Compared) -> str:
         return f"{one.label}: {VERDICTS[one.verdict]} ({self._evidence(one)})"

@@ -160,7 +160,8 @@ def features_from_uniform(
     """True features from one uniform number each: a feature is active if its number is below the
     probability, and the further below, the stronger. The same numbers at another sparsity give
     comparable rows."""
-    return (uniform < probability) * (1 - uniform / probability) * amplitude
+    active = uniform < probability  # never if the probability is 0, where the quotient is none
+    return torch.where(active, (1 - uniform / probability) * amplitude, 0.0)
 
 
 def planted(mixing: Float[Tensor, "n_p n"], sparsity: float) -> Planted:

@@ -63,7 +63,7 @@ def weights_from_rule(
 
     Raises UsageError for an unknown rule, a form that it does not have, an α that is not finite or
     so large that weights vanish, or an input that was not measured; LlmWsaeError when every score
-    is 0 or a space has directions of nearly no weight.
+    is 0, hardly any row differs from the others, or a space has directions of nearly no weight.
     """
     if not math.isfinite(alpha):
         raise UsageError(f"the exponent α must be a finite number, not {alpha:g}")
@@ -86,7 +86,7 @@ def own_weights(weights: LossWeights, inputs: RuleInputs | Statistics) -> LossWe
     """Weights from a file, checked against the site and normalised.
 
     Raises LlmWsaeError on another number of dimensions, a negative weight in a vector, a non-finite
-    one, all zeros, or a space that cannot be left again.
+    one, all zeros, rows of which hardly any differs, or a space that cannot be left again.
     """
     statistics = RuleInputs.of(inputs).statistics
     gamma, d_in = weights.gamma.double(), statistics.d_in
@@ -170,7 +170,12 @@ def _normalised(gamma: Gamma, statistics: Statistics) -> Gamma:
 
 
 def _weighted_variance(gamma: Gamma, statistics: Statistics) -> float:
-    """E‖Γ(x − μ)‖² of the winsorised rows."""
+    """E‖Γ(x − μ)‖² of the winsorised rows. Raises LlmWsaeError if these do not vary."""
+    if not bool((statistics.robust_variance > 0).any()):
+        raise LlmWsaeError(
+            "there is nothing to weigh: apart from a few, the rows do not vary in any dimension; "
+            "take other text or another site"
+        )
     if gamma.ndim == 2:
         return float(((gamma @ statistics.robust_covariance) * gamma).sum())
     return float((gamma**2 * statistics.robust_variance).sum())

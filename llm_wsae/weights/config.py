@@ -7,6 +7,10 @@ from llm_wsae.errors import UsageError
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER
 from llm_wsae.outside import check_numbers
 
+MOST_TEXTS = 500
+"""For each dimension. Chance is estimated from 1,000 random texts, and its spread from sets of as
+many of them as are compared, which would all be alike if they held nearly all of them."""
+
 Place = Literal["auto", "loss", "space", "mixed"]
 Form = Literal["auto", "diagonal", "matrix"]
 DiagonalControl = Literal["permuted", "deciles"]
@@ -77,7 +81,7 @@ class RuleInputConfig:
             self,
             sensitivity_tokens=1,
             semantic_tokens=1,
-            top=(2, 10_000),
+            top=(2, MOST_TEXTS),
             before=(0, 10_000),
             after=(0, 10_000),
         )

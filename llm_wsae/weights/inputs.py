@@ -43,8 +43,8 @@ class RuleInputs:
         d_in, rows = self.statistics.d_in, self.second_moment.count
         if rows <= d_in:
             raise LlmWsaeError(
-                f"{rows} rows are too few for the covariance of {d_in} dimensions; harvest at "
-                f"least {10 * d_in:,}"
+                f"{rows:,} rows are too few for the covariance of {d_in:,} dimensions; harvest at "
+                f"least {10 * d_in:,} tokens, or raise --statistics-tokens of a stream to that"
             )
         return self.second_moment.covariance()
 

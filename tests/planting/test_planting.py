@@ -320,6 +320,9 @@ def test_what_cannot_be_planted_is_refused_in_a_sentence(store, tmp_path):
     few.num_rows = 3 * CHUNK_ROWS - 1
     with pytest.raises(UsageError, match=r"has 3,071 rows; .* needs at least 3,072"):
         PlantedSource(few, SITE, CONFIG)
+    with pytest.raises(UsageError, match="have 27 different tokens, too few to tie each of 28 "):
+        make_plants(store.statistics(SITE), dict.fromkeys(range(27), 9), CONFIG)
+    make_plants(store.statistics(SITE), dict.fromkeys(range(28), 9), CONFIG)
     flat = write_store(tmp_path / "flat", scale=0.0)
     with pytest.raises(LlmWsaeError, match="rows that do not vary"):
         make_plants(flat.statistics(SITE), {1: 1})

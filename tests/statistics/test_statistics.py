@@ -11,10 +11,16 @@ from scipy import stats
 from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.statistics.coherence import beyond_chance, coherence, coherence_of_strangers
+from llm_wsae.statistics.coherence import (
+    STRANGERS,
+    beyond_chance,
+    coherence,
+    coherence_of_strangers,
+)
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 from llm_wsae.statistics.uncertainty import holm
+from llm_wsae.weights.config import MOST_TEXTS
 
 
 def rows_of(n, d=5, seed=0, dtype=torch.float64):
@@ -52,6 +58,21 @@ def test_large_offset_loses_nothing():
     x = rows_of(5000) + 1e6
     s = Statistics(5, 32).update(x, positions_of(len(x)))
     torch.testing.assert_close(s.variance, x.var(0, correction=0), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_dimension_has_no_variance(dtype):
+    """0.1 is not the rounded mean of 512 times 0.1, nor of 300 and then 411 times."""
+    x = rows_of(1700, 3, dtype=dtype)
+    x[:, 1] = 0.1
+    first, second, third = (
+        Statistics(3, 32).update(part, positions_of(len(part))) for part in x.split([300, 411, 989])
+    )
+    for s in (first.merge(second).merge(third), Statistics(3, 32).update(x, positions_of(1700))):
+        assert float(s.variance[1]) == 0 and float(s.skewness[1]) == 0
+        assert float(s.excess_kurtosis[1]) == -3
+        torch.testing.assert_close(s.variance[::2], x[:, ::2].double().var(0, correction=0))
+    assert Statistics(3, 32).variance.tolist() == [0, 0, 0]
 
 
 @settings(max_examples=25, deadline=None)
@@ -200,6 +221,16 @@ def test_beyond_chance_subtracts_the_strangers_and_has_a_floor():
     opposite = torch.stack([alike[0], -alike[0]]).repeat(2, 1)[None]  # less alike than chance
     floor = beyond_chance(opposite, strangers, context, torch.Generator().manual_seed(3))
     assert 0 < float(floor) < 0.2 and float(found[1]) >= float(floor)
+
+
+def test_the_floor_is_the_noise_up_to_the_most_texts():
+    """Sets of nearly all random windows are alike, and larger ones cannot be drawn."""
+    strangers, context = draw(STRANGERS, 16), torch.arange(STRANGERS)
+    apart = draw(1, MOST_TEXTS, 16, seed=1)
+    apart[:, ::2] = -apart[:, 1::2]  # less alike than chance
+    floor = beyond_chance(apart, strangers, context, torch.Generator().manual_seed(2))
+    independent = coherence(draw(300, MOST_TEXTS, 16, seed=4)).std()
+    assert 0.4 < float(floor) / float(independent) < 1.1
 
 
 def test_holm_by_hand():

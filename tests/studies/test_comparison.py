@@ -288,6 +288,20 @@ def test_where_kl_or_density_says_otherwise_the_line_says_so():
     assert "; at equal KL the same; at equal density worse; " in other
 
 
+def test_a_report_says_what_more_than_five_seeds_are_worth():
+    def report(count):
+        made, seeds = Made(), range(count)
+        results = made.curve(seeds=seeds) + made.rule(seeds=seeds)
+        return StudyReport.of("blocks.1.hook_resid_post", BASIS, results)
+
+    said = "only if they were all decided on beforehand"
+    assert said not in report(5).markdown() + report(5).page() + report(5).table()
+    many = report(6)
+    assert many.sentences()[-1].startswith("This study has 6 seeds. ")
+    for shown in (many.to_dict()["sentences"][-1], many.markdown(), many.page(), many.table()):
+        assert shown.count(said) == 1
+
+
 def test_a_report_of_the_curve_alone(tmp_path):
     report = StudyReport.of("blocks.1.hook_resid_post", BASIS, Made().curve())
     report.write(tmp_path)

@@ -13,6 +13,7 @@ from llm_wsae.theory.superposition import (
     OUTLIER_DIMENSIONS,
     OUTLIER_FACTOR,
     REGIMES,
+    Hierarchy,
     Relations,
     alone,
     digon_mixing,
@@ -43,6 +44,13 @@ def test_features_have_their_frequency_and_strength():
     assert data.mean_active == pytest.approx(0.8)
     together = (active[:, 0] & active[:, 1]).float().mean()
     assert float(together) == pytest.approx(0.04, abs=0.003)  # independent
+
+
+def test_features_of_probability_0_are_never_active():
+    data = planted(digon_mixing(1, 1), 1.0)
+    alone = Hierarchy(data.mixing, data.probability, data.amplitude, torch.tensor([-1, 0, 0]))
+    for never in (data, alone):
+        assert never.features(50, generator()).eq(0).all()
 
 
 def test_observation_is_the_mixing():

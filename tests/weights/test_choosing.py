@@ -150,13 +150,27 @@ def test_a_zero_score_is_a_zero_weight_or_the_largest():
 
 def test_a_constant_dimension_stays_finite_under_negative_alpha():
     x = torch.randn(500, 3)
-    x[:, 1] = 2.0
+    x[:, 1] = 0.1  # which the mean of 500 such numbers is not
     s = Statistics(3, 8).update(x, torch.arange(500) % 8)
     gamma = weights_from_rule("variance", -1.0, s).gamma
     assert torch.isfinite(gamma).all() and gamma[1] <= gamma[[0, 2]].min()
     constant = Statistics(3, 8).update(torch.ones(5, 3), torch.arange(5))
     with pytest.raises(LlmWsaeError, match="rows do not vary"):
         weights_from_rule("variance", 1.0, constant)
+
+
+def test_rows_that_vary_in_a_few_only_are_no_fault_of_alpha():
+    x = torch.ones(2000, 3)
+    x[7] = torch.tensor([1.5, 1.0, 0.5])
+    s = Statistics(3, 8).update(x, torch.arange(2000) % 8)
+    for make in (
+        lambda: weights_from_rule("uniform", 1.0, s),
+        lambda: weights_from_rule("variance", 0.5, s),
+        lambda: own_weights(LossWeights(torch.ones(3)), s),
+        lambda: own_weights(LossWeights(torch.eye(3)), s),
+    ):
+        with pytest.raises(LlmWsaeError, match="apart from a few, the rows do not vary"):
+            make()
 
 
 @pytest.mark.parametrize("rule", ["token-norm", "permuted:token-norm"])

@@ -42,6 +42,7 @@ def test_weight_settings_that_cannot_be():
 def test_measurements_of_too_little():
     for settings, sentence in [
         ({"top": 1}, "top is 1, but must be at least 2"),
+        ({"top": 501}, "top is 501, but must be at most 500"),
         ({"before": -1}, "before is -1, but must be at least 0"),
         ({"after": -1}, "after is -1"),
         ({"sensitivity_tokens": 0}, "sensitivity-tokens is 0, but must be at least 1"),
@@ -304,5 +305,11 @@ def test_the_figures_are_drawn(tmp_path):
     }
     arms = {"uniform-k32": numbers, "variance-a0.5-k32": {**numbers, "fvu": 0.3}}
     plot_fidelity(arms, "blocks.1.hook_resid_post", tmp_path / "fidelity.png")
-    assert picture_size(tmp_path / "fidelity.png")[0] > 800
+    size = picture_size(tmp_path / "fidelity.png")
+    assert size[0] > 800
+    unknown = {"fvu": None, "ce_recovered": None, "ce_recovered_interval": (None, None)}
+    unknown["kl_interval"] = (None, None)
+    arms["variance-a0.5-k32"] |= unknown
+    plot_fidelity(arms, "blocks.1.hook_resid_post", tmp_path / "fidelity.png")
+    assert picture_size(tmp_path / "fidelity.png") == size
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fidelity.png", "profile.png"]

@@ -255,7 +255,11 @@ def of_matrices():
 
 def test_too_few_rows_are_not_whitened():
     rows = torch.randn(6, 6)
-    with pytest.raises(LlmWsaeError, match="6 rows are too few for the covariance of 6 dimensions"):
+    sentence = (
+        "6 rows are too few for the covariance of 6 dimensions; harvest at least 60 tokens, or "
+        "raise --statistics-tokens of a stream"
+    )
+    with pytest.raises(LlmWsaeError, match=sentence):
         statistics = Statistics(6, 4).update(rows, torch.zeros(6, dtype=torch.long))
         whitening(RuleInputs(statistics, second_moment=second_moment(statistics)))
 

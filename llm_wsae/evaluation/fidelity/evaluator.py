@@ -29,6 +29,7 @@ from llm_wsae.evaluation.activations import (
     ActivationCache,
     Context,
     batches_of,
+    check_scored,
     massive_thresholds,
     take_contexts,
 )
@@ -69,9 +70,10 @@ def evaluate(
     """Measure every dictionary, by name, on the first ``config.tokens`` rows of ``text``.
 
     A corpus, best opened as ``Corpus.open(name, part="heldout")``, is packed into contexts as the
-    dictionaries' training text was. Dictionaries may belong to several sites; all see the same
-    text. Raises UsageError if there is no dictionary or one does not fit the model, LlmWsaeError if
-    the text is too short or an activation is not finite.
+    dictionaries' training text was; contexts must all have one length. Dictionaries may belong to
+    several sites; all see the same text. Raises UsageError if there is no dictionary, one does not
+    fit the model, contexts differ in length, or none has two rows; LlmWsaeError if the text is too
+    short or an activation is not finite.
     """
     check_fit(dictionaries, model, "evaluate")
     if not isinstance(text, Corpus):
@@ -90,9 +92,10 @@ class FidelityEvaluator:
     """
 
     def __init__(self, model: LanguageModel, contexts: Iterable[Context], config: EvaluateConfig):
-        """Raises LlmWsaeError if the text is too short."""
+        """Raises as ``take_contexts`` and ``check_scored`` do."""
         self._model, self._config = model, config
         taken = take_contexts(contexts, config.tokens)
+        check_scored(taken)
         self._num_contexts = len(taken)
         self._cache = ActivationCache(model, batches_of(taken, config.batch_tokens))
         self._baselines: dict[tuple[Site, float], Baselines] = {}

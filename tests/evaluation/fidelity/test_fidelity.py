@@ -510,6 +510,16 @@ def test_bad_requests(model, contexts):
     with pytest.raises(LlmWsaeError, match="in at least 2 contexts"):
         evaluate({"a": identity()}, model, contexts[:1], EvaluateConfig(tokens=5))
     assert evaluate({"a": identity()}, model, contexts, EvaluateConfig(tokens=5)).num_contexts == 2
+    cut = SimpleNamespace(ids=contexts[1].ids[:7], keep=contexts[1].keep[:7])
+    with pytest.raises(UsageError, match="contexts of 10 and of 7 tokens; pack or pad them"):
+        evaluate({"a": identity()}, model, [contexts[0], cut], EvaluateConfig(tokens=12))
+    last = np.arange(POSITIONS) == POSITIONS - 1  # as with drop_positions = context_size − 1
+    single = [SimpleNamespace(ids=one.ids, keep=last) for one in contexts]
+    with pytest.raises(UsageError, match=r"no context .* has two rows, so no prediction can be"):
+        evaluate({"a": identity()}, model, single, EvaluateConfig(tokens=5))
+    two = SimpleNamespace(ids=contexts[1].ids, keep=last | (np.arange(POSITIONS) == 3))
+    report = evaluate({"a": identity()}, model, [*single[:3], two], EvaluateConfig(tokens=5))
+    assert report.num_scored == 1
     with pytest.raises(UsageError, match="the model has 3 blocks"):
         evaluate({"a": identity(site="blocks.3.hook_resid_post")}, model, contexts, CONFIG)
     narrow = dictionary(torch.zeros(D - 1, 20), torch.zeros(20, D - 1))
