@@ -25,7 +25,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.activations import Context, take_contexts
+from llm_wsae.evaluation.activations import Context, check_scored, take_contexts
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
@@ -224,6 +224,7 @@ class _Run:
         heldout = Corpus.open(self.corpus, "heldout", text_column=self.text_column)
         contexts = iter(Packer.for_model(self.model, self.harvesting).contexts(heldout))
         own = take_contexts(contexts, self.evaluating.tokens)
+        check_scored(own)
         return own, take_contexts(contexts, TRIAL_TOKENS) if "auto" in self.alphas else []
 
     def announce(self, heldout: Sequence[Context]) -> None:
