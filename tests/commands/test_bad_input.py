@@ -16,6 +16,7 @@ from command_line import HARVEST, SITE, TRAIN, call, content, nobody, save_model
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
+from llm_wsae.cli import main
 from llm_wsae.commands import parser
 from llm_wsae.data.hub_dataset import HubDataset
 from llm_wsae.data.manifest import Manifest, complete_shards
@@ -318,6 +319,25 @@ def test_what_the_parser_refuses(refused, subtests):
     for name, (words, said) in IMPOSSIBLE.items():
         with subtests.test(name):
             refused(2, *words, "--json", said=said)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("harvest --site a --site b", "--site is given twice; give its values together: --site A"),
+        ("study --rule a --rule=b", "--rule is given twice; give its values together: --rule A B"),
+        ("inspect d --latent 1 --latent 2", "give its values together: --latent A B"),
+        ("weigh s --rule variance --rule gap", "--rule is given twice; give it once"),
+        ("run --tokens 5 --harvest.tokens 6", "--tokens or --harvest.tokens is given twice"),
+        ("run --train-tokens 5 --train.tokens 6", "--train.tokens is given twice; give it once"),
+        ("train --batch_size 5 --batch-size 6", "--batch-size is given twice; give it once"),
+        ("push d user/name --private --private", "--private is given twice; give it once"),
+    ],
+)
+def test_an_option_is_given_once(capsys, words, said):
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err.splitlines()[-1]
 
 
 def test_what_the_parser_does_not_tell_is_shown_as_it_tells_it(world, monkeypatch):
