@@ -91,9 +91,10 @@ def push(
         head, new_branch = _prepare(api, repo_id, private, revision)
         files = remote_files(repo_id, head)
     remote = Repository(repo_id, None if new_branch else revision, head, files, None)
+    known = _all_facts(local, remote)
     with tempfile.TemporaryDirectory() as place:
         local = _with_what_is_there(local, remote, Path(place))
-        known = _all_facts(local, remote)
+        known |= {sae_id: _facts(sae_id, folder) for sae_id, folder in local.items()}
         changed: dict[str, Path | bytes | None] = {}
         for sae_id, folder in local.items():
             changed |= _changed(sae_id, folder, files)
@@ -103,7 +104,7 @@ def push(
             if changed.get(path := f"{sae_id}/{FIGURE}", files.get(path)) is not None
         }
         old = _old_card(remote)
-        new = card(repo_id, known, figures, old=old, license=license, revision=revision)
+        new = card(repo_id, [known[name] for name in sorted(known)], figures, old=old, license=license, revision=revision)
         if new != old:
             changed[README] = new.encode()
         if not changed and not new_branch:
@@ -256,21 +257,22 @@ def _changed(
     return changed
 
 
-def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
-    """The facts of every dictionary that the repository will hold, sorted by name.
+def _facts(sae_id: str, folder: Path) -> Facts:
+    return facts(
+        sae_id,
+        read_json(folder / CFG, "dictionary's configuration"),
+        read_json(folder / INFO, "dictionary's information"),
+    )
+
+
+def _all_facts(local: dict[str, Path], remote: Repository) -> dict[str, Facts]:
+    """The facts of every dictionary that the card will name.
 
     Raises UsageError if one would replace another model's dictionary.
     """
-    known = {
-        sae_id: facts(
-            sae_id,
-            read_json(folder / CFG, "dictionary's configuration"),
-            read_json(folder / INFO, "dictionary's information"),
-        )
-        for sae_id, folder in local.items()
-    }
-    for sae_id in remote.sae_ids(own=True):
-        if not _SHOWN_ID.fullmatch(sae_id):
+    known = {sae_id: _facts(sae_id, folder) for sae_id, folder in local.items()}
+    for sae_id, layout in remote.layouts.items():
+        if not _SHOWN_ID.fullmatch(sae_id) or (layout is not None and sae_id not in known):
             continue
         try:
             there = remote_facts(remote, sae_id)
@@ -285,7 +287,7 @@ def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
                 f"{there.model}, and {local[sae_id]} is for {mine.model}; push it to another "
                 "repository"
             )
-    return [known[sae_id] for sae_id in sorted(known)]
+    return known
 
 
 def _old_card(remote: Repository) -> str:
