@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -27,6 +27,7 @@ from llm_wsae.outside import lines, parse_json, parsing
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SECTION_CHARACTERS = 8000
 _FINGERPRINT_BYTES = 1 << 20
+_FIRST_ROWS = 100  # of a .jsonl file, which tell whether it has a column text
 
 
 @dataclass(frozen=True)
@@ -140,20 +141,23 @@ class TextFiles:
             yield RawDocument(f"{name}#{number}" if number else name, section, {"file": name})
 
     def _json_lines(self, file: Path) -> Iterator[RawDocument]:
-        name, column = self._relative(file), None
-        with open(file, encoding="utf-8") as stream:
-            for number, line in enumerate(lines(stream, str(file)), 1):
-                if not line.strip():
-                    continue
-                where = f"{file}, line {number}"
-                row = parse_json(line, where)
-                if not isinstance(row, dict):
-                    raise LlmWsaeError(f"{where}: not a JSON object with a text column")
-                wanted = column or self._text_column or "text"
-                if row.get(wanted) is None and (column or wanted in row):
-                    continue  # a row without text
-                column = text_column_of(row, column or self._text_column, where)
-                yield _row_document(f"{name}#{number}", row, column)
+        name, rows = self._relative(file), _json_rows(file)
+        column, first, found = self._text_column, [], False
+        for one in islice(rows, 1 if column else _FIRST_ROWS):
+            first.append(one)
+            if column is None and isinstance(one[2].get("text"), str):
+                column = "text"
+                break
+        for number, where, row in chain(first, rows):
+            found = found or column is None or column in row
+            wanted = column or "text"
+            if row.get(wanted) is None and (column or wanted in row):
+                continue  # a row without text
+            column = text_column_of(row, column, where)
+            yield _row_document(f"{name}#{number}", row, column)
+        if first and not found:
+            _, where, row = first[0]
+            text_column_of(row, column, where)  # raises
 
     def _parquet(self, file: Path) -> Iterator[RawDocument]:
         from pyarrow.parquet import ParquetFile
@@ -173,6 +177,19 @@ class TextFiles:
 
     def _relative(self, file: Path) -> str:
         return _utf8(file.relative_to(self._root).as_posix())
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The objects of a file: the number of the line, what an error calls it, the object."""
+    with open(file, encoding="utf-8") as stream:
+        for number, line in enumerate(lines(stream, str(file)), 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            row = parse_json(line, where)
+            if not isinstance(row, dict):
+                raise LlmWsaeError(f"{where}: not a JSON object with a text column")
+            yield number, where, row
 
 
 def _row_document(name: str, row: dict[str, Any], column: str) -> RawDocument:

@@ -189,6 +189,21 @@ def test_a_file_that_has_gone_is_named(tmp_path):
         corpus.identity()
 
 
+@pytest.mark.parametrize(
+    "rows, named, expected",
+    [
+        ([{"url": "u"}, {"text": "x", "url": "v"}], None, ["x"]),
+        ([{"url": "u"}, {"text": None, "url": "v"}], None, ["u", "v"]),
+        ([{"text": "x"}, {"body": "y"}], "body", ["y"]),
+    ],
+)
+def test_the_first_row_alone_does_not_say_which_column_holds_the_text(
+    tmp_path, rows, named, expected
+):
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    assert texts(Corpus.open(path, "all", text_column=named)) == expected
+
+
 def test_a_named_text_column(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"p": "x", "q": "y"})
     assert texts(Corpus.open(path, "all", text_column="q")) == ["y"]
