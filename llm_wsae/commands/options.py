@@ -248,6 +248,17 @@ def stream_config(
     return config if stream else None
 
 
+def check_none_given(prefix: str, options: Any, needed: str) -> None:
+    """Raises UsageError for options of what is not done without the one that is ``needed``."""
+    given = [
+        f"--{prefix}.{field.name.replace('_', '-')}"
+        for field in fields(options)
+        if getattr(options, field.name) != field.default
+    ]
+    if given:
+        raise UsageError(f"{' and '.join(given)}: only with {needed}; add that")
+
+
 Result = tuple[dict[str, Any], str]  # the JSON object, the text for people
 
 

@@ -78,6 +78,7 @@ HARVESTING = ("harvest", "--model", "model", "--corpus", "text.jsonl", *HARVEST)
 TRAINING = ("train", "store", *TRAIN)
 EVALUATING = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 100)
 RUNNING = ("run", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, *SIZE)
+STUDYING = ("study", "store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE)
 WEIGHING = ("weigh", "store", "--site", SITE)
 
 LONG = "x" * 300
@@ -265,6 +266,16 @@ MISTAKES = {
     "merge of one": (2, ("merge", "store"), ["nothing to merge; name at least two stores"]),
     "merge of one twice": (2, ("merge", "store", "./store"), ["store is listed twice"]),
     "merge of no store": (1, ("merge", "store", "nothing"), ["nothing is not an activation store"]),
+    "plants that are not asked for": (
+        2,
+        (*STUDYING, "--planted.per-cell", 4, "--planted.seed", 3),
+        ["--planted.seed and --planted.per-cell: only with --plant; add that"],
+    ),
+    "explanations that are not asked for": (
+        2,
+        (*STUDYING, "--explain.latents", 4),
+        ["--explain.latents: only with --explain.endpoint; add that"],
+    ),
     "dictionary torn": (
         1,
         ("evaluate", "torn", *EVALUATING),
@@ -365,7 +376,6 @@ def test_nothing_of_other_people_is_replaced(refused, world, tmp_path, subtests)
     (world / "mine/log.jsonl").write_text("my log\n")
     (world / "mine/report.md").write_text("my report")
     left, page = "was not written by this command", ("dashboard", "trained/uniform-k4")
-    studying = ("study", "store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE)
     for command, out, said in (
         (
             WEIGHING,
@@ -378,7 +388,7 @@ def test_nothing_of_other_people_is_replaced(refused, world, tmp_path, subtests)
         ((*TRAINING, "--k", 4), "store", "store is an activation store"),
         ((*TRAINING, "--k", 4), "trained/uniform-k4", "trained/uniform-k4 is a dictionary"),
         ((*TRAINING, "--k", 4), "mine", "mine/log.jsonl is there already"),
-        (studying, "mine", "mine holds report.md"),
+        (STUDYING, "mine", "mine holds report.md"),
     ):
         with subtests.test(f"{command[0]} {out}"):
             refused(1, *command, "--out", out, said=[said])
