@@ -266,6 +266,16 @@ MISTAKES = {
     "merge of one": (2, ("merge", "store"), ["nothing to merge; name at least two stores"]),
     "merge of one twice": (2, ("merge", "store", "./store"), ["store is listed twice"]),
     "merge of no store": (1, ("merge", "store", "nothing"), ["nothing is not an activation store"]),
+    "model for a rule without one": (
+        2,
+        (*WEIGHING, "--model", "model", "--revision", "main", "--sensitivity-tokens", 9),
+        ["rule 'variance' has no use for --model and --revision and --sensitivity-tokens; omit"],
+    ),
+    "dictionary for a rule without one": (
+        2,
+        (*WEIGHING, "--rule", "sensitivity", "--dictionary", "trained/uniform-k4"),
+        ["the rule 'sensitivity' has no use for --dictionary; omit that"],
+    ),
     "plants that are not asked for": (
         2,
         (*STUDYING, "--planted.per-cell", 4, "--planted.seed", 3),
