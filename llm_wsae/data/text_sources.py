@@ -167,11 +167,16 @@ class TextFiles:
         with parsing(f"{file} is not a readable parquet file"), ParquetFile(file) as table:
             # The schema decides: the first row of a nullable column may be empty.
             kinds = {f.name: f.type for f in table.schema_arrow}
-            row = {name: "" if _is_text(kind) else None for name, kind in kinds.items()}
+            # Categories are labels, unless their column has the name of the text's.
+            wanted = self._text_column or "text"
+            row = {
+                name: "" if _is_text(kind, categories=name == wanted) else None
+                for name, kind in kinds.items()
+            }
             column = text_column_of(row, self._text_column, str(file))
-            wanted = [name for name, kind in kinds.items() if name == column or _is_label(kind)]
-            for batch in table.iter_batches(batch_size=256, columns=wanted):
-                for row in batch.select(wanted).to_pylist():
+            read = [name for name, kind in kinds.items() if name == column or _is_label(kind)]
+            for batch in table.iter_batches(batch_size=256, columns=read):
+                for row in batch.select(read).to_pylist():
                     number += 1
                     yield _row_document(f"{name}#{number}", row, column)
 
@@ -202,11 +207,13 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _is_text(kind: Any) -> bool:
-    """Whether a parquet column holds texts."""
+def _is_text(kind: Any, categories: bool = False) -> bool:
+    """Whether a parquet column holds texts, each for itself or as ``categories``."""
     from pyarrow import types
 
-    return types.is_string(kind) or types.is_large_string(kind)
+    if categories and types.is_dictionary(kind):
+        kind = kind.value_type
+    return str(kind) in ("string", "large_string", "string_view")
 
 
 def _is_label(kind: Any) -> bool:

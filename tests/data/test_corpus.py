@@ -130,6 +130,19 @@ def test_columns_of_a_parquet_file_that_cannot_be_labels(tmp_path):
     assert (second.text, second.labels) == ("two", {"year": 16_000, "kind": "b"})
 
 
+@pytest.mark.parametrize(
+    "kind", [pyarrow.string_view(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())]
+)
+def test_other_columns_of_a_parquet_file_that_hold_text(tmp_path, kind):
+    words = pyarrow.array(["one", "two", "one"]).cast(kind)
+    others = {"who": pyarrow.array(["a", "b", "a"])}
+    pyarrow.parquet.write_table(pyarrow.table({"text": words, **others}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": words, **others}), tmp_path / "b.parquet")
+    for name, column in (("a", None), ("b", "body")):
+        path = str(tmp_path / f"{name}.parquet")
+        assert texts(Corpus.open(path, "all", text_column=column)) == ["one", "two", "one"]
+
+
 def test_a_folder_whose_name_is_no_text(tmp_path):
     """A manifest could not hold it, which would show only after the first shard."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")

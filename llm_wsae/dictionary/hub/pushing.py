@@ -104,7 +104,14 @@ def push(
             if changed.get(path := f"{sae_id}/{FIGURE}", files.get(path)) is not None
         }
         old = _old_card(remote)
-        new = card(repo_id, [known[name] for name in sorted(known)], figures, old=old, license=license, revision=revision)
+        new = card(
+            repo_id,
+            [known[name] for name in sorted(known)],
+            figures,
+            old=old,
+            license=license,
+            revision=revision,
+        )
         if new != old:
             changed[README] = new.encode()
         if not changed and not new_branch:
@@ -195,9 +202,7 @@ def _check_none_is_ignored(repo_id: str, added: Sequence[Any]) -> None:
         )
 
 
-def _with_what_is_there(
-    local: dict[str, Path], remote: Repository, place: Path
-) -> dict[str, Path]:
+def _with_what_is_there(local: dict[str, Path], remote: Repository, place: Path) -> dict[str, Path]:
     """The folders, or, where others described the same weights, copies below ``place`` that also
     hold what others measured and said; what is known here counts more."""
 

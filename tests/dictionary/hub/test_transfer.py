@@ -20,7 +20,12 @@ from safetensors.torch import load_file, save_file
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations, read_explanations
+from llm_wsae.dictionary.explanations import (
+    Explanation,
+    Score,
+    keep_explanations,
+    read_explanations,
+)
 from llm_wsae.dictionary.folder import EXTRAS, INFO, WEIGHTS, check_folder, keep_measurements
 from llm_wsae.dictionary.hub import pulling
 from llm_wsae.dictionary.hub.card import BEGIN, END
