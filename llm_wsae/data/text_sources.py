@@ -85,8 +85,7 @@ class TextFiles:
         self.name = _utf8(path.resolve().name)
         self._text_column = text_column
         if path.is_dir():
-            found = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_raise)
-                     for name in names)  # fmt: skip
+            found = _files_below(path)
             self._files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
             self._root = path
             if not self._files:
@@ -200,6 +199,25 @@ def _json_rows(file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
 def _row_document(name: str, row: dict[str, Any], column: str) -> RawDocument:
     labels = {key: value for key, value in row.items() if key != column}
     return RawDocument(name, row[column] or "", labels)
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Also those behind links to folders; each folder once, so that a link may lead back."""
+    seen: set[tuple[int, int]] = set()
+    tops = [str(root)]
+    while tops:
+        links: list[str] = []  # after all that is there without them
+        for top in tops:
+            for folder, below, names in os.walk(top, onerror=_raise):
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in seen:
+                    below.clear()
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                inside = [os.path.join(folder, name) for name in below]
+                links += filter(os.path.islink, inside)
+                yield from (Path(folder, name) for name in names)
+        tops = sorted(links)
 
 
 def _raise(error: OSError) -> None:

@@ -152,6 +152,22 @@ def test_a_folder_whose_name_is_no_text(tmp_path):
         json.dumps(Corpus.open(str(path), "all").identity(), ensure_ascii=False).encode()
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (folder / "real").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    (folder / "real/a.txt").write_text("one")
+    (elsewhere / "deep/b.txt").write_text("two")
+    (elsewhere / "back").symlink_to(folder)
+    for name, place in (("link", elsewhere), ("again", elsewhere), ("also", folder / "real")):
+        (folder / name).symlink_to(place)
+    documents = Corpus.open(str(folder), "all").documents()
+    assert [(one.name, one.text) for one in documents] == [
+        ("again/deep/b.txt", "two"),
+        ("real/a.txt", "one"),
+    ]
+
+
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
     (tmp_path / "a.jsonl").write_text(r'{"text": "one \ud83d two", "who": "\udc00x"}' + "\n")
     (document,) = Corpus.open(str(tmp_path / "a.jsonl"), "all").documents()
