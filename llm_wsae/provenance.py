@@ -13,7 +13,9 @@ from typing import Any
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import read_own_json, write_json
 
-_PATH = re.compile(r"(^|[=+])(?:~[^/+]*|\.\.)?/(?:[^/+]*/)*([^/+]+)/?")  # also one of several texts
+_PATH = re.compile(  # also one of several texts
+    r"(^|[=+])(?:(?:~[^/+]*)?/|(?:[^/+=]*/)*\.\./)(?:[^/+]*/)*([^/+]+)/?"
+)
 _PACKAGES = (
     "llm-wsae",
     "torch",

@@ -18,7 +18,18 @@ from llm_wsae.data.packing import load_contexts
 from llm_wsae.data.shard_record import tokens_path
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
-from llm_wsae.dictionary.folder import CFG, check_folder, files_without_digest, is_dictionary
+from llm_wsae.dictionary.folder import (
+    CFG,
+    EXPLANATIONS,
+    EXTRAS,
+    INFO,
+    OWN_DIGEST,
+    WAY_OUT,
+    WEIGHTS,
+    check_folder,
+    files_without_digest,
+    is_dictionary,
+)
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
 from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
@@ -36,6 +47,8 @@ from llm_wsae.weights.loss_weights import LossWeights
 T = TypeVar("T")
 _OF_RUN = (MANIFEST, FINISHED, CHECKPOINT)
 """Of the folders in that of a run: its store, or the training of a site."""
+_OF_FOLDERS = {CFG, WEIGHTS, EXTRAS, EXPLANATIONS, LOG, CHECKPOINT}
+"""Files whose digests are in another file, or that only their folder explains."""
 _SHORT = 1.0  # seconds of work that need no bar
 
 
@@ -73,7 +86,7 @@ def verify(path: Path | str, site: str | None = None) -> Found:
     """
     path = Path(path)
     if path.is_file():
-        names, kind = set(), "record" if path.suffix == ".json" else "weights file"
+        names, kind = set(), _kind_of_file(path)
     elif path.is_dir():
         names = {entry.name for entry in path.iterdir()}
         kind = _kind(path, names)
@@ -105,6 +118,18 @@ def _size_of(path: Path) -> int:
     """Bytes of a file, or of the files in a folder and in those below."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def _kind_of_file(path: Path) -> str:
+    of_store = any((folder / MANIFEST).is_file() for folder in (path.parent, path.parent.parent))
+    if path.name in _OF_FOLDERS or (of_store and path.suffix == ".safetensors"):
+        raise LlmWsaeError(f"{path} is checked together with its folder; give that")
+    if path.suffix not in (".json", ".safetensors"):
+        raise LlmWsaeError(
+            f"there is nothing in {path} that verify knows; give it a folder, a weights file "
+            "(.safetensors) or a record (.json)"
+        )
+    return "record" if path.suffix == ".json" else "weights file"
 
 
 def _kind(folder: Path, names: set[str]) -> str:
@@ -161,8 +186,12 @@ def _check_folder(found: Found, folder: Path) -> None:
 
 
 def _check_json(found: Found, path: Path) -> None:
-    own = found.check(path, lambda: own_json(path, "record"))
-    _record(found, path, own)
+    def read() -> Own:
+        if path.name == INFO:
+            return own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
+        return own_json(path, "record")
+
+    _record(found, path, found.check(path, read))
 
 
 def _record(found: Found, path: Path, own: Own | None) -> None:

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from command_line import HARVEST, content, save_model, works
+from command_line import HARVEST, asked, content, save_model, works
 from several import run, start, torchrun
 from test_harvesting import CONFIG, LENGTHS, SITES, after, files
 from tiny import tiny_model, write_jsonl
@@ -220,7 +220,7 @@ def both_wait(corpus, out, go):
 def said(*words):
     """Exit code of a command and what it says, in this process."""
     with contextlib.redirect_stderr(io.StringIO()) as heard:
-        return main([*map(str, words)]), heard.getvalue()
+        return main(asked(words)), heard.getvalue()
 
 
 def test_the_command_under_torchrun(corpus, tmp_path):

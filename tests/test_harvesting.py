@@ -334,6 +334,14 @@ def test_requests_that_cannot_be(model, corpus, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_text_that_gives_no_row_is_refused(model, tmp_path):
+    short = Corpus.open(str(write_jsonl(tmp_path / "short.jsonl", [4] * 20)), "all")
+    config = replace(CONFIG, tokens=60, one_document_per_context=True, drop_positions=8)
+    with pytest.raises(LlmWsaeError, match="gives a row; lower --drop-positions"):
+        harvest(model, short, SITES, tmp_path / "s", config)
+    assert not Manifest.load(tmp_path / "s").complete
+
+
 def test_padding_does_not_change_the_rows(model, corpus):
     config = replace(CONFIG, one_document_per_context=True)
     (block, *_) = Packer.for_model(model, config).blocks(corpus, 8)

@@ -204,6 +204,9 @@ def test_a_command_leaves_its_machine_without_its_folders():
             "llm-wsae run --corpus ~/a.txt+../b.txt+own/er",
             "llm-wsae run --corpus a.txt+b.txt+own/er",
         ),
+        ("llm-wsae train ./../../home/alice/x --out=runs/../../home/s", "llm-wsae train x --out=s"),
+        ("llm-wsae run --corpus b.txt+./../al/a.txt", "llm-wsae run --corpus b.txt+a.txt"),
+        ("llm-wsae train runs/store --model ./m", "llm-wsae train runs/store --model ./m"),
         ("llm-wsae train 'runs/my store' --k 4", "llm-wsae train 'runs/my store' --k 4"),
     ):
         assert portable(command) == shown

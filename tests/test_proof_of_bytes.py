@@ -26,6 +26,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary import atomic_folder, checks
 from llm_wsae.dictionary import folder as dictionary_folder
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.explanations import Explanation, keep_explanations
 from llm_wsae.dictionary.folder import OWN_DIGEST
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_own_tensors, own_json, save_own_tensors, write_json
@@ -538,6 +539,31 @@ def test_verify_knows_what_the_first_version_wrote(old):  # noqa: F811
         assert "can be read, but there is no checksum of" in works("verify", name).out
     for name, record in Manifest.load(old / "store").all_files().items():
         assert record == FileRecord.of(old / "store" / name)
+
+
+def test_a_file_that_verify_cannot_judge_alone_is_not_called_damaged(world):
+    said_of = Explanation(1, "cats", "a model", {})
+    keep_explanations(world / "trained/uniform-k4", [said_of])
+    (world / "notes.txt").write_text("my notes")
+    together, nothing = "is checked together with its folder; give that", "that verify knows"
+    for name, said in {
+        "trained/uniform-k4/cfg.json": together,
+        "trained/uniform-k4/sae_weights.safetensors": together,
+        "trained/uniform-k4/explanations.jsonl": together,
+        "trained/log.jsonl": together,
+        "store/tokens/00000.safetensors": together,
+        f"store/{SITE}/statistics.safetensors": together,
+        "text.jsonl": nothing,
+        "notes.txt": nothing,
+    }.items():
+        found = call("verify", world / name)
+        assert found.code == 1 and said in found.err and name in found.err, name
+        assert "delete" not in found.err and "damaged" not in found.err, name
+    own = world / "trained/uniform-k4/wsae.json"
+    assert "record is intact" in works("verify", own).out
+    own.write_text(own.read_text().replace("uniform", "unifurm"))
+    found = call("verify", own)
+    assert found.code == 1 and "wsae.json is damaged" in found.err and "restore" in found.err
 
 
 def test_verify_says_what_is_missing_from_a_training(world):

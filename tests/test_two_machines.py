@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import HARVEST, SITE, TRAIN, content, works
+from command_line import HARVEST, SITE, TRAIN, asked, content, works
 from places import ROOT
 
 SECONDS = 240
@@ -42,7 +42,7 @@ def agents(folder, *words):
                 "--master-port", str(port)]  # fmt: skip
     return [
         subprocess.Popen(
-            [*launcher, "--node-rank", str(rank), script, *map(str, words)],
+            [*launcher, "--node-rank", str(rank), script, *asked(words)],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

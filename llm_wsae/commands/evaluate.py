@@ -1,6 +1,6 @@
 """The command that measures dictionaries."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from llm_wsae.commands.options import (
     Prefixed,
     Result,
     ScoreOptionsOfEvaluate,
+    check_none_given,
     names_of,
 )
 from llm_wsae.errors import UsageError
@@ -61,7 +62,7 @@ def evaluate(
     folders = names_of(dictionaries)
     _check(out, part, keep)
     if not monosemantic:
-        _check_no_scores_asked(score)
+        check_none_given("score", score, "--monosemantic")
     for folder in folders.values() if keep else ():
         check_keeps_measurements(folder)
     loaded = {name: Dictionary.load(path) for name, path in folders.items()}
@@ -103,14 +104,3 @@ def _check(out: Path, part: Part, keep: bool) -> None:
     check_file(out, is_record_of("evaluate"))
     if keep and part != "heldout":
         raise UsageError("--keep stores what was measured on held-out text; omit --part")
-
-
-def _check_no_scores_asked(score: ScoreOptionsOfEvaluate) -> None:
-    """Raises UsageError for options of what is not measured."""
-    given = [
-        f"--score.{field.name.replace('_', '-')}"
-        for field in fields(score)
-        if getattr(score, field.name) != field.default
-    ]
-    if given:
-        raise UsageError(f"{' and '.join(given)}: only with --monosemantic; add that")

@@ -248,6 +248,21 @@ def stream_config(
     return config if stream else None
 
 
+def changed_options(options: Any, prefix: str = "") -> list[str]:
+    """The options of a group that do not have their defaults."""
+    return [
+        f"--{prefix}{field.name.replace('_', '-')}"
+        for field in fields(options)
+        if getattr(options, field.name) != field.default
+    ]
+
+
+def check_none_given(prefix: str, options: Any, needed: str) -> None:
+    """Raises UsageError for options of what is not done without the one that is ``needed``."""
+    if given := changed_options(options, f"{prefix}."):
+        raise UsageError(f"{' and '.join(given)}: only with {needed}; add that")
+
+
 Result = tuple[dict[str, Any], str]  # the JSON object, the text for people
 
 

@@ -19,6 +19,7 @@ from llm_wsae.commands.options import Result, note
 from llm_wsae.errors import UsageError, nearest, shown
 from llm_wsae.terminal import printable
 
+_OPTION = re.compile(r"--[a-z][a-z0-9.-]*")
 _on_parse_error = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
 
 
@@ -29,6 +30,7 @@ def parse(name: str, command: Callable[..., Result], words: list[str]) -> Callab
     """
     for before, word in zip([name, *words], words, strict=False):
         _check_word(word, before)
+    _check_once(words, name, command)
 
     @functools.wraps(command)
     def prepared(*args: Any, **options: Any) -> Callable[[], Result]:
@@ -62,14 +64,33 @@ def _check_word(word: str, before: str) -> None:
         raise UsageError(f"{shown(word)} holds a NUL character, which no name can")
 
 
+def _check_once(words: list[str], name: str, command: Callable[..., Result]) -> None:
+    """Raises UsageError for an option that is given twice: the parser would keep the last alone."""
+    options = words[: words.index("--")] if "--" in words else words
+    given = [word.partition("=")[0].replace("_", "-") for word in options if word[:2] == "--"]
+    if len(given) < 2:
+        return
+    for line in _help_lines(name, command):
+        spellings = _OPTION.findall(line)
+        if len(found := [option for option in given if option in spellings]) > 1:
+            several = f"its values together: {found[-1]} A B" if " [" in line else "it once"
+            named = " or ".join(dict.fromkeys(found))
+            raise UsageError(f"{named} is given twice; give {several}")
+
+
 def options_of(name: str, command: Callable[..., Result]) -> list[str]:
     """The options of a command, in the order of its help."""
+    found = [option for line in _help_lines(name, command) for option in _OPTION.findall(line)]
+    return list(dict.fromkeys(found))
+
+
+def _help_lines(name: str, command: Callable[..., Result]) -> list[str]:
+    """The lines of a command's help that name an option: its spellings, and its values, which are
+    in brackets if it takes several."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         parse(name, command, ["--help"])
-    found = re.findall(r"^[^\w-]*(--[a-z].*)$", text.getvalue(), re.MULTILINE)
-    options = [option for line in found for option in re.findall(r"--[a-z][a-z0-9.-]*", line)]
-    return list(dict.fromkeys(options))
+    return re.findall(r"^[^\w-]*(--[a-z].*)$", text.getvalue(), re.MULTILINE)
 
 
 def _sentence(event: Any, name: str, command: Callable[..., Result]) -> str | None:

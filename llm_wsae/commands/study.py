@@ -17,6 +17,7 @@ from llm_wsae.commands.options import (
     ScoreOptions,
     Store,
     TrainOptions,
+    check_none_given,
     cost,
 )
 from llm_wsae.model.site import Site
@@ -99,6 +100,10 @@ def study(
     from llm_wsae.studies.runner import study as compare_all
 
     started = time.monotonic()
+    if not plant:
+        check_none_given("planted", planted, "--plant")
+    if explain.endpoint is None:
+        check_none_given("explain", explain, "--explain.endpoint")
     check_file(out / RECORD, is_record_of("study"))
     config, training = compare.config(planted if plant else None), train.with_model_on(model.device)
     place, opened = Site.parse(site), ActivationStore.open(store)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llm_wsae.commands.options import Flat, LoadOptions, Result, Store
+from llm_wsae.commands.options import Flat, LoadOptions, Result, Store, changed_options
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_file, is_record_of
@@ -51,14 +51,19 @@ def weigh(
     place, opened = Site.parse(site), ActivationStore.open(store)
     parsed = Rule.parse(rule)
     parsed.form(weights)  # refused before anything is measured
-    wanted = model if parsed.need in ("fisher", "coherence") else None
-    first = dictionary if parsed.need == "dictionary" else None
+    with_model = parsed.need in ("fisher", "coherence")
+    idle = [] if parsed.need == "dictionary" or dictionary is None else ["--dictionary"]
+    if not with_model:
+        idle += [] if model is None else ["--model"]
+        idle += [*changed_options(loading), *changed_options(measure)]
+    if idle:
+        raise UsageError(f"the rule {rule!r} has no use for {' and '.join(idle)}; omit that")
     inputs = measure_inputs(
         [parsed],
         opened,
         place,
-        model=loading.load(wanted, opened) if wanted else None,
-        dictionary=Dictionary.load(first) if first else None,
+        model=loading.load(model, opened) if model else None,
+        dictionary=Dictionary.load(dictionary) if dictionary else None,
         config=measure,
     )
     chosen = choose_weights(inputs, ("uniform", parsed), (alpha,), config=weights)

@@ -5,14 +5,22 @@ from pathlib import Path
 
 from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards
 from llm_wsae.data.shard_record import STATISTICS, FileRecord, shard_paths
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_tensors, save_tensors
 from llm_wsae.statistics.moments import Statistics
 
+NO_ROWS = "no token of these documents gives a row; lower --drop-positions"
+
 
 def finish_store(folder: Path, manifest: Manifest) -> None:
-    """Finish a store that has all its shards: write the statistics of all rows and the manifest."""
+    """Finish a store that has all its shards: write the statistics of all rows and the manifest.
+
+    Raises LlmWsaeError if there is no row.
+    """
     shards = complete_shards(folder, manifest)
     assert list(shards) == list(range(manifest.num_shards))
+    if not any(shard.rows for shard in shards.values()):
+        raise LlmWsaeError(NO_ROWS)
     manifest.shards = list(shards.values())
     for site in manifest.sites:
         merged = Statistics(manifest.d_in, manifest.context_size)

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -27,6 +27,7 @@ from llm_wsae.outside import lines, parse_json, parsing
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SECTION_CHARACTERS = 8000
 _FINGERPRINT_BYTES = 1 << 20
+_FIRST_ROWS = 100  # of a .jsonl file, which tell whether it has a column text
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class TextFiles:
         self.name = _utf8(path.resolve().name)
         self._text_column = text_column
         if path.is_dir():
-            found = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_raise)
-                     for name in names)  # fmt: skip
+            found = _files_below(path)
             self._files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
             self._root = path
             if not self._files:
@@ -140,20 +140,23 @@ class TextFiles:
             yield RawDocument(f"{name}#{number}" if number else name, section, {"file": name})
 
     def _json_lines(self, file: Path) -> Iterator[RawDocument]:
-        name, column = self._relative(file), None
-        with open(file, encoding="utf-8") as stream:
-            for number, line in enumerate(lines(stream, str(file)), 1):
-                if not line.strip():
-                    continue
-                where = f"{file}, line {number}"
-                row = parse_json(line, where)
-                if not isinstance(row, dict):
-                    raise LlmWsaeError(f"{where}: not a JSON object with a text column")
-                wanted = column or self._text_column or "text"
-                if row.get(wanted) is None and (column or wanted in row):
-                    continue  # a row without text
-                column = text_column_of(row, column or self._text_column, where)
-                yield _row_document(f"{name}#{number}", row, column)
+        name, rows = self._relative(file), _json_rows(file)
+        column, first, found = self._text_column, [], False
+        for one in islice(rows, 1 if column else _FIRST_ROWS):
+            first.append(one)
+            if column is None and isinstance(one[2].get("text"), str):
+                column = "text"
+                break
+        for number, where, row in chain(first, rows):
+            found = found or column is None or column in row
+            wanted = column or "text"
+            if row.get(wanted) is None and (column or wanted in row):
+                continue  # a row without text
+            column = text_column_of(row, column, where)
+            yield _row_document(f"{name}#{number}", row, column)
+        if first and not found:
+            _, where, row = first[0]
+            text_column_of(row, column, where)  # raises
 
     def _parquet(self, file: Path) -> Iterator[RawDocument]:
         from pyarrow.parquet import ParquetFile
@@ -163,11 +166,16 @@ class TextFiles:
         with parsing(f"{file} is not a readable parquet file"), ParquetFile(file) as table:
             # The schema decides: the first row of a nullable column may be empty.
             kinds = {f.name: f.type for f in table.schema_arrow}
-            row = {name: "" if _is_text(kind) else None for name, kind in kinds.items()}
+            # Categories are labels, unless their column has the name of the text's.
+            wanted = self._text_column or "text"
+            row = {
+                name: "" if _is_text(kind, categories=name == wanted) else None
+                for name, kind in kinds.items()
+            }
             column = text_column_of(row, self._text_column, str(file))
-            wanted = [name for name, kind in kinds.items() if name == column or _is_label(kind)]
-            for batch in table.iter_batches(batch_size=256, columns=wanted):
-                for row in batch.select(wanted).to_pylist():
+            read = [name for name, kind in kinds.items() if name == column or _is_label(kind)]
+            for batch in table.iter_batches(batch_size=256, columns=read):
+                for row in batch.select(read).to_pylist():
                     number += 1
                     yield _row_document(f"{name}#{number}", row, column)
 
@@ -175,9 +183,41 @@ class TextFiles:
         return _utf8(file.relative_to(self._root).as_posix())
 
 
+def _json_rows(file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The objects of a file: the number of the line, what an error calls it, the object."""
+    with open(file, encoding="utf-8") as stream:
+        for number, line in enumerate(lines(stream, str(file)), 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            row = parse_json(line, where)
+            if not isinstance(row, dict):
+                raise LlmWsaeError(f"{where}: not a JSON object with a text column")
+            yield number, where, row
+
+
 def _row_document(name: str, row: dict[str, Any], column: str) -> RawDocument:
     labels = {key: value for key, value in row.items() if key != column}
     return RawDocument(name, row[column] or "", labels)
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Also those behind links to folders; each folder once, so that a link may lead back."""
+    seen: set[tuple[int, int]] = set()
+    tops = [str(root)]
+    while tops:
+        links: list[str] = []  # after all that is there without them
+        for top in tops:
+            for folder, below, names in os.walk(top, onerror=_raise):
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in seen:
+                    below.clear()
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                inside = [os.path.join(folder, name) for name in below]
+                links += filter(os.path.islink, inside)
+                yield from (Path(folder, name) for name in names)
+        tops = sorted(links)
 
 
 def _raise(error: OSError) -> None:
@@ -185,11 +225,13 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _is_text(kind: Any) -> bool:
-    """Whether a parquet column holds texts."""
+def _is_text(kind: Any, categories: bool = False) -> bool:
+    """Whether a parquet column holds texts, each for itself or as ``categories``."""
     from pyarrow import types
 
-    return types.is_string(kind) or types.is_large_string(kind)
+    if categories and types.is_dictionary(kind):
+        kind = kind.value_type
+    return str(kind) in ("string", "large_string", "string_view")
 
 
 def _is_label(kind: Any) -> bool:

@@ -221,7 +221,7 @@ class Dictionary(nn.Module):
         license: str | None = None,
     ) -> str:
         """Push it to a repository on the Hub and return the commit's address; see
-        ``hub.pushing.push``."""
+        ``hub.pushing.push``, which alone also sends explanations, those beside a saved one."""
         from llm_wsae.dictionary.hub.pushing import push
 
         with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,7 @@ OWN_DIGEST = "own_sha256"
 """Key in ``wsae.json`` of its own digest; those of the other files are under ``sha256``."""
 _OWN_FILES = {CFG, WEIGHTS, INFO, EXTRAS}
 _PROVED = (CFG, WEIGHTS, EXTRAS)
-_WAY_OUT = "restore the dictionary from a copy, train it again or pull it again"
+WAY_OUT = "restore the dictionary from a copy, train it again or pull it again"
 _LARGEST_SIZE = 2**31
 _STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _EXTRAS_DTYPES = {"F64", *_STORED_DTYPES.values()}
@@ -246,7 +246,7 @@ def _check_digests(folder: Path, saved: Any) -> None:
     if changed := [name for name in names if digests.get(name) != sha256(folder / name)]:
         raise LlmWsaeError(
             f"in {folder}, {' and '.join(changed)} changed since it was saved (by the checksums in "
-            f"{INFO}); {_WAY_OUT}, or, if SAELens was meant to write there, remove {INFO} and "
+            f"{INFO}); {WAY_OUT}, or, if SAELens was meant to write there, remove {INFO} and "
             f"{EXTRAS} to load it as a SAELens dictionary"
         )
 
@@ -254,7 +254,7 @@ def _check_digests(folder: Path, saved: Any) -> None:
 def _read_info(folder: Path) -> dict[str, Any]:
     """The content of ``wsae.json``, proved."""
     path = folder / INFO
-    values, _ = own_json(path, "dictionary's information", _WAY_OUT, key=OWN_DIGEST)
+    values, _ = own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
     return values

@@ -5,6 +5,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def dashboard(
         latents = Latents(dictionary, store, own, floors[name], words, readout, said[name])
         chunks = list(latents.chunks())
         parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(chunks)]
-        cosine = latents.neighbours[1][:, 0]
+        near = latents.neighbours[1]
+        cosine = near[:, 0] if near.shape[1] else near.new_full((1,), nan)  # of a single latent
         measures = {**scored.get(name, {}), **recovered.get(name, {})}
         columns = table(dictionary, own, cosine, beside, measures)
         parts.append((f"table-{index}", packed(columns)))

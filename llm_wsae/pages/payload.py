@@ -170,7 +170,8 @@ def principal_components(decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, 
         _, _, directions = torch.pca_lowrank(rows, q=min(6, *rows.shape), niter=4)
     directions = directions[:, :2]
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-    return (rows - rows.mean(0)) @ (directions * largest.sign())
+    found = (rows - rows.mean(0)) @ (directions * largest.sign())
+    return torch.nn.functional.pad(found, (0, 2 - found.shape[1]))  # a single latent has one
 
 
 class Latents:

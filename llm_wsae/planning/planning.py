@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from llm_wsae.data.config import HarvestConfig, StreamConfig
+from llm_wsae.data.finishing import NO_ROWS
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.evaluation.activations import Context
@@ -69,7 +70,8 @@ def plan(
     own. Where something does not fit,
     ``Plan.shortage`` says so, and no time is measured.
 
-    Raises UsageError for a site that the model lacks and for settings that cannot be.
+    Raises UsageError for a site that the model lacks and for settings that cannot be, LlmWsaeError
+    for a text that gives no row.
     """
     peak = peak_memory_bytes()  # before anything is measured
     sites = sorted(set(sites))
@@ -83,6 +85,8 @@ def plan(
         arm.check(train_config.expansion * model.d_model)
     kept = sum(int(context.keep.sum()) for context in sample) / len(sample)
     rows = round(harvest_config.num_contexts * kept)
+    if not rows:
+        raise LlmWsaeError(NO_ROWS)
     steps = max(1, (train_config.tokens or rows) // train_config.batch_size)
     train_config = replace(train_config, tokens=steps * train_config.batch_size)
     sizes = Sizes(

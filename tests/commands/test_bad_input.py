@@ -16,6 +16,7 @@ from command_line import HARVEST, SITE, TRAIN, call, content, nobody, save_model
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
+from llm_wsae.cli import main
 from llm_wsae.commands import parser
 from llm_wsae.data.hub_dataset import HubDataset
 from llm_wsae.data.manifest import Manifest, complete_shards
@@ -77,6 +78,7 @@ HARVESTING = ("harvest", "--model", "model", "--corpus", "text.jsonl", *HARVEST)
 TRAINING = ("train", "store", *TRAIN)
 EVALUATING = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 100)
 RUNNING = ("run", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, *SIZE)
+STUDYING = ("study", "store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE)
 WEIGHING = ("weigh", "store", "--site", SITE)
 
 LONG = "x" * 300
@@ -264,6 +266,26 @@ MISTAKES = {
     "merge of one": (2, ("merge", "store"), ["nothing to merge; name at least two stores"]),
     "merge of one twice": (2, ("merge", "store", "./store"), ["store is listed twice"]),
     "merge of no store": (1, ("merge", "store", "nothing"), ["nothing is not an activation store"]),
+    "model for a rule without one": (
+        2,
+        (*WEIGHING, "--model", "model", "--revision", "main", "--sensitivity-tokens", 9),
+        ["rule 'variance' has no use for --model and --revision and --sensitivity-tokens; omit"],
+    ),
+    "dictionary for a rule without one": (
+        2,
+        (*WEIGHING, "--rule", "sensitivity", "--dictionary", "trained/uniform-k4"),
+        ["the rule 'sensitivity' has no use for --dictionary; omit that"],
+    ),
+    "plants that are not asked for": (
+        2,
+        (*STUDYING, "--planted.per-cell", 4, "--planted.seed", 3),
+        ["--planted.seed and --planted.per-cell: only with --plant; add that"],
+    ),
+    "explanations that are not asked for": (
+        2,
+        (*STUDYING, "--explain.latents", 4),
+        ["--explain.latents: only with --explain.endpoint; add that"],
+    ),
     "dictionary torn": (
         1,
         ("evaluate", "torn", *EVALUATING),
@@ -320,6 +342,25 @@ def test_what_the_parser_refuses(refused, subtests):
             refused(2, *words, "--json", said=said)
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("harvest --site a --site b", "--site is given twice; give its values together: --site A"),
+        ("study --rule a --rule=b", "--rule is given twice; give its values together: --rule A B"),
+        ("inspect d --latent 1 --latent 2", "give its values together: --latent A B"),
+        ("weigh s --rule variance --rule gap", "--rule is given twice; give it once"),
+        ("run --tokens 5 --harvest.tokens 6", "--tokens or --harvest.tokens is given twice"),
+        ("run --train-tokens 5 --train.tokens 6", "--train.tokens is given twice; give it once"),
+        ("train --batch_size 5 --batch-size 6", "--batch-size is given twice; give it once"),
+        ("push d user/name --private --private", "--private is given twice; give it once"),
+    ],
+)
+def test_an_option_is_given_once(capsys, words, said):
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err.splitlines()[-1]
+
+
 def test_what_the_parser_does_not_tell_is_shown_as_it_tells_it(world, monkeypatch):
     """Its hook for errors is private: a release may have none, or other events."""
     monkeypatch.setattr(parser, "_on_parse_error", contextlib.nullcontext)
@@ -345,7 +386,6 @@ def test_nothing_of_other_people_is_replaced(refused, world, tmp_path, subtests)
     (world / "mine/log.jsonl").write_text("my log\n")
     (world / "mine/report.md").write_text("my report")
     left, page = "was not written by this command", ("dashboard", "trained/uniform-k4")
-    studying = ("study", "store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE)
     for command, out, said in (
         (
             WEIGHING,
@@ -358,7 +398,7 @@ def test_nothing_of_other_people_is_replaced(refused, world, tmp_path, subtests)
         ((*TRAINING, "--k", 4), "store", "store is an activation store"),
         ((*TRAINING, "--k", 4), "trained/uniform-k4", "trained/uniform-k4 is a dictionary"),
         ((*TRAINING, "--k", 4), "mine", "mine/log.jsonl is there already"),
-        (studying, "mine", "mine holds report.md"),
+        (STUDYING, "mine", "mine holds report.md"),
     ):
         with subtests.test(f"{command[0]} {out}"):
             refused(1, *command, "--out", out, said=[said])

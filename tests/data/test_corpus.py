@@ -130,6 +130,19 @@ def test_columns_of_a_parquet_file_that_cannot_be_labels(tmp_path):
     assert (second.text, second.labels) == ("two", {"year": 16_000, "kind": "b"})
 
 
+@pytest.mark.parametrize(
+    "kind", [pyarrow.string_view(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())]
+)
+def test_other_columns_of_a_parquet_file_that_hold_text(tmp_path, kind):
+    words = pyarrow.array(["one", "two", "one"]).cast(kind)
+    others = {"who": pyarrow.array(["a", "b", "a"])}
+    pyarrow.parquet.write_table(pyarrow.table({"text": words, **others}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": words, **others}), tmp_path / "b.parquet")
+    for name, column in (("a", None), ("b", "body")):
+        path = str(tmp_path / f"{name}.parquet")
+        assert texts(Corpus.open(path, "all", text_column=column)) == ["one", "two", "one"]
+
+
 def test_a_folder_whose_name_is_no_text(tmp_path):
     """A manifest could not hold it, which would show only after the first shard."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")
@@ -137,6 +150,22 @@ def test_a_folder_whose_name_is_no_text(tmp_path):
     (folder / "a.txt").write_text("one")
     for path in (folder, folder / "a.txt"):
         json.dumps(Corpus.open(str(path), "all").identity(), ensure_ascii=False).encode()
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (folder / "real").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    (folder / "real/a.txt").write_text("one")
+    (elsewhere / "deep/b.txt").write_text("two")
+    (elsewhere / "back").symlink_to(folder)
+    for name, place in (("link", elsewhere), ("again", elsewhere), ("also", folder / "real")):
+        (folder / name).symlink_to(place)
+    documents = Corpus.open(str(folder), "all").documents()
+    assert [(one.name, one.text) for one in documents] == [
+        ("again/deep/b.txt", "two"),
+        ("real/a.txt", "one"),
+    ]
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
@@ -187,6 +216,21 @@ def test_a_file_that_has_gone_is_named(tmp_path):
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(LlmWsaeError, match=r"cannot read .*a\.jsonl: No such file"):
         corpus.identity()
+
+
+@pytest.mark.parametrize(
+    "rows, named, expected",
+    [
+        ([{"url": "u"}, {"text": "x", "url": "v"}], None, ["x"]),
+        ([{"url": "u"}, {"text": None, "url": "v"}], None, ["u", "v"]),
+        ([{"text": "x"}, {"body": "y"}], "body", ["y"]),
+    ],
+)
+def test_the_first_row_alone_does_not_say_which_column_holds_the_text(
+    tmp_path, rows, named, expected
+):
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    assert texts(Corpus.open(path, "all", text_column=named)) == expected
 
 
 def test_a_named_text_column(tmp_path):

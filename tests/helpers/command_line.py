@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,25 @@ class Result:
         return value
 
 
+def asked(words: Iterable[Any]) -> list[str]:
+    """The words of a command, without those of an option that is given again: a test changes what
+    others share by adding to it."""
+    options: dict[str, list[str]] = {"": []}
+    for word in map(str, words):
+        option = word.partition("=")[0] if word[:2] == "--" else ""
+        if option:
+            options.pop(option, None)
+            options[option] = []
+        list(options.values())[-1].append(word)
+    return [word for own in options.values() for word in own]
+
+
 def call(*words: Any) -> Result:
-    """Run one command; a word may be a path or a number."""
+    """Run one command, as ``asked``; a word may be a path or a number."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main([str(word) for word in words])
+            code = main(asked(words))
         except SystemExit as leaving:  # the parser's own help and usage errors
             code = leaving.code
     return Result(code, out.getvalue(), err.getvalue())

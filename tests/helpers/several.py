@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from command_line import asked
 from places import ROOT
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -76,7 +77,7 @@ def torchrun(size: int, *words: Any) -> subprocess.CompletedProcess:
 def launched(size: int, *words: Any) -> list[str]:
     """The words that start it."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return [*launcher, str(size), "-m", "llm_wsae", *map(str, words)]
+    return [*launcher, str(size), "-m", "llm_wsae", *asked(words)]
 
 
 def _rank(rank: int, size: int, port: int, answer: Any, work: Callable, args: tuple) -> None:

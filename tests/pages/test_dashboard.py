@@ -20,7 +20,7 @@ from llm_wsae import dashboard, inspect
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, Score, keep_explanations
-from llm_wsae.dictionary.sparsity import JumpReLU
+from llm_wsae.dictionary.sparsity import JumpReLU, TopK
 from llm_wsae.errors import UsageError
 from llm_wsae.inspecting.sentence import read_sentence
 from llm_wsae.inspecting.vocabulary import Vocabulary
@@ -306,6 +306,17 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
     with pytest.raises(UsageError, match="a page shows dictionaries of one site"):
         dashboard([world / PLAIN, other], world / "store", "unused", tmp_path / "p.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_single_latent_has_none_near_it(world, store, model, tmp_path):
+    one = make_dictionary(d_in=16, d_sae=4)
+    parts = {"W_enc": one.W_enc[:, :1], "W_dec": one.W_dec[:1], "b_enc": one.b_enc[:1]}
+    alone = Dictionary(**parts, b_dec=one.b_dec, info=one.info, sparsity=TopK(1))
+    page = dashboard([alone], store, model, tmp_path / "page.html").path.read_text()
+    columns = unpacked(page, "table-0")
+    assert columns["nearest"] == [None] and columns["pca1"] == [0]
+    (latent,) = unpacked(page, "chunk-0-0")
+    assert latent["neighbours"] == []
 
 
 def test_a_page_that_is_sure_to_be_too_large_is_refused_before_rows_are_read(

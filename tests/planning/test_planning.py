@@ -323,6 +323,13 @@ def test_requests_that_cannot_be_are_refused(model):
             plan(model, **{"sites": SITES, **SETTINGS, **change})
 
 
+def test_a_text_that_gives_no_row_is_refused(model, text):
+    contexts = Packer.for_model(model, HARVEST).contexts(Corpus.open(str(text), "train"))
+    none = (context._replace(keep=context.keep & False) for context in contexts)
+    with pytest.raises(LlmWsaeError, match="gives a row; lower --drop-positions"):
+        plan(model, SITES, contexts=none, **SETTINGS)
+
+
 def test_defaults_are_those_of_run():
     own, theirs = (inspect.signature(f).parameters for f in (plan, run))
     shared = own.keys() & theirs.keys() - {"model", "sites", "out"}

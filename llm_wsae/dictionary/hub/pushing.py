@@ -8,13 +8,15 @@ leaves the repository as it was (a process that is killed may leave a new, uncha
 
 import contextlib
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.dictionary.explanations import read_explanations
+from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
     CFG,
     EXPLANATIONS,
@@ -22,6 +24,7 @@ from llm_wsae.dictionary.folder import (
     INFO,
     WEIGHTS,
     check_folder,
+    keep_measurements,
 )
 from llm_wsae.dictionary.hub.card import FIGURE, card, weights_figure
 from llm_wsae.dictionary.hub.card_data import Facts, facts, folder_name
@@ -29,6 +32,8 @@ from llm_wsae.dictionary.hub.errors import hub_errors
 from llm_wsae.dictionary.hub.pulling import remote_facts
 from llm_wsae.dictionary.hub.repository import (
     FILES,
+    LARGEST_EXPLANATIONS,
+    LARGEST_JSON,
     README,
     RemoteFile,
     Repository,
@@ -37,7 +42,7 @@ from llm_wsae.dictionary.hub.repository import (
 )
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.files import load_tensors, read_json
-from llm_wsae.outside import check_revision
+from llm_wsae.outside import check_revision, mapping
 
 _LARGEST_CARD = 4 << 20
 _SHOWN_ID = re.compile(r"[A-Za-z0-9_.+=/-]+")  # folders that a card can show unescaped
@@ -69,7 +74,8 @@ def push(
     """Put dictionary folders into a repository, which is created if it does not exist.
 
     ``private`` applies to a new repository; ``revision`` is a branch, begun at the head of ``main``
-    if it is new; ``license`` is one of the Hub's identifiers, such as ``mit``, for the card.
+    if it is new; ``license`` is one of the Hub's identifiers, such as ``mit``, for the card. What
+    others put there about the same weights stays: measurements and explanations that are not here.
 
     Raises UsageError for impossible requests (two dictionaries of one name, a name taken by another
     model's dictionary, a tag instead of a branch, ``private`` for a public repository, no such
@@ -86,33 +92,43 @@ def push(
         files = remote_files(repo_id, head)
     remote = Repository(repo_id, None if new_branch else revision, head, files, None)
     known = _all_facts(local, remote)
-    changed: dict[str, Path | bytes | None] = {}
-    for sae_id, folder in local.items():
-        changed |= _changed(sae_id, folder, files)
-    figures = {
-        sae_id
-        for sae_id in {*remote.sae_ids(own=True), *local}
-        if changed.get(path := f"{sae_id}/{FIGURE}", files.get(path)) is not None
-    }
-    old = _old_card(remote)
-    new = card(repo_id, known, figures, old=old, license=license, revision=revision)
-    if new != old:
-        changed[README] = new.encode()
-    if not changed and not new_branch:
-        return Pushed(f"{constants.ENDPOINT}/{repo_id}", head, list(local), [])
-    added = [CommitOperationAdd(path, new) for path, new in sorted(changed.items()) if new]
-    gone = [CommitOperationDelete(path) for path, new in sorted(changed.items()) if not new]
-    with hub_errors(repo_id, revision), _branch(api, repo_id, revision, head, new_branch):
-        api.preupload_lfs_files(repo_id, added, revision=revision)
-        _check_none_is_ignored(repo_id, added)
-        done = api.create_commit(
+    with tempfile.TemporaryDirectory() as place:
+        local = _with_what_is_there(local, remote, Path(place))
+        known |= {sae_id: _facts(sae_id, folder) for sae_id, folder in local.items()}
+        changed: dict[str, Path | bytes | None] = {}
+        for sae_id, folder in local.items():
+            changed |= _changed(sae_id, folder, files)
+        figures = {
+            sae_id
+            for sae_id in {*remote.sae_ids(own=True), *local}
+            if changed.get(path := f"{sae_id}/{FIGURE}", files.get(path)) is not None
+        }
+        old = _old_card(remote)
+        new = card(
             repo_id,
-            [*added, *gone],
-            commit_message=_message(list(local)),
+            [known[name] for name in sorted(known)],
+            figures,
+            old=old,
+            license=license,
             revision=revision,
-            parent_commit=head,
         )
-    return Pushed(str(done.commit_url), done.oid, list(local), sorted(changed))
+        if new != old:
+            changed[README] = new.encode()
+        if not changed and not new_branch:
+            return Pushed(f"{constants.ENDPOINT}/{repo_id}", head, list(local), [])
+        added = [CommitOperationAdd(path, new) for path, new in sorted(changed.items()) if new]
+        gone = [CommitOperationDelete(path) for path, new in sorted(changed.items()) if not new]
+        with hub_errors(repo_id, revision), _branch(api, repo_id, revision, head, new_branch):
+            api.preupload_lfs_files(repo_id, added, revision=revision)
+            _check_none_is_ignored(repo_id, added)
+            done = api.create_commit(
+                repo_id,
+                [*added, *gone],
+                commit_message=_message(list(local)),
+                revision=revision,
+                parent_commit=head,
+            )
+        return Pushed(str(done.commit_url), done.oid, list(local), sorted(changed))
 
 
 def _local_dictionaries(folders: Sequence[Path]) -> dict[str, Path]:
@@ -186,6 +202,42 @@ def _check_none_is_ignored(repo_id: str, added: Sequence[Any]) -> None:
         )
 
 
+def _with_what_is_there(local: dict[str, Path], remote: Repository, place: Path) -> dict[str, Path]:
+    """The folders, or, where others described the same weights, copies below ``place`` that also
+    hold what others measured and said; what is known here counts more."""
+
+    def differs(sae_id: str, name: str) -> bool:
+        path, there = local[sae_id] / name, remote.files.get(f"{sae_id}/{name}")
+        return bool(there and path.is_file() and digest_of(path, there) != there.digest)
+
+    joined = dict(local)
+    for sae_id, folder in local.items():
+        there = all(f"{sae_id}/{name}" in remote.files for name in (INFO, WEIGHTS))
+        explained = differs(sae_id, EXPLANATIONS)
+        if not there or differs(sae_id, WEIGHTS) or not (explained or differs(sae_id, INFO)):
+            continue
+        theirs = remote.fetch(f"{sae_id}/{INFO}", LARGEST_JSON).parent
+        if explained:
+            remote.fetch(f"{sae_id}/{EXPLANATIONS}", LARGEST_EXPLANATIONS)
+        copy = joined[sae_id] = place / sae_id
+        copy.mkdir(parents=True)
+        for name in (CFG, WEIGHTS, EXTRAS):
+            (copy / name).symlink_to((folder / name).resolve())
+        for name in (INFO, EXPLANATIONS):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, copy / name)
+        mine = read_explanations(folder).values()
+        with contextlib.suppress(LlmWsaeError):  # what is damaged there is replaced
+            found = mapping(mapping(read_json(theirs / INFO, "information")).get("metrics"))
+            known = check_folder(folder).metrics
+            if new := {group: own for group, own in found.items() if group not in known}:
+                keep_measurements(copy, new)
+            if explained:
+                keep_explanations(copy, read_explanations(theirs).values())
+                keep_explanations(copy, mine)
+    return joined
+
+
 def _changed(
     sae_id: str, folder: Path, remote: "dict[str, RemoteFile]"
 ) -> dict[str, Path | bytes | None]:
@@ -210,21 +262,22 @@ def _changed(
     return changed
 
 
-def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
-    """The facts of every dictionary that the repository will hold, sorted by name.
+def _facts(sae_id: str, folder: Path) -> Facts:
+    return facts(
+        sae_id,
+        read_json(folder / CFG, "dictionary's configuration"),
+        read_json(folder / INFO, "dictionary's information"),
+    )
+
+
+def _all_facts(local: dict[str, Path], remote: Repository) -> dict[str, Facts]:
+    """The facts of every dictionary that the card will name.
 
     Raises UsageError if one would replace another model's dictionary.
     """
-    known = {
-        sae_id: facts(
-            sae_id,
-            read_json(folder / CFG, "dictionary's configuration"),
-            read_json(folder / INFO, "dictionary's information"),
-        )
-        for sae_id, folder in local.items()
-    }
-    for sae_id in remote.sae_ids(own=True):
-        if not _SHOWN_ID.fullmatch(sae_id):
+    known = {sae_id: _facts(sae_id, folder) for sae_id, folder in local.items()}
+    for sae_id, layout in remote.layouts.items():
+        if not _SHOWN_ID.fullmatch(sae_id) or (layout is not None and sae_id not in known):
             continue
         try:
             there = remote_facts(remote, sae_id)
@@ -239,7 +292,7 @@ def _all_facts(local: dict[str, Path], remote: Repository) -> list[Facts]:
                 f"{there.model}, and {local[sae_id]} is for {mine.model}; push it to another "
                 "repository"
             )
-    return [known[sae_id] for sae_id in sorted(known)]
+    return known
 
 
 def _old_card(remote: Repository) -> str:

@@ -24,8 +24,8 @@ from llm_wsae.outside import check_revision, hub_is_unreachable, integer
 
 FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
 README = "README.md"
-_LARGEST_JSON = 16 << 20
-_LARGEST_EXPLANATIONS = 256 << 20  # a line of 1 kB for each of 2¹⁸ latents
+LARGEST_JSON = 16 << 20
+LARGEST_EXPLANATIONS = 256 << 20  # a line of 1 kB for each of 2¹⁸ latents
 _HEADER = 1 << 20  # bytes of a safetensors header, far more than needed
 _MATRICES = 4  # of d_in × d_in numbers in the side tensors, at most
 _WIDEST = 1 << 15  # dimensions of a residual stream, where a layout does not announce them
@@ -117,7 +117,7 @@ class Repository:
 
     def read_json(self, path: str) -> dict[str, Any]:
         """A small JSON object. Raises LlmWsaeError if it is too large or not an object."""
-        value = read_json(self.fetch(path, _LARGEST_JSON), f"{path} of {self._here}")
+        value = read_json(self.fetch(path, LARGEST_JSON), f"{path} of {self._here}")
         if not isinstance(value, dict):
             raise LlmWsaeError(f"{path} of {self._here} is not a JSON object")
         return value
@@ -138,7 +138,7 @@ class Repository:
             announced = self.announced(sae_id, layout)
             for path in (inside(sae_id, name) for name in layout.optional):
                 if path in self.files:
-                    self.fetch(path, _LARGEST_JSON)
+                    self.fetch(path, LARGEST_JSON)
             limit = _largest_weights(
                 min(announced.d_in or _WIDEST, _WIDEST),
                 min(announced.d_sae or _MOST_LATENTS, _MOST_LATENTS),
@@ -162,7 +162,7 @@ class Repository:
                     "holds; ask whoever pushed it to push it again"
                 )
         if (explanations := inside(sae_id, EXPLANATIONS)) in self.files:
-            self.fetch(explanations, _LARGEST_EXPLANATIONS)
+            self.fetch(explanations, LARGEST_EXPLANATIONS)
         return local.parent
 
     def fetch(self, path: str, limit: int) -> Path:

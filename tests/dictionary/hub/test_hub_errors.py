@@ -171,6 +171,15 @@ def test_another_models_dictionary_is_not_replaced(hub, plain, tmp_path):
     with pytest.raises(UsageError, match=r"another dictionary named .*/other is for someone/else"):
         push([tmp_path / "other"], REPO)
     assert (hub.store.repositories[REPO].files(), head(hub)) == (before, commit)
+    theirs, mine = make_dictionary("new-k4", seed=1), make_dictionary("new-k4", seed=2)
+    theirs.info = dataclasses.replace(theirs.info, model={"name": "someone/else"})
+    theirs.save(tmp_path / "theirs")
+    mine.save(tmp_path / "mine")
+    for name in ("cfg.json", "sae_weights.safetensors"):  # as SAELens writes it
+        data = (tmp_path / "theirs" / name).read_bytes()
+        hub.store.put(REPO, f"{SITE}/new-k4/{name}", data)
+    with pytest.raises(UsageError, match=r"new-k4, for the model someone/else, and .*/mine is for"):
+        push([tmp_path / "mine"], REPO)
     newer = make_dictionary("plain-k4", seed=9)
     newer.save(tmp_path / "newer")
     assert push([tmp_path / "newer"], REPO).changed  # of the same model: a new version

@@ -20,7 +20,12 @@ from safetensors.torch import load_file, save_file
 from small_dictionaries import SITE, make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.explanations import Explanation, keep_explanations, read_explanations
+from llm_wsae.dictionary.explanations import (
+    Explanation,
+    Score,
+    keep_explanations,
+    read_explanations,
+)
 from llm_wsae.dictionary.folder import EXTRAS, INFO, WEIGHTS, check_folder, keep_measurements
 from llm_wsae.dictionary.hub import pulling
 from llm_wsae.dictionary.hub.card import BEGIN, END
@@ -361,6 +366,30 @@ def test_explanations_made_here_are_not_replaced_with_the_weights(hub, plain, tm
     shutil.move(place / "explanations.jsonl", tmp_path / "mine.jsonl")
     pull(REPO, out)
     assert said() == {1: "theirs"} and content(place) == content(plain)
+
+
+def test_a_push_keeps_what_others_put_there_about_the_same_weights(hub, plain, tmp_path):
+    def said(latent, text, *scores):
+        found = {name: Score(0.9, (0.8, 1.0), 10, 10) for name in scores}
+        return Explanation(latent, text, "a model", found)
+
+    keep_explanations(plain, [said(1, "one", "fuzzing"), said(2, "two")])
+    push([plain], REPO)
+    mine = tmp_path / "mine"
+    make_dictionary("plain-k4", metrics={"fidelity": {"fvu": 0.5}}).save(mine)
+    keep_explanations(mine, [said(1, "one", "detection"), said(2, "zwei"), said(3, "three")])
+    before = content(mine)
+    changed = push([mine], REPO).changed
+    assert f"{SITE}/plain-k4/explanations.jsonl" in changed and content(mine) == before
+    assert push([mine], REPO).changed == []
+    (folder,) = pull(REPO, tmp_path / "out").values()
+    found = read_explanations(folder)
+    assert [found[latent].text for latent in (1, 2, 3)] == ["one", "zwei", "three"]
+    assert set(found[1].scores) == {"detection", "fuzzing"}
+    assert check_folder(folder).metrics == {"training": {"fvu": 0.3}, "fidelity": {"fvu": 0.5}}
+    hub.store.put(REPO, f"{SITE}/plain-k4/explanations.jsonl", b"torn")
+    push([mine], REPO)
+    assert set(read_explanations(*pull(REPO, tmp_path / "new").values())) == {1, 2, 3}
 
 
 def test_a_checkpoint_of_saelens_has_its_scale_on_the_hub_too(hub, tmp_path):
