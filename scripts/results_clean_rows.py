@@ -4,10 +4,10 @@
 
 Everything that ``results_free_lengths.py`` says is of dictionaries that were trained on rows with
 planted features. Here plain dictionaries and those that are whitened halfway in the loss see the
-rows as they are, one million and four, with free lengths and with length 1, three seeds each (of
-Gemma after four million one, free). Nothing is known of their features, so they are judged by KL
-and FVU; and Gemma's of one million rows and free lengths by whether seeds agree, and whether
-latents are detected (``whitening_latents``). ``results_study.py`` judges those of SmolLM2.
+rows as they are, one million and four, with free lengths and with length 1 (not of Gemma after four
+million), three seeds each. Nothing is known of their features, so they are judged by KL and FVU;
+and Gemma's of one million rows and free lengths by whether seeds agree, and whether latents are
+detected (``whitening_latents``). ``results_study.py`` judges those of SmolLM2.
 
 ``EXPECTED`` was written down, of SmolLM2, after one pair of plain dictionaries (four million rows):
 there free lengths had cost 5 % of KL, and whitening 7 %; of Gemma and of the latents when SmolLM2
