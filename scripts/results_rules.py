@@ -36,6 +36,7 @@ import results_recovery as recovery
 import torch
 from benchmarks import README, write_result
 from results_archive import pack, unpack
+from results_archive import read as archived
 from torch import Tensor
 
 from llm_wsae import Dictionary, Site, TrainConfig, train
@@ -536,42 +537,86 @@ def _value(record: dict[str, Any]) -> Value:
 
 def tables() -> Iterator[str]:
     """A table for each place, and what was expected."""
-    outcomes = [["place", "expected of what is recovered", "measured", ""]]
+    outcomes = [["place", "expected", "measured", ""]]
+
+    def expect(title: str, words: str, low: float, high: float, share: float) -> None:
+        answer = "yes" if low <= share <= high else "**no**"
+        outcomes.append([title, f"{words}: {_bounds(low, high)}", f"{100 * share:+.0f} %", answer])
+
     for key in (PLANTED, *MODELS):
-        if not (records := read(key)):
+        if not (records := [record for record in read(key) if record["idea"] != TODAY]):
             continue
         title = "planted data" if key == PLANTED else recovery.PLACES[key].title
-        pairs = [(one.name, WHITENED) for one in IDEAS if one.name != WHITENED]
-        pairs += [(idea, other) for idea, others in BESIDE.items() for other in others]
-        found = beside(records, pairs)
-        rows = [["", "recovered", "F1", "FVU", "KL", "L0", "dead %", "beside whitening",
-                 "beside its controls"]]  # fmt: skip
-        for idea in (one.name for one in IDEAS if any(r["idea"] == one.name for r in records)):
-            own = [mean(records, idea, name) for name in ("recovered", "f1", "fvu")]
-            kl = f"{mean(records, idea, 'kl'):.3f}" if "kl" in records[0] else "–"
-            controls = "; ".join(
-                recovery.text_of(found.get((idea, other))) for other in BESIDE.get(idea, ())
-            )
-            rows.append(
-                [
-                    idea,
-                    *(f"{one:.3f}" for one in own),
-                    kl,
-                    f"{mean(records, idea, 'l0'):.1f}",
-                    f"{100 * mean(records, idea, 'dead'):.0f}",
-                    recovery.text_of(found.get((idea, WHITENED))),
-                    controls or "–",
-                ]
-            )
         yield f"{title[0].upper()}{title[1:]}, {len({r['seed'] for r in records})} seeds:"
-        yield markdown(rows)
+        yield _table(records, [one.name for one in IDEAS])
         for place, idea, other, low, high in EXPECTED:
             if place == key and {idea, other} <= {r["idea"] for r in records}:
                 share = mean(records, idea, "recovered") / mean(records, other, "recovered") - 1
-                words = f"{idea} beside {other}: {_bounds(low, high)}"
-                answer = "yes" if low <= share <= high else "**no**"
-                outcomes.append([title, words, f"{100 * share:+.0f} %", answer])
+                expect(title, f"{idea} beside {other}, recovered plants", low, high, share)
+    for key in MODELS:
+        records = [record for record in read(key) if record["idea"] == TODAY]
+        seeds = {record["seed"] for record in records}
+        if not seeds:
+            continue
+        records = [one for one in _as_today(key) if one["seed"] in seeds] + records
+        title = f"{recovery.PLACES[key].title}, as dictionaries are trained today"
+        yield f"{title}, {len(seeds)} seeds:"
+        yield _table(records, [*AS_TODAY.values(), TODAY])
+        for place, measure_, other, low, high in EXPECTED_TODAY:
+            if place == key:
+                share = mean(records, TODAY, measure_) / mean(records, other, measure_) - 1
+                what = {"recovered": "recovered plants", "kl": "KL"}[measure_]
+                expect(title, f"learnt slope beside {other}, {what}", low, high, share)
     yield markdown(outcomes)
+
+
+AS_TODAY = {
+    "uniform-k32": "plain",
+    "whitening-a0.5-k32": WHITENED,
+    "variance-a-0.5-k32": "inverse variance",
+}
+"""Dictionaries of ``results_free_lengths.py`` that stand beside the last idea, by label."""
+
+
+def _as_today(key: str) -> Iterator[dict[str, Any]]:
+    """Their records, as those of ideas."""
+    for name, record in archived(free_lengths.ARCHIVE).items():
+        if name.startswith(f"results/{key}.") and record["label"] in AS_TODAY:
+            yield recovery.numbers(record) | {
+                "idea": AS_TODAY[record["label"]],
+                "seed": record["seed"],
+                "plants": record["planted"]["plants"]["recovered"],
+                "l0": record["fidelity"]["l0"],
+            }
+
+
+def _table(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """Means over seeds, in the order of the names, beside whitening and each idea's controls."""
+    pairs = [(name, WHITENED) for name in names if name != WHITENED]
+    pairs += [(idea, other) for idea, others in BESIDE.items() for other in others]
+    found = beside(records, pairs)
+    rows = [["", "seeds", "recovered", "F1", "FVU", "KL", "L0", "dead %", "beside whitening",
+             "beside its controls"]]  # fmt: skip
+    for idea in names:
+        if not (seeds := {r["seed"] for r in records if r["idea"] == idea}):
+            continue
+        own = [mean(records, idea, name) for name in ("recovered", "f1", "fvu")]
+        controls = "; ".join(
+            recovery.text_of(found.get((idea, other))) for other in BESIDE.get(idea, ())
+        )
+        rows.append(
+            [
+                idea,
+                str(len(seeds)),
+                *(f"{one:.3f}" for one in own),
+                f"{mean(records, idea, 'kl'):.3f}" if "kl" in records[0] else "–",
+                f"{mean(records, idea, 'l0'):.1f}",
+                f"{100 * mean(records, idea, 'dead'):.0f}",
+                recovery.text_of(found.get((idea, WHITENED))),
+                controls or "–",
+            ]
+        )
+    return markdown(rows)
 
 
 def _bounds(low: float, high: float) -> str:
