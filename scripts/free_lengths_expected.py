@@ -254,6 +254,13 @@ OF_FRESH = tuple(
         ),
         ("KL", kl, change(HALFWAY_IN_LOSS, "kl", *kl)),
     )
+) + tuple(
+    Expectation(
+        place,
+        "seeds 3 and 4: inverse variance in the loss recovers more than the default",
+        above(IN_LOSS, "recovered", HALFWAY_IN_LOSS),
+    )
+    for place in ("gemma", "gemma-14")
 )
 
 

@@ -107,6 +107,7 @@ PARTS = {
     "jumprelu": Part(PAIR, BLOCKS_9, setting="jumprelu", architecture="jumprelu"),
     "four-million": Part(PAIR, BLOCKS_9, setting="four-million", rows=4_000_000),
     "fresh": Part(PAIR, seeds=expected.FRESH),
+    "fresh-inverse": Part((IN_LOSS,), ("gemma", "gemma-14"), expected.FRESH),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -114,8 +115,8 @@ inverse variance in the loss had turned out, after block 9 of SmolLM2, to recove
 ``random`` is apart because two of its six dictionaries diverged, and the spread over seeds is taken
 to be that of all dictionaries of a site. What comes after ``loss-powers`` was decided on when
 whitening in the loss had become the default; ``fresh`` so that five seeds stand behind what is
-called better. Half the rate, twice the rate and BatchTopK had one seed at first, as had Gemma after
-four million rows."""
+called better, and ``fresh-inverse`` where inverse variance is called better still. Half the rate,
+twice the rate and BatchTopK had one seed at first, as had Gemma after four million rows."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "four-million": "four million rows",
