@@ -306,7 +306,7 @@ TODAY = Apart(
     "that the loss has about as many effective dimensions. `participation` takes its weights from "
     "a first dictionary of each seed, which is trained on half of its rows. Spill cannot tell any "
     "of them apart: where a concept's own probe has lost 5 points, the five others that are hit "
-    "hardest have lost .2 to 1.3 in every dictionary, with intervals of a point to either side.",
+    "hardest have lost .2 to 1.3, with intervals of .2 to 3 points to either side.",
     (
         _costs_at_most(WHITENED, 0.003),
         _within(WHITENED, "detection", -0.02, 0.002),
