@@ -458,7 +458,9 @@ def test_run_refuses_before_the_harvest_what_cannot_be(ran, model_and_corpus, tm
     }.items():
         wrong = call("run", *model_and_corpus, *RUN, *words, "--out", tmp_path / "x")
         assert wrong.code == 2 and said in wrong.err
-    short = call("run", *model_and_corpus, *RUN, "--context-size", 2, "--out", tmp_path / "x")
+    short = call(
+        "run", *model_and_corpus, *RUN, "--harvest.context-size", 2, "--out", tmp_path / "x"
+    )
     assert short.code == 2 and "no prediction can be scored" in short.err
     few = call("run", *model_and_corpus, *RUN, "--tokens", 2000, "--out", tmp_path / "x")
     assert few.code == 2 and "2,000 tokens are less than one batch of 2,048" in few.err
