@@ -57,7 +57,7 @@ def weigh(
         idle += [] if model is None else ["--model"]
         idle += [*changed_options(loading), *changed_options(measure)]
     if idle:
-        raise UsageError(f"the rule {rule!r} has no use for {' and '.join(idle)}; omit that")
+        raise UsageError(f"omit {' and '.join(idle)}, which the rule {rule!r} does not use")
     inputs = measure_inputs(
         [parsed],
         opened,

@@ -88,7 +88,8 @@ def plan(
     if not rows:
         raise LlmWsaeError(NO_ROWS)
     steps = max(1, (train_config.tokens or rows) // train_config.batch_size)
-    train_config = replace(train_config, tokens=steps * train_config.batch_size)
+    trained = steps * train_config.batch_size
+    train_config = replace(train_config, tokens=trained)
     sizes = Sizes(
         sites=len(sites),
         rows=rows,
@@ -114,7 +115,7 @@ def plan(
     place = existing(out)
     free = free_space(out) if card is None else None
     shortage = _shortage(sizes, free, place, needed, there, name, harvest_config.tokens)
-    advice, why = _advice(sizes, free, steps * train_config.batch_size)
+    advice, why = _advice(sizes, free, trained)
     seconds: dict[str, float] = {}
     times: Times = "not measured"
     if with_times and shortage is None:
@@ -133,7 +134,7 @@ def plan(
         device=name,
         tokens=harvest_config.num_contexts * harvest_config.context_size,
         rows=rows,
-        trained_rows=steps * train_config.batch_size,
+        trained_rows=trained,
         evaluated_rows=evaluate_config.tokens,
         arms=len(arms),
         d_in=sizes.d_in,

@@ -269,12 +269,15 @@ MISTAKES = {
     "model for a rule without one": (
         2,
         (*WEIGHING, "--model", "model", "--revision", "main", "--sensitivity-tokens", 9),
-        ["rule 'variance' has no use for --model and --revision and --sensitivity-tokens; omit"],
+        [
+            "omit --model and --revision and --sensitivity-tokens, which the rule 'variance' does "
+            "not use"
+        ],
     ),
     "dictionary for a rule without one": (
         2,
         (*WEIGHING, "--rule", "sensitivity", "--dictionary", "trained/uniform-k4"),
-        ["the rule 'sensitivity' has no use for --dictionary; omit that"],
+        ["omit --dictionary, which the rule 'sensitivity' does not use"],
     ),
     "plants that are not asked for": (
         2,
