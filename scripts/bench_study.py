@@ -26,11 +26,13 @@ SITE, CORPUS = "blocks.9.hook_resid_post", "sotu"
 
 
 def command(checkout: Path, *words: object) -> float:
-    """Give a command of a checkout; the seconds that it took."""
+    """Give a command of a checkout, from its folder, where Python looks first; the seconds that
+    it took."""
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "llm_wsae", *map(str, words)],
         check=True,
+        cwd=checkout,
         env=os.environ | {"PYTHONPATH": str(checkout)},
         stdout=subprocess.DEVNULL,
     )

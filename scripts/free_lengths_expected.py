@@ -4,7 +4,7 @@ All was written down before the first of the dictionaries that it is about was t
 of random and permuted weights, the model's sensitivity and equal KL once the rest was known; what
 is said of weights in the loss once inverse variance there was known after block 9 of SmolLM2;
 ``OF_SETTINGS`` once whitening in the loss was the default; of its JumpReLU, and ``OF_FRESH``, when
-the first three seeds and the other settings were known.
+the first three seeds and the other settings were known; ``OF_POWERS`` when their seed 0 was known.
 """
 
 from collections.abc import Callable, Iterator
@@ -198,7 +198,7 @@ EXPECTED = (
     *(
         Expectation(
             place,
-            "whitened in the loss, one seed: α = ¾ recovers more than α = ¼",
+            "whitened in the loss: α = ¾ recovers more than α = ¼",
             above(f"whitening-a0.75-k{K}", "recovered", f"whitening-a0.25-k{K}"),
         )
         for place in PLACES
@@ -261,6 +261,31 @@ OF_FRESH = tuple(
         above(IN_LOSS, "recovered", HALFWAY_IN_LOSS),
     )
     for place in ("gemma", "gemma-14")
+)
+
+POWERS = (1, 2)
+"""Seeds that were added of other powers in the loss."""
+_FIRST_SEED = {
+    "smollm2": ((-0.02, 0.16), (0.08, 0.38), (0.23, 0.33)),
+    "gemma": ((-0.07, 0.32), (-0.05, 0.53), (0.02, 0.48)),
+    "smollm2-20": ((0.00, 0.07), (0.07, 0.42), (0.19, 0.47)),
+    "gemma-5": ((-0.20, 0.29), (-0.22, 0.40), (-0.26, 0.39)),
+    "gemma-14": ((-0.14, 0.27), (-0.22, 0.76), (-0.16, 0.83)),
+}
+"""For α = ¼, ¾ and 1: what seed 0 had found of KL and recovered plants, relative to plain."""
+OF_POWERS = tuple(
+    Expectation(place, f"seeds 1 and 2, in the loss, α = {words}: {what} {_range(*bounds)}", found)
+    for place, powers in _FIRST_SEED.items()
+    for (kl, plants), words, alpha in zip(powers, "¼¾1", (0.25, 0.75, 1.0), strict=True)
+    for arm in [f"whitening-a{alpha:g}-k{K}"]
+    for what, bounds, found in (
+        ("KL", (kl - 0.08, kl + 0.08), change(arm, "kl", kl - 0.08, kl + 0.08)),
+        (
+            "recovered plants relative to plain",
+            (plants - 0.12, 99.0),
+            change(arm, "recovered", plants - 0.12, 99),
+        ),
+    )
 )
 
 
