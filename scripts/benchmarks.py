@@ -58,6 +58,7 @@ RESULT_PAGES = {
     "paper": "index.md",
     "verdicts": "index.md",
     "recovery": "planted-features.md",
+    "baselines": "planted-features.md",
     "whitening": "whitening.md",
     "free-lengths": "free-lengths.md",
     "free-lengths-others": "free-lengths-sites.md",

@@ -9,6 +9,7 @@
 #   round-trip    whether the recovery report finds what is known of planted features
 #   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
 #   gba           group bias adaptation on planted data and beside the other architectures
+#   baselines     what half-random dictionaries and the stream itself recover of planted features
 #   rules         four further ideas beside whitening, with the controls that would refute them
 #   probes        sae-probes, another project's benchmark, on the dictionaries in checkpoints/
 #   explain       a small language model explains latents, behind llama.cpp's server (15 minutes)
@@ -21,8 +22,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | study-today | free-lengths | clean-rows | recovery | round-trip | whitening | gba | rules | probes | explain | interop) ;; *)
-  sed -n '2,17s/^# //p' "$0" >&2
+case $what in checkpoints | study | study-today | free-lengths | clean-rows | recovery | round-trip | whitening | baselines | gba | rules | probes | explain | interop) ;; *)
+  sed -n '2,18s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -71,6 +72,9 @@ round-trip)
   ;;
 whitening)
   .venv/bin/python scripts/results_whitening.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
+  ;;
+baselines)
+  .venv/bin/python scripts/results_baselines.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
 gba)
   .venv/bin/python scripts/results_gba.py planted

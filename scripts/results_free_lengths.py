@@ -289,7 +289,7 @@ def at_site(key: str) -> Iterator[str]:
     seeds = sorted({record["seed"] for record in records})
     yield f"### {PLACES[key].title}"
     yield f"{len(records)} dictionaries, seeds {', '.join(map(str, seeds))}."
-    yield from recovery.tables(records)
+    yield from recovery.tables(records, key, ROWS)
     if found := of_random_weights(key):
         yield found
     # Expectations are of three seeds, which nearly all arms have.

@@ -70,6 +70,9 @@ ROWS = 1_000_000
 """That each dictionary is trained on."""
 RUN = README.parent / "runs/recovery"
 ARCHIVE = Path(__file__).parent / "results/recovery.jsonl.gz"
+BASELINES = README.parent / "runs/baselines"
+BASELINES_ARCHIVE = Path(__file__).parent / "results/baselines.jsonl.gz"
+"""What ``results_baselines.py`` measures."""
 K = 32
 CURVE = (16, 24, 32, 48, 64, 96)
 SEEDS = (0, 1, 2)
@@ -710,14 +713,35 @@ def text_of(estimate: Estimate | None, per_cent: bool = False) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def tables(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The tables of one model."""
+def means_of_baselines(key: str, rows: int) -> Means:
+    """The same of the baselines of a site: what was trained on so many rows, or not at all."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    for record in read_baselines(key, rows):
+        groups.setdefault(record["label"], []).append(record["numbers"])
+    return {
+        label: {name: float(np.mean([one[name] for one in own])) for name in MEASURES}
+        for label, own in groups.items()
+    }
+
+
+def read_baselines(key: str, rows: int) -> list[dict[str, Any]]:
+    """The baselines of a site, those that were not trained first."""
+    if BASELINES_ARCHIVE.exists() and not BASELINES.exists():
+        unpack(BASELINES_ARCHIVE, BASELINES)
+    folders = (BASELINES / "raw/results", BASELINES / str(rows) / "results")
+    paths = [path for folder in folders for path in sorted(folder.glob(f"{key}.*"))]
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def tables(records: Sequence[dict[str, Any]], key: str, rows_of_training: int) -> Iterator[str]:
+    """The tables of one site; below, what is recovered without learning it."""
     means = means_of(records)
+    baselines = means_of_baselines(key, rows_of_training)
     kl, recovered = differences(records, "kl"), differences(records, "recovered")
     at_kl, at_fvu = (differences(records, "recovered", equal) for equal in ("kl", "fvu"))
     rows = [["dictionary", "KL", "CE recovered", "FVU", "dead %", "recovered", "F1", "cosine",
              "KL, same k", "recovered, same k", "equal KL", "equal FVU"]]  # fmt: skip
-    for label, own in means.items():
+    for label, own in (means | baselines).items():
         rows.append(
             [
                 f"`{label}`",
@@ -734,6 +758,10 @@ def tables(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     for label in means:
         own = [r["planted"]["by_stratum"] for r in records if r["label"] == label]
         rows.append([f"`{label}`", *(f"{np.mean([o[s]['f1'] for o in own]):.2f}" for s in strata)])
+    of_baselines = read_baselines(key, rows_of_training)
+    for label in baselines:
+        own = [r["by_stratum"] for r in of_baselines if r["label"] == label]
+        rows.append([f"`{label}`", *(f"{np.mean([o[s] for o in own]):.2f}" for s in strata)])
     yield markdown(rows)
     for equal in ("kl", "fvu"):
         columns = [differences(records, "recovered", equal, stratum) for stratum in strata]
@@ -900,7 +928,7 @@ def section() -> str:
             f"{len(records)} dictionaries, seeds {', '.join(map(str, seeds))}; fidelity on "
             f"{where.model.eval_tokens:,} held-out tokens."
         ]
-        parts += tables(records)
+        parts += tables(records, key, ROWS)
         parts += expected((one.words, one.found, means) for one in EXPECTED if one.place == key)
     return "\n\n".join([*parts, "### What `--alpha auto` chooses", choices()])
 

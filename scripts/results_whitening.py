@@ -9,9 +9,6 @@
 - ``length``: does the gain outlive a short training?
 - ``latents``: what do judges without a ground truth say of the dictionaries of two million rows?
 - ``kind``: does it hold for BatchTopK and JumpReLU?
-- ``baselines``: what is recovered without learning it, by dictionaries of which one half stays
-  random (Korznikov et al. 2026, arXiv 2602.14111), by the dimensions of the stream, and by its
-  principal components?
 - ``saelens``: what does the whitening of SAELens do on the same rows? It whitens all the way
   (α = 1), in principal components.
 - ``dose``: does a single loud dimension make plain dictionaries worse? The dimension of most
@@ -49,7 +46,6 @@ from benchmarks import IMAGES, README, write_result
 from interop_checks import peer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from raw_baselines import principal_components, raw_dimensions
 from results_archive import pack, unpack
 from results_recovery import (
     LOSS,
@@ -108,8 +104,6 @@ of SAELens had recovered twice as many plants as ours: there was no expectation.
 TWO_MILLION = 2_000_000
 LENGTHS = (500_000, TWO_MILLION, 4_000_000)
 """At both blocks 9; elsewhere two million rows."""
-FROZEN = ("frozen-decoder", "frozen-encoder")
-RAW = {"dimensions": raw_dimensions, "principal-components": principal_components}
 EXPERIMENTS = {
     "form": ("smollm2",),
     "dose": ("smollm2",),
@@ -118,7 +112,6 @@ EXPERIMENTS = {
     "length": tuple(PLACES),
     "latents": tuple(PLACES),
     "kind": ("gemma", "smollm2"),
-    "baselines": ("gemma", "smollm2"),
     "saelens": ("smollm2",),
     "lengths": ("smollm2", "gemma"),
     "lengths-long": ("smollm2", "gemma"),
@@ -216,10 +209,6 @@ def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterat
         if place == "smollm2":  # a control of its latents
             own = arm(f"rotated:{MIXED_HALF[0]}", MIXED_HALF[1], replace(MIXED, draw=seed))
             yield Trial(f"{TWO_MILLION:,} rows", label_of(own), own, {"tokens": TWO_MILLION})
-    if experiment == "baselines":
-        for kind in FROZEN:
-            own = arm("uniform", 1.0, architecture=kind)
-            yield Trial("", f"uniform-{kind}-k{K}", own)
     if experiment == "kind":
         for kind in KINDS:
             for one in (("uniform", 1.0, LOSS), HALF):
@@ -293,12 +282,6 @@ def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> Non
         for setting, own in groups.items():
             _train_and_judge(experiment, place, opened, own, seed)
             print(f"{experiment}, {place}: {setting} seed {seed} measured", flush=True)
-    if experiment == "baselines":
-        site, seed = opened.source.site, SEEDS[0]
-        raw = [
-            (Trial("", f"{name}-k{K}"), make(opened.inputs, site, K)) for name, make in RAW.items()
-        ]
-        _judge(experiment, place, opened, raw, seed)
 
 
 def _train_and_judge(
@@ -422,7 +405,6 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
     """The measured dictionaries of an experiment, with those of the usual settings."""
     usual = {
         "form": "",
-        "baselines": "",
         "dose": "as it is",
         "rate": "rate × 1",
         "every-rate": "rate × 1",
@@ -447,8 +429,6 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
     labels = {record["label"] for record in records} | {PLAIN}
     if experiment == "form":
         labels |= {INVERTED, INVERTED_SPACE, MIXED_INVERSE}
-    if experiment == "baselines":
-        labels |= {WHITENED_MIXED}
     if experiment == "saelens":
         labels |= {FULLY, WHITENED, WHITENED_MIXED}
     for record in recovery.read(place):
@@ -526,17 +506,6 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return markdown(rows)
 
 
-def strata_table(records: Sequence[dict[str, Any]]) -> str:
-    """What is recovered of the plants along each kind of direction."""
-    strata = list(records[0]["by_stratum"])
-    rows = [["recovered", *strata]]
-    of = Found(records)
-    for label in dict.fromkeys(record["label"] for record in records):
-        shares = (of.recovered(label, stratum) for stratum in strata)
-        rows.append([f"`{label}`", *(f"{share:.2f}" for share in shares)])
-    return markdown(rows)
-
-
 def rates_table(records: Sequence[dict[str, Any]]) -> str:
     """Every set of weights at the rate that keeps most cross-entropy, beside plain at its own."""
     of = Found(records)
@@ -579,8 +548,6 @@ def section() -> str:
                 continue
             parts += [f"### {TITLES[experiment]}: {PLACES[place].title}", seeds_of(records)]
             parts += [rates_table(records) if experiment == "every-rate" else table(records)]
-            if experiment == "baselines":
-                parts += [strata_table(records)]
             parts += recovery.expected(
                 (one.words, one.found, Found(records))
                 for one in EXPECTED
@@ -692,7 +659,6 @@ TITLES = {
     "length": "Shorter and longer trainings",
     "latents": "The latents of two million rows, without a ground truth",
     "kind": "Other architectures",
-    "baselines": "What is recovered without learning it",
     "saelens": "The whitening of SAELens",
     "lengths": "Is the plain dictionary trained well enough",
     "lengths-long": "The same after four million rows",

@@ -123,16 +123,6 @@ def plain_beside_usual(
     return found
 
 
-def stratum(name: str, kind: str, low: float, high: float) -> Callable[[Found], tuple[bool, str]]:
-    """What a baseline recovers of the plants along one kind of direction."""
-
-    def found(of: Found) -> tuple[bool, str]:
-        share = of.recovered(f"{name}-k{K}", kind)
-        return low <= share <= high, f"{share:.2f}"
-
-    return found
-
-
 def nearer(label: str, to: str, than: str) -> Callable[[Found], tuple[bool, str]]:
     """What one form recovers is nearer to what a second recovers than to what a third does."""
 
@@ -221,40 +211,6 @@ EXPECTED = (
         "smollm2",
         "the same: no more plants recovered than plain (+10 % at most)",
         changed("SAELens", -1, 0.1, "saelens-whitened", "recovered"),
-    ),
-    *(
-        Expectation("baselines", place, words, found)
-        for place in ("gemma", "smollm2")
-        for words, found in (
-            (
-                "frozen decoder: at most a quarter of what plain recovers",
-                changed("", -1, -0.75, f"uniform-frozen-decoder-k{K}", "recovered"),
-            ),
-            (
-                "frozen decoder: KL at least 50 % above plain",
-                changed("", 0.5, 99, f"uniform-frozen-decoder-k{K}"),
-            ),
-            (
-                "frozen encoder: at most a tenth of what plain recovers",
-                changed("", -1, -0.9, f"uniform-frozen-encoder-k{K}", "recovered"),
-            ),
-            (
-                "frozen encoder: KL at least twice plain's",
-                changed("", 1, 99, f"uniform-frozen-encoder-k{K}"),
-            ),
-            (
-                "dimensions: at least half of the plants along quiet dimensions",
-                stratum("dimensions", "quiet dimension", 0.5, 1),
-            ),
-            (
-                "dimensions: at most 2 % of the plants in random directions",
-                stratum("dimensions", "random", 0, 0.02),
-            ),
-            (
-                "principal components: at least half of the plants along quiet components",
-                stratum("principal-components", "quiet component", 0.5, 1),
-            ),
-        )
     ),
     *(
         Expectation("every-rate", place, words, found)
