@@ -214,9 +214,16 @@ class Idea:
     random_directions: bool = False
     as_today: bool = False
     """Trained as ``results_free_lengths.py`` does, in a model's stream alone."""
+    only_planted: bool = False
+    """Not in a model's stream, where ``results_baselines.py`` measures it."""
+
+    def is_made(self, key: str) -> bool:
+        """Whether it is trained at a place."""
+        return not (self.as_today if key == PLANTED else self.only_planted)
 
 
 WHITENED = "whitening"
+HALF_RANDOM = {f"half random: {one}": f"frozen-{one}" for one in ("decoder", "encoder")}
 TODAY = "learnt slope, p = 1, free lengths, two million rows"
 IDEAS = (
     Idea("plain"),
@@ -252,6 +259,10 @@ IDEAS = (
         settings=(("learns_slope", True),),
         power=1.0,
         as_today=True,
+    ),
+    *(
+        Idea(name, architecture=architecture, only_planted=True)
+        for name, architecture in HALF_RANDOM.items()
     ),
 )
 """In this order: a control may need to know what became of the idea before it."""
@@ -300,6 +311,11 @@ EXPECTED: tuple[tuple[str, str, str, float, float], ...] = (
             ("error", "error: shuffled"),
         )
     ),
+)
+
+
+EXPECTED += tuple(  # what is recovered without learning it; written down last
+    (PLANTED, idea, "plain", -1, -0.5) for idea in HALF_RANDOM
 )
 
 
@@ -439,7 +455,7 @@ class Place:
 def measure(key: str, path: str | None, ideas: Sequence[Idea]) -> None:
     """Train and measure what has no result yet."""
     opened = None
-    ideas = [idea for idea in ideas if key != PLANTED or not idea.as_today]
+    ideas = [idea for idea in ideas if idea.is_made(key)]
     for seed in SEEDS[key]:
         if all(_result(key, idea, seed).exists() for idea in ideas):
             continue
@@ -548,7 +564,8 @@ def tables() -> Iterator[str]:
             continue
         title = "planted data" if key == PLANTED else recovery.PLACES[key].title
         yield f"{title[0].upper()}{title[1:]}, {len({r['seed'] for r in records})} seeds:"
-        yield _table(records, [one.name for one in IDEAS])
+        baselines = {} if key == PLANTED else recovery.means_of_baselines(key, recovery.ROWS)
+        yield _table(records, [one.name for one in IDEAS], baselines)
         for place, idea, other, low, high in EXPECTED:
             if place == key and {idea, other} <= {r["idea"] for r in records}:
                 share = mean(records, idea, "recovered") / mean(records, other, "recovered") - 1
@@ -561,7 +578,8 @@ def tables() -> Iterator[str]:
         records = [one for one in _as_today(key) if one["seed"] in seeds] + records
         title = f"{recovery.PLACES[key].title}, as dictionaries are trained today"
         yield f"{title}, {len(seeds)} seeds:"
-        yield _table(records, [*AS_TODAY.values(), TODAY])
+        baselines = recovery.means_of_baselines(key, free_lengths.ROWS)
+        yield _table(records, [*AS_TODAY.values(), TODAY], baselines)
         for place, measure_, other, low, high in EXPECTED_TODAY:
             if place == key:
                 share = mean(records, TODAY, measure_) / mean(records, other, measure_) - 1
@@ -590,9 +608,12 @@ def _as_today(key: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _table(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """Means over seeds, in the order of the names, beside whitening and each idea's controls."""
-    pairs = [(name, WHITENED) for name in names if name != WHITENED]
+def _table(
+    records: Sequence[dict[str, Any]], names: Sequence[str], baselines: recovery.Means
+) -> str:
+    """Means over seeds, in the order of the names, beside whitening and each idea's controls; below
+    them what is recovered without learning it."""
+    pairs = [(name, WHITENED) for name in names if name not in (WHITENED, *HALF_RANDOM)]
     pairs += [(idea, other) for idea, others in BESIDE.items() for other in others]
     found = beside(records, pairs)
     rows = [["", "seeds", "recovered", "F1", "FVU", "KL", "L0", "dead %", "beside whitening",
@@ -616,6 +637,9 @@ def _table(records: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
                 controls or "–",
             ]
         )
+    for label, of in baselines.items():
+        numbers = [f"{of[name]:.3f}" for name in ("recovered", "f1", "fvu", "kl")]
+        rows.append([f"`{label}`", "–", *numbers, "–", f"{100 * of['dead']:.0f}", "–", "–"])
     return markdown(rows)
 
 
