@@ -14,9 +14,6 @@ read twice, by the norm before the MLP and by the residual branch around it. Rep
 norm's input, as a TransformerLens hook on ``ln2.hook_in`` does, leaves the original activation in
 the residual branch. Here the activation enters as the *block's* input while the attention is made
 to contribute zero, so that the block's own code computes new + mlp(ln2(new)).
-
-All that follows the last block (norm, head, soft caps) treats every position by itself, so it may
-run on chosen rows only.
 """
 
 import contextlib
@@ -107,20 +104,6 @@ class Blocks:
         ):
             parts = list(zip(ids.split(size), hidden.split(size), strict=True))
             return torch.cat(parallel_map(forward, parts))
-
-    @contextlib.contextmanager
-    def unembedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """While open, the function that it yields gives the logits of rows [rows, d_model] of the
-        last block's output, in several threads at once if ``side_by_side``."""
-        given: dict[int, Tensor] = {}
-
-        def logits(rows: Tensor) -> Tensor:
-            given[threading.get_ident()] = rows[:, None]
-            ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
-            return self.run(ids).logits[:, 0]
-
-        with self.entering(Site(len(self) - 1, "post"), lambda: given[threading.get_ident()]):
-            yield logits
 
     @property
     def side_by_side(self) -> bool:
@@ -215,15 +198,17 @@ class Blocks:
         self._learn_forms()
         with contextlib.ExitStack() as patches:
             for block in self._blocks[: site.block]:
-                _patch(patches, block, self._returning(block, _hidden_of))
+                replace_forward(patches, block, self._returning(block, _hidden_of))
             block = self._blocks[site.block]
             if site.point == "post":
-                _patch(patches, block, self._returning(block, lambda args, kwargs: given()))
+                replace_forward(
+                    patches, block, self._returning(block, lambda args, kwargs: given())
+                )
             else:
                 _pre_hook(patches, block, lambda args, kwargs: given())
             if site.point == "mid":
                 attention = self._part(site.block, self._attn)
-                _patch(patches, attention, self._returning(attention, _zeros_like(given)))
+                replace_forward(patches, attention, self._returning(attention, _zeros_like(given)))
                 _pre_hook(patches, self._part(site.block, self._mid), _same_as(given, site))
             yield
 
@@ -360,7 +345,9 @@ def _pre_hook(
     hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
-def _patch(patches: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+def replace_forward(
+    patches: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]
+) -> None:
     """Replace a module's ``forward``, to be restored exactly when the stack closes."""
     before = module.__dict__.get("forward")
     module.forward = forward

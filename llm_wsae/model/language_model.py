@@ -17,7 +17,7 @@ import hashlib
 import json
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ from llm_wsae.model.loading import load_model
 from llm_wsae.model.module_paths import find_paths, text_config
 from llm_wsae.model.site import Site
 from llm_wsae.model.spread import device_of, is_spread, parameters, weight_of
+from llm_wsae.model.unembedding import Head, Unembedding
 from llm_wsae.outside import parsing
 
 SPREAD = "spread"
@@ -78,6 +79,7 @@ class LanguageModel:
         self._one_pass = threading.RLock()
         self.num_blocks = len(self._blocks)
         self.d_model: int = config.hidden_size
+        self._head = Head(hf_model, self._blocks, self.d_model)
         self.max_context: int | None = getattr(config, "max_position_embeddings", None)
         # Ask the tokenizer: configurations often name a BOS that was never used in training.
         source = config if tokenizer is None else tokenizer
@@ -227,16 +229,11 @@ class LanguageModel:
         return end.to(ids.device)
 
     @contextmanager
-    def unembedding(
-        self,
-    ) -> Iterator[Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, "rows vocab"]]]:
-        """While open, the function that it yields makes logits of rows of the last block's output,
-        in any thread if ``side_by_side``: the model's own norm, head and soft caps.
-
-        Positions do not depend on each other there, so that only those that are wanted need logits.
-        """
-        with self._one_pass, self._blocks.unembedding() as logits:
-            yield logits
+    def unembedding(self) -> Iterator[Unembedding]:
+        """While open, it makes logits of rows of the last block's output, in any thread if
+        ``side_by_side``: all at once when it is called, or a run of the vocabulary at a time."""
+        with self._one_pass, self._head.opened() as unembedding:
+            yield unembedding
 
     @property
     def side_by_side(self) -> bool:

@@ -12,7 +12,7 @@ from looping import looped, over
 from tiny import BLOCKS, BOS, FAMILIES, KNOWN, VOCAB, WIDTH, WITH_MID, tiny_hf_model, tiny_tokenizer
 
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.model import forward
+from llm_wsae.model import forward, unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.threads import parallel_map
@@ -213,13 +213,17 @@ def test_resume_with_the_clean_activation_changes_nothing(model, ids):
 
 
 @all_families()
-def test_logits_of_chosen_rows_are_those_of_resume(model, ids):
-    """Up to the last block in contexts of their own, after it in rows of their own."""
+@over(run=[2048, 7])
+def test_logits_of_chosen_rows_are_those_of_resume(model, ids, run, monkeypatch):
+    """Up to the last block in contexts of their own, after it in rows of their own, whose
+    vocabulary is divided into runs."""
+    monkeypatch.setattr(unembedding, "RUN", run)
     for site in (Site(0, "pre"), Site(2, "post"), Site(BLOCKS - 1, "post")):
         new = torch.randn(*ids.shape, WIDTH, generator=torch.Generator().manual_seed(site.block))
         expected = model.resume(ids, site, new).detach()
         end = model.resume_to_end(ids, site, new)
         with torch.no_grad(), model.unembedding() as logits:
+            assert len(logits.runs) == -(-model.W_U.shape[1] // run)
             found = logits(end.flatten(0, 1)[3:])
         close = {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(found, expected.flatten(0, 1)[3:], **close)

@@ -2,12 +2,13 @@
 
 The logits of a batch are large (4096 tokens over 262,144 words: 4 GB in float32), so they never
 exist. Up to the last block's output, the stream is small. From there on, a tile of rows at a time
-gets its logits: once those of the model itself, which give log p, and after them those of every
-variant. On a CPU each core has a tile of its own; elsewhere there is one at a time. (Liger's fused
-kernels of cross-entropy and divergence are for GPUs and make gradients, which nobody needs here.)
+gets its logits, on a CPU a run of the vocabulary after the other: those of the model itself, and
+against them those of every variant. On a CPU each core has a tile of its own; elsewhere there is
+one at a time. (Liger's fused kernels of cross-entropy and divergence are for GPUs and make
+gradients, which nobody needs here.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,18 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.activations import ActivationCache
-from llm_wsae.model.forward import parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.model.unembedding import Unembedding
 from llm_wsae.sparse.backends import cpu
+from llm_wsae.threads import parallel_map
 
-# Rows of one tile: enough for a fast product. In memory are their logits by the model itself and by
-# one variant, for each core; where the kernel is missing also the former twice in float32.
-_TILE_ROWS = 192
-_TILE_NUMBERS = 2**25  # and fewer rows for a large vocabulary: 64 MB in half precision
+# Rows of one tile: enough for a fast product. In memory are the logits of a run by the model itself
+# and by one variant, for each core; where the kernel is missing also some in float32.
+_TILE_ROWS = 1024
+_TILE_NUMBERS = (
+    2**25
+)  # and fewer rows if all of a large vocabulary is one run: 64 MB in half precision
 # Numbers in one chunk of a tile, where the kernel is missing. 4 MB stay in a CPU's cache from one
 # operation to the next.
 _CHUNK_NUMBERS = 2**20
@@ -60,15 +64,15 @@ def next_token_sums(
     where = F.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
     streams = [stream.flatten(0, 1) for stream in (clean, *variants)]
     target = ids.roll(-1, 1).flatten().long()
-    with model.unembedding() as logits:
+    with model.unembedding() as unembedding:
 
         def measure(rows: Tensor) -> Tensor:
             with torch.no_grad():
-                found = _measure_tile(logits, [s[rows] for s in streams], target[rows])
-                return found.cpu().double()
+                return _measure_tile(unembedding, [s[rows] for s in streams], target[rows]).cpu()
 
         together = torch.get_num_threads() if model.side_by_side else 1
-        tiles = where.split(_tile_rows(len(where), len(model.W_E), together)) if len(where) else ()
+        width = -(-len(model.W_E) // len(unembedding.runs))
+        tiles = where.split(_tile_rows(len(where), width, together)) if len(where) else ()
         found = parallel_map(measure, tiles) if together > 1 else [measure(t) for t in tiles]
     sums = torch.zeros(len(streams), 2, scored.shape[0], dtype=torch.float64)
     if found:
@@ -79,76 +83,121 @@ def next_token_sums(
     return entropy, [(one[0], one[1]) for one in others]
 
 
-def _tile_rows(rows: int, vocab: int, together: int) -> int:
-    """Rows of a tile: tiles of equal size, and as many for each of the cores that work together."""
-    most = max(1, min(_TILE_ROWS, _TILE_NUMBERS // vocab))
+def _tile_rows(rows: int, width: int, together: int) -> int:
+    """Rows of a tile, whose logits are ``width`` at a time: tiles of equal size, and as many for
+    each of the cores that work together."""
+    most = max(1, min(_TILE_ROWS, _TILE_NUMBERS // width))
     tiles = -(-rows // (most * together)) * together
     return -(-rows // tiles)
 
 
 def _measure_tile(
-    logits: Callable[[Tensor], Tensor],
+    unembedding: Unembedding,
     streams: Sequence[Float[Tensor, "rows d_model"]],
     target: Integer[Tensor, " rows"],
 ) -> Float[Tensor, "streams 2 rows"]:
-    """−log p(target) and KL(p_first ‖ p) of every row in every stream."""
-    clean = logits(streams[0])
-    sums = _compiled if cpu.supports(clean) else _in_torch
-    found, compared = sums(clean, target)
-    others = [compared(logits(stream)) for stream in streams[1:]]
-    return torch.stack([torch.stack([found, torch.zeros_like(found)]), *others])
+    """−log p(target) and KL(p_first ‖ p) of every row in every stream, float64."""
+    entered = [unembedding.enter(stream) for stream in streams]
+    clean, *variants = (_Predictions(target) for _ in streams)
+    divergences = [_Divergence(clean, variant) for variant in variants]
+    for run in unembedding.runs:
+        logits = run(entered[0])
+        maxima, sums, _ = softmax_sums(logits)
+        clean.add(logits, maxima, sums)
+        for variant, divergence, own in zip(variants, divergences, entered[1:], strict=True):
+            its = run(own)
+            its_maxima, its_sums, differences = softmax_sums(its, (logits, maxima))
+            variant.add(its, its_maxima, its_sums)
+            divergence.add(differences, maxima)
+    none = torch.zeros_like(clean.loss())
+    pairs = [(variant.loss(), own.kl()) for variant, own in zip(variants, divergences, strict=True)]
+    return torch.stack([torch.stack(pair) for pair in ((clean.loss(), none), *pairs)])
 
 
-Compared = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "2 rows"]]
+class _Predictions:
+    """What rows predict, from logits that come in runs of the vocabulary."""
+
+    def __init__(self, target: Integer[Tensor, " rows"]):
+        self.maxima = torch.full(
+            target.shape, -torch.inf, dtype=torch.float64, device=target.device
+        )
+        self.sums = torch.zeros_like(self.maxima)
+        """Σ exp(logit − maximum)."""
+        self._target, self._first = target, 0
+        self._of_target = torch.full_like(self.maxima, torch.nan)
+
+    def add(self, logits: Tensor, maxima: Tensor, sums: Tensor) -> None:
+        """The logits of the next run, and what ``softmax_sums`` says of them."""
+        grown = torch.maximum(self.maxima, maxima.double())
+        self.sums = _rescaled(self.sums, self.maxima, grown) + _rescaled(sums, maxima, grown)
+        self.maxima = grown
+        at = self._target - self._first
+        self._first += logits.shape[1]
+        own = logits.gather(1, at.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
+        is_here = (at >= 0) & (at < logits.shape[1])
+        self._of_target = torch.where(is_here, own, self._of_target)
+
+    def log_sum(self) -> Float[Tensor, " rows"]:
+        """log Σ exp of all logits."""
+        return self.maxima + self.sums.log()
+
+    def loss(self) -> Float[Tensor, " rows"]:
+        """−log p(target)."""
+        return self.log_sum() - self._of_target
 
 
-def _compiled(
-    clean: Float[Tensor, "rows vocab"], target: Integer[Tensor, " rows"]
-) -> tuple[Float[Tensor, " rows"], Compared]:
-    """−log p(target), and a function that gives the same and KL(p ‖ q) of other logits.
+class _Divergence:
+    """KL(p ‖ q) of rows.
 
-    With r and q the logits of p and q, KL = Σ p·(r − q) + log Σ exp q − log Σ exp r. Tokens that a
-    model excludes (r = −∞) add nothing; those that it excludes only now (q = −∞) make KL infinite.
+    With r and q the logits, KL = Σ p·(r − q) + log Σ exp q − log Σ exp r. Tokens that a model
+    excludes (r = −∞) add nothing; those that it excludes only now (q = −∞) make KL infinite.
     """
 
-    def log_sum(maxima: Tensor, sums: Tensor) -> Tensor:
-        return maxima.double() + sums.log()
+    def __init__(self, clean: _Predictions, other: _Predictions):
+        self._clean, self._other = clean, other
+        self._maxima, self._differences = clean.maxima, torch.zeros_like(clean.sums)
 
-    def of_target(values: Tensor) -> Tensor:
-        return values.gather(1, target[:, None])[:, 0].double()
+    def add(self, differences: Tensor, maxima: Tensor) -> None:
+        """Σ exp(r − maximum)·(r − q) of the next run, which was given to ``clean``."""
+        old, grown = self._maxima, self._clean.maxima
+        self._differences = _rescaled(self._differences, old, grown) + _rescaled(
+            differences, maxima, grown
+        )
+        self._maxima = grown
 
-    clean_maxima, clean_sums, _ = cpu.softmax_sums(clean)
-    clean_log_sum = log_sum(clean_maxima, clean_sums)
-
-    def compared(own: Tensor) -> Tensor:
-        maxima, sums, differences = cpu.softmax_sums(own, (clean, clean_maxima))
-        own_log_sum = log_sum(maxima, sums)
-        divergence = differences / clean_sums + own_log_sum - clean_log_sum
-        return torch.stack([own_log_sum - of_target(own), divergence])
-
-    return clean_log_sum - of_target(clean), compared
+    def kl(self) -> Float[Tensor, " rows"]:
+        """KL(p ‖ q)."""
+        clean, other = self._clean, self._other
+        return self._differences / clean.sums + other.log_sum() - clean.log_sum()
 
 
-def _in_torch(
-    clean: Float[Tensor, "rows vocab"], target: Integer[Tensor, " rows"]
-) -> tuple[Float[Tensor, " rows"], Compared]:
-    """The same in float32, by operations that every device has."""
-    log_p = clean.log_softmax(1, dtype=torch.float32)
-    excluded = log_p.isneginf()
-    p = log_p.exp().clamp_(min=torch.finfo(torch.float32).tiny)  # of other tokens p·∞ is ∞, not NaN
-    size = max(1, _CHUNK_NUMBERS // clean.shape[1])
-    chunks = [slice(at, at + size) for at in range(0, len(target), size)]
+def _rescaled(sums: Tensor, maxima: Tensor, grown: Tensor) -> Tensor:
+    """Σ exp(x − maximum), or such a sum, for another maximum that is no lower; 0 if nothing was
+    above −∞."""
+    # the bound keeps an infinite sum infinite
+    scale = (maxima.double() - grown).clamp(min=-700).exp()
+    return torch.where(maxima == -torch.inf, 0, sums.double() * scale)
 
-    def compared(own: Tensor) -> Tensor:
-        found = log_p.new_empty(2, len(target))
-        for chunk in chunks:
-            log_q = own[chunk].log_softmax(1, dtype=torch.float32)
-            torch.neg(log_q.gather(1, target[chunk, None])[:, 0], out=found[0, chunk])
-            difference = torch.sub(log_p[chunk], log_q, out=log_q).masked_fill_(excluded[chunk], 0)
-            torch.linalg.vecdot(p[chunk], difference, out=found[1, chunk])
-        return found
 
-    return -log_p.gather(1, target[:, None])[:, 0], compared
+def softmax_sums(
+    logits: Float[Tensor, "rows run"], clean: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row its maximum m and Σ exp(logit − m); and with ``clean``, other logits and their
+    maxima c, Σ exp(clean − c)·(clean − logit) where clean is not −∞. All [rows]."""
+    if cpu.supports(logits):
+        return cpu.softmax_sums(logits, clean)
+    maxima, sums, differences = torch.empty(3, len(logits), device=logits.device)
+    size = max(1, _CHUNK_NUMBERS // logits.shape[1])
+    for chunk in (slice(at, at + size) for at in range(0, len(logits), size)):
+        own = logits[chunk].float()
+        torch.amax(own, 1, out=maxima[chunk])
+        torch.sum((own - maxima[chunk, None]).exp_(), 1, out=sums[chunk])
+        if clean is not None:
+            other, shift = clean[0][chunk].float(), clean[1][chunk, None]
+            p = (other - shift).exp_().clamp_(min=torch.finfo(torch.float32).tiny)  # p·∞ is ∞
+            apart = (other - own).masked_fill_(other.isneginf(), 0)
+            torch.linalg.vecdot(p, apart, out=differences[chunk])
+    return maxima, sums, differences
 
 
 _CHECKED_POSITIONS = 16  # the last ones, on which all others act
@@ -189,8 +238,8 @@ def check_resumable(
         raise _not_numbers(model)
     for site, hidden in sorted(activations.items(), reverse=True):
         stream = model.resume_to_end(ids, site, hidden)[0]
-        with torch.no_grad(), model.unembedding() as logits:
-            found = logits(stream[-_CHECKED_POSITIONS:]).float()
+        with torch.no_grad(), model.unembedding() as unembedding:
+            found = unembedding(stream[-_CHECKED_POSITIONS:]).float()
         difference = (found - full).where(found != full, 0)  # an excluded token has −∞ in both
         if not difference.norm() <= _SAME_LOGITS * full[full.isfinite()].norm():
             raise LlmWsaeError(

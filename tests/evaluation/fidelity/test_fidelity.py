@@ -23,6 +23,7 @@ from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate, 
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
 from llm_wsae.hardware import free_memory, memory_of
+from llm_wsae.model import unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.sparse.backends import cpu
@@ -314,9 +315,10 @@ def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch, compile
     target = ids[:, 1:, None].clamp(max=VOCAB - 1)
     here = LanguageModel.from_live(copy.deepcopy(model.hf_model).to(device), None, "here")
     asked = (clean.to(device), [one.to(device) for one in variants], ids.to(device))
-    for tile, chunk in ((96, 2**20), (5, 2 * VOCAB), (1, 1)):
+    for tile, chunk, run in ((96, 2**20, 2048), (5, 2 * VOCAB, 7), (1, 1, 1)):
         monkeypatch.setattr(next_token, "_TILE_ROWS", tile)
         monkeypatch.setattr(next_token, "_CHUNK_NUMBERS", chunk)
+        monkeypatch.setattr(unembedding, "RUN", run)
         entropy, found = next_token_sums(here, *asked, scored.to(device))
         wanted = -(log_p.gather(2, target)[..., 0] * scored).sum(1)
         torch.testing.assert_close(entropy, wanted, rtol=1e-5, atol=0)
@@ -329,6 +331,17 @@ def test_the_sums_are_those_of_all_logits_in_float64(model, monkeypatch, compile
     assert entropy.tolist() == [0, 0, 0] and len(found) == 2
 
 
+def measured(target, *streams, width=5003):
+    """−log p(target) and KL of rows of logits, of which so many columns come at a time."""
+
+    def columns(start):
+        return lambda logits: logits[:, start : start + width]
+
+    runs = [columns(start) for start in range(0, streams[0].shape[1], width)]
+    as_it_is = unembedding.Unembedding(lambda logits: logits, runs)
+    return next_token._measure_tile(as_it_is, streams, target)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_small_divergence_keeps_its_digits(dtype):
     """Two models that hardly differ, over a vocabulary that does not fill whole vectors."""
@@ -338,8 +351,7 @@ def test_a_small_divergence_keeps_its_digits(dtype):
     clean = (4 * torch.randn(7, 5003, generator=draw)).to(dtype)
     own = (clean.float() + 0.02 * torch.randn(clean.shape, generator=draw)).to(dtype)
     target = torch.randint(5003, (7,), generator=draw)
-    entropy, compared = next_token._compiled(clean, target)
-    ce, kl = compared(own)
+    (entropy, _), (ce, kl), (_, none) = measured(target, clean, own, clean)
     log_p, log_q = (one.double().log_softmax(1) for one in (clean, own))
     of_target = (-one.gather(1, target[:, None])[:, 0] for one in (log_p, log_q))
     for found, wanted in zip((entropy, ce), of_target, strict=True):
@@ -347,13 +359,20 @@ def test_a_small_divergence_keeps_its_digits(dtype):
     wanted = (log_p.exp() * (log_p - log_q)).sum(1)
     assert float(wanted.max()) < 1e-3
     torch.testing.assert_close(kl, wanted, rtol=1e-4, atol=2e-7)
-    assert float(compared(clean)[1].abs().max()) < 1e-6
+    assert float(none.abs().max()) < 1e-6
+    in_runs = measured(target, clean, own, width=1000)
+    torch.testing.assert_close(in_runs[:, 0], torch.stack([entropy, ce]), rtol=1e-7, atol=0)
+    torch.testing.assert_close(in_runs[1, 1], kl, rtol=1e-4, atol=2e-7)
     own[3, 4000] = torch.nan
-    assert compared(own).isnan().tolist() == [[row == 3 for row in range(7)]] * 2
+    for width in (5003, 1000):
+        found = measured(target, clean, own, width=width)[1]
+        assert found.isnan().tolist() == [[row == 3 for row in range(7)]] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_that_a_model_excludes(dtype):
+@pytest.mark.parametrize("width", [5003, 200])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_tokens_that_a_model_excludes(dtype, width, compiled, monkeypatch):
     """Row by row: by both, by the clean one, by the other one; an unlikely one by the other one."""
     draw = torch.Generator().manual_seed(0)
     clean, own = (torch.randn(4, 5003, generator=draw).to(dtype) for _ in range(2))
@@ -365,13 +384,13 @@ def test_tokens_that_a_model_excludes(dtype):
     wanted = terms.where(~clean.isneginf(), 0).sum(1)
     wanted[3] = torch.inf  # p = e^-508, which even the terms in float64 may lose
     assert wanted.isfinite().tolist() == [True, True, False, False]
-    for sums in (next_token._in_torch, next_token._compiled)[: 1 + cpu.available()]:
-        entropy, compared = sums(clean, target)
-        ce, kl = compared(own)
-        torch.testing.assert_close(kl.double(), wanted, rtol=1e-5, atol=0)
-        torch.testing.assert_close(entropy.double(), -log_p[:, 3], rtol=1e-5, atol=0)
-        torch.testing.assert_close(ce.double(), -log_q[:, 3], rtol=1e-5, atol=0)
-        assert compared(clean)[1].abs().max() < 1e-6
+    if not compiled:
+        monkeypatch.setattr(cpu, "supports", lambda logits: False)
+    (entropy, _), (ce, kl), (_, none) = measured(target, clean, own, clean, width=width)
+    torch.testing.assert_close(kl, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(entropy, -log_p[:, 3], rtol=1e-5, atol=0)
+    torch.testing.assert_close(ce, -log_q[:, 3], rtol=1e-5, atol=0)
+    assert none.abs().max() < 1e-6
 
 
 def test_variance_keeps_its_digits_far_from_zero():

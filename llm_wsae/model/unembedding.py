@@ -1,0 +1,141 @@
+"""From rows of the last block's output to logits: the model's own norm, head and soft caps.
+
+All of that treats every position by itself, so it may be done for chosen rows only; and all that
+follows the head treats every token of the vocabulary by itself, so on a CPU the head takes a run of
+tokens at a time. The weights of a run and its logits stay in the cache, whatever else is done with
+them there, where the whole head of a small model may have 300 MB.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm_wsae.model.forward import Blocks, replace_forward
+from llm_wsae.model.site import Site
+
+RUN = 2048
+"""Tokens of the vocabulary in a run."""
+_SAME_LOGITS = 1e-2  # relative; products of other shapes round otherwise
+
+
+class Unembedding(NamedTuple):
+    """What makes logits, in two steps, in any thread if the model is ``side_by_side``."""
+
+    enter: Callable[[Float[Tensor, "rows d_model"]], Tensor]
+    """From rows of the last block's output to what the runs take; for as many rows."""
+    runs: list[Callable[[Tensor], Float[Tensor, "rows run"]]]
+    """The logits of each run of the vocabulary, in its order."""
+
+    def __call__(self, rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
+        """The logits of the whole vocabulary."""
+        entered = self.enter(rows)
+        return torch.cat([run(entered) for run in self.runs], 1)
+
+
+class Head:
+    """What follows the blocks of a Hugging Face model."""
+
+    def __init__(self, hf_model: Any, blocks: Blocks, d_model: int):
+        self._hf_model, self._blocks, self._d_model = hf_model, blocks, d_model
+        self._divides: bool | None = None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Unembedding]:
+        """While open, what it yields makes logits."""
+        given: dict[int, Tensor] = {}
+
+        def enter(rows: Tensor) -> Tensor:
+            given[threading.get_ident()] = rows[:, None]
+            return _no_ids(rows)
+
+        last = Site(len(self._blocks) - 1, "post")
+        with self._blocks.entering(last, lambda: given[threading.get_ident()]):
+            whole = Unembedding(
+                lambda rows: rows, [lambda rows: self._blocks.run(enter(rows)).logits[:, 0]]
+            )
+            if not self._blocks.side_by_side:  # one product of all fills an accelerator
+                yield whole
+                return
+            with contextlib.ExitStack() as patches:
+                divided = self._divided(patches, enter)
+                if divided is None:
+                    yield whole
+                    return
+                if self._divides is None:
+                    rows = torch.randn(2, self._d_model, generator=torch.Generator().manual_seed(0))
+                    self._divides = _agree(divided, whole, rows.to(self._hf_model.dtype))
+                if self._divides:
+                    yield divided
+                    return
+            yield whole
+
+    def _divided(
+        self, patches: contextlib.ExitStack, enter: Callable[[Tensor], Tensor]
+    ) -> Unembedding | None:
+        """Run by run; None if the head is no plain product.
+
+        To make a run, the model's own forward is called, of which two modules do something else:
+        the trunk answers with what it made of the rows in the first step, and the head multiplies
+        with a part of its weights.
+        """
+        model: Any = self._hf_model
+        head, trunk = model.get_output_embeddings(), model.base_model
+        if type(head) is not nn.Linear or trunk is model:
+            return None
+        asked: dict[int, tuple[Any, slice]] = {}
+        own_trunk = trunk.forward
+
+        def trunk_forward(*args: Any, **kwargs: Any) -> Any:
+            now = asked.get(threading.get_ident())
+            return own_trunk(*args, **kwargs) if now is None else now[0]
+
+        def head_forward(hidden: Tensor) -> Tensor:
+            now = asked.get(threading.get_ident())
+            part = slice(None) if now is None else now[1]
+            return F.linear(
+                hidden, head.weight[part], None if head.bias is None else head.bias[part]
+            )
+
+        replace_forward(patches, trunk, trunk_forward)
+        replace_forward(patches, head, head_forward)
+
+        def enter_trunk(rows: Tensor) -> Any:
+            return trunk(input_ids=enter(rows), use_cache=False, return_dict=True)
+
+        def make_run(part: slice) -> Callable[[Any], Tensor]:
+            def run(entered: Any) -> Tensor:
+                asked[threading.get_ident()] = entered, part
+                try:
+                    return self._blocks.run(_no_ids(entered.last_hidden_state)).logits[:, 0]
+                finally:
+                    del asked[threading.get_ident()]
+
+            return run
+
+        bounds = [*range(0, head.out_features, RUN), head.out_features]
+        return Unembedding(enter_trunk, [make_run(slice(*ends)) for ends in pairwise(bounds)])
+
+
+def _no_ids(rows: Tensor) -> Tensor:
+    """Ids that nothing reads: contexts of one position each."""
+    return torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+
+
+def _agree(divided: Unembedding, whole: Unembedding, rows: Tensor) -> bool:
+    """Whether runs make the logits of the whole: not if something behind the head is about certain
+    tokens."""
+    try:
+        found, wanted = divided(rows).float(), whole(rows).float()
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return False
+    if found.shape != wanted.shape:
+        return False
+    apart = (found - wanted).where(found != wanted, 0)  # −∞ in both
+    return bool(apart.norm() <= _SAME_LOGITS * wanted[wanted.isfinite()].norm())
