@@ -6,7 +6,8 @@ that fire on more than a tenth of the tokens: those raise either measure, whatev
 Holm's correction covers all rules of the study and both measures, after each p was raised by what
 its number of seeds may spend (``stopping``). Better also has to mean better
 than the rule's control, corrected in the same way, because weights that know nothing of the
-dimensions may help as well.
+dimensions may help as well. A gain in selectivity is none where the five other concepts that are
+hit hardest lose more than with plain dictionaries, at the same loss of the concept itself (spill).
 
 The curve is compared with itself, too: a plain dictionary with the curve of the others. Where that
 is far from 0, the curve is too coarse for differences of that size.
@@ -58,6 +59,9 @@ def verdict_of(
     corrected p) and from the control (``against``, with theirs)."""
     found = [measure for measure, p in corrected.items() if p < _SIGNIFICANT]
     better = [measure for measure in found if effects[measure].difference > 0]
+    if "selectivity" in better and "spill" in effects and effects["spill"].interval[0] > 0:
+        found.remove("selectivity")
+        better.remove("selectivity")
     if len(better) < len(found):
         return MIXED if better else WORSE
     if not better:

@@ -56,7 +56,9 @@ _HOW_TO_READ = (
     "at equal KL, or at equal density (latents active per token, dense ones not counted), instead "
     "of equal cross-entropy. "
     "The p of the two deciding measures are corrected together over all rules of the study "
-    "(Holm). The text is one sample: no other interval covers what another text would change."
+    "(Holm). A gain in selectivity does not count where spill is higher than on the curve, with "
+    "its whole interval. The text is one sample: no other interval covers what another text would "
+    "change."
 )
 _IS_IT_FINE = (
     "Plain dictionaries of one k, compared with the line between their neighbours on the curve. "

@@ -15,14 +15,16 @@ NATS = 0.3  # that a plain dictionary of k = 1 would cost; it falls as 1/k
 class Made:
     """Draws dictionaries: on the plain curve, ``effect`` above it, with noise over seeds."""
 
-    def __init__(self, seed: int = 0, noise: float = 0.002):
+    def __init__(self, seed: int = 0, noise: float = 0.002, with_spill: bool = False):
         self._draw = np.random.default_rng(seed)
-        self._noise = noise
+        self._noise, self._with_spill = noise, with_spill
         self._families = self._draw.normal(0, 0.02, FAMILIES)
 
-    def one(self, label, rule, control, k, seed, cost=1.0, effect=0.0, selective=None) -> Result:
+    def one(
+        self, label, rule, control, k, seed, cost=1.0, effect=0.0, selective=None, spill=0.0
+    ) -> Result:
         """``cost`` multiplies the cross-entropy that it costs; ``effect`` is on every measure,
-        ``selective`` on selectivity in its place."""
+        ``selective`` on selectivity in its place, and ``spill`` on spill."""
         increase = NATS / k * cost
         level = 1 - 0.1 * np.log(increase / NATS)  # straight over the logarithm
         values = {
@@ -30,6 +32,8 @@ class Made:
             for name in MEASURES
             if name not in ("spill", "absorbed")  # as in older results
         }
+        if self._with_spill:
+            values["spill"] = Value(level + spill + self._draw.normal(0, self._noise), 1e-8)
         shift = effect if selective is None else selective
         for name in ("selectivity", "selectivity_dense", "selectivity_letters"):
             of_families = level + shift + self._families + self._draw.normal(0, self._noise)

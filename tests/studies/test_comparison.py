@@ -42,6 +42,19 @@ def test_what_is_planted_is_found():
         assert control.label == "permuted-variance-a0.5" and control.adjusted == {}
 
 
+def test_selectivity_that_is_paid_for_by_a_few_other_concepts_is_no_gain():
+    for options, expected in (
+        ({"selective": 0.03}, v.BETTER),
+        ({"selective": 0.03, "spill": 0.03}, v.INDISTINGUISHABLE),
+        ({"selective": 0.03, "spill": -0.03}, v.BETTER),
+        ({"selective": -0.03, "spill": 0.03}, v.WORSE),
+        ({"effect": 0.03, "spill": 0.03}, v.BETTER),  # in detection
+        ({"effect": -0.03, "selective": 0.03, "spill": 0.03}, v.WORSE),
+    ):
+        made = Made(with_spill=True)
+        assert verdict_of(made.curve() + made.rule(**options)) == expected, options
+
+
 def test_to_lie_elsewhere_on_the_curve_is_no_difference():
     """At the same k its measures differ by .05; at the same cross-entropy by nothing."""
     made = Made(noise=1e-5)
