@@ -169,6 +169,22 @@ EXPECTED = (
             ),
         )
     ),
+    *(  # of the default's controls, but for the first at blocks 9; written down last
+        Expectation(place, words, found)
+        for place in PLACES
+        for arm, name in (
+            (f"rotated-{HALFWAY_IN_LOSS}", "rotated"),
+            (f"permuted-{HALFWAY_IN_LOSS}", "permuted"),
+        )
+        if name == "permuted" or place not in ("gemma", "smollm2")
+        for words, found in (
+            (
+                f"{name} control of whitening in the loss: at most 10 % more of the plants",
+                change(arm, "recovered", -1, 0.1),
+            ),
+            ("the same: KL no lower than plain (−2 %)", change(arm, "kl", -0.02, 99)),
+        )
+    ),
     *(
         Expectation(
             place,

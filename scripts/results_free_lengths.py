@@ -97,6 +97,9 @@ PARTS = {
     "loss": Part((HALFWAY_IN_LOSS, ("permuted:variance", -0.5, LOSS, K)), BLOCKS_9),
     "loss-rotated": Part((("rotated:whitening", 0.5, LOSS, K),), BLOCKS_9),
     "loss-others": Part((IN_LOSS, HALFWAY_IN_LOSS), OTHERS),
+    "loss-controls": Part(
+        (("rotated:whitening", 0.5, LOSS, K), ("permuted:whitening", 0.5, LOSS, K))
+    ),
     "seeds": Part((PLAIN, HALFWAY, INVERSE, IN_LOSS), ("smollm2",), (3, 4, 5)),
     "loss-powers": Part(tuple(("whitening", alpha, LOSS, K) for alpha in (0.25, 0.75, 1.0))),
     "half-rate": Part(PAIR, BLOCKS_9, setting="half-rate", rate=0.5),
@@ -115,7 +118,8 @@ to be that of all dictionaries of a site. What comes after ``loss-powers`` was d
 whitening in the loss had become the default; ``fresh`` so that five seeds stand behind what is
 called better, and ``fresh-inverse`` where inverse variance is called better still. Half the rate,
 twice the rate and BatchTopK had one seed at first, as had Gemma after four million rows and the
-powers in the loss."""
+powers in the loss. ``loss-controls`` came last, for the sites at which the default had no control
+of its own."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "four-million": "four million rows",
