@@ -763,6 +763,12 @@ def tables(records: Sequence[dict[str, Any]], key: str, rows_of_training: int) -
         own = [r["by_stratum"] for r in of_baselines if r["label"] == label]
         rows.append([f"`{label}`", *(f"{np.mean([o[s] for o in own]):.2f}" for s in strata)])
     yield markdown(rows)
+    missing = differences(records, "l_gt")
+    rows = [["of the plants", "slope", "vanished", "L_GT", "L_GT, same k"]]
+    for label, own in (means | baselines).items():
+        shown = (f"{own[name]:.2f}" for name in ("slope", "vanished", "l_gt"))
+        rows.append([f"`{label}`", *shown, text_of(missing.get(label))])
+    yield markdown(rows)
     for equal in ("kl", "fvu"):
         columns = [differences(records, "recovered", equal, stratum) for stratum in strata]
         rows = [[f"recovered, equal {equal.upper()}", *strata]]
