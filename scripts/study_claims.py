@@ -302,9 +302,11 @@ TODAY = Apart(
     "All other dictionaries on this page had decoder rows of length 1 and one million rows. These "
     "have free lengths and two million, after block 9, and cross-entropy on 20,000 tokens. Plain k "
     "were to be 24, 32 and 48; 16 was added when weighted dictionaries turned out to lie below the "
-    "cross-entropy of 24. Controls of diagonal weights are permuted within deciles of variance, so "
-    "that the loss has about as many effective dimensions. `participation` takes its weights from "
-    "a first dictionary of each seed, which is trained on half of its rows. Spill cannot tell any "
+    "cross-entropy of 24. Controls of diagonal weights are permuted within deciles of variance. "
+    "Effective dimensions are not matched all the same: inverse variance has 576 and its control "
+    "235; whitening has 299 and its control, rotated, 26. `participation` takes its weights from a "
+    "first dictionary of each seed, which is trained on half of its rows; its effective dimensions "
+    "were not kept. Spill cannot tell any "
     "of them apart: where a concept's own probe has lost 5 points, the five others that are hit "
     "hardest have lost .2 to 1.3, with intervals of .2 to 3 points to either side.",
     (

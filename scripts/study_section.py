@@ -23,6 +23,7 @@ from study_claims import (
 
 from llm_wsae.model.site import Site
 from llm_wsae.studies.comparison import Compared
+from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.report import CURVE, DIFFERENCES, StudyReport
 from llm_wsae.studies.report_tables import estimate_text
 from llm_wsae.studies.results import DECIDING, Result
@@ -91,8 +92,8 @@ def _verdicts(report: StudyReport) -> str:
 
 
 def _table(study: Study) -> str:
-    head = ["weights", "k", "seeds", "effective dimensions", "CE recovered", "FVU"]
-    head += ["dense %", "dead %", "scored %", "detection", "selectivity"]
+    head = ["weights", "k", "seeds", "effective dimensions", "of its control", "CE recovered"]
+    head += ["FVU", "dense %", "dead %", "scored %", "detection", "selectivity"]
     report = study.report
     rows = [head]
     controls = {r.control for r in report.results}
@@ -103,8 +104,7 @@ def _table(study: Study) -> str:
         def mean(value: Callable[[Result], float], own: list[Result] = own) -> float:
             return sum(map(value, own)) / len(own)
 
-        weights = study.profile["weights"].get(label)
-        cells = [f"{weights['effective_dimensions']:.1f}" if weights else "–"]
+        cells = [_dimensions(study, one) for one in (label, own[0].control)]
         cells += [f"{mean(lambda r: r.ce_recovered):.4f}", f"{mean(lambda r: r.fvu):.4f}"]
         cells += [
             f"{100 * mean(lambda r, s=share: r.shares[s]):.1f}"
@@ -118,6 +118,24 @@ def _table(study: Study) -> str:
     return markdown(rows)
 
 
+def _dimensions(study: Study, label: str | None) -> str:
+    """Effective dimensions of the loss with some weights, where they are known."""
+    weights = study.profile["weights"].get(label)
+    return f"{weights['effective_dimensions']:.1f}" if weights else "–"
+
+
+def _all_dimensions(study: Study) -> str:
+    """Those of plain dictionaries, of every rule and of its control, in a sentence."""
+    words = [f"`{PLAIN}` {_dimensions(study, PLAIN)}"]
+    words += [
+        f"`{one.label}` {_dimensions(study, one.label)}, its control "
+        f"{_dimensions(study, one.control)}"
+        for one in study.report.compared
+        if not one.is_control
+    ]
+    return f"Effective dimensions: {'; '.join(words)}."
+
+
 def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
     """What became of a study with its own correction for multiple tests."""
     parts = [f"### {apart.title}", apart.words, claim_table(apart.claims, studies)]
@@ -126,6 +144,8 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
         parts += [f"`{site}`, {dictionaries}:", _verdicts(study.report)]
         if apart.has_values:
             parts += ["Means over seeds; baselines learnt nothing, or one half.", _table(study)]
+        else:
+            parts.append(_all_dimensions(study))
         if study.report.agreements:
             parts += [f"How similar the seeds' decoders are:\n\n{_consistency(study)}"]
     return "\n\n".join(parts)
@@ -209,7 +229,8 @@ def section() -> str:
         "- *Selectivity* is averaged within each of nine families of concepts first, and every "
         "family counts once. *Letters*: the 23 first letters of words alone, one of the nine.\n"
         "- The *control* of a rule has the same weights on permuted dimensions or tokens, or the "
-        "same spectrum with random eigenvectors.\n"
+        "same spectrum with random eigenvectors. Its loss rests on another number of effective "
+        "dimensions, which is told beside the rule's.\n"
         "- *Equal density* compares at an equal number of active latents per token, dense ones "
         "not counted, instead of equal cross-entropy.\n"
         "- *More scored*: latents that fire in enough contexts to be scored. *Detection, all* "
