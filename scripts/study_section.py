@@ -29,6 +29,9 @@ from llm_wsae.studies.report_tables import estimate_text
 from llm_wsae.studies.results import DECIDING, Result
 from llm_wsae.terminal import markdown
 
+HARMS = ("spill", "absorbed")
+"""Measures that are better lower."""
+
 
 def figure(block: int, name: str) -> str:
     """A figure of a site's study, by its name in docs/images."""
@@ -91,11 +94,27 @@ def _verdicts(report: StudyReport) -> str:
     return markdown(rows, left=2)
 
 
+def _harms(report: StudyReport) -> str:
+    """What is better lower, of every rule and of controls, where it was measured."""
+    head = [cell for measure in HARMS for cell in (measure, "above its control")]
+    rows = [["weights", *head, *(f"{measure}, equal density" for measure in HARMS)]]
+    for one, other in zip(report.compared, report.at_equal_density, strict=True):
+        cells = [
+            estimate_text(estimates.get(measure))
+            for measure in HARMS
+            for estimates in (one.effects, one.against_control)
+        ]
+        cells += [estimate_text(other.effects.get(measure)) for measure in HARMS]
+        rows.append([f"`{one.label}`", *cells])
+    return markdown(rows)
+
+
 def _table(study: Study) -> str:
     head = ["weights", "k", "seeds", "effective dimensions", "of its control", "CE recovered"]
     head += ["FVU", "dense %", "dead %", "scored %", "detection", "selectivity"]
     report = study.report
-    rows = [head]
+    harms = [m for m in HARMS if any(m in r.point.values for r in report.results)]
+    rows = [[*head, *harms]]
     controls = {r.control for r in report.results}
     keys = dict.fromkeys((r.label, r.point.k) for r in report.results if r.label not in controls)
     for label, k in keys:
@@ -114,6 +133,9 @@ def _table(study: Study) -> str:
             f"{mean(lambda r, m=measure: measured(r, m)):.4f}"
             for measure in ("detection", "selectivity")
         ]
+        for harm in harms:
+            found = [r.point.values[harm].mean for r in own if harm in r.point.values]
+            cells.append(f"{sum(found) / len(found):.4f}" if found else "–")
         rows.append([f"`{label}`", str(k), str(len(own)), *cells])
     return markdown(rows)
 
@@ -142,6 +164,8 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
     for site, study in studies.items():
         dictionaries = f"{len(study.report.results)} dictionaries"
         parts += [f"`{site}`, {dictionaries}:", _verdicts(study.report)]
+        if any(HARMS[0] in one.effects for one in study.report.compared):
+            parts += ["Where lower is better:", _harms(study.report)]
         if apart.has_values:
             parts += ["Means over seeds; baselines learnt nothing, or one half.", _table(study)]
         else:
