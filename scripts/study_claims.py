@@ -142,6 +142,9 @@ def _selective(label: str, gain: float = _GAIN, worst_family: float = WORST_FAMI
         above = effect.difference >= gain and low > 0
         above_control = control is not None and control.interval[0] > 0
         met = above and above_control and ce >= -0.003 and one.families[worst] >= worst_family
+        spill = one.effects.get("spill")  # not known of older studies
+        if spill is not None and spill.interval[0] > 0:
+            words, met = f"{words}; spill {estimate_text(spill)}", False
         if not met and low <= 0 and high >= gain:
             words += f"; undecided between 0 and {gain:+.3f}"
         return words, met

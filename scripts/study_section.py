@@ -263,7 +263,9 @@ def section() -> str:
         "directions for a matrix; the two cannot be compared.\n"
         "- A rule is *selective* if its selectivity is at least .004 above the plain curve, with "
         "an interval above 0 there and relative to its control, if it costs at most .003 of the "
-        "cross-entropy at the same k, and if no family of concepts falls by more than .01.",
+        "cross-entropy at the same k, if no family of concepts falls by more than .01, and unless "
+        "spill is clearly higher. Older studies than today's did not measure spill: there a gain "
+        "in selectivity counts without it, in verdicts too.",
         "Detection was measured before it was restricted to contexts of one genre from other "
         "documents than those of the top contexts, and its intervals do not cover the choice of "
         "documents: the archives hold neither. It stands here as it was.",
