@@ -149,7 +149,8 @@ def _norms(closed: Mapping[str, Any]) -> str:
     return (
         f"{norms['none']:.1f} to {norms['weights']['gap']:.1f} (one number for all dimensions: "
         f"{norms['best_scalar']:.1f}; the paper's rule, α = ½, at its best scale: "
-        f"{norms['weights']['variance-a0.5']:.1f})"
+        f"{norms['weights']['variance-a0.5']:.1f}; whitening: {norms['whitening']:.1f}; the bound: "
+        f"{norms['bound']:.1f})"
     )
 
 

@@ -23,10 +23,14 @@ from study_claims import (
 
 from llm_wsae.model.site import Site
 from llm_wsae.studies.comparison import Compared
+from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.report import CURVE, DIFFERENCES, StudyReport
 from llm_wsae.studies.report_tables import estimate_text
 from llm_wsae.studies.results import DECIDING, Result
 from llm_wsae.terminal import markdown
+
+HARMS = ("spill", "absorbed")
+"""Measures that are better lower."""
 
 
 def figure(block: int, name: str) -> str:
@@ -90,11 +94,27 @@ def _verdicts(report: StudyReport) -> str:
     return markdown(rows, left=2)
 
 
+def _harms(report: StudyReport) -> str:
+    """What is better lower, of every rule and of controls, where it was measured."""
+    head = [cell for measure in HARMS for cell in (measure, "above its control")]
+    rows = [["weights", *head, *(f"{measure}, equal density" for measure in HARMS)]]
+    for one, other in zip(report.compared, report.at_equal_density, strict=True):
+        cells = [
+            estimate_text(estimates.get(measure))
+            for measure in HARMS
+            for estimates in (one.effects, one.against_control)
+        ]
+        cells += [estimate_text(other.effects.get(measure)) for measure in HARMS]
+        rows.append([f"`{one.label}`", *cells])
+    return markdown(rows)
+
+
 def _table(study: Study) -> str:
-    head = ["weights", "k", "seeds", "effective dimensions", "CE recovered", "FVU"]
-    head += ["dense %", "dead %", "scored %", "detection", "selectivity"]
+    head = ["weights", "k", "seeds", "effective dimensions", "of its control", "CE recovered"]
+    head += ["FVU", "dense %", "dead %", "scored %", "detection", "selectivity"]
     report = study.report
-    rows = [head]
+    harms = [m for m in HARMS if any(m in r.point.values for r in report.results)]
+    rows = [[*head, *harms]]
     controls = {r.control for r in report.results}
     keys = dict.fromkeys((r.label, r.point.k) for r in report.results if r.label not in controls)
     for label, k in keys:
@@ -103,8 +123,7 @@ def _table(study: Study) -> str:
         def mean(value: Callable[[Result], float], own: list[Result] = own) -> float:
             return sum(map(value, own)) / len(own)
 
-        weights = study.profile["weights"].get(label)
-        cells = [f"{weights['effective_dimensions']:.1f}" if weights else "–"]
+        cells = [_dimensions(study, one) for one in (label, own[0].control)]
         cells += [f"{mean(lambda r: r.ce_recovered):.4f}", f"{mean(lambda r: r.fvu):.4f}"]
         cells += [
             f"{100 * mean(lambda r, s=share: r.shares[s]):.1f}"
@@ -114,8 +133,29 @@ def _table(study: Study) -> str:
             f"{mean(lambda r, m=measure: measured(r, m)):.4f}"
             for measure in ("detection", "selectivity")
         ]
+        for harm in harms:
+            found = [r.point.values[harm].mean for r in own if harm in r.point.values]
+            cells.append(f"{sum(found) / len(found):.4f}" if found else "–")
         rows.append([f"`{label}`", str(k), str(len(own)), *cells])
     return markdown(rows)
+
+
+def _dimensions(study: Study, label: str | None) -> str:
+    """Effective dimensions of the loss with some weights, where they are known."""
+    weights = study.profile["weights"].get(label)
+    return f"{weights['effective_dimensions']:.1f}" if weights else "–"
+
+
+def _all_dimensions(study: Study) -> str:
+    """Those of plain dictionaries, of every rule and of its control, in a sentence."""
+    words = [f"`{PLAIN}` {_dimensions(study, PLAIN)}"]
+    words += [
+        f"`{one.label}` {_dimensions(study, one.label)}, its control "
+        f"{_dimensions(study, one.control)}"
+        for one in study.report.compared
+        if not one.is_control
+    ]
+    return f"Effective dimensions: {'; '.join(words)}."
 
 
 def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
@@ -124,8 +164,12 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
     for site, study in studies.items():
         dictionaries = f"{len(study.report.results)} dictionaries"
         parts += [f"`{site}`, {dictionaries}:", _verdicts(study.report)]
+        if any(HARMS[0] in one.effects for one in study.report.compared):
+            parts += ["Where lower is better:", _harms(study.report)]
         if apart.has_values:
             parts += ["Means over seeds; baselines learnt nothing, or one half.", _table(study)]
+        else:
+            parts.append(_all_dimensions(study))
         if study.report.agreements:
             parts += [f"How similar the seeds' decoders are:\n\n{_consistency(study)}"]
     return "\n\n".join(parts)
@@ -209,7 +253,8 @@ def section() -> str:
         "- *Selectivity* is averaged within each of nine families of concepts first, and every "
         "family counts once. *Letters*: the 23 first letters of words alone, one of the nine.\n"
         "- The *control* of a rule has the same weights on permuted dimensions or tokens, or the "
-        "same spectrum with random eigenvectors.\n"
+        "same spectrum with random eigenvectors. Its loss rests on another number of effective "
+        "dimensions, which is told beside the rule's.\n"
         "- *Equal density* compares at an equal number of active latents per token, dense ones "
         "not counted, instead of equal cross-entropy.\n"
         "- *More scored*: latents that fire in enough contexts to be scored. *Detection, all* "
@@ -218,7 +263,9 @@ def section() -> str:
         "directions for a matrix; the two cannot be compared.\n"
         "- A rule is *selective* if its selectivity is at least .004 above the plain curve, with "
         "an interval above 0 there and relative to its control, if it costs at most .003 of the "
-        "cross-entropy at the same k, and if no family of concepts falls by more than .01.",
+        "cross-entropy at the same k, if no family of concepts falls by more than .01, and unless "
+        "spill is clearly higher. Older studies than today's did not measure spill: there a gain "
+        "in selectivity counts without it, in verdicts too.",
         "Detection was measured before it was restricted to contexts of one genre from other "
         "documents than those of the top contexts, and its intervals do not cover the choice of "
         "documents: the archives hold neither. It stands here as it was.",

@@ -6,12 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from places import SCRIPTS
 
 from llm_wsae.files import read_own_json
+from llm_wsae.studies.inference import Estimate
 from llm_wsae.theory import experiments
 from llm_wsae.weights.rules import RULES, Rule
 
@@ -305,3 +307,27 @@ def test_a_study_without_an_effect_seldom_calls_a_rule_better(monkeypatch):
     assert rate(Spreads(), Design(arms=1, looks=(5,), effect=0.03), 20) <= 0.1  # as its control
     alone = Design(arms=1, looks=(5,), effect=0.03, of_control=0.0)
     assert rate(Spreads(), alone, 10) >= 0.8
+
+
+def test_a_rule_is_not_selective_where_spill_is_clearly_higher(monkeypatch):
+    """Nor is it asked of older studies, which did not measure spill."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from study_claims import K, _selective
+
+    def at(difference):
+        interval = (difference - 0.01, difference + 0.01)
+        return Estimate(difference, interval, 0.01, 0.005, 9.0, {})
+
+    def measured(**spill):
+        one = SimpleNamespace(
+            effects={"selectivity": at(0.02), **spill},
+            against_control={"selectivity": at(0.02)},
+            families={"digit": 0.0},
+            ce_change={K: 0.0},
+            seeds=(0, 1, 2),
+        )
+        return _selective("rule")(SimpleNamespace(compared=lambda label: one))
+
+    assert measured()[1] and measured(spill=at(0.009))[1]
+    words, met = measured(spill=at(0.02))
+    assert not met and words.endswith("spill +0.0200 [+0.0100, +0.0300]")

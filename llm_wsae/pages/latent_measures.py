@@ -20,7 +20,7 @@ RECOVERY = "recovery.json"
 """Name of the report of ``recover``."""
 RECOVER = "recover"
 """The command that writes it."""
-ROUND_TRIP = ("vanished", "shrunk", "false", "missed")
+ROUND_TRIP = ("vanished", "shrunk", "false", "missed", "answer")
 """What it says of every latent that becomes a measure of the page."""
 
 

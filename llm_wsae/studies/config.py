@@ -34,8 +34,8 @@ class StudyConfig:
     """Features to plant into the rows of every training; their recovery is then measured too."""
     control: DiagonalControl = "permuted"
     """Control of rules with one weight per dimension. permuted: the same weights are exchanged
-    among all dimensions; deciles: among dimensions of nearly the same variance, so that the loss
-    has about as many effective dimensions. Other rules have one control."""
+    among all dimensions; deciles: among dimensions of nearly the same variance. That
+    changes the loss's effective dimensions less. Other rules have one control."""
 
     def __post_init__(self) -> None:
         for name in ("curve", "seeds"):

@@ -166,7 +166,8 @@ class Rule:
         to other directions; None for ``uniform`` and for what is random already.
 
         Of dimensions, ``control`` says which others: with those of nearly the same variance
-        (``deciles``) about as many dimensions dominate the loss. Raises as ``form`` does.
+        (``deciles``) the number of dimensions that dominate the loss changes less, but it changes
+        where a few stand out. Raises as ``form`` does.
         """
         if self.is_plain or self.is_drawn:
             return None

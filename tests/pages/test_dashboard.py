@@ -201,18 +201,21 @@ def test_the_round_trip_of_a_latent_is_shown(world, page, tab):
     report = json.loads((world / "trained/recovery.json").read_text())
     columns = report["dictionaries"][Path(PLAIN).name]["per_latent"]
     text = page.read_text()
-    for key in ("vanished", "shrunk", "false", "missed"):
+    for key in ("vanished", "shrunk", "false", "missed", "answer"):
         shown_numbers = unpacked(text, "table-0")[key]
         for wanted, found in zip(columns[key], shown_numbers, strict=True):
             assert found == (None if wanted is None else pytest.approx(wanted, rel=1e-3, abs=1e-9))
         assert key not in unpacked(text, "table-1")
-    latent = max(range(64), key=lambda i: columns["vanished"][i] or 0)
+    answers = [i for i in range(64) if columns["answer"][i] is not None]
+    latent = max(answers, key=lambda i: columns["vanished"][i] or 0)
     tab.goto(f"file://{page}#latents/d0/L{latent}")
     tab.reload()
     tab.wait_for_selector("text=round trip: vanished")
     said = tab.locator("article").inner_text()
     share = float(f"{100 * columns['vanished'][latent]:.3g}")
     assert f"vanished {share:g} %" in said and "missed" in said
+    answer = float(f"{columns['answer'][latent]:.3g}")
+    assert f"answer {answer:g}" in said
     show(tab, f"latents/d1/L{latent}")
     assert "round trip" not in tab.locator("article").inner_text()
 
