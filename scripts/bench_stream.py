@@ -124,6 +124,9 @@ def long_run(tokens: int, words: list[str], site: str, folder: Path) -> list[str
         f"({100 * (last / first - 1):+.1f} %). Killed at a quarter, at half and at three quarters "
         f"and started again each time, it leaves {bytes_are}.",
         "",
+        f"This is a cheap one: the model stops at {site}, and one dictionary of expansion 4 is "
+        "trained. Later sites, and more or larger dictionaries, take longer.",
+        "",
         f"`llm-wsae run {' '.join(Path(word).name for word in words)}`",
     ]
 

@@ -5,7 +5,8 @@ exist. Up to the last block's output, the stream is small. From there on, a tile
 gets its logits, on a CPU a run of the vocabulary after the other: those of the model itself, and
 against them those of every variant. On a CPU each core has a tile of its own; elsewhere there is
 one at a time. (Liger's fused kernels of cross-entropy and divergence are for GPUs and make
-gradients, which nobody needs here.)
+gradients, which nobody needs here. ``F.linear_cross_entropy``, in torch 2.13, takes rows in chunks
+on a CPU too, but all of the vocabulary at once, and gives no divergence.)
 """
 
 from collections.abc import Mapping, Sequence
