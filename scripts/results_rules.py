@@ -17,7 +17,7 @@
 
 First on planted data, where all is known: 256 features in 64 dimensions, over a background whose
 spectrum falls as a stream's does. Then by features planted into the streams of two models, after
-block 9. ``EXPECTED`` was written down before the first dictionary of either was trained, but for
+block 9. ``EXPECTED`` was written down before the first dictionary of either was trained, except
 what is expected of ``learnt slope``, an idea that came later: on planted data and on SmolLM2 after
 its first seed there (``AFTER_ONE_SEED``), on Gemma after that. The package holds none of them: what
 does not beat whitening is recorded here only.
