@@ -11,7 +11,7 @@ import torch
 from several import run
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae import weighing
+from llm_wsae import stored_measurement
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.store import ActivationStore
@@ -231,8 +231,8 @@ def measured(folder, is_full):
     reads, rows, said = [], ActivationStore.rows, io.StringIO()
     ActivationStore.rows = lambda *given: reads.append(1) or rows(*given)
     if is_full:
-        weighing.save_own_tensors = full
-    weighing.tqdm.write = lambda sentence, file: said.write(sentence)
+        stored_measurement.save_own_tensors = full
+    stored_measurement.tqdm.write = lambda sentence, file: said.write(sentence)
     inputs = measure_inputs(["whitening"], ActivationStore.open(folder), SITE)
     return len(reads), said.getvalue(), inputs.covariance.tolist()
 
@@ -256,7 +256,7 @@ def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, m
     def full(path, *_):
         raise LlmWsaeError(f"cannot write {path}: no space left")
 
-    monkeypatch.setattr("llm_wsae.weighing.save_own_tensors", full)
+    monkeypatch.setattr("llm_wsae.stored_measurement.save_own_tensors", full)
     config = RuleInputConfig(sensitivity_tokens=50)
     assert (
         measure_inputs(["sensitivity"], store, SITE, model=model, config=config).fisher is not None
