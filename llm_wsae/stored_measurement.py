@@ -13,6 +13,9 @@ from llm_wsae.files import load_own_tensors, save_own_tensors
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.reading import finite_tensor_of, tensor_of
+from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.config import RuleInputConfig
 
 FOLDER = "evidence"
@@ -33,20 +36,21 @@ class StoredMeasurement:
         need: str,
         config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
     ):
-        self._need = need
+        self._need, self._d_in = need, store.d_in
         self._path = store.folder / FOLDER / f"{site}.{need}.safetensors"
         settings = {name: getattr(config, name) for name in SETTINGS.get(need, ())}
         self._header = {"rows": store.identity(site)["sha256"], **settings}
 
     def read(self) -> Tensor | None:
         tensors = self.read_tensors()
-        return None if tensors is None else tensors.get(self._need)
+        return None if tensors is None else tensors[self._need]
 
     def read_tensors(self) -> dict[str, Tensor] | None:
         if not self._path.exists():
             return None
         try:
             tensors, header = load_own_tensors(self._path, self._need)
+            check_measurement(self._need, tensors, self._d_in)
         except LlmWsaeError:  # damaged
             return None
         return tensors if _settings(header) == _settings(self._header) else None
@@ -61,6 +65,15 @@ class StoredMeasurement:
             save_own_tensors(self._path, tensors, self._header)
         except LlmWsaeError as error:  # a read-only store
             tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
+
+
+def check_measurement(what: str, tensors: dict[str, Tensor], d_in: int) -> None:
+    """Raise LlmWsaeError if tensors cannot be what is measured of rows of that width."""
+    if what in ("statistics", "second_moment"):
+        tensor_of(tensors, "mean", d_in)
+        (Statistics if what == "statistics" else SecondMoment).from_tensors(tensors)
+    else:
+        finite_tensor_of(tensors, what, *((d_in, d_in) if what == "fisher" else (d_in,)))
 
 
 def _settings(header: dict[str, Any]) -> dict[str, Any]:

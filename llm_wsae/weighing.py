@@ -152,7 +152,7 @@ def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
     """The covariance sums of all usual rows of a site: one pass over the store, then kept in it."""
     kept = StoredMeasurement(store, site, "second_moment")
     tensors = kept.read_tensors()
-    if tensors is not None and tensors.keys() == {"count", "mean", "scatter"}:
+    if tensors is not None:
         return SecondMoment.from_tensors(tensors)
     threshold = store.statistics(site).massive_threshold
     found = SecondMoment(store.d_in)

@@ -19,10 +19,12 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import load_own_tensors, save_own_tensors
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.encoder_names import ENCODER_PACKAGE
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.second_moment import shrunk
+from llm_wsae.statistics.second_moment import SecondMoment, shrunk
+from llm_wsae.stored_measurement import StoredMeasurement
 from llm_wsae.verifying import verify_store
 from llm_wsae.weighing import (
     coherence_of,
@@ -213,6 +215,33 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store)
     assert torch.equal(measure_inputs(["whitening"], copy, SITE).covariance, found.covariance)
     assert path.read_bytes() == kept and verify_store(folder) == []
     assert measure_inputs(["variance"], copy, SITE).second_moment is None
+
+
+def test_a_measurement_that_cannot_be_is_measured_again(model, tmp_path, store):
+    """Whoever writes a file can write a checksum that matches."""
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    copy, config = ActivationStore.open(folder), RuleInputConfig(sensitivity_tokens=50)
+    rules = ("whitening", "sensitivity")
+    first = measure_inputs(rules, copy, SITE, model=model, config=config)
+    nothing = torch.full((16, 16), torch.nan)
+    for need, odd in (
+        ("second_moment", {"scatter": nothing}),
+        ("second_moment", {"scatter": torch.ones(9, 9)}),
+        ("second_moment", SecondMoment(9).to_tensors()),
+        ("second_moment", {"count": torch.tensor([-1])}),
+        ("fisher", {"fisher": nothing}),
+        ("fisher", {"fisher": torch.ones(9, 9)}),
+        ("fisher", {"fisher": torch.ones(16)}),
+        ("fisher", {"fisher": torch.ones(16, 16).long()}),
+    ):
+        path = folder / "evidence" / f"{SITE}.{need}.safetensors"
+        tensors, facts = load_own_tensors(path, need)
+        save_own_tensors(path, tensors | odd, facts)
+        assert StoredMeasurement(copy, SITE, need, config).read_tensors() is None
+        again = measure_inputs(rules, copy, SITE, model=model, config=config)
+        assert torch.equal(again.covariance, first.covariance)
+        assert torch.equal(again.fisher, first.fisher)
+        assert StoredMeasurement(copy, SITE, need, config).read_tensors() is not None
 
 
 @pytest.mark.parametrize("is_full", [False, True])
