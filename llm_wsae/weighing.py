@@ -14,7 +14,7 @@ gradients of different predictions are uncorrelated, E[(Σ_t g_t)(Σ_t g_t)ᵀ] 
 summed over all predictions from the position to the end of its text.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.stored_measurement import SETTINGS, StoredMeasurement
 from llm_wsae.streaming import ActivationStreams
 from llm_wsae.weights.config import RuleInputConfig
-from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.inputs import Need, RuleInputs, check_rows_of_covariance
 from llm_wsae.weights.rules import Rule
 
 _CONTEXTS_AT_ONCE = 8
@@ -72,7 +72,8 @@ def measure_inputs(
     with processes.together():
         if not processes.leads:
             processes.meet()  # rank 0 has measured, and kept what the others read
-        inputs = RuleInputs(store.statistics(site) if planted is None else planted.statistics())
+        statistics = store.statistics(site) if planted is None else planted.statistics()
+        inputs = _beginning(statistics, needs)
         if "dictionary" in needs and dictionary is not None:
             decoder, energy = used_decoder(dictionary, site, inputs.statistics)
             inputs = replace(inputs, decoder=decoder, energy=energy)
@@ -111,7 +112,7 @@ def measure_stream_inputs(
                 f"the rule {rule.name!r} reads the text behind single rows, which a stream does "
                 "not keep; harvest a store"
             )
-    inputs = RuleInputs(streams.statistics(site))
+    inputs = _beginning(streams.statistics(site), needs)
     if "second_moment" in needs:
         inputs = replace(inputs, second_moment=streams.second_moment(site))
     if "fisher" in needs:
@@ -124,6 +125,15 @@ def measure_stream_inputs(
             streams.keep(site, "fisher", kept, settings)
         inputs = replace(inputs, fisher=kept["fisher"])
     return inputs
+
+
+def _beginning(statistics: Statistics, needs: Collection[Need | None]) -> RuleInputs:
+    """The statistics alone. Raises LlmWsaeError, before anything is measured, for rows of which the
+    rest cannot be."""
+    statistics.check_varying()
+    if "second_moment" in needs:
+        check_rows_of_covariance(statistics.count, statistics.d_in)
+    return RuleInputs(statistics)
 
 
 def _kept_or_measured(

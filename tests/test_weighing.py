@@ -23,6 +23,7 @@ from llm_wsae.files import load_own_tensors, save_own_tensors
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.encoder_names import ENCODER_PACKAGE
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 from llm_wsae.stored_measurement import StoredMeasurement
 from llm_wsae.verifying import verify_store
@@ -215,6 +216,22 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store)
     assert torch.equal(measure_inputs(["whitening"], copy, SITE).covariance, found.covariance)
     assert path.read_bytes() == kept and verify_store(folder) == []
     assert measure_inputs(["variance"], copy, SITE).second_moment is None
+
+
+def test_nothing_is_measured_of_rows_that_are_too_few_or_do_not_vary(tmp_path, store, monkeypatch):
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    copy = ActivationStore.open(folder)
+    few = Statistics(16, 12).update(torch.randn(16, 16), torch.zeros(16, dtype=torch.long))
+    still = Statistics(16, 12).update(torch.ones(99, 16), torch.zeros(99, dtype=torch.long))
+    for own, rule, sentence in (
+        (few, "whitening", "16 rows are too few for the covariance of 16 dimensions; harvest at"),
+        (still, "whitening", "the rows do not vary in any dimension; take other text"),
+        (still, "sensitivity", "the rows do not vary in any dimension; take other text"),
+    ):
+        monkeypatch.setattr(copy, "statistics", lambda site, own=own: own)
+        with pytest.raises(LlmWsaeError, match=sentence):
+            measure_inputs([rule], copy, SITE)
+    assert not (folder / "evidence").exists()
 
 
 def test_a_measurement_that_cannot_be_is_measured_again(model, tmp_path, store):

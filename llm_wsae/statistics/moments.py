@@ -210,6 +210,21 @@ class Statistics:
         clipped = sample.clamp(low, high).double()
         return clipped - clipped.mean(0)
 
+    def check_varying(self) -> None:
+        """Raise LlmWsaeError unless the usual rows vary in some dimension: else there is nothing to
+        learn from them."""
+        if bool((self.robust_variance > 0).any()):
+            return
+        if len(self._sample) and not len(self.usual_sample):
+            raise LlmWsaeError(
+                f"most rows are longer than {self.massive_threshold:.0e}, as no model's are; load "
+                "the model in float32 (--model-dtype float32) and harvest again"
+            )
+        raise LlmWsaeError(
+            "there is nothing to learn: apart from a few, the rows do not vary in any dimension; "
+            "take other text or another site"
+        )
+
     @property
     def median_norm(self) -> float:
         """Median Euclidean norm of the rows, to within 2 %; 0 before any row was seen."""
