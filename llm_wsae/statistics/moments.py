@@ -86,6 +86,9 @@ class Statistics:
         m2 = square.sum(0).double()
         m3 = x.mul_(square).sum(0).double()
         m4 = square.mul_(square).sum(0).double()
+        if x.dtype != torch.float64 and not bool(m4.isfinite().all()):
+            self._update_moments(rows.double())
+            return
         self._merge_moments(len(rows), mean.double(), m2, m3, m4)
 
     def merge(self, other: "Statistics") -> "Statistics":
@@ -288,7 +291,7 @@ class Statistics:
         new.count = count
         new.mean = finite_tensor_of(tensors, "mean", d_in)
         new._m2 = finite_tensor_of(tensors, "m2", d_in)
-        # of rows beyond all measure, higher powers are infinite in float32
+        # infinite where an earlier version summed powers of huge rows in float32
         new._m3, new._m4 = (tensor_of(tensors, name, d_in) for name in ("m3", "m4"))
         new.minimum, new.maximum = (tensor_of(tensors, n, d_in) for n in ("minimum", "maximum"))
         new._norms = tensor_of(tensors, "norms", *new._norms.shape, counts=True)

@@ -54,6 +54,16 @@ def test_float32_rows_give_the_moments_to_six_digits():
     torch.testing.assert_close(s.excess_kurtosis, kurtosis, rtol=1e-5, atol=1e-5)
 
 
+def test_powers_of_rows_that_outgrow_float32_are_finite():
+    x = rows_of(600, dtype=torch.float32)
+    small, large = (Statistics(5, 32).update(r, positions_of(600)) for r in (x, x * 2.0**60))
+    torch.testing.assert_close(large.variance / 2.0**120, small.variance)
+    torch.testing.assert_close(large.excess_kurtosis, small.excess_kurtosis, rtol=1e-5, atol=1e-5)
+    again = Statistics.from_tensors(large.to_tensors())
+    with pytest.raises(LlmWsaeError, match="most rows are longer than"):
+        again.check_varying()
+
+
 def test_large_offset_loses_nothing():
     x = rows_of(5000) + 1e6
     s = Statistics(5, 32).update(x, positions_of(len(x)))
