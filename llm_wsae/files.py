@@ -140,12 +140,13 @@ def save_own_tensors(path: Path, tensors: dict[str, Any], facts: Mapping[str, An
     write_atomic(path, write)
 
 
-def load_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read all of a safetensors file: (tensors, metadata). ``what`` names it in the error.
+def load_tensors(path: Path, what: str, way_out: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+    """Read all of a safetensors file: (tensors, metadata). ``what`` names it in the error, which
+    ends with ``way_out``.
 
     Raises LlmWsaeError if the file is missing, truncated or not safetensors.
     """
-    with open_tensors(path, what) as file:
+    with open_tensors(path, what, way_out) as file:
         return _all_tensors(file), file.metadata() or {}
 
 

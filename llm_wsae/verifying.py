@@ -35,13 +35,13 @@ from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
 from llm_wsae.pages.latent_measures import RECOVERY
+from llm_wsae.stored_measurement import FOLDER as MEASUREMENTS
 from llm_wsae.studies import consistency
 from llm_wsae.studies.folder import BASIS, CONSISTENCY, read_basis, read_results
 from llm_wsae.studies.jobs import GROUP
 from llm_wsae.theory.jobs import REPORT, UNITS, read_result
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, log_at_checkpoint, read_finished
 from llm_wsae.training.log import LOG, Written
-from llm_wsae.weighing import FOLDER as MEASUREMENTS
 from llm_wsae.weights.loss_weights import LossWeights
 
 T = TypeVar("T")

@@ -14,8 +14,7 @@ gradients of different predictions are uncorrelated, E[(Σ_t g_t)(Σ_t g_t)ᵀ] 
 summed over all predictions from the position to the end of its text.
 """
 
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,26 +29,20 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.heldout import HeldoutText
 from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder, WindowEmbeddings
-from llm_wsae.files import load_own_tensors, save_own_tensors
-from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.planting.source import PlantedSource
-from llm_wsae.processes import join, leads
+from llm_wsae.processes import join
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.stored_measurement import SETTINGS, StoredMeasurement
 from llm_wsae.streaming import ActivationStreams
 from llm_wsae.weights.config import RuleInputConfig
-from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.inputs import Need, RuleInputs, check_rows_of_covariance
 from llm_wsae.weights.rules import Rule
 
-FOLDER = "evidence"
-_SETTINGS = {
-    "fisher": ("sensitivity_tokens", "seed"),
-    "coherence": ("semantic_tokens", "top", "before", "after", "encoder", "seed"),
-}
 _CONTEXTS_AT_ONCE = 8
 _ROWS_AT_ONCE = 16_384
 _TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
@@ -79,7 +72,8 @@ def measure_inputs(
     with processes.together():
         if not processes.leads:
             processes.meet()  # rank 0 has measured, and kept what the others read
-        inputs = RuleInputs(store.statistics(site) if planted is None else planted.statistics())
+        statistics = store.statistics(site) if planted is None else planted.statistics()
+        inputs = _beginning(statistics, needs)
         if "dictionary" in needs and dictionary is not None:
             decoder, energy = used_decoder(dictionary, site, inputs.statistics)
             inputs = replace(inputs, decoder=decoder, energy=energy)
@@ -118,11 +112,11 @@ def measure_stream_inputs(
                 f"the rule {rule.name!r} reads the text behind single rows, which a stream does "
                 "not keep; harvest a store"
             )
-    inputs = RuleInputs(streams.statistics(site))
+    inputs = _beginning(streams.statistics(site), needs)
     if "second_moment" in needs:
         inputs = replace(inputs, second_moment=streams.second_moment(site))
     if "fisher" in needs:
-        settings = {name: getattr(config, name) for name in _SETTINGS["fisher"]}
+        settings = {name: getattr(config, name) for name in SETTINGS["fisher"]}
         kept = streams.kept(site, "fisher", settings)
         if kept is None:
             blocks = streams.first_contexts(config.sensitivity_tokens)
@@ -133,6 +127,15 @@ def measure_stream_inputs(
     return inputs
 
 
+def _beginning(statistics: Statistics, needs: Collection[Need | None]) -> RuleInputs:
+    """The statistics alone. Raises LlmWsaeError, before anything is measured, for rows of which the
+    rest cannot be."""
+    statistics.check_varying()
+    if "second_moment" in needs:
+        check_rows_of_covariance(statistics.count, statistics.d_in)
+    return RuleInputs(statistics)
+
+
 def _kept_or_measured(
     need: str,
     store: ActivationStore,
@@ -141,7 +144,7 @@ def _kept_or_measured(
     config: RuleInputConfig,
 ) -> Tensor | None:
     """The measurement kept in the store, or made with the model and then kept; else None."""
-    kept = _StoredMeasurement(store, site, need, config)
+    kept = StoredMeasurement(store, site, need, config)
     found = kept.read()
     if found is not None or model is None:
         return found
@@ -157,9 +160,9 @@ def _kept_or_measured(
 
 def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
     """The covariance sums of all usual rows of a site: one pass over the store, then kept in it."""
-    kept = _StoredMeasurement(store, site, "second_moment")
+    kept = StoredMeasurement(store, site, "second_moment")
     tensors = kept.read_tensors()
-    if tensors is not None and tensors.keys() == {"count", "mean", "scatter"}:
+    if tensors is not None:
         return SecondMoment.from_tensors(tensors)
     threshold = store.statistics(site).massive_threshold
     found = SecondMoment(store.d_in)
@@ -171,54 +174,6 @@ def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
             bar.update(len(rows))
     kept.write_tensors(found.to_tensors())
     return found
-
-
-class _StoredMeasurement:
-    """A measurement in the store's folder, valid only for the same rows and settings."""
-
-    def __init__(
-        self,
-        store: ActivationStore,
-        site: Site,
-        need: str,
-        config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
-    ):
-        self._need = need
-        self._path = store.folder / FOLDER / f"{site}.{need}.safetensors"
-        settings = {name: getattr(config, name) for name in _SETTINGS.get(need, ())}
-        self._header = {"rows": store.identity(site)["sha256"], **settings}
-
-    def read(self) -> Tensor | None:
-        tensors = self.read_tensors()
-        return None if tensors is None else tensors.get(self._need)
-
-    def read_tensors(self) -> dict[str, Tensor] | None:
-        if not self._path.exists():
-            return None
-        try:
-            tensors, header = load_own_tensors(self._path, self._need)
-        except LlmWsaeError:  # damaged
-            return None
-        return tensors if _settings(header) == _settings(self._header) else None
-
-    def write(self, measured: Tensor) -> None:
-        self.write_tensors({self._need: measured})
-
-    def write_tensors(self, tensors: dict[str, Tensor]) -> None:
-        if not leads():  # rank 0 could not keep them either
-            return
-        try:
-            save_own_tensors(self._path, tensors, self._header)
-        except LlmWsaeError as error:  # a read-only store
-            tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
-
-
-def _settings(header: dict[str, Any]) -> dict[str, Any]:
-    """The header with one name for the default encoder, which older measurements name otherwise."""
-    return {
-        key: canonical_encoder(value) if key == "encoder" else value
-        for key, value in header.items()
-    }
 
 
 def used_decoder(

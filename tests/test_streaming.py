@@ -18,6 +18,7 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.data.shuffling import ActivationSource, JointSource, SharedSource
 from llm_wsae.dictionary.folder import check_folder
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import save_own_tensors
 from llm_wsae.harvesting import harvest, kept_rows
 from llm_wsae.model.site import Site
 from llm_wsae.streaming import ActivationStream, ActivationStreams
@@ -263,6 +264,12 @@ def test_statistics_are_kept_and_read_back(model, corpus, tmp_path):
     path.write_bytes(path.read_bytes()[:-8] + bytes(8))
     with pytest.raises(LlmWsaeError, match="statistics"):
         ActivationStreams(model, corpus, SITES, STREAM, tmp_path).statistics(SITES[0])
+    nothing = {"m2": torch.full((16,), torch.nan)}  # with a checksum that matches
+    save_own_tensors(path, statistics.to_tensors() | nothing, longer.identity(SITES[0]))
+    with pytest.raises(LlmWsaeError, match=f"{SITES[0]}: their tensor 'm2' holds NaN .* delete it"):
+        ActivationStreams(
+            model, corpus, SITES, replace(STREAM, statistics_tokens=1400), tmp_path
+        ).statistics(SITES[0])
 
 
 def test_sensitivity_is_measured_once_and_its_last_digits_do_not_matter(model, corpus, tmp_path):

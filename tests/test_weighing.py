@@ -11,7 +11,7 @@ import torch
 from several import run
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae import weighing
+from llm_wsae import stored_measurement
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.store import ActivationStore
@@ -19,10 +19,13 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import load_own_tensors, save_own_tensors
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.encoder_names import ENCODER_PACKAGE
 from llm_wsae.model.site import Site
-from llm_wsae.statistics.second_moment import shrunk
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.second_moment import SecondMoment, shrunk
+from llm_wsae.stored_measurement import StoredMeasurement
 from llm_wsae.verifying import verify_store
 from llm_wsae.weighing import (
     coherence_of,
@@ -215,6 +218,49 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store)
     assert measure_inputs(["variance"], copy, SITE).second_moment is None
 
 
+def test_nothing_is_measured_of_rows_that_are_too_few_or_do_not_vary(tmp_path, store, monkeypatch):
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    copy = ActivationStore.open(folder)
+    few = Statistics(16, 12).update(torch.randn(16, 16), torch.zeros(16, dtype=torch.long))
+    still = Statistics(16, 12).update(torch.ones(99, 16), torch.zeros(99, dtype=torch.long))
+    for own, rule, sentence in (
+        (few, "whitening", "16 rows are too few for the covariance of 16 dimensions; harvest at"),
+        (still, "whitening", "the rows do not vary in any dimension; take other text"),
+        (still, "sensitivity", "the rows do not vary in any dimension; take other text"),
+    ):
+        monkeypatch.setattr(copy, "statistics", lambda site, own=own: own)
+        with pytest.raises(LlmWsaeError, match=sentence):
+            measure_inputs([rule], copy, SITE)
+    assert not (folder / "evidence").exists()
+
+
+def test_a_measurement_that_cannot_be_is_measured_again(model, tmp_path, store):
+    """Whoever writes a file can write a checksum that matches."""
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    copy, config = ActivationStore.open(folder), RuleInputConfig(sensitivity_tokens=50)
+    rules = ("whitening", "sensitivity")
+    first = measure_inputs(rules, copy, SITE, model=model, config=config)
+    nothing = torch.full((16, 16), torch.nan)
+    for need, odd in (
+        ("second_moment", {"scatter": nothing}),
+        ("second_moment", {"scatter": torch.ones(9, 9)}),
+        ("second_moment", SecondMoment(9).to_tensors()),
+        ("second_moment", {"count": torch.tensor([-1])}),
+        ("fisher", {"fisher": nothing}),
+        ("fisher", {"fisher": torch.ones(9, 9)}),
+        ("fisher", {"fisher": torch.ones(16)}),
+        ("fisher", {"fisher": torch.ones(16, 16).long()}),
+    ):
+        path = folder / "evidence" / f"{SITE}.{need}.safetensors"
+        tensors, facts = load_own_tensors(path, need)
+        save_own_tensors(path, tensors | odd, facts)
+        assert StoredMeasurement(copy, SITE, need, config).read_tensors() is None
+        again = measure_inputs(rules, copy, SITE, model=model, config=config)
+        assert torch.equal(again.covariance, first.covariance)
+        assert torch.equal(again.fisher, first.fisher)
+        assert StoredMeasurement(copy, SITE, need, config).read_tensors() is not None
+
+
 @pytest.mark.parametrize("is_full", [False, True])
 def test_rank_0_of_several_processes_measures_for_all(tmp_path, store, is_full):
     """If it cannot keep what it measured, each measures for itself, and that is said once."""
@@ -231,8 +277,8 @@ def measured(folder, is_full):
     reads, rows, said = [], ActivationStore.rows, io.StringIO()
     ActivationStore.rows = lambda *given: reads.append(1) or rows(*given)
     if is_full:
-        weighing.save_own_tensors = full
-    weighing.tqdm.write = lambda sentence, file: said.write(sentence)
+        stored_measurement.save_own_tensors = full
+    stored_measurement.tqdm.write = lambda sentence, file: said.write(sentence)
     inputs = measure_inputs(["whitening"], ActivationStore.open(folder), SITE)
     return len(reads), said.getvalue(), inputs.covariance.tolist()
 
@@ -256,7 +302,7 @@ def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, m
     def full(path, *_):
         raise LlmWsaeError(f"cannot write {path}: no space left")
 
-    monkeypatch.setattr("llm_wsae.weighing.save_own_tensors", full)
+    monkeypatch.setattr("llm_wsae.stored_measurement.save_own_tensors", full)
     config = RuleInputConfig(sensitivity_tokens=50)
     assert (
         measure_inputs(["sensitivity"], store, SITE, model=model, config=config).fisher is not None

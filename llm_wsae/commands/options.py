@@ -21,6 +21,7 @@ from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.model.site import Site
 from llm_wsae.outside import check_numbers
+from llm_wsae.planting.config import PlantConfig
 from llm_wsae.processes import leads
 from llm_wsae.terminal import printable
 from llm_wsae.training.config import ArchitectureName, TrainConfig
@@ -201,6 +202,13 @@ class ScoreOptions(_Prefixed, MonosemanticConfig):
     """How monosemanticity is measured."""
 
     prefix = "score"
+
+
+@dataclass(frozen=True)
+class PlantOptions(_Prefixed, PlantConfig):
+    """Which features are planted."""
+
+    prefix = "planted"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from llm_wsae.commands.options import (
     Flag,
     Flat,
     ModelOptions,
+    PlantOptions,
     Prefixed,
     Result,
     RuleOptions,
@@ -76,7 +77,7 @@ def study(
     train: Prefixed[TrainOptions] = TrainOptions(),  # noqa: B008 - frozen
     evaluate: Prefixed[EvaluateOptions] = EvaluateOptions(),  # noqa: B008 - frozen
     score: Prefixed[ScoreOptions] = ScoreOptions(),  # noqa: B008 - frozen
-    planted: Prefixed[PlantConfig] = PlantConfig(),  # noqa: B008 - frozen
+    planted: Prefixed[PlantOptions] = PlantOptions(),  # noqa: B008 - frozen
     explain: Prefixed[ExplainOptions] = ExplainOptions(),  # noqa: B008 - frozen
 ) -> Result:
     """Do weights help? Compare rules and their controls with plain dictionaries over several k.

@@ -6,6 +6,7 @@ from llm_wsae.commands.options import Flat, LoadOptions, Result, Store, changed_
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_file, is_record_of
+from llm_wsae.outside import check_number
 from llm_wsae.provenance import write_record
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
@@ -48,6 +49,7 @@ def weigh(
     check_file(out, is_weights_file)
     check_file(figure, lambda _: out.is_file())
     check_file(record, is_record_of("weigh"))
+    check_number("alpha", alpha)
     place, opened = Site.parse(site), ActivationStore.open(store)
     parsed = Rule.parse(rule)
     parsed.form(weights)  # refused before anything is measured

@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 
 from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards
-from llm_wsae.data.shard_record import STATISTICS, FileRecord, shard_paths
+from llm_wsae.data.shard_record import REPAIR, STATISTICS, FileRecord, shard_paths
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_tensors, save_tensors
 from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.reading import reading
 
 NO_ROWS = "no token of these documents gives a row; lower --drop-positions"
 
@@ -27,11 +28,22 @@ def finish_store(folder: Path, manifest: Manifest) -> None:
         for index, shard in shards.items():
             path = shard_paths(index, [site])[site][1]
             shard.files[path].check(folder / path)
-            tensors, _ = load_tensors(folder / path, "statistics of a shard")
-            merged.merge(Statistics.from_tensors(tensors))
+            merged.merge(read_statistics(folder / path, manifest, shard.rows))
         path = f"{site}/{STATISTICS}"
         save_tensors(folder / path, merged.to_tensors())
         manifest.statistics[path] = FileRecord.of(folder / path)
     manifest.complete = True
     manifest.save(folder)
     shutil.rmtree(folder / RECORDS, ignore_errors=True)
+
+
+def read_statistics(path: Path, manifest: Manifest, rows: int) -> Statistics:
+    """The statistics in a file of a store, of that many rows.
+
+    Raises LlmWsaeError, with the way out, if the file cannot hold those.
+    """
+    tensors, _ = load_tensors(path, "file of statistics", REPAIR)
+    with reading(path, f"statistics of {rows:,} rows", REPAIR):
+        found = Statistics.from_tensors(tensors)
+        found.check_of(manifest.d_in, manifest.context_size, rows)
+    return found

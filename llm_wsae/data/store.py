@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llm_wsae.data.finishing import read_statistics
 from llm_wsae.data.manifest import Manifest, complete_shards
 from llm_wsae.data.packing import Contexts, load_contexts
 from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.shard_record import REPAIR, STATISTICS, tokens_path
 from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.files import load_tensors
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 
@@ -100,11 +100,11 @@ class ActivationStore:
         return self.manifest.model.get("dtype", "auto") if wanted == "auto" else wanted
 
     def statistics(self, site: Site) -> Statistics:
-        """The statistics of all rows of a site. Raises LlmWsaeError if their file is damaged."""
+        """The statistics of all rows of a site. Raises LlmWsaeError if their file is damaged or
+        cannot be that of these rows."""
         name = f"{self._name(site)}/{STATISTICS}"
         self.manifest.statistics[name].check(self.folder / name)
-        tensors, _ = load_tensors(self.folder / name, f"statistics of {site}")
-        return Statistics.from_tensors(tensors)
+        return read_statistics(self.folder / name, self.manifest, self.num_rows)
 
     def rows(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
         """Rows ``start`` to ``stop`` in the order of the text, in the store's dtype."""

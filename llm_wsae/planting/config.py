@@ -6,6 +6,10 @@ from llm_wsae.errors import UsageError
 from llm_wsae.outside import check_numbers
 
 MOST_PER_CELL = 10_000
+LEAST_STRENGTH = 1e-6
+"""A weaker plant is lost in the rounding of float32."""
+LEAST_PROBABILITY = 1e-6
+"""A rarer plant is on hardly any row that is held out, and float32 cannot draw it exactly."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,22 @@ class PlantConfig:
     some of its decoder rows are planted too."""
     heldout_share: float = 0.15
     """Share of the store's rows, its last ones, that are not trained on: recovery is measured
-    there."""
+    there. At least 2,048 rows are held out."""
 
     def __post_init__(self) -> None:
         check_numbers(self, per_cell=(1, MOST_PER_CELL))
-        if not self.strengths or not all(0 < strength <= 1 for strength in self.strengths):
+        if not self.strengths:
+            raise UsageError("give at least one of strengths")
+        if not all(LEAST_STRENGTH <= strength <= 1 for strength in self.strengths):
             raise UsageError(
-                "a plant's strength must be above 0 and at most 1, the median norm of the rows: a "
-                f"stronger one would drown the stream; not {', '.join(map(str, self.strengths))}"
+                f"a plant's strength must be at least {LEAST_STRENGTH:g}, or it is lost in "
+                "rounding, and at most 1, the median norm of the rows, or it would drown the "
+                f"stream; not {', '.join(map(str, self.strengths))}"
             )
-        if not 0 < self.rarest <= self.commonest < 1:
+        if not LEAST_PROBABILITY <= self.rarest <= self.commonest < 1:
             raise UsageError(
                 f"plants fire with probabilities from {self.rarest:g} to {self.commonest:g}; these "
-                "must rise and lie between 0 and 1"
+                f"must rise, be at least {LEAST_PROBABILITY:g} and less than 1"
             )
         if not 0 <= self.token_share <= 1 or not 0 < self.heldout_share < 1:
             raise UsageError("token-share must be from 0 to 1, heldout-share between 0 and 1")

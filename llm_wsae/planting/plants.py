@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.errors import UsageError
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.statistics.moments import Statistics
 
@@ -74,10 +74,9 @@ def make_plants(
     latents or the rows too few tokens for that many plants; LlmWsaeError if the rows do not vary.
     """
     draw = np.random.default_rng((config.seed, 0))
+    statistics.check_varying()
     usual = statistics.usual_sample.double()
-    norm = float((usual - usual.mean(0)).norm(dim=1).median()) if len(usual) else 0.0
-    if not norm > 0:
-        raise LlmWsaeError("features cannot be planted into rows that do not vary")
+    norm = float((usual - usual.mean(0)).norm(dim=1).median())
     per_stratum = config.per_cell * len(config.strengths)
     strata = _directions(statistics, per_stratum, draw, dictionary)
     directions = torch.from_numpy(np.concatenate(list(strata.values())))

@@ -57,15 +57,17 @@ class PlantedSource:
         window_bytes: int = WINDOW_BYTES,
     ):
         """Raises as ``make_plants`` and ``Dictionary.load`` do, and UsageError if the store has too
-        few rows to hold two chunks of them out, or the dictionary another width."""
+        few rows to hold two chunks of them out, or the dictionary another site or width."""
         self.store, self.site, self.d_in = store, site, store.d_in
         self.prepends_bos = store.manifest.bos_token_id is not None
         chunks = store.num_rows // CHUNK_ROWS
         heldout = max(2, round(chunks * config.heldout_share))
         if chunks - heldout < 1:
+            is_small = store.num_rows < 3 * CHUNK_ROWS
             raise UsageError(
-                f"the store has {store.num_rows:,} rows; to plant features and hold some rows out "
-                f"it needs at least {3 * CHUNK_ROWS:,}"
+                f"of the store's {store.num_rows:,} rows, {heldout * CHUNK_ROWS:,} would be held "
+                f"out and fewer than {CHUNK_ROWS:,} trained on; "
+                + ("harvest more tokens" if is_small else "lower heldout-share")
             )
         self.num_rows: int | None = (chunks - heldout) * CHUNK_ROWS
         self._tokens = _token_of_every_row(store)
@@ -136,10 +138,15 @@ class PlantedSource:
 
     def _dictionary(self, folder: Path) -> Dictionary:
         dictionary = Dictionary.load(folder)
+        if dictionary.site != self.site:
+            raise UsageError(
+                f"the dictionary in {folder} explains {dictionary.site}, so its decoder rows are "
+                f"no directions of {self.site}; name one of that site"
+            )
         if dictionary.d_in != self.d_in:
             raise UsageError(
                 f"the dictionary in {folder} is for {dictionary.d_in} dimensions, so its decoder "
-                f"rows cannot be planted into the {self.d_in} of {self.site}"
+                f"rows cannot be planted into the {self.d_in} of {self.site}; name another"
             )
         return dictionary
 

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.statistics.reading import finite_tensor_of, tensor_of
 
 MASSIVE_RATIO = 10.0  # a row is massive when its norm exceeds this many median norms
 SAMPLE_ROWS = 8192
@@ -85,6 +86,9 @@ class Statistics:
         m2 = square.sum(0).double()
         m3 = x.mul_(square).sum(0).double()
         m4 = square.mul_(square).sum(0).double()
+        if x.dtype != torch.float64 and not bool(m4.isfinite().all()):
+            self._update_moments(rows.double())
+            return
         self._merge_moments(len(rows), mean.double(), m2, m3, m4)
 
     def merge(self, other: "Statistics") -> "Statistics":
@@ -209,6 +213,21 @@ class Statistics:
         clipped = sample.clamp(low, high).double()
         return clipped - clipped.mean(0)
 
+    def check_varying(self) -> None:
+        """Raise LlmWsaeError unless the usual rows vary in some dimension: else there is nothing to
+        learn from them."""
+        if bool((self.robust_variance > 0).any()):
+            return
+        if len(self._sample) and not len(self.usual_sample):
+            raise LlmWsaeError(
+                f"most rows are longer than {self.massive_threshold:.0e}, as no model's are; load "
+                "the model in float32 (--model-dtype float32) and harvest again"
+            )
+        raise LlmWsaeError(
+            "there is nothing to learn: apart from a few, the rows do not vary in any dimension; "
+            "take other text or another site"
+        )
+
     @property
     def median_norm(self) -> float:
         """Median Euclidean norm of the rows, to within 2 %; 0 before any row was seen."""
@@ -264,20 +283,37 @@ class Statistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Statistics":
-        """The inverse of ``to_tensors``. Raises LlmWsaeError when a tensor is missing."""
-        try:
-            count, context_size, sample_rows = tensors["count"].tolist()
-            new = cls(len(tensors["mean"]), context_size, sample_rows)
-            new.count = count
-            new.mean = tensors["mean"]
-            new._m2, new._m3, new._m4 = tensors["m2"], tensors["m3"], tensors["m4"]
-            new.minimum, new.maximum = tensors["minimum"], tensors["maximum"]
-            new._norms = tensors["norms"]
-            new._sample, new._priority = tensors["sample"], tensors["sample_priority"]
-            new._sample_limit = float(tensors["sample_limit"])
-        except KeyError as missing:
-            raise LlmWsaeError(f"the statistics lack the tensor {missing}; harvest again") from None
+        """The inverse of ``to_tensors``. Raises LlmWsaeError if these cannot be statistics: a
+        tensor is missing, has another shape, or is not finite."""
+        count, context_size, sample_rows = tensor_of(tensors, "count", 3, counts=True).tolist()
+        d_in = len(tensor_of(tensors, "mean", None))
+        new = cls(d_in, context_size, sample_rows)
+        new.count = count
+        new.mean = finite_tensor_of(tensors, "mean", d_in)
+        new._m2 = finite_tensor_of(tensors, "m2", d_in)
+        # infinite where an earlier version summed powers of huge rows in float32
+        new._m3, new._m4 = (tensor_of(tensors, name, d_in) for name in ("m3", "m4"))
+        new.minimum, new.maximum = (tensor_of(tensors, n, d_in) for n in ("minimum", "maximum"))
+        new._norms = tensor_of(tensors, "norms", *new._norms.shape, counts=True)
+        new._sample = finite_tensor_of(tensors, "sample", None, d_in)
+        new._priority = finite_tensor_of(tensors, "sample_priority", len(new._sample))
+        new._sample_limit = float(finite_tensor_of(tensors, "sample_limit", 1))
+        if bool((new._m2 < 0).any()):
+            raise LlmWsaeError("they have a negative variance")
+        if int(new._norms.sum()) != count:
+            raise LlmWsaeError(f"they count {count:,} rows and {int(new._norms.sum()):,} norms")
         return new
+
+    def check_of(self, d_in: int, context_size: int, rows: int) -> None:
+        """Raise LlmWsaeError unless they are of that many rows, of that width, from contexts of
+        that size."""
+        for found, wanted, what in (
+            (self.d_in, d_in, "dimensions"),
+            (self.context_size, context_size, "tokens per context"),
+            (self.count, rows, "rows"),
+        ):
+            if found != wanted:
+                raise LlmWsaeError(f"they are of {found:,} {what}, not of {wanted:,}")
 
 
 def num_buckets(context_size: int) -> int:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.statistics.reading import finite_tensor_of, tensor_of
 
 _CHUNK_ROWS = 4096
 
@@ -64,10 +65,15 @@ class SecondMoment:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "SecondMoment":
-        """The inverse of ``to_tensors``. Raises KeyError when a tensor is missing."""
-        new = cls(len(tensors["mean"]))
-        new.count = int(tensors["count"])
-        new.mean, new._scatter = tensors["mean"], tensors["scatter"]
+        """The inverse of ``to_tensors``. Raises LlmWsaeError if these cannot be such sums: a tensor
+        is missing, has another shape, or is not finite."""
+        d_in = len(tensor_of(tensors, "mean", None))
+        new = cls(d_in)
+        new.count = int(tensor_of(tensors, "count", 1, counts=True))
+        new.mean = finite_tensor_of(tensors, "mean", d_in)
+        new._scatter = finite_tensor_of(tensors, "scatter", d_in, d_in)
+        if bool((new._scatter.diagonal() < 0).any()):
+            raise LlmWsaeError("they have a negative variance")
         return new
 
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
 from llm_wsae.training.parameters import Batch, squared
@@ -112,9 +113,19 @@ def in_spaces(batch: Batch, spaces: Iterable[Space | None]) -> Iterator[Batch]:
 
 
 def inverse(gamma: Gamma) -> Gamma:
-    """1/γ or Γ⁻¹, float64 on the CPU."""
+    """1/γ or Γ⁻¹, float64 on the CPU. Raises LlmWsaeError if there is none."""
     gamma = gamma.cpu().double()
-    return 1 / gamma if gamma.ndim == 1 else torch.linalg.inv(gamma)
+    if gamma.ndim == 1:
+        found, is_singular = 1 / gamma, not bool(gamma.all())
+    else:
+        found, info = torch.linalg.inv_ex(gamma)
+        is_singular = bool(info)
+    if is_singular:
+        raise LlmWsaeError(
+            "weights that leave a direction out are no space to train in; make them with "
+            "choose_weights, which checks that"
+        )
+    return found
 
 
 def _fast_product(rows: Tensor, gamma: Tensor, fast: torch.dtype) -> Tensor:

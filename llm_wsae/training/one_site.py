@@ -60,8 +60,10 @@ class Training:
         d_sae = config.expansion * source.d_in
         for arm in arms:
             arm.check(d_sae)
+            arm.weights.check_for(source.d_in)
         fast = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         self.statistics = source.statistics()
+        self.statistics.check_varying()
         self.normaliser = Normaliser(self.statistics, device, fast, group.strategy)
         self.learning_rate = config.learning_rate or default_learning_rate(d_sae)
         rows = self.num_steps * config.batch_size

@@ -17,12 +17,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.outside import LARGEST_NUMBER, check_number
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import Gamma, LossWeights, squares_and_weights, stretching
+from llm_wsae.weights.loss_weights import (
+    NOTHING_LEFT,
+    Gamma,
+    LossWeights,
+    squares_and_weights,
+    stretching,
+)
 from llm_wsae.weights.matrix_rules import spectrum
-from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.rules import OWN, Rule
 
 _LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)  # less than it is 0, or nearly, in float32
 MAX_CONDITION = 1e5  # of a space: beyond it the way there and back is too inexact in float32
@@ -62,13 +69,14 @@ def weights_from_rule(
     constant dimension carries no loss whatever its weight; it gets the smallest of the others.
 
     Raises UsageError for an unknown rule, a form that it does not have, an α that is not finite or
-    so large that weights vanish, or an input that was not measured; LlmWsaeError when every score
-    is 0, hardly any row differs from the others, or a space has directions of nearly no weight.
+    so far from 0 that weights vanish, or an input that was not measured; LlmWsaeError when every
+    score is 0, hardly any row differs from the others, or a space has directions of nearly no
+    weight.
     """
-    if not math.isfinite(alpha):
-        raise UsageError(f"the exponent α must be a finite number, not {alpha:g}")
+    check_number("alpha", alpha, -LARGEST_NUMBER)
     rule, inputs = Rule.of(rule), RuleInputs.of(inputs)
     config = rule.settings(config)
+    inputs.statistics.check_varying()
     form = rule.form(config)
     if form == "tokens":
         return _weights_of_tokens(rule, alpha, inputs.statistics, config)
@@ -83,24 +91,21 @@ def weights_from_rule(
 
 
 def own_weights(weights: LossWeights, inputs: RuleInputs | Statistics) -> LossWeights:
-    """Weights from a file, checked against the site and normalised.
+    """Weights from a file, checked against the site, clipped if they are custom, and normalised.
 
-    Raises LlmWsaeError on another number of dimensions, a negative weight in a vector, a non-finite
-    one, all zeros, rows of which hardly any differs, or a space that cannot be left again.
+    Raises LlmWsaeError as ``check_for`` does, and on rows of which hardly any differs, or a space
+    that cannot be left again.
     """
     statistics = RuleInputs.of(inputs).statistics
-    gamma, d_in = weights.gamma.double(), statistics.d_in
-    if len(gamma) != d_in:
-        raise LlmWsaeError(
-            f"the weights are for {len(gamma)} dimensions, but the site has {d_in}; "
-            "make them from this store with llm-wsae weigh"
-        )
-    if not bool(torch.isfinite(gamma).all()) or (not weights.is_matrix and bool((gamma < 0).any())):
-        raise LlmWsaeError("the weights must be finite and not negative; check the weights file")
+    statistics.check_varying()
+    weights.check_for(statistics.d_in)
+    gamma = weights.gamma.double()
     if weights.rule.weighs_tokens:
         return _weights_of_tokens(weights.rule, weights.alpha, statistics, weights.config)
     if not _weighted_variance(gamma, statistics) > 0:
-        raise LlmWsaeError("the weights leave no dimension in the loss; at least one must be > 0")
+        raise LlmWsaeError(NOTHING_LEFT)
+    if weights.rule == OWN and weights.config.clip is not None:  # a rule's are clipped already
+        gamma = _own_clipped(gamma, weights.config.clip)
     checked = replace(weights, gamma=_normalised(gamma, statistics).float())
     _check_space(checked)
     return checked
@@ -113,8 +118,12 @@ def _weights_of_tokens(
     rule.form(config)  # a file may come with settings that it ignores
     weights = LossWeights(torch.ones(statistics.d_in), rule, alpha, config)
     squares, row_weights = squares_and_weights(weights, statistics)
-    if not float(squares.sum()) > 0:
-        raise LlmWsaeError(f"the rule {rule.name!r} has nothing to weigh: the rows do not vary")
+    lost = int((row_weights.log().abs() > -_LEAST_LOG).sum())
+    if lost:
+        raise UsageError(
+            f"α = {alpha:g} is so far from 0 that the weights of {lost} of {len(row_weights)} "
+            "tokens vanish or outgrow float32; choose one nearer to 0"
+        )
     factor = squares.sum() / (row_weights @ squares).sum()
     return replace(weights, gamma=(weights.gamma * factor.sqrt()).float())
 
@@ -136,8 +145,12 @@ def _power_of_scores(
     clip: float | None,
 ) -> Float[Tensor, " d_in"]:
     varies = statistics.variance > 0
+    if not bool(scores.isfinite().all()):
+        raise LlmWsaeError(f"scores of the rule {rule.name!r} are NaN or infinite; measure again")
     if not bool((scores[varies] > 0).any()):
-        raise LlmWsaeError(f"the rule {rule.name!r} scores every dimension 0: the rows do not vary")
+        raise LlmWsaeError(
+            f"the rule {rule.name!r} scores every dimension 0, so it prefers none; take another"
+        )
     raised = _powers(scores[varies], alpha, clip)
     gamma = raised.min().expand(len(scores)).clone()
     gamma[varies] = raised
@@ -150,8 +163,7 @@ def _powers(scores: Tensor, alpha: float, clip: float | None) -> Tensor:
         scores = scores.clamp(min=float(scores[scores > 0].min()))
     log = alpha * scores.clamp(min=0).log()  # −∞ is the weight 0
     if clip is not None:
-        middle = float(log[log.isfinite()].median())
-        log = log.clamp(middle - math.log(clip), middle + math.log(clip))
+        log = _clipped(log, clip)
     log = log - log.max()
     vanished = int((log.isfinite() & (log < _LEAST_LOG)).sum())
     if vanished:
@@ -162,20 +174,32 @@ def _powers(scores: Tensor, alpha: float, clip: float | None) -> Tensor:
     return log.exp()
 
 
+def _clipped(log: Tensor, clip: float) -> Tensor:
+    """Logarithms of weights within that factor of the median of those that are not 0."""
+    middle = float(log[log.isfinite()].median())
+    return log.clamp(middle - math.log(clip), middle + math.log(clip))
+
+
+def _own_clipped(gamma: Gamma, clip: float) -> Gamma:
+    """Custom weights, or a custom matrix's singular values, within a factor of their median."""
+    if gamma.ndim == 1:
+        return _clipped(gamma.log(), clip).exp()
+    left, values, right = torch.linalg.svd(gamma)
+    return (left * _clipped(values.log(), clip).exp()) @ right
+
+
 def _normalised(gamma: Gamma, statistics: Statistics) -> Gamma:
     weighted = _weighted_variance(gamma, statistics)
     if not weighted > 0:
-        raise UsageError("α is so large that the weights vanish on every varying dimension")
+        raise UsageError(
+            "the weights vanish on every dimension that varies; choose an α nearer to 0, or "
+            "another rule"
+        )
     return gamma * math.sqrt(float(statistics.robust_variance.sum()) / weighted)
 
 
 def _weighted_variance(gamma: Gamma, statistics: Statistics) -> float:
-    """E‖Γ(x − μ)‖² of the winsorised rows. Raises LlmWsaeError if these do not vary."""
-    if not bool((statistics.robust_variance > 0).any()):
-        raise LlmWsaeError(
-            "there is nothing to weigh: apart from a few, the rows do not vary in any dimension; "
-            "take other text or another site"
-        )
+    """E‖Γ(x − μ)‖² of the winsorised rows."""
     if gamma.ndim == 2:
         return float(((gamma @ statistics.robust_covariance) * gamma).sum())
     return float((gamma**2 * statistics.robust_variance).sum())
@@ -187,7 +211,8 @@ def _check_space(weights: LossWeights) -> None:
         return
     stretch = stretching(weights)
     if not float(stretch.min()) * MAX_CONDITION > float(stretch.max()):
+        way_out = "set clip" if weights.rule == OWN else "choose an α nearer to 0, or set clip"
         raise LlmWsaeError(
-            f"{weights.name} stretches one direction more than {MAX_CONDITION:g} times as much as "
-            "another, so it is no space to train in; lower α or set clip"
+            f"{weights.name} stretches one direction more than {MAX_CONDITION:,.0f} times as much "
+            f"as another, so it is no space to train in; {way_out}"
         )

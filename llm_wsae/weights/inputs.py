@@ -40,12 +40,7 @@ class RuleInputs:
         Raises LlmWsaeError if there are fewer rows than dimensions.
         """
         assert self.second_moment is not None
-        d_in, rows = self.statistics.d_in, self.second_moment.count
-        if rows <= d_in:
-            raise LlmWsaeError(
-                f"{rows:,} rows are too few for the covariance of {d_in:,} dimensions; harvest at "
-                f"least {10 * d_in:,} tokens, or raise --statistics-tokens of a stream to that"
-            )
+        check_rows_of_covariance(self.second_moment.count, self.statistics.d_in)
         return self.second_moment.covariance()
 
     @classmethod
@@ -56,3 +51,12 @@ class RuleInputs:
     def has(self, need: Need) -> bool:
         """Whether that was measured."""
         return getattr(self, "decoder" if need == "dictionary" else need) is not None
+
+
+def check_rows_of_covariance(rows: int, d_in: int) -> None:
+    """Raise LlmWsaeError if there are too few rows to measure a covariance of."""
+    if rows <= d_in:
+        raise LlmWsaeError(
+            f"{rows:,} rows are too few for the covariance of {d_in:,} dimensions; harvest at "
+            f"least {10 * d_in:,} tokens, or raise --statistics-tokens of a stream to that"
+        )

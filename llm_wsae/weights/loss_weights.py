@@ -23,6 +23,7 @@ from llm_wsae.weights.config import IN_LOSS, WeightConfig
 from llm_wsae.weights.rules import OWN, Rule
 
 Gamma = Float[Tensor, " d_in"] | Float[Tensor, "d_in d_in"]
+NOTHING_LEFT = "the weights leave no dimension in the loss; at least one must be > 0"
 COLLAPSE_SHARE = 0.1  # warn when fewer than this share of the dimensions carry the loss
 
 
@@ -40,7 +41,16 @@ class LossWeights:
     """Where they act, and how they were made from the scores."""
 
     def __post_init__(self) -> None:
+        """Raises LlmWsaeError for a tensor that is no vector or square matrix of floating-point
+        numbers, UsageError for custom weights of another form than the settings ask for."""
         object.__setattr__(self, "config", self.rule.settings(self.config))  # no place is auto
+        _check_form(self.gamma)
+        form = "matrix" if self.is_matrix else "diagonal"
+        if self.rule == OWN and self.config.form not in ("auto", form):
+            raise UsageError(
+                f"custom weights have the form that they are given in, {form}, not "
+                f"{self.config.form}; leave form at auto"
+            )
 
     @property
     def name(self) -> str:
@@ -72,6 +82,20 @@ class LossWeights:
     def is_matrix(self) -> bool:
         """Whether there is a full matrix Γ."""
         return self.gamma.ndim == 2
+
+    def check_for(self, d_in: int) -> None:
+        """Raise LlmWsaeError if rows of that width cannot be weighted: on another number of
+        dimensions, a negative weight in a vector, a non-finite one, or all zeros."""
+        if len(self.gamma) != d_in:
+            raise LlmWsaeError(
+                f"the weights are for {len(self.gamma)} dimensions, but the site has {d_in}; "
+                "make them from this store with llm-wsae weigh"
+            )
+        is_negative = not self.is_matrix and bool((self.gamma < 0).any())
+        if is_negative or not bool(torch.isfinite(self.gamma).all()):
+            raise LlmWsaeError("the weights must be finite and not negative; check what made them")
+        if not bool(self.gamma.any()):
+            raise LlmWsaeError(NOTHING_LEFT)
 
     def row_weights(
         self, rows: Float[Tensor, "rows d_in"], mask: Float[Tensor, " rows"]
@@ -118,12 +142,7 @@ class LossWeights:
                 f"{path} holds the tensors {sorted(tensors)}; a weights file has one, 'gamma'"
             )
         gamma = tensors.get("gamma", next(iter(tensors.values())))
-        square = gamma.ndim == 2 and gamma.shape[0] == gamma.shape[1]
-        if not (gamma.ndim == 1 or square) or not gamma.is_floating_point():
-            raise LlmWsaeError(
-                f"{path}: the weights have shape {tuple(gamma.shape)} and type {gamma.dtype}; "
-                "they must be one floating-point number per dimension, or a square matrix"
-            )
+        _check_form(gamma, f"{path}: ")
         try:
             name, alpha = header.get("rule", OWN.name), float(header.get("alpha", 1.0))
             rule = OWN if name == OWN.name else Rule.parse(name)
@@ -144,6 +163,15 @@ class LossWeights:
                 )
             config = asked
         return cls(gamma.float(), rule, alpha, config)
+
+
+def _check_form(gamma: Tensor, where: str = "") -> None:
+    square = gamma.ndim == 2 and gamma.shape[0] == gamma.shape[1]
+    if not (gamma.ndim == 1 or square) or not gamma.is_floating_point():
+        raise LlmWsaeError(
+            f"{where}the weights have shape {tuple(gamma.shape)} and type {gamma.dtype}; "
+            "they must be one floating-point number per dimension, or a square matrix"
+        )
 
 
 def is_weights_file(path: Path) -> bool:

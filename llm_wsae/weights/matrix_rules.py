@@ -72,9 +72,12 @@ def spectrum(
     Raises LlmWsaeError if the matrix is not finite or has no positive eigenvalue.
     """
     if not bool(torch.isfinite(matrix).all()):
-        raise LlmWsaeError("a matrix of weights holds NaN or infinite numbers")
+        raise LlmWsaeError("a matrix of weights holds NaN or infinite numbers; measure again")
     values, vectors = torch.linalg.eigh(matrix.double())
     positive = values[values > values[-1] * 1e-12]
     if not float(values[-1]) > 0:
-        raise LlmWsaeError("a matrix of weights has no positive eigenvalue: the rows do not vary")
+        raise LlmWsaeError(
+            "a matrix of weights has no positive eigenvalue, so it prefers nothing; take another "
+            "rule"
+        )
     return values.clamp(min=EIGENVALUE_FLOOR * float(positive.median())), vectors

@@ -40,6 +40,9 @@ def world(world):
     (folder / "image.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\xff")
     (folder / "program.txt").write_bytes(b"ELF\x00\x01")
     (folder / "torn.jsonl").write_text('{"text": "w1"}\n{"text": "w2\n')
+    works("harvest", "--model", folder / "model", "--corpus", folder / "text.jsonl", *HARVEST,
+          "--tokens", 16, "--dtype", "float32", "--out", folder / "few")  # fmt: skip
+    save_file({"gamma": torch.ones(16)}, folder / "own.safetensors")
     save_file({"gamma": torch.ones(9)}, folder / "short.safetensors")
     save_file({"gamma": torch.full((16,), torch.nan)}, folder / "nan.safetensors")
     (folder / "notes.safetensors").write_text("my notes")
@@ -216,6 +219,21 @@ MISTAKES = {
     ),
     "form in run": (2, (*RUNNING, "--form", "diagonal", "--rule", "whitening"), ["only a matrix"]),
     "clip": (2, (*WEIGHING, "--clip", 0.5), ["clip must be a factor of at least 1"]),
+    "exponent": (
+        2,
+        (*WEIGHING, "--rule", "whitening", "--alpha", "nan"),
+        ["alpha is nan, but must be a number"],
+    ),
+    "rows too few to whiten": (
+        1,
+        ("weigh", "few", "--site", SITE, "--rule", "whitening"),
+        ["15 rows are too few for the covariance of 16 dimensions", "harvest at least 160 tokens"],
+    ),
+    "form of custom weights": (
+        2,
+        (*TRAINING, "--k", 4, "--weights", "own.safetensors", "--form", "matrix", "--rule"),
+        ["custom weights have the form that they are given in, diagonal, not matrix"],
+    ),
     "annealed space": (
         2,
         (*TRAINING, "--place", "space", "--anneal", 0.5),
@@ -283,6 +301,11 @@ MISTAKES = {
         2,
         (*STUDYING, "--planted.per-cell", 4, "--planted.seed", 3),
         ["--planted.seed and --planted.per-cell: only with --plant; add that"],
+    ),
+    "a plant that would drown the stream": (
+        2,
+        (*STUDYING, "--plant", "--planted.strengths", 0.2, 3),
+        ["--planted: a plant's strength must be at least 1e-06", "not 0.2, 3.0"],
     ),
     "explanations that are not asked for": (
         2,

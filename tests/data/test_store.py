@@ -12,6 +12,7 @@ from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.packing import load_contexts
+from llm_wsae.data.shard_record import FileRecord
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import load_tensors, read_own_json, save_tensors, write_json
@@ -214,6 +215,25 @@ def test_reading_damaged_shards_is_one_sentence(store):
     path.write_bytes(content[:header] + nan + content[header + 4 :])
     with pytest.raises(LlmWsaeError, match=r"00001\.safetensors is damaged: rows 0 to 127 are not"):
         next(store.source(site).batches(8, seed=0))
+
+
+def test_statistics_of_other_rows_with_a_checksum_that_matches(store, tmp_path):
+    name = f"{SITES[0]}/statistics.safetensors"
+    path, way_out = store.folder / name, "run the same harvest (or merge) again"
+    whole, shard = path.read_bytes(), path.with_name("00000.statistics.safetensors").read_bytes()
+    torn = load_tensors(path, "statistics")[0] | {"m2": torch.full((16,), torch.nan).double()}
+    save_tensors(tmp_path / "torn", torn)
+    for written, said in (
+        (shard, f"they are of {store.manifest.shards[0].rows} rows, not of {store.num_rows}"),
+        ((tmp_path / "torn").read_bytes(), "their tensor 'm2' holds NaN or infinite numbers"),
+        (whole[:-50], "is not a readable file of statistics"),
+    ):
+        path.write_bytes(written)
+        store.manifest.statistics[name] = FileRecord.of(path)
+        with pytest.raises(LlmWsaeError) as refusal:
+            store.statistics(SITES[0])
+        for part in (path, said, way_out):
+            assert str(part) in str(refusal.value)
 
 
 def test_foreign_folders_are_named(store, tmp_path):

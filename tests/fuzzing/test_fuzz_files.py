@@ -36,6 +36,7 @@ from llm_wsae.model.site import Site
 from llm_wsae.pages.dashboard import read_scores
 from llm_wsae.pages.firings_by_latent import FiringsByLatent
 from llm_wsae.processes import Processes
+from llm_wsae.stored_measurement import StoredMeasurement
 from llm_wsae.studies import consistency, jobs
 from llm_wsae.studies.folder import read_basis, read_explained
 from llm_wsae.studies.results import read_result
@@ -45,7 +46,6 @@ from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, load_checkpoint, 
 from llm_wsae.training.log import LOG, TrainingLog
 from llm_wsae.training.trainer import Interrupted, train
 from llm_wsae.verifying import verify
-from llm_wsae.weighing import _StoredMeasurement
 from llm_wsae.weights.loss_weights import LossWeights
 
 PLACE = Site.parse(SITE)
@@ -232,7 +232,7 @@ def of_others(folder: Path) -> dict[str, Kind]:
     weigh = ("weigh", folder / "store", "--site", SITE, "--rule")
     works(*weigh, "whitening", "--out", weights)
     works(*weigh, "variance", "--out", other)
-    measured = _StoredMeasurement(store, PLACE, "second_moment")
+    measured = StoredMeasurement(store, PLACE, "second_moment")
     unit = Unit(folder / "theory/units/a-seed0.json", {"seed": 0, "rows": 300}, lambda check: {})
     write_json(unit.path, {"identity": unit.identity, "result": {"arms": {"a": [0.5, None]}}})
     answers, known = folder / "answers.jsonl", {}

@@ -297,32 +297,53 @@ def test_decoder_rows_of_another_dictionary_are_a_stratum(store, few, tmp_path):
     Dictionary(**parts, b_enc=other.b_enc, sparsity=other.sparsity, info=other.info).save(
         tmp_path / "narrow"
     )
-    with pytest.raises(UsageError, match="is for 23 dimensions, so its decoder rows cannot"):
-        PlantedSource(store, SITE, replace(config, dictionary=str(tmp_path / "narrow")))
+    elsewhere = replace(other.info, site="blocks.1.hook_resid_post")
+    parts = {"W_enc": other.W_enc, "W_dec": other.W_dec, "b_dec": other.b_dec}
+    Dictionary(**parts, b_enc=other.b_enc, sparsity=other.sparsity, info=elsewhere).save(
+        tmp_path / "elsewhere"
+    )
+    for name, sentence in (
+        ("narrow", "is for 23 dimensions, so its decoder rows cannot"),
+        ("elsewhere", rf"explains blocks\.1.*, so its decoder rows are no directions of {SITE}"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            PlantedSource(store, SITE, replace(config, dictionary=str(tmp_path / name)))
 
 
 def test_what_cannot_be_planted_is_refused_in_a_sentence(store, tmp_path):
     with pytest.raises(UsageError, match="has 24 dimensions that vary, too few to plant along 16"):
         PlantedSource(store, SITE, replace(CONFIG, per_cell=8))
-    for wrong in (
-        {"strengths": (1.5,)},
-        {"strengths": ()},
-        {"rarest": 0.2},
-        {"commonest": 1.0},
-        {"seed": -1},
-        {"per_cell": 0},
-        {"token_share": 2.0},
-        {"heldout_share": 0.0},
+    strength, probability = "a plant's strength must be at least 1e-06", "plants fire with prob"
+    for wrong, sentence in (
+        ({"strengths": (1.5,)}, f"{strength}.* would drown the stream; not 1.5"),
+        ({"strengths": (0.2, 0.0)}, f"{strength}, or it is lost in rounding, .* not 0.2, 0.0"),
+        ({"strengths": (-0.2,)}, strength),
+        ({"strengths": (1e-40,)}, f"{strength}.* not 1e-40"),
+        ({"strengths": (float("nan"),)}, "strengths is nan, but must be a number"),
+        ({"strengths": ()}, "give at least one of strengths"),
+        ({"rarest": 0.2}, f"{probability}.*from 0.2 to 0.01; these must rise"),
+        ({"rarest": 1e-30}, f"{probability}.*from 1e-30 to 0.01; .* at least 1e-06"),
+        ({"commonest": 1.0}, probability),
+        ({"seed": -1}, "seed is -1"),
+        ({"per_cell": 0}, "per-cell is 0"),
+        ({"token_share": 2.0}, "token-share must be from 0 to 1"),
+        ({"heldout_share": 0.0}, "heldout-share between 0 and 1"),
     ):
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError, match=sentence):
             PlantConfig(**wrong)
     few = ActivationStore.open(store.folder)
     few.num_rows = 3 * CHUNK_ROWS - 1
-    with pytest.raises(UsageError, match=r"has 3,071 rows; .* needs at least 3,072"):
-        PlantedSource(few, SITE, CONFIG)
+    for own, config, sentence in (
+        (few, CONFIG, "3,071 rows, 2,048 would be held out .* trained on; harvest more tokens"),
+        (store, replace(CONFIG, heldout_share=0.99), r"held out .* trained on; lower heldout-sha"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            PlantedSource(own, SITE, config)
     with pytest.raises(UsageError, match="have 27 different tokens, too few to tie each of 28 "):
         make_plants(store.statistics(SITE), dict.fromkeys(range(27), 9), CONFIG)
     make_plants(store.statistics(SITE), dict.fromkeys(range(28), 9), CONFIG)
     flat = write_store(tmp_path / "flat", scale=0.0)
-    with pytest.raises(LlmWsaeError, match="rows that do not vary"):
+    with pytest.raises(
+        LlmWsaeError, match="the rows do not vary in any dimension; take other text"
+    ):
         make_plants(flat.statistics(SITE), {1: 1})

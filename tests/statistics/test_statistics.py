@@ -54,6 +54,16 @@ def test_float32_rows_give_the_moments_to_six_digits():
     torch.testing.assert_close(s.excess_kurtosis, kurtosis, rtol=1e-5, atol=1e-5)
 
 
+def test_powers_of_rows_that_outgrow_float32_are_finite():
+    x = rows_of(600, dtype=torch.float32)
+    small, large = (Statistics(5, 32).update(r, positions_of(600)) for r in (x, x * 2.0**60))
+    torch.testing.assert_close(large.variance / 2.0**120, small.variance)
+    torch.testing.assert_close(large.excess_kurtosis, small.excess_kurtosis, rtol=1e-5, atol=1e-5)
+    again = Statistics.from_tensors(large.to_tensors())
+    with pytest.raises(LlmWsaeError, match="most rows are longer than"):
+        again.check_varying()
+
+
 def test_large_offset_loses_nothing():
     x = rows_of(5000) + 1e6
     s = Statistics(5, 32).update(x, positions_of(len(x)))
@@ -177,6 +187,39 @@ def test_bad_rows_are_refused():
         Statistics.from_tensors({"count": torch.tensor([0, 1, 1])})
 
 
+def test_tensors_that_cannot_be_statistics():
+    """A checksum shows what was written, not that it makes sense."""
+    whole = Statistics(5, 32).update(rows_of(200), positions_of(200)).to_tensors()
+    nan = torch.tensor([0, 1, torch.nan, 0, 0], dtype=torch.float64)
+    for changes, sentence in (
+        ({"mean": nan}, "their tensor 'mean' holds NaN or infinite numbers"),
+        ({"m2": nan / 0}, "their tensor 'm2' holds NaN or infinite numbers"),
+        ({"m2": -whole["m2"]}, "they have a negative variance"),
+        ({"m2": whole["m2"][:4]}, r"their tensor 'm2' is float64 of shape \[4\]"),
+        ({"m2": whole["m2"].long()}, r"their tensor 'm2' is int64 of shape \[5\]"),
+        ({"mean": whole["mean"][:4]}, r"their tensor 'm2' is float64 of shape \[5\]"),
+        ({"sample": whole["sample"] * torch.inf}, "'sample' holds NaN or infinite numbers"),
+        ({"sample_priority": nan}, r"'sample_priority' is float64 of shape \[5\]"),
+        ({"count": whole["count"][:1]}, r"their tensor 'count' is int64 of shape \[1\]"),
+        ({"count": -whole["count"]}, "their tensor 'count' has a negative count"),
+        ({"count": whole["count"].double()}, r"their tensor 'count' is float64 of shape \[3\]"),
+        ({"norms": whole["norms"][:, 1:]}, "their tensor 'norms' is int64 of shape"),
+        ({"norms": 0 * whole["norms"]}, "they count 200 rows and 0 norms"),
+    ):
+        with pytest.raises(LlmWsaeError, match=sentence):
+            Statistics.from_tensors(whole | changes)
+    Statistics.from_tensors(Statistics(5, 32).to_tensors())  # of a shard without rows
+    found = Statistics.from_tensors(whole)
+    found.check_of(5, 32, 200)
+    for of, sentence in (
+        ((6, 32, 200), "they are of 5 dimensions, not of 6"),
+        ((5, 16, 200), "they are of 32 tokens per context, not of 16"),
+        ((5, 32, 1201), "they are of 200 rows, not of 1,201"),
+    ):
+        with pytest.raises(LlmWsaeError, match=sentence):
+            found.check_of(*of)
+
+
 def test_robust_covariance_is_that_of_the_clipped_sample():
     x = rows_of(3000, 4) @ torch.randn(4, 4, generator=torch.Generator().manual_seed(1)).double()
     s = Statistics(4, 32).update(x, positions_of(len(x)))
@@ -258,6 +301,23 @@ def test_second_moment_is_that_of_float64_and_merges_exactly():
         assert float(error.max()) < 1e-6
     with pytest.raises(LlmWsaeError, match="NaN or infinite"):
         whole.update(torch.full((3, 40), torch.nan))
+
+
+def test_tensors_that_cannot_be_sums():
+    whole = SecondMoment(5).update(rows_of(200)).to_tensors()
+    for changes, sentence in (
+        ({"mean": whole["mean"][:4]}, r"their tensor 'scatter' is float64 of shape \[5, 5\]"),
+        ({"scatter": whole["scatter"][:4]}, r"their tensor 'scatter' is float64 of shape \[4, 5\]"),
+        ({"scatter": whole["scatter"] / 0}, "their tensor 'scatter' holds NaN or infinite"),
+        ({"scatter": -whole["scatter"]}, "they have a negative variance"),
+        ({"mean": whole["mean"] * torch.nan}, "their tensor 'mean' holds NaN"),
+        ({"count": whole["count"].repeat(2)}, r"their tensor 'count' is int64 of shape \[2\]"),
+        ({"count": -whole["count"]}, "their tensor 'count' has a negative count"),
+    ):
+        with pytest.raises(LlmWsaeError, match=sentence):
+            SecondMoment.from_tensors(whole | changes)
+    with pytest.raises(LlmWsaeError, match="they lack the tensor 'scatter'"):
+        SecondMoment.from_tensors({name: whole[name] for name in ("count", "mean")})
 
 
 def test_shrinkage_helps_where_rows_are_few_and_vanishes_where_they_are_many():

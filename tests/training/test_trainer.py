@@ -30,6 +30,7 @@ from llm_wsae.training.normaliser import Normaliser
 from llm_wsae.training.parallel import collectives
 from llm_wsae.training.trainer import FINISHED, Interrupted, train
 from llm_wsae.weights.choosing import choose_weights
+from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import RULES
 
@@ -295,6 +296,29 @@ def test_impossible_settings_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"tokens \(9\) must be at least one batch"):
         TrainConfig(tokens=9)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_rows_and_weights_that_nothing_can_be_learnt_from_are_refused(tmp_path):
+    """Also weights that nobody chose for the site; before a folder is made."""
+    source, space = MemorySource(), WeightConfig(place="space")
+    still, endless = MemorySource(), MemorySource()
+    still.rows = torch.ones_like(still.rows)
+    endless.rows = endless.rows * 1e18
+    plain, nothing = torch.ones(16), torch.zeros(16)
+    for rows, weights, sentence in (
+        (still, LossWeights(plain), "nothing to learn: apart from a few, the rows do not vary"),
+        (endless, LossWeights(plain), "most rows are longer than 1e"),
+        (source, LossWeights(plain[:9]), "for 9 dimensions, but the site has 16; make them from"),
+        (source, LossWeights(plain * torch.nan), "must be finite and not negative"),
+        (source, LossWeights(plain / 0), "must be finite and not negative"),
+        (source, LossWeights(-plain), "must be finite and not negative"),
+        (source, LossWeights(nothing), "leave no dimension in the loss"),
+        (source, LossWeights(torch.ones(16, 16), config=space), "are no space to train in; make"),
+        (source, LossWeights(1 - torch.eye(16)[0], config=space), "are no space to train in; make"),
+    ):
+        with pytest.raises(LlmWsaeError, match=sentence):
+            train(rows, make_arms([weights], ks=(4,)), CONFIG, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_checkpoint_is_named(trained, tmp_path):

@@ -1,7 +1,10 @@
 """From rules to normalised weights, and weights from a file."""
 
+from functools import partial
+
 import pytest
 import torch
+from covariances import second_moment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,15 +112,22 @@ def test_the_form_follows_the_settings(inputs):
 
 
 def test_powers_that_are_no_numbers_or_lead_into_no_space_are_refused(inputs):
-    for rule in ("variance", "whitening"):
-        for alpha in (float("nan"), float("inf")):
-            with pytest.raises(UsageError, match=f"must be a finite number, not {alpha}"):
+    for rule in ("variance", "whitening", "token-norm"):
+        for alpha in (float("nan"), float("inf"), -float("inf"), 1e308, -1e308):
+            with pytest.raises(UsageError, match=r"alpha is .*, but must be a"):
                 weights_from_rule(rule, alpha, inputs)
-        for alpha in (1e6, -1e6):
+    for rule in ("variance", "whitening"):
+        for alpha in (1e6, -1e6, -1e15):
             with pytest.raises(UsageError, match=r"weights vanish on 3 of 4 dimensions; choose"):
                 weights_from_rule(rule, alpha, inputs)
-    with pytest.raises(LlmWsaeError, match="no space to train in; lower α or set clip"):
-        weights_from_rule("whitening", 9.0, inputs, SPACE)
+        clipped = weights_from_rule(rule, 1e15, inputs, WeightConfig(clip=3.0))
+        assert stretching(clipped).min() > 0.1
+    for alpha in (50.0, -50.0, 1e15):
+        with pytest.raises(UsageError, match=r"weights of \d+ of 8192 tokens vanish or outgrow"):
+            weights_from_rule("token-norm", alpha, inputs)
+    for alpha in (9.0, -9.0):
+        with pytest.raises(LlmWsaeError, match="no space to train in; choose an α nearer to 0, or"):
+            weights_from_rule("whitening", alpha, inputs, SPACE)
 
 
 def test_variance_rule_is_the_papers(statistics):
@@ -144,8 +154,14 @@ def test_a_zero_score_is_a_zero_weight_or_the_largest():
     assert gamma[0] == gamma[2] > gamma[1]
     clipped = weights_from_rule("semantic", 1.0, found, WeightConfig(clip=3.0)).gamma
     assert float(clipped[0] / clipped[2]) == pytest.approx(1 / 3)
-    with pytest.raises(LlmWsaeError, match="no space to train in; lower α or set clip"):
+    with pytest.raises(LlmWsaeError, match="no space to train in; choose an α nearer to 0, or"):
         weights_from_rule("semantic", 1.0, found, SPACE)
+    for scores, sentence in (
+        (torch.zeros(3), "'semantic' scores every dimension 0, so it prefers none; take another"),
+        (torch.full((3,), torch.nan), "scores of the rule 'semantic' are NaN or infinite"),
+    ):
+        with pytest.raises(LlmWsaeError, match=sentence):
+            weights_from_rule("semantic", 1.0, RuleInputs(s, coherence=scores.double()))
 
 
 def test_a_constant_dimension_stays_finite_under_negative_alpha():
@@ -162,15 +178,28 @@ def test_a_constant_dimension_stays_finite_under_negative_alpha():
 def test_rows_that_vary_in_a_few_only_are_no_fault_of_alpha():
     x = torch.ones(2000, 3)
     x[7] = torch.tensor([1.5, 1.0, 0.5])
-    s = Statistics(3, 8).update(x, torch.arange(2000) % 8)
-    for make in (
-        lambda: weights_from_rule("uniform", 1.0, s),
-        lambda: weights_from_rule("variance", 0.5, s),
-        lambda: own_weights(LossWeights(torch.ones(3)), s),
-        lambda: own_weights(LossWeights(torch.eye(3)), s),
+    endless = torch.randn(2000, 3) * 1e18
+    for rows, sentence in (
+        (x, "apart from a few, the rows do not vary in any dimension; take other text"),
+        (torch.zeros(2000, 3), "apart from a few, the rows do not vary in any dimension"),
+        (
+            endless,
+            r"most rows are longer than 1e\+12, as no model's are; load the model",
+        ),
     ):
-        with pytest.raises(LlmWsaeError, match="apart from a few, the rows do not vary"):
-            make()
+        s = Statistics(3, 8).update(rows, torch.arange(2000) % 8)
+        found = RuleInputs(s, fisher=torch.eye(3), second_moment=second_moment(s))
+        for make in (
+            *(
+                partial(weights_from_rule, rule, alpha, found)
+                for rule in ("uniform", "variance", "whitening", "sensitivity", "token-norm")
+                for alpha in (0.0, 0.5)
+            ),
+            partial(own_weights, LossWeights(torch.ones(3)), s),
+            partial(own_weights, LossWeights(torch.eye(3)), s),
+        ):
+            with pytest.raises(LlmWsaeError, match=sentence):
+                make()
 
 
 @pytest.mark.parametrize("rule", ["token-norm", "permuted:token-norm"])
@@ -208,9 +237,6 @@ def test_weights_of_tokens_that_cannot_be(statistics):
             own_weights(LossWeights(torch.ones(4), token_norm, -0.5, config), statistics)
     with pytest.raises(LlmWsaeError, match="for 7 dimensions, but the site has 4"):
         own_weights(LossWeights(torch.ones(7), token_norm, -0.5), statistics)
-    still = Statistics(4, 8).update(torch.ones(50, 4), torch.arange(50) % 8)
-    with pytest.raises(LlmWsaeError, match="nothing to weigh: the rows do not vary"):
-        weights_from_rule("token-norm", -0.5, still)
 
 
 def test_own_weights_are_normalised(statistics):
@@ -230,7 +256,28 @@ def test_bad_own_weights_are_refused(statistics):
         (torch.tensor([1, 1, 1, float("nan")]), WeightConfig(), "finite and not negative"),
         (torch.tensor([1.0, 1, 1, -1]), WeightConfig(), "finite and not negative"),
         (torch.zeros(4), WeightConfig(), "leave no dimension in the loss"),
-        (torch.ones(4, 4), SPACE, "no space to train in"),
+        (torch.zeros(4, 4), WeightConfig(), "leave no dimension in the loss"),
+        (torch.ones(4, 4), SPACE, "no space to train in; set clip"),
     ]:
         with pytest.raises(LlmWsaeError, match=sentence):
             own_weights(LossWeights(gamma, config=config), statistics)
+
+
+def test_own_weights_are_clipped_as_those_of_a_rule(statistics):
+    """Also where that makes them a space; a rule's weights, which were clipped, are left alone."""
+    gamma = torch.tensor([0.0, 1.0, 8.0, 1e9])
+    for config in (WeightConfig(clip=4.0), WeightConfig(place="space", clip=4.0)):
+        own = own_weights(LossWeights(gamma, config=config), statistics).gamma
+        torch.testing.assert_close(own / own[0], torch.tensor([1.0, 1.0, 4.0, 16.0]))
+    assert own_weights(LossWeights(gamma), statistics).gamma[0] == 0
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(4, 4, generator=draw))[0] for _ in "lr")
+    gamma = torch.tensor([0.1, 1.0, 8.0, 1e3])
+    own = own_weights(LossWeights((left * gamma) @ right, config=config), statistics)
+    stretch = stretching(own)
+    assert (stretch / stretch[-1]).tolist() == pytest.approx([16, 16, 4, 1], rel=1e-3)
+    turned = left.T @ own.gamma @ right.T  # the directions are the same
+    torch.testing.assert_close(turned, turned.diagonal().diag(), rtol=0, atol=1e-4)
+    ruled = LossWeights(torch.tensor([1.0, 1, 1, 9]), RULES["variance"], 0.5, config)
+    found = own_weights(ruled, statistics).gamma
+    assert float(found[3] / found[0]) == pytest.approx(9)

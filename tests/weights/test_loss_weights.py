@@ -137,6 +137,23 @@ def test_settings_are_given_for_custom_weights_only(tmp_path):
         LossWeights.load(path, config)
 
 
+def test_the_form_of_custom_weights_is_that_of_their_tensor(tmp_path, monkeypatch):
+    path, matrix, diagonal = tmp_path / "w.safetensors", torch.eye(4), torch.ones(4)
+    for gamma, form, other in ((matrix, "matrix", "diagonal"), (diagonal, "diagonal", "matrix")):
+        save_file({"anything": gamma}, path)
+        assert LossWeights.load(path, WeightConfig(form=form)).config.form == form
+        for refused in (
+            lambda other=other: LossWeights.load(path, WeightConfig(form=other)),
+            lambda gamma=gamma, other=other: LossWeights(gamma, config=WeightConfig(form=other)),
+        ):
+            with pytest.raises(UsageError, match=f"given in, {form}, not {other}; leave form at"):
+                refused()
+    monkeypatch.setattr(LossWeights.__init__, "__no_type_check__", True, raising=False)
+    for odd in (torch.ones(2, 3), torch.ones(2, 2, 2), torch.tensor(1.0), torch.ones(4).long()):
+        with pytest.raises(LlmWsaeError, match="they must be one floating-point number per dim"):
+            LossWeights(odd)
+
+
 def test_a_file_is_for_the_site_that_it_names(tmp_path):
     path, here, there = tmp_path / "w.safetensors", Site(1, "post"), Site(2, "post")
     gamma = torch.tensor([1.0, 2.0])

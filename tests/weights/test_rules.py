@@ -305,7 +305,7 @@ def test_the_floor_makes_any_matrix_invertible():
         [2 * EIGENVALUE_FLOOR, 2 * EIGENVALUE_FLOOR, 2.0, 4.0, 6.0]
     )
     assert vectors.dtype == torch.float64
-    with pytest.raises(LlmWsaeError, match="do not vary"):
+    with pytest.raises(LlmWsaeError, match="no positive eigenvalue, so it prefers nothing"):
         spectrum(torch.zeros(3, 3))
     with pytest.raises(LlmWsaeError, match="NaN"):
         spectrum(torch.full((3, 3), float("nan")))

@@ -1,0 +1,84 @@
+"""What was measured of a store for weight rules, kept in its folder ``evidence`` (its name on disk
+since the first version)."""
+
+import sys
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.files import load_own_tensors, save_own_tensors
+from llm_wsae.model.encoder_names import canonical_encoder
+from llm_wsae.model.site import Site
+from llm_wsae.processes import leads
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.reading import finite_tensor_of, tensor_of
+from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.weights.config import RuleInputConfig
+
+FOLDER = "evidence"
+SETTINGS = {
+    "fisher": ("sensitivity_tokens", "seed"),
+    "coherence": ("semantic_tokens", "top", "before", "after", "encoder", "seed"),
+}
+"""The settings on which a measurement depends."""
+
+
+class StoredMeasurement:
+    """A measurement in the store's folder, valid only for the same rows and settings."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        site: Site,
+        need: str,
+        config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
+    ):
+        self._need, self._d_in = need, store.d_in
+        self._path = store.folder / FOLDER / f"{site}.{need}.safetensors"
+        settings = {name: getattr(config, name) for name in SETTINGS.get(need, ())}
+        self._header = {"rows": store.identity(site)["sha256"], **settings}
+
+    def read(self) -> Tensor | None:
+        tensors = self.read_tensors()
+        return None if tensors is None else tensors[self._need]
+
+    def read_tensors(self) -> dict[str, Tensor] | None:
+        if not self._path.exists():
+            return None
+        try:
+            tensors, header = load_own_tensors(self._path, self._need)
+            check_measurement(self._need, tensors, self._d_in)
+        except LlmWsaeError:  # damaged
+            return None
+        return tensors if _settings(header) == _settings(self._header) else None
+
+    def write(self, measured: Tensor) -> None:
+        self.write_tensors({self._need: measured})
+
+    def write_tensors(self, tensors: dict[str, Tensor]) -> None:
+        if not leads():  # rank 0 could not keep them either
+            return
+        try:
+            save_own_tensors(self._path, tensors, self._header)
+        except LlmWsaeError as error:  # a read-only store
+            tqdm.write(f"the measurement is not kept: {error}", file=sys.stderr)
+
+
+def check_measurement(what: str, tensors: dict[str, Tensor], d_in: int) -> None:
+    """Raise LlmWsaeError if tensors cannot be what is measured of rows of that width."""
+    if what in ("statistics", "second_moment"):
+        tensor_of(tensors, "mean", d_in)
+        (Statistics if what == "statistics" else SecondMoment).from_tensors(tensors)
+    else:
+        finite_tensor_of(tensors, what, *((d_in, d_in) if what == "fisher" else (d_in,)))
+
+
+def _settings(header: dict[str, Any]) -> dict[str, Any]:
+    """The header with one name for the default encoder, which older measurements name otherwise."""
+    return {
+        key: canonical_encoder(value) if key == "encoder" else value
+        for key, value in header.items()
+    }
