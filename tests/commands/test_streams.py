@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from llm_wsae import processes
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity import evaluator, summary
-from llm_wsae.files import read_own_json, save_own_tensors
+from llm_wsae.files import load_tensors, read_own_json, save_own_tensors
 from llm_wsae.model.site import Site
 from llm_wsae.planning import speeds
+from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.one_site import Training
 
 SITES = ("blocks.0.hook_resid_post", SITE)
@@ -241,6 +243,27 @@ def part(what, *words):
     if what is not None and os.environ["RANK"] == what[0]:
         what[1]()
     return call(*words)
+
+
+def test_a_text_that_breaks_off_costs_no_step(world, tmp_path):
+    """In several processes as in one, and each says how far it came."""
+    text = write_jsonl(tmp_path / "broken.jsonl", [400] * 16)
+    with text.open("a") as file:
+        file.write("no document\n")
+    words = ("train", "--model", world / "model", "--corpus", text, *STREAM, "--rule", "uniform",
+             "--tokens", 256 * 40, "--site", *SITES)  # fmt: skip
+    reached = []
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        outcomes = in_several(size, part, None, *words, "--out", out)
+        assert {outcome.code for outcome in outcomes} == {1}
+        (said,) = (outcome.err for outcome in outcomes if "llm-wsae: " in outcome.err)
+        found = re.search(r"line 17 is .*\(stopped after step (\d+) of 40, saved in", said)
+        for site in SITES:
+            _, metadata = load_tensors(out / site / CHECKPOINT, "checkpoint")
+            reached.append(json.loads(metadata["llm_wsae"])["step"])
+        assert found and int(found[1]) == reached[-1], said
+    assert len(set(reached)) == 1 and 0 < reached[0] < 40
 
 
 def check_said_once(outcomes, sites):
