@@ -120,6 +120,7 @@ def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
         return clean_stream(model, cache, number, last, activations)
 
     monkeypatch.setattr(evaluator, "clean_stream", counted)
+    monkeypatch.setattr(llm_wsae.pipeline._Run, "announce", lambda *given: None)  # evaluates too
     asked = ("run", "--model", world / "model", "--corpus", world / "text.jsonl", *RUN, "--rule",
              "uniform", "whitening", "--alpha", "auto", "--evaluate.batch-tokens", 64)  # fmt: skip
     works(*asked, "--site", *SITES, "--out", tmp_path / "both")
@@ -149,6 +150,7 @@ def test_a_site_that_cannot_be_evaluated_does_not_cost_the_others_their_reports(
              "uniform", "--out", tmp_path / "out", "--site")  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(summary, "_check_finite", broken)
+        patch.setattr(llm_wsae.pipeline._Run, "announce", lambda *given: None)  # it evaluates too
         failed = call(*asked, *SITES)
     assert failed.code == 1 and failed.out == ""
     assert failed.err.splitlines()[-1].endswith(f"activations of the model at {SITES[0]} are NaN")
@@ -238,7 +240,7 @@ def test_short_texts_are_read_again_and_it_is_said(world, tmp_path):
 def part(what, *words):
     """One process's part of a command; ``what`` is done to it first."""
     llm_wsae.pipeline.TRIAL_TOKENS, llm_wsae.tuning.TRIAL_ROWS = 300, 1024
-    speeds.SECONDS, llm_wsae.pipeline.LEAST_TOKENS = 0.01, 0  # the plan measures
+    speeds.SECONDS = 0.01
     processes._BEATS_MISSED = 300  # to import the library of figures on a busy machine
     if what is not None and os.environ["RANK"] == what[0]:
         what[1]()
