@@ -33,7 +33,7 @@ from llm_wsae.files import write_json
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.planning.planning import LEAST_TOKENS, check_rows, plan
+from llm_wsae.planning.planning import check_rows, plan
 from llm_wsae.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.processes import join, leads
 from llm_wsae.run_checks import (
@@ -242,7 +242,6 @@ class _Run:
             init_seeds=self.init_seeds,
             contexts=heldout,
             out=self.out,
-            with_times=self.harvesting.tokens >= LEAST_TOKENS,
             harvest_config=self.harvesting,
             stream_config=self.stream,
             weight_config=self.weighing,

@@ -57,7 +57,7 @@ def timed_run(*words: object, **settings: object) -> dict[str, float]:
 
     for name, stage in STAGES.items():
         setattr(pipeline, name, timed(stage, getattr(pipeline, name)))
-    pipeline.LEAST_TOKENS = 10**15
+    pipeline._Run.announce = lambda *_: None
     began = time.perf_counter()
     pipeline.run(*words, **settings)
     return {**seconds, "in all": time.perf_counter() - began}

@@ -79,7 +79,7 @@ def store(world):
 @pytest.fixture(scope="module")
 def stopped_once(tmp_path_factory):
     out = tmp_path_factory.mktemp("stopped")
-    source = Planted(stop_after=30)
+    source = Planted(stop_after=31)
     with pytest.raises(Interrupted, match="after step 31"):
         train(source, arms_for(source)[:2], SHORT, out)
     return out

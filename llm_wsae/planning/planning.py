@@ -34,8 +34,6 @@ from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import Rule
 
-LEAST_TOKENS = 500_000
-"""Of a run that measures before it begins; a shorter one is over before that would be worth it."""
 _SAMPLED = 8  # forward passes' worth of text that is looked at
 
 
@@ -54,7 +52,6 @@ def plan(
     accelerator: str | None = None,
     price_per_hour: float | None = None,
     out: Path = Path("runs"),
-    with_times: bool = True,
     harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
     stream_config: StreamConfig | None = None,
     weight_config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
@@ -118,7 +115,7 @@ def plan(
     advice, why = _advice(sizes, free, trained)
     seconds: dict[str, float] = {}
     times: Times = "not measured"
-    if with_times and shortage is None:
+    if shortage is None:
         if card is None:
             settings = harvest_config, train_config, evaluate_config
             speeds = measure(model, sites, arms, sample, place, *settings)

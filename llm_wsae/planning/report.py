@@ -9,6 +9,8 @@ from llm_wsae.terminal import aligned
 Times = Literal["measured", "estimated", "not measured"]
 Advice = Literal["store", "stream"]
 
+_LONG = 500_000  # tokens; of a shorter run little is measured
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -94,12 +96,17 @@ class Plan:
         for stage, seconds in self.seconds.items():
             count, unit = units.get(stage, (0, ""))
             speed = f", {count / seconds:,.0f} {unit}/s" if count and seconds else ""
-            rows.append([stage, in_time(seconds), f"{self.times}{speed}"])
+            rows.append([stage, in_time(seconds), f"{self._how}{speed}"])
         if self.seconds:
             rows.append(["in all", in_time(self.total_seconds), f"on {self.device}"])
         if self.price is not None:
             rows.append(["price", f"{self.price:,.2f}", f"at {self.price_per_hour:g} an hour"])
         return "\n".join([aligned(rows, left=3), "", f"{self.advice}: {self.why}", *self.notes])
+
+    @property
+    def _how(self) -> str:
+        is_rough = self.times == "measured" and self.tokens < _LONG
+        return "roughly measured" if is_rough else self.times
 
     def _free(self) -> str:
         return "" if self.disk_free is None else f" of {in_bytes(self.disk_free)} free"
@@ -112,7 +119,7 @@ class Plan:
         ]
         if self.seconds:
             stages = ", ".join(f"{stage} {in_time(s)}" for stage, s in self.seconds.items())
-            lines.append(f"takes about {in_time(self.total_seconds)} ({stages}; {self.times})")
+            lines.append(f"takes about {in_time(self.total_seconds)} ({stages}; {self._how})")
         lines.append(f"{self.advice}: {self.why}")
         if self.shortage is not None:
             lines.append(f"warning: {self.shortage}")

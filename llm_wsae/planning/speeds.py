@@ -45,6 +45,7 @@ from llm_wsae.weights.matrix_rules import spectrum
 
 SECONDS = 2.0
 """For the forward passes, and again for the steps of the training."""
+_SHARE = 10  # a short run is measured on one part of so many, so that this stays worth it
 _MOST_BATCHES = 8
 _WARM_UP, _FEWEST_STEPS, _MOST_STEPS = 2, 3, 50
 _EVALUATED = 2048  # tokens of the evaluation on a CPU, where more at a time are not faster
@@ -150,7 +151,10 @@ def measure(
     """
     with TemporaryDirectory(prefix=".plan.", dir=place) as name:
         folder = Path(name)
-        token, rows, positions = _harvest(model, sites, contexts, folder, harvest)
+        # two with a row at most, say, would leave nothing to measure
+        contexts = [one for one in contexts if int(one.keep.sum()) > 1] or contexts
+        few = contexts[: max(2, harvest.num_contexts // _SHARE)]
+        token, rows, positions = _harvest(model, sites, few, folder, harvest)
         statistics = Statistics(model.d_model, harvest.context_size).update(rows, positions)
         packing = {"packing": harvest.packing()}
         identity = {"kind": "sample", "site": str(sites[-1]), "model": model.identity(), **packing}
@@ -274,8 +278,9 @@ def _train(
     for number in range(_WARM_UP):
         training.step(min(number, last), next(batches))
     training.read_numbers(1)
+    most = min(_MOST_STEPS, training.num_steps // _SHARE)
     began, steps = time.perf_counter(), 0
-    while steps < _FEWEST_STEPS or (steps < _MOST_STEPS and time.perf_counter() - began < SECONDS):
+    while steps < _FEWEST_STEPS or (steps < most and time.perf_counter() - began < SECONDS):
         training.step(min(_WARM_UP + steps, last), next(batches))
         steps += 1
     training.read_numbers(steps)
@@ -299,7 +304,9 @@ def _evaluate(
     config: EvaluateConfig,
 ) -> float:
     """Seconds a row, at all sites."""
-    tokens = min(config.batch_tokens, _EVALUATED if model.device.type == "cpu" else 1 << 30)
+    tokens = min(config.batch_tokens, config.tokens // _SHARE)
+    if model.device.type == "cpu":
+        tokens = min(tokens, _EVALUATED)
     taken = contexts[: max(2, tokens // len(contexts[0].ids))]
     rows = sum(int(context.keep.sum()) for context in taken)
     of_sites = {

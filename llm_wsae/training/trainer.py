@@ -32,7 +32,14 @@ from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.log import LOG, is_log
 from llm_wsae.training.one_site import Training
 from llm_wsae.training.optimiser import PAIR_BYTES
-from llm_wsae.training.parallel.group import CONTINUE, SAVE, STOP, ProcessGroup, process_group
+from llm_wsae.training.parallel.group import (
+    CONTINUE,
+    FAIL,
+    SAVE,
+    STOP,
+    ProcessGroup,
+    process_group,
+)
 
 
 class Interrupted(LlmWsaeError):
@@ -61,8 +68,7 @@ def train(
 
     Returns the dictionaries by arm name. Raises UsageError for impossible settings, LlmWsaeError
     when ``out`` belongs to another training or is being written, and Interrupted after Ctrl-C or
-    SIGTERM. When the source fails, what was trained is saved first, unless there are several
-    processes: their last checkpoint is what the same call resumes from.
+    SIGTERM. When the source fails, in whichever process, what was trained is saved first.
     """
     out = Path(out)
     job = _Job(source, arms, out)
@@ -226,7 +232,7 @@ def _run(
     for training in trainings:
         training.begin()
         _check_agreed(group.processes, {"step": training.reached}, "checkpoints")
-    step = began = min(training.reached for training in trainings)
+    step = min(training.reached for training in trainings)
     num_steps, arms = trainings[0].num_steps, sum(len(training.arms) for training in trainings)
     bar = tqdm(
         total=num_steps * config.batch_size,
@@ -243,38 +249,45 @@ def _run(
             training.save()
 
     rows_of_all = batches(step, group.strategy.row_part)
+    failure: LlmWsaeError | None = None  # of the rows of the next step
     saved_at = time.monotonic()
     try:
         with _stop_signals() as stopped, bar:
 
             def want() -> int:
+                if failure is not None:
+                    return FAIL
                 if stopped:
                     return STOP
                 due = time.monotonic() - saved_at > config.checkpoint_seconds
                 return SAVE if due and group.processes.leads else CONTINUE
 
             wanted = CONTINUE
+            rows = next(rows_of_all) if step < num_steps else ()
             while step < num_steps and wanted < STOP:
-                try:
-                    rows = next(rows_of_all)
-                except LlmWsaeError as error:
-                    if step == began or group.processes.size > 1:
-                        raise
-                    save()
-                    raise LlmWsaeError(
-                        f"{error} (stopped after step {step} of {num_steps}, saved in {out}; the "
-                        "same command goes on from there)"
-                    ) from error
+                following: tuple[Tensor, ...] = ()
+                if step + 1 < num_steps:
+                    try:  # before this step, so that no process begins one that another cannot take
+                        following = next(rows_of_all)
+                    except LlmWsaeError as error:
+                        failure = error
                 agreed = group.agree(want)
                 for number, training in numbered.items():
                     if training.reached == step:
                         training.advance(rows[number], bar)
                 step += 1
                 bar.update(config.batch_size)
-                wanted = agreed()
+                wanted, rows = agreed(), following
                 if wanted >= SAVE:
                     save()
                     saved_at = time.monotonic()
+        if wanted == FAIL:
+            if failure is None:
+                group.processes.meet()  # raises the sentence of the process that failed
+            raise LlmWsaeError(
+                f"{failure} (stopped after step {step} of {num_steps}, saved in {out}; the "
+                "same command goes on from there)"
+            ) from failure
         if step < num_steps:
             raise Interrupted(
                 f"stopped after step {step} of {num_steps}, saved in {out}; "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from llm_wsae import processes
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity import evaluator, summary
-from llm_wsae.files import read_own_json, save_own_tensors
+from llm_wsae.files import load_tensors, read_own_json, save_own_tensors
 from llm_wsae.model.site import Site
 from llm_wsae.planning import speeds
+from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.one_site import Training
 
 SITES = ("blocks.0.hook_resid_post", SITE)
@@ -118,6 +120,7 @@ def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
         return clean_stream(model, cache, number, last, activations)
 
     monkeypatch.setattr(evaluator, "clean_stream", counted)
+    monkeypatch.setattr(llm_wsae.pipeline._Run, "announce", lambda *given: None)  # evaluates too
     asked = ("run", "--model", world / "model", "--corpus", world / "text.jsonl", *RUN, "--rule",
              "uniform", "whitening", "--alpha", "auto", "--evaluate.batch-tokens", 64)  # fmt: skip
     works(*asked, "--site", *SITES, "--out", tmp_path / "both")
@@ -147,6 +150,7 @@ def test_a_site_that_cannot_be_evaluated_does_not_cost_the_others_their_reports(
              "uniform", "--out", tmp_path / "out", "--site")  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(summary, "_check_finite", broken)
+        patch.setattr(llm_wsae.pipeline._Run, "announce", lambda *given: None)  # it evaluates too
         failed = call(*asked, *SITES)
     assert failed.code == 1 and failed.out == ""
     assert failed.err.splitlines()[-1].endswith(f"activations of the model at {SITES[0]} are NaN")
@@ -236,11 +240,32 @@ def test_short_texts_are_read_again_and_it_is_said(world, tmp_path):
 def part(what, *words):
     """One process's part of a command; ``what`` is done to it first."""
     llm_wsae.pipeline.TRIAL_TOKENS, llm_wsae.tuning.TRIAL_ROWS = 300, 1024
-    speeds.SECONDS, llm_wsae.pipeline.LEAST_TOKENS = 0.01, 0  # the plan measures
+    speeds.SECONDS = 0.01
     processes._BEATS_MISSED = 300  # to import the library of figures on a busy machine
     if what is not None and os.environ["RANK"] == what[0]:
         what[1]()
     return call(*words)
+
+
+def test_a_text_that_breaks_off_costs_no_step(world, tmp_path):
+    """In several processes as in one, and each says how far it came."""
+    text = write_jsonl(tmp_path / "broken.jsonl", [400] * 16)
+    with text.open("a") as file:
+        file.write("no document\n")
+    words = ("train", "--model", world / "model", "--corpus", text, *STREAM, "--rule", "uniform",
+             "--tokens", 256 * 40, "--site", *SITES)  # fmt: skip
+    reached = []
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        outcomes = in_several(size, part, None, *words, "--out", out)
+        assert {outcome.code for outcome in outcomes} == {1}
+        (said,) = (outcome.err for outcome in outcomes if "llm-wsae: " in outcome.err)
+        found = re.search(r"line 17 is .*\(stopped after step (\d+) of 40, saved in", said)
+        for site in SITES:
+            _, metadata = load_tensors(out / site / CHECKPOINT, "checkpoint")
+            reached.append(json.loads(metadata["llm_wsae"])["step"])
+        assert found and int(found[1]) == reached[-1], said
+    assert len(set(reached)) == 1 and 0 < reached[0] < 40
 
 
 def check_said_once(outcomes, sites):

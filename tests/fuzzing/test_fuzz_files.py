@@ -155,7 +155,7 @@ def of_stores(folder: Path) -> dict[str, Kind]:
 def of_trainings(folder: Path) -> dict[str, Kind]:
     stopped, done = folder / "stopped", folder / "finished"
     with pytest.raises(Interrupted):
-        train((source := Planted(stop_after=30)), arms_for(source)[:2], SHORT, stopped)
+        train((source := Planted(stop_after=31)), arms_for(source)[:2], SHORT, stopped)
     shutil.copytree(stopped, done)
     train((source := Planted()), arms_for(source)[:2], SHORT, done)
     read_checkpoint = checkpoint_reader(stopped)

@@ -9,6 +9,7 @@ import torch
 from command_line import call, save_model, works
 from tiny import tiny_model, write_jsonl
 
+from llm_wsae import pipeline
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
@@ -63,9 +64,9 @@ def size(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_rows_and_bytes_are_those_of_a_real_run(model, text, tmp_path, monkeypatch):
+def test_rows_and_bytes_are_those_of_a_real_run(model, text, tmp_path, monkeypatch, fixed):
     contexts = Packer.for_model(model, HARVEST).contexts(Corpus.open(str(text), "train"))
-    found = plan(model, SITES, contexts=contexts, with_times=False, out=tmp_path, **SETTINGS)
+    found = plan(model, SITES, contexts=contexts, out=tmp_path, **SETTINGS)
     store = harvest(model, Corpus.open(str(text), "train"), SITES, tmp_path / "store", HARVEST)
     inputs = measure_inputs(["whitening"], store, SITES[0])
     measure_inputs(["whitening"], store, SITES[1])
@@ -94,13 +95,12 @@ def test_rows_and_bytes_are_those_of_a_real_run(model, text, tmp_path, monkeypat
     assert found.disk_bytes == most
 
 
-def test_without_a_text_rows_are_what_contexts_keep(model):
-    found = plan(model, SITES[:1], with_times=False, **SETTINGS)
+def test_without_a_text_rows_are_what_contexts_keep(model, fixed):
+    found = plan(model, SITES[:1], **SETTINGS)
     assert found.rows == 1250 * 31 and found.trained_rows == 75 * 512
     short = replace(HARVEST, drop_positions=0, prepend_bos=False)
-    found = plan(model, SITES[:1], with_times=False, **SETTINGS | {"harvest_config": short})
+    found = plan(model, SITES[:1], **SETTINGS | {"harvest_config": short})
     assert found.rows == 40_000
-    assert found.seconds == {} and found.price is None and found.times == "not measured"
 
 
 def test_times_grow_with_tokens(model, fixed):
@@ -155,7 +155,7 @@ def test_all_sites_of_a_stream_are_trained_at_once(model, text, tmp_path, monkey
     """In memory, on the disk, and in the time that checkpoints take."""
     stream = StreamConfig(context_size=32, batch_tokens=2048, buffer_tokens=4096)
     found, alone, stored = (
-        plan(model, sites, stream_config=config, **SETTINGS, accelerator="h100", with_times=False)
+        plan(model, sites, stream_config=config, **SETTINGS, accelerator="h100")
         for sites, config in ((SITES, stream), (SITES[:1], stream), (SITES, None))
     )
     arms_bytes, dictionaries_bytes = 3 * 26 * 64 * 1024, 3 * 8 * 64 * 1024
@@ -194,7 +194,7 @@ def test_all_sites_of_a_stream_are_trained_at_once(model, text, tmp_path, monkey
     assert sum(files) == pytest.approx(2 * found.checkpoint_bytes, rel=0.03) and len(files) == 2
 
 
-def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch):
+def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch, fixed):
     """Where the training takes less: of the dictionaries of all sites at once, the activations at
     these sites and at the model's end, and the model's end for each variant of a batch."""
     small = replace(TRAIN, expansion=2, batch_size=64)
@@ -208,7 +208,7 @@ def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch):
         return (sites + 1) * 100_000 * row + together * own + held
 
     def planned(sites, **more):
-        return plan(model, SITES[:sites], with_times=False, **settings, **more).memory_bytes
+        return plan(model, SITES[:sites], **settings, **more).memory_bytes
 
     weights = planning.parameters_bytes(model.hf_model)
     for sites in (1, 2):
@@ -227,12 +227,9 @@ def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch):
     assert planned(2) == 2**30 + expected(2, 2) - 16 * 8192 * row + 3 * 8192 * row
 
 
-def test_dictionaries_of_earlier_sites_stay_in_memory(model, monkeypatch):
+def test_dictionaries_of_earlier_sites_stay_in_memory(model, monkeypatch, fixed):
     monkeypatch.setattr(planning, "peak_memory_bytes", lambda: 2**30)
-    two, one = (
-        plan(model, sites, with_times=False, **SETTINGS).memory_bytes
-        for sites in (SITES, SITES[:1])
-    )
+    two, one = (plan(model, sites, **SETTINGS).memory_bytes for sites in (SITES, SITES[:1]))
     assert two - one == 3 * 8 * 64 * 1024
 
 
@@ -298,7 +295,8 @@ def test_what_does_not_fit_is_said(model, monkeypatch, fixed):
     needed = plan(model, SITES, **SETTINGS)
     monkeypatch.setattr(planning, "free_space", lambda path: needed.disk_bytes - 1)
     found = plan(model, SITES, **SETTINGS)
-    assert found.seconds == {} and found.advice == "stream"
+    assert found.seconds == {} and found.price is None and found.times == "not measured"
+    assert found.advice == "stream"
     assert "run --stream keeps no rows" in found.why and "0.99 × the tokens" in found.why
     with pytest.raises(LlmWsaeError, match=r"on the disk of .* \(about 39,9\d\d fit\)") as raised:
         found.check()
@@ -343,20 +341,43 @@ def test_a_run_says_what_it_takes_and_makes_the_same_bytes(
     settings = {**SETTINGS, "harvest_config": replace(HARVEST, tokens=4000), "rules": ["uniform"]}
     monkeypatch.setattr(speeds, "SECONDS", 0.2)
     made = {}
-    for least in (10**9, 0):
-        monkeypatch.setattr("llm_wsae.pipeline.LEAST_TOKENS", least)
-        out = tmp_path / str(least)
+    for says in (True, False):
+        if not says:
+            monkeypatch.setattr(pipeline._Run, "announce", lambda *given: None)
+        out = tmp_path / str(says)
         run(model, str(text), SITES[:1], out, **settings)
         said = capsys.readouterr().err
-        assert said.count("takes up to") == 1 and said.count("takes about") == (least == 0)
-        made[least] = {
+        assert said.count("takes up to") == said.count("takes about") == says
+        made[says] = {
             path.relative_to(out).as_posix(): path.read_bytes()
             for path in sorted(out.rglob("*.safetensors"))
         }
         run(model, str(text), SITES[:1], out, **settings)
         assert "takes about" not in (again := capsys.readouterr().err)
         assert "takes up to" not in again
-    assert len(made[0]) > 3 and made[0] == made[10**9]
+    assert len(made[True]) > 3 and made[True] == made[False]
+
+
+def test_a_short_run_is_measured_on_a_tenth_of_it(model, text, monkeypatch):
+    """And called rough."""
+    read, kept_rows, step, steps = [], speeds.kept_rows, Training.step, []
+
+    def counted(model, contexts, sites):
+        read.append(len(contexts.ids))
+        return kept_rows(model, contexts, sites)
+
+    monkeypatch.setattr(speeds, "kept_rows", counted)
+    monkeypatch.setattr(Training, "step", lambda *given: (steps.append(1), step(*given)))
+    for tokens, contexts, warm_up, most in ((40_000, 125, 2, 7), (500_000, 512, 2, 50)):
+        read.clear()
+        steps.clear()
+        longer = replace(HARVEST, tokens=tokens)
+        found = plan(model, SITES[:1], **SETTINGS | {"harvest_config": longer})
+        assert 1 < sum(read) <= contexts + 64  # and a pass to warm up
+        assert warm_up + 3 <= len(steps) <= warm_up + most
+        is_rough = tokens < 500_000
+        assert ("; roughly measured)" in found.text()) == is_rough
+        assert ("roughly measured, " in found.table()) == is_rough
 
 
 WORDS = (

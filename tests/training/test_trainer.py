@@ -139,7 +139,7 @@ def test_arms_in_one_pass_equal_arms_alone(trained, tmp_path):
 def test_a_terminated_training_resumes_bit_for_bit(trained, tmp_path):
     source, out, _ = trained
     arms = arms_for(source, l1s=(0.02,))
-    sentence = r"stopped after step 24 of 60, .*run the same command"
+    sentence = r"stopped after step 23 of 60, .*run the same command"
     with pytest.raises(Interrupted, match=sentence) as stopped:
         train(MemorySource(stop_after=23), arms, CONFIG, tmp_path)
     assert stopped.value.exit_code == 143

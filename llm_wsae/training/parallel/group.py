@@ -11,8 +11,8 @@ from llm_wsae.training.config import Shard
 from llm_wsae.training.parallel.collectives import Collectives, collectives
 from llm_wsae.training.parallel.strategy import SINGLE, DataParallel, LatentParallel, Strategy
 
-CONTINUE, SAVE, STOP = range(3)
-"""What a process may want after a step; the largest one wins."""
+CONTINUE, SAVE, STOP, FAIL = range(4)
+"""What a process may want after a step; the largest one wins. One that fails has no next rows."""
 
 _STRATEGIES: dict[Shard, Callable[[Collectives], Strategy]] = {
     "rows": DataParallel,

@@ -141,7 +141,7 @@ def test_a_terminated_training_resumes_bit_for_bit(trained, tmp_path):
     arms, config = arms_for(source), replace(CONFIG, tokens=256 * 100, log_every=20)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(source, arms, config, whole)
-    with pytest.raises(Interrupted, match="stopped after step 54 of 100"):
+    with pytest.raises(Interrupted, match="stopped after step 53 of 100"):
         train(Planted(massive=True, stop_after=53), arms, config, broken)
     train(source, arms, config, broken)
     for name in NAMES:
@@ -166,7 +166,7 @@ def test_trainings_from_before_there_were_architectures_go_on(trained, tmp_path)
         assert arm.pop("architecture") is None
     del header["sha256"]
     save_file(tensors, path, {"llm_wsae": json.dumps(header)})
-    with pytest.raises(Interrupted, match="stopped after step 31 of"):
+    with pytest.raises(Interrupted, match="stopped after step 30 of"):
         train(Planted(stop_after=30), arms, CONFIG, tmp_path)
     other = make_arms([arms[0].weights], (2,), architectures=("jumprelu",))
     with pytest.raises(LlmWsaeError, match="arms uniform-jumprelu-k2 is asked for, but not there"):
