@@ -48,6 +48,7 @@ SECONDS = 2.0
 _SHARE = 10  # a short run is measured on one part of so many, so that this stays worth it
 _MOST_BATCHES = 8
 _WARM_UP, _FEWEST_STEPS, _MOST_STEPS = 2, 3, 50
+_MOST_BEFORE_DEATH = 25  # steps that are waited for the first dead latents; longer runs have fewer
 _EVALUATED = 2048  # tokens of the evaluation on a CPU, where more at a time are not faster
 _LARGEST_SPECTRUM = 1024  # dimensions; above, the time is taken to grow with their cube
 
@@ -274,14 +275,17 @@ def _train(
     batches = sample.batches(config.batch_size, config.shuffle_seed)
     alone = ProcessGroup(Processes())  # also where rank 0 measures and others wait for it
     training = Training(sample, arms, config, folder / "training", device, alone)
-    last = training.num_steps - 1
-    for number in range(_WARM_UP):
+    last, warm_up = training.num_steps - 1, _WARM_UP
+    before_death = training.dead_after // config.batch_size + 1
+    if before_death <= _MOST_BEFORE_DEATH:  # most steps of a short run revive dead latents
+        warm_up = max(warm_up, before_death)
+    for number in range(warm_up):
         training.step(min(number, last), next(batches))
     training.read_numbers(1)
     most = min(_MOST_STEPS, training.num_steps // _SHARE)
     began, steps = time.perf_counter(), 0
     while steps < _FEWEST_STEPS or (steps < most and time.perf_counter() - began < SECONDS):
-        training.step(min(_WARM_UP + steps, last), next(batches))
+        training.step(min(warm_up + steps, last), next(batches))
         steps += 1
     training.read_numbers(steps)
     seconds = time.perf_counter() - began

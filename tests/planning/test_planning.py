@@ -359,7 +359,7 @@ def test_a_run_says_what_it_takes_and_makes_the_same_bytes(
 
 
 def test_a_short_run_is_measured_on_a_tenth_of_it(model, text, monkeypatch):
-    """And called rough."""
+    """And called rough. Its steps are those of most of the training, in which latents are dead."""
     read, kept_rows, step, steps = [], speeds.kept_rows, Training.step, []
 
     def counted(model, contexts, sites):
@@ -368,7 +368,7 @@ def test_a_short_run_is_measured_on_a_tenth_of_it(model, text, monkeypatch):
 
     monkeypatch.setattr(speeds, "kept_rows", counted)
     monkeypatch.setattr(Training, "step", lambda *given: (steps.append(1), step(*given)))
-    for tokens, contexts, warm_up, most in ((40_000, 125, 2, 7), (500_000, 512, 2, 50)):
+    for tokens, contexts, warm_up, most in ((40_000, 125, 8, 7), (500_000, 512, 2, 50)):
         read.clear()
         steps.clear()
         longer = replace(HARVEST, tokens=tokens)
