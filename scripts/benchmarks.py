@@ -48,6 +48,7 @@ _BENCHMARK_PAGES = {
     "page": "whole-job.md",
     "evaluate": "whole-job.md",
     "plan": "whole-job.md",
+    "quickstart": "whole-job.md",
     "stream": "whole-job.md",
     "long": "whole-job.md",
     "study": "whole-job.md",

@@ -47,6 +47,7 @@ FLOORS = (
     "pages",
     "planting",
     "harvesting",
+    "stored_measurement",
     "streaming",
     "training",
     "saelens",

@@ -299,7 +299,7 @@ def test_a_matrix_is_squared_once(source):
 def test_own_matrix_that_is_no_space(inputs):
     nearly = torch.eye(D_IN)
     nearly[0, 0] = 1e-7
-    with pytest.raises(LlmWsaeError, match="more than 100000 times"):
+    with pytest.raises(LlmWsaeError, match="more than 100,000 times"):
         own_weights(LossWeights(nearly, config=SPACE), inputs)
 
 
