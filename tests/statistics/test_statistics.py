@@ -337,3 +337,9 @@ def test_shrinkage_helps_where_rows_are_few_and_vanishes_where_they_are_many():
     torch.testing.assert_close(shrunk(many, 40_000), many, rtol=0.02, atol=2e-3)
     same = torch.eye(60, dtype=torch.float64)
     assert torch.equal(shrunk(same, 10), same)
+    # equation 23 by hand: ρ = (0·10 + 4²) / ((10 + 1 − 1)·(10 − 4²/2)) = 0.8
+    by_hand = shrunk(torch.tensor([3.0, 1.0], dtype=torch.float64).diag(), 10)
+    torch.testing.assert_close(by_hand, torch.tensor([2.2, 1.8]).double().diag())
+    by_hand = shrunk(torch.tensor([3.0, 1.0, 1.0], dtype=torch.float64).diag(), 20)
+    rho = (11 / 3 + 5**2) / ((20 + 1 - 2 / 3) * (11 - 5**2 / 3))
+    assert float(by_hand[0, 0]) == pytest.approx(3 - rho * (3 - 5 / 3))
