@@ -42,10 +42,12 @@ class StoredMeasurement:
         self._header = {"rows": store.identity(site)["sha256"], **settings}
 
     def read(self) -> Tensor | None:
+        """What was measured; None if it was not, is damaged, or is of other rows or settings."""
         tensors = self.read_tensors()
         return None if tensors is None else tensors[self._need]
 
     def read_tensors(self) -> dict[str, Tensor] | None:
+        """The same of a measurement that has several tensors, by name."""
         if not self._path.exists():
             return None
         try:
@@ -56,9 +58,11 @@ class StoredMeasurement:
         return tensors if _settings(header) == _settings(self._header) else None
 
     def write(self, measured: Tensor) -> None:
+        """Keep it; if the store cannot be written to, say so."""
         self.write_tensors({self._need: measured})
 
     def write_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The same of several tensors."""
         if not leads():  # rank 0 could not keep them either
             return
         try:

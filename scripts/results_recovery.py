@@ -30,6 +30,7 @@ from benchmarks import IMAGES, README, write_result
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from results_archive import pack, unpack
+from results_archive import read as archived
 from safetensors.torch import load_file, save_file
 
 from llm_wsae import (
@@ -70,7 +71,6 @@ ROWS = 1_000_000
 """That each dictionary is trained on."""
 RUN = README.parent / "runs/recovery"
 ARCHIVE = Path(__file__).parent / "results/recovery.jsonl.gz"
-BASELINES = README.parent / "runs/baselines"
 BASELINES_ARCHIVE = Path(__file__).parent / "results/baselines.jsonl.gz"
 """What ``results_baselines.py`` measures."""
 K = 32
@@ -726,11 +726,13 @@ def means_of_baselines(key: str, rows: int) -> Means:
 
 def read_baselines(key: str, rows: int) -> list[dict[str, Any]]:
     """The baselines of a site, those that were not trained first."""
-    if BASELINES_ARCHIVE.exists() and not BASELINES.exists():
-        unpack(BASELINES_ARCHIVE, BASELINES)
-    folders = (BASELINES / "raw/results", BASELINES / str(rows) / "results")
-    paths = [path for folder in folders for path in sorted(folder.glob(f"{key}.*"))]
-    return [json.loads(path.read_text()) for path in paths]
+    known = archived(BASELINES_ARCHIVE)
+    return [
+        record
+        for folder in ("raw", rows)
+        for name, record in known.items()
+        if name.startswith(f"{folder}/results/{key}.")
+    ]
 
 
 def tables(records: Sequence[dict[str, Any]], key: str, rows_of_training: int) -> Iterator[str]:

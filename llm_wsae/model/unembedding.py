@@ -60,26 +60,18 @@ class Head:
             whole = Unembedding(
                 lambda rows: rows, [lambda rows: self._blocks.run(enter(rows)).logits[:, 0]]
             )
-            if not self._blocks.side_by_side:  # one product of all fills an accelerator
-                yield whole
-                return
             with contextlib.ExitStack() as patches:
                 divided = self._divided(patches, enter)
-                if divided is None:
-                    yield whole
-                    return
-                if self._divides is None:
+                if divided is not None and self._divides is None:
                     rows = torch.randn(2, self._d_model, generator=torch.Generator().manual_seed(0))
                     self._divides = _agree(divided, whole, rows.to(self._hf_model.dtype))
-                if self._divides:
-                    yield divided
-                    return
-            yield whole
+                yield divided if divided is not None and self._divides else whole
 
     def _divided(
         self, patches: contextlib.ExitStack, enter: Callable[[Tensor], Tensor]
     ) -> Unembedding | None:
-        """Run by run; None if the head is no plain product.
+        """Run by run; None if the head is no plain product, or the model is on an accelerator,
+        which one product of all fills.
 
         To make a run, the model's own forward is called, of which two modules do something else:
         the trunk answers with what it made of the rows in the first step, and the head multiplies
@@ -87,7 +79,8 @@ class Head:
         """
         model: Any = self._hf_model
         head, trunk = model.get_output_embeddings(), model.base_model
-        if type(head) is not nn.Linear or trunk is model:
+        is_plain = type(head) is nn.Linear and trunk is not model
+        if not is_plain or not self._blocks.side_by_side:
             return None
         asked: dict[int, tuple[Any, slice]] = {}
         own_trunk = trunk.forward

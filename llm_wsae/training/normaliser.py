@@ -122,8 +122,8 @@ def inverse(gamma: Gamma) -> Gamma:
         is_singular = bool(info)
     if is_singular:
         raise LlmWsaeError(
-            "weights that leave a direction out are no space to train in; make them with "
-            "choose_weights, which checks that"
+            "a space to train in cannot have weights of 0 in any direction, since nothing leads "
+            "back from there; choose_weights refuses such weights"
         )
     return found
 
