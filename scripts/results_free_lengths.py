@@ -55,6 +55,19 @@ IN_LOSS: Weights = ("variance", -0.5, LOSS, K)
 BLOCKS_9, OTHERS = ("smollm2", "gemma"), ("smollm2-20", "gemma-5", "gemma-14")
 PAIR = (PLAIN, HALFWAY_IN_LOSS)
 """What is compared in other settings."""
+RATED: tuple[Weights, ...] = (
+    *(("uniform", 1.0, LOSS, k) for k in (24, 48, 64)),
+    *(("whitening", alpha, LOSS, K) for alpha in (0.25, 0.75, 1.0)),
+    HALFWAY,
+    HALFWAY_SPACE,
+    IN_LOSS,
+    INVERSE,
+    ("rotated:whitening", 0.5, LOSS, K),
+    ("permuted:whitening", 0.5, LOSS, K),
+    ("variance", 0.5, LOSS, K),
+    ("sensitivity", 0.25, SPACE, K),
+)
+"""What is compared at other learning rates beside the pair."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,18 @@ PARTS = {
     "four-million": Part(PAIR, BLOCKS_9, setting="four-million", rows=4_000_000),
     "fresh": Part(PAIR, seeds=expected.FRESH),
     "fresh-inverse": Part((IN_LOSS,), ("gemma", "gemma-14"), expected.FRESH),
+    "others": Part(
+        (
+            *(("uniform", 1.0, LOSS, k) for k in (24, 48, 64)),
+            ("variance", 0.5, LOSS, K),
+            ("sensitivity", 0.25, SPACE, K),
+        ),
+        OTHERS,
+        sensitivity=True,
+    ),
+    "random-others": Part((("random", 1.0, MIXED, K),), OTHERS, setting="random"),
+    "half-rates": Part(RATED, BLOCKS_9, (0,), "half-rate", rate=0.5, sensitivity=True),
+    "twice-rates": Part(RATED, BLOCKS_9, (0,), "twice-rate", rate=2.0, sensitivity=True),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -118,8 +143,9 @@ to be that of all dictionaries of a site. What comes after ``loss-powers`` was d
 whitening in the loss had become the default; ``fresh`` so that five seeds stand behind what is
 called better, and ``fresh-inverse`` where inverse variance is called better still. Half the rate,
 twice the rate and BatchTopK had one seed at first, as had Gemma after four million rows and the
-powers in the loss. ``loss-controls`` came last, for the sites at which the default had no control
-of its own."""
+powers in the loss. ``loss-controls`` came later, for the sites at which the default had no control
+of its own; and last what ``others`` had not been measured at those sites, and the learning rates of
+all that is compared."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "four-million": "four million rows",
@@ -356,6 +382,40 @@ def in_settings(key: str) -> Iterator[str]:
     yield from _outcome(expected.OF_SETTINGS, key, settings)
 
 
+def at_rates(key: str) -> Iterator[str]:
+    """All that is compared at three learning rates, of seed 0."""
+    settings = {
+        rate: recovery.means_of(
+            [
+                record
+                for record in read(key, "" if rate == expected.USUAL_RATE else rate)
+                if record["seed"] == 0
+            ]
+        )
+        for rate in expected.RATES
+    }
+    rated = set.intersection(*(set(means) for means in settings.values()))
+    if rated <= {expected.PLAIN, expected.HALFWAY_IN_LOSS}:
+        return
+    rows = [["dictionary", *(f"{what}, rate {times}" for what in ("KL", "recovered")
+             for times in ("× ½", "× 1", "× 2")), "most CE recovered at"]]  # fmt: skip
+    for label in sorted(rated, key=lambda name: (not name.startswith("uniform"), name)):
+        rows.append(
+            [
+                f"`{label}`",
+                *(
+                    f"{settings[rate][label][measure]:.3f}"
+                    for measure in ("kl", "recovered")
+                    for rate in expected.RATES
+                ),
+                expected.best_rate(settings, label).replace("-", " "),
+            ]
+        )
+    yield f"### At three learning rates: {PLACES[key].title}"
+    yield markdown(rows)
+    yield from _outcome(expected.OF_RATES, key, settings)
+
+
 def _difference(estimate: Estimate | None, of_seeds: dict[int, Value], measure: str) -> str:
     """With its interval if there are seeds enough."""
     if estimate is not None:
@@ -366,7 +426,8 @@ def _difference(estimate: Estimate | None, of_seeds: dict[int, Value], measure: 
 
 def section_of_settings() -> str:
     """The part of docs/results on other settings."""
-    return "\n\n".join(part for key in BLOCKS_9 for part in in_settings(key))
+    ways = (in_settings, at_rates)
+    return "\n\n".join(part for key in BLOCKS_9 for way in ways for part in way(key))
 
 
 def section() -> str:
