@@ -45,9 +45,12 @@ from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
+RUN = 2048  # as llm_wsae.model.unembedding, which an older checkout lacks
 CONTEXT, TOGETHER = 128, 1024  # tokens of a context, and rows of one product of the floor
+IN_RUNS = "the same, unembedding in runs"
 WORDS = (
-    "floor: the bare products of the passes, in the faster arrangement. evaluate: several "
+    "floor: the bare products of the passes, in the faster arrangement; below it with the "
+    f"unembedding {RUN:,} tokens at a time, as evaluate takes it. evaluate: several "
     "dictionaries on a text whose activations are known, seconds divided by their number. Tokens a "
     "second and dictionary; ratios are medians within repeats, in brackets the lowest and highest."
 )
@@ -81,10 +84,14 @@ def evaluation(model: LanguageModel, site: Site, tokens: int, variants: int) -> 
     return lambda: known.evaluate(dictionaries)
 
 
-def products(model: LanguageModel, site: Site, tokens: int, variants: int) -> Callable[[], None]:
-    """The floor: rows times every weight behind the site, and the unembedding."""
+def products(
+    model: LanguageModel, site: Site, tokens: int, variants: int, run: int | None = None
+) -> Callable[[], None]:
+    """The floor: rows times every weight behind the site, and the unembedding, whole or so many
+    tokens of the vocabulary at a time."""
     blocks = model.hf_model.get_submodule(model.paths.blocks)[site.block + 1 :]
-    weights = [w for w in blocks.parameters() if w.ndim == 2] + [model.W_U.T]
+    weights = [w for w in blocks.parameters() if w.ndim == 2]
+    weights += model.W_U.T.split(run or model.W_U.shape[1])
     rows = {w.shape[1]: torch.randn(TOGETHER, w.shape[1]).to(w.dtype) for w in weights}
     times = variants * (tokens // TOGETHER)
 
@@ -206,6 +213,7 @@ def main() -> None:
     done = args.tokens * args.variants
     ways = {
         "floor": (done, products(model, site, args.tokens, args.variants)),
+        IN_RUNS: (done, products(model, site, args.tokens, args.variants, RUN)),
         "evaluate": (done, ours),
     }
     if args.beside:

@@ -14,6 +14,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.round_trip.sums import RoundTripSums
 
 DENSE_DENSITY = 0.1  # a latent is dense when it fires on more than this share of rows
+_TOGETHER = 512  # rows in float64 at a time, which stay in a CPU's cache
 HISTOGRAM_LOW, HISTOGRAM_STEP = -7.0, 0.25  # log10 of the density
 
 
@@ -59,15 +60,18 @@ class ReconstructionSums:
         """Reconstruct rows, add them to every sum, and return the reconstruction."""
         codes = dictionary.encode_sparse(rows)
         reconstruction = dictionary.decode(codes)
-        x, y = exact(rows), exact(reconstruction)
+        for x, y in zip(rows.split(_TOGETHER), reconstruction.split(_TOGETHER), strict=True):
+            self._compare(exact(x), exact(y))
+        self.round_trip.update(codes, dictionary.encode_sparse(reconstruction))
+        return reconstruction
+
+    def _compare(self, x: Tensor, y: Tensor) -> None:
         self.count += len(x)
         self.error += (x - y).square().sum(0)
         norm_x, norm_y = x.norm(dim=1), y.norm(dim=1)
         # The bound only guards the quotient of an all-zero row.
         self.cosine += float(((x * y).sum(1) / (norm_x * norm_y).clamp(min=1e-300)).sum())
         self.l2_ratio += float((norm_y / norm_x.clamp(min=1e-300)).sum())
-        self.round_trip.update(codes, dictionary.encode_sparse(reconstruction))
-        return reconstruction
 
     @torch.no_grad()
     def update_massive(
