@@ -120,6 +120,8 @@ PARTS = {
     "batch-topk": Part(PAIR, BLOCKS_9, setting="batch-topk", architecture="batch-topk"),
     "jumprelu": Part(PAIR, BLOCKS_9, setting="jumprelu", architecture="jumprelu"),
     "four-million": Part(PAIR, BLOCKS_9, setting="four-million", rows=4_000_000),
+    "million": Part(PAIR, BLOCKS_9, setting="million", rows=1_000_000),
+    "half-million": Part(PAIR, BLOCKS_9, setting="half-million", rows=500_000),
     "fresh": Part(PAIR, seeds=expected.FRESH),
     "fresh-inverse": Part((IN_LOSS,), ("gemma", "gemma-14"), expected.FRESH),
     "others": Part(
@@ -144,10 +146,12 @@ whitening in the loss had become the default; ``fresh`` so that five seeds stand
 called better, and ``fresh-inverse`` where inverse variance is called better still. Half the rate,
 twice the rate and BatchTopK had one seed at first, as had Gemma after four million rows and the
 powers in the loss. ``loss-controls`` came later, for the sites at which the default had no control
-of its own; and last what ``others`` had not been measured at those sites, and the learning rates of
-all that is compared."""
+of its own; and last what ``others`` had not been measured at those sites, the learning rates of all
+that is compared, and shorter trainings."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
+    "half-million": "half a million rows",
+    "million": "one million rows",
     "four-million": "four million rows",
     "half-rate": "learning rate × ½",
     "twice-rate": "learning rate × 2",
