@@ -89,8 +89,8 @@ def _theorems(closed: Mapping[str, dict]) -> list[list[str]]:
         [
             "3: with as many latents as features the solution is unique",
             "in part",
-            "Only of a digon alone on its line. With 2 n_p latents (Q, −Q)ᵀ reconstructs "
-            f"everything, whatever the orthogonal Q. {_TESTS}",
+            "True of a digon alone on its line. With 2 n_p latents, (Q, −Q)ᵀ reconstructs "
+            f"everything for any orthogonal Q. {_TESTS}",
         ],
         [
             "4 and 5: L_SAE − L_GT = E (x − r)ᵀ(W_pᵀΓ²W_p − I)(x − r), so Γ can close the gap",
@@ -176,7 +176,7 @@ def _truth(planted: Mapping[str, dict]) -> list[str]:
         best = max(best, better)
     return [
         "weights by monosemanticity recover more of the true features",
-        f"in {best} of {len(planted['arms'])} at best",
+        f"in {best} of {len(planted['arms'])}",
         "Better than plain and every control, and worse than plain, in that many of "
         f"{len(planted['arms'])} planted experiments: {', '.join(words)}.",
     ]
@@ -193,7 +193,7 @@ def _measured() -> list[str]:
     return [
         "the principle itself: count the more monosemantic dimensions more",
         "yes" if verdicts == {BETTER} else "in part" if BETTER in verdicts else "no",
-        f"`{ANNEALED}`, what a first dictionary measures as weights that are moved to 1, on fresh "
+        f"`{ANNEALED}`, weights measured in a first dictionary and annealed to 1, on fresh "
         f"seeds: {'; '.join(words)}.",
     ]
 

@@ -206,8 +206,8 @@ def section(repetitions: int) -> str:
             f"family over seeds {archive.cell:.3f}. Documents add {archive.document:.4f} to a "
             "difference in detection, as far as the study of today's dictionaries shows (the "
             f"others hold no resamplings); {Spreads.document:g} is assumed beside the families of "
-            ".015. Columns are the seeds at which a study is looked at, "
-            "until some rule is better.",
+            ".015. Columns: the numbers of seeds after which the study is looked at, "
+            "until some rule is called better.",
             markdown(rows, left=2),
         ]
     )
