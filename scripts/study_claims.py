@@ -253,10 +253,10 @@ ANNEALING = Apart(
     "Annealed weights, on fresh seeds",
     FOLDER / "confirmation-annealed",
     f"`{ANNEALED}` are weights by participation in a first dictionary, annealed to 1 over the "
-    "first 60 % of the training. On seeds 0 to 2 they were above the plain curve in selectivity, as "
-    "it was counted then (every concept once, most of them letters), +0.0218 [+0.0093, +0.0343] and "
-    "+0.0148 [+0.0036, +0.0260], and below it in detection at "
-    "block 9, −0.0073 [−0.0104, −0.0041]. They were tried once more, alone, on seeds 5 to 9.",
+    "first 60 % of the training. On seeds 0 to 2 they were above the plain curve in selectivity, "
+    "as it was counted then (every concept once, most of them letters), +0.0218 [+0.0093, "
+    "+0.0343] and +0.0148 [+0.0036, +0.0260], and below it in detection at block 9, −0.0073 "
+    "[−0.0104, −0.0041]. They were tried once more, alone, on seeds 5 to 9.",
     _ANNEALED_AGAIN,
 )
 GAP_ANNEALED = "gap-a0.5-n0.6"
@@ -303,16 +303,16 @@ TODAY = Apart(
     "As dictionaries are trained today",
     FOLDER / "today",
     "All other dictionaries on this page had decoder rows of length 1 and one million rows. These "
-    "have free lengths and two million, after block 9, and cross-entropy on 20,000 tokens. Plain k "
-    "were to be 24, 32 and 48; 16 was added when weighted dictionaries turned out to lie below the "
-    "cross-entropy of 24. Controls of diagonal weights are permuted within deciles of variance. "
-    "Effective dimensions still differ: inverse variance has 576 and its control 235; whitening "
-    "has 299 and its rotated control 26. `participation` takes its weights from a first dictionary "
-    "of each seed, trained on half of the rows; its effective dimensions were not kept. None differs "
-    "clearly in spill. At equal cross-entropy all three absorb less, but so do their controls, and "
-    "the weights deserve no credit: absorption falls steeply along the plain curve, whose own "
-    "k = 32 lies .012 [.005, .019] below a curve through the others; at equal density no rule "
-    "differs clearly; and baselines, which know no letters, absorb none.",
+    "have free lengths and two million, after block 9, and cross-entropy on 20,000 tokens. Plain "
+    "k were to be 24, 32 and 48; 16 was added when weighted dictionaries turned out to lie below "
+    "the cross-entropy of 24. Controls of diagonal weights are permuted within deciles of "
+    "variance. Effective dimensions still differ: inverse variance has 576 and its control 235; "
+    "whitening has 299 and its rotated control 26. `participation` takes its weights from a first "
+    "dictionary of each seed, trained on half of the rows; its effective dimensions were not "
+    "kept. None differs clearly in spill. At equal cross-entropy all three absorb less, but so do "
+    "their controls, and the weights deserve no credit: absorption falls steeply along the plain "
+    "curve, whose own k = 32 lies .012 [.005, .019] below a curve through the others; at equal "
+    "density no rule differs clearly; and baselines, which know no letters, absorb none.",
     (
         _costs_at_most(WHITENED, 0.003),
         _within(WHITENED, "detection", -0.02, 0.002),
