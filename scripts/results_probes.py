@@ -14,7 +14,6 @@ first probe.
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,4 +170,4 @@ def _checkpoints() -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
