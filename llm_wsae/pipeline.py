@@ -129,8 +129,7 @@ def run(
     Before the harvest, a few lines on stderr say what the run takes (``plan``).
     ``rules`` × ``alphas`` × (``ks`` × ``architectures`` and ``l1s``) × ``init_seeds`` are the arms.
     With ``"auto"`` among the alphas, whitening's is chosen by short trainings
-    (``tuning.choose_alpha``), and the numbers are for the
-    other rules.
+    (``tuning.choose_alpha``), and the numbers are for the other rules.
 
     Under ``torchrun`` all processes make the same call. They harvest and train together, as
     ``harvest`` and ``train`` say; rank 0 alone says what the run takes, which is what it would take

@@ -209,7 +209,6 @@ def fisher_of(
     Raises LlmWsaeError for a model that did not make the store.
     """
     store.check_model(model.identity())
-
     tokens = min(config.sensitivity_tokens, store.num_rows)
 
     def contexts() -> Iterator[tuple[Tensor, Tensor]]:

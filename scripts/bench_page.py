@@ -37,7 +37,6 @@ from benchmarks import ROOT, embedded_model, machine, write_benchmark
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.harvesting import harvest
@@ -84,12 +83,10 @@ def wide(dictionary: Dictionary, d_sae: int) -> Dictionary:
 
 def encode(store: ActivationStore, dictionary: Dictionary) -> None:
     """Read and encode every row."""
-    reader = RowReader(store.folder, store.manifest, str(dictionary.site))
+    reader = store.reader(dictionary.site)
     for start in range(0, store.num_rows, ROWS_AT_ONCE):
-        count = min(ROWS_AT_ONCE, store.num_rows - start)
-        rows = torch.empty(count, store.d_in, dtype=reader.dtype)
-        reader.read(start, rows)
-        dictionary.encode_sparse(rows.float())
+        stop = min(start + ROWS_AT_ONCE, store.num_rows)
+        dictionary.encode_sparse(reader.rows(start, stop).float())
 
 
 def build_speeds(

@@ -270,8 +270,7 @@ def agreements(source: PlantedSource) -> None:
     """How much the seeds of every kind agree, written to a file; what is known of kinds whose
     dictionaries are not here stays."""
     rows = torch.cat([rows for rows, _ in source.heldout()][:4])
-    found = {(one["architecture"], one["k"]): one for file in read("agreement.json")
-             for one in file["kinds"]}  # fmt: skip
+    found = read_agreements()
     for architecture, ks in (KS | HALF_RANDOM).items():
         for k in ks:
             made = [
@@ -289,6 +288,12 @@ def agreements(source: PlantedSource) -> None:
                 "most_active": most_active_cosine(made, rows),
             }
     write_json(RUN / "agreement.json", {"kinds": list(found.values())})
+
+
+def read_agreements() -> dict[tuple[str, int], dict[str, Any]]:
+    """(architecture, k) → what ``agreements`` wrote of it."""
+    kinds = [one for file in read("agreement.json") for one in file["kinds"]]
+    return {(one["architecture"], one["k"]): one for one in kinds}
 
 
 def most_active_cosine(made: Sequence[Dictionary], rows: torch.Tensor) -> float:
@@ -366,8 +371,7 @@ def model_section() -> Iterator[str]:
     means = kinds()
     if not means:
         return
-    agreed = {(one["architecture"], one["k"]): one for file in read("agreement.json")
-              for one in file["kinds"]}  # fmt: skip
+    agreed = read_agreements()
     rows = [["dictionary", "seeds", "L0", "KL", "CE recovered", "FVU", "dead", "plants recovered",
              "F1", "seeds' PW-MCC", "most active"]]  # fmt: skip
     for (architecture, k), own in sorted(means.items()):

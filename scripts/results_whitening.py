@@ -31,8 +31,9 @@ dictionary of an experiment was trained.
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,14 @@ from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.checkpoint import FINISHED
 from llm_wsae.training.config import default_learning_rate
 from llm_wsae.weights.choosing import own_weights, weights_from_rule
+from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_weights import LossWeights, effective_dimensions
 from llm_wsae.weights.matrix_rules import spectrum
 
 RUN = README.parent / "runs/whitening"
 ARCHIVE = Path(__file__).parent / "results/whitening.jsonl.gz"
+UNIFORM = ("uniform", 1.0, LOSS)
 HALF = ("whitening", 0.5, SPACE)
 MIXED_HALF = ("whitening", 0.5, MIXED)
 INVERSE = ("variance", -0.5, LOSS)
@@ -139,79 +142,110 @@ class Trial:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def trials(experiment: str, place: str, inputs: RuleInputs, seed: int) -> Iterator[Trial]:
-    """All dictionaries of a seed."""
+Weights = tuple[str, float, WeightConfig]
+"""Rule, exponent and settings."""
 
-    def arm(rule: str, alpha: float, config: Any = LOSS, **how: Any) -> ArmConfig:
-        weights = weights_from_rule(rule, alpha, inputs, config)
-        return ArmConfig(weights, **{"k": K, "init_seed": seed} | how)
 
-    if experiment == "form":
-        yield Trial("", STRETCHED, arm(*INVERSE))
-    if experiment == "dose":
-        for share in DOSES:
-            for label, weights in scaled(inputs, share):
-                dimensions = effective_dimensions(weights, inputs.statistics)
-                facts = {"effective_dimensions": dimensions}
-                yield Trial(
-                    f"{share:.0%}".replace("%", " %"),
-                    label,
-                    ArmConfig(weights, K, init_seed=seed),
-                    facts=facts,
-                )
-    if experiment == "rate":
-        usual = default_learning_rate(8 * inputs.statistics.d_in)
-        for factor in RATES:
-            more = (MIXED_HALF,) if factor == RATES[-1] else ()
-            for one in (("uniform", 1.0, LOSS), HALF, INVERSE, *more):
-                own = arm(*one)
-                rate = {"learning_rate": factor * usual}
-                yield Trial(f"rate × {factor:g}", label_of(own), own, rate)
-    if experiment == "every-rate" and seed == SEEDS[0]:
-        usual = default_learning_rate(8 * inputs.statistics.d_in)
-        for factor in RATES[1:2]:
-            for own in recovery.arms_of(inputs, seed, lambda label: _has_other_rate(place, label)):
-                rate = {"learning_rate": factor * usual}
-                yield Trial(f"rate × {factor:g}", label_of(own), own, rate)
-    if experiment == "lengths":
-        usual = default_learning_rate(8 * inputs.statistics.d_in)
-        factors = (1, 2, 4) if seed == SEEDS[0] else (1, 2)
-        for lengths, factor in product(("", f"{FREE}, "), factors):
-            setting = f"{lengths}rate × {factor}"
-            for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
-                own = arm(*one)
-                rate: dict[str, Any] = {"learning_rate": factor * usual}
-                if lengths:
-                    rate["lengths"] = "free"
-                trial = Trial(setting, label_of(own), own, rate)
-                if lengths or (factor > 1 and not _known_rate(place, trial, seed)):
-                    yield trial
-            if setting == FREE_TWICE:
-                own = arm(f"rotated:{MIXED_HALF[0]}", MIXED_HALF[1], replace(MIXED, draw=seed))
-                yield Trial(setting, label_of(own), own, rate)
-    if experiment == "lengths-long":
-        usual = default_learning_rate(8 * inputs.statistics.d_in)
-        for factor in (1, 2):
-            for one in (("uniform", 1.0, LOSS), MIXED_HALF):
-                own = arm(*one)
-                training = {
-                    "learning_rate": factor * usual,
-                    "lengths": "free",
-                    "tokens": LENGTHS[-1],
-                }
-                yield Trial(f"{FREE}, rate × {factor}", label_of(own), own, training)
-    if experiment == "length":
-        for rows in LENGTHS if PLACES[place].block == 9 else (TWO_MILLION,):
-            for one in (("uniform", 1.0, LOSS), HALF, MIXED_HALF):
-                own = arm(*one)
-                yield Trial(f"{rows:,} rows", label_of(own), own, {"tokens": rows})
-        if place == "smollm2":  # a control of its latents
-            own = arm(f"rotated:{MIXED_HALF[0]}", MIXED_HALF[1], replace(MIXED, draw=seed))
-            yield Trial(f"{TWO_MILLION:,} rows", label_of(own), own, {"tokens": TWO_MILLION})
-    if experiment == "kind":
-        for kind in KINDS:
-            for one in (("uniform", 1.0, LOSS), HALF):
-                yield Trial(kind, label_of(arm(*one)), arm(*one, architecture=kind))
+@dataclass(frozen=True)
+class Seed:
+    """What the trials of an experiment with one seed are made of."""
+
+    place: str
+    inputs: RuleInputs
+    seed: int
+
+    def trial(
+        self, setting: str, weights: Weights, training: dict[str, Any] | None = None, **arm: Any
+    ) -> Trial:
+        """A dictionary with these weights; ``arm`` are settings that are not the usual ones."""
+        rule, alpha, config = weights
+        made = weights_from_rule(rule, alpha, self.inputs, config)
+        own = ArmConfig(made, K, init_seed=self.seed, **arm)
+        return Trial(setting, label_of(own), own, training or {})
+
+    def rate(self, factor: float) -> dict[str, Any]:
+        """The setting of the training for a multiple of the usual learning rate."""
+        d_sae = TrainConfig.expansion * self.inputs.statistics.d_in
+        return {"learning_rate": factor * default_learning_rate(d_sae)}
+
+    @property
+    def rotated(self) -> Weights:
+        """The control of ``MIXED_HALF``."""
+        rule, alpha, config = MIXED_HALF
+        return f"rotated:{rule}", alpha, replace(config, draw=self.seed)
+
+
+def _form(of: Seed) -> Iterator[Trial]:
+    yield replace(of.trial("", INVERSE), label=STRETCHED)
+
+
+def _dose(of: Seed) -> Iterator[Trial]:
+    for share in DOSES:
+        for label, weights in scaled(of.inputs, share):
+            dimensions = effective_dimensions(weights, of.inputs.statistics)
+            arm = ArmConfig(weights, K, init_seed=of.seed)
+            facts = {"effective_dimensions": dimensions}
+            yield Trial(f"{100 * share:.0f} %", label, arm, facts=facts)
+
+
+def _rate(of: Seed) -> Iterator[Trial]:
+    for factor in RATES:
+        more = (MIXED_HALF,) if factor == RATES[-1] else ()
+        for weights in (UNIFORM, HALF, INVERSE, *more):
+            yield of.trial(f"rate × {factor:g}", weights, of.rate(factor))
+
+
+def _every_rate(of: Seed) -> Iterator[Trial]:
+    if of.seed == SEEDS[0]:
+        wanted = partial(_has_other_rate, of.place)
+        for arm in recovery.arms_of(of.inputs, of.seed, wanted):
+            yield Trial("rate × 2", label_of(arm), arm, of.rate(2))
+
+
+def _length(of: Seed) -> Iterator[Trial]:
+    for rows in LENGTHS if PLACES[of.place].block == 9 else (TWO_MILLION,):
+        for weights in (UNIFORM, HALF, MIXED_HALF):
+            yield of.trial(f"{rows:,} rows", weights, {"tokens": rows})
+    if of.place == "smollm2":  # a control of its latents
+        yield of.trial(f"{TWO_MILLION:,} rows", of.rotated, {"tokens": TWO_MILLION})
+
+
+def _kind(of: Seed) -> Iterator[Trial]:
+    for kind, weights in product(KINDS, (UNIFORM, HALF)):
+        yield of.trial(kind, weights, architecture=kind)
+
+
+def _lengths(of: Seed) -> Iterator[Trial]:
+    factors = (1, 2, 4) if of.seed == SEEDS[0] else (1, 2)
+    for factor in factors:
+        for weights in (UNIFORM, HALF, MIXED_HALF):
+            trial = of.trial(f"rate × {factor}", weights, of.rate(factor))
+            if factor > 1 and not _known_rate(of.place, trial, of.seed):
+                yield trial
+    for factor in factors:
+        setting, training = f"{FREE}, rate × {factor}", of.rate(factor) | {"lengths": "free"}
+        more = (of.rotated,) if setting == FREE_TWICE else ()
+        for weights in (UNIFORM, HALF, MIXED_HALF, *more):
+            yield of.trial(setting, weights, training)
+
+
+def _lengths_long(of: Seed) -> Iterator[Trial]:
+    for factor, weights in product((1, 2), (UNIFORM, MIXED_HALF)):
+        training = of.rate(factor) | {"lengths": "free", "tokens": LENGTHS[-1]}
+        yield of.trial(f"{FREE}, rate × {factor}", weights, training)
+
+
+TRIALS: dict[str, Callable[[Seed], Iterator[Trial]]] = {
+    "form": _form,
+    "dose": _dose,
+    "rate": _rate,
+    "every-rate": _every_rate,
+    "length": _length,
+    "kind": _kind,
+    "lengths": _lengths,
+    "lengths-long": _lengths_long,
+}
+"""What gives all dictionaries of ours, by experiment."""
 
 
 def _known_rate(place: str, trial: Trial, seed: int) -> bool:
@@ -275,7 +309,7 @@ def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> Non
         return _measure_saelens(place, opened, seeds)
     for seed in seeds:
         groups: dict[str, list[Trial]] = {}
-        for trial in trials(experiment, place, opened.inputs, seed):
+        for trial in TRIALS[experiment](Seed(place, opened.inputs, seed)):
             if not _result(experiment, place, trial, seed).exists():
                 groups.setdefault(trial.setting, []).append(trial)
         for setting, own in groups.items():

@@ -66,39 +66,40 @@ class Found:
         return self.at_best(label, measure) / self.at_best(PLAIN, measure) - 1
 
 
+Outcome = Callable[[Found], tuple[bool, str]]
+"""Whether something expected came out, and the number."""
+
+
+def _between(low: float, high: float, change: Callable[[Found], float]) -> Outcome:
+    def found(of: Found) -> tuple[bool, str]:
+        share = change(of)
+        return low <= share <= high, f"{100 * share:+.0f} %"
+
+    return found
+
+
 def changed(
     setting: str, low: float, high: float, label: str = WHITENED, measure: str = "kl"
-) -> Callable[[Found], tuple[bool, str]]:
-    def found(of: Found) -> tuple[bool, str]:
-        share = of.change(setting, label, measure)
-        return low <= share <= high, f"{100 * share:+.0f} %"
-
-    return found
+) -> Outcome:
+    """Beside plain under the same setting."""
+    return _between(low, high, lambda of: of.change(setting, label, measure))
 
 
-def changed_at_best(
-    low: float, high: float, label: str = WHITENED, measure: str = "kl"
-) -> Callable[[Found], tuple[bool, str]]:
-    def found(of: Found) -> tuple[bool, str]:
-        share = of.change_at_best(label, measure)
-        return low <= share <= high, f"{100 * share:+.0f} %"
-
-    return found
+def changed_at_best(low: float, high: float, label: str = WHITENED, measure: str = "kl") -> Outcome:
+    """Beside plain, each under its best setting."""
+    return _between(low, high, lambda of: of.change_at_best(label, measure))
 
 
-def plain_beside_usual(
-    measure: str, low: float, high: float, setting: str = FREE_TWICE
-) -> Callable[[Found], tuple[bool, str]]:
+def plain_beside_usual(measure: str, low: float, high: float, setting: str = FREE_TWICE) -> Outcome:
     """The plain dictionary of free lengths beside the usual plain one."""
 
-    def found(of: Found) -> tuple[bool, str]:
-        own, usual = of.mean(setting, PLAIN, measure), of.mean("rate × 1", PLAIN, measure)
-        return low <= own / usual - 1 <= high, f"{100 * (own / usual - 1):+.0f} %"
+    def change(of: Found) -> float:
+        return of.mean(setting, PLAIN, measure) / of.mean("rate × 1", PLAIN, measure) - 1
 
-    return found
+    return _between(low, high, change)
 
 
-def nearer(label: str, to: str, than: str) -> Callable[[Found], tuple[bool, str]]:
+def nearer(label: str, to: str, than: str) -> Outcome:
     """What one form recovers is nearer to what a second recovers than to what a third does."""
 
     def found(of: Found) -> tuple[bool, str]:

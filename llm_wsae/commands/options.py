@@ -104,11 +104,8 @@ class StreamOptions(StreamConfig, LoadOptions):
                     "give a STORE to train on, or --model and --corpus to train without one"
                 )
         elif self != StreamOptions():
-            own = next(f.name for f in fields(self) if getattr(self, f.name) != f.default)
-            raise UsageError(
-                f"--{own.replace('_', '-')} is for a training without a store; leave it or {store} "
-                "out"
-            )
+            given = changed_options(self)[0]
+            raise UsageError(f"{given} is for a training without a store; leave it or {store} out")
 
     @property
     def config(self) -> StreamConfig:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.data.manifest import Manifest
@@ -56,6 +57,12 @@ class RowReader:
             self._read_piece(shard, first, piece)
             self._prove(shard, first, piece)
             done += rows
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
+        """Rows ``start`` to ``stop``, in the store's dtype. Raises as ``read`` does."""
+        out = torch.empty(stop - start, self._d_in, dtype=self.dtype)
+        self.read(start, out)
+        return out
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
         """(shard, first row in it, rows) for each shard that a run of rows touches."""

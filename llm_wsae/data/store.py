@@ -110,10 +110,14 @@ class ActivationStore:
         """Rows ``start`` to ``stop`` in the order of the text, in the store's dtype."""
         if not 0 <= start <= stop <= self.num_rows:
             raise UsageError(f"there are no rows {start} to {stop}; the store has {self.num_rows}")
-        reader = RowReader(self.folder, self.manifest, self._name(site))
-        rows = torch.empty(stop - start, self.d_in, dtype=reader.dtype)
-        reader.read(start, rows)
-        return rows
+        return self.reader(site).rows(start, stop)
+
+    def reader(self, site: Site) -> RowReader:
+        """A reader of a site's rows, for many calls: it compares each row with its checksum once.
+
+        Raises UsageError if the store lacks the site.
+        """
+        return RowReader(self.folder, self.manifest, self._name(site))
 
     def source(self, site: Site, window_bytes: int = WINDOW_BYTES) -> "StoreSource":
         """One site as a trainer reads it (an ActivationSource)."""
@@ -218,14 +222,16 @@ class StoreSource:
 
         Which rows are in a batch depends only on the seed, the batch size and ``window_bytes``.
         """
-        return shuffled_batches(self._reader(), batch_size, seed, start, self._window_bytes)
+        reader = self.store.reader(self.site)
+        return shuffled_batches(reader, batch_size, seed, start, self._window_bytes)
 
     def batches_of_part(
         self, batch_size: int, seed: int, start: int, part: tuple[int, int]
     ) -> Iterator[Float[Tensor, "rows d_in"]]:
         """The same batches; of each, only the rows of ``part`` (its number, of how many) are
         read."""
-        return shuffled_batches(self._reader(), batch_size, seed, start, self._window_bytes, part)
+        reader = self.store.reader(self.site)
+        return shuffled_batches(reader, batch_size, seed, start, self._window_bytes, part)
 
     def statistics(self) -> Statistics:
         """The statistics of all rows."""
@@ -234,6 +240,3 @@ class StoreSource:
     def identity(self) -> dict[str, Any]:
         """JSON values that identify these rows in this order."""
         return {**self._identity, "window_bytes": self._window_bytes}
-
-    def _reader(self) -> RowReader:
-        return RowReader(self.store.folder, self.store.manifest, str(self.site))

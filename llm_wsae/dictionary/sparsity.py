@@ -178,14 +178,13 @@ def sparsity_from_settings(cfg: Mapping[str, Any]) -> Sparsity:
     Raises LlmWsaeError for an unknown architecture (listing the known ones) or an impossible k.
     """
     name = str(cfg.get("architecture"))
-    if name not in SPARSITIES:
+    kind = SPARSITIES.get(name)
+    if kind is None:
         raise LlmWsaeError(
             f"architecture {shown(name)} is not supported; {nearest(name, SPARSITIES)}"
         )
-    if name == ReLU.architecture:
-        return ReLU()
-    if name == JumpReLU.architecture:
-        return JumpReLU()
+    if not issubclass(kind, TopK):
+        return kind()
     k = cfg.get("k")
     if type(k) is not int or not 1 <= k < 2**31:
         raise LlmWsaeError(f"k is {shown(k)}, but the topk architecture needs a positive integer")

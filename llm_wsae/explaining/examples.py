@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm_wsae.data.packing import NO_DOCUMENT
-from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
@@ -212,7 +211,7 @@ class _Maker:
         cuts = [_cut(wide, draw) for wide in around]
         ids = [wide[cut].tolist() for wide, cut in zip(around, cuts, strict=True)]
         active = np.zeros((len(chosen), len(latents)), dtype=bool)
-        reader = RowReader(self._store.folder, self._store.manifest, str(self._dictionary.site))
+        reader = self._store.reader(self._dictionary.site)
         for number, (row, cut) in enumerate(zip(chosen.tolist(), cuts, strict=True)):
             context = int(rows.context[row])
             shard, place = self._store.place_of_context(context)
@@ -220,9 +219,7 @@ class _Maker:
             start = int(np.searchsorted(rows.context, context))
             ends = kept[row - start] - (WINDOW - 1) + np.array([cut.start, cut.stop])
             first, stop = (start + np.searchsorted(kept, ends)).tolist()
-            x = torch.empty(stop - first, self._store.d_in, dtype=reader.dtype)
-            reader.read(first, x)
-            floor = self._floor[first:stop]
+            x, floor = reader.rows(first, stop), self._floor[first:stop]
             active[number] = activations_of(
                 self._dictionary, x.float(), self._dictionary.W_enc[:, numbers], numbers, floor
             ).any(0)

@@ -53,17 +53,12 @@ def firings(
     are of another width or another model, or cannot be read.
     """
     check_store(store, dictionary)
-    site = dictionary.site
-    source = store.source(site)  # raises if the store lacks the site
-    reader = RowReader(store.folder, store.manifest, str(source.site))
+    reader = store.reader(dictionary.site)
     search = _Search(dictionary, latents, max(1, store.num_rows // SAMPLE_ROWS))
     starts = range(0, store.num_rows, _ROWS_AT_ONCE)
     for start in tqdm(starts, desc="rows of the store", unit="tile", leave=False):
-        rows = torch.empty(
-            min(_ROWS_AT_ONCE, store.num_rows - start), store.d_in, dtype=reader.dtype
-        )
-        reader.read(start, rows)
-        search.look(start, rows.float())
+        stop = min(start + _ROWS_AT_ONCE, store.num_rows)
+        search.look(start, reader.rows(start, stop).float())
     return [
         _firing(store, reader, dictionary, search, number, latent, top)
         for number, latent in enumerate(latents.tolist())

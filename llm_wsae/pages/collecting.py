@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.packing import NO_DOCUMENT
-from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import TopK
@@ -77,8 +76,7 @@ def collect(
     (site,) = {dictionary.site for dictionary in dictionaries.values()}
     for dictionary in dictionaries.values():
         check_store(store, dictionary)
-    store.source(site)  # raises if the store lacks the site
-    reader = RowReader(store.folder, store.manifest, str(site))
+    reader = store.reader(site)
     num_rows = min(store.num_rows, most_rows or store.num_rows)
     context = torch.from_numpy(context_of_every_row(store)[:num_rows])
     collectors = {
@@ -88,10 +86,9 @@ def collect(
     with tqdm(total=num_rows, desc="encode", unit="row", unit_scale=True) as bar:
         for start in range(0, num_rows, ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, num_rows)
-            rows = torch.empty(stop - start, store.d_in, dtype=reader.dtype)
-            reader.read(start, rows)
+            rows = reader.rows(start, stop).float()
             for collector in collectors.values():
-                collector.look(start, rows.float())
+                collector.look(start, rows)
             bar.update(stop - start)
     found = {name: collector.firings() for name, collector in collectors.items()}
     return found, {name: collector.floor for name, collector in collectors.items()}
@@ -305,7 +302,7 @@ def windows(
     wanted = wanted[np.argsort(row[wanted], kind="stable")]
     edges = np.flatnonzero(np.diff(context[row[wanted]], prepend=-1, append=-1))
     runs = list(pairwise(edges.tolist()))
-    reader = RowReader(store.folder, store.manifest, str(dictionary.site))
+    reader = store.reader(dictionary.site)
     for first, stop in tqdm(runs, desc="contexts", unit="ctx", unit_scale=True, leave=False):
         own = wanted[first:stop]
         number = int(context[row[own[0]]])
@@ -313,8 +310,7 @@ def windows(
         contexts = store.contexts(shard)
         kept = np.flatnonzero(contexts.keep[place])
         start = int(np.searchsorted(context, number))
-        x = torch.empty(len(kept), store.d_in, dtype=reader.dtype)
-        reader.read(start, x)
+        x = reader.rows(start, start + len(kept))
         theirs = latents[torch.from_numpy(own // per_latent)]
         encoder = dictionary.W_enc[:, theirs]
         given = ((x[row[own] - start].float() - mean) * encoder.T).topk(sources, dim=1)

@@ -105,17 +105,13 @@ def dashboard(
     said = {n: read_explanations(d.folder) if d.folder else {} for n, d in named.items()}
     found, floors = collect(store, named, top, bands, rows)
     readout, parts = Readout(model), []
-    names = list(named)
-    partners = {
-        name: (None if len(names) == 1 else names[1] if name == names[0] else names[0])
-        for name in names
-    }
+    decoders = [dictionary.W_dec for dictionary in named.values()]
     shown: list[dict[str, Any]] = []
     for index, (name, dictionary) in enumerate(named.items()):
-        own, other = found[name], partners[name]
-        beside = None
-        if other is not None:
-            beside = nearest(dictionary.W_dec, named[other].W_dec, 1, same=False)
+        own, partner, beside = found[name], None, None
+        if len(named) > 1:  # the first is compared with the second, all others with the first
+            partner = 0 if index else 1
+            beside = nearest(dictionary.W_dec, decoders[partner], 1, same=False)
         latents = Latents(dictionary, store, own, floors[name], words, readout, said[name])
         chunks = list(latents.chunks())
         parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(chunks)]
@@ -125,7 +121,6 @@ def dashboard(
         columns = table(dictionary, own, cosine, beside, measures)
         parts.append((f"table-{index}", packed(columns)))
         parts.append((f"search-{index}", packed(latents.search)))
-        partner = None if other is None else names.index(other)
         shown.append(facts(dictionary, name, own) | {"partner": partner})
     about = {
         "dictionaries": shown,
@@ -171,16 +166,19 @@ def named_dictionaries(
     """
     if not dictionaries:
         raise UsageError("name at least one dictionary")
-    named = dict(dictionaries) if isinstance(dictionaries, Mapping) else {}
-    for one in () if isinstance(dictionaries, Mapping) else dictionaries:
-        dictionary = one if isinstance(one, Dictionary) else Dictionary.load(one)
-        name = (
-            dictionary.info.name
-            if isinstance(one, Dictionary)
-            else os.path.basename(os.path.abspath(one))  # also of . and ..
-        )
-        same = (f"{name} ({number})" for number in itertools.count(2))
-        named[next(one for one in itertools.chain([name], same) if one not in named)] = dictionary
+    if isinstance(dictionaries, Mapping):
+        named = dict(dictionaries)
+    else:
+        named = {}
+        for one in dictionaries:
+            if isinstance(one, Dictionary):
+                dictionary, name = one, one.info.name
+            else:
+                dictionary = Dictionary.load(one)
+                name = os.path.basename(os.path.abspath(one))  # also of . and ..
+            numbered = (f"{name} ({number})" for number in itertools.count(2))
+            free = (n for n in itertools.chain([name], numbered) if n not in named)
+            named[next(free)] = dictionary
     sites = {dictionary.info.site for dictionary in named.values()}
     if len(sites) > 1:
         raise UsageError(

@@ -21,7 +21,6 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.atomic_folder import replacing
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -189,7 +188,7 @@ def _write(
 ) -> None:
     """One pass over the rows."""
     assert num_rows < 2**31  # what a firing has room for
-    reader = RowReader(store.folder, store.manifest, str(dictionary.site))
+    reader = store.reader(dictionary.site)
     paths = [folder / f"{n}.firings" for n in range(-(-dictionary.d_sae // at_once))]
     for path in paths:
         path.touch()
@@ -197,8 +196,8 @@ def _write(
     sums = _Sums(dictionary.d_sae, centre)
     with tqdm(total=num_rows, desc="rows of the store", unit="row", unit_scale=True) as bar:
         for start in range(0, num_rows, ROWS_AT_ONCE):
-            x = torch.empty(min(ROWS_AT_ONCE, num_rows - start), store.d_in, dtype=reader.dtype)
-            reader.read(start, x)
+            stop = min(start + ROWS_AT_ONCE, num_rows)
+            x = reader.rows(start, stop)
             usable = torch.where(not_massive(dictionary, x.float()))[0]
             x = x[usable].float()
             codes = dictionary.encode_sparse(x)
@@ -212,7 +211,7 @@ def _write(
             edges = np.searchsorted(found["latent"], np.arange(len(paths) + 1) * at_once)
             for path, first, stop in zip(paths, edges[:-1], edges[1:], strict=True):
                 _append(path, found[first:stop])
-            bar.update(min(ROWS_AT_ONCE, num_rows - start))
+            bar.update(stop - start)
     facts = {"firings": {path.name: sha256(path) for path in paths}}
     save_own_tensors(folder / _SUMS, sums.tensors(), facts)
 

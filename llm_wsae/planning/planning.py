@@ -63,9 +63,8 @@ def plan(
 
     Times are measured in a few seconds each, on some ``contexts`` of the text; without these, on
     random tokens. ``num_arms`` replaces the number of dictionaries that rules, k and seeds give.
-    ``out`` lies on the disk that is asked for its room, unless an accelerator elsewhere has its
-    own. Where something does not fit,
-    ``Plan.shortage`` says so, and no time is measured.
+    ``out`` lies on the disk whose free space counts; that of an accelerator elsewhere is not known.
+    Where something does not fit, ``Plan.shortage`` says so, and no time is measured.
 
     Raises UsageError for a site that the model lacks and for settings that cannot be, LlmWsaeError
     for a text that gives no row.
@@ -270,6 +269,8 @@ def _seconds(
 def _shortage(
     sizes: Sizes, free: int | None, place: Path, needed: int, there: int, device: str, tokens: int
 ) -> str | None:
+    """What does not fit, and the way out: of the disk of ``place``, with ``free`` bytes if that is
+    known, or of the device's memory, ``needed`` bytes of ``there``. None if all fits."""
     if free is not None and sizes.disk() > free:
         rest = sizes.disk() - sizes.store()
         fit = max(0, int(tokens * (free - rest) / sizes.store()))

@@ -87,7 +87,7 @@ class PlantedSource:
         self, batch_size: int, seed: int, start: int, part: tuple[int, int]
     ) -> Iterator[Float[Tensor, "rows d_in"]]:
         """The same batches; of each, only the rows of ``part`` (its number, of how many)."""
-        reader = PlantedReader(self._reader(), self.plants, self._tokens, self.num_rows)
+        reader = self._reader(self.num_rows)
         return shuffled_batches(reader, batch_size, seed, start, self._window_bytes, part)
 
     def statistics(self) -> Statistics:
@@ -102,7 +102,7 @@ class PlantedSource:
         assert self.num_rows is not None
         if self._measured is not None:
             return self._measured
-        reader = PlantedReader(self._reader(), self.plants, self._tokens, self.num_rows)
+        reader = self._reader(self.num_rows)
         positions = _position_of_every_row(self.store)
         found = Statistics(self.d_in, self.store.context_size)
         moment = SecondMoment(self.d_in)
@@ -131,10 +131,13 @@ class PlantedSource:
     def heldout(self) -> Iterator[tuple[Float[Tensor, "rows d_in"], Firings]]:
         """The held-out rows, planted, with what fires in them; in the order of the text."""
         assert self.num_rows is not None
-        reader = PlantedReader(self._reader(), self.plants, self._tokens)
+        reader = self._reader()
         for start in range(self.num_rows, reader.num_rows, CHUNK_ROWS):
             rows = torch.empty(min(CHUNK_ROWS, reader.num_rows - start), self.d_in)
             yield rows, reader.read(start, rows)
+
+    def _reader(self, stop: int | None = None) -> "PlantedReader":
+        return PlantedReader(self.store.reader(self.site), self.plants, self._tokens, stop)
 
     def _dictionary(self, folder: Path) -> Dictionary:
         dictionary = Dictionary.load(folder)
@@ -149,9 +152,6 @@ class PlantedSource:
                 f"rows cannot be planted into the {self.d_in} of {self.site}; name another"
             )
         return dictionary
-
-    def _reader(self) -> RowReader:
-        return RowReader(self.store.folder, self.store.manifest, str(self.site))
 
 
 class PlantedReader:
@@ -172,8 +172,7 @@ class PlantedReader:
 
         Raises as ``RowReader.read`` does.
         """
-        stored = torch.empty(out.shape, dtype=self._reader.dtype)
-        self._reader.read(start, stored)
+        stored = self._reader.rows(start, start + len(out))
         out.copy_(stored)
         found = self.firings(start, start + len(out))
         planted = torch.from_numpy(

@@ -1,6 +1,6 @@
 """The tables of a study's report, as rows of cells; the first row is the head."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llm_wsae.studies.comparison import Compared
@@ -32,10 +32,7 @@ def dictionary_rows(results: Sequence[Result], agreements: Agreements) -> Rows:
              "dead %", "scored %", *(MEASURES[m].title for m in _SHOWN)]]  # fmt: skip
     if agreements:
         rows[0].append("PW-MCC")
-    groups: dict[tuple[str, int], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.label, result.point.k), []).append(result)
-    for (label, k), own in groups.items():
+    for (label, k), own in _grouped(results).items():
         shares = {s: 100 * sum(r.shares[s] for r in own) / len(own) for s in own[0].shares}
         rows.append(
             [
@@ -116,7 +113,7 @@ def planted_difference_rows(at_equal: Mapping[str, Sequence[Compared]]) -> Rows:
 def explained_rows(results: Sequence[Result]) -> Rows:
     """How well explanations fit the latents of every label and k, means over seeds."""
     rows = [["weights", "k", "seeds", *(m.title for m in EXPLAINED.values())]]
-    for (label, k), own in _grouped(results, was_explained).items():
+    for (label, k), own in _grouped(filter(was_explained, results)).items():
         rows.append([label, str(k), str(len(own)), *(_mean(own, name) for name in EXPLAINED)])
     return rows
 
@@ -143,14 +140,13 @@ def _at_equal_rows(
 
 
 def _with_plants(results: Sequence[Result]) -> dict[tuple[str, int], list[Result]]:
-    return _grouped(results, lambda result: result.planted is not None)
+    return _grouped(result for result in results if result.planted is not None)
 
 
-def _grouped(
-    results: Sequence[Result], among: Callable[[Result], bool]
-) -> dict[tuple[str, int], list[Result]]:
+def _grouped(results: Iterable[Result]) -> dict[tuple[str, int], list[Result]]:
+    """By label and k."""
     groups: dict[tuple[str, int], list[Result]] = {}
-    for result in filter(among, results):
+    for result in results:
         groups.setdefault((result.label, result.point.k), []).append(result)
     return groups
 

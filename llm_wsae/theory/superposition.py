@@ -181,19 +181,10 @@ def digon_mixing(singles: int = 10, digons: int = 10) -> Float[Tensor, "n_p n"]:
     return mixing
 
 
-def mixed_mixing(
-    generator: torch.Generator,
-    singles: int = 8,
-    digons: int = 6,
-    shared: int = 6,
-    crowd: int = 18,
-) -> Float[Tensor, "n_p n"]:
-    """W_p of a digon mixture and ``shared`` dimensions that together hold ``crowd`` features."""
-    easy = digon_mixing(singles, digons)
-    mixing = torch.zeros(len(easy) + shared, easy.shape[1] + crowd)
-    mixing[: len(easy), : easy.shape[1]] = easy
-    mixing[len(easy) :, easy.shape[1] :] = low_coherence(shared, crowd, generator)
-    return mixing
+def mixed_mixing(generator: torch.Generator) -> Float[Tensor, "n_p n"]:
+    """W_p of 8 dimensions with one feature each, 6 digons, and 6 dimensions that together hold 18
+    features: n_p = 20, n = 38."""
+    return torch.block_diag(digon_mixing(8, 6), low_coherence(6, 18, generator))
 
 
 def low_coherence(

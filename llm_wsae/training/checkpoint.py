@@ -38,6 +38,7 @@ from llm_wsae.training.log import Written
 from llm_wsae.training.parallel.group import ProcessGroup
 from llm_wsae.training.parameters import Parameters
 
+CHECKPOINT, FINISHED = "checkpoint.safetensors", "training.json"
 DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
 _ALIGNED = 8  # bytes of the largest of them
 _SAME_WEIGHTS = 1e-5  # relative: the sum of a matrix is recorded with six digits
@@ -120,9 +121,6 @@ def _write(
             file.write(ready.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-
-
-CHECKPOINT, FINISHED = "checkpoint.safetensors", "training.json"
 
 
 class Reached(NamedTuple):
@@ -263,7 +261,6 @@ def _reached(header: dict[str, Any], num_steps: int) -> Reached:
     step, numbers = header["step"], header.get("numbers", {})
     if type(step) is not int or not 0 <= step <= num_steps:
         raise ValueError(f"its step is {shown(step)} of {num_steps}")
-    _identity(header)
     for found in numbers.values():
         if not all(isinstance(number, float) for number in found.values()):
             raise ValueError(f"its numbers are {shown(numbers)}")

@@ -21,7 +21,7 @@ from llm_wsae.model.site import Site
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.planting.plants import ON_TOKEN, make_plants
 from llm_wsae.planting.recovery import measure_recovery
-from llm_wsae.planting.source import SPREAD, PlantedReader, PlantedSource
+from llm_wsae.planting.source import SPREAD, PlantedSource
 from llm_wsae.weights.inputs import RuleInputs
 
 SITE, D_IN, POSITIONS, SHARDS = Site.parse("blocks.0.hook_resid_post"), 24, 64, 3
@@ -70,7 +70,7 @@ def source(store):
 
 def everything(source):
     """All rows of a source's store, planted, with the truth as a dense table."""
-    reader = PlantedReader(source._reader(), source.plants, source._tokens)
+    reader = source._reader()
     rows = torch.empty(reader.num_rows, D_IN)
     found = reader.read(0, rows)
     truth = torch.zeros(reader.num_rows, len(source.plants), dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_strata_are_what_they_say(store, source):
 
 
 def test_a_run_of_rows_is_the_same_however_it_is_read(source):
-    reader = PlantedReader(source._reader(), source.plants, source._tokens)
+    reader = source._reader()
     rows, truth = everything(source)
     for start, stop in ((0, 5), (1000, 1100), (3 * CHUNK_ROWS - 1, 5 * CHUNK_ROWS + 2)):
         piece = torch.empty(stop - start, D_IN)

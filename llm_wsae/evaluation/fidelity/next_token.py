@@ -27,12 +27,13 @@ from llm_wsae.threads import parallel_map
 # Rows of one tile: enough for a fast product. In memory are the logits of a run by the model itself
 # and by one variant, for each core; where the kernel is missing also some in float32.
 _TILE_ROWS = 1024
-_TILE_NUMBERS = (
-    2**25
-)  # and fewer rows if all of a large vocabulary is one run: 64 MB in half precision
+# Fewer rows if all of a large vocabulary is one run: 64 MB in half precision.
+_TILE_NUMBERS = 2**25
 # Numbers in one chunk of a tile, where the kernel is missing. 4 MB stay in a CPU's cache from one
 # operation to the next.
 _CHUNK_NUMBERS = 2**20
+_CHECKED_POSITIONS = 16  # the last ones, on which all others act
+_SAME_LOGITS = 0.05  # relative; half precision in another order of operations is far below
 
 
 def scored_positions(
@@ -199,10 +200,6 @@ def softmax_sums(
             apart = (other - own).masked_fill_(other.isneginf(), 0)
             torch.linalg.vecdot(p, apart, out=differences[chunk])
     return maxima, sums, differences
-
-
-_CHECKED_POSITIONS = 16  # the last ones, on which all others act
-_SAME_LOGITS = 0.05  # relative; half precision in another order of operations is far below
 
 
 def clean_stream(

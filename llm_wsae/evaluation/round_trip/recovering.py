@@ -3,12 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
@@ -72,14 +70,12 @@ def _recovered(
         threshold = statistics.massive_threshold
 
     def batches() -> Iterator[Float[Tensor, "batch d_in"]]:
-        reader = RowReader(store.folder, store.manifest, str(dictionary.site))
+        reader = store.reader(dictionary.site)
         for start in range(store.num_rows - rows, store.num_rows, _ROWS_AT_ONCE):
-            count = min(_ROWS_AT_ONCE, store.num_rows - start)
-            batch = torch.empty(count, store.d_in, dtype=reader.dtype)
-            reader.read(start, batch)
-            usual = batch.float()
-            yield usual[usual.norm(dim=1) <= threshold]
-            bar.update(count)
+            stop = min(start + _ROWS_AT_ONCE, store.num_rows)
+            batch = reader.rows(start, stop).float()
+            yield batch[batch.norm(dim=1) <= threshold]
+            bar.update(stop - start)
 
     trained = measure_round_trip(dictionary, batches(), rows, config)
     mean = statistics.usual_sample.mean(0)
