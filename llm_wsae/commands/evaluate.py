@@ -16,7 +16,6 @@ from llm_wsae.commands.options import (
     Result,
     ScoreOptionsOfEvaluate,
     check_none_given,
-    names_of,
 )
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
@@ -51,7 +50,7 @@ def evaluate(
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements
+    from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
     from llm_wsae.evaluation.activations import take_contexts
     from llm_wsae.evaluation.baselines import baselines_of
     from llm_wsae.evaluation.checks import common_packing, notes_on_text

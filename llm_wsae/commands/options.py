@@ -6,7 +6,6 @@ settings are the package's own configurations, with short spellings added here. 
 commands share beyond their options: the type of a result, checks of names, the cost.
 """
 
-import os
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -275,19 +274,6 @@ def note(text: str) -> None:
     """One line on stderr, however many processes there are."""
     if leads():
         print(printable(text), file=sys.stderr, flush=True)
-
-
-def names_of(folders: tuple[Path, ...]) -> dict[str, Path]:
-    """Dictionary folders by the names to show: those of the folders, or whole paths where several
-    have the same name. Raises UsageError if there is none."""
-    if not folders:
-        raise UsageError("name at least one dictionary folder")
-    different = dict.fromkeys(folders)
-    names = [os.path.basename(os.path.abspath(path)) for path in different]  # also of . and ..
-    return {
-        name if names.count(name) == 1 else str(path): path
-        for name, path in zip(names, different, strict=True)
-    }
 
 
 def sites_of(names: tuple[str, ...]) -> list[Site]:

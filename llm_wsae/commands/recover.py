@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from llm_wsae.commands.options import Flat, Result, names_of
+from llm_wsae.commands.options import Flat, Result
 from llm_wsae.evaluation.round_trip.config import RecoverConfig
 from llm_wsae.outputs import check_file, is_record_of
 
@@ -27,6 +27,7 @@ def recover(
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
+    from llm_wsae.dictionary.folder import names_of
     from llm_wsae.evaluation.round_trip.figure import plot_recovery
     from llm_wsae.evaluation.round_trip.recovering import recover as measure_all
     from llm_wsae.evaluation.round_trip.report import FIGURE

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -61,6 +61,19 @@ _STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "
 _EXTRAS_DTYPES = {"F64", *_STORED_DTYPES.values()}
 # The version whose layout cfg.json follows: SAELens rewrites configurations of versions below 6.
 _SAELENS_LAYOUT = "6.0.0"
+
+
+def names_of(folders: Iterable[Path]) -> dict[str, Path]:
+    """Dictionary folders by the names to show: those of the folders, or whole paths where several
+    have the same name. Raises UsageError if there is none."""
+    different = dict.fromkeys(folders)
+    if not different:
+        raise UsageError("name at least one dictionary folder")
+    names = [os.path.basename(os.path.abspath(path)) for path in different]  # also of . and ..
+    return {
+        name if names.count(name) == 1 else str(path): path
+        for name, path in zip(names, different, strict=True)
+    }
 
 
 @dataclass(frozen=True)

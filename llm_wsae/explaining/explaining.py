@@ -16,7 +16,7 @@ from llm_wsae.dictionary.explanations import (
     keep_explanations,
     read_explanations,
 )
-from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements
+from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
 from llm_wsae.explaining.endpoint import Endpoint
@@ -168,14 +168,10 @@ def check_folders(
 ) -> dict[str, Path]:
     """The folders by name. Raises UsageError if there is none, or explanations cannot be kept in
     one; LlmWsaeError if it holds those of another dictionary."""
-    if not dictionaries:
-        raise UsageError("name at least one dictionary folder")
-    if isinstance(dictionaries, Mapping):
+    if isinstance(dictionaries, Mapping) and dictionaries:
         named = {name: Path(folder) for name, folder in dictionaries.items()}
     else:
-        paths = list(dict.fromkeys(map(Path, dictionaries)))
-        alone = [sum(other.name == path.name for other in paths) == 1 for path in paths]
-        named = {p.name if one else str(p): p for p, one in zip(paths, alone, strict=True)}
+        named = names_of(map(Path, dictionaries))
     for folder in named.values():
         check_keeps_measurements(folder)
         read_explanations(folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_dictionaries import make_dictionary
 
-from llm_wsae.commands.options import names_of
+from llm_wsae.dictionary.folder import names_of
 from llm_wsae.errors import UsageError
 from llm_wsae.pages.dashboard import named_dictionaries
 
