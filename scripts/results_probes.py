@@ -212,7 +212,10 @@ def main() -> None:
     if ARCHIVE.exists():
         unpack(ARCHIVE, RUN)
     path = asked.model or embedded_model()
-    folders = asked.folders or [*_checkpoints(), *baselines(LanguageModel.load(path))]
+    folders = asked.folders or list(_checkpoints())
+    made = [f"{site}/{name}" for site in SITES for name in (*FROZEN, "dimensions")]
+    if not asked.folders and not all(_result(name).exists() for name in made):
+        folders += baselines(LanguageModel.load(path))
     measure(path, {"/".join(folder.parts[-2:]): folder for folder in folders})
     pack(RUN, ARCHIVE)
     write_result("probes", section())
