@@ -58,6 +58,13 @@ IN_LOSS: Weights = ("variance", -0.5, LOSS, K)
 BLOCKS_9, OTHERS = ("smollm2", "gemma"), ("smollm2-20", "gemma-5", "gemma-14")
 PAIR = (PLAIN, HALFWAY_IN_LOSS)
 """What is compared in other settings."""
+RANDOM: Weights = ("random", 1.0, MIXED, K)
+ADDED: tuple[Weights, ...] = (
+    *(("uniform", 1.0, LOSS, k) for k in (24, 48, 64)),
+    ("variance", 0.5, LOSS, K),
+    ("sensitivity", 0.25, SPACE, K),
+)
+"""What was added at the sites beside blocks 9, last of all."""
 RATED: tuple[Weights, ...] = (
     HALFWAY_SPACE,
     IN_LOSS,
@@ -105,7 +112,7 @@ PARTS = {
         BLOCKS_9,
         sensitivity=True,
     ),
-    "random": Part((("random", 1.0, MIXED, K),), BLOCKS_9, setting="random"),
+    "random": Part((RANDOM,), BLOCKS_9, setting="random"),
     "loss": Part((HALFWAY_IN_LOSS, ("permuted:variance", -0.5, LOSS, K)), BLOCKS_9),
     "loss-rotated": Part((("rotated:whitening", 0.5, LOSS, K),), BLOCKS_9),
     "loss-others": Part((IN_LOSS, HALFWAY_IN_LOSS), OTHERS),
@@ -123,16 +130,10 @@ PARTS = {
     "half-million": Part(PAIR, BLOCKS_9, setting="half-million", rows=500_000),
     "fresh": Part(PAIR, seeds=expected.FRESH),
     "fresh-inverse": Part((IN_LOSS,), ("gemma", "gemma-14"), expected.FRESH),
-    "others": Part(
-        (
-            *(("uniform", 1.0, LOSS, k) for k in (24, 48, 64)),
-            ("variance", 0.5, LOSS, K),
-            ("sensitivity", 0.25, SPACE, K),
-        ),
-        OTHERS,
-        sensitivity=True,
-    ),
-    "random-others": Part((("random", 1.0, MIXED, K),), OTHERS, setting="random"),
+    "others": Part(ADDED, ("smollm2-20",), sensitivity=True),
+    "others-gemma": Part(ADDED, ("gemma-5", "gemma-14"), (0,), sensitivity=True),
+    "random-others": Part((RANDOM,), ("smollm2-20",), setting="random"),
+    "random-gemma": Part((RANDOM,), ("gemma-5", "gemma-14"), (0,), setting="random"),
     "half-rates": Part(RATED, BLOCKS_9, (0,), "half-rate", rate=0.5),
     "twice-rates": Part(RATED, BLOCKS_9, (0,), "twice-rate", rate=2.0),
 }
@@ -145,8 +146,8 @@ whitening in the loss had become the default; ``fresh`` so that five seeds stand
 called better, and ``fresh-inverse`` where inverse variance is called better still. Half the rate,
 twice the rate and BatchTopK had one seed at first, as had Gemma after four million rows and the
 powers in the loss. ``loss-controls`` came later, for the sites at which the default had no control
-of its own; and last what ``others`` had not been measured at those sites, the learning rates of
-most that is compared, and shorter trainings."""
+of its own; and last ``others`` and what follows, at the sites that had not had them, learning rates
+of six more weightings, and shorter trainings. On Gemma they have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
