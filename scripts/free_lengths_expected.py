@@ -48,6 +48,34 @@ def at_equal_kl(arm: str, low: float, high: float) -> Callable[[Means], tuple[bo
     return found
 
 
+Found = Callable[[Means], tuple[bool, str]]
+
+
+def _gains_nothing(arm: str, name: str) -> tuple[tuple[str, Found], ...]:
+    return (
+        (
+            f"{name}: at most 10 % more of the plants recovered than plain",
+            change(arm, "recovered", -1, 0.1),
+        ),
+        ("the same: KL no lower than plain (−2 %)", change(arm, "kl", -0.02, 99)),
+    )
+
+
+def _of_sensitivity(
+    kl: tuple[float, float], plants: tuple[float, float]
+) -> tuple[tuple[str, Found], ...]:
+    return (
+        (
+            f"the model's sensitivity as a space, α = ¼: KL relative to plain {_range(*kl)}",
+            change(SENSITIVITY, "kl", *kl),
+        ),
+        (
+            f"the same: recovered plants relative to plain {_range(*plants)}",
+            change(SENSITIVITY, "recovered", *plants),
+        ),
+    )
+
+
 EXPECTED = (
     *(
         Expectation(place, words, found)
@@ -132,23 +160,9 @@ EXPECTED = (
                     (_PERMUTED, "permuted whitening, mixed"),
                     (_RANDOM, "random weights, mixed"),
                 )
-                for expectation in (
-                    (
-                        f"{name}: at most 10 % more of the plants recovered than plain",
-                        change(arm, "recovered", -1, 0.1),
-                    ),
-                    ("the same: KL no lower than plain (−2 %)", change(arm, "kl", -0.02, 99)),
-                )
+                for expectation in _gains_nothing(arm, name)
             ),
-            (
-                "the model's sensitivity as a space, α = ¼: KL relative to plain "
-                + _range(*sensitivity_kl),
-                change(SENSITIVITY, "kl", *sensitivity_kl),
-            ),
-            (
-                f"the same: recovered plants relative to plain {_range(*sensitivity_plants)}",
-                change(SENSITIVITY, "recovered", *sensitivity_plants),
-            ),
+            *_of_sensitivity(sensitivity_kl, sensitivity_plants),
             (
                 "inverse variance, mixed: at least .02 more of the plants than plain of equal KL",
                 at_equal_kl(INVERSE, 0.02, 1),
@@ -209,20 +223,8 @@ EXPECTED = (
                 f"the same: KL relative to plain {_range(paper_kl, 99)}",
                 change(f"variance-a0.5-k{K}", "kl", paper_kl, 99),
             ),
-            (
-                "the model's sensitivity as a space, α = ¼: KL relative to plain "
-                + _range(*sensitivity_kl),
-                change(SENSITIVITY, "kl", *sensitivity_kl),
-            ),
-            (
-                f"the same: recovered plants relative to plain {_range(*sensitivity_plants)}",
-                change(SENSITIVITY, "recovered", *sensitivity_plants),
-            ),
-            (
-                "random weights, mixed: at most 10 % more of the plants recovered than plain",
-                change(_RANDOM, "recovered", -1, 0.1),
-            ),
-            ("the same: KL no lower than plain (−2 %)", change(_RANDOM, "kl", -0.02, 99)),
+            *_of_sensitivity(sensitivity_kl, sensitivity_plants),
+            *_gains_nothing(_RANDOM, "random weights, mixed"),
             (
                 "plain: k = 24 recovers more than k = 64",
                 above("uniform-k24", "recovered", "uniform-k64"),

@@ -26,12 +26,11 @@ import numpy as np
 import results_recovery as recovery
 import torch
 from benchmarks import IMAGES, README, write_result
-from matplotlib.figure import Figure
 from results_archive import pack, unpack
 from results_recovery import LOSS, MIXED, PLACES, SEEDS, SPACE, Expectation, K
 
 from llm_wsae import TrainConfig, train
-from llm_wsae.drawing import BLUE, INK, save, tidy
+from llm_wsae.drawing import BLUE, INK
 from llm_wsae.files import write_json
 from llm_wsae.studies.curve import Value
 from llm_wsae.studies.inference import Estimate, estimates
@@ -291,38 +290,24 @@ _DRAWN = {
 
 def plot_rows(path: Path) -> None:
     """Recovered plants and KL against the rows of the training: means, and every seed as a dot."""
-    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True)
-    for column, key in enumerate(BLOCKS_9):
-        for label, (name, colour, marker) in _DRAWN.items():
-            found = {
-                rows: [
-                    recovery.numbers(record)
-                    for record in read(key, setting)
-                    if record["label"] == label and record["seed"] in SEEDS
+    with recovery.over_rows(path, list(_CURVE)) as axes:
+        for key, own in axes.items():
+            for label, (name, colour, marker) in _DRAWN.items():
+                found = [
+                    [
+                        recovery.numbers(record)
+                        for record in read(key, setting)
+                        if record["label"] == label and record["seed"] in SEEDS
+                    ]
+                    for setting in _CURVE.values()
                 ]
-                for rows, setting in _CURVE.items()
-            }
-            for axis, measure in zip(grid[:, column], ("recovered", "kl"), strict=True):
-                for rows, own in found.items():
-                    seeds = [one[measure] for one in own]
-                    axis.plot([rows] * len(seeds), seeds, ".", color=colour, ms=5, alpha=0.5)
-                means = [np.mean([one[measure] for one in own]) for own in found.values()]
-                axis.plot(list(found), means, color=colour, marker=marker, lw=1.8, label=name)
-        for axis in grid[:, column]:
-            axis.set_xscale("log")
-            axis.set_xticks(list(_CURVE), [f"{rows / 1e6:g} M" for rows in _CURVE])
-            axis.minorticks_off()
-            axis.set_ylim(bottom=0)
-            tidy(axis, grid="y")
-        grid[0, column].set_title(PLACES[key].title, fontsize=11)
-        grid[1, column].set_xlabel("rows that each dictionary was trained on")
-    grid[0, 0].set_ylabel("share of plants recovered (up: more)")
-    grid[1, 0].set_ylabel("KL, nats (down: more faithful)")
-    handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle("Does the gain outlive a short training?")
-    save(figure, path)
+                for measure, axis in own.items():
+                    means = []
+                    for rows, seeds in zip(_CURVE, found, strict=True):
+                        values = [one[measure] for one in seeds]
+                        axis.plot([rows] * len(values), values, ".", color=colour, alpha=0.5)
+                        means.append(np.mean(values))
+                    axis.plot(list(_CURVE), means, color=colour, marker=marker, lw=1.8, label=name)
 
 
 def choices(place: str, seeds: Sequence[int]) -> str:
@@ -506,7 +491,7 @@ def main() -> None:
             measure(key, path, asked.seeds, asked.parts)
             pack(RUN, ARCHIVE)
     plot(IMAGES / "which_weights.png")
-    plot_rows(IMAGES / "learning_curve.png")
+    plot_rows(IMAGES / "learning_curve_free_lengths.png")
     write_result("free-lengths", section())
     write_result("free-lengths-others", section_of_others())
     write_result("free-lengths-settings", section_of_settings())

@@ -18,6 +18,7 @@ the model's sensitivity, random weights, and the permuted matrix of whitening.
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks import IMAGES, README, write_result
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from results_archive import pack, unpack
@@ -871,6 +873,34 @@ def plot_changes(
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle(title)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    save(figure, path)
+
+
+@contextlib.contextmanager
+def over_rows(path: Path, rows: Sequence[int]) -> Iterator[dict[str, dict[str, Axes]]]:
+    """A figure of what more rows change at both blocks 9, saved when it was drawn: by place, the
+    axes of recovered plants and of KL."""
+    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True)
+    places = ("smollm2", "gemma")
+    yield {
+        key: dict(zip(("recovered", "kl"), grid[:, column], strict=True))
+        for column, key in enumerate(places)
+    }
+    for axis in grid.flat:
+        axis.set_xscale("log")
+        axis.set_xticks(rows, [f"{count / 1e6:g} M" for count in rows])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        tidy(axis, grid="y")
+    for column, key in enumerate(places):
+        grid[0, column].set_title(PLACES[key].title, fontsize=11)
+        grid[1, column].set_xlabel("rows that each dictionary was trained on")
+    grid[0, 0].set_ylabel("share of plants recovered (up: more)")
+    grid[1, 0].set_ylabel("KL, nats (down: more faithful)")
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle("Does the gain outlive a short training?")
     save(figure, path)
 
 

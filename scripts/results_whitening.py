@@ -610,29 +610,14 @@ _LINES = {
 
 def plot_lengths(path: Path) -> None:
     """KL and recovered plants against the rows of the training, at both blocks 9."""
-    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True)
-    for column, place in enumerate(("smollm2", "gemma")):
-        of = Found(read("length", place))
-        for row, measure in enumerate(("recovered", "kl")):
-            axis = grid[row, column]
-            for label, (name, colour, marker) in _LINES.items():
-                rows = sorted((*LENGTHS, recovery.ROWS))
-                values = [of.mean(f"{count:,} rows", label, measure) for count in rows]
-                axis.plot(rows, values, color=colour, marker=marker, lw=1.8, label=name)
-            axis.set_xscale("log")
-            axis.set_xticks(rows, [f"{count / 1e6:g} M" for count in rows])
-            axis.minorticks_off()
-            axis.set_ylim(bottom=0)
-            tidy(axis, grid="y")
-        grid[0, column].set_title(PLACES[place].title, fontsize=11)
-        grid[1, column].set_xlabel("rows that each dictionary was trained on")
-    grid[0, 0].set_ylabel("share of plants recovered")
-    grid[1, 0].set_ylabel("KL, nats")
-    handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle("Does the gain outlive a short training?")
-    save(figure, path)
+    rows = sorted((*LENGTHS, recovery.ROWS))
+    with recovery.over_rows(path, rows) as axes:
+        for place, own in axes.items():
+            of = Found(read("length", place))
+            for measure, axis in own.items():
+                for label, (name, colour, marker) in _LINES.items():
+                    values = [of.mean(f"{count:,} rows", label, measure) for count in rows]
+                    axis.plot(rows, values, color=colour, marker=marker, lw=1.8, label=name)
 
 
 _THEIRS_SHOWN = {"saelens-plain": (INK, "plain"), "saelens-whitened": (BLUE, "whitened, α = 1")}

@@ -331,3 +331,11 @@ def test_a_rule_is_not_selective_where_spill_is_clearly_higher(monkeypatch):
     assert measured()[1] and measured(spill=at(0.009))[1]
     words, met = measured(spill=at(0.02))
     assert not met and words.endswith("spill +0.0200 [+0.0100, +0.0300]")
+
+
+def test_every_picture_is_drawn_by_one_script():
+    found = re.findall(
+        r'IMAGES / "([^"]+)"', "".join(path.read_text() for path in SCRIPTS.glob("*.py"))
+    )
+    assert "learning_curve.png" in found
+    assert len(found) == len(set(found))

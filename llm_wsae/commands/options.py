@@ -104,7 +104,7 @@ class StreamOptions(StreamConfig, LoadOptions):
                 )
         elif self != StreamOptions():
             given = changed_options(self)[0]
-            raise UsageError(f"{given} is for a training without a store; leave it or {store} out")
+            raise UsageError(f"{given} is for training without a store; drop it, or drop {store}")
 
     @property
     def config(self) -> StreamConfig:

@@ -91,8 +91,12 @@ def test_rows_are_the_same_however_contexts_are_shared_out(model, ids, together,
     """A context alone, or two and one, on one core each."""
     monkeypatch.setattr(forward, "_TOKENS_TOGETHER", together)
     sites = [Site(1, "post"), Site(0, "pre"), Site(2, "post")]
-    with torch.no_grad():
-        states = model.hf_model(ids, output_hidden_states=True).hidden_states
+    torch.set_num_threads(1)  # as each part has; several round a product otherwise
+    try:
+        with torch.no_grad():
+            states = model.hf_model(ids, output_hidden_states=True).hidden_states
+    finally:
+        torch.set_num_threads(THREADS)
     before = hooks_and_patches(model)
     rows = model.activations(ids, sites)
     assert list(rows) == sites and hooks_and_patches(model) == before
