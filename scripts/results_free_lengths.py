@@ -290,7 +290,7 @@ _DRAWN = {
 
 def plot_rows(path: Path) -> None:
     """Recovered plants and KL against the rows of the training: means, and every seed as a dot."""
-    with recovery.over_rows(path, list(_CURVE)) as axes:
+    with recovery.over_rows(path, list(_CURVE), "free lengths") as axes:
         for key, own in axes.items():
             for label, (name, colour, marker) in _DRAWN.items():
                 found = [

@@ -877,7 +877,9 @@ def plot_changes(
 
 
 @contextlib.contextmanager
-def over_rows(path: Path, rows: Sequence[int]) -> Iterator[dict[str, dict[str, Axes]]]:
+def over_rows(
+    path: Path, rows: Sequence[int], lengths: str
+) -> Iterator[dict[str, dict[str, Axes]]]:
     """A figure of what more rows change at both blocks 9, saved when it was drawn: by place, the
     axes of recovered plants and of KL."""
     figure = Figure(figsize=(9.5, 6.2), layout="constrained")
@@ -900,7 +902,7 @@ def over_rows(path: Path, rows: Sequence[int]) -> Iterator[dict[str, dict[str, A
     grid[1, 0].set_ylabel("KL, nats (down: more faithful)")
     handles, names = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle("Does the gain outlive a short training?")
+    figure.suptitle(f"Does the gain outlive a short training? Decoder rows of {lengths}")
     save(figure, path)
 
 

@@ -611,7 +611,7 @@ _LINES = {
 def plot_lengths(path: Path) -> None:
     """KL and recovered plants against the rows of the training, at both blocks 9."""
     rows = sorted((*LENGTHS, recovery.ROWS))
-    with recovery.over_rows(path, rows) as axes:
+    with recovery.over_rows(path, rows, "length 1") as axes:
         for place, own in axes.items():
             of = Found(read("length", place))
             for measure, axis in own.items():
