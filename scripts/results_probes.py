@@ -25,6 +25,7 @@ import torch
 from benchmarks import README, ROOT, embedded_model, write_result
 from interop_checks import peer
 from results_archive import pack, unpack
+from results_baselines import FROZEN, raw_dimensions
 from safetensors.torch import save_file
 from scipy import stats
 from study_claims import SITES, K
@@ -41,12 +42,9 @@ from llm_wsae import (
     harvest,
     train,
 )
-from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.files import read_own_json, write_json
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
-from llm_wsae.training.config import ArchitectureName
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.inputs import RuleInputs
 
@@ -64,7 +62,6 @@ EXPECTED = (
 """Most of these labels are about topics and facts, which are loud; and of earlier dictionaries the
 first had come out."""
 CLOSE = 0.02
-FROZEN: tuple[ArchitectureName, ...] = ("frozen-decoder", "frozen-encoder")
 ROWS = 2_000_000
 """Seen by the half-random dictionaries in training."""
 
@@ -96,14 +93,14 @@ def baselines(model: LanguageModel) -> Iterator[Path]:
     store = harvest(model, text, sites, MADE / "store", HarvestConfig(tokens=2_400_000))
     for site in sites:
         source, folder = store.source(site), MADE / str(site)
-        uniform = weights_from_rule("uniform", 1.0, RuleInputs(source.statistics()))
+        inputs = RuleInputs(source.statistics())
+        uniform = weights_from_rule("uniform", 1.0, inputs)
         arms = [ArmConfig(uniform, K, architecture=kind) for kind in FROZEN]
         made = train(
             source, arms, TrainConfig(tokens=ROWS, lengths="unit"), MADE / f"trained/{site}"
         )
         named = {kind: made[arm.name] for kind, arm in zip(FROZEN, arms, strict=True)}
-        info = DictionaryInfo(str(site), "dimensions")
-        named["dimensions"] = raw_dimensions(info, source.statistics(), K)
+        named["dimensions"] = raw_dimensions(inputs, site, K)
         for name, dictionary in named.items():
             dictionary.save(folder / name)
             yield folder / name
