@@ -167,7 +167,8 @@ def test_requests_that_cannot_be(world, model_and_corpus, tmp_path):
     for words, sentence in (
         (("train", "--site", SITE), "give a STORE to train on, or --model and --corpus"),
         (("train", "--site", SITE, *model_and_corpus[:2]), "--model and --corpus"),
-        (("train", world / "store", "--site", SITE, *model_and_corpus), "--model is for a"),
+        (("train", world / "store", "--site", SITE, *model_and_corpus),
+         "--model is for training without a store; drop it, or drop"),
         (("train", world / "store", "--site", SITE, "--buffer-tokens", 9), "--buffer-tokens is"),
         (("train", world / "store", "--site", SITE, "--device", "spread"),
          "training on a store runs no model; drop --device spread"),
