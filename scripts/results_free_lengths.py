@@ -35,8 +35,10 @@ from llm_wsae.files import write_json
 from llm_wsae.studies.curve import Value
 from llm_wsae.studies.inference import Estimate, estimates
 from llm_wsae.terminal import markdown
-from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training import one_site
+from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.config import ArchitectureName, default_learning_rate
+from llm_wsae.training.normaliser import inverse
 from llm_wsae.tuning import LEAST_GAIN, choose_alpha
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
@@ -73,6 +75,14 @@ RATED: tuple[Weights, ...] = (
     ("variance", 0.5, LOSS, K),
 )
 """What is compared at other learning rates beside the pair."""
+LAST_RATED: tuple[Weights, ...] = (
+    *(("uniform", 1.0, LOSS, k) for k in (24, 48, 64)),
+    *(("whitening", alpha, LOSS, K) for alpha in (0.25, 0.75)),
+    HALFWAY,
+    INVERSE,
+    ("sensitivity", 0.25, SPACE, K),
+)
+"""All others that both blocks 9 have."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,8 @@ class Part:
     architecture: ArchitectureName = "topk"
     sensitivity: bool = False
     """Whether a rule needs the model's sensitivity."""
+    begun: bool = False
+    """Whether dictionaries in the loss begin as those in the space do, and the other way round."""
 
 
 PARTS = {
@@ -130,11 +142,17 @@ PARTS = {
     "fresh": Part(PAIR, seeds=expected.FRESH),
     "fresh-inverse": Part((IN_LOSS,), ("gemma", "gemma-14"), expected.FRESH),
     "others": Part(ADDED, ("smollm2-20",), sensitivity=True),
-    "others-gemma": Part(ADDED, ("gemma-5", "gemma-14"), (0,), sensitivity=True),
-    "random-others": Part((RANDOM,), ("smollm2-20",), setting="random"),
-    "random-gemma": Part((RANDOM,), ("gemma-5", "gemma-14"), (0,), setting="random"),
+    "others-gemma": Part(ADDED, ("gemma-5", "gemma-14"), sensitivity=True),
+    "random-others": Part((RANDOM,), OTHERS, setting="random"),
     "half-rates": Part(RATED, BLOCKS_9, (0,), "half-rate", rate=0.5),
     "twice-rates": Part(RATED, BLOCKS_9, (0,), "twice-rate", rate=2.0),
+    "start": Part((HALFWAY_IN_LOSS, HALFWAY_SPACE), BLOCKS_9, setting="start", begun=True),
+    "space-twice": Part((HALFWAY_SPACE,), setting="twice-rate", rate=2.0),
+    "pair-twice": Part(PAIR, OTHERS, (0,), "twice-rate", rate=2.0),
+    "four-times": Part((*PAIR, HALFWAY_SPACE), BLOCKS_9, (0,), "four-times", rate=4.0),
+    "fully-twice": Part((("whitening", 2.0, LOSS, K),), BLOCKS_9),
+    "half-rates-last": Part(LAST_RATED, BLOCKS_9, (0,), "half-rate", rate=0.5, sensitivity=True),
+    "twice-rates-last": Part(LAST_RATED, BLOCKS_9, (0,), "twice-rate", rate=2.0, sensitivity=True),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -184,6 +202,22 @@ REGRET = tuple(
 )
 
 
+class BegunOtherwise(Arm):
+    """An arm that begins as the dictionary of the same weights at the other place would, in the
+    loss or in the space: what is minimised and Adam's coordinates are its own."""
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        encoder, decoder, *_ = self.parameters
+        to_rows = self.gamma if self.space is None else inverse(self.space.gamma).float()
+        # with x = Γ⁻¹x′ or Γx, what is decoded moves by the inverse, and encoders by the transpose
+        encoder.copy_(encoder @ to_rows)
+        decoder.copy_(decoder @ inverse(to_rows).float().T)
+        lengths = decoder.norm(dim=1, keepdim=True)
+        decoder.div_(lengths)
+        encoder.mul_(lengths)
+
+
 def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[str]) -> None:
     """Harvest, train and measure what has no result yet."""
     here = {part: PARTS[part] for part in parts if key in PARTS[part].places}
@@ -207,7 +241,9 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
                 lengths="auto",  # free, but of JumpReLU
             )
             folder = RUN / "trained" / key / name / f"s{seed}-{len(missing)}"
+            one_site.Arm = BegunOtherwise if part.begun else Arm  # type: ignore[misc]
             dictionaries = train(opened.source, missing, how, folder)
+            one_site.Arm = Arm  # type: ignore[misc]
             for record in recovery.judge(opened, missing, dictionaries, seed):
                 write_json(_result(key, record["name"], part.setting), record)
             print(f"{key}: {name}, seed {seed} measured", flush=True)
