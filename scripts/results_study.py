@@ -24,6 +24,7 @@ from study_claims import (
     ANNEALING,
     CONFIRMATION,
     JUMPRELU,
+    OF_BASELINES,
     PROFILE,
     SITES,
     TIMING,
@@ -170,6 +171,7 @@ AS_TODAY = {
     ),
 }
 """Of more rows than the others, so of another store."""
+STEPS["baselines"] = Step(("uniform",), (1.0,), curve=(24, K), folder=OF_BASELINES.folder)
 # Every plain curve has five k on two seeds at least.
 STEPS |= {
     f"{name}-curve": replace(STEPS[name], seeds=STEPS[name].seeds[:2], curve=Step.curve)

@@ -13,7 +13,7 @@ from results_archive import unpack
 from llm_wsae.files import read_json
 from llm_wsae.studies.comparison import BETTER, Compared
 from llm_wsae.studies.folder import read_report
-from llm_wsae.studies.plan import PLAIN
+from llm_wsae.studies.plan import BASELINES, PLAIN
 from llm_wsae.studies.report import StudyReport
 from llm_wsae.studies.report_tables import estimate_text
 from llm_wsae.studies.results import Result
@@ -322,6 +322,36 @@ TODAY = Apart(
         _within(INVERSE, "detection", -0.04, -0.005),
         Claim(ANNEALED, SITES[:1], "selective by .008", _selective(ANNEALED, 0.008)),
         _within(ANNEALED, "detection", -0.015, 0.002),
+    ),
+    has_values=True,
+)
+
+
+def _below_plain(label: str, measure: str, most: float) -> Claim:
+    """Its value is below that of plain dictionaries of the same k."""
+
+    def check(study: Study) -> Answer:
+        own, plain = (
+            [measured(result, measure) for result in study.of(one)] for one in (label, PLAIN)
+        )
+        found = sum(own) / len(own) - sum(plain) / len(plain)
+        return f"{found:+.4f}", found <= most
+
+    return Claim(
+        label, SITES, f"{measure} {most:+g} or less, beside plain".replace("-", "−"), check
+    )
+
+
+OF_BASELINES = Apart(
+    "What baselines score",
+    FOLDER / "study-baselines",
+    "Baselines learnt nothing, or one half. They were trained and measured last, as the older "
+    "dictionaries on this page were, with one million rows and decoder rows of length 1; plain "
+    "ones once more beside them, since detection is today's here.",
+    tuple(
+        _below_plain(label, measure, most)
+        for label, of_detection in zip(BASELINES, (-0.04, -0.02, -0.03), strict=True)
+        for measure, most in (("detection", of_detection), ("selectivity", -0.04))
     ),
     has_values=True,
 )
