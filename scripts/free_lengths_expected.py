@@ -560,6 +560,82 @@ def _of_space() -> Iterator[tuple[str, str, Any]]:
             )
 
 
+def _of_space_further() -> Iterator[tuple[str, str, Any]]:
+    """Written down when three seeds had shown, after blocks 9 of SmolLM2 and Gemma, block 20 and
+    block 14, that the space at twice the rate has both gains."""
+    space = ("twice-rate", HALFWAY_SPACE)
+    for place, plants, kl in (
+        ("smollm2", 0.12, (-0.06, 0.02)),
+        ("smollm2-20", 0.3, (-0.06, 0.02)),
+        ("gemma-5", 0.2, (-0.6, -0.3)),
+        ("gemma", 0.3, (-0.3, -0.1)),
+        ("gemma-14", 0.4, (-0.4, -0.2)),
+    ):
+        for what, measure, (low, high) in (
+            ("recovered plants", "recovered", (plants, 99.0)),
+            ("KL", "kl", kl),
+        ):
+            yield (
+                place,
+                f"seeds 3 and 4, in the space at twice the rate: {what} relative to plain at the "
+                f"usual rate {_range(low, high)}",
+                beside(("fresh-twice", HALFWAY_SPACE), ("fresh", PLAIN), measure, low, high),
+            )
+        for control in ("rotated", "permuted"):
+            yield (
+                place,
+                f"{control} control in the space at twice the rate: recovered plants relative to "
+                f"plain at twice {_range(-1, 0.1)}",
+                beside(
+                    ("twice-rate", f"{control}-{HALFWAY_SPACE}"),
+                    ("twice-rate", PLAIN),
+                    "recovered",
+                    -1,
+                    0.1,
+                ),
+            )
+            yield (
+                place,
+                f"the same: KL relative to the weights that it controls {_range(0, 99)}",
+                beside(("twice-rate", f"{control}-{HALFWAY_SPACE}"), space, "kl", 0, 99),
+            )
+    for place, of_settings in (
+        (
+            "smollm2",
+            (
+                ("half a million rows", "half-million", (0.2, 99.0), (-0.12, 0.02)),
+                ("one million rows", "million", (0.15, 99.0), (-0.1, 0.02)),
+                ("four million rows", "four-million", (0.05, 99.0), (-0.06, 0.04)),
+                ("BatchTopK", "batch-topk", (0.1, 99.0), (-0.08, 0.04)),
+                ("JumpReLU", "jumprelu", (-0.3, 0.3), (-0.1, 0.1)),
+            ),
+        ),
+        (
+            "gemma",
+            (
+                ("half a million rows", "half-million", (0.8, 99.0), (-0.6, -0.25)),
+                ("one million rows", "million", (0.5, 99.0), (-0.5, -0.2)),
+                ("four million rows", "four-million", (0.15, 99.0), (-0.25, -0.05)),
+                ("BatchTopK", "batch-topk", (0.5, 99.0), (-0.6, -0.2)),
+                ("JumpReLU", "jumprelu", (0.2, 99.0), (-0.6, -0.15)),
+            ),
+        ),
+    ):
+        for words, setting, plants_too, kl in of_settings:
+            for what, measure, (low, high) in (
+                ("recovered plants", "recovered", plants_too),
+                ("KL", "kl", kl),
+            ):
+                yield (
+                    place,
+                    f"{words}, in the space at twice the rate: {what} relative to plain at the "
+                    f"usual rate {_range(low, high)}",
+                    beside(
+                        (f"{setting}-twice", HALFWAY_SPACE), (setting, PLAIN), measure, low, high
+                    ),
+                )
+
+
 def of_best_rate(
     arm: str, measure: str, low: float, high: float
 ) -> Callable[[Settings], tuple[bool, str]]:
@@ -573,7 +649,7 @@ def of_best_rate(
     return found
 
 
-OF_SPACE = tuple(_of_space())
+OF_SPACE = (*_of_space(), *_of_space_further())
 LAST_RATED = tuple(
     (
         place,

@@ -48,7 +48,8 @@ from llm_wsae.provenance import plain
 from llm_wsae.studies.curve import Value
 from llm_wsae.studies.inference import Estimate, estimates
 from llm_wsae.terminal import markdown
-from llm_wsae.training.config import Lengths
+from llm_wsae.training.config import Lengths, default_learning_rate
+from llm_wsae.weights.config import WeightConfig
 
 RUN = README.parent / "runs/clean-rows"
 ARCHIVE = Path(__file__).parent / "results/clean-rows.jsonl.gz"
@@ -60,9 +61,13 @@ TRAINED: dict[str, dict[tuple[int, Lengths], Sequence[int]]] = {
     "gemma": {(1_000_000, "free"): SEEDS, (1_000_000, "unit"): SEEDS, (4_000_000, "free"): SEEDS},
 }
 """Seeds of the pairs of dictionaries of a site, by rows and lengths."""
+TWICE = "-space"
+"""Of the results of dictionaries that are whitened as a space and trained at twice the rate, with
+free lengths, at both sites: they were added last."""
 JUDGED: dict[str, tuple[int, Lengths]] = {"gemma": (1_000_000, "free")}
 """Rows and lengths of the dictionaries of a site whose latents are judged."""
 PLAIN, WHITENED = f"uniform-k{K}", f"whitening-a0.5-k{K}"
+WHITENED_SPACE = f"whitening-a0.5-space-k{K}"
 Key = tuple[int, str, str]
 """Rows, lengths, dictionary."""
 EXPECTED = (
@@ -74,6 +79,10 @@ EXPECTED = (
     ("gemma", (1_000_000, "free", PLAIN), (1_000_000, "unit", PLAIN), -15, 0),
     ("gemma", (4_000_000, "free", WHITENED), (4_000_000, "free", PLAIN), -10, 5),
     ("gemma", (1_000_000, "free", WHITENED), (1_000_000, "free", PLAIN), -20, 3),
+    ("smollm2", (1_000_000, "free", WHITENED_SPACE), (1_000_000, "free", PLAIN), -8, 2),
+    ("smollm2", (4_000_000, "free", WHITENED_SPACE), (4_000_000, "free", PLAIN), -5, 4),
+    ("gemma", (1_000_000, "free", WHITENED_SPACE), (1_000_000, "free", PLAIN), -45, -15),
+    ("gemma", (4_000_000, "free", WHITENED_SPACE), (4_000_000, "free", PLAIN), -25, -3),
 )
 """Site, what, beside what, and between which per cent of KL the difference was expected."""
 EXPECTED_OF_LATENTS = (
@@ -98,12 +107,13 @@ EXPECTED_OF_LATENTS = (
 def measure(key: str, path: str) -> None:
     """Harvest, train and measure what has no result yet."""
     where = PLACES[key]
-    missing = [
-        (rows, lengths, seed)
+    wanted = [
+        (rows, lengths, seed, "")
         for (rows, lengths), seeds in TRAINED[key].items()
         for seed in seeds
-        if not _result(key, rows, lengths, seed).exists()
     ]
+    wanted += [(rows, "free", seed, TWICE) for rows in ROWS for seed in SEEDS]
+    missing = [one for one in wanted if not _result(key, *one).exists()]
     # what was trained elsewhere is trained again before its latents are judged
     again = key in JUDGED and not _latents(key).exists()
     if not missing and not again:
@@ -114,25 +124,36 @@ def measure(key: str, path: str) -> None:
     folder = recovery.RUN / "stores" / where.model_key
     store = harvest(model, Corpus.open(TEXT, "train"), sites, folder, how)
     inputs = measure_inputs(["whitening"], store, where.site)
-    weights = choose_weights(inputs, ["uniform", "whitening"], [0.5])
+    weights = {
+        "": choose_weights(inputs, ["uniform", "whitening"], [0.5]),
+        TWICE: choose_weights(inputs, ["whitening"], [0.5], config=WeightConfig(place="space")),
+    }
     contexts = Packer.for_model(model, how).contexts(Corpus.open(TEXT, "heldout"))
     config = EvaluateConfig(tokens=WHERE[key], bootstraps=100)
     evaluator = FidelityEvaluator(model, take_contexts(contexts, WHERE[key]), config)
 
-    def made(rows: int, lengths: Lengths, seed: int) -> tuple[Path, dict[str, Dictionary]]:
+    def made(
+        rows: int, lengths: Lengths, seed: int, kind: str = ""
+    ) -> tuple[Path, dict[str, Dictionary]]:
+        rate = default_learning_rate(8 * inputs.statistics.d_in)
         training = TrainConfig(
-            tokens=rows, lengths=lengths, shuffle_seed=seed, checkpoint_seconds=600
+            tokens=rows,
+            lengths=lengths,
+            shuffle_seed=seed,
+            checkpoint_seconds=600,
+            learning_rate=2 * rate if kind == TWICE else rate,
         )
-        arms = make_arms(weights, [K], init_seeds=(seed,))
-        out = RUN / "trained" / f"{key}-{rows}-{lengths}-s{seed}"
+        arms = make_arms(weights[kind], [K], init_seeds=(seed,))
+        out = RUN / "trained" / f"{key}-{rows}-{lengths}-s{seed}{kind}"
         return out, train(store.source(where.site), arms, training, out)
 
-    for rows, lengths, seed in missing:
-        trained = made(rows, lengths, seed)[1]
+    for one in missing:
+        rows, lengths, seed, kind = one
+        trained = made(*one)[1]
         found = evaluator.evaluate(trained).summaries()
         named = {name.removesuffix(f"-s{seed}"): plain(own) for name, own in found.items()}
-        write_json(_result(key, rows, lengths, seed), named)
-        print(f"{key}: {rows:,} rows, lengths {lengths}, seed {seed} measured", flush=True)
+        write_json(_result(key, *one), named)
+        print(f"{key}: {rows:,} rows, lengths {lengths}{kind}, seed {seed} measured", flush=True)
     if again:
         folders = {seed: made(*JUDGED[key], seed)[0] for seed in SEEDS}
         of_labels = {
@@ -149,15 +170,15 @@ def _latents(key: str) -> Path:
     return RUN / f"{key}-latents.json"
 
 
-def _result(key: str, rows: int, lengths: str, seed: int) -> Path:
-    return RUN / "results" / f"{key}.{rows}-{lengths}-s{seed}.json"
+def _result(key: str, rows: int, lengths: str, seed: int, kind: str = "") -> Path:
+    return RUN / "results" / f"{key}.{rows}-{lengths}-s{seed}{kind}.json"
 
 
 def read(key: str) -> dict[Key, dict[int, dict[str, Any]]]:
     """What was measured of a site, by dictionary and seed."""
     found: dict[Key, dict[int, dict[str, Any]]] = {}
     for path in sorted((RUN / "results").glob(f"{key}.*.json")):
-        rows, lengths, seed = path.stem.partition(".")[2].split("-")
+        rows, lengths, seed, *_ = path.stem.partition(".")[2].split("-")
         for name, own in json.loads(path.read_text()).items():
             if name != "sha256":
                 of_seed = found.setdefault((int(rows), lengths, name), {})
@@ -190,7 +211,7 @@ def at_site(key: str) -> Iterator[str]:
     if not found:
         return
     of_lengths = beside(found, {k: (k[0], "unit", k[2]) for k in found if k[1] == "free"})
-    of_weights = beside(found, {k: (*k[:2], PLAIN) for k in found if k[2] == WHITENED})
+    of_weights = beside(found, {k: (*k[:2], PLAIN) for k in found if k[2] != PLAIN})
     rows = [["rows", "lengths", "dictionary", "seeds", "KL", "CE recovered", "FVU", "dead %",
              "KL, free beside length 1", "KL, whitened beside plain"]]  # fmt: skip
     for one in sorted(found, key=lambda k: (k[0], k[1] != "unit", k[2])):
@@ -228,7 +249,11 @@ def at_site(key: str) -> Iterator[str]:
 
 
 def _words(one: Key, other: Key, low: float, high: float) -> str:
-    what = "whitened beside plain" if one[2] == WHITENED else "plain, free beside length 1"
+    what = {
+        PLAIN: "plain, free beside length 1",
+        WHITENED: "whitened beside plain",
+        WHITENED_SPACE: "whitened in the space at twice the rate, beside plain",
+    }[one[2]]
     return f"{ROWS[one[0]]} rows, {what}: KL {low:+g} to {high:+g} %".replace("-", "−")
 
 

@@ -83,6 +83,9 @@ LAST_RATED: tuple[Weights, ...] = (
     ("sensitivity", 0.25, SPACE, K),
 )
 """All others that both blocks 9 have."""
+SPACE_CONTROLS: tuple[Weights, ...] = tuple(
+    (f"{control}:whitening", 0.5, SPACE, K) for control in ("rotated", "permuted")
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,28 @@ PARTS = {
     "pair-twice": Part(PAIR, OTHERS, (0,), "twice-rate", rate=2.0),
     "four-times": Part((*PAIR, HALFWAY_SPACE), BLOCKS_9, (0,), "four-times", rate=4.0),
     "fully-twice": Part((("whitening", 2.0, LOSS, K),), BLOCKS_9),
+    "space-fresh": Part((HALFWAY_SPACE,), seeds=expected.FRESH, setting="twice-rate", rate=2.0),
+    "space-controls": Part(SPACE_CONTROLS, BLOCKS_9, setting="twice-rate", rate=2.0),
+    "space-controls-others": Part(SPACE_CONTROLS, OTHERS, (0,), "twice-rate", rate=2.0),
+    "four-million-twice": Part(
+        (HALFWAY_SPACE,), BLOCKS_9, setting="four-million-twice", rows=4_000_000, rate=2.0
+    ),
+    "million-twice": Part(
+        (HALFWAY_SPACE,), BLOCKS_9, setting="million-twice", rows=1_000_000, rate=2.0
+    ),
+    "half-million-twice": Part(
+        (HALFWAY_SPACE,), BLOCKS_9, setting="half-million-twice", rows=500_000, rate=2.0
+    ),
+    "batch-topk-twice": Part(
+        (HALFWAY_SPACE,),
+        BLOCKS_9,
+        setting="batch-topk-twice",
+        architecture="batch-topk",
+        rate=2.0,
+    ),
+    "jumprelu-twice": Part(
+        (HALFWAY_SPACE,), BLOCKS_9, setting="jumprelu-twice", architecture="jumprelu", rate=2.0
+    ),
     "half-rates-last": Part(LAST_RATED, BLOCKS_9, (0,), "half-rate", rate=0.5, sensitivity=True),
     "twice-rates-last": Part(LAST_RATED, BLOCKS_9, (0,), "twice-rate", rate=2.0, sensitivity=True),
 }
