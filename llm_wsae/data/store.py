@@ -70,7 +70,8 @@ class ActivationStore:
     def open(cls, folder: Path | str) -> "ActivationStore":
         """Open a store.
 
-        Raises LlmWsaeError if there is none, it has another format, or it is unfinished.
+        Raises LlmWsaeError if there is none, it has another format, it is unfinished, or it holds
+        no rows.
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
@@ -80,6 +81,8 @@ class ActivationStore:
                 f"the store {folder} is not complete: {there} of {manifest.num_contexts} contexts "
                 f"are there; run its {manifest.made_by} again to resume it"
             )
+        if manifest.num_rows == 0:
+            raise LlmWsaeError(f"the store {folder} holds no rows; harvest more tokens")
         return cls(folder, manifest)
 
     def check_model(self, identity: dict[str, Any]) -> None:

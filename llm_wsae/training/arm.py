@@ -19,7 +19,12 @@ from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.training.architecture import Architecture
 from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.auxk import DeadFinder, auxk_gradients
-from llm_wsae.training.config import ArchitectureName, Lengths
+from llm_wsae.training.config import (
+    SPACE_RATE,
+    ArchitectureName,
+    Lengths,
+    default_learning_rate,
+)
 from llm_wsae.training.free_lengths import FreeLengths
 from llm_wsae.training.normaliser import Space, Spaces
 from llm_wsae.training.optimiser import Optimiser
@@ -88,6 +93,11 @@ class ArmConfig:
                 f"{', '.join(free)}"
             )
         return "free" if asked != "unit" and self.kind.has_free_lengths else "unit"
+
+    def learning_rate(self, d_sae: int, lengths: Lengths) -> float:
+        """The peak learning rate if none is asked for."""
+        in_space = self.weights.config.place == "space" and self.lengths(lengths) == "free"
+        return default_learning_rate(d_sae) * (SPACE_RATE if in_space else 1.0)
 
     def check(self, d_sae: int) -> None:
         """Raise UsageError if a dictionary of ``d_sae`` latents cannot have k active ones."""

@@ -33,7 +33,8 @@ class TrainConfig:
     batch_size: int = 2048
     """Rows per step."""
     learning_rate: float | None = None
-    """Peak learning rate of Adam; the default is 3e-3 · √(4608 / d_sae), at most 4e-3."""
+    """Peak learning rate of Adam; the default is 3e-3 · √(4608 / d_sae), at most 4e-3.
+    Twice that for dictionaries of free lengths whose weights are a space."""
     lengths: Lengths = "auto"
     """Lengths of decoder rows in training; finished ones have length 1.
     auto: free for topk, batch-topk and matryoshka."""
@@ -92,6 +93,11 @@ class TrainConfig:
             raise UsageError(f"dtype must be auto, bfloat16 or float32, not {self.dtype!r}")
         if self.tracker not in ("none", "tensorboard", "wandb"):
             raise UsageError(f"tracker must be none, tensorboard or wandb, not {self.tracker!r}")
+
+
+SPACE_RATE = 2.0
+"""How many times the usual learning rate suits dictionaries of free lengths in a space, in whose
+coordinates Adam makes its steps; measured in docs/results/free-lengths-settings.md."""
 
 
 def default_learning_rate(d_sae: int) -> float:

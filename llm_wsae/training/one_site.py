@@ -32,6 +32,7 @@ from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
 from llm_wsae.training.parallel.group import ProcessGroup
 
 MAX_DEAD_AFTER = 10_000_000
+RATE = "learning_rate"
 
 
 class Training:
@@ -65,13 +66,16 @@ class Training:
         self.statistics = source.statistics()
         self.statistics.check_varying()
         self.normaliser = Normaliser(self.statistics, device, fast, group.strategy)
-        self.learning_rate = config.learning_rate or default_learning_rate(d_sae)
         rows = self.num_steps * config.batch_size
         dead_after = config.dead_after or min(MAX_DEAD_AFTER, rows // 10)
         self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
         self.lengths = config.lengths
         if self.lengths == "auto" and group.processes.lead(lambda: began_with_unit_lengths(out)):
             self.lengths = "unit"  # it goes on as it was begun
+        usual = config.learning_rate or default_learning_rate(d_sae)
+        self.learning_rates = {
+            arm.name: config.learning_rate or arm.learning_rate(d_sae, self.lengths) for arm in arms
+        }
         spaces = Spaces(device)
         self.arms = [
             Arm(
@@ -91,12 +95,16 @@ class Training:
         self.log: TrainingLog | None = None
         self.identity: dict[str, Any] = {
             "rows": source.identity(),
-            "arms": {arm.name: arm.identity(self.lengths) for arm in arms},
+            "arms": {
+                arm.name: arm.identity(self.lengths)
+                | ({} if (own := self.learning_rates[arm.name]) == usual else {RATE: own})
+                for arm in arms
+            },
             "num_steps": self.num_steps,
             "batch_size": config.batch_size,
             "d_in": source.d_in,
             "d_sae": d_sae,
-            "learning_rate": self.learning_rate,
+            RATE: usual,
             "warmup": config.warmup,
             "decay": config.decay,
             "aux_coefficient": config.aux_coefficient,
@@ -158,7 +166,7 @@ class Training:
             arm.step(
                 own,
                 (step + 1) * config.batch_size,
-                self.learning_rate * factor,
+                self.learning_rates[arm.config.name] * factor,
                 config.aux_coefficient,
                 self.dead_after,
             )
@@ -201,7 +209,7 @@ class Training:
                 self.statistics,
                 self.normaliser,
                 self.last_numbers.get(name, {}),
-                settings,
+                settings | {RATE: self.learning_rates[name]},
                 self._learnt(arm),
             )
             if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):

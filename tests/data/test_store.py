@@ -300,3 +300,9 @@ def test_tokens_that_no_harvest_writes(made, tmp_path):
         save_tensors(tmp_path / "t", tensors, {"documents": documents})
         with pytest.raises(LlmWsaeError, match="t is not the tokens of a shard"):
             load_contexts(tmp_path / "t", (0, 0), (1, 0))
+
+
+def test_a_store_without_rows_is_refused(store, monkeypatch):
+    monkeypatch.setattr(Manifest, "num_rows", 0)  # as an early version could harvest
+    with pytest.raises(LlmWsaeError, match="holds no rows; harvest more tokens"):
+        ActivationStore.open(store.folder)

@@ -136,6 +136,32 @@ def test_arms_in_one_pass_equal_arms_alone(trained, tmp_path):
     assert torch.equal(found.W_enc, expected.W_enc) and torch.equal(found.b_dec, expected.b_dec)
 
 
+def test_a_space_has_twice_the_usual_learning_rate(tmp_path):
+    source = MemorySource()
+    places = [WeightConfig(place=place) for place in ("loss", "mixed", "space")]
+    weights = [
+        one
+        for config in places
+        for one in choose_weights(source.statistics(), ("variance",), (0.5,), config=config)
+    ]
+    arms = make_arms(weights, (4,))
+    usual = replace(CONFIG, learning_rate=None, tokens=256 * 4)
+
+    def rates(folder, **settings):
+        found = train(source, arms, replace(usual, **settings), tmp_path / folder)
+        return [dictionary.info.training["learning_rate"] for dictionary in found.values()]
+
+    assert rates("free") == [4e-3, 4e-3, 8e-3]
+    assert rates("unit", lengths="unit") == [4e-3] * 3
+    assert rates("asked", learning_rate=0.01) == [0.01] * 3
+    # the rate that is written is the one it is trained with
+    (twice,) = train(
+        source, arms[2:], replace(usual, learning_rate=8e-3), tmp_path / "twice"
+    ).values()
+    same = Dictionary.load(tmp_path / "free" / arms[2].name)
+    assert torch.equal(same.W_enc, twice.W_enc)
+
+
 def test_a_terminated_training_resumes_bit_for_bit(trained, tmp_path):
     source, out, _ = trained
     arms = arms_for(source, l1s=(0.02,))
