@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import free_lengths_expected as expected
+import free_lengths_space
 import numpy as np
 import results_recovery as recovery
 import torch
@@ -556,6 +557,7 @@ def main() -> None:
     write_result("free-lengths", section())
     write_result("free-lengths-others", section_of_others())
     write_result("free-lengths-settings", section_of_settings())
+    write_result("free-lengths-space", free_lengths_space.section(read))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""What docs/results says of whitening as a space at other learning rates, beside the loss.
+
+``results_free_lengths.py`` measures it and hands over its archive.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import free_lengths_expected as expected
+import results_recovery as recovery
+from results_recovery import PLACES, SEEDS
+
+from llm_wsae.studies.curve import Value
+from llm_wsae.studies.inference import estimates
+from llm_wsae.terminal import markdown
+
+Record = dict[str, Any]
+Read = Callable[[str, str], list[Record]]
+"""Site, setting → dictionaries; the usual setting is the empty text."""
+PLAIN, LOSS, SPACE = expected.PLAIN, expected.HALFWAY_IN_LOSS, expected.HALFWAY_SPACE
+_ROWS = (
+    ("plain", "", PLAIN),
+    ("plain, rate × 2", "twice-rate", PLAIN),
+    ("plain, rate × 4", "four-times", PLAIN),
+    ("in the loss", "", LOSS),
+    ("in the loss, begun as in the space", "start", LOSS),
+    ("in the loss, rate × 2", "twice-rate", LOSS),
+    ("in the loss, rate × 4", "four-times", LOSS),
+    ("in the space", "", SPACE),
+    ("in the space, begun as in the loss", "start", SPACE),
+    ("**in the space, rate × 2**", "twice-rate", SPACE),
+    ("in the space, rate × 4", "four-times", SPACE),
+    ("control: random directions, in the space, rate × 2", "twice-rate", f"rotated-{SPACE}"),
+    ("control: permuted, in the space, rate × 2", "twice-rate", f"permuted-{SPACE}"),
+)
+_SETTINGS = {
+    "half a million rows": "half-million",
+    "one million rows": "million",
+    "two million rows": "",
+    "four million rows": "four-million",
+    "BatchTopK, two million rows": "batch-topk",
+    "JumpReLU, two million rows": "jumprelu",
+}
+_MEASURES = ("kl", "recovered")
+
+
+def section(read: Read) -> str:
+    """The part of docs/results."""
+    parts = []
+    for key, where in PLACES.items():
+        found = [(words, _of(read(key, setting), label)) for words, setting, label in _ROWS]
+        parts += [f"### In the space, at twice the rate: {where.title}", _beside(found)]
+        if settings := list(_in_settings(key, read)):
+            parts += settings
+        asked = [(words, outcome, _means(key, read)) for place, words, outcome in expected.OF_SPACE
+                 if place == key]  # fmt: skip
+        parts += recovery.expected(asked)
+    return "\n\n".join(parts)
+
+
+def _of(records: Sequence[Record], label: str) -> dict[int, Record]:
+    return {record["seed"]: record for record in records if record["label"] == label}
+
+
+def _paired(own: dict[int, Record], base: dict[int, Record], measure: str) -> dict[int, Value]:
+    """Seed → difference."""
+    return {
+        seed: Value.mixture(
+            [
+                (sign, recovery.value_of(one[seed], measure))
+                for sign, one in ((1.0, own), (-1.0, base))
+            ]
+        )
+        for seed in sorted(own.keys() & base.keys())
+    }
+
+
+def _beside(found: list[tuple[str, dict[int, Record]]]) -> str:
+    """Rows beside the first of them."""
+    base = found[0][1]
+    changes = {
+        measure: estimates({words: _paired(own, base, measure) for words, own in found[1:]})
+        for measure in _MEASURES
+    }
+    rows = [["dictionary", "seeds", "KL", "CE recovered", "FVU", "recovered", "KL, beside plain",
+             "recovered, beside plain"]]  # fmt: skip
+    for words, own in found:
+        if not own:
+            continue
+        (means,) = recovery.means_of(list(own.values())).values()
+        rows.append(
+            [
+                words,
+                str(len(own)),
+                *(f"{means[measure]:.3f}" for measure in ("kl", "ce", "fvu", "recovered")),
+                recovery.text_of(changes["kl"].get(words), per_cent=True),
+                recovery.text_of(changes["recovered"].get(words)),
+            ]
+        )
+    return markdown(rows)
+
+
+def _in_settings(key: str, read: Read) -> Iterator[str]:
+    """Other numbers of rows, other architectures."""
+    found = {}
+    for words, setting in _SETTINGS.items():
+        twice = _of(read(key, f"{setting}-twice" if setting else "twice-rate"), SPACE)
+        usual = read(key, setting)
+        found[words] = (_of(usual, PLAIN), _of(usual, LOSS), twice)
+    if sum(bool(twice) for _, _, twice in found.values()) < 2:
+        return
+    changes = {
+        measure: estimates(
+            {words: _paired(twice, plain, measure) for words, (plain, _, twice) in found.items()}
+        )
+        for measure in _MEASURES
+    }
+    kinds = ("plain", "in the loss", "in the space, rate × 2", "beside plain")
+    head = [f"{measure}, {kind}" for measure in ("KL", "recovered") for kind in kinds]
+    rows = [["trained with", *head]]
+    for words, groups in found.items():
+        if not groups[2]:
+            continue
+        shared = set.intersection(*(set(own) for own in groups))
+        cells = []
+        for measure in _MEASURES:
+            for own in groups:
+                (means,) = recovery.means_of([own[seed] for seed in shared]).values()
+                cells.append(f"{means[measure]:.3f}")
+            cells.append(recovery.text_of(changes[measure].get(words), per_cent=measure == "kl"))
+        rows.append([words, *cells])
+    yield markdown(rows)
+
+
+def _means(key: str, read: Read) -> expected.Settings:
+    """By setting, over three seeds; ``fresh`` and ``fresh-twice`` over the others."""
+    names = {setting for _, setting, _ in _ROWS} | {s for s in _SETTINGS.values() if s}
+    names |= {f"{setting}-twice" for setting in _SETTINGS.values() if setting}
+    found: expected.Settings = {}
+    for setting in sorted(names):
+        records = read(key, setting)
+        first = [record for record in records if record["seed"] in SEEDS]
+        found[setting or expected.USUAL_RATE] = recovery.means_of(first)
+        if setting in ("", "twice-rate"):
+            fresh = [record for record in records if record["seed"] in expected.FRESH]
+            found["fresh-twice" if setting else "fresh"] = recovery.means_of(fresh)
+    return found
