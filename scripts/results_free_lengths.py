@@ -327,7 +327,7 @@ def _regret(
 _ROWS = (
     ("whitened halfway, in the loss (the default)", expected.HALFWAY_IN_LOSS),
     ("whitened halfway, mixed", expected.HALFWAY),
-    ("whitened halfway, space", expected.HALFWAY_SPACE),
+    ("whitened halfway, space, rate × 2", expected.HALFWAY_SPACE),
     ("inverse variance in the loss, α = −½", expected.IN_LOSS),
     ("inverse variance, mixed, α = −½", expected.INVERSE),
     ("the model's sensitivity, space, α = ¼", expected.SENSITIVITY),
@@ -338,7 +338,12 @@ _ROWS = (
 
 def plot(path: Path) -> None:
     """What each weighting changes at each site."""
-    records_of = {key: found for key in recovery.MARKS if (found := read(key))}
+    records_of = {
+        key: [record for record in found if record["label"] != expected.HALFWAY_SPACE]
+        + [r for r in read(key, "twice-rate") if r["label"] == expected.HALFWAY_SPACE]
+        for key in recovery.MARKS
+        if (found := read(key))
+    }
     title = f"Weighted dictionaries beside plain ones of the same k = {K}, two million rows"
     recovery.plot_changes(path, _ROWS, records_of, title, 8)
 
