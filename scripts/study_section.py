@@ -1,7 +1,7 @@
 """What docs/results says of the study of weights on a real model, from the archives."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 
 from study_claims import (
@@ -11,6 +11,7 @@ from study_claims import (
     CONFIRMATION,
     FOUND,
     JUMPRELU,
+    OF_BASELINES,
     ON_ALL_SEEDS,
     TODAY,
     TWELVE,
@@ -50,8 +51,8 @@ def claim_table(claims: Iterable[Claim], studies: Mapping[str, Study]) -> str:
     return markdown(rows, left=4)
 
 
-def site_section(site: str, study: Study) -> str:
-    """What was found at one site."""
+def site_section(site: str, study: Study, baselines: Study) -> str:
+    """What was found at one site, with the rows of baselines that were measured last."""
     massive, block = study.profile["massive"], Site.parse(site).block
     processors = Counter(result.processor for result in study.report.results)
     made = ", ".join(f"{count} on {name}" for name, count in processors.items())
@@ -65,8 +66,9 @@ def site_section(site: str, study: Study) -> str:
         f"![Differences from the plain curve at {site}](../images/{figure(block, DIFFERENCES)})",
         _verdicts(study.report),
         f"![Every rule next to the plain curve at {site}](../images/{figure(block, CURVE)})",
-        "Means over seeds; controls are in the archive.",
-        _table(study),
+        "Means over seeds; controls are in the archive. Of baselines "
+        "[detection](#what-baselines-score) is another measure.",
+        _table(study, [r for r in baselines.report.results if r.is_baseline]),
     ]
     return "\n\n".join(parts)
 
@@ -109,16 +111,19 @@ def _harms(report: StudyReport) -> str:
     return markdown(rows)
 
 
-def _table(study: Study) -> str:
+def _table(study: Study, more: Sequence[Result] = ()) -> str:
+    """Means of every kind of dictionary; and of ``more``, whose detection is another measure."""
     head = ["weights", "k", "seeds", "effective dimensions", "of its control", "CE recovered"]
     head += ["FVU", "dense %", "dead %", "scored %", "detection", "selectivity"]
     report = study.report
     harms = [m for m in HARMS if any(m in r.point.values for r in report.results)]
     rows = [[*head, *harms]]
     controls = {r.control for r in report.results}
-    keys = dict.fromkeys((r.label, r.point.k) for r in report.results if r.label not in controls)
-    for label, k in keys:
-        own = study.of(label, k)
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in (*report.results, *more):
+        if result.label not in controls:
+            groups.setdefault((result.label, result.point.k), []).append(result)
+    for (label, k), own in groups.items():
 
         def mean(value: Callable[[Result], float], own: list[Result] = own) -> float:
             return sum(map(value, own)) / len(own)
@@ -133,6 +138,8 @@ def _table(study: Study) -> str:
             f"{mean(lambda r, m=measure: measured(r, m)):.4f}"
             for measure in ("detection", "selectivity")
         ]
+        if more and own[0].is_baseline:
+            cells[-2] = "–"
         for harm in harms:
             found = [r.point.values[harm].mean for r in own if harm in r.point.values]
             cells.append(f"{sum(found) / len(found):.4f}" if found else "–")
@@ -163,7 +170,9 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
     parts = [f"### {apart.title}", apart.words, claim_table(apart.claims, studies)]
     for site, study in studies.items():
         dictionaries = f"{len(study.report.results)} dictionaries"
-        parts += [f"`{site}`, {dictionaries}:", _verdicts(study.report)]
+        parts.append(f"`{site}`, {dictionaries}:")
+        if study.report.compared:
+            parts.append(_verdicts(study.report))
         if any(HARMS[0] in one.effects for one in study.report.compared):
             parts += ["Where lower is better:", _harms(study.report)]
         if apart.has_values:
@@ -236,8 +245,8 @@ def section() -> str:
     """The section of docs/results, from the archives."""
     studies = Study.read_all(WEIGHTS)
     again = Study.read_all(CONFIRMATION.folder)
-    jumprelu, annealed, twelve, today = (
-        Study.read_all(apart.folder) for apart in (JUMPRELU, ANNEALING, TWELVE, TODAY)
+    jumprelu, annealed, twelve, today, baselines = (
+        Study.read_all(apart.folder) for apart in (JUMPRELU, ANNEALING, TWELVE, TODAY, OF_BASELINES)
     )
     parts = [
         "## A real model: do weights make latents more monosemantic?",
@@ -269,9 +278,7 @@ def section() -> str:
         "Except for [today's dictionaries](#as-dictionaries-are-trained-today), detection was "
         "measured before it was restricted to contexts of one genre from other documents than "
         "those of the top contexts, and its intervals do not cover the choice of documents: the "
-        "archives hold neither. It stands here as it was. Nor do those tables have baselines, "
-        "which learnt nothing or one half: the dictionaries were not kept, and cannot be measured "
-        "anew beside them.",
+        "archives hold neither. It stands here as it was.",
         "Three things were corrected after most dictionaries had been trained. Selectivity counted "
         "34 concepts once each, and its intervals took them for independent, although 23 are first "
         "letters of words, which rise and fall together: families count once each now. The "
@@ -311,6 +318,7 @@ def section() -> str:
             twelve,
         ),
         apart_section(TODAY, today),
-        *(site_section(site, study) for site, study in studies.items()),
+        apart_section(OF_BASELINES, baselines),
+        *(site_section(site, study, baselines[site]) for site, study in studies.items()),
     ]
     return "\n\n".join(parts)
