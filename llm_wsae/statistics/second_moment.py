@@ -81,7 +81,8 @@ def shrunk(covariance: Float[Tensor, "d_in d_in"], rows: int) -> Float[Tensor, "
     """(1 − ρ)Σ + ρ·tr(Σ)/d·I, with the ρ that minimises the expected squared error for normal rows.
 
     Oracle approximating shrinkage (Chen, Wiesel, Eldar & Hero 2010, equation 23). It needs only the
-    covariance and the number of rows; with a million rows of 576 dimensions ρ is about 1e-5.
+    covariance and the number of rows, where scikit-learn's takes all rows at once; with a million
+    rows of 576 dimensions ρ is about 1e-5.
     """
     d_in = len(covariance)
     square, trace = float(covariance.square().sum()), float(covariance.trace())

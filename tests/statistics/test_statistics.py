@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn.covariance import OAS
 from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError
@@ -335,6 +336,9 @@ def test_shrinkage_helps_where_rows_are_few_and_vanishes_where_they_are_many():
     assert float(shrunk(few, 90).trace()) == pytest.approx(float(few.trace()))
     many = torch.cov(rows.T, correction=0)
     torch.testing.assert_close(shrunk(many, 40_000), many, rtol=0.02, atol=2e-3)
+    # scikit-learn needs the rows at once, and leaves out the terms in 2/d
+    theirs = torch.from_numpy(OAS().fit(rows[:90].numpy()).covariance_)
+    torch.testing.assert_close(shrunk(few, 90), theirs, rtol=0, atol=0.01)
     same = torch.eye(60, dtype=torch.float64)
     assert torch.equal(shrunk(same, 10), same)
     # equation 23 by hand: ρ = (0·10 + 4²) / ((10 + 1 − 1)·(10 − 4²/2)) = 0.8
