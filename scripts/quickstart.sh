@@ -10,8 +10,10 @@ make_environment .venv gguf
 model=$(embedded_model .venv)
 out=runs/quickstart site=blocks.9.hook_resid_post
 
+[[ " $* " == *" --eval-tokens"* ]] || set -- --eval-tokens 25000 "$@"
+
 results=$(.venv/bin/llm-wsae run \
-  --model "$model" --corpus sotu --site "$site" --out "$out" --eval-tokens 25000 "$@")
+  --model "$model" --corpus sotu --site "$site" --out "$out" "$@")
 trap 'printf "\n%s\n" "$results"' EXIT  # below the page, and without one too
 dictionaries=("$out/$site"/*/wsae.json)
 .venv/bin/llm-wsae dashboard "${dictionaries[@]%/wsae.json}" --store "$out/store" \
