@@ -50,7 +50,7 @@ from llm_wsae.training.arm import ArmConfig, make_arms
 from llm_wsae.training.checkpoint import check_same_rows
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.training.log import LOG
-from llm_wsae.training.trainer import check_arms, check_out, train, train_sites
+from llm_wsae.training.trainer import check_arms, check_out, check_room, train, train_sites
 from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
 from llm_wsae.weighing import measure_inputs, measure_stream_inputs
 from llm_wsae.weights.choosing import choose_weights
@@ -209,8 +209,11 @@ class _Run:
                 raise rule.missing_input()
             rule.form(self.weighing)
         check_alphas(self.rules, self.alphas)
-        plain = LossWeights(torch.ones(self.model.d_model), RULES["uniform"])
-        check_arms(self._arms([plain] if self.rules else []), self.model.d_model, self.training)
+        d_in, parts = self.model.d_model, join().size if self.training.shard == "latents" else 1
+        plain = LossWeights(torch.ones(d_in), RULES["uniform"])
+        check_arms(arms := self._arms([plain] if self.rules else []), d_in, self.training)
+        if not begun(self.out, self.sites):  # every rule has as many arms, or more
+            check_room([d_in] * len(arms), self.training, parts)
         check_rows(self.harvesting, self.training)
         if self.stream is None:
             check_not_trained_on_less(self.out, self.sites, self.harvesting)

@@ -31,6 +31,10 @@ def plain_beside(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
     def training(dictionary: Dictionary) -> tuple[Any, ...]:
         info = dictionary.info
         settings = {k: v for k, v in info.training.items() if k not in ("command", "versions")}
+        # those in a space have another rate than the plain ones beside them
+        settings["learning_rate"] = settings.pop(
+            "shared_learning_rate", settings.get("learning_rate")
+        )
         return info.site, info.seed, info.store, settings
 
     found = {}

@@ -243,8 +243,8 @@ def _seconds(
     """The times of all stages over all sites; with ``auto`` that of choosing α."""
     assert train.tokens is not None
     sites, config = sizes.sites, sizes.harvest
-    steps = train.tokens * speeds.row
-    seconds = sizes.together * steps  # that all sites take in turn, or together
+    of_steps = train.tokens * speeds.row
+    seconds = sizes.together * of_steps  # that all sites take in turn, or together
     checkpoints = int(seconds / train.checkpoint_seconds) if train.checkpoint_seconds else 0
     saved = checkpoints * sizes.checkpoint() + sizes.dictionaries()
     tokens, of_moment = config.num_contexts * config.context_size, sizes.rows
@@ -261,7 +261,7 @@ def _seconds(
             sites * min(TRIAL_ROWS, train.tokens) * speeds.row + TRIAL_TOKENS * speeds.evaluated
         )
         found["choose α"] = share * trials
-    found["train"] = sites * (steps + speeds.export + saved * speeds.byte)
+    found["train"] = sites * (of_steps + speeds.export + saved * speeds.byte)
     found["evaluate"] = evaluate.tokens * speeds.evaluated
     return found
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import to_dense
+from llm_wsae.errors import UsageError
 from llm_wsae.planting.plants import Plants
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.sparse.codes import Codes
@@ -85,7 +86,15 @@ class PlantRecovery:
 
 
 def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantRecovery:
-    """Compare a dictionary with a source's plants on its held-out rows, massive ones ignored."""
+    """Compare a dictionary with a source's plants on its held-out rows, massive ones ignored.
+
+    Raises UsageError if the dictionary is of another site or width.
+    """
+    if (dictionary.site, dictionary.d_in) != (source.site, source.d_in):
+        raise UsageError(
+            f"the dictionary is for {dictionary.d_in} dimensions of {dictionary.site}, but the "
+            f"plants are in {source.d_in} of {source.site}"
+        )
     plants, threshold = source.plants, source.statistics().massive_threshold
     halves = [_Half(len(plants), dictionary.d_sae), _Half(len(plants), dictionary.d_sae)]
     for number, (rows, firings) in enumerate(source.heldout()):

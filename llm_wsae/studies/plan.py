@@ -53,7 +53,8 @@ class PlannedArm:
     def identity(self, lengths: Lengths) -> dict[str, Any]:
         """What its result must agree on, as JSON."""
         own = self.arm.identity(lengths)
-        return own if self.share == 1 else own | {"share": self.share}
+        own |= {"share": self.share} if self.share != 1 else {}
+        return own | ({"rate": rate} if (rate := self.arm.rate(lengths)) != 1 else {})
 
 
 def plan(

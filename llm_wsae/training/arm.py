@@ -19,12 +19,7 @@ from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.training.architecture import Architecture
 from llm_wsae.training.architectures import architecture_names, find_architecture
 from llm_wsae.training.auxk import DeadFinder, auxk_gradients
-from llm_wsae.training.config import (
-    SPACE_RATE,
-    ArchitectureName,
-    Lengths,
-    default_learning_rate,
-)
+from llm_wsae.training.config import SPACE_RATE, ArchitectureName, Lengths
 from llm_wsae.training.free_lengths import FreeLengths
 from llm_wsae.training.normaliser import Space, Spaces
 from llm_wsae.training.optimiser import Optimiser
@@ -94,10 +89,10 @@ class ArmConfig:
             )
         return "free" if asked != "unit" and self.kind.has_free_lengths else "unit"
 
-    def learning_rate(self, d_sae: int, lengths: Lengths) -> float:
-        """The peak learning rate if none is asked for."""
-        in_space = self.weights.config.place == "space" and self.lengths(lengths) == "free"
-        return default_learning_rate(d_sae) * (SPACE_RATE if in_space else 1.0)
+    def rate(self, lengths: Lengths) -> float:
+        """How many times the usual learning rate, if none is asked for."""
+        place_is_space = self.weights.config.place == "space"  # not mixed
+        return SPACE_RATE if place_is_space and self.lengths(lengths) == "free" else 1.0
 
     def check(self, d_sae: int) -> None:
         """Raise UsageError if a dictionary of ``d_sae`` latents cannot have k active ones."""
@@ -199,7 +194,9 @@ class Arm:
     def step(
         self, batch: Batch, rows_seen: int, learning_rate: float, aux: float, dead_after: int
     ) -> None:
-        """One optimiser step. ``rows_seen`` counts all rows up to and including this batch.
+        """One optimiser step. ``rows_seen`` counts all rows up to and including this batch; ``aux``
+        is the coefficient of AuxK's loss, 0 for none, and ``dead_after`` how many rows without
+        firing make a latent dead.
 
         A GPU is never left idle: a number from it is read only when it already has more work
         queued, except once in the first step. Several processes wait for each other.

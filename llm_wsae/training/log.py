@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,11 @@ class TrainingLog:
         write_atomic(self._path, lambda partial: partial.write_bytes(kept))
         self._digest, self._length = hashlib.sha256(kept), len(kept)
         self._send, self._end = _tracker(tracker, folder, step + 1)
+
+    def sync(self) -> None:
+        """Have it on the disk, as a checkpoint that goes with it will be."""
+        with open(self._path, "rb") as file:
+            os.fsync(file.fileno())
 
     @property
     def written(self) -> Written:

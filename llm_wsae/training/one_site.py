@@ -32,7 +32,7 @@ from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
 from llm_wsae.training.parallel.group import ProcessGroup
 
 MAX_DEAD_AFTER = 10_000_000
-RATE = "learning_rate"
+RATE, SHARED_RATE = "learning_rate", "shared_learning_rate"
 
 
 class Training:
@@ -74,9 +74,10 @@ class Training:
             self.lengths = "unit"  # it goes on as it was begun
         usual = config.learning_rate or default_learning_rate(d_sae)
         self.learning_rates = {
-            arm.name: config.learning_rate or arm.learning_rate(d_sae, self.lengths) for arm in arms
+            arm.name: config.learning_rate or usual * arm.rate(self.lengths) for arm in arms
         }
-        spaces = Spaces(device)
+        others = {name: rate for name, rate in self.learning_rates.items() if rate != usual}
+        spaces, is_finished = Spaces(device), (out / FINISHED).exists()
         self.arms = [
             Arm(
                 arm,
@@ -87,8 +88,9 @@ class Training:
                 group.strategy,
                 self.lengths,
             )
-            for arm in arms
+            for arm in ([] if is_finished else arms)
         ]
+        """None of a training that is finished: its dictionaries are read."""
         self.reached = 0
         """Steps that are done."""
         self.last_numbers: dict[str, dict[str, float]] = {}
@@ -97,7 +99,7 @@ class Training:
             "rows": source.identity(),
             "arms": {
                 arm.name: arm.identity(self.lengths)
-                | ({} if (own := self.learning_rates[arm.name]) == usual else {RATE: own})
+                | ({RATE: others[arm.name]} if arm.name in others else {})
                 for arm in arms
             },
             "num_steps": self.num_steps,
@@ -144,6 +146,8 @@ class Training:
 
     def save(self) -> None:
         """A checkpoint of the step that was reached."""
+        if self.log is not None:
+            self.log.sync()
         reached = Reached(self.reached, self.last_numbers, self._logged())
         save_checkpoint(self.out, self.arms, reached, self.identity, self.group)
 
@@ -209,7 +213,7 @@ class Training:
                 self.statistics,
                 self.normaliser,
                 self.last_numbers.get(name, {}),
-                settings | {RATE: self.learning_rates[name]},
+                settings | {SHARED_RATE: settings[RATE], RATE: self.learning_rates[name]},
                 self._learnt(arm),
             )
             if not all(bool(p.isfinite().all()) for p in dictionary.state_dict().values()):

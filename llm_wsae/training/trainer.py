@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -100,6 +99,11 @@ def train_sites(
     Each site has its own folder under ``out``, named after it, as ``train`` would fill it.
     Everything else is as for ``train``.
     """
+    if unknown := [str(site) for site in arms if site not in source.sites]:
+        raise UsageError(
+            f"the rows that are computed are of {', '.join(map(str, source.sites))}, not of "
+            f"{', '.join(unknown)}"
+        )
     jobs = [_Job(source.source(site), own, Path(out) / str(site)) for site, own in arms.items()]
     places = [source.sites.index(site) for site in arms]
 
@@ -134,7 +138,9 @@ def _train(
     with processes.together():
         with process_group(processes, device, config.shard) as group:
             # before the lock: a refused request leaves no folder
-            _check_memory(jobs, config, device, group)
+            unfinished = [job for job in jobs if not (job.out / FINISHED).exists()]
+            widths = [job.source.d_in for job in unfinished for _ in job.arms]
+            check_room(widths, config, group.strategy.latent_parts)
             trainings = [Training(*job[:2], config, job.out, device, group) for job in jobs]
             for training in trainings:
                 settings = {**training.identity, "shard": config.shard}
@@ -182,19 +188,14 @@ def check_arms(arms: Sequence[ArmConfig], d_in: int, config: TrainConfig) -> Non
         arm.lengths(config.lengths)
 
 
-def _check_memory(
-    jobs: Sequence[_Job], config: TrainConfig, device: torch.device, group: ProcessGroup
-) -> None:
-    """Raises UsageError if the arms of all sites together need more memory than there is."""
-    numbers = 0
-    for source, arms, _ in jobs:
-        numbers += len(arms) * config.expansion * source.d_in**2
-    needed = numbers * PAIR_BYTES // group.strategy.latent_parts
-    latents = sum(len(arms) * config.expansion * source.d_in for source, arms, _ in jobs)
+def check_room(widths: Sequence[int], config: TrainConfig, parts: int = 1) -> None:
+    """Raises UsageError if arms for rows of these widths, one for each, need more memory together
+    than the device has; ``parts`` devices share the latents."""
+    needed = sum(config.expansion * d_in**2 for d_in in widths) * PAIR_BYTES // parts
     check_memory(
         needed,
-        device,
-        f"training {latents:,} latents",
+        choose_device(config.device),
+        f"training {sum(config.expansion * d_in for d_in in widths):,} latents",
         "lower the expansion, or train fewer dictionaries at once",
     )
 
@@ -229,9 +230,14 @@ def _run(
     """All steps of the sites with these numbers, from their checkpoints on. A site whose checkpoint
     is newer than that of another waits for it."""
     trainings = list(numbered.values())
-    for training in trainings:
-        training.begin()
-        _check_agreed(group.processes, {"step": training.reached}, "checkpoints")
+    try:
+        for training in trainings:
+            training.begin()
+            _check_agreed(group.processes, {"step": training.reached}, "checkpoints")
+    except BaseException:
+        for training in trainings:
+            training.close()
+        raise
     step = min(training.reached for training in trainings)
     num_steps, arms = trainings[0].num_steps, sum(len(training.arms) for training in trainings)
     bar = tqdm(
@@ -271,6 +277,10 @@ def _run(
                         following = next(rows_of_all)
                     except LlmWsaeError as error:
                         failure = error
+                    except Exception:
+                        if group.processes.size == 1:
+                            save()
+                        raise
                 agreed = group.agree(want)
                 for number, training in numbered.items():
                     if training.reached == step:
@@ -288,7 +298,7 @@ def _run(
                 f"{failure} (stopped after step {step} of {num_steps}, saved in {out}; the "
                 "same command goes on from there)"
             ) from failure
-        if step < num_steps:
+        if wanted == STOP:
             raise Interrupted(
                 f"stopped after step {step} of {num_steps}, saved in {out}; "
                 "run the same command again to resume",

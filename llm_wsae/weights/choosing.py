@@ -63,7 +63,8 @@ def weights_from_rule(
     inputs: RuleInputs | Statistics,
     config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
 ) -> LossWeights:
-    """γ = s^α or Γ = S^α, clipped and normalised; of ``uniform``, 1 whatever the settings.
+    """γ = s^α or Γ = S^α, clipped and normalised; for ``uniform``, 1 whatever the settings. α = 0
+    gives the weights of ``uniform``.
 
     A score of 0 gives the weight 0 for α > 0, and for α < 0 that of the smallest positive score. A
     constant dimension carries no loss whatever its weight; it gets the smallest of the others.
@@ -75,6 +76,8 @@ def weights_from_rule(
     """
     check_number("alpha", alpha, -LARGEST_NUMBER)
     rule, inputs = Rule.of(rule), RuleInputs.of(inputs)
+    if alpha == 0 and not rule.is_plain:
+        rule, alpha = Rule.parse("uniform"), 1.0
     config = rule.settings(config)
     inputs.statistics.check_varying()
     form = rule.form(config)

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from small_dictionaries import make_info
+from small_dictionaries import make_dictionary, make_info
 
 from llm_wsae.data.finishing import finish_store
 from llm_wsae.data.manifest import Manifest
@@ -224,6 +224,13 @@ def test_a_dictionary_that_knows_the_features_recovers_them_and_half_the_gain_is
     facts = found.to_dict()
     assert facts["recovered"] == 1.0 and list(facts["by_stratum"]) == ["quiet dimension", "random"]
     assert facts["by_strength"] == {"1": found.means()}
+
+
+def test_a_dictionary_of_another_site_or_width_is_refused(source):
+    for site, width in (("blocks.9.hook_resid_post", source.d_in), (str(source.site), 7)):
+        other = make_dictionary(d_in=width, site=site)
+        with pytest.raises(UsageError, match=f"the dictionary is for {width} dimensions of {site}"):
+            measure_recovery(other, source)
 
 
 def test_a_dictionary_of_noise_recovers_nothing(few):

@@ -1,5 +1,6 @@
 """Training on planted data: it learns, it resumes bit for bit, it refuses what cannot be."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import torch
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.checks import plain_beside
 from llm_wsae.files import folder_lock, read_json
 from llm_wsae.model.site import Site
 from llm_wsae.processes import Several
@@ -154,9 +156,13 @@ def test_a_space_has_twice_the_usual_learning_rate(tmp_path):
     assert rates("free") == [4e-3, 4e-3, 8e-3]
     assert rates("unit", lengths="unit") == [4e-3] * 3
     assert rates("asked", learning_rate=0.01) == [0.01] * 3
+    # each is compared with the plain one beside it all the same
+    arms = [*arms, *make_arms(choose_weights(source.statistics(), ("uniform",), ()), (4,))]
+    found = plain_beside(train(source, arms, usual, tmp_path / "beside"))
+    assert found == {arm.name: "uniform-k4" for arm in arms[:3]}
     # the rate that is written is the one it is trained with
     (twice,) = train(
-        source, arms[2:], replace(usual, learning_rate=8e-3), tmp_path / "twice"
+        source, arms[2:3], replace(usual, learning_rate=8e-3), tmp_path / "twice"
     ).values()
     same = Dictionary.load(tmp_path / "free" / arms[2].name)
     assert torch.equal(same.W_enc, twice.W_enc)
@@ -284,6 +290,53 @@ def test_processes_that_share_gpus_need_their_numbers(monkeypatch):
         connected.__enter__()
     for device in ("cpu", "cuda:0", "cuda:3"):
         collectives._check_numbered(torch.device(device))
+
+
+def test_a_signal_in_the_last_step_is_obeyed(trained, tmp_path, monkeypatch):
+    _, _, expected = trained
+    advance = one_site.Training.advance
+
+    def stopped(training, rows, bar):
+        advance(training, rows, bar)
+        if training.reached == 60:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(one_site.Training, "advance", stopped)
+    with pytest.raises(Interrupted, match="stopped after step 60 of 60"):
+        train(MemorySource(), arms_for(MemorySource()), CONFIG, tmp_path)
+    again = train(MemorySource(), arms_for(MemorySource()), CONFIG, tmp_path)
+    assert torch.equal(again["uniform-k4"].W_enc, expected["uniform-k4"].W_enc)
+
+
+def test_what_was_trained_is_saved_whatever_the_rows_fail_with(tmp_path):
+    class Failing(MemorySource):
+        def batches(self, batch_size, seed, start=0):
+            yield from itertools.islice(super().batches(batch_size, seed, start), 7)
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(Failing(), arms_for(MemorySource()), CONFIG, tmp_path)
+    assert (tmp_path / CHECKPOINT).exists()
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_checkpoint(tmp_path, monkeypatch):
+    source = MemorySource(stop_after=5)
+    with pytest.raises(Interrupted):
+        train(source, arms_for(source), CONFIG, tmp_path)
+
+    def full(arm, tensors):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Arm, "load_state", full)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        train(MemorySource(), arms_for(source), CONFIG, tmp_path)
+
+
+def test_a_finished_training_needs_no_arms(trained, tmp_path, monkeypatch):
+    source, out, expected = trained
+    monkeypatch.setattr(one_site, "Arm", None)
+    again = train(source, arms_for(source, l1s=(0.02,)), CONFIG, out)
+    assert list(again) == list(expected)
 
 
 def test_a_folder_in_use_is_refused(trained, tmp_path):

@@ -84,7 +84,7 @@ def test_powers_of_a_matrix(inputs):
     torch.testing.assert_close(
         product / product[0, 0], torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-4
     )
-    assert torch.equal(weights_from_rule("whitening", 0.0, inputs).gamma, torch.eye(4))
+    assert torch.equal(weights_from_rule("whitening", 0.0, inputs).gamma, torch.ones(4))
 
 
 def test_half_whitening_leaves_half_of_the_covariance(inputs):
@@ -139,10 +139,16 @@ def test_variance_rule_is_the_papers(statistics):
 
 
 def test_alpha_zero_and_uniform_are_the_plain_autoencoder(statistics):
-    for rule, alpha in (("uniform", 1.0), ("variance", 0.0)):
+    for rule, alpha in (("uniform", 1.0), ("variance", 0.0), ("token-norm", 0.0)):
         weights = weights_from_rule(rule, alpha, statistics)
         torch.testing.assert_close(weights.gamma, torch.ones(4))
-        assert weights.name == "uniform"
+        assert weights.name == "uniform" and weights.rule.is_plain and not weights.is_matrix
+    inputs = RuleInputs(statistics)
+    space = WeightConfig(place="space")
+    for rules in (["uniform", "variance"], ["variance", "uniform"]):
+        found = {w.name: w for w in choose_weights(inputs, rules, [0.0, 0.5], config=space)}
+        assert set(found) == {"uniform", "variance-a0.5-space"}
+        assert found["uniform"].rule.is_plain and found["uniform"].config == IN_LOSS
 
 
 def test_a_zero_score_is_a_zero_weight_or_the_largest():
@@ -208,7 +214,7 @@ def test_weights_of_tokens_are_normalised(rule, statistics, tmp_path):
     usual = statistics.usual_sample.double()
     x = (usual - usual.mean(0)) / statistics.robust_variance.mean().sqrt()
     every, squares = torch.ones(len(x), dtype=x.dtype), x.square().sum(1)
-    for alpha in (-0.5, 0.0, 0.5):
+    for alpha in (-0.5, 0.5):
         weights = weights_from_rule(rule, alpha, statistics)
         row_weights = weights.row_weights(x, every)
         assert len(set(weights.gamma.tolist())) == 1
@@ -220,7 +226,7 @@ def test_weights_of_tokens_are_normalised(rule, statistics, tmp_path):
         else:  # the same weights, of other rows
             plain = weights_from_rule("token-norm", alpha, statistics).row_weights(x, every)
             assert torch.equal(row_weights.sort().values, plain.sort().values)
-            assert alpha == 0 or float((row_weights == plain).double().mean()) < 0.01
+            assert float((row_weights == plain).double().mean()) < 0.01
         weights.save(tmp_path / "weights.safetensors")
         found = own_weights(LossWeights.load(tmp_path / "weights.safetensors"), statistics)
         assert found.name == weights.name and torch.equal(found.gamma, weights.gamma)

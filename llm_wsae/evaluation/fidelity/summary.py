@@ -50,8 +50,10 @@ def read_baselines(
     """
     totals = dict.fromkeys(thresholds, torch.zeros(()))
     counts = dict.fromkeys(thresholds, 0)
+    if not thresholds:
+        return {}
     batches = tqdm(activations.batches, desc="evaluate: means", unit="batch")
-    for number, (_, keep) in enumerate(batches if thresholds else ()):
+    for number, (_, keep) in enumerate(batches):
         for site, hidden in activations.at(number, list(thresholds)).items():
             _check_finite(hidden, keep, site)
             rows, _ = _split(hidden, keep.to(hidden.device), thresholds[site])
