@@ -606,8 +606,6 @@ def _of_space_further() -> Iterator[tuple[str, str, Any]]:
                 ("half a million rows", "half-million", (0.2, 99.0), (-0.12, 0.02)),
                 ("one million rows", "million", (0.15, 99.0), (-0.1, 0.02)),
                 ("four million rows", "four-million", (0.05, 99.0), (-0.06, 0.04)),
-                ("BatchTopK", "batch-topk", (0.1, 99.0), (-0.08, 0.04)),
-                ("JumpReLU", "jumprelu", (-0.3, 0.3), (-0.1, 0.1)),
             ),
         ),
         (
@@ -616,8 +614,6 @@ def _of_space_further() -> Iterator[tuple[str, str, Any]]:
                 ("half a million rows", "half-million", (0.8, 99.0), (-0.6, -0.25)),
                 ("one million rows", "million", (0.5, 99.0), (-0.5, -0.2)),
                 ("four million rows", "four-million", (0.15, 99.0), (-0.25, -0.05)),
-                ("BatchTopK", "batch-topk", (0.5, 99.0), (-0.6, -0.2)),
-                ("JumpReLU", "jumprelu", (0.2, 99.0), (-0.6, -0.15)),
             ),
         ),
     ):
@@ -636,60 +632,4 @@ def _of_space_further() -> Iterator[tuple[str, str, Any]]:
                 )
 
 
-def of_best_rate(
-    arm: str, measure: str, low: float, high: float
-) -> Callable[[Settings], tuple[bool, str]]:
-    """A dictionary at its best rate relative to plain at the usual one."""
-
-    def found(settings: Settings) -> tuple[bool, str]:
-        rate = best_rate(settings, arm)
-        share = settings[rate][arm][measure] / settings[USUAL_RATE][PLAIN][measure] - 1
-        return low <= share <= high, f"{100 * share:+.0f} % ({rate})"
-
-    return found
-
-
 OF_SPACE = (*_of_space(), *_of_space_further())
-LAST_RATED = tuple(
-    (
-        place,
-        f"at its rate with most CE recovered, {name}: {what} relative to plain {words}",
-        of_best_rate(arm, measure, low, high),
-    )
-    for place, asked in (
-        (
-            "smollm2",
-            (
-                (
-                    "whitened in the loss, α = ¼",
-                    f"whitening-a0.25-k{K}",
-                    (0.05, 9.0),
-                    (-0.06, 0.04),
-                ),
-                ("whitened in the loss, α = ¾", f"whitening-a0.75-k{K}", (0.15, 9.0), (0.03, 0.2)),
-                ("whitened, mixed", HALFWAY, (-0.1, 0.5), (-0.06, 0.04)),
-                ("inverse variance, mixed", INVERSE, (0.1, 99.0), (0.05, 0.2)),
-                ("sensitivity, space", SENSITIVITY, (-0.1, 0.3), (-0.1, 0.0)),
-            ),
-        ),
-        (
-            "gemma",
-            (
-                ("whitened in the loss, α = ¼", f"whitening-a0.25-k{K}", (0.2, 99.0), (-0.2, 0.02)),
-                (
-                    "whitened in the loss, α = ¾",
-                    f"whitening-a0.75-k{K}",
-                    (0.35, 99.0),
-                    (-0.2, 0.08),
-                ),
-                ("whitened, mixed", HALFWAY, (0.25, 99.0), (-0.25, 0.0)),
-                ("inverse variance, mixed", INVERSE, (0.4, 99.0), (-0.2, 0.2)),
-                ("sensitivity, space", SENSITIVITY, (0.15, 99.0), (-0.4, -0.12)),
-            ),
-        ),
-    )
-    for name, arm, plants, kl in asked
-    for what, measure, (low, high) in (("recovered plants", "recovered", plants), ("KL", "kl", kl))
-    for words in [_range(low, high)]
-)
-"""Of seed 0, relative to plain at the usual rate, its best by three seeds; written down last."""

@@ -38,8 +38,6 @@ _SETTINGS = {
     "one million rows": "million",
     "two million rows": "",
     "four million rows": "four-million",
-    "BatchTopK, two million rows": "batch-topk",
-    "JumpReLU, two million rows": "jumprelu",
 }
 _MEASURES = ("kl", "recovered")
 
