@@ -610,11 +610,7 @@ def _of_space_further() -> Iterator[tuple[str, str, Any]]:
         ),
         (
             "gemma",
-            (
-                ("half a million rows", "half-million", (0.8, 99.0), (-0.6, -0.25)),
-                ("one million rows", "million", (0.5, 99.0), (-0.5, -0.2)),
-                ("four million rows", "four-million", (0.15, 99.0), (-0.25, -0.05)),
-            ),
+            (("four million rows", "four-million", (0.15, 99.0), (-0.25, -0.05)),),
         ),
     ):
         for words, setting, plants_too, kl in of_settings:
