@@ -46,13 +46,13 @@ def section(read: Read) -> str:
     """The part of docs/results."""
     parts = []
     for key, where in PLACES.items():
-        found = [(words, _of(read(key, setting), label)) for words, setting, label in _ROWS]
-        parts += [f"### In the space, at twice the rate: {where.title}", _beside(found)]
-        if settings := list(_in_settings(key, read)):
-            parts += settings
-        asked = [(words, outcome, _means(key, read)) for place, words, outcome in expected.OF_SPACE
-                 if place == key]  # fmt: skip
-        parts += recovery.expected(asked)
+        rows = [(words, _of(read(key, setting), label)) for words, setting, label in _ROWS]
+        parts += [f"### In the space, at twice the rate: {where.title}", _beside(rows)]
+        parts += _in_settings(key, read)
+        means = _means(key, read)
+        parts += recovery.expected(
+            (words, found, means) for place, words, found in expected.OF_SPACE if place == key
+        )
     return "\n\n".join(parts)
 
 
@@ -62,15 +62,8 @@ def _of(records: Sequence[Record], label: str) -> dict[int, Record]:
 
 def _paired(own: dict[int, Record], base: dict[int, Record], measure: str) -> dict[int, Value]:
     """Seed → difference."""
-    return {
-        seed: Value.mixture(
-            [
-                (sign, recovery.value_of(one[seed], measure))
-                for sign, one in ((1.0, own), (-1.0, base))
-            ]
-        )
-        for seed in sorted(own.keys() & base.keys())
-    }
+    both = sorted(own.keys() & base.keys())
+    return {seed: recovery.difference(own[seed], base[seed], measure) for seed in both}
 
 
 def _beside(found: list[tuple[str, dict[int, Record]]]) -> str:
@@ -99,7 +92,7 @@ def _beside(found: list[tuple[str, dict[int, Record]]]) -> str:
 
 
 def _in_settings(key: str, read: Read) -> Iterator[str]:
-    """Other numbers of rows, other architectures."""
+    """Other numbers of rows, if there are any."""
     found = {}
     for words, setting in _SETTINGS.items():
         twice = _of(read(key, f"{setting}-twice" if setting else "twice-rate"), SPACE)

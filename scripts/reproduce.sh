@@ -2,7 +2,7 @@
 # Repeats what a claim in the docs rests on, or resumes it:
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   study         the study of weights at two sites of SmolLM2-135M
-#   study-today   the same for three rules, as dictionaries are trained today
+#   study-today   the same for three rules, as dictionaries are trained today; and baselines
 #   free-lengths  which weights pay at five sites of two models, as dictionaries are trained today
 #   clean-rows    the same without plants: fidelity, and whether latents agree and are detected
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
@@ -57,6 +57,7 @@ study-today)
     --tokens 2400000 --out runs/study/store-today
   .venv/bin/python scripts/results_study.py --store runs/study/store-today --sites ${sites% *} \
     --steps today today-inverse today-participation "$@"
+  .venv/bin/python scripts/results_study.py --store runs/study/store-today --steps baselines
   ;;
 free-lengths)
   .venv/bin/python scripts/results_free_lengths.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"

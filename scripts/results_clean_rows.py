@@ -61,7 +61,7 @@ TRAINED: dict[str, dict[tuple[int, Lengths], Sequence[int]]] = {
     "gemma": {(1_000_000, "free"): SEEDS, (1_000_000, "unit"): SEEDS, (4_000_000, "free"): SEEDS},
 }
 """Seeds of the pairs of dictionaries of a site, by rows and lengths."""
-TWICE = "-space"
+IN_SPACE = "-space"
 """Of the results of dictionaries that are whitened as a space and trained at twice the rate, with
 free lengths, at both sites: they were added last."""
 JUDGED: dict[str, tuple[int, Lengths]] = {"gemma": (1_000_000, "free")}
@@ -112,7 +112,7 @@ def measure(key: str, path: str) -> None:
         for (rows, lengths), seeds in TRAINED[key].items()
         for seed in seeds
     ]
-    wanted += [(rows, "free", seed, TWICE) for rows in ROWS for seed in SEEDS]
+    wanted += [(rows, "free", seed, IN_SPACE) for rows in ROWS for seed in SEEDS]
     missing = [one for one in wanted if not _result(key, *one).exists()]
     # what was trained elsewhere is trained again before its latents are judged
     again = key in JUDGED and not _latents(key).exists()
@@ -126,7 +126,7 @@ def measure(key: str, path: str) -> None:
     inputs = measure_inputs(["whitening"], store, where.site)
     weights = {
         "": choose_weights(inputs, ["uniform", "whitening"], [0.5]),
-        TWICE: choose_weights(inputs, ["whitening"], [0.5], config=WeightConfig(place="space")),
+        IN_SPACE: choose_weights(inputs, ["whitening"], [0.5], config=WeightConfig(place="space")),
     }
     contexts = Packer.for_model(model, how).contexts(Corpus.open(TEXT, "heldout"))
     config = EvaluateConfig(tokens=WHERE[key], bootstraps=100)
@@ -141,7 +141,7 @@ def measure(key: str, path: str) -> None:
             lengths=lengths,
             shuffle_seed=seed,
             checkpoint_seconds=600,
-            learning_rate=2 * rate if kind == TWICE else rate,
+            learning_rate=2 * rate if kind == IN_SPACE else rate,
         )
         arms = make_arms(weights[kind], [K], init_seeds=(seed,))
         out = RUN / "trained" / f"{key}-{rows}-{lengths}-s{seed}{kind}"

@@ -657,11 +657,17 @@ def at_same_k(
         beside = plain_ones.get((record["seed"], record["k"]))
         if beside is None or record["label"].startswith("uniform"):
             continue
-        terms = [
-            (sign, value_of(one, measure, stratum)) for sign, one in ((1.0, record), (-1.0, beside))
-        ]
-        found.setdefault(record["label"], {})[record["seed"]] = Value.mixture(terms)
+        of_seed = found.setdefault(record["label"], {})
+        of_seed[record["seed"]] = difference(record, beside, measure, stratum)
     return found
+
+
+def difference(
+    record: dict[str, Any], beside: dict[str, Any], measure: str, stratum: str | None = None
+) -> Value:
+    """Of one dictionary from another."""
+    pair = ((1.0, record), (-1.0, beside))
+    return Value.mixture([(sign, value_of(one, measure, stratum)) for sign, one in pair])
 
 
 def _at_equal(

@@ -169,15 +169,15 @@ AS_TODAY = {
         weigh=WeightConfig(anneal=0.6),
         own_first=True,
     ),
+    "baselines": Step(
+        ("uniform",),
+        (1.0,),
+        curve=(24, K),
+        folder=OF_BASELINES.folder,
+        training=TrainConfig(tokens=1_000_000, lengths="unit"),
+    ),
 }
 """Of more rows than the others, so of another store."""
-STEPS["baselines"] = Step(
-    ("uniform",),
-    (1.0,),
-    curve=(24, K),
-    folder=OF_BASELINES.folder,
-    training=TrainConfig(tokens=1_000_000, lengths="unit"),
-)
 # Every plain curve has five k on two seeds at least.
 STEPS |= {
     f"{name}-curve": replace(STEPS[name], seeds=STEPS[name].seeds[:2], curve=Step.curve)

@@ -345,7 +345,8 @@ def _below_plain(label: str, measure: str, most: float) -> Claim:
 OF_BASELINES = Apart(
     "What baselines score",
     FOLDER / "study-baselines",
-    "Baselines learnt nothing, or one half. They were trained and measured last, as the older "
+    "`bash scripts/reproduce.sh study-today`: baselines learnt nothing, or one half. "
+    "They were trained and measured last, as the older "
     "dictionaries on this page were, with one million rows and decoder rows of length 1; plain "
     "ones once more beside them, since detection is today's here.",
     tuple(

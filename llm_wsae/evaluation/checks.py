@@ -9,6 +9,7 @@ from llm_wsae.dictionary.info import CENTRED
 from llm_wsae.errors import UsageError
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.outside import number
+from llm_wsae.training.config import RATE, SHARED_RATE
 
 
 def check_fit(dictionaries: Mapping[str, Dictionary], model: LanguageModel, verb: str) -> None:
@@ -32,9 +33,7 @@ def plain_beside(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
         info = dictionary.info
         settings = {k: v for k, v in info.training.items() if k not in ("command", "versions")}
         # those in a space have another rate than the plain ones beside them
-        settings["learning_rate"] = settings.pop(
-            "shared_learning_rate", settings.get("learning_rate")
-        )
+        settings[RATE] = settings.pop(SHARED_RATE, settings.get(RATE))
         return info.site, info.seed, info.store, settings
 
     found = {}

@@ -25,14 +25,19 @@ from llm_wsae.training.checkpoint import (
     read_finished,
     save_checkpoint,
 )
-from llm_wsae.training.config import TrainConfig, default_learning_rate, learning_rate_factor
+from llm_wsae.training.config import (
+    RATE,
+    SHARED_RATE,
+    TrainConfig,
+    default_learning_rate,
+    learning_rate_factor,
+)
 from llm_wsae.training.export import dictionary_of
 from llm_wsae.training.log import TrainingLog, Written
 from llm_wsae.training.normaliser import Normaliser, Spaces, in_spaces
 from llm_wsae.training.parallel.group import ProcessGroup
 
 MAX_DEAD_AFTER = 10_000_000
-RATE, SHARED_RATE = "learning_rate", "shared_learning_rate"
 
 
 class Training:
@@ -77,7 +82,7 @@ class Training:
             arm.name: config.learning_rate or usual * arm.rate(self.lengths) for arm in arms
         }
         others = {name: rate for name, rate in self.learning_rates.items() if rate != usual}
-        spaces, is_finished = Spaces(device), (out / FINISHED).exists()
+        spaces, finished = Spaces(device), (out / FINISHED).exists()
         self.arms = [
             Arm(
                 arm,
@@ -88,7 +93,7 @@ class Training:
                 group.strategy,
                 self.lengths,
             )
-            for arm in ([] if is_finished else arms)
+            for arm in ([] if finished else arms)
         ]
         """None of a training that is finished: its dictionaries are read."""
         self.reached = 0

@@ -229,15 +229,23 @@ def _run(
 ) -> None:
     """All steps of the sites with these numbers, from their checkpoints on. A site whose checkpoint
     is newer than that of another waits for it."""
-    trainings = list(numbered.values())
-    try:
-        for training in trainings:
+    with ExitStack() as opened:
+        for training in numbered.values():
+            opened.callback(training.close)
             training.begin()
             _check_agreed(group.processes, {"step": training.reached}, "checkpoints")
-    except BaseException:
-        for training in trainings:
-            training.close()
-        raise
+        _take_steps(numbered, batches, config, group, out)
+
+
+def _take_steps(
+    numbered: Mapping[int, Training],
+    batches: _Batches,
+    config: TrainConfig,
+    group: ProcessGroup,
+    out: Path,
+) -> None:
+    """From where they stand to the end, or to a signal."""
+    trainings = list(numbered.values())
     step = min(training.reached for training in trainings)
     num_steps, arms = trainings[0].num_steps, sum(len(training.arms) for training in trainings)
     bar = tqdm(
@@ -277,8 +285,8 @@ def _run(
                         following = next(rows_of_all)
                     except LlmWsaeError as error:
                         failure = error
-                    except Exception:
-                        if group.processes.size == 1:
+                    except Exception:  # whatever it is, what was trained is kept
+                        if group.processes.size == 1:  # others would not come to save
                             save()
                         raise
                 agreed = group.agree(want)
@@ -307,8 +315,6 @@ def _run(
         if group.strategy.latent_parts > 1:
             save()  # from which rank 0 takes the latents of all
     finally:
-        for training in trainings:
-            training.close()
         rows_of_all.close()
 
 

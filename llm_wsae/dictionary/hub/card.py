@@ -2,8 +2,8 @@
 figure: γ of every dimension, and which carry the loss.
 
 Each push rewrites everything between two marks from the JSON files of all dictionaries in the
-repository. What a user wrote around the marks stays, and so does the user's metadata but for what
-the dictionaries say themselves: library, models, datasets and metrics. Text from files (names of
+repository. What a user wrote around the marks stays. In the metadata, the library, models, datasets
+and metrics are replaced by those of the dictionaries; the rest stays. Text from files (names of
 models, corpora, arms) is escaped, so that it cannot become markup.
 """
 
