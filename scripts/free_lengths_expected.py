@@ -606,6 +606,8 @@ def _of_space_further() -> Iterator[tuple[str, str, Any]]:
                 ("half a million rows", "half-million", (0.2, 99.0), (-0.12, 0.02)),
                 ("one million rows", "million", (0.15, 99.0), (-0.1, 0.02)),
                 ("four million rows", "four-million", (0.05, 99.0), (-0.06, 0.04)),
+                ("BatchTopK", "batch-topk", (0.1, 99.0), (-0.08, 0.04)),
+                ("JumpReLU", "jumprelu", (-0.3, 0.3), (-0.1, 0.1)),
             ),
         ),
         (
@@ -628,4 +630,136 @@ def _of_space_further() -> Iterator[tuple[str, str, Any]]:
                 )
 
 
-OF_SPACE = (*_of_space(), *_of_space_further())
+def of_best_rate(
+    arm: str, measure: str, low: float, high: float
+) -> Callable[[Settings], tuple[bool, str]]:
+    """A dictionary at its best rate relative to plain at the usual one."""
+
+    def found(settings: Settings) -> tuple[bool, str]:
+        rate = best_rate(settings, arm)
+        share = settings[rate][arm][measure] / settings[USUAL_RATE][PLAIN][measure] - 1
+        return low <= share <= high, f"{100 * share:+.0f} % ({rate})"
+
+    return found
+
+
+SHARES = f"shares-{HALFWAY_IN_LOSS}"
+
+
+def _of_shares() -> Iterator[tuple[str, str, Any]]:
+    """The control with as many effective dimensions as the default, before any was trained: it is
+    full whitening with a random stretch of the same spread. Of three seeds after blocks 9."""
+    usual, full = (USUAL_RATE, SHARES), (USUAL_RATE, f"whitening-a1-k{K}")
+    for place, plants, kl in (
+        ("smollm2", (-0.15, 0.3), (0.2, 1.0)),
+        ("gemma", (0.05, 0.55), (0.05, 0.8)),
+    ):
+        other = PLAIN if place == "smollm2" else HALFWAY_IN_LOSS
+        beside_whom = "plain" if place == "smollm2" else "the default"
+        yield (
+            place,
+            f"as many effective dimensions: recovered plants relative to plain {_range(*plants)}",
+            beside(usual, (USUAL_RATE, PLAIN), "recovered", *plants),
+        )
+        yield (
+            place,
+            f"the same: KL relative to {beside_whom} {_range(*kl)}",
+            beside(usual, (USUAL_RATE, other), "kl", *kl),
+        )
+    for place in ("smollm2-20", "gemma-5", "gemma-14"):
+        yield (
+            place,
+            "as many effective dimensions (seed 0): recovered plants relative to full whitening "
+            + _range(-1, 0.0),
+            beside(usual, full, "recovered", -1, 0.0),
+        )
+        yield (
+            place,
+            f"the same: KL relative to full whitening {_range(0.0, 99)}",
+            beside(usual, full, "kl", 0.0, 99),
+        )
+
+
+def _of_space_powers() -> Iterator[tuple[str, str, Any]]:
+    """Of seed 0, beside plain of three seeds; written down when α = ½ alone was known."""
+    of_smollm2 = {
+        0.25: ((0.05, 99.0), (-0.06, 0.02)),
+        0.75: ((0.15, 99.0), (-0.02, 0.12)),
+        1.0: ((0.1, 99.0), (0.05, 0.4)),
+    }
+    of_gemma = {
+        0.25: ((0.15, 99.0), (-0.45, -0.05)),
+        0.75: ((0.35, 99.0), (-0.45, 0.0)),
+        1.0: ((0.3, 99.0), (-0.4, 0.4)),
+    }
+    for place in PLACES:
+        for alpha, bounds in (of_smollm2 if place in _SMOLLM2 else of_gemma).items():
+            arm = f"whitening-a{alpha:g}-space-k{K}"
+            for what, measure, (low, high) in zip(
+                ("recovered plants", "KL"), ("recovered", "kl"), bounds, strict=True
+            ):
+                yield (
+                    place,
+                    f"in the space at twice the rate, α = {alpha:g}: {what} relative to plain "
+                    + _range(low, high),
+                    beside(("twice-rate", arm), (USUAL_RATE, PLAIN), measure, low, high),
+                )
+
+
+OF_SPACE = (*_of_space(), *_of_space_further(), *_of_space_powers(), *_of_shares())
+LAST_RATED = tuple(
+    (
+        place,
+        f"at its rate with most CE recovered, {name}: {what} relative to plain {words}",
+        of_best_rate(arm, measure, low, high),
+    )
+    for place, asked in (
+        (
+            "smollm2",
+            (
+                (
+                    "whitened in the loss, α = ¼",
+                    f"whitening-a0.25-k{K}",
+                    (0.05, 9.0),
+                    (-0.06, 0.04),
+                ),
+                ("whitened in the loss, α = ¾", f"whitening-a0.75-k{K}", (0.15, 9.0), (0.03, 0.2)),
+                ("whitened, mixed", HALFWAY, (-0.1, 0.5), (-0.06, 0.04)),
+                ("inverse variance, mixed", INVERSE, (0.1, 99.0), (0.05, 0.2)),
+                ("sensitivity, space", SENSITIVITY, (-0.1, 0.3), (-0.1, 0.0)),
+            ),
+        ),
+        (
+            "gemma",
+            (
+                ("whitened in the loss, α = ¼", f"whitening-a0.25-k{K}", (0.2, 99.0), (-0.2, 0.02)),
+                (
+                    "whitened in the loss, α = ¾",
+                    f"whitening-a0.75-k{K}",
+                    (0.35, 99.0),
+                    (-0.2, 0.08),
+                ),
+                ("whitened, mixed", HALFWAY, (0.25, 99.0), (-0.25, 0.0)),
+                ("inverse variance, mixed", INVERSE, (0.4, 99.0), (-0.2, 0.2)),
+                ("sensitivity, space", SENSITIVITY, (0.15, 99.0), (-0.4, -0.12)),
+            ),
+        ),
+    )
+    for name, arm, plants, kl in asked
+    for what, measure, (low, high) in (("recovered plants", "recovered", plants), ("KL", "kl", kl))
+    for words in [_range(low, high)]
+) + tuple(
+    (
+        place,
+        f"each at the rate with most CE recovered, whitened halfway in the loss: {what} relative "
+        f"to plain {_range(low, high)}",
+        of_best_rates(HALFWAY_IN_LOSS, measure, low, high),
+    )
+    for place, plants, kl in (
+        ("smollm2-20", (0.1, 99.0), (-0.05, 0.06)),
+        ("gemma-5", (0.2, 99.0), (-0.45, -0.05)),
+        ("gemma-14", (0.3, 99.0), (-0.4, -0.05)),
+    )
+    for what, measure, (low, high) in (("recovered plants", "recovered", plants), ("KL", "kl", kl))
+)
+"""Of seed 0; the first are relative to plain at the usual rate, its best by three seeds."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import free_lengths_expected as expected
 import results_recovery as recovery
-from results_recovery import PLACES, SEEDS
+from results_recovery import PLACES, SEEDS, K
 
 from llm_wsae.studies.curve import Value
 from llm_wsae.studies.inference import estimates
@@ -32,12 +32,17 @@ _ROWS = (
     ("in the space, rate × 4", "four-times", SPACE),
     ("control: random directions, in the space, rate × 2", "twice-rate", f"rotated-{SPACE}"),
     ("control: permuted, in the space, rate × 2", "twice-rate", f"permuted-{SPACE}"),
+    ("in the space, rate × 2, α = ¼", "twice-rate", f"whitening-a0.25-space-k{K}"),
+    ("in the space, rate × 2, α = ¾", "twice-rate", f"whitening-a0.75-space-k{K}"),
+    ("in the space, rate × 2, α = 1", "twice-rate", f"whitening-a1-space-k{K}"),
 )
 _SETTINGS = {
     "half a million rows": "half-million",
     "one million rows": "million",
     "two million rows": "",
     "four million rows": "four-million",
+    "BatchTopK, two million rows": "batch-topk",
+    "JumpReLU, two million rows": "jumprelu",
 }
 _MEASURES = ("kl", "recovered")
 

@@ -76,6 +76,18 @@ RATED: tuple[Weights, ...] = (
     ("variance", 0.5, LOSS, K),
 )
 """What is compared at other learning rates beside the pair."""
+LAST_RATED: tuple[Weights, ...] = (
+    *(("uniform", 1.0, LOSS, k) for k in (24, 48, 64)),
+    *(("whitening", alpha, LOSS, K) for alpha in (0.25, 0.75)),
+    HALFWAY,
+    INVERSE,
+    ("sensitivity", 0.25, SPACE, K),
+)
+"""All others that both blocks 9 have."""
+SHARES: tuple[Weights, ...] = (("shares:whitening", 0.5, LOSS, K),)
+SPACE_POWERS: tuple[Weights, ...] = tuple(
+    ("whitening", alpha, SPACE, K) for alpha in (0.25, 0.75, 1.0)
+)
 SPACE_CONTROLS: tuple[Weights, ...] = tuple(
     (f"{control}:whitening", 0.5, SPACE, K) for control in ("rotated", "permuted")
 )
@@ -159,6 +171,22 @@ PARTS = {
     "half-million-twice": Part(
         (HALFWAY_SPACE,), ("smollm2",), setting="half-million-twice", rows=500_000, rate=2.0
     ),
+    "shares": Part(SHARES, BLOCKS_9),
+    "shares-others": Part(SHARES, OTHERS, (0,)),
+    "half-rates-last": Part(LAST_RATED, BLOCKS_9, (0,), "half-rate", rate=0.5, sensitivity=True),
+    "twice-rates-last": Part(LAST_RATED, BLOCKS_9, (0,), "twice-rate", rate=2.0, sensitivity=True),
+    "pair-half": Part(PAIR, OTHERS, (0,), "half-rate", rate=0.5),
+    "batch-topk-twice": Part(
+        (HALFWAY_SPACE,),
+        BLOCKS_9,
+        setting="batch-topk-twice",
+        architecture="batch-topk",
+        rate=2.0,
+    ),
+    "jumprelu-twice": Part(
+        (HALFWAY_SPACE,), BLOCKS_9, setting="jumprelu-twice", architecture="jumprelu", rate=2.0
+    ),
+    "space-powers": Part(SPACE_POWERS, tuple(PLACES), (0,), "twice-rate", rate=2.0),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -171,7 +199,9 @@ twice the rate and BatchTopK had one seed at first, as had Gemma after four mill
 powers in the loss. ``loss-controls`` came later, for the sites at which the default had no control
 of its own; and last ``others`` and what follows, at the sites that had not had them, learning rates
 of six more weightings, and shorter trainings; what begins otherwise or is whitened as a space at
-higher rates, once one seed had shown what twice the rate does there. Some have one seed."""
+higher rates, once one seed had shown what twice the rate does there; then ``shares`` and what
+follows, which are controls with as many effective dimensions, learning rates of the other
+weightings and sites, and the space with other architectures and powers. Some have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
@@ -254,7 +284,7 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
             for record in recovery.judge(opened, missing, dictionaries, seed):
                 write_json(_result(key, record["name"], part.setting), record)
             print(f"{key}: {name}, seed {seed} measured", flush=True)
-    for config in (MIXED, LOSS):  # of `--alpha auto`
+    for config in (MIXED, LOSS, SPACE):  # of `--alpha auto`
         if not _choice(key, config.place).exists():
             given, folder = (opened.inputs, opened.source, opened.judge), RUN / "trained" / key
             chosen = choose_alpha(*given, folder / config.place, k=K, config=config)
@@ -286,6 +316,14 @@ def _choice(key: str, place: str) -> Path:
 def read(key: str, setting: str = "") -> list[dict[str, Any]]:
     """The measured dictionaries of a site, of the usual setting or another."""
     return [json.loads(path.read_text()) for path in sorted(_results(setting).glob(f"{key}.*"))]
+
+
+def with_space(key: str) -> list[dict[str, Any]]:
+    """Dictionaries of a site at the rates that they are trained at by default: whitened ones that
+    are trained as a space, at twice the usual."""
+    usual, twice = read(key), read(key, "twice-rate")
+    of_space = [r for r in twice if r["label"].startswith("whitening") and "space" in r["label"]]
+    return [record for record in usual if "space" not in record["label"]] + of_space
 
 
 def _regret(
@@ -363,7 +401,8 @@ def choices(place: str, seeds: Sequence[int]) -> str:
     rows = [["site", "KL of the trials, by α", "chosen", "KL after two million rows, by α",
              "regret"]]  # fmt: skip
     for key, where in PLACES.items():
-        means = recovery.means_of([record for record in read(key) if record["seed"] in seeds])
+        records = read(key) if place != "space" else with_space(key)
+        means = recovery.means_of([record for record in records if record["seed"] in seeds])
         try:
             chosen, share, full, trials = _regret(key, place, means)
         except KeyError:  # it was not trained in full
@@ -475,7 +514,7 @@ def at_rates(key: str) -> Iterator[str]:
         for rate in expected.RATES
     }
     rated = set.intersection(*(set(means) for means in settings.values()))
-    if rated <= {expected.PLAIN, expected.HALFWAY_IN_LOSS}:
+    if not rated:
         return
     rows = [["dictionary", *(f"{what}, rate {times}" for what in ("KL", "recovered")
              for times in ("× ½", "× 1", "× 2")), "most CE recovered at"]]  # fmt: skip
@@ -493,7 +532,7 @@ def at_rates(key: str) -> Iterator[str]:
         )
     yield f"### At three learning rates: {PLACES[key].title}"
     yield markdown(rows)
-    yield from _outcome(expected.OF_RATES, key, settings)
+    yield from _outcome((*expected.OF_RATES, *expected.LAST_RATED), key, settings)
 
 
 def _difference(estimate: Estimate | None, of_seeds: dict[int, Value], measure: str) -> str:
@@ -506,8 +545,8 @@ def _difference(estimate: Estimate | None, of_seeds: dict[int, Value], measure: 
 
 def section_of_settings() -> str:
     """The part of docs/results on other settings."""
-    ways = (in_settings, at_rates)
-    return "\n\n".join(part for key in BLOCKS_9 for way in ways for part in way(key))
+    parts = [part for key in BLOCKS_9 for way in (in_settings, at_rates) for part in way(key)]
+    return "\n\n".join([*parts, *(part for key in OTHERS for part in at_rates(key))])
 
 
 def section() -> str:
@@ -520,6 +559,20 @@ def section_of_others() -> str:
     parts = [part for key in OTHERS for part in at_site(key)]
     parts += ["### What `--alpha auto` chooses in the loss", choices("loss", SEEDS)]
     parts += ["### What it chooses with `--place mixed`", choices("mixed", SEEDS)]
+    return "\n\n".join(parts)
+
+
+def section_of_space() -> str:
+    """The part of docs/results on the space, and on what is chosen there."""
+    parts = [free_lengths_space.section(read)]
+    parts += ["### What `--alpha auto` chooses with `--place space`", choices("space", (0,))]
+    asked = []
+    for key, where in PLACES.items():
+        records = [record for record in with_space(key) if record["seed"] == 0]
+        words = f"{where.title}: KL of the chosen power at most 5 % above the best one's"
+        found = regret_at_most(key, "space", 0.05)
+        asked.append((words, found, recovery.means_of(records)))
+    parts += recovery.expected(asked)
     return "\n\n".join(parts)
 
 
@@ -543,7 +596,7 @@ def main() -> None:
     write_result("free-lengths", section())
     write_result("free-lengths-others", section_of_others())
     write_result("free-lengths-settings", section_of_settings())
-    write_result("free-lengths-space", free_lengths_space.section(read))
+    write_result("free-lengths-space", section_of_space())
 
 
 if __name__ == "__main__":

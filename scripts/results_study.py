@@ -53,7 +53,7 @@ from llm_wsae.studies.report import CURVE, DIFFERENCES
 from llm_wsae.studies.runner import study as run_study
 from llm_wsae.training.config import ArchitectureName, TrainConfig
 from llm_wsae.weighing import measure_inputs
-from llm_wsae.weights.config import DiagonalControl, WeightConfig
+from llm_wsae.weights.config import ControlName, WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile
 
@@ -79,7 +79,7 @@ class Step:
     """Whether its dictionaries are kept: then it is told how alike those of its seeds are."""
     training: TrainConfig = field(default_factory=lambda: TrainConfig(lengths="unit"))
     fidelity: EvaluateConfig = field(default_factory=EvaluateConfig)
-    control: DiagonalControl = "permuted"
+    control: ControlName = "permuted"
     own_first: bool = False
     """Whether rules take their weights from a first dictionary of each seed, which is trained on
     half of its rows, not from the plain one in ``checkpoints/``."""

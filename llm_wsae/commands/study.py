@@ -27,7 +27,7 @@ from llm_wsae.planting.config import PlantConfig
 from llm_wsae.provenance import write_record
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.training.config import ArchitectureName
-from llm_wsae.weights.config import DiagonalControl, WeightConfig
+from llm_wsae.weights.config import ControlName, WeightConfig
 
 RECORD = "command.json"
 
@@ -43,9 +43,10 @@ class StudyOptions(RuleOptions):
     architecture: ArchitectureName = StudyConfig.architecture
     """Architecture: topk has k active latents on every token, others k on average, gba fewer; the
     frozen ones are topk baselines that leave one half random."""
-    control: DiagonalControl = StudyConfig.control
-    """Control of rules with one weight per dimension. permuted: exchanged among all dimensions;
-    deciles: among dimensions of nearly the same variance."""
+    control: ControlName = StudyConfig.control
+    """permuted: weights are exchanged among all dimensions, and a matrix gets random directions;
+    deciles: among dimensions of nearly the same variance; shares: the shares of the loss are
+    exchanged, which keeps its effective dimensions."""
     keep_dictionaries: bool = StudyConfig.keep_dictionaries
     """Keep the dictionaries; otherwise each is deleted as soon as it is measured."""
 

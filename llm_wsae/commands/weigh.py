@@ -29,7 +29,7 @@ def weigh(
         store: Activation store.
         site: One of the store's sites.
         out: Weights file to write (.safetensors); the figure and the record go next to it.
-        rule: Weight rule; permuted:RULE, deciles:RULE and rotated:RULE are its controls.
+        rule: Weight rule; permuted:, deciles:, rotated: and shares: before it name its controls.
         alpha: Exponent of the weights γ = score^α, or power of the matrix.
         dictionary: First dictionary of the site, for the rules participation and gap.
         model: Model of the store, for the rules sensitivity, leading-sensitivity and semantic.

@@ -7,7 +7,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.outside import check_numbers
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.training.config import ArchitectureName
-from llm_wsae.weights.config import DiagonalControl
+from llm_wsae.weights.config import ControlName
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,11 @@ class StudyConfig:
     scores are written."""
     plant: PlantConfig | None = None
     """Features to plant into the rows of every training; their recovery is then measured too."""
-    control: DiagonalControl = "permuted"
-    """Control of rules with one weight per dimension. permuted: the same weights are exchanged
-    among all dimensions; deciles: among dimensions of nearly the same variance. That
-    changes the loss's effective dimensions less. Other rules have one control."""
+    control: ControlName = "permuted"
+    """permuted: the same weights are exchanged among all dimensions; deciles: among dimensions of
+    nearly the same variance, which changes the loss's effective dimensions less; shares: the
+    shares of the loss are exchanged, which keeps them. The first two are for rules with one weight
+    per dimension; a matrix then gets random eigenvectors."""
 
     def __post_init__(self) -> None:
         for name in ("curve", "seeds"):
@@ -51,9 +52,9 @@ class StudyConfig:
                 "a study compares dictionaries by k, which relu does not have; choose another "
                 "architecture"
             )
-        if self.control not in get_args(DiagonalControl):
-            known = " or ".join(get_args(DiagonalControl))
-            raise UsageError(f"control must be {known}, not {self.control!r}")
+        if self.control not in get_args(ControlName):
+            known = ", ".join(get_args(ControlName))
+            raise UsageError(f"control must be one of {known}, not {self.control!r}")
         for name in ("rules", "alphas", "ks"):
             if not getattr(self, name):
                 raise UsageError(f"a study needs at least one of its {name}")

@@ -29,6 +29,7 @@ from llm_wsae.weights.loss_weights import (
     stretching,
 )
 from llm_wsae.weights.matrix_rules import spectrum
+from llm_wsae.weights.other_shares import exchanged
 from llm_wsae.weights.rules import OWN, Rule
 
 _LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)  # less than it is 0, or nearly, in float32
@@ -70,7 +71,8 @@ def weights_from_rule(
     constant dimension carries no loss whatever its weight; it gets the smallest of the others.
 
     Raises UsageError for an unknown rule, a form that it does not have, an α that is not finite or
-    so far from 0 that weights vanish, or an input that was not measured; LlmWsaeError when every
+    so far from 0 that weights vanish, clipped shares, or an input that was not measured;
+    LlmWsaeError when every
     score is 0, hardly any row differs from the others, or a space has directions of nearly no
     weight.
     """
@@ -88,6 +90,13 @@ def weights_from_rule(
     else:
         scores = rule.scores(inputs, config.draw)
         gamma = _power_of_scores(rule, scores, alpha, inputs.statistics, config.clip)
+    if rule.control == "shares":
+        if config.clip is not None:
+            raise UsageError(
+                f"{rule.name} cannot be clipped: it has the rule's shares of the loss, and clipped "
+                "weights would have others; drop clip"
+            )
+        gamma = exchanged(gamma, inputs, config.draw)
     weights = LossWeights(_normalised(gamma, inputs.statistics).float(), rule, alpha, config)
     _check_space(weights)
     return weights

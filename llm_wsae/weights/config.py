@@ -13,7 +13,7 @@ many of them as are compared, which would all be alike if they held nearly all o
 
 Place = Literal["auto", "loss", "space", "mixed"]
 Form = Literal["auto", "diagonal", "matrix"]
-DiagonalControl = Literal["permuted", "deciles"]
+ControlName = Literal["permuted", "deciles", "shares"]
 
 
 @dataclass(frozen=True)

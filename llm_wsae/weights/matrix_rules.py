@@ -55,13 +55,16 @@ def whitening(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
 
 
 def rotated(matrix: Float[Tensor, "d_in d_in"], draw: int) -> Float[Tensor, "d_in d_in"]:
-    """The same spectrum with random eigenvectors (uniform over rotations), drawn with that seed."""
-    values = spectrum(matrix)[0]
+    """The same spectrum with random eigenvectors, drawn with that seed."""
+    rotation = random_rotation(len(matrix), draw)
+    return (rotation * spectrum(matrix)[0]) @ rotation.T
+
+
+def random_rotation(size: int, draw: int) -> Float[Tensor, "size size"]:
+    """Uniform over rotations and reflections, drawn with that seed (float64)."""
     generator = torch.Generator().manual_seed(draw)
-    gaussian = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
-    q, r = torch.linalg.qr(gaussian)
-    q = q * r.diagonal().sign()  # else QR's convention makes the rotation not uniform
-    return (q * values) @ q.T
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()  # else QR's convention makes the rotation not uniform
 
 
 def spectrum(

@@ -6,8 +6,9 @@ weights γ = s^α. Most rules give one score per dimension (``score_rules.py``),
 line in ``RULES``, nothing else.
 
 Prefixes make a control of a rule: ``permuted:RULE`` gives its scores to other dimensions,
-``deciles:RULE`` to others of nearly the same variance, and ``rotated:RULE`` gives its matrix random
-eigenvectors.
+``deciles:RULE`` to others of nearly the same variance, ``rotated:RULE`` gives its matrix random
+eigenvectors, and ``shares:RULE`` gives its shares of the loss to other directions, so that the loss
+has as many effective dimensions (``other_shares.py``).
 """
 
 from collections.abc import Callable
@@ -21,10 +22,10 @@ from torch import Tensor
 from llm_wsae.errors import UsageError, nearest
 from llm_wsae.weights import matrix_rules, score_rules
 from llm_wsae.weights import scores as formulae
-from llm_wsae.weights.config import IN_LOSS, DiagonalControl, WeightConfig
+from llm_wsae.weights.config import IN_LOSS, ControlName, WeightConfig
 from llm_wsae.weights.inputs import Need, RuleInputs
 
-Control = Literal["permuted", "deciles", "rotated"]
+Control = Literal["permuted", "deciles", "rotated", "shares"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 RuleForm = Literal["diagonal", "matrix", "tokens"]
 
@@ -79,16 +80,16 @@ class Rule:
 
     def as_control(self, control: Control) -> "Rule":
         """The control of this rule. Raises UsageError for the rotation of what has no matrix, and
-        for deciles of what weighs tokens."""
+        for deciles or shares of what weighs tokens."""
         found = replace(self, control=control)
         if control == "rotated" and not self.has_matrix:
             raise UsageError(
                 f"{found.name!r} is not possible: only rules with a matrix can be rotated "
                 f"({_with_matrix()})"
             )
-        if control == "deciles" and self.weighs_tokens:
+        if control in ("deciles", "shares") and self.weighs_tokens:
             raise UsageError(
-                f"{found.name!r} is not possible: deciles are of dimensions, and {self.name!r} "
+                f"{found.name!r} is not possible: {control} are of dimensions, and {self.name!r} "
                 "weighs tokens; its control is permuted"
             )
         return found
@@ -160,19 +161,20 @@ class Rule:
         return "diagonal"
 
     def matched_control(
-        self, config: WeightConfig, control: DiagonalControl = "permuted"
+        self, config: WeightConfig, control: ControlName = "permuted"
     ) -> "Rule | None":
         """The rule that gives the same weights to other dimensions or tokens, or the same spectrum
         to other directions; None for ``uniform`` and for what is random already.
 
         Of dimensions, ``control`` says which others: with those of nearly the same variance
         (``deciles``) the number of dimensions that dominate the loss changes less, but it changes
-        where a few stand out. Raises as ``form`` does.
+        where a few stand out. ``shares``, of dimensions and matrices, keeps that number. Raises as
+        ``form`` does.
         """
         if self.is_plain or self.is_drawn:
             return None
         if self.form(config) == "matrix":
-            return self.as_control("rotated")
+            return self.as_control("shares" if control == "shares" else "rotated")
         return self.as_control("permuted" if self.weighs_tokens else control)
 
     def scores(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, " d_in"]:
@@ -184,7 +186,7 @@ class Rule:
         self._check_inputs(inputs)
         assert self.score_fn is not None
         found = self.score_fn(inputs, draw) if self.random else self.score_fn(inputs)
-        return found if self.control is None else found[self._order(inputs, draw)]
+        return found[self._order(inputs, draw)] if self._reorders else found
 
     def matrix(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, "d_in d_in"]:
         """The symmetric positive matrix (float64); ``draw`` is the number of the random draw.
@@ -197,10 +199,16 @@ class Rule:
         found = self.matrix_fn(inputs)
         if self.control == "rotated":
             return matrix_rules.rotated(found, draw)
-        if self.control is None:
+        if not self._reorders:
             return found
         order = self._order(inputs, draw)  # the same values and directions, on other axes
         return found[order][:, order]
+
+    @property
+    def _reorders(self) -> bool:
+        """Whether it exchanges the scores of dimensions; shares are exchanged when weights are
+        made."""
+        return self.control in ("permuted", "deciles")
 
     def _order(self, inputs: RuleInputs, draw: int) -> Int[Tensor, " d_in"]:
         """Of the dimensions: a control gives each the score of the one in its place."""

@@ -23,6 +23,8 @@ CONTROLS = (
     "rotated:sensitivity",
     "rotated:whitening",
     "permuted:whitening",
+    "shares:sensitivity",
+    "shares:whitening",
 )
 
 
@@ -35,6 +37,8 @@ CONTROLS = (
 )
 def test_every_choice_is_normalised(rule, alpha, place, clip, inputs):
     """E‖Γ(x − μ)‖² = E‖x − μ‖², and no weight is further from the median than the clip."""
+    if rule.startswith("shares"):  # it cannot be clipped
+        clip = None
     weights = weights_from_rule(rule, alpha, inputs, WeightConfig(place=place, clip=clip))
     gamma, sigma = weights.gamma.double(), inputs.statistics.robust_covariance
     weighted = gamma if weights.is_matrix else torch.diag(gamma)

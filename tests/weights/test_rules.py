@@ -9,7 +9,7 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import effective_dimensions
+from llm_wsae.weights.loss_weights import effective_dimensions, loss_share
 from llm_wsae.weights.matrix_rules import (
     EIGENVALUE_FLOOR,
     leading_sensitivity,
@@ -22,6 +22,10 @@ from llm_wsae.weights.rules import OWN, RULES, Rule
 
 D_IN = 6
 MATRIX = WeightConfig(form="matrix")
+
+
+def _draw(seed):
+    return WeightConfig(draw=seed)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,8 @@ def inputs():
 
 def test_a_parsed_rule_names_itself():
     every = [*RULES, *(f"permuted:{name}" for name in RULES)]
-    every += [f"deciles:{name}" for name, rule in RULES.items() if not rule.weighs_tokens]
+    for control in ("deciles", "shares"):
+        every += [f"{control}:{name}" for name, rule in RULES.items() if not rule.weighs_tokens]
     every += [f"rotated:{name}" for name, rule in RULES.items() if rule.has_matrix]
     for text in every:
         rule = Rule.parse(text)
@@ -60,6 +65,8 @@ def test_what_a_rule_knows():
         "random": (True, False, False, True, None),
         "permuted:gap": (True, False, False, True, "dictionary"),
         "deciles:gap": (True, False, False, True, "dictionary"),
+        "shares:gap": (True, False, False, True, "dictionary"),
+        "shares:whitening": (False, True, False, True, "second_moment"),
         "semantic": (True, False, False, False, "coherence"),
         "sensitivity": (True, True, False, False, "fisher"),
         "permuted:sensitivity": (True, True, False, True, "fisher"),
@@ -84,6 +91,7 @@ def test_texts_that_name_no_rule():
         ":variance": "no weight rule ':variance'; did you mean 'variance'",
         "permuted:": "no weight rule 'permuted:'",
         "deciles:token-norm": "deciles are of dimensions, and 'token-norm' weighs tokens",
+        "shares:token-norm": "shares are of dimensions, and 'token-norm' weighs tokens",
         "": "no weight rule ''; known are 'uniform', 'variance'",
         "own": "no weight rule 'own'",
         "rotated:hoyer": r"only rules with a matrix can be rotated \(sensitivity, whitening, lead",
@@ -148,6 +156,9 @@ def test_every_claim_has_a_control_of_the_same_form():
         of_dimensions = control in ("permuted:variance", "permuted:sensitivity")
         expected = control.replace("permuted", "deciles") if of_dimensions else control
         assert (within and within.name) == expected, (text, config)
+        shares = Rule.parse(text).matched_control(config, "shares")
+        expected = f"shares:{text}" if control not in (None, "permuted:token-norm") else control
+        assert (shares and shares.name) == expected, (text, config)
 
 
 def test_every_rule_gives_what_it_says(inputs):
@@ -195,6 +206,53 @@ def test_deciles_keep_what_the_loss_rests_on():
     for draw in range(5):
         assert dimensions("deciles:variance", draw) == pytest.approx(own, rel=0.1)
         assert dimensions("permuted:variance", draw) < own / 2
+
+
+@pytest.mark.parametrize(("text", "alpha"), [("variance", 0.5), ("kurtosis", -1.0)])
+def test_shares_keep_what_the_loss_rests_on(inputs, text, alpha):
+    own = weights_from_rule(text, alpha, inputs)
+    found = [weights_from_rule(f"shares:{text}", alpha, inputs, _draw(n)) for n in range(4)]
+    of_loss = [loss_share(one, inputs.statistics) for one in (own, *found)]
+    for shares in of_loss[1:]:
+        torch.testing.assert_close(shares.sort().values, of_loss[0].sort().values)
+    assert len({tuple(shares.tolist()) for shares in of_loss}) > 2
+
+
+def test_shares_of_a_matrix_lie_in_other_directions(inputs):
+    """ΓΣΓ has the rule's eigenvalues, by the covariance of all rows that the rule is made from."""
+    covariance = inputs.covariance
+
+    def eigenvalues(weights):
+        gamma = weights.gamma.double()
+        found = torch.linalg.eigvalsh(gamma @ covariance @ gamma)
+        return found / found.sum()
+
+    own = weights_from_rule("whitening", 0.5, inputs)
+    for draw in range(3):
+        found = weights_from_rule("shares:whitening", 0.5, inputs, _draw(draw))
+        torch.testing.assert_close(eigenvalues(found), eigenvalues(own), rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(found.gamma, own.gamma, rtol=0.05)
+        torch.testing.assert_close(found.gamma, found.gamma.T)
+
+
+def test_where_all_shares_are_equal_a_control_is_the_rule_itself(inputs):
+    own = weights_from_rule("robust-variance", -0.5, inputs)
+    control = weights_from_rule("shares:robust-variance", -0.5, inputs, _draw(1))
+    torch.testing.assert_close(own.gamma, control.gamma)
+
+
+def test_a_constant_dimension_gets_no_share_of_another():
+    rows = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    rows[:, 2] = 3
+    inputs = RuleInputs(Statistics(4, 10).update(rows, torch.arange(500) % 10))
+    control = weights_from_rule("shares:kurtosis", 1.0, inputs, _draw(2))
+    assert bool(control.gamma.isfinite().all()) and bool((control.gamma > 0).all())
+    assert loss_share(control, inputs.statistics)[2] == 0
+
+
+def test_shares_cannot_be_clipped(inputs):
+    with pytest.raises(UsageError, match="shares:variance cannot be clipped"):
+        weights_from_rule("shares:variance", 0.5, inputs, WeightConfig(clip=2.0))
 
 
 def test_a_permuted_token_gets_the_score_of_another_unmasked_one():
