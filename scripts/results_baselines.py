@@ -89,7 +89,9 @@ def measure(key: str, path: str, rows: int, seeds: Sequence[int]) -> None:
         labels = {f"uniform-{kind}-k{K}": kind for kind in FROZEN}
         if all(_result(str(rows), key, label, seed).exists() for label in labels):
             continue
-        arms = [ArmConfig(uniform, K, seed, architecture=kind) for kind in labels.values()]
+        arms = [
+            ArmConfig(uniform, K, init_seed=seed, architecture=kind) for kind in labels.values()
+        ]
         how = TrainConfig(tokens=rows, shuffle_seed=seed, lengths="unit", checkpoint_seconds=600)
         made = train(opened.source, arms, how, BASELINES / f"trained/{key}-{rows}/s{seed}")
         named = {label: made[arm.name] for label, arm in zip(labels, arms, strict=True)}

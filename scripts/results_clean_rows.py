@@ -6,12 +6,13 @@ Everything that ``results_free_lengths.py`` says is of dictionaries that were tr
 planted features. Here plain dictionaries and those that are whitened halfway in the loss see the
 rows as they are, one million and four, with free lengths and with length 1 (not of Gemma after four
 million), three seeds each. Nothing is known of their features, so they are judged by KL and FVU;
-and Gemma's of one million rows and free lengths by whether seeds agree, and whether latents are
-detected (``whitening_latents``). ``results_study.py`` judges those of SmolLM2.
+and those of one million rows and free lengths by whether seeds agree, and whether latents are
+detected (``whitening_latents``). ``results_study.py`` judges more of SmolLM2's. Dictionaries of
+which one half stays random, and the dimensions of the stream, stand beside them.
 
 ``EXPECTED`` was written down, of SmolLM2, after one pair of plain dictionaries (four million rows):
 there free lengths had cost 5 % of KL, and whitening 7 %; of Gemma and of the latents when SmolLM2
-was known.
+was known; of baselines, of latents in the space and of SmolLM2's latents last.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from results_archive import pack, unpack
 from results_recovery import PLACES, SEEDS, TEXT, K
 
 from llm_wsae import (
+    ArmConfig,
     Corpus,
     Dictionary,
     EvaluateConfig,
@@ -41,14 +43,16 @@ from llm_wsae import (
     train,
 )
 from llm_wsae.data.packing import Packer
+from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.evaluation.activations import take_contexts
+from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
 from llm_wsae.studies.curve import Value
 from llm_wsae.studies.inference import Estimate, estimates
 from llm_wsae.terminal import markdown
-from llm_wsae.training.config import Lengths, default_learning_rate
+from llm_wsae.training.config import ArchitectureName, Lengths, default_learning_rate
 from llm_wsae.weights.config import WeightConfig
 
 RUN = README.parent / "runs/clean-rows"
@@ -64,10 +68,15 @@ TRAINED: dict[str, dict[tuple[int, Lengths], Sequence[int]]] = {
 IN_SPACE = "-space"
 """Of the results of dictionaries that are whitened as a space and trained at twice the rate, with
 free lengths, at both sites: they were added last."""
-JUDGED: dict[str, tuple[int, Lengths]] = {"gemma": (1_000_000, "free")}
-"""Rows and lengths of the dictionaries of a site whose latents are judged."""
+HALF_RANDOM = "-baselines"
+"""Of the results of dictionaries of which one half stays random, and of the dimensions."""
+FROZEN: tuple[ArchitectureName, ...] = ("frozen-decoder", "frozen-encoder")
+JUDGED: tuple[int, Lengths] = (1_000_000, "free")
+"""Rows and lengths of the dictionaries whose latents are judged; of baselines, rows of length 1."""
 PLAIN, WHITENED = f"uniform-k{K}", f"whitening-a0.5-k{K}"
 WHITENED_SPACE = f"whitening-a0.5-space-k{K}"
+FROZEN_DECODER, FROZEN_ENCODER = (f"uniform-{kind}-k{K}" for kind in FROZEN)
+DIMENSIONS = f"dimensions-k{K}"
 Key = tuple[int, str, str]
 """Rows, lengths, dictionary."""
 EXPECTED = (
@@ -83,6 +92,11 @@ EXPECTED = (
     ("smollm2", (4_000_000, "free", WHITENED_SPACE), (4_000_000, "free", PLAIN), -5, 4),
     ("gemma", (1_000_000, "free", WHITENED_SPACE), (1_000_000, "free", PLAIN), -45, -15),
     ("gemma", (4_000_000, "free", WHITENED_SPACE), (4_000_000, "free", PLAIN), -25, -3),
+    *(
+        (key, (1_000_000, "unit", label), (1_000_000, "unit", PLAIN), least, 1e6)
+        for key in WHERE
+        for label, least in ((FROZEN_DECODER, 50), (FROZEN_ENCODER, 100), (DIMENSIONS, 100))
+    ),
 )
 """Site, what, beside what, and between which per cent of KL the difference was expected."""
 EXPECTED_OF_LATENTS = (
@@ -101,6 +115,42 @@ EXPECTED_OF_LATENTS = (
         "whitened: .8 to 1.3 times as many new latents as a plain one has",
         latents.more(WHITENED, PLAIN, "new", 0.8, 1.3),
     ),
+    (
+        "smollm2",
+        "whitened: detection over all latents within .01 of plain",
+        latents.differs(WHITENED, PLAIN, "all", -0.01, 0.01),
+    ),
+    *(
+        expectation
+        for key, least in (("gemma", 0.0), ("smollm2", -0.015))
+        for expectation in (
+            (
+                key,
+                f"whitened in the space: detection over all latents {least:+g} or more".replace(
+                    "-", "−"
+                ),
+                latents.differs(WHITENED_SPACE, PLAIN, "all", least, 1.0),
+            ),
+            (
+                key,
+                "whitened in the space: seeds agree no less than plain (−.02 at most)",
+                latents.differs(WHITENED_SPACE, PLAIN, "agreement", -0.02, 1.0),
+            ),
+            (
+                key,
+                "whitened in the space: .8 to 1.6 times as many new latents as a plain one has",
+                latents.more(WHITENED_SPACE, PLAIN, "new", 0.8, 1.6),
+            ),
+            *(
+                (
+                    key,
+                    f"{kind}: detection over all latents at least .01 below plain",
+                    latents.differs(label, PLAIN, "all", -1.0, -0.01),
+                )
+                for kind, label in zip(FROZEN, (FROZEN_DECODER, FROZEN_ENCODER), strict=True)
+            ),
+        )
+    ),
 )
 
 
@@ -113,9 +163,13 @@ def measure(key: str, path: str) -> None:
         for seed in seeds
     ]
     wanted += [(rows, "free", seed, IN_SPACE) for rows in ROWS for seed in SEEDS]
+    wanted += [(JUDGED[0], "unit", seed, HALF_RANDOM) for seed in SEEDS]
     missing = [one for one in wanted if not _result(key, *one).exists()]
+    labels = {"": (PLAIN, WHITENED), IN_SPACE: (WHITENED_SPACE,),
+              HALF_RANDOM: (FROZEN_DECODER, FROZEN_ENCODER)}  # fmt: skip
     # what was trained elsewhere is trained again before its latents are judged
-    again = key in JUDGED and not _latents(key).exists()
+    judged = latents.read(_latents(key)).get("scores", {})
+    again = not set(judged) >= {label for own in labels.values() for label in own}
     if not missing and not again:
         return
     model = LanguageModel.load(path)
@@ -143,26 +197,34 @@ def measure(key: str, path: str) -> None:
             checkpoint_seconds=600,
             learning_rate=2 * rate if kind == IN_SPACE else rate,
         )
-        arms = make_arms(weights[kind], [K], init_seeds=(seed,))
+        if kind == HALF_RANDOM:
+            uniform = weights[""][0]
+            arms = [ArmConfig(uniform, K, init_seed=seed, architecture=kind) for kind in FROZEN]
+        else:
+            arms = make_arms(weights[kind], [K], init_seeds=(seed,))
         out = RUN / "trained" / f"{key}-{rows}-{lengths}-s{seed}{kind}"
         return out, train(store.source(where.site), arms, training, out)
 
     for one in missing:
         rows, lengths, seed, kind = one
         trained = made(*one)[1]
+        if kind == HALF_RANDOM and seed == SEEDS[0]:
+            threshold = inputs.statistics.massive_threshold
+            info = DictionaryInfo(str(where.site), "baseline", massive_threshold=threshold)
+            trained |= {DIMENSIONS: raw_dimensions(info, inputs.statistics, K)}
         found = evaluator.evaluate(trained).summaries()
         named = {name.removesuffix(f"-s{seed}"): plain(own) for name, own in found.items()}
         write_json(_result(key, *one), named)
         print(f"{key}: {rows:,} rows, lengths {lengths}{kind}, seed {seed} measured", flush=True)
     if again:
-        folders = {seed: made(*JUDGED[key], seed)[0] for seed in SEEDS}
-        of_labels = {
-            label: {
-                seed: folder / (f"{label}-s{seed}" if seed else label)
-                for seed, folder in folders.items()
-            }
-            for label in (PLAIN, WHITENED)
-        }
+        rows, lengths = JUDGED
+        of_labels: dict[str, dict[int, Path]] = {}
+        for kind, own in labels.items():
+            for seed in SEEDS:
+                folder = made(rows, "unit" if kind == HALF_RANDOM else lengths, seed, kind)[0]
+                for label in own:
+                    name = f"{label}-s{seed}" if seed else label
+                    of_labels.setdefault(label, {})[seed] = folder / name
         latents.judge(_latents(key), path, of_labels, PLAIN)
 
 
@@ -213,7 +275,7 @@ def at_site(key: str) -> Iterator[str]:
     of_lengths = beside(found, {k: (k[0], "unit", k[2]) for k in found if k[1] == "free"})
     of_weights = beside(found, {k: (*k[:2], PLAIN) for k in found if k[2] != PLAIN})
     rows = [["rows", "lengths", "dictionary", "seeds", "KL", "CE recovered", "FVU", "dead %",
-             "KL, free beside length 1", "KL, whitened beside plain"]]  # fmt: skip
+             "KL, free beside length 1", "KL, beside plain"]]  # fmt: skip
     for one in sorted(found, key=lambda k: (k[0], k[1] != "unit", k[2])):
         own = list(found[one].values())
 
@@ -239,7 +301,7 @@ def at_site(key: str) -> Iterator[str]:
         if place == key
     )
     if judged := latents.read(_latents(key)):
-        yield f"Latents of {ROWS[JUDGED[key][0]]} rows and free lengths:"
+        yield f"Latents of {ROWS[JUDGED[0]]} rows and free lengths (of baselines: length 1):"
         yield latents.table(judged, PLAIN)
         yield from recovery.expected(
             (words, outcome, judged)
@@ -253,8 +315,12 @@ def _words(one: Key, other: Key, low: float, high: float) -> str:
         PLAIN: "plain, free beside length 1",
         WHITENED: "whitened beside plain",
         WHITENED_SPACE: "whitened in the space at twice the rate, beside plain",
+        FROZEN_DECODER: "frozen decoder, beside plain",
+        FROZEN_ENCODER: "frozen encoder, beside plain",
+        DIMENSIONS: "dimensions of the stream, beside plain",
     }[one[2]]
-    return f"{ROWS[one[0]]} rows, {what}: KL {low:+g} to {high:+g} %".replace("-", "−")
+    bounds = f"{low:+g} to {high:+g} %" if high < 1e6 else f"at least {low:+g} %"
+    return f"{ROWS[one[0]]} rows, {what}: KL {bounds}".replace("-", "−")
 
 
 def _between(one: Key, other: Key, low: float, high: float) -> Any:

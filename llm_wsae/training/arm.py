@@ -35,7 +35,8 @@ _ERROR_ROWS = 512  # of a batch, transformed back from a space to estimate the t
 class ArmConfig:
     """What distinguishes one arm of a training from the others.
 
-    Raises UsageError for an unknown architecture, or one whose ``k`` or ``l1`` is not given.
+    Raises UsageError for an unknown architecture, one whose ``k`` is not given, or one that does
+    not have the ``k`` or ``l1`` that is.
     """
 
     weights: LossWeights
@@ -58,6 +59,11 @@ class ArmConfig:
         if self.kind.setting == "l1" and self.k is not None:
             raise UsageError(f"the architecture {self.architecture} takes an L1 coefficient, not k")
         check_numbers(self, l1=0)
+        if self.kind.setting == "k" and self.l1:
+            raise UsageError(
+                f"the architecture {self.architecture} takes k, not an L1 coefficient; leave l1 at "
+                "0, or choose the architecture relu"
+            )
 
     @property
     def kind(self) -> type[Architecture]:

@@ -215,6 +215,7 @@ def test_relu_takes_l1_coefficients_and_the_others_k():
         (lambda: make_arms([gamma], (4,), (-1.0,)), "l1 is -1.0, but must be at least 0"),
         (lambda: ArmConfig(gamma, 4, architecture="relu"), "takes an L1 coefficient, not k"),
         (lambda: ArmConfig(gamma, l1=0.1), "a topk arm needs k"),
+        (lambda: ArmConfig(gamma, 4, 0.1), "topk takes k, not an L1 coefficient; leave l1 at 0"),
     ):
         with pytest.raises(UsageError, match=said):
             wrong()
