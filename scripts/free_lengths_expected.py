@@ -763,3 +763,20 @@ LAST_RATED = tuple(
     for what, measure, (low, high) in (("recovered plants", "recovered", plants), ("KL", "kl", kl))
 )
 """Of seed 0; the first are relative to plain at the usual rate, its best by three seeds."""
+
+OF_DECODER_ROWS = tuple(
+    (place, words, beside(("rows" if of_rows else "", HALFWAY_IN_LOSS),
+                          ("rows" if of_rows else "", PLAIN), measure, low, high))
+    for place in _SMOLLM2
+    for of_rows, measure, low, high in (
+        (False, "recovered", 0.1, 99.0),
+        (False, "kl", -0.04, 0.06),
+        (True, "f1", -0.05, 99.0),
+    )
+    for words in [
+        ("planted along decoder rows: mean F1" if of_rows else f"of all plants: {measure}")
+        + f" relative to plain {_range(low, high)}"
+    ]
+)  # fmt: skip
+"""Written down before any was planted. The latents that these rows come from fire for features of
+the stream, so a plant along one of them is mixed with that feature."""

@@ -49,6 +49,7 @@ from llm_wsae.weights.rules import Rule
 ROWS = 2_000_000
 RUN = README.parent / "runs/free-lengths"
 ARCHIVE = Path(__file__).parent / "results/free-lengths.jsonl.gz"
+CHECKPOINTS = README.parent / "checkpoints/smollm2-135m"
 Weights = tuple[str, float, WeightConfig, int]
 """Rule, α, place and k."""
 PLAIN: Weights = ("uniform", 1.0, LOSS, K)
@@ -108,6 +109,9 @@ class Part:
     architecture: ArchitectureName = "topk"
     sensitivity: bool = False
     """Whether a rule needs the model's sensitivity."""
+    decoder_rows: bool = False
+    """Whether features along decoder rows of the site's plain dictionary in ``checkpoints/`` are
+    planted, too; it was trained with seed 0 on rows without plants."""
     begun: bool = False
     """Whether dictionaries in the loss begin as those in the space do, and the other way round."""
 
@@ -186,6 +190,9 @@ PARTS = {
     "jumprelu-twice": Part(
         (HALFWAY_SPACE,), BLOCKS_9, setting="jumprelu-twice", architecture="jumprelu", rate=2.0
     ),
+    "decoder-rows": Part(
+        PAIR, ("smollm2", "smollm2-20"), (1, 2, 3), setting="decoder-rows", decoder_rows=True
+    ),
     "space-powers": Part(SPACE_POWERS, tuple(PLACES), (0,), "twice-rate", rate=2.0),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
@@ -258,8 +265,19 @@ class BegunOtherwise(Arm):
 def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[str]) -> None:
     """Harvest, train and measure what has no result yet."""
     here = {part: PARTS[part] for part in parts if key in PARTS[part].places}
-    opened = recovery.open_site(key, path, any(part.sensitivity for part in here.values()))
+    sites: dict[bool, recovery.Opened] = {}
+
+    def opened_for(decoder_rows: bool) -> recovery.Opened:
+        if decoder_rows not in sites:
+            first = CHECKPOINTS / str(PLACES[key].site) / f"uniform-k{K}"
+            sensitive = any(part.sensitivity for part in here.values())
+            sites[decoder_rows] = recovery.open_site(
+                key, path, sensitive, first if decoder_rows else None
+            )
+        return sites[decoder_rows]
+
     for name, part in here.items():
+        opened = opened_for(part.decoder_rows)
         for seed in part.seeds:
             if seeds is not None and seed not in seeds:
                 continue
@@ -286,7 +304,8 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
             print(f"{key}: {name}, seed {seed} measured", flush=True)
     for config in (MIXED, LOSS, SPACE):  # of `--alpha auto`
         if not _choice(key, config.place).exists():
-            given, folder = (opened.inputs, opened.source, opened.judge), RUN / "trained" / key
+            opened, folder = opened_for(False), RUN / "trained" / key
+            given = (opened.inputs, opened.source, opened.judge)
             chosen = choose_alpha(*given, folder / config.place, k=K, config=config)
             write_json(_choice(key, config.place), asdict(chosen))
 
@@ -535,6 +554,35 @@ def at_rates(key: str) -> Iterator[str]:
     yield from _outcome((*expected.OF_RATES, *expected.LAST_RATED), key, settings)
 
 
+def along_decoder_rows(key: str) -> Iterator[str]:
+    """Plain dictionaries beside the default where decoder rows are planted, too."""
+    records = read(key, "decoder-rows")
+    if not records:
+        return
+
+    def mean(label: str, measure: str, stratum: str | None) -> float:
+        own = [record["planted"] for record in records if record["label"] == label]
+        own = own if stratum is None else [planted["by_stratum"][stratum] for planted in own]
+        return float(np.mean([one[measure] for one in own]))
+
+    pair = (expected.PLAIN, expected.HALFWAY_IN_LOSS)
+    rows = [["planted along", "recovered, plain", "whitened", "difference", "mean F1, plain",
+             "whitened"]]  # fmt: skip
+    for stratum in [*records[0]["planted"]["by_stratum"], None]:
+        shares, scores = (
+            [f"{mean(label, measure, stratum):.3f}" for label in pair]
+            for measure in ("recovered", "f1")
+        )
+        found = recovery.differences(records, "recovered", stratum=stratum)
+        difference = recovery.text_of(found.get(expected.HALFWAY_IN_LOSS))
+        rows.append([stratum or "all", *shares, difference, *scores])
+    yield f"### Planted along decoder rows, too: {PLACES[key].title}"
+    yield markdown(rows)
+    of_rows = {label: {"f1": mean(label, "f1", "decoder row")} for label in pair}
+    means = {"": recovery.means_of(records), "rows": of_rows}
+    yield from _outcome(expected.OF_DECODER_ROWS, key, means)
+
+
 def _difference(estimate: Estimate | None, of_seeds: dict[int, Value], measure: str) -> str:
     """With its interval if there are seeds enough."""
     if estimate is not None:
@@ -546,7 +594,8 @@ def _difference(estimate: Estimate | None, of_seeds: dict[int, Value], measure: 
 def section_of_settings() -> str:
     """The part of docs/results on other settings."""
     parts = [part for key in BLOCKS_9 for way in (in_settings, at_rates) for part in way(key)]
-    return "\n\n".join([*parts, *(part for key in OTHERS for part in at_rates(key))])
+    parts += [part for key in OTHERS for part in at_rates(key)]
+    return "\n\n".join([*parts, *(part for key in PLACES for part in along_decoder_rows(key))])
 
 
 def section() -> str:

@@ -509,15 +509,22 @@ class Opened:
     """On other text, for the choice of α."""
 
 
-def open_site(key: str, path: str, sensitivity: bool = False) -> Opened:
+def open_site(
+    key: str, path: str, sensitivity: bool = False, decoder_rows_of: Path | None = None
+) -> Opened:
     """Harvest all sites of the model, unless that was done, and measure the planted rows; and if
-    asked, the model's sensitivity."""
+    asked, the model's sensitivity. Features along decoder rows of a dictionary may be planted, too.
+    """
     where = PLACES[key]
     model = LanguageModel.load(path)
     sites = [one.site for one in PLACES.values() if one.model_key == where.model_key]
     how, text = HarvestConfig(tokens=where.model.harvested), Corpus.open(TEXT, "train")
     store = harvest(model, text, sites, RUN / "stores" / where.model_key, how)
-    source = PlantedSource(store, where.site, PlantConfig(heldout_share=where.model.heldout_share))
+    plants = PlantConfig(
+        heldout_share=where.model.heldout_share,
+        dictionary=None if decoder_rows_of is None else str(decoder_rows_of),
+    )
+    source = PlantedSource(store, where.site, plants)
     inputs = RuleInputs(
         source.statistics(),
         fisher=_sensitivity(key, model, store) if sensitivity else None,
