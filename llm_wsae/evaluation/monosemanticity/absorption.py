@@ -59,17 +59,22 @@ def absorption(
     """
     missed, absorbed = [], []
     n, units = split.num_examples, table.num_units
+    contributions = decoder.float() @ directions
     for concept, own in enumerate(main):
         score, counts = scores[concept], split.counts[concept]
         examples = split.items[concept, :n][(score[:n] > 0) & counts[:n]]
         apart = score[:n][counts[:n]].mean() - score[n:][counts[n:]].mean()
+        is_example = torch.zeros(units, dtype=torch.bool)
+        is_example[examples] = True
+        of_examples = is_example[table.units].nonzero().squeeze(1)
+        unit, column = table.units[of_examples], table.columns[of_examples]
         is_main = torch.zeros(len(decoder), dtype=torch.bool)
         is_main[own[own >= 0]] = True
-        entry_is_main = is_main[table.columns]
-        heard = torch.zeros(units).index_add_(0, table.units, entry_is_main.float()) > 0
-        speaks = table.values * (decoder.float() @ directions[:, concept])[table.columns]
+        entry_is_main = is_main[column]
+        heard = torch.zeros(units).index_add_(0, unit, entry_is_main.float()) > 0
+        speaks = table.values[of_examples] * contributions[column, concept]
         speaks = speaks.where(~entry_is_main, -torch.inf)
-        loudest = torch.zeros(units).scatter_reduce_(0, table.units, speaks, "amax")
+        loudest = torch.zeros(units).scatter_reduce_(0, unit, speaks, "amax")
         silent = ~heard[examples]
         missed.append(silent.double().mean())
         taken = silent & (loudest[examples] >= SHARE * apart) & (apart > 0)

@@ -54,14 +54,22 @@ class Split:
         return auroc(scores[:, :n], scores[:, n:], self.counts[:, :n], self.counts[:, n:])
 
     def accuracy(self, scores: Float[Tensor, "concepts items"]) -> Float[Tensor, " concepts"]:
-        """Mean share, of examples and of counterexamples, on the right side of 0."""
-        n = self.num_examples
-        right = torch.cat([scores[:, :n] > 0, scores[:, n:] <= 0], 1) & self.counts
+        """``accuracy`` of every concept's scores."""
+        return accuracy(scores, self.counts, self.num_examples)
 
-        def share(side: slice) -> Tensor:
-            return right[:, side].sum(1).double() / self.counts[:, side].sum(1)
 
-        return (share(slice(n)) + share(slice(n, None))) / 2
+def accuracy(
+    scores: Float[Tensor, "*_ items"], counts: Bool[Tensor, "*_ items"], num_examples: int
+) -> Float[Tensor, "*_"]:
+    """Mean share, of examples and of counterexamples, on the right side of 0: the first
+    ``num_examples`` items are examples. Only items in ``counts`` count."""
+    n = num_examples
+    right = torch.cat([scores[..., :n] > 0, scores[..., n:] <= 0], -1) & counts
+
+    def share(side: slice) -> Tensor:
+        return right[..., side].sum(-1).double() / counts[..., side].sum(-1)
+
+    return (share(slice(n)) + share(slice(n, None))) / 2
 
 
 def splits(concepts: Concepts, seed: int) -> list[Split]:

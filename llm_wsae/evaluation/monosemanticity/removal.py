@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.evaluation.monosemanticity.probing import SelectedColumns, Split
+from llm_wsae.evaluation.monosemanticity.probing import SelectedColumns, Split, accuracy
 from llm_wsae.evaluation.monosemanticity.unit_tables import Table
 
 HIT_HARDEST = 5
@@ -56,14 +56,16 @@ def falls(
     share = torch.nn.functional.pad(
         decoder[taken.columns].float() @ probed.directions, (0, 0, 0, 1)
     )
-    before = probed.split.accuracy(probed.scores)
+    is_removed = torch.zeros(len(removed), len(share))
+    is_removed.scatter_(1, taken.place, 1.0)
+    split = probed.split
     after = []
-    for place in taken.place:
-        active = taken.values[:, place][probed.split.items]  # [concepts, items, count]
-        lost = (active @ share[place].T[:, :, None])[:, :, 0]
-        after.append(probed.split.accuracy(probed.scores - lost))
-    empty = torch.zeros(0, len(before), dtype=torch.float64)
-    return before - (torch.stack(after) if after else empty)
+    for concept, (items, scores) in enumerate(zip(split.items, probed.scores, strict=True)):
+        lost = (taken.values[items] * share[:, concept]) @ is_removed.T  # [items, sets]
+        left = (scores[:, None] - lost).T
+        after.append(accuracy(left, split.counts[concept], split.num_examples))
+    empty = torch.zeros(len(removed), 0, dtype=torch.float64)
+    return split.accuracy(probed.scores) - (torch.stack(after, 1) if after else empty)
 
 
 def selectivity(

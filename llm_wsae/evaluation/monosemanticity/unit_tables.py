@@ -63,8 +63,16 @@ class SparseTable:
     ):
         """``shape`` is (units, columns)."""
         self.units, self.columns, self.values, self._shape = unit, column, value, shape
-        self._matrix = self._transposed(value)
-        self._squares = self._transposed(value.square())
+        self._matrix = torch.sparse_coo_tensor(
+            torch.stack([column, unit]), value, shape[::-1], check_invariants=False
+        ).coalesce()
+        self._squares = torch.sparse_coo_tensor(
+            self._matrix.indices(),
+            self._matrix.values().square(),
+            shape[::-1],
+            is_coalesced=True,
+            check_invariants=False,
+        )
 
     def sums(self, weights: Float[Tensor, "units w"]) -> Float[Tensor, "columns w"]:
         """See ``Table``."""
@@ -89,12 +97,6 @@ class SparseTable:
     def num_units(self) -> int:
         """How many units it has, those without an entry included."""
         return self._shape[0]
-
-    def _transposed(self, value: Tensor) -> Tensor:
-        indices = torch.stack([self.columns, self.units])
-        return torch.sparse_coo_tensor(
-            indices, value, self._shape[::-1], check_invariants=False
-        ).coalesce()
 
 
 NO_UNIT = -1
