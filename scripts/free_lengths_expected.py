@@ -780,3 +780,28 @@ OF_DECODER_ROWS = tuple(
 )  # fmt: skip
 """Written down before any was planted. The latents that these rows come from fire for features of
 the stream, so a plant along one of them is mixed with that feature."""
+
+_RANDOM_IN_LOSS, _FULLY_TWICE = f"random-a1-k{K}", f"whitening-a2-k{K}"
+OF_LOSS_AGAIN = (
+    *(
+        (place, words, found)
+        for place in PLACES
+        for words, found in (
+            (
+                "random weights, in the loss: at most 10 % more of the plants recovered than plain",
+                change(_RANDOM_IN_LOSS, "recovered", -1, 0.1),
+            ),
+            ("the same: KL no lower than plain (−2 %)", change(_RANDOM_IN_LOSS, "kl", -0.02, 99)),
+        )
+    ),
+    *(
+        (place, words, found)
+        for place in ("smollm2-20", "gemma-5", "gemma-14")
+        for words, found in (
+            ("α = 2, in the loss: KL at least three times that of plain",
+             change(_FULLY_TWICE, "kl", 2.0, 99)),
+            ("the same: FVU at least twice that of plain", change(_FULLY_TWICE, "fvu", 1.0, 99)),
+        )
+    ),
+)  # fmt: skip
+"""Written down when random weights were known as `mixed`, and α = 2 after blocks 9."""

@@ -62,6 +62,7 @@ BLOCKS_9, OTHERS = ("smollm2", "gemma"), ("smollm2-20", "gemma-5", "gemma-14")
 PAIR = (PLAIN, HALFWAY_IN_LOSS)
 """What is compared in other settings."""
 RANDOM: Weights = ("random", 1.0, MIXED, K)
+RANDOM_IN_LOSS: Weights = ("random", 1.0, LOSS, K)
 ADDED: tuple[Weights, ...] = (
     *(("uniform", 1.0, LOSS, k) for k in (24, 48, 64)),
     ("variance", 0.5, LOSS, K),
@@ -193,6 +194,9 @@ PARTS = {
     "decoder-rows": Part(
         PAIR, ("smollm2", "smollm2-20"), (1, 2, 3), setting="decoder-rows", decoder_rows=True
     ),
+    "random-loss": Part((RANDOM_IN_LOSS,), BLOCKS_9, setting="random"),
+    "random-loss-others": Part((RANDOM_IN_LOSS,), OTHERS, (0,), "random"),
+    "fully-twice-others": Part((("whitening", 2.0, LOSS, K),), OTHERS, (0,)),
     "space-powers": Part(SPACE_POWERS, tuple(PLACES), (0,), "twice-rate", rate=2.0),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
@@ -208,7 +212,8 @@ of its own; and last ``others`` and what follows, at the sites that had not had 
 of six more weightings, and shorter trainings; what begins otherwise or is whitened as a space at
 higher rates, once one seed had shown what twice the rate does there; then ``shares`` and what
 follows, which are controls with as many effective dimensions, learning rates of the other
-weightings and sites, and the space with other architectures and powers. Some have one seed."""
+weightings and sites, random weights in the loss, and the space with other architectures and powers.
+Some have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
@@ -442,11 +447,24 @@ def _outcome(asked: Sequence[tuple[str, str, Any]], key: str, of: Any) -> list[s
     return recovery.expected((words, found, of) for place, words, found in asked if place == key)
 
 
+def at_twice_the_rate(key: str) -> list[dict[str, Any]]:
+    """Those that are whitened halfway as a space, labelled so."""
+    return [
+        record | {"label": f"{record['label']}, rate × 2"}
+        for record in read(key, "twice-rate")
+        if record["label"] == expected.HALFWAY_SPACE
+    ]
+
+
 def of_random_weights(key: str) -> str:
     """What came of random weights, seed by seed: too far apart for a mean."""
-    found = [recovery.numbers(record) for record in read(key, "random")]
-    pairs = "; ".join(f"{own['kl']:.3f} and {own['recovered']:.3f}" for own in found)
-    return f"Random weights (`random`, mixed), KL and recovered, by seed: {pairs}." if found else ""
+    found = {place: [] for place in ("mixed", "in the loss")}
+    for record in read(key, "random"):
+        own = recovery.numbers(record)
+        pair = f"{own['kl']:.3f} and {own['recovered']:.3f}"
+        found["mixed" if "mixed" in record["label"] else "in the loss"].append(pair)
+    of_places = [f"{place} {', '.join(pairs)}" for place, pairs in found.items() if pairs]
+    return f"Random weights, KL and recovered by seed: {'; '.join(of_places)}." if of_places else ""
 
 
 def at_site(key: str) -> Iterator[str]:
@@ -454,17 +472,18 @@ def at_site(key: str) -> Iterator[str]:
     records = read(key)
     if not records:
         return
-    seeds = sorted({record["seed"] for record in records})
+    shown = [*records, *at_twice_the_rate(key)]
+    seeds = sorted({record["seed"] for record in shown})
     yield f"### {PLACES[key].title}"
-    yield f"{len(records)} dictionaries, seeds {', '.join(map(str, seeds))}."
-    yield from recovery.tables(records, key, ROWS)
+    yield f"{len(shown)} dictionaries, seeds {', '.join(map(str, seeds))}."
+    yield from recovery.tables(shown, key, ROWS)
     if found := of_random_weights(key):
         yield found
     # Expectations are of three seeds, which nearly all arms have.
     records += read(key, "random")
     means = recovery.means_of([record for record in records if record["seed"] in SEEDS])
     asked = [(one.place, one.words, one.found) for one in (*expected.EXPECTED, *REGRET)]
-    yield from _outcome(asked, key, means)
+    yield from _outcome([*asked, *expected.OF_LOSS_AGAIN], key, means)
     for added, ones in (
         (expected.POWERS, expected.OF_POWERS),
         (expected.FRESH, expected.OF_FRESH),

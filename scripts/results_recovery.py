@@ -613,7 +613,8 @@ def read(key: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((RUN / "results").glob(f"{key}.*"))]
 
 
-MEASURES = ("kl", "ce", "fvu", "dead", "recovered", "f1", "cosine", "slope", "vanished", "l_gt")
+OF_PLANTS = ("recovered", "f1", "cosine", "slope", "vanished", "l_gt")
+MEASURES = ("kl", "ce", "fvu", "dead", "dense", *OF_PLANTS)
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
@@ -624,7 +625,8 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
         "ce": fidelity["ce_recovered"],
         "fvu": fidelity["fvu"],
         "dead": planted["dead"],
-        **{name: planted[name] for name in MEASURES[4:]},
+        "dense": fidelity.get("dense_share", np.nan),  # the first ones were not measured
+        **{name: planted[name] for name in OF_PLANTS},
     }
 
 
@@ -732,7 +734,7 @@ def means_of_baselines(key: str, rows: int) -> Means:
     """The same of the baselines of a site: what was trained on so many rows, or not at all."""
     groups: dict[str, list[dict[str, float]]] = {}
     for record in read_baselines(key, rows):
-        groups.setdefault(record["label"], []).append(record["numbers"])
+        groups.setdefault(record["label"], []).append({"dense": np.nan} | record["numbers"])
     return {
         label: {name: float(np.mean([one[name] for one in own])) for name in MEASURES}
         for label, own in groups.items()
@@ -756,14 +758,14 @@ def tables(records: Sequence[dict[str, Any]], key: str, rows_of_training: int) -
     baselines = means_of_baselines(key, rows_of_training)
     kl, recovered = differences(records, "kl"), differences(records, "recovered")
     at_kl, at_fvu = (differences(records, "recovered", equal) for equal in ("kl", "fvu"))
-    rows = [["dictionary", "KL", "CE recovered", "FVU", "dead %", "recovered", "F1", "cosine",
-             "KL, same k", "recovered, same k", "equal KL", "equal FVU"]]  # fmt: skip
+    rows = [["dictionary", "KL", "CE recovered", "FVU", "dead %", "dense %", "recovered", "F1",
+             "cosine", "KL, same k", "recovered, same k", "equal KL", "equal FVU"]]  # fmt: skip
     for label, own in (means | baselines).items():
         rows.append(
             [
                 f"`{label}`",
                 *(f"{own[name]:.3f}" for name in ("kl", "ce", "fvu")),
-                f"{100 * own['dead']:.0f}",
+                *(_per_cent(own[name]) for name in ("dead", "dense")),
                 *(f"{own[name]:.3f}" for name in ("recovered", "f1", "cosine")),
                 text_of(kl.get(label), per_cent=True),
                 *(text_of(found.get(label)) for found in (recovered, at_kl, at_fvu)),
@@ -795,6 +797,10 @@ def tables(records: Sequence[dict[str, Any]], key: str, rows_of_training: int) -
                 rows.append([f"`{label}`", *cells])
         if len(rows) > 1:
             yield markdown(rows)
+
+
+def _per_cent(share: float) -> str:
+    return "–" if np.isnan(share) else f"{100 * share:.1f}"
 
 
 def _sure(estimate: Estimate | None) -> str:
