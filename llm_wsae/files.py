@@ -268,7 +268,10 @@ def _save(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None) 
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()  # with the permissions of any new file: safetensors leaves a private one there
+    mode = path.stat().st_mode
     save_file(ready, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def _all_tensors(file: Any) -> dict[str, Any]:

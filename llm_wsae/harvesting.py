@@ -116,7 +116,10 @@ def _begin(out: Path, wanted: Manifest) -> dict[str, tuple[int, int]] | None:
 def _agreed(processes: Processes, manifest: Manifest) -> Manifest:
     """Process 0's manifest; raises LlmWsaeError unless all processes have the same one."""
     first = Manifest(**processes.lead(lambda: asdict(manifest)))
-    if clauses := first.differences(manifest):
+    clauses = first.differences(manifest)
+    if first.num_contexts != manifest.num_contexts:
+        clauses.append(f"{first.num_contexts:,} contexts, not {manifest.num_contexts:,}")
+    if clauses:
         raise LlmWsaeError(
             f"process 0 and process {processes.rank} run different harvests "
             f"({'; '.join(clauses)}); start all with the same command on machines of one kind"

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.finishing import NO_ROWS
 from llm_wsae.data.packing import Contexts, Packer
 from llm_wsae.data.resume import too_small
 from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
@@ -92,12 +93,14 @@ class ActivationStreams:
         """
         if not self._statistics and not self._read():
             new = {one: Statistics(self.d_in, self.config.context_size) for one in self.sites}
+            seen = 0
             for contexts, rows in self._first_rows("statistics"):
+                seen += len(contexts.keep)
                 positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
                 for one, own in rows.items():
                     new[one].update(own, positions)
             if not any(found.count for found in new.values()):
-                raise too_small(self.corpus, 0, 1, self.config.context_size)
+                raise _without_rows(self.corpus, seen, self.config.context_size)
             self._statistics = new
             for one, found in new.items():
                 self.keep(one, "statistics", found.to_tensors())
@@ -209,12 +212,13 @@ class ActivationStreams:
     def _endless_blocks(self) -> Iterator[Contexts]:
         passes = 0
         while True:
-            rows = 0
+            rows = seen = 0
             for contexts in self._packer.blocks(self.corpus, self.config.contexts_per_batch):
+                seen += len(contexts.keep)
                 rows += int(contexts.keep.sum())
                 yield contexts
             if rows == 0:
-                raise too_small(self.corpus, 0, 1, self.config.context_size)
+                raise _without_rows(self.corpus, seen, self.config.context_size)
             passes += 1
             if passes == 1 and leads():
                 again = f"{self.corpus.name} ends after {rows:,} rows; it is read again"
@@ -330,3 +334,8 @@ def _of_one(batches: Generator[tuple[Tensor, ...], None, None]) -> Iterator[Tens
 
 def _rows_in(buffer: Sequence[Contexts]) -> int:
     return sum(int(contexts.keep.sum()) for contexts in buffer)
+
+
+def _without_rows(corpus: Corpus, contexts: int, context_size: int) -> LlmWsaeError:
+    """The error for a text that fills so many contexts and gives no row."""
+    return LlmWsaeError(NO_ROWS) if contexts else too_small(corpus, 0, 1, context_size)

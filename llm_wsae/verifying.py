@@ -58,7 +58,7 @@ class Found:
 
     kind: str
     """``store``, ``dictionary``, ``training``, ``study``, ``theory``, ``run``, ``recovery report``,
-    ``record`` or ``weights file``."""
+    ``record``, ``weights file`` or ``folder of pulled dictionaries``."""
     advance: Callable[[int], object] = field(default=lambda size: None, repr=False)
     """Told the bytes of every file that was checked."""
     problems: list[str] = field(default_factory=list)
@@ -121,9 +121,10 @@ def _size_of(path: Path) -> int:
 
 
 def _kind_of_file(path: Path) -> str:
-    of_store = any((folder / MANIFEST).is_file() for folder in (path.parent, path.parent.parent))
-    if path.name in _OF_FOLDERS or (of_store and path.suffix == ".safetensors"):
-        raise LlmWsaeError(f"{path} is checked together with its folder; give that")
+    stores = [one for one in (path.parent, path.parent.parent) if (one / MANIFEST).is_file()]
+    if path.name in _OF_FOLDERS or (stores and path.suffix == ".safetensors"):
+        folder = stores[0] if stores else path.parent
+        raise LlmWsaeError(f"{path} is checked together with its folder; give {folder}")
     if path.suffix not in (".json", ".safetensors"):
         raise LlmWsaeError(
             f"there is nothing in {path} that verify knows; give it a folder, a weights file "

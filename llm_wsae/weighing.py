@@ -166,10 +166,10 @@ def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
         return SecondMoment.from_tensors(tensors)
     threshold = store.statistics(site).massive_threshold
     found = SecondMoment(store.d_in)
-    total = store.num_rows
+    total, reader = store.num_rows, store.reader(site)
     with tqdm(total=total, desc="covariance", unit="row", unit_scale=True, leave=False) as bar:
         for start in range(0, total, _ROWS_AT_ONCE):
-            rows = store.rows(site, start, min(start + _ROWS_AT_ONCE, total)).float()
+            rows = reader.rows(start, min(start + _ROWS_AT_ONCE, total)).float()
             found.update(rows[rows.norm(dim=1) <= threshold])
             bar.update(len(rows))
     kept.write_tensors(found.to_tensors())
@@ -240,13 +240,13 @@ def coherence_of(
     pieces = zip(*_pieces(store, config.semantic_tokens, _CONTEXTS_AT_ONCE), strict=True)
     ids, keep, document, offset, first_rows = map(torch.cat, pieces)
     text = HeldoutText(ids, keep, document, offset, headers={})
-    extreme, where = [], []
+    extreme, where, reader = [], [], store.reader(site)
     for context in tqdm(range(text.num_contexts), desc="extremes", unit="ctx", delay=2):
         start, stop = int(text.first_row[context]), int(text.first_row[context + 1])
         first = int(first_rows[context])
         if start == stop:
             continue
-        rows = store.rows(site, first, first + stop - start).float()
+        rows = reader.rows(first, first + stop - start).float()
         usual = rows.norm(dim=1) <= massive
         best = (rows - mean).abs_().mul_(usual[:, None]).max(0)
         extreme.append(best.values)

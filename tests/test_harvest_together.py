@@ -173,6 +173,16 @@ def test_different_requests_are_not_one_harvest(corpus, tmp_path):
     assert "process 0 and process 1 run different harvests (its dtype is" in outcomes[0]
 
 
+def test_different_numbers_of_tokens_are_not_one_harvest(corpus, tmp_path):
+    outcomes = run(2, of_own_tokens, corpus, tmp_path / "s")
+    assert len(set(outcomes)) == 1 and "run different harvests (" in outcomes[0]
+    assert "contexts, not " in outcomes[0]
+
+
+def of_own_tokens(corpus, out):
+    return make(corpus, out, replace(CONFIG, tokens=[1000, 2000][int(os.environ["RANK"])]))
+
+
 def of_own_dtype(corpus, out):
     return make(
         corpus, out, replace(CONFIG, dtype=["float32", "bfloat16"][int(os.environ["RANK"])])

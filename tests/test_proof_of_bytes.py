@@ -545,14 +545,14 @@ def test_a_file_that_verify_cannot_judge_alone_is_not_called_damaged(world):
     said_of = Explanation(1, "cats", "a model", {})
     keep_explanations(world / "trained/uniform-k4", [said_of])
     (world / "notes.txt").write_text("my notes")
-    together, nothing = "is checked together with its folder; give that", "that verify knows"
+    together, nothing = f"is checked together with its folder; give {world}", "that verify knows"
     for name, said in {
-        "trained/uniform-k4/cfg.json": together,
-        "trained/uniform-k4/sae_weights.safetensors": together,
-        "trained/uniform-k4/explanations.jsonl": together,
-        "trained/log.jsonl": together,
-        "store/tokens/00000.safetensors": together,
-        f"store/{SITE}/statistics.safetensors": together,
+        "trained/uniform-k4/cfg.json": f"{together}/trained/uniform-k4",
+        "trained/uniform-k4/sae_weights.safetensors": f"{together}/trained/uniform-k4",
+        "trained/uniform-k4/explanations.jsonl": f"{together}/trained/uniform-k4",
+        "trained/log.jsonl": f"{together}/trained",
+        "store/tokens/00000.safetensors": f"{together}/store",
+        f"store/{SITE}/statistics.safetensors": f"{together}/store",
         "text.jsonl": nothing,
         "notes.txt": nothing,
     }.items():

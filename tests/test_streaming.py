@@ -106,6 +106,11 @@ def test_stream_errors(model, corpus, tmp_path):
     tiny = Corpus.open(str(write_jsonl(tmp_path / "a.jsonl", [3])), "all")
     with pytest.raises(LlmWsaeError, match="fills contexts of 12 with 0 tokens"):
         next(ActivationStream(model, tiny, SITES[1], STREAM).batches(5, 0))
+    without_rows = replace(STREAM, drop_positions=8, one_document_per_context=True)
+    short = Corpus.open(str(write_jsonl(tmp_path / "b.jsonl", [6] * 30)), "all")
+    for read in (lambda s: next(s.batches(5, 0)), lambda s: s.statistics()):
+        with pytest.raises(LlmWsaeError, match="no token of these documents gives a row; lower"):
+            read(ActivationStream(model, short, SITES[1], without_rows))
     with pytest.raises(UsageError, match="begin at batch -1"):
         ActivationStream(model, corpus, SITES[1], STREAM).batches(5, 0, -1)
     broken = tiny_model()

@@ -71,7 +71,7 @@ def weights_from_rule(
     constant dimension carries no loss whatever its weight; it gets the smallest of the others.
 
     Raises UsageError for an unknown rule, a form that it does not have, an α that is not finite or
-    so far from 0 that weights vanish, clipped shares, or an input that was not measured;
+    so far from 0 that weights vanish, or an input that was not measured;
     LlmWsaeError when every
     score is 0, hardly any row differs from the others, or a space has directions of nearly no
     weight.
@@ -91,12 +91,7 @@ def weights_from_rule(
         scores = rule.scores(inputs, config.draw)
         gamma = _power_of_scores(rule, scores, alpha, inputs.statistics, config.clip)
     if rule.control == "shares":
-        if config.clip is not None:
-            raise UsageError(
-                f"{rule.name} cannot be clipped: it has the rule's shares of the loss, and clipped "
-                "weights would have others; drop clip"
-            )
-        gamma = exchanged(gamma, inputs, config.draw)
+        gamma = exchanged(gamma, inputs, config.draw, of_all_rows=rule.need == "second_moment")
     weights = LossWeights(_normalised(gamma, inputs.statistics).float(), rule, alpha, config)
     _check_space(weights)
     return weights

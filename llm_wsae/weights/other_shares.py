@@ -16,17 +16,19 @@ from llm_wsae.weights.matrix_rules import random_rotation, spectrum
 from llm_wsae.weights.scores import random_order
 
 
-def exchanged(gamma: Gamma, inputs: RuleInputs, draw: int) -> Gamma:
+def exchanged(gamma: Gamma, inputs: RuleInputs, draw: int, of_all_rows: bool) -> Gamma:
     """Weights whose shares of the loss are those of ``gamma`` elsewhere, by the seed ``draw``.
 
     γ [d_in]: γ′² = (γ²·var of another dimension) / var; a constant dimension keeps its weight.
     Γ [d_in, d_in], symmetric: Γ′² = Σ^(−½) Q S Qᵀ Σ^(−½) for S, the eigenvalues of Σ^(½) Γ² Σ^(½),
     and a random rotation Q, so that Γ′ΣΓ′ has the eigenvalues of ΓΣΓ. Σ is the covariance of all
-    rows, or that of the sample where no rule needed the former; its eigenvalues are floored as a
-    matrix rule's are.
+    rows, ``of_all_rows``, for a rule that is made from it, else that of the winsorised sample; its
+    eigenvalues are floored as a matrix rule's are. (Effective dimensions are told by the sample,
+    so the former keeps them but for its noise.)
     """
     if gamma.ndim == 2:
-        return _of_directions(gamma, inputs, draw)
+        sample = inputs.statistics.robust_covariance
+        return _of_directions(gamma, inputs.covariance if of_all_rows else sample, draw)
     variance = inputs.statistics.robust_variance
     varies = variance.nonzero().squeeze(1)
     others = varies[random_order(len(varies), draw)]
@@ -36,12 +38,9 @@ def exchanged(gamma: Gamma, inputs: RuleInputs, draw: int) -> Gamma:
 
 
 def _of_directions(
-    gamma: Float[Tensor, "d_in d_in"], inputs: RuleInputs, draw: int
+    gamma: Float[Tensor, "d_in d_in"], covariance: Float[Tensor, "d_in d_in"], draw: int
 ) -> Float[Tensor, "d_in d_in"]:
-    measured = inputs.has("second_moment")
-    values, vectors = spectrum(
-        inputs.covariance if measured else inputs.statistics.robust_covariance
-    )
+    values, vectors = spectrum(covariance)
     root = (vectors * values.sqrt()) @ vectors.T
     inverse_root = (vectors * values.rsqrt()) @ vectors.T
     weighted = root @ gamma

@@ -130,10 +130,8 @@ class Rule:
         return self.base == "whitening"
 
     def settings(self, config: WeightConfig) -> WeightConfig:
-        """The settings with the place that ``auto`` stands for; of ``uniform``, no settings at all.
-
-        Raises UsageError for weights that would be annealed in a space.
-        """
+        """The settings with the place that ``auto`` stands for; of ``uniform``, no settings at
+        all."""
         if self.is_plain:
             return IN_LOSS
         return replace(config, place="loss") if config.place == "auto" else config
@@ -153,6 +151,11 @@ class Rule:
                     "place, form, clip and anneal at their defaults"
                 )
             return "tokens"
+        if self.control == "shares" and config.clip is not None:
+            raise UsageError(
+                f"{self.name} cannot be clipped: it has the rule's shares of the loss, and clipped "
+                "weights would have others; drop clip"
+            )
         prefers_matrix = self.has_matrix and (config.in_space or not self.has_scores)
         if config.form == "matrix" or (config.form == "auto" and prefers_matrix):
             self._check_matrix()
@@ -174,8 +177,11 @@ class Rule:
         if self.is_plain or self.is_drawn:
             return None
         if self.form(config) == "matrix":
-            return self.as_control("shares" if control == "shares" else "rotated")
-        return self.as_control("permuted" if self.weighs_tokens else control)
+            found = self.as_control("shares" if control == "shares" else "rotated")
+        else:
+            found = self.as_control("permuted" if self.weighs_tokens else control)
+        found.form(config)  # which may refuse a setting
+        return found
 
     def scores(self, inputs: RuleInputs, draw: int = 0) -> Float[Tensor, " d_in"]:
         """The score of every dimension (float64, ≥ 0); ``draw`` is the number of the random draw.

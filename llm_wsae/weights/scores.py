@@ -104,6 +104,8 @@ def gap(decoder: Float[Tensor, "latents d_in"]) -> Float[Tensor, " d_in"]:
     # b is in the range of the Gram matrix M = AᵀA, so ‖Ag − c‖ with Aᵀc = b is the same problem.
     values, vectors = torch.linalg.eigh(gram)
     keep = values > values[-1] * 1e-12
+    if not bool(keep.any()):  # of a decoder of which no latent fires
+        return torch.zeros(len(gram), dtype=torch.float64, device=decoder.device)
     root = values[keep].sqrt()
     a = root[:, None] * vectors[:, keep].T
     c = (vectors[:, keep].T @ w.square().sum(0)) / root

@@ -59,6 +59,13 @@ def expected_rows(model, corpus, site):
     return torch.stack(rows)
 
 
+def test_any_user_that_may_read_new_files_may_read_a_tensor_file(tmp_path):
+    beside, path = tmp_path / "a.txt", tmp_path / "a.safetensors"
+    beside.touch()
+    save_tensors(path, {"x": torch.ones(2)})
+    assert path.stat().st_mode == beside.stat().st_mode
+
+
 def test_rows_are_those_of_the_model_and_sites_are_sorted(made, model, corpus):
     assert made.sites == [Site(0, "pre"), Site(1, "post")]
     assert made.d_in == 16 and made.context_size == 12

@@ -1,5 +1,7 @@
 """A rule is parsed once: what the object knows, what it refuses, and its controls."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from covariances import second_moment
@@ -250,9 +252,23 @@ def test_a_constant_dimension_gets_no_share_of_another():
     assert loss_share(control, inputs.statistics)[2] == 0
 
 
+def test_the_covariance_of_shares_does_not_depend_on_what_else_was_measured(inputs):
+    alone = replace(inputs, second_moment=None)
+    for place in ("loss", "space"):
+        config = WeightConfig(place=place, form="matrix", draw=1)
+        found = [weights_from_rule("shares:sensitivity", 0.25, i, config) for i in (inputs, alone)]
+        assert torch.equal(found[0].gamma, found[1].gamma)
+
+
 def test_shares_cannot_be_clipped(inputs):
-    with pytest.raises(UsageError, match="shares:variance cannot be clipped"):
-        weights_from_rule("shares:variance", 0.5, inputs, WeightConfig(clip=2.0))
+    clipped = WeightConfig(clip=2.0)
+    for refused in (
+        lambda: weights_from_rule("shares:variance", 0.5, inputs, clipped),
+        lambda: Rule.parse("shares:variance").form(clipped),  # before anything is measured
+        lambda: Rule.parse("variance").matched_control(clipped, "shares"),
+    ):
+        with pytest.raises(UsageError, match="shares:variance cannot be clipped"):
+            refused()
 
 
 def test_a_permuted_token_gets_the_score_of_another_unmasked_one():

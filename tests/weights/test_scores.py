@@ -111,6 +111,10 @@ def test_gap_minimises_what_it_says(seed, d_in, latents):
     assert distance(torch.ones(d_in, dtype=torch.float64)) >= best - 1e-9
 
 
+def test_gap_of_no_latent_prefers_no_dimension():
+    assert gap(torch.zeros(0, 4)).tolist() == [0.0] * 4
+
+
 def test_gap_gives_zero_where_any_weight_would_hurt():
     """Dimension 2 shows the sum of the features of dimensions 0 and 1, which have all they need."""
     mixing = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, -1]])
