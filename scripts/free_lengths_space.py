@@ -45,6 +45,7 @@ _SETTINGS = {
     "JumpReLU, two million rows": "jumprelu",
 }
 _MEASURES = ("kl", "recovered")
+_ROWS_OF_TRAINING = 2_000_000
 
 
 def section(read: Read) -> str:
@@ -52,7 +53,7 @@ def section(read: Read) -> str:
     parts = []
     for key, where in PLACES.items():
         rows = [(words, _of(read(key, setting), label)) for words, setting, label in _ROWS]
-        parts += [f"### In the space, at twice the rate: {where.title}", _beside(rows)]
+        parts += [f"### In the space, at twice the rate: {where.title}", _beside(rows, key)]
         parts += _in_settings(key, read)
         means = _means(key, read)
         parts += recovery.expected(
@@ -71,15 +72,16 @@ def _paired(own: dict[int, Record], base: dict[int, Record], measure: str) -> di
     return {seed: recovery.difference(own[seed], base[seed], measure) for seed in both}
 
 
-def _beside(found: list[tuple[str, dict[int, Record]]]) -> str:
-    """Rows beside the first of them."""
+def _beside(found: list[tuple[str, dict[int, Record]]], key: str) -> str:
+    """Rows beside the first of them; below, what learnt nothing, of as many rows."""
     base = found[0][1]
     changes = {
         measure: estimates({words: _paired(own, base, measure) for words, own in found[1:]})
         for measure in _MEASURES
     }
-    rows = [["dictionary", "seeds", "KL", "CE recovered", "FVU", "recovered", "KL, beside plain",
-             "recovered, beside plain"]]  # fmt: skip
+    shown = ("kl", "ce", "fvu", "recovered")
+    rows = [["dictionary", "seeds", "KL", "CE recovered", "FVU", "recovered", "dead %",
+             "KL, beside plain", "recovered, beside plain"]]  # fmt: skip
     for words, own in found:
         if not own:
             continue
@@ -88,11 +90,15 @@ def _beside(found: list[tuple[str, dict[int, Record]]]) -> str:
             [
                 words,
                 str(len(own)),
-                *(f"{means[measure]:.3f}" for measure in ("kl", "ce", "fvu", "recovered")),
+                *(f"{means[measure]:.3f}" for measure in shown),
+                f"{100 * means['dead']:.1f}",
                 recovery.text_of(changes["kl"].get(words), per_cent=True),
                 recovery.text_of(changes["recovered"].get(words)),
             ]
         )
+    for label, own in recovery.means_of_baselines(key, _ROWS_OF_TRAINING).items():
+        values = (*(f"{own[measure]:.3f}" for measure in shown), f"{100 * own['dead']:.1f}")
+        rows.append([f"`{label}`", "1", *values, "–", "–"])
     return markdown(rows)
 
 

