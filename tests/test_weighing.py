@@ -14,6 +14,7 @@ from tiny import tiny_model, write_jsonl
 from llm_wsae import stored_measurement
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
@@ -274,8 +275,8 @@ def test_rank_0_of_several_processes_measures_for_all(tmp_path, store, is_full):
 
 def measured(folder, is_full):
     """One process's part: how often it reads rows, what it says, the covariance."""
-    reads, rows, said = [], ActivationStore.rows, io.StringIO()
-    ActivationStore.rows = lambda *given: reads.append(1) or rows(*given)
+    reads, rows, said = [], RowReader.rows, io.StringIO()
+    RowReader.rows = lambda *given: reads.append(1) or rows(*given)
     if is_full:
         stored_measurement.save_own_tensors = full
     stored_measurement.tqdm.write = lambda sentence, file: said.write(sentence)
