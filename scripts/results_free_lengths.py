@@ -193,9 +193,7 @@ PARTS = {
     "jumprelu-twice": Part(
         (HALFWAY_SPACE,), BLOCKS_9, setting="jumprelu-twice", architecture="jumprelu", rate=2.0
     ),
-    "decoder-rows": Part(
-        PAIR, ("smollm2", "smollm2-20"), (1, 2, 3), setting="decoder-rows", decoder_rows=True
-    ),
+    "decoder-rows": Part(PAIR, ("smollm2",), (1, 2, 3), setting="decoder-rows", decoder_rows=True),
     "random-loss": Part((RANDOM_IN_LOSS,), BLOCKS_9, setting="random"),
     "random-loss-others": Part((RANDOM_IN_LOSS,), OTHERS, (0,), "random"),
     "fully-twice-others": Part((("whitening", 2.0, LOSS, K),), OTHERS, (0,)),
