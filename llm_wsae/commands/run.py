@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from llm_wsae.commands.options import (
@@ -20,7 +21,7 @@ from llm_wsae.commands.options import (
     sites_of,
     stream_config,
 )
-from llm_wsae.data.config import StreamConfig
+from llm_wsae.data.config import PackConfig, StreamConfig
 from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record
@@ -92,17 +93,27 @@ def run(
     lines += [cost(started), f"next: measure on more of the held-out text, e.g.\n  {again}"]
     lines += [f"look at the dictionaries of {next(iter(results))} in a browser:"]
     if streaming is not None:  # a page needs rows
-        lines += [f"  {_harvest(site, model, corpus, out)}"]
+        lines += [f"  {_harvest(site, model, corpus, streaming, out)}"]
     latents = {name: one.d_sae for name, one in first.dictionaries.items()}
     lines += [f"  {_page(first.folder, latents, model, out)}"]
     return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)
 
 
-def _harvest(site: Sequence[str], model: ModelOptions, corpus: CorpusOptions, out: Path) -> str:
-    """The command that harvests rows to look at, as one would type it."""
+def _harvest(
+    site: Sequence[str],
+    model: ModelOptions,
+    corpus: CorpusOptions,
+    packing: PackConfig,
+    out: Path,
+) -> str:
+    """The command that harvests rows to look at, packed as those trained on, as one would type
+    it."""
     words = ["llm-wsae", "harvest", "--model", model.model, "--corpus", corpus.corpus]
     words += ["--site", *site, "--tokens", "100000", "--out", str(out / "store")]
     words += ["--text-column", corpus.text_column] if corpus.text_column else []
+    for field in fields(PackConfig):
+        if (value := getattr(packing, field.name)) != field.default:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
     return shlex.join(words + _loading(model))
 
 

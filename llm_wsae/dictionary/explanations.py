@@ -90,7 +90,7 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
     with _reading(path):
         if with_checksums and not (proven and head.get(_LINES) == _sha256(rest)):
             raise digests.Damaged
-        lines = [json.loads(line) for line in rest.splitlines()]
+        lines = [json.loads(line) for line in rest.split("\n") if line]
     return {one.latent: one for line in lines if (one := _explanation(mapping(line))) is not None}
 
 

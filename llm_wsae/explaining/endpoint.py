@@ -25,6 +25,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.explaining.protocol import Question
 from llm_wsae.files import folder_lock, write_error
 from llm_wsae.outside import mapping
+from llm_wsae.terminal import printable
 
 KEY, OPENAI_KEY, OPENAI = "LLM_WSAE_API_KEY", "OPENAI_API_KEY", "api.openai.com"
 ANSWERS = "answers.jsonl"
@@ -197,9 +198,9 @@ class Endpoint:
         return seconds
 
     def _safe(self, text: str) -> str:
-        """Foreign text, on one line, short and without the key."""
+        """Foreign text, printable, on one line, short and without the key."""
         line = " ".join((text.replace(self._key, "…") if self._key else text).split())
-        return line if len(line) <= _QUOTED else f"{line[:_QUOTED]}…"
+        return printable(line if len(line) <= _QUOTED else f"{line[:_QUOTED]}…")
 
     def _failed(self, why: str, status: int) -> None:
         if self._stopped.is_set():

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from llm_wsae.errors import UsageError
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER
+from llm_wsae.outside import check_numbers
 
 ScoreName = Literal["detection", "fuzzing", "intruder"]
 SCORES: dict[str, str] = {
@@ -47,9 +48,11 @@ class ExplainConfig:
     """Latents to explain of each dictionary, as many from every tenth of them by density; all
     takes every one that is active in enough documents."""
     examples: int = 20
-    """Texts shown to the explainer, 10 to 40: half from the strongest, half from all quantiles."""
+    """Texts shown to the explainer, 10 to 40: half from the strongest, half from all quantiles of
+    the rest."""
     positives: int = 20
-    """Texts to judge in which the latent is active, from all quantiles of its activation."""
+    """Texts to judge in which the latent is active, from all quantiles of its activation below its
+    strongest contexts (twice as many as examples)."""
     negatives: int = 20
     """Texts to judge in which it is silent: half of them random, a quarter most like those shown
     to the explainer, a quarter where the latents of the nearest decoder rows are active."""
@@ -75,6 +78,7 @@ class ExplainConfig:
     """Price of a million tokens of answers."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 10 <= self.examples <= 40:
             raise UsageError(f"examples is {self.examples}, but an explainer sees 10 to 40 texts")
         if not self.scores:

@@ -132,6 +132,8 @@ def application(page: str, session: Session, token: str, port: int) -> Any:
             if not isinstance(asked, dict):
                 raise UsageError("a question is a JSON object")
             return JSONResponse(await run_in_threadpool(session.answer, asked))
+        except RecursionError:
+            return JSONResponse({"error": "a question is not nested so deeply"}, 400)
         except (ValueError, LlmWsaeError) as error:
             return JSONResponse({"error": shown(str(error))}, 400)
 

@@ -32,21 +32,24 @@ class Value:
 
     @classmethod
     def mixture(cls, terms: Iterable[tuple[float, "Value"]]) -> "Value":
-        """Σ weight · value of independent dictionaries, over the items that all of them have."""
+        """Σ weight · value of independent dictionaries, over the items that all of them have: NaN
+        if they have none in common."""
         terms = list(terms)
-        items = None
+        items, mean = None, math.fsum(w * value.mean for w, value in terms)
         parts = [(w, value.items) for w, value in terms if value.items is not None]
         if len(parts) == len(terms):
             shared = set.intersection(*(set(own) for _, own in parts))
             names = [name for name in parts[0][1] if name in shared]
             items = {name: sum(w * own[name] for w, own in parts) for name in names}
+            if any(len(own) > len(shared) for _, own in parts):  # means of other families
+                mean = math.fsum(items.values()) / len(items) if items else math.nan
         drawn = [(w, value.resampled) for w, value in terms if value.resampled is not None]
         resampled = None
         if len(drawn) == len(terms):
             rows = [w * np.array(own, dtype=float) for w, own in drawn]  # None becomes NaN
             resampled = tuple(np.sum(rows, 0).tolist())
         return cls(
-            math.fsum(w * value.mean for w, value in terms),
+            mean,
             math.fsum(w * w * value.variance for w, value in terms),
             items,
             resampled,
@@ -87,7 +90,8 @@ class Curve:
         A plain dictionary that several points are compared with counts once, with all its weight:
         what it adds to two differences cancels in the difference between them.
 
-        The points must lie within the curve. None if one, or a neighbour, lacks the measure.
+        The points must lie within the curve. None if one, or a neighbour, lacks the measure, or
+        if it is a mean over families and they have none in common.
         """
         terms: list[tuple[float, Point]] = []
         of_plain = [0.0] * len(self.points)
@@ -98,7 +102,8 @@ class Curve:
         terms += [one for one in zip(of_plain, self.points, strict=True) if one[0]]
         if any(measure not in point.values for _, point in terms):
             return None
-        return Value.mixture((weight, point.values[measure]) for weight, point in terms)
+        found = Value.mixture((weight, point.values[measure]) for weight, point in terms)
+        return None if math.isnan(found.mean) else found
 
     def _neighbours(self, point: Point) -> list[tuple[int, float]]:
         """The plain dictionaries on both sides of a point, and the weight of each in the line."""

@@ -26,6 +26,7 @@ from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
 from llm_wsae.explaining.examples import NothingToExplain
+from llm_wsae.explaining.explaining import REPORT as EXPLAIN_REPORT
 from llm_wsae.explaining.explaining import explain
 from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.files import folder_lock, remove_partials, write_json
@@ -281,6 +282,8 @@ def _explain(
             tqdm.write(f"{result.name} is left out: {error}", file=sys.stderr)
             known[result.name] = {}
         else:
+            # Each dictionary's report is kept; the next one would replace it.
+            (place / EXPLAIN_REPORT).replace(place / f"{result.name}.json")
             one = found.dictionaries[result.name]
             known[result.name] = {name: over_latents(one.values(name)) for name in one.means}
         write_json(out / EXPLAINED, plain({"settings": asked, "dictionaries": known}))

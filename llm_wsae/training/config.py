@@ -71,6 +71,7 @@ class TrainConfig:
             self,
             expansion=1,
             batch_size=1,
+            aux_coefficient=0,
             log_every=1,
             dead_after=1,
             checkpoint_seconds=0,

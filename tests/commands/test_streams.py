@@ -91,6 +91,7 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
         dictionary = Dictionary.load(out / site / "uniform-k4")
         assert dictionary.info.store["kind"] == "stream"
     harvest, page = (line.strip() for line in result.out.splitlines()[-2:])
+    assert harvest.endswith("--context-size 16")  # as trained on
     assert harvest.startswith("llm-wsae harvest") and page.startswith("llm-wsae dashboard")
     assert works("verify", out).out.endswith("run is intact\n")
     again = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)

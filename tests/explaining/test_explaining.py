@@ -434,6 +434,8 @@ def test_passing_faults_are_tried_again(judge, tmp_path):
     assert answer is None and len(down.bodies) == TRIES and waits == [1, 2, 4, 8, 16]
     assert tally.failed == 1 and tally.why.startswith("it answered with 500: broken xxx")
     assert len(tally.why) < 300 and (tmp_path / "b" / ANSWERS).read_bytes() == b""
+    rude = judge(lambda number, body: (400, "no \x1b]0;title\x07 \u202e", {}))
+    assert one_answer(rude, tmp_path / "rude")[2].why.isprintable()
     picky = judge(lambda number, body: (400, "no response_format here", {}))
     answer, waits, tally = one_answer(picky, tmp_path / "c")
     assert answer is None and waits == [] and "--schema False does without" in tally.why
@@ -646,6 +648,8 @@ def test_explanations_stay_with_their_weights(world, tmp_path):
     found = read_explanations(folder)
     assert {n: one.text for n, one in found.items()} == {2: "two again", 5: "five", 9: "nine"}
     assert found[5] == said_of(5, "five")
+    keep_explanations(folder, [said_of(11, "two\u2028lines\x85of text")])
+    assert read_explanations(folder)[11].text == "two\u2028lines\x85of text"
     # A later run that asked for less, or got no answer, takes nothing away.
     intruder = {"intruder": Score(0.25, (0.0, 0.5), 8, 8)}
     keep_explanations(folder, [Explanation(5, None, "a model", intruder),
@@ -774,6 +778,8 @@ def test_a_study_explains_every_kept_dictionary_once(
         assert values["judged_detection"].mean == pytest.approx(np.mean(scores))
         assert values["judged_detection"].variance == pytest.approx(np.var(scores, ddof=1) / 3)
     assert "detection by a judge" in report.table()
+    reports = {path.stem for path in (tmp_path / "answers").glob("*.json")}
+    assert reports == set(kept)
     table = (tmp_path / "report.md").read_text().split("## Explanations by a language model")[1]
     assert "| topk baseline: raw dimensions | 3 |" in table
     assert study(**judged).table() == report.table() and len(asked.bodies) == questions

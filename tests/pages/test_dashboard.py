@@ -626,6 +626,8 @@ def test_only_this_machine_with_the_token_is_answered(client):
     plain_text = {"content-type": "text/plain"}  # what another page may post without asking
     assert client.post("/secret/ask", content="{}", headers=plain_text).status_code == 415
     assert client.post("/secret/ask", json={"text": "x" * 20_000}).status_code == 413
+    json_type = {"content-type": "application/json"}
+    assert client.post("/secret/ask", content="[" * 15_999, headers=json_type).status_code == 400
     assert "access-control-allow-origin" not in client.get("/secret/").headers
 
 

@@ -107,6 +107,19 @@ def test_documents_that_all_seeds_share_do_not_average_out():
     assert Value.mixture([(1.0, one), (1.0, Value(1.0))]).resampled is None
 
 
+def test_a_difference_is_of_the_families_that_both_have():
+    both = Value(0.3, items={"a": 0.5, "b": 0.1})
+    difference = Value.mixture([(1.0, Value(0.5, items={"a": 0.5})), (-1.0, both)])
+    assert (difference.mean, difference.items) == (0, {"a": 0})
+    nothing = Value.mixture([(1.0, Value(0.5, items={"c": 0.5})), (-1.0, both)])
+    assert np.isnan(nothing.mean)
+    plain = [Point(k, 0, increase, {"m": both}) for k, increase in ((1, 0.1), (2, 0.2))]
+    other = Point(1, 0, 0.15, {"m": Value(0.5, items={"c": 0.5})})
+    assert Curve(plain).beside([(1.0, other)], "m") is None
+    same = Curve(plain).beside([(1.0, Point(1, 0, 0.15, {"m": both}))], "m")
+    assert same.mean == pytest.approx(0)
+
+
 def test_resamplings_without_any_scored_document_are_left_out_for_all_seeds():
     draw = np.random.default_rng(0)
     drawn = draw.normal(0, 2.0, (3, 100)) + draw.normal(0, 2.0, 100)

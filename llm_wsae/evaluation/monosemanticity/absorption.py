@@ -46,13 +46,15 @@ def main_latents(
 
 def absorption(
     main: Int[Tensor, "concepts most"],
+    allowed: Bool[Tensor, " d_sae"],
     table: SparseTable,
     decoder: Float[Tensor, "d_sae d_in"],
     directions: Float[Tensor, "d_in concepts"],
     scores: Float[Tensor, "concepts items"],
     split: Split,
 ) -> tuple[Float[Tensor, " concepts"], Float[Tensor, " concepts"]]:
-    """Shares of each concept's recognised examples that are missed and that are absorbed.
+    """Shares of each concept's recognised examples that are missed, and that are absorbed by one
+    other of the ``allowed`` latents.
 
     ``directions`` and ``scores`` are those of the dense probes, on the test units of ``split``.
     NaN for a concept without a recognised example.
@@ -73,7 +75,7 @@ def absorption(
         entry_is_main = is_main[column]
         heard = torch.zeros(units).index_add_(0, unit, entry_is_main.float()) > 0
         speaks = table.values[of_examples] * contributions[column, concept]
-        speaks = speaks.where(~entry_is_main, -torch.inf)
+        speaks = speaks.where(allowed[column] & ~entry_is_main, -torch.inf)
         loudest = torch.zeros(units).scatter_reduce_(0, unit, speaks, "amax")
         silent = ~heard[examples]
         missed.append(silent.double().mean())

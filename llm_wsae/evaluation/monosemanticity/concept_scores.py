@@ -203,7 +203,9 @@ def _absorption(
                 own = split.of(letters)
                 directions = site.directions[kind][half][:, letters]
                 scores = site.scores[kind][half][letters]
-                parts = absorption(main[letters], table, latents.decoder, directions, scores, own)
+                parts = absorption(
+                    main[letters], allowed, table, latents.decoder, directions, scores, own
+                )
                 found[half][:, letters] = torch.stack(parts)
         for side, values in zip(sides, _mean_of_halves(found), strict=True):
             side.append(values)

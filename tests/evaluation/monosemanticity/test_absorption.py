@@ -46,11 +46,13 @@ def case(speaks: bool):
     return x, latents, decoder, ProbedConcepts(units, concepts, splits(concepts, 0))
 
 
-def probed(speaks, table):
+def probed(speaks, table, without=()):
     x, latents, decoder, asked = case(speaks)
     site = probe_site([asked], [x])
     tables = LatentTables.of([asked], [table(latents)], decoder, (latents > 0).float().mean(0))
-    return probe_latents([asked], site, tables, torch.ones(D_SAE, dtype=torch.bool))
+    allowed = torch.ones(D_SAE, dtype=torch.bool)
+    allowed[list(without)] = False
+    return probe_latents([asked], site, tables, allowed)
 
 
 def sparse(latents):
@@ -71,6 +73,12 @@ def test_a_latent_that_the_probe_needs_is_no_absorber():
     found = probed(True, sparse)
     assert float(found.missed) == pytest.approx(0, abs=0.01)
     assert float(found.absorbed) == 0
+
+
+def test_a_latent_that_does_not_count_absorbs_nothing():
+    """Its letter's own, say, which is dense."""
+    found = probed(True, sparse, without=(LETTER_LATENT, WORD_LATENT))
+    assert float(found.missed) > 0.5 and float(found.absorbed) == 0
 
 
 def test_other_units_have_no_absorption():
@@ -95,5 +103,6 @@ def test_a_letter_that_no_probe_recognises_has_no_share():
     (split, _) = asked.splits
     nothing = torch.zeros(1, split.items.shape[1])
     main = torch.tensor([[LETTER_LATENT]])
-    both = absorption(main, sparse(latents), decoder, x[:8].T[:, :1], nothing, split)
+    every = torch.ones(len(decoder), dtype=torch.bool)
+    both = absorption(main, every, sparse(latents), decoder, x[:8].T[:, :1], nothing, split)
     assert all(bool(side.isnan()) for side in both)
