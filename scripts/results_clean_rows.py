@@ -73,7 +73,7 @@ HALF_RANDOM = "-baselines"
 FROZEN: tuple[ArchitectureName, ...] = ("frozen-decoder", "frozen-encoder")
 JUDGED_AT = "gemma"
 JUDGED: tuple[int, Lengths] = (1_000_000, "free")
-"""Where latents are judged, of dictionaries of how many rows and which lengths (of baselines: 1)."""
+"""Where latents are judged, of dictionaries of which rows and lengths (of baselines: 1)."""
 PLAIN, WHITENED = f"uniform-k{K}", f"whitening-a0.5-k{K}"
 WHITENED_SPACE = f"whitening-a0.5-space-k{K}"
 FROZEN_DECODER, FROZEN_ENCODER = (f"uniform-{kind}-k{K}" for kind in FROZEN)
