@@ -372,7 +372,7 @@ def test_impossible_settings_are_refused(tmp_path):
             TrainConfig(**{name: value})
     with pytest.raises(UsageError, match="warmup and decay are shares of the steps"):
         TrainConfig(warmup=0.6, decay=0.5)
-    with pytest.raises(UsageError, match="aux-coefficient is -1.0, but must be at least 0"):
+    with pytest.raises(UsageError, match=r"aux-coefficient is -1\.0, but must be at least 0"):
         TrainConfig(aux_coefficient=-1.0)
     with pytest.raises(UsageError, match=r"tokens \(9\) must be at least one batch"):
         TrainConfig(tokens=9)
