@@ -56,7 +56,7 @@ study-today)
   .venv/bin/llm-wsae harvest --model "$model" --corpus "$corpus" --site $sites \
     --tokens 2400000 --out runs/study/store-today
   .venv/bin/python scripts/results_study.py --store runs/study/store-today --sites ${sites% *} \
-    --steps today today-inverse today-participation today-shares today-shares-participation "$@"
+    --steps today today-inverse today-participation today-shares "$@"
   .venv/bin/python scripts/results_study.py --store runs/study/store-today --steps baselines
   ;;
 free-lengths)

@@ -170,13 +170,6 @@ AS_TODAY = {
         own_first=True,
     ),
     "today-shares": replace(_AS_TODAY, rules=("shares:whitening",), alphas=(0.5,)),
-    "today-shares-participation": replace(
-        _AS_TODAY,
-        rules=("shares:participation",),
-        alphas=(0.5,),
-        weigh=WeightConfig(anneal=0.6),
-        own_first=True,
-    ),
     "baselines": Step(
         ("uniform",),
         (1.0,),
