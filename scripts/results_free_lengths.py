@@ -194,9 +194,15 @@ PARTS = {
         (HALFWAY_SPACE,), BLOCKS_9, setting="jumprelu-twice", architecture="jumprelu", rate=2.0
     ),
     "decoder-rows": Part(PAIR, ("smollm2",), (1, 2, 3), setting="decoder-rows", decoder_rows=True),
-    "random-loss": Part((RANDOM_IN_LOSS,), BLOCKS_9, setting="random"),
-    "random-loss-others": Part((RANDOM_IN_LOSS,), OTHERS, (0,), "random"),
-    "fully-twice-others": Part((("whitening", 2.0, LOSS, K),), OTHERS, (0,)),
+    "plain-batch-topk-twice": Part(
+        (PLAIN,), BLOCKS_9, setting="batch-topk-twice", architecture="batch-topk", rate=2.0
+    ),
+    "plain-jumprelu-twice": Part(
+        (PLAIN,), BLOCKS_9, setting="jumprelu-twice", architecture="jumprelu", rate=2.0
+    ),
+    "random-loss": Part((RANDOM_IN_LOSS,), ("smollm2",), setting="random"),
+    "random-loss-others": Part((RANDOM_IN_LOSS,), ("smollm2-20",), (0,), "random"),
+    "fully-twice-others": Part((("whitening", 2.0, LOSS, K),), ("smollm2-20",), (0,)),
     "space-powers": Part(SPACE_POWERS, tuple(PLACES), (0,), "twice-rate", rate=2.0),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
