@@ -103,35 +103,42 @@ def _beside(found: list[tuple[str, dict[int, Record]]], key: str) -> str:
 
 
 def _in_settings(key: str, read: Read) -> Iterator[str]:
-    """Other numbers of rows, if there are any."""
+    """Other numbers of rows and architectures, if there are any."""
     found = {}
     for words, setting in _SETTINGS.items():
-        twice = _of(read(key, f"{setting}-twice" if setting else "twice-rate"), SPACE)
-        usual = read(key, setting)
-        found[words] = (_of(usual, PLAIN), _of(usual, LOSS), twice)
-    if sum(bool(twice) for _, _, twice in found.values()) < 2:
+        usual, twice = (
+            read(key, setting),
+            read(key, f"{setting}-twice" if setting else "twice-rate"),
+        )
+        own = (_of(usual, PLAIN), _of(twice, PLAIN), _of(usual, LOSS), _of(twice, SPACE))
+        if own[-1]:
+            found[words] = own
+    if len(found) < 2:
         return
     changes = {
         measure: estimates(
-            {words: _paired(twice, plain, measure) for words, (plain, _, twice) in found.items()}
+            {words: _paired(own[-1], own[0], measure) for words, own in found.items()}
         )
         for measure in _MEASURES
     }
-    kinds = ("plain", "in the loss", "in the space, rate × 2", "beside plain")
+    kinds = ("plain", "plain, rate × 2", "in the loss", "in the space, rate × 2", "beside plain")
     head = [f"{measure}, {kind}" for measure in ("KL", "recovered") for kind in kinds]
     rows = [["trained with", *head]]
     for words, groups in found.items():
-        if not groups[2]:
-            continue
-        shared = set.intersection(*(set(own) for own in groups))
+        shared = set.intersection(*(set(own) for own in groups if own))
         cells = []
         for measure in _MEASURES:
-            for own in groups:
-                (means,) = recovery.means_of([own[seed] for seed in shared]).values()
-                cells.append(f"{means[measure]:.3f}")
+            cells += [_mean([own[seed] for seed in shared if own], measure) for own in groups]
             cells.append(recovery.text_of(changes[measure].get(words), per_cent=measure == "kl"))
         rows.append([words, *cells])
     yield markdown(rows)
+
+
+def _mean(records: list[Record], measure: str) -> str:
+    if not records:
+        return "–"
+    (means,) = recovery.means_of(records).values()
+    return f"{means[measure]:.3f}"
 
 
 def _means(key: str, read: Read) -> expected.Settings:
