@@ -96,8 +96,8 @@ def _beside(found: list[tuple[str, dict[int, Record]]], key: str) -> str:
                 recovery.text_of(changes["recovered"].get(words)),
             ]
         )
-    for label, own in recovery.means_of_baselines(key, _ROWS_OF_TRAINING).items():
-        values = (*(f"{own[measure]:.3f}" for measure in shown), f"{100 * own['dead']:.1f}")
+    for label, means in recovery.means_of_baselines(key, _ROWS_OF_TRAINING).items():
+        values = (*(f"{means[measure]:.3f}" for measure in shown), f"{100 * means['dead']:.1f}")
         rows.append([f"`{label}`", "1", *values, "–", "–"])
     return markdown(rows)
 
