@@ -710,7 +710,9 @@ def differences(
         found = at_same_k(records, measure, stratum)
     else:
         found = _at_equal(records, measure, equal, stratum)
-    return estimates({label: own for label, own in found.items() if len(own) >= len(SEEDS)})
+    several = {label: own for label, own in found.items() if len(own) >= len(SEEDS)}
+    # Some of these diverge, so their seeds lie further apart than those of all others.
+    return estimates(several, apart={label for label in several if label.startswith("shares")})
 
 
 def _point(record: dict[str, Any], measure: str, equal: str, stratum: str | None) -> Point:
