@@ -71,8 +71,7 @@ def weights_from_rule(
     constant dimension carries no loss whatever its weight; it gets the smallest of the others.
 
     Raises UsageError for an unknown rule, a form that it does not have, an α that is not finite or
-    so far from 0 that weights vanish, or an input that was not measured;
-    LlmWsaeError when every
+    so far from 0 that weights vanish, or an input that was not measured; LlmWsaeError when every
     score is 0, hardly any row differs from the others, or a space has directions of nearly no
     weight.
     """
