@@ -44,9 +44,8 @@ class StudyOptions(RuleOptions):
     """Architecture: topk has k active latents on every token, others k on average, gba fewer; the
     frozen ones are topk baselines that leave one half random."""
     control: ControlName = StudyConfig.control
-    """permuted: weights are exchanged among all dimensions, and a matrix gets random directions;
-    deciles: among dimensions of nearly the same variance; shares: the shares of the loss are
-    exchanged, which keeps its effective dimensions."""
+    """permuted: the same weights on other dimensions; deciles: on others of nearly the same
+    variance; shares: as many effective dimensions."""
     keep_dictionaries: bool = StudyConfig.keep_dictionaries
     """Keep the dictionaries; otherwise each is deleted as soon as it is measured."""
 
