@@ -337,5 +337,5 @@ def _rows_in(buffer: Sequence[Contexts]) -> int:
 
 
 def _without_rows(corpus: Corpus, contexts: int, context_size: int) -> LlmWsaeError:
-    """The error for a text that fills so many contexts and gives no row."""
+    """The error for a text without rows: it is too short if it fills no context."""
     return LlmWsaeError(NO_ROWS) if contexts else too_small(corpus, 0, 1, context_size)

@@ -7,7 +7,7 @@ is said of weights in the loss once inverse variance there was known after block
 the first three seeds and the other settings were known; ``OF_POWERS`` when their seed 0 was known.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -462,13 +462,34 @@ def _of_shorter() -> Iterator[tuple[str, str, Any]]:
 OF_SETTINGS = (*_of_settings(), *_of_shorter())
 
 
-OF_RATES = tuple(
-    (
-        place,
-        f"each at the rate with most CE recovered, {name}: {what} relative to plain {words}",
-        of_best_rates(arm, measure, low, high),
+Bounds = tuple[float, float]
+Asked = tuple[str, str, Bounds, Bounds]
+"""What it is called, its label, and bounds of its recovered plants and of its KL, both relative."""
+
+
+def _of_pairs(
+    start: str, of: Callable[..., Any], asked: Sequence[tuple[str, Sequence[Asked]]]
+) -> tuple[tuple[str, str, Any], ...]:
+    """Two expectations for everything asked of a place."""
+    return tuple(
+        (
+            place,
+            f"{start}, {name}: {what} relative to plain {_range(*bounds)}",
+            of(arm, measure, *bounds),
+        )
+        for place, ones in asked
+        for name, arm, plants, kl in ones
+        for what, measure, bounds in (
+            ("recovered plants", "recovered", plants),
+            ("KL", "kl", kl),
+        )
     )
-    for place, asked in (
+
+
+OF_RATES = _of_pairs(
+    "each at the rate with most CE recovered",
+    of_best_rates,
+    (
         (
             "smollm2",
             (
@@ -489,10 +510,7 @@ OF_RATES = tuple(
                 ("permuted control", f"permuted-{HALFWAY_IN_LOSS}", (-1.0, 0.1), (-0.02, 9.0)),
             ),
         ),
-    )
-    for name, arm, plants, kl in asked
-    for what, measure, (low, high) in (("recovered plants", "recovered", plants), ("KL", "kl", kl))
-    for words in [_range(low, high)]
+    ),
 ) + tuple(
     (
         place,
@@ -736,13 +754,10 @@ OF_SPACE = (
     *_of_shares(),
     *_of_plain_twice(),
 )
-LAST_RATED = tuple(
+LAST_RATED = _of_pairs(
+    "at its rate with most CE recovered",
+    of_best_rate,
     (
-        place,
-        f"at its rate with most CE recovered, {name}: {what} relative to plain {words}",
-        of_best_rate(arm, measure, low, high),
-    )
-    for place, asked in (
         (
             "smollm2",
             (
@@ -773,23 +788,18 @@ LAST_RATED = tuple(
                 ("sensitivity, space", SENSITIVITY, (0.15, 99.0), (-0.4, -0.12)),
             ),
         ),
-    )
-    for name, arm, plants, kl in asked
-    for what, measure, (low, high) in (("recovered plants", "recovered", plants), ("KL", "kl", kl))
-    for words in [_range(low, high)]
-) + tuple(
-    (
-        place,
-        f"each at the rate with most CE recovered, whitened halfway in the loss: {what} relative "
-        f"to plain {_range(low, high)}",
-        of_best_rates(HALFWAY_IN_LOSS, measure, low, high),
-    )
-    for place, plants, kl in (
-        ("smollm2-20", (0.1, 99.0), (-0.05, 0.06)),
-        ("gemma-5", (0.2, 99.0), (-0.45, -0.05)),
-        ("gemma-14", (0.3, 99.0), (-0.4, -0.05)),
-    )
-    for what, measure, (low, high) in (("recovered plants", "recovered", plants), ("KL", "kl", kl))
+    ),
+) + _of_pairs(
+    "each at the rate with most CE recovered",
+    of_best_rates,
+    tuple(
+        (place, (("whitened halfway in the loss", HALFWAY_IN_LOSS, plants, kl),))
+        for place, plants, kl in (
+            ("smollm2-20", (0.1, 99.0), (-0.05, 0.06)),
+            ("gemma-5", (0.2, 99.0), (-0.45, -0.05)),
+            ("gemma-14", (0.3, 99.0), (-0.4, -0.05)),
+        )
+    ),
 )
 """Of seed 0; the first are relative to plain at the usual rate, its best by three seeds."""
 

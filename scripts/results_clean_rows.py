@@ -26,6 +26,7 @@ import torch
 import whitening_latents as latents
 from benchmarks import README, write_result
 from results_archive import pack, unpack
+from results_baselines import FROZEN, raw_dimensions
 from results_recovery import PLACES, SEEDS, TEXT, K
 
 from llm_wsae import (
@@ -43,16 +44,14 @@ from llm_wsae import (
     train,
 )
 from llm_wsae.data.packing import Packer
-from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.evaluation.activations import take_contexts
-from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
 from llm_wsae.studies.curve import Value
 from llm_wsae.studies.inference import Estimate, estimates
 from llm_wsae.terminal import markdown
-from llm_wsae.training.config import ArchitectureName, Lengths, default_learning_rate
+from llm_wsae.training.config import Lengths, default_learning_rate
 from llm_wsae.weights.config import WeightConfig
 
 RUN = README.parent / "runs/clean-rows"
@@ -71,7 +70,6 @@ free lengths, at both sites: they were added last."""
 HALF_RANDOM = "-baselines"
 """Of the results of dictionaries of which one half stays random, and of the dimensions."""
 _ROWS_OF_BASELINES = 1_000_000
-FROZEN: tuple[ArchitectureName, ...] = ("frozen-decoder", "frozen-encoder")
 JUDGED: dict[str, tuple[int, Lengths]] = {"gemma": (1_000_000, "free")}
 """Rows and lengths of the dictionaries of a site whose latents are judged."""
 PLAIN, WHITENED = f"uniform-k{K}", f"whitening-a0.5-k{K}"
@@ -171,9 +169,7 @@ def measure(key: str, path: str) -> None:
         rows, lengths, seed, kind = one
         trained = made(*one)[1]
         if kind == HALF_RANDOM and seed == SEEDS[0]:
-            threshold = inputs.statistics.massive_threshold
-            info = DictionaryInfo(str(where.site), "baseline", massive_threshold=threshold)
-            trained |= {DIMENSIONS: raw_dimensions(info, inputs.statistics, K)}
+            trained |= {DIMENSIONS: raw_dimensions(inputs, where.site, K)}
         found = evaluator.evaluate(trained).summaries()
         named = {name.removesuffix(f"-s{seed}"): plain(own) for name, own in found.items()}
         write_json(_result(key, *one), named)

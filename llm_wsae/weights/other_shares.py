@@ -23,8 +23,8 @@ def exchanged(gamma: Gamma, inputs: RuleInputs, draw: int, of_all_rows: bool) ->
     Γ [d_in, d_in], symmetric: Γ′² = Σ^(−½) Q S Qᵀ Σ^(−½) for S, the eigenvalues of Σ^(½) Γ² Σ^(½),
     and a random rotation Q, so that Γ′ΣΓ′ has the eigenvalues of ΓΣΓ. Σ is the covariance of all
     rows, ``of_all_rows``, for a rule that is made from it, else that of the winsorised sample; its
-    eigenvalues are floored as a matrix rule's are. (Effective dimensions are told by the sample,
-    so the former keeps them but for its noise.)
+    eigenvalues are floored as a matrix rule's are. (Effective dimensions are reported from the
+    sample, so with the covariance of all rows they agree up to sampling noise.)
     """
     if gamma.ndim == 2:
         sample = inputs.statistics.robust_covariance
