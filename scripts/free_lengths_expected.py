@@ -803,6 +803,71 @@ LAST_RATED = _of_pairs(
 )
 """Of seed 0; the first are relative to plain at the usual rate, its best by three seeds."""
 
+_IN_TURN = (
+    ("inverse variance in the loss", IN_LOSS),
+    ("whitened in the loss, α = ¼", f"whitening-a0.25-k{K}"),
+    ("whitened in the loss, α = ¾", f"whitening-a0.75-k{K}"),
+    ("whitened in the loss, α = 1", f"whitening-a1-k{K}"),
+    ("whitened halfway, mixed", HALFWAY),
+    ("inverse variance, mixed", INVERSE),
+    ("sensitivity, space", SENSITIVITY),
+)
+_ELSEWHERE: dict[str, tuple[tuple[Bounds, Bounds], ...]] = {
+    "smollm2-20": (
+        ((0.15, 99.0), (-0.05, 0.1)),
+        ((0.0, 0.5), (-0.06, 0.06)),
+        ((0.2, 99.0), (0.0, 0.2)),
+        ((0.25, 99.0), (0.08, 0.4)),
+        ((0.05, 0.6), (-0.06, 0.06)),
+        ((0.1, 99.0), (0.03, 0.25)),
+        ((-0.15, 0.35), (-0.1, 0.0)),
+    ),
+    "gemma-5": (
+        ((0.25, 99.0), (-0.5, -0.2)),
+        ((0.15, 99.0), (-0.35, -0.08)),
+        ((0.25, 99.0), (-0.4, -0.08)),
+        ((0.25, 99.0), (-0.45, -0.1)),
+        ((0.25, 99.0), (-0.5, -0.2)),
+        ((0.25, 99.0), (-0.55, -0.25)),
+        ((0.15, 99.0), (-0.5, -0.25)),
+    ),
+    "gemma-14": (
+        ((0.5, 99.0), (-0.4, -0.12)),
+        ((0.15, 99.0), (-0.3, -0.05)),
+        ((0.5, 99.0), (-0.35, -0.08)),
+        ((0.5, 99.0), (-0.35, 0.0)),
+        ((0.4, 99.0), (-0.4, -0.12)),
+        ((0.5, 99.0), (-0.4, -0.12)),
+        ((0.35, 99.0), (-0.45, -0.2)),
+    ),
+}
+_CONTROLLED = tuple(
+    (f"{control} control", f"{control}-{HALFWAY_IN_LOSS}", (-1.0, 0.1), (-0.02, 9.0))
+    for control in ("rotated", "permuted")
+)
+RATED_ELSEWHERE = _of_pairs(
+    "all weightings, each at the rate with most CE recovered",
+    of_best_rates,
+    tuple(
+        (
+            place,
+            (
+                *((*arm, *bounds) for arm, bounds in zip(_IN_TURN, asked, strict=True)),
+                *_CONTROLLED,
+            ),
+        )
+        for place, asked in _ELSEWHERE.items()
+    ),
+) + tuple(
+    (
+        place,
+        "the paper's variance, α = ½: recovers at most .05 at every rate",
+        never_above(f"variance-a0.5-k{K}", "recovered", 0.05),
+    )
+    for place in _ELSEWHERE
+)
+"""Of seed 0; written down when their usual rate was known, and all rates of blocks 9."""
+
 OF_DECODER_ROWS = tuple(
     (place, words, beside(("rows" if of_rows else "", HALFWAY_IN_LOSS),
                           ("rows" if of_rows else "", PLAIN), measure, low, high))
@@ -824,7 +889,7 @@ _RANDOM_IN_LOSS, _FULLY_TWICE = f"random-a1-k{K}", f"whitening-a2-k{K}"
 OF_LOSS_AGAIN = (
     *(
         (place, words, found)
-        for place in _SMOLLM2
+        for place in PLACES
         for words, found in (
             (
                 "random weights, in the loss: at most 10 % more of the plants recovered than plain",
@@ -835,7 +900,7 @@ OF_LOSS_AGAIN = (
     ),
     *(
         (place, words, found)
-        for place in ("smollm2-20",)
+        for place in ("smollm2-20", "gemma-5", "gemma-14")
         for words, found in (
             ("α = 2, in the loss: KL at least three times that of plain",
              change(_FULLY_TWICE, "kl", 2.0, 99)),
@@ -843,4 +908,5 @@ OF_LOSS_AGAIN = (
         )
     ),
 )  # fmt: skip
-"""Written down when random weights were known as `mixed`, and α = 2 after blocks 9."""
+"""Written down when random weights were known as `mixed`, and α = 2 after blocks 9; of Gemma's
+sites, once both were known at those of SmolLM2."""

@@ -200,10 +200,14 @@ PARTS = {
     "plain-jumprelu-twice": Part(
         (PLAIN,), BLOCKS_9, setting="jumprelu-twice", architecture="jumprelu", rate=2.0
     ),
-    "random-loss": Part((RANDOM_IN_LOSS,), ("smollm2",), setting="random"),
-    "random-loss-others": Part((RANDOM_IN_LOSS,), ("smollm2-20",), (0,), "random"),
-    "fully-twice-others": Part((("whitening", 2.0, LOSS, K),), ("smollm2-20",), (0,)),
+    "random-loss": Part((RANDOM_IN_LOSS,), BLOCKS_9, setting="random"),
+    "random-loss-others": Part((RANDOM_IN_LOSS,), OTHERS, (0,), "random"),
+    "fully-twice-others": Part((("whitening", 2.0, LOSS, K),), OTHERS, (0,)),
     "space-powers": Part(SPACE_POWERS, tuple(PLACES), (0,), "twice-rate", rate=2.0),
+    "half-rates-others": Part(RATED, OTHERS, (0,), "half-rate", rate=0.5),
+    "twice-rates-others": Part(RATED, OTHERS, (0,), "twice-rate", rate=2.0),
+    "half-rates-rest": Part(LAST_RATED, OTHERS, (0,), "half-rate", rate=0.5, sensitivity=True),
+    "twice-rates-rest": Part(LAST_RATED, OTHERS, (0,), "twice-rate", rate=2.0, sensitivity=True),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -218,8 +222,8 @@ of its own; and last ``others`` and what follows, at the sites that had not had 
 of six more weightings, and shorter trainings; what begins otherwise or is whitened as a space at
 higher rates, once one seed had shown what twice the rate does there; then ``shares`` and what
 follows, which are controls with as many effective dimensions, learning rates of the other
-weightings and sites, random weights in the loss, and the space with other architectures and powers.
-Some have one seed."""
+weightings and sites, random weights in the loss, the space with other architectures and powers, and last of all
+other rates at the sites beside blocks 9. Some have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
@@ -617,7 +621,8 @@ def at_rates(key: str) -> Iterator[str]:
         )
     yield f"### At three learning rates: {PLACES[key].title}"
     yield markdown(rows)
-    yield from _outcome((*expected.OF_RATES, *expected.LAST_RATED), key, settings)
+    asked = (*expected.OF_RATES, *expected.LAST_RATED, *expected.RATED_ELSEWHERE)
+    yield from _outcome(asked, key, settings)
 
 
 def along_decoder_rows(key: str) -> Iterator[str]:
