@@ -222,8 +222,8 @@ of its own; and last ``others`` and what follows, at the sites that had not had 
 of six more weightings, and shorter trainings; what begins otherwise or is whitened as a space at
 higher rates, once one seed had shown what twice the rate does there; then ``shares`` and what
 follows, which are controls with as many effective dimensions, learning rates of the other
-weightings and sites, random weights in the loss, the space with other architectures and powers, and last of all
-other rates at the sites beside blocks 9. Some have one seed."""
+weightings and sites, random weights in the loss, the space with other architectures and
+powers; and last of all other rates at the sites beside blocks 9. Some have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
