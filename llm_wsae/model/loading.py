@@ -14,13 +14,12 @@ import io
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import huggingface_hub as hub
-import numpy as np
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
@@ -31,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.hardware import check_memory
+from llm_wsae.model.gguf_reading import gguf_read_once
 from llm_wsae.outside import (
     check_revision,
     check_token,
@@ -41,7 +41,6 @@ from llm_wsae.outside import (
     reason,
 )
 
-_ROWS_AT_ONCE = 16_384  # of a tensor that is dequantised
 _LARGEST = 2**31  # of any number in a configuration
 # How many parts a model may have; sizes, such as vocab_size_per_layer_input, do not count any.
 _MOST = {re.compile("(layer|head)s?$"): 10_000, re.compile("experts?$"): 2**16}
@@ -99,7 +98,7 @@ def load_model(
         weights |= {"device_map": "auto", "offload_folder": _offload_folder()}
     with parsing(f"{model} cannot be loaded as a causal language model"):
         try:
-            with quiet(progress_bars=not options["local_files_only"]), _gguf_read_once():
+            with quiet(progress_bars=not options["local_files_only"]), gguf_read_once():
                 stored = gguf_sizes(path) if "gguf_file" in options else None
                 config = checked_config(source, options)
                 if stored is not None:
@@ -263,64 +262,6 @@ def _dense_weights() -> dict[str, Any]:
     """
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-@contextlib.contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """While open, a .gguf file is parsed once, its tensor names are listed once, and large tensors
-    are dequantised piece by piece.
-
-    transformers parses the file three times, in slow Python over every word of the vocabulary, and
-    builds the same list of names for every module. For a small model that is most of the loading
-    time. Of an embedding of 262,144 words it would have three copies in float32 at once; here it
-    has one.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        yield
-        return
-    import gguf
-    from transformers import modeling_gguf_pytorch_utils as reading
-
-    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    whole, numpy_there = gguf.dequantize, reading.np
-    try:
-        for name, function in before.items():
-            setattr(gguf, name, functools.cache(function))
-        gguf.dequantize = functools.partial(_dequantize_in_pieces, whole)
-        reading.np = _NumpyOfReading()  # type: ignore[assignment]
-        yield
-    finally:
-        gguf.dequantize, reading.np = whole, numpy_there
-        for name, function in before.items():
-            setattr(gguf, name, function)
-
-
-def _dequantize_in_pieces(
-    dequantize: Callable[[np.ndarray, Any], np.ndarray], data: np.ndarray, quantization: Any
-) -> np.ndarray:
-    """The values of a tensor of a .gguf file, with no more memory than they take."""
-    if data.ndim != 2 or len(data) <= _ROWS_AT_ONCE:
-        return dequantize(data, quantization)
-    first = dequantize(data[:_ROWS_AT_ONCE], quantization)
-    values = np.empty((len(data), first.shape[1]), dtype=first.dtype)
-    values[:_ROWS_AT_ONCE] = first
-    for start in range(_ROWS_AT_ONCE, len(data), _ROWS_AT_ONCE):
-        piece = slice(start, start + _ROWS_AT_ONCE)
-        values[piece] = dequantize(data[piece], quantization)
-    return values
-
-
-class _NumpyOfReading:
-    """numpy for transformers' reader of .gguf files, which copies every tensor: what has just been
-    dequantised belongs to nobody else."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
-    @staticmethod
-    def copy(values: np.ndarray) -> np.ndarray:
-        own = values.flags.owndata and values.flags.writeable
-        return values if own else np.array(values)
 
 
 @contextlib.contextmanager

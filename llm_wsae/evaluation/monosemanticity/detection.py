@@ -102,13 +102,12 @@ def detection(
     silent = silent & ~_any_of(documents.random, documents.top)
     genre = documents.genre[documents.sample][:, :, None] == documents.genre[documents.random]
     wins = _wins(*scores)
-    auroc, without = (
-        _of_pairs(wins, genre & (positive[:, :, None] & negative[:, None, :]))
-        for positive, negative in ((every, silent), (every & strange, silent & unlike))
-    )
     pairs = genre & (every[:, :, None] & silent[:, None, :])
-    resampled = _resampled(wins, pairs, documents).where(~auroc.isnan()[:, None], torch.nan)
-    return Detection(auroc, without, resampled)
+    strangers = pairs & (strange[:, :, None] & unlike[:, None, :])
+    counted, won = pairs.float(), wins * pairs
+    auroc = _share_won(won, counted)
+    resampled = _resampled(won, counted, documents).where(~auroc.isnan()[:, None], torch.nan)
+    return Detection(auroc, _share_won(wins * strangers, strangers.float()), resampled)
 
 
 def _wins(
@@ -116,22 +115,26 @@ def _wins(
 ) -> Float[Tensor, "latents p n"]:
     """1 where a positive window scores above a negative one, ½ where they tie."""
     one, other = positive[:, :, None], negative[:, None, :]
-    return (one > other).float() + (one == other).float() / 2
+    return ((one > other).float() + (one >= other)) / 2
 
 
-def _of_pairs(
-    wins: Float[Tensor, "latents p n"], pairs: Bool[Tensor, "latents p n"]
+def _share_won(
+    won: Float[Tensor, "latents p n"], pairs: Float[Tensor, "latents p n"]
 ) -> Float[Tensor, " latents"]:
-    """Share of the marked pairs that are won; NaN where too few windows take part."""
-    enough = pairs.any(2).sum(1) >= FEWEST_POSITIVE
-    enough &= pairs.any(1).sum(1) >= FEWEST_NEGATIVE
-    won = (wins * pairs).double().sum((1, 2)) / pairs.double().sum((1, 2))
-    return won.where(enough, torch.nan)
+    """Share of the pairs, each 1 or 0, that are won; NaN where too few windows take part.
+
+    Sums of ½ and 1 are exact in float32 up to 2^23 pairs, which no latent has.
+    """
+    of_positive = pairs.sum(2)
+    enough = (of_positive > 0).sum(1) >= FEWEST_POSITIVE
+    enough &= (pairs.amax(1) > 0).sum(1) >= FEWEST_NEGATIVE
+    share = won.sum((1, 2)).double() / of_positive.sum(1).double()
+    return share.where(enough, torch.nan)
 
 
 def _resampled(
-    wins: Float[Tensor, "latents p n"],
-    pairs: Bool[Tensor, "latents p n"],
+    won: Float[Tensor, "latents p n"],
+    pairs: Float[Tensor, "latents p n"],
     documents: Documents,
 ) -> Float[Tensor, "latents resamplings"]:
     """The share of won pairs, each counted as often as both of its documents were drawn."""
@@ -141,7 +144,7 @@ def _resampled(
     def counted(marked: Tensor) -> Tensor:
         return ((marked @ of_negative) * of_positive).double().sum(1)
 
-    return counted(wins * pairs) / counted(pairs.float())
+    return counted(won) / counted(pairs)
 
 
 def _any_of(

@@ -144,12 +144,16 @@ def quantile_sample(firings: Firings, text: HeldoutText, count: int) -> Examples
 
 
 def silent_windows(
-    firings: Firings, text: HeldoutText, windows: Int[Tensor, "windows width"]
-) -> Bool[Tensor, "d_sae windows"]:
+    firings: Firings,
+    text: HeldoutText,
+    windows: Int[Tensor, "windows width"],
+    latents: Int[Tensor, " latents"],
+) -> Bool[Tensor, "latents windows"]:
     """The random windows, outside a latent's top contexts, where it never fires."""
     context = windows.amax(1) // text.ids.shape[1]
-    silent = ~firings.fired.T
-    for top in _contexts_of(text, firings.top).T:  # one at a time, to save memory
+    silent = ~firings.fired[:, latents].T
+    top_contexts = _contexts_of(text, Examples(*(one[latents] for one in firings.top)))
+    for top in top_contexts.T:  # one at a time, to save memory
         silent &= top[:, None] != context
     return silent
 

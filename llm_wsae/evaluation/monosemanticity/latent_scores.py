@@ -102,7 +102,6 @@ class LatentScorer:
         latents = self.eligible(firings).nonzero()[:, 0]
         top = firings.top
         sample = quantile_sample(firings, self.text, self.config.sample)
-        silent = silent_windows(firings, self.text, self.windows)
         self.embeddings.prepare(torch.cat([top.rows[latents], sample.rows[latents]], 1))
         random = self.embeddings.of(self.random)
         strangers = coherence_of_strangers(random, self.text.context[self.random])
@@ -114,7 +113,7 @@ class LatentScorer:
             part = self._scores_of(
                 Examples(*(t[some] for t in top)),
                 Examples(*(t[some] for t in sample)),
-                silent[some],
+                silent_windows(firings, self.text, self.windows, some),
                 random,
                 genre,
                 drawn,
