@@ -36,6 +36,7 @@ from llm_wsae.theory.config import EXPERIMENTS, SWEEPS, TheoryConfig
 from llm_wsae.theory.experiments import FIGURES, SWEEP_FIGURES, run_theory
 from llm_wsae.theory.report import TheoryReport
 from llm_wsae.theory.rules import ARMS, PLAIN, SHOWN
+from llm_wsae.theory.untrained import RAW_DIMENSIONS
 
 SEEDS, FEWER_SEEDS = tuple(range(200, 210)), tuple(range(200, 203))
 _DEFAULT = TheoryConfig().experiments
@@ -100,6 +101,25 @@ def verdict_table(report: TheoryReport) -> str:
     return markdown(rows)
 
 
+def raw_dimensions(reports: Sequence[TheoryReport]) -> str:
+    """Where a latent for each dimension, untrained, is better than the plain dictionary."""
+    own = {name: one[RAW_DIMENSIONS]["l_gt"] for r in reports for name, one in r.untrained.items()}
+    better = [
+        f"`{name}`"
+        for report in reports
+        for name, arms in report.arms.items()
+        if own[name] < arms[PLAIN].l_gt
+    ]
+    return (
+        f"**In {len(better)} of {len(own)} experiments raw dimensions, which nobody trained, have "
+        f"a lower L_GT than the plain dictionary**: {', '.join(better)}. There many features lie "
+        "along a dimension, so what helps a dictionary to stay near the dimensions helps it. That "
+        "is no reason to expect the same of a language model, whose features lie in any direction: "
+        "of features planted there, raw dimensions recover next to none "
+        "([planted features](planted-features.md))."
+    )
+
+
 def titled(table: tuple[str, list[list[str]]]) -> str:
     """A table under its title."""
     title, rows = table
@@ -152,6 +172,7 @@ def section(report: TheoryReport, named: TheoryReport) -> str:
         f"![Change of L_GT of every arm in every experiment](../images/planted_{FIGURES[2]})",
         titled(report.change_table(names)),
         titled(report.one_scale_table(names)),
+        raw_dimensions(reports),
         claim_table(reports, SCALE_CLAIMS),
         "### Features that belong together",
         "In `hierarchy-0.9` eight parents have two children each, which fire only if their parent "

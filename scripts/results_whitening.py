@@ -509,8 +509,8 @@ def _value(record: dict[str, Any], measure: str) -> Value:
     return Value(sum(items.values()) / len(items), 0.0, items)
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Every dictionary of an experiment, means over seeds."""
+def table(records: Sequence[dict[str, Any]], place: str) -> str:
+    """Every dictionary of an experiment, means over seeds; below, the baselines of its site."""
     kl, recovered = changes(records, "kl"), changes(records, "recovered")
     names = list(dict.fromkeys((r["setting"], r["label"]) for r in records))
     of = Found(records)
@@ -536,11 +536,25 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                 text_of(recovered.get(name)),
             ]
         )
+    for label, own in recovery.means_of_baselines(place, recovery.ROWS).items():
+        rows.append(
+            [
+                "baseline",
+                f"`{label}`",
+                *(f"{own[measure]:.3f}" for measure in ("kl", "ce", "fvu")),
+                "–",
+                f"{100 * own['dead']:.0f}",
+                *(f"{own[measure]:.3f}" for measure in ("recovered", "f1")),
+                "–",
+                "–",
+            ]
+        )
     return markdown(rows)
 
 
-def rates_table(records: Sequence[dict[str, Any]]) -> str:
-    """Every set of weights at the rate that keeps most cross-entropy, beside plain at its own."""
+def rates_table(records: Sequence[dict[str, Any]], place: str) -> str:
+    """Every set of weights at the rate that keeps most cross-entropy, beside plain at its own;
+    below, the baselines of the site."""
     of = Found(records)
     settings = ("rate × 1", "rate × 2")
     rows = [["dictionary", *(f"CE recovered, {one}" for one in settings), "best", "KL there",
@@ -559,6 +573,9 @@ def rates_table(records: Sequence[dict[str, Any]]) -> str:
                 beside[1],
             ]
         )
+    for label, own in recovery.means_of_baselines(place, recovery.ROWS).items():
+        ce, kl, recovered = (f"{own[measure]:.3f}" for measure in ("ce", "kl", "recovered"))
+        rows.append([f"`{label}`", ce, "–", "–", kl, "–", recovered, "–"])
     return markdown(rows)
 
 
@@ -580,7 +597,8 @@ def section() -> str:
             if not records:
                 continue
             parts += [f"### {TITLES[experiment]}: {PLACES[place].title}", seeds_of(records)]
-            parts += [rates_table(records) if experiment == "every-rate" else table(records)]
+            shown = rates_table if experiment == "every-rate" else table
+            parts += [shown(records, place)]
             parts += recovery.expected(
                 (one.words, one.found, Found(records))
                 for one in EXPECTED

@@ -43,6 +43,7 @@ from llm_wsae.theory.report import TheoryReport, summarise
 from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, coherence, fisher, score
 from llm_wsae.theory.superposition import (
     REGIMES,
+    Planted,
     Stream,
     features_from_uniform,
     generator,
@@ -51,6 +52,7 @@ from llm_wsae.theory.superposition import (
 from llm_wsae.theory.sweep_figures import plot_sweep
 from llm_wsae.theory.sweeps import LEARNING_RATE, run_point
 from llm_wsae.theory.tied import Schedule, encode_tied
+from llm_wsae.theory.untrained import untrained
 from llm_wsae.weights import scores
 from llm_wsae.weights.rules import Rule
 
@@ -92,6 +94,7 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
         for name in planted:
             for seed in config.seeds:
                 units[name, seed] = _planted_unit(name, seed, config, out)
+                units["untrained", name, seed] = _untrained_unit(name, seed, config, out)
         for name, label in points:
             for seed in config.seeds:
                 units[name, label, seed] = _sweep_unit(name, label, seed, config, out)
@@ -100,6 +103,9 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
         report = summarise(
             closed_form={name: found[name,] for name in MIXTURES},
             units={name: [found[name, seed] for seed in config.seeds] for name in planted},
+            without={
+                name: [found["untrained", name, seed] for seed in config.seeds] for name in planted
+            },
             sweep_units={at: [found[*at, seed] for seed in config.seeds] for at in points},
             config=config,
         )
@@ -132,8 +138,7 @@ def run_unit(
 ) -> dict[str, Any]:
     """One experiment on one seed: the rules' rank correlations with the truth and, for every arm,
     how much its dictionary recovers. JSON-able."""
-    data = REGIMES[experiment.regime](experiment.sparsity, generator(seed, Stream.DATA))
-    k = max(1, int(data.mean_active / 2 + 0.5))
+    data, k = _planted(experiment, seed)
     schedule = Schedule(
         num_latents=data.num_features + config.spare_latents,
         k=k,
@@ -177,6 +182,12 @@ def run_unit(
     }
 
 
+def _planted(experiment: Experiment, seed: int) -> tuple[Planted, int]:
+    """The data of an experiment, and how many latents are kept in a row."""
+    data = REGIMES[experiment.regime](experiment.sparsity, generator(seed, Stream.DATA))
+    return data, max(1, int(data.mean_active / 2 + 0.5))
+
+
 def _planted_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit:
     experiment = EXPERIMENTS[name]
     identity = {
@@ -193,6 +204,22 @@ def _planted_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit
     }
     compute = partial(run_unit, experiment, seed, config)
     return Unit(out / UNITS / f"{name}-seed{seed}.json", identity, compute)
+
+
+def _untrained_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit:
+    experiment = EXPERIMENTS[name]
+    identity = {
+        "experiment": experiment,
+        "seed": seed,
+        "spare_latents": config.spare_latents,
+        "rows": config.rows,
+    }
+
+    def compute(check: Check) -> dict[str, Any]:
+        data, k = _planted(experiment, seed)
+        return untrained(data, data.num_features + config.spare_latents, k, config.rows, seed)
+
+    return Unit(out / UNITS / f"untrained-{name}-seed{seed}.json", identity, compute)
 
 
 def _sweep_unit(name: str, label: str, seed: int, config: TheoryConfig, out: Path) -> Unit:

@@ -20,11 +20,13 @@ from llm_wsae.theory.comparison import (
 from llm_wsae.theory.config import EXPERIMENTS, SWEEPS, TheoryConfig
 from llm_wsae.theory.rules import ARMS, CONTROLS, PLAIN, PLAIN_RULE, RULES, SHOWN
 from llm_wsae.theory.sweeps import PointSummary, Titled, summarise_point, sweep_table
+from llm_wsae.theory.untrained import UNTRAINED
 
 SCORING = tuple(rule for rule in RULES if rule != PLAIN_RULE)
 """The rules that give dimensions different scores."""
 _GAP_AT = 0.7  # sparsity S
 _ONE_SCALE = f"{PLAIN}, one scale"
+_UNTRAINED_MEASURES = ("l_gt", "l_gt_one_scale")
 _COLUMNS = 5  # experiments in one table, so that it fits a terminal
 
 
@@ -43,6 +45,9 @@ class TheoryReport:
     """The smallest and the largest ρ over seeds."""
     arms: dict[str, dict[str, ArmSummary]]
     """By experiment and arm."""
+    untrained: dict[str, dict[str, dict[str, float]]]
+    """By experiment and dictionary (``UNTRAINED``): means over seeds of ``l_gt`` and
+    ``l_gt_one_scale``."""
     sweeps: dict[str, dict[str, PointSummary]]
     """By sweep and point."""
 
@@ -57,6 +62,7 @@ class TheoryReport:
                 "correlations": self.correlations,
                 "correlation_ranges": self.correlation_ranges,
                 "arms": self.arms,
+                "untrained": self.untrained,
                 "sweeps": {
                     name: {"settings": SWEEPS[name].points, "points": points}
                     for name, points in self.sweeps.items()
@@ -167,13 +173,14 @@ class TheoryReport:
         rows = [["arm", *names]]
         rows.append([PLAIN, *(f"{arm.l_gt:.3f}" for arm in plain_arms)])
         rows.append([_ONE_SCALE, *(f"{arm.l_gt_one_scale:.3f}" for arm in plain_arms)])
+        rows += self._untrained_rows(names, "l_gt")
         for arm in SHOWN:
             rows.append([arm, *(_cell(self.arms[name][arm]) for name in names)])
         return (
             "Change of L_GT relative to plain in % (negative is better), and on how many of "
             f"{len(self.config.seeds)} seeds it is lower.\n"
             "First lines: L_GT of plain with a scale for each feature, which is what changes, and "
-            "with one scale for all.\n"
+            "with one scale for all;\nand of what nobody trained, with a scale for each.\n"
             "* better than plain and than every control, ~ better than plain only, "
             "! worse than plain (Holm's correction over arms)",
             rows,
@@ -184,6 +191,7 @@ class TheoryReport:
         plain_arms = (self.arms[name][PLAIN] for name in names)
         rows = [["arm", *names]]
         rows.append([_ONE_SCALE, *(f"{arm.l_gt_one_scale:.3f}" for arm in plain_arms)])
+        rows += self._untrained_rows(names, "l_gt_one_scale")
         for arm in SHOWN:
             changes = (self.arms[name][arm].change_one_scale for name in names)
             rows.append([arm, *(_certain(change) for change in changes)])
@@ -192,6 +200,12 @@ class TheoryReport:
             "95 % interval, not corrected for the number of arms, holds 0.",
             rows,
         )
+
+    def _untrained_rows(self, names: Sequence[str], measure: str) -> list[list[str]]:
+        return [
+            [f"untrained: {one}", *(f"{self.untrained[name][one][measure]:.3f}" for name in names)]
+            for one in UNTRAINED
+        ]
 
     def related_tables(self) -> list[Titled]:
         """Absorption and merging by arm, if there are experiments with related features."""
@@ -254,11 +268,13 @@ class TheoryReport:
 
 def summarise(
     units: Mapping[str, Sequence[Mapping[str, Any]]],
+    without: Mapping[str, Sequence[Mapping[str, Any]]],
     sweep_units: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
     closed_form: dict[str, dict[str, Any]],
     config: TheoryConfig,
 ) -> TheoryReport:
-    """Summarise the results of the seeds of every experiment and of every point of a sweep."""
+    """Summarise the results of the seeds of every experiment, with training and ``without``, and of
+    every point of a sweep."""
     correlations, ranges = {}, {}
     for name, seeds in units.items():
         found = {rule: [u["correlations"][rule] for u in seeds] for rule in RULES}
@@ -275,6 +291,13 @@ def summarise(
         correlations=correlations,
         correlation_ranges=ranges,
         arms={name: summarise_arms(seeds) for name, seeds in units.items()},
+        untrained={
+            name: {
+                one: {m: float(np.mean([u[one][m] for u in seeds])) for m in _UNTRAINED_MEASURES}
+                for one in UNTRAINED
+            }
+            for name, seeds in without.items()
+        },
         sweeps=sweeps,
     )
 

@@ -59,8 +59,8 @@ def train_tied(
     """
     num_arms, n_p = gamma.shape[:2]
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(schedule.num_latents, n_p, generator=generator)
-    w = (start / start.norm(dim=1, keepdim=True)).expand(num_arms, -1, -1).contiguous()
+    start = initial(schedule.num_latents, n_p, generator)
+    w = start.expand(num_arms, -1, -1).contiguous()
     first, second = torch.zeros_like(w), torch.zeros_like(w)
     beta1, beta2 = BETAS
     now, moving = gamma.float().clone(), is_annealed.nonzero()[:, 0].tolist()
@@ -80,6 +80,12 @@ def train_tied(
         root = (second / (1 - beta2 ** (step + 1))).sqrt_().add_(EPSILON)
         w.addcdiv_(first, root, value=-rate)
     return w
+
+
+def initial(latents: int, n_p: int, generator: torch.Generator) -> Float[Tensor, "latents n_p"]:
+    """W before the first step: rows of length 1 in random directions."""
+    start = torch.randn(latents, n_p, generator=generator)
+    return start / start.norm(dim=1, keepdim=True)
 
 
 def encode_tied(

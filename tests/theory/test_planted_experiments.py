@@ -120,6 +120,9 @@ def test_a_run_writes_tables_and_figures(tmp_path):
     outlier = report.arms["outliers-0.7"]["plain"]  # columns of W_p 20 times as long as others
     assert outlier.l_gt_one_scale > outlier.l_gt + 0.01
     assert plain.change.mean == 0 and plain.wins == 0 and plain.verdict == "–"
+    untrained = report.untrained["digon-0.5"]  # raw dimensions with both signs are its features
+    assert untrained["raw dimensions"]["l_gt"] < plain.l_gt < untrained["random directions"]["l_gt"]
+    assert "untrained: raw dimensions" in table
     units = [json.loads(p.read_text()) for p in sorted((tmp_path / "units").glob("digon*"))]
     mean = np.mean([u["result"]["arms"]["hoyer"]["l_gt"] for u in units])
     assert report.arms["digon-0.5"]["hoyer"].l_gt == pytest.approx(mean)
@@ -156,7 +159,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert second.arms == first.arms
     more = run_theory(dataclasses.replace(SMALL, seeds=(0, 1, 2)), tmp_path)
     assert sorted(asked[1:]) == [("digon", 2), ("outliers", 2)]
-    assert len(list((tmp_path / "units").glob("*-0.?-seed*.json"))) == 6
+    assert len(list((tmp_path / "units").glob("*-0.?-seed*.json"))) == 12
     assert more.arms != first.arms
 
 
@@ -300,13 +303,18 @@ def test_tables_figures_and_json(tmp_path):
     assert {k: written[k] for k in result.json} == result.json
     assert list(result.json["arms"]) == ["mixed-0.7", "digon-0.5"]
     assert result.json["config"]["seeds"] == [3, 5] and result.json["config"]["steps"] == 20
-    assert "planted experiments: 100%" in result.err and "6/6" in result.err
+    assert "planted experiments: 100%" in result.err and "10/10" in result.err
     for name in experiments.FIGURES:
         height, width, _ = imread(out / name).shape
         assert min(height, width) > 200
     found = {path.stem for path in (out / "units").iterdir()}
     assert found == {
-        *(f"{name}-seed{seed}" for name in ("mixed-0.7", "digon-0.5") for seed in (3, 5)),
+        *(
+            f"{start}{name}-seed{seed}"
+            for start in ("", "untrained-")
+            for name in ("mixed-0.7", "digon-0.5")
+            for seed in (3, 5)
+        ),
         *(f"closed-form-{name}-seed3" for name in ("digon", "mixed")),
     }
 
@@ -351,7 +359,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     assert sorted(p.name for p in (out / "units").iterdir()) == sorted(written)
     assert not (out / "theory.json").exists()
     again = works("theory", *WORDS, "--out", out, "--workers", 1)
-    assert "3/3" in again.err
+    assert "7/7" in again.err
     text = [name for name in content(whole) if not name.endswith(".png")]
     assert {name: content(out)[name] for name in text} == {n: content(whole)[n] for n in text}
 
