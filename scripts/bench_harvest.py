@@ -38,7 +38,8 @@ from llm_wsae.model.site import Site
 from llm_wsae.statistics.second_moment import SecondMoment
 
 WAYS = (
-    "bare: the Hugging Face model cut off behind the site's block. forward: our forward alone. "
+    "bare: the Hugging Face model, with its own attention, cut off behind the site's block. "
+    "forward: our forward alone. "
     "harvest: text to synced, checksummed shards with statistics. bridge: TransformerLens' "
     "run_with_cache of the one hook, stopped behind its block. small: the same in batches of 1,024 "
     "tokens instead of 4,096. Ratios are medians within repeats.",
@@ -55,6 +56,7 @@ def truncated(model: LanguageModel, site: Site) -> torch.nn.Module:
     whole.set_submodule(model.paths.blocks, blocks[:depth])
     whole.set_submodule(model.paths.ln_final, torch.nn.Identity())
     whole.config.num_hidden_layers = depth
+    whole.set_attn_implementation("sdpa")  # not that of llm_wsae.model.attention
     return whole.base_model
 
 

@@ -1,8 +1,8 @@
 """Forward passes through the model's own modules: record at sites, stop early, resume at a site.
 
-The model runs as transformers wrote it (its attention kernels, masks and position handling); only
-the ends of its blocks are hooked. Every hook and patch is removed when the call ends, also after an
-error.
+The model runs as transformers wrote it (its masks and position handling; its attention kernels, but
+for what ``attention`` says); only the ends of its blocks are hooked. Every hook and patch is
+removed when the call ends, also after an error.
 
 Stopping: the hook at the last wanted site raises a private exception, so nothing after it is
 computed.

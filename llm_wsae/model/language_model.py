@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.hardware import choose_device, fast_dtype
+from llm_wsae.model.attention import use_short_attention
 from llm_wsae.model.forward import Blocks, Visit
 from llm_wsae.model.loading import load_model
 from llm_wsae.model.module_paths import find_paths, text_config
@@ -112,6 +113,8 @@ class LanguageModel:
         loaded = load_model(model, revision, wanted, download, spread=device == SPREAD)
         hf_model = loaded.hf_model if device == SPREAD else loaded.hf_model.to(place)
         hf_model.eval().requires_grad_(False)
+        if device != SPREAD:
+            use_short_attention(hf_model)
         with parsing(f"{model} can be loaded but not used"):  # e.g. for a damaged configuration
             made = cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)
             made.tokenizer(["a text"], add_special_tokens=False, verbose=False)
