@@ -230,6 +230,14 @@ def folder_lock(folder: Path, what: str, shared: bool = False) -> Iterator[Calla
         handle.close()
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; of one that a kill leaves half deleted, ``remove_partials`` deletes the
+    rest."""
+    leaving = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    folder.rename(leaving)
+    shutil.rmtree(leaving)
+
+
 def remove_partials(folder: Path, *below: str) -> None:
     """Delete what killed writers left half written in a folder and in the subfolders ``below``.
 

@@ -191,11 +191,12 @@ def used_decoder(
     with torch.no_grad():
         sample = statistics.usual_sample.to(dictionary.W_enc.device)
         codes = dictionary.encode_sparse(sample)
-        energy = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=sample.device)
-        energy.index_add_(0, codes.indices.flatten(), codes.values.flatten().double().square())
+        indices, values = codes.indices.flatten().cpu(), codes.values.flatten().cpu().double()
+        energy = torch.zeros(dictionary.d_sae, dtype=torch.float64)
+        energy.index_add_(0, indices, values.square())
         energy /= max(len(sample), 1)
         used = energy > 0
-        return dictionary.W_dec[used].detach().cpu(), energy[used].cpu()
+        return dictionary.W_dec.detach().cpu()[used], energy[used]
 
 
 def fisher_of(
@@ -293,7 +294,7 @@ def _pieces(store: ActivationStore, tokens: int, at_once: int) -> Iterator[_Piec
         first_row = before + torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
         first = store.first_context(shard)
         here = chosen[(chosen >= first) & (chosen < first + len(keep))] - first
-        for batch in here.split(at_once):
+        for batch in here.split(at_once) if len(here) else ():
             ids, document, offset = (
                 torch.from_numpy(a)[batch].long()
                 for a in (contexts.ids, contexts.document, contexts.offset)
@@ -327,7 +328,7 @@ def fisher_information(
         for part, kept in zip(ids.split(size), keep.split(size), strict=True):
             kept = kept.to(model.device)
             gradients = _gradients(model, part, kept, site, generator)[kept].float()
-            total += (gradients.T @ gradients).double().cpu()
+            total += (gradients.T @ gradients).cpu().double()
             count += len(gradients)
     if count == 0:
         raise LlmWsaeError("there is no text on which to measure the model's sensitivity")

@@ -11,7 +11,7 @@ import torch
 from several import run
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae import stored_measurement
+from llm_wsae import stored_measurement, weighing
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.shard_reader import RowReader
@@ -95,6 +95,12 @@ def test_sensitivity_is_measured_on_the_stores_text(model, store):
     wanted = fisher_information(model, [(ids[chosen], keep[chosen])], SITE)
     assert float((part - wanted).norm() / wanted.norm()) < 0.6  # other draws of the labels
     assert float((part - everything).norm()) > 0
+
+
+def test_fewer_contexts_than_shards_are_measured_without_empty_passes(model, store):
+    pieces = list(weighing._pieces(store, 1, 8))
+    assert [len(piece.ids) for piece in pieces] == [1] and len(store.manifest.shards) > 1
+    assert fisher_of(model, store, SITE, RuleInputConfig(sensitivity_tokens=1)).isfinite().all()
 
 
 def test_another_model_is_refused(store):

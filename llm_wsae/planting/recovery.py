@@ -103,10 +103,10 @@ def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantReco
         truth = torch.zeros(len(rows), len(plants))
         truth[firings.row, firings.plant] = torch.from_numpy(firings.strength).float()
         halves[number % 2].add(Codes(codes.indices.cpu(), codes.values.cpu()), truth[kept])
-    best = halves[0].best()
+    best, seen = halves[0].best(), halves[0].fires > 0
     decoder = dictionary.W_dec.detach().cpu().double()[best]
     silent = float((halves[0].active + halves[1].active == 0).double().mean())
-    return _measured(plants, halves[1], best, decoder, silent)
+    return _measured(plants, halves[1], best, seen, decoder, silent)
 
 
 class _Half:
@@ -115,7 +115,7 @@ class _Half:
     def __init__(self, plants: int, latents: int):
         self.num_latents = latents
         self._together = torch.zeros(plants, latents)
-        self._fires = torch.zeros(plants)
+        self.fires = torch.zeros(plants)
         self.active = torch.zeros(latents)
         self.pieces: list[tuple[Codes, Tensor]] = []
 
@@ -125,19 +125,21 @@ class _Half:
         on = codes.values > 0
         self.active += torch.bincount(codes.indices[on], minlength=self.num_latents)
         row, plant = truth.nonzero(as_tuple=True)
-        self._fires += torch.bincount(plant, minlength=len(self._fires))
+        self.fires += torch.bincount(plant, minlength=len(self.fires))
         cells = (plant[:, None] * self.num_latents + codes.indices[row])[on[row]]
         self._together.view(-1).index_add_(0, cells, torch.ones(len(cells)))
 
     def best(self) -> Int[Tensor, " plants"]:
         """The latent of largest F1 for every plant."""
-        total = self._fires[:, None] + self.active
+        total = self.fires[:, None] + self.active
         return (2 * self._together / total.clamp(min=1)).argmax(1)
 
 
 def _measured(
-    plants: Plants, half: _Half, best: Tensor, decoder: Tensor, dead: float
+    plants: Plants, half: _Half, best: Tensor, seen: Tensor, decoder: Tensor, dead: float
 ) -> PlantRecovery:
+    """What the latents that are ``best`` in the other half do in this one. Nothing is known of
+    plants that fire in none of the two, or were not ``seen`` where the latents were chosen."""
     along = (decoder * plants.directions.double()).sum(1)
     length = decoder.norm(dim=1)
     sums: dict[str, Tensor] = {}
@@ -146,8 +148,8 @@ def _measured(
         sums[name] = sums.get(name, torch.zeros(len(plants), dtype=torch.float64)) + values
 
     for codes, strength in half.pieces:
-        truth = strength.to_dense().double()
-        answer = to_dense(codes, half.num_latents)[:, best].double()
+        truth = strength.to_dense().double() * seen
+        answer = to_dense(codes, half.num_latents)[:, best].double() * seen
         both = (truth > 0) & (answer > 0)
         add("fires", (truth > 0).sum(0).double())
         add("active", (answer > 0).sum(0).double())
@@ -164,7 +166,7 @@ def _measured(
         plants=plants,
         latent=best,
         f1=torch.where(fires > 0, 2 * both / (fires + sums["active"]), none),
-        cosine=along / length.clamp(min=1e-300),
+        cosine=torch.where(seen, along / length.clamp(min=1e-300), none),
         slope=torch.where(both > 0, sums["answer"] * along / sums["together"], none),
         vanished=torch.where(fires > 0, 1 - both / fires, none),
         l_gt=float(1 - explained),

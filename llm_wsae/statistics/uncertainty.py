@@ -6,7 +6,6 @@ resampling use the same contexts: clean, ablated and spliced losses rise and fal
 interval of their ratio is much narrower than their own.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -48,7 +47,6 @@ class Bootstrap:
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-@functools.lru_cache(maxsize=1)  # the next quantities are mostly of the same items
 def _times_drawn(num_items: int, resamplings: int, seed: int) -> list[np.ndarray]:
     """How often each item was drawn: [resamplings, items], a block of resamplings at a time.
 

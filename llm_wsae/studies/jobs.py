@@ -22,7 +22,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-from llm_wsae.files import read_own_json, write_json
+from llm_wsae.files import read_own_json, remove_folder, write_json
 from llm_wsae.planting.recovery import PlantRecovery, measure_recovery
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
@@ -181,7 +181,7 @@ class StudyJobs:
             )
             write_json(self._result(planned), record)
             if not self.config.keep_dictionaries:
-                shutil.rmtree(self._dictionary(planned))
+                remove_folder(self._dictionary(planned))
             bar.update()
 
     def _recovery(self, dictionary: Dictionary) -> PlantRecovery | None:

@@ -148,7 +148,7 @@ def study(
         training = replace(training, lengths="unit")  # it goes on as it was begun
     basis = _basis(store.identity(site), heldout, config, training, fidelity, scoring)
     with folder_lock(out, "study"):
-        remove_partials(out, RESULTS)
+        remove_partials(out, DICTIONARIES, RESULTS)
         check_basis(out, basis)
         asked = plain({"endpoint": endpoint, "explainer": explainer, **asdict(explaining)})
         if endpoint is not None:

@@ -52,7 +52,7 @@ from llm_wsae.theory.superposition import (
 from llm_wsae.theory.sweep_figures import plot_sweep
 from llm_wsae.theory.sweeps import LEARNING_RATE, run_point
 from llm_wsae.theory.tied import Schedule, encode_tied
-from llm_wsae.theory.untrained import untrained
+from llm_wsae.theory.untrained import UNTRAINED, untrained
 from llm_wsae.weights import scores
 from llm_wsae.weights.rules import Rule
 
@@ -213,6 +213,7 @@ def _untrained_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Un
         "seed": seed,
         "spare_latents": config.spare_latents,
         "rows": config.rows,
+        "dictionaries": list(UNTRAINED),
     }
 
     def compute(check: Check) -> dict[str, Any]:

@@ -290,6 +290,22 @@ def test_a_plant_that_never_fires_has_no_f1(few):
     assert found.to_dict()["plants"]["f1"][1] is None and found.means()["recovered"] == 1.0
 
 
+def test_of_a_plant_that_fires_in_one_half_alone_nothing_is_known(few, monkeypatch):
+    heldout, plants = list(few.heldout()), len(few.plants)
+    dictionary = perfect(few, bias=0.4)
+    whole = measure_recovery(dictionary, few)
+    for rows, firings in heldout[::2]:  # where the latents are chosen
+        mine = firings.plant == 0
+        firings.strength[mine] = 0.0
+        rows[firings.row[mine]] = 0.0
+    monkeypatch.setattr(few, "heldout", lambda: iter(heldout))
+    found = measure_recovery(dictionary, few)
+    for measure in ("f1", "cosine", "slope", "vanished", "recovered"):
+        assert getattr(found, measure)[0].isnan()
+        assert not getattr(found, measure)[1:].isnan().any()
+    assert plants > 1 and found.l_gt == pytest.approx(whole.l_gt, abs=0.1)
+
+
 def test_decoder_rows_of_another_dictionary_are_a_stratum(store, few, tmp_path):
     other = perfect(few, bias=0.3)
     other.save(tmp_path / "other")

@@ -484,6 +484,23 @@ def test_dictionaries_need_not_be_kept(study, trained, tmp_path):
     assert len(trained) == 2
 
 
+def test_a_dictionary_that_is_half_deleted_is_deleted(study, tmp_path, monkeypatch):
+    config = replace(CONFIG, keep_dictionaries=False, curve=(2, 8))
+    remove = shutil.rmtree
+
+    def killed(folder, *given, **named):
+        if Path(folder).parent.name == "dictionaries":
+            next(Path(folder).glob("*.safetensors")).unlink()
+            raise KeyboardInterrupt
+        remove(folder, *given, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        study(tmp_path / "out", config)
+    study(tmp_path / "out", config)
+    assert not list((tmp_path / "out" / "dictionaries").iterdir())
+
+
 def test_another_study_in_the_folder_is_refused(whole, study):
     out, _ = whole
     before = content(out)

@@ -159,10 +159,12 @@ class LatentScorer:
         self,
     ) -> tuple[Int[Tensor, " documents"], Float[Tensor, "resamplings documents"]]:
         """The genre of every document, and how often each resampling holds it. Documents of one
-        genre have the same labels, whatever their values: so do the parts of a joined corpus."""
+        genre have the same labels, whatever their values: so do the parts of a joined corpus. The
+        last entry, -1, is of rows in no document: a genre of their own, once in each resampling."""
         count = int(self.text.document_of.max()) + 1
         kinds: dict[tuple[str, ...], int] = {}
-        genre = torch.zeros(count, dtype=torch.long)
+        genre = torch.zeros(count + 1, dtype=torch.long)
+        genre[-1] = -1
         for number, header in self.text.headers.items():
             if number < count:
                 kind = tuple(sorted(header["labels"]))
@@ -171,7 +173,8 @@ class LatentScorer:
         present = present[present >= 0]
         generator = torch.Generator().manual_seed(self.config.seed)
         chosen = torch.randint(len(present), (_RESAMPLINGS, len(present)), generator=generator)
-        drawn = torch.zeros(_RESAMPLINGS, count)
+        drawn = torch.zeros(_RESAMPLINGS, count + 1)
+        drawn[:, -1] = 1
         drawn.scatter_add_(1, present[chosen], torch.ones(chosen.shape))
         return genre, drawn
 

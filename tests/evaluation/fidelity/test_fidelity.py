@@ -443,7 +443,6 @@ def test_resamplings_in_blocks_are_those_of_one_draw(monkeypatch):
     expected = whole.interval(quantity, columns)
     assert expected == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), rel=1e-12)
     monkeypatch.setattr(uncertainty, "_BLOCK", 30 * items + 1)
-    uncertainty._times_drawn.cache_clear()
     tracemalloc.start()
     found = Bootstrap(items, count, 3).interval(quantity, columns)
     peak = tracemalloc.get_traced_memory()[1]

@@ -234,6 +234,12 @@ def fired(text, codes, d_sae, one):
     )
 
 
+def test_rows_in_no_document_have_a_genre_of_their_own(text):
+    genre, drawn = scorer(text)._documents()
+    assert genre[-1] not in genre[:-1] and len(genre) == int(text.document_of.max()) + 2
+    assert (drawn[:, -1] == 1).all() and drawn.shape[1] == len(genre)
+
+
 def test_detection_is_within_a_genre_and_beyond_the_documents_of_top_contexts():
     draw = torch.Generator().manual_seed(0)
     top, sample, random = (
