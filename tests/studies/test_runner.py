@@ -21,7 +21,7 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.monosemanticity.evaluator import pw_mcc
-from llm_wsae.files import PARTIAL_SUFFIX, read_own_json, write_json
+from llm_wsae.files import read_own_json, write_json
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
@@ -489,7 +489,7 @@ def test_a_dictionary_that_is_half_deleted_is_deleted(study, tmp_path, monkeypat
     remove = shutil.rmtree
 
     def killed(folder, *given, **named):
-        if Path(folder).name.endswith(PARTIAL_SUFFIX):
+        if Path(folder).name.startswith((".raw-", ".uniform-")):
             next(Path(folder).glob("*.safetensors")).unlink()
             raise KeyboardInterrupt
         remove(folder, *given, **named)
