@@ -113,10 +113,9 @@ def raw_dimensions(reports: Sequence[TheoryReport]) -> str:
     return (
         f"**In {len(better)} of {len(own)} experiments raw dimensions, which nobody trained, have "
         f"a lower L_GT than the plain dictionary**: {', '.join(better)}. There many features lie "
-        "along a dimension, so what helps a dictionary to stay near the dimensions helps it. That "
-        "is no reason to expect the same of a language model, whose features lie in any direction: "
-        "of features planted there, raw dimensions recover next to none "
-        "([planted features](planted-features.md))."
+        "along a dimension, which may favour whatever keeps a dictionary near the dimensions. This "
+        "need not hold in a language model: of features planted there, raw dimensions recover at "
+        "most 3 % ([planted features](planted-features.md#without-learning-it))."
     )
 
 
@@ -137,7 +136,8 @@ def section(report: TheoryReport, named: TheoryReport) -> str:
         f"`python scripts/results_theory.py`, or `llm-wsae theory` with other seeds: "
         f"{len(config.seeds)} seeds ({config.seeds[0]} to {config.seeds[-1]}), tied TopK "
         f"dictionaries, {config.steps:,} steps of {config.batch_size} rows, "
-        f"{len(ARMS)} arms, which share the data, the initial weights and the rows of each seed. "
+        f"{len(ARMS)} arms on the same data, initial weights and rows; the experiments' names are "
+        "explained [below](#the-experiments). "
         "L_GT is the share of the true features' energy that is missing when each feature is "
         "matched to one latent at its best scale (lower is better); *with one scale*, all pairs "
         "share one. A change is in per cent of the plain arm's mean; "
@@ -158,8 +158,8 @@ def section(report: TheoryReport, named: TheoryReport) -> str:
         "### Theorem 5: how far weights can close the gap",
         titled(report.gap_table()),
         "Where the rows of W_p have one length, and in W_p as training makes it, one number "
-        "reaches the bound: there is nothing left for weights. In mixtures most of what the best "
-        "weights gain, one number gains too, and the paper's rule is worse than that number.",
+        "reaches the bound: there is nothing left for weights. In mixtures one number brings most "
+        "of what the best weights bring, and the paper's rule brings less than that number.",
         "Whitening in the loss, theorem 5's own optimum at full power, as it was expected and as "
         "it was found:",
         claim_table(reports, WHITENING_CLAIMS),
