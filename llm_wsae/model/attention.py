@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llm_wsae.model.spread import device_of
+
 NAME = "llm_wsae_short"
 LONGEST = 128
 """Tokens; beyond that it depends on the heads which of the two is faster."""
@@ -27,7 +29,7 @@ LONGEST = 128
 def use_short_attention(hf_model: Any) -> None:
     """Let a model have this attention where it is faster; longer contexts, and whatever is not
     plainly causal, keep transformers' own."""
-    in_bfloat16 = hf_model.device.type == "cpu" and hf_model.dtype == torch.bfloat16
+    in_bfloat16 = device_of(hf_model).type == "cpu" and hf_model.dtype == torch.bfloat16
     if not in_bfloat16 or torch.cpu._is_amx_tile_supported():
         return
     if hf_model.config._attn_implementation != "sdpa":
@@ -55,6 +57,7 @@ def short_attention(
     groups = key.shape[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_plain = attention_mask is None and causal and not dropout and key.shape[2] == tokens
+    is_plain &= query.device.type == "cpu"  # parts of a spread model may be elsewhere
     asks_more = any(others.get(name) is not None for name in ("position_bias", "softcap"))
     if not is_plain or asks_more or tokens > LONGEST or heads % groups:
         return sdpa_attention_forward(

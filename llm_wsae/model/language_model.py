@@ -93,7 +93,7 @@ class LanguageModel:
         *,
         revision: str | None = None,
         device: str = "auto",
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         download: bool = True,
     ) -> "LanguageModel":
         """Load a model by Hub id, local folder or ``.gguf`` file.
@@ -106,15 +106,15 @@ class LanguageModel:
         Raises UsageError for a name, revision, device or dtype that cannot be right, LlmWsaeError
         if the model cannot be fetched or read.
         """
-        if dtype != "auto" and dtype not in DTYPES:
-            raise UsageError(f"there is no dtype {dtype!r}; {nearest(dtype, ['auto', *DTYPES])}")
+        name = str(dtype).removeprefix("torch.")
+        if name not in ("auto", *DTYPES):
+            raise UsageError(f"there is no dtype {name!r}; {nearest(name, ['auto', *DTYPES])}")
         place = choose_device("auto" if device == SPREAD else device)
-        wanted = fast_dtype(place) if dtype == "auto" else DTYPES[dtype]
+        wanted = fast_dtype(place) if name == "auto" else DTYPES[name]
         loaded = load_model(model, revision, wanted, download, spread=device == SPREAD)
         hf_model = loaded.hf_model if device == SPREAD else loaded.hf_model.to(place)
         hf_model.eval().requires_grad_(False)
-        if device != SPREAD:
-            use_short_attention(hf_model)
+        use_short_attention(hf_model)
         with parsing(f"{model} can be loaded but not used"):  # e.g. for a damaged configuration
             made = cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)
             made.tokenizer(["a text"], add_special_tokens=False, verbose=False)
