@@ -123,7 +123,7 @@ def _share_won(
 ) -> Float[Tensor, " latents"]:
     """Share of the pairs, each 1 or 0, that are won; NaN where too few windows take part.
 
-    Sums of ½ and 1 are exact in float32 up to 2^23 pairs, which no latent has.
+    Sums of ½ and 1 are exact in float32 up to 2^23 pairs.
     """
     of_positive = pairs.sum(2)
     enough = (of_positive > 0).sum(1) >= FEWEST_POSITIVE
