@@ -619,6 +619,9 @@ def at_rates(key: str) -> Iterator[str]:
                 expected.best_rate(settings, label).replace("-", " "),
             ]
         )
+    for label, own in recovery.means_of_baselines(key, ROWS).items():
+        kl, recovered = (f"{own[measure]:.3f}" for measure in ("kl", "recovered"))
+        rows.append([f"`{label}`", "–", kl, "–", "–", recovered, "–", "–"])
     yield f"### At three learning rates: {PLACES[key].title}"
     yield markdown(rows)
     asked = (*expected.OF_RATES, *expected.LAST_RATED, *expected.RATED_ELSEWHERE)
