@@ -395,6 +395,20 @@ def never_above(arm: str, measure: str, bound: float) -> Callable[[Settings], tu
     return found
 
 
+def at_every_rate(
+    arm: str, measure: str, low: float, high: float
+) -> Callable[[Settings], tuple[bool, str]]:
+    """A dictionary relative to plain of the same rate."""
+
+    def found(settings: Settings) -> tuple[bool, str]:
+        shares = [settings[rate][arm][measure] / settings[rate][PLAIN][measure] - 1
+                  for rate in RATES]  # fmt: skip
+        text = ", ".join(f"{100 * share:+.0f} %" for share in shares)
+        return low <= min(shares) and max(shares) <= high, text
+
+    return found
+
+
 def in_setting(
     setting: str, measure: str, low: float, high: float
 ) -> Callable[[Settings], tuple[bool, str]]:
@@ -910,3 +924,19 @@ OF_LOSS_AGAIN = (
 )  # fmt: skip
 """Written down when random weights were known as `mixed`, and α = 2 after blocks 9; of Gemma's
 sites, once both were known at those of SmolLM2."""
+
+RANDOM_RATED = tuple(
+    (place, f"random weights in the loss, {words} at every rate", found)
+    for place in PLACES
+    for words, found in (
+        (
+            "at most 15 % more of the plants recovered than plain",
+            at_every_rate(_RANDOM_IN_LOSS, "recovered", -1, 0.15),
+        ),
+        (
+            "KL no lower than plain (−2 %)",
+            at_every_rate(_RANDOM_IN_LOSS, "kl", -0.02, 99),
+        ),
+    )
+)
+"""Of seed 0; written down when the usual rate was known, and all other weightings at all rates."""

@@ -204,6 +204,8 @@ PARTS = {
     "random-loss-others": Part((RANDOM_IN_LOSS,), OTHERS, (0,), "random"),
     "fully-twice-others": Part((("whitening", 2.0, LOSS, K),), OTHERS, (0,)),
     "space-powers": Part(SPACE_POWERS, tuple(PLACES), (0,), "twice-rate", rate=2.0),
+    "random-half": Part((RANDOM_IN_LOSS,), tuple(PLACES), (0,), "half-rate", rate=0.5),
+    "random-twice": Part((RANDOM_IN_LOSS,), tuple(PLACES), (0,), "twice-rate", rate=2.0),
     "half-rates-others": Part(RATED, OTHERS, (0,), "half-rate", rate=0.5),
     "twice-rates-others": Part(RATED, OTHERS, (0,), "twice-rate", rate=2.0),
     "half-rates-rest": Part(LAST_RATED, OTHERS, (0,), "half-rate", rate=0.5, sensitivity=True),
@@ -592,15 +594,13 @@ def in_settings(key: str) -> Iterator[str]:
 
 def at_rates(key: str) -> Iterator[str]:
     """What was trained at three learning rates, of seed 0."""
+    records = {
+        rate: read(key, "" if rate == expected.USUAL_RATE else rate) for rate in expected.RATES
+    }
+    records[expected.USUAL_RATE] += read(key, "random")
     settings = {
-        rate: recovery.means_of(
-            [
-                record
-                for record in read(key, "" if rate == expected.USUAL_RATE else rate)
-                if record["seed"] == 0
-            ]
-        )
-        for rate in expected.RATES
+        rate: recovery.means_of([record for record in own if record["seed"] == 0])
+        for rate, own in records.items()
     }
     rated = set.intersection(*(set(means) for means in settings.values()))
     if not rated:
@@ -625,6 +625,7 @@ def at_rates(key: str) -> Iterator[str]:
     yield f"### At three learning rates: {PLACES[key].title}"
     yield markdown(rows)
     asked = (*expected.OF_RATES, *expected.LAST_RATED, *expected.RATED_ELSEWHERE)
+    asked += expected.RANDOM_RATED
     yield from _outcome(asked, key, settings)
 
 
