@@ -488,7 +488,7 @@ def _of_pairs(
     return tuple(
         (
             place,
-            f"{start}, {name}: {what} relative to plain {_range(*bounds)}",
+            f"{start}, {name}: {what} {_range(*bounds)}",
             of(arm, measure, *bounds),
         )
         for place, ones in asked
@@ -860,7 +860,7 @@ _CONTROLLED = tuple(
     for control in ("rotated", "permuted")
 )
 RATED_ELSEWHERE = _of_pairs(
-    "all weightings, each at the rate with most CE recovered",
+    "at best rates",
     of_best_rates,
     tuple(
         (
@@ -880,7 +880,8 @@ RATED_ELSEWHERE = _of_pairs(
     )
     for place in _ELSEWHERE
 )
-"""Of seed 0; written down when their usual rate was known, and all rates of blocks 9."""
+"""Of seed 0, each at the rate with most CE recovered; written down when their usual rate was known,
+and all rates of blocks 9."""
 
 OF_DECODER_ROWS = tuple(
     (place, words, beside(("rows" if of_rows else "", HALFWAY_IN_LOSS),
