@@ -189,38 +189,36 @@ def _planted(experiment: Experiment, seed: int) -> tuple[Planted, int]:
 
 
 def _planted_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit:
-    experiment = EXPERIMENTS[name]
-    identity = {
-        "experiment": experiment,
-        "seed": seed,
+    identity = _planted_identity(name, seed, config) | {
         "steps": config.steps,
         "batch_size": config.batch_size,
-        "spare_latents": config.spare_latents,
-        "rows": config.rows,
         "epsilon": EPSILON,
         "annealed_over": Schedule.anneal,
         "arms": list(ARMS),
         "rules": list(RULES),
     }
-    compute = partial(run_unit, experiment, seed, config)
+    compute = partial(run_unit, EXPERIMENTS[name], seed, config)
     return Unit(out / UNITS / f"{name}-seed{seed}.json", identity, compute)
 
 
 def _untrained_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit:
-    experiment = EXPERIMENTS[name]
-    identity = {
-        "experiment": experiment,
-        "seed": seed,
-        "spare_latents": config.spare_latents,
-        "rows": config.rows,
-        "dictionaries": list(UNTRAINED),
-    }
+    identity = _planted_identity(name, seed, config) | {"dictionaries": list(UNTRAINED)}
 
     def compute(check: Check) -> dict[str, Any]:
-        data, k = _planted(experiment, seed)
+        data, k = _planted(EXPERIMENTS[name], seed)
         return untrained(data, data.num_features + config.spare_latents, k, config.rows, seed)
 
     return Unit(out / UNITS / f"untrained-{name}-seed{seed}.json", identity, compute)
+
+
+def _planted_identity(name: str, seed: int, config: TheoryConfig) -> dict[str, Any]:
+    """On what the data depends, and the size of a dictionary of it."""
+    return {
+        "experiment": EXPERIMENTS[name],
+        "seed": seed,
+        "spare_latents": config.spare_latents,
+        "rows": config.rows,
+    }
 
 
 def _sweep_unit(name: str, label: str, seed: int, config: TheoryConfig, out: Path) -> Unit:
