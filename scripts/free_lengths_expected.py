@@ -941,3 +941,27 @@ RANDOM_RATED = tuple(
     )
 )
 """Of seed 0; written down when the usual rate was known, and all other weightings at all rates."""
+
+EIGHTHS = _of_pairs(
+    "at best rates",
+    of_best_rates,
+    tuple(
+        (
+            place,
+            tuple(
+                (f"whitened in the loss, α = {words}", f"whitening-a{alpha:g}-k{K}", plants, kl)
+                for (words, alpha), (plants, kl) in zip(
+                    (("⅛", 0.125), ("⅜", 0.375)), bounds, strict=True
+                )
+            ),
+        )
+        for place, bounds in (
+            ("smollm2", (((-0.05, 0.25), (-0.06, 0.03)), ((0.08, 99.0), (-0.05, 0.05)))),
+            ("gemma", (((0.05, 99.0), (-0.2, 0.02)), ((0.2, 99.0), (-0.25, 0.03)))),
+            ("smollm2-20", (((-0.1, 0.3), (-0.06, 0.03)), ((0.08, 99.0), (-0.06, 0.05)))),
+            ("gemma-5", (((0.05, 99.0), (-0.3, -0.02)), ((0.18, 99.0), (-0.45, -0.08)))),
+            ("gemma-14", (((0.05, 99.0), (-0.25, -0.01)), ((0.25, 99.0), (-0.4, -0.06)))),
+        )
+    ),
+)
+"""The last two powers, of seed 0; written down when all others were known at all rates."""

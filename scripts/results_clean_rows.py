@@ -8,11 +8,13 @@ rows as they are, one million and four, with free lengths and with length 1 (not
 million), three seeds each. Nothing is known of their features, so they are judged by KL and FVU;
 and Gemma's of one million rows and free lengths by whether seeds agree, and whether latents are
 detected (``whitening_latents``). ``results_study.py`` judges those of SmolLM2. Dictionaries of
-which one half stays random, and the dimensions of the stream, stand beside them.
+which one half stays random, and the dimensions of the stream, stand beside them; and on Gemma,
+random weights in the loss.
 
 ``EXPECTED`` was written down, of SmolLM2, after one pair of plain dictionaries (four million rows):
 there free lengths had cost 5 % of KL, and whitening 7 %; of Gemma and of the latents when SmolLM2
-was known; of baselines last.
+was known; of baselines later; last of random weights, and of all other latents than those of plain
+and of default dictionaries.
 """
 
 import argparse
@@ -67,15 +69,20 @@ TRAINED: dict[str, dict[tuple[int, Lengths], Sequence[int]]] = {
 IN_SPACE = "-space"
 """Of the results of dictionaries that are whitened as a space and trained at twice the rate, with
 free lengths, at both sites: they were added last."""
+RANDOM_WEIGHTS = "-random"
+"""Of the results of dictionaries with random weights in the loss, of the same rows as those whose
+latents are judged."""
 HALF_RANDOM = "-baselines"
 """Of the results of dictionaries of which one half stays random, and of the dimensions."""
 _ROWS_OF_BASELINES = 1_000_000
 JUDGED: dict[str, tuple[int, Lengths]] = {"gemma": (1_000_000, "free")}
-"""Rows and lengths of the dictionaries of a site whose latents are judged."""
+"""Rows and lengths of the dictionaries of a site whose latents are judged; baselines have rows of
+length 1."""
 PLAIN, WHITENED = f"uniform-k{K}", f"whitening-a0.5-k{K}"
-WHITENED_SPACE = f"whitening-a0.5-space-k{K}"
+WHITENED_SPACE, RANDOM = f"whitening-a0.5-space-k{K}", f"random-a1-k{K}"
 FROZEN_DECODER, FROZEN_ENCODER = (f"uniform-{kind}-k{K}" for kind in FROZEN)
 DIMENSIONS = f"dimensions-k{K}"
+_OF_LATENTS = {PLAIN, WHITENED, WHITENED_SPACE, RANDOM, FROZEN_DECODER, FROZEN_ENCODER, DIMENSIONS}
 Key = tuple[int, str, str]
 """Rows, lengths, dictionary."""
 EXPECTED = (
@@ -91,6 +98,7 @@ EXPECTED = (
     ("smollm2", (4_000_000, "free", WHITENED_SPACE), (4_000_000, "free", PLAIN), -5, 4),
     ("gemma", (1_000_000, "free", WHITENED_SPACE), (1_000_000, "free", PLAIN), -45, -15),
     ("gemma", (4_000_000, "free", WHITENED_SPACE), (4_000_000, "free", PLAIN), -25, -3),
+    ("gemma", (1_000_000, "free", RANDOM), (1_000_000, "free", PLAIN), 3, 40),
     *(
         (key, (1_000_000, "unit", label), (1_000_000, "unit", PLAIN), least, 1e6)
         for key in WHERE
@@ -114,6 +122,43 @@ EXPECTED_OF_LATENTS = (
         "whitened: .8 to 1.3 times as many new latents as a plain one has",
         latents.more(WHITENED, PLAIN, "new", 0.8, 1.3),
     ),
+    (
+        "gemma",
+        "whitened in the space at twice the rate: detection over all latents no lower than plain",
+        latents.differs(WHITENED_SPACE, PLAIN, "all", 0.0, 1.0),
+    ),
+    (
+        "gemma",
+        "the same: seeds agree no less than plain (−.01 at most)",
+        latents.differs(WHITENED_SPACE, PLAIN, "agreement", -0.01, 1.0),
+    ),
+    (
+        "gemma",
+        "the same: .8 to 1.5 times as many new latents as a plain one has",
+        latents.more(WHITENED_SPACE, PLAIN, "new", 0.8, 1.5),
+    ),
+    (
+        "gemma",
+        "random weights: .8 to 1.2 times as many new latents as a plain one has",
+        latents.more(RANDOM, PLAIN, "new", 0.8, 1.2),
+    ),
+    (
+        "gemma",
+        "the same: detection over all latents no higher than plain (+.005 at most)",
+        latents.differs(RANDOM, PLAIN, "all", -1.0, 0.005),
+    ),
+    *(
+        (
+            "gemma",
+            f"{name}: detection over all latents at least .01 below plain",
+            latents.differs(label, PLAIN, "all", -1.0, -0.01),
+        )
+        for name, label in (
+            ("frozen decoder", FROZEN_DECODER),
+            ("frozen encoder", FROZEN_ENCODER),
+            ("dimensions of the stream", DIMENSIONS),
+        )
+    ),
 )
 
 
@@ -127,9 +172,12 @@ def measure(key: str, path: str) -> None:
     ]
     wanted += [(rows, "free", seed, IN_SPACE) for rows in ROWS for seed in SEEDS]
     wanted += [(_ROWS_OF_BASELINES, "unit", seed, HALF_RANDOM) for seed in SEEDS]
+    if key in JUDGED:
+        wanted += [(*JUDGED[key], seed, RANDOM_WEIGHTS) for seed in SEEDS]
     missing = [one for one in wanted if not _result(key, *one).exists()]
     # what was trained elsewhere is trained again before its latents are judged
-    again = key in JUDGED and not _latents(key).exists()
+    known = latents.read(_latents(key)).get("scores", {})
+    again = key in JUDGED and known.keys() != _OF_LATENTS
     if not missing and not again:
         return
     model = LanguageModel.load(path)
@@ -160,6 +208,9 @@ def measure(key: str, path: str) -> None:
         if kind == HALF_RANDOM:
             uniform = weights[""][0]
             arms = [ArmConfig(uniform, K, init_seed=seed, architecture=kind) for kind in FROZEN]
+        elif kind == RANDOM_WEIGHTS:
+            drawn = choose_weights(inputs, ["random"], [1.0], config=WeightConfig(draw=seed))
+            arms = make_arms(drawn, [K], init_seeds=(seed,))
         else:
             arms = make_arms(weights[kind], [K], init_seeds=(seed,))
         out = RUN / "trained" / f"{key}-{rows}-{lengths}-s{seed}{kind}"
@@ -171,19 +222,26 @@ def measure(key: str, path: str) -> None:
         if kind == HALF_RANDOM and seed == SEEDS[0]:
             trained |= {DIMENSIONS: raw_dimensions(inputs, where.site, K)}
         found = evaluator.evaluate(trained).summaries()
-        named = {name.removesuffix(f"-s{seed}"): plain(own) for name, own in found.items()}
+        named = {_label(name, seed): plain(own) for name, own in found.items()}
         write_json(_result(key, *one), named)
         print(f"{key}: {rows:,} rows, lengths {lengths}{kind}, seed {seed} measured", flush=True)
     if again:
-        folders = {seed: made(*JUDGED[key], seed)[0] for seed in SEEDS}
-        of_labels = {
-            label: {
-                seed: folder / (f"{label}-s{seed}" if seed else label)
-                for seed, folder in folders.items()
-            }
-            for label in (PLAIN, WHITENED)
-        }
-        latents.judge(_latents(key), path, of_labels, PLAIN)
+        rows, lengths = JUDGED[key]
+        folders: dict[str, dict[int, Path]] = {}
+        for kind in ("", IN_SPACE, RANDOM_WEIGHTS, HALF_RANDOM):
+            for seed in SEEDS:
+                out, trained = made(rows, "unit" if kind == HALF_RANDOM else lengths, seed, kind)
+                for name in trained:
+                    folders.setdefault(_label(name, seed), {})[seed] = out / name
+        dimensions = RUN / "trained" / f"{key}-{DIMENSIONS}"
+        raw_dimensions(inputs, where.site, K).save(dimensions)
+        folders[DIMENSIONS] = {SEEDS[0]: dimensions}
+        latents.judge(_latents(key), path, folders, PLAIN)
+
+
+def _label(name: str, seed: int) -> str:
+    """The name of a dictionary without the number of its seed, which is also that of its draw."""
+    return name.removesuffix(f"-s{seed}").replace(f"-d{seed}-", "-")
 
 
 def _latents(key: str) -> Path:
@@ -276,6 +334,7 @@ def _words(one: Key, other: Key, low: float, high: float) -> str:
         FROZEN_DECODER: "frozen decoder, beside plain",
         FROZEN_ENCODER: "frozen encoder, beside plain",
         DIMENSIONS: "dimensions of the stream, beside plain",
+        RANDOM: "random weights in the loss, beside plain",
     }[one[2]]
     bounds = f"{low:+g} to {high:+g} %" if high < 1e6 else f"at least {low:+g} %"
     return f"{ROWS[one[0]]} rows, {what}: KL {bounds}".replace("-", "−")

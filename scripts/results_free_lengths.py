@@ -88,6 +88,7 @@ LAST_RATED: tuple[Weights, ...] = (
     ("sensitivity", 0.25, SPACE, K),
 )
 """All others that both blocks 9 have."""
+EIGHTHS: tuple[Weights, ...] = tuple(("whitening", alpha, LOSS, K) for alpha in (0.125, 0.375))
 SHARES: tuple[Weights, ...] = (("shares:whitening", 0.5, LOSS, K),)
 SPACE_POWERS: tuple[Weights, ...] = tuple(
     ("whitening", alpha, SPACE, K) for alpha in (0.25, 0.75, 1.0)
@@ -210,6 +211,9 @@ PARTS = {
     "twice-rates-others": Part(RATED, OTHERS, (0,), "twice-rate", rate=2.0),
     "half-rates-rest": Part(LAST_RATED, OTHERS, (0,), "half-rate", rate=0.5, sensitivity=True),
     "twice-rates-rest": Part(LAST_RATED, OTHERS, (0,), "twice-rate", rate=2.0, sensitivity=True),
+    "eighths": Part(EIGHTHS, tuple(PLACES), (0,)),
+    "half-rates-eighths": Part(EIGHTHS, tuple(PLACES), (0,), "half-rate", rate=0.5),
+    "twice-rates-eighths": Part(EIGHTHS, tuple(PLACES), (0,), "twice-rate", rate=2.0),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -225,7 +229,8 @@ of six more weightings, and shorter trainings; what begins otherwise or is white
 higher rates, once one seed had shown what twice the rate does there; then ``shares`` and what
 follows, which are controls with as many effective dimensions, learning rates of the other
 weightings and sites, random weights in the loss, the space with other architectures and
-powers; and last of all other rates at the sites beside blocks 9. Some have one seed."""
+powers; other rates at the sites beside blocks 9; and last of all the powers ⅛ and ⅜. Some have one
+seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
@@ -625,7 +630,7 @@ def at_rates(key: str) -> Iterator[str]:
     yield f"### At three learning rates: {PLACES[key].title}"
     yield markdown(rows)
     asked = (*expected.OF_RATES, *expected.LAST_RATED, *expected.RATED_ELSEWHERE)
-    asked += expected.RANDOM_RATED
+    asked += (*expected.RANDOM_RATED, *expected.EIGHTHS)
     yield from _outcome(asked, key, settings)
 
 

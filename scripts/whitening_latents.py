@@ -114,7 +114,8 @@ def means_of(latents: Latents, label: str) -> dict[str, float]:
     return {
         **{name: float(np.mean([one[name]["mean"] for one in own])) for name in MEASURES},
         **{name: float(np.mean([one[name] for one in own])) for name in ("share", "dense", "new")},
-        "agreement": float(np.mean(list(latents["agreement"][label].values()))),
+        # of the dimensions of the stream there is one dictionary, and so no pair
+        "agreement": float(np.mean(list(latents["agreement"][label].values()) or [np.nan])),
     }
 
 
@@ -140,7 +141,7 @@ def table(latents: Latents, plain_label: str) -> str:
                     for seed, one in own.items()
                 }
                 for label, own in values.items()
-                if label != plain_label
+                if label != plain_label and len(own) == len(values[plain_label])
             }
         )
     rows = [["dictionary", "agreement of seeds", "its range", "new %", "scored %", "dense %"]]
@@ -150,8 +151,8 @@ def table(latents: Latents, plain_label: str) -> str:
         rows.append(
             [
                 f"`{label}`",
-                f"{means['agreement']:.3f}",
-                f"{min(pairs):.3f} to {max(pairs):.3f}",
+                f"{means['agreement']:.3f}" if pairs else "–",
+                f"{min(pairs):.3f} to {max(pairs):.3f}" if pairs else "–",
                 f"{100 * means['new']:.1f}",
                 f"{100 * means['share']:.0f}",
                 f"{100 * means['dense']:.1f}",
