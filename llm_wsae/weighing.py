@@ -33,12 +33,13 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.planting.source import PlantedSource
-from llm_wsae.processes import join
+from llm_wsae.processes import Several, join, leads
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.stored_measurement import SETTINGS, StoredMeasurement
 from llm_wsae.streaming import ActivationStreams
+from llm_wsae.training.parallel.collectives import collectives
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import Need, RuleInputs, check_rows_of_covariance
 from llm_wsae.weights.rules import Rule
@@ -63,23 +64,24 @@ def measure_inputs(
     Statistics and covariance are those of ``planted``, if features are planted into the rows.
     Fisher information and coherence are read from the store if they are kept there, or else
     measured if a ``model`` is given. What cannot be measured without a model or dictionary is
-    omitted: the rule will name it. Under ``torchrun`` all processes make the same call; rank 0 goes
-    first. Raises UsageError for a dictionary of another site or an encoder that does not exist;
-    LlmWsaeError for a model that did not make the store.
+    omitted: the rule will name it. Under ``torchrun`` all processes make the same call: they sum
+    the covariance together, and rank 0 measures the rest before the others read it. Raises
+    UsageError for a dictionary of another site or an encoder that does not exist; LlmWsaeError for
+    a model that did not make the store.
     """
     needs = {Rule.of(rule).need for rule in rules}
     processes = join()
     with processes.together():
-        if not processes.leads:
-            processes.meet()  # rank 0 has measured, and kept what the others read
         statistics = store.statistics(site) if planted is None else planted.statistics()
         inputs = _beginning(statistics, needs)
-        if "dictionary" in needs and dictionary is not None:
-            decoder, energy = used_decoder(dictionary, site, inputs.statistics)
-            inputs = replace(inputs, decoder=decoder, energy=energy)
         if "second_moment" in needs:
             moment = second_moment_of(store, site) if planted is None else planted.second_moment()
             inputs = replace(inputs, second_moment=moment)
+        if not processes.leads:
+            processes.meet()  # rank 0 has measured, and kept what the others read
+        if "dictionary" in needs and dictionary is not None:
+            decoder, energy = used_decoder(dictionary, site, inputs.statistics)
+            inputs = replace(inputs, decoder=decoder, energy=energy)
         if "coherence" in needs:
             coherence = _kept_or_measured("coherence", store, site, model, config)
             inputs = replace(inputs, coherence=coherence)
@@ -159,20 +161,40 @@ def _kept_or_measured(
 
 
 def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
-    """The covariance sums of all usual rows of a site: one pass over the store, then kept in it."""
-    kept = StoredMeasurement(store, site, "second_moment")
+    """The covariance sums of all usual rows of a site: one pass over the store, then kept in it.
+    Each of several processes reads its part of the rows."""
+    kept, processes = StoredMeasurement(store, site, "second_moment"), join()
     tensors = kept.read_tensors()
-    if tensors is not None:
-        return SecondMoment.from_tensors(tensors)
+    if processes.lead(lambda: tensors is not None):
+        # a process that does not see the file yet measures for itself
+        return _sums_of_rows(store, site) if tensors is None else SecondMoment.from_tensors(tensors)
+    found = _sums_of_rows(store, site, processes.rank, processes.size)
+    if isinstance(processes, Several):
+        with collectives(processes, torch.device("cpu")) as connected:
+            found.sum_over(connected.sum_)
+    kept.write_tensors(found.to_tensors())
+    return found
+
+
+def _sums_of_rows(
+    store: ActivationStore, site: Site, part: int = 0, parts: int = 1
+) -> SecondMoment:
+    """Those of one of so many equal parts of the rows."""
     threshold = store.statistics(site).massive_threshold
-    found = SecondMoment(store.d_in)
-    total, reader = store.num_rows, store.reader(site)
-    with tqdm(total=total, desc="covariance", unit="row", unit_scale=True, leave=False) as bar:
-        for start in range(0, total, _ROWS_AT_ONCE):
-            rows = reader.rows(start, min(start + _ROWS_AT_ONCE, total)).float()
+    found, reader = SecondMoment(store.d_in), store.reader(site)
+    first, end = (store.num_rows * number // parts for number in (part, part + 1))
+    with tqdm(
+        total=end - first,
+        desc="covariance",
+        unit="row",
+        unit_scale=True,
+        leave=False,
+        disable=not leads(),
+    ) as bar:
+        for start in range(first, end, _ROWS_AT_ONCE):
+            rows = reader.rows(start, min(start + _ROWS_AT_ONCE, end)).float()
             found.update(rows[rows.norm(dim=1) <= threshold])
             bar.update(len(rows))
-    kept.write_tensors(found.to_tensors())
     return found
 
 

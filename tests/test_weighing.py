@@ -269,25 +269,37 @@ def test_a_measurement_that_cannot_be_is_measured_again(model, tmp_path, store):
 
 
 @pytest.mark.parametrize("is_full", [False, True])
-def test_rank_0_of_several_processes_measures_for_all(tmp_path, store, is_full):
-    """If it cannot keep what it measured, each measures for itself, and that is said once."""
+def test_several_processes_sum_the_covariance_together(tmp_path, store, is_full):
+    """Each reads its part of the rows, and rank 0 keeps the sum; if it cannot, it says so."""
     folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
-    (first, said, covariance), (others, nothing, same) = run(2, measured, folder, is_full)
-    assert first > 0 and others == (first if is_full else 0)
-    assert same == covariance and nothing == ""
-    assert said.count("the measurement is not kept: the disk is full") == is_full
-    assert (folder / "evidence").exists() == (not is_full)
+    alone = measure_inputs(["whitening"], store, SITE).covariance
+    found = run(3, measured, folder, is_full)
+    assert sum(read for read, *_ in found) == store.num_rows
+    assert all(read > 0 for read, *_ in found)
+    for _, _, covariance in found:
+        torch.testing.assert_close(torch.tensor(covariance), alone.float(), rtol=1e-6, atol=1e-9)
+        assert covariance == found[0][2]
+    said = [said for _, said, _ in found]
+    assert said[0].count("the measurement is not kept: the disk is full") == is_full
+    assert said[1:] == ["", ""] and (folder / "evidence").exists() == (not is_full)
+    again = run(2, measured, folder, False)
+    assert sum(read for read, *_ in again) == (store.num_rows if is_full else 0)
 
 
 def measured(folder, is_full):
-    """One process's part: how often it reads rows, what it says, the covariance."""
-    reads, rows, said = [], RowReader.rows, io.StringIO()
-    RowReader.rows = lambda *given: reads.append(1) or rows(*given)
+    """One process's part: the rows that it reads, what it says, the covariance."""
+    read, rows, said = [0], RowReader.rows, io.StringIO()
+
+    def counted(reader, start, stop):
+        read[0] += stop - start
+        return rows(reader, start, stop)
+
+    RowReader.rows = counted
     if is_full:
         stored_measurement.save_own_tensors = full
     stored_measurement.tqdm.write = lambda sentence, file: said.write(sentence)
     inputs = measure_inputs(["whitening"], ActivationStore.open(folder), SITE)
-    return len(reads), said.getvalue(), inputs.covariance.tolist()
+    return read[0], said.getvalue(), inputs.covariance.tolist()
 
 
 def full(*given):

@@ -1,9 +1,11 @@
 """The covariance of all rows of a site, massive ones excepted, for rules that whiten.
 
 Sums about a mean merge exactly (Chan, Golub & LeVeque 1983), so parts of the rows can be summed
-apart. The row sample of ``moments`` is too small for this: the smallest eigenvalues of a covariance
-of 8192 rows are far too small, and whitening amplifies just those.
+apart, also by several processes. The row sample of ``moments`` is too small for this: the smallest
+eigenvalues of a covariance of 8192 rows are far too small, and whitening amplifies just those.
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -38,17 +40,20 @@ class SecondMoment:
             x = x - mean.float()
             off = x.double().mean(0)  # what rounding the mean left
             scatter = (x.T @ x).double() - len(x) * torch.outer(off, off)
-            self._merge(len(x), mean.float().double() + off, scatter)
+            self._add(len(x), mean.float().double() + off, scatter)
         return self
 
-    def merge(self, other: "SecondMoment") -> "SecondMoment":
-        """Add the sums of other rows of the same site. Returns self."""
-        self._merge(other.count, other.mean, other._scatter)
+    def sum_over(self, sum_: Callable[[Tensor], Tensor]) -> "SecondMoment":
+        """Add the sums of other rows of the same site, which other processes have. ``sum_`` adds a
+        tensor over all processes, in place. Returns self."""
+        own, mean = self.count, self.mean
+        self.count = int(sum_(torch.tensor(own)))
+        self.mean = sum_(own * self.mean) / max(self.count, 1)
+        off = mean - self.mean
+        self._scatter = sum_(self._scatter.addr_(off, off, alpha=own))
         return self
 
-    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if count == 0:
-            return
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total, delta = self.count + count, mean - self.mean
         self._scatter += scatter
         self._scatter.addr_(delta, delta, alpha=self.count * count / total)

@@ -1,6 +1,8 @@
 """Moments against scipy, coherence of texts against brute force, Holm's correction by hand."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import pytest
@@ -292,9 +294,12 @@ def test_second_moment_is_that_of_float64_and_merges_exactly():
     rows = (rows + 300 * mixing[3]).float()
     exact = torch.cov(rows.double().T, correction=0)
     whole = SecondMoment(40).update(rows)
-    parts = [SecondMoment(40).update(part) for part in rows.split([7, 11_000, 18_993])]
-    merged = SecondMoment(40).merge(parts[2]).merge(parts[0]).merge(parts[1])
-    for found in (whole, merged, SecondMoment.from_tensors(whole.to_tensors())):
+    for found in (
+        whole,
+        *summed([SecondMoment(40).update(part) for part in rows.split([7, 11_000, 18_993])]),
+        *summed([SecondMoment(40), SecondMoment(40).update(rows)]),  # one that has no rows
+        SecondMoment.from_tensors(whole.to_tensors()),
+    ):
         assert found.count == 30_000
         torch.testing.assert_close(found.mean, rows.double().mean(0), rtol=1e-6, atol=1e-5)
         own = found._scatter / found.count
@@ -302,6 +307,24 @@ def test_second_moment_is_that_of_float64_and_merges_exactly():
         assert float(error.max()) < 1e-6
     with pytest.raises(LlmWsaeError, match="NaN or infinite"):
         whole.update(torch.full((3, 40), torch.nan))
+
+
+def summed(parts):
+    """Each adds those of the others, in a thread of its own."""
+    meet, given = threading.Barrier(len(parts)), {}
+
+    def one(number):
+        def sum_(tensor):
+            given[number] = tensor.clone()
+            meet.wait()
+            total = sum(given[n] for n in range(len(parts)))
+            meet.wait()
+            return total
+
+        return parts[number].sum_over(sum_)
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(one, range(len(parts))))
 
 
 def test_tensors_that_cannot_be_sums():
