@@ -57,7 +57,7 @@ class PlantedSource:
         window_bytes: int = WINDOW_BYTES,
     ):
         """Raises as ``make_plants`` and ``Dictionary.load`` do, and UsageError if the store has too
-        few rows to hold two chunks of them out, or the dictionary another site or width."""
+        few rows to hold two chunks of them out, or the dictionary another site, width or model."""
         self.store, self.site, self.d_in = store, site, store.d_in
         self.prepends_bos = store.manifest.bos_token_id is not None
         chunks = store.num_rows // CHUNK_ROWS
@@ -150,6 +150,12 @@ class PlantedSource:
             raise UsageError(
                 f"the dictionary in {folder} is for {dictionary.d_in} dimensions, so its decoder "
                 f"rows cannot be planted into the {self.d_in} of {self.site}; name another"
+            )
+        made_by = self.store.manifest.model
+        if dictionary.info.model.get("weights_sha256") not in (None, made_by["weights_sha256"]):
+            raise UsageError(
+                f"the dictionary in {folder} explains another model than {made_by['name']}, so its "
+                f"decoder rows are no directions of {self.site} there; name one of the same model"
             )
         return dictionary
 

@@ -320,14 +320,19 @@ def test_decoder_rows_of_another_dictionary_are_a_stratum(store, few, tmp_path):
     Dictionary(**parts, b_enc=other.b_enc, sparsity=other.sparsity, info=other.info).save(
         tmp_path / "narrow"
     )
-    elsewhere = replace(other.info, site="blocks.1.hook_resid_post")
     parts = {"W_enc": other.W_enc, "W_dec": other.W_dec, "b_dec": other.b_dec}
-    Dictionary(**parts, b_enc=other.b_enc, sparsity=other.sparsity, info=elsewhere).save(
-        tmp_path / "elsewhere"
-    )
+    for name, change in (
+        ("elsewhere", {"site": "blocks.1.hook_resid_post"}),
+        ("foreign", {"model": {"weights_sha256": "0" * 64}}),
+    ):
+        info = replace(other.info, **change)
+        Dictionary(**parts, b_enc=other.b_enc, sparsity=other.sparsity, info=info).save(
+            tmp_path / name
+        )
     for name, sentence in (
         ("narrow", "is for 23 dimensions, so its decoder rows cannot"),
         ("elsewhere", rf"explains blocks\.1.*, so its decoder rows are no directions of {SITE}"),
+        ("foreign", "explains another model than .*; name one of the same model"),
     ):
         with pytest.raises(UsageError, match=sentence):
             PlantedSource(store, SITE, replace(config, dictionary=str(tmp_path / name)))
