@@ -1,7 +1,7 @@
 """What ``plan`` says beside what the run then takes, by stage.
 
     python scripts/bench_plan.py                      # the quickstart: embedded SmolLM2-135M, sotu
-    python scripts/bench_plan.py --tokens 100000 --eval-tokens 5000
+    python scripts/bench_plan.py --tokens 100000 --trained 100000 --eval-tokens 5000
     python scripts/bench_plan.py --model gemma-3-270m.gguf
 
 The plan is made first, then ``run`` is called with the same settings, in the same process. Its
@@ -94,8 +94,9 @@ def main() -> None:
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
     parser.add_argument("--corpus", default="sotu")
     parser.add_argument("--site", default="blocks.9.hook_resid_post")
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--eval-tokens", type=int, default=25_000)
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--trained", type=int, default=1_000_000, help="rows of the training")
+    parser.add_argument("--eval-tokens", type=int, default=20_000)
     parser.add_argument("--expansion", type=int, default=TrainConfig.expansion)
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
@@ -104,7 +105,7 @@ def main() -> None:
     model = LanguageModel.load(args.model or embedded_model())
     settings = {
         "harvest_config": HarvestConfig(tokens=args.tokens),
-        "train_config": TrainConfig(expansion=args.expansion),
+        "train_config": TrainConfig(tokens=args.trained, expansion=args.expansion),
         "evaluate_config": EvaluateConfig(tokens=args.eval_tokens),
     }
     text = Packer.for_model(model, settings["harvest_config"]).contexts(Corpus.open(args.corpus))
@@ -123,9 +124,10 @@ def main() -> None:
             "|---|--:|--:|--:|",
             *lines,
             "",
-            f"{args.tokens:,} tokens, {said.arms} × {said.d_sae:,} latents, {args.eval_tokens:,} "
-            f"tokens of evaluation. The plan took {in_time(took)} of measuring. The run's figures "
-            "and pages are in no stage, but in its whole time.",
+            f"{args.tokens:,} tokens, {said.arms} × {said.d_sae:,} latents trained on "
+            f"{args.trained:,} rows, {args.eval_tokens:,} tokens of evaluation. The plan took "
+            f"{in_time(took)} of measuring. The run's figures and pages are in no stage, but in its "
+            "whole time.",
             "",
             f"{busy}.",
         ]

@@ -1,7 +1,7 @@
 """Time and memory of the quickstart, without its installation.
 
     python scripts/bench_quickstart.py
-    python scripts/bench_quickstart.py --tokens 20000 --eval-tokens 1000 --rows 5000
+    python scripts/bench_quickstart.py --tokens 20000 --trained 20000 --eval-tokens 1000 --rows 5000
 
 The two commands of scripts/quickstart.sh on the embedded SmolLM2-135M and State of the Union, each
 in a process of its own: harvest, weigh, train and evaluate, then the page of every latent.
@@ -16,15 +16,14 @@ import torch
 from bench_memory import SITE, peak_megabytes
 from benchmarks import embedded_model, machine, write_benchmark
 
-from llm_wsae.data.config import HarvestConfig
-
 PROMPT = "The state of our Union is strong."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=HarvestConfig.tokens)
-    parser.add_argument("--eval-tokens", type=int, default=25_000)
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--trained", type=int, default=1_000_000, help="rows of the training")
+    parser.add_argument("--eval-tokens", type=int, default=20_000)
     parser.add_argument("--rows", type=int, default=100_000, help="of the page")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
@@ -44,7 +43,8 @@ def main() -> None:
 
         timed(
             "run", "--corpus", "sotu", "--site", SITE, "--out", out,
-            "--tokens", args.tokens, "--eval-tokens", args.eval_tokens,
+            "--tokens", args.tokens, "--train.tokens", args.trained,
+            "--eval-tokens", args.eval_tokens,
         )  # fmt: skip
         dictionaries = [path.parent for path in sorted((out / SITE).glob("*/wsae.json"))]
         timed(
@@ -60,9 +60,9 @@ def main() -> None:
             *lines,
             f"| in all | {seconds / 60:.1f} | |",
             "",
-            f"{args.tokens:,} tokens, {len(dictionaries)} dictionaries, {args.eval_tokens:,} "
-            f"tokens of evaluation, a page of {args.rows:,} rows. Starting Python and loading the "
-            "model are in the times, the installation is not.",
+            f"{args.tokens:,} tokens, {len(dictionaries)} dictionaries trained on {args.trained:,} "
+            f"rows, {args.eval_tokens:,} tokens of evaluation, a page of {args.rows:,} rows. "
+            "Starting Python and loading the model are in the times, the installation is not.",
             "",
             f"{busy}.",
         ]

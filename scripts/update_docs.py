@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import IMAGES, README, ROOT, embedded_model, write_section
 
+from llm_wsae import Dictionary
 from llm_wsae.cli import COMMANDS, main
 
 PAGES = ROOT / "docs/commands"
@@ -140,12 +141,14 @@ def update_quickstart() -> None:
             f"| {arm['fvu']:.3f} | {arm['ce_recovered']:.3f} [{low:.3f}, {high:.3f}] "
             f"| {arm['kl']:.3f} | {arm['l0']:.0f} |"
         )
-    first = next(iter(report["dictionaries"].values()))
+    name, first = next(iter(report["dictionaries"].items()))
+    trained = Dictionary.load(QUICKSTART / name).info.training
     lines += [
         "",
         f"SmolLM2-135M-Instruct (4-bit file, computed in bfloat16), State of the Union addresses, "
-        f"block 9, {profile['rows']:,} rows, 8 × width, one seed, measured on {first['rows']:,} "
-        "held-out tokens. The intervals are over contexts, not over seeds.",
+        f"block 9, {trained['num_steps'] * trained['batch_size']:,} rows ({profile['rows']:,} "
+        f"different), 8 × width, one seed, measured on {first['rows']:,} held-out tokens. "
+        "Intervals are over contexts, not seeds.",
     ]
     write_section("quickstart table", "\n".join(lines), README)
     for name in ("profile.png", "fidelity.png"):
