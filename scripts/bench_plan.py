@@ -126,8 +126,8 @@ def main() -> None:
             "",
             f"{args.tokens:,} tokens, {said.arms} × {said.d_sae:,} latents trained on "
             f"{args.trained:,} rows, {args.eval_tokens:,} tokens of evaluation. The plan took "
-            f"{in_time(took)} of measuring. The run's figures and pages are in no stage, but in its "
-            "whole time.",
+            f"{in_time(took)} of measuring. Figures and pages of the run are in no stage, only in "
+            "its whole time.",
             "",
             f"{busy}.",
         ]
