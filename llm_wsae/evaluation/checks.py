@@ -27,7 +27,7 @@ def check_fit(dictionaries: Mapping[str, Dictionary], model: LanguageModel, verb
 
 def plain_beside(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
     """Of each weighted dictionary, the plain one trained beside it, if it is there: with the same
-    rows, seed, sparsity and settings."""
+    rows, seed, sparsity and settings. Those of other tools do not say what they were trained on."""
 
     def training(dictionary: Dictionary) -> tuple[Any, ...]:
         info = dictionary.info
@@ -40,7 +40,7 @@ def plain_beside(dictionaries: Mapping[str, Dictionary]) -> dict[str, str]:
     plain = [name for name, one in dictionaries.items() if one.info.rule == "uniform"]
     for name, one in dictionaries.items():
         beside = [p for p in plain if training(dictionaries[p]) == training(one)]
-        if beside and name not in plain:
+        if beside and name not in plain and one.info.store:
             found[name] = beside[0]
     return found
 

@@ -76,7 +76,7 @@ class DictionaryExplained:
         """Score what was answered; ``seed`` is that of the resamplings."""
         latents = []
         for one in examined:
-            scores = {name: score_of(trials, seed) for name, trials in one.trials.items()}
+            scores = {name: score_of(name, trials, seed) for name, trials in one.trials.items()}
             there = {name: score for name, score in scores.items() if score is not None}
             latents.append(Explanation(one.texts.latent, one.explanation, explainer, there))
         bootstrap = Bootstrap(len(latents), _BOOTSTRAPS, seed)
@@ -191,11 +191,12 @@ class Explained:
         return "\n".join([aligned(rows), "", *lines, f"answers  {self.out / ANSWERS}"])
 
 
-def score_of(trials: Sequence[Trial], seed: int) -> Score | None:
-    """Mean accuracy over the sides of the truth (balanced accuracy, if there are two), of the
-    trials with an answer, and its interval over trials; None if a side has no answer."""
+def score_of(name: str, trials: Sequence[Trial], seed: int) -> Score | None:
+    """Accuracy in finding intruders; for the other scores balanced accuracy, the mean over texts
+    whose answer is yes and those whose is no. Of the trials with an answer, with its interval over
+    trials; None if a side has no answer, as where a latent is silent in no text."""
     read = [trial for trial in trials if trial.answer is not None]
-    sides = {trial.truth for trial in trials}
+    sides = (True,) if name == "intruder" else (True, False)
     sums: dict[str, np.ndarray] = {}
     for side in sides:
         own = np.array([trial.truth == side for trial in read], dtype=float)
@@ -207,8 +208,6 @@ def score_of(trials: Sequence[Trial], seed: int) -> Score | None:
     def accuracy(drawn: Mapping[str, Any]) -> Any:
         return sum(drawn[f"right {side}"] / drawn[f"all {side}"] for side in sides) / len(sides)
 
-    if not sides:
-        return None
     value = float(accuracy({name: column.sum() for name, column in sums.items()}))
     interval = Bootstrap(len(read), _BOOTSTRAPS, seed).interval(accuracy, sums)
     return Score(value, interval, len(trials), len(read))

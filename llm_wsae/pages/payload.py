@@ -154,8 +154,9 @@ def table(
         **scores,
     }
     if partner is not None:
-        columns["partner"], columns["likeness"] = partner[0][:, 0].double(), partner[1][:, 0]
-    return {name: _rounded(column) for name, column in columns.items()}
+        columns["likeness"] = partner[1][:, 0]
+    rounded = {name: _rounded(column) for name, column in columns.items()}
+    return rounded if partner is None else rounded | {"partner": partner[0][:, 0].tolist()}
 
 
 def principal_components(decoder: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae 2"]:

@@ -7,6 +7,7 @@ dictionaries/<name>/    trained dictionaries, and the raw dimensions
 results/<name>.json     measured dictionaries; none is measured twice
 consistency.json        how alike the kept dictionaries of different seeds are
 explained.json          what a language model makes of their latents, if it was asked
+looks.json              the k and seeds that each report covered
 answers/                its answers (``explaining.endpoint``)
 report.json, report.md, report.html, curve.png, differences.png
 """
@@ -16,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import AGAIN, read_own_json
+from llm_wsae.files import AGAIN, read_own_json, write_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.studies import consistency
 from llm_wsae.studies.plan import RAW_NAME
 from llm_wsae.studies.report import StudyReport
 from llm_wsae.studies.results import Result, read_result, with_explained
+from llm_wsae.studies.stopping import Look, k_added, look_at
 
-BASIS, FIRST, TRAINING, DICTIONARIES, RESULTS, CONSISTENCY, EXPLAINED = (
+BASIS, FIRST, TRAINING, DICTIONARIES, RESULTS, CONSISTENCY, EXPLAINED, LOOKS = (
     "study.json",
     "first",
     "training",
@@ -31,6 +33,7 @@ BASIS, FIRST, TRAINING, DICTIONARIES, RESULTS, CONSISTENCY, EXPLAINED = (
     "results",
     "consistency.json",
     "explained.json",
+    "looks.json",
 )
 
 
@@ -41,6 +44,7 @@ def read_report(folder: Path) -> StudyReport:
     explained = read_explained(folder)
     if explained:
         basis["explained"] = explained["settings"]
+    basis["k_added"] = k_added(read_looks(folder))
     results = with_explained(read_results(folder), explained.get("dictionaries", {}))
     return StudyReport.of(basis["rows"]["site"], basis, results, agreements)
 
@@ -60,6 +64,32 @@ def read_explained(folder: Path) -> dict[str, Any]:
     if found and not {"settings", "dictionaries"} <= set(found):
         raise LlmWsaeError(f"{path} is not the explanations of a study; delete it to ask again")
     return found
+
+
+def read_looks(folder: Path) -> list[Look]:
+    """What each report on the study covered; none of those made before this was kept.
+
+    Raises LlmWsaeError if the file is damaged.
+    """
+    path = folder / LOOKS
+    found = read_own_json(path, "looks at a study").get("looks") if path.exists() else []
+    try:
+        return [
+            {
+                label: {name: list(map(int, own[name])) for name in ("ks", "seeds")}
+                for label, own in look.items()
+            }
+            for look in found
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise LlmWsaeError(f"{path} does not say what reports covered; {AGAIN}") from error
+
+
+def keep_look(folder: Path) -> None:
+    """Write down what a report on the study covers now, if none did before."""
+    looks, now = read_looks(folder), look_at(read_results(folder))
+    if now not in looks:
+        write_json(folder / LOOKS, {"looks": [*looks, now]})
 
 
 def read_basis(folder: Path) -> dict[str, Any]:

@@ -90,6 +90,10 @@ _MANY_SEEDS = (
     "This study has {} seeds. The verdict's 5 % cover looks at two to five seeds; of more seeds "
     "only if they were all decided on beforehand."
 )
+_MORE_K = (
+    "{} had been reported on with other k and as many seeds: the verdict's 5 % cover one look at "
+    "each number of seeds."
+)
 _PW_MCC = (
     "PW-MCC: how similar the decoders of different seeds are, latents matched one to one, for the "
     "dictionaries that were kept."
@@ -307,7 +311,9 @@ class StudyReport:
     def _notes(self) -> list[str]:
         """What to know before relying on the verdicts."""
         seeds = max((len(one.seeds) for one in self._claims()), default=0)
-        return [_MANY_SEEDS.format(seeds)] if seeds > max(SPENT) else []
+        notes = [_MANY_SEEDS.format(seeds)] if seeds > max(SPENT) else []
+        added = self.basis.get("k_added")
+        return [*notes, _MORE_K.format(", ".join(added))] if added else notes
 
     def _sentence(self, one: Compared) -> str:
         return f"{one.label}: {VERDICTS[one.verdict]} ({self._evidence(one)})"

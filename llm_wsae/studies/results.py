@@ -84,8 +84,8 @@ MEASURES = {
     ),
     "detection_all": Measure(
         "detection, all latents",
-        "detection, counting latents that cannot be scored as chance (0.5): weights change which "
-        "can be scored",
+        "detection, counting dense latents and those that cannot be scored as chance (0.5): "
+        "weights change which can be scored",
         "latents",
         "detection",
         unscored=0.5,

@@ -34,6 +34,7 @@ from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_folder
+from llm_wsae.outside import mapping
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
@@ -51,6 +52,7 @@ from llm_wsae.studies.folder import (
     check_basis,
     has_unit_lengths,
     k_of_baselines,
+    keep_look,
     read_basis,
     read_explained,
     read_report,
@@ -173,6 +175,7 @@ def study(
             monosemanticity = judge()
         jobs.finish(missing, monosemanticity)
         consistency.measure(out / CONSISTENCY, _kept(out, read_results(out)))
+        keep_look(out)
         report = read_report(out)
         report.write(out)
         if endpoint is not None:
@@ -267,12 +270,14 @@ def _explain(
     config: ExplainConfig,
     encoder: Encoder | None,
 ) -> None:
-    """Have latents of every kept dictionary explained that has none yet; one after the other, so
-    that a stop costs one pass over the store."""
-    known = read_explained(out).get("dictionaries", {})
+    """Have latents of every kept dictionary explained of which questions have no answer yet; one
+    after the other, so that a stop costs one pass over the store."""
+    before = read_explained(out)
+    known, failed = before.get("dictionaries", {}), dict(mapping(before.get("failed")))
     for result in read_results(out):
         folder = out / DICTIONARIES / result.name
-        if result.name in known or not folder.exists():
+        is_complete = result.name in known and not failed.pop(result.name, 0)
+        if is_complete or not folder.exists():
             continue
         whom, place = (asked["endpoint"], asked["explainer"]), out / ANSWERS
         named = {result.name: folder}
@@ -286,7 +291,9 @@ def _explain(
             (place / EXPLAIN_REPORT).replace(place / f"{result.name}.json")
             one = found.dictionaries[result.name]
             known[result.name] = {name: over_latents(one.values(name)) for name in one.means}
-        write_json(out / EXPLAINED, plain({"settings": asked, "dictionaries": known}))
+            failed |= {result.name: one.failed} if one.failed else {}
+        found_so_far = {"settings": asked, "dictionaries": known, "failed": failed}
+        write_json(out / EXPLAINED, plain(found_so_far))
 
 
 def _plants(config: PlantConfig | None) -> dict[str, Any]:

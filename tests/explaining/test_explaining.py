@@ -323,11 +323,13 @@ def test_scores_by_hand():
         return [Trial(truth, "", answer) for truth, answer in pairs]
 
     four = trials((True, True), (True, True), (True, False), (True, None), (False, False))
-    found = score_of(four, 0)
+    found = score_of("detection", four, 0)
     assert found.value == pytest.approx((2 / 3 + 1) / 2) and (found.asked, found.answered) == (5, 4)
     assert found.interval[0] <= found.value <= found.interval[1]
-    assert score_of(trials((True, True), (False, None)), 0) is None and score_of([], 0) is None
-    assert score_of(trials((True, True), (True, False)), 0).value == 0.5  # one side: accuracy
+    assert score_of("fuzzing", trials((True, True), (False, None)), 0) is None
+    one_side = trials((True, True), (True, False))
+    assert score_of("detection", one_side, 0) is None and score_of("intruder", [], 0) is None
+    assert score_of("intruder", one_side, 0).value == 0.5
 
     def correlation(one, other):
         floats = ([v if v is None else float(v) for v in column] for column in (one, other))
@@ -788,6 +790,11 @@ def test_a_study_explains_every_kept_dictionary_once(
     explained_json = tmp_path / "explained.json"
     known = json.loads(explained_json.read_text())
     fewer = {name: own for name, own in known["dictionaries"].items() if name != "uniform-k2"}
+    assert known.pop("sha256") and known["failed"] == {}
+    # where questions had no answer, they are asked again; the others are known
+    write_json(explained_json, known | {"failed": {"uniform-k2": 1}})
+    assert study(**judged).table() == report.table() and len(asked.bodies) == questions
+    assert json.loads(explained_json.read_text())["failed"] == {}
     write_json(explained_json, {"settings": known["settings"], "dictionaries": fewer})
     with monkeypatch.context() as patch:  # one has nothing to explain: the others count
         patch.setattr(runner, "explain", nothing)

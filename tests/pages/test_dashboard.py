@@ -30,7 +30,7 @@ from llm_wsae.pages import collecting, live, size
 from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every_row, windows
 from llm_wsae.pages.dashboard import named_dictionaries
 from llm_wsae.pages.live import Session, application
-from llm_wsae.pages.payload import Words, facts, principal_components, shown
+from llm_wsae.pages.payload import Words, facts, nearest, principal_components, shown, table
 
 PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
 TOP, BANDS = 3, 2
@@ -175,6 +175,17 @@ def test_the_page_knows_both_dictionaries_and_each_latents_partner(world, page, 
         assert [[latent for latent, _ in active] for _, active in found] == [
             [one.latent for one in token.latents[:12]] for token in wanted
         ]
+
+
+def test_partners_of_a_wide_dictionary_are_exact():
+    """Other numbers of the table have four digits."""
+    one = make_dictionary(d_sae=12_000)
+    order = torch.randperm(one.d_sae, generator=torch.Generator().manual_seed(1))
+    none = torch.zeros(one.d_sae)
+    found = Firings(9, none.long(), none, none[:, None].long(), 1.0, none[:, None].long(),
+                    none[:, None], none[:, None].long(), none[:, None])  # fmt: skip
+    partner = nearest(one.W_dec, one.W_dec[order], 1, same=False)
+    assert table(one, found, none, partner, {})["partner"] == order.argsort().tolist()
 
 
 def test_an_explanation_stands_before_the_tokens_and_in_the_latents_panel(browser, page, tab):

@@ -10,7 +10,7 @@ from scipy import stats
 
 from llm_wsae.studies.curve import Curve, Point, Value
 from llm_wsae.studies.inference import adjusted, estimates, pooled_variance
-from llm_wsae.studies.stopping import SPENT, spent
+from llm_wsae.studies.stopping import SPENT, k_added, spent
 
 SEEDS = 3
 
@@ -49,6 +49,21 @@ def false_alarms(make, repetitions=600) -> float:
     draw = np.random.default_rng(0)
     tests = [e.p < 0.05 for _ in range(repetitions) for e in estimates(make(draw)).values()]
     return float(np.mean(tests))
+
+
+def test_what_was_given_more_k_on_the_same_seeds():
+    def look(**labels):
+        return {
+            label: {"ks": ks, "seeds": list(range(seeds))} for label, (ks, seeds) in labels.items()
+        }
+
+    first = look(uniform=([24, 32], 3), rule=([32], 3))
+    assert k_added([]) == k_added([first]) == k_added([first, first]) == []
+    assert k_added([first, first | look(other=([32], 3))]) == []  # Holm's correction covers it
+    assert k_added([first, look(uniform=([24, 32], 5), rule=([24, 32], 5))]) == []  # a new share
+    assert k_added([first, first | look(rule=([24, 32], 3))]) == ["rule"]
+    assert k_added([first, first | look(uniform=([16, 24, 32], 3))]) == ["uniform"]
+    assert k_added([look(rule=([32], 1)), look(rule=([24, 32], 1))]) == []  # one seed has no p
 
 
 def test_without_an_effect_none_is_found_in_95_of_100():

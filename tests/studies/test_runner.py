@@ -424,6 +424,19 @@ def test_other_rules_are_added_and_nothing_is_trained_twice(whole, study, traine
     ]  # fmt: skip
 
 
+def test_k_that_were_added_after_a_report_are_said(whole, study, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    said = "variance-a-0.25 had been reported on with other k and as many seeds"
+    assert not any("as many seeds" in sentence for sentence in study(out).sentences())
+    report = study(out, replace(CONFIG, ks=(*CONFIG.ks, 3)))
+    assert said in report.sentences()[-1]
+    assert study(out).sentences() == report.sentences()  # and it is said ever after
+    (out / "looks.json").write_text('{"looks": [3]}')
+    with pytest.raises(LlmWsaeError, match=r"looks\.json does not say what reports covered"):
+        study(out)
+
+
 def stopped_in_training(study, out, monkeypatch):
     """A study that is interrupted when its first group begins."""
 

@@ -160,6 +160,10 @@ def test_a_space_has_twice_the_usual_learning_rate(tmp_path):
     arms = [*arms, *make_arms(choose_weights(source.statistics(), ("uniform",), ()), (4,))]
     found = plain_beside(train(source, arms, usual, tmp_path / "beside"))
     assert found == {arm.name: "uniform-k4" for arm in arms[:3]}
+    others = {arm.name: Dictionary.load(tmp_path / "beside" / arm.name) for arm in arms}
+    for one in others.values():
+        one.info.store.clear()  # as another tool's, which says nothing of its rows
+    assert plain_beside(others) == {}
     # the rate that is written is the one it is trained with
     (twice,) = train(
         source, arms[2:3], replace(usual, learning_rate=8e-3), tmp_path / "twice"

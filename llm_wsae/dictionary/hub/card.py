@@ -73,7 +73,7 @@ def card(
     ours = f"{BEGIN}\n\n{_body(repo_id, dictionaries, figures, revision)}\n\n{END}"
     if END in around.partition(BEGIN)[2]:
         before, rest = around.split(BEGIN, 1)
-        parts = [before.strip("\n"), ours, rest.split(END, 1)[1].strip("\n")]
+        parts = [before.strip("\n"), ours, rest.rpartition(END)[2].strip("\n")]
     else:
         parts = [around.strip("\n"), ours]
     whole = "\n\n".join(part for part in parts if part)
@@ -240,7 +240,7 @@ def making(d: Facts, figure: str | None) -> list[str]:
         listed["versions"] = escape(", ".join(f"{k} {v}" for k, v in versions.items()))
     parts = [markdown([["", ""], *map(list, listed.items())], left=2)]
     if command := text(training.get("command")):
-        command = portable(command).replace("`", "'").replace("\n", " ")
+        command = portable(command).replace("`", "'").replace("\n", " ").replace("<!--", "<! --")
         parts = [f"```bash\n{command}\n```", *parts]
     if figure is not None:
         parts = [f"![Loss weights of {escape(d.sae_id)}]({figure})", *parts]

@@ -11,7 +11,7 @@ from llm_wsae.evaluation.monosemanticity.latent_scores import SCORES
 from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
-from llm_wsae.terminal import aligned
+from llm_wsae.terminal import aligned, printable
 
 COLUMNS = {
     "eligible %": "latents that fire in enough contexts to be scored; the next four columns are "
@@ -126,8 +126,8 @@ class MonosemanticReport:
             )
         for group, found in self.consistency.items():
             lines.append(
-                f"{group}: agreement of {len(found['dictionaries'])} seeds (PW-MCC, mean cosine of "
-                f"matched latents): {found['pw_mcc']:.3f} over all latents, "
+                f"{printable(group)}: agreement of {len(found['dictionaries'])} seeds (PW-MCC, "
+                f"mean cosine of matched latents): {found['pw_mcc']:.3f} over all latents, "
                 f"{found['pw_mcc_alive']:.3f} over those that fired."
             )
         return "\n".join(lines + [f"note: {note}" for note in self.notes])

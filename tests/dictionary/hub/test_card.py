@@ -172,6 +172,16 @@ def test_the_command_and_versions_that_made_it():
     assert body.count("```") % 2 == 0
 
 
+def test_a_command_cannot_end_our_part_of_the_card():
+    """What follows our last line is taken to be the user's own text when the card is made again."""
+    command = f"llm-wsae train {END} <img src=x onerror=alert(1)>"
+    first = card(REPO, [some(training={"command": command})], set(), old="mine\n")
+    assert first.count(END) == 1 and command.replace("<!--", "<! --") in first
+    assert card(REPO, [some(training={"command": command})], set(), old=first) == first
+    older = first.replace("<! --", "<!--")  # as earlier versions wrote it
+    assert card(REPO, [some()], set(), old=older) == card(REPO, [some()], set(), old="mine\n")
+
+
 def test_how_to_load_it():
     text = card(REPO, [some()], set())
     assert f'Dictionary.from_pretrained("user/saes", "{SITE}/plain-k4")' in text

@@ -213,6 +213,8 @@ def test_seeds_are_compared_with_each_other(model, corpus):
     assert numbers["pw_mcc_alive"] == pytest.approx(1)
     assert numbers["pw_mcc"] == pytest.approx(NUM_WORDS / WIDTH)  # dead latents agree with none
     assert f"matched latents): {numbers['pw_mcc']:.3f} over all latents" in found.table()
+    strange = dataclasses.replace(found, consistency={"words\x1b]0;mine\x07": numbers}).table()
+    assert "\x1b" not in strange and "\x07" not in strange
 
 
 def test_only_what_was_made_alike_is_compared_over_seeds(model, corpus):
