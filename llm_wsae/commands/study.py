@@ -82,7 +82,7 @@ def study(
 ) -> Result:
     """Do weights help? Compare rules and their controls with plain dictionaries over several k.
 
-    Run it again to resume after an interruption, or with other rules, k or seeds to extend the
+    Run it again to resume after an interruption, or with other rules or seeds to extend the
     study: no dictionary is trained twice, and the report is about all that was tried in the folder.
 
     Args:
