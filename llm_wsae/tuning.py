@@ -20,7 +20,9 @@ from llm_wsae.outside import typed
 from llm_wsae.processes import join
 from llm_wsae.provenance import plain
 from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
+from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import train
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
@@ -85,6 +87,7 @@ def choose_alpha(
         if training.lengths == "auto" and processes.lead(lambda: _has_unit_lengths(kept)):
             training = replace(training, lengths="unit")
         tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
+        tokens = max(tokens, training.batch_size)  # a few rows may be read several times
         short = replace(training, tokens=tokens, tracker="none")
         asked = plain(
             {
@@ -96,6 +99,8 @@ def choose_alpha(
             }
         )
         found = processes.lead(lambda: _kept(folder, asked))
+        if found is None:
+            processes.lead(lambda: _check_trials(folder / _TRIALS))
     if found is not None:
         return AlphaChoice(**found)
     uniform = weights_from_rule("uniform", 1.0, inputs)
@@ -123,8 +128,24 @@ def _kept(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if not (folder / CHOICE).exists():
         return None
     choice = _read(folder / CHOICE, asked)
-    shutil.rmtree(folder / _TRIALS, ignore_errors=True)  # if it was killed before it did that
+    if _is_ours(folder / _TRIALS):  # it was killed before it did that
+        shutil.rmtree(folder / _TRIALS, ignore_errors=True)
     return asdict(choice)
+
+
+def _is_ours(trials: Path) -> bool:
+    """Whether a folder holds a training."""
+    return any((trials / name).exists() for name in (CHECKPOINT, FINISHED, LOG))
+
+
+def _check_trials(trials: Path) -> None:
+    """Raises LlmWsaeError for a folder that holds something else: it would be deleted."""
+    if trials.is_dir() and not _is_ours(trials):
+        foreign = [path.name for path in trials.iterdir() if not path.name.startswith(".")]
+        if foreign:
+            raise LlmWsaeError(
+                f"trials would be trained in {trials}, which holds {foreign[0]}; move it away"
+            )
 
 
 def _recorded(training: TrainConfig) -> dict[str, Any]:

@@ -339,7 +339,7 @@ def fisher_information(
     about 40 k tokens are enough for a model of 576 dimensions. ``seed`` determines the labels.
 
     Raises UsageError for a site that the model lacks, LlmWsaeError if no position is kept or a
-    gradient is not finite.
+    prediction or gradient is not finite.
     """
     model.check_site(site)
     total = torch.zeros(model.d_model, model.d_model, dtype=torch.float64)
@@ -355,11 +355,15 @@ def fisher_information(
     if count == 0:
         raise LlmWsaeError("there is no text on which to measure the model's sensitivity")
     if not bool(torch.isfinite(total).all()):
-        raise LlmWsaeError(
-            f"the gradients of {model.name} at {site} are not finite; load the model in float32 "
-            "(--model-dtype float32)"
-        )
+        raise _not_finite("gradients", model, site)
     return total / count
+
+
+def _not_finite(what: str, model: LanguageModel, site: Site) -> LlmWsaeError:
+    return LlmWsaeError(
+        f"the {what} of {model.name} at {site} are not finite; load the model in float32 "
+        "(--model-dtype float32)"
+    )
 
 
 def _gradients(
@@ -371,6 +375,9 @@ def _gradients(
     hidden = model.activations(ids, [site])[site].requires_grad_()
     with torch.enable_grad():
         logits = model.resume(ids, site, hidden).flatten(0, 1).float()
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        chances = logits.detach().softmax(-1)
+        if bool(chances.isnan().any()):
+            raise _not_finite("predictions", model, site)
+        labels = torch.multinomial(chances, 1, generator=generator).squeeze(1)
         losses = F.cross_entropy(logits, labels, reduction="none")
         return torch.autograd.grad(-losses[scored.flatten()].sum(), hidden)[0]

@@ -399,3 +399,7 @@ def test_fisher_refuses_bad_requests(model):
         fisher_information(model, [(ids, keep)], Site.parse("blocks.7.hook_resid_post"))
     with pytest.raises(LlmWsaeError, match="no text"):
         fisher_information(model, [(ids, torch.zeros_like(keep))], SITE)
+    overflowing = tiny_model()
+    overflowing.hf_model.model.norm.weight.data[0] = torch.inf
+    with pytest.raises(LlmWsaeError, match=r"predictions of .* are not finite; load the model in"):
+        fisher_information(overflowing, [(ids, keep)], SITE)

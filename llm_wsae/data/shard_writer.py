@@ -28,10 +28,16 @@ from llm_wsae.data.shard_record import (
 from llm_wsae.digests import crc32s
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import save_tensors
-from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 
-SHARD_SAMPLE_ROWS = 1024  # sampled per shard; the sample of the whole store is larger
+_SAMPLED, _OF_TOKENS = 1024, 32_768
 _BATCHES_AHEAD = 2
+
+
+def sampled_rows(shard_tokens: int) -> int:
+    """Rows of a shard that its statistics sample: as many for all of its tokens, so that a few
+    large shards are sampled as well as many small ones, which together hold a larger sample."""
+    return min(SAMPLE_ROWS, _SAMPLED * max(1, shard_tokens // _OF_TOKENS))
 
 
 class StoreWriter:
@@ -110,7 +116,9 @@ class StoreWriter:
     def _statistics_of(self, site: str) -> Statistics:
         if site not in self._statistics:
             self._statistics[site] = Statistics(
-                self._manifest.d_in, self._manifest.context_size, SHARD_SAMPLE_ROWS
+                self._manifest.d_in,
+                self._manifest.context_size,
+                sampled_rows(self._manifest.contexts_per_shard * self._manifest.context_size),
             )
         return self._statistics[site]
 

@@ -179,7 +179,8 @@ def _sample(
     Packer.for_model(model, config)
     if contexts is None:
         contexts = _random_contexts(model, config)
-    sample = list(islice(contexts, max(2, _SAMPLED * config.contexts_per_batch)))
+    wanted = min(_SAMPLED * config.contexts_per_batch, config.num_contexts)
+    sample = list(islice(contexts, max(2, wanted)))
     if len(sample) < 2:
         raise LlmWsaeError("the text to plan for fills fewer than 2 contexts; provide more text")
     return sample
@@ -292,7 +293,7 @@ def _advice(sizes: Sizes, free: int | None, trained: int) -> tuple[Advice, str]:
     if sizes.stream is not None:
         return "stream", "no rows are kept; a later training runs the model again"
     store, times = in_bytes(sizes.store()), trained / sizes.rows
-    if free is not None and sizes.disk() > free:
+    if free is not None and sizes.disk() > free >= sizes.disk() - sizes.store():
         return "stream", (
             f"a store of {store} and the dictionaries do not fit into {in_bytes(free)}; "
             f"llm-wsae run --stream keeps no rows, and runs the model over {times:.2g} × the tokens"

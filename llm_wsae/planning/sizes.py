@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from llm_wsae.data.config import HarvestConfig, StreamConfig
-from llm_wsae.data.shard_writer import SHARD_SAMPLE_ROWS
+from llm_wsae.data.shard_writer import sampled_rows
 from llm_wsae.data.shuffling import WINDOW_BYTES
 from llm_wsae.evaluation.activations import CACHE_BYTES
 from llm_wsae.evaluation.config import EvaluateConfig
@@ -67,7 +67,8 @@ class Sizes:
         statistics = Statistics(self.d_in, config.context_size).to_tensors()
         moments = sum(tensor.nbytes for tensor in statistics.values())
         row = self.d_in * self.row_item
-        of_shard = min(SHARD_SAMPLE_ROWS, self.rows // shards)
+        of_shard = sampled_rows(config.contexts_per_shard * config.context_size)
+        of_shard = min(of_shard, self.rows // shards)
         sample = shards * of_shard + min(SAMPLE_ROWS, shards * of_shard)
         site = self.rows * row + sample * (row + 8) + (shards + 1) * moments + 2 * shards * _FILE
         site += 8 * self.d_in * (self.d_in + 1) if self.moment else 0

@@ -131,9 +131,10 @@ class Statistics:
 
     def _add_to_sample(self, rows: Tensor) -> None:
         # Seeded by the data: the same rows give the same sample, whatever happened to the process
-        # in between, and two parts that are merged later draw different priorities.
-        first = zlib.crc32(rows[:8].float().numpy().tobytes())
-        generator = torch.Generator().manual_seed(((self.count << 32) + first) % 2**63)
+        # in between, and two parts that are merged later draw different priorities. All rows count,
+        # since the documents of many texts begin alike.
+        every = zlib.crc32(rows.float().numpy().tobytes())
+        generator = torch.Generator().manual_seed(((self.count << 32) + every) % 2**63)
         priority = torch.rand(len(rows), generator=generator, dtype=torch.float64)
         self._keep_sample(rows, priority)
 

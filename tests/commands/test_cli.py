@@ -389,8 +389,8 @@ def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(
     model_and_corpus, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(llm_wsae.pipeline, "TRIAL_TOKENS", 300)
-    monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 4096)
     monkeypatch.setattr(llm_wsae.tuning, "LEAST_GAIN", 0.99)
+    monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 9)  # less than a batch: it is one then
     asked = (*model_and_corpus, *RUN, "--rule", "whitening", "--alpha", "auto")
     works("run", *asked, "--out", tmp_path / "out")
     arms = [path.parent.name for path in (tmp_path / "out" / SITE).glob("*/wsae.json")]
@@ -405,8 +405,14 @@ def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
     monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 4096)
     monkeypatch.setattr(llm_wsae.tuning, "LEAST_GAIN", gain)
     asked = (*model_and_corpus, *RUN, "--alpha", "auto", 0.5, "--out", tmp_path / "out")
-    result = works("run", *asked)
     here = tmp_path / "out" / SITE
+    (here / "alpha").mkdir(parents=True)
+    (here / "alpha" / "notes.txt").write_text("mine")
+    refused = call("run", *asked)
+    assert refused.code == 1 and "which holds notes.txt; move it away" in refused.err
+    assert (here / "alpha" / "notes.txt").read_text() == "mine"
+    shutil.rmtree(here / "alpha")
+    result = works("run", *asked)
     choice = json.loads((here / "alpha.json").read_text())["choice"]
     assert list(choice["kl"]) == ["0", "0.25", "0.5", "0.75", "1"] and choice["rows"] == 4096
     best = min(choice["kl"], key=choice["kl"].get)

@@ -321,6 +321,19 @@ def test_requests_that_cannot_be_are_refused(model):
             plan(model, **{"sites": SITES, **SETTINGS, **change})
 
 
+def test_no_more_text_is_taken_than_the_run_would_read(model):
+    huge = replace(HARVEST, batch_tokens=10**12)
+    assert len(planning._sample(model, None, huge)) == huge.num_contexts
+
+
+def test_a_stream_is_advised_only_where_the_rest_fits(model, monkeypatch, fixed):
+    needed = plan(model, SITES, **SETTINGS)
+    rest = needed.disk_bytes - needed.store_bytes
+    for free, advice in ((needed.disk_bytes - 1, "stream"), (rest - 1, "store")):
+        monkeypatch.setattr(planning, "free_space", lambda path, free=free: free)
+        assert plan(model, SITES, **SETTINGS).advice == advice
+
+
 def test_a_text_that_gives_no_row_is_refused(model, text):
     contexts = Packer.for_model(model, HARVEST).contexts(Corpus.open(str(text), "train"))
     none = (context._replace(keep=context.keep & False) for context in contexts)

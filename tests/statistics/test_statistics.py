@@ -88,6 +88,16 @@ def test_a_constant_dimension_has_no_variance(dtype):
     assert Statistics(3, 32).variance.tolist() == [0, 0, 0]
 
 
+def test_parts_that_begin_alike_are_sampled_apart():
+    """Shards of documents with one beginning, each in contexts of its own."""
+    shared, x = rows_of(20, seed=9), rows_of(3000)
+    merged = Statistics(5, 32, sample_rows=64)
+    for part in x.split(100):
+        own = torch.cat([shared, part])
+        merged.merge(Statistics(5, 32, sample_rows=64).update(own, positions_of(len(own))))
+    assert len(set(merged._priority.tolist())) == len(merged.sample) == 64
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=6))
 def test_merging_parts_equals_one_pass(sizes):
