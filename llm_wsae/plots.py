@@ -158,6 +158,7 @@ def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path)
                 "control": False,
                 "name": arm.name,
                 "k": arm.level,
+                "level": f"{'k' if arm.kind.setting == 'k' else 'L1'} = {arm.level:g}",
                 "values": {key: getattr(report.dictionaries[arm.name], key) for key in OF_PAGE},
             }
             for arm in arms

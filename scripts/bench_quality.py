@@ -120,7 +120,7 @@ def main() -> None:
 
     busy = machine(torch.get_num_threads())
     store, heldout = ActivationStore.open(args.store), ActivationStore.open(args.heldout)
-    site, config, seeds = Site.parse(args.site), TrainConfig(), range(args.seeds)
+    site, config, seeds = Site.parse(args.site), TrainConfig(lengths="unit"), range(args.seeds)
     uniform = weights_from_rule("uniform", 1.0, store.statistics(site))
     arms = make_arms([uniform], [args.k], init_seeds=seeds)
     with tempfile.TemporaryDirectory() as folder:

@@ -311,10 +311,10 @@ TODAY = Apart(
     "(`shares`) keeps 1.7 points less of the cross-entropy than plain, too little to be compared; "
     "at the same k its selectivity is half of plain's. `participation` takes its weights from a "
     "first dictionary of each seed, trained on half of the rows; its effective dimensions were not "
-    "kept. None differs clearly in spill. At equal cross-entropy all three absorb less, but so do "
-    "their controls: absorption falls steeply along the plain curve, whose own k = 32 lies .012 "
-    "[.005, .019] below a curve through the others; at equal "
-    "density no rule differs clearly; and baselines, which know no letters, absorb none.",
+    "kept. None differs clearly in spill. At equal cross-entropy two absorb clearly less, but so "
+    "do all controls: absorption falls steeply along the plain curve, whose own k = 32 lies .012 "
+    "[.005, .019] below a curve through the others; at equal density no rule differs clearly; and "
+    "baselines, which know no letters, absorb none.",
     (
         _costs_at_most(WHITENED, 0.003),
         _within(WHITENED, "detection", -0.02, 0.002),

@@ -39,6 +39,8 @@ class Splice:
                     f"positions are counted from the first token, so {taken.start}:{taken.stop} "
                     "is impossible; give numbers from 0 on"
                 )
+            if taken.step is not None and taken.step < 1:
+                raise UsageError(f"positions cannot have a step of {taken.step}; give at least 1")
             for latent in _latents(edit):
                 if not 0 <= latent < self.dictionary.d_sae:
                     raise UsageError(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llm_wsae.errors import UsageError
 from llm_wsae.model.forward import Blocks, Visit, overwriting
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.loading import check_causal
 from llm_wsae.model.module_paths import find_paths, get_module
 from llm_wsae.model.site import Site
 
@@ -66,6 +67,7 @@ def target_of(model: Any) -> Target:
     if isinstance(model, TransformerBridge):
         return _bridge(model)
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+        check_causal(type(model).__name__, model)
         # Neither copied nor frozen: this very model must be hooked.
         model = LanguageModel(model, None, type(model).__name__)
     if not isinstance(model, LanguageModel):

@@ -47,7 +47,7 @@ def evaluate(
             dictionary.
         keep: Also store the results in the dictionaries' own folders, for their cards.
     """
-    from llm_wsae.data.corpus import Corpus
+    from llm_wsae.data.corpus import TEXT_OF_PART, Corpus
     from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
@@ -80,13 +80,13 @@ def evaluate(
     taken = take_contexts(contexts, fidelity.tokens)
     measured = loaded | (baselines_of(loaded, language_model, taken) if baselines else {})
     report = measure(measured, language_model, taken, fidelity)
-    report.notes.extend(seen)
+    report = replace(report, text=TEXT_OF_PART[part], notes=[*report.notes, *seen])
     facts, tables = report.to_dict(), [report.table()]
     found = {
         name: {"fidelity": {"corpus": text.name, **own}} for name, own in report.summaries().items()
     }
     if scorer is not None:
-        scores = scorer.score(measured)
+        scores = replace(scorer.score(measured), text=TEXT_OF_PART[part])
         facts["monosemanticity"] = scores.to_dict()
         tables.append(scores.table())
         for name in loaded:

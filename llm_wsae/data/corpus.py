@@ -28,7 +28,8 @@ from llm_wsae.data.text_sources import (
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.outside import integer, local_path, number
 
-PARTS = ("train", "heldout", "all")
+TEXT_OF_PART = {"train": "text for training", "heldout": "held-out text", "all": "text"}
+PARTS = tuple(TEXT_OF_PART)
 _LONGEST_LABEL = 100
 
 

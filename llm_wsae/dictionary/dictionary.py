@@ -262,7 +262,8 @@ class Dictionary(nn.Module):
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().float().contiguous(), requires_grad=False)
+    own = tensor.detach().to(torch.float32, copy=True).contiguous()  # its owner may change it
+    return nn.Parameter(own, requires_grad=False)
 
 
 def load_pretrained(

@@ -1,5 +1,6 @@
 """What a dictionary records about how it was made: plain data, light to import."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -45,6 +46,14 @@ class DictionaryInfo:
     """Resolved training configuration."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What was measured, at the end of training or by ``evaluate``."""
+
+    def is_of_other_weights(self, identity: Mapping[str, Any]) -> bool:
+        """Whether it explains another model than the one with that ``identity()``, as far as can be
+        told: float16 rounds the samples of a fingerprint once more."""
+        own, its = self.model, identity
+        known = None not in (own.get("weights_sha256"), its.get("weights_sha256"))
+        alike = (own.get("dtype") == "float16") == (its.get("dtype") == "float16")
+        return known and alike and own["weights_sha256"] != its["weights_sha256"]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""

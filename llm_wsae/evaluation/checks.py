@@ -85,13 +85,16 @@ def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, A
 
     ``corpus`` is the identity of the evaluated corpus. Documents are held out by their names in the
     corpus, so only a training on the same corpus, with at least as much held out, is sure not to
-    have seen them. Nothing is reported for a corpus with another name.
+    have seen them. Another part than the held-out one is named once. Nothing is reported for a
+    corpus with another name.
     """
+    trained_on = {n: one.info.corpus for n, one in dictionaries.items()}
+    same = {n: own for n, own in trained_on.items() if own.get("name") == corpus["name"]}
+    if corpus["part"] != "heldout":
+        said = f"{corpus['name']} was not read where it is held out: this text may have been seen"
+        return [said] if same else []
     notes = []
-    for name, dictionary in dictionaries.items():
-        trained = dictionary.info.corpus
-        if corpus["part"] != "heldout" or trained.get("name") != corpus["name"]:
-            continue
+    for name, trained in same.items():
         if trained.get("part") not in (None, "train"):
             why = f"on all of {corpus['name']}"
         elif (number(trained.get("heldout_fraction", 1.0)) or 0) < corpus["heldout_fraction"]:
@@ -107,7 +110,7 @@ def notes_on_text(dictionaries: Mapping[str, Dictionary], corpus: Mapping[str, A
 def notes_on_weights(dictionaries: Mapping[str, Dictionary], model: LanguageModel) -> list[str]:
     """A sentence for every dictionary that was trained on other weights than this model's, or on
     centred activations."""
-    own = model.identity()["weights_sha256"]
+    own = model.identity()
     centred = [
         f"dictionary {name!r} was trained on activations whose rows have mean 0: its "
         "reconstructions lack the mean"
@@ -117,5 +120,5 @@ def notes_on_weights(dictionaries: Mapping[str, Dictionary], model: LanguageMode
     return centred + [
         f"dictionary {name!r} was trained on other weights than those of this {model.name}"
         for name, dictionary in dictionaries.items()
-        if dictionary.info.model.get("weights_sha256") not in (None, own)
+        if dictionary.info.is_of_other_weights(own)
     ]

@@ -72,10 +72,7 @@ def check_store(store: ActivationStore, dictionary: Dictionary) -> None:
             f"the store {store.folder} has rows of {store.d_in} dimensions, but the dictionary "
             f"reads {dictionary.d_in}; give the store of the model that it was trained on"
         )
-    theirs, ours = (
-        identity.get("weights_sha256") for identity in (store.manifest.model, dictionary.info.model)
-    )
-    if None not in (theirs, ours) and theirs != ours:
+    if dictionary.info.is_of_other_weights(store.manifest.model):
         raise LlmWsaeError(
             f"the store {store.folder} was made by {store.manifest.model.get('name')}, but the "
             f"dictionary was trained on {dictionary.info.model.get('name')} (other weights)"

@@ -148,8 +148,7 @@ def _load(
 def _check_model(model: LanguageModel, dictionary: Dictionary) -> None:
     """Raises UsageError for a model of another width; warns if it has other weights."""
     check_width(model, dictionary)
-    trained = dictionary.info.model.get("weights_sha256")
-    if trained is not None and trained != model.identity()["weights_sha256"]:
+    if dictionary.info.is_of_other_weights(model.identity()):
         print(
             f"llm-wsae: the dictionary was trained on a model whose weights differ from those of "
             f"{model.name}",

@@ -20,6 +20,7 @@ import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ _TOKENS_TOGETHER = 1024  # per forward on a CPU core: their activations stay in 
 
 Visit = Callable[[Tensor], Tensor | None]
 """Receives the stream at a site [contexts, positions, d_model]; what it returns replaces it."""
+
+
+_probing: ContextVar[bool] = ContextVar("probing", default=False)
+"""Whether the forward pass is one of this module's own, of tokens without a meaning, which nobody's
+visits see: those of other ``Blocks`` on the same modules may be open."""
 
 
 class _StopForward(Exception):
@@ -178,13 +184,12 @@ class Blocks:
             hidden.add_(1 + hidden.abs().mean())
             return clean  # the norm sees no difference
 
-        ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(self._hf_model))
         with contextlib.ExitStack() as hooks, torch.no_grad():
             handle = block.register_forward_hook(lambda *call: outputs.append(_first(call[2])))
             hooks.callback(handle.remove)
-            self.run(ids)
+            self._probe()
             _pre_hook(hooks, norm, disturbed)
-            self.run(ids)
+            self._probe()
         if torch.equal(*outputs):
             raise LlmWsaeError(
                 f"in this architecture the stream at {site} cannot be replaced for both of its "
@@ -245,8 +250,16 @@ class Blocks:
                     )
                 )
                 hooks.callback(handle.remove)
-            device = device_of(self._hf_model)
-            self.run(torch.zeros(1, 2, dtype=torch.long, device=device))
+            self._probe()
+
+    def _probe(self) -> None:
+        """A forward pass of two tokens, for the hooks of this module alone."""
+        token = _probing.set(True)
+        try:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(self._hf_model))
+            self.run(ids)
+        finally:
+            _probing.reset(token)
 
     def _returning(
         self, module: nn.Module, value: Callable[[tuple, dict], Tensor]
@@ -273,14 +286,14 @@ def overwriting(visit: Visit) -> Visit:
 
 
 def _shown(visit: Visit) -> Callable[[tuple, dict], Tensor | None]:
-    return lambda args, kwargs: visit(_hidden_of(args, kwargs))
+    return lambda args, kwargs: None if _probing.get() else visit(_hidden_of(args, kwargs))
 
 
 def _replacing(visit: Visit) -> Callable[..., Any]:
     """A forward hook that gives a visit the stream among a block's outputs."""
 
     def hook(_: nn.Module, args: tuple, output: Any) -> Any:
-        new = visit(_first(output))
+        new = None if _probing.get() else visit(_first(output))
         if new is None or isinstance(output, Tensor):
             return new
         return (new, *output[1:])

@@ -13,8 +13,7 @@ what is done to one model's structure does not show in the other.
 
 import copy
 import functools
-import hashlib
-import json
+import math
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,30 +27,17 @@ from torch import Tensor, nn
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.hardware import choose_device, fast_dtype
 from llm_wsae.model.attention import use_short_attention
+from llm_wsae.model.fingerprint import fingerprint
 from llm_wsae.model.forward import Blocks, Visit
-from llm_wsae.model.loading import load_model
+from llm_wsae.model.loading import check_causal, load_model
 from llm_wsae.model.module_paths import find_paths, text_config
 from llm_wsae.model.site import Site
-from llm_wsae.model.spread import device_of, is_spread, parameters, weight_of
+from llm_wsae.model.spread import device_of, is_spread, weight_of
 from llm_wsae.model.unembedding import Head, Unembedding
 from llm_wsae.outside import parsing
 
 SPREAD = "spread"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAMPLES_PER_PARAMETER = 64
-# Settings that change the computation; each architecture has some of them.
-_SETTINGS = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rope_parameters",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "hidden_act",
-    "activation_function",
-    "sliding_window",
-    "use_parallel_residual",
-)
 
 
 class LanguageModel:
@@ -139,6 +125,7 @@ class LanguageModel:
                 f"{type(hf_model).__name__} is not a causal language model of transformers "
                 "(one with a head over the vocabulary)"
             )
+        check_causal(type(hf_model).__name__, hf_model)
         if is_spread(hf_model):
             if hf_model.training:
                 raise UsageError("the model is in training mode; call its eval() first")
@@ -168,6 +155,8 @@ class LanguageModel:
 
         Raises UsageError for a site that the model lacks or contexts that it cannot read.
         """
+        if not sites:
+            raise UsageError("there is no site to record at; name at least one")
         ids = self._checked(ids, sites)
         with self._one_pass:
             recorded = self._blocks.record(ids, sites)
@@ -306,6 +295,15 @@ class LanguageModel:
         """The ids as the model takes them, after checking the request."""
         for site in sites:
             self.check_site(site)
+        if ids.numel() == 0:
+            raise UsageError(f"{self.name} needs at least one context of one token")
+        known = getattr(self.hf_model.get_input_embeddings(), "num_embeddings", math.inf)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= known:
+            raise UsageError(
+                f"{self.name} has {known} tokens, but was given ids from {low} to {high}; use its "
+                "own tokenizer"
+            )
         if self.max_context is not None and ids.shape[1] > self.max_context:
             raise UsageError(
                 f"contexts of {ids.shape[1]} tokens are too long for {self.name}, "
@@ -371,30 +369,3 @@ def _offline_tokenizer(tokenizer: Any, name: str) -> Any:
     tokenizer.init_kwargs.setdefault("name_or_path", name)
     tokenizer.init_kwargs["add_bos_token"] = True
     return tokenizer
-
-
-def fingerprint(hf_model: Any) -> str:
-    """A hash that tells a model from any other: SHA-256 over the parameters' names, shapes and
-    samples, and the settings.
-
-    A manifest must distinguish the model that made a store from similar ones (another size,
-    fine-tune or revision) without hashing gigabytes, and the answer must not depend on where the
-    file is, on the device or on the float format. So the hash covers the name, the shape and a
-    spread sample of every parameter, rounded to bfloat16, and the settings that change what the
-    weights compute.
-    """
-    config = text_config(hf_model)
-    settings = {key: getattr(config, key, None) for key in _SETTINGS}
-    found = [(name, list(p.shape), _sample(p).cpu()) for name, p in parameters(hf_model)]
-    shapes = [[name, shape] for name, shape, _ in found]
-    digest = hashlib.sha256(json.dumps([settings, shapes], sort_keys=True, default=str).encode())
-    samples = torch.cat([sample for *_, sample in found])
-    digest.update(samples.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    """Up to SAMPLES_PER_PARAMETER values spread over a parameter [samples], in bfloat16."""
-    flat = parameter.detach().reshape(-1)
-    stride = max(1, flat.numel() // SAMPLES_PER_PARAMETER)
-    return flat[::stride][:SAMPLES_PER_PARAMETER].to(torch.bfloat16)

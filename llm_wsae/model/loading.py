@@ -114,7 +114,7 @@ def load_model(
                 # its annotations do not know that loading info makes it a pair
                 hf_model, report = cast(tuple[Any, dict[str, Any]], loaded)
                 _check_complete(model, report)
-                _check_causal(model, hf_model)
+                check_causal(model, hf_model)
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise _explained(error, model, revision) from error
@@ -184,7 +184,7 @@ def _check_complete(model: str, report: dict[str, Any]) -> None:
         )
 
 
-def _check_causal(model: str, hf_model: Any) -> None:
+def check_causal(model: str, hf_model: Any) -> None:
     """Raises UsageError for encoders, which also have a class with a head over the vocabulary."""
     if hf_model.config.is_encoder_decoder:
         raise UsageError(f"{model} is an encoder-decoder model; a decoder-only one is needed")

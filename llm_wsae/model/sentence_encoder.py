@@ -94,8 +94,10 @@ class SentenceEncoder:
         return out
 
     def _embed(self, texts: list[str]) -> Tensor:
+        positions = getattr(self._model.config, "max_position_embeddings", None) or _LONGEST
+        longest = min(_LONGEST, self._tokenizer.model_max_length, positions)
         encoded = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt"
+            texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
         ).to(self._model.device)
         hidden = self._model(**encoded).last_hidden_state.float()
         total = (hidden * encoded["attention_mask"][:, :, None]).sum(1)

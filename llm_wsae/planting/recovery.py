@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -104,9 +104,10 @@ def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantReco
         truth[firings.row, firings.plant] = torch.from_numpy(firings.strength).float()
         halves[number % 2].add(Codes(codes.indices.cpu(), codes.values.cpu()), truth[kept])
     best, seen = halves[0].best(), halves[0].fires > 0
+    answered = halves[0].is_answered()
     decoder = dictionary.W_dec.detach().cpu().double()[best]
     silent = float((halves[0].active + halves[1].active == 0).double().mean())
-    return _measured(plants, halves[1], best, seen, decoder, silent)
+    return _measured(plants, halves[1], best, seen, answered, decoder, silent)
 
 
 class _Half:
@@ -134,12 +135,23 @@ class _Half:
         total = self.fires[:, None] + self.active
         return (2 * self._together / total.clamp(min=1)).argmax(1)
 
+    def is_answered(self) -> Bool[Tensor, " plants"]:
+        """Whether any latent is active where a plant fires."""
+        return self._together.sum(1) > 0
+
 
 def _measured(
-    plants: Plants, half: _Half, best: Tensor, seen: Tensor, decoder: Tensor, dead: float
+    plants: Plants,
+    half: _Half,
+    best: Tensor,
+    seen: Tensor,
+    answered: Tensor,
+    decoder: Tensor,
+    dead: float,
 ) -> PlantRecovery:
     """What the latents that are ``best`` in the other half do in this one. Nothing is known of
-    plants that fire in none of the two, or were not ``seen`` where the latents were chosen."""
+    plants that fire in none of the two, or were not ``seen`` where the latents were chosen; where
+    none was ``answered`` there, no latent is the best."""
     along = (decoder * plants.directions.double()).sum(1)
     length = decoder.norm(dim=1)
     sums: dict[str, Tensor] = {}
@@ -149,7 +161,7 @@ def _measured(
 
     for codes, strength in half.pieces:
         truth = strength.to_dense().double() * seen
-        answer = to_dense(codes, half.num_latents)[:, best].double() * seen
+        answer = to_dense(codes, half.num_latents)[:, best].double() * (seen & answered)
         both = (truth > 0) & (answer > 0)
         add("fires", (truth > 0).sum(0).double())
         add("active", (answer > 0).sum(0).double())
@@ -166,7 +178,7 @@ def _measured(
         plants=plants,
         latent=best,
         f1=torch.where(fires > 0, 2 * both / (fires + sums["active"]), none),
-        cosine=torch.where(seen, along / length.clamp(min=1e-300), none),
+        cosine=torch.where(seen & answered, along / length.clamp(min=1e-300), none),
         slope=torch.where(both > 0, sums["answer"] * along / sums["together"], none),
         vanished=torch.where(fires > 0, 1 - both / fires, none),
         l_gt=float(1 - explained),

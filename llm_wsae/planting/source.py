@@ -152,7 +152,7 @@ class PlantedSource:
                 f"rows cannot be planted into the {self.d_in} of {self.site}; name another"
             )
         made_by = self.store.manifest.model
-        if dictionary.info.model.get("weights_sha256") not in (None, made_by["weights_sha256"]):
+        if dictionary.info.is_of_other_weights(made_by):
             raise UsageError(
                 f"the dictionary in {folder} explains another model than {made_by['name']}, so its "
                 f"decoder rows are no directions of {self.site} there; name one of the same model"

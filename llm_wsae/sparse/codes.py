@@ -124,10 +124,11 @@ class Reconstruction(NamedTuple):
 
 
 def ragged(codes: Codes) -> RaggedCodes:
-    """The same codes end to end; indices and values are views."""
+    """The same codes end to end; indices and values are views, where they are contiguous."""
     batch, k = codes.indices.shape
     offsets = torch.arange(batch + 1, device=codes.indices.device) * k
-    return RaggedCodes(codes.indices.reshape(-1), codes.values.reshape(-1), offsets)
+    indices, values = (part.reshape(-1).contiguous() for part in codes)
+    return RaggedCodes(indices, values, offsets)
 
 
 def padded(codes: RaggedCodes) -> Codes:

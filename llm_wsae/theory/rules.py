@@ -4,7 +4,7 @@ The rules are those of ``weights.rules`` that score dimensions, given what they 
 language model: observed rows, for some a first dictionary, for some the model itself. Three oracles
 know the truth. An arm is a rule with an exponent and a way to use the weights. Each has two
 controls, used in the same way: its own weights on the wrong dimensions (a matrix: the same spectrum
-in random directions), and random weights.
+in random directions), and random weights. ``standardised``, a space, has the first alone.
 
 Planted data has neither a language model nor a text, but it has what they stand for: a row's true
 features are what its text is about, and the model that superposition is a toy of (Elhage et al.

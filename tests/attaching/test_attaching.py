@@ -292,6 +292,21 @@ def test_several_sites_and_nested_blocks(model, backend, ids):
     torch.testing.assert_close(both_there, expected, atol=1e-3, rtol=1e-3)
 
 
+def test_what_is_asked_of_the_model_itself_is_no_pass_of_the_outer_block(ids):
+    """A nested block and a resumption first look at how the model is built, on two tokens."""
+    model = LanguageModel.from_live(tiny_hf_model("llama"), tiny_tokenizer())
+    keep, seen = torch.ones(ids.shape, dtype=torch.bool), []
+    outer, inner = dictionary("blocks.2.hook_resid_pre"), dictionary("blocks.0.hook_resid_mid", 1)
+    with attach(model.hf_model, outer, keep=keep) as attached:
+        attached.edit(outer.site, lambda latents: seen.append(latents.shape))
+        with attach(model.hf_model, inner):
+            model.hf_model(ids)
+    assert {shape[:2] for shape in seen} == {ids.shape}
+    hidden = model.activations(ids, [outer.site])[outer.site]
+    with attach(model, outer, keep=keep):
+        model.resume(ids, outer.site, hidden)
+
+
 @families("gpt2", "neox-sequential")
 @both
 def test_everything_is_restored_after_an_error(model, backend, ids):

@@ -22,7 +22,7 @@ from llm_wsae.dictionary.sparsity import (
     to_dense,
 )
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.sparse.codes import Codes
+from llm_wsae.sparse.codes import Codes, ragged
 
 D_IN, D_SAE = 12, 80
 EXAMPLES = [TopK(5), ReLU(), JumpReLU()]
@@ -332,3 +332,32 @@ def test_ours_open_offline():
     assert sum(path.stat().st_size for path in root.rglob("*")) <= 60e6
     index = (root / "README.md").read_text(encoding="utf-8")
     assert all(name in index for name in names)
+
+
+def test_tensors_are_its_own_and_may_be_given_twice(tmp_path):
+    same, none = torch.eye(D_IN), torch.zeros(D_IN)
+    one = Dictionary(W_enc=same, W_dec=same, b_enc=none, b_dec=none, sparsity=TopK(2),
+                     info=DictionaryInfo(site="blocks.1.hook_resid_post"))  # fmt: skip
+    one.save(tmp_path / "one")
+    same.zero_()  # an optimiser's step on what it was made of
+    assert torch.equal(one.W_dec, torch.eye(D_IN))
+    assert torch.equal(Dictionary.load(tmp_path / "one").W_enc, torch.eye(D_IN))
+
+
+def test_slices_of_codes_decode_as_they_are():
+    one, x = make(TopK(5)), torch.randn(7, D_IN)
+    codes = one.encode_sparse(x)
+    few = Codes(codes.indices[:, :2], codes.values[:, :2])
+    assert all(part.is_contiguous() for part in ragged(few)[:2])
+    own = Codes(few.indices.contiguous(), few.values.contiguous())
+    torch.testing.assert_close(one.decode(few), one.decode(own))
+
+
+def test_other_weights_are_told_as_far_as_they_can():
+    def explains(other, **model):
+        return not DictionaryInfo(site=SITE, model=model).is_of_other_weights(other)
+
+    bf16 = {"weights_sha256": "a", "dtype": "bfloat16"}
+    assert explains(bf16) and explains(bf16, weights_sha256="a", dtype="float32")
+    assert not explains(bf16, weights_sha256="b", dtype="float32")
+    assert explains(bf16, weights_sha256="b", dtype="float16")  # rounded once more

@@ -9,7 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from looping import looped, over
-from tiny import BLOCKS, BOS, FAMILIES, KNOWN, VOCAB, WIDTH, WITH_MID, tiny_hf_model, tiny_tokenizer
+from tiny import (
+    BLOCKS,
+    BOS,
+    FAMILIES,
+    KNOWN,
+    VOCAB,
+    WIDTH,
+    WITH_MID,
+    tiny_encoder,
+    tiny_hf_model,
+    tiny_tokenizer,
+)
+from transformers import BertForMaskedLM
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model import forward, unembedding
@@ -181,7 +193,7 @@ def test_nothing_is_left_behind(model, ids):
         lambda: model.activations(bad, [site]),
         lambda: model.resume(bad, Site(3, "post"), rows),
     ):
-        with pytest.raises(IndexError):
+        with pytest.raises(UsageError, match="use its own tokenizer"):
             call()
     failing = blocks_of(model)[2].register_forward_pre_hook(lambda *_: 1 / 0)
     for call in (
@@ -353,6 +365,14 @@ def test_bad_requests_are_sentences(ids):
         model.bridge()
     with pytest.raises(UsageError, match="is not a causal language model"):
         LanguageModel.from_live(torch.nn.Linear(2, 2), None)
+    with pytest.raises(UsageError, match="BertForMaskedLM is an encoder"):
+        LanguageModel.from_live(BertForMaskedLM(tiny_encoder()[0].config), None)
+    with pytest.raises(UsageError, match="no site to record at"):
+        model.activations(ids, [])
+    with pytest.raises(UsageError, match="at least one context of one token"):
+        model.logits(ids[:, :0])
+    with pytest.raises(UsageError, match=r"was given ids from 0 to 9999; use its own tokenizer"):
+        model.logits(torch.tensor([[0, 9999]]))
     unknown = LanguageModel.from_live(tiny_hf_model("unknown"), tiny_tokenizer())
     with pytest.raises(LlmWsaeError, match="does not support BioGptForCausalLM"):
         unknown.bridge()

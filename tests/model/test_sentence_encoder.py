@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import save_encoder, tiny_encoder, tiny_model
 from torch.nn.functional import normalize
+from transformers import BertModel
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model import sentence_encoder
@@ -42,6 +43,15 @@ def test_long_texts_are_cut(parts):
     words = [f"w{i % 50}" for i in range(400)]
     whole, cut = encoder.embed([" ".join(words), " ".join(words[:256])])
     assert torch.equal(whole, cut)
+    short = BertModel(replaced(parts[0].config, max_position_embeddings=40)).eval()
+    whole, cut = SentenceEncoder(short, parts[1], "short").embed(
+        [" ".join(words), " ".join(words[:40])]
+    )
+    assert torch.equal(whole, cut)
+
+
+def replaced(config, **changes):
+    return type(config).from_dict(config.to_dict() | changes)
 
 
 def test_a_folder_is_loaded(parts, tmp_path):

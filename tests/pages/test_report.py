@@ -254,7 +254,9 @@ def test_the_page_of_a_run(browser, world, tmp_path):
     weights = choose_weights(store.statistics(site), ["uniform", "variance"], alphas=[0.5])
     arms = make_arms(weights, ks=[4])
     write_page(measured, arms, SITE, tmp_path / "report.html")
-    (row,) = about((tmp_path / "report.html").read_text())["differences"][0]["rows"]
+    shown = about((tmp_path / "report.html").read_text())
+    assert [point["level"] for point in shown["points"]] == ["k = 4", "k = 4"]
+    (row,) = shown["differences"][0]["rows"]
     plain, weighted = (measured.dictionaries[name] for name in names)
     assert row["name"] == names[1]
     assert row["values"]["kl"][0] == pytest.approx(weighted.kl - plain.kl)

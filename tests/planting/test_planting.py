@@ -290,6 +290,17 @@ def test_a_plant_that_never_fires_has_no_f1(few):
     assert found.to_dict()["plants"]["f1"][1] is None and found.means()["recovered"] == 1.0
 
 
+def test_of_a_plant_that_no_latent_answers_no_latent_is_the_best(few):
+    dictionary = perfect(few, bias=0.4)
+    silent = torch.full_like(dictionary.b_enc, -1e9)
+    parts = {"W_enc": dictionary.W_enc, "W_dec": dictionary.W_dec, "b_dec": dictionary.b_dec}
+    found = measure_recovery(
+        Dictionary(**parts, b_enc=silent, sparsity=ReLU(), info=dictionary.info), few
+    )
+    assert found.cosine.isnan().all() and found.slope.isnan().all() and found.l_gt == 1.0
+    assert (found.f1 == 0).all() and (found.vanished == 1).all()
+
+
 def test_of_a_plant_that_fires_in_one_half_alone_nothing_is_known(few, monkeypatch):
     heldout, plants = list(few.heldout()), len(few.plants)
     dictionary = perfect(few, bias=0.4)

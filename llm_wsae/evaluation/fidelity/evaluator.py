@@ -15,14 +15,14 @@ are any, one more variant replaces them too.
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.corpus import TEXT_OF_PART, Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.activations import (
@@ -82,7 +82,7 @@ def evaluate(
     contexts = Packer.for_model(model, packing).contexts(text)
     report = FidelityEvaluator(model, contexts, config).evaluate(dictionaries)
     report.notes.extend(notes_on_text(dictionaries, text.identity()))
-    return report
+    return replace(report, text=TEXT_OF_PART[text.part])
 
 
 class FidelityEvaluator:

@@ -144,6 +144,8 @@ class Report:
     """Of each weighted dictionary that has a plain one beside it."""
     notes: list[str] = field(default_factory=list)
     """What a reader should know before relying on the numbers."""
+    text: str = "held-out text"
+    """What was read, in words."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""
@@ -177,7 +179,7 @@ class Report:
         """Sentences on the text that was measured on, and what to know of it."""
         found = list(self.dictionaries.values())
         lines = [
-            f"{found[0].rows + found[0].massive_rows:,} tokens of held-out text in "
+            f"{found[0].rows + found[0].massive_rows:,} tokens of {self.text} in "
             f"{self.num_contexts:,} contexts; {self.num_scored:,} predictions scored."
         ]
         for site in dict.fromkeys(f.site for f in found):

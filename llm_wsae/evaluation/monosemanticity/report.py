@@ -90,6 +90,8 @@ class MonosemanticReport:
     """For dictionaries that differ only in their seed: ``dictionaries``, ``pw_mcc``, and
     ``pw_mcc_alive`` over the latents that fired."""
     notes: list[str] = field(default_factory=list)
+    text: str = "held-out text"
+    """What was read, in words."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, the scores of every latent included; a number that does not exist is null."""
@@ -112,7 +114,7 @@ class MonosemanticReport:
         lines += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
         lines += [
             "",
-            f"{self.num_rows:,} tokens of held-out text in {self.num_contexts:,} contexts of "
+            f"{self.num_rows:,} tokens of {self.text} in {self.num_contexts:,} contexts of "
             f"{self.num_documents:,} documents; the purity of random contexts is "
             f"{self.chance['purity']:.3f}.",
         ]
