@@ -501,7 +501,7 @@ def _of_pairs(
 
 
 OF_RATES = _of_pairs(
-    "each at the rate with most CE recovered",
+    "at best rates",
     of_best_rates,
     (
         (
@@ -769,7 +769,7 @@ OF_SPACE = (
     *_of_plain_twice(),
 )
 LAST_RATED = _of_pairs(
-    "at its rate with most CE recovered",
+    "at its best rate",
     of_best_rate,
     (
         (
@@ -804,7 +804,7 @@ LAST_RATED = _of_pairs(
         ),
     ),
 ) + _of_pairs(
-    "each at the rate with most CE recovered",
+    "at best rates",
     of_best_rates,
     tuple(
         (place, (("whitened halfway in the loss", HALFWAY_IN_LOSS, plants, kl),))
