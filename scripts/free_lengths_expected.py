@@ -960,7 +960,8 @@ def _of_eighths(place: str) -> tuple[str, list[Asked]]:
     ]
 
 
-EIGHTHS_RATED = _of_pairs("at best rates", of_best_rates, [_of_eighths("smollm2")])
-EIGHTHS = _of_pairs("seed 0", change, [_of_eighths(one) for one in _OF_EIGHTHS if one != "smollm2"])
+_RATED, _UNRATED = ("smollm2", "gemma"), ("smollm2-20", "gemma-5", "gemma-14")
+EIGHTHS_RATED = _of_pairs("at best rates", of_best_rates, list(map(_of_eighths, _RATED)))
+EIGHTHS = _of_pairs("seed 0", change, list(map(_of_eighths, _UNRATED)))
 """The last two powers, of seed 0; written down when all others were known at all rates. They were
-to be trained at three rates everywhere, and were so after block 9 of SmolLM2 alone."""
+to be trained at three rates everywhere, and were so after blocks 9 alone."""

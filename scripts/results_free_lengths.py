@@ -212,8 +212,8 @@ PARTS = {
     "half-rates-rest": Part(LAST_RATED, OTHERS, (0,), "half-rate", rate=0.5, sensitivity=True),
     "twice-rates-rest": Part(LAST_RATED, OTHERS, (0,), "twice-rate", rate=2.0, sensitivity=True),
     "eighths": Part(EIGHTHS, tuple(PLACES), (0,)),
-    "half-rates-eighths": Part(EIGHTHS, ("smollm2",), (0,), "half-rate", rate=0.5),
-    "twice-rates-eighths": Part(EIGHTHS, ("smollm2",), (0,), "twice-rate", rate=2.0),
+    "half-rates-eighths": Part(EIGHTHS, BLOCKS_9, (0,), "half-rate", rate=0.5),
+    "twice-rates-eighths": Part(EIGHTHS, BLOCKS_9, (0,), "twice-rate", rate=2.0),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
