@@ -164,7 +164,7 @@ def test_small_samples_of_shards_merge_into_a_uniform_one():
         part = Statistics(1, 32, sample_rows=200).update(rows, positions_of(len(rows)))
         total.merge(part)
     counts = torch.bincount(total.sample[:, 0].long(), minlength=8)
-    assert counts[:7].min() > 120 and counts[7] < 50
+    assert counts[:7].min() > 110 and counts[7] < 50  # 141 and 14, three standard deviations
 
 
 def test_parts_that_begin_alike_do_not_draw_the_same_rows():

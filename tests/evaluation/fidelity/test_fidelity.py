@@ -680,9 +680,9 @@ def of_two_sites(model, contexts):
     early, late = Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.2.hook_resid_mid")
     ids = torch.stack([torch.as_tensor(context.ids) for context in contexts])
     threshold = float(model.activations(ids, [early])[early].norm(dim=2).quantile(0.9))
-    first = {"site": str(early), "massive_threshold": threshold}
-    other = {"weights_sha256": "other"}
-    second = {"site": str(late), "massive_threshold": 1e9, "model": other}
+    rows, other = {"store": {"sha256": "of rows"}}, {"weights_sha256": "other"}
+    first = {"site": str(early), "massive_threshold": threshold, **rows}
+    second = {"site": str(late), "massive_threshold": 1e9, "model": other, **rows}
     return {
         late: {"plain": trained(1, **second), "weighted": trained(2, rule="variance", **second)},
         early: {"plain": trained(3, **first), "weighted": nothing(rule="variance", **first)},

@@ -189,7 +189,7 @@ def test_dead_latents_are_counted_and_revived_where_others_crowd_them_out(name):
     dead, revived = (float(a.dead(120 * 256, 2000)[:48].double().mean()) for a in arms.values())
     assert dead > 0.8
     if config.kind.revives_dead:
-        assert revived < 0.8 * dead
+        assert revived < 0.9 * dead
     else:
         assert name in ("uniform-jumprelu-k2", "uniform-relu-l0.1") and revived == dead
         assert torch.equal(arms[0.0].parameters.encoder, arms[1 / 32].parameters.encoder)
