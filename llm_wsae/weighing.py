@@ -179,7 +179,7 @@ def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
 def _sums_of_rows(
     store: ActivationStore, site: Site, part: int = 0, parts: int = 1
 ) -> SecondMoment:
-    """Those of one of so many equal parts of the rows."""
+    """The sums over part number ``part`` of the rows, divided into ``parts`` equal ones."""
     threshold = store.statistics(site).massive_threshold
     found, reader = SecondMoment(store.d_in), store.reader(site)
     first, end = (store.num_rows * number // parts for number in (part, part + 1))

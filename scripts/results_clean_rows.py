@@ -106,60 +106,40 @@ EXPECTED = (
     ),
 )
 """Site, what, beside what, and between which per cent of KL the difference was expected."""
-EXPECTED_OF_LATENTS = (
+_OF_WHOM = {
+    WHITENED: "whitened",
+    WHITENED_SPACE: "whitened in the space at twice the rate",
+    RANDOM: "random weights",
+    FROZEN_DECODER: "frozen decoder",
+    FROZEN_ENCODER: "frozen encoder",
+    DIMENSIONS: "dimensions of the stream",
+}
+_NO_LOWER = ("all", "detection over all latents no lower than plain", 0.0, 1.0)
+_NO_HIGHER = ("all", "detection over all latents no higher than plain (+.005 at most)", -1.0, 0.005)
+_BELOW = ("all", "detection over all latents at least .01 below plain", -1.0, -0.01)
+_AGREE = ("agreement", "seeds agree no less than plain (−.01 at most)", -0.01, 1.0)
+
+
+def _new(low: float, high: float) -> tuple[str, str, float, float]:
+    """How many times the new latents that a plain dictionary has."""
+    bounds = f"{low:.1f} to {high:.1f}".removeprefix("0")
+    return "new", f"{bounds} times as many new latents as a plain one has", low, high
+
+
+EXPECTED_OF_LATENTS = tuple(
     (
-        "gemma",
-        "whitened: detection over all latents no lower than plain",
-        latents.differs(WHITENED, PLAIN, "all", 0.0, 1.0),
-    ),
-    (
-        "gemma",
-        "whitened: seeds agree no less than plain (−.01 at most)",
-        latents.differs(WHITENED, PLAIN, "agreement", -0.01, 1.0),
-    ),
-    (
-        "gemma",
-        "whitened: .8 to 1.3 times as many new latents as a plain one has",
-        latents.more(WHITENED, PLAIN, "new", 0.8, 1.3),
-    ),
-    (
-        "gemma",
-        "whitened in the space at twice the rate: detection over all latents no lower than plain",
-        latents.differs(WHITENED_SPACE, PLAIN, "all", 0.0, 1.0),
-    ),
-    (
-        "gemma",
-        "the same: seeds agree no less than plain (−.01 at most)",
-        latents.differs(WHITENED_SPACE, PLAIN, "agreement", -0.01, 1.0),
-    ),
-    (
-        "gemma",
-        "the same: .8 to 1.5 times as many new latents as a plain one has",
-        latents.more(WHITENED_SPACE, PLAIN, "new", 0.8, 1.5),
-    ),
-    (
-        "gemma",
-        "random weights: .8 to 1.2 times as many new latents as a plain one has",
-        latents.more(RANDOM, PLAIN, "new", 0.8, 1.2),
-    ),
-    (
-        "gemma",
-        "the same: detection over all latents no higher than plain (+.005 at most)",
-        latents.differs(RANDOM, PLAIN, "all", -1.0, 0.005),
-    ),
-    *(
-        (
-            "gemma",
-            f"{name}: detection over all latents at least .01 below plain",
-            latents.differs(label, PLAIN, "all", -1.0, -0.01),
-        )
-        for name, label in (
-            ("frozen decoder", FROZEN_DECODER),
-            ("frozen encoder", FROZEN_ENCODER),
-            ("dimensions of the stream", DIMENSIONS),
-        )
-    ),
+        f"{_OF_WHOM[label]}: {words}",
+        (latents.more if measure == "new" else latents.differs)(label, PLAIN, measure, low, high),
+    )
+    for label, asked in (
+        (WHITENED, (_NO_LOWER, _AGREE, _new(0.8, 1.3))),
+        (WHITENED_SPACE, (_NO_LOWER, _AGREE, _new(0.8, 1.5))),
+        (RANDOM, (_new(0.8, 1.2), _NO_HIGHER)),
+        *((baseline, (_BELOW,)) for baseline in (FROZEN_DECODER, FROZEN_ENCODER, DIMENSIONS)),
+    )
+    for measure, words, low, high in asked
 )
+"""Of the sites in ``JUDGED``."""
 
 
 def measure(key: str, path: str) -> None:
@@ -319,11 +299,7 @@ def at_site(key: str) -> Iterator[str]:
     if judged := latents.read(_latents(key)):
         yield f"Latents of {ROWS[JUDGED[key][0]]} rows and free lengths:"
         yield latents.table(judged, PLAIN)
-        yield from recovery.expected(
-            (words, outcome, judged)
-            for place, words, outcome in EXPECTED_OF_LATENTS
-            if place == key
-        )
+        yield from recovery.expected((words, found, judged) for words, found in EXPECTED_OF_LATENTS)
 
 
 def _words(one: Key, other: Key, low: float, high: float) -> str:

@@ -262,6 +262,7 @@ def test_the_page_of_a_run(browser, world, tmp_path):
     assert row["values"]["kl"][0] == pytest.approx(weighted.kl - plain.kl)
     tab, wrong = opened(browser, tmp_path / "report.html")
     assert texts(tab, "figcaption") == ["FVU", "CE recovered", "KL"]
+    assert tab.locator(f"[data-tip^='{names[1]}, k = 4']").count() == 3  # one a panel
     assert any(f"{weighted.kl - plain.kl:+.4f}" in text for text in texts(tab, ".evidence"))
     assert tab.locator(".wide tbody tr").count() == 2 and wrong == []
     tab.close()

@@ -177,19 +177,21 @@ def test_trainings_from_before_there_were_architectures_go_on(trained, tmp_path)
 def test_dead_latents_are_counted_and_revived_where_others_crowd_them_out(name):
     source = Planted()
     (config,) = (arm for arm in arms_for(source) if arm.name == name)
-    normaliser = source.normaliser()
-    arms = {}
+    normaliser, shares, arms = source.normaliser(), {}, {}
     for aux in (0.0, 1 / 32):
-        arms[aux] = arm = Arm(config, 16, 64, CPU)
-        arm.parameters.encoder[:48] *= 0.02  # too faint to be selected
-        if name == "uniform-relu-l0.1":
-            arm.parameters.encoder_bias[:48] = -1
-        for step, rows in zip(range(120), source.batches(256, 0), strict=False):
-            arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, aux, 2000)
-    dead, revived = (float(a.dead(120 * 256, 2000)[:48].double().mean()) for a in arms.values())
+        shares[aux] = 0.0
+        for seed in range(5):  # how many are revived depends on the draw
+            arms[aux] = arm = Arm(replace(config, init_seed=seed), 16, 64, CPU)
+            arm.parameters.encoder[:48] *= 0.02  # too faint to be selected
+            if name == "uniform-relu-l0.1":
+                arm.parameters.encoder_bias[:48] = -1
+            for step, rows in zip(range(120), source.batches(256, seed), strict=False):
+                arm.step(normaliser.batch(rows), (step + 1) * 256, 1e-2, aux, 2000)
+            shares[aux] += float(arm.dead(120 * 256, 2000)[:48].double().mean()) / 5
+    dead, revived = shares.values()
     assert dead > 0.8
     if config.kind.revives_dead:
-        assert revived < 0.9 * dead
+        assert revived < 0.8 * dead
     else:
         assert name in ("uniform-jumprelu-k2", "uniform-relu-l0.1") and revived == dead
         assert torch.equal(arms[0.0].parameters.encoder, arms[1 / 32].parameters.encoder)
