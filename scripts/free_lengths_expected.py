@@ -336,17 +336,19 @@ OF_FRESH = tuple(
 POWERS = (1, 2)
 """Seeds that were added of other powers in the loss."""
 _FIRST_SEED = {
-    "smollm2": ((-0.02, 0.16), (0.08, 0.38), (0.23, 0.33)),
-    "gemma": ((-0.07, 0.32), (-0.05, 0.53), (0.02, 0.48)),
-    "smollm2-20": ((0.00, 0.07), (0.07, 0.42), (0.19, 0.47)),
-    "gemma-5": ((-0.20, 0.29), (-0.22, 0.40), (-0.26, 0.39)),
-    "gemma-14": ((-0.14, 0.27), (-0.22, 0.76), (-0.16, 0.83)),
+    "smollm2": ((-0.02, 0.16), (0.08, 0.38), (0.23, 0.33), (-0.01, 0.10), (0.01, 0.24)),
+    "gemma": ((-0.07, 0.32), (-0.05, 0.53), (0.02, 0.48), (-0.04, 0.20), (-0.05, 0.37)),
+    "smollm2-20": ((0.00, 0.07), (0.07, 0.42), (0.19, 0.47), (-0.03, 0.05), (0.00, 0.23)),
+    "gemma-5": ((-0.20, 0.29), (-0.22, 0.40), (-0.26, 0.39), (-0.10, 0.16), (-0.22, 0.40)),
+    "gemma-14": ((-0.14, 0.27), (-0.22, 0.76), (-0.16, 0.83), (-0.10, 0.10), (-0.19, 0.37)),
 }
-"""For α = ¼, ¾ and 1: what seed 0 had found of KL and recovered plants, relative to plain."""
+"""For α = ¼, ¾ and 1, then ⅛ and ⅜: what seed 0 had found of KL and recovered plants, relative to
+plain."""
+_POWERS = dict(zip("¼¾1⅛⅜", (0.25, 0.75, 1.0, 0.125, 0.375), strict=True))
 OF_POWERS = tuple(
     Expectation(place, f"seeds 1 and 2, in the loss, α = {words}: {what} {_range(*bounds)}", found)
     for place, powers in _FIRST_SEED.items()
-    for (kl, plants), words, alpha in zip(powers, "¼¾1", (0.25, 0.75, 1.0), strict=True)
+    for (kl, plants), (words, alpha) in zip(powers, _POWERS.items(), strict=True)
     for arm in [f"whitening-a{alpha:g}-k{K}"]
     for what, bounds, found in (
         ("KL", (kl - 0.08, kl + 0.08), change(arm, "kl", kl - 0.08, kl + 0.08)),
@@ -951,17 +953,33 @@ _OF_EIGHTHS = {
 }
 
 
-def _of_eighths(place: str) -> tuple[str, list[Asked]]:
-    """What is asked of the powers ⅛ and ⅜ at a place."""
-    powers = zip((("⅛", 0.125), ("⅜", 0.375)), _OF_EIGHTHS[place], strict=True)
-    return place, [
-        (f"whitened in the loss, α = {words}", f"whitening-a{alpha:g}-k{K}", *bounds)
-        for (words, alpha), bounds in powers
+def _eighths(*bounds: tuple[Bounds, Bounds]) -> list[Asked]:
+    """What is asked of the powers ⅛ and ⅜: bounds of recovered plants and of KL."""
+    powers = zip((("⅛", 0.125), ("⅜", 0.375)), bounds, strict=True)
+    return [
+        (f"whitened in the loss, α = {words}", f"whitening-a{alpha:g}-k{K}", *of_both)
+        for (words, alpha), of_both in powers
     ]
 
 
+def _of_eighths(place: str) -> tuple[str, list[Asked]]:
+    return place, _eighths(*_OF_EIGHTHS[place])
+
+
 _RATED, _UNRATED = ("smollm2", "gemma"), ("smollm2-20", "gemma-5", "gemma-14")
-EIGHTHS_RATED = _of_pairs("at best rates", of_best_rates, list(map(_of_eighths, _RATED)))
 EIGHTHS = _of_pairs("seed 0", change, list(map(_of_eighths, _UNRATED)))
 """The last two powers, of seed 0; written down when all others were known at all rates. They were
-to be trained at three rates everywhere, and were so after blocks 9 alone."""
+to be trained at three rates everywhere, and were so after blocks 9 alone at first."""
+EIGHTHS_RATED = _of_pairs(
+    "at best rates", of_best_rates, list(map(_of_eighths, _RATED))
+) + _of_pairs(
+    "at every rate",
+    at_every_rate,
+    [
+        ("smollm2-20", _eighths(((-0.05, 0.35), (-0.06, 0.05)), ((0.1, 99.0), (-0.06, 0.08)))),
+        ("gemma-5", _eighths(((0.02, 0.35), (-0.2, 0.02)), ((0.1, 99.0), (-0.4, -0.02)))),
+        ("gemma-14", _eighths(((0.02, 0.35), (-0.2, 0.02)), ((0.25, 99.0), (-0.35, -0.06)))),
+    ],
+)
+"""Beside blocks 9: written down when the usual rate was known there, and all three after blocks
+9."""

@@ -214,6 +214,9 @@ PARTS = {
     "eighths": Part(EIGHTHS, tuple(PLACES), (0,)),
     "half-rates-eighths": Part(EIGHTHS, BLOCKS_9, (0,), "half-rate", rate=0.5),
     "twice-rates-eighths": Part(EIGHTHS, BLOCKS_9, (0,), "twice-rate", rate=2.0),
+    "eighths-seeds": Part(EIGHTHS, seeds=expected.POWERS),
+    "half-rates-eighths-others": Part(EIGHTHS, OTHERS, (0,), "half-rate", rate=0.5),
+    "twice-rates-eighths-others": Part(EIGHTHS, OTHERS, (0,), "twice-rate", rate=2.0),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -229,8 +232,8 @@ of six more weightings, and shorter trainings; what begins otherwise or is white
 higher rates, once one seed had shown what twice the rate does there; then ``shares`` and what
 follows, which are controls with as many effective dimensions, learning rates of the other
 weightings and sites, random weights in the loss, the space with other architectures and
-powers; other rates at the sites beside blocks 9; and last of all the powers ⅛ and ⅜. Some have one
-seed."""
+powers; other rates at the sites beside blocks 9; and last of all the powers ⅛ and ⅜, of seed 0 at
+first, with other rates after blocks 9 alone. Some have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
