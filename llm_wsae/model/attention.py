@@ -25,6 +25,7 @@ from llm_wsae.model.spread import device_of
 NAME = "llm_wsae_short"
 LONGEST = 128
 """Tokens; beyond that it depends on the heads which of the two is faster."""
+_TOGETHER = 32  # tokens that attend in one product
 
 
 def use_short_attention(hf_model: Any) -> None:
@@ -73,15 +74,20 @@ def short_attention(
             **others,
         )
     query = query * (width**-0.5 if scaling is None else scaling)
-    together = query.reshape(contexts * groups, -1, width)  # heads that share their keys
     key, value = (one.reshape(contexts * groups, tokens, -1) for one in (key, value))
-    scores = torch.bmm(together, key.transpose(1, 2)).view(contexts, heads, tokens, tokens)
-    shares = torch.softmax(scores.add_(_later(tokens, scores.dtype)), -1)
-    mixed = torch.bmm(shares.view(contexts * groups, -1, tokens), value)
-    return mixed.view(contexts, heads, tokens, -1).transpose(1, 2).contiguous(), None
+    mixed = []
+    for begin in range(0, tokens, _TOGETHER):  # what comes later is not even multiplied
+        end = min(begin + _TOGETHER, tokens)
+        # heads that share their keys are one product
+        rows = query[:, :, begin:end].reshape(contexts * groups, -1, width)
+        scores = torch.bmm(rows, key[:, :end].transpose(1, 2)).view(-1, end - begin, end)
+        shares = torch.softmax(scores.add_(_later(begin, end, scores.dtype)), -1)
+        of_rows = torch.bmm(shares.view(contexts * groups, -1, end), value[:, :end])
+        mixed.append(of_rows.view(contexts, heads, end - begin, -1).transpose(1, 2))
+    return torch.cat(mixed, 1), None
 
 
-@functools.lru_cache(maxsize=4)
-def _later(tokens: int, dtype: torch.dtype) -> Tensor:
-    """−∞ where a token is later than the one that attends, else 0."""
-    return torch.full((tokens, tokens), -torch.inf, dtype=dtype).triu(1)
+@functools.lru_cache(maxsize=8)
+def _later(begin: int, end: int, dtype: torch.dtype) -> Tensor:
+    """−∞ where a token is later than the one of ``begin`` to ``end`` that attends, else 0."""
+    return torch.full((end - begin, end), -torch.inf, dtype=dtype).triu(begin + 1)

@@ -13,11 +13,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_wsae.model.forward import Blocks, replace_forward
+from llm_wsae.model.packing import Packing
 from llm_wsae.model.site import Site
 
 RUN = 2048
@@ -42,8 +42,9 @@ class Unembedding(NamedTuple):
 class Head:
     """What follows the blocks of a Hugging Face model."""
 
-    def __init__(self, hf_model: Any, blocks: Blocks, d_model: int):
+    def __init__(self, hf_model: Any, blocks: Blocks, packing: Packing, d_model: int):
         self._hf_model, self._blocks, self._d_model = hf_model, blocks, d_model
+        self._packing = packing
         self._divides: bool | None = None
 
     @contextlib.contextmanager
@@ -91,10 +92,7 @@ class Head:
 
         def head_forward(hidden: Tensor) -> Tensor:
             now = asked.get(threading.get_ident())
-            part = slice(None) if now is None else now[1]
-            return F.linear(
-                hidden, head.weight[part], None if head.bias is None else head.bias[part]
-            )
+            return self._packing.product(head, hidden, slice(None) if now is None else now[1])
 
         replace_forward(patches, trunk, trunk_forward)
         replace_forward(patches, head, head_forward)

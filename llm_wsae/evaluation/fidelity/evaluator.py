@@ -143,7 +143,8 @@ class FidelityEvaluator:
         """All sums, and columns of one number per context."""
         sites = self._sites(dictionaries)
         columns: dict[Key, list[Tensor]] = defaultdict(list)
-        with tqdm(total=self._num_contexts, desc="evaluate", unit="ctx") as bar:
+        bar = tqdm(total=self._num_contexts, desc="evaluate", unit="ctx")
+        with bar, self._model.packed():
             for number, (ids, keep) in enumerate(self._cache.batches):
                 activations = self._cache.at(number, list(sites))
                 if number == 0:
