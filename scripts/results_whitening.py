@@ -47,6 +47,7 @@ from interop_checks import peer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from results_archive import pack, unpack
+from results_baselines import FROZEN, raw_dimensions
 from results_recovery import (
     LOSS,
     MIXED,
@@ -359,7 +360,7 @@ def _judge(
 
 
 def _judge_latents(place: str, path: str, seeds: Sequence[int]) -> None:
-    """If the dictionaries of two million rows are still there, all of them."""
+    """If the dictionaries of two million rows are still there, all of them; then baselines."""
     trained = RUN / "trained" / f"length-{place}" / _name(f"{TWO_MILLION:,} rows")
     labels = {r["label"] for r in read("length", place) if r["setting"] == f"{TWO_MILLION:,} rows"}
     folders = {
@@ -374,6 +375,23 @@ def _judge_latents(place: str, path: str, seeds: Sequence[int]) -> None:
         print(f"latents, {place}: measured already, or without its dictionaries", flush=True)
     else:
         whitening_latents.judge(_latents(place), path, folders, PLAIN)
+    known = whitening_latents.read(_latents(place)).get("scores", {})
+    if known and not whitening_latents.BASELINES.keys() <= known.keys():
+        whitening_latents.judge_baselines(_latents(place), path, _baselines(place, path))
+
+
+def _baselines(place: str, path: str) -> dict[str, Dictionary]:
+    """The dimensions, and what two million rows make of dictionaries of which one half stays
+    random, by label; of the first seed."""
+    opened, first = recovery.open_site(place, path), SEEDS[0]
+    uniform = weights_from_rule("uniform", 1.0, opened.inputs)
+    arms = [ArmConfig(uniform, K, init_seed=first, architecture=kind) for kind in FROZEN]
+    config = TrainConfig(
+        tokens=TWO_MILLION, lengths="unit", shuffle_seed=first, checkpoint_seconds=600
+    )
+    trained = train(opened.source, arms, config, RUN / "trained" / f"latents-{place}")
+    found = {name.removesuffix(f"-s{first}"): one for name, one in trained.items()}
+    return found | {f"dimensions-k{K}": raw_dimensions(opened.inputs, opened.source.site, K)}
 
 
 def _latents(place: str) -> Path:

@@ -8,7 +8,8 @@ change which can be scored. A latent is *new* if its decoder row has a cosine be
 row of two plain dictionaries of other seeds, and it is detected at least as well as the median
 latent of theirs: does a further, weighted dictionary show what a further plain one would not?
 
-What ``expected`` gives was written down before the first of these dictionaries was trained.
+What ``expected`` gives was written down before the first of these dictionaries was trained. Of
+baselines, which came last, it says what had come true of those of dictionaries with free lengths.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results_recovery import PLACES, TEXT, text_of
+from results_recovery import PLACES, SEEDS, TEXT, K, text_of
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -37,6 +38,11 @@ TOKENS = 50_000
 CHANCE = 0.5
 NEW = 0.7
 """A largest cosine below it is that of another latent."""
+BASELINES = {
+    f"uniform-frozen-decoder-k{K}": "frozen decoder",
+    f"uniform-frozen-encoder-k{K}": "frozen encoder",
+    f"dimensions-k{K}": "dimensions of the stream",
+}
 MEASURES = {"scored": "detection", "all": "detection, all latents"}
 Latents = dict[str, Any]
 """``scores``: label → seed → measure → its parts; ``agreement``: label → pair of seeds → cosine."""
@@ -46,9 +52,7 @@ def judge(
     path: Path, model_path: str, folders: Mapping[str, Mapping[int, Path]], plain_label: str
 ) -> None:
     """Score the dictionaries in ``folders``, by label and seed, and write it to ``path``."""
-    model = LanguageModel.load(model_path)
-    text, config = Corpus.open(TEXT, "heldout"), MonosemanticConfig(tokens=TOKENS)
-    evaluator = MonosemanticityEvaluator(model, text, HarvestConfig(), config)
+    evaluator = _evaluator(model_path)
     scores: dict[str, dict[str, Any]] = {}
     agreement: dict[str, dict[str, float]] = {}
     beside: dict[int, tuple[Tensor, Tensor]] = {}
@@ -68,6 +72,22 @@ def judge(
             for one, other in combinations(rows, 2)
         }
     write_json(path, plain({"scores": scores, "agreement": agreement}))
+
+
+def judge_baselines(path: Path, model_path: str, dictionaries: Mapping[str, Dictionary]) -> None:
+    """Add to ``path`` the scores of what learnt nothing, of one seed, by label. New latents are not
+    counted: the plain dictionaries beside which they would be new may be gone."""
+    latents, found = read(path), _evaluator(model_path).score(dictionaries)
+    for label, own in found.dictionaries.items():
+        latents["scores"][label] = {str(SEEDS[0]): _parts(own)}
+        latents["agreement"][label] = {}
+    write_json(path, plain({name: latents[name] for name in ("scores", "agreement")}))
+
+
+def _evaluator(model_path: str) -> MonosemanticityEvaluator:
+    text, config = Corpus.open(TEXT, "heldout"), MonosemanticConfig(tokens=TOKENS)
+    model = LanguageModel.load(model_path)
+    return MonosemanticityEvaluator(model, text, HarvestConfig(), config)
 
 
 def _detection(scores: DictionaryScores) -> Tensor:
@@ -113,7 +133,8 @@ def means_of(latents: Latents, label: str) -> dict[str, float]:
     own = latents["scores"][label].values()
     return {
         **{name: float(np.mean([one[name]["mean"] for one in own])) for name in MEASURES},
-        **{name: float(np.mean([one[name] for one in own])) for name in ("share", "dense", "new")},
+        **{name: float(np.mean([one[name] for one in own])) for name in ("share", "dense")},
+        "new": float(np.mean([one.get("new", np.nan) for one in own])),
         # of the dimensions of the stream there is one dictionary, and so no pair
         "agreement": float(np.mean(list(latents["agreement"][label].values()) or [np.nan])),
     }
@@ -153,7 +174,7 @@ def table(latents: Latents, plain_label: str) -> str:
                 f"`{label}`",
                 f"{means['agreement']:.3f}" if pairs else "–",
                 f"{min(pairs):.3f} to {max(pairs):.3f}" if pairs else "–",
-                f"{100 * means['new']:.1f}",
+                "–" if np.isnan(means["new"]) else f"{100 * means['new']:.1f}",
                 f"{100 * means['share']:.0f}",
                 f"{100 * means['dense']:.1f}",
             ]
@@ -212,4 +233,10 @@ def expected(space: str, mixed: str, plain_label: str) -> Iterator[tuple[str, st
                 place,
                 "rotated whitening, mixed: at most 1.2 times as many new latents as plain",
                 more(f"rotated-{mixed}", plain_label, "new", 0, 1.2),
+            )
+        for label, name in BASELINES.items():
+            yield (
+                place,
+                f"{name}: detection over all latents at least .01 below plain",
+                differs(label, plain_label, "all", -1.0, -0.01),
             )
