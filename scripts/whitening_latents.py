@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm_wsae import Corpus, Dictionary, HarvestConfig, LanguageModel
+from llm_wsae.dictionary.dictionary import DENSE_DENSITY
 from llm_wsae.evaluation.config import MonosemanticConfig
-from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator, matched_cosine
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
 from llm_wsae.files import read_own_json, write_json

@@ -25,6 +25,8 @@ from llm_wsae.model.site import Site
 from llm_wsae.sparse.codes import Codes, ragged
 from llm_wsae.sparse.operations import decode as decode_codes
 
+DENSE_DENSITY = 0.1
+"""A latent that fires on a larger share of the rows is dense."""
 _FOLDER = "checkpoints"
 _PACKAGE = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.errors import UsageError
 from llm_wsae.files import write_text
@@ -24,7 +24,6 @@ from llm_wsae.pages.collecting import collect
 from llm_wsae.pages.frame import filled, is_page
 from llm_wsae.pages.latent_measures import read_recovery, read_scores
 from llm_wsae.pages.payload import (
-    DENSE,
     Latents,
     Words,
     facts,
@@ -126,7 +125,7 @@ def dashboard(
         "dictionaries": shown,
         "top": top,
         "bands": bands,
-        "dense": DENSE,
+        "dense": DENSE_DENSITY,
         "prompts": [prompt_facts(one, words) for one in sentences],
         "live": live,
         "corpus": printable(str(store.manifest.corpus.get("name", ""))),

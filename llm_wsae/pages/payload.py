@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.explanations import Explanation
 from llm_wsae.dictionary.hub.card_tables import MEASURES, score, with_interval
 from llm_wsae.inspecting.latents import dimensions_written, written
@@ -34,8 +34,6 @@ _SHADES = 99  # levels of an activation: two digits
 _LONGEST = 80  # characters of a token that are shown
 _ROWS_AT_ONCE = 1024
 _LOGITS_AT_ONCE = 4 * CHUNK
-DENSE = 0.1
-"""A latent that fires on a larger share of the rows is dense."""
 SCORES = ("detection", "detection_without_tokens", "purity", "coherence")
 """Scores of latents that become measures of the page."""
 _FIDELITY = {
@@ -113,7 +111,11 @@ def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
             ("rows", f"{found.rows_seen:,}", ""),
             ("active latents a row", f"{float(found.count.sum()) / alive:.1f}", ""),
             ("silent latents", f"{int((found.count == 0).sum()):,}", ""),
-            ("dense latents", f"{int((found.count > DENSE * alive).sum()):,}", "on > 10 % of rows"),
+            (
+                "dense latents",
+                f"{int((found.count > DENSE_DENSITY * alive).sum()):,}",
+                "on > 10 % of rows",
+            ),
         ],
         "Fidelity on held-out text": [
             (title, with_interval(value, pair(fidelity.get(f"{key}_interval"))), meaning)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm_wsae.dictionary.dictionary import DENSE_DENSITY
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
 from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
 from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER

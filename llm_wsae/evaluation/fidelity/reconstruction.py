@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.evaluation.round_trip.sums import RoundTripSums
 
-DENSE_DENSITY = 0.1  # a latent is dense when it fires on more than this share of rows
 _TOGETHER = 512  # rows in float64 at a time, which stay in a CPU's cache
 HISTOGRAM_LOW, HISTOGRAM_STEP = -7.0, 0.25  # log10 of the density
 

@@ -28,11 +28,10 @@ from torch.nn.functional import normalize
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
-from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.evaluation.activations import massive_thresholds
 from llm_wsae.evaluation.checks import check_fit, common_packing, notes_on_weights
 from llm_wsae.evaluation.config import MonosemanticConfig
-from llm_wsae.evaluation.fidelity.reconstruction import DENSE_DENSITY
 from llm_wsae.evaluation.heldout import HeldoutActivations, HeldoutText
 from llm_wsae.evaluation.monosemanticity.averages import (
     ConceptSummary,
