@@ -63,6 +63,7 @@ RESULT_PAGES = {
     "whitening": "whitening.md",
     "free-lengths": "free-lengths.md",
     "free-lengths-others": "free-lengths-sites.md",
+    "free-lengths-rates": "free-lengths-rates.md",
     "free-lengths-settings": "free-lengths-settings.md",
     "free-lengths-space": "free-lengths-space.md",
     "clean-rows": "free-lengths-settings.md",

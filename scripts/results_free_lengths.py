@@ -678,9 +678,13 @@ def _difference(estimate: Estimate | None, of_seeds: dict[int, Value], measure: 
 
 def section_of_settings() -> str:
     """The part of docs/results on other settings."""
-    parts = [part for key in BLOCKS_9 for way in (in_settings, at_rates) for part in way(key)]
-    parts += [part for key in OTHERS for part in at_rates(key)]
+    parts = [part for key in BLOCKS_9 for part in in_settings(key)]
     return "\n\n".join([*parts, *(part for key in PLACES for part in along_decoder_rows(key))])
+
+
+def section_of_rates() -> str:
+    """The part of docs/results on learning rates."""
+    return "\n\n".join(part for key in (*BLOCKS_9, *OTHERS) for part in at_rates(key))
 
 
 def section() -> str:
@@ -730,6 +734,7 @@ def main() -> None:
     plot_rows(IMAGES / "learning_curve_free_lengths.png")
     write_result("free-lengths", section())
     write_result("free-lengths-others", section_of_others())
+    write_result("free-lengths-rates", section_of_rates())
     write_result("free-lengths-settings", section_of_settings())
     write_result("free-lengths-space", section_of_space())
 

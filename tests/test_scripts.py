@@ -141,7 +141,9 @@ def test_the_section_of_free_lengths_is_that_of_the_measurements(monkeypatch, tm
     monkeypatch.setattr(results_free_lengths, "RUN", tmp_path)
     agree(written("free-lengths"), results_free_lengths.section())
     agree(written("free-lengths-others"), results_free_lengths.section_of_others())
+    agree(written("free-lengths-rates"), results_free_lengths.section_of_rates())
     agree(written("free-lengths-settings"), results_free_lengths.section_of_settings())
+    agree(written("free-lengths-space"), results_free_lengths.section_of_space())
     for name, part in results_free_lengths.PARTS.items():
         for key in part.places:
             measured = {
