@@ -52,7 +52,9 @@ WORDS = (
     "floor: the bare products of the passes, in the faster arrangement; below it with the "
     f"unembedding {RUN:,} tokens at a time, as evaluate takes it. evaluate: several "
     "dictionaries on a text whose activations are known, seconds divided by their number. Tokens a "
-    "second and dictionary; ratios are medians within repeats, in brackets the lowest and highest."
+    "second and dictionary; ratios are medians within repeats, in brackets the lowest and highest. "
+    "The floor's products lay their weights out each time, as torch does; those of evaluate find "
+    "them laid out."
 )
 
 

@@ -31,7 +31,7 @@ from llm_wsae.model.fingerprint import fingerprint
 from llm_wsae.model.forward import Blocks, Visit
 from llm_wsae.model.loading import check_causal, load_model
 from llm_wsae.model.module_paths import find_paths, text_config
-from llm_wsae.model.packing import Packing
+from llm_wsae.model.prepacking import PrepackedWeights
 from llm_wsae.model.site import Site
 from llm_wsae.model.spread import device_of, is_spread, weight_of
 from llm_wsae.model.unembedding import Head, Unembedding
@@ -67,8 +67,8 @@ class LanguageModel:
         self._one_pass = threading.RLock()
         self.num_blocks = len(self._blocks)
         self.d_model: int = config.hidden_size
-        self._packing = Packing(hf_model)
-        self._head = Head(hf_model, self._blocks, self._packing, self.d_model)
+        self._prepacked = PrepackedWeights(hf_model)
+        self._head = Head(hf_model, self._blocks, self._prepacked, self.d_model)
         self.max_context: int | None = getattr(config, "max_position_embeddings", None)
         # Ask the tokenizer: configurations often name a BOS that was never used in training.
         source = config if tokenizer is None else tokenizer
@@ -229,10 +229,17 @@ class LanguageModel:
         with self._one_pass, self._head.opened() as unembedding:
             yield unembedding
 
-    def packed(self) -> AbstractContextManager[None]:
-        """While open, passes on a CPU in bfloat16 are a little faster, with the same results. They
-        hold copies of the weights that they use, which must not change meanwhile."""
-        return self._packing.opened()
+    @contextmanager
+    def prepacked(self) -> Iterator[None]:
+        """While open, passes on a CPU in bfloat16 are a little faster, for the memory of a copy of
+        the weights that they use; the weights must not change meanwhile."""
+        with self._one_pass:
+            self._prepacked.open()
+        try:
+            yield
+        finally:
+            with self._one_pass:
+                self._prepacked.close()
 
     @property
     def side_by_side(self) -> bool:

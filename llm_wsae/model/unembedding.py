@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_wsae.model.forward import Blocks, replace_forward
-from llm_wsae.model.packing import Packing
+from llm_wsae.model.prepacking import PrepackedWeights
 from llm_wsae.model.site import Site
 
 RUN = 2048
@@ -42,9 +42,9 @@ class Unembedding(NamedTuple):
 class Head:
     """What follows the blocks of a Hugging Face model."""
 
-    def __init__(self, hf_model: Any, blocks: Blocks, packing: Packing, d_model: int):
+    def __init__(self, hf_model: Any, blocks: Blocks, weights: PrepackedWeights, d_model: int):
         self._hf_model, self._blocks, self._d_model = hf_model, blocks, d_model
-        self._packing = packing
+        self._weights = weights
         self._divides: bool | None = None
 
     @contextlib.contextmanager
@@ -71,8 +71,8 @@ class Head:
     def _divided(
         self, patches: contextlib.ExitStack, enter: Callable[[Tensor], Tensor]
     ) -> Unembedding | None:
-        """Run by run; None if the head is no plain product, or the model is on an accelerator,
-        which one product of all fills.
+        """Run by run; None if the head is no plain product, if the model is on an accelerator,
+        which one product of all fills, or if it may not compute side by side.
 
         To make a run, the model's own forward is called, of which two modules do something else:
         the trunk answers with what it made of the rows in the first step, and the head multiplies
@@ -92,7 +92,7 @@ class Head:
 
         def head_forward(hidden: Tensor) -> Tensor:
             now = asked.get(threading.get_ident())
-            return self._packing.product(head, hidden, slice(None) if now is None else now[1])
+            return self._weights.product(head, hidden, slice(None) if now is None else now[1])
 
         replace_forward(patches, trunk, trunk_forward)
         replace_forward(patches, head, head_forward)

@@ -22,6 +22,7 @@ from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.hardware import choose_device, memory_of, peak_memory_bytes
 from llm_wsae.harvesting import manifest_of
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.prepacking import prepackable
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import existing, free_space
 from llm_wsae.planning.report import Advice, Plan, Times, in_bytes
@@ -95,6 +96,7 @@ def plan(
         row_item=getattr(torch, manifest_of(model, {}, sites, harvest_config).dtype).itemsize,
         model_item=model.dtype.itemsize,
         model_bytes=parameters_bytes(model.hf_model),
+        prepacked=sum(one.weight.nbytes for one in prepackable(model.hf_model)),
         batch_size=train_config.batch_size,
         spaces=sum(arm.weights.is_matrix for arm in arms),
         moment=any(rule.need == "second_moment" for rule in parsed),

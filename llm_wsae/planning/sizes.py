@@ -35,6 +35,8 @@ class Sizes:
     model_item: int
     """Bytes of a number in the model."""
     model_bytes: int
+    prepacked: int
+    """Bytes of the copies of weights that an evaluation on the processor multiplies with."""
     batch_size: int
     spaces: int
     """Arms with a matrix Γ."""
@@ -106,7 +108,7 @@ class Sizes:
             harvest = 0
         trained = (self.sites - self.together) * self._loaded  # of the sites before the last
         train = trained + self._training() + max(windows, self._export())
-        evaluation = self._evaluation(evaluate, self.sites)
+        evaluation = self._evaluation(evaluate, self.sites) + self.prepacked
         return before + max(harvest, train, evaluation)
 
     def device(self, evaluate: EvaluateConfig, memory: int) -> int:

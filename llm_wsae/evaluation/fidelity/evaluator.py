@@ -144,7 +144,7 @@ class FidelityEvaluator:
         sites = self._sites(dictionaries)
         columns: dict[Key, list[Tensor]] = defaultdict(list)
         bar = tqdm(total=self._num_contexts, desc="evaluate", unit="ctx")
-        with bar, self._model.packed():
+        with bar, self._model.prepacked():
             for number, (ids, keep) in enumerate(self._cache.batches):
                 activations = self._cache.at(number, list(sites))
                 if number == 0:

@@ -1,0 +1,142 @@
+"""Prepacked weights: the same numbers, of the model as it is, and nothing left behind."""
+
+import threading
+from unittest.mock import patch
+
+import pytest
+import torch
+from tiny import tiny_hf_model
+from torch import nn
+
+from llm_wsae.model import prepacking, unembedding
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+
+SITE = Site.parse("blocks.0.hook_resid_post")
+needs_bfloat16 = pytest.mark.skipif(
+    not prepacking._has_layout(), reason="oneDNN has no bfloat16 here"
+)
+
+
+@pytest.fixture
+def model():
+    return LanguageModel.from_live(tiny_hf_model("llama").to(torch.bfloat16).eval(), None)
+
+
+def drawn(model):
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(model.W_E), (16, 32), generator=draw)
+    return ids, torch.randn(16, 32, model.d_model, generator=draw).bfloat16()
+
+
+def ends_and_logits(model):
+    ids, hidden = drawn(model)
+    end = model.resume_to_end(ids, SITE, hidden)
+    with torch.no_grad(), model.unembedding() as unembedding:
+        return end, unembedding(end.flatten(0, 1))
+
+
+def layers(model):
+    return [layer for layer in model.hf_model.modules() if type(layer) is nn.Linear]
+
+
+def are_as_they_were(model):
+    return all("forward" not in layer.__dict__ for layer in layers(model))
+
+
+def agree(one, other):
+    return bool((one - other).float().norm() <= 2**-8 * other.float().norm())
+
+
+@needs_bfloat16
+def test_products_are_those_of_the_weights(model):
+    expected, laid_out = ends_and_logits(model), []
+    with model.prepacked(), model.prepacked():  # the inner one does nothing
+        for found, wanted in zip(ends_and_logits(model), expected, strict=True):
+            assert agree(found, wanted)
+        laid_out += model._prepacked._copies
+        assert len(laid_out) == len(set(laid_out)) > 7  # blocks behind the site, and the head
+    for found, wanted in zip(ends_and_logits(model), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert are_as_they_were(model) and model._prepacked._copies is None
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_the_head_and_its_runs_have_copies_of_their_own(model, whole_first):
+    ids, _ = drawn(model)
+    expected = model.logits(ids)
+    with patch.object(unembedding, "RUN", 20), model.prepacked():
+        if whole_first:
+            assert agree(model.logits(ids), expected)
+        end = model.activations(ids, [Site(model.num_blocks - 1, "post")]).popitem()[1]
+        with torch.no_grad(), model.unembedding() as made:
+            assert len(made.runs) == 3
+            assert agree(made(end.flatten(0, 1)), expected.flatten(0, 1))
+        assert agree(model.logits(ids), expected)
+
+
+@needs_bfloat16
+def test_weights_that_changed_between_two_evaluations_are_read_again(model):
+    with model.prepacked():
+        ends_and_logits(model)
+    with torch.no_grad():
+        layers(model)[-1].weight.mul_(2)
+    expected = ends_and_logits(model)[1]
+    with model.prepacked():
+        assert agree(ends_and_logits(model)[1], expected)
+
+
+@needs_bfloat16
+def test_gradients_few_rows_and_other_dtypes_take_the_weights(model):
+    ids, hidden = drawn(model)
+    hidden.requires_grad_()
+    with model.prepacked():
+        model.logits(ids[:1, :4])
+        model.resume(ids, SITE, hidden).float().square().mean().backward()
+        half = nn.Linear(8, 8, dtype=torch.float16)
+        rows = torch.ones(prepacking._MANY, 8, dtype=torch.float16)
+        with torch.no_grad():
+            assert torch.equal(model._prepacked.product(half, rows), half(rows))
+        assert not model._prepacked._copies
+    assert hidden.grad.isfinite().all() and hidden.grad.any()
+
+
+@needs_bfloat16
+def test_layers_may_be_called_by_the_name_of_their_input(model):
+    layer, rows = layers(model)[0], torch.ones(2, model.d_model).bfloat16()
+    with model.prepacked(), torch.no_grad():
+        assert torch.equal(layer(input=rows), layer(rows))
+
+
+@needs_bfloat16
+def test_it_is_closed_behind_the_passes_of_other_threads(model):
+    """One closes what it opened while another unembeds: both leave the modules as they were."""
+    opened, unembeds, may_close = (threading.Event() for _ in range(3))
+
+    def first():
+        with model.prepacked():
+            opened.set()
+            unembeds.wait(10)
+
+    def second():
+        opened.wait(10)
+        with model.unembedding():
+            unembeds.set()
+            may_close.wait(0.2)  # the first one waits for its turn
+
+    threads = [threading.Thread(target=one) for one in (first, second)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(20)
+    assert not any(one.is_alive() for one in threads) and are_as_they_were(model)
+
+
+def test_other_models_are_left_alone(model, monkeypatch):
+    exact = LanguageModel.from_live(tiny_hf_model("llama").eval(), None)  # float32
+    with exact.prepacked():
+        assert are_as_they_were(exact)
+    monkeypatch.setattr(prepacking, "memory_of", lambda device: 1000)
+    with model.prepacked():
+        assert are_as_they_were(model)
