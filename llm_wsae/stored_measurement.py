@@ -53,9 +53,18 @@ class StoredMeasurement:
         try:
             tensors, header = load_own_tensors(self._path, self._need)
             check_measurement(self._need, tensors, self._d_in)
-        except LlmWsaeError:  # damaged
+        except LlmWsaeError as error:
+            self._say_anew(f"it is damaged: {error}")
+            return None
+        if header.get("rows") != self._header["rows"]:
+            self._say_anew("it is of other rows")
             return None
         return tensors if _settings(header) == _settings(self._header) else None
+
+    def _say_anew(self, why: str) -> None:
+        """Say why a measurement that is there is not used."""
+        if leads():
+            tqdm.write(f"what {self._path} holds is measured anew, since {why}", file=sys.stderr)
 
     def write(self, measured: Tensor) -> None:
         """Keep it; if the store cannot be written to, say so."""

@@ -206,7 +206,7 @@ def test_what_was_measured_is_kept(model, tmp_path, store):
         measure_inputs(["sensitivity"], copy, SITE, model=tiny_model(seed=1), config=other)
 
 
-def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store):
+def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store, capsys):
     folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
     copy = ActivationStore.open(folder)
     rows = copy.rows(SITE, 0, copy.num_rows).double()
@@ -219,8 +219,11 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store)
     kept = path.read_bytes()
     again = measure_inputs(["whitening"], copy, SITE)
     assert torch.equal(again.covariance, found.covariance) and path.read_bytes() == kept
-    path.write_bytes(kept[:-9])  # damaged: measured again
+    path.write_bytes(kept[:-9])
+    capsys.readouterr()
     assert torch.equal(measure_inputs(["whitening"], copy, SITE).covariance, found.covariance)
+    said = f"what {path} holds is measured anew, since it is damaged: "
+    assert capsys.readouterr().err.count(said) == 1
     assert path.read_bytes() == kept and verify_store(folder) == []
     assert measure_inputs(["variance"], copy, SITE).second_moment is None
 

@@ -26,6 +26,7 @@ def profile(statistics: Statistics, weights: Sequence[LossWeights]) -> dict[str,
     return {
         "rows": statistics.count,
         "dimensions": statistics.d_in,
+        "constant_dimensions": (variance == 0).nonzero()[:, 0].tolist(),
         "median_norm": statistics.median_norm,
         "massive": {
             "threshold": statistics.massive_threshold,
@@ -95,9 +96,19 @@ def profile_text(facts: dict[str, Any]) -> str:
             f"{weights['name']:<{width}}{weights['effective_dimensions']:>15.1f}"
             f"{weights['gamma_min']:>10.3g}{weights['gamma_max']:>9.3g}   {largest}"
         )
+    if constant := facts["constant_dimensions"]:
+        lines.append(
+            f"warning: {len(constant)} dimensions are constant ({_first(constant)}): no weights "
+            "can make a dictionary explain them, and whitening treats them as nearly constant"
+        )
     lines += [f"warning: {w['warning']}" for w in facts["weights"] if w["warning"]]
     lines.append(_NO_FORECAST)
     return "\n".join(lines)
+
+
+def _first(dimensions: list[int]) -> str:
+    shown = ", ".join(map(str, dimensions[:_SHOWN]))
+    return shown if len(dimensions) <= _SHOWN else f"{shown}, …"
 
 
 def _where(positions: list[dict[str, int]]) -> str:

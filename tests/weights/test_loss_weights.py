@@ -283,6 +283,15 @@ def test_the_profile_counts_massive_rows_and_warns_of_the_collapse():
     assert "robust-variance-a-0.5" in text
 
 
+def test_the_profile_names_constant_dimensions():
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    x[:, [2, 5]] = 3.0
+    statistics = Statistics(8, 16).update(x, torch.zeros(64, dtype=torch.long))
+    facts = profile(statistics, [weights_from_rule("uniform", 1.0, statistics)])
+    assert facts["constant_dimensions"] == [2, 5]
+    assert "warning: 2 dimensions are constant (2, 5): no weights can" in profile_text(facts)
+
+
 def test_a_matrix_has_directions():
     statistics = site_statistics()
     inputs = RuleInputs(statistics, second_moment=second_moment(statistics))
