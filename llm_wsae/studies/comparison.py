@@ -20,7 +20,15 @@ from dataclasses import dataclass
 from llm_wsae.studies.curve import Curve, Value
 from llm_wsae.studies.inference import LEVEL, Estimate, Name, adjusted, estimates
 from llm_wsae.studies.plan import PLAIN
-from llm_wsae.studies.results import DECIDING, EXPLAINED, FAMILY, MEASURES, PLANTED, Result
+from llm_wsae.studies.results import (
+    DECIDING,
+    EXPLAINED,
+    FAMILY,
+    MEASURES,
+    PLANTED,
+    STRATUM,
+    Result,
+)
 from llm_wsae.studies.stopping import spent
 
 BETTER = "better"
@@ -93,6 +101,9 @@ class Compared:
     """Difference of those differences from the control's, by measure."""
     families: dict[str, float]
     """Difference in selectivity, by family of concepts."""
+    strata: dict[str, Estimate]
+    """Difference in mean F1 from the plain curve at equal CE, by kind of direction, if features
+    were planted."""
     adjusted: dict[str, float]
     """p of the deciding measures, corrected for looks and for everything tried; none for a
     control."""
@@ -145,6 +156,11 @@ def compare(results: Sequence[Result]) -> list[Compared]:
                 effects={m: e for m, e in effects[label].items() if m in known},
                 against_control={m: e for m, e in against.get(label, {}).items() if m in known},
                 families=families,
+                strata={
+                    name.removeprefix(STRATUM): estimate
+                    for name, estimate in effects[label].items()
+                    if name.startswith(STRATUM)
+                },
                 adjusted=own,
                 verdict=verdict if label in claims else CONTROL,
             )

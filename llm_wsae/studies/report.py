@@ -34,6 +34,7 @@ from llm_wsae.studies.report_tables import (
     family_rows,
     planted_difference_rows,
     planted_rows,
+    strata_difference_rows,
     strata_rows,
     was_explained,
 )
@@ -269,6 +270,11 @@ class StudyReport:
                 Table(
                     "Planted features: mean F1 by kind of direction",
                     strata_rows(results, "by_stratum"),
+                ),
+                Table(
+                    "Planted features: differences in mean F1 from the plain curve at equal CE, by "
+                    "kind of direction",
+                    strata_difference_rows(compared),
                 ),
                 Table(
                     "Planted features: mean F1 by strength",

@@ -103,6 +103,15 @@ def strata_rows(results: Sequence[Result], key: str) -> Rows:
     return rows
 
 
+def strata_difference_rows(compared: Sequence[Compared]) -> Rows:
+    """Differences in mean F1 from the plain curve, by kind of direction."""
+    names = list(dict.fromkeys(name for one in compared for name in one.strata))
+    rows = [["weights", *names]]
+    for one in compared:
+        rows.append([one.label, *(estimate_text(one.strata.get(name)) for name in names)])
+    return rows
+
+
 def planted_difference_rows(at_equal: Mapping[str, Sequence[Compared]]) -> Rows:
     """Differences in recovery from the plain curve; ``at_equal`` are comparisons by what is equal
     in them."""

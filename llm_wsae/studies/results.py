@@ -169,6 +169,7 @@ EXPLAINED: dict[str, Measure] = {
 """Measures of a study whose latents were explained by a language model, in addition."""
 _WAY_OUT = "delete it to measure that dictionary again"
 FAMILY = "selectivity of "  # in addition to the measures: a family's mean, without an interval
+STRATUM = "planted F1 of "  # the same of planted features along one kind of direction, with one
 
 
 @dataclass(frozen=True)
@@ -350,9 +351,13 @@ def _items(measure: Measure, summary: Mapping[str, Any]) -> dict[str, float]:
 def _of_plants(planted: Mapping[str, Any] | None) -> dict[str, Value]:
     if planted is None:
         return {}
+    plants = planted["plants"]
+    columns = {name: plants[measure.key] for name, measure in PLANTED.items()}
+    for stratum in dict.fromkeys(plants["stratum"]):
+        pairs = zip(plants["f1"], plants["stratum"], strict=True)
+        columns[STRATUM + stratum] = [f1 if own == stratum else None for f1, own in pairs]
     found = {}
-    for name, measure in PLANTED.items():
-        column = planted["plants"][measure.key]
+    for name, column in columns.items():
         items = {str(plant): value for plant, value in enumerate(column) if value is not None}
         if items:
             found[name] = Value(sum(items.values()) / len(items), 0.0, items)
