@@ -16,7 +16,7 @@ halfway whitened ones with free lengths had then been measured after blocks 9, w
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -574,7 +574,8 @@ def in_settings(key: str) -> Iterator[str]:
         for measure, of in pairs.items()
     }
     rows = [["setting", "seeds", "KL, plain", "whitened", "change", "recovered, plain", "whitened",
-             "difference", "dead %, plain", "whitened"]]  # fmt: skip
+             "difference", "dead %, plain", "whitened", "FVU, plain", "whitened", "L0, plain",
+             "whitened"]]  # fmt: skip
     settings: expected.Settings = {}
     for setting, words in SETTINGS.items():
         if not records[setting]:
@@ -591,15 +592,22 @@ def in_settings(key: str) -> Iterator[str]:
             cells.append(
                 _difference(beside[measure].get(setting), pairs[measure][setting], measure)
             )
-        dead = (f"{100 * means[label]['dead']:.1f}" for label in means)
-        rows.append([words, str(len(both)), *cells, *dead])
+        cells += [f"{100 * means[label]['dead']:.1f}" for label in means]
+        cells += [f"{means[label]['fvu']:.3f}" for label in means]
+        cells += [f"{_mean_l0(records[setting], label, both):.1f}" for label in means]
+        rows.append([words, str(len(both)), *cells])
     for label, own in recovery.means_of_baselines(key, ROWS).items():
         kl, recovered = (f"{own[measure]:.3f}" for measure in ("kl", "recovered"))
-        dead_share = f"{100 * own['dead']:.1f}"
-        rows.append([f"`{label}`", "1", kl, "–", "–", recovered, "–", "–", dead_share, "–"])
+        last = (f"{100 * own['dead']:.1f}", "–", f"{own['fvu']:.3f}", "–", "–", "–")
+        rows.append([f"`{label}`", "1", kl, "–", "–", recovered, "–", "–", *last])
     yield f"### Trained otherwise: {PLACES[key].title}"
     yield markdown(rows)
     yield from _outcome(expected.OF_SETTINGS, key, settings)
+
+
+def _mean_l0(records: Sequence[dict[str, Any]], label: str, seeds: Container[int]) -> float:
+    own = [r["fidelity"]["l0"] for r in records if r["label"] == label and r["seed"] in seeds]
+    return float(np.mean(own))
 
 
 def at_rates(key: str) -> Iterator[str]:
