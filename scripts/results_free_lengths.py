@@ -696,16 +696,17 @@ def section_of_rates() -> str:
 
 
 def section() -> str:
-    """The part of docs/results on blocks 9."""
-    return "\n\n".join(part for key in BLOCKS_9 for part in at_site(key))
+    """The part of docs/results on blocks 9, and on what is chosen at all sites."""
+    parts = [part for key in BLOCKS_9 for part in at_site(key)]
+    parts += ["### What `--alpha auto` chooses in the loss", choices("loss", SEEDS)]
+    parts += ["### What it chooses with `--place mixed`", choices("mixed", SEEDS)]
+    return "\n\n".join(parts)
 
 
 def section_of_others() -> str:
-    """The part of docs/results on the other sites, and on what is chosen at all of them."""
+    """The part of docs/results on the other sites, and on corrections at all of them."""
     parts = [part for key in OTHERS for part in at_site(key)]
     parts += ["### Corrected for looks and for all weightings", corrected()]
-    parts += ["### What `--alpha auto` chooses in the loss", choices("loss", SEEDS)]
-    parts += ["### What it chooses with `--place mixed`", choices("mixed", SEEDS)]
     return "\n\n".join(parts)
 
 
