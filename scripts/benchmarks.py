@@ -46,7 +46,7 @@ _BENCHMARK_PAGES = {
     "memory": "harvest.md",
     "hub": "harvest.md",
     "page": "whole-job.md",
-    "evaluate": "whole-job.md",
+    "evaluate": "evaluation.md",
     "plan": "whole-job.md",
     "quickstart": "whole-job.md",
     "stream": "whole-job.md",
