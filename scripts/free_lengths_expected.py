@@ -955,10 +955,9 @@ _OF_EIGHTHS = {
 
 def _eighths(*bounds: tuple[Bounds, Bounds]) -> list[Asked]:
     """What is asked of the powers ⅛ and ⅜: bounds of recovered plants and of KL."""
-    powers = zip((("⅛", 0.125), ("⅜", 0.375)), bounds, strict=True)
     return [
-        (f"whitened in the loss, α = {words}", f"whitening-a{alpha:g}-k{K}", *of_both)
-        for (words, alpha), of_both in powers
+        (f"whitened in the loss, α = {words}", f"whitening-a{_POWERS[words]:g}-k{K}", *of_both)
+        for words, of_both in zip("⅛⅜", bounds, strict=True)
     ]
 
 

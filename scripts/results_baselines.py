@@ -61,6 +61,17 @@ RAW = {"dimensions": raw_dimensions, "principal-components": principal_component
 LABELS = (*(f"{name}-k{K}" for name in RAW), *(f"uniform-{kind}-k{K}" for kind in FROZEN))
 
 
+def half_random(
+    opened: recovery.Opened, rows: int, seed: int, folder: Path
+) -> dict[str, Dictionary]:
+    """Dictionaries of which one half stays random, trained on so many rows, by label."""
+    uniform = weights_from_rule("uniform", 1.0, opened.inputs)
+    arms = [ArmConfig(uniform, K, init_seed=seed, architecture=kind) for kind in FROZEN]
+    how = TrainConfig(tokens=rows, shuffle_seed=seed, lengths="unit", checkpoint_seconds=600)
+    made = train(opened.source, arms, how, folder)
+    return {label: made[arm.name] for label, arm in zip(LABELS[len(RAW) :], arms, strict=True)}
+
+
 def measure(key: str, path: str, rows: int, seeds: Sequence[int]) -> None:
     """Train and measure what has no result yet."""
     opened = recovery.open_site(key, path)
@@ -84,18 +95,11 @@ def measure(key: str, path: str, rows: int, seeds: Sequence[int]) -> None:
     if not all(_result("raw", key, label, first).exists() for label in raw):
         site, inputs = opened.source.site, opened.inputs
         judge({label: make(inputs, site, K) for label, make in raw.items()}, first, "raw")
-    uniform = weights_from_rule("uniform", 1.0, opened.inputs)
     for seed in seeds:
-        labels = {f"uniform-{kind}-k{K}": kind for kind in FROZEN}
-        if all(_result(str(rows), key, label, seed).exists() for label in labels):
+        if all(_result(str(rows), key, label, seed).exists() for label in LABELS[len(RAW) :]):
             continue
-        arms = [
-            ArmConfig(uniform, K, init_seed=seed, architecture=kind) for kind in labels.values()
-        ]
-        how = TrainConfig(tokens=rows, shuffle_seed=seed, lengths="unit", checkpoint_seconds=600)
-        made = train(opened.source, arms, how, BASELINES / f"trained/{key}-{rows}/s{seed}")
-        named = {label: made[arm.name] for label, arm in zip(labels, arms, strict=True)}
-        judge(named, seed, str(rows))
+        folder = BASELINES / f"trained/{key}-{rows}/s{seed}"
+        judge(half_random(opened, rows, seed, folder), seed, str(rows))
         print(f"{key}: {rows:,} rows, seed {seed} measured", flush=True)
 
 

@@ -47,7 +47,7 @@ from interop_checks import peer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from results_archive import pack, unpack
-from results_baselines import FROZEN, raw_dimensions
+from results_baselines import half_random, raw_dimensions
 from results_recovery import (
     LOSS,
     MIXED,
@@ -383,14 +383,8 @@ def _judge_latents(place: str, path: str, seeds: Sequence[int]) -> None:
 def _baselines(place: str, path: str) -> dict[str, Dictionary]:
     """The dimensions, and what two million rows make of dictionaries of which one half stays
     random, by label; of the first seed."""
-    opened, first = recovery.open_site(place, path), SEEDS[0]
-    uniform = weights_from_rule("uniform", 1.0, opened.inputs)
-    arms = [ArmConfig(uniform, K, init_seed=first, architecture=kind) for kind in FROZEN]
-    config = TrainConfig(
-        tokens=TWO_MILLION, lengths="unit", shuffle_seed=first, checkpoint_seconds=600
-    )
-    trained = train(opened.source, arms, config, RUN / "trained" / f"latents-{place}")
-    found = {name.removesuffix(f"-s{first}"): one for name, one in trained.items()}
+    opened = recovery.open_site(place, path)
+    found = half_random(opened, TWO_MILLION, SEEDS[0], RUN / "trained" / f"latents-{place}")
     return found | {f"dimensions-k{K}": raw_dimensions(opened.inputs, opened.source.site, K)}
 
 

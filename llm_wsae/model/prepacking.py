@@ -1,8 +1,8 @@
 """Weights in the layout in which oneDNN multiplies, for many passes on a CPU in bfloat16.
 
-Each product of torch lays its weights out anew. Of a thousand rows that takes 3 to 5 % of the time,
-so where a text is read many times the copies are worth their memory. The products are the same, to
-rounding at most.
+Each product of torch lays its weights out anew, which takes a few per cent of the time of a product
+of a thousand rows. Where a text is read many times, copies are worth their memory. The products are
+the same, to rounding at most.
 """
 
 from contextlib import ExitStack

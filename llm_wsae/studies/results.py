@@ -168,8 +168,9 @@ EXPLAINED: dict[str, Measure] = {
 }
 """Measures of a study whose latents were explained by a language model, in addition."""
 _WAY_OUT = "delete it to measure that dictionary again"
-FAMILY = "selectivity of "  # in addition to the measures: a family's mean, without an interval
-STRATUM = "planted F1 of "  # the same of planted features along one kind of direction, with one
+# In addition to the measures: means of a part.
+FAMILY = "selectivity of "  # a family of concepts, without an interval
+STRATUM = "planted F1 of "  # planted features along one kind of direction
 
 
 @dataclass(frozen=True)

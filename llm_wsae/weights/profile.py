@@ -97,9 +97,10 @@ def profile_text(facts: dict[str, Any]) -> str:
             f"{weights['gamma_min']:>10.3g}{weights['gamma_max']:>9.3g}   {largest}"
         )
     if constant := facts["constant_dimensions"]:
+        are = "dimensions are" if len(constant) > 1 else "dimension is"
         lines.append(
-            f"warning: {len(constant)} dimensions are constant ({_first(constant)}): no weights "
-            "can make a dictionary explain them, and whitening treats them as nearly constant"
+            f"warning: {len(constant)} {are} constant ({_first(constant)}), so there is nothing "
+            "to explain there; whitening takes their variance as a small number above 0"
         )
     lines += [f"warning: {w['warning']}" for w in facts["weights"] if w["warning"]]
     lines.append(_NO_FORECAST)

@@ -1,6 +1,7 @@
 """Prepacked weights: the same numbers, of the model as it is, and nothing left behind."""
 
 import threading
+import time
 from unittest.mock import patch
 
 import pytest
@@ -112,7 +113,7 @@ def test_layers_may_be_called_by_the_name_of_their_input(model):
 @needs_bfloat16
 def test_it_is_closed_behind_the_passes_of_other_threads(model):
     """One closes what it opened while another unembeds: both leave the modules as they were."""
-    opened, unembeds, may_close = (threading.Event() for _ in range(3))
+    opened, unembeds = threading.Event(), threading.Event()
 
     def first():
         with model.prepacked():
@@ -123,7 +124,7 @@ def test_it_is_closed_behind_the_passes_of_other_threads(model):
         opened.wait(10)
         with model.unembedding():
             unembeds.set()
-            may_close.wait(0.2)  # the first one waits for its turn
+            time.sleep(0.2)  # the first one waits for its turn
 
     threads = [threading.Thread(target=one) for one in (first, second)]
     for one in threads:
