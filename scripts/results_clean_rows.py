@@ -5,16 +5,18 @@
 Everything that ``results_free_lengths.py`` says is of dictionaries that were trained on rows with
 planted features. Here plain dictionaries and those that are whitened halfway in the loss see the
 rows as they are, one million and four, with free lengths and with length 1 (not of Gemma after four
-million), three seeds each. Nothing is known of their features, so they are judged by KL and FVU;
-and Gemma's of one million rows and free lengths by whether seeds agree, and whether latents are
-detected (``whitening_latents``). ``results_study.py`` judges those of SmolLM2. Dictionaries of
-which one half stays random, and the dimensions of the stream, stand beside them; and on Gemma,
-random weights in the loss.
+million), three seeds each; at three further sites one million, with free lengths. Nothing is known
+of their features, so they are judged by KL and FVU; and those of one million rows and free lengths
+by whether seeds agree, and whether latents are detected (``whitening_latents``; after block 9 of
+SmolLM2, ``results_study.py`` does it). Dictionaries of which one half stays random, and the
+dimensions of the stream, stand beside them; and where latents are judged, random weights in the
+loss.
 
 ``EXPECTED`` was written down, of SmolLM2, after one pair of plain dictionaries (four million rows):
 there free lengths had cost 5 % of KL, and whitening 7 %; of Gemma and of the latents when SmolLM2
 was known; of baselines later; last of random weights, and of all other latents than those of plain
-and of default dictionaries.
+and of default dictionaries. What was expected of the further sites was written down before their
+first dictionary, when blocks 9 were known.
 """
 
 import argparse
@@ -58,24 +60,33 @@ from llm_wsae.weights.config import WeightConfig
 
 RUN = README.parent / "runs/clean-rows"
 ARCHIVE = Path(__file__).parent / "results/clean-rows.jsonl.gz"
-WHERE = {"smollm2": 20_000, "gemma": 10_000}
+WHERE = {
+    "smollm2": 20_000,
+    "gemma": 10_000,
+    "smollm2-20": 20_000,
+    "gemma-5": 10_000,
+    "gemma-14": 10_000,
+}
 """Sites, and the held-out tokens of their evaluation."""
 ROWS = {1_000_000: "1 M", 4_000_000: "4 M"}
 TRAINED: dict[str, dict[tuple[int, Lengths], Sequence[int]]] = {
     "smollm2": {(rows, lengths): SEEDS for rows in ROWS for lengths in ("free", "unit")},
     "gemma": {(1_000_000, "free"): SEEDS, (1_000_000, "unit"): SEEDS, (4_000_000, "free"): SEEDS},
+    **{key: {(1_000_000, "free"): SEEDS} for key in ("smollm2-20", "gemma-5", "gemma-14")},
 }
 """Seeds of the pairs of dictionaries of a site, by rows and lengths."""
 IN_SPACE = "-space"
 """Of the results of dictionaries that are whitened as a space and trained at twice the rate, with
-free lengths, at both sites: they were added last."""
+free lengths, at all sites: after blocks 9 they were added last."""
 RANDOM_WEIGHTS = "-random"
 """Of the results of dictionaries with random weights in the loss, of the same rows as those whose
 latents are judged."""
 HALF_RANDOM = "-baselines"
 """Of the results of dictionaries of which one half stays random, and of the dimensions."""
 _ROWS_OF_BASELINES = 1_000_000
-JUDGED: dict[str, tuple[int, Lengths]] = {"gemma": (1_000_000, "free")}
+JUDGED: dict[str, tuple[int, Lengths]] = {
+    key: (1_000_000, "free") for key in WHERE if key != "smollm2"
+}
 """Rows and lengths of the dictionaries of a site whose latents are judged; baselines have rows of
 length 1."""
 PLAIN, WHITENED = f"uniform-k{K}", f"whitening-a0.5-k{K}"
@@ -85,6 +96,13 @@ DIMENSIONS = f"dimensions-k{K}"
 _OF_LATENTS = {PLAIN, WHITENED, WHITENED_SPACE, RANDOM, FROZEN_DECODER, FROZEN_ENCODER, DIMENSIONS}
 Key = tuple[int, str, str]
 """Rows, lengths, dictionary."""
+
+
+def _lengths_of_plain(key: str) -> str:
+    """Of the plain dictionary beside which half-random ones, of length 1, stand at a site."""
+    return "unit" if (1_000_000, "unit") in TRAINED[key] else "free"
+
+
 EXPECTED = (
     ("smollm2", (4_000_000, "free", PLAIN), (4_000_000, "unit", PLAIN), 2, 8),
     ("smollm2", (1_000_000, "free", PLAIN), (1_000_000, "unit", PLAIN), -10, 0),
@@ -100,7 +118,21 @@ EXPECTED = (
     ("gemma", (4_000_000, "free", WHITENED_SPACE), (4_000_000, "free", PLAIN), -25, -3),
     ("gemma", (1_000_000, "free", RANDOM), (1_000_000, "free", PLAIN), 3, 40),
     *(
-        (key, (1_000_000, "unit", label), (1_000_000, "unit", PLAIN), least, 1e6)
+        (key, (1_000_000, "free", label), (1_000_000, "free", PLAIN), low, high)
+        for key, label, low, high in (
+            ("smollm2-20", WHITENED, 0, 8),
+            ("smollm2-20", WHITENED_SPACE, -4, 8),
+            ("smollm2-20", RANDOM, -2, 10),
+            ("gemma-5", WHITENED, -25, 3),
+            ("gemma-5", WHITENED_SPACE, -45, -10),
+            ("gemma-5", RANDOM, -2, 40),
+            ("gemma-14", WHITENED, -20, 3),
+            ("gemma-14", WHITENED_SPACE, -45, -5),
+            ("gemma-14", RANDOM, -2, 40),
+        )
+    ),
+    *(
+        (key, (1_000_000, "unit", label), (1_000_000, _lengths_of_plain(key), PLAIN), least, 1e6)
         for key in WHERE
         for label, least in ((FROZEN_DECODER, 50), (FROZEN_ENCODER, 100), (DIMENSIONS, 100))
     ),
@@ -117,7 +149,9 @@ _OF_WHOM = {
 _NO_LOWER = ("all", "detection over all latents no lower than plain", 0.0, 1.0)
 _NO_HIGHER = ("all", "detection over all latents no higher than plain (+.005 at most)", -1.0, 0.005)
 _BELOW = ("all", "detection over all latents at least .01 below plain", -1.0, -0.01)
+_CLOSE = ("all", "detection over all latents within .01 of plain", -0.01, 0.01)
 _AGREE = ("agreement", "seeds agree no less than plain (−.01 at most)", -0.01, 1.0)
+_AGREE_MORE = ("agreement", "seeds agree more than plain (+.05 at least)", 0.05, 1.0)
 
 
 def _new(low: float, high: float) -> tuple[str, str, float, float]:
@@ -126,20 +160,31 @@ def _new(low: float, high: float) -> tuple[str, str, float, float]:
     return "new", f"{bounds} times as many new latents as a plain one has", low, high
 
 
-EXPECTED_OF_LATENTS = tuple(
-    (
-        f"{_OF_WHOM[label]}: {words}",
-        (latents.more if measure == "new" else latents.differs)(label, PLAIN, measure, low, high),
-    )
-    for label, asked in (
+_OF_CONTROLS = (
+    (RANDOM, (_new(0.8, 1.2), _NO_HIGHER)),
+    *((baseline, (_BELOW,)) for baseline in (FROZEN_DECODER, FROZEN_ENCODER, DIMENSIONS)),
+)
+_OF_FURTHER = ((WHITENED, (_CLOSE, _AGREE, _new(0.7, 1.3))), *_OF_CONTROLS)
+_OF_LATENTS_EXPECTED = {
+    "gemma": (
         (WHITENED, (_NO_LOWER, _AGREE, _new(0.8, 1.3))),
         (WHITENED_SPACE, (_NO_LOWER, _AGREE, _new(0.8, 1.5))),
-        (RANDOM, (_new(0.8, 1.2), _NO_HIGHER)),
-        *((baseline, (_BELOW,)) for baseline in (FROZEN_DECODER, FROZEN_ENCODER, DIMENSIONS)),
-    )
-    for measure, words, low, high in asked
-)
-"""Of the sites in ``JUDGED``."""
+        *_OF_CONTROLS,
+    ),
+    "smollm2-20": ((WHITENED_SPACE, (_CLOSE, _AGREE, _new(0.7, 1.5))), *_OF_FURTHER),
+    **{
+        key: ((WHITENED_SPACE, (_CLOSE, _AGREE_MORE, _new(0.7, 1.5))), *_OF_FURTHER)
+        for key in ("gemma-5", "gemma-14")
+    },
+}
+
+
+def expected_of_latents(key: str) -> Iterator[tuple[str, Any]]:
+    """What was expected of a site in ``JUDGED``: words, and what says whether it came out."""
+    for label, asked in _OF_LATENTS_EXPECTED[key]:
+        for measure, words, low, high in asked:
+            found = latents.more if measure == "new" else latents.differs
+            yield f"{_OF_WHOM[label]}: {words}", found(label, PLAIN, measure, low, high)
 
 
 def measure(key: str, path: str) -> None:
@@ -150,7 +195,11 @@ def measure(key: str, path: str) -> None:
         for (rows, lengths), seeds in TRAINED[key].items()
         for seed in seeds
     ]
-    wanted += [(rows, "free", seed, IN_SPACE) for rows in ROWS for seed in SEEDS]
+    wanted += [
+        (rows, "free", seed, IN_SPACE)
+        for rows in ROWS
+        for seed in TRAINED[key].get((rows, "free"), ())
+    ]
     wanted += [(_ROWS_OF_BASELINES, "unit", seed, HALF_RANDOM) for seed in SEEDS]
     if key in JUDGED:
         wanted += [(*JUDGED[key], seed, RANDOM_WEIGHTS) for seed in SEEDS]
@@ -269,7 +318,10 @@ def at_site(key: str) -> Iterator[str]:
     if not found:
         return
     of_lengths = beside(found, {k: (k[0], "unit", k[2]) for k in found if k[1] == "free"})
-    of_weights = beside(found, {k: (*k[:2], PLAIN) for k in found if k[2] != PLAIN})
+    plain_lengths = {"free": "free", "unit": _lengths_of_plain(key)}
+    of_weights = beside(
+        found, {k: (k[0], plain_lengths[k[1]], PLAIN) for k in found if k[2] != PLAIN}
+    )
     rows = [["rows", "lengths", "dictionary", "seeds", "KL", "CE recovered", "FVU", "dead %",
              "KL, free beside length 1", "KL, beside plain"]]  # fmt: skip
     for one in sorted(found, key=lambda k: (k[0], k[1] != "unit", k[2])):
@@ -299,7 +351,8 @@ def at_site(key: str) -> Iterator[str]:
     if judged := latents.read(_latents(key)):
         yield f"Latents of {ROWS[JUDGED[key][0]]} rows and free lengths:"
         yield latents.table(judged, PLAIN)
-        yield from recovery.expected((words, found, judged) for words, found in EXPECTED_OF_LATENTS)
+        asked = expected_of_latents(key)
+        yield from recovery.expected((words, found, judged) for words, found in asked)
 
 
 def _words(one: Key, other: Key, low: float, high: float) -> str:
@@ -333,14 +386,15 @@ def section() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for key in WHERE:
-        parser.add_argument(f"--{key}", help="the model, if it is to be measured")
+    for model in dict.fromkeys(PLACES[key].model_key for key in WHERE):
+        parser.add_argument(f"--{model}", help="the model, if it is to be measured")
+    parser.add_argument("--places", nargs="*", default=WHERE, choices=WHERE)
     asked = parser.parse_args()
     torch.set_grad_enabled(False)
     if ARCHIVE.exists():
         unpack(ARCHIVE, RUN)
-    for key in WHERE:
-        if path := getattr(asked, key):
+    for key in asked.places:
+        if path := getattr(asked, PLACES[key].model_key):
             measure(key, path)
             pack(RUN, ARCHIVE)
     write_result("clean-rows", section())
