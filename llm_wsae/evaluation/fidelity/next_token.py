@@ -101,38 +101,31 @@ def _measure_tile(
     """−log p(target) and KL(p_first ‖ p) of every row in every stream, float64."""
     entered = [unembedding.enter(stream) for stream in streams]
     clean, *variants = (_Predictions(target) for _ in streams)
-    divergences = [_Divergence(clean, variant) for variant in variants]
     for run in unembedding.runs:
         logits = run(entered[0])
-        maxima, sums, _ = softmax_sums(logits)
-        clean.add(logits, maxima, sums)
-        for variant, divergence, own in zip(variants, divergences, entered[1:], strict=True):
+        maxima, *sums = softmax_sums(logits)
+        clean.add(logits, maxima, *sums)
+        for variant, own in zip(variants, entered[1:], strict=True):
             its = run(own)
-            its_maxima, its_sums, differences = softmax_sums(its, (logits, maxima))
-            variant.add(its, its_maxima, its_sums)
-            divergence.add(differences, maxima)
-    none = torch.zeros_like(clean.loss())
-    pairs = [(variant.loss(), own.kl()) for variant, own in zip(variants, divergences, strict=True)]
-    return torch.stack([torch.stack(pair) for pair in ((clean.loss(), none), *pairs)])
+            variant.add(its, *softmax_sums(its, (logits, maxima)))
+    losses = [(one.loss(), one.kl_from(clean)) for one in variants]
+    own = clean.loss()
+    return torch.stack([torch.stack(pair) for pair in ((own, torch.zeros_like(own)), *losses)])
 
 
 class _Predictions:
     """What rows predict, from logits that come in runs of the vocabulary."""
 
     def __init__(self, target: Integer[Tensor, " rows"]):
-        self.maxima = torch.full(
-            target.shape, -torch.inf, dtype=torch.float64, device=target.device
-        )
-        self.sums = torch.zeros_like(self.maxima)
-        """Σ exp(logit − maximum)."""
         self._target, self._first = target, 0
-        self._of_target = torch.full_like(self.maxima, torch.nan)
+        self._of_target = torch.full(
+            target.shape, torch.nan, dtype=torch.float64, device=target.device
+        )
+        self._runs: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, logits: Tensor, maxima: Tensor, sums: Tensor) -> None:
+    def add(self, logits: Tensor, maxima: Tensor, sums: Tensor, differences: Tensor) -> None:
         """The logits of the next run, and what ``softmax_sums`` says of them."""
-        grown = torch.maximum(self.maxima, maxima.double())
-        self.sums = _rescaled(self.sums, self.maxima, grown) + _rescaled(sums, maxima, grown)
-        self.maxima = grown
+        self._runs.append((maxima, sums, differences))
         at = self._target - self._first
         self._first += logits.shape[1]
         own = logits.gather(1, at.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].double()
@@ -141,44 +134,40 @@ class _Predictions:
 
     def log_sum(self) -> Float[Tensor, " rows"]:
         """log Σ exp of all logits."""
-        return self.maxima + self.sums.log()
+        maxima, sums, _ = self._in_order()
+        return maxima.amax(0) + _over_runs(sums, maxima).log()
 
     def loss(self) -> Float[Tensor, " rows"]:
         """−log p(target)."""
         return self.log_sum() - self._of_target
 
+    def kl_from(self, clean: "_Predictions") -> Float[Tensor, " rows"]:
+        """KL(p_clean ‖ p), if each run was compared with that of ``clean``.
 
-class _Divergence:
-    """KL(p ‖ q) of rows.
+        With r and q the logits, KL = Σ p_clean·(r − q) + log Σ exp q − log Σ exp r. Tokens that a
+        model excludes (r = −∞) add nothing; those that it excludes only now (q = −∞) make KL
+        infinite.
+        """
+        maxima, sums, _ = clean._in_order()
+        differences = _over_runs(self._in_order()[2], maxima) / _over_runs(sums, maxima)
+        return differences + self.log_sum() - clean.log_sum()
 
-    With r and q the logits, KL = Σ p·(r − q) + log Σ exp q − log Σ exp r. Tokens that a model
-    excludes (r = −∞) add nothing; those that it excludes only now (q = −∞) make KL infinite.
-    """
-
-    def __init__(self, clean: _Predictions, other: _Predictions):
-        self._clean, self._other = clean, other
-        self._maxima, self._differences = clean.maxima, torch.zeros_like(clean.sums)
-
-    def add(self, differences: Tensor, maxima: Tensor) -> None:
-        """Σ exp(r − maximum)·(r − q) of the next run, which was given to ``clean``."""
-        old, grown = self._maxima, self._clean.maxima
-        self._differences = _rescaled(self._differences, old, grown) + _rescaled(
-            differences, maxima, grown
+    def _in_order(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Maxima, sums and differences [runs, rows]."""
+        maxima, sums, differences = (
+            torch.stack(one).double() for one in zip(*self._runs, strict=True)
         )
-        self._maxima = grown
-
-    def kl(self) -> Float[Tensor, " rows"]:
-        """KL(p ‖ q)."""
-        clean, other = self._clean, self._other
-        return self._differences / clean.sums + other.log_sum() - clean.log_sum()
+        return maxima, sums, differences
 
 
-def _rescaled(sums: Tensor, maxima: Tensor, grown: Tensor) -> Tensor:
-    """Σ exp(x − maximum), or such a sum, for another maximum that is no lower; 0 if nothing was
-    above −∞."""
+def _over_runs(
+    sums: Float[Tensor, "runs rows"], maxima: Float[Tensor, "runs rows"]
+) -> Float[Tensor, " rows"]:
+    """Σ exp(x − maximum), or such a sum, of all runs, about the largest maximum; a run without a
+    number above −∞ adds nothing."""
     # the bound keeps an infinite sum infinite
-    scale = (maxima.double() - grown).clamp(min=-700).exp()
-    return torch.where(maxima == -torch.inf, 0, sums.double() * scale)
+    scale = (maxima - maxima.amax(0)).clamp(min=-700).exp()
+    return torch.where(maxima == -torch.inf, 0, sums * scale).sum(0)
 
 
 def softmax_sums(
