@@ -29,6 +29,7 @@ from llm_wsae.data.finishing import NO_ROWS
 from llm_wsae.data.packing import Contexts, Packer
 from llm_wsae.data.resume import too_small
 from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
+from llm_wsae.data.stored_measurement import check_measurement
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import AGAIN, load_own_tensors, save_own_tensors
 from llm_wsae.harvesting import kept_rows
@@ -39,7 +40,6 @@ from llm_wsae.provenance import plain
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.reading import reading
 from llm_wsae.statistics.second_moment import SecondMoment
-from llm_wsae.stored_measurement import check_measurement
 from llm_wsae.threads import prefetch
 
 _PACKED_AHEAD = 4

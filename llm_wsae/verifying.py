@@ -16,6 +16,7 @@ from tqdm import tqdm
 from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards
 from llm_wsae.data.packing import load_contexts
 from llm_wsae.data.shard_record import tokens_path
+from llm_wsae.data.stored_measurement import FOLDER as MEASUREMENTS
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.dictionary.folder import (
@@ -35,7 +36,6 @@ from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
 from llm_wsae.pages.latent_measures import RECOVERY
-from llm_wsae.stored_measurement import FOLDER as MEASUREMENTS
 from llm_wsae.studies import consistency
 from llm_wsae.studies.folder import BASIS, CONSISTENCY, read_basis, read_results
 from llm_wsae.studies.jobs import GROUP

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.stored_measurement import SETTINGS, StoredMeasurement
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.heldout import HeldoutText
@@ -37,7 +38,6 @@ from llm_wsae.processes import Several, join, leads
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
-from llm_wsae.stored_measurement import SETTINGS, StoredMeasurement
 from llm_wsae.streaming import ActivationStreams
 from llm_wsae.training.parallel.collectives import collectives
 from llm_wsae.weights.config import RuleInputConfig

@@ -47,7 +47,6 @@ FLOORS = (
     "pages",
     "planting",
     "harvesting",
-    "stored_measurement",
     "streaming",
     "training",
     "saelens",

@@ -11,11 +11,13 @@ import torch
 from several import run
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae import stored_measurement, weighing
+from llm_wsae import weighing
+from llm_wsae.data import stored_measurement
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
@@ -26,7 +28,6 @@ from llm_wsae.model.encoder_names import ENCODER_PACKAGE
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
-from llm_wsae.stored_measurement import StoredMeasurement
 from llm_wsae.verifying import verify_store
 from llm_wsae.weighing import (
     coherence_of,
@@ -324,7 +325,7 @@ def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, m
     def full(path, *_):
         raise LlmWsaeError(f"cannot write {path}: no space left")
 
-    monkeypatch.setattr("llm_wsae.stored_measurement.save_own_tensors", full)
+    monkeypatch.setattr("llm_wsae.data.stored_measurement.save_own_tensors", full)
     config = RuleInputConfig(sensitivity_tokens=50)
     assert (
         measure_inputs(["sensitivity"], store, SITE, model=model, config=config).fisher is not None

@@ -252,6 +252,15 @@ class Statistics:
         """Share of rows above ``massive_threshold``."""
         return self.massive_count / max(self.count, 1)
 
+    def same_are_massive(self, threshold_of: "Statistics") -> bool:
+        """Whether the threshold of other statistics leaves out the same ones of these rows.
+
+        It does if it is equal, or if no row's norm is between the two. A bin more at each end is
+        looked at, since a norm at an edge may be rounded across it.
+        """
+        low, high = sorted((self._massive_bin(), threshold_of._massive_bin()))
+        return low == high or not bool(self._norms[:, low - 1 : high + 1].any())
+
     def massive_positions(self) -> list[tuple[int, int, int, int]]:
         """Where massive rows are: (first position, last position, massive rows, all rows) each."""
         massive = self._norms[:, self._massive_bin() :].sum(1).tolist()

@@ -53,6 +53,12 @@ class SecondMoment:
         self._scatter = sum_(self._scatter.addr_(off, off, alpha=own))
         return self
 
+    def merge(self, other: "SecondMoment") -> "SecondMoment":
+        """Add the sums of other rows of the same site. Returns self."""
+        if other.count:
+            self._add(other.count, other.mean, other._scatter)
+        return self
+
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total, delta = self.count + count, mean - self.mean
         self._scatter += scatter

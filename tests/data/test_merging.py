@@ -8,7 +8,7 @@ import re
 import shutil
 from collections import namedtuple
 from dataclasses import replace
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,9 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import read_own_json, write_json
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.site import Site
+from llm_wsae.statistics import moments
 from llm_wsae.verifying import verify_store
+from llm_wsae.weighing import second_moment_of
 
 SITES = [Site(0, "pre"), Site(1, "post")]
 CONFIG = HarvestConfig(context_size=12, tokens=1000, batch_tokens=48, shard_tokens=300)
@@ -171,6 +173,67 @@ def test_parts_of_whole_shards_are_one_harvest_to_the_last_byte(model, tmp_path)
         mine, theirs = whole.contexts(shard), merged.contexts(shard)
         assert all(np.array_equal(a, b) for a, b in zip(mine[:4], theirs[:4], strict=True))
         assert mine.headers.keys() == theirs.headers.keys()
+
+
+@pytest.fixture
+def measured(stores, tmp_path, monkeypatch):
+    """Copies of the stores that hold the covariance sums of both sites."""
+
+    def measure(ratio=10.0):
+        monkeypatch.setattr(moments, "MASSIVE_RATIO", ratio)
+        copies = [shutil.copytree(store, tmp_path / store.name) for store in stores]
+        for copy, site in product(copies, SITES):
+            second_moment_of(ActivationStore.open(copy), site)
+        return copies
+
+    return measure
+
+
+def covariance_file(folder, site):
+    return folder / "evidence" / f"{site}.second_moment.safetensors"
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(10.0, SITES), (1.25, SITES[1:])])
+def test_the_covariance_is_that_of_a_pass_over_all_rows(measured, tmp_path, ratio, kept):
+    """The first site's median norm, and so its threshold, is another in the second store. At a
+    ratio of 1.25 there are rows between the two, and rows that are left out at both sites."""
+    parts = measured(ratio)
+    merged = merge(parts, tmp_path / "s")
+    assert verify_store(merged.folder) == []
+    for site, number in zip(SITES, (2, 1), strict=True):
+        own = [ActivationStore.open(part).statistics(site).massive_threshold for part in parts]
+        assert len(set(own)) == number
+        assert covariance_file(merged.folder, site).exists() == (site in kept)
+        found = second_moment_of(merged, site)
+        covariance_file(merged.folder, site).unlink()
+        fresh = second_moment_of(merged, site)
+        rows = merged.rows(site, 0, merged.num_rows)
+        rows = rows[rows.norm(dim=1) <= merged.statistics(site).massive_threshold].double().numpy()
+        assert (len(rows) < merged.num_rows) == (ratio < 10)
+        for each in (found, fresh):
+            assert each.count == len(rows)
+            np.testing.assert_allclose(each.mean, rows.mean(0), rtol=1e-6, atol=1e-9)
+            covariance = each.to_tensors()["scatter"] / each.count
+            exact = np.cov(rows.T, bias=True)  # products of at most 4096 rows are in float32
+            np.testing.assert_allclose(covariance, exact, rtol=1e-6, atol=1e-10)
+
+
+def test_a_covariance_that_a_store_lacks_is_measured_anew(measured, tmp_path):
+    parts = measured()
+    whole = second_moment_of(merge(parts, tmp_path / "whole"), SITES[1])
+    shutil.copy(covariance_file(parts[0], SITES[1]), covariance_file(parts[1], SITES[1]))
+    for name in ("of other rows", "none"):
+        merged = merge(parts, tmp_path / name)
+        there = [covariance_file(merged.folder, site).exists() for site in SITES]
+        assert there == [True, False]
+        found = second_moment_of(merged, SITES[1])
+        assert found.count == whole.count
+        torch.testing.assert_close(found.covariance(), whole.covariance(), rtol=1e-6, atol=1e-9)
+        before = files(merged.folder)
+        covariance_file(merged.folder, SITES[0]).unlink()
+        merge(parts, merged.folder)  # adds what is missing, leaves what is there
+        assert files(merged.folder) == before
+        covariance_file(parts[1], SITES[1]).unlink(missing_ok=True)
 
 
 def test_a_merge_of_merges_is_the_merge_of_all(stores, merged, tmp_path):

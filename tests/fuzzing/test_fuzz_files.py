@@ -22,6 +22,7 @@ from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards, save_rec
 from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.shard_record import FileRecord, tokens_path
 from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (
     Explanation,
@@ -36,7 +37,6 @@ from llm_wsae.model.site import Site
 from llm_wsae.pages.dashboard import read_scores
 from llm_wsae.pages.firings_by_latent import FiringsByLatent
 from llm_wsae.processes import Processes
-from llm_wsae.stored_measurement import StoredMeasurement
 from llm_wsae.studies import consistency, jobs
 from llm_wsae.studies.folder import read_basis, read_explained
 from llm_wsae.studies.results import read_result

@@ -1,5 +1,6 @@
 """Moments against scipy, coherence of texts against brute force, Holm's correction by hand."""
 
+import functools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -311,14 +312,23 @@ def test_second_moment_is_that_of_float64_and_merges_exactly():
         *summed([SecondMoment(40).update(part) for part in rows.split([7, 11_000, 18_993])]),
         *summed([SecondMoment(40), SecondMoment(40).update(rows)]),  # one that has no rows
         SecondMoment.from_tensors(whole.to_tensors()),
+        merged([SecondMoment(40).update(part) for part in rows.split([7, 11_000, 18_993])]),
+        merged([SecondMoment(40), SecondMoment(40), SecondMoment(40).update(rows)]),
     ):
         assert found.count == 30_000
         torch.testing.assert_close(found.mean, rows.double().mean(0), rtol=1e-6, atol=1e-5)
         own = found._scatter / found.count
         error = (own - exact).abs() / (exact.diag()[:, None] * exact.diag()).sqrt()
         assert float(error.max()) < 1e-6
+    chunks = merged([SecondMoment(40).update(part) for part in rows.split(4096)])
+    for name, tensor in chunks.to_tensors().items():  # of the same products in float32
+        torch.testing.assert_close(tensor, whole.to_tensors()[name], rtol=1e-13, atol=0)
     with pytest.raises(LlmWsaeError, match="NaN or infinite"):
         whole.update(torch.full((3, 40), torch.nan))
+
+
+def merged(parts):
+    return functools.reduce(SecondMoment.merge, parts, SecondMoment(40))
 
 
 def summed(parts):
