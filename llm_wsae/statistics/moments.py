@@ -259,7 +259,7 @@ class Statistics:
         looked at, since a norm at an edge may be rounded across it.
         """
         low, high = sorted((self._massive_bin(), threshold_of._massive_bin()))
-        return low == high or not bool(self._norms[:, low - 1 : high + 1].any())
+        return low == high or not bool(self._norms[:, max(low - 1, 0) : high + 1].any())
 
     def massive_positions(self) -> list[tuple[int, int, int, int]]:
         """Where massive rows are: (first position, last position, massive rows, all rows) each."""
