@@ -24,7 +24,6 @@ from llm_wsae.drawing import BLUE, INK, ORANGE, save, tidy
 from llm_wsae.model.site import Site
 from llm_wsae.studies.comparison import BETTER
 from llm_wsae.studies.report_tables import estimate_text
-from llm_wsae.studies.results import DECIDING
 from llm_wsae.terminal import markdown
 
 _PLANTED, _NAMED = FOLDER / "planted.jsonl.gz", FOLDER / "planted-named.jsonl.gz"
@@ -188,7 +187,8 @@ def _measured() -> list[str]:
     for site, study in Study.read_all(ANNEALING.folder).items():
         one = study.compared(ANNEALED)
         verdicts.add(one.verdict)
-        found = ", ".join(f"{m} {estimate_text(one.effects.get(m))}" for m in DECIDING)
+        measured = [f"{m} {estimate_text(one.effects.get(m))}" for m in study.report.deciding]
+        found = ", ".join(measured)
         words.append(f"`{site}` {one.verdict}: {found}")
     return [
         "the principle itself: count the more monosemantic dimensions more",

@@ -289,7 +289,8 @@ def write() -> None:
         report, block = study.report, Site.parse(site).block
         curve, differences = (IMAGES / figure(block, n) for n in (CURVE, DIFFERENCES))
         plot_curve(report.results, report.compared, site, curve)
-        plot_differences(report.compared, report.against_itself, site, differences)
+        itself = report.against_itself
+        plot_differences(report.compared, itself, report.deciding, site, differences)
     plot_finding(SITES, IMAGES / "finding.png")
     write_result("study", section())
     write_result("paper", paper_section(studies))

@@ -308,13 +308,14 @@ TODAY = Apart(
     "the cross-entropy of 24. Controls of diagonal weights are permuted within deciles of "
     "variance. Effective dimensions still differ: inverse variance has 576 and its control 235; "
     "whitening has 299 and its rotated control 26. A control with 290 in random directions "
-    "(`shares`) keeps 1.7 points less of the cross-entropy than plain, too little to be compared; "
+    "(`shares`) keeps 1.7 points less of the cross-entropy, too little to be compared; "
     "at the same k its selectivity is half of plain's. `participation` takes its weights from a "
     "first dictionary of each seed, trained on half of the rows; its effective dimensions were not "
-    "kept. None differs clearly in spill. At equal cross-entropy two absorb clearly less, but so "
-    "do all controls: absorption falls steeply along the plain curve, whose own k = 32 lies .012 "
-    "[.005, .019] below a curve through the others; at equal density no rule differs clearly; and "
-    "baselines, which know no letters, absorb none.",
+    "kept. None differs clearly in spill; plain's .003 leave hardly anything to gain. "
+    "At equal cross-entropy two absorb clearly less, but so do all controls: "
+    "absorption falls steeply along the plain curve, whose own k = 32 lies .012 [.005, .019] below "
+    "a curve through the others; at equal density no rule differs clearly; and baselines, which "
+    "know no letters, absorb none.",
     (
         _costs_at_most(WHITENED, 0.003),
         _within(WHITENED, "detection", -0.02, 0.002),

@@ -27,11 +27,11 @@ from llm_wsae.studies.comparison import Compared
 from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.report import CURVE, DIFFERENCES, StudyReport
 from llm_wsae.studies.report_tables import estimate_text
-from llm_wsae.studies.results import DECIDING, Result
+from llm_wsae.studies.results import Result
 from llm_wsae.terminal import markdown
 
-HARMS = ("spill", "absorbed")
-"""Measures that are better lower."""
+BESIDE = ("selectivity", "absorbed")
+"""Measures that decide nothing where spill does."""
 
 
 def figure(block: int, name: str) -> str:
@@ -75,16 +75,16 @@ def site_section(site: str, study: Study, baselines: Study) -> str:
 
 def _verdicts(report: StudyReport) -> str:
     """What became of every rule."""
-    head = ["weights", "verdict"]
-    for measure in DECIDING:
+    measures, head = report.deciding, ["weights", "verdict"]
+    for measure in measures:
         head += [measure, "p", "above its control"]
-    equal = [f"{measure}, equal density" for measure in DECIDING]
+    equal = [f"{measure}, equal density" for measure in measures]
     rows = [[*head, "letters", "more scored", "detection, all", *equal]]
     for one, other in zip(report.compared, report.at_equal_density, strict=True):
         if one.is_control:
             continue
         cells = [f"`{one.label}`", one.verdict]
-        for measure in DECIDING:
+        for measure in measures:
             p = one.adjusted.get(measure)
             cells += [estimate_text(one.effects.get(measure)), "–" if p is None else f"{p:.2g}"]
             cells.append(estimate_text(one.against_control.get(measure)))
@@ -92,21 +92,21 @@ def _verdicts(report: StudyReport) -> str:
         cells.append(estimate_text(one.effects.get("selectivity_letters")))
         cells.append("–" if scored is None else f"{100 * scored.difference:+.1f} points")
         cells.append(estimate_text(one.effects.get("detection_all")))
-        rows.append([*cells, *(estimate_text(other.effects.get(m)) for m in DECIDING)])
+        rows.append([*cells, *(estimate_text(other.effects.get(m)) for m in measures)])
     return markdown(rows, left=2)
 
 
-def _harms(report: StudyReport) -> str:
-    """What is better lower, of every rule and of controls, where it was measured."""
-    head = [cell for measure in HARMS for cell in (measure, "above its control")]
-    rows = [["weights", *head, *(f"{measure}, equal density" for measure in HARMS)]]
+def _beside(report: StudyReport) -> str:
+    """What decides nothing, of every rule and of controls."""
+    head = [cell for measure in BESIDE for cell in (measure, "above its control")]
+    rows = [["weights", *head, *(f"{measure}, equal density" for measure in BESIDE)]]
     for one, other in zip(report.compared, report.at_equal_density, strict=True):
         cells = [
             estimate_text(estimates.get(measure))
-            for measure in HARMS
+            for measure in BESIDE
             for estimates in (one.effects, one.against_control)
         ]
-        cells += [estimate_text(other.effects.get(measure)) for measure in HARMS]
+        cells += [estimate_text(other.effects.get(measure)) for measure in BESIDE]
         rows.append([f"`{one.label}`", *cells])
     return markdown(rows)
 
@@ -116,7 +116,7 @@ def _table(study: Study, more: Sequence[Result] = ()) -> str:
     head = ["weights", "k", "seeds", "effective dimensions", "of its control", "CE recovered"]
     head += ["FVU", "dense %", "dead %", "scored %", "detection", "selectivity"]
     report = study.report
-    harms = [m for m in HARMS if any(m in r.point.values for r in report.results)]
+    harms = [m for m in ("spill", "absorbed") if any(m in r.point.values for r in report.results)]
     rows = [[*head, *harms]]
     controls = {r.control for r in report.results}
     groups: dict[tuple[str, int], list[Result]] = {}
@@ -173,8 +173,8 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
         parts.append(f"`{site}`, {dictionaries}:")
         if study.report.compared:
             parts.append(_verdicts(study.report))
-        if any(HARMS[0] in one.effects for one in study.report.compared):
-            parts += ["Where lower is better:", _harms(study.report)]
+        if study.report.compared and "spill" in study.report.deciding:
+            parts += ["What decides nothing there:", _beside(study.report)]
         if apart.has_values:
             parts += ["Means over seeds; baselines learnt nothing, or one half.", _table(study)]
         else:
@@ -235,7 +235,7 @@ def _together(
     found = {site: one.compared(label) for site, one in both.items()}
     words = "; ".join(
         f"`{site}`, {len(one.seeds)} seeds: "
-        + ", ".join(f"{m} {estimate_text(one.effects.get(m))}" for m in DECIDING)
+        + ", ".join(f"{m} {estimate_text(one.effects.get(m))}" for m in both[site].report.deciding)
         for site, one in found.items()
     )
     return f"{which}: {words}.\n\n{claim_table(claims, both)}"
@@ -273,8 +273,8 @@ def section() -> str:
         "- A rule is *selective* if its selectivity is at least .004 above the plain curve, with "
         "an interval above 0 there and relative to its control, if it costs at most .003 of the "
         "cross-entropy at the same k, if no family of concepts falls by more than .01, and unless "
-        "spill is clearly higher. Older studies than today's did not measure spill: there a gain "
-        "in selectivity counts without it, in verdicts too.",
+        "spill is clearly higher. Verdicts rest on detection and spill; in older studies than "
+        "today's, without spill, on selectivity instead.",
         "Except for [today's dictionaries](#as-dictionaries-are-trained-today), detection was "
         "measured before it was restricted to contexts of one genre from other documents than "
         "those of the top contexts, and its intervals do not cover the choice of documents: the "

@@ -303,12 +303,13 @@ def test_the_finding_was_tried_again_on_fresh_seeds_alone(monkeypatch):
 def test_a_study_without_an_effect_seldom_calls_a_rule_better(monkeypatch):
     """A small version of the table in docs/results; a real effect is found."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    from simulate_verdict import Design, Spreads, rate
+    from simulate_verdict import Design, Spreads, known_spill, rate
 
-    assert rate(Spreads(), Design(arms=2, looks=(3, 5)), 40) <= 0.1
-    assert rate(Spreads(), Design(arms=1, looks=(5,), effect=0.03), 20) <= 0.1  # as its control
-    alone = Design(arms=1, looks=(5,), effect=0.03, of_control=0.0)
-    assert rate(Spreads(), alone, 10) >= 0.8
+    for spreads in Spreads(), Spreads(spill=known_spill()):
+        assert rate(spreads, Design(arms=2, looks=(3, 5)), 40) <= 0.1
+        assert rate(spreads, Design(arms=1, looks=(5,), effect=0.03), 20) <= 0.1  # as its control
+        alone = Design(arms=1, looks=(5,), effect=0.03, of_control=0.0)
+        assert rate(spreads, alone, 10) >= 0.8
 
 
 def test_a_rule_is_not_selective_where_spill_is_clearly_higher(monkeypatch):

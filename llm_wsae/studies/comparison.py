@@ -1,13 +1,15 @@
 """Compares every rule with the plain curve and with its control, at equal cross-entropy.
 
 A rule is compared at its dictionaries' own cross-entropy, seed by seed, over all its k. Two
-measures decide the verdict, detection of latents and selectivity of concepts, both without latents
-that fire on more than a tenth of the tokens: those raise either measure, whatever they stand for.
+measures decide the verdict, both without latents that fire on more than a tenth of the tokens,
+which sway them, whatever they stand for: detection of latents, and spill, what the five other
+concepts that are hit hardest lose with a concept. (Selectivity is nearly the concept's own loss. It
+decides in place of spill where results are from before that was measured.)
+
 Holm's correction covers all rules of the study and both measures, after each p was raised by what
-its number of seeds may spend (``stopping``). Better also has to mean better
-than the rule's control, corrected in the same way, because weights that know nothing of the
-dimensions may help as well. A gain in selectivity is none where the five other concepts that are
-hit hardest lose more than with plain dictionaries, at the same loss of the concept itself (spill).
+its number of seeds may spend (``stopping``). Better also has to mean better than the rule's
+control, corrected in the same way, because weights that know nothing of the dimensions may help as
+well.
 
 The curve is compared with itself, too: a plain dictionary with the curve of the others. Where that
 is far from 0, the curve is too coarse for differences of that size.
@@ -21,13 +23,13 @@ from llm_wsae.studies.curve import Curve, Value
 from llm_wsae.studies.inference import LEVEL, Estimate, Name, adjusted, estimates
 from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.results import (
-    DECIDING,
     EXPLAINED,
     FAMILY,
     MEASURES,
     PLANTED,
     STRATUM,
     Result,
+    deciding,
 )
 from llm_wsae.studies.stopping import spent
 
@@ -66,10 +68,7 @@ def verdict_of(
     """The word for a rule's differences, by measure: from the plain curve (``effects``, with their
     corrected p) and from the control (``against``, with theirs)."""
     found = [measure for measure, p in corrected.items() if p < _SIGNIFICANT]
-    better = [measure for measure in found if effects[measure].difference > 0]
-    if "selectivity" in better and "spill" in effects and effects["spill"].interval[0] > 0:
-        found.remove("selectivity")
-        better.remove("selectivity")
+    better = [measure for measure in found if _is_gain(measure, effects[measure])]
     if len(better) < len(found):
         return MIXED if better else WORSE
     if not better:
@@ -77,8 +76,14 @@ def verdict_of(
     tested = [measure for measure in better if measure in of_control]
     if not tested:
         return UNCONTROLLED
-    passed = any(against[m].difference > 0 and of_control[m] < _SIGNIFICANT for m in tested)
+    passed = any(_is_gain(m, against[m]) and of_control[m] < _SIGNIFICANT for m in tested)
     return BETTER if passed else NO_BETTER_THAN_CONTROL
+
+
+def _is_gain(measure: str, estimate: Estimate) -> bool:
+    if MEASURES[measure].lower_is_better:
+        return estimate.difference < 0
+    return estimate.difference > 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ def compare(results: Sequence[Result]) -> list[Compared]:
     effects = _by_measure(beside, apart=groups.keys() - claims)
     # each of these contains the random draw of a control
     against = _by_measure(_against_controls(groups, comparable, curves), apart=groups.keys())
-    corrected, of_control = (_adjusted(found, claims) for found in (effects, against))
+    measures = deciding(results)
+    corrected, of_control = (_adjusted(found, claims, measures) for found in (effects, against))
     found, known = [], MEASURES | PLANTED | EXPLAINED
     for label, group in groups.items():
         own, theirs = corrected.get(label, {}), of_control.get(label, {})
@@ -228,14 +234,14 @@ def _against_controls(
 
 
 def _adjusted(
-    found: Mapping[str, Mapping[str, Estimate]], claims: Iterable[str]
+    found: Mapping[str, Mapping[str, Estimate]], claims: Iterable[str], measures: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Label → deciding measure → p after what its look spends, and Holm's correction over all."""
+    """Label → measure → p after what its look spends, and Holm's correction over all."""
     corrected: dict[str, dict[str, float]] = defaultdict(dict)
     tests = {
         (label, measure): spent(found[label][measure].p, len(found[label][measure].by_seed))
         for label in claims
-        for measure in DECIDING
+        for measure in measures
         if measure in found.get(label, {})
     }
     for (label, measure), p in adjusted(tests).items():

@@ -40,9 +40,9 @@ from llm_wsae.studies.comparison import (
 from llm_wsae.studies.curve import LEAST_INCREASE
 from llm_wsae.studies.inference import Estimate
 from llm_wsae.studies.plan import PLAIN
-from llm_wsae.studies.results import DECIDING, MEASURES, PLANTED, Result
+from llm_wsae.studies.results import MEASURES, PLANTED, Result, deciding
 
-_FOREST = ("detection", "selectivity", "detection_all", "purity")
+_ALSO = ("selectivity", "detection_all", "purity")  # beside the deciding measures
 _OF_PLANTS = ("planted_recovered", "planted_f1")
 _COSTS = {"CE": "ce_recovered", "KL": "kl", "density": "density", "FVU": "fvu"}
 _OF_VERDICT = {
@@ -76,33 +76,33 @@ def plot_curve(
     Every panel has the plain curve, by seed and as the mean over seeds, the rule's dictionaries
     (filled) and those of its control (hollow). All panels of a measure share their axes.
     """
-    shown = _in_rows(compared)
+    shown, measures = _in_rows(compared), deciding(results)
     across = min(_ACROSS, max(len(shown), 1))
     down = max(1, -(-len(shown) // across))
-    columns = across * len(DECIDING)
+    columns = across * len(measures)
     figure = Figure(figsize=(1 + 3.4 * columns, 1.5 + 2 * down), layout="constrained")
     grid = figure.subplots(down, columns, squeeze=False, sharex=True)
     plain = [r for r in results if r.label == PLAIN]
     firsts: dict[str, Axes] = {}
     for place in range(down * across):
         row, column = divmod(place, across)
-        axes = grid[row, column * len(DECIDING) : (column + 1) * len(DECIDING)]
+        axes = grid[row, column * len(measures) : (column + 1) * len(measures)]
         if place and place >= len(shown):
             for axis in axes:
                 axis.set_visible(False)
             continue
-        for axis, measure in zip(axes, DECIDING, strict=True):
+        for axis, measure in zip(axes, measures, strict=True):
             first = firsts.setdefault(measure, axis)
             if first is not axis:
                 axis.sharey(first)
             _draw_plain(axis, plain, measure, name_ks=row == 0)
-            axis.set_ylabel(MEASURES[measure].title, fontsize=9)
+            axis.set_ylabel(_title(measure), fontsize=9)
             tidy(axis)
         if place >= len(shown):
             continue
         one = shown[place]
         colour = _OF_VERDICT.get(one.verdict, INK)
-        for axis, measure in zip(axes, DECIDING, strict=True):
+        for axis, measure in zip(axes, measures, strict=True):
             _draw_points(axis, results, one.control, measure, "D", colour, "none")
             fill = "none" if one.is_control else colour
             _draw_points(axis, results, one.label, measure, "o", colour, fill)
@@ -114,7 +114,7 @@ def plot_curve(
         lowest = [axis for axis in own if axis.get_visible()][-1]
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel("CE recovered", fontsize=9)
-    figure.suptitle(f"{site}: is a dictionary above the plain curve at equal cross-entropy?")
+    figure.suptitle(f"{site}: is a dictionary better than the plain curve at equal cross-entropy?")
     figure.legend(
         handles=[
             Line2D([], [], color=INK, lw=1.6, label="plain, mean over seeds (on top: its k)"),
@@ -133,20 +133,22 @@ def plot_curve(
 def plot_differences(
     compared: Sequence[Compared],
     against_itself: Mapping[int, Mapping[str, Estimate]],
+    measures: Sequence[str],
     site: str,
     path: Path,
 ) -> None:
     """Differences from the plain curve at equal cross-entropy, with 95 % intervals.
 
-    One row for each rule, its control below it in grey, and its verdict on the right.
+    One row for each rule, its control below it in grey, and its verdict on the right; the deciding
+    ``measures`` come first.
     """
     controls = {one.label: one for one in compared if one.is_control}
-    shown = _in_rows(compared)
+    shown, forest = _in_rows(compared), _forest(measures)
     height = 0.42 * (len(shown) + len(against_itself))
     figure = Figure(figsize=(15, 2.2 + height), layout="constrained")
-    axes = figure.subplots(1, len(_FOREST), sharey=True)
+    axes = figure.subplots(1, len(forest), sharey=True)
     names = [one.label for one in shown] + [f"plain, k = {k}" for k in against_itself]
-    for axis, measure in zip(axes, _FOREST, strict=True):
+    for axis, measure in zip(axes, forest, strict=True):
         axis.axvline(0, color=INK, lw=0.8)
         for place, one in enumerate(shown):
             colour = _OF_VERDICT.get(one.verdict, INK)
@@ -159,7 +161,7 @@ def plot_differences(
             _draw_estimate(axis, found.get(measure), float(len(shown) + number), "x", GREY, GREY)
         axis.set_xscale("symlog", linthresh=_LINEAR_WITHIN, linscale=1)
         _ticks_of_differences(axis)
-        axis.set_title(MEASURES[measure].title, fontsize=11)
+        axis.set_title(_title(measure), fontsize=11)
         tidy(axis, grid="x")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(max(len(names), 1) - 0.4, -0.6)
@@ -201,11 +203,11 @@ def figures_of_page(
     numbers = {one.label: number for number, one in enumerate(shown, 1)} | {PLAIN: 0}
     owners = {one.control: numbers[one.label] for one in shown if one.control is not None}
     planted = any(result.planted is not None for result in results)
-    judged = DECIDING + (_OF_PLANTS if planted else ())
-    forest = _FOREST + (_OF_PLANTS if planted else ())
+    decided, of_plants = deciding(results), _OF_PLANTS if planted else ()
+    judged, forest = decided + of_plants, _forest(decided) + of_plants
     measures = OF_PAGE | {"density": {"title": "L0 not dense", "meaning": _DENSITY, "scale": "log"}}
     for name, one in MEASURES.items():
-        measures[name] = {"title": one.title, "meaning": one.meaning}
+        measures[name] = {"title": one.title, "meaning": one.meaning, "lower": one.lower_is_better}
     for name, one in PLANTED.items() if planted else ():
         measures[name] = {"title": f"plants: {one.title}", "meaning": one.meaning}
     return {
@@ -227,7 +229,7 @@ def figures_of_page(
         "measures": measures,
         "curves": [
             {"title": "What k costs", "across": "l0", "up": ["fvu", "ce_recovered", "kl"]},
-            {"title": "Above the plain curve?", "words": _CURVES, "up": judged},
+            {"title": "Better than the plain curve?", "words": _CURVES, "up": judged},
         ],
         "legend": _LEGEND,
         "forest": forest,
@@ -241,6 +243,16 @@ def figures_of_page(
             for what, compared in at_equal.items()
         ],
     }
+
+
+def _forest(measures: Sequence[str]) -> tuple[str, ...]:
+    """The measures whose differences are shown, those that decide first."""
+    return tuple(dict.fromkeys((*measures, *_ALSO)))
+
+
+def _title(measure: str) -> str:
+    one = MEASURES[measure]
+    return f"{one.title} (lower is better)" if one.lower_is_better else one.title
 
 
 def _series(one: Compared) -> dict[str, Any]:

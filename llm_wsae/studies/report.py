@@ -38,7 +38,7 @@ from llm_wsae.studies.report_tables import (
     strata_rows,
     was_explained,
 )
-from llm_wsae.studies.results import DECIDING, EXPLAINED, MEASURES, PLANTED, Result
+from llm_wsae.studies.results import EXPLAINED, MEASURES, PLANTED, Result, deciding
 from llm_wsae.studies.stopping import SPENT
 from llm_wsae.terminal import aligned, markdown
 
@@ -56,11 +56,10 @@ _HOW_TO_READ = (
     "than 10 % of the tokens are excluded unless a column says otherwise. The last columns compare "
     "at equal KL, or at equal density (latents active per token, dense ones not counted), instead "
     "of equal cross-entropy. "
-    "The p of the two deciding measures are corrected together over all rules of the study "
-    "(Holm). A gain in selectivity does not count where spill is higher than on the curve, with "
-    "its whole interval. The text is one sample: no other interval covers what another text would "
-    "change."
+    "Detection and {} decide{}; their p are corrected together over all rules of the study "
+    "(Holm). The text is one sample: no other interval covers what another text would change."
 )
+_WITHOUT_SPILL = ", since spill was not measured"
 _IS_IT_FINE = (
     "Plain dictionaries of one k, compared with the line between their neighbours on the curve. "
     "That line is about twice as long as the one rules are compared with. Where a value here is "
@@ -150,6 +149,7 @@ class StudyReport:
         return plain(
             {
                 "site": self.site,
+                "deciding": self.deciding,
                 "verdicts": {one.label: one.verdict for one in self._claims()},
                 "sentences": self.sentences(),
                 "compared": {one.label: one for one in self.compared},
@@ -171,7 +171,8 @@ class StudyReport:
         write_text(out / MARKDOWN, self.markdown())
         write_text(out / PAGE, self.page())
         plot_curve(self.results, self.compared, self.site, out / CURVE)
-        plot_differences(self.compared, self.against_itself, self.site, out / DIFFERENCES)
+        differences = out / DIFFERENCES
+        plot_differences(self.compared, self.against_itself, self.deciding, self.site, differences)
 
     def sentences(self) -> list[str]:
         """One line for each rule: the verdict and what it rests on; and what to know of them."""
@@ -244,6 +245,11 @@ class StudyReport:
         ]
 
     @property
+    def deciding(self) -> tuple[str, str]:
+        """The two measures that verdicts rest on."""
+        return deciding(self.results)
+
+    @property
     def _has_plants(self) -> bool:
         return any(result.planted is not None for result in self.results)
 
@@ -303,13 +309,16 @@ class StudyReport:
         return [*found, Table("Dictionaries", dictionary_rows(results, self.agreements), words)]
 
     def _how_to_read(self) -> str:
+        _, second = self.deciding
+        words = _HOW_TO_READ.format(second, "" if second == "spill" else _WITHOUT_SPILL)
         halved = sorted({r.label for r in self.results if r.share < 1 and r.is_claim})
         if not halved:
-            return _HOW_TO_READ
-        return f"{_HOW_TO_READ} {_AFTER_FIRST.format(', '.join(halved))}"
+            return words
+        return f"{words} {_AFTER_FIRST.format(', '.join(halved))}"
 
     def _differences(self, everything: bool = False) -> Rows:
-        return difference_rows(self.compared, self.at_equal_kl, self.at_equal_density, everything)
+        others = self.at_equal_kl, self.at_equal_density
+        return difference_rows(self.compared, *others, self.deciding, everything)
 
     def _claims(self) -> list[Compared]:
         return [one for one in self.compared if not one.is_control]
@@ -335,7 +344,7 @@ class StudyReport:
             curve = f"the curve goes from {min(plain_ce):.4f} to {max(plain_ce):.4f}"
             return f"{reached} recovered; {curve}"
         numbers = []
-        for measure in DECIDING:
+        for measure in self.deciding:
             if measure in one.adjusted:
                 effect = estimate_text(one.effects[measure])
                 numbers.append(f"{measure} {effect}, p {one.adjusted[measure]:.2g}")

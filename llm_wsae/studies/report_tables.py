@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from llm_wsae.studies.comparison import Compared
 from llm_wsae.studies.consistency import Agreements
 from llm_wsae.studies.inference import Estimate
-from llm_wsae.studies.results import DECIDING, EXPLAINED, MEASURES, PLANTED, Measure, Result
+from llm_wsae.studies.results import EXPLAINED, MEASURES, PLANTED, Measure, Result
 
 Rows = list[list[str]]
 
@@ -21,8 +21,8 @@ class Table:
     """What to know before reading it."""
 
 
-_SHOWN = ("detection", "no_token", "purity", "coherence", "selectivity", "selectivity_letters",
-          "probe_1", "probe_5")  # fmt: skip
+_SHOWN = ("detection", "no_token", "purity", "coherence", "spill", "selectivity",
+          "selectivity_letters", "probe_1", "probe_5")  # fmt: skip
 _NONE = "–"
 
 
@@ -57,17 +57,18 @@ def difference_rows(
     compared: Sequence[Compared],
     at_equal_kl: Sequence[Compared],
     at_equal_density: Sequence[Compared],
+    deciding: Sequence[str],
     everything: bool = False,
 ) -> Rows:
-    """Differences from the plain curve: the deciding measures, or all of them."""
-    shown = list(MEASURES) if everything else DECIDING
+    """Differences from the plain curve: the deciding measures and selectivity, or all of them."""
+    shown = list(MEASURES if everything else dict.fromkeys((*deciding, "selectivity")))
     titles = [MEASURES[m].title for m in shown]
-    equal = [f"{measure}, equal {what}" for what in ("KL", "density") for measure in DECIDING]
+    equal = [f"{measure}, equal {what}" for what in ("KL", "density") for measure in deciding]
     rows = [["weights", "verdict", "CE at same k", *titles, *equal]]
     for one, *others in zip(compared, at_equal_kl, at_equal_density, strict=True):
         change = ", ".join(f"{c:+.4f}" for c in one.ce_change.values()) or _NONE
         cells = [estimate_text(one.effects.get(measure)) for measure in shown]
-        cells += [estimate_text(o.effects.get(m)) for o in others for m in DECIDING]
+        cells += [estimate_text(o.effects.get(m)) for o in others for m in deciding]
         rows.append([one.label, one.verdict, change, *cells])
     return rows
 

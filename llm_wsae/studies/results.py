@@ -20,7 +20,7 @@ from llm_wsae.outside import typed
 from llm_wsae.planting.recovery import PlantRecovery
 from llm_wsae.provenance import plain, versions
 from llm_wsae.studies.curve import Point, Value
-from llm_wsae.studies.plan import BASELINES, PlannedArm
+from llm_wsae.studies.plan import BASELINES, PLAIN, PlannedArm
 from llm_wsae.training.config import Lengths
 
 
@@ -34,8 +34,7 @@ class Measure:
     key: str
     dense: bool = False
     """Whether latents that fire on more than 10 % of the tokens are included."""
-    decides: bool = False
-    """Whether the verdict depends on it."""
+    lower_is_better: bool = False
     unscored: float | None = None
     """Value of a latent that fires too rarely to be scored; None excludes it from the mean."""
     family: str | None = None
@@ -50,7 +49,6 @@ MEASURES = {
         "one of the same genre in which it is silent, all from different documents",
         "latents",
         "detection",
-        decides=True,
     ),
     "selectivity": Measure(
         "selectivity",
@@ -58,7 +56,6 @@ MEASURES = {
         "best latents are removed; mean over families of concepts, of which first letters are one",
         "concepts",
         "selectivity",
-        decides=True,
     ),
     "selectivity_letters": Measure(
         "selectivity, letters",
@@ -73,6 +70,7 @@ MEASURES = {
         "latents has cost the concept's own probe 5 points: lower is better",
         "concepts",
         "spill",
+        lower_is_better=True,
     ),
     "absorbed": Measure(
         "absorbed",
@@ -80,6 +78,7 @@ MEASURES = {
         "one other speaks for it; mean over letters: lower is better",
         "concepts",
         "absorbed",
+        lower_is_better=True,
         family=LETTER,
     ),
     "detection_all": Measure(
@@ -131,7 +130,6 @@ MEASURES = {
         "dense_share",
     ),
 }
-DECIDING = tuple(name for name, measure in MEASURES.items() if measure.decides)
 PLANTED: dict[str, Measure] = {
     "planted_recovered": Measure(
         "recovered",
@@ -159,6 +157,7 @@ PLANTED: dict[str, Measure] = {
         "share of a planted feature's firings on which its best latent is silent",
         "plants",
         "vanished",
+        lower_is_better=True,
     ),
 }
 """Measures of a study with planted features, in addition."""
@@ -205,6 +204,13 @@ class Result:
     def is_baseline(self) -> bool:
         """Whether it learnt nothing, or one half only: it is shown, and compared with nothing."""
         return self.label in BASELINES
+
+
+def deciding(results: Iterable[Result]) -> tuple[str, str]:
+    """The two measures that the verdict rests on: detection and spill; selectivity in place of
+    spill, of results from before that was measured."""
+    measured = any("spill" in r.point.values for r in results if r.label == PLAIN)
+    return "detection", "spill" if measured else "selectivity"
 
 
 def record_of(

@@ -20,6 +20,7 @@ from llm_wsae.studies.report import StudyReport
 
 SITE = "blocks.1.hook_resid_post"
 BASIS = {"training": {"architecture": "topk"}, "text": {"name": "sotu"}}
+CAPTIONS = ["FVU lower is better", "CE recovered", "KL lower is better"]
 EFFECTS = {"variance": 0.03, "kurtosis": -0.03, "hoyer": 0.01, "gap": -0.01, "semantic": 0.0}
 
 
@@ -119,7 +120,7 @@ def test_a_browser_shows_verdicts_and_figures(tab, report):
     assert rows[0].splitlines()[0] == "variance-a0.5"
     assert tab.locator(".forest tbody tr >> nth=0").locator(".dot").count() == 4
     captions = texts(tab, "figcaption")
-    assert captions == ["FVU", "CE recovered", "KL", "detection", "selectivity"]
+    assert captions == [*CAPTIONS, "detection", "selectivity"]
     assert "CE recovered" in written(tab, 3) and "KL" not in written(tab, 3)
     tab.select_option("#equal", "KL")
     assert "KL" in written(tab, 3)
@@ -261,7 +262,7 @@ def test_the_page_of_a_run(browser, world, tmp_path):
     assert row["name"] == names[1]
     assert row["values"]["kl"][0] == pytest.approx(weighted.kl - plain.kl)
     tab, wrong = opened(browser, tmp_path / "report.html")
-    assert texts(tab, "figcaption") == ["FVU", "CE recovered", "KL"]
+    assert texts(tab, "figcaption") == CAPTIONS
     assert tab.locator(f"[data-tip^='{names[1]}, k = 4']").count() == 3  # one a panel
     assert any(f"{weighted.kl - plain.kl:+.4f}" in text for text in texts(tab, ".evidence"))
     assert tab.locator(".wide tbody tr").count() == 2 and wrong == []

@@ -42,17 +42,34 @@ def test_what_is_planted_is_found():
         assert control.label == "permuted-variance-a0.5" and control.adjusted == {}
 
 
-def test_selectivity_that_is_paid_for_by_a_few_other_concepts_is_no_gain():
+def test_where_spill_is_measured_it_decides_in_place_of_selectivity():
+    seeds = range(5)
     for options, expected in (
-        ({"selective": 0.03}, v.BETTER),
-        ({"selective": 0.03, "spill": 0.03}, v.INDISTINGUISHABLE),
-        ({"selective": 0.03, "spill": -0.03}, v.BETTER),
-        ({"selective": -0.03, "spill": 0.03}, v.WORSE),
-        ({"effect": 0.03, "spill": 0.03}, v.BETTER),  # in detection
-        ({"effect": -0.03, "selective": 0.03, "spill": 0.03}, v.WORSE),
+        ({"selective": 0.03}, v.INDISTINGUISHABLE),
+        ({"selective": -0.03}, v.INDISTINGUISHABLE),
+        ({"spill": -0.03}, v.BETTER),
+        ({"spill": -0.03, "control_spill": -0.03}, v.NO_BETTER_THAN_CONTROL),
+        ({"spill": -0.03, "control_cost": 9.0}, v.UNCONTROLLED),
+        ({"spill": 0.03}, v.WORSE),
+        ({"effect": 0.03, "spill": 0.03}, v.MIXED),
+        ({"effect": -0.03, "spill": -0.03}, v.MIXED),
     ):
         made = Made(with_spill=True)
-        assert verdict_of(made.curve() + made.rule(**options)) == expected, options
+        results = made.curve(seeds=seeds) + made.rule(seeds=seeds, **options)
+        assert verdict_of(results) == expected, options
+        assert set(compare(results)[0].adjusted) == {"detection", "spill"}
+        report = StudyReport.of("blocks.1.hook_resid_post", BASIS, results)
+        assert "Detection and spill decide;" in report.markdown()
+        heads = re.split(r"  +", report.table().split("plain curve at equal CE")[1].strip())[:6]
+        assert heads[3:] == ["detection", "spill", "selectivity"]
+
+
+def test_older_results_say_that_selectivity_decides():
+    made = Made()
+    report = StudyReport.of("blocks.1.hook_resid_post", BASIS, made.curve() + made.rule())
+    said = "Detection and selectivity decide, since spill was not measured;"
+    assert said in report.markdown() and said in report.page()
+    assert report.to_dict()["deciding"] == ["detection", "selectivity"]
 
 
 def test_to_lie_elsewhere_on_the_curve_is_no_difference():
