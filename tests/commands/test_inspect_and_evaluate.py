@@ -315,6 +315,8 @@ def test_results_are_kept_with_the_dictionaries(words, tmp_path, world):
         assert kept["probe_5"]["value"] == scores["concepts"]["means"]["best_5"]["mean"]
         assert kept["probe_5"]["control"] == dimensions["best_5"]
         assert kept["eligible_share"] == scores["eligible_share"]
+        letters = scores["concepts"]["families"].get("letter", {"selectivity": None})
+        assert kept["selectivity_letters"] == letters["selectivity"]
         assert metrics["training"] == Dictionary.load(tmp_path / name).info.metrics["training"]
     works("verify", tmp_path / NAMES[0])
     once = content(tmp_path / NAMES[0])

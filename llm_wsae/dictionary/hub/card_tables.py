@@ -29,6 +29,7 @@ MEASURES = {
     "0.05 (lower is better)",
     "absorbed": "share of words whose first letter one other latent speaks for, while its own are "
     "silent; mean over letters (lower is better)",
+    "selectivity_letters": "selectivity of first letters of words alone, one of those families",
 }
 
 

@@ -155,25 +155,27 @@ def _cells(scores: DictionaryScores) -> list[str]:
         shown(concepts["best_1"]),
         shown(concepts["best_5"]),
         shown(concepts["selectivity"], interval=True),
-        _letters(scores),
+        _NONE if (letters := _letters(scores)) is None else f"{letters:.3f}",
         shown(concepts["spill"], interval=True),
         _absorbed(concepts["absorbed"]),
         f"{100 * scores.dense_share:.1f}",
     ]
 
 
-def _letters(scores: DictionaryScores) -> str:
+def _letters(scores: DictionaryScores) -> float | None:
+    """Selectivity of first letters alone."""
     letters = scores.concepts.families.get(LETTER)
-    return f"{letters['selectivity']:.3f}" if letters else "–"
+    return letters["selectivity"] if letters else None
 
 
 def _absorbed(mean: Mean) -> str:
     if not mean.count:
-        return "–"
+        return _NONE
     low, high = mean.interval
     return f"{100 * mean.mean:.1f} [{100 * max(low, 0):.1f}, {100 * high:.1f}]"
 
 
+_NONE = "–"
 _OF_LATENTS = ("purity", "coherence", "detection", "detection_without_tokens")
 _OF_CONCEPTS = {"probe_1": "best_1", "probe_5": "best_5"} | {
     key: key for key in ("selectivity", "spill", "absorbed")
@@ -198,5 +200,6 @@ def card_numbers(report: MonosemanticReport, name: str) -> dict[str, Any]:
             "eligible_share": scores.eligible_share,
             **{key: entry(key, scores.latents[key]) for key in _OF_LATENTS},
             **{name: entry(key, scores.concepts.means[key]) for name, key in _OF_CONCEPTS.items()},
+            "selectivity_letters": _letters(scores),
         }
     )

@@ -42,6 +42,7 @@ from llm_wsae.evaluation.monosemanticity.evaluator import (
 )
 from llm_wsae.evaluation.monosemanticity.firings import FiringCollector
 from llm_wsae.evaluation.monosemanticity.recording import Recorder, read_units, record
+from llm_wsae.evaluation.monosemanticity.report import card_numbers
 from llm_wsae.evaluation.monosemanticity.unit_tables import units_of_documents, units_of_tokens
 from llm_wsae.model.site import Site
 
@@ -137,6 +138,8 @@ def test_words_are_removed_one_by_one_but_four_go_together(report):
     assert abs(words.concepts["letter a"]["others_fall"]) < 0.05
     assert words.families["letter"]["selectivity"] > four.families["letter"]["selectivity"] + 0.3
     assert words.means["selectivity"].count == 13
+    letters = card_numbers(report, "words")["selectivity_letters"]
+    assert letters == words.families["letter"]["selectivity"]
     own = [one["own_fall"] for one in words.families.values()]
     assert len(own) == 4  # ten letters count once together
     assert words.means["own_fall"].mean == pytest.approx(sum(own) / 4)
