@@ -19,6 +19,7 @@ from llm_wsae.dictionary.hub.card_tables import (
     fidelity_notes,
     monosemanticity_section,
     rule_words,
+    with_baselines,
 )
 from llm_wsae.files import load_tensors, read_json, write_text
 from llm_wsae.model.site import Site
@@ -147,8 +148,9 @@ def _card(own: Facts, beside: list[Facts], figure: str | None) -> str:
 
 
 def _tables(dictionaries: list[Facts]) -> str:
-    parts = [dictionaries_table(dictionaries), *fidelity_notes(dictionaries)]
-    if scores := monosemanticity_section(dictionaries):
+    measured = with_baselines(dictionaries)
+    parts = [dictionaries_table(measured), *fidelity_notes(measured)]
+    if scores := monosemanticity_section(measured):
         parts += ["## Monosemanticity", *scores]
     return "\n\n".join(parts)
 

@@ -44,7 +44,7 @@ checkpoints)
     --train.tokens "${ROWS:-4000000}" --eval-tokens 5000 --out runs/checkpoints
   .venv/bin/python scripts/make_checkpoints.py copy
   .venv/bin/llm-wsae evaluate checkpoints/smollm2-135m/*/*/ --model "$model" --corpus "$corpus" \
-    --tokens 50000 --monosemantic --keep --out runs/checkpoints/report.json
+    --tokens 50000 --monosemantic --baselines --keep --out runs/checkpoints/report.json
   .venv/bin/python scripts/make_checkpoints.py pages
   ;;
 study)

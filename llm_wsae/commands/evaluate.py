@@ -89,12 +89,17 @@ def evaluate(
         scores = replace(scorer.score(measured), text=TEXT_OF_PART[part])
         facts["monosemanticity"] = scores.to_dict()
         tables.append(scores.table())
-        for name in loaded:
+        for name in measured:
             found[name]["monosemanticity"] = card_numbers(scores, name)
     asked = {"dictionaries": list(folders.values()), "corpus": corpus.corpus, "part": part}
     write_json(out, {"command": "evaluate", **plain(asked), "versions": versions(), **facts})
     for name, folder in folders.items() if keep else ():
-        keep_measurements(folder, found[name])
+        beside = {
+            one.info.name: found[other]
+            for other, one in measured.items()
+            if other not in loaded and one.site == loaded[name].site
+        }
+        keep_measurements(folder, {**found[name], "baselines": beside})
     return facts, "\n\n".join([*tables, f"report  {out}"])
 
 

@@ -282,6 +282,15 @@ def test_what_learnt_nothing_has_rows_of_its_own(words, tmp_path):
     for name in rows[2:]:
         assert found["dictionaries"][name]["l0"] == pytest.approx(k, rel=0.2)
     assert {name for name in NAMES if content(tmp_path / name) != before[name]} == set(NAMES)
+    for name in NAMES:
+        kept = Dictionary.load(tmp_path / name).info.metrics["baselines"]
+        assert list(kept) == rows[2:]
+        for row, own in kept.items():
+            assert own["fidelity"]["kl"] == found["dictionaries"][row]["kl"]
+            scores = found["monosemanticity"]["dictionaries"][row]["latents"]
+            assert own["monosemanticity"]["purity"]["value"] == scores["purity"]["mean"]
+    works(*words, "--keep")  # another measurement, without them
+    assert Dictionary.load(tmp_path / NAMES[0]).info.metrics["baselines"] == {}
 
 
 def test_results_are_kept_with_the_dictionaries(words, tmp_path, world):

@@ -28,6 +28,7 @@ from llm_wsae.dictionary.hub.card_tables import (
     is_plain,
     monosemanticity_section,
     rule_words,
+    with_baselines,
 )
 from llm_wsae.drawing import BLUE, GREY, tidy
 from llm_wsae.errors import LlmWsaeError
@@ -158,6 +159,7 @@ def _body(
     models = dict.fromkeys(escape(d.model) for d in dictionaries if d.model)
     sites = dict.fromkeys(escape(d.info.site) for d in dictionaries)
     of = f" of {', '.join(models)}" if models else ""
+    measured = with_baselines(dictionaries)
     parts = [
         f"# Sparse autoencoders for the residual stream{of}",
         f"{len(dictionaries)} "
@@ -167,10 +169,10 @@ def _body(
         f"(weighted sparse autoencoders, {PAPER}), or trains in the space of the weights (*space*, "
         "*mixed*); *uniform* is the plain sparse autoencoder to compare with.",
         "## Dictionaries",
-        dictionaries_table(dictionaries),
-        *fidelity_notes(dictionaries),
+        dictionaries_table(measured),
+        *fidelity_notes(measured),
     ]
-    if scores := monosemanticity_section(dictionaries):
+    if scores := monosemanticity_section(measured):
         parts += ["## Monosemanticity", *scores]
     if explained := explanations_section(dictionaries):
         parts += ["## Explanations by a language model", *explained]

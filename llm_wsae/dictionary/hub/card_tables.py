@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from llm_wsae.dictionary.folder import EXPLANATIONS
 from llm_wsae.dictionary.hub.card_data import Facts
@@ -12,6 +13,8 @@ _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
 _JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
+_BASELINES = ("raw dimensions", "frozen random")
+_NOT_LEARNT = "none"
 MEASURES = {
     "eligible_share": "share of the latents that fire in enough contexts to be scored",
     "purity": "share of the most frequent token among the contexts that excite a latent most "
@@ -53,6 +56,20 @@ def rule_words(d: Facts) -> str:
     return d.info.rule + (f", {place}" if place in ("space", "mixed") else "")
 
 
+def with_baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
+    """The dictionaries, and what learnt nothing and was measured beside them: for each site the
+    dimensions of the activations, and a random dictionary."""
+    found: dict[str, Facts] = {}
+    for d in dictionaries:
+        measured = mapping(d.info.metrics.get("baselines"))
+        for name in _BASELINES:
+            if metrics := mapping(measured.get(name)):
+                info = replace(d.info, rule=_NOT_LEARNT, metrics=dict(metrics))
+                one = replace(d, sae_id=f"{name}, {d.info.site}", info=info)
+                found.setdefault(one.sae_id, replace(one, d_sae=None, sparsity="TopK", k=None))
+    return [*dictionaries, *found.values()]
+
+
 def dictionaries_table(dictionaries: Sequence[Facts]) -> str:
     """What each dictionary is and how faithful it is to the model."""
     header = ["dictionary", "dimensions → latents", "sparsity", "rule", "α"]
@@ -66,7 +83,7 @@ def _row(d: Facts) -> list[str]:
         f"{_count(d.d_in)} → {_count(d.d_sae)}",
         escape(d.sparsity),
         escape(rule_words(d)),
-        _NONE if is_plain(d) else f"{d.info.alpha:g}",
+        _NONE if is_plain(d) or d.info.rule == _NOT_LEARNT else f"{d.info.alpha:g}",
         with_interval(d.metric("fvu"), d.interval("fvu")),
         with_interval(d.metric("ce_recovered"), d.interval("ce_recovered")),
         with_interval(d.metric("kl"), d.interval("kl")),

@@ -134,6 +134,24 @@ def test_tables_hold_the_measured_numbers():
     assert cells(body, "rule")[1] == "uniform" and "variance, α = -0.25" in body
 
 
+def test_what_learnt_nothing_stands_beside_the_dictionaries_of_its_site():
+    random = {"fidelity": {**FIDELITY, "kl": 6.0}, "monosemanticity": {"purity": 0.3}}
+    metrics = {
+        "fidelity": FIDELITY,
+        "monosemanticity": {"purity": 0.6},
+        "baselines": {"frozen random": random, "| `x` |": random},
+    }
+    measured = [some(metrics=metrics), some("uniform-k4", rule="uniform", metrics=metrics)]
+    metadata, body = parts(card(REPO, measured, set()))
+    row = f"`frozen random, {SITE}`"
+    assert body.count(f"| {row} |") == 3  # fidelity, cross-entropy, monosemanticity
+    assert cells(body, row)[1:8] == ["12 → —", "TopK", "none", "—", "0.250",
+                                     "0.975 [0.960, 0.990]", "6.000"]  # fmt: skip
+    assert cells(body.split("## Monosemanticity")[1], row)[1:] == ["0.300"]
+    assert "`x`" not in body and len(metadata["model-index"][0]["results"]) == 2
+    assert "2 dictionaries" in body and body.count("### ") == 2
+
+
 def test_monosemanticity_comes_with_its_controls():
     scores = {
         "detection_auroc": {"value": 0.8, "interval": [0.75, 0.85], "control": 0.52},
