@@ -209,7 +209,18 @@ class Training:
 
     def finish(self) -> None:
         """Save the dictionaries, then the record that they are complete. Rank 0 does it."""
+        self.save_dictionaries()
+        logged = self._logged()
+        assert logged is not None
+        write_json(self.out / FINISHED, {**self.identity, "log": logged._asdict()})
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+
+    def save_dictionaries(self) -> None:
+        """The dictionaries as they are now; of an unfinished training they say after how many
+        steps. Rank 0 does it, after a checkpoint."""
         settings = {k: v for k, v in self.identity.items() if k not in ("rows", "arms")}
+        if self.reached < self.num_steps:
+            settings["step"] = self.reached
         for arm in self.arms:
             name = arm.config.name
             dictionary = dictionary_of(
@@ -228,10 +239,6 @@ class Training:
                     "train) and start again in another folder"
                 )
             dictionary.save(self.out / name)
-        logged = self._logged()
-        assert logged is not None
-        write_json(self.out / FINISHED, {**self.identity, "log": logged._asdict()})
-        (self.out / CHECKPOINT).unlink(missing_ok=True)
 
     def _learnt(self, arm: Arm) -> Learnt:
         """With the latents of all processes, which have just saved them."""

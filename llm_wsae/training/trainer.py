@@ -67,7 +67,8 @@ def train(
 
     Returns the dictionaries by arm name. Raises UsageError for impossible settings, LlmWsaeError
     when ``out`` belongs to another training or is being written, and Interrupted after Ctrl-C or
-    SIGTERM. When the source fails, in whichever process, what was trained is saved first.
+    SIGTERM. When the source fails, in whichever process, a checkpoint and the dictionaries as they
+    are then are saved first.
     """
     out = Path(out)
     job = _Job(source, arms, out)
@@ -276,19 +277,23 @@ def _take_steps(
                 due = time.monotonic() - saved_at > config.checkpoint_seconds
                 return SAVE if due and group.processes.leads else CONTINUE
 
-            wanted = CONTINUE
-            rows = next(rows_of_all) if step < num_steps else ()
+            def fetch() -> tuple[Tensor, ...]:
+                nonlocal failure
+                try:
+                    return next(rows_of_all)
+                except LlmWsaeError as error:
+                    failure = error
+                except Exception:  # whatever it is, what was trained is kept
+                    if step and group.processes.size == 1:  # others would not come to save
+                        save()
+                    raise
+                return ()
+
+            rows = fetch() if step < num_steps else ()
+            wanted = group.agree(lambda: CONTINUE if failure is None else FAIL)()
             while step < num_steps and wanted < STOP:
-                following: tuple[Tensor, ...] = ()
-                if step + 1 < num_steps:
-                    try:  # before this step, so that no process begins one that another cannot take
-                        following = next(rows_of_all)
-                    except LlmWsaeError as error:
-                        failure = error
-                    except Exception:  # whatever it is, what was trained is kept
-                        if group.processes.size == 1:  # others would not come to save
-                            save()
-                        raise
+                # before this step, so that no process begins one that another cannot take
+                following = fetch() if step + 1 < num_steps else ()
                 agreed = group.agree(want)
                 for number, training in numbered.items():
                     if training.reached == step:
@@ -300,11 +305,19 @@ def _take_steps(
                     save()
                     saved_at = time.monotonic()
         if wanted == FAIL:
+            if step:
+                for training in trainings:
+                    group.processes.lead(training.save_dictionaries)
             if failure is None:
                 group.processes.meet()  # raises the sentence of the process that failed
+            assert failure is not None
+            if not step:
+                raise failure
+            size = config.batch_size
             raise LlmWsaeError(
-                f"{failure} (stopped after step {step} of {num_steps}, saved in {out}; the "
-                "same command goes on from there)"
+                f"{failure} (stopped after step {step} of {num_steps}, {step * size:,} of "
+                f"{num_steps * size:,} rows; the dictionaries so far are in {out}, and the same "
+                "command goes on from there)"
             ) from failure
         if wanted == STOP:
             raise Interrupted(

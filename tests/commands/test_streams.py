@@ -262,7 +262,7 @@ def test_a_text_that_breaks_off_costs_no_step(world, tmp_path):
         outcomes = in_several(size, part, None, *words, "--out", out)
         assert {outcome.code for outcome in outcomes} == {1}
         (said,) = (outcome.err for outcome in outcomes if "llm-wsae: " in outcome.err)
-        found = re.search(r"line 17 is .*\(stopped after step (\d+) of 40, saved in", said)
+        found = re.search(r"line 17 is .*\(stopped after step (\d+) of 40, ", said)
         for site in SITES:
             _, metadata = load_tensors(out / site / CHECKPOINT, "checkpoint")
             reached.append(json.loads(metadata["llm_wsae"])["step"])
