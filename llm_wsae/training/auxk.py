@@ -7,6 +7,10 @@ part in a row as it has dimensions, too many for sparse products to be faster.
 To gather them, their number must be known, and asking a GPU for it means waiting. So on a GPU a
 search runs only now and then, and includes latents that may die before the search after next. Its
 count is read long after it has arrived, and a mask says which latents are dead in a step.
+
+On a CPU their number differs from step to step, and oneDNN generates code for every shape of a
+product, of which it never frees a quarter of a megabyte. So zeros fill it up to few numbers. They
+change nothing: what they would displace among the largest is not positive either.
 """
 
 from typing import NamedTuple
@@ -24,6 +28,7 @@ from llm_wsae.weights.loss_weights import Gamma
 
 _TILE_BYTES = 16 * 2**20  # of a tile's rows × dead latents, which are held twice
 _FEWEST_ROWS, _MOST_ROWS = 256, 1024
+_MULTIPLE = 64  # of it, with zeros, is the number of latents in products on a CPU
 _SEARCHES_PER_DEATH = 16  # on a GPU: searches in the time after which a latent counts as dead
 
 
@@ -94,9 +99,13 @@ def auxk_gradients(
     num_dead = strategy.count_latents(len(indices))
     if num_dead == 0:
         return None
-    encoder, decoder, bias = (part[indices].to(fast) for part in parameters[:3])
+    multiple = _MULTIPLE if residual.device.type == "cpu" else 1
+    spare = -len(indices) % multiple
+    encoder, decoder, bias = (_filled(part[indices].to(fast), spare) for part in parameters[:3])
+    dead = None if latents.dead is None else _filled(latents.dead, spare)
     k_aux = min(num_dead, max(1, batch.x.shape[1] // 2))
-    size = min(_MOST_ROWS, max(_FEWEST_ROWS, _TILE_BYTES // (num_dead * fast.itemsize)))
+    held = (num_dead + -num_dead % multiple) * fast.itemsize
+    size = min(_MOST_ROWS, max(_FEWEST_ROWS, _TILE_BYTES // held))
     tiles = [slice(start, start + size) for start in range(0, len(residual), size)]
     unexplained = residual.new_zeros(())
     for rows in tiles:
@@ -107,9 +116,14 @@ def auxk_gradients(
     sums = SubsetGradients(indices, *zeros)
     for rows in tiles:
         x, counted = batch.x_fast[rows], batch.counted[rows, None]
-        active = strategy.encode_dead(x, encoder, bias, latents.dead, k_aux)
+        active = strategy.encode_dead(x, encoder, bias, dead, k_aux)
         # residual is x̂ − x = −e, so ê − e = active · decoder + residual
         decoded = strategy.sum_over_latents((active @ decoder).to(exact))
         error = decoded.add_(residual[rows]).mul_(counted)
         dead_gradients(active, x, decoder, times(error, by_error).to(fast), sums)
-    return sums
+    return SubsetGradients(indices, *(part[: len(indices)] for part in sums[1:]))
+
+
+def _filled(part: Tensor, spare: int) -> Tensor:
+    """With so many zeros behind it."""
+    return torch.cat([part, part.new_zeros(spare, *part.shape[1:])]) if spare else part

@@ -21,7 +21,7 @@ from llm_wsae.data.shuffling import ActivationSource, JointSource, SharedSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import INFO
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.hardware import check_memory, choose_device
+from llm_wsae.hardware import check_memory, choose_device, return_freed_memory
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_file, check_folder
 from llm_wsae.processes import Processes, join
@@ -152,9 +152,11 @@ def _train(
                 done = processes.lead(lambda: [t.is_finished() for t in trainings])
                 missing = {i: t for i, t in enumerate(trainings) if not done[i]}
                 if missing:
+                    return_freed_memory()  # by the stages before, for the rows
                     _run(missing, batches, config, group, out)
                     for training in missing.values():
                         processes.lead(training.finish)
+                    return_freed_memory()
         return [{arm.name: _load(job.out / arm.name) for arm in job.arms} for job in jobs]
 
 

@@ -18,6 +18,7 @@ from llm_wsae.training.architectures.topk import TopK
 from llm_wsae.training.arm import Arm, ArmConfig
 from llm_wsae.training.auxk import DeadFinder, DeadLatents, auxk_gradients
 from llm_wsae.training.optimiser import Optimiser
+from llm_wsae.training.parallel.strategy import Strategy
 from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, squared
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import RULES, Rule
@@ -173,6 +174,24 @@ def test_auxk_with_latents_that_only_may_be_dead():
         for one, other in zip(masked, alone, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
         assert bool(alone.encoder.any()) == bool(num_dead)
+
+
+def test_products_of_the_dead_have_few_shapes():
+    """oneDNN generates code for each on a CPU, and does not free all of it."""
+    parameters, batch, gamma = problem(torch.float32)
+    residual = TopK(K, D_SAE).step(parameters, batch, squared(gamma)).residual
+    sizes = set()
+
+    class Watched(Strategy):
+        def encode_dead(self, x, encoder, *rest):
+            sizes.add(len(encoder))
+            return super().encode_dead(x, encoder, *rest)
+
+    for number in range(1, 70):
+        found = DeadLatents(torch.arange(number))
+        more = auxk_gradients(parameters, batch, residual, found, squared(gamma), 0.5, Watched())
+        assert len(more.encoder) == len(more.decoder) == len(more.bias) == number
+    assert sizes == {64, 128}
 
 
 def test_the_dead_are_the_same_whether_looked_for_now_and_then(monkeypatch):
