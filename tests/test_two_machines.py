@@ -1,4 +1,4 @@
-"""Two launchers, as two machines would start them, on this one: one of them is killed."""
+"""Two launchers, as two machines would start them, on this one: one is killed and started again."""
 
 import os
 import signal
@@ -30,69 +30,75 @@ runpy.run_module("llm_wsae", run_name="__main__")
 """The command line of processes that give others up after three seconds rather than a minute."""
 
 
-def agents(folder, *words):
-    """Both launchers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = folder / "impatient.py"
-    script.write_text(IMPATIENT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
-                "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
-                "--master-port", str(port)]  # fmt: skip
-    return [
-        subprocess.Popen(
-            [*launcher, "--node-rank", str(rank), script, *asked(words)],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        for rank in range(2)
-    ]
+class Launchers:
+    """Both, of one command; the first one leads the meetings of the two."""
 
+    def __init__(self, folder, *words):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        (folder / "impatient.py").write_text(IMPATIENT)
+        self._folder, self._command = folder, [folder / "impatient.py", *asked(words)]
+        self._meeting = ("--rdzv-backend", "c10d", "--rdzv-id", str(port),
+                         "--rdzv-endpoint", f"127.0.0.1:{port}")  # fmt: skip
+        self.both = [self._start(0), self._start(1)]
 
-def end(agent):
-    """Its exit code and what it said."""
-    try:
-        _, said = agent.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        agent.kill()
-        raise
-    return agent.returncode, said
+    def _start(self, number):
+        conf = f"is_host={str(number == 0).lower()},keep_alive_interval=1"
+        with open(self._said(number), "a") as said:
+            return subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+                 "--nproc-per-node", "1", "--max-restarts", "3", *self._meeting,
+                 "--rdzv-conf", conf, *self._command],
+                cwd=ROOT,
+                stderr=said,
+                stdout=subprocess.DEVNULL,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": os.pathsep.join(sys.path),
+                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                },
+            )  # fmt: skip
 
+    def _said(self, number):
+        return self._folder / f"launcher-{number}.txt"
 
-def unbroken(folder, words):
-    for agent in agents(folder, *words):
-        code, said = end(agent)
-        assert code == 0, said
+    def restart_second(self, begun):
+        """Kill it with its process once ``begun()``, and start it again."""
+        until = time.monotonic() + SECONDS
+        while not begun():
+            assert time.monotonic() < until
+            assert [one.poll() for one in self.both] == [None, None]
+            time.sleep(0.01)
+        second = self.both[1]
+        workers = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+        second.kill()
+        for worker in workers:
+            os.kill(int(worker), signal.SIGKILL)
+        second.wait()
+        assert self.both[0].poll() is None
+        self.both[1] = self._start(1)
 
-
-def killed_and_restarted(folder, words, begun):
-    """Kill the second machine once ``begun()``; the first must end by itself; start both again."""
-    first, second = agents(folder, *words)
-    until = time.monotonic() + SECONDS
-    while not begun():
-        assert time.monotonic() < until and second.poll() is None and first.poll() is None
-        time.sleep(0.01)
-    workers = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
-    second.kill()
-    for worker in workers:
-        os.kill(int(worker), signal.SIGKILL)
-    code, said = end(first)
-    assert code != 0 and "llm-wsae:" in said, said
-    second.communicate()
-    unbroken(folder, words)
+    def end(self):
+        """Wait until both have done all."""
+        try:
+            codes = [one.wait(timeout=SECONDS) for one in self.both]
+        finally:
+            for one in self.both:
+                one.kill()
+        assert codes == [0, 0], [self._said(number).read_text() for number in range(2)]
 
 
 def test_a_training(world, tmp_path):
-    words = ("train", world / "store", *TRAIN, "--k", 4, "--tokens", 400_000,
+    words = ("train", world / "store", *TRAIN, "--k", 4, "--tokens", 200_000,
              "--checkpoint-seconds", 0.2)  # fmt: skip
     out = tmp_path / "two"
-    killed_and_restarted(tmp_path, (*words, "--out", out), (out / "checkpoint.safetensors").exists)
+    launchers = Launchers(tmp_path, *words, "--out", out)
+    launchers.restart_second((out / "checkpoint.safetensors").exists)
+    launchers.end()
     works("verify", out)
-    unbroken(tmp_path, (*words, "--out", tmp_path / "at once"))
+    Launchers(tmp_path, *words, "--out", tmp_path / "at once").end()
     weights = [
         (folder / "uniform-k4/sae_weights.safetensors").read_bytes()
         for folder in (tmp_path / "at once", out)
@@ -104,9 +110,9 @@ def test_a_harvest(world, tmp_path):
     words = ("harvest", "--model", world / "model", "--corpus", world / "text.jsonl", *HARVEST,
              "--shard-tokens", 512, "--dtype", "float32")  # fmt: skip
     out = tmp_path / "two"
-    killed_and_restarted(
-        tmp_path, (*words, "--out", out), lambda: any(out.glob(f"{SITE}/*.safetensors"))
-    )
+    launchers = Launchers(tmp_path, *words, "--out", out)
+    launchers.restart_second(lambda: any(out.glob(f"{SITE}/*.safetensors")))
+    launchers.end()
     works("verify", out)
     works(*words, "--out", tmp_path / "one")
     rows = [
