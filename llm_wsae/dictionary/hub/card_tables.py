@@ -105,6 +105,11 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
         "interval. KL: how far that moves the predictions, in nats. L0: active latents per token. "
         "Dead: latents that never fired on this text; dense: on more than a tenth of the tokens."
     ]
+    if any(d.info.rule == _NOT_LEARNT for d in measured):
+        notes[0] += (
+            " Raw dimensions (two latents for each dimension of the activations) and frozen random "
+            "(random directions) learnt nothing: a number says little unless it is far from theirs."
+        )
     rows = []
     for d in measured:
         values = [d.metric(f"ce_{name}") for name in ("clean", "spliced", "mean_ablated")]
