@@ -8,9 +8,10 @@ To gather them, their number must be known, and asking a GPU for it means waitin
 search runs only now and then, and includes latents that may die before the search after next. Its
 count is read long after it has arrived, and a mask says which latents are dead in a step.
 
-On a CPU their number differs from step to step, and oneDNN generates code for every shape of a
-product, of which it never frees a quarter of a megabyte. So zeros fill it up to few numbers. They
-change nothing: what they would displace among the largest is not positive either.
+On a CPU their number differs from step to step. For every new shape of a product oneDNN generates
+code, and keeps about a quarter of a megabyte for good. So rows of zeros round the number up to a
+multiple of 64. They change nothing: what they would displace among the largest is not positive
+either.
 """
 
 from typing import NamedTuple
@@ -125,5 +126,5 @@ def auxk_gradients(
 
 
 def _filled(part: Tensor, spare: int) -> Tensor:
-    """With so many zeros behind it."""
+    """The tensor with ``spare`` rows of zeros appended."""
     return torch.cat([part, part.new_zeros(spare, *part.shape[1:])]) if spare else part

@@ -10,6 +10,7 @@ on a CPU too, but all of the vocabulary at once, and gives no divergence.)
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -132,14 +133,15 @@ class _Predictions:
         is_here = (at >= 0) & (at < logits.shape[1])
         self._of_target = torch.where(is_here, own, self._of_target)
 
+    @cached_property
     def log_sum(self) -> Float[Tensor, " rows"]:
-        """log Σ exp of all logits."""
-        maxima, sums, _ = self._in_order()
+        """log Σ exp of all logits, once all runs were added."""
+        maxima, sums, _ = self._all_runs
         return maxima.amax(0) + _over_runs(sums, maxima).log()
 
     def loss(self) -> Float[Tensor, " rows"]:
         """−log p(target)."""
-        return self.log_sum() - self._of_target
+        return self.log_sum - self._of_target
 
     def kl_from(self, clean: "_Predictions") -> Float[Tensor, " rows"]:
         """KL(p_clean ‖ p), if each run was compared with that of ``clean``.
@@ -148,11 +150,12 @@ class _Predictions:
         model excludes (r = −∞) add nothing; those that it excludes only now (q = −∞) make KL
         infinite.
         """
-        maxima, sums, _ = clean._in_order()
-        differences = _over_runs(self._in_order()[2], maxima) / _over_runs(sums, maxima)
-        return differences + self.log_sum() - clean.log_sum()
+        maxima, sums, _ = clean._all_runs
+        differences = _over_runs(self._all_runs[2], maxima) / _over_runs(sums, maxima)
+        return differences + self.log_sum - clean.log_sum
 
-    def _in_order(self) -> tuple[Tensor, Tensor, Tensor]:
+    @cached_property
+    def _all_runs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Maxima, sums and differences [runs, rows]."""
         maxima, sums, differences = (
             torch.stack(one).double() for one in zip(*self._runs, strict=True)
