@@ -35,6 +35,7 @@ _POLL_SECONDS = 0.05
 _BEAT_SECONDS = 1.0
 _BEATS_MISSED = 60  # counted in polls, so that a run that was suspended as a whole can continue
 _LINGER_SECONDS = 10.0  # how long a failed rank 0, which may host the store, waits for others
+_ASK_SECONDS = 2.0  # the same, until the others have asked whether they may speak
 
 
 class Processes:
@@ -182,9 +183,14 @@ class Several(Processes):
                 yield
 
     def first(self, name: str) -> bool:
-        """Whether this process is the first in the run to ask this."""
+        """Whether this process is the first in the run to ask this. Rank 0, which may host the
+        store, stays a little for those who have not asked yet."""
         with _reachable():
-            return self._store.add(name, 1) == 1
+            is_first = self._store.add(name, 1) == 1
+            until = time.monotonic() + _ASK_SECONDS
+            while self.leads and self._store.add(name, 0) < self.size and time.monotonic() < until:
+                time.sleep(_POLL_SECONDS)
+        return is_first
 
     def _key(self, name: str) -> str:
         return f"{self._piece}/{name}"

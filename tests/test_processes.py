@@ -54,6 +54,17 @@ def test_an_error_reaches_all_with_its_exit_code_and_is_said_once():
     assert sorted(speaks for _, speaks in outcomes) == [False, True]
 
 
+def asks_late():
+    """Rank 0 hosts the store and has no reason to stay."""
+    if join().rank == 1:
+        time.sleep(0.5)
+    return may_speak()
+
+
+def test_an_error_is_said_once_if_the_first_process_is_done_early():
+    assert run(2, asks_late) == [True, False]
+
+
 def fails_just_past_a_meeting():
     """Rank 0 fails between rank 1's look whether all have met and its look for errors."""
     all_of_us = join()
