@@ -58,7 +58,7 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
     indices = torch.empty(len(x), k, dtype=torch.int64)
     values = _floats(len(x), k)
     lists, bias = _Lists(3 * k + 32), bias.contiguous()
-    bounds = _floats(_TILE_ROWS)
+    encoder, bounds = encoder.contiguous(), _floats(_TILE_ROWS)
     for begin in range(0, len(x), _TILE_ROWS):
         tile = x[begin : begin + _TILE_ROWS]
         for first, product in _blocks(tile, encoder):
@@ -66,6 +66,7 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Codes:
                 f"topk_{_NAMES[x.dtype]}",
                 product, bias[first:], *product.shape, first, k, *lists.all(), bounds,
             )  # fmt: skip
+            del product
         end = begin + len(tile)
         _call(
             "finish_topk",
@@ -82,7 +83,7 @@ def encode_above(
     capacity: SlotCapacity | None = None,
 ) -> RaggedCodes:
     """See ``operations``. Ignores ``capacity``: the codes have exactly the slots they need."""
-    lists = _Lists(_FEW)
+    lists, encoder = _Lists(_FEW), encoder.contiguous()
     return joined([lists.above(tile, encoder, bias, threshold) for tile in x.split(_TILE_ROWS)])
 
 
@@ -95,7 +96,7 @@ def encode_batch_topk(
     kept: Tensor | None = None,
 ) -> RaggedCodes:
     """See ``operations``."""
-    lists = _Lists(max(_FEW, 4 * k))
+    lists, encoder = _Lists(max(_FEW, 4 * k)), encoder.contiguous()
 
     def above(tile: Tensor, bound: float) -> RaggedCodes:
         return lists.above(tile, encoder, bias, _floats(len(encoder)).fill_(bound))
@@ -292,6 +293,7 @@ class _Lists:
                     f"above_{_NAMES[tile.dtype]}",
                     product, bias[first:], threshold[first:], *product.shape, first, *self.all(),
                 )  # fmt: skip
+                del product
             counts = self.counts[: len(tile)]
             longest = int(counts.max()) if len(tile) else 0
             if longest < self.capacity:
@@ -309,7 +311,8 @@ class _Lists:
 def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The tile's product with the encoder, without bias: (first latent, [latents, rows]).
 
-    A block is gone when the next one is asked for.
+    A block is gone when the next one is asked for; who lets go of it before has that one in the
+    same cache.
     """
     size = max(1, _BLOCK_BYTES // (max(1, len(tile)) * tile.element_size()))
     memory = torch.empty(min(size, len(encoder)) * len(tile), dtype=tile.dtype)
