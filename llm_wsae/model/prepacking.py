@@ -1,14 +1,12 @@
 """Weights in the layout in which oneDNN multiplies, for many passes on a CPU in bfloat16.
 
 Each product of torch lays its weights out anew, which takes a few per cent of the time of a product
-of a thousand rows. Where a text is read many times, copies are worth their memory. The product of a
-gated MLP's gate also ends in the activation function: the largest tensors of a block are then read
-once less, and rounded once less. Apart from that, the numbers are the same to rounding at most.
+of a thousand rows. Where a text is read many times, copies are worth their memory. The products are
+the same, to rounding at most.
 """
 
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +19,6 @@ from llm_wsae.model.spread import device_of, is_spread
 _MANY = 256
 """Rows; with fewer, a copy is not worth making."""
 _SHARE = 8  # copies take at most one part of this many of the memory
-_ONEDNN = {"SiLU": ("swish", ""), "SiLUActivation": ("swish", ""), "GELUTanh": ("gelu", "tanh")}
-"""What oneDNN calls the activation functions of torch and transformers, and their algorithms."""
-
-
-class _Activation(NamedTuple):
-    """What is applied to a layer's outputs."""
-
-    own: Callable[[Tensor], Tensor]
-    onednn: tuple[str, str]
 
 
 class PrepackedWeights:
@@ -51,17 +40,10 @@ class PrepackedWeights:
         layers = prepackable(self._hf_model) if self._openers == 1 else []
         if layers:
             self._copies = {}
-        gates = _gates(self._hf_model, layers)
-        activations = {gate: _Activation(a.forward, _ONEDNN[_name(a)]) for gate, a in gates.items()}
         for layer in layers:
-            last = activations.get(layer)
             replace_forward(
-                self._patches,
-                layer,
-                lambda input, layer=layer, last=last: self.product(layer, input, last=last),
+                self._patches, layer, lambda input, layer=layer: self.product(layer, input)
             )
-        for activation in gates.values():  # the gate applied it
-            replace_forward(self._patches, activation, lambda input: input)
 
     def close(self) -> None:
         """Once for each time that it was opened; the last one frees the copies."""
@@ -70,25 +52,16 @@ class PrepackedWeights:
             self._patches.close()
             self._copies = None
 
-    def product(
-        self,
-        layer: nn.Linear,
-        rows: Tensor,
-        part: slice = slice(None),
-        last: _Activation | None = None,
-    ) -> Tensor:
-        """A linear layer, or a part of its outputs: rows [..., in], result [..., outputs]. ``last``
-        is applied to them."""
+    def product(self, layer: nn.Linear, rows: Tensor, part: slice = slice(None)) -> Tensor:
+        """A linear layer, or a part of its outputs: rows [..., in], result [..., outputs]."""
         weight, bias = layer.weight[part], None if layer.bias is None else layer.bias[part]
         copies, many = self._copies, rows.shape[:-1].numel() >= _MANY
         if copies is None or not many or torch.is_grad_enabled() or weight.dtype != torch.bfloat16:
-            outputs = F.linear(rows, weight, bias)
-            return outputs if last is None else last.own(outputs)
+            return F.linear(rows, weight, bias)
         key = layer, part.start, part.stop
         if key not in copies:
             copies[key] = torch.ops.mkldnn._reorder_linear_weight(weight)
-        name, algorithm = ("none", "") if last is None else last.onednn
-        return torch.ops.mkldnn._linear_pointwise(rows, copies[key], bias, name, [], algorithm)
+        return torch.ops.mkldnn._linear_pointwise(rows, copies[key], bias, "none", [], "")
 
 
 def prepackable(hf_model: Any) -> list[nn.Linear]:
@@ -104,34 +77,6 @@ def prepackable(hf_model: Any) -> list[nn.Linear]:
     ]
     size = sum(one.weight.nbytes for one in layers)
     return layers if size * _SHARE <= memory_of(device) else []
-
-
-def _gates(hf_model: Any, layers: Sequence[nn.Linear]) -> dict[nn.Linear, nn.Module]:
-    """Of the gated MLPs, as transformers writes them, each gate and its activation function."""
-    mlps = [module for module in hf_model.modules() if hasattr(module, "act_fn")]
-    functions = [mlp.act_fn for mlp in mlps]
-    return {
-        mlp.gate_proj: mlp.act_fn
-        for mlp in mlps
-        if _name(mlp.act_fn) in _ONEDNN and functions.count(mlp.act_fn) == 1
-        if getattr(mlp, "gate_proj", None) in layers and _is_next(mlp, mlp.gate_proj, mlp.act_fn)
-    }
-
-
-def _is_next(mlp: Any, gate: nn.Linear, function: nn.Module) -> bool:
-    """Whether the function takes what comes out of the gate, as it is."""
-    passed: list[Tensor] = []
-    with ExitStack() as hooks, torch.no_grad():
-        out = gate.register_forward_hook(lambda _, args, output: passed.append(output))
-        into = function.register_forward_pre_hook(lambda _, args: passed.append(args[0]))
-        hooks.callback(out.remove)
-        hooks.callback(into.remove)
-        mlp(gate.weight[:2])
-    return len(passed) == 2 and passed[0] is passed[1]
-
-
-def _name(module: Any) -> str:
-    return type(module).__name__
 
 
 def _has_layout() -> bool:

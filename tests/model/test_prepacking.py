@@ -1,6 +1,5 @@
 """Prepacked weights: the same numbers, of the model as it is, and nothing left behind."""
 
-import copy
 import threading
 import time
 from unittest.mock import patch
@@ -47,8 +46,7 @@ def are_as_they_were(model):
 
 
 def agree(one, other):
-    """To the rounding of a few blocks."""
-    return bool((one - other).float().norm() <= 2**-6 * other.float().norm())
+    return bool((one - other).float().norm() <= 2**-8 * other.float().norm())
 
 
 @needs_bfloat16
@@ -62,49 +60,6 @@ def test_products_are_those_of_the_weights(model):
     for found, wanted in zip(ends_and_logits(model), expected, strict=True):
         assert torch.equal(found, wanted)
     assert are_as_they_were(model) and model._prepacked._copies is None
-
-
-def taken_by_gates(model):
-    """The activation functions that gates apply while the weights are prepacked."""
-    with model.prepacked():
-        modules = dict(model.hf_model.named_modules())
-        return [n for n, one in modules.items() if "act_fn" in n and "forward" in one.__dict__]
-
-
-@needs_bfloat16
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_gate_ends_in_its_activation_function(family):
-    """What comes out is as near to float32 as without."""
-    rounded = tiny_hf_model(family).eval().to(torch.bfloat16)
-    exact = LanguageModel.from_live(copy.deepcopy(rounded).float(), None)
-    model = LanguageModel.from_live(rounded, None)
-    ids, hidden = drawn(model)
-    wanted = exact.resume_to_end(ids, SITE, hidden.float())
-    plain = model.resume_to_end(ids, SITE, hidden)
-    with model.prepacked():
-        fused = model.resume_to_end(ids, SITE, hidden)
-    assert not torch.equal(fused, plain)
-    assert (fused - wanted).norm() < 1.1 * (plain - wanted).norm() < 0.02 * wanted.norm()
-    assert len(taken_by_gates(model)) == model.num_blocks
-    assert not any("forward" in module.__dict__ for module in model.hf_model.modules())
-
-
-@needs_bfloat16
-def test_functions_that_do_more_than_end_a_gate_are_left_alone(model):
-    """One that two MLPs share; one that does not take what the gate puts out as it is."""
-    first, second = (block.mlp for block in model.hf_model.model.layers[:2])
-    own, first.act_fn = first.act_fn, second.act_fn
-    assert len(taken_by_gates(model)) == model.num_blocks - 2
-    first.act_fn = own
-    assert len(taken_by_gates(model)) == model.num_blocks
-    second.forward = lambda x: second.down_proj(
-        second.act_fn(second.gate_proj(x).clamp(max=0.1)) * second.up_proj(x)
-    )
-    expected = ends_and_logits(model)
-    assert len(taken_by_gates(model)) == model.num_blocks - 1
-    with model.prepacked():
-        for found, wanted in zip(ends_and_logits(model), expected, strict=True):
-            assert agree(found, wanted)
 
 
 @needs_bfloat16
