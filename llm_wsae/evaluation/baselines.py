@@ -22,6 +22,8 @@ from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
 _ROWS = 8192  # on which means, deviations and numbers of active latents are measured
 _BATCH_TOKENS = 4096
 _SEED = 0
+HALF_RANDOM = {"frozen-decoder": "frozen decoder", "frozen-encoder": "frozen encoder"}
+"""What the baselines of which one half is trained are called in tables, by their architecture."""
 
 
 def frozen_random(

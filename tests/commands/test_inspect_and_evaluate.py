@@ -293,6 +293,22 @@ def test_what_learnt_nothing_has_rows_of_its_own(words, tmp_path):
     assert Dictionary.load(tmp_path / NAMES[0]).info.metrics["baselines"] == {}
 
 
+def test_half_random_dictionaries_are_kept_beside_the_others(words, world, tmp_path):
+    half = tmp_path / "half"
+    works("train", world / "store", "--site", SITE, "--k", 4, "--tokens", 4096, "--expansion", 2,
+          "--architecture", "frozen-decoder", "frozen-encoder", "--out", half)  # fmt: skip
+    words[words.index("all")] = "heldout"
+    names = {path.name: path for path in half.iterdir() if path.is_dir()}
+    found = works(*words[:3], *names.values(), *words[3:], "--keep", "--json").json
+    labels = {"frozen decoder": "uniform-frozen-decoder-k4",
+              "frozen encoder": "uniform-frozen-encoder-k4"}  # fmt: skip
+    for folder in (*(tmp_path / name for name in NAMES), *names.values()):
+        kept = Dictionary.load(folder).info.metrics["baselines"]
+        assert kept.keys() == labels.keys()
+        for label, name in labels.items():
+            assert kept[label]["fidelity"]["kl"] == found["dictionaries"][name]["kl"]
+
+
 def test_results_are_kept_with_the_dictionaries(words, tmp_path, world):
     words[words.index("all")] = "heldout"
     before = {name: content(tmp_path / name) for name in NAMES}

@@ -13,7 +13,7 @@ _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
 _JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
-_BASELINES = ("raw dimensions", "frozen random")
+_BASELINES = ("raw dimensions", "frozen random", "frozen decoder", "frozen encoder")
 _NOT_LEARNT = "none"
 MEASURES = {
     "eligible_share": "share of the latents that fire in enough contexts to be scored",
@@ -57,8 +57,8 @@ def rule_words(d: Facts) -> str:
 
 
 def with_baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
-    """The dictionaries, and what learnt nothing and was measured beside them: for each site the
-    dimensions of the activations, and a random dictionary."""
+    """The dictionaries, and what learnt nothing or one half and was measured beside them: for each
+    site the dimensions of the activations, a random dictionary and two half-random ones."""
     found: dict[str, Facts] = {}
     for d in dictionaries:
         measured = mapping(d.info.metrics.get("baselines"))
@@ -108,7 +108,8 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
     if any(d.info.rule == _NOT_LEARNT for d in measured):
         notes[0] += (
             " Raw dimensions (two latents for each dimension of the activations) and frozen random "
-            "(random directions) learnt nothing: a number says little unless it is far from theirs."
+            "(random directions) learnt nothing; of frozen decoder and frozen encoder one half is "
+            "random, the other was trained. A number says little unless it is far from theirs."
         )
     rows = []
     for d in measured:

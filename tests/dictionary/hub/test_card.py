@@ -139,12 +139,13 @@ def test_what_learnt_nothing_stands_beside_the_dictionaries_of_its_site():
     metrics = {
         "fidelity": FIDELITY,
         "monosemanticity": {"purity": 0.6},
-        "baselines": {"frozen random": random, "| `x` |": random},
+        "baselines": {"frozen random": random, "frozen decoder": random, "| `x` |": random},
     }
     measured = [some(metrics=metrics), some("uniform-k4", rule="uniform", metrics=metrics)]
     metadata, body = parts(card(REPO, measured, set()))
     row = f"`frozen random, {SITE}`"
     assert body.count(f"| {row} |") == 3  # fidelity, cross-entropy, monosemanticity
+    assert body.count(f"| `frozen decoder, {SITE}` |") == 3
     assert cells(body, row)[1:8] == ["12 → —", "TopK", "none", "—", "0.250",
                                      "0.975 [0.960, 0.990]", "6.000"]  # fmt: skip
     assert cells(body.split("## Monosemanticity")[1], row)[1:] == ["0.300"]
