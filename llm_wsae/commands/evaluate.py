@@ -45,8 +45,8 @@ def evaluate(
         monosemantic: Also measure how monosemantic the latents are, with a sentence encoder.
         baselines: Also measure what learnt nothing: the dimensions themselves, and a random
             dictionary.
-        keep: Also store the results in the dictionaries' own folders, for their cards; beside them
-            those of baselines: of --baselines, and of half-random dictionaries among them.
+        keep: Also store the results in the dictionaries' own folders, for their cards, with those
+            of the baselines measured beside them (--baselines, and half-random dictionaries).
     """
     from llm_wsae.data.corpus import TEXT_OF_PART, Corpus
     from llm_wsae.data.packing import Packer

@@ -311,8 +311,8 @@ class _Lists:
 def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The tile's product with the encoder, without bias: (first latent, [latents, rows]).
 
-    A block is gone when the next one is asked for; who lets go of it before has that one in the
-    same cache.
+    A block is gone when the next one is asked for. A caller that deletes it before then has one
+    block in cache, not two.
     """
     size = max(1, _BLOCK_BYTES // (max(1, len(tile)) * tile.element_size()))
     memory = torch.empty(min(size, len(encoder)) * len(tile), dtype=tile.dtype)
