@@ -13,7 +13,8 @@ _LONGEST = 200  # characters of a foreign text
 _MARKUP = re.compile(r"([\\`*_\[\]|~#!$])")
 _NONE = "—"
 _JUDGED = ("detection", "fuzzing", "intruder")  # by a language model
-_BASELINES = ("raw dimensions", "frozen random", "frozen decoder", "frozen encoder")
+_UNTRAINED = ("raw dimensions", "frozen random")
+_HALF_RANDOM = ("frozen decoder", "frozen encoder")
 _NOT_LEARNT = "none"
 MEASURES = {
     "eligible_share": "share of the latents that fire in enough contexts to be scored",
@@ -62,7 +63,7 @@ def with_baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
     found: dict[str, Facts] = {}
     for d in dictionaries:
         measured = mapping(d.info.metrics.get("baselines"))
-        for name in _BASELINES:
+        for name in (*_UNTRAINED, *_HALF_RANDOM):
             if metrics := mapping(measured.get(name)):
                 info = replace(d.info, rule=_NOT_LEARNT, metrics=dict(metrics))
                 one = replace(d, sae_id=f"{name}, {d.info.site}", info=info)
@@ -105,12 +106,18 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
         "interval. KL: how far that moves the predictions, in nats. L0: active latents per token. "
         "Dead: latents that never fired on this text; dense: on more than a tenth of the tokens."
     ]
-    if any(d.info.rule == _NOT_LEARNT for d in measured):
+    beside = [d.sae_id.partition(", ")[0] for d in measured if d.info.rule == _NOT_LEARNT]
+    if any(name in _UNTRAINED for name in beside):
         notes[0] += (
             " Raw dimensions (two latents for each dimension of the activations) and frozen random "
-            "(random directions) learnt nothing; of frozen decoder and frozen encoder one half is "
-            "random, the other was trained. A number says little unless it is far from theirs."
+            "(random directions) learnt nothing."
         )
+    if any(name in _HALF_RANDOM for name in beside):
+        notes[0] += (
+            " Of frozen decoder and frozen encoder one half is random, the other was trained."
+        )
+    if beside:
+        notes[0] += " A number says little unless it is far from theirs."
     rows = []
     for d in measured:
         values = [d.metric(f"ce_{name}") for name in ("clean", "spliced", "mean_ablated")]

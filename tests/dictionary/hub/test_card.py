@@ -146,6 +146,11 @@ def test_what_learnt_nothing_stands_beside_the_dictionaries_of_its_site():
     row = f"`frozen random, {SITE}`"
     assert body.count(f"| {row} |") == 3  # fidelity, cross-entropy, monosemanticity
     assert body.count(f"| `frozen decoder, {SITE}` |") == 3
+    explained = ("learnt nothing", "one half is random", "far from theirs")
+    assert all(words in body for words in explained)
+    del metrics["baselines"]["frozen decoder"]
+    _, other = parts(card(REPO, [some(metrics=metrics)], set()))
+    assert [words in other for words in explained] == [True, False, True]
     assert cells(body, row)[1:8] == ["12 → —", "TopK", "none", "—", "0.250",
                                      "0.975 [0.960, 0.990]", "6.000"]  # fmt: skip
     assert cells(body.split("## Monosemanticity")[1], row)[1:] == ["0.300"]
