@@ -982,3 +982,42 @@ EIGHTHS_RATED = _of_pairs(
 )
 """Beside blocks 9: written down when the usual rate was known there, and all three after blocks
 9."""
+
+_CONTROLS = (
+    ("as many effective dimensions, in the loss", SHARES),
+    ("whitened in the loss, α = 2", _FULLY_TWICE),
+    ("permuted inverse variance in the loss", PERMUTED_IN_LOSS),
+    ("rotated control, mixed", ROTATED),
+    ("permuted control, mixed", _PERMUTED),
+    ("permuted inverse variance, mixed", _PERMUTED_INVERSE),
+)
+CONTROLS_RATED = _of_pairs(
+    "at every rate",
+    at_every_rate,
+    [
+        (
+            place,
+            [(*arm, *bounds) for arm, bounds in zip(_CONTROLS, asked, strict=True)],
+        )
+        for place, asked in {
+            "smollm2": (
+                ((-0.1, 0.5), (0.15, 0.9)),
+                ((-0.6, 0.2), (1.0, 99.0)),
+                ((-1.0, 0.2), (-0.01, 99.0)),
+                ((-1.0, 0.15), (-0.02, 99.0)),
+                ((-1.0, 0.2), (-0.02, 99.0)),
+                ((-1.0, 0.25), (0.0, 99.0)),
+            ),
+            "gemma": (
+                ((-0.6, 0.3), (0.4, 99.0)),
+                ((-0.2, 0.7), (1.0, 99.0)),
+                ((-1.0, 0.25), (0.0, 99.0)),
+                ((-1.0, 0.0), (0.1, 99.0)),
+                ((-1.0, 0.1), (0.0, 99.0)),
+                ((-1.0, 0.25), (0.0, 99.0)),
+            ),
+        }.items()
+    ],
+)
+"""Of seed 0, beside plain ones of the same rate; written down when the usual rate was known, and
+all other weightings at all rates."""

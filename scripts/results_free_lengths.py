@@ -96,6 +96,15 @@ SPACE_POWERS: tuple[Weights, ...] = tuple(
 SPACE_CONTROLS: tuple[Weights, ...] = tuple(
     (f"{control}:whitening", 0.5, SPACE, K) for control in ("rotated", "permuted")
 )
+CONTROLS: tuple[Weights, ...] = (
+    *SHARES,
+    ("whitening", 2.0, LOSS, K),
+    ("permuted:variance", -0.5, LOSS, K),
+    ("rotated:whitening", 0.5, MIXED, K),
+    ("permuted:whitening", 0.5, MIXED, K),
+    ("permuted:variance", -0.5, MIXED, K),
+)
+"""What had one learning rate to the last; after blocks 9."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +226,8 @@ PARTS = {
     "eighths-seeds": Part(EIGHTHS, seeds=expected.POWERS),
     "half-rates-eighths-others": Part(EIGHTHS, OTHERS, (0,), "half-rate", rate=0.5),
     "twice-rates-eighths-others": Part(EIGHTHS, OTHERS, (0,), "twice-rate", rate=2.0),
+    "half-rates-controls": Part(CONTROLS, BLOCKS_9, (0,), "half-rate", rate=0.5),
+    "twice-rates-controls": Part(CONTROLS, BLOCKS_9, (0,), "twice-rate", rate=2.0),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -233,7 +244,8 @@ higher rates, once one seed had shown what twice the rate does there; then ``sha
 follows, which are controls with as many effective dimensions, learning rates of the other
 weightings and sites, random weights in the loss, the space with other architectures and
 powers; other rates at the sites beside blocks 9; and last of all the powers ⅛ and ⅜, of seed 0 at
-first, with other rates after blocks 9 alone. Some have one seed."""
+first, with other rates after blocks 9 alone; and other rates of the controls that had one. Some
+have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
@@ -643,7 +655,7 @@ def at_rates(key: str) -> Iterator[str]:
     yield f"### At three learning rates: {PLACES[key].title}"
     yield markdown(rows)
     asked = (*expected.OF_RATES, *expected.LAST_RATED, *expected.RATED_ELSEWHERE)
-    asked += (*expected.RANDOM_RATED, *expected.EIGHTHS_RATED)
+    asked += (*expected.RANDOM_RATED, *expected.EIGHTHS_RATED, *expected.CONTROLS_RATED)
     yield from _outcome(asked, key, settings)
 
 
