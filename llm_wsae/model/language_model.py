@@ -29,6 +29,7 @@ from llm_wsae.hardware import choose_device, fast_dtype
 from llm_wsae.model.attention import use_short_attention
 from llm_wsae.model.fingerprint import fingerprint
 from llm_wsae.model.forward import Blocks, Visit
+from llm_wsae.model.fusing import fuse_norms_and_gates
 from llm_wsae.model.loading import check_causal, load_model
 from llm_wsae.model.module_paths import find_paths, text_config
 from llm_wsae.model.prepacking import PrepackedWeights
@@ -103,6 +104,7 @@ class LanguageModel:
         hf_model = loaded.hf_model if device == SPREAD else loaded.hf_model.to(place)
         hf_model.eval().requires_grad_(False)
         use_short_attention(hf_model)
+        fuse_norms_and_gates(hf_model)
         with parsing(f"{model} can be loaded but not used"):  # e.g. for a damaged configuration
             made = cls(hf_model, loaded.tokenizer, loaded.name, loaded.revision)
             made.tokenizer(["a text"], add_special_tokens=False, verbose=False)

@@ -52,8 +52,8 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_built(cache_folder())))
     except (BuildFailed, LlmWsaeError, OSError, subprocess.SubprocessError) as error:
         print(
-            f"llm_wsae: the fast CPU kernels could not be built ({error}), so training goes on "
-            "with the slower ones of torch; LLM_WSAE_NO_COMPILER=1 silences this",
+            f"llm_wsae: the fast CPU kernels could not be built ({error}), so the slower ones of "
+            "torch are used; LLM_WSAE_NO_COMPILER=1 silences this",
             file=sys.stderr,
         )
         return None

@@ -1,0 +1,178 @@
+"""Norms and gates in one pass: against float64, and against transformers' own."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_hf_model, tiny_tokenizer
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from llm_wsae.model import fusing
+from llm_wsae.model.fusing import fuse_norms_and_gates
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.sparse.backends import cpu
+
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason="there is no C++ compiler")
+WIDTHS = (1, 37, 640)
+
+
+def drawn(*shape, scale=1.0, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=draw)).bfloat16()
+
+
+def fused(family="llama"):
+    hf_model = tiny_hf_model(family).to(torch.bfloat16).eval()
+    fuse_norms_and_gates(hf_model)
+    return hf_model
+
+
+def changed(hf_model):
+    return [one for one in hf_model.modules() if "forward" in one.__dict__]
+
+
+@needs_kernels
+@pytest.mark.parametrize("one_more", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_norm_divides_by_the_root_mean_square(width, one_more):
+    x, weight = drawn(3, 5, width, scale=7), drawn(width, seed=1)
+    found = cpu.rms_norm(x, weight, 1e-5, one_more)
+    exact, factor = x.double(), weight.double() + one_more
+    exact = factor * exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert found.shape == x.shape and found.dtype == torch.bfloat16
+    assert (found.double() - exact).abs().le(2**-7 * exact.abs()).all()  # rounded twice at most
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma3RMSNorm])
+def test_a_norm_rounds_where_its_model_does(kind):
+    norm = kind(640).bfloat16()
+    norm.weight.data += drawn(640, scale=0.3)
+    x = drawn(4, 6, 100, 640).transpose(1, 2)  # heads before tokens, as attention has them
+    found = cpu.rms_norm(x, norm.weight, 1e-6, kind is Gemma3RMSNorm)
+    assert (found == norm(x)).float().mean() > 0.999
+
+
+@needs_kernels
+@pytest.mark.parametrize(("name", "torchs"), [("silu", "silu"), ("gelu_tanh", "gelu_pytorch_tanh")])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_gate_multiplies_with_the_activation(name, torchs, width):
+    gates, values = drawn(2, 50, width, scale=4), drawn(2, 50, width, seed=1)
+    exact = ACT2FN[torchs](gates.double()) * values.double()
+    expected = ACT2FN[torchs](gates) * values
+    found = cpu.gate(name, gates, values)
+    assert found.data_ptr() == gates.data_ptr()
+    assert (found - expected).abs().le(2**-7 * expected.abs() + 2e-3).all()
+    assert (found.double() - exact).norm() <= 1.01 * (expected.double() - exact).norm()
+
+
+@needs_kernels
+def test_numbers_without_bounds():
+    ends = torch.tensor([0.0, -0.0, 3e38, -3e38, torch.inf, torch.nan]).bfloat16()[None]
+    for name, torchs in (("silu", "silu"), ("gelu_tanh", "gelu_pytorch_tanh")):
+        found = cpu.gate(name, ends.clone(), torch.ones_like(ends))
+        assert torch.equal(found.nan_to_num(7), ACT2FN[torchs](ends).nan_to_num(7)), name
+    weight = torch.ones(6).bfloat16()
+    assert cpu.rms_norm(ends, weight, 1e-6, False).isnan().all()
+    assert not cpu.rms_norm(torch.zeros_like(ends), weight, 1e-6, False).any()
+    assert cpu.rms_norm(drawn(0, 6), weight, 1e-6, False).shape == (0, 6)
+
+
+@needs_kernels
+def test_they_are_the_same_with_any_number_of_threads():
+    x, weight = drawn(64, 640), drawn(640, seed=1)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(cpu.gate("silu", cpu.rms_norm(x, weight, 1e-6, False), x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("family", "parts"), [("llama", 13), ("gemma2", 21), ("gpt2", 0)])
+def test_a_model_says_the_same(family, parts):
+    own, other = tiny_hf_model(family).to(torch.bfloat16).eval(), fused(family)
+    assert len(changed(other)) == parts  # norms and MLPs of four blocks, and the last norm
+    ids = torch.arange(48).view(2, 24)
+    with torch.no_grad():
+        expected, found = own(ids).logits, other(ids).logits
+    assert (found - expected).float().norm() <= 0.01 * expected.float().norm()
+
+
+@needs_kernels
+def test_gradients_are_those_of_the_model_itself():
+    found = []
+    for hf_model in (tiny_hf_model("llama").to(torch.bfloat16).eval(), fused()):
+        embedded = drawn(1, 8, hf_model.config.hidden_size).requires_grad_()
+        hf_model(inputs_embeds=embedded).logits.float().square().sum().backward()
+        found.append(embedded.grad)
+    assert torch.equal(*found) and found[0].any()
+
+
+@needs_kernels
+def test_a_copy_computes_with_its_own_modules():
+    hf_model = fused()
+    other = copy.deepcopy(hf_model)
+    for one in changed(other):
+        assert one.forward.__self__ is one
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.zero_()
+        ids = torch.arange(8)[None]
+        assert not other(ids).logits.any() and hf_model(ids).logits.any()
+
+
+class Doubled(LlamaRMSNorm):
+    """Looks like a norm, and is something else."""
+
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
+class OfTwo(LlamaRMSNorm):
+    """Takes more than rows."""
+
+    def forward(self, hidden_states, gate):
+        return super().forward(hidden_states) * gate
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [Doubled, OfTwo, Olmo2RMSNorm])
+def test_what_computes_or_rounds_otherwise_keeps_its_own(kind):
+    hf_model = tiny_hf_model("llama").to(torch.bfloat16).eval()
+    norm = hf_model.model.norm = kind(32).bfloat16()
+    norm.weight.data += drawn(32, scale=0.3)
+    fuse_norms_and_gates(hf_model)
+    assert norm not in changed(hf_model) and len(changed(hf_model)) == 12
+
+
+@needs_kernels
+def test_models_in_other_dtypes_or_without_kernels_are_left_alone(monkeypatch):
+    exact = tiny_hf_model("llama").eval()
+    fuse_norms_and_gates(exact)
+    assert not changed(exact)
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    assert not changed(fused())
+
+
+@needs_kernels
+def test_a_loaded_model_has_them_and_one_given_live_does_not(tmp_path):
+    hf_model = tiny_hf_model("llama").to(torch.bfloat16).eval()
+    hf_model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = LanguageModel.load(str(tmp_path), device="cpu", dtype="bfloat16")
+    assert len(changed(loaded.hf_model)) == 13
+    assert not changed(LanguageModel.from_live(hf_model, None).hf_model)
+
+
+def test_only_linear_layers_without_a_wrapper_are_gates():
+    module = nn.Module()
+    module.act_fn, module.gate_proj = nn.SiLU(), nn.Linear(4, 4)
+    assert not list(fusing._candidates(module))
