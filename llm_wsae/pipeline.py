@@ -8,7 +8,7 @@ The same call after an interruption resumes it: finished stages are read back.
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
-from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.activations import Context, check_scored, take_contexts
+from llm_wsae.evaluation.baselines import with_raw_dimensions
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
@@ -61,7 +61,7 @@ from llm_wsae.weights.profile import profile, profile_text
 from llm_wsae.weights.rules import RULES, Rule
 
 PAGE = "report.html"
-TRIAL_K = 32  # of the trials behind an automatic α, where no k is asked for
+TRIAL_K = 32  # of the trials behind an automatic α and of the raw dimensions, if none is asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,11 +326,17 @@ class _Run:
         _say(4, "evaluate", f"{places} on {self.evaluating.tokens:,} held-out tokens")
         results: dict[Site, SiteResult] = {}
         evaluator = FidelityEvaluator(self.model, heldout, self.evaluating)
-        for site, report in _reports(evaluator, trained):
+        k = float(self.ks[0] if self.ks else TRIAL_K)
+        measured = {
+            site: with_raw_dimensions(own, weighed[site].statistics, k)
+            for site, own in trained.items()
+        }
+        for site, report in evaluator.evaluate_what_can_be(measured):
             folder, dictionaries = self.out / str(site), trained[site]
             _save_metrics(folder, dictionaries, report)
             report.write(folder / "report.json")
-            plot_fidelity(report.summaries(), str(site), folder / "fidelity.png")
+            of_trained = {name: report.summaries()[name] for name in dictionaries}
+            plot_fidelity(of_trained, str(site), folder / "fidelity.png")
             write_page(report, weighed[site].arms, str(site), folder / PAGE)
             results[site] = SiteResult(weighed[site].profile, dictionaries, report, folder)
         return results
@@ -357,28 +363,6 @@ def _weights(
     if not found:  # whitening alone, and it is not worth it
         found = {w.name: w for w in choose_weights(inputs, [RULES["uniform"]], [])}
     return list(found.values())
-
-
-def _reports(
-    evaluator: FidelityEvaluator, trained: Mapping[Site, Mapping[str, Dictionary]]
-) -> Iterator[tuple[Site, Report]]:
-    """The report of each site, from one pass for all. Where that fails, the sites are evaluated one
-    by one, and what is raised in the end is the first error of these."""
-    failure = None
-    try:
-        yield from evaluator.evaluate_sites(trained).items()
-        return
-    except LlmWsaeError as error:
-        if len(trained) == 1:
-            raise
-        tqdm.write(f"{error}; the sites are evaluated one by one", file=sys.stderr)
-    for site, dictionaries in trained.items():
-        try:
-            yield site, evaluator.evaluate(dictionaries)
-        except LlmWsaeError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
 
 
 def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:

@@ -123,14 +123,14 @@ def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path)
     Raises LlmWsaeError if the page cannot be written.
     """
     plain_first = sorted(arms, key=lambda arm: not arm.weights.rule.is_plain)
-    found = {_series_of(arm): arm.weights.rule.is_plain for arm in plain_first}
+    found = {_series_of(arm): _group_of(arm) for arm in plain_first}
     series = [
         {
             "name": name,
-            "group": "plain" if is_plain else "weighted",
+            "group": group,
             "colour": (number - 1) % len(PALETTE) if number else None,
         }
-        for number, (name, is_plain) in enumerate(found.items())
+        for number, (name, group) in enumerate(found.items())
     ]
     of_arm = {arm.name: list(found).index(_series_of(arm)) for arm in arms}
     rows = [
@@ -187,6 +187,12 @@ def _series_of(arm: ArmConfig) -> str:
     """The weights of an arm, and its architecture if it is not TopK's: what its k-curve is of."""
     kind = "" if arm.architecture == "topk" else f", {arm.architecture}"
     return f"{arm.weights.name}{kind}"
+
+
+def _group_of(arm: ArmConfig) -> str:
+    if arm.kind.is_baseline:
+        return "half-random"
+    return "plain" if arm.weights.rule.is_plain else "weighted"
 
 
 def _word(one: FromPlain) -> str:

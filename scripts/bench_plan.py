@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from benchmarks import embedded_model, machine, write_benchmark
+from benchmarks import QUICKSTART_ARCHITECTURES, embedded_model, machine, write_benchmark
 
 import llm_wsae.pipeline as pipeline
 from llm_wsae.data.config import HarvestConfig
@@ -94,9 +94,9 @@ def main() -> None:
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
     parser.add_argument("--corpus", default="sotu")
     parser.add_argument("--site", default="blocks.9.hook_resid_post")
-    parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--trained", type=int, default=1_000_000, help="rows of the training")
-    parser.add_argument("--eval-tokens", type=int, default=20_000)
+    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--trained", type=int, default=750_000, help="rows of the training")
+    parser.add_argument("--eval-tokens", type=int, default=15_000)
     parser.add_argument("--expansion", type=int, default=TrainConfig.expansion)
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
@@ -104,6 +104,7 @@ def main() -> None:
     busy, site = machine(torch.get_num_threads()), Site.parse(args.site)
     model = LanguageModel.load(args.model or embedded_model())
     settings = {
+        "architectures": QUICKSTART_ARCHITECTURES,
         "harvest_config": HarvestConfig(tokens=args.tokens),
         "train_config": TrainConfig(tokens=args.trained, expansion=args.expansion),
         "evaluate_config": EvaluateConfig(tokens=args.eval_tokens),

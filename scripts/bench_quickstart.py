@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 from bench_memory import SITE, peak_megabytes
-from benchmarks import embedded_model, machine, write_benchmark
+from benchmarks import QUICKSTART_ARCHITECTURES, embedded_model, machine, write_benchmark
 
 PROMPT = "The state of our Union is strong."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--trained", type=int, default=1_000_000, help="rows of the training")
-    parser.add_argument("--eval-tokens", type=int, default=20_000)
+    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--trained", type=int, default=750_000, help="rows of the training")
+    parser.add_argument("--eval-tokens", type=int, default=15_000)
     parser.add_argument("--rows", type=int, default=100_000, help="of the page")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
@@ -44,11 +44,12 @@ def main() -> None:
         timed(
             "run", "--corpus", "sotu", "--site", SITE, "--out", out,
             "--tokens", args.tokens, "--train.tokens", args.trained,
-            "--eval-tokens", args.eval_tokens,
+            "--eval-tokens", args.eval_tokens, "--architecture", *QUICKSTART_ARCHITECTURES,
         )  # fmt: skip
         dictionaries = [path.parent for path in sorted((out / SITE).glob("*/wsae.json"))]
+        shown = [folder for folder in dictionaries if "frozen" not in folder.name]
         timed(
-            "dashboard", *dictionaries, "--store", out / "store", "--rows", args.rows,
+            "dashboard", *shown, "--store", out / "store", "--rows", args.rows,
             "--out", out / "page.html", "--prompt", PROMPT,
         )  # fmt: skip
     text = "\n".join(

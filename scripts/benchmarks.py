@@ -26,6 +26,7 @@ IMAGES = ROOT / "docs/images"
 BENCHMARKS = ROOT / "docs/benchmarks"
 PEER_SCRIPTS = Path(__file__).parent / "peers"
 CPU = torch.device("cpu")
+QUICKSTART_ARCHITECTURES = ("topk", "frozen-decoder", "frozen-encoder")
 PEERS = {  # folder of the environment, distributions, module
     "sparsify": ("sparsify", "eai-sparsify", "sparsify"),
     "saelens": ("saelens", "sae-lens", "sae_lens"),

@@ -136,8 +136,12 @@ def update_quickstart() -> None:
     ]
     for name, arm in report["dictionaries"].items():
         low, high = arm["ce_recovered_interval"]
+        weights = effective.get(re.sub(r"(-frozen-\w+)?-k\d+$", "", name))
+        own = (name, "–")
+        if weights is not None:
+            own = (f"`{name}`", f"{weights:.1f} of {profile['dimensions']}")
         lines.append(
-            f"| `{name}` | {effective[name.rsplit('-k', 1)[0]]:.1f} of {profile['dimensions']} "
+            f"| {own[0]} | {own[1]} "
             f"| {arm['fvu']:.3f} | {arm['ce_recovered']:.3f} [{low:.3f}, {high:.3f}] "
             f"| {arm['kl']:.3f} | {arm['l0']:.0f} |"
         )

@@ -55,6 +55,7 @@ def run(
         buffer_tokens: With --stream: tokens whose rows are shuffled together.
         statistics_tokens: With --stream: first tokens of the text, which weights are measured on.
     """
+    from llm_wsae.evaluation.baselines import HALF_RANDOM
     from llm_wsae.pipeline import run as run_all
 
     started, sites = time.monotonic(), sites_of(site)
@@ -94,7 +95,12 @@ def run(
     lines += [f"look at the dictionaries of {next(iter(results))} in a browser:"]
     if streaming is not None:  # a page needs rows
         lines += [f"  {_harvest(site, model, corpus, streaming, out)}"]
-    latents = {name: one.d_sae for name, one in first.dictionaries.items()}
+    latents = {
+        name: one.d_sae
+        for name, one in first.dictionaries.items()
+        if one.info.training.get("architecture") not in HALF_RANDOM
+    }
+    latents = latents or {name: one.d_sae for name, one in first.dictionaries.items()}
     lines += [f"  {_page(first.folder, latents, model, out)}"]
     return {str(place): result.to_dict() for place, result in results.items()}, "\n".join(lines)
 

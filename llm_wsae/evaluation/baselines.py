@@ -22,6 +22,7 @@ from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
 _ROWS = 8192  # on which means, deviations and numbers of active latents are measured
 _BATCH_TOKENS = 4096
 _SEED = 0
+RAW = "raw dimensions"
 HALF_RANDOM = {"frozen-decoder": "frozen decoder", "frozen-encoder": "frozen encoder"}
 """What the baselines of which one half is trained are called in tables, by their architecture."""
 
@@ -43,6 +44,14 @@ def raw_dimensions(info: DictionaryInfo, statistics: Statistics, l0: float) -> D
     deviation, mean = statistics.robust_variance.sqrt(), statistics.usual_sample.mean(0)
     axes = torch.eye(len(deviation), dtype=torch.float64)
     return signed_axes(info, axes, deviation, mean, l0)
+
+
+def with_raw_dimensions(
+    dictionaries: Mapping[str, Dictionary], statistics: Statistics, l0: float
+) -> dict[str, Dictionary]:
+    """A site's dictionaries, and beside them the dimensions of its activations."""
+    like = next(iter(dictionaries.values()))
+    return {**dictionaries, RAW: raw_dimensions(_info(like, RAW), statistics, l0)}
 
 
 def signed_axes(
@@ -103,7 +112,7 @@ def baselines_of(
         l0 = float((codes.values > 0).sum() / len(rows))
         where = "" if len(sites) == 1 else f", {site}"
         axes = torch.eye(like.d_in, dtype=torch.float64)
-        raw = signed_axes(_info(like, "raw dimensions"), axes, deviation, mean, l0)
-        found[f"raw dimensions{where}"] = raw.to(like.W_enc.device)
+        raw = signed_axes(_info(like, RAW), axes, deviation, mean, l0)
+        found[f"{RAW}{where}"] = raw.to(like.W_enc.device)
         found[f"frozen random{where}"] = frozen_random(like, mean, l0, _SEED)
     return found

@@ -26,6 +26,7 @@ from llm_wsae.data.shard_writer import StoreWriter
 from llm_wsae.data.shuffling import shuffled_batches
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.evaluation.activations import Context
+from llm_wsae.evaluation.baselines import with_raw_dimensions
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.files import save_own_tensors
@@ -161,6 +162,7 @@ def measure(
         identity = {"kind": "sample", "site": str(sites[-1]), "model": model.identity(), **packing}
         sample = _Sample(rows, sites[-1], statistics, identity)
         row, export, dictionaries = _train(sample, arms, train, folder)
+        dictionaries = with_raw_dimensions(dictionaries, statistics, float(arms[0].level))
         return Speeds(
             device=processor_name(model.device),
             measured=True,
@@ -196,10 +198,10 @@ def published(
     before = {site: sum(of_block[: _blocks_before(site)]) for site in sites}
     rest = {site: sum(of_block) - before[site] + 2 * model.W_U.numel() for site in sites}
     last = max(sites)
-    # the model itself once; behind each site zeros, the mean and every dictionary
+    # the model itself once; behind each site zeros, the mean, its dimensions and dictionaries
     evaluated = before[last] + rest[last]
     product = 2 * d * d_sae
-    evaluated += sum((2 + len(arms)) * rest[site] + len(arms) * product for site in sites)
+    evaluated += sum((3 + len(arms)) * rest[site] + len(arms) * product for site in sites)
     # Adam reads and writes a weight and two moments of both matrices, and the encoder's fast copy
     adam = 2 * d * d_sae * 6 * 4 + d * d_sae * 2
     latents = batch * d_sae * 2 * 2  # written, and read to find the largest

@@ -39,6 +39,9 @@ class Architecture(ABC):
     is_tied: ClassVar[bool] = False
     """Whether something of the parameters is not learnt but set after each step (``tie``)."""
 
+    is_baseline: ClassVar[bool] = False
+    """Whether it is only trained beside others, to say what they should exceed."""
+
     def __init__(
         self,
         level: int | float,

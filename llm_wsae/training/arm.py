@@ -337,6 +337,7 @@ def make_arms(
 ) -> list[ArmConfig]:
     """Every combination of weights, architectures, their sparsities and seeds.
 
+    Half-random dictionaries come last, and are plain where there are plain weights.
     ``ks`` are for every architecture except those that take ``l1s``; of these ``relu`` need not be
     listed when there are some. Raises UsageError for such an architecture without L1 coefficients,
     or a negative one.
@@ -346,10 +347,14 @@ def make_arms(
         architectures = (*architectures, "relu")
     elif with_l1 and not l1s:
         raise UsageError(f"the architecture {with_l1[0]} needs at least one L1 coefficient (--l1)")
-    arms = []
+    weights, arms = list(weights), []
+    has_plain = any(w.rule.is_plain for w in weights)
     for seed, w, name in product(init_seeds, weights, architectures):
-        if find_architecture(name).setting == "k":
+        kind = find_architecture(name)
+        if kind.is_baseline and has_plain and not w.rule.is_plain:
+            continue
+        if kind.setting == "k":
             arms += [ArmConfig(w, k=k, init_seed=seed, architecture=name) for k in ks]
         else:
             arms += [ArmConfig(w, l1=l1, init_seed=seed, architecture=name) for l1 in l1s]
-    return arms
+    return sorted(arms, key=lambda arm: arm.kind.is_baseline)

@@ -17,6 +17,7 @@ class Frozen(LargestOfRow):
 
     half: ClassVar[Literal["encoder", "decoder"]]
     is_tied = True
+    is_baseline = True
 
     def __init__(self, *settings: Any, **more: Any):
         super().__init__(*settings, **more)

@@ -26,6 +26,7 @@ from llm_wsae.commands.options import ModelOptions
 from llm_wsae.commands.run import _page
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.evaluation.baselines import HALF_RANDOM
 from llm_wsae.model.site import Site
 from llm_wsae.training import one_site
 
@@ -336,6 +337,24 @@ def test_run_leaves_everything_in_one_folder(ran):
     assert stages == [("1", "harvest"), ("2", "weigh"), ("3", "train"), ("4", "evaluate")]
     for name in names:
         assert str(here / name) in result.out
+
+
+def test_run_shows_what_learnt_nothing_beside_its_dictionaries(model_and_corpus, tmp_path):
+    halves = ["uniform-frozen-decoder-k4", "uniform-frozen-encoder-k4"]
+    asked = (*model_and_corpus, *RUN, "--rule", "uniform", "variance", "--out", tmp_path)
+    result = works("run", *asked, "--architecture", "topk", *HALF_RANDOM)
+    here = tmp_path / SITE
+    report = json.loads((here / "report.json").read_text())
+    trained = ["uniform-k4", "variance-a0.5-k4", *halves]
+    assert list(report["dictionaries"]) == [*trained, "raw dimensions"]
+    raw = report["dictionaries"]["raw dimensions"]
+    assert raw["l0"] <= 4 and 0 < raw["fvu"] < 1
+    assert re.search(rf"^raw dimensions +{raw['fvu']:.3f} ", result.out, re.MULTILINE)
+    assert {path.parent.name for path in here.glob("*/wsae.json")} == set(trained)
+    assert list(report["from_plain"]) == ["variance-a0.5-k4"]
+    assert '"group":"half-random"' in (here / "report.html").read_text().replace(": ", ":")
+    look = result.out.splitlines()[-1]
+    assert "variance-a0.5-k4" in look and "frozen" not in look
 
 
 def test_run_has_a_folder_for_every_model(model_and_corpus, tmp_path, monkeypatch):

@@ -87,7 +87,8 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
     assert not (out / "store").exists()
     for site in SITES:
         report = json.loads((out / site / "report.json").read_text())
-        assert len(report["dictionaries"]) == 3 and (out / site / "report.html").exists()
+        assert len(report["dictionaries"]) == 4 and "raw dimensions" in report["dictionaries"]
+        assert (out / site / "report.html").exists()
         dictionary = Dictionary.load(out / site / "uniform-k4")
         assert dictionary.info.store["kind"] == "stream"
     harvest, page = (line.strip() for line in result.out.splitlines()[-2:])
@@ -355,7 +356,7 @@ def profile_fails():
 
 
 def evaluation_fails():
-    llm_wsae.pipeline._reports = fail
+    evaluator.FidelityEvaluator.evaluate_what_can_be = fail
 
 
 @pytest.mark.parametrize("what", [plan_fails, judging_fails, profile_fails, evaluation_fails])
@@ -378,7 +379,7 @@ def dies_in_training():
 
 
 def dies_before_the_evaluation():
-    llm_wsae.pipeline._reports = die
+    evaluator.FidelityEvaluator.evaluate_what_can_be = die
 
 
 @pytest.mark.parametrize("rank, what", [("1", dies_in_training), ("0", dies_before_the_evaluation)])

@@ -270,8 +270,9 @@ def test_the_speed_of_an_accelerator_by_hand(model, tmp_path):
     rest = 2 * passed + 2 * 64 * 52
     last = rest - passed  # behind the second site
     dictionaries = 2 * 2 * 2 * 64 * 1024
-    # the model itself once, up to the last site and on; zeros, the mean and two dictionaries
-    every = (2 * passed + last) + 4 * rest + 4 * last + dictionaries
+    # the model itself once, up to the last site and on; zeros, the mean, raw dimensions and two
+    # dictionaries
+    every = (2 * passed + last) + 5 * rest + 5 * last + dictionaries
     assert found.evaluated == pytest.approx(every / (0.4 * 989e12))
 
 

@@ -13,8 +13,9 @@ are any, one more variant replaces them too.
 """
 
 import copy
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from llm_wsae.data.corpus import TEXT_OF_PART, Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.activations import (
     ActivationCache,
     Context,
@@ -132,6 +134,27 @@ class FidelityEvaluator:
             reports |= {site: self._report(dictionaries[site], *measured) for site in now}
             del measured  # and with it the copies of the dictionaries
         return reports
+
+    def evaluate_what_can_be(
+        self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]
+    ) -> Iterator[tuple[Site, Report]]:
+        """The same, site by site; where it fails, the sites are measured one after the other, and
+        what is raised in the end is the first error of these."""
+        failure = None
+        try:
+            yield from self.evaluate_sites(dictionaries).items()
+            return
+        except LlmWsaeError as error:
+            if len(dictionaries) == 1:
+                raise
+            tqdm.write(f"{error}; the sites are evaluated one by one", file=sys.stderr)
+        for site, own in dictionaries.items():
+            try:
+                yield site, self.evaluate(own)
+            except LlmWsaeError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _copied_bytes(self, dictionary: Dictionary) -> int:
         is_there = dictionary.W_enc.device == self._model.device
