@@ -131,28 +131,27 @@ def update_quickstart() -> None:
     profile = json.loads((QUICKSTART / "profile.json").read_text(encoding="utf-8"))
     effective = {w["name"]: w["effective_dimensions"] for w in profile["weights"]}
     lines = [
-        "| dictionary | effective dimensions of its loss | FVU | CE recovered [95 %] | KL | L0 |",
-        "|---|--:|--:|--:|--:|--:|",
+        f"| dictionary | effective dimensions, of {profile['dimensions']} | FVU "
+        "| CE recovered [95 %] | KL |",
+        "|---|--:|--:|--:|--:|",
     ]
     for name, arm in report["dictionaries"].items():
         low, high = arm["ce_recovered_interval"]
         weights = effective.get(re.sub(r"(-frozen-\w+)?-k\d+$", "", name))
-        own = (name, "–")
-        if weights is not None:
-            own = (f"`{name}`", f"{weights:.1f} of {profile['dimensions']}")
+        own = f"{name} | –" if weights is None else f"`{name}` | {weights:.1f}"
         lines.append(
-            f"| {own[0]} | {own[1]} "
+            f"| {own} "
             f"| {arm['fvu']:.3f} | {arm['ce_recovered']:.3f} [{low:.3f}, {high:.3f}] "
-            f"| {arm['kl']:.3f} | {arm['l0']:.0f} |"
+            f"| {arm['kl']:.3f} |"
         )
     name, first = next(iter(report["dictionaries"].items()))
     trained = Dictionary.load(QUICKSTART / name).info.training
     lines += [
         "",
-        f"SmolLM2-135M-Instruct (4-bit file, computed in bfloat16), State of the Union addresses, "
-        f"block 9, {trained['num_steps'] * trained['batch_size']:,} rows ({profile['rows']:,} "
-        f"different), 8 × width, one seed, measured on {first['rows']:,} held-out tokens. "
-        "Intervals are over contexts, not seeds.",
+        "SmolLM2-135M-Instruct, State of the Union addresses, block 9, "
+        f"{trained['num_steps'] * trained['batch_size']:,} rows ({profile['rows']:,} different), "
+        f"8 × width, {first['l0']:.0f} active latents a row, one seed, {first['rows']:,} held-out "
+        "tokens. Intervals are over contexts, not seeds.",
     ]
     write_section("quickstart table", "\n".join(lines), README)
     for name in ("profile.png", "fidelity.png"):
