@@ -77,7 +77,8 @@ def plot_profile(
 
 
 def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) -> None:
-    """FVU, CE recovered (with its 95 % interval) and KL of every arm, side by side.
+    """FVU, CE recovered (with its 95 % interval) and KL of every arm, side by side; half-random ones
+    in grey.
 
     ``arms`` maps an arm's name to its ``fvu``, ``ce_recovered``, ``ce_recovered_interval``, ``kl``
     and ``kl_interval``. What is None is not drawn.
@@ -99,6 +100,7 @@ def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) 
             low, high = (value if end is None else end for end in ends)
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
             colour = INK if name.startswith("uniform") else BLUE
+            colour = GREY if "-frozen-" in name else colour
             axis.errorbar(value, row, xerr=error, fmt="o", color=colour, capsize=4)
             axis.annotate(
                 f"{value:.3f}",
