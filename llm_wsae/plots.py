@@ -77,9 +77,9 @@ def plot_profile(
 
 
 def plot_fidelity(arms: Mapping[str, Mapping[str, Any]], site: str, path: Path) -> None:
-    """FVU, CE recovered (with its 95 % interval) and KL of every arm, side by side; half-random ones
-    in grey.
+    """FVU, CE recovered (with its 95 % interval) and KL of every arm, side by side.
 
+    Half-random arms are grey.
     ``arms`` maps an arm's name to its ``fvu``, ``ce_recovered``, ``ce_recovered_interval``, ``kl``
     and ``kl_interval``. What is None is not drawn.
     """
