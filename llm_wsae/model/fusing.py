@@ -5,11 +5,12 @@ which reads and writes all numbers, in float32 for the most part. The kernels ro
 transformers does, so that nearly all numbers are the same.
 
 A module is given the faster forward only if that finds the same in random rows. Passes with
-gradients use its own.
+gradients use its own. It becomes one of a subclass: a forward of its own would keep the model in
+memory, and stay behind when it is copied.
 """
 
-from collections.abc import Callable, Iterator
-from types import MethodType
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,55 +31,68 @@ def fuse_norms_and_gates(hf_model: Any) -> None:
     if not on_cpu or hf_model.dtype != torch.bfloat16 or not cpu.available():
         return
     for module in hf_model.modules():
-        for width, forward in _candidates(module):
-            if _agrees(module, MethodType(forward, module), width):
-                # bound to its module, so that a copy of the model gets one of its own
-                module.forward = MethodType(forward, module)
+        own = type(module)
+        for width, fused in _candidates(module):
+            rows = _rows(width)
+            wanted = _output(module, rows)
+            module.__class__ = fused
+            if wanted is not None and _agree(_output(module, rows), wanted):
                 break
+            module.__class__ = own
 
 
-def _candidates(module: nn.Module) -> Iterator[tuple[int, Callable[..., Tensor]]]:
-    """The width of what a module takes, and what may stand in for its forward."""
-    weight, kind = getattr(module, "weight", None), type(module).__name__
-    if kind.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.ndim == 1:
+def _candidates(module: nn.Module) -> Iterator[tuple[int, type[nn.Module]]]:
+    """The width of what a module takes, and what it may become."""
+    own: Any = type(module)
+    weight = getattr(module, "weight", None)
+    if own.__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.ndim == 1:
         epsilon = next((getattr(module, one) for one in _EPSILONS if hasattr(module, one)), None)
         if epsilon is not None and weight.dtype == torch.bfloat16:
-            yield len(weight), _norm(epsilon, one_more=False)
-            yield len(weight), _norm(epsilon, one_more=True)
+            yield len(weight), _norm(own, epsilon, one_more=False)
+            yield len(weight), _norm(own, epsilon, one_more=True)
     activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
     parts: list[Any] = [getattr(module, f"{one}_proj", None) for one in ("gate", "up", "down")]
     if activation is not None and all(type(part) is nn.Linear for part in parts):
-        yield parts[0].in_features, _gated(activation)
+        yield parts[0].in_features, _gated(own, activation)
 
 
-def _norm(epsilon: float, one_more: bool) -> Callable[..., Tensor]:
+@functools.cache
+def _norm(own: Any, epsilon: float, one_more: bool) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
-            return type(self).forward(self, x)
+            return own.forward(self, x)
         return cpu.rms_norm(x, self.weight, epsilon, one_more)
 
-    return forward
+    return type(own.__name__, (own,), {"forward": forward, "__module__": __name__})
 
 
-def _gated(activation: str) -> Callable[..., Tensor]:
+@functools.cache
+def _gated(own: Any, activation: str) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
-            return type(self).forward(self, x)
+            return own.forward(self, x)
         return self.down_proj(cpu.gate(activation, self.gate_proj(x), self.up_proj(x)))
 
-    return forward
+    return type(own.__name__, (own,), {"forward": forward, "__module__": __name__})
+
+
+def _rows(width: int) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(1, _ROWS, width, generator=draw).bfloat16()
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) -> bool:
-    """Whether it is the module's own forward, but for rounding."""
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(1, _ROWS, width, generator=draw).bfloat16()
+def _output(module: nn.Module, rows: Tensor) -> Tensor | None:
+    """What a module makes of rows; None if it takes something else, or makes something else."""
     try:
-        wanted = module(rows)
-    except (AttributeError, IndexError, RuntimeError, TypeError):  # it takes something else
+        found = module(rows)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return None
+    return found if isinstance(found, Tensor) and found.shape == rows.shape else None
+
+
+def _agree(found: Tensor | None, wanted: Tensor) -> bool:
+    """Whether they are the same, but for rounding."""
+    if found is None:
         return False
-    if not isinstance(wanted, Tensor) or wanted.shape != rows.shape:
-        return False
-    found = forward(rows)
     return bool((found.float() - wanted.float()).norm() <= _SAME * wanted.float().norm())
