@@ -92,7 +92,7 @@ def _output(module: nn.Module, rows: Tensor) -> Tensor | None:
 
 
 def _agree(found: Tensor | None, wanted: Tensor) -> bool:
-    """Whether they are the same, but for rounding."""
+    """Whether they are equal up to rounding."""
     if found is None:
         return False
     return bool((found.float() - wanted.float()).norm() <= _SAME * wanted.float().norm())

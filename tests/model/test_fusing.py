@@ -186,7 +186,13 @@ def test_a_loaded_model_has_them_and_one_given_live_does_not(tmp_path):
     assert not changed(LanguageModel.from_live(hf_model, None).hf_model)
 
 
-def test_only_linear_layers_without_a_wrapper_are_gates():
+def test_only_three_plain_linear_layers_make_a_gate():
+    class Wrapped(nn.Linear):
+        """As an adapter would be."""
+
     module = nn.Module()
-    module.act_fn, module.gate_proj = nn.SiLU(), nn.Linear(4, 4)
+    module.act_fn = nn.SiLU()
+    module.gate_proj, module.up_proj, module.down_proj = (nn.Linear(4, 4) for _ in range(3))
+    assert len(list(fusing._candidates(module))) == 1
+    module.up_proj = Wrapped(4, 4)
     assert not list(fusing._candidates(module))
