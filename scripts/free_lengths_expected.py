@@ -1021,3 +1021,46 @@ CONTROLS_RATED = _of_pairs(
 )
 """Of seed 0, beside plain ones of the same rate; written down when the usual rate was known, and
 all other weightings at all rates."""
+
+_MIXED_POWERS = (("whitened, mixed, α = ¼", _WEAKER), ("whitened, mixed, α = ¾", _STRONGER))
+_CONTROLS_OTHERS = _CONTROLS[:2] + _CONTROLS[3:4]
+MIXED_RATED = _of_pairs(
+    "at every rate",
+    at_every_rate,
+    [
+        (
+            place,
+            [
+                (*arm, *bounds)
+                for arm, bounds in zip(_MIXED_POWERS + _CONTROLS_OTHERS, asked, strict=False)
+            ],
+        )
+        for place, asked in {
+            "smollm2": (((-0.1, 0.3), (-0.07, 0.05)), ((-0.1, 0.5), (-0.03, 0.12))),
+            "gemma": (((0.1, 0.6), (-0.2, 0.0)), ((0.4, 0.9), (-0.25, 0.15))),
+            "smollm2-20": (
+                ((0.0, 0.4), (-0.05, 0.05)),
+                ((0.15, 0.6), (0.0, 0.15)),
+                ((-0.1, 0.6), (0.15, 0.9)),
+                ((-0.3, 0.6), (1.0, 99.0)),
+                ((-1.0, 0.15), (-0.02, 99.0)),
+            ),
+            "gemma-5": (
+                ((0.15, 0.55), (-0.4, -0.1)),
+                ((0.25, 0.7), (-0.5, -0.2)),
+                ((-0.6, 0.3), (0.4, 99.0)),
+                ((-0.5, 0.6), (1.0, 99.0)),
+                ((-1.0, 0.0), (0.1, 99.0)),
+            ),
+            "gemma-14": (
+                ((0.15, 0.55), (-0.3, -0.05)),
+                ((0.55, 1.1), (-0.4, -0.1)),
+                ((0.0, 1.2), (0.0, 1.0)),
+                ((-0.5, 1.1), (1.0, 99.0)),
+                ((-1.0, 0.1), (0.03, 99.0)),
+            ),
+        }.items()
+    ],
+)
+"""`mixed` at further powers, and beside blocks 9 the controls: written down when the usual rate was
+known, and the controls at all rates after blocks 9."""

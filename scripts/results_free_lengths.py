@@ -105,6 +105,13 @@ CONTROLS: tuple[Weights, ...] = (
     ("permuted:variance", -0.5, MIXED, K),
 )
 """What had one learning rate to the last; after blocks 9."""
+MIXED_POWERS: tuple[Weights, ...] = tuple(("whitening", alpha, MIXED, K) for alpha in (0.25, 0.75))
+CONTROLS_OTHERS: tuple[Weights, ...] = (
+    *SHARES,
+    ("whitening", 2.0, LOSS, K),
+    ("rotated:whitening", 0.5, MIXED, K),
+)
+"""Those of the controls that the other sites have."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +235,12 @@ PARTS = {
     "twice-rates-eighths-others": Part(EIGHTHS, OTHERS, (0,), "twice-rate", rate=2.0),
     "half-rates-controls": Part(CONTROLS, BLOCKS_9, (0,), "half-rate", rate=0.5),
     "twice-rates-controls": Part(CONTROLS, BLOCKS_9, (0,), "twice-rate", rate=2.0),
+    "half-rates-mixed": Part(MIXED_POWERS, BLOCKS_9, (0,), "half-rate", rate=0.5),
+    "twice-rates-mixed": Part(MIXED_POWERS, BLOCKS_9, (0,), "twice-rate", rate=2.0),
+    "half-rates-end": Part((*MIXED_POWERS, *CONTROLS_OTHERS), OTHERS, (0,), "half-rate", rate=0.5),
+    "twice-rates-end": Part(
+        (*MIXED_POWERS, *CONTROLS_OTHERS), OTHERS, (0,), "twice-rate", rate=2.0
+    ),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -244,8 +257,8 @@ higher rates, once one seed had shown what twice the rate does there; then ``sha
 follows, which are controls with as many effective dimensions, learning rates of the other
 weightings and sites, random weights in the loss, the space with other architectures and
 powers; other rates at the sites beside blocks 9; and last of all the powers ⅛ and ⅜, of seed 0 at
-first, with other rates after blocks 9 alone; and other rates of the controls that had one. Some
-have one seed."""
+first, with other rates after blocks 9 alone; and other rates of the controls that had one, and of
+`mixed` at further powers. Some have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
@@ -656,6 +669,7 @@ def at_rates(key: str) -> Iterator[str]:
     yield markdown(rows)
     asked = (*expected.OF_RATES, *expected.LAST_RATED, *expected.RATED_ELSEWHERE)
     asked += (*expected.RANDOM_RATED, *expected.EIGHTHS_RATED, *expected.CONTROLS_RATED)
+    asked += expected.MIXED_RATED
     yield from _outcome(asked, key, settings)
 
 
