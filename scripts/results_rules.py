@@ -12,6 +12,7 @@
   with slope 1 and everything else least: theorem 5's filter, which a loss cannot reach. Controls:
   no whitening (p = 0), and random directions. ``learnt slope``: the same filter, but each latent
   learns how steep it is.
+  Both beside an encoder of its own, too: plain, with four times the rows.
 - ``norm``: BatchTopK picks by pre-activations of rows divided by their norm to the power β, so that
   long rows don't take the latents of short ones. Control: norms of other rows.
 
@@ -19,13 +20,15 @@ First on planted data, where all is known: 256 features in 64 dimensions, over a
 spectrum falls as a stream's does. Then by features planted into the streams of two models, after
 block 9. ``EXPECTED`` was written down before the first dictionary of either was trained, except
 what is expected of ``learnt slope``, an idea that came later: on planted data and on SmolLM2 after
-its first seed there (``AFTER_ONE_SEED``), on Gemma after that. The package holds none of them: what
-does not beat whitening is recorded here only.
+its first seed there (``AFTER_ONE_SEED``), on Gemma after that. Of some powers nothing had been
+expected in writing; they were trained once more, with fresh seeds and controls of their own
+(``EXPECTED_AGAIN``). The package holds none of them: what does not beat whitening is recorded here
+only.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,8 +69,10 @@ from llm_wsae.weights.scores import participation
 
 RUN = README.parent / "runs/rules"
 ARCHIVE = Path(__file__).parent / "results/rules.jsonl.gz"
+WHITENING = ARCHIVE.with_name("whitening.jsonl.gz")
 PLANTED, MODELS = "planted", ("smollm2", "gemma")
 SEEDS = {PLANTED: (0, 1, 2), "smollm2": (0, 1, 2), "gemma": (0, 1, 2)}
+AGAIN = (3, 4, 5)  # fresh seeds, of ``TRAINED_AGAIN``
 EVERY = 50  # steps between new weights
 ANNEAL = 0.6
 
@@ -217,16 +222,27 @@ class Idea:
     as_today: bool = False
     """Trained as ``results_free_lengths.py`` does, in a model's stream alone."""
     only_planted: bool = False
-    """Not in a model's stream, where ``results_baselines.py`` measures it."""
+    """Not in a model's stream, where ``results_baselines.py`` or ``results_whitening.py`` measures
+    it."""
+    rows: int = 1
+    """How many times the usual number."""
 
-    def is_made(self, key: str) -> bool:
+    def is_made(self, key: str, seed: int) -> bool:
         """Whether it is trained at a place."""
+        if seed in AGAIN:
+            return self.name in TRAINED_AGAIN
+        if self.name in CONTROLS_AGAIN or (key != PLANTED and self.name == HALFWAY_LEARNT):
+            return False
         return not (self.as_today if key == PLANTED else self.only_planted)
 
 
 WHITENED = "whitening"
 HALF_RANDOM = {f"half random: {one}": f"frozen-{one}" for one in ("decoder", "encoder")}
 TODAY = "learnt slope, p = 1, free lengths, two million rows"
+HALFWAY_LEARNT = "learnt slope, p = 1/2"
+FOUR_TIMES = "plain, four times the rows"
+CONTROLS_AGAIN = ("tied, p = 1: random directions", "norm, β = 1/2: other rows")
+TRAINED_AGAIN = (WHITENED, "tied, p = 1", "norm, β = 1/2", HALFWAY_LEARNT, *CONTROLS_AGAIN)
 IDEAS = (
     Idea("plain"),
     Idea(WHITENED, "whitening", 0.5, "mixed"),
@@ -266,19 +282,28 @@ IDEAS = (
         Idea(name, architecture=architecture, only_planted=True)
         for name, architecture in HALF_RANDOM.items()
     ),
+    Idea(FOUR_TIMES, rows=4, only_planted=True),
+    Idea(CONTROLS_AGAIN[0], change=Tied, power=1.0, random_directions=True),
+    Idea(
+        CONTROLS_AGAIN[1],
+        architecture="batch-topk",
+        change=NormFree,
+        settings=(("beta", 0.5), ("permuted", True)),
+    ),
 )
 """In this order: a control may need to know what became of the idea before it."""
 BESIDE = {
     "participation": ("participation: variance",),
     "error": ("error: shuffled",),
-    "tied, p = 1/2": ("tied: p = 0", "tied: random directions"),
-    "tied, p = 1": ("tied: p = 0", "tied: random directions"),
+    "tied, p = 1/2": ("tied: p = 0", "tied: random directions", FOUR_TIMES),
+    "tied, p = 1": ("tied: p = 0", "tied: random directions", FOUR_TIMES),
     "learnt slope, p = 1": ("learnt slope: p = 0",),
     "learnt slope, p = 1/2": ("learnt slope: p = 0",),
     "norm, β = 1/2": ("batch-topk", "norm: other rows"),
     "norm, β = 1": ("batch-topk", "norm: other rows"),
 }
 """The controls of each idea."""
+BESIDE_AGAIN = {"tied, p = 1": CONTROLS_AGAIN[:1], "norm, β = 1/2": CONTROLS_AGAIN[1:]}
 
 
 # What recovery is expected to be, relative to another idea's: (place, idea, other, least, most).
@@ -319,6 +344,28 @@ EXPECTED: tuple[tuple[str, str, str, float, float], ...] = (
 EXPECTED += tuple(  # what is recovered without learning it; written down last
     (PLANTED, idea, "plain", -1, -0.5) for idea in HALF_RANDOM
 )
+EXPECTED += ((PLANTED, "tied, p = 1/2", FOUR_TIMES, 1, 99),)  # before this control was trained
+EXPECTED_AGAIN: tuple[tuple[str, str, str, float, float], ...] = tuple(
+    (place, idea, other, low, high)
+    for place, bounds in {
+        PLANTED: ((1, 99), (0.5, 99), (0, 99), (0.5, 99), (0, 99)),
+        "smollm2": ((-0.25, 0.15), (0.3, 99), (-0.65, -0.35), (0.15, 99), (0, 99)),
+        "gemma": ((-0.45, -0.1), (1, 99), (-1, -0.5), (0.15, 99), (0, 99)),
+    }.items()
+    for (idea, other), (low, high) in zip(
+        (
+            ("tied, p = 1", WHITENED),
+            ("tied, p = 1", CONTROLS_AGAIN[0]),
+            ("norm, β = 1/2", WHITENED),
+            ("norm, β = 1/2", CONTROLS_AGAIN[1]),
+            (HALFWAY_LEARNT, WHITENED),
+        ),
+        bounds,
+        strict=True,
+    )
+)
+"""Of fresh seeds; written down when seeds 0 to 2 were known, of ``learnt slope`` with p = ½ on
+planted data alone."""
 AFTER_ONE_SEED = {(PLANTED, "learnt slope, p = 1"), ("smollm2", "learnt slope, p = 1")}
 """Place and idea of which something was expected only when its first seed was known."""
 
@@ -459,9 +506,9 @@ class Place:
 def measure(key: str, path: str | None, ideas: Sequence[Idea]) -> None:
     """Train and measure what has no result yet."""
     opened = None
-    ideas = [idea for idea in ideas if idea.is_made(key)]
-    for seed in SEEDS[key]:
-        if all(_result(key, idea, seed).exists() for idea in ideas):
+    for seed in (*SEEDS[key], *AGAIN):
+        ours = [idea for idea in ideas if idea.is_made(key, seed)]
+        if all(_result(key, idea, seed).exists() for idea in ours):
             continue
         if key == PLANTED:
             source = PlantedRows(seed)
@@ -477,7 +524,7 @@ def measure(key: str, path: str | None, ideas: Sequence[Idea]) -> None:
         statistics = place.inputs.statistics
         Remembering.variance = statistics.robust_variance / statistics.robust_variance.mean()
         Remembering.dimensions = []
-        for idea in ideas:
+        for idea in ours:
             result = _result(key, idea, seed)
             # the control of participation needs to know its effective dimensions
             if not result.exists() or idea.change is Participating:
@@ -490,6 +537,7 @@ def _measured(key: str, place: Place, idea: Idea, seed: int) -> dict[str, Any]:
     arm = ArmConfig(weights, place.k, init_seed=seed, architecture=idea.architecture)
     folder = RUN / "trained" / f"{key}-{IDEAS.index(idea)}-s{seed}"
     how = place.config
+    how = replace(how, tokens=idea.rows * how.tokens)
     if idea.as_today:
         how = replace(how, tokens=free_lengths.ROWS, lengths="free")
     with torch.no_grad(), changed(idea, place.inputs, seed):
@@ -571,18 +619,28 @@ def tables() -> Iterator[str]:
         outcomes.append([title, f"{words}: {_bounds(low, high)}", *cells])
 
     for key in (PLANTED, *MODELS):
-        records = [record for record in read(key) if record["idea"] != TODAY]
+        every = [record for record in read(key) if record["idea"] != TODAY]
+        records = [record for record in every if record["seed"] in SEEDS[key]]
+        again = [record for record in every if record["seed"] in AGAIN]
         title = "planted data" if key == PLANTED else recovery.PLACES[key].title
+        baselines = {} if key == PLANTED else recovery.means_of_baselines(key, recovery.ROWS)
         if records:
             yield f"{title[0].upper()}{title[1:]}, {len({r['seed'] for r in records})} seeds:"
-            baselines = {} if key == PLANTED else recovery.means_of_baselines(key, recovery.ROWS)
-            yield _table(records, [one.name for one in IDEAS], baselines)
+            records += [] if key == PLANTED else _four_times(key)
+            yield _table(records, [one.name for one in IDEAS], BESIDE, baselines)
             yield from _matched(records)
+        if again:
+            yield f"The same with fresh seeds, {AGAIN[0]} to {AGAIN[-1]}:"
+            yield _table(again, [one.name for one in IDEAS], BESIDE_AGAIN, baselines)
         for place, idea, other, low, high in EXPECTED:
             if place == key:
                 late = " (written after its first seed)" if (place, idea) in AFTER_ONE_SEED else ""
                 words = f"{idea} beside {other}, recovered plants{late}"
                 expect(title, words, low, high, records, idea, other, "recovered")
+        for place, idea, other, low, high in EXPECTED_AGAIN:
+            if place == key:
+                words = f"fresh seeds: {idea} beside {other}, recovered plants"
+                expect(title, words, low, high, again, idea, other, "recovered")
     for key in MODELS:
         records = [record for record in read(key) if record["idea"] == TODAY]
         seeds = {record["seed"] for record in records}
@@ -591,7 +649,7 @@ def tables() -> Iterator[str]:
             records = [one for one in _as_today(key) if one["seed"] in seeds] + records
             yield f"{title}, {len(seeds)} seeds:"
             baselines = recovery.means_of_baselines(key, free_lengths.ROWS)
-            yield _table(records, [*AS_TODAY.values(), TODAY], baselines)
+            yield _table(records, [*AS_TODAY.values(), TODAY], {}, baselines)
         for place, measure_, other, low, high in EXPECTED_TODAY:
             if place == key:
                 what = {"recovered": "recovered plants", "kl": "KL"}[measure_]
@@ -634,13 +692,28 @@ def _as_today(key: str) -> Iterator[dict[str, Any]]:
             }
 
 
+def _four_times(key: str) -> list[dict[str, Any]]:
+    """Plain dictionaries of ``results_whitening.py`` with four times the rows, as an idea's."""
+    setting = f"{4 * recovery.ROWS:,} rows"
+    return [
+        record["numbers"]
+        | {"idea": FOUR_TIMES, "seed": record["seed"], "plants": record["recovered"]}
+        for name, record in archived(WHITENING).items()
+        if name.startswith(f"results/length.{key}.")
+        and (record["setting"], record["label"]) == (setting, "uniform-k32")
+    ]
+
+
 def _table(
-    records: Sequence[dict[str, Any]], names: Sequence[str], baselines: recovery.Means
+    records: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    controls_of: Mapping[str, Sequence[str]],
+    baselines: recovery.Means,
 ) -> str:
     """Means over seeds, in the order of the names, beside whitening and each idea's controls; below
     them what is recovered without learning it."""
     pairs = [(name, WHITENED) for name in names if name not in (WHITENED, *HALF_RANDOM)]
-    pairs += [(idea, other) for idea, others in BESIDE.items() for other in others]
+    pairs += [(idea, other) for idea, others in controls_of.items() for other in others]
     found = beside(records, pairs)
     rows = [["", "seeds", "recovered", "F1", "FVU", "KL", "L0", "dead %", "beside whitening",
              "beside its controls"]]  # fmt: skip
@@ -649,7 +722,7 @@ def _table(
             continue
         own = [mean(records, idea, name) for name in ("recovered", "f1", "fvu")]
         controls = "; ".join(
-            recovery.text_of(found.get((idea, other))) for other in BESIDE.get(idea, ())
+            recovery.text_of(found.get((idea, other))) for other in controls_of.get(idea, ())
         )
         rows.append(
             [
