@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_wsae import TrainConfig, train
+from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.files import write_json
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
@@ -99,9 +100,16 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def measure(
-    source: Mixture, arms: Sequence[tuple[str, int]], latents: int, steps: int, out: Path, name: str
+    source: Mixture,
+    arms: Sequence[tuple[str, int]],
+    latents: int,
+    steps: int,
+    out: Path,
+    name: str,
+    raw_k: int = 0,
 ) -> None:
-    """Train architectures at their k on a mixture, and write what they recover to a JSON file.
+    """Train architectures at their k on a mixture, and write what they recover to a JSON file; with
+    ``raw_k``, what the mixture's own dimensions recover, too.
 
     GBA has one group: all latents have the target frequency k / latents, as in the paper's theorem.
     """
@@ -124,21 +132,24 @@ def measure(
         made = train(source, configs, config, out / "dictionaries" / name)
     finally:
         GBA.span = several
-    rows, records = source.rows[::50], []
-    for arm in configs:
-        dictionary = made[arm.name]
-        records.append(
-            {
-                "architecture": arm.architecture,
-                "k": arm.k,
-                "seed": source.seed,
-                "recovered": source.recovered(dictionary.W_dec),
-                "l0": float((dictionary.encode(rows) > 0).sum(1).float().mean()),
-                "fvu": float(
-                    (rows - dictionary(rows)).square().sum() / (rows - rows.mean(0)).square().sum()
-                ),
-            }
-        )
+    found = [(arm.architecture, arm.k, made[arm.name]) for arm in configs]
+    if raw_k:
+        raw = raw_dimensions(found[0][2].info, source.statistics(), raw_k)
+        found.append(("dimensions", raw_k, raw))
+    rows = source.rows[::50]
+    records = [
+        {
+            "architecture": architecture,
+            "k": k,
+            "seed": source.seed,
+            "recovered": source.recovered(dictionary.W_dec),
+            "l0": float((dictionary.encode(rows) > 0).sum(1).float().mean()),
+            "fvu": float(
+                (rows - dictionary(rows)).square().sum() / (rows - rows.mean(0)).square().sum()
+            ),
+        }
+        for architecture, k, dictionary in found
+    ]
     write_json(result, {"source": source.identity(), "latents": latents, "arms": records})
 
 
@@ -177,6 +188,10 @@ MIXTURE_ARMS = (
     ("jumprelu", 12),
 )
 """11.5 features are in a row on average."""
+MIXTURE_BASELINES = (("frozen-decoder", 12), ("frozen-encoder", 12))
+"""Of which one half stays as it was drawn."""
+MIXTURE_RAW = ("dimensions", 12)
+"""The mixture's own."""
 MIXTURE_SEEDS = tuple(range(10))
 
 
@@ -184,4 +199,6 @@ def run_mixture(out: Path) -> None:
     """Train and measure what is missing."""
     for seed in MIXTURE_SEEDS:
         source = Mixture(MIXTURE_N, MIXTURE_D, (3, 20), seed)
-        measure(source, MIXTURE_ARMS, MIXTURE_LATENTS, MIXTURE_STEPS, out, f"mixture-s{seed}")
+        size = (MIXTURE_LATENTS, MIXTURE_STEPS, out)
+        measure(source, MIXTURE_ARMS, *size, f"mixture-s{seed}")
+        measure(source, MIXTURE_BASELINES, *size, f"mixture-without-s{seed}", raw_k=MIXTURE_RAW[1])
