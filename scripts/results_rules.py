@@ -508,7 +508,8 @@ def measure(key: str, path: str | None, ideas: Sequence[Idea]) -> None:
     opened = None
     for seed in (*SEEDS[key], *AGAIN):
         ours = [idea for idea in ideas if idea.is_made(key, seed)]
-        if all(_result(key, idea, seed).exists() for idea in ours):
+        missing = {idea.name for idea in ours if not _result(key, idea, seed).exists()}
+        if not missing:
             continue
         if key == PLANTED:
             source = PlantedRows(seed)
@@ -525,10 +526,13 @@ def measure(key: str, path: str | None, ideas: Sequence[Idea]) -> None:
         Remembering.variance = statistics.robust_variance / statistics.robust_variance.mean()
         Remembering.dimensions = []
         for idea in ours:
-            result = _result(key, idea, seed)
             # the control of participation needs to know its effective dimensions
-            if not result.exists() or idea.change is Participating:
-                write_json(result, plain(_measured(key, place, idea, seed)))
+            known = idea.name not in missing
+            if known and not (idea.change is Participating and missing & {*BESIDE[idea.name]}):
+                continue
+            found = _measured(key, place, idea, seed)
+            if not known:
+                write_json(_result(key, idea, seed), plain(found))
         print(f"{key}: seed {seed} measured", flush=True)
 
 

@@ -193,7 +193,9 @@ def section(report: TheoryReport, named: TheoryReport) -> str:
         "directions than the true ones, at any sparsity, and nothing in the loss prefers the true "
         "ones. **With TopK it does.** W_p as a toy model learns it has few long columns where S is "
         "low, and short ones that share their directions, so *recovered* counts directions there, "
-        "not features. Weights change next to nothing.",
+        "not features. Weights change next to nothing. As many random directions, which nobody "
+        "trained, have no higher L_GT than ReLU at any S (within .01), and than TopK below S = 0.7 "
+        "(W_p of a toy model) or 0.95 (one W_p).",
         point_claim_table(named, TOY_CLAIMS),
         *_with_figures(sweeps, "toy-claim"),
         "### The three conditions of the paper's first version",

@@ -67,6 +67,11 @@ class Point:
         """``ReLU`` or ``TopK 5``."""
         return f"TopK {self.k}" if self.k else "ReLU"
 
+    @property
+    def kept(self) -> int:
+        """Most latents of a row."""
+        return self.k or self.latents
+
 
 @dataclass(frozen=True)
 class Sweep:

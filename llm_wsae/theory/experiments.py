@@ -98,6 +98,9 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
         for name, label in points:
             for seed in config.seeds:
                 units[name, label, seed] = _sweep_unit(name, label, seed, config, out)
+                units["untrained", name, label, seed] = _untrained_at(
+                    name, label, seed, config, out
+                )
         results = finish(list(units.values()), config.workers, "planted experiments")
         found = dict(zip(units, results, strict=True))
         report = summarise(
@@ -107,6 +110,9 @@ def run_theory(config: TheoryConfig, out: Path) -> TheoryReport:
                 name: [found["untrained", name, seed] for seed in config.seeds] for name in planted
             },
             sweep_units={at: [found[*at, seed] for seed in config.seeds] for at in points},
+            sweep_without={
+                at: [found["untrained", *at, seed] for seed in config.seeds] for at in points
+            },
             config=config,
         )
         facts = {"command": "theory", "versions": versions(), **report.to_dict()}
@@ -236,6 +242,22 @@ def _sweep_unit(name: str, label: str, seed: int, config: TheoryConfig, out: Pat
     }
     compute = partial(run_point, point, sweep.arms, seed, config)
     return Unit(out / UNITS / f"{name}-{label}-seed{seed}.json", identity, compute)
+
+
+def _untrained_at(name: str, label: str, seed: int, config: TheoryConfig, out: Path) -> Unit:
+    point = SWEEPS[name].points[label]
+    identity = {
+        "point": point,
+        "seed": seed,
+        "rows": config.rows,
+        "dictionaries": list(UNTRAINED),
+    }
+
+    def compute(check: Check) -> dict[str, Any]:
+        data = REGIMES[point.regime](point.sparsity, generator(seed, Stream.DATA))
+        return untrained(data, point.latents, point.kept, config.rows, seed)
+
+    return Unit(out / UNITS / f"untrained-{name}-{label}-seed{seed}.json", identity, compute)
 
 
 def _closed_form_unit(name: str, config: TheoryConfig, out: Path) -> Unit:

@@ -26,7 +26,7 @@ SCORING = tuple(rule for rule in RULES if rule != PLAIN_RULE)
 """The rules that give dimensions different scores."""
 _GAP_AT = 0.7  # sparsity S
 _ONE_SCALE = f"{PLAIN}, one scale"
-_UNTRAINED_MEASURES = ("l_gt", "l_gt_one_scale")
+_UNTRAINED_MEASURES = ("l_gt", "l_gt_one_scale", "absorbed", "merged")
 _COLUMNS = 5  # experiments in one table, so that it fits a terminal
 
 
@@ -46,8 +46,8 @@ class TheoryReport:
     arms: dict[str, dict[str, ArmSummary]]
     """By experiment and arm."""
     untrained: dict[str, dict[str, dict[str, float]]]
-    """By experiment and dictionary (``UNTRAINED``): means over seeds of ``l_gt`` and
-    ``l_gt_one_scale``."""
+    """By experiment and dictionary (``UNTRAINED``): means over seeds of ``l_gt``,
+    ``l_gt_one_scale``, and of ``absorbed`` and ``merged`` where features are related."""
     sweeps: dict[str, dict[str, PointSummary]]
     """By sweep and point."""
 
@@ -222,6 +222,10 @@ class TheoryReport:
         for arm in (PLAIN, *SHOWN):
             shares = (getattr(self.arms[name][arm], measure) for name, measure in measured)
             rows.append([arm, *(_with_margin(share) for share in shares)])
+        for one in UNTRAINED:
+            means = (self.untrained[name][one].get(measure) for name, measure in measured)
+            cells = ("–" if mean is None else f"{mean:+.3f}" for mean in means)
+            rows.append([f"untrained: {one}", *cells])
         title = (
             "Related features, mean ± half of the 95 % interval. absorbed: how much more often the "
             "parent's latent is silent\nwhen a child is active; merged: share of related features "
@@ -270,11 +274,12 @@ def summarise(
     units: Mapping[str, Sequence[Mapping[str, Any]]],
     without: Mapping[str, Sequence[Mapping[str, Any]]],
     sweep_units: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    sweep_without: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
     closed_form: dict[str, dict[str, Any]],
     config: TheoryConfig,
 ) -> TheoryReport:
-    """Summarise the results of the seeds of every experiment, with training and ``without``, and of
-    every point of a sweep."""
+    """Summarise the results of the seeds of every experiment and of every point of a sweep, with
+    training and without."""
     correlations, ranges = {}, {}
     for name, seeds in units.items():
         found = {rule: [u["correlations"][rule] for u in seeds] for rule in RULES}
@@ -283,7 +288,7 @@ def summarise(
         ranges[name] = {r: (min(v), max(v)) if v else None for r, v in known.items()}
     sweeps: dict[str, dict[str, PointSummary]] = {}
     for (name, label), seeds in sweep_units.items():
-        sweeps.setdefault(name, {})[label] = summarise_point(seeds)
+        sweeps.setdefault(name, {})[label] = summarise_point(seeds, sweep_without[name, label])
     return TheoryReport(
         config=config,
         closed_form=closed_form,
@@ -293,7 +298,11 @@ def summarise(
         arms={name: summarise_arms(seeds) for name, seeds in units.items()},
         untrained={
             name: {
-                one: {m: float(np.mean([u[one][m] for u in seeds])) for m in _UNTRAINED_MEASURES}
+                one: {
+                    m: float(np.mean([unit[one][m] for unit in seeds]))
+                    for m in _UNTRAINED_MEASURES
+                    if all(unit[one][m] is not None for unit in seeds)
+                }
                 for one in UNTRAINED
             }
             for name, seeds in without.items()

@@ -20,6 +20,7 @@ from llm_wsae.theory.jobs import Check
 from llm_wsae.theory.rules import PLAIN, Known
 from llm_wsae.theory.superposition import REGIMES, Stream, generator, number
 from llm_wsae.theory.tied import Schedule
+from llm_wsae.theory.untrained import UNTRAINED
 
 LEARNING_RATE = 0.01
 Titled = tuple[str, list[list[str]]]  # a table: its title, and its rows with the header first
@@ -50,7 +51,7 @@ def run_point(
     )
     schedule = Schedule(
         num_latents=point.latents,
-        k=point.k or point.latents,
+        k=point.kept,
         steps=config.steps,
         batch=config.batch_size,
         learning_rate=LEARNING_RATE,
@@ -78,10 +79,15 @@ class PointSummary:
     """By arm and measure: its mean."""
     changes: dict[str, Change]
     """By arm: change of L_GT from plain, paired, in per cent of plain's mean."""
+    untrained: dict[str, float]
+    """By dictionary (``UNTRAINED``): mean of L_GT."""
 
 
-def summarise_point(units: Sequence[Mapping[str, Any]]) -> PointSummary:
-    """The summary of one point; ``units`` are the results of its seeds."""
+def summarise_point(
+    units: Sequence[Mapping[str, Any]], without: Sequence[Mapping[str, Any]]
+) -> PointSummary:
+    """The summary of one point; ``units`` are the results of its seeds, and ``without`` those of
+    what nobody trained."""
 
     def values(arm: str, measure: str) -> np.ndarray:
         return np.array([unit["arms"][arm][measure] for unit in units], float)
@@ -95,6 +101,9 @@ def summarise_point(units: Sequence[Mapping[str, Any]]) -> PointSummary:
             for a in arms
             if a != PLAIN
         },
+        untrained={
+            one: float(np.mean([unit[one]["l_gt"] for unit in without])) for one in UNTRAINED
+        },
     )
 
 
@@ -103,7 +112,7 @@ def sweep_table(name: str, points: Mapping[str, PointSummary]) -> Titled:
     sweep = SWEEPS[name]
     weighted = [arm for arm in sweep.arms if arm != PLAIN]
     head = ["point", "S", "activation", "n_m", "W_p > ½", "L_GT", "one scale", "recovered"]
-    rows = [[*head, "features/latent", *(f"{arm} %" for arm in weighted)]]
+    rows = [[*head, "features/latent", *(f"{arm} %" for arm in weighted), *UNTRAINED]]
     for label, summary in points.items():
         point, plain = sweep.points[label], summary.measures[PLAIN]
         rows.append(
@@ -118,11 +127,12 @@ def sweep_table(name: str, points: Mapping[str, PointSummary]) -> Titled:
                 change_text(plain["recovered"], ".2f"),
                 change_text(plain["features_per_latent"], ".1f"),
                 *(change_text(summary.changes[arm], "+.1f") for arm in weighted),
+                *(f"{summary.untrained[one]:.3f}" for one in UNTRAINED),
             ]
         )
     title = (
         f"{name}: {sweep.why}.\n"
-        "The plain dictionary, and the change of its L_GT by weights in %; W_p > ½: share of "
-        "features whose column is longer than ½"
+        "L_GT of plain, its change by weights in %, and what nobody trained has; "
+        "W_p > ½: share of features with a longer column"
     )
     return title, rows

@@ -28,6 +28,6 @@ def untrained(data: Planted, latents: int, k: int, rows: int, seed: int) -> dict
     }
     observed = data.observe(x)
     return {
-        name: asdict(measure(w, encode_tied(w, observed, k), data.mixing, x))
+        name: asdict(measure(w, encode_tied(w, observed, k), data.mixing, x, data.relations()))
         for name, w in dictionaries.items()
     }

@@ -137,7 +137,10 @@ def test_related_features_are_measured_beside_independent_ones(tmp_path):
         "arm", "hierarchy-0.9: absorbed", "hierarchy-0.9: merged", "hierarchy-off-0.9: absorbed",
         "hierarchy-off-0.9: merged", "correlated-0.9: merged",
     ]  # fmt: skip
-    assert [row[0] for row in rows[1:]] == ["plain", *SHOWN]
+    untrained = ["untrained: random directions", "untrained: raw dimensions"]
+    assert [row[0] for row in rows[1:]] == ["plain", *SHOWN, *untrained]
+    for row in rows[-2:]:
+        assert all(-1 <= float(share) <= 1 for share in row[1:])
     for arm in report.arms["correlated-0.9"].values():
         assert arm.absorbed is None and 0 <= arm.merged.mean <= 1
     for arm in report.arms["hierarchy-0.9"].values():
@@ -262,7 +265,10 @@ def test_a_sweep_is_measured_at_every_point(tmp_path, monkeypatch):
     met, relu = (point.measures["plain"] for point in report.sweeps["conditions-digons"].values())
     assert met["recovered"].mean > 0.7 > 0.1 > relu["recovered"].mean
     assert met["features_per_latent"].mean < 1.2 < 4 < relu["features_per_latent"].mean
-    units = [json.loads(p.read_text()) for p in sorted((tmp_path / "units").glob("*-met-*"))]
+    units = [
+        json.loads(p.read_text())
+        for p in sorted((tmp_path / "units").glob("conditions-digons-met-*"))
+    ]
     found = [unit["result"]["arms"]["plain"]["l_gt"] for unit in units]
     assert met["l_gt"].mean == pytest.approx(np.mean(found)) and len(found) == 2
     low, high = stats.t.interval(0.95, 1, loc=np.mean(found), scale=stats.sem(found))
@@ -272,6 +278,11 @@ def test_a_sweep_is_measured_at_every_point(tmp_path, monkeypatch):
     assert report.sweeps["conditions-digons"]["met"].changes["whitening"].mean == pytest.approx(
         change
     )
+    untrained = report.sweeps["conditions-digons"]["met"].untrained
+    assert met["l_gt"].mean < untrained["random directions"] < 1
+    without = [json.loads(p.read_text()) for p in (tmp_path / "units").glob("untrained-*-met-*")]
+    raw = [unit["result"]["raw dimensions"]["l_gt"] for unit in without]
+    assert untrained["raw dimensions"] == pytest.approx(np.mean(raw)) and len(raw) == 2
     assert "two points" in report.table() and "two points" in report.markdown()
     assert figures(report) == ("closed_form.png", "conditions_digons.png")
     assert all((tmp_path / name).exists() for name in figures(report))
