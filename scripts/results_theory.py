@@ -179,8 +179,7 @@ def section(report: TheoryReport, named: TheoryReport) -> str:
         "does; in `correlated-0.9` groups of four are correlated (a Gaussian copula, ρ = 0.8). "
         f"Their `-off` twins have the same frequencies and independent features. {few} seeds.",
         "Latents merge what is correlated, whatever the weights. Absorption is above that of the "
-        "twin, which is not 0 because more features then compete for k places, but the intervals "
-        "overlap: it is not established here.",
+        "twin (not 0, since more features compete for k places), but the intervals overlap.",
         claim_table(reports, RELATED_CLAIMS),
         *map(titled, named.related_tables()),
         titled(named.change_table(related)),
