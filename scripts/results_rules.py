@@ -31,6 +31,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -308,13 +309,13 @@ BESIDE_AGAIN = {"tied, p = 1": CONTROLS_AGAIN[:1], "norm, β = 1/2": CONTROLS_AG
 
 # What recovery is expected to be, relative to another idea's: (place, idea, other, least, most).
 EXPECTED: tuple[tuple[str, str, str, float, float], ...] = (
-    (PLANTED, WHITENED, "plain", 0.1, 99),
+    (PLANTED, WHITENED, "plain", 0.1, inf),
     (PLANTED, "participation", "participation: variance", -1, 0.05),
     (PLANTED, "participation", WHITENED, -1, 0),
     (PLANTED, "error", "plain", -0.05, 0.1),
     (PLANTED, "error", "error: shuffled", -0.05, 0.05),
-    (PLANTED, "tied, p = 1/2", "tied: p = 0", 0.1, 99),
-    (PLANTED, "tied, p = 1/2", "plain", 0, 99),
+    (PLANTED, "tied, p = 1/2", "tied: p = 0", 0.1, inf),
+    (PLANTED, "tied, p = 1/2", "plain", 0, inf),
     (PLANTED, "tied, p = 1/2", WHITENED, -1, 0),
     (PLANTED, "norm, β = 1", "batch-topk", -0.1, 0.1),
     *(
@@ -323,13 +324,13 @@ EXPECTED: tuple[tuple[str, str, str, float, float], ...] = (
         for idea in ("participation", "error", "tied, p = 1/2", "norm, β = 1")
     ),
     # see AFTER_ONE_SEED
-    (PLANTED, "learnt slope, p = 1", WHITENED, 1, 99),
+    (PLANTED, "learnt slope, p = 1", WHITENED, 1, inf),
     (PLANTED, "learnt slope, p = 1", "tied, p = 1", -1, 0),
-    ("smollm2", "learnt slope, p = 1", WHITENED, 0.2, 99),
-    ("smollm2", "learnt slope, p = 1", "learnt slope: p = 0", 0.2, 99),
+    ("smollm2", "learnt slope, p = 1", WHITENED, 0.2, inf),
+    ("smollm2", "learnt slope, p = 1", "learnt slope: p = 0", 0.2, inf),
     # after that, before the first of these
     ("gemma", "learnt slope, p = 1", WHITENED, -1, 0),
-    ("gemma", "learnt slope, p = 1", "learnt slope: p = 0", 0.2, 99),
+    ("gemma", "learnt slope, p = 1", "learnt slope: p = 0", 0.2, inf),
     *(
         (model, idea, control, -0.1, 0.1)
         for model in MODELS
@@ -344,13 +345,13 @@ EXPECTED: tuple[tuple[str, str, str, float, float], ...] = (
 EXPECTED += tuple(  # what is recovered without learning it; written down last
     (PLANTED, idea, "plain", -1, -0.5) for idea in HALF_RANDOM
 )
-EXPECTED += ((PLANTED, "tied, p = 1/2", FOUR_TIMES, 1, 99),)  # before this control was trained
+EXPECTED += ((PLANTED, "tied, p = 1/2", FOUR_TIMES, 1, inf),)  # before this control was trained
 EXPECTED_AGAIN: tuple[tuple[str, str, str, float, float], ...] = tuple(
     (place, idea, other, low, high)
     for place, bounds in {
-        PLANTED: ((1, 99), (0.5, 99), (0, 99), (0.5, 99), (0, 99)),
-        "smollm2": ((-0.25, 0.15), (0.3, 99), (-0.65, -0.35), (0.15, 99), (0, 99)),
-        "gemma": ((-0.45, -0.1), (1, 99), (-1, -0.5), (0.15, 99), (0, 99)),
+        PLANTED: ((1, inf), (0.5, inf), (0, inf), (0.5, inf), (0, inf)),
+        "smollm2": ((-0.25, 0.15), (0.3, inf), (-0.65, -0.35), (0.15, inf), (0, inf)),
+        "gemma": ((-0.45, -0.1), (1, inf), (-1, -0.5), (0.15, inf), (0, inf)),
     }.items()
     for (idea, other), (low, high) in zip(
         (
@@ -376,8 +377,8 @@ AFTER_ONE_SEED = {(PLANTED, "learnt slope, p = 1"), ("smollm2", "learnt slope, p
 EXPECTED_TODAY = tuple(
     (model, measure, other, low, high)
     for model, bounds in (
-        ("smollm2", (("recovered", WHITENED, 0.1, 99), ("kl", WHITENED, 0.25, 99))),
-        ("gemma", (("recovered", WHITENED, 0.05, 99), ("kl", WHITENED, 0.05, 99))),
+        ("smollm2", (("recovered", WHITENED, 0.1, inf), ("kl", WHITENED, 0.25, inf))),
+        ("gemma", (("recovered", WHITENED, 0.05, inf), ("kl", WHITENED, 0.05, inf))),
     )
     for measure, other, low, high in bounds
 )
@@ -750,7 +751,9 @@ def _bounds(low: float, high: float) -> str:
     if low <= -1:
         return f"at most {100 * high:+.0f} %"
     return (
-        f"at least {100 * low:+.0f} %" if high >= 99 else f"{100 * low:+.0f} to {100 * high:+.0f} %"
+        f"at least {100 * low:+.0f} %"
+        if high == inf
+        else f"{100 * low:+.0f} to {100 * high:+.0f} %"
     )
 
 
