@@ -241,7 +241,7 @@ WHITENED = "whitening"
 HALF_RANDOM = {f"half random: {one}": f"frozen-{one}" for one in ("decoder", "encoder")}
 TODAY = "learnt slope, p = 1, free lengths, two million rows"
 HALFWAY_LEARNT = "learnt slope, p = 1/2"
-FOUR_TIMES = "plain, four times the rows"
+FOUR_TIMES, WHITENED_FOUR_TIMES = (f"{name}, four times the rows" for name in ("plain", WHITENED))
 CONTROLS_AGAIN = ("tied, p = 1: random directions", "norm, β = 1/2: other rows")
 TRAINED_AGAIN = (WHITENED, "tied, p = 1", "norm, β = 1/2", HALFWAY_LEARNT, *CONTROLS_AGAIN)
 IDEAS = (
@@ -291,6 +291,7 @@ IDEAS = (
         change=NormFree,
         settings=(("beta", 0.5), ("permuted", True)),
     ),
+    Idea(WHITENED_FOUR_TIMES, "whitening", 0.5, "mixed", rows=4, only_planted=True),
 )
 """In this order: a control may need to know what became of the idea before it."""
 BESIDE = {
@@ -346,6 +347,7 @@ EXPECTED += tuple(  # what is recovered without learning it; written down last
     (PLANTED, idea, "plain", -1, -0.5) for idea in HALF_RANDOM
 )
 EXPECTED += ((PLANTED, "tied, p = 1/2", FOUR_TIMES, 1, inf),)  # before this control was trained
+EXPECTED += ((PLANTED, WHITENED_FOUR_TIMES, FOUR_TIMES, 0.1, inf),)  # once that was known
 EXPECTED_AGAIN: tuple[tuple[str, str, str, float, float], ...] = tuple(
     (place, idea, other, low, high)
     for place, bounds in {
@@ -698,14 +700,16 @@ def _as_today(key: str) -> Iterator[dict[str, Any]]:
 
 
 def _four_times(key: str) -> list[dict[str, Any]]:
-    """Plain dictionaries of ``results_whitening.py`` with four times the rows, as an idea's."""
+    """Dictionaries of ``results_whitening.py`` with four times the rows, as an idea's."""
     setting = f"{4 * recovery.ROWS:,} rows"
+    ideas = {"uniform-k32": FOUR_TIMES, "whitening-a0.5-mixed-k32": WHITENED_FOUR_TIMES}
     return [
         record["numbers"]
-        | {"idea": FOUR_TIMES, "seed": record["seed"], "plants": record["recovered"]}
+        | {"idea": ideas[record["label"]], "seed": record["seed"], "plants": record["recovered"]}
         for name, record in archived(WHITENING).items()
         if name.startswith(f"results/length.{key}.")
-        and (record["setting"], record["label"]) == (setting, "uniform-k32")
+        and record["setting"] == setting
+        and record["label"] in ideas
     ]
 
 
