@@ -1023,7 +1023,7 @@ CONTROLS_RATED = _of_pairs(
 all other weightings at all rates."""
 
 _MIXED_POWERS = (("whitened, mixed, α = ¼", _WEAKER), ("whitened, mixed, α = ¾", _STRONGER))
-_CONTROLS_OTHERS = _CONTROLS[:2] + _CONTROLS[3:4]
+_POWERS_AND_CONTROLS = (*_MIXED_POWERS, *_CONTROLS[:2], _CONTROLS[3])
 MIXED_RATED = _of_pairs(
     "at every rate",
     at_every_rate,
@@ -1032,7 +1032,9 @@ MIXED_RATED = _of_pairs(
             place,
             [
                 (*arm, *bounds)
-                for arm, bounds in zip(_MIXED_POWERS + _CONTROLS_OTHERS, asked, strict=False)
+                for arm, bounds in zip(
+                    _MIXED_POWERS if place in _RATED else _POWERS_AND_CONTROLS, asked, strict=True
+                )
             ],
         )
         for place, asked in {

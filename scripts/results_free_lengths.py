@@ -140,7 +140,7 @@ PARTS = {
     "everywhere": Part(
         (PLAIN, HALFWAY, HALFWAY_SPACE, ("rotated:whitening", 0.5, MIXED, K), INVERSE)
     ),
-    "powers": Part((("whitening", 0.25, MIXED, K), ("whitening", 0.75, MIXED, K))),
+    "powers": Part(MIXED_POWERS),
     "last": Part((("uniform", 1.0, LOSS, 48), ("variance", 0.5, LOSS, K)), BLOCKS_9),
     "fully": Part((("whitening", 1.0, MIXED, K),), ("gemma-14",)),
     "controls": Part(

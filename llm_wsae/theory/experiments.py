@@ -208,12 +208,26 @@ def _planted_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit
 
 
 def _untrained_unit(name: str, seed: int, config: TheoryConfig, out: Path) -> Unit:
-    identity = _planted_identity(name, seed, config) | {"dictionaries": list(UNTRAINED)}
+    def plant() -> tuple[Planted, int, int]:
+        data, k = _planted(EXPERIMENTS[name], seed)
+        return data, data.num_features + config.spare_latents, k
+
+    return _untrained(name, _planted_identity(name, seed, config), plant, out)
+
+
+def _untrained(
+    name: str,
+    identity: dict[str, Any],
+    plant: Callable[[], tuple[Planted, int, int]],
+    out: Path,
+) -> Unit:
+    """``plant`` returns the data, and the latents and k of a dictionary of it."""
+    seed, rows = identity["seed"], identity["rows"]
 
     def compute(check: Check) -> dict[str, Any]:
-        data, k = _planted(EXPERIMENTS[name], seed)
-        return untrained(data, data.num_features + config.spare_latents, k, config.rows, seed)
+        return untrained(*plant(), rows, seed)
 
+    identity = identity | {"dictionaries": list(UNTRAINED)}
     return Unit(out / UNITS / f"untrained-{name}-seed{seed}.json", identity, compute)
 
 
@@ -246,18 +260,13 @@ def _sweep_unit(name: str, label: str, seed: int, config: TheoryConfig, out: Pat
 
 def _untrained_at(name: str, label: str, seed: int, config: TheoryConfig, out: Path) -> Unit:
     point = SWEEPS[name].points[label]
-    identity = {
-        "point": point,
-        "seed": seed,
-        "rows": config.rows,
-        "dictionaries": list(UNTRAINED),
-    }
 
-    def compute(check: Check) -> dict[str, Any]:
+    def plant() -> tuple[Planted, int, int]:
         data = REGIMES[point.regime](point.sparsity, generator(seed, Stream.DATA))
-        return untrained(data, point.latents, point.kept, config.rows, seed)
+        return data, point.latents, point.kept
 
-    return Unit(out / UNITS / f"untrained-{name}-{label}-seed{seed}.json", identity, compute)
+    identity = {"point": point, "seed": seed, "rows": config.rows}
+    return _untrained(f"{name}-{label}", identity, plant, out)
 
 
 def _closed_form_unit(name: str, config: TheoryConfig, out: Path) -> Unit:
