@@ -1066,3 +1066,64 @@ MIXED_RATED = _of_pairs(
 )
 """`mixed` at further powers, and beside blocks 9 the controls: written down when the usual rate was
 known, and the controls at all rates after blocks 9."""
+
+_IN_SPACE = (
+    *((f"as a space, α = {name}", f"whitening-a{_POWERS[name]:g}-space-k{K}") for name in "¼¾1"),
+    ("rotated control, as a space", f"rotated-{HALFWAY_SPACE}"),
+    ("permuted control, as a space", f"permuted-{HALFWAY_SPACE}"),
+    ("random weights, mixed", f"random-a1-mixed-k{K}"),
+    ("whitened, mixed, α = 1", f"whitening-a1-mixed-k{K}"),
+)
+SPACE_RATED = _of_pairs(
+    "at every rate",
+    at_every_rate,
+    [
+        (place, [(*arm, *bounds) for arm, bounds in zip(_IN_SPACE, asked, strict=False)])
+        for place, asked in {
+            "smollm2": (
+                ((-0.25, 0.15), (-0.07, 0.04)),
+                ((-0.5, 0.0), (-0.03, 0.12)),
+                ((-0.6, 0.0), (0.05, 0.35)),
+                ((-0.35, 0.1), (0.0, 99.0)),
+                ((-0.35, 0.1), (-0.01, 99.0)),
+                ((-1.0, 0.0), (0.5, 99.0)),
+            ),
+            "gemma": (
+                ((0.05, 0.45), (-0.25, -0.08)),
+                ((0.15, 0.8), (-0.35, -0.1)),
+                ((0.1, 0.8), (-0.3, 0.0)),
+                ((-1.0, 0.0), (0.1, 99.0)),
+                ((-1.0, 0.05), (0.0, 99.0)),
+                ((-1.0, 0.0), (0.5, 99.0)),
+            ),
+            "smollm2-20": (
+                ((-0.05, 0.3), (-0.06, 0.03)),
+                ((-0.05, 0.45), (-0.02, 0.15)),
+                ((-0.1, 0.4), (0.0, 0.3)),
+                ((-0.4, 0.1), (-0.02, 99.0)),
+                ((-0.4, 0.1), (-0.02, 99.0)),
+                ((-1.0, 0.0), (0.5, 99.0)),
+            ),
+            "gemma-5": (
+                ((0.0, 0.4), (-0.55, -0.2)),
+                ((0.1, 0.5), (-0.65, -0.35)),
+                ((0.05, 0.5), (-0.65, -0.3)),
+                ((-1.0, 0.0), (0.2, 99.0)),
+                ((-1.0, 0.0), (0.1, 99.0)),
+                ((-1.0, 0.0), (0.5, 99.0)),
+            ),
+            "gemma-14": (
+                ((0.05, 0.5), (-0.4, -0.1)),
+                ((0.3, 1.1), (-0.45, -0.15)),
+                ((0.2, 1.1), (-0.4, -0.05)),
+                ((-1.0, 0.05), (0.0, 99.0)),
+                ((-1.0, 0.1), (0.0, 99.0)),
+                ((-1.0, 0.0), (0.5, 99.0)),
+                ((0.6, 1.3), (-0.4, 0.05)),
+            ),
+        }.items()
+    ],
+)
+"""Of seed 0, beside plain ones of the same rate: written down when twice the usual rate was known
+of the spaces, the usual one of `mixed`, and halfway whitening as a space at all rates. After block
+14 of Gemma alone `mixed` has α = 1."""

@@ -96,6 +96,8 @@ SPACE_POWERS: tuple[Weights, ...] = tuple(
 SPACE_CONTROLS: tuple[Weights, ...] = tuple(
     (f"{control}:whitening", 0.5, SPACE, K) for control in ("rotated", "permuted")
 )
+IN_SPACE = (*SPACE_POWERS, *SPACE_CONTROLS)
+"""What as a space was trained at twice the usual rate alone, which is its default."""
 CONTROLS: tuple[Weights, ...] = (
     *SHARES,
     ("whitening", 2.0, LOSS, K),
@@ -106,6 +108,7 @@ CONTROLS: tuple[Weights, ...] = (
 )
 """What had one learning rate to the last; after blocks 9."""
 MIXED_POWERS: tuple[Weights, ...] = tuple(("whitening", alpha, MIXED, K) for alpha in (0.25, 0.75))
+FULLY: Weights = ("whitening", 1.0, MIXED, K)
 CONTROLS_OTHERS: tuple[Weights, ...] = (
     *SHARES,
     ("whitening", 2.0, LOSS, K),
@@ -142,7 +145,7 @@ PARTS = {
     ),
     "powers": Part(MIXED_POWERS),
     "last": Part((("uniform", 1.0, LOSS, 48), ("variance", 0.5, LOSS, K)), BLOCKS_9),
-    "fully": Part((("whitening", 1.0, MIXED, K),), ("gemma-14",)),
+    "fully": Part((FULLY,), ("gemma-14",)),
     "controls": Part(
         (
             ("permuted:variance", -0.5, MIXED, K),
@@ -241,6 +244,12 @@ PARTS = {
     "twice-rates-end": Part(
         (*MIXED_POWERS, *CONTROLS_OTHERS), OTHERS, (0,), "twice-rate", rate=2.0
     ),
+    "half-rates-space": Part(IN_SPACE, tuple(PLACES), (0,), "half-rate", rate=0.5),
+    "usual-rates-space": Part(IN_SPACE, tuple(PLACES), (0,), "usual-rate"),
+    "half-rates-random": Part((RANDOM,), tuple(PLACES), (0,), "half-rate", rate=0.5),
+    "twice-rates-random": Part((RANDOM,), tuple(PLACES), (0,), "twice-rate", rate=2.0),
+    "half-rates-fully": Part((FULLY,), ("gemma-14",), (0,), "half-rate", rate=0.5),
+    "twice-rates-fully": Part((FULLY,), ("gemma-14",), (0,), "twice-rate", rate=2.0),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
 told; what comes after it, once the first four parts were known, and ``loss`` and what follows when
@@ -257,8 +266,8 @@ higher rates, once one seed had shown what twice the rate does there; then ``sha
 follows, which are controls with as many effective dimensions, learning rates of the other
 weightings and sites, random weights in the loss, the space with other architectures and
 powers; other rates at the sites beside blocks 9; and last of all the powers ⅛ and ⅜, of seed 0 at
-first, with other rates after blocks 9 alone; and other rates of the controls that had one, and of
-`mixed` at further powers. Some have one seed."""
+first, with other rates after blocks 9 alone; and other rates of the controls that had one, of
+`mixed` at further powers, and of what else had one rate: nothing has now. Some have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
@@ -640,7 +649,7 @@ def at_rates(key: str) -> Iterator[str]:
     records = {
         rate: read(key, "" if rate == expected.USUAL_RATE else rate) for rate in expected.RATES
     }
-    records[expected.USUAL_RATE] += read(key, "random")
+    records[expected.USUAL_RATE] += [*read(key, "random"), *read(key, "usual-rate")]
     settings = {
         rate: recovery.means_of([record for record in own if record["seed"] == 0])
         for rate, own in records.items()
@@ -669,7 +678,7 @@ def at_rates(key: str) -> Iterator[str]:
     yield markdown(rows)
     asked = (*expected.OF_RATES, *expected.LAST_RATED, *expected.RATED_ELSEWHERE)
     asked += (*expected.RANDOM_RATED, *expected.EIGHTHS_RATED, *expected.CONTROLS_RATED)
-    asked += expected.MIXED_RATED
+    asked += (*expected.MIXED_RATED, *expected.SPACE_RATED)
     yield from _outcome(asked, key, settings)
 
 
