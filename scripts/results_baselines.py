@@ -4,17 +4,21 @@
 
 At all five sites: dictionaries of which one half stays random (Korznikov et al. 2026, arXiv
 2602.14111), trained as plain ones are, on one million rows as in ``results_recovery.py`` and on two
-million as in ``results_free_lengths.py``; and the dimensions of the stream and its principal
-components, which need no training. The plants, texts and judges are theirs, too.
+million as in ``results_free_lengths.py``; after blocks 9 also on half a million and four; and the
+dimensions of the stream and its principal components, which need no training. The plants, texts and
+judges are theirs, too. Where features along decoder rows are planted, the same stand beside them.
 
 What was expected was written down before the first of them was trained; after blocks 9, on one
-million rows, they had been measured before.
+million rows, they had been measured before. Half a million rows, four, and decoder rows came last,
+with the same expectations.
 """
 
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import results_free_lengths as free_lengths
 import results_recovery as recovery
@@ -37,6 +41,7 @@ from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.matrix_rules import spectrum
 
 BASELINES = README.parent / "runs/baselines"
+DECODER_ROWS = "decoder-rows"
 
 
 def raw_dimensions(inputs: RuleInputs, site: Site, k: int) -> Dictionary:
@@ -72,9 +77,55 @@ def half_random(
     return {label: made[arm.name] for label, arm in zip(LABELS[len(RAW) :], arms, strict=True)}
 
 
-def measure(key: str, path: str, rows: int, seeds: Sequence[int]) -> None:
+@dataclass(frozen=True)
+class Setting:
+    """Beside which plain dictionaries baselines stand."""
+
+    words: str
+    rows: int
+    setting: str | None = None
+    """Of ``results_free_lengths.py``; if there is none, ``results_recovery.py``."""
+    places: tuple[str, ...] = tuple(PLACES)
+    decoder_rows: bool = False
+    """Whether features along decoder rows are planted, too: then raw dimensions are other ones."""
+
+    @property
+    def folder(self) -> str:
+        return DECODER_ROWS if self.decoder_rows else str(self.rows)
+
+    @property
+    def raw_folder(self) -> str:
+        return DECODER_ROWS if self.decoder_rows else "raw"
+
+    def read(self, key: str) -> list[dict[str, Any]]:
+        if self.setting is None:
+            return recovery.read(key)
+        return free_lengths.read(key, self.setting)
+
+    def seeds(self, key: str) -> Sequence[int]:
+        return SEEDS if self.setting is None and key in free_lengths.BLOCKS_9 else SEEDS[:1]
+
+
+_BLOCKS_9 = free_lengths.BLOCKS_9
+SETTINGS = (
+    Setting("one million rows, length 1", recovery.ROWS),
+    Setting("two million rows, plain with free lengths", free_lengths.ROWS, ""),
+    Setting("half a million rows", 500_000, "half-million", _BLOCKS_9),
+    Setting("four million rows", 4_000_000, "four-million", _BLOCKS_9),
+    Setting("decoder rows, too", free_lengths.ROWS, DECODER_ROWS, ("smollm2",), decoder_rows=True),
+)
+
+
+def measure(key: str, path: str, setting: Setting) -> None:
     """Train and measure what has no result yet."""
-    opened = recovery.open_site(key, path)
+    raw = {f"{name}-k{K}": make for name, make in RAW.items()}
+    wanted = [_result(setting.raw_folder, key, label, SEEDS[0]) for label in raw]
+    for seed in setting.seeds(key):
+        wanted += [_result(setting.folder, key, label, seed) for label in LABELS[len(RAW) :]]
+    if all(one.exists() for one in wanted):
+        return
+    first = free_lengths.first_dictionary(key) if setting.decoder_rows else None
+    opened = recovery.open_site(key, path, decoder_rows_of=first)
 
     def judge(named: dict[str, Dictionary], seed: int, folder: str) -> None:
         fidelity = opened.evaluator.evaluate(named).dictionaries
@@ -87,20 +138,21 @@ def measure(key: str, path: str, rows: int, seeds: Sequence[int]) -> None:
                 "k": K,
                 "numbers": recovery.numbers(whole),
                 "by_stratum": {s: one["f1"] for s, one in planted["by_stratum"].items()},
+                "recovered": {s: one["recovered"] for s, one in planted["by_stratum"].items()},
             }
             write_json(_result(folder, key, label, seed), plain(record))
 
-    first = SEEDS[0]
-    raw = {f"{name}-k{K}": make for name, make in RAW.items()}
-    if not all(_result("raw", key, label, first).exists() for label in raw):
+    if not all(one.exists() for one in wanted[: len(raw)]):
         site, inputs = opened.source.site, opened.inputs
-        judge({label: make(inputs, site, K) for label, make in raw.items()}, first, "raw")
-    for seed in seeds:
-        if all(_result(str(rows), key, label, seed).exists() for label in LABELS[len(RAW) :]):
+        made = {label: make(inputs, site, K) for label, make in raw.items()}
+        judge(made, SEEDS[0], setting.raw_folder)
+    for seed in setting.seeds(key):
+        labels = LABELS[len(RAW) :]
+        if all(_result(setting.folder, key, label, seed).exists() for label in labels):
             continue
-        folder = BASELINES / f"trained/{key}-{rows}/s{seed}"
-        judge(half_random(opened, rows, seed, folder), seed, str(rows))
-        print(f"{key}: {rows:,} rows, seed {seed} measured", flush=True)
+        folder = BASELINES / f"trained/{key}-{setting.folder}/s{seed}"
+        judge(half_random(opened, setting.rows, seed, folder), seed, setting.folder)
+        print(f"{key}: {setting.words}, seed {seed} measured", flush=True)
 
 
 def _result(folder: str, key: str, label: str, seed: int) -> Path:
@@ -119,26 +171,23 @@ EXPECTED = (
     ("principal components: at most a tenth of what plain recovers",
      change(LABELS[1], "recovered", -1, -0.9)),
 )  # fmt: skip
-"""For every site, and for one and two million rows."""
+"""For every site and every setting."""
 
 
 def section() -> str:
     """The part of docs/results: what was expected, and how often it came out."""
-    studies = {
-        "one million rows, length 1": (recovery.ROWS, recovery.read),
-        "two million rows, plain with free lengths": (free_lengths.ROWS, free_lengths.read),
-    }
     parts = []
-    for words, (rows, read) in studies.items():
-        table = [["expected beforehand", *(where.title for where in PLACES.values())]]
+    for setting in SETTINGS:
+        table = [["expected beforehand", *(PLACES[key].title for key in setting.places)]]
         means = {}
-        for key in PLACES:
-            plain_ones = [r for r in read(key) if r["label"] == f"uniform-k{K}"]
-            means[key] = recovery.means_of(plain_ones) | recovery.means_of_baselines(key, rows)
+        for key in setting.places:
+            plain_ones = [r for r in setting.read(key) if r["label"] == f"uniform-k{K}"]
+            baselines = recovery.means_of_baselines(key, setting.folder, setting.raw_folder)
+            means[key] = recovery.means_of(plain_ones) | baselines
         for claim, found in EXPECTED:
-            outcomes = [found(means[key]) if _has_all(means[key]) else None for key in PLACES]
+            outcomes = [found(means[key]) if _has_all(means[key]) else None for key in means]
             table.append([claim, *("–" if one is None else _cell(*one) for one in outcomes)])
-        parts += [f"### Nothing is recovered without learning it: {words}", markdown(table)]
+        parts += [f"### Nothing is recovered without learning it: {setting.words}", markdown(table)]
     return "\n\n".join(parts)
 
 
@@ -155,9 +204,6 @@ def main() -> None:
     for key in recovery.MODELS:
         parser.add_argument(f"--{key}", help="the model, if something is to be measured")
     parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
-    every = [recovery.ROWS, free_lengths.ROWS]
-    parser.add_argument("--rows", nargs="+", type=int, choices=every, default=every)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     asked = parser.parse_args()
     torch.set_grad_enabled(False)
     for archive, folder in (
@@ -167,10 +213,11 @@ def main() -> None:
     ):
         if archive.exists():
             unpack(archive, folder)
-    for rows in asked.rows:
-        for key in asked.places:
-            if path := getattr(asked, PLACES[key].model_key):
-                measure(key, path, rows, asked.seeds)
+    for setting in SETTINGS:
+        for key in setting.places:
+            path = getattr(asked, PLACES[key].model_key)
+            if path and key in asked.places:
+                measure(key, path, setting)
                 pack(BASELINES, BASELINES_ARCHIVE)
     write_result("baselines", section())
 

@@ -328,11 +328,9 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
 
     def opened_for(decoder_rows: bool) -> recovery.Opened:
         if decoder_rows not in sites:
-            first = CHECKPOINTS / str(PLACES[key].site) / f"uniform-k{K}"
+            first = first_dictionary(key) if decoder_rows else None
             sensitive = any(part.sensitivity for part in here.values())
-            sites[decoder_rows] = recovery.open_site(
-                key, path, sensitive, first if decoder_rows else None
-            )
+            sites[decoder_rows] = recovery.open_site(key, path, sensitive, first)
         return sites[decoder_rows]
 
     for name, part in here.items():
@@ -368,6 +366,11 @@ def measure(key: str, path: str, seeds: Sequence[int] | None, parts: Sequence[st
             given = (opened.inputs, opened.source, opened.judge)
             chosen = choose_alpha(*given, folder / config.place, k=K, config=config)
             write_json(_choice(key, config.place), asdict(chosen))
+
+
+def first_dictionary(key: str) -> Path:
+    """The plain dictionary of ``checkpoints/`` along whose decoder rows features are planted."""
+    return CHECKPOINTS / str(PLACES[key].site) / f"uniform-k{K}"
 
 
 def arms_of(part: Part, inputs: RuleInputs, seed: int) -> list[ArmConfig]:

@@ -732,10 +732,10 @@ def text_of(estimate: Estimate | None, per_cent: bool = False) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def means_of_baselines(key: str, rows: int) -> Means:
+def means_of_baselines(key: str, trained: int | str, untrained: str = "raw") -> Means:
     """The same of the baselines of a site: what was trained on so many rows, or not at all."""
     groups: dict[str, list[dict[str, float]]] = {}
-    for record in read_baselines(key, rows):
+    for record in read_baselines(key, trained, untrained):
         groups.setdefault(record["label"], []).append({"dense": np.nan} | record["numbers"])
     return {
         label: {name: float(np.mean([one[name] for one in own])) for name in MEASURES}
@@ -743,12 +743,12 @@ def means_of_baselines(key: str, rows: int) -> Means:
     }
 
 
-def read_baselines(key: str, rows: int) -> list[dict[str, Any]]:
-    """The baselines of a site, those that were not trained first."""
+def read_baselines(key: str, trained: int | str, untrained: str = "raw") -> list[dict[str, Any]]:
+    """The baselines in two folders of a site, those that were not trained first."""
     known = archived(BASELINES_ARCHIVE)
     return [
         record
-        for folder in ("raw", rows)
+        for folder in dict.fromkeys((untrained, trained))
         for name, record in known.items()
         if name.startswith(f"{folder}/results/{key}.")
     ]

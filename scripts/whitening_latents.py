@@ -67,10 +67,7 @@ def judge(
             | {"new": _new(own, detection[seed], [b for s, b in beside.items() if s != seed])}
             for seed, own in rows.items()
         }
-        agreement[label] = {
-            f"{one} and {other}": matched_cosine(rows[one], rows[other])
-            for one, other in combinations(rows, 2)
-        }
+        agreement[label] = _agreement(rows)
     write_json(path, plain({"scores": scores, "agreement": agreement}))
 
 
@@ -82,6 +79,23 @@ def judge_baselines(path: Path, model_path: str, dictionaries: Mapping[str, Dict
         latents["scores"][label] = {str(SEEDS[0]): _parts(own)}
         latents["agreement"][label] = {}
     write_json(path, plain({name: latents[name] for name in ("scores", "agreement")}))
+
+
+def add_agreement(path: Path, rows: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """Add to ``path`` whether seeds of a label have the same decoder ``rows``."""
+    latents = {"scores": {}, "agreement": {}} | read(path)
+    for label, of_seeds in rows.items():
+        own = {seed: normalize(one, dim=1) for seed, one in of_seeds.items()}
+        latents["agreement"][label] = _agreement(own)
+    write_json(path, plain({name: latents[name] for name in ("scores", "agreement")}))
+
+
+def _agreement(rows: Mapping[int, Tensor]) -> dict[str, float]:
+    """Of every pair of seeds."""
+    return {
+        f"{one} and {other}": matched_cosine(rows[one], rows[other])
+        for one, other in combinations(rows, 2)
+    }
 
 
 def _evaluator(model_path: str) -> MonosemanticityEvaluator:
