@@ -48,7 +48,7 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.streaming import ActivationStreams
 from llm_wsae.training.arm import ArmConfig, make_arms
 from llm_wsae.training.checkpoint import check_same_rows
-from llm_wsae.training.config import ArchitectureName, TrainConfig
+from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import check_arms, check_out, check_room, train, train_sites
 from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
@@ -107,7 +107,7 @@ def run(
     alphas: Alphas = (0.5,),
     ks: Sequence[int] = (32,),
     l1s: Sequence[float] = (),
-    architectures: Sequence[ArchitectureName] = ("topk",),
+    architectures: Sequence[ArchitectureName] = BESIDE_BASELINES,
     init_seeds: Sequence[int] = (0,),
     text_column: str | None = None,
     harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen

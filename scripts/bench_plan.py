@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from benchmarks import QUICKSTART_ARCHITECTURES, embedded_model, machine, write_benchmark
+from benchmarks import embedded_model, machine, write_benchmark
 
 import llm_wsae.pipeline as pipeline
 from llm_wsae.data.config import HarvestConfig
@@ -104,7 +104,6 @@ def main() -> None:
     busy, site = machine(torch.get_num_threads()), Site.parse(args.site)
     model = LanguageModel.load(args.model or embedded_model())
     settings = {
-        "architectures": QUICKSTART_ARCHITECTURES,
         "harvest_config": HarvestConfig(tokens=args.tokens),
         "train_config": TrainConfig(tokens=args.trained, expansion=args.expansion),
         "evaluate_config": EvaluateConfig(tokens=args.eval_tokens),

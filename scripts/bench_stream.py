@@ -174,7 +174,8 @@ def main() -> None:
     busy = machine(torch.get_num_threads())
     if args.long:
         words = ["--model", args.model or embedded_model(), "--corpus", args.corpus, "--stream"]
-        words += ["--rule", "uniform", "--train.expansion", "4", "--eval-tokens", "5000"]
+        words += ["--rule", "uniform", "--architecture", "topk"]
+        words += ["--train.expansion", "4", "--eval-tokens", "5000"]
         with tempfile.TemporaryDirectory() as folder:
             section = long_run(args.long, words, args.site[0], Path(folder))
         lines = [*section, "", f"{busy}."]

@@ -26,7 +26,6 @@ IMAGES = ROOT / "docs/images"
 BENCHMARKS = ROOT / "docs/benchmarks"
 PEER_SCRIPTS = Path(__file__).parent / "peers"
 CPU = torch.device("cpu")
-QUICKSTART_ARCHITECTURES = ("topk", "frozen-decoder", "frozen-encoder")
 PEERS = {  # folder of the environment, distributions, module
     "sparsify": ("sparsify", "eai-sparsify", "sparsify"),
     "saelens": ("saelens", "sae-lens", "sae_lens"),
@@ -68,6 +67,7 @@ RESULT_PAGES = {
     "free-lengths-settings": "free-lengths-settings.md",
     "free-lengths-space": "free-lengths-space.md",
     "clean-rows": "free-lengths-settings.md",
+    "clean-rows-latents": "free-lengths-settings.md",
     "planted": "planted-data.md",
     "study": "monosemanticity.md",
     "probes": "monosemanticity.md",

@@ -14,7 +14,6 @@ out=runs/quickstart site=blocks.9.hook_resid_post
 
 [[ " $* " == *" --eval-tokens"* ]] || set -- --eval-tokens 15000 "$@"
 [[ " $* " == *" --tokens"* ]] || set -- --tokens 300000 --train.tokens 750000 "$@"
-[[ " $* " == *" --architecture"* ]] || set -- --architecture topk frozen-decoder frozen-encoder "$@"
 
 results=$(.venv/bin/llm-wsae run \
   --model "$model" --corpus sotu --site "$site" --out "$out" "$@")

@@ -23,6 +23,7 @@ encoder).
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import results_recovery as recovery
 import torch
 import whitening_latents as latents
 from benchmarks import README, write_result
-from results_archive import pack, unpack
+from results_archive import archived, pack, unpack
 from results_baselines import FROZEN, raw_dimensions
 from results_recovery import PLACES, SEEDS, TEXT, K
 
@@ -393,6 +394,45 @@ def _between(one: Key, other: Key, low: float, high: float) -> Any:
     return result
 
 
+_IN_SHORT = {
+    PLAIN: "plain",
+    WHITENED: "whitened, in the loss",
+    WHITENED_SPACE: "whitened, as a space",
+    RANDOM: "random weights",
+    FROZEN_DECODER: "random decoder",
+    FROZEN_ENCODER: "random encoder",
+    DIMENSIONS: "dimensions of the stream",
+}
+
+
+def agreement_of_half_random(site: str) -> dict[str, float]:
+    """Of the seeds of half-random dictionaries of SmolLM2, by label, from the archive."""
+    key = next(k for k, one in PLACES.items() if str(one.site) == site and k.startswith("smollm2"))
+    found = archived(ARCHIVE).get(_latents(key).name, {}).get("agreement", {})
+    return {
+        label: sum(pairs.values()) / len(pairs)
+        for label in (FROZEN_DECODER, FROZEN_ENCODER)
+        if (pairs := found.get(label))
+    }
+
+
+def in_short() -> str:
+    """Do seeds agree, and are latents detected, at all sites that are judged."""
+    judged = {key: latents.read(_latents(key)) for key in JUDGED}
+    where = [f"{PLACES[key].title.partition(',')[0]}, block {PLACES[key].site.block}"
+             for key in JUDGED]  # fmt: skip
+    rows = [["", *(f"{what}: {site}" for what in ("agreement of seeds", "detection, all latents")
+                   for site in where)]]  # fmt: skip
+    for label, words in _IN_SHORT.items():
+        means = [latents.means_of(own, label) for own in judged.values()]
+        rows.append([words])
+        for measure in ("agreement", "all"):
+            values = [one[measure] for one in means]
+            # there is one dictionary of the dimensions, so no pair
+            rows[-1] += ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
+    return markdown(rows)
+
+
 def section() -> str:
     """The part of docs/results."""
     return "\n\n".join(part for key in WHERE for part in at_site(key))
@@ -412,6 +452,7 @@ def main() -> None:
             measure(key, path)
             pack(RUN, ARCHIVE)
     write_result("clean-rows", section())
+    write_result("clean-rows-latents", in_short())
 
 
 if __name__ == "__main__":

@@ -633,10 +633,10 @@ def in_settings(key: str) -> Iterator[str]:
         cells += [f"{means[label]['fvu']:.3f}" for label in means]
         cells += [f"{_mean_l0(records[setting], label, both):.1f}" for label in means]
         rows.append([words, str(len(both)), *cells])
-    for label, own in recovery.means_of_baselines(key, ROWS).items():
+    for words, own in recovery.baselines_by_rows(key):
         kl, recovered = (f"{own[measure]:.3f}" for measure in ("kl", "recovered"))
         last = (f"{100 * own['dead']:.1f}", "–", f"{own['fvu']:.3f}", "–", "–", "–")
-        rows.append([f"`{label}`", "1", kl, "–", "–", recovered, "–", "–", *last])
+        rows.append([words, "1", kl, "–", "–", recovered, "–", "–", *last])
     yield f"### Trained otherwise: {PLACES[key].title}"
     yield markdown(rows)
     yield from _outcome(expected.OF_SETTINGS, key, settings)
@@ -690,25 +690,31 @@ def along_decoder_rows(key: str) -> Iterator[str]:
     records = read(key, "decoder-rows")
     if not records:
         return
+    pair = (expected.PLAIN, expected.HALFWAY_IN_LOSS)
+    strata: list[str | None] = [*records[0]["planted"]["by_stratum"], None]
 
     def mean(label: str, measure: str, stratum: str | None) -> float:
         own = [record["planted"] for record in records if record["label"] == label]
         own = own if stratum is None else [planted["by_stratum"][stratum] for planted in own]
         return float(np.mean([one[measure] for one in own]))
 
-    pair = (expected.PLAIN, expected.HALFWAY_IN_LOSS)
-    rows = [["planted along", "recovered, plain", "whitened", "difference", "mean F1, plain",
-             "whitened"]]  # fmt: skip
-    for stratum in [*records[0]["planted"]["by_stratum"], None]:
-        shares, scores = (
-            [f"{mean(label, measure, stratum):.3f}" for label in pair]
-            for measure in ("recovered", "f1")
-        )
-        found = recovery.differences(records, "recovered", stratum=stratum)
-        difference = recovery.text_of(found.get(expected.HALFWAY_IN_LOSS))
-        rows.append([stratum or "all", *shares, difference, *scores])
     yield f"### Planted along decoder rows, too: {PLACES[key].title}"
-    yield markdown(rows)
+    for measure, words in (("recovered", "recovered"), ("f1", "mean F1")):
+        rows = [[f"planted along: {words}", *(one or "all" for one in strata)]]
+        rows += [
+            [f"`{label}`", *(f"{mean(label, measure, one):.3f}" for one in strata)]
+            for label in pair
+        ]
+        if measure == "recovered":
+            found = [recovery.differences(records, measure, stratum=one) for one in strata]
+            cells = [recovery.text_of(one.get(expected.HALFWAY_IN_LOSS)) for one in found]
+            rows.append(["difference", *cells])
+        for one in recovery.read_baselines(key, "decoder-rows", "decoder-rows"):
+            by_stratum = one["recovered" if measure == "recovered" else "by_stratum"]
+            by_stratum = by_stratum | {None: one["numbers"][measure]}
+            cells = [f"{by_stratum[stratum]:.3f}" for stratum in strata]
+            rows.append([f"`{one['label']}`", *cells])
+        yield markdown(rows)
     of_rows = {label: {"f1": mean(label, "f1", "decoder row")} for label in pair}
     means = {"": recovery.means_of(records), "rows": of_rows}
     yield from _outcome(expected.OF_DECODER_ROWS, key, means)

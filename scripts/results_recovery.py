@@ -743,6 +743,26 @@ def means_of_baselines(key: str, trained: int | str, untrained: str = "raw") -> 
     }
 
 
+_ROWS_IN_WORDS = {
+    500_000: "half a million rows",
+    1_000_000: "one million rows",
+    2_000_000: "two million rows",
+    4_000_000: "four million rows",
+}
+
+
+def baselines_by_rows(key: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """What the baselines of a site are, untrained ones first, and after how many rows; means."""
+    shown: set[str] = set()
+    for rows, words in _ROWS_IN_WORDS.items():
+        for label, means in means_of_baselines(key, rows).items():
+            if "frozen" in label:
+                yield f"`{label}`, {words}", means
+            elif label not in shown:
+                shown.add(label)
+                yield f"`{label}`", means
+
+
 def read_baselines(key: str, trained: int | str, untrained: str = "raw") -> list[dict[str, Any]]:
     """The baselines in two folders of a site, those that were not trained first."""
     known = archived(BASELINES_ARCHIVE)

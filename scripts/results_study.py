@@ -294,7 +294,7 @@ def write() -> None:
     plot_finding(SITES, IMAGES / "finding.png")
     write_result("study", section())
     write_result("paper", paper_section(studies))
-    write_result("study table", study_table(studies))
+    write_result("study table", study_table(studies, Study.read_all(OF_BASELINES.folder)))
 
 
 if __name__ == "__main__":

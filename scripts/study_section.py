@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 
+import numpy as np
+import results_clean_rows as clean_rows
 from study_claims import (
     ANNEALED,
     ANNEALING,
@@ -18,6 +20,7 @@ from study_claims import (
     WEIGHTS,
     Apart,
     Claim,
+    K,
     Study,
     measured,
 )
@@ -180,20 +183,27 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
         else:
             parts.append(_all_dimensions(study))
         if study.report.agreements:
-            parts += [f"How similar the seeds' decoders are:\n\n{_consistency(study)}"]
+            parts += [
+                "How similar the seeds' decoders are. Raw dimensions have no seed; half-random "
+                "dictionaries are [those of clean rows](free-lengths-settings.md"
+                f"#where-nothing-is-planted), a million of them:\n\n{_consistency(site, study)}"
+            ]
     return "\n\n".join(parts)
 
 
-def _consistency(study: Study) -> str:
-    """PW-MCC of every kind of dictionary."""
+def _consistency(site: str, study: Study) -> str:
+    """PW-MCC of every kind of dictionary; below, of those of which one half stays random."""
     found = study.report.agreements
     rows = [["weights", "k", "PW-MCC"]]
     rows += [[f"`{label}`", str(k), f"{one.pw_mcc:.4f}"] for (label, k), one in found.items()]
+    for label, pw_mcc in clean_rows.agreement_of_half_random(site).items():
+        rows.append([f"`{label}`", str(K), f"{pw_mcc:.4f}"])
     return markdown(rows)
 
 
-def study_table(studies: Mapping[str, Study]) -> str:
-    """What became of every rule at both sites, in a few words: best in detection first."""
+def study_table(studies: Mapping[str, Study], baselines: Mapping[str, Study]) -> str:
+    """What became of every rule at both sites, in a few words: best in detection first; and what
+    baselines score, in a measure of detection that is stricter."""
     found = {
         site: {one.label: one for one in study.report.compared if not one.is_control}
         for site, study in studies.items()
@@ -204,7 +214,28 @@ def study_table(studies: Mapping[str, Study]) -> str:
     for label in labels:
         cells = [_in_short(own[label]) if label in own else "–" for own in found.values()]
         rows.append([f"`{label}`", *cells])
+    of_baselines: dict[str, dict[str, list[Result]]] = {}
+    for site, study in baselines.items():
+        for result in study.report.results:
+            if result.is_baseline:
+                of_baselines.setdefault(result.label, {}).setdefault(site, []).append(result)
+    for label, of_sites in of_baselines.items():
+        cells = [_baseline_in_short(of_sites[site]) for site in found]
+        rows.append([label.removeprefix("topk "), *cells])
     return markdown(rows, left=3)
+
+
+def _baseline_in_short(results: Sequence[Result]) -> str:
+    """There is no plain dictionary of as little cross-entropy to compare with: values instead."""
+    ce = np.mean([one.ce_recovered for one in results])
+    detection, selectivity = (
+        np.mean([measured(one, measure) for one in results])
+        for measure in ("detection", "selectivity")
+    )
+    return (
+        f"not comparable (CE recovered {ce:.3f}): detection {detection:.3f}, selectivity "
+        f"{selectivity:.3f}"
+    )
 
 
 def _mean_detection(compared: Iterable[Compared | None]) -> float:

@@ -23,7 +23,7 @@ from llm_wsae.outside import check_numbers
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.processes import leads
 from llm_wsae.terminal import printable
-from llm_wsae.training.config import ArchitectureName, TrainConfig
+from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
 
 if TYPE_CHECKING:
     from llm_wsae.data.store import ActivationStore
@@ -146,6 +146,7 @@ class AutoGridOptions(GridOptions):
     """Which dictionaries to train: one for every combination."""
 
     rule: tuple[str, ...] = ("uniform", "variance", "whitening")
+    architecture: tuple[ArchitectureName, ...] = BESIDE_BASELINES
     alpha: tuple[Literal["auto"] | float, ...] = (0.5,)  # type: ignore[assignment]
     """Exponents of the weights γ = score^α, for every rule except uniform.
     auto: whitening's is chosen by short trainings, and the numbers are for the other rules."""

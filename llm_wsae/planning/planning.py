@@ -29,7 +29,7 @@ from llm_wsae.planning.report import Advice, Plan, Times, in_bytes
 from llm_wsae.planning.sizes import Sizes, parameters_bytes
 from llm_wsae.planning.speeds import ACCELERATORS, Speeds, measure, published
 from llm_wsae.training.arm import ArmConfig, make_arms
-from llm_wsae.training.config import ArchitectureName, TrainConfig
+from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
 from llm_wsae.tuning import CANDIDATES, TRIAL_ROWS, TRIAL_TOKENS
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
@@ -46,7 +46,7 @@ def plan(
     alphas: Sequence[float | Literal["auto"]] = (0.5,),
     ks: Sequence[int] = (32,),
     l1s: Sequence[float] = (),
-    architectures: Sequence[ArchitectureName] = ("topk",),
+    architectures: Sequence[ArchitectureName] = BESIDE_BASELINES,
     init_seeds: Sequence[int] = (0,),
     num_arms: int | None = None,
     contexts: Iterable[Context] | None = None,

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 else:
     ArchitectureName = Literal[architecture_names()]
 
+BESIDE_BASELINES: tuple[ArchitectureName, ...] = ("topk", "frozen-decoder", "frozen-encoder")
+"""What a run trains unless it is told otherwise: half-random dictionaries stand beside the others,
+since what those win should be more."""
 Lengths = Literal["auto", "free", "unit"]
 """Of decoder rows, while they are trained: any (``free_lengths``), or 1."""
 Shard = Literal["rows", "latents"]

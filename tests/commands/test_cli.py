@@ -32,6 +32,7 @@ from llm_wsae.training import one_site
 
 RUN = ("--site", SITE, "--tokens", 5000, "--harvest.context-size", 16, "--k", 4,
        "--eval-tokens", 500)  # fmt: skip
+HALF_RANDOM_OF_RUN = [f"uniform-{architecture}-k4" for architecture in HALF_RANDOM]
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +322,7 @@ def test_verify_knows_every_layout_that_is_read(tmp_path):
 def test_run_leaves_everything_in_one_folder(ran):
     out, result = ran
     here = out / SITE
-    arms = ["uniform-k4", "variance-a0.5-k4", "whitening-a0.5-k4"]
+    arms = ["uniform-k4", "variance-a0.5-k4", "whitening-a0.5-k4", *HALF_RANDOM_OF_RUN]
     names = {"profile.json", "profile.png", "report.json", "report.html", "fidelity.png"}
     names |= {"log.jsonl"}
     assert {p.name for p in here.iterdir()} == {*names, *arms, "training.json", ".lock"}
@@ -340,12 +341,11 @@ def test_run_leaves_everything_in_one_folder(ran):
 
 
 def test_run_shows_what_learnt_nothing_beside_its_dictionaries(model_and_corpus, tmp_path):
-    halves = ["uniform-frozen-decoder-k4", "uniform-frozen-encoder-k4"]
     asked = (*model_and_corpus, *RUN, "--rule", "uniform", "variance", "--out", tmp_path)
-    result = works("run", *asked, "--architecture", "topk", *HALF_RANDOM)
+    result = works("run", *asked)
     here = tmp_path / SITE
     report = json.loads((here / "report.json").read_text())
-    trained = ["uniform-k4", "variance-a0.5-k4", *halves]
+    trained = ["uniform-k4", "variance-a0.5-k4", *HALF_RANDOM_OF_RUN]
     assert list(report["dictionaries"]) == [*trained, "raw dimensions"]
     raw = report["dictionaries"]["raw dimensions"]
     assert raw["l0"] <= 4 and 0 < raw["fvu"] < 1
@@ -412,8 +412,8 @@ def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(
     monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 9)  # less than a batch: it is one then
     asked = (*model_and_corpus, *RUN, "--rule", "whitening", "--alpha", "auto")
     works("run", *asked, "--out", tmp_path / "out")
-    arms = [path.parent.name for path in (tmp_path / "out" / SITE).glob("*/wsae.json")]
-    assert arms == ["uniform-k4"]
+    arms = {path.parent.name for path in (tmp_path / "out" / SITE).glob("*/wsae.json")}
+    assert arms == {"uniform-k4", *HALF_RANDOM_OF_RUN}
 
 
 @pytest.mark.parametrize("gain", [-9.0, 0.99])
@@ -441,7 +441,7 @@ def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
         assert choice["alpha"] == float(best) and f"chosen: {best}" in result.err
     arms = {path.parent.name for path in here.glob("*/wsae.json")}
     whitened = set() if choice["alpha"] is None else {f"whitening-a{best}-k4"}
-    assert arms == {"uniform-k4", "variance-a0.5-k4"} | whitened
+    assert arms == {"uniform-k4", "variance-a0.5-k4", *HALF_RANDOM_OF_RUN} | whitened
     assert not (here / "alpha").exists()
     before = content(tmp_path / "out")
     assert "train 5 arms" in result.err and "train 5 arms" not in works("run", *asked).err

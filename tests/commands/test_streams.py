@@ -87,7 +87,7 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
     assert not (out / "store").exists()
     for site in SITES:
         report = json.loads((out / site / "report.json").read_text())
-        assert len(report["dictionaries"]) == 4 and "raw dimensions" in report["dictionaries"]
+        assert len(report["dictionaries"]) == 6 and "raw dimensions" in report["dictionaries"]
         assert (out / site / "report.html").exists()
         dictionary = Dictionary.load(out / site / "uniform-k4")
         assert dictionary.info.store["kind"] == "stream"
@@ -96,7 +96,7 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
     assert harvest.startswith("llm-wsae harvest") and page.startswith("llm-wsae dashboard")
     assert works("verify", out).out.endswith("run is intact\n")
     again = works("run", *model_and_corpus, *RUN, "--site", *SITES, "--out", out)
-    assert "statistics:" not in again.err and "train 6" not in again.err
+    assert "statistics:" not in again.err and "train 10" not in again.err
     before = content(out)
     record, stopped = out / SITES[0] / "training.json", out / SITES[0] / "checkpoint.safetensors"
     identity = read_own_json(record, "record")

@@ -23,7 +23,7 @@ from llm_wsae.planning.planning import plan
 from llm_wsae.streaming import ActivationStreams
 from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT
-from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.config import BESIDE_BASELINES, TrainConfig
 from llm_wsae.training.one_site import Training
 from llm_wsae.training.trainer import Interrupted, train, train_sites
 from llm_wsae.weighing import measure_inputs, measure_stream_inputs
@@ -35,6 +35,7 @@ HARVEST = HarvestConfig(
 )
 TRAIN = TrainConfig(expansion=16, batch_size=512, dtype="float32")
 EVALUATE = EvaluateConfig(tokens=1000, batch_tokens=512, bootstraps=10)
+ARMS = 5  # plain, of the paper's rule and whitened ones, and two of which one half is random
 SETTINGS = {"harvest_config": HARVEST, "train_config": TRAIN, "evaluate_config": EVALUATE}
 
 
@@ -75,8 +76,8 @@ def test_rows_and_bytes_are_those_of_a_real_run(model, text, tmp_path, monkeypat
     assert found.store_bytes == pytest.approx(size(tmp_path / "store"), rel=0.03)
 
     weights = choose_weights(inputs, ["uniform", "variance", "whitening"], [0.5])
-    arms = make_arms(weights, [32])
-    assert found.arms == len(arms) == 3 and found.d_sae == 1024
+    arms = make_arms(weights, [32], architectures=BESIDE_BASELINES)
+    assert found.arms == len(arms) == ARMS and found.d_sae == 1024
     source, out = store.source(SITES[0]), tmp_path / "trained"
 
     def stop_with_a_checkpoint(self, step):
@@ -130,7 +131,7 @@ def test_checkpoints_take_time(model, fixed):
 
 
 def test_trials_of_alpha_are_counted(model, fixed):
-    found = plan(model, SITES[:1], alphas=["auto", 0.5], **SETTINGS)
+    found = plan(model, SITES[:1], alphas=["auto", 0.5], architectures=("topk",), **SETTINGS)
     trials = 75 * 512 * 1e-5 + 3000 * 1e-3
     assert found.seconds["choose α"] == pytest.approx(5 / 3 * trials)
 
@@ -158,7 +159,7 @@ def test_all_sites_of_a_stream_are_trained_at_once(model, text, tmp_path, monkey
         plan(model, sites, stream_config=config, **SETTINGS, accelerator="h100")
         for sites, config in ((SITES, stream), (SITES[:1], stream), (SITES, None))
     )
-    arms_bytes, dictionaries_bytes = 3 * 26 * 64 * 1024, 3 * 8 * 64 * 1024
+    arms_bytes, dictionaries_bytes = ARMS * 26 * 64 * 1024, ARMS * 8 * 64 * 1024
     assert found.memory_bytes - alone.memory_bytes == arms_bytes
     assert alone.memory_bytes == stored.memory_bytes
     monkeypatch.setattr(planning, "peak_memory_bytes", lambda: 2**30)
@@ -177,7 +178,7 @@ def test_all_sites_of_a_stream_are_trained_at_once(model, text, tmp_path, monkey
     streams = ActivationStreams(model, Corpus.open(str(text), "train"), SITES, stream)
     inputs = measure_stream_inputs(["whitening"], streams, SITES[0])
     weights = choose_weights(inputs, ["uniform", "variance", "whitening"], [0.5])
-    arms = {site: make_arms(weights, [32]) for site in SITES}
+    arms = {site: make_arms(weights, [32], architectures=BESIDE_BASELINES) for site in SITES}
 
     def stop_with_checkpoints(training, *given):
         for one in trainings:
@@ -201,10 +202,10 @@ def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch, fi
     wide = EvaluateConfig(tokens=100_000, batch_tokens=8192)
     settings = {**SETTINGS, "train_config": small, "evaluate_config": wide}
     monkeypatch.setattr(planning, "peak_memory_bytes", lambda: 2**30)
-    row, own = 64 * 4, 3 * 8 * 64 * 128  # the dictionaries of a site
+    row, own = 64 * 4, ARMS * 8 * 64 * 128  # the dictionaries of a site
 
     def expected(sites, together):
-        held = together * (2 * 3 + 2) * 8192 * row
+        held = together * (2 * ARMS + 2) * 8192 * row
         return (sites + 1) * 100_000 * row + together * own + held
 
     def planned(sites, **more):
@@ -224,13 +225,13 @@ def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch, fi
     assert planned(2, accelerator="h100") == weights + expected(2, 1)
     assert asked == [([own, own], card.memory, card.memory - weights)]
     monkeypatch.setattr(sizes, "HELD_BYTES", 8192 * row)  # and that of the last dictionary
-    assert planned(2) == 2**30 + expected(2, 2) - 16 * 8192 * row + 3 * 8192 * row
+    assert planned(2) == 2**30 + expected(2, 2) - 2 * (2 * ARMS + 2) * 8192 * row + 3 * 8192 * row
 
 
 def test_dictionaries_of_earlier_sites_stay_in_memory(model, monkeypatch, fixed):
     monkeypatch.setattr(planning, "peak_memory_bytes", lambda: 2**30)
     two, one = (plan(model, sites, **SETTINGS).memory_bytes for sites in (SITES, SITES[:1]))
-    assert two - one == 3 * 8 * 64 * 1024
+    assert two - one == ARMS * 8 * 64 * 1024
 
 
 def test_an_accelerator_is_computed_and_grows_with_arms(model, monkeypatch):
@@ -412,7 +413,7 @@ def test_the_command_prints_a_table_or_json(folder, text, tmp_path, fixed):
     assert found["price"] == pytest.approx(found["total_seconds"] * 2 / 3600)
     table = works(*words, "--k", 16, 32).out
     lines = {line.split("  ")[0]: line for line in table.splitlines()}
-    assert "38,750" in lines["rows"] and "6 × 1,024 latents" in lines["checkpoint"]
+    assert "38,750" in lines["rows"] and "10 × 1,024 latents" in lines["checkpoint"]
     assert "measured, 10,000 tokens/s" in lines["harvest"]
     assert "store: its " in table and not (tmp_path / "runs").exists()
     estimated = works(*words, "--device", "l4").out
