@@ -64,6 +64,7 @@ RESULT_PAGES = {
     "free-lengths": "free-lengths.md",
     "free-lengths-others": "free-lengths-sites.md",
     "free-lengths-rates": "free-lengths-rates.md",
+    "free-lengths-rates-gemma": "free-lengths-rates-gemma.md",
     "free-lengths-settings": "free-lengths-settings.md",
     "free-lengths-space": "free-lengths-space.md",
     "clean-rows": "free-lengths-settings.md",

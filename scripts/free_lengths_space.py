@@ -131,7 +131,7 @@ def _in_settings(key: str, read: Read) -> Iterator[str]:
             cells += [_mean([own[seed] for seed in shared if own], measure) for own in groups]
             cells.append(recovery.text_of(changes[measure].get(words), per_cent=measure == "kl"))
         rows.append([words, *cells])
-    for words, means in recovery.baselines_by_rows(key):
+    for words, _, means in recovery.baselines_by_rows(key):
         values = (f"{means[measure]:.3f}" for measure in _MEASURES)
         rows.append([words, *(cell for value in values for cell in (value, *"––––"))])
     yield markdown(rows)

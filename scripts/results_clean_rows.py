@@ -32,7 +32,7 @@ import results_recovery as recovery
 import torch
 import whitening_latents as latents
 from benchmarks import README, write_result
-from results_archive import archived, pack, unpack
+from results_archive import pack, unpack
 from results_baselines import FROZEN, raw_dimensions
 from results_recovery import PLACES, SEEDS, TEXT, K
 
@@ -408,7 +408,7 @@ _IN_SHORT = {
 def agreement_of_half_random(site: str) -> dict[str, float]:
     """Of the seeds of half-random dictionaries of SmolLM2, by label, from the archive."""
     key = next(k for k, one in PLACES.items() if str(one.site) == site and k.startswith("smollm2"))
-    found = archived(ARCHIVE).get(_latents(key).name, {}).get("agreement", {})
+    found = recovery.archived(ARCHIVE).get(_latents(key).name, {}).get("agreement", {})
     return {
         label: sum(pairs.values()) / len(pairs)
         for label in (FROZEN_DECODER, FROZEN_ENCODER)

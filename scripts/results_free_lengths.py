@@ -633,10 +633,10 @@ def in_settings(key: str) -> Iterator[str]:
         cells += [f"{means[label]['fvu']:.3f}" for label in means]
         cells += [f"{_mean_l0(records[setting], label, both):.1f}" for label in means]
         rows.append([words, str(len(both)), *cells])
-    for words, own in recovery.baselines_by_rows(key):
+    for words, seeds, own in recovery.baselines_by_rows(key):
         kl, recovered = (f"{own[measure]:.3f}" for measure in ("kl", "recovered"))
         last = (f"{100 * own['dead']:.1f}", "–", f"{own['fvu']:.3f}", "–", "–", "–")
-        rows.append([words, "1", kl, "–", "–", recovered, "–", "–", *last])
+        rows.append([words, str(seeds), kl, "–", "–", recovered, "–", "–", *last])
     yield f"### Trained otherwise: {PLACES[key].title}"
     yield markdown(rows)
     yield from _outcome(expected.OF_SETTINGS, key, settings)
@@ -734,9 +734,10 @@ def section_of_settings() -> str:
     return "\n\n".join([*parts, *(part for key in PLACES for part in along_decoder_rows(key))])
 
 
-def section_of_rates() -> str:
-    """The part of docs/results on learning rates."""
-    return "\n\n".join(part for key in (*BLOCKS_9, *OTHERS) for part in at_rates(key))
+def section_of_rates(model: str) -> str:
+    """The part of docs/results on learning rates, of one of the models."""
+    places = [key for key, where in PLACES.items() if where.model_key == model]
+    return "\n\n".join(part for key in places for part in at_rates(key))
 
 
 def section() -> str:
@@ -787,7 +788,8 @@ def main() -> None:
     plot_rows(IMAGES / "learning_curve_free_lengths.png")
     write_result("free-lengths", section())
     write_result("free-lengths-others", section_of_others())
-    write_result("free-lengths-rates", section_of_rates())
+    write_result("free-lengths-rates", section_of_rates("smollm2"))
+    write_result("free-lengths-rates-gemma", section_of_rates("gemma"))
     write_result("free-lengths-settings", section_of_settings())
     write_result("free-lengths-space", section_of_space())
 

@@ -20,6 +20,7 @@ the model's sensitivity, random weights, and the permuted matrix of whitening.
 import argparse
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -751,16 +752,17 @@ _ROWS_IN_WORDS = {
 }
 
 
-def baselines_by_rows(key: str) -> Iterator[tuple[str, dict[str, float]]]:
-    """What the baselines of a site are, untrained ones first, and after how many rows; means."""
+def baselines_by_rows(key: str) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """What the baselines of a site are, untrained ones first, and after how many rows; the number
+    of their seeds, and means."""
     shown: set[str] = set()
     for rows, words in _ROWS_IN_WORDS.items():
+        seeds = Counter(record["label"] for record in read_baselines(key, rows))
         for label, means in means_of_baselines(key, rows).items():
-            if "frozen" in label:
-                yield f"`{label}`, {words}", means
-            elif label not in shown:
-                shown.add(label)
-                yield f"`{label}`", means
+            name = f"`{label}`, {words}" if "frozen" in label else f"`{label}`"
+            if name not in shown:
+                shown.add(name)
+                yield name, seeds[label], means
 
 
 def read_baselines(key: str, trained: int | str, untrained: str = "raw") -> list[dict[str, Any]]:

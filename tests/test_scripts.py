@@ -118,8 +118,13 @@ def test_the_section_of_the_study_is_that_of_the_measurements(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_study
 
-    assert results_study.Study.read_all(results_study.WEIGHTS)
+    studies, baselines = (
+        results_study.Study.read_all(folder)
+        for folder in (results_study.WEIGHTS, results_study.OF_BASELINES.folder)
+    )
+    assert studies
     agree(written("study"), results_study.section())
+    agree(written("study table"), results_study.study_table(studies, baselines))
 
 
 def test_what_is_said_of_the_paper_is_that_of_the_measurements(monkeypatch):
@@ -141,7 +146,8 @@ def test_the_section_of_free_lengths_is_that_of_the_measurements(monkeypatch, tm
     monkeypatch.setattr(results_free_lengths, "RUN", tmp_path)
     agree(written("free-lengths"), results_free_lengths.section())
     agree(written("free-lengths-others"), results_free_lengths.section_of_others())
-    agree(written("free-lengths-rates"), results_free_lengths.section_of_rates())
+    agree(written("free-lengths-rates"), results_free_lengths.section_of_rates("smollm2"))
+    agree(written("free-lengths-rates-gemma"), results_free_lengths.section_of_rates("gemma"))
     agree(written("free-lengths-settings"), results_free_lengths.section_of_settings())
     agree(written("free-lengths-space"), results_free_lengths.section_of_space())
     for name, part in results_free_lengths.PARTS.items():
@@ -165,11 +171,37 @@ def test_the_section_of_clean_rows_is_that_of_the_measurements(monkeypatch, tmp_
     results_archive.unpack(results_clean_rows.ARCHIVE, tmp_path)
     monkeypatch.setattr(results_clean_rows, "RUN", tmp_path)
     agree(written("clean-rows"), results_clean_rows.section())
+    agree(written("clean-rows-latents"), results_clean_rows.in_short())
     for key, trained in results_clean_rows.TRAINED.items():
         found = results_clean_rows.read(key)
         for (rows, lengths), seeds in trained.items():
             for name in (results_clean_rows.PLAIN, results_clean_rows.WHITENED):
                 assert found[rows, lengths, name].keys() == set(seeds), (key, rows, lengths)
+
+
+def test_the_section_of_baselines_is_that_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_archive
+    import results_baselines
+    import results_free_lengths
+    import results_recovery
+
+    for script in (results_recovery, results_free_lengths):
+        results_archive.unpack(script.ARCHIVE, tmp_path / script.__name__)
+        monkeypatch.setattr(script, "RUN", tmp_path / script.__name__)
+    agree(written("baselines"), results_baselines.section())
+    raw, half_random = results_baselines.LABELS[:2], results_baselines.LABELS[2:]
+    for setting in results_baselines.SETTINGS:
+        for key in setting.places:
+            found = {
+                (record["label"], record["seed"])
+                for record in results_recovery.read_baselines(
+                    key, setting.folder, setting.raw_folder
+                )
+            }
+            wanted = {(label, 0) for label in raw}
+            wanted |= {(label, seed) for label in half_random for seed in setting.seeds(key)}
+            assert found == wanted, (setting.words, key)
 
 
 def test_the_section_of_recovery_is_that_of_the_measurements(monkeypatch, tmp_path):
