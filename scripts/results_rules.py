@@ -43,6 +43,7 @@ import torch
 from benchmarks import README, write_result
 from results_archive import pack, unpack
 from results_archive import read as archived
+from results_baselines import raw_dimensions
 from torch import Tensor
 
 from llm_wsae import Dictionary, Site, TrainConfig, train
@@ -231,7 +232,8 @@ class Idea:
     def is_made(self, key: str, seed: int) -> bool:
         """Whether it is trained at a place."""
         if seed in AGAIN:
-            return self.name in TRAINED_AGAIN
+            made = (*TRAINED_AGAIN, *(BASELINES if key == PLANTED else ()))
+            return self.name in made
         if self.name in CONTROLS_AGAIN or (key != PLANTED and self.name == HALFWAY_LEARNT):
             return False
         return not (self.as_today if key == PLANTED else self.only_planted)
@@ -239,6 +241,8 @@ class Idea:
 
 WHITENED = "whitening"
 HALF_RANDOM = {f"half random: {one}": f"frozen-{one}" for one in ("decoder", "encoder")}
+RAW = "raw dimensions"
+BASELINES = (*HALF_RANDOM, RAW)
 TODAY = "learnt slope, p = 1, free lengths, two million rows"
 HALFWAY_LEARNT = "learnt slope, p = 1/2"
 FOUR_TIMES, WHITENED_FOUR_TIMES = (f"{name}, four times the rows" for name in ("plain", WHITENED))
@@ -292,6 +296,7 @@ IDEAS = (
         settings=(("beta", 0.5), ("permuted", True)),
     ),
     Idea(WHITENED_FOUR_TIMES, "whitening", 0.5, "mixed", rows=4, only_planted=True),
+    Idea(RAW, only_planted=True),
 )
 """In this order: a control may need to know what became of the idea before it."""
 BESIDE = {
@@ -344,7 +349,7 @@ EXPECTED: tuple[tuple[str, str, str, float, float], ...] = (
 
 
 EXPECTED += tuple(  # what is recovered without learning it; written down last
-    (PLANTED, idea, "plain", -1, -0.5) for idea in HALF_RANDOM
+    (PLANTED, idea, "plain", -1, -0.5) for idea in BASELINES
 )
 EXPECTED += ((PLANTED, "tied, p = 1/2", FOUR_TIMES, 1, inf),)  # before this control was trained
 EXPECTED += ((PLANTED, WHITENED_FOUR_TIMES, FOUR_TIMES, 0.1, inf),)  # once that was known
@@ -540,7 +545,7 @@ def measure(key: str, path: str | None, ideas: Sequence[Idea]) -> None:
 
 
 def _measured(key: str, place: Place, idea: Idea, seed: int) -> dict[str, Any]:
-    weights = weights_of(idea, place.inputs, seed)
+    weights = weights_of(idea, place.inputs, seed)  # of raw dimensions, whose loss is plain
     arm = ArmConfig(weights, place.k, init_seed=seed, architecture=idea.architecture)
     folder = RUN / "trained" / f"{key}-{IDEAS.index(idea)}-s{seed}"
     how = place.config
@@ -548,7 +553,10 @@ def _measured(key: str, place: Place, idea: Idea, seed: int) -> dict[str, Any]:
     if idea.as_today:
         how = replace(how, tokens=free_lengths.ROWS, lengths="free")
     with torch.no_grad(), changed(idea, place.inputs, seed):
-        dictionary = train(place.source, [arm], how, folder)[arm.name]
+        if idea.name == RAW:
+            dictionary = raw_dimensions(place.inputs, place.source.site, place.k)
+        else:
+            dictionary = train(place.source, [arm], how, folder)[arm.name]
         if idea.change is not None and issubclass(idea.change, NormFree):
             dictionary.__class__ = DividingDictionary
             dictionary.kind = idea.change
@@ -614,6 +622,7 @@ def _value(record: dict[str, Any]) -> Value:
 def tables() -> Iterator[str]:
     """A table for each place, and what was expected."""
     outcomes = [["place", "expected", "measured", ""]]
+    names = sorted((one.name for one in IDEAS), key=lambda name: name in BASELINES)
 
     def expect(
         title: str, words: str, low: float, high: float, of: Sequence[dict[str, Any]],
@@ -634,11 +643,11 @@ def tables() -> Iterator[str]:
         if records:
             yield f"{title[0].upper()}{title[1:]}, {len({r['seed'] for r in records})} seeds:"
             records += [] if key == PLANTED else _four_times(key)
-            yield _table(records, [one.name for one in IDEAS], BESIDE, baselines)
+            yield _table(records, names, BESIDE, baselines)
             yield from _matched(records)
         if again:
             yield f"The same with fresh seeds, {AGAIN[0]} to {AGAIN[-1]}:"
-            yield _table(again, [one.name for one in IDEAS], BESIDE_AGAIN, baselines)
+            yield _table(again, names, BESIDE_AGAIN, baselines)
         for place, idea, other, low, high in EXPECTED:
             if place == key:
                 late = " (written after its first seed)" if (place, idea) in AFTER_ONE_SEED else ""
@@ -721,7 +730,7 @@ def _table(
 ) -> str:
     """Means over seeds, in the order of the names, beside whitening and each idea's controls; below
     them what is recovered without learning it."""
-    pairs = [(name, WHITENED) for name in names if name not in (WHITENED, *HALF_RANDOM)]
+    pairs = [(name, WHITENED) for name in names if name not in (WHITENED, *BASELINES)]
     pairs += [(idea, other) for idea, others in controls_of.items() for other in others]
     found = beside(records, pairs)
     rows = [["", "seeds", "recovered", "F1", "FVU", "KL", "L0", "dead %", "beside whitening",
