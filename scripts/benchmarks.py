@@ -53,7 +53,7 @@ _BENCHMARK_PAGES = {
     "long": "whole-job.md",
     "study": "whole-job.md",
 }
-# The page of docs/results on which a section stands.
+# The page on which a section stands, seen from docs/results.
 RESULT_PAGES = {
     "study table": "index.md",
     "paper": "index.md",
@@ -67,6 +67,8 @@ RESULT_PAGES = {
     "free-lengths-rates-gemma": "free-lengths-rates-gemma.md",
     "free-lengths-settings": "free-lengths-settings.md",
     "free-lengths-space": "free-lengths-space.md",
+    "what each brings": "../which-weights.md",
+    "what lasts": "../which-weights.md",
     "clean-rows": "free-lengths-settings.md",
     "clean-rows-latents": "free-lengths-settings.md",
     "planted": "planted-data.md",

@@ -35,6 +35,7 @@ _ROWS = (
     ("in the space, rate × 2, α = ¼", "twice-rate", f"whitening-a0.25-space-k{K}"),
     ("in the space, rate × 2, α = ¾", "twice-rate", f"whitening-a0.75-space-k{K}"),
     ("in the space, rate × 2, α = 1", "twice-rate", f"whitening-a1-space-k{K}"),
+    ("inverse variance, in the space, rate × 2", "twice-rate", expected.INVERSE_SPACE),
 )
 _SETTINGS = {
     "half a million rows": "half-million",

@@ -23,6 +23,7 @@ from typing import Any
 
 import free_lengths_expected as expected
 import free_lengths_space
+import free_lengths_summary
 import numpy as np
 import results_recovery as recovery
 import torch
@@ -249,6 +250,9 @@ PARTS = {
     "half-rates-random": Part((RANDOM,), tuple(PLACES), (0,), "half-rate", rate=0.5),
     "twice-rates-random": Part((RANDOM,), tuple(PLACES), (0,), "twice-rate", rate=2.0),
     "half-rates-fully": Part((FULLY,), ("gemma-14",), (0,), "half-rate", rate=0.5),
+    "inverse-space": Part(
+        (("variance", -0.5, SPACE, K),), BLOCKS_9, setting="twice-rate", rate=2.0
+    ),
     "twice-rates-fully": Part((FULLY,), ("gemma-14",), (0,), "twice-rate", rate=2.0),
 }
 """``fully`` was added where short trainings turned out to choose it, so that their regret can be
@@ -267,7 +271,8 @@ follows, which are controls with as many effective dimensions, learning rates of
 weightings and sites, random weights in the loss, the space with other architectures and
 powers; other rates at the sites beside blocks 9; and last of all the powers ⅛ and ⅜, of seed 0 at
 first, with other rates after blocks 9 alone; and other rates of the controls that had one, of
-`mixed` at further powers, and of what else had one rate: nothing has now. Some have one seed."""
+`mixed` at further powers, and of what else had one rate; and inverse variance as a space, of which
+a first pilot had made a claim. Some have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
@@ -792,6 +797,8 @@ def main() -> None:
     write_result("free-lengths-rates-gemma", section_of_rates("gemma"))
     write_result("free-lengths-settings", section_of_settings())
     write_result("free-lengths-space", section_of_space())
+    write_result("what each brings", free_lengths_summary.each(read))
+    write_result("what lasts", free_lengths_summary.lasting(read))
 
 
 if __name__ == "__main__":

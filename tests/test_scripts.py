@@ -150,6 +150,9 @@ def test_the_section_of_free_lengths_is_that_of_the_measurements(monkeypatch, tm
     agree(written("free-lengths-rates-gemma"), results_free_lengths.section_of_rates("gemma"))
     agree(written("free-lengths-settings"), results_free_lengths.section_of_settings())
     agree(written("free-lengths-space"), results_free_lengths.section_of_space())
+    summary, read = results_free_lengths.free_lengths_summary, results_free_lengths.read
+    agree(written("what each brings"), summary.each(read))
+    agree(written("what lasts"), summary.lasting(read))
     for name, part in results_free_lengths.PARTS.items():
         for key in part.places:
             measured = {
