@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
+from numbers import Real
 from pathlib import Path
 from types import UnionType
 from typing import IO, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -337,6 +338,8 @@ def check_number(
     A whole number is a count or a seed, so it is at least 0; any other is only of a size that can
     be worked with. NaN is no number.
     """
+    if not isinstance(value, Real):
+        raise UsageError(f"{name} is {value!r}, but must be a number")
     if least is None:
         least = 0 if isinstance(value, int) else -LARGEST_NUMBER
     if value < least:

@@ -431,7 +431,7 @@ def test_a_damaged_store_is_mended_by_the_same_harvest(world):
         (store / name).unlink()
     said = call("verify", store).err
     assert all(name in said for name in lost) and "run the same harvest again" in said
-    with pytest.raises(LlmWsaeError, match=r"is missing; delete it and run the same harvest \(or"):
+    with pytest.raises(LlmWsaeError, match=r"is missing; delete it, if it is there, and run"):
         ActivationStore.open(store).contexts(3)
     works("harvest", "--model", world / "model", "--corpus", world / "text.jsonl", *HARVEST,
           "--dtype", "float32", "--out", store)  # fmt: skip

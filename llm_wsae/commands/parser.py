@@ -109,6 +109,8 @@ def _sentence(event: Any, name: str, command: Callable[..., Result]) -> str | No
         case "BadValue" if event.reason == "too_few_values":
             return f"{_name(event.argument)} needs a value"
         case "InstantiationFailure" if event.argument is not None:
+            if _name(event.argument) == "--alpha" and "auto" in str(event.message):
+                return "--alpha auto is for `run` and `plan` alone; give a number"
             *_, last = str(event.message).splitlines()  # of several types: that of the value
             message = re.sub(r"^- <class '\w+'>: ", "", last)
             return f"{_name(event.argument)}: {message[:1].lower()}{message[1:]}"

@@ -18,7 +18,10 @@ TOKENS = "tokens"
 STATISTICS = "statistics.safetensors"
 ROWS_PER_CHECK = 128
 """Rows of a shard that share a CRC-32; the last of a shard may be fewer."""
-REPAIR = "delete it and run the same harvest (or merge) again, which rewrites what is missing"
+REPAIR = (
+    "delete it, if it is there, and run the same harvest (or merge) again, which rewrites what is "
+    "missing"
+)
 _CRC = np.dtype("<u4")
 _LARGEST = 2**53  # count of anything
 

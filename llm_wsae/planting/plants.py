@@ -71,7 +71,9 @@ def make_plants(
 
     ``token_counts`` says how many rows each token id has. The decoder rows of ``dictionary`` are a
     further stratum. Raises UsageError if the site has too few dimensions, the dictionary too few
-    latents or the rows too few tokens for that many plants; LlmWsaeError if the rows do not vary.
+    latents or the rows too few tokens for that many plants, or if the plants of a row are together
+    longer than the rows (root mean square, and median of the centred rows); LlmWsaeError if the
+    rows do not vary.
     """
     draw = np.random.default_rng((config.seed, 0))
     statistics.check_varying()
@@ -84,6 +86,7 @@ def make_plants(
     relative = np.tile(np.repeat(config.strengths, config.per_cell), len(strata))
     low, high = np.log([config.rarest, config.commonest])
     probability = np.exp(draw.uniform(low, high, count))
+    on_a_row = probability.copy()
     token = np.full(count, -1)
     tied = np.flatnonzero(_in_every_cell(config, len(strata)))
     ids = np.array(sorted(token_counts), dtype=np.int64)
@@ -96,7 +99,14 @@ def make_plants(
     for plant in tied.tolist():
         nearest = int(np.abs(np.log(share * ON_TOKEN / probability[plant])).argmin())
         token[plant], probability[plant] = ids[nearest], ON_TOKEN
+        on_a_row[plant] = ON_TOKEN * share[nearest]
         share[nearest] = np.inf  # another plant takes another token
+    together = _length_of_sum(directions.numpy(), relative, on_a_row)
+    if together > 1:
+        raise UsageError(
+            f"the plants of a row are together {together:.1f} times as long as the rows, and would "
+            "drown the stream; lower strengths, commonest or per-cell"
+        )
     return Plants(
         directions.float(),
         torch.from_numpy(relative * norm),
@@ -106,6 +116,13 @@ def make_plants(
         tuple(name for name in strata for _ in range(per_stratum)),
         config.seed,
     )
+
+
+def _length_of_sum(directions: np.ndarray, strength: np.ndarray, often: np.ndarray) -> float:
+    """Root mean square of ‖Σ_j b_j a_j v_j‖, where b_j is 1 with probability ``often``, on its own,
+    and a_j is ``strength``."""
+    mean = (often * strength) @ directions
+    return float(np.sqrt(mean @ mean + np.sum(often * (1 - often) * strength**2)))
 
 
 def _in_every_cell(config: PlantConfig, strata: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.reading import finite_tensor_of, tensor_of
 
 _CHUNK_ROWS = 4096
+_ROUNDING = 1e-3  # of the product of two standard deviations, far above that of ``update``
 
 
 class SecondMoment:
@@ -27,9 +28,11 @@ class SecondMoment:
 
     def update(self, rows: Float[Tensor, "rows d_in"]) -> "SecondMoment":
         """Add rows, if there are any. Returns self. Raises LlmWsaeError when they hold NaN or
-        infinity."""
+        infinity, or have another number of dimensions."""
         if not len(rows):  # which split would turn into one empty chunk
             return self
+        if rows.shape[-1] != len(self.mean):
+            raise LlmWsaeError(f"rows have {rows.shape[-1]} dimensions, not {len(self.mean)}")
         for chunk in rows.split(_CHUNK_ROWS):
             # Products of a chunk in float32, about its own mean, err by 1e-7 of the product of two
             # standard deviations, and chunks err independently; sums over chunks are exact.
@@ -77,7 +80,7 @@ class SecondMoment:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "SecondMoment":
         """The inverse of ``to_tensors``. Raises LlmWsaeError if these cannot be such sums: a tensor
-        is missing, has another shape, or is not finite."""
+        is missing, has another shape, is not finite, or is no matrix of such sums."""
         d_in = len(tensor_of(tensors, "mean", None))
         new = cls(d_in)
         new.count = int(tensor_of(tensors, "count", 1, counts=True))
@@ -85,6 +88,12 @@ class SecondMoment:
         new._scatter = finite_tensor_of(tensors, "scatter", d_in, d_in)
         if bool((new._scatter.diagonal() < 0).any()):
             raise LlmWsaeError("they have a negative variance")
+        deviations = new._scatter.diagonal().sqrt()
+        most = torch.outer(deviations, deviations) * (1 + _ROUNDING) + 1e-30
+        if bool((new._scatter.abs() > most).any()):
+            raise LlmWsaeError("they have a covariance that outgrows its variances")
+        if bool(((new._scatter - new._scatter.T).abs() > _ROUNDING * most).any()):
+            raise LlmWsaeError("their covariances are not symmetric")
         return new
 
 

@@ -189,8 +189,8 @@ def _check_explainable(config: StudyConfig, explainer: str | None) -> None:
     """Raises UsageError where no language model can explain latents of the study."""
     if config.plant or not config.keep_dictionaries:
         raise UsageError(
-            "latents are explained of dictionaries that are kept, and not of planted rows, which "
-            "have no text; keep the dictionaries, or plant nothing"
+            "only latents of dictionaries that are kept can be explained, and none of those "
+            "trained on planted rows, which have no text; keep the dictionaries, or plant nothing"
         )
     if not explainer:
         raise UsageError("name the language model that is to explain latents")

@@ -1,7 +1,7 @@
 """Settings: how scores become weights, where these act, what is measured. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from llm_wsae.errors import UsageError
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER
@@ -36,6 +36,10 @@ class WeightConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        for name, allowed in (("place", get_args(Place)), ("form", get_args(Form))):
+            if getattr(self, name) not in allowed:
+                words = ", ".join(allowed[:-1]) + f" or {allowed[-1]}"
+                raise UsageError(f"{name} must be {words}, not {getattr(self, name)!r}")
         if self.clip is not None and self.clip < 1:
             raise UsageError(f"clip must be a factor of at least 1, not {self.clip:g}")
         if not 0 <= self.anneal <= 1:

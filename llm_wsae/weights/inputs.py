@@ -37,9 +37,15 @@ class RuleInputs:
     def covariance(self) -> Float[Tensor, "d_in d_in"]:
         """The covariance of all usual rows, shrunk, float64.
 
-        Raises LlmWsaeError if there are fewer rows than dimensions.
+        Raises LlmWsaeError if there are fewer rows than dimensions, or as many dimensions as the
+        statistics do not have.
         """
         assert self.second_moment is not None
+        if (width := len(self.second_moment.mean)) != self.statistics.d_in:
+            raise LlmWsaeError(
+                f"the covariance is of {width:,} dimensions and the statistics of "
+                f"{self.statistics.d_in:,}; measure both at the same site"
+            )
         check_rows_of_covariance(self.second_moment.count, self.statistics.d_in)
         return self.second_moment.covariance()
 

@@ -70,7 +70,7 @@ def _weights_profile(weights: LossWeights, statistics: Statistics) -> dict[str, 
 
 _NO_FORECAST = (
     "no number here predicts what whitening gains (measured at five sites of two models); "
-    "run --alpha auto tries it"
+    "`llm-wsae run --alpha auto` tries it"
 )
 
 
@@ -97,10 +97,10 @@ def profile_text(facts: dict[str, Any]) -> str:
             f"{weights['gamma_min']:>10.3g}{weights['gamma_max']:>9.3g}   {largest}"
         )
     if constant := facts["constant_dimensions"]:
-        are = "dimensions are" if len(constant) > 1 else "dimension is"
+        are, their = ("dimensions are", "their") if len(constant) > 1 else ("dimension is", "its")
         lines.append(
             f"warning: {len(constant)} {are} constant ({_first(constant)}), so there is nothing "
-            "to explain there; whitening takes their variance as a small number above 0"
+            f"to explain there; whitening takes {their} variance as a small number above 0"
         )
     lines += [f"warning: {w['warning']}" for w in facts["weights"] if w["warning"]]
     lines.append(_NO_FORECAST)

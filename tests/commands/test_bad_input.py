@@ -224,6 +224,11 @@ MISTAKES = {
         (*WEIGHING, "--rule", "whitening", "--alpha", "nan"),
         ["alpha is nan, but must be a number"],
     ),
+    "an exponent that only a run can choose": (
+        2,
+        (*WEIGHING, "--rule", "whitening", "--alpha", "auto"),
+        ["--alpha auto is for `run` and `plan` alone; give a number"],
+    ),
     "rows too few to whiten": (
         1,
         ("weigh", "few", "--site", SITE, "--rule", "whitening"),

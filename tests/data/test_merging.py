@@ -428,7 +428,7 @@ def test_a_damaged_store_is_refused_and_after_its_repair_the_merge_goes_on(
     path = bad / str(SITES[1]) / "00002.safetensors"
     good = path.read_bytes()
     path.write_bytes(good[:-1])
-    way_out = r"delete it and run the same harvest \(or merge\) again"
+    way_out = r"delete it, if it is there, and run the same harvest \(or merge\) again"
     with pytest.raises(LlmWsaeError, match=rf"00002\.safetensors is truncated.*; {way_out}"):
         merge([stores[0], bad, stores[2]], out)
     path.unlink()

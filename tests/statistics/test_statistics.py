@@ -25,6 +25,7 @@ from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 from llm_wsae.statistics.uncertainty import holm
 from llm_wsae.weights.config import MOST_TEXTS
+from llm_wsae.weights.inputs import RuleInputs
 
 
 def rows_of(n, d=5, seed=0, dtype=torch.float64):
@@ -351,17 +352,25 @@ def summed(parts):
 
 def test_tensors_that_cannot_be_sums():
     whole = SecondMoment(5).update(rows_of(200)).to_tensors()
+    ones = 1e9 * (1 - torch.eye(5, dtype=torch.float64))
     for changes, sentence in (
         ({"mean": whole["mean"][:4]}, r"their tensor 'scatter' is float64 of shape \[5, 5\]"),
         ({"scatter": whole["scatter"][:4]}, r"their tensor 'scatter' is float64 of shape \[4, 5\]"),
         ({"scatter": whole["scatter"] / 0}, "their tensor 'scatter' holds NaN or infinite"),
         ({"scatter": -whole["scatter"]}, "they have a negative variance"),
+        ({"scatter": whole["scatter"].triu()}, "their covariances are not symmetric"),
+        ({"scatter": whole["scatter"] + ones}, "a covariance that outgrows its variances"),
         ({"mean": whole["mean"] * torch.nan}, "their tensor 'mean' holds NaN"),
         ({"count": whole["count"].repeat(2)}, r"their tensor 'count' is int64 of shape \[2\]"),
         ({"count": -whole["count"]}, "their tensor 'count' has a negative count"),
     ):
         with pytest.raises(LlmWsaeError, match=sentence):
             SecondMoment.from_tensors(whole | changes)
+    with pytest.raises(LlmWsaeError, match="rows have 4 dimensions, not 5"):
+        SecondMoment(5).update(rows_of(200)[:, :4])
+    other = RuleInputs(Statistics(4, 32), second_moment=SecondMoment(5).update(rows_of(200)))
+    with pytest.raises(LlmWsaeError, match="covariance is of 5 dimensions and the statistics of 4"):
+        _ = other.covariance
     with pytest.raises(LlmWsaeError, match="they lack the tensor 'scatter'"):
         SecondMoment.from_tensors({name: whole[name] for name in ("count", "mean")})
 

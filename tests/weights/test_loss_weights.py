@@ -35,6 +35,14 @@ def test_weight_settings_that_cannot_be():
     ]:
         with pytest.raises(UsageError, match=sentence):
             WeightConfig(**settings)
+    for name, value, sentence in (  # which the tests' own type checks would refuse before
+        ("place", "Space", "place must be auto, loss, space or mixed, not 'Space'"),
+        ("form", "matrx", "form must be auto, diagonal or matrix, not 'matrx'"),
+    ):
+        config = WeightConfig()
+        object.__setattr__(config, name, value)
+        with pytest.raises(UsageError, match=sentence):
+            config.__post_init__()
     WeightConfig(place="space", clip=1.0, anneal=0.0, draw=0)
     WeightConfig(anneal=1.0)
 
