@@ -25,7 +25,7 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.evaluation.activations import Context, check_scored, take_contexts
-from llm_wsae.evaluation.baselines import with_raw_dimensions
+from llm_wsae.evaluation.baselines import RAW, half_random_beside, with_raw_dimensions
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
@@ -366,10 +366,13 @@ def _weights(
 
 
 def _save_metrics(folder: Path, dictionaries: Mapping[str, Dictionary], report: Report) -> None:
-    """Store each dictionary's measurements in its own folder, so that they travel with it."""
+    """Store each dictionary's measurements in its own folder, so that they travel with it, and
+    those of the baselines beside it."""
     summaries = report.summaries()
     for name, dictionary in dictionaries.items():
-        found = {"fidelity": summaries[name]}
+        beside = {RAW: RAW} | half_random_beside(dictionary, dictionaries)
+        baselines = {label: {"fidelity": summaries[other]} for label, other in beside.items()}
+        found = {"fidelity": summaries[name], "baselines": baselines}
         keep_measurements(folder / name, found)
         metrics = {**dictionary.info.metrics, **found}
         dictionary.info = dataclasses.replace(dictionary.info, metrics=metrics)

@@ -31,7 +31,7 @@ def evaluate(
     out: Path,
     part: Part = "heldout",
     monosemantic: Flag = False,
-    baselines: Flag = False,
+    baselines: bool = True,
     keep: Flag = False,
     fidelity: Flat[EvaluateConfig] = EvaluateConfig(),  # noqa: B008 - frozen
     score: Prefixed[ScoreOptionsOfEvaluate] = ScoreOptionsOfEvaluate(),  # noqa: B008 - frozen
@@ -44,16 +44,16 @@ def evaluate(
         part: Which documents to read: those for training, those held out, or all.
         monosemantic: Also measure how monosemantic the latents are, with a sentence encoder.
         baselines: Also measure what learnt nothing: the dimensions themselves, and a random
-            dictionary.
+            dictionary; what others win should be more.
         keep: Also store the results in the dictionaries' own folders, for their cards, with those
-            of the baselines measured beside them (--baselines, and half-random dictionaries).
+            of the baselines measured beside them, half-random dictionaries included.
     """
     from llm_wsae.data.corpus import TEXT_OF_PART, Corpus
     from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
     from llm_wsae.evaluation.activations import take_contexts
-    from llm_wsae.evaluation.baselines import HALF_RANDOM, baselines_of
+    from llm_wsae.evaluation.baselines import baselines_of, half_random_beside
     from llm_wsae.evaluation.checks import common_packing, notes_on_text
     from llm_wsae.evaluation.fidelity.evaluator import evaluate as measure
     from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
@@ -94,17 +94,15 @@ def evaluate(
             found[name]["monosemanticity"] = card_numbers(scores, name)
     asked = {"dictionaries": list(folders.values()), "corpus": corpus.corpus, "part": part}
     write_json(out, {"command": "evaluate", **plain(asked), "versions": versions(), **facts})
-    labels = {name: one.info.name for name, one in measured.items() if name not in loaded}
-    for name, one in loaded.items():
-        if label := HALF_RANDOM.get(str(one.info.training.get("architecture"))):
-            labels[name] = label
     for name, folder in folders.items() if keep else ():
+        site = loaded[name].site
         beside = {
-            label: found[other]
-            for other, label in labels.items()
-            if measured[other].site == loaded[name].site
-        }
-        keep_measurements(folder, {**found[name], "baselines": beside})
+            one.info.name: other
+            for other, one in measured.items()
+            if other not in loaded and one.site == site
+        } | half_random_beside(loaded[name], loaded)
+        numbers = {label: found[other] for label, other in beside.items()}
+        keep_measurements(folder, {**found[name], "baselines": numbers})
     return facts, "\n\n".join([*tables, f"report  {out}"])
 
 

@@ -27,6 +27,20 @@ HALF_RANDOM = {"frozen-decoder": "frozen decoder", "frozen-encoder": "frozen enc
 """What the baselines of which one half is trained are called in tables, by their architecture."""
 
 
+def half_random_beside(one: Dictionary, among: Mapping[str, Dictionary]) -> dict[str, str]:
+    """What the half-random dictionaries of its site are called → their names; of several, that of
+    its own k."""
+    found: dict[str, str] = {}
+    for name, other in among.items():
+        training = other.info.training
+        label = HALF_RANDOM.get(str(training.get("architecture")))
+        if label is None or other.site != one.site:
+            continue
+        if label not in found or training.get("k") == one.info.training.get("k"):
+            found[label] = name
+    return found
+
+
 def frozen_random(
     like: Dictionary, mean: Float[Tensor, " d_in"], l0: float, seed: int
 ) -> Dictionary:

@@ -92,6 +92,12 @@ def nearest(
     return torch.cat(indices), torch.cat(cosines)
 
 
+def _known(fidelity: Mapping[str, Any]) -> list[float]:
+    """The numbers of ``_FIDELITY``, if all of them are there."""
+    values = [number(fidelity.get(key)) for key in _FIDELITY]
+    return [] if None in values else [value for value in values if value is not None]
+
+
 def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
     """What the overview says of a dictionary: titles, and lines of name, value and meaning."""
     info = dictionary.info
@@ -99,6 +105,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
     weights = "none" if info.rule == "uniform" else f"{info.rule}, α = {info.alpha:g}"
     weights += {"space": ", as a space", "mixed": ", mixed"}.get(str(info.weights.get("place")), "")
     alive = max(found.rows_seen, 1)
+    titles = ", ".join(title for title, _ in _FIDELITY.values())
     groups = {
         "What it is": [
             ("model", printable(str(info.model.get("name", "not known"))), ""),
@@ -121,6 +128,11 @@ def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
             (title, with_interval(value, pair(fidelity.get(f"{key}_interval"))), meaning)
             for key, (title, meaning) in _FIDELITY.items()
             if (value := number(fidelity.get(key))) is not None
+        ],
+        "What learnt nothing, or one half, has there": [
+            (printable(str(label)), ", ".join(f"{one:.3f}" for one in values), titles)
+            for label, own in mapping(info.metrics.get("baselines")).items()
+            if (values := _known(mapping(mapping(own).get("fidelity"))))
         ],
         "Monosemanticity on held-out text": [
             (printable(key.replace("_", " ")), text, MEASURES.get(key, ""))

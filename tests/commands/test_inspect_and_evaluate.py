@@ -250,7 +250,8 @@ def test_latents_are_scored_beside_fidelity(words, tmp_path, world):
     report = json.loads((tmp_path / "report.json").read_text())
     assert result.json.items() <= report.items() and report["command"] == "evaluate"
     found = result.json["monosemanticity"]
-    assert 3000 <= found["num_rows"] < 3015 and list(found["dictionaries"]) == list(NAMES)
+    rows = [*NAMES, "raw dimensions", "frozen random"]
+    assert 3000 <= found["num_rows"] < 3015 and list(found["dictionaries"]) == rows
     assert found["config"]["bootstraps"] == 50 and found["config"]["tokens"] == 3000
     assert {"number"} <= found["sites"][found["dictionaries"][NAMES[0]]["site"]]["families"].keys()
     scores = found["dictionaries"][NAMES[0]]
@@ -272,7 +273,7 @@ def test_latents_are_scored_beside_fidelity(words, tmp_path, world):
 
 def test_what_learnt_nothing_has_rows_of_its_own(words, tmp_path):
     before = {name: content(tmp_path / name) for name in NAMES}
-    more = ("--baselines", "--monosemantic", "--score.tokens", 1500, "--keep", "--json")
+    more = ("--monosemantic", "--score.tokens", 1500, "--keep", "--json")
     words[words.index("all")] = "heldout"
     found = works(*words, *more).json
     rows = [*NAMES, "raw dimensions", "frozen random"]
@@ -289,7 +290,7 @@ def test_what_learnt_nothing_has_rows_of_its_own(words, tmp_path):
             assert own["fidelity"]["kl"] == found["dictionaries"][row]["kl"]
             scores = found["monosemanticity"]["dictionaries"][row]["latents"]
             assert own["monosemanticity"]["purity"]["value"] == scores["purity"]["mean"]
-    works(*words, "--keep")  # another measurement, without them
+    works(*words, "--keep", "--no-baselines")  # another measurement, without them
     assert Dictionary.load(tmp_path / NAMES[0]).info.metrics["baselines"] == {}
 
 
@@ -304,7 +305,7 @@ def test_half_random_dictionaries_are_kept_beside_the_others(words, world, tmp_p
               "frozen encoder": "uniform-frozen-encoder-k4"}  # fmt: skip
     for folder in (*(tmp_path / name for name in NAMES), *names.values()):
         kept = Dictionary.load(folder).info.metrics["baselines"]
-        assert kept.keys() == labels.keys()
+        assert kept.keys() == {*labels, "raw dimensions", "frozen random"}
         for label, name in labels.items():
             assert kept[label]["fidelity"]["kl"] == found["dictionaries"][name]["kl"]
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from small_dictionaries import make_dictionary
 
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
-from llm_wsae.evaluation.baselines import signed_axes
+from llm_wsae.evaluation.baselines import half_random_beside, signed_axes
 
 D_IN = 6
 INFO = DictionaryInfo("blocks.1.hook_resid_post", massive_threshold=50.0)
@@ -38,3 +39,20 @@ def test_the_largest_deviations_are_active():
     away = ((x - x.mean(0)) / x.std(0)).abs()
     active = two.encode(x) > 0
     assert torch.equal((active[:, :D_IN] | active[:, D_IN:]), away >= away.topk(2).values[:, 1:])
+
+
+def test_a_half_random_dictionary_of_the_same_k_stands_beside():
+    def made(architecture: str, k: int, site: str = "blocks.1.hook_resid_post"):
+        return make_dictionary(site=site, training={"architecture": architecture, "k": k})
+
+    among = {
+        "a": made("frozen-decoder", 2),
+        "b": made("frozen-decoder", 4),
+        "c": made("frozen-decoder", 8),
+        "d": made("frozen-encoder", 8),
+        "e": made("frozen-encoder", 4, "blocks.2.hook_resid_post"),
+        "plain": made("topk", 4),
+    }
+    for k, names in ((2, "ad"), (4, "bd"), (8, "cd"), (16, "ad")):
+        beside = half_random_beside(made("topk", k), among)
+        assert beside == dict(zip(("frozen decoder", "frozen encoder"), names, strict=True))

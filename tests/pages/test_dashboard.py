@@ -235,6 +235,10 @@ def test_the_card_shows_what_was_measured():
     metrics = {
         "fidelity": {"fvu": 0.1234, "kl": 0.2, "kl_interval": [0.19, 0.21], "ce_recovered": "much"},
         "monosemanticity": {"purity": {"value": 0.6, "interval": [0.5, 0.7], "control": 0.1}},
+        "baselines": {
+            "raw dimensions": {"fidelity": {"fvu": 0.6, "ce_recovered": 0.5, "kl": 2.5}},
+            "frozen decoder": {"fidelity": {"fvu": 0.6, "ce_recovered": "much"}},
+        },
     }
     dictionary = make_dictionary(metrics=metrics)
     number, none = torch.zeros(80, dtype=torch.long), torch.zeros(80, 0)
@@ -244,6 +248,8 @@ def test_the_card_shows_what_was_measured():
     assert [line[:2] for line in groups["Fidelity on held-out text"]] == [
         ("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]"),
     ]  # fmt: skip
+    beside = groups["What learnt nothing, or one half, has there"]
+    assert beside == [("raw dimensions", "0.600, 0.500, 2.500", "FVU, CE recovered, KL")]
     ((name, value, meaning),) = groups["Monosemanticity on held-out text"]
     assert (name, value) == ("purity", "0.600 [0.500, 0.700] (control 0.100)")
     assert "random contexts" in meaning

@@ -371,9 +371,7 @@ def test_what_cannot_be_planted_is_refused_in_a_sentence(store, tmp_path):
         with pytest.raises(UsageError, match=sentence):
             PlantConfig(**wrong)
     often = replace(CONFIG, strengths=(1.0,), rarest=0.9, commonest=0.99)
-    with pytest.raises(
-        UsageError, match=r"together \d+\.\d times as long as the rows"
-    ):
+    with pytest.raises(UsageError, match=r"together \d+\.\d times as long as the rows"):
         PlantedSource(store, SITE, often)
     few = ActivationStore.open(store.folder)
     few.num_rows = 3 * CHUNK_ROWS - 1
