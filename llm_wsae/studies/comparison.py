@@ -36,6 +36,7 @@ from llm_wsae.studies.stopping import spent
 BETTER = "better"
 NO_BETTER_THAN_CONTROL = "no better than its control"
 UNCONTROLLED = "better, uncontrolled"
+LOOKED_AGAIN = "not decided"
 INDISTINGUISHABLE = "indistinguishable"
 MIXED = "mixed"
 WORSE = "worse"
@@ -49,6 +50,10 @@ VERDICTS = {
         "better than the plain curve at equal CE, but no better than its control"
     ),
     UNCONTROLLED: "better than the plain curve at equal CE, but its control cannot be compared",
+    LOOKED_AGAIN: (
+        "not decided: better than the plain curve at equal CE and than its control, but it or the "
+        "curve was given more k after a report on as many seeds; more seeds decide"
+    ),
     INDISTINGUISHABLE: "indistinguishable from the plain curve at equal CE",
     MIXED: "better than the plain curve at equal CE in one measure, worse in the other",
     WORSE: "worse than the plain curve at equal CE",
@@ -120,9 +125,10 @@ class Compared:
         return self.verdict == CONTROL
 
 
-def compare(results: Sequence[Result]) -> list[Compared]:
+def compare(results: Sequence[Result], looked_again: Collection[str] = ()) -> list[Compared]:
     """Every label except the plain one and baselines, in the order of the results, with its
-    verdict."""
+    verdict. None of ``looked_again``, which were given more k after a look (``stopping.k_added``),
+    is called better; if the plain one was, none at all."""
     curves, groups = _curves(results), _groups(results)
     comparable = {label: _comparable(group, curves) for label, group in groups.items()}
     beside = {
@@ -139,6 +145,8 @@ def compare(results: Sequence[Result]) -> list[Compared]:
     for label, group in groups.items():
         own, theirs = corrected.get(label, {}), of_control.get(label, {})
         verdict = verdict_of(effects[label], own, against.get(label, {}), theirs)
+        if verdict == BETTER and {label, PLAIN} & {*looked_again}:
+            verdict = LOOKED_AGAIN
         seeds = tuple(sorted({r.point.seed for r in group}))
         if not comparable[label]:
             verdict = OUTSIDE

@@ -1,6 +1,6 @@
 """The report of a study: verdicts, tables, JSON, figures, and a page of all of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ _MANY_SEEDS = (
 )
 _MORE_K = (
     "{} had been reported on with other k and as many seeds: the verdict's 5 % cover one look at "
-    "each number of seeds."
+    "each number of seeds, so nothing that this concerns is called better."
 )
 _PW_MCC = (
     "PW-MCC: how similar the decoders of different seeds are, latents matched one to one, for the "
@@ -131,15 +131,15 @@ class StudyReport:
         agreements: Agreements | None = None,
     ) -> "StudyReport":
         """Compare finished dictionaries, in any order."""
-        ordered = _ordered(results)
+        ordered, again = _ordered(results), basis.get("k_added") or ()
         return cls(
             site,
             basis,
             ordered,
-            compare(ordered),
-            _compare_at_equal(ordered, lambda result: result.kl),
-            _compare_at_equal(ordered, lambda result: result.density),
-            _compare_at_equal(ordered, lambda result: result.fvu),
+            compare(ordered, again),
+            _compare_at_equal(ordered, again, lambda result: result.kl),
+            _compare_at_equal(ordered, again, lambda result: result.density),
+            _compare_at_equal(ordered, again, lambda result: result.fvu),
             curve_against_itself(ordered),
             agreements or {},
         )
@@ -365,9 +365,12 @@ class StudyReport:
         return "; ".join(numbers)
 
 
-def _compare_at_equal(results: Sequence[Result], cost: Callable[[Result], float]) -> list[Compared]:
+def _compare_at_equal(
+    results: Sequence[Result], looked_again: Collection[str], cost: Callable[[Result], float]
+) -> list[Compared]:
     """The comparison at an equal cost other than cross-entropy."""
-    return compare([replace(r, point=replace(r.point, increase=cost(r))) for r in results])
+    changed = [replace(r, point=replace(r.point, increase=cost(r))) for r in results]
+    return compare(changed, looked_again)
 
 
 def _ordered(results: Sequence[Result]) -> list[Result]:

@@ -7,8 +7,8 @@ most for five. Their sum is 5 %, so by Boole's inequality any path through the l
 that often, whatever the distribution and whatever Holm's correction makes of it.
 
 Seeds alone are counted. A rule or a plain curve that is given more k is looked at once more on the
-same seeds, and among five k each shows another value of the same difference: reports say so, too
-(``k_added``).
+same seeds, and among five k each shows another value of the same difference: until there are more
+seeds it is not called better (``k_added``).
 
 More than five seeds are judged as five are, each time that they are looked at. So the 5 % hold of
 them only if all were decided on beforehand and are looked at once, in the place of a look at five;
@@ -49,10 +49,12 @@ def look_at(results: Sequence[Result]) -> Look:
 
 
 def k_added(looks: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Labels that were given more k after a report, and looked at again on as many seeds."""
+    """Labels that were given more k after a report, and looked at again on as many seeds: on those
+    of the last look, for another number of seeds has an error of its own."""
     seen: dict[tuple[str, int], set[tuple[int, ...]]] = {}
+    last: dict[str, int] = {}
     for look in looks:
         for label, own in look.items():
-            seen.setdefault((label, len(own["seeds"])), set()).add(tuple(own["ks"]))
-    again = (label for (label, seeds), ks in seen.items() if seeds > 1 and len(ks) > 1)
-    return list(dict.fromkeys(again))
+            last[label] = len(own["seeds"])
+            seen.setdefault((label, last[label]), set()).add(tuple(own["ks"]))
+    return [label for label, seeds in last.items() if seeds > 1 and len(seen[label, seeds]) > 1]

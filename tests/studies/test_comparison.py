@@ -42,6 +42,20 @@ def test_what_is_planted_is_found():
         assert control.label == "permuted-variance-a0.5" and control.adjusted == {}
 
 
+def test_what_was_given_more_k_after_a_look_is_not_called_better():
+    for options, usual in (({"effect": 0.03}, v.BETTER), ({"effect": -0.03}, v.WORSE)):
+        made = Made()
+        results = made.curve() + made.rule(**options)
+        decided = v.LOOKED_AGAIN if usual == v.BETTER else usual
+        for again, expected in (
+            (["another"], usual), (["variance-a0.5"], decided), (["uniform"], decided)
+        ):  # fmt: skip
+            found = {one.label: one.verdict for one in compare(results, again)}
+            assert found["variance-a0.5"] == expected
+            report = StudyReport.of("blocks.1.hook_resid_post", {"k_added": again}, results)
+            assert report.compared[0].verdict == expected
+
+
 def test_where_spill_is_measured_it_decides_in_place_of_selectivity():
     seeds = range(5)
     for options, expected in (

@@ -63,6 +63,8 @@ def test_what_was_given_more_k_on_the_same_seeds():
     assert k_added([first, look(uniform=([24, 32], 5), rule=([24, 32], 5))]) == []  # a new share
     assert k_added([first, first | look(rule=([24, 32], 3))]) == ["rule"]
     assert k_added([first, first | look(uniform=([16, 24, 32], 3))]) == ["uniform"]
+    more = [first, first | look(rule=([24, 32], 3)), look(rule=([24, 32], 5))]
+    assert k_added(more) == []  # five seeds have not been looked at before
     assert k_added([look(rule=([32], 1)), look(rule=([24, 32], 1))]) == []  # one seed has no p
 
 
