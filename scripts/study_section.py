@@ -191,11 +191,13 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
 
 
 def _consistency(site: str, study: Study) -> str:
-    """PW-MCC of every kind of dictionary; below, of those of which one half stays random."""
+    """PW-MCC of every kind of dictionary; below, where the study has none, of those of which one
+    half stays random."""
     found = study.report.agreements
+    without = not any("baseline" in label for label, _ in found)
     rows = [["weights", "k", "PW-MCC"]]
     rows += [[f"`{label}`", str(k), f"{one.pw_mcc:.4f}"] for (label, k), one in found.items()]
-    for label, pw_mcc in clean_rows.agreement_of_half_random(site).items():
+    for label, pw_mcc in clean_rows.agreement_of_half_random(site).items() if without else ():
         rows.append([f"`{label}`", str(K), f"{pw_mcc:.4f}"])
     return markdown(rows)
 

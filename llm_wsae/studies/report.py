@@ -19,6 +19,7 @@ from llm_wsae.studies.comparison import (
 )
 from llm_wsae.studies.consistency import Agreements
 from llm_wsae.studies.figures import figures_of_page, plot_curve, plot_differences
+from llm_wsae.studies.first import needs_first
 from llm_wsae.studies.inference import Estimate
 from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.report_tables import (
@@ -69,6 +70,10 @@ _IS_IT_FINE = (
 _AFTER_FIRST = (
     "{} and their controls were trained on half of the rows, with weights of a first dictionary of "
     "the same seed that was trained on half as well: as many rows in all as for a plain one."
+)
+_FIRST_GIVEN = (
+    "{} took weights from a first dictionary that was given, one for all seeds: the rows that it "
+    "was trained on are not counted, and plain dictionaries lacked them."
 )
 _QUESTION = "Is a dictionary with weights better than a plain one of the same fidelity?"
 _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family of concepts."
@@ -311,10 +316,12 @@ class StudyReport:
     def _how_to_read(self) -> str:
         _, second = self.deciding
         words = _HOW_TO_READ.format(second, "" if second == "spill" else _WITHOUT_SPILL)
-        halved = sorted({r.label for r in self.results if r.share < 1 and r.is_claim})
-        if not halved:
-            return words
-        return f"{words} {_AFTER_FIRST.format(', '.join(halved))}"
+        claims = [r for r in self.results if r.is_claim]
+        halved = {r.label for r in claims if r.share < 1}
+        given = {r.label for r in claims if r.share == 1 and needs_first([r.rule])}
+        for said, labels in ((_AFTER_FIRST, halved), (_FIRST_GIVEN, given)):
+            words += f" {said.format(', '.join(sorted(labels)))}" if labels else ""
+        return words
 
     def _differences(self, everything: bool = False) -> Rows:
         others = self.at_equal_kl, self.at_equal_density

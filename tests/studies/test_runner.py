@@ -33,6 +33,7 @@ from llm_wsae.studies import consistency, first, jobs, runner
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.folder import read_report
 from llm_wsae.studies.plan import baselines, plan
+from llm_wsae.studies.report import StudyReport
 from llm_wsae.studies.report_tables import planted_rows, strata_rows
 from llm_wsae.studies.results import read_result
 from llm_wsae.training.config import TrainConfig
@@ -163,6 +164,10 @@ def test_a_rule_that_needs_a_first_dictionary_costs_as_many_rows_as_a_plain_one(
     given = Dictionary.load(out / "first/s0/uniform-k4-s1000")
     with pytest.raises(LlmWsaeError, match="another first dictionary"):
         study(out, config, dictionary=given)
+    all_rows = [replace(r, share=1.0) for r in report.results]
+    said = StudyReport.of(report.site, report.basis, all_rows).markdown()
+    assert "gap-a0.5 took weights from a first dictionary that was given" in said
+    assert "that was given" not in report.markdown()
 
 
 def test_a_study_that_was_stopped_at_a_first_dictionary_goes_on(study, tmp_path, monkeypatch):
