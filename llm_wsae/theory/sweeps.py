@@ -79,8 +79,8 @@ class PointSummary:
     """By arm and measure: its mean."""
     changes: dict[str, Change]
     """By arm: change of L_GT from plain, paired, in per cent of plain's mean."""
-    untrained: dict[str, float]
-    """By dictionary (``UNTRAINED``): mean of L_GT."""
+    untrained: dict[str, dict[str, float]]
+    """By dictionary (``UNTRAINED``) and measure: its mean."""
 
 
 def summarise_point(
@@ -102,7 +102,8 @@ def summarise_point(
             if a != PLAIN
         },
         untrained={
-            one: float(np.mean([unit[one]["l_gt"] for unit in without])) for one in UNTRAINED
+            one: {m: float(np.mean([unit[one][m] for unit in without])) for m in MEASURES}
+            for one in UNTRAINED
         },
     )
 
@@ -127,12 +128,16 @@ def sweep_table(name: str, points: Mapping[str, PointSummary]) -> Titled:
                 change_text(plain["recovered"], ".2f"),
                 change_text(plain["features_per_latent"], ".1f"),
                 *(change_text(summary.changes[arm], "+.1f") for arm in weighted),
-                *(f"{summary.untrained[one]:.3f}" for one in UNTRAINED),
+                *(f"{summary.untrained[one]['l_gt']:.3f}" for one in UNTRAINED),
             ]
         )
+    learnt_nothing = [own for summary in points.values() for own in summary.untrained.values()]
+    most = max(own["recovered"] for own in learnt_nothing)
+    shared = [own["features_per_latent"] for own in learnt_nothing]
     title = (
         f"{name}: {sweep.why}.\n"
-        "L_GT of plain, its change by weights in %, and what nobody trained has; "
-        "W_p > ½: share of features with a longer column"
+        "L_GT of plain, its change by weights in %, and of what nobody trained (recovered "
+        f"≤ {most:.2f}; features/latent {min(shared):.1f} to {max(shared):.1f}); "
+        "W_p > ½: share with a longer column"
     )
     return title, rows

@@ -279,10 +279,10 @@ def test_a_sweep_is_measured_at_every_point(tmp_path, monkeypatch):
         change
     )
     untrained = report.sweeps["conditions-digons"]["met"].untrained
-    assert met["l_gt"].mean < untrained["random directions"] < 1
+    assert met["l_gt"].mean < untrained["random directions"]["l_gt"] < 1
     without = [json.loads(p.read_text()) for p in (tmp_path / "units").glob("untrained-*-met-*")]
     raw = [unit["result"]["raw dimensions"]["l_gt"] for unit in without]
-    assert untrained["raw dimensions"] == pytest.approx(np.mean(raw)) and len(raw) == 2
+    assert untrained["raw dimensions"]["l_gt"] == pytest.approx(np.mean(raw)) and len(raw) == 2
     assert "two points" in report.table() and "two points" in report.markdown()
     assert figures(report) == ("closed_form.png", "conditions_digons.png")
     assert all((tmp_path / name).exists() for name in figures(report))
