@@ -143,7 +143,7 @@ def section(report: TheoryReport, named: TheoryReport) -> str:
         "share one. A change is in per cent of the plain arm's mean; "
         "its interval is a paired t over seeds. S is the probability that a feature is 0, n the "
         "number of features, n_p the number of dimensions, W_p the matrix that mixes features into "
-        "dimensions. A dimension's true monosemanticity is 1 / PR, where PR is the participation "
+        "dimensions. A dimension's true monosemanticity is 1 / PR, PR the participation "
         "ratio of the features in it. MMCS is the mean over features of the largest cosine with a "
         "decoder row. A *digon* is two features on one dimension with opposite signs. Rules named "
         "`-true` know W_p; *annealed* weights go to 1 over the first 60 % of the steps; "
