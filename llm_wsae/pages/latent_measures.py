@@ -20,7 +20,7 @@ RECOVERY = "recovery.json"
 """Name of the report of ``recover``."""
 RECOVER = "recover"
 """The command that writes it."""
-ROUND_TRIP = ("vanished", "shrunk", "false", "missed", "answer")
+ROUND_TRIP = ("vanished", "shrunk", "false", "missed", "answer", "refit")
 """What it says of every latent that becomes a measure of the page."""
 
 
@@ -62,7 +62,8 @@ def read_scores(
 def read_recovery(
     report: Path | None, dictionaries: Mapping[str, Dictionary]
 ) -> dict[str, dict[str, Float[Tensor, " d_sae"]]]:
-    """What the round trip does to latents, by dictionary; NaN where nothing was measured.
+    """What the round trip does to latents, by dictionary; NaN where nothing was measured. ``taker``
+    is the latent that takes most from each, -1 for none, and ``taken`` the share that it takes.
 
     Without ``report``, a recovery.json beside a dictionary's folder is read. Dictionaries are known
     by their decoders, whatever their names. Raises LlmWsaeError for a file that cannot be read, and
@@ -98,7 +99,22 @@ def _columns(columns: Mapping[str, Any], d_sae: int, path: Path) -> dict[str, Te
                 f"{path} does not hold a {key!r} of each of {d_sae:,} latents; delete it and run "
                 f"`llm-wsae {RECOVER}` again"
             )
-    return {key: torch.tensor(_numbers(columns[key])) for key in ROUND_TRIP}
+    found = {key: torch.tensor(_numbers(columns[key])) for key in ROUND_TRIP}
+    takers = columns.get("takers")
+    if isinstance(takers, list) and len(takers) == d_sae:
+        largest = [_largest(one, d_sae) for one in takers]
+        found["taker"] = torch.tensor([latent for latent, _ in largest])
+        found["taken"] = torch.tensor([share for _, share in largest])
+    return found
+
+
+def _largest(takers: Any, d_sae: int) -> tuple[int, float]:
+    """The first taker of a latent and the share of the strength that it takes."""
+    first = takers[0] if isinstance(takers, list) and takers else None
+    latent, share = map(number, first) if isinstance(first, list) and len(first) == 2 else (-1, 0)
+    if latent is None or share is None or not 0 <= latent < d_sae:
+        return -1, math.nan
+    return int(latent), abs(share)
 
 
 def _numbers(column: list[Any]) -> list[float]:

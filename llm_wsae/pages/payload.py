@@ -304,7 +304,9 @@ def _pairs(indices: Tensor, values: Tensor) -> list[list[Any]]:
 
 
 def _rounded(values: Tensor) -> Any:
-    """Four significant digits are enough to look at."""
+    """Four significant digits are enough to look at; numbers of latents stay whole."""
+    if not values.is_floating_point():
+        return values.tolist()
     return _short(float(values)) if values.ndim == 0 else [_short(v) for v in values.tolist()]
 
 

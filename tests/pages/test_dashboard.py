@@ -212,7 +212,7 @@ def test_the_round_trip_of_a_latent_is_shown(world, page, tab):
     report = json.loads((world / "trained/recovery.json").read_text())
     columns = report["dictionaries"][Path(PLAIN).name]["per_latent"]
     text = page.read_text()
-    for key in ("vanished", "shrunk", "false", "missed", "answer"):
+    for key in ("vanished", "shrunk", "false", "missed", "answer", "refit"):
         shown_numbers = unpacked(text, "table-0")[key]
         for wanted, found in zip(columns[key], shown_numbers, strict=True):
             assert found == (None if wanted is None else pytest.approx(wanted, rel=1e-3, abs=1e-9))
@@ -226,7 +226,10 @@ def test_the_round_trip_of_a_latent_is_shown(world, page, tab):
     share = float(f"{100 * columns['vanished'][latent]:.3g}")
     assert f"vanished {share:g} %" in said and "missed" in said
     answer = float(f"{columns['answer'][latent]:.3g}")
-    assert f"answer {answer:g}" in said
+    assert f"answer {answer:g}" in said and f"refit {columns['refit'][latent]:.3g}"[:8] in said
+    taker, taken = columns["takers"][latent][0]
+    assert f"#{taker} takes {float(f'{-100 * taken:.3g}'):g} %" in said
+    assert unpacked(text, "table-0")["taker"][latent] == taker
     show(tab, f"latents/d1/L{latent}")
     assert "round trip" not in tab.locator("article").inner_text()
 
@@ -429,7 +432,7 @@ def test_a_browser_shows_searches_and_follows(tab, page):
     likeness = [float(t) for t in tab.locator(".row[role=option] :nth-child(3)").all_inner_texts()]
     assert likeness == sorted(likeness)
     assert tab.locator(".row[role=option]").first.get_attribute("aria-selected") == "true"
-    tab.click("article p a")
+    tab.click("article h2 + p > a")
     tab.wait_for_selector("text=variance-a0.5-k4 beside uniform-k4")
     assert "#compare/d1/L" in tab.url
 
