@@ -179,7 +179,7 @@ def apart_section(apart: Apart, studies: Mapping[str, Study]) -> str:
         if study.report.compared and "spill" in study.report.deciding:
             parts += ["What decides nothing there:", _beside(study.report)]
         if apart.has_values:
-            parts += ["Means over seeds; baselines learnt nothing, or one half.", _table(study)]
+            parts += ["Means over seeds:", _table(study)]
         else:
             parts.append(_all_dimensions(study))
         if study.report.agreements:
@@ -306,7 +306,7 @@ def section() -> str:
         "Except for [today's dictionaries](#as-dictionaries-are-trained-today), detection was "
         "measured before it was restricted to contexts of one genre from other documents than "
         "those of the top contexts, and its intervals do not cover the choice of documents: the "
-        "archives hold neither. It stands here as it was.",
+        "archives hold neither.",
         "Three things were corrected after most dictionaries had been trained. Selectivity counted "
         "34 concepts once each, and its intervals took them for independent, although 23 are first "
         "letters of words, which rise and fall together: families count once each now. The "
