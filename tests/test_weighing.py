@@ -223,7 +223,7 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store,
     path.write_bytes(kept[:-9])
     capsys.readouterr()
     assert torch.equal(measure_inputs(["whitening"], copy, SITE).covariance, found.covariance)
-    said = f"what {path} holds is measured anew, since it is damaged: "
+    said = f"what {path} holds is measured anew, since it is damaged\n"
     assert capsys.readouterr().err.count(said) == 1
     assert path.read_bytes() == kept and verify_store(folder) == []
     assert measure_inputs(["variance"], copy, SITE).second_moment is None

@@ -53,8 +53,8 @@ class StoredMeasurement:
         try:
             tensors, header = load_own_tensors(self._path, self._need)
             check_measurement(self._need, tensors, self._d_in)
-        except LlmWsaeError as error:
-            self._say_anew(f"it is damaged: {error}")
+        except LlmWsaeError:  # which would say to delete the file
+            self._say_anew("it is damaged")
             return None
         if header.get("rows") != self._header["rows"]:
             self._say_anew("it is of other rows")

@@ -282,10 +282,13 @@ class StudyReport:
                     "Planted features: mean F1 by kind of direction",
                     strata_rows(results, "by_stratum"),
                 ),
-                Table(
-                    "Planted features: differences in mean F1 from the plain curve at equal CE, by "
-                    "kind of direction",
-                    strata_difference_rows(compared),
+                *(
+                    Table(
+                        "Planted features: differences in mean F1 from the plain curve at equal "
+                        f"{equal}, by kind of direction",
+                        strata_difference_rows(those),
+                    )
+                    for equal, those in self._at_equal.items()
                 ),
                 Table(
                     "Planted features: mean F1 by strength",

@@ -75,7 +75,7 @@ MEASURES = {
     "absorbed": Measure(
         "absorbed",
         "share of words whose first letter the activations show, while its latents are silent and "
-        "one other speaks for it; mean over letters: lower is better",
+        "one other speaks for it; mean over letters: lower is better; not SAEBench's number",
         "concepts",
         "absorbed",
         lower_is_better=True,

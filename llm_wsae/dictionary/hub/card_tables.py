@@ -32,7 +32,7 @@ MEASURES = {
     "spill": "what the five other concepts that are hit hardest lose where the own probe has lost "
     "0.05 (lower is better)",
     "absorbed": "share of words whose first letter one other latent speaks for, while its own are "
-    "silent; mean over letters (lower is better)",
+    "silent; mean over letters (lower is better; by probes of our own, not SAEBench's number)",
     "selectivity_letters": "selectivity of first letters of words alone, one of those families",
 }
 

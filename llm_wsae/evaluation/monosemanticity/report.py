@@ -31,7 +31,7 @@ COLUMNS = {
     "own has dropped by 0.05; mean over families, with its 95 % interval (lower is better)",
     "absorbed %": "words whose first letter the activations show, while its latents are silent and "
     "one other latent speaks for it; mean over letters, with its 95 % interval over them (lower is "
-    "better)",
+    "better; by probes of our own, not SAEBench's number)",
     "dense %": "latents that fire on more than 10 % of the tokens",
 }
 
