@@ -129,8 +129,8 @@ def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
             for key, (title, meaning) in _FIDELITY.items()
             if (value := number(fidelity.get(key))) is not None
         ],
-        "What learnt nothing, or one half, has there": [
-            (printable(str(label)), ", ".join(f"{one:.3f}" for one in values), titles)
+        f"The same of what learnt nothing, or one half ({titles})": [
+            (printable(str(label)), ", ".join(f"{one:.3f}" for one in values), "")
             for label, own in mapping(info.metrics.get("baselines")).items()
             if (values := _known(mapping(mapping(own).get("fidelity"))))
         ],

@@ -251,8 +251,8 @@ def test_the_card_shows_what_was_measured():
     assert [line[:2] for line in groups["Fidelity on held-out text"]] == [
         ("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]"),
     ]  # fmt: skip
-    beside = groups["What learnt nothing, or one half, has there"]
-    assert beside == [("raw dimensions", "0.600, 0.500, 2.500", "FVU, CE recovered, KL")]
+    beside = groups["The same of what learnt nothing, or one half (FVU, CE recovered, KL)"]
+    assert beside == [("raw dimensions", "0.600, 0.500, 2.500", "")]
     ((name, value, meaning),) = groups["Monosemanticity on held-out text"]
     assert (name, value) == ("purity", "0.600 [0.500, 0.700] (control 0.100)")
     assert "random contexts" in meaning
