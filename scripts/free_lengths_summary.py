@@ -35,11 +35,12 @@ _EACH = (
 _BASELINES = {
     "random decoder": f"uniform-frozen-decoder-k{K}",
     "random encoder": f"uniform-frozen-encoder-k{K}",
-    "dimensions of the stream": f"dimensions-k{K}",
+    "raw dimensions": f"dimensions-k{K}",
 }
 _ROWS = {"½ M": (500_000, "half-million"), "1 M": (1_000_000, "million"), "2 M": (2_000_000, ""),
          "4 M": (4_000_000, "four-million")}  # fmt: skip
 _BLOCKS_9 = ("smollm2", "gemma")
+_MODELS = {"smollm2": "SmolLM2", "gemma": "Gemma"}
 _SITES = sorted(
     PLACES, key=lambda key: (PLACES[key].model_key != "smollm2", PLACES[key].site.block)
 )
@@ -60,14 +61,13 @@ def each(read: Read) -> str:
 
 
 def _title(key: str) -> str:
-    name = "SmolLM2" if PLACES[key].model_key == "smollm2" else "Gemma"
-    return f"{name}, block {PLACES[key].site.block}"
+    return f"{_MODELS[PLACES[key].model_key]}, block {PLACES[key].site.block}"
 
 
 def lasting(read: Read) -> str:
     """The same of plain dictionaries and the default after half a million to four million rows."""
-    rows = [["", *(f"{_title(key)}, {number}" for key in _BLOCKS_9 for number in _ROWS)]]
-    for words, label in (("plain", PLAIN), ("whitened halfway, in the loss", DEFAULT)):
+    rows = [["", *(f"{_MODELS[key]}, {number}" for key in _BLOCKS_9 for number in _ROWS)]]
+    for words, label in (("plain", PLAIN), ("whitened halfway", DEFAULT)):
         rows.append([words])
         for key in _BLOCKS_9:
             for _, setting in _ROWS.values():

@@ -97,6 +97,7 @@ WHITENED_SPACE, RANDOM = f"whitening-a0.5-space-k{K}", f"random-a1-k{K}"
 FROZEN_DECODER, FROZEN_ENCODER = (f"uniform-{kind}-k{K}" for kind in FROZEN)
 DIMENSIONS = f"dimensions-k{K}"
 _OF_LATENTS = {PLAIN, WHITENED, WHITENED_SPACE, RANDOM, FROZEN_DECODER, FROZEN_ENCODER, DIMENSIONS}
+_BASELINES = {FROZEN_DECODER, FROZEN_ENCODER, DIMENSIONS}
 Key = tuple[int, str, str]
 """Rows, lengths, dictionary."""
 
@@ -334,9 +335,11 @@ def at_site(key: str) -> Iterator[str]:
         return
     of_lengths = beside(found, {k: (k[0], "unit", k[2]) for k in found if k[1] == "free"})
     plain_lengths = {"free": "free", "unit": _lengths_of_plain(key)}
-    of_weights = beside(
-        found, {k: (k[0], plain_lengths[k[1]], PLAIN) for k in found if k[2] != PLAIN}
-    )
+    pairs = {k: (k[0], plain_lengths[k[1]], PLAIN) for k in found if k[2] != PLAIN}
+    of_weights: dict[Key, Estimate] = {}
+    for baselines in (False, True):  # whose spread over seeds is their own
+        own = {k: other for k, other in pairs.items() if (k[2] in _BASELINES) == baselines}
+        of_weights |= beside(found, own)
     rows = [["rows", "lengths", "dictionary", "seeds", "KL", "CE recovered", "FVU", "dead %",
              "KL, free beside length 1", "KL, beside plain"]]  # fmt: skip
     for one in sorted(found, key=lambda k: (k[0], k[1] != "unit", k[2])):

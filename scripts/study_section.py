@@ -199,6 +199,7 @@ def _consistency(site: str, study: Study) -> str:
     rows += [[f"`{label}`", str(k), f"{one.pw_mcc:.4f}"] for (label, k), one in found.items()]
     for label, pw_mcc in clean_rows.agreement_of_half_random(site).items() if without else ():
         rows.append([f"`{label}`", str(K), f"{pw_mcc:.4f}"])
+    rows.append([f"`{clean_rows.DIMENSIONS}`", str(K), "no seed"])
     return markdown(rows)
 
 
