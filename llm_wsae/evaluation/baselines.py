@@ -16,6 +16,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.activations import Context, batches_of
+from llm_wsae.evaluation.checks import check_fit
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.statistics.moments import MASSIVE_RATIO, Statistics
 
@@ -109,7 +110,11 @@ def _info(like: Dictionary, name: str) -> DictionaryInfo:
 def baselines_of(
     dictionaries: Mapping[str, Dictionary], model: LanguageModel, contexts: Sequence[Context]
 ) -> dict[str, Dictionary]:
-    """The dimensions and a random dictionary for each site, as sparse as the site's first one."""
+    """The dimensions and a random dictionary for each site, as sparse as the site's first one.
+
+    Raises UsageError if one of the ``dictionaries`` does not fit the model.
+    """
+    check_fit(dictionaries, model, "evaluate")
     sites = sorted({one.site for one in dictionaries.values()})
     size = max(1, _ROWS // len(contexts[0].ids))
     batches = batches_of(contexts[:size], _BATCH_TOKENS)
