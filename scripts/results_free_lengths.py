@@ -97,6 +97,7 @@ SPACE_POWERS: tuple[Weights, ...] = tuple(
 SPACE_CONTROLS: tuple[Weights, ...] = tuple(
     (f"{control}:whitening", 0.5, SPACE, K) for control in ("rotated", "permuted")
 )
+SPACE_RATED = (*BLOCKS_9, "smollm2-20")
 IN_SPACE = (*SPACE_POWERS, *SPACE_CONTROLS)
 """What as a space was trained at twice the usual rate alone, which is its default."""
 CONTROLS: tuple[Weights, ...] = (
@@ -245,8 +246,8 @@ PARTS = {
     "twice-rates-end": Part(
         (*MIXED_POWERS, *CONTROLS_OTHERS), OTHERS, (0,), "twice-rate", rate=2.0
     ),
-    "half-rates-space": Part(IN_SPACE, tuple(PLACES), (0,), "half-rate", rate=0.5),
-    "usual-rates-space": Part(IN_SPACE, tuple(PLACES), (0,), "usual-rate"),
+    "half-rates-space": Part(IN_SPACE, SPACE_RATED, (0,), "half-rate", rate=0.5),
+    "usual-rates-space": Part(IN_SPACE, SPACE_RATED, (0,), "usual-rate"),
     "half-rates-random": Part((RANDOM,), tuple(PLACES), (0,), "half-rate", rate=0.5),
     "twice-rates-random": Part((RANDOM,), tuple(PLACES), (0,), "twice-rate", rate=2.0),
     "half-rates-fully": Part((FULLY,), ("gemma-14",), (0,), "half-rate", rate=0.5),
