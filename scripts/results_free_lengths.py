@@ -272,8 +272,8 @@ follows, which are controls with as many effective dimensions, learning rates of
 weightings and sites, random weights in the loss, the space with other architectures and
 powers; other rates at the sites beside blocks 9; and last of all the powers ⅛ and ⅜, of seed 0 at
 first, with other rates after blocks 9 alone; and other rates of the controls that had one, of
-`mixed` at further powers, and of what else had one rate; and inverse variance as a space, of which
-a first pilot had made a claim. Some have one seed."""
+`mixed` at further powers, and of what else had one rate, but spaces after blocks 5 and 14 of Gemma;
+and inverse variance as a space, of which a first pilot had made a claim. Some have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
