@@ -1091,13 +1091,23 @@ _IN_SPACE = (
     ("rotated control, as a space", f"rotated-{HALFWAY_SPACE}"),
     ("permuted control, as a space", f"permuted-{HALFWAY_SPACE}"),
     ("random weights, mixed", f"random-a1-mixed-k{K}"),
-    ("whitened, mixed, α = 1", f"whitening-a1-mixed-k{K}"),
 )
+_FULLY_MIXED = ("whitened, mixed, α = 1", f"whitening-a1-mixed-k{K}")
 SPACE_RATED = _of_pairs(
     "at every rate",
     at_every_rate,
     [
-        (place, [(*arm, *bounds) for arm, bounds in zip(_IN_SPACE, asked, strict=False)])
+        (
+            place,
+            [
+                (*arm, *bounds)
+                for arm, bounds in zip(
+                    (*_IN_SPACE, _FULLY_MIXED) if place == "gemma-14" else _IN_SPACE,
+                    asked,
+                    strict=True,
+                )
+            ],
+        )
         for place, asked in {
             "smollm2": (
                 ((-0.25, 0.15), (-0.07, 0.04)),

@@ -95,7 +95,7 @@ def _cell(own: dict[int, Record], plain: dict[int, Record]) -> str:
         math.log(recovery.numbers(own[seed])["kl"] / recovery.numbers(plain[seed])["kl"])
         for seed in both
     )
-    return _text(recovered, None if own is plain or own == plain else change)
+    return _text(recovered, None if own == plain else change)
 
 
 def _of_baseline(key: str, rows: int, label: str, records: list[Record]) -> str:

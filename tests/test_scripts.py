@@ -108,6 +108,15 @@ def measured_already(*_):
     raise AssertionError("something is measured anew")
 
 
+def unpack(monkeypatch, tmp_path, *scripts) -> None:
+    """The archives of several scripts, in folders of their own."""
+    import results_archive
+
+    for script in scripts:
+        results_archive.unpack(script.ARCHIVE, tmp_path / script.__name__)
+        monkeypatch.setattr(script, "RUN", tmp_path / script.__name__)
+
+
 def agree(one: str, other: str) -> None:
     """The same words, and the same numbers but for what another processor rounds differently."""
     assert NUMBER.sub("#", one) == NUMBER.sub("#", other)
@@ -185,14 +194,11 @@ def test_the_section_of_clean_rows_is_that_of_the_measurements(monkeypatch, tmp_
 
 def test_the_section_of_baselines_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import results_archive
     import results_baselines
     import results_free_lengths
     import results_recovery
 
-    for script in (results_recovery, results_free_lengths):
-        results_archive.unpack(script.ARCHIVE, tmp_path / script.__name__)
-        monkeypatch.setattr(script, "RUN", tmp_path / script.__name__)
+    unpack(monkeypatch, tmp_path, results_recovery, results_free_lengths)
     agree(written("baselines"), results_baselines.section())
     raw, half_random = results_baselines.LABELS[:2], results_baselines.LABELS[2:]
     for setting in results_baselines.SETTINGS:
@@ -241,13 +247,10 @@ def test_the_tables_of_the_recovery_report_are_those_of_the_measurements(monkeyp
 
 def test_the_section_on_whitening_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import results_archive
     import results_recovery
     import results_whitening
 
-    for script in (results_recovery, results_whitening):
-        results_archive.unpack(script.ARCHIVE, tmp_path / script.__name__)
-        monkeypatch.setattr(script, "RUN", tmp_path / script.__name__)
+    unpack(monkeypatch, tmp_path, results_recovery, results_whitening)
     agree(written("whitening"), results_whitening.section())
 
 

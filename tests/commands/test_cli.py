@@ -294,7 +294,8 @@ def test_dictionaries_of_one_name_are_told_apart(world, model_and_corpus, tmp_pa
     Dictionary.load(plain).save(copy)
     result = works("evaluate", plain, copy, *model_and_corpus, "--tokens", 100,
                    "--out", tmp_path / "r.json", "--json")  # fmt: skip
-    assert list(result.json["dictionaries"])[:2] == [str(plain), str(copy)]
+    rows = [str(plain), str(copy), "raw dimensions", "frozen random"]
+    assert list(result.json["dictionaries"]) == rows
 
 
 def test_verify(world):

@@ -226,7 +226,8 @@ def test_the_round_trip_of_a_latent_is_shown(world, page, tab):
     share = float(f"{100 * columns['vanished'][latent]:.3g}")
     assert f"vanished {share:g} %" in said and "missed" in said
     answer = float(f"{columns['answer'][latent]:.3g}")
-    assert f"answer {answer:g}" in said and f"refit {columns['refit'][latent]:.3g}"[:8] in said
+    refit = float(f"{columns['refit'][latent]:.3g}")
+    assert f"answer {answer:g}" in said and f"refit {refit:g}" in said
     taker, taken = columns["takers"][latent][0]
     assert f"#{taker} takes {float(f'{-100 * taken:.3g}'):g} %" in said
     assert unpacked(text, "table-0")["taker"][latent] == taker
