@@ -361,6 +361,44 @@ OF_POWERS = tuple(
     )
 )
 
+_AGAIN = {
+    "as many effective dimensions": f"shares-{HALFWAY_IN_LOSS}",
+    "random weights": f"random-a1-k{K}",
+    "α = 2": f"whitening-a2-k{K}",
+}
+_FIRST_OF_AGAIN = {
+    "smollm2-20": ((0.35, 0.40), (0.15, 0.0), (7.9, 0.20)),
+    "gemma-5": ((4.1, -0.15), (0.19, 0.01), (10.7, 0.07)),
+    "gemma-14": ((0.15, 0.80), (0.07, -0.03), (4.75, 0.70)),
+}
+"""As ``_FIRST_SEED``, of what had one seed at these sites to the last."""
+
+
+def around(kl: float, plants: float) -> tuple[tuple[str, str, float, float], ...]:
+    """Within .15 of the plants that seed 0 found, and .08 or a third of its KL."""
+    wide = max(0.08, abs(kl) / 3)
+    return (
+        ("KL", "kl", round(kl - wide, 2), round(kl + wide, 2)),
+        (
+            "recovered plants relative to plain",
+            "recovered",
+            round(plants - 0.15, 2),
+            round(plants + 0.15, 2),
+        ),
+    )
+
+
+OF_AGAIN = tuple(
+    Expectation(
+        place,
+        f"seeds 1 and 2, in the loss, {words}: {what} {_range(low, high)}",
+        change(arm, measure, low, high),
+    )
+    for place, first in _FIRST_OF_AGAIN.items()
+    for (words, arm), found in zip(_AGAIN.items(), first, strict=True)
+    for what, measure, low, high in around(*found)
+)
+
 
 Settings = dict[str, Means]
 """Setting → means; the usual setting is the empty text."""
@@ -684,7 +722,8 @@ SHARES = f"shares-{HALFWAY_IN_LOSS}"
 def _of_shares() -> Iterator[tuple[str, str, Any]]:
     """The control with as many effective dimensions as the default, before any was trained: it is
     full whitening with a random stretch of the same spread. Of three seeds after blocks 9."""
-    usual, full = (USUAL_RATE, SHARES), (USUAL_RATE, f"whitening-a1-k{K}")
+    usual = (USUAL_RATE, SHARES)
+    of_first, full = ("first", SHARES), (USUAL_RATE, f"whitening-a1-k{K}")
     for place, plants, kl in (
         ("smollm2", (-0.15, 0.3), (0.2, 1.0)),
         ("gemma", (0.05, 0.55), (0.05, 0.8)),
@@ -706,12 +745,12 @@ def _of_shares() -> Iterator[tuple[str, str, Any]]:
             place,
             "as many effective dimensions (seed 0): recovered plants relative to full whitening "
             + _range(-1, 0.0),
-            beside(usual, full, "recovered", -1, 0.0),
+            beside(of_first, full, "recovered", -1, 0.0),
         )
         yield (
             place,
             f"the same: KL relative to full whitening {_range(0.0, 99)}",
-            beside(usual, full, "kl", 0.0, 99),
+            beside(of_first, full, "kl", 0.0, 99),
         )
 
 
@@ -737,7 +776,7 @@ def _of_space_powers() -> Iterator[tuple[str, str, Any]]:
                     place,
                     f"in the space at twice the rate, α = {alpha:g}: {what} relative to plain "
                     + _range(low, high),
-                    beside(("twice-rate", arm), (USUAL_RATE, PLAIN), measure, low, high),
+                    beside(("first-twice", arm), (USUAL_RATE, PLAIN), measure, low, high),
                 )
 
 
@@ -781,6 +820,39 @@ def _of_inverse_space() -> Iterator[tuple[str, str, Any]]:
             )
 
 
+def _of_space_again() -> Iterator[tuple[str, str, Any]]:
+    """Of seeds 1 and 2, relative to plain at the usual rate; written down when seed 0 was known.
+    α = ¼, ¾ and 1, then plain, random directions and permuted."""
+    powers = [(f"α = {words}", f"whitening-a{_POWERS[words]:g}-space-k{K}") for words in "¼¾1"]
+    others = [("plain", PLAIN), ("random directions", f"rotated-{HALFWAY_SPACE}"),
+              ("permuted", f"permuted-{HALFWAY_SPACE}")]  # fmt: skip
+    first_seed = {
+        "smollm2": ((0.0, 0.33), (0.07, 0.07), (0.2, 0.01)),
+        "gemma": ((-0.12, 0.2), (-0.21, 0.59), (-0.17, 0.57)),
+        "smollm2-20": (
+            *((-0.02, 0.34), (0.06, 0.51), (0.16, 0.39)),
+            *((0.01, 0.16), (0.06, 0.10), (0.06, 0.09)),
+        ),
+        "gemma-5": (
+            *((-0.35, 0.25), (-0.53, 0.43), (-0.5, 0.39)),
+            *((-0.09, 0.05), (0.92, -0.46), (0.49, -0.27)),
+        ),
+        "gemma-14": (
+            *((-0.17, 0.2), (-0.3, 0.87), (-0.27, 0.85)),
+            *((0.0, -0.02), (0.23, -0.16), (0.2, -0.06)),
+        ),
+    }
+    for place, first in first_seed.items():
+        for (words, arm), found in zip([*powers, *others], first, strict=False):
+            for what, measure, low, high in around(*found):
+                yield (
+                    place,
+                    f"seeds 1 and 2, in the space at twice the rate, {words}: {what} "
+                    + _range(low, high),
+                    beside(("again-twice", arm), ("again", PLAIN), measure, low, high),
+                )
+
+
 OF_SPACE = (
     *_of_space(),
     *_of_space_further(),
@@ -788,6 +860,7 @@ OF_SPACE = (
     *_of_shares(),
     *_of_plain_twice(),
     *_of_inverse_space(),
+    *_of_space_again(),
 )
 LAST_RATED = _of_pairs(
     "at its best rate",

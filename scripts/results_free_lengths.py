@@ -97,7 +97,6 @@ SPACE_POWERS: tuple[Weights, ...] = tuple(
 SPACE_CONTROLS: tuple[Weights, ...] = tuple(
     (f"{control}:whitening", 0.5, SPACE, K) for control in ("rotated", "permuted")
 )
-SPACE_RATED = (*BLOCKS_9, "smollm2-20")
 IN_SPACE = (*SPACE_POWERS, *SPACE_CONTROLS)
 """What as a space was trained at twice the usual rate alone, which is its default."""
 CONTROLS: tuple[Weights, ...] = (
@@ -246,8 +245,17 @@ PARTS = {
     "twice-rates-end": Part(
         (*MIXED_POWERS, *CONTROLS_OTHERS), OTHERS, (0,), "twice-rate", rate=2.0
     ),
-    "half-rates-space": Part(IN_SPACE, SPACE_RATED, (0,), "half-rate", rate=0.5),
-    "usual-rates-space": Part(IN_SPACE, SPACE_RATED, (0,), "usual-rate"),
+    "shares-seeds": Part(SHARES, OTHERS, expected.POWERS),
+    "random-loss-seeds": Part((RANDOM_IN_LOSS,), OTHERS, expected.POWERS, "random"),
+    "fully-twice-seeds": Part((("whitening", 2.0, LOSS, K),), OTHERS, expected.POWERS),
+    "space-controls-seeds": Part(
+        (PLAIN, *SPACE_CONTROLS), OTHERS, expected.POWERS, "twice-rate", rate=2.0
+    ),
+    "space-powers-seeds": Part(
+        SPACE_POWERS, tuple(PLACES), expected.POWERS, "twice-rate", rate=2.0
+    ),
+    "half-rates-space": Part(IN_SPACE, tuple(PLACES), (0,), "half-rate", rate=0.5),
+    "usual-rates-space": Part(IN_SPACE, tuple(PLACES), (0,), "usual-rate"),
     "half-rates-random": Part((RANDOM,), tuple(PLACES), (0,), "half-rate", rate=0.5),
     "twice-rates-random": Part((RANDOM,), tuple(PLACES), (0,), "twice-rate", rate=2.0),
     "half-rates-fully": Part((FULLY,), ("gemma-14",), (0,), "half-rate", rate=0.5),
@@ -549,7 +557,7 @@ def at_site(key: str) -> Iterator[str]:
     asked = [(one.place, one.words, one.found) for one in (*expected.EXPECTED, *REGRET)]
     yield from _outcome([*asked, *expected.OF_LOSS_AGAIN], key, means)
     for added, ones in (
-        (expected.POWERS, expected.OF_POWERS),
+        (expected.POWERS, (*expected.OF_POWERS, *expected.OF_AGAIN)),
         (expected.FRESH, expected.OF_FRESH),
     ):
         means = recovery.means_of([record for record in records if record["seed"] in added])
