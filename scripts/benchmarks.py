@@ -73,6 +73,7 @@ RESULT_PAGES = {
     "clean-rows-latents": "free-lengths-settings.md",
     "planted": "planted-data.md",
     "study": "monosemanticity.md",
+    "study of Gemma": "monosemanticity-gemma.md",
     "probes": "monosemanticity.md",
     "gba": "new-ideas.md",
     "rules": "new-ideas.md",

