@@ -97,6 +97,7 @@ RUN = README.parent / "runs/whitening"
 ARCHIVE = Path(__file__).parent / "results/whitening.jsonl.gz"
 UNIFORM = ("uniform", 1.0, LOSS)
 HALF = ("whitening", 0.5, SPACE)
+FULL = ("whitening", 1.0, SPACE)
 MIXED_HALF = ("whitening", 0.5, MIXED)
 INVERSE = ("variance", -0.5, LOSS)
 DOSES = (0.45, 0.7)
@@ -236,6 +237,12 @@ def _lengths_long(of: Seed) -> Iterator[Trial]:
         yield of.trial(f"{FREE}, rate × {factor}", weights, training)
 
 
+def _saelens(of: Seed) -> Iterator[Trial]:
+    for factor in (1, 2):
+        training = of.rate(factor) | {"lengths": "free"}
+        yield of.trial(f"{FREE}, rate × {factor}", FULL, training)
+
+
 TRIALS: dict[str, Callable[[Seed], Iterator[Trial]]] = {
     "form": _form,
     "dose": _dose,
@@ -243,10 +250,12 @@ TRIALS: dict[str, Callable[[Seed], Iterator[Trial]]] = {
     "every-rate": _every_rate,
     "length": _length,
     "kind": _kind,
+    "saelens": _saelens,
     "lengths": _lengths,
     "lengths-long": _lengths_long,
 }
-"""What gives all dictionaries of ours, by experiment."""
+"""What gives all dictionaries of ours, by experiment. Full whitening with free lengths came last,
+so that it stands beside that of SAELens; plain ones with free lengths are those of ``lengths``."""
 
 
 def _known_rate(place: str, trial: Trial, seed: int) -> bool:
@@ -307,7 +316,7 @@ def measure(experiment: str, place: str, path: str, seeds: Sequence[int]) -> Non
         return _judge_latents(place, path, seeds)
     opened = recovery.open_site(place, path, sensitivity=experiment == "every-rate")
     if experiment == "saelens":
-        return _measure_saelens(place, opened, seeds)
+        _measure_saelens(place, opened, seeds)
     for seed in seeds:
         groups: dict[str, list[Trial]] = {}
         for trial in TRIALS[experiment](Seed(place, opened.inputs, seed)):
@@ -476,6 +485,9 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
         labels |= {INVERTED, INVERTED_SPACE, MIXED_INVERSE}
     if experiment == "saelens":
         labels |= {FULLY, WHITENED, WHITENED_MIXED}
+        free = {f"{FREE}, rate × {factor}" for factor in (1, 2)}
+        others = [r for r in read("lengths", place) if r["label"] in (PLAIN, WHITENED)]
+        records += [r for r in others if r["setting"] in free]
     for record in recovery.read(place):
         if record["label"] in labels and records and experiment != "kind":
             own = {name: record[name] for name in ("label", "seed", "k")}

@@ -189,6 +189,25 @@ EXPECTED = (
         changed("SAELens", -1, 0.1, "saelens-whitened", "recovered"),
     ),
     *(
+        Expectation(
+            "saelens",
+            "smollm2",
+            f"ours with free lengths, α = 1, rate × {factor}: {what}",
+            changed(f"{FREE}, rate × {factor}", *bounds, FULLY, measure),
+        )
+        for factor, kl, plants in ((1, (0.0, 0.3), (-0.5, 0.0)), (2, (0.05, 0.3), (-0.4, 0.15)))
+        for what, measure, bounds in (
+            (f"KL {100 * kl[0]:.0f} to {100 * kl[1]:.0f} % above plain", "kl", kl),
+            (
+                f"{100 * plants[0]:+.0f} to {100 * plants[1]:+.0f} % of the plants".replace(
+                    "-", "−"
+                ),
+                "recovered",
+                plants,
+            ),
+        )
+    ),
+    *(
         Expectation("every-rate", place, words, found)
         for place, least in (("gemma", 0.5), ("smollm2", 0.3))
         for words, found in (
