@@ -51,8 +51,9 @@ VERDICTS = {
     ),
     UNCONTROLLED: "better than the plain curve at equal CE, but its control cannot be compared",
     LOOKED_AGAIN: (
-        "not decided: better than the plain curve at equal CE and than its control, but it or the "
-        "curve was given more k after a report on as many seeds; more seeds decide"
+        "not decided: better than the plain curve at equal CE, and its control says nothing "
+        "against it, but it or the curve was given more k after a report on as many seeds; more "
+        "seeds decide"
     ),
     INDISTINGUISHABLE: "indistinguishable from the plain curve at equal CE",
     MIXED: "better than the plain curve at equal CE in one measure, worse in the other",
@@ -128,7 +129,7 @@ class Compared:
 def compare(results: Sequence[Result], looked_again: Collection[str] = ()) -> list[Compared]:
     """Every label except the plain one and baselines, in the order of the results, with its
     verdict. None of ``looked_again``, which were given more k after a look (``stopping.k_added``),
-    is called better; if the plain one was, none at all."""
+    is called better, controlled or not; if the plain one was, none at all."""
     curves, groups = _curves(results), _groups(results)
     comparable = {label: _comparable(group, curves) for label, group in groups.items()}
     beside = {
@@ -145,7 +146,7 @@ def compare(results: Sequence[Result], looked_again: Collection[str] = ()) -> li
     for label, group in groups.items():
         own, theirs = corrected.get(label, {}), of_control.get(label, {})
         verdict = verdict_of(effects[label], own, against.get(label, {}), theirs)
-        if verdict == BETTER and {label, PLAIN} & {*looked_again}:
+        if verdict in (BETTER, UNCONTROLLED) and {label, PLAIN} & {*looked_again}:
             verdict = LOOKED_AGAIN
         seeds = tuple(sorted({r.point.seed for r in group}))
         if not comparable[label]:

@@ -43,10 +43,13 @@ def test_what_is_planted_is_found():
 
 
 def test_what_was_given_more_k_after_a_look_is_not_called_better():
-    for options, usual in (({"effect": 0.03}, v.BETTER), ({"effect": -0.03}, v.WORSE)):
+    for options, usual, decided in (
+        ({"effect": 0.03}, v.BETTER, v.LOOKED_AGAIN),
+        ({"effect": 0.03, "control_cost": 9.0}, v.UNCONTROLLED, v.LOOKED_AGAIN),
+        ({"effect": -0.03}, v.WORSE, v.WORSE),
+    ):
         made = Made()
         results = made.curve() + made.rule(**options)
-        decided = v.LOOKED_AGAIN if usual == v.BETTER else usual
         for again, expected in (
             (["another"], usual), (["variance-a0.5"], decided), (["uniform"], decided)
         ):  # fmt: skip
