@@ -26,6 +26,7 @@ AGAIN = "delete it and run the command that wrote it again"
 
 PARTIAL_SUFFIX = ".partial"
 _FULL = "free some space or choose another folder, then run the same command again to resume"
+_ON_DISK = "check the disk or the network that holds it"
 _NO_ACCESS = "ask its owner for access, or choose another"
 _WAYS_OUT = {
     errno.EACCES: _NO_ACCESS,
@@ -258,11 +259,16 @@ def _reading_json(path: Path, what: str, way_out: str = "") -> Iterator[None]:
     """Errors of reading JSON, in a file or in a header, as ours."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise LlmWsaeError(f"there is no {path}; it should be the {what}") from None
     except digests.Damaged as error:
         raise LlmWsaeError(f"{path} is damaged: {error}{_then(way_out)}") from error
-    except (ValueError, OSError, RecursionError) as error:  # the last: endless brackets
+    except IsADirectoryError:
+        raise LlmWsaeError(f"{path} is a folder; it should be the {what}, a file") from None
+    except OSError as error:
+        reads = f"cannot read {path}, the {what}: {error.strerror or error}"
+        raise LlmWsaeError(f"{reads}; {_WAYS_OUT.get(error.errno or 0, _ON_DISK)}") from error
+    except (ValueError, RecursionError) as error:  # the last: endless brackets
         raise LlmWsaeError(
             f"{path} is not a readable {what}: {reason(error)}{_then(way_out)}"
         ) from error

@@ -315,6 +315,10 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
             ),
             f"is not about {Path(WEIGHTED).name}",
         ),
+        (
+            ("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--scores", world / "trained"),
+            "trained is a folder; it should be the report of evaluate --monosemantic, a file\n",
+        ),
     ):
         result = call(*words)
         assert result.code in (1, 2) and said in result.err and result.out == ""
