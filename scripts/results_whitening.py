@@ -61,6 +61,7 @@ from results_recovery import (
 )
 from whitening_expected import (
     EXPECTED,
+    FREE_ONCE,
     FREE_TWICE,
     FULLY,
     INVERTED,
@@ -485,9 +486,8 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
         labels |= {INVERTED, INVERTED_SPACE, MIXED_INVERSE}
     if experiment == "saelens":
         labels |= {FULLY, WHITENED, WHITENED_MIXED}
-        free = {f"{FREE}, rate × {factor}" for factor in (1, 2)}
         others = [r for r in read("lengths", place) if r["label"] in (PLAIN, WHITENED)]
-        records += [r for r in others if r["setting"] in free]
+        records += [r for r in others if r["setting"] in (FREE_ONCE, FREE_TWICE)]
     for record in recovery.read(place):
         if record["label"] in labels and records and experiment != "kind":
             own = {name: record[name] for name in ("label", "seed", "k")}

@@ -192,10 +192,13 @@ EXPECTED = (
         Expectation(
             "saelens",
             "smollm2",
-            f"ours with free lengths, α = 1, rate × {factor}: {what}",
-            changed(f"{FREE}, rate × {factor}", *bounds, FULLY, measure),
+            f"ours, α = 1, {setting}: {what}",
+            changed(setting, *bounds, FULLY, measure),
         )
-        for factor, kl, plants in ((1, (0.0, 0.3), (-0.5, 0.0)), (2, (0.05, 0.3), (-0.4, 0.15)))
+        for setting, kl, plants in (
+            (FREE_ONCE, (0.0, 0.3), (-0.5, 0.0)),
+            (FREE_TWICE, (0.05, 0.3), (-0.4, 0.15)),
+        )
         for what, measure, bounds in (
             (f"KL {100 * kl[0]:.0f} to {100 * kl[1]:.0f} % above plain", "kl", kl),
             (
