@@ -245,9 +245,8 @@ PARTS = {
     "twice-rates-end": Part(
         (*MIXED_POWERS, *CONTROLS_OTHERS), OTHERS, (0,), "twice-rate", rate=2.0
     ),
-    "shares-seeds": Part(SHARES, OTHERS, expected.POWERS),
+    "loss-seeds": Part((*SHARES, ("whitening", 2.0, LOSS, K)), OTHERS, expected.POWERS),
     "random-loss-seeds": Part((RANDOM_IN_LOSS,), OTHERS, expected.POWERS, "random"),
-    "fully-twice-seeds": Part((("whitening", 2.0, LOSS, K),), OTHERS, expected.POWERS),
     "space-controls-seeds": Part(
         (PLAIN, *SPACE_CONTROLS), OTHERS, expected.POWERS, "twice-rate", rate=2.0
     ),
