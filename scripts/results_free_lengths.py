@@ -247,12 +247,6 @@ PARTS = {
     ),
     "loss-seeds": Part((*SHARES, ("whitening", 2.0, LOSS, K)), OTHERS, expected.POWERS),
     "random-loss-seeds": Part((RANDOM_IN_LOSS,), OTHERS, expected.POWERS, "random"),
-    "space-controls-seeds": Part(
-        (PLAIN, *SPACE_CONTROLS), OTHERS, expected.POWERS, "twice-rate", rate=2.0
-    ),
-    "space-powers-seeds": Part(
-        SPACE_POWERS, tuple(PLACES), expected.POWERS, "twice-rate", rate=2.0
-    ),
     "half-rates-space": Part(IN_SPACE, tuple(PLACES), (0,), "half-rate", rate=0.5),
     "usual-rates-space": Part(IN_SPACE, tuple(PLACES), (0,), "usual-rate"),
     "half-rates-random": Part((RANDOM,), tuple(PLACES), (0,), "half-rate", rate=0.5),
@@ -279,8 +273,9 @@ follows, which are controls with as many effective dimensions, learning rates of
 weightings and sites, random weights in the loss, the space with other architectures and
 powers; other rates at the sites beside blocks 9; and last of all the powers ⅛ and ⅜, of seed 0 at
 first, with other rates after blocks 9 alone; and other rates of the controls that had one, of
-`mixed` at further powers, and of what else had one rate, but spaces after blocks 5 and 14 of Gemma;
-and inverse variance as a space, of which a first pilot had made a claim. Some have one seed."""
+`mixed` at further powers, and of what else had one rate; inverse variance as a space, of which a
+first pilot had made a claim; and two more seeds of the controls in the loss that had one. Some
+have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
