@@ -391,7 +391,7 @@ def around(kl: float, plants: float) -> tuple[tuple[str, str, float, float], ...
 OF_AGAIN = tuple(
     Expectation(
         place,
-        f"seeds 1 and 2, {words}: {what} {_range(low, high)}",
+        f"seeds 1, 2: {words}, {what} {_range(low, high)}",
         change(arm, measure, low, high),
     )
     for place, first in _FIRST_OF_AGAIN.items()
