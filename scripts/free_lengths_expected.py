@@ -347,7 +347,7 @@ _FIRST_SEED = {
 plain."""
 _POWERS = dict(zip("¼¾1⅛⅜", (0.25, 0.75, 1.0, 0.125, 0.375), strict=True))
 OF_POWERS = tuple(
-    Expectation(place, f"seeds 1 and 2, in the loss, α = {words}: {what} {_range(*bounds)}", found)
+    Expectation(place, f"seeds 1, 2: in the loss, α = {words}, {what} {_range(*bounds)}", found)
     for place, powers in _FIRST_SEED.items()
     for (kl, plants), (words, alpha) in zip(powers, _POWERS.items(), strict=True)
     for arm in [f"whitening-a{alpha:g}-k{K}"]

@@ -68,7 +68,7 @@ study-gemma)
   .venv/bin/llm-wsae harvest --model "$gemma" --corpus "$corpus" --site ${sites% *} \
     --tokens 1200000 --out runs/study/store-gemma
   .venv/bin/python scripts/results_study.py --model "$gemma" --store runs/study/store-gemma \
-    --sites ${sites% *} --steps gemma-space gemma "$@"
+    --sites ${sites% *} --steps gemma-space gemma gemma-space-seeds gemma-seeds "$@"
   ;;
 free-lengths)
   .venv/bin/python scripts/results_free_lengths.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
