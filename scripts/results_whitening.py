@@ -464,7 +464,7 @@ def read(experiment: str, place: str) -> list[dict[str, Any]]:
         "rate": "rate × 1",
         "every-rate": "rate × 1",
         "length": "1,000,000 rows",
-        "saelens": "here",
+        "saelens": "length 1",
         "lengths": "rate × 1",
         "lengths-long": "",
     }
