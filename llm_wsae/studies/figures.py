@@ -65,7 +65,7 @@ _CURVES = (
 )
 _LINEAR_WITHIN = 0.01  # differences beyond it are drawn on a logarithmic scale
 _ACROSS = 2  # rules in a row of the curve's panels
-_NEAR = 0.06  # of the logarithm of what is lost, where the names of two k would touch
+_NEAR = 0.08  # of the width of a panel, where the names of two k would touch
 
 
 def plot_curve(
@@ -95,7 +95,7 @@ def plot_curve(
             first = firsts.setdefault(measure, axis)
             if first is not axis:
                 axis.sharey(first)
-            _draw_plain(axis, plain, measure, name_ks=row == 0)
+            _draw_plain(axis, plain, measure)
             axis.set_ylabel(_title(measure), fontsize=9)
             tidy(axis)
         if place >= len(shown):
@@ -108,6 +108,8 @@ def plot_curve(
             _draw_points(axis, results, one.label, measure, "o", colour, fill)
         axes[0].set_title(f"{one.label}: {one.verdict}", loc="left", fontsize=10, pad=14)
     _lost_axis(grid[0, 0])
+    for axis in grid[0]:
+        _name_ks(axis, plain)
     for axis in grid.flat:
         axis.tick_params(labelsize=8)
     for own in grid.T:
@@ -328,28 +330,38 @@ def _draw_points(
     axis.plot([_lost(r) for r in own], values, marker, color=colour, mfc=fill, ms=5)
 
 
-def _draw_plain(axis: Axes, plain: Sequence[Result], measure: str, name_ks: bool) -> None:
-    """Light: each seed's curve. Dark: the mean over seeds, with its k above the panel."""
+def _draw_plain(axis: Axes, plain: Sequence[Result], measure: str) -> None:
+    """Light: each seed's curve. Dark: the mean over seeds."""
     plain = [r for r in plain if measure in r.point.values]
     for seed in sorted({r.point.seed for r in plain}):
         own = sorted((r for r in plain if r.point.seed == seed), key=_lost)
         values = [r.point.values[measure].mean for r in own]
         axis.plot([_lost(r) for r in own], values, "-", color=LIGHT, lw=1)
+    places = _lost_by_k(plain)
+    means = [np.mean([r.point.values[measure].mean for r in plain if r.point.k == k])
+             for k in places]  # fmt: skip
+    axis.plot(list(places.values()), means, ".-", color=INK, lw=1.4, ms=4)
+
+
+def _lost_by_k(plain: Sequence[Result]) -> dict[int, float]:
+    """Means over seeds."""
     ks = sorted({r.point.k for r in plain})
-    places, means = [], []
-    for k in ks:
-        own = [r for r in plain if r.point.k == k]
-        places.append(float(np.mean([_lost(r) for r in own])))
-        means.append(float(np.mean([r.point.values[measure].mean for r in own])))
-    axis.plot(places, means, ".-", color=INK, lw=1.4, ms=4)
-    if name_ks:
-        above = axis.get_xaxis_transform()
-        names: dict[float, str] = {}  # k that cost nearly the same are named together
-        for k, place in zip(ks, places, strict=True):
-            near = next((p for p in names if abs(np.log(p / place)) < _NEAR), None)
-            names[near or place] = f"{names[near]}, {k}" if near else str(k)
-        for place, name in names.items():
-            axis.text(place, 1.02, name, transform=above, ha="center", fontsize=7, color=GREY)
+    return {k: float(np.mean([_lost(r) for r in plain if r.point.k == k])) for k in ks}
+
+
+def _name_ks(axis: Axes, plain: Sequence[Result]) -> None:
+    """Above a panel, the k of the plain curve; those that cost nearly the same are named as one."""
+    apart = _NEAR * abs(np.subtract(*np.log(axis.get_xlim())))
+    groups: list[dict[int, float]] = []
+    for k, place in _lost_by_k(plain).items():
+        if groups and abs(np.log(place / next(reversed(groups[-1].values())))) < apart:
+            groups[-1][k] = place
+        else:
+            groups.append({k: place})
+    above = axis.get_xaxis_transform()
+    for group in groups:
+        name, middle = ", ".join(map(str, group)), np.exp(np.log([*group.values()]).mean())
+        axis.text(middle, 1.02, name, transform=above, ha="center", fontsize=7, color=GREY)
 
 
 def _draw_estimate(
