@@ -820,6 +820,39 @@ def _of_inverse_space() -> Iterator[tuple[str, str, Any]]:
             )
 
 
+def _of_space_again() -> Iterator[tuple[str, str, Any]]:
+    """Of seeds 1 and 2, relative to plain at the usual rate; written down when seed 0 was known.
+    α = ¼, ¾ and 1, then plain, random directions and permuted."""
+    powers = [(f"α = {words}", f"whitening-a{_POWERS[words]:g}-space-k{K}") for words in "¼¾1"]
+    others = [("plain", PLAIN), ("random directions", f"rotated-{HALFWAY_SPACE}"),
+              ("permuted", f"permuted-{HALFWAY_SPACE}")]  # fmt: skip
+    first_seed = {
+        "smollm2": ((0.0, 0.33), (0.07, 0.07), (0.2, 0.01)),
+        "gemma": ((-0.12, 0.2), (-0.21, 0.59), (-0.17, 0.57)),
+        "smollm2-20": (
+            *((-0.02, 0.34), (0.06, 0.51), (0.16, 0.39)),
+            *((0.01, 0.16), (0.06, 0.10), (0.06, 0.09)),
+        ),
+        "gemma-5": (
+            *((-0.35, 0.25), (-0.53, 0.43), (-0.5, 0.39)),
+            *((-0.09, 0.05), (0.92, -0.46), (0.49, -0.27)),
+        ),
+        "gemma-14": (
+            *((-0.17, 0.2), (-0.3, 0.87), (-0.27, 0.85)),
+            *((0.0, -0.02), (0.23, -0.16), (0.2, -0.06)),
+        ),
+    }
+    for place, first in first_seed.items():
+        for (words, arm), found in zip([*powers, *others], first, strict=False):
+            for what, measure, low, high in around(*found):
+                yield (
+                    place,
+                    f"seeds 1 and 2, in the space at twice the rate, {words}: {what} "
+                    + _range(low, high),
+                    beside(("again-twice", arm), ("again", PLAIN), measure, low, high),
+                )
+
+
 OF_SPACE = (
     *_of_space(),
     *_of_space_further(),
@@ -827,6 +860,7 @@ OF_SPACE = (
     *_of_shares(),
     *_of_plain_twice(),
     *_of_inverse_space(),
+    *_of_space_again(),
 )
 LAST_RATED = _of_pairs(
     "at its best rate",

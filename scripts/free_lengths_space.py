@@ -46,7 +46,7 @@ _SETTINGS = {
     "JumpReLU, two million rows": "jumprelu",
 }
 _MEASURES = ("kl", "recovered")
-_OTHER_SEEDS = {"fresh": expected.FRESH, "first": (0,)}
+_OTHER_SEEDS = {"fresh": expected.FRESH, "again": expected.POWERS, "first": (0,)}
 _ROWS_OF_TRAINING = 2_000_000
 
 
