@@ -777,7 +777,8 @@ def section_of_space() -> str:
     for key, where in PLACES.items():
         for prefix, seeds in (("", (0,)), ("seeds 1 and 2, ", expected.POWERS)):
             records = [record for record in with_space(key) if record["seed"] in seeds]
-            words = f"{prefix}{where.title}: KL of the chosen power at most 5 % above the best one's"
+            words = f"{prefix}{where.title}: KL of the chosen power at most 5 % above "
+            words += "the best one's"
             found = regret_at_most(key, "space", 0.05)
             asked.append((words, found, recovery.means_of(records)))
     parts += recovery.expected(asked)

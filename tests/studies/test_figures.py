@@ -12,7 +12,7 @@ def test_names_of_k_above_a_panel_never_touch(tmp_path, monkeypatch):
     """Of neighbours that cost nearly the same, one text has all names."""
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
-    ks = (16, 24, 32, 48, 56, 64, 96, 112, 128)
+    ks = (16, 24, 32, 48, 60, 62, 64, 96, 112, 120, 124, 128)
     results = Made().curve(ks) + Made().rule()
     figures.plot_curve(results, compare(results), "blocks.1.hook_resid_post", tmp_path / "_.png")
     (figure,) = drawn
