@@ -821,7 +821,7 @@ def _of_inverse_space() -> Iterator[tuple[str, str, Any]]:
 
 
 def _of_space_again() -> Iterator[tuple[str, str, Any]]:
-    """Of seeds 1 and 2, relative to plain at the usual rate; written down when seed 0 was known.
+    """Relative to plain at the usual rate; written down when seed 0 was known. Of seeds 1 and 2:
     α = ¼, ¾ and 1, then plain, random directions and permuted."""
     powers = [(f"α = {words}", f"whitening-a{_POWERS[words]:g}-space-k{K}") for words in "¼¾1"]
     others = [("plain", PLAIN), ("random directions", f"rotated-{HALFWAY_SPACE}"),
@@ -851,6 +851,14 @@ def _of_space_again() -> Iterator[tuple[str, str, Any]]:
                     + _range(low, high),
                     beside(("again-twice", arm), ("again", PLAIN), measure, low, high),
                 )
+    arm = f"whitening-a0.75-space-k{K}"  # what --alpha auto chooses on Gemma; of two seeds more
+    for place in ("gemma-5", "gemma", "gemma-14"):
+        for what, measure, low, high in around(*first_seed[place][1]):
+            yield (
+                place,
+                f"seeds 3 and 4, in the space at twice the rate, α = ¾: {what} {_range(low, high)}",
+                beside(("fresh-twice", arm), ("fresh", PLAIN), measure, low, high),
+            )
 
 
 OF_SPACE = (

@@ -253,6 +253,13 @@ PARTS = {
     "space-powers-seeds": Part(
         SPACE_POWERS, tuple(PLACES), expected.POWERS, "twice-rate", rate=2.0
     ),
+    "space-chosen-fresh": Part(
+        (("whitening", 0.75, SPACE, K),),
+        ("gemma-5", "gemma", "gemma-14"),
+        expected.FRESH,
+        "twice-rate",
+        rate=2.0,
+    ),
     "half-rates-space": Part(IN_SPACE, tuple(PLACES), (0,), "half-rate", rate=0.5),
     "usual-rates-space": Part(IN_SPACE, tuple(PLACES), (0,), "usual-rate"),
     "half-rates-random": Part((RANDOM,), tuple(PLACES), (0,), "half-rate", rate=0.5),
@@ -281,7 +288,8 @@ powers; other rates at the sites beside blocks 9; and last of all the powers ⅛
 first, with other rates after blocks 9 alone; and other rates of the controls that had one, of
 `mixed` at further powers, and of what else had one rate; inverse variance as a space, of which a
 first pilot had made a claim; and two more seeds of what had one: the controls in the loss, then
-powers and controls as a space. Other rates have one seed."""
+powers and controls as a space, of which the power that ``--alpha auto`` chooses on Gemma has five
+seeds. Other rates have one seed."""
 SETTINGS = {
     "": "the usual: TopK, two million rows",
     "half-million": "half a million rows",
