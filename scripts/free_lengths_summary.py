@@ -26,7 +26,11 @@ _EACH = (
         for name, alpha in _POWERS.items()
     ),
     ("α = ½, mixed", "", expected.HALFWAY),
-    ("α = ½, space, rate × 2", "twice-rate", expected.HALFWAY_SPACE),
+    *(
+        (f"α = {name}, space, rate × 2", "twice-rate",
+         f"whitening-a{_POWERS[name]:g}-space-k{K}")
+        for name in "¼½¾"
+    ),
     ("inverse variance, in the loss", "", expected.IN_LOSS),
     ("inverse variance, mixed", "", expected.INVERSE),
     ("the paper's variance, α = ½", "", f"variance-a0.5-k{K}"),
