@@ -847,7 +847,7 @@ def _of_space_again() -> Iterator[tuple[str, str, Any]]:
             for what, measure, low, high in around(*found):
                 yield (
                     place,
-                    f"seeds 1 and 2, {words}: {what} {_range(low, high)}",
+                    f"seeds 1, 2: {words}, {what} {_range(low, high)}",
                     beside(("again-twice", arm), ("again", PLAIN), measure, low, high),
                 )
     arm = f"whitening-a0.75-space-k{K}"  # what --alpha auto chooses on Gemma; of two seeds more
@@ -855,7 +855,7 @@ def _of_space_again() -> Iterator[tuple[str, str, Any]]:
         for what, measure, low, high in around(*first_seed[place][1]):
             yield (
                 place,
-                f"seeds 3 and 4, α = ¾: {what} {_range(low, high)}",
+                f"seeds 3, 4: α = ¾, {what} {_range(low, high)}",
                 beside(("fresh-twice", arm), ("fresh", PLAIN), measure, low, high),
             )
 
