@@ -61,6 +61,7 @@ RESULT_PAGES = {
     "recovery": "planted-features.md",
     "baselines": "planted-features.md",
     "whitening": "whitening.md",
+    "shrinkage": "whitening.md",
     "free-lengths": "free-lengths.md",
     "free-lengths-others": "free-lengths-sites.md",
     "free-lengths-rates": "free-lengths-rates.md",

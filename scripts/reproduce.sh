@@ -9,6 +9,7 @@
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
 #   round-trip    whether the recovery report finds what is known of planted features
 #   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
+#   shrinkage     a covariance of few rows, ours beside scikit-learn's (after free-lengths)
 #   gba           group bias adaptation on planted data and beside the other architectures
 #   baselines     what half-random dictionaries and the stream itself recover of planted features
 #   rules         four further ideas beside whitening, with the controls that would refute them
@@ -23,8 +24,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | study-today | study-gemma | free-lengths | clean-rows | recovery | round-trip | whitening | baselines | gba | rules | probes | explain | interop) ;; *)
-  sed -n '2,19s/^# //p' "$0" >&2
+case $what in checkpoints | study | study-today | study-gemma | free-lengths | clean-rows | recovery | round-trip | whitening | shrinkage | baselines | gba | rules | probes | explain | interop) ;; *)
+  sed -n '2,20s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -42,9 +43,9 @@ case $what in
 checkpoints)
   .venv/bin/llm-wsae run --model "$model" --corpus "$corpus" --site $sites \
     --rule uniform whitening --alpha 0.5 --tokens "${TOKENS:-2400000}" \
-    --train.tokens "${ROWS:-4000000}" --eval-tokens 5000 --out runs/checkpoints
+    --train.tokens "${ROWS:-4001792}" --eval-tokens 5000 --out runs/checkpoints
   .venv/bin/python scripts/make_checkpoints.py copy
-  .venv/bin/llm-wsae train runs/checkpoints/store --site $sites --tokens "${ROWS:-4000000}" \
+  .venv/bin/llm-wsae train runs/checkpoints/store --site $sites --tokens "${ROWS:-4001792}" \
     --architecture frozen-decoder frozen-encoder --out runs/checkpoints/half-random
   .venv/bin/llm-wsae evaluate checkpoints/smollm2-135m/*/*/ runs/checkpoints/half-random/*/*/ \
     --model "$model" --corpus "$corpus" --tokens 50000 --monosemantic --baselines --keep \
@@ -84,6 +85,10 @@ round-trip)
   ;;
 whitening)
   .venv/bin/python scripts/results_whitening.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
+  ;;
+shrinkage)
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check scikit-learn
+  .venv/bin/python scripts/results_shrinkage.py "$@"
   ;;
 baselines)
   .venv/bin/python scripts/results_baselines.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"

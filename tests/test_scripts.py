@@ -254,6 +254,15 @@ def test_the_section_on_whitening_is_that_of_the_measurements(monkeypatch, tmp_p
     agree(written("whitening"), results_whitening.section())
 
 
+def test_the_section_on_shrinkage_is_that_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results_shrinkage
+
+    unpack(monkeypatch, tmp_path, results_shrinkage)
+    assert list(results_shrinkage.read()) == list(results_shrinkage.PLACES)
+    agree(written("shrinkage"), results_shrinkage.section())
+
+
 def test_the_section_on_probes_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_archive

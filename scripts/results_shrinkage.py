@@ -1,0 +1,158 @@
+"""How well is a covariance known from few rows? Ours beside the estimators of scikit-learn.
+
+    bash scripts/reproduce.sh shrinkage
+
+Stretches of consecutive rows, as a short harvest has them, from eight places of the stores of
+``results_recovery.py``, without massive rows. Each estimate is compared with the covariance of the
+whole store: the eigenvalues of one relative to the other are 1 if both agree, and the error is the
+root mean square of their logarithms. Whitening raises the covariance to a power, so relative errors
+count, of small eigenvalues, too. ``EXPECTED`` was written down after a look at the first and at
+random rows of four of these sites, of which these are no part but the first stretch.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from benchmarks import README, write_result
+from results_archive import pack, unpack
+from results_recovery import PLACES
+from results_recovery import RUN as RECOVERY
+from torch import Tensor
+
+from llm_wsae import ActivationStore
+from llm_wsae.files import write_json
+from llm_wsae.statistics.second_moment import shrunk
+from llm_wsae.terminal import markdown
+from llm_wsae.weighing import measure_inputs
+
+RUN = README.parent / "runs/shrinkage"
+ARCHIVE = Path(__file__).parent / "results/shrinkage.jsonl.gz"
+ROWS, STRETCHES = (600, 2400, 9600), 8
+NAMES = {
+    "sample": "not shrunk",
+    "ours": "ours",
+    "oas": "scikit-learn's `OAS`",
+    "ledoit-wolf": "its `LedoitWolf`",
+}
+EXPECTED = (
+    "from 600 rows, the error of ours is less than half of that of the sample's own covariance, at "
+    "all five sites",
+    "ours and scikit-learn's `OAS` differ by at most .01 everywhere",
+    "from 9,600 rows, the error of Ledoit and Wolf's is at least one and a half times that of ours "
+    "at all three sites of Gemma, and at most a tenth above it at both of SmolLM2",
+)
+
+
+def estimators() -> dict[str, Callable[[Tensor], Tensor]]:
+    """By name, from rows [rows, d_in] float64 to a covariance."""
+    from sklearn.covariance import OAS, LedoitWolf
+
+    def own(rows: Tensor) -> Tensor:
+        return torch.cov(rows.T, correction=0)
+
+    return {
+        "sample": own,
+        "ours": lambda rows: shrunk(own(rows), len(rows)),
+        "oas": lambda rows: torch.from_numpy(OAS().fit(rows.numpy()).covariance_),
+        "ledoit-wolf": lambda rows: torch.from_numpy(LedoitWolf().fit(rows.numpy()).covariance_),
+    }
+
+
+def error(estimate: Tensor, truth: Tensor) -> float:
+    """Root mean square of the logarithms of the eigenvalues of one relative to the other."""
+    root = torch.linalg.cholesky(truth)
+    half = torch.linalg.solve_triangular(root, estimate, upper=False)
+    relative = torch.linalg.solve_triangular(root, half.T, upper=False)
+    # those of a sample of fewer rows than dimensions are 0 but for rounding
+    values = torch.linalg.eigvalsh(relative).clamp_min(torch.finfo(torch.float32).eps)
+    return float(values.log().square().mean().sqrt())
+
+
+def measure(key: str) -> None:
+    """The errors of all estimators at a site, by rows, one for each stretch."""
+    path = RUN / f"{key}.json"
+    if path.exists():
+        return
+    where = PLACES[key]
+    store = ActivationStore.open(RECOVERY / "stores" / where.model_key)
+    inputs = measure_inputs(["whitening"], store, where.site)
+    threshold = inputs.statistics.massive_threshold
+    assert inputs.second_moment is not None
+    truth = inputs.second_moment.covariance()
+    found: dict[str, dict[str, list[float]]] = {}
+    for count in ROWS:
+        errors = found[str(count)] = {name: [] for name in NAMES}
+        for stretch in range(STRETCHES):
+            start = stretch * store.num_rows // STRETCHES
+            # some more, of which massive ones are left out
+            rows = store.rows(where.site, start, start + 2 * count).double()
+            rows = rows[rows.norm(dim=1) <= threshold][:count]
+            for name, estimate in estimators().items():
+                errors[name].append(error(estimate(rows), truth))
+    write_json(path, found)
+
+
+def read() -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Site → rows → estimator → errors, of the sites that were measured."""
+    return {
+        key: json.loads(path.read_text())
+        for key in PLACES
+        if (path := RUN / f"{key}.json").exists()
+    }
+
+
+def section() -> str:
+    """The part of docs/results."""
+    found = read()
+    head = ["site", "rows", *(f"error, {words}" for words in NAMES.values())]
+    table = [head]
+    for key, by_rows in found.items():
+        for count, errors in by_rows.items():
+            cells = [_cell(errors[name]) for name in NAMES]
+            table.append([PLACES[key].title, f"{int(count):,}", *cells])
+    outcomes = [["expected beforehand", "measured", ""]]
+    for words, (holds, measured) in zip(EXPECTED, _outcomes(found), strict=True):
+        outcomes.append([words, measured, "yes" if holds else "**no**"])
+    return "\n\n".join(["### A covariance of few rows", markdown(table), markdown(outcomes)])
+
+
+def _cell(errors: list[float]) -> str:
+    return f"{np.mean(errors):.2f} [{min(errors):.2f}, {max(errors):.2f}]"
+
+
+def _outcomes(found: dict[str, dict[str, dict[str, list[float]]]]) -> Iterator[tuple[bool, str]]:
+    def mean(key: str, count: str, name: str) -> float:
+        return float(np.mean(found[key][count][name]))
+
+    shares = [mean(key, "600", "ours") / mean(key, "600", "sample") for key in found]
+    yield max(shares) < 0.5, f"{min(shares):.0%} to {max(shares):.0%}"
+    apart = max(
+        abs(ours - theirs)
+        for by_rows in found.values()
+        for errors in by_rows.values()
+        for ours, theirs in zip(errors["ours"], errors["oas"], strict=True)
+    )
+    yield apart <= 0.01, f"{apart:.4f} at most"
+    ratio = {key: mean(key, "9600", "ledoit-wolf") / mean(key, "9600", "ours") for key in found}
+    gemma = [one for key, one in ratio.items() if PLACES[key].model_key == "gemma"]
+    smollm2 = [one for key, one in ratio.items() if PLACES[key].model_key == "smollm2"]
+    said = f"Gemma × {min(gemma):.2f} to {max(gemma):.2f}, SmolLM2 × {min(smollm2):.2f} to "
+    yield min(gemma) >= 1.5 and max(smollm2) <= 1.1, said + f"{max(smollm2):.2f}"
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    if ARCHIVE.exists():
+        unpack(ARCHIVE, RUN)
+    for key in PLACES:
+        measure(key)
+    pack(RUN, ARCHIVE)
+    write_result("shrinkage", section())
+
+
+if __name__ == "__main__":
+    main()
