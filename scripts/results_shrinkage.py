@@ -11,7 +11,6 @@ random rows of four of these sites, of which these are no part but the first str
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from results_recovery import RUN as RECOVERY
 from torch import Tensor
 
 from llm_wsae import ActivationStore
-from llm_wsae.files import write_json
+from llm_wsae.files import read_own_json, write_json
 from llm_wsae.statistics.second_moment import shrunk
 from llm_wsae.terminal import markdown
 from llm_wsae.weighing import measure_inputs
@@ -99,7 +98,7 @@ def measure(key: str) -> None:
 def read() -> dict[str, dict[str, dict[str, list[float]]]]:
     """Site → rows → estimator → errors, of the sites that were measured."""
     return {
-        key: json.loads(path.read_text())
+        key: read_own_json(path, "result")
         for key in PLACES
         if (path := RUN / f"{key}.json").exists()
     }
@@ -129,7 +128,7 @@ def _outcomes(found: dict[str, dict[str, dict[str, list[float]]]]) -> Iterator[t
         return float(np.mean(found[key][count][name]))
 
     shares = [mean(key, "600", "ours") / mean(key, "600", "sample") for key in found]
-    yield max(shares) < 0.5, f"{min(shares):.0%} to {max(shares):.0%}"
+    yield max(shares) < 0.5, f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
     apart = max(
         abs(ours - theirs)
         for by_rows in found.values()
