@@ -63,6 +63,7 @@ RESULT_PAGES = {
     "whitening": "whitening.md",
     "shrinkage": "whitening.md",
     "free-lengths": "free-lengths.md",
+    "free-lengths-strata": "free-lengths.md",
     "free-lengths-others": "free-lengths-sites.md",
     "free-lengths-rates": "free-lengths-rates.md",
     "free-lengths-rates-gemma": "free-lengths-rates-gemma.md",

@@ -1,4 +1,5 @@
-"""The two tables of docs/which-weights.md: what each set of weights brings, and what lasts.
+"""The two tables of docs/which-weights.md, what each set of weights brings and what lasts; and along
+which directions whitening recovers more, at all sites.
 
 ``results_free_lengths.py`` measures it and hands over its archive.
 """
@@ -82,6 +83,27 @@ def lasting(read: Read) -> str:
         for key in _BLOCKS_9:
             for number, setting in _ROWS.values():
                 rows[-1].append(_of_baseline(key, number, label, read(key, setting)))
+    return markdown(rows)
+
+
+_EQUAL = {"the same k": None, "equal KL": "kl", "equal FVU": "fvu"}
+
+
+def by_stratum(read: Read) -> str:
+    """Difference from plain of what whitening recovers of each kind of plants, with intervals."""
+    strata = list(read(_SITES[0], "")[0]["planted"]["by_stratum"])
+    rows = [["recovered beside plain", *strata]]
+    for equal, measure in _EQUAL.items():
+        for key in _SITES:
+            found = [recovery.differences(read(key, ""), "recovered", measure, s) for s in strata]
+            cells = [recovery.text_of(one.get(DEFAULT)) for one in found]
+            rows.append([f"{_title(key)}, {equal}", *cells])
+    for key in _SITES:
+        twice = _of(read(key, "twice-rate"), expected.HALFWAY_SPACE).values()
+        records = [*_of(read(key, ""), PLAIN).values(), *twice]
+        found = [recovery.differences(records, "recovered", None, one) for one in strata]
+        cells = [recovery.text_of(one.get(expected.HALFWAY_SPACE)) for one in found]
+        rows.append([f"{_title(key)}, space, rate × 2", *cells])
     return markdown(rows)
 
 

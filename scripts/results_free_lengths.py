@@ -811,6 +811,7 @@ def main() -> None:
     plot(IMAGES / "which_weights.png")
     plot_rows(IMAGES / "learning_curve_free_lengths.png")
     write_result("free-lengths", section())
+    write_result("free-lengths-strata", free_lengths_summary.by_stratum(read))
     write_result("free-lengths-others", section_of_others())
     write_result("free-lengths-rates", section_of_rates("smollm2"))
     write_result("free-lengths-rates-gemma", section_of_rates("gemma"))

@@ -163,6 +163,7 @@ def test_the_section_of_free_lengths_is_that_of_the_measurements(monkeypatch, tm
     summary, read = results_free_lengths.free_lengths_summary, results_free_lengths.read
     agree(written("what each brings"), summary.each(read))
     agree(written("what lasts"), summary.lasting(read))
+    agree(written("free-lengths-strata"), summary.by_stratum(read))
     for name, part in results_free_lengths.PARTS.items():
         for key in part.places:
             measured = {
