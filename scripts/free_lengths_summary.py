@@ -1,5 +1,5 @@
-"""The two tables of docs/which-weights.md, what each set of weights brings and what lasts; and along
-which directions whitening recovers more, at all sites.
+"""The two tables of docs/which-weights.md, what each set of weights brings and what lasts; and
+along which directions whitening recovers more, at all sites.
 
 ``results_free_lengths.py`` measures it and hands over its archive.
 """
