@@ -6,8 +6,8 @@ Stretches of consecutive rows, as a short harvest has them, from eight places of
 ``results_recovery.py``, without massive rows. Each estimate is compared with the covariance of the
 whole store: the eigenvalues of one relative to the other are 1 if both agree, and the error is the
 root mean square of their logarithms. Whitening raises the covariance to a power, so relative errors
-count, of small eigenvalues, too. ``EXPECTED`` was written down after a look at four of the sites, at
-their first rows and at random ones; of the stretches, that is the first.
+count, of small eigenvalues, too. ``EXPECTED`` was written down after a look at four of the sites:
+at random rows, and at the first ones, which are a stretch here.
 """
 
 import argparse
