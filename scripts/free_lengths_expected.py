@@ -1001,6 +1001,33 @@ OF_DECODER_ROWS = tuple(
 """Written down before any was planted. The latents that these rows come from fire for features of
 the stream, so a plant along one of them is mixed with that feature."""
 
+USUAL_ROWS = "usual-rows"
+OF_USUAL_ROWS = (
+    *(
+        (place, f"without the strongest rows, {words}, {what} relative to plain {_range(low, high)}",
+         beside((USUAL_ROWS, arm), (USUAL_ROWS, PLAIN), measure, low, high))
+        for place, kl_in_loss, kl_in_space in (
+            ("gemma", (-0.12, 0.04), (-0.3, -0.08)),
+            ("gemma-5", (-0.3, -0.08), (-0.55, -0.25)),
+        )
+        for words, arm, kl in (
+            ("in the loss", HALFWAY_IN_LOSS, kl_in_loss),
+            ("in the space at twice the rate", HALFWAY_SPACE, kl_in_space),
+        )
+        for measure, what, (low, high) in (
+            ("recovered", "recovered plants", (0.2, 99.0)),
+            ("kl", "KL", kl),
+        )
+    ),
+    *(
+        (place, f"plain: recovered plants without them relative to with them {_range(-0.2, 0.2)}",
+         beside((USUAL_ROWS, PLAIN), ("", PLAIN), "recovered", -0.2, 0.2))
+        for place in ("gemma", "gemma-5")
+    ),
+)  # fmt: skip
+"""Written down when the dictionaries that saw these rows were known, and before the first that did
+not."""
+
 _RANDOM_IN_LOSS, _FULLY_TWICE = f"random-a1-k{K}", f"whitening-a2-k{K}"
 OF_LOSS_AGAIN = (
     *(
