@@ -1004,7 +1004,7 @@ the stream, so a plant along one of them is mixed with that feature."""
 USUAL_ROWS = "usual-rows"
 OF_USUAL_ROWS = (
     *(
-        (place, f"without the strongest rows, {words}, {what} relative to plain {_range(low, high)}",
+        (place, f"without strong rows, {words}: {what} relative to plain {_range(low, high)}",
          beside((USUAL_ROWS, arm), (USUAL_ROWS, PLAIN), measure, low, high))
         for place, kl_in_loss, kl_in_space in (
             ("gemma", (-0.12, 0.04), (-0.3, -0.08)),
