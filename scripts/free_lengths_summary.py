@@ -93,17 +93,21 @@ def by_stratum(read: Read) -> str:
     """Difference from plain of what whitening recovers of each kind of plants, with intervals."""
     strata = list(read(_SITES[0], "")[0]["planted"]["by_stratum"])
     rows = [["recovered beside plain", *strata]]
-    for equal, measure in _EQUAL.items():
+
+    def add(words: str, records: list[Record], label: str, equal: str | None) -> None:
+        found = [recovery.differences(records, "recovered", equal, one) for one in strata]
+        rows.append([words, *(recovery.text_of(one.get(label)) for one in found)])
+
+    for words, equal in _EQUAL.items():
         for key in _SITES:
-            found = [recovery.differences(read(key, ""), "recovered", measure, s) for s in strata]
-            cells = [recovery.text_of(one.get(DEFAULT)) for one in found]
-            rows.append([f"{_title(key)}, {equal}", *cells])
+            add(f"{_title(key)}, {words}", read(key, ""), DEFAULT, equal)
     for key in _SITES:
-        twice = _of(read(key, "twice-rate"), expected.HALFWAY_SPACE).values()
-        records = [*_of(read(key, ""), PLAIN).values(), *twice]
-        found = [recovery.differences(records, "recovered", None, one) for one in strata]
-        cells = [recovery.text_of(one.get(expected.HALFWAY_SPACE)) for one in found]
-        rows.append([f"{_title(key)}, space, rate × 2", *cells])
+        label = expected.HALFWAY_SPACE
+        beside = [
+            *_of(read(key, ""), PLAIN).values(),
+            *_of(read(key, "twice-rate"), label).values(),
+        ]
+        add(f"{_title(key)}, space, rate × 2", beside, label, None)
     return markdown(rows)
 
 
