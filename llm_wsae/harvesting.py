@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.covariance import second_moment_of
 from llm_wsae.data.finishing import finish_store
 from llm_wsae.data.manifest import MANIFEST, RECORDS, Manifest
 from llm_wsae.data.packing import Contexts, Cursor, Packer
@@ -49,15 +50,17 @@ def harvest(
     out: Path | str,
     config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
 ) -> ActivationStore:
-    """Write the activations of ``config.tokens`` tokens of a corpus at all sites to a store.
+    """Write the activations of ``config.tokens`` tokens of a corpus at all sites to a store, with
+    their statistics and covariance sums.
 
     The same call resumes a harvest that was stopped or killed, and ends with the same bytes as an
-    uninterrupted one. A call with more tokens extends a store. A complete store is left unchanged.
+    uninterrupted one. A call with more tokens extends a store. A complete store is left unchanged,
+    except that covariance sums are added if it lacks them.
 
     Under ``torchrun`` each of W processes makes every W-th missing shard, in one folder that all
     can reach. The bytes are those of a single process (as far as a forward pass gives the same bits
     there), and a stopped harvest can be resumed with any number of processes. Each process packs
-    the whole text.
+    the whole text. They sum the covariance together.
 
     Raises UsageError for a site or context size that the model does not have; LlmWsaeError if the
     folder holds something else or is being written, the corpus is too small (what was harvested
@@ -83,7 +86,10 @@ def harvest(
                 whole = {int(index): Cursor(*cursor) for index, cursor in following.items()}
                 _write_shards(model, packer, corpus, out, manifest, whole, processes)
                 processes.lead(lambda: finish_store(out, Manifest.load(out)))
-    return ActivationStore.open(out)
+        store = ActivationStore.open(out)
+        for site in store.sites:
+            second_moment_of(store, site)
+    return store
 
 
 def _check_size(

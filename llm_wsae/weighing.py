@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.data.covariance import second_moment_of
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import SETTINGS, StoredMeasurement
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -34,18 +35,15 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.planting.source import PlantedSource
-from llm_wsae.processes import Several, join, leads
+from llm_wsae.processes import join
 from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.streaming import ActivationStreams
-from llm_wsae.training.parallel.collectives import collectives
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import Need, RuleInputs, check_rows_of_covariance
 from llm_wsae.weights.rules import Rule
 
 _CONTEXTS_AT_ONCE = 8
-_ROWS_AT_ONCE = 16_384
 _TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
 
 
@@ -158,44 +156,6 @@ def _kept_or_measured(
         measured = coherence_of(store, site, model.tokenizer, encoder, config)
     kept.write(measured)
     return measured
-
-
-def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
-    """The covariance sums of all usual rows of a site: one pass over the store, then kept in it.
-    Each of several processes reads its part of the rows."""
-    kept, processes = StoredMeasurement(store, site, "second_moment"), join()
-    tensors = kept.read_tensors()
-    if processes.lead(lambda: tensors is not None):
-        # a process that does not see the file yet measures for itself
-        return _sums_of_rows(store, site) if tensors is None else SecondMoment.from_tensors(tensors)
-    found = _sums_of_rows(store, site, processes.rank, processes.size)
-    if isinstance(processes, Several):
-        with collectives(processes, torch.device("cpu")) as connected:
-            found.sum_over(connected.sum_)
-    kept.write_tensors(found.to_tensors())
-    return found
-
-
-def _sums_of_rows(
-    store: ActivationStore, site: Site, part: int = 0, parts: int = 1
-) -> SecondMoment:
-    """The sums over part number ``part`` of the rows, divided into ``parts`` equal ones."""
-    threshold = store.statistics(site).massive_threshold
-    found, reader = SecondMoment(store.d_in), store.reader(site)
-    first, end = (store.num_rows * number // parts for number in (part, part + 1))
-    with tqdm(
-        total=end - first,
-        desc="covariance",
-        unit="row",
-        unit_scale=True,
-        leave=False,
-        disable=not leads(),
-    ) as bar:
-        for start in range(first, end, _ROWS_AT_ONCE):
-            rows = reader.rows(start, min(start + _ROWS_AT_ONCE, end)).float()
-            found.update(rows[rows.norm(dim=1) <= threshold])
-            bar.update(len(rows))
-    return found
 
 
 def used_decoder(

@@ -13,8 +13,10 @@ import torch
 from places import ROOT
 from tiny import tiny_model, write_jsonl
 
+from llm_wsae.data import covariance
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.covariance import second_moment_of
 from llm_wsae.data.manifest import Manifest, complete_shards, save_record
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import ActivationStore
@@ -75,10 +77,11 @@ def after(forwards, happens):
     return new
 
 
-def stop_after(forwards):
-    def stop():
-        raise Stopped
+def stop(*given):
+    raise Stopped
 
+
+def stop_after(forwards):
     return after(forwards, stop)
 
 
@@ -178,6 +181,26 @@ def test_a_complete_store_is_left_alone_and_a_larger_one_is_grown(
     assert ActivationStore.open(out).num_rows > 0
     harvest(model, corpus, SITES, out, CONFIG)
     assert files(out) == files(unbroken.folder)
+
+
+def test_the_covariance_is_there_when_a_harvest_ends(
+    model, corpus, unbroken, tmp_path, monkeypatch
+):
+    """Also when the first one was stopped before it was measured, as every older one was."""
+    out = tmp_path / "s"
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(covariance, "_sums_of_parts", stop)
+        harvest(model, corpus, SITES, out, CONFIG)
+    assert verify_store(out) == [] and not (out / "evidence").exists()
+    store = harvest(stop_after(0), corpus, SITES, out, CONFIG)
+    assert files(out) == files(unbroken.folder)
+    monkeypatch.setattr(covariance, "_sums_of_parts", stop)
+    for site in SITES:
+        found, rows = second_moment_of(store, site), store.rows(site, 0, store.num_rows)
+        usual = rows[rows.norm(dim=1) <= store.statistics(site).massive_threshold].double()
+        assert found.count == len(usual)
+        scatter = found.to_tensors()["scatter"] / found.count
+        torch.testing.assert_close(scatter, torch.cov(usual.T, correction=0), rtol=1e-6, atol=1e-9)
 
 
 def test_another_harvest_into_the_folder_is_refused(model, corpus, text, unbroken):

@@ -33,6 +33,7 @@ FLOORS = (
     "drawing",
     "hardware",
     "processes",
+    "collectives",
     "threads",
     "provenance",
     "terminal",

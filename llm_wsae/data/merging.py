@@ -1,8 +1,8 @@
 """One store from several that separate jobs harvested, each from text of its own.
 
 Nothing is computed again: the shards are copied as they are, one store after the other, under new
-numbers, and the statistics of all rows are merged from those of the shards. So are the covariance
-sums, if all stores hold them. ``Manifest.parts`` says which harvests they come from.
+numbers, and the statistics of all rows are merged from those of the shards, as are the covariance
+sums of the stores. ``Manifest.parts`` says which harvests they come from.
 
 A merge is written as a harvest is: first a manifest that says that the store is not complete, the
 record of a shard after its files. A merge that is killed at any instant leaves nothing that opens
@@ -23,19 +23,18 @@ import numpy as np
 from tqdm import tqdm
 
 from llm_wsae.data.config import PackConfig
+from llm_wsae.data.covariance import merge_second_moments
 from llm_wsae.data.finishing import finish_store
 from llm_wsae.data.manifest import MANIFEST, RECORDS, Manifest, Part, save_record
 from llm_wsae.data.packing import NO_DOCUMENT
 from llm_wsae.data.resume import begin_or_resume, check_empty
 from llm_wsae.data.shard_record import REPAIR, TOKENS, FileRecord, ShardRecord, all_paths
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import folder_lock, remove_partials, sha256, write_atomic
 from llm_wsae.outputs import check_free
 from llm_wsae.outside import number
 from llm_wsae.provenance import version_of
-from llm_wsae.statistics.second_moment import SecondMoment
 
 CHANCE = 0.01
 """Share of a store's documents that may be in another one: every large corpus repeats some."""
@@ -57,11 +56,11 @@ def merge(stores: Sequence[Path | str], out: Path | str, link: bool = False) -> 
     kurtosis by 1e-6 (60,000 rows of SmolLM2-135M). The sample is another one, as uniform. Where
     every store but the last fills its last shard, all of it is equal to the last bit.
 
-    The covariance of a site that was measured in every store is merged too, in float64, unless the
-    massive threshold of all rows may leave out other rows of a store than its own did. Then, and
-    where a store lacks it, it is measured in a new pass when it is first needed. The two differ as
-    the moments do, by 1e-7 of the product of two standard deviations, since at most 4096 rows at a
-    time are multiplied in float32.
+    The covariance sums of a site are merged too, in float64, unless the massive threshold of all
+    rows may leave out other rows of a store than its own did. Then, and where a store of an earlier
+    version lacks them, they are measured in one pass over all rows. The two differ as the moments
+    do, by 1e-7 of the product of two standard deviations, since at most 4096 rows at a time are
+    multiplied in float32.
 
     Raises UsageError for fewer than two stores, or one that is named twice; LlmWsaeError if a store
     is unfinished or damaged, does not fit the first, is of another part of its corpus or holds the
@@ -99,7 +98,7 @@ def merge(stores: Sequence[Path | str], out: Path | str, link: bool = False) -> 
             _copy_shards(sources, out, set(whole), link)
             finish_store(out, Manifest.load(out))
         merged = ActivationStore.open(out)
-        _merge_second_moments(opened, merged)
+        merge_second_moments(opened, merged)
     return merged
 
 
@@ -331,23 +330,3 @@ def _blocks(source: Path) -> Iterator[bytes]:
                 yield block
     except OSError as error:
         raise LlmWsaeError(f"cannot read {source}: {error.strerror}; {REPAIR}") from error
-
-
-# --- The covariance
-
-
-def _merge_second_moments(stores: Sequence[ActivationStore], merged: ActivationStore) -> None:
-    """Keep the covariance sums of all rows, of each site where those of the stores are of the same
-    rows: usual ones by the threshold of the merged store."""
-    for site in merged.sites:
-        kept = StoredMeasurement(merged, site, "second_moment")
-        if kept.read_tensors() is not None:
-            continue
-        whole, total = merged.statistics(site), SecondMoment(merged.d_in)
-        for store in stores:
-            tensors = StoredMeasurement(store, site, "second_moment").read_tensors()
-            if tensors is None or not store.statistics(site).same_are_massive(whole):
-                break
-            total.merge(SecondMoment.from_tensors(tensors))
-        else:
-            kept.write_tensors(total.to_tensors())

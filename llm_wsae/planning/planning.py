@@ -99,7 +99,7 @@ def plan(
         prepacked=sum(one.weight.nbytes for one in prepackable(model.hf_model)),
         batch_size=train_config.batch_size,
         spaces=sum(arm.weights.is_matrix for arm in arms),
-        moment=any(rule.need == "second_moment" for rule in parsed),
+        whitens=any(rule.need == "second_moment" for rule in parsed),
         harvest=harvest_config,
         stream=stream_config,
     )
@@ -251,13 +251,13 @@ def _seconds(
     checkpoints = int(seconds / train.checkpoint_seconds) if train.checkpoint_seconds else 0
     saved = checkpoints * sizes.checkpoint() + sizes.dictionaries()
     tokens, of_moment = config.num_contexts * config.context_size, sizes.rows
-    if sizes.stream is not None:
+    if sizes.stream is not None:  # which measures the covariance if a rule whitens
         first = sizes.stream.statistics_tokens
-        of_moment = first * sizes.rows // tokens
-        tokens = tokens * train.tokens // sizes.rows + first * (1 + sizes.moment)
-    found = {"harvest": tokens * speeds.token}
-    if sizes.moment:
-        found["weigh"] = sites * (of_moment * speeds.moment + speeds.spectrum)
+        of_moment = first * sizes.rows // tokens * sizes.whitens
+        tokens = tokens * train.tokens // sizes.rows + first * (1 + sizes.whitens)
+    found = {"harvest": tokens * speeds.token + sites * of_moment * speeds.moment}
+    if sizes.whitens:
+        found["weigh"] = sites * speeds.spectrum
     if auto:
         share = (1 + len(CANDIDATES)) / sizes.arms
         trials = (

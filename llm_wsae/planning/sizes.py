@@ -40,8 +40,8 @@ class Sizes:
     batch_size: int
     spaces: int
     """Arms with a matrix Γ."""
-    moment: bool
-    """Whether the covariance of all rows is measured."""
+    whitens: bool
+    """Whether a rule whitens: a stream then measures the covariance, which a store always has."""
     harvest: HarvestConfig
     stream: StreamConfig | None = None
     """How rows are streamed, if they are not kept."""
@@ -57,12 +57,11 @@ class Sizes:
         return self.d_in * self.d_sae
 
     def store(self) -> int:
-        """Rows, tokens, statistics, and what is measured for whitening. A stream has only the last
-        two."""
+        """Rows, tokens, statistics and covariance sums. A stream has only the last two."""
         if self.stream is not None:
             tensors = Statistics(self.d_in, self.stream.context_size).to_tensors()
             own = sum(tensor.nbytes for tensor in tensors.values())
-            own += SAMPLE_ROWS * self.d_in * 4 + 8 * self.d_in * (self.d_in + 1) * self.moment
+            own += SAMPLE_ROWS * self.d_in * 4 + 8 * self.d_in * (self.d_in + 1) * self.whitens
             return self.sites * own
         config = self.harvest
         shards = -(-config.num_contexts // config.contexts_per_shard)
@@ -73,7 +72,7 @@ class Sizes:
         of_shard = min(of_shard, self.rows // shards)
         sample = shards * of_shard + min(SAMPLE_ROWS, shards * of_shard)
         site = self.rows * row + sample * (row + 8) + (shards + 1) * moments + 2 * shards * _FILE
-        site += 8 * self.d_in * (self.d_in + 1) if self.moment else 0
+        site += 8 * self.d_in * (self.d_in + 1)
         tokens = config.num_contexts * config.context_size * _TOKEN + shards * _FILE
         return self.sites * site + tokens
 

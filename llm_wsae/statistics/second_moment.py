@@ -46,14 +46,11 @@ class SecondMoment:
             self._add(len(x), mean.float().double() + off, scatter)
         return self
 
-    def sum_over(self, sum_: Callable[[Tensor], Tensor]) -> "SecondMoment":
-        """Add the sums of other rows of the same site, which other processes have. ``sum_`` adds a
+    def shared(self, sum_: Callable[[Tensor], Tensor]) -> "SecondMoment":
+        """Give all processes the sums of the one that has any, to the last bit. ``sum_`` adds a
         tensor over all processes, in place. Returns self."""
-        own, mean = self.count, self.mean
-        self.count = int(sum_(torch.tensor(own)))
-        self.mean = sum_(own * self.mean) / max(self.count, 1)
-        off = mean - self.mean
-        self._scatter = sum_(self._scatter.addr_(off, off, alpha=own))
+        self.count = int(sum_(torch.tensor(self.count)))
+        self.mean, self._scatter = sum_(self.mean), sum_(self._scatter)
         return self
 
     def merge(self, other: "SecondMoment") -> "SecondMoment":

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_model, words
 
-from llm_wsae.data import merging
+from llm_wsae.data import covariance, merging
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.covariance import second_moment_of
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.merging import merge
 from llm_wsae.data.store import ActivationStore
@@ -29,7 +30,6 @@ from llm_wsae.harvesting import harvest
 from llm_wsae.model.site import Site
 from llm_wsae.statistics import moments
 from llm_wsae.verifying import verify_store
-from llm_wsae.weighing import second_moment_of
 
 SITES = [Site(0, "pre"), Site(1, "post")]
 CONFIG = HarvestConfig(context_size=12, tokens=1000, batch_tokens=48, shard_tokens=300)
@@ -82,6 +82,10 @@ def files(folder):
     }
 
 
+def is_of_a_shard(name):
+    return "/" in name and "/statistics." not in name and not name.startswith("evidence/")
+
+
 def test_the_rows_are_those_of_the_parts_and_every_file_keeps_its_digest(stores, tmp_path):
     before = [files(store) for store in stores]
     merged, parts = merge(stores, tmp_path / "s"), [ActivationStore.open(s) for s in stores]
@@ -91,12 +95,10 @@ def test_the_rows_are_those_of_the_parts_and_every_file_keeps_its_digest(stores,
     for site in SITES:
         rows = torch.cat([part.rows(site, 0, part.num_rows) for part in parts])
         assert torch.equal(merged.rows(site, 0, merged.num_rows), rows)
-    contents = [digest for part in before for name, digest in part.items()
-                if "/" in name and "/statistics." not in name]  # fmt: skip
+    contents = [digest for part in before for name, digest in part.items() if is_of_a_shard(name)]
     assert sorted(contents) == sorted(
-        digest for name, digest in files(merged.folder).items()
-        if "/" in name and "/statistics." not in name
-    )  # fmt: skip
+        digest for name, digest in files(merged.folder).items() if is_of_a_shard(name)
+    )
     assert [shard.contexts for shard in merged.manifest.shards] == [
         *(28, 28, 28), *(28, 28, 28, 28, 13), *(10, 10, 10, 10, 10, 10, 10, 10, 4)
     ]  # fmt: skip
@@ -168,7 +170,9 @@ def test_parts_of_whole_shards_are_one_harvest_to_the_last_byte(model, tmp_path)
     one, other = files(whole.folder), files(merged.folder)
     different = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
     # a file of tokens also has the numbers of documents, which its own corpus gave them
-    assert different == {MANIFEST, "tokens/00002.safetensors", "tokens/00003.safetensors"}
+    covariances = {f"evidence/{site}.second_moment.safetensors" for site in SITES}  # are rounded
+    tokens = {"tokens/00002.safetensors", "tokens/00003.safetensors"}
+    assert different == {MANIFEST} | tokens | covariances
     for shard in range(4):
         mine, theirs = whole.contexts(shard), merged.contexts(shard)
         assert all(np.array_equal(a, b) for a, b in zip(mine[:4], theirs[:4], strict=True))
@@ -176,64 +180,71 @@ def test_parts_of_whole_shards_are_one_harvest_to_the_last_byte(model, tmp_path)
 
 
 @pytest.fixture
-def measured(stores, tmp_path, monkeypatch):
-    """Copies of the stores that hold the covariance sums of both sites."""
+def anew(monkeypatch):
+    """The sites whose covariance is measured in a pass over the rows."""
+    sites, measure = [], covariance._sums_of_parts
 
-    def measure(ratio=10.0):
-        monkeypatch.setattr(moments, "MASSIVE_RATIO", ratio)
-        copies = [shutil.copytree(store, tmp_path / store.name) for store in stores]
-        for copy, site in product(copies, SITES):
-            second_moment_of(ActivationStore.open(copy), site)
-        return copies
+    def counted(store, site, *part):
+        sites.append(site)
+        return measure(store, site, *part)
 
-    return measure
+    monkeypatch.setattr(covariance, "_sums_of_parts", counted)
+    return sites
+
+
+@pytest.fixture
+def copies(stores, tmp_path):
+    return [shutil.copytree(store, tmp_path / store.name) for store in stores]
 
 
 def covariance_file(folder, site):
     return folder / "evidence" / f"{site}.second_moment.safetensors"
 
 
-@pytest.mark.parametrize(("ratio", "kept"), [(10.0, SITES), (1.25, SITES[1:])])
-def test_the_covariance_is_that_of_a_pass_over_all_rows(measured, tmp_path, ratio, kept):
+@pytest.mark.parametrize(("ratio", "lacking"), [(10.0, []), (1.25, SITES[:1])])
+def test_the_covariance_is_that_of_a_pass_over_all_rows(
+    copies, tmp_path, monkeypatch, anew, ratio, lacking
+):
     """The first site's median norm, and so its threshold, is another in the second store. At a
     ratio of 1.25 there are rows between the two, and rows that are left out at both sites."""
-    parts = measured(ratio)
-    merged = merge(parts, tmp_path / "s")
-    assert verify_store(merged.folder) == []
+    monkeypatch.setattr(moments, "MASSIVE_RATIO", ratio)
+    for part, site in product(copies, SITES):
+        covariance_file(part, site).unlink()
+        second_moment_of(ActivationStore.open(part), site)
+    anew.clear()
+    merged = merge(copies, tmp_path / "s")
+    assert anew == lacking and verify_store(merged.folder) == []
     for site, number in zip(SITES, (2, 1), strict=True):
-        own = [ActivationStore.open(part).statistics(site).massive_threshold for part in parts]
+        own = [ActivationStore.open(part).statistics(site).massive_threshold for part in copies]
         assert len(set(own)) == number
-        assert covariance_file(merged.folder, site).exists() == (site in kept)
         found = second_moment_of(merged, site)
-        covariance_file(merged.folder, site).unlink()
-        fresh = second_moment_of(merged, site)
+        assert anew == lacking
         rows = merged.rows(site, 0, merged.num_rows)
         rows = rows[rows.norm(dim=1) <= merged.statistics(site).massive_threshold].double().numpy()
         assert (len(rows) < merged.num_rows) == (ratio < 10)
-        for each in (found, fresh):
-            assert each.count == len(rows)
-            np.testing.assert_allclose(each.mean, rows.mean(0), rtol=1e-6, atol=1e-9)
-            covariance = each.to_tensors()["scatter"] / each.count
-            exact = np.cov(rows.T, bias=True)  # products of at most 4096 rows are in float32
-            np.testing.assert_allclose(covariance, exact, rtol=1e-6, atol=1e-10)
+        assert found.count == len(rows)
+        np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-6, atol=1e-9)
+        exact = np.cov(rows.T, bias=True)  # products of at most 4096 rows are in float32
+        scatter = found.to_tensors()["scatter"] / found.count
+        np.testing.assert_allclose(scatter, exact, rtol=1e-6, atol=1e-10)
 
 
-def test_a_covariance_that_a_store_lacks_is_measured_anew(measured, tmp_path):
-    parts = measured()
-    whole = second_moment_of(merge(parts, tmp_path / "whole"), SITES[1])
-    shutil.copy(covariance_file(parts[0], SITES[1]), covariance_file(parts[1], SITES[1]))
+def test_a_covariance_that_a_store_lacks_is_measured_anew(copies, tmp_path, anew):
+    whole = second_moment_of(merge(copies, tmp_path / "whole"), SITES[1])
+    shutil.copy(covariance_file(copies[0], SITES[1]), covariance_file(copies[1], SITES[1]))
     for name in ("of other rows", "none"):
-        merged = merge(parts, tmp_path / name)
-        there = [covariance_file(merged.folder, site).exists() for site in SITES]
-        assert there == [True, False]
+        assert anew == []
+        merged = merge(copies, tmp_path / name)
+        assert anew == SITES[1:]
         found = second_moment_of(merged, SITES[1])
         assert found.count == whole.count
         torch.testing.assert_close(found.covariance(), whole.covariance(), rtol=1e-6, atol=1e-9)
         before = files(merged.folder)
         covariance_file(merged.folder, SITES[0]).unlink()
-        merge(parts, merged.folder)  # adds what is missing, leaves what is there
+        merge(copies, merged.folder)  # adds what is missing, leaves what is there
         assert files(merged.folder) == before
-        covariance_file(parts[1], SITES[1]).unlink(missing_ok=True)
+        covariance_file(copies[1], SITES[1]).unlink(missing_ok=True)
+        anew.clear()
 
 
 def test_a_merge_of_merges_is_the_merge_of_all(stores, merged, tmp_path):
@@ -586,6 +597,8 @@ def test_a_store_of_the_first_version_can_be_merged(model, stores, tmp_path):
 
 def test_names_and_files_of_the_merged_store(merged):
     on_disk = {p.relative_to(merged.folder).as_posix() for p in merged.folder.rglob("*.saf*")}
-    assert on_disk == set(merged.manifest.all_files()) and len(on_disk) == 17 * 5 + 2
+    covariances = {f"evidence/{site}.second_moment.safetensors" for site in SITES}
+    assert on_disk == set(merged.manifest.all_files()) | covariances
+    assert len(on_disk) == 17 * 5 + 2 * 2
     tokens = load_file(merged.folder / "tokens/00003.safetensors")
     assert int(tokens["document"].max()) < int(merged.contexts(3).document.max())

@@ -95,7 +95,8 @@ def test_manifest_says_what_the_rows_are(made, model, corpus):
         content = (made.folder / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (record.bytes, record.sha256)
     on_disk = {p.relative_to(made.folder).as_posix() for p in made.folder.rglob("*.safetensors")}
-    assert on_disk == set(made.manifest.all_files())
+    covariances = {f"evidence/{site}.second_moment.safetensors" for site in SITES}
+    assert on_disk == set(made.manifest.all_files()) | covariances
 
 
 def test_statistics_are_those_of_all_rows(made):

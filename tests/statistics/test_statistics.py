@@ -310,8 +310,6 @@ def test_second_moment_is_that_of_float64_and_merges_exactly():
     whole = SecondMoment(40).update(rows)
     for found in (
         whole,
-        *summed([SecondMoment(40).update(part) for part in rows.split([7, 11_000, 18_993])]),
-        *summed([SecondMoment(40), SecondMoment(40).update(rows)]),  # one that has no rows
         SecondMoment.from_tensors(whole.to_tensors()),
         merged([SecondMoment(40).update(part) for part in rows.split([7, 11_000, 18_993])]),
         merged([SecondMoment(40), SecondMoment(40), SecondMoment(40).update(rows)]),
@@ -332,8 +330,16 @@ def merged(parts):
     return functools.reduce(SecondMoment.merge, parts, SecondMoment(40))
 
 
-def summed(parts):
-    """Each adds those of the others, in a thread of its own."""
+def test_the_second_moment_of_one_process_is_that_of_all_to_the_last_bit():
+    whole = SecondMoment(5).update(rows_of(200)).to_tensors()
+    parts = [SecondMoment(5), SecondMoment.from_tensors(whole), SecondMoment(5)]
+    for found in exchanged(parts):
+        for name, tensor in found.to_tensors().items():
+            assert torch.equal(tensor, whole[name])
+
+
+def exchanged(parts):
+    """Each gets the sums that one of them has, in a thread of its own."""
     meet, given = threading.Barrier(len(parts)), {}
 
     def one(number):
@@ -344,7 +350,7 @@ def summed(parts):
             meet.wait()
             return total
 
-        return parts[number].sum_over(sum_)
+        return parts[number].shared(sum_)
 
     with ThreadPoolExecutor(len(parts)) as pool:
         return list(pool.map(one, range(len(parts))))

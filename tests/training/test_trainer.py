@@ -20,7 +20,6 @@ from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.checks import plain_beside
 from llm_wsae.files import folder_lock, read_json
 from llm_wsae.model.site import Site
-from llm_wsae.processes import Several
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training import one_site
 from llm_wsae.training.arm import Arm, ArmConfig, make_arms
@@ -29,7 +28,6 @@ from llm_wsae.training.config import TrainConfig, learning_rate_factor
 from llm_wsae.training.export import folded
 from llm_wsae.training.log import TrainingLog
 from llm_wsae.training.normaliser import Normaliser
-from llm_wsae.training.parallel import collectives
 from llm_wsae.training.trainer import FINISHED, Interrupted, train
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
@@ -272,28 +270,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     with pytest.raises(LlmWsaeError, match="uniform-k4 has weights that are not finite; lower"):
         train(source, arms_for(source), replace(CONFIG, tokens=None, batch_size=100), tmp_path)
     assert not list(tmp_path.rglob("cfg.json")) and not (tmp_path / FINISHED).exists()
-
-
-@pytest.mark.parametrize("backends", ["cuda:nccl", "cpu:gloo"])
-def test_a_process_group_must_reach_every_device(monkeypatch, backends):
-    monkeypatch.setattr(collectives.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(collectives.distributed, "get_backend_config", lambda: backends)
-    missing = "cpu" if "cpu" not in backends else "cuda"
-    with (
-        pytest.raises(UsageError, match=f"cannot exchange tensors on {missing}; start it with"),
-        collectives.collectives(object.__new__(Several), torch.device("cuda")),
-    ):
-        pass
-
-
-def test_processes_that_share_gpus_need_their_numbers(monkeypatch):
-    """As of ``srun`` alone, which sets no LOCAL_RANK; refused before any other is waited for."""
-    monkeypatch.setattr(collectives.distributed, "is_initialized", lambda: False)
-    connected = collectives.collectives(object.__new__(Several), torch.device("cuda"))
-    with pytest.raises(UsageError, match=r"without LOCAL_RANK, .*torchrun, or set LOCAL_RANK to"):
-        connected.__enter__()
-    for device in ("cpu", "cuda:0", "cuda:3"):
-        collectives._check_numbered(torch.device(device))
 
 
 def test_a_signal_in_the_last_step_is_obeyed(trained, tmp_path, monkeypatch):

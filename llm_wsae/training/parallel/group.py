@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from llm_wsae.collectives import Collectives, collectives
 from llm_wsae.processes import Processes, Several
 from llm_wsae.training.config import Shard
-from llm_wsae.training.parallel.collectives import Collectives, collectives
 from llm_wsae.training.parallel.strategy import SINGLE, DataParallel, LatentParallel, Strategy
 
 CONTINUE, SAVE, STOP, FAIL = range(4)

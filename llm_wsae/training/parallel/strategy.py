@@ -22,10 +22,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from llm_wsae.collectives import Collectives
 from llm_wsae.errors import UsageError
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.codes import Codes, RaggedCodes, keep_slots, ragged
-from llm_wsae.training.parallel.collectives import Collectives, largest_in_rows, largest_of_all
+from llm_wsae.training.parallel.largest import largest_in_rows, largest_of_all
 
 _SMALL = 1 << 16  # numbers; smaller tensors share one reduction, since each has a fixed cost
 _MORE_OF_ROWS = 1.25  # rows are shuffled: every process has about its share of the largest

@@ -1,0 +1,92 @@
+"""The covariance sums of a store's rows, which every whitening starts from: measured when a harvest
+ends, and kept in the store.
+
+They leave out massive rows. Which rows those are depends on the median norm, and so is known only
+when all rows are there: this is one more pass over them.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from tqdm import tqdm
+
+from llm_wsae.collectives import collectives
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.stored_measurement import StoredMeasurement
+from llm_wsae.model.site import Site
+from llm_wsae.processes import Processes, Several, join, leads
+from llm_wsae.statistics.second_moment import SecondMoment
+
+_PARTS = 8  # of the rows; each of several processes takes some
+_ROWS_AT_ONCE = 16_384
+
+
+def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
+    """The covariance sums of all usual rows of a site. Where the store lacks them (a harvest of an
+    earlier version, or one killed at the very end), one pass measures them, and they are kept.
+
+    Several processes divide the rows. What they sum is merged in the order of the rows, so that it
+    does not depend on their number.
+    """
+    kept, processes = StoredMeasurement(store, site, "second_moment"), join()
+    tensors = kept.read_tensors()
+    if processes.lead(lambda: tensors is not None):
+        if tensors is not None:
+            return SecondMoment.from_tensors(tensors)
+        processes = Processes()  # this one does not see the file yet: it measures for itself
+    found = SecondMoment(store.d_in)
+    if isinstance(processes, Several):
+        mine = range(processes.rank, _PARTS, processes.size)
+        own = dict(zip(mine, _sums_of_parts(store, site, mine), strict=True))
+        with collectives(processes, torch.device("cpu")) as connected:
+            for part in range(_PARTS):
+                found.merge(own.pop(part, SecondMoment(store.d_in)).shared(connected.sum_))
+    else:
+        for sums in _sums_of_parts(store, site, range(_PARTS)):
+            found.merge(sums)
+    kept.write_tensors(found.to_tensors())
+    return found
+
+
+def _sums_of_parts(
+    store: ActivationStore, site: Site, parts: Sequence[int]
+) -> Iterator[SecondMoment]:
+    """The sums over each of these parts of the rows."""
+    threshold, reader = store.statistics(site).massive_threshold, store.reader(site)
+    ends = [store.num_rows * number // _PARTS for number in range(_PARTS + 1)]
+    with tqdm(
+        total=sum(ends[part + 1] - ends[part] for part in parts),
+        desc="covariance",
+        unit="row",
+        unit_scale=True,
+        leave=False,
+        disable=not leads(),
+    ) as bar:
+        for part in parts:
+            found = SecondMoment(store.d_in)
+            for start in range(ends[part], ends[part + 1], _ROWS_AT_ONCE):
+                rows = reader.rows(start, min(start + _ROWS_AT_ONCE, ends[part + 1])).float()
+                found.update(rows[rows.norm(dim=1) <= threshold])
+                bar.update(len(rows))
+            yield found
+
+
+def merge_second_moments(stores: Sequence[ActivationStore], merged: ActivationStore) -> None:
+    """Keep the covariance sums of all rows of ``stores`` in ``merged``.
+
+    Those of the stores are added up, if they are of the same rows: usual ones by the threshold of
+    the merged store. Otherwise one pass measures them.
+    """
+    for site in merged.sites:
+        kept = StoredMeasurement(merged, site, "second_moment")
+        if kept.read_tensors() is not None:
+            continue
+        whole, total = merged.statistics(site), SecondMoment(merged.d_in)
+        for store in stores:
+            tensors = StoredMeasurement(store, site, "second_moment").read_tensors()
+            if tensors is None or not store.statistics(site).same_are_massive(whole):
+                second_moment_of(merged, site)
+                break
+            total.merge(SecondMoment.from_tensors(tensors))
+        else:
+            kept.write_tensors(total.to_tensors())
