@@ -9,7 +9,7 @@
 #   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
 #   round-trip    whether the recovery report finds what is known of planted features
 #   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
-#   shrinkage     a covariance of few rows, ours beside scikit-learn's (after free-lengths)
+#   shrinkage     a covariance of few rows, by four estimators (after free-lengths)
 #   gba           group bias adaptation on planted data and beside the other architectures
 #   baselines     what half-random dictionaries and the stream itself recover of planted features
 #   rules         four further ideas beside whitening, with the controls that would refute them
@@ -90,7 +90,6 @@ whitening)
   .venv/bin/python scripts/results_whitening.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
 shrinkage)
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check scikit-learn
   .venv/bin/python scripts/results_shrinkage.py "$@"
   ;;
 baselines)

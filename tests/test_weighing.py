@@ -214,7 +214,8 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store,
     rows = rows[rows.norm(dim=1) <= copy.statistics(SITE).massive_threshold]
     found = measure_inputs(["permuted:whitening"], copy, SITE)
     assert found.second_moment.count == len(rows)
-    expected = shrunk(torch.cov(rows.T, correction=0), len(rows))
+    sample = copy.statistics(SITE).usual_sample
+    expected = shrunk(torch.cov(rows.T, correction=0), len(rows), sample)
     torch.testing.assert_close(found.covariance, expected, rtol=1e-5, atol=1e-7)
     (path,) = (folder / "evidence").iterdir()
     kept = path.read_bytes()

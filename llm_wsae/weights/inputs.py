@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 
 Need = Literal["dictionary", "fisher", "coherence", "second_moment"]
 """What a rule may need in addition to the statistics."""
@@ -35,7 +35,7 @@ class RuleInputs:
 
     @property
     def covariance(self) -> Float[Tensor, "d_in d_in"]:
-        """The covariance of all usual rows, shrunk, float64.
+        """The covariance of all usual rows, shrunk where they are few (``shrunk``), float64.
 
         Raises LlmWsaeError if there are fewer rows than dimensions, or as many dimensions as the
         statistics do not have.
@@ -47,7 +47,8 @@ class RuleInputs:
                 f"{self.statistics.d_in:,}; measure both at the same site"
             )
         check_rows_of_covariance(self.second_moment.count, self.statistics.d_in)
-        return self.second_moment.covariance()
+        moment = self.second_moment
+        return shrunk(moment.covariance(), moment.count, self.statistics.usual_sample)
 
     @classmethod
     def of(cls, measured: "RuleInputs | Statistics") -> "RuleInputs":

@@ -322,8 +322,14 @@ def test_second_moment_is_that_of_float64_and_merges_exactly():
     chunks = merged([SecondMoment(40).update(part) for part in rows.split(4096)])
     for name, tensor in chunks.to_tensors().items():  # of the same products in float32
         torch.testing.assert_close(tensor, whole.to_tensors()[name], rtol=1e-13, atol=0)
-    with pytest.raises(LlmWsaeError, match="NaN or infinite"):
-        whole.update(torch.full((3, 40), torch.nan))
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(LlmWsaeError, match="NaN or infinite"):
+            whole.update(torch.full((3, 40), bad))
+    rows[:, 7] = 0.1  # a constant dimension, whose mean is rounded
+    still = SecondMoment(40).update(rows)._scatter
+    assert not still[7].any() and not still[:, 7].any()
+    huge = SecondMoment(40).update(1e30 * rows)  # finite, unlike their squares in float32
+    torch.testing.assert_close(huge._scatter / 1e60, still, rtol=1e-4, atol=1e-2)
 
 
 def merged(parts):
@@ -391,19 +397,20 @@ def test_shrinkage_helps_where_rows_are_few_and_vanishes_where_they_are_many():
         return float((covariance - truth).square().sum())
 
     few = torch.cov(rows[:90].T, correction=0)
-    assert error(shrunk(few, 90)) < 0.9 * error(few)
+    found = shrunk(few, 90, rows[:90])
+    assert error(found) < 0.9 * error(few)
     # between the sample's own and the multiple of I of the same trace, which it keeps
-    assert float(shrunk(few, 90).trace()) == pytest.approx(float(few.trace()))
+    assert float(found.trace()) == pytest.approx(float(few.trace()))
+    torch.testing.assert_close(found, torch.from_numpy(OAS().fit(rows[:90].numpy()).covariance_))
     many = torch.cov(rows.T, correction=0)
-    torch.testing.assert_close(shrunk(many, 40_000), many, rtol=0.02, atol=2e-3)
-    # scikit-learn needs the rows at once, and leaves out the terms in 2/d
-    theirs = torch.from_numpy(OAS().fit(rows[:90].numpy()).covariance_)
-    torch.testing.assert_close(shrunk(few, 90), theirs, rtol=0, atol=0.01)
+    found = shrunk(many, 40_000, rows[:8000])
+    torch.testing.assert_close(found, many, rtol=0.02, atol=2e-3)
+    # from a fifth of the rows, what scikit-learn makes of all
+    theirs = torch.from_numpy(OAS().fit(rows.numpy()).covariance_)
+    torch.testing.assert_close(found - many, theirs - many, rtol=0.05, atol=1e-8)
     same = torch.eye(60, dtype=torch.float64)
-    assert torch.equal(shrunk(same, 10), same)
-    # equation 23 by hand: ρ = (0·10 + 4²) / ((10 + 1 − 1)·(10 − 4²/2)) = 0.8
-    by_hand = shrunk(torch.tensor([3.0, 1.0], dtype=torch.float64).diag(), 10)
-    torch.testing.assert_close(by_hand, torch.tensor([2.2, 1.8]).double().diag())
-    by_hand = shrunk(torch.tensor([3.0, 1.0, 1.0], dtype=torch.float64).diag(), 20)
-    rho = (11 / 3 + 5**2) / ((20 + 1 - 2 / 3) * (11 - 5**2 / 3))
-    assert float(by_hand[0, 0]) == pytest.approx(3 - rho * (3 - 5 / 3))
+    torch.testing.assert_close(shrunk(same, 90, rows[:90]), same)
+    # of 40 rows ρ = (10/4 + 2²) / (41·(10/4 − 2²/2)); of 163, a quarter of that
+    cross = torch.tensor([[6**0.5, 0], [-(6**0.5), 0], [0, 2**0.5], [0, -(2**0.5)]]).repeat(10, 1)
+    found = shrunk(torch.tensor([3.0, 1.0]).double().diag(), 163, cross)
+    assert float(found[0, 0]) == pytest.approx(3 - 6.5 / 20.5 / 4)
