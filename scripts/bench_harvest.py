@@ -6,13 +6,14 @@ Ways to the same rows of one site, at each context size, tokens per second:
 
     bare      the Hugging Face model with every block behind the site cut away
     forward   LanguageModel.activations
-    harvest   llm_wsae.harvest: text, tokens, forward, statistics, checksums, synced shards
+    harvest   llm_wsae.harvest: text, tokens, forward, statistics, checksums, synced shards, and
+              the covariance of all rows
     bridge    TransformerLens: run_with_cache of the one hook, stopped behind its block
 
 All read the same batches, of 4,096 tokens; bare and bridge also in small ones, which suit a CPU's
 caches better: ours takes its batches apart by itself. The bridge is slow and reads fewer.
 
-``--covariance`` times instead what whitening adds: the second moment of all rows, beside one
+``--covariance`` times the latter alone: the second moment of all rows, beside one
 float32 product XᵀX, at three widths.
 
 Each repeat times all ways one after the other, in turning order, so that a busy machine is busy for
@@ -33,30 +34,39 @@ from benchmarks import embedded_model, machine, write_benchmark
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.harvesting import harvest
-from llm_wsae.model.language_model import LanguageModel, share_weights
+from llm_wsae.model import fusing
+from llm_wsae.model.language_model import LanguageModel, boot_bridge, share_weights
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.second_moment import SecondMoment
 
 WAYS = (
-    "bare: the Hugging Face model, with its own attention, cut off behind the site's block. "
-    "forward: our forward alone. "
-    "harvest: text to synced, checksummed shards with statistics. bridge: TransformerLens' "
-    "run_with_cache of the one hook, stopped behind its block. small: the same in batches of 1,024 "
-    "tokens instead of 4,096. Ratios are medians within repeats.",
+    "bare: the Hugging Face model, with its own attention, norms and gates, cut off behind the "
+    "site's block. forward: our forward alone. harvest: text to synced, checksummed shards with "
+    "statistics and covariance. bridge: TransformerLens' run_with_cache of the one hook on the "
+    "same Hugging Face model, stopped behind its block. small: the same in batches of 1,024 tokens "
+    "instead of 4,096. Ratios are medians within repeats.",
 )
 SMALL = 1024  # tokens of a small batch
 BRIDGE_SHARE = 8  # the bridge reads this many times fewer tokens
 
 
-def truncated(model: LanguageModel, site: Site) -> torch.nn.Module:
-    """The bare Hugging Face trunk that ends behind the site's block."""
-    whole = share_weights(model.hf_model)
+def unfused(model: LanguageModel) -> torch.nn.Module:
+    """The Hugging Face model over the same weights, with its own norms, gates and attention."""
+    plain = share_weights(model.hf_model)
+    for module in plain.modules():
+        if type(module).__module__ == fusing.__name__:
+            module.__class__ = type(module).__base__
+    plain.set_attn_implementation("sdpa")  # not that of llm_wsae.model.attention
+    return plain
+
+
+def truncated(whole: torch.nn.Module, model: LanguageModel, site: Site) -> torch.nn.Module:
+    """The trunk of a Hugging Face model, ended behind the site's block."""
     depth = site.block + 1
     blocks = whole.get_submodule(model.paths.blocks)
     whole.set_submodule(model.paths.blocks, blocks[:depth])
     whole.set_submodule(model.paths.ln_final, torch.nn.Identity())
     whole.config.num_hidden_layers = depth
-    whole.set_attn_implementation("sdpa")  # not that of llm_wsae.model.attention
     return whole.base_model
 
 
@@ -71,7 +81,8 @@ def ways(
     few = max(1, batches // BRIDGE_SHARE)
     small = ids[: max(1, SMALL // context_size)]
     parts = contexts // len(small)
-    trunk, bridge = truncated(model, site), model.bridge()
+    trunk = truncated(unfused(model), model, site)
+    bridge = boot_bridge(unfused(model), model.tokenizer, model.name, model.device)
 
     def bare(ids: torch.Tensor, times: int) -> None:
         with torch.inference_mode():
