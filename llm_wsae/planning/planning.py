@@ -257,7 +257,7 @@ def _seconds(
         tokens = tokens * train.tokens // sizes.rows + first * (1 + sizes.whitens)
     found = {"harvest": tokens * speeds.token + sites * of_moment * speeds.moment}
     if sizes.whitens:
-        found["weigh"] = sites * speeds.spectrum
+        found["weigh"] = sites * speeds.weigh
     if auto:
         share = (1 + len(CANDIDATES)) / sizes.arms
         trials = (

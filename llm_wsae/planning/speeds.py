@@ -35,14 +35,15 @@ from llm_wsae.harvesting import kept_rows, manifest_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.processes import Processes
-from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.export import dictionary_of
 from llm_wsae.training.one_site import Training
 from llm_wsae.training.parallel.group import ProcessGroup
-from llm_wsae.weights.matrix_rules import spectrum
+from llm_wsae.weights.choosing import choose_weights
+from llm_wsae.weights.inputs import RuleInputs
 
 SECONDS = 2.0
 """For the forward passes, and again for the steps of the training."""
@@ -51,7 +52,7 @@ _MOST_BATCHES = 8
 _WARM_UP, _FEWEST_STEPS, _MOST_STEPS = 2, 3, 50
 _MOST_BEFORE_DEATH = 25  # steps that are waited for the first dead latents; longer runs have fewer
 _EVALUATED = 2048  # tokens of the evaluation on a CPU, where more at a time are not faster
-_LARGEST_SPECTRUM = 1024  # dimensions; above, the time is taken to grow with their cube
+_LARGEST_WHITENED = 1024  # dimensions; above, the time is taken to grow with their cube
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Speeds:
     """Harvest, for a token at all sites."""
     moment: float
     """Covariance, for a row."""
-    spectrum: float
-    """Its eigenvalues, for a site."""
+    weigh: float
+    """Weights from it, for a site."""
     row: float
     """Training, for a row."""
     export: float
@@ -168,7 +169,7 @@ def measure(
             measured=True,
             token=token,
             moment=_moment(rows),
-            spectrum=_spectrum(model.d_model),
+            weigh=_weigh(model.d_model),
             row=row,
             export=export,
             evaluated=_evaluate(model, sites, dictionaries, contexts, evaluate),
@@ -217,7 +218,7 @@ def published(
         measured=False,
         token=max(max(before.values()) * operation, host),
         moment=_moment(rows),
-        spectrum=_spectrum(d),
+        weigh=_weigh(d),
         row=len(arms) * step / batch,
         export=0.0,
         evaluated=operation * evaluated,
@@ -348,11 +349,13 @@ def _moment(rows: Tensor) -> float:
     return (time.perf_counter() - began) / len(rows)
 
 
-def _spectrum(d_in: int) -> float:
-    size = min(d_in, _LARGEST_SPECTRUM)
-    draw = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+def _weigh(d_in: int) -> float:
+    size = min(d_in, _LARGEST_WHITENED)
+    rows = torch.randn(SAMPLE_ROWS, size, generator=torch.Generator().manual_seed(0))
+    statistics = Statistics(size, 1).update(rows, torch.zeros(len(rows), dtype=torch.int64))
+    inputs = RuleInputs(statistics, second_moment=SecondMoment(size).update(rows))
     began = time.perf_counter()
-    spectrum(draw @ draw.T)
+    choose_weights(inputs, ["whitening"], [0.5])
     return (time.perf_counter() - began) * (d_in / size) ** 3
 
 
