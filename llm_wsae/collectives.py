@@ -70,21 +70,13 @@ class Collectives:
 def collectives(processes: Several, device: torch.device) -> Iterator[Collectives]:
     """Connect all processes for tensors on ``device``, until the block ends or fails.
 
-    Raises UsageError for a device whose tensors cannot be exchanged, or a GPU without a number.
+    Raises UsageError as ``check_device`` does.
     """
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"several processes can train on cuda or cpu, not on {device.type}")
+    check_device(device)
+    processes.meet()  # the backend does not wait long for late processes
     if distributed.is_initialized():  # by the caller, who also ends it
-        for kind in ("cpu", device.type):
-            if f"{kind}:" not in str(distributed.get_backend_config()):
-                raise UsageError(
-                    f"the existing process group cannot exchange tensors on {kind}; start it with "
-                    'init_process_group("cpu:gloo,cuda:nccl")'
-                )
         yield Collectives(processes)
         return
-    _check_numbered(device)
-    processes.meet()  # the backend does not wait long for late processes
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -107,9 +99,20 @@ def collectives(processes: Several, device: torch.device) -> Iterator[Collective
         distributed.destroy_process_group()  # wakes processes that still wait for this one
 
 
-def _check_numbered(device: torch.device) -> None:
-    """Raises UsageError if nothing says which of the machine's GPUs is this process's own."""
-    if device.type == "cuda" and device.index is None:
+def check_device(device: torch.device) -> None:
+    """Raises UsageError for a device whose tensors cannot be exchanged, by a process group that
+    the caller has initialised if there is one, or if nothing says which of the machine's GPUs is
+    this process's own."""
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"several processes can train on cuda or cpu, not on {device.type}")
+    if distributed.is_initialized():
+        for kind in ("cpu", device.type):
+            if f"{kind}:" not in str(distributed.get_backend_config()):
+                raise UsageError(
+                    f"the existing process group cannot exchange tensors on {kind}; start it with "
+                    'init_process_group("cpu:gloo,cuda:nccl")'
+                )
+    elif device.type == "cuda" and device.index is None:
         raise UsageError(
             "several processes were started without LOCAL_RANK, which says which GPU each of them "
             "takes; start them with torchrun, or set LOCAL_RANK to their numbers on each machine"

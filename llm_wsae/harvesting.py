@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.collectives import check_device
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.covariance import second_moment_of
@@ -30,13 +31,14 @@ from llm_wsae.data.resume import (
 from llm_wsae.data.shard_record import TOKENS
 from llm_wsae.data.shard_writer import StoreWriter
 from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.stored_measurement import MEASUREMENTS
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import remove_partials
 from llm_wsae.hardware import check_memory
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_room
-from llm_wsae.processes import Processes, join
+from llm_wsae.processes import Processes, Several, join
 from llm_wsae.provenance import version_of
 from llm_wsae.threads import prefetch
 
@@ -62,7 +64,8 @@ def harvest(
     there), and a stopped harvest can be resumed with any number of processes. Each process packs
     the whole text. They sum the covariance together.
 
-    Raises UsageError for a site or context size that the model does not have; LlmWsaeError if the
+    Raises UsageError for a site or context size that the model does not have, or a process group
+    of the caller's that does not reach the CPU; LlmWsaeError if the
     folder holds something else or is being written, the corpus is too small (what was harvested
     stays, and the same call with fewer tokens completes it), an activation is not finite, or the
     disk is full (all complete shards stay).
@@ -74,6 +77,8 @@ def harvest(
             raise UsageError("there is no site to harvest; name at least one")
         for site in sites:
             model.check_site(site)
+        if isinstance(processes, Several):
+            check_device(torch.device("cpu"))  # where they sum the covariance
         packer = Packer.for_model(model, config)
         manifest = _agreed(processes, manifest_of(model, corpus.identity(), sites, config))
         processes.lead(lambda: _check_size(out, packer, corpus, config, manifest))
@@ -115,7 +120,7 @@ def _check_size(
 def _begin(out: Path, wanted: Manifest) -> dict[str, tuple[int, int]] | None:
     """Where the text continues after each complete shard; None if the store is complete."""
     manifest, shards = begin_or_resume(out, wanted)  # refuses a foreign folder
-    remove_partials(out, TOKENS, RECORDS, *wanted.sites)
+    remove_partials(out, TOKENS, RECORDS, MEASUREMENTS, *wanted.sites)
     return None if manifest.complete else {str(i): shard.next for i, shard in shards.items()}
 
 

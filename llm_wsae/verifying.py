@@ -16,7 +16,7 @@ from tqdm import tqdm
 from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards
 from llm_wsae.data.packing import load_contexts
 from llm_wsae.data.shard_record import tokens_path
-from llm_wsae.data.stored_measurement import FOLDER as MEASUREMENTS
+from llm_wsae.data.stored_measurement import MEASUREMENTS
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.dictionary.folder import (

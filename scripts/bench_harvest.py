@@ -13,7 +13,7 @@ Ways to the same rows of one site, at each context size, tokens per second:
 All read the same batches, of 4,096 tokens; bare and bridge also in small ones, which suit a CPU's
 caches better: ours takes its batches apart by itself. The bridge is slow and reads fewer.
 
-``--covariance`` times the latter alone: the second moment of all rows, beside one
+``--covariance`` times the covariance alone: the second moment of all rows, beside one
 float32 product XᵀX, at three widths.
 
 Each repeat times all ways one after the other, in turning order, so that a busy machine is busy for

@@ -6,11 +6,10 @@ Stretches of consecutive rows, as a short harvest has them, from eight places of
 ``results_recovery.py``, without massive rows. Each estimate is compared with the covariance of the
 whole store: the eigenvalues of one relative to the other are 1 if both agree, and the error is the
 root mean square of their logarithms. Whitening raises the covariance to a power, so relative errors
-count, of small eigenvalues, too. Whitening's is scikit-learn's ``OAS``, but for its ρ, which comes
-from a sample: of as many rows as a store of one shard samples, drawn at random here.
-
-``EXPECTED`` was written down after a look at four of the sites: at random rows, and at the first
-ones, which are a stretch here. ρ came from the covariance of all rows then, by a formula of ours.
+count, of small eigenvalues, too. Whitening shrinks a covariance and a number of rows as
+scikit-learn's ``OAS`` shrinks the rows; both are measured. ``EXPECTED`` was written down after a
+look at four of the sites: at random rows, and at the first ones, which are a stretch here. By a
+formula of ours, which whitening had then, it was met and missed where it is now.
 
 Where Ledoit and Wolf's estimator fails, a few rows are strong: *strong* ones have five to ten
 median norms, and so are not massive. They were looked for once the estimators were known.
@@ -31,8 +30,6 @@ from results_recovery import RUN as RECOVERY
 from torch import Tensor
 
 from llm_wsae import ActivationStore, Site
-from llm_wsae.data.config import HarvestConfig
-from llm_wsae.data.shard_writer import sampled_rows
 from llm_wsae.files import read_own_json, write_json
 from llm_wsae.statistics.second_moment import shrunk
 from llm_wsae.terminal import markdown
@@ -43,12 +40,11 @@ RUN = README.parent / "runs/shrinkage"
 ARCHIVE = Path(__file__).parent / "results/shrinkage.jsonl.gz"
 ROWS, STRETCHES = (600, 2400, 9600), 8
 STRONG, AT_ONCE = 5, 32_768
-ONE_SHARD = HarvestConfig.shard_tokens
 NAMES = {
     "sample": "not shrunk",
-    "oas": "`OAS` of all rows",
-    "ours": "`OAS` with the ρ of a sample",
-    "ledoit-wolf": "`LedoitWolf` of all rows",
+    "ours": "whitening's",
+    "oas": "scikit-learn's `OAS`",
+    "ledoit-wolf": "its `LedoitWolf`",
 }
 EXPECTED = (
     "from 600 rows, the error of whitening's is less than half of that of the covariance that is "
@@ -59,22 +55,17 @@ EXPECTED = (
 )
 
 
-def estimators(stretch: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def estimators() -> dict[str, Callable[[Tensor], Tensor]]:
     """By name, from rows [rows, d_in] float64 to a covariance."""
     from sklearn.covariance import OAS, LedoitWolf
 
     def own(rows: Tensor) -> Tensor:
         return torch.cov(rows.T, correction=0)
 
-    def with_rho_of_a_sample(rows: Tensor) -> Tensor:
-        draw = torch.Generator().manual_seed(stretch)
-        chosen = torch.randperm(len(rows), generator=draw)[: sampled_rows(ONE_SHARD)]
-        return shrunk(own(rows), len(rows), rows[chosen])
-
     return {
         "sample": own,
+        "ours": lambda rows: shrunk(own(rows), len(rows)),
         "oas": lambda rows: torch.from_numpy(OAS().fit(rows.numpy()).covariance_),
-        "ours": with_rho_of_a_sample,
         "ledoit-wolf": lambda rows: torch.from_numpy(LedoitWolf().fit(rows.numpy()).covariance_),
     }
 
@@ -107,7 +98,7 @@ def measure(key: str) -> None:
             # some more, of which massive ones are left out
             rows = store.rows(site, start, start + 2 * count).double()
             rows = rows[rows.norm(dim=1) <= threshold][:count]
-            for name, estimate in estimators(stretch).items():
+            for name, estimate in estimators().items():
                 errors[name].append(error(estimate(rows), truth))
     write_json(path, {"errors": found, "strong": strong(store, site, inputs)})
 

@@ -27,4 +27,4 @@ def test_processes_that_share_gpus_need_their_numbers(monkeypatch):
     with pytest.raises(UsageError, match=r"without LOCAL_RANK, .*torchrun, or set LOCAL_RANK to"):
         connected.__enter__()
     for device in ("cpu", "cuda:0", "cuda:3"):
-        collectives._check_numbered(torch.device(device))
+        collectives.check_device(torch.device(device))

@@ -13,6 +13,7 @@ from command_line import HARVEST, asked, content, save_model, works
 from several import run, start, torchrun
 from test_harvesting import CONFIG, LENGTHS, SITES, after, files
 from tiny import tiny_model, write_jsonl
+from torch import distributed
 
 from llm_wsae.cli import main
 from llm_wsae.data.corpus import Corpus
@@ -82,6 +83,17 @@ def test_several_processes_write_the_bytes_of_one(corpus, unbroken, tmp_path, si
     when = (out / "manifest.json").stat().st_mtime_ns
     assert run(size, make, corpus, out) == [unbroken.num_rows] * size  # nothing is left to do
     assert when == (out / "manifest.json").stat().st_mtime_ns
+
+
+def test_a_process_group_that_lacks_the_cpu_is_refused_before_the_first_forward(corpus, tmp_path):
+    said = run(2, in_a_group_of_gpus, corpus, tmp_path / "s")
+    assert all("group cannot exchange tensors on cpu; start it with" in one for one in said), said
+    assert not (tmp_path / "s").exists()
+
+
+def in_a_group_of_gpus(corpus, out):
+    distributed.is_initialized, distributed.get_backend_config = lambda: True, lambda: "cuda:nccl"
+    make(corpus, out)
 
 
 @pytest.mark.parametrize(

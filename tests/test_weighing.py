@@ -3,6 +3,7 @@ its predictions do when the activation is moved."""
 
 import io
 import itertools
+import os
 import shutil
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from several import run
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae import weighing
-from llm_wsae.data import stored_measurement
+from llm_wsae.data import covariance, stored_measurement
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.shard_reader import RowReader
@@ -214,8 +215,7 @@ def test_the_covariance_is_of_all_usual_rows_and_needs_no_model(tmp_path, store,
     rows = rows[rows.norm(dim=1) <= copy.statistics(SITE).massive_threshold]
     found = measure_inputs(["permuted:whitening"], copy, SITE)
     assert found.second_moment.count == len(rows)
-    sample = copy.statistics(SITE).usual_sample
-    expected = shrunk(torch.cov(rows.T, correction=0), len(rows), sample)
+    expected = shrunk(torch.cov(rows.T, correction=0), len(rows))
     torch.testing.assert_close(found.covariance, expected, rtol=1e-5, atol=1e-7)
     (path,) = (folder / "evidence").iterdir()
     kept = path.read_bytes()
@@ -275,15 +275,13 @@ def test_a_measurement_that_cannot_be_is_measured_again(model, tmp_path, store):
 
 @pytest.mark.parametrize("is_full", [False, True])
 def test_several_processes_sum_the_covariance_together(tmp_path, store, is_full):
-    """Each reads its part of the rows, and rank 0 keeps the sum; if it cannot, it says so."""
+    """Each reads its parts of the rows, and rank 0 keeps the sum; if it cannot, it says so."""
     folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
-    alone = measure_inputs(["whitening"], store, SITE).covariance
+    alone = measure_inputs(["whitening"], store, SITE).covariance.tolist()
     found = run(3, measured, folder, is_full)
     assert sum(read for read, *_ in found) == store.num_rows
     assert all(read > 0 for read, *_ in found)
-    for _, _, covariance in found:
-        torch.testing.assert_close(torch.tensor(covariance), alone.float(), rtol=1e-6, atol=1e-9)
-        assert covariance == found[0][2]
+    assert all(covariance == alone for *_, covariance in found)  # to the last bit
     said = [said for _, said, _ in found]
     assert said[0].count("the measurement is not kept: the disk is full") == is_full
     assert said[1:] == ["", ""] and (folder / "evidence").exists() == (not is_full)
@@ -291,8 +289,19 @@ def test_several_processes_sum_the_covariance_together(tmp_path, store, is_full)
     assert sum(read for read, *_ in again) == (store.num_rows if is_full else 0)
 
 
-def measured(folder, is_full):
-    """One process's part: the rows that it reads, what it says, the covariance."""
+def test_processes_without_a_part_and_without_the_file_have_the_same_covariance(tmp_path, store):
+    """There are more processes than parts; then one does not see yet what another has kept."""
+    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
+    first = run(3, measured, folder, False, 2)
+    assert [read > 0 for read, *_ in first] == [True, True, False]
+    again = run(2, measured, folder, False, 2, 1)
+    assert [read for read, *_ in again] == [0, store.num_rows]
+    assert len({str(covariance) for *_, covariance in [*first, *again]}) == 1
+
+
+def measured(folder, is_full, parts=None, blind=None):
+    """One process's part: the rows that it reads, what it says, the covariance. The ``blind`` one
+    sees no measurement."""
     read, rows, said = [0], RowReader.rows, io.StringIO()
 
     def counted(reader, start, stop):
@@ -302,6 +311,9 @@ def measured(folder, is_full):
     RowReader.rows = counted
     if is_full:
         stored_measurement.save_own_tensors = full
+    covariance._PARTS = parts or covariance._PARTS
+    if os.environ["RANK"] == str(blind):
+        StoredMeasurement.read_tensors = lambda kept: None
     stored_measurement.tqdm.write = lambda sentence, file: said.write(sentence)
     inputs = measure_inputs(["whitening"], ActivationStore.open(folder), SITE)
     return read[0], said.getvalue(), inputs.covariance.tolist()

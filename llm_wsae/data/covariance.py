@@ -17,18 +17,20 @@ from llm_wsae.model.site import Site
 from llm_wsae.processes import Processes, Several, join, leads
 from llm_wsae.statistics.second_moment import SecondMoment
 
-_PARTS = 8  # of the rows; each of several processes takes some
+_PARTS = 16  # of the rows; as many processes at most share the work
 _ROWS_AT_ONCE = 16_384
 
 
-def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
-    """The covariance sums of all usual rows of a site. Where the store lacks them (a harvest of an
-    earlier version, or one killed at the very end), one pass measures them, and they are kept.
+def second_moment_of(
+    store: ActivationStore, site: Site, processes: Processes | None = None
+) -> SecondMoment:
+    """The covariance sums of all usual rows of a site. Where the store does not hold them, as one
+    of an earlier version, one pass measures them, and they are kept.
 
-    Several processes divide the rows. What they sum is merged in the order of the rows, so that it
-    does not depend on their number.
+    The processes of this run, unless others are named, divide the rows. What they sum is merged in
+    the order of the rows, so that it does not depend on their number.
     """
-    kept, processes = StoredMeasurement(store, site, "second_moment"), join()
+    kept, processes = StoredMeasurement(store, site, "second_moment"), processes or join()
     tensors = kept.read_tensors()
     if processes.lead(lambda: tensors is not None):
         if tensors is not None:
@@ -36,14 +38,18 @@ def second_moment_of(store: ActivationStore, site: Site) -> SecondMoment:
         processes = Processes()  # this one does not see the file yet: it measures for itself
     found = SecondMoment(store.d_in)
     if isinstance(processes, Several):
-        mine = range(processes.rank, _PARTS, processes.size)
-        own = dict(zip(mine, _sums_of_parts(store, site, mine), strict=True))
+        rank, size = processes.rank, processes.size
+        mine = _sums_of_parts(store, site, range(rank, _PARTS, size))
         with collectives(processes, torch.device("cpu")) as connected:
-            for part in range(_PARTS):
-                found.merge(own.pop(part, SecondMoment(store.d_in)).shared(connected.sum_))
+            for first in range(0, _PARTS, size):
+                own = next(mine, SecondMoment(store.d_in))
+                processes.meet()  # however long that took
+                for number in range(min(size, _PARTS - first)):
+                    part = own if number == rank else SecondMoment(store.d_in)
+                    found.merge(part.share(connected.sum_))
     else:
-        for sums in _sums_of_parts(store, site, range(_PARTS)):
-            found.merge(sums)
+        for part in _sums_of_parts(store, site, range(_PARTS)):
+            found.merge(part)
     kept.write_tensors(found.to_tensors())
     return found
 
@@ -75,7 +81,7 @@ def merge_second_moments(stores: Sequence[ActivationStore], merged: ActivationSt
     """Keep the covariance sums of all rows of ``stores`` in ``merged``.
 
     Those of the stores are added up, if they are of the same rows: usual ones by the threshold of
-    the merged store. Otherwise one pass measures them.
+    the merged store. Otherwise one pass measures them, in this process.
     """
     for site in merged.sites:
         kept = StoredMeasurement(merged, site, "second_moment")
@@ -85,7 +91,7 @@ def merge_second_moments(stores: Sequence[ActivationStore], merged: ActivationSt
         for store in stores:
             tensors = StoredMeasurement(store, site, "second_moment").read_tensors()
             if tensors is None or not store.statistics(site).same_are_massive(whole):
-                second_moment_of(merged, site)
+                second_moment_of(merged, site, Processes())
                 break
             total.merge(SecondMoment.from_tensors(tensors))
         else:

@@ -1,8 +1,9 @@
 """One store from several that separate jobs harvested, each from text of its own.
 
-Nothing is computed again: the shards are copied as they are, one store after the other, under new
-numbers, and the statistics of all rows are merged from those of the shards, as are the covariance
-sums of the stores. ``Manifest.parts`` says which harvests they come from.
+No activation is computed again: the shards are copied as they are, one store after the other, under
+new numbers, and the statistics of all rows are merged from those of the shards. So are the
+covariance sums, or one pass over the rows measures them. ``Manifest.parts`` says which harvests
+they come from.
 
 A merge is written as a harvest is: first a manifest that says that the store is not complete, the
 record of a shard after its files. A merge that is killed at any instant leaves nothing that opens
@@ -30,6 +31,7 @@ from llm_wsae.data.packing import NO_DOCUMENT
 from llm_wsae.data.resume import begin_or_resume, check_empty
 from llm_wsae.data.shard_record import REPAIR, TOKENS, FileRecord, ShardRecord, all_paths
 from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.stored_measurement import MEASUREMENTS
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import folder_lock, remove_partials, sha256, write_atomic
 from llm_wsae.outputs import check_free
@@ -91,7 +93,7 @@ def merge(stores: Sequence[Path | str], out: Path | str, link: bool = False) -> 
         check_free(out, lacking, "or share the files of the stores with --link")
     with folder_lock(out, "activation store"):
         found, whole = begin_or_resume(out, manifest)
-        remove_partials(out, TOKENS, RECORDS, *manifest.sites)
+        remove_partials(out, TOKENS, RECORDS, MEASUREMENTS, *manifest.sites)
         if found.complete:
             tqdm.write(f"{out} is already complete", file=sys.stderr)
         else:

@@ -18,7 +18,7 @@ from llm_wsae.statistics.reading import finite_tensor_of, tensor_of
 from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.config import RuleInputConfig
 
-FOLDER = "evidence"
+MEASUREMENTS = "evidence"
 SETTINGS = {
     "fisher": ("sensitivity_tokens", "seed"),
     "coherence": ("semantic_tokens", "top", "before", "after", "encoder", "seed"),
@@ -37,7 +37,7 @@ class StoredMeasurement:
         config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
     ):
         self._need, self._d_in = need, store.d_in
-        self._path = store.folder / FOLDER / f"{site}.{need}.safetensors"
+        self._path = store.folder / MEASUREMENTS / f"{site}.{need}.safetensors"
         settings = {name: getattr(config, name) for name in SETTINGS.get(need, ())}
         self._header = {"rows": store.identity(site)["sha256"], **settings}
 

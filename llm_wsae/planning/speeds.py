@@ -350,6 +350,8 @@ def _moment(rows: Tensor) -> float:
 
 
 def _weigh(d_in: int) -> float:
+    import sklearn.covariance  # noqa: F401 - not to be timed: it is imported only once
+
     size = min(d_in, _LARGEST_WHITENED)
     rows = torch.randn(SAMPLE_ROWS, size, generator=torch.Generator().manual_seed(0))
     statistics = Statistics(size, 1).update(rows, torch.zeros(len(rows), dtype=torch.int64))

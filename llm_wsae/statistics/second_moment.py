@@ -15,6 +15,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.reading import finite_tensor_of, tensor_of
 
 _CHUNK_ROWS, _CACHED_ROWS = 4096, 256
+_FEW = 4  # rows for each dimension
 _ROUNDING = 1e-3  # of the product of two standard deviations, far above that of ``update``
 
 
@@ -44,7 +45,7 @@ class SecondMoment:
             self._add(len(chunk), mean, scatter)
         return self
 
-    def shared(self, sum_: Callable[[Tensor], Tensor]) -> "SecondMoment":
+    def share(self, sum_: Callable[[Tensor], Tensor]) -> "SecondMoment":
         """Give all processes the sums of the one that has any, to the last bit. ``sum_`` adds a
         tensor over all processes, in place. Returns self."""
         self.count = int(sum_(torch.tensor(self.count)))
@@ -107,19 +108,26 @@ def _mean(x: Tensor) -> Tensor:
     return torch.stack(sums).sum(0) / len(x)
 
 
-def shrunk(
-    covariance: Float[Tensor, "d_in d_in"], rows: int, sample: Float[Tensor, "sample d_in"]
-) -> Float[Tensor, "d_in d_in"]:
-    """(1 − ρ)Σ + ρ·tr(Σ)/d·I, where Σ is the covariance of all rows and ``sample`` some of them.
+def shrunk(covariance: Float[Tensor, "d_in d_in"], rows: int) -> Float[Tensor, "d_in d_in"]:
+    """(1 − ρ)Σ + ρ·tr(Σ)/d·I for the covariance of so many rows.
 
-    ρ is the oracle approximating shrinkage of scikit-learn (Chen, Wiesel, Eldar & Hero 2010), which
-    takes rows. There are more than memory holds, but ρ is inversely proportional to their number
-    plus one: so that of the sample is scaled. With a million rows of 576 dimensions it is about
-    1e-5. Ledoit and Wolf's shrinks too much where a few rows are strong
-    (docs/results/whitening.md).
+    ρ is the oracle approximating shrinkage of scikit-learn (Chen, Wiesel, Eldar & Hero 2010); with
+    a million rows of 576 dimensions it is about 1e-5. Beside it, Ledoit and Wolf's shrinks too much
+    where a few rows are strong (docs/results/whitening.md).
+
+    scikit-learn takes the rows, of which there are more than memory holds. But its ρ depends on
+    their number and on the eigenvalues of Σ alone: it gets rows along the axes that have these. It
+    is inversely proportional to their number plus one, so a few are enough, as long as it is below
+    1 for these: for all but nearly equal eigenvalues, which need no whitening.
     """
     from sklearn.covariance import oas, shrunk_covariance  # slow to import
 
-    _, rho = oas(sample.double().numpy())
-    rho *= (len(sample) + 1) / (rows + 1)
-    return torch.from_numpy(shrunk_covariance(covariance.numpy(), min(1.0, rho)))
+    d_in = len(covariance)
+    few = max(d_in, min(rows, _FEW * d_in))
+    axes = torch.zeros(few, d_in, dtype=torch.float64)
+    axes.diagonal().copy_((few * torch.linalg.eigvalsh(covariance).clamp(min=0)).sqrt())
+    _, rho = oas(axes.numpy(), assume_centered=True)
+    rho *= (few + 1) / (rows + 1)
+    if not 0 <= rho <= 1:  # rounding makes anything of equal eigenvalues
+        rho = 1.0
+    return torch.from_numpy(shrunk_covariance(covariance.numpy(), rho))

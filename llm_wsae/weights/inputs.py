@@ -47,8 +47,7 @@ class RuleInputs:
                 f"{self.statistics.d_in:,}; measure both at the same site"
             )
         check_rows_of_covariance(self.second_moment.count, self.statistics.d_in)
-        moment = self.second_moment
-        return shrunk(moment.covariance(), moment.count, self.statistics.usual_sample)
+        return shrunk(self.second_moment.covariance(), self.second_moment.count)
 
     @classmethod
     def of(cls, measured: "RuleInputs | Statistics") -> "RuleInputs":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looping import over
 from scipy import stats
 from sklearn.covariance import OAS
 from torch.nn.functional import normalize
@@ -356,7 +357,7 @@ def exchanged(parts):
             meet.wait()
             return total
 
-        return parts[number].shared(sum_)
+        return parts[number].share(sum_)
 
     with ThreadPoolExecutor(len(parts)) as pool:
         return list(pool.map(one, range(len(parts))))
@@ -397,20 +398,33 @@ def test_shrinkage_helps_where_rows_are_few_and_vanishes_where_they_are_many():
         return float((covariance - truth).square().sum())
 
     few = torch.cov(rows[:90].T, correction=0)
-    found = shrunk(few, 90, rows[:90])
+    found = shrunk(few, 90)
     assert error(found) < 0.9 * error(few)
     # between the sample's own and the multiple of I of the same trace, which it keeps
     assert float(found.trace()) == pytest.approx(float(few.trace()))
-    torch.testing.assert_close(found, torch.from_numpy(OAS().fit(rows[:90].numpy()).covariance_))
     many = torch.cov(rows.T, correction=0)
-    found = shrunk(many, 40_000, rows[:8000])
-    torch.testing.assert_close(found, many, rtol=0.02, atol=2e-3)
-    # from a fifth of the rows, what scikit-learn makes of all
-    theirs = torch.from_numpy(OAS().fit(rows.numpy()).covariance_)
-    torch.testing.assert_close(found - many, theirs - many, rtol=0.05, atol=1e-8)
-    same = torch.eye(60, dtype=torch.float64)
-    torch.testing.assert_close(shrunk(same, 90, rows[:90]), same)
-    # of 40 rows ρ = (10/4 + 2²) / (41·(10/4 − 2²/2)); of 163, a quarter of that
-    cross = torch.tensor([[6**0.5, 0], [-(6**0.5), 0], [0, 2**0.5], [0, -(2**0.5)]]).repeat(10, 1)
-    found = shrunk(torch.tensor([3.0, 1.0]).double().diag(), 163, cross)
-    assert float(found[0, 0]) == pytest.approx(3 - 6.5 / 20.5 / 4)
+    torch.testing.assert_close(shrunk(many, 40_000), many, rtol=0.02, atol=2e-3)
+
+
+@over(exponent=(0.3, 1.0, 2.0), number=(40, 90, 200, 2000))
+def test_shrinkage_is_what_scikit_learn_makes_of_the_rows(exponent, number):
+    """Of fewer rows than dimensions, of some more, and of many more; a little less of many rows
+    whose variances are nearly equal."""
+    draw = torch.Generator().manual_seed(1)
+    scale = torch.arange(1, 61, dtype=torch.float64) ** (-exponent / 2)
+    rows = torch.randn(number, 60, generator=draw, dtype=torch.float64) * scale + 3
+    own, theirs = torch.cov(rows.T, correction=0), OAS().fit(rows.numpy())
+    most = (4 * 60 + 1) / (number + 1)
+    rho = min(theirs.shrinkage_, most)
+    assert (rho < theirs.shrinkage_) == (exponent < 1 and number == 2000)
+    expected = (1 - rho) * own + rho * own.diagonal().mean() * torch.eye(60)
+    torch.testing.assert_close(shrunk(own, number), expected)
+
+
+def test_equal_eigenvalues_shrink_to_themselves():
+    for size in (0.1, 1.0, 3e7):
+        same = size * torch.eye(6, dtype=torch.float64)
+        torch.testing.assert_close(shrunk(same, 50), same)
+    # of 40 rows ρ = (82/4 + 5²) / (41·(82/4 − 5²/2))
+    by_hand = shrunk(torch.tensor([9.0, 1.0]).double().diag(), 40)
+    assert float(by_hand[0, 0]) == pytest.approx(9 - 4 * 45.5 / (41 * 8))
