@@ -115,10 +115,10 @@ def shrunk(covariance: Float[Tensor, "d_in d_in"], rows: int) -> Float[Tensor, "
     a million rows of 576 dimensions it is about 1e-5. Beside it, Ledoit and Wolf's shrinks too much
     where a few rows are strong (docs/results/whitening.md).
 
-    scikit-learn takes the rows, of which there are more than memory holds. But its ρ depends on
-    their number and on the eigenvalues of Σ alone: it gets rows along the axes that have these. It
-    is inversely proportional to their number plus one, so a few are enough, as long as it is below
-    1 for these: for all but nearly equal eigenvalues, which need no whitening.
+    scikit-learn takes the rows, of which there are more than memory holds. But its ρ depends only
+    on their number and on the eigenvalues of Σ: it gets rows along the axes that have these.
+    ρ is inversely proportional to the number of rows plus one, so a few are enough, unless ρ of
+    these is 1: then the eigenvalues are nearly equal, and whitening would change nothing.
     """
     from sklearn.covariance import oas, shrunk_covariance  # slow to import
 
