@@ -65,7 +65,7 @@ def _sums_of_parts(
         desc="covariance",
         unit="row",
         unit_scale=True,
-        leave=False,
+        dynamic_ncols=True,
         disable=not leads(),
     ) as bar:
         for part in parts:
