@@ -109,7 +109,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def shrunk(covariance: Float[Tensor, "d_in d_in"], rows: int) -> Float[Tensor, "d_in d_in"]:
-    """(1 − ρ)Σ + ρ·tr(Σ)/d·I for the covariance of so many rows.
+    """(1 − ρ)Σ + ρ·tr(Σ)/d·I for a covariance Σ that was measured on ``rows`` rows.
 
     ρ is the oracle approximating shrinkage of scikit-learn (Chen, Wiesel, Eldar & Hero 2010); with
     a million rows of 576 dimensions it is about 1e-5. Beside it, Ledoit and Wolf's shrinks too much
