@@ -245,8 +245,8 @@ class ActivationStreams:
             if not bool(torch.isfinite(own.sum(dtype=torch.float64))):
                 bad = int((~torch.isfinite(own)).any(1).sum())
                 raise LlmWsaeError(
-                    f"{bad} of {len(own)} rows of {site} from document "
-                    f"{contexts.first.document} of {self.corpus.name} on are NaN or infinite; "
+                    f"{bad} of {len(own)} rows of {site} from section "
+                    f"{contexts.first.section} of {self.corpus.name} on are NaN or infinite; "
                     "load the model in float32"
                 )
         return rows

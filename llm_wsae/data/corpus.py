@@ -7,6 +7,8 @@ documents, so that a number identifies a document and a stopped run can resume.
 Held-out text is split off by document: a hash of the document's *name* decides. The name does not
 depend on the document's place in the sequence. So a document that is held out of ``a+b`` is held
 out of ``a`` as well, and a corpus that grows moves no document from one side to the other.
+
+What is trained or measured on is drawn over the documents of a part (``sections``).
 """
 
 import hashlib
@@ -17,6 +19,7 @@ from itertools import islice
 from typing import Any
 
 from llm_wsae.data.hub_dataset import HUB_NAME, HubDataset
+from llm_wsae.data.sections import Section, SectionSize, in_rounds
 from llm_wsae.data.text_sources import (
     SUFFIXES,
     TEXT_PACKAGES,
@@ -42,10 +45,6 @@ class Document:
     name: str
     text: str
     labels: dict[str, Any]
-
-    def header(self) -> dict[str, Any]:
-        """Everything except the text, as a store keeps it."""
-        return {"name": self.name, "labels": self.labels}
 
 
 class Corpus:
@@ -105,16 +104,33 @@ class Corpus:
         """
         found = False
         for index, raw in enumerate(self.source.documents(start), start):
-            if raw.text.strip() and self._holds(raw.name):
+            if self._holds(raw):
                 found = True
                 yield Document(index, raw.name, _encodable(raw.text), _short(raw.labels))
         if not found and start == 0:
-            if self.part == "all" or not any(d.text.strip() for d in self.source.documents(0)):
-                raise LlmWsaeError(f"the corpus {self.name} holds no text")
-            raise LlmWsaeError(
-                f"the corpus {self.name} has too few documents: none of them falls into its "
-                f"{self.part} part; add documents or change the held-out fraction"
+            raise self._nothing()
+
+    def sections(self, size: SectionSize | None, start: int = 0) -> Iterator[Section]:
+        """The text of this part over its documents (``data.sections``), from section ``start`` on.
+
+        Raises LlmWsaeError if, read from the beginning, there is none.
+        """
+        sources = self.source.sources if isinstance(self.source, _Mixture) else [self.source]
+        own = [
+            (
+                RawDocument(raw.name, _encodable(raw.text), _short(raw.labels))
+                for raw in source.documents(0)
+                if self._holds(raw)
             )
+            for source in sources
+        ]
+        found = False
+        for section in in_rounds(own, size):
+            found = True
+            if section.index >= start:
+                yield section
+        if not found:
+            raise self._nothing()
 
     def identity(self) -> dict[str, Any]:
         """What a manifest records of the corpus: JSON values that differ if the documents do."""
@@ -124,11 +140,23 @@ class Corpus:
             "heldout_fraction": self.heldout_fraction,
             "text_column": self.text_column,
             "fingerprint": self.source.fingerprint(),
+            "order": "sections of all documents in turn",  # stores of version 0.1 lack it
         }
 
-    def _holds(self, name: str) -> bool:
-        return self.part == "all" or is_heldout(name, self.heldout_fraction) == (
-            self.part == "heldout"
+    def _holds(self, raw: RawDocument) -> bool:
+        """Whether a document has text and is of this part."""
+        if not raw.text.strip():
+            return False
+        heldout = self.part != "all" and is_heldout(raw.name, self.heldout_fraction)
+        return self.part == "all" or heldout == (self.part == "heldout")
+
+    def _nothing(self) -> LlmWsaeError:
+        """The error of a part without documents."""
+        if self.part == "all" or not any(d.text.strip() for d in self.source.documents(0)):
+            return LlmWsaeError(f"the corpus {self.name} holds no text")
+        return LlmWsaeError(
+            f"the corpus {self.name} has too few documents: none of them falls into its "
+            f"{self.part} part; add documents or change the held-out fraction"
         )
 
 
@@ -143,6 +171,8 @@ def open_source(spec: str, text_column: str | None) -> TextSource:
         parts = [part.strip() for part in spec.split("+")]
         if not all(parts):
             raise UsageError(f"the corpus {spec!r} has an empty part; name a text around each +")
+        if twice := [part for part in parts if parts.count(part) > 1]:
+            raise UsageError(f"the corpus {spec!r} names {twice[0]} twice; name each text once")
         return _Mixture([open_source(part, text_column) for part in parts])
     nested = spec.partition("@")[0].count("/") > 1
     if path.suffix in SUFFIXES or nested or spec[:1] in (".", "/", "~"):
@@ -160,20 +190,20 @@ class _Mixture:
     characters so far."""
 
     def __init__(self, sources: list[TextSource]):
-        self._sources = sources
+        self.sources = sources
         self.name = "+".join(source.name for source in sources)
         sizes = [source.num_bytes for source in sources]
         self.num_bytes: int | None = None if None in sizes else sum(s for s in sizes if s)
 
     def fingerprint(self) -> str:
-        return "+".join(source.fingerprint() for source in self._sources)
+        return "+".join(source.fingerprint() for source in self.sources)
 
     def documents(self, start: int) -> Iterator[RawDocument]:
         # Whose turn it is depends on all documents before, so skipped ones are read as well.
         return islice(self._in_turn(), start, None)
 
     def _in_turn(self) -> Iterator[RawDocument]:
-        readers = [source.documents(0) for source in self._sources]
+        readers = [source.documents(0) for source in self.sources]
         given = {number: 0 for number in range(len(readers))}
         while given:
             number = min(given, key=given.__getitem__)

@@ -1,10 +1,12 @@
 """From documents to contexts: packed token ids, every position of which leads back to its text.
 
-The tokens of all documents, each followed by the tokenizer's end-of-sequence token, form one long
-stream, which is cut into pieces of equal length. Each piece, after a beginning-of-sequence token,
-is a context. A place in the stream is a cursor (document, offset in it). Packing from a cursor
-gives exactly the contexts that packing from the beginning gives there, so that a stopped run can
-resume where it was. All work on tokens is vectorised.
+Documents give their text in sections of about two contexts, taking turns (``data.sections``), so
+that few contexts are already of many documents. The tokens of all sections, each followed by the
+tokenizer's end-of-sequence token, form one long stream, which is cut into pieces of equal length.
+Each piece, after a beginning-of-sequence token, is a context. A place in the stream is a cursor
+(section, offset in it). Packing from a cursor gives exactly the contexts that packing from the
+beginning gives there, so that a stopped run can resume where it was. All work on tokens is
+vectorised.
 """
 
 import json
@@ -17,23 +19,25 @@ import torch
 from jaxtyping import Bool, Int32
 
 from llm_wsae.data.config import PackConfig
-from llm_wsae.data.corpus import Corpus, Document
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.sections import Section
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import load_tensors, save_tensors
 
 NO_DOCUMENT = -1
 # Texts are tokenised in batches, which is fast; the first ones are small, so that work can begin.
-_DOCUMENTS_AT_ONCE = 64
+_SECTIONS_AT_ONCE = 64
 _CHARACTERS_AT_FIRST, _CHARACTERS_AT_ONCE = 1 << 14, 1 << 19
+_SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 32, 1000  # whose length in tokens is measured
 
 
 class Cursor(NamedTuple):
     """A place in the token stream of a corpus: where the next token is, or would be."""
 
-    document: int
-    """Number of the document in the corpus."""
+    section: int
+    """Number of the section."""
     offset: int
-    """Number of the token in the document; the separator follows the last one."""
+    """Number of the token in the section; the separator follows the last one."""
 
 
 BEGINNING = Cursor(0, 0)
@@ -46,9 +50,9 @@ class Context(NamedTuple):
     keep: Bool[np.ndarray, " positions"]
     """Whether the position gives a row."""
     document: Int32[np.ndarray, " positions"]
-    """Number of the document in the corpus, -1 for tokens that belong to none."""
+    """Number of the document, in the order of their first sections; -1 for tokens of none."""
     offset: Int32[np.ndarray, " positions"]
-    """Number of the token in its document, -1 for tokens that belong to none."""
+    """Number of the token in its section, -1 for tokens that belong to none."""
 
 
 class Contexts(NamedTuple):
@@ -74,16 +78,17 @@ class Contexts(NamedTuple):
         document = np.where(self.document >= 0, self.document + np.int32(before), NO_DOCUMENT)
         return self._replace(
             document=document.astype(np.int32),
-            first=Cursor(self.first.document + before, self.first.offset),
-            next=Cursor(self.next.document + before, self.next.offset),
+            first=Cursor(self.first.section + before, self.first.offset),
+            next=Cursor(self.next.section + before, self.next.offset),
             headers={number + before: header for number, header in self.headers.items()},
         )
 
 
 class _Stream(NamedTuple):
-    """A run of tokens of the stream, flat; a separator is the token after its document's last."""
+    """A run of tokens of the stream, flat; a separator is the token after its section's last."""
 
     ids: np.ndarray
+    section: np.ndarray
     document: np.ndarray
     offset: np.ndarray
     separator: np.ndarray
@@ -161,11 +166,11 @@ class Packer:
         parts: list[_Stream] = []
         pending = 0
         headers: dict[int, dict[str, Any]] = {}
-        for documents, tokens in self._tokenised(corpus, start):
-            for document, ids in zip(documents, tokens, strict=True):
-                parts.append(self._stream(document, ids, start))
+        for sections, tokens in self._tokenised(corpus, start):
+            for section, ids in zip(sections, tokens, strict=True):
+                parts.append(self._stream(section, ids, start))
                 pending += len(parts[-1].ids)
-                headers[document.index] = document.header()
+                headers[section.document] = section.header()
             if pending < wanted * self.content_size:
                 continue
             stream = _joined(parts)
@@ -178,7 +183,7 @@ class Packer:
                 if wanted is None:
                     return
             parts = [stream]
-            headers = {i: header for i, header in headers.items() if i >= start.document}
+            headers = {i: headers[i] for i in np.unique(stream.document).tolist()}
         rest = pending // self.content_size * self.content_size
         if rest:
             yield self._cut(_joined(parts).cut(0, rest), start, headers)
@@ -189,12 +194,12 @@ class Packer:
             return
         rows: list[_Stream] = []
         headers: dict[int, dict[str, Any]] = {}
-        for documents, tokens in self._tokenised(corpus, start):
-            for document, ids in zip(documents, tokens, strict=True):
+        for sections, tokens in self._tokenised(corpus, start):
+            for section, ids in zip(sections, tokens, strict=True):
                 if len(ids) == 0:
                     continue
-                headers[document.index] = document.header()
-                rows.append(self._padded(self._stream(document, ids, BEGINNING)))
+                headers[section.document] = section.header()
+                rows.append(self._padded(self._stream(section, ids, BEGINNING)))
                 if len(rows) == wanted:
                     block = self._cut(_joined(rows), start, headers)
                     yield block
@@ -212,57 +217,68 @@ class Packer:
         """
         row = row.cut(0, self.content_size)
         lack = self.content_size - len(row.ids)
-        padding = (self._padding, NO_DOCUMENT, NO_DOCUMENT, True)
+        padding = (self._padding, NO_DOCUMENT, NO_DOCUMENT, NO_DOCUMENT, True)
         return _Stream(
             *(np.pad(a, (0, lack), constant_values=p) for a, p in zip(row, padding, strict=True))
         )
 
     def _tokenised(
         self, corpus: Corpus, start: Cursor
-    ) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
-        documents: list[Document] = []
+    ) -> Iterator[tuple[list[Section], list[np.ndarray]]]:
+        sections: list[Section] = []
         length, enough = 0, _CHARACTERS_AT_FIRST
-        for document in corpus.documents(start.document):
-            documents.append(document)
-            length += len(document.text)
-            if len(documents) >= _DOCUMENTS_AT_ONCE or length >= enough:
-                yield documents, self._ids(documents)
-                documents, length, enough = [], 0, min(2 * enough, _CHARACTERS_AT_ONCE)
-        if documents:
-            yield documents, self._ids(documents)
+        whole = self._config.one_document_per_context
+        for section in corpus.sections(None if whole else self._two_contexts, start.section):
+            sections.append(section)
+            length += len(section.text)
+            if len(sections) >= _SECTIONS_AT_ONCE or length >= enough:
+                yield sections, self._ids(sections)
+                sections, length, enough = [], 0, min(2 * enough, _CHARACTERS_AT_ONCE)
+        if sections:
+            yield sections, self._ids(sections)
 
-    def _ids(self, documents: list[Document]) -> list[np.ndarray]:
-        encoded = self._tokenizer(
-            [document.text for document in documents],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,  # documents may be longer than the model's context
-        )["input_ids"]
+    def _two_contexts(self, texts: Sequence[str]) -> int:
+        """Characters of some documents that fill just less than two contexts, from a sample."""
+        sample = [text[:_SAMPLED_CHARACTERS] for text in texts[:_SAMPLED_DOCUMENTS]]
+        tokens = sum(map(len, self._encoded(sample)))
+        return max(1, 7 * self.content_size * sum(map(len, sample)) // max(1, 4 * tokens))
+
+    def _ids(self, sections: list[Section]) -> list[np.ndarray]:
+        encoded = self._encoded([section.text for section in sections])
         ids = [np.asarray(tokens, dtype=np.int32) for tokens in encoded]
-        for document, tokens in zip(documents, ids, strict=True):
+        for section, tokens in zip(sections, ids, strict=True):
             if len(tokens) and int(tokens.max()) >= self._vocab_size:
                 raise LlmWsaeError(
-                    f"the tokenizer returns id {int(tokens.max())} in document {document.name!r}, "
+                    f"the tokenizer returns id {int(tokens.max())} in document {section.name!r}, "
                     f"but the model has {self._vocab_size} embeddings; give its own tokenizer"
                 )
         return ids
 
-    def _stream(self, document: Document, ids: np.ndarray, start: Cursor) -> _Stream:
-        """A document's part of the stream, from the cursor on if that is within the document."""
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,  # documents may be longer than the model's context
+        )["input_ids"]
+
+    def _stream(self, section: Section, ids: np.ndarray, start: Cursor) -> _Stream:
+        """A section's part of the stream, from the cursor on if that is within the section."""
         length = len(ids)
         packed = not self._config.one_document_per_context
         if packed and self._separator is not None:
             ids = np.append(ids, np.int32(self._separator))
         offset = np.arange(len(ids), dtype=np.int32)
-        stream = _Stream(ids, np.full_like(offset, document.index), offset, offset >= length)
-        return stream.cut(start.offset if document.index == start.document else 0, None)
+        numbers = (np.full_like(offset, n) for n in (section.index, section.document))
+        stream = _Stream(ids, *numbers, offset, offset >= length)
+        return stream.cut(start.offset if section.index == start.section else 0, None)
 
     def _cut(self, stream: _Stream, first: Cursor, headers: dict[int, dict[str, Any]]) -> Contexts:
         """Whole contexts of a stream whose length is a multiple of ``content_size``."""
         if self._config.one_document_per_context:
-            following = Cursor(int(stream.document.max()) + 1, 0)
+            following = Cursor(int(stream.section.max()) + 1, 0)
         else:
-            following = Cursor(int(stream.document[-1]), int(stream.offset[-1]) + 1)
+            following = Cursor(int(stream.section[-1]), int(stream.offset[-1]) + 1)
         own = ~stream.separator
         ids, separator = (a.reshape(-1, self.content_size) for a in (stream.ids, stream.separator))
         document, offset = (

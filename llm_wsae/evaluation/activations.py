@@ -68,6 +68,17 @@ def take_contexts(contexts: Iterable[Context], tokens: int) -> list[Context]:
     return taken
 
 
+def documents_of(contexts: Sequence[Context]) -> list[np.ndarray]:
+    """For each context, the number of each kept position's document; of contexts that name no
+    documents (``packing.Context`` does), each is one of its own."""
+    found = []
+    for number, context in enumerate(contexts):
+        keep = np.asarray(torch.as_tensor(context.keep))
+        document = getattr(context, "document", np.full(len(keep), number))
+        found.append(np.asarray(document)[keep])
+    return found
+
+
 def check_scored(contexts: Iterable[Context]) -> None:
     """Raise UsageError if no prediction of the text can be scored.
 

@@ -15,13 +15,13 @@ class EvaluateConfig:
     """Settings of ``evaluate``."""
 
     tokens: int = 50_000
-    """Rows (kept positions) of held-out text to evaluate on.
+    """Rows (kept positions) of held-out text to evaluate on, drawn over its documents.
     Below 50,000 the noise of CE recovered is as large as the differences between good
     dictionaries."""
     batch_tokens: int = 4096
     """Tokens in one forward pass (at least one context)."""
     bootstraps: int = 1000
-    """Resamplings of the contexts behind each 95 % interval."""
+    """Resamplings of the documents behind each 95 % interval."""
     seed: int = 0
     """Seed of the resamplings."""
 

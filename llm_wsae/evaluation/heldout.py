@@ -67,13 +67,11 @@ class HeldoutText:
     def take(
         cls, blocks: Iterable[Contexts], tokens: int, labels: Sequence[str] = ()
     ) -> "HeldoutText":
-        """Choose ``tokens`` rows from many documents, among the first five times as many rows, and
-        at least two contexts.
+        """The first ``tokens`` rows, and at least two contexts.
 
-        The first context of every document comes first, then the second of each, and so on:
-        concepts of documents need many documents, and a few long ones would fill the text. Where
-        only some documents have labels (one of ``labels``, if given), half of the rows come from
-        those, or as many as there are. Raises LlmWsaeError if the text is too short.
+        Where only some documents have labels (one of ``labels``, if given), half of the rows come
+        from those, or as many as there are among the first five times as many rows. Raises
+        LlmWsaeError if the text is too short.
         """
         headers: dict[int, dict[str, Any]] = {}
         ids, keep, document, offset = _read(blocks, _REACH * tokens, headers)
@@ -90,14 +88,13 @@ class HeldoutText:
                 "provide more text"
             )
         theirs = min(available[0], max(tokens // 2, tokens - available[1]))
-        order = torch.argsort(_turn(owner), stable=True)
         chosen = torch.zeros(len(ids), dtype=torch.bool)
         for mine, quota in ((labelled, theirs), (~labelled, tokens - theirs)):
-            of_mine = order[mine[order]]
+            of_mine = mine.nonzero()[:, 0]
             before = rows[of_mine].cumsum(0) - rows[of_mine]
             chosen[of_mine[before < quota]] = True
         if int((chosen & filled).sum()) < 2:  # so few tokens that one context holds them
-            chosen[order[(filled & ~chosen)[order]][0]] = True
+            chosen[(filled & ~chosen).nonzero()[0]] = True
         present = set(document[chosen].unique().tolist())
         return cls(
             ids[chosen],
@@ -178,14 +175,3 @@ def _read(
 def _owner(document: Tensor) -> Tensor:
     """The document that most of each context belongs to."""
     return document.where(document != NO_DOCUMENT, document.amax(1, keepdim=True)).mode(1).values
-
-
-def _turn(owner: Tensor) -> Tensor:
-    """For each context, the number of earlier contexts with the same owner."""
-    grouped, order = owner.sort(stable=True)
-    number = torch.arange(len(owner))
-    begins = torch.ones(len(owner), dtype=torch.bool)
-    begins[1:] = grouped[1:] != grouped[:-1]
-    turn = torch.empty_like(owner)
-    turn[order] = number - number.where(begins, 0).cummax(0).values
-    return turn

@@ -7,6 +7,8 @@ They come in strata of directions, because a loss hears some directions better t
 - ``random``: uniform on the sphere;
 - ``antipodal``: two that point in opposite random directions (the paper's digon);
 - ``triangle``: three at 120° in a random plane (its polygon);
+- ``coloured ¼``, ``coloured ½``: Σ^¼g and Σ^½g of a Gaussian g, if natural ones are asked for;
+- ``token mean``: from the mean of all rows to that of the rows of a token, likewise;
 - ``decoder row``: the decoder row of a latent of another dictionary, if one is given.
 """
 
@@ -66,11 +68,12 @@ def make_plants(
     token_counts: Mapping[int, int],
     config: PlantConfig = PlantConfig(),  # noqa: B008 - frozen
     dictionary: Dictionary | None = None,
+    token_means: Float[Tensor, "tokens d_in"] | None = None,
 ) -> Plants:
     """Draw plants for a site, from the statistics of its rows before planting.
 
     ``token_counts`` says how many rows each token id has. The decoder rows of ``dictionary`` are a
-    further stratum. Raises UsageError if the site has too few dimensions, the dictionary too few
+    further stratum. ``token_means``, less the mean of all rows, are needed for natural ones. Raises UsageError if the site has too few dimensions, the dictionary too few
     latents or the rows too few tokens for that many plants, or if the plants of a row are together
     longer than the rows (root mean square, and median of the centred rows); LlmWsaeError if the
     rows do not vary.
@@ -81,6 +84,8 @@ def make_plants(
     norm = float((usual - usual.mean(0)).norm(dim=1).median())
     per_stratum = config.per_cell * len(config.strengths)
     strata = _directions(statistics, per_stratum, draw, dictionary)
+    if config.natural:
+        strata |= _natural_directions(statistics, per_stratum, draw, token_means)
     directions = torch.from_numpy(np.concatenate(list(strata.values())))
     count = len(directions)
     relative = np.tile(np.repeat(config.strengths, config.per_cell), len(strata))
@@ -167,9 +172,35 @@ def _directions(
     return strata
 
 
+def _natural_directions(
+    statistics: Statistics, count: int, draw: np.random.Generator, token_means: Tensor | None
+) -> dict[str, np.ndarray]:
+    """Those that the stream itself prefers, the louder the more."""
+    if token_means is None or len(token_means) < count:
+        raise UsageError(
+            f"the rows have too few tokens of which there are many to plant along {count} of their "
+            "means; harvest more tokens or lower per-cell"
+        )
+    values, vectors = np.linalg.eigh(statistics.robust_covariance.numpy())
+
+    def coloured(power: float) -> np.ndarray:
+        gaussian = draw.standard_normal((count, statistics.d_in))
+        return _unit(gaussian @ (vectors * values.clip(0) ** power) @ vectors.T)
+
+    chosen = draw.permutation(len(token_means))[:count]
+    return {
+        "coloured ¼": coloured(0.25),
+        "coloured ½": coloured(0.5),
+        "token mean": _unit(token_means.double().numpy()[chosen]),
+    }
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def _on_sphere(draw: np.random.Generator, count: int, d_in: int) -> np.ndarray:
-    gaussian = draw.standard_normal((count, d_in))
-    return gaussian / np.linalg.norm(gaussian, axis=1, keepdims=True)
+    return _unit(draw.standard_normal((count, d_in)))
 
 
 def _triangle(plane: np.ndarray) -> np.ndarray:

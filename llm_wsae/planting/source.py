@@ -29,6 +29,7 @@ from llm_wsae.statistics.second_moment import SecondMoment
 
 SPREAD = 0.25  # a firing's strength is uniform within this share of the plant's mean strength
 _READ_ROWS = 8 * CHUNK_ROWS
+_ROWS_OF_MEANS, _LEAST_OF_A_TOKEN = 1 << 16, 64  # a token's mean is that of at least so many rows
 
 
 class Firings(NamedTuple):
@@ -73,7 +74,8 @@ class PlantedSource:
         self._tokens = _token_of_every_row(store)
         counts = dict(Counter(self._tokens[: self.num_rows].tolist()))
         rows_of = None if config.dictionary is None else self._dictionary(Path(config.dictionary))
-        self.plants = make_plants(store.statistics(site), counts, config, rows_of)
+        means = self._token_means() if config.natural else None
+        self.plants = make_plants(store.statistics(site), counts, config, rows_of, means)
         self._window_bytes = window_bytes
         self._measured: tuple[Statistics, SecondMoment] | None = None
 
@@ -138,6 +140,20 @@ class PlantedSource:
 
     def _reader(self, stop: int | None = None) -> "PlantedReader":
         return PlantedReader(self.store.reader(self.site), self.plants, self._tokens, stop)
+
+    def _token_means(self) -> Float[Tensor, "tokens d_in"]:
+        """Of each token that is frequent among the first rows, the mean of its rows less that of
+        all rows."""
+        assert self.num_rows is not None
+        count = min(self.num_rows, _ROWS_OF_MEANS)
+        rows = self.store.rows(self.site, 0, count).double()
+        token, index, times = np.unique(
+            self._tokens[:count], return_inverse=True, return_counts=True
+        )
+        sums = torch.zeros(len(token), self.d_in, dtype=torch.float64)
+        sums.index_add_(0, torch.from_numpy(index), rows)
+        frequent = torch.from_numpy(times >= _LEAST_OF_A_TOKEN)
+        return sums[frequent] / torch.from_numpy(times)[frequent, None] - rows.mean(0)
 
     def _dictionary(self, folder: Path) -> Dictionary:
         dictionary = Dictionary.load(folder)

@@ -38,22 +38,12 @@ def take(model, folder, documents, tokens, labels=()):
     return HeldoutText.take(blocks, tokens, labels)
 
 
-def contexts_of(text):
-    """How many contexts belong to each document."""
-    return torch.bincount(text.owner)
-
-
 def test_documents_take_turns(model, tmp_path):
-    """Twenty long documents, of which a third is taken: as much of each, from its beginning."""
+    """Twenty long documents, of which a third is taken: as much of each, up to a section."""
     text = take(model, tmp_path, [(150, {})] * 20, 1000)
     assert 1000 <= text.num_rows < 1000 + SIZE
-    counts = contexts_of(text)
-    assert counts.max() - counts.min() <= 1 and len(counts) == 20
-    for number in range(20):
-        mine = text.owner == number
-        # The first contexts of a document, in the order of the text, with nothing between them.
-        own = text.offset[mine].where(text.document[mine] == number, -1).amax(1)
-        assert torch.equal(own, own[0] + 15 * torch.arange(len(own))) and own[0] < 30
+    counts = torch.bincount(text.document_of)
+    assert counts.max() - counts.min() <= 2 * SIZE and len(counts) == 20
     assert set(text.headers) == set(range(20))
 
 
@@ -81,7 +71,6 @@ def test_a_few_tokens_are_taken_from_two_contexts(model, tmp_path):
     for tokens, documents in ((5, [{}, {}]), (1, [{}, {"kind": "a"}]), (5, [{}, {"kind": "a"}])):
         text = take(model, tmp_path, [(40, own) for own in documents], tokens)
         assert text.num_contexts == 2 and bool((text.keep.sum(1) > 10).all())
-        assert text.owner.tolist() == [0, 1]  # still a document each
 
 
 def test_too_little_text_is_said_in_a_sentence(model, tmp_path):

@@ -10,6 +10,9 @@ on the same text need neither the first pass nor the ablations again (``Fidelity
 Only the rows that training sees are replaced. First positions, special tokens and massive rows
 (``massive_thresholds``) keep the model's own activations. Massive rows are counted, and where there
 are any, one more variant replaces them too.
+
+Losses are summed over the contexts of each document, and intervals are over documents. A packed
+context counts for the document that has most of it; one that names no document is its own.
 """
 
 import copy
@@ -32,6 +35,7 @@ from llm_wsae.evaluation.activations import (
     Context,
     batches_of,
     check_scored,
+    documents_of,
     massive_thresholds,
     take_contexts,
 )
@@ -57,9 +61,8 @@ from llm_wsae.evaluation.fidelity.summary import (
 from llm_wsae.hardware import free_memory, memory_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.documents import TextSize, owners, per_document
 from llm_wsae.statistics.uncertainty import Bootstrap
-
-_FEW_CONTEXTS = 30  # with fewer, bootstrap intervals are too narrow
 
 
 @torch.no_grad()
@@ -71,9 +74,9 @@ def evaluate(
 ) -> Report:
     """Measure every dictionary, by name, on the first ``config.tokens`` rows of ``text``.
 
-    A corpus, best opened as ``Corpus.open(name, part="heldout")``, is packed into contexts as the
-    dictionaries' training text was; contexts must all have one length. Dictionaries may belong to
-    several sites; all see the same text. Raises UsageError if there is no dictionary, one does not
+    A corpus, best opened as ``Corpus.open(name, part="heldout")``, gives them over its documents
+    (``data.sections``), packed into contexts as the dictionaries' training text was; contexts must
+    all have one length. Dictionaries may belong to several sites; all see the same text. Raises UsageError if there is no dictionary, one does not
     fit the model, contexts differ in length, or none has two rows; LlmWsaeError if the text is too
     short or an activation is not finite.
     """
@@ -99,6 +102,9 @@ class FidelityEvaluator:
         taken = take_contexts(contexts, config.tokens)
         check_scored(taken)
         self._num_contexts = len(taken)
+        documents = documents_of(taken)
+        self._size = TextSize.of(np.concatenate(documents))
+        self._owner = owners(documents)
         self._cache = ActivationCache(model, batches_of(taken, config.batch_tokens))
         self._baselines: dict[tuple[Site, float], Baselines] = {}
         self._resumable: set[Site] = set()
@@ -163,7 +169,7 @@ class FidelityEvaluator:
     def _read_text(
         self, dictionaries: Mapping[Site, Mapping[str, Dictionary]]
     ) -> tuple[dict[Site, SiteState], dict[Key, np.ndarray]]:
-        """All sums, and columns of one number per context."""
+        """All sums, and columns of one number per document."""
         sites = self._sites(dictionaries)
         columns: dict[Key, list[Tensor]] = defaultdict(list)
         bar = tqdm(total=self._num_contexts, desc="evaluate", unit="ctx")
@@ -180,7 +186,10 @@ class FidelityEvaluator:
         for site, state in sites.items():
             self._baselines[site, state.baselines.threshold] = state.baselines
             columns |= state.baselines.columns
-        return sites, {key: torch.cat(parts).numpy() for key, parts in columns.items()}
+        return sites, {
+            key: per_document(torch.cat(parts).numpy(), self._owner)
+            for key, parts in columns.items()
+        }
 
     def _check_resumable(self, ids: Tensor, activations: Mapping[Site, Tensor]) -> None:
         """Check on one context that the model makes its own predictions when it is resumed at each
@@ -196,7 +205,8 @@ class FidelityEvaluator:
         sites: Mapping[Site, SiteState],
         losses: Mapping[Key, np.ndarray],
     ) -> Report:
-        bootstrap = Bootstrap(self._num_contexts, self._config.bootstraps, self._config.seed)
+        num_documents = int(self._owner.max()) + 1
+        bootstrap = Bootstrap(num_documents, self._config.bootstraps, self._config.seed)
         summaries = {
             name: fidelity_of(
                 name,
@@ -212,7 +222,10 @@ class FidelityEvaluator:
             model=self._model.identity(),
             config=asdict(self._config),
             num_contexts=self._num_contexts,
+            num_documents=self._size.documents,
+            effective_documents=self._size.effective,
             num_scored=int(losses["scored",].sum()),
+            scored_per_document=losses["scored",].tolist(),
             dictionaries=summaries,
             from_plain={
                 name: from_plain(
@@ -220,7 +233,7 @@ class FidelityEvaluator:
                 )
                 for name, plain in plain_beside(dictionaries).items()
             },
-            notes=_notes(dictionaries, self._model, self._num_contexts),
+            notes=[*notes_on_weights(dictionaries, self._model), *self._size.warnings()],
         )
 
     def _sites(
@@ -265,12 +278,3 @@ def sites_together(copied: Sequence[int], memory: int, free: int) -> list[int]:
         counts[-1] += 1
         left -= size
     return counts
-
-
-def _notes(
-    dictionaries: Mapping[str, Dictionary], model: LanguageModel, num_contexts: int
-) -> list[str]:
-    notes = notes_on_weights(dictionaries, model)
-    if num_contexts < _FEW_CONTEXTS:
-        notes.append(f"{num_contexts} contexts are few: the intervals are too narrow")
-    return notes

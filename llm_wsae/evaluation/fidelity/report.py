@@ -6,10 +6,16 @@ from typing import Any
 
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
+from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.uncertainty import Interval
 from llm_wsae.terminal import aligned
 
-_PER_ITEM = ("fvu_per_dimension", "latent_density")  # long lists
+_PER_ITEM = (  # long lists
+    "fvu_per_dimension",
+    "latent_density",
+    "kl_per_document",
+    "ce_increase_per_document",
+)
 COLUMNS = {
     "FVU": "fraction of the activations' variance that the reconstruction misses (0: perfect)",
     "CE recovered": "share of the model's next-token prediction that survives when the "
@@ -104,6 +110,10 @@ class Fidelity:
     """[d_in]; NaN for a dimension that never changed."""
     latent_density: list[float] = field(repr=False)
     """[d_sae]: share of rows on which each latent fired."""
+    kl_per_document: list[float] = field(repr=False)
+    """Sum of KL over the scored positions of each document."""
+    ce_increase_per_document: list[float] = field(repr=False)
+    """Sum of ce_spliced − ce_clean over the same."""
 
     def summary(self) -> dict[str, Any]:
         """Without the lists per dimension and per latent, JSON-able."""
@@ -114,7 +124,7 @@ class Fidelity:
 class FromPlain:
     """A weighted dictionary's fidelity less that of the plain one trained beside it.
 
-    Both are measured on the same contexts, which are resampled together: the 95 % intervals cover
+    Both are measured on the same documents, which are resampled together: the 95 % intervals cover
     the choice of text, not that of the seed.
     """
 
@@ -137,8 +147,12 @@ class Report:
     config: dict[str, Any]
     """The resolved ``EvaluateConfig``."""
     num_contexts: int
+    num_documents: int
+    effective_documents: float
+    """1/Σ share², where share is a document's part of the rows."""
     num_scored: int
     """Positions whose next-token prediction was scored."""
+    scored_per_document: list[float] = field(repr=False)
     dictionaries: dict[str, Fidelity]
     from_plain: dict[str, FromPlain] = field(default_factory=dict)
     """Of each weighted dictionary that has a plain one beside it."""
@@ -178,9 +192,11 @@ class Report:
     def text_measured(self) -> list[str]:
         """Sentences on the text that was measured on, and what to know of it."""
         found = list(self.dictionaries.values())
+        tokens = found[0].rows + found[0].massive_rows
+        size = TextSize(tokens, self.num_documents, self.effective_documents)
         lines = [
-            f"{found[0].rows + found[0].massive_rows:,} tokens of {self.text} in "
-            f"{self.num_contexts:,} contexts; {self.num_scored:,} predictions scored."
+            f"{size.text(self.text)}, in {self.num_contexts:,} contexts; {self.num_scored:,} "
+            "predictions scored. Intervals are over documents."
         ]
         for site in dict.fromkeys(f.site for f in found):
             one = next(f for f in found if f.site == site)

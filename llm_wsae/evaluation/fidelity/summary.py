@@ -17,7 +17,7 @@ from llm_wsae.evaluation.fidelity.report import Fidelity, FromPlain
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.uncertainty import Bootstrap
 
-# What a column of numbers, one per context, holds: ("scored",), ("ce", "clean"),
+# What a column of numbers, one per document, holds: ("scored",), ("ce", "clean"),
 # ("kl", "zero", site), ("ce", "dictionary", site, name), …
 Key = tuple[str | Site, ...]
 Quantity = Callable[[Mapping[str, np.ndarray]], np.ndarray]
@@ -87,7 +87,7 @@ def fidelity_of(
     losses: Mapping[Key, np.ndarray],
     bootstrap: Bootstrap,
 ) -> Fidelity:
-    """The measurements of one dictionary. ``losses`` holds columns of one number per context."""
+    """The measurements of one dictionary. ``losses`` holds columns of one number per document."""
     used = {
         "scored": losses["scored",],
         "clean": losses["ce", "clean"],
@@ -155,6 +155,8 @@ def fidelity_of(
         density_histogram={"log10_edges": edges, "counts": counts},
         fvu_per_dimension=(sums.error / deviation.where(deviation > 0, torch.nan)).tolist(),
         latent_density=sums.density.tolist(),
+        kl_per_document=used["kl"].tolist(),
+        ce_increase_per_document=(used["spliced"] - used["clean"]).tolist(),
     )
 
 

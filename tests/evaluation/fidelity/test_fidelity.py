@@ -483,7 +483,7 @@ def test_report_is_json_and_a_table(model, contexts, tmp_path):
     ):
         assert column in lines[0]
         assert any(line.startswith(column) for line in lines[4:]), column
-    assert "trained on other weights" in table and "contexts are few" in table
+    assert "trained on other weights" in table and "documents, fewer than 20" in table
 
 
 def test_a_weighted_dictionary_is_compared_with_the_plain_one_beside_it(model, contexts):

