@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from llm_wsae.data.config import HarvestConfig, StreamConfig
+from llm_wsae.data.config import HELDOUT, HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.packing import Packer
@@ -110,6 +110,7 @@ def run(
     architectures: Sequence[ArchitectureName] = BESIDE_BASELINES,
     init_seeds: Sequence[int] = (0,),
     text_column: str | None = None,
+    heldout_fraction: float = HELDOUT,
     harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
     stream_config: StreamConfig | None = None,
     weight_config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
@@ -147,6 +148,7 @@ def run(
             model=model,
             corpus=corpus,
             text_column=text_column,
+            heldout_fraction=heldout_fraction,
             sites=list(dict.fromkeys(sites)),
             out=out,
             rules=[Rule.parse(rule) for rule in rules],
@@ -188,6 +190,7 @@ class _Run:
     model: LanguageModel
     corpus: str
     text_column: str | None
+    heldout_fraction: float
     sites: list[Site]
     out: Path
     rules: list[Rule]
@@ -223,7 +226,7 @@ class _Run:
 
     def texts(self) -> tuple[list[Context], list[Context]]:
         """The held-out text, and other text on which α is chosen, if it is."""
-        heldout = Corpus.open(self.corpus, "heldout", text_column=self.text_column)
+        heldout = self._text("heldout")
         contexts = iter(Packer.for_model(self.model, self.harvesting).contexts(heldout))
         own = take_contexts(contexts, self.evaluating.tokens)
         check_scored(own)
@@ -254,7 +257,7 @@ class _Run:
 
     def rows(self) -> ActivationStore | ActivationStreams:
         """Harvest, or prepare the stream."""
-        text = Corpus.open(self.corpus, "train", text_column=self.text_column)
+        text = self._text("train")
         name = self.model.name
         if self.stream is None:
             tokens = f"{self.harvesting.tokens:,} tokens"
@@ -340,6 +343,9 @@ class _Run:
             write_page(report, weighed[site].arms, str(site), folder / PAGE)
             results[site] = SiteResult(weighed[site].profile, dictionaries, report, folder)
         return results
+
+    def _text(self, part: str) -> Corpus:
+        return Corpus.open(self.corpus, part, self.heldout_fraction, self.text_column)
 
     def _arms(self, weights: Sequence[LossWeights]) -> list[ArmConfig]:
         return make_arms(weights, self.ks, self.l1s, self.init_seeds, self.architectures)

@@ -48,7 +48,7 @@ def evaluate(
         keep: Also store the results in the dictionaries' own folders, for their cards, with those
             of the baselines measured beside them, half-random dictionaries included.
     """
-    from llm_wsae.data.corpus import TEXT_OF_PART, Corpus
+    from llm_wsae.data.corpus import TEXT_OF_PART
     from llm_wsae.data.packing import Packer
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
@@ -67,7 +67,7 @@ def evaluate(
         check_keeps_measurements(folder)
     loaded = {name: Dictionary.load(path) for name, path in folders.items()}
     common_packing(loaded)  # raises before a model is loaded
-    text = Corpus.open(corpus.corpus, part, text_column=corpus.text_column)
+    text = corpus.open(part)
     seen = notes_on_text(loaded, text.identity())
     if keep and seen:
         raise UsageError(f"{seen[0]}, so no result counts as held out; omit --keep")

@@ -35,12 +35,11 @@ def harvest(
         out: Folder of the store.
         part: Which documents to read: those for training, those held out, or all.
     """
-    from llm_wsae.data.corpus import Corpus
     from llm_wsae.harvesting import harvest as harvest_into
 
     started, sites = time.monotonic(), sites_of(site)
     check_folder(out)
-    text = Corpus.open(corpus.corpus, part, text_column=corpus.text_column)
+    text = corpus.open(part)
     loaded = model.load(model.model)
     store = harvest_into(loaded, text, sites, out, harvesting)
     asked = {"model": loaded.name, "corpus": corpus.corpus, "site": site, "part": part}

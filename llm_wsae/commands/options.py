@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from llm_wsae.data.config import HarvestConfig, StreamConfig
+from llm_wsae.data.config import HELDOUT, HarvestConfig, StreamConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining.protocol import ExplainConfig
@@ -26,6 +26,7 @@ from llm_wsae.terminal import printable
 from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
 
 if TYPE_CHECKING:
+    from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.model.language_model import LanguageModel
 
@@ -80,6 +81,14 @@ class CorpusOptions:
     several are joined by +."""
     text_column: str | None = None
     """Column that holds the text, if that is not clear."""
+    heldout_fraction: float = HELDOUT
+    """Share of the documents that is held out of training, to measure on."""
+
+    def open(self, part: Part) -> "Corpus":
+        """The text."""
+        from llm_wsae.data.corpus import Corpus
+
+        return Corpus.open(self.corpus, part, self.heldout_fraction, self.text_column)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +102,8 @@ class StreamOptions(StreamConfig, LoadOptions):
     several are joined by +."""
     text_column: str | None = None
     """Column that holds the text, if that is not clear."""
+    heldout_fraction: float = HELDOUT
+    """Share of the documents that is held out of training, to measure on."""
     device: tyro.conf.Suppress[str] = "auto"  # type: ignore[assignment]  # that of the training
 
     def check_source(self, store: Path | None) -> None:

@@ -21,7 +21,7 @@ from llm_wsae.commands.options import (
     sites_of,
     stream_config,
 )
-from llm_wsae.data.config import PackConfig, StreamConfig
+from llm_wsae.data.config import HELDOUT, PackConfig, StreamConfig
 from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.processes import leads
 from llm_wsae.provenance import write_record
@@ -76,6 +76,7 @@ def run(
         architectures=grid.architecture,
         init_seeds=grid.init_seeds,
         text_column=corpus.text_column,
+        heldout_fraction=corpus.heldout_fraction,
         harvest_config=harvest,
         stream_config=streaming,
         weight_config=weigh,
@@ -84,7 +85,7 @@ def run(
     )
     if not leads():  # rank 0 has the results
         return {}, ""
-    asked = {"model": loaded.name, "corpus": corpus.corpus, "site": site, **vars(grid)}
+    asked = {"model": loaded.name, **vars(corpus), "site": site, **vars(grid)}
     settings = {"harvest": harvest, "weigh": weigh, "train": training, "evaluate": evaluate}
     settings |= {} if streaming is None else {"stream": streaming}
     write_record(out / RECORD, "run", {**asked, **settings})
@@ -116,7 +117,7 @@ def _harvest(
     it."""
     words = ["llm-wsae", "harvest", "--model", model.model, "--corpus", corpus.corpus]
     words += ["--site", *site, "--tokens", "100000", "--out", str(out / "store")]
-    words += ["--text-column", corpus.text_column] if corpus.text_column else []
+    words += _reading(corpus)
     for field in fields(PackConfig):
         if (value := getattr(packing, field.name)) != field.default:
             words += [f"--{field.name.replace('_', '-')}", str(value)]
@@ -128,7 +129,7 @@ def _evaluate_again(dictionary: Path, model: ModelOptions, corpus: CorpusOptions
     words = ["llm-wsae", "evaluate", str(dictionary)]
     words += ["--model", model.model, "--corpus", corpus.corpus]
     words += ["--tokens", "100000", "--out", str(out / "report-100k.json")]
-    words += ["--text-column", corpus.text_column] if corpus.text_column else []
+    words += _reading(corpus)
     return shlex.join(words + _loading(model))
 
 
@@ -144,6 +145,14 @@ def _page(folder: Path, latents: Mapping[str, int], model: ModelOptions, out: Pa
     if examples < EXAMPLES:
         words += ["--top", str(examples), "--bands", str(examples)]
     return shlex.join([*words, "--out", str(out / "page.html"), *_loading(model)])
+
+
+def _reading(corpus: CorpusOptions) -> list[str]:
+    """The options of how the text is read, as far as they were given."""
+    given = {"--text-column": corpus.text_column}
+    fraction = corpus.heldout_fraction
+    given |= {"--heldout-fraction": None if fraction == HELDOUT else f"{fraction:g}"}
+    return [word for option, value in given.items() if value for word in (option, value)]
 
 
 def _loading(model: ModelOptions) -> list[str]:

@@ -125,6 +125,7 @@ def study(
         out,
         config,
         text_column=corpus.text_column,
+        heldout_fraction=corpus.heldout_fraction,
         weigh=weigh,
         training=training,
         fidelity=evaluate,

@@ -83,7 +83,7 @@ def train(
         if training.tokens is None:
             raise UsageError("a stream has no end: set --tokens, the number of rows to train on")
         assert stream.model is not None and stream.corpus is not None
-        text = Corpus.open(stream.corpus, "train", text_column=stream.text_column)
+        text = Corpus.open(stream.corpus, "train", stream.heldout_fraction, stream.text_column)
         model = replace(stream, device=model_device).load(stream.model)
         rows = ActivationStreams(model, text, sites, stream.config, out)
     kinds = (grid.k, grid.l1, grid.init_seeds, grid.architecture)

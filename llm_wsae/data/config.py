@@ -6,6 +6,9 @@ from typing import Any, Literal
 from llm_wsae.errors import UsageError
 from llm_wsae.outside import check_numbers
 
+HELDOUT = 0.1
+"""Share of the documents that is held out, unless it is said otherwise."""
+
 
 @dataclass(frozen=True)
 class PackConfig:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from llm_wsae.data.config import HELDOUT
 from llm_wsae.data.hub_dataset import HUB_NAME, HubDataset
 from llm_wsae.data.sections import Section, SectionSize, in_rounds
 from llm_wsae.data.text_sources import (
@@ -54,7 +55,7 @@ class Corpus:
         self,
         source: TextSource,
         part: str = "all",
-        heldout_fraction: float = 0.1,
+        heldout_fraction: float = HELDOUT,
         text_column: str | None = None,
     ):
         """Restrict a source to a part; ``open`` finds a source by name.
@@ -81,7 +82,7 @@ class Corpus:
         cls,
         spec: str,
         part: str = "train",
-        heldout_fraction: float = 0.1,
+        heldout_fraction: float = HELDOUT,
         text_column: str | None = None,
     ) -> "Corpus":
         """Find a corpus by name.

@@ -269,8 +269,8 @@ class Packer:
         if packed and self._separator is not None:
             ids = np.append(ids, np.int32(self._separator))
         offset = np.arange(len(ids), dtype=np.int32)
-        numbers = (np.full_like(offset, n) for n in (section.index, section.document))
-        stream = _Stream(ids, *numbers, offset, offset >= length)
+        index, document = (np.full_like(offset, n) for n in (section.index, section.document))
+        stream = _Stream(ids, index, document, offset, offset >= length)
         return stream.cut(start.offset if section.index == start.section else 0, None)
 
     def _cut(self, stream: _Stream, first: Cursor, headers: dict[int, dict[str, Any]]) -> Contexts:

@@ -30,6 +30,7 @@ from llm_wsae.data.shard_record import REPAIR, STATISTICS, tokens_path
 from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.moments import Statistics
 
 _SHARDS_OF_TOKENS_KEPT = 8
@@ -161,6 +162,13 @@ class ActivationStore:
             found[3, here] = contexts.offset[context, position]
             ids[here] = contexts.ids[context]
         return Located._make([*torch.from_numpy(found), torch.from_numpy(ids)])
+
+    def text_size(self, rows: int | None = None) -> TextSize:
+        """Of how many documents the first ``rows`` rows are, or all."""
+        wanted = self.num_rows if rows is None else min(rows, self.num_rows)
+        shards = range(int(np.searchsorted(self._row_ends, wanted)) + 1)
+        documents = [(c := self.contexts(shard)).document[c.keep] for shard in shards]
+        return TextSize.of(np.concatenate(documents)[:wanted])
 
     def document(self, row: int) -> dict[str, Any]:
         """Name and labels of the document that a row comes from; empty if there is none."""

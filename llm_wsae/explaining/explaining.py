@@ -148,7 +148,7 @@ def explain(
             if found := one.card_numbers(dictionary.info.metrics.get("explanations")):
                 keep_measurements(folder, {"explanations": found})
             done[name] = one
-    result = Explained(done, asked.tally, Path(out))
+    result = Explained(done, asked.tally, Path(out), store.text_size())
     settings = plain({"endpoint": endpoint, "explainer": explainer, "config": config})
     record = {"command": command_line(), **settings, "versions": versions()}
     write_json(Path(out) / REPORT, record | result.to_dict())

@@ -19,6 +19,7 @@ from llm_wsae.explaining.endpoint import ANSWERS, Tally
 from llm_wsae.explaining.protocol import SCORES, Examined, Trial
 from llm_wsae.outside import mapping
 from llm_wsae.provenance import plain
+from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval
 from llm_wsae.terminal import aligned
 
@@ -163,6 +164,8 @@ class Explained:
     tally: Tally
     """What was asked in this run."""
     out: Path
+    text: TextSize
+    """Of the store whose texts were shown."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that does not exist is null."""
@@ -181,6 +184,8 @@ class Explained:
         tally = self.tally
         lines += [
             "",
+            f"texts are from {self.text.text('the store')}",
+            *(f"note: {warning}" for warning in self.text.warnings()),
             f"asked {tally.asked:,} questions ({tally.tokens_in:,} tokens in, "
             f"{tally.tokens_out:,} out); {tally.known:,} were answered before",
         ]

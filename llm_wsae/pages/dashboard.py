@@ -105,6 +105,7 @@ def dashboard(
     found, floors = collect(store, named, top, bands, rows)
     readout, parts = Readout(model), []
     decoders = [dictionary.W_dec for dictionary in named.values()]
+    seen = store.text_size(rows)
     shown: list[dict[str, Any]] = []
     for index, (name, dictionary) in enumerate(named.items()):
         own, partner, beside = found[name], None, None
@@ -120,7 +121,7 @@ def dashboard(
         columns = table(dictionary, own, cosine, beside, measures)
         parts.append((f"table-{index}", packed(columns)))
         parts.append((f"search-{index}", packed(latents.search)))
-        shown.append(facts(dictionary, name, own) | {"partner": partner})
+        shown.append(facts(dictionary, name, own, seen) | {"partner": partner})
     about = {
         "dictionaries": shown,
         "top": top,

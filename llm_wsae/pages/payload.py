@@ -23,6 +23,7 @@ from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.outside import mapping, number, pair
 from llm_wsae.pages.collecting import Firings, Windows, windows
+from llm_wsae.statistics.documents import FEWEST, TextSize
 from llm_wsae.terminal import printable
 
 CHUNK = 64
@@ -41,6 +42,9 @@ _FIDELITY = {
     "ce_recovered": ("CE recovered", "share of the model's next-token ability that is left"),
     "kl": ("KL", "how far the predictions move, in nats"),
 }
+
+
+_DOCUMENTS = ("documents", "effective_documents")
 
 
 class Words:
@@ -98,8 +102,9 @@ def _known(fidelity: Mapping[str, Any]) -> list[float]:
     return [] if None in values else [value for value in values if value is not None]
 
 
-def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
-    """What the overview says of a dictionary: titles, and lines of name, value and meaning."""
+def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> dict[str, Any]:
+    """What the overview says of a dictionary: titles, and lines of name, value and meaning;
+    ``seen`` is the size of the text of the page's rows."""
     info = dictionary.info
     fidelity, scores = (mapping(info.metrics.get(name)) for name in ("fidelity", "monosemanticity"))
     weights = "none" if info.rule == "uniform" else f"{info.rule}, α = {info.alpha:g}"
@@ -116,6 +121,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
         ],
         "On the rows of this page": [
             ("rows", f"{found.rows_seen:,}", ""),
+            ("documents", _documents(seen.documents, seen.effective), ""),
             ("active latents a row", f"{float(found.count.sum()) / alive:.1f}", ""),
             ("silent latents", f"{int((found.count == 0).sum()):,}", ""),
             (
@@ -128,6 +134,11 @@ def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
             (title, with_interval(value, pair(fidelity.get(f"{key}_interval"))), meaning)
             for key, (title, meaning) in _FIDELITY.items()
             if (value := number(fidelity.get(key))) is not None
+        ]
+        + [
+            ("documents", _documents(count, effective), "that it was measured on")
+            for count, effective in [[number(fidelity.get(key)) for key in _DOCUMENTS]]
+            if count is not None and effective is not None
         ],
         f"The same of what learnt nothing, or one half ({titles})": [
             (printable(str(label)), ", ".join(f"{one:.3f}" for one in values), "")
@@ -146,6 +157,11 @@ def facts(dictionary: Dictionary, name: str, found: Firings) -> dict[str, Any]:
         "d_sae": dictionary.d_sae,
         "firstEdge": found.first_edge,
     }
+
+
+def _documents(number: float, effective: float) -> str:
+    few = ": too few to say much of other text" if effective < FEWEST else ""
+    return f"{number:,.0f} (effectively {effective:.0f}{few})"
 
 
 def table(

@@ -73,10 +73,11 @@ def make_plants(
     """Draw plants for a site, from the statistics of its rows before planting.
 
     ``token_counts`` says how many rows each token id has. The decoder rows of ``dictionary`` are a
-    further stratum. ``token_means``, less the mean of all rows, are needed for natural ones. Raises UsageError if the site has too few dimensions, the dictionary too few
-    latents or the rows too few tokens for that many plants, or if the plants of a row are together
-    longer than the rows (root mean square, and median of the centred rows); LlmWsaeError if the
-    rows do not vary.
+    further stratum. ``token_means``, less the mean of all rows, are needed for natural ones.
+
+    Raises UsageError if the site has too few dimensions, the dictionary too few latents or the rows
+    too few tokens for that many plants, or if the plants of a row are together longer than the rows
+    (root mean square, and median of the centred rows); LlmWsaeError if the rows do not vary.
     """
     draw = np.random.default_rng((config.seed, 0))
     statistics.check_varying()

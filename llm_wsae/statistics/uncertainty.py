@@ -2,8 +2,8 @@
 
 Intervals come from resampling documents, latents or concepts (percentile bootstrap, Efron 1979).
 Tokens of one document resemble each other, so documents are resampled, not tokens. All quantities
-of one resampling use the same documents: clean, ablated and spliced losses rise and fall together, so the
-interval of their ratio is much narrower than their own.
+of one resampling use the same documents: clean, ablated and spliced losses rise and fall together,
+so the interval of their ratio is much narrower than their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -33,6 +33,7 @@ from llm_wsae.studies.report_tables import (
     explained_difference_rows,
     explained_rows,
     family_rows,
+    kl_rows,
     planted_difference_rows,
     planted_rows,
     strata_difference_rows,
@@ -58,7 +59,7 @@ _HOW_TO_READ = (
     "at equal KL, or at equal density (latents active per token, dense ones not counted), instead "
     "of equal cross-entropy. "
     "Detection and {} decide{}; their p are corrected together over all rules of the study "
-    "(Holm). The text is one sample: no other interval covers what another text would change."
+    "(Holm)."
 )
 _WITHOUT_SPILL = ", since spill was not measured"
 _IS_IT_FINE = (
@@ -74,6 +75,10 @@ _AFTER_FIRST = (
 _FIRST_GIVEN = (
     "{} took weights from a first dictionary that was given, one for all seeds: the rows that it "
     "was trained on are not counted, and plain dictionaries lacked them."
+)
+_KL = (
+    "The share by which KL is higher (+) or lower (−), with its 95 % interval over documents and "
+    "seeds, which are crossed."
 )
 _QUESTION = "Is a dictionary with weights better than a plain one of the same fidelity?"
 _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family of concepts."
@@ -242,9 +247,11 @@ class StudyReport:
         made = f"{len(own)}, on seeds {', '.join(map(str, seeds))}"
         if beside := len(self.results) - len(own):
             made += f", and {beside} baselines"
+        sizes = [result.text.text("held-out text") for result in own if result.text]
         return [
             ("model", str(rows.get("model", {}).get("name", "not known"))),
             ("text", str(text.get("name", "not known"))),
+            ("measured on", sizes[0] if sizes else "not known"),
             ("rows trained on", f"{rows.get('num_rows', 0):,}"),
             ("dictionaries", made),
         ]
@@ -271,6 +278,8 @@ class StudyReport:
         results, compared = self.results, self.compared
         title = "Differences from the plain curve at equal CE"
         found = [Table(title, self._differences(everything=True), self._how_to_read())]
+        if len(changes := kl_rows(results)) > 1:
+            found.append(Table("KL beside plain dictionaries of the same k", changes, _KL))
         if self._has_plants:
             found += [
                 Table("Planted features", planted_rows(results), _PLANTED),
@@ -338,7 +347,9 @@ class StudyReport:
         seeds = max((len(one.seeds) for one in self._claims()), default=0)
         notes = [_MANY_SEEDS.format(seeds)] if seeds > max(SPENT) else []
         added = self.basis.get("k_added")
-        return [*notes, _MORE_K.format(", ".join(added))] if added else notes
+        notes += [_MORE_K.format(", ".join(added))] if added else []
+        texts = [result.text for result in self.results if result.text is not None]
+        return [*notes, *(texts[0].warnings() if texts else [])]
 
     def _sentence(self, one: Compared) -> str:
         return f"{one.label}: {VERDICTS[one.verdict]} ({self._evidence(one)})"

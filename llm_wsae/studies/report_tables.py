@@ -3,9 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from llm_wsae.statistics.uncertainty import over_seeds_and_items
 from llm_wsae.studies.comparison import Compared
 from llm_wsae.studies.consistency import Agreements
 from llm_wsae.studies.inference import Estimate
+from llm_wsae.studies.plan import PLAIN
 from llm_wsae.studies.results import EXPLAINED, MEASURES, PLANTED, Measure, Result
 
 Rows = list[list[str]]
@@ -70,6 +74,25 @@ def difference_rows(
         cells = [estimate_text(one.effects.get(measure)) for measure in shown]
         cells += [estimate_text(o.effects.get(m)) for o in others for m in deciding]
         rows.append([one.label, one.verdict, change, *cells])
+    return rows
+
+
+def kl_rows(results: Sequence[Result]) -> Rows:
+    """KL of each label and k beside the plain dictionaries of the same k and seeds."""
+    plain = {(r.point.k, r.point.seed): r.kl_per_document for r in results if r.label == PLAIN}
+    rows = [["weights", "k", "seeds", "KL beside plain"]]
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in results:
+        known = (result.point.k, result.point.seed) in plain
+        if known and result.label != PLAIN and not result.is_baseline:
+            groups.setdefault((result.label, result.point.k), []).append(result)
+    for (label, k), own in groups.items():
+        by, (low, high) = over_seeds_and_items(
+            np.array([r.kl_per_document for r in own]),
+            np.array([plain[k, r.point.seed] for r in own]),
+        )
+        change = f"{100 * by:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
+        rows.append([label, str(k), str(len(own)), change])
     return rows
 
 

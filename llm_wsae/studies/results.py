@@ -19,6 +19,7 @@ from llm_wsae.hardware import processor_name
 from llm_wsae.outside import typed
 from llm_wsae.planting.recovery import PlantRecovery
 from llm_wsae.provenance import plain, versions
+from llm_wsae.statistics.documents import TextSize
 from llm_wsae.studies.curve import Point, Value
 from llm_wsae.studies.plan import BASELINES, PLAIN, PlannedArm
 from llm_wsae.training.config import Lengths
@@ -194,6 +195,10 @@ class Result:
     """What it recovers of planted features (``PlantRecovery.to_dict``), if any were planted."""
     share: float = 1.0
     """Of the rows: less if a first dictionary was trained on the others."""
+    kl_per_document: tuple[float, ...] = ()
+    """Sums over the predictions of each document."""
+    text: TextSize | None = None
+    """What fidelity was measured on."""
 
     @property
     def is_claim(self) -> bool:
@@ -237,6 +242,7 @@ def record_of(
             "identity": planned.identity(lengths),
             "measured_on": {"processor": processor_name(device), **versions()},
             "fidelity": fidelity.summary(),
+            "kl_per_document": [round(kl, 2) for kl in fidelity.kl_per_document],
             "scores": scores.to_dict(),
             "latents": {
                 "all": {name: over_latents(v) for name, v in latents.items()},
@@ -294,6 +300,12 @@ def _result(record: dict[str, Any]) -> Result:
         processor=record["measured_on"]["processor"],
         planted=record.get("planted"),
         share=record.get("identity", {}).get("share", 1.0),
+        kl_per_document=tuple(record["kl_per_document"]),
+        text=TextSize(
+            fidelity["rows"] + fidelity["massive_rows"],
+            fidelity["documents"],
+            fidelity["effective_documents"],
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm_wsae.data.config import PackConfig
+from llm_wsae.data.config import HELDOUT, PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import ActivationStore
@@ -83,6 +83,7 @@ def study(
     config: StudyConfig = StudyConfig(),  # noqa: B008 - frozen
     *,
     text_column: str | None = None,
+    heldout_fraction: float = HELDOUT,
     weigh: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
     training: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
     fidelity: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
@@ -104,6 +105,7 @@ def study(
         out: Folder of the study.
         config: Rules, exponents, k and seeds to compare.
         text_column: Column of the corpus that holds the text, where that is not clear.
+        heldout_fraction: Share of the documents that was held out when the store was harvested.
         weigh: Where weights act, and how they change during training.
         training: Settings of every training; each seed of ``config`` replaces ``shuffle_seed``.
         fidelity: Settings of the fidelity measurement.
@@ -128,7 +130,7 @@ def study(
     store.check_model(model.identity())
     if endpoint is not None:
         _check_explainable(config, explainer)
-    heldout = Corpus.open(corpus, "heldout", text_column=text_column)
+    heldout = Corpus.open(corpus, "heldout", heldout_fraction, text_column)
     packing = PackConfig(**store.manifest.packing)
     fidelity_evaluator = FidelityEvaluator(
         model, Packer.for_model(model, packing).contexts(heldout), fidelity

@@ -103,7 +103,8 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
         "FVU: fraction of the activations' variance that the reconstruction misses. CE recovered: "
         "share of the model's next-token ability that remains when it continues from the "
         "reconstruction (1: all of it; 0: no better than zeros in its place), with its 95 % "
-        "interval. KL: how far that moves the predictions, in nats. L0: active latents per token. "
+        "interval over documents. KL: how far that moves the predictions, in nats. L0: active "
+        "latents per token. "
         "Dead: latents that never fired on this text; dense: on more than a tenth of the tokens."
     ]
     beside = [d.sae_id.partition(", ")[0] for d in measured if d.info.rule == _NOT_LEARNT]
@@ -122,10 +123,11 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
     for d in measured:
         values = [d.metric(f"ce_{name}") for name in ("clean", "spliced", "mean_ablated")]
         values += [d.metric("ce_zero_ablated"), d.metric("ce_recovered_mean")]
-        tokens = d.metric("rows")
-        counted = _NONE if tokens is None else f"{tokens:,.0f}"
-        rows.append([f"`{d.sae_id}`", counted, *(_figure(value, 3) for value in values)])
-    header = ["cross-entropy in nats", "held-out tokens", "model", "with the reconstruction"]
+        size = [d.metric(name) for name in ("rows", "documents", "effective_documents")]
+        counted = [_NONE if number is None else f"{number:,.0f}" for number in size]
+        rows.append([f"`{d.sae_id}`", *counted, *(_figure(value, 3) for value in values)])
+    header = ["cross-entropy in nats", "held-out tokens", "documents", "effective documents"]
+    header += ["model", "with the reconstruction"]
     header += ["with the mean", "with zeros", "CE recovered against the mean"]
     return [*notes, markdown([header, *rows]), *_massive_notes(measured)]
 

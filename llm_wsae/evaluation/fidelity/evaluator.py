@@ -76,9 +76,11 @@ def evaluate(
 
     A corpus, best opened as ``Corpus.open(name, part="heldout")``, gives them over its documents
     (``data.sections``), packed into contexts as the dictionaries' training text was; contexts must
-    all have one length. Dictionaries may belong to several sites; all see the same text. Raises UsageError if there is no dictionary, one does not
-    fit the model, contexts differ in length, or none has two rows; LlmWsaeError if the text is too
-    short or an activation is not finite.
+    all have one length. Dictionaries may belong to several sites; all see the same text.
+
+    Raises UsageError if there is no dictionary, one does not fit the model, contexts differ in
+    length, or none has two rows; LlmWsaeError if the text is too short or an activation is not
+    finite.
     """
     check_fit(dictionaries, model, "evaluate")
     if not isinstance(text, Corpus):
@@ -215,6 +217,7 @@ class FidelityEvaluator:
                 sites[one.site].baselines,
                 losses,
                 bootstrap,
+                self._size,
             )
             for name, one in dictionaries.items()
         }
@@ -222,8 +225,6 @@ class FidelityEvaluator:
             model=self._model.identity(),
             config=asdict(self._config),
             num_contexts=self._num_contexts,
-            num_documents=self._size.documents,
-            effective_documents=self._size.effective,
             num_scored=int(losses["scored",].sum()),
             scored_per_document=losses["scored",].tolist(),
             dictionaries=summaries,

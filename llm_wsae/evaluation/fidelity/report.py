@@ -57,6 +57,10 @@ class Fidelity:
     site: str
     rows: int
     """Rows measured: kept positions that are not massive."""
+    documents: int
+    """Documents that these rows and the massive ones are of."""
+    effective_documents: float
+    """1/Σ share², where share is a document's part of these."""
     massive_rows: int
     """Kept positions whose norm exceeds ``massive_threshold``."""
     massive_threshold: float
@@ -115,6 +119,12 @@ class Fidelity:
     ce_increase_per_document: list[float] = field(repr=False)
     """Sum of ce_spliced − ce_clean over the same."""
 
+    @property
+    def text_size(self) -> TextSize:
+        """Of the text that it was measured on."""
+        tokens = self.rows + self.massive_rows
+        return TextSize(tokens, self.documents, self.effective_documents)
+
     def summary(self) -> dict[str, Any]:
         """Without the lists per dimension and per latent, JSON-able."""
         return {k: v for k, v in plain(self).items() if k not in _PER_ITEM}
@@ -147,9 +157,6 @@ class Report:
     config: dict[str, Any]
     """The resolved ``EvaluateConfig``."""
     num_contexts: int
-    num_documents: int
-    effective_documents: float
-    """1/Σ share², where share is a document's part of the rows."""
     num_scored: int
     """Positions whose next-token prediction was scored."""
     scored_per_document: list[float] = field(repr=False)
@@ -192,11 +199,9 @@ class Report:
     def text_measured(self) -> list[str]:
         """Sentences on the text that was measured on, and what to know of it."""
         found = list(self.dictionaries.values())
-        tokens = found[0].rows + found[0].massive_rows
-        size = TextSize(tokens, self.num_documents, self.effective_documents)
         lines = [
-            f"{size.text(self.text)}, in {self.num_contexts:,} contexts; {self.num_scored:,} "
-            "predictions scored. Intervals are over documents."
+            f"{found[0].text_size.text(self.text)}, in {self.num_contexts:,} contexts; "
+            f"{self.num_scored:,} predictions scored. Intervals are over documents."
         ]
         for site in dict.fromkeys(f.site for f in found):
             one = next(f for f in found if f.site == site)

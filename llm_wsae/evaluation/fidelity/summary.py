@@ -15,6 +15,7 @@ from llm_wsae.evaluation.activations import ActivationCache
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums, exact, ratio
 from llm_wsae.evaluation.fidelity.report import Fidelity, FromPlain
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.uncertainty import Bootstrap
 
 # What a column of numbers, one per document, holds: ("scored",), ("ce", "clean"),
@@ -86,6 +87,7 @@ def fidelity_of(
     baselines: Baselines,
     losses: Mapping[Key, np.ndarray],
     bootstrap: Bootstrap,
+    size: TextSize,
 ) -> Fidelity:
     """The measurements of one dictionary. ``losses`` holds columns of one number per document."""
     used = {
@@ -120,6 +122,8 @@ def fidelity_of(
         name=name,
         site=str(site),
         rows=sums.count,
+        documents=size.documents,
+        effective_documents=size.effective,
         massive_rows=baselines.massive.count,
         massive_threshold=baselines.threshold,
         fvu=fvu,

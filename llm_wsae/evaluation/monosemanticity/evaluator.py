@@ -70,6 +70,7 @@ from llm_wsae.evaluation.monosemanticity.window_embeddings import (
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
+from llm_wsae.statistics.documents import TextSize
 
 _MOST_PAIRS = 2**27  # a gigabyte of cosines; with more, the matching takes hours too
 
@@ -206,18 +207,23 @@ class MonosemanticityEvaluator:
         probes: Mapping[Site, SiteProbes],
     ) -> MonosemanticReport:
         text, names = self._scorer.text, _names(self._concepts)
+        size = TextSize.of(text.document_of.numpy())
         return MonosemanticReport(
             model=self._model.identity(),
             corpus=self._corpus,
             config=asdict(self._config),
             num_contexts=text.num_contexts,
             num_rows=text.num_rows,
-            num_documents=len(text.headers),
+            num_documents=size.documents,
+            effective_documents=size.effective,
             chance=self._scorer.chance(),
             sites={str(site): summarise_site(*names, found) for site, found in probes.items()},
             dictionaries={name: scores[name] for name in dictionaries},
             consistency=_consistency(dictionaries, scores),
-            notes=_notes(dictionaries, self._model, names, self._config.labels),
+            notes=[
+                *_notes(dictionaries, self._model, names, self._config.labels),
+                *size.warnings(),
+            ],
         )
 
 

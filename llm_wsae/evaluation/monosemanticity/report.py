@@ -11,6 +11,7 @@ from llm_wsae.evaluation.monosemanticity.latent_scores import SCORES
 from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
 from llm_wsae.files import write_json
 from llm_wsae.provenance import plain
+from llm_wsae.statistics.documents import TextSize
 from llm_wsae.terminal import aligned, printable
 
 COLUMNS = {
@@ -79,6 +80,8 @@ class MonosemanticReport:
     num_contexts: int
     num_rows: int
     num_documents: int
+    effective_documents: float
+    """1/Σ share², where share is a document's part of the rows."""
     chance: dict[str, float]
     """``purity`` and ``entropy`` of as many random contexts as a latent has top contexts."""
     sites: dict[str, dict[str, Any]]
@@ -110,13 +113,13 @@ class MonosemanticReport:
         """A table for people, with the meaning of each column below it."""
         rows = [[name, *_cells(scores)] for name, scores in self.dictionaries.items()]
         width = max(map(len, COLUMNS))
+        size = TextSize(self.num_rows, self.num_documents, self.effective_documents)
         lines = [aligned([["dictionary", *COLUMNS], *rows], left=1), ""]
         lines += [f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items()]
         lines += [
             "",
-            f"{self.num_rows:,} tokens of {self.text} in {self.num_contexts:,} contexts of "
-            f"{self.num_documents:,} documents; the purity of random contexts is "
-            f"{self.chance['purity']:.3f}.",
+            f"{size.text(self.text)}, in {self.num_contexts:,} contexts; the purity of random "
+            f"contexts is {self.chance['purity']:.3f}.",
         ]
         for site, found in self.sites.items():
             means = found["means"]

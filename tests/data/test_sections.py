@@ -1,0 +1,162 @@
+"""Text is drawn over documents: no long one fills what is read first."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import SITE, WORDS, one_latent_a_word, planted_model
+from tiny import words
+
+from llm_wsae.data.config import HarvestConfig, PackConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.packing import Packer
+from llm_wsae.errors import UsageError
+from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.evaluation.fidelity.evaluator import evaluate
+from llm_wsae.harvesting import harvest
+from llm_wsae.model.site import Site
+from llm_wsae.statistics.documents import TextSize, owners, per_document
+from llm_wsae.statistics.uncertainty import over_seeds_and_items
+
+CONTEXT = 16
+PAGE = 3 * CONTEXT
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return Corpus.open(str(path), "all")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """One document of sixty pages, whose words are of a list of its own, before 300 of one."""
+    long = " ".join(WORDS[i % 4] for i in range(60 * PAGE))
+    draw = np.random.default_rng(0)
+    short = [" ".join(WORDS[i] for i in draw.integers(4, 40, PAGE)) for _ in range(300)]
+    return write(tmp_path_factory.mktemp("texts") / "a.jsonl", [long, *short])
+
+
+class Listed:
+    """A context of tokens that are all kept."""
+
+    def __init__(self, ids):
+        self.ids, self.keep = ids, np.ones(len(ids), dtype=bool)
+
+
+def taken(corpus, contexts):
+    packer = Packer.for_model(planted_model(), PackConfig(context_size=CONTEXT))
+    (block,) = packer.blocks(corpus, contexts, limit=contexts)
+    names = {n: header["name"] for n, header in block.headers.items()}
+    return [names[n] for n in block.document[block.keep].tolist()]
+
+
+def test_a_long_document_gives_two_contexts_before_all_others_have_given(corpus):
+    names = taken(corpus, 300)
+    assert names.count("a.jsonl#1") <= 2 * CONTEXT
+    size = TextSize.of(np.unique(names, return_inverse=True)[1])
+    assert size.documents > 150 and size.effective > 0.9 * size.documents
+    assert not size.warnings()
+    everything = taken(corpus, 1100)  # and then the rest of it
+    assert everything.count("a.jsonl#1") > 40 * PAGE
+
+
+def test_dictionaries_that_differ_on_the_long_document_alone_are_nearly_level(corpus):
+    """One is blind to its words: on the first contexts of the text it would lose everything."""
+    model = planted_model()
+    good, blind = one_latent_a_word("good"), one_latent_a_word("blind")
+    blind.W_enc.data[:4] = 0
+    report = evaluate({"good": good, "blind": blind}, model, corpus, EvaluateConfig(tokens=3000))
+    one, other = report.dictionaries["good"], report.dictionaries["blind"]
+    assert one.documents > 100 and one.effective_documents > 0.9 * one.documents
+    differs = np.array(other.kl_per_document) - np.array(one.kl_per_document)
+    assert (np.abs(differs) > 0.01).sum() <= 3  # two contexts hold a part of another document
+    first = planted_model().tokenizer(next(corpus.documents()).text)["input_ids"][: 3 * CONTEXT]
+    alone = evaluate(
+        {"good": good, "blind": blind},
+        model,
+        [Listed(np.array(first[at : at + CONTEXT])) for at in range(0, len(first), CONTEXT)],
+        EvaluateConfig(tokens=20),
+    ).dictionaries
+    assert other.fvu - one.fvu < 0.05 < 0.5 < alone["blind"].fvu - alone["good"].fvu
+    low, high = other.kl_interval
+    assert low <= one.kl <= high
+
+
+def test_the_same_sections_every_time_and_from_any_section_on(corpus):
+    packer = Packer.for_model(planted_model(), PackConfig(context_size=CONTEXT))
+    everything = list(corpus.sections(packer._two_contexts))
+    assert everything == list(corpus.sections(packer._two_contexts))
+    assert everything[17:] == list(corpus.sections(packer._two_contexts, 17))
+    texts = {d.name: d.text for d in corpus.documents()}
+    found = dict.fromkeys(texts, "")
+    for section in everything:
+        found[section.name] += section.text
+    assert found == texts
+    assert [s.index for s in everything] == list(range(len(everything)))
+    numbers = [s.document for s in everything]
+    assert sorted(set(numbers)) == list(dict.fromkeys(numbers)) == list(range(301))
+
+
+def test_windows_bound_what_is_read_ahead(tmp_path):
+    corpus = write(tmp_path / "a.jsonl", [words(i, 40) for i in range(1100)])
+    read = []
+    documents = corpus.source.documents
+
+    def counted(start):
+        for document in documents(start):
+            read.append(document.name)
+            yield document
+
+    corpus.source.documents = counted
+    next(corpus.sections(lambda texts: 20))
+    assert len(read) == 512
+    order = [s.name for s in corpus.sections(None)]
+    assert {int(name.split("#")[1]) for name in order[:512]} == set(range(1, 513))
+
+
+def test_texts_of_a_mixture_take_turns_by_length(tmp_path):
+    write(tmp_path / "a.jsonl", [words(i, 400) for i in range(3)])
+    write(tmp_path / "b.jsonl", [words(i, 10) for i in range(120)])
+    both = Corpus.open(f"{tmp_path / 'a.jsonl'}+{tmp_path / 'b.jsonl'}", "all")
+    sections = [s for s, _ in zip(both.sections(lambda texts: 100), range(60), strict=False)]
+    long = sum(len(s.text) for s in sections if s.name.startswith("a"))
+    assert long == pytest.approx(sum(len(s.text) for s in sections) / 2, rel=0.1)
+    with pytest.raises(UsageError, match=r"names .*a\.jsonl twice; name each text once"):
+        Corpus.open(f"{tmp_path / 'a.jsonl'}+{tmp_path / 'a.jsonl'}")
+
+
+def test_a_short_harvest_is_of_many_documents(corpus, tmp_path):
+    config = HarvestConfig(context_size=CONTEXT, tokens=2000, batch_tokens=64)
+    store = harvest(planted_model(), corpus, [Site.parse(SITE)], tmp_path / "store", config)
+    size = store.text_size()
+    assert size.tokens == store.num_rows and size.documents > 60
+    assert store.text_size(100).tokens == 100
+    located = store.locate(torch.arange(store.num_rows)).document
+    assert size == TextSize.of(located.numpy())
+
+
+def test_the_size_of_a_text():
+    size = TextSize.of(np.array([0, 0, 0, 7]))
+    assert (size.tokens, size.documents) == (4, 2) and size.effective == pytest.approx(1.6)
+    assert size.text("text") == "4 tokens of text from 2 documents (effectively 2)"
+    assert "effectively of 1.6 documents, fewer than 20" in size.warnings()[0]
+    assert owners([np.array([5, 5, 9]), np.array([9]), np.array([5])]).tolist() == [0, 1, 0]
+    sums = per_document(np.array([1.0, 2.0, 4.0]), np.array([0, 1, 0]))
+    assert sums.tolist() == [5.0, 2.0]
+
+
+def test_intervals_cross_documents_and_seeds():
+    """Against a simulation in which both vary: 95 % of the intervals hold the truth."""
+    draw = np.random.default_rng(0)
+    hits, widths = 0, []
+    for _ in range(300):
+        plain = draw.gamma(2.0, size=200)
+        documents, seeds = draw.normal(0, 0.3, 200), draw.normal(0, 0.02, 4)
+        own = plain * (1.1 + documents + seeds[:, None])
+        _, (low, high) = over_seeds_and_items(own, np.tile(plain, (4, 1)))
+        hits += low <= 0.1 <= high
+        widths.append(high - low)
+    assert 270 <= hits <= 297
+    one = over_seeds_and_items(own[:1], plain[None])[1]  # one seed: over documents alone
+    assert 0 < one[1] - one[0] < np.mean(widths) * 1.5
