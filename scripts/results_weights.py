@@ -189,7 +189,7 @@ def of_group(
             one = report.dictionaries[arm.name]
             line |= {"fvu": round(one.fvu, 5), "ce_recovered": round(one.ce_recovered, 5)}
             line |= {"kl": round(one.kl, 5), "dead": round(one.dead_share, 4)}
-            line["documents"] = [report.num_documents, round(report.effective_documents, 1)]
+            line["documents"] = [one.documents, round(one.effective_documents, 1)]
             line["kl_per_document"] = [round(kl, 1) for kl in one.kl_per_document]
         with open(FOUND, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

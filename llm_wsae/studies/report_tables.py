@@ -84,7 +84,8 @@ def kl_rows(results: Sequence[Result]) -> Rows:
     groups: dict[tuple[str, int], list[Result]] = {}
     for result in results:
         known = (result.point.k, result.point.seed) in plain
-        if known and result.label != PLAIN and not result.is_baseline:
+        is_weighted = result.label != PLAIN and not result.is_baseline
+        if known and is_weighted and result.kl_per_document:
             groups.setdefault((result.label, result.point.k), []).append(result)
     for (label, k), own in groups.items():
         by, (low, high) = over_seeds_and_items(
