@@ -46,7 +46,10 @@ def harvest(
     if leads():
         write_record(out / "harvest.json", "harvest", {**asked, **vars(harvesting)})
     massive = {str(s): store.statistics(s).massive_count for s in store.sites}
+    size = store.text_size()
     facts = {"store": str(out), "rows": store.num_rows, "d_in": store.d_in, "massive": massive}
+    facts |= {"documents": size.documents, "effective_documents": size.effective}
     lines = [f"{store.num_rows:,} rows of {store.d_in} dimensions at each site in {out}"]
+    lines += [size.text("text"), *(f"note: {warning}" for warning in size.warnings())]
     lines += [f"  {s}: {count:,} massive activations" for s, count in massive.items()]
     return facts, "\n".join([*lines, cost(started)])
