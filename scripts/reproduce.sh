@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Repeats what a claim in the docs rests on, or resumes it:
+#   weights       do weights help, over documents: fidelity, and planted features (six hours)
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
 #   study         the study of weights at two sites of SmolLM2-135M
 #   study-today   the same for three rules, as dictionaries are trained today; and baselines
@@ -24,8 +25,8 @@ cd "$(dirname "$0")/.."
 
 what=${1:-}
 shift || true
-case $what in checkpoints | study | study-today | study-gemma | free-lengths | clean-rows | recovery | round-trip | whitening | shrinkage | baselines | gba | rules | probes | explain | interop) ;; *)
-  sed -n '2,20s/^# //p' "$0" >&2
+case $what in weights | checkpoints | study | study-today | study-gemma | free-lengths | clean-rows | recovery | round-trip | whitening | shrinkage | baselines | gba | rules | probes | explain | interop) ;; *)
+  sed -n '2,21s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -91,6 +92,9 @@ whitening)
   ;;
 shrinkage)
   .venv/bin/python scripts/results_shrinkage.py "$@"
+  ;;
+weights)
+  .venv/bin/python scripts/results_weights.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
 baselines)
   .venv/bin/python scripts/results_baselines.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"

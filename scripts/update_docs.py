@@ -151,7 +151,7 @@ def update_quickstart() -> None:
         "SmolLM2-135M-Instruct, State of the Union addresses, block 9, "
         f"{trained['num_steps'] * trained['batch_size']:,} rows ({profile['rows']:,} different), "
         f"8× width, {first['l0']:.0f} active latents a row, one seed, {first['rows']:,} held-out "
-        "tokens. Intervals are over contexts, not seeds.",
+        f"tokens of {first['documents']} documents. Intervals are over documents, not seeds.",
     ]
     write_section("quickstart table", "\n".join(lines), README)
     for name in ("profile.png", "fidelity.png"):
