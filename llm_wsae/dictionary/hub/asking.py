@@ -128,16 +128,47 @@ def download(
 
 
 @contextmanager
-def impatient() -> Iterator[None]:
-    """Let the client, which writes to the Hub, wait no longer than a minute for anything."""
+def guarded() -> Iterator[None]:
+    """Let the client, which writes to the Hub, wait a minute for anything at most, and read answers
+    as far as ``ask`` does. What it only gets in the meantime, for others, is not touched."""
     from huggingface_hub import get_session
+    from huggingface_hub.utils import httpx
+
+    class Bounded(httpx.SyncByteStream):
+        def __init__(self, stream: Any):
+            self._stream, self._until = stream, time.monotonic() + LONGEST_ANSWER
+
+        def __iter__(self) -> Iterator[bytes]:
+            left = _LARGEST_ANSWER
+            for piece in self._stream:
+                left -= len(piece)
+                if left < 0 or time.monotonic() > self._until:
+                    raise LlmWsaeError("the Hub answers too slowly, or without an end")
+                yield piece
+
+        def close(self) -> None:
+            self._stream.close()
+
+    def plainly(request: Any) -> None:
+        if request.method != "GET":
+            request.headers["Accept-Encoding"] = "identity"
+
+    def bounded(response: Any) -> None:
+        if response.request.method != "GET":
+            response.headers.pop("Content-Encoding", None)  # nothing is unpacked
+            response.stream = Bounded(response.stream)
 
     client = get_session()
-    before, client.timeout = client.timeout, LONGEST_ANSWER
+    timeout, hooks = client.timeout, client.event_hooks
+    client.timeout = LONGEST_ANSWER
+    client.event_hooks = {
+        "request": [*hooks["request"], plainly],
+        "response": [*hooks["response"], bounded],
+    }
     try:
         yield
     finally:
-        client.timeout = before
+        client.timeout, client.event_hooks = timeout, hooks
 
 
 def _empty(file: IO[bytes]) -> None:

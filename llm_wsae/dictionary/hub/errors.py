@@ -49,6 +49,8 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWs
     from huggingface_hub.utils import httpx  # the client's own, of whichever version
 
     for one in _causes(error):
+        if isinstance(one, LlmWsaeError):  # of an answer that is too long
+            return one
         if isinstance(one, errors.OfflineModeIsEnabled):
             return LlmWsaeError(
                 f"HF_HUB_OFFLINE is set, so the Hub cannot be asked about {repo_id}, and the local "

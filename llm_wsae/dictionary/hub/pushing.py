@@ -26,7 +26,7 @@ from llm_wsae.dictionary.folder import (
     check_folder,
     keep_measurements,
 )
-from llm_wsae.dictionary.hub.asking import COMMIT, commit_of, impatient, references
+from llm_wsae.dictionary.hub.asking import COMMIT, commit_of, guarded, references
 from llm_wsae.dictionary.hub.card import FIGURE, card, weights_figure
 from llm_wsae.dictionary.hub.card_data import Facts, facts, folder_name
 from llm_wsae.dictionary.hub.errors import hub_errors
@@ -88,7 +88,7 @@ def push(
     check_revision(revision)
     local = _local_dictionaries(folders)
     api = HfApi()
-    with hub_errors(repo_id, revision), impatient():
+    with hub_errors(repo_id, revision), guarded():
         head, new_branch = _prepare(api, repo_id, private, revision)
         files = remote_files(repo_id, head)
     remote = Repository(repo_id, None if new_branch else revision, head, files, None)
@@ -119,7 +119,7 @@ def push(
             return Pushed(f"{constants.ENDPOINT}/{repo_id}", head, list(local), [])
         added = [CommitOperationAdd(path, new) for path, new in sorted(changed.items()) if new]
         gone = [CommitOperationDelete(path) for path, new in sorted(changed.items()) if not new]
-        with hub_errors(repo_id, revision), impatient():
+        with hub_errors(repo_id, revision), guarded():
             with _branch(api, repo_id, revision, head, new_branch):
                 api.preupload_lfs_files(repo_id, added, revision=revision)
                 _check_none_is_ignored(repo_id, added)

@@ -15,6 +15,7 @@ import fcntl
 import functools
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -40,7 +41,8 @@ _MATRICES = 4  # of d_in × d_in numbers in the side tensors, at most
 _WIDEST = 1 << 15  # dimensions of a residual stream, where a layout does not announce them
 _MOST_LATENTS = 1 << 20
 _MOST_FILES = 100_000  # of a repository
-_MOST_PAGES = 1000  # of the list of them
+_MOST_PAGES = 200  # of the list of them
+_LONGEST_LIST = 600  # seconds
 _PART = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff\\:*?\"<>|]+")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -270,16 +272,17 @@ def remote_files(repo_id: str, commit: str) -> dict[str, RemoteFile]:
     """
     files: dict[str, RemoteFile] = {}
     cursor: str | None = ""
-    seen = {cursor}
+    seen, until = {cursor}, time.monotonic() + _LONGEST_LIST
     while cursor is not None:
         entries, cursor = ask(f"{repo_id}/tree/{commit}", cursor or None)
         if not isinstance(entries, list):
             raise ValueError(f"the list of its files is {shown(entries)}")
         files.update(map(_entry, [one for one in entries if mapping(one).get("type") == "file"]))
-        if cursor in seen or len(seen) > _MOST_PAGES or len(files) > _MOST_FILES:
+        too_many = len(seen) > _MOST_PAGES or len(files) > _MOST_FILES
+        if cursor in seen or too_many or time.monotonic() > until:
             raise LlmWsaeError(
-                f"{repo_id} lists files without an end, or more than {_MOST_FILES:,}, so nothing "
-                "of it is read"
+                f"{repo_id} lists files without an end, or more than {_MOST_FILES:,}, or too "
+                "slowly, so nothing of it is read"
             )
         seen.add(cursor)
     for path in files:
