@@ -196,6 +196,7 @@ def test_answers_of_a_hub(hub, tmp_path, monkeypatch, fuzz: Fuzz, capfd):
     for name, data in files.items():
         hub.store.put(REPO, f"{SITE}/plain-k4/{name}", data)
     repository, good = hub.store.repositories[REPO], hub.store.repositories[REPO].branches["main"]
+    repository.tags |= dict.fromkeys(names(tmp_path / "victims"), good)  # it answers for these
     (tmp_path / "victims").mkdir()
     (tmp_path / "victims/thesis.tex").write_text("years of work")
     (tmp_path / "work").mkdir()
