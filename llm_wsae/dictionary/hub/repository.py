@@ -190,37 +190,38 @@ class Repository:
             return self._downloaded(path, remote)
 
     def _downloaded(self, path: str, remote: RemoteFile) -> Path:
-        """The link to a file in the cache's folder of the commit, which is made if necessary."""
-        from huggingface_hub.utils import tqdm
-
+        """A file in the cache's folder of the commit: a link, which is made if necessary."""
         assert remote.digest is not None
         root = _cache_folder(self.repo_id)
-        blob = _below(root, "blobs", remote.digest)
-        with open(_below(root, ".llm-wsae.lock"), "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held until it is closed
-            if not (blob.is_file() and digest_of(blob, remote) == remote.digest):
-                partial = blob.with_name(f"{blob.name}.incomplete")
-                with (
-                    open(partial, "ab") as file,
-                    tqdm(total=remote.size, unit="B", unit_scale=True, desc=printable(path)) as bar,
-                ):
-                    download(self.repo_id, self.commit, path, file, remote.size, bar.update)
-                if digest_of(partial, remote) != remote.digest:
-                    partial.unlink()
-                    raise LlmWsaeError(
-                        f"{path} of {self._here} arrived damaged: its checksum is not the one that "
-                        "the Hub names; run the same command again"
-                    )
-                partial.replace(blob)
-            link = _below(root, "snapshots", self.commit, path)
-            target = os.path.relpath(blob, link.parent)
-            if not (link.is_symlink() and os.readlink(link) == target):
+        link = _below(root, "snapshots", self.commit, path)
+        if not _holds(link, remote):
+            blob = _below(root, "blobs", remote.digest)
+            with open(_below(root, ".llm-wsae.lock"), "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # held until it is closed
+                if not _holds(blob, remote):
+                    self._download(path, remote, blob)
                 link.unlink(missing_ok=True)
-                link.symlink_to(target)
-            if self.revision != self.commit:  # so that the cache can answer offline
-                with contextlib.suppress(OSError):
-                    _below(root, "refs", self.revision or "main").write_text(self.commit)
+                link.symlink_to(os.path.relpath(blob, link.parent))
+        if self.revision != self.commit:  # so that the cache can answer offline
+            with contextlib.suppress(OSError):
+                _below(root, "refs", self.revision or "main").write_text(self.commit)
         return link
+
+    def _download(self, path: str, remote: RemoteFile, blob: Path) -> None:
+        """Put a file's content at ``blob``; what a broken download left beside it is continued."""
+        from huggingface_hub.utils import tqdm
+
+        partial = blob.with_name(f"{blob.name}.incomplete")
+        shown_as = {"total": remote.size, "unit": "B", "unit_scale": True, "desc": printable(path)}
+        with open(partial, "ab") as file, tqdm(**shown_as) as bar:
+            download(self.repo_id, self.commit, path, file, remote.size, bar.update)
+        if not _holds(partial, remote):
+            partial.unlink()
+            raise LlmWsaeError(
+                f"{path} of {self._here} arrived damaged: its checksum is not the one that the Hub "
+                "names; run the same command again"
+            )
+        partial.replace(blob)
 
     def _largest_tensors(self, cfg_path: str) -> dict[str, int]:
         """The most bytes that the two tensor files can have, by ``cfg.json``."""
@@ -328,6 +329,10 @@ def digest_of(local: Path, remote: RemoteFile) -> str | None:
     if remote.digest is None:
         return None
     return sha256(local) if len(remote.digest) == 64 else git_hash(local.read_bytes())
+
+
+def _holds(path: Path, remote: RemoteFile) -> bool:
+    return path.is_file() and digest_of(path, remote) == remote.digest
 
 
 def inside(sae_id: str, name: str) -> str:
