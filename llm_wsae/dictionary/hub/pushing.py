@@ -39,7 +39,7 @@ from llm_wsae.dictionary.hub.repository import (
     RemoteFile,
     Repository,
     digest_of,
-    model_info,
+    head_of,
     remote_files,
 )
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
@@ -158,17 +158,17 @@ def _prepare(api: Any, repo_id: str, private: bool, revision: str | None) -> tup
     if repo_id.count("/") != 1:  # the Hub would make it under another name than it is found by
         raise UsageError(f"name the repository as user/name, not {repo_id!r}")
     try:
-        found = model_info(repo_id)
+        main, is_private = head_of(repo_id)
     except RepositoryNotFoundError:
         api.create_repo(repo_id, private=private or None)
-        found = model_info(repo_id)
-    if private and not found.private:
+        main, is_private = head_of(repo_id)
+    if private and not is_private:
         raise UsageError(
             f"{repo_id} exists and is public, so --private cannot hide what is pushed; choose "
             "another name, or make it private in its settings"
         )
     if revision is None:
-        return found.commit, False
+        return main, False
     heads = references(repo_id, "branches")
     if revision in heads:
         return heads[revision], False
@@ -177,7 +177,7 @@ def _prepare(api: Any, repo_id: str, private: bool, revision: str | None) -> tup
             f"{revision} is not a branch of {repo_id}, so nothing can be pushed to it; "
             f"{nearest('', heads)}"
         )
-    return found.commit, True
+    return main, True
 
 
 @contextlib.contextmanager

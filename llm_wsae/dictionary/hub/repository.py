@@ -82,7 +82,7 @@ class Repository:
         check_revision(revision)
         with hub_errors(repo_id, revision):
             try:
-                commit = model_info(repo_id, revision).commit
+                commit, _ = head_of(repo_id, revision)
                 return cls(repo_id, revision, commit, remote_files(repo_id, commit), None)
             except Exception as error:
                 cached = _cached(repo_id, revision) if hub_is_unreachable(error) else None
@@ -246,23 +246,17 @@ def _largest_weights(d_in: int, d_sae: int) -> int:
     return 8 * (2 * d_in * d_sae + d_in + 4 * d_sae) + _HEADER
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """What the Hub says of a repository."""
+def head_of(repo_id: str, revision: str | None = None) -> tuple[str, bool]:
+    """The commit of a revision, or of the default branch, and whether the repository is private.
 
-    commit: str
-    private: bool
-
-
-def model_info(repo_id: str, revision: str | None = None) -> ModelInfo:
-    """Ask for a revision, or for the default branch. Raises as ``ask`` does, and ValueError for a
-    name or an answer that cannot be one."""
+    Raises as ``ask`` does, and ValueError for a name or an answer that cannot be one.
+    """
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo_id)
     at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     said = mapping(ask(f"{repo_id}{at}")[0])
-    return ModelInfo(commit_of(said.get("sha")), said.get("private") is True)
+    return commit_of(said.get("sha")), said.get("private") is True
 
 
 def remote_files(repo_id: str, commit: str) -> dict[str, RemoteFile]:
