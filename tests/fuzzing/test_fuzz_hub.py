@@ -69,8 +69,8 @@ def slowly(piece: bytes) -> Iterator[bytes]:
 class Twist:
     """One lie, decided by ``draw``, told in all or the first of the answers that match."""
 
-    def __init__(self, draw: random.Random, victims: Path, files: list[bytes]):
-        self.draw, self.files = draw, files
+    def __init__(self, number: int, draw: random.Random, victims: Path, files: list[bytes]):
+        self.number, self.draw, self.files = number, draw, files
         self.where, self.times = draw.choice(WHERE), draw.choice((1, 99))
         self.hostile, self.counted = names(victims), itertools.count(1)
         ways = (
@@ -84,6 +84,9 @@ class Twist:
         )
         self.way = draw.choice(ways)
         self.done = self.way.__name__
+
+    def __str__(self) -> str:
+        return f"{self.number} ({self.where} {self.done})"
 
     def __call__(self, path: str, answer: Said) -> None:
         if self.times and re.search(self.where, path):
@@ -188,7 +191,12 @@ def hub(tmp_path_factory, tmp_path, monkeypatch):
         yield server
 
 
-def test_answers_of_a_hub(hub, tmp_path, monkeypatch, fuzz: Fuzz, capfd):
+CASES = {"list": 25, "pull": 30, "from_pretrained": 30, "push": 15}
+"""Of a long run; a quarter in a short one."""
+
+
+@pytest.mark.parametrize("action", CASES)
+def test_answers_of_a_hub(hub, tmp_path, monkeypatch, fuzz: Fuzz, capfd, action):
     make_dictionary("plain-k4").save(tmp_path / "plain")
     make_dictionary("other-k4").save(tmp_path / "mine")
     whole = frozen(Dictionary.load(tmp_path / "plain"))
@@ -208,37 +216,36 @@ def test_answers_of_a_hub(hub, tmp_path, monkeypatch, fuzz: Fuzz, capfd):
         "from_pretrained": lambda: [frozen(Dictionary.from_pretrained(REPO))],
         "push": lambda: push([tmp_path / "mine"], REPO) and None,
     }
-    for action in actions.values():  # as it should be
-        action()
+    kind, act = f"answer of a Hub, {action}", actions[action]
+    actions["pull"]()  # as it should be
+    act()
     repository.branches["main"] = good
     shutil.rmtree(out)
     around = surroundings(tmp_path)
-    for number, draw in fuzz.cases("answer of a Hub", 24 if fuzz.times == 1 else 100):
-        action = draw.choice((*actions, "list", "pull", "pull", "from_pretrained"))
-        hub.twist = twist = Twist(draw, tmp_path / "victims", sorted(files.values()))
+    for number, draw in fuzz.cases(kind, CASES[action] // (4 if fuzz.times == 1 else 1)):
+        hub.twist = twist = Twist(number, draw, tmp_path / "victims", sorted(files.values()))
         if draw.random() < 0.8:
             shutil.rmtree(tmp_path / "home", ignore_errors=True)
 
-        def read(action=action):
-            found = in_a_fork(actions[action], MEMORY)
-            assert found in (None, [], [whole]), "another dictionary"
+        def read():  # what the client reads for a push may need memory without an end
+            found = in_a_fork(act, MEMORY) if action == "push" else act()
+            assert found in (None, [], [whole])
 
-        fuzz.reads("answer of a Hub", f"{action} {number} ({twist.where} {twist.done})", read, None)
-        repository.branches["main"] = good
-        case = (action, number, twist.where, twist.done)
+        fuzz.reads(kind, twist, read, None)
         hub.twist = None
+        repository.branches["main"] = good
         if (left := surroundings(tmp_path)) != around:
-            fuzz.count("answer of a Hub", "lost", case, set(left.items()) ^ set(around.items()))
+            fuzz.count(kind, "lost", twist, set(left.items()) ^ set(around.items()))
             around = left
         home = tmp_path / "home"
         here = [path for path in home.rglob("*") if path.is_symlink() or not path.is_dir()]
         odd = [path for path in here if not CACHED.fullmatch(str(path.relative_to(home)))]
         odd += [path for path in here if not path.resolve().is_relative_to(home)]
         if odd:
-            fuzz.count("answer of a Hub", "lost", case, odd)
+            fuzz.count(kind, "lost", twist, odd)
         if out.exists():
             for found in out.rglob("wsae.json"):
-                assert frozen(Dictionary.load(found.parent)) == whole, case
+                assert frozen(Dictionary.load(found.parent)) == whole, str(twist)
             shutil.rmtree(out)
     said = "".join(capfd.readouterr())
     for sign in (WRITER, "Traceback", "\x1b[2J"):
