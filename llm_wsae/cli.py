@@ -36,7 +36,7 @@ from llm_wsae.commands.weigh import weigh
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.files import way_out
 from llm_wsae.provenance import plain
-from llm_wsae.terminal import printable, printable_json
+from llm_wsae.terminal import printable, printable_json, without_secrets
 
 COMMANDS: dict[str, Callable[..., Result]] = {
     "run": run,
@@ -90,8 +90,9 @@ def main(argv: list[str] | None = None) -> int:
         known = _explained(error)
         if known is None:
             raise
-        if "--debug" in words:
-            traceback.print_exc()
+        if "--debug" in words:  # a server may have said anything, also the token
+            for line in without_secrets(traceback.format_exc()).splitlines():
+                print(printable(line), file=sys.stderr)
         _say(str(known))
         return known.exit_code
 

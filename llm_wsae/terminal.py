@@ -6,8 +6,13 @@ everything else that is not printable are shown as Python escapes: ``\\n``, ``\\
 """
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
+
+_KEYS = ("LLM_WSAE_API_KEY", "OPENAI_API_KEY")  # of the endpoints of ``explaining``
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}|Bearer\s+\S+", re.IGNORECASE)
 
 
 def printable(text: str) -> str:
@@ -27,6 +32,17 @@ def printable_json(value: Any) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def without_secrets(text: str) -> str:
+    """The text without this machine's token and keys, and what looks like a token of the Hub or a
+    key in a header."""
+    from huggingface_hub import get_token
+
+    for known in (get_token(), *(os.environ.get(name, "").strip() for name in _KEYS)):
+        if known:
+            text = text.replace(known, "…")
+    return _SECRET.sub("…", text)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:

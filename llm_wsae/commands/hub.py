@@ -45,9 +45,10 @@ def push(
     )
     facts: dict[str, Any] = {"repo_id": repo_id, "url": done.url, "commit": done.commit}
     facts |= {"dictionaries": done.sae_ids, "changed": done.changed}
+    url = printable(done.url)
     if not done.changed:
-        return facts, f"already up to date: {done.url}"
-    return facts, "\n".join([*(f"  {path}" for path in done.changed), f"pushed to {done.url}"])
+        return facts, f"already up to date: {url}"
+    return facts, "\n".join([*(f"  {path}" for path in done.changed), f"pushed to {url}"])
 
 
 def pull(

@@ -30,6 +30,18 @@ class Fault:
     message: str = ""
 
 
+@dataclass
+class Said:
+    """An answer that the server's ``twist`` may change before it is sent."""
+
+    status: int
+    body: Any
+    """Bytes, or an iterable of pieces that are sent as they come, without a length."""
+    headers: dict[str, str]
+    headless: bool = False
+    """Whether the pieces belong to the head, which then has no end."""
+
+
 class Answer(Exception):
     """Leaves a handler early with an error, as the Hub words it."""
 
@@ -120,6 +132,13 @@ class Connection(BaseHTTPRequestHandler):
         raise ConnectionError
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], type: str = "") -> None:
+        if self.hub.twist:
+            answer = Said(status, body, dict(headers))
+            self.hub.twist(urlsplit(self.path).path, answer)
+            status, body, headers = answer.status, answer.body, answer.headers
+            if not isinstance(body, bytes):
+                self._send_pieces(answer)
+                return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value.encode("ascii", "replace").decode())
@@ -129,6 +148,18 @@ class Connection(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def _send_pieces(self, answer: "Said") -> None:
+        """A body of no length, or of a false one; the connection ends with it."""
+        lines = [f"HTTP/1.1 {answer.status} Odd", "Connection: close"]
+        lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.wfile.write("\r\n".join(lines).encode("utf-8", "replace"))
+            if not answer.headless:
+                self.wfile.write(b"\r\n\r\n")
+            for piece in answer.body:
+                self.wfile.write(piece)
 
     def _ok(self, value: Any, **headers: str) -> None:
         self._drain()
@@ -143,6 +174,9 @@ class Connection(BaseHTTPRequestHandler):
             if start >= size:
                 raise Answer(416, "Range Not Satisfiable")
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        if self.hub.twist:
+            self._send(status, b"".join(_read(source, start)), headers, "application/octet-stream")
+            return
         headers["Content-Length"] = str(size - start)
         self._send(status, b"", headers, "application/octet-stream")
         if self.command == "HEAD":

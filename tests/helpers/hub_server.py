@@ -24,12 +24,13 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from hub_http import Answer, Fault, Storage
+from hub_http import Answer, Fault, Said, Storage
 from hub_store import File, Repository, Store, is_large
 
 WRITER, READER, STRANGER = "hf_writersecret", "hf_readersecret", "hf_strangersecret"
@@ -49,6 +50,8 @@ class HubServer:
         """Set it to have large files uploaded in parts of that many bytes."""
         self.ignored: tuple[str, ...] = ()
         """How the names end of files that its repositories' .gitignore leaves out."""
+        self.twist: Callable[[str, Said], None] | None = None
+        """Changes answers, by path, before they are sent."""
         self.page_size = 1000
         """Entries in a page of a tree."""
         handler = type("Handler", (_Handler,), {"hub": self})

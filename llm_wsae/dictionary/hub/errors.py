@@ -5,17 +5,16 @@ RuntimeError, a refused connection in a missing cache entry). So the chain of ca
 the one that says what happened. A token is never part of a sentence.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from llm_wsae.dictionary.hub.asking import references
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.outside import check_token
+from llm_wsae.outside import check_token, reason
+from llm_wsae.terminal import without_secrets
 
 _LOGIN = "(`hf auth login`, or the variable HF_TOKEN)"
-_TOKEN = re.compile(r"\bhf_\w+|Bearer\s+\S+")
 _LONGEST_ANSWER = 300
-_BAD_ANSWER = (ValueError, KeyError, TypeError)  # no JSON, or not what a Hub says
 _CHANGED = (
     "{repo} was changed by someone else in the meantime, and nothing was written; run the same "
     "command again"
@@ -30,31 +29,28 @@ _BY_STATUS = {
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn every failure of the client inside the block (and nothing else) into one sentence.
+    """Turn every failure inside the block into one sentence. Keep it to the client's calls, and to
+    what reads answers: a server that answers oddly makes the client raise anything.
 
     Raises UsageError when a name is wrong (repository, revision), LlmWsaeError for everything else:
     no access, no network, a failing server, a full disk.
     """
-    from huggingface_hub.utils import httpx
-
     check_token()
     try:
         yield
-    except LlmWsaeError:
+    except (LlmWsaeError, MemoryError):
         raise
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, *_BAD_ANSWER) as error:
-        known = _sentence(error, repo_id, revision)
-        if known is None:
-            raise
-        raise known from error
+    except Exception as error:
+        raise _sentence(error, repo_id, revision) from error
 
 
-def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWsaeError | None:
-    """None for an error that is not the Hub's but a mistake of this package."""
+def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWsaeError:
     from huggingface_hub import constants, errors
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx  # the client's own, of whichever version
 
     for one in _causes(error):
+        if isinstance(one, LlmWsaeError):  # of an answer that is too long
+            return one
         if isinstance(one, errors.OfflineModeIsEnabled):
             return LlmWsaeError(
                 f"HF_HUB_OFFLINE is set, so the Hub cannot be asked about {repo_id}, and the local "
@@ -76,23 +72,20 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> LlmWs
                 f"the connection to the Hub broke off ({type(one).__name__}), and nothing of "
                 f"{repo_id} is half written; run the same command again"
             )
-    if "Consistency check failed" in str(error):
-        return LlmWsaeError(f"a file of {repo_id} arrived incomplete; run the same command again")
+    said = without_secrets(reason(error))
     if isinstance(error, OSError):
-        return LlmWsaeError(f"reading or writing files for {repo_id} failed: {_clean(str(error))}")
-    if isinstance(error, _BAD_ANSWER):
-        return LlmWsaeError(
-            f"an answer of the Hub ({constants.ENDPOINT}) about {repo_id} cannot be used: "
-            f"{_clean(str(error))}"
-        )
-    return None
+        return LlmWsaeError(f"reading or writing files for {repo_id} failed: {said}")
+    return LlmWsaeError(
+        f"an answer of the Hub ({constants.ENDPOINT}) about {repo_id} cannot be used: {said}"
+    )
 
 
 def _answer(error, repo_id: str, revision: str | None) -> LlmWsaeError:  # an HfHubHTTPError
     """The Hub answered, but not with what was asked for."""
     from huggingface_hub import errors, get_token
 
-    status, said = error.response.status_code, _clean(error.server_message or "")
+    status = error.response.status_code
+    said = without_secrets(" ".join(str(error.server_message or "").split()))[:_LONGEST_ANSWER]
     if isinstance(error, errors.GatedRepoError):
         return LlmWsaeError(f"{repo_id} is gated: accept its terms on the Hub and log in {_LOGIN}")
     if isinstance(error, errors.RevisionNotFoundError):
@@ -119,14 +112,12 @@ def _answer(error, repo_id: str, revision: str | None) -> LlmWsaeError:  # an Hf
 
 def _known_revisions(repo_id: str) -> str:
     """A clause with the existing branches and tags, if the Hub lists them."""
-    from huggingface_hub import HfApi
     from huggingface_hub.utils import httpx
 
     try:
-        refs = HfApi().list_repo_refs(repo_id)
-    except httpx.HTTPError:
+        return "; " + nearest("", [*references(repo_id, "branches"), *references(repo_id, "tags")])
+    except (LlmWsaeError, httpx.HTTPError, OSError, ValueError, TypeError):  # it is only a help
         return ""
-    return "; " + nearest("", [ref.name for ref in (*refs.branches, *refs.tags)])
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -135,8 +126,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _clean(text: str) -> str:
-    """A server's words on one line, without anything that looks like a token."""
-    return _TOKEN.sub("…", " ".join(text.split()))[:_LONGEST_ANSWER]

@@ -64,7 +64,7 @@ def pull(
     places = _places(repository, repository.wanted(sae_id), out)
     asked = {"repo_id": repo_id, "sae_id": sae_id, "revision": revision}
 
-    def record(place: str, digests: Any, said: Any) -> None:
+    def record(place: str, said: Any, *digests: Any) -> None:
         own = {"repo_id": repo_id, "sha256": digests, "explanations_sha256": said}
         write_record(out / RECORD, "pull", {**asked, "pulled": {**_pulled(out), place: own}})
 
@@ -78,10 +78,11 @@ def pull(
             known = mapping(recorded).get("explanations_sha256")
             none_made_here = _explanations(folder) in (None, known, _explanations(source))
             if not (is_dictionary(folder) and _digests(folder) == digests and _is_intact(folder)):
-                record(place, None, known)  # if this is the last that it does, it may go on
+                here = [_digests(folder)] if is_dictionary(folder) else []
+                record(place, known, digests, *here)  # if it is killed, one of them is there
                 copy_folder(source, folder)
             _add_what_is_new(source, folder)
-            record(place, digests, _explanations(folder) if none_made_here else known)
+            record(place, _explanations(folder) if none_made_here else known, digests)
     return {name: out / place for name, place in places.items()}
 
 
@@ -105,9 +106,6 @@ def _pulled(out: Path) -> dict[str, Any]:
     if not (out / RECORD).is_file():
         return {}
     config = mapping(mapping(read_json(out / RECORD, "record")).get("config"))
-    repo_id, names = str(config.get("repo_id")), config.get("dictionaries")
-    if isinstance(names, list):  # of an older version: those of the last pull
-        return {_place(repo_id, str(name)): {"repo_id": repo_id} for name in names}
     return dict(mapping(config.get("pulled")))
 
 
@@ -118,12 +116,14 @@ def _digests(folder: Path) -> Any:
 
 def _check_ours(folder: Path, recorded: Any, repo_id: str, digests: Any) -> None:
     """Raises LlmWsaeError for a dictionary that is neither that of these digests nor as it was
-    pulled from the repository; an older record, or one of a pull that broke off, has no digests to
-    tell that by."""
+    pulled from the repository; the record of a pull that broke off has the digests of both that may
+    be there, the older and the newer one."""
     if not is_dictionary(folder):
         return
     here, known = _digests(folder), mapping(recorded)
-    ours = known.get("repo_id") == repo_id and known.get("sha256") in (None, here)
+    pulled = known.get("sha256")
+    pulled = pulled if isinstance(pulled, list) else [pulled]
+    ours = here is not None and known.get("repo_id") == repo_id and here in pulled
     if not ours and here != digests:
         raise LlmWsaeError(
             f"{folder} holds a dictionary that was not pulled from {repo_id}, or was saved again "
@@ -191,6 +191,11 @@ def _places(repository: Repository, names: Sequence[str], out: Path) -> dict[str
                     f"{name} --out …"
                 )
         taken[str(path)] = name
+        if not (out / place).resolve().is_relative_to(out.resolve()):
+            raise LlmWsaeError(
+                f"{out / place} leads out of {out} through a link, so nothing is put there; choose "
+                "another --out"
+            )
         check_replaceable(out / place)
         own = repository.layouts[name] is None
         digests = repository.read_json(inside(name, INFO)).get("sha256") if own else None

@@ -26,6 +26,7 @@ from llm_wsae.dictionary.folder import (
     check_folder,
     keep_measurements,
 )
+from llm_wsae.dictionary.hub.asking import COMMIT, commit_of, guarded, references
 from llm_wsae.dictionary.hub.card import FIGURE, card, weights_figure
 from llm_wsae.dictionary.hub.card_data import Facts, facts, folder_name
 from llm_wsae.dictionary.hub.errors import hub_errors
@@ -38,6 +39,7 @@ from llm_wsae.dictionary.hub.repository import (
     RemoteFile,
     Repository,
     digest_of,
+    head_of,
     remote_files,
 )
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
@@ -46,7 +48,6 @@ from llm_wsae.outside import check_revision, mapping
 
 _LARGEST_CARD = 4 << 20
 _SHOWN_ID = re.compile(r"[A-Za-z0-9_.+=/-]+")  # folders that a card can show unescaped
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def push(
     check_revision(revision)
     local = _local_dictionaries(folders)
     api = HfApi()
-    with hub_errors(repo_id, revision):
+    with hub_errors(repo_id, revision), guarded():
         head, new_branch = _prepare(api, repo_id, private, revision)
         files = remote_files(repo_id, head)
     remote = Repository(repo_id, None if new_branch else revision, head, files, None)
@@ -118,17 +119,19 @@ def push(
             return Pushed(f"{constants.ENDPOINT}/{repo_id}", head, list(local), [])
         added = [CommitOperationAdd(path, new) for path, new in sorted(changed.items()) if new]
         gone = [CommitOperationDelete(path) for path, new in sorted(changed.items()) if not new]
-        with hub_errors(repo_id, revision), _branch(api, repo_id, revision, head, new_branch):
-            api.preupload_lfs_files(repo_id, added, revision=revision)
-            _check_none_is_ignored(repo_id, added)
-            done = api.create_commit(
-                repo_id,
-                [*added, *gone],
-                commit_message=_message(list(local)),
-                revision=revision,
-                parent_commit=head,
-            )
-        return Pushed(str(done.commit_url), done.oid, list(local), sorted(changed))
+        with hub_errors(repo_id, revision), guarded():
+            with _branch(api, repo_id, revision, head, new_branch):
+                api.preupload_lfs_files(repo_id, added, revision=revision)
+                _check_none_is_ignored(repo_id, added)
+                done = api.create_commit(
+                    repo_id,
+                    [*added, *gone],
+                    commit_message=_message(list(local)),
+                    revision=revision,
+                    parent_commit=head,
+                )
+            commit = commit_of(done.oid)
+        return Pushed(str(done.commit_url), commit, list(local), sorted(changed))
 
 
 def _local_dictionaries(folders: Sequence[Path]) -> dict[str, Path]:
@@ -155,27 +158,26 @@ def _prepare(api: Any, repo_id: str, private: bool, revision: str | None) -> tup
     if repo_id.count("/") != 1:  # the Hub would make it under another name than it is found by
         raise UsageError(f"name the repository as user/name, not {repo_id!r}")
     try:
-        found = api.model_info(repo_id)
+        main, is_private = head_of(repo_id)
     except RepositoryNotFoundError:
         api.create_repo(repo_id, private=private or None)
-        found = api.model_info(repo_id)
-    if private and not found.private:
+        main, is_private = head_of(repo_id)
+    if private and not is_private:
         raise UsageError(
             f"{repo_id} exists and is public, so --private cannot hide what is pushed; choose "
             "another name, or make it private in its settings"
         )
     if revision is None:
-        return found.sha, False
-    refs = api.list_repo_refs(repo_id)
-    heads = {branch.name: branch.target_commit for branch in refs.branches}
+        return main, False
+    heads = references(repo_id, "branches")
     if revision in heads:
         return heads[revision], False
-    if _COMMIT.fullmatch(revision) or revision in [tag.name for tag in refs.tags]:
+    if COMMIT.fullmatch(revision) or revision in references(repo_id, "tags"):
         raise UsageError(
             f"{revision} is not a branch of {repo_id}, so nothing can be pushed to it; "
             f"{nearest('', heads)}"
         )
-    return found.sha, True
+    return main, True
 
 
 @contextlib.contextmanager

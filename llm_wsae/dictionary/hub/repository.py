@@ -1,26 +1,36 @@
 """One revision of a repository of dictionaries on the Hub, or what the local cache has of it.
 
-Nothing in a repository is trusted. Its list of files is checked before anything is fetched: a path
-that leaves the folder is refused, and only files of a dictionary (in this package's layout or a
-known foreign one) are ever downloaded, JSON up to a fixed size, tensors up to the size that the
-configuration announces. What arrives is compared with the Hub's checksum (the client compares sizes
-only) and, in this package's layout, with the one in ``wsae.json``.
+Neither a repository nor its server is trusted. The list of files is checked before anything is
+fetched: a path that leaves the folder is refused, commits and digests must be hexadecimal, and only
+files of a dictionary (in this package's layout or a known foreign one) are ever downloaded, JSON up
+to a fixed size, tensors up to the size that the configuration announces. What arrives is compared
+with its digest in the list and, in this package's layout, with the one in ``wsae.json``.
+
+Files are kept where the Hub's client looks for them: ``blobs/<digest>``, ``refs/<revision>`` and
+links in ``snapshots/<commit>``. Only those are written.
 """
 
+import contextlib
+import fcntl
 import functools
+import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from llm_wsae.dictionary.folder import CFG, EXPLANATIONS, EXTRAS, INFO, WEIGHTS
 from llm_wsae.dictionary.formats.layout import Announced, Layout
 from llm_wsae.dictionary.formats.reading import layout_of
+from llm_wsae.dictionary.hub.asking import ask, commit_of, download
 from llm_wsae.dictionary.hub.errors import hub_errors
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.files import read_json, sha256
-from llm_wsae.outside import check_revision, hub_is_unreachable, integer
+from llm_wsae.outside import check_revision, hub_is_unreachable, integer, mapping, text
+from llm_wsae.terminal import printable
 
 FILES = (INFO, CFG, EXTRAS, WEIGHTS)  # small ones first
 README = "README.md"
@@ -30,8 +40,11 @@ _HEADER = 1 << 20  # bytes of a safetensors header, far more than needed
 _MATRICES = 4  # of d_in × d_in numbers in the side tensors, at most
 _WIDEST = 1 << 15  # dimensions of a residual stream, where a layout does not announce them
 _MOST_LATENTS = 1 << 20
-_TIMEOUT = 30  # seconds in which the Hub must begin its answer
-_PART = re.compile(r"[^\x00-\x1f\\:*?\"<>|]+")
+_MOST_FILES = 100_000  # of a repository
+_MOST_PAGES = 200  # of the list of them
+_LONGEST_LIST = 600  # seconds
+_PART = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff\\:*?\"<>|]+")
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -66,20 +79,14 @@ class Repository:
         Raises UsageError for a name or revision that does not exist, LlmWsaeError without access or
         if neither Hub nor cache can answer.
         """
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import OfflineModeIsEnabled
-        from huggingface_hub.utils import httpx
-
         check_revision(revision)
         with hub_errors(repo_id, revision):
             try:
-                api = HfApi()
-                found = api.model_info(repo_id, revision=revision, timeout=_TIMEOUT)
-                assert found.sha is not None
-                return cls(repo_id, revision, found.sha, remote_files(repo_id, found.sha), None)
-            except (httpx.HTTPError, OfflineModeIsEnabled) as error:
-                cached = _cached(repo_id, revision)
-                if cached is None or not hub_is_unreachable(error):
+                commit, _ = head_of(repo_id, revision)
+                return cls(repo_id, revision, commit, remote_files(repo_id, commit), None)
+            except Exception as error:
+                cached = _cached(repo_id, revision) if hub_is_unreachable(error) else None
+                if cached is None:
                     raise
                 return cached
 
@@ -179,25 +186,42 @@ class Repository:
             )
         if self.cache is not None:
             return self.cache / path
-        from huggingface_hub import hf_hub_download
-
-        # One file of each dictionary is asked for by the name of the revision, so that the cache
-        # remembers which commit that was and can answer offline.
-        layout = self.layouts.get(str(PurePosixPath(path).parent))
-        first = INFO if layout is None else layout.files[0]
-        named = self.revision if PurePosixPath(path).name == first else self.commit
         with hub_errors(self.repo_id, self.revision):
-            local = Path(hf_hub_download(self.repo_id, path, revision=named))
-            if self.commit not in local.parts:  # the branch moved since
-                local = Path(hf_hub_download(self.repo_id, path, revision=self.commit))
-        if digest_of(local, remote) != remote.digest:
-            local.resolve().unlink(missing_ok=True)
-            local.unlink(missing_ok=True)
+            return self._downloaded(path, remote)
+
+    def _downloaded(self, path: str, remote: RemoteFile) -> Path:
+        """A file in the cache's folder of the commit: a link, which is made if necessary."""
+        assert remote.digest is not None
+        root = _cache_folder(self.repo_id)
+        link = _below(root, "snapshots", self.commit, path)
+        if not _holds(link, remote):
+            blob = _below(root, "blobs", remote.digest)
+            with open(_below(root, ".llm-wsae.lock"), "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # held until it is closed
+                if not _holds(blob, remote):
+                    self._download(path, remote, blob)
+                link.unlink(missing_ok=True)
+                link.symlink_to(os.path.relpath(blob, link.parent))
+        if self.revision != self.commit:  # so that the cache can answer offline
+            with contextlib.suppress(OSError):
+                _below(root, "refs", self.revision or "main").write_text(self.commit)
+        return link
+
+    def _download(self, path: str, remote: RemoteFile, blob: Path) -> None:
+        """Put a file's content at ``blob``; what a broken download left beside it is continued."""
+        from huggingface_hub.utils import tqdm
+
+        partial = blob.with_name(f"{blob.name}.incomplete")
+        shown_as = {"total": remote.size, "unit": "B", "unit_scale": True, "desc": printable(path)}
+        with open(partial, "ab") as file, tqdm(**shown_as) as bar:
+            download(self.repo_id, self.commit, path, file, remote.size, bar.update)
+        if not _holds(partial, remote):
+            partial.unlink()
             raise LlmWsaeError(
                 f"{path} of {self._here} arrived damaged: its checksum is not the one that the Hub "
                 "names; run the same command again"
             )
-        return local
+        partial.replace(blob)
 
     def _largest_tensors(self, cfg_path: str) -> dict[str, int]:
         """The most bytes that the two tensor files can have, by ``cfg.json``."""
@@ -222,27 +246,74 @@ def _largest_weights(d_in: int, d_sae: int) -> int:
     return 8 * (2 * d_in * d_sae + d_in + 4 * d_sae) + _HEADER
 
 
+def head_of(repo_id: str, revision: str | None = None) -> tuple[str, bool]:
+    """The commit of a revision, or of the default branch, and whether the repository is private.
+
+    Raises as ``ask`` does, and ValueError for a name or an answer that cannot be one.
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
+    at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
+    said = mapping(ask(f"{repo_id}{at}")[0])
+    return commit_of(said.get("sha")), said.get("private") is True
+
+
 def remote_files(repo_id: str, commit: str) -> dict[str, RemoteFile]:
     """The files of a commit on the Hub.
 
-    Raises LlmWsaeError if one of their paths would leave the folder, and what the client raises.
+    Raises LlmWsaeError if one of their paths would leave the folder or there are too many, and as
+    ``ask`` does; ValueError for entries that are none.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    entries = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
-    files = {
-        entry.path: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
-        for entry in entries
-        if isinstance(entry, RepoFile)
-    }
+    files: dict[str, RemoteFile] = {}
+    cursor: str | None = ""
+    seen, until = {cursor}, time.monotonic() + _LONGEST_LIST
+    while cursor is not None:
+        entries, cursor = ask(f"{repo_id}/tree/{commit}", cursor or None)
+        if not isinstance(entries, list):
+            raise ValueError(f"the list of its files is {shown(entries)}")
+        files.update(map(_entry, [one for one in entries if mapping(one).get("type") == "file"]))
+        too_many = len(seen) > _MOST_PAGES or len(files) > _MOST_FILES
+        if cursor in seen or too_many or time.monotonic() > until:
+            raise LlmWsaeError(
+                f"{repo_id} lists files without an end, or more than {_MOST_FILES:,}, or too "
+                "slowly, so nothing of it is read"
+            )
+        seen.add(cursor)
     for path in files:
         if not all(_PART.fullmatch(part) and part not in (".", "..") for part in path.split("/")):
             raise LlmWsaeError(
-                f"{repo_id} names a file {path!r}, which cannot be put into a folder safely, so "
-                "nothing of it is read"
+                f"{repo_id} names a file {shown(path)}, which cannot be put into a folder safely, "
+                "so nothing of it is read"
             )
     return files
+
+
+def _entry(said: Mapping[str, Any]) -> tuple[str, RemoteFile]:
+    """Path and file of an entry in the list. Raises ValueError if it is not of that form."""
+    path, size = text(said.get("path")), integer(said.get("size"))
+    digest = text(mapping(said.get("lfs")).get("oid", said.get("oid")))
+    if path is None or size is None or size < 0 or not _DIGEST.fullmatch(digest or ""):
+        raise ValueError(f"its list of files has {shown(said)}")
+    return path, RemoteFile(size, digest)
+
+
+def _cache_folder(repo_id: str) -> Path:
+    """The folder of a repository in the client's cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = repo_folder_name(repo_id=repo_id, repo_type="model")
+    return Path(constants.HF_HUB_CACHE).expanduser().resolve() / name
+
+
+def _below(root: Path, *names: str) -> Path:
+    """A path below ``root``, in a folder that is made. Raises LlmWsaeError if that is elsewhere."""
+    path = root.joinpath(*names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.resolve().is_relative_to(root):
+        raise LlmWsaeError(f"{path.parent} leads out of {root}, so nothing is put there; remove it")
+    return path
 
 
 def digest_of(local: Path, remote: RemoteFile) -> str | None:
@@ -254,6 +325,10 @@ def digest_of(local: Path, remote: RemoteFile) -> str | None:
     return sha256(local) if len(remote.digest) == 64 else git_hash(local.read_bytes())
 
 
+def _holds(path: Path, remote: RemoteFile) -> bool:
+    return path.is_file() and digest_of(path, remote) == remote.digest
+
+
 def inside(sae_id: str, name: str) -> str:
     """The path in a repository of a dictionary's file; "." is the repository itself."""
     return str(PurePosixPath(sae_id) / name)
@@ -261,18 +336,16 @@ def inside(sae_id: str, name: str) -> str:
 
 def _cached(repo_id: str, revision: str | None) -> Repository | None:
     """What the local cache has of a revision."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
+    root = _cache_folder(repo_id)
     try:
-        snapshot = Path(
-            snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[])
-        )
-    except LocalEntryNotFoundError:
+        named = root / "refs" / (revision or "main")
+        commit = named.read_text().strip() if named.is_file() else revision or ""
+        folder = root / "snapshots" / commit_of(commit)
+        files = {
+            path.relative_to(folder).as_posix(): RemoteFile(path.stat().st_size, None)
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+    except (OSError, ValueError):
         return None
-    files = {
-        path.relative_to(snapshot).as_posix(): RemoteFile(path.stat().st_size, None)
-        for path in snapshot.rglob("*")
-        if path.is_file()
-    }
-    return Repository(repo_id, revision, snapshot.name, files, snapshot)
+    return Repository(repo_id, revision, commit, files, folder) if files else None

@@ -1,12 +1,15 @@
 """Nothing unsafe comes in from a Hub: paths, sizes, kinds of files, checksums, nonsense."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import struct
+import threading
 from contextlib import contextmanager
 
 import pytest
-from command_line import content
+from command_line import call, content
 from hub_server import WRITER, HubServer
 from safetensors.torch import load, save
 from small_dictionaries import SITE, make_dictionary
@@ -14,6 +17,7 @@ from small_dictionaries import SITE, make_dictionary
 from llm_wsae import digests
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
+from llm_wsae.dictionary.hub import asking, repository
 from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
 from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError
@@ -77,6 +81,101 @@ def spoilt(hub: HubServer, case: object):
 
 def downloads(hub: HubServer) -> list[str]:
     return [path for method, path in hub.requests if method == "GET" and "/storage/" in path]
+
+
+def lying(headers=None, sha=None, body=None, size=None):
+    """A twist of a server that wants a file of the user's: its path, or the bytes that it sends."""
+
+    def twist(path, answer):
+        if sha and path == f"/api/models/{REPO}":
+            answer.body = json.dumps(json.loads(answer.body) | {"sha": sha}).encode()
+        if size is not None and "/tree/" in path:
+            entries = json.loads(answer.body)
+            answer.body = json.dumps([one | {"size": size} for one in entries]).encode()
+        if "/resolve/" in path or "/storage/" in path:
+            answer.headers |= headers or {}
+            answer.body = body or answer.body
+
+    return twist
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("way", ["etag", "sha"])
+def test_a_server_names_no_file_outside(hub, tmp_path, way, there, damaged):
+    """By the ETag or the revision, which the client makes names of files in its cache."""
+    target = tmp_path / "home" / "sitecustomize.py"
+    target.parent.mkdir()
+    if there:
+        target.write_text("mine")
+    before = content(target.parent)
+    repository = hub.store.repositories[REPO]
+    repository.tags[str(target)] = repository.branches["main"]  # so it answers for that, too
+    quoted = {"ETag": f'"{target}"', "X-Linked-Etag": f'"{target}"'}
+    hub.twist = lying(
+        quoted if way == "etag" else None,
+        str(target) if way == "sha" else None,
+        b"import os" if damaged else None,
+    )
+    for action in (
+        lambda: list_dictionaries(REPO),
+        lambda: pull(REPO, tmp_path / "out"),
+        lambda: Dictionary.from_pretrained(REPO),
+        lambda: push([tmp_path / "plain"], REPO),
+    ):
+        with contextlib.suppress(LlmWsaeError):
+            action()
+        left = {name: data for name, data in content(target.parent).items() if name[:4] != "hub/"}
+        assert left == before
+
+
+def test_a_download_ends_at_the_size_that_was_listed(hub, refused, tmp_path):
+    def more():
+        for sent in range(100):
+            most.append(sent)
+            yield b" " * (1 << 20)
+
+    most: list[int] = []
+    hub.twist = lying(body=more())
+    assert "sends more for" in refused() and max(most) < 20  # MiB; what the connection holds
+    hub.twist = lying(size=2**50)
+    assert "is not read: it has 1,125,899,906,842,624 bytes" in refused()
+
+
+@pytest.mark.parametrize("cursors", [itertools.repeat(0), itertools.count()])
+def test_a_list_without_an_end_is_not_read(hub, refused, monkeypatch, cursors):
+    def twist(path, answer):
+        if "/tree/" in path:
+            cursor = next(cursors)
+            answer.headers["Link"] = f'<http://127.0.0.1:9/x?cursor={cursor}>; rel="next"'
+
+    hub.twist = twist
+    monkeypatch.setattr(repository, "_MOST_PAGES", 9)
+    assert "lists files without an end" in refused()
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_an_answer_that_hardly_comes_is_given_up(hub, refused, monkeypatch, headless):
+    def twist(path, answer):
+        answer.headless = headless
+        answer.body = (b"x: "[pause.wait(0.05) :] for _ in range(2000))
+
+    pause = threading.Event()
+    monkeypatch.setattr(asking, "LONGEST_ANSWER", 0.4)
+    hub.twist = twist
+    assert "answers too slowly" in refused()
+
+
+def test_a_traceback_shows_no_token(hub, tmp_path, monkeypatch):
+    def twist(path, answer):
+        answer.status, answer.headers["X-Error-Message"] = 418, f"\x1b[2J {token} of yours"
+
+    hub.twist = twist
+    for token in (WRITER, "a-mirrors-own-token"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        result = call("--debug", "list", REPO)
+        assert result.code == 1 and "Traceback" in result.err and "of yours" in result.err
+        assert token not in result.err and "\x1b" not in result.err
 
 
 PATHS = ("../evil.json", "/etc/evil.json", f"{SITE}/../../evil", "a//b", "./a", "a\\..\\b", "c:x",

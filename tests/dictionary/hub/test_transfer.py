@@ -307,7 +307,24 @@ def test_a_pull_replaces_only_what_was_pulled_from_there(
         patch.setattr(pulling, "copy_folder", stopped)
         with pytest.raises(KeyboardInterrupt):
             pull(REPO, out)
+        shutil.rmtree(place)
+        make_dictionary("plain-k4", seed=9).save(place)
+        before = content(place)
+        with pytest.raises(LlmWsaeError, match="or was saved again since"):
+            pull(REPO, out)
+        assert content(place) == before
+        shutil.rmtree(place)
+        with pytest.raises(KeyboardInterrupt):
+            pull(REPO, out)
     pull(REPO, out)
+    make_dictionary("plain-k4", seed=3).save(plain)
+    push([plain], REPO)
+    with monkeypatch.context() as patch:  # killed while the older one is still there
+        patch.setattr(pulling, "copy_folder", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pull(REPO, out)
+    pull(REPO, out)
+    assert content(place) == content(plain)
     # Of the same weights, what is known here stays, and what the Hub knows more is added.
     keep_measurements(place, {"fidelity": {"kl": 0.25}})
     keep_explanations(place, [Explanation(1, "mine", "m", {})])
