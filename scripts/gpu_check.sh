@@ -68,19 +68,19 @@ report() {
 rm -rf runs/gpu_check
 mkdir -p "$out"
 failed=() peers=()
-part packages 210 "${install[@]}" || report
-part device 225 "$python" -c 'import sys; from llm_wsae.hardware import choose_device
+part packages 300 "${install[@]}" || report
+part device 315 "$python" -c 'import sys; from llm_wsae.hardware import choose_device
 choose_device(sys.argv[1])' $device || report
 for peer in sparsify saelens; do
-  part $peer 280 "$python" -c 'import sys; sys.path.insert(0, "scripts"); import benchmarks
+  part $peer 350 "$python" -c 'import sys; sys.path.insert(0, "scripts"); import benchmarks
 benchmarks.peer_python(sys.argv[1])' $peer && peers+=($peer)
 done
 # A test that is skipped on a card has shown nothing.
-part tests 410 bash -c 'set -o pipefail
+part tests 450 bash -c 'set -o pipefail
 "$0" -m pytest "$@" | tee /dev/stderr | tail -n 1 | grep -v skipped' "$python" "${tests[@]}"
-part training-step 490 "$python" scripts/bench_train.py --device $device "${train[@]}" \
+part training-step 510 "$python" scripts/bench_train.py --device $device "${train[@]}" \
   --peers ${peers[@]+"${peers[@]}"}
-part harvest 540 "$python" scripts/bench_harvest.py --device $device "${harvest[@]}"
+part harvest 545 "$python" scripts/bench_harvest.py --device $device "${harvest[@]}"
 part evaluation 570 "$python" scripts/bench_evaluate.py --device $device "${evaluate[@]}"
 part whole-run 600 "$python" -m llm_wsae run --model "$("$python" -c '
 import sys; sys.path.insert(0, "scripts"); import benchmarks
