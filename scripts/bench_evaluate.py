@@ -2,7 +2,6 @@
 
     python scripts/bench_evaluate.py                         # the embedded SmolLM2-135M
     python scripts/bench_evaluate.py --model gemma.gguf
-    python scripts/bench_evaluate.py --beside ../older       # and another checkout of this package
 
 A variant is one dictionary in the place of a site's activations: the blocks behind the site, the
 unembedding, cross-entropy and KL. A text whose activations and baselines are known, as they are
@@ -13,16 +12,14 @@ The floor is the bare matrix products of those passes, in the model's dtype: eve
 site and the unembedding, in the faster of two arrangements (all cores on one product, or each core
 on products of its own). The dictionary, attention scores, norms, softmax and sums are on top of it.
 
-Also the largest resident memory of the command ``evaluate``.
+Also the largest resident memory of the command ``evaluate`` on a CPU, or what the evaluation takes
+of a GPU's memory.
 """
 
 import argparse
 import contextlib
 import gc
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,18 +31,21 @@ from unittest.mock import patch
 import torch
 from bench_harvest import measure, ratio
 from bench_memory import peak_megabytes
-from benchmarks import embedded_model, machine, write_benchmark
+from benchmarks import embedded_model, finish, gpu_memory, machine, write_benchmark
 
+import llm_wsae.evaluation.fidelity.splicing as splicing
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
+from llm_wsae.hardware import choose_device
+from llm_wsae.model.forward import parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.model.unembedding import RUN
 
-RUN = 2048  # as llm_wsae.model.unembedding, which an older checkout lacks
 CONTEXT, TOGETHER = 128, 1024  # tokens of a context, and rows of one product of the floor
 IN_RUNS = "the same, unembedding in runs"
 WORDS = (
@@ -94,7 +94,7 @@ def products(
     blocks = model.hf_model.get_submodule(model.paths.blocks)[site.block + 1 :]
     weights = [w for w in blocks.parameters() if w.ndim == 2]
     weights += model.W_U.T.split(run or model.W_U.shape[1])
-    rows = {w.shape[1]: torch.randn(TOGETHER, w.shape[1]).to(w.dtype) for w in weights}
+    rows = {w.shape[1]: torch.randn(TOGETHER, w.shape[1]).to(w) for w in weights}
     times = variants * (tokens // TOGETHER)
 
     def once(_: int) -> None:
@@ -107,8 +107,6 @@ def products(
             once(number)
 
     def side_by_side() -> None:
-        from llm_wsae.model.forward import parallel_map
-
         parallel_map(once, range(times))
 
     return faster(together, side_by_side)
@@ -121,8 +119,6 @@ def faster(*ways: Callable[[], None]) -> Callable[[], None]:
 
 def shares(go: Callable[[], None]) -> str:
     """Which shares of an evaluation's time its parts take."""
-    from llm_wsae.evaluation.fidelity import splicing  # which an older checkout lacks
-
     parts = {
         "blocks behind the site": (LanguageModel, "resume_to_end"),
         "logits, cross-entropy and KL": (splicing, "next_token_sums"),
@@ -136,6 +132,7 @@ def shares(go: Callable[[], None]) -> str:
             try:
                 return call(*args, **kwargs)
             finally:
+                finish()
                 spent[name] += time.perf_counter() - begun
 
         return wrapper
@@ -149,46 +146,17 @@ def shares(go: Callable[[], None]) -> str:
     return ", ".join(f"{name} {seconds / whole:.2f}" for name, seconds in spent.items())
 
 
-class Other:
-    """The same evaluation by another checkout, in a process that does it whenever it is asked."""
-
-    def __init__(self, folder: str, words: list[str]):
-        environment = os.environ | {"PYTHONPATH": str(Path(folder).resolve())}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *words, "--worker"],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self._answer()
-
-    def __call__(self) -> None:
-        print("again", file=self._process.stdin, flush=True)
-        self._answer()
-
-    def _answer(self) -> None:
-        if self._process.stdout.readline() != "done\n":
-            sys.exit("the other checkout cannot evaluate")
-
-
-def work(go: Callable[[], None]) -> None:
-    """Evaluate once for each line that is read."""
-    print("done", flush=True)
-    for _ in sys.stdin:
-        go()
-        print("done", flush=True)
-
-
-def memory(model: str, site: Site) -> float:
-    """Of the command, with its defaults but without baselines, on a random dictionary."""
+def memory(model: str, site: Site, tokens: int) -> float:
+    """Of the command, without baselines, on a random dictionary."""
     with tempfile.TemporaryDirectory() as folder:
-        random_dictionary(LanguageModel.load(model), site, 0).save(Path(folder) / "random")
+        random_dictionary(LanguageModel.load(model, device="cpu"), site, 0).save(
+            Path(folder) / "random"
+        )
         gc.collect()
         return peak_megabytes(
             "evaluate", Path(folder) / "random", "--model", model, "--corpus", "sotu",
-            "--part", "all", "--no-baselines", "--out", Path(folder) / "report.json",
+            "--part", "all", "--tokens", tokens, "--no-baselines", "--device", "cpu",
+            "--out", Path(folder) / "report.json",
         )  # fmt: skip
 
 
@@ -201,32 +169,25 @@ def main() -> None:
         "--variants", type=int, default=8, help="as many as a study measures at once"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--beside", help="folder of another checkout of this package")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
 
-    busy, site = machine(torch.get_num_threads()), Site.parse(args.site)
+    device, site = choose_device(args.device), Site.parse(args.site)
+    busy = machine(torch.get_num_threads(), device)
     path = args.model or embedded_model()
     # first of all: a new process begins with the peak of the one that starts it
-    peak = 0 if args.worker else memory(path, site)
-    model = LanguageModel.load(path)
+    peak = 0 if args.device == "cuda" else memory(path, site, args.tokens)
+    model = LanguageModel.load(path, device=args.device)
     ours = evaluation(model, site, args.tokens, args.variants)
-    if args.worker:
-        return work(ours)
     done = args.tokens * args.variants
     ways = {
         "floor": (done, products(model, site, args.tokens, args.variants)),
         IN_RUNS: (done, products(model, site, args.tokens, args.variants, RUN)),
         "evaluate": (done, ours),
     }
-    if args.beside:
-        words = [f"--model={path}", f"--site={site}", f"--tokens={args.tokens}"]
-        ways["the other checkout"] = (
-            done,
-            Other(args.beside, [*words, f"--variants={args.variants}"]),
-        )
     speeds = measure(ways, args.repeats)
+    used = gpu_memory(ours, device) or f" The command, on as many tokens, takes {peak:,.0f} MB."
     dtype = str(model.dtype).removeprefix("torch.")
     lines = [
         f"## Evaluation, {model.name}, {site}, {dtype} on {model.device}",
@@ -243,15 +204,14 @@ def main() -> None:
         )
     lines += [
         "",
-        f"{WORDS} Of the time of `evaluate`: {shares(ours)}. The command, with its defaults, takes "
-        f"{peak:,.0f} MB.",
+        f"{WORDS} Of the time of `evaluate`: {shares(ours)}.{used}",
         "",
         f"{busy}. {args.repeats} repeats of {args.tokens:,} tokens and {args.variants} "
         f"dictionaries in contexts of {CONTEXT}.",
     ]
     print("\n".join(lines))
     if args.write:
-        write_benchmark(f"evaluate {model.name}", "\n".join(lines))
+        write_benchmark(f"evaluate {model.name}", "\n".join(lines), device)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks import embedded_model, machine, write_benchmark
+from benchmarks import embedded_model, finish, gpu_memory, machine, write_benchmark
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.hardware import choose_device
 from llm_wsae.harvesting import harvest
 from llm_wsae.model import fusing
 from llm_wsae.model.language_model import LanguageModel, boot_bridge, share_weights
@@ -125,8 +126,10 @@ def measure(
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
             tokens, go = timed[name]
+            finish()
             begin = time.perf_counter()
             go()
+            finish()
             if repeat:
                 speeds[name].append(tokens / (time.perf_counter() - begin))
     return speeds
@@ -180,11 +183,13 @@ def main() -> None:
     parser.add_argument("--context-sizes", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--tokens", type=int, default=65_536, help="per way and repeat")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--covariance", action="store_true", help="time the second moment instead")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
 
-    busy = machine(torch.get_num_threads())
+    device = choose_device(args.device)
+    busy = machine(torch.get_num_threads(), device)
     if args.covariance:
         lines = [
             "## Covariance",
@@ -201,7 +206,7 @@ def main() -> None:
             write_benchmark("harvest covariance", "\n".join(lines))
         return
     site = Site.parse(args.site)
-    model = LanguageModel.load(args.model or embedded_model())
+    model = LanguageModel.load(args.model or embedded_model(), device=args.device)
     corpus = Corpus.open(args.corpus)
     dtype = str(model.dtype).removeprefix("torch.")
     lines = [
@@ -211,17 +216,19 @@ def main() -> None:
         "|--:|---|--:|--:|--:|--:|",
     ]
     for size in args.context_sizes:
-        speeds = measure(ways(model, site, corpus, size, args.tokens), args.repeats)
+        timed = ways(model, site, corpus, size, args.tokens)
+        speeds = measure(timed, args.repeats)
         for name, values in speeds.items():
             lines.append(
                 f"| {size} | {name} | {statistics.median(values):,.0f} "
                 f"| {min(values):,.0f} to {max(values):,.0f} "
                 f"| {ratio(speeds, name, 'bare'):.2f} | {ratio(speeds, name, 'bridge'):.2f} |"
             )
-    lines += ["", *WAYS, "", f"{busy}. {args.repeats} repeats of {args.tokens:,} tokens."]
+    memory = gpu_memory(timed["harvest"][1], device)
+    lines += ["", *WAYS, "", f"{busy}. {args.repeats} repeats of {args.tokens:,} tokens.{memory}"]
     print("\n".join(lines))
     if args.write:
-        write_benchmark("harvest", "\n".join(lines))
+        write_benchmark("harvest", "\n".join(lines), device)
 
 
 if __name__ == "__main__":

@@ -345,6 +345,8 @@ def main() -> None:
             name = f"{shape.d_in}x{shape.d_sae}x{shape.k}x{args.batch} {rows}"
             name += f" with {args.dead} dead" if args.dead else ""
             write_benchmark(f"bench_train {name}", text, device)
+        if failed := [one.name for one in everybody if one.failure]:
+            sys.exit(f"did not run: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

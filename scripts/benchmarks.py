@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -100,6 +101,21 @@ def machine(threads: int, device: torch.device = CPU) -> str:
     )
 
 
+def finish() -> None:
+    """Wait for what was asked of the GPU, if one is used: only then has its time passed."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def gpu_memory(go: Callable[[], object], device: torch.device) -> str:
+    """What torch has allocated on the GPU at most while ``go`` runs, in words; empty on a CPU."""
+    if device.type == "cpu":
+        return ""
+    torch.cuda.reset_peak_memory_stats(device)
+    go()
+    return f" Peak GPU memory: {torch.cuda.max_memory_allocated(device) / 1e6:,.0f} MB."
+
+
 def write_benchmark(name: str, text: str, device: torch.device = CPU) -> None:
     """A section of docs/benchmarks; what was measured on another processor stays next to it."""
     processor = processor_name(device)
@@ -130,8 +146,9 @@ class WorkerFailed(Exception):
 def peer_python(peer: str) -> Path:
     """The interpreter of a peer's environment, which is made if it is not there.
 
-    It gets the torch that we have, so that the peers differ in nothing but themselves. Raises
-    WorkerFailed if the packages cannot be installed.
+    It has our torch and whatever else of ours fits, behind its own packages: so the peers differ in
+    nothing but themselves, and gigabytes are installed once. Raises WorkerFailed if the packages
+    cannot be installed.
     """
     folder, distribution, module = PEERS[peer]
     home = os.environ.get("LLM_WSAE_PEERS") or Path.home() / ".cache" / "llm_wsae" / "peers"
@@ -145,6 +162,8 @@ def peer_python(peer: str) -> Path:
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        (own,) = environment.glob("lib/python*/site-packages")
+        (own / "torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
         subprocess.run([*pip, same_torch, *distribution.split()], check=True)
     except subprocess.CalledProcessError:
         raise WorkerFailed(f"{distribution} could not be installed") from None

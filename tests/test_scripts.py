@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,51 @@ def test_without_a_gpu_the_benchmark_says_so():
     done = bench_train("cuda")
     assert done.returncode == 1
     assert done.stderr.strip() == "there is no device 'cuda' on this machine; it has cpu"
+
+
+def gpu_check(tmp_path, *words: str, fails: str = "nothing") -> subprocess.CompletedProcess:
+    """With a Python that only writes down what it is asked for, and cannot do what ``fails``."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$@" | tee -a {tmp_path}/calls\n! echo "$@" | grep -q {fails}\n'
+    )
+    python.chmod(0o755)
+    return subprocess.run(
+        ["bash", SCRIPTS / "gpu_check.sh", *words],
+        env=os.environ | {"PYTHON": str(python), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_gpu_check_says_so(tmp_path):
+    done = gpu_check(tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"there is no NVIDIA card here[^\n]+\n", done.stderr)
+
+
+def test_the_gpu_check_goes_on_after_a_failure_and_gives_options_that_exist(tmp_path, monkeypatch):
+    done = gpu_check(tmp_path, "--rehearse", fails="bench_harvest")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("failed: harvest; ")
+    _, *parts = (line.split(" | ") for line in done.stdout.splitlines() if line.endswith(" |"))
+    assert [words[:7] for _, _, words in parts] == ["ok |"] * 6 + ["failed:"] + ["ok |"] * 2
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    benchmarks = {words[0]: words for words in calls if words[0].startswith("scripts/bench_")}
+    assert len(benchmarks) == 3
+    for path, words in benchmarks.items():
+        module = importlib.import_module(Path(path).stem)
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(module, "choose_device", sys.exit)  # what comes behind the options
+        with pytest.raises(SystemExit, match=r"^cpu$"):
+            module.main()
+    (run,) = [words for words in calls if words[:3] == ["-m", "llm_wsae", "run"]]
+    options = {word for word in run if word.startswith("--")}
+    documented = (SCRIPTS.parent / "docs/commands/run.md").read_text(encoding="utf-8")
+    assert options <= set(re.findall(r"`(--[a-z-]+)", documented)), options
 
 
 def test_a_section_is_replaced_and_the_rest_is_kept(tmp_path, monkeypatch):

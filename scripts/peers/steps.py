@@ -215,6 +215,8 @@ def ours(job: Job, rows: Tensor) -> Trainer:
 
 def sparsify(job: Job, rows: Tensor) -> Trainer:
     """eai-sparsify: the operations of its Trainer's loop around one SparseCoder, with Adam."""
+    if job.device == "cpu":  # where Triton is installed, it would use it without a GPU too
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoder
     from sparsify.config import SparseCoderConfig
 
