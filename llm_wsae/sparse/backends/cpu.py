@@ -9,13 +9,12 @@ import ctypes
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from llm_wsae.errors import UsageError
-from llm_wsae.hardware import processor_name
+from llm_wsae.hardware import onednn_is_faster, onednn_linear
 from llm_wsae.sparse.backends import pytorch
 from llm_wsae.sparse.backends.build import library
 from llm_wsae.sparse.backends.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
@@ -336,19 +335,11 @@ def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
     memory = torch.empty(min(size, len(encoder)) * len(tile), dtype=tile.dtype)
     for first in range(0, len(encoder), size):
         latents = encoder[first : first + size]
-        if tile.dtype == torch.float32 and len(tile) and _mkl_is_slow():
-            yield first, torch.ops.mkldnn._linear_pointwise(latents, tile, None, "none", [], "")
+        if tile.dtype == torch.float32 and len(tile) and onednn_is_faster(tile.dtype):
+            yield first, onednn_linear(latents, tile)
             continue
         product = memory[: len(latents) * len(tile)].view(len(latents), len(tile))
         yield first, torch.mm(latents, tile.T, out=product)
-
-
-@cache
-def _mkl_is_slow() -> bool:
-    """Whether torch's own choice for float32, MKL, leaves out half of a vector's width, as it does
-    on AMD's processors; oneDNN does not, and is two to three times as fast there."""
-    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return has_onednn and processor_name().startswith("AMD")
 
 
 def _floats(*shape: int) -> Tensor:
