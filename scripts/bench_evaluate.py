@@ -14,6 +14,12 @@ site and the unembedding, in the faster of two arrangements (all cores on one pr
 on products of its own). The dictionary, attention scores, norms, softmax and sums are on top of it.
 
 Also the largest resident memory of the command ``evaluate``.
+
+    python scripts/bench_evaluate.py --dtype float32         # instead of the faster format
+    python scripts/bench_evaluate.py --formats               # both formats beside the default
+
+``--formats`` times the forward passes of a harvest, a training step and an evaluation in float32,
+in bfloat16 and in the format that is chosen by default, which should be the faster one.
 """
 
 import argparse
@@ -26,6 +32,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +43,8 @@ import torch
 from bench_harvest import measure, ratio
 from bench_memory import peak_megabytes
 from benchmarks import embedded_model, machine, write_benchmark
+from peers import steps
+from peers.steps import Job
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
@@ -42,8 +52,11 @@ from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
+from llm_wsae.hardware import onednn_is_faster, onednn_linear
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
+from llm_wsae.number_format import DTYPES
+from llm_wsae.provenance import number_formats
 
 RUN = 2048  # as llm_wsae.model.unembedding, which an older checkout lacks
 CONTEXT, TOGETHER = 128, 1024  # tokens of a context, and rows of one product of the floor
@@ -96,11 +109,13 @@ def products(
     weights += model.W_U.T.split(run or model.W_U.shape[1])
     rows = {w.shape[1]: torch.randn(TOGETHER, w.shape[1]).to(w.dtype) for w in weights}
     times = variants * (tokens // TOGETHER)
+    by_onednn = model.dtype == torch.float32 and onednn_is_faster(model.dtype)
+    product = onednn_linear if by_onednn else torch.nn.functional.linear
 
     def once(_: int) -> None:
         with torch.no_grad():
             for weight in weights:
-                rows[weight.shape[1]] @ weight.T
+                product(rows[weight.shape[1]], weight)
 
     def together() -> None:
         for number in range(times):
@@ -112,6 +127,33 @@ def products(
         parallel_map(once, range(times))
 
     return faster(together, side_by_side)
+
+
+def formats(path: str, site: Site, tokens: int, variants: int, repeats: int) -> list[str]:
+    """The table of both formats beside the default."""
+    names = ("float32", "bfloat16", "auto")
+    job = Job("", 576, 4608, 32, 4096, "1", torch.get_num_threads())
+    rows = torch.randn(job.batch, job.d_in, generator=torch.Generator().manual_seed(0))
+    models = {name: LanguageModel.load(path, dtype=name) for name in names}
+    ids = torch.randint(len(models["auto"].W_E), (tokens // CONTEXT, CONTEXT))
+
+    def step(name: str) -> Callable[[], None]:
+        return partial(steps.ours(replace(job, dtype=name), rows).step, rows)
+
+    ways = {
+        "harvest": lambda name: lambda: models[name].activations(ids, [site]),
+        "step, 576 → 4608": step,
+        "evaluation": lambda name: evaluation(models[name], site, tokens, variants),
+    }
+    lines = ["| | float32, s | bfloat16, s | default, s | of the faster |", "|---|--:|--:|--:|--:|"]
+    for what, make in ways.items():
+        speeds = measure({name: (1, make(name)) for name in names}, repeats)
+        seconds = [1 / statistics.median(speeds[name]) for name in names]
+        best = names[0] if seconds[0] < seconds[1] else names[1]
+        cells = " | ".join(f"{one:.3f}" for one in seconds)
+        lines.append(f"| {what} | {cells} | {ratio(speeds, 'auto', best):.2f} |")
+    chosen = (f"{kind}, {why}" for kind, why in number_formats.items())
+    return [*lines, "", f"Chosen: {'; '.join(chosen)}."]
 
 
 def faster(*ways: Callable[[], None]) -> Callable[[], None]:
@@ -201,6 +243,8 @@ def main() -> None:
         "--variants", type=int, default=8, help="as many as a study measures at once"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    parser.add_argument("--formats", action="store_true", help="time both formats instead")
     parser.add_argument("--beside", help="folder of another checkout of this package")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -208,9 +252,13 @@ def main() -> None:
 
     busy, site = machine(torch.get_num_threads()), Site.parse(args.site)
     path = args.model or embedded_model()
+    if args.formats:
+        table = formats(path, site, args.tokens, args.variants, args.repeats)
+        print("\n".join([*table, "", f"{busy}. Medians of {args.repeats} repeats in turns."]))
+        return None
     # first of all: a new process begins with the peak of the one that starts it
     peak = 0 if args.worker else memory(path, site)
-    model = LanguageModel.load(path)
+    model = LanguageModel.load(path, dtype=args.dtype)
     ours = evaluation(model, site, args.tokens, args.variants)
     if args.worker:
         return work(ours)
@@ -222,6 +270,7 @@ def main() -> None:
     }
     if args.beside:
         words = [f"--model={path}", f"--site={site}", f"--tokens={args.tokens}"]
+        words += [] if args.dtype == "auto" else [f"--dtype={args.dtype}"]
         ways["the other checkout"] = (
             done,
             Other(args.beside, [*words, f"--variants={args.variants}"]),

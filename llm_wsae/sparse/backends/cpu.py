@@ -269,19 +269,19 @@ def softmax_sums(
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, one_more: bool) -> Tensor:
     """Rows x [..., width] divided by their root mean square, times the weights [width] or, if
-    ``one_more``, 1 + weights; all bfloat16, rounded as Llama's norm and Gemma's are."""
+    ``one_more``, 1 + weights; all of one dtype, rounded as Llama's norm and Gemma's are."""
     x = x.contiguous()
     out = torch.empty_like(x)
     rows = x.numel() // max(1, len(weight))
-    _call("rms_norm_bfloat16", x, weight, rows, len(weight), int(one_more), epsilon, out)
+    _call(f"rms_norm_{_NAMES[x.dtype]}", x, weight, rows, len(weight), int(one_more), epsilon, out)
     return out
 
 
 def gate(activation: str, gates: Tensor, values: Tensor) -> Tensor:
-    """activation(gates)·values, written over the gates [..., width]; bfloat16. ``activation`` is
-    silu or gelu_tanh."""
+    """activation(gates)·values, written over the gates [..., width]. ``activation`` is silu or
+    gelu_tanh."""
     rows, width = gates.shape[:-1].numel(), gates.shape[-1]
-    _call(f"gate_{activation}_bfloat16", gates, values, rows, width)
+    _call(f"gate_{activation}_{_NAMES[gates.dtype]}", gates, values, rows, width)
     return gates
 
 
