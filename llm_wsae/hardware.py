@@ -1,4 +1,4 @@
-"""The device to use, its fast number format, its memory, and numbers read without waiting for the
+"""The device to use, its faster products, its memory, and numbers read without waiting for the
 device."""
 
 import ctypes
@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -48,15 +49,29 @@ def _is_there(name: str, available: dict[str, bool]) -> bool:
     return available.get(device.type, False) and (device.index or 0) < counts.get(device.type, 1)
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
+@cache
+def onednn_is_faster(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies faster on this CPU than what torch chooses by itself.
+
+    In bfloat16 that is oneDNN, too, but it lays the weights out anew for each product. In float32
+    it is MKL, which leaves out half of a vector's width on AMD's processors.
+    """
+    names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
+    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    if dtype == torch.float32:
+        return processor_name().startswith("AMD")
+    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def onednn_layout(weight: Tensor) -> Tensor:
+    """A copy of weights [out, in] in the layout in which ``onednn_linear`` takes them at once."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Rows [..., in] times weights [out, in], laid out or not."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:

@@ -13,6 +13,8 @@ from typing import Any
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import read_own_json, write_json
 
+number_formats: dict[str, str] = {}
+"""The number formats that this process chose, and why; part of a command's record."""
 _PATH = re.compile(  # also one of several texts
     r"(^|[=+])(?:(?:~[^/+]*)?/|(?:[^/+=]*/)*\.\./)(?:[^/+]*/)*([^/+]+)/?"
 )
@@ -60,8 +62,10 @@ def portable(command: str) -> str:
 
 
 def write_record(path: Path, command: str, config: dict[str, Any]) -> None:
-    """Write ``{command, config, versions}`` as JSON. Raises as ``write_json`` does."""
-    write_json(path, {"command": command, "config": plain(config), "versions": versions()})
+    """Write ``{command, config, number_formats, versions}`` as JSON. Raises as ``write_json``
+    does."""
+    found = {"number_formats": number_formats, "versions": versions()}
+    write_json(path, {"command": command, "config": plain(config), **found})
 
 
 def check_folder(folder: Path, record: str, what: str) -> None:

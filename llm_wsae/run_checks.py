@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.manifest import MANIFEST, Manifest
@@ -53,6 +53,14 @@ def check_not_trained_on_less(out: Path, sites: Sequence[Site], harvesting: Harv
                 f"{manifest.num_contexts * manifest.context_size:,} tokens; choose another folder "
                 "for more"
             )
+
+
+def model_begun(out: Path, sites: Sequence[Site]) -> dict[str, Any] | None:
+    """What the records in a run's folder say of the model; None if nothing was begun there."""
+    if (out / STORE / MANIFEST).is_file():
+        return Manifest.load(out / STORE).model
+    trainings = (recorded(out / str(site)) for site in sites)
+    return next((found["rows"].get("model") for found in trainings if found is not None), None)
 
 
 def check_trained_alike(out: Path, sites: Sequence[Site], streamed: bool) -> None:

@@ -14,6 +14,12 @@ on products of its own). The dictionary, attention scores, norms, softmax and su
 
 Also the largest resident memory of the command ``evaluate`` on a CPU, or what the evaluation takes
 of a GPU's memory.
+
+    python scripts/bench_evaluate.py --dtype float32         # instead of the faster format
+    python scripts/bench_evaluate.py --formats               # both formats beside the default
+
+``--formats`` times the forward passes of a harvest, a training step and an evaluation in float32,
+in bfloat16 and in the format that is chosen by default, which should be the faster one.
 """
 
 import argparse
@@ -23,6 +29,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +40,8 @@ import torch
 from bench_harvest import measure, ratio
 from bench_memory import peak_megabytes
 from benchmarks import embedded_model, finish, gpu_memory, machine, write_benchmark
+from peers import steps
+from peers.steps import Job
 
 import llm_wsae.evaluation.fidelity.splicing as splicing
 from llm_wsae.dictionary.dictionary import Dictionary
@@ -40,11 +50,13 @@ from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
-from llm_wsae.hardware import choose_device
+from llm_wsae.hardware import choose_device, onednn_is_faster, onednn_linear
 from llm_wsae.model.forward import parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.model.unembedding import RUN
+from llm_wsae.number_format import DTYPES
+from llm_wsae.provenance import number_formats
 
 CONTEXT, TOGETHER = 128, 1024  # tokens of a context, and rows of one product of the floor
 IN_RUNS = "the same, unembedding in runs"
@@ -96,11 +108,13 @@ def products(
     weights += model.W_U.T.split(run or model.W_U.shape[1])
     rows = {w.shape[1]: torch.randn(TOGETHER, w.shape[1]).to(w) for w in weights}
     times = variants * (tokens // TOGETHER)
+    by_onednn = model.dtype == torch.float32 and onednn_is_faster(model.dtype)
+    product = onednn_linear if by_onednn else torch.nn.functional.linear
 
     def once(_: int) -> None:
         with torch.no_grad():
             for weight in weights:
-                rows[weight.shape[1]] @ weight.T
+                product(rows[weight.shape[1]], weight)
 
     def together() -> None:
         for number in range(times):
@@ -110,6 +124,33 @@ def products(
         parallel_map(once, range(times))
 
     return faster(together, side_by_side)
+
+
+def formats(path: str, site: Site, tokens: int, variants: int, repeats: int) -> list[str]:
+    """The table of both formats beside the default."""
+    names = ("float32", "bfloat16", "auto")
+    job = Job("", 576, 4608, 32, 4096, "1", torch.get_num_threads())
+    rows = torch.randn(job.batch, job.d_in, generator=torch.Generator().manual_seed(0))
+    models = {name: LanguageModel.load(path, dtype=name) for name in names}
+    ids = torch.randint(len(models["auto"].W_E), (tokens // CONTEXT, CONTEXT))
+
+    def step(name: str) -> Callable[[], None]:
+        return partial(steps.ours(replace(job, dtype=name), rows).step, rows)
+
+    ways = {
+        "harvest": lambda name: lambda: models[name].activations(ids, [site]),
+        "step, 576 → 4608": step,
+        "evaluation": lambda name: evaluation(models[name], site, tokens, variants),
+    }
+    lines = ["| | float32, s | bfloat16, s | default, s | of the faster |", "|---|--:|--:|--:|--:|"]
+    for what, make in ways.items():
+        speeds = measure({name: (1, make(name)) for name in names}, repeats)
+        seconds = [1 / statistics.median(speeds[name]) for name in names]
+        best = names[0] if seconds[0] < seconds[1] else names[1]
+        cells = " | ".join(f"{one:.3f}" for one in seconds)
+        lines.append(f"| {what} | {cells} | {ratio(speeds, 'auto', best):.2f} |")
+    chosen = (f"{kind}, {why}" for kind, why in number_formats.items())
+    return [*lines, "", f"Chosen: {'; '.join(chosen)}."]
 
 
 def faster(*ways: Callable[[], None]) -> Callable[[], None]:
@@ -170,15 +211,21 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    parser.add_argument("--formats", action="store_true", help="time both formats instead")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()
 
     device, site = choose_device(args.device), Site.parse(args.site)
     busy = machine(torch.get_num_threads(), device)
     path = args.model or embedded_model()
+    if args.formats:
+        table = formats(path, site, args.tokens, args.variants, args.repeats)
+        print("\n".join([*table, "", f"{busy}. Medians of {args.repeats} repeats in turns."]))
+        return None
     # first of all: a new process begins with the peak of the one that starts it
     peak = 0 if args.device == "cuda" else memory(path, site, args.tokens)
-    model = LanguageModel.load(path, device=args.device)
+    model = LanguageModel.load(path, device=args.device, dtype=args.dtype)
     ours = evaluation(model, site, args.tokens, args.variants)
     done = args.tokens * args.variants
     ways = {

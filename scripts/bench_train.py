@@ -299,6 +299,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="of our products and of the floor's; default: ours, and the faster one",
+    )
     parser.add_argument("--store", type=Path, help="train on activations from here")
     parser.add_argument("--site", help="which of the store's")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
@@ -322,6 +328,7 @@ def main() -> None:
             except LlmWsaeError as error:
                 sys.exit(str(error))
             job = {"rows": str(path), "batch": args.batch, "device": args.device}
+            job |= {"dtype": args.dtype}
             job |= {"dead": args.dead, **vars(shape)}
             versions = run(everybody, job, args.threads, args.rounds, args.steps, keep)
         how = "workers kept alive" if keep else "workers started anew for each"

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import steps
 from steps import Job
 
-from llm_wsae.hardware import fast_dtype
+from llm_wsae.number_format import fast_dtype
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.backends import cpu, pytorch
 from llm_wsae.training import arm
@@ -76,7 +76,7 @@ def clocks() -> Iterator[dict[str, float]]:
 
 def products(job: Job) -> Callable[[Tensor], None]:
     """AuxK's five matrix products: two to the dead latents, one back, two to their weights."""
-    fast = fast_dtype(torch.device("cpu"))
+    fast = fast_dtype(torch.device("cpu"), "encoder")
     weights = torch.randn(job.dead, job.d_in).to(fast)
     latents = torch.randn(job.batch, job.dead).to(fast)
 

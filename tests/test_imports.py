@@ -36,6 +36,7 @@ FLOORS = (
     "collectives",
     "threads",
     "provenance",
+    "number_format",
     "terminal",
     "sparse",
     "model",

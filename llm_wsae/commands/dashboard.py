@@ -55,7 +55,7 @@ def dashboard(
     listening = listen(port) if live else None  # refused before the work
     named = named_dictionaries(dictionaries)
     opened = ActivationStore.open(store)
-    language_model = loading.load(model, opened)
+    language_model = loading.load(model, opened.manifest.model)
     page = write(
         named,
         opened,

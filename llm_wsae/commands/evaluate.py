@@ -21,7 +21,7 @@ from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.files import write_json
 from llm_wsae.outputs import check_file, is_record_of
-from llm_wsae.provenance import plain, versions
+from llm_wsae.provenance import number_formats, plain, versions
 
 
 def evaluate(
@@ -93,7 +93,8 @@ def evaluate(
         for name in measured:
             found[name]["monosemanticity"] = card_numbers(scores, name)
     asked = {"dictionaries": list(folders.values()), "corpus": corpus.corpus, "part": part}
-    write_json(out, {"command": "evaluate", **plain(asked), "versions": versions(), **facts})
+    made = {"number_formats": number_formats, "versions": versions()}
+    write_json(out, {"command": "evaluate", **plain(asked), **made, **facts})
     for name, folder in folders.items() if keep else ():
         site = loaded[name].site
         beside = {

@@ -49,7 +49,7 @@ def explain(
     if not yes:
         facts: dict[str, Any] = {"price": price, "done": False}
         return facts, f"{price}\nNothing was asked; add --yes to go on."
-    language_model = loading.load(model, opened)
+    language_model = loading.load(model, opened.manifest.model)
     found = explain_all(folders, opened, language_model, endpoint, explainer, out, explaining)
     kept = [f"explanations  {folder}" for folder in folders.values()]
     return {"price": price, "done": True, **found.to_dict()}, "\n".join([found.table(), *kept])

@@ -47,7 +47,7 @@ def export(
     done = export_neuronpedia(
         dictionary,
         opened,
-        loading.load(model, opened),
+        loading.load(model, opened.manifest.model),
         out,
         top=top,
         intervals=intervals,

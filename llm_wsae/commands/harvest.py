@@ -35,12 +35,14 @@ def harvest(
         out: Folder of the store.
         part: Which documents to read: those for training, those held out, or all.
     """
+    from llm_wsae.data.manifest import MANIFEST, Manifest
     from llm_wsae.harvesting import harvest as harvest_into
 
     started, sites = time.monotonic(), sites_of(site)
     check_folder(out)
     text = corpus.open(part)
-    loaded = model.load(model.model)
+    begun = Manifest.load(out).model if (out / MANIFEST).is_file() else None
+    loaded = model.load(model.model, begun)
     store = harvest_into(loaded, text, sites, out, harvesting)
     asked = {"model": loaded.name, "corpus": corpus.corpus, "site": site, "part": part}
     if leads():

@@ -8,6 +8,7 @@ commands share beyond their options: the type of a result, checks of names, the 
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -21,13 +22,12 @@ from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.model.site import Site
 from llm_wsae.outside import check_numbers
 from llm_wsae.planting.config import PlantConfig
-from llm_wsae.processes import leads
+from llm_wsae.processes import join, leads
 from llm_wsae.terminal import printable
 from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
 
 if TYPE_CHECKING:
     from llm_wsae.data.corpus import Corpus
-    from llm_wsae.data.store import ActivationStore
     from llm_wsae.model.language_model import LanguageModel
 
 T = TypeVar("T")
@@ -50,14 +50,24 @@ class LoadOptions:
     """Device to compute on. spread: all of them, memory and disk."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model.
-    auto: that of the store, if any; otherwise bfloat16 where the hardware is fast at it."""
+    auto: that of the store or stream, if there is one; otherwise the faster one, which is measured
+    on a CPU."""
 
-    def load(self, model: str, store: "ActivationStore | None" = None) -> "LanguageModel":
-        """Load a model, and say so on stderr."""
+    def load(self, model: str, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
+        """Load a model, and say so on stderr. ``recorded`` is what the record of the rows that it
+        made, if there are some, says of it: their number format is kept."""
+        from llm_wsae.hardware import choose_device
         from llm_wsae.model.language_model import LanguageModel
+        from llm_wsae.number_format import fast_dtype, name_of
 
         note(f"loading {model}")
-        dtype = self.model_dtype if store is None else store.model_dtype(self.model_dtype)
+        dtype: str = self.model_dtype
+        if dtype == "auto":
+            place = choose_device("auto" if self.device == "spread" else self.device)
+            began = recorded.get("dtype") if isinstance(recorded, dict) else None
+            processes = join()
+            with processes.together():
+                dtype = processes.lead(lambda: name_of(fast_dtype(place, "model", began)))
         return LanguageModel.load(model, revision=self.revision, device=self.device, dtype=dtype)
 
 

@@ -57,13 +57,14 @@ def run(
     """
     from llm_wsae.evaluation.baselines import HALF_RANDOM
     from llm_wsae.pipeline import run as run_all
+    from llm_wsae.run_checks import model_begun
 
     started, sites = time.monotonic(), sites_of(site)
     out = out or Path("runs") / Path(model.model).resolve().name.removesuffix(".gguf")
     check_file(out / RECORD, is_record_of("run"))
     streaming = stream_config(stream, buffer_tokens, statistics_tokens, harvest)
     training = train.with_model_on(model.device)
-    loaded = model.load(model.model)
+    loaded = model.load(model.model, model_begun(out, sites))
     results = run_all(
         loaded,
         corpus.corpus,

@@ -118,7 +118,7 @@ def study(
             return facts, f"{price}\nNothing was done; add --explain.yes True to go on."
     first = Dictionary.load(dictionary) if dictionary else None
     report = compare_all(
-        model.load(model.model, opened),
+        model.load(model.model, opened.manifest.model),
         opened,
         place,
         corpus.corpus,

@@ -53,7 +53,7 @@ def train(
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.streaming import ActivationStreams
     from llm_wsae.training.arm import make_arms
-    from llm_wsae.training.checkpoint import check_same_rows
+    from llm_wsae.training.checkpoint import check_same_rows, recorded
     from llm_wsae.training.trainer import check_arms, check_out, train_sites
     from llm_wsae.training.trainer import train as train_site
     from llm_wsae.weighing import measure_inputs, measure_stream_inputs
@@ -84,7 +84,9 @@ def train(
             raise UsageError("a stream has no end: set --tokens, the number of rows to train on")
         assert stream.model is not None and stream.corpus is not None
         text = Corpus.open(stream.corpus, "train", stream.heldout_fraction, stream.text_column)
-        model = replace(stream, device=model_device).load(stream.model)
+        trainings = filter(None, map(recorded, folders.values()))
+        begun = next((one["rows"].get("model") for one in trainings), None)
+        model = replace(stream, device=model_device).load(stream.model, begun)
         rows = ActivationStreams(model, text, sites, stream.config, out)
     kinds = (grid.k, grid.l1, grid.init_seeds, grid.architecture)
     # before minutes of measuring: whether such arms can be trained, on these rows, there

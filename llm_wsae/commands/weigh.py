@@ -64,7 +64,7 @@ def weigh(
         [parsed],
         opened,
         place,
-        model=loading.load(model, opened) if model else None,
+        model=loading.load(model, opened.manifest.model) if model else None,
         dictionary=Dictionary.load(dictionary) if dictionary else None,
         config=measure,
     )

@@ -99,10 +99,6 @@ class ActivationStore:
                     f"{way_out}"
                 )
 
-    def model_dtype(self, wanted: str) -> str:
-        """``wanted``, or for ``auto`` the number format of the model that made the store."""
-        return self.manifest.model.get("dtype", "auto") if wanted == "auto" else wanted
-
     def statistics(self, site: Site) -> Statistics:
         """The statistics of all rows of a site. Raises LlmWsaeError if their file is damaged or
         cannot be that of these rows."""

@@ -1,8 +1,8 @@
-"""Norms and gates of a model on a CPU in bfloat16: one pass of memory each.
+"""Norms and gates of a model on a CPU: one pass of memory each.
 
 transformers computes an RMS norm in six operations or more and the gate of an MLP in two, each of
-which reads and writes all numbers, in float32 for the most part. The kernels round where
-transformers does, so that nearly all numbers are the same.
+which reads and writes all numbers. In bfloat16 the kernels round where transformers does, so that
+nearly all numbers are the same; in float32 they are equal up to the order of a sum.
 
 A module is given the faster forward only if that finds the same in random rows. Passes with
 gradients use its own. It becomes one of a subclass: a forward of its own would keep the model in
@@ -20,7 +20,8 @@ from llm_wsae.model.spread import device_of, is_spread
 from llm_wsae.sparse.backends import cpu
 
 _ROWS = 16  # of the comparison
-_SAME = 5e-4  # relative; rounding in another place changes 2e-3
+# relative; rounding in another place changes 2e-3 in bfloat16
+_SAME = {torch.bfloat16: 5e-4, torch.float32: 2e-6}
 _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 _EPSILONS = ("variance_epsilon", "eps")
 
@@ -28,12 +29,12 @@ _EPSILONS = ("variance_epsilon", "eps")
 def fuse_norms_and_gates(hf_model: Any) -> None:
     """Change the modules of a model that nobody else uses."""
     on_cpu = device_of(hf_model).type == "cpu" and not is_spread(hf_model)
-    if not on_cpu or hf_model.dtype != torch.bfloat16 or not cpu.available():
+    if not on_cpu or hf_model.dtype not in _SAME or not cpu.available():
         return
     for module in hf_model.modules():
         own = type(module)
         for width, fused in _candidates(module):
-            rows = _rows(width)
+            rows = _rows(width, hf_model.dtype)
             wanted = _output(module, rows)
             module.__class__ = fused
             if wanted is not None and _agree(_output(module, rows), wanted):
@@ -47,7 +48,7 @@ def _candidates(module: nn.Module) -> Iterator[tuple[int, type[nn.Module]]]:
     weight = getattr(module, "weight", None)
     if own.__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.ndim == 1:
         epsilon = next((getattr(module, one) for one in _EPSILONS if hasattr(module, one)), None)
-        if epsilon is not None and weight.dtype == torch.bfloat16:
+        if epsilon is not None and weight.dtype in _SAME:
             yield len(weight), _norm(own, epsilon, one_more=False)
             yield len(weight), _norm(own, epsilon, one_more=True)
     activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
@@ -59,7 +60,7 @@ def _candidates(module: nn.Module) -> Iterator[tuple[int, type[nn.Module]]]:
 @functools.cache
 def _norm(own: Any, epsilon: float, one_more: bool) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
+        if torch.is_grad_enabled() or x.dtype != self.weight.dtype:
             return own.forward(self, x)
         return cpu.rms_norm(x, self.weight, epsilon, one_more)
 
@@ -69,16 +70,16 @@ def _norm(own: Any, epsilon: float, one_more: bool) -> type[nn.Module]:
 @functools.cache
 def _gated(own: Any, activation: str) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
+        if torch.is_grad_enabled() or x.dtype != self.down_proj.weight.dtype:
             return own.forward(self, x)
         return self.down_proj(cpu.gate(activation, self.gate_proj(x), self.up_proj(x)))
 
     return type(own.__name__, (own,), {"forward": forward, "__module__": __name__})
 
 
-def _rows(width: int) -> Tensor:
+def _rows(width: int, dtype: torch.dtype) -> Tensor:
     draw = torch.Generator().manual_seed(0)
-    return torch.randn(1, _ROWS, width, generator=draw).bfloat16()
+    return torch.randn(1, _ROWS, width, generator=draw).to(dtype)
 
 
 @torch.no_grad()
@@ -95,4 +96,5 @@ def _agree(found: Tensor | None, wanted: Tensor) -> bool:
     """Whether they are equal up to rounding."""
     if found is None:
         return False
-    return bool((found.float() - wanted.float()).norm() <= _SAME * wanted.float().norm())
+    most = _SAME[wanted.dtype] * wanted.float().norm()
+    return bool((found.float() - wanted.float()).norm() <= most)

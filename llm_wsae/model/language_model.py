@@ -25,7 +25,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.hardware import choose_device, fast_dtype
+from llm_wsae.hardware import choose_device
 from llm_wsae.model.attention import use_short_attention
 from llm_wsae.model.fingerprint import fingerprint
 from llm_wsae.model.forward import Blocks, Visit
@@ -36,10 +36,10 @@ from llm_wsae.model.prepacking import PrepackedWeights
 from llm_wsae.model.site import Site
 from llm_wsae.model.spread import device_of, is_spread, weight_of
 from llm_wsae.model.unembedding import Head, Unembedding
+from llm_wsae.number_format import DTYPES, fast_dtype
 from llm_wsae.outside import parsing
 
 SPREAD = "spread"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LanguageModel:
@@ -88,8 +88,8 @@ class LanguageModel:
         """Load a model by Hub id, local folder or ``.gguf`` file.
 
         ``device``: auto (cuda, then mps, then cpu) or a torch device name; spread, for a model that
-        is larger than a device: over all accelerators, then memory, then disk. ``dtype``: auto
-        (bfloat16 where the hardware is fast in it, else float32), float32, bfloat16 or float16.
+        is larger than a device: over all accelerators, then memory, then disk. ``dtype``: float32,
+        bfloat16, float16, or auto, the faster of the first two, which is measured on a CPU.
         Without ``download``, a model of the Hub is taken from the local cache or not at all.
 
         Raises UsageError for a name, revision, device or dtype that cannot be right, LlmWsaeError
@@ -233,7 +233,7 @@ class LanguageModel:
 
     @contextmanager
     def prepacked(self) -> Iterator[None]:
-        """While open, passes on a CPU in bfloat16 are a little faster, for the memory of a copy of
+        """While open, passes on a CPU are a little faster, for the memory of a copy of
         the weights that they use; the weights must not change meanwhile."""
         with self._one_pass:
             self._prepacked.open()

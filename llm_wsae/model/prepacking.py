@@ -1,8 +1,9 @@
-"""Weights in the layout in which oneDNN multiplies, for many passes on a CPU in bfloat16.
+"""Weights in the layout in which oneDNN multiplies, for many passes on a CPU where that is faster.
 
-Each product of torch lays its weights out anew, which takes a few per cent of the time of a product
-of a thousand rows. Where a text is read many times, copies are worth their memory. The products are
-the same, to rounding at most.
+Each product of torch in bfloat16 lays its weights out anew, which takes a few per cent of the time
+of a product of a thousand rows; those in float32 are MKL's, which is slower on AMD's processors.
+Where a text is read many times, copies are worth their memory. The products are the same, to
+rounding at most.
 """
 
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_wsae.hardware import memory_of
+from llm_wsae.hardware import memory_of, onednn_is_faster, onednn_layout, onednn_linear
 from llm_wsae.model.forward import replace_forward
 from llm_wsae.model.spread import device_of, is_spread
 
@@ -56,30 +57,25 @@ class PrepackedWeights:
         """A linear layer, or a part of its outputs: rows [..., in], result [..., outputs]."""
         weight, bias = layer.weight[part], None if layer.bias is None else layer.bias[part]
         copies, many = self._copies, rows.shape[:-1].numel() >= _MANY
-        if copies is None or not many or torch.is_grad_enabled() or weight.dtype != torch.bfloat16:
+        pays = many and onednn_is_faster(weight.dtype) and not torch.is_grad_enabled()
+        if copies is None or not pays:
             return F.linear(rows, weight, bias)
         key = layer, part.start, part.stop
         if key not in copies:
-            copies[key] = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return torch.ops.mkldnn._linear_pointwise(rows, copies[key], bias, "none", [], "")
+            copies[key] = onednn_layout(weight)
+        return onednn_linear(rows, copies[key], bias)
 
 
 def prepackable(hf_model: Any) -> list[nn.Linear]:
-    """The layers whose weights are copied: none where oneDNN has no bfloat16, or if all of them
-    take too much memory."""
+    """The layers whose weights are copied: none where oneDNN is not faster, or if all of them take
+    too much memory."""
     device = device_of(hf_model)
-    if device.type != "cpu" or is_spread(hf_model) or not _has_layout():
+    if device.type != "cpu" or is_spread(hf_model):
         return []
     layers = [
         one
         for one in hf_model.modules()
-        if type(one) is nn.Linear and one.weight.dtype == torch.bfloat16
+        if type(one) is nn.Linear and onednn_is_faster(one.weight.dtype)
     ]
     size = sum(one.weight.nbytes for one in layers)
     return layers if size * _SHARE <= memory_of(device) else []
-
-
-def _has_layout() -> bool:
-    names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
-    has_all = all(hasattr(torch.ops.mkldnn, name) for name in names)
-    return has_all and torch.ops.mkldnn._is_mkldnn_bf16_supported()

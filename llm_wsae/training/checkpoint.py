@@ -221,10 +221,9 @@ def recorded(folder: Path) -> dict[str, Any] | None:
         return _complete(_identity(json.loads(file.metadata()[HEADER])))
 
 
-def began_with_unit_lengths(folder: Path) -> bool:
-    """Whether the folder holds a training whose decoder rows all have length 1, as those of earlier
-    versions have."""
-    found = recorded(folder)
+def has_unit_lengths(found: dict[str, Any] | None) -> bool:
+    """Whether these are the settings of a training whose decoder rows all have length 1, as those
+    of earlier versions have."""
     return found is not None and all("lengths" not in arm for arm in found["arms"].values())
 
 

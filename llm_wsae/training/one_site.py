@@ -12,17 +12,18 @@ from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.dictionary.folder import check_replaceable
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import remove_partials, write_json
-from llm_wsae.hardware import fast_dtype
+from llm_wsae.number_format import fast_dtype, name_of
 from llm_wsae.training.arm import Arm, ArmConfig, Learnt
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,
     FINISHED,
     Reached,
-    began_with_unit_lengths,
     check_identity,
+    has_unit_lengths,
     load_checkpoint,
     load_learnt,
     read_finished,
+    recorded,
     save_checkpoint,
 )
 from llm_wsae.training.config import (
@@ -67,7 +68,12 @@ class Training:
         for arm in arms:
             arm.check(d_sae)
             arm.weights.check_for(source.d_in)
-        fast = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+        began = group.processes.lead(lambda: recorded(out))  # it goes on as it was begun
+        dtype = config.dtype
+        if dtype == "auto":
+            kept = None if began is None else began.get("dtype")
+            dtype = group.processes.lead(lambda: name_of(fast_dtype(device, "encoder", kept)))
+        fast = getattr(torch, dtype)
         self.statistics = source.statistics()
         self.statistics.check_varying()
         self.normaliser = Normaliser(self.statistics, device, fast, group.strategy)
@@ -75,8 +81,8 @@ class Training:
         dead_after = config.dead_after or min(MAX_DEAD_AFTER, rows // 10)
         self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
         self.lengths = config.lengths
-        if self.lengths == "auto" and group.processes.lead(lambda: began_with_unit_lengths(out)):
-            self.lengths = "unit"  # it goes on as it was begun
+        if self.lengths == "auto" and has_unit_lengths(began):
+            self.lengths = "unit"
         usual = config.learning_rate or default_learning_rate(d_sae)
         self.learning_rates = {
             arm.name: config.learning_rate or usual * arm.rate(self.lengths) for arm in arms
@@ -117,7 +123,7 @@ class Training:
             "aux_coefficient": config.aux_coefficient,
             "dead_after": self.dead_after,
             "seed": config.shuffle_seed,
-            "dtype": str(fast).removeprefix("torch."),
+            "dtype": dtype,
         }
 
     def is_finished(self) -> bool:

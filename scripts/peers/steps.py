@@ -56,6 +56,8 @@ class Job:
     """Or ``cuda``. Batches are there before a step begins."""
     dead: int = 0
     """So many latents count as dead in every step, whether they fire or not."""
+    dtype: str = "auto"
+    """Number format of our products and of the floor's: auto is ours, and the faster one there."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def ours(job: Job, rows: Tensor) -> Trainer:
     The variant is the number of arms, which differ in seed and share the batch, as in a training;
     or ``unit``, one whose decoder rows have length 1.
     """
-    from llm_wsae.hardware import fast_dtype
+    from llm_wsae.number_format import fast_dtype
     from llm_wsae.statistics.moments import Statistics
     from llm_wsae.training.arm import Arm, ArmConfig
     from llm_wsae.training.config import TrainConfig, default_learning_rate
@@ -188,7 +190,7 @@ def ours(job: Job, rows: Tensor) -> Trainer:
     from llm_wsae.weights.choosing import weights_from_rule
 
     device = torch.device(job.device)
-    fast = fast_dtype(device)
+    fast = fast_dtype(device, "encoder") if job.dtype == "auto" else getattr(torch, job.dtype)
     statistics = Statistics(job.d_in, 1).update(rows, torch.zeros(len(rows), dtype=torch.int64))
     normaliser = Normaliser(statistics, device, fast)
     weights = weights_from_rule("variance", 0.5, statistics)
@@ -290,10 +292,12 @@ def dictionary_learning(job: Job, rows: Tensor) -> Trainer:
 def matmul(job: Job, rows: Tensor) -> Trainer:
     """The encoder's product, in whichever number format and tiling is the fastest here."""
     ways = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in ("float32", "bfloat16") if job.dtype == "auto" else (job.dtype,):
         for tile in TILES:
-            name = f"{str(dtype).removeprefix('torch.')}, {tile or 'all'} rows at a time"
-            ways[name] = _product(job, dtype, tile or job.batch)
+            name = f"{dtype}, {tile or 'all'} rows at a time"
+            ways[name] = _product(job, getattr(torch, dtype), tile or job.batch)
+        if dtype == "float32" and job.device == "cpu":  # torch leaves this to MKL
+            ways["float32 by oneDNN"] = _onednn_product(job)
     x = rows[: job.batch].to(job.device)
     fastest = min(ways, key=lambda name: min(seconds_of(ways[name], x) for _ in range(3)))
     return Trainer(ways[fastest], lambda: [], fastest)
@@ -306,6 +310,16 @@ def _product(job: Job, dtype: torch.dtype, tile: int) -> Callable[[Tensor], None
     def step(x: Tensor) -> None:
         for part in x.to(dtype).split(tile):
             torch.mm(part, encoder.T, out=out[: len(part)])
+
+    return step
+
+
+def _onednn_product(job: Job) -> Callable[[Tensor], None]:
+    encoder = torch.randn(job.d_sae, job.d_in)
+
+    def step(x: Tensor) -> None:
+        for part in x.split(TILES[0]):
+            torch.ops.mkldnn._linear_pointwise(part, encoder, None, "none", [], "")
 
     return step
 

@@ -9,25 +9,25 @@ import torch
 from tiny import tiny_hf_model
 from torch import nn
 
+from llm_wsae.hardware import onednn_is_faster
 from llm_wsae.model import prepacking, unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 
 SITE = Site.parse("blocks.0.hook_resid_post")
-needs_bfloat16 = pytest.mark.skipif(
-    not prepacking._has_layout(), reason="oneDNN has no bfloat16 here"
-)
+PREPACKED = [one for one in (torch.float32, torch.bfloat16) if onednn_is_faster(one)]
+needs_layout = pytest.mark.skipif(not PREPACKED, reason="oneDNN is not faster here")
 
 
-@pytest.fixture
-def model():
-    return LanguageModel.from_live(tiny_hf_model("llama").to(torch.bfloat16).eval(), None)
+@pytest.fixture(params=PREPACKED or [torch.float32], ids=str)
+def model(request):
+    return LanguageModel.from_live(tiny_hf_model("llama").to(request.param).eval(), None)
 
 
 def drawn(model):
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(len(model.W_E), (16, 32), generator=draw)
-    return ids, torch.randn(16, 32, model.d_model, generator=draw).bfloat16()
+    return ids, torch.randn(16, 32, model.d_model, generator=draw).to(model.dtype)
 
 
 def ends_and_logits(model):
@@ -46,10 +46,11 @@ def are_as_they_were(model):
 
 
 def agree(one, other):
-    return bool((one - other).float().norm() <= 2**-8 * other.float().norm())
+    precision = 2**-8 if one.dtype == torch.bfloat16 else 2**-20
+    return bool((one - other).float().norm() <= precision * other.float().norm())
 
 
-@needs_bfloat16
+@needs_layout
 def test_products_are_those_of_the_weights(model):
     expected, laid_out = ends_and_logits(model), []
     with model.prepacked(), model.prepacked():  # the inner one does nothing
@@ -62,7 +63,7 @@ def test_products_are_those_of_the_weights(model):
     assert are_as_they_were(model) and model._prepacked._copies is None
 
 
-@needs_bfloat16
+@needs_layout
 @pytest.mark.parametrize("whole_first", [True, False])
 def test_the_head_and_its_runs_have_copies_of_their_own(model, whole_first):
     ids, _ = drawn(model)
@@ -77,7 +78,7 @@ def test_the_head_and_its_runs_have_copies_of_their_own(model, whole_first):
         assert agree(model.logits(ids), expected)
 
 
-@needs_bfloat16
+@needs_layout
 def test_weights_that_changed_between_two_evaluations_are_read_again(model):
     with model.prepacked():
         ends_and_logits(model)
@@ -88,7 +89,7 @@ def test_weights_that_changed_between_two_evaluations_are_read_again(model):
         assert agree(ends_and_logits(model)[1], expected)
 
 
-@needs_bfloat16
+@needs_layout
 def test_gradients_few_rows_and_other_dtypes_take_the_weights(model):
     ids, hidden = drawn(model)
     hidden.requires_grad_()
@@ -103,14 +104,14 @@ def test_gradients_few_rows_and_other_dtypes_take_the_weights(model):
     assert hidden.grad.isfinite().all() and hidden.grad.any()
 
 
-@needs_bfloat16
+@needs_layout
 def test_layers_may_be_called_by_the_name_of_their_input(model):
-    layer, rows = layers(model)[0], torch.ones(2, model.d_model).bfloat16()
+    layer, rows = layers(model)[0], torch.ones(2, model.d_model, dtype=model.dtype)
     with model.prepacked(), torch.no_grad():
         assert torch.equal(layer(input=rows), layer(rows))
 
 
-@needs_bfloat16
+@needs_layout
 def test_it_is_closed_behind_the_passes_of_other_threads(model):
     """One closes what it opened while another unembeds: both leave the modules as they were."""
     opened, unembeds = threading.Event(), threading.Event()
@@ -135,7 +136,7 @@ def test_it_is_closed_behind_the_passes_of_other_threads(model):
 
 
 def test_other_models_are_left_alone(model, monkeypatch):
-    exact = LanguageModel.from_live(tiny_hf_model("llama").eval(), None)  # float32
+    exact = LanguageModel.from_live(tiny_hf_model("llama").double().eval(), None)
     with exact.prepacked():
         assert are_as_they_were(exact)
     monkeypatch.setattr(prepacking, "memory_of", lambda device: 1000)

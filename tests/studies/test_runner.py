@@ -5,6 +5,7 @@ import re
 import shutil
 import statistics as numbers
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -603,7 +604,7 @@ def test_planted_features_are_trained_on_and_their_recovery_reported(whole, stud
     at_equal = {"CE": report.compared, "KL": report.at_equal_kl, "FVU": report.at_equal_fvu}
     compared = {equal: [one for one in own if one.effects] for equal, own in at_equal.items()}
     assert any(compared.values())
-    for one in sum(compared.values(), []):  # each plant counts as much as any other
+    for one in chain(*compared.values()):  # each plant counts as much as any other
         assert one.strata.keys() == set(strata)
         of_plants = [one.strata[stratum].difference for stratum in strata]
         assert sum(of_plants) / 14 == pytest.approx(one.effects["planted_f1"].difference)

@@ -9,13 +9,12 @@ import ctypes
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from llm_wsae.errors import UsageError
-from llm_wsae.hardware import processor_name
+from llm_wsae.hardware import onednn_is_faster, onednn_linear
 from llm_wsae.sparse.backends import pytorch
 from llm_wsae.sparse.backends.build import library
 from llm_wsae.sparse.backends.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients
@@ -270,19 +269,19 @@ def softmax_sums(
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, one_more: bool) -> Tensor:
     """Rows x [..., width] divided by their root mean square, times the weights [width] or, if
-    ``one_more``, 1 + weights; all bfloat16, rounded as Llama's norm and Gemma's are."""
+    ``one_more``, 1 + weights; all of one dtype, rounded as Llama's norm and Gemma's are."""
     x = x.contiguous()
     out = torch.empty_like(x)
     rows = x.numel() // max(1, len(weight))
-    _call("rms_norm_bfloat16", x, weight, rows, len(weight), int(one_more), epsilon, out)
+    _call(f"rms_norm_{_NAMES[x.dtype]}", x, weight, rows, len(weight), int(one_more), epsilon, out)
     return out
 
 
 def gate(activation: str, gates: Tensor, values: Tensor) -> Tensor:
-    """activation(gates)·values, written over the gates [..., width]; bfloat16. ``activation`` is
-    silu or gelu_tanh."""
+    """activation(gates)·values, written over the gates [..., width]. ``activation`` is silu or
+    gelu_tanh."""
     rows, width = gates.shape[:-1].numel(), gates.shape[-1]
-    _call(f"gate_{activation}_bfloat16", gates, values, rows, width)
+    _call(f"gate_{activation}_{_NAMES[gates.dtype]}", gates, values, rows, width)
     return gates
 
 
@@ -336,19 +335,11 @@ def _blocks(tile: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
     memory = torch.empty(min(size, len(encoder)) * len(tile), dtype=tile.dtype)
     for first in range(0, len(encoder), size):
         latents = encoder[first : first + size]
-        if tile.dtype == torch.float32 and len(tile) and _mkl_is_slow():
-            yield first, torch.ops.mkldnn._linear_pointwise(latents, tile, None, "none", [], "")
+        if tile.dtype == torch.float32 and len(tile) and onednn_is_faster(tile.dtype):
+            yield first, onednn_linear(latents, tile)
             continue
         product = memory[: len(latents) * len(tile)].view(len(latents), len(tile))
         yield first, torch.mm(latents, tile.T, out=product)
-
-
-@cache
-def _mkl_is_slow() -> bool:
-    """Whether torch's own choice for float32, MKL, leaves out half of a vector's width, as it does
-    on AMD's processors; oneDNN does not, and is two to three times as fast there."""
-    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return has_onednn and processor_name().startswith("AMD")
 
 
 def _floats(*shape: int) -> Tensor:

@@ -1,5 +1,5 @@
 // What a transformer's block does between its matrix products: every number is read and written once.
-// Numbers are rounded to bfloat16 wherever a model that computes in bfloat16 rounds them.
+// In bfloat16, numbers are rounded wherever a model that computes in it rounds them.
 #include <cmath>
 
 #include "exponential.h"
@@ -7,10 +7,11 @@
 
 namespace {
 
+template <class T>
 inline float rounded(float value) {
-  bfloat16 bits;
-  narrow(value, bits);
-  return widen(bits);
+  T number;
+  narrow(value, number);
+  return widen(number);
 }
 
 // 1 / (1 + e^-x), and 0 where `exponential` ends
@@ -30,31 +31,28 @@ struct GeluTanh {  // x/2 · (1 + tanh y) = x · sigmoid(2y)
 };
 
 // gates ← activation(gates) · values
-template <class Activation>
-void gate(bfloat16* gates, const bfloat16* values, int64_t rows, int64_t width, int64_t threads) {
+template <class Activation, class T>
+void gate(T* gates, const T* values, int64_t rows, int64_t width, int64_t threads) {
   const Activation activation;
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
-    bfloat16* const own = gates + row * width;
-    const bfloat16* const its = values + row * width;
+    T* const own = gates + row * width;
+    const T* const its = values + row * width;
 #pragma omp simd
     for (int64_t i = 0; i < width; i++)
-      narrow(rounded(activation(widen(own[i]))) * widen(its[i]), own[i]);
+      narrow(rounded<T>(activation(widen(own[i]))) * widen(its[i]), own[i]);
   }
 }
 
-}  // namespace
-
-extern "C" {
-
 // out ← x / sqrt(mean x² + epsilon), times the weights, or times one more than these. In the first
 // case the quotient is rounded before.
-void rms_norm_bfloat16(const bfloat16* x, const bfloat16* weights, int64_t rows, int64_t width,
-                       int64_t one_more, double epsilon, bfloat16* out, int64_t threads) {
+template <class T>
+void rms_norm(const T* x, const T* weights, int64_t rows, int64_t width, int64_t one_more,
+              double epsilon, T* out, int64_t threads) {
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
-    const bfloat16* const own = x + row * width;
-    bfloat16* const to = out + row * width;
+    const T* const own = x + row * width;
+    T* const to = out + row * width;
     float squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < width; i++) squares += widen(own[i]) * widen(own[i]);
@@ -66,19 +64,28 @@ void rms_norm_bfloat16(const bfloat16* x, const bfloat16* weights, int64_t rows,
     } else {
 #pragma omp simd
       for (int64_t i = 0; i < width; i++)
-        narrow(rounded(widen(own[i]) * scale) * widen(weights[i]), to[i]);
+        narrow(rounded<T>(widen(own[i]) * scale) * widen(weights[i]), to[i]);
     }
   }
 }
 
-void gate_silu_bfloat16(bfloat16* gates, const bfloat16* values, int64_t rows, int64_t width,
-                        int64_t threads) {
-  gate<Silu>(gates, values, rows, width, threads);
-}
+}  // namespace
 
-void gate_gelu_tanh_bfloat16(bfloat16* gates, const bfloat16* values, int64_t rows, int64_t width,
-                             int64_t threads) {
-  gate<GeluTanh>(gates, values, rows, width, threads);
-}
+extern "C" {
+
+#define BLOCKS(T, NAME)                                                                           \
+  void rms_norm_##NAME(const T* x, const T* weights, int64_t rows, int64_t width,                 \
+                       int64_t one_more, double epsilon, T* out, int64_t threads) {               \
+    rms_norm(x, weights, rows, width, one_more, epsilon, out, threads);                           \
+  }                                                                                               \
+  void gate_silu_##NAME(T* gates, const T* values, int64_t rows, int64_t width, int64_t threads) { \
+    gate<Silu>(gates, values, rows, width, threads);                                              \
+  }                                                                                               \
+  void gate_gelu_tanh_##NAME(T* gates, const T* values, int64_t rows, int64_t width,              \
+                             int64_t threads) {                                                   \
+    gate<GeluTanh>(gates, values, rows, width, threads);                                          \
+  }
+BLOCKS(float, float32)
+BLOCKS(bfloat16, bfloat16)
 
 }  // extern "C"
