@@ -175,7 +175,7 @@ class Endpoint:
                 reply = asyncio.run(self._reply(body))
             except (TimeoutError, httpx.TimeoutException):
                 why = "it did not answer in time"
-            except Exception as error:  # libraries raise anything about a reply that is none
+            except (httpx.HTTPError, ValueError, LookupError, RuntimeError, OSError) as error:
                 failed = isinstance(error, httpx.TransportError)
                 what = "it cannot be reached" if failed else "its reply cannot be read"
                 why = f"{what} ({self._safe(reason(error))})"
