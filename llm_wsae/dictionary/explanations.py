@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae import digests
-from llm_wsae.dictionary.atomic_folder import replacing, retry_if_replaced, writing
+from llm_wsae.dictionary.atomic_folder import retry_if_replaced, writing
 from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
     check_keeps_measurements,
@@ -163,11 +163,10 @@ def write_for_neuronpedia(
 
 
 def write_for_delphi(folder: Path, said: Mapping[int, Explanation], site: str) -> None:
-    """Write a file for each latent, as delphi keeps and reads explanations; a folder of them is
-    replaced. Raises LlmWsaeError if it cannot be written."""
-    with replacing(folder, lambda old: None) as new:
-        for latent, one in said.items():
-            write_text(new / f"{site}_latent{latent}.txt", json.dumps(one.text))
+    """Write a file for each latent, as delphi keeps and reads explanations; other files in the
+    folder stay. Raises LlmWsaeError if one cannot be written."""
+    for latent, one in said.items():
+        write_text(folder / f"{site}_latent{latent}.txt", json.dumps(one.text))
 
 
 @contextmanager
