@@ -16,7 +16,7 @@ MOST_CONNECTIONS = 50
 SECONDS_TO_ASK = 10.0
 """How long a connection may be open without a complete head of a request."""
 _BETWEEN_LOOKS = 1.0  # seconds
-_ACCEPTED_AT_ONCE = 100
+_ACCEPTED_AT_ONCE = 50
 
 
 class _Connection(H11Protocol):

@@ -699,7 +699,7 @@ def test_the_model_writes_and_waits_for_a_limited_time(client, session, monkeypa
 CROWDED = """
 import resource, socket
 from llm_wsae.pages import live_server
-resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
 live_server.SECONDS_TO_ASK = 1.0
 async def page(scope, receive, send):
     if scope["type"] == "http":
@@ -727,7 +727,7 @@ def test_unfinished_requests_do_not_lock_the_owner_out():
                 own.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
                 return b"".join(iter(lambda: own.recv(999), b""))
 
-        for number in range(400):
+        for number in range(320):
             half.append(socket.create_connection(("127.0.0.1", port), timeout=5))
             half[-1].sendall(b"GET / HTTP/1.1\r\nx: ")
             if number % 100 == 0:
