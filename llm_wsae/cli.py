@@ -35,6 +35,7 @@ from llm_wsae.commands.verify import verify
 from llm_wsae.commands.weigh import weigh
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
 from llm_wsae.files import way_out
+from llm_wsae.outside import is_panic, reason
 from llm_wsae.provenance import plain
 from llm_wsae.terminal import printable, printable_json, without_secrets
 
@@ -95,6 +96,11 @@ def main(argv: list[str] | None = None) -> int:
                 print(printable(line), file=sys.stderr)
         _say(str(known))
         return known.exit_code
+    except BaseException as error:
+        if is_panic(error):
+            _say(f"a library gave up ({reason(error)}); a damaged tokenizer.json can be the cause")
+            return 1
+        raise
 
 
 def _run(words: list[str]) -> int:

@@ -83,9 +83,14 @@ def parsing(what: str) -> Iterator[None]:
     except Exception as error:
         raise LlmWsaeError(f"{what}: {reason(error)}") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of a library written in Rust
+        if not is_panic(error):
             raise
         raise LlmWsaeError(f"{what}: {reason(error)}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up, such as that of tokenizers."""
+    return type(error).__name__ == "PanicException"
 
 
 def reason(error: BaseException) -> str:

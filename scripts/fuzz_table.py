@@ -56,6 +56,11 @@ ROWS = {  # how kinds begin: what is shown of them, and what harmless means
         "answers of a Hub: listings, revisions, headers, sizes, bodies",
         "what came is the dictionary",
     ),
+    "endpoint": ("replies of a model server", "the answer is read as what it says"),
+    "two processes": (
+        "two processes that write to one dictionary",
+        "all that either kept is there",
+    ),
     "command line": ("command lines", "the command did its work"),
     "place": ("places that are gone, forbidden, of another kind", "the command did its work"),
     "kill, harvest": ("kills of `harvest`", "the same command ends with the same bytes"),

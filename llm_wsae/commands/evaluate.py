@@ -103,7 +103,8 @@ def evaluate(
             if other not in loaded and one.site == site
         } | half_random_beside(loaded[name], loaded)
         numbers = {label: found[other] for label, other in beside.items()}
-        keep_measurements(folder, {**found[name], "baselines": numbers})
+        kept = {**found[name], "baselines": numbers}
+        keep_measurements(folder, kept, loaded[name].weights_sha256)
     return facts, "\n\n".join([*tables, f"report  {out}"])
 
 

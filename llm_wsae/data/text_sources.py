@@ -27,6 +27,8 @@ from llm_wsae.outside import lines, parse_json, parsing
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SECTION_CHARACTERS = 8000
 _FINGERPRINT_BYTES = 1 << 20
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 1 << 28  # of a .parquet file
+_MOST_PACKED, _SMALL = 100, 1 << 22  # text is never packed so well, unless there are few bytes
 _FIRST_ROWS = 100  # of a .jsonl file, which tell whether it has a column text
 
 
@@ -174,13 +176,34 @@ class TextFiles:
             }
             column = text_column_of(row, self._text_column, str(file))
             read = [name for name, kind in kinds.items() if name == column or _is_label(kind)]
-            for batch in table.iter_batches(batch_size=256, columns=read):
+            unpacked = _unpacked_size(file, table.metadata, read)
+            rows = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // unpacked))
+            for batch in table.iter_batches(batch_size=rows, columns=read):
+                if batch.nbytes > 2 * max(_BYTES_AT_ONCE, unpacked):
+                    raise ValueError("its pages are larger than its footer says")
                 for row in batch.select(read).to_pylist():
                     number += 1
                     yield _row_document(f"{name}#{number}", row, column)
 
     def _relative(self, file: Path) -> str:
         return _utf8(file.relative_to(self._root).as_posix())
+
+
+def _unpacked_size(file: Path, footer: Any, columns: list[str]) -> int:
+    """Bytes of the largest piece of these columns, unpacked. A value that many rows share is stored
+    once, so a row may be as large. Raises LlmWsaeError for a small file that unfolds to a large
+    one."""
+    groups = (footer.row_group(number) for number in range(footer.num_row_groups))
+    pieces = (group.column(place) for group in groups for place in range(group.num_columns))
+    largest = max(
+        (one.total_uncompressed_size for one in pieces if one.path_in_schema in columns), default=1
+    )
+    if largest > max(_SMALL, _MOST_PACKED * file.stat().st_size):
+        raise LlmWsaeError(
+            f"{file} would unfold to {largest:,} bytes, {largest // file.stat().st_size:,} "
+            "times its size, so it is not read; store its text as .jsonl"
+        )
+    return max(1, largest)
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:

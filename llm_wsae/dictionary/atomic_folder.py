@@ -1,5 +1,6 @@
-"""Replacing a folder by another one atomically: completely, or not at all."""
+"""Replacing a folder by another one atomically: completely, or not at all; one writer at a time."""
 
+import fcntl
 import glob
 import os
 import re
@@ -11,12 +12,57 @@ from pathlib import Path
 from typing import TypeVar
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import way_out
+from llm_wsae.files import way_out, write_error
 
 T = TypeVar("T")
 
 _ATTEMPTS = 100
 _BETWEEN_RENAMES = 0.001  # seconds, far longer than they take
+_BETWEEN_LOOKS = 0.005  # seconds, at a lock that another writer holds
+_LONGEST_WAIT = 600.0  # seconds; large dictionaries take minutes to write
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Let one process or thread at a time write to a folder that may be replaced; others wait.
+
+    The lock is a file beside the folder, because a file inside would be replaced with it. Raises
+    LlmWsaeError if it cannot be made, or another writer holds it for ten minutes.
+    """
+    folder = Path(os.path.realpath(folder))
+    path, deadline = folder.with_name(f".{folder.name}.writing"), time.monotonic() + _LONGEST_WAIT
+    while True:
+        try:
+            handle = open(path, "a")  # noqa: SIM115 - held until the block ends
+        except OSError as error:
+            raise write_error(folder, error) or error from error
+        with handle:
+            if _holds(handle.fileno(), path):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)  # before the lock is released
+                return
+        if time.monotonic() > deadline:
+            raise LlmWsaeError(
+                f"another process has been writing {folder} for {_LONGEST_WAIT / 60:.0f} minutes; "
+                "wait for it, or end it, and run the same command again"
+            )
+        time.sleep(_BETWEEN_LOOKS)
+
+
+def _holds(handle: int, path: Path) -> bool:
+    """Whether the lock was taken, and the file is still the one that all others look at."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError as error:
+        raise LlmWsaeError(
+            f"{path} cannot be locked ({error.strerror}); choose a folder on a file system that "
+            "supports locks, such as a local disk"
+        ) from error
 
 
 @contextmanager
@@ -24,18 +70,21 @@ def replacing(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     """The path of a new folder, which replaces ``folder`` if the block succeeds.
 
     First the leftovers of killed writers are removed; then ``check`` may refuse the replacement.
-    Raises what ``check`` raises, and LlmWsaeError if a folder cannot be renamed. After an error the
-    old folder is unchanged.
+    Raises what ``check`` and ``writing`` raise, and LlmWsaeError if a folder cannot be renamed.
+    After an error the old folder is unchanged.
     """
     folder = Path(os.path.abspath(folder))
-    clear_up(folder)
-    check(folder)
-    new = _temporary(folder, "new")
-    try:
-        yield new
-        _swap(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    with _as_write_error(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        _clear_up(folder)
+        check(folder)
+        new = _temporary(folder, "new")
+        try:
+            yield new
+            _swap(new, folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def retry_if_replaced(folder: Path, read: Callable[[], T]) -> T:
@@ -113,6 +162,12 @@ def _leftovers(folder: Path, what: str) -> Iterator[Path]:
 
 def clear_up(folder: Path) -> None:
     """Restore a folder that a killed writer left renamed, and delete other leftovers."""
+    if folder.parent.is_dir():
+        with writing(folder):
+            _clear_up(folder)
+
+
+def _clear_up(folder: Path) -> None:
     left = _left_aside(folder)
     if left is not None and not os.path.lexists(folder):
         with _as_write_error(folder):

@@ -89,6 +89,8 @@ class Dictionary(nn.Module):
         self.extras = {key: tensor.detach().cpu() for key, tensor in (extras or {}).items()}
         self.folder: Path | None = None
         """Where it was loaded from."""
+        self.weights_sha256: str | None = None
+        """Of the file of weights there; None for other tools' folders."""
 
     @property
     def d_in(self) -> int:
@@ -115,7 +117,7 @@ class Dictionary(nn.Module):
             return self
         tensors = {name: parameter.cpu() for name, parameter in self.named_parameters()}
         copied = Dictionary(**tensors, sparsity=self.sparsity, info=self.info, extras=self.extras)
-        copied.folder = self.folder
+        copied.folder, copied.weights_sha256 = self.folder, self.weights_sha256
         return copied
 
     def encode_sparse(self, x: Float[Tensor, "*rows d_in"]) -> Codes:
@@ -188,7 +190,7 @@ class Dictionary(nn.Module):
             info=content.info,
             extras=content.extras,
         )
-        new.folder = Path(folder)
+        new.folder, new.weights_sha256 = Path(folder), content.weights_sha256
         return new.to(device)
 
     @classmethod

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_wsae import digests
-from llm_wsae.dictionary.atomic_folder import replacing
+from llm_wsae.dictionary.atomic_folder import retry_if_replaced, writing
 from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
     check_keeps_measurements,
@@ -67,7 +67,11 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
 
     Raises LlmWsaeError if the file is damaged or belongs to another dictionary.
     """
-    path = Path(folder) / EXPLANATIONS
+    return retry_if_replaced(Path(folder), lambda: _read(Path(folder)))
+
+
+def _read(folder: Path) -> dict[int, Explanation]:
+    path = folder / EXPLANATIONS
     if not path.is_file():
         return {}
     with _reading(path):
@@ -94,14 +98,22 @@ def read_explanations(folder: Path) -> dict[int, Explanation]:
     return {one.latent: one for line in lines if (one := _explanation(mapping(line))) is not None}
 
 
-def keep_explanations(folder: Path, found: Iterable[Explanation]) -> None:
+def keep_explanations(
+    folder: Path, found: Iterable[Explanation], weights: str | None = None
+) -> None:
     """Store explanations in a dictionary's folder; older ones of other latents stay, as does what
     newer ones lack (``_joined``).
 
-    Raises UsageError for a folder that must not be written to, LlmWsaeError as
-    ``read_explanations`` does or if the file cannot be written; it is then unchanged.
+    ``weights`` is ``Dictionary.weights_sha256`` of the dictionary that was explained. Raises as
+    ``check_keeps_measurements`` and ``read_explanations`` do, and LlmWsaeError if the file cannot
+    be written; it is then unchanged.
     """
-    check_keeps_measurements(folder)
+    with writing(folder):
+        check_keeps_measurements(folder, weights)
+        _keep(folder, found)
+
+
+def _keep(folder: Path, found: Iterable[Explanation]) -> None:
     known = read_explanations(folder)
     for one in found:
         known[one.latent] = _joined(known.get(one.latent), one)
@@ -151,11 +163,10 @@ def write_for_neuronpedia(
 
 
 def write_for_delphi(folder: Path, said: Mapping[int, Explanation], site: str) -> None:
-    """Write a file for each latent, as delphi keeps and reads explanations; a folder of them is
-    replaced. Raises LlmWsaeError if it cannot be written."""
-    with replacing(folder, lambda old: None) as new:
-        for latent, one in said.items():
-            write_text(new / f"{site}_latent{latent}.txt", json.dumps(one.text))
+    """Write a file for each latent, as delphi keeps and reads explanations; other files in the
+    folder stay. Raises LlmWsaeError if one cannot be written."""
+    for latent, one in said.items():
+        write_text(folder / f"{site}_latent{latent}.txt", json.dumps(one.text))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -25,7 +25,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.atomic_folder import not_there, replacing, retry_if_replaced
+from llm_wsae.dictionary.atomic_folder import not_there, replacing, retry_if_replaced, writing
 from llm_wsae.dictionary.checks import check_finite, read_tensors
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
@@ -40,6 +40,7 @@ from llm_wsae.files import (
     write_json,
 )
 from llm_wsae.model.site import Site
+from llm_wsae.outside import mapping
 from llm_wsae.provenance import version_of
 
 FORMAT = "llm-wsae dictionary"
@@ -86,6 +87,8 @@ class Content:
     info: DictionaryInfo
     extras: dict[str, Tensor]
     """``gamma`` and statistics, by name."""
+    weights_sha256: str | None = None
+    """Of the file of weights; None for other tools' folders."""
 
 
 def saelens_config(
@@ -241,7 +244,7 @@ def _stored(folder: Path) -> Content:
         shapes["threshold"] = (d_sae,)
     weights = read_tensors(folder / WEIGHTS, "weights file", shapes, set(_STORED_DTYPES.values()))
     extras = read_tensors(folder / EXTRAS, "side tensors", None, _EXTRAS_DTYPES, d_in)
-    return Content(weights, sparsity, info, extras)
+    return Content(weights, sparsity, info, extras, values["sha256"][WEIGHTS])
 
 
 def files_without_digest(folder: Path) -> list[Path]:
@@ -339,9 +342,14 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def check_keeps_measurements(folder: Path) -> None:
+def check_keeps_measurements(folder: Path, weights: str | None = None) -> None:
     """Raises UsageError for a folder that must not be written to: other tools' files are left
-    alone, and so are links, which lead into the Hub's cache."""
+    alone, and so are links, which lead into the Hub's cache. Raises LlmWsaeError if ``weights``,
+    the SHA-256 of the weights that something was found out about, is not that of the folder's."""
+    retry_if_replaced(folder, lambda: _check_keeps(folder, weights))
+
+
+def _check_keeps(folder: Path, weights: str | None) -> None:
     if not is_dictionary(folder):
         raise UsageError(
             f"{folder} was not saved by this package, so measurements cannot be kept in it"
@@ -351,17 +359,34 @@ def check_keeps_measurements(folder: Path) -> None:
             f"{folder / INFO} is only a link, so measurements are not kept there; copy the "
             "dictionary first, e.g. with llm-wsae pull"
         )
+    if weights not in (None, weights_checksum(folder)):
+        raise LlmWsaeError(
+            f"the dictionary in {folder} was replaced by another one during the work, so the "
+            "results are not kept with it; run the same command again for the new one"
+        )
 
 
-def keep_measurements(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
+def keep_measurements(
+    folder: Path, found: Mapping[str, Mapping[str, Any]], weights: str | None = None
+) -> None:
     """Store groups of measurements (``fidelity``, ``monosemanticity``; JSON values) in the metrics
     of a dictionary's folder, replacing older ones of the same group.
 
-    Raises UsageError as ``check_keeps_measurements`` does, and LlmWsaeError if the file cannot be
-    read or written; it is then unchanged.
+    ``weights`` is ``Dictionary.weights_sha256`` of the dictionary that was measured. Raises as
+    ``check_keeps_measurements`` does, and LlmWsaeError if the file cannot be read or written; it is
+    then unchanged.
     """
-    check_keeps_measurements(folder)
-    info = _read_info(folder)
-    metrics = info.get("metrics")
-    old = metrics if isinstance(metrics, dict) else {}
-    write_json(folder / INFO, {**info, "metrics": {**old, **found}}, key=OWN_DIGEST)
+    change_measurements(folder, lambda old: found, weights)
+
+
+def change_measurements(
+    folder: Path,
+    change: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]],
+    weights: str | None = None,
+) -> None:
+    """``keep_measurements`` for groups that ``change`` computes from the metrics that are there."""
+    with writing(folder):
+        check_keeps_measurements(folder, weights)
+        info = _read_info(folder)
+        old = mapping(info.get("metrics"))
+        write_json(folder / INFO, {**info, "metrics": {**old, **change(old)}}, key=OWN_DIGEST)

@@ -64,7 +64,7 @@ class DictionaryInfo:
         """The inverse of ``to_dict``; fields of a later version are ignored.
 
         Raises TypeError if ``site`` is missing, LlmWsaeError if a field has a value of another
-        type.
+        type, or the threshold leaves no row.
         """
         known = {f.name for f in fields(cls)}
         found = {key: value for key, value in values.items() if key in known}
@@ -74,6 +74,9 @@ class DictionaryInfo:
                 found[key] = float(value)  # JSON does not distinguish 1 from 1.0
             elif type(value) not in kinds:
                 raise LlmWsaeError(f"{key} cannot be {shown(value)}")
+        threshold = found.get("massive_threshold")
+        if threshold is not None and not threshold > 0:  # NaN too
+            raise LlmWsaeError(f"massive_threshold cannot be {threshold}: no row would count")
         return cls(**found)
 
 

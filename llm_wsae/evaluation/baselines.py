@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
+from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.evaluation.activations import Context, batches_of
 from llm_wsae.evaluation.checks import check_fit
 from llm_wsae.model.language_model import LanguageModel
@@ -112,7 +113,8 @@ def baselines_of(
 ) -> dict[str, Dictionary]:
     """The dimensions and a random dictionary for each site, as sparse as the site's first one.
 
-    Raises UsageError if one of the ``dictionaries`` does not fit the model.
+    Raises UsageError if one of the ``dictionaries`` does not fit the model, LlmWsaeError if its
+    threshold leaves no row to measure on.
     """
     check_fit(dictionaries, model, "evaluate")
     sites = sorted({one.site for one in dictionaries.values()})
@@ -126,6 +128,12 @@ def baselines_of(
         rows = torch.cat(parts).float().cpu()
         norms, threshold = rows.norm(dim=1), like.info.massive_threshold
         rows = rows[norms <= (MASSIVE_RATIO * norms.median() if threshold is None else threshold)]
+        if len(rows) < 2:
+            raise LlmWsaeError(
+                f"nearly every row at {site} is longer than the massive_threshold of "
+                f"{like.info.name}, {shown(threshold)}, so nothing can be measured; its wsae.json "
+                "is wrong, or it is for another model"
+            )
         mean, deviation = rows.double().mean(0), rows.double().std(0)
         codes = like.encode_sparse(rows.to(like.W_enc.device))
         l0 = float((codes.values > 0).sum() / len(rows))

@@ -2,13 +2,18 @@
 
 Every answer is appended to a file as soon as it arrives, under the checksum of its question. An
 answer that is in the file, undamaged, is never asked for again, whatever stopped the run. The key
-comes from the environment and goes nowhere except into the header of the requests.
+comes from the environment and goes nowhere except into the header of the requests, and to another
+machine only encrypted. Whatever the endpoint replies, it is read within a limited time and size.
 """
 
+import asyncio
 import hashlib
+import ipaddress
 import json
 import os
+import ssl
 import threading
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +29,7 @@ from llm_wsae import digests
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.explaining.protocol import Question
 from llm_wsae.files import folder_lock, write_error
-from llm_wsae.outside import mapping
+from llm_wsae.outside import integer, mapping, parse_json, reason
 from llm_wsae.terminal import printable
 
 KEY, OPENAI_KEY, OPENAI = "LLM_WSAE_API_KEY", "OPENAI_API_KEY", "api.openai.com"
@@ -32,7 +37,8 @@ ANSWERS = "answers.jsonl"
 TRIES = 6
 LONGEST_WAIT = 120.0
 """Seconds; an endpoint that asks to wait longer ends the run."""
-_TIMEOUT = 300.0  # seconds without a byte; a large model on a small machine is slow
+_TIMEOUT = 600.0  # seconds for a whole reply; a large model on a small machine is slow
+_LARGEST = 1 << 22  # bytes of a reply, compressed or not; an answer has a few thousand
 _QUOTED = 200  # characters of what an endpoint says
 _IN_A_ROW = 3  # failed questions that end the run
 _REFUSED_IN_A_ROW = 20  # such questions, if each was refused for what it says
@@ -45,6 +51,15 @@ _HOPELESS = {  # what no other question would change
     404: "there is no such model or address; an address usually ends in /v1",
     405: "there is no such address; it usually ends in /v1",
 }
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an endpoint replied."""
+
+    status: int
+    text: str
+    retry_after: str | None
 
 
 @dataclass
@@ -92,8 +107,10 @@ class Endpoint:
         self._path = Path(out) / ANSWERS
         self._stopped, self._lock, self._in_a_row = threading.Event(), threading.Lock(), 0
         self._wait = wait or self._stopped.wait
-        header = {"authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = httpx.Client(headers=header, timeout=timeout)
+        self._headers = {"accept-encoding": "identity"}
+        if self._key:
+            self._headers["authorization"] = f"Bearer {self._key}"
+        self._timeout, self._tls = timeout, ssl.create_default_context()
         self._held = ExitStack()
 
     def __enter__(self) -> "Endpoint":
@@ -106,7 +123,6 @@ class Endpoint:
         except OSError as error:
             self._held.close()
             raise LlmWsaeError(f"{self._path} cannot be used: {error.strerror}") from error
-        self._held.enter_context(self._client)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,17 +172,19 @@ class Endpoint:
                 break
             pause = 2.0**attempt
             try:
-                reply = self._client.post(self._url, json=body)
-            except httpx.TimeoutException:
+                reply = asyncio.run(self._reply(body))
+            except (TimeoutError, httpx.TimeoutException):
                 why = "it did not answer in time"
-            except httpx.HTTPError as error:
-                why = f"it cannot be reached ({self._safe(str(error) or type(error).__name__)})"
+            except (httpx.HTTPError, ValueError, LookupError, RuntimeError, OSError) as error:
+                failed = isinstance(error, httpx.TransportError)
+                what = "it cannot be reached" if failed else "its reply cannot be read"
+                why = f"{what} ({self._safe(reason(error))})"
                 if isinstance(error, httpx.ConnectError) and not self.tally.asked:
                     raise LlmWsaeError(f"{self._url} was not asked anything: {why}") from error
             else:
-                status = reply.status_code
+                status = reply.status
                 if status == 200:
-                    found = _content(reply)
+                    found = _content(reply.text)
                     if found is not None:
                         return found, "", status
                     why = f"its reply is not one of chat/completions: {self._safe(reply.text)}"
@@ -179,20 +197,42 @@ class Endpoint:
                 self._wait(pause)
         return None, why, status
 
-    def _refusal(self, reply: Any) -> str:
+    async def _reply(self, body: dict[str, Any]) -> Reply:
+        """The reply to one request. Raises TimeoutError if it is not complete in time; ValueError
+        if it is too large or packed in an unknown way; and what httpx raises."""
+        client = httpx.AsyncClient(
+            verify=self._tls,
+            timeout=self._timeout,
+            trust_env=not _is_here(self._url),  # a proxy is another machine
+        )
+        data = bytearray()
+        async with (
+            asyncio.timeout(self._timeout),
+            client,
+            client.stream("POST", self._url, json=body, headers=self._headers) as reply,
+        ):
+            async for part in reply.aiter_raw():
+                data += part
+                if len(data) > _LARGEST:
+                    raise ValueError(f"it has more than {_LARGEST:,} bytes")
+            packing = reply.headers.get("content-encoding", "identity").strip().lower()
+            text = _unpacked(bytes(data), packing).decode("utf-8", "replace")
+            return Reply(reply.status_code, text, reply.headers.get("retry-after"))
+
+    def _refusal(self, reply: Reply) -> str:
         """What a reply without an answer says. Raises LlmWsaeError for a hopeless one."""
-        status = reply.status_code
+        status = reply.status
         if status in _HOPELESS:
             raise LlmWsaeError(f"{self._url} answered with {status}: {_HOPELESS[status]}")
         hint = "; --schema False does without response_format" if self._schema else ""
         return f"it answered with {status}: {self._safe(reply.text)}{hint * (status in (400, 422))}"
 
-    def _retry_after(self, reply: Any) -> float:
+    def _retry_after(self, reply: Reply) -> float:
         """Seconds that the endpoint asks to wait. Raises LlmWsaeError for too many."""
-        seconds = _seconds(reply.headers.get("retry-after"))
+        seconds = _seconds(reply.retry_after)
         if seconds > LONGEST_WAIT:
             raise LlmWsaeError(
-                f"{self._url} asks to wait {seconds:.0f} seconds; run the same command again then: "
+                f"{self._url} asks to wait {seconds:.6g} seconds; run the same command again then: "
                 "what was answered is kept"
             )
         return seconds
@@ -240,7 +280,8 @@ def check_endpoint(address: str) -> tuple[str, str]:
     """The address without what is added to it, and the key for it, empty if there is none.
 
     OpenAI's key goes to OpenAI alone. Raises UsageError if the address is not one of http(s) or
-    holds a password, a query or a fragment, or, without showing the key, if that cannot be one.
+    holds a password, a query or a fragment; and, without showing the key, if that cannot be one or
+    would be sent to another machine in clear.
     """
     try:
         parts = urlsplit(address)
@@ -262,7 +303,37 @@ def check_endpoint(address: str) -> tuple[str, str]:
     name, key = next((pair for pair in found if pair[1]), (KEY, ""))
     if not all("!" <= character <= "~" for character in key):
         raise UsageError(f"{name} does not hold a key: it has spaces or special characters in it")
+    if key and parts.scheme == "http" and not _is_here(address):
+        raise UsageError(
+            f"{name} would be sent to {shown(address)} unencrypted; use https, reach that machine "
+            f"through a tunnel to 127.0.0.1, or unset {name} if the endpoint needs no key"
+        )
     return address.rstrip("/").removesuffix("/chat/completions"), key
+
+
+def _is_here(address: str) -> bool:
+    """Whether an address leads to this machine."""
+    host = httpx.URL(address).host
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _unpacked(data: bytes, packing: str) -> bytes:
+    """The body of a reply; some servers compress it unasked. Raises ValueError as ``_reply``."""
+    if packing in ("", "identity"):
+        return data
+    if packing not in ("gzip", "x-gzip", "deflate"):
+        raise ValueError(f"it is packed as {shown(packing)}, which was not asked for")
+    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib
+    try:
+        data = unpacking.decompress(data, _LARGEST)
+    except zlib.error:
+        raise ValueError("it cannot be unpacked") from None
+    if unpacking.unconsumed_tail or not unpacking.eof:
+        raise ValueError(f"it is cut off, or has more than {_LARGEST:,} bytes")
+    return data
 
 
 def _read(path: Path) -> tuple[dict[str, str], bool]:
@@ -281,18 +352,18 @@ def _read(path: Path) -> tuple[dict[str, str], bool]:
     return known, bool(data) and not data.endswith(b"\n")
 
 
-def _content(reply: Any) -> dict[str, Any] | None:
+def _content(text: str) -> dict[str, Any] | None:
     """Text and token counts of a completion; None if it is none."""
     try:
-        value = reply.json()
+        value = parse_json(text, "reply")
         content = value["choices"][0]["message"]["content"]
-        usage = value.get("usage") or {}
-        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        usage = mapping(value.get("usage"))
+    except (LlmWsaeError, KeyError, IndexError, TypeError, AttributeError):
         return None
     if not isinstance(content, str | None):
         return None
-    spent = [count if type(count) is int else 0 for count in counts]
+    counts = (integer(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+    spent = [max(0, count or 0) for count in counts]
     return {"content": content or "", "tokens_in": spent[0], "tokens_out": spent[1]}
 
 
@@ -305,5 +376,5 @@ def _seconds(value: str | None) -> float:
     try:
         date = parsedate_to_datetime(value or "")
         return max(0.0, (date - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return 0.0

@@ -16,7 +16,7 @@ from llm_wsae.dictionary.explanations import (
     keep_explanations,
     read_explanations,
 )
-from llm_wsae.dictionary.folder import check_keeps_measurements, keep_measurements, names_of
+from llm_wsae.dictionary.folder import change_measurements, check_keeps_measurements, names_of
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
 from llm_wsae.explaining.endpoint import Endpoint
@@ -144,9 +144,8 @@ def explain(
             one = DictionaryExplained.of(
                 folder, dictionary.d_sae, chosen.eligible, alike, explainer, examined, config.seed
             )
-            keep_explanations(folder, one.latents)
-            if found := one.card_numbers(dictionary.info.metrics.get("explanations")):
-                keep_measurements(folder, {"explanations": found})
+            keep_explanations(folder, one.latents, dictionary.weights_sha256)
+            change_measurements(folder, one.card_numbers, dictionary.weights_sha256)
             done[name] = one
     result = Explained(done, asked.tally, Path(out), store.text_size())
     settings = plain({"endpoint": endpoint, "explainer": explainer, "config": config})

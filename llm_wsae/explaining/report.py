@@ -112,9 +112,10 @@ class DictionaryExplained:
         own = (one.scores.get(score) for one in self.latents)
         return _tensor([None if one is None else one.value for one in own])
 
-    def card_numbers(self, older: Any = None) -> dict[str, Any]:
-        """What the dictionary's description keeps of it, JSON-able, with the scores of an ``older``
-        run by the same explainer that were not asked for now; empty if nothing was scored."""
+    def card_numbers(self, older: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What the dictionary's description keeps of it, JSON-able, with the scores among its
+        ``older`` measurements that the same explainer gave and that were not asked for now; empty
+        if nothing was scored."""
         numbers: dict[str, Any] = {
             "explainer": self.latents[0].explainer,
             "latents": len(self.latents),
@@ -129,10 +130,10 @@ class DictionaryExplained:
         }
         if not scores:
             return {}
-        known = mapping(older)
+        known = mapping(older.get("explanations"))
         same = known if known.get("explainer") == numbers["explainer"] else {}
         kept = {name: same[name] for name in SCORES if name in same}
-        return plain({**numbers, **kept, **scores})
+        return {"explanations": plain({**numbers, **kept, **scores})}
 
     def notes(self) -> list[str]:
         """What the table has no columns for."""

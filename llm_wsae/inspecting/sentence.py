@@ -11,6 +11,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.outside import parsing
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def token_ids(model: LanguageModel, dictionary: Dictionary, text: str) -> list[i
         raise LlmWsaeError("a text cannot be read without a tokenizer; pass one with the model")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError("the text holds bytes that are not UTF-8; give it in UTF-8")
-    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    with parsing(f"the tokenizer of {model.name} cannot read the text"):
+        ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise UsageError("the text is empty; give a sentence")
     if dictionary.info.prepend_bos is not False and model.bos_token_id is not None:

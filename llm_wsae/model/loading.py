@@ -7,7 +7,6 @@ one waits for a network that is not needed, and without changing the process's e
 
 import atexit
 import contextlib
-import copy
 import functools
 import importlib.util
 import io
@@ -30,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.hardware import check_memory
+from llm_wsae.model.folder_checks import check_numbers_of, check_tokenizer, check_weights
 from llm_wsae.model.gguf_reading import gguf_read_once
 from llm_wsae.outside import (
     check_revision,
@@ -102,7 +102,13 @@ def load_model(
                 stored = gguf_sizes(path) if "gguf_file" in options else None
                 config = checked_config(source, options)
                 if stored is not None:
-                    _check_stored(config, *stored, dtype)
+                    tensors, numbers = stored
+                    check_numbers_of(config, AutoModelForCausalLM, tensors, 2 * numbers, "tensors")
+                    needed = numbers * dtype.itemsize
+                    check_memory(needed, torch.device("cpu"), "the model", "take a smaller one")
+                elif path.is_dir():
+                    check_weights(config, path, AutoModelForCausalLM)
+                check_tokenizer(source, options)
                 loaded = AutoModelForCausalLM.from_pretrained(
                     source,
                     config=config,
@@ -157,21 +163,6 @@ def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _entries(item, name)
     else:
         yield name, value
-
-
-def _check_stored(config: Any, tensors: int, numbers: int, dtype: torch.dtype) -> None:
-    """Raises ValueError for a model with more weights than its file holds, UsageError for one that
-    no memory here can hold: transformers allocates them before it misses any."""
-    if (blocks := getattr(config, "num_hidden_layers", 0)) > tensors:
-        raise ValueError(f"it has {tensors:,} tensors, too few for {blocks:,} blocks")
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    wanted = sum(parameter.numel() for parameter in built.parameters())
-    if wanted > 2 * numbers:  # an embedding that is also the head may count twice
-        raise ValueError(
-            f"its configuration needs {wanted:,} numbers, but its tensors hold {numbers:,}"
-        )
-    check_memory(numbers * dtype.itemsize, torch.device("cpu"), "the model", "take a smaller one")
 
 
 def _check_complete(model: str, report: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.hardware import choose_device
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
+from llm_wsae.model.folder_checks import check_tokenizer, check_weights
 from llm_wsae.model.loading import checked_config, hub_source, quiet
 from llm_wsae.number_format import fast_dtype
 from llm_wsae.outside import local_path, parsing, reason
@@ -62,9 +63,13 @@ class SentenceEncoder:
         with parsing(refusal):
             try:
                 with quiet(progress_bars=not local):
+                    config = checked_config(where, options)
+                    if Path(where).is_dir():
+                        check_weights(config, Path(where), AutoModel)
+                    check_tokenizer(where, options)
                     hf_model = AutoModel.from_pretrained(
                         where,
-                        config=checked_config(where, options),
+                        config=config,
                         dtype=fast_dtype(place),
                         # plain attention is the faster one for texts of a few tokens
                         attn_implementation="eager",

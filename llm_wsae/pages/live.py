@@ -2,7 +2,8 @@
 
 The server listens on 127.0.0.1. Its address holds a random token, a request must name this host and
 port (so that no other site's name can be pointed here), and a request that a page of another origin
-makes is refused. The model answers one request at a time, and each within a limited time.
+makes is refused. The model answers one request at a time, and each within a limited time. How many
+connections there may be, and for how long, is decided in ``live_server``.
 """
 
 import contextlib
@@ -181,13 +182,12 @@ def serve(
     announce: Callable[[str], None],
 ) -> None:
     """Serve a page until the process is interrupted; ``announce`` is told its address."""
-    import uvicorn
+    from llm_wsae.pages import live_server
 
     port, token = listening.getsockname()[1], secrets.token_urlsafe(16)
     session = Session(model, dictionaries)
     made = application(page.read_text(encoding="utf-8"), session, token, port)
     listening.listen()  # who follows the address at once waits, and is not refused
     announce(f"http://127.0.0.1:{port}/{token}/")
-    server = uvicorn.Server(uvicorn.Config(made, log_level="error", timeout_keep_alive=5))
     with contextlib.suppress(KeyboardInterrupt):  # which is how it ends
-        server.run(sockets=[listening])
+        live_server.run(made, listening)

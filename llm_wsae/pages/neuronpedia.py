@@ -3,6 +3,7 @@ Neuronpedia imports.
 
     out/
       export.json             what was exported, with which settings and versions
+      .digests.json           the SHA-256 of the batch files, by number
       batch-0.json            latents 0 to 127
       batch-1.json            …
       explanations/batch-0.jsonl.gz    what a language model said of them, for Neuronpedia,
@@ -38,16 +39,24 @@ from llm_wsae.dictionary.explanations import (
     write_for_neuronpedia,
 )
 from llm_wsae.errors import UsageError, shown
-from llm_wsae.files import folder_lock, remove_partials, write_text
+from llm_wsae.files import (
+    folder_lock,
+    read_own_json,
+    remove_partials,
+    sha256,
+    write_json,
+    write_text,
+)
 from llm_wsae.inspecting.firings import check_store
 from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import check_width
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.outside import mapping
 from llm_wsae.pages.collecting import context_of_every_row
 from llm_wsae.pages.firings_by_latent import FiringsByLatent, choose
 
-RECORD, FIRINGS = "export.json", ".firings"
+RECORD, DIGESTS, FIRINGS = "export.json", ".digests.json", ".firings"
 WHAT = "export for Neuronpedia"
 LATENTS_AT_ONCE = 128
 """Latents in a file; Neuronpedia takes no more in one upload."""
@@ -109,7 +118,7 @@ def export_neuronpedia(
     Activations are in units of decoder rows of length 1. The store is read and encoded once; until
     the last file is written, all firings are in a folder in ``out``, 12 bytes each. In memory are
     two dictionaries, 4 bytes a row, at most 200 MB of firings and one file. An interrupted export
-    goes on with the next file.
+    goes on with the next file; one that changed since it was written is written again.
 
     Raises UsageError for numbers below 1 or a name that cannot be part of an address; LlmWsaeError
     if the folder holds anything else, or the dictionary, store or model cannot be read or do not
@@ -150,11 +159,13 @@ def export_neuronpedia(
     with folder_lock(out, "export"):
         remove_partials(out)
         provenance.begin_or_resume(out, RECORD, WHAT, asked)
-        missing = [number for number in range(files) if not _file(out, number).exists()]
-        if missing:
+        written = _written(out)
+        if missing := [number for number in range(files) if str(number) not in written]:
             features = _Features(dictionary, store, model, settings, out / FIRINGS)
             for number in tqdm(missing, desc="files", unit="file"):
                 write_text(_file(out, number), json.dumps(features.file(number)))
+                written[str(number)] = sha256(_file(out, number))
+                write_json(out / DIGESTS, written)
         shutil.rmtree(out / FIRINGS, ignore_errors=True)
         said = {n: one for n, one in explained.items() if one.text and n < dictionary.d_sae}
         if said:
@@ -172,6 +183,15 @@ def check_folder(out: Path) -> None:
 
 def _file(out: Path, number: int) -> Path:
     return out / f"batch-{number}.json"
+
+
+def _written(out: Path) -> dict[str, str]:
+    """The digests of the batch files that are as they were written, by their numbers."""
+    if not (out / DIGESTS).is_file():
+        return {}
+    known = mapping(read_own_json(out / DIGESTS, "digests of the batch files"))
+    files = {number: out / f"batch-{number}.json" for number in known}
+    return {n: known[n] for n, file in files.items() if file.is_file() and sha256(file) == known[n]}
 
 
 def _check(settings: _Settings) -> None:

@@ -113,6 +113,16 @@ def test_unreadable_files_get_one_sentence(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value), (name, content)
 
 
+@pytest.mark.parametrize("rows", [1, 30])
+def test_a_small_parquet_file_that_unfolds_to_a_large_one(tmp_path, rows):
+    table = pyarrow.table({"text": ["a" * (1 << 23)] * rows})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "a.parquet", compression="zstd", write_statistics=False
+    )
+    with pytest.raises(LlmWsaeError, match=r"a.parquet would unfold to 8,388,\d\d\d bytes"):
+        list(Corpus.open(str(tmp_path / "a.parquet"), "all").documents())
+
+
 def test_columns_of_a_parquet_file_that_cannot_be_labels(tmp_path):
     """Python has no year 16000, and no store has room for a list."""
     years = pyarrow.array([15_000, 16_000], pyarrow.int64())

@@ -239,6 +239,13 @@ def test_format_of_the_future(folder):
         Dictionary.load(folder)
 
 
+@over(threshold=[0, 0.0, -1.0, float("nan")])
+def test_a_threshold_that_leaves_no_row(folder, threshold):
+    edit_json(folder / "wsae.json", massive_threshold=threshold)
+    with pytest.raises(LlmWsaeError, match=r"wsae.json: massive_threshold cannot be"):
+        Dictionary.load(folder)
+
+
 CONFIGURATIONS = [
     (
         {"architecture": "gated"},

@@ -1,11 +1,13 @@
 """The page: what is collected is what a slow look finds, and a browser can use it."""
 
 import base64
+import contextlib
 import copy
 import gzip
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -692,6 +694,54 @@ def test_the_model_writes_and_waits_for_a_limited_time(client, session, monkeypa
     with session._busy:
         reply = client.post("/secret/ask", json=steer)
     assert reply.status_code == 400 and "busy" in reply.json()["error"]
+
+
+CROWDED = """
+import resource, socket
+from llm_wsae.pages import live_server
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+live_server.SECONDS_TO_ASK = 1.0
+async def page(scope, receive, send):
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"the page"})
+listening = socket.socket()
+listening.bind(("127.0.0.1", 0))
+listening.listen()
+print(listening.getsockname()[1], flush=True)
+live_server.run(page, listening)
+"""
+
+
+def test_unfinished_requests_do_not_lock_the_owner_out():
+    pytest.importorskip("uvicorn", reason="the extra page is not installed")
+    server = subprocess.Popen(
+        [sys.executable, "-c", CROWDED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    half = []
+    try:
+        port = int(server.stdout.readline())
+
+        def asked() -> bytes:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as own:
+                own.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                return b"".join(iter(lambda: own.recv(999), b""))
+
+        for number in range(320):
+            half.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+            half[-1].sendall(b"GET / HTTP/1.1\r\nx: ")
+            if number % 100 == 0:
+                assert b"the page" in asked()
+        assert b"the page" in asked()
+        half[-1].settimeout(10)
+        with contextlib.suppress(ConnectionError):
+            assert half[-1].recv(1) == b""  # closed: it asked nothing in time
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, said = server.communicate(timeout=30)
+        for one in half:
+            one.close()
+    assert said.count("the live page:") <= 1 and "accept" not in said
 
 
 def test_a_browser_asks_the_model(browser, world, tmp_path):

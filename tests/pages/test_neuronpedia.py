@@ -253,14 +253,23 @@ def test_the_command_resumes_and_ends_with_the_same_bytes(world, monkeypatch, tm
     files = set(content(tmp_path / "cut"))
     assert {"export.json", "batch-0.json"} <= files and "batch-1.json" not in files
     monkeypatch.setattr(neuronpedia, "write_text", written)
+    read_again = firings_by_latent._write
     monkeypatch.setattr(firings_by_latent, "_write", None)  # the rows are not read again
     works(*ask, "--out", tmp_path / "cut")
     files = content(tmp_path / "cut")
-    assert set(files) == {".lock", "export.json", *(f"batch-{i}.json" for i in range(3))}
+    own = {".lock", ".digests.json", "export.json"}
+    assert set(files) == {*own, *(f"batch-{i}.json" for i in range(3))}
     for name in files.keys() - {"export.json"}:
         assert files[name] == (tmp_path / "whole" / name).read_bytes()
     other = call(*ask, "--top", 3, "--out", tmp_path / "cut")
     assert other.code == 1 and "use the same settings to resume it" in other.err
+    assert content(tmp_path / "cut") == files
+    monkeypatch.setattr(firings_by_latent, "_write", read_again)
+    for number, spoil in enumerate((lambda data: b"", lambda data: data[:-9],
+                                    lambda data: data.replace(b"1", b"2", 1))):  # fmt: skip
+        path = tmp_path / f"cut/batch-{number}.json"
+        path.write_bytes(spoil(path.read_bytes()))
+    works(*ask, "--out", tmp_path / "cut")
     assert content(tmp_path / "cut") == files
 
 
@@ -281,9 +290,10 @@ def test_explanations_are_written_as_neuronpedia_and_delphi_keep_them(
     assert row == {"modelId": "model", "layer": "1-s", "index": "3", "description": said,
                    "explanationModelName": "judge", "notes": "detection 0.812"}  # fmt: skip
     (file,) = (done.path / "delphi/explanations").iterdir()
+    (file.parent / "mine.txt").write_text("mine")
     assert file.name == f"{SITE}_latent3.txt" and json.loads(file.read_text()) == said
     again = export_neuronpedia(explained, store, model, tmp_path / "out", top=1, sae_set="s")
-    assert again == done
+    assert again == done and (file.parent / "mine.txt").read_text() == "mine"
     assert (done.path / "explanations/batch-0.jsonl.gz").read_bytes() == packed
 
 

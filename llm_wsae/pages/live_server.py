@@ -1,0 +1,78 @@
+"""The server of the live page: few connections at once, and none that waits without asking.
+
+Another program on this machine may connect without knowing the page's address. It must not be able
+to lock out whoever does, nor to fill the terminal.
+"""
+
+import asyncio
+import socket
+import sys
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MOST_CONNECTIONS = 50
+SECONDS_TO_ASK = 10.0
+"""How long a connection may be open without a complete head of a request."""
+_BETWEEN_LOOKS = 1.0  # seconds
+_ACCEPTED_AT_ONCE = 50
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed if it asks nothing for some seconds, or is in the way of others
+    meanwhile."""
+
+    quiet_since = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.quiet_since = self.loop.time()
+        if len(self.connections) > MOST_CONNECTIONS:
+            quiet = [one for one in self.connections if not one.asks]  # type: ignore[union-attr]
+            oldest = min(quiet, key=lambda one: one.quiet_since)  # type: ignore[union-attr]
+            oldest.transport.abort()  # at most this one
+        self._look()
+
+    @property
+    def asks(self) -> bool:
+        """Whether a request is being answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _look(self) -> None:
+        if self.transport.is_closing():
+            return
+        now = self.loop.time()
+        if self.asks:
+            self.quiet_since = now
+        if now - self.quiet_since > SECONDS_TO_ASK:
+            self.transport.abort()
+        else:
+            self.loop.call_later(_BETWEEN_LOOKS, self._look)
+
+
+def run(application: Any, listening: socket.socket) -> None:
+    """Serve an ASGI application on a socket until the process is interrupted."""
+    config = uvicorn.Config(
+        application,
+        http=_Connection,
+        ws="none",
+        log_level="error",
+        timeout_keep_alive=5,
+        backlog=_ACCEPTED_AT_ONCE,
+    )
+    asyncio.run(_serve(uvicorn.Server(config), listening))
+
+
+async def _serve(server: uvicorn.Server, listening: socket.socket) -> None:
+    said = set[str]()
+
+    def say_once(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """One line for each kind of trouble, however often it comes."""
+        kind = context["message"]
+        if kind not in said:
+            said.add(kind)
+            print(f"llm-wsae: the live page: {kind} (said once)", file=sys.stderr)
+
+    asyncio.get_running_loop().set_exception_handler(say_once)
+    await server.serve(sockets=[listening])

@@ -1,0 +1,223 @@
+"""Replies that no model server should give: each is an answer, or a sentence says what is wrong, in
+a limited time and memory and without the key."""
+
+import gzip
+import json
+import random
+import resource
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+
+import pytest
+from fuzzing import Fuzz, blind, change
+
+from llm_wsae.errors import LlmWsaeError
+from llm_wsae.explaining import endpoint
+from llm_wsae.explaining.endpoint import Endpoint
+from llm_wsae.explaining.protocol import Question
+
+SECRET = "sk-do-not-show-me-0123456789"
+SECONDS = 0.4  # for a whole reply
+GRACE = 10.0  # seconds; the machine may be busy
+MEMORY = 1 << 29  # bytes that all cases together may add: a bomb alone has as many
+ANSWER = {
+    "id": "1",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "an answer é"}}],
+    "usage": {"prompt_tokens": 10, "completion_tokens": 2},
+}
+GOOD = json.dumps(ANSWER).encode()
+BOMB = gzip.compress(bytes(MEMORY), 1)
+CHARSETS = ("utf-7", "utf-16", "utf-32", "latin-1", "idna", "punycode", "hex", "rot13", "bz2",
+            "undefined", "x-none", "\xff", "a" * 9999, "utf-8; charset=utf-16", "")  # fmt: skip
+PACKINGS = ("gzip", "x-gzip", "deflate", "br", "zstd", "gzip, gzip", " GZIP ", "identity",
+            "\xe9", "a" * 9999, "")  # fmt: skip
+WAITS = ("0", "1", "-1", "nan", "inf", "1e400", "9" * 5000, "soon", "3600", "\xff",
+         "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 99999 07:28:00 GMT",
+         "Wed, 21 Oct 2015 07:28:00 +9999999", "Wed, 21 Oct 2015 07:28:00 -0000")  # fmt: skip
+STATUSES = (*range(200, 207), 300, 301, 302, 304, 307, 308, 400, 401, 402, 403, 404, 405, 408, 409,
+            413, 418, 422, 425, 429, 500, 502, 503, 504, 599, 99, 600, 999)  # fmt: skip
+DEEP = ("[" * 9999, '{"choices":' * 9999, "[" * 9999 + "]" * 9999,
+        '{"a":' * 900 + "1" + "}" * 900)  # fmt: skip
+
+Pieces = Iterator[bytes | float]
+"""What a server sends, and how many seconds it waits in between."""
+
+
+class Server:
+    """Reads a request and replies with the pieces that it is given."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes | float] | Pieces = []
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.listening.getsockname()[1]}/v1"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._reply, args=(connection,), daemon=True).start()
+
+    def _reply(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                connection.settimeout(2)
+                data = b""
+                while b"\r\n\r\n" not in data or not data.endswith(b"}"):
+                    if not (part := connection.recv(1 << 16)):
+                        return
+                    data += part
+                for piece in self.pieces:
+                    if isinstance(piece, float):
+                        time.sleep(piece)
+                    else:
+                        connection.sendall(piece)
+        except OSError:
+            pass  # the other side had enough
+
+
+class Endless:
+    """A piece without end, after a few others; each connection begins anew."""
+
+    def __init__(self, first: list[bytes], then: bytes, pause: float):
+        self.first, self.then, self.pause = first, then, pause
+
+    def __iter__(self) -> Pieces:
+        yield from self.first
+        for _ in range(10_000):
+            yield self.then
+            yield self.pause
+
+
+def head(status: int = 200, **fields: object) -> bytes:
+    lines = [f"HTTP/1.1 {status} x", "connection: close"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+    return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+
+
+def whole(body: bytes, status: int = 200, **fields: object) -> list[bytes]:
+    return [head(status, content_length=len(body), **fields), body]
+
+
+def bodies(draw: random.Random):
+    value = json.loads(GOOD)
+    done = change(value, draw)
+    return done, whole(json.dumps(value).encode())
+
+
+def damaged(draw: random.Random):
+    done, body = blind(GOOD, draw, BOMB[:999])
+    return done, whole(body)
+
+
+def damaged_head(draw: random.Random):
+    first, body = whole(GOOD)
+    done, first = blind(first, draw, GOOD)
+    return done, [first, body]
+
+
+def charsets(draw: random.Random):
+    name = draw.choice(CHARSETS)
+    body = draw.choice((GOOD, GOOD.decode().encode("utf-16"), b"\xff" + GOOD, b"\0" + GOOD))
+    kind = f"application/json; charset={name}"
+    return name[:20], whole(body, draw.choice((200, 200, 500)), content_type=kind)
+
+
+def packed(draw: random.Random):
+    name = draw.choice(PACKINGS)
+    body = draw.choice((GOOD, gzip.compress(GOOD), zlib.compress(GOOD), BOMB, BOMB[:-9],
+                        gzip.compress(BOMB), b""))  # fmt: skip
+    return f"{name[:20]} {body[:4]!r}", whole(body, content_encoding=name)
+
+
+def deep(draw: random.Random):
+    text = draw.choice(DEEP)
+    if draw.random() < 0.5:
+        text = f'{{"x": {text}, {GOOD.decode()[1:]}'
+    return text[:20], whole(text.encode(), draw.choice((200, 200, 429)))
+
+
+def lengths(draw: random.Random):
+    length = draw.choice((0, 1, -1, len(GOOD) - 5, len(GOOD) + 5, 10**12, 10**30, "x", "1, 2"))
+    return f"length {length}", [head(content_length=length), GOOD]
+
+
+def statuses(draw: random.Random):
+    status, wait = draw.choice(STATUSES), draw.choice(WAITS)
+    where = f"http://127.0.0.1:9/{SECRET}"
+    body = draw.choice((b"", b"busy", f"key {SECRET}".encode(), b"<html>\x1b[2J" * 99, GOOD))
+    return f"{status} {wait[:20]}", whole(body, status, retry_after=wait, location=where)
+
+
+def chunks(draw: random.Random):
+    size = draw.choice(
+        (b"%x" % len(GOOD), b"0", b"-1", b"ffffffffffffffff", b"x", b"1;" + b"a" * 99)
+    )
+    end = draw.choice((b"0\r\n\r\n", b"0\r\n", b"", b"x"))
+    return repr(size), [head(transfer_encoding="chunked"), size + b"\r\n" + GOOD + b"\r\n" + end]
+
+
+def endless(draw: random.Random):
+    pause = draw.choice((0.0, 0.03))
+    name, first, then = draw.choice((
+        ("body", [head()], b" " * (1 << 16)),
+        ("chunks", [head(transfer_encoding="chunked")], b"1\r\n \r\n"),
+        ("a byte", [head(content_length=10**9)], b" "),
+        ("head", [b"HTTP/1.1 200 x\r\n"], b"x: y\r\n"),
+        ("a line", [b"HTTP/1.1 200 x\r\nx: "], b"y"),
+        ("status", [], b"HTTP/1.1 100 Continue\r\n\r\n"),
+        ("nothing", [], b""),
+    ))  # fmt: skip
+    return f"{name} {pause}", Endless(first, then, pause)
+
+
+def broken(draw: random.Random):
+    data = b"".join(whole(GOOD))
+    return "cut", [data[: draw.randrange(len(data))]]
+
+
+KINDS = (bodies, damaged, damaged_head, charsets, packed, deep, lengths, statuses, chunks, broken)
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.listening.close()
+
+
+def test_replies(server, tmp_path, monkeypatch, fuzz: Fuzz):
+    monkeypatch.setenv("LLM_WSAE_API_KEY", SECRET)
+    monkeypatch.setattr(endpoint, "TRIES", 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for number, draw in fuzz.cases("endpoint", 40 if fuzz.times == 1 else 100):
+        kind = endless if number % 20 == 0 else draw.choice(KINDS)
+        done, server.pieces = kind(draw)
+        case, question = f"{number} {kind.__name__} ({done})", Question("s", str(number), {}, 5)
+        out, started, said = tmp_path / str(number), time.monotonic(), ""
+        outcome, why = "refused", ""
+        try:
+            with Endpoint(server.address, "m", out, timeout=SECONDS, wait=lambda s: None) as asked:
+                answer = asked.ask(question, "about")
+                said = asked.tally.why
+                outcome = "refused" if answer is None else "harmless"
+            with Endpoint(server.address, "m", out) as again:  # the file can be read
+                if answer is not None and again.ask(question, "about") != answer:
+                    outcome = "lost"
+        except LlmWsaeError as error:
+            said = str(error)
+        except BaseException as error:
+            outcome, why = "traceback", f"{type(error).__name__}: {error}"
+        if time.monotonic() - started > 2 * SECONDS + GRACE:
+            outcome, why = "traceback", "it took too long"
+        written = "".join(path.read_text() for path in out.iterdir()) if out.exists() else ""
+        if SECRET in said + written or not said.isprintable():
+            outcome, why = "code", said
+        fuzz.count("endpoint", outcome, case, why)
+    added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    assert added < MEMORY, f"{added:,} bytes of memory"

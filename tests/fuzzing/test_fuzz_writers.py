@@ -1,0 +1,129 @@
+"""Two processes on one dictionary: what either kept is there in the end, and what is read is whole.
+
+A case decides what each does and in which order; the machine, how they meet.
+"""
+
+import os
+import pickle
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fuzzing import SECONDS, Fuzz, fork
+from small_dictionaries import make_dictionary
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.explanations import Explanation, keep_explanations, read_explanations
+from llm_wsae.dictionary.folder import check_folder, keep_measurements
+from llm_wsae.errors import LlmWsaeError
+
+REPLACED = "was replaced by another one"
+
+
+def both(works: list[Callable[[], Any]]) -> list[Any]:
+    """What each of the works gives, or its error, done at once in a process each."""
+    children = []
+    for work in works:
+        reading, writing = os.pipe()
+        child = fork()
+        if child == 0:
+            signal.alarm(SECONDS)
+            torch.set_num_threads(1)
+            try:
+                found = work()
+            except BaseException as error:
+                found = error
+            with open(writing, "wb") as pipe:
+                pickle.dump(found, pipe)
+            os._exit(0)
+        os.close(writing)
+        children.append((child, reading))
+    found = []
+    for child, reading in children:
+        with open(reading, "rb") as pipe:
+            data = pipe.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found.append(pickle.loads(data) if data else RuntimeError(f"it ended with {status}"))
+    return found
+
+
+def process(
+    folder: Path, who: int, steps: list[str], weights: str, mine: Dictionary, other: Dictionary
+) -> Callable[[], dict[str, Any]]:
+    """Does the steps; gives what it kept since it last saved, and whether it met another one."""
+
+    def work() -> dict[str, Any]:
+        kept: dict[str, Any] = {"measured": [], "explained": [], "replaced": False}
+        for number, step in enumerate(steps):
+            name = 100 * who + number
+            try:
+                if step == "measure":
+                    keep_measurements(folder, {f"group {name}": {"n": name}}, weights)
+                    kept["measured"].append(f"group {name}")
+                elif step == "explain":
+                    said = [Explanation(name, f"text {name}", "m", {})]
+                    keep_explanations(folder, said, weights)
+                    kept["explained"].append(name)
+                elif step == "read":  # as push does before it sends anything
+                    check_folder(folder)
+                    read_explanations(folder)
+                    Dictionary.load(folder)
+                else:
+                    (mine if step == "save" else other).save(folder)
+                    kept["measured"] = []
+            except LlmWsaeError as error:
+                if REPLACED not in str(error):
+                    raise
+                kept["replaced"] = True
+        return kept
+
+    return work
+
+
+def test_two_writers(tmp_path, fuzz: Fuzz):
+    mine = make_dictionary("plain-k4")
+    other = make_dictionary("plain-k4")
+    other.b_dec.data += 1
+    folder = tmp_path / "dictionary"
+    for number, draw in fuzz.cases("two processes", 20 if fuzz.times == 1 else 100):
+        mine.save(folder)
+        (folder / "explanations.jsonl").unlink(missing_ok=True)
+        weights = Dictionary.load(folder).weights_sha256
+        steps = [plan(draw), plan(draw)]
+        saves = draw.choice((None, None, "save", "other"))
+        if saves:
+            steps[0].insert(draw.randrange(len(steps[0])), saves)
+        found = both(
+            [process(folder, who, own, weights, mine, other) for who, own in enumerate(steps)]
+        )
+        outcome, why = judge(folder, found, saves)
+        fuzz.count("two processes", outcome, f"{number}: {steps}", why)
+    assert [path.name for path in tmp_path.iterdir()] == ["dictionary"]
+
+
+def plan(draw: random.Random) -> list[str]:
+    return [draw.choice(("measure", "explain", "read")) for _ in range(draw.randint(2, 5))]
+
+
+def judge(folder: Path, found: list[Any], saves: str | None) -> tuple[str, object]:
+    """A save resets the measurements of before, and one of other weights all that was said."""
+    if errors := [one for one in found if isinstance(one, BaseException)]:
+        return "traceback", errors
+    try:
+        Dictionary.load(folder)
+        metrics, said = check_folder(folder).metrics, read_explanations(folder)
+    except LlmWsaeError as error:
+        return "lost", error
+    measured = found[0]["measured"] + ([] if saves else found[1]["measured"])
+    explained = found[0]["explained"] + found[1]["explained"] if saves != "other" else []
+    if saves == "other":
+        measured = []
+    if gone := [*(set(measured) - metrics.keys()), *(set(explained) - said.keys())]:
+        return "lost", gone
+    replaced = any(one["replaced"] for one in found)
+    if replaced and saves != "other":
+        return "different", "it was not replaced"
+    return ("refused" if replaced else "harmless"), ""
