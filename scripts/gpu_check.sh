@@ -65,7 +65,7 @@ report() {
   exit 1
 }
 
-rm -rf runs/gpu_check
+rm -rf "$out"  # of an earlier check
 mkdir -p "$out"
 failed=() peers=()
 part packages 300 "${install[@]}" || report
