@@ -3,7 +3,8 @@
 One class gives the rest of the package what it needs of a model: activations at sites, logits,
 logits with the activation at a site replaced, embeddings, identity. Names and meanings are
 TransformerLens'. The forward passes are the model's own: harvesting is as fast as a bare Hugging
-Face forward that stops at the site, and returns exactly the numbers of ``hidden_states``.
+Face forward that stops at the site, and returns the numbers of ``hidden_states``: exactly, or up to
+rounding if ``load`` put faster norms, gates and attention into the model.
 
 TransformerLens' bridge rewires the model that it is given: it replaces submodules and forces eager
 attention. A live model that a caller passes in belongs to the caller. So both work on a copy of the
