@@ -30,6 +30,7 @@ from llm_wsae.dictionary.folder import (
     check_folder,
     files_without_digest,
     is_dictionary,
+    weights_checksum,
 )
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
 from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
@@ -42,7 +43,7 @@ from llm_wsae.studies.jobs import GROUP
 from llm_wsae.theory.jobs import REPORT, UNITS, read_result
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, log_at_checkpoint, read_finished
 from llm_wsae.training.log import LOG, Written
-from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.loss_weights import LossWeights, is_weights_file
 
 T = TypeVar("T")
 _OF_RUN = (MANIFEST, FINISHED, CHECKPOINT)
@@ -96,7 +97,7 @@ def verify(path: Path | str, site: str | None = None) -> Found:
         found = Found(kind, advance=bar.update)
         if kind == "weights file":
             _check_tensors(found, path)
-            if not found.problems:
+            if not found.problems and not is_weights_file(path):
                 found.check(path, lambda: LossWeights.load(path))
         elif kind == "record":
             _check_json(found, path)
@@ -206,7 +207,10 @@ def _check_tensors(found: Found, path: Path) -> None:
         with open_tensors(path, "file of tensors", AGAIN) as file:
             return own_facts(file, path, "file of tensors")
 
-    _record(found, path, found.check(path, read))
+    own = found.check(path, read)
+    _record(found, path, own)
+    if own is not None and is_weights_file(path):
+        found.check(path, lambda: LossWeights.load(path))
 
 
 def _check_dictionary(found: Found, folder: Path, names: set[str], site: str | None) -> None:
@@ -229,12 +233,13 @@ def _check_training(found: Found, folder: Path, names: set[str]) -> None:
         finished = found.check(folder / FINISHED, lambda: read_finished(folder))
         if finished is None:
             return
-        settings, written = finished
-        for name in settings["arms"] if GROUP not in names else []:
-            if not is_dictionary(folder / name):
+        written = finished.log
+        for name in finished.settings["arms"] if GROUP not in names else []:
+            there, known = is_dictionary(folder / name), finished.weights.get(name)
+            if not there or known not in (None, weights_checksum(folder / name)):
                 found.problems.append(
-                    f"{folder / name} is missing; delete {folder / FINISHED} and run the same "
-                    "command again"
+                    f"{folder / name} {'is not what was trained' if there else 'is missing'}; "
+                    f"delete {folder / FINISHED} and run the same command again"
                 )
     elif folder / CHECKPOINT not in found.damaged:
         written = found.check(folder / CHECKPOINT, lambda: log_at_checkpoint(folder))

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,16 @@ def test_what_a_killed_writer_left_is_removed(model, corpus, unbroken, tmp_path)
     (out / "tokens" / ".write.x8k2.77.partial").mkdir()
     (out / "tokens" / ".write.x8k2.77.partial" / ".tmpAb12Cd").write_bytes(b"half")  # safetensors'
     (out / "tokens" / "00099.safetensors").write_bytes(b"never listed")
+    harvest(model, corpus, SITES, out, CONFIG)
+    assert files(out) == files(unbroken.folder)
+
+
+def test_tokens_that_changed_are_harvested_again(model, corpus, unbroken, tmp_path):
+    out = shutil.copytree(unbroken.folder, tmp_path / "s")
+    path = out / "tokens/00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
     harvest(model, corpus, SITES, out, CONFIG)
     assert files(out) == files(unbroken.folder)
 

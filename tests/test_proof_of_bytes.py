@@ -566,6 +566,29 @@ def test_a_file_that_verify_cannot_judge_alone_is_not_called_damaged(world):
     assert found.code == 1 and "wsae.json is damaged" in found.err and "restore" in found.err
 
 
+def test_verify_finds_what_was_exchanged_or_cannot_be(world, old, tmp_path):  # noqa: F811
+    trained, other = world / "trained/uniform-k4", world / "trained/variance-a0.5-k4"
+    dictionary_folder.keep_measurements(
+        trained, {"fidelity": {"fvu": 0.25}}
+    )  # which is no exchange
+    assert not verify(world / "trained").problems
+    trained.rename(tmp_path / "aside")
+    shutil.copytree(other, trained)
+    (said,) = verify(world / "trained").problems
+    assert "uniform-k4 is not what was trained; delete" in said
+    shutil.rmtree(trained)
+    (tmp_path / "aside").rename(trained)
+    save_own_tensors(tmp_path / "w.safetensors", {"gamma": torch.tensor([1.0, torch.nan])},
+                     {"rule": "variance"})  # fmt: skip
+    for place in (tmp_path / "w.safetensors", world):
+        shutil.copy(tmp_path / "w.safetensors", world / "trained/weights.safetensors")
+        assert "1 of the weights are NaN or infinite" in "; ".join(verify(place).problems)
+    (world / "trained/weights.safetensors").unlink()
+    result = next((old / "study").glob("results/u*-k2.json"))
+    shutil.copy(result, result.with_name("other.json"))
+    assert "other.json holds the result of 'u" in "; ".join(verify(old / "study").problems)
+
+
 def test_verify_says_what_is_missing_from_a_training(world):
     shutil.rmtree(world / "trained/uniform-k4")
     said = call("verify", world / "trained").err

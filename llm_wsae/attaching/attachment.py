@@ -112,6 +112,9 @@ def attach(
     TransformerLens 3.9 and 4.3 does not work with transformers 5.24 in most architectures, whether
     or not anything is attached: generate with ``use_past_kv_cache=False``.)
 
+    The model itself is changed within the block, so passes of other threads go through the
+    dictionaries too, edits included; give each thread a model of its own, or let them take turns.
+
     ``error`` adds back what the dictionaries miss. Without it the model continues with the
     reconstruction, and its cross-entropy is what ``evaluate`` reports if ``keep`` is the mask of
     the text's kept positions. With ``keep`` None, each dictionary skips as many positions at the

@@ -26,8 +26,8 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
 
     The manifest is the folder's, or ``wanted``, written to an empty folder. More tokens than before
     may be requested, since a shard depends on its index alone; a last shard that was shorter is
-    then rebuilt. So is a shard of which a file is missing or has another size. Call this under the
-    folder's lock.
+    then rebuilt. So is a shard of which a file is missing or has another size, or whose tokens
+    changed. Call this under the folder's lock.
 
     Raises LlmWsaeError if the folder holds something else, another harvest, or more tokens.
     """
@@ -141,8 +141,14 @@ def too_small(corpus: Corpus, found: int, wanted: int, context_size: int) -> Llm
 
 
 def _are_there(folder: Path, files: Mapping[str, FileRecord]) -> bool:
-    """Whether the files exist and have their sizes."""
-    return all(record.has_size(folder / path) for path, record in files.items())
+    """Whether the files exist and have their sizes, and tokens, which no later step reads, also
+    their checksums."""
+    return all(
+        record.problem(folder / path) is None
+        if path.startswith(f"{TOKENS}/")
+        else record.has_size(folder / path)
+        for path, record in files.items()
+    )
 
 
 def _remove_unlisted(folder: Path, manifest: Manifest, whole: Mapping[int, ShardRecord]) -> None:

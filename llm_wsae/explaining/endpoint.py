@@ -110,7 +110,11 @@ class Endpoint:
         self._headers = {"accept-encoding": "identity"}
         if self._key:
             self._headers["authorization"] = f"Bearer {self._key}"
-        self._timeout, self._tls = timeout, ssl.create_default_context()
+        self._timeout = timeout
+        encrypted = self._url.startswith("https:")  # otherwise no certificates need be read
+        self._tls = (
+            httpx.create_ssl_context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        )
         self._held = ExitStack()
 
     def __enter__(self) -> "Endpoint":

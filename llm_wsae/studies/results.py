@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY
-from llm_wsae.errors import LlmWsaeError
+from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
 from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
@@ -263,11 +263,14 @@ def read_result(path: Path) -> Result:
     """Read a dictionary's file. Raises LlmWsaeError if it is damaged."""
     record = read_record(path)
     try:
-        return typed(_result(record))
+        result = typed(_result(record))
     except (KeyError, TypeError, AttributeError) as error:
         raise LlmWsaeError(
             f"{path} is not a result of a study as this version writes it ({error!r}); {_WAY_OUT}"
         ) from error
+    if result.name != path.stem:
+        raise LlmWsaeError(f"{path} holds the result of {shown(result.name)}; {_WAY_OUT}")
+    return result
 
 
 def read_record(path: Path) -> dict[str, Any]:

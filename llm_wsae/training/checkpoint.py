@@ -32,6 +32,7 @@ from llm_wsae.files import (
     write_atomic,
     write_error,
 )
+from llm_wsae.outside import mapping
 from llm_wsae.processes import Processes
 from llm_wsae.training.arm import Arm, Learnt
 from llm_wsae.training.log import Written
@@ -214,7 +215,7 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     """The settings of the training in a folder, finished or not; None if there is none. The bytes
     of a checkpoint are not checked here."""
     if (folder / FINISHED).exists():
-        return read_finished(folder)[0]
+        return read_finished(folder).settings
     if not (path := folder / CHECKPOINT).exists():
         return None
     with open_tensors(path, WHAT, WAY_OUT) as file, _refused(path):
@@ -234,9 +235,18 @@ def check_same_rows(folder: Path, rows: dict[str, Any]) -> None:
         check_identity(folder, {"rows": found["rows"]}, {"rows": rows})
 
 
-def read_finished(folder: Path) -> tuple[dict[str, Any], Written | None]:
-    """The settings of the finished training in a folder, and what its log held at the end (None in
-    folders of the first version).
+class Finished(NamedTuple):
+    """What is recorded of a finished training."""
+
+    settings: dict[str, Any]
+    log: Written | None
+    """What its log held at the end; None in folders of the first version."""
+    weights: dict[str, str]
+    """The SHA-256 of each dictionary's weights; none in folders of earlier versions."""
+
+
+def read_finished(folder: Path) -> Finished:
+    """What is recorded of the finished training in a folder.
 
     Raises LlmWsaeError if its record is damaged.
     """
@@ -244,7 +254,8 @@ def read_finished(folder: Path) -> tuple[dict[str, Any], Written | None]:
     found = read_own_json(path, "training record", WAY_OUT)
     with _refused(path):
         log = Written.from_json(found.pop("log", None))
-        return _complete(found), log
+        weights = dict(mapping(found.pop("weights_sha256", None)))
+        return Finished(_complete(found), log, weights)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from llm_wsae.data.shuffling import ActivationSource
-from llm_wsae.dictionary.folder import check_replaceable
+from llm_wsae.dictionary.folder import check_replaceable, weights_checksum
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import remove_partials, write_json
 from llm_wsae.number_format import fast_dtype, name_of
@@ -131,8 +131,7 @@ class Training:
         remove_partials(self.out)
         if not (self.out / FINISHED).exists():
             return False
-        found, _ = read_finished(self.out)
-        check_identity(self.out, found, self.identity)
+        check_identity(self.out, read_finished(self.out).settings, self.identity)
         (self.out / CHECKPOINT).unlink(missing_ok=True)  # of a run killed at the very end
         return True
 
@@ -218,7 +217,10 @@ class Training:
         self.save_dictionaries()
         logged = self._logged()
         assert logged is not None
-        write_json(self.out / FINISHED, {**self.identity, "log": logged._asdict()})
+        names = [arm.config.name for arm in self.arms]
+        weights = {name: weights_checksum(self.out / name) for name in names}
+        record = {**self.identity, "log": logged._asdict(), "weights_sha256": weights}
+        write_json(self.out / FINISHED, record)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
 
     def save_dictionaries(self) -> None:

@@ -294,8 +294,8 @@ def test_families_of_concepts_count_once(whole, tmp_path):
         part: {name: {"selectivity": value, **scores} for name, value in own.items()}
         for part, own in (("concepts", of), ("families", families))
     }
-    write_json(tmp_path / "result.json", record)
-    values = read_result(tmp_path / "result.json").point.values
+    write_json(tmp_path / "uniform-k4.json", record)
+    values = read_result(tmp_path / "uniform-k4.json").point.values
     assert values["selectivity"].mean == pytest.approx(0.1)
     assert values["selectivity"].items == {"letter": 0.2, "digit": 0.0}
     assert values["selectivity_letters"].mean == pytest.approx(0.2)
@@ -365,7 +365,7 @@ def test_what_is_written_is_what_was_measured(whole, study, world):
 def test_resamplings_without_any_scored_document_are_read(whole, tmp_path):
     """Of few documents a resampling may lack those that all scored latents depend on."""
     out, _ = whole
-    path = tmp_path / "one.json"
+    path = tmp_path / "uniform-k4.json"
     record = read_own_json(out / "results" / "uniform-k4.json", "result")
     latents = record["latents"]
     latents["not_dense"]["detection"] = {"mean": 0.7, "variance": 0.01, "n": 8}
