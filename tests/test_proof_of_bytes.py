@@ -568,9 +568,7 @@ def test_a_file_that_verify_cannot_judge_alone_is_not_called_damaged(world):
 
 def test_verify_finds_what_was_exchanged_or_cannot_be(world, old, tmp_path):  # noqa: F811
     trained, other = world / "trained/uniform-k4", world / "trained/variance-a0.5-k4"
-    dictionary_folder.keep_measurements(
-        trained, {"fidelity": {"fvu": 0.25}}
-    )  # which is no exchange
+    dictionary_folder.keep_measurements(trained, {"fidelity": {"fvu": 0.25}})
     assert not verify(world / "trained").problems
     trained.rename(tmp_path / "aside")
     shutil.copytree(other, trained)
