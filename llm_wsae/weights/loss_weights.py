@@ -145,7 +145,7 @@ class LossWeights:
         _check_form(gamma, f"{path}: ")
         if bad := int((~gamma.isfinite()).sum()):
             raise LlmWsaeError(
-                f"{path}: the weights must be finite, but {bad:,} are NaN or infinite; make it again"
+                f"{path}: the weights must be finite, but {bad:,} are not; make it again"
             )
         try:
             name, alpha = header.get("rule", OWN.name), float(header.get("alpha", 1.0))
