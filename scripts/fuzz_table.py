@@ -27,38 +27,35 @@ COLUMNS = {
     "code": "code run",
     "lost": "lost",
 }
-SAME = "every value that is read is the same"
+SAME = "all values are the same"
 ROWS = {  # how kinds begin: what is shown of them, and what harmless means
     "dictionary, .*every bit": ("every bit of a dictionary's JSON files", SAME),
     "training, .*every bit": ("every bit of a checkpoint's header", SAME),
-    "dictionary": ("dictionaries: `cfg.json`, `wsae.json`, both files of tensors", SAME),
+    "dictionary": ("dictionaries: all four files", SAME),
     "explanations": ("explanations", SAME),
     "store, batches": ("stores, read as a training does", "the batches are the same"),
     "store": ("stores: manifest, records, rows, tokens, statistics", SAME),
     "training": ("trainings: checkpoint, record, log", "arms, step and log are the same"),
-    "study|choice": ("studies: description, results, agreements, groups, α", SAME),
+    "study|choice": ("studies: all files", SAME),
     "weights|measurement": ("weights files and kept measurements", SAME),
     "planted|report|record|sums|firings": ("planted results, reports, records, firings", SAME),
-    "answers": ("answers of a language model", "all are there; a damaged one is asked again"),
+    "answers": ("answers of a language model", "all are there or asked again"),
     "odd values": ("odd values with a valid checksum", "it is read as what it says"),
     "verify": ("`verify` on a store and a training", "the bytes are the same"),
     "model": (
         "model folders, also with code",
-        "it loads as what it says: there is no checksum",
+        "it loads; there is no checksum",
     ),
     "GGUF": (
         "GGUF files",
-        "it loads, with the blocks and weights of the file: there is no checksum",
+        "it loads with the weights of the file",
     ),
     "pickled": ("pickled models, also with code", "it loads, and nothing in it ran"),
     "repository": ("repositories on the Hub", "what was pulled is the dictionary"),
-    "answer of a Hub": (
-        "answers of a Hub: listings, revisions, headers, sizes, bodies",
-        "what came is the dictionary",
-    ),
-    "endpoint": ("replies of a model server", "the answer is read as what it says"),
+    "answer of a Hub": ("answers of a Hub", "what came is the dictionary"),
+    "endpoint": ("replies of a model server", "the answer is read"),
     "two processes": (
-        "two processes that write to one dictionary",
+        "two writers to one dictionary",
         "all that either kept is there",
     ),
     "command line": ("command lines", "the command did its work"),

@@ -121,7 +121,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
         ],
         "On the rows of this page": [
             ("rows", f"{found.rows_seen:,}", ""),
-            ("documents", _documents(seen.documents, seen.effective), ""),
+            ("documents", _documents(float(seen.documents), seen.effective), ""),
             ("active latents a row", f"{float(found.count.sum()) / alive:.1f}", ""),
             ("silent latents", f"{int((found.count == 0).sum()):,}", ""),
             (
@@ -136,7 +136,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
             if (value := number(fidelity.get(key))) is not None
         ]
         + [
-            ("documents", _documents(count, effective), "that it was measured on")
+            ("documents", _documents(float(count), float(effective)), "that it was measured on")
             for count, effective in [[number(fidelity.get(key)) for key in _DOCUMENTS]]
             if count is not None and effective is not None
         ],

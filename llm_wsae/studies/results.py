@@ -303,12 +303,14 @@ def _result(record: dict[str, Any]) -> Result:
         processor=record["measured_on"]["processor"],
         planted=record.get("planted"),
         share=record.get("identity", {}).get("share", 1.0),
-        kl_per_document=tuple(record["kl_per_document"]),
+        kl_per_document=tuple(record.get("kl_per_document", ())),  # of before: of one text
         text=TextSize(
             fidelity["rows"] + fidelity["massive_rows"],
             fidelity["documents"],
             fidelity["effective_documents"],
-        ),
+        )
+        if "documents" in fidelity
+        else None,
     )
 
 

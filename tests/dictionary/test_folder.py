@@ -4,6 +4,7 @@ import os
 import shutil
 import struct
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from llm_wsae import files
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.dictionary.folder import OWN_DIGEST, is_dictionary
+from llm_wsae.dictionary.explanations import Explanation, keep_explanations
+from llm_wsae.dictionary.folder import OWN_DIGEST, is_dictionary, keep_measurements
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
@@ -237,6 +239,40 @@ def test_format_of_the_future(folder):
     edit_json(folder / "wsae.json", site=None)
     with pytest.raises(LlmWsaeError, match="which site"):
         Dictionary.load(folder)
+
+
+def test_threads_that_save_one_dictionary_take_turns(tmp_path):
+    saved, errors = make(), []
+
+    def save() -> None:
+        try:
+            saved.save(tmp_path / "d")
+        except LlmWsaeError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert Dictionary.load(tmp_path / "d").info == INFO
+
+
+def test_nothing_is_kept_in_a_dictionary_that_was_replaced(folder):
+    measured, other = Dictionary.load(folder), make()
+    other.b_dec.data += 1
+    other.save(folder)
+    before = content(folder)
+    for keep, found in (
+        (keep_measurements, {"fidelity": {"fvu": 0.5}}),
+        (keep_explanations, [Explanation(1, "said", "m", {})]),
+    ):
+        with pytest.raises(LlmWsaeError, match="was replaced by another one during the work"):
+            keep(folder, found, measured.weights_sha256)
+    assert content(folder) == before
+    keep_measurements(folder, {"fidelity": {"fvu": 0.5}}, Dictionary.load(folder).weights_sha256)
+    assert Dictionary.load(folder).info.metrics["fidelity"] == {"fvu": 0.5}
 
 
 @over(threshold=[0, 0.0, -1.0, float("nan")])

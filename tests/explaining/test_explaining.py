@@ -43,7 +43,7 @@ from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint, examples, explaining, protocol
-from llm_wsae.explaining.endpoint import ANSWERS, TRIES, Endpoint
+from llm_wsae.explaining.endpoint import ANSWERS, TRIES, Endpoint, check_endpoint
 from llm_wsae.explaining.examples import choose, sample_by_density
 from llm_wsae.explaining.explaining import price_of
 from llm_wsae.explaining.protocol import Question, Trial
@@ -489,6 +489,13 @@ def test_the_key_goes_into_the_header_and_nowhere_else(judge, tmp_path, monkeypa
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)  # goes to OpenAI alone
     one_answer(echo, tmp_path / "other")
     assert "authorization" not in echo.headers[-1]
+    monkeypatch.setenv("LLM_WSAE_API_KEY", SECRET)
+    for address in ("http://10.0.0.5:8000/v1", "http://api.openai.com/v1", "http://localhost.x/v1"):
+        with pytest.raises(UsageError, match=r"KEY would be sent to .* unencrypted") as error:
+            Endpoint(address, "m", tmp_path)
+        assert SECRET not in str(error.value)
+    for address in ("http://localhost:8000/v1", "http://[::1]/v1", "https://10.0.0.5/v1"):
+        assert check_endpoint(address) == (address, SECRET)
     for address in ("localhost:8000", "ftp://host/v1", "", "http://h:port/v1"):
         with pytest.raises(UsageError, match="is not the address of an endpoint"):
             Endpoint(address, "m", tmp_path)
