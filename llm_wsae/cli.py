@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
-from llm_wsae import processes
+from llm_wsae import processes, provenance
 from llm_wsae.commands.dashboard import dashboard
 from llm_wsae.commands.evaluate import evaluate
 from llm_wsae.commands.explain import explain
@@ -115,6 +115,7 @@ def _run(words: list[str]) -> int:
             print(f"llm-wsae {version('llm-wsae')}" if words[0] == "--version" else _usage())
         return 0
     name, *words = words
+    provenance.number_formats.clear()  # of another command in this process
     command = COMMANDS.get(name)
     if command is None:
         raise UsageError(f"there is no command {name!r}; {nearest(name, COMMANDS)}")

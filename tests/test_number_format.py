@@ -35,7 +35,7 @@ def test_the_faster_one_is_chosen_and_a_tie_takes_less_memory(
     monkeypatch.setattr(provenance, "number_formats", {})
     assert fast_dtype(CPU, kind) == faster
     reason = provenance.number_formats[kind]
-    assert reason.startswith(f"{name_of(faster)}: GFLOP/s") and " 453 and " in reason
+    assert reason.startswith(f"{name_of(faster)}: measured to be")
 
 
 def test_kinds_are_judged_by_their_own_products(monkeypatch):
@@ -75,7 +75,7 @@ def test_what_was_begun_goes_on_in_its_format(made_world, tmp_path, monkeypatch)
     works(*train)
     made = [json.loads((out / name).read_text()) for name in ("training.json", "train.json")]
     assert made[0]["dtype"] == "float32" == Manifest.load(store).model["dtype"]
-    assert made[1]["number_formats"]["encoder"].startswith("float32: GFLOP/s")
+    assert made[1]["number_formats"]["encoder"] == "float32: measured to be the faster one here"
     measured(monkeypatch, 2)
     before = content(out / "uniform-k4")
     works(*train)  # finished: it would be refused in another format

@@ -33,7 +33,7 @@ from llm_wsae.studies.report_tables import (
     explained_difference_rows,
     explained_rows,
     family_rows,
-    kl_rows,
+    kl_table,
     planted_difference_rows,
     planted_rows,
     strata_difference_rows,
@@ -75,10 +75,6 @@ _AFTER_FIRST = (
 _FIRST_GIVEN = (
     "{} took weights from a first dictionary that was given, one for all seeds: the rows that it "
     "was trained on are not counted, and plain dictionaries lacked them."
-)
-_KL = (
-    "The share by which KL is higher (+) or lower (−), with its 95 % interval over documents and "
-    "seeds, which are crossed."
 )
 _QUESTION = "Is a dictionary with weights better than a plain one of the same fidelity?"
 _FAMILIES = "Difference in selectivity at equal CE, mean over seeds, by family of concepts."
@@ -278,8 +274,7 @@ class StudyReport:
         results, compared = self.results, self.compared
         title = "Differences from the plain curve at equal CE"
         found = [Table(title, self._differences(everything=True), self._how_to_read())]
-        if len(changes := kl_rows(results)) > 1:
-            found.append(Table("KL beside plain dictionaries of the same k", changes, _KL))
+        found += kl_table(results)
         if self._has_plants:
             found += [
                 Table("Planted features", planted_rows(results), _PLANTED),

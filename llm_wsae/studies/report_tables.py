@@ -77,8 +77,8 @@ def difference_rows(
     return rows
 
 
-def kl_rows(results: Sequence[Result]) -> Rows:
-    """KL of each label and k beside the plain dictionaries of the same k and seeds."""
+def kl_table(results: Sequence[Result]) -> list[Table]:
+    """KL of each label and k beside the plain dictionaries of the same k and seeds, if any."""
     plain = {(r.point.k, r.point.seed): r.kl_per_document for r in results if r.label == PLAIN}
     rows = [["weights", "k", "seeds", "KL beside plain"]]
     groups: dict[tuple[str, int], list[Result]] = {}
@@ -94,7 +94,11 @@ def kl_rows(results: Sequence[Result]) -> Rows:
         )
         change = f"{100 * by:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
         rows.append([label, str(k), str(len(own)), change])
-    return rows
+    words = (
+        "The share by which KL is higher (+) or lower (−), with its 95 % interval over documents "
+        "and seeds, which are crossed."
+    )
+    return [Table("KL beside plain dictionaries of the same k", rows, words)] if groups else []
 
 
 def control_rows(compared: Sequence[Compared]) -> Rows:

@@ -95,7 +95,10 @@ def test_harvest(world, model_and_corpus, tmp_path):
     tokens = [load_file(path) for path in sorted((out / "tokens").iterdir())]
     assert len(tokens) == 5 and sum(len(t["ids"]) for t in tokens) == 313  # 5000 / 16, rounded up
     rows = sum(int((t["ids"][:, 1:] < 50).sum()) for t in tokens)  # special tokens give none
-    assert result.json == {"store": str(out), "rows": rows, "d_in": 16, "massive": {SITE: 0}}
+    size = ActivationStore.open(out).text_size()
+    documents = {"documents": size.documents, "effective_documents": size.effective}
+    facts = {"store": str(out), "rows": rows, "d_in": 16, "massive": {SITE: 0}}
+    assert result.json == facts | documents
     assert "harvest: 100%" in result.err and "loading" in result.err
     check_record(
         out / "harvest.json",

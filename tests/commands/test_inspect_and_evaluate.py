@@ -264,7 +264,7 @@ def test_latents_are_scored_beside_fidelity(words, tmp_path, world):
     assert f"{100 * scores['eligible_share']:.1f}" in rows[1].split()
     assert f"{scores['latents']['purity']['mean']:.3f}" in rows[1].split()
     assert text.endswith(f"report  {tmp_path / 'report.json'}\n")
-    assert text.count(" tokens of text in ") == 2 and "held-out text in" not in text
+    assert text.count(" tokens of text from ") == 2 and "held-out text from" not in text
     assert "was not read where it is held out: this text may have been seen" in text
     unchanged = content(tmp_path)
     unchanged.pop("report.json")

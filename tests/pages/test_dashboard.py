@@ -33,6 +33,7 @@ from llm_wsae.pages.collecting import SAMPLE, Firings, collect, context_of_every
 from llm_wsae.pages.dashboard import named_dictionaries
 from llm_wsae.pages.live import Session, application
 from llm_wsae.pages.payload import Words, facts, nearest, principal_components, shown, table
+from llm_wsae.statistics.documents import TextSize
 
 PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
 TOP, BANDS = 3, 2
@@ -250,7 +251,8 @@ def test_the_card_shows_what_was_measured():
     number, none = torch.zeros(80, dtype=torch.long), torch.zeros(80, 0)
     histogram, no_rows = torch.zeros(80, 24, dtype=torch.long), torch.zeros(80, 0, dtype=torch.long)
     nothing = Firings(0, number, none.sum(1), histogram, 1.0, no_rows, none, no_rows, none)
-    groups = dict(facts(dictionary, "one", nothing)["facts"])
+    seen = TextSize(100, 5, 4.0)
+    groups = dict(facts(dictionary, "one", nothing, seen)["facts"])
     assert [line[:2] for line in groups["Fidelity on held-out text"]] == [
         ("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]"),
     ]  # fmt: skip

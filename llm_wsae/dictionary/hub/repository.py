@@ -86,9 +86,9 @@ class Repository:
                 return cls(repo_id, revision, commit, remote_files(repo_id, commit), None)
             except Exception as error:
                 cached = _cached(repo_id, revision) if hub_is_unreachable(error) else None
-                if cached is None:
-                    raise
-                return cached
+                if cached is not None:
+                    return cached
+                raise
 
     @functools.cached_property
     def layouts(self) -> dict[str, Layout | None]:
