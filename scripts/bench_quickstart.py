@@ -22,8 +22,8 @@ PROMPT = "The state of our Union is strong."
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=300_000)
-    parser.add_argument("--trained", type=int, default=750_000, help="rows of the training")
-    parser.add_argument("--eval-tokens", type=int, default=15_000)
+    parser.add_argument("--trained", type=int, default=600_000, help="rows of the training")
+    parser.add_argument("--eval-tokens", type=int, default=22_000)
     parser.add_argument("--rows", type=int, default=100_000, help="of the page")
     parser.add_argument("--write", action="store_true", help="write into docs/benchmarks")
     args = parser.parse_args()

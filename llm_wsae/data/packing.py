@@ -23,6 +23,7 @@ from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.sections import Section
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import load_tensors, save_tensors
+from llm_wsae.outside import parsing
 
 NO_DOCUMENT = -1
 # Texts are tokenised in batches, which is fast; the first ones are small, so that work can begin.
@@ -255,12 +256,13 @@ class Packer:
         return ids
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,  # documents may be longer than the model's context
-        )["input_ids"]
+        with parsing("the tokenizer cannot read the text"):  # e.g. with an endless expression
+            return self._tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,  # documents may be longer than the model's context
+            )["input_ids"]
 
     def _stream(self, section: Section, ids: np.ndarray, start: Cursor) -> _Stream:
         """A section's part of the stream, from the cursor on if that is within the section."""

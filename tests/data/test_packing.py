@@ -179,3 +179,22 @@ def test_shards_are_whole_batches():
     assert config.contexts_per_batch == 4
     assert config.contexts_per_shard == 16
     assert HarvestConfig(context_size=8192).contexts_per_batch == 1
+
+
+def test_a_tokenizer_that_panics_is_said_in_a_sentence():
+    class PanicException(BaseException):
+        """As a library written in Rust raises it."""
+
+    p = packer(context_size=5)
+    inner = p._tokenizer
+
+    class Broken:
+        def __call__(self, *args, **kwargs):
+            raise PanicException("stack overflow in regex")
+
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+    p._tokenizer = Broken()
+    with pytest.raises(LlmWsaeError, match="tokenizer cannot read the text: stack overflow"):
+        list(p.blocks(Corpus(Listed(6)), 8))
