@@ -4,18 +4,15 @@
 finished training of fifteen dictionaries, the same training stopped at step 40 of 100, and a study.
 """
 
-import json
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import SITE, content, works
-from evaluation_cases import WordCounts
+from command_line import SITE, call, content, works
 from places import ROOT
 
 from llm_wsae import ActivationStore, Dictionary, LossWeights, Site
-from llm_wsae.model.sentence_encoder import SentenceEncoder
 
 ARCHIVE = ROOT / "tests" / "fixtures" / "made-by-0.1.0.tar.xz"
 TRAIN = ("--site", SITE, "--expansion", 2, "--batch-size", 64, "--dtype", "float32", "--rule",
@@ -73,12 +70,11 @@ def test_a_finished_training_is_read_back(old):
     assert all(after[path] == before[path] for path in before.keys() - written_anew)
 
 
-def test_a_study_is_resumed_and_nothing_is_measured_again(old, monkeypatch):
-    monkeypatch.setattr(SentenceEncoder, "load", lambda *_, **__: WordCounts())
-    before, verdicts = content(old / "study/results"), json.loads(
-        (old / "study/report.json").read_text()
-    )["verdicts"]  # fmt: skip
-    result = works("study", "store", *STUDY, "--out", "study", "--json")
-    assert content(old / "study/results") == before and len(before) == 8
-    assert "arms:" not in result.err
-    assert result.json["verdicts"].keys() == verdicts.keys()
+def test_a_study_of_text_in_another_order_is_refused(old):
+    """Its dictionaries were measured on the first contexts of the held-out text."""
+    before = content(old / "study")
+    result = call("study", "store", *STUDY, "--out", "study")
+    assert result.code == 1 and "has other settings of text (order)" in result.err
+    assert {k: v for k, v in content(old / "study").items() if k != ".lock"} == {
+        k: v for k, v in before.items() if k != ".lock"
+    }

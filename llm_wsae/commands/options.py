@@ -92,7 +92,7 @@ class CorpusOptions:
     text_column: str | None = None
     """Column that holds the text, if that is not clear."""
     heldout_fraction: float = HELDOUT
-    """Share of the documents that is held out of training, to measure on."""
+    """Share of documents held out of training."""
 
     def open(self, part: Part) -> "Corpus":
         """The text."""
@@ -113,7 +113,7 @@ class StreamOptions(StreamConfig, LoadOptions):
     text_column: str | None = None
     """Column that holds the text, if that is not clear."""
     heldout_fraction: float = HELDOUT
-    """Share of the documents that is held out of training, to measure on."""
+    """Share of documents held out of training."""
     device: tyro.conf.Suppress[str] = "auto"  # type: ignore[assignment]  # that of the training
 
     def check_source(self, store: Path | None) -> None:

@@ -15,7 +15,7 @@ class EvaluateConfig:
     """Settings of ``evaluate``."""
 
     tokens: int = 50_000
-    """Rows (kept positions) of held-out text to evaluate on, drawn over its documents.
+    """Rows (kept positions) of held-out text to evaluate on.
     Below 50,000 the noise of CE recovered is as large as the differences between good
     dictionaries."""
     batch_tokens: int = 4096

@@ -32,8 +32,7 @@ class PlantConfig:
     """Folder of a dictionary of the site, better of another seed than those that are compared:
     some of its decoder rows are planted too."""
     natural: bool = False
-    """Also plant along directions that the stream itself prefers: those drawn with its covariance
-    to the power ¼ and ½, and from the mean of all rows to that of a token's rows."""
+    """Also plant along the stream's own directions: Σ^¼g, Σ^½g, and means of tokens."""
     heldout_share: float = 0.15
     """Share of the store's rows, its last ones, that are not trained on: recovery is measured
     there. At least 2,048 rows are held out."""

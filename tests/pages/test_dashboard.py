@@ -261,7 +261,7 @@ def test_the_card_shows_what_was_measured():
     ((name, value, meaning),) = groups["Monosemanticity on held-out text"]
     assert (name, value) == ("purity", "0.600 [0.500, 0.700] (control 0.100)")
     assert "random contexts" in meaning
-    unmeasured = facts(make_dictionary(metrics={}), "one", nothing)["facts"]
+    unmeasured = facts(make_dictionary(metrics={}), "one", nothing, seen)["facts"]
     assert [title for title, _ in unmeasured] == ["What it is", "On the rows of this page"]
 
 

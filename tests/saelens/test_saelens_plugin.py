@@ -58,7 +58,7 @@ def _negative() -> torch.Tensor:
         (torch.ones(D_IN + 1), {}, LlmWsaeError, "weights for 7 dimensions, but the rows have 6"),
         (_negative(), {}, LlmWsaeError, "not finite, negative or all zero"),
         (torch.zeros(D_IN), {}, LlmWsaeError, "all zero"),
-        (torch.full((D_IN,), float("nan")), {}, LlmWsaeError, "not finite"),
+        (torch.full((D_IN,), float("nan")), {}, LlmWsaeError, "must be finite"),
         (torch.ones(D_IN), {"place": "space"}, UsageError, "in a weighted space"),
         (torch.ones(D_IN), {"anneal": 0.5}, UsageError, "move to 1 during training"),
     ],
