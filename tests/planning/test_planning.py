@@ -218,8 +218,8 @@ def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch, fi
         return plan(model, SITES[:sites], **settings, **more).memory_bytes
 
     weights = planning.parameters_bytes(model.hf_model)
+    copies = sum(one.weight.nbytes for one in prepackable(model.hf_model))  # on a CPU
     for sites in (1, 2):
-        copies = sum(one.weight.nbytes for one in prepackable(model.hf_model))  # on a CPU
         assert planned(sites) == 2**30 + copies + expected(sites, sites)
         assert planned(sites, accelerator="h100") == weights + expected(sites, sites)
     card = replace(speeds.ACCELERATORS["h100"], memory=8 * own - 1)  # room for those of one site
@@ -232,7 +232,8 @@ def test_the_memory_of_an_evaluation_is_that_of_all_sites(model, monkeypatch, fi
     assert planned(2, accelerator="h100") == weights + expected(2, 1)
     assert asked == [([own, own], card.memory, card.memory - weights)]
     monkeypatch.setattr(sizes, "HELD_BYTES", 8192 * row)  # and that of the last dictionary
-    assert planned(2) == 2**30 + expected(2, 2) - 2 * (2 * ARMS + 2) * 8192 * row + 3 * 8192 * row
+    others = 2 * (2 * ARMS + 2) * 8192 * row
+    assert planned(2) == 2**30 + copies + expected(2, 2) - others + 3 * 8192 * row
 
 
 def test_dictionaries_of_earlier_sites_stay_in_memory(model, monkeypatch, fixed):
