@@ -160,8 +160,8 @@ def section(report: TheoryReport, named: TheoryReport) -> str:
         "Where the rows of W_p have one length, and in W_p as training makes it, one number "
         "reaches the bound: there is nothing left for weights. In mixtures one number brings most "
         "of what the best weights bring, and the paper's rule brings less than that number.",
-        "Whitening in the loss, theorem 5's optimum if all features have one variance, as it was "
-        "expected and as it was found:",
+        "Whitening in the loss, theorem 5's optimum for equal variances, as it was expected and as "
+        "it was found:",
         claim_table(reports, WHITENING_CLAIMS),
         "### Which weights help",
         "Each arm is compared with the plain arm, after Holm's correction over all arms of an "
