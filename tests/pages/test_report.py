@@ -222,6 +222,12 @@ def test_nothing_is_wider_than_the_window_in_light_or_dark(tab):
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
+@pytest.mark.parametrize("kind", ["linear", "log", "lost", "difference"])
+def test_an_axis_of_values_that_differ_by_rounding(tab, kind):
+    for values in ([0.3, 0.30000000000000004], [0.3], [0.0, 0.0]):
+        assert len(tab.evaluate(f"axis('{kind}', {values}, 5).ticks")) < 12
+
+
 def test_hostile_names_do_nothing(browser, tmp_path):
     """Names that would end the script, reverse the line or fill the window."""
     image = "</script><img src=x onerror=alert(1)>"
