@@ -58,18 +58,16 @@ SAELens would have made of it in the end.
 
 def saelens_before_6(out: Path) -> Part:
     """The layouts of older versions, by their own writers."""
-    versions, tables, every = [], [], True
-    for name in ("saelens5", "saelens3"):
-        versions.append(peer(name, "write_saelens_old.py", out / name))
-        found = read_all(out / name, {"layer-norm", "hook-z"})
-        tables += [found.text] if found.text not in tables else []
-        every = every and found.ok
+    versions = [peer(f"saelens{old}", "write_saelens_old.py", out / old) for old in ("5", "3")]
+    found = read_all(
+        out, {f"{old}/{name}" for old in ("5", "3") for name in ("layer-norm", "hook-z")}
+    )
     text = f"""## SAELens before version 6 → here
 
 {" and ".join(versions)}, random weights, `save_model`.
 
-""" + "\n\n".join(tables)
-    return Part(text, every)
+{found.text}"""
+    return Part(text, found.ok)
 
 
 def sparsify(out: Path) -> Part:

@@ -209,13 +209,13 @@ def saebench(out: Path) -> Part:
         for name, values in found["SAELens"]["latents"].items():
             a, b = (torch.tensor(v).nan_to_num() for v in (found["ours"]["latents"][name], values))
             by_latent = max(by_latent, difference(a, b))
-    every = max(apart, by_latent) <= 10 * TOLERANCE
+    every = max(apart, by_latent) < 10 * TOLERANCE
     text = f"""## Here → SAEBench
 
 {version}. `run_evals` of its core evaluation on a random model and random tokens finds the same
 through this package's `Dictionary` behind SAEBench's `BaseSAE` and through the same folder loaded
-by SAELens, for {", ".join(f"`{name}`" for name in results)}: its {len(ours)} numbers differ by
-{apart:.1e} at most, those for each latent by {by_latent:.1e}.{"" if every else " **NO**"}"""
+by SAELens, for {", ".join(f"`{name}`" for name in results)}: its {len(ours)} numbers and
+those for each latent differ by less than {10 * TOLERANCE:.0e}.{"" if every else " **NO**"}"""
     return Part(text, every)
 
 

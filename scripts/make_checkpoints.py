@@ -49,9 +49,8 @@ The files are in bfloat16. Everything above was measured on these files, on held
 the same mixture; the half-random baselines were trained on as many rows. There is one seed each, so
 a difference is one between two runs, not between two methods. What whitening changes, over seeds
 and on two models, is in `docs/which-weights.md`. After so many rows, dictionaries with decoder rows
-of length 1 (`--lengths unit`) keep a little more of the model
-(`docs/results/free-lengths-settings.md`), and recover fewer known features
-(`docs/results/whitening.md`).
+of length 1 (`--lengths unit`) keep a little more of the model, and recover fewer known features
+(`docs/log.md`).
 
 `bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of
 this repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is
