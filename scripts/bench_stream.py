@@ -117,8 +117,8 @@ def long_run(tokens: int, words: list[str], site: str, folder: Path) -> list[str
     return [
         f"## A stream of {tokens:,} tokens",
         "",
-        f"{took / 60:.1f} minutes with the evaluation. Memory: {first:.2f} GB after "
-        f"{tokens // 10:,} rows, {last:.2f} GB over the last tenth "
+        f"{took / 60:.1f} minutes with the evaluation. "
+        f"Memory: {first:.2f} GB after {tokens // 10:,} rows, {last:.2f} GB over the last tenth "
         f"({100 * (last / first - 1):+.1f} %). Killed at a quarter, at half and at three quarters "
         f"and started again each time, it leaves {bytes_are}.",
         "",

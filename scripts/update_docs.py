@@ -166,7 +166,7 @@ def update_pictures() -> None:
     site = "blocks.9.hook_resid_post"
     trained = [str(path) for path in sorted((ROOT / "checkpoints/smollm2-135m" / site).iterdir())]
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        store, page = Path(folder) / "store", Path(folder) / "page.html"
+        store, page = (Path(folder) / name for name in ("store", "page.html"))
         source = ["--model", embedded_model()]
         how = ["--corpus", "sotu", "--site", site, "--tokens", "100000", "--out", str(store)]
         assert main(["harvest", *source, *how]) == 0
@@ -181,9 +181,9 @@ def update_pictures() -> None:
         tab.wait_for_selector("article h2")
         tab.screenshot(path=IMAGES / "dashboard.png")
         browser.close()
-    picture = Image.open(IMAGES / "dashboard.png").convert("RGB")
-    few = picture.quantize(128, dither=Image.Dither.NONE)  # enough, and a third of the size
-    few.save(IMAGES / "dashboard.png", optimize=True)
+    picture = Image.open(IMAGES / "dashboard.png").convert("RGB")  # a few colours are enough
+    picture = picture.quantize(128, dither=Image.Dither.NONE)  # and a third of the size
+    picture.save(IMAGES / "dashboard.png", optimize=True)
 
 
 SHOWN = 1619
