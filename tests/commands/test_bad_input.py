@@ -211,7 +211,11 @@ MISTAKES = {
         (*TRAINING, "--rule", "sensitivity"),
         ["the rule 'sensitivity' needs the model", "llm-wsae weigh", "--model M", "--weights"],
     ),
-    "rule without its input in run": (2, (*RUNNING, "--rule", "gap"), ["needs a first dictionary"]),
+    "rule without its input in run": (
+        2,
+        (*RUNNING, "--rule", "participation"),
+        ["needs a first dictionary"],
+    ),
     "form": (
         2,
         (*WEIGHING, "--form", "matrix"),
@@ -243,11 +247,6 @@ MISTAKES = {
         2,
         (*TRAINING, "--place", "space", "--anneal", 0.5),
         ["only weights in the loss can be annealed", "anneal to 0 or place to loss"],
-    ),
-    "weights of tokens in a space": (
-        2,
-        (*RUNNING, "--rule", "token-norm", "--place", "space"),
-        ["'token-norm' weighs tokens", "leave place"],
     ),
     "rule in run": (2, (*RUNNING, "--rule", "varience"), ["did you mean 'variance'"]),
     "weights of another site": (
