@@ -125,8 +125,9 @@ def test_gather_measures_what_is_needed_and_no_more(model, store):
     assert RULES["participation"].scores(found).shape == (store.d_in,)
     found = measure_inputs(["rotated:sensitivity"], store, SITE, model=model, dictionary=first)
     assert found.decoder is None and found.fisher.shape == (store.d_in, store.d_in)
+    other = RuleInputConfig(seed=3)  # of which nothing is kept
     with pytest.raises(UsageError, match="--model"):
-        RULES["sensitivity"].scores(measure_inputs(["sensitivity"], store, SITE))
+        RULES["sensitivity"].scores(measure_inputs(["sensitivity"], store, SITE, config=other))
 
 
 def test_what_was_measured_is_kept(model, tmp_path, store):
