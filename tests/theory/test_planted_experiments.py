@@ -44,7 +44,7 @@ def test_a_dead_latent_of_the_first_dictionary_tells_no_rule_anything(monkeypatc
     seen = []
 
     def look(rule, known):
-        if rule.name == "gap":
+        if rule.name == "participation":
             seen.append(known)
         return score(rule, known)
 
