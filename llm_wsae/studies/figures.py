@@ -87,7 +87,7 @@ def figures_of_page(
             for r in results
             if not r.is_baseline
         ],
-        "measures": {name: _of_page(name) for name in measures} | OF_PAGE,
+        "measures": OF_PAGE | {name: _of_page(name) for name in measures},
         "curves": [
             {"title": "Fidelity", "across": "l0", "up": _FIDELITY},
             {"title": "Monosemanticity", "across": "l0", "up": others},
@@ -130,7 +130,8 @@ def _title(measure: str) -> str:
 
 def _of_page(measure: str) -> dict[str, Any]:
     one = ALL_MEASURES[measure]
-    return {"title": one.title, "meaning": one.meaning, "lower": one.lower_is_better}
+    own = {"title": one.title, "meaning": one.meaning, "lower": one.lower_is_better}
+    return OF_PAGE.get(measure, {}) | own
 
 
 def _words(one: Compared) -> str:

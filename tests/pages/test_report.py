@@ -135,7 +135,7 @@ def test_tables_are_sorted_by_their_heads(tab):
     dictionaries.locator("th button", has_text="weights").click()
     assert column("weights") == sorted(column("weights"))
     tab.locator(".forest th button", has_text="selectivity").click()
-    cells = tab.locator(".forest tbody td:nth-child(3)")
+    cells = tab.locator(".forest tbody td:nth-child(6)")
     values = cells.evaluate_all("cells => cells.map(cell => cell.dataset.v)")
     numbers = [float(value) for value in values if value is not None]
     assert numbers == sorted(numbers, reverse=True) and values[-1] is None
@@ -195,7 +195,7 @@ def test_a_rule_is_pointed_at_and_singled_out_everywhere(tab):
         assert highlighted() == {str(number)}
         tab.keyboard.press("Escape")
     tab.locator("svg.plot > g[data-s='1'] .mean >> nth=0").click()
-    assert tab.locator("aside [aria-pressed=true]").inner_text() == "variance-a0.5"
+    assert tab.locator("aside [aria-pressed=true]").inner_text() == "kurtosis-a0.5"
 
 
 def test_nothing_is_wider_than_the_window_in_light_or_dark(tab):
