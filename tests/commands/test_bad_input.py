@@ -311,11 +311,6 @@ MISTAKES = {
         (*STUDYING, "--plant", "--planted.strengths", 0.2, 3),
         ["--planted: a plant's strength must be at least 1e-06", "not 0.2, 3.0"],
     ),
-    "explanations that are not asked for": (
-        2,
-        (*STUDYING, "--explain.latents", 4),
-        ["--explain.latents: only with --explain.endpoint; add that"],
-    ),
     "dictionary torn": (
         1,
         ("evaluate", "torn", *EVALUATING),
