@@ -107,4 +107,4 @@ def crossed_ratio(
     ratios = own.sum(1) / other.sum(1) - 1
     scale = other.sum(1, keepdims=True) / items
     residuals = ((own - (1 + ratios[:, None]) * other) / scale).mean(0)
-    return ratios, (float(residuals.var(ddof=1)) / items, items - 1)
+    return ratios, (float(residuals.var(ddof=1)) / items, items - 1.0)

@@ -40,7 +40,7 @@ def plot_differences(
             if control is not None:
                 _draw(axis, control.effects.get(measure), place + 0.2, "D", GREY, "none")
             colour = _COLOURS.get(one.verdicts.get(measure, ""), INK)
-            _draw(axis, one.effects.get(measure), place, "o", colour, colour)
+            _draw(axis, one.effects.get(measure), float(place), "o", colour, colour)
         axis.set_title(_title(measure), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.15)
