@@ -10,12 +10,15 @@ not 95 %). Instead the squared errors of the mean are added up, each with its de
 * Over families of concepts, letters or planted features: all dictionaries are measured on the same
   ones, so their choice does not average out over seeds. Nor are concepts of one family independent:
   what happens to one first letter happens to the others. So a mean is taken within each family,
-  families count alike, and the variance of their mean differences beyond noise is added (seeds and
-  families as crossed random effects, Clark 1973, with one measurement in each cell). Planted
-  features, which are drawn independently, enter one by one.
+  families count alike, and the variance of their differences, means over seeds, is added (seeds
+  and families as crossed random effects, Clark 1973). Planted features, which are drawn
+  independently, enter one by one.
 * Over documents: all dictionaries are measured on the same text. Where means are known on
-  resamplings of the documents (bootstrap, Efron 1979), the variance over them that seeds have in
-  common is added. KL is known for each document, so its error is that of a ratio of sums.
+  resamplings of the documents (bootstrap, Efron 1979), their variance over these is added. KL is
+  known for each document, so its error is that of a ratio of sums.
+
+What differs from seed to seed in one family or document counts twice, since it is in the spread
+over seeds as well. So intervals err on the wide side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -90,14 +93,10 @@ def _item_part(values: Sequence[Value]) -> Part | None:
     if len(items) < len(values):
         return None
     names = [name for name in items[0] if all(name in own for own in items)]
-    table = np.array([[own[name] for name in names] for own in items])
-    seeds, count = table.shape
-    if count < 2:
+    if len(names) < 2:
         return None
-    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    noise = (rest**2).sum() / ((seeds - 1) * (count - 1))
-    squared = (table.mean(0).var(ddof=1) - noise / seeds) / count
-    return max(0.0, float(squared)), count - 1.0
+    means = np.array([[own[name] for name in names] for own in items]).mean(0)
+    return float(means.var(ddof=1)) / len(names), len(names) - 1.0
 
 
 def _document_part(values: Sequence[Value]) -> Part | None:
@@ -109,10 +108,7 @@ def _document_part(values: Sequence[Value]) -> Part | None:
     table = table[:, ~np.isnan(table).any(0)]
     if table.shape[1] < 2:
         return None
-    of_mean = table.mean(0).var(ddof=1)
-    # What each seed's text adds to that seed alone is in the spread over seeds already.
-    alone = (table.var(1, ddof=1).mean() - of_mean) / (len(table) - 1)
-    return max(0.0, float(of_mean - alone)), table.shape[1] - 1.0
+    return float(table.mean(0).var(ddof=1)), table.shape[1] - 1.0
 
 
 def _joined(parts: Sequence[Part]) -> Part:

@@ -70,7 +70,8 @@ def test_an_effect_is_measured_with_its_interval():
             continue
         for measure, effect in (("detection", 0.03), ("selectivity", 0.03), ("kl", -0.1)):
             low, high = one.effects[measure].interval
-            assert low < effect < high and high - low < 0.05, measure
+            assert one.effects[measure].difference == pytest.approx(effect, abs=0.006), measure
+            assert low < one.effects[measure].difference < high and high - low < 0.05
         assert one.seeds == SEEDS and one.k in KS
         assert one.against_control["detection"].difference == pytest.approx(0.03, abs=0.006)
 
