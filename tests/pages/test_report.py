@@ -194,7 +194,7 @@ def test_a_rule_is_pointed_at_and_singled_out_everywhere(tab):
         tab.keyboard.press(key)
         assert highlighted() == {str(number)}
         tab.keyboard.press("Escape")
-    tab.locator("svg.plot > g[data-s='1'] .mean >> nth=0").click()
+    tab.locator("svg.plot >> nth=3").locator("g[data-s='1'] .mean >> nth=0").click()
     assert tab.locator("aside [aria-pressed=true]").inner_text() == "kurtosis-a0.5"
 
 
