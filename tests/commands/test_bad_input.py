@@ -203,8 +203,8 @@ MISTAKES = {
     "rule in train": (2, (*TRAINING, "--rule", "kurtoses"), ["did you mean 'kurtosis'"]),
     "rule without its input": (
         2,
-        (*WEIGHING, "--rule", "permuted:gap"),
-        ["the rule 'permuted:gap' needs a first dictionary", "--dictionary DICT"],
+        (*WEIGHING, "--rule", "permuted:participation"),
+        ["the rule 'permuted:participation' needs a first dictionary", "--dictionary DICT"],
     ),
     "rule without its input in train": (
         2,
@@ -373,7 +373,7 @@ def test_what_the_parser_refuses(refused, subtests):
         ("harvest --site a --site b", "--site is given twice; give its values together: --site A"),
         ("study --rule a --rule=b", "--rule is given twice; give its values together: --rule A B"),
         ("inspect d --latent 1 --latent 2", "give its values together: --latent A B"),
-        ("weigh s --rule variance --rule gap", "--rule is given twice; give it once"),
+        ("weigh s --rule variance --rule kurtosis", "--rule is given twice; give it once"),
         ("run --tokens 5 --harvest.tokens 6", "--tokens or --harvest.tokens is given twice"),
         ("run --train-tokens 5 --train.tokens 6", "--train.tokens is given twice; give it once"),
         ("train --batch_size 5 --batch-size 6", "--batch-size is given twice; give it once"),
