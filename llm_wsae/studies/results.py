@@ -278,8 +278,10 @@ def _items(measure: Measure, summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _of_plants(planted: Mapping[str, Any] | None) -> dict[str, Value]:
+    if planted is None:
+        return {}
     found = {}
-    for name, measure in PLANTED.items() if planted is not None else ():
+    for name, measure in PLANTED.items():
         column = planted["plants"][measure.key]
         items = {str(plant): value for plant, value in enumerate(column) if value is not None}
         if items:
