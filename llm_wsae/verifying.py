@@ -37,8 +37,7 @@ from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
 from llm_wsae.pages.latent_measures import RECOVERY
-from llm_wsae.studies import consistency
-from llm_wsae.studies.folder import BASIS, CONSISTENCY, read_basis, read_results
+from llm_wsae.studies.folder import BASIS, read_basis, read_results
 from llm_wsae.studies.jobs import GROUP
 from llm_wsae.theory.jobs import REPORT, UNITS, read_result
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, log_at_checkpoint, read_finished
@@ -180,7 +179,6 @@ def _check_folder(found: Found, folder: Path) -> None:
         _check_training(found, folder, names)
     if BASIS in names and not any(path.is_relative_to(folder) for path in found.damaged):
         found.check(folder, lambda: (read_basis(folder), read_results(folder)))
-        found.check(folder, lambda: consistency.read(folder / CONSISTENCY))
     if UNITS in names:
         for path in sorted((folder / UNITS).glob("*.json")):
             if path not in found.damaged:

@@ -40,7 +40,7 @@ from llm_wsae.theory.figures import (
 from llm_wsae.theory.jobs import REPORT, UNITS, Check, Unit, finish
 from llm_wsae.theory.optimum import best_scalar, gap_norms, least_gap_weights
 from llm_wsae.theory.report import TheoryReport, summarise
-from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, coherence, fisher, score
+from llm_wsae.theory.rules import ARMS, PLAIN, RULES, Known, fisher, score
 from llm_wsae.theory.superposition import (
     REGIMES,
     Planted,
@@ -160,7 +160,6 @@ def run_unit(
         statistics,
         second_moment=SecondMoment(len(data.mixing)).update(sample),
         fisher=fisher(data, sample),
-        coherence=coherence(data, seen, generator(seed, Stream.STRANGERS)),
         truth=data,
         draw=number(seed, Stream.CONTROL),
     )

@@ -6,9 +6,9 @@ know the truth. An arm is a rule with an exponent and a way to use the weights. 
 controls, used in the same way: its own weights on the wrong dimensions (a matrix: the same spectrum
 in random directions), and random weights. ``standardised``, a space, has the first alone.
 
-Planted data has neither a language model nor a text, but it has what they stand for: a row's true
-features are what its text is about, and the model that superposition is a toy of (Elhage et al.
-2022) reads those features. ``fisher`` and ``coherence`` are measured so.
+Planted data has no language model, but it has what stands for one: the model that superposition is
+a toy of (Elhage et al.
+2022) reads those features. ``fisher`` is measured so.
 """
 
 from dataclasses import dataclass, replace
@@ -17,14 +17,11 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.theory.optimum import least_gap_weights
 from llm_wsae.theory.superposition import Planted
 from llm_wsae.weights import matrix_rules, rules, scores
-from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.rules import Rule
 
@@ -57,15 +54,23 @@ def _optimum_true(known: RuleInputs) -> Float[Tensor, "n_p n_p"]:
     return least_gap_weights(cast(Known, known).truth.mixing)
 
 
+def _random(known: RuleInputs) -> Float[Tensor, " n_p"]:
+    """Uniform on (0, 1]: a control that knows nothing of the dimensions."""
+    draw = torch.Generator().manual_seed(cast(Known, known).draw)
+    return 1 - torch.rand(known.statistics.d_in, generator=draw, dtype=torch.float64)
+
+
 _OPTIMUM = Rule("optimum-true", matrix_fn=_optimum_true)
 _ORACLES = (
     Rule("participation-true", _participation_true),
     Rule("gap-true", _gap_true),
 )
 RULES: dict[str, Rule] = {
-    rule.base: rule for rule in (*rules.RULES.values(), *_ORACLES) if rule.has_scores
+    rule.base: rule
+    for rule in (*rules.RULES.values(), Rule(RANDOM, _random), *_ORACLES)
+    if rule.has_scores
 }
-"""Rules that score dimensions, then the oracles."""
+"""Rules that score dimensions, then random scores and the oracles."""
 
 
 def score(rule: Rule, known: Known) -> Float[Tensor, " n_p"]:
@@ -88,7 +93,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """``hoyer``, ``variance-a0.5``, ``gap-annealed``; ``ARMS`` may give it another."""
+        """``kurtosis``, ``variance-a0.5``; ``ARMS`` may give it another."""
         exponent = "" if self.alpha == 1 else f"-a{self.alpha:g}"
         return f"{self.rule.name}{exponent}{'-annealed' if self.annealed else ''}"
 
@@ -100,7 +105,7 @@ class Arm:
     @property
     def control(self) -> str | None:
         """Which of the ``CONTROLS`` the arm is; None if it is none."""
-        if self.rule.random:
+        if self.rule.base == RANDOM:
             return RANDOM
         return None if self.rule.control is None else MATCHED
 
@@ -127,9 +132,8 @@ class Arm:
 def _arms() -> dict[str, Arm]:
     variance = RULES["variance"]
     tried = [Arm(variance, alpha) for alpha in (-0.5, -0.25, 0.5)]
-    tried.append(Arm(RULES["robust-variance"], 0.5))
-    tried += [Arm(RULES[rule]) for rule in ("variance", "kurtosis", "negentropy")]
-    for rule in (RULES["hoyer"], RULES["participation"], RULES["gap"], *_ORACLES):
+    tried += [Arm(RULES[rule]) for rule in ("variance", "kurtosis")]
+    for rule in (RULES["participation"], *_ORACLES):
         tried += [Arm(rule), Arm(rule, annealed=True)]
     whitening = rules.RULES["whitening"]
     tried += [Arm(whitening), Arm(whitening, annealed=True), Arm(_OPTIMUM)]
@@ -179,15 +183,3 @@ def fisher(data: Planted, observed: Float[Tensor, "rows n_p"]) -> Float[Tensor, 
     read = w / w.square().sum(0)
     read_at_all = (observed.double() @ read > _OFF).double().mean(0)
     return (read * read_at_all) @ read.T
-
-
-def coherence(
-    data: Planted, x: Float[Tensor, "rows n"], generator: torch.Generator
-) -> Float[Tensor, " n_p"]:
-    """How similar the rows are that lie furthest from the mean in a dimension: cosine of their true
-    features, which a perfect encoder would read from their texts. Float64."""
-    observed = data.observe(x)
-    extreme = (observed - observed.mean(0)).abs().topk(RuleInputConfig.top, dim=0).indices.T
-    meaning = normalize(x.double(), dim=1)
-    strangers = torch.randperm(len(x), generator=generator)[:STRANGERS]
-    return beyond_chance(meaning[extreme], meaning[strangers], strangers, generator)

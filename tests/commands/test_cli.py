@@ -199,11 +199,11 @@ def test_train(world, tmp_path):
     own = torch.linspace(1, 2, 16)
     save_file({"anything": own}, tmp_path / "own.safetensors")
     out = tmp_path / "trained"
-    words = ("train", world / "store", *TRAIN, "--rule", "uniform", "robust-variance",
+    words = ("train", world / "store", *TRAIN, "--rule", "uniform", "variance",
              "--alpha", 0.25, "--weights", tmp_path / "own.safetensors", "--k", 4,
              "--l1", 0.01, "--init-seeds", 0, 7, "--out", out)  # fmt: skip
     result = works(*words, "--json")
-    weights = ("uniform", "robust-variance-a0.25", "own")
+    weights = ("uniform", "variance-a0.25", "own")
     names = [
         f"{w}-{s}{seed}" for w in weights for s in ("k4", "relu-l0.01") for seed in ("", "-s7")
     ]

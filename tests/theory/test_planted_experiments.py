@@ -44,7 +44,7 @@ def test_a_dead_latent_of_the_first_dictionary_tells_no_rule_anything(monkeypatc
     seen = []
 
     def look(rule, known):
-        if rule.name == "gap":
+        if rule.name == "participation":
             seen.append(known)
         return score(rule, known)
 
@@ -76,7 +76,7 @@ def test_a_unit_measures_every_arm_and_rule_and_repeats_itself():
     }
     assert unit["correlations"]["uniform"] is None
     assert unit["correlations"]["participation-true"] == pytest.approx(1)
-    assert unit["correlations"]["variance"] < -0.8 and unit["correlations"]["hoyer"] > 0.8
+    assert unit["correlations"]["variance"] < -0.8 and unit["correlations"]["kurtosis"] > 0.8
     losses = [arm["l_gt"] for arm in unit["arms"].values()]
     assert all(0 < loss < 1 for loss in losses) and len(set(losses)) > 30
     again = run_unit(EXPERIMENTS["digon-0.5"], 3, SMALL)
@@ -124,8 +124,8 @@ def test_a_run_writes_tables_and_figures(tmp_path):
     assert untrained["raw dimensions"]["l_gt"] < plain.l_gt < untrained["random directions"]["l_gt"]
     assert "untrained: raw dimensions" in table
     units = [json.loads(p.read_text()) for p in sorted((tmp_path / "units").glob("digon*"))]
-    mean = np.mean([u["result"]["arms"]["hoyer"]["l_gt"] for u in units])
-    assert report.arms["digon-0.5"]["hoyer"].l_gt == pytest.approx(mean)
+    mean = np.mean([u["result"]["arms"]["participation"]["l_gt"] for u in units])
+    assert report.arms["digon-0.5"]["participation"].l_gt == pytest.approx(mean)
 
 
 def test_related_features_are_measured_beside_independent_ones(tmp_path):
@@ -340,11 +340,13 @@ def test_tables_figures_and_json(tmp_path):
     before = content(out)
     again = works("theory", *WORDS, "--out", out)
     assert again.err == "" and content(out) == before  # no bar: nothing was computed
-    hoyer = result.json["arms"]["digon-0.5"]["hoyer"]
-    wins = r"{:+.1f}[*~!]? {}".format(hoyer["change"]["mean"], hoyer["wins"]).replace("+", r"\+")
-    assert re.search(rf"^hoyer .* {wins}$", again.out, re.MULTILINE)
-    rank = result.json["correlations"]["digon-0.5"]["hoyer"]
-    assert rank > 0.6 and re.search(rf"^hoyer .* \+{rank:.2f}$", again.out, re.MULTILINE)
+    participation = result.json["arms"]["digon-0.5"]["participation"]
+    wins = r"{:+.1f}[*~!]? {}".format(
+        participation["change"]["mean"], participation["wins"]
+    ).replace("+", r"\+")
+    assert re.search(rf"^participation .* {wins}$", again.out, re.MULTILINE)
+    rank = result.json["correlations"]["digon-0.5"]["kurtosis"]
+    assert rank > 0.6 and re.search(rf"^kurtosis .* \+{rank:.2f}$", again.out, re.MULTILINE)
     assert str(out / "theory.md") in again.out
     assert all(str(out / name) in again.out for name in experiments.FIGURES)
     widest = max(len(line) for line in again.out.splitlines())

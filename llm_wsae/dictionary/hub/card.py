@@ -165,9 +165,9 @@ def _body(
         f"{len(dictionaries)} "
         f"{'dictionary' if len(dictionaries) == 1 else 'dictionaries'} that explain the residual "
         f"stream at {', '.join(sites)} as sparse sums of directions{_trained(dictionaries)}. A "
-        "rule other than *uniform* weights the error of every dimension, or token, by γ = score^α "
-        f"(weighted sparse autoencoders, {PAPER}), or trains in the space of the weights (*space*, "
-        "*mixed*); *uniform* is the plain sparse autoencoder to compare with.",
+        "rule other than *uniform* weights the error of every dimension by γ = score^α "
+        f"(weighted sparse autoencoders, {PAPER}), or trains in the space of the weights "
+        "(*space*); *uniform* is the plain sparse autoencoder to compare with.",
         "## Dictionaries",
         dictionaries_table(measured),
         *fidelity_notes(measured),

@@ -61,7 +61,6 @@ def arms():
         ),
         LossWeights(matrix, RULES["sensitivity"], 0.5, WeightConfig(place="space")),
         LossWeights(matrix.T @ matrix, RULES["sensitivity"], 1.0),
-        LossWeights(torch.ones(16), RULES["token-norm"], -0.5),
     ]
     return [*make_arms(plain, (2,), (0.1,), architectures=ARCHITECTURES), *make_arms(spaces, (2,))]
 
