@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from benchmarks import PEER_SCRIPTS, ROOT, peer_python
 from safetensors.torch import load_file, save_file
@@ -97,8 +96,6 @@ def read_all(out: Path, refused: set[str]) -> Part:
 # --- ours in the real tools ---
 
 D_IN, D_SAE, K, SITE = 48, 384, 8, "blocks.1.hook_resid_post"
-SCOPE, SCOPE_ID = "user/gemma-scope-2b-pt-res", "layer_3/width_4k/average_l0_71"
-SCOPE_SIZES = (2304, 4096)  # SAELens' reader knows them from the names
 _TESTS = (
     "model/test_language_model.py",
     "attaching/test_attaching.py",
@@ -146,46 +143,24 @@ def ours_saved(out: Path) -> dict[str, Path]:
     return folders
 
 
-def gemma_scope(folder: Path) -> None:
-    """``params.npz`` as it is published: by numpy, five arrays, float32."""
-    d_in, d_sae = SCOPE_SIZES
-    draw = np.random.default_rng(0)
-    arrays = {
-        "W_enc": draw.standard_normal((d_in, d_sae), np.float32) * 0.05,
-        "W_dec": draw.standard_normal((d_sae, d_in), np.float32) * 0.05,
-        "b_enc": draw.standard_normal(d_sae, np.float32),
-        "b_dec": draw.standard_normal(d_in, np.float32),
-        "threshold": 8 + np.abs(draw.standard_normal(d_sae, np.float32)),
-    }
-    folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **{name: a.astype(np.float32) for name, a in arrays.items()})
-
-
 def ours_in_saelens(out: Path) -> Part:
-    """Ours from disk and from a Hub, and Gemma Scope's file read by both."""
+    """Ours from disk and from a Hub."""
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from hub_server import WRITER, HubServer
 
     out.mkdir(parents=True)
     folders, repo = ours_saved(out), "user/ours"
-    scope = out / SCOPE.split("/")[1] / SCOPE_ID
-    gemma_scope(scope)
-    save_file({"x": torch.randn(50, SCOPE_SIZES[0]) * 2}, out / "gemma.rows.safetensors")
     job = {
         "disk": {name: str(folder) for name, folder in folders.items()},
         "hub": {name: [repo, f"{SITE}/{name}"] for name in folders},
-        "scope": {"gemma": [SCOPE, SCOPE_ID]},
     }
     (out / "job.json").write_text(json.dumps(job))
     with HubServer(out / "hub") as hub:
         environment = hub.environment(out / "home", WRITER) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         push = [sys.executable, "-m", "llm_wsae", "push", *folders.values(), repo]
         subprocess.run(push, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE)
-        hub.create(SCOPE)
-        hub.store.put(SCOPE, f"{SCOPE_ID}/params.npz", (scope / "params.npz").read_bytes())
         version = peer("saelens", "in_saelens.py load", out, **environment)
     places = {f"{how}-{name}": folder for how in job for name, folder in folders.items()}
-    places["scope-gemma"] = scope
     lines = ["| loaded by SAELens | architecture | active | latents | reconstruction |",
              "|---|---|--:|--:|--:|"]  # fmt: skip
     every = True
@@ -198,11 +173,10 @@ def ours_in_saelens(out: Path) -> Part:
     text = f"""## Here → SAELens
 
 {version}. `disk`: `SAE.load_from_disk` of a folder of ours; `hub`: `llm-wsae push` to a server that
-speaks the Hub's protocol, then `SAE.from_pretrained`; `scope`: a file in Gemma Scope's layout, read
-from that server by SAELens' own reader and from disk by ours.
+speaks the Hub's protocol, then `SAE.from_pretrained`.
 
 """ + "\n".join(lines)
-    return Part(text, every and len(lines) == 2 + 2 * len(folders) + 1)
+    return Part(text, every and len(lines) == 2 + 2 * len(folders))
 
 
 def saebench(out: Path) -> Part:

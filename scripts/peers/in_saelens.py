@@ -3,10 +3,9 @@
 The folder comes first, then what to do:
 
 - ``write``: dictionaries that SAELens writes: by hand, at the end of a training, as a checkpoint.
-- ``load``: dictionaries of ours, and Gemma Scope's files, as SAELens reads them. ``job.json`` in
-  the folder names them: ``disk`` and ``hub`` lead from a name to the arguments of
-  ``SAE.load_from_disk`` and ``SAE.from_pretrained``, ``scope`` to those of the latter with SAELens'
-  own reader of Gemma Scope's files.
+- ``load``: dictionaries of ours as SAELens reads them. ``job.json`` in the folder names them:
+  ``disk`` and ``hub`` lead from a name to the arguments of ``SAE.load_from_disk`` and
+  ``SAE.from_pretrained``.
 - ``whiten``: TopK dictionaries trained on rows of ours, as usual and whitening them. The folder
   holds the rows, shuffled, in ``rows.f32``, and the settings in ``job.json``; it receives a
   dictionary for each kind of ``normalize_activations``.
@@ -23,7 +22,6 @@ import sae_lens
 import torch
 from sae_lens import SAE, SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
-from sae_lens.loading.pretrained_sae_loaders import gemma_2_sae_huggingface_loader
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file
@@ -138,10 +136,6 @@ def load() -> None:
     loaded = {f"disk-{name}": SAE.load_from_disk(where) for name, where in job["disk"].items()}
     for name, (repo, sae_id) in job["hub"].items():
         loaded[f"hub-{name}"] = SAE.from_pretrained(repo, sae_id)
-    for name, (repo, sae_id) in job["scope"].items():
-        loaded[f"scope-{name}"] = SAE.from_pretrained(
-            repo, sae_id, converter=gemma_2_sae_huggingface_loader
-        )
     for name, sae in loaded.items():
         x = load_file(OUT / f"{name.split('-', 1)[1]}.rows.safetensors")["x"]
         with torch.no_grad():

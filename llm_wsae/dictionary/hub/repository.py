@@ -131,7 +131,7 @@ class Repository:
 
     def announced(self, sae_id: str, layout: Layout) -> Announced:
         """What a foreign dictionary's configuration and path say. Raises as ``fetch`` does."""
-        config = self.read_json(inside(sae_id, layout.config)) if layout.config else {}
+        config = self.read_json(inside(sae_id, layout.config))
         return layout.announce(config, PurePosixPath(self.repo_id, sae_id))
 
     def dictionary_folder(self, sae_id: str) -> Path:
