@@ -135,9 +135,9 @@ def gguf_sizes(path: Path) -> tuple[int, int]:
     """How many tensors a GGUF file has, and how many numbers they hold.
 
     The header is walked here because the package gguf does not see the end of a file: there it
-    reads empty arrays, so a list that is said to have 2⁴⁰ numbers fills the memory. And zeros at the
-    end of a file, which take no disk, are as many tensors as the header says. Raises ValueError for
-    counts and lengths that the file does not have, or no model can have.
+    reads empty arrays, so a list that is said to have 2⁴⁰ numbers fills the memory. And zeros at
+    the end of a file, which take no disk, are as many tensors as the header says. Raises ValueError
+    for counts and lengths that the file does not have, or that no model can have.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

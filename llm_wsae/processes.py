@@ -31,7 +31,7 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MOST = 1 << 16  # processes of one run
 _JOIN = timedelta(minutes=10)  # for all processes to arrive
 _PATIENCE = timedelta(days=7)  # with the slowest piece of work of rank 0, such as an evaluation
-_TIMEOUT = timedelta(minutes=30)  # of exchanges of tensors; rank 0 may be busy writing
+_TIMEOUT = timedelta(minutes=30)  # of exchanges of tensors; another may be loading or writing
 _LINGER_SECONDS = 5.0  # for the sentence of a lost process to arrive
 
 
@@ -90,24 +90,17 @@ class Several(Processes):
     """Several processes, started by a launcher and connected by its key-value store."""
 
     def __init__(self, store: "distributed.Store", rank: int, size: int):
-        from torch import distributed
-
         self.rank, self.size, self._store = rank, size, store
         self._piece = 0  # counts pieces of work; the same in all processes
-        self._turn = 0  # counts results of rank 0; likewise
-        if not distributed.is_initialized():  # otherwise by the caller, whose own it stays
-            distributed.init_process_group(
-                "gloo", store=store, rank=rank, world_size=size, timeout=_JOIN
-            )
-        self._group: Any = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        self._turn = 0  # counts results of rank 0 within a piece; likewise
+        self._group: Any = None  # what connects the processes
 
     @contextmanager
     def together(self) -> Iterator[None]:
         from torch import distributed
 
-        self._piece += 1
-        if self._group is None:
-            self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        self._piece, self._turn = self._piece + 1, 0
+        self._connect()
         try:
             yield
             self.meet()
@@ -119,7 +112,7 @@ class Several(Processes):
 
     def lead(self, work: Callable[[], T]) -> T:
         self._turn += 1
-        key = f"result/{self._turn}"
+        key = f"{self._piece}/result/{self._turn}"
         result = json.dumps(work()) if self.leads else ""
         with self.explained():
             if self.leads:
@@ -130,6 +123,7 @@ class Several(Processes):
     def meet(self) -> None:
         from torch import distributed
 
+        self._connect()
         with self.explained():
             distributed.barrier(self._group)
 
@@ -172,6 +166,23 @@ class Several(Processes):
                     f"({_first_line(error)}); run the same command again to resume"
                 )
             raise reported from error
+
+    def _connect(self) -> None:
+        """Wait for all processes, and connect them, if they are not."""
+        from torch import distributed
+
+        if self._group is not None:
+            return
+        with self.explained():
+            if not distributed.is_initialized():  # otherwise by the caller, whose own it stays
+                distributed.init_process_group(
+                    "gloo",
+                    store=self._store,
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=_TIMEOUT,
+                )
+            self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
     @property
     def _error(self) -> str:
