@@ -37,6 +37,7 @@ from llm_wsae.dictionary.explanations import (
 )
 from llm_wsae.errors import UsageError, shown
 from llm_wsae.files import folder_lock, remove_partials, write_text
+from llm_wsae.inspecting.firings import check_store
 from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import check_width
 from llm_wsae.inspecting.vocabulary import Vocabulary
@@ -121,6 +122,7 @@ def export_neuronpedia(
     dictionary = dictionary.on_cpu()  # as the rows of a store are
     explained = {} if dictionary.folder is None else read_explanations(dictionary.folder)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
+    check_store(store, dictionary)
     store.source(dictionary.site)  # raises if the store lacks the site
     there = store.manifest.num_contexts
     settings = _Settings(
@@ -186,7 +188,7 @@ def _batches(
 ) -> Iterator[dict[str, Any]]:
     """The content of the files, one after another."""
     rows = int(np.searchsorted(context_of_every_row(store), settings.contexts))
-    every, floors = collect(store, {"": dictionary}, settings.top, settings.bands, rows)
+    every, floors = collect(store, {"": dictionary}, settings.top, settings.bands, max(rows, 1))
     found, floor, readout = every[""], floors[""], Readout(model)
     token = cache(Vocabulary(model.tokenizer).text)
     facts = {
