@@ -126,7 +126,7 @@ def parse_yaml(text: str, what: str) -> dict[str, Any]:
 
     with parsing(f"{what} cannot be read"):
         value = {} if (found := yaml.safe_load(text)) is None else found
-    if not isinstance(value, dict):
+    if not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
         raise LlmWsaeError(f"{what} cannot be read: it is not a list of names with values")
     return value
 

@@ -435,7 +435,7 @@ def test_names_become_harmless_folders(hub, tmp_path):
 def test_commands(hub, plain, weighted, tmp_path, monkeypatch):
     pushed = works("push", plain, weighted, REPO, "--license", "mit", "--json").json
     assert pushed["dictionaries"] == [f"{SITE}/plain-k4", f"{SITE}/weighted-k4"]
-    assert pushed["commit"] == head(hub) and len(pushed["changed"]) == 11
+    assert pushed["commit"] == head(hub) and len(pushed["changed"]) == 9
     again = works("push", plain, weighted, REPO)
     assert again.out == f"already up to date: {hub.endpoint}/{REPO}\n"
     assert "license: mit" in hub.store.content(REPO, "README.md").decode()
