@@ -33,7 +33,6 @@ PEERS = {  # folder of the environment, distributions, module
     "dictionary_learning": ("dictlearn", "dictionary-learning", "dictionary_learning"),
     "saebench": ("saebench", "sae-bench", "sae_bench"),
     "sae-probes": ("saeprobes", "sae-probes", "sae_probes"),
-    "saedashboard": ("saedashboard", "sae-dashboard>=0.8 pyarrow<20", "sae_dashboard"),
     "saelens5": ("saelens5", "sae-lens>=5,<6 pyarrow<20", "sae_lens"),
     "saelens3": ("saelens3", "sae-lens>=3,<4 pyarrow<20", "sae_lens"),
 }

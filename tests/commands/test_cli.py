@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import HARVEST, SITE, TRAIN, call, content, harvest_more, works
-from foreign_folders import GEMMA, WRITERS, gemma_scope, place
+from foreign_folders import WRITERS, place
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
@@ -315,9 +315,6 @@ def test_verify_knows_every_layout_that_is_read(tmp_path):
         folder = place(tmp_path, layout)
         WRITERS[layout](folder)
         assert f"{folder}: dictionary can be read, but there is no" in works("verify", folder).out
-    scope = tmp_path / GEMMA
-    gemma_scope(scope)
-    works("verify", scope)
     nameless = tmp_path / "nameless"
     WRITERS["sparsify"](nameless)
     assert "does not say where it belongs" in call("verify", nameless).err

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from command_line import works
-from foreign_folders import gemma_scope
+from foreign_folders import sparsify
 from places import DOCS, PAGES, README, ROOT, SCRIPTS, Block, blocks, prose_words
 from safetensors.torch import save_file
 from tiny import tiny_hf_model, tiny_tokenizer, write_jsonl
@@ -203,7 +203,7 @@ def test_latents_in_a_running_model(world):
 
 
 def test_a_dictionary_of_another_tool(world):
-    gemma_scope(world / "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
+    sparsify(world / "sae-llama-3-8b-32x/layers.12")
     names = run(block("docs/formats.md", "theirs = "))
     assert torch.equal(names["Dictionary"].load("mine").W_dec, names["theirs"].W_dec)
 

@@ -36,7 +36,6 @@ from llm_wsae.files import load_tensors, write_json
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.dashboard import read_scores
-from llm_wsae.pages.firings_by_latent import FiringsByLatent
 from llm_wsae.processes import Processes
 from llm_wsae.studies import jobs, runner
 from llm_wsae.studies.config import StudyConfig
@@ -247,8 +246,6 @@ def of_others(folder: Path) -> dict[str, Kind]:
         with open(answers, "a") as file:
             file.write(digests.json_line({**line, "tokens_in": 3, "messages": [{"a": "b"}]}))
     dictionary = Dictionary.load(folder / "trained/uniform-k4")
-    firings = folder / "firings"
-    FiringsByLatent.of(store, dictionary, store.num_rows, 16, firings)
     columns = {"detection": torch.linspace(0, 1, 64).tolist(), "purity": [None] * 64}
     report = {"dictionaries": {"uniform-k4": {"per_latent": columns}}}
     write_json(folder / "report.json", {"command": "evaluate", "monosemanticity": report})
@@ -267,10 +264,6 @@ def of_others(folder: Path) -> dict[str, Kind]:
             raise provenance.LlmWsaeError("the question is asked again")
         return found
 
-    def read_firings() -> Any:
-        found = FiringsByLatent(firings, 64, 16, store.num_rows)
-        return [found.batch(number) for number in range(4)], found._sums
-
     def read_scored() -> Any:
         return read_scores(folder / "report.json", {"uniform-k4": dictionary})
 
@@ -282,8 +275,6 @@ def of_others(folder: Path) -> dict[str, Kind]:
         "measurement kept in a store": Kind(measured._path, weights, read_measured),
         "planted experiment": Kind(unit.path, record, lambda: finish([unit], 1, "x")),
         "answers": Kind(answers, answers, read_answers),
-        "sums of firings": Kind(firings / "sums.safetensors", weights, read_firings),
-        "firings": Kind(firings / "0.firings", firings / "1.firings", read_firings),
         "report with scores": Kind(folder / "report.json", record, read_scored),
         "record of an export": Kind(record, folder / "report.json", read_record),
     }
@@ -296,10 +287,9 @@ def test_random_and_structured_damage(kinds, fuzz):
         for number, draw in fuzz.cases(name, USUAL):
             done, data = blind(good, draw, other)
             tried(fuzz, name, kind, f"case {number} ({done})", data, whole)
-        if kind.path.suffix != ".firings":
-            for number, draw in fuzz.cases(f"{name}, structured", USUAL // 2):
-                done, data = structured(kind.path, good, draw)
-                tried(fuzz, name, kind, f"structured case {number} ({done})", data, whole)
+        for number, draw in fuzz.cases(f"{name}, structured", USUAL // 2):
+            done, data = structured(kind.path, good, draw)
+            tried(fuzz, name, kind, f"structured case {number} ({done})", data, whole)
         kind.path.write_bytes(good)
 
 

@@ -48,7 +48,6 @@ def test_push_writes_the_files_and_a_card_in_one_commit(hub, plain, weighted):
             assert hub.store.content(REPO, f"{sae_id}/{name}") == data
             large = name.endswith(".safetensors")
             assert (files[f"{sae_id}/{name}"].sha256 is not None) == large
-        assert hub.store.content(REPO, f"{sae_id}/weights.png").startswith(b"\x89PNG")
     assert sorted([*files]) == sorted([".gitattributes", *done.changed])
     card = hub.store.content(REPO, "README.md").decode()
     assert f"`{SITE}/plain-k4`" in card and f"`{SITE}/weighted-k4`" in card
@@ -76,26 +75,12 @@ def test_only_what_changed_is_written(hub, plain, weighted):
     assert "| 0.125 |" in card and "| 0.250 |" in card  # the other one's numbers come from there
 
 
-def test_a_figure_of_weights_that_are_a_matrix_now_is_gone(hub, plain):
-    push([plain], REPO)
-    figure = f"{SITE}/plain-k4/weights.png"
-    assert figure in hub.store.repositories[REPO].files()
-    dictionary = Dictionary.load(plain)
-    dictionary.extras = {"gamma": torch.eye(dictionary.d_in)}
-    dictionary.save(plain)
-    assert figure in push([plain], REPO).changed
-    assert figure not in hub.store.repositories[REPO].files()
-    assert "weights.png" not in hub.store.content(REPO, "README.md").decode()
-    assert push([plain], REPO).changed == []
-
-
 def test_a_push_of_one_dictionary_keeps_the_others(hub, plain, weighted):
     push([weighted], REPO)
     done = push([plain], REPO)
     assert not [path for path in done.changed if "weighted" in path]
     card = hub.store.content(REPO, "README.md").decode()
     assert f"`{SITE}/plain-k4`" in card and f"`{SITE}/weighted-k4`" in card
-    assert f"({SITE}/weighted-k4/weights.png)" in card
     assert [d.sae_id for d in list_dictionaries(REPO)] == [
         f"{SITE}/plain-k4",
         f"{SITE}/weighted-k4",
@@ -447,7 +432,7 @@ def test_names_become_harmless_folders(hub, tmp_path):
 def test_commands(hub, plain, weighted, tmp_path, monkeypatch):
     pushed = works("push", plain, weighted, REPO, "--license", "mit", "--json").json
     assert pushed["dictionaries"] == [f"{SITE}/plain-k4", f"{SITE}/weighted-k4"]
-    assert pushed["commit"] == head(hub) and len(pushed["changed"]) == 11
+    assert pushed["commit"] == head(hub) and len(pushed["changed"]) == 9
     again = works("push", plain, weighted, REPO)
     assert again.out == f"already up to date: {hub.endpoint}/{REPO}\n"
     assert "license: mit" in hub.store.content(REPO, "README.md").decode()
