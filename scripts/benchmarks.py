@@ -48,7 +48,6 @@ _BENCHMARK_PAGES = {
     "hub": "harvest.md",
     "page": "whole-job.md",
     "evaluate": "evaluation.md",
-    "plan": "whole-job.md",
     "quickstart": "whole-job.md",
     "stream": "whole-job.md",
     "long": "whole-job.md",

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,16 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import HARVEST, SITE, call, content, works
-from looping import over
-from mutations import OTHER_VALUES, REMOVED, config_changes
+from mutations import OTHER_VALUES, config_changes
+from places import ROOT
 from safetensors.torch import load_file, save_file
-from test_older_versions import old  # noqa: F401 - a fixture
 from training_cases import CONFIG, Planted, arms_for
 
 from llm_wsae import digests, verifying
 from llm_wsae.data import shard_reader
 from llm_wsae.data.manifest import MANIFEST, Manifest
-from llm_wsae.data.shard_record import FileRecord
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary import atomic_folder, checks
 from llm_wsae.dictionary import folder as dictionary_folder
@@ -362,15 +361,8 @@ def read_everything(store: ActivationStore) -> None:
         assert batch.isfinite().all()
 
 
-@over(first_version=[False, True])
-def test_no_damage_to_a_store_is_trained_on(made_world, tmp_path, first_version):
-    folder = tmp_path / f"store-{first_version}"
-    shutil.copytree(made_world / "store", folder)
-    if first_version:  # without checksums of rows
-        manifest = Manifest.load(folder)
-        plain = [type(s)(**{**vars(s), "row_checks": {}}) for s in manifest.shards]
-        manifest.shards = plain
-        manifest.save(folder)
+def test_no_damage_to_a_store_is_trained_on(made_world, tmp_path):
+    folder = shutil.copytree(made_world / "store", tmp_path / "store")
     store = ActivationStore.open(folder)
     read_everything(store)
     of_shards = {path for shard in store.manifest.shards for path in shard.files}
@@ -454,8 +446,7 @@ def manifest_changes(value):
             yield f"{path}.0", other, value | {path: [other, *value[path][1:]]}
     first = value["shards"][0]
     for key, other, changed in config_changes(first):
-        if key != "row_checks" or other != REMOVED:
-            yield f"shards.0.{key}", other, value | {"shards": [changed, *value["shards"][1:]]}
+        yield f"shards.0.{key}", other, value | {"shards": [changed, *value["shards"][1:]]}
     for text in ("save", "float16", "int8"):
         yield "dtype", text, value | {"dtype": text}
     begun = value | {"complete": False, "shards": [], "statistics": {}}  # no file has its path yet
@@ -483,8 +474,7 @@ def test_a_manifest_that_no_harvest_writes_is_refused(world):
             manifest = Manifest.load(folder)
         except LlmWsaeError:
             continue
-        unchecked = key.startswith("shards.0.row_checks") and other in ({}, REMOVED)
-        if value != good and not unchecked and not key.startswith(FREE):
+        if value != good and not key.startswith(FREE):
             passed.append((key, other))
         assert type(manifest.d_in) is int and manifest.sites == [SITE]
     assert not passed
@@ -523,24 +513,6 @@ def test_verify_checks_every_file_that_is_written(world, stopped, monkeypatch):
         assert not verify(place).problems
 
 
-def test_verify_knows_what_the_first_version_wrote(old):  # noqa: F811
-    """It opens, and there is no digest of much of it."""
-    expected = {
-        "store": ("store", {"harvest.json"}),
-        "finished": ("training", {"training.json", "log.jsonl", "train.json"}),
-        "stopped": ("training", {"checkpoint.safetensors", "log.jsonl"}),
-        "study": ("study", {"study.json", "report.json", "command.json", "consistency.json"}),
-        "weights/whitening.safetensors": ("weights file", {"whitening.safetensors"}),
-        "finished/uniform-k4": ("dictionary", {"cfg.json", "wsae.json"}),
-    }
-    for name, (kind, without) in expected.items():
-        found = works("verify", name, "--json").json
-        assert found["kind"] == kind and without <= set(found["without_digest"]), name
-        assert "can be read, but there is no checksum of" in works("verify", name).out
-    for name, record in Manifest.load(old / "store").all_files().items():
-        assert record == FileRecord.of(old / "store" / name)
-
-
 def test_a_file_that_verify_cannot_judge_alone_is_not_called_damaged(world):
     said_of = Explanation(1, "cats", "a model", {})
     keep_explanations(world / "trained/uniform-k4", [said_of])
@@ -566,7 +538,14 @@ def test_a_file_that_verify_cannot_judge_alone_is_not_called_damaged(world):
     assert found.code == 1 and "wsae.json is damaged" in found.err and "restore" in found.err
 
 
-def test_verify_finds_what_was_exchanged_or_cannot_be(world, old, tmp_path):  # noqa: F811
+@pytest.fixture
+def study(tmp_path):
+    with tarfile.open(ROOT / "tests/fixtures/study.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "study"
+
+
+def test_verify_finds_what_was_exchanged_or_cannot_be(world, study, tmp_path):
     trained, other = world / "trained/uniform-k4", world / "trained/variance-a0.5-k4"
     dictionary_folder.keep_measurements(trained, {"fidelity": {"fvu": 0.25}})
     assert not verify(world / "trained").problems
@@ -582,9 +561,9 @@ def test_verify_finds_what_was_exchanged_or_cannot_be(world, old, tmp_path):  # 
         shutil.copy(tmp_path / "w.safetensors", world / "trained/weights.safetensors")
         assert "must be finite, but 1 are not" in "; ".join(verify(place).problems)
     (world / "trained/weights.safetensors").unlink()
-    result = next((old / "study").glob("results/u*-k2.json"))
+    result = next(study.glob("results/u*-k2.json"))
     shutil.copy(result, result.with_name("other.json"))
-    assert "other.json holds the result of 'u" in "; ".join(verify(old / "study").problems)
+    assert "other.json holds the result of 'u" in "; ".join(verify(study).problems)
 
 
 def test_verify_says_what_is_missing_from_a_training(world):
@@ -593,12 +572,7 @@ def test_verify_says_what_is_missing_from_a_training(world):
     assert "trained/uniform-k4 is missing; delete" in said and "run the same command again" in said
 
 
-def test_a_study_is_checked_file_by_file(old):  # noqa: F811
-    study = old / "study"
-    for path in [*study.glob("results/*.json"), study / "study.json"]:
-        write_json(path, json.loads(path.read_text()))  # as this version does
-    agreements = json.loads((study / "consistency.json").read_text())
-    write_json(study / "consistency.json", {"agreements": agreements})
+def test_a_study_is_checked_file_by_file(study):
     assert not verify(study).problems
     for path in (
         study / "study.json",

@@ -16,7 +16,7 @@ from llm_wsae.commands.options import (
     Result,
     RuleOptions,
     ScoreOptions,
-    Store,
+    Stores,
     TrainOptions,
     check_none_given,
     cost,
@@ -65,7 +65,7 @@ class StudyOptions(RuleOptions):
 
 
 def study(
-    store: Store,
+    stores: Stores,
     model: Flat[ModelOptions],
     corpus: Flat[CorpusOptions],
     site: str,
@@ -86,14 +86,14 @@ def study(
     study: no dictionary is trained twice, and the report is about all that was tried in the folder.
 
     Args:
-        store: Activation store.
-        site: One of the store's sites.
+        stores: Activation stores, of one model with the same sites and settings.
+        site: One of their sites.
         out: Folder of the study.
         dictionary: First dictionary of the site, for the rules participation and gap. Without it,
             one is trained for each seed.
         plant: Plant known features into the rows, and measure how much of them is recovered.
     """
-    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.data.stores import open_stores
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.explaining.endpoint import check_endpoint
     from llm_wsae.explaining.explaining import price_of
@@ -107,7 +107,7 @@ def study(
         check_none_given("explain", explain, "--explain.endpoint")
     check_file(out / RECORD, is_record_of("study"))
     config, training = compare.config(planted if plant else None), train.with_model_on(model.device)
-    place, opened = Site.parse(site), ActivationStore.open(store)
+    place, opened = Site.parse(site), open_stores(stores)
     if explain.endpoint is not None:
         check_endpoint(explain.endpoint)
         width = max(training.expansion, 2) * opened.d_in  # each raw dimension has two latents
@@ -135,7 +135,7 @@ def study(
         explainer=explain.explainer,
         explaining=explain.config,
     )
-    asked = {"store": store, "model": model.model, "corpus": corpus.corpus, "site": site}
+    asked = {"stores": stores, "model": model.model, "corpus": corpus.corpus, "site": site}
     asked |= {**vars(config), "dictionary": dictionary, "weigh": weigh, "train": training}
     asked |= {"fidelity": evaluate, "score": score, "explain": explain}
     write_record(out / RECORD, "study", asked)

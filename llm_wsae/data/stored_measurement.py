@@ -1,16 +1,14 @@
-"""What was measured of a store for weight rules, kept in its folder ``evidence`` (its name on disk
-since the first version)."""
+"""What was measured of a store for weight rules, kept in its folder ``evidence``."""
 
 import sys
-from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.stores import StoresInTurn
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_own_tensors, save_own_tensors
-from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
 from llm_wsae.statistics.moments import Statistics
@@ -37,9 +35,12 @@ class StoredMeasurement:
         config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
     ):
         self._need, self._d_in = need, store.d_in
-        self._path = store.folder / MEASUREMENTS / f"{site}.{need}.safetensors"
         settings = {name: getattr(config, name) for name in SETTINGS.get(need, ())}
-        self._header = {"rows": store.identity(site)["sha256"], **settings}
+        rows = store.identity(site)["sha256"]
+        self._header = {"rows": rows, **settings}
+        # of several stores, beside what was measured of the first alone
+        several = f".{rows[:16]}" if isinstance(store, StoresInTurn) else ""
+        self._path = store.folder / MEASUREMENTS / f"{site}.{need}{several}.safetensors"
 
     def read(self) -> Tensor | None:
         """What was measured; None if it was not, is damaged, or is of other rows or settings."""
@@ -59,7 +60,7 @@ class StoredMeasurement:
         if header.get("rows") != self._header["rows"]:
             self._say_anew("it is of other rows")
             return None
-        return tensors if _settings(header) == _settings(self._header) else None
+        return tensors if header == self._header else None
 
     def _say_anew(self, why: str) -> None:
         """Say why a measurement that is there is not used."""
@@ -87,11 +88,3 @@ def check_measurement(what: str, tensors: dict[str, Tensor], d_in: int) -> None:
         (Statistics if what == "statistics" else SecondMoment).from_tensors(tensors)
     else:
         finite_tensor_of(tensors, what, *((d_in, d_in) if what == "fisher" else (d_in,)))
-
-
-def _settings(header: dict[str, Any]) -> dict[str, Any]:
-    """The header with one name for the default encoder, which older measurements name otherwise."""
-    return {
-        key: canonical_encoder(value) if key == "encoder" else value
-        for key, value in header.items()
-    }

@@ -9,8 +9,7 @@
 
 The folder is written under a temporary name and renamed, so half a dictionary is never found under
 its name. Reading trusts nothing: names, shapes and dtypes in the files' headers are compared with
-``cfg.json`` before a single tensor is allocated, and every byte with its checksum. (Dictionaries of
-the first version have none for the two JSON files.)
+``cfg.json`` before a single tensor is allocated, and every byte with its checksum.
 """
 
 import dataclasses
@@ -31,8 +30,8 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.files import (
-    own_json,
     read_json,
+    read_own_json,
     remove_partials,
     save_tensors,
     sha256,
@@ -247,19 +246,10 @@ def _stored(folder: Path) -> Content:
     return Content(weights, sparsity, info, extras, values["sha256"][WEIGHTS])
 
 
-def files_without_digest(folder: Path) -> list[Path]:
-    """The files of a dictionary of this package that no digest covers, as in the first version."""
-    values, has_digest = own_json(folder / INFO, "dictionary's information", key=OWN_DIGEST)
-    names = [*([] if has_digest else [INFO]), *(set(_PROVED) - values["sha256"].keys())]
-    return [folder / name for name in sorted(names)]
-
-
 def _check_digests(folder: Path, saved: Any) -> None:
     """The files must hold the bytes that were saved, which what they say cannot show."""
     digests = saved if isinstance(saved, dict) else {}
-    first_version = digests.keys() == {WEIGHTS, EXTRAS}
-    names = (WEIGHTS, EXTRAS) if first_version else _PROVED
-    if changed := [name for name in names if digests.get(name) != sha256(folder / name)]:
+    if changed := [name for name in _PROVED if digests.get(name) != sha256(folder / name)]:
         raise LlmWsaeError(
             f"in {folder}, {' and '.join(changed)} changed since it was saved (by the checksums in "
             f"{INFO}); {WAY_OUT}, or, if SAELens was meant to write there, remove {INFO} and "
@@ -270,7 +260,7 @@ def _check_digests(folder: Path, saved: Any) -> None:
 def _read_info(folder: Path) -> dict[str, Any]:
     """The content of ``wsae.json``, proved."""
     path = folder / INFO
-    values, _ = own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
+    values = read_own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
     return values

@@ -58,7 +58,7 @@ def read(path: Path) -> Agreements:
     way_out = "delete it to measure it again"
     content = read_own_json(path, "consistency of a study", way_out)
     try:
-        listed = content if isinstance(content, list) else content["agreements"]  # first version
+        listed = content["agreements"]
         found = [typed(Agreement(**one | {"seeds": tuple(one["seeds"])})) for one in listed]
         return {(one.label, one.k): one for one in found}
     except (KeyError, TypeError) as error:

@@ -18,7 +18,6 @@ from typing import Any
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, read_own_json, write_json
-from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.studies import consistency
 from llm_wsae.studies.plan import RAW_NAME
 from llm_wsae.studies.report import StudyReport
@@ -97,12 +96,9 @@ def read_basis(folder: Path) -> dict[str, Any]:
     path = folder / BASIS
     basis = read_own_json(path, "description of a study")
     try:
-        scoring = basis["scoring"]
-        scoring["encoder"] = canonical_encoder(scoring["encoder"])
-        # studies made before there was a choice of architecture are TopK's, and without plants;
-        # their decoder rows had unit length
+        # archived studies are of TopK without plants, whose decoder rows had unit length, and
+        # detection was over all genres and documents
         training = {"architecture": "topk", "lengths": "unit"} | basis["training"]
-        # and detection was over all genres and documents
         old = {"planted": {}, "measures": {"detection": 1}}
         return old | basis | {"training": training}
     except (AttributeError, KeyError, TypeError) as error:
@@ -116,12 +112,6 @@ def k_of_baselines(folder: Path) -> int | None:
     names = [path.name for place in places for path in folder.glob(place)]
     ks = [name.removeprefix(RAW_NAME).removesuffix(".json") for name in names]
     return min((int(k) for k in ks if k.isdecimal()), default=None)
-
-
-def has_unit_lengths(folder: Path) -> bool:
-    """Whether it holds a study whose decoder rows have length 1, as those of earlier versions have.
-    Raises as ``read_basis`` does."""
-    return (folder / BASIS).exists() and read_basis(folder)["training"]["lengths"] == "unit"
 
 
 def check_basis(folder: Path, basis: Mapping[str, Any]) -> None:

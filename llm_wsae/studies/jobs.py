@@ -226,7 +226,7 @@ def _names_in(folder: Path) -> list[str]:
     damaged."""
     way_out = f"delete {folder} to train its dictionaries again"
     found = read_own_json(folder / GROUP, "list of a study's dictionaries", way_out)
-    names = found.get("dictionaries") if isinstance(found, dict) else found  # first version
+    names = mapping(found).get("dictionaries")
     if not isinstance(names, list) or not all(map(_is_folder_name, names)):
         raise LlmWsaeError(f"{folder / GROUP} is not a list of dictionaries; {way_out}")
     return names

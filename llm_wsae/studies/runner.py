@@ -50,7 +50,6 @@ from llm_wsae.studies.folder import (
     RESULTS,
     TRAINING,
     check_basis,
-    has_unit_lengths,
     k_of_baselines,
     keep_look,
     read_basis,
@@ -148,8 +147,6 @@ def study(
     trains_first = dictionary is None and needs_first(config.rules)
     first = stand_ins(inputs, config) if trains_first else None
     arms = _planned(inputs, config, weigh, training, first)
-    if training.lengths == "auto" and has_unit_lengths(out):
-        training = replace(training, lengths="unit")  # it goes on as it was begun
     basis = _basis(store.identity(site), heldout, config, training, fidelity, scoring)
     with folder_lock(out, "study"):
         remove_partials(out, DICTIONARIES, RESULTS)

@@ -14,13 +14,12 @@ from tiny import write_jsonl
 
 import llm_wsae.pipeline
 import llm_wsae.tuning
-from llm_wsae import processes
+from llm_wsae import planning, processes
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity import evaluator, summary
 from llm_wsae.files import load_tensors, read_own_json, save_own_tensors
 from llm_wsae.model.site import Site
-from llm_wsae.planning import speeds
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.one_site import Training
 
@@ -243,7 +242,7 @@ def test_short_texts_are_read_again_and_it_is_said(world, tmp_path):
 def part(what, *words):
     """One process's part of a command; ``what`` is done to it first."""
     llm_wsae.pipeline.TRIAL_TOKENS, llm_wsae.tuning.TRIAL_ROWS = 300, 1024
-    speeds.SECONDS = 0.01
+    planning.SECONDS = 0.01
     processes._BEATS_MISSED = 300  # to import the library of figures on a busy machine
     if what is not None and os.environ["RANK"] == what[0]:
         what[1]()

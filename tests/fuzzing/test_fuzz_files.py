@@ -19,7 +19,6 @@ from training_cases import CONFIG, Planted, arms_for
 
 from llm_wsae import digests, provenance, tuning
 from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards, save_record
-from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.shard_record import FileRecord, tokens_path
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import StoredMeasurement
@@ -111,7 +110,7 @@ def of_stores(folder: Path) -> dict[str, Kind]:
     store = ActivationStore.open(place)
 
     def read_rows() -> torch.Tensor:
-        reader = RowReader(place, store.manifest, SITE)
+        reader = store.reader(PLACE)
         found = torch.empty(store.num_rows, store.d_in, dtype=reader.dtype)
         reader.read(0, found)
         return found
@@ -197,14 +196,10 @@ def checkpoint_reader(stopped: Path) -> Callable[[], Any]:
 
 
 def of_studies(folder: Path) -> dict[str, Kind]:
-    with tarfile.open(ROOT / "tests/fixtures/made-by-0.1.0.tar.xz") as archive:
-        archive.extractall(folder / "old", filter="data")
-    study = folder / "old/study"
+    with tarfile.open(ROOT / "tests/fixtures/study.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    study = folder / "study"
     results = sorted(study.glob("results/*.json"))
-    for path in (*results, study / "study.json"):
-        write_json(path, json.loads(path.read_text()))  # as this version does
-    agreements = {"agreements": json.loads((study / "consistency.json").read_text())}
-    write_json(study / "consistency.json", agreements)
     scores = {"u-k2": {"detection": {"mean": 0.75, "interval": [0.5, 0.9], "latents": 12}}}
     write_json(study / "explained.json", {"settings": {"seed": 0}, "dictionaries": scores})
     group = study / "training/0123456789ab"
