@@ -131,7 +131,7 @@ class Reached(NamedTuple):
     numbers: dict[str, dict[str, float]]
     """The numbers last logged for each arm."""
     log: Written | None = None
-    """What the log held; None in processes that write none, and before the first step."""
+    """What the log held; None in processes that write none."""
 
 
 def save_checkpoint(
@@ -203,11 +203,11 @@ def load_learnt(folder: Path, arm: Arm) -> Learnt:
     return Learnt(parameters, architecture)
 
 
-def log_at_checkpoint(folder: Path) -> Written:
+def log_at_checkpoint(folder: Path) -> Written | None:
     """What the log held at the folder's checkpoint, the bytes of which are not checked here."""
     path = folder / CHECKPOINT
     with open_tensors(path, WHAT) as file, _refused(path):
-        return Written.from_json(json.loads(file.metadata()[HEADER])["log"])
+        return _log(json.loads(file.metadata()[HEADER]))
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:
@@ -269,7 +269,12 @@ def _reached(header: dict[str, Any], num_steps: int) -> Reached:
     for found in numbers.values():
         if not all(isinstance(number, float) for number in found.values()):
             raise ValueError(f"its numbers are {shown(numbers)}")
-    return Reached(step, numbers, Written.from_json(header["log"]))
+    return Reached(step, numbers, _log(header))
+
+
+def _log(header: dict[str, Any]) -> Written | None:
+    """What the log held. Raises ValueError or KeyError for what no training writes."""
+    return None if header["log"] is None else Written.from_json(header["log"])
 
 
 def _identity(header: dict[str, Any]) -> dict[str, Any]:

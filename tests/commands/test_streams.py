@@ -275,7 +275,7 @@ def check_said_once(outcomes, sites):
     first, *others = outcomes
     assert all((other.code, other.out, other.err) == (0, "", "") for other in others), others
     assert first.code == 0, first.err
-    assert first.err.count("takes about") == first.err.count("[4/4] evaluate: ") == 1
+    assert first.err.count("\nin all ") == first.err.count("[4/4] evaluate: ") == 1
     assert first.err.count("[2/4] weigh: ") == first.out.count("CE recovered  share") == sites
 
 
@@ -390,7 +390,7 @@ def test_a_killed_run_of_several_processes_is_resumed(asked, unbroken, tmp_path,
     assert other.code == 1 and "run the same command again to resume" in other.err
     outcomes = in_several(2, part, None, *asked, "--out", out)
     assert [outcome.code for outcome in outcomes] == [0, 0]
-    assert "takes about" not in outcomes[0].err and "statistics:" not in outcomes[0].err
+    assert "\nin all " not in outcomes[0].err and "statistics:" not in outcomes[0].err
     check_same(out, unbroken)
 
 
