@@ -107,7 +107,7 @@ class Own(NamedTuple):
     content: Any
     """The value of a JSON file without its digest; the facts in the header of a file of tensors."""
     has_digest: bool
-    """A file without one is of another tool."""
+    """A file without one is of another tool, or was edited."""
 
 
 def own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = digests.KEY) -> Own:
@@ -119,17 +119,9 @@ def own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = digests.
         return Own(*digests.check_json(Path(path).read_bytes().decode("utf-8"), key))
 
 
-def read_own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = digests.KEY) -> Any:
-    """The content of ``own_json``. Raises LlmWsaeError also for a file without a digest."""
-    return _proved(own_json(path, what, way_out, key=key), path, way_out)
-
-
-def _proved(own: Own, path: Path, way_out: str) -> Any:
-    if not own.has_digest:
-        raise LlmWsaeError(
-            f"{path} has no checksum, so llm-wsae 0.1 or another tool wrote it; {way_out}"
-        )
-    return own.content
+def read_own_json(path: Path, what: str, way_out: str = AGAIN) -> Any:
+    """The content of ``own_json``."""
+    return own_json(path, what, way_out).content
 
 
 def save_tensors(
@@ -177,11 +169,6 @@ def own_facts(file: Any, path: Path, what: str, way_out: str = AGAIN) -> Own:
     its bytes. Raises as ``load_own_tensors`` does."""
     with _reading_json(path, what, way_out):
         return Own(*digests.check_header(Path(path), file.metadata() or {}))
-
-
-def proved_facts(file: Any, path: Path, what: str, way_out: str = AGAIN) -> dict[str, Any]:
-    """The content of ``own_facts``. Raises LlmWsaeError also for a file without a digest."""
-    return _proved(own_facts(file, path, what, way_out), path, way_out)
 
 
 @contextmanager

@@ -584,3 +584,20 @@ def test_a_study_is_checked_file_by_file(study):
             path.write_bytes(data)
             assert path.name in "; ".join(verify(study).problems)
             path.write_bytes(good)
+
+
+def test_what_the_first_version_wrote_is_refused_in_a_sentence(world, stopped):
+    """By its version, or by what it lacks."""
+    value, _ = own_json(world / "store" / MANIFEST, "manifest")
+    write_json(world / "store" / MANIFEST, {**value, "package_version": "0.1.0"})
+    with pytest.raises(LlmWsaeError, match=r"0\.1\.0', which this version does not read; harvest"):
+        ActivationStore.open(world / "store")
+    folder = world / "trained/uniform-k4"
+    value, _ = own_json(folder / "wsae.json", "file", key=OWN_DIGEST)
+    write_json(folder / "wsae.json", {**value, "package_version": "0.1.0"}, key=OWN_DIGEST)
+    with pytest.raises(LlmWsaeError, match=r"saved by llm-wsae 0\.1\.0.*; train it again"):
+        Dictionary.load(folder)
+    value, _ = own_json(world / "trained" / FINISHED, "record")
+    write_json(world / "trained" / FINISHED, {k: v for k, v in value.items() if k != "log"})
+    with pytest.raises(LlmWsaeError, match="is not what this version writes"):
+        read_finished(world / "trained")

@@ -30,8 +30,8 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.files import (
+    own_json,
     read_json,
-    read_own_json,
     remove_partials,
     save_tensors,
     sha256,
@@ -44,6 +44,8 @@ from llm_wsae.provenance import version_of
 
 FORMAT = "llm-wsae dictionary"
 FORMAT_VERSION = 1
+_UNREAD = "0.1.0"
+"""Version of this package whose dictionaries have no digest of their configuration."""
 CFG, WEIGHTS, INFO, EXTRAS = (
     "cfg.json",
     "sae_weights.safetensors",
@@ -260,9 +262,14 @@ def _check_digests(folder: Path, saved: Any) -> None:
 def _read_info(folder: Path) -> dict[str, Any]:
     """The content of ``wsae.json``, proved."""
     path = folder / INFO
-    values = read_own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
+    values, _ = own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
+    if values.get("package_version") == _UNREAD:
+        raise LlmWsaeError(
+            f"{folder} was saved by llm-wsae {_UNREAD}, which this version does not read; train it "
+            "again"
+        )
     return values
 
 

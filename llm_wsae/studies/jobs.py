@@ -23,6 +23,7 @@ from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.files import read_own_json, remove_folder, write_json
+from llm_wsae.outside import mapping
 from llm_wsae.planting.recovery import PlantRecovery, measure_recovery
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain

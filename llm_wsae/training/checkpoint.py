@@ -26,7 +26,7 @@ from llm_wsae.digests import HEADER, blank_header, fill_header
 from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.files import (
     open_tensors,
-    proved_facts,
+    own_facts,
     read_own_json,
     save_own_tensors,
     write_atomic,
@@ -173,7 +173,7 @@ def load_checkpoint(
     if not path.exists():
         return Reached(0, {})
     with open_tensors(path, WHAT, WAY_OUT) as file:
-        header = processes.lead(lambda: proved_facts(file, path, WHAT, WAY_OUT))
+        header = processes.lead(lambda: own_facts(file, path, WHAT, WAY_OUT).content)
         with _refused(path):
             check_identity(folder, _identity(header), identity)
             reached = _reached(header, identity["num_steps"])

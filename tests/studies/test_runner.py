@@ -24,7 +24,6 @@ from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
 from llm_wsae.evaluation.monosemanticity.evaluator import pw_mcc
 from llm_wsae.files import read_own_json, write_json
-from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
@@ -533,21 +532,6 @@ def test_another_study_in_the_folder_is_refused(whole, study):
     assert content(out) == before
 
 
-def test_a_study_of_an_earlier_version_is_resumed(whole, study, trained, tmp_path):
-    shutil.copytree(whole[0], tmp_path / "out")
-    basis = read_own_json(tmp_path / "out" / "study.json", "study")
-    assert basis["training"].pop("architecture") == "topk"
-    assert basis.pop("measures") == {"detection": 2}
-    assert basis["scoring"]["encoder"] == DEFAULT_ENCODER
-    basis["scoring"]["encoder"] = ENCODER_PACKAGE  # the same weights, as they were named then
-    (tmp_path / "out" / "study.json").write_text(json.dumps(basis))
-    report = study(tmp_path / "out")
-    assert trained == [] and report.to_dict()["verdicts"] == whole[1].to_dict()["verdicts"]
-    with pytest.raises(LlmWsaeError, match=r"other settings of measures \(detection\)"):
-        study(tmp_path / "out", replace(CONFIG, seeds=(0, 1, 2)))
-    assert trained == []
-
-
 def test_a_damaged_description_is_named(whole, study, tmp_path):
     shutil.copytree(whole[0], tmp_path / "out")
     for basis in ([], {"rows": {}}, {"training": None}):
@@ -647,7 +631,7 @@ def test_a_begun_training_that_nobody_needs_is_cleared_away(whole, study, tmp_pa
     shutil.copytree(whole[0], out)
     group = out / "training" / "0123456789ab"
     group.mkdir(parents=True)
-    (group / "group.json").write_text(json.dumps(NAMES[:2]))
+    write_json(group / "group.json", {"dictionaries": NAMES[:2]})
     study(out)
     assert not group.exists()
     before = content(out / "dictionaries")
