@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
     from llm_wsae.data.config import HarvestConfig, StreamConfig
     from llm_wsae.data.corpus import Corpus
-    from llm_wsae.data.merging import merge
     from llm_wsae.data.store import ActivationStore
+    from llm_wsae.data.stores import open_stores
     from llm_wsae.dictionary.dictionary import Dictionary, load_pretrained
     from llm_wsae.errors import LlmWsaeError, UsageError
     from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llm_wsae.pages.dashboard import dashboard
     from llm_wsae.pages.neuronpedia import export_neuronpedia
     from llm_wsae.pipeline import run
-    from llm_wsae.planning.planning import plan
+    from llm_wsae.planning import plan
     from llm_wsae.planting.config import PlantConfig
     from llm_wsae.planting.recovery import measure_recovery
     from llm_wsae.planting.source import PlantedSource
@@ -54,6 +54,7 @@ _HOMES = {
     "Corpus": "data.corpus",
     "HarvestConfig": "data.config",
     "ActivationStore": "data.store",
+    "open_stores": "data.stores",
     "StreamConfig": "data.config",
     "ActivationStream": "streaming",
     "ActivationStreams": "streaming",
@@ -87,12 +88,11 @@ _HOMES = {
     "LlmWsaeError": "errors",
     "UsageError": "errors",
     "harvest": "harvesting",
-    "merge": "data.merging",
     "train": "training.trainer",
     "train_sites": "training.trainer",
     "evaluate": "evaluation.fidelity.evaluator",
     "run": "pipeline",
-    "plan": "planning.planning",
+    "plan": "planning",
     "PlantConfig": "planting.config",
     "PlantedSource": "planting.source",
     "measure_recovery": "planting.recovery",
@@ -145,7 +145,7 @@ __all__ = [
     "make_arms",
     "measure_inputs",
     "measure_recovery",
-    "merge",
+    "open_stores",
     "plan",
     "recover",
     "run",

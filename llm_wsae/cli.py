@@ -22,9 +22,8 @@ from llm_wsae.commands.export import export
 from llm_wsae.commands.harvest import harvest
 from llm_wsae.commands.hub import list_repository, pull, push
 from llm_wsae.commands.inspect import inspect
-from llm_wsae.commands.merge import merge
 from llm_wsae.commands.options import Result
-from llm_wsae.commands.parser import in_new_spelling, parse
+from llm_wsae.commands.parser import parse
 from llm_wsae.commands.plan import plan
 from llm_wsae.commands.recover import recover
 from llm_wsae.commands.run import run
@@ -43,7 +42,6 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "run": run,
     "plan": plan,
     "harvest": harvest,
-    "merge": merge,
     "weigh": weigh,
     "train": train,
     "evaluate": evaluate,
@@ -125,7 +123,7 @@ def _run(words: list[str]) -> int:
             f"{TOGETHER[-1]} in several; start it without torchrun"
         )
     with _printing():  # help
-        prepared = parse(name, command, in_new_spelling(name, words))
+        prepared = parse(name, command, words)
     facts, text = prepared()
     if processes.leads():
         with _printing():

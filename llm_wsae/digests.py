@@ -5,9 +5,9 @@ own digest, and so does each line of a file that grows; the files of a store and
 listed, with theirs, in the JSON file beside them. A digest finds damage: a flipped bit, a torn
 write, an edit. It is no signature: whoever changes a file on purpose can compute its digest too.
 
-Files of the first version have no digest of their own, nor have those of other tools. So that
-damage cannot make a file look like one of them, a digest is known by its name or by what may be
-left of it: a flipped bit cannot change both, nor can the loss of a piece.
+Files of other tools have no digest of their own. So that damage cannot make a file look like one of
+them, a digest is known by its name or by what may be left of it: a flipped bit cannot change both,
+nor can the loss of a piece.
 """
 
 import hashlib

@@ -107,7 +107,7 @@ class Own(NamedTuple):
     content: Any
     """The value of a JSON file without its digest; the facts in the header of a file of tensors."""
     has_digest: bool
-    """A file without one is of the first version, or of another tool."""
+    """A file without one is of another tool, or was edited."""
 
 
 def own_json(path: Path, what: str, way_out: str = AGAIN, *, key: str = digests.KEY) -> Own:

@@ -10,7 +10,6 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from llm_wsae.files import write_json
 from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.planning.planning import check_rows, plan
+from llm_wsae.planning import check_rows, plan, stand_ins
 from llm_wsae.plots import plot_fidelity, plot_profile, write_page
 from llm_wsae.processes import join, leads
 from llm_wsae.run_checks import (
@@ -127,7 +126,7 @@ def run(
     With a ``stream_config`` there is no store: all sites are trained in step, on the rows of as
     many tokens as would have been harvested, or on ``train_config.tokens`` rows, and weights come
     from the first tokens of the text.
-    Before the harvest, a few lines on stderr say what the run takes (``plan``).
+    Before the harvest, a table on stderr says what the run takes (``plan``).
     ``rules`` × ``alphas`` × (``ks`` × ``architectures`` and ``l1s``) × ``init_seeds`` are the arms.
     With ``"auto"`` among the alphas, whitening's is chosen by short trainings
     (``tuning.choose_alpha``), and the numbers are for the other rules.
@@ -166,7 +165,7 @@ def run(
         asked.check()
         # before hours of work are built on too little text
         heldout, trial = asked.texts()
-        processes.lead(partial(asked.announce, heldout))
+        processes.lead(asked.announce)
     rows = asked.rows()
     weighed = {site: asked.weigh(rows, site, trial) for site in asked.sites}
     trained = asked.train(rows, {site: one.arms for site, one in weighed.items()})
@@ -232,28 +231,25 @@ class _Run:
         check_scored(own)
         return own, take_contexts(contexts, TRIAL_TOKENS) if "auto" in self.alphas else []
 
-    def announce(self, heldout: Sequence[Context]) -> None:
+    def announce(self) -> None:
         """Say what the run takes, when it begins."""
         if begun(self.out, self.sites) or (self.out / STORE / MANIFEST).is_file():
             return
+        names = [rule.name for rule in self.rules]
+        weights = stand_ins(names, self.alphas, self.model.d_model, self.weighing)
         takes = plan(
             self.model,
+            self._text("train"),
             self.sites,
-            rules=[rule.name for rule in self.rules],
-            alphas=self.alphas,
-            ks=self.ks,
-            l1s=self.l1s,
-            architectures=self.architectures,
-            init_seeds=self.init_seeds,
-            contexts=heldout,
-            out=self.out,
+            self._arms(weights),
+            self.out,
             harvest_config=self.harvesting,
             stream_config=self.stream,
-            weight_config=self.weighing,
             train_config=self.training,
             evaluate_config=self.evaluating,
         )
-        tqdm.write(takes.text(), file=sys.stderr)
+        shortage = takes.shortage()
+        _write(takes.table() + (f"\nwarning: {shortage}" if shortage else ""))
 
     def rows(self) -> ActivationStore | ActivationStreams:
         """Harvest, or prepare the stream."""

@@ -83,9 +83,6 @@ def choose_alpha(
     """
     rule, processes = Rule.parse("whitening"), join()
     with processes.together():
-        kept = folder / CHOICE
-        if training.lengths == "auto" and processes.lead(lambda: _has_unit_lengths(kept)):
-            training = replace(training, lengths="unit")
         tokens = min(TRIAL_ROWS, training.tokens or TRIAL_ROWS, source.num_rows or TRIAL_ROWS)
         tokens = max(tokens, training.batch_size)  # a few rows may be read several times
         short = replace(training, tokens=tokens, tracker="none")
@@ -149,17 +146,9 @@ def _check_trials(trials: Path) -> None:
 
 
 def _recorded(training: TrainConfig) -> dict[str, Any]:
-    """Settings that count. The first choices, made with unit lengths, do not say so."""
+    """Settings that count; of unit lengths nothing is said."""
     left_out = {*PROCEDURAL, *(["lengths"] if training.lengths == "unit" else [])}
     return {name: value for name, value in asdict(training).items() if name not in left_out}
-
-
-def _has_unit_lengths(path: Path) -> bool:
-    """Whether there is a choice that was made with decoder rows of length 1."""
-    if not path.exists():
-        return False
-    asked = read_own_json(path, "choice of an exponent", _AGAIN).get("asked", {})
-    return isinstance(asked, dict) and "lengths" not in asked.get("training", {})
 
 
 def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:
@@ -167,7 +156,7 @@ def _read(path: Path, asked: dict[str, Any]) -> AlphaChoice:
     try:
         if found["asked"] != asked:
             place = found["asked"]["weights"]["place"]
-            if place != asked["weights"]["place"]:  # the first choices were all for a space
+            if place != asked["weights"]["place"]:
                 raise LlmWsaeError(
                     f"{path} was chosen for the place {place}; go on with --place {place}, choose "
                     "another folder, or delete it"

@@ -1,8 +1,8 @@
 """Checking every byte of what this package wrote: stores, dictionaries, trainings, studies, planted
 experiments, weights files.
 
-Every file is compared with its digest. A file that has none, of the first version or of another
-tool, is only read, and named in the answer.
+Every file is compared with its digest. One of another tool, which has none, is only read, and named
+in the answer.
 """
 
 import functools
@@ -28,7 +28,6 @@ from llm_wsae.dictionary.folder import (
     WAY_OUT,
     WEIGHTS,
     check_folder,
-    files_without_digest,
     is_dictionary,
     weights_checksum,
 )
@@ -214,7 +213,6 @@ def _check_tensors(found: Found, path: Path) -> None:
 def _check_dictionary(found: Found, folder: Path, names: set[str], site: str | None) -> None:
     if is_own(names) and site is None:
         if found.check(folder, lambda: check_folder(folder)):
-            found.without_digest += files_without_digest(folder)
             found.check(folder, lambda: read_explanations(folder))
     elif found.check(folder, lambda: Dictionary.load(folder, site=site)):
         layout = layout_of(names)
@@ -234,18 +232,16 @@ def _check_training(found: Found, folder: Path, names: set[str]) -> None:
         written = finished.log
         for name in finished.settings["arms"] if GROUP not in names else []:
             there, known = is_dictionary(folder / name), finished.weights.get(name)
-            if not there or known not in (None, weights_checksum(folder / name)):
+            if not there or known != weights_checksum(folder / name):
                 found.problems.append(
                     f"{folder / name} {'is not what was trained' if there else 'is missing'}; "
                     f"delete {folder / FINISHED} and run the same command again"
                 )
     elif folder / CHECKPOINT not in found.damaged:
         written = found.check(folder / CHECKPOINT, lambda: log_at_checkpoint(folder))
-    if LOG not in names:
+    if written is None or LOG not in names:
         return
-    if written is None:
-        found.without_digest.append(folder / LOG)
-    elif problem := written.problem(folder / LOG, whole=FINISHED in names):
+    if problem := written.problem(folder / LOG, whole=FINISHED in names):
         found.problems.append(problem)
 
 
@@ -268,8 +264,8 @@ def _check_store(folder: Path, advance: Callable[[int], object]) -> list[str]:
     if not manifest.complete:
         there = sum(shard.contexts for shard in shards.values())
         problems.append(
-            f"the {manifest.made_by} is not complete: {there} of {manifest.num_contexts} "
-            f"contexts are there; run the same {manifest.made_by} again to resume it"
+            f"the harvest is not complete: {there} of {manifest.num_contexts} contexts are there; "
+            "run the same harvest again to resume it"
         )
     files = {**manifest.statistics, **{p: f for s in shards.values() for p, f in s.files.items()}}
     for name, record in files.items():
@@ -290,7 +286,6 @@ def _check_store(folder: Path, advance: Callable[[int], object]) -> list[str]:
     problems += damage.values()
     if damage:
         problems.append(
-            f"delete the damaged files and run the same {manifest.made_by} again, which rewrites "
-            "those missing"
+            "delete the damaged files and run the same harvest again, which rewrites those missing"
         )
     return problems

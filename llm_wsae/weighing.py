@@ -2,8 +2,8 @@
 
 Everything is measured on the text of an activation store, which holds the token ids behind every
 row, so that rules see what the dictionaries will be trained on. What took minutes is kept in the
-store's folder ``evidence`` (its name on disk since the first version) and read from there the next
-time that the same is measured; what is measured of a stream is kept in the training's folder.
+store's folder ``evidence`` and read from there the next time that the same is measured; what is
+measured of a stream is kept in the training's folder.
 
 The Fisher information of the next-token distribution says how much the model's predictions depend
 on each direction of the residual stream: F = E[g gᵀ], g = ∂ log p(y | x) / ∂h, with y drawn from

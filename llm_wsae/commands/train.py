@@ -8,8 +8,8 @@ from pathlib import Path
 from llm_wsae.commands.options import (
     Flat,
     GridOptions,
-    OptionalStore,
     Result,
+    Stores,
     StreamOptions,
     cost,
     sites_of,
@@ -26,7 +26,7 @@ RECORD = "train.json"
 
 def train(
     *,
-    store: OptionalStore = None,
+    stores: Stores = (),
     site: tuple[str, ...],
     out: Path,
     weights: Path | None = None,
@@ -35,13 +35,13 @@ def train(
     training: Flat[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
     stream: Flat[StreamOptions] = StreamOptions(),  # noqa: B008 - frozen
 ) -> Result:
-    """Train dictionaries on a store, all of a site in one pass over its rows.
+    """Train dictionaries on a store, or on several as one, all of a site in one pass over the rows.
 
     Without a store: on a model's activations as they are computed, all sites in one pass.
     Run it again to resume after an interruption.
 
     Args:
-        store: Activation store.
+        stores: Activation stores, of one model with the same sites and settings.
         site: Sites, named as in TransformerLens: blocks.8.hook_resid_post.
         out: Folder that receives one dictionary folder per combination; of several sites, one
             folder per site with these.
@@ -51,6 +51,7 @@ def train(
 
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.store import ActivationStore
+    from llm_wsae.data.stores import open_stores
     from llm_wsae.streaming import ActivationStreams
     from llm_wsae.training.arm import make_arms
     from llm_wsae.training.checkpoint import check_same_rows, recorded
@@ -64,10 +65,10 @@ def train(
     started, sites = time.monotonic(), list(dict.fromkeys(sites_of(site)))
     check_file(out / RECORD, is_record_of("train"))
     check_out(out)
-    stream.check_source(store)
+    stream.check_source(stores)
     model_device = training.device
     if model_device == "spread":
-        if store is not None:
+        if stores:
             raise UsageError(
                 "--device spread spreads a model over devices, but training on a store runs no "
                 "model; drop --device spread"
@@ -77,8 +78,8 @@ def train(
     own = LossWeights.load(weights, weigh, sites) if weights else None
     folders = {place: out if len(sites) == 1 else out / str(place) for place in sites}
     rows: ActivationStore | ActivationStreams
-    if store is not None:  # only what weigh has measured of it
-        rows = ActivationStore.open(store)
+    if stores:  # only what weigh has measured of it
+        rows = open_stores(stores)
     else:
         if training.tokens is None:
             raise UsageError("a stream has no end: set --tokens, the number of rows to train on")
@@ -113,8 +114,8 @@ def train(
     else:
         dictionaries = train_sites(rows, arms, training, out)
     if leads():
-        asked = {"store": store, "site": site, "weights": weights, **vars(grid), **vars(training)}
-        asked |= {} if store else {"stream": stream}
+        asked = {"stores": stores, "site": site, "weights": weights, **vars(grid), **vars(training)}
+        asked |= {} if stores else {"stream": stream}
         write_record(out / RECORD, "train", {**asked, "weigh": weigh})
     facts = {
         str(place): {name: d.info.metrics["training"] for name, d in of_site.items()}

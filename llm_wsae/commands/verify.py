@@ -35,6 +35,6 @@ def verify(
     shown = ", ".join(names[:_NAMED])
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return facts, (
-        f"{path}: {found.kind} can be read, but there is no checksum of {shown}{more}: another "
-        "tool or the first version of llm-wsae wrote that"
+        f"{path}: {found.kind} can be read, but there is no checksum of {shown}{more}, which "
+        "another tool wrote"
     )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llm_wsae.commands.options import Flat, LoadOptions, Result, Store, changed_options
+from llm_wsae.commands.options import Flat, LoadOptions, Result, Stores, changed_options
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_file, is_record_of
@@ -12,7 +12,7 @@ from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
 
 def weigh(
-    store: Store,
+    stores: Stores,
     site: str,
     out: Path,
     rule: str = "variance",
@@ -26,15 +26,15 @@ def weigh(
     """Print the profile of a site's dimensions and write loss weights made by a rule.
 
     Args:
-        store: Activation store.
-        site: One of the store's sites.
+        stores: Activation stores, of one model with the same sites and settings.
+        site: One of their sites.
         out: Weights file to write (.safetensors); the figure and the record go next to it.
         rule: Weight rule; permuted: or rotated: before it names its control.
         alpha: Exponent of the weights γ = score^α, or power of the matrix.
         dictionary: First dictionary of the site, for the rule participation.
         model: Model of the store, for the rule sensitivity.
     """
-    from llm_wsae.data.store import ActivationStore
+    from llm_wsae.data.stores import open_stores
     from llm_wsae.dictionary.dictionary import Dictionary
     from llm_wsae.plots import plot_profile
     from llm_wsae.weighing import measure_inputs
@@ -50,7 +50,7 @@ def weigh(
     check_file(figure, lambda _: out.is_file())
     check_file(record, is_record_of("weigh"))
     check_number("alpha", alpha)
-    place, opened = Site.parse(site), ActivationStore.open(store)
+    place, opened = Site.parse(site), open_stores(stores)
     parsed = Rule.parse(rule)
     parsed.form(weights)  # refused before anything is measured
     with_model = parsed.need == "fisher"
@@ -72,7 +72,7 @@ def weigh(
     facts = profile(inputs.statistics, chosen)
     chosen[-1].save(out, {"site": site})
     plot_profile(inputs.statistics, chosen, site, figure)
-    asked = {"store": store, "site": site, "rule": rule, "alpha": alpha, **vars(weights)}
+    asked = {"stores": stores, "site": site, "rule": rule, "alpha": alpha, **vars(weights)}
     asked |= {"dictionary": dictionary, "model": model, **vars(measure)}
     write_record(record, "weigh", asked)
     return facts, f"{profile_text(facts)}\n\nweights  {out}\nfigure   {figure}"

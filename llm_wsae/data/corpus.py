@@ -141,7 +141,7 @@ class Corpus:
             "heldout_fraction": self.heldout_fraction,
             "text_column": self.text_column,
             "fingerprint": self.source.fingerprint(),
-            "order": "sections of all documents in turn",  # stores of version 0.1 lack it
+            "order": "sections of all documents in turn",
         }
 
     def _holds(self, raw: RawDocument) -> bool:

@@ -8,10 +8,12 @@ when all rows are there: this is one more pass over them.
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import StoredMeasurement
+from llm_wsae.data.stores import StoresInTurn
 from llm_wsae.model.site import Site
 from llm_wsae.processes import Processes, Several, collectives, join, leads
 from llm_wsae.statistics.second_moment import SecondMoment
@@ -23,14 +25,14 @@ _ROWS_AT_ONCE = 16_384
 def second_moment_of(
     store: ActivationStore, site: Site, processes: Processes | None = None
 ) -> SecondMoment:
-    """The covariance sums of all usual rows of a site. Where the store does not hold them, as one
-    of an earlier version, one pass measures them, and they are kept.
+    """The covariance sums of all usual rows of a site. Where the store does not hold them, one pass
+    measures them, and they are kept.
 
     The processes of this run, unless others are named, divide the rows. What they sum is merged in
     the order of the rows, so that it does not depend on their number.
     """
     kept, processes = StoredMeasurement(store, site, "second_moment"), processes or join()
-    tensors = kept.read_tensors()
+    tensors = kept.read_tensors() or _added_up(store, site)
     if processes.lead(lambda: tensors is not None):
         if tensors is not None:
             return SecondMoment.from_tensors(tensors)
@@ -76,22 +78,15 @@ def _sums_of_parts(
             yield found
 
 
-def merge_second_moments(stores: Sequence[ActivationStore], merged: ActivationStore) -> None:
-    """Keep the covariance sums of all rows of ``stores`` in ``merged``.
-
-    Those of the stores are added up, if they are of the same rows: usual ones by the threshold of
-    the merged store. Otherwise one pass measures them, in this process.
-    """
-    for site in merged.sites:
-        kept = StoredMeasurement(merged, site, "second_moment")
-        if kept.read_tensors() is not None:
-            continue
-        whole, total = merged.statistics(site), SecondMoment(merged.d_in)
-        for store in stores:
-            tensors = StoredMeasurement(store, site, "second_moment").read_tensors()
-            if tensors is None or not store.statistics(site).same_are_massive(whole):
-                second_moment_of(merged, site, Processes())
-                break
-            total.merge(SecondMoment.from_tensors(tensors))
-        else:
-            kept.write_tensors(total.to_tensors())
+def _added_up(store: ActivationStore, site: Site) -> dict[str, Tensor] | None:
+    """Of several stores, the sums that each of them holds, together; None unless they are of the
+    same rows: usual ones by the threshold of all rows."""
+    if not isinstance(store, StoresInTurn):
+        return None
+    whole, total = store.statistics(site), SecondMoment(store.d_in)
+    for one in store.stores:
+        tensors = StoredMeasurement(one, site, "second_moment").read_tensors()
+        if tensors is None or not one.statistics(site).same_are_massive(whole):
+            return None
+        total.merge(SecondMoment.from_tensors(tensors))
+    return total.to_tensors()

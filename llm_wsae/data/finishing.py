@@ -1,4 +1,4 @@
-"""The end of a store, harvested or merged: what is known of all its shards together."""
+"""The end of a harvest: what is known of all its shards together."""
 
 import shutil
 from pathlib import Path

@@ -19,7 +19,6 @@ from llm_wsae.data.shard_record import (
     Odd,
     ShardRecord,
     is_count,
-    is_digest,
     record_of_shard,
     records_of_files,
     shard_paths,
@@ -32,42 +31,15 @@ from llm_wsae.model.site import Site
 
 MANIFEST = "manifest.json"
 FORMAT = "llm-wsae activation store"
-HARVESTED, MERGED = 1, 2
-"""Versions of the format; only a merged store has ``parts``, and shards that are not full before
-its last."""
+FORMAT_VERSION = 1
+_UNREAD = "0.1.0"
+"""Version of this package whose stores lack what is needed to prove and to order their rows."""
 RECORDS = "shards"
 BYTES_OF = {"bfloat16": 2, "float32": 4}
 """Number formats of rows, and their bytes."""
 _WIDEST = 2**24  # rows, and contexts
 _MOST_DOCUMENTS = 2**31  # they are numbered in 32 bits
 _LONGEST_HEADER = 1024  # bytes before the rows of a shard; it needs about 100
-
-
-@dataclass(frozen=True)
-class Part:
-    """A harvest whose shards are in a merged store, one after the other."""
-
-    sha256: str
-    """Digest of its manifest, by which it is known."""
-    package_version: str
-    """Version of this package that began it."""
-    corpus: dict[str, Any]
-    """Its ``Corpus.identity()``."""
-    contexts_per_batch: int
-    """Contexts per forward pass."""
-    contexts_per_shard: int
-    """Contexts in each of its shards except the last."""
-    num_contexts: int
-    """Its contexts."""
-
-    @property
-    def num_shards(self) -> int:
-        """Its shards."""
-        return -(-self.num_contexts // self.contexts_per_shard)
-
-    def shard_contexts(self, index: int) -> int:
-        """Number of contexts in its shard of that index; 0 or less after the last."""
-        return min(self.contexts_per_shard, self.num_contexts - index * self.contexts_per_shard)
 
 
 @dataclass
@@ -102,8 +74,6 @@ class Manifest:
     """The files with the statistics of all rows of each site, by path within the store."""
     shards: list[ShardRecord] = field(default_factory=list)
     """The shards; of an incomplete store only some, see ``complete_shards``."""
-    parts: list[Part] = field(default_factory=list)
-    """Of a merged store, the harvests that it was made from; otherwise there are none."""
 
     @property
     def context_size(self) -> int:
@@ -116,48 +86,13 @@ class Manifest:
         return sum(shard.rows for shard in self.shards)
 
     @property
-    def made_by(self) -> str:
-        """The command that made the store."""
-        return "merge" if self.parts else "harvest"
-
-    @property
     def num_shards(self) -> int:
         """Shards in all, when the store is complete."""
-        return sum(part.num_shards for part in self.parts or [self.as_part()])
+        return -(-self.num_contexts // self.contexts_per_shard)
 
     def shard_contexts(self, index: int) -> int:
         """Number of contexts in the shard of that index; 0 or less after the last."""
-        *before, last = self.parts or [self.as_part()]
-        for part in before:
-            if index < part.num_shards:
-                return part.shard_contexts(index)
-            index -= part.num_shards
-        return last.shard_contexts(index)
-
-    def as_part(self, sha256: str = "") -> Part:
-        """A harvest as a part of a merged store."""
-        assert not self.parts
-        return Part(
-            sha256,
-            self.package_version,
-            self.corpus,
-            self.contexts_per_batch,
-            self.contexts_per_shard,
-            self.num_contexts,
-        )
-
-    def documents_before(self) -> list[int]:
-        """For each shard of a complete store, what is added to the numbers of its documents.
-
-        The parts of a merged store are numbered one after the other.
-        """
-        found: list[int] = []
-        before = 0
-        for part in self.parts or [self.as_part()]:
-            found += part.num_shards * [before]
-            document, offset = self.shards[len(found) - 1].next
-            before += document + (offset > 0)  # the next one counts once it has begun
-        return found
+        return min(self.contexts_per_shard, self.num_contexts - index * self.contexts_per_shard)
 
     def all_files(self) -> dict[str, FileRecord]:
         """Every file of the store, by path within it."""
@@ -169,8 +104,7 @@ class Manifest:
     def differences(self, other: "Manifest") -> list[str]:
         """Clauses that say how another harvest differs from this one."""
         clauses = []
-        merged = self.parts or other.parts  # then the corpus is that of the parts
-        for name in ("model", "packing") if merged else ("model", "corpus", "packing"):
+        for name in ("model", "corpus", "packing"):
             mine, others = getattr(self, name), getattr(other, name)
             clauses += [
                 f"{name} {key} is {_shown(mine.get(key))}, not {_shown(others.get(key))}"
@@ -184,20 +118,11 @@ class Manifest:
                 clauses.append(
                     f"its {name.replace('_', ' ')} is {_shown(mine)}, not {_shown(others)}"
                 )
-        if self.parts != other.parts:
-            clauses.append(
-                "it was merged from other stores, or from these in another order or state"
-                if self.parts and other.parts
-                else f"it was made by a {self.made_by}, not by a {other.made_by}"
-            )
         return clauses
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json`` with a checksum over itself."""
-        version = MERGED if self.parts else HARVESTED
-        value = {"format": FORMAT, "format_version": version, **asdict(self)}
-        if version == HARVESTED:  # as every version of this package reads it
-            del value["parts"]
+        value = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
         write_json(folder / MANIFEST, value)
 
     @classmethod
@@ -216,13 +141,14 @@ class Manifest:
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
             raise LlmWsaeError(f"{path} is not the manifest of an activation store")
         version = value.pop("format_version", None)
-        if version not in (HARVESTED, MERGED):
+        if version != FORMAT_VERSION or value.get("package_version") == _UNREAD:
+            by = value.get("package_version")
             raise LlmWsaeError(
-                f"{folder} has store format {shown(version)}; this version of llm-wsae reads "
-                f"formats {HARVESTED} and {MERGED} only"
+                f"{folder} has store format {shown(version)} of llm-wsae {shown(by)}, which this "
+                "version does not read; harvest again, into another folder"
             )
         try:
-            return _manifest(value, merged=version == MERGED)
+            return _manifest(value)
         except Odd as odd:
             raise LlmWsaeError(f"{path} cannot be a harvest's: {odd}; {way_out}") from None
 
@@ -253,18 +179,22 @@ def complete_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
 
 
 def _proved_json(path: Path, what: str, way_out: str) -> Any:
-    """A file that had a digest in every version."""
+    """A file that must have a digest."""
     value, has_digest = own_json(path, what, way_out)
     if not has_digest:
         raise LlmWsaeError(f"{path} is damaged: it has no checksum; {way_out}")
     return value
 
 
-def _manifest(value: dict[str, Any], merged: bool) -> Manifest:
+def _manifest(value: dict[str, Any]) -> Manifest:
     """A manifest from JSON. Raises Odd for a value that no harvest writes."""
-    names = {own.name for own in fields(Manifest)}
-    want_object(value, names if merged else names - {"parts"}, "content")
-    _check_harvest(value, "")
+    want_object(value, {own.name for own in fields(Manifest)}, "content")
+    version, corpus = value["package_version"], value["corpus"]
+    want(isinstance(version, str), "package_version", version)
+    want(isinstance(corpus, dict), "corpus", corpus)
+    want(isinstance(corpus.get("name"), str), "corpus name", corpus.get("name"))
+    for name in ("contexts_per_batch", "contexts_per_shard", "num_contexts"):
+        want(is_count(value[name], 1), name, value[name])
     want(value["dtype"] in list(BYTES_OF), "dtype", value["dtype"])
     want(isinstance(value["model"], dict), "model", value["model"])
     for name in ("name", "dtype", "weights_sha256"):
@@ -276,8 +206,7 @@ def _manifest(value: dict[str, Any], merged: bool) -> Manifest:
     _check_packing(value["packing"])
     _check_sites(value["sites"])
     want(isinstance(value["shards"], list), "shards", value["shards"])
-    parts = _parts(value) if merged else []
-    manifest = Manifest(**value | {"shards": [], "statistics": {}, "parts": parts})
+    manifest = Manifest(**value | {"shards": [], "statistics": {}})
     paths = {f"{site}/{STATISTICS}" for site in manifest.sites} if manifest.complete else set()
     manifest.statistics = records_of_files(value["statistics"], paths, "statistics")
     manifest.shards = [
@@ -288,33 +217,9 @@ def _manifest(value: dict[str, Any], merged: bool) -> Manifest:
         for index, shard in enumerate(manifest.shards):
             wanted = manifest.shard_contexts(index)
             want(shard.contexts == wanted, f"shard {index}'s contexts", shard.contexts)
-        last = manifest.documents_before()[-1] + manifest.shards[-1].next[0]
+        last = manifest.shards[-1].next[0]
         want(last < _MOST_DOCUMENTS, "last document", last)
     return manifest
-
-
-def _check_harvest(value: dict[str, Any], where: str) -> None:
-    """What the manifest of a store and a part of it have in common."""
-    version, corpus = value["package_version"], value["corpus"]
-    want(isinstance(version, str), f"{where}package_version", version)
-    want(isinstance(corpus, dict), f"{where}corpus", corpus)
-    want(isinstance(corpus.get("name"), str), f"{where}corpus name", corpus.get("name"))
-    for name in ("contexts_per_batch", "contexts_per_shard", "num_contexts"):
-        want(is_count(value[name], 1), f"{where}{name}", value[name])
-
-
-def _parts(value: dict[str, Any]) -> list[Part]:
-    given, found = value["parts"], []
-    want(isinstance(given, list) and len(given) > 1, "parts", given)
-    for number, part in enumerate(given):
-        want_object(part, {own.name for own in fields(Part)}, f"part {number}")
-        _check_harvest(part, f"part {number}'s ")
-        want(is_digest(part["sha256"]), f"part {number}'s sha256", part["sha256"])
-        found.append(Part(**part))
-    for name, together in (("num_contexts", sum), ("contexts_per_shard", max)):
-        whole = together(getattr(part, name) for part in found)
-        want(value[name] == whole, name, value[name])
-    return found
 
 
 def _shard_record(manifest: Manifest, index: int, value: Any) -> ShardRecord:
@@ -329,7 +234,7 @@ def _shard_record(manifest: Manifest, index: int, value: Any) -> ShardRecord:
 
 def _check_packing(packing: Any) -> None:
     known = PackConfig.__dataclass_fields__
-    want_object(packing, set(known), "packing", set(known) - {"context_size"})
+    want_object(packing, set(known), "packing")
     for name, value in packing.items():
         want(type(value) is type(known[name].default), f"packing {name}", value)
     try:

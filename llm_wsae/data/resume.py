@@ -22,7 +22,7 @@ _BYTES_PER_TOKEN = 8  # ordinary text has fewer
 
 
 def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int, ShardRecord]]:
-    """The manifest to resume from, and the complete shards by index; of a harvest or a merge.
+    """The manifest to resume from, and the complete shards by index.
 
     The manifest is the folder's, or ``wanted``, written to an empty folder. More tokens than before
     may be requested, since a shard depends on its index alone; a last shard that was shorter is
@@ -38,14 +38,14 @@ def begin_or_resume(folder: Path, wanted: Manifest) -> tuple[Manifest, dict[int,
     found = Manifest.load(folder)
     if clauses := found.differences(wanted):
         raise LlmWsaeError(
-            f"{folder} holds another {found.made_by} ({'; '.join(clauses)}); choose another "
+            f"{folder} holds another harvest ({'; '.join(clauses)}); choose another "
             "folder, or use the same settings to resume it"
         )
     shards = complete_shards(folder, found)
     there = {i: shard for i, shard in shards.items() if _are_there(folder, shard.files)}
     per_shard = found.contexts_per_shard
     reached = max((i * per_shard + shard.contexts for i, shard in shards.items()), default=0)
-    if not found.parts and reached > wanted.num_contexts:  # those of a merge are always the same
+    if reached > wanted.num_contexts:
         raise LlmWsaeError(
             f"{folder} already holds {reached * found.context_size:,} tokens, more than the "
             f"{wanted.num_contexts * found.context_size:,} requested; choose another folder, or "

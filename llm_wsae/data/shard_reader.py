@@ -11,17 +11,17 @@ training never waits for a store to be checked and reads nothing twice.
 import bisect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.data.manifest import Manifest
-from llm_wsae.data.shard_record import REPAIR, ROWS_PER_CHECK, shard_paths
+from llm_wsae.data.shard_record import REPAIR, ROWS_PER_CHECK, ShardRecord
 from llm_wsae.digests import crc32s
 from llm_wsae.errors import LlmWsaeError
 
@@ -29,18 +29,24 @@ _SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 _LONGEST_HEADER = 1 << 20
 
 
-class RowReader:
-    """The rows of one site of a store, as one sequence over all its shards."""
+class RowShard(NamedTuple):
+    """A shard's file of rows of one site."""
 
-    def __init__(self, folder: Path, manifest: Manifest, site: str):
-        self._folder = folder
-        self._d_in = manifest.d_in
-        self.dtype: torch.dtype = getattr(torch, manifest.dtype)
-        self._records = manifest.shards
-        self._names = [shard_paths(index, [site])[site][0] for index in range(len(self._records))]
+    folder: Path
+    """Its store."""
+    name: str
+    """Path within that."""
+    record: ShardRecord
+
+
+class RowReader:
+    """The rows of one site, as one sequence over the shards of a store, or of several."""
+
+    def __init__(self, shards: Sequence[RowShard], d_in: int, dtype: torch.dtype):
+        self._shards, self._d_in, self.dtype = shards, d_in, dtype
         self._proved: dict[int, np.ndarray] = {}  # by shard: which of its rows' checksums match
         self._checks: dict[int, np.ndarray] = {}  # by shard: those checksums
-        self._ends = list(accumulate(shard.rows for shard in manifest.shards))
+        self._ends = list(accumulate(shard.record.rows for shard in shards))
         self._offsets: dict[int, int] = {}
         self.num_rows = self._ends[-1] if self._ends else 0
         self.row_bytes = self._d_in * self.dtype.itemsize
@@ -85,7 +91,7 @@ class RowReader:
             if proved[number]:
                 continue
             begin = number * ROWS_PER_CHECK
-            end = min(begin + ROWS_PER_CHECK, self._records[shard].rows)
+            end = min(begin + ROWS_PER_CHECK, self._shards[shard].record.rows)
             rows = piece[max(begin - first, 0) : end - first]
             if len(rows) < end - begin:  # its other rows are not asked for
                 rows = torch.empty(end - begin, self._d_in, dtype=self.dtype)
@@ -98,17 +104,12 @@ class RowReader:
             proved[number] = True
 
     def _begin_to_prove(self, shard: int) -> None:
-        record, name = self._records[shard], self._names[shard]
-        checks = record.crc32s(name)
+        _, name, record = self._shards[shard]
         self._proved[shard] = np.zeros(-(-record.rows // ROWS_PER_CHECK), dtype=bool)
-        if checks is not None:
-            self._checks[shard] = checks
-        else:  # a shard of the first version has one checksum for all of its rows
-            record.files[name].check(self._path(shard))
-            self._proved[shard][:] = True
+        self._checks[shard] = record.crc32s(name)
 
     def _path(self, shard: int) -> Path:
-        return self._folder / self._names[shard]
+        return self._shards[shard].folder / self._shards[shard].name
 
     def _read_piece(self, shard: int, first: int, piece: Tensor) -> None:
         path, buffer = self._path(shard), bytes_of(piece)
@@ -130,8 +131,8 @@ class RowReader:
 
     def _data_offset(self, shard: int, handle: int) -> int:
         """Where the rows begin in a shard's file, if its size and header match the manifest."""
-        record, path = self._records[shard], self._path(shard)
-        size, wanted = os.fstat(handle).st_size, record.files[self._names[shard]].bytes
+        (_, name, record), path = self._shards[shard], self._path(shard)
+        size, wanted = os.fstat(handle).st_size, record.files[name].bytes
         if size != wanted:
             raise LlmWsaeError(
                 f"{path} is truncated or extended: {size} bytes instead of {wanted}; {REPAIR}"

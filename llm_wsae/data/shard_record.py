@@ -5,7 +5,7 @@ A record is read back only if it could be a harvest's, whatever its digest says.
 
 import base64
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ TOKENS = "tokens"
 STATISTICS = "statistics.safetensors"
 ROWS_PER_CHECK = 128
 """Rows of a shard that share a CRC-32; the last of a shard may be fewer."""
-REPAIR = (
-    "delete it, if it is there, and run the same harvest (or merge) again, which rewrites what is "
-    "missing"
-)
+REPAIR = "delete it, if it is there, and run the same harvest again, which rewrites what is missing"
 _CRC = np.dtype("<u4")
 _LARGEST = 2**53  # count of anything
 
@@ -77,14 +74,12 @@ class ShardRecord:
     """Document and offset at which the next shard begins."""
     files: dict[str, FileRecord]
     """Its files, by path within the store."""
-    row_checks: dict[str, str] = field(default_factory=dict)
+    row_checks: dict[str, str]
     """CRC-32 of each ``ROWS_PER_CHECK`` rows of a file of activations, by its path: 32-bit numbers,
-    little-endian, in base64. Shards of the first version have none."""
+    little-endian, in base64."""
 
-    def crc32s(self, path: str) -> np.ndarray | None:
-        """The CRC-32s of a file of activations, None if there are none."""
-        if path not in self.row_checks:
-            return None
+    def crc32s(self, path: str) -> np.ndarray:
+        """The CRC-32s of a file of activations."""
         return np.frombuffer(base64.b64decode(self.row_checks[path]), dtype=_CRC)
 
 
@@ -135,10 +130,10 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def want_object(value: Any, known: set[str], name: str, optional: set[str] | None = None) -> None:
+def want_object(value: Any, known: set[str], name: str) -> None:
     """Raise Odd unless the value is an object with those keys."""
     want(isinstance(value, dict), name, value)
-    for key in sorted(known - (optional or set()) - value.keys()):
+    for key in sorted(known - value.keys()):
         raise Odd(f"its {name} lacks {shown(key)}")
     for key in sorted(value.keys() - known):
         raise Odd(f"its {name} has an unknown {shown(key)}")
@@ -150,7 +145,7 @@ def record_of_shard(
     """The record of a shard with that index. Raises Odd if it cannot be one."""
     what = f"shard {index}'s"
     names = {own.name for own in fields(ShardRecord)}
-    want_object(value, names, f"{what} record", {"row_checks"})
+    want_object(value, names, f"{what} record")
     contexts, rows = value["contexts"], value["rows"]
     want(is_count(contexts, 1) and contexts <= most_contexts, f"{what} contexts", contexts)
     want(is_count(rows) and rows <= contexts * context_size, f"{what} rows", rows)
@@ -159,9 +154,8 @@ def record_of_shard(
         fits = isinstance(cursor, list) and len(cursor) == 2 and all(map(is_count, cursor))
         want(fits, f"{what} {name}", cursor)
     pairs = shard_paths(index, sites).values()
-    checks = value.get("row_checks", {})
-    if checks != {}:
-        want_object(checks, {path for path, _ in pairs}, f"{what} row_checks")
+    checks = value["row_checks"]
+    want_object(checks, {path for path, _ in pairs}, f"{what} row_checks")
     for given in checks.values():
         length = _CRC.itemsize * -(-rows // ROWS_PER_CHECK)
         want(_decoded_length(given) == length, f"{what} row_checks", given)

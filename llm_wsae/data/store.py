@@ -25,8 +25,8 @@ from torch import Tensor
 from llm_wsae.data.finishing import read_statistics
 from llm_wsae.data.manifest import Manifest, complete_shards
 from llm_wsae.data.packing import Contexts, load_contexts
-from llm_wsae.data.shard_reader import RowReader
-from llm_wsae.data.shard_record import REPAIR, STATISTICS, tokens_path
+from llm_wsae.data.shard_reader import RowReader, RowShard
+from llm_wsae.data.shard_record import REPAIR, STATISTICS, shard_paths, tokens_path
 from llm_wsae.data.shuffling import WINDOW_BYTES, shuffled_batches
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
 from llm_wsae.model.site import Site
@@ -44,7 +44,7 @@ class Located(NamedTuple):
     position: Int[Tensor, " rows"]
     """Position in the context."""
     document: Int[Tensor, " rows"]
-    """Number of the document in the corpus, in a merged store counted through all its parts; -1
+    """Number of the document in the corpus, counted through all stores that are read in turn; -1
     for a token that belongs to none."""
     offset: Int[Tensor, " rows"]
     """Number of the token in its document."""
@@ -64,7 +64,6 @@ class ActivationStore:
         self.context_size = manifest.context_size
         self._row_ends = list(accumulate(shard.rows for shard in manifest.shards))
         self._context_ends = list(accumulate(shard.contexts for shard in manifest.shards))
-        self._documents_before = manifest.documents_before()
         self._tokens_of = functools.lru_cache(_SHARDS_OF_TOKENS_KEPT)(self._load_tokens)
 
     @classmethod
@@ -80,7 +79,7 @@ class ActivationStore:
             there = sum(shard.contexts for shard in complete_shards(folder, manifest).values())
             raise LlmWsaeError(
                 f"the store {folder} is not complete: {there} of {manifest.num_contexts} contexts "
-                f"are there; run its {manifest.made_by} again to resume it"
+                "are there; run its harvest again to resume it"
             )
         if manifest.num_rows == 0:
             raise LlmWsaeError(f"the store {folder} holds no rows; harvest more tokens")
@@ -117,7 +116,15 @@ class ActivationStore:
 
         Raises UsageError if the store lacks the site.
         """
-        return RowReader(self.folder, self.manifest, self._name(site))
+        return RowReader(self.row_shards(site), self.d_in, getattr(torch, self.manifest.dtype))
+
+    def row_shards(self, site: Site) -> list[RowShard]:
+        """The files of a site's rows, in their order. Raises UsageError if the store lacks it."""
+        name = self._name(site)
+        return [
+            RowShard(self.folder, shard_paths(index, [name])[name][0], record)
+            for index, record in enumerate(self.manifest.shards)
+        ]
 
     def source(self, site: Site, window_bytes: int = WINDOW_BYTES) -> "StoreSource":
         """One site as a trainer reads it (an ActivationSource)."""
@@ -206,8 +213,7 @@ class ActivationStore:
             raise LlmWsaeError(
                 f"{path} does not match the {record.rows} rows of its shard; {REPAIR}"
             )
-        before = self._documents_before[shard]
-        return contexts.renumbered(before) if before else contexts
+        return contexts
 
 
 class StoreSource:

@@ -1,5 +1,4 @@
-"""What was measured of a store for weight rules, kept in its folder ``evidence`` (its name on disk
-since the first version)."""
+"""What was measured of a store for weight rules, kept in its folder ``evidence``."""
 
 import sys
 
@@ -7,6 +6,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.stores import StoresInTurn
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_own_tensors, save_own_tensors
 from llm_wsae.model.site import Site
@@ -32,9 +32,12 @@ class StoredMeasurement:
         config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
     ):
         self._need, self._d_in = need, store.d_in
-        self._path = store.folder / MEASUREMENTS / f"{site}.{need}.safetensors"
         settings = {name: getattr(config, name) for name in SETTINGS.get(need, ())}
-        self._header = {"rows": store.identity(site)["sha256"], **settings}
+        rows = store.identity(site)["sha256"]
+        self._header = {"rows": rows, **settings}
+        # of several stores, beside what was measured of the first alone
+        several = f".{rows[:16]}" if isinstance(store, StoresInTurn) else ""
+        self._path = store.folder / MEASUREMENTS / f"{site}.{need}{several}.safetensors"
 
     def read(self) -> Tensor | None:
         """What was measured; None if it was not, is damaged, or is of other rows or settings."""

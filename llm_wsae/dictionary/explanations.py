@@ -28,7 +28,6 @@ from llm_wsae.outside import integer, mapping, number, pair, text
 
 FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1
 _LINES = "lines_sha256"
-_FIRST_HEAD = ["format", "format_version", "weights_sha256"]  # of files before there were checksums
 _WAY_OUT = "delete it to go on without"
 LONGEST = 400
 """Characters of an explanation."""
@@ -76,10 +75,7 @@ def _read(folder: Path) -> dict[int, Explanation]:
         return {}
     with _reading(path):
         first, _, rest = path.read_bytes().decode("utf-8").partition("\n")
-        head = json.loads(first)
-        with_checksums, proven = list(mapping(head)) != _FIRST_HEAD, False
-        if with_checksums:
-            head, proven = digests.check_line(first)
+        head, proven = digests.check_line(first)
     version = integer(mapping(head).get("format_version"))
     if mapping(head).get("format") != FORMAT or version is None or version > FORMAT_VERSION:
         raise LlmWsaeError(
@@ -92,7 +88,7 @@ def _read(folder: Path) -> dict[int, Explanation]:
             "delete it"
         )
     with _reading(path):
-        if with_checksums and not (proven and head.get(_LINES) == _sha256(rest)):
+        if not (proven and head.get(_LINES) == _sha256(rest)):
             raise digests.Damaged
         lines = [json.loads(line) for line in rest.split("\n") if line]
     return {one.latent: one for line in lines if (one := _explanation(mapping(line))) is not None}

@@ -9,8 +9,7 @@
 
 The folder is written under a temporary name and renamed, so half a dictionary is never found under
 its name. Reading trusts nothing: names, shapes and dtypes in the files' headers are compared with
-``cfg.json`` before a single tensor is allocated, and every byte with its checksum. (Dictionaries of
-the first version have none for the two JSON files.)
+``cfg.json`` before a single tensor is allocated, and every byte with its checksum.
 """
 
 import dataclasses
@@ -45,6 +44,8 @@ from llm_wsae.provenance import version_of
 
 FORMAT = "llm-wsae dictionary"
 FORMAT_VERSION = 1
+_UNREAD = "0.1.0"
+"""Version of this package whose dictionaries have no digest of their configuration."""
 CFG, WEIGHTS, INFO, EXTRAS = (
     "cfg.json",
     "sae_weights.safetensors",
@@ -247,19 +248,10 @@ def _stored(folder: Path) -> Content:
     return Content(weights, sparsity, info, extras, values["sha256"][WEIGHTS])
 
 
-def files_without_digest(folder: Path) -> list[Path]:
-    """The files of a dictionary of this package that no digest covers, as in the first version."""
-    values, has_digest = own_json(folder / INFO, "dictionary's information", key=OWN_DIGEST)
-    names = [*([] if has_digest else [INFO]), *(set(_PROVED) - values["sha256"].keys())]
-    return [folder / name for name in sorted(names)]
-
-
 def _check_digests(folder: Path, saved: Any) -> None:
     """The files must hold the bytes that were saved, which what they say cannot show."""
     digests = saved if isinstance(saved, dict) else {}
-    first_version = digests.keys() == {WEIGHTS, EXTRAS}
-    names = (WEIGHTS, EXTRAS) if first_version else _PROVED
-    if changed := [name for name in names if digests.get(name) != sha256(folder / name)]:
+    if changed := [name for name in _PROVED if digests.get(name) != sha256(folder / name)]:
         raise LlmWsaeError(
             f"in {folder}, {' and '.join(changed)} changed since it was saved (by the checksums in "
             f"{INFO}); {WAY_OUT}, or, if SAELens was meant to write there, remove {INFO} and "
@@ -273,6 +265,11 @@ def _read_info(folder: Path) -> dict[str, Any]:
     values, _ = own_json(path, "dictionary's information", WAY_OUT, key=OWN_DIGEST)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise LlmWsaeError(f"{path} is not the information file of a dictionary of this package")
+    if values.get("package_version") == _UNREAD:
+        raise LlmWsaeError(
+            f"{folder} was saved by llm-wsae {_UNREAD}, which this version does not read; train it "
+            "again"
+        )
     return values
 
 

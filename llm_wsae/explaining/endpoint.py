@@ -350,8 +350,7 @@ def _read(path: Path) -> tuple[dict[str, str], bool]:
         except (ValueError, RecursionError):
             continue  # damaged or cut off: it is asked again
         question, answer = (mapping(entry).get(name) for name in ("question", "answer"))
-        proven = has_digest or [*mapping(entry)][-1:] == ["messages"]  # the first had no checksum
-        if proven and isinstance(question, str) and isinstance(answer, str):
+        if has_digest and isinstance(question, str) and isinstance(answer, str):
             known[question] = answer
     return known, bool(data) and not data.endswith(b"\n")
 

@@ -38,7 +38,7 @@ def read_scores(
     for name in [name for name in dictionaries if name in theirs]:
         columns = mapping(mapping(theirs[name]).get("per_latent"))
         d_sae, digest = dictionaries[name].d_sae, mapping(theirs[name]).get("sha256")
-        if digest is not None and digest != dictionaries[name].decoder_digest():  # older: no digest
+        if digest is not None and digest != dictionaries[name].decoder_digest():
             raise LlmWsaeError(
                 f"{report} is about another dictionary named {name}; run `llm-wsae evaluate "
                 "--monosemantic` on this one"

@@ -301,8 +301,7 @@ class Statistics:
         new.count = count
         new.mean = finite_tensor_of(tensors, "mean", d_in)
         new._m2 = finite_tensor_of(tensors, "m2", d_in)
-        # infinite where an earlier version summed powers of huge rows in float32
-        new._m3, new._m4 = (tensor_of(tensors, name, d_in) for name in ("m3", "m4"))
+        new._m3, new._m4 = (finite_tensor_of(tensors, name, d_in) for name in ("m3", "m4"))
         new.minimum, new.maximum = (tensor_of(tensors, n, d_in) for n in ("minimum", "maximum"))
         new._norms = tensor_of(tensors, "norms", *new._norms.shape, counts=True)
         new._sample = finite_tensor_of(tensors, "sample", None, d_in)

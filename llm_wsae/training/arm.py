@@ -109,7 +109,7 @@ class ArmConfig:
         """What a checkpoint must agree on, as JSON."""
         gamma, config = self.weights.gamma.double(), self.weights.config
         total = float(gamma.sum())
-        # the first checkpoints, of unit length, do not say so
+        # of unit lengths nothing is said
         free = {"lengths": "free"} if self.lengths(lengths) == "free" else {}
         return free | {
             "rule": self.weights.rule.name,

@@ -32,7 +32,6 @@ from llm_wsae.files import (
     write_atomic,
     write_error,
 )
-from llm_wsae.outside import mapping
 from llm_wsae.processes import Processes
 from llm_wsae.training.arm import Arm, Learnt
 from llm_wsae.training.log import Written
@@ -132,7 +131,7 @@ class Reached(NamedTuple):
     numbers: dict[str, dict[str, float]]
     """The numbers last logged for each arm."""
     log: Written | None = None
-    """What the log held; None in processes that write none and in files of the first version."""
+    """What the log held; None in processes that write none."""
 
 
 def save_checkpoint(
@@ -208,7 +207,7 @@ def log_at_checkpoint(folder: Path) -> Written | None:
     """What the log held at the folder's checkpoint, the bytes of which are not checked here."""
     path = folder / CHECKPOINT
     with open_tensors(path, WHAT) as file, _refused(path):
-        return Written.from_json(json.loads(file.metadata()[HEADER]).get("log"))
+        return _log(json.loads(file.metadata()[HEADER]))
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:
@@ -222,12 +221,6 @@ def recorded(folder: Path) -> dict[str, Any] | None:
         return _complete(_identity(json.loads(file.metadata()[HEADER])))
 
 
-def has_unit_lengths(found: dict[str, Any] | None) -> bool:
-    """Whether these are the settings of a training whose decoder rows all have length 1, as those
-    of earlier versions have."""
-    return found is not None and all("lengths" not in arm for arm in found["arms"].values())
-
-
 def check_same_rows(folder: Path, rows: dict[str, Any]) -> None:
     """Raise LlmWsaeError, before anything is measured, if the folder holds a training on other
     rows."""
@@ -239,10 +232,10 @@ class Finished(NamedTuple):
     """What is recorded of a finished training."""
 
     settings: dict[str, Any]
-    log: Written | None
-    """What its log held at the end; None in folders of the first version."""
+    log: Written
+    """What its log held at the end."""
     weights: dict[str, str]
-    """The SHA-256 of each dictionary's weights; none in folders of earlier versions."""
+    """The SHA-256 of each dictionary's weights."""
 
 
 def read_finished(folder: Path) -> Finished:
@@ -253,8 +246,7 @@ def read_finished(folder: Path) -> Finished:
     path = folder / FINISHED
     found = read_own_json(path, "training record", WAY_OUT)
     with _refused(path):
-        log = Written.from_json(found.pop("log", None))
-        weights = dict(mapping(found.pop("weights_sha256", None)))
+        log, weights = Written.from_json(found.pop("log")), dict(found.pop("weights_sha256"))
         return Finished(_complete(found), log, weights)
 
 
@@ -277,7 +269,12 @@ def _reached(header: dict[str, Any], num_steps: int) -> Reached:
     for found in numbers.values():
         if not all(isinstance(number, float) for number in found.values()):
             raise ValueError(f"its numbers are {shown(numbers)}")
-    return Reached(step, numbers, Written.from_json(header.get("log")))
+    return Reached(step, numbers, _log(header))
+
+
+def _log(header: dict[str, Any]) -> Written | None:
+    """What the log held. Raises ValueError or KeyError for what no training writes."""
+    return None if header["log"] is None else Written.from_json(header["log"])
 
 
 def _identity(header: dict[str, Any]) -> dict[str, Any]:

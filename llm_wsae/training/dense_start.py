@@ -68,7 +68,7 @@ class DenseStart(Architecture):
         return {} if share is None else {"active_share": torch.tensor(share)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Checkpoints of older versions do not have the share."""
+        """There is no share before the first step."""
         if "active_share" in tensors:
             self._active_share = DeferredScalar(tensors["active_share"])
 

@@ -29,10 +29,8 @@ class Written(NamedTuple):
         return cls(len(data), hashlib.sha256(data).hexdigest())
 
     @classmethod
-    def from_json(cls, value: Any) -> "Written | None":
-        """From a file; None if a file of the first version says nothing. Raises ValueError."""
-        if value is None:
-            return None
+    def from_json(cls, value: Any) -> "Written":
+        """From a file. Raises ValueError."""
         if not isinstance(value, dict) or value.keys() != set(cls._fields):
             raise ValueError(f"its log is {shown(value)}")
         if type(value["length"]) is not int or not isinstance(value["sha256"], str):

@@ -19,7 +19,6 @@ from llm_wsae.training.checkpoint import (
     FINISHED,
     Reached,
     check_identity,
-    has_unit_lengths,
     load_checkpoint,
     load_learnt,
     read_finished,
@@ -81,8 +80,6 @@ class Training:
         dead_after = config.dead_after or min(MAX_DEAD_AFTER, rows // 10)
         self.dead_after = max(dead_after, config.batch_size)  # what fired a step ago is not dead
         self.lengths = config.lengths
-        if self.lengths == "auto" and has_unit_lengths(began):
-            self.lengths = "unit"
         usual = config.learning_rate or default_learning_rate(d_sae)
         self.learning_rates = {
             arm.name: config.learning_rate or usual * arm.rate(self.lengths) for arm in arms

@@ -117,45 +117,23 @@ def test_harvest(world, model_and_corpus, tmp_path):
     assert content(out) == content(world / "store")
 
 
-def test_merge(world, model_and_corpus, tmp_path):
-    """And everything that reads a store reads what was merged."""
-    more, out = tmp_path / "more", tmp_path / "merged"
+def test_several_stores_are_trained_on_as_one(world, model_and_corpus, tmp_path):
+    more, stores = tmp_path / "more", (world / "store", tmp_path / "more")
     harvest_more(world, more)
-    before = [content(folder) for folder in (world / "store", more)]
-    words = ("merge", world / "store", more, "--out", out)
-    result = works(*words, "--json")
-    parts = [ActivationStore.open(folder).num_rows for folder in (world / "store", more)]
-    assert result.json == {
-        "store": str(out), "rows": sum(parts), "d_in": 16, "massive": {SITE: 0},
-        "parts": [{"corpus": "text.jsonl", "part": "train", "rows": parts[0]},
-                  {"corpus": "more.jsonl", "part": "train", "rows": parts[1]}],
-    }  # fmt: skip
-    assert "merge: 100%" in result.err and "held out" not in result.err
-    check_record(out / "merge.json", "merge", stores=[str(world / "store"), str(more)], link=False)
-    assert works("verify", out).out == f"{out}: store is intact\n"
-    again = works(*words)
-    assert f"{out} is already complete" in again.err and "merge:" not in again.err
-    assert f"\n  {parts[1]:,} from more.jsonl (train)\n" in again.out
-    assert [content(folder) for folder in (world / "store", more)] == before
-
-    works("train", out, *TRAIN, "--k", 4, "--out", tmp_path / "trained")
-    dictionary = tmp_path / "trained/uniform-k4"
-    assert Dictionary.load(dictionary).info.corpus["name"] == "text.jsonl+more.jsonl"
-    model = ("--model", world / "model")
-    works("weigh", out, "--site", SITE, *model, "--rule", "sensitivity",
-          "--out", tmp_path / "weights.safetensors")  # fmt: skip
-    works("dashboard", dictionary, "--store", out, *model, "--out", tmp_path / "page.html")
-    works("export", dictionary, "--store", out, *model, "--to", "neuronpedia",
-          "--out", tmp_path / "export")  # fmt: skip
-    named = works("inspect", dictionary, "--store", out, "--latent", 3, 9, *model, "--json").out
-    assert "more.jsonl#" in named
-
+    works("train", *stores, *TRAIN, "--k", 4, "--out", tmp_path / "trained")
+    info = Dictionary.load(tmp_path / "trained/uniform-k4").info
+    assert info.corpus["name"] == "text.jsonl+more.jsonl"
+    weights = tmp_path / "weights.safetensors"
+    works("weigh", *stores, "--site", SITE, "--model", world / "model", "--rule", "sensitivity",
+          "--out", weights)  # fmt: skip
+    check_record(weights.with_suffix(".json"), "weigh", stores=list(map(str, stores)))
     heldout = tmp_path / "heldout"
     works("harvest", *model_and_corpus, *HARVEST, "--dtype", "float32", "--tokens", 1000,
           "--part", "heldout", "--out", heldout)  # fmt: skip
-    refused = call("merge", more, heldout, "--link", "--out", tmp_path / "both")
+    refused = call("train", more, heldout, *TRAIN, "--k", 4, "--out", tmp_path / "both")
     assert refused.code == 1 and not (tmp_path / "both").exists()
-    assert f"{heldout} holds the heldout part of text.jsonl, but {more} the train" in refused.err
+    assert f"{heldout} does not fit {more} (" in refused.err
+    assert "the part of text.jsonl is heldout, not train" in refused.err
 
 
 def test_weigh(world, tmp_path):

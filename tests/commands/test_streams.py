@@ -14,12 +14,12 @@ from tiny import write_jsonl
 
 import llm_wsae.pipeline
 import llm_wsae.tuning
+from llm_wsae import planning
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity import evaluator, summary
 from llm_wsae.files import load_tensors, read_own_json, save_own_tensors
 from llm_wsae.model.site import Site
-from llm_wsae.planning import speeds
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.one_site import Training
 
@@ -242,7 +242,7 @@ def test_short_texts_are_read_again_and_it_is_said(world, tmp_path):
 def part(what, *words):
     """One process's part of a command; ``what`` is done to it first."""
     llm_wsae.pipeline.TRIAL_TOKENS, llm_wsae.tuning.TRIAL_ROWS = 300, 1024
-    speeds.SECONDS = 0.01
+    planning.SECONDS = 0.01
     if what is not None and os.environ["RANK"] == what[0]:
         what[1]()
     return call(*words)
@@ -274,7 +274,7 @@ def check_said_once(outcomes, sites):
     first, *others = outcomes
     assert all((other.code, other.out, other.err) == (0, "", "") for other in others), others
     assert first.code == 0, first.err
-    assert first.err.count("takes about") == first.err.count("[4/4] evaluate: ") == 1
+    assert first.err.count("\nin all ") == first.err.count("[4/4] evaluate: ") == 1
     assert first.err.count("[2/4] weigh: ") == first.out.count("CE recovered  share") == sites
 
 
@@ -389,7 +389,7 @@ def test_a_killed_run_of_several_processes_is_resumed(asked, unbroken, tmp_path,
     assert other.code == 1 and "run the same command again to resume" in other.err
     outcomes = in_several(2, part, None, *asked, "--out", out)
     assert [outcome.code for outcome in outcomes] == [0, 0]
-    assert "takes about" not in outcomes[0].err and "statistics:" not in outcomes[0].err
+    assert "\nin all " not in outcomes[0].err and "statistics:" not in outcomes[0].err
     check_same(out, unbroken)
 
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from itertools import islice
 
 import pytest
@@ -13,12 +14,11 @@ from places import ROOT
 from safetensors.torch import save_file
 
 from llm_wsae.data import shuffling as module
-from llm_wsae.data.manifest import Manifest
-from llm_wsae.data.shard_reader import RowReader, bytes_of
+from llm_wsae.data.manifest import BYTES_OF, Manifest
+from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.shard_record import ROWS_PER_CHECK, FileRecord, ShardRecord, packed
 from llm_wsae.data.shuffling import ActivationSource, SharedSource, cut, shuffled_batches
 from llm_wsae.data.store import ActivationStore, StoreSource
-from llm_wsae.digests import crc32s
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
 from llm_wsae.threads import prefetch
@@ -29,32 +29,37 @@ SITE = "blocks.0.hook_resid_post"
 def reader_of(folder, shard_rows, d_in=3, dtype="float32"):
     """A store's rows of site 0 that are numbered: row i is (i, i, …)."""
     (folder / SITE).mkdir(parents=True, exist_ok=True)
-    at, checks = 0, []
+    at = 0
     for index, rows in enumerate(shard_rows):
         numbers = torch.arange(at, at + rows, dtype=torch.float64)[:, None].expand(-1, d_in)
         tensor = numbers.to(getattr(torch, dtype)).contiguous()
         save_file({"activations": tensor}, folder / file_of(index))
-        checks.append(packed(crc32s(bytes_of(tensor), ROWS_PER_CHECK * d_in * tensor.itemsize)))
         at += rows
-    manifest = manifest_of(folder, shard_rows, d_in, dtype, checks)
-    return RowReader(folder, manifest, SITE), manifest
+    manifest = manifest_of(folder, shard_rows, d_in, dtype)
+    return ActivationStore(folder, manifest).reader(Site.parse(SITE)), manifest
 
 
 def file_of(index):
     return f"{SITE}/{index:05d}.safetensors"
 
 
-def manifest_of(folder, shard_rows, d_in, dtype, checks=None):
-    """Without ``checks``, as the first version wrote it."""
+def manifest_of(folder, shard_rows, d_in, dtype):
     shards = []
     for index, rows in enumerate(shard_rows):
         name = file_of(index)
         files = {name: FileRecord.of(folder / name)}
-        own = {} if checks is None else {name: checks[index]}
+        own = {name: packed(checks_of(folder / name, ROWS_PER_CHECK * d_in * BYTES_OF[dtype]))}
         shards.append(ShardRecord(1, rows, (0, 0), (0, 0), files, own))
     manifest = Manifest("", {}, {}, [SITE], dtype, d_in, {"context_size": 4}, None, 1, 1, 1)
     manifest.shards, manifest.complete = shards, True
     return manifest
+
+
+def checks_of(path, size):
+    """The CRC-32 of each ``size`` bytes of rows."""
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return [zlib.crc32(piece) for piece in iter(lambda: file.read(size), b"")]
 
 
 def numbers(batches):
@@ -132,9 +137,10 @@ class CountingReader(RowReader):
 @pytest.mark.parametrize("parts", [2, 3])
 def test_a_part_reads_its_share_and_gets_about_as_many_rows_as_the_others(tmp_path, parts):
     _, manifest = reader_of(tmp_path, [9_000, 7_000])
+    shards = ActivationStore(tmp_path, manifest).row_shards(Site.parse(SITE))
     lengths, seen, read = [], [], []
     for number in range(parts):
-        reader = CountingReader(tmp_path, manifest, SITE)
+        reader = CountingReader(shards, 3, torch.float32)
         own = list(islice(shuffled_batches(reader, 1600, 3, part=(number, parts)), 10))
         lengths.append([len(batch) for batch in own])
         seen.append(numbers(own))
@@ -171,11 +177,12 @@ import sys
 sys.path[:0] = ["tests/data", "tests/helpers"]
 from itertools import islice
 from pathlib import Path
-from test_shuffling import SITE, RowReader, manifest_of
+from test_shuffling import SITE, ActivationStore, Site, manifest_of
 from llm_wsae.data.shuffling import shuffled_batches
 from llm_wsae.hardware import peak_memory_bytes
 folder = Path({str(tmp_path)!r})
-reader = RowReader(folder, manifest_of(folder, {shards}, 256, "float32"), SITE)
+store = ActivationStore(folder, manifest_of(folder, {shards}, 256, "float32"))
+reader = store.reader(Site.parse(SITE))
 small = shuffled_batches(reader, 4096, 0, window_bytes=1 << 20)
 next(small); small.close()
 before = peak_memory_bytes()

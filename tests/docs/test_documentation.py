@@ -102,12 +102,12 @@ def test_the_pages_of_the_commands_run(world, hub):
         "theory": "--steps 20 --rows 200",
     }
     write_jsonl(world / "articles.jsonl", [60] * 300)
-    order = ["harvest", "merge", "train", "weigh", "evaluate", "recover", "inspect",
+    order = ["harvest", "train", "weigh", "evaluate", "recover", "inspect",
              "dashboard", "export", "verify", "run", "push", "list", "pull", "theory"]  # fmt: skip
     lines = {name: [words for page, words in commands() if page == f"docs/commands/{name}.md"]
              for name in order}  # fmt: skip
     for name in order:
-        needed = {name, "harvest"} if name == "merge" else {name}
+        needed = {name, "harvest"} if name == "train" else {name}
         mine = [words for words in lines[name] if words[0] in needed]
         assert mine, name
         for words in mine:

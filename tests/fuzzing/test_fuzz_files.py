@@ -18,7 +18,6 @@ from training_cases import CONFIG, Planted, arms_for
 
 from llm_wsae import digests, provenance, tuning
 from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards, save_record
-from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.shard_record import FileRecord, tokens_path
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import StoredMeasurement
@@ -113,7 +112,7 @@ def of_stores(folder: Path) -> dict[str, Kind]:
     store = ActivationStore.open(place)
 
     def read_rows() -> torch.Tensor:
-        reader = RowReader(place, store.manifest, SITE)
+        reader = store.reader(PLACE)
         found = torch.empty(store.num_rows, store.d_in, dtype=reader.dtype)
         reader.read(0, found)
         return found

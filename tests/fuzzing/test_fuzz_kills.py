@@ -118,12 +118,6 @@ def scenarios(hub: HubServer) -> dict[str, Scenario]:
             Path("store", SITE, "00000.safetensors").read_bytes,
             files,
         ),
-        "merge": Scenario(
-            lambda: None,
-            done("merge", "../store", "../more", "--out", "merged"),
-            lambda: [content(Path("..", name)) for name in ("store", "more")],
-            files,
-        ),
         "train": Scenario(lambda: None, done(*TRAIN), lambda: None, trained),
         "save": Scenario(
             lambda: shutil.copytree(Path("..", PLAIN), "d"),

@@ -29,7 +29,6 @@ MEMORY = 24 << 30  # bytes of addresses; torch alone takes several
 EVALUATE = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 60, "--bootstraps", 9)
 WORKING = {
     "harvest": ("--model", "model", "--corpus", "text.jsonl", *HARVEST, "--tokens", 200),
-    "merge": ("store", "more"),
     "weigh": ("store", "--site", SITE, "--rule", "variance"),
     "train": ("store", *TRAIN, "--k", 4, "--tokens", 512),
     "evaluate": ("trained/uniform-k4", *EVALUATE),
@@ -37,8 +36,9 @@ WORKING = {
     "dashboard": ("trained/uniform-k4", "--store", "store", "--model", "model", "--rows", 40),
     "export": ("trained/uniform-k4", "--to", "neuronpedia", "--store", "store", "--model", "model",
                "--contexts", 4),
-    "run": ("--model", "model", "--corpus", "text.jsonl", "--site", SITE, "--context-size", 16,
-            "--tokens", 512, "--k", 4, "--train.batch-size", 128, "--evaluate.tokens", 60),
+    "run": ("--model", "model", "--corpus", "text.jsonl", "--site", SITE,
+            "--harvest.context-size", 16, "--tokens", 512, "--k", 4, "--train.batch-size", 128,
+            "--evaluate.tokens", 60),
     "study": ("store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, "--k", 4,
               "--seeds", 0, 1, "--train.tokens", 512, "--train.batch-size", 128),
     "theory": ("--experiments", "mixed-0.7", "--seeds", 0, 1, "--steps", 3, "--rows", 100),
@@ -49,7 +49,7 @@ WORKING = {
     "list": ("user/saes",),
     "verify": ("store",),
 }  # fmt: skip
-WRITES = ("harvest", "merge", "weigh", "train", "evaluate", "dashboard", "export", "run", "study",
+WRITES = ("harvest", "weigh", "train", "evaluate", "dashboard", "export", "run", "study",
           "theory", "explain", "pull")  # fmt: skip
 FLAGS = Path(__file__).parents[1] / "commands/flags.txt"
 OPTIONS = {

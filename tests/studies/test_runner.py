@@ -490,7 +490,7 @@ def test_a_begun_training_that_nobody_needs_is_cleared_away(whole, study, tmp_pa
     shutil.copytree(whole[0], out)
     group = out / "training" / "0123456789ab"
     group.mkdir(parents=True)
-    (group / "group.json").write_text(json.dumps({"dictionaries": NAMES[:2]}))
+    write_json(group / "group.json", {"dictionaries": NAMES[:2]})
     study(out)
     assert not group.exists()
     before = content(out / "dictionaries")

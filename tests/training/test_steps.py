@@ -92,7 +92,7 @@ def test_a_resumed_relu_arm_knows_how_many_latents_were_active():
     state = first.state()
     second.load_state(state)
     assert second.architecture.active_share() == first.architecture.active_share() > 0.1
-    del state["active_share"]  # as of a training that an older version began
+    del state["active_share"]  # as before the first step
     third.load_state(state)
     assert third.architecture.active_share() is None
 

@@ -1,0 +1,293 @@
+"""What a run takes, before it starts: rows, disk, memory and time.
+
+Sizes follow from what is asked. Times are those of the run's own first seconds, in a temporary
+folder, multiplied.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+
+from llm_wsae.data.config import HarvestConfig, StreamConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.finishing import finish_store
+from llm_wsae.data.packing import Packer
+from llm_wsae.data.shard_writer import StoreWriter
+from llm_wsae.data.shuffling import WINDOW_BYTES
+from llm_wsae.data.store import ActivationStore, StoreSource
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.evaluation.config import EvaluateConfig
+from llm_wsae.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
+from llm_wsae.harvesting import kept_rows, manifest_of
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.outputs import existing, free_space
+from llm_wsae.processes import Processes
+from llm_wsae.terminal import aligned
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.one_site import Training
+from llm_wsae.training.optimiser import PAIR_BYTES
+from llm_wsae.training.parallel.group import ProcessGroup
+from llm_wsae.tuning import CANDIDATES
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import Rule
+
+SECONDS = 0.5
+"""For the forward passes, and again for the steps of the training."""
+_SHARE = 10  # of a short run, only one part of so many is measured
+_TOKEN = 3 * 4 + 1  # bytes: id, document, offset, and whether it gives a row
+_SAMPLED = 1 / 32  # of the rows, which the statistics of a shard keep once more
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes, roughly. Sizes are in bytes, times in seconds."""
+
+    rows: int
+    """At each site, at most: special tokens and padding give none."""
+    trained_rows: int
+    """Rows of the training at each site: more than ``rows`` in several passes."""
+    arms: int
+    """Dictionaries at each site."""
+    store_bytes: int
+    checkpoint_bytes: int
+    """Of one checkpoint of all arms of a site; while it is replaced, there are two."""
+    dictionary_bytes: int
+    """Of all dictionaries of all sites."""
+    disk_bytes: int
+    """The most that is on the disk at a time."""
+    disk_free: int
+    memory_bytes: int
+    """The most that is in the memory of the device at a time."""
+    memory_there: int
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage; empty if something does not fit."""
+
+    def check(self) -> None:
+        """Raises LlmWsaeError if the disk or the memory is too small."""
+        if shortage := self.shortage():
+            raise LlmWsaeError(shortage)
+
+    def shortage(self) -> str | None:
+        """What does not fit, and the way out; None if all does."""
+        if self.disk_bytes > self.disk_free:
+            return (
+                f"the run would need {_in_bytes(self.disk_bytes)} of disk, but "
+                f"{_in_bytes(self.disk_free)} are free; ask for fewer tokens or dictionaries, "
+                "choose a folder on a larger disk, or keep no rows (--stream)"
+            )
+        if self.memory_bytes > self.memory_there:
+            return (
+                f"the run would need {_in_bytes(self.memory_bytes)} of memory, but {self.device} "
+                f"has {_in_bytes(self.memory_there)} in all; lower the expansion, or train fewer "
+                "dictionaries at once"
+            )
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        return {**asdict(self), "total_seconds": sum(self.seconds.values())}
+
+    def table(self) -> str:
+        """The table for people."""
+        rows = [
+            ["", "takes", ""],
+            ["rows", f"{self.rows:,}", f"at each site; {self.trained_rows:,} to train on"],
+            ["store", _in_bytes(self.store_bytes), ""],
+            ["checkpoint", _in_bytes(self.checkpoint_bytes), f"of {self.arms} dictionaries"],
+            ["dictionaries", _in_bytes(self.dictionary_bytes), ""],
+            ["disk", _in_bytes(self.disk_bytes), f"at most, of {_in_bytes(self.disk_free)} free"],
+            ["memory", _in_bytes(self.memory_bytes), f"at most, of {_in_bytes(self.memory_there)}"],
+        ]
+        rows += [[stage, _in_time(seconds), ""] for stage, seconds in self.seconds.items()]
+        if self.seconds:
+            rows.append(["in all", _in_time(sum(self.seconds.values())), f"on {self.device}"])
+        return aligned(rows, left=3)
+
+
+def plan(
+    model: LanguageModel,
+    corpus: Corpus,
+    sites: Sequence[Site],
+    arms: Sequence[ArmConfig],
+    out: Path,
+    *,
+    harvest_config: HarvestConfig = HarvestConfig(),  # noqa: B008 - frozen
+    stream_config: StreamConfig | None = None,
+    train_config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
+    evaluate_config: EvaluateConfig = EvaluateConfig(),  # noqa: B008 - frozen
+) -> Plan:
+    """What a run takes that trains these arms at each site. ``out`` lies on the disk that counts.
+
+    Where something does not fit, ``Plan.shortage`` says so, and no time is measured. What weight
+    rules measure and the trials of an automatic α are not counted. Raises UsageError for a site
+    that the model lacks or too few tokens, LlmWsaeError for a text that gives no row.
+    """
+    sites = sorted(set(sites))
+    for site in sites:
+        model.check_site(site)
+    check_rows(harvest_config, train_config)
+    per_context = harvest_config.context_size - harvest_config.drop_positions
+    rows, size = harvest_config.num_contexts * per_context, train_config.batch_size
+    steps = max(1, (train_config.tokens or rows) // size)
+    train_config = replace(train_config, tokens=steps * size)
+    found = _sizes(model, sites, arms, rows, out, harvest_config, stream_config, train_config)
+    if found.shortage():
+        return found
+    with TemporaryDirectory(prefix=".plan.", dir=existing(out)) as name:
+        of_token = _first_tokens(model, corpus, sites, Path(name), harvest_config)
+        source = ActivationStore.open(name).source(sites[0])
+        of_row = _first_steps(source, arms, train_config, Path(name) / "training")
+    tokens = harvest_config.num_contexts * harvest_config.context_size
+    if stream_config is not None:
+        tokens = tokens * steps * size // rows + stream_config.statistics_tokens
+    # the model itself, and behind each site zeros, the mean, its dimensions and every dictionary
+    passes = 1 + len(sites) * (3 + len(arms))
+    seconds = {
+        "harvest": tokens * of_token,
+        "train": len(sites) * steps * size * of_row,
+        "evaluate": evaluate_config.tokens * passes * of_token,
+    }
+    return replace(found, seconds=seconds)
+
+
+def check_rows(harvesting: HarvestConfig, training: TrainConfig) -> None:
+    """Raises UsageError for a harvest that cannot fill one batch of the training."""
+    if training.tokens is None and harvesting.tokens < training.batch_size:
+        raise UsageError(
+            f"{harvesting.tokens:,} tokens are less than one batch of {training.batch_size:,}; "
+            "harvest more"
+        )
+
+
+def stand_ins(
+    rules: Sequence[str],
+    alphas: Sequence[float | Literal["auto"]],
+    d_in: int,
+    config: WeightConfig = WeightConfig(),  # noqa: B008 - frozen
+) -> list[LossWeights]:
+    """Weights with the names and forms of those that will be measured. Their values do not matter,
+    except that arms which do not share a space must not seem to."""
+    found: dict[str, LossWeights] = {}
+    for rule in map(Rule.parse, rules):
+        own = [alpha for alpha in alphas if alpha != "auto"]
+        if "auto" in alphas and rule.has_automatic_alpha:
+            own = [CANDIDATES[0]]
+        for alpha in (1.0,) if rule.is_plain else own:
+            gamma = torch.eye(d_in) if rule.form(config) == "matrix" else torch.ones(d_in)
+            gamma = gamma * (1 + len(found) / 1000)
+            weights = LossWeights(gamma, rule, alpha, rule.settings(config))
+            found.setdefault(weights.name, weights)
+    return list(found.values())
+
+
+def _sizes(
+    model: LanguageModel,
+    sites: Sequence[Site],
+    arms: Sequence[ArmConfig],
+    rows: int,
+    out: Path,
+    harvest: HarvestConfig,
+    stream: StreamConfig | None,
+    train: TrainConfig,
+) -> Plan:
+    """The plan without its times."""
+    d_in, device = model.d_model, choose_device(train.device)
+    row = d_in * getattr(torch, manifest_of(model, {}, sites, harvest).dtype).itemsize
+    weights = len(arms) * train.expansion * d_in**2  # of the encoders, or of the decoders
+    store = len(sites) * (rows * row * (1 + _SAMPLED) + 8 * d_in**2)  # and the covariance
+    store += harvest.num_contexts * harvest.context_size * _TOKEN
+    windows = 3 * min(WINDOW_BYTES, rows * row)  # batches are cut from one, two are read ahead
+    if stream is not None:
+        store, windows = 0, 2 * len(sites) * stream.buffer_tokens * row
+    checkpoint = PAIR_BYTES * weights
+    dictionaries = 4 * (2 * weights + sum(arm.weights.is_matrix for arm in arms) * d_in**2)
+    others = dictionaries if stream is None else checkpoint  # of a stream, all are trained at once
+    disk = store + (len(sites) - 1) * others + checkpoint + max(checkpoint, dictionaries)
+    together = 1 if stream is None else len(sites)
+    memory = together * PAIR_BYTES * weights + 4 * train.batch_size * train.expansion * d_in
+    if device.type == "cuda":
+        memory += sum(one.nbytes for one in model.hf_model.parameters())
+    else:  # where the model is already, and all dictionaries stay
+        memory += peak_memory_bytes() + windows + 8 * len(sites) * weights
+    return Plan(
+        rows=rows,
+        trained_rows=train.tokens or rows,
+        arms=len(arms),
+        store_bytes=int(store),
+        checkpoint_bytes=checkpoint,
+        dictionary_bytes=len(sites) * dictionaries,
+        disk_bytes=int(disk),
+        disk_free=free_space(out),
+        memory_bytes=memory,
+        memory_there=memory_of(device),
+        device=processor_name(device),
+    )
+
+
+def _first_tokens(
+    model: LanguageModel, corpus: Corpus, sites: Sequence[Site], folder: Path, config: HarvestConfig
+) -> float:
+    """Harvest a few forward passes into a store. Seconds a token; the first pass is not timed."""
+    size = config.contexts_per_batch
+    most = max(2, config.num_contexts // size // _SHARE)
+    manifest = manifest_of(model, corpus.identity(), sites, config)
+    manifest = replace(manifest, contexts_per_shard=size, num_contexts=0)
+    blocks = Packer.for_model(model, config).blocks(corpus, size, limit=config.num_contexts)
+    ends, contexts = [time.perf_counter()], [0]
+    with StoreWriter(folder, manifest) as writer:
+        for number, block in enumerate(blocks):
+            rows = kept_rows(model, block, sites)
+            manifest.num_contexts += len(block.ids)  # as many as are made: the text may end before
+            writer.add(number, block, {str(site): rows[site] for site in sites})
+            ends.append(time.perf_counter())
+            contexts.append(manifest.num_contexts)
+            if number + 1 == most or ends[-1] - ends[1] > SECONDS:
+                break
+        writer.wait()
+    ends.append(time.perf_counter())
+    finish_store(folder, manifest)
+    warm = 1 if len(contexts) > 2 else 0  # passes that are not timed
+    return (ends[-1] - ends[warm]) / (contexts[-1] - contexts[warm]) / config.context_size
+
+
+def _first_steps(
+    source: StoreSource, arms: Sequence[ArmConfig], config: TrainConfig, folder: Path
+) -> float:
+    """Seconds a row of a few steps of the training; the first is not timed."""
+    batches = source.batches(config.batch_size, config.shuffle_seed)
+    alone = ProcessGroup(Processes())  # also where rank 0 measures and others wait for it
+    device = choose_device(config.device)
+    training = Training(source, arms, config, folder, device, alone)
+    last, steps = training.num_steps - 1, 0
+    training.step(0, next(batches))
+    training.read_numbers(1)
+    began = time.perf_counter()
+    while steps < 2 or (time.perf_counter() - began < SECONDS and steps < last // _SHARE):
+        steps += 1
+        training.step(min(steps, last), next(batches))
+    training.read_numbers(steps)
+    seconds = time.perf_counter() - began
+    batches.close()  # type: ignore[attr-defined]  # ends its reading thread
+    return seconds / steps / config.batch_size
+
+
+def _in_bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 2**10:,.1f} KiB"
+
+
+def _in_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
