@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm_wsae.commands.options import (
     CorpusOptions,
@@ -111,7 +112,12 @@ def study(
         scoring=score,
         dictionary=first,
     )
-    asked = {"stores": stores, "model": model.model, "corpus": corpus.corpus, "site": site}
+    asked: dict[str, Any] = {
+        "stores": stores,
+        "model": model.model,
+        "corpus": corpus.corpus,
+        "site": site,
+    }
     asked |= {**vars(config), "dictionary": dictionary, "weigh": weigh, "train": training}
     asked |= {"fidelity": evaluate, "score": score}
     write_record(out / RECORD, "study", asked)
