@@ -26,7 +26,6 @@ from llm_wsae.commands.merge import merge
 from llm_wsae.commands.options import Result
 from llm_wsae.commands.parser import in_new_spelling, parse
 from llm_wsae.commands.plan import plan
-from llm_wsae.commands.recover import recover
 from llm_wsae.commands.run import run
 from llm_wsae.commands.study import study
 from llm_wsae.commands.theory import theory
@@ -47,7 +46,6 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "weigh": weigh,
     "train": train,
     "evaluate": evaluate,
-    "recover": recover,
     "inspect": inspect,
     "dashboard": dashboard,
     "explain": explain,

@@ -50,11 +50,6 @@ checkpoints)
     --model "$model" --corpus "$corpus" --tokens 50000 --monosemantic --baselines --keep \
     --out runs/checkpoints/report.json
   .venv/bin/python scripts/make_checkpoints.py pages
-  .venv/bin/llm-wsae harvest --model "$model" --corpus "$corpus" --site ${sites% *} \
-    --part heldout --tokens 30000 --out runs/checkpoints/heldout
-  .venv/bin/llm-wsae recover checkpoints/smollm2-135m/${sites% *}/*/ \
-    --store runs/checkpoints/heldout --rows 20000 --out runs/checkpoints/recovered
-  cp runs/checkpoints/recovered/recovery.png docs/images/round_trip.png  # of docs/commands/recover.md
   ;;
 study)
   .venv/bin/llm-wsae harvest --model "$model" --corpus "$corpus" --site $sites \

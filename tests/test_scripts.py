@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -14,9 +13,7 @@ import pytest
 import torch
 from places import SCRIPTS
 
-from llm_wsae.files import read_own_json
 from llm_wsae.studies.inference import Estimate
-from llm_wsae.theory import experiments
 from llm_wsae.weights.rules import RULES, Rule
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -150,10 +147,6 @@ def written(name: str) -> str:
     return text.partition(f"<!-- begin {name} -->")[2].partition(f"<!-- end {name} -->")[0].strip()
 
 
-def measured_already(*_):
-    raise AssertionError("something is measured anew")
-
-
 def unpack(monkeypatch, tmp_path, *scripts) -> None:
     """The archives of several scripts, in folders of their own."""
     import results_archive
@@ -280,18 +273,6 @@ def test_the_section_of_recovery_is_that_of_the_measurements(monkeypatch, tmp_pa
     assert len({record["label"] for record in results_recovery.read("smollm2")}) > 15
 
 
-def test_the_tables_of_the_recovery_report_are_those_of_the_measurements(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import results_archive
-    import results_round_trip
-
-    results_archive.unpack(results_round_trip.ARCHIVE, tmp_path / "results")
-    monkeypatch.setattr(results_round_trip, "RUN", tmp_path)
-    page = results_round_trip.PAGE.read_text(encoding="utf-8")
-    found = page.partition("<!-- begin round trip -->")[2].partition("<!-- end round trip -->")[0]
-    agree(found.strip(), results_round_trip.section())
-
-
 def test_the_section_on_whitening_is_that_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results_recovery
@@ -344,26 +325,6 @@ def test_the_section_on_further_ideas_is_that_of_the_measurements(monkeypatch, t
         for record in results_rules.read(key):
             own = (record["seed"], record["f1"], record["fvu"])
             assert numbers.setdefault(own, record["idea"]) == record["idea"]
-
-
-def test_the_planted_section_is_that_of_the_measurements(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import results_archive
-    import results_theory
-
-    monkeypatch.setattr(experiments, "run_unit", measured_already)
-    monkeypatch.setattr(experiments, "run_point", measured_already)
-    reports = []
-    for config, archive in (
-        (results_theory.CONFIG, results_theory.ARCHIVE),
-        (results_theory.NAMED_CONFIG, results_theory.NAMED_ARCHIVE),
-    ):
-        kept, folder = results_archive.read(archive), tmp_path / archive.name
-        results_archive.unpack(archive, folder)
-        reports.append(experiments.run_theory(config, folder))
-        again = read_own_json(folder / "theory.json", "report")
-        agree(*(json.dumps(one | {"versions": {}}) for one in (kept["theory.json"], again)))
-    agree(written("planted"), results_theory.section(*reports))
 
 
 def test_every_rule_of_the_study_is_measured_at_every_site(monkeypatch):
