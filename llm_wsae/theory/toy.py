@@ -89,7 +89,7 @@ def run_toy(config: TheoryConfig, out: Path) -> ToyReport:
     """Run or finish the toy experiment; ``out`` receives a training for every sparsity and seed,
     and ``theory.json``.
 
-    Raises UsageError for an unknown rule or one that needs a language model or a first dictionary,
+    Raises UsageError for an unknown rule, or one that needs a first dictionary or a language model,
     and as ``train`` does.
     """
     for name in config.rule:
