@@ -2,6 +2,7 @@
 no code of theirs runs, and nothing of anybody's is changed."""
 
 import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -207,6 +208,7 @@ def test_places(places, monkeypatch, fuzz):
     monkeypatch.setattr(toy, "_MODEL_STEPS", 3)  # more take seconds
     for name in WORKING:  # modules are imported first: nobody might not read them either
         call(name, "--help")
+    importlib.import_module("matplotlib.font_manager")  # as the figures do, later
     before, closed = content(places), places / "closed"
     closed.mkdir()
     cases = [(name, "read", path, how) for name in WORKING for path in READS for how in WAYS]
