@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae.collectives import check_device
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.covariance import second_moment_of
@@ -38,7 +37,7 @@ from llm_wsae.hardware import check_memory
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_room
-from llm_wsae.processes import Processes, Several, join
+from llm_wsae.processes import Processes, join
 from llm_wsae.provenance import version_of
 from llm_wsae.threads import prefetch
 
@@ -77,8 +76,6 @@ def harvest(
             raise UsageError("there is no site to harvest; name at least one")
         for site in sites:
             model.check_site(site)
-        if isinstance(processes, Several):
-            check_device(torch.device("cpu"))  # where they sum the covariance
         packer = Packer.for_model(model, config)
         manifest = _agreed(processes, manifest_of(model, corpus.identity(), sites, config))
         processes.lead(lambda: _check_size(out, packer, corpus, config, manifest))

@@ -16,7 +16,6 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import date
 from numbers import Real
 from pathlib import Path
 from types import UnionType
@@ -33,9 +32,7 @@ SHARE = (0, 1)
 LARGEST_JSON = 1 << 29  # bytes; the manifest of a store of a hundred billion tokens has fewer
 _REVISION = re.compile(r"\w[\w./+@-]{0,199}", re.ASCII)
 _LONGEST_LINE = 1 << 26  # characters of one line of text
-_LARGEST_YAML = 1 << 20  # characters
-_MOST_BRACKETS = 1000  # of a YAML block: the time that nested ones take grows with their square
-_MOST_VALUES = 10_000  # of a YAML block, every alias counted as what it stands for
+_LARGEST_YAML = 1 << 16  # characters; brackets that are never closed take a second
 # Of a GGUF header, several times what the largest models have:
 _MOST_ENTRIES = 1 << 16  # keys, and tensors
 _MOST_ITEMS = 1 << 22  # in all its lists, such as a vocabulary
@@ -119,44 +116,28 @@ def parse_json(text: str | bytes, what: str) -> Any:
 
 
 def parse_yaml(text: str, what: str) -> dict[str, Any]:
-    """The object that a YAML text describes, of plain values and names only.
+    """The object that a YAML text describes; what aliases share stays shared.
 
-    Raises LlmWsaeError for anything else, also for a small text that would unfold to a large one.
+    Raises LlmWsaeError for anything else, and for a large text.
     """
-    if len(text) > _LARGEST_YAML or text.count("[") + text.count("{") > _MOST_BRACKETS:
+    if len(text) > _LARGEST_YAML:
         raise LlmWsaeError(f"{what} is too large to be read")
     import yaml  # only a push reads any
 
     with parsing(f"{what} cannot be read"):
-        value = yaml.safe_load(text)
-        budget = [_MOST_VALUES]
-        value = {} if value is None else _plain_yaml(value, budget)
-    if not isinstance(value, dict):
+        value = {} if (found := yaml.safe_load(text)) is None else found
+    if not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
         raise LlmWsaeError(f"{what} cannot be read: it is not a list of names with values")
     return value
-
-
-def _plain_yaml(value: Any, budget: list[int]) -> Any:
-    """The value without aliases; raises ValueError for what is no plain value or too much."""
-    budget[0] -= 1
-    if budget[0] < 0:
-        raise ValueError("it holds too many values")
-    if isinstance(value, dict):
-        if not all(isinstance(name, str) for name in value):
-            raise ValueError("a name in it is not text")
-        return {name: _plain_yaml(item, budget) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_plain_yaml(item, budget) for item in value]
-    if value is None or isinstance(value, str | bool | int | float | date):
-        return value
-    raise ValueError(f"it holds {shown(value)}")
 
 
 def gguf_sizes(path: Path) -> tuple[int, int]:
     """How many tensors a GGUF file has, and how many numbers they hold.
 
-    The libraries that read such files loop and allocate as long as a header says, so its counts and
-    lengths are compared with the file and with what a model can have. Raises ValueError for others.
+    The header is walked here because the package gguf does not see the end of a file: there it
+    reads empty arrays, so a list that is said to have 2⁴⁰ numbers fills the memory. And zeros at
+    the end of a file, which take no disk, are as many tensors as the header says. Raises ValueError
+    for counts and lengths that the file does not have, or that no model can have.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

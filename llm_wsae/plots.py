@@ -152,7 +152,6 @@ def write_page(report: Report, arms: Sequence[ArmConfig], site: str, path: Path)
         "title": f"Dictionaries of {site}",
         "words": [_NO_VERDICT],
         "facts": [("model", report.model["name"]), ("dictionaries", f"{len(arms)}")],
-        "verdicts": {},
         "series": series,
         "points": [
             {

@@ -1,41 +1,38 @@
-"""One run in several processes, as ``torchrun`` starts them.
+"""One run in several processes, as ``torchrun`` starts them, on torch.distributed.
 
-The processes of a run have the ranks 0 to size − 1. Apart from tensors they exchange a few JSON
-values, through the launcher's key-value store. These are deliberately not collectives: a process
-that waits in a collective for one that failed or died waits until a time limit, which must be long
-enough for the slowest step. Here a waiting process polls the store. So it sees at once the error
-that another process left there, and within a minute that another has no heartbeat.
+The processes of a run have the ranks 0 to size − 1. Without a launcher there is one process, and
+nothing here costs anything; torch is needed only when there are several.
 
-Without a launcher there is one process, and nothing here costs anything. torch is needed only when
-there are several.
+When a process fails, its connections close, which ends the waiting of the others at once. They
+raise the sentence that it left in the launcher's key-value store, or one that says that it left
+none. Of processes that others do not wait for, the launcher takes care.
 """
 
-import atexit
 import functools
 import json
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llm_wsae import files
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import from_environment
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, distributed
 
 T = TypeVar("T")
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MOST = 1 << 16  # processes of one run
 _JOIN = timedelta(minutes=10)  # for all processes to arrive
-_POLL_SECONDS = 0.05
-_BEAT_SECONDS = 1.0
-_BEATS_MISSED = 60  # counted in polls, so that a run that was suspended as a whole can continue
-_LINGER_SECONDS = 10.0  # how long a failed rank 0, which may host the store, waits for others
-_ASK_SECONDS = 2.0  # the same, until the others have asked whether they may speak
+_PATIENCE = timedelta(days=7)  # with the slowest piece of work of rank 0, such as an evaluation
+_TIMEOUT = timedelta(minutes=30)  # of exchanges of tensors; another may be loading or writing
+_LINGER_SECONDS = 5.0  # for the sentence of a lost process to arrive
 
 
 class Processes:
@@ -92,81 +89,49 @@ class Processes:
 class Several(Processes):
     """Several processes, started by a launcher and connected by its key-value store."""
 
-    def __init__(self, part: Callable[[str], Any], rank: int, size: int):
-        """``part`` returns a part of the launcher's store by name."""
-        self.rank, self.size = rank, size
-        self._part, self._stores = part, 0
-        self._store = self._part("llm_wsae")
+    def __init__(self, store: "distributed.Store", rank: int, size: int):
+        self.rank, self.size, self._store = rank, size, store
         self._piece = 0  # counts pieces of work; the same in all processes
-        self._turn = 0  # counts exchanges within this piece; likewise
-        self._left: threading.Event = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._heart.start()
-        atexit.register(self._stop)
+        self._turn = 0  # counts results of rank 0 within a piece; likewise
+        self._group: Any = None  # what connects the processes
 
     @contextmanager
     def together(self) -> Iterator[None]:
+        from torch import distributed
+
         self._piece, self._turn = self._piece + 1, 0
+        self._connect()
         try:
             yield
             self.meet()
         except BaseException as error:
             self._report(error)
+            distributed.destroy_process_group(self._group)  # wakes those that wait for this one
+            self._group = None
             raise
-        with _reachable():
-            self._leave(self._until)  # rank 0 last: it may host the store that the others read
 
     def lead(self, work: Callable[[], T]) -> T:
-        key = self._next_key()
-        if self.leads:
-            result = json.dumps(work())
-            with _reachable():
+        self._turn += 1
+        key = f"{self._piece}/result/{self._turn}"
+        result = json.dumps(work()) if self.leads else ""
+        with self.explained():
+            if self.leads:
                 self._store.set(key, result)
-        else:
-            self._until(lambda: self._store.check([key]))
-        with _reachable():
+            self.meet()
             return json.loads(self._store.get(key))
 
     def meet(self) -> None:
-        key = self._next_key()
-        with _reachable():
-            self._store.add(key, 1)
-        self._until(lambda: self._store.add(key, 0) == self.size)
+        from torch import distributed
+
+        self._connect()
+        with self.explained():
+            distributed.barrier(self._group)
 
     def count(self, name: str, amount: int) -> int:
-        self._check()
-        with _reachable():
-            return self._store.add(self._key(name), amount)
-
-    def new_store(self) -> Any:
-        """A part of the launcher's store that nobody used before, the same for all processes."""
-        self._stores += 1
-        return self._part(f"llm_wsae/{self._stores}")
-
-    def explain(self, error: BaseException) -> LlmWsaeError:
-        """The error to raise for a failed exchange with another process: the one that it left, or
-        that it left none."""
-        until = time.monotonic() + _LINGER_SECONDS
-        try:
-            while time.monotonic() < until:
-                self._check()
-                time.sleep(_POLL_SECONDS)
-        except LlmWsaeError as reported:
-            return reported
-        return LlmWsaeError(
-            f"another process of this run exited without an error message ({_first_line(error)}); "
-            "run the same command again to resume"
-        )
-
-    def _check(self) -> None:
-        """Raise the error of another process, if there is one."""
-        key = self._key("error")
-        with _reachable():
-            if not self._store.check([key]):
-                return
-            found = json.loads(self._store.get(key))
-        kind = UsageError if found["exit_code"] == UsageError.exit_code else LlmWsaeError
-        raise kind(found["sentence"])
+        with self.explained():
+            if self._store.check([self._error]):
+                raise self._reported()
+            return self._store.add(f"{self._piece}/{name}", amount)
 
     @contextmanager
     def folder_lock(self, folder: Path, what: str) -> Iterator[None]:
@@ -175,59 +140,59 @@ class Several(Processes):
         if self.leads:
             with files.folder_lock(folder, what) as share:
                 share()
-                self.lead(lambda: True)
+                self.meet()
                 yield
         else:
-            self.lead(lambda: True)
+            self.meet()
             with files.folder_lock(folder, what, shared=True):
                 yield
 
-    def first(self, name: str) -> bool:
-        """Whether this process is the first in the run to ask this. Rank 0, which may host the
-        store, stays a little for those who have not asked yet."""
-        with _reachable():
-            is_first = self._store.add(name, 1) == 1
-            until = time.monotonic() + _ASK_SECONDS
-            while self.leads and self._store.add(name, 0) < self.size and time.monotonic() < until:
-                time.sleep(_POLL_SECONDS)
-        return is_first
+    def asks_first(self) -> bool:
+        """Whether this process is the first in the run to call this."""
+        return self._store.add("asked", 1) == 1
 
-    def _key(self, name: str) -> str:
-        return f"{self._piece}/{name}"
-
-    def _next_key(self) -> str:
-        self._turn += 1
-        return self._key(str(self._turn))
-
-    def _until(self, ready: Callable[[], bool]) -> None:
-        """Poll until ready; raise the error of another process, or that one has died."""
-        seen: dict[int, int] = {}
-        missed: dict[int, int] = {}
-        polled = time.monotonic()
-        while True:
-            with _reachable():
-                if ready():
-                    return
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn the failure of an exchange with others into the error that another one left."""
+        try:
+            yield
+        except RuntimeError as error:  # of torch.distributed
             try:
-                self._check()
-            except LlmWsaeError:
-                with _reachable():
-                    if ready():  # the other process got past this exchange before it failed
-                        return
-                raise
-            if time.monotonic() - polled >= _BEAT_SECONDS:
-                polled = time.monotonic()
-                for rank in range(self.size):
-                    with _reachable():
-                        beats = self._store.add(f"beat/{rank}", 0)
-                    missed[rank] = missed.get(rank, 0) + 1 if beats == seen.get(rank) else 0
-                    seen[rank] = beats
-                    if missed[rank] > _BEATS_MISSED:
-                        raise LlmWsaeError(
-                            f"process {rank} of {self.size} exited without an error message; run "
-                            "the same command again to resume"
-                        )
-            time.sleep(_POLL_SECONDS)
+                self._store.wait([self._error], timedelta(seconds=_LINGER_SECONDS))
+                reported = self._reported()
+            except RuntimeError:
+                reported = LlmWsaeError(
+                    f"another process of this run exited without an error message "
+                    f"({_first_line(error)}); run the same command again to resume"
+                )
+            raise reported from error
+
+    def _connect(self) -> None:
+        """Wait for all processes, and connect them, if they are not."""
+        from torch import distributed
+
+        if self._group is not None:
+            return
+        with self.explained():
+            if not distributed.is_initialized():  # otherwise by the caller, whose own it stays
+                distributed.init_process_group(
+                    "gloo",
+                    store=self._store,
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=_TIMEOUT,
+                )
+            self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+
+    @property
+    def _error(self) -> str:
+        """Where the first error of this piece of work is left."""
+        return f"{self._piece}/error"
+
+    def _reported(self) -> LlmWsaeError:
+        found = json.loads(self._store.get(self._error))
+        kind = UsageError if found["exit_code"] == UsageError.exit_code else LlmWsaeError
+        return kind(found["sentence"])
 
     def _report(self, error: BaseException) -> None:
         """Leave this error for the others, if it is the first of this piece of work."""
@@ -236,33 +201,90 @@ class Several(Processes):
             sentence, code = str(error), error.exit_code
         try:
             value = json.dumps({"sentence": sentence, "exit_code": code})
-            self._store.compare_set(self._key("error"), "", value)
-            until = time.monotonic() + _LINGER_SECONDS
-
-            def wait(ready: Callable[[], bool]) -> None:
-                while not ready() and time.monotonic() < until:
-                    time.sleep(_POLL_SECONDS)
-
-            self._leave(wait)
+            self._store.compare_set(self._error, "", value)
         except RuntimeError:
             pass  # the store has closed, and nobody could read this
 
-    def _leave(self, wait: Callable[[Callable[[], bool]], None]) -> None:
-        left = self._key("left")
-        self._store.add(left, 1)
-        if self.leads:
-            wait(lambda: self._store.add(left, 0) == self.size)
 
-    def _beat(self) -> None:
-        try:
-            while not self._left.wait(_BEAT_SECONDS):
-                self._store.add(f"beat/{self.rank}", 1)
-        except RuntimeError:
-            pass  # the store has closed; its users get an error that says so
+class Collectives:
+    """Sums, minima and gathers of tensors over the processes, which must all make the same calls in
+    the same order."""
 
-    def _stop(self) -> None:
-        self._left.set()
-        self._heart.join()
+    def __init__(self, processes: Several, backend: str):
+        from torch import distributed
+
+        self.rank, self.size = processes.rank, processes.size
+        self._processes, self._torch = processes, distributed
+        processes.meet()  # otherwise this would wait long for one that failed before
+        with processes.explained():
+            self._group: Any = distributed.new_group(backend=backend, timeout=_TIMEOUT)
+        processes.meet()  # otherwise one that fails now would leave others half connected
+
+    def sum_(self, tensor: "Tensor") -> "Tensor":
+        """Sum over all processes, in place; the same bits everywhere."""
+        return self._reduce(tensor, self._torch.ReduceOp.SUM)
+
+    def min_(self, tensor: "Tensor") -> "Tensor":
+        """Minimum over all processes, in place."""
+        return self._reduce(tensor, self._torch.ReduceOp.MIN)
+
+    def gather(self, tensor: "Tensor") -> "list[Tensor]":
+        """The tensors of all processes, of one shape, by rank."""
+        parts = [tensor.new_empty(tensor.shape) for _ in range(self.size)]
+        with self._processes.explained():
+            self._torch.all_gather(parts, tensor.contiguous(), self._group)
+        return parts
+
+    def begin_max(self, tensor: "Tensor") -> "distributed.Work":
+        """Start a maximum in place over all processes, on the CPU; ``end`` waits for it."""
+        largest = self._torch.ReduceOp.MAX
+        with self._processes.explained():
+            return self._torch.all_reduce(tensor, largest, self._group, async_op=True)
+
+    def end(self, work: "distributed.Work") -> None:
+        """Wait for what ``begin_max`` started."""
+        with self._processes.explained():
+            work.wait()
+
+    def close(self) -> None:
+        """Disconnect, which wakes processes that still wait for this one."""
+        self._torch.destroy_process_group(self._group)
+        del self._group  # which a traceback would keep open
+
+    def _reduce(self, tensor: "Tensor", operation: Any) -> "Tensor":
+        assert tensor.is_contiguous()
+        with self._processes.explained():
+            self._torch.all_reduce(tensor, operation, self._group)
+        return tensor
+
+
+@contextmanager
+def collectives(processes: Several, device: "torch.device") -> Iterator[Collectives]:
+    """Connect all processes for tensors on ``device``, until the block ends or fails.
+
+    Raises UsageError for a device whose tensors cannot be exchanged, or if nothing says which of
+    the machine's GPUs is this process's own.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"several processes can train on cuda or cpu, not on {device.type}")
+    backend = "gloo"
+    if device.type == "cuda":
+        import torch
+
+        if device.index is None:
+            raise UsageError(
+                "several processes were started without LOCAL_RANK, which says which GPU each of "
+                "them takes; start them with torchrun, or set LOCAL_RANK to their numbers on each "
+                "machine"
+            )
+        torch.cuda.set_device(device)
+        each_has_its_own = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
+        backend = "cpu:gloo,cuda:nccl" if each_has_its_own else "gloo"
+    connected = Collectives(processes, backend)
+    try:
+        yield connected
+    finally:
+        connected.close()
 
 
 def count() -> int:
@@ -291,34 +313,22 @@ def join() -> Processes:
 
     try:
         store, rank, size = next(distributed.rendezvous("env://", timeout=_JOIN))
+        return Several(distributed.PrefixStore("llm_wsae", store), rank, size)
     except (RuntimeError, ValueError) as error:
         raise LlmWsaeError(
             f"the {count()} processes of this run did not find each other at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({_first_line(error)}); "
             "start them with torchrun, on another --master-port if this one is taken"
         ) from error
-    return Several(lambda name: distributed.PrefixStore(name, store), rank, size)
 
 
 def may_speak() -> bool:
     """Whether this process is the one that prints an error, for all of them."""
     try:
         processes = join()
-        return not isinstance(processes, Several) or processes.first("spoken")
-    except LlmWsaeError:
+        return not isinstance(processes, Several) or processes.asks_first()
+    except (LlmWsaeError, RuntimeError):
         return True  # they can no longer agree; better twice than never
-
-
-@contextmanager
-def _reachable() -> Iterator[None]:
-    """Turn the store's errors into one of ours."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.distributed.DistError, and what it derives from
-        raise LlmWsaeError(
-            "the process that started this run has ended, and with it the run "
-            f"({_first_line(error)}); run the same command again to resume"
-        ) from error
 
 
 def _first_line(error: BaseException) -> str:

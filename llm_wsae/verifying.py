@@ -35,8 +35,7 @@ from llm_wsae.dictionary.formats.reading import is_own, layout_of
 from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
-from llm_wsae.studies import consistency
-from llm_wsae.studies.folder import BASIS, CONSISTENCY, read_basis, read_results
+from llm_wsae.studies.folder import BASIS, read_basis, read_results
 from llm_wsae.studies.jobs import GROUP
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, log_at_checkpoint, read_finished
 from llm_wsae.training.log import LOG, Written
@@ -172,7 +171,6 @@ def _check_folder(found: Found, folder: Path) -> None:
         _check_training(found, folder, names)
     if BASIS in names and not any(path.is_relative_to(folder) for path in found.damaged):
         found.check(folder, lambda: (read_basis(folder), read_results(folder)))
-        found.check(folder, lambda: consistency.read(folder / CONSISTENCY))
 
 
 def _check_json(found: Found, path: Path) -> None:

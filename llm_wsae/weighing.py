@@ -1,5 +1,4 @@
-"""Measures what weight rules need beyond the statistics: covariance, Fisher information, coherence,
-a decoder.
+"""Measures what weight rules need beyond the statistics: covariance, Fisher information, a decoder.
 
 Everything is measured on the text of an activation store, which holds the token ids behind every
 row, so that rules see what the dictionaries will be trained on. What took minutes is kept in the
@@ -16,11 +15,10 @@ summed over all predictions from the position to the end of its text.
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,14 +27,10 @@ from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import SETTINGS, StoredMeasurement
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation.heldout import HeldoutText
-from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder, WindowEmbeddings
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.processes import join
-from llm_wsae.statistics.coherence import STRANGERS, beyond_chance
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.streaming import ActivationStreams
 from llm_wsae.weights.config import RuleInputConfig
@@ -60,12 +54,11 @@ def measure_inputs(
     """The statistics of a site, and what the rules need in addition.
 
     Statistics and covariance are those of ``planted``, if features are planted into the rows.
-    Fisher information and coherence are read from the store if they are kept there, or else
-    measured if a ``model`` is given. What cannot be measured without a model or dictionary is
-    omitted: the rule will name it. Under ``torchrun`` all processes make the same call: they sum
-    the covariance together, and rank 0 measures the rest before the others read it. Raises
-    UsageError for a dictionary of another site or an encoder that does not exist; LlmWsaeError for
-    a model that did not make the store.
+    Fisher information is read from the store if it is kept there, or else measured if a ``model``
+    is given. What cannot be measured without a model or dictionary is omitted: the rule will name
+    it. Under ``torchrun`` all processes make the same call: they sum the covariance together, and
+    rank 0 measures the rest before the others read it. Raises UsageError for a dictionary of
+    another site; LlmWsaeError for a model that did not make the store.
     """
     needs = {Rule.of(rule).need for rule in rules}
     processes = join()
@@ -80,12 +73,8 @@ def measure_inputs(
         if "dictionary" in needs and dictionary is not None:
             decoder, energy = used_decoder(dictionary, site, inputs.statistics)
             inputs = replace(inputs, decoder=decoder, energy=energy)
-        if "coherence" in needs:
-            coherence = _kept_or_measured("coherence", store, site, model, config)
-            inputs = replace(inputs, coherence=coherence)
         if "fisher" in needs:
-            fisher = _kept_or_measured("fisher", store, site, model, config)
-            inputs = replace(inputs, fisher=fisher)
+            inputs = replace(inputs, fisher=_kept_fisher(store, site, model, config))
         if processes.leads:
             processes.meet()
     return inputs
@@ -99,19 +88,13 @@ def measure_stream_inputs(
 ) -> RuleInputs:
     """The same of a site of a stream, from its first tokens.
 
-    Raises UsageError for a rule that needs a dictionary, or the text behind rows, which a stream
-    does not keep.
+    Raises UsageError for a rule that needs a dictionary.
     """
     parsed = [Rule.of(rule) for rule in rules]
     needs = {rule.need for rule in parsed}
     for rule in parsed:
         if rule.need == "dictionary":
             raise rule.missing_input()
-        if rule.need == "coherence":
-            raise UsageError(
-                f"the rule {rule.name!r} reads the text behind single rows, which a stream does "
-                "not keep; harvest a store"
-            )
     inputs = _beginning(streams.statistics(site), needs)
     if "second_moment" in needs:
         inputs = replace(inputs, second_moment=streams.second_moment(site))
@@ -136,24 +119,15 @@ def _beginning(statistics: Statistics, needs: Collection[Need | None]) -> RuleIn
     return RuleInputs(statistics)
 
 
-def _kept_or_measured(
-    need: str,
-    store: ActivationStore,
-    site: Site,
-    model: LanguageModel | None,
-    config: RuleInputConfig,
+def _kept_fisher(
+    store: ActivationStore, site: Site, model: LanguageModel | None, config: RuleInputConfig
 ) -> Tensor | None:
     """The measurement kept in the store, or made with the model and then kept; else None."""
-    kept = StoredMeasurement(store, site, need, config)
+    kept = StoredMeasurement(store, site, "fisher", config)
     found = kept.read()
     if found is not None or model is None:
         return found
-    store.check_model(model.identity())
-    if need == "fisher":
-        measured = fisher_of(model, store, site, config)
-    else:
-        encoder = SentenceEncoder.load(config.encoder, device=model.device.type)
-        measured = coherence_of(store, site, model.tokenizer, encoder, config)
+    measured = fisher_of(model, store, site, config)
     kept.write(measured)
     return measured
 
@@ -196,93 +170,26 @@ def fisher_of(
 
     def contexts() -> Iterator[tuple[Tensor, Tensor]]:
         with tqdm(total=tokens, desc="sensitivity", unit="tok", unit_scale=True) as bar:
-            for piece in _pieces(store, tokens, _CONTEXTS_AT_ONCE):
-                yield piece.ids, piece.keep
-                bar.update(int(piece.keep.sum()))
+            for ids, keep in _pieces(store, tokens, _CONTEXTS_AT_ONCE):
+                yield ids, keep
+                bar.update(int(keep.sum()))
 
     return fisher_information(model, contexts(), site, config.seed)
 
 
-def coherence_of(
-    store: ActivationStore,
-    site: Site,
-    tokenizer: Any,
-    encoder: Encoder,
-    config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
-) -> Float[Tensor, " d_in"]:
-    """How alike the texts are around the rows that are furthest from the mean in a dimension.
-
-    The mean cosine of the embeddings of the ``top`` most extreme rows (on either side, each of
-    another context), less that of random texts. Massive rows are ignored. Float64, > 0. (Cui et al.
-    2026, §5, do this with images.)
-
-    Raises LlmWsaeError if too few contexts are read, or the store has too few.
-    """
-    statistics = store.statistics(site)
-    mean, massive = statistics.usual_sample.mean(0), statistics.massive_threshold
-    pieces = zip(*_pieces(store, config.semantic_tokens, _CONTEXTS_AT_ONCE), strict=True)
-    ids, keep, document, offset, first_rows = map(torch.cat, pieces)
-    text = HeldoutText(ids, keep, document, offset, headers={})
-    extreme, where, reader = [], [], store.reader(site)
-    for context in tqdm(range(text.num_contexts), desc="extremes", unit="ctx", delay=2):
-        start, stop = int(text.first_row[context]), int(text.first_row[context + 1])
-        first = int(first_rows[context])
-        if start == stop:
-            continue
-        rows = reader.rows(first, first + stop - start).float()
-        usual = rows.norm(dim=1) <= massive
-        best = (rows - mean).abs_().mul_(usual[:, None]).max(0)
-        extreme.append(best.values)
-        where.append(best.indices + start)
-    if len(extreme) < config.top:
-        more = text.num_contexts < store.manifest.num_contexts
-        raise LlmWsaeError(
-            f"{len(extreme)} contexts with rows are too few to compare the texts of {config.top} "
-            f"of them; {'raise --semantic-tokens' if more else 'harvest more tokens'} "
-            f"({store.folder})"
-        )
-    top = torch.stack(extreme).topk(config.top, dim=0).indices
-    chosen = torch.stack(where).gather(0, top).T  # [d_in, top]
-
-    generator = torch.Generator().manual_seed(config.seed)
-    strangers = torch.randperm(text.num_rows, generator=generator)[:STRANGERS]
-    windows = WindowEmbeddings(text, tokenizer, encoder, config.before, config.after)
-    windows.prepare(torch.cat([chosen.flatten(), strangers]))
-    return beyond_chance(
-        windows.of(chosen), windows.of(strangers), text.context[strangers], generator
-    )
-
-
-class _Piece(NamedTuple):
-    """Contexts of a store."""
-
-    ids: Int[Tensor, "contexts positions"]
-    keep: Bool[Tensor, "contexts positions"]
-    document: Int[Tensor, "contexts positions"]
-    offset: Int[Tensor, "contexts positions"]
-    first_row: Int[Tensor, " contexts"]
-    """Number of the first row of each in the store."""
-
-
-def _pieces(store: ActivationStore, tokens: int, at_once: int) -> Iterator[_Piece]:
-    """About ``tokens`` rows in complete contexts spread evenly over the store, a few at a time."""
+def _pieces(store: ActivationStore, tokens: int, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids, and which positions are kept, of about ``tokens`` rows in complete contexts spread
+    evenly over the store, a few contexts at a time."""
     total = store.manifest.num_contexts
     wanted = max(1, min(total, -(-tokens * total // max(store.num_rows, 1))))
     chosen = torch.linspace(0, total - 1, wanted, dtype=torch.float64).round().long()
-    before = 0
     for shard in range(len(store.manifest.shards)):
         contexts = store.contexts(shard)
-        keep = torch.from_numpy(contexts.keep)
-        first_row = before + torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
+        ids, keep = torch.from_numpy(contexts.ids), torch.from_numpy(contexts.keep)
         first = store.first_context(shard)
         here = chosen[(chosen >= first) & (chosen < first + len(keep))] - first
         for batch in here.split(at_once) if len(here) else ():
-            ids, document, offset = (
-                torch.from_numpy(a)[batch].long()
-                for a in (contexts.ids, contexts.document, contexts.offset)
-            )
-            yield _Piece(ids, keep[batch], document, offset, first_row[batch])
-        before = int(first_row[-1])
+            yield ids[batch].long(), keep[batch]
 
 
 def fisher_information(

@@ -95,8 +95,6 @@ def long_run(tokens: int, words: list[str], site: str, folder: Path) -> list[str
     """The section on a long stream."""
     whole, broken = folder / "whole", folder / "broken"
     words = [*words, "--site", site, "--tokens", str(tokens)]
-    asked = [sys.executable, "-m", "llm_wsae", "plan", *words, "--json"]
-    said = sum(json.loads(subprocess.check_output(asked))["seconds"].values())
     began = time.perf_counter()
     process = _start(words, whole)
     memory: dict[int, float] = {}
@@ -119,7 +117,7 @@ def long_run(tokens: int, words: list[str], site: str, folder: Path) -> list[str
     return [
         f"## A stream of {tokens:,} tokens",
         "",
-        f"{took / 60:.1f} minutes with the evaluation; `plan` had said {said / 60:.1f}. "
+        f"{took / 60:.1f} minutes with the evaluation. "
         f"Memory: {first:.2f} GB after {tokens // 10:,} rows, {last:.2f} GB over the last tenth "
         f"({100 * (last / first - 1):+.1f} %). Killed at a quarter, at half and at three quarters "
         f"and started again each time, it leaves {bytes_are}.",

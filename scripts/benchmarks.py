@@ -33,53 +33,19 @@ PEERS = {  # folder of the environment, distributions, module
     "dictionary_learning": ("dictlearn", "dictionary-learning", "dictionary_learning"),
     "saebench": ("saebench", "sae-bench", "sae_bench"),
     "sae-probes": ("saeprobes", "sae-probes", "sae_probes"),
-    "saedashboard": ("saedashboard", "sae-dashboard>=0.8 pyarrow<20", "sae_dashboard"),
     "saelens5": ("saelens5", "sae-lens>=5,<6 pyarrow<20", "sae_lens"),
     "saelens3": ("saelens3", "sae-lens>=3,<4 pyarrow<20", "sae_lens"),
 }
 # The page of docs/benchmarks on which a section stands, by the first word of the section's name.
 _BENCHMARK_PAGES = {
     "bench_train": "training-step.md",
-    "profile_step": "training-quality.md",
-    "quality": "training-quality.md",
-    "gradients": "training-quality.md",
     "harvest": "harvest.md",
     "memory": "harvest.md",
-    "hub": "harvest.md",
-    "page": "whole-job.md",
     "evaluate": "evaluation.md",
-    "plan": "whole-job.md",
+    "quality": "whole-job.md",
     "quickstart": "whole-job.md",
     "stream": "whole-job.md",
     "long": "whole-job.md",
-    "study": "whole-job.md",
-}
-# The page on which a section stands, seen from docs/results.
-RESULT_PAGES = {
-    "study table": "index.md",
-    "paper": "index.md",
-    "verdicts": "index.md",
-    "recovery": "planted-features.md",
-    "baselines": "planted-features.md",
-    "whitening": "whitening.md",
-    "shrinkage": "whitening.md",
-    "free-lengths": "free-lengths.md",
-    "free-lengths-strata": "free-lengths.md",
-    "free-lengths-others": "free-lengths-sites.md",
-    "free-lengths-rates": "free-lengths-rates.md",
-    "free-lengths-rates-gemma": "free-lengths-rates-gemma.md",
-    "free-lengths-settings": "free-lengths-settings.md",
-    "free-lengths-space": "free-lengths-space.md",
-    "what each brings": "../which-weights.md",
-    "what lasts": "../which-weights.md",
-    "clean-rows": "free-lengths-settings.md",
-    "clean-rows-latents": "free-lengths-settings.md",
-    "planted": "planted-data.md",
-    "study": "monosemanticity.md",
-    "study of Gemma": "monosemanticity-gemma.md",
-    "probes": "monosemanticity.md",
-    "gba": "new-ideas.md",
-    "rules": "new-ideas.md",
 }
 
 
@@ -122,11 +88,6 @@ def write_benchmark(name: str, text: str, device: torch.device = CPU) -> None:
     title, _, rest = text.partition("\n")
     page = BENCHMARKS / _BENCHMARK_PAGES[name.split()[0]]
     write_section(f"{name} on {processor}", f"{title}, on {processor}\n{rest}", page)
-
-
-def write_result(name: str, text: str) -> None:
-    """A section of docs/results."""
-    write_section(name, text, RESULTS / RESULT_PAGES[name])
 
 
 def write_section(name: str, text: str, path: Path) -> None:

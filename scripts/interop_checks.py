@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from benchmarks import PEER_SCRIPTS, ROOT, peer_python
 from safetensors.torch import load_file, save_file
@@ -21,6 +20,7 @@ from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, Sparsity, TopK
 from llm_wsae.errors import LlmWsaeError
 
 TOLERANCE = 1e-5
+NOT_READ = -1.0  # in the place of a difference
 
 
 class Part(NamedTuple):
@@ -59,8 +59,18 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(((ours - theirs).abs() / (1 + theirs.abs())).max())
 
 
-def compare(dictionary: Dictionary, expected: Path) -> tuple[str, bool]:
-    """Both differences and the active latents per row, as cells of a table; whether they are small.
+class Compared(NamedTuple):
+    """One dictionary, read here and by the tool that wrote it."""
+
+    read_as: str
+    """The kind of dictionary that it became here, or why it was refused."""
+    latents: float
+    reconstruction: float
+    ok: bool
+
+
+def compare(dictionary: Dictionary, expected: Path) -> Compared:
+    """Both differences, and whether they are small.
 
     A tool whose latents are all 0 or all active would prove nothing, so neither passes.
     """
@@ -72,33 +82,39 @@ def compare(dictionary: Dictionary, expected: Path) -> tuple[str, bool]:
     ]
     active = float((made["latents"] > 0).float().sum(1).mean())
     ok = max(found) <= TOLERANCE and 0.5 < active < dictionary.d_sae - 0.5
-    cells = " | ".join(f"{value:.1e}" for value in found)
-    return f"{dictionary.sparsity.architecture} | {active:.1f} | {cells}", ok
+    return Compared(dictionary.sparsity.architecture, *found, ok)
+
+
+def table(found: dict[str, Compared], what: str = "written") -> str:
+    """One row for all that was read as the same kind, with their largest differences."""
+    lines = [f"| read as | {what} | latents | reconstruction |", "|---|---|--:|--:|"]
+    for kind in dict.fromkeys(one.read_as for one in found.values()):
+        own = {name: one for name, one in found.items() if one.read_as == kind}
+        names = ", ".join(f"`{name}`{'' if one.ok else ' **NO**'}" for name, one in own.items())
+        worst = (max(one[place] for one in own.values()) for place in (1, 2))
+        cells = ("" if value == NOT_READ else f"{value:.1e}" for value in worst)
+        lines.append(f"| {kind} | {names} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def read_all(out: Path, refused: set[str]) -> Part:
     """A table of all dictionaries that a tool wrote below ``out``."""
-    lines = ["| written | read as | active | latents | reconstruction |", "|---|---|--:|--:|--:|"]
-    every = True
+    found = {}
     for expected in sorted(out.rglob("*.expected.safetensors")):
         folder = expected.with_name(expected.name.removesuffix(".expected.safetensors"))
         name = str(folder.relative_to(out))
         try:
-            cells, ok = compare(Dictionary.load(folder), expected)
-            ok = ok and name not in refused
+            one = compare(Dictionary.load(folder), expected)
+            found[name] = one._replace(ok=one.ok and name not in refused)
         except LlmWsaeError as error:
             reason = str(error).replace(str(folder), "…").replace("|", "\\|")
-            cells, ok = f"refused: {reason} | | |", name in refused
-        lines.append(f"| `{name}` | {cells} |{'' if ok else ' **NO** |'}")
-        every = every and ok
-    return Part("\n".join(lines), every and len(lines) > 2)
+            found[name] = Compared(f"refused: {reason}", NOT_READ, NOT_READ, name in refused)
+    return Part(table(found), bool(found) and all(one.ok for one in found.values()))
 
 
 # --- ours in the real tools ---
 
 D_IN, D_SAE, K, SITE = 48, 384, 8, "blocks.1.hook_resid_post"
-SCOPE, SCOPE_ID = "user/gemma-scope-2b-pt-res", "layer_3/width_4k/average_l0_71"
-SCOPE_SIZES = (2304, 4096)  # SAELens' reader knows them from the names
 _TESTS = (
     "model/test_language_model.py",
     "attaching/test_attaching.py",
@@ -146,63 +162,37 @@ def ours_saved(out: Path) -> dict[str, Path]:
     return folders
 
 
-def gemma_scope(folder: Path) -> None:
-    """``params.npz`` as it is published: by numpy, five arrays, float32."""
-    d_in, d_sae = SCOPE_SIZES
-    draw = np.random.default_rng(0)
-    arrays = {
-        "W_enc": draw.standard_normal((d_in, d_sae), np.float32) * 0.05,
-        "W_dec": draw.standard_normal((d_sae, d_in), np.float32) * 0.05,
-        "b_enc": draw.standard_normal(d_sae, np.float32),
-        "b_dec": draw.standard_normal(d_in, np.float32),
-        "threshold": 8 + np.abs(draw.standard_normal(d_sae, np.float32)),
-    }
-    folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **{name: a.astype(np.float32) for name, a in arrays.items()})
-
-
 def ours_in_saelens(out: Path) -> Part:
-    """Ours from disk and from a Hub, and Gemma Scope's file read by both."""
+    """Ours from disk and from a Hub."""
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from hub_server import WRITER, HubServer
 
     out.mkdir(parents=True)
     folders, repo = ours_saved(out), "user/ours"
-    scope = out / SCOPE.split("/")[1] / SCOPE_ID
-    gemma_scope(scope)
-    save_file({"x": torch.randn(50, SCOPE_SIZES[0]) * 2}, out / "gemma.rows.safetensors")
     job = {
         "disk": {name: str(folder) for name, folder in folders.items()},
         "hub": {name: [repo, f"{SITE}/{name}"] for name in folders},
-        "scope": {"gemma": [SCOPE, SCOPE_ID]},
     }
     (out / "job.json").write_text(json.dumps(job))
     with HubServer(out / "hub") as hub:
         environment = hub.environment(out / "home", WRITER) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         push = [sys.executable, "-m", "llm_wsae", "push", *folders.values(), repo]
         subprocess.run(push, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE)
-        hub.create(SCOPE)
-        hub.store.put(SCOPE, f"{SCOPE_ID}/params.npz", (scope / "params.npz").read_bytes())
         version = peer("saelens", "in_saelens.py load", out, **environment)
-    places = {f"{how}-{name}": folder for how in job for name, folder in folders.items()}
-    places["scope-gemma"] = scope
-    lines = ["| loaded by SAELens | architecture | active | latents | reconstruction |",
-             "|---|---|--:|--:|--:|"]  # fmt: skip
-    every = True
-    for name, folder in places.items():
-        expected = out / f"{name}.expected.safetensors"
-        if expected.exists():
-            cells, ok = compare(Dictionary.load(folder), expected)
-            lines.append(f"| `{name}` | {cells} |{'' if ok else ' **NO** |'}")
-            every = every and ok
+    found = {
+        f"{how}-{name}": compare(
+            Dictionary.load(folder), out / f"{how}-{name}.expected.safetensors"
+        )
+        for how in job
+        for name, folder in folders.items()
+    }
     text = f"""## Here → SAELens
 
 {version}. `disk`: `SAE.load_from_disk` of a folder of ours; `hub`: `llm-wsae push` to a server that
-speaks the Hub's protocol, then `SAE.from_pretrained`; `scope`: a file in Gemma Scope's layout, read
-from that server by SAELens' own reader and from disk by ours.
+speaks the Hub's protocol, then `SAE.from_pretrained`.
 
-""" + "\n".join(lines)
-    return Part(text, every and len(lines) == 2 + 2 * len(folders) + 1)
+{table(found, "loaded by SAELens")}"""
+    return Part(text, all(one.ok for one in found.values()))
 
 
 def saebench(out: Path) -> Part:
@@ -212,29 +202,20 @@ def saebench(out: Path) -> Part:
     (out / "job.json").write_text(json.dumps(folders))
     version = peer("saebench", "core_saebench.py", out)
     results = json.loads((out / "results.json").read_text())
-    lines, every = ["| | " + " | ".join(results) + " |", "|---|" + "--:|" * len(results)], True
-    metrics = flat(next(iter(results.values()))["ours"]["metrics"])
-    for metric in metrics:
-        cells = []
-        for found in results.values():
-            a, b = (flat(found[how]["metrics"])[metric] for how in ("ours", "SAELens"))
-            ok = abs(a - b) <= 10 * TOLERANCE * (1 + abs(b))
-            every = every and ok
-            cells.append(f"{a:.5g} / {b:.5g}{'' if ok else ' **NO**'}")
-        lines.append(f"| {metric} | {' | '.join(cells)} |")
-    by_latent = 0.0
+    apart, by_latent = 0.0, 0.0
     for found in results.values():
+        ours, theirs = (flat(found[how]["metrics"]) for how in ("ours", "SAELens"))
+        apart = max(apart, *(abs(ours[m] - theirs[m]) / (1 + abs(theirs[m])) for m in ours))
         for name, values in found["SAELens"]["latents"].items():
             a, b = (torch.tensor(v).nan_to_num() for v in (found["ours"]["latents"][name], values))
             by_latent = max(by_latent, difference(a, b))
-    every = every and by_latent <= 10 * TOLERANCE
+    every = max(apart, by_latent) < 10 * TOLERANCE
     text = f"""## Here → SAEBench
 
-{version}. `run_evals` of its core evaluation on a random model and random tokens: this package's
-`Dictionary` behind SAEBench's `BaseSAE` / the same folder loaded by SAELens. The numbers it finds
-for each latent differ by {by_latent:.1e} at most.
-
-""" + "\n".join(lines)
+{version}. `run_evals` of its core evaluation on a random model and random tokens finds the same
+through this package's `Dictionary` behind SAEBench's `BaseSAE` and through the same folder loaded
+by SAELens, for {", ".join(f"`{name}`" for name in results)}: its {len(ours)} numbers and
+those for each latent differ by less than {10 * TOLERANCE:.0e}.{"" if every else " **NO**"}"""
     return Part(text, every)
 
 
@@ -270,18 +251,13 @@ def plugin(out: Path) -> Part:
     """SAELens' runner with weights of ours."""
     version = peer("saelens", "train_saelens.py", out)
     facts: dict[str, Any] = json.loads((out / "facts.json").read_text())
-    lines = ["| saved by the runner | read as | active | latents | reconstruction | rule |",
-             "|---|---|--:|--:|--:|---|"]  # fmt: skip
-    every = bool(facts["ones_equal_plain"])
+    every, found = bool(facts["ones_equal_plain"]), {}
     for name in facts["losses"]:
         dictionary = Dictionary.load(out / name)
-        cells, ok = compare(dictionary, out / f"{name}.expected.safetensors")
+        found[name] = compare(dictionary, out / f"{name}.expected.safetensors")
         info = Dictionary.load(facts["checkpoints"][name]).info
-        ok = ok and (info.rule, info.alpha) == (dictionary.info.rule, dictionary.info.alpha)
-        ok = ok and dictionary.info.rule == "variance"
-        every = every and ok
-        rule = f"{dictionary.info.rule}, α = {dictionary.info.alpha:g}"
-        lines.append(f"| `{name}` | {cells} | {rule} |{'' if ok else ' **NO** |'}")
+        every = every and found[name].ok and dictionary.info.rule == "variance"
+        every = every and (info.rule, info.alpha) == (dictionary.info.rule, dictionary.info.alpha)
     losses = []
     for name, (loss, weighted, unweighted) in facts["losses"].items():
         every = every and abs(loss - weighted) <= TOLERANCE * weighted
@@ -301,6 +277,7 @@ first half of the dimensions and √0.1 for the second.
   trained plainly {plain[0]:.3f} and {plain[1]:.3f}.
 - With weights of 1 every parameter {"equals" if facts["ones_equal_plain"] else "DIFFERS FROM"} that
   of SAELens' own class, bit for bit.
+- What the runner saved is read with rule and α.
 
-""" + "\n".join(lines)
+{table(found, "saved by the runner")}"""
     return Part(text, every)

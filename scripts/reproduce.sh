@@ -2,31 +2,19 @@
 # Repeats what a claim in the docs rests on, or resumes it:
 #   weights       do weights help, over documents: fidelity, and planted features (six hours)
 #   checkpoints   trains and measures the dictionaries in checkpoints/ (about an hour on two cores)
-#   study         the study of weights at two sites of SmolLM2-135M
-#   study-today   the same for three rules, as dictionaries are trained today; and baselines
-#   study-gemma   the same for whitening, on Gemma 3 270M
-#   free-lengths  which weights pay at five sites of two models, as dictionaries are trained today
-#   clean-rows    the same without plants: fidelity, and whether latents agree and are detected
-#   recovery      features planted into the streams of SmolLM2-135M and Gemma 3 270M
-#   round-trip    whether the recovery report finds what is known of planted features
-#   whitening     how far that finding reaches: rates, lengths, architectures, loud dimensions
-#   shrinkage     a covariance of few rows, by four estimators (after free-lengths)
-#   gba           group bias adaptation on planted data and beside the other architectures
-#   baselines     what half-random dictionaries and the stream itself recover of planted features
-#   rules         four further ideas beside whitening, with the controls that would refute them
 #   probes        sae-probes, another project's benchmark, on the dictionaries in checkpoints/
 #   explain       a small language model explains latents, behind llama.cpp's server (15 minutes)
 #   interop       our readers on what the real tools write, and the tools on ours (docs/interop)
-# What the archives in scripts/results hold is not measured again. Options after the name go to the
-# script behind it, e.g. `bash scripts/reproduce.sh study --steps paper`.
+# What scripts/results holds is not measured again. Options after the name go to the script behind
+# it, e.g. `bash scripts/reproduce.sh interop sparsify`. What is no longer run is in docs/log.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
 what=${1:-}
 shift || true
-case $what in weights | checkpoints | study | study-today | study-gemma | free-lengths | clean-rows | recovery | round-trip | whitening | shrinkage | baselines | gba | rules | probes | explain | interop) ;; *)
-  sed -n '2,21s/^# //p' "$0" >&2
+case $what in weights | checkpoints | probes | explain | interop) ;; *)
+  sed -n '2,9s/^# //p' "$0" >&2
   exit 2
 esac
 
@@ -51,55 +39,8 @@ checkpoints)
     --out runs/checkpoints/report.json
   .venv/bin/python scripts/make_checkpoints.py pages
   ;;
-study)
-  .venv/bin/llm-wsae harvest --model "$model" --corpus "$corpus" --site $sites \
-    --tokens 1000000 --out runs/study/store
-  .venv/bin/python scripts/results_study.py "$@"
-  ;;
-study-today)
-  .venv/bin/llm-wsae harvest --model "$model" --corpus "$corpus" --site $sites \
-    --tokens 2400000 --out runs/study/store-today
-  .venv/bin/python scripts/results_study.py --store runs/study/store-today --sites ${sites% *} \
-    --steps today today-inverse today-participation today-shares "$@"
-  .venv/bin/python scripts/results_study.py --store runs/study/store-today --steps baselines
-  ;;
-study-gemma)
-  gemma=$(gemma_model .venv)
-  .venv/bin/llm-wsae harvest --model "$gemma" --corpus "$corpus" --site ${sites% *} \
-    --tokens 1200000 --out runs/study/store-gemma
-  .venv/bin/python scripts/results_study.py --model "$gemma" --store runs/study/store-gemma \
-    --sites ${sites% *} --steps gemma-space gemma gemma-space-seeds gemma-seeds "$@"
-  ;;
-free-lengths)
-  .venv/bin/python scripts/results_free_lengths.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
-  ;;
-clean-rows)
-  .venv/bin/python scripts/results_clean_rows.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
-  ;;
-recovery)
-  .venv/bin/python scripts/results_recovery.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
-  ;;
-round-trip)
-  .venv/bin/python scripts/results_round_trip.py --smollm2 "$model" "$@"
-  ;;
-whitening)
-  .venv/bin/python scripts/results_whitening.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
-  ;;
-shrinkage)
-  .venv/bin/python scripts/results_shrinkage.py "$@"
-  ;;
 weights)
   .venv/bin/python scripts/results_weights.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
-  ;;
-baselines)
-  .venv/bin/python scripts/results_baselines.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
-  ;;
-gba)
-  .venv/bin/python scripts/results_gba.py planted
-  .venv/bin/python scripts/results_gba.py model "$model" "$@"
-  ;;
-rules)
-  .venv/bin/python scripts/results_rules.py --smollm2 "$model" --gemma "$(gemma_model .venv)" "$@"
   ;;
 probes)
   .venv/bin/python scripts/results_probes.py --model "$model" "$@"

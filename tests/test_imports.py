@@ -32,7 +32,6 @@ FLOORS = (
     "drawing",
     "hardware",
     "processes",
-    "collectives",
     "threads",
     "provenance",
     "number_format",

@@ -1,7 +1,7 @@
 """What the first version of the package wrote still opens, resumes and is read back.
 
 ``fixtures/made-by-0.1.0.tar.xz`` holds what its commands left of a tiny model: a store, weights, a
-finished training of fifteen dictionaries, the same training stopped at step 40 of 100, and a study.
+finished training of fifteen dictionaries, and the same training stopped at step 40 of 100.
 """
 
 import tarfile
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import SITE, call, content, works
+from command_line import SITE, content, works
 from places import ROOT
 
 from llm_wsae import ActivationStore, Dictionary, LossWeights, Site
@@ -19,9 +19,6 @@ TRAIN = ("--site", SITE, "--expansion", 2, "--batch-size", 64, "--dtype", "float
          "uniform", "variance", "--alpha", -0.25, "--k", 4, "--architecture", "topk", "batch-topk",
          "matryoshka", "jumprelu", "--l1", 0.05, "--tokens", 6400,
          "--weights", "weights/whitening.safetensors")  # fmt: skip
-STUDY = ("--model", "model", "--corpus", "text.jsonl", "--site", SITE, "--alpha", -0.25, "--k", 4,
-         "--curve", 2, 8, "--seeds", 0, 1, "--expansion", 2, "--train-tokens", 4096,
-         "--eval-tokens", 300, "--score-tokens", 300)  # fmt: skip
 CLOSE = 1e-4  # another processor sums in another order
 
 
@@ -68,13 +65,3 @@ def test_a_finished_training_is_read_back(old):
     after = content(old / "finished")
     assert after.keys() - before.keys() <= written_anew
     assert all(after[path] == before[path] for path in before.keys() - written_anew)
-
-
-def test_a_study_of_text_in_another_order_is_refused(old):
-    """Its dictionaries were measured on the first contexts of the held-out text."""
-    before = content(old / "study")
-    result = call("study", "store", *STUDY, "--out", "study")
-    assert result.code == 1 and "has other settings of text (order)" in result.err
-    assert {k: v for k, v in content(old / "study").items() if k != ".lock"} == {
-        k: v for k, v in before.items() if k != ".lock"
-    }

@@ -40,16 +40,9 @@ def test_what_is_not_json(text):
     assert "\n" not in str(error.value)
 
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
-    for old, new in zip("abcdefg", "bcdefgh", strict=True)
-)
-
-
 @over(
-    text=["a: [", "- a\n- b", "1: 2", "[a]: 1", "a: !!python/object:os.system {}", "a: !!set {b}",
-          "a: &a [*a]", BOMB, "x: " + "[" * 900, "x: " + "{" * 9000, "a: 2026-99-99", "a: \x07",
-          "a" * (2 << 20)]
+    text=["a: [", "- a\n- b", "[a]: 1", "a: !!python/object:os.system {}", "x: " + "[" * 9000,
+          "x: " + "{" * 9000, "a: 2026-99-99", "a: \x07", "a" * (2 << 20)]
 )  # fmt: skip
 def test_what_is_not_yaml(text):
     with pytest.raises(LlmWsaeError, match=r"^the card ") as error:

@@ -1,15 +1,16 @@
 """How processes of one run keep together: who does what, and how an error reaches all."""
 
 import os
-import time
+import signal
 from datetime import timedelta
 
 import pytest
+import torch
 from several import run
 
 from llm_wsae import processes
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.processes import Processes, join, may_speak
+from llm_wsae.processes import Processes, Several, collectives, join, may_speak
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -54,40 +55,25 @@ def test_an_error_reaches_all_with_its_exit_code_and_is_said_once():
     assert sorted(speaks for _, speaks in outcomes) == [False, True]
 
 
-def asks_late():
-    """Rank 0 hosts the store and has no reason to stay."""
-    if join().rank == 1:
-        time.sleep(0.5)
-    return may_speak()
+def test_processes_that_share_gpus_need_their_numbers():
+    """As of ``srun`` alone, which sets no LOCAL_RANK; refused before any other is waited for."""
+    connected = collectives(object.__new__(Several), torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"without LOCAL_RANK, .*torchrun, or set LOCAL_RANK to"):
+        connected.__enter__()
 
 
-def test_an_error_is_said_once_if_the_first_process_is_done_early():
-    assert run(2, asks_late) == [True, False]
-
-
-def fails_just_past_a_meeting():
-    """Rank 0 fails between rank 1's look whether all have met and its look for errors."""
+def dies_while_the_other_waits():
     all_of_us = join()
-    if all_of_us.rank == 1:
-        check = all_of_us._check
-
-        def check_late():
-            time.sleep(0.5)
-            check()
-
-        all_of_us._check = check_late
-    try:
-        with all_of_us.together():
-            if all_of_us.rank == 0:
-                time.sleep(0.2)  # until the other one waits
-            all_of_us.meet()
-            raise UsageError(f"of {all_of_us.rank}")
-    except LlmWsaeError as error:
-        return str(error)
+    with all_of_us.together():
+        if all_of_us.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        all_of_us.meet()
 
 
-def test_an_error_after_a_meeting_is_not_that_of_the_meeting():
-    assert run(2, fails_just_past_a_meeting) == ["of 0", "of 1"]
+def test_who_waits_for_a_killed_process_is_told():
+    said, killed = run(2, dies_while_the_other_waits)
+    assert "another process of this run exited without an error message" in said
+    assert killed is None
 
 
 def test_one_process_needs_nothing(tmp_path, monkeypatch):

@@ -529,7 +529,6 @@ def test_verify_knows_what_the_first_version_wrote(old):  # noqa: F811
         "store": ("store", {"harvest.json"}),
         "finished": ("training", {"training.json", "log.jsonl", "train.json"}),
         "stopped": ("training", {"checkpoint.safetensors", "log.jsonl"}),
-        "study": ("study", {"study.json", "report.json", "command.json", "consistency.json"}),
         "weights/whitening.safetensors": ("weights file", {"whitening.safetensors"}),
         "finished/uniform-k4": ("dictionary", {"cfg.json", "wsae.json"}),
     }
@@ -566,7 +565,7 @@ def test_a_file_that_verify_cannot_judge_alone_is_not_called_damaged(world):
     assert found.code == 1 and "wsae.json is damaged" in found.err and "restore" in found.err
 
 
-def test_verify_finds_what_was_exchanged_or_cannot_be(world, old, tmp_path):  # noqa: F811
+def test_verify_finds_what_was_exchanged_or_cannot_be(world, tmp_path):
     trained, other = world / "trained/uniform-k4", world / "trained/variance-a0.5-k4"
     dictionary_folder.keep_measurements(trained, {"fidelity": {"fvu": 0.25}})
     assert not verify(world / "trained").problems
@@ -582,31 +581,9 @@ def test_verify_finds_what_was_exchanged_or_cannot_be(world, old, tmp_path):  # 
         shutil.copy(tmp_path / "w.safetensors", world / "trained/weights.safetensors")
         assert "must be finite, but 1 are not" in "; ".join(verify(place).problems)
     (world / "trained/weights.safetensors").unlink()
-    result = next((old / "study").glob("results/u*-k2.json"))
-    shutil.copy(result, result.with_name("other.json"))
-    assert "other.json holds the result of 'u" in "; ".join(verify(old / "study").problems)
 
 
 def test_verify_says_what_is_missing_from_a_training(world):
     shutil.rmtree(world / "trained/uniform-k4")
     said = call("verify", world / "trained").err
     assert "trained/uniform-k4 is missing; delete" in said and "run the same command again" in said
-
-
-def test_a_study_is_checked_file_by_file(old):  # noqa: F811
-    study = old / "study"
-    for path in [*study.glob("results/*.json"), study / "study.json"]:
-        write_json(path, json.loads(path.read_text()))  # as this version does
-    agreements = json.loads((study / "consistency.json").read_text())
-    write_json(study / "consistency.json", {"agreements": agreements})
-    assert not verify(study).problems
-    for path in (
-        study / "study.json",
-        study / "consistency.json",
-        *study.glob("results/u*-k2.json"),
-    ):
-        good = path.read_bytes()
-        for data in some_bits(good, 4):
-            path.write_bytes(data)
-            assert path.name in "; ".join(verify(study).problems)
-            path.write_bytes(good)

@@ -20,16 +20,6 @@ def world(made_world):
     return made_world
 
 
-IMPATIENT = """
-import runpy
-from llm_wsae import processes
-
-processes._BEAT_SECONDS, processes._BEATS_MISSED, processes._LINGER_SECONDS = 0.1, 30, 1
-runpy.run_module("llm_wsae", run_name="__main__")
-"""
-"""The command line of processes that give others up after three seconds rather than a minute."""
-
-
 class Launchers:
     """Both, of one command; the first one leads the meetings of the two."""
 
@@ -37,8 +27,7 @@ class Launchers:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        (folder / "impatient.py").write_text(IMPATIENT)
-        self._folder, self._command = folder, [folder / "impatient.py", *asked(words)]
+        self._folder, self._command = folder, ["-m", "llm_wsae", *asked(words)]
         self._meeting = ("--rdzv-backend", "c10d", "--rdzv-id", str(port),
                          "--rdzv-endpoint", f"127.0.0.1:{port}")  # fmt: skip
         self.both = [self._start(0), self._start(1)]

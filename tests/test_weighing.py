@@ -2,10 +2,8 @@
 its predictions do when the activation is moved."""
 
 import io
-import itertools
 import os
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -25,13 +23,11 @@ from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import load_own_tensors, save_own_tensors
 from llm_wsae.harvesting import harvest
-from llm_wsae.model.encoder_names import ENCODER_PACKAGE
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 from llm_wsae.verifying import verify_store
 from llm_wsae.weighing import (
-    coherence_of,
     fisher_information,
     fisher_of,
     measure_inputs,
@@ -42,22 +38,7 @@ from llm_wsae.weights.rules import RULES
 
 SITE = Site(1, "post")
 HARVEST = HarvestConfig(context_size=12, tokens=1200, batch_tokens=48, shard_tokens=300)
-TOP = RuleInputConfig(top=3, before=2, after=1, seed=3)
-
 NO_MEASUREMENTS = shutil.ignore_patterns("evidence")
-
-
-class BagOfWords:
-    """A text is the direction of its word counts."""
-
-    width = 50
-
-    def embed(self, texts):
-        counts = torch.zeros(len(texts), self.width)
-        for row, text in enumerate(texts):
-            for word in text.split():
-                counts[row, int(word.removeprefix("w"))] += 1
-        return torch.nn.functional.normalize(counts, dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -101,54 +82,13 @@ def test_sensitivity_is_measured_on_the_stores_text(model, store):
 
 def test_fewer_contexts_than_shards_are_measured_without_empty_passes(model, store):
     pieces = list(weighing._pieces(store, 1, 8))
-    assert [len(piece.ids) for piece in pieces] == [1] and len(store.manifest.shards) > 1
+    assert [len(ids) for ids, _ in pieces] == [1] and len(store.manifest.shards) > 1
     assert fisher_of(model, store, SITE, RuleInputConfig(sensitivity_tokens=1)).isfinite().all()
 
 
 def test_another_model_is_refused(store):
     with pytest.raises(LlmWsaeError, match="was made by tiny"):
         fisher_of(tiny_model(seed=1), store, SITE)
-
-
-def brute_force_coherence(store, config):
-    """Each dimension's extreme rows of distinct contexts, and the mean cosine of their windows."""
-    ids, _ = all_contexts(store)
-    rows = store.rows(SITE, 0, store.num_rows).float()
-    statistics = store.statistics(SITE)
-    located = store.locate(torch.arange(store.num_rows))
-    encoder, found = BagOfWords(), []
-    for dimension in range(store.d_in):
-        distance = (rows[:, dimension] - statistics.usual_sample.mean(0)[dimension]).abs()
-        best = {}
-        for row in distance.argsort(descending=True).tolist():
-            best.setdefault(int(located.context[row]), row)
-        texts = []
-        for row in list(best.values())[: config.top]:
-            at, document = int(located.position[row]), int(located.document[row])
-            same = range(max(0, at - config.before), min(at + config.after + 1, 12))
-            context = int(located.context[row])
-            shard, local = divmod(context, store.manifest.contexts_per_shard)
-            documents = store.contexts(shard).document[local]
-            words = [int(ids[context, p]) for p in same if documents[p] == document]
-            texts.append(" ".join(f"w{word}" for word in words if word < 50))
-        pairs = itertools.combinations(encoder.embed(texts), 2)
-        found.append(sum(float(a @ b) for a, b in pairs) / (config.top * (config.top - 1) / 2))
-    return torch.tensor(found, dtype=torch.float64)
-
-
-def test_coherence_of_the_extreme_texts(model, store):
-    found = coherence_of(store, SITE, model.tokenizer, BagOfWords(), TOP)
-    wanted = brute_force_coherence(store, TOP)
-    above = found > found.min()  # the others lie at the floor of noise
-    assert 2 <= int(above.sum()) < store.d_in
-    chance = (wanted - found)[above]
-    torch.testing.assert_close(chance, chance.mean().expand_as(chance), rtol=0, atol=2e-3)
-    assert 0 < float(chance.mean()) < 0.2  # 4 of 50 words: chance is about 4/50
-    assert float((wanted - chance.mean())[~above].max()) <= float(found.min()) + 2e-3
-    for tokens, way_out in ((10**6, "harvest more tokens"), (50, "raise --semantic-tokens")):
-        with pytest.raises(LlmWsaeError, match=f"compare the texts of 500 of them; {way_out}"):
-            config = RuleInputConfig(top=500, semantic_tokens=tokens)
-            coherence_of(store, SITE, model.tokenizer, BagOfWords(), config)
 
 
 def dictionary_for(store, site=SITE):
@@ -178,13 +118,16 @@ def test_the_decoder_of_what_fires(store):
 
 def test_gather_measures_what_is_needed_and_no_more(model, store):
     first = dictionary_for(store)
-    found = measure_inputs(["variance", "gap"], store, SITE, model=model, dictionary=first)
-    assert found.fisher is None and found.coherence is None
-    assert RULES["gap"].scores(found).shape == (store.d_in,)
+    found = measure_inputs(
+        ["variance", "participation"], store, SITE, model=model, dictionary=first
+    )
+    assert found.fisher is None
+    assert RULES["participation"].scores(found).shape == (store.d_in,)
     found = measure_inputs(["rotated:sensitivity"], store, SITE, model=model, dictionary=first)
     assert found.decoder is None and found.fisher.shape == (store.d_in, store.d_in)
+    other = RuleInputConfig(seed=3)  # of which nothing is kept
     with pytest.raises(UsageError, match="--model"):
-        RULES["sensitivity"].scores(measure_inputs(["sensitivity"], store, SITE, config=TOP))
+        RULES["sensitivity"].scores(measure_inputs(["sensitivity"], store, SITE, config=other))
 
 
 def test_what_was_measured_is_kept(model, tmp_path, store):
@@ -321,17 +264,6 @@ def measured(folder, is_full, parts=None, blind=None):
 
 def full(*given):
     raise LlmWsaeError("the disk is full")
-
-
-def test_a_measurement_is_good_under_both_names_of_the_encoder(model, tmp_path, store, monkeypatch):
-    folder = shutil.copytree(store.folder, tmp_path / "store", ignore=NO_MEASUREMENTS)
-    copy, old = ActivationStore.open(folder), replace(TOP, encoder=ENCODER_PACKAGE)
-    monkeypatch.setattr("llm_wsae.weighing.SentenceEncoder.load", lambda *_, **__: BagOfWords())
-    first = measure_inputs(["semantic"], copy, SITE, model=model, config=old).coherence
-    assert first is not None
-    assert torch.equal(measure_inputs(["semantic"], copy, SITE, config=TOP).coherence, first)
-    other = replace(TOP, encoder="another")
-    assert measure_inputs(["semantic"], copy, SITE, config=other).coherence is None
 
 
 def test_a_store_that_cannot_be_written_is_measured_all_the_same(model, store, monkeypatch, capsys):

@@ -15,8 +15,7 @@ def export(
     to: Literal["neuronpedia"],
     out: Path,
     top: int = 20,
-    intervals: int = 5,
-    per_interval: int = 5,
+    bands: int = 5,
     contexts: int | None = None,
     model_id: str | None = None,
     sae_set: str | None = None,
@@ -32,8 +31,7 @@ def export(
         to: Whose files to write.
         out: Folder to write them into.
         top: Strongest contexts shown for each latent.
-        intervals: Intervals of equal size between 0 and a latent's largest activation.
-        per_interval: Random contexts shown from each of them.
+        bands: Quantile bands of its activation, of each of which a context is shown.
         contexts: Look at the first contexts of the store only; the default is all.
         model_id: Name of the model on Neuronpedia; the default is the model's own.
         sae_set: Name of the set of dictionaries there; the default is the dictionary's own.
@@ -50,8 +48,7 @@ def export(
         loading.load(model, opened.manifest.model),
         out,
         top=top,
-        intervals=intervals,
-        per_interval=per_interval,
+        bands=bands,
         contexts=contexts,
         model_id=model_id,
         sae_set=sae_set,

@@ -18,7 +18,6 @@ import tyro
 from llm_wsae.data.config import HELDOUT, HarvestConfig, StreamConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
-from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.model.site import Site
 from llm_wsae.outside import check_numbers
 from llm_wsae.planting.config import PlantConfig
@@ -227,30 +226,6 @@ class PlantOptions(_Prefixed, PlantConfig):
     """Which features are planted."""
 
     prefix = "planted"
-
-
-@dataclass(frozen=True)
-class ExplainOptions(_Prefixed, ExplainConfig):
-    """How a language model explains latents and judges the explanations."""
-
-    prefix = "explain"
-    endpoint: str | None = None
-    """Address of an OpenAI-compatible endpoint; without one, nothing is explained.
-    Its key is read from LLM_WSAE_API_KEY, for OpenAI's also from OPENAI_API_KEY."""
-    explainer: str | None = None
-    """Name of the language model there."""
-    yes: bool = False
-    """Ask the questions, and pay for them; otherwise the price is printed."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.endpoint is not None and not self.explainer:
-            raise UsageError("--explain.endpoint needs the name of a model: --explain.explainer")
-
-    @property
-    def config(self) -> ExplainConfig:
-        """What is asked, without whom."""
-        return ExplainConfig(**{one.name: getattr(self, one.name) for one in fields(ExplainConfig)})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 from llm_wsae.commands.options import (
     CorpusOptions,
     EvaluateOptions,
-    ExplainOptions,
     Flag,
     Flat,
     ModelOptions,
@@ -27,7 +26,7 @@ from llm_wsae.planting.config import PlantConfig
 from llm_wsae.provenance import write_record
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.training.config import ArchitectureName
-from llm_wsae.weights.config import ControlName, WeightConfig
+from llm_wsae.weights.config import WeightConfig
 
 RECORD = "command.json"
 
@@ -36,16 +35,11 @@ RECORD = "command.json"
 class StudyOptions(RuleOptions):
     """Which dictionaries to compare; each rule brings its control."""
 
-    curve: tuple[int, ...] = StudyConfig.curve
-    """Active latents per token of the plain dictionaries; they should reach beyond k."""
     seeds: tuple[int, ...] = StudyConfig.seeds
     """Seeds, each of initial parameters, order of the rows, and controls at once."""
     architecture: ArchitectureName = StudyConfig.architecture
     """Architecture: topk has k active latents on every token, others k on average, gba fewer; the
     frozen ones are topk baselines that leave one half random."""
-    control: ControlName = StudyConfig.control
-    """permuted: the same weights on other dimensions; deciles: on others of nearly the same
-    variance; shares: as many effective dimensions."""
     keep_dictionaries: bool = StudyConfig.keep_dictionaries
     """Keep the dictionaries; otherwise each is deleted as soon as it is measured."""
 
@@ -55,12 +49,10 @@ class StudyOptions(RuleOptions):
             rules=self.rule,
             alphas=self.alpha,
             ks=self.k,
-            curve=self.curve,
             seeds=self.seeds,
             architecture=self.architecture,
             keep_dictionaries=self.keep_dictionaries,
             plant=planted,
-            control=self.control,
         )
 
 
@@ -78,9 +70,8 @@ def study(
     evaluate: Prefixed[EvaluateOptions] = EvaluateOptions(),  # noqa: B008 - frozen
     score: Prefixed[ScoreOptions] = ScoreOptions(),  # noqa: B008 - frozen
     planted: Prefixed[PlantOptions] = PlantOptions(),  # noqa: B008 - frozen
-    explain: Prefixed[ExplainOptions] = ExplainOptions(),  # noqa: B008 - frozen
 ) -> Result:
-    """Do weights help? Compare rules and their controls with plain dictionaries over several k.
+    """Do weights help? Compare rules and their controls with plain dictionaries of the same k.
 
     Run it again to resume after an interruption, or with other rules or seeds to extend the
     study: no dictionary is trained twice, and the report is about all that was tried in the folder.
@@ -89,33 +80,21 @@ def study(
         store: Activation store.
         site: One of the store's sites.
         out: Folder of the study.
-        dictionary: First dictionary of the site, for the rules participation and gap. Without it,
-            one is trained for each seed.
+        dictionary: First dictionary of the site, for the rule participation. Without it, one is
+            trained for each seed.
         plant: Plant known features into the rows, and measure how much of them is recovered.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.explaining.endpoint import check_endpoint
-    from llm_wsae.explaining.explaining import price_of
     from llm_wsae.studies.report import MARKDOWN, PAGE, REPORT
     from llm_wsae.studies.runner import study as compare_all
 
     started = time.monotonic()
     if not plant:
         check_none_given("planted", planted, "--plant")
-    if explain.endpoint is None:
-        check_none_given("explain", explain, "--explain.endpoint")
     check_file(out / RECORD, is_record_of("study"))
     config, training = compare.config(planted if plant else None), train.with_model_on(model.device)
     place, opened = Site.parse(site), ActivationStore.open(store)
-    if explain.endpoint is not None:
-        check_endpoint(explain.endpoint)
-        width = max(training.expansion, 2) * opened.d_in  # each raw dimension has two latents
-        latents = width if explain.latents == "all" else min(explain.latents, width)
-        price = price_of(explain.config, latents * config.most_dictionaries)
-        if not explain.yes:
-            facts = {"price": price, "done": False}
-            return facts, f"{price}\nNothing was done; add --explain.yes True to go on."
     first = Dictionary.load(dictionary) if dictionary else None
     report = compare_all(
         model.load(model.model, opened.manifest.model),
@@ -131,15 +110,12 @@ def study(
         fidelity=evaluate,
         scoring=score,
         dictionary=first,
-        endpoint=explain.endpoint,
-        explainer=explain.explainer,
-        explaining=explain.config,
     )
     asked = {"store": store, "model": model.model, "corpus": corpus.corpus, "site": site}
     asked |= {**vars(config), "dictionary": dictionary, "weigh": weigh, "train": training}
-    asked |= {"fidelity": evaluate, "score": score, "explain": explain}
+    asked |= {"fidelity": evaluate, "score": score}
     write_record(out / RECORD, "study", asked)
     written = (
-        f"report  {out / PAGE}, to open in a browser; {MARKDOWN}, {REPORT} and figures beside it"
+        f"report  {out / PAGE}, to open in a browser; {MARKDOWN}, {REPORT} and a figure beside it"
     )
     return report.to_dict(), "\n".join([report.table(), "", written, cost(started)])

@@ -29,10 +29,10 @@ def weigh(
         store: Activation store.
         site: One of the store's sites.
         out: Weights file to write (.safetensors); the figure and the record go next to it.
-        rule: Weight rule; permuted:, deciles:, rotated: and shares: before it name its controls.
+        rule: Weight rule; permuted: or rotated: before it names its control.
         alpha: Exponent of the weights γ = score^α, or power of the matrix.
-        dictionary: First dictionary of the site, for the rules participation and gap.
-        model: Model of the store, for the rules sensitivity, leading-sensitivity and semantic.
+        dictionary: First dictionary of the site, for the rule participation.
+        model: Model of the store, for the rule sensitivity.
     """
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.dictionary.dictionary import Dictionary
@@ -53,7 +53,7 @@ def weigh(
     place, opened = Site.parse(site), ActivationStore.open(store)
     parsed = Rule.parse(rule)
     parsed.form(weights)  # refused before anything is measured
-    with_model = parsed.need in ("fisher", "coherence")
+    with_model = parsed.need == "fisher"
     idle = [] if parsed.need == "dictionary" or dictionary is None else ["--dictionary"]
     if not with_model:
         idle += [] if model is None else ["--model"]

@@ -2,7 +2,6 @@
 since the first version)."""
 
 import sys
-from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -10,7 +9,6 @@ from tqdm import tqdm
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import load_own_tensors, save_own_tensors
-from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.site import Site
 from llm_wsae.processes import leads
 from llm_wsae.statistics.moments import Statistics
@@ -19,10 +17,7 @@ from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.config import RuleInputConfig
 
 MEASUREMENTS = "evidence"
-SETTINGS = {
-    "fisher": ("sensitivity_tokens", "seed"),
-    "coherence": ("semantic_tokens", "top", "before", "after", "encoder", "seed"),
-}
+SETTINGS = {"fisher": ("sensitivity_tokens", "seed")}
 """The settings on which a measurement depends."""
 
 
@@ -59,7 +54,7 @@ class StoredMeasurement:
         if header.get("rows") != self._header["rows"]:
             self._say_anew("it is of other rows")
             return None
-        return tensors if _settings(header) == _settings(self._header) else None
+        return tensors if header == self._header else None
 
     def _say_anew(self, why: str) -> None:
         """Say why a measurement that is there is not used."""
@@ -86,12 +81,4 @@ def check_measurement(what: str, tensors: dict[str, Tensor], d_in: int) -> None:
         tensor_of(tensors, "mean", d_in)
         (Statistics if what == "statistics" else SecondMoment).from_tensors(tensors)
     else:
-        finite_tensor_of(tensors, what, *((d_in, d_in) if what == "fisher" else (d_in,)))
-
-
-def _settings(header: dict[str, Any]) -> dict[str, Any]:
-    """The header with one name for the default encoder, which older measurements name otherwise."""
-    return {
-        key: canonical_encoder(value) if key == "encoder" else value
-        for key, value in header.items()
-    }
+        finite_tensor_of(tensors, what, d_in, d_in)

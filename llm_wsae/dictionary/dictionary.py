@@ -178,7 +178,7 @@ class Dictionary(nn.Module):
         device: torch.device | str = "cpu",
     ) -> "Dictionary":
         """Read a dictionary folder, of this package or of another tool (SAELens, sparsify,
-        dictionary_learning, Gemma Scope).
+        dictionary_learning).
 
         ``site`` is for a foreign folder that does not say which site its dictionary belongs to.
         Raises as ``formats.reading.read`` does.

@@ -55,6 +55,8 @@ class Firings:
     is a top row already."""
     value: Float[Tensor, "d_sae examples"]
     """Its activations on those rows."""
+    edges: Float[Tensor, "d_sae edges"]
+    """Between which activations its bands are, from its largest down to 0."""
     together: Int[Tensor, "d_sae neighbours"]
     """The latents that fire together with it most often, the most first."""
     overlap: Float[Tensor, "d_sae neighbours"]
@@ -152,7 +154,7 @@ class _Collector:
     def firings(self) -> Firings:
         """What was found."""
         row, value = self._without_repeated_contexts()
-        bands_row, bands_value = self._of_bands()
+        bands_row, bands_value, edges = self._of_bands()
         repeated = (bands_row[:, :, None] == row[:, None, :]).any(2)
         bands_row, bands_value = bands_row.where(~repeated, -1), bands_value.where(~repeated, 0)
         octaves = OCTAVES - 1 / BINS_PER_OCTAVE
@@ -164,6 +166,7 @@ class _Collector:
             (self.middle or 1.0) * 2**-octaves,
             torch.cat([row, bands_row], 1),
             torch.cat([value, bands_value], 1),
+            torch.cat([value[:, :1], edges, torch.zeros_like(value[:, :1])], 1),
             *self._together(),
         )
 
@@ -195,15 +198,20 @@ class _Collector:
         row, value, first = (one.gather(1, order) for one in (row, value, first))
         return row.where(first, -1), value.where(first, 0)
 
-    def _of_bands(self) -> tuple[Tensor, Tensor]:
-        """One sampled firing from the middle of each band, the strongest band first."""
+    def _of_bands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One sampled firing from the middle of each band, the strongest band first, and the
+        activations between one band and the next."""
         order = self.sample.value.where(self.sample.row >= 0, -1).argsort(dim=1, descending=True)
         there = (self.sample.row >= 0).sum(1, keepdim=True)
-        middle = (torch.arange(self._bands) + 0.5) / self._bands * there
-        order = order.gather(1, middle.long().clamp(max=order.shape[1] - 1))
-        row, value = self.sample.row.gather(1, order), self.sample.value.gather(1, order)
+
+        def at(place: Tensor) -> Tensor:
+            return order.gather(1, (place / self._bands * there).long().clamp(max=last))
+
+        last = order.shape[1] - 1
+        middle, edge = at(torch.arange(self._bands) + 0.5), at(torch.arange(1, self._bands))
+        row, value = self.sample.row.gather(1, middle), self.sample.value.gather(1, middle)
         enough = there >= self._bands
-        return row.where(enough, -1), value.where(enough, 0)
+        return row.where(enough, -1), value.where(enough, 0), self.sample.value.gather(1, edge)
 
 
 class _Kept:

@@ -1,25 +1,23 @@
 """``export_neuronpedia``: the latents of a dictionary in the files that SAEDashboard writes and
-Neuronpedia imports.
+Neuronpedia imports, from what the page collects of them.
 
     out/
       export.json             what was exported, with which settings and versions
-      .digests.json           the SHA-256 of the batch files, by number
       batch-0.json            latents 0 to 127
       batch-1.json            …
       explanations/batch-0.jsonl.gz    what a language model said of them, for Neuronpedia,
       delphi/explanations/…_latent7.txt    and as delphi keeps it; only if it was asked
 
-Every number means what it means in SAEDashboard 0.8, and has five decimals. Its words: a *prompt*
-is a context, a *feature* a latent, a *neuron* a dimension of the stream.
+SAEDashboard's words: a *prompt* is a context, a *feature* a latent, a *neuron* a dimension of the
+stream. Numbers have five decimals.
 """
 
-import functools
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +31,31 @@ from llm_wsae import provenance
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (
-    Explanation,
     read_explanations,
     write_for_delphi,
     write_for_neuronpedia,
 )
 from llm_wsae.errors import UsageError, shown
-from llm_wsae.files import (
-    folder_lock,
-    read_own_json,
-    remove_partials,
-    sha256,
-    write_json,
-    write_text,
-)
+from llm_wsae.files import folder_lock, remove_partials, write_text
 from llm_wsae.inspecting.firings import check_store
 from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import check_width
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.outside import mapping
-from llm_wsae.pages.collecting import context_of_every_row
-from llm_wsae.pages.firings_by_latent import FiringsByLatent, choose
+from llm_wsae.pages.collecting import (
+    BINS_PER_OCTAVE,
+    Firings,
+    Windows,
+    collect,
+    context_of_every_row,
+    windows,
+)
 
-RECORD, DIGESTS, FIRINGS = "export.json", ".digests.json", ".firings"
+RECORD = "export.json"
 WHAT = "export for Neuronpedia"
 LATENTS_AT_ONCE = 128
 """Latents in a file; Neuronpedia takes no more in one upload."""
+_FILES_AT_ONCE = 8  # whose contexts are read together
 _DECIMALS = 5
 _BINS, _WORDS, _NEIGHBOURS = 50, 10, 3  # SAEDashboard's
 
@@ -80,8 +76,7 @@ class _Settings:
     """What is shown, and under which names."""
 
     top: int
-    intervals: int
-    per_interval: int
+    bands: int
     contexts: int
     model_id: str
     sae_set: str
@@ -95,8 +90,7 @@ def export_neuronpedia(
     out: Path | str,
     *,
     top: int = 20,
-    intervals: int = 5,
-    per_interval: int = 5,
+    bands: int = 5,
     contexts: int | None = None,
     model_id: str | None = None,
     sae_set: str | None = None,
@@ -106,19 +100,16 @@ def export_neuronpedia(
 
     ``dictionary`` and ``store`` may be opened or given by their folders, ``model`` is a
     LanguageModel or whatever ``LanguageModel.load`` takes. Of each latent, its ``top`` strongest
-    contexts are shown, and ``per_interval`` random ones from each of ``intervals`` equal intervals
-    between 0 and its largest activation, a context once in each group. ``contexts`` limits how many
-    of the store are looked at. On Neuronpedia the latents are those of
-    ``model_id``/block-``sae_set``__``sae_id_suffix``; the model's and the dictionary's own names by
-    default, without a suffix.
+    contexts are shown, and one of each of ``bands`` quantile bands of its activation, as the
+    dashboard does. ``contexts`` limits how many of the store are looked at. On Neuronpedia the
+    latents are those of ``model_id``/block-``sae_set``__``sae_id_suffix``; the model's and the
+    dictionary's own names by default, without a suffix.
 
     Explanations in the dictionary's folder (``explain``) are written too, in Neuronpedia's and in
     delphi's form.
 
-    Activations are in units of decoder rows of length 1. The store is read and encoded once; until
-    the last file is written, all firings are in a folder in ``out``, 12 bytes each. In memory are
-    two dictionaries, 4 bytes a row, at most 200 MB of firings and one file. An interrupted export
-    goes on with the next file; one that changed since it was written is written again.
+    Activations are in units of decoder rows of length 1. The store is read and encoded once, and
+    contexts with examples once more. The same call writes the same files again.
 
     Raises UsageError for numbers below 1 or a name that cannot be part of an address; LlmWsaeError
     if the folder holds anything else, or the dictionary, store or model cannot be read or do not
@@ -129,17 +120,14 @@ def export_neuronpedia(
     if not isinstance(dictionary, Dictionary):
         dictionary = Dictionary.load(dictionary)
     dictionary = dictionary.on_cpu()  # as the rows of a store are
-    explained: dict[int, Explanation] = {}
-    if dictionary.folder is not None:
-        explained = read_explanations(dictionary.folder)
+    explained = {} if dictionary.folder is None else read_explanations(dictionary.folder)
     store = store if isinstance(store, ActivationStore) else ActivationStore.open(store)
     check_store(store, dictionary)
     store.source(dictionary.site)  # raises if the store lacks the site
     there = store.manifest.num_contexts
     settings = _Settings(
         top,
-        intervals,
-        per_interval,
+        bands,
         there if contexts is None else min(contexts, there),
         model_id or str(store.manifest.model.get("name")).rpartition("/")[2],
         sae_set or dictionary.info.name,
@@ -153,20 +141,14 @@ def export_neuronpedia(
         "dictionary": _digest(dictionary),
         "rows": store.identity(dictionary.site),
         "settings": settings,
-        "latents_in_a_file": LATENTS_AT_ONCE,
     }
-    files = -(-dictionary.d_sae // LATENTS_AT_ONCE)
     with folder_lock(out, "export"):
         remove_partials(out)
         provenance.begin_or_resume(out, RECORD, WHAT, asked)
-        written = _written(out)
-        if missing := [number for number in range(files) if str(number) not in written]:
-            features = _Features(dictionary, store, model, settings, out / FIRINGS)
-            for number in tqdm(missing, desc="files", unit="file"):
-                write_text(_file(out, number), json.dumps(features.file(number)))
-                written[str(number)] = sha256(_file(out, number))
-                write_json(out / DIGESTS, written)
-        shutil.rmtree(out / FIRINGS, ignore_errors=True)
+        files = -(-dictionary.d_sae // LATENTS_AT_ONCE)
+        batches = _batches(dictionary, store, model, settings)
+        for number, batch in enumerate(tqdm(batches, total=files, desc="files", unit="file")):
+            write_text(out / f"batch-{number}.json", json.dumps(batch))
         said = {n: one for n, one in explained.items() if one.text and n < dictionary.d_sae}
         if said:
             suffix = "" if sae_id_suffix is None else f"__{sae_id_suffix}"
@@ -181,23 +163,10 @@ def check_folder(out: Path) -> None:
     provenance.check_folder(out, RECORD, WHAT)
 
 
-def _file(out: Path, number: int) -> Path:
-    return out / f"batch-{number}.json"
-
-
-def _written(out: Path) -> dict[str, str]:
-    """The digests of the batch files that are as they were written, by their numbers."""
-    if not (out / DIGESTS).is_file():
-        return {}
-    known = mapping(read_own_json(out / DIGESTS, "digests of the batch files"))
-    files = {number: out / f"batch-{number}.json" for number in known}
-    return {n: known[n] for n, file in files.items() if file.is_file() and sha256(file) == known[n]}
-
-
 def _check(settings: _Settings) -> None:
     """Raises UsageError for settings that cannot be."""
-    if min(settings.top, settings.intervals, settings.per_interval, settings.contexts) < 1:
-        raise UsageError("top, intervals, per_interval and contexts must be at least 1")
+    if min(settings.top, settings.bands, settings.contexts) < 1:
+        raise UsageError("top, bands and contexts must be at least 1")
     for name in filter(None, (settings.model_id, settings.sae_set, settings.sae_id_suffix)):
         if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
             raise UsageError(
@@ -214,131 +183,100 @@ def _digest(dictionary: Dictionary) -> str:
     return digest.hexdigest()
 
 
-class _Features:
-    """What the files say of the latents."""
-
-    def __init__(
-        self,
-        dictionary: Dictionary,
-        store: ActivationStore,
-        model: LanguageModel,
-        settings: _Settings,
-        scratch: Path,
-    ):
-        self._dictionary, self._store, self._settings = dictionary, store, settings
-        context = context_of_every_row(store)
-        self._context = context[: np.searchsorted(context, settings.contexts)]
-        self._positions = settings.contexts * store.context_size
-        # A first token that gives no row is not shown.
-        self._first = min(1, store.manifest.packing["drop_positions"])
-        self._firings = FiringsByLatent.of(
-            store, dictionary, len(self._context), LATENTS_AT_ONCE, scratch
-        )
-        self._token = functools.cache(Vocabulary(model.tokenizer).text)
-        self._readout = Readout(model)
-
-    def file(self, number: int) -> dict[str, Any]:
-        """The content of a file."""
-        first = number * LATENTS_AT_ONCE
-        decoder = self._dictionary.W_dec[first : first + LATENTS_AT_ONCE]
-        firings = self._firings.batch(number)
-        length = decoder.norm(dim=1).tolist()
-        scaled = [(r, v * one) for (r, v), one in zip(firings, length, strict=True)]
-        parts = zip(
-            _alignment(decoder),
-            self._correlated(number, [values for _, values in firings]),
-            _logits(self._readout.effects(decoder), self._token),
-            map(self._activity, scaled),
-            self._activations(first, scaled),
-            strict=True,
-        )
-        facts = {
-            "n_prompts_total": self._settings.contexts,
-            "n_tokens_in_prompt": self._store.context_size,
-            "dataset": str(self._store.manifest.corpus.get("name", "")),
-            "decoder_weights_dist": [],  # over heads, for attention's outputs
-            "vector": [],  # given one, Neuronpedia would use it in the place of the encoder
-        }
-        features = [
-            {"feature_index": first + place} | functools.reduce(dict.__or__, own) | facts
-            for place, own in enumerate(parts)
-        ]
-        return {
-            "model_id": self._settings.model_id,
-            "layer": self._dictionary.site.block,
-            "sae_set": self._settings.sae_set,
-            "sae_id_suffix": self._settings.sae_id_suffix,
-            "features": features,
-        }
-
-    def _correlated(self, number: int, values: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        """The dimensions and the latents whose activations correlate most with each latent's."""
-        totals, squares = (
-            np.array([np.sum(own**power, dtype=np.float64) for own in values]) for power in (1, 2)
-        )
-        neurons = self._firings.with_dimensions(number, totals, squares)
-        pearson, cosine = self._firings.with_latents(number)
-        own = np.arange(len(values))
-        pearson[own, number * LATENTS_AT_ONCE + own] = 0  # with itself
-        return [
-            one | other
-            for one, other in zip(
-                _most_correlated("neurons", *neurons),
-                _most_correlated("features", pearson, cosine),
+def _batches(
+    dictionary: Dictionary, store: ActivationStore, model: LanguageModel, settings: _Settings
+) -> Iterator[dict[str, Any]]:
+    """The content of the files, one after another."""
+    rows = int(np.searchsorted(context_of_every_row(store), settings.contexts))
+    every, floors = collect(store, {"": dictionary}, settings.top, settings.bands, max(rows, 1))
+    found, floor, readout = every[""], floors[""], Readout(model)
+    token = cache(Vocabulary(model.tokenizer).text)
+    facts = {
+        "n_prompts_total": settings.contexts,
+        "n_tokens_in_prompt": store.context_size,
+        "dataset": str(store.manifest.corpus.get("name", "")),
+        "decoder_weights_dist": [],  # over heads, for attention's outputs
+        "vector": [],  # given one, Neuronpedia would use it in the place of the encoder
+    }
+    around = store.context_size - 1
+    for begin in range(0, dictionary.d_sae, _FILES_AT_ONCE * LATENTS_AT_ONCE):
+        end = min(begin + _FILES_AT_ONCE * LATENTS_AT_ONCE, dictionary.d_sae)
+        those = torch.arange(begin, end)
+        texts = windows(store, dictionary, those, found.row[begin:end], floor, around, around)
+        shown = _Shown(found, texts, begin, settings, store.context_size, token)
+        for first in range(begin, end, LATENTS_AT_ONCE):
+            decoder = dictionary.W_dec[first : min(first + LATENTS_AT_ONCE, end)]
+            parts = zip(
+                decoder.norm(dim=1).tolist(),
+                _alignment(decoder),
+                _logits(readout.effects(decoder), token),
                 strict=True,
             )
-        ]
+            features = [
+                {"feature_index": latent} | aligned | logits | shown.of(latent, length) | facts
+                for latent, (length, aligned, logits) in enumerate(parts, first)
+            ]
+            yield {
+                "model_id": settings.model_id,
+                "layer": dictionary.site.block,
+                "sae_set": settings.sae_set,
+                "sae_id_suffix": settings.sae_id_suffix,
+                "features": features,
+            }
 
-    def _activity(self, firings: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-        """How often a latent fires, and how strongly."""
-        _, values = firings
-        histogram = _histogram(torch.from_numpy(values)) if len(values) else ([], [])
+
+@dataclass(frozen=True)
+class _Shown:
+    """What latents do in the text, of which ``texts`` has the contexts of those from ``first``."""
+
+    found: Firings
+    texts: Windows
+    first: int
+    settings: _Settings
+    context_size: int
+    token: Callable[[int], str]
+
+    def of(self, latent: int, length: float) -> dict[str, Any]:
+        """How often a latent fires, how strongly, and where; its decoder row has this length."""
+        share = int(self.found.count[latent]) / (self.settings.contexts * self.context_size)
+        centres, heights = self._histogram(latent)
         return {
-            "frac_nonzero": round(len(values) / self._positions, _DECIMALS),
-            "freq_hist_data_bar_values": histogram[0],
-            "freq_hist_data_bar_heights": histogram[1],
-        }
+            "frac_nonzero": round(share, _DECIMALS),
+            "freq_hist_data_bar_values": _rounded(centres * length),
+            "freq_hist_data_bar_heights": heights,
+            # Not collected: the dashboard counts which latents fire together.
+            **{f"correlated_{what}_{number}": [] for what in ("neurons", "features")
+               for number in ("indices", "l1", "pearson")},
+            "activations": list(self._examples(latent, length, share)),
+        }  # fmt: skip
 
-    def _activations(
-        self, first: int, firings: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> Iterator[dict[str, Any]]:
-        """The contexts of each latent, with its activation on every token."""
-        settings = self._settings
-        sizes = settings.top, settings.intervals, settings.per_interval
-        examples = [
-            list(choose(*own, self._context, self._positions, *sizes, seed=first + place))
-            for place, own in enumerate(firings)
-        ]
-        rows = np.array([one.row for own in examples for one in own], dtype=np.int64)
-        texts = self._contexts(np.unique(self._context[rows]))
-        for own, (row, value) in zip(examples, firings, strict=True):
-            activations, rounded = [], np.array(_rounded(value))
-            for one in own:
-                ids, position, start = texts[int(self._context[one.row])]
-                inside = slice(*np.searchsorted(row, (start, start + len(position))))
-                values = np.zeros(len(ids))
-                values[position[row[inside] - start]] = rounded[inside]
-                activations.append(
-                    {
-                        "bin_min": round(one.lower, _DECIMALS),
-                        "bin_max": round(one.upper, _DECIMALS),
-                        "bin_contains": round(one.share, _DECIMALS),
-                        "tokens": [self._token(token) for token in ids[self._first :].tolist()],
-                        "values": values[self._first :].tolist(),
-                        "qualifying_token_index": int(position[one.row - start]) - self._first,
-                    }
-                )
-            yield {"activations": activations}
+    def _histogram(self, latent: int) -> tuple[np.ndarray, list[int]]:
+        """Centres of bins of half an octave, and how many activations are in each."""
+        heights = self.found.histogram[latent].numpy()
+        (there,) = np.nonzero(heights)
+        bins = np.arange(there.min(initial=len(heights)), there.max(initial=-1) + 1)
+        return self.found.first_edge * 2 ** ((bins - 0.5) / BINS_PER_OCTAVE), heights[bins].tolist()
 
-    def _contexts(self, numbers: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray, int]]:
-        """Of each context: its token ids, the positions that give rows, and its first row."""
-        found = {}
-        starts = np.searchsorted(self._context, numbers)
-        for number, start in zip(numbers.tolist(), starts.tolist(), strict=True):
-            shard, place = self._store.place_of_context(number)
-            contexts = self._store.contexts(shard)
-            found[number] = contexts.ids[place], np.flatnonzero(contexts.keep[place]), start
-        return found
+    def _examples(self, latent: int, length: float, share: float) -> Iterator[dict[str, Any]]:
+        """The strongest contexts, then one of each band, with the activation on every token."""
+        settings, per_latent = self.settings, self.found.row.shape[1]
+        edges = (self.found.edges[latent] * length).tolist()
+        for rank in torch.where(self.found.row[latent] >= 0)[0].tolist():
+            place = (latent - self.first) * per_latent + rank
+            there = np.flatnonzero(self.texts.ids[place] >= 0)
+            here = slice(int(there[0]), int(there[-1]) + 1)
+            lower, upper, part = -1.0, edges[0], -1.0
+            if rank >= settings.top:
+                band = rank - settings.top
+                lower, upper, part = edges[band + 1], edges[band], share / settings.bands
+            yield {
+                "bin_min": round(lower, _DECIMALS),
+                "bin_max": round(upper, _DECIMALS),
+                "bin_contains": round(part, _DECIMALS),
+                "tokens": [self.token(one) for one in self.texts.ids[place, here].tolist()],
+                "values": _rounded(self.texts.activation[place, here] * length),
+                "qualifying_token_index": self.context_size - 1 - here.start,
+            }
 
 
 def _alignment(decoder: Float[Tensor, "latents d_in"]) -> list[dict[str, Any]]:
@@ -356,19 +294,6 @@ def _alignment(decoder: Float[Tensor, "latents d_in"]) -> list[dict[str, Any]]:
             best.indices.tolist(), best.values.numpy(), parts.numpy(), strict=True
         )
     ]
-
-
-def _most_correlated(
-    what: str, pearson: np.ndarray, cosine: np.ndarray
-) -> Iterator[dict[str, Any]]:
-    """Where the correlation of each latent is largest; SAEDashboard's ``l1`` is the cosine."""
-    best = np.argsort(-pearson, axis=1, kind="stable")[:, :_NEIGHBOURS]
-    for indices, one, other in zip(best, pearson, cosine, strict=True):
-        yield {
-            f"correlated_{what}_indices": indices.tolist(),
-            f"correlated_{what}_l1": _rounded(other[indices]),
-            f"correlated_{what}_pearson": _rounded(one[indices]),
-        }
 
 
 def _logits(

@@ -108,7 +108,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
     info = dictionary.info
     fidelity, scores = (mapping(info.metrics.get(name)) for name in ("fidelity", "monosemanticity"))
     weights = "none" if info.rule == "uniform" else f"{info.rule}, α = {info.alpha:g}"
-    weights += {"space": ", as a space", "mixed": ", mixed"}.get(str(info.weights.get("place")), "")
+    weights += ", as a space" if info.weights.get("place") == "space" else ""
     alive = max(found.rows_seen, 1)
     titles = ", ".join(title for title, _ in _FIDELITY.values())
     groups = {

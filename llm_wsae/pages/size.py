@@ -6,7 +6,7 @@ MOST_MEGABYTES = 60
 EXAMPLES = 10
 """Of each kind (strongest, and from bands), shown for a latent unless told otherwise."""
 _FEWEST = 3  # of each kind, before a dictionary is left out rather
-_BYTES_A_LATENT, _BYTES_AN_EXAMPLE = 200, 105  # packed: docs/benchmarks/whole-job.md
+_BYTES_A_LATENT, _BYTES_AN_EXAMPLE = 200, 105  # packed: docs/log.md
 
 
 def most_megabytes(latents: Sequence[int], examples: int, firings: Sequence[int] = ()) -> float:

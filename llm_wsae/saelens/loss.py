@@ -14,7 +14,7 @@ def read_weights(path: str, d_in: int) -> LossWeights:
     """The weights of a file, for rows of ``d_in`` dimensions.
 
     Raises UsageError for a file that is not named, or whose weights SAELens' training cannot use
-    (a space, tokens, annealing); LlmWsaeError for one that cannot be read, is for another number of
+    (a space, annealing); LlmWsaeError for one that cannot be read, is for another number of
     dimensions, or holds weights that are not finite, negative or all zero.
     """
     if not path:
@@ -33,11 +33,6 @@ def read_weights(path: str, d_in: int) -> LossWeights:
         raise UsageError(
             f"{path} is for training in a weighted space, but SAELens trains on the rows as they "
             "are; make the weights with place loss"
-        )
-    if weights.rule.weighs_tokens:
-        raise UsageError(
-            f"{path} has weights of tokens, but SAELens' training weighs dimensions; make them "
-            "with another rule"
         )
     if weights.config.anneal:
         raise UsageError(

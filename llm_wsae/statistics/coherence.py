@@ -9,10 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-STRANGERS = 1000
-"""Random windows from which chance is estimated."""
-_RANDOM_SETS = 500
-
 
 def coherence(embeddings: Float[Tensor, "latents examples width"]) -> Float[Tensor, " latents"]:
     """Mean cosine of all pairs of a latent's examples, given as unit vectors.
@@ -34,21 +30,3 @@ def coherence_of_strangers(
     pairs = float(sizes.sum().square() - sizes.square().sum())
     cosines = float(sums.sum(0).square().sum() - sums.square().sum())
     return cosines / pairs if pairs else float("nan")
-
-
-def beyond_chance(
-    chosen: Float[Tensor, "dimensions examples width"],
-    strangers: Float[Tensor, "windows width"],
-    context: Int[Tensor, " windows"],
-    generator: torch.Generator,
-) -> Float[Tensor, " dimensions"]:
-    """Coherence of each dimension's examples less that of random windows, > 0 (float64).
-
-    The floor is the standard deviation of the coherence of equally many random windows: a weight
-    must be positive, and anything below is noise.
-    """
-    chance = coherence_of_strangers(strangers, context)
-    draw = torch.rand(_RANDOM_SETS, len(strangers), generator=generator)
-    sets = draw.topk(chosen.shape[1], dim=1).indices  # no window twice: it is like itself
-    noise = coherence(strangers[sets]).std()
-    return (coherence(chosen) - chance).clamp(min=float(noise)).double()

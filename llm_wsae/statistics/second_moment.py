@@ -113,7 +113,7 @@ def shrunk(covariance: Float[Tensor, "d_in d_in"], rows: int) -> Float[Tensor, "
 
     ρ is the oracle approximating shrinkage of scikit-learn (Chen, Wiesel, Eldar & Hero 2010); with
     a million rows of 576 dimensions it is about 1e-5. Beside it, Ledoit and Wolf's shrinks too much
-    where a few rows are strong (docs/results/whitening.md).
+    where a few rows are strong (docs/log.md).
 
     scikit-learn takes the rows, of which there are more than memory holds. But its ρ depends only
     on their number and on the eigenvalues of Σ: it gets rows along the axes that have these.

@@ -80,20 +80,31 @@ def over_seeds_and_items(
 ) -> tuple[float, Interval]:
     """How much more the sum of one is than that of the other, as a share, with its 95 % interval.
 
-    Items (documents) are the same in every seed, so both are crossed: the variance over items, of
-    the mean over seeds, is that of a ratio of sums (delta method); that over seeds is the variance
-    of their ratios. Both are added, with Satterthwaite's degrees of freedom (1946). With one seed
-    the interval is over items alone.
+    Over items as in ``crossed_ratio``; the variance over seeds is added, with Satterthwaite's
+    degrees of freedom (1946). With one seed the interval is over items alone.
     """
-    seeds, items = own.shape
-    ratios = own.sum(1) / other.sum(1) - 1
-    mean = float(ratios.mean())
-    scale = other.sum(1, keepdims=True) / items
-    residuals = ((own - (1 + ratios[:, None]) * other) / scale).mean(0)
-    variances = [(float(residuals.var(ddof=1)) / items, items - 1)]
+    ratios, of_items = crossed_ratio(own, other)
+    mean, seeds = float(ratios.mean()), len(ratios)
+    variances = [of_items]
     if seeds > 1:
         variances.append((float(ratios.var(ddof=1)) / seeds, seeds - 1))
     total = sum(variance for variance, _ in variances)
     freedom = total**2 / max(sum(v**2 / df for v, df in variances), 1e-300)
     half = float(stats.t.ppf((1 + LEVEL) / 2, max(freedom, 1.0))) * total**0.5
     return mean, (mean - half, mean + half)
+
+
+def crossed_ratio(
+    own: Float[np.ndarray, "seeds items"], other: Float[np.ndarray, "seeds items"]
+) -> tuple[Float[np.ndarray, " seeds"], tuple[float, float]]:
+    """By seed, how much more the sum of one is than that of the other, as a share; and what the
+    choice of items adds to the squared error of their mean, with its degrees of freedom.
+
+    Items (documents) are the same in every seed, so both are crossed: the variance over items, of
+    the mean over seeds, is that of a ratio of sums (delta method).
+    """
+    items = own.shape[1]
+    ratios = own.sum(1) / other.sum(1) - 1
+    scale = other.sum(1, keepdims=True) / items
+    residuals = ((own - (1 + ratios[:, None]) * other) / scale).mean(0)
+    return ratios, (float(residuals.var(ddof=1)) / items, items - 1.0)

@@ -1,1 +1,1 @@
-"""Studies: do weights help? Arms, controls and the plain k-curve over seeds, and a verdict."""
+"""Studies: do weights help? Rules, controls and plain dictionaries over seeds, and verdicts."""

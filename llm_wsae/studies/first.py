@@ -1,4 +1,4 @@
-"""First dictionaries: rules like ``participation`` and ``gap`` take their weights from one.
+"""First dictionaries: the rule ``participation`` takes its weights from one.
 
 Unless one is given, a study trains a plain one for each seed, so that no accident of one dictionary
 stands behind all of them. It gets half of the rows, and so do the dictionaries that are trained

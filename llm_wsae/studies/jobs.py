@@ -59,23 +59,15 @@ class StudyJobs:
         self.config, self.training, self.fidelity = config, training, fidelity
 
     def missing(self, arms: Sequence[PlannedArm]) -> list[PlannedArm]:
-        """Arms that have no result yet. Raises LlmWsaeError for a result of other weights, or one
-        that is compared with another control."""
+        """Arms that have no result yet. Raises LlmWsaeError for a result of other weights."""
         missing = []
         for planned in arms:
             path = self._result(planned)
             if not path.exists():
                 missing.append(planned)
                 continue
-            record = read_record(path)
-            if record.get("control") != planned.control:
-                raise LlmWsaeError(
-                    f"{path} is compared with the control {record.get('control')}, not "
-                    f"{planned.control}; choose another folder, or the control it has"
-                )
-            if not _same_arm(
-                record.get("identity"), plain(planned.identity(self.training.lengths))
-            ):
+            found = read_record(path).get("identity")
+            if not _same_arm(found, plain(planned.identity(self.training.lengths))):
                 raise LlmWsaeError(
                     f"{path} is the result of other weights with the same name (from another first "
                     "dictionary, or measured on other rows); choose another folder, or delete "
@@ -226,7 +218,7 @@ def _names_in(folder: Path) -> list[str]:
     damaged."""
     way_out = f"delete {folder} to train its dictionaries again"
     found = read_own_json(folder / GROUP, "list of a study's dictionaries", way_out)
-    names = found.get("dictionaries") if isinstance(found, dict) else found  # first version
+    names = found.get("dictionaries") if isinstance(found, dict) else None
     if not isinstance(names, list) or not all(map(_is_folder_name, names)):
         raise LlmWsaeError(f"{folder / GROUP} is not a list of dictionaries; {way_out}")
     return names

@@ -1,8 +1,8 @@
-"""The dictionaries of a study: the plain curve, the rules' arms, and a control for each of them.
+"""The dictionaries of a study: plain ones, the rules' arms, and a control for each of them.
 
-Beside them stand baselines, on which no curve, verdict or correction depends. They learn nothing,
-or one half only, and may still look interpretable (Korznikov et al. 2026, arXiv 2602.14111): where
-they come close to the others, a measure says little of what was learnt.
+Beside them stand untrained and half-trained baselines, on which no verdict or correction depends.
+They may still look interpretable (Korznikov et al. 2026, arXiv 2602.14111): where they come close
+to the others, a measure says little of what was learnt.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,9 +65,9 @@ def plan(
 ) -> list[PlannedArm]:
     """All dictionaries, seed by seed, the plain ones first.
 
-    Random weights (controls, ``random``) are drawn again for every seed. ``first`` has, by seed,
-    the inputs of rules that need a first dictionary, if the study has trained one for each. Raises
-    UsageError if ``weigh`` fixes the draw; otherwise as ``weights_from_rule`` does.
+    Controls are drawn again for every seed. ``first`` has, by seed, the inputs of rules that need a
+    first dictionary, if the study has trained one for each. Raises UsageError if ``weigh`` fixes
+    the draw; otherwise as ``weights_from_rule`` does.
     """
     if weigh.draw:
         raise UsageError(
@@ -83,7 +83,7 @@ def plan(
             arms.setdefault(arm.name, PlannedArm(arm, weights.label, control, share))
 
     for seed in dict.fromkeys(config.seeds):
-        add(weights_from_rule(PLAIN, 1.0, inputs), None, config.curve, seed)
+        add(weights_from_rule(PLAIN, 1.0, inputs), None, config.ks, seed)
         for rule in map(Rule.parse, config.rules):
             own, share = inputs, 1.0
             if first is not None and rule.need == "dictionary":
@@ -93,16 +93,15 @@ def plan(
     return list(arms.values())
 
 
-def baselines(inputs: RuleInputs, config: StudyConfig, k: int, d_sae: int) -> list[PlannedArm]:
+def baselines(inputs: RuleInputs, config: StudyConfig) -> list[PlannedArm]:
     """The raw dimensions, once, and for each seed a dictionary with a frozen decoder and one with a
-    frozen encoder: all TopK, with ``k`` active latents.
+    frozen encoder: all TopK, with the first k of the study.
 
-    An architecture that all dictionaries of the study have is no baseline of it, and there is none
-    with a frozen half if k is more than its ``d_sae`` latents.
+    An architecture that all dictionaries of the study have is no baseline of it.
     """
-    weights = weights_from_rule(PLAIN, 1.0, inputs)
+    weights, k = weights_from_rule(PLAIN, 1.0, inputs), config.ks[0]
     found = [PlannedArm(ArmConfig(weights, k), RAW, None)]
-    for seed in dict.fromkeys(config.seeds if k <= d_sae else ()):
+    for seed in dict.fromkeys(config.seeds):
         for name, label in FROZEN.items():
             if name != config.architecture:
                 arm = ArmConfig(weights, k, init_seed=seed, architecture=name)
@@ -114,7 +113,7 @@ def _weights(
     rule: Rule, inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig, seed: int
 ) -> Iterator[tuple[LossWeights, str | None]]:
     """Weights and the label of their control, and each control itself."""
-    matched = rule.matched_control(weigh, config.control)
+    matched = rule.matched_control(weigh)
     for alpha in config.alphas:
         weights = _drawn(rule, alpha, inputs, weigh, seed)
         if weights.label == PLAIN:

@@ -2,75 +2,52 @@
 
 Stopped at any instant, the same command resumes it. A command with other rules, k or seeds adds to
 the study. The report always covers everything that was tried in its folder, and so does the
-correction for multiple tests. Baselines (``plan``) that the folder lacks are added to it, too, all
-with one k: the first k of the command that added the first ones.
+correction for multiple tests.
 """
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from llm_wsae.data.config import HELDOUT, PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
-from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
-from llm_wsae.explaining.examples import NothingToExplain
-from llm_wsae.explaining.explaining import REPORT as EXPLAIN_REPORT
-from llm_wsae.explaining.explaining import explain
-from llm_wsae.explaining.protocol import ExplainConfig
 from llm_wsae.files import folder_lock, remove_partials, write_json
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_folder
-from llm_wsae.outside import mapping
 from llm_wsae.planting.config import PlantConfig
 from llm_wsae.planting.source import PlantedSource
 from llm_wsae.provenance import plain
-from llm_wsae.studies import consistency
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.first import after_first, needs_first, stand_ins
 from llm_wsae.studies.folder import (
     BASIS,
-    CONSISTENCY,
     DICTIONARIES,
-    EXPLAINED,
     FIRST,
     RESULTS,
     TRAINING,
     check_basis,
-    has_unit_lengths,
-    k_of_baselines,
-    keep_look,
-    read_basis,
-    read_explained,
     read_report,
-    read_results,
 )
 from llm_wsae.studies.jobs import StudyJobs
 from llm_wsae.studies.plan import PlannedArm, baselines, plan
 from llm_wsae.studies.report import REPORT_FILES, StudyReport
-from llm_wsae.studies.results import Result, over_latents
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
 from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 
-ANSWERS = "answers"
-_MEASURES = {"measures": {"detection": 2}}  # its definition; other numbers cannot stand beside it
-# Settings of questions that change no answer; the same model may be served at another address.
-_OF_QUESTIONS = ("endpoint", "parallel", "price_in", "price_out")
+_MEASURES = {"detection": 2}  # its definition; other numbers cannot stand beside it
 _OF_TRAINING = (*PROCEDURAL, "shuffle_seed")  # each arm has a seed of its own
 
 
@@ -91,9 +68,6 @@ def study(
     measure: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
     dictionary: Dictionary | None = None,
     encoder: Encoder | None = None,
-    endpoint: str | None = None,
-    explainer: str | None = None,
-    explaining: ExplainConfig = ExplainConfig(),  # noqa: B008 - frozen
 ) -> StudyReport:
     """Run, resume or extend a study of one site, and report on all of it.
 
@@ -114,10 +88,6 @@ def study(
         dictionary: A first dictionary of the site, for the rules that need one. Without it, the
             study trains one for each seed, and both share the rows (``studies.first``).
         encoder: Sentence encoder to use in place of ``scoring.encoder``.
-        endpoint: OpenAI-compatible endpoint at which a language model explains latents of every
-            dictionary that was kept, and judges the explanations (see ``explain``).
-        explainer: Name of that language model.
-        explaining: Which latents are explained, and from how many texts.
 
     Raises:
         UsageError: The request cannot be right (a rule that does not exist, k above d_sae, …).
@@ -125,11 +95,9 @@ def study(
             the store, or a stage fails.
     """
     out = Path(out)
-    written = (*REPORT_FILES, CONSISTENCY, RESULTS, DICTIONARIES, TRAINING)
+    written = (*REPORT_FILES, RESULTS, DICTIONARIES, TRAINING)
     check_folder(out, written, is_ours=(out / BASIS).is_file())
     store.check_model(model.identity())
-    if endpoint is not None:
-        _check_explainable(config, explainer)
     heldout = Corpus.open(corpus, "heldout", heldout_fraction, text_column)
     packing = PackConfig(**store.manifest.packing)
     fidelity_evaluator = FidelityEvaluator(
@@ -148,15 +116,10 @@ def study(
     trains_first = dictionary is None and needs_first(config.rules)
     first = stand_ins(inputs, config) if trains_first else None
     arms = _planned(inputs, config, weigh, training, first)
-    if training.lengths == "auto" and has_unit_lengths(out):
-        training = replace(training, lengths="unit")  # it goes on as it was begun
     basis = _basis(store.identity(site), heldout, config, training, fidelity, scoring)
     with folder_lock(out, "study"):
         remove_partials(out, DICTIONARIES, RESULTS)
         check_basis(out, basis)
-        asked = plain({"endpoint": endpoint, "explainer": explainer, **asdict(explaining)})
-        if endpoint is not None:
-            _check_explained(out, asked)
         source = store.source(site) if planted is None else planted
         how = _for_frozen_too(training)
         jobs = StudyJobs(source, out, config, how, fidelity_evaluator, model.device)
@@ -164,38 +127,17 @@ def study(
         monosemanticity = None
         if not (out / BASIS).exists():
             monosemanticity = judge()  # the text may be too short: that is found before any work
-            write_json(out / BASIS, basis | _MEASURES)
+            write_json(out / BASIS, basis)
         if trains_first:
             first = after_first(source, site, inputs, out / FIRST, config, training)
             arms = _planned(inputs, config, weigh, training, first)
-        if _can_be_added_to(out):
-            k = k_of_baselines(out) or config.ks[0]
-            arms += baselines(inputs, config, k, _d_sae(inputs, training))
-        missing = jobs.missing(arms)
+        missing = jobs.missing(arms + baselines(inputs, config))
         if missing and monosemanticity is None:
-            check_basis(out, _MEASURES)
             monosemanticity = judge()
         jobs.finish(missing, monosemanticity)
-        consistency.measure(out / CONSISTENCY, _kept(out, read_results(out)))
-        keep_look(out)
         report = read_report(out)
         report.write(out)
-        if endpoint is not None:
-            _explain(out, asked, model, store, explaining, encoder)
-            report = read_report(out)
-            report.write(out)
     return report
-
-
-def _check_explainable(config: StudyConfig, explainer: str | None) -> None:
-    """Raises UsageError where no language model can explain latents of the study."""
-    if config.plant or not config.keep_dictionaries:
-        raise UsageError(
-            "only latents of dictionaries that are kept can be explained, and none of those "
-            "trained on planted rows, which have no text; keep the dictionaries, or plant nothing"
-        )
-    if not explainer:
-        raise UsageError("name the language model that is to explain latents")
 
 
 def _basis(
@@ -218,6 +160,7 @@ def _basis(
             "fidelity": asdict(fidelity),
             "scoring": asdict(scoring) | {"encoder": canonical_encoder(scoring.encoder)},
             "planted": _plants(config.plant),
+            "measures": _MEASURES,
         }
     )
     return basis
@@ -234,13 +177,9 @@ def _planned(
     cannot be trained with the lengths that are asked for."""
     arms = plan(inputs, config, weigh, first)
     for planned in arms:
-        planned.arm.check(_d_sae(inputs, training))
+        planned.arm.check(training.expansion * inputs.statistics.d_in)
         planned.arm.lengths(training.lengths)
     return arms
-
-
-def _d_sae(inputs: RuleInputs, training: TrainConfig) -> int:
-    return training.expansion * inputs.statistics.d_in
 
 
 def _for_frozen_too(training: TrainConfig) -> TrainConfig:
@@ -249,66 +188,7 @@ def _for_frozen_too(training: TrainConfig) -> TrainConfig:
     return replace(training, lengths="auto") if training.lengths == "free" else training
 
 
-def _can_be_added_to(out: Path) -> bool:
-    """Studies whose measures had another definition are only reported on."""
-    return bool(read_basis(out)["measures"] == _MEASURES["measures"])
-
-
-def _check_explained(out: Path, asked: dict[str, Any]) -> None:
-    """Raises LlmWsaeError if latents of the study were explained in another way."""
-    found = read_explained(out).get("settings", asked)
-    if any(found.get(key) != value for key, value in asked.items() if key not in _OF_QUESTIONS):
-        raise LlmWsaeError(
-            f"latents of the study in {out} were explained with other settings (see {EXPLAINED}), "
-            "so these cannot be compared with them; repeat those, or delete that file"
-        )
-
-
-def _explain(
-    out: Path,
-    asked: dict[str, Any],
-    model: LanguageModel,
-    store: ActivationStore,
-    config: ExplainConfig,
-    encoder: Encoder | None,
-) -> None:
-    """Have latents of every kept dictionary explained of which questions have no answer yet; one
-    after the other, so that a stop costs one pass over the store."""
-    before = read_explained(out)
-    known, failed = before.get("dictionaries", {}), dict(mapping(before.get("failed")))
-    for result in read_results(out):
-        folder = out / DICTIONARIES / result.name
-        is_complete = result.name in known and not failed.pop(result.name, 0)
-        if is_complete or not folder.exists():
-            continue
-        whom, place = (asked["endpoint"], asked["explainer"]), out / ANSWERS
-        named = {result.name: folder}
-        try:
-            found = explain(named, store, model, *whom, place, config, encoder=encoder)
-        except NothingToExplain as error:
-            tqdm.write(f"{result.name} is left out: {error}", file=sys.stderr)
-            known[result.name] = {}
-        else:
-            # Each dictionary's report is kept; the next one would replace it.
-            (place / EXPLAIN_REPORT).replace(place / f"{result.name}.json")
-            one = found.dictionaries[result.name]
-            known[result.name] = {name: over_latents(one.values(name)) for name in one.means}
-            failed |= {result.name: one.failed} if one.failed else {}
-        found_so_far = {"settings": asked, "dictionaries": known, "failed": failed}
-        write_json(out / EXPLAINED, plain(found_so_far))
-
-
 def _plants(config: PlantConfig | None) -> dict[str, Any]:
     """What a study's description says of its plants; settings that are not made are not named."""
     settings = {} if config is None else asdict(config)
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def _kept(out: Path, results: Sequence[Result]) -> dict[tuple[str, int], dict[int, Path]]:
-    """Folders of measured dictionaries that were kept: label and k → seed → folder."""
-    kept: dict[tuple[str, int], dict[int, Path]] = {}
-    for result in results:
-        folder = out / DICTIONARIES / result.name
-        if folder.exists():
-            kept.setdefault((result.label, result.point.k), {})[result.point.seed] = folder
-    return kept

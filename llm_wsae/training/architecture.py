@@ -130,15 +130,11 @@ def sparse_step(
         )
     else:
         found = _reconstruct_in_turn(codes, parameters, batch, weights, strategy)
-    total = found.residual.sum(0)
-    if batch.row_weights is not None:
-        total = batch.row_weights @ found.residual
-        found = _weigh_rows(found, codes, batch.row_weights)
     by_value = found.by_value
     by_value += penalty_gradient * (codes.values > 0)
     gradients = SparseGradients(codes, batch.x_fast, found.output_gradient, by_value)
     firings, loss = firing_counts(codes, len(encoder)), found.row_errors.sum() / 2
-    return Step(gradients, times(total, weights), found.residual, firings, loss)
+    return Step(gradients, times(found.residual.sum(0), weights), found.residual, firings, loss)
 
 
 def _reconstruct_in_turn(
@@ -152,18 +148,6 @@ def _reconstruct_in_turn(
     by_value = value_gradients(codes, decoder, gradient)
     errors = (residual * gradient).sum(1)
     return Reconstruction(residual, gradient.to(batch.x_fast.dtype), by_value, errors)
-
-
-def _weigh_rows(
-    found: Reconstruction, codes: RaggedCodes, row_weights: Float[Tensor, " batch"]
-) -> Reconstruction:
-    """Every row's part of the loss times its weight; the residual stays as it is."""
-    return Reconstruction(
-        found.residual,
-        found.output_gradient.mul_(row_weights[:, None]),
-        found.by_value.mul_(row_weights[codes.rows()]),
-        found.row_errors * row_weights,
-    )
 
 
 def exact(codes: RaggedCodes, parameters: Parameters, batch: Batch) -> RaggedCodes:

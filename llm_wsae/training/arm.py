@@ -97,8 +97,8 @@ class ArmConfig:
 
     def rate(self, lengths: Lengths) -> float:
         """How many times the usual learning rate, if none is asked for."""
-        place_is_space = self.weights.config.place == "space"  # not mixed
-        return SPACE_RATE if place_is_space and self.lengths(lengths) == "free" else 1.0
+        is_free = self.lengths(lengths) == "free"
+        return SPACE_RATE if self.weights.config.in_space and is_free else 1.0
 
     def check(self, d_sae: int) -> None:
         """Raise UsageError if a dictionary of ``d_sae`` latents cannot have k active ones."""
@@ -173,23 +173,13 @@ class Arm:
         """The latents that are here: all, unless other processes hold some."""
         self._strategy = strategy
         self.parameters = initial_parameters(d_in, d_sae, config.init_seed, device, own=own)
-        is_mixed = config.weights.config.place == "mixed"
-        if is_mixed:
-            self._give_rows_their_length(torch.float32)
-            # so that a latent reads its own direction with slope 1, as it does elsewhere
-            squares = self.parameters.decoder.square().sum(1, keepdim=True)
-            self.parameters.encoder.copy_(self.parameters.decoder / squares)
         self.architecture = config.kind(config.level, d_sae, device, strategy)
         self.architecture.tie(self.parameters)
         self.last_fired = torch.zeros(len(own), dtype=torch.int64, device=device)
         self._finder = DeadFinder(device)
         self.lengths = config.lengths(lengths)
-        self._optimiser = (
-            FreeLengths(self.parameters, self.space if is_mixed else None)
-            if self.lengths == "free"
-            else Optimiser(self.parameters)
-        )
-        self._scales_rows = is_mixed and self.lengths == "unit"
+        kind = FreeLengths if self.lengths == "free" else Optimiser
+        self._optimiser = kind(self.parameters)
         self.progress = self._no_progress()
 
     @property
@@ -208,7 +198,6 @@ class Arm:
         queued, except once in the first step. Several processes wait for each other.
         """
         with torch.no_grad():
-            batch = self._weighed(batch)
             step = self.evaluate(batch)
             if aux > 0 and self.architecture.revives_dead:
                 step = self._with_auxk(step, batch, rows_seen, aux, dead_after)
@@ -224,8 +213,6 @@ class Arm:
             if step.observed is not None:
                 self.architecture.follow(step.observed, learning_rate)
             self._optimiser.step(step.by_weights, step.by_decoder_bias, learning_rate)
-            if self._scales_rows:
-                self._give_rows_their_length(batch.x_fast.dtype)
             if self.architecture.is_tied:
                 self.architecture.tie(self.parameters)
                 self._optimiser.round_encoder()
@@ -244,20 +231,7 @@ class Arm:
         """Loss and gradients on a batch, changing nothing."""
         encoder = self._optimiser.encoder(batch.x_fast.dtype)
         parameters = self.parameters._replace(encoder=encoder)  # in the products' number format
-        return self.architecture.step(parameters, self._weighed(batch), self.metric)
-
-    def _give_rows_their_length(self, fast: torch.dtype) -> None:
-        """Scale decoder rows, which the optimiser leaves at length 1 in the space, to length 1 in
-        the model's units."""
-        assert self.space is not None
-        decoder = self.parameters.decoder
-        decoder /= self.space.lengths_outside(decoder, fast)
-
-    def _weighed(self, batch: Batch) -> Batch:
-        """The batch with how much its rows count under the arm's weights, if that is not set."""
-        if batch.row_weights is not None:
-            return batch
-        return batch._replace(row_weights=self.config.weights.row_weights(batch.x, batch.mask))
+        return self.architecture.step(parameters, batch, self.metric)
 
     def dead(self, rows_seen: int, dead_after: int) -> Tensor:
         """Which latents have not fired for ``dead_after`` rows. [d_sae] bool."""

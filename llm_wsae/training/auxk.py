@@ -111,16 +111,16 @@ def auxk_gradients(
     unexplained = residual.new_zeros(())
     for rows in tiles:
         errors = (times(residual[rows], metric) * residual[rows]).sum(1)
-        unexplained += errors @ batch.counted[rows]
+        unexplained += errors @ batch.mask[rows]
     by_error = metric * (2 * coefficient / strategy.sum_over_rows(unexplained).clamp(min=1e-12))
     zeros = (torch.zeros_like(part, dtype=exact) for part in (encoder, decoder, bias))
     sums = SubsetGradients(indices, *zeros)
     for rows in tiles:
-        x, counted = batch.x_fast[rows], batch.counted[rows, None]
+        x, mask = batch.x_fast[rows], batch.mask[rows, None]
         active = strategy.encode_dead(x, encoder, bias, dead, k_aux)
         # residual is x̂ − x = −e, so ê − e = active · decoder + residual
         decoded = strategy.sum_over_latents((active @ decoder).to(exact))
-        error = decoded.add_(residual[rows]).mul_(counted)
+        error = decoded.add_(residual[rows]).mul_(mask)
         dead_gradients(active, x, decoder, times(error, by_error).to(fast), sums)
     return SubsetGradients(indices, *(part[: len(indices)] for part in sums[1:]))
 

@@ -103,7 +103,7 @@ RATE, SHARED_RATE = "learning_rate", "shared_learning_rate"
 """In the record of a dictionary: its own, and the one that the other arms had."""
 SPACE_RATE = 2.0
 """How many times the usual learning rate suits dictionaries of free lengths in a space, in whose
-coordinates Adam makes its steps; measured in docs/results/free-lengths-space.md."""
+coordinates Adam makes its steps; measured in docs/log.md."""
 
 
 def default_learning_rate(d_sae: int) -> float:

@@ -107,7 +107,7 @@ def dense_step(
         decoded = strategy.sum_over_latents((latents @ decoder_fast).to(x.dtype))
         residual[rows] = decoded.add_(decoder_bias).sub_(x).mul_(mask[:, None])
         tile_loss, by_output = weighted_error(
-            residual[rows], batch.counted[rows], metric, batch.num_rows
+            residual[rows], batch.mask[rows], metric, batch.num_rows
         )
         loss += tile_loss + by_active * strategy.sum_over_latents(latents.sum(dtype=x.dtype))
         by_output_fast = by_output.to(fast)

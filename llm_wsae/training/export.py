@@ -95,8 +95,7 @@ def folded(
 
     In a space Γ it sees x' = Γ(x − mean)/scale, so W_enc ← Γᵀ W_enc first, W_dec ← W_dec Γ⁻ᵀ and
     b_dec ← b_dec Γ⁻ᵀ. Codes stay those of the training: rescaling decoder rows here would change
-    which latents are the largest. So they have unit norm where the training kept them so, in the
-    space or, of mixed weights, in the model's units.
+    which latents are the largest. So they have unit norm in the space.
     """
     encoder, decoder, encoder_bias, decoder_bias = (p.detach().cpu().double() for p in parameters)
     mean = mean.cpu().double()

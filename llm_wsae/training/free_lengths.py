@@ -13,7 +13,6 @@ from torch import Tensor
 from llm_wsae.sparse.backends.reference import Gradients
 from llm_wsae.sparse.codes import RawRows, SparseGradients
 from llm_wsae.sparse.operations import adam_raw_rows, sparse_adam
-from llm_wsae.training.normaliser import Space
 from llm_wsae.training.optimiser import Optimiser
 from llm_wsae.training.parameters import Parameters
 
@@ -24,11 +23,9 @@ INITIAL_LENGTH = 0.1
 class FreeLengths(Optimiser):
     """Its state holds the rows as they are seen, and L: the raw ones follow from them."""
 
-    def __init__(self, parameters: Parameters, space: Space | None = None):
-        """L is the length of v, or the one that it has outside ``space``. Weakens the encoder, in
-        place."""
+    def __init__(self, parameters: Parameters):
+        """Weakens the encoder, in place."""
         super().__init__(parameters)
-        self._space = space
         self._lengths = torch.full_like(parameters.encoder_bias, INITIAL_LENGTH)
         parameters.encoder.mul_(INITIAL_LENGTH**2)
 
@@ -38,32 +35,20 @@ class FreeLengths(Optimiser):
         by_decoder_bias: Float[Tensor, " d_in"],
         learning_rate: float,
     ) -> None:
-        """See ``Optimiser.step``. Decoder rows get the length 1, outside the space if one is
-        given."""
+        """See ``Optimiser.step``."""
         self._steps += 1
         encoder, decoder, bias, _ = self._parameters
-        space, fast, before = self._space, self._fast, self._lengths.clone()
-        along = None if space is None else space.gradients_of_lengths(decoder, fast)
+        before = self._lengths.clone()
         moments, now = (self._means[:2], self._squares[:2]), (self._steps, learning_rate)
-        given = (*moments, *now, self._encoder_fast, RawRows(self._lengths, bias, along))
+        given = (*moments, *now, self._encoder_fast, RawRows(self._lengths, bias))
         if isinstance(by_weights, SparseGradients):
             by_bias = sparse_adam(by_weights, (encoder, decoder), *given)
         else:
             by_bias = by_weights[2]
             adam_raw_rows((encoder, decoder), by_weights, *given)
-        if space is not None:
-            outside = space.lengths_outside(decoder, fast)
-            decoder.div_(outside)
-            encoder.mul_(outside)
-            self._lengths.mul_(outside[:, 0])
-            self.round_encoder()
         bias.div_(before)
         self._move_biases(by_bias * before, by_decoder_bias, learning_rate)
         bias.mul_(self._lengths)
-
-    @property
-    def _fast(self) -> torch.dtype:
-        return torch.float32 if self._encoder_fast is None else self._encoder_fast.dtype
 
     def state(self) -> dict[str, Tensor]:
         """As that of ``Optimiser``, and L."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy
-from llm_wsae.training.parameters import Batch, squared
+from llm_wsae.training.parameters import Batch
 from llm_wsae.weights.loss_weights import Gamma, LossWeights
 
 
@@ -68,21 +68,6 @@ class Space:
         """Rows of this space, or differences of them, as normalised rows again."""
         return _transform(rows, self._inverse)
 
-    def lengths_outside(
-        self, rows: Float[Tensor, "rows d_in"], fast: torch.dtype
-    ) -> Float[Tensor, "rows 1"]:
-        """The lengths that rows of this space have as normalised rows; a product with a matrix is
-        made in the number format ``fast``."""
-        return torch.linalg.vector_norm(
-            _fast_product(rows, self._inverse, fast), dim=1, keepdim=True
-        )
-
-    def gradients_of_lengths(
-        self, rows: Float[Tensor, "rows d_in"], fast: torch.dtype
-    ) -> Float[Tensor, "rows d_in"]:
-        """Of ``lengths_outside``, by rows of the length 1 outside."""
-        return _fast_product(rows, squared(self._inverse), fast)
-
 
 class Spaces:
     """The spaces of a training's arms, each distinct one once: arms that share Γ share its product
@@ -126,13 +111,6 @@ def inverse(gamma: Gamma) -> Gamma:
             "back from there; choose_weights refuses such weights"
         )
     return found
-
-
-def _fast_product(rows: Tensor, gamma: Tensor, fast: torch.dtype) -> Tensor:
-    """As ``_transform``; a matrix product in the number format ``fast``."""
-    if gamma.ndim == 1:
-        return rows * gamma
-    return (rows.to(fast) @ gamma.to(fast).T).float()
 
 
 def _transform(rows: Tensor, gamma: Tensor) -> Tensor:

@@ -38,18 +38,11 @@ class Batch(NamedTuple):
     """1, or 0 for a massive row: it has no part in any loss."""
     num_elsewhere: float | Float[Tensor, ""] = 0.0
     """Unmasked rows of the same batch in other processes."""
-    row_weights: Float[Tensor, " batch"] | None = None
-    """How much each row counts in the loss, 0 for masked ones; None if all others count alike."""
 
     @property
     def num_rows(self) -> Float[Tensor, ""]:
         """Unmasked rows of the whole batch, at least 1: what a mean over rows divides by."""
         return (self.mask.sum() + self.num_elsewhere).clamp(min=1)
-
-    @property
-    def counted(self) -> Float[Tensor, " batch"]:
-        """What each row's error is multiplied by in the loss."""
-        return self.mask if self.row_weights is None else self.row_weights
 
 
 class Step(NamedTuple):
@@ -138,18 +131,17 @@ def error_weights(num_rows: Float[Tensor, ""], metric: Gamma) -> Gamma:
 
 def weighted_error(
     residual: Float[Tensor, "rows d_in"],
-    counted: Float[Tensor, " rows"],
+    mask: Float[Tensor, " rows"],
     metric: Gamma,
     num_rows: Float[Tensor, ""],
 ) -> tuple[Tensor, Tensor]:
     """‖Γ·residual‖² averaged over unmasked rows and dimensions, and its gradient by the residual.
 
     ``metric`` is what ``squared`` gives of Γ: of a matrix it is dear, and the same at every step.
-    ``counted`` is how much each row counts (``Batch.counted``); ``num_rows`` is the number of
-    unmasked rows in the batch, of which these may be a part.
+    ``num_rows`` is the number of unmasked rows in the batch, of which these may be a part.
 
     The loss of Cui et al. 2026, eq. (WSAE). γ only scales the gradient's columns, and a matrix only
     mixes them, so every sparse path after it stays as it is.
     """
-    gradient = times(residual, error_weights(num_rows, metric)) * counted[:, None]
+    gradient = times(residual, error_weights(num_rows, metric)) * mask[:, None]
     return (gradient * residual).sum() / 2, gradient

@@ -25,11 +25,9 @@ from llm_wsae.weights.loss_weights import (
     NOTHING_LEFT,
     Gamma,
     LossWeights,
-    squares_and_weights,
     stretching,
 )
 from llm_wsae.weights.matrix_rules import spectrum
-from llm_wsae.weights.other_shares import exchanged
 from llm_wsae.weights.rules import OWN, Rule
 
 _LEAST_LOG = math.log(torch.finfo(torch.float32).tiny)  # less than it is 0, or nearly, in float32
@@ -81,16 +79,11 @@ def weights_from_rule(
         rule, alpha = Rule.parse("uniform"), 1.0
     config = rule.settings(config)
     inputs.statistics.check_varying()
-    form = rule.form(config)
-    if form == "tokens":
-        return _weights_of_tokens(rule, alpha, inputs.statistics, config)
-    if form == "matrix":
+    if rule.form(config) == "matrix":
         gamma = _power_of_matrix(rule.matrix(inputs, config.draw), alpha, config.clip)
     else:
         scores = rule.scores(inputs, config.draw)
         gamma = _power_of_scores(rule, scores, alpha, inputs.statistics, config.clip)
-    if rule.control == "shares":
-        gamma = exchanged(gamma, inputs, config.draw, of_all_rows=rule.need == "second_moment")
     weights = LossWeights(_normalised(gamma, inputs.statistics).float(), rule, alpha, config)
     _check_space(weights)
     return weights
@@ -106,8 +99,6 @@ def own_weights(weights: LossWeights, inputs: RuleInputs | Statistics) -> LossWe
     statistics.check_varying()
     weights.check_for(statistics.d_in)
     gamma = weights.gamma.double()
-    if weights.rule.weighs_tokens:
-        return _weights_of_tokens(weights.rule, weights.alpha, statistics, weights.config)
     if not _weighted_variance(gamma, statistics) > 0:
         raise LlmWsaeError(NOTHING_LEFT)
     if weights.rule == OWN and weights.config.clip is not None:  # a rule's are clipped already
@@ -115,23 +106,6 @@ def own_weights(weights: LossWeights, inputs: RuleInputs | Statistics) -> LossWe
     checked = replace(weights, gamma=_normalised(gamma, statistics).float())
     _check_space(checked)
     return checked
-
-
-def _weights_of_tokens(
-    rule: Rule, alpha: float, statistics: Statistics, config: WeightConfig
-) -> LossWeights:
-    """One γ for all dimensions, such that the usual rows, weighted, have their plain variance."""
-    rule.form(config)  # a file may come with settings that it ignores
-    weights = LossWeights(torch.ones(statistics.d_in), rule, alpha, config)
-    squares, row_weights = squares_and_weights(weights, statistics)
-    lost = int((row_weights.log().abs() > -_LEAST_LOG).sum())
-    if lost:
-        raise UsageError(
-            f"α = {alpha:g} is so far from 0 that the weights of {lost} of {len(row_weights)} "
-            "tokens vanish or outgrow float32; choose one nearer to 0"
-        )
-    factor = squares.sum() / (row_weights @ squares).sum()
-    return replace(weights, gamma=(weights.gamma * factor.sqrt()).float())
 
 
 def _power_of_matrix(

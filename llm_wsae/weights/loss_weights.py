@@ -1,6 +1,6 @@
 """The weights of a reconstruction loss, and where the weighted loss lies.
 
-Weights are γ, one per dimension or per token, or a matrix Γ. ``choosing.py`` makes and normalises
+Weights are γ, one per dimension, or a matrix Γ. ``choosing.py`` makes and normalises
 them; a weights file keeps them. Where few dimensions dominate the loss, there is a warning.
 """
 
@@ -96,19 +96,6 @@ class LossWeights:
             raise LlmWsaeError("the weights must be finite and not negative; check what made them")
         if not bool(self.gamma.any()):
             raise LlmWsaeError(NOTHING_LEFT)
-
-    def row_weights(
-        self, rows: Float[Tensor, "rows d_in"], mask: Float[Tensor, " rows"]
-    ) -> Float[Tensor, " rows"] | None:
-        """The weight of every normalised row in the loss, 0 where masked; None if all are alike.
-
-        They differ only under a rule that weighs tokens, γ_t = c·s_t^α: this is s_t^2α, and every
-        entry of ``gamma`` is c.
-        """
-        if not self.rule.weighs_tokens:
-            return None
-        scores = self.rule.token_scores(rows, mask, self.config.draw)
-        return (scores ** (2 * self.alpha)).where(mask > 0, 0)
 
     def save(self, path: Path, facts: dict[str, Any] | None = None) -> None:
         """Write a safetensors file with γ or Γ; ``facts`` (JSON) go into its header, and a digest.
@@ -206,33 +193,16 @@ def stretching(weights: LossWeights) -> Float[Tensor, " d_in"]:
 def loss_share(weights: LossWeights, statistics: Statistics) -> Float[Tensor, " d_in"]:
     """Share of the weighted variance that each dimension carries: γ²·var / Σ γ²·var.
 
-    Under weights of tokens: its share of the variance of the usual rows, each times its weight. For
-    a matrix: the share of each principal direction of the weighted rows, i.e. of the eigenvalues of
-    ΓΣΓᵀ, the largest first.
+    For a matrix: the share of each principal direction of the weighted rows, i.e. of the
+    eigenvalues of ΓΣΓᵀ, the largest first.
     """
     gamma = weights.gamma.double()
     if weights.is_matrix:
         covariance = gamma @ statistics.robust_covariance @ gamma.T
         share = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
-    elif weights.rule.weighs_tokens:
-        squares, row_weights = squares_and_weights(weights, statistics)
-        share = row_weights @ squares
     else:
         share = gamma**2 * statistics.robust_variance
     return share / share.sum()
-
-
-def squares_and_weights(
-    weights: LossWeights, statistics: Statistics
-) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, " rows"]]:
-    """Squares of the usual rows, normalised as in a training, and the rows' weights of a rule that
-    weighs tokens (float64)."""
-    usual = statistics.usual_sample.double()
-    scale = statistics.robust_variance.mean().sqrt().clamp(min=1e-300)
-    rows = (usual - usual.mean(0)) / scale
-    row_weights = weights.row_weights(rows, torch.ones_like(rows[:, 0]))
-    assert row_weights is not None
-    return rows.square(), row_weights
 
 
 def effective_dimensions(weights: LossWeights, statistics: Statistics) -> float:
@@ -252,7 +222,7 @@ def collapse_warning(weights: LossWeights, statistics: Statistics) -> str | None
     what = "one direction" if weights.is_matrix else f"dimension {int(dimension)}"
     consequence = (
         "as it is in the activations themselves, without weights"
-        if weights.rule.is_plain or weights.rule.weighs_tokens
+        if weights.rule.is_plain
         else "so a dictionary trained with it explains those and neglects the rest"
     )
     return (

@@ -16,9 +16,6 @@ EIGENVALUE_FLOOR = 1e-3
 power does not amplify the noise of the estimate. (A language model's Fisher information, whose
 smallest eigenvalue is a fifth of the median, never reaches it.)"""
 
-LEADING = 16
-"""One in that many directions is a leading one."""
-
 
 def sensitivity(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
     """S = F, the Fisher information of the model's next-token distribution at the site.
@@ -28,18 +25,6 @@ def sensitivity(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
     """
     assert inputs.fisher is not None  # ``Rule`` has checked
     return inputs.fisher.double()
-
-
-def leading_sensitivity(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:
-    """S = F on its d_in/16 leading eigenvectors, the mean of the other eigenvalues elsewhere.
-
-    A low-rank change of the plain metric: a few directions are stretched and all others are alike,
-    whatever the estimate of F is there.
-    """
-    values, vectors = spectrum(sensitivity(inputs))
-    others = len(values) - max(1, len(values) // LEADING)
-    values[:others] = values[:others].mean()
-    return (vectors * values) @ vectors.T
 
 
 def whitening(inputs: RuleInputs) -> Float[Tensor, "d_in d_in"]:

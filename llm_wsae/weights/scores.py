@@ -8,26 +8,9 @@ dimension that looks more monosemantic; a constant dimension scores 0.
 Massive rows distort the moments: pass rows without them (``Statistics.usual_sample``).
 """
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-# Hyvärinen's constants for the non-quadratic functions u·exp(−u²/2) and exp(−u²/2).
-_K_ODD = 36 / (8 * math.sqrt(3) - 9)
-_K_EVEN = 24 / (16 * math.sqrt(3) - 27)
-_NEAREST = 1e-2  # of the mean of normalised rows
-_GAUSSIAN_EVEN = math.sqrt(0.5)  # E exp(−ν²/2), ν standard normal
-
-
-def token_norm(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " rows"]:
-    """s_t = mean over dimensions of x_ti², of centred rows: how far a token is from the mean.
-
-    A score of rows, not of dimensions, so it weighs tokens. At least ``_NEAREST``, or a row at the
-    mean would get all the weight under a negative power.
-    """
-    return rows.square().mean(1).clamp(min=_NEAREST)
 
 
 def kurtosis(samples: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
@@ -39,37 +22,6 @@ def kurtosis(samples: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
     centred = samples.double() - samples.double().mean(0)
     square = centred.square()
     return _ratio(square.square().mean(0), square.mean(0).square())
-
-
-def hoyer(samples: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
-    """s_i = (√N − ‖x_i‖₁/‖x_i‖₂) / (√N − 1) over N rows of x_i minus its median: 1 for a single
-    row that differs from the median, 0 for |x_i| that never changes.
-
-    Hoyer 2004, "Non-negative matrix factorization with sparseness constraints", §3.1. The median is
-    subtracted because the dimensions of a residual stream do not rest at 0.
-    Float64.
-    """
-    centred = samples.double() - samples.double().median(dim=0).values
-    root = math.sqrt(len(samples))
-    ratio = _ratio(centred.abs().sum(0), centred.norm(dim=0))
-    score = (root - ratio) / max(root - 1, 1e-12)
-    return torch.where(ratio > 0, score.clamp(min=0), 0.0)
-
-
-def negentropy(samples: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
-    """s_i = k₁(E u·e^{−u²/2})² + k₂(E e^{−u²/2} − √½)² of the standardised u: distance from a
-    Gaussian in nats, approximately; robust where kurtosis depends on the tail.
-
-    Hyvärinen 1998, "New approximations of differential entropy", eq. 14 (their G₁ᵃ and G₂ᵇ).
-    Float64.
-    """
-    centred = samples.double() - samples.double().mean(0)
-    u = _ratio(centred, centred.square().mean(0).sqrt().expand_as(centred))
-    bell = (-u.square() / 2).exp()
-    odd = (u * bell).mean(0)
-    even = bell.mean(0) - _GAUSSIAN_EVEN
-    score = _K_ODD * odd.square() + _K_EVEN * even.square()
-    return torch.where(centred.abs().amax(0) > 0, score, 0.0)
 
 
 def participation(
@@ -113,26 +65,10 @@ def gap(decoder: Float[Tensor, "latents d_in"]) -> Float[Tensor, " d_in"]:
     return torch.from_numpy(solution).sqrt().to(decoder.device)
 
 
-def random_scores(d_in: int, seed: int) -> Float[Tensor, " d_in"]:
-    """s_i uniform on (0, 1]: the control that knows nothing of the dimensions (float64)."""
-    generator = torch.Generator().manual_seed(seed)
-    return 1 - torch.rand(d_in, generator=generator, dtype=torch.float64)
-
-
 def random_order(d_in: int, seed: int) -> Int[Tensor, " d_in"]:
     """An order of the dimensions: the control with a rule's spread but not its choice of
     dimensions."""
     return torch.randperm(d_in, generator=torch.Generator().manual_seed(seed))
-
-
-def order_within_deciles(variance: Float[Tensor, " d_in"], seed: int) -> Int[Tensor, " d_in"]:
-    """The same, but only dimensions of one tenth of all by variance change places: the loss then
-    rests on about as many effective dimensions as the rule's."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(len(variance), dtype=torch.int64)
-    for decile in variance.argsort(stable=True).tensor_split(10):
-        order[decile] = decile[torch.randperm(len(decile), generator=generator)]
-    return order
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

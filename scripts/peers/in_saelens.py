@@ -1,33 +1,26 @@
-"""What SAELens ≥ 6 does with dictionaries: it writes its own, loads ours, trains some on our rows.
+"""What SAELens ≥ 6 does with dictionaries: it writes its own, and loads ours.
 
 The folder comes first, then what to do:
 
 - ``write``: dictionaries that SAELens writes: by hand, at the end of a training, as a checkpoint.
-- ``load``: dictionaries of ours, and Gemma Scope's files, as SAELens reads them. ``job.json`` in
-  the folder names them: ``disk`` and ``hub`` lead from a name to the arguments of
-  ``SAE.load_from_disk`` and ``SAE.from_pretrained``, ``scope`` to those of the latter with SAELens'
-  own reader of Gemma Scope's files.
-- ``whiten``: TopK dictionaries trained on rows of ours, as usual and whitening them. The folder
-  holds the rows, shuffled, in ``rows.f32``, and the settings in ``job.json``; it receives a
-  dictionary for each kind of ``normalize_activations``.
+- ``load``: dictionaries of ours as SAELens reads them. ``job.json`` in the folder names them:
+  ``disk`` and ``hub`` lead from a name to the arguments of ``SAE.load_from_disk`` and
+  ``SAE.from_pretrained``.
 """
 
 import copy
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sae_lens
 import torch
-from sae_lens import SAE, SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import SAE, SAETrainer
 from sae_lens.config import SAETrainerConfig
-from sae_lens.loading.pretrained_sae_loaders import gemma_2_sae_huggingface_loader
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file
-from torch import Tensor
 from written import D_IN, D_SAE, OUT, SITE, K, done, expect, randomise, rows
 
 BATCH, STEPS = 500, 30
@@ -138,10 +131,6 @@ def load() -> None:
     loaded = {f"disk-{name}": SAE.load_from_disk(where) for name, where in job["disk"].items()}
     for name, (repo, sae_id) in job["hub"].items():
         loaded[f"hub-{name}"] = SAE.from_pretrained(repo, sae_id)
-    for name, (repo, sae_id) in job["scope"].items():
-        loaded[f"scope-{name}"] = SAE.from_pretrained(
-            repo, sae_id, converter=gemma_2_sae_huggingface_loader
-        )
     for name, sae in loaded.items():
         x = load_file(OUT / f"{name.split('-', 1)[1]}.rows.safetensors")["x"]
         with torch.no_grad():
@@ -149,37 +138,5 @@ def load() -> None:
             expect(OUT / name, latents, sae.decode(latents), x)
 
 
-def whiten() -> None:
-    """Trainings on rows of ours."""
-    job = json.loads((OUT / "job.json").read_text())
-    count, d_in, batch = job["rows"], job["d_in"], job["batch_size"]
-    data = torch.from_file(str(OUT / "rows.f32"), size=count * d_in).view(count, d_in)
-    steps = count // batch
-
-    def batches() -> Iterator[Tensor]:
-        while True:  # the estimate of the covariance takes the first
-            yield from data[: steps * batch].split(batch)
-
-    for kind in ("expected_average_only_in", "covariance_whitening"):
-        torch.manual_seed(job["seed"])
-        sae = TopKTrainingSAE(
-            TopKTrainingSAEConfig(
-                d_in=d_in, d_sae=job["d_sae"], k=job["k"], normalize_activations=kind
-            )
-        )
-        config = SAETrainerConfig(
-            total_training_samples=steps * batch,
-            train_batch_size_samples=batch,
-            lr=job["learning_rate"],
-            lr_end=0.0,
-            lr_warm_up_steps=int(job["warmup"] * steps),
-            lr_decay_steps=int(job["decay"] * steps),
-            dead_feature_window=steps // 10,
-            n_batches_for_norm_estimate=min(steps, 200),
-            autocast=True,
-        )
-        SAETrainer(config, sae, batches()).fit().save_inference_model(OUT / kind)
-
-
-{"write": write, "load": load, "whiten": whiten}[sys.argv[2]]()
+{"write": write, "load": load}[sys.argv[2]]()
 done("sae-lens")

@@ -203,15 +203,19 @@ MISTAKES = {
     "rule in train": (2, (*TRAINING, "--rule", "kurtoses"), ["did you mean 'kurtosis'"]),
     "rule without its input": (
         2,
-        (*WEIGHING, "--rule", "permuted:gap"),
-        ["the rule 'permuted:gap' needs a first dictionary", "--dictionary DICT"],
+        (*WEIGHING, "--rule", "permuted:participation"),
+        ["the rule 'permuted:participation' needs a first dictionary", "--dictionary DICT"],
     ),
     "rule without its input in train": (
         2,
         (*TRAINING, "--rule", "sensitivity"),
         ["the rule 'sensitivity' needs the model", "llm-wsae weigh", "--model M", "--weights"],
     ),
-    "rule without its input in run": (2, (*RUNNING, "--rule", "gap"), ["needs a first dictionary"]),
+    "rule without its input in run": (
+        2,
+        (*RUNNING, "--rule", "participation"),
+        ["needs a first dictionary"],
+    ),
     "form": (
         2,
         (*WEIGHING, "--form", "matrix"),
@@ -243,11 +247,6 @@ MISTAKES = {
         2,
         (*TRAINING, "--place", "space", "--anneal", 0.5),
         ["only weights in the loss can be annealed", "anneal to 0 or place to loss"],
-    ),
-    "weights of tokens in a space": (
-        2,
-        (*RUNNING, "--rule", "token-norm", "--place", "space"),
-        ["'token-norm' weighs tokens", "leave place"],
     ),
     "rule in run": (2, (*RUNNING, "--rule", "varience"), ["did you mean 'variance'"]),
     "weights of another site": (
@@ -312,11 +311,6 @@ MISTAKES = {
         (*STUDYING, "--plant", "--planted.strengths", 0.2, 3),
         ["--planted: a plant's strength must be at least 1e-06", "not 0.2, 3.0"],
     ),
-    "explanations that are not asked for": (
-        2,
-        (*STUDYING, "--explain.latents", 4),
-        ["--explain.latents: only with --explain.endpoint; add that"],
-    ),
     "dictionary torn": (
         1,
         ("evaluate", "torn", *EVALUATING),
@@ -379,7 +373,7 @@ def test_what_the_parser_refuses(refused, subtests):
         ("harvest --site a --site b", "--site is given twice; give its values together: --site A"),
         ("study --rule a --rule=b", "--rule is given twice; give its values together: --rule A B"),
         ("inspect d --latent 1 --latent 2", "give its values together: --latent A B"),
-        ("weigh s --rule variance --rule gap", "--rule is given twice; give it once"),
+        ("weigh s --rule variance --rule kurtosis", "--rule is given twice; give it once"),
         ("run --tokens 5 --harvest.tokens 6", "--tokens or --harvest.tokens is given twice"),
         ("run --train-tokens 5 --train.tokens 6", "--train.tokens is given twice; give it once"),
         ("train --batch_size 5 --batch-size 6", "--batch-size is given twice; give it once"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import HARVEST, SITE, TRAIN, call, content, harvest_more, works
-from foreign_folders import GEMMA, WRITERS, gemma_scope, place
+from foreign_folders import WRITERS, place
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
@@ -199,11 +199,11 @@ def test_train(world, tmp_path):
     own = torch.linspace(1, 2, 16)
     save_file({"anything": own}, tmp_path / "own.safetensors")
     out = tmp_path / "trained"
-    words = ("train", world / "store", *TRAIN, "--rule", "uniform", "robust-variance",
+    words = ("train", world / "store", *TRAIN, "--rule", "uniform", "variance",
              "--alpha", 0.25, "--weights", tmp_path / "own.safetensors", "--k", 4,
              "--l1", 0.01, "--init-seeds", 0, 7, "--out", out)  # fmt: skip
     result = works(*words, "--json")
-    weights = ("uniform", "robust-variance-a0.25", "own")
+    weights = ("uniform", "variance-a0.25", "own")
     names = [
         f"{w}-{s}{seed}" for w in weights for s in ("k4", "relu-l0.01") for seed in ("", "-s7")
     ]
@@ -315,9 +315,6 @@ def test_verify_knows_every_layout_that_is_read(tmp_path):
         folder = place(tmp_path, layout)
         WRITERS[layout](folder)
         assert f"{folder}: dictionary can be read, but there is no" in works("verify", folder).out
-    scope = tmp_path / GEMMA
-    gemma_scope(scope)
-    works("verify", scope)
     nameless = tmp_path / "nameless"
     WRITERS["sparsify"](nameless)
     assert "does not say where it belongs" in call("verify", nameless).err

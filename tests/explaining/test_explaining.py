@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -24,7 +23,6 @@ import torch
 from command_line import SITE, call, content, works
 from evaluation_cases import WordCounts
 from hub_fixtures import REPO
-from study_cases import Made
 from tiny import save_encoder
 
 import llm_wsae
@@ -41,23 +39,15 @@ from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.dictionary.hub.pulling import pull
 from llm_wsae.dictionary.hub.pushing import push
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint, examples, explaining, protocol
 from llm_wsae.explaining.endpoint import ANSWERS, TRIES, Endpoint, check_endpoint
 from llm_wsae.explaining.examples import choose, sample_by_density
 from llm_wsae.explaining.explaining import price_of
 from llm_wsae.explaining.protocol import Question, Trial
 from llm_wsae.explaining.report import rank_correlation, score_of
-from llm_wsae.files import write_json
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.studies import runner
-from llm_wsae.studies.comparison import compare
-from llm_wsae.studies.config import StudyConfig
-from llm_wsae.studies.report import StudyReport
-from llm_wsae.studies.results import with_explained
-from llm_wsae.training.config import TrainConfig
 
 pytest_plugins = ("hub_fixtures",)
 PLAIN, WEIGHTED = "trained/uniform-k4", "trained/variance-a0.5-k4"
@@ -742,114 +732,6 @@ def test_explanations_go_to_the_hub_and_come_back(hub, plain, tmp_path):
 
 def nothing(*_, **__):
     raise examples.NothingToExplain("no latent is active in enough documents")
-
-
-def test_a_study_explains_every_kept_dictionary_once(
-    world, store, model, judge, tmp_path, monkeypatch
-):
-    for figure in ("plot_curve", "plot_differences"):  # slow, and tested elsewhere
-        monkeypatch.setattr(f"llm_wsae.studies.report.{figure}", lambda *_: None)
-
-    def script(number, body):
-        texts = asked_of(body)["texts"]
-        if form_of(body) == "explanation":
-            return json.dumps({"explanation": texts[0]["text"]})
-        same = len(texts[0]["text"]) % 2
-        return json.dumps({"answers": [(len(one["text"]) + same) % 2 for one in texts]})
-
-    asked = judge(script)
-    config = StudyConfig(("variance",), (-0.25,), (3,), (2, 4), (0, 1))
-    settings = {
-        "training": TrainConfig(expansion=4, batch_size=256, dtype="float32"),
-        "fidelity": EvaluateConfig(tokens=400),
-        "scoring": MonosemanticConfig(tokens=500, top=3, sample=3, probe_tokens=300, bootstraps=20),
-        "encoder": WordCounts(),
-        "explaining": replace(CONFIG, scores=("detection",), latents=3),
-    }
-
-    def study(**more):
-        place, text = Site.parse(SITE), str(world / "text.jsonl")
-        return runner.study(model, store, place, text, tmp_path, config, **settings | more)
-
-    assert not [r for r in study().results if "judged_detection" in r.point.values]
-    kept = ["raw-dimensions-k3", "uniform-k2", "uniform-k4", "variance-a-0.25-k3"]
-    for folder in (tmp_path / "dictionaries").iterdir():
-        if folder.name not in kept:
-            shutil.rmtree(folder)
-    judged = {"endpoint": asked.address, "explainer": "m"}
-    report = study(**judged)
-    questions = len(asked.bodies)
-    assert 4 * 3 * 4 < questions <= 4 * 3 * 5
-    explained = {r.name: r.point.values for r in report.results}
-    explained = {name: v for name, v in explained.items() if "judged_detection" in v}
-    assert sorted(explained) == kept
-    for name, values in explained.items():
-        said = read_explanations(tmp_path / "dictionaries" / name).values()
-        scores = [one.scores["detection"].value for one in said]
-        assert values["judged_detection"].mean == pytest.approx(np.mean(scores))
-        assert values["judged_detection"].variance == pytest.approx(np.var(scores, ddof=1) / 3)
-    assert "detection by a judge" in report.table()
-    reports = {path.stem for path in (tmp_path / "answers").glob("*.json")}
-    assert reports == set(kept)
-    table = (tmp_path / "report.md").read_text().split("## Explanations by a language model")[1]
-    assert "| topk baseline: raw dimensions | 3 |" in table
-    assert study(**judged).table() == report.table() and len(asked.bodies) == questions
-    explained_json = tmp_path / "explained.json"
-    known = json.loads(explained_json.read_text())
-    fewer = {name: own for name, own in known["dictionaries"].items() if name != "uniform-k2"}
-    assert known.pop("sha256") and known["failed"] == {}
-    # where questions had no answer, they are asked again; the others are known
-    write_json(explained_json, known | {"failed": {"uniform-k2": 1}})
-    assert study(**judged).table() == report.table() and len(asked.bodies) == questions
-    assert json.loads(explained_json.read_text())["failed"] == {}
-    write_json(explained_json, {"settings": known["settings"], "dictionaries": fewer})
-    with monkeypatch.context() as patch:  # one has nothing to explain: the others count
-        patch.setattr(runner, "explain", nothing)
-        report = study(**judged)
-    judged_now = [r.name for r in report.results if "judged_detection" in r.point.values]
-    assert sorted(judged_now) == [name for name in kept if name != "uniform-k2"]
-    with pytest.raises(LlmWsaeError, match="were explained with other settings"):
-        study(**judged | {"explainer": "another"})
-    moved = study(**judged | {"endpoint": "http://127.0.0.1:9/v1"})  # has nothing left to ask
-    assert moved.table() == report.table()
-    with pytest.raises(UsageError, match="name the language model"):
-        study(endpoint=asked.address)
-    words = ("study", world / "store", "--model", world / "model", "--corpus",
-             world / "text.jsonl", "--site", SITE, "--out", tmp_path / "new")  # fmt: skip
-    said = works(*words, "--explain.endpoint", asked.address, "--explain.explainer", "m",
-                 "--explain.latents", 10).out  # fmt: skip
-    assert "add --explain.yes True to go on" in said and not (tmp_path / "new").exists()
-    # seeds; the curve, a rule and its control, two frozen ones; the raw dimensions
-    dictionaries = 3 * (5 + 2 + 2) + 1
-    assert said.startswith(f"at most {dictionaries * 10 * 12:,} questions")
-    said = works(*words, "--explain.endpoint", asked.address, "--explain.explainer", "m",
-                 "--explain.latents", "all", "--train.expansion", 1).out  # fmt: skip
-    width = 2 * store.d_in  # of the raw dimensions
-    assert said.startswith(f"at most {dictionaries * width * 12:,} questions")
-
-
-def test_a_study_compares_rules_by_explanations_at_equal_cross_entropy():
-    made = Made(noise=0.0)
-    results = [*made.curve(), *made.rule()]
-    explained = {
-        result.name: {
-            "detection": {"mean": 0.6 - 0.1 * result.point.place, "variance": 1e-4, "n": 9},
-            "fuzzing": {"mean": None, "variance": None, "n": 0},
-        }
-        for result in results
-    }
-    for result in results:
-        if result.label == "variance-a0.5":
-            explained[result.name]["detection"]["mean"] += 0.03
-    found = with_explained(results, explained)
-    (rule,) = (one for one in compare(found) if one.label == "variance-a0.5")
-    assert rule.effects["judged_detection"].difference == pytest.approx(0.03)
-    assert rule.against_control["judged_detection"].difference == pytest.approx(0.03)
-    low, high = rule.effects["judged_detection"].interval
-    assert 0 < low < 0.03 < high and "judged_fuzzing" not in rule.effects
-    report = StudyReport.of(SITE, {"training": {"architecture": "topk"}}, found)
-    assert "+0.0300 [" in report.table() and "+0.0300 [" in report.markdown()
-    assert "by a judge" not in StudyReport.of(SITE, report.basis, results).table()
 
 
 def test_answers_from_before_there_were_checksums_are_not_paid_for_again(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import SITE, works
+from evaluation_cases import WordCounts
 from fuzzing import blind, flipped, frozen, parts, signed, structured
-from places import ROOT
 from training_cases import CONFIG, Planted, arms_for
 
 from llm_wsae import digests, provenance, tuning
@@ -31,17 +30,20 @@ from llm_wsae.dictionary.explanations import (
     read_explanations,
 )
 from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
+from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint
 from llm_wsae.files import load_tensors, write_json
+from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.dashboard import read_scores
-from llm_wsae.pages.firings_by_latent import FiringsByLatent
 from llm_wsae.processes import Processes
-from llm_wsae.studies import consistency, jobs
-from llm_wsae.studies.folder import read_basis, read_explained
+from llm_wsae.studies import jobs, runner
+from llm_wsae.studies.config import StudyConfig
+from llm_wsae.studies.folder import read_basis
 from llm_wsae.studies.results import read_result
 from llm_wsae.training.arm import Arm
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, load_checkpoint, read_finished
+from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.log import LOG, TrainingLog
 from llm_wsae.training.trainer import Interrupted, train
 from llm_wsae.verifying import verify
@@ -196,16 +198,20 @@ def checkpoint_reader(stopped: Path) -> Callable[[], Any]:
 
 
 def of_studies(folder: Path) -> dict[str, Kind]:
-    with tarfile.open(ROOT / "tests/fixtures/made-by-0.1.0.tar.xz") as archive:
-        archive.extractall(folder / "old", filter="data")
-    study = folder / "old/study"
+    study = folder / "study"
+    runner.study(
+        LanguageModel.load(str(folder / "model")),
+        ActivationStore.open(folder / "store"),
+        PLACE,
+        str(folder / "text.jsonl"),
+        study,
+        StudyConfig(ks=(4,), seeds=(0, 1)),
+        training=TrainConfig(expansion=2, tokens=512, batch_size=128),
+        fidelity=EvaluateConfig(tokens=300),
+        scoring=MonosemanticConfig(tokens=300, top=3, sample=3, probe_tokens=300),
+        encoder=WordCounts(),
+    )
     results = sorted(study.glob("results/*.json"))
-    for path in (*results, study / "study.json"):
-        write_json(path, json.loads(path.read_text()))  # as this version does
-    agreements = {"agreements": json.loads((study / "consistency.json").read_text())}
-    write_json(study / "consistency.json", agreements)
-    scores = {"u-k2": {"detection": {"mean": 0.75, "interval": [0.5, 0.9], "latents": 12}}}
-    write_json(study / "explained.json", {"settings": {"seed": 0}, "dictionaries": scores})
     group = study / "training/0123456789ab"
     write_json(group / "group.json", {"dictionaries": ["uniform-k2", "variance-a0.5-k2"]})
     choice = {"k": 4, "rows": 300, "kl": {"0": 0.5, "0.25": 0.25}, "alpha": 0.25}
@@ -218,8 +224,6 @@ def of_studies(folder: Path) -> dict[str, Kind]:
     return {
         "study, results": read_of(read_result, results[0], results[1]),
         "study, description": Kind(basis, results[0], lambda: read_basis(study)),
-        "study, consistency": read_of(consistency.read, study / "consistency.json"),
-        "study, explanations": Kind(study / "explained.json", basis, lambda: read_explained(study)),
         "study, group": Kind(group / "group.json", basis, lambda: jobs._names_in(group)),
         "choice of an exponent": read_of(tuning._read, study / "alpha.json", basis, {"k": 4}),
     }
@@ -239,8 +243,6 @@ def of_others(folder: Path) -> dict[str, Kind]:
         with open(answers, "a") as file:
             file.write(digests.json_line({**line, "tokens_in": 3, "messages": [{"a": "b"}]}))
     dictionary = Dictionary.load(folder / "trained/uniform-k4")
-    firings = folder / "firings"
-    FiringsByLatent.of(store, dictionary, store.num_rows, 16, firings)
     columns = {"detection": torch.linspace(0, 1, 64).tolist(), "purity": [None] * 64}
     report = {"dictionaries": {"uniform-k4": {"per_latent": columns}}}
     write_json(folder / "report.json", {"command": "evaluate", "monosemanticity": report})
@@ -259,10 +261,6 @@ def of_others(folder: Path) -> dict[str, Kind]:
             raise provenance.LlmWsaeError("the question is asked again")
         return found
 
-    def read_firings() -> Any:
-        found = FiringsByLatent(firings, 64, 16, store.num_rows)
-        return [found.batch(number) for number in range(4)], found._sums
-
     def read_scored() -> Any:
         return read_scores(folder / "report.json", {"uniform-k4": dictionary})
 
@@ -273,8 +271,6 @@ def of_others(folder: Path) -> dict[str, Kind]:
         "weights file": Kind(weights, other, lambda: LossWeights.load(weights)),
         "measurement kept in a store": Kind(measured._path, weights, read_measured),
         "answers": Kind(answers, answers, read_answers),
-        "sums of firings": Kind(firings / "sums.safetensors", weights, read_firings),
-        "firings": Kind(firings / "0.firings", firings / "1.firings", read_firings),
         "report with scores": Kind(folder / "report.json", record, read_scored),
         "record of an export": Kind(record, folder / "report.json", read_record),
     }
@@ -287,10 +283,9 @@ def test_random_and_structured_damage(kinds, fuzz):
         for number, draw in fuzz.cases(name, USUAL):
             done, data = blind(good, draw, other)
             tried(fuzz, name, kind, f"case {number} ({done})", data, whole)
-        if kind.path.suffix != ".firings":
-            for number, draw in fuzz.cases(f"{name}, structured", USUAL // 2):
-                done, data = structured(kind.path, good, draw)
-                tried(fuzz, name, kind, f"structured case {number} ({done})", data, whole)
+        for number, draw in fuzz.cases(f"{name}, structured", USUAL // 2):
+            done, data = structured(kind.path, good, draw)
+            tried(fuzz, name, kind, f"structured case {number} ({done})", data, whole)
         kind.path.write_bytes(good)
 
 

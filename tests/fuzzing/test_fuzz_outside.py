@@ -41,7 +41,7 @@ WORKING = {
     "run": ("--model", "model", "--corpus", "text.jsonl", "--site", SITE, "--context-size", 16,
             "--tokens", 512, "--k", 4, "--train.batch-size", 128, "--evaluate.tokens", 60),
     "study": ("store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, "--k", 4,
-              "--curve", 2, 3, "--seeds", 0, 1, "--train.tokens", 512, "--train.batch-size", 128),
+              "--seeds", 0, 1, "--train.tokens", 512, "--train.batch-size", 128),
     "theory": ("--sparsity", 0.99, "--seeds", 0, 1, "--steps", 3),
     "explain": ("trained/uniform-k4", "--store", "store", "--model", "model",
                 "--endpoint", "http://127.0.0.1:9/v1", "--explainer", "x"),

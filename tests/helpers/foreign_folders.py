@@ -5,14 +5,11 @@ expected latents and reconstructions are computed here in float64, step by step 
 describes itself, never by folding anything.
 """
 
-import io
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -310,36 +307,6 @@ def learning(folder: Path, dict_class: str, **changes: Any) -> Expected:
     return Expected(x, latents, reconstruction)
 
 
-# Gemma Scope
-
-
-def gemma_arrays() -> dict[str, np.ndarray]:
-    tensors = base() | {"threshold": draw(7, D_SAE).abs()}
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
-
-
-def npz(arrays: dict[str, np.ndarray], path: Path, compressed: bool = False) -> None:
-    """Write arrays as ``numpy.savez`` does."""
-    kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", kind) as archive:
-        for name, array in arrays.items():
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, array, allow_pickle=True)
-            archive.writestr(f"{name}.npy", buffer.getvalue())
-
-
-def gemma_scope(folder: Path, **changes: Any) -> Expected:
-    """``folder`` should end as in its releases: gemma-scope-2b-pt-res/layer_3/width_1k/…"""
-    arrays = gemma_arrays()
-    npz(arrays, folder / "params.npz", **changes)
-    x, w = rows(), {name: torch.from_numpy(array).double() for name, array in arrays.items()}
-    pre = x.double() @ w["W_enc"] + w["b_enc"]
-    latents = pre.relu() * (pre > w["threshold"])
-    return Expected(x, latents, latents @ w["W_dec"] + w["b_dec"])
-
-
-GEMMA = "gemma-scope-2b-pt-res/layer_3/width_1k/average_l0_5"
 CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
            "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")  # fmt: skip
 WRITERS: dict[str, Callable[[Path], Expected]] = {
@@ -358,13 +325,9 @@ WRITERS: dict[str, Callable[[Path], Expected]] = {
     "sparsify": sparsify,
     "sparsify-by-expansion": lambda f: sparsify(f, num_latents=0, expansion_factor=D_SAE // D_IN),
     **{f"learning-{name}": lambda f, name=name: learning(f, name) for name in CLASSES},
-    "gemma-scope": gemma_scope,
-    "gemma-scope-compressed": lambda f: gemma_scope(f, compressed=True),
 }
 
 
 def place(tmp_path: Path, layout: str) -> Path:
     """A folder with the name that the layout's own tool would give it."""
-    if layout.startswith("gemma"):
-        return tmp_path / GEMMA
     return tmp_path / ("layers.3" if layout.startswith("sparsify") else layout)

@@ -8,7 +8,6 @@ it was killed.
 import contextlib
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from command_line import asked
 from places import ROOT
+from torch.distributed import TCPStore
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["command_line", "llm_wsae.pipeline"])
@@ -26,9 +26,11 @@ _SECONDS = 300
 class Rank:
     """One process of a run."""
 
-    def __init__(self, rank: int, size: int, port: int, work: Callable[..., Any], args: tuple):
+    def __init__(self, rank: int, size: int, store: Any, work: Callable[..., Any], args: tuple):
+        self._store = store  # which must live as long as the run
         self._answer, theirs = _FORKS.Pipe(duplex=False)
-        self.process = _FORKS.Process(target=_rank, args=(rank, size, port, theirs, work, args))
+        given = (rank, size, store.port, theirs, work, args)
+        self.process = _FORKS.Process(target=_rank, args=given)
         self.process.start()
         theirs.close()
 
@@ -51,13 +53,11 @@ class Rank:
 
 def start(size: int, work: Callable[..., Any], *args: Any) -> list[Rank]:
     """Begin ``work(*args)`` in so many processes; it must be a module's own function."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun does
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path, before])  # the server's
     try:
-        return [Rank(rank, size, port, work, args) for rank in range(size)]
+        return [Rank(rank, size, store, work, args) for rank in range(size)]
     finally:
         os.environ["PYTHONPATH"] = before
 
@@ -87,12 +87,13 @@ def _rank(rank: int, size: int, port: int, answer: Any, work: Callable, args: tu
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
     from llm_wsae import processes
     from llm_wsae.errors import LlmWsaeError
 
-    processes._BEAT_SECONDS, processes._BEATS_MISSED, processes._LINGER_SECONDS = 0.1, 20, 1
+    processes._LINGER_SECONDS = 1
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         try:
             answer.send(work(*args))

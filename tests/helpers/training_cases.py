@@ -30,7 +30,7 @@ STEPS = (
 )
 
 
-def problem(dtype: torch.dtype, weigh_rows: bool = False) -> tuple[Parameters, Batch, Tensor]:
+def problem(dtype: torch.dtype) -> tuple[Parameters, Batch, Tensor]:
     """Parameters in general position and a batch with masked rows; γ has zeros in it.
 
     Encoder biases are large enough for masked rows, which are 0, to have latents above 0.
@@ -48,9 +48,6 @@ def problem(dtype: torch.dtype, weigh_rows: bool = False) -> tuple[Parameters, B
     x = (x * mask[:, None]).to(exact)
     parameters = Parameters(*(p.to(exact) for p in parameters))
     batch = Batch(x, x.to(dtype), mask.to(exact))
-    if weigh_rows:
-        draws = torch.rand(BATCH, generator=generator, dtype=torch.float64) * 3
-        batch = batch._replace(row_weights=(draws * mask).to(exact))
     return parameters, batch, gamma.to(exact)
 
 

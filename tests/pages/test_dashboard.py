@@ -185,7 +185,7 @@ def test_partners_of_a_wide_dictionary_are_exact():
     order = torch.randperm(one.d_sae, generator=torch.Generator().manual_seed(1))
     none = torch.zeros(one.d_sae)
     found = Firings(9, none.long(), none, none[:, None].long(), 1.0, none[:, None].long(),
-                    none[:, None], none[:, None].long(), none[:, None])  # fmt: skip
+                    none[:, None], none[:, None], none[:, None].long(), none[:, None])  # fmt: skip
     partner = nearest(one.W_dec, one.W_dec[order], 1, same=False)
     assert table(one, found, none, partner, {})["partner"] == order.argsort().tolist()
 
@@ -221,7 +221,7 @@ def test_the_card_shows_what_was_measured():
     dictionary = make_dictionary(metrics=metrics)
     number, none = torch.zeros(80, dtype=torch.long), torch.zeros(80, 0)
     histogram, no_rows = torch.zeros(80, 24, dtype=torch.long), torch.zeros(80, 0, dtype=torch.long)
-    nothing = Firings(0, number, none.sum(1), histogram, 1.0, no_rows, none, no_rows, none)
+    nothing = Firings(0, number, none.sum(1), histogram, 1.0, no_rows, none, none, no_rows, none)
     seen = TextSize(100, 5, 4.0)
     groups = dict(facts(dictionary, "one", nothing, seen)["facts"])
     assert [line[:2] for line in groups["Fidelity on held-out text"]] == [

@@ -15,19 +15,19 @@ from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.frame import filled
 from llm_wsae.plots import write_page
-from llm_wsae.studies.comparison import VERDICTS
 from llm_wsae.studies.report import StudyReport
+from llm_wsae.studies.results import MEASURES
 
 SITE = "blocks.1.hook_resid_post"
 BASIS = {"training": {"architecture": "topk"}, "text": {"name": "sotu"}}
 CAPTIONS = ["FVU lower is better", "CE recovered", "KL lower is better"]
-EFFECTS = {"variance": 0.03, "kurtosis": -0.03, "hoyer": 0.01, "gap": -0.01, "semantic": 0.0}
+EFFECTS = {"variance": 0.05, "kurtosis": -0.05, "whitening": 0.02, "sensitivity": 0.0}
 
 
 def made_report(**names: str) -> StudyReport:
-    """Five rules with their controls, and one that cannot be compared; rules may be renamed."""
+    """Four rules with their controls, and one that cannot be compared; rules may be renamed."""
     made = Made()
-    results = made.curve() + made.rule("negentropy", cost=9.0)
+    results = made.plain() + made.rule("participation", ks=(64,))
     for name, effect in EFFECTS.items():
         results += made.rule(name, effect=effect)
     renamed = {f"{rule}-a0.5": name for rule, name in names.items()}
@@ -54,30 +54,23 @@ def about(page: str) -> dict:
 
 def test_the_page_has_the_numbers_of_the_report(report, page):
     found = about(page.read_text())
-    for at, compared in zip(
-        found["differences"],
-        (report.compared, report.at_equal_kl, report.at_equal_density, report.at_equal_fvu),
-        strict=True,
-    ):
-        of = {one.label: one for one in compared}
-        rows = [row for row in at["rows"] if row["series"]]
-        assert rows[0]["name"] == "variance-a0.5" and len(rows) == 6
-        for row in rows:
-            one = of[row["name"]]
-            control = of[f"permuted-{row['name']}"]
-            assert row["word"] == one.verdict
-            for shown, effects in ((row["values"], one.effects), (row["control"], control.effects)):
-                for measure, (difference, *interval) in shown.items():
-                    assert difference == effects[measure].difference
-                    assert tuple(interval) == effects[measure].interval
-            assert ("detection" in row["values"]) == bool(one.ks)
+    of = {one.name: one for one in report.compared}
+    (differences,) = found["differences"]
+    assert len(differences["rows"]) == 5
+    for row in differences["rows"]:
+        one, control = of[row["name"]], of[f"permuted-{row['name']}"]
+        assert row["word"].count("better") == list(one.verdicts.values()).count("better")
+        for shown, effects in ((row["values"], one.effects), (row["control"], control.effects)):
+            for measure, (difference, *interval) in shown.items():
+                assert difference == effects[measure].difference
+                assert tuple(interval) == effects[measure].interval
+        assert ("detection" in row["values"]) == bool(one.seeds)
     assert len(found["points"]) == len(report.results)
     for point, result in zip(found["points"], report.results, strict=True):
-        assert point["values"]["kl"] == result.kl and point["k"] == result.point.k
+        assert point["values"]["kl"] == result.kl and point["k"] == result.k
         assert point["control"] == (result.control is None and result.label != "uniform")
     assert {one["name"]: one["text"] for one in found["evidence"]} == {
-        name: sentence.partition(" (")[2].removesuffix(")")
-        for name, sentence in (s.split(": ", 1) for s in report.sentences())
+        name: sentence for name, sentence in (s.split(": ", 1) for s in report.sentences())
     }
 
 
@@ -110,23 +103,18 @@ def written(tab, number: int) -> list[str]:
 
 
 def test_a_browser_shows_verdicts_and_figures(tab, report):
-    verdicts = texts(tab, ".verdict")
-    for one in report.compared:
-        if not one.is_control:
-            (line,) = (text for text in verdicts if one.label in text)
-            assert VERDICTS[one.verdict] in line
+    said = texts(tab, ".evidence li")
+    assert said == report.sentences()
     rows = texts(tab, ".forest tbody tr")
-    assert len(rows) == 6 + len(report.against_itself)
-    assert rows[0].splitlines()[0] == "variance-a0.5"
-    assert tab.locator(".forest tbody tr >> nth=0").locator(".dot").count() == 4
+    assert len(rows) == 5
+    (row,) = (row for row in rows if row.startswith("variance-a0.5, k 32"))
+    assert "detection better" in row
     captions = texts(tab, "figcaption")
-    assert captions == [*CAPTIONS, "detection", "selectivity"]
-    assert "CE recovered" in written(tab, 3) and "KL" not in written(tab, 3)
-    tab.select_option("#equal", "KL")
-    assert "KL" in written(tab, 3)
-    (kl,) = (one for one in report.at_equal_kl if one.label == "hoyer-a0.5")
-    cell = tab.locator(".forest tr", has_text="hoyer").locator("td >> nth=1")
-    assert float(cell.get_attribute("data-v")) == kl.effects["detection"].difference
+    assert captions[:4] == [*CAPTIONS, "detection"] and len(captions) == 3 + len(MEASURES) - 1
+    assert "L0" in written(tab, 3)
+    (one,) = (one for one in report.compared if one.label == "whitening-a0.5")
+    cell = tab.locator(".forest tr", has_text="whitening").locator("td >> nth=2")
+    assert float(cell.get_attribute("data-v")) == one.effects["detection"].difference
 
 
 def test_tables_are_sorted_by_their_heads(tab):
@@ -147,7 +135,7 @@ def test_tables_are_sorted_by_their_heads(tab):
     dictionaries.locator("th button", has_text="weights").click()
     assert column("weights") == sorted(column("weights"))
     tab.locator(".forest th button", has_text="selectivity").click()
-    cells = tab.locator(".forest tbody td:nth-child(3)")
+    cells = tab.locator(".forest tbody td:nth-child(6)")
     values = cells.evaluate_all("cells => cells.map(cell => cell.dataset.v)")
     numbers = [float(value) for value in values if value is not None]
     assert numbers == sorted(numbers, reverse=True) and values[-1] is None
@@ -157,18 +145,18 @@ def test_rules_are_switched_off_and_on_everywhere(tab):
     shown = ".forest tbody tr:visible, svg.plot > g[data-s]:visible, .wide tr[data-s]:visible"
     everything = tab.locator(shown).count()
     scale = written(tab, 0)
-    tab.uncheck("[aria-label='show negentropy-a0.5']")
+    tab.uncheck("[aria-label='show participation-a0.5']")
     assert 0 < tab.locator(shown).count() < everything
     assert written(tab, 0) != scale  # the axes follow what is left
-    assert not any("negentropy" in row for row in texts(tab, ".wide tr:visible, .forest tr"))
+    assert not any("participation" in row for row in texts(tab, ".wide tr:visible, .forest tr"))
     tab.click("text=plain only")
-    assert {row.split("\n")[0].split()[0] for row in texts(tab, ".forest tbody tr")} == {"uniform,"}
+    assert texts(tab, ".forest tbody tr") == []
     tab.click("text=all on")
     assert tab.locator(shown).count() == everything
-    tab.uncheck("[aria-label='show gap-a0.5']")
-    assert tab.locator("[aria-label='show worse']").evaluate("box => box.indeterminate")
-    tab.uncheck("[aria-label='show worse']")
-    assert not any("worse" in row for row in texts(tab, ".forest tr"))
+    tab.uncheck("[aria-label='show kurtosis-a0.5']")
+    assert tab.locator("[aria-label='show weighted']").evaluate("box => box.indeterminate")
+    tab.uncheck("[aria-label='show weighted']")
+    assert texts(tab, ".forest tbody tr") == []
     tab.click("text=all on")
     assert tab.locator(".forest .diamond:visible").count() > 0
     tab.uncheck("#controls")
@@ -183,7 +171,7 @@ def test_a_rule_is_pointed_at_and_singled_out_everywhere(tab):
     (number,) = highlighted()
     for place in ("aside li", ".forest tr", "svg.plot > g", ".wide tr"):
         assert tab.locator(f"{place}.hot").count() >= 1
-    assert tab.locator("#tip").inner_text().startswith("kurtosis-a0.5\ndetection −0.0")
+    assert tab.locator("#tip").inner_text().startswith("kurtosis-a0.5, k 32\nKL ")
     tab.locator("h1").hover()
     assert highlighted() == set() and tab.locator("#tip").is_hidden()
     tab.locator("aside button", has_text="kurtosis").focus()
@@ -206,8 +194,8 @@ def test_a_rule_is_pointed_at_and_singled_out_everywhere(tab):
         tab.keyboard.press(key)
         assert highlighted() == {str(number)}
         tab.keyboard.press("Escape")
-    tab.locator("svg.plot > g[data-s='1'] .mean >> nth=0").click()
-    assert tab.locator("aside [aria-pressed=true]").inner_text() == "variance-a0.5"
+    tab.locator("svg.plot >> nth=3").locator("g[data-s='1'] .mean >> nth=0").click()
+    assert tab.locator("aside [aria-pressed=true]").inner_text() == "kurtosis-a0.5"
 
 
 def test_nothing_is_wider_than_the_window_in_light_or_dark(tab):
@@ -231,11 +219,11 @@ def test_an_axis_of_values_that_differ_by_rounding(tab, kind):
 def test_hostile_names_do_nothing(browser, tmp_path):
     """Names that would end the script, reverse the line or fill the window."""
     image = "</script><img src=x onerror=alert(1)>"
-    hostile = made_report(variance=image, kurtosis="\u202eabc", hoyer="y" * 300)
+    hostile = made_report(variance=image, kurtosis="\u202eabc", whitening="y" * 300)
     (tmp_path / "bad.html").write_text(hostile.page())
     tab, wrong = opened(browser, tmp_path / "bad.html", viewport={"width": 390, "height": 900})
     assert tab.locator("img").count() == 0
-    for place in ("dl.facts", ".verdict", ".forest", ".wide >> nth=0"):
+    for place in ("dl.facts", ".evidence", ".forest", ".wide >> nth=0"):
         assert any(image in text for text in texts(tab, place))
     assert "\u202e" not in tab.content() and r"\u202eabc" in tab.locator(".forest").inner_text()
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390

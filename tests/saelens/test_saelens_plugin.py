@@ -69,13 +69,6 @@ def test_weights_that_cannot_be_used(tmp_path, gamma, config, error, sentence):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_of_tokens_are_refused(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    LossWeights(torch.ones(D_IN), RULES["token-norm"], -0.5).save(path)
-    with pytest.raises(UsageError, match="SAELens' training weighs dimensions"):
-        read_weights(str(path), D_IN)
-
-
 def test_a_file_that_is_not_named_or_not_there(tmp_path):
     with pytest.raises(UsageError, match="weights_file is not given"):
         read_weights("", D_IN)

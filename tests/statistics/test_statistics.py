@@ -17,15 +17,12 @@ from torch.nn.functional import normalize
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.statistics.coherence import (
-    STRANGERS,
-    beyond_chance,
     coherence,
     coherence_of_strangers,
 )
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk
 from llm_wsae.statistics.uncertainty import holm
-from llm_wsae.weights.config import MOST_TEXTS
 from llm_wsae.weights.inputs import RuleInputs
 
 
@@ -268,30 +265,6 @@ def test_strangers_are_pairs_of_different_contexts():
     found = coherence_of_strangers(x, context)
     assert found == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
     assert math.isnan(coherence_of_strangers(x[:2], context[:2]))
-
-
-def test_beyond_chance_subtracts_the_strangers_and_has_a_floor():
-    strangers, context = draw(200, 16), torch.arange(200)
-    alike = draw(1, 16, seed=1).expand(4, 16)
-    chosen = torch.stack([alike, draw(4, 16, seed=2)])
-    generator = torch.Generator().manual_seed(3)
-    found = beyond_chance(chosen, strangers, context, generator)
-    chance = coherence_of_strangers(strangers, context)
-    assert found.dtype == torch.float64
-    assert float(found[0]) == pytest.approx(1 - chance, abs=1e-6)
-    opposite = torch.stack([alike[0], -alike[0]]).repeat(2, 1)[None]  # less alike than chance
-    floor = beyond_chance(opposite, strangers, context, torch.Generator().manual_seed(3))
-    assert 0 < float(floor) < 0.2 and float(found[1]) >= float(floor)
-
-
-def test_the_floor_is_the_noise_up_to_the_most_texts():
-    """Sets of nearly all random windows are alike, and larger ones cannot be drawn."""
-    strangers, context = draw(STRANGERS, 16), torch.arange(STRANGERS)
-    apart = draw(1, MOST_TEXTS, 16, seed=1)
-    apart[:, ::2] = -apart[:, 1::2]  # less alike than chance
-    floor = beyond_chance(apart, strangers, context, torch.Generator().manual_seed(2))
-    independent = coherence(draw(300, MOST_TEXTS, 16, seed=4)).std()
-    assert 0.4 < float(floor) / float(independent) < 1.1
 
 
 def test_holm_by_hand():

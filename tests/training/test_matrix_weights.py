@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from covariances import second_moment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +38,6 @@ from llm_wsae.weights.loss_weights import LossWeights
 D_IN, ROWS = 16, 6000
 CPU = torch.device("cpu")
 SPACE = WeightConfig(place="space")
-PLACES = ("space", "mixed")
 
 
 class Rows:
@@ -185,29 +183,6 @@ def test_every_architecture_trains_in_a_space(architecture, source, inputs, tmp_
         assert fvu < 0.6
         norms = dictionary.W_dec.norm(dim=1)
         assert float(norms.max() / norms.min()) > 1.05  # of norm 1 in the space only
-
-
-@pytest.mark.parametrize(("rule", "alpha"), [("variance", -0.5), ("whitening", 0.5)])
-def test_mixed_latents_have_length_one_in_the_model(rule, alpha, source, inputs, tmp_path):
-    """A diagonal and a matrix: the error is that of the space, the lengths are the model's."""
-    inputs = replace(inputs, second_moment=second_moment(inputs.statistics))
-    weights = [weights_from_rule(rule, alpha, inputs, WeightConfig(place=p)) for p in PLACES]
-    assert weights[1].name == f"{rule}-a{alpha}-mixed"
-    space, mixed = train(source, make_arms(weights, [3]), CONFIG, tmp_path).values()
-    ones = torch.ones(len(mixed.W_dec))
-    torch.testing.assert_close(mixed.W_dec.norm(dim=1), ones, rtol=1e-4, atol=0)
-    assert (space.W_dec.norm(dim=1) - 1).abs().max() > 0.1
-    rows = source.rows[1:400]
-    for dictionary in (space, mixed):  # each is a dictionary, and they are not the same
-        assert (rows - dictionary(rows)).square().sum() < (rows - rows.mean(0)).square().sum() / 2
-    assert not torch.equal(space.encode(rows) > 0, mixed.encode(rows) > 0)
-    arm = Arm(ArmConfig(weights[1], 3), D_IN, 40, CPU, lengths="unit")
-    reads = (arm.parameters.encoder * arm.parameters.decoder).sum(1)
-    torch.testing.assert_close(reads, torch.ones(40))  # its own direction with slope 1
-    lengths = arm.space.leave(arm.parameters.decoder).norm(dim=1)
-    torch.testing.assert_close(lengths, torch.ones(40))
-    fast = arm.space.lengths_outside(arm.parameters.decoder, torch.bfloat16)[:, 0]
-    torch.testing.assert_close(fast, torch.ones(40), rtol=0.01, atol=0)
 
 
 def test_what_a_dictionary_remembers(source, inputs, tmp_path):

@@ -21,7 +21,7 @@ from llm_wsae.training.optimiser import Optimiser
 from llm_wsae.training.parallel.strategy import Strategy
 from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, squared
 from llm_wsae.weights.loss_weights import LossWeights
-from llm_wsae.weights.rules import RULES, Rule
+from llm_wsae.weights.rules import RULES
 
 D_IN, D_SAE, BATCH, K, L1 = 32, 256, 1300, 8, 0.02
 
@@ -121,15 +121,11 @@ def test_a_whole_step_is_that_of_the_reference(name, architecture):
 def test_auxk_gradients(dtype):
     """Dead latents get the gradient of their loss in both matrices, and nobody else gets any."""
     for num_dead in (1, 5, 100):
-        for weigh_rows in (False, True):
-            check_auxk(dtype, num_dead, weigh_rows)
+        check_auxk(dtype, num_dead)
 
 
-def check_auxk(dtype, num_dead, weigh_rows):
+def check_auxk(dtype, num_dead):
     parameters, batch, gamma = problem(dtype)
-    if weigh_rows:
-        draws = torch.rand(BATCH, generator=torch.Generator().manual_seed(2)).to(batch.mask)
-        batch = batch._replace(row_weights=3 * draws * batch.mask)
     residual = TopK(K, D_SAE).step(parameters, batch, squared(gamma)).residual
     dead = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))[:num_dead]
     more = auxk_gradients(parameters, batch, residual, DeadLatents(dead), squared(gamma), 0.5)
@@ -146,7 +142,7 @@ def check_auxk(dtype, num_dead, weigh_rows):
     pre = batch.x.double() @ leaves.encoder[dead].T + leaves.encoder_bias[dead]
     target = -residual.double()
     error = (pre * chosen) @ leaves.decoder[dead] - target
-    weight = gamma.double() ** 2 * batch.counted.double()[:, None]
+    weight = gamma.double() ** 2 * batch.mask.double()[:, None]
     expected_loss = (error**2 * weight).sum() / (target**2 * weight).sum()
     (0.5 * expected_loss).backward()
     expected = Parameters(*(p.grad for p in leaves))
@@ -225,34 +221,6 @@ def test_the_dead_are_the_same_whether_looked_for_now_and_then(monkeypatch):
     assert max(sizes) > 5 and len(looks) < 199 / 2
     assert waits[0] == 0 and len(waits) == len(looks)  # the first step has nothing to go by
     assert min(waits[1:]) >= 64
-
-
-@pytest.mark.parametrize(("rule", "other_row"), [("token-norm", 0), ("permuted:token-norm", 1)])
-def test_an_arm_weighs_its_tokens(rule, other_row):
-    """By their own distance from the mean, its control by that of the next unmasked row."""
-    _, batch, _ = problem(torch.float32)
-    plain, weighed = (
-        Arm(
-            ArmConfig(LossWeights(torch.ones(D_IN), Rule.parse(name), -0.5), K),
-            D_IN,
-            D_SAE,
-            batch.x.device,
-        )
-        for name in ("uniform", rule)
-    )
-    kept = batch.mask > 0
-    counted = torch.zeros_like(batch.mask)
-    own = 1 / batch.x[kept].square().mean(1).clamp(min=0.01)
-    counted[kept] = own.roll(-other_row)
-    expected = plain.evaluate(batch._replace(row_weights=counted))
-    unweighed = plain.evaluate(batch)
-    found = weighed.evaluate(batch)
-    assert relative_error(found.gradients, expected.gradients) < 1e-6
-    assert relative_error(found.gradients, unweighed.gradients) > 0.1
-    weighed.step(batch, BATCH, 1e-3, aux=0.0, dead_after=10**9)
-    assert float(weighed.progress.loss) == pytest.approx(
-        float(expected.loss * batch.mask.sum()), rel=1e-5
-    )
 
 
 NARROW, FEW = 24, 50

@@ -138,7 +138,7 @@ def test_arms_in_one_pass_equal_arms_alone(trained, tmp_path):
 
 def test_a_space_has_twice_the_usual_learning_rate(tmp_path):
     source = MemorySource()
-    places = [WeightConfig(place=place) for place in ("loss", "mixed", "space")]
+    places = [WeightConfig(place=place) for place in ("loss", "space")]
     weights = [
         one
         for config in places
@@ -151,13 +151,13 @@ def test_a_space_has_twice_the_usual_learning_rate(tmp_path):
         found = train(source, arms, replace(usual, **settings), tmp_path / folder)
         return [dictionary.info.training["learning_rate"] for dictionary in found.values()]
 
-    assert rates("free") == [4e-3, 4e-3, 8e-3]
-    assert rates("unit", lengths="unit") == [4e-3] * 3
-    assert rates("asked", learning_rate=0.01) == [0.01] * 3
+    assert rates("free") == [4e-3, 8e-3]
+    assert rates("unit", lengths="unit") == [4e-3] * 2
+    assert rates("asked", learning_rate=0.01) == [0.01] * 2
     # each is compared with the plain one beside it all the same
     arms = [*arms, *make_arms(choose_weights(source.statistics(), ("uniform",), ()), (4,))]
     found = plain_beside(train(source, arms, usual, tmp_path / "beside"))
-    assert found == {arm.name: "uniform-k4" for arm in arms[:3]}
+    assert found == {arm.name: "uniform-k4" for arm in arms[:2]}
     others = {arm.name: Dictionary.load(tmp_path / "beside" / arm.name) for arm in arms}
     for one in others.values():
         one.info.store.clear()  # as another tool's, which says nothing of its rows

@@ -24,6 +24,5 @@ def inputs(statistics):
         decoder=torch.randn(12, 4, generator=generator),
         energy=torch.rand(12, generator=generator),
         fisher=half @ half.T,
-        coherence=torch.rand(4, generator=generator, dtype=torch.float64),
         second_moment=second_moment(statistics),
     )

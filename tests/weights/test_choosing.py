@@ -19,26 +19,21 @@ from llm_wsae.weights.rules import RULES, Rule
 SPACE, MATRIX = WeightConfig(place="space"), WeightConfig(form="matrix")
 CONTROLS = (
     "permuted:variance",
-    "deciles:variance",
     "rotated:sensitivity",
     "rotated:whitening",
     "permuted:whitening",
-    "shares:sensitivity",
-    "shares:whitening",
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rule=st.sampled_from([*(n for n, r in RULES.items() if not r.weighs_tokens), *CONTROLS]),
+    rule=st.sampled_from([*RULES, *CONTROLS]),
     alpha=st.floats(-2, 2),
     place=st.sampled_from(["loss", "space"]),
     clip=st.none() | st.floats(1, 100),
 )
 def test_every_choice_is_normalised(rule, alpha, place, clip, inputs):
     """E‖Γ(x − μ)‖² = E‖x − μ‖², and no weight is further from the median than the clip."""
-    if rule.startswith("shares"):  # it cannot be clipped
-        clip = None
     weights = weights_from_rule(rule, alpha, inputs, WeightConfig(place=place, clip=clip))
     gamma, sigma = weights.gamma.double(), inputs.statistics.robust_covariance
     weighted = gamma if weights.is_matrix else torch.diag(gamma)
@@ -116,7 +111,7 @@ def test_the_form_follows_the_settings(inputs):
 
 
 def test_powers_that_are_no_numbers_or_lead_into_no_space_are_refused(inputs):
-    for rule in ("variance", "whitening", "token-norm"):
+    for rule in ("variance", "whitening"):
         for alpha in (float("nan"), float("inf"), -float("inf"), 1e308, -1e308):
             with pytest.raises(UsageError, match=r"alpha is .*, but must be a"):
                 weights_from_rule(rule, alpha, inputs)
@@ -126,9 +121,6 @@ def test_powers_that_are_no_numbers_or_lead_into_no_space_are_refused(inputs):
                 weights_from_rule(rule, alpha, inputs)
         clipped = weights_from_rule(rule, 1e15, inputs, WeightConfig(clip=3.0))
         assert stretching(clipped).min() > 0.1
-    for alpha in (50.0, -50.0, 1e15):
-        with pytest.raises(UsageError, match=r"weights of \d+ of 8192 tokens vanish or outgrow"):
-            weights_from_rule("token-norm", alpha, inputs)
     for alpha in (9.0, -9.0):
         with pytest.raises(LlmWsaeError, match="no space to train in; choose an α nearer to 0, or"):
             weights_from_rule("whitening", alpha, inputs, SPACE)
@@ -143,7 +135,7 @@ def test_variance_rule_is_the_papers(statistics):
 
 
 def test_alpha_zero_and_uniform_are_the_plain_autoencoder(statistics):
-    for rule, alpha in (("uniform", 1.0), ("variance", 0.0), ("token-norm", 0.0)):
+    for rule, alpha in (("uniform", 1.0), ("variance", 0.0)):
         weights = weights_from_rule(rule, alpha, statistics)
         torch.testing.assert_close(weights.gamma, torch.ones(4))
         assert weights.name == "uniform" and weights.rule.is_plain and not weights.is_matrix
@@ -157,21 +149,26 @@ def test_alpha_zero_and_uniform_are_the_plain_autoencoder(statistics):
 
 def test_a_zero_score_is_a_zero_weight_or_the_largest():
     s = Statistics(3, 8).update(torch.randn(500, 3), torch.arange(500) % 8)
-    found = RuleInputs(s, coherence=torch.tensor([0.0, 0.2, 0.1], dtype=torch.float64))
-    gamma = weights_from_rule("semantic", 1.0, found).gamma
+
+    def scored(*scores):
+        return RuleInputs(s, fisher=torch.tensor(scores, dtype=torch.float64).diag())
+
+    found = scored(0.0, 0.2, 0.1)
+    gamma = weights_from_rule("sensitivity", 1.0, found).gamma
     assert gamma[0] == 0 and float(gamma[1] / gamma[2]) == pytest.approx(2)
-    gamma = weights_from_rule("semantic", -1.0, found).gamma
+    gamma = weights_from_rule("sensitivity", -1.0, found).gamma
     assert gamma[0] == gamma[2] > gamma[1]
-    clipped = weights_from_rule("semantic", 1.0, found, WeightConfig(clip=3.0)).gamma
+    clipped = weights_from_rule("sensitivity", 1.0, found, WeightConfig(clip=3.0)).gamma
     assert float(clipped[0] / clipped[2]) == pytest.approx(1 / 3)
     with pytest.raises(LlmWsaeError, match="no space to train in; choose an α nearer to 0, or"):
-        weights_from_rule("semantic", 1.0, found, SPACE)
+        diagonal = WeightConfig(place="space", form="diagonal")
+        weights_from_rule("sensitivity", 1.0, found, diagonal)
     for scores, sentence in (
-        (torch.zeros(3), "'semantic' scores every dimension 0, so it prefers none; take another"),
-        (torch.full((3,), torch.nan), "scores of the rule 'semantic' are NaN or infinite"),
+        ((0.0, 0.0, 0.0), "'sensitivity' scores every dimension 0, so it prefers none; take"),
+        ((torch.nan,) * 3, "scores of the rule 'sensitivity' are NaN or infinite"),
     ):
         with pytest.raises(LlmWsaeError, match=sentence):
-            weights_from_rule("semantic", 1.0, RuleInputs(s, coherence=scores.double()))
+            weights_from_rule("sensitivity", 1.0, scored(*scores))
 
 
 def test_a_constant_dimension_stays_finite_under_negative_alpha():
@@ -202,7 +199,7 @@ def test_rows_that_vary_in_a_few_only_are_no_fault_of_alpha():
         for make in (
             *(
                 partial(weights_from_rule, rule, alpha, found)
-                for rule in ("uniform", "variance", "whitening", "sensitivity", "token-norm")
+                for rule in ("uniform", "variance", "whitening", "sensitivity")
                 for alpha in (0.0, 0.5)
             ),
             partial(own_weights, LossWeights(torch.ones(3)), s),
@@ -210,43 +207,6 @@ def test_rows_that_vary_in_a_few_only_are_no_fault_of_alpha():
         ):
             with pytest.raises(LlmWsaeError, match=sentence):
                 make()
-
-
-@pytest.mark.parametrize("rule", ["token-norm", "permuted:token-norm"])
-def test_weights_of_tokens_are_normalised(rule, statistics, tmp_path):
-    """Σ_t γ_t²‖x_t‖² = Σ_t ‖x_t‖² over the usual rows; dimensions all count alike."""
-    usual = statistics.usual_sample.double()
-    x = (usual - usual.mean(0)) / statistics.robust_variance.mean().sqrt()
-    every, squares = torch.ones(len(x), dtype=x.dtype), x.square().sum(1)
-    for alpha in (-0.5, 0.5):
-        weights = weights_from_rule(rule, alpha, statistics)
-        row_weights = weights.row_weights(x, every)
-        assert len(set(weights.gamma.tolist())) == 1
-        weighted = float(weights.gamma[0].double() ** 2 * (row_weights @ squares))
-        assert weighted == pytest.approx(float(squares.sum()), rel=1e-6)
-        if rule == "token-norm":  # under −½ every row is compared with its own length
-            expected = squares.div(4).clamp(min=0.01) ** (2 * alpha)
-            torch.testing.assert_close(row_weights, expected)
-        else:  # the same weights, of other rows
-            plain = weights_from_rule("token-norm", alpha, statistics).row_weights(x, every)
-            assert torch.equal(row_weights.sort().values, plain.sort().values)
-            assert float((row_weights == plain).double().mean()) < 0.01
-        weights.save(tmp_path / "weights.safetensors")
-        found = own_weights(LossWeights.load(tmp_path / "weights.safetensors"), statistics)
-        assert found.name == weights.name and torch.equal(found.gamma, weights.gamma)
-
-
-def test_weights_of_tokens_that_cannot_be(statistics):
-    token_norm = RULES["token-norm"]
-    with pytest.raises(UsageError, match="no weight rule 'permutd:token-norm'"):
-        weights_from_rule("permutd:token-norm", -0.5, statistics)
-    for config in (SPACE, MATRIX, WeightConfig(clip=2.0), WeightConfig(anneal=0.5)):
-        with pytest.raises(UsageError, match="weighs tokens, in the loss and throughout"):
-            weights_from_rule("token-norm", -0.5, statistics, config)
-        with pytest.raises(UsageError, match="weighs tokens, in the loss and throughout"):
-            own_weights(LossWeights(torch.ones(4), token_norm, -0.5, config), statistics)
-    with pytest.raises(LlmWsaeError, match="for 7 dimensions, but the site has 4"):
-        own_weights(LossWeights(torch.ones(7), token_norm, -0.5), statistics)
 
 
 def test_own_weights_are_normalised(statistics):

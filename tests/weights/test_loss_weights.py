@@ -36,7 +36,7 @@ def test_weight_settings_that_cannot_be():
         with pytest.raises(UsageError, match=sentence):
             WeightConfig(**settings)
     for name, value, sentence in (  # which the tests' own type checks would refuse before
-        ("place", "Space", "place must be auto, loss, space or mixed, not 'Space'"),
+        ("place", "Space", "place must be auto, loss or space, not 'Space'"),
         ("form", "matrx", "form must be auto, diagonal or matrix, not 'matrx'"),
     ):
         config = WeightConfig()
@@ -49,16 +49,12 @@ def test_weight_settings_that_cannot_be():
 
 def test_measurements_of_too_little():
     for settings, sentence in [
-        ({"top": 1}, "top is 1, but must be at least 2"),
-        ({"top": 501}, "top is 501, but must be at most 500"),
-        ({"before": -1}, "before is -1, but must be at least 0"),
-        ({"after": -1}, "after is -1"),
         ({"sensitivity_tokens": 0}, "sensitivity-tokens is 0, but must be at least 1"),
-        ({"semantic_tokens": 0}, "semantic-tokens is 0"),
+        ({"seed": -1}, "seed is -1, but must be at least 0"),
     ]:
         with pytest.raises(UsageError, match=sentence):
             RuleInputConfig(**settings)
-    RuleInputConfig(sensitivity_tokens=1, semantic_tokens=1, top=2, before=0, after=0)
+    RuleInputConfig(sensitivity_tokens=1)
 
 
 def test_names_and_labels():
@@ -72,9 +68,6 @@ def test_names_and_labels():
         (vector, "variance", 0.5, {"draw": 2}, "variance-a0.5"),
         (vector, "permuted:variance", 0.5, {"draw": 2}, "permuted-variance-a0.5-d2"),
         (vector, "permuted:variance", 0.0, {"draw": 2}, "uniform"),
-        (vector, "random", 1.0, {}, "random-a1"),
-        (vector, "token-norm", -0.5, {}, "token-norm-a-0.5"),
-        (vector, "permuted:token-norm", -0.5, {"draw": 2}, "permuted-token-norm-a-0.5-d2"),
         (vector, "sensitivity", 0.5, {}, "sensitivity-a0.5"),
         (matrix, "sensitivity", 0.25, {"place": "space"}, "sensitivity-matrix-a0.25-space"),
         (matrix, "permuted:sensitivity", 1.0, {"draw": 1}, "permuted-sensitivity-matrix-a1-d1"),
@@ -95,23 +88,6 @@ def test_no_weights_have_the_place_auto():
         weights = LossWeights(torch.ones(3), parsed, config=WeightConfig())
         assert weights.config.place == place
         assert (Spaces(torch.device("cpu")).of(weights) is None) == (place == "loss")
-
-
-def test_only_weights_of_tokens_weigh_rows():
-    """A masked row neither counts nor gives its score to another one."""
-    x = torch.tensor([1.0, 0.0, 2.0, 3.0, 0.0, 4.0])[:, None].expand(6, 4)
-    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    for rule, alpha, draw, expected in (
-        ("token-norm", 0.5, 0, [1, 0, 4, 9, 0, 16]),
-        ("token-norm", -0.5, 0, [1, 0, 1 / 4, 1 / 9, 0, 1 / 16]),
-        ("permuted:token-norm", 0.5, 0, [4, 0, 9, 16, 0, 1]),
-        ("permuted:token-norm", 0.5, 1, [9, 0, 16, 1, 0, 4]),
-    ):
-        weights = LossWeights(torch.ones(4), Rule.parse(rule), alpha, WeightConfig(draw=draw))
-        assert weights.row_weights(x, mask).tolist() == pytest.approx(expected)
-        assert weights.row_weights(x[:0], mask[:0]).tolist() == []
-    for rule in (OWN, RULES["variance"], RULES["uniform"]):
-        assert LossWeights(torch.ones(4), rule).row_weights(x, mask) is None
 
 
 def test_a_file_keeps_everything(tmp_path):
@@ -218,33 +194,20 @@ def test_shares_by_hand(statistics):
 
 
 def test_effective_dimensions(statistics, inputs):
-    even = weights_from_rule("robust-variance", -0.5, statistics)
-    assert effective_dimensions(even, statistics) == pytest.approx(4, rel=1e-6)
+    even = weights_from_rule("variance", -0.5, statistics)
+    assert effective_dimensions(even, statistics) == pytest.approx(4, rel=1e-3)
     white = weights_from_rule("whitening", 1.0, inputs, WeightConfig(place="space"))
     assert effective_dimensions(white, statistics) == pytest.approx(4, rel=1e-3)
     one = LossWeights(torch.tensor([0.0, 0.0, 1.0, 0.0]))
     assert effective_dimensions(one, statistics) == pytest.approx(1)
 
 
-def test_weights_of_tokens_move_the_loss():
-    """Weighted down, rows of large norm leave the loss, and with them the dimension they lie in."""
-    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
-    x[::20, 3] *= 8
-    found = Statistics(8, 16).update(x, torch.arange(4000) % 16)
-    plain, tokens = (weights_from_rule(rule, -0.5, found) for rule in ("uniform", "token-norm"))
-    assert float(loss_share(tokens, found)[3]) < float(loss_share(plain, found)[3])
-    assert effective_dimensions(tokens, found) > effective_dimensions(plain, found)
-
-
 def test_the_warning(statistics):
-    assert (
-        collapse_warning(weights_from_rule("robust-variance", -0.5, statistics), statistics) is None
-    )
+    assert collapse_warning(weights_from_rule("variance", -0.5, statistics), statistics) is None
     found = wide()
     for rule, alpha, sentence in [
         ("variance", 1.0, "so a dictionary trained with it explains those and neglects the rest"),
         ("uniform", 1.0, "as it is in the activations themselves"),
-        ("token-norm", 0.0, "as it is in the activations themselves"),
     ]:
         warning = collapse_warning(weights_from_rule(rule, alpha, found), found)
         assert "dominated by 1." in warning and "of 100 dimensions (1." in warning
@@ -275,20 +238,20 @@ def test_the_profile_counts_massive_rows_and_warns_of_the_collapse():
     statistics = site_statistics()
     weights = [
         weights_from_rule("uniform", 1.0, statistics),
-        weights_from_rule("robust-variance", -0.5, statistics),
+        weights_from_rule("variance", -0.5, statistics),
     ]
     facts = profile(statistics, weights)
     assert facts["rows"] == 6400 and facts["massive"]["rows"] == 100
     assert facts["massive"]["positions"] == [{"first": 0, "last": 0, "massive": 100, "rows": 100}]
     plain, inverse = facts["weights"]
     assert plain["largest"][0]["dimension"] == 7 and plain["largest"][0]["share"] > 0.8
-    assert plain["effective_dimensions"] < 2 and inverse["effective_dimensions"] > 99
+    assert plain["effective_dimensions"] < 2 and inverse["effective_dimensions"] > 98
     assert "is dominated by" in plain["warning"] and inverse["warning"] is None
 
     text = profile_text(facts)
     assert "100 rows, 1.562%: 100 at position 0" in text
     assert text.count("warning:") == 1
-    assert "robust-variance-a-0.5" in text
+    assert "variance-a-0.5" in text
 
 
 def test_the_profile_names_constant_dimensions():

@@ -1,7 +1,5 @@
 """A rule is parsed once: what the object knows, what it refuses, and its controls."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from covariances import second_moment
@@ -11,10 +9,8 @@ from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
-from llm_wsae.weights.loss_weights import effective_dimensions, loss_share
 from llm_wsae.weights.matrix_rules import (
     EIGENVALUE_FLOOR,
-    leading_sensitivity,
     rotated,
     sensitivity,
     spectrum,
@@ -24,10 +20,6 @@ from llm_wsae.weights.rules import OWN, RULES, Rule
 
 D_IN = 6
 MATRIX = WeightConfig(form="matrix")
-
-
-def _draw(seed):
-    return WeightConfig(draw=seed)
 
 
 @pytest.fixture(scope="module")
@@ -41,46 +33,37 @@ def inputs():
         decoder=torch.randn(12, D_IN, generator=generator),
         energy=torch.rand(12, generator=generator),
         fisher=half @ half.T,
-        coherence=torch.linspace(0.5, 0.1, D_IN).double(),
         second_moment=second_moment(statistics),
     )
 
 
 def test_a_parsed_rule_names_itself():
     every = [*RULES, *(f"permuted:{name}" for name in RULES)]
-    for control in ("deciles", "shares"):
-        every += [f"{control}:{name}" for name, rule in RULES.items() if not rule.weighs_tokens]
     every += [f"rotated:{name}" for name, rule in RULES.items() if rule.has_matrix]
     for text in every:
         rule = Rule.parse(text)
         assert rule.name == text and Rule.of(text) == Rule.of(rule) == rule
         assert rule.is_plain == (text == "uniform")
     assert Rule.parse("variance") is RULES["variance"]
-    assert Rule.parse("permuted:gap") == RULES["gap"].as_control("permuted") != RULES["gap"]
+    own = RULES["kurtosis"]
+    assert Rule.parse("permuted:kurtosis") == own.as_control("permuted") != own
 
 
 def test_what_a_rule_knows():
-    """(scores, matrix, tokens, drawn, need) by text."""
+    """(scores, matrix, drawn, need) by text."""
     table = {
-        "uniform": (True, False, False, False, None),
-        "permuted:variance": (True, False, False, True, None),
-        "random": (True, False, False, True, None),
-        "permuted:gap": (True, False, False, True, "dictionary"),
-        "deciles:gap": (True, False, False, True, "dictionary"),
-        "shares:gap": (True, False, False, True, "dictionary"),
-        "shares:whitening": (False, True, False, True, "second_moment"),
-        "semantic": (True, False, False, False, "coherence"),
-        "sensitivity": (True, True, False, False, "fisher"),
-        "permuted:sensitivity": (True, True, False, True, "fisher"),
-        "rotated:sensitivity": (False, True, False, True, "fisher"),
-        "whitening": (False, True, False, False, "second_moment"),
-        "rotated:whitening": (False, True, False, True, "second_moment"),
-        "token-norm": (False, False, True, False, None),
-        "permuted:token-norm": (False, False, True, True, None),
+        "uniform": (True, False, False, None),
+        "permuted:variance": (True, False, True, None),
+        "permuted:participation": (True, False, True, "dictionary"),
+        "sensitivity": (True, True, False, "fisher"),
+        "permuted:sensitivity": (True, True, True, "fisher"),
+        "rotated:sensitivity": (False, True, True, "fisher"),
+        "whitening": (False, True, False, "second_moment"),
+        "rotated:whitening": (False, True, True, "second_moment"),
     }
     for text, known in table.items():
         rule = Rule.parse(text)
-        found = (rule.has_scores, rule.has_matrix, rule.weighs_tokens, rule.is_drawn, rule.need)
+        found = (rule.has_scores, rule.has_matrix, rule.is_drawn, rule.need)
         assert found == known, text
 
 
@@ -88,16 +71,15 @@ def test_texts_that_name_no_rule():
     for text, sentence in {
         "varience": "no weight rule 'varience'; did you mean 'variance'",
         "permutd:variance": "no weight rule 'permutd:variance'; did you mean 'permuted:variance'",
-        "permuted:random:x": "no weight rule 'permuted:random:x'",
+        "permuted:variance:x": "no weight rule 'permuted:variance:x'",
+        "hoyer": "no weight rule 'hoyer'",
+        "deciles:variance": "no weight rule 'deciles:variance'",
         "permuted:permuted:variance": "no weight rule",
         ":variance": "no weight rule ':variance'; did you mean 'variance'",
         "permuted:": "no weight rule 'permuted:'",
-        "deciles:token-norm": "deciles are of dimensions, and 'token-norm' weighs tokens",
-        "shares:token-norm": "shares are of dimensions, and 'token-norm' weighs tokens",
         "": "no weight rule ''; known are 'uniform', 'variance'",
         "own": "no weight rule 'own'",
-        "rotated:hoyer": r"only rules with a matrix can be rotated \(sensitivity, whitening, lead",
-        "rotated:token-norm": "'rotated:token-norm' is not possible",
+        "rotated:kurtosis": r"only rules with a matrix can be rotated \(sensitivity, whitening\)",
     }.items():
         with pytest.raises(UsageError, match=sentence):
             Rule.parse(text)
@@ -115,24 +97,18 @@ def test_the_form_follows_the_settings():
         ("permuted:sensitivity", space, "matrix"),
         ("rotated:sensitivity", WeightConfig(), "matrix"),
         ("whitening", WeightConfig(), "matrix"),
-        ("token-norm", WeightConfig(), "tokens"),
-        ("permuted:token-norm", WeightConfig(draw=3), "tokens"),
         ("uniform", MATRIX, "diagonal"),  # plain whatever the settings
     ]:
         assert Rule.parse(text).form(config) == form, (text, config)
 
 
 def test_forms_that_a_rule_does_not_have():
-    diagonal, tokens = WeightConfig(form="diagonal"), "weighs tokens, in the loss and throughout"
+    diagonal = WeightConfig(form="diagonal")
     for text, config, sentence in [
         ("variance", MATRIX, "'variance' has no matrix form; those with one are sensitivity"),
         ("permuted:uniform", MATRIX, "'permuted:uniform' has no matrix form"),
         ("whitening", diagonal, "'whitening' gives only a matrix"),
         ("rotated:sensitivity", diagonal, "'rotated:sensitivity' gives only a matrix"),
-        ("token-norm", WeightConfig(place="space"), tokens),
-        ("token-norm", WeightConfig(clip=2.0), tokens),
-        ("permuted:token-norm", WeightConfig(anneal=0.5), tokens),
-        ("token-norm", MATRIX, tokens),
     ]:
         with pytest.raises(UsageError, match=sentence):
             Rule.parse(text).form(config)
@@ -146,21 +122,12 @@ def test_every_claim_has_a_control_of_the_same_form():
         ("sensitivity", WeightConfig(), "permuted:sensitivity"),
         ("sensitivity", space, "rotated:sensitivity"),
         ("whitening", WeightConfig(), "rotated:whitening"),
-        ("token-norm", WeightConfig(), "permuted:token-norm"),
         ("uniform", space, None),
-        ("random", WeightConfig(), None),
         ("permuted:variance", WeightConfig(), None),
         ("rotated:whitening", space, None),
     ]:
         found = Rule.parse(text).matched_control(config)
         assert (found and found.name) == control, (text, config)
-        within = Rule.parse(text).matched_control(config, "deciles")
-        of_dimensions = control in ("permuted:variance", "permuted:sensitivity")
-        expected = control.replace("permuted", "deciles") if of_dimensions else control
-        assert (within and within.name) == expected, (text, config)
-        shares = Rule.parse(text).matched_control(config, "shares")
-        expected = f"shares:{text}" if control not in (None, "permuted:token-norm") else control
-        assert (shares and shares.name) == expected, (text, config)
 
 
 def test_every_rule_gives_what_it_says(inputs):
@@ -171,8 +138,8 @@ def test_every_rule_gives_what_it_says(inputs):
         if rule.has_matrix:
             matrix = rule.matrix(inputs)
             assert matrix.shape == (D_IN, D_IN) and matrix.dtype == torch.float64
-        assert rule.has_scores or rule.has_matrix or rule.weighs_tokens
-    assert not (OWN.has_scores or OWN.has_matrix or OWN.weighs_tokens or OWN.is_drawn)
+        assert rule.has_scores or rule.has_matrix
+    assert not (OWN.has_scores or OWN.has_matrix or OWN.is_drawn)
 
 
 def test_controls_know_nothing_but_the_rule(inputs):
@@ -182,9 +149,6 @@ def test_controls_know_nothing_but_the_rule(inputs):
     assert not torch.equal(plain, control)
     assert torch.equal(control, permuted.scores(inputs))
     assert not torch.equal(control, permuted.scores(inputs, draw=1))
-    random = RULES["random"]
-    assert not torch.equal(random.scores(inputs), random.scores(inputs, draw=1))
-    assert torch.equal(random.scores(inputs, draw=1), random.scores(inputs, draw=1))
     for text, same in (("permuted:whitening", True), ("rotated:whitening", False)):
         matrix, control = RULES["whitening"].matrix(inputs), Rule.parse(text).matrix(inputs, 2)
         torch.testing.assert_close(torch.linalg.eigvalsh(control), torch.linalg.eigvalsh(matrix))
@@ -194,103 +158,12 @@ def test_controls_know_nothing_but_the_rule(inputs):
         assert torch.allclose(*values) == same
 
 
-def test_deciles_keep_what_the_loss_rests_on():
-    """The variance falls over three decades; permuted weights move the loss elsewhere."""
-    rows = torch.randn(4000, 200, generator=torch.Generator().manual_seed(0))
-    rows *= torch.logspace(0, -1.5, 200)
-    inputs = RuleInputs(Statistics(200, 100).update(rows, torch.arange(4000) % 100))
-
-    def dimensions(text, draw):
-        weights = weights_from_rule(text, -0.5, inputs, WeightConfig(draw=draw))
-        return effective_dimensions(weights, inputs.statistics)
-
-    own = dimensions("variance", 0)
-    for draw in range(5):
-        assert dimensions("deciles:variance", draw) == pytest.approx(own, rel=0.1)
-        assert dimensions("permuted:variance", draw) < own / 2
-
-
-@pytest.mark.parametrize(("text", "alpha"), [("variance", 0.5), ("kurtosis", -1.0)])
-def test_shares_keep_what_the_loss_rests_on(inputs, text, alpha):
-    own = weights_from_rule(text, alpha, inputs)
-    found = [weights_from_rule(f"shares:{text}", alpha, inputs, _draw(n)) for n in range(4)]
-    of_loss = [loss_share(one, inputs.statistics) for one in (own, *found)]
-    for shares in of_loss[1:]:
-        torch.testing.assert_close(shares.sort().values, of_loss[0].sort().values)
-    assert len({tuple(shares.tolist()) for shares in of_loss}) > 2
-
-
-def test_shares_of_a_matrix_lie_in_other_directions(inputs):
-    """ΓΣΓ has the rule's eigenvalues, by the covariance of all rows that the rule is made from."""
-    covariance = inputs.covariance
-
-    def eigenvalues(weights):
-        gamma = weights.gamma.double()
-        found = torch.linalg.eigvalsh(gamma @ covariance @ gamma)
-        return found / found.sum()
-
-    own = weights_from_rule("whitening", 0.5, inputs)
-    for draw in range(3):
-        found = weights_from_rule("shares:whitening", 0.5, inputs, _draw(draw))
-        torch.testing.assert_close(eigenvalues(found), eigenvalues(own), rtol=1e-4, atol=1e-7)
-        assert not torch.allclose(found.gamma, own.gamma, rtol=0.05)
-        torch.testing.assert_close(found.gamma, found.gamma.T)
-
-
-def test_where_all_shares_are_equal_a_control_is_the_rule_itself(inputs):
-    own = weights_from_rule("robust-variance", -0.5, inputs)
-    control = weights_from_rule("shares:robust-variance", -0.5, inputs, _draw(1))
-    torch.testing.assert_close(own.gamma, control.gamma)
-
-
-def test_a_constant_dimension_gets_no_share_of_another():
-    rows = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
-    rows[:, 2] = 3
-    inputs = RuleInputs(Statistics(4, 10).update(rows, torch.arange(500) % 10))
-    control = weights_from_rule("shares:kurtosis", 1.0, inputs, _draw(2))
-    assert bool(control.gamma.isfinite().all()) and bool((control.gamma > 0).all())
-    assert loss_share(control, inputs.statistics)[2] == 0
-
-
-def test_the_covariance_of_shares_does_not_depend_on_what_else_was_measured(inputs):
-    alone = replace(inputs, second_moment=None)
-    for place in ("loss", "space"):
-        config = WeightConfig(place=place, form="matrix", draw=1)
-        found = [weights_from_rule("shares:sensitivity", 0.25, i, config) for i in (inputs, alone)]
-        assert torch.equal(found[0].gamma, found[1].gamma)
-
-
-def test_shares_cannot_be_clipped(inputs):
-    clipped = WeightConfig(clip=2.0)
-    for refused in (
-        lambda: weights_from_rule("shares:variance", 0.5, inputs, clipped),
-        lambda: Rule.parse("shares:variance").form(clipped),  # before anything is measured
-        lambda: Rule.parse("variance").matched_control(clipped, "shares"),
-    ):
-        with pytest.raises(UsageError, match="shares:variance cannot be clipped"):
-            refused()
-
-
-def test_a_permuted_token_gets_the_score_of_another_unmasked_one():
-    x = torch.tensor([1.0, 0.0, 2.0, 3.0, 0.0, 4.0])[:, None].expand(6, 4)
-    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    for text, draw, expected in (
-        ("token-norm", 0, [1, 0, 4, 9, 0, 16]),
-        ("permuted:token-norm", 0, [4, 0, 9, 16, 0, 1]),
-        ("permuted:token-norm", 1, [9, 0, 16, 1, 0, 4]),
-    ):
-        rule = Rule.parse(text)
-        assert rule.token_scores(x, mask, draw).tolist() == expected
-        assert rule.token_scores(x[:0], mask[:0], draw).tolist() == []
-
-
 def test_a_missing_input_is_named_with_the_option_that_brings_it(inputs):
     bare = RuleInputs(inputs.statistics)
     for text, sentence in {
         "participation": "a first dictionary: .* --dictionary DICT",
-        "permuted:gap": "a first dictionary: .* --dictionary DICT",
+        "permuted:participation": "a first dictionary: .* --dictionary DICT",
         "sensitivity": "the model: .* --model M",
-        "semantic": "the model's tokenizer: .* --model M",
     }.items():
         with pytest.raises(UsageError, match=f"the rule '{text}' needs {sentence}"):
             Rule.parse(text).scores(bare)
@@ -306,8 +179,6 @@ def test_scores_and_matrices_that_a_rule_does_not_have(inputs):
     for text in ("whitening", "permuted:whitening", "rotated:sensitivity"):
         with pytest.raises(UsageError, match="gives only a matrix"):
             Rule.parse(text).scores(inputs)
-    with pytest.raises(UsageError, match="weighs tokens, not a weight for each dimension"):
-        RULES["token-norm"].scores(inputs)
     with pytest.raises(UsageError, match=r"no matrix form; those .* are sensitivity, whitening"):
         RULES["variance"].matrix(inputs)
 
@@ -383,14 +254,3 @@ def test_the_floor_makes_any_matrix_invertible():
         spectrum(torch.zeros(3, 3))
     with pytest.raises(LlmWsaeError, match="NaN"):
         spectrum(torch.full((3, 3), float("nan")))
-
-
-def test_leading_sensitivity_stretches_few_directions(of_matrices):
-    """Of 48 dimensions F's first three directions; what is left has the mean of the others."""
-    half = torch.randn(48, 48, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    fisher = half @ half.T + torch.eye(48)
-    found = leading_sensitivity(RuleInputs(of_matrices.statistics, fisher=fisher))
-    values, vectors = torch.linalg.eigh(fisher)
-    wanted = torch.cat([values[:45].mean().expand(45), values[45:]])
-    torch.testing.assert_close(torch.linalg.eigvalsh(found), wanted)
-    torch.testing.assert_close(found @ vectors[:, 45:], values[45:] * vectors[:, 45:])

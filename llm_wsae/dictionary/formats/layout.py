@@ -87,8 +87,8 @@ class Layout:
 
     name: str
     """The tool's name, for errors and listings."""
-    config: str | None
-    """Its JSON file; None if it has none."""
+    config: str
+    """Its JSON file."""
     weights: str
     """Its file of tensors."""
     announce: Callable[[Mapping[str, Any], PurePath], Announced]
@@ -101,7 +101,7 @@ class Layout:
     @property
     def files(self) -> tuple[str, ...]:
         """Its files, small ones first."""
-        return (self.weights,) if self.config is None else (self.config, self.weights)
+        return self.config, self.weights
 
     def __str__(self) -> str:
         return f"{self.name} ({' and '.join(self.files)})"

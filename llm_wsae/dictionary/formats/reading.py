@@ -6,19 +6,18 @@ layout is read by ``folder.read_folder`` and nothing else.
 
 from collections.abc import Collection
 from pathlib import Path, PurePath
-from typing import Any
 
 from llm_wsae.dictionary.atomic_folder import not_there, retry_if_replaced
 from llm_wsae.dictionary.checks import check_finite
 from llm_wsae.dictionary.folder import EXTRAS, INFO, Content, read_folder
-from llm_wsae.dictionary.formats import dictionary_learning, gemma_scope, saelens, sparsify
+from llm_wsae.dictionary.formats import dictionary_learning, saelens, sparsify
 from llm_wsae.dictionary.formats.layout import Announced, Layout
 from llm_wsae.dictionary.info import CENTRED, DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import read_json
 from llm_wsae.model.site import Site
 
-LAYOUTS = (saelens.LAYOUT, sparsify.LAYOUT, dictionary_learning.LAYOUT, gemma_scope.LAYOUT)
+LAYOUTS = (saelens.LAYOUT, sparsify.LAYOUT, dictionary_learning.LAYOUT)
 
 
 def is_own(names: Collection[str]) -> bool:
@@ -76,11 +75,9 @@ def _read(folder: Path, site: str | None) -> Content:
 
 
 def _read_foreign(folder: Path, layout: Layout, site: str | None) -> Content:
-    config: Any = {}
-    if layout.config is not None:
-        config = read_json(folder / layout.config, f"{layout.name} configuration")
-        if not isinstance(config, dict):
-            raise LlmWsaeError(f"{folder / layout.config} should be a JSON object")
+    config = read_json(folder / layout.config, f"{layout.name} configuration")
+    if not isinstance(config, dict):
+        raise LlmWsaeError(f"{folder / layout.config} should be a JSON object")
     place = PurePath(folder.absolute())
     announced = layout.announce(config, place)
     if announced.site is None and site is None:

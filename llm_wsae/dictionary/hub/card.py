@@ -1,5 +1,4 @@
-"""The card of a repository of dictionaries (README.md), written from what was measured, and its
-figure: γ of every dimension, and which carry the loss.
+"""The card of a repository of dictionaries (README.md), written from what was measured.
 
 Each push rewrites everything between two marks from the JSON files of all dictionaries in the
 repository. What a user wrote around the marks stays. In the metadata, the library, models, datasets
@@ -7,17 +6,14 @@ and metrics are replaced by those of the dictionaries; the rest stays. Text from
 models, corpora, arms) is escaped, so that it cannot become markup.
 """
 
-import io
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from torch import Tensor
 
 from llm_wsae.dictionary.hub.card_data import Facts
 from llm_wsae.dictionary.hub.card_tables import (
@@ -30,7 +26,6 @@ from llm_wsae.dictionary.hub.card_tables import (
     rule_words,
     with_baselines,
 )
-from llm_wsae.drawing import BLUE, GREY, tidy
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.outside import mapping, parse_yaml, text
 from llm_wsae.provenance import portable
@@ -38,7 +33,6 @@ from llm_wsae.terminal import markdown
 
 BEGIN = "<!-- llm-wsae push writes everything from here … -->"
 END = "<!-- … to here -->"
-FIGURE = "weights.png"
 LIBRARY = "llm-wsae"
 PAPER = "arXiv 2506.15963"
 TAGS = (
@@ -51,13 +45,11 @@ TAGS = (
 _METRICS = ("explained_variance", "ce_recovered", "kl", "l0")  # the Hub indexes them
 _RENAMED = {"seed": "seed of the batches"}  # "seed" is the row of the initial weights
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # a token, not hf_hub_download
-_DPI = 110
 
 
 def card(
     repo_id: str,
     dictionaries: Sequence[Facts],
-    figures: set[str],
     *,
     old: str = "",
     license: str | None = None,
@@ -65,13 +57,12 @@ def card(
 ) -> str:
     """The complete README.md.
 
-    ``figures`` names the dictionaries whose folders hold a figure of the weights, ``old`` is the
-    existing card, ``revision`` the branch. Raises LlmWsaeError if the metadata of ``old`` cannot be
-    read.
+    ``old`` is the existing card, ``revision`` the branch. Raises LlmWsaeError if the metadata of
+    ``old`` cannot be read.
     """
     theirs, around = _parsed(repo_id, old)
     metadata = _yaml(_merge(theirs, _metadata(repo_id, dictionaries, license)))
-    ours = f"{BEGIN}\n\n{_body(repo_id, dictionaries, figures, revision)}\n\n{END}"
+    ours = f"{BEGIN}\n\n{_body(repo_id, dictionaries, revision)}\n\n{END}"
     if END in around.partition(BEGIN)[2]:
         before, rest = around.split(BEGIN, 1)
         parts = [before.strip("\n"), ours, rest.rpartition(END)[2].strip("\n")]
@@ -153,9 +144,7 @@ def _yaml(metadata: dict[str, Any]) -> str:
     return yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
 
 
-def _body(
-    repo_id: str, dictionaries: Sequence[Facts], figures: set[str], revision: str | None
-) -> str:
+def _body(repo_id: str, dictionaries: Sequence[Facts], revision: str | None) -> str:
     models = dict.fromkeys(escape(d.model) for d in dictionaries if d.model)
     sites = dict.fromkeys(escape(d.info.site) for d in dictionaries)
     of = f" of {', '.join(models)}" if models else ""
@@ -165,9 +154,9 @@ def _body(
         f"{len(dictionaries)} "
         f"{'dictionary' if len(dictionaries) == 1 else 'dictionaries'} that explain the residual "
         f"stream at {', '.join(sites)} as sparse sums of directions{_trained(dictionaries)}. A "
-        "rule other than *uniform* weights the error of every dimension, or token, by γ = score^α "
-        f"(weighted sparse autoencoders, {PAPER}), or trains in the space of the weights (*space*, "
-        "*mixed*); *uniform* is the plain sparse autoencoder to compare with.",
+        "rule other than *uniform* weights the error of every dimension by γ = score^α "
+        f"(weighted sparse autoencoders, {PAPER}), or trains in the space of the weights "
+        "(*space*); *uniform* is the plain sparse autoencoder to compare with.",
         "## Dictionaries",
         dictionaries_table(measured),
         *fidelity_notes(measured),
@@ -179,8 +168,7 @@ def _body(
     parts += ["## How to use them", *_usage(repo_id, dictionaries[0], revision)]
     parts += ["## How they were made"]
     for d in dictionaries:
-        figure = f"{d.sae_id}/{FIGURE}" if d.sae_id in figures else None
-        parts += [f"### {escape(d.sae_id)}", *making(d, figure)]
+        parts += [f"### {escape(d.sae_id)}", *making(d)]
     return "\n\n".join(parts)
 
 
@@ -217,8 +205,8 @@ llm-wsae pull {repo_id} {shlex.quote(d.sae_id)}{flag} --out dictionaries
     return parts
 
 
-def making(d: Facts, figure: str | None) -> list[str]:
-    """How a dictionary was made: the figure of its weights (a path), the command, the settings."""
+def making(d: Facts) -> list[str]:
+    """How a dictionary was made: the command, the settings."""
     info, training = d.info, d.info.training
     rows = [
         ("model", d.model, text(info.model.get("revision"))),
@@ -244,60 +232,4 @@ def making(d: Facts, figure: str | None) -> list[str]:
     if command := text(training.get("command")):
         command = portable(command).replace("`", "'").replace("\n", " ").replace("<!--", "<! --")
         parts = [f"```bash\n{command}\n```", *parts]
-    if figure is not None:
-        parts = [f"![Loss weights of {escape(d.sae_id)}]({figure})", *parts]
     return parts
-
-
-def weights_figure(extras: Mapping[str, Tensor], title: str) -> bytes | None:
-    """A PNG from a dictionary's ``gamma`` [d_in] and ``robust_variance`` (or ``variance``) [d_in].
-
-    Left: the weights against the variance. Right: the cumulative share of the weighted variance
-    γ²·var that the dimensions carry, with the number of effective dimensions (Σw)²/Σw². None if
-    these tensors are missing, γ is a matrix, or all weights are alike: a flat line says nothing.
-    """
-    gamma = extras.get("gamma")
-    variance = extras.get("robust_variance", extras.get("variance"))
-    if gamma is None or variance is None or gamma.ndim != 1 or gamma.shape != variance.shape:
-        return None
-    if bool((gamma == gamma[0]).all()):
-        return None
-    gamma, variance = gamma.double(), variance.double()
-    share = (gamma**2 * variance).clamp(min=0)
-    if not bool(share.sum() > 0):
-        return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(variance, gamma, ".", ms=3, color=BLUE)
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="variance of the dimension (winsorised)",
-        ylabel="weight γ",
-    )
-    rank = torch.arange(1, len(gamma) + 1)
-    for part, colour, label in (
-        (variance.clamp(min=0), GREY, "without weights"),
-        (share, BLUE, "with γ"),
-    ):
-        part = part / part.sum()
-        effective = float(1 / (part**2).sum())
-        cumulative = part.sort(descending=True).values.cumsum(0)
-        right.plot(
-            rank, cumulative, color=colour, label=f"{label}: {effective:.1f} effective dimensions"
-        )
-    right.set(
-        xscale="log",
-        ylim=(0, 1.02),
-        xlabel=f"dimensions, by falling share (of {len(gamma)})",
-        ylabel="share of the loss carried",
-    )
-    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize="small")
-    for axis in (left, right):
-        tidy(axis)
-    figure.suptitle(title, fontsize="medium", parse_math=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
-    return file.getvalue()

@@ -54,7 +54,7 @@ def is_plain(d: Facts) -> bool:
 def rule_words(d: Facts) -> str:
     """The rule that made the weights, with the space where these are one."""
     place = d.info.weights.get("place")
-    return d.info.rule + (f", {place}" if place in ("space", "mixed") else "")
+    return d.info.rule + (f", {place}" if place == "space" else "")
 
 
 def with_baselines(dictionaries: Sequence[Facts]) -> list[Facts]:

@@ -8,8 +8,7 @@ the one that says what happened. A token is never part of a sentence.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from llm_wsae.dictionary.hub.asking import references
-from llm_wsae.errors import LlmWsaeError, UsageError, nearest
+from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import check_token, reason
 from llm_wsae.terminal import without_secrets
 
@@ -89,7 +88,9 @@ def _answer(error, repo_id: str, revision: str | None) -> LlmWsaeError:  # an Hf
     if isinstance(error, errors.GatedRepoError):
         return LlmWsaeError(f"{repo_id} is gated: accept its terms on the Hub and log in {_LOGIN}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return UsageError(f"{repo_id} has no revision {revision!r}{_known_revisions(repo_id)}")
+        return UsageError(
+            f"{repo_id} has no revision {revision!r}; look at its branches on the Hub"
+        )
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return LlmWsaeError(f"{repo_id} lost a file while it was read; run the same command again")
     if status == 401 and "credentials" in said:
@@ -108,16 +109,6 @@ def _answer(error, repo_id: str, revision: str | None) -> LlmWsaeError:  # an Hf
         )
     known = _BY_STATUS.get(status, f"the Hub refused with status {status} about {{repo}}: {{said}}")
     return LlmWsaeError(known.format(repo=repo_id, said=said or "it gave no reason"))
-
-
-def _known_revisions(repo_id: str) -> str:
-    """A clause with the existing branches and tags, if the Hub lists them."""
-    from huggingface_hub.utils import httpx
-
-    try:
-        return "; " + nearest("", [*references(repo_id, "branches"), *references(repo_id, "tags")])
-    except (LlmWsaeError, httpx.HTTPError, OSError, ValueError, TypeError):  # it is only a help
-        return ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

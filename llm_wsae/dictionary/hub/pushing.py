@@ -27,7 +27,7 @@ from llm_wsae.dictionary.folder import (
     keep_measurements,
 )
 from llm_wsae.dictionary.hub.asking import COMMIT, commit_of, guarded, references
-from llm_wsae.dictionary.hub.card import FIGURE, card, weights_figure
+from llm_wsae.dictionary.hub.card import card
 from llm_wsae.dictionary.hub.card_data import Facts, facts, folder_name
 from llm_wsae.dictionary.hub.errors import hub_errors
 from llm_wsae.dictionary.hub.pulling import remote_facts
@@ -43,7 +43,7 @@ from llm_wsae.dictionary.hub.repository import (
     remote_files,
 )
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.files import load_tensors, read_json
+from llm_wsae.files import read_json
 from llm_wsae.outside import check_revision, mapping
 
 _LARGEST_CARD = 4 << 20
@@ -99,16 +99,10 @@ def push(
         changed: dict[str, Path | bytes | None] = {}
         for sae_id, folder in local.items():
             changed |= _changed(sae_id, folder, files)
-        figures = {
-            sae_id
-            for sae_id in {*remote.sae_ids(own=True), *local}
-            if changed.get(path := f"{sae_id}/{FIGURE}", files.get(path)) is not None
-        }
         old = _old_card(remote)
         new = card(
             repo_id,
             [known[name] for name in sorted(known)],
-            figures,
             old=old,
             license=license,
             revision=revision,
@@ -255,12 +249,6 @@ def _changed(
     older = f"{sae_id}/{EXPLANATIONS}"
     if not explained and older in remote and f"{sae_id}/{WEIGHTS}" in changed:
         changed[older] = None  # of the older weights
-    # Redrawn only for new numbers: another version of the drawing library is no change.
-    drawing = f"{sae_id}/{FIGURE}"
-    if drawing not in remote or f"{sae_id}/{EXTRAS}" in changed:
-        figure = weights_figure(load_tensors(folder / EXTRAS, "side tensors")[0], sae_id)
-        if figure is not None or drawing in remote:  # a matrix has no figure
-            changed[drawing] = figure
     return changed
 
 

@@ -102,17 +102,13 @@ class Repository:
         known = {name: layout_of(files) for name, files in sorted(folders.items())}
         return {name: found for name, found in known.items() if found or INFO in folders[name]}
 
-    def sae_ids(self, own: bool = False) -> list[str]:
-        """Names of the dictionaries; with ``own`` only those in this package's layout."""
-        return [name for name, layout in self.layouts.items() if layout is None or not own]
-
     def wanted(self, sae_id: str | None) -> list[str]:
         """The dictionary of that name, or all of them.
 
         Raises UsageError, suggesting the nearest name, if there is no such dictionary; LlmWsaeError
         if there is none at all.
         """
-        known = self.sae_ids()
+        known = list(self.layouts)
         if not known:
             raise LlmWsaeError(f"{self._here} holds no dictionary of a layout that can be read")
         if sae_id is None:
@@ -131,7 +127,7 @@ class Repository:
 
     def announced(self, sae_id: str, layout: Layout) -> Announced:
         """What a foreign dictionary's configuration and path say. Raises as ``fetch`` does."""
-        config = self.read_json(inside(sae_id, layout.config)) if layout.config else {}
+        config = self.read_json(inside(sae_id, layout.config))
         return layout.announce(config, PurePosixPath(self.repo_id, sae_id))
 
     def dictionary_folder(self, sae_id: str) -> Path:

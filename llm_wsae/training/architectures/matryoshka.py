@@ -54,7 +54,7 @@ class Matryoshka(BatchTopK):
         residual, loss = residuals[-1].clone(), batch.x.new_zeros(())
         from_outer = torch.zeros_like(residual)
         for prefix in reversed(residuals.unbind()):  # overwritten by its gradient and outer ones'
-            prefix_loss, by_prefix = weighted_error(prefix, batch.counted, metric, batch.num_rows)
+            prefix_loss, by_prefix = weighted_error(prefix, batch.mask, metric, batch.num_rows)
             loss += prefix_loss
             from_outer = torch.add(by_prefix, from_outer, out=prefix)
         by_decoder_bias, by_output = from_outer.sum(0), residuals.flatten(0, 1)

@@ -8,11 +8,9 @@ from command_line import content
 from foreign_folders import (
     CLASSES,
     D_IN,
-    GEMMA,
     SITE,
     WRITERS,
     Expected,
-    gemma_scope,
     learning,
     place,
     saelens_cfg,
@@ -92,9 +90,6 @@ def test_the_site_and_model_are_found(tmp_path):
         info = Dictionary.load(folder).info
         assert (info.site, info.context_size) == (SITE, 64)
         assert info.model["name"] in ("tiny", "owner/tiny")
-    gemma_scope(tmp_path / GEMMA)
-    info = Dictionary.load(tmp_path / GEMMA).info
-    assert info.site == SITE and info.model == {"name": "google/gemma-2-2b"} and info.prepend_bos
     for name in ("layers.3", "gpt_neox.layers.3", "h.3"):
         sparsify(tmp_path / name)
         assert Dictionary.load(tmp_path / name).info.site == SITE
@@ -126,14 +121,13 @@ def test_dictionary_learning_transcoders_are_refused(tmp_path):
 
 
 def test_a_site_can_be_given_where_none_is_said(tmp_path):
-    gemma_scope(tmp_path / "mine")
-    sparsify(tmp_path / "mine too")
-    for name in ("mine", "mine too"):
-        with pytest.raises(LlmWsaeError, match=r'does not say where.*site="blocks\.N\.hook_resid'):
-            Dictionary.load(tmp_path / name)
-        assert Dictionary.load(tmp_path / name, site=SITE).info.site == SITE
-        with pytest.raises(LlmWsaeError, match=r"'blocks\.3' is not a site"):
-            Dictionary.load(tmp_path / name, site="blocks.3")
+    mine = tmp_path / "mine"
+    sparsify(mine)
+    with pytest.raises(LlmWsaeError, match=r'does not say where.*site="blocks\.N\.hook_resid'):
+        Dictionary.load(mine)
+    assert Dictionary.load(mine, site=SITE).info.site == SITE
+    with pytest.raises(LlmWsaeError, match=r"'blocks\.3' is not a site"):
+        Dictionary.load(mine, site="blocks.3")
     saelens_topk(tmp_path / "said")
     assert Dictionary.load(tmp_path / "said", site=SITE).info.site == SITE
     for folder in (tmp_path / "said", tmp_path / "own"):
@@ -149,9 +143,6 @@ OTHER_SITES = {
     "dictionary_learning": lambda f: learning(
         f / "d", "AutoEncoder", submodule_name="mlp_out_layer_3"
     ),
-    "gemma-mlp": lambda f: gemma_scope(f / GEMMA.replace("res", "mlp")),
-    "gemma-att": lambda f: gemma_scope(f / GEMMA.replace("res", "att")),
-    "gemma-embedding": lambda f: gemma_scope(f / GEMMA.replace("layer_3", "embedding")),
 }
 
 
@@ -204,7 +195,6 @@ def test_layouts_are_recognised_by_their_files(tmp_path):
     )
     assert layout_of(["cfg.json", "sae.safetensors"]).name == "sparsify"
     assert layout_of(["config.json", "ae.pt"]).name == "dictionary_learning"
-    assert layout_of(["params.npz"]).name == "Gemma Scope"
     assert layout_of(["cfg.json", "sae_weights.safetensors", "wsae.json"]) is None  # our own
     assert layout_of(["cfg.json", "model.safetensors"]) is None
 
@@ -215,7 +205,7 @@ def test_an_unknown_layout_is_one_sentence_with_the_known_ones(tmp_path):
         Dictionary.load(tmp_path)
     said = str(error.value)
     assert "model.safetensors" in said and "\n" not in said
-    for name in ("wsae.json", "SAELens", "sparsify", "dictionary_learning", "Gemma Scope"):
+    for name in ("wsae.json", "SAELens", "sparsify", "dictionary_learning"):
         assert name in said
     for layout, lost in (("saelens-topk", "cfg.json"), ("learning-AutoEncoder", "config.json")):
         WRITERS[layout](tmp_path / layout)
@@ -232,7 +222,7 @@ def test_what_our_plugin_trained_remembers_its_rule(tmp_path):
     assert Dictionary.load(tmp_path / "d").d_in == D_IN
 
 
-REPO, SCOPE = "user/mixed", "user/gemma-scope-2b-pt-res"
+REPO = "user/mixed"
 FOLDERS = {
     "a/topk": "saelens-topk-rescaled",
     "b/trainer_0": "learning-BatchTopKSAE",
@@ -303,17 +293,6 @@ def test_they_come_from_the_cache_when_there_is_no_network(hub, mixed, monkeypat
     close(Dictionary.from_pretrained(REPO, "layers.3"), mixed["layers.3"])
     with pytest.raises(UsageError, match="the local cache of user/mixed has no dictionary"):
         Dictionary.from_pretrained(REPO, "a/topk")
-
-
-def test_gemma_scope_takes_model_and_site_from_its_path(hub, tmp_path):
-    sae_id = GEMMA.split("/", 1)[1]
-    expected = gemma_scope(tmp_path / "written")
-    put(hub, SCOPE, sae_id, tmp_path / "written")
-    (found,) = list_dictionaries(SCOPE)
-    assert (found.sae_id, found.d_sae, found.info.site) == (sae_id, 1024, SITE)
-    dictionary = Dictionary.from_pretrained(SCOPE)
-    close(dictionary, expected)
-    assert dictionary.info.model["name"] == "google/gemma-2-2b"
 
 
 def test_one_at_the_top_of_a_repository(hub, tmp_path):

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from foreign_folders import WRITERS, npz, place
+from foreign_folders import WRITERS, place
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import BYTES, CUT, OTHER_JSON, config_changes, tensor_changes, write
@@ -26,7 +25,7 @@ LAYOUTS = (
     "own", "saelens-standard", "saelens-topk", "saelens-jumprelu", "saelens-gated",
     "saelens-checkpoint", "saelens-old", "saelens-old-topk", "saelens-old-finetuned", "sparsify",
     "learning-AutoEncoder", "learning-GatedAutoEncoder", "learning-BatchTopKSAE",
-    "learning-MatryoshkaBatchTopKSAE", "gemma-scope", "gemma-scope-compressed",
+    "learning-MatryoshkaBatchTopKSAE",
 )  # fmt: skip
 LONGEST = 400  # characters of an error, beside the path of the folder
 
@@ -85,21 +84,16 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, read by somebody else than us."""
     if path.suffix == ".safetensors":
         found = load_file(path)
-    elif path.suffix == ".pt":
-        found = torch.load(path, weights_only=True)
     else:
-        with np.load(path) as arrays:
-            found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        found = torch.load(path, weights_only=True)
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
 def save(path: Path, tensors: dict[str, Tensor]) -> None:
     if path.suffix == ".safetensors":
         save_file(tensors, path)
-    elif path.suffix == ".pt":
-        torch.save(tensors, path)
     else:
-        npz({name: tensor.numpy() for name, tensor in tensors.items()}, path)
+        torch.save(tensors, path)
 
 
 def check(folder: Path, whole: Dictionary, tmp_path: Path) -> bool:
@@ -155,7 +149,7 @@ def test_files_that_are_missing_folders_or_links_to_nowhere(tmp_path, layout):
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not name.startswith("gemma")])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_of_the_configuration(tmp_path, layout):
     """Each exchanged for twenty others and removed: an error, or it has no part in encoding."""
     folder = make(tmp_path, layout)

@@ -4,13 +4,12 @@ texts from files that cannot become anything but text."""
 import re
 
 import pytest
-import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_dictionaries import FIDELITY, SITE, make_dictionary, make_info
+from small_dictionaries import FIDELITY, SITE, make_info
 
-from llm_wsae.dictionary.hub.card import BEGIN, END, card, weights_figure
+from llm_wsae.dictionary.hub.card import BEGIN, END, card
 from llm_wsae.dictionary.hub.card_data import Facts, facts, folder_name
 from llm_wsae.dictionary.hub.card_tables import escape
 from llm_wsae.errors import LlmWsaeError
@@ -43,13 +42,13 @@ def test_another_text_that_was_measured_on_is_named():
         (here, "owner/words", "held-out text of owner/words:english+sotu"),
         (elsewhere, "text", "held-out text of other.jsonl"),
     ):
-        metadata, _ = parts(card(REPO, [one], set()))
+        metadata, _ = parts(card(REPO, [one]))
         (result,) = metadata["model-index"][0]["results"]
         assert result["dataset"] == {"type": kind, "name": name}
 
 
 def test_the_seed_is_that_of_the_weights():
-    _, body = parts(card(REPO, [some(seed=3, training={"seed": 0, "k": 4})], set()))
+    _, body = parts(card(REPO, [some(seed=3, training={"seed": 0, "k": 4})]))
     assert cells(body, "seed")[1] == "3" and cells(body, "seed of the batches")[1] == "0"
 
 
@@ -60,12 +59,12 @@ def test_who_trained_them_is_said_where_it_is_one():
         ([theirs], "directions, trained with Gemma Scope."),
         ([ours, theirs], "sums of directions. A"),
     ):
-        assert said in parts(card(REPO, chosen, set()))[1]
+        assert said in parts(card(REPO, chosen))[1]
 
 
 def test_metadata_is_what_the_hub_indexes():
     plain = some("uniform-k4", rule="uniform", alpha=1.0)
-    metadata, _ = parts(card(REPO, [plain, some()], set(), license="mit"))
+    metadata, _ = parts(card(REPO, [plain, some()], license="mit"))
     assert metadata["library_name"] == "llm-wsae" and metadata["license"] == "mit"
     assert metadata["base_model"] == ["owner/tiny-lm"]
     assert metadata["datasets"] == ["owner/words"]  # sotu is a package, not a dataset
@@ -91,7 +90,7 @@ def test_what_is_not_known_is_not_claimed():
     local = some(
         model={"name": "model.gguf", "revision": None}, corpus={"name": "speeches.txt"}, metrics={}
     )
-    metadata, body = parts(card(REPO, [local], set()))
+    metadata, body = parts(card(REPO, [local]))
     absent = {"license", "base_model", "datasets", "metrics", "model-index"}
     assert not absent & set(metadata)
     assert "Their fidelity was not measured" in body and "Monosemanticity" not in body
@@ -99,27 +98,28 @@ def test_what_is_not_known_is_not_claimed():
 
 
 def test_metadata_that_cannot_be_read_is_left_alone():
-    for odd in ("- a\n- b", "1: 2", "a: [", "tags: !!set {x}", "a: &a [*a]", "x: " + "[" * 9000):
+    for odd in ("- a\n- b", "1: 2", "a: [", "x: " + "[" * 9000):
         with pytest.raises(LlmWsaeError, match="metadata that cannot be read, so it is left") as it:
-            card(REPO, [some()], set(), old=f"---\n{odd}\n---\nmine\n")
+            card(REPO, [some()], old=f"---\n{odd}\n---\nmine\n")
         assert "\n" not in str(it.value)
-    kept = "ignore_metadata_errors: 1\nreleased: 2026-01-02\nmodel-index: x\ntags:\n  a: b"
-    metadata, body = parts(card(REPO, [some()], set(), old=f"---\n{kept}\n---\nmine\n"))
+    kept = "b: &b [*b]\nignore_metadata_errors: 1\nreleased: 2026-01-02\nmodel-index: x"
+    kept += "\ntags:\n  a: b"
+    metadata, body = parts(card(REPO, [some()], old=f"---\n{kept}\n---\nmine\n"))
     assert metadata["ignore_metadata_errors"] == 1 and metadata["released"].year == 2026
     assert "sparse-autoencoder" in metadata["tags"] and "mine" in body
-    _, body = parts(card(REPO, [some()], set(), old="mine\n\n---\n\nalso mine: [\n\n---\n"))
+    _, body = parts(card(REPO, [some()], old="mine\n\n---\n\nalso mine: [\n\n---\n"))
     assert "also mine: [" in body  # rules between paragraphs are no metadata
 
 
 def test_no_folder_of_the_machine_is_shown():
     made = {"command": "llm-wsae train /home/me/secret/store --k 4 --out ~/runs/x"}
-    _, body = parts(card(REPO, [some(training=made)], set()))
+    _, body = parts(card(REPO, [some(training=made)]))
     assert "llm-wsae train store --k 4 --out x" in body and "secret" not in body
 
 
 def test_tables_hold_the_measured_numbers():
     plain = some("uniform-k4", rule="uniform", alpha=1.0)
-    _, body = parts(card(REPO, [plain, some()], set()))
+    _, body = parts(card(REPO, [plain, some()]))
     assert cells(body, f"`{SITE}/plain-k4`") == [
         f"`{SITE}/plain-k4`", "12 → 80", "TopK, k = 4", "variance", "-0.25", "0.250",
         "0.975 [0.960, 0.990]", "0.500", "3.5", "12.5", "6.2",
@@ -142,14 +142,14 @@ def test_what_learnt_nothing_stands_beside_the_dictionaries_of_its_site():
         "baselines": {"frozen random": random, "frozen decoder": random, "| `x` |": random},
     }
     measured = [some(metrics=metrics), some("uniform-k4", rule="uniform", metrics=metrics)]
-    metadata, body = parts(card(REPO, measured, set()))
+    metadata, body = parts(card(REPO, measured))
     row = f"`frozen random, {SITE}`"
     assert body.count(f"| {row} |") == 3  # fidelity, cross-entropy, monosemanticity
     assert body.count(f"| `frozen decoder, {SITE}` |") == 3
     explained = ("learnt nothing", "one half is random", "far from theirs")
     assert all(words in body for words in explained)
     del metrics["baselines"]["frozen decoder"]
-    _, other = parts(card(REPO, [some(metrics=metrics)], set()))
+    _, other = parts(card(REPO, [some(metrics=metrics)]))
     assert [words in other for words in explained] == [True, False, True]
     assert cells(body, row)[1:8] == ["12 → —", "TopK", "none", "—", "0.250",
                                      "0.975 [0.960, 0.990]", "6.000"]  # fmt: skip
@@ -165,7 +165,7 @@ def test_monosemanticity_comes_with_its_controls():
         "note": "not a number",
     }
     with_scores = some(metrics={"fidelity": FIDELITY, "monosemanticity": scores})
-    _, body = parts(card(REPO, [with_scores, some("other-k4")], set()))
+    _, body = parts(card(REPO, [with_scores, some("other-k4")]))
     assert "| dictionary | detection auroc | token purity |" in body
     table = body.split("## Monosemanticity")[1].split("##")[0]
     assert cells(table, f"`{SITE}/plain-k4`")[1:] == [
@@ -177,7 +177,7 @@ def test_monosemanticity_comes_with_its_controls():
 
 def test_measures_of_this_package_are_explained():
     scores = {"purity": {"value": 0.6, "interval": [0.5, 0.7], "control": 0.2}, "probe_5": None}
-    _, body = parts(card(REPO, [some(metrics={"monosemanticity": scores})], set()))
+    _, body = parts(card(REPO, [some(metrics={"monosemanticity": scores})]))
     section = body.split("## Monosemanticity")[1].split("##")[0]
     assert "purity: share of the most frequent token" in section and "probe 5" not in section
     assert cells(section, f"`{SITE}/plain-k4`")[1:] == ["0.600 [0.500, 0.700] (control 0.200)"]
@@ -189,50 +189,49 @@ def test_the_command_and_versions_that_made_it():
         "versions": {"torch": "2.6.0", "python": "3.12"},
         "num_steps": 6,
     }
-    _, body = parts(card(REPO, [some(training=made)], {f"{SITE}/plain-k4"}))
+    _, body = parts(card(REPO, [some(training=made)]))
     assert "```bash\nllm-wsae train store --k 4 'rm' '''\n```" in body
     assert cells(body, "versions")[1] == "torch 2.6.0, python 3.12"
-    assert f"]({SITE}/plain-k4/weights.png)" in body
     assert body.count("```") % 2 == 0
 
 
 def test_a_command_cannot_end_our_part_of_the_card():
     """What follows our last line is taken to be the user's own text when the card is made again."""
     command = f"llm-wsae train {END} <img src=x onerror=alert(1)>"
-    first = card(REPO, [some(training={"command": command})], set(), old="mine\n")
+    first = card(REPO, [some(training={"command": command})], old="mine\n")
     assert first.count(END) == 1 and command.replace("<!--", "<! --") in first
-    assert card(REPO, [some(training={"command": command})], set(), old=first) == first
+    assert card(REPO, [some(training={"command": command})], old=first) == first
     older = first.replace("<! --", "<!--")  # as earlier versions wrote it
-    assert card(REPO, [some()], set(), old=older) == card(REPO, [some()], set(), old="mine\n")
+    assert card(REPO, [some()], old=older) == card(REPO, [some()], old="mine\n")
 
 
 def test_how_to_load_it():
-    text = card(REPO, [some()], set())
+    text = card(REPO, [some()])
     assert f'Dictionary.from_pretrained("user/saes", "{SITE}/plain-k4")' in text
     assert f'SAE.from_pretrained("user/saes", "{SITE}/plain-k4")' in text
     assert f"llm-wsae pull user/saes {SITE}/plain-k4 --out dictionaries" in text
-    branch = card(REPO, [some()], set(), revision="v2")
+    branch = card(REPO, [some()], revision="v2")
     assert f'"{SITE}/plain-k4", revision="v2")' in branch and "sae_lens" not in branch
 
 
 def test_a_card_written_again_is_the_same():
     old = "---\nlicense: mit\ntags: [mine]\nlanguage: en\n---\n# Mine\n\ntext\n"
-    first = card(REPO, [some()], set(), old=old)
-    assert card(REPO, [some()], set(), old=first) == first
+    first = card(REPO, [some()], old=old)
+    assert card(REPO, [some()], old=first) == first
     metadata, body = parts(first)
     assert metadata["license"] == "mit" and metadata["language"] == "en"
     assert metadata["tags"][-1] == "mine" and body.count("# Mine") == 1
     wrapped = first.replace(BEGIN, f"before\n\n{BEGIN}").replace(END, f"{END}\n\nafter")
-    again = card(REPO, [some(), some("other-k4")], set(), old=wrapped)
+    again = card(REPO, [some(), some("other-k4")], old=wrapped)
     assert [again.count(word) for word in ("before", "after", "# Mine", BEGIN)] == [1, 1, 1, 1]
     index = {"name": "another", "results": []}
-    kept, _ = parts(card(REPO, [some()], set(), old=f"---\nmodel-index: [{index}]\n---\n"))
+    kept, _ = parts(card(REPO, [some()], old=f"---\nmodel-index: [{index}]\n---\n"))
     assert [entry["name"] for entry in kept["model-index"]] == ["saes", "another"]
 
 
 def test_metadata_that_is_no_yaml_is_left_alone():
     with pytest.raises(LlmWsaeError, match=r"README.md of user/saes begins with metadata that"):
-        card(REPO, [some()], set(), old="---\na: [\n---\nmine\n")
+        card(REPO, [some()], old="---\na: [\n---\nmine\n")
 
 
 EVIL = "<script>alert(1)</script> | [x](javascript:alert(1)) `code` ![y](z)\n\n# head\n| a | b |"
@@ -246,7 +245,7 @@ def test_texts_from_files_stay_texts():
         training={"note": EVIL, "versions": {"torch": EVIL}},
         metrics={"fidelity": FIDELITY, "monosemanticity": {EVIL: 1.0}},
     )
-    _, body = parts(card(REPO, [hostile], set()))
+    _, body = parts(card(REPO, [hostile]))
     assert "<script" not in body and "\n# head" not in body and "\n| a | b |" not in body
     assert not re.search(r"(?<!\\)\]\((javascript|z)", body)
     rows = [line for line in body.splitlines() if line.startswith("| ")]
@@ -266,7 +265,7 @@ def test_escaped_markdown_shows_the_text_itself():
 def test_a_token_never_gets_into_a_card():
     secret = "hf_" + "a1B2" * 8
     made = {"command": f"HF_TOKEN={secret} llm-wsae train", "note": secret}
-    text = card(REPO, [some(training=made, corpus={"name": secret})], set(), old=f"mine {secret}")
+    text = card(REPO, [some(training=made, corpus={"name": secret})], old=f"mine {secret}")
     assert secret not in text
 
 
@@ -289,23 +288,11 @@ INNER = ("name", "revision", "fidelity", "fvu", "ce_recovered_interval", "monose
 )
 def test_any_json_makes_a_card(cfg, info):
     """A repository's other dictionaries may hold anything; a card comes out, and its YAML reads."""
-    text = card(REPO, [facts("some/name", cfg, info), some()], set())
+    text = card(REPO, [facts("some/name", cfg, info), some()])
     metadata, body = parts(text)
     assert metadata["library_name"] == "llm-wsae"
     assert cells(body, f"`{SITE}/plain-k4`")[5] == "0.250"
     assert not re.search(r"<(?!!-- )", re.sub(r"```.*?\n```", "", body, flags=re.DOTALL))
-
-
-def test_the_weights_figure():
-    extras = make_dictionary().extras
-    png = weights_figure(extras, "a $title$ of β_2")
-    assert png is not None and png.startswith(b"\x89PNG") and len(png) > 5000
-    assert weights_figure(extras, "a $title$ of β_2") == png
-    assert weights_figure({}, "t") is None
-    assert weights_figure({**extras, "gamma": extras["gamma"].diag()}, "t") is None
-    assert weights_figure({**extras, "gamma": 0 * extras["gamma"]}, "t") is None
-    plain = torch.ones_like(extras["gamma"])
-    assert weights_figure({**extras, "gamma": plain}, "t") is None
 
 
 def test_folder_names_are_harmless():

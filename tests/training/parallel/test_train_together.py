@@ -61,7 +61,6 @@ def arms():
         ),
         LossWeights(matrix, RULES["sensitivity"], 0.5, WeightConfig(place="space")),
         LossWeights(matrix.T @ matrix, RULES["sensitivity"], 1.0),
-        LossWeights(torch.ones(16), RULES["token-norm"], -0.5),
     ]
     return [*make_arms(plain, (2,), (0.1,), architectures=ARCHITECTURES), *make_arms(spaces, (2,))]
 
@@ -184,7 +183,7 @@ def test_a_killed_process_ends_all_and_loses_nothing(together, tmp_path, shard, 
     outcomes = run(2, make, tmp_path, config, FEW, unlucky, die)
     assert outcomes[unlucky] is None
     said = outcomes[1 - unlucky]
-    assert "exited without an error message" in said or "has ended" in said
+    assert "exited without an error message" in said
     assert "run the same command again to resume" in said
     tensors, metadata = load_tensors(tmp_path / CHECKPOINT, "checkpoint")
     assert json.loads(metadata["llm_wsae"])["step"] in (22, 23)
