@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from llm_wsae.errors import LlmWsaeError, UsageError
     from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
     from llm_wsae.evaluation.fidelity.evaluator import evaluate
-    from llm_wsae.evaluation.round_trip.config import RecoverConfig
-    from llm_wsae.evaluation.round_trip.recovering import recover
     from llm_wsae.explaining.explaining import explain
     from llm_wsae.explaining.protocol import ExplainConfig
     from llm_wsae.harvesting import harvest
@@ -83,8 +81,6 @@ _HOMES = {
     "export_neuronpedia": "pages.neuronpedia",
     "EvaluateConfig": "evaluation.config",
     "MonosemanticConfig": "evaluation.config",
-    "recover": "evaluation.round_trip.recovering",
-    "RecoverConfig": "evaluation.round_trip.config",
     "LlmWsaeError": "errors",
     "UsageError": "errors",
     "harvest": "harvesting",
@@ -121,7 +117,6 @@ __all__ = [
     "MonosemanticConfig",
     "PlantConfig",
     "PlantedSource",
-    "RecoverConfig",
     "Rule",
     "Scale",
     "Site",
@@ -147,7 +142,6 @@ __all__ = [
     "measure_recovery",
     "open_stores",
     "plan",
-    "recover",
     "run",
     "study",
     "train",

@@ -25,7 +25,6 @@ from llm_wsae.commands.inspect import inspect
 from llm_wsae.commands.options import Result
 from llm_wsae.commands.parser import parse
 from llm_wsae.commands.plan import plan
-from llm_wsae.commands.recover import recover
 from llm_wsae.commands.run import run
 from llm_wsae.commands.study import study
 from llm_wsae.commands.theory import theory
@@ -45,7 +44,6 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "weigh": weigh,
     "train": train,
     "evaluate": evaluate,
-    "recover": recover,
     "inspect": inspect,
     "dashboard": dashboard,
     "explain": explain,

@@ -1,11 +1,10 @@
-"""Checking every byte of what this package wrote: stores, dictionaries, trainings, studies, planted
-experiments, weights files.
+"""Checking every byte of what this package wrote: stores, dictionaries, trainings, studies,
+weights files.
 
 Every file is compared with its digest. One of another tool, which has none, is only read, and named
 in the answer.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +34,8 @@ from llm_wsae.dictionary.formats.reading import is_own, layout_of
 from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
-from llm_wsae.pages.latent_measures import RECOVERY
 from llm_wsae.studies.folder import BASIS, read_basis, read_results
 from llm_wsae.studies.jobs import GROUP
-from llm_wsae.theory.jobs import REPORT, UNITS, read_result
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, log_at_checkpoint, read_finished
 from llm_wsae.training.log import LOG, Written
 from llm_wsae.weights.loss_weights import LossWeights, is_weights_file
@@ -56,8 +53,8 @@ class Found:
     """What a check found."""
 
     kind: str
-    """``store``, ``dictionary``, ``training``, ``study``, ``theory``, ``run``, ``recovery report``,
-    ``record``, ``weights file`` or ``folder of pulled dictionaries``."""
+    """``store``, ``dictionary``, ``training``, ``study``, ``run``, ``record``, ``weights file`` or
+    ``folder of pulled dictionaries``."""
     advance: Callable[[int], object] = field(default=lambda size: None, repr=False)
     """Told the bytes of every file that was checked."""
     problems: list[str] = field(default_factory=list)
@@ -141,19 +138,14 @@ def _kind(folder: Path, names: set[str]) -> str:
         return "study"
     if names & {FINISHED, CHECKPOINT}:
         return "training"
-    if REPORT in names or (folder / UNITS).is_dir():
-        return "theory"
     if any((folder / name / own).is_file() for name in names for own in _OF_RUN):
         return "run"
     if PULLED in names:
         return "folder of pulled dictionaries"
-    if RECOVERY in names:
-        return "recovery report"
     raise LlmWsaeError(
         f"{folder} is not a store (with a {MANIFEST}), a dictionary (with a {CFG}), a training "
-        f"(with a {FINISHED} or {CHECKPOINT}), a study (with a {BASIS}), planted "
-        f"experiments (with a {REPORT}), a recovery report ({RECOVERY}), pulled dictionaries (with "
-        f"a {PULLED}) or the folder of a run"
+        f"(with a {FINISHED} or {CHECKPOINT}), a study (with a {BASIS}), "
+        f"pulled dictionaries (with a {PULLED}) or the folder of a run"
     )
 
 
@@ -178,10 +170,6 @@ def _check_folder(found: Found, folder: Path) -> None:
         _check_training(found, folder, names)
     if BASIS in names and not any(path.is_relative_to(folder) for path in found.damaged):
         found.check(folder, lambda: (read_basis(folder), read_results(folder)))
-    if UNITS in names:
-        for path in sorted((folder / UNITS).glob("*.json")):
-            if path not in found.damaged:
-                found.check(path, functools.partial(read_result, path))
 
 
 def _check_json(found: Found, path: Path) -> None:

@@ -20,7 +20,6 @@ def dashboard(
     bands: int = 10,
     rows: int | None = None,
     scores: Path | None = None,
-    recovery: Path | None = None,
     live: Flag = False,
     port: int = 0,
     loading: Flat[LoadOptions] = LoadOptions(),  # noqa: B008 - frozen
@@ -37,7 +36,6 @@ def dashboard(
         bands: Further contexts, one from each of that many bands of its activation.
         rows: Look at the first rows of the store only; the default is all.
         scores: Report of `evaluate --monosemantic`, whose scores of latents become measures here.
-        recovery: Report of `recover`; by default the recovery.json beside the dictionaries.
         live: Also serve the page on this machine, to type sentences and steer the model.
         port: Port to serve it on; 0 takes a free one.
     """
@@ -66,7 +64,6 @@ def dashboard(
         bands=bands,
         rows=rows,
         scores=scores,
-        recovery=recovery,
         live=live,
     )
     if listening is not None:

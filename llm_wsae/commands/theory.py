@@ -1,4 +1,4 @@
-"""The command that runs the planted experiments."""
+"""The command that runs the toy experiment of the paper."""
 
 import time
 from pathlib import Path
@@ -9,19 +9,18 @@ from llm_wsae.theory.config import TheoryConfig
 
 def theory(
     out: Path,
-    planted: Flat[TheoryConfig] = TheoryConfig(),  # noqa: B008 - frozen
+    toy: Flat[TheoryConfig] = TheoryConfig(),  # noqa: B008 - frozen
 ) -> Result:
-    """Which weights help where the true features are known: closed form and planted data.
+    """Repeat the paper's toy experiment: what dictionaries find where the features are known.
 
-    Run it again to resume after an interruption, or with more experiments or seeds to add them.
+    Run it again to resume after an interruption, or with more seeds or sparsities to add them.
 
     Args:
-        out: Folder that receives the report, figures, and one file per experiment and seed.
+        out: Folder that receives the report and one training for each sparsity and seed.
     """
-    from llm_wsae.theory.experiments import figures, run_theory
+    from llm_wsae.theory.toy import REPORT, run_toy
 
     started = time.monotonic()
-    report = run_theory(planted, out)
-    lines = [report.table(), "", f"report   {out / 'theory.md'}, and theory.json next to it"]
-    lines += [f"figure   {out / name}" for name in figures(report)]
-    return report.to_dict(), "\n".join([*lines, "", cost(started)])
+    report = run_toy(toy, out)
+    lines = [report.table(), "", f"report   {out / REPORT}", cost(started)]
+    return report.to_dict(), "\n".join(lines)

@@ -18,7 +18,7 @@ def verify(
     """Check every byte of what llm-wsae wrote, and name what is damaged and what to do.
 
     Args:
-        path: Store, dictionary, folder of a training, study, run or theory, weights file, or
+        path: Store, dictionary, folder of a training, study or run, weights file, or
             JSON record; also another tool's dictionary, which has no checksums.
         site: Site of a dictionary whose files do not name it.
     """

@@ -22,7 +22,7 @@ from llm_wsae.outputs import check_file
 from llm_wsae.outside import check_number
 from llm_wsae.pages.collecting import collect
 from llm_wsae.pages.frame import filled, is_page
-from llm_wsae.pages.latent_measures import read_recovery, read_scores
+from llm_wsae.pages.latent_measures import read_scores
 from llm_wsae.pages.payload import (
     Latents,
     Words,
@@ -62,7 +62,6 @@ def dashboard(
     bands: int = EXAMPLES,
     rows: int | None = None,
     scores: Path | str | None = None,
-    recovery: Path | str | None = None,
     live: bool = False,
 ) -> Dashboard:
     """Write one HTML file that shows what dictionaries of a site found in a store.
@@ -71,10 +70,8 @@ def dashboard(
     folders, ``model`` is a LanguageModel or whatever ``LanguageModel.load`` takes. ``top`` contexts
     and one of each of ``bands`` quantile bands of the activation are shown for every latent;
     ``prompts`` are sentences whose latents are shown token by token; ``rows`` limits how many rows
-    of the store are looked at. ``scores`` is a report of ``evaluate --monosemantic``, ``recovery``
-    one of ``recover``; what they say of latents becomes measures here. A recovery.json beside a
-    dictionary's folder that is about it is found. ``live`` adds the panels that ask a server
-    (``live.serve``).
+    of the store are looked at. ``scores`` is a report of ``evaluate --monosemantic``, whose scores
+    of latents become measures here. ``live`` adds the panels that ask a server (``live.serve``).
 
     The rows are encoded in one pass, and those of contexts with examples are read once more. Memory
     grows with the store by only 4 bytes a row, and 4 more for each dictionary.
@@ -95,7 +92,6 @@ def dashboard(
     check_number("rows", 1 if rows is None else rows, 1)
     _check_size(named, top + bands, min(store.num_rows, rows or store.num_rows))
     scored = {} if scores is None else read_scores(Path(scores), named)
-    recovered = read_recovery(None if recovery is None else Path(recovery), named)
     words = Words(Vocabulary(model.tokenizer))
     sentences = [
         [read_sentence(model, dictionary, text) for dictionary in named.values()]
@@ -117,8 +113,7 @@ def dashboard(
         parts += [(f"chunk-{index}-{i}", chunk) for i, chunk in enumerate(chunks)]
         near = latents.neighbours[1]
         cosine = near[:, 0] if near.shape[1] else near.new_full((1,), nan)  # of a single latent
-        measures = {**scored.get(name, {}), **recovered.get(name, {})}
-        columns = table(dictionary, own, cosine, beside, measures)
+        columns = table(dictionary, own, cosine, beside, scored.get(name, {}))
         parts.append((f"table-{index}", packed(columns)))
         parts.append((f"search-{index}", packed(latents.search)))
         shown.append(facts(dictionary, name, own, seen) | {"partner": partner})

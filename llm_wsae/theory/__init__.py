@@ -1,1 +1,1 @@
-"""The paper's theory as code, and the planted data on which its claims can be tested."""
+"""The paper's theorems as code, and its toy experiment."""

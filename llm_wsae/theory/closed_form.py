@@ -94,10 +94,9 @@ def sparsity_for_error(
     if _error_of_single_features(mixing) > bound:
         return None
     uniform = torch.rand(rows, mixing.shape[1], generator=generator, dtype=mixing.dtype)
-    ones = torch.ones(mixing.shape[1], dtype=mixing.dtype)
 
     def error(sparsity: float) -> float:
-        x = features_from_uniform(uniform, ones * (1 - sparsity), ones)
+        x = features_from_uniform(uniform, sparsity)
         return float(relative_error(mixing, x)) if bool((x > 0).any()) else 0.0
 
     if error(0.0) <= bound:

@@ -40,7 +40,6 @@ from llm_wsae.studies import jobs, runner
 from llm_wsae.studies.config import StudyConfig
 from llm_wsae.studies.folder import read_basis
 from llm_wsae.studies.results import read_result
-from llm_wsae.theory.jobs import Unit, finish
 from llm_wsae.training.arm import Arm
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, load_checkpoint, read_finished
 from llm_wsae.training.config import TrainConfig
@@ -236,8 +235,6 @@ def of_others(folder: Path) -> dict[str, Kind]:
     works(*weigh, "whitening", "--out", weights)
     works(*weigh, "variance", "--out", other)
     measured = StoredMeasurement(store, PLACE, "second_moment")
-    unit = Unit(folder / "theory/units/a-seed0.json", {"seed": 0, "rows": 300}, lambda check: {})
-    write_json(unit.path, {"identity": unit.identity, "result": {"arms": {"a": [0.5, None]}}})
     answers, known = folder / "answers.jsonl", {}
     for number in range(4):
         known[f"{number:064}"] = f"answer {number}"
@@ -272,7 +269,6 @@ def of_others(folder: Path) -> dict[str, Kind]:
     return {
         "weights file": Kind(weights, other, lambda: LossWeights.load(weights)),
         "measurement kept in a store": Kind(measured._path, weights, read_measured),
-        "planted experiment": Kind(unit.path, record, lambda: finish([unit], 1, "x")),
         "answers": Kind(answers, answers, read_answers),
         "report with scores": Kind(folder / "report.json", record, read_scored),
         "record of an export": Kind(record, folder / "report.json", read_record),

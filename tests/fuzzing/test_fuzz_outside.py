@@ -2,6 +2,7 @@
 no code of theirs runs, and nothing of anybody's is changed."""
 
 import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from small_dictionaries import make_dictionary
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.theory import experiments
+from llm_wsae.theory import toy
 
 MEMORY = 24 << 30  # bytes of addresses; torch alone takes several
 EVALUATE = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 60, "--bootstraps", 9)
@@ -41,7 +42,7 @@ WORKING = {
             "--evaluate.tokens", 60),
     "study": ("store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, "--k", 4,
               "--seeds", 0, 1, "--train.tokens", 512, "--train.batch-size", 128),
-    "theory": ("--experiments", "mixed-0.7", "--seeds", 0, 1, "--steps", 3, "--rows", 100),
+    "theory": ("--sparsity", 0.99, "--seeds", 0, 1, "--steps", 3),
     "explain": ("trained/uniform-k4", "--store", "store", "--model", "model",
                 "--endpoint", "http://127.0.0.1:9/v1", "--explainer", "x"),
     "push": ("trained/uniform-k4", "user/saes"),
@@ -156,7 +157,7 @@ def tidy(world: Path, before: dict[str, bytes], fuzz: Fuzz, kind: str, case: obj
 def test_command_lines(places, monkeypatch, fuzz):
     """Of every command; what works is repeated with other words."""
     monkeypatch.chdir(places)
-    monkeypatch.setattr(experiments, "MIXTURES", {"digon": 0.5})  # the others take seconds
+    monkeypatch.setattr(toy, "_MODEL_STEPS", 3)  # more take seconds
     before = content(places)
     for number, draw in fuzz.cases("command line", 40):
         judge(fuzz, "command line", number, command_line(draw))
@@ -204,9 +205,10 @@ OUTS = ("empty/x", "nothing", "store", "model", "trained", "trained/uniform-k4",
 def test_places(places, monkeypatch, fuzz):
     """What is read is gone, of another kind or forbidden; what is written cannot be."""
     monkeypatch.chdir(places)
-    monkeypatch.setattr(experiments, "MIXTURES", {"digon": 0.5})  # the others take seconds
+    monkeypatch.setattr(toy, "_MODEL_STEPS", 3)  # more take seconds
     for name in WORKING:  # modules are imported first: nobody might not read them either
         call(name, "--help")
+    importlib.import_module("matplotlib.font_manager")  # as the figures do, later
     before, closed = content(places), places / "closed"
     closed.mkdir()
     cases = [(name, "read", path, how) for name in WORKING for path in READS for how in WAYS]

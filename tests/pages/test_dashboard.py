@@ -136,7 +136,6 @@ def page(world):
     per_latent = {"detection": DETECTION, "purity": [None] * 64, "density": [0.1] * 64}
     report = {"dictionaries": {Path(PLAIN).name: {"per_latent": per_latent}}}
     (world / "report.json").write_text(json.dumps({"monosemanticity": report}))
-    works("recover", world / PLAIN, "--store", world / "store", "--out", world / "trained")
     result = works(
         "dashboard", world / PLAIN, world / WEIGHTED, "--store", world / "store",
         "--model", world / "model", "--out", out, "--prompt", "one two three", "--top", TOP,
@@ -210,34 +209,6 @@ def test_an_explanation_stands_before_the_tokens_and_in_the_latents_panel(browse
     assert LABEL in said and "detection 0.75 [0.50, 1.00], 15 of 16" in said
 
 
-def test_the_round_trip_of_a_latent_is_shown(world, page, tab):
-    """From the recovery.json beside the dictionary that it is about."""
-    report = json.loads((world / "trained/recovery.json").read_text())
-    columns = report["dictionaries"][Path(PLAIN).name]["per_latent"]
-    text = page.read_text()
-    for key in ("vanished", "shrunk", "false", "missed", "answer", "refit"):
-        shown_numbers = unpacked(text, "table-0")[key]
-        for wanted, found in zip(columns[key], shown_numbers, strict=True):
-            assert found == (None if wanted is None else pytest.approx(wanted, rel=1e-3, abs=1e-9))
-        assert key not in unpacked(text, "table-1")
-    answers = [i for i in range(64) if columns["answer"][i] is not None]
-    latent = max(answers, key=lambda i: columns["vanished"][i] or 0)
-    tab.goto(f"file://{page}#latents/d0/L{latent}")
-    tab.reload()
-    tab.wait_for_selector("text=round trip: vanished")
-    said = tab.locator("article").inner_text()
-    share = float(f"{100 * columns['vanished'][latent]:.3g}")
-    assert f"vanished {share:g} %" in said and "missed" in said
-    answer = float(f"{columns['answer'][latent]:.3g}")
-    refit = float(f"{columns['refit'][latent]:.3g}")
-    assert f"answer {answer:g}" in said and f"refit {refit:g}" in said
-    taker, taken = columns["takers"][latent][0]
-    assert f"#{taker} takes {float(f'{-100 * taken:.3g}'):g} %" in said
-    assert unpacked(text, "table-0")["taker"][latent] == taker
-    show(tab, f"latents/d1/L{latent}")
-    assert "round trip" not in tab.locator("article").inner_text()
-
-
 def test_the_card_shows_what_was_measured():
     metrics = {
         "fidelity": {"fvu": 0.1234, "kl": 0.2, "kl_interval": [0.19, 0.21], "ce_recovered": "much"},
@@ -307,17 +278,6 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(world, tmp_path)
         (
             ("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--scores", report),
             "does not hold a detection of each of the 64 latents",
-        ),
-        (
-            (
-                "dashboard",
-                world / WEIGHTED,
-                *ask,
-                tmp_path / "p.html",
-                "--recovery",
-                world / "trained/recovery.json",
-            ),
-            f"is not about {Path(WEIGHTED).name}",
         ),
         (
             ("dashboard", world / PLAIN, *ask, tmp_path / "p.html", "--scores", world / "trained"),

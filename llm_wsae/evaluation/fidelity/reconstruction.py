@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
-from llm_wsae.evaluation.round_trip.sums import RoundTripSums
+from llm_wsae.evaluation.fidelity.round_trip import RoundTripSums
 
 _TOGETHER = 512  # rows in float64 at a time, which stay in a CPU's cache
 HISTOGRAM_LOW, HISTOGRAM_STEP = -7.0, 0.25  # log10 of the density

@@ -79,7 +79,7 @@ class Fidelity:
     """Share of latents that fire on more than 10 % of the rows."""
     vanished: float
     """Of all firings z, the share that is gone when the reconstruction is encoded again, r = 0
-    (``round_trip.sums``)."""
+    (``round_trip``)."""
     shrunk: float
     """Mean of (z − r)/z over the others."""
     false_latents: float
