@@ -68,7 +68,7 @@ llm-wsae COMMAND --help   show the options of a command
 --debug                   show the traceback of an error
 --version                 print the version
 
-Exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 141 nobody reads the output,
+Exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 141 output pipe closed,
 143 terminated."""
 _NO_MEMORY = "can't allocate memory"  # of a RuntimeError of torch
 

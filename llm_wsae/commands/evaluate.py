@@ -43,7 +43,7 @@ def evaluate(
         out: JSON report to write.
         part: Which documents to read: those for training, those held out, or all.
         monosemantic: Also measure how monosemantic the latents are, with a sentence encoder.
-        baselines: Also measure what learnt nothing: the dimensions themselves, and a random
+        baselines: Also measure untrained baselines: the dimensions themselves, and a random
             dictionary; what others win should be more.
         keep: Also store the results in the dictionaries' own folders, for their cards, with those
             of the baselines measured beside them, half-random dictionaries included.

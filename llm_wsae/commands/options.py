@@ -152,7 +152,7 @@ class GridOptions(RuleOptions):
 
     architecture: tuple[ArchitectureName, ...] = ("topk",)
     """Architectures: topk has k active latents on every token, batch-topk, matryoshka and jumprelu
-    k on average, gba fewer, relu as many as its L1 leaves. The frozen ones are topk baselines that
+    k on average; gba: at most k; relu: set by --l1. The frozen ones are topk baselines that
     leave one half random; where there are plain weights, they have these alone."""
     l1: tuple[float, ...] = ()
     """L1 coefficients, each of a ReLU dictionary, which ignores k."""

@@ -334,8 +334,7 @@ def check_replaceable(folder: Path) -> None:
     if strange or not is_dictionary(folder):
         found = strange[0] if strange else "no sign that this package made it"
         raise LlmWsaeError(
-            f"{folder} is not just a dictionary (it holds {found}), so it is left alone; "
-            "save into another folder"
+            f"{folder} is not just a dictionary (it holds {found}); save into another folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""Dictionaries that learnt nothing, beside which the numbers of trained ones are read.
+"""Untrained and half-trained baselines, beside which the numbers of trained dictionaries are read.
 
 Measures of interpretability are high for random dictionaries, too (Korznikov et al. 2026, arXiv
 2602.14111). Two more baselines, in which one half is trained, are architectures: ``frozen-decoder``
@@ -26,7 +26,7 @@ _BATCH_TOKENS = 4096
 _SEED = 0
 RAW = "raw dimensions"
 HALF_RANDOM = {"frozen-decoder": "frozen decoder", "frozen-encoder": "frozen encoder"}
-"""What the baselines of which one half is trained are called in tables, by their architecture."""
+"""Names of the half-trained baselines in tables, by their architecture."""
 
 
 def half_random_beside(one: Dictionary, among: Mapping[str, Dictionary]) -> dict[str, str]:

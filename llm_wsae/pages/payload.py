@@ -140,7 +140,7 @@ def facts(dictionary: Dictionary, name: str, found: Firings, seen: TextSize) -> 
             for count, effective in [[number(fidelity.get(key)) for key in _DOCUMENTS]]
             if count is not None and effective is not None
         ],
-        f"The same of what learnt nothing, or one half ({titles})": [
+        f"The same of untrained and half-trained baselines ({titles})": [
             (printable(str(label)), ", ".join(f"{one:.3f}" for one in values), "")
             for label, own in mapping(info.metrics.get("baselines")).items()
             if (values := _known(mapping(mapping(own).get("fidelity"))))

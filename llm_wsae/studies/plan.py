@@ -28,7 +28,7 @@ FROZEN: dict[ArchitectureName, str] = {
     "frozen-decoder": "topk baseline: frozen decoder",
     "frozen-encoder": "topk baseline: frozen encoder",
 }
-"""Labels of the baselines of which one half is trained, by their architecture."""
+"""Labels of the half-trained baselines, by their architecture."""
 BASELINES = (RAW, *FROZEN.values())
 """Labels of all baselines."""
 

@@ -44,7 +44,7 @@ _AFTER_FIRST = (
     "the same seed that was trained on half as well: as many rows in all as for a plain one."
 )
 _BASELINES = (
-    "Means over seeds. Baselines are TopK dictionaries that learnt nothing, or only one half: the "
+    "Means over seeds. Baselines are untrained or half-trained TopK dictionaries: the "
     "dimensions themselves, and a decoder or an encoder that stays random (arXiv 2602.14111). "
     "Where they come close to the others, a measure says little of what was learnt. No verdict or "
     "correction depends on them."

@@ -147,7 +147,7 @@ class Result:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it learnt nothing, or one half only: it is shown, and compared with nothing."""
+        """Whether it is an untrained or half-trained baseline: shown, and compared with nothing."""
         return self.label in BASELINES
 
 

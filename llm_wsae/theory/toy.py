@@ -3,7 +3,7 @@
 A toy model of superposition puts 200 sparse features into 20 dimensions, and dictionaries of 200
 latents are trained on what it makes of them: plain ones and weighted ones, on the same rows. The
 features are known, so each dictionary can be compared with the truth. Beside them stand the closed
-form W_pᵀ of theorem 1, which knows the truth, and random directions, which learnt nothing.
+form W_pᵀ of theorem 1, which knows the truth, and random directions, which are untrained.
 
 A dictionary is TopK with half as many latents on a row as there are features on average. With a
 ReLU alone, 200 latents reconstruct 20 dimensions from other directions than the true ones, at any

@@ -361,11 +361,12 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], under: str = "")
         if isinstance(there, dict) and isinstance(asked, dict):
             yield from _differences(there, asked, f"{under}{name} ")
         elif isinstance(there, dict):
-            yield f"{under}{name} is there, but not asked for"
+            yield f"the saved training has {under}{name}; this command does not"
         elif isinstance(asked, dict):
-            yield f"{under}{name} is asked for, but not there"
+            yield f"this command has {under}{name}; the saved training does not"
         else:
-            yield f"{under}{name}: {_short(there)} there, {_short(asked)} asked for"
+            saved = f"{_short(there)} in the saved training"
+            yield f"{under}{name}: {saved}, {_short(asked)} in this command"
 
 
 def _alike(there: Any, asked: Any) -> bool:

@@ -1,4 +1,4 @@
-"""TopK of which one half stays as it was drawn: what a dictionary does without learning it.
+"""Half-trained baselines: TopK whose encoder or decoder stays random.
 
 Korznikov et al. 2026 (arXiv 2602.14111) find that such dictionaries come close to trained ones in
 measures of interpretability. What a weighting is said to win should be more than that.

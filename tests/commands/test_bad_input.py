@@ -413,14 +413,14 @@ def test_nothing_of_other_people_is_replaced(refused, world, tmp_path, subtests)
         (
             WEIGHING,
             "model/model.safetensors",
-            f"model/model.safetensors is there already and {left}",
+            f"model/model.safetensors already exists and {left}",
         ),
-        (WEIGHING, "model/config.safetensors", f"model/config.json is there already and {left}"),
+        (WEIGHING, "model/config.safetensors", f"model/config.json already exists and {left}"),
         (("evaluate", "trained/uniform-k4", *EVALUATING), "notes.json", left),
         ((*page, "--store", "store", "--model", "model"), "page.html", left),
         ((*TRAINING, "--k", 4), "store", "store is an activation store"),
         ((*TRAINING, "--k", 4), "trained/uniform-k4", "trained/uniform-k4 is a dictionary"),
-        ((*TRAINING, "--k", 4), "mine", "mine/log.jsonl is there already"),
+        ((*TRAINING, "--k", 4), "mine", "mine/log.jsonl already exists"),
         (STUDYING, "mine", "mine holds report.md"),
     ):
         with subtests.test(f"{command[0]} {out}"):
@@ -457,9 +457,9 @@ def test_a_store_of_another_model_or_form(refused):
 def test_a_training_with_other_settings(refused):
     sentence = refused(1, *TRAINING, "--k", 5, "--out", "trained", "--shuffle-seed", 3,
                        said=["trained holds a training with other settings",
-                             "arms uniform-k4 is there, but not asked for",
-                             "arms uniform-k5 is asked for, but not there",
-                             "seed: 0 there, 3 asked for"])  # fmt: skip
+                             "the saved training has arms uniform-k4; this command does not",
+                             "this command has arms uniform-k5; the saved training does not",
+                             "seed: 0 in the saved training, 3 in this command"])  # fmt: skip
     assert sentence.endswith("choose another folder, or delete that one")
 
 

@@ -1,4 +1,4 @@
-"""Dictionaries that learnt nothing."""
+"""Untrained and half-trained baselines."""
 
 import pytest
 import torch

@@ -227,7 +227,7 @@ def test_the_card_shows_what_was_measured():
     assert [line[:2] for line in groups["Fidelity on held-out text"]] == [
         ("FVU", "0.123"), ("KL", "0.200 [0.190, 0.210]"),
     ]  # fmt: skip
-    beside = groups["The same of what learnt nothing, or one half (FVU, CE recovered, KL)"]
+    beside = groups["The same of untrained and half-trained baselines (FVU, CE recovered, KL)"]
     assert beside == [("raw dimensions", "0.600, 0.500, 2.500", "")]
     ((name, value, meaning),) = groups["Monosemanticity on held-out text"]
     assert (name, value) == ("purity", "0.600 [0.500, 0.700] (control 0.100)")

@@ -58,7 +58,7 @@ def rule_words(d: Facts) -> str:
 
 
 def with_baselines(dictionaries: Sequence[Facts]) -> list[Facts]:
-    """The dictionaries, and what learnt nothing or one half and was measured beside them: for each
+    """The dictionaries, and the untrained and half-trained baselines measured beside them: for each
     site the dimensions of the activations, a random dictionary and two half-random ones."""
     found: dict[str, Facts] = {}
     for d in dictionaries:
@@ -111,7 +111,7 @@ def fidelity_notes(dictionaries: Sequence[Facts]) -> list[str]:
     if any(name in _UNTRAINED for name in beside):
         notes[0] += (
             " Raw dimensions (two latents for each dimension of the activations) and frozen random "
-            "(random directions) learnt nothing."
+            "(random directions) are untrained."
         )
     if any(name in _HALF_RANDOM for name in beside):
         notes[0] += (

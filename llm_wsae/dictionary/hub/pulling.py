@@ -127,7 +127,7 @@ def _check_ours(folder: Path, recorded: Any, repo_id: str, digests: Any) -> None
     if not ours and here != digests:
         raise LlmWsaeError(
             f"{folder} holds a dictionary that was not pulled from {repo_id}, or was saved again "
-            "since, so it is left alone; choose another --out"
+            "since; choose another --out"
         )
 
 

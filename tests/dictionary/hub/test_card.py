@@ -146,7 +146,7 @@ def test_what_learnt_nothing_stands_beside_the_dictionaries_of_its_site():
     row = f"`frozen random, {SITE}`"
     assert body.count(f"| {row} |") == 3  # fidelity, cross-entropy, monosemanticity
     assert body.count(f"| `frozen decoder, {SITE}` |") == 3
-    explained = ("learnt nothing", "one half is random", "far from theirs")
+    explained = ("untrained", "one half is random", "far from theirs")
     assert all(words in body for words in explained)
     del metrics["baselines"]["frozen decoder"]
     _, other = parts(card(REPO, [some(metrics=metrics)]))

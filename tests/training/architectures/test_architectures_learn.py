@@ -169,7 +169,7 @@ def test_trainings_from_before_there_were_architectures_go_on(trained, tmp_path)
     with pytest.raises(Interrupted, match="stopped after step 30 of"):
         train(Planted(stop_after=30), arms, CONFIG, tmp_path)
     other = make_arms([arms[0].weights], (2,), architectures=("jumprelu",))
-    with pytest.raises(LlmWsaeError, match="arms uniform-jumprelu-k2 is asked for, but not there"):
+    with pytest.raises(LlmWsaeError, match="this command has arms uniform-jumprelu-k2; the saved"):
         train(Planted(), other, CONFIG, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""TopK of which one half stays as it was drawn."""
+"""Half-trained baselines: TopK whose encoder or decoder stays random."""
 
 import json
 from dataclasses import replace

@@ -171,7 +171,7 @@ def test_what_one_process_began_is_ended_by_several(alone, tmp_path):
     before, _ = load_tensors(checkpoint, "checkpoint")
     config = replace(SHORT, shard="latents", checkpoint_seconds=0.0)
     outcomes = run(2, make, tmp_path, replace(config, shuffle_seed=1), FEW)
-    assert "seed: 0 there, 1 asked for" in outcomes[0]
+    assert "seed: 0 in the saved training, 1 in this command" in outcomes[0]
     assert isinstance(run(2, make, tmp_path, config, FEW)[0], list)
     check_close(tmp_path, alone, FEW)
     assert before[f"{FEW[0]}/encoder"].shape == (64, 16) and not checkpoint.exists()
