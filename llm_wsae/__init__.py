@@ -12,30 +12,30 @@ if TYPE_CHECKING:
     from llm_wsae.attaching.edits import Ablate, Clamp, Scale, Steer
     from llm_wsae.data.config import HarvestConfig, StreamConfig
     from llm_wsae.data.corpus import Corpus
+    from llm_wsae.data.harvesting import harvest
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.data.stores import open_stores
+    from llm_wsae.data.streaming import ActivationStream, ActivationStreams
     from llm_wsae.dictionary.dictionary import Dictionary, load_pretrained
     from llm_wsae.errors import LlmWsaeError, UsageError
     from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
     from llm_wsae.evaluation.fidelity.evaluator import evaluate
     from llm_wsae.explaining.explaining import explain
     from llm_wsae.explaining.protocol import ExplainConfig
-    from llm_wsae.harvesting import harvest
     from llm_wsae.inspecting.inspection import inspect
+    from llm_wsae.lab.planting.config import PlantConfig
+    from llm_wsae.lab.planting.recovery import measure_recovery
+    from llm_wsae.lab.planting.source import PlantedSource
+    from llm_wsae.lab.studies.runner import study
+    from llm_wsae.lab.theory.optimum import gap_norms, least_gap_weights
     from llm_wsae.model.language_model import LanguageModel
     from llm_wsae.model.site import Site
     from llm_wsae.pages.dashboard import dashboard
     from llm_wsae.pages.neuronpedia import export_neuronpedia
     from llm_wsae.pipeline import run
     from llm_wsae.planning import plan
-    from llm_wsae.planting.config import PlantConfig
-    from llm_wsae.planting.recovery import measure_recovery
-    from llm_wsae.planting.source import PlantedSource
     from llm_wsae.sparse.codes import Codes
     from llm_wsae.statistics.moments import Statistics
-    from llm_wsae.streaming import ActivationStream, ActivationStreams
-    from llm_wsae.studies.runner import study
-    from llm_wsae.theory.optimum import gap_norms, least_gap_weights
     from llm_wsae.training.arm import ArmConfig, make_arms
     from llm_wsae.training.config import TrainConfig
     from llm_wsae.training.trainer import train, train_sites

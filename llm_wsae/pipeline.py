@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from llm_wsae.data.config import HELDOUT, HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import ActivationStore
+from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import keep_measurements
 from llm_wsae.evaluation.activations import Context, check_scored, take_contexts
@@ -29,7 +31,6 @@ from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
 from llm_wsae.files import write_json
-from llm_wsae.harvesting import harvest
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.planning import check_rows, plan, stand_ins
@@ -44,7 +45,6 @@ from llm_wsae.run_checks import (
     check_trained_alike,
 )
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.streaming import ActivationStreams
 from llm_wsae.training.arm import ArmConfig, make_arms
 from llm_wsae.training.checkpoint import check_same_rows
 from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig

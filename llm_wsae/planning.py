@@ -16,6 +16,7 @@ import torch
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.finishing import finish_store
+from llm_wsae.data.harvesting import kept_rows, manifest_of
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.shard_writer import StoreWriter
 from llm_wsae.data.shuffling import WINDOW_BYTES
@@ -23,7 +24,6 @@ from llm_wsae.data.store import ActivationStore, StoreSource
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
-from llm_wsae.harvesting import kept_rows, manifest_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import existing, free_space

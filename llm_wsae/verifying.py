@@ -34,8 +34,8 @@ from llm_wsae.dictionary.formats.reading import is_own, layout_of
 from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
-from llm_wsae.studies.folder import BASIS, read_basis, read_results
-from llm_wsae.studies.jobs import GROUP
+from llm_wsae.lab.studies.folder import BASIS, read_basis, read_results
+from llm_wsae.lab.studies.jobs import GROUP
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, log_at_checkpoint, read_finished
 from llm_wsae.training.log import LOG, Written
 from llm_wsae.weights.loss_weights import LossWeights, is_weights_file

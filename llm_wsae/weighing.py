@@ -15,6 +15,7 @@ summed over all predictions from the position to the end of its text.
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +26,28 @@ from tqdm import tqdm
 from llm_wsae.data.covariance import second_moment_of
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import SETTINGS, StoredMeasurement
+from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.planting.source import PlantedSource
 from llm_wsae.processes import join
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.streaming import ActivationStreams
+from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import Need, RuleInputs, check_rows_of_covariance
 from llm_wsae.weights.rules import Rule
 
 _CONTEXTS_AT_ONCE = 8
 _TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
+
+
+class Moments(Protocol):
+    """What knows the moments of its rows, such as a source that plants features into them."""
+
+    def statistics(self) -> Statistics: ...
+
+    def second_moment(self) -> SecondMoment: ...
 
 
 def measure_inputs(
@@ -49,7 +58,7 @@ def measure_inputs(
     model: LanguageModel | None = None,
     dictionary: Dictionary | None = None,
     config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
-    planted: PlantedSource | None = None,
+    planted: Moments | None = None,
 ) -> RuleInputs:
     """The statistics of a site, and what the rules need in addition.
 

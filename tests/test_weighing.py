@@ -14,6 +14,7 @@ from llm_wsae import weighing
 from llm_wsae.data import covariance, stored_measurement
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import StoredMeasurement
@@ -22,7 +23,6 @@ from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import load_own_tensors, save_own_tensors
-from llm_wsae.harvesting import harvest
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment, shrunk

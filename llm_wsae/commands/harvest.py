@@ -35,8 +35,8 @@ def harvest(
         out: Folder of the store.
         part: Which documents to read: those for training, those held out, or all.
     """
+    from llm_wsae.data.harvesting import harvest as harvest_into
     from llm_wsae.data.manifest import MANIFEST, Manifest
-    from llm_wsae.harvesting import harvest as harvest_into
 
     started, sites = time.monotonic(), sites_of(site)
     check_folder(out)

@@ -18,9 +18,9 @@ import tyro
 from llm_wsae.data.config import HELDOUT, HarvestConfig, StreamConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
+from llm_wsae.lab.planting.config import PlantConfig
 from llm_wsae.model.site import Site
 from llm_wsae.outside import check_numbers
-from llm_wsae.planting.config import PlantConfig
 from llm_wsae.processes import join, leads
 from llm_wsae.terminal import printable
 from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig

@@ -21,11 +21,11 @@ from llm_wsae.commands.options import (
     check_none_given,
     cost,
 )
+from llm_wsae.lab.planting.config import PlantConfig
+from llm_wsae.lab.studies.config import StudyConfig
 from llm_wsae.model.site import Site
 from llm_wsae.outputs import check_file, is_record_of
-from llm_wsae.planting.config import PlantConfig
 from llm_wsae.provenance import write_record
-from llm_wsae.studies.config import StudyConfig
 from llm_wsae.training.config import ArchitectureName
 from llm_wsae.weights.config import WeightConfig
 
@@ -87,8 +87,8 @@ def study(
     """
     from llm_wsae.data.stores import open_stores
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.studies.report import MARKDOWN, PAGE, REPORT
-    from llm_wsae.studies.runner import study as compare_all
+    from llm_wsae.lab.studies.report import MARKDOWN, PAGE, REPORT
+    from llm_wsae.lab.studies.runner import study as compare_all
 
     started = time.monotonic()
     if not plant:

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from llm_wsae.commands.options import Flat, Result, cost
-from llm_wsae.theory.config import TheoryConfig
+from llm_wsae.lab.theory.config import TheoryConfig
 
 
 def theory(
@@ -18,7 +18,7 @@ def theory(
     Args:
         out: Folder that receives the report and one training for each sparsity and seed.
     """
-    from llm_wsae.theory.toy import REPORT, run_toy
+    from llm_wsae.lab.theory.toy import REPORT, run_toy
 
     started = time.monotonic()
     report = run_toy(toy, out)

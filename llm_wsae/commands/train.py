@@ -52,7 +52,7 @@ def train(
     from llm_wsae.data.corpus import Corpus
     from llm_wsae.data.store import ActivationStore
     from llm_wsae.data.stores import open_stores
-    from llm_wsae.streaming import ActivationStreams
+    from llm_wsae.data.streaming import ActivationStreams
     from llm_wsae.training.arm import make_arms
     from llm_wsae.training.checkpoint import check_same_rows, recorded
     from llm_wsae.training.trainer import check_arms, check_out, train_sites

@@ -10,11 +10,11 @@ from tiny import words
 
 from llm_wsae.data.config import HarvestConfig, PackConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.packing import Packer
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
-from llm_wsae.harvesting import harvest
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize, owners, per_document
 from llm_wsae.statistics.uncertainty import over_seeds_and_items

@@ -10,13 +10,13 @@ from tiny import tiny_model, write_jsonl
 from llm_wsae.data import shard_writer
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.packing import load_contexts
 from llm_wsae.data.shard_record import FileRecord
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.files import load_tensors, read_own_json, save_tensors, write_json
-from llm_wsae.harvesting import harvest
 from llm_wsae.model.site import Site
 from llm_wsae.verifying import verify_store
 

@@ -12,11 +12,11 @@ from llm_wsae.data import covariance
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.covariance import second_moment_of
+from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.shuffling import shuffled_batches
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stores import open_stores
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.harvesting import harvest
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment

@@ -32,14 +32,14 @@ from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint
 from llm_wsae.files import load_tensors, write_json
+from llm_wsae.lab.studies import jobs, runner
+from llm_wsae.lab.studies.config import StudyConfig
+from llm_wsae.lab.studies.folder import read_basis
+from llm_wsae.lab.studies.results import read_result
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.dashboard import read_scores
 from llm_wsae.processes import Processes
-from llm_wsae.studies import jobs, runner
-from llm_wsae.studies.config import StudyConfig
-from llm_wsae.studies.folder import read_basis
-from llm_wsae.studies.results import read_result
 from llm_wsae.training.arm import Arm
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, load_checkpoint, read_finished
 from llm_wsae.training.config import TrainConfig

@@ -23,8 +23,8 @@ from small_dictionaries import make_dictionary
 
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.hub.pulling import list_dictionaries, pull
+from llm_wsae.lab.theory import toy
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.theory import toy
 
 MEMORY = 24 << 30  # bytes of addresses; torch alone takes several
 EVALUATE = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 60, "--bootstraps", 9)

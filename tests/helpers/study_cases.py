@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from llm_wsae.studies.plan import PLAIN
-from llm_wsae.studies.results import MEASURES, Result
-from llm_wsae.studies.values import Value
+from llm_wsae.lab.studies.plan import PLAIN
+from llm_wsae.lab.studies.results import MEASURES, Result
+from llm_wsae.lab.studies.values import Value
 
 KS = (16, 32)
 SEEDS = (0, 1, 2)

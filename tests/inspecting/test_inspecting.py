@@ -21,10 +21,10 @@ from tiny import (
 import llm_wsae.inspecting.firings as firings_module
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.harvesting import harvest
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.harvesting import harvest
 from llm_wsae.inspecting.firings import firings
 from llm_wsae.inspecting.inspection import inspect, latents_text, sentence_text
 from llm_wsae.inspecting.latents import check_latents, look_at

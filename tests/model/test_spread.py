@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.harvesting import harvest
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.fidelity import next_token
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums
-from llm_wsae.harvesting import harvest
 from llm_wsae.model.forward import _zeros_like
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import POINTS, Site

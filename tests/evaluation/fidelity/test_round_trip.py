@@ -10,7 +10,7 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK, to_dense
 from llm_wsae.evaluation.fidelity import round_trip
 from llm_wsae.evaluation.fidelity.round_trip import RoundTripSums
-from llm_wsae.theory.superposition import Superposition, digon_mixing
+from llm_wsae.lab.theory.superposition import Superposition, digon_mixing
 
 D_IN, D_SAE, ROWS = 6, 15, 240
 

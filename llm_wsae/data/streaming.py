@@ -1,0 +1,341 @@
+"""Rows of one or several sites directly from a model into training; no row goes to disk.
+
+A corpus is read from its beginning, again and again. ``buffer_tokens`` of it at a time go through
+the model once, whatever the number of sites, and the rows of such a buffer are shuffled: two rows
+whose tokens lie further apart than a buffer never change places. Which rows are in batch number b
+depends only on the text, the settings and a seed, so a training resumes by tokenising up to its
+batch, without forward passes.
+
+Processes that share the rows of each batch each run the model on every W-th forward pass of a
+buffer. Together they have the batch of a single process.
+"""
+
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_wsae.data.config import StreamConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.finishing import NO_ROWS
+from llm_wsae.data.harvesting import kept_rows
+from llm_wsae.data.packing import Contexts, Packer
+from llm_wsae.data.resume import too_small
+from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
+from llm_wsae.data.stored_measurement import check_measurement
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import AGAIN, load_own_tensors, save_own_tensors
+from llm_wsae.model.language_model import LanguageModel
+from llm_wsae.model.site import Site
+from llm_wsae.processes import leads
+from llm_wsae.provenance import plain
+from llm_wsae.statistics.moments import Statistics
+from llm_wsae.statistics.reading import reading
+from llm_wsae.statistics.second_moment import SecondMoment
+from llm_wsae.threads import prefetch
+
+_PACKED_AHEAD = 4
+
+
+class ActivationStreams:
+    """The rows of several sites from the same forward passes, in the same order."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        sites: Sequence[Site],
+        config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
+        folder: Path | None = None,
+    ):
+        """``folder``: where what is measured is kept, so that a training that is resumed, also
+        elsewhere, has the same. Raises UsageError for a site or context size that the model does
+        not have."""
+        for site in sites:
+            model.check_site(site)
+        self.sites = list(dict.fromkeys(sites))
+        self.d_in = model.d_model
+        self.model, self.corpus, self.config = model, corpus, config
+        self._packer = Packer.for_model(model, config)
+        self._folder = folder
+        self._statistics: dict[Site, Statistics] = {}
+        self._second_moments: dict[Site, SecondMoment] = {}
+
+    def source(self, site: Site) -> "StreamedSite":
+        """One of the sites as an ActivationSource."""
+        return StreamedSite(self, site)
+
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Generator[tuple[Float[Tensor, "rows d_in"], ...], None, None]:
+        """Endless shuffled batches from number ``start`` on, one for each site, in the model's
+        dtype; of ``part`` (its number, of how many) only its rows.
+
+        Raises UsageError if the numbers make no sense; LlmWsaeError, with the batch concerned, if
+        the corpus fills no context or cannot be read, or an activation is not finite.
+        """
+        if batch_size < 1 or start < 0:
+            raise UsageError(f"cannot begin at batch {start} of {batch_size} rows")
+        return self._batches(batch_size, seed, start * batch_size, part)
+
+    def statistics(self, site: Site) -> Statistics:
+        """Statistics of the rows of the first ``statistics_tokens`` tokens.
+
+        Raises LlmWsaeError, before they are kept, if the corpus fills no context.
+        """
+        if not self._statistics and not self._read():
+            new = {one: Statistics(self.d_in, self.config.context_size) for one in self.sites}
+            seen = 0
+            for contexts, rows in self._first_rows("statistics"):
+                seen += len(contexts.keep)
+                positions = torch.from_numpy(contexts.keep).nonzero()[:, 1]
+                for one, own in rows.items():
+                    new[one].update(own, positions)
+            if not any(found.count for found in new.values()):
+                raise _without_rows(self.corpus, seen, self.config.context_size)
+            self._statistics = new
+            for one, found in new.items():
+                self.keep(one, "statistics", found.to_tensors())
+        return self._statistics[site]
+
+    def second_moment(self, site: Site) -> SecondMoment:
+        """The covariance sums of the same rows without massive ones, from a second pass."""
+        threshold = {one: self.statistics(one).massive_threshold for one in self.sites}
+        if not self._second_moments:
+            new = {one: SecondMoment(self.d_in) for one in self.sites}
+            for _, rows in self._first_rows("covariance"):
+                for one, own in rows.items():
+                    new[one].update(own[own.float().norm(dim=1) <= threshold[one]])
+            self._second_moments = new
+            for one, found in new.items():
+                self.keep(one, "second_moment", found.to_tensors())
+        return self._second_moments[site]
+
+    def first_contexts(self, tokens: int) -> Iterator[Contexts]:
+        """The contexts of about the first ``tokens`` tokens, a forward pass at a time."""
+        limit = max(1, tokens // self.config.context_size)
+        return self._packer.blocks(self.corpus, self.config.contexts_per_batch, limit=limit)
+
+    def kept(
+        self, site: Site, what: str, settings: dict[str, Any] | None = None
+    ) -> dict[str, Tensor] | None:
+        """What is kept of a measurement of a site, if it is of these rows, with these settings.
+
+        Raises LlmWsaeError if it is damaged or cannot be that of rows.
+        """
+        if self._folder is None or not (path := self._path(site, what)).exists():
+            return None
+        tensors, facts = load_own_tensors(path, f"{what} of {site}")
+        if facts != plain(self.identity(site) | (settings or {})):
+            return None
+        with reading(path, f"{what} of {site}", AGAIN):
+            check_measurement(what, tensors, self.d_in)
+        return tensors
+
+    def keep(
+        self,
+        site: Site,
+        what: str,
+        tensors: dict[str, Tensor],
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Keep a measurement of a site, if there is a folder for it."""
+        if self._folder is not None and leads():
+            facts = self.identity(site) | (settings or {})
+            save_own_tensors(self._path(site, what), tensors, facts)
+
+    def identity(self, site: Site) -> dict[str, Any]:
+        """JSON values that identify a site's rows in this order."""
+        return {
+            "kind": "stream",
+            "site": str(site),
+            "model": self.model.identity(),
+            "corpus": self.corpus.identity(),
+            "packing": self.config.packing(),
+            "contexts_per_batch": self.config.contexts_per_batch,
+            "batches_per_buffer": self.config.batches_per_buffer,
+            "statistics_tokens": self.config.statistics_tokens,
+        }
+
+    def _batches(
+        self, batch_size: int, seed: int, skip: int, part: tuple[int, int]
+    ) -> Generator[tuple[Tensor, ...], None, None]:
+        with ExitStack() as threads:
+            blocks = threads.enter_context(closing(prefetch(self._endless_blocks(), _PACKED_AHEAD)))
+            buffers = enumerate(self._buffers(blocks))
+            first = next(buffers)
+            while skip >= (size := _rows_in(first[1])):
+                skip, first = skip - size, next(buffers)
+            shuffled: Iterator[Tensor | Share] = (
+                self._shuffled(buffer, (seed, number), part)
+                for number, buffer in chain([first], buffers)
+            )
+            if self._computes_ahead:
+                # closed before the blocks that it reads
+                shuffled = threads.enter_context(closing(prefetch(shuffled, depth=1)))
+            for batch in cut(shuffled, batch_size, skip):
+                yield tuple(part.contiguous() for part in batch.split(self.d_in, dim=1))
+
+    @property
+    def _computes_ahead(self) -> bool:
+        """A GPU computes the next buffer while this one is trained on. A CPU's cores have enough to
+        do: there the two would only take turns, at a cost."""
+        return self.model.device.type != "cpu"
+
+    def _shuffled(
+        self, buffer: Sequence[Contexts], seeds: tuple[int, int], part: tuple[int, int]
+    ) -> Tensor | Share:
+        """A buffer's rows, the sites side by side, or a part of them, in random order."""
+        number, parts = part
+        rows = [self._rows(contexts) for contexts in buffer[number::parts]]
+        beside = torch.cat([torch.cat([*of_sites.values()], dim=1) for of_sites in rows] or [
+            torch.empty(0, len(self.sites) * self.d_in, dtype=self.model.dtype)
+        ])  # fmt: skip
+        if parts == 1:
+            return shuffle(beside, *seeds)
+        sizes = [int(contexts.keep.sum()) for contexts in buffer]
+        owner = np.repeat(np.arange(len(buffer)) % parts, sizes)
+        return shuffled_share(beside, np.flatnonzero(owner == number), len(owner), seeds)
+
+    def _buffers(self, blocks: Iterator[Contexts]) -> Iterator[list[Contexts]]:
+        while True:
+            yield list(islice(blocks, self.config.batches_per_buffer))
+
+    def _endless_blocks(self) -> Iterator[Contexts]:
+        passes = 0
+        while True:
+            rows = seen = 0
+            for contexts in self._packer.blocks(self.corpus, self.config.contexts_per_batch):
+                seen += len(contexts.keep)
+                rows += int(contexts.keep.sum())
+                yield contexts
+            if rows == 0:
+                raise _without_rows(self.corpus, seen, self.config.context_size)
+            passes += 1
+            if passes == 1 and leads():
+                again = f"{self.corpus.name} ends after {rows:,} rows; it is read again"
+                tqdm.write(again, file=sys.stderr)
+
+    def _first_rows(self, what: str) -> Iterator[tuple[Contexts, dict[Site, Tensor]]]:
+        """The first ``statistics_tokens`` tokens, with their rows."""
+        limit = max(1, self.config.statistics_tokens // self.config.context_size)
+        with tqdm(
+            total=limit * self.config.context_size,
+            desc=what,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not leads(),
+        ) as bar:
+            for contexts in self.first_contexts(self.config.statistics_tokens):
+                yield contexts, self._rows(contexts)
+                bar.update(contexts.ids.size)
+
+    def _rows(self, contexts: Contexts) -> dict[Site, Tensor]:
+        rows = kept_rows(self.model, contexts, self.sites)
+        for site, own in rows.items():
+            if not bool(torch.isfinite(own.sum(dtype=torch.float64))):
+                bad = int((~torch.isfinite(own)).any(1).sum())
+                raise LlmWsaeError(
+                    f"{bad} of {len(own)} rows of {site} from section "
+                    f"{contexts.first.section} of {self.corpus.name} on are NaN or infinite; "
+                    "load the model in float32"
+                )
+        return rows
+
+    def _path(self, site: Site, what: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{site}.{what}.safetensors"
+
+    def _read(self) -> bool:
+        """Take the statistics that are kept, if they are of these rows at every site."""
+        statistics, moments = {}, {}
+        for site in self.sites:
+            if (tensors := self.kept(site, "statistics")) is not None:
+                statistics[site] = Statistics.from_tensors(tensors)
+            if (tensors := self.kept(site, "second_moment")) is not None:
+                moments[site] = SecondMoment.from_tensors(tensors)
+        if statistics.keys() != set(self.sites):
+            return False
+        self._statistics = statistics
+        if moments.keys() == set(self.sites):
+            self._second_moments = moments
+        return True
+
+
+class StreamedSite:
+    """One site of a stream, as an ActivationSource. Of several, its own batches leave the rows of
+    the others unused."""
+
+    def __init__(self, streams: ActivationStreams, site: Site):
+        self._streams, self.site, self.d_in = streams, site, streams.d_in
+        self.num_rows: int | None = None
+        has_bos = streams.model.bos_token_id is not None
+        self.prepends_bos = streams.config.prepend_bos and has_bos
+
+    def batches(
+        self, batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """Endless shuffled batches from number ``start`` on, in the model's dtype.
+
+        Raises as ``ActivationStreams.batches``.
+        """
+        return self.batches_of_part(batch_size, seed, start, (0, 1))
+
+    def batches_of_part(
+        self, batch_size: int, seed: int, start: int, part: tuple[int, int]
+    ) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """The same batches; of each, only the rows of ``part`` (its number, of how many)."""
+        streams = self._streams
+        if streams.sites != [self.site]:
+            streams = ActivationStreams(streams.model, streams.corpus, [self.site], streams.config)
+        return _of_one(streams.batches(batch_size, seed, start, part))
+
+    def statistics(self) -> Statistics:
+        """Statistics of the rows of the first ``statistics_tokens`` tokens."""
+        return self._streams.statistics(self.site)
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that identify these rows in this order."""
+        return self._streams.identity(self.site)
+
+
+class ActivationStream(StreamedSite):
+    """A stream of one site.
+
+    While the rows of a buffer are trained on, a GPU computes the next one in the background: do not
+    use the model for anything else meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        site: Site,
+        config: StreamConfig = StreamConfig(),  # noqa: B008 - frozen
+    ):
+        """Raises UsageError for a site or context size that the model does not have."""
+        super().__init__(ActivationStreams(model, corpus, [site], config), site)
+
+
+def _of_one(batches: Generator[tuple[Tensor, ...], None, None]) -> Iterator[Tensor]:
+    with closing(batches):
+        for (batch,) in batches:
+            yield batch
+
+
+def _rows_in(buffer: Sequence[Contexts]) -> int:
+    return sum(int(contexts.keep.sum()) for contexts in buffer)
+
+
+def _without_rows(corpus: Corpus, contexts: int, context_size: int) -> LlmWsaeError:
+    """The error for a text without rows: it is too short if it fills no context."""
+    return LlmWsaeError(NO_ROWS) if contexts else too_small(corpus, 0, 1, context_size)

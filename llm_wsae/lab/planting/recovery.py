@@ -1,0 +1,194 @@
+"""How much of the planted features a dictionary recovers, on rows that its training did not see.
+
+Every plant gets its best latent: the one whose firing has the largest F1 with the plant's, chosen
+on one half of the rows. Everything is then measured on the other half, so that the choice among
+thousands of latents flatters nobody.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import to_dense
+from llm_wsae.errors import UsageError
+from llm_wsae.lab.planting.plants import Plants
+from llm_wsae.lab.planting.source import PlantedSource
+from llm_wsae.sparse.codes import Codes
+
+RECOVERED_F1 = 0.8
+MEASURES = ("recovered", "f1", "cosine", "slope", "vanished")
+
+
+@dataclass(frozen=True)
+class PlantRecovery:
+    """One dictionary compared with the plants; all tensors [plants], float64 unless said
+    otherwise."""
+
+    plants: Plants
+    latent: Int[Tensor, " plants"]
+    """Number of the latent that is each plant's best (int64)."""
+    f1: Float[Tensor, " plants"]
+    """2·both / (plant fires + latent fires), over rows; NaN for a plant that does not fire."""
+    cosine: Float[Tensor, " plants"]
+    """Between the plant's direction and the decoder row of its latent."""
+    slope: Float[Tensor, " plants"]
+    """Answer over strength where both fire: Σ z⟨w, v⟩a / Σ a², without a fitted scale. Below 1 the
+    feature is shrunk. NaN if they never fire together."""
+    vanished: Float[Tensor, " plants"]
+    """Share of the plant's firings on which its latent is silent."""
+    l_gt: float
+    """min over one scale c of Σ_j E(x_j − c·z_j)² / Σ_j E x_j²: what is missing of the plants when
+    each is read from its latent."""
+    dead: float
+    """Share of the latents that fire on none of the held-out rows."""
+
+    @property
+    def recovered(self) -> Float[Tensor, " plants"]:
+        """1 where F1 reaches 0.8, else 0; NaN for a plant that does not fire."""
+        return torch.where(self.f1.isnan(), self.f1, (self.f1 >= RECOVERED_F1).double())
+
+    def means(self) -> dict[str, float]:
+        """Mean of every measure over the plants that have it."""
+        return {name: _mean(getattr(self, name)) for name in MEASURES}
+
+    def by(self, key: Callable[[int], Any]) -> dict[Any, dict[str, float]]:
+        """The same for groups of plants; ``key`` names the group of a plant by its number."""
+        groups: dict[Any, list[int]] = {}
+        for plant in range(len(self.plants)):
+            groups.setdefault(key(plant), []).append(plant)
+        return {
+            group: {name: _mean(getattr(self, name)[members]) for name in MEASURES}
+            for group, members in groups.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: means, by stratum, by strength, and every plant."""
+        plants = self.plants
+        return {
+            **self.means(),
+            "l_gt": self.l_gt,
+            "dead": self.dead,
+            "by_stratum": self.by(lambda plant: plants.stratum[plant]),
+            "by_strength": self.by(lambda plant: f"{plants.relative_strength[plant]:g}"),
+            "plants": {
+                "stratum": list(plants.stratum),
+                "strength": list(plants.relative_strength),
+                "token": plants.token.tolist(),
+                **{name: _listed(getattr(self, name)) for name in MEASURES},
+            },
+        }
+
+
+def measure_recovery(dictionary: Dictionary, source: PlantedSource) -> PlantRecovery:
+    """Compare a dictionary with a source's plants on its held-out rows, massive ones ignored.
+
+    Raises UsageError if the dictionary is of another site or width.
+    """
+    if (dictionary.site, dictionary.d_in) != (source.site, source.d_in):
+        raise UsageError(
+            f"the dictionary is for {dictionary.d_in} dimensions of {dictionary.site}, but the "
+            f"plants are in {source.d_in} of {source.site}"
+        )
+    plants, threshold = source.plants, source.statistics().massive_threshold
+    halves = [_Half(len(plants), dictionary.d_sae), _Half(len(plants), dictionary.d_sae)]
+    for number, (rows, firings) in enumerate(source.heldout()):
+        kept = rows.norm(dim=1) <= threshold
+        codes = dictionary.encode_sparse(rows[kept].to(dictionary.W_enc.device))
+        truth = torch.zeros(len(rows), len(plants))
+        truth[firings.row, firings.plant] = torch.from_numpy(firings.strength).float()
+        halves[number % 2].add(Codes(codes.indices.cpu(), codes.values.cpu()), truth[kept])
+    best, seen = halves[0].best(), halves[0].fires > 0
+    answered = halves[0].is_answered()
+    decoder = dictionary.W_dec.detach().cpu().double()[best]
+    silent = float((halves[0].active + halves[1].active == 0).double().mean())
+    return _measured(plants, halves[1], best, seen, answered, decoder, silent)
+
+
+class _Half:
+    """Some of the held-out rows: what fires together in them, and all codes."""
+
+    def __init__(self, plants: int, latents: int):
+        self.num_latents = latents
+        self._together = torch.zeros(plants, latents)
+        self.fires = torch.zeros(plants)
+        self.active = torch.zeros(latents)
+        self.pieces: list[tuple[Codes, Tensor]] = []
+
+    def add(self, codes: Codes, truth: Float[Tensor, "rows plants"]) -> None:
+        """Add rows: their codes, and the strength of every plant."""
+        self.pieces.append((codes, truth.to_sparse()))
+        on = codes.values > 0
+        self.active += torch.bincount(codes.indices[on], minlength=self.num_latents)
+        row, plant = truth.nonzero(as_tuple=True)
+        self.fires += torch.bincount(plant, minlength=len(self.fires))
+        cells = (plant[:, None] * self.num_latents + codes.indices[row])[on[row]]
+        self._together.view(-1).index_add_(0, cells, torch.ones(len(cells)))
+
+    def best(self) -> Int[Tensor, " plants"]:
+        """The latent of largest F1 for every plant."""
+        total = self.fires[:, None] + self.active
+        return (2 * self._together / total.clamp(min=1)).argmax(1)
+
+    def is_answered(self) -> Bool[Tensor, " plants"]:
+        """Whether any latent is active where a plant fires."""
+        return self._together.sum(1) > 0
+
+
+def _measured(
+    plants: Plants,
+    half: _Half,
+    best: Tensor,
+    seen: Tensor,
+    answered: Tensor,
+    decoder: Tensor,
+    dead: float,
+) -> PlantRecovery:
+    """What the latents that are ``best`` in the other half do in this one. Nothing is known of
+    plants that fire in none of the two, or were not ``seen`` where the latents were chosen; where
+    none was ``answered`` there, no latent is the best."""
+    along = (decoder * plants.directions.double()).sum(1)
+    length = decoder.norm(dim=1)
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, values: Tensor) -> None:
+        sums[name] = sums.get(name, torch.zeros(len(plants), dtype=torch.float64)) + values
+
+    for codes, strength in half.pieces:
+        truth = strength.to_dense().double() * seen
+        answer = to_dense(codes, half.num_latents)[:, best].double() * (seen & answered)
+        both = (truth > 0) & (answer > 0)
+        add("fires", (truth > 0).sum(0).double())
+        add("active", (answer > 0).sum(0).double())
+        add("both", both.sum(0).double())
+        add("answer", (answer * truth).sum(0))
+        add("together", (truth.square() * both).sum(0))
+        add("truth", truth.square().sum(0))
+        add("code", answer.square().sum(0))
+    fires, both = sums["fires"], sums["both"]
+    none = torch.full_like(fires, torch.nan)
+    product, power = (sums["answer"] * length).sum(), (sums["code"] * length.square()).sum()
+    explained = product.square() / power.clamp(min=1e-300) / sums["truth"].sum().clamp(min=1e-300)
+    return PlantRecovery(
+        plants=plants,
+        latent=best,
+        f1=torch.where(fires > 0, 2 * both / (fires + sums["active"]), none),
+        cosine=torch.where(seen & answered, along / length.clamp(min=1e-300), none),
+        slope=torch.where(both > 0, sums["answer"] * along / sums["together"], none),
+        vanished=torch.where(fires > 0, 1 - both / fires, none),
+        l_gt=float(1 - explained),
+        dead=dead,
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return float(values[~values.isnan()].mean())
+
+
+def _listed(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]

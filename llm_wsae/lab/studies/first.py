@@ -1,0 +1,93 @@
+"""First dictionaries: the rule ``participation`` takes its weights from one.
+
+Unless one is given, a study trains a plain one for each seed, so that no accident of one dictionary
+stands behind all of them. It gets half of the rows, and so do the dictionaries that are trained
+with its weights, and their controls: a rule costs as many rows as a plain dictionary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llm_wsae.data.store import StoreSource
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import INFO
+from llm_wsae.lab.planting.source import PlantedSource
+from llm_wsae.lab.studies.config import StudyConfig
+from llm_wsae.model.site import Site
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.checkpoint import FINISHED
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.trainer import train
+from llm_wsae.weighing import used_decoder
+from llm_wsae.weights.choosing import weights_from_rule
+from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.rules import Rule
+
+SHARE = 0.5
+"""Of the rows of a plain dictionary: for a first one, and again for what is trained after it."""
+_OTHER = 1000  # seeds of their own: another start and another order of the rows
+
+
+def needs_first(rules: Iterable[str]) -> bool:
+    """Whether one of the rules takes its weights from a first dictionary."""
+    return any(Rule.parse(name).need == "dictionary" for name in rules)
+
+
+def stand_ins(inputs: RuleInputs, config: StudyConfig) -> dict[int, RuleInputs]:
+    """By seed, the inputs with a decoder of no consequence: what cannot be asked of the rules is
+    found before a first dictionary is trained."""
+    width = inputs.statistics.d_in
+    one = replace(inputs, decoder=torch.eye(width), energy=torch.ones(width, dtype=torch.float64))
+    return dict.fromkeys(config.seeds, one)
+
+
+def after_first(
+    source: StoreSource | PlantedSource,
+    site: Site,
+    inputs: RuleInputs,
+    folder: Path,
+    config: StudyConfig,
+    training: TrainConfig,
+) -> dict[int, RuleInputs]:
+    """By seed, the inputs with the decoder of its first dictionary.
+
+    Where the study has none of that seed yet, it is trained: with the k of the others that it has,
+    or else the first k that was asked for. Raises as ``train`` does.
+    """
+    found = {}
+    k = _k_so_far(folder) or config.ks[0]
+    uniform = weights_from_rule("uniform", 1.0, inputs)
+    half = on_share(training, source, SHARE)
+    for seed in dict.fromkeys(config.seeds):
+        own = folder / f"s{seed}"
+        known = sorted(own.glob(f"*/{INFO}")) if (own / FINISHED).exists() else []
+        if known:
+            first = Dictionary.load(known[0].parent)
+        else:
+            arm = ArmConfig(uniform, k, init_seed=seed + _OTHER)
+            shuffled = replace(half, shuffle_seed=seed + _OTHER)
+            first = train(source, [arm], shuffled, own)[arm.name]
+        decoder, energy = used_decoder(first, site, inputs.statistics)
+        found[seed] = replace(inputs, decoder=decoder, energy=energy)
+    return found
+
+
+def _k_so_far(folder: Path) -> int | None:
+    """The k of the first dictionaries that are there. What is trained with weights from them has
+    one label, so they are to be alike, whatever k a command that adds seeds asks for."""
+    for path in sorted(folder.glob(f"*/*/{INFO}")):
+        if (path.parents[1] / FINISHED).exists():
+            return Dictionary.load(path.parent).info.training.get("k")
+    return None
+
+
+def on_share(
+    training: TrainConfig, source: StoreSource | PlantedSource, share: float
+) -> TrainConfig:
+    """The settings for a share of the rows. Raises UsageError if that is less than a batch."""
+    if share == 1:
+        return training
+    return replace(training, tokens=int(share * (training.tokens or source.num_rows or 0)))

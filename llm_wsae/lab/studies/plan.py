@@ -1,0 +1,133 @@
+"""The dictionaries of a study: plain ones, the rules' arms, and a control for each of them.
+
+Beside them stand untrained and half-trained baselines, on which no verdict or correction depends.
+They may still look interpretable (Korznikov et al. 2026, arXiv 2602.14111): where they come close
+to the others, a measure says little of what was learnt.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llm_wsae.errors import UsageError
+from llm_wsae.lab.studies.config import StudyConfig
+from llm_wsae.lab.studies.first import SHARE
+from llm_wsae.training.arm import ArmConfig
+from llm_wsae.training.config import ArchitectureName, Lengths
+from llm_wsae.weights.choosing import weights_from_rule
+from llm_wsae.weights.config import WeightConfig
+from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.loss_weights import LossWeights
+from llm_wsae.weights.rules import Rule
+
+PLAIN = "uniform"
+RAW = "topk baseline: raw dimensions"
+RAW_NAME = "raw-dimensions-k"
+"""Of its folder and of its result, without the k."""
+FROZEN: dict[ArchitectureName, str] = {
+    "frozen-decoder": "topk baseline: frozen decoder",
+    "frozen-encoder": "topk baseline: frozen encoder",
+}
+"""Labels of the half-trained baselines, by their architecture."""
+BASELINES = (RAW, *FROZEN.values())
+"""Labels of all baselines."""
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """One dictionary of a study."""
+
+    arm: ArmConfig
+    label: str
+    """Name of its weights without the random draw, shared with other k and seeds."""
+    control: str | None
+    """Label of its control."""
+    share: float = 1.0
+    """Of the rows: less if a first dictionary was trained on the others."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder and of its result."""
+        return f"{RAW_NAME}{self.arm.k}" if self.label == RAW else self.arm.name
+
+    def identity(self, lengths: Lengths) -> dict[str, Any]:
+        """What its result must agree on, as JSON."""
+        own = self.arm.identity(lengths)
+        own |= {"share": self.share} if self.share != 1 else {}
+        return own | ({"rate": rate} if (rate := self.arm.rate(lengths)) != 1 else {})
+
+
+def plan(
+    inputs: RuleInputs,
+    config: StudyConfig,
+    weigh: WeightConfig,
+    first: Mapping[int, RuleInputs] | None = None,
+) -> list[PlannedArm]:
+    """All dictionaries, seed by seed, the plain ones first.
+
+    Controls are drawn again for every seed. ``first`` has, by seed, the inputs of rules that need a
+    first dictionary, if the study has trained one for each. Raises UsageError if ``weigh`` fixes
+    the draw; otherwise as ``weights_from_rule`` does.
+    """
+    if weigh.draw:
+        raise UsageError(
+            f"draw is {weigh.draw}, but a study draws its controls again for every seed; leave it 0"
+        )
+    arms: dict[str, PlannedArm] = {}
+
+    def add(
+        weights: LossWeights, control: str | None, ks: Sequence[int], seed: int, share: float = 1.0
+    ) -> None:
+        for k in ks:
+            arm = ArmConfig(weights, k, init_seed=seed, architecture=config.architecture)
+            arms.setdefault(arm.name, PlannedArm(arm, weights.label, control, share))
+
+    for seed in dict.fromkeys(config.seeds):
+        add(weights_from_rule(PLAIN, 1.0, inputs), None, config.ks, seed)
+        for rule in map(Rule.parse, config.rules):
+            own, share = inputs, 1.0
+            if first is not None and rule.need == "dictionary":
+                own, share = first[seed], SHARE
+            for weights, control in _weights(rule, own, config, weigh, seed):
+                add(weights, control, config.ks, seed, share)
+    return list(arms.values())
+
+
+def baselines(inputs: RuleInputs, config: StudyConfig) -> list[PlannedArm]:
+    """The raw dimensions, once, and for each seed a dictionary with a frozen decoder and one with a
+    frozen encoder: all TopK, with the first k of the study.
+
+    An architecture that all dictionaries of the study have is no baseline of it.
+    """
+    weights, k = weights_from_rule(PLAIN, 1.0, inputs), config.ks[0]
+    found = [PlannedArm(ArmConfig(weights, k), RAW, None)]
+    for seed in dict.fromkeys(config.seeds):
+        for name, label in FROZEN.items():
+            if name != config.architecture:
+                arm = ArmConfig(weights, k, init_seed=seed, architecture=name)
+                found.append(PlannedArm(arm, label, None))
+    return found
+
+
+def _weights(
+    rule: Rule, inputs: RuleInputs, config: StudyConfig, weigh: WeightConfig, seed: int
+) -> Iterator[tuple[LossWeights, str | None]]:
+    """Weights and the label of their control, and each control itself."""
+    matched = rule.matched_control(weigh)
+    for alpha in config.alphas:
+        weights = _drawn(rule, alpha, inputs, weigh, seed)
+        if weights.label == PLAIN:
+            continue
+        if matched is None:
+            yield weights, None
+            continue
+        control = _drawn(matched, alpha, inputs, weigh, seed)
+        yield weights, control.label
+        yield control, None
+
+
+def _drawn(
+    rule: Rule, alpha: float, inputs: RuleInputs, weigh: WeightConfig, seed: int
+) -> LossWeights:
+    config = replace(weigh, draw=seed) if rule.is_drawn else weigh
+    return weights_from_rule(rule, alpha, inputs, config)

@@ -1,0 +1,203 @@
+"""The report of a study: verdicts, tables, JSON, a figure, and a page of all of them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_wsae.files import write_json, write_text
+from llm_wsae.lab.studies.comparison import Compared, compare
+from llm_wsae.lab.studies.figures import figures_of_page, plot_differences
+from llm_wsae.lab.studies.plan import PLAIN
+from llm_wsae.lab.studies.report_tables import (
+    Table,
+    dictionary_rows,
+    difference_rows,
+    difference_text,
+    estimate_text,
+    measures_of,
+)
+from llm_wsae.lab.studies.results import ALL_MEASURES, Result, deciding
+from llm_wsae.pages.frame import filled
+from llm_wsae.provenance import plain, versions
+from llm_wsae.terminal import aligned, markdown
+
+REPORT_FILES = REPORT, MARKDOWN, PAGE, DIFFERENCES = (
+    "report.json",
+    "report.md",
+    "report.html",
+    "differences.png",
+)
+_QUESTION = "Is a dictionary with weights better than a plain one of the same k?"
+_HOW_TO_READ = (
+    "Each value less that of the plain dictionary of the same k and seed. Square brackets hold the "
+    "95 % interval, over seeds and over documents, families of concepts or planted features. "
+    "Latents that fire on more than 10 % of the tokens count in none but KL. Verdicts are on {}, "
+    "corrected together for everything tried in this folder (Holm): better than plain and than the "
+    "control, worse than plain, or not shown. Fewer latents per token change every measure, too: "
+    "where KL is worse, a plain dictionary with a smaller k may show the same gain. Decide on "
+    "seeds and k beforehand: whoever looks, adds some and looks again errs more often than 5 times "
+    "in 100."
+)
+_AFTER_FIRST = (
+    "{} and their controls were trained on half of the rows, with weights of a first dictionary of "
+    "the same seed that was trained on half as well: as many rows in all as for a plain one."
+)
+_BASELINES = (
+    "Means over seeds. Baselines are untrained or half-trained TopK dictionaries: the "
+    "dimensions themselves, and a decoder or an encoder that stays random (arXiv 2602.14111). "
+    "Where they come close to the others, a measure says little of what was learnt. No verdict or "
+    "correction depends on them."
+)
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """Everything that a study found."""
+
+    site: str
+    basis: dict[str, Any]
+    """What all dictionaries share: rows, text, settings."""
+    results: list[Result]
+    compared: list[Compared]
+
+    @classmethod
+    def of(cls, site: str, basis: dict[str, Any], results: Sequence[Result]) -> "StudyReport":
+        """Compare finished dictionaries, in any order."""
+        ordered = _ordered(results)
+        return cls(site, basis, ordered, compare(ordered))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return plain(
+            {
+                "site": self.site,
+                "deciding": deciding(self.results),
+                "verdicts": {one.name: one.verdicts for one in self._claims()},
+                "sentences": self.sentences(),
+                "compared": {one.name: one for one in self.compared},
+                "dictionaries": {result.name: result for result in self.results},
+                "measures": ALL_MEASURES,
+                "basis": self.basis,
+                "versions": versions(),
+            }
+        )
+
+    def write(self, out: Path) -> None:
+        """Write JSON, Markdown, page and figure. Raises LlmWsaeError if that is impossible."""
+        write_json(out / REPORT, self.to_dict())
+        write_text(out / MARKDOWN, self.markdown())
+        write_text(out / PAGE, self.page())
+        plot_differences(self.compared, self._measures, self.site, out / DIFFERENCES)
+
+    def sentences(self) -> list[str]:
+        """One line for each rule and k, and what to know before relying on it."""
+        return [*(f"{one.name}: {self._evidence(one)}" for one in self._claims()), *self._notes()]
+
+    def table(self) -> str:
+        """For the terminal."""
+        parts = [aligned(dictionary_rows(self.results, self._measures))]
+        if self.compared:
+            rows = difference_rows(self.compared, deciding(self.results))
+            parts += ["difference from the plain dictionaries of the same k", aligned(rows)]
+        return "\n\n".join([*parts, *self.sentences()])
+
+    def markdown(self) -> str:
+        """The same and more, as Markdown."""
+        parts = [f"# {self._title()}"]
+        parts += [f"- {sentence}" for sentence in self.sentences()]
+        parts += [f"![Differences from plain dictionaries]({DIFFERENCES})"]
+        for table in self._tables():
+            parts += [f"## {table.title}", table.words, markdown(table.rows)]
+        measures = [ALL_MEASURES[name] for name in self._measures]
+        parts += ["\n".join(f"- {one.title}: {one.meaning}" for one in measures)]
+        return "\n\n".join(parts) + "\n"
+
+    def page(self) -> str:
+        """All of it as one HTML file that needs no network (``pages/report.html``)."""
+        figures = figures_of_page(self.results, self.compared, self._measures)
+        numbers = {one["name"]: number for number, one in enumerate(figures["series"])}
+        about = {
+            "title": self._title(),
+            "words": [_QUESTION, *self._notes()],
+            "facts": self._facts(),
+            "evidence": [
+                {"series": numbers[one.label], "name": one.name, "text": self._evidence(one)}
+                for one in self._claims()
+            ],
+            "tables": [asdict(table) for table in self._tables()],
+        }
+        return filled("report.html", figures | about)
+
+    def _title(self) -> str:
+        return f"Study of weights at {self.site}, {self.basis['training']['architecture']}"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What all dictionaries share, as far as it is known."""
+        rows, text = self.basis.get("rows", {}), self.basis.get("text", {})
+        own = [result for result in self.results if not result.is_baseline]
+        made = f"{len(own)}, on seeds {', '.join(map(str, sorted({r.seed for r in own})))}"
+        if beside := len(self.results) - len(own):
+            made += f", and {beside} baselines"
+        sizes = [result.text.text("held-out text") for result in own if result.text]
+        return [
+            ("model", str(rows.get("model", {}).get("name", "not known"))),
+            ("text", str(text.get("name", "not known"))),
+            ("measured on", sizes[0] if sizes else "not known"),
+            ("rows trained on", f"{rows.get('num_rows', 0):,}"),
+            ("dictionaries", made),
+        ]
+
+    @property
+    def _measures(self) -> list[str]:
+        return measures_of(self.results)
+
+    def _tables(self) -> list[Table]:
+        """Those of the Markdown and of the page."""
+        return [
+            Table(
+                "Differences from plain dictionaries of the same k",
+                difference_rows(self.compared, self._measures),
+                self._how_to_read(),
+            ),
+            Table("Dictionaries", dictionary_rows(self.results, self._measures), _BASELINES),
+        ]
+
+    def _how_to_read(self) -> str:
+        titles = [ALL_MEASURES[measure].title for measure in deciding(self.results)]
+        words = _HOW_TO_READ.format(f"{', '.join(titles[:-1])} and {titles[-1]}")
+        halved = {r.label for r in self.results if r.control is not None and r.share < 1}
+        return f"{words} {_AFTER_FIRST.format(', '.join(sorted(halved)))}" if halved else words
+
+    def _claims(self) -> list[Compared]:
+        return [one for one in self.compared if one.control is not None]
+
+    def _notes(self) -> list[str]:
+        """What to know before relying on the verdicts."""
+        texts = [result.text for result in self.results if result.text is not None]
+        return texts[0].warnings() if texts else []
+
+    def _evidence(self, one: Compared) -> str:
+        """The verdicts, and what they rest on."""
+        parts = []
+        for measure, p in one.adjusted.items():
+            text = f"{ALL_MEASURES[measure].title} {difference_text(one, measure)}, p {p:.2g}"
+            if measure in one.against_control:
+                against = estimate_text(one.against_control[measure], measure)
+                text += f", {against} beside its control"
+            parts.append(text)
+        return "; ".join([*(parts or ["not measured"]), f"{len(one.seeds)} seeds"])
+
+
+def _ordered(results: Sequence[Result]) -> list[Result]:
+    """Plain dictionaries first, then each rule followed by its control, then baselines; by k and
+    seed."""
+    owner = {r.control: r.label for r in results if r.control is not None}
+
+    def place(result: Result) -> tuple:
+        label = result.label
+        rule = owner.get(label, label)
+        first = result.is_baseline, label != PLAIN
+        return *first, rule, label != rule, label, result.k, result.seed
+
+    return sorted(results, key=place)

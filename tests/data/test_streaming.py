@@ -1,0 +1,348 @@
+"""Rows that go from the model straight into training."""
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+from dataclasses import replace
+from itertools import cycle, islice
+
+import pytest
+import torch
+from tiny import tiny_model, write_jsonl
+
+from llm_wsae import hardware
+from llm_wsae.data.config import HarvestConfig, StreamConfig
+from llm_wsae.data.corpus import Corpus
+from llm_wsae.data.harvesting import harvest, kept_rows
+from llm_wsae.data.packing import Packer
+from llm_wsae.data.shuffling import ActivationSource, JointSource, SharedSource
+from llm_wsae.data.streaming import ActivationStream, ActivationStreams
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.folder import check_folder
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.files import save_own_tensors
+from llm_wsae.model.site import Site
+from llm_wsae.training.arm import make_arms
+from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
+from llm_wsae.training.config import TrainConfig
+from llm_wsae.training.trainer import train, train_sites
+from llm_wsae.verifying import verify
+from llm_wsae.weighing import measure_stream_inputs
+from llm_wsae.weights.choosing import choose_weights
+from llm_wsae.weights.config import RuleInputConfig
+from llm_wsae.weights.inputs import RuleInputs
+
+SITES = [Site(0, "pre"), Site(1, "post")]
+STREAM = StreamConfig(context_size=12, batch_tokens=48, buffer_tokens=500, statistics_tokens=700)
+TRAIN = TrainConfig(expansion=2, tokens=64 * 40, batch_size=64, log_every=10, device="cpu")
+LENGTHS = [7 * i % 50 + 1 for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return Corpus.open(str(write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", LENGTHS)))
+
+
+@pytest.fixture
+def streams(model, corpus):
+    return ActivationStreams(model, corpus, SITES, STREAM)
+
+
+def arms_of(streams):
+    found = {}
+    for site in streams.sites:
+        inputs = RuleInputs(streams.statistics(site), second_moment=streams.second_moment(site))
+        found[site] = make_arms(choose_weights(inputs, ("uniform", "whitening"), (0.5,)), (4,))
+    return found
+
+
+def files(folder):
+    """What a training leaves, without what holds times."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+def test_stream_gives_the_rows_of_the_corpus_shuffled(model, corpus):
+    stream = ActivationStream(model, corpus, SITES[1], STREAM)
+    assert isinstance(stream, ActivationSource) and stream.num_rows is None
+    blocks = list(Packer.for_model(model, STREAM).blocks(corpus, 4))
+    assert len(blocks) % 10  # a buffer of ten mixes the end of the corpus with its beginning
+    rows = [kept_rows(model, block, SITES)[SITES[1]] for block in blocks]
+    rows, batches = cycle(rows), stream.batches(1, seed=0)
+    for _ in range(2 * len(blocks) // 10):
+        expected = torch.cat(list(islice(rows, 10)))
+        found = torch.cat(list(islice(batches, len(expected))))
+        assert not torch.equal(found, expected)
+        assert torch.equal(found[found[:, 0].argsort()], expected[expected[:, 0].argsort()])
+
+
+def test_stream_starting_later_is_dropping(model, corpus):
+    stream = ActivationStream(model, corpus, SITES[1], STREAM)
+    batches = list(islice(stream.batches(64, seed=3), 100))
+    for start in (1, 7, 40, 99):
+        assert torch.equal(batches[start], next(stream.batches(64, seed=3, start=start)))
+    assert not torch.equal(batches[0], next(stream.batches(64, seed=4)))
+
+
+def test_stream_statistics_and_identity(model, corpus):
+    stream = ActivationStream(model, corpus, SITES[1], STREAM)
+    blocks = Packer.for_model(model, STREAM).blocks(corpus, 4, limit=58)
+    rows = torch.cat([kept_rows(model, b, SITES)[SITES[1]] for b in blocks])
+    assert stream.statistics().count == len(rows)
+    torch.testing.assert_close(stream.statistics().mean, rows.double().mean(0))
+    assert stream.identity() == ActivationStream(model, corpus, SITES[1], STREAM).identity()
+    other = replace(STREAM, buffer_tokens=1000)
+    assert stream.identity() != ActivationStream(model, corpus, SITES[1], other).identity()
+
+
+def test_stream_errors(model, corpus, tmp_path):
+    tiny = Corpus.open(str(write_jsonl(tmp_path / "a.jsonl", [3])), "all")
+    with pytest.raises(LlmWsaeError, match="fills contexts of 12 with 0 tokens"):
+        next(ActivationStream(model, tiny, SITES[1], STREAM).batches(5, 0))
+    without_rows = replace(STREAM, drop_positions=8, one_document_per_context=True)
+    short = Corpus.open(str(write_jsonl(tmp_path / "b.jsonl", [6] * 30)), "all")
+    for read in (lambda s: next(s.batches(5, 0)), lambda s: s.statistics()):
+        with pytest.raises(LlmWsaeError, match="no token of these documents gives a row; lower"):
+            read(ActivationStream(model, short, SITES[1], without_rows))
+    with pytest.raises(UsageError, match="begin at batch -1"):
+        ActivationStream(model, corpus, SITES[1], STREAM).batches(5, 0, -1)
+    broken = tiny_model()
+    broken.hf_model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(LlmWsaeError, match=r"blocks\.1\.hook_resid_post from section 0 of text"):
+        next(ActivationStream(broken, corpus, SITES[1], STREAM).batches(5, 0))
+
+
+def test_several_sites_have_the_rows_of_one(streams, model, corpus):
+    assert isinstance(streams, JointSource)
+    together = list(islice(streams.batches(64, seed=3), 30))
+    for number, site in enumerate(SITES):
+        alone = ActivationStream(model, corpus, site, STREAM)
+        assert isinstance(streams.source(site), SharedSource)
+        for source in (alone, streams.source(site)):
+            for own, batch in zip(islice(source.batches(64, seed=3), 30), together, strict=True):
+                assert torch.equal(own, batch[number])
+        assert torch.equal(streams.statistics(site).mean, alone.statistics().mean)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 50])
+def test_the_parts_of_a_batch_are_the_batch(streams, model, corpus, parts):
+    """Each process has its own rows, and needs no forward pass of the others'."""
+    whole = islice(streams.batches(64, seed=3, start=5), 20)
+    shares = [streams.batches(64, 3, 5, (number, parts)) for number in range(parts)]
+    sizes = []
+    for batch in whole:
+        pieces = [next(share) for share in shares]
+        for site, rows in enumerate(batch):
+            found = torch.cat([piece[site] for piece in pieces])
+            assert torch.equal(found[found[:, 0].argsort()], rows[rows[:, 0].argsort()])
+        sizes.append([len(piece[0]) for piece in pieces])
+    assert parts == 50 or min(map(sum, zip(*sizes, strict=True))) > 0.7 * 64 * 20 / parts
+
+
+def test_the_covariance_is_that_of_the_same_rows(streams, model, corpus):
+    blocks = Packer.for_model(model, STREAM).blocks(corpus, 4, limit=58)
+    rows = torch.cat([kept_rows(model, block, SITES)[SITES[1]] for block in blocks])
+    found = streams.second_moment(SITES[1])
+    assert found.count == len(rows) == streams.statistics(SITES[1]).count
+    expected = torch.cov(rows.double().T, correction=0)
+    torch.testing.assert_close(found._scatter / found.count, expected, rtol=1e-5, atol=1e-7)
+    before = found.to_tensors()
+    for name, value in found.update(rows[:0]).to_tensors().items():  # of contexts without a row
+        assert torch.equal(value, before[name])
+
+
+def test_batches_that_are_computed_ahead_end_while_the_text_is_awaited(streams, monkeypatch):
+    """As on a GPU, where a thread waits for the text when the last batch is taken."""
+    blocks, waits, goes_on = streams._endless_blocks(), threading.Event(), threading.Event()
+
+    def slow():
+        for number, block in enumerate(blocks):
+            if number == 20:
+                waits.set()
+                goes_on.wait(5)
+            yield block
+
+    monkeypatch.setattr(streams, "_endless_blocks", slow)
+    monkeypatch.setattr(ActivationStreams, "_computes_ahead", True)
+    batches = streams.batches(8, seed=0)
+    next(batches)
+    assert waits.wait(5)
+    threading.Timer(0.2, goes_on.set).start()
+    batches.close()
+
+
+def test_sites_in_step_are_trained_as_alone(streams, model, corpus, tmp_path):
+    arms = arms_of(streams)
+    together = train_sites(streams, arms, TRAIN, tmp_path / "together")
+    for site in SITES:
+        source = ActivationStream(model, corpus, site, STREAM)
+        alone = train(source, arms[site], TRAIN, tmp_path / str(site))
+        for name, dictionary in alone.items():
+            assert torch.equal(dictionary.W_enc, together[site][name].W_enc)
+        assert files(tmp_path / str(site)) == files(tmp_path / "together" / str(site))
+    found = verify(tmp_path / "together")
+    assert found.kind == "run" and not found.problems
+
+
+class Broken:
+    """Streams whose text ends in an error at a batch."""
+
+    def __init__(self, streams, at):
+        self._streams, self._at = streams, at
+        self.sites, self.source = streams.sites, streams.source
+
+    def batches(self, batch_size, seed, start=0, part=(0, 1)):
+        for number, rows in enumerate(self._streams.batches(batch_size, seed, start, part), start):
+            if number == self._at:
+                raise LlmWsaeError("the connection to the text broke")
+            yield rows
+
+
+def test_what_was_trained_is_kept_when_the_text_fails(streams, tmp_path):
+    arms = arms_of(streams)
+    train_sites(streams, arms, TRAIN, tmp_path / "whole")
+    for again in (False, True):  # without a step between the two
+        with pytest.raises(LlmWsaeError, match="connection to the text broke") as raised:
+            train_sites(Broken(streams, 17), arms, TRAIN, tmp_path / "t")
+        said = str(raised.value)
+        assert "(stopped after step 17 of 40, 1,088 of 2,560 rows; the dictionaries so far" in said
+        for site, own in arms.items():
+            for arm in own:
+                folder = tmp_path / "t" / str(site) / arm.name
+                early = Dictionary.load(folder)
+                assert early.info.training["step"] == 17
+                assert torch.isfinite(early.W_dec).all()
+                if not again:
+                    shutil.rmtree(folder)
+    train_sites(streams, arms, TRAIN, tmp_path / "t")
+    assert files(tmp_path / "t") == files(tmp_path / "whole")
+    assert "step" not in Dictionary.load(folder).info.training
+    with pytest.raises(LlmWsaeError, match=r"broke$"):  # nothing was learnt
+        train_sites(Broken(streams, 0), arms, TRAIN, tmp_path / "nothing")
+    assert not list(tmp_path.glob("nothing/*/*.safetensors"))
+
+
+def test_the_memory_of_all_sites_is_asked_for_at_once(streams, tmp_path, monkeypatch):
+    arms = arms_of(streams)
+    first, *_ = (
+        len(own) * TRAIN.expansion * streams.source(s).d_in ** 2 for s, own in arms.items()
+    )
+    monkeypatch.setattr(hardware, "memory_of", lambda device: 24 * first)
+    with pytest.raises(UsageError, match="GiB of memory, but"):
+        train_sites(streams, arms, TRAIN, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+    site = next(iter(arms))
+    train(streams.source(site), arms[site], TRAIN, tmp_path / "one")
+
+
+def test_a_site_whose_checkpoint_is_newer_waits(streams, tmp_path):
+    """A kill between the checkpoints of two sites, or between the ends of two."""
+    arms = arms_of(streams)
+    train_sites(streams, arms, TRAIN, tmp_path / "whole")
+    for at in (9, 23):
+        with pytest.raises(LlmWsaeError):
+            train_sites(Broken(streams, at), arms, TRAIN, tmp_path / str(at))
+    first, second = (str(site) for site in SITES)
+    for earlier, later in ((9, 23), (23, 9)):
+        mixed = tmp_path / f"{earlier}-{later}"
+        shutil.copytree(tmp_path / str(earlier) / first, mixed / first)
+        shutil.copytree(tmp_path / str(later) / second, mixed / second)
+        train_sites(streams, arms, TRAIN, mixed)
+        assert files(mixed) == files(tmp_path / "whole")
+    half = tmp_path / "half"
+    shutil.copytree(tmp_path / "whole" / first, half / first)
+    shutil.copytree(tmp_path / "23" / second, half / second)
+    train_sites(streams, arms, TRAIN, half)
+    assert files(half) == files(tmp_path / "whole")
+    assert not list(half.rglob(CHECKPOINT)) and len(list(half.rglob(FINISHED))) == 2
+
+
+def test_statistics_are_kept_and_read_back(model, corpus, tmp_path):
+    first = ActivationStreams(model, corpus, SITES, STREAM, tmp_path)
+    statistics, moment = first.statistics(SITES[0]), first.second_moment(SITES[1])
+    other = tiny_model(seed=1)
+    other.identity = model.identity  # if it computed anything, that would be something else
+    again = ActivationStreams(other, corpus, SITES, STREAM, tmp_path)
+    assert torch.equal(again.statistics(SITES[0]).mean, statistics.mean)
+    assert torch.equal(again.second_moment(SITES[1]).mean, moment.mean)
+    longer = ActivationStreams(
+        model, corpus, SITES, replace(STREAM, statistics_tokens=1400), tmp_path
+    )
+    assert longer.statistics(SITES[0]).count > statistics.count
+    path = tmp_path / f"{SITES[0]}.statistics.safetensors"
+    path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(LlmWsaeError, match="statistics"):
+        ActivationStreams(model, corpus, SITES, STREAM, tmp_path).statistics(SITES[0])
+    nothing = {"m2": torch.full((16,), torch.nan)}  # with a checksum that matches
+    save_own_tensors(path, statistics.to_tensors() | nothing, longer.identity(SITES[0]))
+    with pytest.raises(LlmWsaeError, match=f"{SITES[0]}: their tensor 'm2' holds NaN .* delete it"):
+        ActivationStreams(
+            model, corpus, SITES, replace(STREAM, statistics_tokens=1400), tmp_path
+        ).statistics(SITES[0])
+
+
+def test_sensitivity_is_measured_once_and_its_last_digits_do_not_matter(model, corpus, tmp_path):
+    """Another GPU sums in another order: what was measured is kept, and folders in which it was not
+    go on all the same."""
+    few, sites = RuleInputConfig(sensitivity_tokens=300), SITES[1:]
+
+    def measured(model, config=few, folder=tmp_path / "t"):
+        streams = ActivationStreams(model, corpus, sites, STREAM, folder)
+        return streams, measure_stream_inputs(["sensitivity"], streams, SITES[1], config)
+
+    streams, inputs = measured(model)
+    other = tiny_model(seed=1)
+    other.identity = model.identity  # if it computed anything, that would be something else
+    assert torch.equal(measured(other)[1].fisher, inputs.fisher)
+    for settings in (replace(few, seed=1), replace(few, sensitivity_tokens=600)):
+        assert not torch.allclose(
+            measured(model, settings, tmp_path / "o")[1].fisher, inputs.fisher
+        )
+    arms = make_arms(choose_weights(inputs, ("sensitivity",), (0.5,)), (4,))
+    with pytest.raises(LlmWsaeError, match="connection"):
+        train_sites(Broken(streams, 17), {SITES[1]: arms}, TRAIN, tmp_path / "t")
+    for factor, is_same in ((1 + 1e-3, False), (1 + 1e-6, True)):
+        weights = replace(arms[0].weights, gamma=arms[0].weights.gamma * factor)
+        nearly = {SITES[1]: [replace(arms[0], weights=weights)]}
+        if is_same:
+            train_sites(streams, nearly, TRAIN, tmp_path / "t")
+            continue
+        with pytest.raises(LlmWsaeError, match=r"other settings .*gamma_sum"):
+            train_sites(streams, nearly, TRAIN, tmp_path / "t")
+    assert (tmp_path / "t" / str(SITES[1]) / FINISHED).exists()
+
+
+def test_it_says_when_the_text_is_read_again(streams, capsys):
+    list(islice(streams.batches(512, seed=0), 40))
+    said = capsys.readouterr().err
+    assert said.count("it is read again") == 1 and re.search(
+        r"text.jsonl ends after 4,5\d\d rows", said
+    )
+
+
+def test_a_dictionary_says_whether_its_contexts_began_with_a_bos(corpus, tmp_path):
+    """Not every tokenizer has one, and packing only asks for it."""
+    few = replace(TRAIN, tokens=64)
+    for bos, asked, expected in ((True, True, True), (True, False, False), (False, True, False)):
+        model, folder = tiny_model(bos=bos), tmp_path / f"{bos} {asked}"
+        packing = {"context_size": 12, "batch_tokens": 48, "prepend_bos": asked}
+        config = HarvestConfig(**packing, tokens=500, shard_tokens=300)
+        store = harvest(model, corpus, SITES[1:], folder / "store", config)
+        stream = ActivationStream(model, corpus, SITES[1], replace(STREAM, prepend_bos=asked))
+        for kind, source in (("stored", store.source(SITES[1])), ("streamed", stream)):
+            arms = make_arms(choose_weights(source.statistics(), ("uniform",), (1.0,)), (4,))
+            train(source, arms, few, folder / kind)
+            info = check_folder(folder / kind / "uniform-k4")
+            assert info.prepend_bos is expected, (kind, bos, asked)
+            assert info.store["packing"]["prepend_bos"] is asked  # identities stay as they were
+            cfg = json.loads((folder / kind / "uniform-k4" / "cfg.json").read_text())
+            assert cfg["metadata"]["prepend_bos"] is expected

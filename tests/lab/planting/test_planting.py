@@ -1,0 +1,391 @@
+"""Plants in a store whose every feature is known: what is planted, seen and measured."""
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from small_dictionaries import make_dictionary, make_info
+
+from llm_wsae.data.finishing import finish_store
+from llm_wsae.data.manifest import Manifest
+from llm_wsae.data.packing import Contexts
+from llm_wsae.data.shard_writer import StoreWriter
+from llm_wsae.data.shuffling import CHUNK_ROWS, ActivationSource, SharedSource
+from llm_wsae.data.store import ActivationStore
+from llm_wsae.dictionary.dictionary import Dictionary
+from llm_wsae.dictionary.sparsity import ReLU
+from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.lab.planting.config import PlantConfig
+from llm_wsae.lab.planting.plants import ON_TOKEN, make_plants
+from llm_wsae.lab.planting.recovery import measure_recovery
+from llm_wsae.lab.planting.source import SPREAD, PlantedSource
+from llm_wsae.model.site import Site
+from llm_wsae.weights.inputs import RuleInputs
+
+SITE, D_IN, POSITIONS, SHARDS = Site.parse("blocks.0.hook_resid_post"), 24, 64, 3
+CONFIG = PlantConfig(per_cell=4, strengths=(0.5, 1.0), rarest=0.01, commonest=0.05, token_share=0.5)
+NUM_PLANTS = 7 * 2 * 4
+NATURAL = 6
+
+
+def write_store(folder, scale=1.0):
+    """7 chunks and a bit: sparse features on the first 6 axes, a little noise on all; 40 tokens."""
+    draw = np.random.default_rng(5)
+    contexts_per_shard = 40
+    packing = {"context_size": POSITIONS, "prepend_bos": False, "drop_positions": 0}
+    model = dict.fromkeys(("name", "dtype", "weights_sha256"), "")
+    manifest = Manifest(
+        "", model, {"name": ""}, [str(SITE)], "float32", D_IN, packing, None, 40, 40, SHARDS * 40
+    )
+    (folder / str(SITE)).mkdir(parents=True)
+    (folder / "tokens").mkdir()
+    with StoreWriter(folder, manifest) as writer:
+        for shard in range(SHARDS):
+            shape = (contexts_per_shard, POSITIONS)
+            ids = draw.integers(0, 40, shape).astype(np.int32)
+            nothing = np.zeros(shape, dtype=np.int32)
+            keep = draw.random(shape) < 0.98
+            rows = draw.standard_normal((int(keep.sum()), D_IN)) * np.linspace(0.01, 0.1, D_IN)
+            on = draw.random((len(rows), NATURAL)) < 0.2
+            rows[:, :NATURAL] += on * draw.uniform(0.5, 1.5, on.shape)
+            contexts = Contexts(ids, keep, nothing, nothing, (0, 0), (0, 0), {})
+            writer.add(shard, contexts, {str(SITE): torch.from_numpy(rows * scale).float()})
+        writer.wait()
+    manifest.save(folder)
+    finish_store(folder, manifest)
+    return ActivationStore.open(folder)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("planting") / "store")
+
+
+@pytest.fixture(scope="module")
+def source(store):
+    return PlantedSource(store, SITE, CONFIG)
+
+
+def everything(source):
+    """All rows of a source's store, planted, with the truth as a dense table."""
+    reader = source._reader()
+    rows = torch.empty(reader.num_rows, D_IN)
+    found = reader.read(0, rows)
+    truth = torch.zeros(reader.num_rows, len(source.plants), dtype=torch.float64)
+    truth[found.row, found.plant] = torch.from_numpy(found.strength)
+    return rows, truth
+
+
+def test_rows_are_the_stores_plus_what_is_said_to_be_planted(store, source):
+    rows, truth = everything(source)
+    natural = store.rows(SITE, 0, store.num_rows)
+    planted = truth.float() @ source.plants.directions
+    torch.testing.assert_close(rows, natural + planted, atol=1e-6, rtol=1e-5)
+    assert isinstance(source, ActivationSource) and isinstance(source, SharedSource)
+    assert source.prepends_bos is False
+
+
+def test_plants_fire_as_often_and_as_strongly_as_they_should(source):
+    _, truth = everything(source)
+    plants, fires = source.plants, truth > 0
+    tokens = torch.from_numpy(source._tokens)
+    for plant in range(len(plants)):
+        token, p = int(plants.token[plant]), float(plants.probability[plant])
+        where = torch.ones(len(truth), dtype=torch.bool) if token < 0 else tokens == token
+        rate, n = float(fires[where, plant].double().mean()), int(where.sum())
+        assert abs(rate - p) < 5 * (p / n) ** 0.5
+        assert not bool(fires[~where, plant].any())
+        ratio = truth[fires[:, plant], plant] / plants.strength[plant]
+        assert ratio.min() >= 1 - SPREAD and ratio.max() <= 1 + SPREAD
+    tied = plants.token >= 0
+    assert int(tied.sum()) == NUM_PLANTS / 2 and set(plants.probability[tied].tolist()) == {
+        ON_TOKEN
+    }
+    assert len(plants.token[tied].unique()) == int(tied.sum())
+    assert plants.probability[~tied].min() >= 0.01 and plants.probability[~tied].max() <= 0.05
+
+
+def test_strata_are_what_they_say(store, source):
+    plants = source.plants
+    variance = store.statistics(SITE).robust_variance
+    order = variance.argsort()
+    of = {name: torch.tensor([s == name for s in plants.stratum]) for name in set(plants.stratum)}
+    assert {name: int(rows.sum()) for name, rows in of.items()} == dict.fromkeys(of, 8)
+    torch.testing.assert_close(plants.directions.norm(dim=1), torch.ones(NUM_PLANTS))
+    axes = {
+        name: plants.directions[rows].abs().argmax(1).sort().values for name, rows in of.items()
+    }
+    assert torch.equal(axes["quiet dimension"], order[:8].sort().values)
+    assert torch.equal(axes["loud dimension"], order[-8:].sort().values)
+    covariance = store.statistics(SITE).robust_covariance
+    spread = (plants.directions.double() @ covariance * plants.directions.double()).sum(1)
+    assert spread[of["quiet component"]].max() < spread[of["loud component"]].min()
+    pairs = plants.directions[of["antipodal"]].view(4, 2, D_IN)
+    torch.testing.assert_close(pairs[:, 0], -pairs[:, 1])
+    corner = plants.directions[of["triangle"]][:3]
+    torch.testing.assert_close(corner @ corner.T, 1.5 * torch.eye(3) - 0.5, atol=1e-6, rtol=0)
+    usual = store.statistics(SITE).usual_sample.double()
+    norm = (usual - usual.mean(0)).norm(dim=1).median()
+    for strength, relative in zip(plants.strength, plants.relative_strength, strict=True):
+        assert float(strength) == pytest.approx(relative * float(norm))
+
+
+def test_a_run_of_rows_is_the_same_however_it_is_read(source):
+    reader = source._reader()
+    rows, truth = everything(source)
+    for start, stop in ((0, 5), (1000, 1100), (3 * CHUNK_ROWS - 1, 5 * CHUNK_ROWS + 2)):
+        piece = torch.empty(stop - start, D_IN)
+        found = reader.read(start, piece)
+        assert torch.equal(piece, rows[start:stop])
+        dense = torch.zeros(stop - start, len(source.plants), dtype=torch.float64)
+        dense[found.row, found.plant] = torch.from_numpy(found.strength)
+        assert torch.equal(dense, truth[start:stop])
+
+
+def test_resumed_or_shared_or_opened_again_batches_have_the_same_plants(store, source):
+    whole = list(islice(source.batches(500, seed=3), 12))
+    again = PlantedSource(store, SITE, CONFIG)
+    assert again.identity() == source.identity()
+    for one, other in zip(whole[4:], again.batches(500, seed=3, start=4), strict=False):
+        assert torch.equal(one, other)
+    parts = [islice(source.batches_of_part(500, 3, 0, (n, 3)), 12) for n in range(3)]
+    for one, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(one.sort(0).values, torch.cat(shares).sort(0).values)
+    other = PlantedSource(store, SITE, replace(CONFIG, seed=1))
+    assert other.identity() != source.identity()
+
+
+def test_held_out_rows_are_in_no_batch_and_in_no_statistic(store, source):
+    rows, _ = everything(source)
+    assert source.num_rows == (store.num_rows // CHUNK_ROWS - 2) * CHUNK_ROWS
+    trained = rows[: source.num_rows]
+    epoch = torch.cat(
+        list(islice(source.batches(CHUNK_ROWS, seed=0), source.num_rows // CHUNK_ROWS))
+    )
+    assert torch.equal(epoch.sort(0).values, trained.sort(0).values)
+    held = torch.cat([piece for piece, _ in source.heldout()])
+    assert torch.equal(held, rows[source.num_rows :])
+    statistics, moment = source.statistics(), source.second_moment()
+    assert statistics.count == moment.count == source.num_rows
+    torch.testing.assert_close(statistics.mean, trained.double().mean(0))
+    inputs = RuleInputs(statistics, second_moment=moment)
+    torch.testing.assert_close(
+        inputs.covariance, torch.cov(trained.double().T, correction=0), rtol=0.02, atol=1e-3
+    )
+
+
+def perfect(source, gain=1.0, bias=0.0):
+    """Latents 5 and up: one for each plant, read along the dual directions; 5 that never fire."""
+    natural = torch.eye(D_IN, dtype=torch.float64)[:NATURAL]
+    directions = torch.cat([source.plants.directions.double(), natural])
+    encoder = torch.linalg.pinv(directions) if len(directions) <= D_IN else directions.T
+    encoder = torch.cat([torch.zeros(D_IN, 5, dtype=torch.float64), encoder], 1)
+    decoder = torch.cat([torch.zeros(5, D_IN, dtype=torch.float64), directions])
+    return Dictionary(
+        W_enc=encoder.float() * gain,
+        W_dec=decoder.float(),
+        b_enc=torch.full((len(decoder),), -bias),
+        b_dec=torch.zeros(D_IN),
+        sparsity=ReLU(),
+        info=make_info(site=str(SITE)),
+    )
+
+
+@pytest.fixture(scope="module")
+def few(store):
+    """Few plants, so that a linear reading separates them: two each of axes and components."""
+    source = PlantedSource(store, SITE, replace(CONFIG, per_cell=1, strengths=(1.0,), seed=2))
+    keep = [0, 4]  # a quiet axis and a random direction
+    plants = source.plants
+    source.plants = replace(
+        plants,
+        directions=plants.directions[keep],
+        strength=plants.strength[keep],
+        relative_strength=tuple(plants.relative_strength[i] for i in keep),
+        probability=torch.tensor([0.05, 0.03], dtype=torch.float64),
+        token=torch.tensor([-1, -1]),
+        stratum=tuple(plants.stratum[i] for i in keep),
+    )
+    return source
+
+
+def test_a_dictionary_that_knows_the_features_recovers_them_and_half_the_gain_is_half_the_slope(
+    few,
+):
+    found = measure_recovery(perfect(few, bias=0.4), few)
+    assert found.recovered.tolist() == [1.0, 1.0] and float(found.f1.min()) > 0.97
+    assert float(found.cosine.min()) > 0.999 and float(found.vanished.max()) < 0.03
+    shrunk = measure_recovery(perfect(few, gain=0.5, bias=0.2), few)
+    torch.testing.assert_close(shrunk.slope, found.slope / 2, rtol=0.02, atol=0)
+    assert shrunk.l_gt == pytest.approx(found.l_gt, abs=0.01)  # which fits one scale
+    assert found.l_gt < 0.1 and found.dead == pytest.approx(5 / (5 + 2 + NATURAL))
+    facts = found.to_dict()
+    assert facts["recovered"] == 1.0 and list(facts["by_stratum"]) == ["quiet dimension", "random"]
+    assert facts["by_strength"] == {"1": found.means()}
+
+
+def test_a_dictionary_of_another_site_or_width_is_refused(source):
+    for site, width in (("blocks.9.hook_resid_post", source.d_in), (str(source.site), 7)):
+        other = make_dictionary(d_in=width, site=site)
+        with pytest.raises(UsageError, match=f"the dictionary is for {width} dimensions of {site}"):
+            measure_recovery(other, source)
+
+
+def test_a_dictionary_of_noise_recovers_nothing(few):
+    draw = torch.Generator().manual_seed(0)
+    noise = Dictionary(
+        W_enc=torch.randn(D_IN, 64, generator=draw),
+        W_dec=torch.randn(64, D_IN, generator=draw),
+        b_enc=torch.zeros(64),
+        b_dec=torch.zeros(D_IN),
+        sparsity=ReLU(),
+        info=make_info(site=str(SITE)),
+    )
+    found = measure_recovery(noise, few)
+    assert found.recovered.tolist() == [0.0, 0.0] and float(found.f1.max()) < 0.5
+
+
+def test_the_measures_are_their_definitions(few):
+    """Beside a slow count of everything, for a dictionary that is neither good nor bad."""
+    dictionary = perfect(few, gain=0.8, bias=0.55)
+    found = measure_recovery(dictionary, few)
+    pieces = list(few.heldout())
+    tables = []
+    for half in (pieces[::2], pieces[1::2]):
+        truth, codes = [], []
+        for rows, firings in half:
+            dense = torch.zeros(len(rows), 2, dtype=torch.float64)
+            dense[firings.row, firings.plant] = torch.from_numpy(firings.strength).float().double()
+            truth.append(dense)
+            codes.append(dictionary.encode(rows).double())
+        tables.append((torch.cat(truth), torch.cat(codes)))
+    decoder, power, product, total = dictionary.W_dec.double(), 0.0, 0.0, 0.0
+    for plant in range(2):
+        x, z = tables[0][0][:, plant], tables[0][1]
+        both = ((x > 0)[:, None] & (z > 0)).sum(0)
+        best = int((2 * both / ((x > 0).sum() + (z > 0).sum(0)).clamp(min=1)).argmax())
+        x, z = tables[1][0][:, plant], tables[1][1][:, best]
+        on, hit = x > 0, (x > 0) & (z > 0)
+        f1 = 2 * hit.sum() / (on.sum() + (z > 0).sum())
+        along = float(decoder[best] @ few.plants.directions[plant].double())
+        assert float(found.f1[plant]) == pytest.approx(float(f1))
+        assert float(found.vanished[plant]) == pytest.approx(float(1 - hit.sum() / on.sum()))
+        slope = along * float((x * z)[hit].sum() / x[hit].square().sum())
+        assert float(found.slope[plant]) == pytest.approx(slope)
+        length = float(decoder[best].norm())
+        power += float(z.square().sum()) * length**2
+        product += float((x * z).sum()) * length
+        total += float(x.square().sum())
+    assert found.l_gt == pytest.approx(1 - product**2 / power / total)
+
+
+def test_a_plant_that_never_fires_has_no_f1(few):
+    plants = few.plants
+    rare = PlantedSource(few.store, SITE, replace(CONFIG, per_cell=1, strengths=(1.0,)))
+    rare.plants = replace(plants, probability=torch.tensor([0.05, 0.0], dtype=torch.float64))
+    found = measure_recovery(perfect(rare, bias=0.4), rare)
+    assert found.f1[1].isnan() and found.recovered[1].isnan() and found.vanished[1].isnan()
+    assert found.to_dict()["plants"]["f1"][1] is None and found.means()["recovered"] == 1.0
+
+
+def test_of_a_plant_that_no_latent_answers_no_latent_is_the_best(few):
+    dictionary = perfect(few, bias=0.4)
+    silent = torch.full_like(dictionary.b_enc, -1e9)
+    parts = {"W_enc": dictionary.W_enc, "W_dec": dictionary.W_dec, "b_dec": dictionary.b_dec}
+    found = measure_recovery(
+        Dictionary(**parts, b_enc=silent, sparsity=ReLU(), info=dictionary.info), few
+    )
+    assert found.cosine.isnan().all() and found.slope.isnan().all() and found.l_gt == 1.0
+    assert (found.f1 == 0).all() and (found.vanished == 1).all()
+
+
+def test_of_a_plant_that_fires_in_one_half_alone_nothing_is_known(few, monkeypatch):
+    heldout, plants = list(few.heldout()), len(few.plants)
+    dictionary = perfect(few, bias=0.4)
+    whole = measure_recovery(dictionary, few)
+    for rows, firings in heldout[::2]:  # where the latents are chosen
+        mine = firings.plant == 0
+        firings.strength[mine] = 0.0
+        rows[firings.row[mine]] = 0.0
+    monkeypatch.setattr(few, "heldout", lambda: iter(heldout))
+    found = measure_recovery(dictionary, few)
+    for measure in ("f1", "cosine", "slope", "vanished", "recovered"):
+        assert getattr(found, measure)[0].isnan()
+        assert not getattr(found, measure)[1:].isnan().any()
+    assert plants > 1 and found.l_gt == pytest.approx(whole.l_gt, abs=0.1)
+
+
+def test_decoder_rows_of_another_dictionary_are_a_stratum(store, few, tmp_path):
+    other = perfect(few, bias=0.3)
+    other.save(tmp_path / "other")
+    config = replace(CONFIG, dictionary=str(tmp_path / "other"))
+    source = PlantedSource(store, SITE, replace(config, per_cell=1))
+    rows = torch.tensor([name == "decoder row" for name in source.plants.stratum])
+    cosines = source.plants.directions[rows] @ torch.nn.functional.normalize(other.W_dec, dim=1).T
+    torch.testing.assert_close(cosines.amax(1), torch.ones(2))
+    with pytest.raises(UsageError, match=r"\d+ latents of .* fire .* too few to plant 12"):
+        PlantedSource(store, SITE, replace(config, per_cell=6))
+    parts = {"W_enc": other.W_enc[1:], "W_dec": other.W_dec[:, 1:], "b_dec": other.b_dec[1:]}
+    Dictionary(**parts, b_enc=other.b_enc, sparsity=other.sparsity, info=other.info).save(
+        tmp_path / "narrow"
+    )
+    parts = {"W_enc": other.W_enc, "W_dec": other.W_dec, "b_dec": other.b_dec}
+    for name, change in (
+        ("elsewhere", {"site": "blocks.1.hook_resid_post"}),
+        ("foreign", {"model": {"weights_sha256": "0" * 64}}),
+    ):
+        info = replace(other.info, **change)
+        Dictionary(**parts, b_enc=other.b_enc, sparsity=other.sparsity, info=info).save(
+            tmp_path / name
+        )
+    for name, sentence in (
+        ("narrow", "is for 23 dimensions, so its decoder rows cannot"),
+        ("elsewhere", rf"explains blocks\.1.*, so its decoder rows are no directions of {SITE}"),
+        ("foreign", "explains another model than .*; name one of the same model"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            PlantedSource(store, SITE, replace(config, dictionary=str(tmp_path / name)))
+
+
+def test_what_cannot_be_planted_is_refused_in_a_sentence(store, tmp_path):
+    with pytest.raises(UsageError, match="has 24 dimensions that vary, too few to plant along 16"):
+        PlantedSource(store, SITE, replace(CONFIG, per_cell=8))
+    strength, probability = "a plant's strength must be at least 1e-06", "plants fire with prob"
+    for wrong, sentence in (
+        ({"strengths": (1.5,)}, f"{strength}.* would drown the stream; not 1.5"),
+        ({"strengths": (0.2, 0.0)}, f"{strength}, or it is lost in rounding, .* not 0.2, 0.0"),
+        ({"strengths": (-0.2,)}, strength),
+        ({"strengths": (1e-40,)}, f"{strength}.* not 1e-40"),
+        ({"strengths": (float("nan"),)}, "strengths is nan, but must be a number"),
+        ({"strengths": ()}, "give at least one of strengths"),
+        ({"rarest": 0.2}, f"{probability}.*from 0.2 to 0.01; these must rise"),
+        ({"rarest": 1e-30}, f"{probability}.*from 1e-30 to 0.01; .* at least 1e-06"),
+        ({"commonest": 1.0}, probability),
+        ({"seed": -1}, "seed is -1"),
+        ({"per_cell": 0}, "per-cell is 0"),
+        ({"token_share": 2.0}, "token-share must be from 0 to 1"),
+        ({"heldout_share": 0.0}, "heldout-share between 0 and 1"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            PlantConfig(**wrong)
+    often = replace(CONFIG, strengths=(1.0,), rarest=0.9, commonest=0.99)
+    with pytest.raises(UsageError, match=r"together \d+\.\d times as long as the rows"):
+        PlantedSource(store, SITE, often)
+    few = ActivationStore.open(store.folder)
+    few.num_rows = 3 * CHUNK_ROWS - 1
+    for own, config, sentence in (
+        (few, CONFIG, "3,071 rows, 2,048 would be held out .* trained on; harvest more tokens"),
+        (store, replace(CONFIG, heldout_share=0.99), r"held out .* trained on; lower heldout-sha"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            PlantedSource(own, SITE, config)
+    with pytest.raises(UsageError, match="have 27 different tokens, too few to tie each of 28 "):
+        make_plants(store.statistics(SITE), dict.fromkeys(range(27), 9), CONFIG)
+    make_plants(store.statistics(SITE), dict.fromkeys(range(28), 9), CONFIG)
+    flat = write_store(tmp_path / "flat", scale=0.0)
+    with pytest.raises(
+        LlmWsaeError, match="the rows do not vary in any dimension; take other text"
+    ):
+        make_plants(flat.statistics(SITE), {1: 1})

@@ -1,0 +1,161 @@
+"""The statistics of a study, on differences whose truth is known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from llm_wsae.lab.studies.inference import compared
+from llm_wsae.lab.studies.values import Value
+
+SEEDS = 3
+
+
+def against_zero(values):
+    """The estimate of differences that are given by seed."""
+    nothing = {
+        seed: Value(
+            0.0,
+            value.items and dict.fromkeys(value.items, 0.0),
+            value.resampled and (0.0,) * len(value.resampled),
+        )
+        for seed, value in values.items()
+    }
+    return compared(values, nothing)
+
+
+def over_families(draw, seeds=SEEDS, families=9, of_family=3.0, noise=3.0):
+    """Differences that vary from family to family, the same way on all seeds, about 0."""
+    common = draw.normal(0, of_family, families)
+    rows = common + draw.normal(0, 1, (seeds, 1)) + draw.normal(0, noise, (seeds, families))
+    return {seed: of_items(row) for seed, row in enumerate(rows)}
+
+
+def of_items(row) -> Value:
+    return Value(float(np.mean(row)), {f"c{i}": float(v) for i, v in enumerate(row)})
+
+
+def over_documents(draw, seeds=SEEDS, share=0.0, common=0.2):
+    """KL of each document, plain and by ``share`` higher; documents differ alike on all seeds."""
+    length = draw.gamma(4, 25, 80)
+    of_document = 1 + draw.normal(0, common, 80)
+    plain, own = {}, {}
+    for seed in range(seeds):
+        sums = length * draw.normal(1, 0.1, 80)
+        by_seed = (1 + share) * draw.normal(1, 0.01)
+        plain[seed] = Value(0.0, documents=tuple(sums))
+        own[seed] = Value(0.0, documents=tuple(sums * of_document * by_seed))
+    return own, plain
+
+
+def test_without_an_effect_none_is_found_in_95_of_100():
+    for seeds in (2, 3, 5):
+        draw, alarms = np.random.default_rng(0), []
+        for _ in range(600):
+            row = draw.normal(0, 1, seeds)
+            alarms.append(against_zero({s: Value(float(v)) for s, v in enumerate(row)}).p < 0.05)
+        assert 0.03 < np.mean(alarms) < 0.07, seeds
+        of_families = [against_zero(over_families(draw, seeds)).p < 0.05 for _ in range(600)]
+        assert 0.005 < np.mean(of_families) < 0.07, seeds
+        of_documents = [compared(*over_documents(draw, seeds)).p < 0.05 for _ in range(400)]
+        assert 0.005 < np.mean(of_documents) < 0.08, seeds
+
+
+def test_a_share_of_kl_is_found_and_its_interval_holds_it():
+    draw, found, inside = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        one = compared(*over_documents(draw, share=0.2))
+        found += one.p < 0.05 and one.difference > 0
+        inside += one.interval[0] <= 0.2 <= one.interval[1]
+    assert found > 190 and inside > 180
+
+
+def test_one_document_or_seed_gives_no_estimate():
+    own, plain = over_documents(np.random.default_rng(0))
+    assert compared({0: own[0]}, plain) is None
+    assert compared(own, {7: plain[0], 8: plain[1]}) is None
+    few = {seed: Value(0.0, documents=(1.0,)) for seed in own}
+    assert compared(few, few) is None
+
+
+def test_a_bootstrap_over_three_seeds_would_be_too_sure():
+    """Why there is none."""
+    draw = np.random.default_rng(0)
+    misses = 0
+    for _ in range(400):
+        sample = draw.normal(0, 1, SEEDS)
+        means = sample[draw.integers(SEEDS, size=(500, SEEDS))].mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        misses += not low <= 0 <= high
+    assert misses / 400 > 0.15
+
+
+def test_families_that_differ_alike_on_every_seed_do_not_count_as_many():
+    """With the families' part left out, their choice would pass for an effect."""
+    draw = np.random.default_rng(0)
+    found = {True: 0, False: 0}
+    for _ in range(200):
+        by_seed = over_families(draw, of_family=3.0, noise=0.5)
+        found[True] += against_zero(by_seed).p < 0.05
+        bare = {seed: Value(value.mean) for seed, value in by_seed.items()}
+        found[False] += against_zero(bare).p < 0.05
+    assert found[True] < 16 and found[False] > 25
+
+
+def test_documents_that_all_seeds_share_do_not_average_out():
+    """Every seed is scored on one text, so seeds agree on what its documents do."""
+    draw = np.random.default_rng(0)
+    found = {True: 0, False: 0}
+    for _ in range(200):
+        document, seeds = draw.normal(0, 2.0), draw.normal(0, 1.0, 3)
+        drawn = draw.normal(0, 2.0, 100)
+        for known in found:
+            made = {
+                seed: Value(document + v, resampled=tuple(drawn + v) if known else None)
+                for seed, v in enumerate(seeds)
+            }
+            found[known] += against_zero(made).p < 0.05
+    assert found[True] < 16 and found[False] > 30
+
+
+def test_resamplings_without_any_scored_document_are_left_out_for_all_seeds():
+    draw = np.random.default_rng(0)
+    drawn = draw.normal(0, 2.0, (3, 100)) + draw.normal(0, 2.0, 100)
+    gaps = drawn.copy()
+    gaps[0, :10] = gaps[2, 5:20] = np.nan
+
+    def found(table):
+        return against_zero(
+            {s: Value(0.5 + s, resampled=tuple(row)) for s, row in enumerate(table)}
+        )
+
+    assert found(gaps) == found(drawn[:, 20:]) != found(drawn)
+    gaps[1, 21:] = np.nan  # of one resampling there is no variance
+    assert found(gaps) == against_zero({s: Value(0.5 + s) for s in range(3)})
+
+
+def test_a_difference_is_of_what_both_have():
+    both = Value(0.3, {"a": 0.5, "b": 0.1}, (1.0, 2.0))
+    difference = both.less(Value(0.5, {"a": 0.25}, (None, 0.5)))
+    assert (difference.mean, difference.items) == (0.25, {"a": 0.25})
+    assert difference.resampled == pytest.approx((np.nan, 1.5), nan_ok=True)
+    assert both.less(Value(0.5, {"c": 0.5})) is None
+    assert both.less(Value(0.5)).items is None
+
+
+def test_without_items_and_documents_it_is_the_t_test():
+    values = [0.3, -0.1, 0.8, 0.4]
+    estimate = against_zero({seed: Value(v) for seed, v in enumerate(values)})
+    reference = stats.ttest_1samp(values, 0.0)
+    assert estimate.p == pytest.approx(reference.pvalue)
+    assert estimate.interval == pytest.approx(tuple(reference.confidence_interval()))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.permutations(range(SEEDS)))
+def test_names_and_order_of_seeds_mean_nothing(number, seeds):
+    values = over_families(np.random.default_rng(number))
+    one, other = against_zero(values), against_zero({10 * s: values[s] for s in seeds})
+    assert one.difference == pytest.approx(other.difference)
+    assert one.interval == pytest.approx(other.interval) and one.p == pytest.approx(other.p)
