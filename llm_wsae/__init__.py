@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from llm_wsae.model.site import Site
     from llm_wsae.pages.dashboard import dashboard
     from llm_wsae.pages.neuronpedia import export_neuronpedia
-    from llm_wsae.pipeline import run
-    from llm_wsae.planning import plan
+    from llm_wsae.pipeline.planning import plan
+    from llm_wsae.pipeline.run import run
     from llm_wsae.sparse.codes import Codes
     from llm_wsae.statistics.moments import Statistics
     from llm_wsae.training.arm import ArmConfig, make_arms
     from llm_wsae.training.config import TrainConfig
     from llm_wsae.training.trainer import train, train_sites
-    from llm_wsae.weighing import measure_inputs
     from llm_wsae.weights.choosing import choose_weights, weights_from_rule
     from llm_wsae.weights.loss_weights import LossWeights
     from llm_wsae.weights.rules import RULES, Rule
+    from llm_wsae.weights.weighing import measure_inputs
 
     __version__: str
 
@@ -54,13 +54,13 @@ _HOMES = {
     "ActivationStore": "data.store",
     "open_stores": "data.stores",
     "StreamConfig": "data.config",
-    "ActivationStream": "streaming",
-    "ActivationStreams": "streaming",
+    "ActivationStream": "data.streaming",
+    "ActivationStreams": "data.streaming",
     "Statistics": "statistics.moments",
     "RULES": "weights.rules",
     "Rule": "weights.rules",
     "LossWeights": "weights.loss_weights",
-    "measure_inputs": "weighing",
+    "measure_inputs": "weights.weighing",
     "choose_weights": "weights.choosing",
     "weights_from_rule": "weights.choosing",
     "TrainConfig": "training.config",
@@ -83,18 +83,18 @@ _HOMES = {
     "MonosemanticConfig": "evaluation.config",
     "LlmWsaeError": "errors",
     "UsageError": "errors",
-    "harvest": "harvesting",
+    "harvest": "data.harvesting",
     "train": "training.trainer",
     "train_sites": "training.trainer",
     "evaluate": "evaluation.fidelity.evaluator",
-    "run": "pipeline",
-    "plan": "planning",
-    "PlantConfig": "planting.config",
-    "PlantedSource": "planting.source",
-    "measure_recovery": "planting.recovery",
-    "study": "studies.runner",
-    "gap_norms": "theory.optimum",
-    "least_gap_weights": "theory.optimum",
+    "run": "pipeline.run",
+    "plan": "pipeline.planning",
+    "PlantConfig": "lab.planting.config",
+    "PlantedSource": "lab.planting.source",
+    "measure_recovery": "lab.planting.recovery",
+    "study": "lab.studies.runner",
+    "gap_norms": "lab.theory.optimum",
+    "least_gap_weights": "lab.theory.optimum",
 }
 
 __all__ = [

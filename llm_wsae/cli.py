@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
-from llm_wsae import processes, provenance
+from llm_wsae.artifact import provenance
+from llm_wsae.artifact.files import way_out
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.commands.dashboard import dashboard
 from llm_wsae.commands.evaluate import evaluate
 from llm_wsae.commands.explain import explain
@@ -32,9 +34,8 @@ from llm_wsae.commands.train import train
 from llm_wsae.commands.verify import verify
 from llm_wsae.commands.weigh import weigh
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
-from llm_wsae.files import way_out
+from llm_wsae.machine import processes
 from llm_wsae.outside import is_panic, reason
-from llm_wsae.provenance import plain
 from llm_wsae.terminal import printable, printable_json, without_secrets
 
 COMMANDS: dict[str, Callable[..., Result]] = {

@@ -44,19 +44,19 @@ from peers import steps
 from peers.steps import Job
 
 import llm_wsae.evaluation.fidelity.splicing as splicing
+from llm_wsae.artifact.provenance import number_formats
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.reconstruction import ReconstructionSums
-from llm_wsae.hardware import choose_device, onednn_is_faster, onednn_linear
+from llm_wsae.machine.hardware import choose_device, onednn_is_faster, onednn_linear
+from llm_wsae.machine.number_format import DTYPES
 from llm_wsae.model.forward import parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.model.unembedding import RUN
-from llm_wsae.number_format import DTYPES
-from llm_wsae.provenance import number_formats
 
 CONTEXT, TOGETHER = 128, 1024  # tokens of a context, and rows of one product of the floor
 IN_RUNS = "the same, unembedding in runs"

@@ -34,7 +34,7 @@ from benchmarks import embedded_model, finish, gpu_memory, machine, write_benchm
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
-from llm_wsae.hardware import choose_device
+from llm_wsae.machine.hardware import choose_device
 from llm_wsae.model import fusing
 from llm_wsae.model.language_model import LanguageModel, boot_bridge, share_weights
 from llm_wsae.model.site import Site

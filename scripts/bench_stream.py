@@ -31,13 +31,13 @@ from pathlib import Path
 import torch
 from benchmarks import embedded_model, machine, write_benchmark
 
+from llm_wsae.artifact.files import sha256
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.streaming import ActivationStreams
-from llm_wsae.files import sha256
+from llm_wsae.machine.processes import join
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.processes import join
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.one_site import Training

@@ -41,7 +41,7 @@ from llm_wsae.data.shard_reader import RowReader
 from llm_wsae.data.shuffling import CHUNK_ROWS
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.hardware import choose_device
+from llm_wsae.machine.hardware import choose_device
 from llm_wsae.model.site import Site
 from llm_wsae.training.normaliser import Normaliser
 

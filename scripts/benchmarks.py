@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from llm_wsae.files import write_text
-from llm_wsae.hardware import processor_name
+from llm_wsae.artifact.files import write_text
+from llm_wsae.machine.hardware import processor_name
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -69,7 +69,7 @@ rm -rf "$out"  # of an earlier check
 mkdir -p "$out"
 failed=() peers=()
 part packages 300 "${install[@]}" || report
-part device 315 "$python" -c 'import sys; from llm_wsae.hardware import choose_device
+part device 315 "$python" -c 'import sys; from llm_wsae.machine.hardware import choose_device
 choose_device(sys.argv[1])' $device || report
 for peer in sparsify saelens; do
   part $peer 350 "$python" -c 'import sys; sys.path.insert(0, "scripts"); import benchmarks

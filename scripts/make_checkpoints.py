@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm_wsae.artifact.files import load_tensors, read_json, write_text
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import CFG, EXTRAS, INFO
 from llm_wsae.dictionary.hub.card import making
@@ -24,9 +25,8 @@ from llm_wsae.dictionary.hub.card_tables import (
     rule_words,
     with_baselines,
 )
-from llm_wsae.drawing import BLUE, GREY, tidy
-from llm_wsae.files import load_tensors, read_json, write_text
 from llm_wsae.model.site import Site
+from llm_wsae.pages.drawing import BLUE, GREY, tidy
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "runs/checkpoints"

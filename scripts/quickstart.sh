@@ -20,7 +20,7 @@ if [[ " $* " != *" --tokens"* ]]; then
   # as on an AMD Zen 4, and fewer on a slower processor. A run that was stopped keeps its number.
   mkdir -p runs
   [ -s "$out.tokens" ] || .venv/bin/python -c '
-from llm_wsae.number_format import product_seconds
+from llm_wsae.machine.number_format import product_seconds
 share = 0.0024 / min(product_seconds()["layers"].values())
 print(50_000 * max(2, min(6, round(6 * share))))' > "$out.tokens"
   set -- --tokens "$(<"$out.tokens")" --train.tokens $((2 * $(<"$out.tokens"))) "$@"

@@ -40,9 +40,9 @@ from llm_wsae import (
     harvest,
     train,
 )
+from llm_wsae.artifact.files import write_json
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.evaluation.baselines import raw_dimensions
-from llm_wsae.files import write_json
 from llm_wsae.terminal import markdown
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.weights.choosing import weights_from_rule

@@ -8,7 +8,7 @@ import pytest
 SCRIPT = """
 from pathlib import Path
 import torch
-from llm_wsae.hardware import return_freed_memory
+from llm_wsae.machine.hardware import return_freed_memory
 
 MB = 2**20
 

@@ -15,11 +15,11 @@ from test_harvesting import CONFIG, LENGTHS, SITES, after, files
 from tiny import tiny_model, write_jsonl
 
 from llm_wsae.cli import main
+from llm_wsae.commands.verifying import verify_store
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.verifying import verify_store
 
 
 @pytest.fixture(scope="module")

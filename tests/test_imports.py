@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from importlinter.cli import lint_imports
 from looping import over
 from places import ROOT
 
@@ -21,47 +21,6 @@ import llm_wsae
 
 PACKAGE = ROOT / "llm_wsae"
 FILES = sorted(PACKAGE.rglob("*.py"))
-
-# From the cellar up. A module may import from its own floor (without a circle) and from below.
-FLOORS = (
-    "errors",
-    "outside",
-    "digests",
-    "files",
-    "outputs",
-    "drawing",
-    "hardware",
-    "processes",
-    "threads",
-    "provenance",
-    "number_format",
-    "terminal",
-    "sparse",
-    "model",
-    "statistics",
-    "weights",
-    "data",
-    "dictionary",
-    "attaching",
-    "inspecting",
-    "pages",
-    "training",
-    "saelens",
-    "evaluation",
-    "explaining",
-    "weighing",
-    "plots",
-    "tuning",
-    "planning",
-    "run_checks",
-    "pipeline",
-    "lab",
-    "verifying",
-    "commands",
-    "cli",
-    "__main__",
-    "__init__",  # the front door: shows what is inside, and nothing inside goes through it
-)
 
 
 def module_name(path: Path) -> str:
@@ -73,12 +32,6 @@ def module_name(path: Path) -> str:
 
 
 TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-
-
-def floor(module: str) -> int:
-    name = module.split(".")[1]
-    assert name in FLOORS, f"{module} is on no floor: give it one in {Path(__file__).name}"
-    return FLOORS.index(name)
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -93,59 +46,9 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, below if below in TREES else node.module
 
 
-def ours(module: str) -> list[tuple[int, str]]:
-    found = [(line, m) for line, m in imported(TREES[module]) if m.split(".")[0] == "llm_wsae"]
-    return [(line, "llm_wsae.__init__" if m == "llm_wsae" else m) for line, m in found]
-
-
-@over(module=TREES)
-def test_imports_only_go_down(module):
-    upward = [
-        f"line {line} imports {other}"
-        for line, other in ours(module)
-        if floor(other) > floor(module)
-    ]
-    assert not upward, f"{module}: {'; '.join(upward)}"
-
-
-def test_imports_make_no_circle():
-    state: dict[str, str] = {}
-
-    def visit(module: str, path: list[str]) -> None:
-        path = [*path, module]
-        assert state.get(module) != "open", " → ".join(path[path.index(module) :])
-        if module not in state:
-            state[module] = "open"
-            for _, other in ours(module):
-                visit(other, path)
-            state[module] = "done"
-
-    for module in TREES:
-        visit(module, [])
-
-
-def test_the_reader_of_imports_sees_them_all(monkeypatch):
-    """A test that is green while testing nothing would be worse than none."""
-    tree = ast.parse(
-        "import llm_wsae.pipeline\n"
-        "from llm_wsae.data import store\n"
-        "from llm_wsae.errors import UsageError\n"
-        "def f():\n    from llm_wsae.model.site import Site\n"
-    )
-    assert [m for _, m in imported(tree)] == [
-        "llm_wsae.pipeline",
-        "llm_wsae.data.store",
-        "llm_wsae.errors",
-        "llm_wsae.model.site",
-    ]
-    assert len(TREES) > 40 and all(a < b for a, b in pairwise(FILES))
-    monkeypatch.setitem(TREES, "llm_wsae.data.store", ast.parse("import llm_wsae.data.shuffling"))
-    monkeypatch.setitem(TREES, "llm_wsae.data.shuffling", ast.parse("import llm_wsae.data.store"))
-    with pytest.raises(AssertionError, match=r"llm_wsae\.data\.(store|batches) →"):
-        test_imports_make_no_circle()
-    monkeypatch.setitem(TREES, "llm_wsae.data.store", ast.parse("import llm_wsae.training.arm"))
-    with pytest.raises(AssertionError, match=r"llm_wsae\.data\.store: line 1 imports"):
-        test_imports_only_go_down()
+def test_imports_only_go_down_and_make_no_circle():
+    """The layers are in pyproject.toml."""
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
 
 
 @over(path=FILES)

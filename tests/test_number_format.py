@@ -6,9 +6,10 @@ import pytest
 import torch
 from command_line import HARVEST, SITE, call, content, works
 
-from llm_wsae import number_format, provenance
+from llm_wsae.artifact import provenance
 from llm_wsae.data.manifest import Manifest
-from llm_wsae.number_format import fast_dtype, name_of
+from llm_wsae.machine import number_format
+from llm_wsae.machine.number_format import fast_dtype, name_of
 
 CPU = torch.device("cpu")
 TRAIN = ("--site", SITE, "--expansion", 4, "--batch-size", 256, "--k", 4)

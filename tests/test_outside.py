@@ -16,8 +16,9 @@ from command_line import call
 from looping import over
 
 from llm_wsae import outside
+from llm_wsae.artifact.outputs import check_file, check_folder, check_room, is_record_of
+from llm_wsae.artifact.provenance import portable
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.outputs import check_file, check_folder, check_room, is_record_of
 from llm_wsae.outside import (
     LARGEST_NUMBER,
     SHARE,
@@ -30,7 +31,6 @@ from llm_wsae.outside import (
     parsing,
     typed,
 )
-from llm_wsae.provenance import portable
 
 
 @over(text=["", "[" * 100_000, '{"a":' * 100_000, b'{"a": "\xff"}', "9" * 5000, "{}{}", "\x00"])

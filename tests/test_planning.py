@@ -7,14 +7,15 @@ import pytest
 from command_line import call, save_model, works
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae import pipeline, planning
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.model.site import Site
-from llm_wsae.pipeline import run
-from llm_wsae.planning import plan, stand_ins
+from llm_wsae.pipeline import planning
+from llm_wsae.pipeline import run as pipeline
+from llm_wsae.pipeline.planning import plan, stand_ins
+from llm_wsae.pipeline.run import run
 from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.config import TrainConfig

@@ -8,9 +8,9 @@ import pytest
 import torch
 from several import run
 
-from llm_wsae import processes
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.processes import Processes, Several, collectives, join, may_speak
+from llm_wsae.machine import processes
+from llm_wsae.machine.processes import Processes, Several, collectives, join, may_speak
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -16,7 +16,10 @@ from mutations import OTHER_VALUES, config_changes
 from safetensors.torch import load_file, save_file
 from training_cases import CONFIG, Planted, arms_for
 
-from llm_wsae import digests, verifying
+from llm_wsae.artifact import digests
+from llm_wsae.artifact.files import load_own_tensors, own_json, save_own_tensors, write_json
+from llm_wsae.commands import verifying
+from llm_wsae.commands.verifying import verify
 from llm_wsae.data import shard_reader
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.data.store import ActivationStore
@@ -26,14 +29,12 @@ from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, keep_explanations
 from llm_wsae.dictionary.folder import OWN_DIGEST
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import load_own_tensors, own_json, save_own_tensors, write_json
+from llm_wsae.machine.processes import Processes
 from llm_wsae.model.site import Site
-from llm_wsae.processes import Processes
 from llm_wsae.training.arm import Arm
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, load_checkpoint, read_finished
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import Interrupted, train
-from llm_wsae.verifying import verify
 from llm_wsae.weights.loss_weights import LossWeights
 
 PLACE = Site.parse(SITE)

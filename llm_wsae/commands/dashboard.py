@@ -5,9 +5,9 @@ from typing import Annotated
 
 import tyro
 
+from llm_wsae.artifact.outputs import check_file
 from llm_wsae.commands.options import Flag, Flat, LoadOptions, Result, note
 from llm_wsae.errors import UsageError
-from llm_wsae.outputs import check_file
 
 
 def dashboard(

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import tyro
 
+from llm_wsae.artifact.files import write_json
+from llm_wsae.artifact.outputs import check_file, is_record_of
+from llm_wsae.artifact.provenance import number_formats, plain, versions
 from llm_wsae.commands.options import (
     CorpusOptions,
     Flag,
@@ -19,9 +22,6 @@ from llm_wsae.commands.options import (
 )
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.files import write_json
-from llm_wsae.outputs import check_file, is_record_of
-from llm_wsae.provenance import number_formats, plain, versions
 
 
 def evaluate(

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from llm_wsae.artifact.outputs import check_folder
+from llm_wsae.artifact.provenance import write_record
 from llm_wsae.commands.options import (
     CorpusOptions,
     Flat,
@@ -13,9 +15,7 @@ from llm_wsae.commands.options import (
     sites_of,
 )
 from llm_wsae.data.config import HarvestConfig
-from llm_wsae.outputs import check_folder
-from llm_wsae.processes import leads
-from llm_wsae.provenance import write_record
+from llm_wsae.machine.processes import leads
 
 
 def harvest(

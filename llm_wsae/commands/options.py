@@ -19,9 +19,9 @@ from llm_wsae.data.config import HELDOUT, HarvestConfig, StreamConfig
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.lab.planting.config import PlantConfig
+from llm_wsae.machine.processes import join, leads
 from llm_wsae.model.site import Site
 from llm_wsae.outside import check_numbers
-from llm_wsae.processes import join, leads
 from llm_wsae.terminal import printable
 from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
 
@@ -54,9 +54,9 @@ class LoadOptions:
     def load(self, model: str, recorded: Mapping[str, Any] | None = None) -> "LanguageModel":
         """Load a model, and say so on stderr. ``recorded`` is what the record of the rows that it
         made, if there are some, says of it: their number format is kept."""
-        from llm_wsae.hardware import choose_device
+        from llm_wsae.machine.hardware import choose_device
+        from llm_wsae.machine.number_format import fast_dtype, name_of
         from llm_wsae.model.language_model import LanguageModel
-        from llm_wsae.number_format import fast_dtype, name_of
 
         note(f"loading {model}")
         dtype: str = self.model_dtype
@@ -281,7 +281,7 @@ def sites_of(names: tuple[str, ...]) -> list[Site]:
 
 def cost(started: float) -> str:
     """Time since ``started`` (a ``time.monotonic``) and peak memory, in words."""
-    from llm_wsae.hardware import peak_memory_bytes
+    from llm_wsae.machine.hardware import peak_memory_bytes
 
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     peak = peak_memory_bytes() / 2**30

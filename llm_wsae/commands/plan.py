@@ -47,8 +47,8 @@ def plan(
         buffer_tokens: With --stream: tokens whose rows are shuffled together.
         statistics_tokens: With --stream: first tokens of the text, which weights are measured on.
     """
-    from llm_wsae.planning import plan as plan_run
-    from llm_wsae.planning import stand_ins
+    from llm_wsae.pipeline.planning import plan as plan_run
+    from llm_wsae.pipeline.planning import stand_ins
     from llm_wsae.training.arm import make_arms
 
     started, sites, text = time.monotonic(), sites_of(site), corpus.open("train")

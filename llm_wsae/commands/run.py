@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from llm_wsae.artifact.outputs import check_file, is_record_of
+from llm_wsae.artifact.provenance import write_record
 from llm_wsae.commands.options import (
     AutoGridOptions,
     CorpusOptions,
@@ -22,9 +24,7 @@ from llm_wsae.commands.options import (
     stream_config,
 )
 from llm_wsae.data.config import HELDOUT, PackConfig, StreamConfig
-from llm_wsae.outputs import check_file, is_record_of
-from llm_wsae.processes import leads
-from llm_wsae.provenance import write_record
+from llm_wsae.machine.processes import leads
 from llm_wsae.weights.config import WeightConfig
 
 RECORD = "run.json"
@@ -56,8 +56,8 @@ def run(
         statistics_tokens: With --stream: first tokens of the text, which weights are measured on.
     """
     from llm_wsae.evaluation.baselines import HALF_RANDOM
-    from llm_wsae.pipeline import run as run_all
-    from llm_wsae.run_checks import model_begun
+    from llm_wsae.pipeline.checks import model_begun
+    from llm_wsae.pipeline.run import run as run_all
 
     started, sites = time.monotonic(), sites_of(site)
     out = out or Path("runs") / Path(model.model).resolve().name.removesuffix(".gguf")

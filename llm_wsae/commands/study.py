@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.artifact.outputs import check_file, is_record_of
+from llm_wsae.artifact.provenance import write_record
 from llm_wsae.commands.options import (
     CorpusOptions,
     EvaluateOptions,
@@ -24,8 +26,6 @@ from llm_wsae.commands.options import (
 from llm_wsae.lab.planting.config import PlantConfig
 from llm_wsae.lab.studies.config import StudyConfig
 from llm_wsae.model.site import Site
-from llm_wsae.outputs import check_file, is_record_of
-from llm_wsae.provenance import write_record
 from llm_wsae.training.config import ArchitectureName
 from llm_wsae.weights.config import WeightConfig
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from llm_wsae.artifact.outputs import check_file, is_record_of
+from llm_wsae.artifact.provenance import write_record
 from llm_wsae.commands.options import (
     Flat,
     GridOptions,
@@ -15,9 +17,7 @@ from llm_wsae.commands.options import (
     sites_of,
 )
 from llm_wsae.errors import UsageError
-from llm_wsae.outputs import check_file, is_record_of
-from llm_wsae.processes import leads
-from llm_wsae.provenance import write_record
+from llm_wsae.machine.processes import leads
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.weights.config import WeightConfig
 
@@ -57,10 +57,10 @@ def train(
     from llm_wsae.training.checkpoint import check_same_rows, recorded
     from llm_wsae.training.trainer import check_arms, check_out, train_sites
     from llm_wsae.training.trainer import train as train_site
-    from llm_wsae.weighing import measure_inputs, measure_stream_inputs
     from llm_wsae.weights.choosing import choose_weights
     from llm_wsae.weights.loss_weights import LossWeights
     from llm_wsae.weights.rules import RULES, Rule
+    from llm_wsae.weights.weighing import measure_inputs, measure_stream_inputs
 
     started, sites = time.monotonic(), list(dict.fromkeys(sites_of(site)))
     check_file(out / RECORD, is_record_of("train"))

@@ -22,7 +22,7 @@ def verify(
             JSON record; also another tool's dictionary, which has no checksums.
         site: Site of a dictionary whose files do not name it.
     """
-    from llm_wsae import verifying
+    from llm_wsae.commands import verifying
 
     found = verifying.verify(path, site)
     if found.problems:

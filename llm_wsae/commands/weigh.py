@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from llm_wsae.artifact.outputs import check_file, is_record_of
+from llm_wsae.artifact.provenance import write_record
 from llm_wsae.commands.options import Flat, LoadOptions, Result, Stores, changed_options
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
-from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.outside import check_number
-from llm_wsae.provenance import write_record
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 
 
@@ -36,12 +36,12 @@ def weigh(
     """
     from llm_wsae.data.stores import open_stores
     from llm_wsae.dictionary.dictionary import Dictionary
-    from llm_wsae.plots import plot_profile
-    from llm_wsae.weighing import measure_inputs
+    from llm_wsae.pipeline.plots import plot_profile
     from llm_wsae.weights.choosing import choose_weights
     from llm_wsae.weights.loss_weights import is_weights_file
     from llm_wsae.weights.profile import profile, profile_text
     from llm_wsae.weights.rules import Rule
+    from llm_wsae.weights.weighing import measure_inputs
 
     if out.suffix != ".safetensors":  # its neighbours .png and .json are written too
         raise UsageError(f"the weights go into a .safetensors file, so --out cannot be {out}")

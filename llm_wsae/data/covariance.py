@@ -14,8 +14,8 @@ from tqdm import tqdm
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.data.stores import StoresInTurn
+from llm_wsae.machine.processes import Processes, Several, collectives, join, leads
 from llm_wsae.model.site import Site
-from llm_wsae.processes import Processes, Several, collectives, join, leads
 from llm_wsae.statistics.second_moment import SecondMoment
 
 _PARTS = 16  # of the rows; as many processes at most share the work

@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
+from llm_wsae.artifact.files import load_tensors, save_tensors
 from llm_wsae.data.manifest import RECORDS, Manifest, complete_shards
 from llm_wsae.data.shard_record import REPAIR, STATISTICS, FileRecord, shard_paths
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import load_tensors, save_tensors
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.reading import reading
 

@@ -15,6 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.artifact.files import remove_partials
+from llm_wsae.artifact.outputs import check_room
+from llm_wsae.artifact.provenance import version_of
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.covariance import second_moment_of
@@ -32,14 +35,11 @@ from llm_wsae.data.shard_writer import StoreWriter
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stored_measurement import MEASUREMENTS
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import remove_partials
-from llm_wsae.hardware import check_memory
+from llm_wsae.machine.hardware import check_memory
+from llm_wsae.machine.processes import Processes, join
+from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.outputs import check_room
-from llm_wsae.processes import Processes, join
-from llm_wsae.provenance import version_of
-from llm_wsae.threads import prefetch
 
 _PACKED_AHEAD = 4
 

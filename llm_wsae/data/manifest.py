@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.artifact.files import own_json, write_json
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.shard_record import (
     STATISTICS,
@@ -26,7 +27,6 @@ from llm_wsae.data.shard_record import (
     want_object,
 )
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
-from llm_wsae.files import own_json, write_json
 from llm_wsae.model.site import Site
 
 MANIFEST = "manifest.json"

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int32
 
+from llm_wsae.artifact.files import load_tensors, save_tensors
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.sections import Section
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import load_tensors, save_tensors
 from llm_wsae.outside import parsing
 
 NO_DOCUMENT = -1

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.artifact.digests import crc32s
 from llm_wsae.data.shard_record import REPAIR, ROWS_PER_CHECK, ShardRecord
-from llm_wsae.digests import crc32s
 from llm_wsae.errors import LlmWsaeError
 
 _SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from llm_wsae.artifact.files import sha256
 from llm_wsae.errors import LlmWsaeError, shown
-from llm_wsae.files import sha256
 
 TOKENS = "tokens"
 STATISTICS = "statistics.safetensors"

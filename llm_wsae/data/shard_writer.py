@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.artifact.digests import crc32s
+from llm_wsae.artifact.files import save_tensors
 from llm_wsae.data.manifest import Manifest, save_record
 from llm_wsae.data.packing import Contexts, save_contexts
 from llm_wsae.data.shard_reader import bytes_of
@@ -25,9 +27,7 @@ from llm_wsae.data.shard_record import (
     shard_paths,
     tokens_path,
 )
-from llm_wsae.digests import crc32s
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import save_tensors
 from llm_wsae.statistics.moments import SAMPLE_ROWS, Statistics
 
 _SAMPLED, _OF_TOKENS = 1024, 32_768

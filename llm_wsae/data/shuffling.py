@@ -24,9 +24,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.errors import UsageError
+from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
-from llm_wsae.threads import prefetch
 
 CHUNK_ROWS = 1024
 WINDOW_BYTES = 256 << 20

@@ -1,24 +1,23 @@
 """What was measured of a store for weight rules, kept in its folder ``evidence``."""
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.artifact.files import load_own_tensors, save_own_tensors
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.data.stores import StoresInTurn
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import load_own_tensors, save_own_tensors
+from llm_wsae.machine.processes import leads
 from llm_wsae.model.site import Site
-from llm_wsae.processes import leads
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.reading import finite_tensor_of, tensor_of
 from llm_wsae.statistics.second_moment import SecondMoment
-from llm_wsae.weights.config import RuleInputConfig
 
 MEASUREMENTS = "evidence"
-SETTINGS = {"fisher": ("sensitivity_tokens", "seed")}
-"""The settings on which a measurement depends."""
 
 
 class StoredMeasurement:
@@ -29,12 +28,11 @@ class StoredMeasurement:
         store: ActivationStore,
         site: Site,
         need: str,
-        config: RuleInputConfig = RuleInputConfig(),  # noqa: B008 - frozen
+        settings: Mapping[str, Any] | None = None,
     ):
         self._need, self._d_in = need, store.d_in
-        settings = {name: getattr(config, name) for name in SETTINGS.get(need, ())}
         rows = store.identity(site)["sha256"]
-        self._header = {"rows": rows, **settings}
+        self._header = {"rows": rows, **(settings or {})}
         # of several stores, beside what was measured of the first alone
         several = f".{rows[:16]}" if isinstance(store, StoresInTurn) else ""
         self._path = store.folder / MEASUREMENTS / f"{site}.{need}{several}.safetensors"

@@ -23,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.artifact.files import AGAIN, load_own_tensors, save_own_tensors
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.config import StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.finishing import NO_ROWS
@@ -32,15 +34,13 @@ from llm_wsae.data.resume import too_small
 from llm_wsae.data.shuffling import Share, cut, shuffle, shuffled_share
 from llm_wsae.data.stored_measurement import check_measurement
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import AGAIN, load_own_tensors, save_own_tensors
+from llm_wsae.machine.processes import leads
+from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.processes import leads
-from llm_wsae.provenance import plain
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.reading import reading
 from llm_wsae.statistics.second_moment import SecondMoment
-from llm_wsae.threads import prefetch
 
 _PACKED_AHEAD = 4
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from llm_wsae.artifact.files import way_out, write_error
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import way_out, write_error
 
 T = TypeVar("T")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm_wsae.artifact.files import open_tensors
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import open_tensors
 
 _PIECE = 1 << 20  # numbers checked at once
 

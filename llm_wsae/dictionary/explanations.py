@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm_wsae import digests
+from llm_wsae.artifact import digests
+from llm_wsae.artifact.files import write_atomic, write_text
 from llm_wsae.dictionary.atomic_folder import retry_if_replaced, writing
 from llm_wsae.dictionary.folder import (
     EXPLANATIONS,
@@ -23,7 +24,6 @@ from llm_wsae.dictionary.folder import (
     weights_checksum,
 )
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import write_atomic, write_text
 from llm_wsae.outside import integer, mapping, number, pair, text
 
 FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1

@@ -24,12 +24,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from llm_wsae.dictionary.atomic_folder import not_there, replacing, retry_if_replaced, writing
-from llm_wsae.dictionary.checks import check_finite, read_tensors
-from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
-from llm_wsae.errors import LlmWsaeError, UsageError, shown
-from llm_wsae.files import (
+from llm_wsae.artifact.files import (
     own_json,
     read_json,
     remove_partials,
@@ -38,9 +33,14 @@ from llm_wsae.files import (
     write_atomic,
     write_json,
 )
+from llm_wsae.artifact.provenance import version_of
+from llm_wsae.dictionary.atomic_folder import not_there, replacing, retry_if_replaced, writing
+from llm_wsae.dictionary.checks import check_finite, read_tensors
+from llm_wsae.dictionary.info import DictionaryInfo
+from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
+from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.model.site import Site
 from llm_wsae.outside import mapping
-from llm_wsae.provenance import version_of
 
 FORMAT = "llm-wsae dictionary"
 FORMAT_VERSION = 1

@@ -25,10 +25,10 @@ from urllib.parse import urlsplit
 
 from huggingface_hub.utils import httpx
 
-from llm_wsae import digests
+from llm_wsae.artifact import digests
+from llm_wsae.artifact.files import folder_lock, write_error
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
 from llm_wsae.explaining.protocol import Question
-from llm_wsae.files import folder_lock, write_error
 from llm_wsae.outside import integer, mapping, parse_json, reason
 from llm_wsae.terminal import printable
 

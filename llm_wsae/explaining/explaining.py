@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from llm_wsae.artifact.files import read_json, write_json
+from llm_wsae.artifact.outputs import check_file
+from llm_wsae.artifact.provenance import command_line, plain, versions
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (
@@ -31,14 +34,11 @@ from llm_wsae.explaining.protocol import (
     examine,
 )
 from llm_wsae.explaining.report import DictionaryExplained, Explained
-from llm_wsae.files import read_json, write_json
 from llm_wsae.inspecting.sentence import check_width
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.sentence_encoder import SentenceEncoder
-from llm_wsae.outputs import check_file
 from llm_wsae.outside import mapping
-from llm_wsae.provenance import command_line, plain, versions
 
 REPORT = "report.json"
 _CHARACTERS = 4  # of a token, about

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from scipy import stats
 
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.dictionary.explanations import Explanation, Score
 from llm_wsae.evaluation.monosemanticity.averages import Mean, mean_of
 from llm_wsae.explaining.endpoint import ANSWERS, Tally
 from llm_wsae.explaining.protocol import SCORES, Examined, Trial
 from llm_wsae.outside import mapping
-from llm_wsae.provenance import plain
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.uncertainty import LEVEL, Bootstrap, Interval
 from llm_wsae.terminal import aligned

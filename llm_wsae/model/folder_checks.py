@@ -14,7 +14,7 @@ import torch
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from llm_wsae.files import read_json
+from llm_wsae.artifact.files import read_json
 from llm_wsae.outside import LARGEST_JSON, mapping, text
 
 _MOST_PER_BYTE = 8

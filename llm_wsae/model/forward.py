@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError
+from llm_wsae.machine.threads import parallel_map
 from llm_wsae.model.module_paths import ModulePaths, get_module
 from llm_wsae.model.site import Site
 from llm_wsae.model.spread import device_of, is_spread
-from llm_wsae.threads import parallel_map
 
 _TOKENS_TOGETHER = 1024  # per forward on a CPU core: their activations stay in its cache
 

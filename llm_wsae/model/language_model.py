@@ -26,7 +26,8 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.hardware import choose_device
+from llm_wsae.machine.hardware import choose_device
+from llm_wsae.machine.number_format import DTYPES, fast_dtype
 from llm_wsae.model.attention import use_short_attention
 from llm_wsae.model.fingerprint import fingerprint
 from llm_wsae.model.forward import Blocks, Visit
@@ -37,7 +38,6 @@ from llm_wsae.model.prepacking import PrepackedWeights
 from llm_wsae.model.site import Site
 from llm_wsae.model.spread import device_of, is_spread, weight_of
 from llm_wsae.model.unembedding import Head, Unembedding
-from llm_wsae.number_format import DTYPES, fast_dtype
 from llm_wsae.outside import parsing
 
 SPREAD = "spread"

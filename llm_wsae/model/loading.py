@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
-from llm_wsae.hardware import check_memory
+from llm_wsae.machine.hardware import check_memory
 from llm_wsae.model.folder_checks import check_numbers_of, check_tokenizer, check_weights
 from llm_wsae.model.gguf_reading import gguf_read_once
 from llm_wsae.outside import (

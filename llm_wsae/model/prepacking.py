@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_wsae.hardware import memory_of, onednn_is_faster, onednn_layout, onednn_linear
+from llm_wsae.machine.hardware import memory_of, onednn_is_faster, onednn_layout, onednn_linear
 from llm_wsae.model.forward import replace_forward
 from llm_wsae.model.spread import device_of, is_spread
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.hardware import choose_device
+from llm_wsae.machine.hardware import choose_device
+from llm_wsae.machine.number_format import fast_dtype
 from llm_wsae.model.encoder_names import DEFAULT_ENCODER, ENCODER_PACKAGE
 from llm_wsae.model.folder_checks import check_tokenizer, check_weights
 from llm_wsae.model.loading import checked_config, hub_source, quiet
-from llm_wsae.number_format import fast_dtype
 from llm_wsae.outside import local_path, parsing, reason
 
 _BATCH_TEXTS, _BATCH_TEXTS_CPU = 512, 32  # more would overflow the caches

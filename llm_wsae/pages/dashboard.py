@@ -9,16 +9,16 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.artifact.files import write_text
+from llm_wsae.artifact.outputs import check_file
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY, Dictionary
 from llm_wsae.dictionary.explanations import read_explanations
 from llm_wsae.errors import UsageError
-from llm_wsae.files import write_text
 from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import check_width, read_sentence
 from llm_wsae.inspecting.vocabulary import Vocabulary
 from llm_wsae.model.language_model import LanguageModel
-from llm_wsae.outputs import check_file
 from llm_wsae.outside import check_number
 from llm_wsae.pages.collecting import collect
 from llm_wsae.pages.frame import filled, is_page

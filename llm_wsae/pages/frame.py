@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.provenance import plain
 from llm_wsae.terminal import printable
 
 _MARK = '<script type="application/json" id="about">'

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.artifact.files import read_own_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import read_own_json
 from llm_wsae.outside import mapping, number
 from llm_wsae.pages.payload import SCORES
 

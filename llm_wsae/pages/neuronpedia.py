@@ -27,7 +27,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_wsae import provenance
+from llm_wsae.artifact import provenance
+from llm_wsae.artifact.files import folder_lock, remove_partials, write_text
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (
@@ -36,7 +37,6 @@ from llm_wsae.dictionary.explanations import (
     write_for_neuronpedia,
 )
 from llm_wsae.errors import UsageError, shown
-from llm_wsae.files import folder_lock, remove_partials, write_text
 from llm_wsae.inspecting.firings import check_store
 from llm_wsae.inspecting.readout import Readout
 from llm_wsae.inspecting.sentence import check_width

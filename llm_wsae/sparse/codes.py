@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_wsae.hardware import DeferredScalar
+from llm_wsae.machine.hardware import DeferredScalar
 
 T = TypeVar("T")
 _FEWEST = 64

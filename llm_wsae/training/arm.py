@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm_wsae.dictionary.sparsity import TopK
 from llm_wsae.errors import UsageError
-from llm_wsae.hardware import exact_dtype
+from llm_wsae.machine.hardware import exact_dtype
 from llm_wsae.outside import check_numbers
 from llm_wsae.sparse.codes import SparseGradients
 from llm_wsae.training.architecture import Architecture

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_wsae.hardware import DeferredScalar
+from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse.codes import SubsetGradients
 from llm_wsae.sparse.operations import dead_gradients
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy

@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llm_wsae.digests import HEADER, blank_header, fill_header
-from llm_wsae.errors import LlmWsaeError, shown
-from llm_wsae.files import (
+from llm_wsae.artifact.digests import HEADER, blank_header, fill_header
+from llm_wsae.artifact.files import (
     open_tensors,
     own_facts,
     read_own_json,
@@ -32,7 +31,8 @@ from llm_wsae.files import (
     write_atomic,
     write_error,
 )
-from llm_wsae.processes import Processes
+from llm_wsae.errors import LlmWsaeError, shown
+from llm_wsae.machine.processes import Processes
 from llm_wsae.training.arm import Arm, Learnt
 from llm_wsae.training.log import Written
 from llm_wsae.training.parallel.group import ProcessGroup

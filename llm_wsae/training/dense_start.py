@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_wsae.hardware import DeferredScalar
+from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse.codes import SlotCapacity
 from llm_wsae.training.architecture import CPU, Architecture
 from llm_wsae.training.parallel.strategy import SINGLE, Strategy

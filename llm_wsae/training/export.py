@@ -6,10 +6,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.artifact.provenance import command_line, versions
 from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
-from llm_wsae.provenance import command_line, versions
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import Arm, Learnt
 from llm_wsae.training.normaliser import Normaliser, inverse

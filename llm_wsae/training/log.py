@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm_wsae.artifact.files import write_atomic, write_error
 from llm_wsae.errors import LlmWsaeError, shown
-from llm_wsae.files import write_atomic, write_error
 from llm_wsae.outside import reason
 
 LOG = "log.jsonl"

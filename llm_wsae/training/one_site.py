@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from llm_wsae.artifact.files import remove_partials, write_json
 from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.dictionary.folder import check_replaceable, weights_checksum
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import remove_partials, write_json
-from llm_wsae.number_format import fast_dtype, name_of
+from llm_wsae.machine.number_format import fast_dtype, name_of
 from llm_wsae.training.arm import Arm, ArmConfig, Learnt
 from llm_wsae.training.checkpoint import (
     CHECKPOINT,

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
+from llm_wsae.artifact.outputs import check_file, check_folder
 from llm_wsae.data.manifest import MANIFEST
 from llm_wsae.data.shuffling import ActivationSource, JointSource, SharedSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import INFO
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.hardware import check_memory, choose_device, return_freed_memory
+from llm_wsae.machine.hardware import check_memory, choose_device, return_freed_memory
+from llm_wsae.machine.processes import Processes, join
 from llm_wsae.model.site import Site
-from llm_wsae.outputs import check_file, check_folder
-from llm_wsae.processes import Processes, join
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, differences
 from llm_wsae.training.config import TrainConfig

@@ -1,6 +1,6 @@
 """What a rule may read of a site: the statistics, always; the rest costs a measurement.
 
-``llm_wsae.weighing`` measures it, with a model, a store and a first dictionary.
+``llm_wsae.weights.weighing`` measures it, with a model, a store and a first dictionary.
 """
 
 from dataclasses import dataclass

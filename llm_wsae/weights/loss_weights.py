@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.artifact.files import load_own_tensors, open_tensors, save_own_tensors
 from llm_wsae.errors import LlmWsaeError, UsageError, shown
-from llm_wsae.files import load_own_tensors, open_tensors, save_own_tensors
 from llm_wsae.model.site import Site
 from llm_wsae.outside import mapping, parse_json, reason, typed
 from llm_wsae.statistics.moments import Statistics

@@ -16,11 +16,11 @@ from command_line import HARVEST, SITE, TRAIN, call, content, nobody, save_model
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
+from llm_wsae.artifact.files import folder_lock
 from llm_wsae.cli import main
 from llm_wsae.commands import parser
 from llm_wsae.data.hub_dataset import HubDataset
 from llm_wsae.data.manifest import Manifest, complete_shards
-from llm_wsae.files import folder_lock
 from llm_wsae.weights.loss_weights import LossWeights
 
 SIZE = ("--context-size", 16)

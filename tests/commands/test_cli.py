@@ -19,8 +19,8 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
 import llm_wsae.cli
-import llm_wsae.pipeline
-import llm_wsae.tuning
+import llm_wsae.pipeline.run
+import llm_wsae.pipeline.tuning
 from llm_wsae.cli import COMMANDS
 from llm_wsae.commands.options import ModelOptions
 from llm_wsae.commands.run import _page
@@ -391,9 +391,11 @@ def test_run_again_does_nothing_twice(ran, model_and_corpus):
 def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(
     model_and_corpus, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(llm_wsae.pipeline, "TRIAL_TOKENS", 300)
-    monkeypatch.setattr(llm_wsae.tuning, "LEAST_GAIN", 0.99)
-    monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 9)  # less than a batch: it is one then
+    monkeypatch.setattr(llm_wsae.pipeline.run, "TRIAL_TOKENS", 300)
+    monkeypatch.setattr(llm_wsae.pipeline.tuning, "LEAST_GAIN", 0.99)
+    monkeypatch.setattr(
+        llm_wsae.pipeline.tuning, "TRIAL_ROWS", 9
+    )  # less than a batch: it is one then
     asked = (*model_and_corpus, *RUN, "--rule", "whitening", "--alpha", "auto")
     works("run", *asked, "--out", tmp_path / "out")
     arms = {path.parent.name for path in (tmp_path / "out" / SITE).glob("*/wsae.json")}
@@ -404,9 +406,9 @@ def test_run_trains_the_plain_dictionary_if_whitening_alone_is_not_worth_it(
 def test_run_chooses_how_far_to_whiten_or_that_it_is_not_worth_it(
     model_and_corpus, tmp_path, monkeypatch, gain
 ):
-    monkeypatch.setattr(llm_wsae.pipeline, "TRIAL_TOKENS", 300)
-    monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 4096)
-    monkeypatch.setattr(llm_wsae.tuning, "LEAST_GAIN", gain)
+    monkeypatch.setattr(llm_wsae.pipeline.run, "TRIAL_TOKENS", 300)
+    monkeypatch.setattr(llm_wsae.pipeline.tuning, "TRIAL_ROWS", 4096)
+    monkeypatch.setattr(llm_wsae.pipeline.tuning, "LEAST_GAIN", gain)
     asked = (*model_and_corpus, *RUN, "--alpha", "auto", 0.5, "--out", tmp_path / "out")
     here = tmp_path / "out" / SITE
     (here / "alpha").mkdir(parents=True)
@@ -484,7 +486,7 @@ def test_run_goes_on_after_an_interruption(ran, model_and_corpus, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm_wsae.pipeline, "train", interrupted)
+        patch.setattr(llm_wsae.pipeline.run, "train", interrupted)
         result = call("run", *model_and_corpus, *RUN, "--out", out)
     assert result.code == 130 and "run the same command again to resume" in result.err
     assert "Traceback" not in result.err

@@ -12,14 +12,14 @@ from several import run as in_several
 from several import torchrun
 from tiny import write_jsonl
 
-import llm_wsae.pipeline
-import llm_wsae.tuning
-from llm_wsae import planning
+import llm_wsae.pipeline.run
+import llm_wsae.pipeline.tuning
+from llm_wsae.artifact.files import load_tensors, read_own_json, save_own_tensors
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity import evaluator, summary
-from llm_wsae.files import load_tensors, read_own_json, save_own_tensors
 from llm_wsae.model.site import Site
+from llm_wsae.pipeline import planning
 from llm_wsae.training.checkpoint import CHECKPOINT
 from llm_wsae.training.one_site import Training
 
@@ -112,8 +112,8 @@ def test_a_run_without_a_store(model_and_corpus, tmp_path):
 
 def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
     """With the files of a run of each site alone."""
-    monkeypatch.setattr(llm_wsae.pipeline, "TRIAL_TOKENS", 300)
-    monkeypatch.setattr(llm_wsae.tuning, "TRIAL_ROWS", 1024)
+    monkeypatch.setattr(llm_wsae.pipeline.run, "TRIAL_TOKENS", 300)
+    monkeypatch.setattr(llm_wsae.pipeline.tuning, "TRIAL_ROWS", 1024)
     passes, clean_stream = [], evaluator.clean_stream
 
     def counted(model, cache, number, last, activations):
@@ -121,7 +121,9 @@ def test_several_sites_are_evaluated_in_one_pass(world, tmp_path, monkeypatch):
         return clean_stream(model, cache, number, last, activations)
 
     monkeypatch.setattr(evaluator, "clean_stream", counted)
-    monkeypatch.setattr(llm_wsae.pipeline._Run, "announce", lambda *given: None)  # evaluates too
+    monkeypatch.setattr(
+        llm_wsae.pipeline.run._Run, "announce", lambda *given: None
+    )  # evaluates too
     asked = ("run", "--model", world / "model", "--corpus", world / "text.jsonl", *RUN, "--rule",
              "uniform", "whitening", "--alpha", "auto", "--evaluate.batch-tokens", 64)  # fmt: skip
     works(*asked, "--site", *SITES, "--out", tmp_path / "both")
@@ -151,7 +153,9 @@ def test_a_site_that_cannot_be_evaluated_does_not_cost_the_others_their_reports(
              "uniform", "--out", tmp_path / "out", "--site")  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(summary, "_check_finite", broken)
-        patch.setattr(llm_wsae.pipeline._Run, "announce", lambda *given: None)  # it evaluates too
+        patch.setattr(
+            llm_wsae.pipeline.run._Run, "announce", lambda *given: None
+        )  # it evaluates too
         failed = call(*asked, *SITES)
     assert failed.code == 1 and failed.out == ""
     assert failed.err.splitlines()[-1].endswith(f"activations of the model at {SITES[0]} are NaN")
@@ -241,7 +245,7 @@ def test_short_texts_are_read_again_and_it_is_said(world, tmp_path):
 
 def part(what, *words):
     """One process's part of a command; ``what`` is done to it first."""
-    llm_wsae.pipeline.TRIAL_TOKENS, llm_wsae.tuning.TRIAL_ROWS = 300, 1024
+    llm_wsae.pipeline.run.TRIAL_TOKENS, llm_wsae.pipeline.tuning.TRIAL_ROWS = 300, 1024
     planning.SECONDS = 0.01
     if what is not None and os.environ["RANK"] == what[0]:
         what[1]()
@@ -342,7 +346,7 @@ def fail(*given, **named):
 
 
 def plan_fails():
-    llm_wsae.pipeline.plan = fail
+    llm_wsae.pipeline.run.plan = fail
 
 
 def judging_fails():
@@ -350,7 +354,7 @@ def judging_fails():
 
 
 def profile_fails():
-    llm_wsae.pipeline.plot_profile = fail
+    llm_wsae.pipeline.run.plot_profile = fail
 
 
 def evaluation_fails():

@@ -14,6 +14,8 @@ import torch
 from places import ROOT
 from tiny import tiny_model, write_jsonl
 
+from llm_wsae.artifact.files import folder_lock
+from llm_wsae.commands.verifying import verify_store
 from llm_wsae.data import covariance
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
@@ -23,9 +25,7 @@ from llm_wsae.data.manifest import Manifest, complete_shards, save_record
 from llm_wsae.data.packing import Packer
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import folder_lock
 from llm_wsae.model.site import Site
-from llm_wsae.verifying import verify_store
 
 SITES = [Site(0, "pre"), Site(1, "post")]
 CONFIG = HarvestConfig(context_size=12, tokens=3000, batch_tokens=48, shard_tokens=300)
@@ -405,7 +405,7 @@ from tiny import tiny_model, write_jsonl
 from pathlib import Path
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
-from llm_wsae.hardware import peak_memory_bytes
+from llm_wsae.machine.hardware import peak_memory_bytes
 from llm_wsae.data.harvesting import harvest
 from llm_wsae.model.site import Site
 folder = Path(sys.argv[1])

@@ -20,8 +20,8 @@ from llm_wsae.data.shard_record import ROWS_PER_CHECK, FileRecord, ShardRecord, 
 from llm_wsae.data.shuffling import ActivationSource, SharedSource, cut, shuffled_batches
 from llm_wsae.data.store import ActivationStore, StoreSource
 from llm_wsae.errors import UsageError
+from llm_wsae.machine.threads import prefetch
 from llm_wsae.model.site import Site
-from llm_wsae.threads import prefetch
 
 SITE = "blocks.0.hook_resid_post"
 
@@ -179,7 +179,7 @@ from itertools import islice
 from pathlib import Path
 from test_shuffling import SITE, ActivationStore, Site, manifest_of
 from llm_wsae.data.shuffling import shuffled_batches
-from llm_wsae.hardware import peak_memory_bytes
+from llm_wsae.machine.hardware import peak_memory_bytes
 folder = Path({str(tmp_path)!r})
 store = ActivationStore(folder, manifest_of(folder, {shards}, 256, "float32"))
 reader = store.reader(Site.parse(SITE))

@@ -7,6 +7,8 @@ import pytest
 import torch
 from tiny import tiny_model, write_jsonl
 
+from llm_wsae.artifact.files import load_tensors, read_own_json, save_tensors, write_json
+from llm_wsae.commands.verifying import verify_store
 from llm_wsae.data import shard_writer
 from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.corpus import Corpus
@@ -16,9 +18,7 @@ from llm_wsae.data.packing import load_contexts
 from llm_wsae.data.shard_record import FileRecord
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import load_tensors, read_own_json, save_tensors, write_json
 from llm_wsae.model.site import Site
-from llm_wsae.verifying import verify_store
 
 SITES = [Site(1, "post"), Site(0, "pre")]
 CONFIG = HarvestConfig(context_size=12, tokens=1000, batch_tokens=48, shard_tokens=300)

@@ -24,8 +24,8 @@ from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import check_same_rows
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
-from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.choosing import choose_weights
+from llm_wsae.weights.weighing import measure_inputs
 
 SITE = Site.parse("blocks.1.hook_resid_post")
 CONFIG = HarvestConfig(tokens=3000, context_size=16, batch_tokens=256, shard_tokens=1024)

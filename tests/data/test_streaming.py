@@ -12,7 +12,8 @@ import pytest
 import torch
 from tiny import tiny_model, write_jsonl
 
-from llm_wsae import hardware
+from llm_wsae.artifact.files import save_own_tensors
+from llm_wsae.commands.verifying import verify
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest, kept_rows
@@ -22,17 +23,16 @@ from llm_wsae.data.streaming import ActivationStream, ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import check_folder
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import save_own_tensors
+from llm_wsae.machine import hardware
 from llm_wsae.model.site import Site
 from llm_wsae.training.arm import make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train, train_sites
-from llm_wsae.verifying import verify
-from llm_wsae.weighing import measure_stream_inputs
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import RuleInputConfig
 from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.weighing import measure_stream_inputs
 
 SITES = [Site(0, "pre"), Site(1, "post")]
 STREAM = StreamConfig(context_size=12, batch_tokens=48, buffer_tokens=500, statistics_tokens=700)

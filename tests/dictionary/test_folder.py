@@ -11,14 +11,14 @@ import torch
 from looping import over
 from safetensors.torch import load_file, save_file
 
-from llm_wsae import files
+from llm_wsae.artifact import files
+from llm_wsae.artifact.files import own_json, sha256, write_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, keep_explanations
 from llm_wsae.dictionary.folder import OWN_DIGEST, is_dictionary, keep_measurements
 from llm_wsae.dictionary.info import DictionaryInfo
 from llm_wsae.dictionary.sparsity import JumpReLU, ReLU, TopK
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import own_json, sha256, write_json
 
 D_IN, D_SAE = 12, 80
 INFO = DictionaryInfo(

@@ -26,7 +26,8 @@ from hub_fixtures import REPO
 from tiny import save_encoder
 
 import llm_wsae
-from llm_wsae import ExplainConfig, digests, explain
+from llm_wsae import ExplainConfig, explain
+from llm_wsae.artifact import digests
 from llm_wsae.data.store import ActivationStore
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import (

@@ -16,7 +16,9 @@ from evaluation_cases import WordCounts
 from fuzzing import blind, flipped, frozen, parts, signed, structured
 from training_cases import CONFIG, Planted, arms_for
 
-from llm_wsae import digests, provenance, tuning
+from llm_wsae.artifact import digests, provenance
+from llm_wsae.artifact.files import load_tensors, write_json
+from llm_wsae.commands.verifying import verify
 from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards, save_record
 from llm_wsae.data.shard_record import FileRecord, tokens_path
 from llm_wsae.data.store import ActivationStore
@@ -31,21 +33,20 @@ from llm_wsae.dictionary.explanations import (
 from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.explaining import endpoint
-from llm_wsae.files import load_tensors, write_json
 from llm_wsae.lab.studies import jobs, runner
 from llm_wsae.lab.studies.config import StudyConfig
 from llm_wsae.lab.studies.folder import read_basis
 from llm_wsae.lab.studies.results import read_result
+from llm_wsae.machine.processes import Processes
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.dashboard import read_scores
-from llm_wsae.processes import Processes
+from llm_wsae.pipeline import tuning
 from llm_wsae.training.arm import Arm
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, load_checkpoint, read_finished
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.log import LOG, TrainingLog
 from llm_wsae.training.trainer import Interrupted, train
-from llm_wsae.verifying import verify
 from llm_wsae.weights.loss_weights import LossWeights
 
 PLACE = Site.parse(SITE)

@@ -16,7 +16,7 @@ import torch
 from fuzzing import SECONDS, Fuzz, fork
 from small_dictionaries import make_dictionary
 
-from llm_wsae import files
+from llm_wsae.artifact import files
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.explanations import Explanation, keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import check_folder, keep_measurements

@@ -24,7 +24,7 @@ import torch
 from mutations import OTHER_VALUES, REMOVED
 from tqdm import tqdm
 
-from llm_wsae import digests
+from llm_wsae.artifact import digests
 from llm_wsae.cli import _explained
 from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
 

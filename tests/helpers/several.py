@@ -19,7 +19,7 @@ from places import ROOT
 from torch.distributed import TCPStore
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["command_line", "llm_wsae.pipeline"])
+_FORKS.set_forkserver_preload(["command_line", "llm_wsae.pipeline.run"])
 _SECONDS = 300
 
 
@@ -90,8 +90,8 @@ def _rank(rank: int, size: int, port: int, answer: Any, work: Callable, args: tu
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
-    from llm_wsae import processes
     from llm_wsae.errors import LlmWsaeError
+    from llm_wsae.machine import processes
 
     processes._LINGER_SECONDS = 1
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):

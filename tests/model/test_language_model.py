@@ -24,10 +24,10 @@ from tiny import (
 from transformers import BertForMaskedLM
 
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.machine.threads import parallel_map
 from llm_wsae.model import forward, unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.threads import parallel_map
 
 THREADS = torch.get_num_threads()
 

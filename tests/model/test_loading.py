@@ -19,11 +19,11 @@ from tiny import VOCAB, tiny_hf_model, tiny_tokenizer
 
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.hardware import choose_device, exact_dtype
+from llm_wsae.machine.hardware import choose_device, exact_dtype
+from llm_wsae.machine.number_format import fast_dtype
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.loading import _explained, checked_config
 from llm_wsae.model.site import POINTS, Site
-from llm_wsae.number_format import fast_dtype
 
 
 def test_a_local_folder_loads_without_touching_the_network(tmp_path, monkeypatch):

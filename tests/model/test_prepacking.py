@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_hf_model
 from torch import nn
 
-from llm_wsae.hardware import onednn_is_faster
+from llm_wsae.machine.hardware import onednn_is_faster
 from llm_wsae.model import prepacking, unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site

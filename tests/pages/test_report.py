@@ -16,7 +16,7 @@ from llm_wsae.lab.studies.results import MEASURES
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.pages.frame import filled
-from llm_wsae.plots import write_page
+from llm_wsae.pipeline.plots import write_page
 
 SITE = "blocks.1.hook_resid_post"
 BASIS = {"training": {"architecture": "topk"}, "text": {"name": "sotu"}}

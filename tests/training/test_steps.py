@@ -10,7 +10,7 @@ from sparse_cases import needs_compiler, of_all
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_wsae.hardware import DeferredScalar
+from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse.backends.reference import EPSILON
 from llm_wsae.sparse.operations import using
 from llm_wsae.training.architectures.relu import ReLU

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_wsae.artifact.files import folder_lock, read_json
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.checks import plain_beside
-from llm_wsae.files import folder_lock, read_json
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training import one_site

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.model.site import Site
-from llm_wsae.plots import plot_fidelity, plot_profile
+from llm_wsae.pipeline.plots import plot_fidelity, plot_profile
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.normaliser import Spaces
 from llm_wsae.weights.choosing import weights_from_rule

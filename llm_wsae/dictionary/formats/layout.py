@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llm_wsae.artifact.files import open_tensors
 from llm_wsae.dictionary.sparsity import Sparsity, sparsity_from_settings
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import open_tensors
 
 STORED_DTYPES = {"F64", "F32", "BF16", "F16"}
 _COLUMNS = 4096  # of an encoder, converted to float64 at once

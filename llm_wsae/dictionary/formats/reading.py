@@ -7,6 +7,7 @@ layout is read by ``folder.read_folder`` and nothing else.
 from collections.abc import Collection
 from pathlib import Path, PurePath
 
+from llm_wsae.artifact.files import read_json
 from llm_wsae.dictionary.atomic_folder import not_there, retry_if_replaced
 from llm_wsae.dictionary.checks import check_finite
 from llm_wsae.dictionary.folder import EXTRAS, INFO, Content, read_folder
@@ -14,7 +15,6 @@ from llm_wsae.dictionary.formats import dictionary_learning, saelens, sparsify
 from llm_wsae.dictionary.formats.layout import Announced, Layout
 from llm_wsae.dictionary.info import CENTRED, DictionaryInfo
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import read_json
 from llm_wsae.model.site import Site
 
 LAYOUTS = (saelens.LAYOUT, sparsify.LAYOUT, dictionary_learning.LAYOUT)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_wsae.artifact.files import read_json
 from llm_wsae.dictionary.checks import read_tensors
 from llm_wsae.dictionary.folder import CFG, WEIGHTS
 from llm_wsae.dictionary.formats.layout import (
@@ -35,7 +36,6 @@ from llm_wsae.dictionary.formats.layout import (
 )
 from llm_wsae.dictionary.info import CENTRED
 from llm_wsae.errors import LlmWsaeError, nearest, shown
-from llm_wsae.files import read_json
 from llm_wsae.outside import integer, mapping, number, text
 
 OURS = "llm_wsae"

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from llm_wsae.artifact.provenance import portable
 from llm_wsae.dictionary.hub.card_data import Facts
 from llm_wsae.dictionary.hub.card_tables import (
     dictionaries_table,
@@ -28,7 +29,6 @@ from llm_wsae.dictionary.hub.card_tables import (
 )
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.outside import mapping, parse_yaml, text
-from llm_wsae.provenance import portable
 from llm_wsae.terminal import markdown
 
 BEGIN = "<!-- llm-wsae push writes everything from here … -->"

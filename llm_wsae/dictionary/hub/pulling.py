@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from llm_wsae.artifact.files import folder_lock, read_json, sha256
+from llm_wsae.artifact.outputs import check_file, is_record_of
+from llm_wsae.artifact.provenance import write_record
 from llm_wsae.dictionary.atomic_folder import clear_up
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
@@ -31,11 +34,8 @@ from llm_wsae.dictionary.formats import reading
 from llm_wsae.dictionary.hub.card_data import Facts, facts
 from llm_wsae.dictionary.hub.repository import Repository, inside
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.files import folder_lock, read_json, sha256
 from llm_wsae.model.site import Site
-from llm_wsae.outputs import check_file, is_record_of
 from llm_wsae.outside import mapping
-from llm_wsae.provenance import write_record
 
 RECORD = "pull.json"
 """The record of the command, next to the dictionaries."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.artifact.files import read_json
 from llm_wsae.dictionary.explanations import keep_explanations, read_explanations
 from llm_wsae.dictionary.folder import (
     CFG,
@@ -43,7 +44,6 @@ from llm_wsae.dictionary.hub.repository import (
     remote_files,
 )
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest
-from llm_wsae.files import read_json
 from llm_wsae.outside import check_revision, mapping
 
 _LARGEST_CARD = 4 << 20

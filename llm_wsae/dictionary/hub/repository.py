@@ -22,13 +22,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from llm_wsae.artifact.files import read_json, sha256
 from llm_wsae.dictionary.folder import CFG, EXPLANATIONS, EXTRAS, INFO, WEIGHTS
 from llm_wsae.dictionary.formats.layout import Announced, Layout
 from llm_wsae.dictionary.formats.reading import layout_of
 from llm_wsae.dictionary.hub.asking import ask, commit_of, download
 from llm_wsae.dictionary.hub.errors import hub_errors
 from llm_wsae.errors import LlmWsaeError, UsageError, nearest, shown
-from llm_wsae.files import read_json, sha256
 from llm_wsae.outside import check_revision, hub_is_unreachable, integer, mapping, text
 from llm_wsae.terminal import printable
 

@@ -58,7 +58,7 @@ from llm_wsae.evaluation.fidelity.summary import (
     from_plain,
     read_baselines,
 )
-from llm_wsae.hardware import free_memory, memory_of
+from llm_wsae.machine.hardware import free_memory, memory_of
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.documents import TextSize, owners, per_document

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.activations import ActivationCache
+from llm_wsae.machine.threads import parallel_map
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
 from llm_wsae.model.unembedding import Unembedding
 from llm_wsae.sparse.backends import cpu
-from llm_wsae.threads import parallel_map
 
 # Rows of one tile: enough for a fast product. In memory are the logits of a run by the model itself
 # and by one variant, for each core; where the kernel is missing also some in float32.

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.files import write_json
-from llm_wsae.provenance import plain
+from llm_wsae.artifact.files import write_json
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.statistics.uncertainty import Interval
 from llm_wsae.terminal import aligned

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from llm_wsae.artifact.files import write_json
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.evaluation.monosemanticity.averages import ConceptSummary, Mean
 from llm_wsae.evaluation.monosemanticity.latent_scores import SCORES
 from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
-from llm_wsae.files import write_json
-from llm_wsae.provenance import plain
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.terminal import aligned, printable
 

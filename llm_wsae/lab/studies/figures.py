@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from llm_wsae.drawing import BLUE, GREY, INK, PALETTE, save, tidy
 from llm_wsae.evaluation.fidelity.report import OF_PAGE
 from llm_wsae.lab.studies.comparison import BETTER, WORSE, Compared
 from llm_wsae.lab.studies.inference import Estimate
 from llm_wsae.lab.studies.plan import PLAIN
 from llm_wsae.lab.studies.results import ALL_MEASURES, Result
+from llm_wsae.pages.drawing import BLUE, GREY, INK, PALETTE, save, tidy
 
 _COLOURS = {BETTER: BLUE, WORSE: PALETTE[1]}
 _LEGEND = (

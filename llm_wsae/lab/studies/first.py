@@ -21,10 +21,10 @@ from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import FINISHED
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.trainer import train
-from llm_wsae.weighing import used_decoder
 from llm_wsae.weights.choosing import weights_from_rule
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.rules import Rule
+from llm_wsae.weights.weighing import used_decoder
 
 SHARE = 0.5
 """Of the rows of a plain dictionary: for a first one, and again for what is trained after it."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.artifact.files import AGAIN, read_own_json
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import AGAIN, read_own_json
 from llm_wsae.lab.studies.report import StudyReport
 from llm_wsae.lab.studies.results import Result, read_result
 

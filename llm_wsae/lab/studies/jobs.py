@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from llm_wsae.artifact.files import read_own_json, remove_folder, write_json
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.store import StoreSource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.info import DictionaryInfo
@@ -22,7 +24,6 @@ from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.baselines import raw_dimensions
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
-from llm_wsae.files import read_own_json, remove_folder, write_json
 from llm_wsae.lab.planting.recovery import PlantRecovery, measure_recovery
 from llm_wsae.lab.planting.source import PlantedSource
 from llm_wsae.lab.studies.config import StudyConfig
@@ -30,7 +31,6 @@ from llm_wsae.lab.studies.first import on_share
 from llm_wsae.lab.studies.folder import DICTIONARIES, RESULTS, TRAINING
 from llm_wsae.lab.studies.plan import RAW, PlannedArm
 from llm_wsae.lab.studies.results import read_record, record_of
-from llm_wsae.provenance import plain
 from llm_wsae.training.checkpoint import FINISHED
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.export import origin_of

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_wsae.files import write_json, write_text
+from llm_wsae.artifact.files import write_json, write_text
+from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.lab.studies.comparison import Compared, compare
 from llm_wsae.lab.studies.figures import figures_of_page, plot_differences
 from llm_wsae.lab.studies.plan import PLAIN
@@ -19,7 +20,6 @@ from llm_wsae.lab.studies.report_tables import (
 )
 from llm_wsae.lab.studies.results import ALL_MEASURES, Result, deciding
 from llm_wsae.pages.frame import filled
-from llm_wsae.provenance import plain, versions
 from llm_wsae.terminal import aligned, markdown
 
 REPORT_FILES = REPORT, MARKDOWN, PAGE, DIFFERENCES = (

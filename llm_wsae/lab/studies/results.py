@@ -8,18 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm_wsae.artifact.files import read_own_json
+from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.dictionary.dictionary import DENSE_DENSITY
 from llm_wsae.errors import LlmWsaeError, shown
 from llm_wsae.evaluation.fidelity.report import Fidelity
 from llm_wsae.evaluation.monosemanticity.report import DictionaryScores
 from llm_wsae.evaluation.monosemanticity.token_concepts import LETTER
-from llm_wsae.files import read_own_json
-from llm_wsae.hardware import processor_name
 from llm_wsae.lab.planting.recovery import PlantRecovery
 from llm_wsae.lab.studies.plan import BASELINES, PlannedArm
 from llm_wsae.lab.studies.values import Value
+from llm_wsae.machine.hardware import processor_name
 from llm_wsae.outside import typed
-from llm_wsae.provenance import plain, versions
 from llm_wsae.statistics.documents import TextSize
 from llm_wsae.training.config import Lengths
 

@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.artifact.files import folder_lock, remove_partials, write_json
+from llm_wsae.artifact.outputs import check_folder
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.config import HELDOUT, PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
@@ -20,7 +23,6 @@ from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.monosemanticity.evaluator import MonosemanticityEvaluator
 from llm_wsae.evaluation.monosemanticity.window_embeddings import Encoder
-from llm_wsae.files import folder_lock, remove_partials, write_json
 from llm_wsae.lab.planting.config import PlantConfig
 from llm_wsae.lab.planting.source import PlantedSource
 from llm_wsae.lab.studies.config import StudyConfig
@@ -40,12 +42,10 @@ from llm_wsae.lab.studies.report import REPORT_FILES, StudyReport
 from llm_wsae.model.encoder_names import canonical_encoder
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.outputs import check_folder
-from llm_wsae.provenance import plain
 from llm_wsae.training.config import PROCEDURAL, TrainConfig
-from llm_wsae.weighing import measure_inputs
 from llm_wsae.weights.config import RuleInputConfig, WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
+from llm_wsae.weights.weighing import measure_inputs
 
 _MEASURES = {"detection": 2}  # its definition; other numbers cannot stand beside it
 _OF_TRAINING = (*PROCEDURAL, "shuffle_seed")  # each arm has a seed of its own

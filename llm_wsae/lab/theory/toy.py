@@ -19,18 +19,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_wsae.artifact.files import write_json
+from llm_wsae.artifact.outputs import check_file, check_folder, is_record_of
+from llm_wsae.artifact.provenance import plain, versions
 from llm_wsae.data.memory import MemorySource
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import UsageError
 from llm_wsae.evaluation.baselines import frozen_random
-from llm_wsae.files import write_json
 from llm_wsae.lab.theory.closed_form import recovered
 from llm_wsae.lab.theory.config import TheoryConfig
 from llm_wsae.lab.theory.recovery import Recovery, measure
 from llm_wsae.lab.theory.superposition import Superposition, toy_model
 from llm_wsae.model.site import Site
-from llm_wsae.outputs import check_file, check_folder, is_record_of
-from llm_wsae.provenance import plain, versions
 from llm_wsae.terminal import aligned
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig

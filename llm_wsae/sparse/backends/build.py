@@ -22,8 +22,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from llm_wsae.artifact.files import write_atomic
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import write_atomic
 
 SOURCES = sorted((Path(__file__).parents[1] / "kernels").iterdir())
 _COMPILERS = ("g++", "clang++", "c++")

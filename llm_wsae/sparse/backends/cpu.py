@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_wsae.errors import UsageError
-from llm_wsae.hardware import onednn_is_faster, onednn_linear
+from llm_wsae.machine.hardware import onednn_is_faster, onednn_linear
 from llm_wsae.sparse.backends import pytorch
 from llm_wsae.sparse.backends.build import library
 from llm_wsae.sparse.backends.reference import BETAS, EPSILON, SMALLEST_NORM, Gradients

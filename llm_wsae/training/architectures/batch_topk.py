@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_wsae.dictionary import sparsity
-from llm_wsae.hardware import exact_dtype
+from llm_wsae.machine.hardware import exact_dtype
 from llm_wsae.sparse.codes import RaggedCodes
 from llm_wsae.sparse.operations import encode_batch_topk
 from llm_wsae.training.architecture import CPU, Architecture, exact, sparse_step

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from llm_wsae.processes import Collectives, Processes, Several, collectives
+from llm_wsae.machine.processes import Collectives, Processes, Several, collectives
 from llm_wsae.training.config import Shard
 from llm_wsae.training.parallel.strategy import SINGLE, DataParallel, LatentParallel, Strategy
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llm_wsae.processes import Collectives
+from llm_wsae.machine.processes import Collectives
 from llm_wsae.sparse.codes import RaggedCodes, keep_slots
 
 

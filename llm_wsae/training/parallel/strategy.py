@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_wsae.errors import UsageError
-from llm_wsae.processes import Collectives
+from llm_wsae.machine.processes import Collectives
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.codes import Codes, RaggedCodes, keep_slots, ragged
 from llm_wsae.training.parallel.largest import largest_in_rows, largest_of_all

@@ -14,7 +14,7 @@ from hub_server import WRITER, HubServer
 from safetensors.torch import load, save
 from small_dictionaries import SITE, make_dictionary
 
-from llm_wsae import digests
+from llm_wsae.artifact import digests
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.dictionary.folder import CFG, INFO, OWN_DIGEST
 from llm_wsae.dictionary.hub import asking, repository

@@ -22,7 +22,7 @@ from llm_wsae.evaluation.fidelity import next_token, splicing
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator, evaluate, sites_together
 from llm_wsae.evaluation.fidelity.next_token import next_token_sums, scored_positions
 from llm_wsae.evaluation.fidelity.reconstruction import Moments, ReconstructionSums
-from llm_wsae.hardware import free_memory, memory_of
+from llm_wsae.machine.hardware import free_memory, memory_of
 from llm_wsae.model import unembedding
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site

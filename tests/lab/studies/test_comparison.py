@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 from study_cases import KS, SEEDS, Made
 
-from llm_wsae.files import write_json
+from llm_wsae.artifact.files import write_json
 from llm_wsae.lab.studies.comparison import BETTER, NOT_SHOWN, WORSE, compare
 from llm_wsae.lab.studies.figures import figures_of_page
 from llm_wsae.lab.studies.plan import BASELINES

@@ -11,6 +11,8 @@ import torch
 from command_line import SITE, call, content, make_world, works
 from evaluation_cases import WordCounts
 
+from llm_wsae.artifact.files import read_own_json, write_json
+from llm_wsae.commands.verifying import verify
 from llm_wsae.data.config import PackConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.packing import Packer
@@ -20,7 +22,6 @@ from llm_wsae.dictionary.sparsity import JumpReLU
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig, MonosemanticConfig
 from llm_wsae.evaluation.fidelity.evaluator import evaluate
-from llm_wsae.files import read_own_json, write_json
 from llm_wsae.lab.planting.config import PlantConfig
 from llm_wsae.lab.studies import first, jobs, runner
 from llm_wsae.lab.studies.config import StudyConfig
@@ -31,7 +32,6 @@ from llm_wsae.model.sentence_encoder import SentenceEncoder
 from llm_wsae.model.site import Site
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.config import TrainConfig
-from llm_wsae.verifying import verify
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 

@@ -18,7 +18,7 @@ import torch
 from looping import over
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_wsae.hardware import DeferredScalar
+from llm_wsae.machine.hardware import DeferredScalar
 from llm_wsae.sparse import codes as sparse_codes
 from llm_wsae.sparse import operations
 from llm_wsae.sparse.backends import reference

@@ -12,7 +12,7 @@ from several import run
 from sparse_cases import of_all
 from training_cases import BATCH, D_SAE, STEPS, problem, step_of
 
-from llm_wsae.processes import collectives, join
+from llm_wsae.machine.processes import collectives, join
 from llm_wsae.training.auxk import DeadLatents, auxk_gradients
 from llm_wsae.training.parallel.strategy import SINGLE, DataParallel, LatentParallel, Strategy
 from llm_wsae.training.parameters import Batch, Parameters, initial_parameters, squared

@@ -16,10 +16,10 @@ from command_line import PAIR, TRAIN, content, make_world, works
 from several import ROOT, launched, run, torchrun
 from training_cases import ARCHITECTURES, CONFIG, Planted
 
+from llm_wsae.artifact.files import load_own_tensors, load_tensors, open_tensors
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import load_own_tensors, load_tensors, open_tensors
-from llm_wsae.processes import join
+from llm_wsae.machine.processes import join
 from llm_wsae.training import checkpoint
 from llm_wsae.training.arm import Arm, make_arms
 from llm_wsae.training.checkpoint import CHECKPOINT, Rows, load_learnt, save_rows

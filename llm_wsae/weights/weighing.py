@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from llm_wsae.data.covariance import second_moment_of
 from llm_wsae.data.store import ActivationStore
-from llm_wsae.data.stored_measurement import SETTINGS, StoredMeasurement
+from llm_wsae.data.stored_measurement import StoredMeasurement
 from llm_wsae.data.streaming import ActivationStreams
 from llm_wsae.dictionary.dictionary import Dictionary
 from llm_wsae.errors import LlmWsaeError, UsageError
+from llm_wsae.machine.processes import join
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.processes import join
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.statistics.second_moment import SecondMoment
 from llm_wsae.weights.config import RuleInputConfig
@@ -108,7 +108,7 @@ def measure_stream_inputs(
     if "second_moment" in needs:
         inputs = replace(inputs, second_moment=streams.second_moment(site))
     if "fisher" in needs:
-        settings = {name: getattr(config, name) for name in SETTINGS["fisher"]}
+        settings = settings_of_fisher(config)
         kept = streams.kept(site, "fisher", settings)
         if kept is None:
             blocks = streams.first_contexts(config.sensitivity_tokens)
@@ -117,6 +117,11 @@ def measure_stream_inputs(
             streams.keep(site, "fisher", kept, settings)
         inputs = replace(inputs, fisher=kept["fisher"])
     return inputs
+
+
+def settings_of_fisher(config: RuleInputConfig) -> dict[str, int]:
+    """The settings on which the Fisher information depends, by which a kept one is known."""
+    return {"sensitivity_tokens": config.sensitivity_tokens, "seed": config.seed}
 
 
 def _beginning(statistics: Statistics, needs: Collection[Need | None]) -> RuleInputs:
@@ -132,7 +137,7 @@ def _kept_fisher(
     store: ActivationStore, site: Site, model: LanguageModel | None, config: RuleInputConfig
 ) -> Tensor | None:
     """The measurement kept in the store, or made with the model and then kept; else None."""
-    kept = StoredMeasurement(store, site, "fisher", config)
+    kept = StoredMeasurement(store, site, "fisher", settings_of_fisher(config))
     found = kept.read()
     if found is not None or model is None:
         return found

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.artifact.files import read_own_json, write_json
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import read_own_json, write_json
 
 number_formats: dict[str, str] = {}
 """The number formats that this process chose, and why; part of a command's record."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_wsae import digests
+from llm_wsae.artifact import digests
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.outside import reason
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from llm_wsae.artifact.files import AGAIN, Own, open_tensors, own_facts, own_json
 from llm_wsae.data.manifest import MANIFEST, Manifest, complete_shards
 from llm_wsae.data.packing import load_contexts
 from llm_wsae.data.shard_record import tokens_path
@@ -33,7 +34,6 @@ from llm_wsae.dictionary.folder import (
 from llm_wsae.dictionary.formats.reading import is_own, layout_of
 from llm_wsae.dictionary.hub.pulling import RECORD as PULLED
 from llm_wsae.errors import LlmWsaeError
-from llm_wsae.files import AGAIN, Own, open_tensors, own_facts, own_json
 from llm_wsae.lab.studies.folder import BASIS, read_basis, read_results
 from llm_wsae.lab.studies.jobs import GROUP
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, log_at_checkpoint, read_finished

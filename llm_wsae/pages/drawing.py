@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llm_wsae.files import write_atomic
+from llm_wsae.artifact.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llm_wsae.artifact.files import read_json, write_error
 from llm_wsae.errors import LlmWsaeError, UsageError
-from llm_wsae.files import read_json, write_error
 from llm_wsae.outside import mapping
 
 

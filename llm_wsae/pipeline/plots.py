@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from llm_wsae.drawing import BLUE, GREY, INK, LIGHT, PALETTE, legend_beside, save, tidy
+from llm_wsae.artifact.files import write_text
 from llm_wsae.evaluation.fidelity.report import OF_PAGE, FromPlain, Report
-from llm_wsae.files import write_text
+from llm_wsae.pages.drawing import BLUE, GREY, INK, LIGHT, PALETTE, legend_beside, save, tidy
 from llm_wsae.pages.frame import filled
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig

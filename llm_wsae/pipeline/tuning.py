@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llm_wsae.artifact.files import read_own_json, write_json
+from llm_wsae.artifact.provenance import plain
 from llm_wsae.data.shuffling import ActivationSource
 from llm_wsae.errors import LlmWsaeError
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
-from llm_wsae.files import read_own_json, write_json
+from llm_wsae.machine.processes import join
 from llm_wsae.outside import typed
-from llm_wsae.processes import join
-from llm_wsae.provenance import plain
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED
 from llm_wsae.training.config import PROCEDURAL, TrainConfig

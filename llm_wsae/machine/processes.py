@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llm_wsae import files
+from llm_wsae.artifact import files
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.outside import from_environment
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_wsae import provenance
-from llm_wsae.hardware import onednn_is_faster, onednn_layout, onednn_linear
+from llm_wsae.artifact import provenance
+from llm_wsae.machine.hardware import onednn_is_faster, onednn_layout, onednn_linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Kind = Literal["model", "encoder"]

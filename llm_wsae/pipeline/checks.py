@@ -8,8 +8,8 @@ from llm_wsae.data.config import HarvestConfig
 from llm_wsae.data.manifest import MANIFEST, Manifest
 from llm_wsae.errors import UsageError
 from llm_wsae.model.site import Site
+from llm_wsae.pipeline.tuning import CHOICE
 from llm_wsae.training.checkpoint import CHECKPOINT, FINISHED, recorded
-from llm_wsae.tuning import CHOICE
 from llm_wsae.weights.rules import Rule
 
 STORE = "store"

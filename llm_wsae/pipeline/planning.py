@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from llm_wsae.artifact.outputs import existing, free_space
 from llm_wsae.data.config import HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.finishing import finish_store
@@ -23,18 +24,17 @@ from llm_wsae.data.shuffling import WINDOW_BYTES
 from llm_wsae.data.store import ActivationStore, StoreSource
 from llm_wsae.errors import LlmWsaeError, UsageError
 from llm_wsae.evaluation.config import EvaluateConfig
-from llm_wsae.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
+from llm_wsae.machine.hardware import choose_device, memory_of, peak_memory_bytes, processor_name
+from llm_wsae.machine.processes import Processes
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.outputs import existing, free_space
-from llm_wsae.processes import Processes
+from llm_wsae.pipeline.tuning import CANDIDATES
 from llm_wsae.terminal import aligned
 from llm_wsae.training.arm import ArmConfig
 from llm_wsae.training.config import TrainConfig
 from llm_wsae.training.one_site import Training
 from llm_wsae.training.optimiser import PAIR_BYTES
 from llm_wsae.training.parallel.group import ProcessGroup
-from llm_wsae.tuning import CANDIDATES
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.rules import Rule

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from llm_wsae.artifact.files import write_json
 from llm_wsae.data.config import HELDOUT, HarvestConfig, StreamConfig
 from llm_wsae.data.corpus import Corpus
 from llm_wsae.data.harvesting import harvest
@@ -30,13 +31,10 @@ from llm_wsae.evaluation.baselines import RAW, half_random_beside, with_raw_dime
 from llm_wsae.evaluation.config import EvaluateConfig
 from llm_wsae.evaluation.fidelity.evaluator import FidelityEvaluator
 from llm_wsae.evaluation.fidelity.report import Report
-from llm_wsae.files import write_json
+from llm_wsae.machine.processes import join, leads
 from llm_wsae.model.language_model import LanguageModel
 from llm_wsae.model.site import Site
-from llm_wsae.planning import check_rows, plan, stand_ins
-from llm_wsae.plots import plot_fidelity, plot_profile, write_page
-from llm_wsae.processes import join, leads
-from llm_wsae.run_checks import (
+from llm_wsae.pipeline.checks import (
     STORE,
     Alphas,
     begun,
@@ -44,20 +42,22 @@ from llm_wsae.run_checks import (
     check_not_trained_on_less,
     check_trained_alike,
 )
+from llm_wsae.pipeline.planning import check_rows, plan, stand_ins
+from llm_wsae.pipeline.plots import plot_fidelity, plot_profile, write_page
+from llm_wsae.pipeline.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.training.arm import ArmConfig, make_arms
 from llm_wsae.training.checkpoint import check_same_rows
 from llm_wsae.training.config import BESIDE_BASELINES, ArchitectureName, TrainConfig
 from llm_wsae.training.log import LOG
 from llm_wsae.training.trainer import check_arms, check_out, check_room, train, train_sites
-from llm_wsae.tuning import TRIAL_TOKENS, AlphaChoice, choose_alpha
-from llm_wsae.weighing import measure_inputs, measure_stream_inputs
 from llm_wsae.weights.choosing import choose_weights
 from llm_wsae.weights.config import WeightConfig
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.loss_weights import LossWeights
 from llm_wsae.weights.profile import profile, profile_text
 from llm_wsae.weights.rules import RULES, Rule
+from llm_wsae.weights.weighing import measure_inputs, measure_stream_inputs
 
 PAGE = "report.html"
 TRIAL_K = 32  # of the trials behind an automatic α and of the raw dimensions, if none is asked for

@@ -1,0 +1,1 @@
+"""What the machine has: its devices, number formats, threads and processes."""

@@ -1,0 +1,1 @@
+"""The whole job: plan, harvest, weigh, train, evaluate."""
