@@ -15,7 +15,7 @@ summed over all predictions from the position to the end of its text.
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ _CONTEXTS_AT_ONCE = 8
 _TOKENS_AT_ONCE = 1024  # memory holds three times the size of their float32 logits
 
 
+@runtime_checkable
 class Moments(Protocol):
     """What knows the moments of its rows, such as a source that plants features into them."""
 

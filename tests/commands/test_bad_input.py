@@ -80,7 +80,8 @@ def refused(world, monkeypatch):
 HARVESTING = ("harvest", "--model", "model", "--corpus", "text.jsonl", *HARVEST)
 TRAINING = ("train", "store", *TRAIN)
 EVALUATING = ("--model", "model", "--corpus", "text.jsonl", "--tokens", 100)
-RUNNING = ("run", "--model", "model", "--corpus", "text.jsonl", "--site", SITE, *SIZE)
+RUNNING = ("run", "--model", "model", "--corpus", "text.jsonl", "--site", SITE,
+           "--harvest.context-size", 16)  # fmt: skip
 STUDYING = ("study", "store", "--model", "model", "--corpus", "text.jsonl", "--site", SITE)
 WEIGHING = ("weigh", "store", "--site", SITE)
 
@@ -349,7 +350,10 @@ IMPOSSIBLE = {
     "option and missing ones": (("harvest", "--sight", SITE), ["no option --sight", "'--site'"]),
     "argument": (("verify", "store", "store"), ["'store' is one argument too many"]),
     "no value": ((*TRAINING, "--out", "x", "--batch-size"), ["--batch-size needs a value"]),
-    "no place": (("weigh", "--site", SITE, "--out", "x"), ["missing STORE"]),
+    "no place": (
+        ("weigh", "--site", SITE, "--out", "x.safetensors"),
+        ["name at least one activation store"],
+    ),
     "not a number": ((*TRAINING, "--out", "x", "--k", "many"), ["--k", "'many'"]),
     "no folder": (("evaluate", *EVALUATING, "--out", "x"), ["dictionary folder"]),
     "architecture": (

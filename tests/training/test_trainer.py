@@ -164,9 +164,9 @@ def test_a_space_has_twice_the_usual_learning_rate(tmp_path):
     assert plain_beside(others) == {}
     # the rate that is written is the one it is trained with
     (twice,) = train(
-        source, arms[2:3], replace(usual, learning_rate=8e-3), tmp_path / "twice"
+        source, arms[1:2], replace(usual, learning_rate=8e-3), tmp_path / "twice"
     ).values()
-    same = Dictionary.load(tmp_path / "free" / arms[2].name)
+    same = Dictionary.load(tmp_path / "free" / arms[1].name)
     assert torch.equal(same.W_enc, twice.W_enc)
 
 

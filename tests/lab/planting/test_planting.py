@@ -35,6 +35,7 @@ def write_store(folder, scale=1.0):
     draw = np.random.default_rng(5)
     contexts_per_shard = 40
     packing = {"context_size": POSITIONS, "prepend_bos": False, "drop_positions": 0}
+    packing |= {"drop_special": False, "one_document_per_context": False}
     model = dict.fromkeys(("name", "dtype", "weights_sha256"), "")
     manifest = Manifest(
         "", model, {"name": ""}, [str(SITE)], "float32", D_IN, packing, None, 40, 40, SHARDS * 40
