@@ -174,9 +174,10 @@ def of_group(
     config = TrainConfig(
         tokens=ROWS,
         shuffle_seed=seed,
+        checkpoint_seconds=300,
         learning_rate=None if rate == 1 else rate * default_learning_rate(d_sae),
     )
-    folder = RUN / "training"
+    folder = RUN / where["model"] / "training"
     trained = train(planted or store.source(site), arms, config, folder)
     report = None if planted else judge.evaluate(trained)
     for weighting, arm in zip(group, arms, strict=True):
