@@ -346,27 +346,33 @@ def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
         )
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """How two settings differ, in words; empty if they are the same, up to the last digits of
-    weights, which depend on the machine."""
+def differences(
+    found: dict[str, Any],
+    wanted: dict[str, Any],
+    owners: tuple[str, str] = ("the saved training", "this command"),
+) -> str:
+    """How the settings of two ``owners`` differ, in words; empty if they are the same, up to the
+    last digits of weights, which depend on the machine."""
     wanted = json.loads(json.dumps(wanted))  # as it looks after a round trip
-    return "; ".join(_differences(found, wanted))
+    return "; ".join(_differences(found, wanted, owners))
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any], under: str = "") -> Iterator[str]:
+def _differences(
+    found: dict[str, Any], wanted: dict[str, Any], owners: tuple[str, str], under: str = ""
+) -> Iterator[str]:
+    first, second = owners
     for name in sorted(found.keys() | wanted.keys()):
         there, asked = found.get(name), wanted.get(name)
         if there == asked or (name == "gamma_sum" and _alike(there, asked)):
             continue
         if isinstance(there, dict) and isinstance(asked, dict):
-            yield from _differences(there, asked, f"{under}{name} ")
+            yield from _differences(there, asked, owners, f"{under}{name} ")
         elif isinstance(there, dict):
-            yield f"the saved training has {under}{name}; this command does not"
+            yield f"{first} has {under}{name}; {second} does not"
         elif isinstance(asked, dict):
-            yield f"this command has {under}{name}; the saved training does not"
+            yield f"{second} has {under}{name}; {first} does not"
         else:
-            saved = f"{_short(there)} in the saved training"
-            yield f"{under}{name}: {saved}, {_short(asked)} in this command"
+            yield f"{under}{name}: {_short(there)} in {first}, {_short(asked)} in {second}"
 
 
 def _alike(there: Any, asked: Any) -> bool:

@@ -215,7 +215,8 @@ def check_out(out: Path) -> None:
 
 def _check_agreed(processes: Processes, mine: dict[str, Any], what: str) -> None:
     """Raise LlmWsaeError, naming each difference, unless all processes have the same."""
-    if clauses := differences(processes.lead(lambda: mine), mine):
+    owners = ("process 0", f"process {processes.rank}")
+    if clauses := differences(processes.lead(lambda: mine), mine, owners):
         raise LlmWsaeError(
             f"process {processes.rank} has other {what} than process 0 ({clauses}); start all with "
             "the same command, on machines of one kind that share the output folder"

@@ -210,7 +210,10 @@ def test_a_folder_of_other_rows_is_refused_before_they_are_measured(model_and_co
         works(*words)
         before = content(words[-1])
         refused = call(*words, *other)
-        assert refused.code == 1 and "rows packing context_size: 16 there, 8 asked" in refused.err
+        assert (
+            refused.code == 1
+            and "rows packing context_size: 16 in the saved training, 8 in" in refused.err
+        )
         assert "statistics" not in refused.err and content(words[-1]) == before
 
 

@@ -98,7 +98,7 @@ def test_a_stopped_harvest_ends_with_the_same_bytes(model, corpus, unbroken, tmp
 
 KILLED = '''
 import os, signal, sys
-sys.path[:0] = ["tests", "tests/helpers"]
+sys.path[:0] = ["tests/data", "tests/helpers"]
 from pathlib import Path
 import torch
 torch.set_num_threads(1)  # no pool of threads that a fork would lose
@@ -398,7 +398,7 @@ def test_padding_does_not_change_the_rows(model, corpus):
 def test_memory_does_not_grow_with_the_number_of_tokens(text, tmp_path):
     script = """
 import sys
-sys.path[:0] = ["tests", "tests/helpers"]
+sys.path[:0] = ["tests/data", "tests/helpers"]
 import torch
 torch.set_num_threads(1)
 from tiny import tiny_model, write_jsonl

@@ -230,7 +230,9 @@ def test_a_finished_training_is_read_back_and_other_settings_are_refused(trained
     again = train(source, arms_for(source, l1s=(0.02,)), CONFIG, out)
     assert torch.equal(again["uniform-k4"].W_enc, dictionaries["uniform-k4"].W_enc)
     other = TrainConfig(**{**vars(CONFIG), "learning_rate": 0.5})
-    with pytest.raises(LlmWsaeError, match=r"learning_rate: 0\.\d+ there, 0.5 asked"):
+    with pytest.raises(
+        LlmWsaeError, match=r"learning_rate: 0\.\d+ in the saved training, 0.5 in this command"
+    ):
         train(source, arms_for(source, l1s=(0.02,)), other, out)
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     (out / ".tmp").rmdir()

@@ -213,7 +213,10 @@ def test_requests_that_cannot_be(tmp_path):
     assert outcomes[0].startswith("UsageError: 64 latents cannot be divided evenly among 3")
     outcomes = run(2, of_own_rate, tmp_path)
     assert len(set(outcomes)) == 1
-    assert "process 1 has other settings than process 0 (learning_rate: 0.1 there" in outcomes[0]
+    assert (
+        "process 1 has other settings than process 0 (learning_rate: 0.1 in process 0,"
+        in outcomes[0]
+    )
     assert not list(tmp_path.iterdir())
 
 
