@@ -17,11 +17,11 @@ from llm_wsae.weights.loss_weights import LossWeights, effective_dimensions, los
 
 _TOGETHER = len(PALETTE) - 1  # weights in one panel, beside the plain ones
 _NO_VERDICT = (
-    "Intervals are 95 %, over the contexts of the held-out text: they do not say what another seed "
-    "would change. A verdict on weights needs seeds and controls: llm-wsae study."
+    "Intervals are 95 %, over the documents of the held-out text: they do not say what another "
+    "seed would change. A verdict on weights needs seeds and controls: llm-wsae study."
 )
 _LEGEND = (
-    "A weighted dictionary less the plain one of the same k and seed, on the same contexts. Bars "
+    "A weighted dictionary less the plain one of the same k and seed, on the same documents. Bars "
     "are 95 % intervals, which FVU has none of; the scale is logarithmic far from 0."
 )
 
