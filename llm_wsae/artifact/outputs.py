@@ -60,16 +60,6 @@ def check_room(path: Path, needed: int, way_out: str) -> None:
         )
 
 
-def check_free(path: Path, needed: int, way_out: str) -> None:
-    """Raises LlmWsaeError if ``needed`` bytes are more than are free on the disk of a path."""
-    usage = shutil.disk_usage(existing(path))
-    if usage.total > 0 and usage.free < needed:  # some file systems do not tell
-        raise LlmWsaeError(
-            f"{path} needs {needed / 2**30:,.1f} GiB, but its disk has {usage.free / 2**30:,.1f} "
-            f"free; free some space, choose a folder on another disk, {way_out}"
-        )
-
-
 def free_space(path: Path) -> int:
     """Bytes that are free on the disk of a path, which may not exist yet."""
     return shutil.disk_usage(existing(path)).free

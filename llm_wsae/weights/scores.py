@@ -1,7 +1,7 @@
 """How monosemantic is a dimension? The formulae, as pure functions.
 
-Those of samples need only a site's rows; ``participation`` and ``gap`` need the directions of the
-features, or a dictionary as an estimate of them. The same functions serve real activations and
+Those of samples need only a site's rows; ``participation`` needs the directions of the features,
+or a dictionary as an estimate of them. The same functions serve real activations and
 planted data, where they can be compared with the truth. All scores are ≥ 0 and larger for a
 dimension that looks more monosemantic; a constant dimension scores 0.
 
@@ -38,31 +38,6 @@ def participation(
     if energy is not None:
         q = q * energy.double()[:, None]
     return _ratio(q.square().sum(0), q.sum(0).square())
-
-
-def gap(decoder: Float[Tensor, "latents d_in"]) -> Float[Tensor, " d_in"]:
-    """The γ ≥ 0 that minimise ‖W_pᵀ Γ² W_p − I‖_F, with the decoder's rows as the columns of W_p.
-
-    By theorem 5 of Cui et al. 2026 that matrix is the gap between the weighted loss and the loss on
-    the true features. In g = γ² this is a non-negative least squares of d_in unknowns: with
-    rows w_i of W_p, ‖Σ g_i w_i w_iᵀ − I‖² = gᵀMg − 2bᵀg + n, M = (W_p W_pᵀ)∘(W_p W_pᵀ),
-    b_i = ‖w_i‖², so the cost does not depend on the number of latents. A
-    dimension may get exactly 0. Float64.
-    """
-    from scipy.optimize import nnls  # imported here: it is slow to import
-
-    w = decoder.double()
-    gram = (w.T @ w).square()
-    # b is in the range of the Gram matrix M = AᵀA, so ‖Ag − c‖ with Aᵀc = b is the same problem.
-    values, vectors = torch.linalg.eigh(gram)
-    keep = values > values[-1] * 1e-12
-    if not bool(keep.any()):  # of a decoder of which no latent fires
-        return torch.zeros(len(gram), dtype=torch.float64, device=decoder.device)
-    root = values[keep].sqrt()
-    a = root[:, None] * vectors[:, keep].T
-    c = (vectors[:, keep].T @ w.square().sum(0)) / root
-    solution, _ = nnls(a.cpu().numpy(), c.cpu().numpy(), maxiter=30 * len(gram))
-    return torch.from_numpy(solution).sqrt().to(decoder.device)
 
 
 def random_order(d_in: int, seed: int) -> Int[Tensor, " d_in"]:

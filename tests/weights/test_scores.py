@@ -1,18 +1,13 @@
 """The formulae of the rules, against numbers known otherwise, and the rules on planted rows."""
 
-import math
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from llm_wsae.statistics.moments import Statistics
 from llm_wsae.weights.inputs import RuleInputs
 from llm_wsae.weights.rules import RULES
 from llm_wsae.weights.scores import (
-    gap,
     kurtosis,
     participation,
     random_order,
@@ -55,44 +50,6 @@ def test_participation_counts_the_latents_that_share_a_dimension():
     assert participation(decoder, torch.tensor([2.0, 0, 0])).tolist() == pytest.approx([1, 1, 0])
     uneven = participation(decoder, torch.tensor([2.0, 1, 1]))
     assert float(uneven[1]) == pytest.approx(6 / 16)
-
-
-def test_gap_of_a_lone_feature_and_a_digon():
-    """g = γ² minimises (g − 1)² alone, 2(g − 1)² + 2g² for a pair: 1 and ½."""
-    mixing = torch.tensor([[1.0, 0, 0], [0, 1, -1]])
-    assert gap(mixing.T).tolist() == pytest.approx([1, math.sqrt(0.5)])
-    # A dimension in which nothing lives gets a finite weight and disturbs no other.
-    padded = torch.cat([mixing, torch.zeros(1, 3)])
-    assert gap(padded.T)[:2].tolist() == pytest.approx([1, math.sqrt(0.5)])
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 10_000), st.integers(2, 6), st.integers(1, 15))
-def test_gap_minimises_what_it_says(seed, d_in, latents):
-    g = torch.Generator().manual_seed(seed)
-    decoder = torch.randn(latents, d_in, generator=g, dtype=torch.float64)
-    gamma = gap(decoder)
-    assert bool((gamma >= 0).all())
-
-    def distance(weights: torch.Tensor) -> float:
-        matrix = (decoder * weights.square()) @ decoder.T
-        return float((matrix - torch.eye(latents, dtype=torch.float64)).norm())
-
-    best = distance(gamma)
-    for _ in range(30):
-        near = (gamma.square() + 0.1 * torch.randn(d_in, generator=g)).clamp(min=0).sqrt()
-        assert distance(near) >= best - 1e-9
-    assert distance(torch.ones(d_in, dtype=torch.float64)) >= best - 1e-9
-
-
-def test_gap_of_no_latent_prefers_no_dimension():
-    assert gap(torch.zeros(0, 4)).tolist() == [0.0] * 4
-
-
-def test_gap_gives_zero_where_any_weight_would_hurt():
-    """Dimension 2 shows the sum of the features of dimensions 0 and 1, which have all they need."""
-    mixing = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, -1]])
-    assert gap(mixing.T).tolist() == pytest.approx([1, 1, 0, math.sqrt(0.5)])
 
 
 def test_controls():
