@@ -1,8 +1,8 @@
 """The command line: finds the command, parses its options, prints its result.
 
 Results go to stdout, progress and warnings to stderr. An error is one sentence and an exit code.
-``main`` is the net under every command: what the operating system refuses is said there too, with
-the path and a way out. Only a mistake of the package itself shows a traceback.
+``main`` also catches what the operating system refuses, and says which path and what to do. Only a
+bug in the package shows a traceback.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The errors a user can cause: one sentence each, naming the problem and the way out.
+"""The errors a user can cause: one sentence each, naming the problem and what to do.
 
 The command line prints the sentence and exits with ``exit_code``; Python callers can catch the
 root. Broken invariants of the package itself are ``assert``s, never these.

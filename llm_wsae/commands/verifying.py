@@ -58,7 +58,7 @@ class Found:
     advance: Callable[[int], object] = field(default=lambda size: None, repr=False)
     """Told the bytes of every file that was checked."""
     problems: list[str] = field(default_factory=list)
-    """A sentence for each fault, with the way out."""
+    """A sentence for each fault, which also says what to do."""
     without_digest: list[Path] = field(default_factory=list)
     """Files that have none."""
     damaged: set[Path] = field(default_factory=set)
@@ -234,7 +234,7 @@ def _check_training(found: Found, folder: Path, names: set[str]) -> None:
 
 
 def verify_store(folder: Path | str) -> list[str]:
-    """Read a store once and return a sentence for each fault, and one for the way out.
+    """Read a store once and return a sentence for each fault, and one that says what to do.
 
     Finds missing, truncated and changed files, and keep-masks that do not match the rows. Files are
     read piece by piece, so memory use does not depend on the size of the store. Raises LlmWsaeError

@@ -40,7 +40,7 @@ def finish_store(folder: Path, manifest: Manifest) -> None:
 def read_statistics(path: Path, manifest: Manifest, rows: int) -> Statistics:
     """The statistics in a file of a store, of that many rows.
 
-    Raises LlmWsaeError, with the way out, if the file cannot hold those.
+    Raises LlmWsaeError, which says what to do, if the file cannot hold those.
     """
     tensors, _ = load_tensors(path, "file of statistics", REPAIR)
     with reading(path, f"statistics of {rows:,} rows", REPAIR):

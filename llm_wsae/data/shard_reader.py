@@ -93,7 +93,7 @@ class RowReader:
             begin = number * ROWS_PER_CHECK
             end = min(begin + ROWS_PER_CHECK, self._shards[shard].record.rows)
             rows = piece[max(begin - first, 0) : end - first]
-            if len(rows) < end - begin:  # its other rows are not asked for
+            if len(rows) < end - begin:  # the caller needs only a part of them
                 rows = torch.empty(end - begin, self._d_in, dtype=self.dtype)
                 self._read_piece(shard, begin, rows)
             if crc32s(bytes_of(rows), rows.nbytes) != [self._checks[shard][number]]:

@@ -28,7 +28,7 @@ from llm_wsae.outside import integer, mapping, number, pair, text
 
 FORMAT, FORMAT_VERSION = "llm-wsae explanations", 1
 _LINES = "lines_sha256"
-_WAY_OUT = "delete it to go on without"
+_WAY_OUT = "delete it to continue without explanations"
 LONGEST = 400
 """Characters of an explanation."""
 _NEURONPEDIA = "clkht01d40000jv08hvalcvly"  # the user to whom its own tools ascribe what they make

@@ -329,7 +329,7 @@ def _unpacked(data: bytes, packing: str) -> bytes:
     if packing in ("", "identity"):
         return data
     if packing not in ("gzip", "x-gzip", "deflate"):
-        raise ValueError(f"it is packed as {shown(packing)}, which was not asked for")
+        raise ValueError(f"its content encoding is {shown(packing)}, which was not requested")
     unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib
     try:
         data = unpacking.decompress(data, _LARGEST)

@@ -53,7 +53,7 @@ def ask(path: str, cursor: str | None = None) -> tuple[Any, str | None]:
     if after is not None:  # only the cursor is believed: the address could be anyone's
         (after,) = parse_qs(urlsplit(after).query).get("cursor", [""])[:1]
         if not after:
-            raise ValueError(f"{path} goes on without a cursor")
+            raise ValueError(f"{path} has another page, but no cursor to it")
     return parse_json(bytes(body), f"the answer of the Hub ({constants.ENDPOINT}) to {path}"), after
 
 

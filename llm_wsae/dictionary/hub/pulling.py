@@ -49,8 +49,8 @@ def pull(
     (One at the top level of its repository goes to ``out/<repository>``.) Each is downloaded and
     checked completely before it is copied; a foreign one is converted to this package's layout. An
     older one, as it was pulled from the same repository, is replaced in one step, with what was
-    measured of it. If nothing but what was said or measured of it is new, that is added. Anything
-    else there is left alone. ``pull.json`` in ``out`` keeps where each came from. Returns the
+    measured of it. If nothing but what was said or measured of it is new, that is added. Nothing
+    else there is changed. ``pull.json`` in ``out`` keeps where each came from. Returns the
     folders by name.
 
     Raises UsageError for names that do not exist, LlmWsaeError if the Hub fails, if a file is
