@@ -28,8 +28,10 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.quiet_since = self.loop.time()
-        if len(self.connections) > MOST_CONNECTIONS:
-            quiet = [one for one in self.connections if not one.asks]  # type: ignore[union-attr]
+        # One that was aborted stays in the set until the loop has closed it.
+        still_open = [one for one in self.connections if not one.transport.is_closing()]
+        if len(still_open) > MOST_CONNECTIONS:
+            quiet = [one for one in still_open if not one.asks]  # type: ignore[union-attr]
             oldest = min(quiet, key=lambda one: one.quiet_since)  # type: ignore[union-attr]
             oldest.transport.abort()  # at most this one
         self._look()

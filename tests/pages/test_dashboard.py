@@ -689,12 +689,13 @@ def test_unfinished_requests_do_not_lock_the_owner_out():
                 own.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
                 return b"".join(iter(lambda: own.recv(999), b""))
 
-        for number in range(320):
-            half.append(socket.create_connection(("127.0.0.1", port), timeout=5))
-            half[-1].sendall(b"GET / HTTP/1.1\r\nx: ")
-            if number % 100 == 0:
-                assert b"the page" in asked()
-        assert b"the page" in asked()
+        for _ in range(8):
+            server.send_signal(signal.SIGSTOP)  # busy elsewhere: 40 connections reach it at once
+            for _ in range(40):
+                half.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+                half[-1].sendall(b"GET / HTTP/1.1\r\nx: ")
+            server.send_signal(signal.SIGCONT)
+            assert b"the page" in asked()
         half[-1].settimeout(10)
         with contextlib.suppress(ConnectionError):
             assert half[-1].recv(1) == b""  # closed: it asked nothing in time
@@ -703,7 +704,7 @@ def test_unfinished_requests_do_not_lock_the_owner_out():
         _, said = server.communicate(timeout=30)
         for one in half:
             one.close()
-    assert said.count("the live page:") <= 1 and "accept" not in said
+    assert "the live page:" not in said, said
 
 
 def test_a_browser_asks_the_model(browser, world, tmp_path):
